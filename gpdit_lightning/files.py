@@ -1,0 +1,40 @@
+"""Files that are either whole or absent."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def partial_path(path: Path) -> Path:
+    """Where `path` is built until it is whole: beside it, so that the final renaming is one step; no reader opens it."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def publish(path: Path) -> None:
+    """Flush what was built at `partial_path(path)` to disk and give it its name."""
+    with partial_path(path).open("rb") as file:
+        os.fsync(file.fileno())
+    partial_path(path).replace(path)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give the partial path to write to, and publish it when the block ends well.
+
+    When the block raises, the partial file is removed and an older file at `path` stays as it was. A process that is
+    killed leaves at most the partial file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial_path(path)
+        publish(path)
+    finally:
+        partial_path(path).unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,87 @@
+"""Frame-causal attention over the two streams, computing only what the mask leaves (GPDiT, section 4.1)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpdit_lightning.model.attention.backends import AttentionOperator
+from gpdit_lightning.model.attention.plan import Segment, attention_plan
+from gpdit_lightning.model.config import AttentionVariant
+
+
+class Queries(NamedTuple):
+    """The asking blocks of one stream, with their own keys and values: each (B, blocks * N, heads, head width)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Context(NamedTuple):
+    """Keys and values of the context blocks, from the first frame on: each (B', blocks * N, heads, head width)."""
+
+    key: Tensor
+    value: Tensor
+
+
+def frame_causal_attention(
+    operator: AttentionOperator,
+    variant: AttentionVariant,
+    tokens: int,
+    context: Context | None,
+    clean: Queries | None,
+    noisy: Queries | None,
+    noisy_first: int = 0,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Attention output of the clean and of the noisy stream, each shaped like its query.
+
+    Args:
+        operator: computes one unmasked call.
+        variant: `of2` or `of`.
+        tokens: N, tokens per block.
+        context: keys and values of the context; the clean queries belong to its last blocks. None: no clip has any.
+        clean: the asking clean blocks (B' clips), or None.
+        noisy: the noisy blocks (B >= B' clips, those with context first), or None.
+        noisy_first: position of the first noisy block.
+    """
+    clips = context.key.shape[0] if context else 0
+    plan = attention_plan(
+        variant,
+        context=context.key.shape[1] // tokens if context else 0,
+        clean_queries=clean.query.shape[1] // tokens if clean else 0,
+        noisy=noisy.query.shape[1] // tokens if noisy and clips else 0,
+        noisy_first=noisy_first,
+    )
+    parts: dict[str, list[Tensor]] = {"clean": [], "noisy": []}
+    for segment in plan:
+        queries = clean if segment.stream == "clean" else noisy
+        assert queries is not None
+        with_context = Queries(*(x[:clips] for x in queries))
+        parts[segment.stream].append(_attend(operator, segment, tokens, context, with_context))
+    clean_out = torch.cat(parts["clean"], dim=1) if clean else None
+    if noisy is None:
+        return clean_out, None
+    rows = [torch.cat(parts["noisy"], dim=1)] if clips else []
+    if clips < noisy.query.shape[0]:
+        # Clips without context: every block sees itself alone.
+        alone = Queries(*(x[clips:] for x in noisy))
+        everything = Segment("noisy", 0, alone.query.shape[1] // tokens, context=0, own=True)
+        rows.append(_attend(operator, everything, tokens, None, alone))
+    return clean_out, torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def _attend(
+    operator: AttentionOperator, segment: Segment, tokens: int, context: Context | None, queries: Queries
+) -> Tensor:
+    """Execute one segment: (B, asking blocks * N, heads, head width)."""
+    query, key, value = (x[:, segment.start * tokens : segment.stop * tokens] for x in queries)
+    if segment.context == 0:
+        blocks = segment.stop - segment.start
+        folded = (x.unflatten(1, (blocks, tokens)).flatten(0, 1) for x in (query, key, value))
+        return operator(*folded).unflatten(0, (-1, blocks)).flatten(1, 2)
+    assert context is not None
+    seen_key, seen_value = (x[:, : segment.context * tokens].to(value.dtype) for x in context)
+    if segment.own:
+        seen_key, seen_value = torch.cat((seen_key, key), dim=1), torch.cat((seen_value, value), dim=1)
+    return operator(query, seen_key, seen_value)

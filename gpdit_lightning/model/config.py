@@ -1,0 +1,122 @@
+"""The architecture of a GPDiT as a record: what a checkpoint stores and what two checkpoints must agree on."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from gpdit_lightning.errors import InputError
+
+AttentionVariant = Literal["of2", "of"]
+TimeSite = Literal["branch", "branch_inverse", "input", "residual", "none"]
+
+# GPDiT, Table 1 (B and H); "tiny" is ours, for tests and laptops.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"layers": 4, "width": 192, "mlp_width": 768, "heads": 6},
+    "B": {"layers": 12, "width": 768, "mlp_width": 3072, "heads": 12},
+    "H": {"layers": 24, "width": 2816, "mlp_width": 11264, "heads": 22},
+}
+
+# Fields that say how the network is executed, not which function it computes: two checkpoints may differ in them.
+EXECUTION_FIELDS = ("attention_backend", "activation_checkpointing")
+
+
+@dataclass(frozen=True)
+class GPDiTConfig:
+    """Architecture and execution options of a :class:`~gpdit_lightning.GPDiT`.
+
+    Raises:
+        InputError: an unknown size or option, or widths that cannot be split into heads, channel pairs and RoPE axes.
+    """
+
+    size: str = "B"
+    """Named size that fills `layers`, `width`, `mlp_width` and `heads` where they are 0: tiny, B (85M) or H (2.28B)."""
+    layers: int = 0
+    """Number of transformer blocks; 0 takes the size's."""
+    width: int = 0
+    """Hidden width D; 0 takes the size's."""
+    mlp_width: int = 0
+    """Width of the hidden layer of each MLP; 0 takes the size's."""
+    heads: int = 0
+    """Attention heads; the head width is width / heads; 0 takes the size's."""
+    latent_channels: int = 16
+    """Channels C of a latent frame (16 for WanVAE)."""
+    patch_size: int = 2
+    """Side of the square patch of latent pixels that makes one token."""
+    attention: AttentionVariant = "of2"
+    """Which clean frames a clean frame sees: of2 = itself and all before it (GPDiT 4.1.1), of = itself only (4.1.2)."""
+    time_site: TimeSite = "branch"
+    """Where hidden channel pairs are rotated by -theta (GPDiT 4.2): branch = inputs of attention, MLP and output layer;
+    branch_inverse = the same, undone at the branch outputs; input = once after the patch embedding;
+    residual = the residual stream before every block; none = never."""
+    rope_lengths: tuple[int, int, int] = (32, 32, 32)
+    """Longest extent (frames, rows, columns), in tokens, that sets the RoPE bases (ACDiT 4.2); part of the weights'
+    meaning, never read from an input."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    attention_backend: Literal["auto", "sdpa", "xformers"] = "auto"
+    """Who computes attention: auto = xformers on CUDA where it is installed, else PyTorch's SDPA."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise InputError(f"size '{self.size}' is not known: choose one of {', '.join(SIZES)}.")
+        for name, value in SIZES[self.size].items():
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, value)
+        object.__setattr__(self, "rope_lengths", tuple(self.rope_lengths))
+        for name, choices in (("attention", get_args(AttentionVariant)), ("time_site", get_args(TimeSite))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} '{getattr(self, name)}' is not known: choose one of {', '.join(choices)}.")
+        for name in ("layers", "width", "mlp_width", "heads", "latent_channels", "patch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if len(self.rope_lengths) != 3 or min(self.rope_lengths) < 1:
+            raise InputError(f"rope_lengths is {self.rope_lengths}; it must be three positive numbers of tokens.")
+        if self.width % self.heads:
+            raise InputError(f"width {self.width} does not divide into {self.heads} heads: choose a multiple of heads.")
+        if self.head_width % 2 or self.head_width < 6:
+            raise InputError(
+                f"head width {self.head_width} (width {self.width} / heads {self.heads}) cannot be split into the "
+                "channel pairs of three RoPE axes: choose an even head width of at least 6."
+            )
+        if self.width % 2:
+            raise InputError(
+                f"width {self.width} is odd: rotation time conditioning needs channel pairs; make it even."
+            )
+
+    @classmethod
+    def preset(cls, size: str, **overrides: Any) -> "GPDiTConfig":
+        """The configuration of a named size, with any field overridden.
+
+        Raises:
+            InputError: `size` or a field is not known.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in overrides:
+            if name not in known:
+                raise InputError(f"GPDiTConfig has no field '{name}': the fields are {', '.join(sorted(known))}.")
+        return cls(size=size, **overrides)
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def rope_widths(self) -> tuple[int, int, int]:
+        """Head channels given to the (frame, row, column) axes: even, a third each, the remainder to the frame axis."""
+        side = 2 * (self.head_width // 6)
+        return self.head_width - 2 * side, side, side
+
+    def architecture(self) -> dict[str, Any]:
+        """The fields that two sets of weights must share to be the same function."""
+        ignored = ("size", *EXECUTION_FIELDS)
+        return {name: value for name, value in asdict(self).items() if name not in ignored}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-able values; `GPDiTConfig(**d)` restores the configuration."""
+        return asdict(self) | {"rope_lengths": list(self.rope_lengths)}
+
+    def replaced(self, **overrides: Any) -> "GPDiTConfig":
+        """A copy with some fields changed."""
+        return replace(self, **overrides)

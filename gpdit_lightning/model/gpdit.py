@@ -1,0 +1,249 @@
+"""GPDiT: a transformer that denoises each latent frame given the clean frames before it (GPDiT, section 4).
+
+Shapes: B clips, F latent frames, C channels, H x W latent pixels, N tokens per frame, D hidden width.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.model.attention import select_backend
+from gpdit_lightning.model.block import Block
+from gpdit_lightning.model.config import GPDiTConfig
+from gpdit_lightning.model.kv_cache import KVCache
+from gpdit_lightning.model.positions import Rope
+from gpdit_lightning.model.streams import Streams
+from gpdit_lightning.model.time_conditioning import TimeRotation
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """(B, F, C, H, W) -> (B, F, N, C * patch * patch), tokens in row-major order."""
+    rows, columns = latents.shape[-2] // patch, latents.shape[-1] // patch
+    x = latents.unflatten(-2, (rows, patch)).unflatten(-1, (columns, patch))  # B F C rows patch columns patch
+    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
+
+
+def unpatchify(x: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """Inverse of :func:`patchify`: (B, F, N, C * patch * patch) -> (B, F, C, height, width)."""
+    x = x.unflatten(2, (height // patch, width // patch)).unflatten(-1, (-1, patch, patch))
+    return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4)
+
+
+class GPDiT(nn.Module):
+    """The backbone.
+
+    No parameter sits directly on this module: DeepSpeed ZeRO-3 gathers those of submodules in any method, but the
+    root's only in `forward`.
+
+    Args:
+        config: the architecture.
+    """
+
+    def __init__(self, config: GPDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        patch_values = config.latent_channels * config.patch_size**2
+        self.patch_embedding = nn.Linear(patch_values, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.output_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.output = nn.Linear(config.width, patch_values)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier weights, zero biases, a zero output layer (as DiT), and branches scaled by 1 / sqrt(2 layers)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.output.weight)
+        with torch.no_grad():
+            for block in self.blocks:
+                assert isinstance(block, Block)
+                block.attention_output.weight.mul_((2 * self.config.layers) ** -0.5)
+                block.mlp.down.weight.mul_((2 * self.config.layers) ** -0.5)
+
+    def forward(
+        self, noisy: Tensor, theta: Tensor, clean: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
+        """Predict the velocity of every noisy frame given the clean frames before it.
+
+        Args:
+            noisy: (B, F, C, H, W).
+            theta: (B, F) radians, one angle per noisy frame.
+            clean: (B', F, C, H, W) with B' <= B: the first B' clips have context, the rest have none; None: no clip
+                has. The last clean frame is seen by nobody and is not computed.
+            condition: for conditions other than context; this backbone has none yet.
+
+        Returns:
+            velocity (B, F, C, H, W).
+
+        Raises:
+            InputError: shapes that do not fit the architecture or each other.
+        """
+        self._check(noisy, condition)
+        frames = noisy.shape[1]
+        if theta.shape != noisy.shape[:2]:
+            raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B, F) = {tuple(noisy.shape[:2])}.")
+        if clean is not None:
+            self._check(clean, None)
+            if clean.shape[0] > noisy.shape[0] or clean.shape[1:] != noisy.shape[1:]:
+                raise InputError(
+                    f"clean has shape {tuple(clean.shape)}; it must be (B', F, C, H, W) like noisy "
+                    f"{tuple(noisy.shape)}, with B' <= B."
+                )
+            clean = clean[:, : frames - 1] if len(clean) and frames > 1 else None
+        x, streams = self._start(clean, noisy, theta)
+        for block in self.blocks[:-1]:
+            x = self._run(block, x, streams)
+        x = self._run(self.blocks[-1], x, streams, skip=streams.clean_tokens)
+        return self._finish(x, streams, noisy)
+
+    def features(self, clean: Tensor, layers: Iterable[int], condition: Tensor | None = None) -> dict[int, Tensor]:
+        """The clean stream's residual stream, without time rotation (GPDiT, section 5.3).
+
+        Args:
+            clean: (B, F, C, H, W).
+            layers: after which blocks to look, 1-based; 0 is the patch embedding.
+            condition: as in :meth:`forward`.
+
+        Returns:
+            for each layer (B, F, N, D), unnormalised; blocks above the highest layer are not run.
+
+        Raises:
+            InputError: a layer that does not exist, or shapes that do not fit.
+        """
+        self._check(clean, condition)
+        wanted = set(layers)
+        for layer in wanted:
+            if not 0 <= layer <= self.config.layers:
+                raise InputError(
+                    f"layer {layer} does not exist: choose from 0 (patch embedding) to {self.config.layers}."
+                )
+        x, streams = self._start(clean, None, None)
+        shape = (*clean.shape[:2], streams.tokens, self.config.width)
+        found = {0: x.view(shape)} if 0 in wanted else {}
+        for number, block in enumerate(self.blocks[: max(wanted, default=0)], start=1):
+            x = self._run(block, x, streams)
+            if number in wanted:
+                found[number] = x.view(shape)
+        return found
+
+    def new_cache(self, batch_size: int, max_frames: int, height: int, width: int) -> KVCache:
+        """An empty cache for `batch_size` clips of at most `max_frames` latent frames of `height` x `width` pixels."""
+        weight = self.patch_embedding.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        return KVCache(self.config, batch_size, max_frames, height, width, weight.device, dtype)
+
+    @torch.no_grad()
+    def extend(self, cache: KVCache, clean: Tensor, condition: Tensor | None = None) -> None:
+        """Append clean frames to the cache.
+
+        Args:
+            cache: from :meth:`new_cache`.
+            clean: (B, k, C, H, W), the frames that follow those in the cache.
+            condition: as in :meth:`forward`.
+
+        Raises:
+            InputError: shapes that do not fit, or no room left.
+        """
+        self._check(clean, condition)
+        cache.check(clean, new_frames=clean.shape[1])
+        x, streams = self._start(clean, None, None, cache)
+        for block in self.blocks[:-1]:
+            x = block(x, streams)
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        last.remember(x, streams)
+        cache.frames += clean.shape[1]
+
+    def denoise(
+        self, noisy: Tensor, theta: Tensor, cache: KVCache | None = None, condition: Tensor | None = None
+    ) -> Tensor:
+        """Predict the velocity of the next frame given the frames in the cache; the cache is not changed.
+
+        Args:
+            noisy: (B, C, H, W).
+            theta: (B,) radians.
+            cache: the clean frames before; None or empty: no context.
+            condition: as in :meth:`forward`.
+
+        Returns:
+            velocity (B, C, H, W), equal to this frame's of :meth:`forward`.
+
+        Raises:
+            InputError: shapes that do not fit.
+        """
+        noisy = noisy[:, None]
+        self._check(noisy, condition)
+        if theta.shape != noisy.shape[:1]:
+            raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B,) = ({noisy.shape[0]},).")
+        if cache is not None:
+            cache.check(noisy, new_frames=0)
+        x, streams = self._start(None, noisy, theta[:, None], cache)
+        for block in self.blocks:
+            x = block(x, streams)
+        return self._finish(x, streams, noisy)[:, 0]
+
+    def _start(
+        self, clean: Tensor | None, noisy: Tensor | None, theta: Tensor | None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Streams]:
+        """Embed both streams, packed (clean tokens first), and describe the pass."""
+        config = self.config
+        given = [latents for latents in (clean, noisy) if latents is not None]
+        height, width = given[0].shape[-2:]
+        rows, columns = height // config.patch_size, width // config.patch_size
+        weight = self.patch_embedding.weight
+        precise = torch.float64 if given[0].dtype == torch.float64 else torch.float32
+        patches = torch.cat([patchify(latents, config.patch_size).flatten(0, 2) for latents in given])
+        x = self.patch_embedding(patches.to(weight.dtype))
+        angles = torch.zeros(len(x), device=x.device, dtype=precise)
+        if theta is not None:
+            per_token = theta.to(precise).flatten().repeat_interleave(rows * columns)
+            angles[len(x) - len(per_token) :] = per_token
+        first_frame = cache.frames if cache is not None else 0
+        frames = max(latents.shape[1] for latents in given)
+        streams = Streams(
+            variant=config.attention,
+            operator=select_backend(config.attention_backend, x.device.type, x.dtype),
+            tokens=rows * columns,
+            clean_shape=(clean.shape[0], clean.shape[1]) if clean is not None else (0, 0),
+            noisy_shape=(noisy.shape[0], noisy.shape[1]) if noisy is not None else (0, 0),
+            first_frame=first_frame,
+            rope=Rope(config, first_frame, frames, rows, columns, x.device, precise),
+            rotation=TimeRotation(angles, config.time_site, precise),
+            cache=cache,
+        )
+        return streams.rotation.at_input(x), streams
+
+    def _run(self, block: nn.Module, x: Tensor, streams: Streams, skip: int = 0) -> Tensor:
+        if self.config.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, streams, skip, use_reentrant=False)
+        return block(x, streams, skip)
+
+    def _finish(self, x: Tensor, streams: Streams, noisy: Tensor) -> Tensor:
+        """Read the velocity out of the noisy tokens, which are all that is left."""
+        height, width = noisy.shape[-2:]
+        h = streams.rotation.at_branch_input(self.output_norm(x))
+        patches = self.output(h).view(*noisy.shape[:2], streams.tokens, -1)
+        return unpatchify(patches, self.config.patch_size, height, width).to(noisy.dtype)
+
+    def _check(self, latents: Tensor, condition: Tensor | None) -> None:
+        if condition is not None:
+            raise InputError("this GPDiT was built without a condition: leave `condition` at None.")
+        if latents.ndim != 5 or latents.shape[2] != self.config.latent_channels:
+            raise InputError(
+                f"latents have shape {tuple(latents.shape)}; this model takes (B, F, C, H, W) with "
+                f"C = {self.config.latent_channels}."
+            )
+        patch = self.config.patch_size
+        if latents.shape[-2] % patch or latents.shape[-1] % patch:
+            raise InputError(
+                f"latent frames of {latents.shape[-2]}x{latents.shape[-1]} do not divide into {patch}x{patch} patches: "
+                f"choose frame sizes that are multiples of {8 * patch} pixels."
+            )

@@ -1,0 +1,56 @@
+"""Rotation time conditioning without parameters (GPDiT, section 4.2)."""
+
+import torch
+from torch import Tensor
+
+from gpdit_lightning.model.config import TimeSite
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the channel pairs of `x` (..., D) counter-clockwise; `cos`, `sin` broadcast against (..., D / 2).
+
+    Channel k is paired with channel k + D/2: another order than neighbours, the same family of functions, and
+    contiguous memory. Computed in the precision of `cos` and returned in that of `x`.
+    """
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
+
+
+class TimeRotation:
+    """The rotation of one forward pass: every token's hidden channel pairs turn by minus the angle of its frame.
+
+    GPDiT (4.2) reads noising as a rotation by theta of (x0, eps) and undoes it inside the network. Clean tokens have
+    theta = 0 and pass unchanged.
+
+    Args:
+        theta: (tokens,) radians, one per token of the packed sequence.
+        site: where to rotate, see :class:`~gpdit_lightning.GPDiTConfig`.
+        dtype: precision of cosines and sines.
+    """
+
+    def __init__(self, theta: Tensor, site: TimeSite, dtype: torch.dtype) -> None:
+        self.site = site
+        self.cos = theta.cos().to(dtype)[:, None]
+        self.sin = theta.sin().to(dtype)[:, None]
+
+    def _by_minus_theta(self, x: Tensor) -> Tensor:
+        # The last block drops the clean tokens, which come first: its noisy tokens are the tail of the table.
+        return rotate_pairs(x, self.cos[-len(x) :], -self.sin[-len(x) :])
+
+    def at_input(self, x: Tensor) -> Tensor:
+        """Hook after the patch embedding."""
+        return self._by_minus_theta(x) if self.site == "input" else x
+
+    def at_block(self, x: Tensor) -> Tensor:
+        """Hook on the residual stream before a block."""
+        return self._by_minus_theta(x) if self.site == "residual" else x
+
+    def at_branch_input(self, x: Tensor) -> Tensor:
+        """Hook after the norm of attention, MLP and output layer: where DiT scales and shifts."""
+        return self._by_minus_theta(x) if self.site in ("branch", "branch_inverse") else x
+
+    def at_branch_output(self, x: Tensor) -> Tensor:
+        """Hook before a branch joins the residual stream again."""
+        if self.site != "branch_inverse":
+            return x
+        return rotate_pairs(x, self.cos[-len(x) :], self.sin[-len(x) :])
