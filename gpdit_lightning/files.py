@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def partial_path(path: Path) -> Path:
-    """Where `path` is built until it is whole: beside it, so that the final renaming is one step; no reader opens it."""
+    """Where `path` is built until it is whole: beside it, so that renaming is one step. No reader opens it."""
     return path.with_name(f"{path.name}.partial")
 
 

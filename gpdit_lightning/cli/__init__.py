@@ -1,0 +1,57 @@
+"""The command line: `python -m gpdit_lightning VERB`."""
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from gpdit_lightning.errors import InputError
+
+VERBS = {
+    "demo": ("demo", "draw moving pictures, train a small model on them, and show what it generates"),
+    "fit": ("fit", "train from a recipe; running the same command again resumes"),
+    "validate": ("fit", "evaluate a run's last checkpoint on the held-out sources"),
+    "test": ("fit", "the same as validate, logged as a test"),
+    "sample": ("sample", "continue a video with a trained model"),
+}
+
+
+def usage() -> str:
+    """What there is, one line a verb."""
+    lines = [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
+    return (
+        "usage: python -m gpdit_lightning VERB [options]\n\n" + "\n".join(lines) + "\n\nVERB --help explains the rest."
+    )
+
+
+def _show_log() -> None:
+    """This library's messages as plain lines; other libraries keep their own handlers."""
+    log = logging.getLogger("gpdit_lightning")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Dispatch on the first word; returns the exit status: 0, or 2 with one sentence for what the user can mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        print(f"error: there is no verb '{verb}': choose one of {', '.join(VERBS)}.", file=sys.stderr)
+        return 2
+    _show_log()
+    try:
+        importlib.import_module(f"gpdit_lightning.cli.{VERBS[verb][0]}").run(verb, rest)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0

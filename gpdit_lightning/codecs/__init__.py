@@ -1,0 +1,50 @@
+"""Codecs: uint8 pixels to latents and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gpdit_lightning.codecs.base import Codec, check_same_codec
+from gpdit_lightning.codecs.pca import PcaCodec
+from gpdit_lightning.codecs.wan import WanCodec
+from gpdit_lightning.errors import InputError
+
+__all__ = ["CODECS", "Codec", "PcaCodec", "WanCodec", "check_same_codec", "load_codec", "load_codec_from_spec"]
+
+CODECS: dict[str, type[PcaCodec] | type[WanCodec]] = {"pca": PcaCodec, "wan": WanCodec}
+
+
+def load_codec(name: str, source: str | None = None, device: str | torch.device = "cpu") -> Codec:
+    """Load a codec.
+
+    Args:
+        name: "pca", or "wan" for the WanVAE.
+        source: where the weights are; None for the codec's own default: the shipped file (`pca`), the hub (`wan`).
+        device: where it computes.
+
+    Raises:
+        InputError: for an unknown name, or weights that cannot be had.
+    """
+    if name not in CODECS:
+        raise InputError(f"There is no codec {name!r}: choose one of {', '.join(CODECS)}.")
+    return CODECS[name].load(source).to(device)
+
+
+def load_codec_from_spec(
+    spec: Mapping[str, Any], device: str | torch.device = "cpu", source: str | None = None, where: str = "The latents"
+) -> Codec:
+    """Load the codec that a manifest or checkpoint names, and check that it is the one that was used.
+
+    Args:
+        spec: a `Codec.spec()`.
+        device: where it computes.
+        source: where its weights are now; None for where they were then.
+        where: the place that holds the spec, for the message.
+
+    Raises:
+        InputError: as `load_codec`, or when the weights or constants found there differ from the spec's.
+    """
+    codec = load_codec(spec["name"], source or spec["source"], device)
+    check_same_codec(spec, codec.spec(), where, f"the codec loaded from {codec.source or 'the package'}")
+    return codec

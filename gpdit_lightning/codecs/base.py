@@ -1,0 +1,153 @@
+"""What every codec is: pixels to latents and back, causal in time, with constants that whiten its latents.
+
+The first latent frame covers one pixel frame and each later one covers four, so T = 1 + 4 (F - 1) pixel frames make F
+latent frames (GPDiT, section 5.1: the WanVAE's geometry).
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from gpdit_lightning.errors import InputError
+
+
+class Codec(ABC):
+    """Turns uint8 pixels into float32 latents and back.
+
+    Attributes:
+        name: the codec's name, "pca" or "wan".
+        source: the folder, file or hub name its weights came from; None for weights that ship with the package.
+        latent_channels: C.
+        spatial_factor: pixels along one side of a latent position.
+        temporal_factor: pixel frames of a latent frame after the first.
+        mean, std: float32 (C,), constants of the codec over all its latents, never of a data set; `(latents - mean) /
+            std` is white.
+        fingerprint: 16 hexadecimal digits that change with the weights.
+        device: where `encode` and `decode` compute.
+    """
+
+    name: ClassVar[str]
+    latent_channels: int = 16
+    spatial_factor: int = 8
+    temporal_factor: int = 4
+    source: str | None
+    mean: Tensor
+    std: Tensor
+    fingerprint: str
+    device: torch.device = torch.device("cpu")
+
+    @abstractmethod
+    def _encode(self, values: Tensor) -> Tensor:
+        """Values in [-1, 1] (B, T, 3, H, W) to latents (B, F, C, h, w)."""
+
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, F, C, h, w) to values around [-1, 1] (B, T, 3, H, W)."""
+
+    @abstractmethod
+    def to(self, device: str | torch.device) -> Self:
+        """Move the weights; returns the codec itself."""
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels to raw latents, on `self.device`.
+
+        Args:
+            pixels: uint8 (B, T, 3, H, W), T = 1 + 4k.
+
+        Returns:
+            float32 (B, F, C, h, w), not whitened. The first latent frames of a clip are those of its beginning alone.
+
+        Raises:
+            InputError: for another type or number of axes, a T that is not 1 + 4k, or sides that 8 does not divide.
+        """
+        if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[2] != 3:
+            raise InputError(
+                f"The pixels are {pixels.dtype} {tuple(pixels.shape)} where a codec takes torch.uint8 (B, T, 3, H, W): "
+                f"convert them."
+            )
+        self.latent_frames(pixels.shape[1])
+        self.check_frame_size(*pixels.shape[3:])
+        return self._encode(pixels.to(self.device, torch.float32) / 127.5 - 1)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Raw latents (B, F, C, h, w) to uint8 pixels (B, T, 3, H, W), on `self.device`.
+
+        Raises:
+            InputError: for another number of axes or channels.
+        """
+        if latents.ndim != 5 or latents.shape[2] != self.latent_channels:
+            raise InputError(
+                f"The latents have shape {tuple(latents.shape)} where codec {self.name!r} takes "
+                f"(B, F, {self.latent_channels}, h, w): give it latents of its own."
+            )
+        values = self._decode(latents.to(self.device, torch.float32))
+        return ((values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def check_frame_size(self, height: int, width: int) -> None:
+        """Raise `InputError` for a side in pixels that the spatial factor does not divide."""
+        for side, size in (("height", height), ("width", width)):
+            if size % self.spatial_factor:
+                raise InputError(
+                    f"The {side} {size} of {height}x{width} pixels is not a multiple of {self.spatial_factor}: crop or "
+                    f"resize to {max(1, size // self.spatial_factor) * self.spatial_factor}."
+                )
+
+    def latent_frames(self, pixel_frames: int) -> int:
+        """F for T pixel frames; `InputError` when T is not 1 + 4k."""
+        if pixel_frames < 1 or (pixel_frames - 1) % self.temporal_factor:
+            lower = max(0, pixel_frames - 1) // self.temporal_factor * self.temporal_factor + 1
+            raise InputError(
+                f"{pixel_frames} pixel frames are not 1 + {self.temporal_factor} k: take {lower} or "
+                f"{lower + self.temporal_factor}."
+            )
+        return 1 + (pixel_frames - 1) // self.temporal_factor
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """T for F latent frames; `InputError` when F is below 1."""
+        if latent_frames < 1:
+            raise InputError(f"{latent_frames} latent frames were asked for: ask for at least 1.")
+        return 1 + (latent_frames - 1) * self.temporal_factor
+
+    def spec(self) -> dict[str, Any]:
+        """What manifests and checkpoints copy, as JSON values: enough to load the codec again and to know it apart."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "latent_channels": self.latent_channels,
+            "spatial_factor": self.spatial_factor,
+            "temporal_factor": self.temporal_factor,
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+            "fingerprint": self.fingerprint,
+        }
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits of a sha256 over named weights: names, shapes and float32 values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        values = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(values.shape)}".encode())
+        digest.update(values.numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def check_same_codec(first: Mapping[str, Any], second: Mapping[str, Any], where_first: str, where_second: str) -> None:
+    """Check that two specs describe one codec; its source may have moved.
+
+    Raises:
+        InputError: naming the first field in which they differ, with both values and both places.
+    """
+    for name in ("name", "latent_channels", "spatial_factor", "temporal_factor", "fingerprint", "mean", "std"):
+        ours, theirs = first.get(name), second.get(name)
+        if ours != theirs:
+            raise InputError(
+                f"{where_first} and {where_second} are of different codecs ({name} {ours!r} and {theirs!r}): use "
+                f"latents and weights of one codec."
+            )

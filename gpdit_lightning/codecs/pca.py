@@ -1,0 +1,103 @@
+"""The codec `pca`: linear, with weights of some tens of kilobytes that ship with the package.
+
+A latent frame holds the first 16 principal components of each block of 4x8x8 pixels; the first frame's blocks are
+1x8x8. Both sets of components are orthonormal, so encoding and decoding are a projection: no other linear code of 16
+numbers rebuilds the pictures it was fitted on better. `fit_pca.py` makes the weights.
+"""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gpdit_lightning.codecs.base import Codec, fingerprint_of
+from gpdit_lightning.errors import InputError
+
+SHIPPED_WEIGHTS = Path(__file__).with_name("pca.safetensors")
+BLOCK = 8  # pixels along a side
+GROUP = 4  # pixel frames of a latent frame after the first
+# Four equal frames have twice the norm of one: with it a video that stands still keeps its latents from the first
+# latent frame to the second.
+FIRST_FRAME_GAIN = GROUP**0.5
+WEIGHT_SHAPES = {
+    "first_components": (16, 1 * 3 * BLOCK * BLOCK),
+    "later_components": (16, GROUP * 3 * BLOCK * BLOCK),
+    "centre": (3,),
+    "mean": (16,),
+    "std": (16,),
+}
+
+
+class PcaCodec(Codec):
+    """16 principal components of pixel blocks.
+
+    Args:
+        weights: `first_components` (16, 192) and `later_components` (16, 768), orthonormal rows over blocks flattened
+            from (frames, colours, rows, columns); `centre` (3,), the mean colour in [-1, 1]; `mean` and `std` (16,).
+        source: the file they came from; None for the shipped ones.
+    """
+
+    name = "pca"
+
+    def __init__(self, weights: dict[str, Tensor], source: str | None = None) -> None:
+        self.weights = {name: weights[name].to(torch.float32) for name in WEIGHT_SHAPES}
+        self.source = source
+        self.mean, self.std = self.weights["mean"].clone(), self.weights["std"].clone()
+        self.fingerprint = fingerprint_of(self.weights)
+
+    @classmethod
+    def load(cls, source: str | None = None) -> Self:
+        """Read weights: the shipped ones, or a file made by `python -m gpdit_lightning.codecs.fit_pca`.
+
+        Raises:
+            InputError: when the file is missing or is no such weights file.
+        """
+        path = SHIPPED_WEIGHTS if source is None else Path(source)
+        cure = "make one with `python -m gpdit_lightning.codecs.fit_pca --out FILE`"
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is no readable weights file of the codec 'pca' ({error}): {cure}.") from None
+        if {name: tuple(values.shape) for name, values in weights.items()} != WEIGHT_SHAPES:
+            raise InputError(f"{path} does not hold the tensors of the codec 'pca': {cure}.")
+        return cls(weights, source)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the weights; returns the codec itself."""
+        self.device = torch.device(device)
+        self.weights = {name: values.to(self.device) for name, values in self.weights.items()}
+        return self
+
+    def _encode(self, values: Tensor) -> Tensor:
+        values = values - self._centre
+        first = blocks_of(values[:, :1], 1) @ self.weights["first_components"].T * FIRST_FRAME_GAIN
+        later = blocks_of(values[:, 1:], GROUP) @ self.weights["later_components"].T
+        return torch.cat([first, later], dim=1).permute(0, 1, 4, 2, 3).contiguous()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        latents = latents.permute(0, 1, 3, 4, 2)
+        first = pixels_of(latents[:, :1] / FIRST_FRAME_GAIN @ self.weights["first_components"], 1)
+        later = pixels_of(latents[:, 1:] @ self.weights["later_components"], GROUP)
+        return torch.cat([first, later], dim=1) + self._centre
+
+    @property
+    def _centre(self) -> Tensor:
+        return self.weights["centre"].view(3, 1, 1)
+
+
+def blocks_of(values: Tensor, group: int) -> Tensor:
+    """Frames (B, F * group, 3, h * 8, w * 8) cut into blocks (B, F, h, w, group * 3 * 8 * 8)."""
+    B, T, _, H, W = values.shape
+    F, h, w = T // group, H // BLOCK, W // BLOCK
+    values = values.reshape(B, F, group, 3, h, BLOCK, w, BLOCK)
+    return values.permute(0, 1, 4, 6, 2, 3, 5, 7).reshape(B, F, h, w, group * 3 * BLOCK * BLOCK)
+
+
+def pixels_of(blocks: Tensor, group: int) -> Tensor:
+    """The inverse of `blocks_of`."""
+    B, F, h, w, _ = blocks.shape
+    blocks = blocks.reshape(B, F, h, w, group, 3, BLOCK, BLOCK).permute(0, 1, 4, 5, 2, 6, 3, 7)
+    return blocks.reshape(B, F * group, 3, h * BLOCK, w * BLOCK)

@@ -1,0 +1,94 @@
+"""The codec `wan`: the WanVAE that GPDiT uses (section 5.1), as diffusers' `AutoencoderKLWan`, posterior mode."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from gpdit_lightning.codecs.base import Codec, fingerprint_of
+from gpdit_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+DEFAULT_SOURCE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+SUBFOLDER = "vae"  # where a whole pipeline's folder keeps its autoencoder
+
+
+class WanCodec(Codec):
+    """The WanVAE.
+
+    Args:
+        autoencoder: the network; moved to evaluation mode and float32.
+        source: the folder or hub name it came from.
+
+    Raises:
+        InputError: when the autoencoder's geometry is not 8x8 space and 4x time, or it has no whitening constants.
+    """
+
+    name = "wan"
+
+    def __init__(self, autoencoder: "AutoencoderKLWan", source: str | None = None) -> None:
+        config = autoencoder.config
+        factors = (2 ** len(autoencoder.temperal_downsample), 2 ** sum(autoencoder.temperal_downsample))
+        if factors != (self.spatial_factor, self.temporal_factor):
+            raise InputError(
+                f"The WanVAE of {source} shrinks space {factors[0]} times and time {factors[1]} times where this "
+                f"library needs {self.spatial_factor} and {self.temporal_factor}: use the VAE of Wan 2.1."
+            )
+        self.autoencoder = autoencoder.eval().requires_grad_(False).float()
+        self.source = source
+        self.latent_channels = config.z_dim
+        self.mean = torch.tensor(config.latents_mean, dtype=torch.float32)
+        self.std = torch.tensor(config.latents_std, dtype=torch.float32)
+        if self.mean.shape != (config.z_dim,) or self.std.shape != (config.z_dim,):
+            raise InputError(
+                f"The WanVAE of {source} has {config.z_dim} latent channels but latents_mean and latents_std of "
+                f"{len(self.mean)} and {len(self.std)}: mend its config.json."
+            )
+        self.fingerprint = fingerprint_of(autoencoder.state_dict())
+
+    @classmethod
+    def load(cls, source: str | None = None) -> Self:
+        """Load the WanVAE from a folder or the hub; its weights or those in the subfolder `vae`, safetensors only.
+
+        Raises:
+            InputError: when it is neither a folder here nor to be had from the hub.
+        """
+        source = source or DEFAULT_SOURCE
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            has_subfolder = (folder / SUBFOLDER / "config.json").is_file()
+            places = [(str(folder), SUBFOLDER if has_subfolder else None)]
+        elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+            raise InputError(f"The WanVAE folder {source} does not exist: give an existing folder or a hub name.")
+        else:
+            places = [(source, SUBFOLDER), (source, None)]
+        from diffusers import AutoencoderKLWan  # slow to import
+
+        reason: Exception | None = None
+        for place, subfolder in places:
+            try:
+                autoencoder = AutoencoderKLWan.from_pretrained(place, subfolder=subfolder, use_safetensors=True)
+            except (OSError, ValueError, RuntimeError) as error:
+                reason = error
+            else:
+                return cls(autoencoder, source)
+        raise InputError(
+            f"The WanVAE {source!r} could not be loaded ({str(reason).strip().splitlines()[0]}): download it and give "
+            f"its folder."
+        )
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the weights; returns the codec itself."""
+        self.device = torch.device(device)
+        self.autoencoder.to(self.device)
+        return self
+
+    def _encode(self, values: Tensor) -> Tensor:
+        posterior = self.autoencoder.encode(values.transpose(1, 2)).latent_dist  # diffusers: channels before frames
+        return posterior.mode().transpose(1, 2).contiguous()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.decode(latents.transpose(1, 2)).sample.transpose(1, 2)

@@ -1,0 +1,147 @@
+"""From the plan to tensors: a rank's share of a micro-batch, read, whitened and paired with its noise."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from gpdit_lightning.data.manifest import Manifest, ShardEntry
+from gpdit_lightning.data.plan import Plan, generator
+from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
+from gpdit_lightning.errors import InputError
+
+log = logging.getLogger(__name__)
+
+NoiseLevels = Literal["frame", "clip"]
+
+
+@dataclass
+class LatentBatch:
+    """One rank's share of a micro-batch.
+
+    Attributes:
+        latents: (B, F, C, H, W) whitened, float32; the clips with context come first.
+        noise: like `latents`, standard Gaussian.
+        t: (B, F) noise levels in [0, 1).
+        context: B', how many clips keep their context.
+        weight: of this micro-batch's mean loss; the weights of an optimizer step sum to 1.
+        source: which source it came from.
+        keys: the samples' keys, for messages.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    context: int
+    weight: float
+    source: str
+    keys: list[str]
+
+
+class Bucket:
+    """All samples of one latent shape, over shards.
+
+    Args:
+        manifests: each with its shards of this bucket.
+        frames: latent frames kept from the start of each sample.
+    """
+
+    def __init__(self, manifests: Sequence[tuple[Manifest, ShardEntry]], frames: int) -> None:
+        self.frames = frames
+        self.readers = [ShardReader(manifest.directory, entry) for manifest, entry in manifests]
+        self.starts = np.cumsum([0, *(len(reader) for reader in self.readers)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, sample: int) -> tuple[np.ndarray, str]:
+        """Raw latents (F, C, H, W) in float16 and the key; a damaged sample is replaced by the next healthy one.
+
+        Raises:
+            InputError: no sample of the shard is healthy.
+        """
+        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        reader, first = self.readers[shard], sample - int(self.starts[shard])
+        for offset in range(len(reader)):
+            try:
+                latents, metadata = reader.read((first + offset) % len(reader), self.frames)
+            except DamagedSampleError as error:
+                log.warning("%s The next healthy sample of the shard takes its place.", error)
+                continue
+            return latents, str(metadata["key"])
+        raise InputError(f"{reader.path} has no healthy sample left: copy it again or prepare it again.")
+
+
+class LatentDataset(Dataset[LatentBatch]):
+    """Micro-batch number -> :class:`LatentBatch` of this rank; the same for every worker and at every call.
+
+    Args:
+        plan: the order.
+        buckets: for each source of the plan, its buckets.
+        mean, std: (C,) the codec's whitening constants.
+        noise_levels: one level per frame, or one per clip.
+        purpose: which of the plan's random streams gives the noise.
+        rank, world_size: the slice to take.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        buckets: Sequence[Sequence[Bucket]],
+        mean: Sequence[float],
+        std: Sequence[float],
+        noise_levels: NoiseLevels,
+        purpose: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if plan.max_ranks % world_size:
+            raise InputError(
+                f"{world_size} ranks do not divide data.max_ranks = {plan.max_ranks}: set it to a multiple of the "
+                "number of ranks (it is part of the order: choose it once per run)."
+            )
+        self.plan, self.buckets = plan, buckets
+        self.mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
+        self.std = torch.tensor(std, dtype=torch.float32)[:, None, None]
+        self.noise_levels, self.purpose = noise_levels, purpose
+        self.rank, self.world_size = rank, world_size
+
+    def __getitem__(self, number: int) -> LatentBatch:
+        micro_batch = self.plan.micro_batch(number).share(self.rank, self.world_size)
+        bucket = self.buckets[micro_batch.source][micro_batch.bucket]
+        raw, keys = zip(*(bucket.read(int(sample)) for sample in micro_batch.samples), strict=True)
+        latents = (torch.from_numpy(np.stack(raw)).float() - self.mean) / self.std
+        step = number // self.plan.micro_batches_per_step
+        noise, levels = [], []
+        for place in micro_batch.places:
+            numbers = generator(self.plan.seed, self.purpose, step, int(place))
+            noise.append(numbers.standard_normal(latents.shape[1:], dtype=np.float32))
+            level = numbers.random(latents.shape[1] if self.noise_levels == "frame" else 1, dtype=np.float32)
+            levels.append(np.broadcast_to(level, latents.shape[1]))
+        return LatentBatch(
+            latents=latents,
+            noise=torch.from_numpy(np.stack(noise)),
+            t=torch.from_numpy(np.stack(levels)),
+            context=int(micro_batch.context.sum()),
+            weight=micro_batch.weight,
+            source=self.plan.sources[micro_batch.source].name,
+            keys=list(keys),
+        )
+
+
+class NumbersFrom(Sampler[int]):
+    """The numbers `start` to `stop - 1`, with the length counted from 0: a run resumes inside one long epoch."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.stop))
+
+    def __len__(self) -> int:
+        return self.stop

@@ -1,0 +1,214 @@
+"""The plan as a LightningDataModule: sources from the recipe, the position from the trainer's step."""
+
+import dataclasses
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NoiseLevels, NumbersFrom
+from gpdit_lightning.data.manifest import Manifest, Split
+from gpdit_lightning.data.plan import TRAIN_NOISE, VALIDATION_NOISE, Plan, PlannedSource
+from gpdit_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of samples in the mixture."""
+
+    manifests: list[str] = field(default_factory=list)
+    """Folders that data_prep/shard_latents.py made (or their manifest.json)."""
+    batch_size: int = 0
+    """Samples per optimizer step over all ranks; 0 leaves the source out."""
+    micro_batches: int = 1
+    """Equal parts into which that batch is cut, one forward and backward pass each: more parts, less memory."""
+    frames: int = 0
+    """Latent frames taken from the start of each sample; 0 takes all."""
+    weight: float = 1.0
+    """Weight of this source's mean loss relative to the other source's."""
+
+
+UNUSED = SourceConfig()
+
+
+class LatentDataModule(LightningDataModule):
+    """Batches of latents in the order of the plan, from the step the trainer stands at.
+
+    Args:
+        images: still images (latents of one frame).
+        videos: clips.
+        seed: of the order, the noise and the noise levels; a step's batch depends on it and on nothing before.
+        context_dropout: fraction of clips that are trained without context, for guidance.
+        noise_levels: `frame` draws a level t for each latent frame, `clip` one for the whole clip.
+        max_ranks: the most ranks this run may use; every divisor of it gives the same order.
+        workers: loader processes per rank; 0 loads in the training process.
+        validation_batches: batches (of the training size) per validation, from the held-out sources.
+    """
+
+    def __init__(
+        self,
+        images: SourceConfig = UNUSED,
+        videos: SourceConfig = UNUSED,
+        seed: int = 0,
+        context_dropout: float = 0.1,
+        noise_levels: NoiseLevels = "frame",
+        max_ranks: int = 1,
+        workers: int = 0,
+        validation_batches: int = 4,
+    ) -> None:
+        super().__init__()
+        if seed < 0:
+            raise InputError(f"data.seed is {seed}; it must not be negative.")
+        self.seed, self.noise_levels = seed, noise_levels
+        self.workers, self.validation_batches = workers, validation_batches
+        self.configs = {
+            name: config for name, config in (("images", images), ("videos", videos)) if config.batch_size > 0
+        }
+        self.manifests = {
+            name: [Manifest.load(path) for path in self._paths(name, config)] for name, config in self.configs.items()
+        }
+        self.codec = self._common_codec()
+        self.buckets = {split: self._buckets_of(split) for split in ("train", "validation")}
+        self.plan = Plan(self._planned("train"), seed, context_dropout, max_ranks)
+        held_out = self._planned("validation")
+        self.validation_plan = Plan(held_out, seed, 0.0, max_ranks) if held_out else None
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Gradient accumulation that the trainer must use."""
+        return self.plan.micro_batches_per_step
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """What generation must know of the training clips: stride between frames, sizes in pixels, clip length."""
+        name = "videos" if "videos" in self.manifests else "images"
+        preparation = self.manifests[name][0].preparation
+        factor = self.codec["spatial_factor"]
+        shapes = {
+            (b.frames, *b.readers[0].entry.shape[2:]) for source in self.buckets["train"].values() for b in source
+        }
+        longest = max(frames for frames, *_ in shapes)
+        return {
+            "stride": preparation.get("stride", 1),
+            "sizes": sorted([height * factor, width * factor] for f, height, width in shapes if f == longest),
+            "frames": longest,
+        }
+
+    def train_dataloader(self) -> DataLoader[LatentBatch]:
+        """The rest of the run, from the step the trainer stands at, as one epoch."""
+        assert self.trainer is not None
+        per_step = self.micro_batches_per_step
+        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else 2**40
+        return self._loader("train", self.plan, TRAIN_NOISE, self.trainer.global_step * per_step, steps * per_step)
+
+    def val_dataloader(self) -> DataLoader[LatentBatch] | list[Any]:
+        """The same batches with the same noise at every validation; nothing if no source was held out."""
+        if self.validation_plan is None or self.validation_batches < 1:
+            return []
+        stop = self.validation_batches * self.validation_plan.micro_batches_per_step
+        return self._loader("validation", self.validation_plan, VALIDATION_NOISE, 0, stop)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the data order depends on, and what generation must know of the data."""
+        return {"order": self._order(), "codec": self.codec, "geometry": self.geometry}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint was made with this data in this order; the position itself is the trainer's step.
+
+        Raises:
+            InputError: the data, the mixture or the batches changed.
+        """
+        order, saved = self._order(), state_dict["order"]
+        for name in sorted(order.keys() | saved.keys()):
+            if order.get(name) != saved.get(name):
+                raise InputError(
+                    f"the checkpoint was trained with {name} = {saved.get(name)} and the recipe has {order.get(name)}, "
+                    "so its data order cannot go on: restore the old value, or begin a new run folder from its weights "
+                    "(--run_dir NEW --model.init_args.initial_weights CHECKPOINT)."
+                )
+
+    def _order(self) -> dict[str, Any]:
+        order: dict[str, Any] = {
+            "data.seed": self.seed,
+            "data.context_dropout": self.plan.context_dropout,
+            "data.noise_levels": self.noise_levels,
+            "data.max_ranks": self.plan.max_ranks,
+        }
+        for name, config in self.configs.items():
+            for setting, value in dataclasses.asdict(config).items():
+                order[f"data.{name}.{setting}"] = value
+            # Where shards lie may change; what they hold may not.
+            order[f"data.{name}.manifests"] = [manifest.fingerprint()[:16] for manifest in self.manifests[name]]
+        return order
+
+    @staticmethod
+    def _paths(name: str, config: SourceConfig) -> list[str]:
+        if not config.manifests:
+            raise InputError(
+                f"data.{name}.batch_size is {config.batch_size} but data.{name}.manifests is empty: name a folder that "
+                "data_prep/shard_latents.py made."
+            )
+        return config.manifests
+
+    def _common_codec(self) -> dict[str, Any]:
+        loaded = [manifest for manifests in self.manifests.values() for manifest in manifests]
+        if not loaded:
+            raise InputError("no source of data is in use: give data.images or data.videos a batch_size above 0.")
+        first = loaded[0]
+        for other in loaded[1:]:
+            for key in ("name", "fingerprint", "mean", "std"):
+                if other.codec[key] != first.codec[key]:
+                    raise InputError(
+                        f"{other.path} holds latents of another codec than {first.path} ({key} is {other.codec[key]} "
+                        f"instead of {first.codec[key]}): prepare both with the same codec."
+                    )
+        return first.codec
+
+    def _buckets_of(self, split: Split) -> dict[str, list[Bucket]]:
+        """For each source, its buckets: one for each latent shape that its shards have."""
+        found: dict[str, list[Bucket]] = {}
+        for name, config in self.configs.items():
+            kind = "image" if name == "images" else "video"
+            by_shape = defaultdict(list)
+            for manifest in self.manifests[name]:
+                for entry in manifest.of_split(split):
+                    if entry.kind == kind and entry.count > 0:
+                        by_shape[entry.shape].append((manifest, entry))
+            for shape, entries in sorted(by_shape.items()):
+                if config.frames > shape[0]:
+                    raise InputError(
+                        f"data.{name}.frames is {config.frames}, but {entries[0][0].path} has samples of {shape[0]} "
+                        "latent frames: prepare longer clips or ask for fewer frames."
+                    )
+                found.setdefault(name, []).append(Bucket(entries, config.frames or shape[0]))
+        return found
+
+    def _planned(self, split: Split) -> tuple[PlannedSource, ...]:
+        planned = []
+        for name, config in self.configs.items():
+            counts = tuple(len(bucket) for bucket in self.buckets[split].get(name, []))
+            if counts or split == "train":
+                planned.append(PlannedSource(name, counts, config.batch_size, config.micro_batches, config.weight))
+        return tuple(planned)
+
+    def _loader(self, split: Split, plan: Plan, purpose: int, start: int, stop: int) -> DataLoader[LatentBatch]:
+        assert self.trainer is not None
+        dataset = LatentDataset(
+            plan,
+            [self.buckets[split][source.name] for source in plan.sources],
+            self.codec["mean"],
+            self.codec["std"],
+            self.noise_levels,
+            purpose,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=NumbersFrom(start, stop),
+            num_workers=self.workers,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )

@@ -1,0 +1,206 @@
+"""The manifest: what a folder of latent shards holds, in one schema for writer and reader."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import written_whole
+
+FORMAT = "gpdit_lightning-shards-1"
+FILE_NAME = "manifest.json"
+
+Split = Literal["train", "validation"]
+Kind = Literal["image", "video"]
+
+PREPARE_AGAIN = "prepare the data again with data_prep/shard_latents.py"
+CODEC_FIELDS = ("name", "latent_channels", "spatial_factor", "temporal_factor", "mean", "std", "fingerprint")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard: a tar of samples that all have one latent shape."""
+
+    path: str
+    """The tar, relative to the manifest's folder."""
+    index: str
+    """Its byte index, relative to the manifest's folder (see `data/shards.py`)."""
+    split: Split
+    kind: Kind
+    shape: tuple[int, int, int, int]
+    """Latent frames, channels, height, width of every sample."""
+    count: int
+    """Samples in the shard."""
+    bytes: int
+    """Size of the tar."""
+    sha256: str
+    """Of the tar, in hexadecimal digits."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The description of a folder of shards, saved as `manifest.json` inside it."""
+
+    directory: Path
+    """The folder that holds the shards; known from where the manifest lies, never written into it."""
+    codec: dict[str, Any]
+    """`Codec.spec()` of the codec that made the latents, with the constants that whiten them."""
+    shards: tuple[ShardEntry, ...]
+    preparation: dict[str, Any] = field(default_factory=dict)
+    """The options the shards were made with, for people and for reuse."""
+    validation: dict[str, Any] = field(default_factory=dict)
+    """How sources were held out (by source, never by clip) and how many sources each split has."""
+    labels: tuple[str, ...] = ()
+    """The label names, sorted; a sample's label is its place in this list. Empty where samples have none."""
+    skipped: tuple[dict[str, str], ...] = ()
+    """`{"source", "reason"}` of every source, or part of one, that could not be used."""
+
+    @property
+    def path(self) -> Path:
+        """The manifest's own file."""
+        return self.directory / FILE_NAME
+
+    def of_split(self, split: Split) -> tuple[ShardEntry, ...]:
+        """The shards of one split, in the manifest's order."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def fingerprint(self) -> str:
+        """A sha256 that changes when any latent or the codec changes, and with nothing else."""
+        identity = [self.codec["fingerprint"], *(shard.sha256 for shard in self.shards)]
+        return hashlib.sha256("\n".join(identity).encode()).hexdigest()
+
+    def save(self) -> None:
+        """Write `manifest.json` in `directory`, whole or not at all.
+
+        Raises:
+            InputError: when the content breaks the schema, so that nothing is written that `load` would refuse.
+        """
+        content = {"format": FORMAT} | {entry.name: getattr(self, entry.name) for entry in fields(self)[1:]}
+        content["shards"] = [asdict(shard) for shard in self.shards]
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        _parse(json.loads(text), self.path)
+        with written_whole(self.path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Manifest":
+        """Read a manifest, given as its folder or as the file, and check that every shard is there at its full size.
+
+        Raises:
+            InputError: for a missing or broken manifest, an unknown format, a missing field, a missing shard, or a
+                shard whose size is not the one that was written (cut off in a copy, or changed).
+        """
+        path = Path(path)
+        if path.name != FILE_NAME:
+            path = path / FILE_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path} does not exist: give a folder made by data_prep/shard_latents.py.") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is no readable JSON ({error}): {PREPARE_AGAIN}.") from None
+        manifest = _parse(content, path)
+        for shard in manifest.shards:
+            manifest._check_file(shard)
+        return manifest
+
+    def _check_file(self, shard: ShardEntry) -> None:
+        path = self.directory / shard.path
+        for needed in (path, self.directory / shard.index):
+            if not needed.is_file():
+                raise InputError(f"{needed} is missing though {self.path} lists it: copy it again or {PREPARE_AGAIN}.")
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise InputError(
+                f"{path} has {size} bytes where {self.path} says {shard.bytes}, so it was cut off or changed: "
+                f"copy it again or {PREPARE_AGAIN}."
+            )
+
+
+def _parse(content: Any, path: Path) -> Manifest:
+    """JSON content as a `Manifest`; every departure from the schema is an `InputError` that names the field."""
+    content = _typed(content, dict, path, "the whole file")
+    if content.get("format") != FORMAT:
+        raise InputError(
+            f"{path} has format {content.get('format')!r} and this version reads {FORMAT!r}: {PREPARE_AGAIN}."
+        )
+    names = [entry.name for entry in fields(Manifest)[1:]]
+    _check_names(content, ["format", *names], path, "the manifest")
+    codec = _typed(content["codec"], dict, path, "codec")
+    for name in CODEC_FIELDS:
+        if name not in codec:
+            raise InputError(f"{path} lacks the field 'codec.{name}': {PREPARE_AGAIN}.")
+    for name in ("mean", "std"):
+        values = codec[name]
+        if not isinstance(values, list) or len(values) != codec["latent_channels"]:
+            raise InputError(
+                f"{path} has codec.{name} = {values!r}, which is not one number for each of the "
+                f"{codec['latent_channels']} latent channels: {PREPARE_AGAIN}."
+            )
+    shards = tuple(
+        _parse_shard(entry, path, i) for i, entry in enumerate(_typed(content["shards"], list, path, "shards"))
+    )
+    for i, shard in enumerate(shards):
+        if shard.shape[1] != codec["latent_channels"]:
+            raise InputError(
+                f"{path} has shards[{i}].shape = {list(shard.shape)} with {shard.shape[1]} channels where its codec "
+                f"has {codec['latent_channels']}: {PREPARE_AGAIN}."
+            )
+    return Manifest(
+        directory=path.parent,
+        codec=codec,
+        shards=shards,
+        preparation=_typed(content["preparation"], dict, path, "preparation"),
+        validation=_typed(content["validation"], dict, path, "validation"),
+        labels=tuple(_typed(content["labels"], list, path, "labels")),
+        skipped=tuple(_typed(content["skipped"], list, path, "skipped")),
+    )
+
+
+def _parse_shard(entry: Any, path: Path, i: int) -> ShardEntry:
+    where = f"shards[{i}]"
+    entry = _typed(entry, dict, path, where)
+    _check_names(entry, [entry_field.name for entry_field in fields(ShardEntry)], path, where)
+    for name in ("path", "index"):
+        relative = PurePosixPath(_typed(entry[name], str, path, f"{where}.{name}"))
+        if relative.is_absolute() or ".." in relative.parts or not relative.name:
+            raise InputError(
+                f"{path} has {where}.{name} = {entry[name]!r}, which leaves the manifest's folder: {PREPARE_AGAIN}."
+            )
+    for name, allowed in (("split", get_args(Split)), ("kind", get_args(Kind))):
+        if entry[name] not in allowed:
+            raise InputError(
+                f"{path} has {where}.{name} = {entry[name]!r} and knows {' and '.join(allowed)} only: {PREPARE_AGAIN}."
+            )
+    shape = _typed(entry["shape"], list, path, f"{where}.shape")
+    if len(shape) != 4 or not all(_is_positive_integer(size) for size in shape):
+        raise InputError(f"{path} has {where}.shape = {shape!r}, which is not four positive sizes: {PREPARE_AGAIN}.")
+    for name in ("count", "bytes"):
+        if not _is_positive_integer(entry[name]):
+            raise InputError(f"{path} has {where}.{name} = {entry[name]!r}, no positive integer: {PREPARE_AGAIN}.")
+    _typed(entry["sha256"], str, path, f"{where}.sha256")
+    return ShardEntry(**entry | {"shape": tuple(shape)})
+
+
+def _typed(value: Any, expected: type, path: Path, where: str) -> Any:
+    if not isinstance(value, expected):
+        names: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+        raise InputError(f"{path} has {value!r} as {where} where {names[expected]} belongs: {PREPARE_AGAIN}.")
+    return value
+
+
+def _check_names(content: dict[str, Any], expected: Iterable[str], path: Path, where: str) -> None:
+    expected = list(expected)
+    for name in expected:
+        if name not in content:
+            raise InputError(f"{path} lacks the field {name!r} of {where}: {PREPARE_AGAIN}.")
+    for name in content:
+        if name not in expected:
+            raise InputError(f"{path} has the unknown field {name!r} in {where}: remove it or {PREPARE_AGAIN}.")
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

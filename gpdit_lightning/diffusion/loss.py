@@ -1,0 +1,37 @@
+"""The velocity loss (GPDiT, equation 3) and its view by noise level."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class QuartileLoss(NamedTuple):
+    """Squared errors by quartile of the noise level, as sums and counts, so that batches and ranks add up exactly.
+
+    Attributes:
+        sums: (4,) sum over frames of the mean squared error; quartile k holds t in [k/4, (k+1)/4), the last t = 1 too.
+        counts: (4,) number of frames.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+
+def velocity_loss(prediction: Tensor, velocity: Tensor, t: Tensor) -> tuple[Tensor, QuartileLoss]:
+    """Mean squared error of the velocity, in float32 or better.
+
+    Args:
+        prediction, velocity: (B, F, C, H, W).
+        t: (B, F) noise levels in [0, 1].
+
+    Returns:
+        the scalar loss, and its detached parts by quartile of `t`.
+    """
+    precise = torch.promote_types(prediction.dtype, torch.float32)
+    per_frame = (prediction.to(precise) - velocity.to(precise)).square().mean(dim=(2, 3, 4))
+    quartile = (t * 4).long().clamp(0, 3).flatten()
+    errors = per_frame.detach().flatten()
+    sums = errors.new_zeros(4).index_add_(0, quartile, errors)
+    counts = errors.new_zeros(4).index_add_(0, quartile, torch.ones_like(errors))
+    return per_frame.mean(), QuartileLoss(sums, counts)

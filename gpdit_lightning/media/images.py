@@ -1,0 +1,118 @@
+"""Pictures: reading, covering a size, contact sheets."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import written_whole
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+Size = tuple[int, int]
+
+
+def read_image(path: str | Path) -> Tensor:
+    """A picture as uint8 (1, 3, H, W), turned upright by its EXIF orientation; transparent parts become white.
+
+    Raises:
+        InputError: when the file is missing or is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+            pixels = np.array(upright.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is no readable picture ({error}): replace or remove it.") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+
+
+def resize_and_crop(pixels: Tensor, size: Size) -> Tensor:
+    """Scale frames until they just cover `size`, aspect kept, and cut the centre out (GPDiT, section 5.1).
+
+    Args:
+        pixels: uint8 (T, 3, H, W).
+        size: height and width wanted.
+
+    Returns:
+        uint8 (T, 3, height, width).
+    """
+    height, width = pixels.shape[-2:]
+    scale = max(size[0] / height, size[1] / width)
+    scaled = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    if scaled != (height, width):
+        pixels = F.interpolate(pixels, scaled, mode="bicubic", antialias=True, align_corners=False)
+    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
+    return pixels[..., top : top + size[0], left : left + size[1]].contiguous()
+
+
+def closest_size(height: int, width: int, sizes: Sequence[Size]) -> Size:
+    """The size whose aspect ratio is closest to height / width; of equally close ones, the first.
+
+    Raises:
+        InputError: when `sizes` is empty.
+    """
+    if not sizes:
+        raise InputError("No sizes are configured: give at least one, such as 256x256.")
+    return min(sizes, key=lambda size: abs(math.log(height / width) - math.log(size[0] / size[1])))
+
+
+def parse_size(text: str) -> Size:
+    """ "192x320" as (height 192, width 320).
+
+    Raises:
+        InputError: for any other form.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"The size {text!r} is not HEIGHTxWIDTH in pixels: write it like 192x320.")
+    return int(parts[0]), int(parts[1])
+
+
+def write_strip(path: str | Path, rows: Mapping[str, Tensor], columns: int = 16, least_side: int = 96) -> None:
+    """Write a PNG with one labelled row of frames for each video, for looking at samples side by side.
+
+    Args:
+        path: the file.
+        rows: label -> uint8 (T, 3, H, W); T may differ, a column is one moment in all rows.
+        columns: most frames shown, evenly spaced from the first to the last of the longest video.
+        least_side: smaller frames are enlarged until their shorter side has this many pixels.
+
+    Raises:
+        InputError: when there is nothing to show.
+    """
+    if not rows or any(len(frames) == 0 for frames in rows.values()):
+        raise InputError(f"There are no frames to write to {path}: give every row at least one.")
+    longest = max(len(frames) for frames in rows.values())
+    shown = sorted({round(moment) for moment in np.linspace(0, longest - 1, min(columns, longest))})
+    height, width = next(iter(rows.values())).shape[-2:]
+    enlarge = max(1.0, least_side / min(height, width))
+    cell_width, cell_height, gap = round(width * enlarge), round(height * enlarge), 4
+    font = ImageFont.load_default(size=14)
+    label_width = round(max(font.getlength(label) for label in rows)) + 3 * gap
+    head = 24
+
+    sheet_size = label_width + len(shown) * (cell_width + gap), head + len(rows) * (cell_height + gap)
+    sheet = Image.new("RGB", sheet_size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, moment in enumerate(shown):
+        left = label_width + column * (cell_width + gap)
+        draw.text((left + cell_width / 2, head / 2), str(moment), "black", font, anchor="mm")
+        for row, frames in enumerate(rows.values()):
+            if moment < len(frames):
+                frame = Image.fromarray(frames[moment].permute(1, 2, 0).cpu().numpy())
+                frame = frame.resize((cell_width, cell_height), Image.Resampling.BICUBIC)
+                sheet.paste(frame, (left, head + row * (cell_height + gap)))
+    for row, label in enumerate(rows):
+        draw.text((gap, head + row * (cell_height + gap) + cell_height / 2), label, "black", font, anchor="lm")
+    with written_whole(Path(path)) as temporary:
+        sheet.save(temporary, format="PNG")

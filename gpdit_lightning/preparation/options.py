@@ -1,0 +1,83 @@
+"""What a preparation can be asked for."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.images import parse_size
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What to encode, how, and where to. Each field's `help` is the command line's."""
+
+    out: Path = field(metadata={"help": "folder for the shards and manifest.json"})
+    videos: Sequence[Path] = field(
+        default=(),
+        metadata={"help": "folders of videos (searched in depth), single files, or .txt lists of one path a line"},
+    )
+    images: Sequence[Path] = field(default=(), metadata={"help": "pictures, given like --videos"})
+    validation_videos: Sequence[Path] = field(
+        default=(), metadata={"help": "videos that are all held out, given like --videos"}
+    )
+    validation_images: Sequence[Path] = field(
+        default=(), metadata={"help": "pictures that are all held out, given like --videos"}
+    )
+    codec: str = field(default="wan", metadata={"help": "wan (the WanVAE, as in the paper) or pca (no download)"})
+    codec_source: str | None = field(
+        default=None, metadata={"help": "the codec's weights: a folder or hub name (wan), a file (pca)"}
+    )
+    stride: int = field(
+        default=3, metadata={"help": "take every stride-th frame of a video; the paper takes every third"}
+    )
+    clip_frames: int = field(
+        default=17, metadata={"help": "frames of a clip, 1 + 4k; the paper's are 17, and 45 for long"}
+    )
+    clips_per_video: int | None = field(
+        default=None, metadata={"help": "only the first so many clips of each video; all when not given"}
+    )
+    video_sizes: Sequence[str] = field(
+        default=("192x320",),
+        metadata={"help": "HEIGHTxWIDTH; each video is scaled and cropped to the closest in aspect"},
+    )
+    image_sizes: Sequence[str] = field(
+        default=("256x256", "192x320", "320x192"), metadata={"help": "the same for pictures"}
+    )
+    labels: bool = field(default=False, metadata={"help": "store the name of a file's folder as its label"})
+    validation_fraction: float = field(
+        default=0.05,
+        metadata={
+            "help": "share of the sources that is held out by a hash of their path, where no held-out place is given"
+        },
+    )
+    source_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "regular expression for the part of a path that names the recording, where one was cut into "
+            r"several files, which are then held out together; UCF-101: v_\w+_g\d+"
+        },
+    )
+    shard_size: int = field(default=1000, metadata={"help": "most samples in one shard"})
+    batch_size: int = field(default=4, metadata={"help": "clips, or pictures, encoded at once"})
+    device: str = field(default="auto", metadata={"help": "where the codec computes: auto, cpu, cuda, cuda:1, ..."})
+
+
+def check_options(options: PrepareOptions) -> None:
+    """Refuse what no source could be prepared with, before any is opened; raises `InputError`."""
+    for name in ("stride", "clip_frames", "shard_size", "batch_size"):
+        if getattr(options, name) < 1:
+            raise InputError(f"{name} is {getattr(options, name)}: give at least 1.")
+    if options.clips_per_video is not None and options.clips_per_video < 1:
+        raise InputError(f"clips_per_video is {options.clips_per_video}: give at least 1, or leave it out for all.")
+    if not 0 <= options.validation_fraction < 1:
+        raise InputError(f"validation_fraction is {options.validation_fraction}: give a share from 0 to below 1.")
+    for text in (*options.video_sizes, *options.image_sizes):
+        parse_size(text)
+    try:
+        re.compile(options.source_pattern or "")
+    except re.error as error:
+        raise InputError(
+            f"source_pattern {options.source_pattern!r} is no regular expression ({error}): mend it."
+        ) from None

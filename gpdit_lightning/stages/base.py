@@ -1,0 +1,88 @@
+"""What every stage does: noise a batch, predict its velocity, hand the loss on."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from gpdit_lightning.data.batches import LatentBatch
+from gpdit_lightning.diffusion import NoiseSchedule, QuartileLoss, rotate_to, velocity_loss
+from gpdit_lightning.model import GPDiT, GPDiTConfig
+from gpdit_lightning.training.checkpoints import backbone_weights, check_architecture, read_checkpoint
+from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
+
+DEFAULT_BACKBONE = GPDiTConfig()
+DEFAULT_SCHEDULE = NoiseSchedule()
+DEFAULT_OPTIMIZER = OptimizerConfig()
+
+
+class GPDiTStage(LightningModule):
+    """Trains a GPDiT on whatever sources the data has: images, videos or both.
+
+    Args:
+        backbone: the architecture.
+        schedule: from noise levels to angles.
+        optimizer: AdamW and its schedule.
+        initial_weights: checkpoint or run folder whose (averaged) weights to begin with; empty begins at random. A run
+            that resumes goes on from its own last checkpoint instead.
+    """
+
+    def __init__(
+        self,
+        backbone: GPDiTConfig = DEFAULT_BACKBONE,
+        schedule: NoiseSchedule = DEFAULT_SCHEDULE,
+        optimizer: OptimizerConfig = DEFAULT_OPTIMIZER,
+        initial_weights: str = "",
+    ) -> None:
+        super().__init__()
+        self.config, self.schedule, self.optimizer_config = backbone, schedule, optimizer
+        self.initial_weights = initial_weights
+        self.backbone: GPDiT
+
+    def configure_model(self) -> None:
+        """Build the backbone where the strategy wants it (sharded, or on the meta device)."""
+        if "backbone" in self._modules:
+            return
+        self.backbone = GPDiT(self.config)
+        if self.initial_weights:
+            checkpoint = read_checkpoint(self.initial_weights)
+            check_architecture(checkpoint["gpdit"]["backbone"], self.config, self.initial_weights)
+            self.backbone.load_state_dict(backbone_weights(checkpoint))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the trained parameters, its schedule stepped per optimizer step."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer, scheduler = build_optimizer(trained, self.optimizer_config, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def objective(self, batch: LatentBatch) -> tuple[Tensor, QuartileLoss]:
+        """Mean velocity loss of a batch (GPDiT, equation 3), and its parts by noise level."""
+        sample = rotate_to(batch.latents, batch.noise, self.schedule.theta(batch.t))
+        clean = batch.latents[: batch.context] if batch.context else None
+        prediction = self.backbone(sample.noisy, sample.theta, clean)
+        return velocity_loss(prediction, sample.velocity, batch.t)
+
+    def training_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
+        """One micro-batch; Lightning divides by the accumulation, the batch's weight already holds its share."""
+        loss, quartiles = self.objective(batch)
+        share = batch.weight * self.trainer.accumulate_grad_batches
+        return {"loss": loss * share, "quartiles": quartiles}
+
+    def validation_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
+        """The same objective on held-out clips with fixed noise."""
+        with torch.no_grad():
+            loss, quartiles = self.objective(batch)
+        return {"loss": loss, "quartiles": quartiles}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the weights are weights of."""
+        checkpoint["gpdit"] = {
+            "stage": type(self).__name__,
+            "backbone": self.config.to_dict(),
+            "schedule": {"name": self.schedule.name, "shift": self.schedule.shift},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture."""
+        check_architecture(checkpoint["gpdit"]["backbone"], self.config, "the run's last checkpoint")

@@ -1,0 +1,1 @@
+"""What every stage's training shares: optimiser, EMA, checkpoints, health, logs. Knows no stage."""

@@ -1,0 +1,138 @@
+"""The scalars of a run: losses by source and noise level, gradient norm, learning rate, throughput."""
+
+import time
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from gpdit_lightning.diffusion import QuartileLoss
+from gpdit_lightning.training.health import Health
+
+SUM, COUNT = 0, 1
+
+
+class LossTable:
+    """Running sums of the loss by source and quartile of the noise level.
+
+    Sums and counts add up exactly over micro-batches, ranks and an interruption; means are taken last.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Tensor] = {}  # source -> (2, 4) sums and counts by quartile
+        self.weights: dict[str, float] = {}  # source -> sum of its micro-batches' weights in the objective
+
+    def add(self, source: str, weight: float, quartiles: QuartileLoss) -> None:
+        """Add one micro-batch."""
+        row = torch.stack(quartiles).double()
+        self.rows[source] = self.rows[source] + row if source in self.rows else row
+        self.weights[source] = self.weights.get(source, 0.0) + weight
+
+    def means(self, trainer: Trainer) -> dict[str, float]:
+        """`loss`, `loss_q1` to `loss_q4` and, with several sources, `loss_SOURCE`; over all ranks, then forgotten.
+
+        `loss` weighs the sources as the objective does; the quartiles pool all frames.
+        """
+        names = sorted(self.rows)
+        if not names:
+            return {}
+        table = torch.stack([self.rows[name] for name in names])
+        table = trainer.strategy.reduce(table, reduce_op="sum").cpu()
+        total = sum(self.weights.values())
+        per_source = {name: float(row[SUM].sum() / row[COUNT].sum()) for name, row in zip(names, table, strict=True)}
+        means = {"loss": sum(self.weights[name] / total * mean for name, mean in per_source.items())}
+        pooled = table.sum(dim=0)
+        for quartile in range(4):
+            if pooled[COUNT, quartile] > 0:
+                means[f"loss_q{quartile + 1}"] = float(pooled[SUM, quartile] / pooled[COUNT, quartile])
+        if len(names) > 1:
+            means |= {f"loss_{name}": mean for name, mean in per_source.items()}
+        self.rows, self.weights = {}, {}
+        return means
+
+
+class Curves(Callback):
+    """Logs means since the last log, every `trainer.log_every_n_steps` optimizer steps, against the optimizer step.
+
+    Tags: `train/loss`, `train/loss_q1..q4`, `train/loss_SOURCE`, `train/grad_norm`, `train/lr`, `perf/clips_per_s`,
+    `perf/tokens_per_s` (noisy tokens: those that are supervised), and `val/loss...` likewise.
+
+    Args:
+        health: measures the gradient norm.
+    """
+
+    def __init__(self, health: Health) -> None:
+        self.health = health
+        self.train, self.validation = LossTable(), LossTable()
+        self.clips = self.tokens = 0
+        self._since = 0.0
+        self._last_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._since, self._last_step = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add a micro-batch; log when an optimizer step ends a window."""
+        self.train.add(batch.source, batch.weight, outputs["quartiles"])
+        clips, frames, _, height, width = batch.latents.shape
+        self.clips += clips * trainer.world_size
+        self.tokens += clips * frames * height * width // pl_module.backbone.config.patch_size**2 * trainer.world_size
+        step = trainer.global_step
+        if step == self._last_step or step % trainer.log_every_n_steps:
+            self._last_step = step
+            return
+        self._last_step = step
+        scalars = {f"train/{name}": mean for name, mean in self.train.means(trainer).items()}
+        seconds = time.perf_counter() - self._since
+        scalars |= {
+            "train/grad_norm": self.health.gradient_norm,
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "perf/clips_per_s": self.clips / seconds,
+            "perf/tokens_per_s": self.tokens / seconds,
+        }
+        self.clips = self.tokens = 0
+        self._since = time.perf_counter()
+        _write(trainer, pl_module, scalars, "train/loss")
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add a validation batch."""
+        self.validation.add(batch.source, batch.weight, outputs["quartiles"])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the validation means; the sanity check before training is not logged."""
+        scalars = {f"val/{name}": mean for name, mean in self.validation.means(trainer).items()}
+        if scalars and not trainer.sanity_checking:
+            _write(trainer, pl_module, scalars, "val/loss")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave validation out of the throughput."""
+        self.clips = self.tokens = 0
+        self._since = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window under way, so that an interrupted curve goes on as if nothing had happened."""
+        return {"rows": self.train.rows, "weights": self.train.weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the window back."""
+        self.train.rows, self.train.weights = dict(state_dict["rows"]), dict(state_dict["weights"])
+
+
+def _write(trainer: Trainer, module: LightningModule, scalars: dict[str, float], in_progress_bar: str) -> None:
+    """Log against the optimizer step; Lightning's own step counts differ when gradients accumulate."""
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, step=trainer.global_step)
+    module.log(in_progress_bar, scalars[in_progress_bar], prog_bar=True, logger=False, rank_zero_only=True)

@@ -1,0 +1,79 @@
+"""Exponential moving average of the weights, in float32, beside the training weights."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from gpdit_lightning.errors import InputError
+
+
+class EMA(Callback):
+    """Keeps the average, validates with it, and saves it in every checkpoint under `ema`.
+
+    Lightning's own weight averaging copies the whole module and is lost under DeepSpeed; this one holds one float32
+    tensor per trained parameter.
+
+    Args:
+        decay: of the average per optimizer step; it starts lower, at (1 + n) / (10 + n) after n updates, so that the
+            average forgets the initial weights.
+        validate: whether validation sees the average instead of the training weights.
+    """
+
+    def __init__(self, decay: float = 0.9999, validate: bool = True) -> None:
+        if not 0 <= decay < 1:
+            raise InputError(f"ema.decay is {decay}; it must lie in [0, 1).")
+        self.decay, self.validate = decay, validate
+        self.average: dict[str, Tensor] = {}
+        self.updates = 0
+        self._training_weights: list[Tensor] = []
+        self._last_step = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin at the current weights, or move a restored average to the device."""
+        if not self.average:
+            self.average = {name: p.detach().clone().float() for name, p in _trained(pl_module)}
+        self.average = {name: self.average[name].to(p.device) for name, p in _trained(pl_module)}
+        self._last_step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Take in the weights after each optimizer step (not after each micro-batch)."""
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        weights = [p.detach().float() for _, p in _trained(pl_module)]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+
+    @torch.no_grad()
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the average into the module."""
+        if not self.validate or not self.average:
+            return
+        for name, parameter in _trained(pl_module):
+            self._training_weights.append(parameter.detach().clone())
+            parameter.copy_(self.average[name])
+
+    @torch.no_grad()
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the training weights back."""
+        for (_, parameter), weight in zip(_trained(pl_module), self._training_weights, strict=False):
+            parameter.copy_(weight)
+        self._training_weights = []
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the average to a checkpoint."""
+        checkpoint["ema"] = {"weights": self.average, "updates": self.updates}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the average from a checkpoint."""
+        self.average = dict(checkpoint["ema"]["weights"])
+        self.updates = checkpoint["ema"]["updates"]
+
+
+def _trained(module: LightningModule) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,61 @@
+"""A progress bar over optimizer steps, from where the run stands to where it ends."""
+
+import sys
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+
+class StepProgress(ProgressBar):
+    """One line: steps done, steps to do, time left, the latest training and validation loss.
+
+    Lightning's bars count micro-batches of an epoch; here the epoch is the run and a step may be many micro-batches.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: tqdm | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Called by Lightning on every rank but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show the bar again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar at the step the run stands at."""
+        interactive = sys.stderr.isatty()
+        self._bar = tqdm(
+            desc="training",
+            unit="step",
+            initial=trainer.global_step,
+            total=trainer.max_steps if trainer.max_steps > 0 else None,
+            disable=not self._enabled,
+            mininterval=0.1 if interactive else 15,  # a log file wants a line now and then, not a film
+            dynamic_ncols=interactive,
+        )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Move to the trainer's step; micro-batches in between do not move it."""
+        if self._bar is None:
+            return
+        losses = {
+            name: f"{value:.4f}" for name, value in trainer.progress_bar_metrics.items() if isinstance(value, float)
+        }
+        self._bar.set_postfix(losses, refresh=False)
+        self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the terminal in order for the message."""
+        if self._bar is not None:
+            self._bar.close()

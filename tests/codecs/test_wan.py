@@ -1,0 +1,91 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpdit_lightning.codecs import WanCodec, load_codec, load_codec_from_spec
+from gpdit_lightning.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> Any:
+    """The real class with small random weights."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1)
+
+
+def random_clip(frames: int) -> torch.Tensor:
+    return torch.randint(0, 256, (1, frames, 3, 16, 24), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+def test_a_clip_goes_there_and_back(autoencoder: Any) -> None:
+    codec = WanCodec(autoencoder)
+    latents = codec.encode(random_clip(9))
+    assert latents.shape == (1, 3, 16, 2, 3)
+    assert latents.dtype == torch.float32
+    pixels = codec.decode(latents)
+    assert pixels.shape == (1, 9, 3, 16, 24)
+    assert pixels.dtype == torch.uint8
+
+
+def test_latents_are_the_posterior_mode_of_pixels_in_minus_one_to_one(autoencoder: Any) -> None:
+    clip = random_clip(5)
+    with torch.no_grad():
+        moments = autoencoder.encode(clip.permute(0, 2, 1, 3, 4).float() / 127.5 - 1).latent_dist
+    codec = WanCodec(autoencoder)
+    torch.testing.assert_close(codec.encode(clip), moments.mean.permute(0, 2, 1, 3, 4))
+    assert torch.equal(codec.encode(clip), codec.encode(clip))
+
+
+def test_later_frames_do_not_reach_earlier_latents(autoencoder: Any) -> None:
+    codec = WanCodec(autoencoder)
+    clip = random_clip(13)
+    torch.testing.assert_close(codec.encode(clip)[:, :2], codec.encode(clip[:, :5]), atol=1e-5, rtol=0)
+
+
+def test_the_whitening_constants_are_the_published_ones(autoencoder: Any) -> None:
+    codec = WanCodec(autoencoder)
+    assert codec.mean.tolist() == pytest.approx(autoencoder.config.latents_mean)
+    assert codec.std.tolist() == pytest.approx(autoencoder.config.latents_std)
+    assert codec.mean[0].item() == pytest.approx(-0.7571)  # Wan 2.1
+    assert codec.std[0].item() == pytest.approx(2.8184)
+
+
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_it_loads_from_a_folder_and_from_its_spec(autoencoder: Any, tmp_path: Path, subfolder: str) -> None:
+    autoencoder.save_pretrained(tmp_path / subfolder)
+    codec = load_codec("wan", str(tmp_path))
+    assert torch.equal(codec.encode(random_clip(5)), WanCodec(autoencoder).encode(random_clip(5)))
+    assert codec.spec()["source"] == str(tmp_path)
+    assert load_codec_from_spec(codec.spec()).fingerprint == codec.fingerprint == WanCodec(autoencoder).fingerprint
+    with pytest.raises(InputError, match="different codecs"):
+        load_codec_from_spec(codec.spec() | {"fingerprint": "0" * 16})
+
+
+def test_a_missing_or_empty_folder_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    with pytest.raises(InputError, match="absent does not exist: give an existing folder or a hub name"):
+        load_codec("wan", str(tmp_path / "absent"))
+    with pytest.raises(InputError, match="could not be loaded"):
+        load_codec("wan", str(tmp_path))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    diffusers = pytest.importorskip("diffusers")
+
+    def unreachable(*args: Any, **options: Any) -> None:
+        assert options["use_safetensors"]  # nothing is ever unpickled
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(diffusers.AutoencoderKLWan, "from_pretrained", unreachable)
+    with pytest.raises(InputError, match=r"'owner/model' could not be loaded \(We couldn't connect\): download it"):
+        load_codec("wan", "owner/model")
+
+
+def test_another_geometry_is_refused() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    flat = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1, temperal_downsample=[False, False, True])
+    with pytest.raises(InputError, match="time 2 times"):
+        WanCodec(flat, "somewhere")

@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.images import closest_size, parse_size, read_image, resize_and_crop, write_strip
+
+PAPER_SIZES = [(256, 256), (192, 320), (320, 192)]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(100, 100, (256, 256)), (240, 320, (256, 256)), (1080, 1920, (192, 320)), (1920, 1080, (320, 192)), (9, 11, (256, 256))],
+)
+def test_the_closest_aspect_is_chosen(height: int, width: int, expected: tuple[int, int]) -> None:
+    assert closest_size(height, width, PAPER_SIZES) == expected
+
+
+def test_a_tie_goes_to_the_first() -> None:
+    assert closest_size(100, 100, [(192, 320), (320, 192)]) == (192, 320)
+    assert closest_size(100, 100, [(320, 192), (192, 320)]) == (320, 192)
+    with pytest.raises(InputError, match="No sizes"):
+        closest_size(1, 1, [])
+
+
+def test_sizes_are_height_then_width() -> None:
+    assert parse_size("192x320") == (192, 320)
+    for text in ("192", "192x", "0x8", "ax8", "8x8x8"):
+        with pytest.raises(InputError, match="HEIGHTxWIDTH"):
+            parse_size(text)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40), (17, 33), (64, 64), (16, 24)])
+def test_the_crop_is_the_scaled_centre(height: int, width: int) -> None:
+    # Grey rises by 2 a pixel to the right, so a crop's columns say where it was cut and how it was scaled.
+    pixels = (torch.arange(width) * 2).to(torch.uint8).expand(2, 3, height, width).contiguous()
+    result = resize_and_crop(pixels, (16, 24))
+    assert result.shape == (2, 3, 16, 24)
+    scale = max(16 / height, 24 / width)
+    columns = result[0, 0, 8].float()
+    assert columns.mean().item() == pytest.approx(width - 1, abs=2 / scale)  # the middle stays the middle
+    slopes = (columns[20] - columns[3]) / 17
+    assert slopes.item() == pytest.approx(2 / scale, rel=0.1)
+
+
+def test_shrinking_is_antialiased() -> None:
+    stripes = (torch.arange(64) % 2 * 255).to(torch.uint8).expand(1, 3, 64, 64).contiguous()
+    assert resize_and_crop(stripes, (16, 16))[..., 4:12].float().sub(127.5).abs().max() < 20
+
+
+def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:10, :10] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    image = read_image(tmp_path / "a.png")
+    assert image.shape == (1, 3, 30, 20)
+    assert image[0, 0, 0, -1] == 255
+    assert image[0, 0, 0, 0] == 0
+
+
+def test_grey_palette_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 77).save(tmp_path / "grey.png")
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "grey.png")[0, :, 0, 0].tolist() == [77, 77, 77]
+    assert read_image(tmp_path / "clear.png")[0, :, 0, 0].tolist() == [255, 255, 255]
+
+
+def test_a_broken_picture_is_named(tmp_path: Path) -> None:
+    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
+    (tmp_path / "text.jpg").write_text("no picture")
+    for name in ("cut.png", "text.jpg", "absent.png"):
+        with pytest.raises(InputError, match=f"{name} is no readable picture"):
+            read_image(tmp_path / name)
+
+
+def test_a_strip_shows_every_row_enlarged(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    videos = {
+        "context": torch.full((2, 3, 16, 16), 200, dtype=torch.uint8),
+        "generated": torch.randint(0, 255, (5, 3, 16, 16), generator=generator).to(torch.uint8),
+    }
+    write_strip(tmp_path / "strip.png", videos)
+    with Image.open(tmp_path / "strip.png") as sheet:
+        pixels = np.array(sheet)
+    assert pixels.shape[0] >= 2 * 96
+    assert pixels.shape[1] >= 5 * 96
+    # The first row has two frames: a third of its stretch is grey, the rest of it paper.
+    row = pixels[24 + 48]
+    assert (row == 200).all(axis=-1).sum() == 2 * 96
+    assert (pixels[:, :60] < 100).any()  # the labels
+    with pytest.raises(InputError, match="no frames"):
+        write_strip(tmp_path / "none.png", {})
+
+
+def test_a_long_video_is_thinned_to_its_columns(tmp_path: Path) -> None:
+    write_strip(tmp_path / "strip.png", {"long": torch.zeros(100, 3, 96, 96, dtype=torch.uint8)}, columns=4)
+    with Image.open(tmp_path / "strip.png") as sheet:
+        assert 4 * 96 < sheet.width < 6 * 96

@@ -1,0 +1,115 @@
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.video import iterate_frames, read_video, video_info, write_video
+
+
+def grey_steps(frames: int, height: int = 48, width: int = 64) -> torch.Tensor:
+    """Frame i is the grey 10 i, so that a frame says its own number."""
+    return (torch.arange(frames, dtype=torch.uint8) * 10).view(-1, 1, 1, 1).expand(-1, 3, height, width).contiguous()
+
+
+def numbers(frames: torch.Tensor) -> list[int]:
+    return [round(value / 10) for value in frames.float().mean(dim=(1, 2, 3)).tolist()]
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    write_video(tmp_path / "steps.mp4", grey_steps(20), fps=Fraction(30000, 1001))
+    return tmp_path / "steps.mp4"
+
+
+def test_a_written_video_reads_back(tmp_path: Path) -> None:
+    rows, columns = torch.meshgrid(torch.linspace(0, 255, 64), torch.linspace(0, 255, 96), indexing="ij")
+    pixels = torch.stack([rows, columns, 255 - rows]).to(torch.uint8).expand(5, -1, -1, -1)
+    write_video(tmp_path / "ramp.mp4", pixels, fps=8)
+    again = read_video(tmp_path / "ramp.mp4")
+    assert again.shape == pixels.shape
+    assert again.dtype == torch.uint8
+    assert (again.float() - pixels.float()).abs().mean() < 3
+    assert [path.name for path in tmp_path.iterdir()] == ["ramp.mp4"]
+
+
+def test_the_header_tells_rate_size_and_length(video: Path) -> None:
+    info = video_info(video)
+    assert (info.height, info.width, info.frames) == (48, 64, 20)
+    assert info.fps == Fraction(30000, 1001)
+
+
+@pytest.mark.parametrize(
+    ("start", "stride", "most", "expected"),
+    [(0, 1, None, list(range(20))), (2, 3, None, [2, 5, 8, 11, 14, 17]), (4, 5, 2, [4, 9]), (0, 3, 0, [])],
+)
+def test_start_stride_and_most_choose_frames(
+    video: Path, start: int, stride: int, most: int | None, expected: list[int]
+) -> None:
+    frames = list(iterate_frames(video, start, stride, most))
+    assert (numbers(torch.stack(frames)) if frames else []) == expected
+
+
+def test_a_gif_is_a_video(tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (32, 16), (value, 0, 0)) for value in (0, 100, 200)]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=100)
+    frames = read_video(tmp_path / "a.gif")
+    assert frames.shape == (3, 3, 16, 32)
+    assert frames[:, 0, 8, 8].tolist() == pytest.approx([0, 100, 200], abs=3)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "corner"),
+    [((0, 1, -1, 0), (0, -1)), ((0, -1, 1, 0), (-1, 0)), ((-1, 0, 0, -1), (-1, -1))],
+    ids=["clockwise", "anticlockwise", "upside_down"],
+)
+def test_a_turned_video_is_set_upright(tmp_path: Path, matrix: tuple[int, ...], corner: tuple[int, int]) -> None:
+    pixels = torch.zeros(2, 3, 48, 64, dtype=torch.uint8)
+    pixels[..., :16, :16] = 255  # the corner that shows where the picture was turned
+    path = tmp_path / "turned.mp4"
+    write_video(path, pixels, fps=10)
+    content = bytearray(path.read_bytes())
+    # ISO 14496-12, track header, version 0: the matrix stands 44 bytes after the box's name.
+    a, b, c, d = (value << 16 for value in matrix)
+    place = content.index(b"tkhd") + 4 + 40
+    content[place : place + 20] = struct.pack(">5i", a, b, 0, c, d)
+    path.write_bytes(content)
+
+    frame = next(iterate_frames(path))
+    expected = (3, 48, 64) if matrix[0] else (3, 64, 48)
+    assert frame.shape == expected
+    assert frame[0, corner[0], corner[1]] > 200
+    assert (video_info(path).height, video_info(path).width) == expected[1:]
+
+
+def test_a_video_that_breaks_midway_gives_its_good_frames_then_an_error(video: Path) -> None:
+    content = bytearray(video.read_bytes())
+    video.write_bytes(content[: len(content) * 2 // 3])  # the table at the end is gone
+    with pytest.raises(InputError, match=r"steps\.mp4 is no readable video"):
+        list(iterate_frames(video))
+
+
+def test_what_is_no_video_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("no video at all")
+    with pytest.raises(InputError, match=r"text\.mp4 is no readable video .*: replace or remove it"):
+        video_info(tmp_path / "text.mp4")
+    with pytest.raises(InputError, match=r"absent\.mp4 does not exist"):
+        next(iterate_frames(tmp_path / "absent.mp4"))
+
+
+def test_reading_past_the_end_is_named(video: Path) -> None:
+    with pytest.raises(InputError, match="no frame from number 99"):
+        read_video(video, start=99)
+    with pytest.raises(InputError, match="stride 0"):
+        read_video(video, stride=0)
+
+
+def test_odd_sides_and_no_frames_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="47x64 and mp4 needs even sides"):
+        write_video(tmp_path / "a.mp4", grey_steps(2, 47), 8)
+    with pytest.raises(InputError, match="at least one frame"):
+        write_video(tmp_path / "a.mp4", grey_steps(0), 8)
+    assert list(tmp_path.iterdir()) == []

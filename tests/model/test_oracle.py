@@ -1,0 +1,168 @@
+"""The backbone's outputs and all its gradients against a dense float64 reference."""
+
+from typing import get_args
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+from toys import assert_near, toy_batch, toy_config, toy_model
+
+from gpdit_lightning import GPDiT
+from gpdit_lightning.model.config import TimeSite
+
+VARIANTS = ("of2", "of")
+
+
+def gradients(output: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """Gradient of a fixed random projection of `output` with respect to each input."""
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    loss = (output * weights).sum()
+    return dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()), allow_unused=True), strict=True))
+
+
+def library_run(model: GPDiT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in batch.items()}
+    output = model(leaves["noisy"], leaves["theta"], leaves.get("clean"))
+    return output.detach(), gradients(output, leaves | dict(model.named_parameters()))
+
+
+def oracle_run(model: GPDiT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in batch.items()}
+    parameters = {name: value.detach().clone().requires_grad_() for name, value in model.state_dict().items()}
+    output = oracle.forward(parameters, model.config, leaves["noisy"], leaves["theta"], leaves.get("clean"))
+    return output.detach(), gradients(output, leaves | parameters)
+
+
+def assert_equals_oracle(model: GPDiT, batch: dict[str, Tensor]) -> None:
+    output, grads = library_run(model, batch)
+    expected_output, expected_grads = oracle_run(model, batch)
+    assert expected_output.std() > 0.1  # the reference says something
+    assert_near(output, expected_output, what="output")
+    assert grads.keys() == expected_grads.keys()
+    for name, expected in expected_grads.items():
+        assert_near(grads[name], expected, what=f"gradient of {name}")
+
+
+def named(noisy: Tensor, theta: Tensor, clean: Tensor | None) -> dict[str, Tensor]:
+    return {"noisy": noisy, "theta": theta} | ({} if clean is None else {"clean": clean})
+
+
+# Clips, and how many of them have context (None: `clean` is None).
+CONTEXTS = [(2, 2), (3, 1), (2, 0), (2, None)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("frames", [1, 2, 5, 12])
+@pytest.mark.parametrize(("clips", "context_clips"), CONTEXTS)
+def test_outputs_and_gradients(variant: str, frames: int, clips: int, context_clips: int | None) -> None:
+    noisy, theta, clean = toy_batch(clips, context_clips or 0, frames, height=4, width=6)  # 6 tokens a frame
+    batch = named(noisy, theta, None if context_clips is None else clean)
+    assert_equals_oracle(toy_model(attention=variant), batch)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("frames", "height", "width"),
+    [(1, 16, 32), (2, 16, 32), (5, 16, 32), (12, 16, 32), (2, 18, 30), (2, 22, 26)],
+    ids=lambda value: str(value),
+)
+def test_long_frames(variant: str, frames: int, height: int, width: int) -> None:
+    """128 tokens a frame, 135 and 143: multiples of a kernel's tile and not."""
+    batch = named(*toy_batch(2, 1, frames, height, width))
+    assert_equals_oracle(toy_model(attention=variant, width=24, mlp_width=32), batch)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("site", get_args(TimeSite))
+def test_time_sites(variant: str, site: str) -> None:
+    assert_equals_oracle(toy_model(attention=variant, time_site=site), named(*toy_batch(3, 2, frames=3)))
+
+
+@pytest.mark.parametrize(("patch_size", "height", "width"), [(1, 2, 3), (3, 6, 9), (2, 2, 8)])
+def test_patch_sizes(patch_size: int, height: int, width: int) -> None:
+    model = toy_model(patch_size=patch_size, latent_channels=5)
+    assert_equals_oracle(model, named(*toy_batch(2, 1, 3, height, width, channels=5)))
+
+
+@pytest.mark.parametrize("overrides", [{"heads": 1}, {"layers": 1}, {"width": 36, "heads": 6}, {"norm_eps": 0.1}])
+def test_other_architectures(overrides: dict[str, float]) -> None:
+    assert_equals_oracle(toy_model(**overrides), named(*toy_batch(2, 1, frames=3)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_features_equal_the_oracle_at_every_layer(variant: str) -> None:
+    model = toy_model(attention=variant, layers=3)
+    _, _, clean = toy_batch(2, frames=4)
+    found = model.features(clean, layers=range(4))
+    for layer in range(4):
+        assert_near(found[layer], oracle.features(model.state_dict(), model.config, clean, layer), what=f"layer {layer}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("context_clips", [3, 1, 0])
+def test_activation_checkpointing_changes_nothing(variant: str, context_clips: int) -> None:
+    config = toy_config(attention=variant)
+    batch = named(*toy_batch(3, context_clips))
+    output, grads = library_run(toy_model(config), batch)
+    again, grads_again = library_run(toy_model(config.replaced(activation_checkpointing=True)), batch)
+    assert torch.equal(again, output)
+    for name, grad in grads.items():
+        assert (grads_again[name] is None) == (grad is None), name
+        assert grad is None or torch.equal(grads_again[name], grad), name
+
+
+def test_activation_checkpointing_runs_each_block_twice() -> None:
+    """Otherwise the test above would pass with an option that does nothing."""
+    model = toy_model(activation_checkpointing=True)
+    runs = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, _: runs.append(module.layer))
+    library_run(model, named(*toy_batch()))
+    assert sorted(runs) == [0, 0, 1, 1]
+    with torch.no_grad():
+        model(*toy_batch())
+    assert sorted(runs) == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float32_is_close_to_float64(variant: str) -> None:
+    model = toy_model(attention=variant)
+    batch = named(*toy_batch(3, 2, frames=5))
+    expected, expected_grads = library_run(model, batch)
+    model = model.float()
+    leaves = {name: value.float().requires_grad_() for name, value in batch.items()}
+    output = model(**leaves)
+    assert output.dtype == torch.float32
+    assert_near(output, expected, 1e-5, "output")
+    for name, grad in gradients(output, leaves | dict(model.named_parameters())).items():
+        assert_near(grad, expected_grads[name], 1e-4, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_bfloat16_autocast_is_finite_and_near(variant: str, checkpointing: bool) -> None:
+    model = toy_model(attention=variant, activation_checkpointing=checkpointing)
+    batch = named(*toy_batch(3, 2, frames=5))
+    expected, expected_grads = library_run(model, batch)
+    model = model.float()
+    leaves = {name: value.float().requires_grad_() for name, value in batch.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**leaves)
+    assert output.dtype == torch.float32  # as the latents were
+    assert_near(output, expected, 0.05, "output")
+    for name, grad in gradients(output, leaves | dict(model.named_parameters())).items():
+        assert_near(grad, expected_grads[name], 0.1, f"gradient of {name}")
+
+
+def test_the_oracle_can_tell() -> None:
+    """The comparison fails for a wrong mask, a wrong site and wrong RoPE bases."""
+    batch = named(*toy_batch(2, frames=4))
+    model = toy_model()
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    output, _ = library_run(model, batch)
+    for wrong in ({"attention": "of"}, {"time_site": "input"}, {"rope_lengths": (300, 40, 16)}):
+        other = oracle.forward(state, model.config.replaced(**wrong), **batch)
+        with pytest.raises(AssertionError, match="off by"):
+            assert_near(output, other)

@@ -1,0 +1,285 @@
+"""The xformers path with the operator replaced by a reference of its signature, and the choice between backends."""
+
+import importlib.util
+import inspect
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+from toys import assert_near, toy_batch, toy_config, toy_model
+
+from gpdit_lightning import GPDiT, InputError
+from gpdit_lightning.model.attention import backends
+
+Call = tuple[tuple[int, ...], tuple[int, ...]]  # shapes of the query and of the keys
+
+
+class ReferenceOperator:
+    """`xformers.ops.memory_efficient_attention` by its definition, in (B, M, H, K); it records its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_bias: Any = None,
+        p: float = 0.0,
+        scale: float | None = None,
+        *,
+        op: Any = None,
+    ) -> Tensor:
+        assert attn_bias is None, "a mask was passed"
+        assert p == 0.0, "dropout was asked for"
+        assert op is None
+        assert query.dtype == key.dtype == value.dtype, "xformers refuses mixed precisions"
+        assert key.shape == value.shape
+        self.calls.append((tuple(query.shape), tuple(key.shape)))
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = torch.einsum("bmhk,bnhk->bhmn", query * scale, key)
+        return torch.einsum("bhmn,bnhk->bmhk", scores.softmax(dim=-1), value)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_choice() -> Iterator[None]:
+    """`select_backend` remembers its choices for the whole process."""
+    backends.select_backend.cache_clear()
+    yield
+    backends.select_backend.cache_clear()
+
+
+@pytest.fixture
+def operator(monkeypatch: pytest.MonkeyPatch) -> ReferenceOperator:
+    reference = ReferenceOperator()
+    monkeypatch.setattr(backends, "load_xformers_operator", lambda: reference)
+    pretend_installed(monkeypatch, installed=True)
+    return reference
+
+
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    real = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> Any:
+        if name == "xformers":
+            return real("math") if installed else None
+        return real(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+
+
+def gradients(model: GPDiT, batch: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
+    leaves = [x.detach().clone().requires_grad_() for x in batch]
+    output = model(*leaves)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=output.dtype)
+    found = torch.autograd.grad((output * weights).sum(), [*leaves, *model.parameters()], allow_unused=True)
+    return output.detach(), list(found)
+
+
+@pytest.mark.parametrize("variant", ["of2", "of"])
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize(("clips", "context_clips"), [(2, 2), (3, 1), (2, 0)])
+def test_equals_sdpa_and_the_oracle(
+    operator: ReferenceOperator, variant: str, frames: int, clips: int, context_clips: int
+) -> None:
+    batch = toy_batch(clips, context_clips, frames)
+    config = toy_config(attention=variant)
+    model = toy_model(config.replaced(attention_backend="xformers"))
+    output, grads = gradients(model, batch)
+    assert operator.calls
+    calls = len(operator.calls)
+    expected, expected_grads = gradients(toy_model(config.replaced(attention_backend="sdpa")), batch)
+    assert len(operator.calls) == calls  # the other model did not use it
+    assert_near(output, expected, 1e-12, "output")
+    for (name, _), grad, expected_grad in zip(
+        [("noisy", 0), ("theta", 0), ("clean", 0), *model.named_parameters()], grads, expected_grads, strict=True
+    ):
+        assert_near(grad, expected_grad, 1e-11, f"gradient of {name}")
+    assert_near(output, oracle.forward(model.state_dict(), config, *batch), what="oracle")
+
+
+def expected_calls(variant: str, clips: int, context_clips: int, frames: int, layers: int, tokens: int) -> list[Call]:
+    """What figure 3 of GPDiT leaves, one unmasked call per asking frame, frames that see themselves alone folded."""
+    heads, head_width = 2, 20
+
+    def call(batch: int, seen: int) -> Call:
+        return (batch, tokens, heads, head_width), (batch, seen * tokens, heads, head_width)
+
+    calls = []
+    for layer in range(layers):
+        if context_clips and frames > 1:
+            if layer < layers - 1 and variant == "of":
+                calls.append(call(context_clips * (frames - 1), 1))
+            elif layer < layers - 1:
+                calls += [call(context_clips, j + 1) for j in range(frames - 1)]
+            calls += [call(context_clips, i + 1) for i in range(frames)]
+            if clips > context_clips:
+                calls.append(call((clips - context_clips) * frames, 1))
+        else:
+            calls.append(call(clips * frames, 1))
+    return calls
+
+
+@pytest.mark.parametrize("variant", ["of2", "of"])
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize(("clips", "context_clips"), [(2, 2), (3, 1), (2, 0)])
+def test_calls(operator: ReferenceOperator, variant: str, frames: int, clips: int, context_clips: int) -> None:
+    model = toy_model(attention=variant, attention_backend="xformers", layers=3)
+    model(*toy_batch(clips, context_clips, frames))
+    assert sorted(operator.calls) == sorted(expected_calls(variant, clips, context_clips, frames, layers=3, tokens=6))
+
+
+def test_cached_generation_uses_the_operator(operator: ReferenceOperator) -> None:
+    model = toy_model(attention_backend="xformers")
+    noisy, theta, clean = toy_batch(frames=3)
+    with torch.no_grad():
+        expected = model(noisy, theta, clean)
+        cache = model.new_cache(2, 3, 4, 6)
+        model.extend(cache, clean[:, :2])
+        operator.calls.clear()
+        assert_near(model.denoise(noisy[:, 2], theta[:, 2], cache), expected[:, 2])
+    assert operator.calls == [((2, 6, 2, 20), (2, 18, 2, 20))] * 2
+
+
+@pytest.mark.parametrize("variant", ["of2", "of"])
+@pytest.mark.parametrize("cache_in_autocast", [True, False])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_operator_never_sees_mixed_precisions(
+    operator: ReferenceOperator, variant: str, cache_in_autocast: bool
+) -> None:
+    model = toy_model(attention=variant, attention_backend="xformers").float()
+    noisy, theta, clean = (x.float() for x in toy_batch(3, 2, frames=3))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cache_in_autocast):
+        cache = model.new_cache(2, 3, 4, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(noisy, theta, clean)
+        model.extend(cache, clean[:, :1])
+        model.extend(cache, clean[:, 1:2])
+        assert model.denoise(noisy[:2, 2], theta[:2, 2], cache).isfinite().all()
+
+
+def test_real_operator_accepts_our_call() -> None:
+    """The reference above must not drift from the package: names, order and defaults of what we rely on."""
+    if importlib.util.find_spec("xformers") is None:
+        pytest.skip("xformers is not installed")
+    parameters = inspect.signature(backends.load_xformers_operator()).parameters
+    ours = inspect.signature(ReferenceOperator.__call__).parameters
+    for name, parameter in list(ours.items())[1:]:
+        assert parameters[name].default == parameter.default, name
+        assert parameters[name].kind == parameter.kind, name
+    assert list(parameters)[:6] == list(ours)[1:7]
+    extra = [p for name, p in parameters.items() if name not in ours]
+    assert all(p.default is not inspect.Parameter.empty for p in extra)
+
+
+def choice(
+    caplog: pytest.LogCaptureFixture, requested: str, device_type: str = "cuda", dtype: torch.dtype = torch.bfloat16
+) -> tuple[Any, str]:
+    """The operator chosen, twice, and the one line logged about it."""
+    with caplog.at_level(logging.INFO, logger=backends.log.name):
+        operator = backends.select_backend(requested, device_type, dtype)
+        assert backends.select_backend(requested, device_type, dtype) is operator
+    assert len(caplog.records) == 1
+    return operator, caplog.records[0].getMessage()
+
+
+def on_cpu_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the trial call for a CUDA device run without one."""
+    real = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, dtype=None: real(*shape, dtype=dtype))
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def broken(*_: Any, **__: Any) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(backends, "load_xformers_operator", lambda: broken)
+    pretend_installed(monkeypatch, installed=True)
+    on_cpu_instead(monkeypatch)
+
+
+@pytest.mark.parametrize("requested", ["sdpa", "xformers"])
+def test_asked_for(caplog: pytest.LogCaptureFixture, operator: ReferenceOperator, requested: str) -> None:
+    chosen, line = choice(caplog, requested, "cpu", torch.float32)
+    assert chosen is getattr(backends, requested)
+    assert line == f"attention backend: {requested} (asked for)"
+
+
+def test_auto_takes_xformers_on_cuda(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, operator: ReferenceOperator
+) -> None:
+    on_cpu_instead(monkeypatch)
+    chosen, line = choice(caplog, "auto")
+    assert chosen is backends.xformers
+    assert line.startswith("attention backend: xformers (")
+    assert operator.calls  # it was tried first
+
+
+@pytest.mark.parametrize(
+    ("device_type", "dtype", "reason"),
+    [
+        ("cpu", torch.float32, "xformers has no kernels for cpu"),
+        ("meta", torch.bfloat16, "xformers has no kernels for meta"),
+        ("cuda", torch.float64, "xformers has no float64 kernels"),
+    ],
+)
+def test_auto_knows_where_xformers_cannot_serve(
+    caplog: pytest.LogCaptureFixture, operator: ReferenceOperator, device_type: str, dtype: torch.dtype, reason: str
+) -> None:
+    chosen, line = choice(caplog, "auto", device_type, dtype)
+    assert chosen is backends.sdpa
+    assert line == f"attention backend: sdpa ({reason})"
+    assert not operator.calls
+
+
+def test_auto_without_xformers(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch, installed=False)
+    chosen, line = choice(caplog, "auto")
+    assert chosen is backends.sdpa
+    assert line == "attention backend: sdpa (xformers is not installed)"
+
+
+def test_auto_after_a_failed_trial(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(monkeypatch, NotImplementedError("No operator found\nand many lines more"))
+    chosen, line = choice(caplog, "auto")
+    assert chosen is backends.sdpa
+    assert line == "attention backend: sdpa (xformers failed a trial call: NotImplementedError: No operator found)"
+
+
+def test_auto_after_a_trial_that_failed_without_words(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(monkeypatch, AssertionError())
+    chosen, line = choice(caplog, "auto")
+    assert chosen is backends.sdpa
+    assert "AssertionError" in line
+
+
+def test_xformers_asked_for_but_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch, installed=False)
+    with pytest.raises(InputError, match="not installed"):
+        backends.select_backend("xformers", "cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["flash", "", "SDPA"])
+def test_unknown_names(name: str) -> None:
+    with pytest.raises(InputError, match=f"attention_backend '{name}' is not known"):
+        backends.select_backend(name, "cpu", torch.float32)
+    with pytest.raises(InputError, match="is not known"):
+        toy_model(attention_backend=name)(*toy_batch())
+
+
+def test_sdpa_is_plain_attention() -> None:
+    """Layout (B, M, H, K) in and out, scale 1 / sqrt(K), more keys than queries."""
+    query, key, value = (torch.randn(2, count, 3, 8, dtype=torch.float64) for count in (5, 7, 7))
+    out = backends.sdpa(query, key, value)
+    assert out.shape == query.shape
+    for head in range(3):
+        weights = (query[:, :, head] @ key[:, :, head].mT / math.sqrt(8)).softmax(-1)
+        assert_near(out[:, :, head], weights @ value[:, :, head], 1e-12)
