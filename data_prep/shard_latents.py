@@ -38,7 +38,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     print(summary(manifest))
-    print(f"next: python -m gpdit_lightning fit --config RECIPE.yaml --data.manifest {options.out}")
+    print("next: name this folder in a recipe's data.videos.manifests or data.images.manifests, and `fit`")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from gpdit_lightning.media.video import write_video
 SIZE = 64  # pixels, both ways
 DIGIT = 28  # side of a digit in pixels
 FPS = 24
-SPEED = (0.7, 1.5)  # pixels per movie frame, slowest and fastest
+SPEED = (1.0, 2.0)  # pixels per movie frame, slowest and fastest
 HELD_OUT_DIGITS = 300  # of scikit-learn's 1,797 scanned digits, the last ones appear in held-out movies only
 
 
@@ -40,14 +40,16 @@ def render(digit: Tensor, numbers: np.random.Generator, frames: int) -> Tensor:
     x, y = (
         bounce(numbers.uniform(0, 2 * room), speed * turn(direction), frames, room) for turn in (math.cos, math.sin)
     )
-    ground, ink = numbers.uniform(0, 0.35, 3), numbers.uniform(0.5, 1.0, 3)
+    ground, ink = (
+        torch.from_numpy(numbers.uniform(low, high, 3)).float()[None, :, None, None]
+        for low, high in ((0, 0.35), (0.5, 1.0))
+    )
     # Where each pixel of the frame falls on the digit, in grid_sample's [-1, 1]: subpixel motion without jitter.
     pixels = torch.arange(SIZE) + 0.5
     columns = (pixels[None] - torch.from_numpy(x).float()[:, None]) / DIGIT * 2 - 1
     rows = (pixels[None] - torch.from_numpy(y).float()[:, None]) / DIGIT * 2 - 1
     grid = torch.stack((columns[:, None, :].expand(-1, SIZE, -1), rows[:, :, None].expand(-1, -1, SIZE)), dim=-1)
     mask = F.grid_sample(digit.expand(frames, -1, -1, -1), grid, align_corners=False)
-    ground, ink = (torch.from_numpy(colour).float()[None, :, None, None] for colour in (ground, ink))
     return ((ground + mask * (ink - ground)) * 255).round().byte()
 
 

@@ -77,7 +77,7 @@ class RecipeCLI(LightningCLI):
             "callbacks": [
                 health,
                 self.config_init["ema"],
-                Curves(health),
+                Curves(health, settings["log_every_n_steps"], self.model.config.patch_size),
                 self.config_init["checkpoint"],
                 *([StepProgress()] if settings["enable_progress_bar"] is not False else []),
                 *(settings["callbacks"] or []),

@@ -13,7 +13,7 @@ from gpdit_lightning.codecs import load_codec_from_spec
 from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import continue_video
-from gpdit_lightning.media.images import IMAGE_EXTENSIONS, closest_size, read_image, resize_and_crop, write_strip
+from gpdit_lightning.media.images import IMAGE_ENDINGS, closest_size, read_image, resize_and_crop, write_strip
 from gpdit_lightning.media.video import iterate_frames, video_info, write_video
 from gpdit_lightning.training.checkpoints import load_trained_model
 
@@ -24,8 +24,8 @@ def parser() -> argparse.ArgumentParser:
     """The verb's options."""
     options = argparse.ArgumentParser(
         prog="python -m gpdit_lightning sample",
-        description="Continue a video: the context is read at the stride of the training clips, and the result plays at "
-        "the matching rate. Writes an mp4 (context, then generated frames) and a PNG strip beside it.",
+        description="Continue a video: the context is read at the stride of the training clips, and the result plays "
+        "at the matching rate. Writes an mp4 (context, then generated frames) and a PNG strip beside it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     options.add_argument("--checkpoint", required=True, help="a .ckpt file, or a run folder for its last one")
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--context_frames",
         type=int,
-        help="context frames, 1 + 4k at the training stride (default: the training clips' length less one latent frame)",
+        help="context frames, 1 + 4k at the training stride (default: the training clips' but one latent frame)",
     )
     options.add_argument(
         "--start", type=float, help="second at which the context begins (default: such that it ends with the video)"
@@ -68,9 +68,9 @@ def read_context(
     Raises:
         InputError: unreadable, or shorter than the context.
     """
-    if path.suffix.lower() in IMAGE_EXTENSIONS:
+    if path.suffix.lower() in IMAGE_ENDINGS:
         image = read_image(path)
-        size = closest_size(*image.shape[-2:], [(height, width) for height, width in sizes])
+        size = closest_size(image.shape[-2], image.shape[-1], [(height, width) for height, width in sizes])
         return resize_and_crop(image, size), image[:0], STILL_RATE / stride
     info = video_info(path)
     size = closest_size(info.height, info.width, [(height, width) for height, width in sizes])
@@ -80,8 +80,8 @@ def read_context(
         frames = list(iterate_frames(path, round(start * info.fps), stride, wanted + following))
     if len(frames) < wanted:
         raise InputError(
-            f"{path} gives {len(frames)} frames at stride {stride}, but the context needs {wanted}: take a longer video, "
-            "an earlier --start, or fewer --context_frames (1 + 4k)."
+            f"{path} gives {len(frames)} frames at stride {stride}, but the context needs {wanted}: take a longer "
+            "video, an earlier --start, or fewer --context_frames (1 + 4k)."
         )
     pixels = resize_and_crop(torch.stack(frames), size)
     return pixels[:wanted], pixels[wanted:], info.fps / stride
@@ -98,7 +98,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     trained = load_trained_model(options.checkpoint, device, options.weights)
     codec = load_codec_from_spec(trained.codec, device, options.codec_source, where=str(options.checkpoint))
     known = options.context_frames or codec.pixel_frames(max(1, trained.geometry["frames"] - 1))
-    still = options.context.suffix.lower() in IMAGE_EXTENSIONS
+    still = options.context.suffix.lower() in IMAGE_ENDINGS
     context, truth, rate = read_context(
         options.context,
         trained.geometry["stride"],
@@ -113,8 +113,10 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     ).pixels[0]
     write_video(options.out, result, rate)
     strip = options.out.with_suffix(".png")
-    rows = {"context": context, "generated": result[len(context) :]}
-    write_strip(strip, rows | ({"truth": truth} if len(truth) else {}))
+    rows = {"generated": result}
+    if len(truth):
+        rows["truth"] = torch.cat((context, truth))
+    write_strip(strip, rows, context=len(context))
     print(
         f"{options.out}: {len(context)} context frames and {options.frames} generated at {float(rate):.3g} frames/s "
         f"(step {trained.step}); the same as a picture: {strip}"

@@ -105,6 +105,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Leave nothing of the shard behind."""
+        self._tar.close()
         self._file.close()
         partial_path(self.path).unlink(missing_ok=True)
 

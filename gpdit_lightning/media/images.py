@@ -78,7 +78,9 @@ def parse_size(text: str) -> Size:
     return int(parts[0]), int(parts[1])
 
 
-def write_strip(path: str | Path, rows: Mapping[str, Tensor], columns: int = 16, least_side: int = 96) -> None:
+def write_strip(
+    path: str | Path, rows: Mapping[str, Tensor], columns: int = 16, least_side: int = 96, context: int = 0
+) -> None:
     """Write a PNG with one labelled row of frames for each video, for looking at samples side by side.
 
     Args:
@@ -86,6 +88,7 @@ def write_strip(path: str | Path, rows: Mapping[str, Tensor], columns: int = 16,
         rows: label -> uint8 (T, 3, H, W); T may differ, a column is one moment in all rows.
         columns: most frames shown, evenly spaced from the first to the last of the longest video.
         least_side: smaller frames are enlarged until their shorter side has this many pixels.
+        context: the first so many frames were given, not generated; the head says so.
 
     Raises:
         InputError: when there is nothing to show.
@@ -106,7 +109,9 @@ def write_strip(path: str | Path, rows: Mapping[str, Tensor], columns: int = 16,
     draw = ImageDraw.Draw(sheet)
     for column, moment in enumerate(shown):
         left = label_width + column * (cell_width + gap)
-        draw.text((left + cell_width / 2, head / 2), str(moment), "black", font, anchor="mm")
+        given = moment < context
+        title, colour = (f"context {moment}", "gray") if given else (str(moment), "black")
+        draw.text((left + cell_width / 2, head / 2), title, colour, font, anchor="mm")
         for row, frames in enumerate(rows.values()):
             if moment < len(frames):
                 frame = Image.fromarray(frames[moment].permute(1, 2, 0).cpu().numpy())

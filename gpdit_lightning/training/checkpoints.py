@@ -52,7 +52,7 @@ class RunCheckpoint(Checkpoint):
         directory = Path(trainer.default_root_dir) / "checkpoints"
         directory.mkdir(parents=True, exist_ok=True)
         last = directory / LAST
-        trainer.save_checkpoint(partial_path(last))
+        trainer.save_checkpoint(partial_path(last), weights_only=False)
         if trainer.is_global_zero:
             publish(last)
             if self.keep_every_steps and step % self.keep_every_steps == 0:

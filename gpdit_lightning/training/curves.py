@@ -54,17 +54,19 @@ class LossTable:
 
 
 class Curves(Callback):
-    """Logs means since the last log, every `trainer.log_every_n_steps` optimizer steps, against the optimizer step.
+    """Logs means since the last log, every few optimizer steps, against the optimizer step.
 
     Tags: `train/loss`, `train/loss_q1..q4`, `train/loss_SOURCE`, `train/grad_norm`, `train/lr`, `perf/clips_per_s`,
     `perf/tokens_per_s` (noisy tokens: those that are supervised), and `val/loss...` likewise.
 
     Args:
         health: measures the gradient norm.
+        every_steps: optimizer steps between logs.
+        patch_size: of the backbone, to count tokens.
     """
 
-    def __init__(self, health: Health) -> None:
-        self.health = health
+    def __init__(self, health: Health, every_steps: int, patch_size: int) -> None:
+        self.health, self.every_steps, self.patch_size = health, every_steps, patch_size
         self.train, self.validation = LossTable(), LossTable()
         self.clips = self.tokens = 0
         self._since = 0.0
@@ -81,9 +83,9 @@ class Curves(Callback):
         self.train.add(batch.source, batch.weight, outputs["quartiles"])
         clips, frames, _, height, width = batch.latents.shape
         self.clips += clips * trainer.world_size
-        self.tokens += clips * frames * height * width // pl_module.backbone.config.patch_size**2 * trainer.world_size
+        self.tokens += clips * frames * height * width // self.patch_size**2 * trainer.world_size
         step = trainer.global_step
-        if step == self._last_step or step % trainer.log_every_n_steps:
+        if step == self._last_step or step % self.every_steps:
             self._last_step = step
             return
         self._last_step = step

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from gpdit_lightning.codecs import PcaCodec, check_same_codec, load_codec, load_codec_from_spec
-from gpdit_lightning.codecs.fit_pca import fit, psnr, shipped_clips
+from gpdit_lightning.codecs.fit_pca import align, fit, psnr, shipped_clips
 from gpdit_lightning.codecs.pca import WEIGHT_SHAPES, blocks_of, pixels_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import resize_and_crop
@@ -82,7 +82,9 @@ def test_a_still_video_keeps_its_latents(codec: PcaCodec) -> None:
 
 
 def test_a_fit_is_the_best_linear_code_of_its_own_clips() -> None:
-    clips = [moving_clip(9, 32, 32, seed)[0] + torch.randint(0, 40, (9, 3, 32, 32)).to(torch.uint8) for seed in range(8)]
+    clips = [
+        moving_clip(9, 32, 32, seed)[0] + torch.randint(0, 40, (9, 3, 32, 32)).to(torch.uint8) for seed in range(8)
+    ]
     codec = fit(clips)
     values = torch.stack(clips).double() / 127.5 - 1
     centre = values.mean(dim=(0, 1, 3, 4))
@@ -93,6 +95,17 @@ def test_a_fit_is_the_best_linear_code_of_its_own_clips() -> None:
         components = codec.weights[name].double()
         left = (blocks - blocks @ components.T @ components).square().sum()
         assert left.item() == pytest.approx(least.item(), rel=1e-3)
+
+
+def test_aligning_turns_components_inside_their_span() -> None:
+    first = torch.linalg.qr(torch.randn(192, 16, dtype=torch.float64)).Q.T
+    later = torch.linalg.qr(torch.randn(768, 16, dtype=torch.float64)).Q.T
+    turned = align(first, later)
+    torch.testing.assert_close(turned.T @ turned, first.T @ first)
+    # The best rotation is the one after which the overlap is symmetric and positive.
+    overlap = turned @ later.reshape(16, 4, 192).sum(dim=1).T
+    torch.testing.assert_close(overlap, overlap.T)
+    assert torch.linalg.eigvalsh(overlap).min() > 0
 
 
 def test_the_constants_whiten_what_was_fitted() -> None:
@@ -149,7 +162,9 @@ def test_a_codec_loads_from_its_spec_and_only_from_its_own(codec: PcaCodec, tmp_
 
     other = codec.weights | {"std": codec.weights["std"] * 2}
     save_file(other, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match="run.ckpt and the codec loaded from .*other.safetensors are of different codecs"):
+    with pytest.raises(
+        InputError, match=r"run\.ckpt and the codec loaded from .*other\.safetensors are of different codecs"
+    ):
         load_codec_from_spec(codec.spec(), source=str(tmp_path / "other.safetensors"), where="run.ckpt")
     moved = load_codec("pca", str(tmp_path / "other.safetensors"))
     assert moved.fingerprint != codec.fingerprint

@@ -13,7 +13,7 @@ PAPER_SIZES = [(256, 256), (192, 320), (320, 192)]
 
 @pytest.mark.parametrize(
     ("height", "width", "expected"),
-    [(100, 100, (256, 256)), (240, 320, (256, 256)), (1080, 1920, (192, 320)), (1920, 1080, (320, 192)), (9, 11, (256, 256))],
+    [(99, 99, (256, 256)), (240, 320, (192, 320)), (320, 240, (320, 192)), (9, 16, (192, 320)), (9, 11, (256, 256))],
 )
 def test_the_closest_aspect_is_chosen(height: int, width: int, expected: tuple[int, int]) -> None:
     assert closest_size(height, width, PAPER_SIZES) == expected

@@ -85,7 +85,7 @@ def test_a_turned_video_is_set_upright(tmp_path: Path, matrix: tuple[int, ...], 
     assert (video_info(path).height, video_info(path).width) == expected[1:]
 
 
-def test_a_video_that_breaks_midway_gives_its_good_frames_then_an_error(video: Path) -> None:
+def test_an_mp4_that_was_cut_off_is_named(video: Path) -> None:
     content = bytearray(video.read_bytes())
     video.write_bytes(content[: len(content) * 2 // 3])  # the table at the end is gone
     with pytest.raises(InputError, match=r"steps\.mp4 is no readable video"):

@@ -36,7 +36,9 @@ def forward(
         x = turn_hidden(rms_norm(x, parameters["output_norm.weight"], config), blocks, angles, config, "branch")
         x = x @ parameters["output.weight"].T + parameters["output.bias"]
         per_block = x.chunk(len(blocks))
-        outputs.append(torch.stack([picture(tokens, config, *noisy.shape[-2:]) for tokens in per_block[-len(frames) :]]))
+        outputs.append(
+            torch.stack([picture(tokens, config, *noisy.shape[-2:]) for tokens in per_block[-len(frames) :]])
+        )
     return torch.stack(outputs)
 
 
@@ -83,7 +85,9 @@ def transformer(
     return x
 
 
-def attention(own: Parameters, config: GPDiTConfig, h: Tensor, positions: list[tuple[int, ...]], mask: Tensor) -> Tensor:
+def attention(
+    own: Parameters, config: GPDiTConfig, h: Tensor, positions: list[tuple[int, ...]], mask: Tensor
+) -> Tensor:
     """Masked softmax attention, head after head: (tokens, D) -> (tokens, D)."""
     width, head_width = config.width, config.width // config.heads
     key_weight, value_weight = own["key_value.weight"][:width], own["key_value.weight"][width:]
@@ -146,7 +150,9 @@ def turn_positions(x: Tensor, positions: list[tuple[int, ...]], config: GPDiTCon
     return turn_pairs(x, angles)
 
 
-def turn_hidden(x: Tensor, blocks: Sequence[Block], angles: Sequence[Tensor], config: GPDiTConfig, where: str) -> Tensor:
+def turn_hidden(
+    x: Tensor, blocks: Sequence[Block], angles: Sequence[Tensor], config: GPDiTConfig, where: str
+) -> Tensor:
     """Turn all channel pairs by minus the frame's theta, if the configured site is `where` (back at branch outputs)."""
     sites = {"branch": ("branch", "branch_inverse"), "branch output": ("branch_inverse",)}
     if config.time_site not in sites.get(where, (where,)):

@@ -96,7 +96,9 @@ def test_features_equal_the_oracle_at_every_layer(variant: str) -> None:
     _, _, clean = toy_batch(2, frames=4)
     found = model.features(clean, layers=range(4))
     for layer in range(4):
-        assert_near(found[layer], oracle.features(model.state_dict(), model.config, clean, layer), what=f"layer {layer}")
+        assert_near(
+            found[layer], oracle.features(model.state_dict(), model.config, clean, layer), what=f"layer {layer}"
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,0 +1,83 @@
+"""Floating-point operations of the backbone, counted from its configuration: what MFU and estimates rest on."""
+
+import re
+
+from gpdit_lightning.model import GPDiTConfig
+
+# Dense bf16 FLOP/s of a GPU with float32 accumulation, from the makers' data sheets, without sparsity.
+# The first entry whose words all appear in the device's name counts.
+PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
+    ("B200", 2250e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("H800", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("A40", 150e12),
+    ("A30", 165e12),
+    ("A10", 125e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+)
+
+
+def forward_flops(
+    config: GPDiTConfig, clips: int, context_clips: int, frames: int, height: int, width: int
+) -> dict[str, int]:
+    """FLOPs of one `GPDiT.forward`, a multiply-add counted as two; norms, rotations and softmax are left out.
+
+    Args:
+        config: the architecture.
+        clips: B.
+        context_clips: B', how many of them have context.
+        frames: F, latent frames.
+        height, width: of a latent frame, in latent pixels.
+
+    Returns:
+        FLOPs of the parts `embedding`, `attention_projections`, `attention_products`, `mlp` and `output`.
+    """
+    tokens = (height // config.patch_size) * (width // config.patch_size)
+    patch_values = config.latent_channels * config.patch_size**2
+    noisy_tokens = clips * frames * tokens
+    clean_tokens = context_clips * (frames - 1) * tokens
+    embedded = clean_tokens + noisy_tokens
+    # The clean tokens of the last block give keys and values only.
+    asking = (config.layers - 1) * embedded + noisy_tokens
+    looked_at = config.layers * embedded
+
+    clean_pairs = {"of2": frames * (frames - 1) // 2, "of": frames - 1}[config.attention]
+    noisy_pairs = context_clips * frames * (frames + 1) // 2 + (clips - context_clips) * frames
+    frame_pairs = (config.layers - 1) * context_clips * clean_pairs + config.layers * noisy_pairs
+
+    multiply_adds = {
+        "embedding": embedded * patch_values * config.width,
+        "attention_projections": (asking * 2 + looked_at * 2) * config.width**2,
+        "attention_products": frame_pairs * tokens**2 * 2 * config.width,
+        "mlp": asking * 2 * config.width * config.mlp_width,
+        "output": noisy_tokens * config.width * patch_values,
+    }
+    return {part: 2 * count for part, count in multiply_adds.items()}
+
+
+def training_flops(
+    config: GPDiTConfig, clips: int, context_clips: int, frames: int, height: int, width: int
+) -> dict[str, int]:
+    """FLOPs of one forward and backward pass, by part: three times the forward, as is the custom for MFU.
+
+    Recomputation (activation checkpointing, or inside an attention kernel) is not counted: it is time without progress.
+    """
+    forward = forward_flops(config, clips, context_clips, frames, height, width)
+    return {part: 3 * count for part, count in forward.items()}
+
+
+def peak_bf16_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by the name PyTorch gives it; None if it is not in the table."""
+    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    for name, peak in PEAK_BF16_FLOPS:
+        if words.issuperset(name.lower().split()):
+            return peak
+    return None

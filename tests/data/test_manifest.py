@@ -1,0 +1,134 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shards import ShardSetWriter
+from gpdit_lightning.errors import InputError
+
+CODEC: dict[str, Any] = {
+    "name": "pca",
+    "source": None,
+    "latent_channels": 4,
+    "spatial_factor": 8,
+    "temporal_factor": 4,
+    "mean": [0.0] * 4,
+    "std": [1.0] * 4,
+    "fingerprint": "0123456789abcdef",
+}
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    with ShardSetWriter(tmp_path, shard_size=2) as writer:
+        for number in range(3):
+            writer.write("train", "video", np.full((2, 4, 3, 3), number, np.float32), {"source": f"{number}.mp4"})
+        writer.write("validation", "image", np.zeros((1, 4, 3, 3), np.float32), {"source": "a.png"})
+        shards = writer.close()
+    manifest = Manifest(
+        directory=tmp_path,
+        codec=CODEC,
+        shards=shards,
+        preparation={"stride": 3},
+        validation={"held_out_by": "source"},
+        labels=("ball", "dog"),
+        skipped=({"source": "b.mp4", "reason": "broken"},),
+    )
+    manifest.save()
+    return manifest
+
+
+def test_what_is_saved_is_what_is_loaded(manifest: Manifest) -> None:
+    assert Manifest.load(manifest.directory) == manifest
+    assert Manifest.load(manifest.path) == manifest
+    assert Manifest.load(str(manifest.path)).shards[0].shape == (2, 4, 3, 3)
+    assert not list(manifest.directory.glob("*.partial"))
+
+
+def test_no_path_of_the_machine_is_in_the_file(manifest: Manifest) -> None:
+    assert str(manifest.directory) not in manifest.path.read_text()
+
+
+def test_splits_are_told_apart(manifest: Manifest) -> None:
+    assert [shard.count for shard in manifest.of_split("train")] == [2, 1]
+    assert [shard.kind for shard in manifest.of_split("validation")] == ["image"]
+
+
+def test_the_fingerprint_follows_latents_and_codec_only(manifest: Manifest) -> None:
+    first = manifest.shards[0]
+    other_latents = replace(manifest, shards=(replace(first, sha256="0" * 64), *manifest.shards[1:]))
+    other_codec = replace(manifest, codec=CODEC | {"fingerprint": "f" * 16})
+    assert len({manifest.fingerprint(), other_latents.fingerprint(), other_codec.fingerprint()}) == 3
+    assert replace(manifest, preparation={}, labels=()).fingerprint() == manifest.fingerprint()
+
+
+def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere/manifest\.json does not exist: give a folder made by"):
+        Manifest.load(tmp_path / "nowhere")
+
+
+def test_broken_json_is_named(manifest: Manifest) -> None:
+    manifest.path.write_text(manifest.path.read_text()[:100])
+    with pytest.raises(InputError, match=r"manifest\.json is no readable JSON"):
+        Manifest.load(manifest.directory)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (["format"], "gpdit_lightning-shards-9", "has format 'gpdit_lightning-shards-9' and this version reads"),
+        (["codec", "std"], None, "lacks the field 'codec.std'"),
+        (["codec", "mean"], [0.0], r"codec.mean = \[0.0\], which is not one number for each of the 4"),
+        (["shards"], None, "lacks the field 'shards'"),
+        (["shards"], {}, "has {} as shards where a list belongs"),
+        (["labels"], None, "lacks the field 'labels'"),
+        (["more"], 1, "unknown field 'more'"),
+        (["shards", 0, "sha256"], None, r"lacks the field 'sha256' of shards\[0\]"),
+        (["shards", 0, "split"], "test", r"shards\[0\].split = 'test' and knows train and validation only"),
+        (["shards", 0, "kind"], "sound", r"shards\[0\].kind = 'sound'"),
+        (["shards", 0, "shape"], [2, 4, 3], r"shards\[0\].shape = \[2, 4, 3\], which is not four positive sizes"),
+        (["shards", 0, "shape"], [2, 8, 3, 3], "8 channels where its codec has 4"),
+        (["shards", 0, "count"], 0, r"shards\[0\].count = 0"),
+        (["shards", 0, "bytes"], 1.5, r"shards\[0\].bytes = 1.5"),
+        (["shards", 0, "path"], "../x.tar", "leaves the manifest's folder"),
+        (["shards", 0, "index"], "/x.npy", "leaves the manifest's folder"),
+        (["shards", 0, "bytes"], 7, r"has 10240 bytes where .*manifest\.json says 7, so it was cut off or changed"),
+        (["shards", 0, "path"], "gone.tar", r"gone\.tar is missing though"),
+        (["shards", 0, "index"], "gone.npy", r"gone\.npy is missing though"),
+    ],
+)
+def test_every_departure_from_the_schema_is_named(
+    manifest: Manifest, place: list[Any], value: Any, message: str
+) -> None:
+    content = json.loads(manifest.path.read_text())
+    *parents, last = place
+    inner = content
+    for step in parents:
+        inner = inner[step]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    manifest.path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        Manifest.load(manifest.directory)
+
+
+def test_a_shard_that_was_cut_off_is_named(manifest: Manifest) -> None:
+    tar = manifest.directory / manifest.shards[0].path
+    tar.write_bytes(tar.read_bytes()[:-512])
+    with pytest.raises(InputError, match=rf"{tar.name} has \d+ bytes where"):
+        Manifest.load(manifest.directory)
+
+
+def test_nothing_is_saved_that_would_not_load(manifest: Manifest) -> None:
+    before = manifest.path.read_text()
+    with pytest.raises(InputError, match=r"codec\.fingerprint"):
+        replace(manifest, codec={name: value for name, value in CODEC.items() if name != "fingerprint"}).save()
+    with pytest.raises(InputError, match="split"):
+        replace(manifest, shards=(replace(manifest.shards[0], split="test"),)).save()  # type: ignore[arg-type]
+    assert manifest.path.read_text() == before

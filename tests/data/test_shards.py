@@ -1,0 +1,209 @@
+import io
+import json
+import multiprocessing
+import pickle
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+
+from gpdit_lightning.data.manifest import ShardEntry
+from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, ShardSetWriter, ShardWriter
+from gpdit_lightning.errors import InputError
+
+SHAPE = (3, 4, 2, 5)
+
+
+def latent(number: int) -> np.ndarray:
+    return np.random.default_rng(number).normal(size=SHAPE).astype(np.float32)
+
+
+def write(directory: Path, count: int = 4) -> ShardEntry:
+    writer = ShardWriter(directory, "train-video", "train", "video", SHAPE)
+    for number in range(count):
+        writer.write(f"sample-{number}", latent(number), {"source": f"vidéo {number}.mp4", "stride": 3})
+    return writer.close()
+
+
+def overwrite(path: Path, offset: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def test_samples_come_back_in_half_precision(tmp_path: Path) -> None:
+    reader = ShardReader(tmp_path, write(tmp_path))
+    assert len(reader) == 4
+    for number in (2, 0, 3, 1):
+        values, metadata = reader.read(number)
+        assert np.array_equal(values, latent(number).astype(np.float16))
+        assert metadata == {
+            "key": f"sample-{number}",
+            "kind": "video",
+            "source": f"vidéo {number}.mp4",
+            "stride": 3,
+        }
+
+
+def test_frames_keeps_the_beginning(tmp_path: Path) -> None:
+    reader = ShardReader(tmp_path, write(tmp_path))
+    assert np.array_equal(reader.read(1, frames=2)[0], latent(1).astype(np.float16)[:2])
+    for frames in (0, 4):
+        with pytest.raises(InputError, match=f"has 3 latent frames and {frames} were asked for"):
+            reader.read(1, frames=frames)
+    with pytest.raises(IndexError):
+        reader.read(4)
+    with pytest.raises(IndexError):
+        reader.read(-1)
+
+
+def test_a_plain_webdataset_reads_the_shard(tmp_path: Path) -> None:
+    entry = write(tmp_path)
+    samples = list(webdataset.WebDataset(str(tmp_path / entry.path), shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"sample-{number}" for number in range(4)]
+    for number, sample in enumerate(samples):
+        values = np.load(io.BytesIO(sample["latent.npy"]), allow_pickle=False)
+        assert np.array_equal(values, latent(number).astype(np.float16))
+        assert json.loads(sample["json"])["source"] == f"vidéo {number}.mp4"
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write(tmp_path / "a")
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    assert write(tmp_path / "b").sha256 == first.sha256
+    assert write(tmp_path / "c", count=3).sha256 != first.sha256
+
+
+def test_a_shard_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "train-video", "train", "video", SHAPE)
+    writer.write("a", latent(0), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["train-video.tar.partial"]
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train-video.index.npy", "train-video.tar"]
+
+
+def test_wrong_samples_are_refused_and_leave_no_trace(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "x", "train", "video", SHAPE)
+    with pytest.raises(InputError, match=r"key 'a\.b'"):
+        writer.write("a.b", latent(0), {})
+    with pytest.raises(InputError, match=r"has shape \(1, 4, 2, 5\)"):
+        writer.write("a", latent(0)[:1], {})
+    for value in (1e6, np.nan, np.inf):
+        with pytest.raises(InputError, match=r"The latents of big\.mp4 are not finite in float16"):
+            writer.write("a", np.full(SHAPE, value, np.float32), {"source": "big.mp4"})
+    writer.write("a", latent(0), {})
+    assert writer.close().count == 1
+
+
+def test_a_set_opens_one_shard_for_each_split_kind_and_shape(tmp_path: Path) -> None:
+    with ShardSetWriter(tmp_path, shard_size=2) as writer:
+        for number in range(5):
+            writer.write("train", "video", latent(number), {})
+        writer.write("train", "image", latent(0)[:1], {})
+        writer.write("validation", "video", latent(1), {})
+        with pytest.raises(InputError, match="float16"):
+            writer.write("validation", "image", np.full((1, 4, 2, 2), np.inf), {})
+        entries = writer.close()
+    assert [(entry.split, entry.kind, entry.shape, entry.count) for entry in entries] == [
+        ("train", "image", (1, 4, 2, 5), 1),
+        ("train", "video", SHAPE, 2),
+        ("train", "video", SHAPE, 2),
+        ("train", "video", SHAPE, 1),
+        ("validation", "video", SHAPE, 1),
+    ]
+    keys = [ShardReader(tmp_path, entry).read(number)[1]["key"] for entry in entries for number in range(entry.count)]
+    assert len(set(keys)) == 7
+    assert len(list(tmp_path.iterdir())) == 10
+
+
+def test_an_exception_leaves_no_unfinished_shard(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with ShardSetWriter(tmp_path) as writer:
+            writer.write("train", "video", latent(0), {})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flipped_bit_damages_one_sample_only(tmp_path: Path) -> None:
+    entry = write(tmp_path)
+    reader = ShardReader(tmp_path, entry)
+    offset = int(reader.index[2, 0]) + 200
+    byte = (tmp_path / entry.path).read_bytes()[offset]
+    overwrite(tmp_path / entry.path, offset, bytes([byte ^ 4]))
+    with pytest.raises(DamagedSampleError, match=r"Sample 2 of .*train-video\.tar is damaged \(the checksum .*: copy"):
+        reader.read(2)
+    assert np.array_equal(reader.read(1)[0], latent(1).astype(np.float16))
+
+
+def test_broken_metadata_damages_the_sample(tmp_path: Path) -> None:
+    entry = write(tmp_path)
+    reader = ShardReader(tmp_path, entry)
+    overwrite(tmp_path / entry.path, int(reader.index[0, 2]), b"\xff")
+    with pytest.raises(DamagedSampleError, match="Sample 0"):
+        reader.read(0)
+
+
+def test_a_cut_or_missing_tar_damages_what_is_gone(tmp_path: Path) -> None:
+    entry = write(tmp_path)
+    reader = ShardReader(tmp_path, entry)
+    path = tmp_path / entry.path
+    path.write_bytes(path.read_bytes()[: int(reader.index[3, 0]) + 50])
+    assert reader.read(1)
+    with pytest.raises(DamagedSampleError, match="Sample 3"):
+        reader.read(3)
+    path.unlink()
+    with pytest.raises(DamagedSampleError, match="No such file"):
+        reader.read(1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros(SHAPE, np.float32), "float32"),
+        (np.zeros((1, 4, 2, 5), np.float16), r"\(1, 4, 2, 5\) stands where float16 \(3, 4, 2, 5\) belongs"),
+        (np.full(SHAPE, np.nan, np.float16), "not finite"),
+        (np.array([{"pickled": "object"}], dtype=object), "allow_pickle"),
+    ],
+)
+def test_latents_of_the_wrong_sort_are_refused(tmp_path: Path, values: np.ndarray, message: str) -> None:
+    """Whatever a foreign writer put there, with a checksum that agrees; and nothing is unpickled."""
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=True)
+    content = buffer.getvalue()
+    entry = write(tmp_path, count=1)
+    (tmp_path / entry.path).write_bytes(content + b"{}")
+    np.save(tmp_path / entry.index, np.array([[0, len(content), len(content), 2, zlib.crc32(content)]]))
+    with pytest.raises(DamagedSampleError, match=message):
+        ShardReader(tmp_path, entry).read(0)
+
+
+@pytest.mark.parametrize("content", [np.zeros((3, 5), np.int64), np.zeros((4, 5), np.float64), b"no array", None])
+def test_an_unusable_index_is_named(tmp_path: Path, content: Any) -> None:
+    entry = write(tmp_path)
+    index = tmp_path / entry.index
+    if content is None:
+        index.unlink()
+    elif isinstance(content, bytes):
+        index.write_bytes(content)
+    else:
+        np.save(index, content)
+    with pytest.raises(InputError, match=r"train-video\.index\.npy"):
+        ShardReader(tmp_path, entry).read(0)
+
+
+def test_a_reader_travels_to_other_processes_without_its_index(tmp_path: Path) -> None:
+    reader = ShardReader(tmp_path, write(tmp_path, count=200))
+    expected = [reader.read(number)[0] for number in range(20)]
+    assert len(pickle.dumps(reader)) < 1000
+    for method in ("fork", "spawn"):
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            found = pool.map(reader.read, range(20))
+        assert all(np.array_equal(ours, theirs) for ours, (theirs, _) in zip(expected, found, strict=True))

@@ -1,0 +1,143 @@
+"""The plan covers exactly what the mask allows, and nothing more is computed."""
+
+from collections import Counter
+
+import oracle
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from toys import toy_batch, toy_config, toy_model
+
+from gpdit_lightning.model.attention import Segment, attention_plan
+
+VARIANTS = ("of2", "of")
+
+
+def pairs(plan: tuple[Segment, ...], held: int) -> Counter[tuple[oracle.Block, oracle.Block]]:
+    """How often each (asking block, seen block) is computed; `held` frames were cached before the clean queries."""
+    seen: Counter[tuple[oracle.Block, oracle.Block]] = Counter()
+    for segment in plan:
+        for block in range(segment.start, segment.stop):
+            asking = (segment.stream, held + block)
+            seen.update((asking, ("clean", j)) for j in range(segment.context))
+            seen.update([(asking, asking)] if segment.own else [])
+    return seen
+
+
+def allowed(variant: str, asking: list[oracle.Block], present: list[oracle.Block]) -> Counter:
+    """The dense rule over blocks."""
+    return Counter((a, b) for a in asking for b in present if oracle.sees(variant, a, b))
+
+
+def stream(name: str, start: int, stop: int) -> list[oracle.Block]:
+    return [(name, frame) for frame in range(start, stop)]
+
+
+def assert_each_asks_once(plan: tuple[Segment, ...], clean: int, noisy: int) -> None:
+    """In order, too: the outputs are joined in the order of the plan."""
+    asked = [(segment.stream, block) for segment in plan for block in range(segment.start, segment.stop)]
+    assert asked == stream("clean", 0, clean) + stream("noisy", 0, noisy)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 12])
+def test_forward(variant: str, frames: int) -> None:
+    context = frames - 1
+    plan = attention_plan(variant, context, clean_queries=context, noisy=frames, noisy_first=0)
+    asking = stream("clean", 0, context) + stream("noisy", 0, frames)
+    assert pairs(plan, held=0) == allowed(variant, asking, asking)
+    assert_each_asks_once(plan, context, frames)
+    noisy_pairs = frames * (frames + 1) // 2
+    clean_pairs = {"of2": frames * (frames - 1) // 2, "of": frames - 1}[variant]
+    assert pairs(plan, held=0).total() == noisy_pairs + clean_pairs
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("frames", [2, 5, 12])
+def test_last_block_asks_from_the_noisy_stream_alone(variant: str, frames: int) -> None:
+    plan = attention_plan(variant, frames - 1, clean_queries=0, noisy=frames, noisy_first=0)
+    asking = stream("noisy", 0, frames)
+    assert pairs(plan, held=0) == allowed(variant, asking, stream("clean", 0, frames - 1) + asking)
+    assert_each_asks_once(plan, 0, frames)
+    assert pairs(plan, held=0).total() == frames * (frames + 1) // 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("held", "new"), [(0, 1), (0, 4), (1, 1), (3, 1), (3, 5)])
+def test_extend(variant: str, held: int, new: int) -> None:
+    plan = attention_plan(variant, held + new, clean_queries=new, noisy=0, noisy_first=held)
+    assert pairs(plan, held) == allowed(variant, stream("clean", held, held + new), stream("clean", 0, held + new))
+    assert_each_asks_once(plan, new, 0)
+    expected = {"of2": new * held + new * (new + 1) // 2, "of": new}[variant]
+    assert pairs(plan, held).total() == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("held", [0, 1, 7])
+def test_denoise(variant: str, held: int) -> None:
+    plan = attention_plan(variant, held, clean_queries=0, noisy=1, noisy_first=held)
+    asking = [("noisy", held)]
+    assert pairs(plan, held) == allowed(variant, asking, stream("clean", 0, held) + asking)
+    assert_each_asks_once(plan, 0, 1)
+    assert pairs(plan, held).total() == held + 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_clip_with_context_means_no_segments(variant: str) -> None:
+    assert attention_plan(variant, 0, clean_queries=0, noisy=0, noisy_first=0) == ()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize(("clips", "context_clips"), [(2, 2), (3, 1), (2, 0)])
+def test_flops_are_what_the_mask_leaves(variant: str, frames: int, clips: int, context_clips: int) -> None:
+    """Counted in products as they run, layer for layer; the mask's pairs are counted from the dense mask."""
+    layers, tokens, patch_values = 3, 6, 12
+    config = toy_config(attention=variant, layers=layers)
+    model = toy_model(config)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(*toy_batch(clips, context_clips, frames))
+    counts = counter.get_flop_counts()["Global"]
+
+    clean = stream("clean", 0, frames - 1) if context_clips else []
+    noisy = stream("noisy", 0, frames)
+    per_context_clip = {
+        name: int(oracle.dense_mask(clean + noisy, variant, tokens)[rows].sum())
+        for name, rows in (("clean", slice(0, len(clean) * tokens)), ("noisy", slice(len(clean) * tokens, None)))
+    }
+    alone = (clips - context_clips) * frames * tokens**2
+    seen = (layers - 1) * context_clips * per_context_clip["clean"]
+    seen += layers * (context_clips * per_context_clip["noisy"] + alone)
+    assert counts[torch.ops.aten.bmm] == 4 * seen * config.width  # scores and weighted values: 2 each, all heads
+
+    noisy_tokens = clips * frames * tokens
+    clean_tokens = context_clips * (frames - 1) * tokens
+    all_tokens = noisy_tokens + clean_tokens
+    asking = config.width * (2 * config.width + 2 * config.mlp_width)  # query, attention output, MLP: weights per token
+    looked_at = config.width * 2 * config.width  # keys and values
+    weights = all_tokens * (layers * looked_at + (layers - 1) * asking) + noisy_tokens * asking
+    assert counts[torch.ops.aten.mm] == 2 * weights
+    assert counts[torch.ops.aten.addmm] == 2 * patch_values * config.width * (all_tokens + noisy_tokens)
+    assert set(counts) == {torch.ops.aten.bmm, torch.ops.aten.mm, torch.ops.aten.addmm}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_steps_compute_only_the_new_frame(variant: str) -> None:
+    model = toy_model(attention=variant, layers=3)
+    noisy, theta, clean = toy_batch(2, frames=4)
+    cache = model.new_cache(2, 4, 4, 6)
+    model.extend(cache, clean[:, :2])
+    attention = {}
+    for name, step in (
+        ("extend", lambda: model.extend(cache, clean[:, 2:3])),
+        ("denoise", lambda: model.denoise(noisy[:, 3], theta[:, 3], cache)),
+    ):
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            step()
+        attention[name] = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+    pair = 2 * 4 * 6 * 6 * model.config.width  # one pair of blocks, two clips
+    assert attention["extend"] == 2 * pair * {"of2": 3, "of": 1}[variant]  # the last layer only gives keys and values
+    assert attention["denoise"] == 3 * pair * 4

@@ -1,0 +1,271 @@
+"""The backbone as a module: sizes, errors, features, initialisation, positions."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import assert_near, toy_batch, toy_config, toy_model
+
+from gpdit_lightning import GPDiT, GPDiTConfig, InputError
+from gpdit_lightning.model.gpdit import patchify, unpatchify
+from gpdit_lightning.model.positions import Rope, axis_angles, rope_base
+from gpdit_lightning.model.time_conditioning import rotate_pairs
+
+
+def parameter_count(layers: int, width: int, mlp_width: int, head_width: int, patch_values: int) -> int:
+    attention = 4 * width * width + 2 * head_width  # query, key, value, output; two QK norms shared by the heads
+    block = attention + 2 * width * mlp_width + 2 * width  # two norms
+    embedding = patch_values * width + width
+    output = width + width * patch_values + patch_values
+    return layers * block + embedding + output
+
+
+@pytest.mark.parametrize(
+    ("size", "formula", "number"),
+    [
+        ("tiny", (4, 192, 768, 32, 64), 1_796_288),
+        ("B", (12, 768, 3072, 64, 64), 85_054_528),
+        ("H", (24, 2816, 11264, 128, 64), 2_284_305_984),
+    ],
+)
+def test_parameter_counts(size: str, formula: tuple[int, ...], number: int) -> None:
+    with torch.device("meta"):
+        model = GPDiT(GPDiTConfig.preset(size))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == parameter_count(*formula) == number
+    assert not list(model.buffers())
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"size": "XXL"}, "size 'XXL' is not known: choose one of tiny, B, H"),
+        ({"attention": "full"}, "attention 'full' is not known: choose one of of2, of"),
+        ({"time_site": "adaln"}, "time_site 'adaln' is not known"),
+        ({"layers": -1}, "layers is -1"),
+        ({"heads": -2}, "heads is -2"),
+        ({"latent_channels": 0}, "latent_channels is 0"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"rope_lengths": (32, 32)}, "three positive"),
+        ({"rope_lengths": (32, 0, 32)}, "three positive"),
+        ({"width": 100, "heads": 3}, "width 100 does not divide into 3 heads"),
+        ({"width": 63, "heads": 9}, "head width 7"),
+        ({"width": 21, "heads": 1}, "head width 21"),
+        ({"width": 8, "heads": 2}, "head width 4"),
+    ],
+)
+def test_config_errors(fields: dict[str, Any], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        GPDiTConfig(**{"size": "tiny", **fields})
+
+
+def test_preset_names_unknown_fields() -> None:
+    with pytest.raises(InputError, match=r"no field 'hidden'.*mlp_width"):
+        GPDiTConfig.preset("B", hidden=3)
+    with pytest.raises(InputError, match="size 'L' is not known"):
+        GPDiTConfig.preset("L")
+
+
+def test_sizes_fill_what_is_left_open() -> None:
+    config = GPDiTConfig.preset("B", layers=3)
+    assert (config.layers, config.width, config.mlp_width, config.heads) == (3, 768, 3072, 12)
+    assert config == GPDiTConfig(size="B", layers=3)
+
+
+@pytest.mark.parametrize(
+    ("head_width", "expected"), [(6, (2, 2, 2)), (20, (8, 6, 6)), (64, (24, 20, 20)), (128, (44, 42, 42))]
+)
+def test_head_channels_are_shared_by_three_axes(head_width: int, expected: tuple[int, int, int]) -> None:
+    assert GPDiTConfig(size="tiny", width=2 * head_width, heads=2).rope_widths == expected
+
+
+def test_architecture_ignores_execution() -> None:
+    config = toy_config()
+    faster = config.replaced(attention_backend="sdpa", activation_checkpointing=True)
+    assert faster.architecture() == config.architecture()
+    assert GPDiTConfig(**{**config.to_dict(), "size": "B"}).architecture() == config.architecture()
+    for change in ({"attention": "of"}, {"time_site": "none"}, {"rope_lengths": (8, 8, 8)}, {"norm_eps": 1e-5}):
+        assert config.replaced(**change).architecture() != config.architecture()
+
+
+NOISY, THETA, CLEAN = (2, 4, 3, 4, 6), (2, 4), (2, 4, 3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("noisy", "theta", "clean", "match"),
+    [
+        ((2, 4, 5, 4, 6), THETA, None, "C = 3"),
+        ((4, 3, 4, 6), THETA, None, "takes"),
+        ((2, 4, 3, 5, 6), THETA, None, "5x6 do not divide into 2x2 patches.*multiples of 16 pixels"),
+        ((2, 4, 3, 4, 7), THETA, None, "4x7"),
+        (NOISY, (2,), CLEAN, "theta has shape"),
+        (NOISY, (2, 5), CLEAN, "theta has shape"),
+        (NOISY, (4, 2), CLEAN, "theta has shape"),
+        (NOISY, THETA, (3, 4, 3, 4, 6), "clean has shape"),
+        (NOISY, THETA, (2, 3, 3, 4, 6), "clean has shape"),
+        (NOISY, THETA, (2, 5, 3, 4, 6), "clean has shape"),
+        (NOISY, THETA, (2, 4, 3, 6, 4), "clean has shape"),
+        (NOISY, THETA, (2, 4, 4, 4, 6), "C = 3"),
+    ],
+)
+def test_shapes_that_do_not_fit(
+    noisy: tuple[int, ...], theta: tuple[int, ...], clean: tuple[int, ...] | None, match: str
+) -> None:
+    given = [torch.zeros(shape, dtype=torch.float64) if shape else None for shape in (noisy, theta, clean)]
+    with pytest.raises(InputError, match=match):
+        toy_model()(*given)
+
+
+@pytest.mark.xfail(strict=True, reason="empty latents get past the checks to a raw torch error")
+@pytest.mark.parametrize("shape", [(2, 0, 3, 4, 6), (0, 4, 3, 4, 6), (2, 4, 3, 0, 6)], ids=str)
+def test_empty_latents(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError):
+        toy_model()(torch.zeros(shape).double(), torch.zeros(shape[:2]).double())
+
+
+def test_no_condition_yet() -> None:
+    model, (noisy, theta, clean) = toy_model(), toy_batch()
+    label = torch.zeros(2)
+    cache = model.new_cache(2, 4, 4, 6)
+    for call in (
+        lambda: model(noisy, theta, clean, condition=label),
+        lambda: model.features(clean, [1], condition=label),
+        lambda: model.extend(cache, clean, condition=label),
+        lambda: model.denoise(noisy[:, 0], theta[:, 0], cache, condition=label),
+    ):
+        with pytest.raises(InputError, match="condition"):
+            call()
+
+
+def test_features_shapes_and_meaning() -> None:
+    model = toy_model(layers=3)
+    _, _, clean = toy_batch(2, frames=4)
+    features = model.features(clean, layers=[3, 0, 1, 1])
+    assert set(features) == {0, 1, 3}
+    assert all(x.shape == (2, 4, 6, 40) for x in features.values())
+    assert_near(features[0], model.patch_embedding(patchify(clean, 2)), what="patch embedding")
+    assert model.features(clean, layers=[]) == {}
+    for layer, x in model.features(clean, layers=iter(range(4))).items():
+        assert layer not in features or torch.equal(x, features[layer])
+
+
+def test_features_run_no_block_above_the_highest_layer() -> None:
+    model = toy_model(layers=3)
+    ran = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, _: ran.append(module.layer))
+    model.features(toy_batch()[2], layers=[0])
+    assert ran == []
+    model.features(toy_batch()[2], layers=[2])
+    assert ran == [0, 1]
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_features_of_a_layer_that_does_not_exist(layer: int) -> None:
+    with pytest.raises(InputError, match=f"layer {layer} does not exist: choose from 0 .* to 2"):
+        toy_model().features(toy_batch()[2], layers=[1, layer])
+
+
+def test_no_parameter_sits_on_the_root() -> None:
+    model = toy_model()
+    assert not list(model.named_parameters(recurse=False))
+    assert not list(model.named_buffers(recurse=False))
+
+
+def test_state_dict_round_trip() -> None:
+    model = toy_model(attention="of", time_site="input", patch_size=1, latent_channels=12)
+    stored = json.loads(json.dumps(model.config.to_dict()))
+    config = GPDiTConfig(**stored)
+    assert config == model.config
+    assert hash(config) == hash(model.config)
+    restored = GPDiT(config).double()
+    restored.load_state_dict(model.state_dict())
+    batch = toy_batch(channels=12)
+    assert torch.equal(restored(*batch), model(*batch))
+
+
+@pytest.mark.parametrize(("patch", "height", "width"), [(1, 3, 2), (2, 4, 6), (3, 6, 9), (4, 4, 8)])
+def test_unpatchify_inverts_patchify(patch: int, height: int, width: int) -> None:
+    latents = torch.arange(2 * 3 * 5 * height * width).view(2, 3, 5, height, width)
+    tokens = patchify(latents, patch)
+    assert tokens.shape == (2, 3, height * width // patch**2, 5 * patch**2)
+    assert torch.equal(unpatchify(tokens, patch, height, width), latents)
+    second = latents[..., :patch, patch : 2 * patch] if width > patch else latents[..., :patch, :patch]
+    assert torch.equal(tokens[:, :, 1 if width > patch else 0], second.flatten(2))
+
+
+def test_initial_output_is_exactly_zero() -> None:
+    model = GPDiT(toy_config())
+    noisy, theta, clean = (x.float() for x in toy_batch())
+    assert not model(noisy, theta, clean).any()
+    assert all(
+        module.weight.any()
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module is not model.output
+    )
+
+
+def test_reset_parameters_repeats_with_the_seed() -> None:
+    torch.manual_seed(0)
+    model = GPDiT(toy_config())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.reset_parameters()
+    assert not torch.equal(model.blocks[0].query.weight, before["blocks.0.query.weight"])
+    torch.manual_seed(0)
+    again = GPDiT(toy_config()).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(("length", "base"), [(1, 100), (32, 100), (39, 100), (40, 200), (78, 200), (300, 800)])
+def test_rope_base(length: int, base: int) -> None:
+    """100 ceil(8 L / (100 pi)): steps at L = 39.27, 78.54, ..."""
+    assert rope_base(length) == base
+
+
+def test_axis_angles() -> None:
+    angles = axis_angles(40, 6, start=2, count=3)
+    expected = [[m, m * 200 ** (-1 / 3), m * 200 ** (-2 / 3)] for m in (2, 3, 4)]
+    assert_near(angles, torch.tensor(expected, dtype=torch.float64), 1e-14)
+
+
+def rope(first_frame: int, frames: int = 3, rows: int = 2, columns: int = 3) -> Rope:
+    return Rope(toy_config(), first_frame, frames, rows, columns, torch.device("cpu"), torch.float64)
+
+
+def scores(table: Rope, query: Tensor, key: Tensor) -> Tensor:
+    return torch.einsum("bmhk,bnhk->bhmn", table(query), table(key))
+
+
+@pytest.mark.parametrize("offset", [1, 7, 100])
+def test_rope_is_relative(offset: int) -> None:
+    query, key = (torch.randn(2, 18, 2, 20, dtype=torch.float64) for _ in range(2))
+    assert_near(scores(rope(offset), query, key), scores(rope(0), query, key), 1e-12)
+    plain = torch.einsum("bmhk,bnhk->bhmn", query, key)
+    assert (scores(rope(0), query, key) - plain).abs().max() > 0.1  # positions do matter
+
+
+def test_rope_sees_each_axis() -> None:
+    """With equal tokens everywhere, the score changes with the distance along every axis."""
+    x = torch.randn(20, dtype=torch.float64).expand(1, 18, 2, 20)
+    table = scores(rope(0), x, x)[0, 0].view(3, 2, 3, 3, 2, 3)
+    at_origin = table[0, 0, 0]
+    for one_step in (at_origin[1, 0, 0], at_origin[0, 1, 0], at_origin[0, 0, 1]):
+        assert (one_step - at_origin[0, 0, 0]).abs() > 1e-3
+    assert_near(table[1, 1, 1, 1, 1, 2], at_origin[0, 0, 1], 1e-12)
+
+
+def test_rope_tables_continue_each_other() -> None:
+    """A cached rollout starts its table where the frames before it ended; `first_token` skips within a table."""
+    x = torch.randn(1, 18, 2, 20, dtype=torch.float64)
+    whole = rope(0)(x)
+    assert torch.equal(rope(1, frames=2)(x[:, 6:]), whole[:, 6:])
+    assert torch.equal(rope(0)(x[:, 6:12], first_token=6), whole[:, 6:12])
+
+
+def test_rotate_pairs_turns_counter_clockwise() -> None:
+    x = torch.tensor([1.0, 2.0, 0.0, 0.0])  # the pairs (1, 0) and (2, 0)
+    quarter = torch.tensor([0.0]), torch.tensor([1.0])
+    assert torch.equal(rotate_pairs(x, *quarter), torch.tensor([0.0, 0.0, 1.0, 2.0]))
+    assert rotate_pairs(x.bfloat16(), *quarter).dtype == torch.bfloat16

@@ -1,0 +1,265 @@
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gpdit_lightning.codecs import load_codec
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shards import ShardReader
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.images import resize_and_crop
+from gpdit_lightning.media.video import iterate_frames, read_video, write_video
+from gpdit_lightning.preparation import PrepareOptions, prepare, summary
+
+COMMAND = Path(__file__).parents[2] / "data_prep" / "shard_latents.py"
+
+
+def make_video(path: Path, frames: int = 12, height: int = 32, width: int = 48) -> None:
+    generator = torch.Generator().manual_seed(sum(map(ord, path.name)))
+    picture = torch.nn.functional.interpolate(
+        torch.rand(1, 3, 5, 7, generator=generator), (height, width + frames), mode="bilinear"
+    )[0]
+    pixels = torch.stack([picture[..., frame : frame + width] for frame in range(frames)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, (pixels * 255).to(torch.uint8), fps=24)
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    for number in range(6):
+        make_video(tmp_path / "videos" / ("ball" if number % 2 else "dog") / f"v_{number // 2}_c{number}.mp4")
+    return tmp_path / "videos"
+
+
+@pytest.fixture
+def options(tmp_path: Path, videos: Path) -> PrepareOptions:
+    return PrepareOptions(
+        out=tmp_path / "out",
+        videos=[videos],
+        codec="pca",
+        stride=1,
+        clip_frames=5,
+        video_sizes=["16x24", "24x16"],
+        image_sizes=["16x16", "24x16"],
+        device="cpu",
+    )
+
+
+def samples(manifest: Manifest) -> list[tuple[str, np.ndarray, dict]]:
+    return [
+        (entry.split, *ShardReader(manifest.directory, entry).read(number))
+        for entry in manifest.shards
+        for number in range(entry.count)
+    ]
+
+
+def test_videos_become_clips_that_do_not_overlap(options: PrepareOptions, videos: Path) -> None:
+    manifest = prepare(options)
+    assert manifest == Manifest.load(options.out)
+    codec = load_codec("pca")
+    assert manifest.codec == codec.spec()
+    found = samples(manifest)
+    assert len(found) == 12  # two clips of 5 in 12 frames, six times
+    for _, latents, metadata in found:
+        assert metadata["fps"] == 24
+        assert metadata["pixel_size"] == [16, 24]
+        assert metadata["first_frame"] in (0, 5)
+        pixels = read_video(videos / metadata["source"], start=metadata["first_frame"], most=5)
+        expected = codec.encode(resize_and_crop(pixels, (16, 24))[None])[0]
+        assert np.abs(latents - expected.numpy()).max() < 0.02  # half precision
+
+
+def test_stride_and_clips_per_video(options: PrepareOptions, videos: Path) -> None:
+    found = samples(prepare(replace(options, stride=2, clips_per_video=1)))
+    assert len(found) == 6
+    assert {(metadata["stride"], metadata["first_frame"]) for _, _, metadata in found} == {(2, 0)}
+    again = samples(prepare(replace(options, stride=1, clips_per_video=1, out=options.out.with_name("out2"))))
+    assert len(again) == 6
+    source = found[0][2]["source"]
+    pixels = resize_and_crop(read_video(videos / source, stride=2, most=5), (16, 24))
+    assert np.abs(found[0][1] - load_codec("pca").encode(pixels[None])[0].numpy()).max() < 0.02
+
+
+def test_whole_sources_are_held_out(options: PrepareOptions) -> None:
+    manifest = prepare(replace(options, validation_fraction=0.4))
+    splits = {split: {m["source"] for s, _, m in samples(manifest) if s == split} for split in ("train", "validation")}
+    assert splits["train"]
+    assert splits["validation"]
+    assert not splits["train"] & splits["validation"]
+    assert manifest.validation["held_out_by"] == "source"
+    assert manifest.validation["train_sources"] == len(splits["train"])
+    assert manifest.validation["validation_sources"] == len(splits["validation"])
+
+
+def test_adding_a_file_moves_no_other_to_another_split(options: PrepareOptions, videos: Path) -> None:
+    half = replace(options, validation_fraction=0.5)
+    before = {metadata["source"]: split for split, _, metadata in samples(prepare(half))}
+    make_video(videos / "dog" / "new.mp4")
+    after = {
+        metadata["source"]: split
+        for split, _, metadata in samples(prepare(replace(half, out=options.out.with_name("out2"))))
+    }
+    assert {source: after[source] for source in before} == before
+    assert len(after) == len(before) + 1
+
+
+def test_clips_of_one_recording_stay_together(options: PrepareOptions) -> None:
+    manifest = prepare(replace(options, source_pattern=r"v_\d+", validation_fraction=0.3))
+    recordings = {
+        split: {metadata["source"].split("/")[1][:3] for s, _, metadata in samples(manifest) if s == split}
+        for split in ("train", "validation")
+    }
+    assert recordings["validation"]
+    assert not recordings["train"] & recordings["validation"]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.99])
+def test_each_side_gets_a_source_unless_none_is_asked_for(options: PrepareOptions, fraction: float) -> None:
+    validation = prepare(replace(options, validation_fraction=fraction)).validation
+    expected = {0.0: 0, 0.01: 1, 0.99: 5}[fraction]
+    assert (validation["train_sources"], validation["validation_sources"]) == (6 - expected, expected)
+
+
+def test_a_held_out_folder_is_the_only_validation(options: PrepareOptions, videos: Path) -> None:
+    manifest = prepare(
+        replace(options, videos=[videos / "dog"], validation_videos=[videos / "ball"], validation_fraction=0.9)
+    )
+    assert (manifest.validation["train_sources"], manifest.validation["validation_sources"]) == (3, 3)
+    with pytest.raises(InputError, match=r"\.mp4 is given 2 times"):
+        prepare(replace(options, validation_videos=[videos / "ball"], out=options.out.with_name("out2")))
+
+
+def test_pictures_go_to_the_closest_size(options: PrepareOptions, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for name, size in (("wide", (30, 20)), ("square", (20, 20)), ("tall", (20, 30))):
+        Image.new("RGB", size, (200, 100, 50)).save(tmp_path / "pictures" / f"{name}.png")
+    manifest = prepare(replace(options, images=[tmp_path / "pictures"], validation_fraction=0))
+    shapes = {m["source"]: latents.shape for _, latents, m in samples(manifest) if m["kind"] == "image"}
+    assert shapes == {"wide.png": (1, 16, 2, 2), "square.png": (1, 16, 2, 2), "tall.png": (1, 16, 3, 2)}
+    assert {shard.kind for shard in manifest.shards} == {"image", "video"}
+    picture = next(latents for _, latents, m in samples(manifest) if m["source"] == "square.png")
+    colour = load_codec("pca").decode(torch.tensor(picture)[None])[0, 0].float().mean(dim=(1, 2))
+    torch.testing.assert_close(colour, torch.tensor([200.0, 100.0, 50.0]), atol=8, rtol=0)
+
+
+def test_labels_are_the_names_of_folders(options: PrepareOptions) -> None:
+    manifest = prepare(replace(options, labels=True))
+    assert manifest.labels == ("ball", "dog")
+    assert all(metadata["label"] == metadata["source"].split("/")[0] for _, _, metadata in samples(manifest))
+
+
+def test_broken_and_short_files_are_left_out_and_named(options: PrepareOptions, videos: Path) -> None:
+    (videos / "broken.mp4").write_bytes(b"not a video at all")
+    make_video(videos / "short.mp4", frames=4)
+    manifest = prepare(options)
+    reasons = {entry["source"]: entry["reason"] for entry in manifest.skipped}
+    assert set(reasons) == {"broken.mp4", "short.mp4"}
+    assert "no readable video" in reasons["broken.mp4"]
+    assert "gives 4 frames at stride 1 and a clip has 5" in reasons["short.mp4"]
+    assert sum(shard.count for shard in manifest.shards) == 12
+    assert "left out: 2" in summary(manifest)
+    assert "broken.mp4" in summary(manifest)
+
+
+def test_what_was_read_before_a_video_broke_is_kept(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaking(path: Path, stride: int, most: int | None) -> Iterator[torch.Tensor]:
+        yield from iterate_frames(path, 0, stride, 7)
+        raise InputError(f"{path} is broken.")
+
+    monkeypatch.setattr(sys.modules[prepare.__module__], "iterate_frames", breaking)
+    manifest = prepare(options)
+    assert {metadata["first_frame"] for _, _, metadata in samples(manifest)} == {0}
+    assert len(manifest.skipped) == 6
+    assert manifest.skipped[0]["reason"].endswith("is broken. Its first 1 clips were used.")
+
+
+def test_the_same_inputs_give_the_same_bytes(options: PrepareOptions) -> None:
+    first = prepare(options)
+    second = prepare(replace(options, out=options.out.with_name("out2")))
+    assert [shard.sha256 for shard in first.shards] == [shard.sha256 for shard in second.shards]
+    assert first.fingerprint() == second.fingerprint()
+
+
+def test_a_finished_folder_is_reused_and_never_overwritten(
+    options: PrepareOptions, videos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare(options)
+    monkeypatch.setattr(sys.modules[prepare.__module__], "encode", None)  # calling it would fail
+    assert prepare(replace(options, batch_size=1)) == first
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"holds shards made differently \(stride\): give another --out or delete"):
+        prepare(replace(options, stride=2))
+    make_video(videos / "new.mp4")
+    with pytest.raises(InputError, match=r"made differently \(the source files\)"):
+        prepare(options)
+
+
+def test_what_a_killed_run_left_is_cleared_away(options: PrepareOptions) -> None:
+    options.out.mkdir()
+    for name in ("train-video-9x9x9-00000.tar", "train-video-2x2x3-00007.tar.partial", "notes.txt"):
+        (options.out / name).write_text("left over")
+    manifest = prepare(options)
+    listed = {name for shard in manifest.shards for name in (shard.path, shard.index)}
+    assert {path.name for path in options.out.iterdir()} == listed | {"manifest.json", "notes.txt"}
+
+
+def test_latents_too_large_for_half_precision_are_left_out(
+    options: PrepareOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = load_codec("pca")
+    encode = codec.encode
+    monkeypatch.setattr(codec, "encode", lambda pixels: encode(pixels) * 1e6)
+    monkeypatch.setattr(sys.modules[prepare.__module__], "load_codec", lambda *_: codec)
+    with pytest.raises(InputError, match=r"None of the 6 sources could be used; the first: .*not finite in float16"):
+        prepare(options)
+    assert not (options.out / "manifest.json").exists()
+
+
+def test_a_list_names_files_beside_it(options: PrepareOptions, videos: Path) -> None:
+    (videos / "list.txt").write_text("dog/v_0_c0.mp4\n\nball/v_0_c1.mp4\n")
+    manifest = prepare(replace(options, videos=[videos / "list.txt"], labels=True))
+    assert {metadata["source"] for _, _, metadata in samples(manifest)} == {"dog/v_0_c0.mp4", "ball/v_0_c1.mp4"}
+    assert manifest.labels == ("ball", "dog")
+    (videos / "list.txt").write_text("gone.mp4\n")
+    with pytest.raises(InputError, match=r"list\.txt names .*gone\.mp4, which does not exist"):
+        prepare(replace(options, videos=[videos / "list.txt"], out=options.out.with_name("out2")))
+
+
+def test_options_without_sense_are_named(options: PrepareOptions, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for change, message in (
+        ({"videos": []}, "nothing to prepare"),
+        ({"videos": [tmp_path / "empty"]}, "empty holds no video files"),
+        ({"videos": [tmp_path / "gone"]}, "gone does not exist"),
+        ({"clip_frames": 6}, r"6 pixel frames are not 1 \+ 4 k: take 5 or 9"),
+        ({"stride": 0}, "stride is 0"),
+        ({"clips_per_video": 0}, "clips_per_video is 0"),
+        ({"video_sizes": ["12x16"]}, "height 12 of 12x16"),
+        ({"video_sizes": ["big"]}, "HEIGHTxWIDTH"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
+        ({"source_pattern": "("}, "no regular expression"),
+        ({"codec": "dct"}, "no codec 'dct'"),
+        ({"device": "abacus"}, "device 'abacus'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepare(replace(options, **change))
+    assert not options.out.exists()
+
+
+def test_the_command_prints_a_table_and_one_sentence_for_errors(videos: Path, tmp_path: Path) -> None:
+    arguments = ["--codec", "pca", "--stride", "1", "--clip_frames", "5", "--video_sizes", "16x24", "--out"]
+    command = [sys.executable, str(COMMAND), "--videos", str(videos), *arguments, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2x16x2x3" in done.stdout
+    assert "next: python -m gpdit_lightning fit" in done.stdout
+    failed = subprocess.run([*command, "--stride", "2"], capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert failed.stderr.strip().count("\n") == 0
+    assert "made differently (stride)" in failed.stderr

@@ -1,0 +1,109 @@
+"""The analytic count against torch's counter, over the products as they run."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.training.flops import forward_flops, peak_bf16_flops, training_flops
+
+CONTEXTS = [(2, 2), (3, 1), (2, 0)]
+
+
+def meta_batch(
+    config: GPDiTConfig, clips: int, context_clips: int, frames: int, height: int, width: int
+) -> list[Tensor]:
+    def latents(count: int) -> Tensor:
+        shape = (count, frames, config.latent_channels, height, width)
+        return torch.zeros(shape, device="meta", requires_grad=True)
+
+    return [latents(clips), torch.zeros(clips, frames, device="meta", requires_grad=True), latents(context_clips)]
+
+
+def measured(config: GPDiTConfig, run: Callable[[GPDiT], Any]) -> dict[str, int]:
+    """FLOPs of `run` by the parts of `forward_flops`: attention products are bmm, the rest by module."""
+    with torch.device("meta"):
+        model = GPDiT(config)
+    counter = FlopCounterMode(display=False, depth=10)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        run(model)
+    modules = {name: Counter(ops) for name, ops in counter.get_flop_counts().items()}
+
+    def linear(name: str) -> int:
+        ops = modules.get(f"GPDiT.{name}", Counter())
+        return ops[torch.ops.aten.mm] + ops[torch.ops.aten.addmm]
+
+    blocks = range(config.layers)
+    projections = ("query", "key_value", "attention_output")
+    parts = {
+        "embedding": linear("patch_embedding"),
+        "attention_projections": sum(linear(f"blocks.{layer}.{name}") for layer in blocks for name in projections),
+        "attention_products": modules["Global"][torch.ops.aten.bmm],
+        "mlp": sum(linear(f"blocks.{layer}.mlp") for layer in blocks),
+        "output": linear("output"),
+    }
+    assert sum(parts.values()) == counter.get_total_flops()  # nothing escaped the parts
+    return parts
+
+
+@pytest.mark.parametrize("variant", ["of2", "of"])
+@pytest.mark.parametrize("size", ["tiny", "B", "H"])
+@pytest.mark.parametrize(("clips", "context_clips"), CONTEXTS)
+def test_forward_by_part(variant: str, size: str, clips: int, context_clips: int) -> None:
+    config = GPDiTConfig.preset(size, attention=variant, layers=3)
+    shape = (clips, context_clips, 5, 24, 40)
+    assert measured(config, lambda model: model(*meta_batch(config, *shape))) == forward_flops(config, *shape)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 12])
+@pytest.mark.parametrize("fields", [{"patch_size": 1}, {"layers": 1}, {"latent_channels": 4, "mlp_width": 100}])
+def test_forward_of_other_shapes(frames: int, fields: dict[str, int]) -> None:
+    config = GPDiTConfig(**{"size": "tiny", "layers": 2, **fields})
+    shape = (3, 2, frames, 6, 10)
+    assert measured(config, lambda model: model(*meta_batch(config, *shape))) == forward_flops(config, *shape)
+
+
+@pytest.mark.parametrize("variant", ["of2", "of"])
+@pytest.mark.parametrize(("clips", "context_clips"), CONTEXTS)
+def test_training_is_three_forwards(variant: str, clips: int, context_clips: int) -> None:
+    """Exactly, when the latents ask for their gradient as well."""
+    config = GPDiTConfig.preset("tiny", attention=variant)
+    shape = (clips, context_clips, 4, 8, 12)
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"):
+        model = GPDiT(config)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        model(*meta_batch(config, *shape)).sum().backward()
+    assert counter.get_total_flops() == sum(training_flops(config, *shape).values())
+    assert training_flops(config, *shape).keys() == forward_flops(config, *shape).keys()
+
+
+def test_attention_is_a_small_part_of_h_at_five_frames() -> None:
+    """The share that docs and design rest on: a few per cent at 240 tokens a frame."""
+    flops = forward_flops(GPDiTConfig.preset("H"), 4, 4, frames=5, height=24, width=40)
+    assert 0.02 < flops["attention_products"] / sum(flops.values()) < 0.08
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA L40S", 362e12),
+        ("cpu", None),
+    ],
+)
+def test_peak_by_device_name(name: str, peak: float | None) -> None:
+    assert peak_bf16_flops(name) == peak
