@@ -1,14 +1,38 @@
 """Shared by all tests."""
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.data.manifest import Kind, Manifest, Split
+from gpdit_lightning.data.shards import ShardSetWriter
 
 # Two OpenMP threads that wait for each other make small tests slower by an order of magnitude on a busy machine.
 torch.set_num_threads(1)
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+
+# Exact in binary, and far from 0 and 1, so that a forgotten whitening shows.
+TINY_CODEC: dict[str, Any] = {
+    "name": "pca",
+    "source": None,
+    "latent_channels": 4,
+    "spatial_factor": 8,
+    "temporal_factor": 4,
+    "mean": [0.5, -0.25, 2.0, 0.0],
+    "std": [2.0, 0.5, 4.0, 1.0],
+    "fingerprint": "0123456789abcdef",
+}
+
+Counts = Mapping[tuple[Split, Kind, tuple[int, int, int]], int]
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +41,92 @@ def assets() -> Path:
     if not ASSETS.is_dir():
         pytest.skip("the shared test assets are not on this machine")
     return ASSETS
+
+
+def _write_shards(directory: Path, counts: Counts, shard_size: int = 5, **codec: Any) -> Manifest:
+    spec = TINY_CODEC | codec
+    numbers = np.random.default_rng(0)
+    with ShardSetWriter(directory, shard_size) as writer:
+        for (split, kind, (frames, height, width)), count in counts.items():
+            for place in range(count):
+                latent = numbers.normal(size=(frames, spec["latent_channels"], height, width))
+                writer.write(split, kind, latent, {"source": f"{split}-{kind}-{place}"})
+        shards = writer.close()
+    manifest = Manifest(directory, spec, shards, preparation={"stride": 3}, validation={"held_out_by": "source"})
+    manifest.save()
+    return manifest
+
+
+@pytest.fixture(scope="session")
+def write_shards() -> Callable[..., Manifest]:
+    """`write_shards(directory, {(split, kind, (F, h, w)): count}, shard_size, codec fields)`: random latents."""
+    return _write_shards
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images and clips of 3 latent frames, 4 channels of 8x8, with held-out ones, in shards of 5. Do not change it."""
+    counts: Counts = {
+        ("train", "image", (1, 8, 8)): 12,
+        ("train", "video", (3, 8, 8)): 11,
+        ("validation", "image", (1, 8, 8)): 4,
+        ("validation", "video", (3, 8, 8)): 4,
+    }
+    return _write_shards(tmp_path_factory.mktemp("shards"), counts).directory
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> GPDiTConfig:
+    """An architecture that fits `tiny_shards` and trains in milliseconds."""
+    return GPDiTConfig(size="tiny", layers=2, width=16, mlp_width=24, heads=2, latent_channels=4)
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[[GPDiT], GPDiT]:
+    """`randomise(model)`: random numbers in every parameter, as a fresh model's zero output layer hides mistakes."""
+
+    def run(model: GPDiT) -> GPDiT:
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else noise / math.sqrt(parameter.shape[1]))
+        return model
+
+    return run
+
+
+def _fit(
+    stage: LightningModule,
+    data: LightningDataModule,
+    folder: Path,
+    max_steps: int,
+    callbacks: Sequence[Callback] = (),
+    resume_from: Path | None = None,
+    **settings: Any,
+) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": max_steps,
+        "accumulate_grad_batches": data.micro_batches_per_step,
+        "default_root_dir": str(folder),
+        "logger": False,
+        "callbacks": list(callbacks),
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "check_val_every_n_epoch": None,
+        "use_distributed_sampler": False,
+        "limit_val_batches": 0,
+    }
+    trainer = Trainer(**defaults | settings)
+    trainer.fit(stage, data, ckpt_path=resume_from, weights_only=True)
+    return trainer
+
+
+@pytest.fixture(scope="session")
+def fit() -> Callable[..., Trainer]:
+    """`fit(stage, data, folder, max_steps, callbacks, resume_from, trainer settings)`: a run as the CLI sets it up."""
+    return _fit

@@ -1,5 +1,6 @@
 """`fit`, `validate` and `test`: a LightningCLI over recipes, with a run folder that resumes by itself."""
 
+import dataclasses
 import difflib
 import re
 import warnings
@@ -14,34 +15,57 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpdit_lightning.data.datamodule import LatentDataModule
+from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
+from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.checkpoints import RunCheckpoint, last_checkpoint, read_checkpoint
 from gpdit_lightning.training.curves import Curves
 from gpdit_lightning.training.ema import EMA
 from gpdit_lightning.training.health import Health
+from gpdit_lightning.training.optimizer import OptimizerConfig
 from gpdit_lightning.training.progress import StepProgress
 
 # Every field's docstring becomes its help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+PREFIX = "the recipe or the command line cannot be used: "
+NESTED_OPTIONS = {"backbone": GPDiTConfig, "schedule": NoiseSchedule, "optimizer": OptimizerConfig}
+
+
 class RecipeParser(LightningArgumentParser):
-    """A parser whose complaints are one sentence and name the nearest key that exists."""
+    """A parser whose complaints are one sentence, with the nearest option that exists."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise InputError instead of printing the usage."""
-        sentence = " ".join(message.split())
-        unknown = re.search(
-            r"(?:Key|Option|option|key) '([\w.]+)' is not|does not accept (?:nested key|option) '([\w.]+)'", message
-        )
+        sentence = essence(message)
+        if PREFIX in message:  # a parser of one part has said it already
+            raise InputError(PREFIX + sentence)
+        unknown = re.search(r"unrecognized arguments: -*([\w.]+)|ption '([\w.]+)'", sentence)
         if unknown:
-            key = next(group for group in unknown.groups() if group)
+            group = re.search(r"Group '([\w.]+)'", sentence)
+            key = (f"{group[1]}." if group else "") + (unknown[1] or unknown[2])
             known = [action.dest for action in self._actions]
+            known += [
+                f"{name}.{f.name}" for name, options in NESTED_OPTIONS.items() for f in dataclasses.fields(options)
+            ]
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            sentence += f" Did you mean '{nearest[0]}'?" if nearest else ""
-        raise InputError(f"the recipe or the command line cannot be used: {sentence}")
+            sentence += f"; did you mean '{nearest[0]}'?" if nearest else ": see --help for those there are."
+        raise InputError(PREFIX + sentence)
+
+
+def essence(message: str) -> str:
+    """The part of a jsonargparse message that a person needs.
+
+    For a model it lists a complaint for every type that the value might have been; the first that is not about None is
+    the one about the model itself.
+    """
+    complaints = [line.strip()[2:] for line in message.splitlines() if line.strip().startswith("- ")]
+    relevant = [line for line in complaints if "NoneType" not in line]
+    sentence = " ".join((relevant[0] if relevant else message).split("Given value")[0].split())
+    return sentence.replace(PREFIX, "")
 
 
 class RecipeCLI(LightningCLI):
@@ -109,7 +133,7 @@ def build(verb: str, arguments: Sequence[str]) -> RecipeCLI:
     # An epoch is the whole run here, so Lightning's advice on resuming inside one does not apply.
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`args` parameter is intended to run from within Python.*")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python.*")
     try:
         return RecipeCLI(
             GPDiTStage,
@@ -126,7 +150,11 @@ def build(verb: str, arguments: Sequence[str]) -> RecipeCLI:
             load_from_checkpoint_support=False,
         )
     except omegaconf.errors.OmegaConfBaseException as error:
-        raise InputError(f"an interpolation in the recipe leads nowhere: {' '.join(str(error).split())}") from None
+        raise InputError(f"an interpolation in the recipe leads nowhere: {str(error).splitlines()[0]}") from None
+    except ValueError as error:  # a value that its class refuses, wrapped by jsonargparse
+        if isinstance(error, InputError) or "Does not validate" not in str(error):
+            raise
+        raise InputError(PREFIX + essence(str(error))) from None
 
 
 def run(verb: str, arguments: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from gpdit_lightning.errors import InputError
 
 AttentionVariant = Literal["of2", "of"]
+Backend = Literal["auto", "sdpa", "xformers"]
 TimeSite = Literal["branch", "branch_inverse", "input", "residual", "none"]
 
 # GPDiT, Table 1 (B and H); "tiny" is ours, for tests and laptops.
@@ -52,7 +53,7 @@ class GPDiTConfig:
     meaning, never read from an input."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
-    attention_backend: Literal["auto", "sdpa", "xformers"] = "auto"
+    attention_backend: Backend = "auto"
     """Who computes attention: auto = xformers on CUDA where it is installed, else PyTorch's SDPA."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations: less memory, a third more time."""
@@ -64,7 +65,8 @@ class GPDiTConfig:
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "rope_lengths", tuple(self.rope_lengths))
-        for name, choices in (("attention", get_args(AttentionVariant)), ("time_site", get_args(TimeSite))):
+        for name, kind in (("attention", AttentionVariant), ("time_site", TimeSite), ("attention_backend", Backend)):
+            choices = get_args(kind)
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} '{getattr(self, name)}' is not known: choose one of {', '.join(choices)}.")
         for name in ("layers", "width", "mlp_width", "heads", "latent_channels", "patch_size"):
@@ -78,10 +80,6 @@ class GPDiTConfig:
             raise InputError(
                 f"head width {self.head_width} (width {self.width} / heads {self.heads}) cannot be split into the "
                 "channel pairs of three RoPE axes: choose an even head width of at least 6."
-            )
-        if self.width % 2:
-            raise InputError(
-                f"width {self.width} is odd: rotation time conditioning needs channel pairs; make it even."
             )
 
     @classmethod

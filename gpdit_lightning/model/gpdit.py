@@ -89,8 +89,7 @@ class GPDiT(nn.Module):
         if theta.shape != noisy.shape[:2]:
             raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B, F) = {tuple(noisy.shape[:2])}.")
         if clean is not None:
-            self._check(clean, None)
-            if clean.shape[0] > noisy.shape[0] or clean.shape[1:] != noisy.shape[1:]:
+            if clean.ndim != 5 or clean.shape[0] > noisy.shape[0] or clean.shape[1:] != noisy.shape[1:]:
                 raise InputError(
                     f"clean has shape {tuple(clean.shape)}; it must be (B', F, C, H, W) like noisy "
                     f"{tuple(noisy.shape)}, with B' <= B."
@@ -152,6 +151,8 @@ class GPDiT(nn.Module):
         Raises:
             InputError: shapes that do not fit, or no room left.
         """
+        if clean.ndim == 5 and clean.shape[1] == 0:
+            return
         self._check(clean, condition)
         cache.check(clean, new_frames=clean.shape[1])
         x, streams = self._start(clean, None, None, cache)
@@ -201,7 +202,8 @@ class GPDiT(nn.Module):
         weight = self.patch_embedding.weight
         precise = torch.float64 if given[0].dtype == torch.float64 else torch.float32
         patches = torch.cat([patchify(latents, config.patch_size).flatten(0, 2) for latents in given])
-        x = self.patch_embedding(patches.to(weight.dtype))
+        # In the precision of the weights: under autocast the residual stream stays in float32.
+        x = self.patch_embedding(patches.to(weight.dtype)).to(weight.dtype)
         angles = torch.zeros(len(x), device=x.device, dtype=precise)
         if theta is not None:
             per_token = theta.to(precise).flatten().repeat_interleave(rows * columns)
@@ -241,6 +243,8 @@ class GPDiT(nn.Module):
                 f"latents have shape {tuple(latents.shape)}; this model takes (B, F, C, H, W) with "
                 f"C = {self.config.latent_channels}."
             )
+        if 0 in latents.shape:
+            raise InputError(f"latents have shape {tuple(latents.shape)}: there is nothing in them.")
         patch = self.config.patch_size
         if latents.shape[-2] % patch or latents.shape[-1] % patch:
             raise InputError(

@@ -12,7 +12,6 @@ from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.training.checkpoints import backbone_weights, check_architecture, read_checkpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
 
-DEFAULT_BACKBONE = GPDiTConfig()
 DEFAULT_SCHEDULE = NoiseSchedule()
 DEFAULT_OPTIMIZER = OptimizerConfig()
 
@@ -30,7 +29,7 @@ class GPDiTStage(LightningModule):
 
     def __init__(
         self,
-        backbone: GPDiTConfig = DEFAULT_BACKBONE,
+        backbone: GPDiTConfig,
         schedule: NoiseSchedule = DEFAULT_SCHEDULE,
         optimizer: OptimizerConfig = DEFAULT_OPTIMIZER,
         initial_weights: str = "",

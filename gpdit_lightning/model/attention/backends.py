@@ -39,7 +39,7 @@ def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def why_not_xformers(device_type: str, dtype: torch.dtype) -> str | None:
-    """The reason why xformers cannot serve, found by one tiny call; None if it can."""
+    """The reason why xformers cannot serve, found by one tiny forward and backward call; None if it can."""
     if device_type != "cuda":
         return f"xformers has no kernels for {device_type}"
     if dtype == torch.float64:
@@ -47,10 +47,13 @@ def why_not_xformers(device_type: str, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed"
     try:
-        probe = torch.zeros(1, 8, 1, 64, device=device_type, dtype=dtype)
-        xformers(probe, probe, probe)
+        with torch.inference_mode(False), torch.enable_grad():
+            # The head width of the H model, the widest kernel that is needed.
+            probe = torch.zeros(1, 8, 1, 128, device=device_type, dtype=dtype, requires_grad=True)
+            xformers(probe, probe, probe).sum().backward()
     except Exception as error:  # whatever a build for another torch or GPU may raise
-        return f"xformers failed a trial call: {type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = str(error).strip().partition("\n")[0]
+        return f"xformers failed a trial call: {type(error).__name__}: {reason}"
     return None
 
 

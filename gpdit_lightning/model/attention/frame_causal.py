@@ -76,12 +76,13 @@ def _attend(
 ) -> Tensor:
     """Execute one segment: (B, asking blocks * N, heads, head width)."""
     query, key, value = (x[:, segment.start * tokens : segment.stop * tokens] for x in queries)
+    key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may have been made in another precision
     if segment.context == 0:
         blocks = segment.stop - segment.start
         folded = (x.unflatten(1, (blocks, tokens)).flatten(0, 1) for x in (query, key, value))
         return operator(*folded).unflatten(0, (-1, blocks)).flatten(1, 2)
     assert context is not None
-    seen_key, seen_value = (x[:, : segment.context * tokens].to(value.dtype) for x in context)
+    seen_key, seen_value = (x[:, : segment.context * tokens].to(query.dtype) for x in context)
     if segment.own:
         seen_key, seen_value = torch.cat((seen_key, key), dim=1), torch.cat((seen_value, value), dim=1)
     return operator(query, seen_key, seen_value)
