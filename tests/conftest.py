@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,12 @@ def _fit(
         "check_val_every_n_epoch": None,
         "use_distributed_sampler": False,
         "limit_val_batches": 0,
+        "log_every_n_steps": 1,
     }
     trainer = Trainer(**defaults | settings)
-    trainer.fit(stage, data, ckpt_path=resume_from, weights_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
+        trainer.fit(stage, data, ckpt_path=resume_from, weights_only=True)
     return trainer
 
 

@@ -11,7 +11,7 @@ VERBS = {
     "demo": ("demo", "draw moving pictures, train a small model on them, and show what it generates"),
     "fit": ("fit", "train from a recipe; running the same command again resumes"),
     "validate": ("fit", "evaluate a run's last checkpoint on the held-out sources"),
-    "test": ("fit", "the same as validate, logged as a test"),
+    "test": ("fit", "the same, named test/loss"),
     "sample": ("sample", "continue a video with a trained model"),
 }
 
@@ -33,6 +33,9 @@ def _show_log() -> None:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False
+    # Lightning advertises its services in the log.
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    rank_zero.addFilter(lambda record: "litlogger" not in record.getMessage())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

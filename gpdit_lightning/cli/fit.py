@@ -133,6 +133,7 @@ def build(verb: str, arguments: Sequence[str]) -> RecipeCLI:
     # An epoch is the whole run here, so Lightning's advice on resuming inside one does not apply.
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python.*")
     try:
         return RecipeCLI(
@@ -170,4 +171,5 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         raise InputError(
             f"{cli.trainer.default_root_dir} holds no checkpoint to {verb}: `fit` first, or give --run_dir."
         )
+    cli.trainer.loggers = []  # the curves belong to the training; the figures are printed
     getattr(cli.trainer, verb)(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)

@@ -110,6 +110,10 @@ class LatentDataModule(LightningDataModule):
         stop = self.validation_batches * self.validation_plan.micro_batches_per_step
         return self._loader("validation", self.validation_plan, VALIDATION_NOISE, 0, stop)
 
+    def test_dataloader(self) -> DataLoader[LatentBatch] | list[Any]:
+        """The validation batches."""
+        return self.val_dataloader()
+
     def state_dict(self) -> dict[str, Any]:
         """What the data order depends on, and what generation must know of the data."""
         return {"order": self._order(), "codec": self.codec, "geometry": self.geometry}

@@ -179,14 +179,20 @@ def _locate(seed: int, source: int, counts: tuple[int, ...], size: int, number: 
 
 @lru_cache(maxsize=16)
 def _epoch(seed: int, source: int, counts: tuple[int, ...], size: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """All micro-batches of an epoch in their order: their buckets, and their numbers within the bucket."""
-    buckets, turns = [], []
-    for bucket, count in enumerate(counts):
-        own = np.arange(epoch * count // size, (epoch + 1) * count // size)
-        turns.append(own)
-        buckets.append(np.full(len(own), bucket))
-    order = generator(seed, MICRO_BATCH_ORDER, epoch, source).permutation(sum(map(len, turns)))
-    return np.concatenate(buckets)[order], np.concatenate(turns)[order]
+    """All micro-batches of an epoch in their order: their buckets, and their numbers within the bucket.
+
+    The buckets are shuffled; a bucket's own micro-batches keep their sequence, for its samples are shuffled already and
+    the rest of its last epoch must come first.
+    """
+    firsts = [epoch * count // size for count in counts]
+    sizes = [(epoch + 1) * count // size - first for count, first in zip(counts, firsts, strict=True)]
+    buckets = np.repeat(np.arange(len(counts)), sizes)
+    buckets = generator(seed, MICRO_BATCH_ORDER, epoch, source).permutation(buckets)
+    turns = np.empty_like(buckets)
+    for bucket, first in enumerate(firsts):
+        own = np.flatnonzero(buckets == bucket)
+        turns[own] = first + np.arange(len(own))
+    return buckets, turns
 
 
 @lru_cache(maxsize=64)

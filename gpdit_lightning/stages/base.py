@@ -7,9 +7,10 @@ from lightning import LightningModule
 from torch import Tensor
 
 from gpdit_lightning.data.batches import LatentBatch
+from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule, QuartileLoss, rotate_to, velocity_loss
 from gpdit_lightning.model import GPDiT, GPDiTConfig
-from gpdit_lightning.training.checkpoints import backbone_weights, check_architecture, read_checkpoint
+from gpdit_lightning.training.checkpoints import backbone_weights, check_architecture, check_codec, read_checkpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
 
 DEFAULT_SCHEDULE = NoiseSchedule()
@@ -47,6 +48,9 @@ class GPDiTStage(LightningModule):
         if self.initial_weights:
             checkpoint = read_checkpoint(self.initial_weights)
             check_architecture(checkpoint["gpdit"]["backbone"], self.config, self.initial_weights)
+            data: Any = getattr(self.trainer, "datamodule", None)
+            if isinstance(data, LatentDataModule):
+                check_codec(checkpoint["LatentDataModule"]["codec"], data.codec, self.initial_weights)
             self.backbone.load_state_dict(backbone_weights(checkpoint))
 
     def configure_optimizers(self) -> Any:
@@ -73,6 +77,10 @@ class GPDiTStage(LightningModule):
         with torch.no_grad():
             loss, quartiles = self.objective(batch)
         return {"loss": loss, "quartiles": quartiles}
+
+    def test_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
+        """As in validation."""
+        return self.validation_step(batch, batch_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the weights are weights of."""

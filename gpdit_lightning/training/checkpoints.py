@@ -103,6 +103,16 @@ def check_architecture(saved: dict[str, Any], config: GPDiTConfig, where: str | 
             )
 
 
+def check_codec(saved: dict[str, Any], ours: dict[str, Any], where: str | Path) -> None:
+    """Raise InputError unless weights were trained on latents of the codec that the data has."""
+    for name in ("name", "fingerprint"):
+        if saved[name] != ours[name]:
+            raise InputError(
+                f"{where} was trained on latents of another codec than the data's (codec {name} is {saved[name]} there "
+                f"and {ours[name]} here): prepare the data with that codec, or begin from other weights."
+            )
+
+
 def backbone_weights(checkpoint: dict[str, Any], kind: Literal["ema", "raw"] = "ema") -> dict[str, Tensor]:
     """The backbone's state dict: averaged weights (`ema`; where there is no average, trained ones) or trained ones."""
     weights = checkpoint["state_dict"]

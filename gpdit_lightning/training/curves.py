@@ -119,6 +119,24 @@ class Curves(Callback):
         if scalars and not trainer.sanity_checking:
             _write(trainer, pl_module, scalars, "val/loss")
 
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add a test batch."""
+        self.validation.add(batch.source, batch.weight, outputs["quartiles"])
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the test means."""
+        scalars = {f"test/{name}": mean for name, mean in self.validation.means(trainer).items()}
+        if scalars:
+            _write(trainer, pl_module, scalars, "test/loss")
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave validation out of the throughput."""
         self.clips = self.tokens = 0

@@ -36,6 +36,9 @@ class EMA(Callback):
         if not self.average:
             self.average = {name: p.detach().clone().float() for name, p in _trained(pl_module)}
         self.average = {name: self.average[name].to(p.device) for name, p in _trained(pl_module)}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the step a resumed run stands at, which Lightning restores only after `on_fit_start`."""
         self._last_step = trainer.global_step
 
     @torch.no_grad()
@@ -64,6 +67,14 @@ class EMA(Callback):
         for (_, parameter), weight in zip(_trained(pl_module), self._training_weights, strict=False):
             parameter.copy_(weight)
         self._training_weights = []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As for validation."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As for validation."""
+        self.on_validation_end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the average to a checkpoint."""

@@ -72,9 +72,7 @@ def test_rotation_steps_reproduce_certain_data_exactly(steps: int, shift: float)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 0.5), (1.3, 0.3), (-0.7, 1.8)])
 def test_the_error_halves_when_the_steps_double(rule: str, shift: float, mean: float, std: float) -> None:
-    few, many = (
-        error(mean, std, steps=steps, rule=rule, schedule=NoiseSchedule(shift=shift)) for steps in (256, 512)
-    )
+    few, many = (error(mean, std, steps=steps, rule=rule, schedule=NoiseSchedule(shift=shift)) for steps in (256, 512))
     assert few > 1e-5
     assert 1.8 < few / many < 2.2
 

@@ -1,0 +1,95 @@
+"""`python -m benchmarks.attention`: sliced frame-causal attention against one call with a dense mask, in one run.
+
+Forward and backward over the doubled (clean and noisy) sequence of one clip at B's heads. The figure is the ratio of
+the medians; it follows the work that the mask leaves.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpdit_lightning.model.attention import frame_causal_attention, select_backend
+from gpdit_lightning.model.attention.frame_causal import Context, Queries
+from gpdit_lightning.model.config import AttentionVariant
+
+HEADS, HEAD_WIDTH, TOKENS = 12, 64, 240
+
+
+def dense_mask(variant: AttentionVariant, frames: int) -> Tensor:
+    """Who sees whom in [clean 0 .. F-2; noisy 0 .. F-1], by token."""
+    clean = frames - 1
+    allowed = torch.zeros(clean + frames, clean + frames, dtype=torch.bool)
+    for i in range(clean):
+        allowed[i, : i + 1] = True
+        if variant == "of":
+            allowed[i, :i] = False
+    for i in range(frames):
+        allowed[clean + i, :i] = True
+        allowed[clean + i, clean + i] = True
+    return allowed.repeat_interleave(TOKENS, 0).repeat_interleave(TOKENS, 1)
+
+
+def median_seconds(run: Callable[[], Tensor], inputs: list[Tensor], repeats: int) -> float:
+    """Of forward and backward."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        torch.autograd.grad(run().sum(), inputs)
+        if inputs[0].is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])  # the first one warms up
+
+
+def ratio(variant: AttentionVariant, frames: int, device: str, repeats: int) -> tuple[float, float]:
+    """Seconds of the sliced and of the dense computation."""
+    clean, noisy = (frames - 1) * TOKENS, frames * TOKENS
+    shape = (1, clean + noisy, HEADS, HEAD_WIDTH)
+    inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in range(3)]
+    operator = select_backend("auto", device, torch.float32)
+    mask = dense_mask(variant, frames).to(device)
+
+    def sliced() -> Tensor:
+        parts = [(x[:, :clean], x[:, clean:]) for x in inputs]
+        outputs = frame_causal_attention(
+            operator,
+            variant,
+            TOKENS,
+            Context(parts[1][0], parts[2][0]),
+            Queries(*(part[0] for part in parts)),
+            Queries(*(part[1] for part in parts)),
+        )
+        return torch.cat([out for out in outputs if out is not None], dim=1)
+
+    def dense() -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in inputs)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+    torch.testing.assert_close(sliced(), dense(), rtol=1e-3, atol=1e-4)
+    return median_seconds(sliced, inputs, repeats), median_seconds(dense, inputs, repeats)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="timed repetitions of each computation")
+    parser.add_argument("--frames", type=int, nargs="+", default=[5, 12], help="latent frames of the clip")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(
+        f"{device}, {torch.get_num_threads()} threads, float32, {HEADS} heads of {HEAD_WIDTH}, {TOKENS} tokens a frame"
+    )
+    print(f"{'variant':<9}{'frames':>7}{'sliced s':>10}{'dense s':>10}{'dense/sliced':>14}")
+    for frames in options.frames:
+        for variant in ("of2", "of"):
+            ours, theirs = ratio(variant, frames, device, options.repeats)
+            print(f"{variant:<9}{frames:>7}{ours:>10.3f}{theirs:>10.3f}{theirs / ours:>14.2f}")
+
+
+if __name__ == "__main__":
+    main()

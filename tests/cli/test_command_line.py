@@ -1,0 +1,159 @@
+"""Every mistake of a user's gets one sentence and a non-zero exit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from gpdit_lightning.cli import VERBS, main
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def recipe(tiny_shards: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "model": {
+            "class_path": "GPDiTStage",
+            "init_args": {
+                "backbone": {
+                    "size": "tiny", "layers": 1, "width": 24, "heads": 2, "mlp_width": 48, "latent_channels": 4
+                }
+            },
+        },
+        "data": {"videos": {"manifests": [str(tiny_shards)], "batch_size": 2}},
+        "trainer": {
+            "accelerator": "cpu", "max_steps": 2, "enable_progress_bar": False, "enable_model_summary": False
+        },
+    }  # fmt: skip
+
+
+def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    for key, value in changes.items():
+        settings[key] = merged(settings.get(key, {}), value) if isinstance(value, dict) else value
+    return settings
+
+
+def backbone(**fields: Any) -> dict[str, Any]:
+    return {"model": {"init_args": {"backbone": fields}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (backbone(layerz=3), ["layerz", "did you mean 'backbone.layers'"]),
+        (backbone(size="XXL"), ["size 'XXL' is not known", "tiny, B, H"]),
+        (backbone(heads=12), ["head width 2", "RoPE"]),
+        (backbone(attention="of3"), ["of3"]),
+        ({"trainer": {"max_stepz": 1}}, ["max_stepz", "did you mean 'trainer.max_steps'"]),
+        ({"data": {"videos": {"batchsize": 1}}}, ["batchsize", "did you mean 'data.videos.batch_size'"]),
+        ({"modle": {"x": 1}}, ["modle"]),
+        ({"data": {"seed": "${nothing.here}"}}, ["interpolation", "nothing.here"]),
+        ({"trainer": {"max_steps": "many"}}, ["trainer.max_steps", "many"]),
+        ({"data": {"videos": {"manifests": ["/nowhere"]}}}, ["/nowhere", "shard_latents.py"]),
+        ({"data": {"videos": {"manifests": []}}}, ["data.videos.manifests is empty"]),
+        ({"data": {"videos": {"batch_size": 0}}}, ["no source of data"]),
+        ({"data": {"videos": {"batch_size": 3, "micro_batches": 2}}}, ["3 videos", "micro_batches"]),
+        ({"trainer": {"accumulate_grad_batches": 3}}, ["accumulate_grad_batches is 3", "micro_batches"]),
+        ({"model": {"class_path": "MixedStage"}}, ["images and videos", "data.images.batch_size"]),
+        ({"model": {"class_path": "NoSuchStage"}}, ["NoSuchStage"]),
+        ({"checkpoint": {"every_steps": 0}}, ["checkpoint.every_steps is 0"]),
+        ({"ema": {"decay": 1.5}}, ["ema.decay is 1.5"]),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_a_bad_recipe(
+    recipe: dict[str, Any],
+    changes: dict[str, Any],
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(merged(recipe, changes)))
+    assert main(["fit", "--config", str(path)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    for word in words:
+        assert word in errors[0]
+
+
+def test_a_recipe_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_an_unknown_option_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--trainer.max_stepz=3"]) == 2
+    assert "did you mean 'trainer.max_steps'" in capsys.readouterr().err
+
+
+def test_validate_without_a_run(recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["validate", "--config", str(path)]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in VERBS)
+    assert main(["dream"]) == 2
+    assert "no verb 'dream'" in capsys.readouterr().err
+
+
+def test_print_config_resolves_interpolation_and_overlays(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                "fit",
+                f"--config={RECIPES / 'stage2_mixed.yaml'}",
+                f"--config={RECIPES / 'size' / 'tiny.yaml'}",
+                "--seed_everything=7",
+                "--print_config",
+            ]
+        )
+    assert stop.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["init_args"]["backbone"]["size"] == "tiny"
+    assert config["data"]["images"]["weight"] == 1.0
+    assert config["trainer"]["gradient_clip_val"] == 1.0
+
+
+def test_help_explains_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("Samples per optimizer step over all ranks", "of the average per optimizer step", "--run_dir"):
+        assert words in shown
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "GPDiTStage"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Which clean frames a clean frame sees" in shown
+    assert "Peak learning rate" in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "there is no checkpoint"),
+        (b"PK\x03\x04 torn", "not a whole checkpoint"),
+        ("tensor", "not a checkpoint of"),
+    ],
+)
+def test_sample_from_a_bad_checkpoint(
+    content: bytes | str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.ckpt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save({"weights": torch.zeros(3)}, path)
+    assert main(["sample", "--checkpoint", str(path), "--context", "video.mp4"]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert str(path) in message

@@ -1,0 +1,88 @@
+"""The demo, short in the default run and whole in the slow one."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from gpdit_lightning.cli import demo, demo_movies, main
+from gpdit_lightning.media.video import video_info, write_video
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "MOVIES", 3)
+    monkeypatch.setattr(demo, "HELD_OUT_MOVIES", 2)
+
+
+@pytest.mark.usefixtures("small")
+def test_it_leaves_what_it_says_and_goes_on_when_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "demo"
+    assert main(["demo", "--run_dir", str(run_dir), "--max_steps", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 held-out clips" in shown
+    assert str(run_dir / "sample.png") in shown
+    assert (run_dir / "checkpoints" / "last.ckpt").is_file()
+    assert list((run_dir / "tensorboard").glob("events*"))
+    assert (run_dir / "sample.png").stat().st_size > 0
+    info = video_info(run_dir / "sample.mp4")
+    assert (info.height, info.width, info.fps) == (64, 128, Fraction(8))
+    report = json.loads((run_dir / "report.json").read_text())
+    assert report["step"] == 2
+    assert len(report["error"]) == len(report["copy_error"]) == demo.GENERATED
+
+    drawn = {path: path.stat().st_mtime_ns for path in (run_dir / "movies").rglob("*.mp4")}
+    shards = {path: path.stat().st_mtime_ns for path in (run_dir / "latents").glob("*.tar")}
+    assert main(["demo", "--run_dir", str(run_dir), "--max_steps", "3"]) == 0
+    assert json.loads((run_dir / "report.json").read_text())["step"] == 3
+    assert drawn == {path: path.stat().st_mtime_ns for path in (run_dir / "movies").rglob("*.mp4")}
+    assert shards == {path: path.stat().st_mtime_ns for path in (run_dir / "latents").glob("*.tar")}
+
+
+def test_with_videos_of_ones_own(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(3):
+        noise = torch.randint(0, 256, (60, 3, 80, 96), generator=generator, dtype=torch.uint8)
+        write_video(videos / f"{number}.mp4", noise, 30)
+    assert main(["demo", "--videos", str(videos), "--run_dir", str(tmp_path / "demo"), "--max_steps", "1"]) == 0
+    assert (tmp_path / "demo" / "sample.png").is_file()
+
+
+def test_held_out_movies_show_other_digits_on_other_paths() -> None:
+    digits = demo_movies.load_digits()
+    assert len(digits[: -demo_movies.HELD_OUT_DIGITS]) + demo_movies.HELD_OUT_DIGITS == len(digits)
+    mine = demo_movies.render(digits[0], np.random.default_rng([0, False, 0]), 4)
+    again = demo_movies.render(digits[0], np.random.default_rng([0, False, 0]), 4)
+    other = demo_movies.render(digits[0], np.random.default_rng([0, True, 0]), 4)
+    assert torch.equal(mine, again)
+    assert not torch.equal(mine, other)
+
+
+def test_positions_bounce() -> None:
+    path = demo_movies.bounce(start=3.0, speed=2.0, frames=8, room=5.0)
+    np.testing.assert_allclose(path, [3, 5, 3, 1, 1, 3, 5, 3])
+
+
+def test_an_empty_folder_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--videos", str(tmp_path), "--run_dir", str(tmp_path / "demo")]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_demo_beats_repeating_the_last_frame(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    try:
+        assert main(["demo", "--run_dir", str(tmp_path / "demo")]) == 0
+    finally:
+        torch.set_num_threads(1)
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert report["clips"] >= 32
+    assert report["ratio"] <= 0.8
+    assert report["step"] == yaml.safe_load(demo.RECIPE.read_text())["trainer"]["max_steps"]

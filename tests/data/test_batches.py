@@ -1,0 +1,226 @@
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NumbersFrom
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.plan import TRAIN_NOISE, VALIDATION_NOISE, Plan, PlannedSource
+from gpdit_lightning.data.shards import ShardReader
+from gpdit_lightning.errors import InputError
+
+Shards = Callable[..., Manifest]
+MEAN, STD = [0.5, -0.25, 2.0, 0.0], [2.0, 0.5, 4.0, 1.0]
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, write_shards: Shards) -> Manifest:
+    """11 clips of 3 latent frames in shards of 5, 5 and 1."""
+    return write_shards(tmp_path, {("train", "video", (3, 4, 4)): 11})
+
+
+def bucket_of(manifest: Manifest, frames: int = 3) -> Bucket:
+    return Bucket([(manifest, entry) for entry in manifest.shards], frames)
+
+
+def dataset(
+    manifest: Manifest, rank: int = 0, world_size: int = 1, seed: int = 0, frames: int = 3, **settings: Any
+) -> LatentDataset:
+    """Steps of 2 micro-batches of 4 clips, a quarter of them without context."""
+    plan = Plan((PlannedSource("videos", (11,), 8, micro_batches=2),), seed, context_dropout=0.25, max_ranks=2)
+    options: dict[str, Any] = {"noise_levels": "frame", "purpose": TRAIN_NOISE} | settings
+    return LatentDataset(plan, [[bucket_of(manifest, frames)]], MEAN, STD, rank=rank, world_size=world_size, **options)
+
+
+def by_key_and_noise(batches: list[LatentBatch]) -> list[tuple[str, bytes, bytes, bytes, bool]]:
+    """The samples of batches without their order."""
+    return sorted(
+        (key, *(values[i].numpy().tobytes() for values in (b.latents, b.noise, b.t)), i < b.context)
+        for b in batches
+        for i, key in enumerate(b.keys)
+    )
+
+
+def same(first: LatentBatch, second: LatentBatch) -> bool:
+    tensors = all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("latents", "noise", "t"))
+    return tensors and (first.keys, first.context, first.weight) == (second.keys, second.context, second.weight)
+
+
+def damage(manifest: Manifest, shard: int, number: int) -> None:
+    """Flip one bit in the latents of a sample."""
+    reader = ShardReader(manifest.directory, manifest.shards[shard])
+    offset, size = (int(value) for value in reader.index[number][:2])
+    content = bytearray(reader.path.read_bytes())
+    content[offset + size - 5] ^= 0x10
+    reader.path.write_bytes(content)
+
+
+def test_latents_are_whitened_with_the_codecs_constants(manifest: Manifest) -> None:
+    batch = dataset(manifest)[3]
+    assert batch.latents.shape == batch.noise.shape == (4, 3, 4, 4, 4)
+    assert batch.latents.dtype == torch.float32
+    bucket = bucket_of(manifest)
+    raw = {key: latents for latents, key in map(bucket.read, range(len(bucket)))}
+    for latents, key in zip(batch.latents, batch.keys, strict=True):
+        for channel in range(4):
+            expected = (raw[key][:, channel].astype(np.float32) - MEAN[channel]) / STD[channel]
+            np.testing.assert_allclose(latents[:, channel].numpy(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_bucket_numbers_its_samples_over_its_shards(manifest: Manifest) -> None:
+    bucket = bucket_of(manifest)
+    assert len(bucket) == 11
+    keys = [bucket.read(sample)[1] for sample in range(11)]
+    assert keys == [
+        f"train-video-3x4x4-{shard:05d}-{place:06d}" for shard, count in enumerate((5, 5, 1)) for place in range(count)
+    ]
+
+
+def test_a_shorter_clip_is_the_beginning_of_the_long_one(manifest: Manifest) -> None:
+    long, short = dataset(manifest)[0], dataset(manifest, frames=2)[0]
+    assert short.latents.shape == (4, 2, 4, 4, 4)
+    assert torch.equal(short.latents, long.latents[:, :2])
+
+
+def test_a_batch_says_what_it_is(manifest: Manifest) -> None:
+    batch = dataset(manifest)[1]
+    assert (batch.source, batch.weight, batch.context) == ("videos", 0.5, 2)
+    assert batch.t.shape == (4, 3)
+
+
+def test_asking_again_gives_the_same_batch(manifest: Manifest) -> None:
+    batches = dataset(manifest)
+    later = batches[9]
+    assert same(dataset(manifest)[9], later)
+    assert same(batches[9], later)
+    assert not torch.equal(batches[8].noise, later.noise)
+
+
+def test_two_ranks_together_have_the_samples_noise_and_levels_of_one(manifest: Manifest) -> None:
+    for number in range(8):
+        whole = dataset(manifest)[number]
+        shares = [dataset(manifest, rank, world_size=2)[number] for rank in range(2)]
+        assert by_key_and_noise(shares) == by_key_and_noise([whole])
+        assert [share.latents.shape[0] for share in shares] == [2, 2]
+        assert [share.context for share in shares] == [whole.context / 2] * 2
+        assert [share.weight for share in shares] == [whole.weight] * 2
+
+
+def test_the_clips_with_context_come_first(manifest: Manifest) -> None:
+    batches = dataset(manifest)
+    mixed = 0
+    for number in range(8):
+        planned = batches.plan.micro_batch(number)
+        with_context = sorted(bucket_of(manifest).read(int(s))[1] for s in planned.samples[planned.context])
+        batch = batches[number]
+        assert sorted(batch.keys[: batch.context]) == with_context
+        mixed += 0 < batch.context < 4
+    assert mixed > 0
+
+
+def test_noise_is_keyed_on_seed_step_and_place(manifest: Manifest) -> None:
+    batches = dataset(manifest)
+    first = batches[0].noise
+    step = torch.cat([batches[0].noise, batches[1].noise])
+    assert len({noise.numpy().tobytes() for noise in step}) == 8  # every place of a step has noise of its own
+    assert not torch.equal(dataset(manifest, seed=1)[0].noise, first)
+    assert not torch.equal(batches[2].noise, first)  # the same places in the next step
+    assert not torch.equal(dataset(manifest, purpose=VALIDATION_NOISE)[0].noise, first)
+
+
+def test_accumulation_changes_neither_noise_nor_levels(manifest: Manifest) -> None:
+    def step(micro_batches: int) -> tuple[set[bytes], set[bytes]]:
+        plan = Plan((PlannedSource("videos", (11,), 8, micro_batches),), context_dropout=0.0)
+        batches = LatentDataset(plan, [[bucket_of(manifest)]], MEAN, STD, "frame", TRAIN_NOISE)
+        drawn = [batches[micro_batches * 3 + within] for within in range(micro_batches)]
+        return (
+            {noise.numpy().tobytes() for batch in drawn for noise in batch.noise},
+            {level.numpy().tobytes() for batch in drawn for level in batch.t},
+        )
+
+    assert step(1) == step(2) == step(8)
+
+
+def test_noise_levels_of_a_clip_are_equal_or_free(manifest: Manifest) -> None:
+    per_frame, per_clip = dataset(manifest)[0], dataset(manifest, noise_levels="clip")[0]
+    assert all(len(set(levels)) == 3 for levels in per_frame.t.tolist())
+    assert all(len(set(levels)) == 1 for levels in per_clip.t.tolist())
+    assert len(set(per_clip.t[:, 0].tolist())) == 4
+    assert torch.equal(per_clip.noise, per_frame.noise)
+
+
+def test_noise_is_standard_gaussian_and_levels_are_uniform(manifest: Manifest) -> None:
+    batches = [dataset(manifest)[number] for number in range(150)]
+    noise = torch.cat([batch.noise for batch in batches]).double()  # 115,200 numbers
+    t = torch.cat([batch.t for batch in batches]).double()  # 1,800 numbers
+    assert abs(noise.mean().item()) < 4 / noise.numel() ** 0.5
+    assert abs(noise.var().item() - 1) < 4 * (2 / noise.numel()) ** 0.5
+    assert abs(noise.pow(4).mean().item() - 3) < 4 * (96 / noise.numel()) ** 0.5
+    assert t.min() >= 0
+    assert t.max() < 1
+    assert abs(t.mean().item() - 0.5) < 4 * (1 / 12 / t.numel()) ** 0.5
+    assert (torch.histc(t, 4, 0, 1) / t.numel() - 0.25).abs().max() < 0.05
+    flat = noise.flatten(1)
+    neighbours = (flat[1:] * flat[:-1]).mean().item()  # of clips at neighbouring places
+    assert abs(neighbours) < 4 / flat[1:].numel() ** 0.5
+    assert abs((noise[:, 1:] * noise[:, :-1]).mean().item()) < 4 / noise[:, 1:].numel() ** 0.5  # of frames
+
+
+@pytest.mark.parametrize(("damaged", "replacement"), [((1,), 2), ((4,), 0), ((3, 4), 0)])
+def test_a_damaged_sample_is_replaced_by_the_next_healthy_one_and_named(
+    manifest: Manifest, caplog: pytest.LogCaptureFixture, damaged: tuple[int, ...], replacement: int
+) -> None:
+    for number in damaged:
+        damage(manifest, shard=1, number=number)
+    with caplog.at_level(logging.WARNING):
+        _, key = bucket_of(manifest).read(5 + damaged[0])
+    assert key == f"train-video-3x4x4-00001-{replacement:06d}"
+    assert len(caplog.messages) == len(damaged)
+    for number, message in zip(damaged, caplog.messages, strict=True):
+        assert f"Sample {number} of" in message
+        assert "train-video-3x4x4-00001.tar is damaged (the checksum of its latents differs)" in message
+        assert "next healthy sample" in message
+
+
+def test_a_replacement_keeps_the_noise_of_the_place(manifest: Manifest) -> None:
+    before = dataset(manifest)[0]
+    lost = bucket_of(manifest)
+    place = next(i for i, key in enumerate(before.keys) if key in {lost.read(sample)[1] for sample in range(10)})
+    shard, number = int(before.keys[place].split("-")[-2]), int(before.keys[place].split("-")[-1])
+    damage(manifest, shard, number)
+    after = dataset(manifest)[0]
+    assert after.keys[place] != before.keys[place]
+    assert torch.equal(after.noise, before.noise)
+    assert torch.equal(after.t, before.t)
+    others = [i for i in range(4) if i != place]
+    assert torch.equal(after.latents[others], before.latents[others])
+
+
+def test_a_shard_without_a_healthy_sample_ends_the_run(manifest: Manifest) -> None:
+    damage(manifest, shard=2, number=0)
+    with pytest.raises(InputError, match=r"00002\.tar has no healthy sample left: copy it again or prepare it again"):
+        bucket_of(manifest).read(10)
+
+
+def test_ranks_that_do_not_divide_the_plan_are_refused(manifest: Manifest) -> None:
+    with pytest.raises(InputError, match=r"3 ranks do not divide data\.max_ranks = 2"):
+        dataset(manifest, world_size=3)
+
+
+def test_numbers_begin_at_the_start_and_count_from_zero() -> None:
+    numbers = NumbersFrom(3, 7)
+    assert list(numbers) == [3, 4, 5, 6]
+    assert list(numbers) == [3, 4, 5, 6]
+    assert len(numbers) == 7
+
+
+def test_a_loader_process_gives_the_same_batches(manifest: Manifest) -> None:
+    batches = dataset(manifest)
+    loader = DataLoader(batches, batch_size=None, sampler=NumbersFrom(2, 6), num_workers=2)
+    for number, batch in zip(range(2, 6), loader, strict=True):
+        assert same(batch, batches[number])

@@ -1,0 +1,221 @@
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from gpdit_lightning.data.batches import LatentBatch
+from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.errors import InputError
+
+Shards = Callable[..., Manifest]
+IMAGE, VIDEO = ("train", "image", (1, 8, 8)), ("train", "video", (3, 8, 8))
+
+
+def source(*folders: Path, batch_size: int = 4, **settings: Any) -> SourceConfig:
+    return SourceConfig([str(folder) for folder in folders], batch_size, **settings)
+
+
+def module(shards: Path, **settings: Any) -> LatentDataModule:
+    """4 images and 2 clips in each step, in 3 micro-batches."""
+    images, videos = source(shards, micro_batches=2), source(shards, batch_size=2)
+    return LatentDataModule(**{"images": images, "videos": videos} | settings)
+
+
+def at(data: LatentDataModule, step: int = 0, max_steps: int = 10, rank: int = 0, ranks: int = 1) -> LatentDataModule:
+    """The module as a trainer that stands at `step` sees it."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_step=step, max_steps=max_steps, global_rank=rank, world_size=ranks, strategy=strategy
+    )
+    return data
+
+
+def contents(loader: DataLoader[LatentBatch], count: int) -> list[tuple[Any, ...]]:
+    return [
+        (b.source, b.keys, b.context, b.weight, *(x.numpy().tobytes() for x in (b.latents, b.noise, b.t)))
+        for b in islice(loader, count)
+    ]
+
+
+def test_a_step_has_the_batches_of_both_sources(tiny_shards: Path) -> None:
+    data = at(module(tiny_shards))
+    assert data.micro_batches_per_step == 3
+    batches = list(islice(data.train_dataloader(), 3))
+    assert [(b.source, len(b.keys), b.weight) for b in batches] == [("images", 2, 0.25)] * 2 + [("videos", 2, 0.5)]
+    assert [tuple(b.latents.shape) for b in batches] == [(2, 1, 4, 8, 8)] * 2 + [(2, 3, 4, 8, 8)]
+    assert all(key.startswith("train-") for b in batches for key in b.keys)
+
+
+def test_the_loader_starts_at_the_trainers_step(tiny_shards: Path) -> None:
+    whole = contents(at(module(tiny_shards)).train_dataloader(), 30)
+    assert len(whole) == 30
+    resumed = at(module(tiny_shards), step=7).train_dataloader()
+    assert contents(resumed, 30) == whole[7 * 3 :]
+    assert len(resumed) == 30
+
+
+def test_a_run_without_an_end_has_batches_without_an_end(tiny_shards: Path) -> None:
+    endless = at(module(tiny_shards), step=10**6, max_steps=-1).train_dataloader()
+    assert len(contents(endless, 2)) == 2
+    assert len(endless) > 10**9
+
+
+def test_loader_processes_change_nothing(tiny_shards: Path) -> None:
+    alone, helped = (at(module(tiny_shards, workers=workers), step=2).train_dataloader() for workers in (0, 2))
+    assert helped.num_workers == 2
+    assert contents(helped, 24) == contents(alone, 24)
+
+
+def test_ranks_share_every_micro_batch(tiny_shards: Path) -> None:
+    settings: dict[str, Any] = {"max_ranks": 2, "context_dropout": 0.5}
+    whole = list(islice(at(module(tiny_shards, **settings)).train_dataloader(), 12))
+    shares = [
+        list(islice(at(module(tiny_shards, **settings), rank=rank, ranks=2).train_dataloader(), 12)) for rank in (0, 1)
+    ]
+    for batch, first, second in zip(whole, *shares, strict=True):
+        assert sorted(batch.keys) == sorted(first.keys + second.keys)
+        assert len(first.keys) == len(second.keys)
+        assert first.context == second.context == batch.context / 2
+
+
+def test_validation_is_the_same_every_time_and_held_out(tiny_shards: Path) -> None:
+    data = module(tiny_shards, validation_batches=2)
+    first, later = (list(at(data, step=step).val_dataloader()) for step in (0, 9))
+    assert len(first) == 2 * 3
+    for before, after in zip(first, later, strict=True):
+        assert before.keys == after.keys
+        assert torch.equal(before.noise, after.noise)
+        assert torch.equal(before.t, after.t)
+    assert all(key.startswith("validation-") for batch in first for key in batch.keys)
+    assert all(batch.context == len(batch.keys) for batch in first)  # no clip loses its context
+    training = next(iter(at(data).train_dataloader()))
+    assert not torch.equal(training.noise, first[0].noise)
+
+
+def test_there_is_no_validation_without_held_out_samples(tmp_path: Path, write_shards: Shards) -> None:
+    folder = write_shards(tmp_path, {VIDEO: 3}).directory
+    assert at(LatentDataModule(videos=source(folder))).val_dataloader() == []
+
+
+def test_validation_can_be_turned_off(tiny_shards: Path) -> None:
+    assert at(module(tiny_shards, validation_batches=0)).val_dataloader() == []
+
+
+def test_a_source_takes_only_its_kind(tiny_shards: Path) -> None:
+    data = at(LatentDataModule(videos=source(tiny_shards, batch_size=11), context_dropout=0.0))
+    (batch,) = islice(data.train_dataloader(), 1)
+    assert sorted(batch.keys) == [f"train-video-3x8x8-0000{n // 5}-{n % 5:06d}" for n in range(11)]
+
+
+def test_several_manifests_and_shapes_of_a_source_are_pooled_by_shape(tmp_path: Path, write_shards: Shards) -> None:
+    first = write_shards(tmp_path / "a", {VIDEO: 3, ("train", "video", (3, 4, 8)): 2}).directory
+    second = write_shards(tmp_path / "b", {VIDEO: 4}).directory
+    data = LatentDataModule(videos=source(first, second, batch_size=1))
+    assert data.plan.sources[0].counts == (2, 7)
+    assert data.geometry["sizes"] == [[32, 64], [64, 64]]
+
+
+def test_codecs_that_differ_are_refused_by_name(tmp_path: Path, write_shards: Shards) -> None:
+    images = write_shards(tmp_path / "images", {IMAGE: 3}).directory
+    videos = write_shards(tmp_path / "videos", {VIDEO: 3}, fingerprint="f" * 16).directory
+    with pytest.raises(InputError, match="fingerprint is ffffffffffffffff instead of 0123456789abcdef") as caught:
+        LatentDataModule(source(images), source(videos))
+    assert str(images / "manifest.json") in str(caught.value)
+    assert str(videos / "manifest.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["mean", "std"])
+def test_whitening_constants_that_differ_are_refused(tmp_path: Path, write_shards: Shards, field: str) -> None:
+    first = write_shards(tmp_path / "a", {VIDEO: 3}).directory
+    second = write_shards(tmp_path / "b", {VIDEO: 3}, **{field: [1.0, 1.0, 1.0, 3.0]}).directory
+    with pytest.raises(InputError, match=rf"{field} is \[1.0, 1.0, 1.0, 3.0\] instead of"):
+        LatentDataModule(videos=source(first, second))
+
+
+def test_more_frames_than_the_shards_have_are_refused(tiny_shards: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.videos\.frames is 4, but .*manifest\.json has samples of 3"):
+        LatentDataModule(videos=source(tiny_shards, frames=4))
+
+
+def test_fewer_frames_keep_the_beginning(tiny_shards: Path) -> None:
+    data = at(LatentDataModule(videos=source(tiny_shards, frames=2)))
+    assert next(iter(data.train_dataloader())).latents.shape == (4, 2, 4, 8, 8)
+    assert data.geometry["frames"] == 2
+
+
+def test_a_source_without_manifests_is_refused() -> None:
+    with pytest.raises(InputError, match=r"data\.videos\.batch_size is 4 but data\.videos\.manifests is empty"):
+        LatentDataModule(videos=source())
+
+
+def test_a_manifest_without_samples_of_the_kind_is_refused(tmp_path: Path, write_shards: Shards) -> None:
+    folder = write_shards(tmp_path, {IMAGE: 3, ("validation", "video", (3, 8, 8)): 2}).directory
+    with pytest.raises(InputError, match="the source 'videos' holds no samples"):
+        LatentDataModule(videos=source(folder))
+
+
+def test_no_source_at_all_is_refused(tiny_shards: Path) -> None:
+    for unused in ({}, {"images": source(tiny_shards, batch_size=0)}):
+        with pytest.raises(InputError, match=r"give data\.images or data\.videos a batch_size above 0"):
+            LatentDataModule(**unused)
+
+
+def test_a_negative_seed_is_refused(tiny_shards: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.seed is -1"):
+        module(tiny_shards, seed=-1)
+
+
+def test_geometry_is_that_of_the_clips(tiny_shards: Path) -> None:
+    assert module(tiny_shards).geometry == {"stride": 3, "sizes": [[64, 64]], "frames": 3}
+    assert LatentDataModule(images=source(tiny_shards)).geometry["frames"] == 1
+
+
+def test_its_own_state_is_accepted_wherever_the_shards_lie(tmp_path: Path, write_shards: Shards) -> None:
+    here, there = (write_shards(tmp_path / name, {VIDEO: 3}).directory for name in ("here", "there"))
+    state = LatentDataModule(videos=source(here)).state_dict()
+    LatentDataModule(videos=source(there)).load_state_dict(state)
+    assert str(tmp_path) not in repr(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "setting"),
+    [
+        ({"seed": 1}, r"data\.seed = 0 and the recipe has 1"),
+        ({"context_dropout": 0.2}, r"data\.context_dropout = 0\.1 and the recipe has 0\.2"),
+        ({"noise_levels": "clip"}, r"data\.noise_levels = frame"),
+        ({"max_ranks": 2}, r"data\.max_ranks = 1"),
+    ],
+)
+def test_another_order_is_refused_by_name(tiny_shards: Path, change: dict[str, Any], setting: str) -> None:
+    with pytest.raises(InputError, match=f"was trained with {setting}"):
+        module(tiny_shards, **change).load_state_dict(module(tiny_shards).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "setting"),
+    [
+        ({"batch_size": 4}, r"data\.videos\.batch_size = 2"),
+        ({"micro_batches": 2}, r"data\.videos\.micro_batches = 1"),
+        ({"frames": 2}, r"data\.videos\.frames = 0"),
+        ({"weight": 2.0}, r"data\.videos\.weight = 1\.0"),
+    ],
+)
+def test_another_mixture_is_refused_by_name(tiny_shards: Path, change: dict[str, Any], setting: str) -> None:
+    changed = module(tiny_shards, videos=source(tiny_shards, **{"batch_size": 2} | change))
+    with pytest.raises(InputError, match=f"was trained with {setting}"):
+        changed.load_state_dict(module(tiny_shards).state_dict())
+
+
+def test_other_data_and_other_sources_are_refused(tiny_shards: Path, tmp_path: Path, write_shards: Shards) -> None:
+    state = module(tiny_shards).state_dict()
+    other = write_shards(tmp_path, {VIDEO: 3}).directory
+    with pytest.raises(InputError, match=r"data\.videos\.manifests"):
+        module(tiny_shards, videos=source(other, batch_size=2)).load_state_dict(state)
+    with pytest.raises(InputError, match=r"data\.images\.batch_size = 4 and the recipe has None"):
+        LatentDataModule(videos=source(tiny_shards, batch_size=2)).load_state_dict(state)
