@@ -172,4 +172,6 @@ def run(verb: str, arguments: Sequence[str]) -> None:
             f"{cli.trainer.default_root_dir} holds no checkpoint to {verb}: `fit` first, or give --run_dir."
         )
     cli.trainer.loggers = []  # the curves belong to the training; the figures are printed
-    getattr(cli.trainer, verb)(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
+    getattr(cli.trainer, verb)(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True, verbose=False)
+    for name, value in sorted(cli.trainer.callback_metrics.items()):
+        print(f"{name:<20}{float(value):.5f}")

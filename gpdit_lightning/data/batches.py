@@ -1,5 +1,6 @@
 """From the plan to tensors: a rank's share of a micro-batch, read, whitened and paired with its noise."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class LatentBatch:
     weight: float
     source: str
     keys: list[str]
+
+    def pin_memory(self) -> "LatentBatch":
+        """The loader calls this where batches go to a GPU."""
+        pinned = {name: getattr(self, name).pin_memory() for name in ("latents", "noise", "t")}
+        return dataclasses.replace(self, **pinned)
 
 
 class Bucket:

@@ -56,9 +56,10 @@ class RotationSampler:
             noise: standard Gaussian.
         """
         x = noise
+        precise = torch.promote_types(x.dtype, torch.float32)
         angles = self.angles(torch.float64).tolist()
         for theta, following in pairwise(angles):
-            v = velocity(x, x.new_full((x.shape[0],), theta))
+            v = velocity(x, x.new_full((x.shape[0],), theta, dtype=precise))
             step = theta - following
             x = rotate_back(x, v, x.new_full((), step)) if self.rule == "rotation" else x - step * v
         return x

@@ -38,6 +38,7 @@ class GPDiTStage(LightningModule):
         super().__init__()
         self.config, self.schedule, self.optimizer_config = backbone, schedule, optimizer
         self.initial_weights = initial_weights
+        self.initial_codec: dict[str, Any] | None = None
         self.backbone: GPDiT
 
     def configure_model(self) -> None:
@@ -48,10 +49,20 @@ class GPDiTStage(LightningModule):
         if self.initial_weights:
             checkpoint = read_checkpoint(self.initial_weights)
             check_architecture(checkpoint["gpdit"]["backbone"], self.config, self.initial_weights)
-            data: Any = getattr(self.trainer, "datamodule", None)
-            if isinstance(data, LatentDataModule):
-                check_codec(checkpoint["LatentDataModule"]["codec"], data.codec, self.initial_weights)
+            self.initial_codec = checkpoint["LatentDataModule"]["codec"]
             self.backbone.load_state_dict(backbone_weights(checkpoint))
+
+    def on_fit_start(self) -> None:
+        """Refuse initial weights that were trained on latents of another codec than the data's."""
+        if self.initial_codec is not None:
+            check_codec(self.initial_codec, self.data.codec, self.initial_weights)
+
+    @property
+    def data(self) -> LatentDataModule:
+        """The data that the trainer trains on."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, LatentDataModule)
+        return data
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trained parameters, its schedule stepped per optimizer step."""

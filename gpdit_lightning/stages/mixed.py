@@ -17,7 +17,8 @@ class MixedStage(GPDiTStage):
         Raises:
             InputError: one is not in use.
         """
-        sources = {source.name for source in self.trainer.datamodule.plan.sources}  # type: ignore[attr-defined]
+        super().on_fit_start()
+        sources = {source.name for source in self.data.plan.sources}
         for name in ("images", "videos"):
             if name not in sources:
                 raise InputError(

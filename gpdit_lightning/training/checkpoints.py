@@ -25,7 +25,7 @@ class RunCheckpoint(Checkpoint):
     A checkpoint gets its name when it is complete, so a process killed while saving leaves the one before.
 
     Args:
-        every_steps: optimizer steps between checkpoints; the end of the run is saved too.
+        every_steps: optimizer steps between checkpoints; reaching trainer.max_steps saves too.
         keep_every_steps: additionally keep `step-N.ckpt` every so many steps (a multiple of every_steps); 0 keeps none.
     """
 
@@ -87,14 +87,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} cannot be read as a checkpoint ({reason}): use another of the run's.") from None
-    if not isinstance(checkpoint, dict) or "gpdit" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not {"gpdit", "LatentDataModule"} <= checkpoint.keys():
         raise InputError(f"{path} is not a checkpoint of gpdit_lightning: give one that `fit` wrote.")
     return checkpoint
 
 
 def check_architecture(saved: dict[str, Any], config: GPDiTConfig, where: str | Path) -> None:
     """Raise InputError, naming the first field that differs, unless saved weights are of this architecture."""
-    ours, theirs = config.architecture(), GPDiTConfig(**saved).architecture()
+    ours, theirs = config.architecture(), GPDiTConfig.preset(**saved).architecture()
     for name, value in ours.items():
         if theirs[name] != value:
             raise InputError(
@@ -150,7 +150,7 @@ def load_trained_model(
         InputError: as :func:`read_checkpoint`.
     """
     checkpoint = read_checkpoint(path)
-    config = GPDiTConfig(**checkpoint["gpdit"]["backbone"])
+    config = GPDiTConfig.preset(**checkpoint["gpdit"]["backbone"])
     with torch.device("meta"):
         backbone = GPDiT(config)
     backbone.load_state_dict(backbone_weights(checkpoint, weights), assign=True)

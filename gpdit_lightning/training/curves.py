@@ -7,6 +7,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gpdit_lightning.diffusion import QuartileLoss
 from gpdit_lightning.training.health import Health
@@ -69,12 +70,17 @@ class Curves(Callback):
         self.health, self.every_steps, self.patch_size = health, every_steps, patch_size
         self.train, self.validation = LossTable(), LossTable()
         self.clips = self.tokens = 0
+        self.learning_rate = 0.0
         self._since = 0.0
         self._last_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._since, self._last_step = time.perf_counter(), trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note the rate that the step is taken with, before the schedule moves on."""
+        self.learning_rate = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,7 +99,7 @@ class Curves(Callback):
         seconds = time.perf_counter() - self._since
         scalars |= {
             "train/grad_norm": self.health.gradient_norm,
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/lr": self.learning_rate,
             "perf/clips_per_s": self.clips / seconds,
             "perf/tokens_per_s": self.tokens / seconds,
         }
@@ -142,17 +148,25 @@ class Curves(Callback):
         self.clips = self.tokens = 0
         self._since = time.perf_counter()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The window under way, so that an interrupted curve goes on as if nothing had happened."""
-        return {"rows": self.train.rows, "weights": self.train.weights}
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the window under way, over all ranks: an interrupted curve goes on as if nothing had happened."""
+        # A clone, since a reduction works in place.
+        reduce = trainer.strategy.reduce
+        rows = {name: reduce(row.clone(), reduce_op="sum").cpu() for name, row in self.train.rows.items()}
+        checkpoint["curves"] = {"rows": rows, "weights": dict(self.train.weights)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the window back."""
-        self.train.rows, self.train.weights = dict(state_dict["rows"]), dict(state_dict["weights"])
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the window back: its sums to the first rank, so that they count once."""
+        window = checkpoint["curves"]
+        kept = 1.0 if trainer.is_global_zero else 0.0
+        device = trainer.strategy.root_device
+        self.train.rows = {name: (row * kept).to(device) for name, row in window["rows"].items()}
+        self.train.weights = dict(window["weights"])
 
 
 def _write(trainer: Trainer, module: LightningModule, scalars: dict[str, float], in_progress_bar: str) -> None:
     """Log against the optimizer step; Lightning's own step counts differ when gradients accumulate."""
     for logger in trainer.loggers:
         logger.log_metrics(scalars, step=trainer.global_step)
-    module.log(in_progress_bar, scalars[in_progress_bar], prog_bar=True, logger=False, rank_zero_only=True)
+    for name, value in scalars.items():
+        module.log(name, value, prog_bar=name == in_progress_bar, logger=False, rank_zero_only=True)

@@ -193,7 +193,7 @@ def test_evaluation_of_the_last_checkpoint(
     assert main([verb, "--config", str(path)]) == 0
     shown = capsys.readouterr().out
     assert tag in shown
-    assert f"{before['val/loss'][STEPS]:.4f}"[:5] in shown
+    assert f"{before['val/loss'][STEPS]:.5f}" in shown
     assert curves(whole) == before
 
 

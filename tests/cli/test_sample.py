@@ -73,9 +73,9 @@ def test_without_start_the_context_ends_with_the_video(folder: Path, tmp_path: P
 def test_the_seed_decides(folder: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert sample(folder, tmp_path / f"{name}.mp4", "--frames=4", f"--seed={seed}") == 0
-    a, b, c = (read_video(tmp_path / f"{name}.mp4") for name in "abc")
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c)
+    a, b, c = (read_video(tmp_path / f"{name}.mp4").float() for name in "abc")
+    assert (a - b).abs().mean() < 1  # what encoding the same frames twice may change
+    assert (a - c).abs().mean() > 10
 
 
 def test_a_still_image(folder: Path, tmp_path: Path) -> None:

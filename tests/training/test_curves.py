@@ -31,7 +31,8 @@ def trainer_of(*other_ranks: LossTable) -> Trainer:
         assert reduce_op == "sum"
         return table + sum(torch.stack([other.rows[name] for name in sorted(other.rows)]) for other in other_ranks)
 
-    return SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))  # type: ignore[return-value]
+    strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
+    return SimpleNamespace(strategy=strategy, is_global_zero=True)  # type: ignore[return-value]
 
 
 def random_loss(clips: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,11 +109,30 @@ def test_an_interrupted_window_goes_on(tmp_path: Path) -> None:
         unbroken.train.add("videos", 0.5, loss)
     for loss in losses[:2]:
         before.train.add("videos", 0.5, loss)
-    torch.save(before.state_dict(), tmp_path / "state")
-    after.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    checkpoint: dict[str, Any] = {}
+    before.on_save_checkpoint(trainer_of(), None, checkpoint)  # type: ignore[arg-type]
+    torch.save(checkpoint, tmp_path / "state")
+    after.on_load_checkpoint(trainer_of(), None, torch.load(tmp_path / "state", weights_only=True))  # type: ignore[arg-type]
     for loss in losses[2:]:
         after.train.add("videos", 0.5, loss)
     assert after.train.means(trainer_of()) == unbroken.train.means(trainer_of())
+
+
+def test_an_interrupted_window_counts_once_over_ranks() -> None:
+    losses = [velocity_loss(*random_loss(2, seed))[1] for seed in range(2)]
+    ranks = [Curves(Health(), every_steps=4, patch_size=2) for _ in losses]
+    for rank, loss in zip(ranks, losses, strict=True):
+        rank.train.add("videos", 1.0, loss)
+    trainer = trainer_of()
+    trainer.strategy.reduce = lambda row, reduce_op: row.add_(ranks[1].train.rows["videos"])  # type: ignore[method-assign]
+    checkpoint: dict[str, Any] = {}
+    ranks[0].on_save_checkpoint(trainer, None, checkpoint)  # type: ignore[arg-type]
+    resumed = [Curves(Health(), every_steps=4, patch_size=2) for _ in losses]
+    for number, rank in enumerate(resumed):
+        trainer.is_global_zero = number == 0  # type: ignore[misc]
+        rank.on_load_checkpoint(trainer, None, checkpoint)  # type: ignore[arg-type]
+    expected = ranks[0].train.rows["videos"] + ranks[1].train.rows["videos"]
+    assert torch.equal(resumed[0].train.rows["videos"] + resumed[1].train.rows["videos"], expected)
 
 
 # What stands in TensorBoard
