@@ -55,6 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print("stopped.", file=sys.stderr)
         return 130
     return 0

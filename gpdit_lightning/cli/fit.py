@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 import omegaconf
 from jsonargparse import set_parsing_settings
-from lightning import Trainer
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -68,6 +69,23 @@ def essence(message: str) -> str:
     return sentence.replace(PREFIX, "")
 
 
+class SaveRecipe(Callback):
+    """Writes the recipe as resolved to the run folder, once training has accepted it.
+
+    Args:
+        text: the YAML.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Everything is restored and checked by now."""
+        if trainer.is_global_zero:
+            with written_whole(Path(trainer.default_root_dir) / "config.yaml") as path:
+                path.write_text(self.text, encoding="utf-8")
+
+
 class RecipeCLI(LightningCLI):
     """LightningCLI whose trainer writes into a run folder and accumulates as the data's plan says."""
 
@@ -103,16 +121,12 @@ class RecipeCLI(LightningCLI):
                 self.config_init["ema"],
                 Curves(health, settings["log_every_n_steps"], self.model.config.patch_size),
                 self.config_init["checkpoint"],
+                SaveRecipe(self.parser.dump(self.config, skip_none=False)),
                 *([StepProgress()] if settings["enable_progress_bar"] is not False else []),
                 *(settings["callbacks"] or []),
             ],
         }
         return self.trainer_class(**settings)
-
-    def save_recipe(self) -> None:
-        """Write the recipe as resolved to the run folder."""
-        with written_whole(Path(self.trainer.default_root_dir) / "config.yaml") as path:
-            path.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
 
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -134,6 +148,7 @@ def build(verb: str, arguments: Sequence[str]) -> RecipeCLI:
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged is reduced already
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python.*")
     try:
         return RecipeCLI(
@@ -163,9 +178,9 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     cli = build(verb, arguments)
     resumed = last_checkpoint(Path(cli.trainer.default_root_dir))
     if verb == "fit":
-        cli.save_recipe()
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
-        print(f"finished at step {cli.trainer.global_step}: {cli.trainer.default_root_dir}/checkpoints/last.ckpt")
+        if cli.trainer.is_global_zero:
+            print(f"finished at step {cli.trainer.global_step}: {cli.trainer.default_root_dir}/checkpoints/last.ckpt")
         return
     if resumed is None:
         raise InputError(

@@ -147,6 +147,24 @@ def test_killed_without_warning(whole: Path, tiny_shards: Path, tmp_path: Path) 
     assert_same(read_checkpoint(checkpoint), read_checkpoint(whole / "checkpoints" / "last.ckpt"))
 
 
+def test_one_rank_then_two(whole: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    """The same batches with the same noise at another world size; sums in another order leave rounding alone."""
+    settings = recipe(tiny_shards, tmp_path / "run", max_ranks=2)
+    settings["trainer"]["max_steps"] = 4
+    assert fit(tmp_path / "recipe.yaml", settings) == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    expected = read_checkpoint(checkpoints / "step-4.ckpt")["state_dict"]
+    expected = {name: value.clone() for name, value in expected.items()}
+    (checkpoints / "last.ckpt").write_bytes((checkpoints / "step-2.ckpt").read_bytes())
+    command = [sys.executable, "-m", "gpdit_lightning", "fit", "--config", str(tmp_path / "recipe.yaml")]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    found = read_checkpoint(checkpoints / "last.ckpt")
+    assert found["global_step"] == 4
+    for name, value in expected.items():
+        torch.testing.assert_close(found["state_dict"][name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_a_finished_run_has_nothing_left_to_do(whole: Path, tiny_shards: Path, tmp_path: Path) -> None:
     before = (whole / "checkpoints" / "last.ckpt").read_bytes()
     assert fit(tmp_path / "recipe.yaml", recipe(tiny_shards, whole)) == 0
