@@ -26,7 +26,7 @@ from gpdit_lightning.training.checkpoints import load_trained_model
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo" / "digits.yaml"
 
-MOVIES, HELD_OUT_MOVIES, SECONDS, SEED = 400, 32, 6.2, 0
+MOVIES, HELD_OUT_MOVIES, SEED = 1200, 64, 0
 FRAME_SIZE = "64x64"
 CONTEXT, GENERATED = 9, 8  # frames at the training stride: three latent frames given, two generated
 SAMPLER_STEPS = 8
@@ -79,8 +79,8 @@ def preparation_of(run_dir: Path, videos: Path | None) -> PrepareOptions:
     held_out: list[Path] = []
     if videos is None:
         videos, held_out = run_dir / "movies" / "train", [run_dir / "movies" / "held_out"]
-        write_movies(videos, MOVIES, SECONDS, held_out=False, seed=SEED)
-        write_movies(held_out[0], HELD_OUT_MOVIES, SECONDS, held_out=True, seed=SEED)
+        write_movies(videos, MOVIES, held_out=False, seed=SEED)
+        write_movies(held_out[0], HELD_OUT_MOVIES, held_out=True, seed=SEED)
     return PrepareOptions(
         out=run_dir / "latents",
         videos=[videos],

@@ -57,16 +57,30 @@ def test_with_videos_of_ones_own(tmp_path: Path) -> None:
 def test_held_out_movies_show_other_digits_on_other_paths() -> None:
     digits = demo_movies.load_digits()
     assert len(digits[: -demo_movies.HELD_OUT_DIGITS]) + demo_movies.HELD_OUT_DIGITS == len(digits)
-    mine = demo_movies.render(digits[0], np.random.default_rng([0, False, 0]), 4)
-    again = demo_movies.render(digits[0], np.random.default_rng([0, False, 0]), 4)
-    other = demo_movies.render(digits[0], np.random.default_rng([0, True, 0]), 4)
+    mine = demo_movies.render(digits[0], np.random.default_rng([0, False, 0]))
+    again = demo_movies.render(digits[0], np.random.default_rng([0, False, 0]))
+    other = demo_movies.render(digits[0], np.random.default_rng([0, True, 0]))
     assert torch.equal(mine, again)
     assert not torch.equal(mine, other)
 
 
-def test_positions_bounce() -> None:
-    path = demo_movies.bounce(start=3.0, speed=2.0, frames=8, room=5.0)
-    np.testing.assert_allclose(path, [3, 5, 3, 1, 1, 3, 5, 3])
+def test_a_digit_drifts_straight_and_stays_inside() -> None:
+    for seed in range(20):
+        path = demo_movies.drift(np.random.default_rng(seed))
+        assert path.min() >= 0
+        assert path.max() <= demo_movies.SIZE - demo_movies.DIGIT
+        steps = np.diff(path, axis=0)
+        np.testing.assert_allclose(steps, np.broadcast_to(steps[0], steps.shape), atol=1e-9)
+        assert np.linalg.norm(path[-1] - path[0]) >= demo_movies.LEAST_DRIFT
+
+
+def test_the_ink_moves_with_the_path() -> None:
+    digit = torch.ones(1, demo_movies.DIGIT, demo_movies.DIGIT)
+    path = demo_movies.drift(np.random.default_rng(3))
+    movie = demo_movies.render(digit, np.random.default_rng(3)).float()
+    ink = movie.mean(dim=1) - movie.mean(dim=1).amin(dim=(1, 2), keepdim=True)
+    columns = (ink.sum(dim=1) * (torch.arange(demo_movies.SIZE) + 0.5)).sum(dim=1) / ink.sum(dim=(1, 2))
+    np.testing.assert_allclose(columns.numpy(), path[:, 0] + demo_movies.DIGIT / 2, atol=0.1)
 
 
 def test_an_empty_folder_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
