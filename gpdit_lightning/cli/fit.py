@@ -148,6 +148,7 @@ def build(verb: str, arguments: Sequence[str]) -> RecipeCLI:
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own business with torch
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged is reduced already
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python.*")
     try:

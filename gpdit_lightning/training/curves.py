@@ -125,17 +125,9 @@ class Curves(Callback):
         if scalars and not trainer.sanity_checking:
             _write(trainer, pl_module, scalars, "val/loss")
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Add a test batch."""
-        self.validation.add(batch.source, batch.weight, outputs["quartiles"])
+    def on_test_batch_end(self, *arguments: Any, **options: Any) -> None:
+        """As in validation."""
+        self.on_validation_batch_end(*arguments, **options)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test means."""
