@@ -38,7 +38,10 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     print(summary(manifest))
-    print("next: name this folder in a recipe's data.videos.manifests or data.images.manifests, and `fit`")
+    sources = {"video": "videos", "image": "images"}
+    kinds = sorted({shard.kind for shard in manifest.shards}, reverse=True)
+    named = " ".join(f"--data.{sources[kind]}.manifests \"['{options.out}']\"" for kind in kinds)
+    print(f"next: python -m gpdit_lightning fit --config RECIPE.yaml {named}")
 
 
 if __name__ == "__main__":
