@@ -178,6 +178,8 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     """Train, or evaluate a run's last checkpoint."""
     cli = build(verb, arguments)
     resumed = last_checkpoint(Path(cli.trainer.default_root_dir))
+    if resumed is not None:
+        cli.model.initial_weights = ""  # the run has weights of its own; the old ones may be gone
     if verb == "fit":
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
         if cli.trainer.is_global_zero:

@@ -195,6 +195,8 @@ def test_initial_weights_are_the_average(whole: Path, tiny_shards: Path, tmp_pat
     settings["model"]["init_args"]["optimizer"] = {"learning_rate": 1e-12}
     settings["trainer"]["max_steps"] = 1
     assert fit(tmp_path / "recipe.yaml", settings) == 0
+    settings["model"]["init_args"]["initial_weights"] = str(tmp_path / "gone")
+    assert fit(tmp_path / "recipe.yaml", settings) == 0  # not needed any more
     begun = read_checkpoint(tmp_path / "run")["state_dict"]
     for name, average in read_checkpoint(whole)["ema"]["weights"].items():
         torch.testing.assert_close(begun[name], average, rtol=0, atol=1e-9)
