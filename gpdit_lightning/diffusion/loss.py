@@ -18,15 +18,26 @@ class QuartileLoss(NamedTuple):
     counts: Tensor
 
 
-def velocity_loss(prediction: Tensor, velocity: Tensor, t: Tensor) -> tuple[Tensor, QuartileLoss]:
+class VelocityLoss(NamedTuple):
+    """The objective and its detached parts.
+
+    Attributes:
+        mean: the scalar to minimise.
+        quartiles: by noise level.
+        per_clip: (B,) mean over each clip.
+    """
+
+    mean: Tensor
+    quartiles: QuartileLoss
+    per_clip: Tensor
+
+
+def velocity_loss(prediction: Tensor, velocity: Tensor, t: Tensor) -> VelocityLoss:
     """Mean squared error of the velocity, in float32 or better.
 
     Args:
         prediction, velocity: (B, F, C, H, W).
         t: (B, F) noise levels in [0, 1].
-
-    Returns:
-        the scalar loss, and its detached parts by quartile of `t`.
     """
     precise = torch.promote_types(prediction.dtype, torch.float32)
     per_frame = (prediction.to(precise) - velocity.to(precise)).square().mean(dim=(2, 3, 4))
@@ -34,4 +45,4 @@ def velocity_loss(prediction: Tensor, velocity: Tensor, t: Tensor) -> tuple[Tens
     errors = per_frame.detach().flatten()
     sums = errors.new_zeros(4).index_add_(0, quartile, errors)
     counts = errors.new_zeros(4).index_add_(0, quartile, torch.ones_like(errors))
-    return per_frame.mean(), QuartileLoss(sums, counts)
+    return VelocityLoss(per_frame.mean(), QuartileLoss(sums, counts), per_frame.detach().mean(dim=1))

@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
 
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
-from gpdit_lightning.diffusion import NoiseSchedule, QuartileLoss, rotate_to, velocity_loss
+from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, velocity_loss
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.training.checkpoints import backbone_weights, check_architecture, check_codec, read_checkpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
@@ -70,8 +69,8 @@ class GPDiTStage(LightningModule):
         optimizer, scheduler = build_optimizer(trained, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def objective(self, batch: LatentBatch) -> tuple[Tensor, QuartileLoss]:
-        """Mean velocity loss of a batch (GPDiT, equation 3), and its parts by noise level."""
+    def objective(self, batch: LatentBatch) -> VelocityLoss:
+        """Velocity loss of a batch (GPDiT, equation 3)."""
         sample = rotate_to(batch.latents, batch.noise, self.schedule.theta(batch.t))
         clean = batch.latents[: batch.context] if batch.context else None
         prediction = self.backbone(sample.noisy, sample.theta, clean)
@@ -79,15 +78,15 @@ class GPDiTStage(LightningModule):
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
         """One micro-batch; Lightning divides by the accumulation, the batch's weight already holds its share."""
-        loss, quartiles = self.objective(batch)
+        loss = self.objective(batch)
         share = batch.weight * self.trainer.accumulate_grad_batches
-        return {"loss": loss * share, "quartiles": quartiles}
+        return {"loss": loss.mean * share, "quartiles": loss.quartiles, "per_clip": loss.per_clip}
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
         """The same objective on held-out clips with fixed noise."""
         with torch.no_grad():
-            loss, quartiles = self.objective(batch)
-        return {"loss": loss, "quartiles": quartiles}
+            loss = self.objective(batch)
+        return {"loss": loss.mean, "quartiles": loss.quartiles, "per_clip": loss.per_clip}
 
     def test_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
         """As in validation."""
