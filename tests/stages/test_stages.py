@@ -133,7 +133,7 @@ def test_clips_without_context_are_denoised_from_nothing(
     latents, noise = torch.randn(2, 3, 4, 4, 4, 4, generator=generator, dtype=torch.float64)
     t = torch.rand(3, 4, generator=generator, dtype=torch.float64)
     batch = LatentBatch(latents, noise, t, context, 1.0, "videos", ["a", "b", "c"])
-    loss, quartiles = stage.objective(batch)
+    loss, quartiles, _ = stage.objective(batch)
     torch.testing.assert_close(loss, losses_of_clips(stage.backbone, batch).mean(), rtol=1e-10, atol=0)
     torch.testing.assert_close(quartiles.sums.sum() / quartiles.counts.sum(), loss.detach())
     assert quartiles.counts.sum() == 3 * 4
