@@ -54,19 +54,31 @@ class Bucket:
 
     Args:
         manifests: each with its shards of this bucket.
-        frames: latent frames kept from the start of each sample.
+        lengths: the numbers of latent frames that samples are cut to.
     """
 
-    def __init__(self, manifests: Sequence[tuple[Manifest, ShardEntry]], frames: int) -> None:
-        self.frames = frames
+    def __init__(self, manifests: Sequence[tuple[Manifest, ShardEntry]], lengths: Sequence[int]) -> None:
+        self.lengths = tuple(lengths)
         self.readers = [ShardReader(manifest.directory, entry) for manifest, entry in manifests]
         self.starts = np.cumsum([0, *(len(reader) for reader in self.readers)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def read(self, sample: int) -> tuple[np.ndarray, str]:
-        """Raw latents (F, C, H, W) in float16 and the key; a damaged sample is replaced by the next healthy one.
+    @property
+    def frames(self) -> int:
+        """Latent frames of its longest samples."""
+        return max(self.lengths)
+
+    def read(self, sample: int, frames: int | None = None) -> tuple[np.ndarray, str]:
+        """The first latent frames of a sample; a damaged sample is replaced by the next healthy one.
+
+        Args:
+            sample: its number in the bucket.
+            frames: how many to keep; the longest when not given.
+
+        Returns:
+            raw latents (F, C, H, W) in float16, and the key.
 
         Raises:
             InputError: no sample of the shard is healthy.
@@ -75,7 +87,7 @@ class Bucket:
         reader, first = self.readers[shard], sample - int(self.starts[shard])
         for offset in range(len(reader)):
             try:
-                latents, metadata = reader.read((first + offset) % len(reader), self.frames)
+                latents, metadata = reader.read((first + offset) % len(reader), frames or self.frames)
             except DamagedSampleError as error:
                 log.warning("%s The next healthy sample of the shard takes its place.", error)
                 continue
@@ -120,7 +132,7 @@ class LatentDataset(Dataset[LatentBatch]):
     def __getitem__(self, number: int) -> LatentBatch:
         micro_batch = self.plan.micro_batch(number).share(self.rank, self.world_size)
         bucket = self.buckets[micro_batch.source][micro_batch.bucket]
-        raw, keys = zip(*(bucket.read(int(sample)) for sample in micro_batch.samples), strict=True)
+        raw, keys = zip(*(bucket.read(int(sample), micro_batch.frames) for sample in micro_batch.samples), strict=True)
         latents = (torch.from_numpy(np.stack(raw)).float() - self.mean) / self.std
         step = number // self.plan.micro_batches_per_step
         noise, levels = [], []

@@ -9,7 +9,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NoiseLevels, NumbersFrom
-from gpdit_lightning.data.manifest import Manifest, Split
+from gpdit_lightning.data.manifest import Kind, Manifest, Split
 from gpdit_lightning.data.plan import TRAIN_NOISE, VALIDATION_NOISE, Plan, PlannedSource
 from gpdit_lightning.errors import InputError
 
@@ -21,16 +21,19 @@ class SourceConfig:
     manifests: list[str] = field(default_factory=list)
     """Folders that data_prep/shard_latents.py made (or their manifest.json)."""
     batch_size: int = 0
-    """Samples per optimizer step over all ranks; 0 leaves the source out."""
+    """Samples per optimizer step over all ranks; a source without a batch size or without manifests is left out."""
     micro_batches: int = 1
     """Equal parts into which that batch is cut, one forward and backward pass each: more parts, less memory."""
     frames: int = 0
-    """Latent frames taken from the start of each sample; 0 takes all."""
+    """Most latent frames taken from the start of each sample; 0 takes all."""
+    least_frames: int = 0
+    """Above 0, micro-batches vary in length: each number of latent frames from here to `frames` equally often."""
     weight: float = 1.0
     """Weight of this source's mean loss relative to the other source's."""
 
 
 UNUSED = SourceConfig()
+KINDS: dict[str, Kind] = {"images": "image", "videos": "video", "sequences": "sequence"}
 
 
 class LatentDataModule(LightningDataModule):
@@ -39,6 +42,7 @@ class LatentDataModule(LightningDataModule):
     Args:
         images: still images (latents of one frame).
         videos: clips.
+        sequences: images that belong together, each encoded alone, as the frames of a clip (GPDiT, section 5.4).
         seed: of the order, the noise and the noise levels; a step's batch depends on it and on nothing before.
         context_dropout: fraction of clips that are trained without context, for guidance.
         noise_levels: `frame` draws a level t for each latent frame, `clip` one for the whole clip.
@@ -51,6 +55,7 @@ class LatentDataModule(LightningDataModule):
         self,
         images: SourceConfig = UNUSED,
         videos: SourceConfig = UNUSED,
+        sequences: SourceConfig = UNUSED,
         seed: int = 0,
         context_dropout: float = 0.1,
         noise_levels: NoiseLevels = "frame",
@@ -63,11 +68,10 @@ class LatentDataModule(LightningDataModule):
             raise InputError(f"data.seed is {seed}; it must not be negative.")
         self.seed, self.noise_levels = seed, noise_levels
         self.workers, self.validation_batches = workers, validation_batches
-        self.configs = {
-            name: config for name, config in (("images", images), ("videos", videos)) if config.batch_size > 0
-        }
+        given = {"images": images, "videos": videos, "sequences": sequences}
+        self.configs = {name: config for name, config in given.items() if config.manifests and config.batch_size > 0}
         self.manifests = {
-            name: [Manifest.load(path) for path in self._paths(name, config)] for name, config in self.configs.items()
+            name: [Manifest.load(path) for path in config.manifests] for name, config in self.configs.items()
         }
         self.codec = self._common_codec()
         self.buckets = {split: self._buckets_of(split) for split in ("train", "validation")}
@@ -83,7 +87,7 @@ class LatentDataModule(LightningDataModule):
     @property
     def geometry(self) -> dict[str, Any]:
         """What generation must know of the training clips: stride between frames, sizes in pixels, clip length."""
-        name = "videos" if "videos" in self.manifests else "images"
+        name = next(name for name in ("videos", "sequences", "images") if name in self.manifests)
         preparation = self.manifests[name][0].preparation
         factor = self.codec["spatial_factor"]
         shapes = {
@@ -147,19 +151,13 @@ class LatentDataModule(LightningDataModule):
             order[f"data.{name}.manifests"] = [manifest.fingerprint()[:16] for manifest in self.manifests[name]]
         return order
 
-    @staticmethod
-    def _paths(name: str, config: SourceConfig) -> list[str]:
-        if not config.manifests:
-            raise InputError(
-                f"data.{name}.batch_size is {config.batch_size} but data.{name}.manifests is empty: name a folder that "
-                "data_prep/shard_latents.py made."
-            )
-        return config.manifests
-
     def _common_codec(self) -> dict[str, Any]:
         loaded = [manifest for manifests in self.manifests.values() for manifest in manifests]
         if not loaded:
-            raise InputError("no source of data is in use: give data.images or data.videos a batch_size above 0.")
+            raise InputError(
+                "no source of data is in use: give data.images, data.videos or data.sequences the manifests of "
+                "prepared data and a batch_size above 0."
+            )
         first = loaded[0]
         for other in loaded[1:]:
             for key in ("name", "fingerprint", "mean", "std"):
@@ -173,28 +171,51 @@ class LatentDataModule(LightningDataModule):
     def _buckets_of(self, split: Split) -> dict[str, list[Bucket]]:
         """For each source, its buckets: one for each latent shape that its shards have."""
         found: dict[str, list[Bucket]] = {}
-        for name, config in self.configs.items():
-            kind = "image" if name == "images" else "video"
+        for name in self.configs:
             by_shape = defaultdict(list)
             for manifest in self.manifests[name]:
                 for entry in manifest.of_split(split):
-                    if entry.kind == kind and entry.count > 0:
+                    if entry.kind == KINDS[name] and entry.count > 0:
                         by_shape[entry.shape].append((manifest, entry))
             for shape, entries in sorted(by_shape.items()):
-                if config.frames > shape[0]:
-                    raise InputError(
-                        f"data.{name}.frames is {config.frames}, but {entries[0][0].path} has samples of {shape[0]} "
-                        "latent frames: prepare longer clips or ask for fewer frames."
-                    )
-                found.setdefault(name, []).append(Bucket(entries, config.frames or shape[0]))
+                found.setdefault(name, []).append(Bucket(entries, self._lengths(name, shape[0], entries[0][0])))
         return found
+
+    def _lengths(self, name: str, available: int, manifest: Manifest) -> range:
+        """The numbers of latent frames that samples of a bucket are cut to.
+
+        Fixed lengths must be there in full; where lengths vary, a short sample gives the short ones.
+        """
+        config = self.configs[name]
+        most = config.frames or available
+        least = config.least_frames or most
+        if least > most:
+            raise InputError(
+                f"data.{name}.least_frames is {least}, more than the {most} latent frames that clips have at most: "
+                "lower it."
+            )
+        if least > available:
+            raise InputError(
+                f"data.{name} asks for {least} latent frames, but {manifest.path} has samples of {available}: prepare "
+                "longer clips or ask for fewer frames."
+            )
+        return range(least, min(most, available) + 1)
 
     def _planned(self, split: Split) -> tuple[PlannedSource, ...]:
         planned = []
         for name, config in self.configs.items():
-            counts = tuple(len(bucket) for bucket in self.buckets[split].get(name, []))
-            if counts or split == "train":
-                planned.append(PlannedSource(name, counts, config.batch_size, config.micro_batches, config.weight))
+            buckets = self.buckets[split].get(name, [])
+            if buckets or split == "train":
+                planned.append(
+                    PlannedSource(
+                        name,
+                        tuple(len(bucket) for bucket in buckets),
+                        config.batch_size,
+                        config.micro_batches,
+                        config.weight,
+                        tuple(bucket.lengths for bucket in buckets),
+                    )
+                )
         return tuple(planned)
 
     def _loader(self, split: Split, plan: Plan, purpose: int, start: int, stop: int) -> DataLoader[LatentBatch]:

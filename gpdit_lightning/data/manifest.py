@@ -14,7 +14,7 @@ FORMAT = "gpdit_lightning-shards-1"
 FILE_NAME = "manifest.json"
 
 Split = Literal["train", "validation"]
-Kind = Literal["image", "video"]
+Kind = Literal["image", "video", "sequence"]  # a sequence: images, each encoded alone, stacked as frames
 
 PREPARE_AGAIN = "prepare the data again with data_prep/shard_latents.py"
 CODEC_FIELDS = ("name", "latent_channels", "spatial_factor", "temporal_factor", "mean", "std", "fingerprint")
@@ -173,7 +173,7 @@ def _parse_shard(entry: Any, path: Path, i: int) -> ShardEntry:
     for name, allowed in (("split", get_args(Split)), ("kind", get_args(Kind))):
         if entry[name] not in allowed:
             raise InputError(
-                f"{path} has {where}.{name} = {entry[name]!r} and knows {' and '.join(allowed)} only: {PREPARE_AGAIN}."
+                f"{path} has {where}.{name} = {entry[name]!r} and knows {', '.join(allowed)} only: {PREPARE_AGAIN}."
             )
     shape = _typed(entry["shape"], list, path, f"{where}.shape")
     if len(shape) != 4 or not all(_is_positive_integer(size) for size in shape):

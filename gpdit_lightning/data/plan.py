@@ -5,7 +5,7 @@ the same shape and the same number of clips with context at the same moment.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from gpdit_lightning.errors import InputError
 
 # First words of the counter-based generators' keys: every use of the seed draws from a stream of its own.
-SAMPLE_ORDER, MICRO_BATCH_ORDER, TRAIN_NOISE, VALIDATION_NOISE = range(4)
+SAMPLE_ORDER, MICRO_BATCH_ORDER, TRAIN_NOISE, VALIDATION_NOISE, CLIP_LENGTH = range(5)
 
 
 def generator(seed: int, purpose: int, *counter: int) -> np.random.Generator:
@@ -38,6 +38,8 @@ class PlannedSource:
         batch_size: samples per optimizer step over all ranks.
         micro_batches: equal parts into which that batch is cut, each of one shape.
         weight: of the mean loss over this source's batch, relative to the other sources'.
+        lengths: for each bucket the numbers of latent frames that its samples are cut to, each for as many
+            micro-batches as the others; empty: samples stay whole.
     """
 
     name: str
@@ -45,6 +47,7 @@ class PlannedSource:
     batch_size: int
     micro_batches: int = 1
     weight: float = 1.0
+    lengths: tuple[tuple[int, ...], ...] = ()
 
     @property
     def micro_batch_size(self) -> int:
@@ -63,6 +66,7 @@ class MicroBatch:
         places: (n,) place of each sample in the global batch of the optimizer step: the key of its noise.
         context: (n,) whether the sample keeps its context.
         weight: factor of this micro-batch's mean loss; the factors of an optimizer step sum to 1.
+        frames: latent frames to keep from the start of every sample; None: all.
     """
 
     source: int
@@ -71,15 +75,14 @@ class MicroBatch:
     places: np.ndarray
     context: np.ndarray
     weight: float
+    frames: int | None = None
 
     def share(self, rank: int, world_size: int) -> "MicroBatch":
         """The equal slice of one rank, with the samples that keep their context first."""
         size = len(self.samples) // world_size
         places = np.arange(rank * size, (rank + 1) * size)
         places = places[np.argsort(~self.context[places], kind="stable")]
-        return MicroBatch(
-            self.source, self.bucket, self.samples[places], self.places[places], self.context[places], self.weight
-        )
+        return replace(self, samples=self.samples[places], places=self.places[places], context=self.context[places])
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,16 @@ class Plan:
             places=first_place + within * size + np.arange(size),
             context=self._context(own_number, size),
             weight=source.weight / sum(s.weight for s in self.sources) / source.micro_batches,
+            frames=self._length(index, bucket, turn),
         )
+
+    def _length(self, source: int, bucket: int, turn: int) -> int | None:
+        """Latent frames of a bucket's micro-batch: every length once, in random order, before any again."""
+        if not self.sources[source].lengths:
+            return None
+        lengths = self.sources[source].lengths[bucket]
+        cycle, place = divmod(turn, len(lengths))
+        return int(generator(self.seed, CLIP_LENGTH, cycle, source, bucket).permutation(lengths)[place])
 
     def _context(self, own_number: int, size: int) -> np.ndarray:
         """Which samples of a micro-batch keep their context: the same number in each of the `max_ranks` parts.

@@ -41,7 +41,7 @@ class ShardWriter:
         directory: the manifest's folder; made when it is not there.
         name: file name of the shard, without an ending.
         split: "train" or "validation".
-        kind: "image" or "video".
+        kind: "image", "video" or "sequence".
         shape: (F, C, h, w) of every sample.
     """
 

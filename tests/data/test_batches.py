@@ -25,7 +25,7 @@ def manifest(tmp_path: Path, write_shards: Shards) -> Manifest:
 
 
 def bucket_of(manifest: Manifest, frames: int = 3) -> Bucket:
-    return Bucket([(manifest, entry) for entry in manifest.shards], frames)
+    return Bucket([(manifest, entry) for entry in manifest.shards], [frames])
 
 
 def dataset(

@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -139,8 +140,12 @@ def test_whitening_constants_that_differ_are_refused(tmp_path: Path, write_shard
 
 
 def test_more_frames_than_the_shards_have_are_refused(tiny_shards: Path) -> None:
-    with pytest.raises(InputError, match=r"data\.videos\.frames is 4, but .*manifest\.json has samples of 3"):
+    with pytest.raises(InputError, match=r"data\.videos asks for 4 latent frames, but .*manifest\.json has .* 3"):
         LatentDataModule(videos=source(tiny_shards, frames=4))
+    with pytest.raises(InputError, match=r"data\.videos asks for 4 latent frames"):
+        LatentDataModule(videos=source(tiny_shards, frames=6, least_frames=4))
+    with pytest.raises(InputError, match=r"data\.videos\.least_frames is 3, more than the 2"):
+        LatentDataModule(videos=source(tiny_shards, frames=2, least_frames=3))
 
 
 def test_fewer_frames_keep_the_beginning(tiny_shards: Path) -> None:
@@ -149,9 +154,41 @@ def test_fewer_frames_keep_the_beginning(tiny_shards: Path) -> None:
     assert data.geometry["frames"] == 2
 
 
-def test_a_source_without_manifests_is_refused() -> None:
-    with pytest.raises(InputError, match=r"data\.videos\.batch_size is 4 but data\.videos\.manifests is empty"):
-        LatentDataModule(videos=source())
+def test_lengths_vary_and_short_samples_give_the_short_ones(tmp_path: Path, write_shards: Shards) -> None:
+    """Length and samples of a batch are the plan's: the same for every loader; each length equally often."""
+    folder = write_shards(tmp_path, {VIDEO: 6, ("train", "video", (5, 8, 8)): 6, ("validation", "video", (5, 8, 8)): 3})
+    clips = source(folder.directory, batch_size=2, frames=4, least_frames=2)
+    data = at(LatentDataModule(videos=clips), max_steps=1000)
+    batches = list(islice(data.train_dataloader(), 90))
+    by_bucket: dict[str, list[int]] = {"3x8x8": [], "5x8x8": []}
+    for batch in batches:
+        by_bucket[batch.keys[0].split("-")[2]].append(batch.latents.shape[1])
+    for bucket, longest in (("3x8x8", 3), ("5x8x8", 4)):
+        counts = Counter(by_bucket[bucket])
+        assert set(counts) == set(range(2, longest + 1))
+        assert max(counts.values()) - min(counts.values()) <= 1
+        assert by_bucket[bucket][: longest - 1] != by_bucket[bucket][longest - 1 : 2 * (longest - 1)] or longest == 3
+    again = list(islice(at(LatentDataModule(videos=clips, workers=2), step=40, max_steps=1000).train_dataloader(), 3))
+    for batch, same in zip(batches[40:], again, strict=False):
+        assert torch.equal(batch.latents, same.latents)
+    assert data.geometry["frames"] == 4
+    validation = [batch.latents.shape[1] for batch in data.val_dataloader()]
+    assert set(validation) <= {2, 3, 4}
+
+
+def test_sequences_are_a_source_of_their_own(tmp_path: Path, write_shards: Shards) -> None:
+    folder = write_shards(tmp_path, {VIDEO: 3, ("train", "sequence", (6, 8, 8)): 4}).directory
+    data = at(LatentDataModule(sequences=source(folder, batch_size=4)))
+    batch = next(iter(data.train_dataloader()))
+    assert batch.source == "sequences"
+    assert batch.latents.shape == (4, 6, 4, 8, 8)
+    assert all("-sequence-" in key for key in batch.keys)
+
+
+def test_a_source_without_manifests_is_left_out(tiny_shards: Path) -> None:
+    """So that an overlay can set batch sizes of sources which a recipe does not use."""
+    data = LatentDataModule(images=source(), videos=source(tiny_shards))
+    assert [planned.name for planned in data.plan.sources] == ["videos"]
 
 
 def test_a_manifest_without_samples_of_the_kind_is_refused(tmp_path: Path, write_shards: Shards) -> None:
@@ -161,8 +198,8 @@ def test_a_manifest_without_samples_of_the_kind_is_refused(tmp_path: Path, write
 
 
 def test_no_source_at_all_is_refused(tiny_shards: Path) -> None:
-    for unused in ({}, {"images": source(tiny_shards, batch_size=0)}):
-        with pytest.raises(InputError, match=r"give data\.images or data\.videos a batch_size above 0"):
+    for unused in ({}, {"images": source(tiny_shards, batch_size=0)}, {"images": source()}):
+        with pytest.raises(InputError, match=r"give data\.images, data\.videos or data\.sequences the manifests"):
             LatentDataModule(**unused)
 
 
@@ -203,6 +240,7 @@ def test_another_order_is_refused_by_name(tiny_shards: Path, change: dict[str, A
         ({"batch_size": 4}, r"data\.videos\.batch_size = 2"),
         ({"micro_batches": 2}, r"data\.videos\.micro_batches = 1"),
         ({"frames": 2}, r"data\.videos\.frames = 0"),
+        ({"least_frames": 2}, r"data\.videos\.least_frames = 0"),
         ({"weight": 2.0}, r"data\.videos\.weight = 1\.0"),
     ],
 )

@@ -88,7 +88,7 @@ def test_broken_json_is_named(manifest: Manifest) -> None:
         (["labels"], None, "lacks the field 'labels'"),
         (["more"], 1, "unknown field 'more'"),
         (["shards", 0, "sha256"], None, r"lacks the field 'sha256' of shards\[0\]"),
-        (["shards", 0, "split"], "test", r"shards\[0\].split = 'test' and knows train and validation only"),
+        (["shards", 0, "split"], "test", r"shards\[0\].split = 'test' and knows train, validation only"),
         (["shards", 0, "kind"], "sound", r"shards\[0\].kind = 'sound'"),
         (["shards", 0, "shape"], [2, 4, 3], r"shards\[0\].shape = \[2, 4, 3\], which is not four positive sizes"),
         (["shards", 0, "shape"], [2, 8, 3, 3], "8 channels where its codec has 4"),

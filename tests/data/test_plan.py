@@ -26,7 +26,8 @@ def mixture(seed: int = 0, dropout: float = 0.25, max_ranks: int = 8) -> Plan:
 def same(first: MicroBatch, second: MicroBatch) -> bool:
     arrays = ("samples", "places", "context")
     return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in arrays) and (
-        (first.source, first.bucket, first.weight) == (second.source, second.bucket, second.weight)
+        (first.source, first.bucket, first.weight, first.frames)
+        == (second.source, second.bucket, second.weight, second.frames)
     )
 
 
@@ -62,6 +63,23 @@ def test_the_order_is_pinned() -> None:
     ]
     assert plan.micro_batch(2).samples.tolist() == [10, 3, 6, 0, 4, 1, 2, 5]
     assert plan.micro_batch(5 * 1000 + 2).samples.tolist() == [9, 7, 14, 24, 10, 27, 16, 17]
+
+
+def test_every_length_comes_equally_often_and_belongs_to_the_micro_batch() -> None:
+    lengths = ((5, 6, 7, 8, 9, 10, 11, 12), (5, 6))
+    plan = Plan((PlannedSource("videos", (40, 24), 4, lengths=lengths),), seed=1, max_ranks=2)
+    batches = [plan.micro_batch(number) for number in range(1600)]
+    for bucket in (0, 1):
+        found = [batch.frames for batch in batches if batch.bucket == bucket]
+        for cycle in range(len(found) // len(lengths[bucket])):
+            part = found[cycle * len(lengths[bucket]) : (cycle + 1) * len(lengths[bucket])]
+            assert sorted(part) == list(lengths[bucket])  # type: ignore[type-var]
+        assert found[:8] != found[8:16]
+    assert all(same(plan.micro_batch(number), batches[number]) for number in (1500, 3, 77))
+    assert {batches[3].share(rank, 2).frames for rank in (0, 1)} == {batches[3].frames}
+    whole = Plan((PlannedSource("videos", (40, 24), 4),), seed=1, max_ranks=2)
+    assert whole.micro_batch(9).frames is None
+    assert whole.micro_batch(9).samples.tolist() == batches[9].samples.tolist()
 
 
 def test_the_seed_changes_the_order() -> None:
