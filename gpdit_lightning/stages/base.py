@@ -1,6 +1,6 @@
 """What every stage does: noise a batch, predict its velocity, hand the loss on."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
@@ -8,6 +8,7 @@ from lightning import LightningModule
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, velocity_loss
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.training.checkpoints import backbone_weights, check_architecture, check_codec, read_checkpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
@@ -17,7 +18,13 @@ DEFAULT_OPTIMIZER = OptimizerConfig()
 
 
 class GPDiTStage(LightningModule):
-    """Trains a GPDiT on whatever sources the data has: images, videos or both.
+    """Trains a GPDiT on whatever sources the data has: images, videos, sequences, or several of them.
+
+    Every optimizer step sees the batches of all sources; their mean losses weigh as the sources' `weight`, equally by
+    default.
+
+    Attributes:
+        SOURCES: the sources that a stage trains on, all of them and no others; empty: any.
 
     Args:
         backbone: the architecture.
@@ -26,6 +33,8 @@ class GPDiTStage(LightningModule):
         initial_weights: checkpoint or run folder whose (averaged) weights to begin with; empty begins at random. A run
             that resumes goes on from its own last checkpoint instead.
     """
+
+    SOURCES: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -52,7 +61,18 @@ class GPDiTStage(LightningModule):
             self.backbone.load_state_dict(backbone_weights(checkpoint))
 
     def on_fit_start(self) -> None:
-        """Refuse initial weights that were trained on latents of another codec than the data's."""
+        """Refuse other sources than the stage's, and initial weights made for latents of another codec.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        used = tuple(source.name for source in self.data.plan.sources)
+        if self.SOURCES and set(used) != set(self.SOURCES):
+            wanted, found = (" and ".join(f"data.{name}" for name in names) for names in (self.SOURCES, used))
+            raise InputError(
+                f"{type(self).__name__} trains on {wanted}, but the recipe uses {found}: give manifests and a "
+                "batch_size to exactly those, or use GPDiTStage, which takes any."
+            )
         if self.initial_codec is not None:
             check_codec(self.initial_codec, self.data.codec, self.initial_weights)
 

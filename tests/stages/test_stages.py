@@ -14,7 +14,7 @@ from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.stages import GPDiTStage, MixedStage
+from gpdit_lightning.stages import FewShotStage, GPDiTStage, ImageWarmupStage, LongVideoStage, MixedStage
 from gpdit_lightning.training.optimizer import OptimizerConfig
 
 Fit = Callable[..., Trainer]
@@ -149,14 +149,54 @@ def test_context_changes_the_prediction(randomise: Randomise, tiny_config: GPDiT
     assert not torch.allclose(with_context, without)
 
 
-@pytest.mark.parametrize("missing", ["images", "videos"])
-def test_mixed_training_needs_both_sources(
-    fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path, missing: str
+@pytest.mark.parametrize(
+    ("stage", "sources", "message"),
+    [
+        (
+            ImageWarmupStage,
+            ["images", "videos"],
+            r"trains on data\.images, but the recipe uses data\.images and data\.v",
+        ),
+        (
+            MixedStage,
+            ["images"],
+            r"MixedStage trains on data\.images and data\.videos, but the recipe uses data\.images:",
+        ),
+        (MixedStage, ["videos"], r"trains on data\.images and data\.videos, but the recipe uses data\.videos:"),
+        (LongVideoStage, ["images"], r"trains on data\.videos, but the recipe uses data\.images:"),
+        (LongVideoStage, ["videos"], r"but all have 3 latent frames: set data\.videos\.least_frames below that"),
+        (FewShotStage, ["videos"], r"trains on data\.sequences, but the recipe uses data\.videos:"),
+    ],
+)
+def test_a_stage_trains_on_its_own_sources(
+    fit: Fit,
+    tiny_config: GPDiTConfig,
+    tiny_shards: Path,
+    tmp_path: Path,
+    stage: type[GPDiTStage],
+    sources: list[str],
+    message: str,
 ) -> None:
-    sources: dict[str, Any] = {"images": {"batch_size": 2}, "videos": {"batch_size": 2}} | {missing: {}}
-    data = data_of(tiny_shards, **sources)
-    with pytest.raises(InputError, match=rf"data\.{missing}\.batch_size is 0: set it, or use GPDiTStage"):
-        fit(MixedStage(tiny_config), data, tmp_path, max_steps=1)
+    given: dict[str, Any] = {name: {"batch_size": 2 if name in sources else 0} for name in ("images", "videos")}
+    with pytest.raises(InputError, match=message):
+        fit(stage(tiny_config), data_of(tiny_shards, **given), tmp_path, max_steps=1)
+
+
+def test_the_long_stage_sees_every_length(
+    fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
+) -> None:
+    found = Gradients()
+    data = data_of(tiny_shards, {"batch_size": 0}, {"batch_size": 2, "least_frames": 1})
+    fit(LongVideoStage(tiny_config), data, tmp_path, max_steps=6, callbacks=[found])
+    assert sorted(batch.latents.shape[1] for batch in found.batches) == [1, 1, 2, 2, 3, 3]
+
+
+def test_the_few_shot_stage_trains_on_sequences(
+    fit: Fit, write_shards: Any, tiny_config: GPDiTConfig, tmp_path: Path
+) -> None:
+    folder = write_shards(tmp_path / "shards", {("train", "sequence", (6, 8, 8)): 4}).directory
+    data = LatentDataModule(sequences=SourceConfig([str(folder)], batch_size=4))
+    assert fit(FewShotStage(tiny_config), data, tmp_path, max_steps=1).global_step == 1
 
 
 def test_training_lowers_the_loss(fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path) -> None:
