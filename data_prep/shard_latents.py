@@ -1,37 +1,14 @@
 """Encode folders of videos and pictures to latent shards: python data_prep/shard_latents.py --videos DIR --out DIR"""
 
-import argparse
 import sys
-from dataclasses import MISSING, fields
-from typing import get_args, get_type_hints
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.preparation import PrepareOptions, prepare, summary
-
-
-def parser() -> argparse.ArgumentParser:
-    """One option for each field of `PrepareOptions`, with its type, default and help."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    hints = get_type_hints(PrepareOptions)
-    for option in fields(PrepareOptions):
-        flag, text, hint = f"--{option.name}", option.metadata["help"], hints[option.name]
-        if hint is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-            continue
-        several = isinstance(option.default, tuple)
-        kind = get_args(hint)[0] if get_args(hint) else hint  # of Sequence[X] and X | None: X
-        if option.default is MISSING:
-            parser.add_argument(flag, type=kind, required=True, help=text)
-            continue
-        default = " ".join(option.default) if isinstance(option.default, tuple) else option.default
-        shown = f"{text} (default: {default})" if default not in (None, "") else text
-        parser.add_argument(flag, type=kind, nargs="+" if several else None, default=option.default, help=shown)
-    return parser
+from gpdit_lightning.preparation import PrepareOptions, argument_parser, prepare, summary
 
 
 def main() -> None:
     """The command; exits with status 2 and one sentence when what was given cannot be used."""
-    options = PrepareOptions(**vars(parser().parse_args()))
+    options = PrepareOptions(**vars(argument_parser(PrepareOptions, __doc__).parse_args()))
     try:
         manifest = prepare(options)
     except InputError as error:

@@ -1,6 +1,7 @@
 """Folders of videos and pictures to latent shards."""
 
-from gpdit_lightning.preparation.options import PrepareOptions
+from gpdit_lightning.preparation.few_shot import FewShotOptions, prepare_sequences
+from gpdit_lightning.preparation.options import PrepareOptions, argument_parser
 from gpdit_lightning.preparation.prepare import prepare, summary
 
-__all__ = ["PrepareOptions", "prepare", "summary"]
+__all__ = ["FewShotOptions", "PrepareOptions", "argument_parser", "prepare", "prepare_sequences", "summary"]

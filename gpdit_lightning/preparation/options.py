@@ -1,9 +1,11 @@
-"""What a preparation can be asked for."""
+"""What a preparation can be asked for, and the command line made of it."""
 
+import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import parse_size
@@ -34,6 +36,12 @@ class PrepareOptions:
     )
     clip_frames: int = field(
         default=17, metadata={"help": "frames of a clip, 1 + 4k; the paper's are 17, and 45 for long"}
+    )
+    least_clip_frames: int | None = field(
+        default=None,
+        metadata={
+            "help": "keep what is left at the end of a video as a shorter clip of at least so many frames, 1 + 4k"
+        },
     )
     clips_per_video: int | None = field(
         default=None, metadata={"help": "only the first so many clips of each video; all when not given"}
@@ -69,6 +77,11 @@ def check_options(options: PrepareOptions) -> None:
     for name in ("stride", "clip_frames", "shard_size", "batch_size"):
         if getattr(options, name) < 1:
             raise InputError(f"{name} is {getattr(options, name)}: give at least 1.")
+    if options.least_clip_frames is not None and not 1 <= options.least_clip_frames <= options.clip_frames:
+        raise InputError(
+            f"least_clip_frames is {options.least_clip_frames} and clip_frames {options.clip_frames}: give at least 1 "
+            "and at most clip_frames."
+        )
     if options.clips_per_video is not None and options.clips_per_video < 1:
         raise InputError(f"clips_per_video is {options.clips_per_video}: give at least 1, or leave it out for all.")
     if not 0 <= options.validation_fraction < 1:
@@ -81,3 +94,23 @@ def check_options(options: PrepareOptions) -> None:
         raise InputError(
             f"source_pattern {options.source_pattern!r} is no regular expression ({error}): mend it."
         ) from None
+
+
+def argument_parser(options: type[Any], description: str | None) -> argparse.ArgumentParser:
+    """A parser with one argument for each field of an options dataclass, with its type, default and help."""
+    parser = argparse.ArgumentParser(description=description)
+    hints = get_type_hints(options)
+    for option in fields(options):
+        flag, text, hint = f"--{option.name}", option.metadata["help"], hints[option.name]
+        if hint is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+            continue
+        several = isinstance(option.default, tuple)
+        kind = get_args(hint)[0] if get_args(hint) else hint  # of Sequence[X] and X | None: X
+        if option.default is MISSING:
+            parser.add_argument(flag, type=kind, required=True, help=text)
+            continue
+        default = " ".join(option.default) if isinstance(option.default, tuple) else option.default
+        shown = f"{text} (default: {default})" if default not in (None, "") else text
+        parser.add_argument(flag, type=kind, nargs="+" if several else None, default=option.default, help=shown)
+    return parser

@@ -25,7 +25,7 @@ from gpdit_lightning.preparation.sources import Source, find_sources, label_of
 # Options that change how fast the shards are made, and nothing in them.
 SPEED_OPTIONS = ("out", "device", "batch_size")
 # What a run that was killed leaves in the output folder.
-OWN_FILES = re.compile(r"(train|validation)-(image|video)-\d+x\d+x\d+-\d{5}\.(tar|index\.npy)(\.partial)?")
+OWN_FILES = re.compile(r"(train|validation)-(image|video|sequence)-\d+x\d+x\d+-\d{5}\.(tar|index\.npy)(\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,12 @@ def prepare(options: PrepareOptions) -> Manifest:
     if (options.out / FILE_NAME).exists():
         return reused(Manifest.load(options.out), preparation)
 
-    codec = load_codec(options.codec, options.codec_source, _device(options.device))
-    codec.latent_frames(options.clip_frames)
+    codec = load_codec(options.codec, options.codec_source, available_device(options.device))
+    for frames in (options.clip_frames, options.least_clip_frames or options.clip_frames):
+        codec.latent_frames(frames)
     for text in (*options.video_sizes, *options.image_sizes):
         codec.check_frame_size(*parse_size(text))
-    if options.out.is_dir():
-        for path in options.out.iterdir():
-            if OWN_FILES.fullmatch(path.name):
-                path.unlink()
+    remove_leftovers(options.out)
     shards, used, skipped = encode(sources, options, codec)
     if not shards:
         raise InputError(f"None of the {len(sources)} sources could be used; the first: {skipped[0]['reason']}")
@@ -82,6 +80,14 @@ def prepare(options: PrepareOptions) -> Manifest:
     )
     manifest.save()
     return manifest
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a preparation that was killed left in its output folder, and nothing else."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if OWN_FILES.fullmatch(path.name):
+                path.unlink()
 
 
 def described(options: PrepareOptions, sources: Sequence[Source]) -> dict[str, Any]:
@@ -132,7 +138,7 @@ def encode(
         for source in sources:
             taken = 0
             try:
-                for taken, clip in enumerate(clips_of(source, options), start=1):  # noqa: B007, read when it breaks
+                for taken, clip in enumerate(clips_of(source, options, codec), start=1):  # noqa: B007, read when it breaks
                     bucket = waiting[source.split, source.kind, tuple(clip.pixels.shape)]
                     bucket.append(clip)
                     if len(bucket) == options.batch_size:
@@ -147,7 +153,7 @@ def encode(
         return writer.close(), list(samples), skipped
 
 
-def clips_of(source: Source, options: PrepareOptions) -> Iterator[Clip]:
+def clips_of(source: Source, options: PrepareOptions, codec: Codec) -> Iterator[Clip]:
     """The samples of one source, scaled and cropped; raises `InputError` where the file is damaged or too short."""
     metadata: dict[str, Any] = {"source": source.name}
     if options.labels:
@@ -171,9 +177,13 @@ def clips_of(source: Source, options: PrepareOptions) -> Iterator[Clip]:
             first = (count - options.clip_frames) * options.stride
             yield Clip(source, torch.cat(frames), metadata | {"first_frame": first})
             frames.clear()
-    if count < options.clip_frames:
+    least = options.least_clip_frames or options.clip_frames
+    if len(frames) >= least:
+        rest = frames[: len(frames) - (len(frames) - 1) % codec.temporal_factor]
+        yield Clip(source, torch.cat(rest), metadata | {"first_frame": (count - len(frames)) * options.stride})
+    if count < least:
         raise InputError(
-            f"{source.path} gives {count} frames at stride {options.stride} and a clip has {options.clip_frames}: "
+            f"{source.path} gives {count} frames at stride {options.stride} and a clip has {least}: "
             f"lower the stride or the clip's length."
         )
 
@@ -198,7 +208,8 @@ def summary(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _device(name: str) -> torch.device:
+def available_device(name: str) -> torch.device:
+    """The device that a name means here (`auto`: CUDA where there is one); raises `InputError` if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

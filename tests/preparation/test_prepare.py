@@ -86,6 +86,24 @@ def test_stride_and_clips_per_video(options: PrepareOptions, videos: Path) -> No
     assert np.abs(found[0][1] - load_codec("pca").encode(pixels[None])[0].numpy()).max() < 0.02
 
 
+def test_the_rest_of_a_video_is_a_shorter_clip_if_asked_for(options: PrepareOptions, videos: Path) -> None:
+    """12 frames in clips of 9: three are left, and one of them (1 + 4k) can be kept; in clips of 5, one of two."""
+    kept = samples(prepare(replace(options, clip_frames=9, least_clip_frames=1)))
+    assert (
+        sorted((latents.shape[0], metadata["first_frame"]) for _, latents, metadata in kept)
+        == [(1, 9)] * 6 + [(3, 0)] * 6
+    )
+    dropped = samples(prepare(replace(options, clip_frames=9, least_clip_frames=5, out=options.out.with_name("out2"))))
+    assert [latents.shape[0] for _, latents, _ in dropped] == [3] * 6
+    short = samples(prepare(replace(options, clip_frames=45, least_clip_frames=5, out=options.out.with_name("out3"))))
+    assert [(latents.shape[0], metadata["first_frame"]) for _, latents, metadata in short] == [(3, 0)] * 6
+    _, latents, metadata = short[0]
+    pixels = resize_and_crop(read_video(videos / metadata["source"], most=9), (16, 24))
+    assert np.abs(latents - load_codec("pca").encode(pixels[None])[0].numpy()).max() < 0.02
+    with pytest.raises(InputError, match="least_clip_frames is 9 and clip_frames 5"):
+        prepare(replace(options, least_clip_frames=9, out=options.out.with_name("out4")))
+
+
 def test_whole_sources_are_held_out(options: PrepareOptions) -> None:
     manifest = prepare(replace(options, validation_fraction=0.4))
     splits = {split: {m["source"] for s, _, m in samples(manifest) if s == split} for split in ("train", "validation")}

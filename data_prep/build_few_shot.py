@@ -1,0 +1,25 @@
+"""Encode pairs of pictures as few-shot sequences: build_few_shot.py --sources DIR --targets DIR --out DIR"""
+
+import sys
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.preparation import FewShotOptions, argument_parser, prepare_sequences, summary
+
+
+def main() -> None:
+    """The command; exits with status 2 and one sentence when what was given cannot be used."""
+    options = FewShotOptions(**vars(argument_parser(FewShotOptions, __doc__).parse_args()))
+    try:
+        manifest = prepare_sequences(options)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(summary(manifest))
+    print(
+        "next: python -m gpdit_lightning fit --config recipes/stage4_few_shot.yaml "
+        f"--data.sequences.manifests \"['{options.out}']\""
+    )
+
+
+if __name__ == "__main__":
+    main()
