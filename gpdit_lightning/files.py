@@ -13,10 +13,24 @@ def partial_path(path: Path) -> Path:
 
 
 def publish(path: Path) -> None:
-    """Flush what was built at `partial_path(path)` to disk and give it its name."""
-    with partial_path(path).open("rb") as file:
-        os.fsync(file.fileno())
-    partial_path(path).replace(path)
+    """Flush what was built at `partial_path(path)`, a file or a folder, to disk and give it its name for good.
+
+    A file takes the place of an older one; a folder needs its name to be free.
+    """
+    partial = partial_path(path)
+    for part in (partial, *partial.rglob("*")):
+        flush(part)
+    partial.replace(path)
+    flush(path.parent)  # a name is on disk when its folder is
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

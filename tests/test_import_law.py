@@ -16,7 +16,7 @@ ALLOWED = {
     "media": set(),
     "preparation": {"codecs", "data", "media"},
     "generation": {"model", "diffusion", "codecs", "data", "media"},
-    "training": {"model", "diffusion", "data"},
+    "training": {"model", "diffusion", "data", "generation", "codecs", "media"},
     "stages": {"model", "diffusion", "data", "training"},
 }
 # Rooms that must work where Lightning is not installed, but for the one file that is its bridge.

@@ -1,5 +1,7 @@
 """Every recipe can be built and trains; the paper's numbers are the paper's."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,23 @@ import yaml
 
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.cli import main
+from gpdit_lightning.cli.chain import stages_of
+from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.training.checkpoints import read_checkpoint
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+CONTENTS = {path: yaml.safe_load(path.read_text()) for path in sorted(RECIPES.rglob("*.yaml"))}
+CHAINS = [path for path, content in CONTENTS.items() if "stages" in content]
 WHOLE = [
-    path for path in sorted(RECIPES.rglob("*.yaml")) if path.parent.name != "size"
-]  # those under size/ are overlays
+    path for path, content in CONTENTS.items() if "class_path" in content.get("model", {}) or "demo/stage" in str(path)
+]
+OF_THE_PAPER = [path for path in WHOLE if path.parent == RECIPES]
+BASES = {RECIPES / "base.yaml", RECIPES / "size" / "h.yaml", RECIPES / "demo" / "digits.yaml"}
+TINY = RECIPES / "size" / "tiny.yaml"
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(RECIPES).as_posix()
 
 
 def settings_of(*paths: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -24,56 +37,162 @@ def settings_of(*paths: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, A
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_there_are_recipes() -> None:
-    assert {path.stem for path in WHOLE} >= {"stage2_mixed", "digits", "overfit_one_clip"}
+@pytest.fixture(scope="module")
+def shards(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every recipe's sources can be read from: clips of 3 and 12 latent frames, images, sequences."""
+    counts = {
+        (split, kind, (frames, 8, 8)): 4
+        for split in ("train", "validation")
+        for kind, frames in (("image", 1), ("video", 7), ("video", 12), ("sequence", 6))
+    }
+    return write_shards(tmp_path_factory.mktemp("shards"), counts).directory
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_these_are_the_recipes() -> None:
+    assert {name_of(path) for path in WHOLE} >= {
+        "stage1_image_warmup.yaml",
+        "stage2_mixed.yaml",
+        "stage3_long_video.yaml",
+        "stage4_few_shot.yaml",
+        "ucf101_b.yaml",
+        "demo/stage3_long_video.yaml",
+        "debug/overfit_one_clip.yaml",
+    }
+    assert set(CONTENTS) == {*WHOLE, *CHAINS, *BASES, TINY, RECIPES / "size" / "b.yaml"}
+
+
+@pytest.mark.parametrize("path", [path for path in CONTENTS if path not in BASES], ids=name_of)
 def test_the_head_says_command_and_hardware(path: Path) -> None:
-    head = path.read_text().split("\n\n", maxsplit=1)[0] + path.read_text().split("run_dir", maxsplit=1)[0]
+    head = path.read_text().split("\n" + next(iter(CONTENTS[path])), maxsplit=1)[0]
     assert "python -m gpdit_lightning" in head
     assert "Hardware:" in head
+    for command in re.findall(r"--config (recipes/[\w/]+\.yaml)", head):
+        assert (RECIPES.parent / command).is_file(), command
 
 
-@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OF_THE_PAPER, ids=name_of)
+def test_every_figure_of_a_paper_recipe_says_where_it_comes_from(path: Path) -> None:
+    head = path.read_text().split("\nbase:", maxsplit=1)[0]
+    assert "From the paper:" in head
+    assert re.search(r"Memory: .*\((estimated|measured)", head), "memory"
+    assert re.search(r"Time: .*\((estimated|measured)", head), "time"
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=name_of)
 def test_the_backbone_can_be_built(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings_of(path, capsys=capsys)["model"]["init_args"]["backbone"]
     with torch.device("meta"):
-        assert GPDiT(GPDiTConfig(**config)).config.layers > 0
+        model = GPDiT(GPDiTConfig(**config))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    expected = {"H": 2.28e9, "B": 85e6}.get(config["size"])
+    assert expected is None or abs(parameters / expected - 1) < 0.01
 
 
-@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
-def test_it_trains_one_step_at_tiny_size(path: Path, tiny_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overlay", ["b", "tiny"])
+@pytest.mark.parametrize("path", OF_THE_PAPER, ids=name_of)
+def test_an_overlay_fits_any_recipe(path: Path, overlay: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It changes size, batches and folders, and neither the sources nor what the stage is."""
+    whole = settings_of(path, capsys=capsys)
+    small = settings_of(path, RECIPES / "size" / f"{overlay}.yaml", capsys=capsys)
+    assert small["model"]["init_args"]["backbone"]["size"] == {"b": "B", "tiny": "tiny"}[overlay]
+    assert small["model"]["class_path"] == whole["model"]["class_path"]
+    assert small["run_dir"] == whole["run_dir"].replace("runs/", f"runs/{overlay}/")
+    for name in ("images", "videos", "sequences"):
+        mine, theirs = small["data"][name], whole["data"][name]
+        assert bool(mine["manifests"]) == bool(theirs["manifests"])
+        if overlay == "b" and mine["manifests"]:
+            assert mine["batch_size"] == theirs["batch_size"]
+        assert mine["batch_size"] % (mine["micro_batches"] * small["data"]["max_ranks"]) == 0
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=name_of)
+def test_it_trains_one_step_at_tiny_size(path: Path, shards: Path, tmp_path: Path) -> None:
     """The recipe as it stands, on tiny shards; only what needs hardware or real data is replaced."""
-    overlays = ["--config", str(RECIPES / "size" / "tiny.yaml")] if path.parent == RECIPES else []
-    settings = yaml.safe_load(path.read_text())
-    sources = [name for name in ("images", "videos") if name in settings["data"]]
-    arguments = [
-        "fit",
-        "--config",
-        str(path),
-        *overlays,
+    arguments = ["--config", str(path)] + (["--config", str(TINY)] if path.parent == RECIPES else [])
+    for source in ("laion", "video", "few_shot", "ucf101"):
+        (tmp_path / "latents").mkdir(exist_ok=True)
+        (tmp_path / "latents" / source).symlink_to(shards)
+    arguments += [
+        f"--runs={tmp_path / 'runs'}",
         f"--run_dir={tmp_path / 'run'}",
-        *[f"--data.{name}.manifests=['{tiny_shards}']" for name in sources],
-        *(["--data.videos.frames=0"] if overlays else []),
+        f"--latents={tmp_path / 'latents'}",
+        "--model.init_args.initial_weights=",
         "--model.init_args.backbone.latent_channels=4",
         "--model.init_args.backbone.layers=1",
+        "--preview.every_steps=0",  # the shards are random numbers of no real codec
         "--trainer.max_steps=1",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
     ]
-    assert main(arguments) == 0
+    if path.parent.name == "debug":
+        arguments.append(f"--data.videos.manifests=['{shards}']")
+    assert main(["fit", *arguments]) == 0
     assert read_checkpoint(tmp_path / "run")["global_step"] == 1
 
 
-def test_stage_2_has_the_numbers_of_section_5_1(capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = settings_of(RECIPES / "stage2_mixed.yaml", capsys=capsys)
-    assert recipe["model"]["class_path"].endswith("MixedStage")
-    assert recipe["model"]["init_args"]["backbone"]["size"] == "H"
-    assert recipe["trainer"]["max_steps"] == 200_000
-    assert recipe["data"]["images"]["batch_size"] == 256
-    assert recipe["data"]["videos"]["batch_size"] == 64
-    assert recipe["data"]["images"]["weight"] == recipe["data"]["videos"]["weight"]
-    assert 1 + 4 * (recipe["data"]["videos"]["frames"] - 1) == 17
-    assert recipe["model"]["init_args"]["optimizer"]["learning_rate"] == 1e-4
-    assert recipe["model"]["init_args"]["optimizer"]["weight_decay"] == 0
+@pytest.mark.parametrize("path", CHAINS, ids=name_of)
+def test_a_chain_names_recipes_that_begin_where_the_one_before_ended(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predecessor = ""
+    for recipe in stages_of(path):
+        settings = settings_of(recipe, capsys=capsys)
+        assert settings["model"]["init_args"]["initial_weights"] == predecessor
+        predecessor = settings["run_dir"]
+
+
+# Section 5.1 of the paper, as far as it gives numbers: recipe -> what --print_config must show.
+PAPER: dict[str, dict[str, Any]] = {
+    "stage1_image_warmup": {
+        "model.class_path": "ImageWarmupStage",
+        "model.init_args.backbone.size": "H",
+        "model.init_args.optimizer.learning_rate": 1e-4,
+        "data.images.batch_size": 960,
+        "trainer.max_steps": 200_000,
+    },
+    "stage2_mixed": {
+        "model.class_path": "MixedStage",
+        "model.init_args.backbone.size": "H",
+        "model.init_args.optimizer.learning_rate": 1e-4,
+        "data.images.batch_size": 256,
+        "data.videos.batch_size": 64,
+        "data.images.weight": 1.0,
+        "data.videos.weight": 1.0,
+        "data.videos.frames": 1 + (17 - 1) // 4,
+        "data.videos.least_frames": 0,
+        "trainer.max_steps": 200_000,
+    },
+    "stage3_long_video": {
+        "model.class_path": "LongVideoStage",
+        "model.init_args.backbone.size": "H",
+        "model.init_args.optimizer.learning_rate": 2e-5,
+        "data.videos.least_frames": 1 + (17 - 1) // 4,
+        "data.videos.frames": 1 + (45 - 1) // 4,
+        "trainer.max_steps": 150_000,
+    },
+    "stage4_few_shot": {
+        "model.class_path": "FewShotStage",
+        "model.init_args.backbone.size": "H",
+        "data.sequences.batch_size": 4,
+        "trainer.max_steps": 500,
+    },
+    "ucf101_b": {
+        "model.init_args.backbone.size": "B",
+        "model.init_args.optimizer.learning_rate": 1e-4,
+        "data.videos.batch_size": 96,
+        "trainer.max_steps": 400_000,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_numbers_are_those_of_section_5_1(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = settings_of(RECIPES / f"{name}.yaml", capsys=capsys)
+    for key, expected in PAPER[name].items():
+        value: Any = recipe
+        for part in key.split("."):
+            value = value[part]
+        assert (value.rsplit(".", 1)[-1] if key == "model.class_path" else value) == expected, key
+    optimizer = recipe["model"]["init_args"]["optimizer"]
+    assert optimizer["weight_decay"] == 0  # "Adam"
+    assert optimizer["decay"] == "constant"  # no schedule is mentioned

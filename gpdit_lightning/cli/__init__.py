@@ -1,7 +1,9 @@
 """The command line: `python -m gpdit_lightning VERB`."""
 
+import errno
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,10 +12,14 @@ from gpdit_lightning.errors import InputError
 VERBS = {
     "demo": ("demo", "draw moving pictures, train a small model on them, and show what it generates"),
     "fit": ("fit", "train from a recipe; running the same command again resumes"),
+    "chain": ("chain", "train the stages of a chain one after another; running it again goes on"),
     "validate": ("fit", "evaluate a run's last checkpoint on the held-out sources"),
     "test": ("fit", "the same, named test/loss"),
     "sample": ("sample", "continue a video with a trained model"),
 }
+
+# What a disk refuses for reasons that a user can mend.
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 def usage() -> str:
@@ -38,6 +44,12 @@ def _show_log() -> None:
     rank_zero.addFilter(lambda record: "litlogger" not in record.getMessage())
 
 
+def _rank() -> str:
+    """Who speaks, where several processes train."""
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
+    return "" if rank == "0" else f"[rank {rank}] "
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Dispatch on the first word; returns the exit status: 0, or 2 with one sentence for what the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -52,7 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         importlib.import_module(f"gpdit_lightning.cli.{VERBS[verb][0]}").run(verb, rest)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_rank()}error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        path = error.filename or "a file that is being written"
+        print(f"{_rank()}error: {path}: {error.strerror}: make room or choose another place.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)

@@ -2,15 +2,18 @@
 
 import argparse
 import json
+import math
+import shutil
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from gpdit_lightning.cli import fit
+from gpdit_lightning.cli import chain
 from gpdit_lightning.cli.demo_movies import write_movies
 from gpdit_lightning.cli.sample import read_context
 from gpdit_lightning.codecs import load_codec_from_spec
@@ -18,17 +21,19 @@ from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
 from gpdit_lightning.generation import continue_video
-from gpdit_lightning.media.images import parse_size, write_strip
-from gpdit_lightning.media.video import write_video
-from gpdit_lightning.preparation import PrepareOptions, prepare, summary
-from gpdit_lightning.preparation.sources import find_sources
+from gpdit_lightning.media.images import parse_size, resize_and_crop, write_strip
+from gpdit_lightning.media.video import iterate_frames, write_video
+from gpdit_lightning.preparation import FewShotOptions, PrepareOptions, prepare, prepare_sequences, summary
+from gpdit_lightning.preparation.sources import Source, find_sources
 from gpdit_lightning.training.checkpoints import load_trained_model
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "demo" / "digits.yaml"
+CHAIN = Path(__file__).parents[2] / "recipes" / "demo" / "chain.yaml"
 
 MOVIES, HELD_OUT_MOVIES, SEED = 1200, 64, 0
 FRAME_SIZE = "64x64"
-CONTEXT, GENERATED = 9, 8  # frames at the training stride: three latent frames given, two generated
+CLIP, LEAST_CLIP = 21, 17  # frames at the training stride
+CONTEXT = 9  # of them given, the others generated
+PAIRS, HELD_OUT_PAIRS = 40, 4
 SAMPLER_STEPS = 8
 SHOWN = 4  # clips in sample.png
 
@@ -37,44 +42,49 @@ def parser() -> argparse.ArgumentParser:
     """The verb's options."""
     options = argparse.ArgumentParser(
         prog="python -m gpdit_lightning demo",
-        description="Prepares moving pictures, trains a small GPDiT on them, continues held-out clips and compares "
-        "them with repeating the last frame. Everything stays in one folder; the same command goes on from there.",
+        description="Prepares moving pictures, trains a small GPDiT on them in the four stages of the paper, continues "
+        "held-out clips and compares them with repeating the last frame. Everything stays in one folder; the same "
+        "command goes on from there.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     options.add_argument("--videos", type=Path, help="your own videos instead of the drawn ones (some are held out)")
     options.add_argument("--run_dir", type=Path, default=Path("runs/demo"), help="folder for everything the demo makes")
-    options.add_argument("--max_steps", type=int, help="optimizer steps (default: the recipe's)")
+    options.add_argument("--max_steps", type=int, help="optimizer steps of each stage (default: the recipes')")
     return options
 
 
 def run(verb: str, arguments: Sequence[str]) -> None:
     """Prepare, train, sample, and say what to open."""
     options = parser().parse_args(arguments)
-    if not RECIPE.is_file():
+    if not CHAIN.is_file():
         raise InputError(
-            f"{RECIPE} is missing: the demo trains from the recipes of a clone of the project; run it there."
+            f"{CHAIN} is missing: the demo trains from the recipes of a clone of the project; run it there."
         )
     run_dir: Path = options.run_dir
     print("1/3  moving pictures -> latents")
-    preparation = preparation_of(run_dir, options.videos)
-    manifest = prepare(preparation)
-    print(summary(manifest))
-    print("2/3  training")
+    videos = video_options(run_dir, options.videos)
+    print(summary(prepare(videos)))
+    pictures = write_pictures(run_dir / "pictures", find_sources(videos))
+    prepare(image_options(run_dir))
+    prepare_sequences(pair_options(run_dir, pictures))
+    print("2/3  training: images, images and videos, longer videos, few-shot")
     steps = [f"--trainer.max_steps={options.max_steps}"] if options.max_steps else []
-    fit.run(
-        "fit",
-        [f"--config={RECIPE}", f"--run_dir={run_dir}", f"--data.videos.manifests=['{manifest.directory}']", *steps],
-    )
+    chain.run("chain", [f"--config={CHAIN}", f"--runs={run_dir}", *steps])
     print("3/3  generating")
-    print(evaluate(run_dir, preparation))
+    print(evaluate(run_dir, videos))
+    few_shot = max((run_dir / "stage4_few_shot" / "previews").glob("*.png"))
+    shutil.copyfile(few_shot, run_dir / "few_shot.png")
     print(
-        f"\nLook at\n  {run_dir}/sample.png   context | generated against the truth\n  {run_dir}/sample.mp4   one of "
-        f"them as a video\n  tensorboard --logdir {run_dir}   the curves\nContinue a video of your own:\n"
-        f"  python -m gpdit_lightning sample --checkpoint {run_dir} --context VIDEO --out continued.mp4"
+        f"\nLook at\n  {run_dir}/sample.png     context | generated against the truth\n"
+        f"  {run_dir}/sample.mp4     one of them as a video\n"
+        f"  {run_dir}/few_shot.png   colour to grey, learned from 20 sequences\n"
+        f"  tensorboard --logdir {run_dir}   the curves, and previews as training went\n"
+        "Continue a video of your own:\n"
+        f"  python -m gpdit_lightning sample --checkpoint {run_dir}/stage3_long_video --context VIDEO --out out.mp4"
     )
 
 
-def preparation_of(run_dir: Path, videos: Path | None) -> PrepareOptions:
+def video_options(run_dir: Path, videos: Path | None) -> PrepareOptions:
     """How to shard the user's videos, or drawn ones, which are drawn first."""
     held_out: list[Path] = []
     if videos is None:
@@ -82,18 +92,72 @@ def preparation_of(run_dir: Path, videos: Path | None) -> PrepareOptions:
         write_movies(videos, MOVIES, held_out=False, seed=SEED)
         write_movies(held_out[0], HELD_OUT_MOVIES, held_out=True, seed=SEED)
     return PrepareOptions(
-        out=run_dir / "latents",
+        out=run_dir / "latents" / "video",
         videos=[videos],
         validation_videos=held_out,
         validation_fraction=0.2,
         codec="pca",
         video_sizes=[FRAME_SIZE],
+        clip_frames=CLIP,
+        least_clip_frames=LEAST_CLIP,
         batch_size=16,
     )
 
 
+def write_pictures(directory: Path, videos: Sequence[Source]) -> list[Path]:
+    """The first frames of every video as PNG files, by split, enough for the pairs; returns those of training."""
+    each = math.ceil((PAIRS + HELD_OUT_PAIRS) / len(videos))
+    written = []
+    for source in tqdm(videos, desc="pictures", unit="video", leave=False):
+        stem = source.name.replace("/", "-").replace(".", "-")
+        paths = [directory / source.split / f"{stem}-{number}.png" for number in range(each)]
+        if not all(path.exists() for path in paths):
+            try:
+                frames = list(iterate_frames(source.path, stride=9, most=each))
+            except InputError:
+                continue  # the preparation has named it already
+            for path, frame in zip(paths, frames, strict=False):
+                pixels = resize_and_crop(frame[None], parse_size(FRAME_SIZE))[0]
+                with written_whole(path) as temporary:
+                    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+        written += [path for path in paths if source.split == "train" and path.exists()]
+    return written
+
+
+def image_options(run_dir: Path) -> PrepareOptions:
+    """How to shard the pictures of the first two stages."""
+    pictures = run_dir / "pictures"
+    return PrepareOptions(
+        out=run_dir / "latents" / "laion",
+        images=[pictures / "train"],
+        validation_images=[pictures / "validation"],
+        codec="pca",
+        image_sizes=[FRAME_SIZE],
+        batch_size=64,
+    )
+
+
+def pair_options(run_dir: Path, pictures: Sequence[Path]) -> FewShotOptions:
+    """How to build the few-shot sequences, from pictures and their grey versions, which are written first."""
+    pairs = run_dir / "pairs"
+    for picture in pictures[: PAIRS + HELD_OUT_PAIRS]:
+        with Image.open(picture) as image:
+            for folder, version in (("colour", image), ("grey", image.convert("L"))):
+                with written_whole(pairs / folder / picture.name) as temporary:
+                    version.save(temporary, format="PNG")
+    return FewShotOptions(
+        out=run_dir / "latents" / "few_shot",
+        sources=pairs / "colour",
+        targets=pairs / "grey",
+        pairs=PAIRS,
+        held_out_pairs=HELD_OUT_PAIRS,
+        size=FRAME_SIZE,
+        codec="pca",
+    )
+
+
 def held_out_clips(preparation: PrepareOptions, stride: int) -> tuple[Tensor, Fraction]:
-    """The first CONTEXT + GENERATED frames of every held-out video that is long enough.
+    """The first CLIP frames of every held-out video that has so many at the stride; LEAST_CLIP where none has.
 
     Returns:
         pixels (n, T, 3, H, W) uint8 and the first one's frames per second.
@@ -101,35 +165,43 @@ def held_out_clips(preparation: PrepareOptions, stride: int) -> tuple[Tensor, Fr
     Raises:
         InputError: no video was held out, or none of those is long enough.
     """
+    for frames in (CLIP, LEAST_CLIP):
+        clips, rates = clips_of_length(frames, preparation, stride)
+        if clips:
+            return torch.stack(clips), rates[0]
+    raise InputError(
+        f"no held-out video has {stride * LEAST_CLIP} frames to be continued and compared: give --videos a folder of "
+        "at least two videos of that length."
+    )
+
+
+def clips_of_length(frames: int, preparation: PrepareOptions, stride: int) -> tuple[list[Tensor], list[Fraction]]:
+    """The first `frames` frames of every held-out video that has so many, and their rates."""
     size = parse_size(FRAME_SIZE)
     clips, rates = [], []
     for source in find_sources(preparation):
         if source.split != "validation":
             continue
         try:
-            context, truth, rate = read_context(source.path, stride, [size], CONTEXT, 0.0, GENERATED)
+            context, truth, rate = read_context(source.path, stride, [size], CONTEXT, 0.0, frames - CONTEXT)
         except InputError:
             continue  # the preparation has named it already
-        if len(truth) == GENERATED:
+        if len(context) + len(truth) == frames:
             clips.append(torch.cat((context, truth)))
             rates.append(rate)
-    if not clips:
-        raise InputError(
-            f"no held-out video has {stride * (CONTEXT + GENERATED)} frames to be continued and compared: give "
-            "--videos a folder of at least two videos of that length."
-        )
-    return torch.stack(clips), rates[0]
+    return clips, rates
 
 
 def evaluate(run_dir: Path, preparation: PrepareOptions) -> str:
     """Continue the held-out clips, write pictures, and compare with repeating the last context frame."""
-    model = load_trained_model(run_dir)
+    model = load_trained_model(run_dir / "stage3_long_video")
     codec = load_codec_from_spec(model.codec, where=str(run_dir))
     clips, rate = held_out_clips(preparation, model.geometry["stride"])
+    future_frames = clips.shape[1] - CONTEXT
     sampler = RotationSampler(SAMPLER_STEPS, schedule=NoiseSchedule(**model.schedule))
     generated = torch.cat(
         [
-            continue_video(model.backbone, codec, batch[:, :CONTEXT], GENERATED, sampler, seed=SEED + number).pixels
+            continue_video(model.backbone, codec, batch[:, :CONTEXT], future_frames, sampler, seed=SEED + number).pixels
             for number, batch in enumerate(tqdm(clips.split(16), desc="generating", unit="batch", leave=False))
         ]
     )
@@ -142,7 +214,7 @@ def evaluate(run_dir: Path, preparation: PrepareOptions) -> str:
     rows = {}
     for clip in range(min(SHOWN, len(clips))):
         rows[f"{clip + 1} generated"], rows[f"{clip + 1} truth"] = generated[clip], clips[clip]
-    write_strip(run_dir / "sample.png", rows, columns=CONTEXT + GENERATED, context=CONTEXT)
+    write_strip(run_dir / "sample.png", rows, columns=clips.shape[1], context=CONTEXT)
 
     ratio = float(error.mean() / copy_error.mean())
     with written_whole(run_dir / "report.json") as path:

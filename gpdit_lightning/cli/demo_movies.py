@@ -14,7 +14,7 @@ from gpdit_lightning.media.video import write_video
 SIZE = 64  # pixels, both ways
 DIGIT = 32  # side of a digit in pixels
 FPS = 24
-FRAMES = 49  # of a movie: 17 at the stride of 3
+FRAMES = 61  # of a movie: 21 at the stride of 3
 LEAST_DRIFT = 18  # pixels between the ends of a path
 HELD_OUT_DIGITS = 300  # of scikit-learn's 1,797 scanned digits, the last ones appear in held-out movies only
 

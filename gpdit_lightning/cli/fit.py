@@ -1,72 +1,32 @@
 """`fit`, `validate` and `test`: a LightningCLI over recipes, with a run folder that resumes by itself."""
 
-import dataclasses
-import difflib
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import omegaconf
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from gpdit_lightning.cli.recipes import PREFIX, RecipeParser, essence, with_bases
 from gpdit_lightning.data.datamodule import LatentDataModule
-from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.checkpoints import RunCheckpoint, last_checkpoint, read_checkpoint
 from gpdit_lightning.training.curves import Curves
 from gpdit_lightning.training.ema import EMA
 from gpdit_lightning.training.health import Health
-from gpdit_lightning.training.optimizer import OptimizerConfig
+from gpdit_lightning.training.previews import Preview
 from gpdit_lightning.training.progress import StepProgress
+from gpdit_lightning.training.stopping import ranks_end_together
 
 # Every field's docstring becomes its help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-
-PREFIX = "the recipe or the command line cannot be used: "
-NESTED_OPTIONS = {"backbone": GPDiTConfig, "schedule": NoiseSchedule, "optimizer": OptimizerConfig}
-
-
-class RecipeParser(LightningArgumentParser):
-    """A parser whose complaints are one sentence, with the nearest option that exists."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise InputError instead of printing the usage."""
-        sentence = essence(message)
-        if PREFIX in message:  # a parser of one part has said it already
-            raise InputError(PREFIX + sentence)
-        unknown = re.search(r"unrecognized arguments: -*([\w.]+)|ption '([\w.]+)'", sentence)
-        if unknown:
-            group = re.search(r"Group '([\w.]+)'", sentence)
-            key = (f"{group[1]}." if group else "") + (unknown[1] or unknown[2])
-            known = [action.dest for action in self._actions]
-            known += [
-                f"{name}.{f.name}" for name, options in NESTED_OPTIONS.items() for f in dataclasses.fields(options)
-            ]
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            sentence += f"; did you mean '{nearest[0]}'?" if nearest else ": see --help for those there are."
-        raise InputError(PREFIX + sentence)
-
-
-def essence(message: str) -> str:
-    """The part of a jsonargparse message that a person needs.
-
-    For a model it lists a complaint for every type that the value might have been; the first that is not about None is
-    the one about the model itself.
-    """
-    complaints = [line.strip()[2:] for line in message.splitlines() if line.strip().startswith("- ")]
-    relevant = [line for line in complaints if "NoneType" not in line]
-    sentence = " ".join((relevant[0] if relevant else message).split("Given value")[0].split())
-    return sentence.replace(PREFIX, "")
 
 
 class SaveRecipe(Callback):
@@ -90,9 +50,18 @@ class RecipeCLI(LightningCLI):
     """LightningCLI whose trainer writes into a run folder and accumulates as the data's plan says."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The run folder and the two callbacks that recipes configure."""
-        parser.add_argument("--run_dir", type=str, default="runs/default", help="Folder that holds all the run leaves.")
+        """Where things lie, when to validate, and the callbacks that recipes configure."""
+        parser.add_argument("--base", type=str | list[str], default=[], help="Recipes that this one builds on.")
+        parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs, as ${runs} in recipes.")
+        parser.add_argument("--latents", type=str, default="latents", help="Folder of all latents, as ${latents}.")
+        parser.add_argument(
+            "--run_dir", type=str, default="${runs}/default", help="Folder for all that this run leaves."
+        )
+        parser.add_argument(
+            "--validate_every_steps", type=int, default=0, help="Optimizer steps between validations; 0 for none."
+        )
         parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(Preview, "preview")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
 
     def instantiate_trainer(self, **_: Any) -> Trainer:
@@ -105,14 +74,21 @@ class RecipeCLI(LightningCLI):
                 f"{self.datamodule.micro_batches_per_step} micro-batches in an optimizer step: leave it out and set "
                 "data.images.micro_batches or data.videos.micro_batches."
             )
-        resumed = last_checkpoint(run_dir)
-        step = read_checkpoint(resumed)["global_step"] if resumed else 0
+        if settings["val_check_interval"] is not None:
+            raise InputError(
+                "trainer.val_check_interval counts micro-batches: set validate_every_steps instead, in optimizer steps."
+            )
+        self.resumed = last_checkpoint(run_dir, verify=True)
+        step = read_checkpoint(self.resumed)["global_step"] if self.resumed else 0
         health = Health()
+        # Lightning counts micro-batches here, and knows no "never".
+        every = self.config_init["validate_every_steps"] or NEVER
         settings |= {
+            "val_check_interval": every * self.datamodule.micro_batches_per_step,
             "accumulate_grad_batches": self.datamodule.micro_batches_per_step,
             "default_root_dir": str(run_dir),
             # What a killed run logged after its last checkpoint is drawn again: purge it.
-            "logger": TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=step + 1 if step else None)
+            "logger": TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=step + 1)
             if settings["logger"] is not False
             else False,
             "enable_checkpointing": True,
@@ -120,7 +96,8 @@ class RecipeCLI(LightningCLI):
                 health,
                 self.config_init["ema"],
                 Curves(health, settings["log_every_n_steps"], self.model.config.patch_size),
-                self.config_init["checkpoint"],
+                self.config_init["preview"],
+                self.config_init["checkpoint"],  # after all that a checkpoint of this step must include
                 SaveRecipe(self.parser.dump(self.config, skip_none=False)),
                 *([StepProgress()] if settings["enable_progress_bar"] is not False else []),
                 *(settings["callbacks"] or []),
@@ -129,30 +106,52 @@ class RecipeCLI(LightningCLI):
         return self.trainer_class(**settings)
 
 
+NEVER = 2**40  # optimizer steps
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 1000,
     "log_every_n_steps": 50,
-    "check_val_every_n_epoch": None,  # val_check_interval counts micro-batches of the whole run
+    "check_val_every_n_epoch": None,  # one epoch is the whole run
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,  # the plan gives each rank its share
 }
 
 
-def build(verb: str, arguments: Sequence[str]) -> RecipeCLI:
-    """Parse a recipe and build model, data and trainer.
+class ParsedRecipe(RecipeCLI):
+    """A recipe that is read and checked, and nothing built from it."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+
+def parse(verb: str, arguments: Sequence[str]) -> Namespace:
+    """A recipe as resolved.
 
     Raises:
         InputError: a recipe that cannot be used.
     """
+    return _read(ParsedRecipe, verb, arguments).config
+
+
+def build(verb: str, arguments: Sequence[str]) -> RecipeCLI:
+    """A recipe with its model, data and trainer.
+
+    Raises:
+        InputError: a recipe that cannot be used.
+    """
+    return _read(RecipeCLI, verb, arguments)
+
+
+def _read(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) -> RecipeCLI:
     # An epoch is the whole run here, so Lightning's advice on resuming inside one does not apply.
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # there may be nothing to validate on
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own business with torch
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged is reduced already
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python.*")
     try:
-        return RecipeCLI(
+        return kind(
             GPDiTStage,
             LatentDataModule,
             subclass_mode_model=True,
@@ -160,8 +159,8 @@ def build(verb: str, arguments: Sequence[str]) -> RecipeCLI:
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
             parser_class=RecipeParser,
-            parser_kwargs={"parser_mode": "omegaconf", "prog": f"python -m gpdit_lightning {verb}"},
-            args=list(arguments),
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": f"python -m gpdit_lightning {verb}"},
+            args=with_bases(arguments),
             run=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -174,17 +173,18 @@ def build(verb: str, arguments: Sequence[str]) -> RecipeCLI:
         raise InputError(PREFIX + essence(str(error))) from None
 
 
-def run(verb: str, arguments: Sequence[str]) -> None:
-    """Train, or evaluate a run's last checkpoint."""
+def run(verb: str, arguments: Sequence[str]) -> Trainer:
+    """Train, or evaluate a run's last checkpoint; returns the trainer that did."""
     cli = build(verb, arguments)
-    resumed = last_checkpoint(Path(cli.trainer.default_root_dir))
+    resumed = cli.resumed
     if resumed is not None:
         cli.model.initial_weights = ""  # the run has weights of its own; the old ones may be gone
     if verb == "fit":
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
+        with ranks_end_together(cli.trainer):
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
         if cli.trainer.is_global_zero:
             print(f"finished at step {cli.trainer.global_step}: {cli.trainer.default_root_dir}/checkpoints/last.ckpt")
-        return
+        return cli.trainer
     if resumed is None:
         raise InputError(
             f"{cli.trainer.default_root_dir} holds no checkpoint to {verb}: `fit` first, or give --run_dir."
@@ -193,3 +193,4 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     getattr(cli.trainer, verb)(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True, verbose=False)
     for name, value in sorted(cli.trainer.callback_metrics.items()):
         print(f"{name:<20}{float(value):.5f}")
+    return cli.trainer

@@ -25,10 +25,13 @@ NoiseLevels = Literal["frame", "clip"]
 class LatentBatch:
     """One rank's share of a micro-batch.
 
+    Its noisy rows are K copies of every clip: the copies of the clips with context, copy after copy, then those of the
+    clips without.
+
     Attributes:
         latents: (B, F, C, H, W) whitened, float32; the clips with context come first.
-        noise: like `latents`, standard Gaussian.
-        t: (B, F) noise levels in [0, 1).
+        noise: (K * B, F, C, H, W) standard Gaussian, one for each noisy row.
+        t: (K * B, F) noise levels in [0, 1).
         context: B', how many clips keep their context.
         weight: of this micro-batch's mean loss; the weights of an optimizer step sum to 1.
         source: which source it came from.
@@ -42,6 +45,17 @@ class LatentBatch:
     weight: float
     source: str
     keys: list[str]
+
+    @property
+    def draws(self) -> int:
+        """K, the noisy copies of every clip."""
+        return len(self.noise) // len(self.latents)
+
+    @property
+    def clip_of_row(self) -> Tensor:
+        """(K * B,) the clip that each noisy row is a copy of; with one copy each, 0 to B - 1."""
+        clips = torch.arange(len(self.latents), device=self.latents.device)
+        return torch.cat((clips[: self.context].repeat(self.draws), clips[self.context :].repeat(self.draws)))
 
     def pin_memory(self) -> "LatentBatch":
         """The loader calls this where batches go to a GPU."""
@@ -105,6 +119,11 @@ class LatentDataset(Dataset[LatentBatch]):
         noise_levels: one level per frame, or one per clip.
         purpose: which of the plan's random streams gives the noise.
         rank, world_size: the slice to take.
+        noise_draws: K, noisy copies of every clip, the first with the noise and the levels that it has alone; an image
+            stays single, since it has no clean stream that copies could share.
+
+    Raises:
+        InputError: a number of ranks that does not divide the plan, or no noisy copies.
     """
 
     def __init__(
@@ -117,7 +136,10 @@ class LatentDataset(Dataset[LatentBatch]):
         purpose: int,
         rank: int = 0,
         world_size: int = 1,
+        noise_draws: int = 1,
     ) -> None:
+        if noise_draws < 1:
+            raise InputError(f"data.noise_draws is {noise_draws}; it must be at least 1.")
         if plan.max_ranks % world_size:
             raise InputError(
                 f"{world_size} ranks do not divide data.max_ranks = {plan.max_ranks}: set it to a multiple of the "
@@ -127,7 +149,7 @@ class LatentDataset(Dataset[LatentBatch]):
         self.mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
         self.std = torch.tensor(std, dtype=torch.float32)[:, None, None]
         self.noise_levels, self.purpose = noise_levels, purpose
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.noise_draws = rank, world_size, noise_draws
 
     def __getitem__(self, number: int) -> LatentBatch:
         micro_batch = self.plan.micro_batch(number).share(self.rank, self.world_size)
@@ -135,17 +157,20 @@ class LatentDataset(Dataset[LatentBatch]):
         raw, keys = zip(*(bucket.read(int(sample), micro_batch.frames) for sample in micro_batch.samples), strict=True)
         latents = (torch.from_numpy(np.stack(raw)).float() - self.mean) / self.std
         step = number // self.plan.micro_batches_per_step
+        context = int(micro_batch.context.sum())
+        draws = self.noise_draws if latents.shape[1] > 1 else 1
+        generators = [generator(self.plan.seed, self.purpose, step, int(place)) for place in micro_batch.places]
         noise, levels = [], []
-        for place in micro_batch.places:
-            numbers = generator(self.plan.seed, self.purpose, step, int(place))
-            noise.append(numbers.standard_normal(latents.shape[1:], dtype=np.float32))
-            level = numbers.random(latents.shape[1] if self.noise_levels == "frame" else 1, dtype=np.float32)
-            levels.append(np.broadcast_to(level, latents.shape[1]))
+        for group in (generators[:context], generators[context:]):
+            for numbers in group * draws:
+                noise.append(numbers.standard_normal(latents.shape[1:], dtype=np.float32))
+                level = numbers.random(latents.shape[1] if self.noise_levels == "frame" else 1, dtype=np.float32)
+                levels.append(np.broadcast_to(level, latents.shape[1]))
         return LatentBatch(
             latents=latents,
             noise=torch.from_numpy(np.stack(noise)),
             t=torch.from_numpy(np.stack(levels)),
-            context=int(micro_batch.context.sum()),
+            context=context,
             weight=micro_batch.weight,
             source=self.plan.sources[micro_batch.source].name,
             keys=list(keys),

@@ -46,6 +46,7 @@ class LatentDataModule(LightningDataModule):
         seed: of the order, the noise and the noise levels; a step's batch depends on it and on nothing before.
         context_dropout: fraction of clips that are trained without context, for guidance.
         noise_levels: `frame` draws a level t for each latent frame, `clip` one for the whole clip.
+        noise_draws: noisy copies of every training clip that share its clean stream; images stay single.
         max_ranks: the most ranks this run may use; every divisor of it gives the same order.
         workers: loader processes per rank; 0 loads in the training process.
         validation_batches: batches (of the training size) per validation, from the held-out sources.
@@ -59,6 +60,7 @@ class LatentDataModule(LightningDataModule):
         seed: int = 0,
         context_dropout: float = 0.1,
         noise_levels: NoiseLevels = "frame",
+        noise_draws: int = 1,
         max_ranks: int = 1,
         workers: int = 0,
         validation_batches: int = 4,
@@ -66,7 +68,9 @@ class LatentDataModule(LightningDataModule):
         super().__init__()
         if seed < 0:
             raise InputError(f"data.seed is {seed}; it must not be negative.")
-        self.seed, self.noise_levels = seed, noise_levels
+        if noise_draws < 1:
+            raise InputError(f"data.noise_draws is {noise_draws}; it must be at least 1.")
+        self.seed, self.noise_levels, self.noise_draws = seed, noise_levels, noise_draws
         self.workers, self.validation_batches = workers, validation_batches
         given = {"images": images, "videos": videos, "sequences": sequences}
         self.configs = {name: config for name, config in given.items() if config.manifests and config.batch_size > 0}
@@ -142,6 +146,7 @@ class LatentDataModule(LightningDataModule):
             "data.seed": self.seed,
             "data.context_dropout": self.plan.context_dropout,
             "data.noise_levels": self.noise_levels,
+            "data.noise_draws": self.noise_draws,
             "data.max_ranks": self.plan.max_ranks,
         }
         for name, config in self.configs.items():
@@ -229,6 +234,7 @@ class LatentDataModule(LightningDataModule):
             purpose,
             self.trainer.global_rank,
             self.trainer.world_size,
+            noise_draws=self.noise_draws if split == "train" else 1,
         )
         return DataLoader(
             dataset,

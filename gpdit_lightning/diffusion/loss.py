@@ -24,7 +24,7 @@ class VelocityLoss(NamedTuple):
     Attributes:
         mean: the scalar to minimise.
         quartiles: by noise level.
-        per_clip: (B,) mean over each clip.
+        per_clip: (B,) mean over each clip; a noisy copy of one counts as one.
     """
 
     mean: Tensor

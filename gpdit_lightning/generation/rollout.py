@@ -13,7 +13,7 @@ from gpdit_lightning.model import GPDiT
 def frame_noise(seed: int, clip: int, frame: int, shape: tuple[int, ...]) -> Tensor:
     """Standard Gaussian noise of one frame, the same whatever the batch it is generated in: float32 on the CPU."""
     generator = torch.Generator().manual_seed(((seed * 1_000_003 + clip) * 1_000_003 + frame) % 2**63)
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 @torch.inference_mode()

@@ -97,9 +97,8 @@ def write_strip(
         raise InputError(f"There are no frames to write to {path}: give every row at least one.")
     longest = max(len(frames) for frames in rows.values())
     shown = sorted({round(moment) for moment in np.linspace(0, longest - 1, min(columns, longest))})
-    height, width = next(iter(rows.values())).shape[-2:]
-    enlarge = max(1.0, least_side / min(height, width))
-    cell_width, cell_height, gap = round(width * enlarge), round(height * enlarge), 4
+    cell_width, cell_height = _cell_size(next(iter(rows.values())), least_side)
+    gap = 4
     font = ImageFont.load_default(size=14)
     label_width = round(max(font.getlength(label) for label in rows)) + 3 * gap
     head = 24
@@ -114,10 +113,64 @@ def write_strip(
         draw.text((left + cell_width / 2, head / 2), title, colour, font, anchor="mm")
         for row, frames in enumerate(rows.values()):
             if moment < len(frames):
-                frame = Image.fromarray(frames[moment].permute(1, 2, 0).cpu().numpy())
-                frame = frame.resize((cell_width, cell_height), Image.Resampling.BICUBIC)
+                frame = _enlarged(frames[moment], (cell_width, cell_height))
                 sheet.paste(frame, (left, head + row * (cell_height + gap)))
     for row, label in enumerate(rows):
         draw.text((gap, head + row * (cell_height + gap) + cell_height / 2), label, "black", font, anchor="lm")
     with written_whole(Path(path)) as temporary:
         sheet.save(temporary, format="PNG")
+
+
+def write_animation(
+    path: str | Path, columns: Mapping[str, Tensor], fps: float, least_side: int = 96, context: int = 0
+) -> None:
+    """Write a GIF that repeats for ever: one labelled column for each of several versions of the same clips.
+
+    Args:
+        path: the file.
+        columns: label -> uint8 (B, T, 3, H, W), alike in shape; the clips stand one below the other.
+        fps: frames a second; a GIF knows hundredths of a second, and viewers show at most 50.
+        least_side: smaller frames are enlarged until their shorter side has this many pixels.
+        context: the first so many frames were given, not generated: a grey border, orange afterwards.
+
+    Raises:
+        InputError: when there is nothing to show.
+    """
+    if not columns or any(0 in clips.shape for clips in columns.values()):
+        raise InputError(f"There are no frames to write to {path}: give every column at least one clip.")
+    first = next(iter(columns.values()))
+    cell_width, cell_height = _cell_size(first, least_side)
+    border, head = 6, 48
+    page_size = border + len(columns) * (cell_width + border), head + len(first) * (cell_height + border)
+    font = ImageFont.load_default(size=14)
+
+    pages = []
+    for moment in range(first.shape[1]):
+        title, colour = (f"context {moment}", "silver") if moment < context else (f"generated {moment}", "orange")
+        page = Image.new("RGB", page_size, "white")
+        draw = ImageDraw.Draw(page)
+        draw.rectangle((0, head - border, *page_size), colour)
+        draw.text((page.width / 2, head / 4 - border / 2), title, "black", font, anchor="mm")
+        for column, (label, clips) in enumerate(columns.items()):
+            left = border + column * (cell_width + border)
+            draw.text((left + cell_width / 2, head * 3 / 4 - border), label, "black", font, anchor="mm")
+            for row, frames in enumerate(clips):
+                frame = _enlarged(frames[moment], (cell_width, cell_height))
+                page.paste(frame, (left, head + row * (cell_height + border)))
+        pages.append(page)
+    with written_whole(Path(path)) as temporary:
+        pages[0].save(
+            temporary, format="GIF", save_all=True, append_images=pages[1:], duration=max(20, round(1000 / fps)), loop=0
+        )
+
+
+def _cell_size(frames: Tensor, least_side: int) -> tuple[int, int]:
+    """Width and height, in this order, at which frames (..., H, W) are shown."""
+    height, width = frames.shape[-2:]
+    enlarge = max(1.0, least_side / min(height, width))
+    return round(width * enlarge), round(height * enlarge)
+
+
+def _enlarged(frame: Tensor, cell_size: tuple[int, int]) -> Image.Image:
+    """A frame (3, H, W) as a picture of width and height `cell_size`."""
+    return Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()).resize(cell_size, Image.Resampling.BICUBIC)

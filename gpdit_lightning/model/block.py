@@ -6,6 +6,11 @@ from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.model.streams import Streams
 
 
+def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """`norm(x)` in the precision of its weight: under autocast `x` is a product in bf16, and positions come next."""
+    return norm(x.to(norm.weight.dtype))
+
+
 class MLP(nn.Module):
     """Linear, GELU, Linear."""
 
@@ -56,7 +61,7 @@ class Block(nn.Module):
         x = rotation.at_block(x)
         h = rotation.at_branch_input(self.attention_norm(x))
         key, value = self._key_value(h)
-        query = self.query_norm(self.query(h[skip:]).unflatten(-1, (self.heads, -1))).to(value.dtype)
+        query = normed(self.query_norm, self.query(h[skip:]).unflatten(-1, (self.heads, -1)))
         attended = streams.attend(self.layer, query, key, value).flatten(-2)
         x = x[skip:] + rotation.at_branch_output(self.attention_output(attended))
         h = rotation.at_branch_input(self.mlp_norm(x))
@@ -69,4 +74,4 @@ class Block(nn.Module):
 
     def _key_value(self, h: Tensor) -> tuple[Tensor, Tensor]:
         key, value = self.key_value(h).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-        return self.key_norm(key).to(value.dtype), value
+        return normed(self.key_norm, key), value

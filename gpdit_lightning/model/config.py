@@ -17,7 +17,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 # Fields that say how the network is executed, not which function it computes: two checkpoints may differ in them.
-EXECUTION_FIELDS = ("attention_backend", "activation_checkpointing")
+EXECUTION_FIELDS = ("attention_backend", "activation_checkpointing", "compile")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class GPDiTConfig:
     """Who computes attention: auto = xformers on CUDA where it is installed, else PyTorch's SDPA."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations: less memory, a third more time."""
+    compile: bool = False
+    """Train with blocks that torch.compile has fused; a minute or so for every new shape of a batch at its first step.
+    Validation and generation are not compiled. On the CPU it needs a C++ compiler."""
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:

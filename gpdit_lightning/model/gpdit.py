@@ -3,7 +3,8 @@
 Shapes: B clips, F latent frames, C channels, H x W latent pixels, N tokens per frame, D hidden width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,18 @@ def unpatchify(x: Tensor, patch: int, height: int, width: int) -> Tensor:
     """Inverse of :func:`patchify`: (B, F, N, C * patch * patch) -> (B, F, C, height, width)."""
     x = x.unflatten(2, (height // patch, width // patch)).unflatten(-1, (-1, patch, patch))
     return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4)
+
+
+@cache
+def compiled_call() -> Callable[..., Tensor]:
+    """The call of a block, compiled: once for each shape of a pass, whatever the number of blocks and models."""
+    # Buckets, lengths, numbers of contexts, inner blocks and the last: by default torch stays eager from the ninth on.
+    torch.compiler.config.recompile_limit = torch.compiler.config.accumulated_recompile_limit = 1024
+
+    def call(block: nn.Module, x: Tensor, streams: Streams, skip: int) -> Tensor:
+        return block(x, streams, skip)
+
+    return torch.compile(call, dynamic=False)
 
 
 class GPDiT(nn.Module):
@@ -67,16 +80,23 @@ class GPDiT(nn.Module):
                 block.mlp.down.weight.mul_((2 * self.config.layers) ** -0.5)
 
     def forward(
-        self, noisy: Tensor, theta: Tensor, clean: Tensor | None = None, condition: Tensor | None = None
+        self,
+        noisy: Tensor,
+        theta: Tensor,
+        clean: Tensor | None = None,
+        condition: Tensor | None = None,
+        draws: int = 1,
     ) -> Tensor:
         """Predict the velocity of every noisy frame given the clean frames before it.
 
         Args:
             noisy: (B, F, C, H, W).
             theta: (B, F) radians, one angle per noisy frame.
-            clean: (B', F, C, H, W) with B' <= B: the first B' clips have context, the rest have none; None: no clip
-                has. The last clean frame is seen by nobody and is not computed.
+            clean: (B', F, C, H, W) with K * B' <= B: the first K * B' noisy clips have context, the rest have none;
+                None: no clip has. The last clean frame is seen by nobody and is not computed.
             condition: for conditions other than context; this backbone has none yet.
+            draws: K, how many noisy clips share the context of one clean clip, whose stream is computed once: noisy
+                clip k * B' + b is the k-th copy of clean clip b.
 
         Returns:
             velocity (B, F, C, H, W).
@@ -88,14 +108,16 @@ class GPDiT(nn.Module):
         frames = noisy.shape[1]
         if theta.shape != noisy.shape[:2]:
             raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B, F) = {tuple(noisy.shape[:2])}.")
+        if draws < 1:
+            raise InputError(f"draws is {draws}; it must be at least 1.")
         if clean is not None:
-            if clean.ndim != 5 or clean.shape[0] > noisy.shape[0] or clean.shape[1:] != noisy.shape[1:]:
+            if clean.ndim != 5 or draws * clean.shape[0] > noisy.shape[0] or clean.shape[1:] != noisy.shape[1:]:
                 raise InputError(
                     f"clean has shape {tuple(clean.shape)}; it must be (B', F, C, H, W) like noisy "
-                    f"{tuple(noisy.shape)}, with B' <= B."
+                    f"{tuple(noisy.shape)}, with draws * B' <= B where draws is {draws}."
                 )
             clean = clean[:, : frames - 1] if len(clean) and frames > 1 else None
-        x, streams = self._start(clean, noisy, theta)
+        x, streams = self._start(clean, noisy, theta, draws=draws)
         for block in self.blocks[:-1]:
             x = self._run(block, x, streams)
         x = self._run(self.blocks[-1], x, streams, skip=streams.clean_tokens)
@@ -192,7 +214,12 @@ class GPDiT(nn.Module):
         return self._finish(x, streams, noisy)[:, 0]
 
     def _start(
-        self, clean: Tensor | None, noisy: Tensor | None, theta: Tensor | None, cache: KVCache | None = None
+        self,
+        clean: Tensor | None,
+        noisy: Tensor | None,
+        theta: Tensor | None,
+        cache: KVCache | None = None,
+        draws: int = 1,
     ) -> tuple[Tensor, Streams]:
         """Embed both streams, packed (clean tokens first), and describe the pass."""
         config = self.config
@@ -219,14 +246,18 @@ class GPDiT(nn.Module):
             first_frame=first_frame,
             rope=Rope(config, first_frame, frames, rows, columns, x.device, precise),
             rotation=TimeRotation(angles, config.time_site, precise),
+            draws=draws,
             cache=cache,
         )
         return streams.rotation.at_input(x), streams
 
     def _run(self, block: nn.Module, x: Tensor, streams: Streams, skip: int = 0) -> Tensor:
-        if self.config.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, streams, skip, use_reentrant=False)
-        return block(x, streams, skip)
+        if not torch.is_grad_enabled():
+            return block(x, streams, skip)
+        run = partial(compiled_call(), block) if self.config.compile else block
+        if self.config.activation_checkpointing:
+            return checkpoint(run, x, streams, skip, use_reentrant=False)
+        return run(x, streams, skip)
 
     def _finish(self, x: Tensor, streams: Streams, noisy: Tensor) -> Tensor:
         """Read the velocity out of the noisy tokens, which are all that is left."""

@@ -50,7 +50,7 @@ class Rope:
         self.cos = angles.cos().to(device, dtype)[:, None]  # (frames * rows * columns, 1, head width / 2)
         self.sin = angles.sin().to(device, dtype)[:, None]
 
-    def __call__(self, x: Tensor, first_token: int = 0) -> Tensor:
-        """Rotate queries or keys (B, tokens, heads, head width), whose first token is `first_token` of this table."""
-        tokens = slice(first_token, first_token + x.shape[1])
-        return rotate_pairs(x, self.cos[tokens], self.sin[tokens])
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rotate queries or keys (B, tokens, heads, head width) from the first frame on, then round them to `dtype`."""
+        tokens = x.shape[1]
+        return rotate_pairs(x, self.cos[:tokens], self.sin[:tokens]).to(dtype)

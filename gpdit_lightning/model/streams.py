@@ -25,10 +25,11 @@ class Streams:
         operator: computes one unmasked attention call.
         tokens: N, tokens per frame.
         clean_shape: (B', clean frames); (0, 0) if there is no clean stream.
-        noisy_shape: (B, noisy frames); (0, 0) if there is no noisy stream.
+        noisy_shape: (noisy rows, noisy frames); (0, 0) if there is no noisy stream.
         first_frame: position of the first frame of either stream: the frames that `cache` held before.
         rope: positions from `first_frame` on.
         rotation: the time conditioning of every packed token.
+        draws: K, noisy rows that share the context of a clip.
         cache: past keys and values, extended by the clean stream; None when everything is in this pass.
     """
 
@@ -40,6 +41,7 @@ class Streams:
     first_frame: int
     rope: Rope
     rotation: TimeRotation
+    draws: int = 1
     cache: KVCache | None = None
 
     @property
@@ -62,7 +64,9 @@ class Streams:
             layer: index of the block.
             key, value: packed, (packed tokens, heads, head width).
         """
-        clean = Context(self.rope(self._clean(key)), self._clean(value)) if self.clean_tokens else None
+        clean = None
+        if self.clean_tokens:
+            clean = Context(self.rope(self._clean(key), value.dtype), self._clean(value))
         if self.cache is None:
             return clean
         if clean is not None:
@@ -70,7 +74,7 @@ class Streams:
         return self.cache.context(layer, self.first_frame + self.clean_shape[1])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Frame-causal attention of a block over packed tokens, shaped like `query`.
+        """Frame-causal attention of a block over packed tokens, shaped like `query`, in the precision of `value`.
 
         Args:
             layer: index of the block.
@@ -79,13 +83,15 @@ class Streams:
         """
         context = self.remember(layer, key, value)
         clean = noisy = None
+        dtype = value.dtype
         if self.clean_tokens and len(query) == len(key):
             assert context is not None
             start = self.first_frame * self.tokens
-            clean = Queries(self.rope(self._clean(query)), context.key[:, start:], context.value[:, start:])
+            clean = Queries(self.rope(self._clean(query), dtype), context.key[:, start:], context.value[:, start:])
         if self.noisy_shape[0]:
-            noisy = Queries(self.rope(self._noisy(query)), self.rope(self._noisy(key)), self._noisy(value))
+            asking, own = (self.rope(self._noisy(x), dtype) for x in (query, key))
+            noisy = Queries(asking, own, self._noisy(value))
         outputs = frame_causal_attention(
-            self.operator, self.variant, self.tokens, context, clean, noisy, noisy_first=self.first_frame
+            self.operator, self.variant, self.tokens, context, clean, noisy, self.first_frame, self.draws
         )
         return torch.cat([out.flatten(0, 1) for out in outputs if out is not None])

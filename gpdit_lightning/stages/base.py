@@ -1,5 +1,7 @@
 """What every stage does: noise a batch, predict its velocity, hand the loss on."""
 
+import logging
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +14,8 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.training.checkpoints import backbone_weights, check_architecture, check_codec, read_checkpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
+
+log = logging.getLogger(__name__)
 
 DEFAULT_SCHEDULE = NoiseSchedule()
 DEFAULT_OPTIMIZER = OptimizerConfig()
@@ -46,6 +50,8 @@ class GPDiTStage(LightningModule):
         super().__init__()
         self.config, self.schedule, self.optimizer_config = backbone, schedule, optimizer
         self.initial_weights = initial_weights
+        # Where the weights came from, kept in every checkpoint: {"path", "step"}.
+        self.origin: dict[str, Any] | None = None
         self.initial_codec: dict[str, Any] | None = None
         self.backbone: GPDiT
 
@@ -55,10 +61,17 @@ class GPDiTStage(LightningModule):
             return
         self.backbone = GPDiT(self.config)
         if self.initial_weights:
+            if not Path(self.initial_weights).exists():
+                raise InputError(
+                    f"training is to begin with the weights of {self.initial_weights}, which is not there: train that "
+                    "stage first (`chain` trains all), or begin at random with --model.init_args.initial_weights=''."
+                )
             checkpoint = read_checkpoint(self.initial_weights)
             check_architecture(checkpoint["gpdit"]["backbone"], self.config, self.initial_weights)
             self.initial_codec = checkpoint["LatentDataModule"]["codec"]
             self.backbone.load_state_dict(backbone_weights(checkpoint))
+            self.origin = {"path": self.initial_weights, "step": checkpoint["global_step"]}
+            log.info("begins with the averaged weights of %s (step %d)", *self.origin.values())
 
     def on_fit_start(self) -> None:
         """Refuse other sources than the stage's, and initial weights made for latents of another codec.
@@ -91,9 +104,9 @@ class GPDiTStage(LightningModule):
 
     def objective(self, batch: LatentBatch) -> VelocityLoss:
         """Velocity loss of a batch (GPDiT, equation 3)."""
-        sample = rotate_to(batch.latents, batch.noise, self.schedule.theta(batch.t))
+        sample = rotate_to(batch.latents[batch.clip_of_row], batch.noise, self.schedule.theta(batch.t))
         clean = batch.latents[: batch.context] if batch.context else None
-        prediction = self.backbone(sample.noisy, sample.theta, clean)
+        prediction = self.backbone(sample.noisy, sample.theta, clean, draws=batch.draws)
         return velocity_loss(prediction, sample.velocity, batch.t)
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
@@ -118,8 +131,10 @@ class GPDiTStage(LightningModule):
             "stage": type(self).__name__,
             "backbone": self.config.to_dict(),
             "schedule": {"name": self.schedule.name, "shift": self.schedule.shift},
+            "origin": self.origin,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture."""
         check_architecture(checkpoint["gpdit"]["backbone"], self.config, "the run's last checkpoint")
+        self.origin = checkpoint["gpdit"]["origin"]

@@ -1,5 +1,7 @@
 """Exponential moving average of the weights, in float32, beside the training weights."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ class EMA(Callback):
         self.decay, self.validate = decay, validate
         self.average: dict[str, Tensor] = {}
         self.updates = 0
-        self._training_weights: list[Tensor] = []
+        self._validating = ExitStack()
         self._last_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,21 +54,30 @@ class EMA(Callback):
         weights = [p.detach().float() for _, p in _trained(pl_module)]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
+    @contextmanager
     @torch.no_grad()
+    def averaged(self, pl_module: LightningModule) -> Iterator[None]:
+        """Put the average into the module for the length of a block; where there is no average, change nothing."""
+        if not self.average:
+            yield
+            return
+        training_weights = [(parameter, parameter.detach().clone()) for _, parameter in _trained(pl_module)]
+        try:
+            for name, parameter in _trained(pl_module):
+                parameter.copy_(self.average[name])
+            yield
+        finally:
+            for parameter, weight in training_weights:
+                parameter.copy_(weight)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average into the module."""
-        if not self.validate or not self.average:
-            return
-        for name, parameter in _trained(pl_module):
-            self._training_weights.append(parameter.detach().clone())
-            parameter.copy_(self.average[name])
+        if self.validate:
+            self._validating.enter_context(self.averaged(pl_module))
 
-    @torch.no_grad()
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the training weights back."""
-        for (_, parameter), weight in zip(_trained(pl_module), self._training_weights, strict=False):
-            parameter.copy_(weight)
-        self._training_weights = []
+        self._validating.close()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As for validation."""
@@ -75,6 +86,16 @@ class EMA(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As for validation."""
         self.on_validation_end(trainer, pl_module)
+
+    @torch.no_grad()
+    def distance(self, pl_module: LightningModule) -> float:
+        """Norm of the weights less the average, relative to the norm of the weights."""
+        apart, size = [], []
+        for name, parameter in _trained(pl_module):  # one by one: a second copy of all weights might not fit
+            weight = parameter.float()
+            apart.append((weight - self.average[name]).norm())
+            size.append(weight.norm())
+        return float(torch.stack(apart).norm() / torch.stack(size).norm())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the average to a checkpoint."""

@@ -26,7 +26,7 @@ PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
 
 
 def forward_flops(
-    config: GPDiTConfig, clips: int, context_clips: int, frames: int, height: int, width: int
+    config: GPDiTConfig, clips: int, context_clips: int, frames: int, height: int, width: int, draws: int = 1
 ) -> dict[str, int]:
     """FLOPs of one `GPDiT.forward`, a multiply-add counted as two; norms, rotations and softmax are left out.
 
@@ -36,13 +36,14 @@ def forward_flops(
         context_clips: B', how many of them have context.
         frames: F, latent frames.
         height, width: of a latent frame, in latent pixels.
+        draws: K, noisy copies of every clip, that share its one clean stream.
 
     Returns:
         FLOPs of the parts `embedding`, `attention_projections`, `attention_products`, `mlp` and `output`.
     """
     tokens = (height // config.patch_size) * (width // config.patch_size)
     patch_values = config.latent_channels * config.patch_size**2
-    noisy_tokens = clips * frames * tokens
+    noisy_tokens = draws * clips * frames * tokens
     clean_tokens = context_clips * (frames - 1) * tokens
     embedded = clean_tokens + noisy_tokens
     # The clean tokens of the last block give keys and values only.
@@ -50,7 +51,7 @@ def forward_flops(
     looked_at = config.layers * embedded
 
     clean_pairs = {"of2": frames * (frames - 1) // 2, "of": frames - 1}[config.attention]
-    noisy_pairs = context_clips * frames * (frames + 1) // 2 + (clips - context_clips) * frames
+    noisy_pairs = draws * (context_clips * frames * (frames + 1) // 2 + (clips - context_clips) * frames)
     frame_pairs = (config.layers - 1) * context_clips * clean_pairs + config.layers * noisy_pairs
 
     multiply_adds = {
@@ -64,13 +65,13 @@ def forward_flops(
 
 
 def training_flops(
-    config: GPDiTConfig, clips: int, context_clips: int, frames: int, height: int, width: int
+    config: GPDiTConfig, clips: int, context_clips: int, frames: int, height: int, width: int, draws: int = 1
 ) -> dict[str, int]:
     """FLOPs of one forward and backward pass, by part: three times the forward, as is the custom for MFU.
 
     Recomputation (activation checkpointing, or inside an attention kernel) is not counted: it is time without progress.
     """
-    forward = forward_flops(config, clips, context_clips, frames, height, width)
+    forward = forward_flops(config, clips, context_clips, frames, height, width, draws)
     return {part: 3 * count for part, count in forward.items()}
 
 

@@ -27,14 +27,36 @@ class OptimizerConfig:
     """Decoupled weight decay; at 0 AdamW is the paper's Adam."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly from 0."""
-    decay: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: stay, or fall to 0 along a half cosine at the last step of the run."""
+    decay: Literal["constant", "cosine", "wsd"] = "constant"
+    """After the warm-up: stay; fall along a half cosine until the end of the run; or stay, and fall linearly over its
+    last `decay_steps` (warm-up, stable, decay: MiniCPM, arXiv:2404.06395, with the linear cool-down of Hägele et al.,
+    arXiv:2405.18392), so that any checkpoint of the stable part can begin a longer run."""
+    decay_steps: int = 0
+    """Optimizer steps at the end of the run over which `wsd` falls."""
+    final_learning_rate_fraction: float = 0.0
+    """What `cosine` and `wsd` fall to, relative to the peak."""
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
             raise InputError(f"optimizer.learning_rate is {self.learning_rate}; it must be positive.")
         if self.warmup_steps < 0:
             raise InputError(f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optimizer.betas is {list(self.betas)}; both must lie in [0, 1).")
+        if not self.eps > 0:
+            raise InputError(f"optimizer.eps is {self.eps}; it must be positive.")
+        if not self.weight_decay >= 0:
+            raise InputError(f"optimizer.weight_decay is {self.weight_decay}; it must not be negative.")
+        if self.decay == "wsd" and self.decay_steps < 1:
+            raise InputError(
+                f"optimizer.decay is wsd but decay_steps is {self.decay_steps}: say over how many steps at the end of "
+                "the run it falls."
+            )
+        if not 0 <= self.final_learning_rate_fraction <= 1:
+            raise InputError(
+                f"optimizer.final_learning_rate_fraction is {self.final_learning_rate_fraction}; it must lie between 0 "
+                "and 1."
+            )
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, max_steps: int) -> float:
@@ -43,8 +65,13 @@ def learning_rate_factor(step: int, config: OptimizerConfig, max_steps: int) -> 
         return (step + 1) / config.warmup_steps
     if config.decay == "constant":
         return 1.0
-    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    left = max(0, max_steps - step)
+    if config.decay == "cosine":
+        falling = 0.5 * (1 - math.cos(math.pi * left / max(1, max_steps - config.warmup_steps)))
+    else:
+        falling = min(1.0, left / config.decay_steps)
+    floor = config.final_learning_rate_fraction
+    return floor + (1 - floor) * falling
 
 
 def build_optimizer(
@@ -53,10 +80,15 @@ def build_optimizer(
     """AdamW over `parameters` and its schedule, to be stepped once per optimizer step.
 
     Raises:
-        InputError: a cosine without an end.
+        InputError: a decay without an end, or longer than the run.
     """
-    if config.decay == "cosine" and max_steps <= 0:
-        raise InputError("optimizer.decay is cosine but the run has no end: set trainer.max_steps.")
+    if config.decay != "constant" and max_steps <= 0:
+        raise InputError(f"optimizer.decay is {config.decay} but the run has no end: set trainer.max_steps.")
+    if config.decay == "wsd" and config.warmup_steps + config.decay_steps > max_steps:
+        raise InputError(
+            f"optimizer.warmup_steps = {config.warmup_steps} and decay_steps = {config.decay_steps} do not fit into "
+            f"trainer.max_steps = {max_steps}: shorten them, or train longer."
+        )
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )

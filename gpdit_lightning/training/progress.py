@@ -56,8 +56,5 @@ class StepProgress(ProgressBar):
             self._bar.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the terminal in order for the message, and say what Ctrl-C means here."""
-        if self._bar is not None:
-            self._bar.close()
-        if isinstance(exception, KeyboardInterrupt) and self._enabled:
-            print("stopped: the same command goes on from the last checkpoint.", file=sys.stderr)
+        """Leave the terminal in order for the message."""
+        self.on_train_end(trainer, pl_module)

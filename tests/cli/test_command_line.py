@@ -54,11 +54,15 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"data": {"seed": "${nothing.here}"}}, ["interpolation", "nothing.here"]),
         ({"trainer": {"max_steps": "many"}}, ["trainer.max_steps", "many"]),
         ({"data": {"videos": {"manifests": ["/nowhere"]}}}, ["/nowhere", "shard_latents.py"]),
-        ({"data": {"videos": {"manifests": []}}}, ["data.videos.manifests is empty"]),
+        ({"data": {"videos": {"manifests": []}}}, ["no source of data", "data.videos", "manifests"]),
         ({"data": {"videos": {"batch_size": 0}}}, ["no source of data"]),
         ({"data": {"videos": {"batch_size": 3, "micro_batches": 2}}}, ["3 videos", "micro_batches"]),
         ({"trainer": {"accumulate_grad_batches": 3}}, ["accumulate_grad_batches is 3", "micro_batches"]),
-        ({"model": {"class_path": "MixedStage"}}, ["images and videos", "data.images.batch_size"]),
+        ({"model": {"class_path": "MixedStage"}}, ["trains on data.images and data.videos", "uses data.videos"]),
+        ({"model": {"init_args": {"initial_weights": "/nowhere"}}}, ["/nowhere", "chain", "initial_weights=''"]),
+        ({"trainer": {"val_check_interval": 10}}, ["val_check_interval", "validate_every_steps"]),
+        ({"base": "nowhere.yaml"}, ["nowhere.yaml (the base of", "cannot be read"]),
+        ({"base": "recipe.yaml"}, ["recipe.yaml is its own base"]),
         ({"model": {"class_path": "NoSuchStage"}}, ["NoSuchStage"]),
         ({"checkpoint": {"every_steps": 0}}, ["checkpoint.every_steps is 0"]),
         ({"ema": {"decay": 1.5}}, ["ema.decay is 1.5"]),
@@ -122,6 +126,10 @@ def test_print_config_resolves_interpolation_and_overlays(capsys: pytest.Capture
     assert config["model"]["init_args"]["backbone"]["size"] == "tiny"
     assert config["data"]["images"]["weight"] == 1.0
     assert config["trainer"]["gradient_clip_val"] == 1.0
+    assert config["data"]["seed"] == 7
+    assert config["run_dir"] == "runs/tiny/stage2_mixed"
+    assert config["model"]["init_args"]["initial_weights"] == "runs/tiny/stage1_image_warmup"
+    assert config["data"]["videos"]["manifests"] == ["latents/tiny/video"]
 
 
 def test_help_explains_the_fields(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,11 +38,11 @@ def dataset(
 
 
 def by_key_and_noise(batches: list[LatentBatch]) -> list[tuple[str, bytes, bytes, bytes, bool]]:
-    """The samples of batches without their order."""
+    """The noisy rows of batches without their order."""
     return sorted(
-        (key, *(values[i].numpy().tobytes() for values in (b.latents, b.noise, b.t)), i < b.context)
+        (b.keys[i], *(x.numpy().tobytes() for x in (b.latents[i], b.noise[row], b.t[row])), i < b.context)
         for b in batches
-        for i, key in enumerate(b.keys)
+        for row, i in enumerate(b.clip_of_row.tolist())
     )
 
 
@@ -101,10 +101,11 @@ def test_asking_again_gives_the_same_batch(manifest: Manifest) -> None:
     assert not torch.equal(batches[8].noise, later.noise)
 
 
-def test_two_ranks_together_have_the_samples_noise_and_levels_of_one(manifest: Manifest) -> None:
+@pytest.mark.parametrize("noise_draws", [1, 3])
+def test_two_ranks_together_have_the_samples_noise_and_levels_of_one(manifest: Manifest, noise_draws: int) -> None:
     for number in range(8):
-        whole = dataset(manifest)[number]
-        shares = [dataset(manifest, rank, world_size=2)[number] for rank in range(2)]
+        whole = dataset(manifest, noise_draws=noise_draws)[number]
+        shares = [dataset(manifest, rank, world_size=2, noise_draws=noise_draws)[number] for rank in range(2)]
         assert by_key_and_noise(shares) == by_key_and_noise([whole])
         assert [share.latents.shape[0] for share in shares] == [2, 2]
         assert [share.context for share in shares] == [whole.context / 2] * 2
@@ -131,6 +132,40 @@ def test_noise_is_keyed_on_seed_step_and_place(manifest: Manifest) -> None:
     assert not torch.equal(dataset(manifest, seed=1)[0].noise, first)
     assert not torch.equal(batches[2].noise, first)  # the same places in the next step
     assert not torch.equal(dataset(manifest, purpose=VALIDATION_NOISE)[0].noise, first)
+
+
+@pytest.mark.parametrize("noise_levels", ["frame", "clip"])
+def test_copies_of_a_clip_have_noise_and_levels_of_their_own(manifest: Manifest, noise_levels: str) -> None:
+    batch = dataset(manifest, noise_draws=3, noise_levels=noise_levels)[1]
+    assert batch.latents.shape == (4, 3, 4, 4, 4)
+    assert batch.noise.shape == (12, 3, 4, 4, 4)
+    assert batch.t.shape == (12, 3)
+    assert (batch.draws, batch.context) == (3, 2)
+    assert batch.clip_of_row.tolist() == [0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3]
+    for values in (batch.noise, batch.t):
+        assert len({row.numpy().tobytes() for row in values}) == 12
+
+
+@pytest.mark.parametrize("noise_levels", ["frame", "clip"])
+def test_the_first_copy_is_the_only_one_of_a_single_draw(manifest: Manifest, noise_levels: str) -> None:
+    for number in range(4):
+        single = dataset(manifest, noise_levels=noise_levels)[number]
+        batch = dataset(manifest, noise_levels=noise_levels, noise_draws=3)[number]
+        assert torch.equal(batch.latents, single.latents)
+        assert single.clip_of_row.tolist() == [0, 1, 2, 3]
+        clips = batch.clip_of_row.tolist()
+        first = [clips.index(clip) for clip in range(4)]
+        assert torch.equal(batch.noise[first], single.noise)
+        assert torch.equal(batch.t[first], single.t)
+
+
+def test_an_image_has_one_copy(manifest: Manifest) -> None:
+    assert same(dataset(manifest, frames=1, noise_draws=3)[0], dataset(manifest, frames=1)[0])
+
+
+def test_no_copies_are_refused(manifest: Manifest) -> None:
+    with pytest.raises(InputError, match=r"data\.noise_draws is 0; it must be at least 1"):
+        dataset(manifest, noise_draws=0)
 
 
 def test_accumulation_changes_neither_noise_nor_levels(manifest: Manifest) -> None:

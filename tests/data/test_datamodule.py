@@ -203,6 +203,18 @@ def test_no_source_at_all_is_refused(tiny_shards: Path) -> None:
             LatentDataModule(**unused)
 
 
+def test_noise_draws_multiply_training_clips_alone(tiny_shards: Path) -> None:
+    data = at(module(tiny_shards, noise_draws=3))
+    images, _, videos = islice(data.train_dataloader(), 3)
+    assert (len(images.latents), len(images.noise)) == (2, 2)
+    assert (len(videos.latents), len(videos.noise)) == (2, 6)
+    assert all(len(batch.noise) == len(batch.latents) for batch in data.val_dataloader())
+    single = next(islice(at(module(tiny_shards)).train_dataloader(), 2, None))
+    assert torch.equal(videos.noise[: videos.context], single.noise[: single.context])
+    with pytest.raises(InputError, match=r"data\.noise_draws is 0"):
+        module(tiny_shards, noise_draws=0)
+
+
 def test_a_negative_seed_is_refused(tiny_shards: Path) -> None:
     with pytest.raises(InputError, match=r"data\.seed is -1"):
         module(tiny_shards, seed=-1)
@@ -227,6 +239,7 @@ def test_its_own_state_is_accepted_wherever_the_shards_lie(tmp_path: Path, write
         ({"context_dropout": 0.2}, r"data\.context_dropout = 0\.1 and the recipe has 0\.2"),
         ({"noise_levels": "clip"}, r"data\.noise_levels = frame"),
         ({"max_ranks": 2}, r"data\.max_ranks = 1"),
+        ({"noise_draws": 2}, r"data\.noise_draws = 1"),
     ],
 )
 def test_another_order_is_refused_by_name(tiny_shards: Path, change: dict[str, Any], setting: str) -> None:

@@ -6,7 +6,14 @@ import torch
 from PIL import Image
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import closest_size, parse_size, read_image, resize_and_crop, write_strip
+from gpdit_lightning.media.images import (
+    closest_size,
+    parse_size,
+    read_image,
+    resize_and_crop,
+    write_animation,
+    write_strip,
+)
 
 PAPER_SIZES = [(256, 256), (192, 320), (320, 192)]
 
@@ -102,3 +109,33 @@ def test_a_long_video_is_thinned_to_its_columns(tmp_path: Path) -> None:
     write_strip(tmp_path / "strip.png", {"long": torch.zeros(100, 3, 96, 96, dtype=torch.uint8)}, columns=4)
     with Image.open(tmp_path / "strip.png") as sheet:
         assert 4 * 96 < sheet.width < 6 * 96
+
+
+def test_an_animation_shows_all_frames_of_all_clips_and_marks_the_context(tmp_path: Path) -> None:
+    left = (torch.arange(2 * 4).view(2, 4, 1, 1, 1) * 10).expand(2, 4, 3, 16, 16).to(torch.uint8)
+    right = 200 - left
+    write_animation(tmp_path / "a.gif", {"prediction": left, "truth": right}, fps=25 / 3, context=2)
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert animation.n_frames == 4  # type: ignore[attr-defined]
+        assert animation.info["loop"] == 0  # for ever
+        for moment in range(4):
+            animation.seek(moment)
+            assert animation.info["duration"] == 120
+            page = np.array(animation.convert("RGB")).astype(int)
+            border, below = page[-3, 100], page[-6 - 48]  # the middle of the lower row
+            assert np.abs(below[50] - (4 + moment) * 10).max() <= 2
+            assert np.abs(below[150] - (200 - (4 + moment) * 10)).max() <= 2
+            assert np.abs(page[-12 - 96 - 48, 50] - moment * 10).max() <= 2
+            is_grey = np.ptp(border) < 5
+            assert is_grey == (moment < 2)
+            assert (page[:40] < 100).any()  # the labels
+    with pytest.raises(InputError, match="no frames"):
+        write_animation(tmp_path / "none.gif", {"prediction": left[:, :0]}, fps=8)
+
+
+def test_large_frames_are_animated_as_they_are(tmp_path: Path) -> None:
+    clips = torch.zeros(1, 2, 3, 120, 200, dtype=torch.uint8)
+    write_animation(tmp_path / "a.gif", {"prediction": clips}, fps=8, context=1)
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert 200 < animation.width < 220
+        assert 120 < animation.height < 200

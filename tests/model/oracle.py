@@ -17,10 +17,15 @@ Block = tuple[str, int]  # ("clean" | "noisy", frame)
 
 
 def forward(
-    parameters: Parameters, config: GPDiTConfig, noisy: Tensor, theta: Tensor, clean: Tensor | None = None
+    parameters: Parameters,
+    config: GPDiTConfig,
+    noisy: Tensor,
+    theta: Tensor,
+    clean: Tensor | None = None,
+    draws: int = 1,
 ) -> Tensor:
     """What `GPDiT.forward` should return: noisy (B, F, C, H, W), theta (B, F), clean (B', F, C, H, W) or None."""
-    clips_with_context = 0 if clean is None else len(clean)
+    clips_with_context = 0 if clean is None else draws * len(clean)
     outputs = []
     for clip in range(len(noisy)):
         frames = range(noisy.shape[1])
@@ -30,7 +35,7 @@ def forward(
         if clip < clips_with_context:
             assert clean is not None
             blocks = [("clean", frame) for frame in frames] + blocks
-            latents = list(clean[clip]) + latents
+            latents = list(clean[clip % len(clean)]) + latents
             angles = [torch.zeros_like(angle) for angle in angles] + angles
         x = transformer(parameters, config, blocks, latents, angles)
         x = turn_hidden(rms_norm(x, parameters["output_norm.weight"], config), blocks, angles, config, "branch")

@@ -75,6 +75,26 @@ def test_clips_do_not_see_each_other(predict: Callable[..., Tensor], clip: int) 
         assert changed == [[row == clip and i > 0 for i in range(FRAMES)] for row in range(3)]
 
 
+@pytest.mark.parametrize("row", range(5))
+def test_noisy_copies_of_a_clip_do_not_see_each_other(predict: Callable[..., Tensor], row: int) -> None:
+    """Two copies of clips 0 and 1, which have context, and one of clip 2, which has none."""
+    noisy, theta, clean = toy_batch(5, 2, frames=FRAMES)
+    changed = changed_frames(
+        predict(noisy, theta, clean, draws=2), predict(moved(noisy, 1, row), moved(theta, 1, row), clean, draws=2)
+    )
+    assert changed == [[other == row and i == 1 for i in range(FRAMES)] for other in range(5)]
+
+
+@pytest.mark.parametrize("clip", range(2))
+@pytest.mark.parametrize("j", range(FRAMES))
+def test_clean_frame_reaches_every_copy_of_its_clip(predict: Callable[..., Tensor], clip: int, j: int) -> None:
+    noisy, theta, clean = toy_batch(5, 2, frames=FRAMES)
+    changed = changed_frames(
+        predict(noisy, theta, clean, draws=2), predict(noisy, theta, moved(clean, j, clip), draws=2)
+    )
+    assert changed == [[row in (clip, 2 + clip) and i > j for i in range(FRAMES)] for row in range(5)]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("j", range(FRAMES))
 def test_features_see_what_their_variant_allows(variant: str, j: int) -> None:

@@ -83,7 +83,7 @@ def test_head_channels_are_shared_by_three_axes(head_width: int, expected: tuple
 
 def test_architecture_ignores_execution() -> None:
     config = toy_config()
-    faster = config.replaced(attention_backend="sdpa", activation_checkpointing=True)
+    faster = config.replaced(attention_backend="sdpa", activation_checkpointing=True, compile=True)
     assert faster.architecture() == config.architecture()
     assert GPDiTConfig(**{**config.to_dict(), "size": "B"}).architecture() == config.architecture()
     for change in ({"attention": "of"}, {"time_site": "none"}, {"rope_lengths": (8, 8, 8)}, {"norm_eps": 1e-5}):
@@ -116,6 +116,14 @@ def test_shapes_that_do_not_fit(
     given = [torch.zeros(shape, dtype=torch.float64) if shape else None for shape in (noisy, theta, clean)]
     with pytest.raises(InputError, match=match):
         toy_model()(*given)
+
+
+@pytest.mark.parametrize(
+    ("draws", "match"), [(2, "draws \\* B' <= B where draws is 2"), (0, "draws is 0"), (-1, "at least 1")]
+)
+def test_noisy_copies_that_do_not_fit(draws: int, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        toy_model()(*toy_batch(3, 2), draws=draws)
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 3, 4, 6), (0, 4, 3, 4, 6), (2, 4, 3, 0, 6)], ids=str)
@@ -234,7 +242,7 @@ def rope(first_frame: int, frames: int = 3, rows: int = 2, columns: int = 3) -> 
 
 
 def scores(table: Rope, query: Tensor, key: Tensor) -> Tensor:
-    return torch.einsum("bmhk,bnhk->bhmn", table(query), table(key))
+    return torch.einsum("bmhk,bnhk->bhmn", table(query, query.dtype), table(key, key.dtype))
 
 
 @pytest.mark.parametrize("offset", [1, 7, 100])
@@ -256,11 +264,11 @@ def test_rope_sees_each_axis() -> None:
 
 
 def test_rope_tables_continue_each_other() -> None:
-    """A cached rollout starts its table where the frames before it ended; `first_token` skips within a table."""
+    """A cached rollout starts its table where the frames before it ended; a shorter stream takes the start of one."""
     x = torch.randn(1, 18, 2, 20, dtype=torch.float64)
-    whole = rope(0)(x)
-    assert torch.equal(rope(1, frames=2)(x[:, 6:]), whole[:, 6:])
-    assert torch.equal(rope(0)(x[:, 6:12], first_token=6), whole[:, 6:12])
+    whole = rope(0)(x, x.dtype)
+    assert torch.equal(rope(1, frames=2)(x[:, 6:], x.dtype), whole[:, 6:])
+    assert torch.equal(rope(0)(x[:, :6], x.dtype), whole[:, :6])
 
 
 def test_rotate_pairs_turns_counter_clockwise() -> None:

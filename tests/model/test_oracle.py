@@ -21,22 +21,22 @@ def gradients(output: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor | N
     return dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()), allow_unused=True), strict=True))
 
 
-def library_run(model: GPDiT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
+def library_run(model: GPDiT, batch: dict[str, Tensor], draws: int = 1) -> tuple[Tensor, dict[str, Tensor | None]]:
     leaves = {name: value.detach().clone().requires_grad_() for name, value in batch.items()}
-    output = model(leaves["noisy"], leaves["theta"], leaves.get("clean"))
+    output = model(leaves["noisy"], leaves["theta"], leaves.get("clean"), draws=draws)
     return output.detach(), gradients(output, leaves | dict(model.named_parameters()))
 
 
-def oracle_run(model: GPDiT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
+def oracle_run(model: GPDiT, batch: dict[str, Tensor], draws: int) -> tuple[Tensor, dict[str, Tensor | None]]:
     leaves = {name: value.detach().clone().requires_grad_() for name, value in batch.items()}
     parameters = {name: value.detach().clone().requires_grad_() for name, value in model.state_dict().items()}
-    output = oracle.forward(parameters, model.config, leaves["noisy"], leaves["theta"], leaves.get("clean"))
+    output = oracle.forward(parameters, model.config, leaves["noisy"], leaves["theta"], leaves.get("clean"), draws)
     return output.detach(), gradients(output, leaves | parameters)
 
 
-def assert_equals_oracle(model: GPDiT, batch: dict[str, Tensor]) -> None:
-    output, grads = library_run(model, batch)
-    expected_output, expected_grads = oracle_run(model, batch)
+def assert_equals_oracle(model: GPDiT, batch: dict[str, Tensor], draws: int = 1) -> None:
+    output, grads = library_run(model, batch, draws)
+    expected_output, expected_grads = oracle_run(model, batch, draws)
     assert expected_output.std() > 0.1  # the reference says something
     assert_near(output, expected_output, what="output")
     assert grads.keys() == expected_grads.keys()
@@ -59,6 +59,13 @@ def test_outputs_and_gradients(variant: str, frames: int, clips: int, context_cl
     noisy, theta, clean = toy_batch(clips, context_clips or 0, frames, height=4, width=6)  # 6 tokens a frame
     batch = named(noisy, theta, None if context_clips is None else clean)
     assert_equals_oracle(toy_model(attention=variant), batch)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize(("draws", "clips", "context_clips"), [(2, 4, 2), (3, 7, 2), (3, 4, 0)])
+def test_noisy_copies_of_a_clip(variant: str, frames: int, draws: int, clips: int, context_clips: int) -> None:
+    assert_equals_oracle(toy_model(attention=variant), named(*toy_batch(clips, context_clips, frames)), draws)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -143,7 +150,6 @@ def test_float32_is_close_to_float64(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_bfloat16_autocast_is_finite_and_near(variant: str, checkpointing: bool) -> None:
     model = toy_model(attention=variant, activation_checkpointing=checkpointing)
     batch = named(*toy_batch(3, 2, frames=5))

@@ -135,6 +135,15 @@ def test_calls(operator: ReferenceOperator, variant: str, frames: int, clips: in
     assert sorted(operator.calls) == sorted(expected_calls(variant, clips, context_clips, frames, layers=3, tokens=6))
 
 
+def test_noisy_copies_share_keys_and_values_of_their_clip(operator: ReferenceOperator) -> None:
+    """Two copies of one clip of two frames, and a clip without context."""
+    model = toy_model(attention_backend="xformers", layers=1)
+    noisy, theta, clean = toy_batch(3, 1, frames=2)
+    model(noisy, theta, clean, draws=2)
+    alone, first, second = [((2, 6, 2, 20), (2, seen * 6, 2, 20)) for seen in (1, 1, 2)]
+    assert sorted(operator.calls) == sorted([alone, first, second])
+
+
 def test_cached_generation_uses_the_operator(operator: ReferenceOperator) -> None:
     model = toy_model(attention_backend="xformers")
     noisy, theta, clean = toy_batch(frames=3)
@@ -155,7 +164,6 @@ def test_cached_generation_uses_the_operator(operator: ReferenceOperator) -> Non
         False,
     ],
 )
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_operator_never_sees_mixed_precisions(
     operator: ReferenceOperator, variant: str, cache_in_autocast: bool
 ) -> None:

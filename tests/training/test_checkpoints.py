@@ -1,14 +1,18 @@
 import dataclasses
+import errno
+import os
 import pickle
+import resource
+import signal
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from gpdit_lightning import GPDiTConfig
@@ -17,6 +21,7 @@ from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.checkpoints import (
+    DirectCheckpointIO,
     RunCheckpoint,
     backbone_weights,
     check_architecture,
@@ -26,6 +31,7 @@ from gpdit_lightning.training.checkpoints import (
 )
 from gpdit_lightning.training.ema import EMA
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from gpdit_lightning.training.stopping import SIGNALS
 
 Fit = Callable[..., Trainer]
 
@@ -68,80 +74,284 @@ def edited(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 
 
 class PretendTrainer(SimpleNamespace):
-    """A trainer that saves its step in a file; with `breaks` it dies half-way through the file."""
+    """A trainer that saves its step in a file; with `breaks` the disk is full half-way through the file."""
 
-    def __init__(self, folder: Path) -> None:
-        strategy = SimpleNamespace(barrier=lambda: None)
+    def __init__(self, folder: Path, validate_every: int = 0) -> None:
+        strategy = SimpleNamespace(barrier=lambda: None, broadcast=lambda failure: failure)
         super().__init__(
-            global_step=0, max_steps=10, default_root_dir=str(folder), is_global_zero=True, strategy=strategy
+            global_step=0,
+            max_steps=10,
+            should_stop=False,
+            sanity_checking=False,
+            default_root_dir=str(folder),
+            is_global_zero=True,
+            world_size=1,
+            strategy=strategy,
+            loggers=[],
         )
-        self.saves: list[int] = []
+        self.validate_every, self.batches = validate_every, 0
+        epoch_loop = SimpleNamespace(_should_check_val_fx=self.validation_is_due, val_loop=SimpleNamespace(skip=False))
+        self.fit_loop = SimpleNamespace(epoch_loop=epoch_loop, _data_fetcher=object())
+        self.events: list[str] = []
         self.breaks = False
+
+    @property
+    def saves(self) -> list[int]:
+        return [int(event.removeprefix("save ")) for event in self.events if event.startswith("save")]
+
+    def validation_is_due(self, fetcher: object) -> bool:
+        return self.validate_every > 0 and self.batches % self.validate_every == 0
 
     def save_checkpoint(self, path: Path, weights_only: bool) -> None:
         Path(path).write_text("half a")
         if self.breaks:
-            raise OSError("no space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         Path(path).write_text(f"step {self.global_step}")
-        self.saves.append(self.global_step)
+        self.events.append(f"save {self.global_step}")
 
-    def micro_batches(self, checkpoint: RunCheckpoint, steps: int, accumulated: int = 1) -> None:
+    def train(self, checkpoint: RunCheckpoint, steps: int, accumulated: int = 1) -> None:
+        checkpoint.on_fit_start(self, None)  # type: ignore[arg-type]
         checkpoint.on_train_start(self, None)  # type: ignore[arg-type]
         for _ in range(steps):
             for within in range(accumulated):
+                self.batches += 1
                 self.global_step += within == accumulated - 1
                 checkpoint.on_train_batch_end(self, None)  # type: ignore[arg-type]
+                if self.validation_is_due(None):
+                    self.events.append("validation")
+                    checkpoint.on_validation_end(self, None)  # type: ignore[arg-type]
 
 
-# Saving
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """A pretended training has no Lightning that puts back the handlers."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-def test_a_run_leaves_its_last_checkpoint_and_the_kept_ones(run: tuple[Path, GPDiTStage, EMA]) -> None:
-    names = sorted(path.name for path in (run[0] / "checkpoints").iterdir())
-    assert names == ["last.ckpt", "step-2.ckpt", "step-4.ckpt"]
+# When
+
+
+def test_a_run_leaves_its_last_checkpoint_and_the_milestones(run: tuple[Path, GPDiTStage, EMA]) -> None:
+    names = {path.name for path in (run[0] / "checkpoints").iterdir()}
+    assert names == {"last.ckpt"} | {f"step-{n}.ckpt{mark}" for n in (2, 4, 5) for mark in ("", ".complete")}
     assert read_checkpoint(run[0])["global_step"] == 5
+    assert read_checkpoint(run[0] / "checkpoints/last.ckpt")["global_step"] == 5
     assert read_checkpoint(run[0] / "checkpoints/step-2.ckpt")["global_step"] == 2
-    assert last_checkpoint(run[0]) == run[0] / "checkpoints/last.ckpt"
+    assert last_checkpoint(run[0], verify=True) == run[0] / "checkpoints/step-5.ckpt"
 
 
 def test_every_interval_and_the_end_are_saved_once(tmp_path: Path) -> None:
     trainer = PretendTrainer(tmp_path)
-    trainer.micro_batches(RunCheckpoint(every_steps=4), steps=10, accumulated=3)
+    trainer.train(RunCheckpoint(every_steps=4), steps=10, accumulated=3)
     assert trainer.saves == [4, 8, 10]
+
+
+def test_milestones_are_saved_too(tmp_path: Path) -> None:
+    trainer = PretendTrainer(tmp_path)
+    trainer.train(RunCheckpoint(every_steps=4, keep_last=1, keep_every_steps=3), steps=10)
+    assert trainer.saves == [3, 4, 6, 8, 9, 10]
+    assert {path.name for path in (tmp_path / "checkpoints").glob("step-*.ckpt")} == {
+        f"step-{step}.ckpt" for step in (3, 6, 9, 10)
+    }
+
+
+def test_a_training_that_is_told_to_stop_is_saved(tmp_path: Path) -> None:
+    """By trainer.max_time, for one."""
+    trainer, checkpoint = PretendTrainer(tmp_path), RunCheckpoint(every_steps=100)
+    trainer.train(checkpoint, steps=2)
+    trainer.should_stop = True
+    trainer.train(checkpoint, steps=1)
+    assert trainer.saves == [3]
+
+
+def test_time_is_counted_from_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = PretendTrainer(tmp_path)
+    # A step takes a minute.
+    monkeypatch.setattr("gpdit_lightning.training.checkpoints.time.monotonic", lambda: 60.0 * trainer.global_step)
+    trainer.train(RunCheckpoint(every_steps=5, every_minutes=3), steps=9)
+    assert trainer.saves == [3, 5, 8]
+    trainer = PretendTrainer(tmp_path / "steps alone")
+    trainer.train(RunCheckpoint(every_steps=5), steps=9)
+    assert trainer.saves == [5]
+
+
+def test_other_ranks_follow_the_first_ranks_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small reduction a step, with the same outcome everywhere."""
+    trainer = PretendTrainer(tmp_path)
+    trainer.world_size, trainer.is_global_zero = 2, False
+    (tmp_path / "checkpoints").mkdir()  # by the first rank
+    first_rank = torch.tensor([0, 0])
+    trainer.strategy.root_device = torch.device("cpu")
+    trainer.strategy.reduce = lambda mine, reduce_op: {"max": torch.maximum}[reduce_op](mine, first_rank)
+    monkeypatch.setattr("gpdit_lightning.training.checkpoints.time.monotonic", lambda: 600.0 * trainer.global_step)
+    checkpoint = RunCheckpoint(every_minutes=1)
+    trainer.train(checkpoint, steps=2)
+    assert trainer.saves == []
+    first_rank[1] = 1
+    trainer.train(checkpoint, steps=1)
+    assert trainer.saves == [3]
+
+
+def test_a_save_waits_for_the_validation_of_its_step(tmp_path: Path) -> None:
+    trainer = PretendTrainer(tmp_path, validate_every=6)
+    trainer.train(RunCheckpoint(every_steps=1), steps=4, accumulated=3)
+    assert trainer.events == ["save 1", "validation", "save 2", "save 3", "validation", "save 4"]
+
+
+def test_a_validation_within_a_step_saves_nothing(tmp_path: Path) -> None:
+    trainer = PretendTrainer(tmp_path, validate_every=2)
+    trainer.train(RunCheckpoint(every_steps=1), steps=2, accumulated=3)
+    assert trainer.events == ["validation", "save 1", "validation", "validation", "save 2"]
 
 
 def test_a_resumed_run_does_not_save_again_what_it_began_from(tmp_path: Path) -> None:
     trainer = PretendTrainer(tmp_path)
     trainer.global_step = 4
-    trainer.micro_batches(RunCheckpoint(every_steps=2), steps=2, accumulated=2)
+    trainer.train(RunCheckpoint(every_steps=2), steps=2, accumulated=2)
     assert trainer.saves == [6]
 
 
-def test_a_save_that_breaks_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    trainer, checkpoint = PretendTrainer(tmp_path), RunCheckpoint(every_steps=1, keep_every_steps=1)
-    trainer.micro_batches(checkpoint, steps=2)
+@pytest.mark.parametrize(
+    ("setting", "value"), [("every_steps", 0), ("every_minutes", -1), ("keep_last", 0), ("keep_every_steps", -5)]
+)
+def test_intervals_that_make_no_sense_are_refused(setting: str, value: int) -> None:
+    with pytest.raises(InputError, match=rf"checkpoint\.{setting} is {value}: take at least"):
+        RunCheckpoint(**{setting: value})
+
+
+class Validations(Callback):
+    """Notes at which steps the run was validated and saved."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.events.append(f"validated {trainer.global_step}")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.events.append(f"saved {trainer.global_step}")
+
+
+@pytest.mark.parametrize("stood_at", [1, 2, 4])
+def test_validations_and_saves_of_a_real_trainer(
+    tiny_shards: Path, tiny_config: GPDiTConfig, fit: Fit, tmp_path: Path, stood_at: int
+) -> None:
+    """Every second step, before it is saved; a resumed run neither repeats nor leaves out a validation."""
+    settings = {"val_check_interval": 4, "limit_val_batches": 1}  # of two micro-batches a step
+    unbroken, after = Validations(), Validations()
+    every = RunCheckpoint(every_steps=1, keep_every_steps=1)
+    fit(stage_of(tiny_config), data_of(tiny_shards), tmp_path / "a", 5, [unbroken, EMA(), every], **settings)
+    saves = [f"saved {step}" for step in range(1, 6)]
+    assert unbroken.events == [*saves[:1], "validated 2", *saves[1:3], "validated 4", *saves[3:]]
+    start = tmp_path / f"a/checkpoints/step-{stood_at}.ckpt"
+    callbacks = [after, EMA(), RunCheckpoint(every_steps=1)]
+    fit(stage_of(tiny_config), data_of(tiny_shards), tmp_path / "b", 5, callbacks, start, **settings)
+    assert after.events == unbroken.events[unbroken.events.index(f"saved {stood_at}") + 1 :]
+    assert_same(read_checkpoint(tmp_path / "b")["state_dict"], read_checkpoint(tmp_path / "a")["state_dict"])
+
+
+# Where it cannot be written
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    trainer, checkpoint = PretendTrainer(tmp_path), RunCheckpoint(every_steps=1)
+    trainer.train(checkpoint, steps=2)
+    before = set((tmp_path / "checkpoints").iterdir())
     trainer.breaks = True
-    with pytest.raises(OSError, match="no space left"):
-        trainer.micro_batches(checkpoint, steps=1)
-    assert (tmp_path / "checkpoints/last.ckpt").read_text() == "step 2"
-    assert (tmp_path / "checkpoints/step-1.ckpt").read_text() == "step 1"
-    assert not (tmp_path / "checkpoints/step-3.ckpt").exists()
+    with pytest.raises(InputError) as caught:
+        trainer.train(checkpoint, steps=1)
+    path = tmp_path / "checkpoints/step-3.ckpt"
+    assert f"the checkpoint of step 3 could not be written to {path} (No space left on device)" in str(caught.value)
+    assert "step-2.ckpt is whole" in str(caught.value)
+    assert set(path.parent.iterdir()) == before
+    assert last_checkpoint(tmp_path, verify=True) == path.with_name("step-2.ckpt")
     trainer.breaks = False
-    trainer.micro_batches(checkpoint, steps=1)  # what is left of the broken one is in nobody's way
-    assert (tmp_path / "checkpoints/last.ckpt").read_text() == "step 4"
+    trainer.train(checkpoint, steps=1)
+    assert last_checkpoint(tmp_path, verify=True) == path.with_name("step-4.ckpt")
 
 
-def test_there_is_no_last_checkpoint_before_the_first(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path) is None
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/last.ckpt.partial").write_text("half a")
-    assert last_checkpoint(tmp_path) is None
+@pytest.mark.parametrize("call", ["fsync", "replace", "symlink"])
+def test_a_disk_that_fails_later_leaves_the_checkpoint_before(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the mark or the link."""
+    trainer, checkpoint = PretendTrainer(tmp_path), RunCheckpoint(every_steps=1)
+    trainer.train(checkpoint, steps=2)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(InputError, match=r"step 3 could not be .* \(Input/output error\): step-2.ckpt is whole"):
+            trainer.train(checkpoint, steps=1)
+    assert last_checkpoint(tmp_path, verify=True) == tmp_path / "checkpoints/step-2.ckpt"
+    trainer.train(checkpoint, steps=1)
+    assert last_checkpoint(tmp_path, verify=True) == tmp_path / "checkpoints/step-4.ckpt"
 
 
-@pytest.mark.parametrize(("every", "keep"), [(0, 0), (-1, 0), (10, 25), (10, 5)])
-def test_intervals_that_make_no_sense_are_refused(every: int, keep: int) -> None:
-    with pytest.raises(InputError, match=r"checkpoint\.every_steps is"):
-        RunCheckpoint(every, keep)
+def test_the_first_checkpoint_that_fails_says_there_is_none(tmp_path: Path) -> None:
+    trainer = PretendTrainer(tmp_path)
+    trainer.breaks = True
+    with pytest.raises(InputError, match="there is none yet once there is room"):
+        trainer.train(RunCheckpoint(every_steps=1), steps=1)
+
+
+def test_other_ranks_leave_in_peace_when_the_first_cannot_write(tmp_path: Path) -> None:
+    """Another status of theirs would make Lightning's launcher kill the first rank before it can say why."""
+    trainer = PretendTrainer(tmp_path)
+    trainer.is_global_zero = False
+    trainer.strategy.broadcast = lambda failure: "the disk is full"
+    with pytest.raises(SystemExit) as caught:
+        RunCheckpoint().on_fit_start(trainer, None)  # type: ignore[arg-type]
+    assert caught.value.code == 0
+
+
+@pytest.mark.parametrize("place", ["a file", "/proc/nowhere"])
+def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path: Path, place: str) -> None:
+    (tmp_path / "a file").write_text("")
+    run_dir = tmp_path / place
+    with pytest.raises(InputError, match=f"no checkpoint can be saved in {run_dir}/checkpoints"):
+        PretendTrainer(run_dir).train(RunCheckpoint(), steps=1)
+
+
+def test_torch_says_what_the_disk_said() -> None:
+    with pytest.raises(OSError, match="No space left on device"):
+        DirectCheckpointIO().save_checkpoint({"weight": torch.zeros(100_000)}, "/dev/full")
+    with pytest.raises(FileNotFoundError):
+        DirectCheckpointIO().save_checkpoint({"weight": torch.zeros(1)}, "/nowhere/a.ckpt")
+
+
+class SmallDisk(Callback):
+    """From a step on, files cannot grow beyond 10 kB."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_real_save_that_breaks_and_the_run_that_goes_on(
+    run: tuple[Path, GPDiTStage, EMA], tiny_shards: Path, tiny_config: GPDiTConfig, fit: Fit, tmp_path: Path
+) -> None:
+    """It ends as an unbroken one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    callbacks = [SmallDisk(3), EMA(0.5), RunCheckpoint(every_steps=1)]
+    try:
+        with pytest.raises(InputError, match=r"step 4 could not be .* \(File too large\): step-3.ckpt is whole"):
+            fit(stage_of(tiny_config), data_of(tiny_shards), tmp_path, 5, callbacks)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    last = last_checkpoint(tmp_path, verify=True)
+    assert last == tmp_path / "checkpoints/step-3.ckpt"
+    assert not list(last.parent.glob("*.partial"))
+    fit(stage_of(tiny_config), data_of(tiny_shards), tmp_path, 5, [EMA(0.5), RunCheckpoint()], last)
+    assert_same(read_checkpoint(tmp_path)["state_dict"], read_checkpoint(run[0])["state_dict"])
 
 
 # Resuming
@@ -186,6 +396,20 @@ def test_a_torn_file_is_refused(checkpoint: Path, kept: float) -> None:
     checkpoint.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(InputError, match=r"copy\.ckpt is not a whole checkpoint"):
         read_checkpoint(checkpoint)
+
+
+def test_a_file_that_is_not_what_its_mark_says_is_refused(run: tuple[Path, GPDiTStage, EMA], tmp_path: Path) -> None:
+    """A copy alone is read; with its mark, it must agree."""
+    for name in ("step-5.ckpt", "step-5.ckpt.complete"):
+        (tmp_path / name).write_bytes((run[0] / "checkpoints" / name).read_bytes())
+    read_checkpoint(tmp_path / "step-5.ckpt")
+    with (tmp_path / "step-5.ckpt").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(InputError, match=r"step-5\.ckpt is not a whole checkpoint \(step-5\.ckpt has \d+ bytes"):
+        read_checkpoint(tmp_path / "step-5.ckpt")
+    (tmp_path / "last.ckpt").symlink_to("step-5.ckpt")
+    with pytest.raises(InputError, match=r"last\.ckpt is not a whole checkpoint \(step-5\.ckpt has \d+ bytes"):
+        read_checkpoint(tmp_path / "last.ckpt")
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:

@@ -132,6 +132,24 @@ def test_validation_sees_the_average_and_gives_the_weights_back(
     assert same(weights_of(stage), history.after[-1][1])
 
 
+def test_the_average_is_in_the_module_inside_its_block_alone(
+    fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path
+) -> None:
+    ema = EMA(0.5)
+    fit(stage, data, tmp_path, max_steps=3, callbacks=[ema])
+    trained = weights_of(stage)
+    with ema.averaged(stage):
+        assert same(weights_of(stage), ema.average)
+        assert torch.is_grad_enabled()
+    assert same(weights_of(stage), trained)
+    with pytest.raises(KeyboardInterrupt), ema.averaged(stage):
+        raise KeyboardInterrupt
+    assert same(weights_of(stage), trained)
+    assert all(parameter.requires_grad for parameter in stage.parameters())
+    with EMA(0.5).averaged(stage):  # nothing was averaged yet
+        assert same(weights_of(stage), trained)
+
+
 def test_a_checkpoint_holds_the_average(fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path) -> None:
     ema = EMA(0.5)
     fit(stage, data, tmp_path, max_steps=3, callbacks=[ema, RunCheckpoint()])

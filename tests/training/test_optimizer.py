@@ -1,4 +1,5 @@
 import math
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -29,6 +30,60 @@ def test_cosine_falls_along_half_a_wave_after_the_warmup() -> None:
     assert learning_rate_factor(60, config, 100) == pytest.approx(0.5)
     assert learning_rate_factor(100, config, 100) == 0
     assert learning_rate_factor(150, config, 100) == 0
+
+
+def test_wsd_stays_after_the_warmup_and_falls_linearly_at_the_end() -> None:
+    config = OptimizerConfig(warmup_steps=20, decay="wsd", decay_steps=10)
+    assert factors(config, range(20)) == [(step + 1) / 20 for step in range(20)]
+    assert factors(config, range(20, 91)) == [1.0] * 71
+    assert factors(config, range(90, 101)) == pytest.approx([1 - left / 10 for left in range(11)])
+    assert learning_rate_factor(100, config, 100) == learning_rate_factor(150, config, 100) == 0
+
+
+def test_wsd_may_have_no_stable_part() -> None:
+    config = OptimizerConfig(warmup_steps=40, decay="wsd", decay_steps=60)
+    build_optimizer([torch.nn.Parameter(torch.zeros(1))], config, max_steps=100)
+    assert factors(config, range(38, 43)) == pytest.approx([39 / 40, 1, 1, 59 / 60, 58 / 60])
+
+
+@pytest.mark.parametrize("decay", ["cosine", "wsd"])
+def test_a_floor_is_where_the_decay_ends(decay: Literal["cosine", "wsd"]) -> None:
+    bare, floored = (
+        OptimizerConfig(warmup_steps=5, decay=decay, decay_steps=30, final_learning_rate_fraction=floor)
+        for floor in (0.0, 0.1)
+    )
+    assert factors(floored, range(5)) == factors(bare, range(5))
+    expected = [0.1 + 0.9 * factor for factor in factors(bare, range(5, 101))]
+    assert factors(floored, range(5, 101)) == pytest.approx(expected)
+    assert learning_rate_factor(100, floored, 100) == 0.1
+
+
+@pytest.mark.parametrize("interrupted", [1, 3, 5, 7])
+def test_a_decay_goes_on_after_an_interruption(interrupted: int) -> None:
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=2, decay="wsd", decay_steps=4)
+
+    def steps(number: int, saved: tuple[Any, Any] | None = None) -> tuple[list[float], tuple[Any, Any]]:
+        optimizer, schedule = build_optimizer([torch.nn.Parameter(torch.zeros(()))], config, max_steps=8)
+        if saved is not None:
+            optimizer.load_state_dict(saved[0])
+            schedule.load_state_dict(saved[1])
+        rates = []
+        for _ in range(number):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return rates, (optimizer.state_dict(), schedule.state_dict())
+
+    unbroken, _ = steps(8)
+    before, saved = steps(interrupted)
+    after, _ = steps(8 - interrupted, saved)
+    assert before + after == unbroken
+    assert unbroken == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05, 0.025])
+
+
+def test_a_stable_part_can_begin_a_longer_run() -> None:
+    config = OptimizerConfig(decay="wsd", decay_steps=10)
+    assert factors(config, range(90), max_steps=100) == factors(config, range(90), max_steps=1000)
 
 
 def test_a_warmup_longer_than_the_run_is_only_a_warmup() -> None:
@@ -79,7 +134,31 @@ def test_a_negative_warmup_is_refused() -> None:
         OptimizerConfig(warmup_steps=-1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"betas": (1.0, 0.9)}, r"optimizer\.betas is \[1\.0, 0\.9\]; both must lie in \[0, 1\)"),
+        ({"betas": (0.9, -0.1)}, r"optimizer\.betas is"),
+        ({"eps": 0.0}, r"optimizer\.eps is 0\.0; it must be positive"),
+        ({"weight_decay": -0.1}, r"optimizer\.weight_decay is -0\.1; it must not be negative"),
+        ({"weight_decay": math.nan}, r"optimizer\.weight_decay is nan"),
+        ({"decay": "wsd"}, r"optimizer\.decay is wsd but decay_steps is 0"),
+        ({"final_learning_rate_fraction": 1.1}, r"optimizer\.final_learning_rate_fraction is 1\.1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        OptimizerConfig(**settings)
+
+
 @pytest.mark.parametrize("max_steps", [-1, 0])
-def test_a_cosine_without_an_end_is_refused(max_steps: int) -> None:
-    with pytest.raises(InputError, match=r"set trainer\.max_steps"):
-        build_optimizer([torch.nn.Parameter(torch.zeros(1))], OptimizerConfig(decay="cosine"), max_steps)
+@pytest.mark.parametrize("decay", ["cosine", "wsd"])
+def test_a_decay_without_an_end_is_refused(decay: Literal["cosine", "wsd"], max_steps: int) -> None:
+    with pytest.raises(InputError, match=rf"decay is {decay} but the run has no end: set trainer\.max_steps"):
+        build_optimizer([torch.nn.Parameter(torch.zeros(1))], OptimizerConfig(decay=decay, decay_steps=10), max_steps)
+
+
+def test_wsd_longer_than_the_run_is_refused() -> None:
+    config = OptimizerConfig(warmup_steps=41, decay="wsd", decay_steps=60)
+    with pytest.raises(InputError, match=r"warmup_steps = 41 and decay_steps = 60 do not fit into .*max_steps = 100"):
+        build_optimizer([torch.nn.Parameter(torch.zeros(1))], config, max_steps=100)

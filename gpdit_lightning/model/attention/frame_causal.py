@@ -33,6 +33,7 @@ def frame_causal_attention(
     clean: Queries | None,
     noisy: Queries | None,
     noisy_first: int = 0,
+    draws: int = 1,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Attention output of the clean and of the noisy stream, each shaped like its query.
 
@@ -42,33 +43,34 @@ def frame_causal_attention(
         tokens: N, tokens per block.
         context: keys and values of the context; the clean queries belong to its last blocks. None: no clip has any.
         clean: the asking clean blocks (B' clips), or None.
-        noisy: the noisy blocks (B >= B' clips, those with context first), or None.
+        noisy: the noisy blocks (at least K * B' rows, those with context first), or None.
         noisy_first: position of the first noisy block.
+        draws: K, rows that share the context of a clip; row k * B' + b has that of clip b.
     """
-    clips = context.key.shape[0] if context else 0
+    rows = draws * len(context.key) if context else 0
     plan = attention_plan(
         variant,
         context=context.key.shape[1] // tokens if context else 0,
         clean_queries=clean.query.shape[1] // tokens if clean else 0,
-        noisy=noisy.query.shape[1] // tokens if noisy and clips else 0,
+        noisy=noisy.query.shape[1] // tokens if noisy and rows else 0,
         noisy_first=noisy_first,
     )
     parts: dict[str, list[Tensor]] = {"clean": [], "noisy": []}
     for segment in plan:
         queries = clean if segment.stream == "clean" else noisy
         assert queries is not None
-        with_context = Queries(*(x[:clips] for x in queries))
+        with_context = Queries(*(x[:rows] for x in queries))
         parts[segment.stream].append(_attend(operator, segment, tokens, context, with_context))
     clean_out = torch.cat(parts["clean"], dim=1) if clean else None
     if noisy is None:
         return clean_out, None
-    rows = [torch.cat(parts["noisy"], dim=1)] if clips else []
-    if clips < noisy.query.shape[0]:
-        # Clips without context: every block sees itself alone.
-        alone = Queries(*(x[clips:] for x in noisy))
+    outputs = [torch.cat(parts["noisy"], dim=1)] if rows else []
+    if rows < len(noisy.query):
+        # Rows without context: every block sees itself alone.
+        alone = Queries(*(x[rows:] for x in noisy))
         everything = Segment("noisy", 0, alone.query.shape[1] // tokens, context=0, own=True)
-        rows.append(_attend(operator, everything, tokens, None, alone))
-    return clean_out, torch.cat(rows) if len(rows) > 1 else rows[0]
+        outputs.append(_attend(operator, everything, tokens, None, alone))
+    return clean_out, torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def _attend(
@@ -84,5 +86,11 @@ def _attend(
     assert context is not None
     seen_key, seen_value = (x[:, : segment.context * tokens].to(query.dtype) for x in context)
     if segment.own:
-        seen_key, seen_value = torch.cat((seen_key, key), dim=1), torch.cat((seen_value, value), dim=1)
+        seen_key, seen_value = _join(seen_key, key), _join(seen_value, value)
     return operator(query, seen_key, seen_value)
+
+
+def _join(seen: Tensor, own: Tensor) -> Tensor:
+    """Put what is seen (B', tokens, heads, head width) before what each of K * B' rows has of its own."""
+    own = own.unflatten(0, (-1, len(seen)))
+    return torch.cat((seen.expand(len(own), *seen.shape), own), dim=2).flatten(0, 1)

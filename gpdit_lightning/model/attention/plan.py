@@ -5,7 +5,6 @@ some of which may be cached and ask nothing) and the noisy blocks. GPDiT, figure
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 from gpdit_lightning.model.config import AttentionVariant
@@ -30,7 +29,6 @@ class Segment:
     own: bool
 
 
-@lru_cache(maxsize=256)
 def attention_plan(
     variant: AttentionVariant, context: int, clean_queries: int, noisy: int, noisy_first: int
 ) -> tuple[Segment, ...]:

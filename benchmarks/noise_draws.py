@@ -1,0 +1,66 @@
+"""`python -m benchmarks.noise_draws`: K noisy copies of a clip against one clean stream, in one run.
+
+Forward and backward of the backbone, all clips with context. The figures are seconds and FLOPs per supervised frame as
+shares of those at K = 1: the clean stream is paid once, whatever the number of copies.
+"""
+
+import argparse
+import math
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.model.config import AttentionVariant
+from gpdit_lightning.training.flops import training_flops
+
+DRAWS = (1, 2, 4)
+
+
+def seconds_of_a_pass(model: GPDiT, clips: int, frames: int, height: int, width: int, draws: int) -> float:
+    """Forward and backward once; bf16 on a GPU."""
+    device = model.output.weight.device
+    noisy, velocity = torch.randn(2, draws * clips, frames, model.config.latent_channels, height, width, device=device)
+    theta = torch.rand(draws * clips, frames, device=device) * math.pi / 2
+    clean = torch.randn_like(noisy[:clips])
+    start = time.perf_counter()
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        loss = F.mse_loss(model(noisy, theta, clean, draws=draws), velocity)
+    loss.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default="B", help="backbone: tiny, B or H")
+    parser.add_argument("--layers", type=int, default=0, help="blocks of the backbone; 0 takes the size's")
+    parser.add_argument("--clips", type=int, default=1, help="of a batch, before they are copied")
+    parser.add_argument("--frames", type=int, default=5, help="latent frames of a clip")
+    parser.add_argument("--height", type=int, default=24, help="of a latent frame, in latent pixels")
+    parser.add_argument("--width", type=int, default=40, help="of a latent frame, in latent pixels")
+    parser.add_argument("--repeats", type=int, default=5, help="timed repetitions of each computation")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = (options.clips, options.frames, options.height, options.width)
+    print(f"{device}, {torch.get_num_threads()} threads, {options.size}, (clips, frames, height, width) = {shape}")
+    print(f"{'variant':<9}{'K':>3}{'seconds':>10}{'share of seconds':>18}{'share of FLOPs':>16}")
+    variants: tuple[AttentionVariant, ...] = ("of2", "of")
+    for variant in variants:
+        with torch.device(device):
+            model = GPDiT(GPDiTConfig.preset(options.size, attention=variant, layers=options.layers))
+        # Turn by turn, so that a busy machine disturbs all alike; the first turn warms up.
+        turns = [[seconds_of_a_pass(model, *shape, draws) for draws in DRAWS] for _ in range(options.repeats + 1)]
+        seconds = [statistics.median(times) for times in zip(*turns[1:], strict=True)]
+        flops = [sum(training_flops(model.config, options.clips, *shape, draws).values()) for draws in DRAWS]
+        for draws, time_taken, work in zip(DRAWS, seconds, flops, strict=True):
+            shares = time_taken / draws / seconds[0], work / draws / flops[0]
+            print(f"{variant:<9}{draws:>3}{time_taken:>10.3f}{shares[0]:>18.3f}{shares[1]:>16.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Stage after stage, each from the averaged weights of the one before, interrupted anywhere."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from gpdit_lightning.cli import main
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.training.checkpoints import read_checkpoint
+
+BACKBONE = {"size": "tiny", "layers": 1, "width": 24, "heads": 2, "mlp_width": 48, "latent_channels": 4}
+STEPS = 4
+
+
+@pytest.fixture
+def shards(write_shards: Callable[..., Manifest], tmp_path: Path) -> Path:
+    counts = {("train", "image", (1, 8, 8)): 8, ("train", "video", (3, 8, 8)): 8, ("train", "sequence", (6, 8, 8)): 8}
+    return write_shards(tmp_path / "shards", counts).directory
+
+
+@pytest.fixture
+def chain(shards: Path, tmp_path: Path) -> Path:
+    """A chain of all four stages over random shards."""
+    sources: dict[str, dict[str, Any]] = {
+        "ImageWarmupStage": {"images": {}},
+        "MixedStage": {"images": {}, "videos": {}},
+        "LongVideoStage": {"videos": {"least_frames": 2}},
+        "FewShotStage": {"sequences": {}},
+    }
+    recipes = []
+    for stage, data in sources.items():
+        for source in data.values():
+            source |= {"manifests": [str(shards)], "batch_size": 4}
+        recipe = {
+            "run_dir": f"${{runs}}/{stage}",
+            "model": {
+                "class_path": stage,
+                "init_args": {"backbone": BACKBONE, "optimizer": {"learning_rate": 1e-2}},
+            },
+            "data": {"max_ranks": 2, **data},
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_steps": STEPS,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+            },
+            "ema": {"decay": 0.5},
+            "checkpoint": {"every_steps": 1},
+        }
+        (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(recipe))
+        recipes.append(f"{stage}.yaml")
+    path = tmp_path / "chain.yaml"
+    path.write_text(yaml.safe_dump({"stages": recipes}))
+    return path
+
+
+def stages(runs: Path) -> list[dict[str, Any]]:
+    names = ("ImageWarmupStage", "MixedStage", "LongVideoStage", "FewShotStage")
+    return [read_checkpoint(runs / name) for name in names]
+
+
+def assert_same_ends(one: Path, other: Path) -> None:
+    for mine, theirs in zip(stages(one), stages(other), strict=True):
+        assert mine["global_step"] == theirs["global_step"] == STEPS
+        for weights in (mine["state_dict"], mine["ema"]["weights"]):
+            counterpart = theirs["state_dict"] if weights is mine["state_dict"] else theirs["ema"]["weights"]
+            for name, value in weights.items():
+                assert torch.equal(value, counterpart[name]), name
+
+
+def test_each_stage_begins_with_the_average_of_the_one_before(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate of nothing leaves every later stage where its predecessor's average stood."""
+    frozen = tmp_path / "frozen.yaml"
+    frozen.write_text("model: {init_args: {optimizer: {learning_rate: 1.0e-12}}}")
+    runs = tmp_path / "runs"
+    command = ["chain", "--config", str(chain), f"--runs={runs}"]
+    assert main(["fit", f"--config={tmp_path / 'ImageWarmupStage.yaml'}", f"--runs={runs}"]) == 0
+    assert main([*command, "--config", str(frozen)]) == 0
+    assert "stage 1 of 4" in (shown := capsys.readouterr().out)
+    assert f"{runs / 'ImageWarmupStage'}: finished at step {STEPS}" in shown
+    first, *others = stages(runs)
+    predecessor = first["ema"]["weights"]
+    assert any(not torch.equal(value, first["state_dict"][name]) for name, value in predecessor.items())
+    for checkpoint, name in zip(others, ("ImageWarmupStage", "MixedStage", "LongVideoStage"), strict=True):
+        assert checkpoint["gpdit"]["origin"] == {"path": str(runs / name), "step": STEPS}
+        for key, value in predecessor.items():
+            torch.testing.assert_close(checkpoint["state_dict"][key], value, rtol=0, atol=1e-9)
+        predecessor = checkpoint["ema"]["weights"]
+
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.ckpt")}
+    assert main([*command, "--config", str(frozen)]) == 0
+    assert capsys.readouterr().out.count("finished at step") == 4
+    assert before == {path: path.stat().st_mtime_ns for path in runs.rglob("*.ckpt")}
+
+
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(chain: Path, tmp_path: Path) -> None:
+    assert main(["chain", "--config", str(chain), f"--runs={tmp_path / 'whole'}"]) == 0
+    command = [
+        sys.executable,
+        "-m",
+        "gpdit_lightning",
+        "chain",
+        "--config",
+        str(chain),
+        f"--runs={tmp_path / 'killed'}",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for watched in ("ImageWarmupStage/checkpoints/step-2.ckpt", "LongVideoStage/checkpoints/step-1.ckpt"):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "killed" / watched).exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert main(["chain", "--config", str(chain), f"--runs={tmp_path / 'killed'}"]) == 0
+    assert_same_ends(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_stages_with_other_numbers_of_ranks(chain: Path, tmp_path: Path) -> None:
+    """Lightning's own processes are launched anew for each stage: two ranks, two ranks, one, one."""
+    for stage in ("ImageWarmupStage", "MixedStage"):
+        path = tmp_path / f"{stage}.yaml"
+        recipe = yaml.safe_load(path.read_text())
+        recipe["trainer"] |= {"devices": 2, "strategy": "ddp"}
+        path.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "gpdit_lightning", "chain", "--config", str(chain), f"--runs={tmp_path / 'runs'}"]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [checkpoint["global_step"] for checkpoint in stages(tmp_path / "runs")] == [STEPS] * 4
+    origins = [checkpoint["gpdit"]["origin"] for checkpoint in stages(tmp_path / "runs")]
+    assert [origin and origin["step"] for origin in origins] == [None, STEPS, STEPS, STEPS]
+
+
+def test_a_stage_whose_predecessor_went_on_is_refused(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    command = ["chain", "--config", str(chain), f"--runs={runs}"]
+    assert main(command) == 0
+    assert main(["fit", f"--config={tmp_path / 'MixedStage.yaml'}", f"--runs={runs}", "--trainer.max_steps=6"]) == 0
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert f"{runs / 'LongVideoStage'} began from step {STEPS} of its predecessor" in message
+    assert "stands at step 6 now" in message
+
+
+@pytest.mark.parametrize("text", ["stages: []", "stages: one.yaml", "run_dir: x"])
+def test_a_file_that_is_no_chain(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "no.yaml").write_text(text)
+    assert main(["chain", "--config", str(tmp_path / "no.yaml")]) == 2
+    assert "no.yaml is no chain" in capsys.readouterr().err
+
+
+def test_a_wrong_option_is_one_of_fit(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chain", "--config", str(chain), "--trainer.max_stepz=3"]) == 2
+    assert "did you mean 'trainer.max_steps'" in capsys.readouterr().err

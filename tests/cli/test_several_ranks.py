@@ -1,0 +1,199 @@
+"""Two processes on gloo: exact among themselves, and in the same order as one process."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpdit_lightning.training.checkpoints import read_checkpoint
+
+STEPS = 6
+RECORDER = '''
+import json, os
+from lightning import Callback
+
+
+class Recorder(Callback):
+    """Writes what each rank trains on."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        with open(f"{self.path}-{trainer.global_rank}", "a") as file:
+            sums = batch.noise.double().sum(dim=(1, 2, 3, 4)).tolist()
+            samples = list(zip(batch.keys, sums, batch.t.tolist()))
+            file.write(json.dumps([trainer.global_step, batch_idx, batch.context, samples]) + "\\n")
+'''
+
+
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "recording.py").write_text(RECORDER)
+    return folder
+
+
+def train(
+    folder: Path, shards: Path, recorder: Path, ranks: int, log: str, steps: int = STEPS
+) -> "subprocess.Popen[str]":
+    """The command in `folder`, writing what its ranks see to `folder/log-RANK`."""
+    recipe: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "model": {
+            "class_path": "MixedStage",
+            "init_args": {
+                "backbone": {
+                    "size": "tiny", "layers": 2, "width": 24, "heads": 2, "mlp_width": 48, "latent_channels": 4
+                },
+                "optimizer": {"learning_rate": 3e-3, "warmup_steps": 3, "decay": "cosine"},
+            },
+        },
+        "data": {
+            "seed": 5,
+            "max_ranks": 2,
+            "context_dropout": 0.25,
+            "images": {"manifests": [str(shards)], "batch_size": 4},
+            "videos": {"manifests": [str(shards)], "batch_size": 8, "micro_batches": 2},
+            "validation_batches": 1,
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": ranks,
+            "strategy": "ddp" if ranks > 1 else "auto",
+            "max_steps": steps,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 2,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [{"class_path": "recording.Recorder", "init_args": {"path": str(folder / log)}}],
+        },
+        "validate_every_steps": 3,
+        "ema": {"decay": 0.9},
+        "checkpoint": {"every_steps": 1, "keep_every_steps": 1},
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / f"{log}.yaml").write_text(yaml.safe_dump(recipe))
+    return subprocess.Popen(
+        [sys.executable, "-m", "gpdit_lightning", "fit", f"--config={folder / log}.yaml"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(recorder)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> None:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def seen(folder: Path, log: str) -> dict[tuple[int, int], tuple[int, list[Any]]]:
+    """(step, micro-batch) -> clips with context, and the samples with their noise and levels, over all ranks."""
+    found: dict[tuple[int, int], tuple[int, list[Any]]] = {}
+    for path in folder.glob(f"{log}-*"):
+        for line in path.read_text().splitlines():
+            step, number, context, samples = json.loads(line)
+            before, others = found.get((step, number), (0, []))
+            found[step, number] = (before + context, sorted(others + samples))
+    return found
+
+
+def curves(run_dir: Path) -> dict[str, dict[int, float]]:
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("perf/")]
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    checkpoint = read_checkpoint(run_dir)
+    assert checkpoint["global_step"] == STEPS
+    moments = {
+        f"{place}.{name}": value
+        for place, state in checkpoint["optimizer_states"][0]["state"].items()
+        for name, value in state.items()
+    }
+    average = {f"ema.{name}": value for name, value in checkpoint["ema"]["weights"].items()}
+    return {name: value.clone() for name, value in (checkpoint["state_dict"] | average | moments).items()}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny_shards: Path, recorder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one") / "whole"
+    finish(train(folder, tiny_shards, recorder, 1, "whole"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_shards: Path, recorder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two") / "whole"
+    finish(train(folder, tiny_shards, recorder, 2, "whole"))
+    return folder
+
+
+def gone_back(folder: Path, whole: Path, step: int) -> None:
+    """A copy of a run folder as it was after a step."""
+    shutil.copytree(whole / "run", folder / "run", symlinks=True)
+    for path in (folder / "run" / "checkpoints").glob("step-*"):
+        if int(path.name.split("-")[1].split(".")[0]) > step:
+            path.unlink()
+    last = folder / "run" / "checkpoints" / "last.ckpt"
+    last.unlink()
+    last.symlink_to(f"step-{step}.ckpt")
+
+
+def test_two_ranks_train_as_one_does(one_rank: Path, two_ranks: Path) -> None:
+    """The same samples in the same steps with the same noise; sums in another order leave rounding alone."""
+    assert seen(one_rank, "whole") == seen(two_ranks, "whole")
+    assert len(seen(one_rank, "whole")) == STEPS * 3
+    expected = weights(one_rank / "run")
+    for name, value in weights(two_ranks / "run").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    assert curves(one_rank / "run").keys() == curves(two_ranks / "run").keys()
+    for tag, values in curves(one_rank / "run").items():
+        assert curves(two_ranks / "run")[tag] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_ranks_goes_on_in_the_same_order(
+    before: int, after: int, one_rank: Path, two_ranks: Path, tiny_shards: Path, recorder: Path, tmp_path: Path
+) -> None:
+    whole = {1: one_rank, 2: two_ranks}[before]
+    gone_back(tmp_path, whole, 2)
+    finish(train(tmp_path, tiny_shards, recorder, after, "rest"))
+    rest = {at: samples for at, samples in seen(whole, "whole").items() if at[0] >= 2}
+    assert seen(tmp_path, "rest") == rest
+    expected = weights(whole / "run")
+    for name, value in weights(tmp_path / "run").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_killed_without_warning_end_bit_for_bit_as_if_they_had_not_been(
+    two_ranks: Path, tiny_shards: Path, recorder: Path, tmp_path: Path
+) -> None:
+    """Rank zero is killed with -9; rank one ends by itself; the same command goes on."""
+    process = train(tmp_path, tiny_shards, recorder, 2, "killed")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "step-2.ckpt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)  # its pipe stays open as long as any of its processes lives
+    finish(train(tmp_path, tiny_shards, recorder, 2, "rest"))
+    expected = weights(two_ranks / "run")
+    found = weights(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+    assert curves(tmp_path / "run") == curves(two_ranks / "run")

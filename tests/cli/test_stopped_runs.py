@@ -1,0 +1,257 @@
+"""Runs that are stopped, killed or fail, as processes: what they say, how they end, and that they go on from there."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gpdit_lightning.cli import main
+from gpdit_lightning.training.checkpoints import last_checkpoint, read_checkpoint
+from tests.cli.test_resume import assert_same, curves, fit, recipe
+
+# Callbacks for `trainer.callbacks`, in a module that the processes find on PYTHONPATH.
+CALLBACKS = '''
+import errno
+import io
+import os
+import time
+from pathlib import Path
+
+import torch
+from lightning import Callback
+
+from gpdit_lightning.errors import InputError
+
+
+class At(Callback):
+    """At an optimizer step, on a rank: sleep or fail. The file `reached` says that it is there."""
+
+    def __init__(self, step: int, rank: int = 0, sleep: float = 0.0, fail: bool = False) -> None:
+        self.step, self.rank, self.sleep, self.fail = step, rank, sleep, fail
+        self.waits = True
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.waits and (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
+            self.waits = False
+            Path(os.environ["REACHED"]).touch()
+            time.sleep(self.sleep)
+            if self.fail:
+                raise InputError(f"rank {self.rank} of the test fails here.")
+
+
+class BadDisk(Callback):
+    """Saving breaks half-way through the file: the disk is full, or so slow that it never ends."""
+
+    def __init__(self, step: int, full: bool = False) -> None:
+        self.step, self.full, self.save = step, full, None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step and self.save is None:
+            self.save, torch.save = torch.save, self.half
+
+    def half(self, content, file):
+        buffer = io.BytesIO()
+        self.save(content, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
+        if self.full:
+            torch.save = self.save
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        Path(os.environ["REACHED"]).touch()
+        time.sleep(600)
+'''
+
+
+class Run:
+    """`fit` in processes of its own; what they print goes to a file.
+
+    Attributes:
+        run_dir: the run folder.
+        settings: the recipe, without what is done to this run.
+    """
+
+    def __init__(self, folder: Path, shards: Path) -> None:
+        self.folder, self.run_dir, self.reached = folder, folder / "run", folder / "reached"
+        self.settings = recipe(shards, self.run_dir)
+        self.marker = f"marker={uuid.uuid4()}"
+        self.process: Any = None
+        (folder / "events.py").write_text(CALLBACKS)
+
+    def start(self, callback: str, *options: str, **settings: Any) -> None:
+        given = self.settings | {"trainer": dict(self.settings["trainer"])}
+        given["trainer"]["callbacks"] = [{"class_path": f"events.{callback}", "init_args": settings}]
+        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(given))
+        name, value = self.marker.split("=")
+        more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.folder), "REACHED": str(self.reached), name: value}
+        with (self.folder / "printed").open("w") as printed:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gpdit_lightning", "fit", f"--config={self.folder / 'recipe.yaml'}", *options],
+                env=os.environ | more,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def printed(self) -> str:
+        return (self.folder / "printed").read_text()
+
+    def wait_until(self, condition: Any) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None, self.printed
+            assert time.monotonic() < deadline, self.printed
+            time.sleep(0.01)
+
+    def status(self, within: float) -> int:
+        try:
+            return self.process.wait(within)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it goes on: {self.printed}")
+
+    def alive(self) -> list[int]:
+        """Processes of this run, by the marker in their environment."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self.marker.encode() in (process / "environ").read_bytes():
+                    found.append(int(process.name))
+        return found
+
+    def are_gone(self, within: float) -> bool:
+        deadline = time.monotonic() + within
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return not self.alive()
+
+    def resume(self) -> int:
+        time.sleep(1)  # TensorBoard orders event files by the second they were begun in
+        return fit(self.folder / "recipe.yaml", self.settings)
+
+
+TWO_RANKS = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.max_ranks=2")
+
+
+@pytest.fixture
+def run(tiny_shards: Path, tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path, tiny_shards)
+    yield run
+    for process in run.alive():
+        os.kill(process, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an uninterrupted run."""
+    directory = tmp_path_factory.mktemp("whole")
+    assert fit(directory / "recipe.yaml", recipe(tiny_shards, directory / "run")) == 0
+    return directory / "run"
+
+
+def assert_ended_alike(run_dir: Path, whole: Path) -> None:
+    """Weights, moments, and all curves from the first step to the last."""
+    assert_same(read_checkpoint(run_dir), read_checkpoint(whole))
+    assert curves(run_dir) == curves(whole)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_all_processes(run: Run, whole: Path, number: int, status: int) -> None:
+    """As a terminal and a scheduler send it; the loader's processes get it too. Step 4 is validated after it."""
+    run.start("At", "--data.workers=2", step=3, sleep=1.5)
+    run.wait_until(run.reached.exists)
+    os.killpg(run.process.pid, number)
+    assert run.status(within=60) == status
+    assert "finishing the step and saving; a second signal stops at once" in run.printed
+    assert "stopped at step 4, which is saved: the same command goes on." in run.printed
+    assert "Traceback" not in run.printed
+    assert last_checkpoint(run.run_dir, verify=True) == run.run_dir / "checkpoints/step-4.ckpt"
+    assert run.are_gone(within=10)
+    assert run.resume() == 0
+    assert_ended_alike(run.run_dir, whole)
+
+
+def test_a_second_signal_ends_two_ranks_at_once(run: Run) -> None:
+    """While the first one waits for the other, deep in a reduction; a scheduler may know this process alone."""
+    run.start("At", *TWO_RANKS, step=1, rank=1, sleep=600)
+    run.wait_until(run.reached.exists)
+    time.sleep(1)
+    run.process.terminate()
+    run.wait_until(lambda: "a second signal stops at once" in run.printed)
+    run.process.terminate()
+    assert run.status(within=5) == 143
+    assert last_checkpoint(run.run_dir, verify=True) == run.run_dir / "checkpoints/step-1.ckpt"
+    assert run.are_gone(within=10)
+
+
+def test_a_signal_to_the_first_of_two_ranks(run: Run) -> None:
+    """Both finish the same step."""
+    run.start("At", *TWO_RANKS, step=2, sleep=1.0)
+    run.wait_until(run.reached.exists)
+    run.process.terminate()
+    assert run.status(within=60) == 143
+    assert run.are_gone(within=30)
+    assert last_checkpoint(run.run_dir, verify=True) == run.run_dir / "checkpoints/step-3.ckpt"
+    assert run.printed.count("stopped at step 3") == 1
+    assert "Traceback" not in run.printed
+
+
+def test_killed_in_the_middle_of_writing(run: Run, whole: Path) -> None:
+    """kill -9, then the same command; the validation of step 4, whose save it was, is repeated."""
+    run.start("BadDisk", step=3)
+    run.wait_until(run.reached.exists)
+    os.killpg(run.process.pid, signal.SIGKILL)
+    run.process.wait()
+    half = run.run_dir / "checkpoints/step-4.ckpt.partial"
+    assert half.stat().st_size > 0
+    assert last_checkpoint(run.run_dir, verify=True) == half.with_name("step-3.ckpt")
+    assert run.resume() == 0
+    assert not half.exists()
+    assert_ended_alike(run.run_dir, whole)
+
+
+def test_a_full_disk(
+    run: Run, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 2 and one sentence; with room again, the same command goes on."""
+    monkeypatch.syspath_prepend(run.folder)
+    trainer = run.settings["trainer"] | {
+        "callbacks": [{"class_path": "events.BadDisk", "init_args": {"step": 3, "full": True}}]
+    }
+    assert fit(run.folder / "recipe.yaml", run.settings | {"trainer": trainer}) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: the checkpoint of step 4 could not be written to")
+    assert "(No space left on device): step-3.ckpt is whole, and the same command goes on from it" in message
+    assert run.resume() == 0
+    assert_ended_alike(run.run_dir, whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_fails(run: Run, rank: int) -> None:
+    """The other one waits for it in a reduction, and still ends."""
+    run.start("At", *TWO_RANKS, step=2, rank=rank, fail=True)
+    assert run.status(within=60) != 0
+    assert f"{'[rank 1] ' if rank else ''}error: rank {rank} of the test fails here." in run.printed
+    assert "Traceback" not in run.printed
+    assert run.are_gone(within=10)
+
+
+def test_a_run_folder_that_cannot_be_written(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a file").write_text("")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(tiny_shards, tmp_path / "a file" / "run")))
+    assert main(["fit", f"--config={path}"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ")
+    assert "Not a directory" in message
+    assert str(tmp_path / "a file") in message

@@ -1,0 +1,79 @@
+"""Compiled blocks compute what eager ones do, and are compiled no more often than they must be."""
+
+import functools
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from toys import assert_near, toy_batch, toy_config, toy_model
+
+from gpdit_lightning import GPDiT
+from gpdit_lightning.model import gpdit
+
+IMAGES, VIDEOS = toy_batch(2, 0, frames=1), toy_batch(5, 2, frames=2)
+PASSES = [(IMAGES, 1), (VIDEOS, 2), (IMAGES, 1), (VIDEOS, 2)]
+
+INDUCTOR = pytest.param(
+    "inductor",
+    marks=[pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")],
+)
+
+
+@pytest.fixture
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Users get inductor; `aot_eager` traces forward and backward alike without its C++, `eager` the forward alone."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=request.param))
+    gpdit.compiled_call.cache_clear()
+    counters.clear()
+    yield
+    gpdit.compiled_call.cache_clear()
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    """How many were compiled, none of them interrupted."""
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def gradients(model: GPDiT, batch: tuple[Tensor, ...], draws: int) -> list[Tensor]:
+    output = model(*(x.float() for x in batch), draws=draws)
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), list(model.parameters()))]
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("_backend", ["aot_eager", INDUCTOR], indirect=True)
+def test_training_compiled_and_all_else_eager() -> None:
+    """Images and videos in turn, with and without activation checkpointing: three graphs in all."""
+    config = toy_config(layers=3)
+    eager = toy_model(config).float()
+    for checkpointing in (False, True):
+        model = toy_model(config.replaced(compile=True, activation_checkpointing=checkpointing)).float()
+        assert model.state_dict().keys() == eager.state_dict().keys()
+        for batch, draws in PASSES:
+            for compiled, expected in zip(gradients(model, batch, draws), gradients(eager, batch, draws), strict=True):
+                assert_near(compiled, expected, tolerance=1e-5)
+    assert graphs() == 3  # any block for images; the inner blocks and the last for videos
+
+    noisy, theta, clean = (x.float() for x in toy_batch(2, frames=3))
+    with torch.no_grad():
+        expected = eager(noisy, theta, clean)
+        assert torch.equal(model(noisy, theta, clean), expected)
+    cache = model.new_cache(2, 3, 4, 6)
+    for frame in range(3):
+        assert_near(model.denoise(noisy[:, frame], theta[:, frame], cache), expected[:, frame], tolerance=1e-5)
+        model.extend(cache, clean[:, frame : frame + 1])
+    assert graphs() == 3
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("_backend", ["eager"], indirect=True)
+def test_many_shapes_are_all_compiled() -> None:
+    """Torch's own limit is eight graphs; beyond it blocks would run eagerly."""
+    model = toy_model(layers=1, compile=True).float()
+    for width in range(2, 20, 2):
+        model(*(x.float() for x in toy_batch(1, 0, frames=1, width=width)))
+    assert graphs() == 9

@@ -1,0 +1,54 @@
+"""Several noisy copies of a clip against one clean stream equal as many passes, each with a clean stream of its own."""
+
+import pytest
+import torch
+from torch import Tensor
+from toys import assert_near, toy_batch, toy_model
+
+from gpdit_lightning import GPDiT
+
+
+def rows_of_draw(draw: int, draws: int, clips: int, context_clips: int) -> list[int]:
+    """The noisy rows of one copy of every clip, those with context first."""
+    with_context = range(draw * context_clips, (draw + 1) * context_clips)
+    alone = clips - context_clips
+    first = draws * context_clips + draw * alone
+    return [*with_context, *range(first, first + alone)]
+
+
+def separate_passes(model: GPDiT, noisy: Tensor, theta: Tensor, clean: Tensor, draws: int) -> Tensor:
+    output = torch.empty_like(noisy)
+    for draw in range(draws):
+        rows = rows_of_draw(draw, draws, len(noisy) // draws, len(clean))
+        output[rows] = model(noisy[rows], theta[rows], clean)
+    return output
+
+
+@pytest.mark.parametrize("variant", ["of2", "of"])
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize(("clips", "context_clips"), [(2, 0), (3, 1), (2, 2)])
+@pytest.mark.parametrize("draws", [1, 2, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_outputs_and_gradients(
+    variant: str, frames: int, clips: int, context_clips: int, draws: int, checkpointing: bool
+) -> None:
+    model = toy_model(attention=variant, activation_checkpointing=checkpointing)
+    batch = [x.requires_grad_() for x in toy_batch(draws * clips, context_clips, frames)]
+    outputs = model(*batch, draws=draws), separate_passes(model, *batch, draws=draws)
+    assert_near(*outputs, tolerance=1e-13, what="output")
+    weights = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    inputs = {"noisy": batch[0], "theta": batch[1], "clean": batch[2]} | dict(model.named_parameters())
+    grads, expected = (
+        torch.autograd.grad((output * weights).sum(), list(inputs.values()), allow_unused=True) for output in outputs
+    )
+    for name, grad, expected_grad in zip(inputs, grads, expected, strict=True):
+        assert_near(grad, expected_grad, tolerance=1e-12, what=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("context_clips", [2, 1])
+def test_in_training_dtype(context_clips: int) -> None:
+    model = toy_model().float()
+    noisy, theta, clean = (x.float() for x in toy_batch(6, context_clips, frames=5))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        together, apart = model(noisy, theta, clean, draws=3), separate_passes(model, noisy, theta, clean, draws=3)
+    assert_near(together, apart, tolerance=0.01)
