@@ -13,7 +13,7 @@ from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.cli.fit import parse
 from gpdit_lightning.training.flops import training_flops
 
-# Latent heights and widths: images in the paper's three sizes in equal parts, video at 192x320; --video_size changes it.
+# Latent sizes: images in the three of the paper in equal parts, video at 192x320 (--video_size changes it).
 IMAGE_SIZES = ((32, 32), (24, 40), (40, 24))
 VIDEO_SIZE = (24, 40)
 SEQUENCE_FRAMES, SEQUENCE_SIZE = 6, (32, 32)
@@ -55,7 +55,7 @@ def main() -> None:
     options.add_argument("--config", action="append", required=True, help="a recipe, then overlays")
     options.add_argument("--gpus", type=int, default=64, help="H100 or H200 that share the batch")
     options.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak FLOP/s")
-    options.add_argument("--video_size", type=int, nargs=2, default=VIDEO_SIZE, help="latent height and width of videos")
+    options.add_argument("--video_size", type=int, nargs=2, default=VIDEO_SIZE, help="latent height and width")
     chosen = options.parse_args()
     arguments = [f"--config={path}" for path in chosen.config]
     flops, parameters, steps = flops_of_step(arguments, tuple(chosen.video_size))

@@ -31,13 +31,16 @@ def usage() -> str:
 
 
 def _show_log() -> None:
-    """This library's messages as plain lines; other libraries keep their own handlers."""
+    """This library's messages as plain lines; other libraries keep their own handlers.
+
+    Where several processes train, the first speaks for all of them; the others only warn.
+    """
     log = logging.getLogger("gpdit_lightning")
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(logging.Formatter(f"{_rank()}%(message)s"))
         log.addHandler(handler)
-        log.setLevel(logging.INFO)
+        log.setLevel(logging.WARNING if _rank() else logging.INFO)
         log.propagate = False
     # Lightning advertises its services in the log.
     rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")

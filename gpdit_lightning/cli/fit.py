@@ -1,5 +1,6 @@
 """`fit`, `validate` and `test`: a LightningCLI over recipes, with a run folder that resumes by itself."""
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +26,14 @@ from gpdit_lightning.training.previews import Preview
 from gpdit_lightning.training.progress import StepProgress
 from gpdit_lightning.training.stopping import ranks_end_together
 
+log = logging.getLogger(__name__)
+
 # Every field's docstring becomes its help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class SaveRecipe(Callback):
-    """Writes the recipe as resolved to the run folder, once training has accepted it.
+    """Writes the recipe as resolved to the run folder, once training has accepted it, and says who writes the rest.
 
     Args:
         text: the YAML.
@@ -44,6 +47,12 @@ class SaveRecipe(Callback):
         if trainer.is_global_zero:
             with written_whole(Path(trainer.default_root_dir) / "config.yaml") as path:
                 path.write_text(self.text, encoding="utf-8")
+            if trainer.world_size > 1:
+                log.info(
+                    "%d ranks train; rank 0 alone writes checkpoints, curves and previews, to %s",
+                    trainer.world_size,
+                    trainer.default_root_dir,
+                )
 
 
 class RecipeCLI(LightningCLI):
@@ -60,6 +69,7 @@ class RecipeCLI(LightningCLI):
         parser.add_argument(
             "--validate_every_steps", type=int, default=0, help="Optimizer steps between validations; 0 for none."
         )
+        parser.add_lightning_class_args(Health, "health")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Preview, "preview")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
@@ -80,7 +90,7 @@ class RecipeCLI(LightningCLI):
             )
         self.resumed = last_checkpoint(run_dir, verify=True)
         step = read_checkpoint(self.resumed)["global_step"] if self.resumed else 0
-        health = Health()
+        health, ema = self.config_init["health"], self.config_init["ema"]
         # Lightning counts micro-batches here, and knows no "never".
         every = self.config_init["validate_every_steps"] or NEVER
         settings |= {
@@ -94,8 +104,8 @@ class RecipeCLI(LightningCLI):
             "enable_checkpointing": True,
             "callbacks": [
                 health,
-                self.config_init["ema"],
-                Curves(health, settings["log_every_n_steps"], self.model.config.patch_size),
+                ema,
+                Curves(health, ema, self.model.config, settings["log_every_n_steps"]),
                 self.config_init["preview"],
                 self.config_init["checkpoint"],  # after all that a checkpoint of this step must include
                 SaveRecipe(self.parser.dump(self.config, skip_none=False)),

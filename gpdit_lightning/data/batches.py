@@ -2,14 +2,15 @@
 
 import dataclasses
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gpdit_lightning.data.manifest import Manifest, ShardEntry
 from gpdit_lightning.data.plan import Plan, generator
@@ -188,3 +189,24 @@ class NumbersFrom(Sampler[int]):
 
     def __len__(self) -> int:
         return self.stop
+
+
+class TimedLoader(DataLoader[LatentBatch]):
+    """A loader that measures how long its user waits.
+
+    Attributes:
+        asked: `time.perf_counter()` when the latest batch was asked for.
+        waited: seconds from then until it was there.
+    """
+
+    asked = waited = 0.0
+
+    def __iter__(self) -> Any:
+        return self._timed(super().__iter__())  # workers start here, not when the generator is first asked
+
+    def _timed(self, batches: Iterator[LatentBatch]) -> Iterator[LatentBatch]:
+        self.asked = time.perf_counter()
+        for batch in batches:
+            self.waited = time.perf_counter() - self.asked
+            yield batch
+            self.asked = time.perf_counter()

@@ -8,9 +8,10 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NoiseLevels, NumbersFrom
+from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NoiseLevels, NumbersFrom, TimedLoader
 from gpdit_lightning.data.manifest import Kind, Manifest, Split
 from gpdit_lightning.data.plan import TRAIN_NOISE, VALIDATION_NOISE, Plan, PlannedSource
+from gpdit_lightning.data.workers import outlive_signals
 from gpdit_lightning.errors import InputError
 
 
@@ -236,10 +237,11 @@ class LatentDataModule(LightningDataModule):
             self.trainer.world_size,
             noise_draws=self.noise_draws if split == "train" else 1,
         )
-        return DataLoader(
+        return TimedLoader(
             dataset,
             batch_size=None,
             sampler=NumbersFrom(start, stop),
             num_workers=self.workers,
+            worker_init_fn=outlive_signals,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )

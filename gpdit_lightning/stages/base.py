@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
+from torch.optim import Optimizer
 
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
@@ -101,6 +102,16 @@ class GPDiTStage(LightningModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer, scheduler = build_optimizer(trained, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, if `Health` left gradients to clip: by value, torch refuses to clip none."""
+        if any(parameter.grad is not None for parameter in self.parameters()):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def objective(self, batch: LatentBatch) -> VelocityLoss:
         """Velocity loss of a batch (GPDiT, equation 3)."""

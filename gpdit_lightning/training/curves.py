@@ -1,6 +1,5 @@
-"""The scalars of a run: losses by source and noise level, gradient norm, learning rate, throughput."""
+"""The scalars of a run: losses by source and noise level, gradient, learning rate, average, health, throughput."""
 
-import time
 from typing import Any
 
 import torch
@@ -9,8 +8,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gpdit_lightning.data.batches import TimedLoader
 from gpdit_lightning.diffusion import QuartileLoss
+from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.training.ema import EMA
 from gpdit_lightning.training.health import Health
+from gpdit_lightning.training.throughput import Throughput
 
 SUM, COUNT = 0, 1
 
@@ -57,26 +60,36 @@ class LossTable:
 class Curves(Callback):
     """Logs means since the last log, every few optimizer steps, against the optimizer step.
 
-    Tags: `train/loss`, `train/loss_q1..q4`, `train/loss_SOURCE`, `train/grad_norm`, `train/lr`, `perf/clips_per_s`,
-    `perf/tokens_per_s` (noisy tokens: those that are supervised), and `val/loss...` likewise.
+    Tags:
+
+    - `train/loss`, `train/loss_q1..q4`, `train/loss_SOURCE`, without steps that were left out; `val/loss...` likewise;
+    - `train/grad_norm`, `train/lr`: of the last step;
+    - `train/ema_distance`: norm of weights less average, relative to the norm of the weights;
+    - `health/skipped_steps`, `health/spikes`: of the run so far;
+    - `perf/steps_per_s`, `perf/clips_per_s`, `perf/tokens_per_s`: over all ranks; noisy tokens, those supervised;
+    - `perf/tflops_per_s`: of the model, on each device, recomputation not counted; `perf/mfu`: that relative to the
+      device's peak in bf16, where it is known;
+    - `perf/data_wait`: fraction of the time that went by waiting for the loader, on the rank where it is largest;
+    - `perf/peak_memory_gib`: since the start, on the rank where it is largest.
 
     Args:
-        health: measures the gradient norm.
+        health: measures the gradient; it must stand before this.
+        ema: the average; it must stand before this.
+        config: of the backbone, to count tokens and FLOPs.
         every_steps: optimizer steps between logs.
-        patch_size: of the backbone, to count tokens.
     """
 
-    def __init__(self, health: Health, every_steps: int, patch_size: int) -> None:
-        self.health, self.every_steps, self.patch_size = health, every_steps, patch_size
+    def __init__(self, health: Health, ema: EMA, config: GPDiTConfig, every_steps: int) -> None:
+        self.health, self.ema, self.every_steps = health, ema, every_steps
         self.train, self.validation = LossTable(), LossTable()
-        self.clips = self.tokens = 0
+        self.throughput = Throughput(config)
         self.learning_rate = 0.0
-        self._since = 0.0
+        self._step_losses: list[tuple[str, float, QuartileLoss]] = []
         self._last_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._since, self._last_step = time.perf_counter(), trainer.global_step
+        """Note the step that a resumed run stands at."""
+        self._last_step = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Note the rate that the step is taken with, before the schedule moves on."""
@@ -86,25 +99,30 @@ class Curves(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add a micro-batch; log when an optimizer step ends a window."""
-        self.train.add(batch.source, batch.weight, outputs["quartiles"])
-        clips, frames, _, height, width = batch.latents.shape
-        self.clips += clips * trainer.world_size
-        self.tokens += clips * frames * height * width // self.patch_size**2 * trainer.world_size
         step = trainer.global_step
-        if step == self._last_step or step % self.every_steps:
-            self._last_step = step
+        ends_step, self._last_step = step != self._last_step, step
+        ends_window = ends_step and step % self.every_steps == 0
+        self._step_losses.append((batch.source, batch.weight, outputs["quartiles"]))
+        if ends_step:
+            for losses in [] if self.health.skipped else self._step_losses:
+                self.train.add(*losses)
+            self._step_losses = []
+        # The means are read from the device, so that its work is done when the clock is read.
+        means = self.train.means(trainer) if ends_window else {}
+        loader = trainer.train_dataloader
+        assert isinstance(loader, TimedLoader)
+        self.throughput.add(batch, loader, ends_step)
+        if not ends_window:
             return
-        self._last_step = step
-        scalars = {f"train/{name}": mean for name, mean in self.train.means(trainer).items()}
-        seconds = time.perf_counter() - self._since
+        scalars = {f"train/{name}": mean for name, mean in means.items()}
         scalars |= {
             "train/grad_norm": self.health.gradient_norm,
             "train/lr": self.learning_rate,
-            "perf/clips_per_s": self.clips / seconds,
-            "perf/tokens_per_s": self.tokens / seconds,
+            "train/ema_distance": self.ema.distance(pl_module),
+            "health/skipped_steps": self.health.skipped_steps,
+            "health/spikes": self.health.spikes,
         }
-        self.clips = self.tokens = 0
-        self._since = time.perf_counter()
+        scalars |= {f"perf/{name}": figure for name, figure in self.throughput.figures(trainer).items()}
         _write(trainer, pl_module, scalars, "train/loss")
 
     def on_validation_batch_end(
@@ -134,11 +152,6 @@ class Curves(Callback):
         scalars = {f"test/{name}": mean for name, mean in self.validation.means(trainer).items()}
         if scalars:
             _write(trainer, pl_module, scalars, "test/loss")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave validation out of the throughput."""
-        self.clips = self.tokens = 0
-        self._since = time.perf_counter()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the window under way, over all ranks: an interrupted curve goes on as if nothing had happened."""

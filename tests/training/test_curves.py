@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.diffusion import QuartileLoss, velocity_loss
 from gpdit_lightning.stages import GPDiTStage, MixedStage
-from gpdit_lightning.training.checkpoints import RunCheckpoint
+from gpdit_lightning.training.checkpoints import RunCheckpoint, read_checkpoint
 from gpdit_lightning.training.curves import Curves, LossTable
 from gpdit_lightning.training.ema import EMA
 from gpdit_lightning.training.health import Health
@@ -33,6 +33,10 @@ def trainer_of(*other_ranks: LossTable) -> Trainer:
 
     strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
     return SimpleNamespace(strategy=strategy, is_global_zero=True)  # type: ignore[return-value]
+
+
+def curves_of(config: GPDiTConfig, every_steps: int = 4) -> Curves:
+    return Curves(Health(), EMA(), config, every_steps)
 
 
 def random_loss(clips: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,9 +106,9 @@ def test_means_are_given_once() -> None:
     assert table.means(trainer_of()) == {}
 
 
-def test_an_interrupted_window_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_window_goes_on(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
     losses = [velocity_loss(*random_loss(2, seed))[1] for seed in range(4)]
-    unbroken, before, after = (Curves(Health(), every_steps=4, patch_size=2) for _ in range(3))
+    unbroken, before, after = (curves_of(tiny_config) for _ in range(3))
     for loss in losses:
         unbroken.train.add("videos", 0.5, loss)
     for loss in losses[:2]:
@@ -118,16 +122,16 @@ def test_an_interrupted_window_goes_on(tmp_path: Path) -> None:
     assert after.train.means(trainer_of()) == unbroken.train.means(trainer_of())
 
 
-def test_an_interrupted_window_counts_once_over_ranks() -> None:
+def test_an_interrupted_window_counts_once_over_ranks(tiny_config: GPDiTConfig) -> None:
     losses = [velocity_loss(*random_loss(2, seed))[1] for seed in range(2)]
-    ranks = [Curves(Health(), every_steps=4, patch_size=2) for _ in losses]
+    ranks = [curves_of(tiny_config) for _ in losses]
     for rank, loss in zip(ranks, losses, strict=True):
         rank.train.add("videos", 1.0, loss)
     trainer = trainer_of()
     trainer.strategy.reduce = lambda row, reduce_op: row.add_(ranks[1].train.rows["videos"])  # type: ignore[method-assign]
     checkpoint: dict[str, Any] = {}
     ranks[0].on_save_checkpoint(trainer, None, checkpoint)  # type: ignore[arg-type]
-    resumed = [Curves(Health(), every_steps=4, patch_size=2) for _ in losses]
+    resumed = [curves_of(tiny_config) for _ in losses]
     for number, rank in enumerate(resumed):
         trainer.is_global_zero = number == 0  # type: ignore[misc]
         rank.on_load_checkpoint(trainer, None, checkpoint)  # type: ignore[arg-type]
@@ -167,10 +171,12 @@ def run(
     max_steps: int,
     every_steps: int = 2,
     resume_from: Path | None = None,
+    max_skips: int = 0,
+    first: Sequence[Callback] = (),
 ) -> tuple[StepRecord, Scalars]:
     """Train with curves; the record from outside, and what TensorBoard reads back."""
-    health, record = Health(), StepRecord()
-    callbacks = [health, EMA(), Curves(health, every_steps, patch_size=2), record, RunCheckpoint()]
+    health, ema, record = Health(max_skips), EMA(0.9), StepRecord()
+    callbacks = [*first, health, ema, Curves(health, ema, stage.config, every_steps), record, RunCheckpoint()]
     fit(
         stage,
         data,
@@ -199,7 +205,9 @@ def test_curves_stand_against_optimizer_steps(
     record, scalars = run(fit, mixed_stage(tiny_config), mixed_data(tiny_shards), tmp_path, max_steps=8)
     losses = ["loss", "loss_images", "loss_videos", *(f"loss_q{number}" for number in (1, 2, 3, 4))]
     wanted = {f"{group}/{name}" for group in ("train", "val") for name in losses}
-    wanted |= {"train/grad_norm", "train/lr", "perf/clips_per_s", "perf/tokens_per_s"}
+    wanted |= {"train/grad_norm", "train/lr", "train/ema_distance", "health/skipped_steps", "health/spikes"}
+    perf = ("steps_per_s", "clips_per_s", "tokens_per_s", "tflops_per_s", "data_wait", "peak_memory_gib")
+    wanted |= {f"perf/{name}" for name in perf}
     assert scalars.keys() - {"epoch", "hp_metric"} == wanted
     for tag in wanted:
         assert list(scalars[tag]) == ([4, 8] if tag.startswith("val/") else [2, 4, 6, 8]), tag
@@ -209,7 +217,11 @@ def test_curves_stand_against_optimizer_steps(
         both = scalars["train/loss_images"][step] + scalars["train/loss_videos"][step]
         assert scalars["train/loss"][step] == pytest.approx(both / 2, rel=1e-5)
         assert scalars["train/grad_norm"][step] > 0
+        assert scalars["train/ema_distance"][step] > 0
+        assert scalars["health/skipped_steps"][step] == scalars["health/spikes"][step] == 0
         assert scalars["perf/tokens_per_s"][step] > scalars["perf/clips_per_s"][step] > 0
+        assert 0 < scalars["perf/data_wait"][step] < 1
+        assert scalars["perf/peak_memory_gib"][step] > 0
     assert scalars["train/lr"][8] == pytest.approx(0.01)
     # 4 images of 16 tokens and 4 clips of 48
     tokens_per_clip = scalars["perf/tokens_per_s"][8] / scalars["perf/clips_per_s"][8]
@@ -226,8 +238,44 @@ def test_curves_of_a_resumed_run_are_those_of_an_unbroken_one(
     _, resumed = run(
         fit, mixed_stage(tiny_config), mixed_data(tiny_shards), tmp_path / "broken", max_steps=6, resume_from=last
     )
-    for tag in ("train/loss", "train/loss_images", "train/loss_q3", "train/grad_norm", "train/lr", "val/loss"):
-        assert resumed[tag] == unbroken[tag], tag
+    for tag in unbroken:
+        if not tag.startswith("perf/"):
+            assert resumed[tag] == unbroken[tag], tag
+
+
+class Break(Callback):
+    """Puts a NaN into the last of the three micro-batches of some optimizer steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.numbers = [step * 3 - 1 for step in steps]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx in self.numbers:
+            batch.latents[0, 0] = float("nan")
+
+
+def test_steps_left_out_are_counted_and_their_losses_are_not(
+    fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """Step 3 is one of two in its window, steps 5 and 6 fill theirs."""
+    stage, data = mixed_stage(tiny_config), mixed_data(tiny_shards)
+    record, scalars = run(fit, stage, data, tmp_path, max_steps=8, max_skips=2, first=[Break(3, 5, 6)])
+    assert scalars["health/skipped_steps"] == {2: 0, 4: 1, 6: 3, 8: 3}
+    assert list(scalars["train/loss"]) == [2, 4, 8]
+    assert scalars["train/loss"][4] == pytest.approx(record.losses[4], rel=1e-5)
+    assert scalars["train/loss"][8] == pytest.approx((record.losses[7] + record.losses[8]) / 2, rel=1e-5)
+
+
+def test_the_distance_of_the_average_is_over_all_weights_together(
+    fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
+) -> None:
+    stage = mixed_stage(tiny_config)
+    _, scalars = run(fit, stage, mixed_data(tiny_shards), tmp_path, max_steps=4)
+    average = read_checkpoint(tmp_path)["ema"]["weights"]
+    weights = {name: parameter.detach() for name, parameter in stage.named_parameters()}
+    apart = torch.cat([(weights[name] - average[name]).flatten().double() for name in weights])
+    size = torch.cat([weight.flatten().double() for weight in weights.values()])
+    assert scalars["train/ema_distance"][4] == pytest.approx(float(apart.norm() / size.norm()), rel=1e-5)
 
 
 def test_the_validation_loss_is_that_of_the_averaged_weights(
