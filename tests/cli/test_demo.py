@@ -12,6 +12,8 @@ import yaml
 from gpdit_lightning.cli import demo, demo_movies, main
 from gpdit_lightning.media.video import video_info, write_video
 
+STAGES = ("stage1_image_warmup", "stage2_mixed", "stage3_long_video", "stage4_few_shot")
+
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,21 +28,23 @@ def test_it_leaves_what_it_says_and_goes_on_when_run_again(tmp_path: Path, capsy
     shown = capsys.readouterr().out
     assert "2 held-out clips" in shown
     assert str(run_dir / "sample.png") in shown
-    assert (run_dir / "checkpoints" / "last.ckpt").is_file()
-    assert list((run_dir / "tensorboard").glob("events*"))
-    assert (run_dir / "sample.png").stat().st_size > 0
+    for stage in STAGES:
+        assert (run_dir / stage / "checkpoints" / "last.ckpt").is_file()
+        assert list((run_dir / stage / "tensorboard").glob("events*"))
+        assert (run_dir / stage / "previews" / "step-000002.png").is_file()
+    for picture in ("sample.png", "few_shot.png"):
+        assert (run_dir / picture).stat().st_size > 0
     info = video_info(run_dir / "sample.mp4")
     assert (info.height, info.width, info.fps) == (64, 128, Fraction(8))
     report = json.loads((run_dir / "report.json").read_text())
     assert report["step"] == 2
-    assert len(report["error"]) == len(report["copy_error"]) == demo.GENERATED
+    assert len(report["error"]) == len(report["copy_error"]) == demo.CLIP - demo.CONTEXT
 
-    drawn = {path: path.stat().st_mtime_ns for path in (run_dir / "movies").rglob("*.mp4")}
-    shards = {path: path.stat().st_mtime_ns for path in (run_dir / "latents").glob("*.tar")}
-    assert main(["demo", "--run_dir", str(run_dir), "--max_steps", "3"]) == 0
-    assert json.loads((run_dir / "report.json").read_text())["step"] == 3
-    assert drawn == {path: path.stat().st_mtime_ns for path in (run_dir / "movies").rglob("*.mp4")}
-    assert shards == {path: path.stat().st_mtime_ns for path in (run_dir / "latents").glob("*.tar")}
+    made = {path: path.stat().st_mtime_ns for ending in ("mp4", "tar", "ckpt") for path in run_dir.rglob(f"*.{ending}")}
+    del made[run_dir / "sample.mp4"]
+    assert main(["demo", "--run_dir", str(run_dir), "--max_steps", "2"]) == 0
+    assert capsys.readouterr().out.count("finished at step 2") == len(STAGES)
+    assert made == {path: path.stat().st_mtime_ns for path in made}
 
 
 def test_with_videos_of_ones_own(tmp_path: Path) -> None:
@@ -50,8 +54,12 @@ def test_with_videos_of_ones_own(tmp_path: Path) -> None:
     for number in range(3):
         noise = torch.randint(0, 256, (60, 3, 80, 96), generator=generator, dtype=torch.uint8)
         write_video(videos / f"{number}.mp4", noise, 30)
-    assert main(["demo", "--videos", str(videos), "--run_dir", str(tmp_path / "demo"), "--max_steps", "1"]) == 0
-    assert (tmp_path / "demo" / "sample.png").is_file()
+    run_dir = tmp_path / "demo"
+    assert main(["demo", "--videos", str(videos), "--run_dir", str(run_dir), "--max_steps", "1"]) == 0
+    assert (run_dir / "sample.png").is_file()
+    assert (run_dir / "few_shot.png").is_file()
+    report = json.loads((run_dir / "report.json").read_text())
+    assert len(report["error"]) == demo.LEAST_CLIP - demo.CONTEXT  # 60 frames are 20 at the stride
 
 
 def test_held_out_movies_show_other_digits_on_other_paths() -> None:
@@ -99,4 +107,5 @@ def test_the_whole_demo_beats_repeating_the_last_frame(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert report["clips"] >= 32
     assert report["ratio"] <= 0.8
-    assert report["step"] == yaml.safe_load(demo.RECIPE.read_text())["trainer"]["max_steps"]
+    stage = demo.CHAIN.with_name("stage3_long_video.yaml")
+    assert report["step"] == yaml.safe_load(stage.read_text())["trainer"]["max_steps"]
