@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 from lightning import Trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 
 from gpdit_lightning.cli import fit
 from gpdit_lightning.cli.recipes import read_yaml
@@ -54,12 +55,18 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         name = f"stage {place} of {len(stages)}, {settings.run_dir}"
         step = finished_step(Path(settings.run_dir), predecessor)
         if step >= settings.trainer.max_steps > 0:
-            print(f"{name}: finished at step {step}", flush=True)
+            tell(f"{name}: finished at step {step}")
         else:
-            print(f"{name}: {f'goes on from step {step}' if step else 'begins'}", flush=True)
+            tell(f"{name}: {f'goes on from step {step}' if step else 'begins'}")
             if not leave(fit.run("fit", stage), environment):
                 return
         predecessor = settings.run_dir
+
+
+@rank_zero_only
+def tell(message: str) -> None:
+    """Say it once, however many processes there are."""
+    print(message, flush=True)
 
 
 def stages_of(chain: Path) -> list[Path]:
