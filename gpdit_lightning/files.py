@@ -1,5 +1,7 @@
 """Files that are either whole or absent."""
 
+import errno
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -46,6 +48,25 @@ def written_whole(path: Path) -> Iterator[Path]:
         publish(path)
     finally:
         partial_path(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def held_by_one_process(path: Path) -> Iterator[None]:
+    """Hold a lock file during the block; it is free again when this process ends, however it ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            # A record lock, which the loader's forked workers do not inherit.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise BlockingIOError(f"{path} is held by another process") from None
+            # Else a file system that knows no locks: go on without.
+        yield
 
 
 def sha256_of(path: Path) -> str:

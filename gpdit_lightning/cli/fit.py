@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from gpdit_lightning.cli.recipes import PREFIX, RecipeParser, essence, with_bases
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import held_by_one_process, written_whole
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.checkpoints import RunCheckpoint, last_checkpoint, read_checkpoint
 from gpdit_lightning.training.curves import Curves
@@ -117,6 +118,7 @@ class RecipeCLI(LightningCLI):
 
 
 NEVER = 2**40  # optimizer steps
+LOCK = ".lock"
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 1000,
     "log_every_n_steps": 50,
@@ -183,6 +185,23 @@ def _read(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) -> RecipeC
         raise InputError(PREFIX + essence(str(error))) from None
 
 
+@contextmanager
+def alone_in_its_folder(trainer: Trainer) -> Iterator[None]:
+    """Let no two runs write to one folder; raises `InputError` if another process trains there."""
+    with ExitStack() as stack:
+        if trainer.is_global_zero:
+            try:
+                stack.enter_context(held_by_one_process(Path(trainer.default_root_dir) / LOCK))
+            except BlockingIOError:
+                raise InputError(
+                    f"another process trains in {trainer.default_root_dir}: wait for it or stop it, or give another "
+                    "--run_dir."
+                ) from None
+            except OSError:
+                pass  # a folder that cannot be written: the checkpoints will say so, to all ranks
+        yield
+
+
 def run(verb: str, arguments: Sequence[str]) -> Trainer:
     """Train, or evaluate a run's last checkpoint; returns the trainer that did."""
     cli = build(verb, arguments)
@@ -190,7 +209,7 @@ def run(verb: str, arguments: Sequence[str]) -> Trainer:
     if resumed is not None:
         cli.model.initial_weights = ""  # the run has weights of its own; the old ones may be gone
     if verb == "fit":
-        with ranks_end_together(cli.trainer):
+        with alone_in_its_folder(cli.trainer), ranks_end_together(cli.trainer):
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
         if cli.trainer.is_global_zero:
             print(f"finished at step {cli.trainer.global_step}: {cli.trainer.default_root_dir}/checkpoints/last.ckpt")

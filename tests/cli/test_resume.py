@@ -215,3 +215,22 @@ def test_initial_weights_of_another_codec_are_refused(
     settings["model"]["init_args"]["initial_weights"] = str(whole)
     assert fit(tmp_path / "recipe.yaml", settings) == 2
     assert "another codec" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_share_a_folder(
+    whole: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process that trains there is noticed, and one that was killed is not in the way."""
+    hold = (
+        "import sys, time; from pathlib import Path; from gpdit_lightning.files import held_by_one_process\n"
+        "with held_by_one_process(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
+    )
+    lock = whole / ".lock"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    assert fit(tmp_path / "recipe.yaml", recipe(tiny_shards, whole)) == 2
+    assert f"another process trains in {whole}" in capsys.readouterr().err
+    other.kill()
+    other.communicate()
+    assert fit(tmp_path / "recipe.yaml", recipe(tiny_shards, whole)) == 0
