@@ -47,9 +47,13 @@ def publish_checkpoint(path: Path) -> None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint if it is there, its mark first."""
+    """Remove a checkpoint if it is there; killed midway, what is left of it has a name that is cleared away."""
+    discarded = partial_path(path.with_name(f"{path.name}.discarded"))
+    if path.exists():
+        remove(discarded)
+        path.replace(discarded)
     mark_path(path).unlink(missing_ok=True)
-    remove(path)
+    remove(discarded)
 
 
 def remove(path: Path) -> None:
@@ -72,9 +76,11 @@ def prune(newest: Path, keep_last: int, keep_every_steps: int) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run was writing or removing. Nobody may be at it any more."""
-    unmarked = [path for path in _by_step(folder) if not mark_path(path).exists()]
-    for path in (*folder.glob("*.partial"), *unmarked):
+    """Remove what a killed run was writing or removing. Nobody may be at it any more.
+
+    A checkpoint without a mark stays: somebody may have put it there.
+    """
+    for path in folder.glob("*.partial"):
         log.info("%s was never completed and is removed.", path)
         remove(path)
 

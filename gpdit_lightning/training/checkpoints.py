@@ -165,10 +165,10 @@ class RunCheckpoint(Checkpoint):
             with suppress(OSError):
                 remove(partial_path(path))
             before = last_checkpoint(run_dir)
+            kept = f"{before.name} is whole and the same command goes on from it" if before else "there is none before"
             failure = (
-                f"the checkpoint of step {step} could not be written to {path} ({error.strerror or error}): "
-                + (f"{before.name} is whole, and the same command goes on from it" if before else "there is none yet")
-                + " once there is room or permission to write."
+                f"the checkpoint of step {step} could not be written to {path} ({error.strerror or error}): see that "
+                f"there is room and permission to write; {kept}."
             )
         _fail_together(trainer, failure)
         self._saved_at = time.monotonic()

@@ -77,7 +77,7 @@ class PretendTrainer(SimpleNamespace):
     """A trainer that saves its step in a file; with `breaks` the disk is full half-way through the file."""
 
     def __init__(self, folder: Path, validate_every: int = 0) -> None:
-        strategy = SimpleNamespace(barrier=lambda: None, broadcast=lambda failure: failure)
+        strategy = SimpleNamespace(barrier=lambda: self.events.append("barrier"), broadcast=lambda failure: failure)
         super().__init__(
             global_step=0,
             max_steps=10,
@@ -263,6 +263,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     trainer.breaks = True
     with pytest.raises(InputError) as caught:
         trainer.train(checkpoint, steps=1)
+    assert trainer.events[-1] == "barrier"  # where the other ranks wait
     path = tmp_path / "checkpoints/step-3.ckpt"
     assert f"the checkpoint of step 3 could not be written to {path} (No space left on device)" in str(caught.value)
     assert "step-2.ckpt is whole" in str(caught.value)
@@ -296,7 +297,7 @@ def test_a_disk_that_fails_later_leaves_the_checkpoint_before(
 def test_the_first_checkpoint_that_fails_says_there_is_none(tmp_path: Path) -> None:
     trainer = PretendTrainer(tmp_path)
     trainer.breaks = True
-    with pytest.raises(InputError, match="there is none yet once there is room"):
+    with pytest.raises(InputError, match="there is none before"):
         trainer.train(RunCheckpoint(every_steps=1), steps=1)
 
 
