@@ -229,7 +229,8 @@ def test_a_full_disk(
     assert fit(run.folder / "recipe.yaml", run.settings | {"trainer": trainer}) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: the checkpoint of step 4 could not be written to")
-    assert "(No space left on device): step-3.ckpt is whole, and the same command goes on from it" in message
+    assert "(No space left on device): see that there is room" in message
+    assert "step-3.ckpt is whole and the same command goes on from it" in message
     assert run.resume() == 0
     assert_ended_alike(run.run_dir, whole)
 
