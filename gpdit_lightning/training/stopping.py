@@ -102,8 +102,11 @@ def ranks_end_together(trainer: Trainer) -> Iterator[None]:
         KeyboardInterrupt: Ctrl-C before the training began, of which Lightning makes an exit status of 1.
         SystemExit: with the status of another rank, whose failure was the cause.
     """
-    if os.environ.get(LAUNCHER) == str(os.getppid()) and sys.platform == "linux":
+    launcher = os.environ.get(LAUNCHER) if os.environ.get("LOCAL_RANK", "0") != "0" else None
+    if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a first rank that is killed can tell nobody
+        if os.getppid() != int(launcher):
+            raise SystemExit(f"the process that launched this rank ({launcher}) is gone.")
     os.environ[LAUNCHER] = str(os.getpid())
     try:
         yield
@@ -122,6 +125,8 @@ def ranks_end_together(trainer: Trainer) -> Iterator[None]:
         if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
+    finally:
+        del os.environ[LAUNCHER]
 
 
 def _end_other_ranks(launcher: _SubprocessScriptLauncher, patience: float) -> list[tuple[int, int]]:

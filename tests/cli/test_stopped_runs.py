@@ -245,6 +245,15 @@ def test_one_rank_fails(run: Run, rank: int) -> None:
     assert run.are_gone(within=10)
 
 
+def test_the_first_rank_is_killed_while_the_second_still_starts(run: Run) -> None:
+    """Before there is a connection that could break."""
+    run.start("At", *TWO_RANKS, step=0)
+    run.wait_until(lambda: len(run.alive()) == 2)
+    run.process.send_signal(signal.SIGKILL)
+    assert run.status(within=10) == -signal.SIGKILL
+    assert run.are_gone(within=60)  # it learns of it when it has imported everything
+
+
 def test_a_run_folder_that_cannot_be_written(
     tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

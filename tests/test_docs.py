@@ -1,0 +1,85 @@
+"""What the documents say of curves is what a run logs, and what they link is there."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpdit_lightning.cli import main
+from gpdit_lightning.codecs import load_codec
+from gpdit_lightning.data.manifest import Manifest
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+ON_A_GPU_ALONE = {"perf/mfu"}
+
+
+def explained_tags() -> set[str]:
+    """The tags in the first columns of the tables of docs/monitoring.md."""
+    text = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    tables = text.split("## Every tag")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", tables, flags=re.MULTILINE)
+    return {tag for row in rows for tag in re.findall(r"`([^`]+)`", row)}
+
+
+@pytest.fixture(scope="module")
+def logged_tags(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """All tags of a run with every source, validation and previews, in which every rise of the gradient is a spike."""
+    folder = tmp_path_factory.mktemp("logged")
+    counts = {
+        (split, kind, shape): 4
+        for split in ("train", "validation")
+        for kind, shape in (("image", (1, 4, 4)), ("video", (3, 4, 4)), ("sequence", (4, 4, 4)))
+    }
+    shards = str(write_shards(folder / "shards", counts, **load_codec("pca").spec()).directory)
+    backbone = {"size": "tiny", "layers": 1, "width": 16, "heads": 2, "mlp_width": 24}
+    recipe = {
+        "run_dir": str(folder / "run"),
+        "model": {
+            "class_path": "GPDiTStage",
+            "init_args": {"backbone": backbone, "optimizer": {"learning_rate": 0.03}},
+        },
+        "data": {name: {"manifests": [shards], "batch_size": 4} for name in ("images", "videos", "sequences")},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 6,
+            "log_every_n_steps": 3,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+        "validate_every_steps": 6,
+        "preview": {"every_steps": 6, "clips": 1, "sampler_steps": 1},
+        "health": {"spike_factor": 1.001, "spike_window": 1},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "--config", str(folder / "recipe.yaml")]) == 0
+    events = EventAccumulator(str(folder / "run" / "tensorboard"))
+    events.Reload()
+    return {tag for kind in ("scalars", "images", "tensors") for tag in events.Tags()[kind]}
+
+
+def test_every_tag_of_a_run_is_explained(logged_tags: set[str]) -> None:
+    assert logged_tags - explained_tags() == set()
+
+
+def test_every_tag_that_is_explained_is_logged(logged_tags: set[str]) -> None:
+    assert explained_tags() - logged_tags == ON_A_GPU_ALONE
+
+
+@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+def test_links_and_pictures_are_there(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    headings = {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in text.splitlines()}
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        path, _, heading = target.partition("#")
+        assert not path or (document.parent / path).is_file(), target
+        assert path or heading in headings, target
+
+
+def test_every_picture_is_shown_somewhere() -> None:
+    texts = "".join(path.read_text(encoding="utf-8") for path in (*DOCS, ROOT / "README.md"))
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert f"images/{picture.name})" in texts, picture.name
