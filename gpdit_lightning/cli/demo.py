@@ -77,7 +77,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     print(
         f"\nLook at\n  {run_dir}/sample.png     context | generated against the truth\n"
         f"  {run_dir}/sample.mp4     one of them as a video\n"
-        f"  {run_dir}/few_shot.png   colour to grey, learned from 20 sequences\n"
+        f"  {run_dir}/few_shot.png   colour to grey from 20 sequences: the last column is generated\n"
         f"  tensorboard --logdir {run_dir}   the curves, and previews as training went\n"
         "Continue a video of your own:\n"
         f"  python -m gpdit_lightning sample --checkpoint {run_dir}/stage3_long_video --context VIDEO --out out.mp4"
