@@ -16,6 +16,8 @@ VERBS = {
     "validate": ("fit", "evaluate a run's last checkpoint on the held-out sources"),
     "test": ("fit", "the same, named test/loss"),
     "sample": ("sample", "continue a video with a trained model"),
+    "estimate": ("estimate", "say what a recipe needs: memory on each GPU, FLOPs, days; and what would fit"),
+    "export": ("export", "write the model of a checkpoint as a folder to share: safetensors, config.json, a card"),
 }
 
 # What a disk refuses for reasons that a user can mend.

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         "at the matching rate. Writes an mp4 (context, then generated frames) and a PNG strip beside it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    options.add_argument("--checkpoint", required=True, help="a .ckpt file, or a run folder for its last one")
+    options.add_argument("--checkpoint", required=True, help="a checkpoint, a run folder or an exported folder")
     options.add_argument("--context", required=True, type=Path, help="the video or still image to continue")
     options.add_argument("--frames", type=int, default=16, help="frames to generate")
     options.add_argument("--out", type=Path, default=Path("sample.mp4"), help="the mp4 to write")

@@ -19,13 +19,17 @@ SIZES: dict[str, dict[str, int]] = {
 # Fields that say how the network is executed, not which function it computes: two checkpoints may differ in them.
 EXECUTION_FIELDS = ("attention_backend", "activation_checkpointing", "compile")
 
+# What a field of this type may hold: a record may come from a file that holds anything.
+PLAIN_TYPES: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float), bool: (bool,)}
+
 
 @dataclass(frozen=True)
 class GPDiTConfig:
     """Architecture and execution options of a :class:`~gpdit_lightning.GPDiT`.
 
     Raises:
-        InputError: an unknown size or option, or widths that cannot be split into heads, channel pairs and RoPE axes.
+        InputError: an unknown size or option, a value of the wrong type, or widths that cannot be split into heads,
+            channel pairs and RoPE axes.
     """
 
     size: str = "B"
@@ -62,12 +66,19 @@ class GPDiTConfig:
     Validation and generation are not compiled. On the CPU it needs a C++ compiler."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), PLAIN_TYPES.get(field.type)
+            if allowed and type(value) not in allowed:
+                raise InputError(f"{field.name} is {value!r}; it must be of type {allowed[-1].__name__}.")
         if self.size not in SIZES:
             raise InputError(f"size '{self.size}' is not known: choose one of {', '.join(SIZES)}.")
         for name, value in SIZES[self.size].items():
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
-        object.__setattr__(self, "rope_lengths", tuple(self.rope_lengths))
+        lengths = tuple(self.rope_lengths) if isinstance(self.rope_lengths, list | tuple) else ()
+        if [type(length) for length in lengths] != [int] * 3 or min(lengths) < 1:
+            raise InputError(f"rope_lengths is {self.rope_lengths}; it must be three positive numbers of tokens.")
+        object.__setattr__(self, "rope_lengths", lengths)
         for name, kind in (("attention", AttentionVariant), ("time_site", TimeSite), ("attention_backend", Backend)):
             choices = get_args(kind)
             if getattr(self, name) not in choices:
@@ -75,8 +86,6 @@ class GPDiTConfig:
         for name in ("layers", "width", "mlp_width", "heads", "latent_channels", "patch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if len(self.rope_lengths) != 3 or min(self.rope_lengths) < 1:
-            raise InputError(f"rope_lengths is {self.rope_lengths}; it must be three positive numbers of tokens.")
         if self.width % self.heads:
             raise InputError(f"width {self.width} does not divide into {self.heads} heads: choose a multiple of heads.")
         if self.head_width % 2 or self.head_width < 6:
@@ -86,8 +95,8 @@ class GPDiTConfig:
             )
 
     @classmethod
-    def preset(cls, size: str, **overrides: Any) -> "GPDiTConfig":
-        """The configuration of a named size, with any field overridden.
+    def preset(cls, size: str = "B", **overrides: Any) -> "GPDiTConfig":
+        """The configuration of a named size, with any field overridden; `preset(**config.to_dict())` restores one.
 
         Raises:
             InputError: `size` or a field is not known.

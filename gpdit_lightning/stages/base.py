@@ -13,7 +13,7 @@ from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, velocity_loss
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT, GPDiTConfig
-from gpdit_lightning.training.checkpoints import backbone_weights, check_architecture, check_codec, read_checkpoint
+from gpdit_lightning.training.checkpoints import check_architecture, check_codec, open_weights
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ class GPDiTStage(LightningModule):
         backbone: the architecture.
         schedule: from noise levels to angles.
         optimizer: AdamW and its schedule.
-        initial_weights: checkpoint or run folder whose (averaged) weights to begin with; empty begins at random. A run
-            that resumes goes on from its own last checkpoint instead.
+        initial_weights: checkpoint, run folder or exported folder whose (averaged) weights to begin with; empty begins
+            at random. A run that resumes goes on from its own last checkpoint instead.
     """
 
     SOURCES: ClassVar[tuple[str, ...]] = ()
@@ -67,12 +67,13 @@ class GPDiTStage(LightningModule):
                     f"training is to begin with the weights of {self.initial_weights}, which is not there: train that "
                     "stage first (`chain` trains all), or begin at random with --model.init_args.initial_weights=''."
                 )
-            checkpoint = read_checkpoint(self.initial_weights)
-            check_architecture(checkpoint["gpdit"]["backbone"], self.config, self.initial_weights)
-            self.initial_codec = checkpoint["LatentDataModule"]["codec"]
-            self.backbone.load_state_dict(backbone_weights(checkpoint))
-            self.origin = {"path": self.initial_weights, "step": checkpoint["global_step"]}
-            log.info("begins with the averaged weights of %s (step %d)", *self.origin.values())
+            weights = open_weights(self.initial_weights)
+            check_architecture(weights.config.to_dict(), self.config, self.initial_weights)
+            weights.load_into(self.backbone)
+            self.initial_codec = weights.facts.get("codec")
+            self.origin = {"path": self.initial_weights, "step": weights.facts.get("step", 0)}
+            kind = "averaged" if weights.facts.get("weights") == "ema" else "trained"
+            log.info("begins with the %s weights of %s (step %d)", kind, *self.origin.values())
 
     def on_fit_start(self) -> None:
         """Refuse other sources than the stage's, and initial weights made for latents of another codec.

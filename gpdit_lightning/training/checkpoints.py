@@ -17,6 +17,7 @@ from torch import Tensor
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import partial_path
 from gpdit_lightning.model import GPDiT, GPDiTConfig
+from gpdit_lightning.model.weights import Weights, is_folder_of_weights, read_folder
 from gpdit_lightning.training.checkpoint_files import (
     checkpoint_path,
     fault_of,
@@ -218,7 +219,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} cannot be read as a checkpoint ({reason}): use another of the run's.") from None
-    if not isinstance(checkpoint, dict) or not {"gpdit", "LatentDataModule"} <= checkpoint.keys():
+    parts = ("state_dict", "gpdit", "LatentDataModule")
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in parts):
         raise InputError(f"{path} is not a checkpoint of gpdit_lightning: give one that `fit` wrote.")
     return checkpoint
 
@@ -253,12 +255,50 @@ def backbone_weights(checkpoint: dict[str, Any], kind: Literal["ema", "raw"] = "
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
+def facts_of(checkpoint: dict[str, Any], kind: Literal["ema", "raw"]) -> dict[str, Any]:
+    """What a checkpoint knows of its weights, as an exported folder will know it (`FACTS` in model/weights.py)."""
+    stage, data = checkpoint["gpdit"], checkpoint["LatentDataModule"]
+    facts = {
+        "weights": kind if "ema" in checkpoint else "raw",
+        "step": checkpoint.get("global_step"),
+        "stage": stage.get("stage"),
+        "origin": stage.get("origin"),
+        "schedule": stage.get("schedule"),
+        "codec": data.get("codec"),
+        "geometry": data.get("geometry"),
+        "data": data.get("order"),
+        "lightning_version": checkpoint.get("pytorch-lightning_version"),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def open_weights(path: str | Path, kind: Literal["ema", "raw"] = "ema") -> Weights:
+    """Open weights where they lie, whatever kind of file or folder that is; nothing is copied, no object unpickled.
+
+    Args:
+        path: a checkpoint, a run folder (for its last checkpoint), or a folder that `export` or `save_pretrained` made.
+        kind: averaged weights (`ema`; where there is no average, trained ones) or trained ones.
+
+    Raises:
+        InputError: it cannot be read, or holds averaged weights alone where trained ones are asked for.
+    """
+    path = Path(path)
+    if not is_folder_of_weights(path):
+        checkpoint = read_checkpoint(path)
+        architecture, facts = checkpoint["gpdit"].get("backbone"), facts_of(checkpoint, kind)
+        return Weights.checked(backbone_weights(checkpoint, kind), architecture, facts, str(path))
+    weights = read_folder(path)
+    if kind == "raw" and weights.facts.get("weights") == "ema":
+        raise InputError(f"{path} holds averaged weights only: take those, or export again with --weights raw.")
+    return weights
+
+
 @dataclass(frozen=True)
 class TrainedModel:
     """A model ready to generate, with what its checkpoint knows of its data.
 
     Attributes:
-        backbone: in evaluation mode.
+        backbone: in evaluation mode, its parameters on a CPU mapped from the file.
         schedule: name and shift of the noise schedule.
         codec: the spec of the codec whose latents it was trained on.
         geometry: `stride` between source frames, `sizes` in pixels, `frames` in latent frames of its training clips.
@@ -275,21 +315,18 @@ class TrainedModel:
 def load_trained_model(
     path: str | Path, device: torch.device | str = "cpu", weights: Literal["ema", "raw"] = "ema"
 ) -> TrainedModel:
-    """Open a checkpoint for generation.
+    """Open weights for generation.
 
     Raises:
-        InputError: as :func:`read_checkpoint`.
+        InputError: as :func:`open_weights`, or they do not know what they were trained on.
     """
-    checkpoint = read_checkpoint(path)
-    config = GPDiTConfig.preset(**checkpoint["gpdit"]["backbone"])
-    with torch.device("meta"):
-        backbone = GPDiT(config)
-    backbone.load_state_dict(backbone_weights(checkpoint, weights), assign=True)
-    data = checkpoint["LatentDataModule"]
-    return TrainedModel(
-        backbone=backbone.to(device).eval(),
-        schedule=checkpoint["gpdit"]["schedule"],
-        codec=data["codec"],
-        geometry=data["geometry"],
-        step=checkpoint["global_step"],
-    )
+    opened = open_weights(path, weights)
+    needed = ("schedule", "codec", "geometry", "step")
+    unknown = [name for name in needed if name not in opened.facts]
+    if unknown:
+        raise InputError(
+            f"{path} does not say with which {', '.join(unknown)} its weights were trained, so nothing can be "
+            "generated: export them from a checkpoint."
+        )
+    backbone = GPDiT.from_weights(opened).to(device)
+    return TrainedModel(backbone, **{name: opened.facts[name] for name in needed})

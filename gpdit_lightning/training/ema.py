@@ -10,13 +10,14 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.training.zero import zero_of
 
 
 class EMA(Callback):
     """Keeps the average, validates with it, and saves it in every checkpoint under `ema`.
 
     Lightning's own weight averaging copies the whole module and is lost under DeepSpeed; this one holds one float32
-    tensor per trained parameter.
+    tensor per trained parameter or, under ZeRO, of the part of it that this rank updates.
 
     Args:
         decay: of the average per optimizer step; it starts lower, at (1 + n) / (10 + n) after n updates, so that the
@@ -35,8 +36,11 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin at the current weights, or move a restored average to the device."""
+        zero = zero_of(pl_module)
         if not self.average:
             self.average = {name: p.detach().clone().float() for name, p in _trained(pl_module)}
+        elif zero is not None:
+            self.average = {name: zero.parts[name].of_whole(whole).clone() for name, whole in self.average.items()}
         self.average = {name: self.average[name].to(p.device) for name, p in _trained(pl_module)}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,10 +69,12 @@ class EMA(Callback):
         try:
             for name, parameter in _trained(pl_module):
                 parameter.copy_(self.average[name])
+            _changed(pl_module)
             yield
         finally:
             for parameter, weight in training_weights:
                 parameter.copy_(weight)
+            _changed(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average into the module."""
@@ -95,11 +101,17 @@ class EMA(Callback):
             weight = parameter.float()
             apart.append((weight - self.average[name]).norm())
             size.append(weight.norm())
-        return float(torch.stack(apart).norm() / torch.stack(size).norm())
+        norms = torch.stack([torch.stack(apart).norm(), torch.stack(size).norm()])
+        zero = zero_of(pl_module)
+        if zero is not None:  # of the parts on all ranks
+            norms = zero.reduce(norms.square().to(zero.root_device), reduce_op="sum").sqrt()
+        return float(norms[0] / norms[1])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the average to a checkpoint."""
-        checkpoint["ema"] = {"weights": self.average, "updates": self.updates}
+        zero = zero_of(pl_module)
+        weights = self.average if zero is None else zero.whole(self.average)
+        checkpoint["ema"] = {"weights": weights, "updates": self.updates}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the average from a checkpoint."""
@@ -107,5 +119,15 @@ class EMA(Callback):
         self.updates = checkpoint["ema"]["updates"]
 
 
-def _trained(module: LightningModule) -> list[tuple[str, torch.nn.Parameter]]:
+def _trained(module: LightningModule) -> list[tuple[str, Tensor]]:
+    """The trained parameters or, under ZeRO, the float32 part of each that this rank updates."""
+    zero = zero_of(module)
+    if zero is not None:
+        return list(zero.weights().items())
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def _changed(module: LightningModule) -> None:
+    zero = zero_of(module)
+    if zero is not None:
+        zero.weights_changed()

@@ -26,6 +26,7 @@ from gpdit_lightning.generation import rollout
 from gpdit_lightning.media.images import write_animation, write_strip
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.training.ema import EMA
+from gpdit_lightning.training.zero import zero_of
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,10 @@ class Preview(Callback):
             return
         self._last_step = step
         if step % self.every_steps == 0 or step == trainer.max_steps:
-            if trainer.is_global_zero:
-                self._make(trainer, pl_module)
+            if trainer.is_global_zero or zero_of(pl_module) is not None:  # whose ranks have weights together only
+                latents = self._generated(trainer, pl_module)
+                if trainer.is_global_zero:
+                    self._make(trainer, pl_module, latents)
             trainer.strategy.barrier()
 
     def _opened(self, spec: dict[str, Any]) -> Codec:
@@ -112,12 +115,12 @@ class Preview(Callback):
                 f"({str(error).rstrip('.')}): give --preview.codec_source PATH, or {NO_PREVIEWS}."
             ) from None
 
-    def _make(self, trainer: Trainer, module: LightningModule) -> None:
-        """Generate, measure, write the files and log."""
+    def _make(self, trainer: Trainer, module: LightningModule, latents: Tensor) -> None:
+        """Decode generated latents (B, F, C, H, W), measure, write the files and log."""
         fixed = self._fixed
         # Between previews the codec lies in main memory: that of the accelerator is the training's.
         codec = self._codec.to(module.device)
-        prediction = decode(codec, self._generated(trainer, module), fixed.frames_alone)
+        prediction = decode(codec, latents, fixed.frames_alone)
         truth = decode(codec, fixed.latents, fixed.frames_alone)
         codec.to("cpu")
         context = fixed.context if fixed.frames_alone else codec.pixel_frames(fixed.context)

@@ -78,6 +78,14 @@ def test_the_seed_decides(folder: Path, tmp_path: Path) -> None:
     assert (a - c).abs().mean() > 10
 
 
+def test_an_exported_folder_continues_as_its_run_does(folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    assert main(["export", "--checkpoint", str(folder / "run"), "--out", str(model)]) == 0
+    assert sample(folder, tmp_path / "run.mp4", "--frames=4") == 0
+    assert sample(folder, tmp_path / "model.mp4", "--frames=4", "--checkpoint", str(model)) == 0
+    assert (tmp_path / "model.png").read_bytes() == (tmp_path / "run.png").read_bytes()
+
+
 def test_a_still_image(folder: Path, tmp_path: Path) -> None:
     Image.new("RGB", (50, 40), "teal").save(folder / "still.png")
     assert sample(folder, tmp_path / "out.mp4", "--frames=8", context="still.png") == 0

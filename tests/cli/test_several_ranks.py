@@ -45,7 +45,7 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(
-    folder: Path, shards: Path, recorder: Path, ranks: int, log: str, steps: int = STEPS
+    folder: Path, shards: Path, recorder: Path, ranks: int, log: str, steps: int = STEPS, strategy: str = "ddp"
 ) -> "subprocess.Popen[str]":
     """The command in `folder`, writing what its ranks see to `folder/log-RANK`."""
     recipe: dict[str, Any] = {
@@ -70,7 +70,7 @@ def train(
         "trainer": {
             "accelerator": "cpu",
             "devices": ranks,
-            "strategy": "ddp" if ranks > 1 else "auto",
+            "strategy": strategy if ranks > 1 else "auto",
             "max_steps": steps,
             "gradient_clip_val": 1.0,
             "log_every_n_steps": 2,

@@ -1,6 +1,7 @@
-"""Runs for test_zero.py, several in one launch of two processes: python zero_runs.py FOLDER, which holds runs.json."""
+"""Runs for test_zero.py, several in one launch: python zero_runs.py FOLDER, which holds runs.json."""
 
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -10,73 +11,125 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from gpdit_lightning import GPDiTConfig
+from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
+from gpdit_lightning.diffusion import RotationSampler
+from gpdit_lightning.generation import rollout
 from gpdit_lightning.stages import GPDiTStage
+from gpdit_lightning.training.checkpoints import RunCheckpoint
 from gpdit_lightning.training.ema import EMA
 from gpdit_lightning.training.health import Health
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from gpdit_lightning.training.previews import Preview
+from gpdit_lightning.training.zero import zero_of
 
 
-class SGDStage(GPDiTStage):
-    """Shows the size of a gradient, which AdamW hides."""
+class Stage(GPDiTStage):
+    """Trains with SGD, which unlike AdamW shows the size of a gradient, or on losses that are broken on one rank."""
+
+    def __init__(self, run: dict[str, Any], latent_channels: int) -> None:
+        config = GPDiTConfig(
+            size="tiny",
+            layers=2,
+            width=16,
+            mlp_width=24,
+            heads=2,
+            latent_channels=latent_channels,
+            activation_checkpointing=run.get("recompute", False),
+        )
+        super().__init__(config, optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.1))
+        self.run = run
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.5)
+        return super().configure_optimizers() if self.run["optimizer"] == "adamw" else self.sgd()
+
+    def sgd(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.5)
+
+    def training_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
+        last_rank = self.trainer.global_rank == self.trainer.world_size - 1
+        if last_rank and batch_idx == self.run.get("broken_gradient"):
+            batch.latents[-1] *= math.nan
+        output = super().training_step(batch, batch_idx)
+        if last_rank and batch_idx == self.run.get("broken_loss"):
+            output["loss"] = output["loss"] + math.inf
+        return output
 
 
 class Record(Callback):
-    """Keeps loss, gradient norm and distance of the average at every optimizer step, and validation losses."""
+    """Keeps what can be seen of a run from outside."""
 
     def __init__(self, health: Health, ema: EMA) -> None:
         self.health, self.ema = health, ema
-        self.losses: list[list[float]] = [[]]
-        self.norms: list[float] = []
-        self.distances: list[float] = []
-        self.validation: list[float] = []
+        self.seen: dict[str, list[Any]] = {"losses": [], "norms": [], "distances": [], "validation": [], "dtypes": []}
+        self.tensors: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        state = trainer.strategy.lightning_module_state_dict()
+        self.tensors["first"] = {name: values.clone() for name, values in state.items()}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.losses[-1].append(float(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")))
+        self.seen["losses"].append(mean(trainer, outputs["loss"].detach()))
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.losses.append([])
-            self.norms.append(self.health.gradient_norm)
-            self.distances.append(self.ema.distance(pl_module))
+            self.seen["norms"].append(self.health.gradient_norm)
+            self.seen["distances"].append(self.ema.distance(pl_module))
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
-    ) -> None:
-        self.validation.append(float(trainer.strategy.reduce(outputs["loss"].clone(), reduce_op="mean")))
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self.seen["validation"].append(mean(trainer, outputs["loss"]))
+
+    def on_train_end(self, trainer: Trainer, pl_module: Stage) -> None:
+        """Features and a rollout of the averaged weights, which all ranks compute together."""
+        backbone = pl_module.backbone.eval()
+        clip = torch.randn(2, 3, backbone.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(1))
+        with self.ema.averaged(pl_module):
+            with torch.no_grad():
+                self.tensors["features"] = list(backbone.features(clip, [0, 1, 2]).values())
+            frames = rollout(backbone, RotationSampler(2, schedule=pl_module.schedule), clip[:, :1], 2)
+            self.tensors["rollout"] = torch.stack(list(frames))
+        zero = zero_of(pl_module)
+        if zero is not None:
+            state = zero.zero_optimizer.optimizer.state[next(iter(zero.parts.values())).flat]
+            kept = [*zero.weights().values(), *self.ema.average.values(), *state.values()]
+            self.seen["dtypes"] = [
+                sorted({str(parameter.dtype) for parameter in pl_module.parameters()}),
+                sorted({str(tensor.dtype) for tensor in kept}),
+                str(zero.zero_optimizer.communication_data_type),
+            ]
+
+
+def mean(trainer: Trainer, value: torch.Tensor) -> float:
+    return float(trainer.strategy.reduce(value.clone(), reduce_op="mean"))
 
 
 def train(folder: Path, run: dict[str, Any], strategy: str, devices: int) -> None:
-    """Train as `run` says, and write what happened to `folder/NAME.pt`."""
+    """Train as `run` says in `folder/NAME`, and write what was seen to `seen.pt` in it."""
     torch.manual_seed(0)
-    parts = run["micro_batches"]  # of images and of videos in a step
+    images, videos = run["micro_batches"]
+    ranks = run.get("ranks", 2)
     data = LatentDataModule(
-        images=SourceConfig(manifests=[run["shards"]], batch_size=4 if parts[0] else 0, micro_batches=parts[0] or 1),
-        videos=SourceConfig(manifests=[run["shards"]], batch_size=8, micro_batches=parts[1]),
+        images=SourceConfig([run["shards"]], batch_size=2 * ranks if images else 0, micro_batches=max(1, images)),
+        videos=SourceConfig([run["shards"]], batch_size=4 * ranks, micro_batches=videos),
         context_dropout=0.25,
-        max_ranks=2,
+        max_ranks=ranks,
         validation_batches=1,
     )
-    config = GPDiTConfig(size="tiny", layers=2, width=16, mlp_width=24, heads=2, latent_channels=4)
-    stage_class = SGDStage if run["optimizer"] == "sgd" else GPDiTStage
-    stage = stage_class(config, optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.1))
-    health, ema = Health(), EMA(0.9)
+    stage = Stage(run, data.codec["latent_channels"])
+    health, ema = Health(max_skips=1), EMA(0.9)
     record = Record(health, ema)
+    previews = [Preview(every_steps=2, clips=2, context_frames=1, sampler_steps=2)] if run.get("previews") else []
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=strategy,
         precision=run.get("precision", "32-true"),
-        max_steps=run["steps"],
+        max_steps=4,
         accumulate_grad_batches=data.micro_batches_per_step,
         gradient_clip_val=run.get("clip"),
         default_root_dir=str(folder / run["name"]),
-        callbacks=[health, ema, record],
+        callbacks=[health, ema, record, *previews, RunCheckpoint(every_steps=2, keep_last=2)],
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -85,11 +138,9 @@ def train(folder: Path, run: dict[str, Any], strategy: str, devices: int) -> Non
         use_distributed_sampler=False,
     )
     trainer.fit(stage, data, ckpt_path=run.get("resume"), weights_only=True)
-    trainer.save_checkpoint(folder / f"{run['name']}.ckpt")
     if trainer.is_global_zero:
-        figures = {"losses": record.losses, "norms": record.norms, "distances": record.distances}
-        figures |= {"validation": record.validation, "steps": trainer.global_step}
-        (folder / f"{run['name']}.json").write_text(json.dumps(figures))
+        seen = record.seen | record.tensors | {"skipped": health.skipped_steps}
+        torch.save(seen, folder / run["name"] / "seen.pt")
 
 
 if __name__ == "__main__":
@@ -97,4 +148,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     place = Path(sys.argv[1])
     for description in json.loads((place / "runs.json").read_text()):
-        train(place, description, description["strategy"], 2)
+        train(place, description, description["strategy"], description.get("ranks", 2))

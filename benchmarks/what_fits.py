@@ -1,0 +1,53 @@
+"""`python -m benchmarks.what_fits`: the table of docs/scaling.md: memory of the paper's recipes on each GPU of 80 GiB.
+
+Estimated, as `python -m gpdit_lightning estimate` does for one recipe. A batch that does not fit is cut into as few
+micro-batches as do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gpdit_lightning.cli.estimate import GIB, Run, memory, read, with_smaller_micro_batches
+from gpdit_lightning.training.memory import STRATEGIES
+
+CAPACITY = 80 * GIB
+GPUS = (1, 8, 32, 64)
+OFFERED = [strategy for strategy in STRATEGIES if strategy.option]
+STAGES = ("stage1_image_warmup", "stage2_mixed", "stage3_long_video", "stage4_few_shot")
+B = ["--model.init_args.backbone.size=B", "--model.init_args.backbone.activation_checkpointing=false"]
+
+
+def cell(run: Run) -> str:
+    """GiB on each GPU, and the micro-batches of an optimizer step where the recipe's own do not fit."""
+    before = sum(source.micro_batches for source in run.sources)
+    for candidate in with_smaller_micro_batches(run):
+        needed = memory(candidate)["total"]
+        if needed <= CAPACITY:
+            pieces = sum(source.micro_batches for source in candidate.sources)
+            return f"{needed / GIB:.0f}" + (f" ({pieces})" if pieces > before else "")
+    return "no"
+
+
+def rows(recipe: str, size: str, options: Sequence[str], sizes: dict[str, list[str] | None]) -> list[str]:
+    """A row of the table for each number of GPUs that may share the recipe's batch."""
+    run = read([f"--config=recipes/{recipe}.yaml", *options], 1, sizes)
+    counts = [count for count in GPUS if run.max_ranks % count == 0]
+    lines = []
+    for count in counts:
+        cells = [cell(replace(run, gpus=count, strategy=strategy)) for strategy in OFFERED]
+        lines.append(f"| {recipe} | {size} | {count} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    """Print the table as Markdown."""
+    print("| recipe | size | GPUs | " + " | ".join(strategy.name for strategy in OFFERED) + " |")
+    print("|---" * (3 + len(OFFERED)) + "|")
+    for size, options in (("H", []), ("B", B)):
+        for recipe in STAGES:
+            print("\n".join(rows(recipe, size, options, {})))
+    print("\n".join(rows("ucf101_b", "B", [], {"videos": ["256x256"]})))
+
+
+if __name__ == "__main__":
+    main()

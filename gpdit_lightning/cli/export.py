@@ -1,0 +1,68 @@
+"""`export`: the model of a checkpoint as a folder that can be shared, and opened without unpickling anything."""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import partial_path, publish
+from gpdit_lightning.model.weights import CARD, CONFIG, WEIGHTS, Weights, config_json, write_folder
+from gpdit_lightning.training.checkpoint_files import remove
+from gpdit_lightning.training.checkpoints import load_trained_model
+
+
+def parser() -> argparse.ArgumentParser:
+    """The verb's options."""
+    options = argparse.ArgumentParser(
+        prog="python -m gpdit_lightning export",
+        description="Writes the model of a checkpoint as a folder to share: model.safetensors, config.json with the "
+        "codec and its whitening, and a model card (README.md). `sample` and GPDiT.from_pretrained open it. No GPU is "
+        "needed, and no memory for the weights unless they are converted.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    options.add_argument("--checkpoint", required=True, help="a checkpoint, a run folder or an exported folder")
+    options.add_argument("--out", required=True, type=Path, help="the folder; an earlier export of it is replaced")
+    options.add_argument("--weights", default="ema", choices=["ema", "raw"], help="averaged or last trained weights")
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="convert; None leaves them as they are")
+    return options
+
+
+def run(verb: str, arguments: Sequence[str]) -> None:
+    """Write the folder."""
+    options = parser().parse_args(arguments)
+    model = load_trained_model(options.checkpoint, weights=options.weights).backbone
+    if options.dtype:
+        model.to(getattr(torch, options.dtype))
+    weights = Weights(model.state_dict(), model.config, model.facts, str(options.checkpoint))
+    write(weights, options.out.resolve())
+    kind = "averaged" if model.facts.get("weights") == "ema" else "trained"
+    print(
+        f"{options.out}: the {kind} weights of step {model.facts['step']}; to continue a video with them: "
+        f"python -m gpdit_lightning sample --checkpoint {options.out} --context VIDEO.mp4"
+    )
+
+
+def write(weights: Weights, out: Path) -> None:
+    """Write the folder whole, in the place of an earlier export of the same model, whose card stays.
+
+    Raises:
+        InputError: something else is there.
+    """
+    found = {path.name for path in out.iterdir()} if out.exists() else set()
+    same = found == {WEIGHTS, CONFIG, CARD} and (out / CONFIG).read_bytes() == config_json(weights).encode()
+    if found and not same:
+        raise InputError(f"{out} holds something else than an earlier export of this model: choose another --out.")
+    partial = partial_path(out)
+    remove(partial)  # of a killed export
+    try:
+        partial.mkdir(parents=True)
+        if same:
+            shutil.copy(out / CARD, partial)  # somebody may have written a license into it
+        write_folder(partial, weights)
+        remove(out)
+        publish(out)
+    finally:
+        remove(partial)

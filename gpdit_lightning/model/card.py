@@ -1,0 +1,81 @@
+"""The model card: for people, what `config.json` says for programs, and nothing else."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from gpdit_lightning.model.config import GPDiTConfig
+
+HEAD = """---
+library_name: gpdit_lightning
+tags:
+- video-generation
+- diffusion
+- autoregressive
+- gpdit
+---
+
+# GPDiT
+
+A generative pre-trained autoregressive diffusion transformer ([GPDiT](https://arxiv.org/abs/2505.07344)): it generates
+the latents of a video frame by frame, each frame denoised given the clean frames before it."""
+
+IN_PYTHON = """## Use
+
+```python
+from gpdit_lightning import GPDiT
+
+model = GPDiT.from_pretrained("MODEL")  # this folder, or its name on the hub
+```"""
+
+BY_SAMPLE = """On the command line, with this folder as `MODEL`, to continue a video:
+
+```bash
+python -m gpdit_lightning sample --checkpoint MODEL --context VIDEO.mp4 --frames 16 --out out.mp4
+```"""
+
+LICENSE = """## License and limits
+
+No license is named, as nothing is recorded of the rights to the training data: whoever publishes these weights adds a
+`license:` to the head of this file. No measure of quality is recorded either."""
+
+KINDS = {"ema": "averaged (EMA)", "raw": "last trained"}
+
+
+def model_card(config: GPDiTConfig, facts: Mapping[str, Any], parameters: int, dtype: str) -> str:
+    """A card in Markdown, with the YAML head that the hub reads.
+
+    Args:
+        config: the architecture.
+        facts: what is known of the weights, by the names of `FACTS` in `weights.py`.
+        parameters: how many there are.
+        dtype: what they are stored as.
+    """
+    sections = [HEAD, _summary(facts, parameters, dtype), IN_PYTHON]
+    if {"codec", "geometry", "schedule"} <= facts.keys():
+        sections.append(BY_SAMPLE)
+    sections += ["## Architecture", _table("field", {"size": config.size, **config.architecture()})]
+    if "codec" in facts:
+        told = "Latents of this codec, whitened by its constants: `(latents - mean) / std`, channel by channel."
+        sections += ["## Latents", told, _table("codec", facts["codec"])]
+    names = ("stage", "step", "schedule", "geometry", "origin", "lightning_version")
+    training = {name: facts[name] for name in names if name in facts}
+    if training:
+        sections += ["## Training", _table("fact", training)]
+    if "data" in facts:
+        told = "The data and their order. Manifests are named by the first 16 digits of their fingerprints."
+        sections += [told, _table("setting", facts["data"])]
+    return "\n\n".join([*sections, LICENSE]) + "\n"
+
+
+def _summary(facts: Mapping[str, Any], parameters: int, dtype: str) -> str:
+    size = f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
+    if "step" not in facts:
+        return f"{size} parameters in {dtype}. Nothing is known of their training."
+    kind, step, stage = KINDS[facts.get("weights", "raw")], facts["step"], facts.get("stage", "training")
+    return f"{size} parameters in {dtype}: the {kind} weights after {step:,} optimizer steps of {stage}."
+
+
+def _table(first: str, rows: Mapping[str, Any]) -> str:
+    lines = [f"| {name} | `{json.dumps(value)}` |" for name, value in rows.items()]
+    return "\n".join([f"| {first} | value |", "|---|---|", *lines])

@@ -1,0 +1,379 @@
+"""ZeRO: weights, gradients and moments spread over the ranks by DeepSpeed; checkpoints like those of any other run."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.plugins import DeepSpeedPrecision, Precision
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import LRSchedulerTypeUnion
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gpdit_lightning.errors import InputError
+
+
+class ZeROPrecision(DeepSpeedPrecision):
+    """DeepSpeed's, but latents, noise and noise levels stay in float32: the backbone casts what it embeds."""
+
+    def convert_input(self, data: Any) -> Any:
+        """Leave a batch as it is."""
+        return data
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank keeps of one parameter in float32, and updates.
+
+    Attributes:
+        shape: of the whole parameter.
+        start: where in the flattened parameter the part begins.
+        size: its elements; 0 where other ranks keep all of it.
+        flat: DeepSpeed's tensor with the parts of many parameters, to which the optimiser's moments belong.
+        offset: where in `flat` the part begins.
+    """
+
+    shape: torch.Size
+    start: int
+    size: int
+    flat: Tensor
+    offset: int
+
+    def of_flat(self, flat: Tensor) -> Tensor:
+        """The part (size,) of `flat`, or of a moment of the same layout; a view."""
+        return flat.detach().narrow(0, self.offset, self.size)
+
+    def of_whole(self, whole: Tensor) -> Tensor:
+        """The part (size,) of the whole parameter, or of a moment or an average of it; a view."""
+        return whole.detach().flatten().narrow(0, self.start, self.size)
+
+
+class ZeRO(DeepSpeedStrategy):
+    """Trains with DeepSpeed's ZeRO: `zero2`, `zero3`, `zero2_offload` or `zero3_offload` as `trainer.strategy`.
+
+    Unlike Lightning's own strategy for DeepSpeed:
+
+    - accumulated gradients are divided once, not twice, and optimizer steps are steps to callbacks too;
+    - bf16-mixed means weights in bf16, and in float32 their masters, the moments and the reduction of gradients; the
+      masters begin with the given weights, not with those rounded to bf16;
+    - a checkpoint is the file that one process would write, in float32, so that any number of ranks with any strategy
+      goes on from it, and nothing in it is unpickled. The first rank gathers it, tensor by tensor, in main memory.
+    - it also runs on the CPU, by gloo: for tests.
+
+    Every rank builds the whole model in main memory before its weights are spread (stage 3) or in its accelerator's
+    (stage 2).
+
+    Args:
+        stage: 2 spreads moments, masters and gradients; 3 the weights too.
+        offload: keep what is spread in main memory, and step the optimiser there.
+        options: of Lightning's DeepSpeedStrategy.
+    """
+
+    def __init__(self, stage: int = 2, offload: bool = False, **options: Any) -> None:
+        if stage not in (2, 3):
+            raise InputError(f"ZeRO's stage is {stage}: take 2 or 3.")
+        settings = {"offload_optimizer": offload, "offload_parameters": offload and stage == 3} | options
+        try:
+            super().__init__(stage=stage, logging_batch_size_per_gpu=1, logging_level=logging.ERROR, **settings)
+        except MisconfigurationException as error:
+            if "installed" not in str(error):
+                raise
+            raise InputError("ZeRO needs DeepSpeed (Linux only): pip install deepspeed, or use strategy ddp.") from None
+        assert isinstance(self.config, dict)
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's does, and compiles nothing
+        self.parts: dict[str, Part] = {}  # by parameter, once training is set up
+        self._groups: list[list[str]] = []  # names of the parameters in the optimiser's groups
+
+    # --- what it runs on
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device; DeepSpeed wants an index of the CPU too."""
+        device = super().root_device
+        return torch.device("cpu", 0) if device.type == "cpu" else device
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """float32 or bf16-mixed."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if plugin is not None and plugin.precision not in ("32-true", "bf16-mixed"):
+            raise InputError(f"trainer.precision is {plugin.precision}: with ZeRO take bf16-mixed or 32-true.")
+        self._precision_plugin = ZeROPrecision(plugin.precision) if plugin is not None else None  # type: ignore[arg-type]
+
+    def setup_environment(self) -> None:
+        """Join the other ranks; Lightning insists on CUDA here.
+
+        Raises:
+            InputError: another accelerator than CUDA or the CPU.
+        """
+        if self.root_device.type not in ("cuda", "cpu"):
+            raise InputError(f"ZeRO runs on CUDA, and for tests on the CPU, but not on {self.root_device.type}.")
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        """As Lightning, but on the CPU too, and again in a process whose last run has left its ranks."""
+        from deepspeed.utils import groups
+
+        warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated")  # DeepSpeed's own business
+        if not torch.distributed.is_initialized():
+            groups._release_process_group_references(group=None)
+        if self.root_device.type == "cpu":
+            # An operator for shared memory, minutes to compile. (The attribute deepspeed.comm.torch is torch itself.)
+            sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Build the model whole: it draws and loads its weights as in any other run, and is spread afterwards."""
+        yield
+
+    # --- training
+
+    def setup(self, trainer: Trainer) -> None:
+        """Spread the model over the ranks for training; to evaluate it, each rank holds all of it.
+
+        Raises:
+            InputError: gradients are to be clipped by value, or some parameters are not trained.
+        """
+        if trainer.gradient_clip_algorithm == "value":
+            raise InputError("DeepSpeed clips gradients by their norm only: leave out trainer.gradient_clip_algorithm.")
+        module, accelerator = self.lightning_module, self.accelerator
+        assert module is not None
+        assert accelerator is not None
+        if trainer.state.fn == TrainerFn.FITTING:
+            frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+            if frozen:
+                raise InputError(f"with ZeRO all parameters are trained, but {frozen[0]} is not: use strategy ddp.")
+            super().setup(trainer)
+            return
+        accelerator.setup(trainer)
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(self.working_dtype)
+        self.model = module.to(self.root_device)
+        self.barrier()
+
+    def init_deepspeed(self) -> None:
+        """For training only, and without Lightning's advice on clipping."""
+        assert self.model is not None
+        self._initialize_deepspeed_train(self.model)
+
+    def _format_config(self) -> None:
+        super()._format_config()
+        assert isinstance(self.config, dict)
+        if "bf16" in self.config:
+            self.config.setdefault("communication_data_type", "fp32")
+            self.config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRSchedulerTypeUnion | None = None
+    ) -> Any:
+        assert optimizer is not None
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self._groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+        # DeepSpeed rounds weights to bf16 before it makes float32 masters of them.
+        rounds = self.working_dtype != torch.float32
+        whole = {name: p.detach().to("cpu", copy=True) for p, name in names.items()} if rounds else {}
+        wrapped = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        engine = wrapped[0]
+        self.parts = dict(self._parts_of(engine.optimizer, names))
+        for name, weights in whole.items():
+            part = self.parts[name]
+            part.of_flat(part.flat).copy_(part.of_whole(weights))
+        return wrapped
+
+    def _parts_of(self, optimizer: Any, names: Mapping[nn.Parameter, str]) -> Iterator[tuple[str, Part]]:
+        """Find each parameter's part in DeepSpeed's optimiser."""
+        if self.zero_stage_3:
+            for parameter, name in names.items():
+                group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = min(size * self.global_rank, parameter.ds_numel)  # type: ignore[attr-defined]
+                size = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]  # the rest is padding
+                flat = optimizer.fp32_partitioned_groups_flat[group]
+                yield name, Part(parameter.ds_shape, start, size, flat, offset)  # type: ignore[attr-defined]
+            return
+        for parameters, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+            for parameter in parameters:
+                found = parameter._hp_mapping
+                if found is None:
+                    yield names[parameter], Part(parameter.shape, 0, 0, flat, 0)
+                else:
+                    start, size = found.lp_fragment_address.start, found.lp_fragment_address.numel
+                    yield names[parameter], Part(parameter.shape, start, size, flat, found.hp_fragment_address.start)
+
+    @property
+    def working_dtype(self) -> torch.dtype:
+        """Of the weights that the model computes with."""
+        return torch.float32 if self.precision_plugin.precision == "32-true" else torch.bfloat16
+
+    @property
+    def zero_optimizer(self) -> Any:
+        """DeepSpeed's optimiser around torch's."""
+        return self.deepspeed_engine.optimizer
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """Lightning counts micro-batches and tells DeepSpeed of the last one, so that callbacks see whole steps."""
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Gradients are reduced after each micro-batch: each rank keeps its part of them only."""
+        yield
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch's backward pass; Lightning has divided its loss by the accumulation already."""
+        assert self.lightning_module is not None
+        is_last = not self.lightning_module.trainer.fit_loop._should_accumulate()
+        self.deepspeed_engine.set_gradient_accumulation_boundary(is_last)
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the gradient over all ranks before clipping, once its last micro-batch is through: a scalar.
+
+        Infinite where the gradient is not finite. All ranks must ask.
+        """
+        if not self.zero_stage_3:
+            return self.zero_optimizer.scaled_global_norm()
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        return combine_grad_norm_groups(self.zero_optimizer._get_norm_groups())
+
+    def leave_out_step(self) -> None:
+        """Have the optimizer step under way leave weights and moments alone, on all ranks.
+
+        DeepSpeed drops the gradients of a step whose norm is not finite, so it is given such a norm.
+        """
+        infinite = torch.tensor(float("inf"), device=self.root_device)
+        self.zero_optimizer.scaled_global_norm = lambda: infinite  # stage 2
+        self.zero_optimizer._get_norm_groups = lambda: [infinite]  # stage 3
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        """The last micro-batch and the step, unless `leave_out_step` was called in between."""
+        result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        for name in ("scaled_global_norm", "_get_norm_groups"):
+            vars(self.zero_optimizer).pop(name, None)
+        return result
+
+    # --- the float32 weights, for the average
+
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's part (n,) of every parameter in float32: views of what the optimiser updates."""
+        return {name: part.of_flat(part.flat) for name, part in self.parts.items()}
+
+    @torch.no_grad()
+    def weights_changed(self) -> None:
+        """Take the working copies, on all ranks, from what was written into `weights()`."""
+        optimizer = self.zero_optimizer
+        if not self.zero_stage_3:
+            optimizer.update_lp_params()
+            return
+        optimizer._partition_all_parameters()
+        for place in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(place)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put together what all ranks have parts (n,) of, in the first rank's main memory; empty on the others."""
+        found = {}
+        for name, values in parts.items():
+            part = self.parts[name]
+            whole = torch.zeros(part.shape.numel(), dtype=torch.float32, device=self.root_device)
+            part.of_whole(whole).copy_(values)
+            torch.distributed.reduce(whole, dst=0)
+            if self.is_global_zero:
+                found[name] = whole.view(part.shape).cpu()
+        return found
+
+    # --- checkpoints
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """The model takes its weights before they are spread."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """DeepSpeed saves nothing here."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        """The model's state in float32, on the first rank."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict() | self.whole(self.weights())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As torch's optimiser over whole parameters would give it, on the first rank."""
+        inner = self.zero_optimizer.optimizer
+        state: dict[int, dict[str, Any]] = {}
+        for number, name in enumerate(name for group in self._groups for name in group):
+            part = self.parts[name]
+            for key, values in inner.state.get(part.flat, {}).items():
+                if torch.is_tensor(values) and values.shape == part.flat.shape:
+                    values = self.whole({name: part.of_flat(values)}).get(name)
+                else:
+                    values = deepcopy(values)  # the count of steps: one tensor for many parameters only here
+                state.setdefault(number, {})[key] = values
+        groups, first = [], 0
+        for settings, group in zip(inner.param_groups, self._groups, strict=True):
+            groups.append(settings | {"params": list(range(first, first + len(group)))})
+            first += len(group)
+        return {"state": state, "param_groups": groups}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this rank's parts of the moments from a checkpoint of any strategy."""
+        inner, saved = self.zero_optimizer.optimizer, checkpoint["optimizer_states"][0]
+        for number, name in enumerate(name for group in self._groups for name in group):
+            part = self.parts[name]
+            for key, values in saved["state"].get(number, {}).items():
+                state = inner.state[part.flat]
+                if torch.is_tensor(values) and values.shape == part.shape:
+                    if key not in state:
+                        state[key] = torch.zeros_like(part.flat)
+                    part.of_flat(state[key]).copy_(part.of_whole(values))
+                else:
+                    state[key] = values.clone() if torch.is_tensor(values) else values
+        for group, settings in zip(inner.param_groups, saved["param_groups"], strict=True):
+            group.update({key: value for key, value in settings.items() if key != "params"})
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write the one file, on the first rank."""
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Map the one file into memory, which the ranks of a machine share: each reads the parts that it needs."""
+        return torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only, mmap=True)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Into the whole model, before it is spread."""
+        Strategy.load_model_state_dict(self, checkpoint, strict)
+
+
+def zero_of(module: LightningModule) -> ZeRO | None:
+    """The strategy that spreads a module's weights over the ranks; None where every rank has them whole."""
+    strategy = module._trainer.strategy if module._trainer is not None else None
+    return strategy if isinstance(strategy, ZeRO) and strategy.parts else None
+
+
+for _stage in (2, 3):
+    StrategyRegistry.register(f"zero{_stage}", ZeRO, f"DeepSpeed ZeRO-{_stage}", stage=_stage)
+    StrategyRegistry.register(
+        f"zero{_stage}_offload", ZeRO, f"DeepSpeed ZeRO-{_stage} with CPU offload", stage=_stage, offload=True
+    )

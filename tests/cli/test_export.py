@@ -1,0 +1,250 @@
+"""Sharing a trained model: from a checkpoint to a folder, and everything that opens it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from safetensors import safe_open
+from torch import Tensor
+
+from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.cli import main
+from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.stages import GPDiTStage
+from gpdit_lightning.training.checkpoints import RunCheckpoint, load_trained_model, open_weights, read_checkpoint
+from gpdit_lightning.training.ema import EMA
+from gpdit_lightning.training.optimizer import OptimizerConfig
+
+Fit = Callable[..., Trainer]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_shards: Path, tiny_config: GPDiTConfig, fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps, with an average. Do not change it."""
+    folder = tmp_path_factory.mktemp("run")
+    stage = GPDiTStage(tiny_config, optimizer=OptimizerConfig(learning_rate=0.03, warmup_steps=0))
+    data = LatentDataModule(videos=SourceConfig([str(tiny_shards)], batch_size=4))
+    fit(stage, data, folder, 3, [EMA(0.5), RunCheckpoint()])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's average as a folder. Do not change it."""
+    out = tmp_path_factory.mktemp("exported") / "model"
+    assert export(run, out) == 0
+    return out
+
+
+def export(checkpoint: Path, out: Path, *options: str) -> int:
+    return main(["export", "--checkpoint", str(checkpoint), "--out", str(out), *options])
+
+
+def velocity(model: GPDiT) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    noisy, clean = torch.randn(2, 2, 3, 4, 8, 8, generator=generator)
+    with torch.no_grad():
+        return model(noisy, torch.rand(2, 3, generator=generator), clean)
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_the_folder_holds_what_the_checkpoint_holds(run: Path, exported: Path) -> None:
+    trained, shared = load_trained_model(run), load_trained_model(exported)
+    assert {path.name for path in exported.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert_same(tensors_of(exported), trained.backbone.state_dict())
+    wanted = velocity(trained.backbone)
+    assert wanted.std() > 0.01
+    assert torch.equal(velocity(GPDiT.from_pretrained(exported)), wanted)
+    assert torch.equal(velocity(shared.backbone), wanted)
+    for name in ("schedule", "codec", "geometry", "step"):
+        assert getattr(shared, name) == getattr(trained, name)
+    assert shared.backbone.config == trained.backbone.config
+    assert shared.backbone.facts == trained.backbone.facts
+
+
+def test_everybody_who_may_read_the_folder_may_read_all_of_it(exported: Path) -> None:
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1
+
+
+def test_the_config_knows_what_the_checkpoint_knows(run: Path, exported: Path) -> None:
+    content, checkpoint = json.loads((exported / "config.json").read_text()), read_checkpoint(run)
+    data = checkpoint["LatentDataModule"]
+    assert content["codec"] == data["codec"]
+    assert content["geometry"] == data["geometry"]
+    assert content["data"] == data["order"]
+    assert content["config"] == checkpoint["gpdit"]["backbone"]
+    assert content["schedule"] == checkpoint["gpdit"]["schedule"]
+    assert (content["weights"], content["step"], content["stage"]) == ("ema", 3, "GPDiTStage")
+    assert "origin" not in content  # it began at random
+    card = (exported / "README.md").read_text()
+    assert data["order"]["data.videos.manifests"][0] in card
+    assert "averaged (EMA) weights after 3 optimizer steps of GPDiTStage" in card
+
+
+def test_the_trained_weights_on_request(run: Path, exported: Path, tmp_path: Path) -> None:
+    assert export(run, tmp_path / "raw", "--weights=raw") == 0
+    raw = load_trained_model(run, weights="raw").backbone
+    assert_same(tensors_of(tmp_path / "raw"), dict(raw.state_dict()))
+    assert not torch.equal(velocity(raw), velocity(load_trained_model(exported).backbone))
+    for kind in ("ema", "raw"):  # without an average, trained weights are what there is
+        assert open_weights(tmp_path / "raw", kind).facts["weights"] == "raw"
+    with pytest.raises(InputError, match=r"model holds averaged weights only: take those, or export again with"):
+        load_trained_model(exported, weights="raw")
+
+
+def test_a_run_without_an_average(run: Path, tmp_path: Path) -> None:
+    content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    del content["ema"]
+    torch.save(content, tmp_path / "last.ckpt")
+    assert export(tmp_path / "last.ckpt", tmp_path / "model") == 0
+    assert_same(tensors_of(tmp_path / "model"), dict(load_trained_model(run, weights="raw").backbone.state_dict()))
+    assert json.loads((tmp_path / "model/config.json").read_text())["weights"] == "raw"
+
+
+def test_half_the_bytes(run: Path, tmp_path: Path) -> None:
+    assert export(run, tmp_path / "half", "--dtype=bfloat16") == 0
+    halved = {name: value.bfloat16() for name, value in load_trained_model(run).backbone.state_dict().items()}
+    assert_same(tensors_of(tmp_path / "half"), halved)
+    assert GPDiT.from_pretrained(tmp_path / "half").output.weight.dtype == torch.bfloat16
+    assert export(tmp_path / "half", tmp_path / "back", "--dtype=float32") == 0  # an export may be exported
+    assert_same(tensors_of(tmp_path / "back"), {name: value.float() for name, value in halved.items()})
+
+
+def test_exporting_again_replaces_the_folder_and_keeps_its_card(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "model"
+    assert export(run, out) == 0
+    content = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(content[:100])
+    (out / "README.md").write_text("---\nlicense: cc0-1.0\n---\n")
+    (tmp_path / "new" / "model.partial").mkdir()  # of a killed export
+    assert export(run, out) == 0
+    assert (out / "model.safetensors").read_bytes() == content
+    assert (out / "README.md").read_text() == "---\nlicense: cc0-1.0\n---\n"
+    assert [path.name for path in out.parent.iterdir()] == ["model"]
+
+
+def test_what_is_something_else_stays(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos, other = tmp_path / "photos", tmp_path / "other"
+    photos.mkdir()
+    (photos / "me.jpg").write_text("a photo")
+    assert export(run, other, "--weights=raw") == 0
+    before = (other / "model.safetensors").read_bytes()
+    for out in (photos, other, run):
+        assert export(run, out) == 2
+        assert f"{out} holds something else than an earlier export of this model" in capsys.readouterr().err
+    assert (photos / "me.jpg").read_text() == "a photo"
+    assert (other / "model.safetensors").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "other"}
+
+
+def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr("gpdit_lightning.model.weights.save_file", break_off)
+    assert export(run, tmp_path / "model") == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_begins_with_an_exported_folder(
+    exported: Path, tiny_config: GPDiTConfig, tiny_shards: Path, fit: Fit, tmp_path: Path
+) -> None:
+    stage = GPDiTStage(tiny_config, initial_weights=str(exported))
+    stage.configure_model()
+    assert_same(dict(stage.backbone.state_dict()), tensors_of(exported))
+    assert stage.origin == {"path": str(exported), "step": 3}
+    data = LatentDataModule(videos=SourceConfig([str(tiny_shards)], batch_size=4))
+    fit(stage, data, tmp_path / "run", 1, [EMA(), RunCheckpoint()])
+    assert export(tmp_path / "run", tmp_path / "next") == 0
+    assert json.loads((tmp_path / "next/config.json").read_text())["origin"] == stage.origin
+    with pytest.raises(InputError, match="holds a model with layers = 2, but this one has 3"):
+        GPDiTStage(tiny_config.replaced(layers=3), initial_weights=str(exported)).configure_model()
+
+
+def test_a_stage_refuses_an_export_for_another_codec(
+    exported: Path, tiny_config: GPDiTConfig, write_shards: Callable[..., Any], fit: Fit, tmp_path: Path
+) -> None:
+    shards = write_shards(tmp_path / "other", {("train", "video", (3, 8, 8)): 4}, fingerprint="f" * 16).directory
+    data = LatentDataModule(videos=SourceConfig([str(shards)], batch_size=4))
+    with pytest.raises(InputError, match="another codec than the data's"):
+        fit(GPDiTStage(tiny_config, initial_weights=str(exported)), data, tmp_path / "run", 1)
+
+
+def test_a_model_that_was_never_trained_here(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
+    GPDiT(tiny_config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="does not say with which schedule, codec, geometry, step its weights were"):
+        load_trained_model(tmp_path)
+    stage = GPDiTStage(tiny_config, initial_weights=str(tmp_path))  # a stage may begin with it
+    stage.configure_model()
+    assert stage.origin == {"path": str(tmp_path), "step": 0}
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+def test_nothing_of_a_malicious_checkpoint_or_export_runs(
+    run: Path, exported: Path, tiny_config: GPDiTConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace"
+    checkpoint = tmp_path / "last.ckpt"
+    content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    torch.save(content | {"hyper_parameters": Malicious(trace)}, checkpoint)
+    unpickled, disguised, described = (tmp_path / name for name in ("unpickled", "disguised", "described"))
+    for folder in (unpickled, disguised, described):
+        folder.mkdir()
+        (folder / "config.json").write_bytes((exported / "config.json").read_bytes())
+        torch.save(Malicious(trace), folder / "pytorch_model.bin")
+    torch.save(Malicious(trace), disguised / "model.safetensors")
+    (described / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
+    (described / "config.json").write_text('{"format": "gpdit_lightning-model-1", "config": {"size": ["os.system"]}}')
+    for path, words in (
+        (checkpoint, "last.ckpt cannot be read as a checkpoint"),
+        (unpickled, "model.safetensors does not exist, and weights in no other file are opened"),
+        (disguised, "model.safetensors is no whole safetensors file"),
+        (described, "config.json: size is ['os.system']"),
+    ):
+        assert export(path, tmp_path / "out") == 2
+        message = capsys.readouterr().err
+        assert words in message
+        assert message.count("\n") == 1
+        with pytest.raises(InputError):
+            load_trained_model(path)
+        with pytest.raises(InputError):
+            GPDiT.from_pretrained(path)
+        with pytest.raises(InputError):
+            GPDiTStage(tiny_config, initial_weights=str(path)).configure_model()
+    assert not trace.exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["state_dict", "gpdit", "LatentDataModule"])
+def test_a_checkpoint_of_wrong_parts(part: str, run: Path, tmp_path: Path) -> None:
+    content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    torch.save(content | {part: [1, 2]}, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match=r"last\.ckpt is not a checkpoint of gpdit_lightning"):
+        load_trained_model(tmp_path / "last.ckpt")
+    torch.save(content | {part: {"backbone.output.bias": 3, "codec": 3}}, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match=r"last\.ckpt (has|lacks)"):
+        load_trained_model(tmp_path / "last.ckpt", weights="raw")
