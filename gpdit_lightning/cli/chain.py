@@ -4,7 +4,9 @@ import argparse
 import gc
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed
@@ -14,8 +16,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gpdit_lightning.cli import fit
 from gpdit_lightning.cli.recipes import read_yaml
+from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.training.checkpoints import last_checkpoint, read_checkpoint
+from gpdit_lightning.training.checkpoints import identity_of, last_checkpoint, read_checkpoint
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,9 +27,10 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m gpdit_lightning chain",
         description="Trains the stages of a chain one after another, each from the averaged weights of the one before. "
         "Finished stages are skipped; interrupted anywhere, the same command goes on. All other options are those of "
-        "`fit` and count for every stage.",
+        "`fit` (see `fit --help`) and count for every stage.",
     )
     options.add_argument(
+        "-c",
         "--config",
         action="append",
         required=True,
@@ -36,31 +40,95 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+class Stage(NamedTuple):
+    """One stage of a chain.
+
+    Attributes:
+        name: for messages.
+        arguments: of `fit`.
+        run_dir: its run folder.
+        steps: optimizer steps that it is to train.
+    """
+
+    name: str
+    arguments: list[str]
+    run_dir: str
+    steps: int
+
+
 def run(verb: str, arguments: Sequence[str]) -> None:
     """Train what is not finished yet.
 
     Raises:
-        InputError: no chain, or a stage that began from other weights than its predecessor now has.
+        InputError: no chain, a stage that cannot be trained, or one that began from other weights than its
+            predecessor's; all of it before anything is trained.
     """
     options, others = parser().parse_known_args(arguments)
-    chain, *overlays = options.config
-    stages = stages_of(chain)
+    stages = read_stages(options.config, others)
+    check(stages)
     environment = dict(os.environ)
-    predecessor = ""
-    for place, recipe in enumerate(stages, start=1):
-        stage = [f"--config={path}" for path in (recipe, *overlays)] + others
-        if predecessor:
-            stage.append(f"--model.init_args.initial_weights={predecessor}")
-        settings = fit.parse("fit", stage)
-        name = f"stage {place} of {len(stages)}, {settings.run_dir}"
-        step = finished_step(Path(settings.run_dir), predecessor)
-        if step >= settings.trainer.max_steps > 0:
-            tell(f"{name}: finished at step {step}")
-        else:
-            tell(f"{name}: {f'goes on from step {step}' if step else 'begins'}")
-            if not leave(fit.run("fit", stage), environment):
-                return
-        predecessor = settings.run_dir
+    for stage in stages:
+        step = step_of(stage)
+        if step >= stage.steps > 0:
+            tell(f"{stage.name}: finished at step {step}")
+            continue
+        tell(f"{stage.name}: {f'goes on from step {step}' if step else 'begins'}")
+        if not leave(fit.run("fit", stage.arguments), environment):
+            return
+
+
+def read_stages(configs: Sequence[Path], others: Sequence[str]) -> list[Stage]:
+    """The stages of a chain file with overlays and further options, each beginning where the one before ends.
+
+    Raises:
+        InputError: a recipe that cannot be used, or data that are not there.
+    """
+    chain, *overlays = configs
+    recipes = stages_of(chain)
+    stages: list[Stage] = []
+    for place, recipe in enumerate(recipes, start=1):
+        arguments = [f"--config={path}" for path in (recipe, *overlays)] + list(others)
+        if stages:
+            arguments.append(f"--model.init_args.initial_weights={stages[-1].run_dir}")
+        settings = fit.parse("fit", arguments)
+        for name in ("images", "videos", "sequences"):
+            for manifest in settings.data[name].manifests:
+                Manifest.load(manifest)
+        name = f"stage {place} of {len(recipes)}, {settings.run_dir}"
+        stages.append(Stage(name, arguments, settings.run_dir, settings.trainer.max_steps))
+    return stages
+
+
+def check(stages: Sequence[Stage]) -> None:
+    """See that every stage that has begun did so from its predecessor's present weights, and that those stay.
+
+    Raises:
+        InputError: they are others, or would be after this command.
+    """
+    for stage, following in pairwise(stages):
+        last = last_checkpoint(Path(following.run_dir))
+        if last is None:
+            continue
+        origin = read_checkpoint(last)["gpdit"]["origin"]
+        remedy = f"remove {following.run_dir} to train that stage again"
+        step = step_of(stage)
+        if origin is None or step == 0 or origin["sha256"] != identity_of(stage.run_dir):
+            began = f"from the weights of {origin['path']} (step {origin['step']})" if origin else "at random"
+            raise InputError(
+                f"{following.run_dir} began {began}, which are not the present ones of {stage.run_dir} (step {step}): "
+                f"{remedy}, or put back what it began from."
+            )
+        if step < stage.steps:
+            raise InputError(
+                f"{stage.run_dir} stands at step {step} of {stage.steps}, but {following.run_dir} has begun from it: "
+                f"{remedy}, or ask for {step} steps."
+            )
+
+
+def step_of(stage: Stage) -> int:
+    """The optimizer step that a stage's run stands at; 0 if it has not begun."""
+    last = last_checkpoint(Path(stage.run_dir))
+    return int(read_checkpoint(last)["global_step"]) if last else 0
 
 
 @rank_zero_only
@@ -75,26 +143,6 @@ def stages_of(chain: Path) -> list[Path]:
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, str) for stage in stages):
         raise InputError(f"{chain} is no chain: it needs a list of recipes under `stages`; for one recipe use `fit`.")
     return [chain.parent / stage for stage in stages]
-
-
-def finished_step(run_dir: Path, predecessor: str) -> int:
-    """The step that a stage's run stands at, 0 if it has not begun.
-
-    Raises:
-        InputError: it began from other weights than its predecessor's present ones.
-    """
-    last = last_checkpoint(run_dir)
-    if last is None:
-        return 0
-    checkpoint = read_checkpoint(last)
-    if predecessor:
-        origin, present = checkpoint["gpdit"]["origin"] or {"step": 0}, read_checkpoint(predecessor)["global_step"]
-        if origin["step"] != present:
-            raise InputError(
-                f"{run_dir} began from step {origin['step']} of its predecessor, but {predecessor} stands at step "
-                f"{present} now: remove {run_dir} to train the stage again, or restore the old trainer.max_steps."
-            )
-    return int(checkpoint["global_step"])
 
 
 def leave(trainer: Trainer, environment: dict[str, str]) -> bool:

@@ -1,6 +1,8 @@
 """`fit`, `validate` and `test`: a LightningCLI over recipes, with a run folder that resumes by itself."""
 
+import inspect
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpdit_lightning.cli.recipes import PREFIX, RecipeParser, essence, with_bases
 from gpdit_lightning.data.datamodule import LatentDataModule
@@ -34,7 +37,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class SaveRecipe(Callback):
-    """Writes the recipe as resolved to the run folder, once training has accepted it, and says who writes the rest.
+    """Writes the recipe as resolved to the run folder, once training has accepted it, and says what trains.
 
     Args:
         text: the YAML.
@@ -48,6 +51,8 @@ class SaveRecipe(Callback):
         if trainer.is_global_zero:
             with written_whole(Path(trainer.default_root_dir) / "config.yaml") as path:
                 path.write_text(self.text, encoding="utf-8")
+            parameters = sum(parameter.numel() for parameter in pl_module.parameters())
+            log.info("%s trains %.1fM parameters", type(pl_module).__name__, parameters / 1e6)
             if trainer.world_size > 1:
                 log.info(
                     "%d ranks train; rank 0 alone writes checkpoints, curves and previews, to %s",
@@ -85,10 +90,17 @@ class RecipeCLI(LightningCLI):
                 f"{self.datamodule.micro_batches_per_step} micro-batches in an optimizer step: leave it out and set "
                 "data.images.micro_batches or data.videos.micro_batches."
             )
-        if settings["val_check_interval"] is not None:
-            raise InputError(
-                "trainer.val_check_interval counts micro-batches: set validate_every_steps instead, in optimizer steps."
-            )
+        for name, instead in REPLACED.items():
+            if settings[name] != TRAINER_DEFAULTS.get(name, DEFAULTS_OF_LIGHTNING[name].default):
+                raise InputError(f"trainer.{name} is {settings[name]}, which a run folder cannot keep up: {instead}.")
+        for name, value in (
+            ("validate_every_steps", self.config_init["validate_every_steps"]),
+            ("trainer.log_every_n_steps", settings["log_every_n_steps"] - 1),
+        ):
+            if value < 0:
+                raise InputError(
+                    f"{name} is too low: count optimizer steps from 1 (validate_every_steps: 0 for never)."
+                )
         self.resumed = last_checkpoint(run_dir, verify=True)
         step = read_checkpoint(self.resumed)["global_step"] if self.resumed else 0
         health, ema = self.config_init["health"], self.config_init["ema"]
@@ -114,9 +126,26 @@ class RecipeCLI(LightningCLI):
                 *(settings["callbacks"] or []),
             ],
         }
-        return self.trainer_class(**settings)
+        try:
+            return self.trainer_class(**settings)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"the trainer cannot be set up as asked: {' '.join(str(error).split())}") from None
 
 
+# Settings of Lightning's trainer that would work against the batch plan or the run folder, and what to use instead.
+REPLACED = {
+    "val_check_interval": "set validate_every_steps, in optimizer steps",
+    "limit_train_batches": "a step has all batches of its plan; set trainer.max_steps",
+    "overfit_batches": "see recipes/debug/overfit_one_clip.yaml",
+    "default_root_dir": "set run_dir",
+    "enable_checkpointing": "set checkpoint.every_steps",
+    "max_epochs": "set trainer.max_steps",
+    "barebones": "leave it out",
+    "fast_dev_run": "set trainer.max_steps and a run_dir of its own",
+}
+DEFAULTS_OF_LIGHTNING = inspect.signature(Trainer).parameters
 NEVER = 2**40  # optimizer steps
 LOCK = ".lock"
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -124,6 +153,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 50,
     "check_val_every_n_epoch": None,  # one epoch is the whole run
     "num_sanity_val_steps": 0,
+    "enable_model_summary": False,  # its count of FLOPs does not know this model
     "use_distributed_sampler": False,  # the plan gives each rank its share
 }
 
@@ -202,6 +232,25 @@ def alone_in_its_folder(trainer: Trainer) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def failures_of_files_told(trainer: Trainer) -> Iterator[None]:
+    """Say of a file of the run that could not be written what is left; raises `InputError` instead of `OSError`."""
+    # TensorBoard writes in a thread; what fails there is raised again where the next curve is logged.
+    told, threading.excepthook = threading.excepthook, lambda failure: None
+    try:
+        yield
+    except OSError as error:
+        run_dir = Path(trainer.default_root_dir)
+        last = last_checkpoint(run_dir)
+        kept = f"{last.name} is whole and the same command goes on from it" if last else "there is no checkpoint yet"
+        raise InputError(
+            f"{error.filename or f'a file in {run_dir}'} could not be written or read ({error.strerror or error}): see "
+            f"that it is there, with room and permission to write; {kept}."
+        ) from None
+    finally:
+        threading.excepthook = told
+
+
 def run(verb: str, arguments: Sequence[str]) -> Trainer:
     """Train, or evaluate a run's last checkpoint; returns the trainer that did."""
     cli = build(verb, arguments)
@@ -209,10 +258,12 @@ def run(verb: str, arguments: Sequence[str]) -> Trainer:
     if resumed is not None:
         cli.model.initial_weights = ""  # the run has weights of its own; the old ones may be gone
     if verb == "fit":
-        with alone_in_its_folder(cli.trainer), ranks_end_together(cli.trainer):
+        with alone_in_its_folder(cli.trainer), ranks_end_together(cli.trainer), failures_of_files_told(cli.trainer):
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
         if cli.trainer.is_global_zero:
-            print(f"finished at step {cli.trainer.global_step}: {cli.trainer.default_root_dir}/checkpoints/last.ckpt")
+            step, folder = cli.trainer.global_step, f"{cli.trainer.default_root_dir}/checkpoints"
+            nothing_done = resumed is not None and resumed.name == f"step-{step}.ckpt"
+            print(f"finished at step {step}{' before: nothing was left to do' * nothing_done}: {folder}/last.ckpt")
         return cli.trainer
     if resumed is None:
         raise InputError(

@@ -31,7 +31,7 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
     given = iter(arguments)
     for argument in given:
         name, equals, value = argument.partition("=")
-        if name != "--config":
+        if name not in ("--config", "-c"):
             expanded.append(argument)
             continue
         path = Path(value if equals else next(given, ""))
@@ -43,8 +43,11 @@ def _chain_of_bases(path: Path, above: tuple[Path, ...]) -> list[Path]:
     if path in above:
         raise InputError(f"{path} is its own base: remove it from the `base` of {above[-1]}.")
     bases = read_yaml(path, needed_by=above[-1] if above else None).get("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise InputError(f"the `base` of {path} is {bases!r}: name a recipe, or a list of them.")
     chain = []
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         chain += _chain_of_bases(path.parent / base, (*above, path))
     return [*chain, path]
 

@@ -20,7 +20,7 @@ class SourceConfig:
     """One source of samples in the mixture."""
 
     manifests: list[str] = field(default_factory=list)
-    """Folders that data_prep/shard_latents.py made (or their manifest.json)."""
+    """Folders that data_prep/shard_latents.py or build_few_shot.py made (or their manifest.json)."""
     batch_size: int = 0
     """Samples per optimizer step over all ranks; a source without a batch size or without manifests is left out."""
     micro_batches: int = 1
@@ -69,11 +69,21 @@ class LatentDataModule(LightningDataModule):
         super().__init__()
         if seed < 0:
             raise InputError(f"data.seed is {seed}; it must not be negative.")
-        if noise_draws < 1:
-            raise InputError(f"data.noise_draws is {noise_draws}; it must be at least 1.")
+        for name, value, least in (
+            ("noise_draws", noise_draws, 1),
+            ("max_ranks", max_ranks, 1),
+            ("workers", workers, 0),
+            ("validation_batches", validation_batches, 0),
+        ):
+            if value < least:
+                raise InputError(f"data.{name} is {value}; it must be at least {least}.")
         self.seed, self.noise_levels, self.noise_draws = seed, noise_levels, noise_draws
         self.workers, self.validation_batches = workers, validation_batches
         given = {"images": images, "videos": videos, "sequences": sequences}
+        for name, config in given.items():
+            for setting in ("batch_size", "frames", "least_frames"):
+                if getattr(config, setting) < 0:
+                    raise InputError(f"data.{name}.{setting} is {getattr(config, setting)}; it must not be negative.")
         self.configs = {name: config for name, config in given.items() if config.manifests and config.batch_size > 0}
         self.manifests = {
             name: [Manifest.load(path) for path in config.manifests] for name, config in self.configs.items()
@@ -134,13 +144,17 @@ class LatentDataModule(LightningDataModule):
             InputError: the data, the mixture or the batches changed.
         """
         order, saved = self._order(), state_dict["order"]
-        for name in sorted(order.keys() | saved.keys()):
-            if order.get(name) != saved.get(name):
-                raise InputError(
-                    f"the checkpoint was trained with {name} = {saved.get(name)} and the recipe has {order.get(name)}, "
-                    "so its data order cannot go on: restore the old value, or begin a new run folder from its weights "
-                    "(--run_dir NEW --model.init_args.initial_weights CHECKPOINT)."
-                )
+        changes = [
+            f"{name} = {saved.get(name, 'unused')} and the recipe has {order.get(name, 'none')}"
+            for name in sorted(order.keys() | saved.keys())
+            if order.get(name) != saved.get(name)
+        ]
+        if changes:
+            raise InputError(
+                f"the checkpoint was trained with {'; with '.join(changes)}; so its data order cannot go on: restore "
+                "the old values, or begin a new run folder from its weights (--run_dir NEW "
+                "--model.init_args.initial_weights OLD_RUN_DIR)."
+            )
 
     def _order(self) -> dict[str, Any]:
         order: dict[str, Any] = {

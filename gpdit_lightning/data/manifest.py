@@ -99,7 +99,10 @@ class Manifest:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise InputError(f"{path} does not exist: give a folder made by data_prep/shard_latents.py.") from None
+            raise InputError(
+                f"{path} does not exist: give a folder made by data_prep/shard_latents.py, or for sequences by "
+                "data_prep/build_few_shot.py."
+            ) from None
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is no readable JSON ({error}): {PREPARE_AGAIN}.") from None
         manifest = _parse(content, path)

@@ -1,6 +1,7 @@
 """What every stage does: noise a batch, predict its velocity, hand the loss on."""
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,8 +14,8 @@ from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, velocity_loss
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT, GPDiTConfig
-from gpdit_lightning.training.checkpoints import check_architecture, check_codec, open_weights
-from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
+from gpdit_lightning.training.checkpoints import check_architecture, check_codec, identity_of, open_weights
+from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer, follow_recipe
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class GPDiTStage(LightningModule):
         super().__init__()
         self.config, self.schedule, self.optimizer_config = backbone, schedule, optimizer
         self.initial_weights = initial_weights
-        # Where the weights came from, kept in every checkpoint: {"path", "step"}.
+        # Where the weights came from, kept in every checkpoint: {"path", "step", "sha256"}.
         self.origin: dict[str, Any] | None = None
         self.initial_codec: dict[str, Any] | None = None
         self.backbone: GPDiT
@@ -67,13 +68,17 @@ class GPDiTStage(LightningModule):
                     f"training is to begin with the weights of {self.initial_weights}, which is not there: train that "
                     "stage first (`chain` trains all), or begin at random with --model.init_args.initial_weights=''."
                 )
-            weights = open_weights(self.initial_weights)
+            weights = open_weights(self.initial_weights, verify=True)
             check_architecture(weights.config.to_dict(), self.config, self.initial_weights)
             weights.load_into(self.backbone)
             self.initial_codec = weights.facts.get("codec")
-            self.origin = {"path": self.initial_weights, "step": weights.facts.get("step", 0)}
+            self.origin = {
+                "path": self.initial_weights,
+                "step": weights.facts.get("step", 0),
+                "sha256": identity_of(self.initial_weights),
+            }
             kind = "averaged" if weights.facts.get("weights") == "ema" else "trained"
-            log.info("begins with the %s weights of %s (step %d)", kind, *self.origin.values())
+            log.info("begins with the %s weights of %s (step %d)", kind, self.origin["path"], self.origin["step"])
 
     def on_fit_start(self) -> None:
         """Refuse other sources than the stage's, and initial weights made for latents of another codec.
@@ -90,6 +95,13 @@ class GPDiTStage(LightningModule):
             )
         if self.initial_codec is not None:
             check_codec(self.initial_codec, self.data.codec, self.initial_weights)
+
+    def on_train_start(self) -> None:
+        """A resumed run trains as its recipe says now; what changed is said."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        scheduler: Any = self.lr_schedulers()
+        for change in follow_recipe(optimizer, scheduler, self.optimizer_config):
+            log.info("%s", change)
 
     @property
     def data(self) -> LatentDataModule:
@@ -142,11 +154,18 @@ class GPDiTStage(LightningModule):
         checkpoint["gpdit"] = {
             "stage": type(self).__name__,
             "backbone": self.config.to_dict(),
-            "schedule": {"name": self.schedule.name, "shift": self.schedule.shift},
+            "schedule": asdict(self.schedule),
             "origin": self.origin,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture."""
         check_architecture(checkpoint["gpdit"]["backbone"], self.config, "the run's last checkpoint")
+        saved, ours = checkpoint["gpdit"]["schedule"], asdict(self.schedule)
+        if saved != ours:
+            raise InputError(
+                f"the checkpoint was trained with the noise schedule {saved} and the recipe has {ours}: restore the "
+                "old one, or begin a new run folder from its weights (--run_dir NEW "
+                "--model.init_args.initial_weights OLD)."
+            )
         self.origin = checkpoint["gpdit"]["origin"]

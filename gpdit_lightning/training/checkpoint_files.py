@@ -5,6 +5,7 @@
 - checkpoints/last.ckpt: a link to the newest.
 """
 
+import hashlib
 import json
 import logging
 import shutil
@@ -67,9 +68,11 @@ def remove(path: Path) -> None:
 def prune(newest: Path, keep_last: int, keep_every_steps: int) -> None:
     """Remove the checkpoints before the newest, but the last ones and the milestones.
 
-    Later ones, which a run has that went back to an earlier step, are left until it passes them.
+    Later ones, which a run has that went back to an earlier step, are left until it passes them. One without a mark is
+    neither counted nor removed.
     """
-    earlier = [path for path in _by_step(newest.parent) if _step_of(path) < _step_of(newest)]
+    marked = [path for path in _by_step(newest.parent) if mark_path(path).exists()]
+    earlier = [path for path in marked if _step_of(path) < _step_of(newest)]
     for path in earlier[keep_last - 1 :]:
         if keep_every_steps == 0 or _step_of(path) % keep_every_steps:
             remove_checkpoint(path)
@@ -83,6 +86,13 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob("*.partial"):
         log.info("%s was never completed and is removed.", path)
         remove(path)
+
+
+def discredit_torn_ones(folder: Path, after: int) -> None:
+    """Take the mark from checkpoints after a step that are not what was written, so that none counts as a good one."""
+    for path in _by_step(folder):
+        if _step_of(path) > after and mark_path(path).exists() and fault_of(path, verify=True):
+            mark_path(path).replace(mark_path(path).with_suffix(".torn"))
 
 
 def fault_of(path: Path, verify: bool = False) -> str:
@@ -108,6 +118,14 @@ def fault_of(path: Path, verify: bool = False) -> str:
         if verify and sha256_of(file) != digest:
             return f"{name} is not what was written, by its sha256"
     return ""
+
+
+def digest_of(path: Path) -> str:
+    """A sha256 that tells a checkpoint from others: over the hashes in its mark or, without one, of its file."""
+    if not mark_path(path).exists():
+        return sha256_of(path)
+    files = json.loads(mark_path(path).read_text(encoding="utf-8"))["files"]
+    return hashlib.sha256(json.dumps(sorted(entry["sha256"] for entry in files.values())).encode()).hexdigest()
 
 
 def last_checkpoint(run_dir: Path, verify: bool = False) -> Path | None:

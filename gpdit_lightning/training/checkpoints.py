@@ -15,11 +15,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import partial_path
+from gpdit_lightning.files import partial_path, sha256_of
 from gpdit_lightning.model import GPDiT, GPDiTConfig
-from gpdit_lightning.model.weights import Weights, is_folder_of_weights, read_folder
+from gpdit_lightning.model.weights import WEIGHTS, Weights, is_folder_of_weights, read_folder
 from gpdit_lightning.training.checkpoint_files import (
     checkpoint_path,
+    digest_of,
+    discredit_torn_ones,
     fault_of,
     last_checkpoint,
     mark_path,
@@ -107,6 +109,8 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run stands at a step that is saved already."""
         self._finished_step, self._saved_at = trainer.global_step, time.monotonic()
+        if trainer.is_global_zero:
+            discredit_torn_ones(checkpoint_path(Path(trainer.default_root_dir), 0).parent, trainer.global_step)
         self._signals = StopSignals(announce=trainer.is_global_zero)
         self._signals.install()
 
@@ -194,22 +198,31 @@ def _fail_together(trainer: Trainer, failure: str) -> None:
         raise InputError(failure) if trainer.is_global_zero else SystemExit(0)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def identity_of(path: str | Path) -> str:
+    """A sha256 that tells weights from others: of a checkpoint (or the last one of a run folder), or of an export."""
+    path = Path(path)
+    if is_folder_of_weights(path):
+        return sha256_of(path / WEIGHTS)
+    return digest_of((last_checkpoint(path) or path).resolve())
+
+
+def read_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]:
     """The content of a training checkpoint, memory-mapped; objects other than tensors and plain values are refused.
 
     Args:
         path: a checkpoint file, wherever it was copied to, or the run folder that holds some.
+        verify: whether to hash its files, where a mark says what they should be, instead of comparing sizes only.
 
     Raises:
         InputError: the file is missing, cut off, not what its mark says, or not a checkpoint of this library.
     """
     path = Path(path)
     if path.is_dir():
-        path = last_checkpoint(path) or path
+        path = last_checkpoint(path, verify) or path
     if not path.is_file():
         raise InputError(f"there is no checkpoint at {path}: give a .ckpt file or a run folder that holds one.")
     own = path.resolve()  # `last.ckpt` is a link, and marks belong to what it names
-    fault = fault_of(own) if mark_path(own).exists() else ""
+    fault = fault_of(own, verify) if mark_path(own).exists() else ""
     if fault:
         raise InputError(f"{path} is not a whole checkpoint ({fault}): use another of the run's.")
     if not zipfile.is_zipfile(path):
@@ -272,19 +285,20 @@ def facts_of(checkpoint: dict[str, Any], kind: Literal["ema", "raw"]) -> dict[st
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def open_weights(path: str | Path, kind: Literal["ema", "raw"] = "ema") -> Weights:
+def open_weights(path: str | Path, kind: Literal["ema", "raw"] = "ema", verify: bool = False) -> Weights:
     """Open weights where they lie, whatever kind of file or folder that is; nothing is copied, no object unpickled.
 
     Args:
         path: a checkpoint, a run folder (for its last checkpoint), or a folder that `export` or `save_pretrained` made.
         kind: averaged weights (`ema`; where there is no average, trained ones) or trained ones.
+        verify: whether to hash a checkpoint before it is used, as :func:`read_checkpoint` does.
 
     Raises:
         InputError: it cannot be read, or holds averaged weights alone where trained ones are asked for.
     """
     path = Path(path)
     if not is_folder_of_weights(path):
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, verify)
         architecture, facts = checkpoint["gpdit"].get("backbone"), facts_of(checkpoint, kind)
         return Weights.checked(backbone_weights(checkpoint, kind), architecture, facts, str(path))
     weights = read_folder(path)

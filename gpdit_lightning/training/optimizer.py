@@ -26,7 +26,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay; at 0 AdamW is the paper's Adam."""
     warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises linearly from 0."""
+    """Optimizer steps over which the learning rate rises linearly; the first step has 1 / warmup_steps of it."""
     decay: Literal["constant", "cosine", "wsd"] = "constant"
     """After the warm-up: stay; fall along a half cosine until the end of the run; or stay, and fall linearly over its
     last `decay_steps` (warm-up, stable, decay: MiniCPM, arXiv:2404.06395, with the linear cool-down of Hägele et al.,
@@ -37,8 +37,8 @@ class OptimizerConfig:
     """What `cosine` and `wsd` fall to, relative to the peak."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise InputError(f"optimizer.learning_rate is {self.learning_rate}; it must be positive.")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise InputError(f"optimizer.learning_rate is {self.learning_rate}; it must be positive and finite.")
         if self.warmup_steps < 0:
             raise InputError(f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative.")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -72,6 +72,31 @@ def learning_rate_factor(step: int, config: OptimizerConfig, max_steps: int) -> 
         falling = min(1.0, left / config.decay_steps)
     floor = config.final_learning_rate_fraction
     return floor + (1 - floor) * falling
+
+
+def follow_recipe(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, config: OptimizerConfig) -> list[str]:
+    """Let a recipe's values win over those that an optimizer was restored with; returns what changed, as sentences.
+
+    Where nothing changed, nothing is touched but the learning rate, which is computed again to the same bits.
+    """
+    wanted = {
+        "initial_lr": config.learning_rate,
+        "betas": tuple(config.betas),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    changed = []
+    for name, value in wanted.items():
+        before = optimizer.param_groups[0][name]
+        if (tuple(before) if name == "betas" else before) != value:
+            label = "learning_rate" if name == "initial_lr" else name
+            changed.append(f"optimizer.{label} is {value} from here on; it was {before}")
+    for group in optimizer.param_groups:
+        group |= wanted
+        group["lr"] = config.learning_rate * scheduler.lr_lambdas[0](scheduler.last_epoch)
+    scheduler.base_lrs = [config.learning_rate] * len(optimizer.param_groups)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return changed
 
 
 def build_optimizer(

@@ -1,6 +1,7 @@
 """Stage after stage, each from the averaged weights of the one before, interrupted anywhere."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import yaml
 
 from gpdit_lightning.cli import main
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.training.checkpoints import read_checkpoint
+from gpdit_lightning.training.checkpoints import identity_of, last_checkpoint, read_checkpoint
 
 BACKBONE = {"size": "tiny", "layers": 1, "width": 24, "heads": 2, "mlp_width": 48, "latent_channels": 4}
 STEPS = 4
@@ -94,7 +95,8 @@ def test_each_stage_begins_with_the_average_of_the_one_before(
     predecessor = first["ema"]["weights"]
     assert any(not torch.equal(value, first["state_dict"][name]) for name, value in predecessor.items())
     for checkpoint, name in zip(others, ("ImageWarmupStage", "MixedStage", "LongVideoStage"), strict=True):
-        assert checkpoint["gpdit"]["origin"] == {"path": str(runs / name), "step": STEPS}
+        origin = checkpoint["gpdit"]["origin"]
+        assert origin == {"path": str(runs / name), "step": STEPS, "sha256": identity_of(runs / name)}
         for key, value in predecessor.items():
             torch.testing.assert_close(checkpoint["state_dict"][key], value, rtol=0, atol=1e-9)
         predecessor = checkpoint["ema"]["weights"]
@@ -146,17 +148,65 @@ def test_stages_with_other_numbers_of_ranks(chain: Path, tmp_path: Path) -> None
     assert [origin and origin["step"] for origin in origins] == [None, STEPS, STEPS, STEPS]
 
 
-def test_a_stage_whose_predecessor_went_on_is_refused(
+def test_a_stage_that_began_from_other_weights_is_refused_before_anything_is_trained(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Its predecessor would go on, did go on, was trained anew, or never was one; the step alone does not tell."""
     runs = tmp_path / "runs"
     command = ["chain", "--config", str(chain), f"--runs={runs}"]
     assert main(command) == 0
-    assert main(["fit", f"--config={tmp_path / 'MixedStage.yaml'}", f"--runs={runs}", "--trainer.max_steps=6"]) == 0
+    first, mixed, long = (runs / name for name in ("ImageWarmupStage", "MixedStage", "LongVideoStage"))
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.ckpt")}
+
+    assert main([*command, "--trainer.max_steps=6"]) == 2
+    message = capsys.readouterr().err
+    assert f"{first} stands at step {STEPS} of 6, but {mixed} has begun from it: remove {mixed}" in message
+    assert f"or ask for {STEPS} steps" in message
+    assert before == {path: path.stat().st_mtime_ns for path in runs.rglob("*.ckpt")}
+    assert main(command) == 0  # as the message says
+
+    shutil.rmtree(first)
+    assert main(["fit", f"--config={tmp_path / 'ImageWarmupStage.yaml'}", f"--runs={runs}", "--data.seed=9"]) == 0
     assert main(command) == 2
     message = capsys.readouterr().err
-    assert f"{runs / 'LongVideoStage'} began from step {STEPS} of its predecessor" in message
-    assert "stands at step 6 now" in message
+    assert f"{mixed} began from the weights of {first} (step {STEPS}), which are not the present ones" in message
+
+    shutil.rmtree(long)
+    stage = ["fit", f"--config={tmp_path / 'LongVideoStage.yaml'}", f"--runs={runs}", "--trainer.max_steps=1"]
+    assert main(stage) == 0
+    shutil.rmtree(mixed)
+    assert main(command) == 2
+    assert f"{long} began at random, which are not the present ones of {mixed} (step 0)" in capsys.readouterr().err
+
+
+def test_what_later_stages_lack_is_said_before_the_first_is_trained(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["chain", "-c", str(chain), f"--runs={tmp_path / 'runs'}"]
+    recipe = yaml.safe_load((tmp_path / "FewShotStage.yaml").read_text())
+    recipe["data"]["sequences"]["manifests"] = [str(tmp_path / "nowhere")]
+    (tmp_path / "FewShotStage.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(command) == 2
+    assert "build_few_shot.py" in capsys.readouterr().err
+    (tmp_path / "FewShotStage.yaml").unlink()
+    assert main(command) == 2
+    assert "FewShotStage.yaml cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_damaged_weights_are_not_handed_on(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A byte that changed in the only checkpoint of the stage before, whose size is right."""
+    assert main(["fit", f"--config={tmp_path / 'ImageWarmupStage.yaml'}", f"--runs={tmp_path / 'runs'}"]) == 0
+    damaged = last_checkpoint(tmp_path / "runs" / "ImageWarmupStage")
+    assert damaged is not None
+    for other in damaged.parent.glob("step-*.ckpt"):
+        if other != damaged:
+            other.with_name(other.name + ".complete").unlink()
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    assert main(["chain", f"--config={chain}", f"--runs={tmp_path / 'runs'}"]) == 2
+    assert "is not what was written, by its sha256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["stages: []", "stages: one.yaml", "run_dir: x"])

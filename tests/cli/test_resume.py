@@ -234,3 +234,47 @@ def test_two_runs_do_not_share_a_folder(
     other.kill()
     other.communicate()
     assert fit(tmp_path / "recipe.yaml", recipe(tiny_shards, whole)) == 0
+
+
+def test_the_recipes_optimizer_counts_after_a_resume(
+    whole: Path, tiny_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the checkpoint's: whoever lowers the learning rate to go on means it."""
+    run_dir = tmp_path / "run"
+    left_at(run_dir, whole, 4)
+    settings = recipe(tiny_shards, run_dir)
+    optimizer = {"learning_rate": 1e-5, "decay": "constant", "weight_decay": 0.1, "betas": [0.8, 0.9]}
+    settings["model"]["init_args"]["optimizer"] = optimizer
+    settings["trainer"]["log_every_n_steps"] = 1
+    caplog.set_level("INFO", "gpdit_lightning")
+    assert fit(tmp_path / "recipe.yaml", settings) == 0
+    group = read_checkpoint(run_dir)["optimizer_states"][0]["param_groups"][0]
+    assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (1e-5, 0.1, (0.8, 0.9))
+    assert later(curves(run_dir)["train/lr"], 4) == pytest.approx({5: 1e-5, 6: 1e-5})
+    assert "optimizer.learning_rate is 1e-05 from here on; it was 0.003" in caplog.text
+
+
+def test_another_noise_schedule_is_refused(
+    whole: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    assert fit(path, recipe(tiny_shards, whole), "--model.init_args.schedule.shift=3") == 2
+    assert "noise schedule {'name': 'cosine', 'shift': 1.0} and the recipe has" in capsys.readouterr().err
+
+
+def test_a_checkpoint_known_to_be_torn_does_not_count_as_kept(whole: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    """The run goes on from the one before, which must not be pruned in favour of the torn one."""
+    run_dir = tmp_path / "run"
+    for step in (4, 5):
+        (run_dir / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
+        left_at(run_dir, whole, step)
+    torn = run_dir / "checkpoints" / "step-5.ckpt"
+    content = bytearray(torn.read_bytes())
+    content[len(content) // 2] ^= 1
+    torn.write_bytes(content)
+    settings = recipe(tiny_shards, run_dir)
+    settings["checkpoint"] = {"every_steps": 100, "keep_last": 2}
+    assert fit(tmp_path / "recipe.yaml", settings) == 0
+    marks = {path.name for path in torn.parent.glob("*.complete")}
+    assert marks == {"step-4.ckpt.complete", "step-6.ckpt.complete"}
+    assert_same(read_checkpoint(run_dir), read_checkpoint(whole))

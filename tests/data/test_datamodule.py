@@ -268,5 +268,5 @@ def test_other_data_and_other_sources_are_refused(tiny_shards: Path, tmp_path: P
     other = write_shards(tmp_path, {VIDEO: 3}).directory
     with pytest.raises(InputError, match=r"data\.videos\.manifests"):
         module(tiny_shards, videos=source(other, batch_size=2)).load_state_dict(state)
-    with pytest.raises(InputError, match=r"data\.images\.batch_size = 4 and the recipe has None"):
+    with pytest.raises(InputError, match=r"data\.images\.batch_size = 4 and the recipe has none"):
         LatentDataModule(videos=source(tiny_shards, batch_size=2)).load_state_dict(state)
