@@ -284,11 +284,9 @@ class ZeRO(DeepSpeedStrategy):
         if not self.zero_stage_3:
             optimizer.update_lp_params()
             return
-        optimizer._partition_all_parameters()
+        optimizer._partition_all_parameters()  # also the small ones that stay whole: the next pass gathers them anew
         for place in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(place)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
     def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put together what all ranks have parts (n,) of, in the first rank's main memory; empty on the others."""

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from gpdit_lightning.cli import main
+from gpdit_lightning.training.checkpoints import read_checkpoint
 from tests.cli.test_several_ranks import STEPS, curves, finish, gone_back, one_rank, recorder, seen, train, weights
 
 __all__ = ["one_rank", "recorder"]  # fixtures
@@ -42,3 +45,47 @@ def test_zero_goes_on_where_one_process_stopped_and_one_process_evaluates_it(
     assert validated(tmp_path / "rest.yaml", recorder) == pytest.approx(loss, abs=2e-5)
     alone = ("--trainer.strategy=auto", "--trainer.devices=1")
     assert validated(tmp_path / "rest.yaml", recorder, *alone) == pytest.approx(loss, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--trainer.precision=16-mixed"], "trainer.precision is 16-mixed: with ZeRO take bf16-mixed or 32-true."),
+        (["--trainer.gradient_clip_algorithm=value"], "leave out trainer.gradient_clip_algorithm"),
+        (["--trainer.strategy=gpdit_lightning.training.zero.ZeRO", "--trainer.strategy.stage=1"], "take 2 or 3"),
+    ],
+)
+def test_what_zero_does_not_do_is_one_sentence(
+    options: list[str], sentence: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ["--model=GPDiTStage", "--model.backbone.size=tiny", "--trainer.accelerator=cpu", "--trainer.devices=1"]
+    data = [f"--data.videos.manifests=[{tiny_shards}]", "--data.videos.batch_size=2", f"--run_dir={tmp_path / 'run'}"]
+    assert main(["fit", *recipe, *data, "--trainer.strategy=zero3", *options]) != 0
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_chain_of_zero_and_others(tiny_shards: Path, tmp_path: Path) -> None:
+    """ZeRO leaves its ranks as the next stage wants to find them."""
+    recipes = []
+    for place, strategy in enumerate(("zero3", "ddp", "zero2")):
+        recipe = {
+            "run_dir": f"${{runs}}/{place}",
+            "model": {
+                "class_path": "GPDiTStage",
+                "init_args": {"backbone": {"size": "tiny", "layers": 1, "width": 24, "heads": 2, "latent_channels": 4}},
+            },
+            "data": {"max_ranks": 2, "videos": {"manifests": [str(tiny_shards)], "batch_size": 4}},
+            "trainer": {"accelerator": "cpu", "devices": 2, "strategy": strategy, "max_steps": 2},
+        }
+        (tmp_path / f"{place}.yaml").write_text(yaml.safe_dump(recipe))
+        recipes.append(f"{place}.yaml")
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump({"stages": recipes}))
+    done = subprocess.run(
+        [sys.executable, "-m", "gpdit_lightning", "chain", f"--config={tmp_path / 'chain.yaml'}", f"--runs={tmp_path}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ends = [read_checkpoint(tmp_path / str(place)) for place in range(3)]
+    assert [end["global_step"] for end in ends] == [2, 2, 2]
+    assert [end["gpdit"]["origin"] and end["gpdit"]["origin"]["step"] for end in ends] == [None, 2, 2]

@@ -68,6 +68,12 @@ class Record(Callback):
         state = trainer.strategy.lightning_module_state_dict()
         self.tensors["first"] = {name: values.clone() for name, values in state.items()}
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        zero = zero_of(pl_module)
+        if zero is not None and "offload" not in pl_module.run["strategy"]:
+            gradients = zero.zero_optimizer.averaged_gradients[0]
+            self.seen["gradients"] = sorted({str(gradient.dtype) for gradient in gradients})
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
