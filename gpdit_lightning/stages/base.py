@@ -98,7 +98,7 @@ class GPDiTStage(LightningModule):
 
     def on_train_start(self) -> None:
         """A resumed run trains as its recipe says now; what changed is said."""
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        optimizer: Any = self.trainer.optimizers[0]  # under ZeRO DeepSpeed's, which `self.optimizers()` does not know
         scheduler: Any = self.lr_schedulers()
         for change in follow_recipe(optimizer, scheduler, self.optimizer_config):
             log.info("%s", change)

@@ -83,9 +83,11 @@ class RunCheckpoint(Checkpoint):
         self._saved_at = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write directly, unless the recipe names another way."""
+        """Write directly, unless the recipe names another way; and keep Lightning from handling signals."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DirectCheckpointIO()
+        # Its SIGTERM handler waits for the other ranks, wherever this one stands.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Clear away what a killed run left, and see that there is a place to save.
@@ -105,14 +107,14 @@ class RunCheckpoint(Checkpoint):
             except OSError as error:
                 failure = f"no checkpoint can be saved in {folder} ({error.strerror}): choose another --run_dir."
         _fail_together(trainer, failure)
+        self._signals = StopSignals(announce=trainer.is_global_zero)
+        self._signals.install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run stands at a step that is saved already."""
         self._finished_step, self._saved_at = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:
             discredit_torn_ones(checkpoint_path(Path(trainer.default_root_dir), 0).parent, trainer.global_step)
-        self._signals = StopSignals(announce=trainer.is_global_zero)
-        self._signals.install()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """The end of a step, if this was its last micro-batch and no validation follows."""

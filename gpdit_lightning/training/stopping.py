@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -48,13 +49,13 @@ class StopSignals:
         self.announce = announce
         self.received = 0
         self._told = -1
+        self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Replace Lightning's handlers while training: its SIGTERM handler waits for other ranks inside the handler."""
+        """Handle the signals from now on."""
         if threading.current_thread() is not threading.main_thread():  # no other may
             return
-        for number in SIGNALS:
-            signal.signal(number, self._remember)
+        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
         # Python's handlers wait while the main thread waits for a kernel or a rank, perhaps forever; a thread does not.
         heard, self._told = os.pipe()
         os.set_blocking(self._told, False)
@@ -62,11 +63,11 @@ class StopSignals:
         threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
 
     def restore(self) -> None:
-        """Let a signal end the process; Lightning puts back what was there before the training when it has ended."""
+        """Put back what was there before."""
         if self._told < 0:
             return
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         os.close(self._told)
         self._told = -1

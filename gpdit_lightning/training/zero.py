@@ -119,8 +119,11 @@ class ZeRO(DeepSpeedStrategy):
         """Join the other ranks; Lightning insists on CUDA here.
 
         Raises:
-            InputError: another accelerator than CUDA or the CPU.
+            InputError: another accelerator than CUDA or the CPU, or gradients to be clipped by value.
         """
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.gradient_clip_algorithm == "value":
+            raise InputError("DeepSpeed clips gradients by their norm only: leave out trainer.gradient_clip_algorithm.")
         if self.root_device.type not in ("cuda", "cpu"):
             raise InputError(f"ZeRO runs on CUDA, and for tests on the CPU, but not on {self.root_device.type}.")
         super(DeepSpeedStrategy, self).setup_environment()
@@ -150,10 +153,8 @@ class ZeRO(DeepSpeedStrategy):
         """Spread the model over the ranks for training; to evaluate it, each rank holds all of it.
 
         Raises:
-            InputError: gradients are to be clipped by value, or some parameters are not trained.
+            InputError: some parameters are not trained.
         """
-        if trainer.gradient_clip_algorithm == "value":
-            raise InputError("DeepSpeed clips gradients by their norm only: leave out trainer.gradient_clip_algorithm.")
         module, accelerator = self.lightning_module, self.accelerator
         assert module is not None
         assert accelerator is not None

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,19 +49,24 @@ def test_zero_goes_on_where_one_process_stopped_and_one_process_evaluates_it(
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("settings", "sentence"),
     [
-        (["--trainer.precision=16-mixed"], "trainer.precision is 16-mixed: with ZeRO take bf16-mixed or 32-true."),
-        (["--trainer.gradient_clip_algorithm=value"], "leave out trainer.gradient_clip_algorithm"),
-        (["--trainer.strategy=gpdit_lightning.training.zero.ZeRO", "--trainer.strategy.stage=1"], "take 2 or 3"),
+        ({"precision": "16-mixed"}, "trainer.precision is 16-mixed: with ZeRO take bf16-mixed or 32-true."),
+        ({"gradient_clip_algorithm": "value"}, "leave out trainer.gradient_clip_algorithm"),
+        ({"strategy": {"class_path": "gpdit_lightning.training.zero.ZeRO", "init_args": {"stage": 1}}}, "take 2 or 3"),
     ],
 )
 def test_what_zero_does_not_do_is_one_sentence(
-    options: list[str], sentence: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], sentence: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = ["--model=GPDiTStage", "--model.backbone.size=tiny", "--trainer.accelerator=cpu", "--trainer.devices=1"]
-    data = [f"--data.videos.manifests=[{tiny_shards}]", "--data.videos.batch_size=2", f"--run_dir={tmp_path / 'run'}"]
-    assert main(["fit", *recipe, *data, "--trainer.strategy=zero3", *options]) != 0
+    recipe = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"class_path": "GPDiTStage", "init_args": {"backbone": {"size": "tiny", "latent_channels": 4}}},
+        "data": {"videos": {"manifests": [str(tiny_shards)], "batch_size": 2}},
+        "trainer": {"accelerator": "cpu", "devices": 1, "strategy": "zero3", **settings},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", f"--config={tmp_path / 'recipe.yaml'}"]) != 0
     assert sentence in capsys.readouterr().err
 
 

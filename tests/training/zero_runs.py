@@ -43,6 +43,10 @@ class Stage(GPDiTStage):
     def configure_optimizers(self) -> Any:
         return super().configure_optimizers() if self.run["optimizer"] == "adamw" else self.sgd()
 
+    def on_train_start(self) -> None:
+        if self.run["optimizer"] == "adamw":
+            super().on_train_start()
+
     def sgd(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.5)
 
