@@ -58,7 +58,13 @@ def test_these_are_the_recipes() -> None:
         "demo/stage3_long_video.yaml",
         "debug/overfit_one_clip.yaml",
     }
-    assert set(CONTENTS) == {*WHOLE, *CHAINS, *BASES, TINY, RECIPES / "size" / "b.yaml"}
+    assert set(CONTENTS) == {
+        *WHOLE,
+        *CHAINS,
+        *BASES,
+        TINY,
+        *(RECIPES / "size" / f"{name}.yaml" for name in ("b", "zero2", "zero3")),
+    }
 
 
 @pytest.mark.parametrize("path", [path for path in CONTENTS if path not in BASES], ids=name_of)

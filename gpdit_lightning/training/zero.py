@@ -82,8 +82,6 @@ class ZeRO(DeepSpeedStrategy):
     """
 
     def __init__(self, stage: int = 2, offload: bool = False, **options: Any) -> None:
-        if stage not in (2, 3):
-            raise InputError(f"ZeRO's stage is {stage}: take 2 or 3.")
         settings = {"offload_optimizer": offload, "offload_parameters": offload and stage == 3} | options
         try:
             super().__init__(stage=stage, logging_batch_size_per_gpu=1, logging_level=logging.ERROR, **settings)
@@ -93,6 +91,7 @@ class ZeRO(DeepSpeedStrategy):
             raise InputError("ZeRO needs DeepSpeed (Linux only): pip install deepspeed, or use strategy ddp.") from None
         assert isinstance(self.config, dict)
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's does, and compiles nothing
+        self.stage = stage
         self.parts: dict[str, Part] = {}  # by parameter, once training is set up
         self._groups: list[list[str]] = []  # names of the parameters in the optimiser's groups
 
@@ -119,8 +118,11 @@ class ZeRO(DeepSpeedStrategy):
         """Join the other ranks; Lightning insists on CUDA here.
 
         Raises:
-            InputError: another accelerator than CUDA or the CPU, or gradients to be clipped by value.
+            InputError: another stage than 2 or 3, another accelerator than CUDA or the CPU, or gradients to be clipped
+                by value.
         """
+        if self.stage not in (2, 3):
+            raise InputError(f"ZeRO's stage is {self.stage}: take 2 or 3.")
         assert self.lightning_module is not None
         if self.lightning_module.trainer.gradient_clip_algorithm == "value":
             raise InputError("DeepSpeed clips gradients by their norm only: leave out trainer.gradient_clip_algorithm.")

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ from tests.cli.test_several_ranks import STEPS, curves, finish, gone_back, one_r
 __all__ = ["one_rank", "recorder"]  # fixtures
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+
+@pytest.fixture
+def environment() -> Iterator[None]:
+    """Lightning's launcher writes ranks into it, even for one process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def validated(recipe: Path, recorder: Path, *options: str) -> float:
@@ -48,6 +58,7 @@ def test_zero_goes_on_where_one_process_stopped_and_one_process_evaluates_it(
     assert validated(tmp_path / "rest.yaml", recorder, *alone) == pytest.approx(loss, abs=2e-5)
 
 
+@pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -89,7 +100,7 @@ def test_a_chain_of_zero_and_others(tiny_shards: Path, tmp_path: Path) -> None:
     (tmp_path / "chain.yaml").write_text(yaml.safe_dump({"stages": recipes}))
     done = subprocess.run(
         [sys.executable, "-m", "gpdit_lightning", "chain", f"--config={tmp_path / 'chain.yaml'}", f"--runs={tmp_path}"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ends = [read_checkpoint(tmp_path / str(place)) for place in range(3)]

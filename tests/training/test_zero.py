@@ -14,9 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gpdit_lightning.errors import InputError
 from gpdit_lightning.training.checkpoints import read_checkpoint
-from gpdit_lightning.training.zero import ZeRO
 from tests.training import zero_runs
 from tests.training.test_previews import make_shards
 
@@ -202,8 +200,3 @@ def test_three_ranks(shards: str, tmp_path: Path) -> None:
         assert_as_one_process(found, one, name)
     assert_goes_on(found, "zero3-bf16")
     assert seen(found, "zero3-bf16")["gradients"] == ["torch.float32"]
-
-
-def test_what_zero_cannot_do_is_refused() -> None:
-    with pytest.raises(InputError, match="take 2 or 3"):
-        ZeRO(stage=1)
