@@ -15,6 +15,7 @@ from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.cli import main
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import sha256_of
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.checkpoints import RunCheckpoint, load_trained_model, open_weights, read_checkpoint
 from gpdit_lightning.training.ema import EMA
@@ -167,7 +168,8 @@ def test_a_stage_begins_with_an_exported_folder(
     stage = GPDiTStage(tiny_config, initial_weights=str(exported))
     stage.configure_model()
     assert_same(dict(stage.backbone.state_dict()), tensors_of(exported))
-    assert stage.origin == {"path": str(exported), "step": 3}
+    sha256 = sha256_of(exported / "model.safetensors")
+    assert stage.origin == {"path": str(exported), "step": 3, "sha256": sha256}
     data = LatentDataModule(videos=SourceConfig([str(tiny_shards)], batch_size=4))
     fit(stage, data, tmp_path / "run", 1, [EMA(), RunCheckpoint()])
     assert export(tmp_path / "run", tmp_path / "next") == 0
@@ -191,7 +193,8 @@ def test_a_model_that_was_never_trained_here(tiny_config: GPDiTConfig, tmp_path:
         load_trained_model(tmp_path)
     stage = GPDiTStage(tiny_config, initial_weights=str(tmp_path))  # a stage may begin with it
     stage.configure_model()
-    assert stage.origin == {"path": str(tmp_path), "step": 0}
+    assert stage.origin is not None
+    assert (stage.origin["path"], stage.origin["step"]) == (str(tmp_path), 0)
 
 
 class Malicious:
