@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed
 from lightning import Trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
@@ -19,6 +18,7 @@ from gpdit_lightning.cli.recipes import read_yaml
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.training.checkpoints import identity_of, last_checkpoint, read_checkpoint
+from gpdit_lightning.training.stopping import leave_process_group
 
 
 def parser() -> argparse.ArgumentParser:
@@ -157,8 +157,7 @@ def leave(trainer: Trainer, environment: dict[str, str]) -> bool:
     for process in getattr(trainer.strategy.launcher, "procs", []):
         process.wait()
     if launched_here:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_process_group()
         os.environ.clear()
         os.environ.update(environment)
     gc.collect()

@@ -1,6 +1,8 @@
 """What SIGTERM and SIGINT mean to a run that trains, and how all its ranks end when one does."""
 
+import atexit
 import ctypes
+import gc
 import os
 import select
 import signal
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch.distributed
 from lightning import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
@@ -109,6 +112,8 @@ def ranks_end_together(trainer: Trainer) -> Iterator[None]:
         if os.getppid() != int(launcher):
             raise SystemExit(f"the process that launched this rank ({launcher}) is gone.")
     os.environ[LAUNCHER] = str(os.getpid())
+    atexit.unregister(leave_process_group)
+    atexit.register(leave_process_group)
     try:
         yield
     except Stopped as stop:
@@ -128,6 +133,19 @@ def ranks_end_together(trainer: Trainer) -> Iterator[None]:
         raise
     finally:
         del os.environ[LAUNCHER]
+
+
+def leave_process_group() -> None:
+    """Leave torch's process group, if there is one, and let its threads end.
+
+    A thread of gloo that still holds a tensor when Python shuts down aborts the process, after all its work is done.
+    It ends with the last reference to the group, and a trainer, which lies in a reference cycle, has some; DeepSpeed
+    keeps others, so its ranks also get a moment in which such a thread can let go. Lightning does this for NCCL alone.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()
+        time.sleep(0.1)
 
 
 def _end_other_ranks(launcher: _SubprocessScriptLauncher, patience: float) -> list[tuple[int, int]]:

@@ -274,6 +274,13 @@ class ZeRO(DeepSpeedStrategy):
             vars(self.zero_optimizer).pop(name, None)
         return result
 
+    def teardown(self) -> None:
+        """Take DeepSpeed's hooks from the parameters: through them it keeps what it holds."""
+        super().teardown()
+        if self.parts:
+            self.deepspeed_engine.destroy()
+            self.parts = {}
+
     # --- the float32 weights, for the average
 
     def weights(self) -> dict[str, Tensor]:

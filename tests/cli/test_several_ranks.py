@@ -19,15 +19,21 @@ from gpdit_lightning.training.checkpoints import read_checkpoint
 
 STEPS = 6
 RECORDER = '''
-import json, os
+import atexit, json, os
+from pathlib import Path
 from lightning import Callback
 
 
 class Recorder(Callback):
-    """Writes what each rank trains on."""
+    """Writes what each rank trains on, and the threads that it has when it ends."""
 
     def __init__(self, path):
         self.path = path
+        atexit.register(self.write_threads)
+
+    def write_threads(self):
+        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        Path(f"{self.path}.threads-{os.environ.get('LOCAL_RANK', 0)}").write_text(" ".join(names))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         with open(f"{self.path}-{trainer.global_rank}", "a") as file:
@@ -151,6 +157,15 @@ def gone_back(folder: Path, whole: Path, step: int) -> None:
     last = folder / "run" / "checkpoints" / "last.ckpt"
     last.unlink()
     last.symlink_to(f"step-{step}.ckpt")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
+def test_ranks_end_after_the_threads_of_their_process_group(two_ranks: Path) -> None:
+    """One that still lets go of a tensor while Python shuts down aborts the process."""
+    for rank in (0, 1):
+        names = (two_ranks / f"whole.threads-{rank}").read_text()
+        assert "python" in names, names
+        assert "gloo" not in names, names
 
 
 def test_two_ranks_train_as_one_does(one_rank: Path, two_ranks: Path) -> None:
