@@ -21,6 +21,7 @@ from gpdit_lightning.training.ema import EMA
 from gpdit_lightning.training.health import Health
 from gpdit_lightning.training.optimizer import OptimizerConfig
 from gpdit_lightning.training.previews import Preview
+from gpdit_lightning.training.stopping import leave_process_group
 from gpdit_lightning.training.zero import zero_of
 
 
@@ -159,3 +160,4 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     for description in json.loads((place / "runs.json").read_text()):
         train(place, description, description["strategy"], description.get("ranks", 2))
+    leave_process_group()
