@@ -24,6 +24,10 @@ VERBS = {
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
+# Lightning advertises its services, names accelerators that it does not find, and the seed whenever it reads a recipe.
+NOT_SHOWN = ("litlogger", "GPU available: False", "TPU available: False", "Seed set to")
+
+
 def usage() -> str:
     """What there is, one line a verb."""
     lines = [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
@@ -44,9 +48,8 @@ def _show_log() -> None:
         log.addHandler(handler)
         log.setLevel(logging.WARNING if _rank() else logging.INFO)
         log.propagate = False
-    # Lightning advertises its services in the log.
-    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    rank_zero.addFilter(lambda record: "litlogger" not in record.getMessage())
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(lambda record: not any(words in record.getMessage() for words in NOT_SHOWN))
 
 
 def _rank() -> str:

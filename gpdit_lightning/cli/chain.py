@@ -65,10 +65,10 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     """
     options, others = parser().parse_known_args(arguments)
     stages = read_stages(options.config, others)
-    check(stages)
+    stands = [standing_of(stage) for stage in stages]
+    check(stages, stands)
     environment = dict(os.environ)
-    for stage in stages:
-        step = step_of(stage)
+    for stage, (_, step) in zip(stages, stands, strict=True):
         if step >= stage.steps > 0:
             tell(f"{stage.name}: finished at step {step}")
             continue
@@ -99,20 +99,36 @@ def read_stages(configs: Sequence[Path], others: Sequence[str]) -> list[Stage]:
     return stages
 
 
-def check(stages: Sequence[Stage]) -> None:
+class Standing(NamedTuple):
+    """How far a stage's run has come.
+
+    Attributes:
+        last: its last whole checkpoint; None if it has not begun.
+        step: the optimizer step of that one; 0 without.
+    """
+
+    last: Path | None
+    step: int
+
+
+def standing_of(stage: Stage) -> Standing:
+    """Hash what a stage's run has left, so that the next stage sees the same checkpoint as the last one."""
+    last = last_checkpoint(Path(stage.run_dir), verify=True)
+    return Standing(last, int(read_checkpoint(last)["global_step"]) if last else 0)
+
+
+def check(stages: Sequence[Stage], stands: Sequence[Standing]) -> None:
     """See that every stage that has begun did so from its predecessor's present weights, and that those stay.
 
     Raises:
         InputError: they are others, or would be after this command.
     """
-    for stage, following in pairwise(stages):
-        last = last_checkpoint(Path(following.run_dir))
-        if last is None:
+    for (stage, (last, step)), (following, (begun, _)) in pairwise(zip(stages, stands, strict=True)):
+        if begun is None:
             continue
-        origin = read_checkpoint(last)["gpdit"]["origin"]
+        origin = read_checkpoint(begun)["gpdit"]["origin"]
         remedy = f"remove {following.run_dir} to train that stage again"
-        step = step_of(stage)
-        if origin is None or step == 0 or origin["sha256"] != identity_of(stage.run_dir):
+        if origin is None or last is None or origin["sha256"] != identity_of(last):
             began = f"from the weights of {origin['path']} (step {origin['step']})" if origin else "at random"
             raise InputError(
                 f"{following.run_dir} began {began}, which are not the present ones of {stage.run_dir} (step {step}): "
@@ -123,12 +139,6 @@ def check(stages: Sequence[Stage]) -> None:
                 f"{stage.run_dir} stands at step {step} of {stage.steps}, but {following.run_dir} has begun from it: "
                 f"{remedy}, or ask for {step} steps."
             )
-
-
-def step_of(stage: Stage) -> int:
-    """The optimizer step that a stage's run stands at; 0 if it has not begun."""
-    last = last_checkpoint(Path(stage.run_dir))
-    return int(read_checkpoint(last)["global_step"]) if last else 0
 
 
 @rank_zero_only

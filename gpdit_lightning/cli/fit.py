@@ -92,15 +92,13 @@ class RecipeCLI(LightningCLI):
             )
         for name, instead in REPLACED.items():
             if settings[name] != TRAINER_DEFAULTS.get(name, DEFAULTS_OF_LIGHTNING[name].default):
-                raise InputError(f"trainer.{name} is {settings[name]}, which a run folder cannot keep up: {instead}.")
-        for name, value in (
-            ("validate_every_steps", self.config_init["validate_every_steps"]),
-            ("trainer.log_every_n_steps", settings["log_every_n_steps"] - 1),
+                raise InputError(f"trainer.{name} is {settings[name]}, which recipes leave alone: {instead}.")
+        for name, value, least in (
+            ("validate_every_steps", self.config_init["validate_every_steps"], 0),
+            ("trainer.log_every_n_steps", settings["log_every_n_steps"], 1),
         ):
-            if value < 0:
-                raise InputError(
-                    f"{name} is too low: count optimizer steps from 1 (validate_every_steps: 0 for never)."
-                )
+            if value is None or value < least:
+                raise InputError(f"{name} is {value}: give a number of optimizer steps, at least {least}.")
         self.resumed = last_checkpoint(run_dir, verify=True)
         step = read_checkpoint(self.resumed)["global_step"] if self.resumed else 0
         health, ema = self.config_init["health"], self.config_init["ema"]
@@ -235,8 +233,14 @@ def alone_in_its_folder(trainer: Trainer) -> Iterator[None]:
 @contextmanager
 def failures_of_files_told(trainer: Trainer) -> Iterator[None]:
     """Say of a file of the run that could not be written what is left; raises `InputError` instead of `OSError`."""
-    # TensorBoard writes in a thread; what fails there is raised again where the next curve is logged.
-    told, threading.excepthook = threading.excepthook, lambda failure: None
+    told = threading.excepthook
+
+    def tell(failure: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread; what fails there is raised again where the next curve is logged.
+        if not issubclass(failure.exc_type, OSError):
+            told(failure)
+
+    threading.excepthook = tell
     try:
         yield
     except OSError as error:

@@ -14,7 +14,14 @@ from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, velocity_loss
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT, GPDiTConfig
-from gpdit_lightning.training.checkpoints import check_architecture, check_codec, identity_of, open_weights
+from gpdit_lightning.model.weights import is_folder_of_weights
+from gpdit_lightning.training.checkpoints import (
+    check_architecture,
+    check_codec,
+    identity_of,
+    open_weights,
+    whole_checkpoint,
+)
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer, follow_recipe
 
 log = logging.getLogger(__name__)
@@ -68,14 +75,17 @@ class GPDiTStage(LightningModule):
                     f"training is to begin with the weights of {self.initial_weights}, which is not there: train that "
                     "stage first (`chain` trains all), or begin at random with --model.init_args.initial_weights=''."
                 )
-            weights = open_weights(self.initial_weights, verify=True)
+            source = Path(self.initial_weights)
+            if not is_folder_of_weights(source):
+                source = whole_checkpoint(source, verify=True)
+            weights = open_weights(source)
             check_architecture(weights.config.to_dict(), self.config, self.initial_weights)
             weights.load_into(self.backbone)
             self.initial_codec = weights.facts.get("codec")
             self.origin = {
                 "path": self.initial_weights,
                 "step": weights.facts.get("step", 0),
-                "sha256": identity_of(self.initial_weights),
+                "sha256": identity_of(source),
             }
             kind = "averaged" if weights.facts.get("weights") == "ema" else "trained"
             log.info("begins with the %s weights of %s (step %d)", kind, self.origin["path"], self.origin["step"])

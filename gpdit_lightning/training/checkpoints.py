@@ -201,32 +201,43 @@ def _fail_together(trainer: Trainer, failure: str) -> None:
 
 
 def identity_of(path: str | Path) -> str:
-    """A sha256 that tells weights from others: of a checkpoint (or the last one of a run folder), or of an export."""
+    """A sha256 that tells weights from others: of a checkpoint file, or of an exported folder."""
     path = Path(path)
-    if is_folder_of_weights(path):
-        return sha256_of(path / WEIGHTS)
-    return digest_of((last_checkpoint(path) or path).resolve())
+    return sha256_of(path / WEIGHTS) if is_folder_of_weights(path) else digest_of(path.resolve())
 
 
-def read_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]:
-    """The content of a training checkpoint, memory-mapped; objects other than tensors and plain values are refused.
+def whole_checkpoint(path: str | Path, verify: bool = False) -> Path:
+    """The checkpoint that a path means: itself, or the last whole one of a run folder.
 
     Args:
         path: a checkpoint file, wherever it was copied to, or the run folder that holds some.
         verify: whether to hash its files, where a mark says what they should be, instead of comparing sizes only.
 
     Raises:
-        InputError: the file is missing, cut off, not what its mark says, or not a checkpoint of this library.
+        InputError: there is none, or it is not what its mark says.
     """
     path = Path(path)
-    if path.is_dir():
-        path = last_checkpoint(path, verify) or path
+    if path.is_dir() and (last := last_checkpoint(path, verify)):
+        return last
     if not path.is_file():
         raise InputError(f"there is no checkpoint at {path}: give a .ckpt file or a run folder that holds one.")
     own = path.resolve()  # `last.ckpt` is a link, and marks belong to what it names
     fault = fault_of(own, verify) if mark_path(own).exists() else ""
     if fault:
         raise InputError(f"{path} is not a whole checkpoint ({fault}): use another of the run's.")
+    return path
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a training checkpoint, memory-mapped; objects other than tensors and plain values are refused.
+
+    Args:
+        path: a checkpoint file or a run folder, as :func:`whole_checkpoint` takes it.
+
+    Raises:
+        InputError: the file is missing, cut off, not what its mark says, or not a checkpoint of this library.
+    """
+    path = whole_checkpoint(path)
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path} is not a whole checkpoint (cut off or of another kind): use another of the run's.")
     try:
@@ -287,20 +298,19 @@ def facts_of(checkpoint: dict[str, Any], kind: Literal["ema", "raw"]) -> dict[st
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def open_weights(path: str | Path, kind: Literal["ema", "raw"] = "ema", verify: bool = False) -> Weights:
+def open_weights(path: str | Path, kind: Literal["ema", "raw"] = "ema") -> Weights:
     """Open weights where they lie, whatever kind of file or folder that is; nothing is copied, no object unpickled.
 
     Args:
         path: a checkpoint, a run folder (for its last checkpoint), or a folder that `export` or `save_pretrained` made.
         kind: averaged weights (`ema`; where there is no average, trained ones) or trained ones.
-        verify: whether to hash a checkpoint before it is used, as :func:`read_checkpoint` does.
 
     Raises:
         InputError: it cannot be read, or holds averaged weights alone where trained ones are asked for.
     """
     path = Path(path)
     if not is_folder_of_weights(path):
-        checkpoint = read_checkpoint(path, verify)
+        checkpoint = read_checkpoint(path)
         architecture, facts = checkpoint["gpdit"].get("backbone"), facts_of(checkpoint, kind)
         return Weights.checked(backbone_weights(checkpoint, kind), architecture, facts, str(path))
     weights = read_folder(path)

@@ -16,6 +16,7 @@ import yaml
 
 from gpdit_lightning.cli import main
 from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.training.checkpoint_files import LAST
 from gpdit_lightning.training.checkpoints import identity_of, last_checkpoint, read_checkpoint
 
 BACKBONE = {"size": "tiny", "layers": 1, "width": 24, "heads": 2, "mlp_width": 48, "latent_channels": 4}
@@ -96,7 +97,11 @@ def test_each_stage_begins_with_the_average_of_the_one_before(
     assert any(not torch.equal(value, first["state_dict"][name]) for name, value in predecessor.items())
     for checkpoint, name in zip(others, ("ImageWarmupStage", "MixedStage", "LongVideoStage"), strict=True):
         origin = checkpoint["gpdit"]["origin"]
-        assert origin == {"path": str(runs / name), "step": STEPS, "sha256": identity_of(runs / name)}
+        assert origin == {
+            "path": str(runs / name),
+            "step": STEPS,
+            "sha256": identity_of(runs / name / "checkpoints" / LAST),
+        }
         for key, value in predecessor.items():
             torch.testing.assert_close(checkpoint["state_dict"][key], value, rtol=0, atol=1e-9)
         predecessor = checkpoint["ema"]["weights"]
@@ -197,16 +202,42 @@ def test_what_later_stages_lack_is_said_before_the_first_is_trained(
 def test_damaged_weights_are_not_handed_on(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A byte that changed in the only checkpoint of the stage before, whose size is right."""
     assert main(["fit", f"--config={tmp_path / 'ImageWarmupStage.yaml'}", f"--runs={tmp_path / 'runs'}"]) == 0
-    damaged = last_checkpoint(tmp_path / "runs" / "ImageWarmupStage")
-    assert damaged is not None
+    damaged = damage_last_of(tmp_path / "runs" / "ImageWarmupStage")
     for other in damaged.parent.glob("step-*.ckpt"):
         if other != damaged:
             other.with_name(other.name + ".complete").unlink()
+    assert main(["chain", f"--config={chain}", f"--runs={tmp_path / 'runs'}"]) == 2
+    assert "is not what was written, by its sha256" in capsys.readouterr().err
+
+
+def damage_last_of(run_dir: Path) -> Path:
+    damaged = last_checkpoint(run_dir)
+    assert damaged is not None
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    assert main(["chain", f"--config={chain}", f"--runs={tmp_path / 'runs'}"]) == 2
-    assert "is not what was written, by its sha256" in capsys.readouterr().err
+    return damaged
+
+
+def test_a_stage_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    first, mixed = runs / "ImageWarmupStage", runs / "MixedStage"
+    assert main(["fit", f"--config={tmp_path / 'ImageWarmupStage.yaml'}", f"--runs={runs}"]) == 0
+    damage_last_of(first)
+    before = first / "checkpoints" / f"step-{STEPS - 1}.ckpt"
+    alone = ["fit", f"--config={tmp_path / 'MixedStage.yaml'}", f"--runs={runs}"]
+    assert main([*alone, f"--model.init_args.initial_weights={first}"]) == 0
+    expected = {"path": str(first), "step": STEPS - 1, "sha256": identity_of(before)}
+    assert read_checkpoint(mixed)["gpdit"]["origin"] == expected
+    capsys.readouterr()
+    assert main(["chain", f"--config={chain}", f"--runs={runs}"]) == 2
+    assert f"{first} stands at step {STEPS - 1} of {STEPS}, but {mixed} has begun from it" in capsys.readouterr().err
+    shutil.rmtree(mixed)
+    assert main(["chain", f"--config={chain}", f"--runs={runs}"]) == 0
+    assert f"ImageWarmupStage: goes on from step {STEPS - 1}" in capsys.readouterr().out
+    assert [checkpoint["global_step"] for checkpoint in stages(runs)] == [STEPS] * 4
 
 
 @pytest.mark.parametrize("text", ["stages: []", "stages: one.yaml", "run_dir: x"])
