@@ -29,6 +29,7 @@ from gpdit_lightning.training.health import Health
 from gpdit_lightning.training.previews import Preview
 from gpdit_lightning.training.progress import StepProgress
 from gpdit_lightning.training.stopping import ranks_end_together
+from gpdit_lightning.training.strategies import OF_LIGHTNING
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,11 @@ class RecipeCLI(LightningCLI):
         ):
             if value is None or value < least:
                 raise InputError(f"{name} is {value}: give a number of optimizer steps, at least {least}.")
+        strategy = settings["strategy"]
+        if isinstance(strategy, str) and strategy.startswith("deepspeed"):
+            if strategy not in OF_LIGHTNING:
+                raise InputError(f"trainer.strategy is {strategy}: take one of {', '.join(OF_LIGHTNING)}.")
+            settings["strategy"] = OF_LIGHTNING[strategy]
         self.resumed = last_checkpoint(run_dir, verify=True)
         step = read_checkpoint(self.resumed)["global_step"] if self.resumed else 0
         health, ema = self.config_init["health"], self.config_init["ema"]

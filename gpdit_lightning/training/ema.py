@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.training.zero import zero_of
+from gpdit_lightning.training.sharding import sharding_of
 
 
 class EMA(Callback):
@@ -36,11 +36,11 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin at the current weights, or move a restored average to the device."""
-        zero = zero_of(pl_module)
+        sharding = sharding_of(pl_module)
         if not self.average:
             self.average = {name: p.detach().clone().float() for name, p in _trained(pl_module)}
-        elif zero is not None:
-            self.average = {name: zero.parts[name].of_whole(whole).clone() for name, whole in self.average.items()}
+        elif sharding is not None:
+            self.average = {name: sharding.parts[name].of_whole(whole).clone() for name, whole in self.average.items()}
         self.average = {name: self.average[name].to(p.device) for name, p in _trained(pl_module)}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,15 +102,15 @@ class EMA(Callback):
             apart.append((weight - self.average[name]).norm())
             size.append(weight.norm())
         norms = torch.stack([torch.stack(apart).norm(), torch.stack(size).norm()])
-        zero = zero_of(pl_module)
-        if zero is not None:  # of the parts on all ranks
-            norms = zero.reduce(norms.square().to(zero.root_device), reduce_op="sum").sqrt()
+        sharding = sharding_of(pl_module)
+        if sharding is not None:  # of the parts on all ranks
+            norms = sharding.reduce(norms.square().to(sharding.root_device), reduce_op="sum").sqrt()
         return float(norms[0] / norms[1])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the average to a checkpoint."""
-        zero = zero_of(pl_module)
-        weights = self.average if zero is None else zero.whole(self.average)
+        sharding = sharding_of(pl_module)
+        weights = self.average if sharding is None else sharding.whole(self.average)
         checkpoint["ema"] = {"weights": weights, "updates": self.updates}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -121,13 +121,13 @@ class EMA(Callback):
 
 def _trained(module: LightningModule) -> list[tuple[str, Tensor]]:
     """The trained parameters or, under ZeRO, the float32 part of each that this rank updates."""
-    zero = zero_of(module)
-    if zero is not None:
-        return list(zero.weights().items())
+    sharding = sharding_of(module)
+    if sharding is not None:
+        return list(sharding.weights().items())
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
 def _changed(module: LightningModule) -> None:
-    zero = zero_of(module)
-    if zero is not None:
-        zero.weights_changed()
+    sharding = sharding_of(module)
+    if sharding is not None:
+        sharding.weights_changed()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.training.zero import zero_of
+from gpdit_lightning.training.sharding import sharding_of
 
 log = logging.getLogger(__name__)
 
@@ -69,19 +69,19 @@ class Health(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure loss and gradient; take away a gradient that must not be applied."""
-        zero = zero_of(pl_module)
-        if zero is None:
+        sharding = sharding_of(pl_module)
+        if sharding is None:
             norm = torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
         else:
-            norm = zero.gradient_norm()
+            norm = sharding.gradient_norm()
         loss = torch.stack(self._losses).sum()
         measured = torch.stack([norm.to(loss), loss])
         # The mean over ranks, so that all of them decide alike: each has its own loss.
         self.gradient_norm, mean_loss = trainer.strategy.reduce(measured, reduce_op="mean").tolist()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.skipped = scaler is None and not (math.isfinite(self.gradient_norm) and math.isfinite(mean_loss))
-        if self.skipped and zero is not None:
-            zero.leave_out_step()
+        if self.skipped and sharding is not None:
+            sharding.leave_out_step()
         elif self.skipped:
             optimizer.zero_grad()  # to None: the optimiser leaves such a parameter and its moments alone
         self._losses, self._measured = [], True

@@ -26,7 +26,7 @@ from gpdit_lightning.generation import rollout
 from gpdit_lightning.media.images import write_animation, write_strip
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.training.ema import EMA
-from gpdit_lightning.training.zero import zero_of
+from gpdit_lightning.training.sharding import sharding_of
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Preview(Callback):
             return
         self._last_step = step
         if step % self.every_steps == 0 or step == trainer.max_steps:
-            if trainer.is_global_zero or zero_of(pl_module) is not None:  # whose ranks have weights together only
+            if trainer.is_global_zero or sharding_of(pl_module) is not None:  # whose ranks have weights together only
                 latents = self._generated(trainer, pl_module)
                 if trainer.is_global_zero:
                     self._make(trainer, pl_module, latents)

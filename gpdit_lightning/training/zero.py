@@ -5,24 +5,22 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins import DeepSpeedPrecision, Precision
-from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import LRSchedulerTypeUnion
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.training.sharding import Part, Sharded
 
 
 class ZeROPrecision(DeepSpeedPrecision):
@@ -33,34 +31,7 @@ class ZeROPrecision(DeepSpeedPrecision):
         return data
 
 
-@dataclass(frozen=True)
-class Part:
-    """What this rank keeps of one parameter in float32, and updates.
-
-    Attributes:
-        shape: of the whole parameter.
-        start: where in the flattened parameter the part begins.
-        size: its elements; 0 where other ranks keep all of it.
-        flat: DeepSpeed's tensor with the parts of many parameters, to which the optimiser's moments belong.
-        offset: where in `flat` the part begins.
-    """
-
-    shape: torch.Size
-    start: int
-    size: int
-    flat: Tensor
-    offset: int
-
-    def of_flat(self, flat: Tensor) -> Tensor:
-        """The part (size,) of `flat`, or of a moment of the same layout; a view."""
-        return flat.detach().narrow(0, self.offset, self.size)
-
-    def of_whole(self, whole: Tensor) -> Tensor:
-        """The part (size,) of the whole parameter, or of a moment or an average of it; a view."""
-        return whole.detach().flatten().narrow(0, self.start, self.size)
-
-
-class ZeRO(DeepSpeedStrategy):
+class ZeRO(Sharded, DeepSpeedStrategy):
     """Trains with DeepSpeed's ZeRO: `zero2`, `zero3`, `zero2_offload` or `zero3_offload` as `trainer.strategy`.
 
     Unlike Lightning's own strategy for DeepSpeed:
@@ -68,12 +39,8 @@ class ZeRO(DeepSpeedStrategy):
     - accumulated gradients are divided once, not twice, and optimizer steps are steps to callbacks too;
     - bf16-mixed means weights in bf16, and in float32 their masters, the moments and the reduction of gradients; the
       masters begin with the given weights, not with those rounded to bf16;
-    - a checkpoint is the file that one process would write, in float32, so that any number of ranks with any strategy
-      goes on from it, and nothing in it is unpickled. The first rank gathers it, tensor by tensor, in main memory.
+    - a checkpoint is the file that one process would write;
     - it also runs on the CPU, by gloo: for tests.
-
-    Every rank builds the whole model in main memory before its weights are spread (stage 3) or in its accelerator's
-    (stage 2).
 
     Args:
         stage: 2 spreads moments, masters and gradients; 3 the weights too.
@@ -92,8 +59,8 @@ class ZeRO(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's does, and compiles nothing
         self.stage = stage
-        self.parts: dict[str, Part] = {}  # by parameter, once training is set up
-        self._groups: list[list[str]] = []  # names of the parameters in the optimiser's groups
+        self.parts = {}
+        self.groups = []
 
     # --- what it runs on
 
@@ -110,8 +77,8 @@ class ZeRO(DeepSpeedStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        if plugin is not None and plugin.precision not in ("32-true", "bf16-mixed"):
-            raise InputError(f"trainer.precision is {plugin.precision}: with ZeRO take bf16-mixed or 32-true.")
+        if plugin is not None:
+            self.only_known_precisions(plugin)
         self._precision_plugin = ZeROPrecision(plugin.precision) if plugin is not None else None  # type: ignore[arg-type]
 
     def setup_environment(self) -> None:
@@ -161,16 +128,11 @@ class ZeRO(DeepSpeedStrategy):
         assert module is not None
         assert accelerator is not None
         if trainer.state.fn == TrainerFn.FITTING:
-            frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-            if frozen:
-                raise InputError(f"with ZeRO all parameters are trained, but {frozen[0]} is not: use strategy ddp.")
+            self.all_trained(module)
             super().setup(trainer)
             return
         accelerator.setup(trainer)
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(self.working_dtype)
-        self.model = module.to(self.root_device)
-        self.barrier()
+        self.keep_whole()
 
     def init_deepspeed(self) -> None:
         """For training only, and without Lightning's advice on clipping."""
@@ -189,7 +151,7 @@ class ZeRO(DeepSpeedStrategy):
     ) -> Any:
         assert optimizer is not None
         names = {parameter: name for name, parameter in model.named_parameters()}
-        self._groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+        self.groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
         # DeepSpeed rounds weights to bf16 before it makes float32 masters of them.
         rounds = self.working_dtype != torch.float32
         whole = {name: p.detach().to("cpu", copy=True) for p, name in names.items()} if rounds else {}
@@ -198,7 +160,7 @@ class ZeRO(DeepSpeedStrategy):
         self.parts = dict(self._parts_of(engine.optimizer, names))
         for name, weights in whole.items():
             part = self.parts[name]
-            part.of_flat(part.flat).copy_(part.of_whole(weights))
+            part.of_owner(part.owner).copy_(part.of_whole(weights))
         return wrapped
 
     def _parts_of(self, optimizer: Any, names: Mapping[nn.Parameter, str]) -> Iterator[tuple[str, Part]]:
@@ -221,14 +183,14 @@ class ZeRO(DeepSpeedStrategy):
                     yield names[parameter], Part(parameter.shape, start, size, flat, found.hp_fragment_address.start)
 
     @property
-    def working_dtype(self) -> torch.dtype:
-        """Of the weights that the model computes with."""
-        return torch.float32 if self.precision_plugin.precision == "32-true" else torch.bfloat16
-
-    @property
     def zero_optimizer(self) -> Any:
         """DeepSpeed's optimiser around torch's."""
         return self.deepspeed_engine.optimizer
+
+    @property
+    def inner_optimizer(self) -> Optimizer:
+        """torch's optimiser over flat tensors with the parts of many parameters."""
+        return self.zero_optimizer.optimizer
 
     @property
     def handles_gradient_accumulation(self) -> bool:
@@ -281,12 +243,6 @@ class ZeRO(DeepSpeedStrategy):
             self.deepspeed_engine.destroy()
             self.parts = {}
 
-    # --- the float32 weights, for the average
-
-    def weights(self) -> dict[str, Tensor]:
-        """This rank's part (n,) of every parameter in float32: views of what the optimiser updates."""
-        return {name: part.of_flat(part.flat) for name, part in self.parts.items()}
-
     @torch.no_grad()
     def weights_changed(self) -> None:
         """Take the working copies, on all ranks, from what was written into `weights()`."""
@@ -297,91 +253,3 @@ class ZeRO(DeepSpeedStrategy):
         optimizer._partition_all_parameters()  # also the small ones that stay whole: the next pass gathers them anew
         for place in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(place)
-
-    def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Put together what all ranks have parts (n,) of, in the first rank's main memory; empty on the others."""
-        found = {}
-        for name, values in parts.items():
-            part = self.parts[name]
-            whole = torch.zeros(part.shape.numel(), dtype=torch.float32, device=self.root_device)
-            part.of_whole(whole).copy_(values)
-            torch.distributed.reduce(whole, dst=0)
-            if self.is_global_zero:
-                found[name] = whole.view(part.shape).cpu()
-        return found
-
-    # --- checkpoints
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """The model takes its weights before they are spread."""
-        return False
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """DeepSpeed saves nothing here."""
-        return True
-
-    def lightning_module_state_dict(self) -> dict[str, Tensor]:
-        """The model's state in float32, on the first rank."""
-        assert self.lightning_module is not None
-        return self.lightning_module.state_dict() | self.whole(self.weights())
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As torch's optimiser over whole parameters would give it, on the first rank."""
-        inner = self.zero_optimizer.optimizer
-        state: dict[int, dict[str, Any]] = {}
-        for number, name in enumerate(name for group in self._groups for name in group):
-            part = self.parts[name]
-            for key, values in inner.state.get(part.flat, {}).items():
-                if torch.is_tensor(values) and values.shape == part.flat.shape:
-                    values = self.whole({name: part.of_flat(values)}).get(name)
-                else:
-                    values = deepcopy(values)  # the count of steps: one tensor for many parameters only here
-                state.setdefault(number, {})[key] = values
-        groups, first = [], 0
-        for settings, group in zip(inner.param_groups, self._groups, strict=True):
-            groups.append(settings | {"params": list(range(first, first + len(group)))})
-            first += len(group)
-        return {"state": state, "param_groups": groups}
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's parts of the moments from a checkpoint of any strategy."""
-        inner, saved = self.zero_optimizer.optimizer, checkpoint["optimizer_states"][0]
-        for number, name in enumerate(name for group in self._groups for name in group):
-            part = self.parts[name]
-            for key, values in saved["state"].get(number, {}).items():
-                state = inner.state[part.flat]
-                if torch.is_tensor(values) and values.shape == part.shape:
-                    if key not in state:
-                        state[key] = torch.zeros_like(part.flat)
-                    part.of_flat(state[key]).copy_(part.of_whole(values))
-                else:
-                    state[key] = values.clone() if torch.is_tensor(values) else values
-        for group, settings in zip(inner.param_groups, saved["param_groups"], strict=True):
-            group.update({key: value for key, value in settings.items() if key != "params"})
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write the one file, on the first rank."""
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Map the one file into memory, which the ranks of a machine share: each reads the parts that it needs."""
-        return torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only, mmap=True)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Into the whole model, before it is spread."""
-        Strategy.load_model_state_dict(self, checkpoint, strict)
-
-
-def zero_of(module: LightningModule) -> ZeRO | None:
-    """The strategy that spreads a module's weights over the ranks; None where every rank has them whole."""
-    strategy = module._trainer.strategy if module._trainer is not None else None
-    return strategy if isinstance(strategy, ZeRO) and strategy.parts else None
-
-
-for _stage in (2, 3):
-    StrategyRegistry.register(f"zero{_stage}", ZeRO, f"DeepSpeed ZeRO-{_stage}", stage=_stage)
-    StrategyRegistry.register(
-        f"zero{_stage}_offload", ZeRO, f"DeepSpeed ZeRO-{_stage} with CPU offload", stage=_stage, offload=True
-    )

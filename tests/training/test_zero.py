@@ -1,4 +1,4 @@
-"""ZeRO on several processes does what one process does: gloo on the CPU, several runs in each launch."""
+"""ZeRO and FSDP2 on several processes do what one process does: gloo on the CPU, several runs in each launch."""
 
 import importlib.util
 import json
@@ -32,14 +32,21 @@ RUNS: dict[str, Run] = {
     "zero3-rest": {"strategy": "zero3", "optimizer": "adamw", "resume": "zero3", **MIXED},
     "bf16": {"strategy": "zero2", "optimizer": "adamw", "precision": "bf16-mixed", **MIXED},
     "bf16-rest": {"strategy": "zero2", "optimizer": "adamw", "precision": "bf16-mixed", "resume": "bf16", **MIXED},
+    "fsdp2": {"strategy": "fsdp2", "optimizer": "adamw", "previews": True, "recompute": True, **MIXED},
+    "fsdp2-broken": {"strategy": "fsdp2", "optimizer": "sgd", "broken_loss": 5, **MIXED},
+    "fsdp2-rest": {"strategy": "fsdp2", "optimizer": "adamw", "resume": "fsdp2", **MIXED},
+    "fsdp2-bf16": {"strategy": "fsdp2", "optimizer": "adamw", "precision": "bf16-mixed", **MIXED},
 }
-ALIKE = ["zero2", "zero3", "zero2-broken", "zero3-broken"]  # those that one process does too
+ALIKE = ["zero2", "zero3", "fsdp2", "zero2-broken", "zero3-broken", "fsdp2-broken"]  # those that one process does too
 SLOW_RUNS: dict[str, Run] = {
     f"{strategy}-{optimizer}-{sum(parts)}": {
         "strategy": strategy, "optimizer": optimizer, "micro_batches": parts, "clip": CLIP if sum(parts) < 4 else None
     }
     for strategy in ("zero2", "zero3") for optimizer in ("sgd", "adamw") for parts in ((0, 1), (1, 1), (2, 2))
 } | {
+    "fsdp2-sgd": {"strategy": "fsdp2", "optimizer": "sgd", "micro_batches": (0, 1)},
+    "fsdp2-accumulated": {"strategy": "fsdp2", "optimizer": "sgd", **MIXED},
+    "fsdp2-broken_gradient": {"strategy": "fsdp2", "optimizer": "adamw", "broken_gradient": 6, **MIXED},
     "zero2_offload": {"strategy": "zero2_offload", "optimizer": "adamw", **MIXED},
     "zero3_offload": {"strategy": "zero3_offload", "optimizer": "adamw", **MIXED},
     "zero2-broken_gradient": {"strategy": "zero2", "optimizer": "adamw", "broken_gradient": 5, **MIXED},
@@ -62,6 +69,7 @@ THREE_RANKS: dict[str, Run] = {  # most parameters do not divide by three: parts
     "zero3": {"strategy": "zero3", "optimizer": "sgd", "ranks": 3, **MIXED},
     "zero3-bf16": {"strategy": "zero3", "optimizer": "adamw", "precision": "bf16-mixed", "ranks": 3, **MIXED},
     "zero3-bf16-rest": RUNS["bf16-rest"] | {"strategy": "zero3", "ranks": 3, "resume": "zero3-bf16"},
+    "fsdp2": {"strategy": "fsdp2", "optimizer": "adamw", "ranks": 3, **MIXED},
 }
 
 
@@ -153,13 +161,14 @@ def test_two_ranks_train_as_one_process_does(name: str, folder: Path, shards: st
         assert np.abs(mine.astype(int) - other).max() <= 2
 
 
-@pytest.mark.parametrize("name", ["zero3", "bf16"])
+@pytest.mark.parametrize("name", ["zero3", "bf16", "fsdp2"])
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(name: str, folder: Path) -> None:
     assert_goes_on(folder, name)
 
 
-def test_bf16_keeps_masters_moments_average_and_reduction_in_float32(folder: Path) -> None:
-    mine, exact = seen(folder, "bf16"), seen(folder, "zero3")
+@pytest.mark.parametrize("name", ["bf16", "fsdp2-bf16"])
+def test_bf16_keeps_masters_moments_average_and_reduction_in_float32(name: str, folder: Path) -> None:
+    mine, exact = seen(folder, name), seen(folder, "zero3")
     assert mine["gradients"] == ["torch.float32"]
     assert mine["dtypes"] == [["torch.bfloat16"], ["torch.float32"], "torch.float32"]
     torch.testing.assert_close(mine["first"], exact["first"], rtol=0, atol=0)  # not rounded
@@ -168,7 +177,7 @@ def test_bf16_keeps_masters_moments_average_and_reduction_in_float32(folder: Pat
     assert mine["norms"] == pytest.approx(exact["norms"], rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp2"])
 def test_one_process_goes_on_from_the_checkpoint_of_two(name: str, folder: Path, shards: str, tmp_path: Path) -> None:
     resume = str(folder / name / "checkpoints" / "step-2.ckpt")
     zero_runs.train(tmp_path, RUNS[name] | {"name": name, "shards": shards, "resume": resume}, "auto", 1)
@@ -195,7 +204,7 @@ def test_three_ranks(shards: str, tmp_path: Path) -> None:
     found, one = tmp_path / "found", tmp_path / "one"
     found.mkdir()
     launch(found, shards, {name: dict(run) for name, run in THREE_RANKS.items()})
-    for name in ("zero2", "zero3"):
+    for name in ("zero2", "zero3", "fsdp2"):
         zero_runs.train(one, THREE_RANKS[name] | {"name": name, "shards": shards}, "auto", 1)
         assert_as_one_process(found, one, name)
     assert_goes_on(found, "zero3-bf16")

@@ -21,8 +21,9 @@ from gpdit_lightning.training.ema import EMA
 from gpdit_lightning.training.health import Health
 from gpdit_lightning.training.optimizer import OptimizerConfig
 from gpdit_lightning.training.previews import Preview
+from gpdit_lightning.training.sharding import sharding_of
 from gpdit_lightning.training.stopping import leave_process_group
-from gpdit_lightning.training.zero import zero_of
+from gpdit_lightning.training.zero import ZeRO
 
 
 class Stage(GPDiTStage):
@@ -74,9 +75,14 @@ class Record(Callback):
         self.tensors["first"] = {name: values.clone() for name, values in state.items()}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        zero = zero_of(pl_module)
-        if zero is not None and "offload" not in pl_module.run["strategy"]:
-            gradients = zero.zero_optimizer.averaged_gradients[0]
+        sharding = sharding_of(pl_module)
+        if sharding is None or "offload" in pl_module.run["strategy"]:
+            return
+        if isinstance(sharding, ZeRO):
+            gradients = sharding.zero_optimizer.averaged_gradients[0]
+        else:
+            gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+        if gradients:  # those of a step that is left out are gone
             self.seen["gradients"] = sorted({str(gradient.dtype) for gradient in gradients})
 
     def on_train_batch_end(
@@ -99,15 +105,17 @@ class Record(Callback):
                 self.tensors["features"] = list(backbone.features(clip, [0, 1, 2]).values())
             frames = rollout(backbone, RotationSampler(2, schedule=pl_module.schedule), clip[:, :1], 2)
             self.tensors["rollout"] = torch.stack(list(frames))
-        zero = zero_of(pl_module)
-        if zero is not None:
-            state = zero.zero_optimizer.optimizer.state[next(iter(zero.parts.values())).flat]
-            kept = [*zero.weights().values(), *self.ema.average.values(), *state.values()]
-            self.seen["dtypes"] = [
-                sorted({str(parameter.dtype) for parameter in pl_module.parameters()}),
-                sorted({str(tensor.dtype) for tensor in kept}),
-                str(zero.zero_optimizer.communication_data_type),
-            ]
+        sharding = sharding_of(pl_module)
+        if sharding is not None:
+            state = sharding.inner_optimizer.state[next(iter(sharding.parts.values())).owner]
+            kept = [*sharding.weights().values(), *self.ema.average.values(), *state.values()]
+            if isinstance(sharding, ZeRO):
+                working = {str(parameter.dtype) for parameter in pl_module.parameters()}
+                reduced = sharding.zero_optimizer.communication_data_type
+            else:  # the parameters are the masters
+                working = {str(backbone.new_cache(1, 2, 8, 8)._buffer.dtype)}
+                reduced = backbone._get_fsdp_state()._mp_policy.reduce_dtype
+            self.seen["dtypes"] = [sorted(working), sorted({str(tensor.dtype) for tensor in kept}), str(reduced)]
 
 
 def mean(trainer: Trainer, value: torch.Tensor) -> float:
