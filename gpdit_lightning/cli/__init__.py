@@ -54,7 +54,8 @@ def _show_log() -> None:
 
 def _rank() -> str:
     """Who speaks, where several processes train."""
-    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, Lightning's launcher and srun
+    rank = next((os.environ[name] for name in names if name in os.environ), "0")
     return "" if rank == "0" else f"[rank {rank}] "
 
 

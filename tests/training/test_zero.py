@@ -123,7 +123,7 @@ def assert_as_one_process(found: Path, one: Path, name: str) -> None:
     assert mine.pop("dtypes") == [["torch.float32"], ["torch.float32"], "torch.float32"]
     mine.pop("gradients", None)
     for what, values in mine.items():
-        if what == "norms":  # ZeRO's norm of a broken gradient is infinite
+        if what == "norms" and "zero" in name:  # whose norm of a broken gradient is infinite
             other[what] = [norm if math.isfinite(norm) else math.inf for norm in other[what]]
         torch.testing.assert_close(values, other[what], rtol=1e-4, atol=1e-5, equal_nan=True)
     for step in (2, 4):
