@@ -7,8 +7,9 @@ micro-batches as do.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gpdit_lightning.cli.estimate import GIB, Run, memory, read, with_smaller_micro_batches
+from gpdit_lightning.cli.estimate import GIB, read
 from gpdit_lightning.training.memory import STRATEGIES
+from gpdit_lightning.training.needs import Run, memory, with_smaller_micro_batches
 
 CAPACITY = 80 * GIB
 GPUS = (1, 8, 32, 64)

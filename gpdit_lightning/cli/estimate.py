@@ -2,33 +2,34 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jsonargparse import Namespace
 
 from gpdit_lightning.cli import fit
 from gpdit_lightning.data.datamodule import KINDS
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
-from gpdit_lightning.data.plan import Plan, PlannedSource
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.model import GPDiTConfig
-from gpdit_lightning.training.flops import peak_bf16_flops, training_flops
-from gpdit_lightning.training.memory import (
-    AUTOCAST,
-    BF16,
-    FLOAT32,
-    STRATEGIES,
-    Precision,
-    Strategy,
-    activation_bytes,
-    held_bytes,
-    parameter_count,
-    step_bytes,
+from gpdit_lightning.training.flops import peak_bf16_flops
+from gpdit_lightning.training.memory import STRATEGIES, Strategy, parameter_count
+from gpdit_lightning.training.needs import (
+    ALLOWANCE,
+    PRECISIONS,
+    Run,
+    Shape,
+    Source,
+    least_gpus_that_fit,
+    memory,
+    nearest_that_fits,
+    overrides,
+    step_flops,
 )
+from gpdit_lightning.training.strategies import OF_LIGHTNING
 
 GIB = 2**30
 
@@ -37,60 +38,6 @@ GIB = 2**30
 SIZES = {"images": ["256x256", "192x320", "320x192"], "videos": ["192x320"], "sequences": ["256x256"]}
 FRAMES = {"images": 1, "videos": 5, "sequences": 6}
 SPATIAL_FACTOR = 8
-
-# CUDA's context, NCCL's and cuBLAS's workspaces, and what the allocator cannot use. Assumed, not measured.
-ALLOWANCE = 2 * GIB
-
-PRECISIONS = {"bf16-mixed": AUTOCAST, "32-true": FLOAT32, "32": FLOAT32}
-
-
-class Shape(NamedTuple):
-    """A latent shape (F, h, w) of a source, and the fraction of its micro-batches that have it."""
-
-    frames: int
-    height: int
-    width: int
-    fraction: float
-
-
-@dataclass(frozen=True)
-class Source:
-    """One source of samples, as the recipe uses it."""
-
-    name: str
-    batch_size: int
-    micro_batches: int
-    shapes: tuple[Shape, ...]
-    assumed: bool
-
-
-@dataclass(frozen=True)
-class Run:
-    """What an estimate depends on."""
-
-    backbone: GPDiTConfig
-    precision: str
-    strategy: Strategy
-    gpus: int
-    max_ranks: int
-    context_dropout: float
-    noise_draws: int
-    max_steps: int
-    sources: tuple[Source, ...]
-
-    def __post_init__(self) -> None:
-        planned = [PlannedSource(s.name, (s.batch_size,), s.batch_size, s.micro_batches) for s in self.sources]
-        Plan(tuple(planned), 0, self.context_dropout, self.max_ranks)  # complains about batches that cannot be cut so
-        if self.gpus < 1 or self.max_ranks % self.gpus:
-            raise InputError(
-                f"{self.gpus} GPUs do not divide data.max_ranks = {self.max_ranks}: choose --gpus that do, or set "
-                "data.max_ranks to a multiple of them."
-            )
-
-    def numbers(self, strategy: Strategy) -> Precision:
-        """Bytes of this run's values; DeepSpeed has bf16 weights where DDP has autocast."""
-        numbers = PRECISIONS[self.precision]
-        return BF16 if strategy.zero and numbers == AUTOCAST else numbers
 
 
 def parser() -> argparse.ArgumentParser:
@@ -151,13 +98,14 @@ def strategy_of(setting: Any) -> Strategy:
     """The strategy that `trainer.strategy` means; raises `InputError` if it is not counted here."""
     if isinstance(setting, Namespace) and setting.class_path.endswith(".ZeRO"):
         chosen = setting.init_args
-        return next(s for s in STRATEGIES if (s.zero, s.offload) == (chosen.stage, chosen.offload))
-    name = setting.class_path.rpartition(".")[2] if isinstance(setting, Namespace) else setting
+        return next(s for s in STRATEGIES if s.deepspeed and (s.stage, s.offload) == (chosen.stage, chosen.offload))
+    given = setting.class_path.rpartition(".")[2] if isinstance(setting, Namespace) else setting
+    name = OF_LIGHTNING.get(given, given.lower())
     offered = {strategy.option: strategy for strategy in STRATEGIES if strategy.option}
-    if name.lower().startswith("ddp"):
+    if name.startswith("ddp"):
         return offered["auto"]
     if name not in offered:
-        raise InputError(f"trainer.strategy is {name}: estimate knows ddp, {', '.join(offered)}.")
+        raise InputError(f"trainer.strategy is {given}: estimate knows ddp, {', '.join(offered)}.")
     return offered[name]
 
 
@@ -194,112 +142,6 @@ def read_source(name: str, settings: Namespace, sizes: list[str] | None, multipl
             )
         shapes += [Shape(frames, height, width, count / samples.total() / len(lengths)) for frames in lengths]
     return Source(name, settings.batch_size, settings.micro_batches, tuple(shapes), not prepared)
-
-
-def step_flops(run: Run) -> dict[str, float]:
-    """FLOPs of an optimizer step by part, over all GPUs: the mean over shapes and dropped contexts."""
-    total: Counter[str] = Counter()
-    for source in run.sources:
-        for frames, height, width, fraction in source.shapes:
-            draws = run.noise_draws if frames > 1 else 1
-            for context, share in ((source.batch_size, 1 - run.context_dropout), (0, run.context_dropout)):
-                flops = training_flops(run.backbone, source.batch_size, context, frames, height, width, draws)
-                total.update({part: fraction * share * count for part, count in flops.items()})
-    return dict(total)
-
-
-def activations(run: Run, source: Source) -> int:
-    """Bytes of the activations of a source's largest micro-batch on one GPU."""
-    part = source.batch_size // source.micro_batches // run.max_ranks
-    clips, parts = part * run.max_ranks // run.gpus, run.max_ranks // run.gpus
-    context = clips - parts * int(run.context_dropout * part)
-    return max(
-        activation_bytes(
-            run.backbone,
-            clips,
-            context,
-            frames,
-            height,
-            width,
-            run.noise_draws if frames > 1 else 1,
-            run.numbers(run.strategy),
-        )
-        for frames, height, width, _ in source.shapes
-    )
-
-
-def memory(run: Run) -> dict[str, int]:
-    """Bytes on each GPU by part, their `total`, and a rank's `main_memory` beside them.
-
-    The activations are gone when the optimizer takes its step: only the larger of the two counts.
-    """
-    parameters, numbers = parameter_count(run.backbone), run.numbers(run.strategy)
-    held = held_bytes(parameters, run.strategy, numbers, run.gpus)
-    step = step_bytes(parameters, run.strategy, numbers, run.gpus)
-    largest = max(activations(run, source) for source in run.sources)
-    total = sum(held.values()) - held["main_memory"] + max(step, largest) + ALLOWANCE
-    return held | {"step": step, "activations": largest, "total": total}
-
-
-def with_smaller_micro_batches(run: Run) -> Iterator[Run]:
-    """The run itself, then the same with one source after another cut finer, the one with most activations first.
-
-    Where the part of each of `max_ranks` ranks is one sample, `max_ranks` falls to the number of GPUs.
-    """
-    yield run
-    while True:
-        largest = max(run.sources, key=lambda source: activations(run, source))
-        samples = largest.batch_size // run.max_ranks
-        finer = [count for count in range(largest.micro_batches + 1, samples + 1) if samples % count == 0]
-        if finer:
-            sources = tuple(replace(s, micro_batches=finer[0]) if s is largest else s for s in run.sources)
-            run = replace(run, sources=sources)
-            yield run
-        elif run.max_ranks > run.gpus:
-            run = replace(run, max_ranks=run.gpus)
-        else:
-            return
-
-
-def nearest_that_fits(run: Run, capacity: float) -> Run | None:
-    """The least change of settings after which each GPU needs at most `capacity` bytes; None if nothing helps.
-
-    In the order of what they cost: more micro-batches (smaller products), activation checkpointing (a third more time),
-    ZeRO-2 and ZeRO-3 (communication), their offloading (much slower).
-    """
-    spread = sorted((s for s in STRATEGIES if s.option and s.zero), key=lambda s: (s.offload, s.zero))
-    for strategy in dict.fromkeys((run.strategy, *spread)):
-        for checkpointing in sorted({run.backbone.activation_checkpointing, True}):
-            backbone = run.backbone.replaced(activation_checkpointing=checkpointing)
-            for candidate in with_smaller_micro_batches(replace(run, strategy=strategy, backbone=backbone)):
-                if memory(candidate)["total"] <= capacity:
-                    return candidate
-    return None
-
-
-def least_gpus_that_fit(run: Run, capacity: float) -> Run | None:
-    """The same on the least number of GPUs, at least the run's, on which nothing is offloaded."""
-    for gpus in range(run.gpus, run.max_ranks + 1):
-        if run.max_ranks % gpus == 0:
-            wanted = nearest_that_fits(replace(run, gpus=gpus), capacity)
-            if wanted is not None and not wanted.strategy.offload:
-                return wanted
-    return None
-
-
-def overrides(run: Run, wanted: Run) -> str:
-    """The options of `fit` that turn one run into another."""
-    options = []
-    for source, other in zip(run.sources, wanted.sources, strict=True):
-        if source.micro_batches != other.micro_batches:
-            options.append(f"--data.{source.name}.micro_batches={other.micro_batches}")
-    if run.max_ranks != wanted.max_ranks:
-        options.append(f"--data.max_ranks={wanted.max_ranks}")
-    if run.backbone.activation_checkpointing != wanted.backbone.activation_checkpointing:
-        options.append("--model.init_args.backbone.activation_checkpointing=true")
-    if run.strategy != wanted.strategy:
-        options.append(f"--trainer.strategy={wanted.strategy.option}")
-    return " ".join(options)
 
 
 def report(run: Run, capacity: float, peak: float, mfu: float) -> str:

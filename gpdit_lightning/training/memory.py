@@ -35,32 +35,40 @@ class Strategy:
     Attributes:
         name: for people.
         option: the value of `trainer.strategy`; empty where this library does not offer it.
-        zero: the ZeRO stage; at 0 (DDP) every rank has everything.
+        stage: what is spread, as ZeRO counts: 1 moments, masters and the average, 2 gradients too, 3 weights too; at 0
+            every rank has everything.
+        deepspeed: DeepSpeed spreads it, which computes with weights of their own beside float32 masters; torch, which
+            spreads the float32 weights and casts what it gathers, otherwise.
         offload: what is spread lies in main memory.
     """
 
     name: str
     option: str
-    zero: int = 0
+    stage: int = 0
+    deepspeed: bool = False
     offload: bool = False
 
 
 STRATEGIES = (
     Strategy("DDP", "auto"),
-    Strategy("ZeRO-1", "", zero=1),
-    Strategy("ZeRO-2", "zero2", zero=2),
-    Strategy("ZeRO-2, offloaded", "zero2_offload", zero=2, offload=True),
-    Strategy("ZeRO-3", "zero3", zero=3),
-    Strategy("ZeRO-3, offloaded", "zero3_offload", zero=3, offload=True),
+    Strategy("ZeRO-1", "", stage=1, deepspeed=True),
+    Strategy("ZeRO-2", "zero2", stage=2, deepspeed=True),
+    Strategy("ZeRO-2, offloaded", "zero2_offload", stage=2, deepspeed=True, offload=True),
+    Strategy("ZeRO-3", "zero3", stage=3, deepspeed=True),
+    Strategy("ZeRO-3, offloaded", "zero3_offload", stage=3, deepspeed=True, offload=True),
+    Strategy("FSDP2", "fsdp2", stage=3),
 )
 
 
 def parameter_count(config: GPDiTConfig) -> int:
     """Parameters of a :class:`~gpdit_lightning.GPDiT`."""
     patch_values = config.latent_channels * config.patch_size**2
-    norms = config.layers * (2 * config.width + 2 * config.head_width) + config.width
     ends = 2 * patch_values * config.width + config.width + patch_values
-    return config.layers * _products_of_block(config) + norms + ends
+    return config.layers * _parameters_of_block(config) + config.width + ends
+
+
+def _parameters_of_block(config: GPDiTConfig) -> int:
+    return _products_of_block(config) + 2 * config.width + 2 * config.head_width
 
 
 def _products_of_block(config: GPDiTConfig) -> int:
@@ -68,51 +76,69 @@ def _products_of_block(config: GPDiTConfig) -> int:
     return 4 * config.width**2 + 2 * config.width * config.mlp_width
 
 
-def held_bytes(parameters: int, strategy: Strategy, precision: Precision, ranks: int) -> dict[str, int]:
+def held_bytes(config: GPDiTConfig, strategy: Strategy, precision: Precision, ranks: int) -> dict[str, int]:
     """What lies on each GPU throughout training, and what a rank keeps in main memory instead.
 
-    Adam keeps two moments. DDP copies gradients into buckets for reduction (its gradient_as_bucket_view is off). ZeRO
-    spreads the moments, a float32 master of every weight, and the average beside the masters; from stage 2 on it adds
-    up float32 gradients of its part alone (`training/zero.py`).
+    Adam keeps two moments. DeepSpeed spreads them, a float32 master of every weight, and the average beside the
+    masters; from stage 2 on it adds up float32 gradients of its part alone (`training/zero.py`). FSDP2 spreads the same
+    but needs no masters: its weights are float32 (`training/fsdp.py`). The buffers are counted at their fullest.
 
     Args:
-        parameters: of the backbone.
-        strategy: how they are spread.
-        precision: of weights and gradients.
+        config: of the backbone.
+        strategy: how it is spread.
+        precision: of the weights that it computes with, and of their gradients.
         ranks: GPUs.
 
     Returns:
         bytes of the parts `weights`, `gradients`, `optimizer`, `average`, `buffers` and `main_memory`.
     """
-    whole = precision.weight * parameters
-    if strategy.zero == 0:
-        buffers = whole if ranks > 1 else 0
+    parameters = parameter_count(config)
+    whole, share = precision.weight * parameters, 4 * parameters // ranks
+    if strategy.stage == 0:
         held = {"weights": whole, "gradients": whole, "optimizer": 2 * whole, "average": 4 * parameters}
-        return held | {"buffers": buffers, "main_memory": 0}
+        # Copies of the gradients to reduce, as DDP's gradient_as_bucket_view is off.
+        return held | {"buffers": whole if ranks > 1 else 0, "main_memory": 0}
+    if not strategy.deepspeed:
+        held = {"weights": share, "gradients": share, "optimizer": 2 * share, "average": share}
+        # A block's gathered weights, the next one's, its gradients, and these in float32, laid out by rank.
+        gathered = (3 * precision.weight + 4) * _parameters_of_block(config)
+        return held | {"buffers": gathered, "main_memory": 0}
     held = {
-        "weights": whole // ranks if strategy.zero == 3 else whole,
-        "gradients": 4 * parameters // ranks if strategy.zero >= 2 else whole,
-        "optimizer": 12 * parameters // ranks,
-        "average": 4 * parameters // ranks,
+        "weights": whole // ranks if strategy.stage == 3 else whole,
+        "gradients": share if strategy.stage >= 2 else whole,
+        "optimizer": 3 * share,
+        "average": share,
     }
-    # Stages 1 and 2 fill one bucket while another is reduced; stage 3 has one, and the weights in use beside it.
-    gathered = precision.weight * min(parameters, LIVE_PARAMETERS)
-    buffers = 4 * REDUCE_BUCKET + gathered if strategy.zero == 3 else 2 * 4 * REDUCE_BUCKET
-    moved = [name for name in held if strategy.offload and (name != "weights" or strategy.zero == 3)]
+    moved = [name for name in held if strategy.offload and (name != "weights" or strategy.stage == 3)]
     main_memory = sum(held[name] for name in moved)
+    buffers = _deepspeed_buffers(parameters, strategy.stage, precision, ranks)
     return held | dict.fromkeys(moved, 0) | {"buffers": buffers, "main_memory": main_memory}
 
 
-def step_bytes(parameters: int, strategy: Strategy, precision: Precision, ranks: int) -> int:
+def _deepspeed_buffers(parameters: int, stage: int, precision: Precision, ranks: int) -> int:
+    """What DeepSpeed takes to reduce gradients and, at stage 3, to gather weights."""
+    reduced = min(parameters, REDUCE_BUCKET)
+    if stage == 3:
+        # One bucket, a copy of it laid out by rank, both float32; and the weights that stay gathered.
+        return 4 * (REDUCE_BUCKET + reduced) + precision.weight * min(parameters, LIVE_PARAMETERS)
+    # One bucket is filled while another is reduced: as one flat copy, and that in float32.
+    buffers = 2 * precision.weight * REDUCE_BUCKET + precision.weight * reduced
+    if precision.weight == 4:
+        return buffers + 4 * parameters // ranks  # the gradients of this micro-batch beside the sum of those before it
+    return buffers + 4 * reduced
+
+
+def step_bytes(config: GPDiTConfig, strategy: Strategy, ranks: int) -> int:
     """What an optimizer step takes for itself, when no activations are there.
 
-    On CUDA, torch's Adam takes all parameters at once and with them the roots of all second moments; ZeRO also makes
-    a flat copy of its gradients. (Validation takes as much as the roots: a copy of the weights, while the average is
-    in their place.)
+    On CUDA, torch's Adam takes all parameters at once and with them the roots of all second moments. DeepSpeed's stage
+    3 also makes a flat copy of its gradients, beside which it keeps them. (Validation takes as much as the roots: a
+    copy of the weights, while the average is in their place.)
     """
-    if strategy.zero == 0:
-        return precision.weight * parameters
-    return 0 if strategy.offload else 8 * parameters // ranks
+    if strategy.offload:
+        return 0
+    roots = 4 * parameter_count(config) // (ranks if strategy.stage else 1)
+    return 2 * roots if strategy.deepspeed and strategy.stage == 3 else roots
 
 
 def activation_bytes(

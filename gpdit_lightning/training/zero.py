@@ -237,11 +237,13 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         return result
 
     def teardown(self) -> None:
-        """Take DeepSpeed's hooks from the parameters: through them it keeps what it holds."""
+        """Have DeepSpeed let go of weights and moments, by hooks and globals: another stage may follow in this process."""
         super().teardown()
         if self.parts:
             self.deepspeed_engine.destroy()
             self.parts = {}
+            if self.zero_stage_3:
+                _forget_modules()
 
     @torch.no_grad()
     def weights_changed(self) -> None:
@@ -253,3 +255,15 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         optimizer._partition_all_parameters()  # also the small ones that stay whole: the next pass gathers them anew
         for place in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(place)
+
+
+def _forget_modules() -> None:
+    """Empty what DeepSpeed's ZeRO-3 remembers of modules beyond its engine: a global list, and a cache of a method."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # of the wrapper for profiling around the cached method
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()

@@ -1,5 +1,6 @@
 """Runs for test_zero.py, several in one launch: python zero_runs.py FOLDER, which holds runs.json."""
 
+import gc
 import json
 import math
 import sys
@@ -168,4 +169,6 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     for description in json.loads((place / "runs.json").read_text()):
         train(place, description, description["strategy"], description.get("ranks", 2))
+        gc.collect()
+        assert not any(type(thing) is Stage for thing in gc.get_objects()), f"{description['name']} is still in memory"
     leave_process_group()

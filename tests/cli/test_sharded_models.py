@@ -1,0 +1,162 @@
+"""What two processes train under ZeRO and FSDP2 is validated, continued, shared and trained further like any other."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from gpdit_lightning import GPDiT
+from gpdit_lightning.cli import main
+from gpdit_lightning.media.video import write_video
+from gpdit_lightning.training.checkpoint_files import checkpoint_path
+from gpdit_lightning.training.checkpoints import identity_of, read_checkpoint
+from tests.cli.test_chain import damage_last_of
+from tests.cli.test_export import assert_same, export, tensors_of
+from tests.cli.test_resume import STEPS, curves, recipe
+from tests.cli.test_sharded_runs import command, needs_deepspeed
+from tests.training.test_previews import make_shards, moving
+
+pytestmark = pytest.mark.slow
+
+ALONE = ("--trainer.devices=1", "--trainer.strategy=auto")
+LAST, BEFORE = STEPS, STEPS - 2  # the steps of the two checkpoints
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a codec that makes pictures of them."""
+    return Path(make_shards(tmp_path_factory.mktemp("shards")))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("zero2", "32-true"), marks=needs_deepspeed, id="zero2"),
+        pytest.param(("zero3", "bf16-mixed"), marks=needs_deepspeed, id="zero3-bf16"),
+        pytest.param(("fsdp2", "32-true"), id="fsdp2"),
+    ],
+)
+def trained(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`recipe.yaml`, and the finished run folder `run`. Do not change them."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = recipe(shards, folder / "run", max_ranks=2)
+    settings["model"]["init_args"]["backbone"]["latent_channels"] = 16
+    strategy, precision = request.param
+    settings["trainer"] |= {"devices": 2, "strategy": strategy, "precision": precision}
+    settings["checkpoint"] = {"every_steps": 2, "keep_last": 2}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    command("fit", f"--config={folder / 'recipe.yaml'}")
+    return folder
+
+
+@pytest.fixture
+def damaged(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run folder, to be damaged."""
+    return Path(shutil.copytree(trained / "run", tmp_path / "damaged", symlinks=True))
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("video") / "moving.mp4"
+    write_video(path, moving(99, 20), 30)
+    return path
+
+
+def losses(printed: str) -> list[float]:
+    """What `validate` printed as val/loss."""
+    return [float(line.split()[1]) for line in printed.splitlines() if line.startswith("val/loss ")]
+
+
+def begin_from(weights: Path, trained: Path, run_dir: Path) -> int:
+    """A step of a next stage, on one process; too small to be one."""
+    rate = "--model.init_args.optimizer={learning_rate: 1.0e-12}"
+    begin = (f"--model.init_args.initial_weights={weights}", f"--run_dir={run_dir}", "--trainer.max_steps=1")
+    return main(["fit", f"--config={trained / 'recipe.yaml'}", *ALONE, rate, *begin])
+
+
+def sample(checkpoint: Path, video: Path, out: Path) -> int:
+    options = ["--context", str(video), "--out", str(out), "--steps=2", "--frames=4"]
+    return main(["sample", "--checkpoint", str(checkpoint), *options])
+
+
+@pytest.mark.parametrize("kind", ["ema", "raw"])
+def test_the_exported_weights_are_those_of_the_checkpoint(kind: str, trained: Path, tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(trained / "run")
+    weights = {"ema": checkpoint["ema"]["weights"], "raw": checkpoint["state_dict"]}
+    assert weights["ema"].keys() == weights["raw"].keys()
+    assert not torch.equal(weights["ema"]["backbone.output.weight"], weights["raw"]["backbone.output.weight"])
+    expected = {name.removeprefix("backbone."): value for name, value in weights[kind].items()}
+    assert {value.dtype for value in expected.values()} == {torch.float32}
+    assert export(trained / "run", tmp_path / "model", *(["--weights=raw"] if kind == "raw" else [])) == 0
+    assert_same(tensors_of(tmp_path / "model"), expected)
+    assert_same(dict(GPDiT.from_pretrained(tmp_path / "model").state_dict()), expected)
+
+
+def test_a_video_is_continued_alike_from_the_run_its_checkpoint_and_its_export(
+    trained: Path, video: Path, tmp_path: Path
+) -> None:
+    run, model = trained / "run", tmp_path / "model"
+    assert export(run, model) == 0
+    pictures = set()
+    for checkpoint in (run, checkpoint_path(run, LAST), model):
+        assert sample(checkpoint, video, tmp_path / "out.mp4") == 0
+        pictures.add((tmp_path / "out.png").read_bytes())
+    assert len(pictures) == 1
+
+
+def test_validation_says_what_the_training_said(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On two processes and on one, once; in bf16 ranks round weights, where one process rounds what it multiplies."""
+    loss = curves(trained / "run")["val/loss"][LAST]
+    assert losses(command("validate", f"--config={trained / 'recipe.yaml'}")) == pytest.approx([loss], abs=2e-5)
+    assert main(["validate", f"--config={trained / 'recipe.yaml'}", *ALONE]) == 0
+    assert losses(capsys.readouterr().out) == pytest.approx([loss], rel=2e-4)
+
+
+@pytest.mark.parametrize("file", [False, True], ids=["run-folder", "file"])
+def test_a_next_stage_begins_with_the_average(file: bool, trained: Path, tmp_path: Path) -> None:
+    last = checkpoint_path(trained / "run", LAST)
+    weights = last if file else trained / "run"
+    assert begin_from(weights, trained, tmp_path / "next") == 0
+    begun = read_checkpoint(tmp_path / "next")
+    assert begun["gpdit"]["origin"] == {"path": str(weights), "step": LAST, "sha256": identity_of(last)}
+    for name, average in read_checkpoint(last)["ema"]["weights"].items():
+        torch.testing.assert_close(begun["state_dict"][name], average, rtol=0, atol=1e-9)
+
+
+def test_a_changed_byte(trained: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoint before the damaged one is taken; the damaged one, asked for by name, is refused."""
+    loss = curves(trained / "run")["val/loss"][BEFORE]
+    last = damage_last_of(damaged)
+    assert main(["validate", f"--config={trained / 'recipe.yaml'}", *ALONE, f"--run_dir={damaged}"]) == 0
+    assert losses(capsys.readouterr().out) == pytest.approx([loss], rel=2e-4)
+    assert begin_from(damaged, trained, tmp_path / "next") == 0
+    assert read_checkpoint(tmp_path / "next")["gpdit"]["origin"]["step"] == BEFORE
+    capsys.readouterr()
+    assert begin_from(last, trained, tmp_path / "none") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {last} is not a whole checkpoint (step-6.ckpt is not what was written, by its sha256): "
+        "use another of the run's."
+    )
+
+
+def test_a_checkpoint_that_was_cut_off(
+    damaged: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last, model = checkpoint_path(damaged, LAST), tmp_path / "model"
+    os.truncate(last, last.stat().st_size - 1)
+    assert export(damaged, model) == 0
+    assert json.loads((model / "config.json").read_text())["step"] == BEFORE
+    assert sample(damaged, video, tmp_path / "out.mp4") == 0
+    assert f"(step {BEFORE})" in capsys.readouterr().out
+    capsys.readouterr()
+    assert export(last, tmp_path / "none") == 2
+    assert sample(last, video, tmp_path / "none.mp4") == 2
+    messages = capsys.readouterr().err.splitlines()
+    assert len(messages) == 2
+    for message in messages:
+        assert message.startswith(f"error: {last} is not a whole checkpoint (step-6.ckpt has")
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged", "model", "out.mp4", "out.png"}

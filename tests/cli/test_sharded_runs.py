@@ -1,0 +1,216 @@
+"""ZeRO and FSDP2 by one word of a recipe, on two processes, among runs that know nothing of them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from gpdit_lightning.cli import fit, main
+from gpdit_lightning.training.checkpoint_files import LAST
+from gpdit_lightning.training.checkpoints import identity_of, read_checkpoint
+from gpdit_lightning.training.stopping import leave_process_group
+from gpdit_lightning.training.zero import ZeRO
+from tests.cli.test_resume import recipe
+from tests.cli.test_several_ranks import curves, finish, gone_back, one_rank, recorder, seen, train, weights
+
+__all__ = ["one_rank", "recorder"]  # fixtures
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+WITH_ZERO2, WITH_ZERO3 = (pytest.param(name, marks=needs_deepspeed) for name in ("zero2", "zero3"))
+CLASS_OF_ZERO = "gpdit_lightning.training.zero.ZeRO"
+HALF_OF_CUDA = {  # on a CPU Lightning makes bf16-mixed of 16-mixed
+    "class_path": "lightning.pytorch.plugins.MixedPrecision", "init_args": {"precision": "16-mixed", "device": "cuda"}
+}  # fmt: skip
+HEAD_ALONE = """
+from gpdit_lightning.stages import GPDiTStage
+
+
+class HeadAlone(GPDiTStage):
+    def configure_model(self):
+        super().configure_model()
+        self.backbone.requires_grad_(False).output.requires_grad_(True)
+"""
+
+
+def command(*arguments: str) -> str:
+    """What a verb prints that ends well."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gpdit_lightning", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """For runs in the process of the tests: Lightning writes ranks into the environment, even for one."""
+    before = dict(os.environ)
+    yield
+    leave_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def assert_follows(folder: Path, log: str, step: int, one_rank: Path) -> None:
+    """The samples and the noise of every step from `step` on, and the end, are those of the run on one rank."""
+    assert seen(folder, log) == {at: samples for at, samples in seen(one_rank, "whole").items() if at[0] >= step}
+    found, expected = weights(folder / "run"), weights(one_rank / "run")
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    for tag, values in curves(one_rank / "run").items():
+        assert curves(folder / "run")[tag] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
+
+
+@pytest.mark.parametrize("strategy", [WITH_ZERO3, "fsdp2"])
+def test_two_ranks_go_on_where_one_process_stopped(
+    strategy: str, one_rank: Path, tiny_shards: Path, recorder: Path, tmp_path: Path
+) -> None:
+    gone_back(tmp_path, one_rank, 2)
+    finish(train(tmp_path, tiny_shards, recorder, 2, "rest", strategy=strategy))
+    assert_follows(tmp_path, "rest", 2, one_rank)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_a_run_changes_its_strategy_and_number_of_ranks_again_and_again(
+    one_rank: Path, tiny_shards: Path, recorder: Path, tmp_path: Path
+) -> None:
+    before = tmp_path
+    for step, strategy, ranks in ((0, "fsdp2", 2), (1, "auto", 1), (2, "zero3", 2), (4, "ddp", 2), (5, "zero2", 2)):
+        folder = tmp_path / strategy
+        if step:
+            gone_back(folder, before, step)
+        finish(train(folder, tiny_shards, recorder, ranks, "rest", strategy=strategy))
+        assert_follows(folder, "rest", step, one_rank)
+        before = folder
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        pytest.param(
+            {"strategy": "zero3", "precision": "16-mixed"},
+            "trainer.precision is 16-mixed: with ZeRO or FSDP2 take bf16-mixed or 32-true.",
+            marks=needs_deepspeed,
+        ),
+        (
+            {"strategy": "fsdp2", "plugins": [HALF_OF_CUDA]},
+            "trainer.precision is 16-mixed: with ZeRO or FSDP2 take bf16-mixed or 32-true.",
+        ),
+        (
+            {"strategy": "fsdp2", "precision": "16-true"},
+            "trainer.precision is 16-true: with ZeRO or FSDP2 take bf16-mixed or 32-true.",
+        ),
+        pytest.param(
+            {"strategy": "zero3", "gradient_clip_algorithm": "value"},
+            "DeepSpeed clips gradients by their norm only: leave out trainer.gradient_clip_algorithm.",
+            marks=needs_deepspeed,
+        ),
+        (
+            {"strategy": "fsdp2", "gradient_clip_algorithm": "value"},
+            "FSDP2 clips gradients by their norm only: leave out trainer.gradient_clip_algorithm.",
+        ),
+        pytest.param(
+            {"strategy": {"class_path": CLASS_OF_ZERO, "init_args": {"stage": 1}}},
+            "ZeRO's stage is 1: take 2 or 3.",
+            marks=needs_deepspeed,
+        ),
+        (
+            {"strategy": "deepspeed_stage_1"},
+            "trainer.strategy is deepspeed_stage_1: take one of deepspeed, deepspeed_stage_2, "
+            "deepspeed_stage_2_offload, deepspeed_stage_3, deepspeed_stage_3_offload.",
+        ),
+    ],
+)
+def test_what_they_do_not_do_is_one_sentence(
+    settings: dict[str, Any], sentence: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = recipe(tiny_shards, tmp_path / "run")
+    given["trainer"] |= {"devices": 1, **settings}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
+    assert main(["fit", f"--config={tmp_path / 'recipe.yaml'}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {sentence}"
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("strategy", [WITH_ZERO2, "fsdp2"])
+def test_frozen_parameters_are_refused(
+    strategy: str,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "frozen.py").write_text(HEAD_ALONE)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = recipe(tiny_shards, tmp_path / "run")
+    given["model"]["class_path"] = "frozen.HeadAlone"
+    given["trainer"] |= {"devices": 1, "strategy": strategy}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
+    assert main(["fit", f"--config={tmp_path / 'recipe.yaml'}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: with ZeRO or FSDP2 all parameters are trained, but backbone.patch_embedding.weight is not: "
+        "use strategy ddp."
+    )
+    assert main(["fit", f"--config={tmp_path / 'recipe.yaml'}", "--trainer.strategy=ddp"]) == 0
+
+
+@needs_deepspeed
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    ("name", "stage", "offload"),
+    [
+        ("deepspeed", 2, False),
+        ("deepspeed_stage_2", 2, False),
+        ("deepspeed_stage_2_offload", 2, True),
+        ("deepspeed_stage_3", 3, False),
+        ("deepspeed_stage_3_offload", 3, True),
+    ],
+)
+def test_the_names_of_lightning_mean_our_strategies(
+    name: str, stage: int, offload: bool, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """Its own one divides accumulated gradients twice."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tiny_shards, tmp_path / "run")))
+    arguments = [f"--config={tmp_path / 'recipe.yaml'}", "--trainer.devices=1", f"--trainer.strategy={name}"]
+    strategy = fit.build("fit", arguments).trainer.strategy
+    assert isinstance(strategy, ZeRO)
+    assert strategy.stage == stage
+    assert isinstance(strategy.config, dict)
+    spread = strategy.config["zero_optimization"]
+    assert (spread["stage"], "offload_optimizer" in spread) == (stage, offload)
+    assert ("offload_param" in spread) == (offload and stage == 3)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_a_chain_of_all_of_them(tiny_shards: Path, tmp_path: Path) -> None:
+    """Each leaves its ranks as the next stage wants to find them, and its average as the next stage begins."""
+    recipes = []
+    for place, strategy in enumerate(("zero3", "fsdp2", "zero2", "ddp")):
+        given = recipe(tiny_shards, Path(f"${{runs}}/{place}"), max_ranks=2)
+        given["trainer"] |= {"devices": 2, "strategy": strategy, "max_steps": 2}
+        (tmp_path / f"{place}.yaml").write_text(yaml.safe_dump(given))
+        recipes.append(f"{place}.yaml")
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump({"stages": recipes}))
+    chain = ("chain", f"--config={tmp_path / 'chain.yaml'}", f"--runs={tmp_path}")
+    command(*chain)
+    ends = [read_checkpoint(tmp_path / str(place)) for place in range(4)]
+    assert [end["global_step"] for end in ends] == [2, 2, 2, 2]
+    origins = [end["gpdit"]["origin"] for end in ends]
+    assert origins[0] is None
+    for place, origin in enumerate(origins[1:]):
+        before = tmp_path / str(place)
+        sha256 = identity_of(before / "checkpoints" / LAST)
+        assert origin == {"path": str(before), "step": 2, "sha256": sha256}
+    assert command(*chain).count("finished at step 2") == 4
