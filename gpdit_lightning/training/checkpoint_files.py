@@ -1,6 +1,6 @@
 """How checkpoints lie on disk: a checkpoint is there when its mark is, and the mark says what it must be like.
 
-- checkpoints/step-N.ckpt: a file, or a folder with a part from every rank;
+- checkpoints/step-N.ckpt: a folder (what is in it: checkpoint_io.py);
 - checkpoints/step-N.ckpt.complete: its mark, the size and hash of every file, written when all of them are on disk;
 - checkpoints/last.ckpt: a link to the newest.
 """
@@ -121,11 +121,13 @@ def fault_of(path: Path, verify: bool = False) -> str:
 
 
 def digest_of(path: Path) -> str:
-    """A sha256 that tells a checkpoint from others: over the hashes in its mark or, without one, of its file."""
-    if not mark_path(path).exists():
-        return sha256_of(path)
-    files = json.loads(mark_path(path).read_text(encoding="utf-8"))["files"]
-    return hashlib.sha256(json.dumps(sorted(entry["sha256"] for entry in files.values())).encode()).hexdigest()
+    """A sha256 that tells a checkpoint from others: over those of its files, as its mark or, without one, they say."""
+    if mark_path(path).exists():
+        files = json.loads(mark_path(path).read_text(encoding="utf-8"))["files"]
+        digests = [entry["sha256"] for entry in files.values()]
+    else:
+        digests = [sha256_of(file) for file in path.iterdir()]
+    return hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()
 
 
 def last_checkpoint(run_dir: Path, verify: bool = False) -> Path | None:

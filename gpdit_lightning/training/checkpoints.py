@@ -1,8 +1,6 @@
 """Checkpoints of a run: when they are saved, and how they are read without unpickling objects."""
 
-import pickle
 import time
-import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,26 +28,13 @@ from gpdit_lightning.training.checkpoint_files import (
     remove,
     remove_leftovers,
 )
+from gpdit_lightning.training.checkpoint_io import (
+    TRAINING,
+    FolderCheckpointIO,
+    is_checkpoint,
+    read_folder_of_checkpoint,
+)
 from gpdit_lightning.training.stopping import Stopped, StopSignals
-
-
-class DirectCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint straight to its file; Lightning's own holds all of it in memory a second time."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write the file.
-
-        Raises:
-            OSError: what the file system said. torch speaks of a position in the file instead.
-        """
-        try:
-            with Path(path).open("wb") as file:
-                torch.save(checkpoint, file)
-        except RuntimeError as error:
-            reason: BaseException | None = error
-            while reason is not None and not isinstance(reason, OSError):
-                reason = reason.__context__
-            raise reason or error from None
 
 
 class RunCheckpoint(Checkpoint):
@@ -85,7 +70,7 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write directly, unless the recipe names another way; and keep Lightning from handling signals."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = DirectCheckpointIO()
+            trainer.strategy.checkpoint_io = FolderCheckpointIO()
         # Its SIGTERM handler waits for the other ranks, wherever this one stands.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
@@ -201,7 +186,7 @@ def _fail_together(trainer: Trainer, failure: str) -> None:
 
 
 def identity_of(path: str | Path) -> str:
-    """A sha256 that tells weights from others: of a checkpoint file, or of an exported folder."""
+    """A sha256 that tells weights from others: of a checkpoint, or of an exported folder."""
     path = Path(path)
     return sha256_of(path / WEIGHTS) if is_folder_of_weights(path) else digest_of(path.resolve())
 
@@ -210,17 +195,20 @@ def whole_checkpoint(path: str | Path, verify: bool = False) -> Path:
     """The checkpoint that a path means: itself, or the last whole one of a run folder.
 
     Args:
-        path: a checkpoint file, wherever it was copied to, or the run folder that holds some.
+        path: a checkpoint (its folder), wherever it was copied to, or the run folder that holds some.
         verify: whether to hash its files, where a mark says what they should be, instead of comparing sizes only.
 
     Raises:
         InputError: there is none, or it is not what its mark says.
     """
     path = Path(path)
-    if path.is_dir() and (last := last_checkpoint(path, verify)):
+    if path.name == TRAINING and path.is_file():
+        path = path.parent
+    if not is_checkpoint(path):
+        last = last_checkpoint(path, verify) if path.is_dir() else None
+        if last is None:
+            raise InputError(f"there is no checkpoint at {path}: give a step-N.ckpt or a run folder that holds some.")
         return last
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint at {path}: give a .ckpt file or a run folder that holds one.")
     own = path.resolve()  # `last.ckpt` is a link, and marks belong to what it names
     fault = fault_of(own, verify) if mark_path(own).exists() else ""
     if fault:
@@ -232,23 +220,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a training checkpoint, memory-mapped; objects other than tensors and plain values are refused.
 
     Args:
-        path: a checkpoint file or a run folder, as :func:`whole_checkpoint` takes it.
+        path: a checkpoint or a run folder, as :func:`whole_checkpoint` takes it.
 
     Raises:
-        InputError: the file is missing, cut off, not what its mark says, or not a checkpoint of this library.
+        InputError: a file is missing, cut off, not what the mark says, or not of a checkpoint of this library.
     """
-    path = whole_checkpoint(path)
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is not a whole checkpoint (cut off or of another kind): use another of the run's.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read as a checkpoint ({reason}): use another of the run's.") from None
-    parts = ("state_dict", "gpdit", "LatentDataModule")
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in parts):
-        raise InputError(f"{path} is not a checkpoint of gpdit_lightning: give one that `fit` wrote.")
-    return checkpoint
+    return read_folder_of_checkpoint(whole_checkpoint(path))
 
 
 def check_architecture(saved: dict[str, Any], config: GPDiTConfig, where: str | Path) -> None:

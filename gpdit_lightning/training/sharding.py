@@ -1,4 +1,4 @@
-"""What ZeRO and FSDP2 have in common: each rank keeps a part of every parameter, and one file is the checkpoint."""
+"""What ZeRO and FSDP2 have in common: ranks keep parts of the parameters, a checkpoint is that of one process."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.training.checkpoint_io import read_folder_of_checkpoint
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Part:
 class Sharded(ParallelStrategy):
     """Spreads weights, gradients and moments over the ranks.
 
-    A checkpoint is the file that one process would write, in float32, so that any number of ranks with any strategy
+    A checkpoint is what one process would write, in float32, so that any number of ranks with any strategy
     goes on from it, and nothing in it is unpickled. The first rank gathers it, tensor by tensor, in main memory. Every
     rank builds the whole model in main memory before its weights are spread.
 
@@ -179,12 +180,12 @@ class Sharded(ParallelStrategy):
             group.update({key: value for key, value in settings.items() if key != "params"})
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write the one file, on the first rank."""
+        """Write the files, on the first rank."""
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Map the one file into memory, which the ranks of a machine share: each reads the parts that it needs."""
-        return torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only, mmap=True)
+        """Map the files into memory, which the ranks of a machine share: each reads the parts that it needs."""
+        return read_folder_of_checkpoint(Path(checkpoint_path))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Into the whole model, before it is spread."""

@@ -213,9 +213,9 @@ def test_damaged_weights_are_not_handed_on(chain: Path, tmp_path: Path, capsys: 
 def damage_last_of(run_dir: Path) -> Path:
     damaged = last_checkpoint(run_dir)
     assert damaged is not None
-    content = bytearray(damaged.read_bytes())
+    content = bytearray((damaged / "training.ckpt").read_bytes())
     content[len(content) // 2] ^= 1
-    damaged.write_bytes(content)
+    (damaged / "training.ckpt").write_bytes(content)
     return damaged
 
 

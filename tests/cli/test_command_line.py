@@ -170,10 +170,12 @@ def test_sample_from_a_bad_checkpoint(
     content: bytes | str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "model.ckpt"
+    if content:
+        path.mkdir()
     if isinstance(content, bytes):
-        path.write_bytes(content)
+        (path / "training.ckpt").write_bytes(content)
     elif content:
-        torch.save({"weights": torch.zeros(3)}, path)
+        torch.save({"weights": torch.zeros(3)}, path / "training.ckpt")
     assert main(["sample", "--checkpoint", str(path), "--context", "video.mp4"]) == 2
     message = capsys.readouterr().err
     assert words in message

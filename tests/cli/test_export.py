@@ -1,6 +1,7 @@
 """Sharing a trained model: from a checkpoint to a folder, and everything that opens it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,10 @@ def test_the_trained_weights_on_request(run: Path, exported: Path, tmp_path: Pat
 
 
 def test_a_run_without_an_average(run: Path, tmp_path: Path) -> None:
-    content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    content = torch.load(run / "checkpoints/last.ckpt/training.ckpt", weights_only=True)
     del content["ema"]
-    torch.save(content, tmp_path / "last.ckpt")
+    (tmp_path / "last.ckpt").mkdir()
+    torch.save(content, tmp_path / "last.ckpt/training.ckpt")
     assert export(tmp_path / "last.ckpt", tmp_path / "model") == 0
     assert_same(tensors_of(tmp_path / "model"), dict(load_trained_model(run, weights="raw").backbone.state_dict()))
     assert json.loads((tmp_path / "model/config.json").read_text())["weights"] == "raw"
@@ -211,9 +213,12 @@ def test_nothing_of_a_malicious_checkpoint_or_export_runs(
     run: Path, exported: Path, tiny_config: GPDiTConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = tmp_path / "trace"
-    checkpoint = tmp_path / "last.ckpt"
-    content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    torch.save(content | {"hyper_parameters": Malicious(trace)}, checkpoint)
+    checkpoint, pickled = tmp_path / "last.ckpt", tmp_path / "pickled.ckpt"
+    for folder in (checkpoint, pickled):
+        shutil.copytree(run / "checkpoints/last.ckpt", folder)
+    content = torch.load(run / "checkpoints/last.ckpt/training.ckpt", weights_only=True)
+    torch.save(content | {"hyper_parameters": Malicious(trace)}, checkpoint / "training.ckpt")
+    torch.save({"backbone.output.weight": Malicious(trace)}, pickled / "ema.safetensors")
     unpickled, disguised, described = (tmp_path / name for name in ("unpickled", "disguised", "described"))
     for folder in (unpickled, disguised, described):
         folder.mkdir()
@@ -223,7 +228,8 @@ def test_nothing_of_a_malicious_checkpoint_or_export_runs(
     (described / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
     (described / "config.json").write_text('{"format": "gpdit_lightning-model-1", "config": {"size": ["os.system"]}}')
     for path, words in (
-        (checkpoint, "last.ckpt cannot be read as a checkpoint"),
+        (checkpoint, "training.ckpt cannot be read as a checkpoint"),
+        (pickled, "ema.safetensors is no whole safetensors file"),
         (unpickled, "model.safetensors does not exist, and weights in no other file are opened"),
         (disguised, "model.safetensors is no whole safetensors file"),
         (described, "config.json: size is ['os.system']"),
@@ -244,10 +250,11 @@ def test_nothing_of_a_malicious_checkpoint_or_export_runs(
 
 @pytest.mark.parametrize("part", ["state_dict", "gpdit", "LatentDataModule"])
 def test_a_checkpoint_of_wrong_parts(part: str, run: Path, tmp_path: Path) -> None:
-    content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    torch.save(content | {part: [1, 2]}, tmp_path / "last.ckpt")
-    with pytest.raises(InputError, match=r"last\.ckpt is not a checkpoint of gpdit_lightning"):
+    shutil.copytree(run / "checkpoints/last.ckpt", tmp_path / "last.ckpt")
+    content = torch.load(tmp_path / "last.ckpt/training.ckpt", weights_only=True)
+    torch.save(content | {part: [1, 2]}, tmp_path / "last.ckpt/training.ckpt")
+    with pytest.raises(InputError, match=r"training\.ckpt is not a checkpoint of gpdit_lightning"):
         load_trained_model(tmp_path / "last.ckpt")
-    torch.save(content | {part: {"backbone.output.bias": 3, "codec": 3}}, tmp_path / "last.ckpt")
+    torch.save(content | {part: {"backbone.output.bias": 3, "codec": 3}}, tmp_path / "last.ckpt/training.ckpt")
     with pytest.raises(InputError, match=r"last\.ckpt (has|lacks)"):
         load_trained_model(tmp_path / "last.ckpt", weights="raw")

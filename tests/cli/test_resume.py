@@ -74,8 +74,8 @@ def curves(run_dir: Path) -> dict[str, dict[int, float]]:
 def left_at(run_dir: Path, whole: Path, step: int) -> None:
     """Make a run folder as `whole` was when its process died right after saving a step."""
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for name in (f"step-{step}.ckpt", f"step-{step}.ckpt.complete"):
-        shutil.copy(whole / "checkpoints" / name, run_dir / "checkpoints" / name)
+    shutil.copytree(whole / "checkpoints" / f"step-{step}.ckpt", run_dir / "checkpoints" / f"step-{step}.ckpt")
+    shutil.copy(whole / "checkpoints" / f"step-{step}.ckpt.complete", run_dir / "checkpoints")
     (run_dir / "checkpoints" / "last.ckpt").symlink_to(f"step-{step}.ckpt")
 
 
@@ -155,9 +155,9 @@ def test_killed_without_warning(whole: Path, tiny_shards: Path, tmp_path: Path) 
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    before = (whole / "checkpoints" / "last.ckpt").read_bytes()
+    before = (whole / "checkpoints" / "last.ckpt" / "training.ckpt").read_bytes()
     assert fit(tmp_path / "recipe.yaml", recipe(tiny_shards, whole)) == 0
-    assert (whole / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert (whole / "checkpoints" / "last.ckpt" / "training.ckpt").read_bytes() == before
 
 
 def test_other_data_order_is_refused(
@@ -269,9 +269,9 @@ def test_a_checkpoint_known_to_be_torn_does_not_count_as_kept(whole: Path, tiny_
         (run_dir / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
         left_at(run_dir, whole, step)
     torn = run_dir / "checkpoints" / "step-5.ckpt"
-    content = bytearray(torn.read_bytes())
+    content = bytearray((torn / "ema.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
-    torn.write_bytes(content)
+    (torn / "ema.safetensors").write_bytes(content)
     settings = recipe(tiny_shards, run_dir)
     settings["checkpoint"] = {"every_steps": 100, "keep_last": 2}
     assert fit(tmp_path / "recipe.yaml", settings) == 0

@@ -15,6 +15,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gpdit_lightning.training.checkpoint_files import remove
 from gpdit_lightning.training.checkpoints import read_checkpoint
 
 STEPS = 6
@@ -153,7 +154,7 @@ def gone_back(folder: Path, whole: Path, step: int) -> None:
     shutil.copytree(whole / "run", folder / "run", symlinks=True)
     for path in (folder / "run" / "checkpoints").glob("step-*"):
         if int(path.name.split("-")[1].split(".")[0]) > step:
-            path.unlink()
+            remove(path)
     last = folder / "run" / "checkpoints" / "last.ckpt"
     last.unlink()
     last.symlink_to(f"step-{step}.ckpt")

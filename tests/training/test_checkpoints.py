@@ -3,6 +3,7 @@ import errno
 import os
 import pickle
 import resource
+import shutil
 import signal
 import zipfile
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gpdit_lightning import GPDiTConfig
@@ -20,8 +22,8 @@ from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.stages import GPDiTStage
+from gpdit_lightning.training.checkpoint_io import FolderCheckpointIO
 from gpdit_lightning.training.checkpoints import (
-    DirectCheckpointIO,
     RunCheckpoint,
     backbone_weights,
     check_architecture,
@@ -62,14 +64,14 @@ def run(
 def checkpoint(run: tuple[Path, GPDiTStage, EMA], tmp_path: Path) -> Path:
     """A copy of the run's last checkpoint, to be spoiled."""
     copy = tmp_path / "copy.ckpt"
-    copy.write_bytes((run[0] / "checkpoints/last.ckpt").read_bytes())
+    shutil.copytree(run[0] / "checkpoints/last.ckpt", copy)
     return copy
 
 
 def edited(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    content = torch.load(path, weights_only=True)
+    content = torch.load(path / "training.ckpt", weights_only=True)
     change(content)
-    torch.save(content, path)
+    torch.save(content, path / "training.ckpt")
     return path
 
 
@@ -319,11 +321,12 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path: Path
         PretendTrainer(run_dir).train(RunCheckpoint(), steps=1)
 
 
-def test_torch_says_what_the_disk_said() -> None:
+def test_torch_says_what_the_disk_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpdit_lightning.training.checkpoint_io.TRAINING", "/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
-        DirectCheckpointIO().save_checkpoint({"weight": torch.zeros(100_000)}, "/dev/full")
-    with pytest.raises(FileNotFoundError):
-        DirectCheckpointIO().save_checkpoint({"weight": torch.zeros(1)}, "/nowhere/a.ckpt")
+        FolderCheckpointIO().save_checkpoint({"weight": torch.zeros(100_000)}, tmp_path / "full")
+    with pytest.raises(FileExistsError):
+        FolderCheckpointIO().save_checkpoint({"weight": torch.zeros(1)}, tmp_path)
 
 
 class SmallDisk(Callback):
@@ -379,7 +382,7 @@ def test_resuming_with_another_architecture_is_refused(
 ) -> None:
     other = stage_of(tiny_config.replaced(mlp_width=32))
     with pytest.raises(InputError, match="mlp_width = 24, but this one has 32"):
-        fit(other, data_of(tiny_shards), tmp_path, 6, [EMA()], run[0] / "checkpoints/last.ckpt")
+        fit(other, data_of(tiny_shards), tmp_path, 6, [EMA(), RunCheckpoint()], run[0] / "checkpoints/last.ckpt")
 
 
 # Reading
@@ -392,29 +395,54 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_a_torn_file_is_refused(checkpoint: Path, kept: float) -> None:
-    content = checkpoint.read_bytes()
-    checkpoint.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(InputError, match=r"copy\.ckpt is not a whole checkpoint"):
+@pytest.mark.parametrize("name", ["training.ckpt", "ema.safetensors"])
+def test_a_torn_file_is_refused(checkpoint: Path, name: str, kept: float) -> None:
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(InputError, match=rf"copy\.ckpt/{name} is (not a|no) whole"):
         read_checkpoint(checkpoint)
 
 
-def test_a_file_that_is_not_what_its_mark_says_is_refused(run: tuple[Path, GPDiTStage, EMA], tmp_path: Path) -> None:
+def test_a_missing_file_is_named(checkpoint: Path) -> None:
+    assert read_checkpoint(checkpoint / "training.ckpt")["global_step"] == 5  # its folder is meant
+    (checkpoint / "ema.safetensors").unlink()
+    with pytest.raises(InputError, match=r"copy\.ckpt/ema\.safetensors is no whole"):
+        read_checkpoint(checkpoint / "training.ckpt")
+    (checkpoint / "training.ckpt").unlink()
+    with pytest.raises(InputError, match="there is no checkpoint at"):
+        read_checkpoint(checkpoint)
+
+
+def test_other_tools_read_the_average(run: tuple[Path, GPDiTStage, EMA]) -> None:
+    """In float32, whole, without torch's pickle."""
+    found = load_file(run[0] / "checkpoints/last.ckpt/ema.safetensors")
+    assert_same(found, run[2].average)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["training.ckpt", "ema.safetensors"])
+def test_a_file_that_is_not_what_its_mark_says_is_refused(
+    name: str, run: tuple[Path, GPDiTStage, EMA], tmp_path: Path
+) -> None:
     """A copy alone is read; with its mark, it must agree."""
-    for name in ("step-5.ckpt", "step-5.ckpt.complete"):
-        (tmp_path / name).write_bytes((run[0] / "checkpoints" / name).read_bytes())
+    shutil.copytree(run[0] / "checkpoints" / "step-5.ckpt", tmp_path / "step-5.ckpt")
+    shutil.copy(run[0] / "checkpoints" / "step-5.ckpt.complete", tmp_path)
     read_checkpoint(tmp_path / "step-5.ckpt")
-    with (tmp_path / "step-5.ckpt").open("ab") as file:
+    with (tmp_path / "step-5.ckpt" / name).open("ab") as file:
         file.write(b"more")
-    with pytest.raises(InputError, match=r"step-5\.ckpt is not a whole checkpoint \(step-5\.ckpt has \d+ bytes"):
+    fault = rf"is not a whole checkpoint \(step-5\.ckpt/{name} has \d+ bytes"
+    with pytest.raises(InputError, match=rf"step-5\.ckpt {fault}"):
         read_checkpoint(tmp_path / "step-5.ckpt")
     (tmp_path / "last.ckpt").symlink_to("step-5.ckpt")
-    with pytest.raises(InputError, match=r"last\.ckpt is not a whole checkpoint \(step-5\.ckpt has \d+ bytes"):
+    with pytest.raises(InputError, match=rf"last\.ckpt {fault}"):
         read_checkpoint(tmp_path / "last.ckpt")
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
-    text, archive, tensors, values = (tmp_path / name for name in ("text", "archive", "tensors", "values"))
+    folders = [tmp_path / name for name in ("text", "archive", "tensors", "values")]
+    for folder in folders:
+        folder.mkdir()
+    text, archive, tensors, values = (folder / "training.ckpt" for folder in folders)
     text.write_text("seed: 0\n")
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("a.txt", "a")
@@ -426,8 +454,8 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
         (tensors, "is not a checkpoint of gpdit_lightning"),
         (values, "is not a checkpoint of gpdit_lightning"),
     ):
-        with pytest.raises(InputError, match=f"{path.name} {message}"):
-            read_checkpoint(path)
+        with pytest.raises(InputError, match=f"{path} {message}"):
+            read_checkpoint(path.parent)
 
 
 class Malicious:
@@ -441,14 +469,15 @@ class Malicious:
 
 
 def test_a_malicious_pickle_is_not_executed(tmp_path: Path) -> None:
-    trace, path = tmp_path / "trace", tmp_path / "last.ckpt"
+    trace, path = tmp_path / "trace", tmp_path / "last.ckpt" / "training.ckpt"
+    path.parent.mkdir()
     pickle.loads(pickle.dumps(Malicious(trace)))  # it would work
     assert trace.exists()
     trace.unlink()
     torch.save({"gpdit": Malicious(trace), "state_dict": {}}, path)
     for read in (read_checkpoint, load_trained_model):
-        with pytest.raises(InputError, match=r"last\.ckpt cannot be read as a checkpoint"):
-            read(path)
+        with pytest.raises(InputError, match=r"training\.ckpt cannot be read as a checkpoint"):
+            read(path.parent)
     assert not trace.exists()
 
 
