@@ -281,6 +281,7 @@ def run(verb: str, arguments: Sequence[str]) -> Trainer:
         )
     cli.trainer.loggers = []  # the curves belong to the training; the figures are printed
     getattr(cli.trainer, verb)(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True, verbose=False)
-    for name, value in sorted(cli.trainer.callback_metrics.items()):
-        print(f"{name:<20}{float(value):.5f}")
+    if cli.trainer.is_global_zero:  # the figures are those of all ranks
+        for name, value in sorted(cli.trainer.callback_metrics.items()):
+            print(f"{name:<20}{float(value):.5f}")
     return cli.trainer

@@ -237,7 +237,7 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         return result
 
     def teardown(self) -> None:
-        """Have DeepSpeed let go of weights and moments, in hooks and globals: another stage may follow in this process."""
+        """Have DeepSpeed let go of what it holds in hooks and globals: another stage may follow in this process."""
         super().teardown()
         if self.parts:
             self.deepspeed_engine.destroy()

@@ -138,7 +138,7 @@ def test_a_changed_byte(trained: Path, damaged: Path, tmp_path: Path, capsys: py
     capsys.readouterr()
     assert begin_from(last, trained, tmp_path / "none") == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: {last} is not a whole checkpoint (step-6.ckpt is not what was written, by its sha256): "
+        f"error: {last} is not a whole checkpoint (step-6.ckpt/training.ckpt is not what was written, by its sha256): "
         "use another of the run's."
     )
 
@@ -147,7 +147,8 @@ def test_a_checkpoint_that_was_cut_off(
     damaged: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     last, model = checkpoint_path(damaged, LAST), tmp_path / "model"
-    os.truncate(last, last.stat().st_size - 1)
+    average = last / "ema.safetensors"
+    os.truncate(average, average.stat().st_size - 1)
     assert export(damaged, model) == 0
     assert json.loads((model / "config.json").read_text())["step"] == BEFORE
     assert sample(damaged, video, tmp_path / "out.mp4") == 0
@@ -158,5 +159,5 @@ def test_a_checkpoint_that_was_cut_off(
     messages = capsys.readouterr().err.splitlines()
     assert len(messages) == 2
     for message in messages:
-        assert message.startswith(f"error: {last} is not a whole checkpoint (step-6.ckpt has")
+        assert message.startswith(f"error: {last} is not a whole checkpoint (step-6.ckpt/ema.safetensors has")
     assert {path.name for path in tmp_path.iterdir()} == {"damaged", "model", "out.mp4", "out.png"}

@@ -12,6 +12,7 @@ import yaml
 
 from gpdit_lightning.cli import main
 from gpdit_lightning.training.checkpoint_files import checkpoint_path, last_checkpoint
+from gpdit_lightning.training.checkpoint_io import AVERAGE, TRAINING
 from tests.cli.test_chain import damage_last_of
 from tests.cli.test_resume import STEPS, recipe
 from tests.cli.test_sharded_runs import WITH_ZERO2, WITH_ZERO3
@@ -90,7 +91,7 @@ def test_the_first_rank_is_killed_in_the_middle_of_writing(
     run.process.kill()
     assert run.are_gone(within=10)
     half = checkpoint_path(run.run_dir, 4).with_suffix(".ckpt.partial")
-    assert half.stat().st_size > 0
+    assert (half / TRAINING).stat().st_size > 0
     assert last_checkpoint(run.run_dir, verify=True) == checkpoint_path(run.run_dir, 2)
     assert run.resume() == 0, run.printed
     assert not half.exists()
@@ -135,18 +136,17 @@ def test_damaged_checkpoints(
     run = begin(strategy)
     shutil.copytree(whole(strategy), run.run_dir, symlinks=True)
     assert damage_last_of(run.run_dir) == checkpoint_path(run.run_dir, 6)
-    os.truncate(checkpoint_path(run.run_dir, 4), 1000)
+    os.truncate(checkpoint_path(run.run_dir, 4) / AVERAGE, 1000)
     assert run.resume() == 0, run.printed
-    assert "step-6.ckpt is not what was written, by its sha256" in run.printed
+    assert "step-6.ckpt/training.ckpt is not what was written, by its sha256" in run.printed
     assert f"going on from {checkpoint_path(run.run_dir, 2)}" in run.printed
     assert_ended_alike(run.run_dir, whole(strategy))
 
-    os.truncate(checkpoint_path(run.run_dir, 2), 1000)
-    os.truncate(checkpoint_path(run.run_dir, 4), 1000)
-    os.truncate(checkpoint_path(run.run_dir, 6), 1000)
+    for step in (2, 4, 6):
+        os.truncate(checkpoint_path(run.run_dir, step) / TRAINING, 1000)
     (run.folder / "recipe.yaml").write_text(yaml.safe_dump(run.settings))
     assert main(["fit", f"--config={run.folder / 'recipe.yaml'}"]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert "step-6.ckpt has 1000 bytes instead of" in message
+    assert "step-6.ckpt/training.ckpt has 1000 bytes instead of" in message
     assert "no other checkpoint is left" in message
