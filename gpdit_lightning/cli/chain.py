@@ -3,12 +3,14 @@
 import argparse
 import gc
 import os
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed
 from lightning import Trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
@@ -73,8 +75,11 @@ def run(verb: str, arguments: Sequence[str]) -> None:
             tell(f"{stage.name}: finished at step {step}")
             continue
         tell(f"{stage.name}: {f'goes on from step {step}' if step else 'begins'}")
-        if not leave(fit.run("fit", stage.arguments), environment):
+        trainer = fit.run("fit", stage.arguments)
+        if is_launched(trainer):
             return
+        if stage is not stages[-1]:
+            leave(trainer, (verb, *arguments), environment)
 
 
 def read_stages(configs: Sequence[Path], others: Sequence[str]) -> list[Stage]:
@@ -155,21 +160,29 @@ def stages_of(chain: Path) -> list[Path]:
     return [chain.parent / stage for stage in stages]
 
 
-def leave(trainer: Trainer, environment: dict[str, str]) -> bool:
-    """Free what a finished stage holds; False in a process that was launched for this stage alone.
+def is_launched(trainer: Trainer) -> bool:
+    """Whether this process was launched by Lightning for the stage alone, and is to end with it."""
+    return launches_ranks(trainer) and trainer.local_rank > 0
 
-    Where Lightning launches the other ranks by itself, it launches them anew for each stage, because stages may differ
-    in their number of devices; under torchrun or SLURM the processes stay.
+
+def launches_ranks(trainer: Trainer) -> bool:
+    """Whether Lightning launches the other ranks by itself; under torchrun or SLURM they are there, and stay."""
+    return isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+
+
+def leave(trainer: Trainer, command: Sequence[str], environment: dict[str, str]) -> None:
+    """Free what a finished stage holds.
+
+    Where Lightning launches the other ranks, it launches them anew for each stage, because stages may differ in their
+    number of devices. Then the first rank must be as new as they are (DeepSpeed numbers parameters on, from model to
+    model): the command begins anew in its place, as the same process.
     """
-    launched_here = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
-    if launched_here and trainer.local_rank > 0:
-        return False
-    for process in getattr(trainer.strategy.launcher, "procs", []):
-        process.wait()
-    if launched_here:
-        leave_process_group()
-        os.environ.clear()
-        os.environ.update(environment)
+    if launches_ranks(trainer) and torch.distributed.is_initialized():
+        for process in getattr(trainer.strategy.launcher, "procs", []):
+            process.wait()
+        leave_process_group()  # whose sockets would stay open
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(sys.executable, [sys.executable, "-m", "gpdit_lightning", *command], environment)
     gc.collect()
     torch.cuda.empty_cache()
-    return True

@@ -13,6 +13,7 @@ from gpdit_lightning import GPDiT
 from gpdit_lightning.cli import main
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.training.checkpoint_files import checkpoint_path
+from gpdit_lightning.training.checkpoint_io import AVERAGE
 from gpdit_lightning.training.checkpoints import identity_of, read_checkpoint
 from tests.cli.test_chain import damage_last_of
 from tests.cli.test_export import assert_same, export, tensors_of
@@ -116,10 +117,9 @@ def test_validation_says_what_the_training_said(trained: Path, capsys: pytest.Ca
     assert losses(capsys.readouterr().out) == pytest.approx([loss], rel=2e-4)
 
 
-@pytest.mark.parametrize("file", [False, True], ids=["run-folder", "file"])
-def test_a_next_stage_begins_with_the_average(file: bool, trained: Path, tmp_path: Path) -> None:
-    last = checkpoint_path(trained / "run", LAST)
-    weights = last if file else trained / "run"
+@pytest.mark.parametrize("place", ["run", f"run/checkpoints/step-{LAST}.ckpt"])
+def test_a_next_stage_begins_with_the_average(place: str, trained: Path, tmp_path: Path) -> None:
+    weights, last = trained / place, checkpoint_path(trained / "run", LAST)
     assert begin_from(weights, trained, tmp_path / "next") == 0
     begun = read_checkpoint(tmp_path / "next")
     assert begun["gpdit"]["origin"] == {"path": str(weights), "step": LAST, "sha256": identity_of(last)}
@@ -147,8 +147,7 @@ def test_a_checkpoint_that_was_cut_off(
     damaged: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     last, model = checkpoint_path(damaged, LAST), tmp_path / "model"
-    average = last / "ema.safetensors"
-    os.truncate(average, average.stat().st_size - 1)
+    os.truncate(last / AVERAGE, (last / AVERAGE).stat().st_size - 1)
     assert export(damaged, model) == 0
     assert json.loads((model / "config.json").read_text())["step"] == BEFORE
     assert sample(damaged, video, tmp_path / "out.mp4") == 0
