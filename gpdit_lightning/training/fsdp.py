@@ -1,5 +1,6 @@
 """FSDP2: weights, gradients and moments spread over the ranks by torch's `fully_shard`, without DeepSpeed."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -89,6 +90,8 @@ class FSDP2(Sharded, ModelParallelStrategy):
             self.keep_whole()
             return
         self.all_trained(module)
+        # The velocity is a view, but nothing is written into it.
+        warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
         for part in module.modules():
             if isinstance(part, GPDiT):
                 self._spread(part)
