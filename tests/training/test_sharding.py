@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from gpdit_lightning.training.checkpoints import read_checkpoint
-from tests.training import zero_runs
+from tests.training import sharded_runs
 from tests.training.test_previews import make_shards
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -82,7 +82,7 @@ def launch(folder: Path, shards: str, runs: dict[str, Run]) -> Path:
         json.dumps([run | {"name": name, "shards": shards} for name, run in runs.items()])
     )
     done = subprocess.run(
-        [sys.executable, zero_runs.__file__, str(folder)],
+        [sys.executable, sharded_runs.__file__, str(folder)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -152,7 +152,7 @@ def assert_goes_on(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ALIKE)
 def test_two_ranks_train_as_one_process_does(name: str, folder: Path, shards: str, tmp_path: Path) -> None:
     """Losses, gradient norms, clipping, steps left out, weights, moments, averages, validation, features, rollouts."""
-    zero_runs.train(tmp_path, RUNS[name] | {"name": name, "shards": shards}, "auto", 1)
+    sharded_runs.train(tmp_path, RUNS[name] | {"name": name, "shards": shards}, "auto", 1)
     assert_as_one_process(folder, tmp_path, name)
     assert seen(folder, name)["skipped"] == ("broken" in name)
     assert min(seen(folder, name)["norms"]) > CLIP
@@ -180,7 +180,7 @@ def test_bf16_keeps_masters_moments_average_and_reduction_in_float32(name: str, 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp2"])
 def test_one_process_goes_on_from_the_checkpoint_of_two(name: str, folder: Path, shards: str, tmp_path: Path) -> None:
     resume = str(folder / name / "checkpoints" / "step-2.ckpt")
-    zero_runs.train(tmp_path, RUNS[name] | {"name": name, "shards": shards, "resume": resume}, "auto", 1)
+    sharded_runs.train(tmp_path, RUNS[name] | {"name": name, "shards": shards, "resume": resume}, "auto", 1)
     whole = saved(folder, name)
     for what in ("state_dict", "ema", "optimizer_states"):
         torch.testing.assert_close(saved(tmp_path, name)[what], whole[what], rtol=1e-4, atol=2e-5)
@@ -189,7 +189,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(name: str, folder: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_RUNS)
 def test_every_stage_optimiser_and_accumulation(name: str, slow_folder: Path, shards: str, tmp_path: Path) -> None:
-    zero_runs.train(tmp_path, SLOW_RUNS[name] | {"name": name, "shards": shards}, "auto", 1)
+    sharded_runs.train(tmp_path, SLOW_RUNS[name] | {"name": name, "shards": shards}, "auto", 1)
     assert_as_one_process(slow_folder, tmp_path, name)
 
 
@@ -205,7 +205,7 @@ def test_three_ranks(shards: str, tmp_path: Path) -> None:
     found.mkdir()
     launch(found, shards, {name: dict(run) for name, run in THREE_RANKS.items()})
     for name in ("zero2", "zero3", "fsdp2"):
-        zero_runs.train(one, THREE_RANKS[name] | {"name": name, "shards": shards}, "auto", 1)
+        sharded_runs.train(one, THREE_RANKS[name] | {"name": name, "shards": shards}, "auto", 1)
         assert_as_one_process(found, one, name)
     assert_goes_on(found, "zero3-bf16")
     assert seen(found, "zero3-bf16")["gradients"] == ["torch.float32"]

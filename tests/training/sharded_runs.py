@@ -1,4 +1,4 @@
-"""Runs for test_zero.py, several in one launch: python zero_runs.py FOLDER, which holds runs.json."""
+"""Runs for test_sharding.py, several in one launch: python sharded_runs.py FOLDER, which holds runs.json."""
 
 import gc
 import json
