@@ -29,7 +29,7 @@ def test_it_leaves_what_it_says_and_goes_on_when_run_again(tmp_path: Path, capsy
     assert "2 held-out clips" in shown
     assert str(run_dir / "sample.png") in shown
     for stage in STAGES:
-        assert (run_dir / stage / "checkpoints" / "last.ckpt").is_file()
+        assert (run_dir / stage / "checkpoints" / "last.ckpt").is_dir()
         assert list((run_dir / stage / "tensorboard").glob("events*"))
         assert (run_dir / stage / "previews" / "step-000002.png").is_file()
     for picture in ("sample.png", "few_shot.png"):
