@@ -71,12 +71,15 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     check(stages, stands)
     environment = dict(os.environ)
     for stage, (_, step) in zip(stages, stands, strict=True):
-        if step >= stage.steps > 0:
+        if step >= stage.steps:
             tell(f"{stage.name}: finished at step {step}")
             continue
         tell(f"{stage.name}: {f'goes on from step {step}' if step else 'begins'}")
         trainer = fit.run("fit", stage.arguments)
         if is_launched(trainer):
+            return
+        if trainer.global_step < stage.steps:  # by trainer.max_time
+            tell(f"{stage.name}: ended at step {trainer.global_step} of {stage.steps}; the same command goes on")
             return
         if stage is not stages[-1]:
             leave(trainer, (verb, *arguments), environment)
@@ -99,6 +102,8 @@ def read_stages(configs: Sequence[Path], others: Sequence[str]) -> list[Stage]:
         for name in ("images", "videos", "sequences"):
             for manifest in settings.data[name].manifests:
                 Manifest.load(manifest)
+        if settings.trainer.max_steps < 1:
+            raise InputError(f"{recipe}: trainer.max_steps is {settings.trainer.max_steps}: a chain must know its end.")
         name = f"stage {place} of {len(recipes)}, {settings.run_dir}"
         stages.append(Stage(name, arguments, settings.run_dir, settings.trainer.max_steps))
     return stages

@@ -1,6 +1,7 @@
 """Stage after stage, each from the averaged weights of the one before, interrupted anywhere."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -182,6 +183,18 @@ def test_a_stage_that_began_from_other_weights_is_refused_before_anything_is_tra
     shutil.rmtree(mixed)
     assert main(command) == 2
     assert f"{long} began at random, which are not the present ones of {mixed} (step 0)" in capsys.readouterr().err
+
+
+def test_a_stage_that_runs_out_of_time_ends_the_chain(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["chain", "-c", str(chain), f"--runs={tmp_path / 'runs'}"]
+    assert main([*command, "--trainer.max_time=00:00:00:00"]) == 0
+    assert re.search(rf"stage 1 of 4, .*: ended at step \d of {STEPS}; the same command", capsys.readouterr().out)
+    assert not (tmp_path / "runs" / "MixedStage").exists()
+    assert main([*command, "--trainer.max_steps=-1"]) == 2
+    assert "ImageWarmupStage.yaml: trainer.max_steps is -1: a chain must know its end." in capsys.readouterr().err
+    assert main(command) == 0
 
 
 def test_what_later_stages_lack_is_said_before_the_first_is_trained(

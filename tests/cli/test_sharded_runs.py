@@ -195,7 +195,7 @@ def test_the_names_of_lightning_mean_our_strategies(
 @pytest.mark.slow
 @needs_deepspeed
 def test_each_stage_of_a_chain_ends_as_it_would_by_itself(tiny_shards: Path, tmp_path: Path) -> None:
-    """Whatever ran before in the process of the first rank; those of the others are new in each stage."""
+    """Nothing that a strategy leaves in a process reaches the next stage."""
     strategies = ("zero3", "fsdp2", "zero2", "ddp", "zero3")
     recipes = []
     for place, strategy in enumerate(strategies):
