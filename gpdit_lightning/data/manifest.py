@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -10,13 +11,15 @@ from typing import Any, Literal, get_args
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
 
-FORMAT = "gpdit_lightning-shards-1"
+FORMAT = "gpdit_lightning-shards-2"
 FILE_NAME = "manifest.json"
+SKIPPED_NAME = "skipped.jsonl"
 
 Split = Literal["train", "validation"]
 Kind = Literal["image", "video", "sequence"]  # a sequence: images, each encoded alone, stacked as frames
 
 PREPARE_AGAIN = "prepare the data again with data_prep/shard_latents.py"
+SHA256 = re.compile(r"[0-9a-f]{64}")
 CODEC_FIELDS = ("name", "latent_channels", "spatial_factor", "temporal_factor", "mean", "std", "fingerprint")
 
 
@@ -38,6 +41,8 @@ class ShardEntry:
     """Size of the tar."""
     sha256: str
     """Of the tar, in hexadecimal digits."""
+    index_sha256: str
+    """Of the index."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ class Manifest:
     """How sources were held out (by source, never by clip) and how many sources each split has."""
     labels: tuple[str, ...] = ()
     """The label names, sorted; a sample's label is its place in this list. Empty where samples have none."""
-    skipped: tuple[dict[str, str], ...] = ()
-    """`{"source", "reason"}` of every source, or part of one, that could not be used."""
+    skipped: int = 0
+    """Sources, or parts of one, that could not be used; `skipped.jsonl` beside the manifest names each."""
 
     @property
     def path(self) -> Path:
@@ -115,8 +120,7 @@ class Manifest:
         for needed in (path, self.directory / shard.index):
             if not needed.is_file():
                 raise InputError(f"{needed} is missing though {self.path} lists it: copy it again or {PREPARE_AGAIN}.")
-        size = path.stat().st_size
-        if size != shard.bytes:
+        if (size := path.stat().st_size) != shard.bytes:
             raise InputError(
                 f"{path} has {size} bytes where {self.path} says {shard.bytes}, so it was cut off or changed: "
                 f"copy it again or {PREPARE_AGAIN}."
@@ -159,7 +163,7 @@ def _parse(content: Any, path: Path) -> Manifest:
         preparation=_typed(content["preparation"], dict, path, "preparation"),
         validation=_typed(content["validation"], dict, path, "validation"),
         labels=tuple(_typed(content["labels"], list, path, "labels")),
-        skipped=tuple(_typed(content["skipped"], list, path, "skipped")),
+        skipped=_typed(content["skipped"], int, path, "skipped"),
     )
 
 
@@ -184,13 +188,15 @@ def _parse_shard(entry: Any, path: Path, i: int) -> ShardEntry:
     for name in ("count", "bytes"):
         if not _is_positive_integer(entry[name]):
             raise InputError(f"{path} has {where}.{name} = {entry[name]!r}, no positive integer: {PREPARE_AGAIN}.")
-    _typed(entry["sha256"], str, path, f"{where}.sha256")
+    for name in ("sha256", "index_sha256"):
+        if not SHA256.fullmatch(_typed(entry[name], str, path, f"{where}.{name}")):
+            raise InputError(f"{path} has {where}.{name} = {entry[name]!r}, which is no sha256: {PREPARE_AGAIN}.")
     return ShardEntry(**entry | {"shape": tuple(shape)})
 
 
 def _typed(value: Any, expected: type, path: Path, where: str) -> Any:
     if not isinstance(value, expected):
-        names: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+        names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", int: "a number"}
         raise InputError(f"{path} has {value!r} as {where} where {names[expected]} belongs: {PREPARE_AGAIN}.")
     return value
 

@@ -6,10 +6,12 @@ tars are plain WebDataset; the index is only there so that a sample can be reach
 
 import io
 import json
+import math
 import re
 import tarfile
 import zlib
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +26,9 @@ Shape = tuple[int, int, int, int]
 
 LATENT_ENDING = "latent.npy"
 METADATA_ENDING = "json"
-INDEX_COLUMNS = ("latent_offset", "latent_size", "json_offset", "json_size", "latent_crc32")
+# Columns of a byte index; behind them stands one crc32 for each latent frame, since a clip may be read in part.
+INDEX_COLUMNS = ("latent_offset", "json_offset", "json_size", "json_crc32")
+INFINITE = np.uint16(0x7C00)  # the exponent of float16 values that are not finite
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -88,20 +92,10 @@ class ShardWriter:
         """Complete the shard and its index, and describe them for the manifest."""
         self._tar.close()
         self._file.close()
-        index = self.path.with_suffix(".index.npy")
-        with written_whole(index) as temporary, temporary.open("wb") as file:
-            np.save(file, _index_of(partial_path(self.path)), allow_pickle=False)
-        publish(self.path)
-        return ShardEntry(
-            path=self.path.name,
-            index=index.name,
-            split=self.split,
-            kind=self.kind,
-            shape=self.shape,
-            count=self.count,
-            bytes=self.path.stat().st_size,
-            sha256=sha256_of(self.path),
-        )
+        with written_whole(index_path(self.path)) as temporary, temporary.open("wb") as file:
+            np.save(file, index_of(partial_path(self.path), self.shape), allow_pickle=False)
+        publish(self.path)  # after its index: a shard that has its name is complete
+        return described(self.path, self.split, self.kind, self.shape)
 
     def abandon(self) -> None:
         """Leave nothing of the shard behind."""
@@ -202,28 +196,33 @@ class ShardReader:
             raise InputError(
                 f"{self.path} has {self.entry.shape[0]} latent frames and {frames} were asked for: ask for fewer."
             )
-        latent_offset, latent_size, json_offset, json_size, checksum = (int(value) for value in self.index[number])
+        row = self.index[number]
+        latent_offset, json_offset, json_size, json_crc32 = (int(value) for value in row[: len(INDEX_COLUMNS)])
+        checksums = row[len(INDEX_COLUMNS) :][:frames]
+        header, shape = npy_header(self.entry.shape), (len(checksums), *self.entry.shape[1:])
+        latent_size = len(header) + 2 * math.prod(shape)
         try:
-            with self.path.open("rb") as file:
+            with self.path.open("rb", buffering=0) as file:
                 file.seek(latent_offset)
                 latent_bytes = file.read(latent_size)
                 file.seek(json_offset)
-                metadata = json.loads(file.read(json_size))
-        except (OSError, ValueError) as error:
+                text = file.read(json_size)
+        except (OSError, ValueError) as error:  # ValueError: an offset below 0
             raise self._damaged(number, str(error)) from None
-        if zlib.crc32(latent_bytes) != checksum:
-            raise self._damaged(number, "the checksum of its latents differs")
-        try:
-            latent = np.load(io.BytesIO(latent_bytes), allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise self._damaged(number, str(error)) from None
-        if latent.dtype != np.float16 or latent.shape != self.entry.shape:
-            raise self._damaged(
-                number, f"{latent.dtype} {latent.shape} stands where float16 {self.entry.shape} belongs"
-            )
-        if not np.isfinite(latent).all():
+        if len(latent_bytes) != latent_size:
+            raise self._damaged(number, "the file ends before it does")
+        # Compared instead of parsed: whatever else a header may say is refused.
+        if not latent_bytes.startswith(header):
+            raise self._damaged(number, f"no float16 array {self.entry.shape} stands there")
+        latent = np.frombuffer(latent_bytes, np.float16, offset=len(header)).reshape(shape)
+        if [zlib.crc32(frame.data) for frame in latent] != checksums.tolist() or zlib.crc32(text) != json_crc32:
+            raise self._damaged(number, "its checksum differs")
+        if (latent.view(np.uint16) & INFINITE == INFINITE).any():
             raise self._damaged(number, "it has values that are not finite")
-        return latent[:frames], metadata
+        try:
+            return latent, json.loads(text)
+        except ValueError as error:
+            raise self._damaged(number, str(error)) from None
 
     @property
     def index(self) -> np.ndarray:
@@ -233,10 +232,11 @@ class ShardReader:
                 index = np.load(self.index_path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 raise InputError(f"{self.index_path} is no readable index ({error}): {PREPARE_AGAIN}.") from None
-            if index.dtype != np.int64 or index.shape != (self.entry.count, len(INDEX_COLUMNS)):
+            expected = (self.entry.count, len(INDEX_COLUMNS) + self.entry.shape[0])
+            if index.dtype != np.int64 or index.shape != expected:
                 raise InputError(
-                    f"{self.index_path} holds {index.dtype} {index.shape} where int64 "
-                    f"{(self.entry.count, len(INDEX_COLUMNS))} belongs: {PREPARE_AGAIN}."
+                    f"{self.index_path} holds {index.dtype} {index.shape} where int64 {expected} belongs: "
+                    f"{PREPARE_AGAIN}."
                 )
             self._index = index
         return self._index
@@ -247,17 +247,65 @@ class ShardReader:
         )
 
 
-def _index_of(path: Path) -> np.ndarray:
-    """The byte index of a tar: int64 (samples, 5), in the tar's order."""
-    rows: dict[str, dict[str, int]] = {}
-    with tarfile.open(path) as tar, path.open("rb") as file:
-        for member in tar:
-            key, _, ending = member.name.partition(".")
-            row = rows.setdefault(key, {})
-            if ending == LATENT_ENDING:
+def index_path(shard: Path) -> Path:
+    """Where the byte index of a shard lies."""
+    return shard.with_suffix(".index.npy")
+
+
+def described(path: Path, split: Split, kind: Kind, shape: Shape) -> ShardEntry:
+    """The entry of a complete shard for the manifest."""
+    index = index_path(path)
+    return ShardEntry(
+        path=path.name,
+        index=index.name,
+        split=split,
+        kind=kind,
+        shape=shape,
+        count=len(np.load(index, mmap_mode="r", allow_pickle=False)),
+        bytes=path.stat().st_size,
+        sha256=sha256_of(path),
+        index_sha256=sha256_of(index),
+    )
+
+
+@lru_cache(maxsize=64)
+def npy_header(shape: Shape) -> bytes:
+    """What an `.npy` file of float16 values of this shape begins with."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def index_of(path: Path, shape: Shape) -> np.ndarray:
+    """The byte index of a tar: int64 (samples, 4 + F), in the tar's order.
+
+    Raises:
+        InputError: the tar is broken, or has a member that no shard of this library has: another name or ending, a
+            path, a link.
+    """
+    header, frame_size = npy_header(shape), 2 * math.prod(shape[1:])
+    rows: dict[str, dict[str, list[int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+            for member in tar:
+                key, _, ending = member.name.partition(".")
+                known = ending in (LATENT_ENDING, METADATA_ENDING) and KEY_PATTERN.fullmatch(key) and member.isreg()
+                if not known or ending in rows.setdefault(key, {}):
+                    raise InputError(
+                        f"{path} holds {member.name!r}, which is no part of a shard of latents: do not use this file, "
+                        f"and {PREPARE_AGAIN}."
+                    )
                 file.seek(member.offset_data)
-                row["latent_crc32"] = zlib.crc32(file.read(member.size))
-            prefix = "latent" if ending == LATENT_ENDING else "json"
-            row[f"{prefix}_offset"], row[f"{prefix}_size"] = member.offset_data, member.size
-    table = [[row[column] for column in INDEX_COLUMNS] for row in rows.values()]
-    return np.array(table, dtype=np.int64).reshape(-1, len(INDEX_COLUMNS))
+                content = file.read(member.size)
+                if ending == METADATA_ENDING:
+                    rows[key][ending] = [member.offset_data, member.size, zlib.crc32(content)]
+                else:
+                    starts = range(len(header), len(header) + shape[0] * frame_size, frame_size)
+                    checksums = [zlib.crc32(content[start : start + frame_size]) for start in starts]
+                    rows[key][ending] = [member.offset_data, *checksums]
+        table = [[row[LATENT_ENDING][0], *row[METADATA_ENDING], *row[LATENT_ENDING][1:]] for row in rows.values()]
+    except (OSError, tarfile.TarError) as error:
+        raise InputError(f"{path} is no readable tar ({error}): copy it again or {PREPARE_AGAIN}.") from None
+    except KeyError as error:
+        raise InputError(f"{path} has a sample without its {error}: copy it again or {PREPARE_AGAIN}.") from None
+    return np.array(table, dtype=np.int64).reshape(-1, len(INDEX_COLUMNS) + shape[0])

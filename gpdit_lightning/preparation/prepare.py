@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpdit_lightning.codecs import Codec, load_codec
-from gpdit_lightning.data.manifest import FILE_NAME, Kind, Manifest, ShardEntry, Split
+from gpdit_lightning.data.manifest import FILE_NAME, SKIPPED_NAME, Kind, Manifest, ShardEntry, Split
 from gpdit_lightning.data.shards import ShardSetWriter
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import written_whole
 from gpdit_lightning.media.images import closest_size, parse_size, read_image, resize_and_crop
 from gpdit_lightning.media.video import iterate_frames, video_info
 from gpdit_lightning.preparation.options import PrepareOptions, check_options
@@ -43,7 +45,7 @@ def prepare(options: PrepareOptions) -> Manifest:
 
     A folder that already holds what these options make is returned as it is. A run that was killed leaves no manifest;
     running again starts again. Files that cannot be read and videos too short for a clip are left out, and named in the
-    manifest's `skipped`.
+    `skipped.jsonl`.
 
     Raises:
         InputError: for an option without sense, no sources, none that can be used, or a folder that holds other data.
@@ -76,8 +78,12 @@ def prepare(options: PrepareOptions) -> Manifest:
             "validation_sources": sum(source.split == "validation" for source in used),
         },
         labels=tuple(sorted({label_of(source) for source in used})) if options.labels else (),
-        skipped=tuple(skipped),
+        skipped=len(skipped),
     )
+    with written_whole(options.out / SKIPPED_NAME) as temporary:
+        temporary.write_text(
+            "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped), encoding="utf-8"
+        )
     manifest.save()
     return manifest
 
@@ -203,8 +209,10 @@ def summary(manifest: Manifest) -> str:
         f"{manifest.validation['validation_sources']} held out for validation"
     )
     if manifest.skipped:
-        lines.append(f"left out: {len(manifest.skipped)} (all in {manifest.path}, field 'skipped')")
-        lines += [f"  {entry['source']}: {entry['reason']}" for entry in manifest.skipped[:10]]
+        report = manifest.directory / SKIPPED_NAME
+        lines.append(f"left out: {manifest.skipped} (all in {report})")
+        with report.open(encoding="utf-8") as file:
+            lines += [f"  {entry['source']}: {entry['reason']}" for entry in map(json.loads, islice(file, 10))]
     return "\n".join(lines)
 
 

@@ -1,7 +1,9 @@
 import io
 import json
+import math
 import multiprocessing
 import pickle
+import tarfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import webdataset
 
 from gpdit_lightning.data.manifest import ShardEntry
-from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, ShardSetWriter, ShardWriter
+from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, ShardSetWriter, ShardWriter, index_of
 from gpdit_lightning.errors import InputError
 
 SHAPE = (3, 4, 2, 5)
@@ -26,6 +28,13 @@ def write(directory: Path, count: int = 4) -> ShardEntry:
     for number in range(count):
         writer.write(f"sample-{number}", latent(number), {"source": f"vidéo {number}.mp4", "stride": 3})
     return writer.close()
+
+
+class Bomb:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.exit, ("a member was unpickled", 1)
 
 
 def overwrite(path: Path, offset: int, content: bytes) -> None:
@@ -138,7 +147,9 @@ def test_a_flipped_bit_damages_one_sample_only(tmp_path: Path) -> None:
     offset = int(reader.index[2, 0]) + 200
     byte = (tmp_path / entry.path).read_bytes()[offset]
     overwrite(tmp_path / entry.path, offset, bytes([byte ^ 4]))
-    with pytest.raises(DamagedSampleError, match=r"Sample 2 of .*train-video\.tar is damaged \(the checksum .*: copy"):
+    with pytest.raises(
+        DamagedSampleError, match=r"Sample 2 of .*train-video\.tar is damaged \(its checksum differs\): copy"
+    ):
         reader.read(2)
     assert np.array_equal(reader.read(1)[0], latent(1).astype(np.float16))
 
@@ -146,7 +157,7 @@ def test_a_flipped_bit_damages_one_sample_only(tmp_path: Path) -> None:
 def test_broken_metadata_damages_the_sample(tmp_path: Path) -> None:
     entry = write(tmp_path)
     reader = ShardReader(tmp_path, entry)
-    overwrite(tmp_path / entry.path, int(reader.index[0, 2]), b"\xff")
+    overwrite(tmp_path / entry.path, int(reader.index[0, 1]), b"\xff")
     with pytest.raises(DamagedSampleError, match="Sample 0"):
         reader.read(0)
 
@@ -167,25 +178,64 @@ def test_a_cut_or_missing_tar_damages_what_is_gone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.zeros(SHAPE, np.float32), "float32"),
-        (np.zeros((1, 4, 2, 5), np.float16), r"\(1, 4, 2, 5\) stands where float16 \(3, 4, 2, 5\) belongs"),
+        (np.zeros(SHAPE, np.float32), "no float16 array"),
+        (np.zeros((3, 2, 4, 5), np.float16), r"no float16 array \(3, 4, 2, 5\)"),
+        (np.asfortranarray(np.zeros(SHAPE, np.float16)), "no float16 array"),
         (np.full(SHAPE, np.nan, np.float16), "not finite"),
-        (np.array([{"pickled": "object"}], dtype=object), "allow_pickle"),
+        (np.full(SHAPE, -np.inf, np.float16), "not finite"),
+        (np.array([Bomb() for _ in range(math.prod(SHAPE))], dtype=object).reshape(SHAPE), "no float16 array"),
     ],
 )
 def test_latents_of_the_wrong_sort_are_refused(tmp_path: Path, values: np.ndarray, message: str) -> None:
-    """Whatever a foreign writer put there, with a checksum that agrees; and nothing is unpickled."""
+    """Whatever a foreign writer put there, with checksums that agree; and nothing is unpickled."""
     buffer = io.BytesIO()
     np.save(buffer, values, allow_pickle=True)
     content = buffer.getvalue()
     entry = write(tmp_path, count=1)
     (tmp_path / entry.path).write_bytes(content + b"{}")
-    np.save(tmp_path / entry.index, np.array([[0, len(content), len(content), 2, zlib.crc32(content)]]))
+    size = math.prod(SHAPE[1:]) * 2
+    checksums = [zlib.crc32(content[start : start + size]) for start in range(128, 128 + 3 * size, size)]
+    np.save(tmp_path / entry.index, np.array([[0, len(content), 2, zlib.crc32(b"{}"), *checksums]]))
     with pytest.raises(DamagedSampleError, match=message):
         ShardReader(tmp_path, entry).read(0)
 
 
-@pytest.mark.parametrize("content", [np.zeros((3, 5), np.int64), np.zeros((4, 5), np.float64), b"no array", None])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("x.pickle", "file"),
+        ("../sample-0.json", "file"),
+        ("/etc/sample-9.json", "file"),
+        ("s.json", "link"),
+        ("sample-0.json", "file"),
+    ],
+)
+def test_a_tar_with_anything_else_in_it_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    entry = write(tmp_path, count=2)
+    content = pickle.dumps(Bomb())
+    with tarfile.open(tmp_path / entry.path, "a") as tar:
+        member = tarfile.TarInfo(name)
+        if kind == "link":
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        member.size = 0 if kind == "link" else len(content)
+        tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(InputError, match=r"which is no part of a shard of latents: do not use this file"):
+        index_of(tmp_path / entry.path, SHAPE)
+    assert np.array_equal(ShardReader(tmp_path, entry).read(1)[0], latent(1).astype(np.float16))
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_damage_behind_the_frames_that_are_read_does_no_harm(tmp_path: Path, frames: int) -> None:
+    entry = write(tmp_path)
+    reader = ShardReader(tmp_path, entry)
+    behind = int(reader.index[2, 0]) + 128 + frames * math.prod(SHAPE[1:]) * 2
+    overwrite(tmp_path / entry.path, behind, b"\xff\xff\xff")
+    assert np.array_equal(reader.read(2, frames)[0], latent(2).astype(np.float16)[:frames])
+    with pytest.raises(DamagedSampleError):
+        reader.read(2, frames + 1)
+
+
+@pytest.mark.parametrize("content", [np.zeros((3, 7), np.int64), np.zeros((4, 7), np.float64), b"no array", None])
 def test_an_unusable_index_is_named(tmp_path: Path, content: Any) -> None:
     entry = write(tmp_path)
     index = tmp_path / entry.index

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from gpdit_lightning.codecs import load_codec
-from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import resize_and_crop
@@ -57,6 +58,12 @@ def samples(manifest: Manifest) -> list[tuple[str, np.ndarray, dict]]:
         for entry in manifest.shards
         for number in range(entry.count)
     ]
+
+
+def skipped(manifest: Manifest) -> list[dict[str, str]]:
+    lines = (manifest.directory / SKIPPED_NAME).read_text(encoding="utf-8").splitlines()
+    assert manifest.skipped == len(lines)
+    return [json.loads(line) for line in lines]
 
 
 def test_videos_become_clips_that_do_not_overlap(options: PrepareOptions, videos: Path) -> None:
@@ -176,7 +183,7 @@ def test_broken_and_short_files_are_left_out_and_named(options: PrepareOptions, 
     (videos / "broken.mp4").write_bytes(b"not a video at all")
     make_video(videos / "short.mp4", frames=4)
     manifest = prepare(options)
-    reasons = {entry["source"]: entry["reason"] for entry in manifest.skipped}
+    reasons = {entry["source"]: entry["reason"] for entry in skipped(manifest)}
     assert set(reasons) == {"broken.mp4", "short.mp4"}
     assert "no readable video" in reasons["broken.mp4"]
     assert "gives 4 frames at stride 1 and a clip has 5" in reasons["short.mp4"]
@@ -193,8 +200,8 @@ def test_what_was_read_before_a_video_broke_is_kept(options: PrepareOptions, mon
     monkeypatch.setattr(sys.modules[prepare.__module__], "iterate_frames", breaking)
     manifest = prepare(options)
     assert {metadata["first_frame"] for _, _, metadata in samples(manifest)} == {0}
-    assert len(manifest.skipped) == 6
-    assert manifest.skipped[0]["reason"].endswith("is broken. Its first 1 clips were used.")
+    assert len(skipped(manifest)) == 6
+    assert skipped(manifest)[0]["reason"].endswith("is broken. Its first 1 clips were used.")
 
 
 def test_the_same_inputs_give_the_same_bytes(options: PrepareOptions) -> None:
@@ -224,7 +231,7 @@ def test_what_a_killed_run_left_is_cleared_away(options: PrepareOptions) -> None
         (options.out / name).write_text("left over")
     manifest = prepare(options)
     listed = {name for shard in manifest.shards for name in (shard.path, shard.index)}
-    assert {path.name for path in options.out.iterdir()} == listed | {"manifest.json", "notes.txt"}
+    assert {path.name for path in options.out.iterdir()} == listed | {"manifest.json", "skipped.jsonl", "notes.txt"}
 
 
 def test_latents_too_large_for_half_precision_are_left_out(
