@@ -1,7 +1,7 @@
 """`estimate`: what a recipe needs, without running it: parameters, memory on each GPU by part, FLOPs by part, days."""
 
 import argparse
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from gpdit_lightning.cli import fit
 from gpdit_lightning.data.datamodule import KINDS
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
+from gpdit_lightning.data.plan import PlannedSource
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.model import GPDiTConfig
@@ -87,9 +88,9 @@ def read(arguments: Sequence[str], gpus: int, sizes: dict[str, list[str] | None]
         noise_draws=data.noise_draws,
         max_steps=settings.trainer.max_steps,
         sources=tuple(
-            read_source(name, source, sizes.get(name), SPATIAL_FACTOR * backbone.patch_size)
+            read_source(name, source, data.max_ranks, sizes.get(name), SPATIAL_FACTOR * backbone.patch_size)
             for name, source in used.items()
-            if source.manifests and source.batch_size > 0
+            if source.manifests and max(source.batch_size, source.tokens) > 0
         ),
     )
 
@@ -109,11 +110,12 @@ def strategy_of(setting: Any) -> Strategy:
     return offered[name]
 
 
-def read_source(name: str, settings: Namespace, sizes: list[str] | None, multiple: int) -> Source:
+def read_source(name: str, settings: Namespace, max_ranks: int, sizes: list[str] | None, multiple: int) -> Source:
     """A source with its latent shapes: those of its manifests if all are there, else of `sizes` or the paper.
 
     Raises:
-        InputError: manifests without samples or with too short ones, or a size that is no multiple of `multiple`.
+        InputError: manifests without samples or with too short ones, a size that is no multiple of `multiple`, or a
+            batch that cannot be cut into micro-batches.
     """
     prepared = not sizes and all(Path(path, FILE_NAME).is_file() or Path(path).is_file() for path in settings.manifests)
     samples: Counter[tuple[int, int, int]] = Counter()
@@ -131,7 +133,8 @@ def read_source(name: str, settings: Namespace, sizes: list[str] | None, multipl
             samples[settings.frames or FRAMES[name], height // SPATIAL_FACTOR, width // SPATIAL_FACTOR] += 1
     if not samples:
         raise InputError(f"{settings.manifests[0]} holds no {name} to train on: prepare some.")
-    shapes = []
+    planned = PlannedSource(name, (), settings.batch_size, settings.tokens, settings.micro_batches)
+    micro_batches: defaultdict[tuple[int, int, int], float] = defaultdict(float)  # of each shape in an epoch
     for (available, height, width), count in samples.items():
         most = settings.frames or available
         lengths = range(settings.least_frames or most, min(most, available) + 1)
@@ -140,8 +143,11 @@ def read_source(name: str, settings: Namespace, sizes: list[str] | None, multipl
                 f"data.{name} asks for {lengths.start} latent frames, but some samples have {available}: prepare "
                 "longer clips or ask for fewer frames."
             )
-        shapes += [Shape(frames, height, width, count / samples.total() / len(lengths)) for frames in lengths]
-    return Source(name, settings.batch_size, settings.micro_batches, tuple(shapes), not prepared)
+        cycle = sum(planned.micro_batch_size(frames, height, width, max_ranks) for frames in lengths)
+        for frames in lengths:
+            micro_batches[frames, height, width] += count / cycle
+    shapes = tuple(Shape(*shape, amount / sum(micro_batches.values())) for shape, amount in micro_batches.items())
+    return Source(name, settings.batch_size, settings.micro_batches, shapes, not prepared, settings.tokens)
 
 
 def report(run: Run, capacity: float, peak: float, mfu: float) -> str:
@@ -163,15 +169,21 @@ def head(run: Run) -> str:
         f"{run.precision}, GPUs: {run.gpus}"
     ]
     for source in run.sources:
-        longest, shortest = (limit(shape.frames for shape in source.shapes) for limit in (max, min))
         sizes = {f"{s.height * SPATIAL_FACTOR}x{s.width * SPATIAL_FACTOR}" for s in source.shapes}
-        lengths = f"{longest}" if longest == shortest else f"{shortest} to {longest}"
-        clips = source.batch_size // source.micro_batches // run.gpus
+        lengths = between([shape.frames for shape in source.shapes])
+        batch = f"{source.tokens:,} tokens" if source.tokens else f"{source.batch_size}"
+        clips = between([source.micro_batch_size(shape, run.max_ranks) // run.gpus for shape in source.shapes])
         lines.append(
-            f"{source.name}: {source.batch_size} a step, {clips} at a time on a GPU, latent frames {lengths}, "
+            f"{source.name}: {batch} a step, {clips} at a time on a GPU, latent frames {lengths}, "
             f"{', '.join(sorted(sizes))} ({'assumed' if source.assumed else 'as prepared'})"
         )
     return "\n".join(lines)
+
+
+def between(numbers: Sequence[int]) -> str:
+    """The range of some numbers, or the only one."""
+    least, most = min(numbers), max(numbers)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def table(run: Run, capacity: float) -> str:

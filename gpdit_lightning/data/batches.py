@@ -4,8 +4,10 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gpdit_lightning.data.manifest import Manifest, ShardEntry
-from gpdit_lightning.data.plan import Plan, generator
+from gpdit_lightning.data.order import generator
+from gpdit_lightning.data.plan import Plan
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
 from gpdit_lightning.errors import InputError
 
@@ -37,6 +40,7 @@ class LatentBatch:
         weight: of this micro-batch's mean loss; the weights of an optimizer step sum to 1.
         source: which source it came from.
         keys: the samples' keys, for messages.
+        damaged: names of the samples that could not be read and were replaced.
     """
 
     latents: Tensor
@@ -46,6 +50,7 @@ class LatentBatch:
     weight: float
     source: str
     keys: list[str]
+    damaged: list[str] = field(default_factory=list)
 
     @property
     def draws(self) -> int:
@@ -64,50 +69,84 @@ class LatentBatch:
         return dataclasses.replace(self, **pinned)
 
 
+class Read(NamedTuple):
+    """A sample as it was read.
+
+    Attributes:
+        latents: (F, C, H, W) raw, in float16.
+        metadata: what was written with it.
+        damaged: names of the samples whose place it takes; mostly empty.
+    """
+
+    latents: np.ndarray
+    metadata: dict[str, Any]
+    damaged: tuple[str, ...]
+
+
 class Bucket:
-    """All samples of one latent shape, over shards.
+    """All samples of a source that have one height and width and are read at the same lengths, over shards.
+
+    It holds no more than the shards' entries: a bucket may have tens of thousands.
 
     Args:
-        manifests: each with its shards of this bucket.
+        shards: each with the manifest that lists it.
         lengths: the numbers of latent frames that samples are cut to.
     """
 
-    def __init__(self, manifests: Sequence[tuple[Manifest, ShardEntry]], lengths: Sequence[int]) -> None:
+    def __init__(self, shards: Sequence[tuple[Manifest, ShardEntry]], lengths: Sequence[int]) -> None:
+        self.shards = [(manifest.directory, entry) for manifest, entry in shards]
         self.lengths = tuple(lengths)
-        self.readers = [ShardReader(manifest.directory, entry) for manifest, entry in manifests]
-        self.starts = np.cumsum([0, *(len(reader) for reader in self.readers)])
+        self.height, self.width = self.shards[0][1].shape[2:]
+        self.starts = np.cumsum([0, *self.counts])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Samples of each shard."""
+        return tuple(entry.count for _, entry in self.shards)
 
     @property
     def frames(self) -> int:
         """Latent frames of its longest samples."""
         return max(self.lengths)
 
-    def read(self, sample: int, frames: int | None = None) -> tuple[np.ndarray, str]:
-        """The first latent frames of a sample; a damaged sample is replaced by the next healthy one.
+    def read(self, sample: int, frames: int | None = None) -> Read:
+        """The first latent frames of a sample; a damaged sample is replaced by the next healthy one of its shard.
 
         Args:
             sample: its number in the bucket.
             frames: how many to keep; the longest when not given.
 
-        Returns:
-            raw latents (F, C, H, W) in float16, and the key.
-
         Raises:
             InputError: no sample of the shard is healthy.
         """
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        reader, first = self.readers[shard], sample - int(self.starts[shard])
+        reader, first = _reader(*self.shards[shard]), sample - int(self.starts[shard])
+        damaged: list[str] = []
         for offset in range(len(reader)):
+            number = (first + offset) % len(reader)
             try:
-                latents, metadata = reader.read((first + offset) % len(reader), frames or self.frames)
+                latents, metadata = reader.read(number, frames or self.frames)
             except DamagedSampleError as error:
-                log.warning("%s The next healthy sample of the shard takes its place.", error)
+                damaged.append(f"sample {number} of {reader.path}")
+                _warn_once(f"{error} The next healthy sample of the shard takes its place.")
                 continue
-            return latents, str(metadata["key"])
+            return Read(latents, metadata, tuple(damaged))
         raise InputError(f"{reader.path} has no healthy sample left: copy it again or prepare it again.")
+
+
+@lru_cache(maxsize=128)
+def _reader(directory: Path, entry: ShardEntry) -> ShardReader:
+    """A shard's reader; each keeps an index mapped, so a process has a limited number of them."""
+    return ShardReader(directory, entry)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """A sample that stays damaged comes again in every epoch; a process tells of it once."""
+    log.warning("%s", message)
 
 
 class LatentDataset(Dataset[LatentBatch]):
@@ -155,8 +194,8 @@ class LatentDataset(Dataset[LatentBatch]):
     def __getitem__(self, number: int) -> LatentBatch:
         micro_batch = self.plan.micro_batch(number).share(self.rank, self.world_size)
         bucket = self.buckets[micro_batch.source][micro_batch.bucket]
-        raw, keys = zip(*(bucket.read(int(sample), micro_batch.frames) for sample in micro_batch.samples), strict=True)
-        latents = (torch.from_numpy(np.stack(raw)).float() - self.mean) / self.std
+        reads = [bucket.read(int(sample), micro_batch.frames) for sample in micro_batch.samples]
+        latents = (torch.from_numpy(np.stack([read.latents for read in reads])).float() - self.mean) / self.std
         step = number // self.plan.micro_batches_per_step
         context = int(micro_batch.context.sum())
         draws = self.noise_draws if latents.shape[1] > 1 else 1
@@ -174,7 +213,8 @@ class LatentDataset(Dataset[LatentBatch]):
             context=context,
             weight=micro_batch.weight,
             source=self.plan.sources[micro_batch.source].name,
-            keys=list(keys),
+            keys=[str(read.metadata["key"]) for read in reads],
+            damaged=list(dict.fromkeys(name for read in reads for name in read.damaged)),
         )
 
 

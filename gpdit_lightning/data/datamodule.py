@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NoiseLevels, NumbersFrom, TimedLoader
 from gpdit_lightning.data.manifest import Kind, Manifest, Split
-from gpdit_lightning.data.plan import TRAIN_NOISE, VALIDATION_NOISE, Plan, PlannedSource
+from gpdit_lightning.data.order import TRAIN_NOISE, VALIDATION_NOISE
+from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
 from gpdit_lightning.data.workers import outlive_signals
 from gpdit_lightning.errors import InputError
 
@@ -22,7 +23,8 @@ class SourceConfig:
     manifests: list[str] = field(default_factory=list)
     """Folders that data_prep/shard_latents.py or build_few_shot.py made (or their manifest.json)."""
     batch_size: int = 0
-    """Samples per optimizer step over all ranks; a source without a batch size or without manifests is left out."""
+    """Samples per optimizer step over all ranks; a source without batch_size and tokens or without manifests is left
+    out."""
     micro_batches: int = 1
     """Equal parts into which that batch is cut, one forward and backward pass each: more parts, less memory."""
     frames: int = 0
@@ -31,6 +33,12 @@ class SourceConfig:
     """Above 0, micro-batches vary in length: each number of latent frames from here to `frames` equally often."""
     weight: float = 1.0
     """Weight of this source's mean loss relative to the other source's."""
+    tokens: int = 0
+    """Above 0, instead of batch_size: tokens of one optimizer step's batch over all ranks, F x h x w / 4 for a clip of
+    F latent frames of h x w (patches of 2x2, as all presets have); each shape, and each length of clips, then has the
+    number of samples that comes closest from below."""
+    shuffle_window: int = 65_536
+    """Samples that are shuffled together: whole shards of about so many; what is read at a time stays within them."""
 
 
 UNUSED = SourceConfig()
@@ -81,10 +89,10 @@ class LatentDataModule(LightningDataModule):
         self.workers, self.validation_batches = workers, validation_batches
         given = {"images": images, "videos": videos, "sequences": sequences}
         for name, config in given.items():
-            for setting in ("batch_size", "frames", "least_frames"):
+            for setting in ("batch_size", "tokens", "frames", "least_frames"):
                 if getattr(config, setting) < 0:
                     raise InputError(f"data.{name}.{setting} is {getattr(config, setting)}; it must not be negative.")
-        self.configs = {name: config for name, config in given.items() if config.manifests and config.batch_size > 0}
+        self.configs = {name: c for name, c in given.items() if c.manifests and max(c.batch_size, c.tokens) > 0}
         self.manifests = {
             name: [Manifest.load(path) for path in config.manifests] for name, config in self.configs.items()
         }
@@ -105,9 +113,7 @@ class LatentDataModule(LightningDataModule):
         name = next(name for name in ("videos", "sequences", "images") if name in self.manifests)
         preparation = self.manifests[name][0].preparation
         factor = self.codec["spatial_factor"]
-        shapes = {
-            (b.frames, *b.readers[0].entry.shape[2:]) for source in self.buckets["train"].values() for b in source
-        }
+        shapes = {(b.frames, b.height, b.width) for source in self.buckets["train"].values() for b in source}
         longest = max(frames for frames, *_ in shapes)
         return {
             "stride": preparation.get("stride", 1),
@@ -176,7 +182,7 @@ class LatentDataModule(LightningDataModule):
         if not loaded:
             raise InputError(
                 "no source of data is in use: give data.images, data.videos or data.sequences the manifests of "
-                "prepared data and a batch_size above 0."
+                "prepared data and a batch_size (or tokens) above 0."
             )
         first = loaded[0]
         for other in loaded[1:]:
@@ -189,16 +195,18 @@ class LatentDataModule(LightningDataModule):
         return first.codec
 
     def _buckets_of(self, split: Split) -> dict[str, list[Bucket]]:
-        """For each source, its buckets: one for each latent shape that its shards have."""
+        """For each source, its buckets: one for the shards that have one height and width and give the same lengths."""
         found: dict[str, list[Bucket]] = {}
         for name in self.configs:
-            by_shape = defaultdict(list)
+            alike = defaultdict(list)
             for manifest in self.manifests[name]:
                 for entry in manifest.of_split(split):
-                    if entry.kind == KINDS[name] and entry.count > 0:
-                        by_shape[entry.shape].append((manifest, entry))
-            for shape, entries in sorted(by_shape.items()):
-                found.setdefault(name, []).append(Bucket(entries, self._lengths(name, shape[0], entries[0][0])))
+                    if entry.kind == KINDS[name]:
+                        frames, _, height, width = entry.shape
+                        lengths = tuple(self._lengths(name, frames, manifest))
+                        alike[lengths, height, width].append((manifest, entry))
+            if alike:
+                found[name] = [Bucket(shards, lengths) for (lengths, _, _), shards in sorted(alike.items())]
         return found
 
     def _lengths(self, name: str, available: int, manifest: Manifest) -> range:
@@ -229,11 +237,12 @@ class LatentDataModule(LightningDataModule):
                 planned.append(
                     PlannedSource(
                         name,
-                        tuple(len(bucket) for bucket in buckets),
+                        tuple(PlannedBucket(b.counts, b.lengths, b.height, b.width) for b in buckets),
                         config.batch_size,
+                        config.tokens,
                         config.micro_batches,
                         config.weight,
-                        tuple(bucket.lengths for bucket in buckets),
+                        config.shuffle_window,
                     )
                 )
         return tuple(planned)

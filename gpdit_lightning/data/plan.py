@@ -5,27 +5,33 @@ the same shape and the same number of clips with context at the same moment.
 """
 
 import math
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
+from gpdit_lightning.data.order import BucketOrder, SourceOrder
 from gpdit_lightning.errors import InputError
 
-# First words of the counter-based generators' keys: every use of the seed draws from a stream of its own.
-SAMPLE_ORDER, MICRO_BATCH_ORDER, TRAIN_NOISE, VALIDATION_NOISE, CLIP_LENGTH = range(5)
+LATENT_PIXELS_OF_A_TOKEN = 4  # patches of 2x2, as all presets have
 
 
-def generator(seed: int, purpose: int, *counter: int) -> np.random.Generator:
-    """A counter-based generator: the same numbers for the same words on every machine, rank and worker.
+@dataclass(frozen=True)
+class PlannedBucket:
+    """What the plan knows of a bucket: samples of one height and width that are read at the same lengths.
 
-    Args:
-        seed: the run's.
-        purpose: one of the constants above.
-        counter: up to three further words.
+    Attributes:
+        counts: samples of each of its shards, at least 1.
+        lengths: the numbers of latent frames that its samples are cut to, each for as many micro-batches as the others.
+        height, width: of a latent frame, in latent pixels.
     """
-    words = [0, *counter, *[0] * (3 - len(counter))]
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=words))
+
+    counts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -34,25 +40,45 @@ class PlannedSource:
 
     Attributes:
         name: for logs and messages.
-        counts: samples in each bucket; a bucket is all samples of one latent shape.
-        batch_size: samples per optimizer step over all ranks.
+        buckets: what its micro-batches come from, each from one.
+        batch_size: samples per optimizer step over all ranks; 0 where `tokens` says how much.
+        tokens: tokens per optimizer step over all ranks, from which each length of a bucket gets the number of samples
+            that comes closest from below.
         micro_batches: equal parts into which that batch is cut, each of one shape.
         weight: of the mean loss over this source's batch, relative to the other sources'.
-        lengths: for each bucket the numbers of latent frames that its samples are cut to, each for as many
-            micro-batches as the others; empty: samples stay whole.
+        shuffle_window: samples of a bucket that are shuffled together: whole shards with about so many.
     """
 
     name: str
-    counts: tuple[int, ...]
-    batch_size: int
+    buckets: tuple[PlannedBucket, ...]
+    batch_size: int = 0
+    tokens: int = 0
     micro_batches: int = 1
     weight: float = 1.0
-    lengths: tuple[tuple[int, ...], ...] = ()
+    shuffle_window: int = 65_536
 
-    @property
-    def micro_batch_size(self) -> int:
-        """Samples of one micro-batch over all ranks."""
-        return self.batch_size // self.micro_batches
+    def micro_batch_size(self, frames: int, height: int, width: int, max_ranks: int) -> int:
+        """Samples of a micro-batch over all ranks, a multiple of `max_ranks`.
+
+        Raises:
+            InputError: the batch cannot be cut so, or the tokens are too few for one sample on each rank.
+        """
+        parts = self.micro_batches * max_ranks
+        if parts < 1 or self.batch_size % parts:
+            raise InputError(
+                f"the batch of {self.batch_size} {self.name} cannot be cut into {self.micro_batches} micro-batches "
+                f"for {max_ranks} ranks: make it a multiple of micro_batches x max_ranks."
+            )
+        if self.batch_size:
+            return self.batch_size // self.micro_batches
+        pixels = parts * frames * height * width
+        if self.tokens * LATENT_PIXELS_OF_A_TOKEN < pixels:
+            raise InputError(
+                f"data.{self.name}.tokens is {self.tokens}, too few for one sample of {frames}x{height}x{width} latent "
+                f"pixels in each of {self.micro_batches} micro-batches on each of {max_ranks} ranks: give at least "
+                f"{math.ceil(pixels / LATENT_PIXELS_OF_A_TOKEN)}, or lower micro_batches or max_ranks."
+            )
+        return self.tokens * LATENT_PIXELS_OF_A_TOKEN // pixels * max_ranks
 
 
 @dataclass(frozen=True)
@@ -66,7 +92,7 @@ class MicroBatch:
         places: (n,) place of each sample in the global batch of the optimizer step: the key of its noise.
         context: (n,) whether the sample keeps its context.
         weight: factor of this micro-batch's mean loss; the factors of an optimizer step sum to 1.
-        frames: latent frames to keep from the start of every sample; None: all.
+        frames: latent frames to keep from the start of every sample.
     """
 
     source: int
@@ -75,7 +101,7 @@ class MicroBatch:
     places: np.ndarray
     context: np.ndarray
     weight: float
-    frames: int | None = None
+    frames: int
 
     def share(self, rank: int, world_size: int) -> "MicroBatch":
         """The equal slice of one rank, with the samples that keep their context first."""
@@ -91,7 +117,7 @@ class Plan:
 
     Each source keeps its own epochs: all samples of a bucket are used once, in a new order, before any is used again,
     and what does not fill a micro-batch carries over to the next epoch. Sources therefore mix in the exact proportion
-    of their batch sizes.
+    of their batches.
 
     Attributes:
         sources: what is mixed.
@@ -101,7 +127,7 @@ class Plan:
             divide it all see the same order.
 
     Raises:
-        InputError: batch sizes that cannot be cut as asked, or a source without samples.
+        InputError: batches that cannot be cut as asked, or a source without samples.
     """
 
     sources: tuple[PlannedSource, ...]
@@ -115,15 +141,25 @@ class Plan:
         if not 0 <= self.context_dropout <= 1:
             raise InputError(f"context_dropout is {self.context_dropout}; it must lie between 0 and 1.")
         for source in self.sources:
-            if sum(source.counts) < 1:
+            if not source.buckets:
                 raise InputError(f"the source '{source.name}' holds no samples: prepare some, or set its batch_size 0.")
-            if source.micro_batches < 1 or source.batch_size % (source.micro_batches * self.max_ranks):
+            if (source.batch_size > 0) == (source.tokens > 0):
                 raise InputError(
-                    f"the batch of {source.batch_size} {source.name} cannot be cut into {source.micro_batches} "
-                    f"micro-batches for {self.max_ranks} ranks: make it a multiple of micro_batches x max_ranks."
+                    f"data.{source.name} has batch_size = {source.batch_size} and tokens = {source.tokens}: give one "
+                    "of them, and 0 for the other."
                 )
             if not source.weight > 0:
                 raise InputError(f"the weight of '{source.name}' is {source.weight}; it must be positive.")
+            if source.shuffle_window < 1:
+                raise InputError(
+                    f"data.{source.name}.shuffle_window is {source.shuffle_window}; it must be at least 1 sample."
+                )
+            shapes = [(max(bucket.lengths), bucket.height, bucket.width) for bucket in source.buckets]
+            source.micro_batch_size(*max(shapes, key=math.prod), self.max_ranks)  # complains if it cannot be cut so
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What follows from the fields is found again where it is needed, with caches of its own.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def micro_batches_per_step(self) -> int:
@@ -136,85 +172,68 @@ class Plan:
         index = first_place = 0
         while within >= self.sources[index].micro_batches:
             within -= self.sources[index].micro_batches
-            first_place += self.sources[index].batch_size
+            first_place += self.sources[index].micro_batches * self._orders[index].largest
             index += 1
-        source = self.sources[index]
-        size = source.micro_batch_size
-        own_number = step * source.micro_batches + within
-        bucket, turn = _locate(self.seed, index, source.counts, size, own_number)
+        source, order = self.sources[index], self._orders[index]
+        bucket, turns = order.at(step * source.micro_batches + within)
+        cuts = [other.cut(turn) for other, turn in zip(order.buckets, turns, strict=True)]
+        length, position = cuts[bucket]
+        size = order.buckets[bucket].sizes[length]
         return MicroBatch(
             source=index,
             bucket=bucket,
-            samples=_stream(self.seed, index, bucket, source.counts[bucket], turn * size, size),
-            places=first_place + within * size + np.arange(size),
-            context=self._context(own_number, size),
+            samples=order.buckets[bucket].samples(position, size),
+            # As if every micro-batch had the largest size: no two samples of a step may have the same.
+            places=first_place + within * order.largest + np.arange(size),
+            context=self._context(sum(given for _, given in cuts), size),
             weight=source.weight / sum(s.weight for s in self.sources) / source.micro_batches,
-            frames=self._length(index, bucket, turn),
+            frames=source.buckets[bucket].lengths[length],
         )
 
-    def _length(self, source: int, bucket: int, turn: int) -> int | None:
-        """Latent frames of a bucket's micro-batch: every length once, in random order, before any again."""
-        if not self.sources[source].lengths:
-            return None
-        lengths = self.sources[source].lengths[bucket]
-        cycle, place = divmod(turn, len(lengths))
-        return int(generator(self.seed, CLIP_LENGTH, cycle, source, bucket).permutation(lengths)[place])
+    def shards_ahead(self, number: int) -> list[tuple[int, int, int]]:
+        """What to fetch for micro-batch `number` and those after it, soonest needed first.
 
-    def _context(self, own_number: int, size: int) -> np.ndarray:
+        Returns:
+            (source, bucket, shard) of all shards in the window that each bucket then stands in and in its next one:
+            nothing else is read before a bucket comes to the window after that.
+        """
+        step, within = divmod(number, self.micro_batches_per_step)
+        windows = []
+        for index, (source, order) in enumerate(zip(self.sources, self._orders, strict=True)):
+            _, turns = order.at(step * source.micro_batches + min(max(within, 0), source.micro_batches))
+            within -= source.micro_batches
+            steps_per_epoch = float(order.micro_batches_per_epoch / source.micro_batches)
+            for bucket, (samples, turn) in enumerate(zip(order.buckets, turns, strict=True)):
+                _, position = samples.cut(turn)
+                for begins, shards in islice(samples.windows_from(position), 2):
+                    needed = max(0, begins - position) / len(samples) * steps_per_epoch  # in so many steps
+                    windows.append((needed, [(index, bucket, shard) for shard in shards]))
+        windows.sort(key=lambda window: window[0])
+        return list(dict.fromkeys(shard for _, shards in windows for shard in shards))
+
+    @cached_property
+    def _orders(self) -> list[SourceOrder]:
+        orders = []
+        for index, source in enumerate(self.sources):
+            buckets = []
+            for number, bucket in enumerate(source.buckets):
+                shapes = [(frames, bucket.height, bucket.width) for frames in bucket.lengths]
+                sizes = [source.micro_batch_size(*shape, self.max_ranks) for shape in shapes]
+                word = index << 32 | number  # a generator has no room for both
+                buckets.append(BucketOrder(self.seed, word, bucket.counts, sizes, source.shuffle_window))
+            orders.append(SourceOrder(self.seed, index, buckets))
+        return orders
+
+    def _context(self, given: int, size: int) -> np.ndarray:
         """Which samples of a micro-batch keep their context: the same number in each of the `max_ranks` parts.
 
         The samples stand in random order already, so the last ones of a part lose it; fractions carry over to the next
         micro-batch.
+
+        Args:
+            given: samples of the source before this micro-batch.
+            size: its samples.
         """
-        part = size // self.max_ranks
-        share = self.context_dropout * part
-        dropped = math.floor((own_number + 1) * share) - math.floor(own_number * share)
+        before, part = given // self.max_ranks, size // self.max_ranks
+        dropped = math.floor((before + part) * self.context_dropout) - math.floor(before * self.context_dropout)
         return np.arange(size) % part < part - dropped
-
-
-def _epoch_start(counts: tuple[int, ...], size: int, epoch: int) -> int:
-    """Micro-batches before an epoch: each bucket gives what its samples so far fill, the rest carries over."""
-    return sum(epoch * count // size for count in counts)
-
-
-def _locate(seed: int, source: int, counts: tuple[int, ...], size: int, number: int) -> tuple[int, int]:
-    """The bucket of a source's micro-batch, and which of that bucket's micro-batches it is."""
-    low = number * size // sum(counts)  # an epoch gives at most sum(counts) / size micro-batches
-    high = (number + len(counts) + 1) * size // sum(counts) + 1  # and together they lag by less than one per bucket
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _epoch_start(counts, size, middle) <= number else (low, middle)
-    buckets, turns = _epoch(seed, source, counts, size, low)
-    place = number - _epoch_start(counts, size, low)
-    return int(buckets[place]), int(turns[place])
-
-
-@lru_cache(maxsize=16)
-def _epoch(seed: int, source: int, counts: tuple[int, ...], size: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """All micro-batches of an epoch in their order: their buckets, and their numbers within the bucket.
-
-    The buckets are shuffled; a bucket's own micro-batches keep their sequence, for its samples are shuffled already and
-    the rest of its last epoch must come first.
-    """
-    firsts = [epoch * count // size for count in counts]
-    sizes = [(epoch + 1) * count // size - first for count, first in zip(counts, firsts, strict=True)]
-    buckets = np.repeat(np.arange(len(counts)), sizes)
-    buckets = generator(seed, MICRO_BATCH_ORDER, epoch, source).permutation(buckets)
-    turns = np.empty_like(buckets)
-    for bucket, first in enumerate(firsts):
-        own = np.flatnonzero(buckets == bucket)
-        turns[own] = first + np.arange(len(own))
-    return buckets, turns
-
-
-@lru_cache(maxsize=64)
-def _permutation(seed: int, source: int, bucket: int, count: int, epoch: int) -> np.ndarray:
-    return generator(seed, SAMPLE_ORDER, epoch, source, bucket).permutation(count)
-
-
-def _stream(seed: int, source: int, bucket: int, count: int, start: int, size: int) -> np.ndarray:
-    """`size` samples from position `start` of a bucket's endless stream of shuffled epochs."""
-    epochs = range(start // count, (start + size - 1) // count + 1)
-    joined = np.concatenate([_permutation(seed, source, bucket, count, epoch) for epoch in epochs])
-    offset = start - epochs.start * count
-    return joined[offset : offset + size]

@@ -65,7 +65,7 @@ class Curves(Callback):
     - `train/loss`, `train/loss_q1..q4`, `train/loss_SOURCE`, without steps that were left out; `val/loss...` likewise;
     - `train/grad_norm`, `train/lr`: of the last step;
     - `train/ema_distance`: norm of weights less average, relative to the norm of the weights;
-    - `health/skipped_steps`, `health/spikes`: of the run so far;
+    - `health/skipped_steps`, `health/spikes`, `data/damaged_samples`: of the run so far;
     - `perf/steps_per_s`, `perf/clips_per_s`, `perf/tokens_per_s`: over all ranks; noisy tokens, those supervised;
     - `perf/tflops_per_s`: of the model, on each device, recomputation not counted; `perf/mfu`: that relative to the
       device's peak in bf16, where it is known;
@@ -123,6 +123,7 @@ class Curves(Callback):
             "train/ema_distance": self.ema.distance(pl_module),
             "health/skipped_steps": self.health.skipped_steps,
             "health/spikes": self.health.spikes,
+            "data/damaged_samples": len(self.health.damaged),
         }
         scalars |= {f"perf/{name}": figure for name, figure in self.throughput.figures(trainer).items()}
         _write(trainer, pl_module, scalars, "train/loss")

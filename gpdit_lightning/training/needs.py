@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from gpdit_lightning.data.plan import Plan, PlannedSource
+from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.training.flops import training_flops
@@ -45,6 +45,17 @@ class Source:
     micro_batches: int
     shapes: tuple[Shape, ...]
     assumed: bool
+    tokens: int = 0
+
+    @property
+    def planned(self) -> PlannedSource:
+        """The same for the batch plan."""
+        buckets = tuple(PlannedBucket((1,), (shape.frames,), shape.height, shape.width) for shape in self.shapes)
+        return PlannedSource(self.name, buckets, self.batch_size, self.tokens, self.micro_batches)
+
+    def micro_batch_size(self, shape: Shape, max_ranks: int) -> int:
+        """Samples of a micro-batch over all ranks."""
+        return self.planned.micro_batch_size(shape.frames, shape.height, shape.width, max_ranks)
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,8 @@ class Run:
     sources: tuple[Source, ...]
 
     def __post_init__(self) -> None:
-        planned = [PlannedSource(s.name, (s.batch_size,), s.batch_size, s.micro_batches) for s in self.sources]
-        Plan(tuple(planned), 0, self.context_dropout, self.max_ranks)  # complains about batches that cannot be cut so
+        planned = tuple(source.planned for source in self.sources)
+        Plan(planned, 0, self.context_dropout, self.max_ranks)  # complains about batches that cannot be cut so
         if self.gpus < 1 or self.max_ranks % self.gpus:
             raise InputError(
                 f"{self.gpus} GPUs do not divide data.max_ranks = {self.max_ranks}: choose --gpus that do, or set "
@@ -81,32 +92,27 @@ def step_flops(run: Run) -> dict[str, float]:
     """FLOPs of an optimizer step by part, over all GPUs: the mean over shapes and dropped contexts."""
     total: Counter[str] = Counter()
     for source in run.sources:
-        for frames, height, width, fraction in source.shapes:
+        for shape in source.shapes:
+            frames, height, width, fraction = shape
+            clips = source.micro_batches * source.micro_batch_size(shape, run.max_ranks)
             draws = run.noise_draws if frames > 1 else 1
-            for context, share in ((source.batch_size, 1 - run.context_dropout), (0, run.context_dropout)):
-                flops = training_flops(run.backbone, source.batch_size, context, frames, height, width, draws)
+            for context, share in ((clips, 1 - run.context_dropout), (0, run.context_dropout)):
+                flops = training_flops(run.backbone, clips, context, frames, height, width, draws)
                 total.update({part: fraction * share * count for part, count in flops.items()})
     return dict(total)
 
 
 def activations(run: Run, source: Source) -> int:
     """Bytes of the activations of a source's largest micro-batch on one GPU."""
-    part = source.batch_size // source.micro_batches // run.max_ranks
-    clips, parts = part * run.max_ranks // run.gpus, run.max_ranks // run.gpus
-    context = clips - parts * int(run.context_dropout * part)
-    return max(
-        activation_bytes(
-            run.backbone,
-            clips,
-            context,
-            frames,
-            height,
-            width,
-            run.noise_draws if frames > 1 else 1,
-            run.numbers,
+    needed, parts = [], run.max_ranks // run.gpus
+    for shape in source.shapes:
+        part = source.micro_batch_size(shape, run.max_ranks) // run.max_ranks
+        clips, draws = part * parts, run.noise_draws if shape.frames > 1 else 1
+        context = clips - parts * int(run.context_dropout * part)
+        needed.append(
+            activation_bytes(run.backbone, clips, context, shape.frames, shape.height, shape.width, draws, run.numbers)
         )
-        for frames, height, width, _ in source.shapes
-    )
+    return max(needed)
 
 
 def memory(run: Run) -> dict[str, int]:
@@ -129,8 +135,10 @@ def with_smaller_micro_batches(run: Run) -> Iterator[Run]:
     yield run
     while True:
         largest = max(run.sources, key=lambda source: activations(run, source))
-        samples = largest.batch_size // run.max_ranks
-        finer = [count for count in range(largest.micro_batches + 1, samples + 1) if samples % count == 0]
+        whole = replace(largest, micro_batches=1)
+        samples = min(whole.micro_batch_size(shape, run.max_ranks) for shape in whole.shapes) // run.max_ranks
+        counts = range(largest.micro_batches + 1, samples + 1)
+        finer = [count for count in counts if largest.tokens or samples % count == 0]
         if finer:
             sources = tuple(replace(s, micro_batches=finer[0]) if s is largest else s for s in run.sources)
             run = replace(run, sources=sources)

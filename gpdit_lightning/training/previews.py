@@ -16,10 +16,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
-from gpdit_lightning.data.batches import Bucket
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.data.manifest import Split
-from gpdit_lightning.data.shards import DamagedSampleError
 from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import rollout
@@ -195,24 +193,20 @@ def fixed_clips(data: LatentDataModule, clips: int, context_frames: int) -> Fixe
             f"preview.context_frames is {context_frames}, but the clips of data.videos have {bucket.frames} latent "
             f"frames: leave at least one to be generated, or give {NO_PREVIEWS}."
         )
-    raw = np.stack([bucket.read(number)[0] for number in range(min(clips, len(bucket)))])
+    reads = [bucket.read(number) for number in range(min(clips, len(bucket)))]
     return FixedClips(
         source=source,
         split=split,
-        latents=torch.from_numpy(raw).float(),
+        latents=torch.from_numpy(np.stack([read.latents for read in reads])).float(),
         context=context_frames if source == "videos" else bucket.frames - 1,
         frames_alone=source != "videos",
-        fps=frame_rate(bucket),
+        fps=frame_rate(reads[0].metadata),
         seed=data.seed,
     )
 
 
-def frame_rate(bucket: Bucket) -> float:
-    """Frames a second of a bucket's first clip, at the stride it was taken with; a usual rate where nobody noted it."""
-    try:
-        _, metadata = bucket.readers[0].read(0)
-    except DamagedSampleError:
-        return USUAL_RATE
+def frame_rate(metadata: dict[str, Any]) -> float:
+    """Frames a second of a clip, at the stride it was taken with; a usual rate where nobody noted it."""
     return metadata["fps"] / metadata["stride"] if {"fps", "stride"} <= metadata.keys() else USUAL_RATE
 
 

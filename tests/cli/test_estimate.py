@@ -49,6 +49,22 @@ def test_prepared_data_give_the_shapes(mixed: Path, capsys: pytest.CaptureFixtur
     assert "for 500 steps" in text
 
 
+def test_a_token_budget_gives_each_shape_its_own_part(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images of 16 and 24 tokens, six and four of them at a time: there are as many of both."""
+    options = [f"--config={mixed}"]
+    for name, tokens in (("images", 96), ("videos", 768)):
+        options += [f"--data.{name}.batch_size=0", f"--data.{name}.tokens={tokens}"]
+    images, videos = read(options, gpus=1, sizes={}).sources
+    assert {shape[:3]: shape.fraction for shape in images.shapes} == pytest.approx({(1, 8, 8): 0.4, (1, 8, 12): 0.6})
+    assert {shape[:3]: shape.fraction for shape in videos.shapes} == pytest.approx({(2, 8, 8): 0.5, (3, 8, 8): 0.5})
+    assert main(["estimate", *options, "--gpus=2"]) == 0
+    text = capsys.readouterr().out
+    assert "images: 96 tokens a step, 2 to 3 at a time on a GPU, latent frames 1, 64x64, 64x96 (as prepared)" in text
+    assert "videos: 768 tokens a step, 4 to 6 at a time on a GPU, latent frames 2 to 3, 64x64 (as prepared)" in text
+    assert main(["estimate", *options, "--data.videos.tokens=100"]) == 2
+    assert "data.videos.tokens is 100, too few for one sample" in capsys.readouterr().err
+
+
 def test_h_is_estimated_without_being_built(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", STAGE2, "--trainer.strategy=auto", "--gpus", "64"]) == 0
     text = capsys.readouterr().out

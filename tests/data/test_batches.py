@@ -1,4 +1,5 @@
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from gpdit_lightning.data import batches as batches_module
 from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NumbersFrom
-from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.data.plan import TRAIN_NOISE, VALIDATION_NOISE, Plan, PlannedSource
+from gpdit_lightning.data.manifest import Manifest, ShardEntry
+from gpdit_lightning.data.order import TRAIN_NOISE, VALIDATION_NOISE
+from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
+from tests.data.damage import damage
 
 Shards = Callable[..., Manifest]
 MEAN, STD = [0.5, -0.25, 2.0, 0.0], [2.0, 0.5, 4.0, 1.0]
@@ -32,7 +36,8 @@ def dataset(
     manifest: Manifest, rank: int = 0, world_size: int = 1, seed: int = 0, frames: int = 3, **settings: Any
 ) -> LatentDataset:
     """Steps of 2 micro-batches of 4 clips, a quarter of them without context."""
-    plan = Plan((PlannedSource("videos", (11,), 8, micro_batches=2),), seed, context_dropout=0.25, max_ranks=2)
+    planned = PlannedBucket((5, 5, 1), (frames,), 4, 4)
+    plan = Plan((PlannedSource("videos", (planned,), 8, micro_batches=2),), seed, context_dropout=0.25, max_ranks=2)
     options: dict[str, Any] = {"noise_levels": "frame", "purpose": TRAIN_NOISE} | settings
     return LatentDataset(plan, [[bucket_of(manifest, frames)]], MEAN, STD, rank=rank, world_size=world_size, **options)
 
@@ -51,20 +56,12 @@ def same(first: LatentBatch, second: LatentBatch) -> bool:
     return tensors and (first.keys, first.context, first.weight) == (second.keys, second.context, second.weight)
 
 
-def damage(manifest: Manifest, shard: int, number: int) -> None:
-    """Flip one bit in the latents of a sample."""
-    reader = ShardReader(manifest.directory, manifest.shards[shard])
-    content = bytearray(reader.path.read_bytes())
-    content[int(reader.index[number, 0]) + 130] ^= 0x10  # in the first frame
-    reader.path.write_bytes(content)
-
-
 def test_latents_are_whitened_with_the_codecs_constants(manifest: Manifest) -> None:
     batch = dataset(manifest)[3]
     assert batch.latents.shape == batch.noise.shape == (4, 3, 4, 4, 4)
     assert batch.latents.dtype == torch.float32
     bucket = bucket_of(manifest)
-    raw = {key: latents for latents, key in map(bucket.read, range(len(bucket)))}
+    raw = {read.metadata["key"]: read.latents for read in map(bucket.read, range(len(bucket)))}
     for latents, key in zip(batch.latents, batch.keys, strict=True):
         for channel in range(4):
             expected = (raw[key][:, channel].astype(np.float32) - MEAN[channel]) / STD[channel]
@@ -74,7 +71,7 @@ def test_latents_are_whitened_with_the_codecs_constants(manifest: Manifest) -> N
 def test_a_bucket_numbers_its_samples_over_its_shards(manifest: Manifest) -> None:
     bucket = bucket_of(manifest)
     assert len(bucket) == 11
-    keys = [bucket.read(sample)[1] for sample in range(11)]
+    keys = [bucket.read(sample).metadata["key"] for sample in range(11)]
     assert keys == [
         f"train-video-3x4x4-{shard:05d}-{place:06d}" for shard, count in enumerate((5, 5, 1)) for place in range(count)
     ]
@@ -116,7 +113,8 @@ def test_the_clips_with_context_come_first(manifest: Manifest) -> None:
     mixed = 0
     for number in range(8):
         planned = batches.plan.micro_batch(number)
-        with_context = sorted(bucket_of(manifest).read(int(s))[1] for s in planned.samples[planned.context])
+        bucket = bucket_of(manifest)
+        with_context = sorted(bucket.read(int(s)).metadata["key"] for s in planned.samples[planned.context])
         batch = batches[number]
         assert sorted(batch.keys[: batch.context]) == with_context
         mixed += 0 < batch.context < 4
@@ -169,7 +167,8 @@ def test_no_copies_are_refused(manifest: Manifest) -> None:
 
 def test_accumulation_changes_neither_noise_nor_levels(manifest: Manifest) -> None:
     def step(micro_batches: int) -> tuple[set[bytes], set[bytes]]:
-        plan = Plan((PlannedSource("videos", (11,), 8, micro_batches),), context_dropout=0.0)
+        planned = PlannedBucket((5, 5, 1), (3,), 4, 4)
+        plan = Plan((PlannedSource("videos", (planned,), 8, micro_batches=micro_batches),), context_dropout=0.0)
         batches = LatentDataset(plan, [[bucket_of(manifest)]], MEAN, STD, "frame", TRAIN_NOISE)
         drawn = [batches[micro_batches * 3 + within] for within in range(micro_batches)]
         return (
@@ -209,11 +208,11 @@ def test_noise_is_standard_gaussian_and_levels_are_uniform(manifest: Manifest) -
 def test_a_damaged_sample_is_replaced_by_the_next_healthy_one_and_named(
     manifest: Manifest, caplog: pytest.LogCaptureFixture, damaged: tuple[int, ...], replacement: int
 ) -> None:
-    for number in damaged:
-        damage(manifest, shard=1, number=number)
+    names = tuple(damage(manifest, shard=1, number=number) for number in damaged)
     with caplog.at_level(logging.WARNING):
-        _, key = bucket_of(manifest).read(5 + damaged[0])
-    assert key == f"train-video-3x4x4-00001-{replacement:06d}"
+        read = bucket_of(manifest).read(5 + damaged[0])
+    assert read.metadata["key"] == f"train-video-3x4x4-00001-{replacement:06d}"
+    assert read.damaged == names
     assert len(caplog.messages) == len(damaged)
     for number, message in zip(damaged, caplog.messages, strict=True):
         assert f"Sample {number} of" in message
@@ -221,10 +220,30 @@ def test_a_damaged_sample_is_replaced_by_the_next_healthy_one_and_named(
         assert "next healthy sample" in message
 
 
+def test_a_process_warns_of_a_damaged_sample_once(manifest: Manifest, caplog: pytest.LogCaptureFixture) -> None:
+    damage(manifest, shard=1, number=1)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert bucket_of(manifest).read(6).damaged
+    assert len(caplog.messages) == 1
+
+
+def test_a_batch_names_the_samples_that_were_replaced_in_it(manifest: Manifest) -> None:
+    """Two samples of an epoch are damaged; it has 11, in three micro-batches of 4."""
+    expected = {damage(manifest, shard, number) for shard, number in ((0, 1), (1, 4))}
+    batches = [dataset(manifest)[number] for number in range(12)]
+    assert {name for batch in batches[:3] for name in batch.damaged} == expected
+    for number, batch in enumerate(batches):
+        assert len(set(batch.damaged)) == len(batch.damaged)
+        shares = [dataset(manifest, rank, world_size=2)[number] for rank in (0, 1)]
+        assert {name for share in shares for name in share.damaged} == set(batch.damaged)
+    assert not all(batch.damaged for batch in batches)
+
+
 def test_a_replacement_keeps_the_noise_of_the_place(manifest: Manifest) -> None:
     before = dataset(manifest)[0]
-    lost = bucket_of(manifest)
-    place = next(i for i, key in enumerate(before.keys) if key in {lost.read(sample)[1] for sample in range(10)})
+    assert before.damaged == []
+    place = next(i for i, key in enumerate(before.keys) if "-00002-" not in key)  # that shard has one sample
     shard, number = int(before.keys[place].split("-")[-2]), int(before.keys[place].split("-")[-1])
     damage(manifest, shard, number)
     after = dataset(manifest)[0]
@@ -258,3 +277,46 @@ def test_a_loader_process_gives_the_same_batches(manifest: Manifest) -> None:
     loader = DataLoader(batches, batch_size=None, sampler=NumbersFrom(2, 6), num_workers=2)
     for number, batch in zip(range(2, 6), loader, strict=True):
         assert same(batch, batches[number])
+
+
+# Many shards
+
+
+def test_a_process_keeps_few_of_many_shards_open(
+    tmp_path: Path, write_shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    class Counted(ShardReader):
+        def __init__(self, directory: Path, entry: ShardEntry) -> None:
+            super().__init__(directory, entry)
+            made.append(entry.path)
+
+    monkeypatch.setattr(batches_module, "ShardReader", Counted)
+    bucket = bucket_of(write_shards(tmp_path, {("train", "video", (3, 4, 4)): 200}, shard_size=1))
+    for _ in range(2):
+        for sample in range(100):
+            bucket.read(sample)
+    assert len(made) == 100
+    for sample in range(200):
+        bucket.read(sample)
+    assert batches_module._reader.cache_info().currsize == 128
+    bucket.read(0)
+    assert made.count(bucket.shards[0][1].path) == 2
+
+
+def test_a_bucket_travels_without_what_it_has_open(manifest: Manifest) -> None:
+    bucket = bucket_of(manifest)
+    fresh = pickle.dumps(bucket)
+    read = bucket.read(7)
+    assert pickle.dumps(bucket) == fresh
+    assert np.array_equal(pickle.loads(fresh).read(7).latents, read.latents)
+
+
+def test_shards_of_several_lengths_share_a_bucket(tmp_path: Path, write_shards: Shards) -> None:
+    counts = {("train", "video", (frames, 4, 4)): 3 for frames in (3, 5, 12)}
+    bucket = bucket_of(write_shards(tmp_path, counts))
+    reads = [bucket.read(sample) for sample in range(9)]
+    assert {read.latents.shape for read in reads} == {(3, 4, 4, 4)}
+    assert {read.metadata["key"].split("-")[2] for read in reads} == {"3x4x4", "5x4x4", "12x4x4"}
+    assert bucket.counts == (3, 3, 3)

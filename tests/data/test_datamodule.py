@@ -118,8 +118,52 @@ def test_several_manifests_and_shapes_of_a_source_are_pooled_by_shape(tmp_path: 
     first = write_shards(tmp_path / "a", {VIDEO: 3, ("train", "video", (3, 4, 8)): 2}).directory
     second = write_shards(tmp_path / "b", {VIDEO: 4}).directory
     data = LatentDataModule(videos=source(first, second, batch_size=1))
-    assert data.plan.sources[0].counts == (2, 7)
+    assert [bucket.counts for bucket in data.plan.sources[0].buckets] == [(2,), (3, 4)]
     assert data.geometry["sizes"] == [[32, 64], [64, 64]]
+
+
+def test_shards_that_give_the_same_lengths_share_a_bucket(tmp_path: Path, write_shards: Shards) -> None:
+    """Those of 5 to 8 frames; of 2 and 3 there are too few."""
+    counts = {("train", "video", (frames, 8, 8)): 3 for frames in (5, 6, 8)}
+    folder = write_shards(tmp_path, counts | {("train", "video", (6, 4, 4)): 2}).directory
+
+    def buckets(**settings: Any) -> dict[tuple[tuple[int, ...], int], tuple[int, ...]]:
+        planned = LatentDataModule(videos=source(folder, **settings)).plan.sources[0].buckets
+        return {(bucket.lengths, bucket.height): bucket.counts for bucket in planned}
+
+    assert buckets(frames=5) == {((5,), 4): (2,), ((5,), 8): (3, 3, 3)}
+    assert buckets() == {((6,), 4): (2,), ((5,), 8): (3,), ((6,), 8): (3,), ((8,), 8): (3,)}
+    assert buckets(frames=7, least_frames=5) == {
+        **{((5, 6), 4): (2,), ((5,), 8): (3,), ((5, 6), 8): (3,), ((5, 6, 7), 8): (3,)}
+    }
+
+
+def test_a_token_budget_gives_each_shape_and_length_a_size_of_its_own(tmp_path: Path, write_shards: Shards) -> None:
+    """At 16 tokens a frame of 8x8 and 8 of 4x8."""
+    shapes = [(frames, height, 8) for frames in (2, 3) for height in (4, 8)]
+    folder = write_shards(tmp_path, {("train", "video", shape): 40 for shape in shapes}).directory
+    clips = source(folder, batch_size=0, tokens=200, frames=3, least_frames=1)
+    data = at(LatentDataModule(images=source(), videos=clips, max_ranks=2), max_steps=200)
+    found = {tuple(batch.latents.shape[i] for i in (1, 3, 0)) for batch in data.train_dataloader()}
+    assert found == {(1, 4, 24), (2, 4, 12), (3, 4, 8), (1, 8, 12), (2, 8, 6), (3, 8, 4)}
+    with pytest.raises(InputError, match=r"data\.videos\.tokens is 200, too few for one sample of 3x8x8 latent pixels"):
+        LatentDataModule(videos=clips, max_ranks=8)
+
+
+def test_a_batch_in_samples_and_in_tokens_is_refused(tiny_shards: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.videos has batch_size = 4 and tokens = 90: give one of them"):
+        LatentDataModule(videos=source(tiny_shards, tokens=90))
+
+
+def test_what_is_read_at_a_time_stays_within_a_window(tmp_path: Path, write_shards: Shards) -> None:
+    folder = write_shards(tmp_path, {VIDEO: 60}).directory  # shards of 5
+    data = at(LatentDataModule(videos=source(folder, batch_size=1, shuffle_window=15)), max_steps=60)
+    shards = [batch.keys[0].split("-")[-2] for batch in data.train_dataloader()]
+    windows = [set(shards[first : first + 15]) for first in range(0, 60, 15)]
+    assert all(len(window) == 3 for window in windows)
+    assert len(set.union(*windows)) == 12
+    data = at(LatentDataModule(videos=source(folder, batch_size=1)), max_steps=60)
+    assert len({batch.keys[0].split("-")[-2] for batch in islice(data.train_dataloader(), 30)}) > 8
 
 
 def test_codecs_that_differ_are_refused_by_name(tmp_path: Path, write_shards: Shards) -> None:
@@ -255,6 +299,8 @@ def test_another_order_is_refused_by_name(tiny_shards: Path, change: dict[str, A
         ({"frames": 2}, r"data\.videos\.frames = 0"),
         ({"least_frames": 2}, r"data\.videos\.least_frames = 0"),
         ({"weight": 2.0}, r"data\.videos\.weight = 1\.0"),
+        ({"batch_size": 0, "tokens": 96}, r"data\.videos\.batch_size = 2 and the recipe has 0; .*tokens = 0 and .* 96"),
+        ({"shuffle_window": 5}, r"data\.videos\.shuffle_window = 65536 and the recipe has 5"),
     ],
 )
 def test_another_mixture_is_refused_by_name(tiny_shards: Path, change: dict[str, Any], setting: str) -> None:

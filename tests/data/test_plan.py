@@ -1,26 +1,48 @@
+import pickle
 from collections import Counter
-from collections.abc import Iterator
-from itertools import count as counting
+from collections.abc import Callable
+from fractions import Fraction
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 
-from gpdit_lightning.data import plan as plan_module
-from gpdit_lightning.data.plan import MicroBatch, Plan, PlannedSource, generator
+from gpdit_lightning.data import order as order_module
+from gpdit_lightning.data.order import BucketOrder
+from gpdit_lightning.data.plan import MicroBatch, Plan, PlannedBucket, PlannedSource
 from gpdit_lightning.errors import InputError
 
-BUCKETS = [(7,), (5, 3), (1,), (1, 1, 1), (10, 4, 9), (2, 0, 3), (64,), (37, 64, 1)]
+BUCKETS = [(7,), (5, 3), (1,), (1, 1, 1), (10, 4, 9), (2, 5, 3), (64,), (37, 64, 1)]
+
+
+def bucket(*counts: int, lengths: tuple[int, ...] = (1,), height: int = 4) -> PlannedBucket:
+    return PlannedBucket(counts, lengths, height, 4)
 
 
 def one_source(counts: tuple[int, ...], size: int, seed: int = 0, dropout: float = 0.0, max_ranks: int = 1) -> Plan:
-    return Plan((PlannedSource("videos", counts, size),), seed, dropout, max_ranks)
+    return Plan((PlannedSource("videos", tuple(map(bucket, counts)), size),), seed, dropout, max_ranks)
 
 
-def mixture(seed: int = 0, dropout: float = 0.25, max_ranks: int = 8) -> Plan:
-    images = PlannedSource("images", (50, 21), batch_size=32, micro_batches=2)
-    videos = PlannedSource("videos", (13, 30, 5), batch_size=24, micro_batches=3)
+def mixture(seed: int = 0, dropout: float = 0.25, max_ranks: int = 8, window: int = 65_536) -> Plan:
+    images = PlannedSource(
+        "images", (bucket(20, 20, 10), bucket(21)), batch_size=32, micro_batches=2, shuffle_window=window
+    )
+    videos = PlannedSource(
+        "videos", (bucket(13), bucket(9, 9, 9, 3), bucket(5)), batch_size=24, micro_batches=3, shuffle_window=window
+    )
     return Plan((images, videos), seed, dropout, max_ranks)
+
+
+def budget(max_ranks: int = 8, window: int = 12) -> Plan:
+    """640 tokens of images and 768 of videos a step; at 4 tokens a frame and 8 ranks, 32 clips of 1 frame or 8 of 3."""
+    images = PlannedSource("images", (bucket(50), bucket(9, 12, height=8)), tokens=640, shuffle_window=window)
+    short, long = (bucket(5, 8, 8, lengths=(1, 2)), bucket(7, 7, 7, 7, lengths=(1, 2, 3)))
+    videos = PlannedSource("videos", (short, long), tokens=768, micro_batches=6, weight=2.0, shuffle_window=window)
+    return Plan((images, videos), seed=1, context_dropout=0.25, max_ranks=max_ranks)
+
+
+PLANS = pytest.mark.parametrize("make", [mixture, budget])
 
 
 def same(first: MicroBatch, second: MicroBatch) -> bool:
@@ -31,54 +53,48 @@ def same(first: MicroBatch, second: MicroBatch) -> bool:
     )
 
 
-def forget_cached_epochs() -> None:
-    plan_module._epoch.cache_clear()
-    plan_module._permutation.cache_clear()
-
-
-def slow_epochs(counts: tuple[int, ...], size: int) -> Iterator[Counter[int]]:
-    """How many micro-batches each bucket gives in each epoch, by walking: what does not fill one is kept for later."""
-    kept = [0] * len(counts)
-    while True:
-        given: Counter[int] = Counter()
-        for bucket, count in enumerate(counts):
-            given[bucket], kept[bucket] = divmod(kept[bucket] + count, size)
-        yield +given
-
-
-def test_a_micro_batch_depends_on_its_number_alone() -> None:
-    forwards = [mixture().micro_batch(number) for number in range(60)]
-    forget_cached_epochs()
-    fresh = mixture()
+@PLANS
+def test_a_micro_batch_depends_on_its_number_alone(make: Callable[..., Plan]) -> None:
+    forwards = [make(window=5).micro_batch(number) for number in range(60)]
+    jumping = make(window=5)
     for number in np.random.default_rng(0).permutation(60):
-        assert same(fresh.micro_batch(int(number)), forwards[number])
+        assert same(jumping.micro_batch(int(number)), forwards[number])
+
+
+@PLANS
+def test_a_plan_travels_without_what_it_remembers(make: Callable[..., Plan]) -> None:
+    plan = make()
+    fresh = pickle.dumps(plan)
+    used = plan.micro_batch(33)
+    assert pickle.dumps(plan) == fresh
+    assert same(pickle.loads(fresh).micro_batch(33), used)
 
 
 def test_the_order_is_pinned() -> None:
     """Runs resume on other machines and with other versions of numpy only while these numbers stay."""
-    plan = mixture(seed=3)
+    plan = mixture(seed=3, window=10)
     assert [(batch.source, batch.bucket) for batch in map(plan.micro_batch, range(5))] == [
         *[(0, 1), (0, 0)],
         *[(1, 0), (1, 1), (1, 1)],
     ]
-    assert plan.micro_batch(2).samples.tolist() == [10, 3, 6, 0, 4, 1, 2, 5]
-    assert plan.micro_batch(5 * 1000 + 2).samples.tolist() == [9, 7, 14, 24, 10, 27, 16, 17]
+    assert plan.micro_batch(2).samples.tolist() == [7, 12, 11, 6, 1, 3, 4, 0]
+    assert plan.micro_batch(5 * 1000 + 2).samples.tolist() == [27, 10, 28, 14, 11, 16, 12, 15]
+    lengths = [(batch.bucket, batch.frames) for batch in map(budget().micro_batch, range(1, 7))]
+    assert lengths == [(1, 2), (0, 1), (1, 1), (1, 3), (1, 1), (0, 2)]
 
 
 def test_every_length_comes_equally_often_and_belongs_to_the_micro_batch() -> None:
-    lengths = ((5, 6, 7, 8, 9, 10, 11, 12), (5, 6))
-    plan = Plan((PlannedSource("videos", (40, 24), 4, lengths=lengths),), seed=1, max_ranks=2)
+    buckets = (bucket(40, lengths=(5, 6, 7, 8, 9, 10, 11, 12)), bucket(24, lengths=(5, 6)))
+    plan = Plan((PlannedSource("videos", buckets, 4),), seed=1, max_ranks=2)
     batches = [plan.micro_batch(number) for number in range(1600)]
-    for bucket in (0, 1):
-        found = [batch.frames for batch in batches if batch.bucket == bucket]
-        for cycle in range(len(found) // len(lengths[bucket])):
-            part = found[cycle * len(lengths[bucket]) : (cycle + 1) * len(lengths[bucket])]
-            assert sorted(part) == list(lengths[bucket])  # type: ignore[type-var]
+    for number, planned in enumerate(buckets):
+        found, cycle = [batch.frames for batch in batches if batch.bucket == number], len(planned.lengths)
+        for first in range(0, len(found) - cycle, cycle):
+            assert sorted(found[first : first + cycle]) == list(planned.lengths)
         assert found[:8] != found[8:16]
     assert all(same(plan.micro_batch(number), batches[number]) for number in (1500, 3, 77))
     assert {batches[3].share(rank, 2).frames for rank in (0, 1)} == {batches[3].frames}
-    whole = Plan((PlannedSource("videos", (40, 24), 4),), seed=1, max_ranks=2)
-    assert whole.micro_batch(9).frames is None
+    whole = Plan((PlannedSource("videos", (bucket(40), bucket(24)), 4),), seed=1, max_ranks=2)
     assert whole.micro_batch(9).samples.tolist() == batches[9].samples.tolist()
 
 
@@ -87,52 +103,67 @@ def test_the_seed_changes_the_order() -> None:
     assert len(orders) == 5
 
 
+def used_by_bucket(plan: Plan, source: int, micro_batches: int) -> dict[int, list[int]]:
+    """The samples of each of a source's buckets in the order in which a plan uses them."""
+    used: dict[int, list[int]] = {bucket: [] for bucket in range(len(plan.sources[source].buckets))}
+    for number in range(micro_batches):
+        batch = plan.micro_batch(number)
+        if batch.source == source:
+            used[batch.bucket] += batch.samples.tolist()
+    return used
+
+
+def assert_epochs(used: list[int], count: int) -> None:
+    """Every sample is used once before any is used again."""
+    assert len(used) // count > 1
+    for epoch in range(len(used) // count):
+        assert sorted(used[epoch * count : (epoch + 1) * count]) == list(range(count))
+    assert set(used) <= set(range(count))
+
+
 @pytest.mark.parametrize("counts", BUCKETS)
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_every_sample_is_used_once_before_any_is_used_again(counts: tuple[int, ...], size: int) -> None:
-    plan = one_source(counts, size)
-    used: dict[int, list[int]] = {bucket: [] for bucket in range(len(counts))}
-    for number in range(4 * sum(counts)):
-        batch = plan.micro_batch(number)
-        used[batch.bucket] += batch.samples.tolist()
-    for bucket, count in enumerate(counts):
-        whole_epochs = len(used[bucket]) // max(count, 1)
-        assert whole_epochs > 1 or count == 0
-        for epoch in range(whole_epochs):
-            assert sorted(used[bucket][epoch * count : (epoch + 1) * count]) == list(range(count))
-        assert set(used[bucket]) <= set(range(count))
+    used = used_by_bucket(one_source(counts, size), 0, 4 * sum(counts))
+    for number, count in enumerate(counts):
+        assert_epochs(used[number], count)
+
+
+@PLANS
+@pytest.mark.parametrize("window", [1, 10, 1000])
+@pytest.mark.parametrize("largest_round", [65_536, 2])
+def test_so_it_is_with_windows_rounds_and_token_budgets(
+    make: Callable[..., Plan], window: int, largest_round: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(order_module, "LARGEST_ROUND", largest_round)
+    for source in (0, 1):
+        plan = make(window=window)
+        used = used_by_bucket(plan, source, 150)
+        for number, planned in enumerate(plan.sources[source].buckets):
+            assert_epochs(used[number], sum(planned.counts))
+
+
+@PLANS
+@pytest.mark.parametrize("largest_round", [65_536, 2])
+def test_buckets_are_used_in_proportion_to_their_samples(
+    make: Callable[..., Plan], largest_round: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to what a bucket keeps for a later micro-batch, and a round."""
+    monkeypatch.setattr(order_module, "LARGEST_ROUND", largest_round)
+    plan = make()
+    for source, planned in enumerate(plan.sources):
+        counts = [sum(bucket.counts) for bucket in planned.buckets]
+        for micro_batches in (100, 1000):
+            used = used_by_bucket(plan, source, micro_batches)
+            total = sum(map(len, used.values()))
+            for number, count in enumerate(counts):
+                assert abs(len(used[number]) - total * count / sum(counts)) < 150
 
 
 def test_every_epoch_has_an_order_of_its_own() -> None:
     plan = one_source((20,), 20)
     orders = {tuple(plan.micro_batch(epoch).samples) for epoch in range(10)}
     assert len(orders) == 10
-
-
-@pytest.mark.parametrize("counts", BUCKETS)
-@pytest.mark.parametrize("size", [1, 3, 4, 16])
-def test_buckets_take_turns_as_walking_through_the_epochs_gives(counts: tuple[int, ...], size: int) -> None:
-    located = (plan_module._locate(3, 1, counts, size, number) for number in counting())
-    turns: Counter[int] = Counter()
-    for given in islice(slow_epochs(counts, size), 40):
-        epoch = list(islice(located, given.total()))
-        assert Counter(bucket for bucket, _ in epoch) == given
-        for bucket, turn in epoch:
-            assert turn == turns[bucket]
-            turns[bucket] += 1
-
-
-def test_buckets_are_mixed_within_an_epoch() -> None:
-    plan = one_source((100, 100), 2)
-    first_half = Counter(plan.micro_batch(number).bucket for number in range(50))
-    assert min(first_half[0], first_half[1]) > 10
-
-
-def test_far_steps_are_found_without_walking() -> None:
-    counts, size = (123_456, 7, 1), 8
-    bucket, turn = plan_module._locate(0, 0, counts, size, 10**9)
-    assert counts[bucket] * (10**9 * size // sum(counts) - 2) < (turn + 1) * size
-    assert one_source(counts, size).micro_batch(10**9).samples.shape == (size,)
 
 
 def test_sources_mix_exactly_as_their_batch_sizes_say() -> None:
@@ -155,8 +186,8 @@ def test_a_source_keeps_its_order_whatever_it_is_mixed_with() -> None:
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 0.5)])
 def test_weights_of_a_step_sum_to_one_in_the_proportion_asked(weights: tuple[float, float]) -> None:
-    images = PlannedSource("images", (9,), batch_size=8, micro_batches=4, weight=weights[0])
-    videos = PlannedSource("videos", (9,), batch_size=6, micro_batches=2, weight=weights[1])
+    images = PlannedSource("images", (bucket(9),), batch_size=8, micro_batches=4, weight=weights[0])
+    videos = PlannedSource("videos", (bucket(9),), batch_size=6, micro_batches=2, weight=weights[1])
     plan = Plan((images, videos))
     for step in range(3):
         batches = [plan.micro_batch(6 * step + within) for within in range(6)]
@@ -173,10 +204,23 @@ def test_places_of_a_step_are_all_different() -> None:
         assert np.array_equal(places, np.arange(32 + 24))
 
 
+def test_places_under_a_token_budget_are_those_of_the_largest_batches() -> None:
+    """160 images, then six times 32 clips: what is not filled stays free."""
+    plan = budget()
+    for step in range(20):
+        batches = [plan.micro_batch(7 * step + within) for within in range(7)]
+        firsts = [0, *(160 + 32 * within for within in range(6))]
+        for batch, first in zip(batches, firsts, strict=True):
+            assert np.array_equal(batch.places, first + np.arange(len(batch.samples)))
+        places = np.concatenate([batch.places for batch in batches])
+        assert len(set(places.tolist())) == len(places)
+
+
+@PLANS
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_the_shares_of_all_ranks_are_the_global_batch_in_its_order(world_size: int) -> None:
-    plan = mixture()
-    for number in range(30):
+def test_the_shares_of_all_ranks_are_the_global_batch_in_its_order(make: Callable[..., Plan], world_size: int) -> None:
+    plan = make()
+    for number in range(35):
         whole = plan.micro_batch(number)
         shares = [whole.share(rank, world_size) for rank in range(world_size)]
         size = len(whole.samples) // world_size
@@ -190,18 +234,24 @@ def test_the_shares_of_all_ranks_are_the_global_batch_in_its_order(world_size: i
             assert len(share.samples) == size
             assert share.context.sum() == shares[0].context.sum()
             assert (np.diff(share.context.astype(int)) <= 0).all()  # clips with context come first
-            assert (share.source, share.bucket, share.weight) == (whole.source, whole.bucket, whole.weight)
+            assert (share.source, share.bucket, share.weight, share.frames) == (
+                *(whole.source, whole.bucket, whole.weight, whole.frames),
+            )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.25, 1 / 3, 0.9, 1.0])
 @pytest.mark.parametrize("max_ranks", [1, 4])
-def test_context_dropout_is_exact_over_any_window(dropout: float, max_ranks: int) -> None:
-    size, micro_batches = 20, 200
-    plan = one_source((50, 31), size, dropout=dropout, max_ranks=max_ranks)
-    dropped = np.cumsum([0] + [int((~plan.micro_batch(number).context).sum()) for number in range(micro_batches)])
+@pytest.mark.parametrize("batch", [{"batch_size": 20}, {"tokens": 240}])
+def test_context_dropout_is_exact_over_any_window(dropout: float, max_ranks: int, batch: dict[str, int]) -> None:
+    buckets = (bucket(50, lengths=(1, 2, 3)), bucket(31, lengths=(1, 2)))
+    plan = Plan((PlannedSource("videos", buckets, **batch),), 0, dropout, max_ranks)  # type: ignore[arg-type]
+    contexts = [plan.micro_batch(number).context for number in range(200)]
+    dropped = np.cumsum([0, *(int((~context).sum()) for context in contexts)])
+    given = np.cumsum([0, *(len(context) for context in contexts)])
+    assert len({len(context) for context in contexts}) == (3 if "tokens" in batch else 1)
     for start in (0, 1, 7, 100):
-        for stop in (start + 1, start + 10, micro_batches):
-            assert abs(dropped[stop] - dropped[start] - dropout * size * (stop - start)) < max_ranks + 1e-9
+        for stop in (start + 1, start + 10, 200):
+            assert abs(dropped[stop] - dropped[start] - dropout * (given[stop] - given[start])) < max_ranks + 1e-9
 
 
 def test_every_sample_loses_its_context_now_and_then() -> None:
@@ -223,24 +273,110 @@ def test_a_small_bucket_waits_until_it_fills_a_micro_batch() -> None:
     assert sorted(buckets[6:]) == [0, 0, 1]
 
 
-def test_generators_are_counter_based_and_apart() -> None:
-    words = [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 0)]
-    draws = {tuple(generator(*word).integers(0, 2**62, 4)) for word in words}
-    assert len(draws) == len(words)
-    assert generator(5, 2, 7).random() == generator(5, 2, 7, 0, 0).random()
+# Token budgets
+
+
+@pytest.mark.parametrize(("max_ranks", "micro_batches"), [(1, 1), (2, 3), (8, 1), (8, 2)])
+def test_each_length_comes_closest_to_its_tokens_from_below(max_ranks: int, micro_batches: int) -> None:
+    lengths, tokens = (1, 2, 3, 7), 1000
+    buckets = (bucket(30, lengths=lengths), bucket(50, lengths=lengths, height=6))
+    source = PlannedSource("videos", buckets, tokens=tokens, micro_batches=micro_batches)
+    plan, found = Plan((source,), max_ranks=max_ranks), set()
+    for batch in map(plan.micro_batch, range(200)):
+        of_sample = Fraction(batch.frames * buckets[batch.bucket].height * buckets[batch.bucket].width, 4)
+        assert len(batch.samples) % max_ranks == 0
+        assert len(batch.samples) * of_sample <= Fraction(tokens, micro_batches)
+        assert (len(batch.samples) + max_ranks) * of_sample > Fraction(tokens, micro_batches)
+        found.add((batch.bucket, batch.frames))
+    assert found == {(number, frames) for number in (0, 1) for frames in lengths}
+
+
+def test_one_length_under_a_budget_is_a_batch_size() -> None:
+    given = {"counts": (9, 9), "lengths": (2,), "height": 4, "width": 4}
+    by_tokens, by_size = (
+        Plan((PlannedSource("videos", (PlannedBucket(**given),), micro_batches=3, **batch),), max_ranks=2)  # type: ignore[arg-type]
+        for batch in ({"tokens": 103}, {"batch_size": 12})
+    )
+    assert all(same(by_tokens.micro_batch(number), by_size.micro_batch(number)) for number in range(40))
+
+
+# What to fetch ahead
+
+
+@PLANS
+@pytest.mark.parametrize("window", [1, 10, 25, 1000])
+@pytest.mark.parametrize("number", [0, 1, 6, 33, 92])
+def test_the_shards_ahead_are_all_that_is_read_before_the_window_after_next(
+    make: Callable[..., Plan], window: int, number: int
+) -> None:
+    plan = make(window=window)
+    ahead = plan.shards_ahead(number)
+    assert len(set(ahead)) == len(ahead)
+    for source, planned in enumerate(plan.sources):
+        before, later = (used_by_bucket(plan, source, end) for end in (number, number + 250))
+        for place, counts in enumerate(bucket.counts for bucket in planned.buckets):
+            position, own = len(before[place]), [shard for s, b, shard in ahead if (s, b) == (source, place)]
+            stream = plan._orders[source].buckets[place]
+            (_, now), (_, then), (after_next, _) = islice(stream.windows_from(position), 3)
+            assert own == list(dict.fromkeys(now + then))
+            assert after_next <= len(later[place])
+            samples = later[place][position:after_next]
+            assert set(np.repeat(np.arange(len(counts)), counts)[samples]) <= set(own)
+
+
+def test_the_shards_ahead_come_in_the_order_in_which_they_are_needed() -> None:
+    """First what the buckets stand in; then, of windows of one shard each, the one that begins soonest."""
+    plan = Plan((PlannedSource("images", (bucket(*[10] * 6), bucket(*[30] * 2)), 1, shuffle_window=1),))
+    small, large = plan._orders[0].buckets
+    soonest = Counter[int]()
+    for number in range(400):
+        first, second, *others = plan.shards_ahead(number)
+        _, turns = plan._orders[0].at(number)
+        now = [next(stream.windows_from(turn))[1] for stream, turn in zip((small, large), turns, strict=True)]
+        assert [first, second] == [(0, 0, *now[0]), (0, 1, *now[1])]
+        left = [10 - turns[0] % 10, 30 - turns[1] % 30]
+        if len(others) == 2 and left[0] != left[1]:  # else a bucket's next window is its present one
+            assert [bucket for _, bucket, _ in others] == ([0, 1] if left[0] < left[1] else [1, 0])
+            soonest[others[0][1]] += 1
+    assert min(soonest[0], soonest[1]) > 5
+
+
+def test_the_shards_ahead_are_found_without_permuting_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("samples are permuted")
+
+    monkeypatch.setattr(BucketOrder, "_permuted", fail)
+    with pytest.raises(AssertionError, match="samples are permuted"):
+        mixture().micro_batch(7)
+    assert mixture(window=10).shards_ahead(7)
+
+
+# What is refused
+
+
+def videos(buckets: tuple[PlannedBucket, ...] = (bucket(5),), batch_size: int = 4, **settings: Any) -> PlannedSource:
+    return PlannedSource("videos", buckets, batch_size, **settings)
 
 
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [
-        (PlannedSource("videos", (), 4), {}, "the source 'videos' holds no samples"),
-        (PlannedSource("videos", (0, 0), 4), {}, "the source 'videos' holds no samples"),
-        (PlannedSource("videos", (5,), 4, micro_batches=3), {}, "batch of 4 videos cannot be cut into 3 micro-batches"),
-        (PlannedSource("videos", (5,), 4, micro_batches=0), {}, "cannot be cut into 0 micro-batches"),
-        (PlannedSource("videos", (5,), 4), {"max_ranks": 8}, "for 8 ranks: make it a multiple"),
-        (PlannedSource("videos", (5,), 4, weight=0.0), {}, "the weight of 'videos' is 0.0; it must be positive"),
-        (PlannedSource("videos", (5,), 4), {"context_dropout": 1.1}, "context_dropout is 1.1"),
-        (PlannedSource("videos", (5,), 4), {"context_dropout": -0.1}, "context_dropout is -0.1"),
+        (videos(()), {}, "the source 'videos' holds no samples"),
+        (videos(micro_batches=3), {}, "batch of 4 videos cannot be cut into 3 micro-batches"),
+        (videos(micro_batches=0), {}, "cannot be cut into 0 micro-batches"),
+        (videos(), {"max_ranks": 8}, "for 8 ranks: make it a multiple"),
+        (videos(weight=0.0), {}, "the weight of 'videos' is 0.0; it must be positive"),
+        (videos(shuffle_window=0), {}, r"data\.videos\.shuffle_window is 0; it must be at least 1"),
+        (videos(tokens=100), {}, r"data\.videos has batch_size = 4 and tokens = 100: give one of them"),
+        (videos(batch_size=0), {}, r"data\.videos has batch_size = 0 and tokens = 0: give one of them"),
+        (
+            videos((bucket(5, lengths=(2, 3)),), batch_size=0, tokens=95, micro_batches=2),
+            {"max_ranks": 4},
+            r"data\.videos\.tokens is 95, too few for one sample of 3x4x4 latent pixels in each of 2 micro-batches on "
+            r"each of 4 ranks: give at least 96, or lower micro_batches or max_ranks",
+        ),
+        (videos(), {"context_dropout": 1.1}, "context_dropout is 1.1"),
+        (videos(), {"context_dropout": -0.1}, "context_dropout is -0.1"),
         (None, {}, "no source of data is in use"),
     ],
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
+from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.diffusion import QuartileLoss, velocity_loss
 from gpdit_lightning.stages import GPDiTStage, MixedStage
 from gpdit_lightning.training.checkpoints import RunCheckpoint, read_checkpoint
@@ -19,6 +20,7 @@ from gpdit_lightning.training.curves import Curves, LossTable
 from gpdit_lightning.training.ema import EMA
 from gpdit_lightning.training.health import Health
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from tests.data.damage import damage
 
 Fit = Callable[..., Trainer]
 Scalars = dict[str, dict[int, float]]  # tag -> step -> value
@@ -206,6 +208,7 @@ def test_curves_stand_against_optimizer_steps(
     losses = ["loss", "loss_images", "loss_videos", *(f"loss_q{number}" for number in (1, 2, 3, 4))]
     wanted = {f"{group}/{name}" for group in ("train", "val") for name in losses}
     wanted |= {"train/grad_norm", "train/lr", "train/ema_distance", "health/skipped_steps", "health/spikes"}
+    wanted |= {"data/damaged_samples"}
     perf = ("steps_per_s", "clips_per_s", "tokens_per_s", "tflops_per_s", "data_wait", "peak_memory_gib")
     wanted |= {f"perf/{name}" for name in perf}
     assert scalars.keys() - {"epoch", "hp_metric"} == wanted
@@ -264,6 +267,28 @@ def test_steps_left_out_are_counted_and_their_losses_are_not(
     assert list(scalars["train/loss"]) == [2, 4, 8]
     assert scalars["train/loss"][4] == pytest.approx(record.losses[4], rel=1e-5)
     assert scalars["train/loss"][8] == pytest.approx((record.losses[7] + record.losses[8]) / 2, rel=1e-5)
+
+
+def test_damaged_samples_are_counted_once_each(
+    fit: Fit, tiny_config: GPDiTConfig, write_shards: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    """Two of six images and one of seven clips; every sample comes again within eight steps."""
+    counts = {("train", "image", (1, 4, 4)): 6, ("train", "video", (3, 4, 4)): 7}
+    manifest = write_shards(tmp_path / "shards", counts, shard_size=7)
+    for shard, number in ((0, 1), (0, 4), (1, 2)):
+        damage(manifest, shard, number)
+    found: list[set[str]] = []
+
+    class Noted(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            found.append(set(batch.damaged))
+
+    stage, data = mixed_stage(tiny_config), mixed_data(manifest.directory)
+    _, scalars = run(fit, stage, data, tmp_path, max_steps=8, every_steps=1, first=[Noted()])
+    expected = {step: len(set().union(*found[: 3 * step])) for step in range(1, 9)}
+    assert scalars["data/damaged_samples"] == expected
+    assert expected[8] == 3
+    assert sum(map(len, found)) > 3
 
 
 def test_the_distance_of_the_average_is_over_all_weights_together(

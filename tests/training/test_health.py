@@ -1,3 +1,4 @@
+import json
 import logging
 import math
 import re
@@ -19,13 +20,15 @@ from torch.overrides import TorchFunctionMode
 from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
+from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.diffusion import VelocityLoss
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.checkpoints import RunCheckpoint, read_checkpoint
 from gpdit_lightning.training.ema import EMA
-from gpdit_lightning.training.health import Health, NonFiniteError
+from gpdit_lightning.training.health import DamagedDataError, Health, NonFiniteError
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from tests.data.damage import damage
 
 Fit = Callable[..., Trainer]
 
@@ -204,6 +207,7 @@ def test_noisy_copies_belong_to_their_clips(row: int, key: str) -> None:
 
 def test_the_command_line_may_show_it_as_one_sentence() -> None:
     assert issubclass(NonFiniteError, InputError)
+    assert issubclass(DamagedDataError, InputError)
 
 
 @pytest.mark.timeout(60)
@@ -312,6 +316,106 @@ def test_overflow_in_fp16_is_left_to_the_gradient_scaler(
     assert precision.scaler.get_scale() == 2.0**15
     assert (health.skipped_steps, health.skipped, health.spikes) == (0, False, 0)
     assert math.isfinite(health.usual_norm)
+
+
+# Damaged samples
+
+
+DAMAGED = ((0, 1), (0, 3), (1, 2), (2, 0))
+
+
+class Damaged:
+    """Twelve clips in shards of five, four of them damaged; three steps of two micro-batches are an epoch."""
+
+    def __init__(self, fit: Fit, config: GPDiTConfig, manifest: Manifest) -> None:
+        self.names = {damage(manifest, shard, number) for shard, number in DAMAGED}
+        self.fit, self.config, self.manifest = fit, config, manifest
+
+    def run(
+        self, folder: Path, max_steps: int, health: Health, *callbacks: Callback, resume: bool = False, **settings: Any
+    ) -> Health:
+        torch.manual_seed(0)
+        stage = GPDiTStage(self.config, optimizer=OptimizerConfig(LEARNING_RATE))
+        videos = SourceConfig([str(self.manifest.directory)], batch_size=4, micro_batches=MICRO_BATCHES)
+        data = LatentDataModule(videos=videos, max_ranks=2)
+        last = folder / "checkpoints/last.ckpt" if resume else None
+        self.fit(
+            stage, data, folder, max_steps, [health, *callbacks, EMA(), RunCheckpoint(every_steps=1)], last, **settings
+        )
+        return health
+
+
+@pytest.fixture
+def damaged(fit: Fit, tiny_config: GPDiTConfig, write_shards: Callable[..., Manifest], tmp_path: Path) -> Damaged:
+    return Damaged(fit, tiny_config, write_shards(tmp_path / "shards", {("train", "video", (2, 4, 4)): 12}))
+
+
+def test_a_run_goes_on_without_as_many_samples_as_it_may(
+    damaged: Damaged, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        health = damaged.run(tmp_path, 9, Health(max_damaged_samples=4))
+    assert set(health.damaged) == damaged.names
+    assert len(health.damaged) == 4
+    messages = [message for message in caplog.messages if "damaged training samples so far" in message]
+    assert "replaced by others: 4 (health.max_damaged_samples: 4)" in messages[-1]
+    assert all(name in messages[-1] for name in damaged.names)
+
+
+def test_one_more_stops_it_before_the_weights_move(damaged: Damaged, tmp_path: Path) -> None:
+    history, health = History(), Health(max_damaged_samples=3)
+    with pytest.raises(DamagedDataError, match=r"samples: 4, more than health\.max_damaged_samples = 3 \(sample"):
+        damaged.run(tmp_path, 9, health, history)
+    steps = len(history.keys)
+    assert 1 < steps <= 3  # within the first epoch
+    history.note_state()
+    assert history.same_state(steps, steps - 1)
+    saved = read_checkpoint(tmp_path)
+    assert saved["global_step"] == steps - 1
+    assert set(health.damaged) == damaged.names
+
+
+def test_the_message_names_the_first_and_the_cure(damaged: Damaged, tmp_path: Path) -> None:
+    health = Health(max_damaged_samples=0)
+    with pytest.raises(InputError, match="copy their shards again, or allow more") as caught:
+        damaged.run(tmp_path, 9, health)
+    assert health.damaged
+    assert all(name in str(caught.value) for name in health.damaged)
+
+
+def test_the_count_goes_on_after_an_interruption(damaged: Damaged, tmp_path: Path) -> None:
+    unbroken = damaged.run(tmp_path / "unbroken", 4, Health())
+    damaged.run(tmp_path / "broken", 1, Health())
+    resumed = damaged.run(tmp_path / "broken", 4, Health(), resume=True)
+    assert resumed.state_dict() == unbroken.state_dict()
+    assert set(resumed.damaged) == damaged.names
+
+
+@pytest.mark.timeout(60)
+def test_all_ranks_count_what_each_of_them_finds_and_stop_together(damaged: Damaged, tmp_path: Path) -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that uses CUDA cannot fork")
+    alone = tmp_path / "alone"
+    with pytest.raises(DamagedDataError):
+        damaged.run(alone, 9, Health(max_damaged_samples=2))
+
+    class Told(Health):
+        def on_before_optimizer_step(self, trainer: Trainer, *arguments: Any) -> None:  # type: ignore[override]
+            own = list(self._newly_damaged)
+            try:
+                super().on_before_optimizer_step(trainer, *arguments)
+            except DamagedDataError as error:
+                told = [trainer.global_step, str(error), self.damaged, own]
+                (tmp_path / f"rank-{trainer.global_rank}").write_text(json.dumps(told))
+                trainer.strategy.barrier()  # the first rank to die takes the other with it
+                raise
+
+    with pytest.raises(Exception, match=r"more than health\.max_damaged_samples = 2"):
+        damaged.run(tmp_path / "two", 9, Told(max_damaged_samples=2), devices=2, strategy="ddp_fork")
+    (*first, own), (*second, other) = (json.loads((tmp_path / f"rank-{rank}").read_text()) for rank in (0, 1))
+    assert first == second
+    assert own != other
+    assert first[0] == read_checkpoint(alone)["global_step"]
 
 
 # Norms
@@ -465,6 +569,12 @@ def test_a_step_reads_the_device_once(fit: Fit, stage: GPDiTStage, data: LatentD
     assert reads.names == ["tolist"] * 5
 
 
+def test_counting_damaged_samples_reads_no_more(damaged: Damaged, tmp_path: Path) -> None:
+    reads = Reads()
+    assert damaged.run(tmp_path, 5, watched(reads)).damaged
+    assert reads.names == ["tolist"] * 5
+
+
 # Settings
 
 
@@ -475,6 +585,7 @@ def test_a_step_reads_the_device_once(fit: Fit, stage: GPDiTStage, data: LatentD
         ({"spike_factor": 1.0}, r"health\.spike_factor is 1\.0; it must be above 1, or 0"),
         ({"spike_factor": NAN}, r"health\.spike_factor is nan"),
         ({"spike_window": 0}, r"health\.spike_window is 0"),
+        ({"max_damaged_samples": -1}, r"health\.max_damaged_samples is -1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -30,6 +30,7 @@ from gpdit_lightning.training.needs import (
     nearest_that_fits,
     overrides,
     step_flops,
+    with_smaller_micro_batches,
 )
 from tests.training import memory_runs
 
@@ -78,15 +79,18 @@ H = replace(
 )
 
 
+@pytest.mark.parametrize("batch", [{"batch_size": 8}, {"tokens": 768}])
 def test_flops_of_a_mixed_step_are_those_of_its_micro_batches(
-    write_shards: Callable[..., Manifest], tmp_path: Path
+    batch: dict[str, int], write_shards: Callable[..., Manifest], tmp_path: Path
 ) -> None:
     """The forward passes of four steps, in which every size and length comes equally often, as torch counts them."""
+    images, videos = MIXED.sources
+    run = replace(MIXED, sources=(images, replace(videos, **{"batch_size": 0} | batch)))
     counts = {("train", "image", (1, 8, 8)): 8, ("train", "image", (1, 8, 12)): 8, ("train", "video", (3, 8, 8)): 16}
     shards = [str(write_shards(tmp_path, counts).directory)]
     data = LatentDataModule(
         images=SourceConfig(shards, batch_size=4),
-        videos=SourceConfig(shards, batch_size=8, micro_batches=2, frames=3, least_frames=2),
+        videos=SourceConfig(shards, micro_batches=2, frames=3, least_frames=2, **batch),  # type: ignore[arg-type]
         max_ranks=MIXED.max_ranks,
         context_dropout=MIXED.context_dropout,
         noise_draws=MIXED.noise_draws,
@@ -96,15 +100,15 @@ def test_flops_of_a_mixed_step_are_those_of_its_micro_batches(
     steps, counter = 4, FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), torch.device("meta"), counter:
         for number in range(steps * data.micro_batches_per_step):
-            batch = data.plan.micro_batch(number)
-            source = data.plan.sources[batch.source]
-            bucket = data.buckets["train"][source.name][batch.bucket]
-            shape = (batch.frames, 4, *bucket.readers[0].entry.shape[2:])
+            planned = data.plan.micro_batch(number)
+            source = data.plan.sources[planned.source]
+            bucket = data.buckets["train"][source.name][planned.bucket]
+            shape = (planned.frames, 4, bucket.height, bucket.width)
             draws = MIXED.noise_draws if source.name == "videos" else 1
-            rows = draws * len(batch.samples)
-            clean = torch.zeros(int(batch.context.sum()), *shape)
+            rows = draws * len(planned.samples)
+            clean = torch.zeros(int(planned.context.sum()), *shape)
             model(torch.zeros(rows, *shape), torch.zeros(rows, shape[0]), clean, draws=draws)
-    assert sum(step_flops(MIXED).values()) == pytest.approx(3 * counter.get_total_flops() / steps, rel=1e-9)
+    assert sum(step_flops(run).values()) == pytest.approx(3 * counter.get_total_flops() / steps, rel=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +195,19 @@ def test_the_nearest_setting(fields: dict[str, Any], capacity: float, expected: 
     assert wanted is not None
     assert memory(wanted)["total"] <= capacity * GIB
     assert expected in overrides(run, wanted)
+
+
+def test_a_token_budget_is_cut_until_a_rank_has_one_clip_of_the_longest() -> None:
+    """At 16 tokens a frame each of two ranks has 384: 24, 12 and 8 clips of one, two and three frames."""
+    shapes = tuple(Shape(frames, 8, 8, 1 / 3) for frames in (1, 2, 3))
+    run = replace(MIXED, gpus=2, sources=(Source("videos", 0, 1, shapes, False, tokens=768),))
+    candidates = list(with_smaller_micro_batches(run))
+    assert [candidate.sources[0].micro_batches for candidate in candidates] == list(range(1, 9))
+    needed = [memory(candidate)["activations"] for candidate in candidates]
+    assert needed == sorted(needed, reverse=True)
+    sizes = [[c.sources[0].micro_batch_size(shape, 2) for shape in shapes] for c in (candidates[0], candidates[-1])]
+    assert sizes == [[48, 24, 16], [6, 2, 2]]
+    assert overrides(run, candidates[2]) == "--data.videos.micro_batches=3"
 
 
 def test_fsdp2_is_kept_and_never_proposed() -> None:
