@@ -1,4 +1,9 @@
-"""Encode folders of videos and pictures to latent shards: python data_prep/shard_latents.py --videos DIR --out DIR"""
+"""Encode videos, pictures and tars of pictures to latent shards: shard_latents.py --videos DIR --out DIR
+
+Interrupted at any moment, the same command goes on. With new sources it extends what is there. On several GPUs, or
+machines that share the folder: torchrun --nproc_per_node 8 data_prep/shard_latents.py ..., or the same command several
+times at once.
+"""
 
 import sys
 
@@ -14,6 +19,11 @@ def main() -> None:
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    if manifest is None:
+        print(
+            f"Others still work for {options.out}: the last of them writes its manifest (run this again if one died)."
+        )
+        return
     print(summary(manifest))
     sources = {"video": "videos", "image": "images"}
     kinds = sorted({shard.kind for shard in manifest.shards}, reverse=True)

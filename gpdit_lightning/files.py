@@ -51,8 +51,11 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held_by_one_process(path: Path) -> Iterator[None]:
+def held_by_one_process(path: Path) -> Iterator[bool]:
     """Hold a lock file during the block; it is free again when this process ends, however it ends.
+
+    Yields:
+        Whether it really is held: on a file system that knows no locks it is not.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -62,11 +65,12 @@ def held_by_one_process(path: Path) -> Iterator[None]:
         try:
             # A record lock, which the loader's forked workers do not inherit.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise BlockingIOError(f"{path} is held by another process") from None
-            # Else a file system that knows no locks: go on without.
-        yield
+            locked = False
+        yield locked
 
 
 def sha256_of(path: Path) -> str:

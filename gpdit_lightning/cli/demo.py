@@ -23,8 +23,15 @@ from gpdit_lightning.files import written_whole
 from gpdit_lightning.generation import continue_video
 from gpdit_lightning.media.images import parse_size, resize_and_crop, write_strip
 from gpdit_lightning.media.video import iterate_frames, write_video
-from gpdit_lightning.preparation import FewShotOptions, PrepareOptions, prepare, prepare_sequences, summary
-from gpdit_lightning.preparation.sources import Source, find_sources
+from gpdit_lightning.preparation import (
+    FewShotOptions,
+    PrepareOptions,
+    prepare,
+    prepare_sequences,
+    prepared_sources,
+    summary,
+)
+from gpdit_lightning.preparation.sources import Source
 from gpdit_lightning.training.checkpoints import load_trained_model
 
 CHAIN = Path(__file__).parents[2] / "recipes" / "demo" / "chain.yaml"
@@ -63,8 +70,11 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     run_dir: Path = options.run_dir
     print("1/3  moving pictures -> latents")
     videos = video_options(run_dir, options.videos)
-    print(summary(prepare(videos)))
-    pictures = write_pictures(run_dir / "pictures", find_sources(videos))
+    manifest = prepare(videos)
+    if manifest is None:
+        raise InputError(f"another process prepares {videos.out}: wait for it, or give another --run_dir.")
+    print(summary(manifest))
+    pictures = write_pictures(run_dir / "pictures", prepared_sources(videos))
     prepare(image_options(run_dir))
     prepare_sequences(pair_options(run_dir, pictures))
     print("2/3  training: images, images and videos, longer videos, few-shot")
@@ -110,7 +120,7 @@ def write_pictures(directory: Path, videos: Sequence[Source]) -> list[Path]:
     written = []
     for source in tqdm(videos, desc="pictures", unit="video", leave=False):
         stem = source.name.replace("/", "-").replace(".", "-")
-        paths = [directory / source.split / f"{stem}-{number}.png" for number in range(each)]
+        paths = [directory / str(source.split) / f"{stem}-{number}.png" for number in range(each)]
         if not all(path.exists() for path in paths):
             try:
                 frames = list(iterate_frames(source.path, stride=9, most=each))
@@ -179,7 +189,7 @@ def clips_of_length(frames: int, preparation: PrepareOptions, stride: int) -> tu
     """The first `frames` frames of every held-out video that has so many, and their rates."""
     size = parse_size(FRAME_SIZE)
     clips, rates = [], []
-    for source in find_sources(preparation):
+    for source in prepared_sources(preparation):
         if source.split != "validation":
             continue
         try:

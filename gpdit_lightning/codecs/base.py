@@ -6,7 +6,7 @@ latent frames (GPDiT, section 5.1: the WanVAE's geometry).
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -113,6 +113,12 @@ class Codec(ABC):
         if latent_frames < 1:
             raise InputError(f"{latent_frames} latent frames were asked for: ask for at least 1.")
         return 1 + (latent_frames - 1) * self.temporal_factor
+
+    def latent_shape(self, pixels: Sequence[int]) -> tuple[int, int, int, int]:
+        """(F, C, h, w) of the latents of a clip of pixels (T, 3, H, W)."""
+        frames, _, height, width = pixels
+        size = height // self.spatial_factor, width // self.spatial_factor
+        return self.latent_frames(frames), self.latent_channels, *size
 
     def spec(self) -> dict[str, Any]:
         """What manifests and checkpoints copy, as JSON values: enough to load the codec again and to know it apart."""

@@ -3,36 +3,46 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# What a file may hold, whatever its name says. Pillow knows more, and would hand an EPS to Ghostscript.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 Size = tuple[int, int]
 
 
-def read_image(path: str | Path) -> Tensor:
+def read_image(picture: str | Path | BinaryIO, name: str | None = None) -> Tensor:
     """A picture as uint8 (1, 3, H, W), turned upright by its EXIF orientation; transparent parts become white.
+
+    Args:
+        picture: a path, or an open file of bytes.
+        name: what an error calls the picture; not needed for a path.
 
     Raises:
         InputError: when the file is missing or is no picture.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(picture, formats=IMAGE_FORMATS) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.has_transparency_data:
                 upright = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
             pixels = np.array(upright.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is no readable picture ({error}): replace or remove it.") from None
+    except (
+        Exception
+    ) as error:  # damaged files were seen to raise OSError, ValueError, SyntaxError, TypeError, struct.error
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"{name or picture} is no readable picture ({reason}): replace or remove it.") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
 
 

@@ -29,13 +29,17 @@ class VideoInfo:
     """None where the file's header does not say."""
 
 
-def video_info(path: str | Path) -> VideoInfo:
+def video_info(path: str | Path, threads: int = 0) -> VideoInfo:
     """Read a video's header and first frame; the size is of upright frames.
+
+    Args:
+        path: any video that FFmpeg reads, or a GIF.
+        threads: of the decoder; 0 leaves it to FFmpeg.
 
     Raises:
         InputError: when the file is missing, no video, or empty.
     """
-    with _opened(path) as stream:
+    with _opened(path, threads) as stream:
         frame = next(stream.container.decode(stream), None)
         if frame is None:
             raise InputError(f"{path} holds no frames: replace or remove it.")
@@ -46,7 +50,9 @@ def video_info(path: str | Path) -> VideoInfo:
         return VideoInfo(Fraction(fps), height, width, stream.frames or None)
 
 
-def iterate_frames(path: str | Path, start: int = 0, stride: int = 1, most: int | None = None) -> Iterator[Tensor]:
+def iterate_frames(
+    path: str | Path, start: int = 0, stride: int = 1, most: int | None = None, threads: int = 0
+) -> Iterator[Tensor]:
     """The frames of a video, one in memory at a time.
 
     Args:
@@ -54,6 +60,7 @@ def iterate_frames(path: str | Path, start: int = 0, stride: int = 1, most: int 
         start: number of the first frame wanted.
         stride: every stride-th frame from there on (GPDiT takes every third, section 5.1).
         most: stop after this many; None for all.
+        threads: of the decoder; 0 leaves it to FFmpeg. What is left of a damaged video may depend on it.
 
     Yields:
         uint8 RGB (3, H, W), upright. Frames that change size midway are scaled to the first one's.
@@ -66,7 +73,7 @@ def iterate_frames(path: str | Path, start: int = 0, stride: int = 1, most: int 
             f"start {start}, stride {stride}, most {most} is no range of frames: count from 0, by 1 or more."
         )
     stop = None if most is None else start + most * stride
-    with _opened(path) as stream:
+    with _opened(path, threads) as stream:
         size: tuple[int, int] | None = None
         for frame in islice(stream.container.decode(stream), start, stop, stride):
             size = size or (frame.width, frame.height)
@@ -117,7 +124,7 @@ def write_video(path: str | Path, pixels: Tensor, fps: Fraction | float) -> None
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator["av.VideoStream"]:
+def _opened(path: str | Path, threads: int) -> Iterator["av.VideoStream"]:
     """The first video stream of a file; whatever FFmpeg finds wrong, while open, becomes an `InputError`."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist: give the path of a video.")
@@ -127,6 +134,8 @@ def _opened(path: str | Path) -> Iterator["av.VideoStream"]:
                 raise InputError(f"{path} holds no video: replace or remove it.")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
+            if stream.codec_context is not None:  # as of an mp4 that was cut off
+                stream.codec_context.thread_count = threads
             yield stream
     except (av.FFmpegError, OSError) as error:
         raise InputError(f"{path} is no readable video ({error.strerror or error}): replace or remove it.") from None

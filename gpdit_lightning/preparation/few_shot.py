@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,9 +17,11 @@ from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.shards import ShardSetWriter
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import IMAGE_ENDINGS, parse_size, read_image, resize_and_crop
-from gpdit_lightning.preparation.prepare import available_device, remove_leftovers, reused
+from gpdit_lightning.preparation.prepare import available_device
 
 SPEED_OPTIONS = ("out", "device")
+# What a run that was killed leaves in the output folder.
+OWN_FILES = re.compile(r"(train|validation)-sequence-\d+x\d+x\d+-\d{5}\.(tar|index\.npy)(\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -140,3 +143,23 @@ def described(options: FewShotOptions, pairs: Sequence[Pair]) -> dict[str, Any]:
     values |= {name: Path(values[name]).name for name in ("sources", "targets")}
     identity = [values, [[path.name, path.stat().st_size] for pair in pairs for path in pair]]
     return values | {"inputs_sha256": hashlib.sha256(json.dumps(identity).encode()).hexdigest()}
+
+
+def reused(manifest: Manifest, preparation: dict[str, Any]) -> Manifest:
+    """The manifest that is already there, if it was made by the same preparation; else an `InputError`."""
+    if manifest.preparation == preparation:
+        print(f"{manifest.path} already holds what these options make: nothing to do.")
+        return manifest
+    names = [name for name in preparation if manifest.preparation.get(name) != preparation[name]]
+    differing = next((name for name in names if name != "inputs_sha256"), "the source files")
+    raise InputError(
+        f"{manifest.directory} holds shards made differently ({differing}): give another --out or delete that folder."
+    )
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a preparation that was killed left in its output folder, and nothing else."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if OWN_FILES.fullmatch(path.name):
+                path.unlink()

@@ -1,85 +1,242 @@
-"""Folders of videos and pictures to latent shards and their manifest (GPDiT, section 5.1)."""
+"""Videos and pictures to latent shards and their manifest (GPDiT, section 5.1).
 
-import hashlib
+The sources are cut into parts (`records.py`); whichever process holds a part encodes it (`encode.py`); whichever ends
+the last one writes the manifest. So any number of processes on any number of machines may run the same command, be
+killed, and run it again.
+"""
+
+import errno
 import json
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+import math
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from gpdit_lightning.codecs import Codec, load_codec
-from gpdit_lightning.data.manifest import FILE_NAME, SKIPPED_NAME, Kind, Manifest, ShardEntry, Split
-from gpdit_lightning.data.shards import ShardSetWriter
+from gpdit_lightning.data.manifest import FILE_NAME, SKIPPED_NAME, Manifest, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.media.images import closest_size, parse_size, read_image, resize_and_crop
-from gpdit_lightning.media.video import iterate_frames, video_info
-from gpdit_lightning.preparation.options import PrepareOptions, check_options
-from gpdit_lightning.preparation.sources import Source, find_sources, label_of
+from gpdit_lightning.media.images import parse_size
+from gpdit_lightning.preparation import shots
+from gpdit_lightning.preparation.encode import Progress, encode_part
+from gpdit_lightning.preparation.options import LANES, PrepareOptions, check_options
+from gpdit_lightning.preparation.records import Records
+from gpdit_lightning.preparation.sources import Found, Source, find_sources
 
-# Options that change how fast the shards are made, and nothing in them.
-SPEED_OPTIONS = ("out", "device", "batch_size")
-# What a run that was killed leaves in the output folder.
-OWN_FILES = re.compile(r"(train|validation)-(image|video|sequence)-\d+x\d+x\d+-\d{5}\.(tar|index\.npy)(\.partial)?")
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Pixels of one sample, ready to be encoded."""
-
-    source: Source
-    pixels: Tensor
-    """uint8 (T, 3, H, W)."""
-    metadata: dict[str, Any]
+# Options that do not decide what a sample holds.
+PLACES = ("videos", "images", "image_tars", "validation_videos", "validation_images", "annotations")
+SPEED_OPTIONS = ("out", "codec_source", "device", "batch_size", "workers", "ray", "retry_skipped")
+PICTURES_FOR_A_VIDEO, VIDEOS_FOR_A_TAR = 16, 64  # how `part_size` counts
+# What a folder that takes no more files says.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ENTRY = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
-def prepare(options: PrepareOptions) -> Manifest:
-    """Encode every source and write the shards, then the manifest.
+def prepare(options: PrepareOptions) -> Manifest | None:
+    """Encode every source that is not encoded yet, then write the manifest.
 
-    A folder that already holds what these options make is returned as it is. A run that was killed leaves no manifest;
-    running again starts again. Files that cannot be read and videos too short for a clip are left out, and named in the
-    `skipped.jsonl`.
+    Run again after an interruption it goes on, with complete shards kept; with new sources it extends what is there.
+    Under `torchrun` or SLURM each rank takes parts of the work. Files that cannot be read and videos too short for a
+    clip are left out, and named in `skipped.jsonl`.
+
+    Returns:
+        The manifest; None where other processes are still at work, of which the last will write it.
 
     Raises:
-        InputError: for an option without sense, no sources, none that can be used, or a folder that holds other data.
+        InputError: for an option without sense, no sources, none that can be used, a folder that holds other data, that
+            is full or that cannot be written to, a source that changed since it was encoded.
     """
     check_options(options)
-    sources = find_sources(options)
-    preparation = described(options, sources)
-    if (options.out / FILE_NAME).exists():
-        return reused(Manifest.load(options.out), preparation)
+    if options.avoid_cuts:
+        shots.check_available()
+    records = Records(options.out)
+    try:
+        return _prepare(options, records, _found(options, records))
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise InputError(
+                f"{options.out} has no room left ({error.strerror}): free some and run the same command again; the "
+                "shards that are complete are kept."
+            ) from None
+        if error.errno in NO_ENTRY:
+            raise InputError(
+                f"{error.filename or options.out} cannot be written to ({error.strerror}): give another --out, or the "
+                "right to write there; what is there already is whole."
+            ) from None
+        raise
 
+
+def prepared_sources(options: PrepareOptions) -> list[Source]:
+    """The sources that the options name, with the splits that their samples have."""
+    return _found(options, Records(options.out)).sources
+
+
+def _found(options: PrepareOptions, records: Records) -> Found:
+    return find_sources(options, {source.name: source.split for source in records.recorded()})
+
+
+def _prepare(options: PrepareOptions, records: Records, found: Found) -> Manifest | None:
+    if (manifest := _already_there(options, records, found)) is not None:
+        return manifest
+    codec = checked_codec(options)
+    with records.alone():
+        records.begin(described(options), codec.spec())
+        plan_parts(options, records, found)
+    if options.ray:
+        from gpdit_lightning.preparation.ray_data import encode_parts_by_ray  # an optional extra
+
+        encode_parts_by_ray(options, records, found.sources)
+    else:
+        encode_parts(options, records, found.sources, codec)
+    with records.alone():
+        if records.unfinished():
+            return None
+        return merge(options, records, found, codec)
+
+
+def _already_there(options: PrepareOptions, records: Records, found: Found) -> Manifest | None:
+    """The manifest, where it holds every source already."""
+    if not (options.out / FILE_NAME).exists() or not records.parts:
+        return None
+    records.check("options", described(options))
+    if records.unfinished() or new_sources(options, records, found):
+        return None
+    manifest = Manifest.load(options.out)
+    print(f"{manifest.path} already holds what these options make: nothing to do.")
+    return manifest
+
+
+def described(options: PrepareOptions) -> dict[str, Any]:
+    """The options that decide what the shards hold, as JSON values."""
+    values = {name: value for name, value in asdict(options).items() if name not in (*PLACES, *SPEED_OPTIONS)}
+    resolved = {"least_clip_frames": options.shortest_clip, "clip_step": options.step}
+    return values | resolved | {name: list(values[name]) for name in ("video_sizes", "image_sizes")}
+
+
+def checked_codec(options: PrepareOptions) -> Codec:
+    """The codec, on this process's device; raises `InputError` where clips or sizes do not fit it."""
     codec = load_codec(options.codec, options.codec_source, available_device(options.device))
-    for frames in (options.clip_frames, options.least_clip_frames or options.clip_frames):
+    for frames in (options.clip_frames, options.shortest_clip):
         codec.latent_frames(frames)
     for text in (*options.video_sizes, *options.image_sizes):
         codec.check_frame_size(*parse_size(text))
-    remove_leftovers(options.out)
-    shards, used, skipped = encode(sources, options, codec)
-    if not shards:
-        raise InputError(f"None of the {len(sources)} sources could be used; the first: {skipped[0]['reason']}")
+    return codec
+
+
+def new_sources(options: PrepareOptions, records: Records, found: Found) -> list[Source]:
+    """The sources that no part has, and those that gave nothing and shall be tried again.
+
+    Raises:
+        InputError: a source that was encoded is another file now, or goes by another name.
+    """
+    lost = {name for result in records.results().values() for name in result.lost}
+    recorded = {source.name: source for source in records.recorded()}
+    names = {source.place: source.name for source in recorded.values()}
+    new = []
+    for source in found.sources:
+        before = recorded.get(source.name)
+        changed = before is not None and before.bytes != source.bytes
+        if before is None and source.place in names:
+            raise InputError(
+                f"{source.path} is in {options.out} already, as {names[source.place]}: give the folder that it was "
+                "given by, or a list beside it."
+            )
+        if before is None or (source.name in lost and (changed or options.retry_skipped)):
+            new.append(source)
+        elif changed:
+            raise InputError(
+                f"{source.path} has {source.bytes} bytes and had {before.bytes} when it was encoded for {options.out}: "
+                "give it another name, or prepare another --out."
+            )
+    return new
+
+
+def plan_parts(options: PrepareOptions, records: Records, found: Found) -> None:
+    """Cut the new sources into parts, each of one sort."""
+
+    def sort(source: Source) -> int:
+        return 2 if source.split is None else ("video", "image").index(source.kind)
+
+    sizes = (
+        options.part_size,
+        options.part_size * PICTURES_FOR_A_VIDEO,
+        max(1, options.part_size // VIDEOS_FOR_A_TAR),
+    )
+    for number, sources in groupby(sorted(new_sources(options, records, found), key=sort), key=sort):
+        records.add(list(sources), sizes[number])
+
+
+def encode_parts(options: PrepareOptions, records: Records, sources: Iterable[Source], codec: Codec) -> None:
+    """Encode the parts that this rank should, then those that no other process holds."""
+    rank, ranks, local_rank = rank_of_process()
+    parts = records.unfinished()
+    if rank == 0 and len(parts) < ranks:
+        print(f"{len(parts)} parts for {ranks} processes: with a lower --part_size more of them would have work.")
+    by_name = {source.name: source for source in sources}
+    total = sum(len(records.of_part(part)) for part in parts)
+    progress = Progress(math.ceil(total / ranks), hidden=local_rank > 0)
+    own = [part for part in parts if part % ranks == rank]
+    for part in [*own, *(part for part in parts if part not in own)]:
+        encode_held(part, options, records, by_name, codec, progress, own=part in own)
+    progress.close()
+
+
+def encode_held(
+    part: int,
+    options: PrepareOptions,
+    records: Records,
+    by_name: Mapping[str, Source],
+    codec: Codec,
+    progress: Progress,
+    own: bool = True,
+) -> None:
+    """Encode a part, unless another process holds it or it is finished.
+
+    Where there are no locks to tell who holds what, each process keeps to its own.
+    """
+    with records.held(part) as hold:
+        if hold.free and (hold.certain or own) and not records.finished(part):
+            sources = [source.at(by_name.get(source.name)) for source in records.of_part(part)]
+            records.finish(part, encode_part(part, sources, options, codec, workers_of(options), progress))
+
+
+def merge(options: PrepareOptions, records: Records, found: Found, codec: Codec) -> Manifest:
+    """Write the manifest of all parts; one that is there is kept under the name of its fingerprint."""
+    results = records.results().values()
+    skipped = [*found.left_out, *left_out_for_good(records)]
+    if not any(result.shards for result in results):
+        shutil.rmtree(records.folder)  # nothing to keep: mended files are new ones
+        raise InputError(f"None of the {len(found.sources)} sources could be used; the first: {skipped[0]['reason']}")
+    used = {split: sum(result.used[split] for result in results) for split in get_args(Split)}
+    before = Manifest.load(options.out) if (options.out / FILE_NAME).exists() else None
+    # A label is its place in the list: those that were there stay where they are.
+    labels = list(dict.fromkeys([*(before.labels if before else ()), *found.annotations.labels]))
+    new = {label for result in results for label in result.labels}.difference(labels)
     manifest = Manifest(
         directory=options.out,
         codec=codec.spec(),
-        shards=shards,
-        preparation=preparation,
+        shards=tuple(sorted((shard for result in results for shard in result.shards), key=lambda shard: shard.path)),
+        preparation=described(options)
+        | {name: [Path(place).name for place in getattr(options, name)] for name in PLACES},
         validation={
             "held_out_by": "source",
             "fraction": options.validation_fraction,
             "source_pattern": options.source_pattern,
-            "train_sources": sum(source.split == "train" for source in used),
-            "validation_sources": sum(source.split == "validation" for source in used),
+            "train_sources": used["train"],
+            "validation_sources": used["validation"],
         },
-        labels=tuple(sorted({label_of(source) for source in used})) if options.labels else (),
+        labels=(*labels, *sorted(new)) if new or any(result.labels for result in results) else (),
         skipped=len(skipped),
     )
+    if before is not None and before.shards != manifest.shards:
+        shutil.copyfile(options.out / FILE_NAME, options.out / f"manifest-{before.fingerprint()[:16]}.json")
     with written_whole(options.out / SKIPPED_NAME) as temporary:
         temporary.write_text(
             "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped), encoding="utf-8"
@@ -88,110 +245,33 @@ def prepare(options: PrepareOptions) -> Manifest:
     return manifest
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a preparation that was killed left in its output folder, and nothing else."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if OWN_FILES.fullmatch(path.name):
-                path.unlink()
+def left_out_for_good(records: Records) -> Iterator[dict[str, str]]:
+    """What the parts left out, but for the sources that a later part took up again."""
+    latest = {source.name: part for part in records.parts for source in records.of_part(part)}
+    for part, result in records.results().items():
+        again = {name for name in result.lost if latest[name] != part}
+        for entry in result.skipped:
+            if entry["source"] not in again and entry["source"].rpartition("/")[0] not in again:
+                yield entry
 
 
-def described(options: PrepareOptions, sources: Sequence[Source]) -> dict[str, Any]:
-    """The options that decide what the shards hold, and a sha256 over them and every source's name, split and size."""
-    values = {name: value for name, value in asdict(options).items() if name not in SPEED_OPTIONS}
-    # Machine paths stay out of the manifest; the sources' names are in the sha256.
-    places = ("videos", "images", "validation_videos", "validation_images")
-    values |= {name: [Path(path).name for path in values[name]] for name in places}
-    values |= {name: list(values[name]) for name in ("video_sizes", "image_sizes")}
-    identity = [values, [[source.name, source.kind, source.split, source.path.stat().st_size] for source in sources]]
-    return values | {"inputs_sha256": hashlib.sha256(json.dumps(identity).encode()).hexdigest()}
+def rank_of_process() -> tuple[int, int, int]:
+    """Rank, number of ranks and rank on this machine, as torchrun or SLURM's srun set them."""
+    for rank, ranks, local_rank in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ):
+        if rank in os.environ and ranks in os.environ:
+            return int(os.environ[rank]), int(os.environ[ranks]), int(os.environ.get(local_rank, 0))
+    return 0, 1, 0
 
 
-def reused(manifest: Manifest, preparation: dict[str, Any]) -> Manifest:
-    """The manifest that is already there, if it was made by the same preparation; else an `InputError`."""
-    if manifest.preparation == preparation:
-        print(f"{manifest.path} already holds what these options make: nothing to do.")
-        return manifest
-    names = [name for name in preparation if manifest.preparation.get(name) != preparation[name]]
-    differing = next((name for name in names if name != "inputs_sha256"), "the source files")
-    raise InputError(
-        f"{manifest.directory} holds shards made differently ({differing}): give another --out or delete that folder."
-    )
-
-
-def encode(
-    sources: Sequence[Source], options: PrepareOptions, codec: Codec
-) -> tuple[tuple[ShardEntry, ...], list[Source], list[dict[str, str]]]:
-    """Write the shards; returns their entries, the sources that gave samples, and `skipped` for the manifest."""
-    waiting: dict[tuple[Split, Kind, tuple[int, ...]], list[Clip]] = defaultdict(list)
-    samples: Counter[Source] = Counter()
-    skipped: list[dict[str, str]] = []
-    progress = tqdm(total=len(sources), unit=" sources", disable=None)
-    with ShardSetWriter(options.out, options.shard_size) as writer, progress:
-
-        def flush(clips: list[Clip]) -> None:
-            latents = codec.encode(torch.stack([clip.pixels for clip in clips])).cpu().numpy()
-            for clip, latent in zip(clips, latents, strict=True):
-                try:
-                    writer.write(clip.source.split, clip.source.kind, latent, clip.metadata)
-                    samples[clip.source] += 1
-                except InputError as error:
-                    skipped.append({"source": clip.source.name, "reason": str(error)})
-            clips.clear()
-            seconds = max(progress.format_dict["elapsed"], 1e-9)
-            progress.set_postfix_str(f"{samples.total()} samples, {samples.total() / seconds:.1f} samples/s")
-
-        for source in sources:
-            taken = 0
-            try:
-                for taken, clip in enumerate(clips_of(source, options, codec), start=1):  # noqa: B007, read when it breaks
-                    bucket = waiting[source.split, source.kind, tuple(clip.pixels.shape)]
-                    bucket.append(clip)
-                    if len(bucket) == options.batch_size:
-                        flush(bucket)
-            except InputError as error:
-                part = f" Its first {taken} clips were used." if taken else ""
-                skipped.append({"source": source.name, "reason": f"{error}{part}"})
-            progress.update()
-        for bucket in waiting.values():
-            if bucket:
-                flush(bucket)
-        return writer.close(), list(samples), skipped
-
-
-def clips_of(source: Source, options: PrepareOptions, codec: Codec) -> Iterator[Clip]:
-    """The samples of one source, scaled and cropped; raises `InputError` where the file is damaged or too short."""
-    metadata: dict[str, Any] = {"source": source.name}
-    if options.labels:
-        metadata["label"] = label_of(source)
-    if source.kind == "image":
-        pixels = read_image(source.path)
-        height, width = pixels.shape[2:]
-        size = closest_size(height, width, [parse_size(text) for text in options.image_sizes])
-        yield Clip(source, resize_and_crop(pixels, size), metadata | {"pixel_size": list(size)})
-        return
-
-    info = video_info(source.path)
-    size = closest_size(info.height, info.width, [parse_size(text) for text in options.video_sizes])
-    metadata |= {"fps": float(info.fps), "stride": options.stride, "pixel_size": list(size)}
-    most = None if options.clips_per_video is None else options.clips_per_video * options.clip_frames
-    frames: list[Tensor] = []
-    count = 0
-    for count, frame in enumerate(iterate_frames(source.path, stride=options.stride, most=most), start=1):
-        frames.append(resize_and_crop(frame[None], size))
-        if len(frames) == options.clip_frames:
-            first = (count - options.clip_frames) * options.stride
-            yield Clip(source, torch.cat(frames), metadata | {"first_frame": first})
-            frames.clear()
-    least = options.least_clip_frames or options.clip_frames
-    if len(frames) >= least:
-        rest = frames[: len(frames) - (len(frames) - 1) % codec.temporal_factor]
-        yield Clip(source, torch.cat(rest), metadata | {"first_frame": (count - len(frames)) * options.stride})
-    if count < least:
-        raise InputError(
-            f"{source.path} gives {count} frames at stride {options.stride} and a clip has {least}: "
-            f"lower the stride or the clip's length."
-        )
+def workers_of(options: PrepareOptions) -> int:
+    """Decoding processes: as asked for, rounded down to what divides the lanes."""
+    wanted = options.workers
+    if wanted is None:
+        wanted = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
+    return max((count for count in range(1, min(wanted, LANES) + 1) if LANES % count == 0), default=0)
 
 
 def summary(manifest: Manifest) -> str:
@@ -211,15 +291,22 @@ def summary(manifest: Manifest) -> str:
     if manifest.skipped:
         report = manifest.directory / SKIPPED_NAME
         lines.append(f"left out: {manifest.skipped} (all in {report})")
-        with report.open(encoding="utf-8") as file:
-            lines += [f"  {entry['source']}: {entry['reason']}" for entry in map(json.loads, islice(file, 10))]
+        if report.exists():  # not everyone copies it along
+            with report.open(encoding="utf-8") as file:
+                lines += [f"  {entry['source']}: {entry['reason']}" for entry in map(json.loads, islice(file, 10))]
     return "\n".join(lines)
 
 
 def available_device(name: str) -> torch.device:
-    """The device that a name means here (`auto`: CUDA where there is one); raises `InputError` if it is not there."""
+    """The device that a name means here (`auto`: this rank's GPU where there is one).
+
+    Raises:
+        InputError: it is not there.
+    """
+    if name == "auto" and torch.cuda.is_available():
+        return torch.device("cuda", rank_of_process()[2] % torch.cuda.device_count())
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,25 @@ def test_a_broken_picture_is_named(tmp_path: Path) -> None:
     for name in ("cut.png", "text.jpg", "absent.png"):
         with pytest.raises(InputError, match=f"{name} is no readable picture"):
             read_image(tmp_path / name)
+
+
+def test_a_picture_is_read_from_memory_too(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((24, 16), 50).save(tmp_path / "a.jpg", exif=exif)
+    content = (tmp_path / "a.jpg").read_bytes()
+    assert torch.equal(read_image(io.BytesIO(content)), read_image(tmp_path / "a.jpg"))
+    with pytest.raises(InputError, match=r"^a\.jpg of b\.tar is no readable picture \(.*truncated.*\): replace"):
+        read_image(io.BytesIO(content[:-50]), "a.jpg of b.tar")
+    with pytest.raises(InputError, match=r"^c\.jpg is no readable picture \(of no known format\): replace"):
+        read_image(io.BytesIO(b"text"), "c.jpg")
+
+
+def test_no_format_is_read_for_which_pillow_starts_a_program(tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    with pytest.raises(InputError, match=r"a\.jpg is no readable picture \(of no known format\)"):
+        read_image(tmp_path / "a.jpg")
 
 
 def test_a_strip_shows_every_row_enlarged(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from webdataset import TarWriter
 
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest
@@ -16,7 +18,7 @@ from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import resize_and_crop
 from gpdit_lightning.media.video import iterate_frames, read_video, write_video
-from gpdit_lightning.preparation import PrepareOptions, prepare, summary
+from gpdit_lightning.preparation import PrepareOptions, clips, prepare, summary
 
 COMMAND = Path(__file__).parents[2] / "data_prep" / "shard_latents.py"
 
@@ -49,7 +51,14 @@ def options(tmp_path: Path, videos: Path) -> PrepareOptions:
         video_sizes=["16x24", "24x16"],
         image_sizes=["16x16", "24x16"],
         device="cpu",
+        workers=0,
     )
+
+
+def prepared(options: PrepareOptions) -> Manifest:
+    manifest = prepare(options)
+    assert manifest is not None
+    return manifest
 
 
 def samples(manifest: Manifest) -> list[tuple[str, np.ndarray, dict]]:
@@ -67,7 +76,7 @@ def skipped(manifest: Manifest) -> list[dict[str, str]]:
 
 
 def test_videos_become_clips_that_do_not_overlap(options: PrepareOptions, videos: Path) -> None:
-    manifest = prepare(options)
+    manifest = prepared(options)
     assert manifest == Manifest.load(options.out)
     codec = load_codec("pca")
     assert manifest.codec == codec.spec()
@@ -83,10 +92,10 @@ def test_videos_become_clips_that_do_not_overlap(options: PrepareOptions, videos
 
 
 def test_stride_and_clips_per_video(options: PrepareOptions, videos: Path) -> None:
-    found = samples(prepare(replace(options, stride=2, clips_per_video=1)))
+    found = samples(prepared(replace(options, stride=2, clips_per_video=1)))
     assert len(found) == 6
     assert {(metadata["stride"], metadata["first_frame"]) for _, _, metadata in found} == {(2, 0)}
-    again = samples(prepare(replace(options, stride=1, clips_per_video=1, out=options.out.with_name("out2"))))
+    again = samples(prepared(replace(options, stride=1, clips_per_video=1, out=options.out.with_name("out2"))))
     assert len(again) == 6
     source = found[0][2]["source"]
     pixels = resize_and_crop(read_video(videos / source, stride=2, most=5), (16, 24))
@@ -95,14 +104,14 @@ def test_stride_and_clips_per_video(options: PrepareOptions, videos: Path) -> No
 
 def test_the_rest_of_a_video_is_a_shorter_clip_if_asked_for(options: PrepareOptions, videos: Path) -> None:
     """12 frames in clips of 9: three are left, and one of them (1 + 4k) can be kept; in clips of 5, one of two."""
-    kept = samples(prepare(replace(options, clip_frames=9, least_clip_frames=1)))
+    kept = samples(prepared(replace(options, clip_frames=9, least_clip_frames=1)))
     assert (
         sorted((latents.shape[0], metadata["first_frame"]) for _, latents, metadata in kept)
         == [(1, 9)] * 6 + [(3, 0)] * 6
     )
-    dropped = samples(prepare(replace(options, clip_frames=9, least_clip_frames=5, out=options.out.with_name("out2"))))
+    dropped = samples(prepared(replace(options, clip_frames=9, least_clip_frames=5, out=options.out.with_name("out2"))))
     assert [latents.shape[0] for _, latents, _ in dropped] == [3] * 6
-    short = samples(prepare(replace(options, clip_frames=45, least_clip_frames=5, out=options.out.with_name("out3"))))
+    short = samples(prepared(replace(options, clip_frames=45, least_clip_frames=5, out=options.out.with_name("out3"))))
     assert [(latents.shape[0], metadata["first_frame"]) for _, latents, metadata in short] == [(3, 0)] * 6
     _, latents, metadata = short[0]
     pixels = resize_and_crop(read_video(videos / metadata["source"], most=9), (16, 24))
@@ -112,7 +121,7 @@ def test_the_rest_of_a_video_is_a_shorter_clip_if_asked_for(options: PrepareOpti
 
 
 def test_whole_sources_are_held_out(options: PrepareOptions) -> None:
-    manifest = prepare(replace(options, validation_fraction=0.4))
+    manifest = prepared(replace(options, validation_fraction=0.4))
     splits = {split: {m["source"] for s, _, m in samples(manifest) if s == split} for split in ("train", "validation")}
     assert splits["train"]
     assert splits["validation"]
@@ -124,18 +133,18 @@ def test_whole_sources_are_held_out(options: PrepareOptions) -> None:
 
 def test_adding_a_file_moves_no_other_to_another_split(options: PrepareOptions, videos: Path) -> None:
     half = replace(options, validation_fraction=0.5)
-    before = {metadata["source"]: split for split, _, metadata in samples(prepare(half))}
+    before = {metadata["source"]: split for split, _, metadata in samples(prepared(half))}
     make_video(videos / "dog" / "new.mp4")
     after = {
         metadata["source"]: split
-        for split, _, metadata in samples(prepare(replace(half, out=options.out.with_name("out2"))))
+        for split, _, metadata in samples(prepared(replace(half, out=options.out.with_name("out2"))))
     }
     assert {source: after[source] for source in before} == before
     assert len(after) == len(before) + 1
 
 
 def test_clips_of_one_recording_stay_together(options: PrepareOptions) -> None:
-    manifest = prepare(replace(options, source_pattern=r"v_\d+", validation_fraction=0.3))
+    manifest = prepared(replace(options, source_pattern=r"v_\d+", validation_fraction=0.3))
     recordings = {
         split: {metadata["source"].split("/")[1][:3] for s, _, metadata in samples(manifest) if s == split}
         for split in ("train", "validation")
@@ -146,7 +155,7 @@ def test_clips_of_one_recording_stay_together(options: PrepareOptions) -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.99])
 def test_each_side_gets_a_source_unless_none_is_asked_for(options: PrepareOptions, fraction: float) -> None:
-    validation = prepare(replace(options, validation_fraction=fraction)).validation
+    validation = prepared(replace(options, validation_fraction=fraction)).validation
     expected = {0.0: 0, 0.01: 1, 0.99: 5}[fraction]
     assert (validation["train_sources"], validation["validation_sources"]) == (6 - expected, expected)
 
@@ -156,7 +165,8 @@ def test_a_held_out_folder_is_the_only_validation(options: PrepareOptions, video
         replace(options, videos=[videos / "dog"], validation_videos=[videos / "ball"], validation_fraction=0.9)
     )
     assert (manifest.validation["train_sources"], manifest.validation["validation_sources"]) == (3, 3)
-    with pytest.raises(InputError, match=r"\.mp4 is given 2 times"):
+    assert {m["source"].split("/")[0] for split, _, m in samples(manifest) if split == "validation"} == {"ball"}
+    with pytest.raises(InputError, match=r"\.mp4 is given twice"):
         prepare(replace(options, validation_videos=[videos / "ball"], out=options.out.with_name("out2")))
 
 
@@ -164,7 +174,7 @@ def test_pictures_go_to_the_closest_size(options: PrepareOptions, tmp_path: Path
     (tmp_path / "pictures").mkdir()
     for name, size in (("wide", (30, 20)), ("square", (20, 20)), ("tall", (20, 30))):
         Image.new("RGB", size, (200, 100, 50)).save(tmp_path / "pictures" / f"{name}.png")
-    manifest = prepare(replace(options, images=[tmp_path / "pictures"], validation_fraction=0))
+    manifest = prepared(replace(options, images=[tmp_path / "pictures"], validation_fraction=0))
     shapes = {m["source"]: latents.shape for _, latents, m in samples(manifest) if m["kind"] == "image"}
     assert shapes == {"wide.png": (1, 16, 2, 2), "square.png": (1, 16, 2, 2), "tall.png": (1, 16, 3, 2)}
     assert {shard.kind for shard in manifest.shards} == {"image", "video"}
@@ -174,7 +184,7 @@ def test_pictures_go_to_the_closest_size(options: PrepareOptions, tmp_path: Path
 
 
 def test_labels_are_the_names_of_folders(options: PrepareOptions) -> None:
-    manifest = prepare(replace(options, labels=True))
+    manifest = prepared(replace(options, labels=True))
     assert manifest.labels == ("ball", "dog")
     assert all(metadata["label"] == metadata["source"].split("/")[0] for _, _, metadata in samples(manifest))
 
@@ -182,7 +192,7 @@ def test_labels_are_the_names_of_folders(options: PrepareOptions) -> None:
 def test_broken_and_short_files_are_left_out_and_named(options: PrepareOptions, videos: Path) -> None:
     (videos / "broken.mp4").write_bytes(b"not a video at all")
     make_video(videos / "short.mp4", frames=4)
-    manifest = prepare(options)
+    manifest = prepared(options)
     reasons = {entry["source"]: entry["reason"] for entry in skipped(manifest)}
     assert set(reasons) == {"broken.mp4", "short.mp4"}
     assert "no readable video" in reasons["broken.mp4"]
@@ -193,20 +203,20 @@ def test_broken_and_short_files_are_left_out_and_named(options: PrepareOptions, 
 
 
 def test_what_was_read_before_a_video_broke_is_kept(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaking(path: Path, stride: int, most: int | None) -> Iterator[torch.Tensor]:
+    def breaking(path: Path, stride: int, threads: int) -> Iterator[torch.Tensor]:
         yield from iterate_frames(path, 0, stride, 7)
         raise InputError(f"{path} is broken.")
 
-    monkeypatch.setattr(sys.modules[prepare.__module__], "iterate_frames", breaking)
-    manifest = prepare(options)
+    monkeypatch.setattr(clips, "iterate_frames", breaking)
+    manifest = prepared(options)
     assert {metadata["first_frame"] for _, _, metadata in samples(manifest)} == {0}
     assert len(skipped(manifest)) == 6
     assert skipped(manifest)[0]["reason"].endswith("is broken. Its first 1 clips were used.")
 
 
 def test_the_same_inputs_give_the_same_bytes(options: PrepareOptions) -> None:
-    first = prepare(options)
-    second = prepare(replace(options, out=options.out.with_name("out2")))
+    first = prepared(options)
+    second = prepared(replace(options, out=options.out.with_name("out2")))
     assert [shard.sha256 for shard in first.shards] == [shard.sha256 for shard in second.shards]
     assert first.fingerprint() == second.fingerprint()
 
@@ -214,24 +224,39 @@ def test_the_same_inputs_give_the_same_bytes(options: PrepareOptions) -> None:
 def test_a_finished_folder_is_reused_and_never_overwritten(
     options: PrepareOptions, videos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = prepare(options)
-    monkeypatch.setattr(sys.modules[prepare.__module__], "encode", None)  # calling it would fail
-    assert prepare(replace(options, batch_size=1)) == first
+    first = prepared(options)
+    monkeypatch.setattr(sys.modules[prepare.__module__], "load_codec", None)  # calling it would fail
+    assert prepared(replace(options, batch_size=1)) == first
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"holds shards made differently \(stride\): give another --out or delete"):
+    with pytest.raises(
+        InputError, match=r"holds shards made differently \(stride was 1 and is 2\): give another --out"
+    ):
         prepare(replace(options, stride=2))
-    make_video(videos / "new.mp4")
-    with pytest.raises(InputError, match=r"made differently \(the source files\)"):
+    (videos / "dog" / "v_0_c0.mp4").write_bytes(b"another film")
+    with pytest.raises(InputError, match=r"v_0_c0\.mp4 has 12 bytes and had \d+ when it was encoded"):
+        prepare(options)
+    (videos / "dog" / "v_0_c0.mp4").unlink()
+    assert prepared(options) == first  # what was encoded may go
+    with pytest.raises(InputError, match=r"v_0_c1\.mp4 is in .* already, as ball/v_0_c1\.mp4: give the folder"):
+        prepare(replace(options, videos=[videos / "ball"]))
+
+
+def test_shards_of_something_else_are_left_alone(options: PrepareOptions) -> None:
+    options.out.mkdir()
+    (options.out / "train-video-2x2x3-00000-00000.tar").write_text("who knows")
+    with pytest.raises(InputError, match=r"00000-00000\.tar was made by something else than this command"):
         prepare(options)
 
 
-def test_what_a_killed_run_left_is_cleared_away(options: PrepareOptions) -> None:
+def test_the_folder_holds_what_is_listed_and_the_notes(options: PrepareOptions) -> None:
     options.out.mkdir()
-    for name in ("train-video-9x9x9-00000.tar", "train-video-2x2x3-00007.tar.partial", "notes.txt"):
-        (options.out / name).write_text("left over")
-    manifest = prepare(options)
+    (options.out / "notes.txt").write_text("mine")
+    manifest = prepared(options)
     listed = {name for shard in manifest.shards for name in (shard.path, shard.index)}
-    assert {path.name for path in options.out.iterdir()} == listed | {"manifest.json", "skipped.jsonl", "notes.txt"}
+    others = {"manifest.json", "skipped.jsonl", "preparation", "notes.txt"}
+    assert {path.name for path in options.out.iterdir()} == listed | others
+    notes = {path.name for path in (options.out / "preparation").iterdir()}
+    assert notes == {"options.json", "part-00000.sources.jsonl", "part-00000.json", "lock"}
 
 
 def test_latents_too_large_for_half_precision_are_left_out(
@@ -244,11 +269,13 @@ def test_latents_too_large_for_half_precision_are_left_out(
     with pytest.raises(InputError, match=r"None of the 6 sources could be used; the first: .*not finite in float16"):
         prepare(options)
     assert not (options.out / "manifest.json").exists()
+    monkeypatch.undo()
+    assert sum(shard.count for shard in prepared(options).shards) == 12
 
 
 def test_a_list_names_files_beside_it(options: PrepareOptions, videos: Path) -> None:
     (videos / "list.txt").write_text("dog/v_0_c0.mp4\n\nball/v_0_c1.mp4\n")
-    manifest = prepare(replace(options, videos=[videos / "list.txt"], labels=True))
+    manifest = prepared(replace(options, videos=[videos / "list.txt"], labels=True))
     assert {metadata["source"] for _, _, metadata in samples(manifest)} == {"dog/v_0_c0.mp4", "ball/v_0_c1.mp4"}
     assert manifest.labels == ("ball", "dog")
     (videos / "list.txt").write_text("gone.mp4\n")
@@ -287,4 +314,95 @@ def test_the_command_prints_a_table_and_one_sentence_for_errors(videos: Path, tm
     failed = subprocess.run([*command, "--stride", "2"], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert failed.stderr.strip().count("\n") == 0
-    assert "made differently (stride)" in failed.stderr
+    assert "made differently (stride was 1 and is 2)" in failed.stderr
+
+
+def make_tar(path: Path, keys: range, damaged: int | None = None) -> None:
+    """A tar as img2dataset writes it: a picture, its caption and what is known of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TarWriter(str(path)) as tar:
+        for key in keys:
+            picture = io.BytesIO()
+            size = ((30, 20), (20, 20), (20, 30))[key % 3]
+            Image.new("RGB", size, (key * 10 % 255, 100, 50)).save(picture, format="JPEG")
+            known = {
+                "caption": f"picture {key}",
+                "url": f"http://pictures/{key}",
+                "width": size[0],
+                "status": "success",
+            }
+            content = b"no picture" if key == damaged else picture.getvalue()
+            tar.write({"__key__": f"{key:09d}", "jpg": content, "txt": f"picture {key}", "json": known})
+
+
+def test_tars_of_pictures_as_img2dataset_writes_them(options: PrepareOptions, tmp_path: Path) -> None:
+    laion = tmp_path / "laion"
+    for number in range(3):
+        make_tar(laion / f"{number:05d}.tar", range(number * 10, number * 10 + 10), damaged=17)
+    tars = replace(options, videos=[], image_tars=[f"{laion}/{{00000..00001}}.tar"], validation_fraction=0.3)
+    manifest = prepared(tars)
+    found = {metadata["source"]: (split, latents.shape, metadata) for split, latents, metadata in samples(manifest)}
+    assert len(found) == 19
+    _, shape, metadata = found["00001.tar/000000012"]
+    assert shape == (1, 16, 2, 2)
+    assert metadata["caption"] == "picture 12"
+    assert metadata["url"] == "http://pictures/12"
+    assert [entry["source"] for entry in skipped(manifest)] == ["00001.tar/000000017"]
+    assert {shape for _, shape, _ in found.values()} == {(1, 16, 2, 2), (1, 16, 3, 2)}
+    validation = {source for source, (split, _, _) in found.items() if split == "validation"}
+    assert 2 <= len(validation) <= 10, "pictures are held out one by one"
+    assert manifest.validation["validation_sources"] == len(validation)
+
+    more = prepared(replace(tars, image_tars=[f"{laion}/{{00000..00002}}.tar"]))
+    assert set(manifest.shards) < set(more.shards)
+    assert sum(shard.count for shard in more.shards) == 29
+    whole_folder = prepared(replace(tars, image_tars=[str(laion)], out=options.out.with_name("out2"), workers=2))
+    assert {(s, m["source"], m["caption"]) for s, _, m in samples(whole_folder)} == {
+        (s, m["source"], m["caption"]) for s, _, m in samples(more)
+    }
+    with pytest.raises(InputError, match=r"00003\.tar does not exist"):
+        prepare(replace(tars, image_tars=[f"{laion}/{{00000..00003}}.tar"]))
+
+
+def test_ucf_101s_lists_say_what_is_held_out_and_number_the_classes(options: PrepareOptions, tmp_path: Path) -> None:
+    (tmp_path / "trainlist01.txt").write_text("dog/v_0_c0.mp4 2\nball/v_0_c1.mp4 1\nball/v_1_c3.mp4 1\n")
+    (tmp_path / "testlist01.txt").write_text("dog/v_1_c2.mp4\n")
+    (tmp_path / "classInd.txt").write_text("1 ball\n2 dog\n3 zebra\n")
+    lists = [tmp_path / name for name in ("trainlist01.txt", "testlist01.txt", "classInd.txt")]
+    manifest = prepared(replace(options, annotations=lists))
+    found = {metadata["source"]: (split, metadata["label"]) for split, _, metadata in samples(manifest)}
+    assert found == {
+        "dog/v_0_c0.mp4": ("train", "dog"),
+        "ball/v_0_c1.mp4": ("train", "ball"),
+        "ball/v_1_c3.mp4": ("train", "ball"),
+        "dog/v_1_c2.mp4": ("validation", "dog"),
+    }
+    assert manifest.labels == ("ball", "dog", "zebra")
+    left_out = {entry["source"]: entry["reason"] for entry in skipped(manifest)}
+    assert left_out == dict.fromkeys(
+        ("ball/v_2_c5.mp4", "dog/v_2_c4.mp4"), "no annotation file names it, and they name others for training"
+    )
+    held_out_alone = prepared(replace(options, annotations=lists[1:2], out=options.out.with_name("out2")))
+    assert held_out_alone.validation["train_sources"] == 5
+
+
+def test_msr_vtts_captions_are_carried(options: PrepareOptions, tmp_path: Path, videos: Path) -> None:
+    content = {
+        "videos": [
+            {"video_id": path.stem, "split": "test" if path.parent.name == "dog" else "train", "category": 1}
+            for path in videos.rglob("*.mp4")
+        ],
+        "sentences": [
+            {"video_id": "v_0_c0", "caption": "a dog", "sen_id": 1},
+            {"video_id": "v_0_c0", "caption": "it runs", "sen_id": 0},
+            {"video_id": "v_0_c1", "caption": "a ball", "sen_id": 2},
+        ],
+    }
+    (tmp_path / "videodatainfo.json").write_text(json.dumps(content))
+    manifest = prepared(replace(options, annotations=[tmp_path / "videodatainfo.json"]))
+    found = {metadata["source"]: (split, metadata) for split, _, metadata in samples(manifest)}
+    assert {source.split("/")[0] for source, (split, _) in found.items() if split == "validation"} == {"dog"}
+    assert found["dog/v_0_c0.mp4"][1]["caption"] == "it runs"
+    assert found["dog/v_0_c0.mp4"][1]["captions"] == ["it runs", "a dog"]
+    assert found["ball/v_0_c1.mp4"][1]["caption"] == "a ball"
+    assert "caption" not in found["ball/v_1_c3.mp4"][1]

@@ -1,0 +1,127 @@
+"""`python -m benchmarks.preparation`: preparing videos against the codec alone on the same clips, in one run.
+
+Draws videos of 720x1280, prepares them from the files to complete shards, and encodes the same clips, already decoded
+and scaled, with the same codec. The figure is the share: 1 means that decoding, scaling and writing cost nothing beside
+the codec. The WanVAE is of full size with random weights, unless `--codec_source` names its folder; on a CPU take a
+small one (`--base_dim 16`), which leaves decoding less to hide behind.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from gpdit_lightning.codecs import Codec, load_codec
+from gpdit_lightning.media.video import write_video
+from gpdit_lightning.preparation import PrepareOptions
+from gpdit_lightning.preparation.clips import Clip, read
+from gpdit_lightning.preparation.prepare import available_device, prepare, prepared_sources, workers_of
+
+HEIGHT, WIDTH, RATE = 720, 1280, 24
+
+
+def draw(folder: Path, count: int, frames: int) -> None:
+    """Videos of a large smooth picture that moves a little."""
+    generator = torch.Generator().manual_seed(0)
+    folder.mkdir()
+    for number in tqdm(range(count), desc="drawing", unit=" videos", leave=False):
+        coarse = torch.rand(1, 3, 12, 20, generator=generator)
+        picture = torch.nn.functional.interpolate(coarse, (HEIGHT, WIDTH + frames), mode="bicubic").clamp(0, 1)[0]
+        picture = (picture * 255).to(torch.uint8)
+        movie = torch.stack([picture[..., frame : frame + WIDTH] for frame in range(frames)])
+        write_video(folder / f"{number}.mp4", movie, RATE)
+
+
+def wan_folder(folder: Path, base_dim: int) -> str:
+    """A WanVAE with random weights; returns its folder."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    AutoencoderKLWan(base_dim=base_dim).save_pretrained(folder)
+    return str(folder)
+
+
+def seconds_of_codec(codec: Codec, clips: Sequence[Clip], batch_size: int) -> float:
+    """The codec alone, in batches of equal shape; the first batch warms up and is encoded again."""
+    by_shape: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for clip in clips:
+        by_shape.setdefault(tuple(clip.pixels.shape), []).append(clip.pixels)
+    batches = [
+        torch.stack(pixels[start : start + batch_size])
+        for pixels in by_shape.values()
+        for start in range(0, len(pixels), batch_size)
+    ]
+    codec.encode(batches[0]).cpu()
+    start = time.perf_counter()
+    for batch in batches:
+        codec.encode(batch).cpu()
+    return time.perf_counter() - start
+
+
+def main(arguments: Sequence[str] | None = None) -> float:
+    """Print the table; returns the share."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=Path, help="a folder of videos of your own instead of drawn ones")
+    parser.add_argument("--count", type=int, default=32, help="videos to draw")
+    parser.add_argument("--seconds", type=int, default=12, help="of each")
+    parser.add_argument("--size", default="192x320", help="HEIGHTxWIDTH of the clips")
+    parser.add_argument("--codec", default="wan", help="wan or pca")
+    parser.add_argument("--codec_source", help="the WanVAE's folder")
+    parser.add_argument("--base_dim", type=int, default=96, help="width of the WanVAE with random weights (real: 96)")
+    parser.add_argument("--batch_size", type=int, default=4, help="clips encoded at once")
+    parser.add_argument("--workers", type=int, help="decoding processes (default: one for each core)")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if given.videos is None:
+            draw(folder / "videos", given.count, given.seconds * RATE)
+        source = given.codec_source
+        if given.codec == "wan" and source is None:
+            source = wan_folder(folder / "wan", given.base_dim)
+        options = PrepareOptions(
+            out=folder / "out",
+            videos=[given.videos or folder / "videos"],
+            codec=given.codec,
+            codec_source=source,
+            video_sizes=[given.size],
+            batch_size=given.batch_size,
+            workers=given.workers,
+        )
+        device = available_device("auto")
+        codec = load_codec(given.codec, source, device)
+
+        start = time.perf_counter()
+        sources = prepared_sources(options)
+        workers = workers_of(options)
+        items = read(sources, options, codec.temporal_factor, workers, set())
+        clips = [item for item in items if isinstance(item, Clip)]
+        decoding = time.perf_counter() - start
+        alone = seconds_of_codec(codec, clips, given.batch_size)
+        start = time.perf_counter()
+        load_codec(given.codec, source, device)
+        loading = time.perf_counter() - start
+        start = time.perf_counter()
+        manifest = prepare(options)
+        together = time.perf_counter() - start - loading
+        assert manifest is not None
+        assert sum(shard.count for shard in manifest.shards) == len(clips)
+
+        frames = sum(len(clip.pixels) for clip in clips)
+        print(f"{device}, {workers} decoding processes, {len(clips)} clips, {frames} frames, codec {given.codec}")
+        print(f"{'':<32}{'seconds':>9}{'clips/s':>9}{'frames/s':>10}")
+        for name, seconds in (
+            ("decoding and scaling alone", decoding),
+            ("codec alone", alone),
+            ("preparation, files to shards", together),
+        ):
+            print(f"{name:<32}{seconds:>9.1f}{len(clips) / seconds:>9.2f}{frames / seconds:>10.1f}")
+        print(f"preparation reaches {alone / together:.0%} of the codec alone")
+        return alone / together
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""`python -m benchmarks.reading`: what one reading process delivers, against a raw read of the same bytes.
+
+Writes shards of clips (5 latent frames of 16x24x40, the paper's 17 frames of 192x320), reads the files whole until they
+are in the page cache, and then measures, in one process and one thread:
+
+- raw: the files, whole, into one buffer;
+- samples: in the plan's shuffled order, each found by its index and proven by its checksums;
+- batches: whitened, with noise and levels drawn, as training gets them;
+- training: what steps of a backbone of the given size consume on this machine, of the same clips.
+
+A share is of the raw read; the last column is how many such trainings a process could feed.
+"""
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.data.batches import Bucket, LatentDataset
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.order import TRAIN_NOISE
+from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
+from gpdit_lightning.data.shards import ShardSetWriter
+
+SHAPE = (5, 16, 24, 40)
+CLIP_BYTES = 2 * math.prod(SHAPE)
+BLOCK = 2**24  # bytes of a raw read
+
+
+def write_shards(folder: Path, clips: int) -> Manifest:
+    """Random latents in shards of 1,000 clips."""
+    numbers = np.random.default_rng(0)
+    with ShardSetWriter(folder) as writer:
+        for number in range(clips):
+            writer.write("train", "video", numbers.standard_normal(SHAPE, np.float32), {"source": f"{number}.mp4"})
+        shards = writer.close()
+    codec = {"name": "pca", "latent_channels": SHAPE[1], "mean": [0.0] * SHAPE[1], "std": [1.0] * SHAPE[1]}
+    return Manifest(folder, codec, shards)
+
+
+def raw_read(manifest: Manifest) -> int:
+    """Every shard from its first to its last byte; returns how many bytes that were."""
+    buffer, total = bytearray(BLOCK), 0
+    for entry in manifest.shards:
+        with open(str(manifest.directory / entry.path), "rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                total += size
+    return total
+
+
+def rate(work: Callable[[], int], seconds: float) -> float:
+    """Bytes a second of something that returns how many bytes it dealt with; the first call warms up."""
+    work()
+    done, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds or not done:
+        done += work()
+    return done / passed
+
+
+def training(size: str, batch_size: int) -> Callable[[], int]:
+    """Forward and backward of a backbone over random clips; bf16 on a GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = GPDiT(GPDiTConfig.preset(size))
+        noisy, clean, velocity = torch.randn(3, batch_size, *SHAPE)
+        theta = torch.rand(batch_size, SHAPE[0])
+
+    def step() -> int:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            loss = F.mse_loss(model(noisy, theta, clean), velocity)
+        loss.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return batch_size * CLIP_BYTES
+
+    return step
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    """Print the table; returns the rates in bytes a second."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=8000, help="to write and read; 8000 are 1.2 GiB")
+    parser.add_argument("--batch_size", type=int, default=8, help="clips of a batch")
+    parser.add_argument("--size", default="B", help="backbone that trains: tiny, B or H")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = write_shards(Path(folder), given.clips)
+        bucket = Bucket([(manifest, entry) for entry in manifest.shards], [SHAPE[0]])
+        planned = PlannedBucket(bucket.counts, bucket.lengths, bucket.height, bucket.width)
+        plan = Plan((PlannedSource("videos", (planned,), given.batch_size),))
+        mean, std = manifest.codec["mean"], manifest.codec["std"]
+        dataset = LatentDataset(plan, [[bucket]], mean, std, "frame", TRAIN_NOISE)
+        numbers, others = count(), count()
+
+        def samples() -> int:
+            for sample in plan.micro_batch(next(numbers)).samples:
+                bucket.read(int(sample))
+            return given.batch_size * CLIP_BYTES
+
+        def batches() -> int:
+            dataset[next(others)]
+            return given.batch_size * CLIP_BYTES
+
+        threads = torch.get_num_threads()
+        trained = rate(training(given.size, given.batch_size), given.seconds)
+        torch.set_num_threads(1)  # as in a loader's process
+        rates = {
+            "raw read": rate(lambda: raw_read(manifest), given.seconds),
+            "samples": rate(samples, given.seconds),
+            "batches, with noise": rate(batches, given.seconds),
+            f"training of {given.size}": trained,
+        }
+        torch.set_num_threads(threads)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} threads"
+    print(f"{given.clips} clips of {SHAPE} in {len(manifest.shards)} shards; training on {device}")
+    print(f"{'':<22}{'MB/s':>10}{'clips/s':>10}{'share':>8}{'x training':>12}")
+    for name, speed in rates.items():
+        figures = f"{speed / 1e6:>10.2f}{speed / CLIP_BYTES:>10.1f}{speed / rates['raw read']:>8.1%}"
+        print(f"{name:<22}{figures}{speed / trained:>12.1f}")
+    return rates
+
+
+if __name__ == "__main__":
+    main()

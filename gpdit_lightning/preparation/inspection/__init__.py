@@ -1,0 +1,8 @@
+"""A look into prepared data: what they hold, whether they are whole, how they look, where a source went."""
+
+from gpdit_lightning.preparation.inspection.overview import overview
+from gpdit_lightning.preparation.inspection.sheet import write_sheet
+from gpdit_lightning.preparation.inspection.verification import load_unchecked, strays, verify
+from gpdit_lightning.preparation.inspection.why import why
+
+__all__ = ["load_unchecked", "overview", "strays", "verify", "why", "write_sheet"]

@@ -1,0 +1,216 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.preparation.annotations import Annotation, Annotations, read_annotations
+
+TRAIN = "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\r\nArchery/v_Archery_g08_c01.avi 3\r\n"
+TEST = "ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi\r\nArchery/v_Archery_g01_c01.avi\r\n"
+CLASSES = "1 ApplyEyeMakeup\r\n2 ApplyLipstick\r\n3 Archery\r\n"
+
+VIDEODATAINFO = {
+    "info": {"contributor": "Microsoft MSM group", "data_created": "2016-04-14 14:30:20", "version": "1.0"},
+    "videos": [
+        {"category": 9, "url": "https://x", "video_id": "video0", "start time": 137.7, "split": "train", "id": 0},
+        {"category": 16, "url": "https://y", "video_id": "video6513", "start time": 0, "split": "validate", "id": 6513},
+        {"category": 3, "url": "https://z", "video_id": "video7010", "start time": 0, "split": "test", "id": 7010},
+    ],
+    "sentences": [
+        {"caption": "a man is driving", "video_id": "video0", "sen_id": 2},
+        {"caption": "a car is shown", "video_id": "video0", "sen_id": 1},
+        {"caption": "ein Fußballspiel", "video_id": "video6513", "sen_id": 3},
+    ],
+}
+
+
+def read(folder: Path, *contents: str | bytes) -> Annotations:
+    """The annotations of files with these contents, called `0`, `1`, ...: a name says nothing."""
+    paths = [folder / str(number) for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_annotations(paths)
+
+
+def lines(*values: Any) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+def test_ucf_101s_lists_give_splits_labels_and_the_order_of_classes(tmp_path: Path) -> None:
+    found = read(tmp_path, TRAIN, TEST, CLASSES)
+    assert found.of("Archery/v_Archery_g08_c01.avi") == Annotation(label="Archery", split="train")
+    assert found.of("Archery/v_Archery_g01_c01.avi") == Annotation(label="Archery", split="validation")
+    assert found.of("v_ApplyEyeMakeup_g01_c01.mp4") == Annotation(label="ApplyEyeMakeup", split="validation")
+    assert found.of("Archery/v_Archery_g25_c07.avi") == Annotation()
+    assert found.labels == ("ApplyEyeMakeup", "ApplyLipstick", "Archery")
+
+
+def test_classes_alone_give_neither_sources_nor_splits(tmp_path: Path) -> None:
+    found = read(tmp_path, "10 b\n9 a\n")
+    assert found.labels == ("a", "b")
+    assert found.of("a") == Annotation()
+
+
+def test_a_folder_is_a_label_only_where_a_list_numbers_it(tmp_path: Path) -> None:
+    found = read(tmp_path, "clips/one.mp4\nclips/two words.MP4\n")
+    assert found.of("clips/two words.MP4") == Annotation(split="validation")
+    assert found.labels == ()
+
+
+@pytest.mark.parametrize("other", ["1 Archery\n", "2 ApplyEyeMakeup\n"], ids=["one_number", "one_name"])
+def test_class_numbers_of_two_data_sets_are_refused(tmp_path: Path, other: str) -> None:
+    with pytest.raises(InputError, match="number classes differently"):
+        read(tmp_path, CLASSES, other)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_msr_vtts_json_gives_captions_in_their_order_and_splits(tmp_path: Path, indent: int | None) -> None:
+    found = read(tmp_path, json.dumps(VIDEODATAINFO, indent=indent))
+    assert found.of("TrainValVideo/video0.mp4") == Annotation(("a car is shown", "a man is driving"), split="train")
+    assert found.of("video6513.mp4") == Annotation(("ein Fußballspiel",), split="validation")
+    assert found.of("video7010.mp4") == Annotation(split="validation")
+    assert found.of("video1.mp4") == Annotation()
+    assert found.labels == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"videos": [{"video_id": "video0", "split": "dev"}]}, "dev"),
+        ({"videos": [{"video_id": "video0"}]}, "split"),
+        ({"videos": 3}, "not iterable"),
+        ({"sentences": [{"video_id": "video0", "sen_id": 1, "caption": 7}]}, "the caption 7"),
+    ],
+)
+def test_json_that_is_nearly_msr_vtts_is_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=rf"0 is unlike MSR-VTT's videodatainfo\.json at .*{named}"):
+        read(tmp_path, json.dumps(VIDEODATAINFO | change))
+
+
+def test_json_lines_may_give_any_of_the_fields(tmp_path: Path) -> None:
+    found = read(
+        tmp_path,
+        lines(
+            {"source": "a/x.mp4", "caption": "one ", "label": "ball", "split": "validation"},
+            {"source": "./y.mp4", "caption": ["two", "three"], "label": None},
+            {"source": "y.mp4", "caption": "four"},
+            {"source": "z.mp4"},
+        )
+        + "\n",
+    )
+    assert found.of("a/x.mp4") == Annotation(("one",), "ball", "validation")
+    assert found.of("y.mp4") == Annotation(("two", "three", "four"))
+    assert found.of("z.mp4") == Annotation()
+    assert found.labels == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "delimiter"),
+    [
+        ("source,caption,split\na.mp4,\"red, and\nblue\",train\n\nb.mp4,,\n", ","),
+        ("source\tcaption\tsplit\r\na.mp4\t\"red, and\nblue\"\ttrain\r\nb.mp4\t \t\r\n", "\t"),
+    ],
+    ids=["csv", "tsv"],
+)  # fmt: skip
+def test_tables_have_a_header(tmp_path: Path, content: str, delimiter: str) -> None:
+    found = read(tmp_path, "\ufeff" + content)
+    assert found.of("a.mp4") == Annotation(("red, and\nblue",), split="train")
+    assert found.of("b.mp4") == Annotation()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"source": "a", "text": "b"}\n', "line 1 has the unknown field 'text'"),
+        ('{"source": "a"}\n\n{"caption": "b"}\n', "line 3 has None as source where the path"),
+        ('{"source": "a"}\n{"source": 3}\n', "line 2 has 3 as source"),
+        ('{"source": "a", "caption": ["b", 3]}\n', r"line 1 has \['b', 3\] as caption where a text or a list"),
+        ('{"source": "a", "caption": {"en": "b"}}\n', "as caption"),
+        ('{"source": "a", "caption": "\\ud83d"}\n', "as caption"),
+        ('{"source": "a", "label": 3}\n', "line 1 has 3 as label where a text belongs"),
+        ('{"source": "a", "split": "test"}\n', "line 1 has 'test' as split where train or validation belongs"),
+        ('{"source": "a", "split": ["train"]}\n', "as split"),
+        ('{"source": "a"}\n{"source": "b"\n', "line 2 is no readable JSON"),
+        ('{"source": "a"}\n["b"]\n', "line 2 is no JSON object"),
+        ('{"source": "a"}\n' + "[" * 100_000 + "\n", "line 2 is no readable JSON"),
+        ('{"source": "a"\n', "is no readable JSON .*line"),
+        ("source,text\na,b\n", "line 2 has the unknown field 'text'"),
+        ("source,caption\na,b,c\n", "line 2 is no row of the table .3 cells under a header of 2"),
+        ('source,caption\na,"b\nc,d\n', "line 3 is no row of the table"),
+        ("source,caption,caption\na,b,c\n", "line 1 is no row of the table .two columns have one name"),
+        ("source,caption\n,b\n", "line 2 has None as source"),
+        ("a.mp4 1\nb.mp4\n", "line 2 is 'b.mp4', unlike the lines before"),
+        ("a.mp4\nb.mp4 1\n", "line 2 is 'b.mp4 1', unlike the lines before"),
+        ("[1, 2]\n", r"begins with '\[1, 2\]', which is nothing that is understood: give UCF-101's"),
+        ("[" + "1, " * 100_000 + "1]", r"begins with '\[1, 1, "),
+        ("Read me first.\n", "begins with 'Read me first.'"),
+        ("", "begins with ''"),
+        (b"a.mp4\n\xff.mp4\n", "line 2 is no UTF-8"),
+        (b'{\n"videos": "\xff"}\n', "line 2 is no UTF-8"),
+        ("a,b\n".encode("utf-16"), "line 1 is no UTF-8"),
+    ],
+)
+def test_what_is_not_understood_is_named_with_its_line(tmp_path: Path, content: str | bytes, message: str) -> None:
+    with pytest.raises(InputError, match=f"{tmp_path}/0 .*{message}"):
+        read(tmp_path, content)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent\.txt cannot be read"):
+        read_annotations([tmp_path / "absent.txt"])
+
+
+def test_a_whole_name_counts_more_than_a_path_without_ending_and_that_more_than_a_stem(tmp_path: Path) -> None:
+    found = read(
+        tmp_path,
+        lines(
+            {"source": "a/x.mp4", "caption": "whole"},
+            {"source": "a/x.avi", "caption": "other ending"},
+            {"source": "b/x", "caption": "path"},
+            {"source": "c/y.mp4", "caption": "stem"},
+            {"source": "clip.1", "caption": "first"},
+            {"source": "clip.2", "caption": "second"},
+        ),
+    )
+    for name, caption in {
+        "a/x.mp4": "whole",
+        "a/x.avi": "other ending",
+        "b/x.webm": "path",
+        "elsewhere/y.MKV": "stem",
+        "clip.2.mp4": "second",
+    }.items():
+        assert found.of(name).captions == (caption,)
+    for name in ("a/x.mkv", "d/x.mp4", "clip.mp4", "z.mp4"):  # of several, or of none
+        assert found.of(name) == Annotation()
+
+
+def test_files_add_to_each_other_whatever_names_they_use(tmp_path: Path) -> None:
+    found = read(
+        tmp_path,
+        TRAIN,
+        lines({"source": "v_Archery_g08_c01", "caption": "an archer", "split": "train"}),
+        "source,caption\nArchery/v_Archery_g08_c01.avi,a bow\n",
+    )
+    assert found.of("Archery/v_Archery_g08_c01.avi") == Annotation(("an archer", "a bow"), "Archery", "train")
+
+
+def test_a_contradiction_between_files_names_both(tmp_path: Path) -> None:
+    name = "Archery/v_Archery_g08_c01.avi"
+    found = read(tmp_path, TEST, TRAIN, lines({"source": name, "split": "validation"}))
+    assert found.of("Archery/v_Archery_g01_c01.avi").split == "validation"
+    with pytest.raises(
+        InputError, match=f"/2 gives '{name}' the split 'validation', which is 'train' in .*/1: correct"
+    ):
+        found.of(name)
+
+
+def test_a_contradiction_within_a_file_names_its_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="/0 line 2 gives 'x' the label 'b', which is 'a' before: remove one"):
+        read(tmp_path, lines({"source": "x", "label": "a"}, {"source": "x", "label": "b"}))
+
+
+def test_no_files_say_nothing() -> None:
+    found = read_annotations([])
+    assert found.of("a.mp4") == Annotation()
