@@ -12,7 +12,7 @@ from tqdm import tqdm
 from gpdit_lightning.codecs import load_codec_from_spec
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.preparation.inspection import load_unchecked, overview, strays, verify, why, write_sheet
+from gpdit_lightning.preparation.inspection import overview, strays, verify, why, write_sheet
 from gpdit_lightning.preparation.prepare import available_device
 
 
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 def verified(folder: Path, workers: int | None) -> bool:
     """Print every fault, then a summary; returns whether there was none."""
-    manifest, faults = load_unchecked(folder), 0
+    manifest, faults = Manifest.load(folder, check_files=False), 0
     for fault in verify(manifest, workers):
         tqdm.write(fault)
         faults += 1

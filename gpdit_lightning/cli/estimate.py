@@ -117,7 +117,9 @@ def read_source(name: str, settings: Namespace, max_ranks: int, sizes: list[str]
         InputError: manifests without samples or with too short ones, a size that is no multiple of `multiple`, or a
             batch that cannot be cut into micro-batches.
     """
-    prepared = not sizes and all(Path(path, FILE_NAME).is_file() or Path(path).is_file() for path in settings.manifests)
+    prepared = not sizes and all(
+        "://" in path or Path(path, FILE_NAME).is_file() or Path(path).is_file() for path in settings.manifests
+    )
     samples: Counter[tuple[int, int, int]] = Counter()
     if prepared:
         for path in settings.manifests:

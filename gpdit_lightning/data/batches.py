@@ -6,15 +6,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from gpdit_lightning.data.manifest import Manifest, ShardEntry
+from gpdit_lightning.data.cache import ShardCache
+from gpdit_lightning.data.manifest import Folder, Manifest, ShardEntry
 from gpdit_lightning.data.order import generator
 from gpdit_lightning.data.plan import Plan
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
@@ -91,9 +91,13 @@ class Bucket:
     Args:
         shards: each with the manifest that lists it.
         lengths: the numbers of latent frames that samples are cut to.
+        cache: where copies of shards that lie elsewhere are kept.
     """
 
-    def __init__(self, shards: Sequence[tuple[Manifest, ShardEntry]], lengths: Sequence[int]) -> None:
+    def __init__(
+        self, shards: Sequence[tuple[Manifest, ShardEntry]], lengths: Sequence[int], cache: ShardCache | None = None
+    ) -> None:
+        self.cache = cache
         self.shards = [(manifest.directory, entry) for manifest, entry in shards]
         self.lengths = tuple(lengths)
         self.height, self.width = self.shards[0][1].shape[2:]
@@ -123,7 +127,7 @@ class Bucket:
             InputError: no sample of the shard is healthy.
         """
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        reader, first = _reader(*self.shards[shard]), sample - int(self.starts[shard])
+        reader, first = _reader(*self.shards[shard], self.cache), sample - int(self.starts[shard])
         damaged: list[str] = []
         for offset in range(len(reader)):
             number = (first + offset) % len(reader)
@@ -138,9 +142,9 @@ class Bucket:
 
 
 @lru_cache(maxsize=128)
-def _reader(directory: Path, entry: ShardEntry) -> ShardReader:
+def _reader(directory: Folder, entry: ShardEntry, cache: ShardCache | None) -> ShardReader:
     """A shard's reader; each keeps an index mapped, so a process has a limited number of them."""
-    return ShardReader(directory, entry)
+    return ShardReader(directory, entry, cache)
 
 
 @cache
@@ -161,6 +165,7 @@ class LatentDataset(Dataset[LatentBatch]):
         rank, world_size: the slice to take.
         noise_draws: K, noisy copies of every clip, the first with the noise and the levels that it has alone; an image
             stays single, since it has no clean stream that copies could share.
+        cache: where copies of shards that lie elsewhere are brought before they are needed.
 
     Raises:
         InputError: a number of ranks that does not divide the plan, or no noisy copies.
@@ -177,6 +182,7 @@ class LatentDataset(Dataset[LatentBatch]):
         rank: int = 0,
         world_size: int = 1,
         noise_draws: int = 1,
+        cache: ShardCache | None = None,
     ) -> None:
         if noise_draws < 1:
             raise InputError(f"data.noise_draws is {noise_draws}; it must be at least 1.")
@@ -190,8 +196,11 @@ class LatentDataset(Dataset[LatentBatch]):
         self.std = torch.tensor(std, dtype=torch.float32)[:, None, None]
         self.noise_levels, self.purpose = noise_levels, purpose
         self.rank, self.world_size, self.noise_draws = rank, world_size, noise_draws
+        self.cache = cache
+        self._coming: list[tuple[int, int, int]] = []
 
     def __getitem__(self, number: int) -> LatentBatch:
+        self._fetch_ahead(number)
         micro_batch = self.plan.micro_batch(number).share(self.rank, self.world_size)
         bucket = self.buckets[micro_batch.source][micro_batch.bucket]
         reads = [bucket.read(int(sample), micro_batch.frames) for sample in micro_batch.samples]
@@ -216,6 +225,17 @@ class LatentDataset(Dataset[LatentBatch]):
             keys=[str(read.metadata["key"]) for read in reads],
             damaged=list(dict.fromkeys(name for read in reads for name in read.damaged)),
         )
+
+    def _fetch_ahead(self, number: int) -> None:
+        """Let the shards come that the next micro-batches need; one process of each rank does for all."""
+        worker = get_worker_info()
+        if self.cache is None or (worker is not None and worker.id > 0):
+            return
+        coming = self.plan.shards_ahead(number)
+        if coming != self._coming:  # a bucket came to another window
+            self._coming = coming
+            shards = (self.buckets[source][bucket].shards[shard] for source, bucket, shard in coming)
+            self.cache.prefetch([file for shard in shards for file in ShardReader(*shard, self.cache).files])
 
 
 class NumbersFrom(Sampler[int]):

@@ -3,12 +3,14 @@
 import dataclasses
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NoiseLevels, NumbersFrom, TimedLoader
+from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.manifest import Kind, Manifest, Split
 from gpdit_lightning.data.order import TRAIN_NOISE, VALIDATION_NOISE
 from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
@@ -42,6 +44,7 @@ class SourceConfig:
 
 
 UNUSED = SourceConfig()
+LOCAL_CACHE = CacheConfig()
 KINDS: dict[str, Kind] = {"images": "image", "videos": "video", "sequences": "sequence"}
 
 
@@ -58,6 +61,7 @@ class LatentDataModule(LightningDataModule):
         noise_draws: noisy copies of every training clip that share its clean stream; images stay single.
         max_ranks: the most ranks this run may use; every divisor of it gives the same order.
         workers: loader processes per rank; 0 loads in the training process.
+        cache: where copies of shards are kept that lie elsewhere, as at s3://bucket/latents.
         validation_batches: batches (of the training size) per validation, from the held-out sources.
     """
 
@@ -72,6 +76,7 @@ class LatentDataModule(LightningDataModule):
         noise_draws: int = 1,
         max_ranks: int = 1,
         workers: int = 0,
+        cache: CacheConfig = LOCAL_CACHE,
         validation_batches: int = 4,
     ) -> None:
         super().__init__()
@@ -97,8 +102,11 @@ class LatentDataModule(LightningDataModule):
             name: [Manifest.load(path) for path in config.manifests] for name, config in self.configs.items()
         }
         self.codec = self._common_codec()
+        elsewhere = any(not isinstance(manifest.directory, Path) for manifest in self._all_manifests)
+        self.cache = cache.open() if elsewhere else None
         self.buckets = {split: self._buckets_of(split) for split in ("train", "validation")}
         self.plan = Plan(self._planned("train"), seed, context_dropout, max_ranks)
+        self._check_cache()
         held_out = self._planned("validation")
         self.validation_plan = Plan(held_out, seed, 0.0, max_ranks) if held_out else None
 
@@ -177,8 +185,25 @@ class LatentDataModule(LightningDataModule):
             order[f"data.{name}.manifests"] = [manifest.fingerprint()[:16] for manifest in self.manifests[name]]
         return order
 
+    @property
+    def _all_manifests(self) -> list[Manifest]:
+        return [manifest for manifests in self.manifests.values() for manifest in manifests]
+
+    def _check_cache(self) -> None:
+        """Refuse a cache that would fetch again and again what it has no room to keep."""
+        if self.cache is None:
+            return
+        sources = [self.buckets["train"][source.name] for source in self.plan.sources]
+        coming = [sources[source][bucket].shards[shard] for source, bucket, shard in self.plan.shards_ahead(0)]
+        needed = sum(entry.bytes for directory, entry in coming if not isinstance(directory, Path))
+        if needed > self.cache.limit:
+            raise InputError(
+                f"data.cache.gib is {self.cache.limit / 2**30:.3g}, but the shards that are read at a time and the "
+                f"next ones take {needed / 2**30:.3g}: raise it, or lower shuffle_window of the sources."
+            )
+
     def _common_codec(self) -> dict[str, Any]:
-        loaded = [manifest for manifests in self.manifests.values() for manifest in manifests]
+        loaded = self._all_manifests
         if not loaded:
             raise InputError(
                 "no source of data is in use: give data.images, data.videos or data.sequences the manifests of "
@@ -206,7 +231,7 @@ class LatentDataModule(LightningDataModule):
                         lengths = tuple(self._lengths(name, frames, manifest))
                         alike[lengths, height, width].append((manifest, entry))
             if alike:
-                found[name] = [Bucket(shards, lengths) for (lengths, _, _), shards in sorted(alike.items())]
+                found[name] = [Bucket(shards, lengths, self.cache) for (lengths, _, _), shards in sorted(alike.items())]
         return found
 
     def _lengths(self, name: str, available: int, manifest: Manifest) -> range:
@@ -259,6 +284,7 @@ class LatentDataModule(LightningDataModule):
             self.trainer.global_rank,
             self.trainer.world_size,
             noise_draws=self.noise_draws if split == "train" else 1,
+            cache=self.cache if split == "train" else None,
         )
         return TimedLoader(
             dataset,

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
+from upath import UPath
+
+from gpdit_lightning.data.cache import remote_blocks
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
 
@@ -15,6 +18,7 @@ FORMAT = "gpdit_lightning-shards-2"
 FILE_NAME = "manifest.json"
 SKIPPED_NAME = "skipped.jsonl"
 
+Folder = Path | UPath  # on this machine, or anywhere else that fsspec reads
 Split = Literal["train", "validation"]
 Kind = Literal["image", "video", "sequence"]  # a sequence: images, each encoded alone, stacked as frames
 
@@ -49,7 +53,7 @@ class ShardEntry:
 class Manifest:
     """The description of a folder of shards, saved as `manifest.json` inside it."""
 
-    directory: Path
+    directory: Folder
     """The folder that holds the shards; known from where the manifest lies, never written into it."""
     codec: dict[str, Any]
     """`Codec.spec()` of the codec that made the latents, with the constants that whiten them."""
@@ -64,7 +68,7 @@ class Manifest:
     """Sources, or parts of one, that could not be used; `skipped.jsonl` beside the manifest names each."""
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Folder:
         """The manifest's own file."""
         return self.directory / FILE_NAME
 
@@ -81,8 +85,11 @@ class Manifest:
         """Write `manifest.json` in `directory`, whole or not at all.
 
         Raises:
-            InputError: when the content breaks the schema, so that nothing is written that `load` would refuse.
+            InputError: when the content breaks the schema, so that nothing is written that `load` would refuse; or
+                when the folder is not on this machine.
         """
+        if not isinstance(self.path, Path):
+            raise InputError(f"{self.path} is not on this machine: prepare in a local folder and copy it there.")
         content = {"format": FORMAT} | {entry.name: getattr(self, entry.name) for entry in fields(self)[1:]}
         content["shards"] = [asdict(shard) for shard in self.shards]
         text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -91,18 +98,27 @@ class Manifest:
             temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> "Manifest":
-        """Read a manifest, given as its folder or as the file, and check that every shard is there at its full size.
+    def load(cls, path: str | Folder, check_files: bool = True) -> "Manifest":
+        """Read a manifest and check that every shard is there at its full size.
+
+        A folder may lie anywhere that fsspec reads, as in "s3://bucket/latents". Its shards are checked when they are
+        fetched, since asking for the size of each may take a request for each.
+
+        Args:
+            path: the folder, or a manifest in it.
+            check_files: look at the shards' files.
 
         Raises:
             InputError: for a missing or broken manifest, an unknown format, a missing field, a missing shard, or a
-                shard whose size is not the one that was written (cut off in a copy, or changed).
+                shard whose size is not the one that was written (cut off in a copy, or changed); for a folder
+                elsewhere also when it cannot be reached.
         """
-        path = Path(path)
-        if path.name != FILE_NAME:
-            path = path / FILE_NAME
+        path = _located(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_bytes() if isinstance(path, Path) else b"".join(remote_blocks(str(path)))
+            content = json.loads(text)
+        except InputError:
+            raise
         except FileNotFoundError:
             raise InputError(
                 f"{path} does not exist: give a folder made by data_prep/shard_latents.py, or for sequences by "
@@ -111,13 +127,14 @@ class Manifest:
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is no readable JSON ({error}): {PREPARE_AGAIN}.") from None
         manifest = _parse(content, path)
-        for shard in manifest.shards:
-            manifest._check_file(shard)
+        if isinstance(path, Path) and check_files:
+            for shard in manifest.shards:
+                manifest._check_file(shard, path.parent)
         return manifest
 
-    def _check_file(self, shard: ShardEntry) -> None:
-        path = self.directory / shard.path
-        for needed in (path, self.directory / shard.index):
+    def _check_file(self, shard: ShardEntry, directory: Path) -> None:
+        path = directory / shard.path
+        for needed in (path, directory / shard.index):
             if not needed.is_file():
                 raise InputError(f"{needed} is missing though {self.path} lists it: copy it again or {PREPARE_AGAIN}.")
         if (size := path.stat().st_size) != shard.bytes:
@@ -127,7 +144,17 @@ class Manifest:
             )
 
 
-def _parse(content: Any, path: Path) -> Manifest:
+def _located(path: str | Folder) -> Folder:
+    """The manifest's file, of a manifest given as its folder or as the file."""
+    try:
+        if isinstance(path, str):
+            path = UPath(path) if "://" in path else Path(path)
+        return path if path.suffix == ".json" else path / FILE_NAME
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} is no address of a folder ({error}): give one that fsspec knows.") from None
+
+
+def _parse(content: Any, path: Folder) -> Manifest:
     """JSON content as a `Manifest`; every departure from the schema is an `InputError` that names the field."""
     content = _typed(content, dict, path, "the whole file")
     if content.get("format") != FORMAT:
@@ -167,7 +194,7 @@ def _parse(content: Any, path: Path) -> Manifest:
     )
 
 
-def _parse_shard(entry: Any, path: Path, i: int) -> ShardEntry:
+def _parse_shard(entry: Any, path: Folder, i: int) -> ShardEntry:
     where = f"shards[{i}]"
     entry = _typed(entry, dict, path, where)
     _check_names(entry, [entry_field.name for entry_field in fields(ShardEntry)], path, where)
@@ -194,14 +221,14 @@ def _parse_shard(entry: Any, path: Path, i: int) -> ShardEntry:
     return ShardEntry(**entry | {"shape": tuple(shape)})
 
 
-def _typed(value: Any, expected: type, path: Path, where: str) -> Any:
+def _typed(value: Any, expected: type, path: Folder, where: str) -> Any:
     if not isinstance(value, expected):
         names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", int: "a number"}
         raise InputError(f"{path} has {value!r} as {where} where {names[expected]} belongs: {PREPARE_AGAIN}.")
     return value
 
 
-def _check_names(content: dict[str, Any], expected: Iterable[str], path: Path, where: str) -> None:
+def _check_names(content: dict[str, Any], expected: Iterable[str], path: Folder, where: str) -> None:
     expected = list(expected)
     for name in expected:
         if name not in content:

@@ -7,21 +7,25 @@ tars are plain WebDataset; the index is only there so that a sample can be reach
 import io
 import json
 import math
+import os
 import re
 import tarfile
 import zlib
-from collections import Counter
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from gpdit_lightning.data.manifest import PREPARE_AGAIN, Kind, ShardEntry, Split
+from gpdit_lightning.data.cache import RemoteFile, ShardCache
+from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Kind, ShardEntry, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import partial_path, publish, sha256_of, written_whole
 
+T = TypeVar("T")
 Shape = tuple[int, int, int, int]
 
 LATENT_ENDING = "latent.npy"
@@ -29,6 +33,7 @@ METADATA_ENDING = "json"
 # Columns of a byte index; behind them stands one crc32 for each latent frame, since a clip may be read in part.
 INDEX_COLUMNS = ("latent_offset", "json_offset", "json_size", "json_crc32")
 INFINITE = np.uint16(0x7C00)  # the exponent of float16 values that are not finite
+MOST_METADATA = 2**24  # bytes that are read of a sample's metadata, whatever a damaged index says
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -95,32 +100,42 @@ class ShardWriter:
         with written_whole(index_path(self.path)) as temporary, temporary.open("wb") as file:
             np.save(file, index_of(partial_path(self.path), self.shape), allow_pickle=False)
         publish(self.path)  # after its index: a shard that has its name is complete
-        return described(self.path, self.split, self.kind, self.shape)
+        return described(self.path, self.split, self.kind, self.shape, self.count)
 
     def abandon(self) -> None:
         """Leave nothing of the shard behind."""
-        self._tar.close()
-        self._file.close()
-        partial_path(self.path).unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk takes no end of a tar either
+            self._tar.close()
+            self._file.close()
+        for path in (partial_path(self.path), index_path(self.path)):
+            path.unlink(missing_ok=True)
 
 
 class ShardSetWriter:
     """Writes samples of several splits, kinds and shapes, one open shard for each, in shards of `shard_size` samples.
 
-    A context manager: an exception inside the block removes the unfinished shards.
+    A context manager: an exception inside the block removes the unfinished shards; complete ones stay.
 
     Args:
         directory: the manifest's folder.
         shard_size: most samples in one shard.
+        part: number of the part of the data that is written here, where several write into one folder.
+        complete: shards of this part that are there already: others take the numbers behind theirs.
     """
 
-    def __init__(self, directory: Path, shard_size: int = 1000) -> None:
+    def __init__(
+        self, directory: Path, shard_size: int = 1000, part: int | None = None, complete: Sequence[ShardEntry] = ()
+    ) -> None:
         if shard_size < 1:
             raise InputError(f"shard_size is {shard_size}: give at least 1 sample.")
         self.directory, self.shard_size = directory, shard_size
+        self._part = "" if part is None else f"-{part:05d}"
         self._open: dict[str, ShardWriter] = {}
-        self._begun: Counter[str] = Counter()
-        self._complete: list[ShardEntry] = []
+        self._complete = list(complete)
+        self._next: dict[str, int] = {}  # number of a bucket's next shard
+        for entry in complete:
+            bucket, number = _bucket(entry.split, entry.kind, entry.shape), int(Path(entry.path).stem[-5:])
+            self._next[bucket] = max(self._next.get(bucket, 0), number + 1)
 
     def __enter__(self) -> "ShardSetWriter":
         return self
@@ -131,28 +146,39 @@ class ShardSetWriter:
         for writer in self._open.values():
             writer.abandon()
 
+    def room(self, split: Split, kind: Kind, shape: Shape) -> int:
+        """Samples until the open shard of a split, kind and shape is full."""
+        writer = self._open.get(_bucket(split, kind, shape))
+        return self.shard_size - (writer.count if writer else 0)
+
     def write(self, split: Split, kind: Kind, latent: np.ndarray, metadata: dict[str, Any]) -> None:
         """Append one sample (F, C, h, w) to the shard of its split, kind and shape; raises as `ShardWriter.write`."""
         F, C, h, w = latent.shape
-        bucket = f"{split}-{kind}-{F}x{h}x{w}"
+        bucket = _bucket(split, kind, (F, C, h, w))
         if bucket not in self._open:
-            name = f"{bucket}-{self._begun[bucket]:05d}"
+            number = self._next.setdefault(bucket, 0)
+            name = f"{bucket}{self._part}-{number:05d}"
             self._open[bucket] = ShardWriter(self.directory, name, split, kind, (F, C, h, w))
-            self._begun[bucket] += 1
+            self._next[bucket] = number + 1
         writer = self._open[bucket]
         writer.write(f"{writer.name}-{writer.count:06d}", latent, metadata)
         if writer.count == self.shard_size:
-            self._complete.append(self._open.pop(bucket).close())
+            self._complete.append(writer.close())
+            del self._open[bucket]
 
     def close(self) -> tuple[ShardEntry, ...]:
         """Complete every shard; returns all of them, sorted by name."""
-        for bucket in list(self._open):
-            writer = self._open.pop(bucket)
+        for bucket, writer in list(self._open.items()):
             if writer.count:
                 self._complete.append(writer.close())
             else:  # its only sample was refused
                 writer.abandon()
+            del self._open[bucket]
         return tuple(sorted(self._complete, key=lambda entry: entry.path))
+
+
+def _bucket(split: Split, kind: Kind, shape: Shape) -> str:
+    return f"{split}-{kind}-{shape[0]}x{shape[2]}x{shape[3]}"
 
 
 class ShardReader:
@@ -161,19 +187,33 @@ class ShardReader:
     It holds no open file, only the mapped index, so it may be forked, pickled and kept by the hundred thousand.
 
     Args:
-        directory: the manifest's folder.
+        directory: the manifest's folder, on this machine or elsewhere.
         entry: the shard's entry in the manifest.
+        cache: where copies of shards that lie elsewhere are kept.
+
+    Raises:
+        InputError: the folder is not on this machine, and there is no cache.
     """
 
-    def __init__(self, directory: Path, entry: ShardEntry) -> None:
+    def __init__(self, directory: Folder, entry: ShardEntry, cache: ShardCache | None = None) -> None:
         self.path, self.index_path, self.entry = directory / entry.path, directory / entry.index, entry
+        self._tar = _source(self.path, entry.sha256, entry.bytes)
+        self._index_source = _source(self.index_path, entry.index_sha256)
+        self._cache = cache
         self._index: np.ndarray | None = None
+        if cache is None and self.files:
+            raise InputError(f"{self.path} is not on this machine: give data.cache.directory a folder for copies.")
 
     def __len__(self) -> int:
         return self.entry.count
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_index": None}  # a mapped array would travel as its full content
+
+    @property
+    def files(self) -> tuple[RemoteFile, ...]:
+        """What `ShardCache.prefetch` can bring before samples are read; nothing where the shard is on this machine."""
+        return tuple(source for source in (self._index_source, self._tar) if isinstance(source, RemoteFile))
 
     def read(self, number: int, frames: int | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """One sample.
@@ -188,7 +228,8 @@ class ShardReader:
 
         Raises:
             DamagedSampleError: when the sample is not what was written.
-            InputError: when the index is unusable, or `frames` is more than the shard has.
+            InputError: when the index is unusable, `frames` is more than the shard has, or a shard that lies elsewhere
+                cannot be fetched.
         """
         if not 0 <= number < self.entry.count:
             raise IndexError(f"sample {number} of {self.entry.count}")
@@ -196,18 +237,25 @@ class ShardReader:
             raise InputError(
                 f"{self.path} has {self.entry.shape[0]} latent frames and {frames} were asked for: ask for fewer."
             )
-        row = self.index[number]
-        latent_offset, json_offset, json_size, json_crc32 = (int(value) for value in row[: len(INDEX_COLUMNS)])
-        checksums = row[len(INDEX_COLUMNS) :][:frames]
+        try:
+            return self._read(number, frames)
+        except InputError:
+            if not self._dropped_damaged_copies():
+                raise
+        return self._read(number, frames)  # from new copies
+
+    def _read(self, number: int, frames: int | None) -> tuple[np.ndarray, dict[str, Any]]:
+        latent_offset, json_offset, json_size, json_crc32, *checksums = self.index[number].tolist()
+        checksums = checksums[:frames]
         header, shape = npy_header(self.entry.shape), (len(checksums), *self.entry.shape[1:])
         latent_size = len(header) + 2 * math.prod(shape)
         try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(latent_offset)
-                latent_bytes = file.read(latent_size)
-                file.seek(json_offset)
-                text = file.read(json_size)
-        except (OSError, ValueError) as error:  # ValueError: an offset below 0
+            with self._use(self._tar, _opened) as file:
+                latent_bytes = os.pread(file.fileno(), latent_size, latent_offset)
+                text = os.pread(file.fileno(), min(json_size, MOST_METADATA), json_offset)
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a size below 0
             raise self._damaged(number, str(error)) from None
         if len(latent_bytes) != latent_size:
             raise self._damaged(number, "the file ends before it does")
@@ -215,9 +263,9 @@ class ShardReader:
         if not latent_bytes.startswith(header):
             raise self._damaged(number, f"no float16 array {self.entry.shape} stands there")
         latent = np.frombuffer(latent_bytes, np.float16, offset=len(header)).reshape(shape)
-        if [zlib.crc32(frame.data) for frame in latent] != checksums.tolist() or zlib.crc32(text) != json_crc32:
+        if [zlib.crc32(frame.data) for frame in latent] != checksums or zlib.crc32(text) != json_crc32:
             raise self._damaged(number, "its checksum differs")
-        if (latent.view(np.uint16) & INFINITE == INFINITE).any():
+        if (latent.view(np.uint16) & INFINITE).max() == INFINITE:
             raise self._damaged(number, "it has values that are not finite")
         try:
             return latent, json.loads(text)
@@ -226,20 +274,29 @@ class ShardReader:
 
     @property
     def index(self) -> np.ndarray:
-        """The byte index, int64 (samples, 5), mapped from disk at first use; the columns are `INDEX_COLUMNS`."""
+        """The byte index, int64 (samples, 4 + F), mapped from disk at first use; see `INDEX_COLUMNS`."""
         if self._index is None:
+            shape = (self.entry.count, len(INDEX_COLUMNS) + self.entry.shape[0])
             try:
-                index = np.load(self.index_path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
+                self._index = self._use(self._index_source, partial(_mapped, shape=shape))
+            except InputError:
+                raise
+            except (OSError, ValueError) as error:
                 raise InputError(f"{self.index_path} is no readable index ({error}): {PREPARE_AGAIN}.") from None
-            expected = (self.entry.count, len(INDEX_COLUMNS) + self.entry.shape[0])
-            if index.dtype != np.int64 or index.shape != expected:
-                raise InputError(
-                    f"{self.index_path} holds {index.dtype} {index.shape} where int64 {expected} belongs: "
-                    f"{PREPARE_AGAIN}."
-                )
-            self._index = index
         return self._index
+
+    def _use(self, source: Path | RemoteFile, read: Callable[[Path], T]) -> T:
+        if isinstance(source, Path):
+            return read(source)
+        assert self._cache is not None
+        return self._cache.use(source, read)
+
+    def _dropped_damaged_copies(self) -> bool:
+        """Whether a copy in the cache is not what was written; then it is gone, to be fetched again."""
+        dropped = [self._cache is not None and self._cache.drop_if_damaged(file) for file in self.files]
+        if any(dropped):
+            self._index = None
+        return any(dropped)
 
     def _damaged(self, number: int, reason: str) -> DamagedSampleError:
         return DamagedSampleError(
@@ -247,12 +304,30 @@ class ShardReader:
         )
 
 
+def _source(path: Folder, sha256: str, size: int | None = None) -> Path | RemoteFile:
+    """Where a file is read from: itself if it is on this machine, else a copy."""
+    return path if isinstance(path, Path) else RemoteFile(str(path), sha256, size)
+
+
+def _opened(path: Path) -> io.FileIO:
+    return path.open("rb", buffering=0)
+
+
+def _mapped(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """The index at a path; a ValueError where it is another array, or none."""
+    header = npy_header(shape, "<i8")
+    with path.open("rb") as file:
+        if file.read(len(header)) != header:
+            raise ValueError(f"no int64 array {shape} stands there")
+    return np.memmap(path, np.int64, "r", len(header), shape)
+
+
 def index_path(shard: Path) -> Path:
     """Where the byte index of a shard lies."""
     return shard.with_suffix(".index.npy")
 
 
-def described(path: Path, split: Split, kind: Kind, shape: Shape) -> ShardEntry:
+def described(path: Path, split: Split, kind: Kind, shape: Shape, count: int) -> ShardEntry:
     """The entry of a complete shard for the manifest."""
     index = index_path(path)
     return ShardEntry(
@@ -261,7 +336,7 @@ def described(path: Path, split: Split, kind: Kind, shape: Shape) -> ShardEntry:
         split=split,
         kind=kind,
         shape=shape,
-        count=len(np.load(index, mmap_mode="r", allow_pickle=False)),
+        count=count,
         bytes=path.stat().st_size,
         sha256=sha256_of(path),
         index_sha256=sha256_of(index),
@@ -269,10 +344,10 @@ def described(path: Path, split: Split, kind: Kind, shape: Shape) -> ShardEntry:
 
 
 @lru_cache(maxsize=64)
-def npy_header(shape: Shape) -> bytes:
-    """What an `.npy` file of float16 values of this shape begins with."""
+def npy_header(shape: tuple[int, ...], values: str = "<f2") -> bytes:
+    """What an `.npy` file of such values (float16, or "<i8": int64) in this shape begins with."""
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(file, {"descr": values, "fortran_order": False, "shape": shape})
     return file.getvalue()
 
 
@@ -286,10 +361,13 @@ def index_of(path: Path, shape: Shape) -> np.ndarray:
     header, frame_size = npy_header(shape), 2 * math.prod(shape[1:])
     rows: dict[str, dict[str, list[int]]] = {}
     try:
+        size = path.stat().st_size
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             for member in tar:
                 key, _, ending = member.name.partition(".")
                 known = ending in (LATENT_ENDING, METADATA_ENDING) and KEY_PATTERN.fullmatch(key) and member.isreg()
+                if not 0 <= member.size <= size - member.offset_data:  # below 0, tarfile would go back, round for ever
+                    raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes, and the file ends before")
                 if not known or ending in rows.setdefault(key, {}):
                     raise InputError(
                         f"{path} holds {member.name!r}, which is no part of a shard of latents: do not use this file, "
@@ -304,8 +382,10 @@ def index_of(path: Path, shape: Shape) -> np.ndarray:
                     checksums = [zlib.crc32(content[start : start + frame_size]) for start in starts]
                     rows[key][ending] = [member.offset_data, *checksums]
         table = [[row[LATENT_ENDING][0], *row[METADATA_ENDING], *row[LATENT_ENDING][1:]] for row in rows.values()]
-    except (OSError, tarfile.TarError) as error:
-        raise InputError(f"{path} is no readable tar ({error}): copy it again or {PREPARE_AGAIN}.") from None
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"{path} has a sample without its {error}: copy it again or {PREPARE_AGAIN}.") from None
+    except Exception as error:  # tarfile has no error of its own for many kinds of damage
+        raise InputError(f"{path} is no readable tar ({error}): copy it again or {PREPARE_AGAIN}.") from None
     return np.array(table, dtype=np.int64).reshape(-1, len(INDEX_COLUMNS) + shape[0])

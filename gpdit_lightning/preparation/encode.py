@@ -160,9 +160,11 @@ def complete_shards(part: int, folder: Path, channels: int) -> tuple[list[ShardE
             continue
         split, kind, *sizes = name.groups()[:5]
         frames, height, width = map(int, sizes)
-        entry = described(path, split, kind, (frames, channels, height, width))  # type: ignore[arg-type]
+        shape = (frames, channels, height, width)
+        index = index_of(path, shape)
+        entry = described(path, split, kind, shape, len(index))  # type: ignore[arg-type]
         reader = ShardReader(folder, entry)
-        if not np.array_equal(index_of(path, entry.shape), reader.index):
+        if not np.array_equal(index, reader.index):
             raise InputError(f"{path} is not what was written: delete it and run the same command again.")
         for number in range(entry.count):
             _, metadata = reader.read(number)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from gpdit_lightning.data import batches as batches_module
 from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NumbersFrom
+from gpdit_lightning.data.cache import ShardCache
 from gpdit_lightning.data.manifest import Manifest, ShardEntry
 from gpdit_lightning.data.order import TRAIN_NOISE, VALIDATION_NOISE
 from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
@@ -288,8 +289,8 @@ def test_a_process_keeps_few_of_many_shards_open(
     made: list[str] = []
 
     class Counted(ShardReader):
-        def __init__(self, directory: Path, entry: ShardEntry) -> None:
-            super().__init__(directory, entry)
+        def __init__(self, directory: Path, entry: ShardEntry, cache: ShardCache | None) -> None:
+            super().__init__(directory, entry, cache)
             made.append(entry.path)
 
     monkeypatch.setattr(batches_module, "ShardReader", Counted)

@@ -1,3 +1,5 @@
+import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -10,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from gpdit_lightning.data.batches import LatentBatch
+from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
@@ -316,3 +319,45 @@ def test_other_data_and_other_sources_are_refused(tiny_shards: Path, tmp_path: P
         module(tiny_shards, videos=source(other, batch_size=2)).load_state_dict(state)
     with pytest.raises(InputError, match=r"data\.images\.batch_size = 4 and the recipe has none"):
         LatentDataModule(videos=source(tiny_shards, batch_size=2)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_that_lie_elsewhere_give_the_same_batches(tmp_path: Path, tiny_shards: Path, workers: int) -> None:
+    elsewhere = f"file://{tiny_shards}"
+    cache = CacheConfig(str(tmp_path / "cache"), gib=0.01)
+
+    def of(place: str, **settings: Any) -> LatentDataModule:
+        images, videos = SourceConfig([place], 4, micro_batches=2), SourceConfig([place], 2)
+        return at(LatentDataModule(images, videos, **settings))
+
+    remote = of(elsewhere, cache=cache, workers=workers)
+    assert contents(remote.train_dataloader(), 30) == contents(of(str(tiny_shards)).train_dataloader(), 30)
+    assert contents(remote.val_dataloader(), 12) == contents(of(str(tiny_shards)).val_dataloader(), 12)
+    assert remote.state_dict()["order"] == of(str(tiny_shards)).state_dict()["order"]
+    copies = [path for path in (tmp_path / "cache").glob("??/*") if not path.suffix]
+    assert len(copies) == len(list(tiny_shards.glob("*-*.*"))), "each tar and index once"
+
+
+def test_shards_come_before_they_are_needed(tmp_path: Path, write_shards: Shards) -> None:
+    """Those of the window that is read, and of the next one, and no others."""
+    folder = write_shards(tmp_path / "shards", {VIDEO: 100}).directory
+    cache = CacheConfig(str(tmp_path / "cache"), gib=0.01)
+    videos = SourceConfig([f"file://{folder}"], batch_size=2, shuffle_window=25)
+    batches = iter(at(LatentDataModule(videos=videos, cache=cache)).train_dataloader())
+    next(batches)
+    copies = 0
+    for _ in range(200):  # up to ten seconds
+        copies = len([path for path in (tmp_path / "cache").glob("??/*") if not path.suffix])
+        if copies == 2 * 2 * 5:
+            break
+        time.sleep(0.05)
+    assert copies == 2 * 2 * 5, "tars and indices of two windows of five shards"
+
+
+def test_a_cache_that_is_too_small_is_refused_and_none_is_made_without_need(tmp_path: Path, tiny_shards: Path) -> None:
+    cache = CacheConfig(str(tmp_path / "cache"), gib=1e-5)
+    with pytest.raises(InputError, match=r"data\.cache\.gib is 1e-05, but the shards .* take \S+: raise it"):
+        LatentDataModule(videos=SourceConfig([f"file://{tiny_shards}"], 2), cache=cache)
+    shutil.rmtree(tmp_path / "cache")
+    LatentDataModule(videos=SourceConfig([str(tiny_shards)], 2), cache=cache)
+    assert not (tmp_path / "cache").exists()

@@ -1,10 +1,13 @@
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+from upath import UPath
 
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shards import ShardSetWriter
@@ -132,3 +135,45 @@ def test_nothing_is_saved_that_would_not_load(manifest: Manifest) -> None:
     with pytest.raises(InputError, match="split"):
         replace(manifest, shards=(replace(manifest.shards[0], split="test"),)).save()  # type: ignore[arg-type]
     assert manifest.path.read_text() == before
+
+
+@pytest.fixture
+def elsewhere(manifest: Manifest) -> str:
+    """The address of a copy of the folder without its shards, which are not asked for until they are read."""
+    fsspec.filesystem("memory").pipe("/elsewhere/latents/manifest.json", manifest.path.read_bytes())
+    return "memory://elsewhere/latents"
+
+
+def test_a_folder_elsewhere_is_loaded_by_its_address(manifest: Manifest, elsewhere: str) -> None:
+    for address in (elsewhere, f"{elsewhere}/", f"{elsewhere}/manifest.json", UPath(elsewhere)):
+        loaded = Manifest.load(address)
+        assert loaded.directory == UPath(elsewhere)
+        assert str(loaded.path) == f"{elsewhere}/manifest.json"
+        assert replace(loaded, directory=manifest.directory) == manifest
+    assert Manifest.load(f"file://{manifest.directory}").shards == manifest.shards
+
+
+def test_what_is_wrong_with_a_folder_elsewhere_is_named(manifest: Manifest, elsewhere: str) -> None:
+    fsspec.filesystem("memory").pipe("/elsewhere/cut/manifest.json", manifest.path.read_bytes()[:100])
+    fsspec.filesystem("memory").pipe("/elsewhere/old/manifest.json", b'{"format": "x"}')
+    for address, message in {
+        "memory://elsewhere/nowhere": r"memory://elsewhere/nowhere/manifest\.json does not exist: look at the address",
+        "memory://elsewhere/cut": r"memory://elsewhere/cut/manifest\.json is no readable JSON \(.*\): prepare",
+        "memory://elsewhere/old": r"memory://elsewhere/old/manifest\.json has format 'x'",
+        "http://127.0.0.1:9/latents": r"http://127\.0\.0\.1:9/latents/manifest\.json cannot be read \(ClientConnector",
+        "nowhere://latents": r"nowhere://latents is no address of a folder \(.*\): give one that fsspec knows",
+        "simplecache::http://latents": r"simplecache::http://latents is no address of a folder",
+    }.items():
+        with pytest.raises(InputError, match=f"^{message}"):
+            Manifest.load(address)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed")
+def test_a_protocol_that_needs_another_package_names_it() -> None:
+    with pytest.raises(InputError, match=r"^s3://bucket/latents/manifest\.json needs a package .*s3fs.*: install it"):
+        Manifest.load("s3://bucket/latents")
+
+
+def test_nothing_is_saved_elsewhere(elsewhere: str) -> None:
+    with pytest.raises(InputError, match=r"manifest\.json is not on this machine: prepare in a local folder"):
+        Manifest.load(elsewhere).save()

@@ -25,7 +25,7 @@ from gpdit_lightning.data.shards import ShardSetWriter, described, index_path
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.preparation import FewShotOptions, PrepareOptions, prepare, prepare_sequences
-from gpdit_lightning.preparation.inspection import load_unchecked, overview, strays, verify, why, write_sheet
+from gpdit_lightning.preparation.inspection import overview, strays, verify, why, write_sheet
 from gpdit_lightning.preparation.inspection.samples import spread
 from gpdit_lightning.preparation.inspection.sheet import chosen
 from gpdit_lightning.preparation.inspection.statistics import Moments
@@ -121,7 +121,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
 
 
 def faults(folder: Path) -> list[str]:
-    return list(verify(load_unchecked(folder), workers=1))
+    return list(verify(Manifest.load(folder, check_files=False), workers=1))
 
 
 def lines(manifest: Manifest, file: str | Path) -> dict[str, str]:
@@ -366,19 +366,21 @@ def test_a_manifest_that_fits_its_files_does_not_hide_what_is_wrong_in_them(copy
     for path in (entry.path, entry.index):
         (copy / path).rename(copy / path.replace("-00000.", "-00007."))
     renamed = copy / f"{BUCKET[:-1]}7.tar"
-    replace(manifest, shards=(described(renamed, entry.split, entry.kind, entry.shape),)).save()
+    replace(manifest, shards=(described(renamed, entry.split, entry.kind, entry.shape, entry.count),)).save()
     assert f"has the key '{BUCKET}-000000' where '{renamed.stem}-000000' belongs" in faults(copy)[0]
 
     renamed.rename(copy / entry.path)
     index = np.load(copy / f"{renamed.stem}.index.npy")
     index[[0, 1]] = index[[1, 0]]
     np.save(index_path(copy / entry.path), index)
-    replace(manifest, shards=(described(copy / entry.path, entry.split, entry.kind, entry.shape),)).save()
+    replace(manifest, shards=(described(copy / entry.path, entry.split, entry.kind, entry.shape, entry.count),)).save()
     assert f"Sample 0 of {copy / entry.path} has the key '{BUCKET}-000001'" in faults(copy)[0]
 
     index[[0, 1]] = index[[1, 0]]
     np.save(index_path(copy / entry.path), index[:-1])
-    replace(manifest, shards=(described(copy / entry.path, entry.split, entry.kind, entry.shape),)).save()
+    replace(
+        manifest, shards=(described(copy / entry.path, entry.split, entry.kind, entry.shape, entry.count - 1),)
+    ).save()
     assert f"{entry.path} holds other samples than {copy / entry.index} says" in faults(copy)[0]
 
 

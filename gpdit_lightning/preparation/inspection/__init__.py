@@ -2,7 +2,7 @@
 
 from gpdit_lightning.preparation.inspection.overview import overview
 from gpdit_lightning.preparation.inspection.sheet import write_sheet
-from gpdit_lightning.preparation.inspection.verification import load_unchecked, strays, verify
+from gpdit_lightning.preparation.inspection.verification import strays, verify
 from gpdit_lightning.preparation.inspection.why import why
 
-__all__ = ["load_unchecked", "overview", "strays", "verify", "why", "write_sheet"]
+__all__ = ["overview", "strays", "verify", "why", "write_sheet"]

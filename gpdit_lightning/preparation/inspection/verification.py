@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,19 +21,6 @@ from gpdit_lightning.preparation.records import FOLDER_NAME, Records
 
 CURE = f"copy it again or {PREPARE_AGAIN}."
 NAMED = 10  # damaged samples of a shard that are named one by one
-
-
-def load_unchecked(path: Path) -> Manifest:
-    """The manifest of a folder, given as the folder or the file, whatever became of its shards.
-
-    Raises:
-        InputError: for a missing or broken manifest.
-    """
-    file = path if path.name == FILE_NAME else path / FILE_NAME
-    if not file.is_file():
-        return Manifest.load(file)  # says what is missing
-    # Read as if it lay elsewhere: for a folder on this machine `load` ends at the first shard that is missing.
-    return replace(Manifest.load(f"file://{file.absolute()}"), directory=file.parent)
 
 
 def verify(manifest: Manifest, workers: int | None = None) -> Iterator[str]:
@@ -78,8 +64,6 @@ def faults_of(directory: Path, entry: ShardEntry) -> list[str]:
         tar_index = index_of(path, entry.shape)
     except InputError as error:
         faults.append(str(error))
-    except Exception as error:  # tarfile has no error of its own for many kinds of damage
-        faults.append(f"{path} is no readable tar ({error!r}): {CURE}")
     if faults_of_index:  # which may lead anywhere
         return faults
     reader = ShardReader(directory, entry)
