@@ -3,9 +3,11 @@
 import dataclasses
 import logging
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -101,10 +103,10 @@ class Bucket:
         self.shards = [(manifest.directory, entry) for manifest, entry in shards]
         self.lengths = tuple(lengths)
         self.height, self.width = self.shards[0][1].shape[2:]
-        self.starts = np.cumsum([0, *self.counts])
+        self.starts = [0, *accumulate(self.counts)]
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self.starts[-1]
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -126,8 +128,8 @@ class Bucket:
         Raises:
             InputError: no sample of the shard is healthy.
         """
-        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        reader, first = _reader(*self.shards[shard], self.cache), sample - int(self.starts[shard])
+        shard = bisect_right(self.starts, sample) - 1
+        reader, first = _reader(*self.shards[shard], self.cache), sample - self.starts[shard]
         damaged: list[str] = []
         for offset in range(len(reader)):
             number = (first + offset) % len(reader)
@@ -143,7 +145,7 @@ class Bucket:
 
 @lru_cache(maxsize=128)
 def _reader(directory: Folder, entry: ShardEntry, cache: ShardCache | None) -> ShardReader:
-    """A shard's reader; each keeps an index mapped, so a process has a limited number of them."""
+    """A shard's reader; each keeps two files open, so a process has a limited number of them."""
     return ShardReader(directory, entry, cache)
 
 

@@ -10,15 +10,15 @@ import math
 import os
 import re
 import tarfile
-import zlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from gpdit_lightning.data.cache import RemoteFile, ShardCache
 from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Kind, ShardEntry, Split
@@ -30,8 +30,8 @@ Shape = tuple[int, int, int, int]
 
 LATENT_ENDING = "latent.npy"
 METADATA_ENDING = "json"
-# Columns of a byte index; behind them stands one crc32 for each latent frame, since a clip may be read in part.
-INDEX_COLUMNS = ("latent_offset", "json_offset", "json_size", "json_crc32")
+# Columns of a byte index; behind them stands a checksum for each latent frame, since a clip may be read in part.
+INDEX_COLUMNS = ("latent_offset", "json_offset", "json_size", "json_checksum")
 INFINITE = np.uint16(0x7C00)  # the exponent of float16 values that are not finite
 MOST_METADATA = 2**24  # bytes that are read of a sample's metadata, whatever a damaged index says
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
@@ -184,7 +184,7 @@ def _bucket(split: Split, kind: Kind, shape: Shape) -> str:
 class ShardReader:
     """Reads the samples of one shard by number.
 
-    It holds no open file, only the mapped index, so it may be forked, pickled and kept by the hundred thousand.
+    It opens its files at the first sample. It may be forked and pickled.
 
     Args:
         directory: the manifest's folder, on this machine or elsewhere.
@@ -200,6 +200,7 @@ class ShardReader:
         self._tar = _source(self.path, entry.sha256, entry.bytes)
         self._index_source = _source(self.index_path, entry.index_sha256)
         self._cache = cache
+        self._file: io.FileIO | None = None
         self._index: np.ndarray | None = None
         if cache is None and self.files:
             raise InputError(f"{self.path} is not on this machine: give data.cache.directory a folder for copies.")
@@ -208,7 +209,8 @@ class ShardReader:
         return self.entry.count
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_index": None}  # a mapped array would travel as its full content
+        # A mapped array would travel as its full content, an open file not at all.
+        return self.__dict__ | {"_file": None, "_index": None}
 
     @property
     def files(self) -> tuple[RemoteFile, ...]:
@@ -245,12 +247,13 @@ class ShardReader:
         return self._read(number, frames)  # from new copies
 
     def _read(self, number: int, frames: int | None) -> tuple[np.ndarray, dict[str, Any]]:
-        latent_offset, json_offset, json_size, json_crc32, *checksums = self.index[number].tolist()
+        latent_offset, json_offset, json_size, json_checksum, *checksums = self.index[number].tolist()
         checksums = checksums[:frames]
         header, shape = npy_header(self.entry.shape), (len(checksums), *self.entry.shape[1:])
         latent_size = len(header) + 2 * math.prod(shape)
         try:
-            with self._use(self._tar, _opened) as file:
+            with self._opened() as file:
+                # No seeking: a forked process shares the position in the file.
                 latent_bytes = os.pread(file.fileno(), latent_size, latent_offset)
                 text = os.pread(file.fileno(), min(json_size, MOST_METADATA), json_offset)
         except InputError:
@@ -263,12 +266,12 @@ class ShardReader:
         if not latent_bytes.startswith(header):
             raise self._damaged(number, f"no float16 array {self.entry.shape} stands there")
         latent = np.frombuffer(latent_bytes, np.float16, offset=len(header)).reshape(shape)
-        if [zlib.crc32(frame.data) for frame in latent] != checksums or zlib.crc32(text) != json_crc32:
+        if [checksum(frame.data) for frame in latent] != checksums or checksum(text) != json_checksum:
             raise self._damaged(number, "its checksum differs")
         if (latent.view(np.uint16) & INFINITE).max() == INFINITE:
             raise self._damaged(number, "it has values that are not finite")
         try:
-            return latent, json.loads(text)
+            return latent, json.loads(text.decode())
         except ValueError as error:
             raise self._damaged(number, str(error)) from None
 
@@ -284,6 +287,13 @@ class ShardReader:
             except (OSError, ValueError) as error:
                 raise InputError(f"{self.index_path} is no readable index ({error}): {PREPARE_AGAIN}.") from None
         return self._index
+
+    def _opened(self) -> AbstractContextManager[io.FileIO]:
+        """The shard; one on this machine stays open, while the cache must learn of every use of a copy."""
+        if isinstance(self._tar, RemoteFile):
+            return self._use(self._tar, _open)
+        self._file = self._file or _open(self._tar)
+        return nullcontext(self._file)
 
     def _use(self, source: Path | RemoteFile, read: Callable[[Path], T]) -> T:
         if isinstance(source, Path):
@@ -309,7 +319,7 @@ def _source(path: Folder, sha256: str, size: int | None = None) -> Path | Remote
     return path if isinstance(path, Path) else RemoteFile(str(path), sha256, size)
 
 
-def _opened(path: Path) -> io.FileIO:
+def _open(path: Path) -> io.FileIO:
     return path.open("rb", buffering=0)
 
 
@@ -320,6 +330,11 @@ def _mapped(path: Path, shape: tuple[int, int]) -> np.ndarray:
         if file.read(len(header)) != header:
             raise ValueError(f"no int64 array {shape} stands there")
     return np.memmap(path, np.int64, "r", len(header), shape)
+
+
+def checksum(content: bytes | memoryview) -> int:
+    """63 bits that change with the content: as many as an index, of signed numbers, has room for."""
+    return xxh3_64_intdigest(content) >> 1
 
 
 def index_path(shard: Path) -> Path:
@@ -376,10 +391,10 @@ def index_of(path: Path, shape: Shape) -> np.ndarray:
                 file.seek(member.offset_data)
                 content = file.read(member.size)
                 if ending == METADATA_ENDING:
-                    rows[key][ending] = [member.offset_data, member.size, zlib.crc32(content)]
+                    rows[key][ending] = [member.offset_data, member.size, checksum(content)]
                 else:
                     starts = range(len(header), len(header) + shape[0] * frame_size, frame_size)
-                    checksums = [zlib.crc32(content[start : start + frame_size]) for start in starts]
+                    checksums = [checksum(content[start : start + frame_size]) for start in starts]
                     rows[key][ending] = [member.offset_data, *checksums]
         table = [[row[LATENT_ENDING][0], *row[METADATA_ENDING], *row[LATENT_ENDING][1:]] for row in rows.values()]
     except InputError:

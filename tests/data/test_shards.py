@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import pickle
 import tarfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import webdataset
 
 from gpdit_lightning.data.manifest import ShardEntry
-from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, ShardSetWriter, ShardWriter, index_of
+from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, ShardSetWriter, ShardWriter, checksum, index_of
 from gpdit_lightning.errors import InputError
 
 SHAPE = (3, 4, 2, 5)
@@ -172,7 +171,7 @@ def test_a_cut_or_missing_tar_damages_what_is_gone(tmp_path: Path) -> None:
         reader.read(3)
     path.unlink()
     with pytest.raises(DamagedSampleError, match="No such file"):
-        reader.read(1)
+        ShardReader(tmp_path, entry).read(1)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +193,8 @@ def test_latents_of_the_wrong_sort_are_refused(tmp_path: Path, values: np.ndarra
     entry = write(tmp_path, count=1)
     (tmp_path / entry.path).write_bytes(content + b"{}")
     size = math.prod(SHAPE[1:]) * 2
-    checksums = [zlib.crc32(content[start : start + size]) for start in range(128, 128 + 3 * size, size)]
-    np.save(tmp_path / entry.index, np.array([[0, len(content), 2, zlib.crc32(b"{}"), *checksums]]))
+    checksums = [checksum(content[start : start + size]) for start in range(128, 128 + 3 * size, size)]
+    np.save(tmp_path / entry.index, np.array([[0, len(content), 2, checksum(b"{}"), *checksums]]))
     with pytest.raises(DamagedSampleError, match=message):
         ShardReader(tmp_path, entry).read(0)
 
