@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
             codec_source=source,
             video_sizes=[given.size],
             batch_size=given.batch_size,
+            validation_fraction=0,  # so that batches are those of the codec alone
             workers=given.workers,
         )
         device = available_device("auto")

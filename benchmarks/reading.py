@@ -99,15 +99,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         plan = Plan((PlannedSource("videos", (planned,), given.batch_size),))
         mean, std = manifest.codec["mean"], manifest.codec["std"]
         dataset = LatentDataset(plan, [[bucket]], mean, std, "frame", TRAIN_NOISE)
-        numbers, others = count(), count()
+        whole_batches = given.clips // given.batch_size
+        order = np.concatenate([plan.micro_batch(number).samples for number in range(whole_batches)]).tolist()
+        numbers = count()
 
         def samples() -> int:
-            for sample in plan.micro_batch(next(numbers)).samples:
-                bucket.read(int(sample))
-            return given.batch_size * CLIP_BYTES
+            for sample in order:
+                bucket.read(sample)
+            return len(order) * CLIP_BYTES
 
         def batches() -> int:
-            dataset[next(others)]
+            dataset[next(numbers)]
             return given.batch_size * CLIP_BYTES
 
         threads = torch.get_num_threads()

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,11 +165,20 @@ class LatentDataModule(LightningDataModule):
             if order.get(name) != saved.get(name)
         ]
         if changes:
+            kept = "".join(f" (the data before they were extended are {path})" for path in self._kept_manifests(saved))
             raise InputError(
                 f"the checkpoint was trained with {'; with '.join(changes)}; so its data order cannot go on: restore "
-                "the old values, or begin a new run folder from its weights (--run_dir NEW "
+                f"the old values{kept}, or begin a new run folder from its weights (--run_dir NEW "
                 "--model.init_args.initial_weights OLD_RUN_DIR)."
             )
+
+    def _kept_manifests(self, saved: dict[str, Any]) -> Iterator[Path]:
+        """The manifests of a checkpoint's data that preparation kept when it extended them."""
+        for name, manifests in self.manifests.items():
+            for manifest, fingerprint in zip(manifests, saved.get(f"data.{name}.manifests", ()), strict=False):
+                path = manifest.directory / f"manifest-{fingerprint}.json"
+                if isinstance(path, Path) and path.exists():
+                    yield path
 
     def _order(self) -> dict[str, Any]:
         order: dict[str, Any] = {

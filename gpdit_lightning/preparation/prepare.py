@@ -58,7 +58,13 @@ def prepare(options: PrepareOptions) -> Manifest | None:
         shots.check_available()
     records = Records(options.out)
     try:
-        return _prepare(options, records, _found(options, records))
+        found = _found(options, records)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename} cannot be read ({error.strerror}): look at your right to read it."
+        ) from None
+    try:
+        return _prepare(options, records, found)
     except OSError as error:
         if error.errno in NO_ROOM:
             raise InputError(

@@ -321,6 +321,19 @@ def test_other_data_and_other_sources_are_refused(tiny_shards: Path, tmp_path: P
         LatentDataModule(videos=source(tiny_shards, batch_size=2)).load_state_dict(state)
 
 
+def test_data_that_were_extended_are_refused_with_the_manifest_to_go_on_with(
+    tmp_path: Path, write_shards: Shards
+) -> None:
+    folder = write_shards(tmp_path, {VIDEO: 3}).directory
+    before = Manifest.load(folder)
+    state = LatentDataModule(videos=source(folder)).state_dict()
+    kept = before.path.rename(folder / f"manifest-{before.fingerprint()[:16]}.json")
+    write_shards(tmp_path, {VIDEO: 3, ("train", "video", (3, 4, 4)): 2})
+    with pytest.raises(InputError, match=rf"restore the old values \(the data before they were extended are {kept}\)"):
+        LatentDataModule(videos=source(folder)).load_state_dict(state)
+    LatentDataModule(videos=source(kept)).load_state_dict(state)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_that_lie_elsewhere_give_the_same_batches(tmp_path: Path, tiny_shards: Path, workers: int) -> None:
     elsewhere = f"file://{tiny_shards}"
