@@ -101,7 +101,7 @@ def film(tmp_path: Path) -> Path:
 
 
 def items(path: Path, **settings: Any) -> list[Any]:
-    source = Source(path, path.name, "video", "train", path.stat().st_size, ("a film",), "cinema")
+    source = Source(path, path.name, "video", "train", path.stat().st_size, captions=("a film",), label="cinema")
     return list(read([source], options(video_sizes=["48x64"], **settings), FACTOR, 0, set()))
 
 

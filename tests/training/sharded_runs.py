@@ -40,7 +40,9 @@ class Stage(GPDiTStage):
             latent_channels=latent_channels,
             activation_checkpointing=run.get("recompute", False),
         )
-        super().__init__(config, optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.1))
+        # A large epsilon: Adam divides by the gradient's size, and would make a step of what is rounding alone.
+        optimizer = OptimizerConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.1, eps=1e-5)
+        super().__init__(config, optimizer=optimizer)
         self.run = run
 
     def configure_optimizers(self) -> Any:

@@ -118,7 +118,7 @@ def saved(folder: Path, name: str, step: int = 4) -> dict[str, Any]:
 
 
 def assert_as_one_process(found: Path, one: Path, name: str) -> None:
-    """Sums in another order leave rounding alone; Adam enlarges it where a gradient is next to nothing."""
+    """Sums in another order leave rounding alone."""
     mine, other = seen(found, name), seen(one, name)
     assert mine.pop("dtypes") == [["torch.float32"], ["torch.float32"], "torch.float32"]
     mine.pop("gradients", None)
