@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.data.manifest import Kind, Manifest, Split
-from gpdit_lightning.data.shards import ShardSetWriter
+from gpdit_lightning.data.shard_writer import ShardSetWriter
 
 # Two OpenMP threads that wait for each other make small tests slower by an order of magnitude on a busy machine.
 torch.set_num_threads(1)

@@ -72,10 +72,15 @@ class PcaCodec(Codec):
         return self
 
     def _encode(self, values: Tensor) -> Tensor:
-        values = values - self._centre
-        first = blocks_of(values[:, :1], 1) @ self.weights["first_components"].T * FIRST_FRAME_GAIN
-        later = blocks_of(values[:, 1:], GROUP) @ self.weights["later_components"].T
-        return torch.cat([first, later], dim=1).permute(0, 1, 4, 2, 3).contiguous()
+        # On a CPU in float64: what is left after rounding depends neither on the number of threads nor on the batch.
+        precision = torch.float64 if self.device.type == "cpu" else torch.float32
+        values = (values - self._centre).to(precision)
+        first_components, later_components = (
+            self.weights[name].to(precision) for name in ("first_components", "later_components")
+        )
+        first = blocks_of(values[:, :1], 1) @ first_components.T * FIRST_FRAME_GAIN
+        later = blocks_of(values[:, 1:], GROUP) @ later_components.T
+        return torch.cat([first, later], dim=1).permute(0, 1, 4, 2, 3).float().contiguous()
 
     def _decode(self, latents: Tensor) -> Tensor:
         latents = latents.permute(0, 1, 3, 4, 2)

@@ -25,9 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from fsspec import AbstractFileSystem
-from upath import UPath
-
+from gpdit_lightning.data.remote import FailedDownloadError, RemoteFile, remote_blocks
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import flush, held_by_one_process, sha256_of
 
@@ -36,7 +34,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PARTIAL = ".partial"
-BLOCK = 2**22  # most bytes read from a remote file at a time
 PAUSES = (1.0, 4.0)  # seconds before the second and the third attempt at a download
 POLL = 0.05  # seconds between two looks at what others do
 FRESH = 10.0  # seconds within which a copy's last use is not noted again
@@ -44,18 +41,6 @@ ABANDONED = 60.0  # seconds without a write after which a partial file has no wr
 THREADS = 2  # that download ahead of use, in each process
 OPENINGS = 10  # times a copy is fetched that others evict before it is opened
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file somewhere else, and what its copy must be."""
-
-    url: str
-    """Any address that fsspec reads."""
-    sha256: str
-    """Of its bytes, in hexadecimal digits."""
-    bytes: int | None = None
-    """Its size; where that is not known, room is made for the file only once it is here."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +55,6 @@ class CacheConfig:
     def open(self) -> "ShardCache":
         """The cache; raises as `ShardCache`."""
         return ShardCache(Path(self.directory).expanduser(), self.gib)
-
-
-class FailedDownloadError(InputError):
-    """A remote file could not be read, or was not what it should be; another attempt may go well."""
 
 
 class ShardCache:
@@ -316,52 +297,6 @@ class _Prefetcher:
                 return self._waiting.pop(next(iter(self._waiting)))
             self._threads -= 1
             return None
-
-
-def remote_blocks(url: str) -> Iterator[bytes]:
-    """The content of a remote file, block by block.
-
-    Args:
-        url: any address that fsspec reads.
-
-    Raises:
-        FailedDownloadError: it cannot be read, for whatever reason.
-        InputError: the package for its protocol is not installed.
-    """
-    try:
-        # From the text, not from a path that was used before: a filesystem of the parent is of no use after a fork.
-        path = UPath(url, **HTTP_OPTIONS) if url.startswith(("http://", "https://")) else UPath(url)
-        _filesystems.add(path.fs)
-        with path.open("rb") as file:
-            while block := file.read(BLOCK):
-                yield block
-    except ImportError as error:
-        raise InputError(f"{url} needs a package that is not installed ({error}): install it with pip.") from None
-    except Exception as error:  # each protocol has its own
-        # Over HTTP, fsspec says "not found" of everything that goes wrong, and keeps the reason as the cause.
-        reason = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-        if isinstance(reason, FileNotFoundError) or getattr(reason, "status", None) == 404:
-            raise FailedDownloadError(f"{url} does not exist: look at the address, or copy the file there.") from None
-        raise FailedDownloadError(
-            f"{url} cannot be read ({type(reason).__name__}: {reason}): look at the address, the network and your "
-            "rights of access."
-        ) from None
-
-
-# They live as long as the process. Were one that the parent used freed in a forked child, it would close the parent's
-# connections in the event loop that the two share, and the parent would wait for their bytes forever.
-_filesystems: set[AbstractFileSystem] = set()
-
-
-async def _patient_client(**settings: Any) -> Any:
-    """An HTTP client with a limit on silence, not on a download, which aiohttp breaks off after five minutes."""
-    from aiohttp import ClientSession, ClientTimeout  # comes with fsspec[http]; only this protocol needs it
-
-    return ClientSession(**{"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)} | settings)
-
-
-# One request for the whole file (a block size of 0), as not every server knows ranges.
-HTTP_OPTIONS: dict[str, Any] = {"block_size": 0, "get_client": _patient_client}
 
 
 def _used(path: Path) -> bool:

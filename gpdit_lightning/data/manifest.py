@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from upath import UPath
 
-from gpdit_lightning.data.cache import remote_blocks
+from gpdit_lightning.data.remote import remote_blocks
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
 

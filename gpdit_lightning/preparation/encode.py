@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
-from gpdit_lightning.data.shards import Shape, ShardReader, ShardSetWriter, described, index_of
+from gpdit_lightning.data.shard_writer import ShardSetWriter
+from gpdit_lightning.data.shards import Shape, ShardReader, described, index_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation.clips import Clip, Done, End, Identity, Skipped, identity_of, read
 from gpdit_lightning.preparation.options import PrepareOptions

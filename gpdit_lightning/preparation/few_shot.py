@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
-from gpdit_lightning.data.shards import ShardSetWriter
+from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import IMAGE_ENDINGS, parse_size, read_image, resize_and_crop
 from gpdit_lightning.preparation.prepare import available_device

@@ -30,8 +30,9 @@ from fsspec.implementations.http import HTTPFileSystem
 from upath import UPath
 
 from gpdit_lightning.data import cache as cache_module
-from gpdit_lightning.data.cache import CacheConfig, RemoteFile, ShardCache
+from gpdit_lightning.data.cache import CacheConfig, ShardCache
 from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.remote import RemoteFile
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import held_by_one_process, sha256_of
@@ -510,7 +511,8 @@ def test_what_another_process_downloads_is_not_waited_for(server: Server, cache:
 def test_a_program_ends_while_files_are_brought(server: Server, cache: ShardCache) -> None:
     server.offer("a.tar", 20_000, "hangs")
     program = (
-        "import sys, time; from pathlib import Path; from gpdit_lightning.data.cache import RemoteFile, ShardCache\n"
+        "import sys, time; from pathlib import Path; from gpdit_lightning.data.cache import ShardCache\n"
+        "from gpdit_lightning.data.remote import RemoteFile\n"
         "cache = ShardCache(Path(sys.argv[1]), 1)\n"
         "cache.prefetch([RemoteFile(sys.argv[2], 'a' * 64, 20_000)])\n"
         "while not list(cache.directory.rglob('*.partial')): time.sleep(0.01)\n"

@@ -10,7 +10,7 @@ import pytest
 from upath import UPath
 
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.data.shards import ShardSetWriter
+from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.errors import InputError
 
 CODEC: dict[str, Any] = {

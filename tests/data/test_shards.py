@@ -12,7 +12,8 @@ import pytest
 import webdataset
 
 from gpdit_lightning.data.manifest import ShardEntry
-from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, ShardSetWriter, ShardWriter, checksum, index_of
+from gpdit_lightning.data.shard_writer import ShardSetWriter, ShardWriter
+from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, checksum, index_of
 from gpdit_lightning.errors import InputError
 
 SHAPE = (3, 4, 2, 5)

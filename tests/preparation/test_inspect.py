@@ -21,7 +21,8 @@ from sklearn.datasets import load_sample_images
 
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import Manifest, ShardEntry
-from gpdit_lightning.data.shards import ShardSetWriter, described, index_path
+from gpdit_lightning.data.shard_writer import ShardSetWriter
+from gpdit_lightning.data.shards import described, index_path
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.preparation import FewShotOptions, PrepareOptions, prepare, prepare_sequences
