@@ -106,6 +106,9 @@ class Lanes(IterableDataset[Item | None]):
                 yield from self._items(place, source)
             except InputError as error:
                 yield Skipped(place, source.name, str(error))
+            except Exception as error:  # among millions of files one is odd in a way that no library expects
+                reason = f"{source.path} could not be used ({type(error).__name__}: {error}): replace or remove it."
+                yield Skipped(place, source.name, reason)
             yield End(place)
 
     def _items(self, place: int, source: Source) -> Iterator[Item]:

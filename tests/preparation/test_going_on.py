@@ -185,7 +185,7 @@ def test_a_process_that_is_killed_leaves_no_half_shard(options: PrepareOptions, 
     numbers = np.random.default_rng(0)
     listed = {shard.path: shard.sha256 for shard in whole.shards}
     seen: dict[str, int] = {}
-    for attempt in range(12):
+    for attempt in range(7):
         running = subprocess.Popen(
             command(replace(options, workers=int(numbers.choice([0, 2])))),
             stdout=subprocess.DEVNULL,
@@ -198,7 +198,7 @@ def test_a_process_that_is_killed_leaves_no_half_shard(options: PrepareOptions, 
             while running.poll() is None and not (options.out / "preparation").exists():
                 time.sleep(0.02)
             _, errors = running.communicate(
-                timeout=None if attempt == 11 else float(numbers.uniform(0, 0.6 + attempt / 4))
+                timeout=None if attempt == 6 else float(numbers.uniform(0, 0.6 + attempt / 4))
             )
             assert running.returncode == 0, errors
             break

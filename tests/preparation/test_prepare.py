@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import resize_and_crop
-from gpdit_lightning.media.video import iterate_frames, read_video, write_video
+from gpdit_lightning.media.video import iterate_frames, read_video, video_info, write_video
 from gpdit_lightning.preparation import PrepareOptions, clips, prepare, summary
 
 COMMAND = Path(__file__).parents[2] / "data_prep" / "shard_latents.py"
@@ -212,6 +213,17 @@ def test_what_was_read_before_a_video_broke_is_kept(options: PrepareOptions, mon
     assert {metadata["first_frame"] for _, _, metadata in samples(manifest)} == {0}
     assert len(skipped(manifest)) == 6
     assert skipped(manifest)[0]["reason"].endswith("is broken. Its first 1 clips were used.")
+
+
+def test_one_odd_file_among_millions_stops_nothing(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(path: Path, threads: int) -> Any:
+        return 1 / 0 if path.name == "v_1_c3.mp4" else video_info(path, threads)
+
+    monkeypatch.setattr(clips, "video_info", odd)
+    manifest = prepared(options)
+    assert [entry["source"] for entry in skipped(manifest)] == ["ball/v_1_c3.mp4"]
+    assert "(ZeroDivisionError: division by zero): replace or remove it." in skipped(manifest)[0]["reason"]
+    assert sum(shard.count for shard in manifest.shards) == 10
 
 
 def test_the_same_inputs_give_the_same_bytes(options: PrepareOptions) -> None:
