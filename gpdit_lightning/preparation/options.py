@@ -73,9 +73,7 @@ class PrepareOptions:
     )
     avoid_cuts: bool = field(
         default=False,
-        metadata={
-            "help": "let no clip run over a hard cut, found by PySceneDetect (pip install 'gpdit_lightning[shots]')"
-        },
+        metadata={"help": "let no clip run over a hard cut, found by PySceneDetect (pip install -e '.[shots]')"},
     )
     clips_per_video: int | None = field(
         default=None, metadata={"help": "only the first so many clips of each video; all when not given"}
@@ -118,7 +116,7 @@ class PrepareOptions:
         default=False,
         metadata={
             "help": "spread the parts over a Ray cluster (RAY_ADDRESS, else this machine) with Ray Data: one process "
-            "for each GPU; needs pip install 'gpdit_lightning[ray]'"
+            "for each GPU; needs pip install -e '.[ray]'"
         },
     )
     batch_size: int = field(default=4, metadata={"help": "clips, or pictures, encoded at once"})

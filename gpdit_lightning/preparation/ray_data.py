@@ -44,7 +44,7 @@ def encode_parts_by_ray(options: PrepareOptions, records: Records, sources: Sequ
         import ray
         import ray.data
     except ImportError as error:
-        raise InputError(f"Ray cannot be imported ({error}): pip install 'gpdit_lightning[ray]'.") from None
+        raise InputError(f"Ray cannot be imported ({error}): pip install -e '.[ray]'.") from None
     ray.init(ignore_reinit_error=True)
     parts = records.unfinished()
     if not parts:

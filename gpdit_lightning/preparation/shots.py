@@ -20,7 +20,7 @@ def check_available() -> None:
         import scenedetect  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"PySceneDetect, which finds cuts, cannot be imported ({error}): pip install 'gpdit_lightning[shots]'."
+            f"PySceneDetect, which finds cuts, cannot be imported ({error}): pip install -e '.[shots]'."
         ) from None
 
 

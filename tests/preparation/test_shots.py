@@ -108,9 +108,7 @@ def test_few_frames_are_in_memory() -> None:
 def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scenedetect", None)
     for use in (check_available, lambda: next(with_cuts([]))):
-        with pytest.raises(
-            InputError, match=r"PySceneDetect.* cannot be imported .*pip install 'gpdit_lightning\[shots\]'"
-        ):
+        with pytest.raises(InputError, match=r"PySceneDetect.* cannot be imported .*pip install -e '\.\[shots\]'"):
             use()
 
 
