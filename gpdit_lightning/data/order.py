@@ -16,6 +16,7 @@ import numpy as np
 
 # First words of the counter-based generators' keys: every use of the seed draws from a stream of its own.
 SAMPLE_ORDER, MICRO_BATCH_ORDER, TRAIN_NOISE, VALIDATION_NOISE, CLIP_LENGTH, SHARD_ORDER = range(6)
+LABEL_DROPOUT, GENERATION_NOISE = 6, 7
 
 LARGEST_ROUND = 65_536  # micro-batches that are shuffled together
 

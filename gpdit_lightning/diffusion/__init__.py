@@ -1,16 +1,36 @@
-"""The objective and its inverse: rotation, noise levels, loss, sampler. Needs torch alone."""
+"""The objective and its inverse: rotation, noise levels, loss, samplers. Needs torch alone."""
 
+from gpdit_lightning.diffusion.guidance import Guidance
 from gpdit_lightning.diffusion.loss import QuartileLoss, VelocityLoss, velocity_loss
 from gpdit_lightning.diffusion.noise_levels import NoiseSchedule
 from gpdit_lightning.diffusion.rotation import NoisySample, noise_from, rotate_back, rotate_to, x0_from
-from gpdit_lightning.diffusion.sampler import RotationSampler
+from gpdit_lightning.diffusion.samplers import (
+    SAMPLERS,
+    DPMSolver2M,
+    FreshNoise,
+    RotationSampler,
+    Sampler,
+    StochasticSampler,
+    TangentSampler,
+    Velocity,
+    make_sampler,
+)
 
 __all__ = [
+    "SAMPLERS",
+    "DPMSolver2M",
+    "FreshNoise",
+    "Guidance",
     "NoiseSchedule",
     "NoisySample",
     "QuartileLoss",
     "RotationSampler",
+    "Sampler",
+    "StochasticSampler",
+    "TangentSampler",
+    "Velocity",
     "VelocityLoss",
+    "make_sampler",
     "noise_from",
     "rotate_back",
     "rotate_to",

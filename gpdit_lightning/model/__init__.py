@@ -3,5 +3,6 @@
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.model.gpdit import GPDiT
 from gpdit_lightning.model.kv_cache import KVCache
+from gpdit_lightning.model.prefix import NO_LABEL
 
-__all__ = ["GPDiT", "GPDiTConfig", "KVCache"]
+__all__ = ["NO_LABEL", "GPDiT", "GPDiTConfig", "KVCache"]

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from gpdit_lightning.model.config import GPDiTConfig
+from gpdit_lightning.model.kv_cache import Memory
 from gpdit_lightning.model.streams import Streams
 
 
@@ -31,9 +32,8 @@ class Block(nn.Module):
     The query projection is apart from the key-value projection, so that tokens which are only looked at need not ask.
     """
 
-    def __init__(self, config: GPDiTConfig, layer: int) -> None:
+    def __init__(self, config: GPDiTConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.heads = config.heads
         width, eps = config.width, config.norm_eps
         self.attention_norm = nn.RMSNorm(width, eps=eps)
@@ -45,14 +45,15 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(width, eps=eps)
         self.mlp = MLP(width, config.mlp_width)
 
-    def forward(self, x: Tensor, streams: Streams, skip: int = 0) -> Tensor:
+    def forward(self, x: Tensor, streams: Streams, skip: int = 0, memory: Memory | None = None) -> Tensor:
         """Update the packed residual stream.
 
         Args:
             x: (packed tokens, D).
             streams: the pass these tokens belong to.
-            skip: the first `skip` tokens give keys and values only and leave the stream: the clean tokens of the last
-                block, whose output nobody needs.
+            skip: the first `skip` tokens give keys and values only and leave the stream: the prefix and the clean
+                tokens of the last block, whose output nobody needs.
+            memory: this block's part of a cache.
 
         Returns:
             (packed tokens - skip, D).
@@ -62,15 +63,15 @@ class Block(nn.Module):
         h = rotation.at_branch_input(self.attention_norm(x))
         key, value = self._key_value(h)
         query = normed(self.query_norm, self.query(h[skip:]).unflatten(-1, (self.heads, -1)))
-        attended = streams.attend(self.layer, query, key, value).flatten(-2)
+        attended = streams.attend(query, key, value, memory).flatten(-2)
         x = x[skip:] + rotation.at_branch_output(self.attention_output(attended))
         h = rotation.at_branch_input(self.mlp_norm(x))
         return x + rotation.at_branch_output(self.mlp(h))
 
-    def remember(self, x: Tensor, streams: Streams) -> None:
-        """Only write the clean tokens' keys and values to the cache of `streams`."""
+    def remember(self, x: Tensor, streams: Streams, memory: Memory) -> None:
+        """Only write the clean tokens' keys and values to this block's part of a cache."""
         h = streams.rotation.at_branch_input(self.attention_norm(streams.rotation.at_block(x)))
-        streams.remember(self.layer, *self._key_value(h))
+        streams.context(*self._key_value(h), memory)
 
     def _key_value(self, h: Tensor) -> tuple[Tensor, Tensor]:
         key, value = self.key_value(h).unflatten(-1, (2, self.heads, -1)).unbind(-3)

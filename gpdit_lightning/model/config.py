@@ -55,6 +55,10 @@ class GPDiTConfig:
     rope_lengths: tuple[int, int, int] = (32, 32, 32)
     """Longest extent (frames, rows, columns), in tokens, that sets the RoPE bases (ACDiT 4.2); part of the weights'
     meaning, never read from an input."""
+    classes: int = 0
+    """Number of class labels that the model can be told, as a token that each noisy frame sees; 0: none."""
+    text_width: int = 0
+    """Width of text embeddings that the model can be told, as such tokens; 0: none."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     attention_backend: Backend = "auto"
@@ -86,6 +90,13 @@ class GPDiTConfig:
         for name in ("layers", "width", "mlp_width", "heads", "latent_channels", "patch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("classes", "text_width"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        if self.classes and self.text_width:
+            raise InputError(
+                f"classes {self.classes} and text_width {self.text_width} exclude each other: set one to 0."
+            )
         if self.width % self.heads:
             raise InputError(f"width {self.width} does not divide into {self.heads} heads: choose a multiple of heads.")
         if self.head_width % 2 or self.head_width < 6:

@@ -17,8 +17,9 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.model.attention import select_backend
 from gpdit_lightning.model.block import Block
 from gpdit_lightning.model.config import GPDiTConfig
-from gpdit_lightning.model.kv_cache import KVCache
-from gpdit_lightning.model.positions import Rope
+from gpdit_lightning.model.kv_cache import KVCache, Memory
+from gpdit_lightning.model.positions import rope_table
+from gpdit_lightning.model.prefix import Prefix
 from gpdit_lightning.model.streams import Streams
 from gpdit_lightning.model.time_conditioning import TimeRotation
 from gpdit_lightning.model.weights import CONFIG, WEIGHTS, Weights, read_folder, write_folder
@@ -43,8 +44,8 @@ def compiled_call() -> Callable[..., Tensor]:
     # Buckets, lengths, numbers of contexts, inner blocks and the last: by default torch stays eager from the ninth on.
     torch.compiler.config.recompile_limit = torch.compiler.config.accumulated_recompile_limit = 1024
 
-    def call(block: nn.Module, x: Tensor, streams: Streams, skip: int) -> Tensor:
-        return block(x, streams, skip)
+    def call(block: nn.Module, x: Tensor, streams: Streams, skip: int, memory: Memory | None) -> Tensor:
+        return block(x, streams, skip, memory)
 
     return torch.compile(call, dynamic=False)
 
@@ -72,7 +73,8 @@ class GPDiT(nn.Module, ModelHubMixin):
         self.facts: dict[str, Any] = {}
         patch_values = config.latent_channels * config.patch_size**2
         self.patch_embedding = nn.Linear(patch_values, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.prefix = Prefix(config) if config.classes or config.text_width else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.output_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.output = nn.Linear(config.width, patch_values)
         self.reset_parameters()
@@ -84,6 +86,8 @@ class GPDiT(nn.Module, ModelHubMixin):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)  # as DiT's labels
         nn.init.zeros_(self.output.weight)
         with torch.no_grad():
             for block in self.blocks:
@@ -150,7 +154,9 @@ class GPDiT(nn.Module, ModelHubMixin):
             theta: (B, F) radians, one angle per noisy frame.
             clean: (B', F, C, H, W) with K * B' <= B: the first K * B' noisy clips have context, the rest have none;
                 None: no clip has. The last clean frame is seen by nobody and is not computed.
-            condition: for conditions other than context; this backbone has none yet.
+            condition: what a model with `classes` or `text_width` is told of each noisy clip, whatever its context:
+                (B,) class numbers, -1 for none (as is None), or (B, L, text width) embeddings of any text encoder,
+                those of an empty text for none. Seen by the noisy frames alone.
             draws: K, how many noisy clips share the context of one clean clip, whose stream is computed once: noisy
                 clip k * B' + b is the k-th copy of clean clip b.
 
@@ -173,10 +179,10 @@ class GPDiT(nn.Module, ModelHubMixin):
                     f"{tuple(noisy.shape)}, with draws * B' <= B where draws is {draws}."
                 )
             clean = clean[:, : frames - 1] if len(clean) and frames > 1 else None
-        x, streams = self._start(clean, noisy, theta, draws=draws)
+        x, streams = self._start(clean, noisy, theta, condition, draws=draws)
         for block in self.blocks[:-1]:
             x = self._run(block, x, streams)
-        x = self._run(self.blocks[-1], x, streams, skip=streams.clean_tokens)
+        x = self._run(self.blocks[-1], x, streams, skip=streams.noisy_start)
         return self._finish(x, streams, noisy)
 
     def features(self, clean: Tensor, layers: Iterable[int], condition: Tensor | None = None) -> dict[int, Tensor]:
@@ -185,7 +191,7 @@ class GPDiT(nn.Module, ModelHubMixin):
         Args:
             clean: (B, F, C, H, W).
             layers: after which blocks to look, 1-based; 0 is the patch embedding.
-            condition: as in :meth:`forward`.
+            condition: as in :meth:`forward`, without effect: clean frames see none.
 
         Returns:
             for each layer (B, F, N, D), unnormalised; blocks above the highest layer are not run.
@@ -200,7 +206,7 @@ class GPDiT(nn.Module, ModelHubMixin):
                 raise InputError(
                     f"layer {layer} does not exist: choose from 0 (patch embedding) to {self.config.layers}."
                 )
-        x, streams = self._start(clean, None, None)
+        x, streams = self._start(clean, None, None, None)
         shape = (*clean.shape[:2], streams.tokens, self.config.width)
         found = {0: x.view(shape)} if 0 in wanted else {}
         for number, block in enumerate(self.blocks[: max(wanted, default=0)], start=1):
@@ -209,13 +215,23 @@ class GPDiT(nn.Module, ModelHubMixin):
                 found[number] = x.view(shape)
         return found
 
-    def new_cache(self, batch_size: int, max_frames: int, height: int, width: int) -> KVCache:
-        """An empty cache for `batch_size` clips of at most `max_frames` latent frames of `height` x `width` pixels."""
+    def new_cache(self, batch_size: int, max_frames: int, height: int, width: int, sinks: int | None = None) -> KVCache:
+        """An empty cache for `batch_size` clips of latent frames of `height` x `width` pixels.
+
+        Args:
+            batch_size: B.
+            max_frames: its room, in latent frames.
+            height, width: of a latent frame.
+            sinks: with a number, the cache rolls when it is full: it keeps so many first frames and the latest others.
+
+        Raises:
+            InputError: a rolling cache without room for a window.
+        """
         weight = self.patch_embedding.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
-        return KVCache(self.config, batch_size, max_frames, height, width, weight.device, dtype)
+        return KVCache(self.config, batch_size, max_frames, height, width, weight.device, dtype, sinks)
 
     @torch.no_grad()
     def extend(self, cache: KVCache, clean: Tensor, condition: Tensor | None = None) -> None:
@@ -224,49 +240,82 @@ class GPDiT(nn.Module, ModelHubMixin):
         Args:
             cache: from :meth:`new_cache`.
             clean: (B, k, C, H, W), the frames that follow those in the cache.
-            condition: as in :meth:`forward`.
+            condition: as in :meth:`forward`, without effect: clean frames see none.
 
         Raises:
-            InputError: shapes that do not fit, or no room left.
+            InputError: shapes that do not fit, or no room left in a cache that does not roll.
         """
         if clean.ndim == 5 and clean.shape[1] == 0:
             return
         self._check(clean, condition)
-        cache.check(clean, new_frames=clean.shape[1])
-        x, streams = self._start(clean, None, None, cache)
-        for block in self.blocks[:-1]:
-            x = block(x, streams)
-        last = self.blocks[-1]
-        assert isinstance(last, Block)
-        last.remember(x, streams)
-        cache.frames += clean.shape[1]
+        cache.check(clean, len(clean), new_frames=clean.shape[1] if cache.sinks is None else 0)
+        while clean.shape[1]:
+            taken, clean = clean[:, : cache.fits], clean[:, cache.fits :]
+            x, streams = self._start(taken, None, None, None, first_frame=cache.frames)
+            *memories, memory = cache.memories(taken.shape[1])
+            for block, own in zip(self.blocks, memories, strict=False):
+                x = block(x, streams, memory=own)
+            last = self.blocks[-1]
+            assert isinstance(last, Block)
+            last.remember(x, streams, memory)
+            cache.frames += taken.shape[1]
 
     def denoise(
-        self, noisy: Tensor, theta: Tensor, cache: KVCache | None = None, condition: Tensor | None = None
+        self,
+        noisy: Tensor,
+        theta: Tensor,
+        cache: KVCache | None = None,
+        condition: Tensor | None = None,
+        clean: Tensor | None = None,
+        draws: int = 1,
+        without_context: int = 0,
+        compiled: bool = False,
     ) -> Tensor:
-        """Predict the velocity of the next frame given the frames in the cache; the cache is not changed.
+        """Predict the velocity of the next frame given the frames in the cache, and those in `clean` behind them.
 
         Args:
-            noisy: (B, C, H, W).
-            theta: (B,) radians.
-            cache: the clean frames before; None or empty: no context.
-            condition: as in :meth:`forward`.
+            noisy: (R, C, H, W).
+            theta: (R,) radians.
+            cache: the clean frames before. It is changed by `clean` only; None or empty: no context.
+            condition: as in :meth:`forward`, for each of the R rows.
+            clean: (B, k, C, H, W), the clean frames right before this one. With a cache they are appended to it in this
+                same pass, which saves `extend`; without one they are the whole context, computed anew at every call
+                (what `of` permits without a loss of speed in F, GPDiT 4.1.2). None: all context is in the cache.
+            draws: K, how many rows share the context of a clip: row k * B + b has that of clip b.
+            without_context: how many further rows have none, the last ones: R = K * B + without_context.
+            compiled: run blocks that torch.compile has fused, one graph for each shape of a pass: where the cache rolls
+                two of them serve all frames.
 
         Returns:
-            velocity (B, C, H, W), equal to this frame's of :meth:`forward`.
+            velocity (R, C, H, W), equal to this frame's of :meth:`forward`.
 
         Raises:
-            InputError: shapes that do not fit.
+            InputError: shapes that do not fit, or no room left in a cache that does not roll.
         """
         noisy = noisy[:, None]
         self._check(noisy, condition)
         if theta.shape != noisy.shape[:1]:
             raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B,) = ({noisy.shape[0]},).")
+        new_frames = clean.shape[1] if clean is not None else 0
+        clips, spare = divmod(len(noisy) - without_context, draws)
+        if clean is not None:
+            self._check(clean)
+            if (len(clean), spare, *clean.shape[-2:]) != (clips, 0, *noisy.shape[-2:]):
+                raise InputError(
+                    f"clean has shape {tuple(clean.shape)} and noisy {tuple(noisy[:, 0].shape)}; clean must be "
+                    f"(B, k, C, H, W) and noisy (draws * B + without_context, C, H, W) with draws = {draws} and "
+                    f"without_context = {without_context}."
+                )
         if cache is not None:
-            cache.check(noisy, new_frames=0)
-        x, streams = self._start(None, noisy, theta[:, None], cache)
-        for block in self.blocks:
-            x = block(x, streams)
+            cache.check(noisy, clips, new_frames)
+        first = cache.frames if cache is not None else 0
+        x, streams = self._start(clean, noisy, theta[:, None], condition, draws, first)
+        memories = cache.memories(new_frames) if cache is not None else [None] * self.config.layers
+        for layer, (block, memory) in enumerate(zip(self.blocks, memories, strict=True), start=1):
+            skip = streams.noisy_start if layer == self.config.layers else 0
+            x = (compiled_call()(block, x, streams, skip, memory)) if compiled else block(x, streams, skip, memory)
+        if cache is not None:
+            cache.frames += new_frames
         return self._finish(x, streams, noisy)[:, 0]
 
     def _start(
@@ -274,10 +323,17 @@ class GPDiT(nn.Module, ModelHubMixin):
         clean: Tensor | None,
         noisy: Tensor | None,
         theta: Tensor | None,
-        cache: KVCache | None = None,
+        condition: Tensor | None,
         draws: int = 1,
+        first_frame: int | None = None,
     ) -> tuple[Tensor, Streams]:
-        """Embed both streams, packed (clean tokens first), and describe the pass."""
+        """Embed all streams, packed (prefix, clean and noisy tokens), and describe the pass.
+
+        Args:
+            clean, noisy, theta, condition, draws: as in :meth:`forward` and its sisters.
+            first_frame: position of the first frame of a pass that generates, whose noisy frame follows all clean ones;
+                None in training, where both streams begin at 0.
+        """
         config = self.config
         given = [latents for latents in (clean, noisy) if latents is not None]
         height, width = given[0].shape[-2:]
@@ -287,23 +343,32 @@ class GPDiT(nn.Module, ModelHubMixin):
         patches = torch.cat([patchify(latents, config.patch_size).flatten(0, 2) for latents in given])
         # In the precision of the weights: under autocast the residual stream stays in float32.
         x = self.patch_embedding(patches.to(weight.dtype)).to(weight.dtype)
+        prefix_shape = 0, 0
+        if noisy is not None and self.prefix is not None:
+            prefix = self.prefix(condition, len(noisy))
+            prefix_shape = prefix.shape[0], prefix.shape[1]
+            x = torch.cat((prefix.flatten(0, 1).to(weight.dtype), x))
         angles = torch.zeros(len(x), device=x.device, dtype=precise)
         if theta is not None:
             per_token = theta.to(precise).flatten().repeat_interleave(rows * columns)
             angles[len(x) - len(per_token) :] = per_token
-        first_frame = cache.frames if cache is not None else 0
-        frames = max(latents.shape[1] for latents in given)
+        clean_frames, noisy_frames = (latents.shape[1] if latents is not None else 0 for latents in (clean, noisy))
+        generates = first_frame is not None
+        ahead = clean_frames if generates else 0
+        frames = max(clean_frames, ahead + noisy_frames)
+        table = rope_table(config, first_frame or 0, frames, rows, columns, x.device, precise)
         streams = Streams(
             variant=config.attention,
             operator=select_backend(config.attention_backend, x.device.type, x.dtype),
             tokens=rows * columns,
+            prefix_shape=prefix_shape,
             clean_shape=(clean.shape[0], clean.shape[1]) if clean is not None else (0, 0),
             noisy_shape=(noisy.shape[0], noisy.shape[1]) if noisy is not None else (0, 0),
-            first_frame=first_frame,
-            rope=Rope(config, first_frame, frames, rows, columns, x.device, precise),
+            sees_all=generates,
+            ahead=ahead,
+            rope=table,
             rotation=TimeRotation(angles, config.time_site, precise),
             draws=draws,
-            cache=cache,
         )
         return streams.rotation.at_input(x), streams
 
@@ -312,8 +377,8 @@ class GPDiT(nn.Module, ModelHubMixin):
             return block(x, streams, skip)
         run = partial(compiled_call(), block) if self.config.compile else block
         if self.config.activation_checkpointing:
-            return checkpoint(run, x, streams, skip, use_reentrant=False)
-        return run(x, streams, skip)
+            return checkpoint(run, x, streams, skip, None, use_reentrant=False)
+        return run(x, streams, skip, None)
 
     def _finish(self, x: Tensor, streams: Streams, noisy: Tensor) -> Tensor:
         """Read the velocity out of the noisy tokens, which are all that is left."""
@@ -322,8 +387,8 @@ class GPDiT(nn.Module, ModelHubMixin):
         patches = self.output(h).view(*noisy.shape[:2], streams.tokens, -1)
         return unpatchify(patches, self.config.patch_size, height, width).to(noisy.dtype)
 
-    def _check(self, latents: Tensor, condition: Tensor | None) -> None:
-        if condition is not None:
+    def _check(self, latents: Tensor, condition: Tensor | None = None) -> None:
+        if condition is not None and self.prefix is None:
             raise InputError("this GPDiT was built without a condition: leave `condition` at None.")
         if latents.ndim != 5 or latents.shape[2] != self.config.latent_channels:
             raise InputError(

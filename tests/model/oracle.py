@@ -13,7 +13,9 @@ from torch import Tensor
 from gpdit_lightning import GPDiTConfig
 
 Parameters = dict[str, Tensor]
-Block = tuple[str, int]  # ("clean" | "noisy", frame)
+Block = tuple[str, int]  # ("clean" | "noisy", frame), or ("prefix", 0)
+Window = tuple[int, int]  # (latest frames seen, first frames that stay visible: the sinks)
+Position = tuple[int, int, int]  # (frame, row, column)
 
 
 def forward(
@@ -23,8 +25,15 @@ def forward(
     theta: Tensor,
     clean: Tensor | None = None,
     draws: int = 1,
+    condition: Tensor | None = None,
+    window: Window | None = None,
 ) -> Tensor:
-    """What `GPDiT.forward` should return: noisy (B, F, C, H, W), theta (B, F), clean (B', F, C, H, W) or None."""
+    """What `GPDiT.forward` should return: noisy (B, F, C, H, W), theta (B, F), clean (B', F, C, H, W) or None.
+
+    Args:
+        condition: (B,) class numbers, -1 for none, or (B, L, text width).
+        window: what a rolling cache keeps of the context.
+    """
     clips_with_context = 0 if clean is None else draws * len(clean)
     outputs = []
     for clip in range(len(noisy)):
@@ -37,14 +46,27 @@ def forward(
             blocks = [("clean", frame) for frame in frames] + blocks
             latents = list(clean[clip % len(clean)]) + latents
             angles = [torch.zeros_like(angle) for angle in angles] + angles
-        x = transformer(parameters, config, blocks, latents, angles)
-        x = turn_hidden(rms_norm(x, parameters["output_norm.weight"], config), blocks, angles, config, "branch")
+        prefix = prefix_tokens(parameters, config, None if condition is None else condition[clip])
+        x, angles = transformer(parameters, config, blocks, latents, angles, prefix=prefix, window=window)
+        x = turn_hidden(rms_norm(x, parameters["output_norm.weight"], config), angles, config, "branch")
         x = x @ parameters["output.weight"].T + parameters["output.bias"]
-        per_block = x.chunk(len(blocks))
+        per_block = x[len(prefix) :].chunk(len(blocks))
         outputs.append(
             torch.stack([picture(tokens, config, *noisy.shape[-2:]) for tokens in per_block[-len(frames) :]])
         )
     return torch.stack(outputs)
+
+
+def prefix_tokens(parameters: Parameters, config: GPDiTConfig, condition: Tensor | None) -> Tensor:
+    """The tokens (L, D) that tell a clip's condition; none for a model without conditions."""
+    if config.classes:
+        return parameters["prefix.embedding.weight"][
+            config.classes if condition is None or condition < 0 else int(condition)
+        ][None]
+    if config.text_width:
+        assert condition is not None
+        return condition @ parameters["prefix.embedding.weight"].T + parameters["prefix.embedding.bias"]
+    return no_prefix(config)
 
 
 def features(parameters: Parameters, config: GPDiTConfig, clean: Tensor, layer: int) -> Tensor:
@@ -53,47 +75,87 @@ def features(parameters: Parameters, config: GPDiTConfig, clean: Tensor, layer: 
     for clip in clean:
         blocks: list[Block] = [("clean", frame) for frame in range(len(clip))]
         angles = [clip.new_zeros(())] * len(clip)
-        x = transformer(parameters, config, blocks, list(clip), angles, layers=layer)
+        x, _ = transformer(parameters, config, blocks, list(clip), angles, no_prefix(config), layer)
         clips.append(torch.stack(x.chunk(len(clip))))
     return torch.stack(clips)
+
+
+def no_prefix(config: GPDiTConfig) -> Tensor:
+    """No prefix."""
+    return torch.zeros(0, config.width, dtype=torch.float64)
 
 
 def transformer(
     parameters: Parameters,
     config: GPDiTConfig,
-    blocks: Sequence[Block],
+    blocks: list[Block],
     latents: Sequence[Tensor],
     angles: Sequence[Tensor],
+    prefix: Tensor,
     layers: int | None = None,
-) -> Tensor:
-    """The residual stream (tokens, D) of one clip after `layers` blocks (all of them by default)."""
+    window: Window | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream (tokens, D) of one clip after `layers` blocks (all by default), and its tokens' angles."""
     height, width = latents[0].shape[-2:]
     x = torch.cat([patches(frame, config) for frame in latents])
     x = x @ parameters["patch_embedding.weight"].T + parameters["patch_embedding.bias"]
-    x = turn_hidden(x, blocks, angles, config, "input")
-    mask = dense_mask(blocks, config.attention, tokens=len(x) // len(blocks))
-    positions = [
-        (frame, row, column)
-        for _, frame in blocks
-        for row in range(height // config.patch_size)
-        for column in range(width // config.patch_size)
+    places = [(r, c) for r in range(height // config.patch_size) for c in range(width // config.patch_size)]
+    sizes = [len(places)] * len(blocks)
+    angle = torch.stack([angle for angle, size in zip(angles, sizes, strict=True) for _ in range(size)])
+    if len(prefix):
+        x, blocks, sizes = torch.cat((prefix, x)), [("prefix", 0), *blocks], [len(prefix), *sizes]
+        angle = torch.cat((angle.new_zeros(len(prefix)), angle))
+    x = turn_hidden(x, angle, config, "input")
+    mask = dense_mask(blocks, config.attention, sizes, window)
+    # Where every token stands: for itself, and as every asking block sees it.
+    own = [(place_of(block, block, window), *spot) for block in blocks for spot in spots(block, places, len(prefix))]
+    seen = [
+        [(place_of(block, asking, window), *spot) for block in blocks for spot in spots(block, places, len(prefix))]
+        for asking in blocks
     ]
     for layer in range(config.layers if layers is None else layers):
-        own = {name.removeprefix(f"blocks.{layer}."): value for name, value in parameters.items()}
-        x = turn_hidden(x, blocks, angles, config, "residual")
-        h = turn_hidden(rms_norm(x, own["attention_norm.weight"], config), blocks, angles, config, "branch")
-        h = attention(own, config, h, positions, mask)
-        x = x + turn_hidden(h, blocks, angles, config, "branch output")
-        h = turn_hidden(rms_norm(x, own["mlp_norm.weight"], config), blocks, angles, config, "branch")
-        h = gelu(h @ own["mlp.up.weight"].T) @ own["mlp.down.weight"].T
-        x = x + turn_hidden(h, blocks, angles, config, "branch output")
-    return x
+        weights = {name.removeprefix(f"blocks.{layer}."): value for name, value in parameters.items()}
+        x = turn_hidden(x, angle, config, "residual")
+        h = turn_hidden(rms_norm(x, weights["attention_norm.weight"], config), angle, config, "branch")
+        h = attention(weights, config, h, sizes, own, seen, mask)
+        x = x + turn_hidden(h, angle, config, "branch output")
+        h = turn_hidden(rms_norm(x, weights["mlp_norm.weight"], config), angle, config, "branch")
+        h = gelu(h @ weights["mlp.up.weight"].T) @ weights["mlp.down.weight"].T
+        x = x + turn_hidden(h, angle, config, "branch output")
+    return x, angle
+
+
+def spots(block: Block, places: list[tuple[int, int]], prefix: int) -> list[tuple[int, int]]:
+    """(row, column) of a block's tokens; those of a prefix all stand in the corner."""
+    return [(0, 0)] * prefix if block[0] == "prefix" else places
+
+
+def place_of(seen: Block, asking: Block, window: Window | None) -> int:
+    """The frame at which a block stands for one that asks."""
+    if seen[0] == "prefix":
+        return asking[1]  # always in the frame that looks at it
+    if window is None or asking[0] == "prefix" or seen[1] >= window[1]:
+        return seen[1]
+    begins = first_in_window(asking, window)
+    return seen[1] if begins <= window[1] else begins - window[1] + seen[1]  # sinks stand right before the window
+
+
+def first_in_window(asking: Block, window: Window) -> int:
+    """The first frame of a window that ends with a clean frame itself, or with the one before a noisy frame."""
+    stream, frame = asking
+    return frame - window[0] + (stream == "clean")
 
 
 def attention(
-    own: Parameters, config: GPDiTConfig, h: Tensor, positions: list[tuple[int, ...]], mask: Tensor
+    own: Parameters,
+    config: GPDiTConfig,
+    h: Tensor,
+    sizes: list[int],
+    positions: list[Position],
+    seen_positions: list[list[Position]],
+    mask: Tensor,
 ) -> Tensor:
-    """Masked softmax attention, head after head: (tokens, D) -> (tokens, D)."""
+    """Masked softmax attention, head after head, and asking block after block: (tokens, D) -> (tokens, D)."""
     width, head_width = config.width, config.width // config.heads
     key_weight, value_weight = own["key_value.weight"][:width], own["key_value.weight"][width:]
     heads = []
@@ -102,32 +164,43 @@ def attention(
         query = rms_norm(h @ own["query.weight"][channels].T, own["query_norm.weight"], config)
         key = rms_norm(h @ key_weight[channels].T, own["key_norm.weight"], config)
         value = h @ value_weight[channels].T
-        query, key = turn_positions(query, positions, config), turn_positions(key, positions, config)
-        scores = (query @ key.T / math.sqrt(head_width)).masked_fill(~mask, -math.inf)
-        weights = (scores - scores.amax(dim=1, keepdim=True)).exp()
-        heads.append(weights / weights.sum(dim=1, keepdim=True) @ value)
+        query = turn_positions(query, positions, config)
+        turned: dict[tuple[Position, ...], Tensor] = {}
+        rows = []
+        for asking, seen, visible in zip(query.split(sizes), seen_positions, mask.split(sizes), strict=True):
+            if tuple(seen) not in turned:
+                turned[tuple(seen)] = turn_positions(key, seen, config)
+            scores = asking @ turned[tuple(seen)].T / math.sqrt(head_width)
+            scores = scores.masked_fill(~visible, -math.inf)
+            weights = (scores - scores.amax(dim=1, keepdim=True)).exp()
+            rows.append(weights / weights.sum(dim=1, keepdim=True) @ value)
+        heads.append(torch.cat(rows))
     return torch.cat(heads, dim=1) @ own["attention_output.weight"].T
 
 
-def sees(variant: str, asking: Block, seen: Block) -> bool:
-    """The rule of GPDiT, figure 3."""
+def sees(variant: str, asking: Block, seen: Block, window: Window | None = None) -> bool:
+    """The rule of GPDiT, figure 3, with a prefix that noisy frames see, and a window."""
     (stream, i), (seen_stream, j) = asking, seen
     if asking == seen:
         return True
-    if seen_stream == "noisy":
+    if seen_stream == "prefix":
+        return stream == "noisy"
+    if seen_stream == "noisy" or stream == "prefix" or j >= i:
         return False
-    if stream == "noisy":
-        return j < i
-    return variant == "of2" and j < i
+    if window is not None and window[1] <= j < first_in_window(asking, window):
+        return False
+    return stream == "noisy" or variant == "of2"
 
 
-def dense_mask(blocks: Sequence[Block], variant: str, tokens: int) -> Tensor:
+def dense_mask(blocks: Sequence[Block], variant: str, sizes: Sequence[int], window: Window | None = None) -> Tensor:
     """(tokens of all blocks, tokens of all blocks), True where the row may see the column."""
-    mask = torch.zeros(len(blocks) * tokens, len(blocks) * tokens, dtype=torch.bool)
-    for a, asking in enumerate(blocks):
-        for b, seen in enumerate(blocks):
-            mask[a * tokens : (a + 1) * tokens, b * tokens : (b + 1) * tokens] = sees(variant, asking, seen)
-    return mask
+    rows = []
+    for asking, size in zip(blocks, sizes, strict=True):
+        visible = [
+            sees(variant, asking, seen, window) for seen, count in zip(blocks, sizes, strict=True) for _ in range(count)
+        ]
+        rows += [torch.tensor(visible)] * size
+    return torch.stack(rows)
 
 
 def turn_pairs(x: Tensor, angles: Sequence[Tensor]) -> Tensor:
@@ -141,7 +214,7 @@ def turn_pairs(x: Tensor, angles: Sequence[Tensor]) -> Tensor:
     return torch.stack(first + second, dim=1)
 
 
-def turn_positions(x: Tensor, positions: list[tuple[int, ...]], config: GPDiTConfig) -> Tensor:
+def turn_positions(x: Tensor, positions: list[Position], config: GPDiTConfig) -> Tensor:
     """RoPE-ND (ACDiT, equation 4): segments of channel pairs for (frame, row, column), each with its own base."""
     head_width = x.shape[1]
     side = head_width // 6 * 2  # channels of the row and of the column axis: a third of the head, made even
@@ -155,17 +228,13 @@ def turn_positions(x: Tensor, positions: list[tuple[int, ...]], config: GPDiTCon
     return turn_pairs(x, angles)
 
 
-def turn_hidden(
-    x: Tensor, blocks: Sequence[Block], angles: Sequence[Tensor], config: GPDiTConfig, where: str
-) -> Tensor:
+def turn_hidden(x: Tensor, angle: Tensor, config: GPDiTConfig, where: str) -> Tensor:
     """Turn all channel pairs by minus the frame's theta, if the configured site is `where` (back at branch outputs)."""
     sites = {"branch": ("branch", "branch_inverse"), "branch output": ("branch_inverse",)}
     if config.time_site not in sites.get(where, (where,)):
         return x
-    tokens = len(x) // len(blocks)
     sign = 1 if where == "branch output" else -1
-    per_token = torch.stack([sign * angle for angle in angles for _ in range(tokens)])
-    return turn_pairs(x, [per_token] * (x.shape[1] // 2))
+    return turn_pairs(x, [sign * angle] * (x.shape[1] // 2))
 
 
 def rms_norm(x: Tensor, weight: Tensor, config: GPDiTConfig) -> Tensor:

@@ -104,7 +104,7 @@ def test_flops_are_what_the_mask_leaves(variant: str, frames: int, clips: int, c
     clean = stream("clean", 0, frames - 1) if context_clips else []
     noisy = stream("noisy", 0, frames)
     per_context_clip = {
-        name: int(oracle.dense_mask(clean + noisy, variant, tokens)[rows].sum())
+        name: int(oracle.dense_mask(clean + noisy, variant, [tokens] * len(clean + noisy))[rows].sum())
         for name, rows in (("clean", slice(0, len(clean) * tokens)), ("noisy", slice(len(clean) * tokens, None)))
     }
     alone = (clips - context_clips) * frames * tokens**2
@@ -138,6 +138,16 @@ def test_cached_steps_compute_only_the_new_frame(variant: str) -> None:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             step()
         attention[name] = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+    rolling = model.new_cache(2, 3, 4, 6, sinks=1)
+    model.extend(rolling, clean[:, :3])
+    counter = FlopCounterMode(display=False)
+    guided = torch.cat((noisy, noisy))[:, 3]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model.denoise(guided, torch.cat((theta, theta))[:, 3], rolling, clean=clean[:, 3:], without_context=2)
+    attention["folded"] = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+
     pair = 2 * 4 * 6 * 6 * model.config.width  # one pair of blocks, two clips
     assert attention["extend"] == 2 * pair * {"of2": 3, "of": 1}[variant]  # the last layer only gives keys and values
     assert attention["denoise"] == 3 * pair * 4
+    # The clean frame on the way, the noisy one behind a full window of 3, and its copy that sees itself alone.
+    assert attention["folded"] == pair * (2 * {"of2": 3, "of": 1}[variant] + 3 * (4 + 1))

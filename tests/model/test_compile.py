@@ -11,6 +11,8 @@ from torch._dynamo.utils import counters
 from toys import assert_near, toy_batch, toy_config, toy_model
 
 from gpdit_lightning import GPDiT
+from gpdit_lightning.diffusion import Guidance, RotationSampler
+from gpdit_lightning.generation import GenerationConfig, rollout
 from gpdit_lightning.model import gpdit
 
 IMAGES, VIDEOS = toy_batch(2, 0, frames=1), toy_batch(5, 2, frames=2)
@@ -77,3 +79,22 @@ def test_many_shapes_are_all_compiled() -> None:
     for width in range(2, 20, 2):
         model(*(x.float() for x in toy_batch(1, 0, frames=1, width=width)))
     assert graphs() == 9
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("_backend", ["aot_eager", INDUCTOR], indirect=True)
+@pytest.mark.parametrize("variant", ["of2", "of"])
+def test_a_rolling_window_is_compiled_once(variant: str) -> None:
+    """A frame's first pass, which takes in the frame before, in inner blocks and the last; and any other pass."""
+    model = toy_model(attention=variant, layers=3, classes=2).float().eval()
+    context = toy_batch(2, 2, frames=4)[2].float()
+    sampler, guidance = RotationSampler(steps=3), Guidance(context=2.0)
+    made, counted = [], []
+    for compiled in (False, True):
+        config = GenerationConfig(sampler, guidance, window=2, sinks=1, compiled=compiled)
+        frames = rollout(model, context, 5, config, condition=torch.tensor([0, 1]))
+        made.append([next(frames), next(frames)])
+        counted.append(graphs())
+        made[-1] += frames
+    assert_near(torch.stack(made[1]), torch.stack(made[0]), tolerance=1e-5)
+    assert graphs() == counted[1] == 4  # without a prefix a pass that takes in nothing has no last block of its own

@@ -7,6 +7,7 @@ from toys import assert_near, toy_batch, toy_model
 
 from gpdit_lightning import GPDiT, InputError
 from gpdit_lightning.model import KVCache
+from gpdit_lightning.model.positions import shifted
 
 VARIANTS = ("of2", "of")
 FRAMES = 5
@@ -203,3 +204,90 @@ def test_a_full_cache_still_answers(model: GPDiT) -> None:
     cache = model.new_cache(2, 4, 4, 6)
     model.extend(cache, clean[:, :4])
     assert_near(model.denoise(noisy[:, 4], theta[:, 4], cache), expected)
+
+
+def rolled(model: GPDiT, clean: Tensor, room: int, sinks: int, folded: bool) -> KVCache:
+    """A rolling cache that has taken in `clean`, frame after frame, with passes of their own or in those of others."""
+    cache = model.new_cache(len(clean), room, 4, 6, sinks)
+    for frame in range(clean.shape[1]):
+        if folded:
+            noisy = torch.randn(len(clean), 3, 4, 6, dtype=torch.float64)
+            model.denoise(noisy, noisy.new_ones(len(clean)), cache, clean=clean[:, frame : frame + 1])
+        else:
+            model.extend(cache, clean[:, frame : frame + 1])
+    return cache
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 2])
+@pytest.mark.parametrize("frames", [2, 5, 9])
+def test_a_frame_taken_in_on_the_way_leaves_the_same_cache(model: GPDiT, frames: int, sinks: int) -> None:
+    _, _, clean = toy_batch(2, frames=frames)
+    alone, folded = (rolled(model, clean, 4, sinks, folded) for folded in (False, True))
+    at_once = model.new_cache(2, 4, 4, 6, sinks)
+    model.extend(at_once, clean)
+    held = min(frames, 4) * alone.tokens
+    for other in (folded, at_once):
+        assert other.frames == frames
+        assert_near(other._buffer[:, :, :, :held], alone._buffer[:, :, :, :held])
+
+
+@pytest.mark.parametrize("frames", [3, 40])
+def test_sinks_are_turned_along_without_adding_up_errors(model: GPDiT, frames: int) -> None:
+    """In half precision: as if they had been turned once, from where they were written."""
+    model = model.float()
+    _, _, clean = toy_batch(1, frames=1)
+    cache = rolled(model, clean.float().expand(-1, frames, -1, -1, -1), 2, 1, folded=False)
+    key = cache._buffer[:, 0, :, : cache.tokens]
+    expected = shifted(
+        model.config, rolled(model, clean.float(), 2, 1, False)._buffer[:, 0, :, : cache.tokens], frames - 2
+    )
+    assert_near(key, expected, tolerance=1e-5)
+    assert_near(shifted(model.config, expected, 2 - frames), shifted(model.config, key, 2 - frames), tolerance=1e-5)
+
+
+def test_rows_share_a_context_or_have_none(model: GPDiT) -> None:
+    noisy, theta, clean = toy_batch(6, 2, frames=3)
+    with torch.no_grad():
+        expected = model(noisy, theta, clean, draws=2)[:, 2]
+    cache = model.new_cache(2, 3, 4, 6)
+    model.extend(cache, clean[:, :1])
+    for place in (cache, None):  # without a cache all frames before are given
+        before = clean[:, 1:2] if place is not None else clean[:, :2]
+        velocity = model.denoise(noisy[:, 2], theta[:, 2], place, clean=before, draws=2, without_context=2)
+        assert_near(velocity, expected)
+    assert cache.frames == 2
+    assert_near(model.denoise(noisy[:, 2], theta[:, 2], cache, draws=2, without_context=2), expected)
+
+
+def test_a_rolling_cache_holds_no_more_than_its_room(model: GPDiT) -> None:
+    cache = model.new_cache(1, 3, 4, 6, sinks=1)
+    before = cache._buffer.data_ptr(), cache._buffer.shape
+    for _ in range(20):
+        model.extend(cache, torch.randn(1, 1, 3, 4, 6, dtype=torch.float64))
+    assert (cache._buffer.data_ptr(), cache._buffer.shape) == before
+    assert cache.frames == 20
+
+
+@pytest.mark.parametrize("sinks", [3, 4, -1])
+def test_a_rolling_cache_needs_a_window(model: GPDiT, sinks: int) -> None:
+    with pytest.raises(InputError, match=f"cache of 3 frames has no room for {sinks} sinks"):
+        model.new_cache(1, 3, 4, 6, sinks)
+
+
+def test_frames_that_do_not_fit_are_refused(model: GPDiT) -> None:
+    noisy, theta, clean = toy_batch(2, frames=3)
+    full, rolling = model.new_cache(2, 2, 4, 6), model.new_cache(2, 2, 4, 6, sinks=0)
+    model.extend(full, clean[:, :2])
+    model.extend(rolling, clean[:, :2])
+    for cache, given, message in (
+        (full, clean[:, 2:], "no 1 more fit"),
+        (rolling, clean[:, :2], "no 2 more fit at once"),
+        (rolling, clean[:1, 2:], "clean has shape"),
+        (None, clean[:, :2, :, :2], "clean has shape"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.denoise(noisy[:, 2], theta[:, 2], cache, clean=given)
+    with pytest.raises(InputError, match="the cache holds 2 clips"):
+        model.denoise(noisy[:1, 2], theta[:1, 2], full)
+    with pytest.raises(InputError, match="the cache holds 2 clips"):
+        model.denoise(noisy[:, 2], theta[:, 2], full, without_context=1)

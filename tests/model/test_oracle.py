@@ -21,22 +21,29 @@ def gradients(output: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor | N
     return dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()), allow_unused=True), strict=True))
 
 
-def library_run(model: GPDiT, batch: dict[str, Tensor], draws: int = 1) -> tuple[Tensor, dict[str, Tensor | None]]:
+def library_run(
+    model: GPDiT, batch: dict[str, Tensor], draws: int = 1, condition: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor | None]]:
     leaves = {name: value.detach().clone().requires_grad_() for name, value in batch.items()}
-    output = model(leaves["noisy"], leaves["theta"], leaves.get("clean"), draws=draws)
+    output = model(leaves["noisy"], leaves["theta"], leaves.get("clean"), condition, draws)
     return output.detach(), gradients(output, leaves | dict(model.named_parameters()))
 
 
-def oracle_run(model: GPDiT, batch: dict[str, Tensor], draws: int) -> tuple[Tensor, dict[str, Tensor | None]]:
+def oracle_run(
+    model: GPDiT, batch: dict[str, Tensor], draws: int, condition: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor | None]]:
     leaves = {name: value.detach().clone().requires_grad_() for name, value in batch.items()}
     parameters = {name: value.detach().clone().requires_grad_() for name, value in model.state_dict().items()}
-    output = oracle.forward(parameters, model.config, leaves["noisy"], leaves["theta"], leaves.get("clean"), draws)
+    latents = leaves["noisy"], leaves["theta"], leaves.get("clean")
+    output = oracle.forward(parameters, model.config, *latents, draws, condition)
     return output.detach(), gradients(output, leaves | parameters)
 
 
-def assert_equals_oracle(model: GPDiT, batch: dict[str, Tensor], draws: int = 1) -> None:
-    output, grads = library_run(model, batch, draws)
-    expected_output, expected_grads = oracle_run(model, batch, draws)
+def assert_equals_oracle(
+    model: GPDiT, batch: dict[str, Tensor], draws: int = 1, condition: Tensor | None = None
+) -> None:
+    output, grads = library_run(model, batch, draws, condition)
+    expected_output, expected_grads = oracle_run(model, batch, draws, condition)
     assert expected_output.std() > 0.1  # the reference says something
     assert_near(output, expected_output, what="output")
     assert grads.keys() == expected_grads.keys()
@@ -78,6 +85,25 @@ def test_long_frames(variant: str, frames: int, height: int, width: int) -> None
     """128 tokens a frame, 135 and 143: multiples of a kernel's tile and not."""
     batch = named(*toy_batch(2, 1, frames, height, width))
     assert_equals_oracle(toy_model(attention=variant, width=24, mlp_width=32), batch)
+
+
+LABELS = torch.tensor([2, -1, 0, 1, 1, 2, -1])
+TEXTS = torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("draws", "clips", "context_clips"), [(1, 3, 2), (1, 2, None), (2, 5, 2), (3, 7, 2)])
+@pytest.mark.parametrize("overrides", [{"classes": 3}, {"text_width": 5}], ids=["label", "text"])
+def test_conditions(variant: str, overrides: dict[str, int], draws: int, clips: int, context_clips: int | None) -> None:
+    noisy, theta, clean = toy_batch(clips, context_clips or 0, frames=4)
+    batch = named(noisy, theta, None if context_clips is None else clean)
+    condition = (LABELS if "classes" in overrides else TEXTS)[:clips]
+    assert_equals_oracle(toy_model(attention=variant, **overrides), batch, draws, condition)
+
+
+@pytest.mark.parametrize("site", get_args(TimeSite))
+def test_no_label_at_every_time_site(site: str) -> None:
+    assert_equals_oracle(toy_model(time_site=site, classes=2), named(*toy_batch(2, 1, frames=3)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -126,7 +152,7 @@ def test_activation_checkpointing_runs_each_block_twice() -> None:
     model = toy_model(activation_checkpointing=True)
     runs = []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda module, _: runs.append(module.layer))
+        block.register_forward_pre_hook(lambda module, _: runs.append(list(model.blocks).index(module)))
     library_run(model, named(*toy_batch()))
     assert sorted(runs) == [0, 0, 1, 1]
     with torch.no_grad():

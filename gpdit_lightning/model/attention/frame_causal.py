@@ -11,7 +11,10 @@ from gpdit_lightning.model.config import AttentionVariant
 
 
 class Queries(NamedTuple):
-    """The asking blocks of one stream, with their own keys and values: each (B, blocks * N, heads, head width)."""
+    """The asking blocks of one stream, (B, blocks * N, heads, head width), with their own keys and values.
+
+    A block may have more keys than queries, the same number in all blocks: a prefix that only it sees.
+    """
 
     query: Tensor
     key: Tensor
@@ -77,12 +80,13 @@ def _attend(
     operator: AttentionOperator, segment: Segment, tokens: int, context: Context | None, queries: Queries
 ) -> Tensor:
     """Execute one segment: (B, asking blocks * N, heads, head width)."""
-    query, key, value = (x[:, segment.start * tokens : segment.stop * tokens] for x in queries)
+    blocks, all_blocks = segment.stop - segment.start, queries.query.shape[1] // tokens
+    query, key, value = (x.unflatten(1, (all_blocks, -1))[:, segment.start : segment.stop] for x in queries)
     key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may have been made in another precision
     if segment.context == 0:
-        blocks = segment.stop - segment.start
-        folded = (x.unflatten(1, (blocks, tokens)).flatten(0, 1) for x in (query, key, value))
+        folded = (x.flatten(0, 1) for x in (query, key, value))
         return operator(*folded).unflatten(0, (-1, blocks)).flatten(1, 2)
+    query, key, value = (x.flatten(1, 2) for x in (query, key, value))
     assert context is not None
     seen_key, seen_value = (x[:, : segment.context * tokens].to(query.dtype) for x in context)
     if segment.own:

@@ -1,0 +1,370 @@
+"""Against closed forms. Where scalar data are a mixture of N(m_k, s_k^2) with weights w_k, noisy = cos x0 + sin eps is,
+in component k, Gaussian with mean m_k cos and variance V_k = s_k^2 cos^2 + sin^2, and its covariance with
+v = -sin x0 + cos eps is (1 - s_k^2) sin cos. So the optimal velocity is, with r_k = P(k | noisy) by Bayes' rule,
+
+    E[v | noisy] = sum_k r_k [-m_k sin + (1 - s_k^2) sin cos / V_k (noisy - m_k cos)].
+
+The flow d noisy / d theta = E[v | noisy] carries one mixture into the other, and on a line paths do not cross: it keeps
+the quantile, so that it takes the noise u to F_0^-1(Phi(u)), with F_theta the mixture's distribution function.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from gpdit_lightning.diffusion import (
+    SAMPLERS,
+    DPMSolver2M,
+    NoiseSchedule,
+    RotationSampler,
+    Sampler,
+    StochasticSampler,
+    TangentSampler,
+    make_sampler,
+)
+from gpdit_lightning.errors import InputError
+
+NOISE = torch.linspace(-2.5, 2.5, 11, dtype=torch.float64)[:, None]
+SHIFTS = pytest.mark.parametrize("shift", [1.0, 3.0])
+
+
+class Mixture(NamedTuple):
+    weights: list[float]
+    means: list[float]
+    stds: list[float]
+
+    def _at(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, means and variances of the noisy components: (..., K) for theta (..., 1)."""
+        weights, means, stds = (torch.tensor(values, dtype=torch.float64) for values in self)
+        return weights, means * theta.cos(), stds**2 * theta.cos() ** 2 + theta.sin() ** 2
+
+    def velocity(self, noisy: Tensor, theta: Tensor) -> Tensor:
+        """E[v | noisy] for noisy (B, 1), theta (B,)."""
+        theta = theta[:, None]
+        weights, centres, variances = self._at(theta)
+        offsets = noisy - centres
+        log_likelihoods = weights.log() - offsets**2 / (2 * variances) - variances.log() / 2
+        means, stds = (torch.tensor(values, dtype=torch.float64) for values in self[1:])
+        slopes = (1 - stds**2) * theta.sin() * theta.cos() / variances
+        return (log_likelihoods.softmax(1) * (slopes * offsets - means * theta.sin())).sum(1, keepdim=True)
+
+    def cumulative(self, noisy: Tensor, theta: float) -> Tensor:
+        """F_theta of noisy (B, 1)."""
+        weights, centres, variances = self._at(torch.tensor([theta], dtype=torch.float64))
+        return (weights * torch.special.ndtr((noisy - centres) / variances.sqrt())).sum(1, keepdim=True)
+
+    def quantile(self, probability: Tensor, theta: float = 0.0) -> Tensor:
+        """F_theta^-1 of (B, 1) by bisection."""
+        low, high = torch.full_like(probability, -20), torch.full_like(probability, 20)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self.cumulative(middle, theta) < probability
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return low
+
+
+def gaussian(mean: float, std: float) -> Mixture:
+    return Mixture([1.0], [mean], [std])
+
+
+TWO_BUMPS = Mixture([0.35, 0.65], [-0.6, 0.8], [0.7, 0.4])
+
+
+def even_quantiles(count: int) -> Tensor:
+    """Standard Gaussian values that stand for as many equal parts of its mass: (count, 1)."""
+    return torch.special.ndtri((torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count)
+
+
+def shuffled(noise: Tensor, seed: int = 0) -> Callable[[int], Tensor]:
+    """Fresh noise made of the same values in an order drawn anew, which is less random than Gaussian draws."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda number: noise[torch.randperm(len(noise), generator=generator)]
+
+
+def error(sampler: Sampler, data: Mixture = TWO_BUMPS) -> float:
+    """Mean distance of the end points of NOISE from those of the flow."""
+    exact = data.quantile(torch.special.ndtr(NOISE))
+    return (sampler.sample(data.velocity, NOISE) - exact).abs().mean().item()
+
+
+def order(steps: list[int], errors: list[float]) -> float:
+    """Minus the slope of log error against log steps, by least squares."""
+    x, y = torch.tensor(steps).double().log(), torch.tensor(errors).double().log()
+    return -((x - x.mean()) @ y / (x - x.mean()).square().sum()).item()
+
+
+def test_the_optimal_velocity_is_the_regression_on_the_noisy_value() -> None:
+    """Guards the closed form above by least squares on a large sample."""
+    generator, theta = torch.Generator().manual_seed(0), 1.1
+    eps = torch.randn(2, 200_000, 1, generator=generator, dtype=torch.float64)
+    component = torch.multinomial(torch.tensor(TWO_BUMPS.weights), 200_000, replacement=True, generator=generator)
+    means, stds = (torch.tensor(values, dtype=torch.float64)[component, None] for values in TWO_BUMPS[1:])
+    x0 = means + stds * eps[1]
+    noisy = math.cos(theta) * x0 + math.sin(theta) * eps[0]
+    velocity = -math.sin(theta) * x0 + math.cos(theta) * eps[0]
+    residual = velocity - TWO_BUMPS.velocity(noisy, torch.tensor([theta], dtype=torch.float64))
+    for feature in (torch.ones_like(noisy), noisy, noisy**2, (3 * noisy).tanh()):
+        assert abs((residual * feature).mean().item()) < 0.01
+
+
+# What is exact.
+
+
+@SHIFTS
+@pytest.mark.parametrize("steps", [1, 4, 25])
+def test_tangent_steps_reproduce_unit_gaussian_data_exactly(steps: int, shift: float) -> None:
+    sampler = TangentSampler(steps, NoiseSchedule(shift=shift))
+    assert torch.equal(sampler.sample(gaussian(0, 1).velocity, NOISE), NOISE)
+
+
+@SHIFTS
+def test_tangent_steps_integrate_a_constant_velocity_exactly(shift: float) -> None:
+    sampled = TangentSampler(4, NoiseSchedule(shift=shift)).sample(lambda noisy, theta: 0 * noisy + 0.7, NOISE)
+    torch.testing.assert_close(sampled, NOISE - 0.7 * math.pi / 2, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 25])
+def test_rotation_steps_shrink_unit_gaussian_data_by_a_known_factor(steps: int) -> None:
+    factor = math.cos(math.pi / (2 * steps)) ** steps
+    sampled = RotationSampler(steps).sample(gaussian(0, 1).velocity, NOISE)
+    torch.testing.assert_close(sampled, factor * NOISE, rtol=1e-13, atol=1e-14)
+
+
+@SHIFTS
+@pytest.mark.parametrize("name", ["rotation", "dpm2m", "stochastic"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 25])
+def test_certain_data_are_reproduced_exactly(name: str, steps: int, shift: float) -> None:
+    sampled = make_sampler(name, steps, NoiseSchedule(shift=shift)).sample(
+        gaussian(1.7, 0).velocity, NOISE, shuffled(NOISE)
+    )
+    torch.testing.assert_close(sampled, torch.full_like(NOISE, 1.7), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_dpm2m_is_the_rotation_while_lambda_is_infinite_at_one_of_its_ends(steps: int) -> None:
+    expected = RotationSampler(steps).sample(TWO_BUMPS.velocity, NOISE)
+    sampled = DPMSolver2M(steps).sample(TWO_BUMPS.velocity, NOISE)
+    torch.testing.assert_close(sampled, expected, rtol=0, atol=1e-14)
+
+
+@SHIFTS
+def test_the_stochastic_sampler_without_fresh_noise_is_the_rotation(shift: float) -> None:
+    schedule = NoiseSchedule(shift=shift)
+    expected = RotationSampler(9, schedule).sample(TWO_BUMPS.velocity, NOISE)
+    assert torch.equal(StochasticSampler(9, schedule, eta=0).sample(TWO_BUMPS.velocity, NOISE), expected)
+
+
+@pytest.mark.parametrize("theta", [0.4, 1.0, math.pi / 2])
+def test_an_ancestral_step_is_the_posterior_of_the_forward_process(theta: float) -> None:
+    """Given x0 = m, noisy at theta is rho times noisy at theta' < theta plus independent noise, rho = cos / cos'. So
+    the two have covariance rho sin'^2, and conditioning one Gaussian on the other gives
+
+        mean m cos' + rho sin'^2 / sin^2 (noisy - m cos), variance sin'^2 - rho^2 sin'^4 / sin^2.
+    """
+    m, following = 1.7, 0.3
+    cos, sin, cos_after, sin_after = math.cos(theta), math.sin(theta), math.cos(following), math.sin(following)
+    rho = cos / cos_after
+    mean = m * cos_after + rho * sin_after**2 / sin**2 * (NOISE - m * cos)
+    std = math.sqrt(sin_after**2 - rho**2 * sin_after**4 / sin**2)
+    step = [
+        StochasticSampler().integrate(gaussian(m, 0).velocity, NOISE, [theta, following], lambda _, z=z: z + 0 * NOISE)
+        for z in (torch.tensor(0.0), torch.tensor(1.0))
+    ]
+    torch.testing.assert_close(step[0], mean, rtol=0, atol=1e-14)
+    torch.testing.assert_close(step[1], mean + std, rtol=0, atol=1e-14)
+
+
+# How fast the rest converges.
+
+
+@SHIFTS
+@pytest.mark.parametrize("name", ["rotation", "tangent"])
+@pytest.mark.parametrize("data", [gaussian(0.0, 0.5), gaussian(1.3, 0.3), gaussian(-0.7, 1.8), TWO_BUMPS])
+def test_rotation_and_tangent_are_of_first_order(name: str, data: Mixture, shift: float) -> None:
+    steps = [16, 32, 64, 128, 256]
+    errors = [error(make_sampler(name, count, NoiseSchedule(shift=shift)), data) for count in steps]
+    assert errors[-1] > 1e-5
+    assert abs(order(steps, errors) - 1) < 0.1
+
+
+@pytest.mark.parametrize("data", [gaussian(0.0, 0.5), gaussian(-0.7, 1.8), TWO_BUMPS])
+def test_dpm2m_is_of_second_order_over_even_steps_in_lambda(data: Mixture) -> None:
+    """Where the paper proves it, between two angles of finite lambda."""
+    first, last = 1.5, 0.1
+    start = data.quantile(torch.special.ndtr(NOISE), first)
+    exact = data.quantile(torch.special.ndtr(NOISE), last)
+    steps, errors = [16, 32, 64, 128, 256], []
+    for count in steps:
+        tangents = torch.logspace(
+            math.log2(math.tan(first)), math.log2(math.tan(last)), count + 1, 2, dtype=torch.float64
+        )
+        end = DPMSolver2M().integrate(data.velocity, start, tangents.atan().tolist())
+        errors.append((end - exact).abs().mean().item())
+    assert abs(order(steps, errors) - 2) < 0.15
+
+
+@SHIFTS
+def test_the_error_of_dpm2m_is_a_logarithm_over_the_square_of_the_steps(shift: float) -> None:
+    """Each doubling then adds the same to steps^2 error."""
+    scaled = [steps**2 * error(DPMSolver2M(steps, NoiseSchedule(shift=shift))) for steps in (256, 512, 1024)]
+    assert (scaled[2] - scaled[1]) / (scaled[1] - scaled[0]) == pytest.approx(1, abs=0.1)
+
+
+def test_dpm2m_in_10_steps_is_closer_than_rotation_in_25() -> None:
+    assert error(DPMSolver2M(10)) < error(RotationSampler(25))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [4, 8, 25, 50])
+def test_any_usual_number_of_steps_gives_the_distribution_of_the_data(name: str, steps: int) -> None:
+    noise = even_quantiles(5000)
+    sampled = make_sampler(name, steps, NoiseSchedule()).sample(TWO_BUMPS.velocity, noise, shuffled(noise))
+    exact = TWO_BUMPS.quantile(torch.special.ndtr(noise))
+    assert (sampled.sort(0).values - exact).abs().mean() < 2 / steps
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_stochastic_samples_converge_in_distribution_at_first_order(eta: float) -> None:
+    """By the distance between sorted samples and quantiles, on average (Wasserstein's)."""
+    noise = even_quantiles(40_000)
+    exact = TWO_BUMPS.quantile(torch.special.ndtr(noise))
+    errors = []
+    for steps in (16, 64):
+        sampled = StochasticSampler(steps, eta=eta).sample(TWO_BUMPS.velocity, noise, shuffled(noise))
+        errors.append((sampled.sort(0).values - exact).abs().mean().item())
+    assert abs(order([16, 64], errors) - 1) < 0.25
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.5), (1.3, 0.3), (-0.7, 1.8)])
+def test_stochastic_samples_of_gaussian_data_have_the_mean_and_a_spread_of_first_order(
+    mean: float, std: float, eta: float
+) -> None:
+    """The sample is linear in all the noise it is given. Clip 0 gets none, each other clip a unit of one of the draws:
+    clip 0 is the mean, and the squares of what the others add to it sum to the variance, with nothing left to chance.
+    """
+    steps, errors = [256, 512, 1024], []
+    for count in steps:
+        units = torch.eye(count + 1, dtype=torch.float64)[:, 1:, None]
+        sampled = StochasticSampler(count, eta=eta).sample(
+            gaussian(mean, std).velocity, units[:, 0], lambda number, units=units: units[:, number + 1]
+        )
+        assert sampled[0].item() == pytest.approx(mean, abs=1e-12)
+        errors.append(abs((sampled[1:] - sampled[0]).norm().item() - std))
+    assert errors[-1] > 1e-5
+    assert abs(order(steps, errors) - 1) < 0.1
+
+
+# Against diffusers.
+
+
+@pytest.mark.parametrize("steps", [2, 3, 8, 14, 15, 40])
+def test_dpm2m_agrees_with_diffusers_step_by_step(steps: int) -> None:
+    """On its angles, of which the first lies below pi/2. Its arithmetic is in float32."""
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        prediction_type="v_prediction",
+        lower_order_final=True,
+        final_sigmas_type="zero",
+    )
+    scheduler.set_timesteps(steps)
+    angles = scheduler.sigmas.double().atan().tolist()
+    assert angles[0] < math.pi / 2
+    x = NOISE
+    for step, timestep in enumerate(scheduler.timesteps):
+        velocity = TWO_BUMPS.velocity(x, torch.full((len(x),), angles[step], dtype=torch.float64))
+        x = scheduler.step(velocity, timestep, x).prev_sample
+        ours = DPMSolver2M().integrate(TWO_BUMPS.velocity, NOISE, angles[: step + 2])
+        torch.testing.assert_close(ours, x, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 50])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_stochastic_steps_agree_with_diffusers(steps: int, eta: float) -> None:
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.set_timesteps(steps)
+    angles = [*scheduler.alphas_cumprod[scheduler.timesteps].sqrt().acos().tolist(), 0.0]
+    fresh = torch.randn(steps, *NOISE.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = NOISE
+    for theta, timestep, noise in zip(angles, scheduler.timesteps, fresh, strict=False):
+        velocity = TWO_BUMPS.velocity(x, torch.full((len(x),), theta, dtype=torch.float64))
+        x = scheduler.step(velocity, timestep, x, eta, variance_noise=noise).prev_sample
+    ours = StochasticSampler(eta=eta).integrate(TWO_BUMPS.velocity, NOISE, angles, fresh.__getitem__)
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-10)
+
+
+# The interface.
+
+
+@pytest.mark.parametrize("shift", [1.0, 4.0])
+def test_angles_fall_from_pure_noise_to_clean_as_the_schedule_places_them(shift: float) -> None:
+    sampler = RotationSampler(steps=8, schedule=NoiseSchedule(shift=shift))
+    angles = sampler.angles(torch.float64)
+    assert angles.shape == (9,)
+    assert angles[0] == math.pi / 2
+    assert angles[-1] == 0
+    torch.testing.assert_close(angles, NoiseSchedule(shift=shift).theta(1 - torch.arange(9, dtype=torch.float64) / 8))
+    assert sampler.angles().dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_network_is_asked_once_per_step_with_one_precise_angle_per_clip(name: str, dtype: torch.dtype) -> None:
+    asked: list[Tensor] = []
+
+    def velocity(noisy: Tensor, theta: Tensor) -> Tensor:
+        assert theta.shape == (2,)
+        assert noisy.dtype == dtype
+        asked.append(theta)
+        return torch.zeros_like(noisy, dtype=torch.float32)
+
+    sampler = make_sampler(name, 5, NoiseSchedule())
+    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sampled = sampler.sample(velocity, noise, lambda number: torch.zeros(2, 3, 4, 4))
+    assert sampled.dtype == dtype
+    assert sampled.shape == noise.shape
+    angles = sampler.angles(torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(torch.stack(asked), angles[:-1, None].expand(5, 2))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_fresh_noise_is_asked_once_per_step_but_the_last_by_the_stochastic_sampler_alone(name: str) -> None:
+    asked: list[int] = []
+
+    def fresh_noise(number: int) -> Tensor:
+        asked.append(number)
+        return torch.zeros_like(NOISE)
+
+    make_sampler(name, 4, NoiseSchedule()).sample(TWO_BUMPS.velocity, NOISE, fresh_noise)
+    assert asked == ([0, 1, 2] if name == "stochastic" else [])
+
+
+def test_samplers_are_made_by_name() -> None:
+    assert make_sampler("rotation", 25, NoiseSchedule()) == RotationSampler()
+    assert make_sampler("dpm2m", 7, NoiseSchedule(shift=2)) == DPMSolver2M(steps=7, schedule=NoiseSchedule(shift=2))
+    assert all(SAMPLERS[name].name == name for name in SAMPLERS)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RotationSampler(steps=0), "a sampler of 0 steps cannot run"),
+        (lambda: StochasticSampler(steps=-3), "a sampler of -3 steps cannot run"),
+        (lambda: make_sampler("heun", 5, NoiseSchedule()), "'heun' is not known: choose one of rotation, tangent"),
+        (lambda: StochasticSampler(eta=1.1), "eta is 1.1: choose it from 0"),
+        (lambda: StochasticSampler(eta=-0.1), "eta is -0.1"),
+        (lambda: StochasticSampler().sample(TWO_BUMPS.velocity, NOISE), "give fresh_noise"),
+    ],
+)
+def test_what_cannot_run_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
