@@ -45,8 +45,14 @@ class Codec(ABC):
         """Values in [-1, 1] (B, T, 3, H, W) to latents (B, F, C, h, w)."""
 
     @abstractmethod
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, F, C, h, w) to values around [-1, 1] (B, T, 3, H, W)."""
+    def _decode_next(self, latent: Tensor, first: bool, features: list[Any]) -> Tensor:
+        """The next latent frame (B, C, h, w) of a video to values around [-1, 1] (B, t, 3, H, W).
+
+        Args:
+            latent: float32, on `self.device`.
+            first: whether the video begins with it; then t = 1, later t = 4.
+            features: what the codec keeps of the frames before, for it to read and write; empty at the first frame.
+        """
 
     @abstractmethod
     def to(self, device: str | torch.device) -> Self:
@@ -74,20 +80,17 @@ class Codec(ABC):
         self.check_frame_size(*pixels.shape[3:])
         return self._encode(pixels.to(self.device, torch.float32) / 127.5 - 1)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents (B, F, C, h, w) to uint8 pixels (B, T, 3, H, W), on `self.device`.
 
         Raises:
             InputError: for another number of axes or channels.
         """
-        if latents.ndim != 5 or latents.shape[2] != self.latent_channels:
-            raise InputError(
-                f"The latents have shape {tuple(latents.shape)} where codec {self.name!r} takes "
-                f"(B, F, {self.latent_channels}, h, w): give it latents of its own."
-            )
-        values = self._decode(latents.to(self.device, torch.float32))
-        return ((values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return self.decoder()(latents)
+
+    def decoder(self) -> "StreamingDecoder":
+        """A decoder for videos too long to be in memory whole: it takes their latents piece after piece."""
+        return StreamingDecoder(self)
 
     def check_frame_size(self, height: int, width: int) -> None:
         """Raise `InputError` for a side in pixels that the spatial factor does not divide."""
@@ -132,6 +135,54 @@ class Codec(ABC):
             "std": self.std.tolist(),
             "fingerprint": self.fingerprint,
         }
+
+
+class StreamingDecoder:
+    """Takes the raw latents of the same clips piece after piece; the pixels together are those of `Codec.decode`.
+
+    What it keeps between frames is its own and does not grow, so several decoders of one codec may take turns.
+
+    Args:
+        codec: whose latents they are.
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._features: list[Any] = []
+        self._frames = 0  # latent frames so far
+        self._clips: tuple[int, int, int] | None = None  # (B, h, w)
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """The next latent frames (B, F, C, h, w) to their uint8 pixels (B, T, 3, H, W), on the codec's device.
+
+        T = 4 F, less three in the call that brings the first latent frame. F may be 0.
+
+        Raises:
+            InputError: for another number of axes or channels, or clips that differ from the first call's in number or
+                size.
+        """
+        codec = self._codec
+        if latents.ndim != 5 or latents.shape[2] != codec.latent_channels:
+            raise InputError(
+                f"The latents have shape {tuple(latents.shape)} where codec {codec.name!r} takes "
+                f"(B, F, {codec.latent_channels}, h, w): give it latents of its own."
+            )
+        B, F, _, h, w = latents.shape
+        self._clips = self._clips or (B, h, w)
+        if self._clips != (B, h, w):
+            raise InputError(
+                f"The latents have (B, h, w) = {(B, h, w)} where the decoder's first had {self._clips}: give it the "
+                f"next frames of the same clips, or take a new decoder."
+            )
+        lengths = [codec.temporal_factor if number else 1 for number in range(self._frames, self._frames + F)]
+        size = h * codec.spatial_factor, w * codec.spatial_factor
+        pixels = torch.empty(B, sum(lengths), 3, *size, dtype=torch.uint8, device=codec.device)
+        for latent, place in zip(latents.unbind(1), pixels.split(lengths, dim=1), strict=True):
+            values = codec._decode_next(latent.to(codec.device, torch.float32), self._frames == 0, self._features)
+            place.copy_(((values + 1) * 127.5).round().clamp(0, 255))
+            self._frames += 1
+        return pixels
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:

@@ -6,7 +6,7 @@ numbers rebuilds the pictures it was fitted on better. `fit_pca.py` makes the we
 """
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -82,11 +82,11 @@ class PcaCodec(Codec):
         later = blocks_of(values[:, 1:], GROUP) @ later_components.T
         return torch.cat([first, later], dim=1).permute(0, 1, 4, 2, 3).float().contiguous()
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        latents = latents.permute(0, 1, 3, 4, 2)
-        first = pixels_of(latents[:, :1] / FIRST_FRAME_GAIN @ self.weights["first_components"], 1)
-        later = pixels_of(latents[:, 1:] @ self.weights["later_components"], GROUP)
-        return torch.cat([first, later], dim=1) + self._centre
+    def _decode_next(self, latent: Tensor, first: bool, features: list[Any]) -> Tensor:
+        latent = latent.permute(0, 2, 3, 1)[:, None]
+        if first:
+            return pixels_of(latent / FIRST_FRAME_GAIN @ self.weights["first_components"], 1) + self._centre
+        return pixels_of(latent @ self.weights["later_components"], GROUP) + self._centre
 
     @property
     def _centre(self) -> Tensor:

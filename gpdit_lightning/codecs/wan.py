@@ -1,10 +1,10 @@
 """The codec `wan`: the WanVAE that GPDiT uses (section 5.1), as diffusers' `AutoencoderKLWan`, posterior mode."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpdit_lightning.codecs.base import Codec, fingerprint_of
 from gpdit_lightning.errors import InputError
@@ -24,18 +24,21 @@ class WanCodec(Codec):
         source: the folder or hub name it came from.
 
     Raises:
-        InputError: when the autoencoder's geometry is not 8x8 space and 4x time, or it has no whitening constants.
+        InputError: when the autoencoder's geometry is not 8x8 space and 4x time without patches, or it has no whitening
+            constants.
     """
 
     name = "wan"
 
     def __init__(self, autoencoder: "AutoencoderKLWan", source: str | None = None) -> None:
         config = autoencoder.config
-        factors = (2 ** len(autoencoder.temperal_downsample), 2 ** sum(autoencoder.temperal_downsample))
-        if factors != (self.spatial_factor, self.temporal_factor):
+        patch = config.patch_size or 1
+        factors = (patch * 2 ** len(autoencoder.temperal_downsample), 2 ** sum(autoencoder.temperal_downsample))
+        if (*factors, patch) != (self.spatial_factor, self.temporal_factor, 1):
             raise InputError(
-                f"The WanVAE of {source} shrinks space {factors[0]} times and time {factors[1]} times where this "
-                f"library needs {self.spatial_factor} and {self.temporal_factor}: use the VAE of Wan 2.1."
+                f"The WanVAE of {source} shrinks space {factors[0]} times and time {factors[1]} times, by patches of "
+                f"{patch} pixels, where this library needs {self.spatial_factor}, {self.temporal_factor} and 1: use "
+                f"the VAE of Wan 2.1."
             )
         self.autoencoder = autoencoder.eval().requires_grad_(False).float()
         self.source = source
@@ -90,5 +93,10 @@ class WanCodec(Codec):
         posterior = self.autoencoder.encode(values.transpose(1, 2)).latent_dist  # diffusers: channels before frames
         return posterior.mode().transpose(1, 2).contiguous()
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self.autoencoder.decode(latents.transpose(1, 2)).sample.transpose(1, 2)
+    def _decode_next(self, latent: Tensor, first: bool, features: list[Any]) -> Tensor:
+        # What diffusers' `AutoencoderKLWan._decode` does for each frame, but there the features belong to the network.
+        decoder = self.autoencoder.decoder
+        if first:
+            features += [None] * sum(isinstance(part, nn.Conv3d) for part in decoder.modules())
+        inputs = self.autoencoder.post_quant_conv(latent[:, :, None])
+        return decoder(inputs, feat_cache=features, feat_idx=[0], first_chunk=first).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Pictures: reading, covering a size, contact sheets."""
+"""Pictures: reading, covering a size, borders, contact sheets."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
@@ -17,6 +17,9 @@ from gpdit_lightning.files import written_whole
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # What a file may hold, whatever its name says. Pillow knows more, and would hand an EPS to Ghostscript.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+
+# Of the borders around frames that were given and around those that were generated.
+CONTEXT_COLOUR, GENERATED_COLOUR = "silver", "orange"
 
 Size = tuple[int, int]
 
@@ -88,42 +91,76 @@ def parse_size(text: str) -> Size:
     return int(parts[0]), int(parts[1])
 
 
+def framed(pixels: Tensor, colour: str, border: int = 4) -> Tensor:
+    """Frames with a border of one colour over the pixels at their edges, such as `CONTEXT_COLOUR`.
+
+    Args:
+        pixels: uint8 (..., 3, H, W).
+        colour: any name that Pillow knows.
+        border: its width in pixels.
+
+    Returns:
+        uint8 (..., 3, H, W), a copy.
+    """
+    paint = pixels.new_tensor(ImageColor.getrgb(colour)).view(3, 1, 1)
+    result = paint.expand_as(pixels).clone()
+    height, width = pixels.shape[-2:]
+    inside = ..., slice(border, height - border), slice(border, width - border)
+    result[inside] = pixels[inside]
+    return result
+
+
+def strip_moments(frames: int, columns: int = 16) -> list[int]:
+    """The numbers of at most `columns` of so many frames, evenly spaced from the first to the last."""
+    return sorted({round(moment) for moment in np.linspace(0, frames - 1, min(columns, frames))})
+
+
 def write_strip(
-    path: str | Path, rows: Mapping[str, Tensor], columns: int = 16, least_side: int = 96, context: int = 0
+    path: str | Path,
+    rows: Mapping[str, Tensor],
+    columns: int = 16,
+    least_side: int = 96,
+    context: int = 0,
+    moments: Sequence[int] | None = None,
 ) -> None:
     """Write a PNG with one labelled row of frames for each video, for looking at samples side by side.
 
     Args:
         path: the file.
         rows: label -> uint8 (T, 3, H, W); T may differ, a column is one moment in all rows.
-        columns: most frames shown, evenly spaced from the first to the last of the longest video.
+        columns: most frames shown, by the `strip_moments` of the longest video.
         least_side: smaller frames are enlarged until their shorter side has this many pixels.
         context: the first so many frames were given, not generated; the head says so.
+        moments: where only the frames to be shown were kept, their numbers in the video; then all are shown.
 
     Raises:
-        InputError: when there is nothing to show.
+        InputError: when there is nothing to show, or a row has more frames than `moments` has numbers.
     """
     if not rows or any(len(frames) == 0 for frames in rows.values()):
         raise InputError(f"There are no frames to write to {path}: give every row at least one.")
     longest = max(len(frames) for frames in rows.values())
-    shown = sorted({round(moment) for moment in np.linspace(0, longest - 1, min(columns, longest))})
+    if moments is None:
+        moments = strip_moments(longest, columns)
+        rows = {label: frames[[moment for moment in moments if moment < len(frames)]] for label, frames in rows.items()}
+    elif len(moments) < longest:
+        raise InputError(f"{path} has a row of {longest} frames but {len(moments)} moments: give a number for each.")
     cell_width, cell_height = _cell_size(next(iter(rows.values())), least_side)
     gap = 4
     font = ImageFont.load_default(size=14)
     label_width = round(max(font.getlength(label) for label in rows)) + 3 * gap
     head = 24
 
-    sheet_size = label_width + len(shown) * (cell_width + gap), head + len(rows) * (cell_height + gap)
+    sheet_size = label_width + len(moments) * (cell_width + gap), head + len(rows) * (cell_height + gap)
     sheet = Image.new("RGB", sheet_size, "white")
     draw = ImageDraw.Draw(sheet)
-    for column, moment in enumerate(shown):
+    for column, moment in enumerate(moments):
         left = label_width + column * (cell_width + gap)
         given = moment < context
         title, colour = (f"context {moment}", "gray") if given else (str(moment), "black")
         draw.text((left + cell_width / 2, head / 2), title, colour, font, anchor="mm")
         for row, frames in enumerate(rows.values()):
-            if moment < len(frames):
-                frame = _enlarged(frames[moment], (cell_width, cell_height))
+            if column < len(frames):
+                frame = _enlarged(frames[column], (cell_width, cell_height))
                 sheet.paste(frame, (left, head + row * (cell_height + gap)))
     for row, label in enumerate(rows):
         draw.text((gap, head + row * (cell_height + gap) + cell_height / 2), label, "black", font, anchor="lm")
@@ -156,11 +193,11 @@ def write_animation(
 
     pages = []
     for moment in range(first.shape[1]):
-        title, colour = (f"context {moment}", "silver") if moment < context else (f"generated {moment}", "orange")
+        title, colour = ("context", CONTEXT_COLOUR) if moment < context else ("generated", GENERATED_COLOUR)
         page = Image.new("RGB", page_size, "white")
         draw = ImageDraw.Draw(page)
         draw.rectangle((0, head - border, *page_size), colour)
-        draw.text((page.width / 2, head / 4 - border / 2), title, "black", font, anchor="mm")
+        draw.text((page.width / 2, head / 4 - border / 2), f"{title} {moment}", "black", font, anchor="mm")
         for column, (label, clips) in enumerate(columns.items()):
             left = border + column * (cell_width + border)
             draw.text((left + cell_width / 2, head * 3 / 4 - border), label, "black", font, anchor="mm")

@@ -1,11 +1,14 @@
-"""Videos: reading frame by frame, writing mp4, through PyAV."""
+"""Videos: reading frame by frame, writing mp4 frame by frame, through PyAV; folders of frames."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
 
 import av
 import torch
@@ -13,8 +16,11 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
+from gpdit_lightning.media.images import IMAGE_ENDINGS, read_image
 
 VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,14 +74,9 @@ def iterate_frames(
     Raises:
         InputError: when the file is missing or no video; where it is broken midway, after the frames before that.
     """
-    if start < 0 or stride < 1 or (most is not None and most < 0):
-        raise InputError(
-            f"start {start}, stride {stride}, most {most} is no range of frames: count from 0, by 1 or more."
-        )
-    stop = None if most is None else start + most * stride
     with _opened(path, threads) as stream:
         size: tuple[int, int] | None = None
-        for frame in islice(stream.container.decode(stream), start, stop, stride):
+        for frame in _chosen(stream.container.decode(stream), start, stride, most):
             size = size or (frame.width, frame.height)
             yield _upright(frame, *size)
 
@@ -92,35 +93,129 @@ def read_video(path: str | Path, start: int = 0, stride: int = 1, most: int | No
     return torch.stack(frames)
 
 
-def write_video(path: str | Path, pixels: Tensor, fps: Fraction | float) -> None:
-    """Write an mp4 (H.264, 4:2:0, near lossless), whole or not at all.
+def iterate_pictures(folder: str | Path, start: int = 0, stride: int = 1, most: int | None = None) -> Iterator[Tensor]:
+    """The pictures in a folder as the frames of a video, one in memory at a time; arguments as for `iterate_frames`.
+
+    They come in `natural_order`; hidden files and other files are ignored.
+
+    Yields:
+        uint8 RGB (3, H, W), upright.
+
+    Raises:
+        InputError: when the folder holds no pictures, or where one is broken or of another size than the first.
+    """
+    paths = [path for path in Path(folder).glob("[!.]*") if path.suffix.lower() in IMAGE_ENDINGS]
+    if not paths:
+        raise InputError(f"{folder} is no folder that holds pictures: give one with {', '.join(IMAGE_ENDINGS)} files.")
+    first: tuple[Path, torch.Size] | None = None
+    for path in _chosen(iter(sorted(paths, key=natural_order)), start, stride, most):
+        frame = read_image(path)[0]
+        first = first or (path, frame.shape)
+        if frame.shape != first[1]:
+            raise InputError(
+                f"{path} has {frame.shape[1]}x{frame.shape[2]} pixels and {first[0]} {first[1][1]}x{first[1][2]}: "
+                f"scale the frames of a video to one size."
+            )
+        yield frame
+
+
+def natural_order(path: Path) -> tuple[list[str | int], str]:
+    """The key that sorts files by the numbers in their names: frame_2 before frame_10."""
+    parts = re.split(r"(\d+)", path.name)  # text and digits by turns, so that like meets like
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], path.name
+
+
+class VideoWriter:
+    """Writes an mp4 (H.264, 4:2:0, near lossless) as its frames come, whole or not at all.
+
+        with VideoWriter("long.mp4", fps=8) as video:
+            for pixels in pieces:
+                video.write(pixels)
+
+    The file is there when the block has ended well; where the block raises, an older one stays. Memory does not grow.
 
     Args:
         path: the file; an older one is replaced.
-        pixels: uint8 (T, 3, H, W), H and W even, as 4:2:0 stores one colour for 2x2 pixels.
         fps: frames a second.
 
     Raises:
-        InputError: when there are no frames or a side is odd.
+        InputError: at the end of the block, when no frame was written.
     """
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) == 0:
-        raise InputError(
-            f"The video for {path} is {pixels.dtype} {tuple(pixels.shape)} where uint8 (T, 3, H, W) with at least one "
-            f"frame belongs: convert it."
-        )
-    height, width = pixels.shape[2:]
-    if height % 2 or width % 2:
-        raise InputError(f"The video for {path} is {height}x{width} and mp4 needs even sides: crop one row or column.")
-    with written_whole(Path(path)) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        rate = Fraction(fps).limit_denominator(65535)
-        stream = container.add_stream("libx264", rate, options={"crf": "12"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+
+    def __init__(self, path: str | Path, fps: Fraction | float) -> None:
+        self._path = Path(path)
+        self._rate = Fraction(fps).limit_denominator(65535)
+        self._stream: av.VideoStream | None = None
+
+    def __enter__(self) -> Self:
+        self._file = self._written()
+        self._file.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return self._file.__exit__(kind, error, traceback)
+
+    def write(self, pixels: Tensor) -> None:
+        """Add frames.
+
+        Args:
+            pixels: uint8 (T, 3, H, W), T >= 0; H and W even, as 4:2:0 stores one colour for 2x2 pixels, and the same
+                in all calls.
+
+        Raises:
+            InputError: for anything else.
+        """
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise InputError(
+                f"The video for {self._path} is {pixels.dtype} {tuple(pixels.shape)} where uint8 (T, 3, H, W) belongs: "
+                f"convert it."
+            )
+        if len(pixels) == 0:
+            return
+        height, width = pixels.shape[2:]
+        if height % 2 or width % 2:
+            raise InputError(
+                f"The video for {self._path} is {height}x{width} and mp4 needs even sides: crop one row or column."
+            )
+        if self._stream is None:
+            self._stream = self._container.add_stream("libx264", self._rate, options={"crf": "12"})
+            self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        if (self._stream.height, self._stream.width) != (height, width):
+            raise InputError(
+                f"The video for {self._path} is {self._stream.height}x{self._stream.width} and goes on with "
+                f"{height}x{width}: give all its frames one size."
+            )
         # Contiguous, and converted before the encoder sees it: where PyAV 18.1 does either by itself, every second file
         # differs by a few levels from run to run; so, hardly any.
         for image in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy():
             frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            self._container.mux(self._stream.encode(frame))
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """The file during the block, and what the encoder still holds at its end."""
+        with written_whole(self._path) as temporary, av.open(str(temporary), "w", format="mp4") as self._container:
+            yield
+            if self._stream is None:
+                raise InputError(f"The video for {self._path} has no frames: give it at least one frame.")
+            self._container.mux(self._stream.encode())
+
+
+def write_video(path: str | Path, pixels: Tensor, fps: Fraction | float) -> None:
+    """Write frames (T, 3, H, W) that are all there; arguments and errors as for `VideoWriter`."""
+    with VideoWriter(path, fps) as video:
+        video.write(pixels)
+
+
+def _chosen(frames: Iterator[T], start: int, stride: int, most: int | None) -> Iterator[T]:
+    """The frames that `start`, `stride` and `most` name; `InputError` where they name none."""
+    if start < 0 or stride < 1 or (most is not None and most < 0):
+        raise InputError(
+            f"start {start}, stride {stride}, most {most} is no range of frames: count from 0, by 1 or more."
+        )
+    return islice(frames, start, None if most is None else start + most * stride, stride)
 
 
 @contextmanager

@@ -67,6 +67,14 @@ def test_a_later_frame_changes_no_earlier_pixel(codec: PcaCodec) -> None:
     assert same.tolist() == [True] * 9 + [False] * 8
 
 
+@pytest.mark.parametrize("pieces", [(5,), (1, 1, 1, 1, 1), (2, 0, 3), (0, 4, 1)])
+def test_pieces_are_decoded_to_what_the_whole_is(codec: PcaCodec, pieces: tuple[int, ...]) -> None:
+    latents = codec.encode(torch.cat([moving_clip(17), moving_clip(17, seed=1)]))
+    decoder = codec.decoder()
+    assert torch.equal(torch.cat([decoder(piece) for piece in latents.split(pieces, 1)], dim=1), codec.decode(latents))
+    assert decoder(latents).shape[1] == 20  # frames that follow: four pixel frames each
+
+
 def test_encoding_what_was_decoded_changes_nothing(codec: PcaCodec) -> None:
     clip = (moving_clip(9).float() * 0.4 + 70).to(torch.uint8)  # far from black and white, where decoding would clip
     latents = codec.encode(clip)
@@ -155,6 +163,16 @@ def test_wrong_pixels_are_named(codec: PcaCodec, pixels: torch.Tensor, message: 
 def test_wrong_latents_are_named(codec: PcaCodec) -> None:
     with pytest.raises(InputError, match=r"\(1, 2, 8, 4, 4\)"):
         codec.decode(torch.zeros(1, 2, 8, 4, 4))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16, 4, 6), (2, 1, 16, 6, 4), (2, 1, 16, 4, 4)])
+def test_other_clips_midway_are_named_and_change_nothing(codec: PcaCodec, shape: tuple[int, ...]) -> None:
+    latents = codec.encode(moving_clip(5).expand(2, -1, -1, -1, -1))
+    decoder = codec.decoder()
+    first = decoder(latents[:, :1])
+    with pytest.raises(InputError, match=rf"= \({shape[0]}, {shape[3]}, {shape[4]}\) where .* first had \(2, 4, 6\)"):
+        decoder(torch.zeros(shape))
+    assert torch.equal(torch.cat([first, decoder(latents[:, 1:])], dim=1), codec.decode(latents))
 
 
 def test_a_codec_loads_from_its_spec_and_only_from_its_own(codec: PcaCodec, tmp_path: Path) -> None:

@@ -45,6 +45,55 @@ def test_later_frames_do_not_reach_earlier_latents(autoencoder: Any) -> None:
     torch.testing.assert_close(codec.encode(clip)[:, :2], codec.encode(clip[:, :5]), atol=1e-5, rtol=0)
 
 
+def random_latents(frames: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, frames, 16, 2, 3, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_what_is_decoded_is_what_the_network_decodes_at_once(residual: bool) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    autoencoder = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1, is_residual=residual)
+    latents = random_latents(4)
+    pixels = WanCodec(autoencoder).decode(latents)
+    with torch.no_grad():
+        values = autoencoder.decode(latents.transpose(1, 2)).sample.transpose(1, 2)
+    expected = ((values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    assert pixels.shape == expected.shape == (2, 13, 3, 16, 24)
+    assert (pixels.int() - expected.int()).abs().max() <= 1  # one product over all frames there, one for each here
+    assert (pixels == expected).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("pieces", [(5,), (1, 1, 1, 1, 1), (2, 0, 3), (0, 4, 1)])
+def test_pieces_are_decoded_to_what_the_whole_is(autoencoder: Any, pieces: tuple[int, ...]) -> None:
+    codec, latents = WanCodec(autoencoder), random_latents(5)
+    decoder = codec.decoder()
+    assert torch.equal(torch.cat([decoder(piece) for piece in latents.split(pieces, 1)], dim=1), codec.decode(latents))
+
+
+def test_decoders_that_take_turns_do_not_meet(autoencoder: Any) -> None:
+    codec, videos = WanCodec(autoencoder), [random_latents(4, seed) for seed in (0, 1)]
+    decoders = [codec.decoder() for _ in videos]
+    pieces: list[list[torch.Tensor]] = [[], []]
+    for frames in (slice(0, 1), slice(1, 3), slice(3, 4)):
+        for parts, decoder, latents in zip(pieces, decoders, videos, strict=True):
+            parts.append(decoder(latents[:, frames]))
+            codec.encode(random_clip(5))  # the network's own features are in use meanwhile
+    for parts, latents in zip(pieces, videos, strict=True):
+        assert torch.equal(torch.cat(parts, dim=1), codec.decode(latents))
+
+
+def test_what_a_decoder_keeps_does_not_grow(autoencoder: Any) -> None:
+    decoder = WanCodec(autoencoder).decoder()
+    sizes = []
+    for latent in random_latents(5).requires_grad_().split(1, dim=1):
+        decoder(latent)
+        kept = [feature for feature in decoder._features if isinstance(feature, torch.Tensor)]
+        assert not any(feature.requires_grad for feature in kept)
+        sizes.append(sum(feature.untyped_storage().nbytes() for feature in kept))
+    assert 0 < sizes[0] < sizes[2] == sizes[3] == sizes[4]
+
+
 def test_the_whitening_constants_are_the_published_ones(autoencoder: Any) -> None:
     codec = WanCodec(autoencoder)
     assert codec.mean.tolist() == pytest.approx(autoencoder.config.latents_mean)
@@ -89,3 +138,6 @@ def test_another_geometry_is_refused() -> None:
     flat = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1, temperal_downsample=[False, False, True])
     with pytest.raises(InputError, match="time 2 times"):
         WanCodec(flat, "somewhere")
+    patched = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1, in_channels=12, out_channels=12, patch_size=2)
+    with pytest.raises(InputError, match=r"space 16 times .* by patches of 2 pixels"):
+        WanCodec(patched, "Wan 2.2")

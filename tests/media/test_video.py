@@ -1,4 +1,5 @@
 import struct
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -7,7 +8,15 @@ import torch
 from PIL import Image
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.video import iterate_frames, read_video, video_info, write_video
+from gpdit_lightning.files import partial_path
+from gpdit_lightning.media.video import (
+    VideoWriter,
+    iterate_frames,
+    iterate_pictures,
+    read_video,
+    video_info,
+    write_video,
+)
 
 
 def grey_steps(frames: int, height: int = 48, width: int = 64) -> torch.Tensor:
@@ -113,3 +122,104 @@ def test_odd_sides_and_no_frames_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least one frame"):
         write_video(tmp_path / "a.mp4", grey_steps(0), 8)
     assert list(tmp_path.iterdir()) == []
+
+
+def write_pieces(path: Path, pieces: Iterable[torch.Tensor], fps: Fraction | float = 8) -> None:
+    with VideoWriter(path, fps) as writer:
+        for piece in pieces:
+            writer.write(piece)
+
+
+@pytest.mark.parametrize("pieces", [(20,), (1,) * 20, (0, 3, 0, 17), (19, 1)])
+def test_a_video_written_in_pieces_is_the_video_written_at_once(video: Path, pieces: tuple[int, ...]) -> None:
+    path = video.with_name("pieces.mp4")
+    write_pieces(path, grey_steps(20).split(pieces), Fraction(30000, 1001))
+    assert video_info(path) == video_info(video)
+    assert numbers(read_video(path)) == list(range(20))
+
+
+def test_frames_go_to_the_file_as_they_come(tmp_path: Path) -> None:
+    noise = torch.randint(0, 256, (50, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    sizes = []
+    with VideoWriter(tmp_path / "a.mp4", 8) as writer:
+        for _ in range(4):
+            writer.write(noise)
+            sizes.append(partial_path(tmp_path / "a.mp4").stat().st_size)
+        assert not (tmp_path / "a.mp4").exists()
+    # The encoder looks some frames ahead, but what it holds does not grow.
+    one = (tmp_path / "a.mp4").stat().st_size / 200
+    assert sizes[3] - sizes[1] > 90 * one
+    assert video_info(tmp_path / "a.mp4").frames == 200
+
+
+@pytest.mark.parametrize("frames", [0, 1, 60])
+def test_a_block_that_raises_leaves_no_file_and_keeps_an_older_one(video: Path, frames: int) -> None:
+    def failing() -> Iterator[torch.Tensor]:
+        yield torch.zeros(frames, 3, 16, 16, dtype=torch.uint8)
+        raise RuntimeError("generation failed")
+
+    before = video.read_bytes()
+    for path in (video.with_name("new.mp4"), video):
+        with pytest.raises(RuntimeError, match="generation failed"):
+            write_pieces(path, failing())
+    assert list(video.parent.iterdir()) == [video]
+    assert video.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([grey_steps(2), grey_steps(2, 48, 66)], r"a\.mp4 is 48x64 and goes on with 48x66"),
+        ([grey_steps(2), grey_steps(2).float()], r"torch\.float32 \(2, 3, 48, 64\)"),
+        ([grey_steps(2)[0]], r"\(3, 48, 64\)"),
+        ([grey_steps(0), grey_steps(0)], "at least one frame"),
+        ([], "at least one frame"),
+    ],
+)
+def test_pieces_that_make_no_video_are_named(tmp_path: Path, pieces: list[torch.Tensor], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        write_pieces(tmp_path / "a.mp4", pieces)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Twelve frames whose names do not sort as letters do, and what else lies in folders."""
+    folder = tmp_path / "frames"
+    (folder / "thumbnails").mkdir(parents=True)
+    for number in range(12):
+        Image.new("RGB", (24, 16), (number * 10,) * 3).save(folder / f"frame_{number}.{'PNG' if number % 2 else 'png'}")
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "._frame_3.png").write_text("no picture")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("start", "stride", "most", "expected"),
+    [(0, 1, None, list(range(12))), (1, 4, None, [1, 5, 9]), (8, 2, 2, [8, 10]), (0, 1, 0, []), (50, 1, None, [])],
+)
+def test_a_folder_of_pictures_is_read_in_natural_order(
+    pictures: Path, start: int, stride: int, most: int | None, expected: list[int]
+) -> None:
+    frames = list(iterate_pictures(pictures, start, stride, most))
+    assert all(frame.shape == (3, 16, 24) and frame.dtype == torch.uint8 for frame in frames)
+    assert (numbers(torch.stack(frames)) if frames else []) == expected
+
+
+def test_pictures_are_read_one_by_one(pictures: Path) -> None:
+    (pictures / "frame_2.png").write_text("damaged")
+    frames = iterate_pictures(pictures)
+    assert numbers(torch.stack([next(frames), next(frames)])) == [0, 1]
+    with pytest.raises(InputError, match=r"frame_2\.png is no readable picture"):
+        next(frames)
+
+
+def test_pictures_that_make_no_video_are_named(pictures: Path) -> None:
+    Image.new("RGB", (16, 24)).save(pictures / "frame_10.png")
+    with pytest.raises(InputError, match=r"frame_10\.png has 24x16 pixels and .*frame_0\.png 16x24: scale"):
+        list(iterate_pictures(pictures))
+    for name in ("thumbnails", "absent"):
+        with pytest.raises(InputError, match=rf"{name} is no folder that holds pictures: give one with \.jpg"):
+            list(iterate_pictures(pictures / name))
+    with pytest.raises(InputError, match="stride 0"):
+        list(iterate_pictures(pictures, stride=0))
