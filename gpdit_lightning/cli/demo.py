@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from gpdit_lightning.cli import chain
 from gpdit_lightning.cli.demo_movies import write_movies
-from gpdit_lightning.cli.sample import read_context
-from gpdit_lightning.codecs import load_codec_from_spec
+from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.generation import continue_video
+from gpdit_lightning.generation import GenerationConfig, continue_video
+from gpdit_lightning.generation.contexts import Reading, read_contexts
 from gpdit_lightning.media.images import parse_size, resize_and_crop, write_strip
 from gpdit_lightning.media.video import iterate_frames, write_video
 from gpdit_lightning.preparation import (
@@ -166,7 +166,7 @@ def pair_options(run_dir: Path, pictures: Sequence[Path]) -> FewShotOptions:
     )
 
 
-def held_out_clips(preparation: PrepareOptions, stride: int) -> tuple[Tensor, Fraction]:
+def held_out_clips(preparation: PrepareOptions, stride: int, codec: Codec) -> tuple[Tensor, Fraction]:
     """The first CLIP frames of every held-out video that has so many at the stride; LEAST_CLIP where none has.
 
     Returns:
@@ -176,7 +176,8 @@ def held_out_clips(preparation: PrepareOptions, stride: int) -> tuple[Tensor, Fr
         InputError: no video was held out, or none of those is long enough.
     """
     for frames in (CLIP, LEAST_CLIP):
-        clips, rates = clips_of_length(frames, preparation, stride)
+        reading = Reading(CONTEXT, stride, (parse_size(FRAME_SIZE),), following=frames - CONTEXT, start=0.0)
+        clips, rates = clips_of_length(frames, preparation, reading, codec)
         if clips:
             return torch.stack(clips), rates[0]
     raise InputError(
@@ -185,20 +186,22 @@ def held_out_clips(preparation: PrepareOptions, stride: int) -> tuple[Tensor, Fr
     )
 
 
-def clips_of_length(frames: int, preparation: PrepareOptions, stride: int) -> tuple[list[Tensor], list[Fraction]]:
+def clips_of_length(
+    frames: int, preparation: PrepareOptions, reading: Reading, codec: Codec
+) -> tuple[list[Tensor], list[Fraction]]:
     """The first `frames` frames of every held-out video that has so many, and their rates."""
-    size = parse_size(FRAME_SIZE)
     clips, rates = [], []
     for source in prepared_sources(preparation):
         if source.split != "validation":
             continue
         try:
-            context, truth, rate = read_context(source.path, stride, [size], CONTEXT, 0.0, frames - CONTEXT)
+            (context,) = read_contexts([str(source.path)], reading, codec)
         except InputError:
             continue  # the preparation has named it already
-        if len(context) + len(truth) == frames:
-            clips.append(torch.cat((context, truth)))
-            rates.append(rate)
+        clip = torch.cat((context.pixels, context.truth))
+        if len(clip) == frames:
+            clips.append(clip)
+            rates.append(context.fps)
     return clips, rates
 
 
@@ -206,12 +209,14 @@ def evaluate(run_dir: Path, preparation: PrepareOptions) -> str:
     """Continue the held-out clips, write pictures, and compare with repeating the last context frame."""
     model = load_trained_model(run_dir / "stage3_long_video")
     codec = load_codec_from_spec(model.codec, where=str(run_dir))
-    clips, rate = held_out_clips(preparation, model.geometry["stride"])
+    clips, rate = held_out_clips(preparation, model.geometry["stride"], codec)
     future_frames = clips.shape[1] - CONTEXT
-    sampler = RotationSampler(SAMPLER_STEPS, schedule=NoiseSchedule(**model.schedule))
+    config = GenerationConfig(RotationSampler(SAMPLER_STEPS, schedule=NoiseSchedule(**model.schedule)))
     generated = torch.cat(
         [
-            continue_video(model.backbone, codec, batch[:, :CONTEXT], future_frames, sampler, seed=SEED + number).pixels
+            continue_video(
+                model.backbone, codec, batch[:, :CONTEXT], future_frames, config, seeds=SEED + 16 * number
+            ).pixels
             for number, batch in enumerate(tqdm(clips.split(16), desc="generating", unit="batch", leave=False))
         ]
     )

@@ -1,6 +1,7 @@
-"""From context pixels to generated pixels."""
+"""From context to generated pixels, as they come or all at once."""
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,9 +9,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpdit_lightning.codecs import Codec
-from gpdit_lightning.diffusion import RotationSampler
-from gpdit_lightning.generation.rollout import rollout
+from gpdit_lightning.generation.rollout import DEFAULT, GenerationConfig, rollout
 from gpdit_lightning.model import GPDiT
+
+
+class Piece(NamedTuple):
+    """The next frames of a video that is being generated.
+
+    Attributes:
+        pixels: (B, T, 3, H, W) uint8 on the CPU, T = 4; the first frame of a video that begins from nothing is alone.
+        latents: (B, 1, C, h, w) raw, on the CPU.
+    """
+
+    pixels: Tensor
+    latents: Tensor
 
 
 class Continuation(NamedTuple):
@@ -18,11 +30,66 @@ class Continuation(NamedTuple):
 
     Attributes:
         pixels: (B, T + frames, 3, H, W) uint8: the context as given, then what was generated.
-        latents: (B, F, C, h, w) whitened, context and generated.
+        latents: (B, F, C, h, w) raw, context and generated.
     """
 
     pixels: Tensor
     latents: Tensor
+
+
+def stream_video(
+    model: GPDiT,
+    codec: Codec,
+    known: Tensor,
+    frames: int,
+    config: GenerationConfig = DEFAULT,
+    *,
+    seeds: int | Sequence[int] = 0,
+    condition: Tensor | None = None,
+    without_condition: Tensor | None = None,
+) -> Iterator[Piece]:
+    """Generate the pixel frames that follow, yielding them as they are done; nothing of a long video is kept.
+
+    Args:
+        model: in evaluation mode.
+        codec: whose latents the model was trained on.
+        known: (B, k, C, h, w) raw latents of the context; k = 0 begins from nothing.
+        frames: pixel frames to generate; surplus ones of the last latent frame are dropped.
+        config, seeds, condition, without_condition: as for :func:`rollout`.
+
+    Yields:
+        a :class:`Piece` for each latent frame.
+
+    Raises:
+        InputError: as :func:`rollout`, or latents that do not suit the codec or the model.
+    """
+    device = next(model.parameters()).device
+    mean, std = (constant.to(device)[:, None, None] for constant in (codec.mean, codec.std))
+    known = known.to(device)
+    count = latent_frames(codec, known.shape[1], frames)
+    decode = codec.decoder()
+    if known.shape[1]:
+        decode(known)
+    left = frames
+    for latent in rollout(
+        model,
+        (known - mean) / std,
+        count,
+        config,
+        seeds=seeds,
+        condition=condition,
+        without_condition=without_condition,
+    ):
+        raw = (latent * std + mean)[:, None]
+        pixels = decode(raw)[:, :left]
+        left -= pixels.shape[1]
+        yield Piece(pixels.cpu(), raw.cpu())
+
+
+def latent_frames(codec: Codec, known: int, frames: int) -> int:
+    """How many latent frames hold `frames` pixel frames after `known` latent frames."""
+    alone = 1 if known == 0 and frames else 0  # the first frame of a video
+    return alone + math.ceil((frames - alone) / codec.temporal_factor)
 
 
 def continue_video(
@@ -30,31 +97,28 @@ def continue_video(
     codec: Codec,
     context: Tensor,
     frames: int,
-    sampler: RotationSampler,
-    seed: int = 0,
+    config: GenerationConfig = DEFAULT,
+    *,
+    seeds: int | Sequence[int] = 0,
+    condition: Tensor | None = None,
     progress: bool = False,
 ) -> Continuation:
-    """Generate the pixel frames that follow.
+    """Generate the pixel frames that follow, all at once.
 
     Args:
         model: in evaluation mode.
         codec: whose latents the model was trained on.
         context: (B, T, 3, H, W) uint8 at the stride of the training clips, T = 1 + 4 (k - 1).
-        frames: pixel frames to generate; a latent frame holds four, surplus ones are dropped.
-        sampler: from noise to a latent frame.
-        seed: of the noise.
+        frames: pixel frames to generate.
+        config, seeds, condition: as for :func:`rollout`.
         progress: show a bar over latent frames.
 
     Raises:
-        InputError: T or the frame size does not suit the codec or the model.
+        InputError: T or the frame size does not suit the codec or the model, or as :func:`rollout`.
     """
-    device = next(model.parameters()).device
-    mean, std = (constant.to(device)[:, None, None] for constant in (codec.mean, codec.std))
-    known = (codec.encode(context.to(device)) - mean) / std
-    count = math.ceil(frames / codec.temporal_factor)
-    steps = rollout(model, sampler, known, count, seed)
-    generated = list(tqdm(steps, total=count, desc="generating", unit="latent frame", disable=not progress))
-    latents = torch.cat([known, *(latent[:, None] for latent in generated)], dim=1)
-    decoded = codec.decode(latents * std + mean).cpu()
-    pixels = torch.cat([context.cpu(), decoded[:, context.shape[1] :]], dim=1)
-    return Continuation(pixels[:, : context.shape[1] + frames], latents.cpu())
+    known = codec.encode(context)
+    pieces = stream_video(model, codec, known, frames, config, seeds=seeds, condition=condition)
+    count = latent_frames(codec, known.shape[1], frames)
+    made = list(tqdm(pieces, total=count, desc="generating", unit="latent frame", disable=not progress))
+    pixels = torch.cat([context.cpu(), *(piece.pixels for piece in made)], dim=1)
+    return Continuation(pixels, torch.cat([known.cpu(), *(piece.latents for piece in made)], dim=1))

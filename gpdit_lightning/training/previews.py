@@ -20,7 +20,7 @@ from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation import rollout
+from gpdit_lightning.generation import GenerationConfig, rollout
 from gpdit_lightning.media.images import write_animation, write_strip
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.training.ema import EMA
@@ -147,12 +147,13 @@ class Preview(Callback):
         fixed = self._fixed
         mean, std = (constant.to(module.device)[:, None, None] for constant in (self._codec.mean, self._codec.std))
         known = (fixed.latents[:, : fixed.context].to(module.device) - mean) / std
-        sampler = RotationSampler(self.sampler_steps, schedule=schedule)
+        config = GenerationConfig(RotationSampler(self.sampler_steps, schedule=schedule))
         ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)  # type: ignore[attr-defined]
         was_training = backbone.training
         backbone.eval()
         with ema.averaged(module) if ema else nullcontext(), trainer.precision_plugin.forward_context():
-            frames = list(rollout(backbone, sampler, known, fixed.latents.shape[1] - fixed.context, fixed.seed))
+            wanted = fixed.latents.shape[1] - fixed.context
+            frames = list(rollout(backbone, known, wanted, config, seeds=fixed.seed))
         backbone.train(was_training)
         return torch.cat([known, torch.stack(frames, dim=1)], dim=1) * std + mean
 

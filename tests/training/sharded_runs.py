@@ -15,7 +15,7 @@ from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.diffusion import RotationSampler
-from gpdit_lightning.generation import rollout
+from gpdit_lightning.generation import GenerationConfig, rollout
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.checkpoints import RunCheckpoint
 from gpdit_lightning.training.ema import EMA
@@ -106,7 +106,8 @@ class Record(Callback):
         with self.ema.averaged(pl_module):
             with torch.no_grad():
                 self.tensors["features"] = list(backbone.features(clip, [0, 1, 2]).values())
-            frames = rollout(backbone, RotationSampler(2, schedule=pl_module.schedule), clip[:, :1], 2)
+            config = GenerationConfig(RotationSampler(2, schedule=pl_module.schedule))
+            frames = rollout(backbone, clip[:, :1], 2, config)
             self.tensors["rollout"] = torch.stack(list(frames))
         sharding = sharding_of(pl_module)
         if sharding is not None:
