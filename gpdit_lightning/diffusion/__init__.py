@@ -6,6 +6,7 @@ from gpdit_lightning.diffusion.noise_levels import NoiseSchedule
 from gpdit_lightning.diffusion.rotation import NoisySample, noise_from, rotate_back, rotate_to, x0_from
 from gpdit_lightning.diffusion.samplers import (
     SAMPLERS,
+    AdamsSampler,
     DPMSolver2M,
     FreshNoise,
     RotationSampler,
@@ -18,6 +19,7 @@ from gpdit_lightning.diffusion.samplers import (
 
 __all__ = [
     "SAMPLERS",
+    "AdamsSampler",
     "DPMSolver2M",
     "FreshNoise",
     "Guidance",

@@ -115,6 +115,29 @@ class TangentSampler(Sampler):
         return x
 
 
+@dataclass(frozen=True)
+class AdamsSampler(Sampler):
+    """The two-step method of Adams and Bashforth in theta: a velocity as a straight line through its last two values.
+
+    For few network calls with a trained network, whose velocity changes evenly with theta: there 8 of its steps came
+    as close to the flow as 25 rotations (docs/generation.md). Its first step is Euler's. The error falls as
+    1 / steps^2.
+    """
+
+    name = "adams"
+
+    def _solve(self, velocity: VelocityAt, x: Tensor, angles: Sequence[float], fresh: FreshNoise | None) -> Tensor:
+        past: Tensor | None = None
+        last_step = math.inf
+        for theta, following in pairwise(angles):
+            step, v = theta - following, velocity(x, theta)
+            x = x - step * v
+            if past is not None:
+                x = x - step * step / (2 * last_step) * (v - past)
+            past, last_step = v, step
+        return x
+
+
 def _half_log_snr(theta: float) -> float:
     # math.pi / 2 lies below pi/2 and has a finite tangent.
     if theta >= math.pi / 2:
@@ -186,7 +209,7 @@ class StochasticSampler(Sampler):
 
 
 SAMPLERS: dict[str, type[Sampler]] = {
-    sampler.name: sampler for sampler in (RotationSampler, TangentSampler, DPMSolver2M, StochasticSampler)
+    sampler.name: sampler for sampler in (RotationSampler, TangentSampler, AdamsSampler, DPMSolver2M, StochasticSampler)
 }
 
 

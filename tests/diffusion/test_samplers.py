@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gpdit_lightning.diffusion import (
     SAMPLERS,
+    AdamsSampler,
     DPMSolver2M,
     NoiseSchedule,
     RotationSampler,
@@ -192,6 +193,22 @@ def test_rotation_and_tangent_are_of_first_order(name: str, data: Mixture, shift
     assert abs(order(steps, errors) - 1) < 0.1
 
 
+@SHIFTS
+@pytest.mark.parametrize("data", [gaussian(0.0, 0.5), gaussian(1.3, 0.3), gaussian(-0.7, 1.8), TWO_BUMPS])
+def test_adams_is_of_second_order(data: Mixture, shift: float) -> None:
+    steps = [32, 64, 128, 256]
+    errors = [error(AdamsSampler(count, NoiseSchedule(shift=shift)), data) for count in steps]
+    assert abs(order(steps, errors) - 2) < 0.15
+
+
+def test_adams_is_exact_where_the_velocity_is_a_straight_line_in_theta() -> None:
+    """But for its first step, which is Euler's, whatever the lengths of the steps: the integral of theta is known."""
+    angles = [1.5, 1.4, 1.1, 0.3, 0.0]
+    end = AdamsSampler().integrate(lambda x, theta: theta[:, None].expand_as(x), NOISE, angles)
+    first = (1.5 - 1.4) * 1.5
+    torch.testing.assert_close(end, NOISE - first - 1.4**2 / 2, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("data", [gaussian(0.0, 0.5), gaussian(-0.7, 1.8), TWO_BUMPS])
 def test_dpm2m_is_of_second_order_over_even_steps_in_lambda(data: Mixture) -> None:
     """Where the paper proves it, between two angles of finite lambda."""
@@ -217,6 +234,10 @@ def test_the_error_of_dpm2m_is_a_logarithm_over_the_square_of_the_steps(shift: f
 
 def test_dpm2m_in_10_steps_is_closer_than_rotation_in_25() -> None:
     assert error(DPMSolver2M(10)) < error(RotationSampler(25))
+
+
+def test_adams_in_8_steps_is_closer_than_rotation_in_25() -> None:
+    assert error(AdamsSampler(8)) < error(RotationSampler(25))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
