@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,7 +14,8 @@ from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli.chain import stages_of
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.training.checkpoints import read_checkpoint
+from gpdit_lightning.training.checkpoints import load_trained_model, read_checkpoint
+from tests.data.labelled import write_labelled
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CONTENTS = {path: yaml.safe_load(path.read_text()) for path in sorted(RECIPES.rglob("*.yaml"))}
@@ -24,6 +26,7 @@ WHOLE = [
 OF_THE_PAPER = [path for path in WHOLE if path.parent == RECIPES]
 BASES = {RECIPES / "base.yaml", RECIPES / "size" / "h.yaml", RECIPES / "demo" / "digits.yaml"}
 TINY = RECIPES / "size" / "tiny.yaml"
+LABELS = RECIPES / "labels" / "ucf101.yaml"
 
 
 def name_of(path: Path) -> str:
@@ -67,6 +70,7 @@ def test_these_are_the_recipes() -> None:
         *CHAINS,
         *BASES,
         TINY,
+        LABELS,
         *(RECIPES / "size" / f"{name}.yaml" for name in ("b",)),
     }
 
@@ -144,6 +148,27 @@ def test_it_trains_one_step_at_tiny_size(path: Path, shards: Path, tmp_path: Pat
         arguments.append(f"--data.videos.manifests=['{shards}']")
     assert main(["fit", *arguments]) == 0
     assert read_checkpoint(tmp_path / "run")["global_step"] == 1
+
+
+def test_a_benchmark_model_can_be_told_labels(tmp_path: Path) -> None:
+    names = [f"class {number}" for number in range(101)]
+    clips = [(name, np.zeros((5, 4, 8, 8))) for name in names[:8]]
+    write_labelled(tmp_path / "ucf101", names, clips)
+    arguments = [f"--config={path}" for path in (RECIPES / "ucf101_b.yaml", LABELS, TINY)]
+    arguments += [
+        f"--runs={tmp_path / 'runs'}",
+        f"--latents={tmp_path}",
+        "--model.init_args.backbone.latent_channels=4",
+        "--model.init_args.backbone.layers=1",
+        "--preview.every_steps=0",
+        "--trainer.max_steps=1",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+    ]
+    assert main(["fit", *arguments]) == 0
+    trained = load_trained_model(tmp_path / "runs" / "ucf101_b_labels")
+    assert trained.classes == tuple(names)
+    assert trained.backbone.config.classes == 101
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=name_of)

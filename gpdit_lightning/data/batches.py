@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from gpdit_lightning.data.cache import ShardCache
-from gpdit_lightning.data.manifest import Folder, Manifest, ShardEntry
-from gpdit_lightning.data.order import generator
+from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Manifest, ShardEntry
+from gpdit_lightning.data.order import LABEL_DROPOUT, generator
 from gpdit_lightning.data.plan import Plan
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
 from gpdit_lightning.errors import InputError
@@ -43,6 +43,8 @@ class LatentBatch:
         source: which source it came from.
         keys: the samples' keys, for messages.
         damaged: names of the samples that could not be read and were replaced.
+        labels: (K * B,) the class of each noisy row, int64; -1 where there is none or it was dropped. None where
+            training takes no labels.
     """
 
     latents: Tensor
@@ -53,6 +55,7 @@ class LatentBatch:
     source: str
     keys: list[str]
     damaged: list[str] = field(default_factory=list)
+    labels: Tensor | None = None
 
     @property
     def draws(self) -> int:
@@ -67,7 +70,8 @@ class LatentBatch:
 
     def pin_memory(self) -> "LatentBatch":
         """The loader calls this where batches go to a GPU."""
-        pinned = {name: getattr(self, name).pin_memory() for name in ("latents", "noise", "t")}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return dataclasses.replace(self, **pinned)
 
 
@@ -168,6 +172,8 @@ class LatentDataset(Dataset[LatentBatch]):
         noise_draws: K, noisy copies of every clip, the first with the noise and the levels that it has alone; an image
             stays single, since it has no clean stream that copies could share.
         cache: where copies of shards that lie elsewhere are brought before they are needed.
+        classes: the names of labels, a class for each; without any, batches have no labels.
+        label_dropout: fraction of noisy rows whose label is dropped, for guidance.
 
     Raises:
         InputError: a number of ranks that does not divide the plan, or no noisy copies.
@@ -185,6 +191,8 @@ class LatentDataset(Dataset[LatentBatch]):
         world_size: int = 1,
         noise_draws: int = 1,
         cache: ShardCache | None = None,
+        classes: Sequence[str] = (),
+        label_dropout: float = 0.0,
     ) -> None:
         if noise_draws < 1:
             raise InputError(f"data.noise_draws is {noise_draws}; it must be at least 1.")
@@ -199,6 +207,7 @@ class LatentDataset(Dataset[LatentBatch]):
         self.noise_levels, self.purpose = noise_levels, purpose
         self.rank, self.world_size, self.noise_draws = rank, world_size, noise_draws
         self.cache = cache
+        self.class_of, self.label_dropout = {name: place for place, name in enumerate(classes)}, label_dropout
         self._coming: list[tuple[int, int, int]] = []
 
     def __getitem__(self, number: int) -> LatentBatch:
@@ -226,7 +235,26 @@ class LatentDataset(Dataset[LatentBatch]):
             source=self.plan.sources[micro_batch.source].name,
             keys=[str(read.metadata["key"]) for read in reads],
             damaged=list(dict.fromkeys(name for read in reads for name in read.damaged)),
+            labels=self._labels(reads, step, micro_batch.places, context, draws) if self.class_of else None,
         )
+
+    def _labels(self, reads: Sequence[Read], step: int, places: np.ndarray, context: int, draws: int) -> Tensor:
+        """(K * B,) the classes of the noisy rows; every copy of a clip keeps or loses its label by itself."""
+        classes = [self._class_of(read.metadata) for read in reads]
+        drawn = [generator(self.plan.seed, LABEL_DROPOUT, step, int(place)).random(draws) for place in places]
+        kept = np.where(np.transpose(drawn) < self.label_dropout, -1, classes)  # (K, B)
+        return torch.from_numpy(np.concatenate((kept[:, :context].ravel(), kept[:, context:].ravel())))
+
+    def _class_of(self, metadata: dict[str, Any]) -> int:
+        label = metadata.get("label")
+        if label is None:
+            return -1
+        if label not in self.class_of:
+            raise InputError(
+                f"the sample {metadata['key']} has the label {label!r}, which no manifest of the data lists: "
+                f"{PREPARE_AGAIN}."
+            )
+        return self.class_of[label]
 
     def _fetch_ahead(self, number: int) -> None:
         """Let the shards come that the next micro-batches need; one process of each rank does for all."""

@@ -60,10 +60,16 @@ class LatentDataModule(LightningDataModule):
         context_dropout: fraction of clips that are trained without context, for guidance.
         noise_levels: `frame` draws a level t for each latent frame, `clip` one for the whole clip.
         noise_draws: noisy copies of every training clip that share its clean stream; images stay single.
+        labels: whether batches carry the classes of their samples, by which a backbone with `classes` is conditioned.
+        label_dropout: fraction of noisy rows that are trained without their label, for guidance.
         max_ranks: the most ranks this run may use; every divisor of it gives the same order.
         workers: loader processes per rank; 0 loads in the training process.
         cache: where copies of shards are kept that lie elsewhere, as at s3://bucket/latents.
         validation_batches: batches (of the training size) per validation, from the held-out sources.
+
+    Attributes:
+        classes: the names of the labels in the order of the manifests, by which batches number them; empty without
+            `labels`.
     """
 
     def __init__(
@@ -75,6 +81,8 @@ class LatentDataModule(LightningDataModule):
         context_dropout: float = 0.1,
         noise_levels: NoiseLevels = "frame",
         noise_draws: int = 1,
+        labels: bool = False,
+        label_dropout: float = 0.1,
         max_ranks: int = 1,
         workers: int = 0,
         cache: CacheConfig = LOCAL_CACHE,
@@ -91,7 +99,10 @@ class LatentDataModule(LightningDataModule):
         ):
             if value < least:
                 raise InputError(f"data.{name} is {value}; it must be at least {least}.")
+        if not 0 <= label_dropout <= 1:
+            raise InputError(f"data.label_dropout is {label_dropout}; it must lie between 0 and 1.")
         self.seed, self.noise_levels, self.noise_draws = seed, noise_levels, noise_draws
+        self.labels, self.label_dropout = labels, label_dropout
         self.workers, self.validation_batches = workers, validation_batches
         given = {"images": images, "videos": videos, "sequences": sequences}
         for name, config in given.items():
@@ -103,6 +114,7 @@ class LatentDataModule(LightningDataModule):
             name: [Manifest.load(path) for path in config.manifests] for name, config in self.configs.items()
         }
         self.codec = self._common_codec()
+        self.classes = self._classes()
         elsewhere = any(not isinstance(manifest.directory, Path) for manifest in self._all_manifests)
         self.cache = cache.open() if elsewhere else None
         self.buckets = {split: self._buckets_of(split) for split in ("train", "validation")}
@@ -150,7 +162,8 @@ class LatentDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What the data order depends on, and what generation must know of the data."""
-        return {"order": self._order(), "codec": self.codec, "geometry": self.geometry}
+        known = {"order": self._order(), "codec": self.codec, "geometry": self.geometry}
+        return known | ({"classes": list(self.classes)} if self.labels else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a checkpoint was made with this data in this order; the position itself is the trainer's step.
@@ -188,6 +201,8 @@ class LatentDataModule(LightningDataModule):
             "data.noise_draws": self.noise_draws,
             "data.max_ranks": self.plan.max_ranks,
         }
+        if self.labels:
+            order |= {"data.labels": list(self.classes), "data.label_dropout": self.label_dropout}
         for name, config in self.configs.items():
             for setting, value in dataclasses.asdict(config).items():
                 order[f"data.{name}.{setting}"] = value
@@ -228,6 +243,17 @@ class LatentDataModule(LightningDataModule):
                         f"instead of {first.codec[key]}): prepare both with the same codec."
                     )
         return first.codec
+
+    def _classes(self) -> tuple[str, ...]:
+        if not self.labels:
+            return ()
+        classes = tuple(dict.fromkeys(name for manifest in self._all_manifests for name in manifest.labels))
+        if not classes:
+            raise InputError(
+                f"data.labels is true, but no manifest lists any ({self._all_manifests[0].path} for one): prepare the "
+                "data with --labels or --annotations, or set data.labels to false."
+            )
+        return classes
 
     def _buckets_of(self, split: Split) -> dict[str, list[Bucket]]:
         """For each source, its buckets: one for the shards that have one height and width and give the same lengths."""
@@ -295,6 +321,8 @@ class LatentDataModule(LightningDataModule):
             self.trainer.world_size,
             noise_draws=self.noise_draws if split == "train" else 1,
             cache=self.cache if split == "train" else None,
+            classes=self.classes,
+            label_dropout=self.label_dropout if split == "train" else 0.0,
         )
         return TimedLoader(
             dataset,

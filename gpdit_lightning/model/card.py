@@ -1,7 +1,7 @@
 """The model card: for people, what `config.json` says for programs, and nothing else."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpdit_lightning.model.config import GPDiTConfig
@@ -39,6 +39,8 @@ LICENSE = """## License and limits
 No license is named, as nothing is recorded of the rights to the training data: whoever publishes these weights adds a
 `license:` to the head of this file. No measure of quality is recorded either."""
 
+MOST_CLASSES = 10  # that the card names
+
 KINDS = {"ema": "averaged (EMA)", "raw": "last trained"}
 
 
@@ -54,6 +56,8 @@ def model_card(config: GPDiTConfig, facts: Mapping[str, Any], parameters: int, d
     sections = [HEAD, _summary(facts, parameters, dtype), IN_PYTHON]
     if {"codec", "geometry", "schedule"} <= facts.keys():
         sections.append(BY_SAMPLE)
+    if "classes" in facts:
+        sections += ["## Classes", _classes(facts["classes"])]
     sections += ["## Architecture", _table("field", {"size": config.size, **config.architecture()})]
     if "codec" in facts:
         told = "Latents of this codec, whitened by its constants: `(latents - mean) / std`, channel by channel."
@@ -64,7 +68,8 @@ def model_card(config: GPDiTConfig, facts: Mapping[str, Any], parameters: int, d
         sections += ["## Training", _table("fact", training)]
     if "data" in facts:
         told = "The data and their order. Manifests are named by the first 16 digits of their fingerprints."
-        sections += [told, _table("setting", facts["data"])]
+        settings = {name: value for name, value in facts["data"].items() if name != "data.labels"}  # named above
+        sections += [told, _table("setting", settings)]
     return "\n\n".join([*sections, LICENSE]) + "\n"
 
 
@@ -74,6 +79,13 @@ def _summary(facts: Mapping[str, Any], parameters: int, dtype: str) -> str:
         return f"{size} parameters in {dtype}. Nothing is known of their training."
     kind, step, stage = KINDS[facts.get("weights", "raw")], facts["step"], facts.get("stage", "training")
     return f"{size} parameters in {dtype}: the {kind} weights after {step:,} optimizer steps of {stage}."
+
+
+def _classes(names: Sequence[str]) -> str:
+    shown = [f"`{name}`" for name in names]
+    if len(shown) > MOST_CLASSES:
+        shown[MOST_CLASSES - 1 : -1] = ["..."]
+    return f"The model can be told one of {len(names)} classes, in `config.json` by their numbers: {', '.join(shown)}."
 
 
 def _table(first: str, rows: Mapping[str, Any]) -> str:

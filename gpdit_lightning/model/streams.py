@@ -100,8 +100,9 @@ class Streams:
         outputs, noisy, asking_clean = [], None, None
         all_ask, dtype = len(query) == len(key), value.dtype
         if self.prefix_shape[0] and all_ask:
-            # All of them stand at one place, so that their own positions cancel.
-            prefix = (self._prefix(x).to(dtype) for x in (query, key, value))
+            # All of them stand at one place, so that their own positions cancel. Copied: the backward pass would keep
+            # all tokens for a view of a few.
+            prefix = (self._prefix(x).to(dtype, copy=True) for x in (query, key, value))
             outputs.append(self.operator(*prefix).flatten(0, 1))
         if written is not None and all_ask:
             asking_clean = Queries(self.rope(self._clean(query), dtype), *written)

@@ -55,6 +55,7 @@ FACTS: dict[str, Any] = {
         "fingerprint": TEXT,
     },
     "geometry": {"stride": SIZE, "sizes": [[SIZE]], "frames": SIZE},  # of the training clips
+    "classes": [TEXT],  # their names, by the numbers that `GPDiT.forward` takes as conditions
     "data": OBJECT,  # what the order of the training data depends on
     "lightning_version": TEXT,
 }
@@ -93,9 +94,16 @@ class Weights:
         for name, value in {"config": config, **facts}.items():
             _check(value, FACTS.get(name, OBJECT), where, name)
         try:
-            return cls(tensors, GPDiTConfig.preset(**config), facts, where)
+            architecture = GPDiTConfig.preset(**config)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+        names = facts.get("classes", ())
+        if names and len(names) != architecture.classes:
+            raise InputError(
+                f"{where} names {len(names)} classes where its architecture has {architecture.classes}: its parts do "
+                "not belong together, export the model again."
+            )
+        return cls(tensors, architecture, facts, where)
 
     def load_into(self, model: nn.Module, assign: bool = False) -> None:
         """Copy the tensors into a model or, with `assign`, make them its parameters without a copy.

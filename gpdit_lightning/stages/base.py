@@ -17,6 +17,7 @@ from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.model.weights import is_folder_of_weights
 from gpdit_lightning.training.checkpoints import (
     check_architecture,
+    check_classes,
     check_codec,
     identity_of,
     open_weights,
@@ -62,6 +63,7 @@ class GPDiTStage(LightningModule):
         # Where the weights came from, kept in every checkpoint: {"path", "step", "sha256"}.
         self.origin: dict[str, Any] | None = None
         self.initial_codec: dict[str, Any] | None = None
+        self.initial_classes: list[str] | None = None
         self.backbone: GPDiT
 
     def configure_model(self) -> None:
@@ -81,7 +83,7 @@ class GPDiTStage(LightningModule):
             weights = open_weights(source)
             check_architecture(weights.config.to_dict(), self.config, self.initial_weights)
             weights.load_into(self.backbone)
-            self.initial_codec = weights.facts.get("codec")
+            self.initial_codec, self.initial_classes = (weights.facts.get(name) for name in ("codec", "classes"))
             self.origin = {
                 "path": self.initial_weights,
                 "step": weights.facts.get("step", 0),
@@ -91,7 +93,7 @@ class GPDiTStage(LightningModule):
             log.info("begins with the %s weights of %s (step %d)", kind, self.origin["path"], self.origin["step"])
 
     def on_fit_start(self) -> None:
-        """Refuse other sources than the stage's, and initial weights made for latents of another codec.
+        """Refuse sources that are not the stage's, and what the backbone or its initial weights were not made for.
 
         Raises:
             InputError: naming what differs.
@@ -105,6 +107,16 @@ class GPDiTStage(LightningModule):
             )
         if self.initial_codec is not None:
             check_codec(self.initial_codec, self.data.codec, self.initial_weights)
+        self._check_number_of_classes()
+        if self.initial_classes is not None:
+            check_classes(self.initial_classes, self.data.classes, self.initial_weights)
+
+    def _check_number_of_classes(self) -> None:
+        ours, found = self.config.classes, len(self.data.classes)
+        if ours != found:
+            cure = f"set model.init_args.backbone.classes to {found}"
+            cure += ", or data.labels to false" if not ours else ", or data.labels to true" if not found else ""
+            raise InputError(f"the backbone takes {ours} classes, but the data has {found}: {cure}.")
 
     def on_train_start(self) -> None:
         """A resumed run trains as its recipe says now; what changed is said."""
@@ -140,7 +152,7 @@ class GPDiTStage(LightningModule):
         """Velocity loss of a batch (GPDiT, equation 3)."""
         sample = rotate_to(batch.latents[batch.clip_of_row], batch.noise, self.schedule.theta(batch.t))
         clean = batch.latents[: batch.context] if batch.context else None
-        prediction = self.backbone(sample.noisy, sample.theta, clean, draws=batch.draws)
+        prediction = self.backbone(sample.noisy, sample.theta, clean, condition=batch.labels, draws=batch.draws)
         return velocity_loss(prediction, sample.velocity, batch.t)
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Checkpoints of a run: when they are saved, and how they are read without unpickling objects."""
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,6 +250,16 @@ def check_codec(saved: dict[str, Any], ours: dict[str, Any], where: str | Path) 
             )
 
 
+def check_classes(saved: Sequence[str], ours: Sequence[str], where: str | Path) -> None:
+    """Raise InputError, naming the first that differs, unless weights were trained on the classes that the data has."""
+    for number, (theirs, name) in enumerate(zip(saved, ours, strict=True)):
+        if theirs != name:
+            raise InputError(
+                f"{where} was trained with {theirs!r} as class {number}, but the data has {name!r}: give manifests "
+                "with the same labels in the same order, or begin from other weights."
+            )
+
+
 def backbone_weights(checkpoint: dict[str, Any], kind: Literal["ema", "raw"] = "ema") -> dict[str, Tensor]:
     """The backbone's state dict: averaged weights (`ema`; where there is no average, trained ones) or trained ones."""
     weights = checkpoint["state_dict"]
@@ -269,6 +280,7 @@ def facts_of(checkpoint: dict[str, Any], kind: Literal["ema", "raw"]) -> dict[st
         "schedule": stage.get("schedule"),
         "codec": data.get("codec"),
         "geometry": data.get("geometry"),
+        "classes": data.get("classes"),
         "data": data.get("order"),
         "lightning_version": checkpoint.get("pytorch-lightning_version"),
     }
@@ -306,6 +318,7 @@ class TrainedModel:
         codec: the spec of the codec whose latents it was trained on.
         geometry: `stride` between source frames, `sizes` in pixels, `frames` in latent frames of its training clips.
         step: optimizer steps trained.
+        classes: the names of the classes that it takes as conditions, by their numbers; empty if it takes none.
     """
 
     backbone: GPDiT
@@ -313,6 +326,7 @@ class TrainedModel:
     codec: dict[str, Any]
     geometry: dict[str, Any]
     step: int
+    classes: tuple[str, ...] = ()
 
 
 def load_trained_model(
@@ -332,4 +346,5 @@ def load_trained_model(
             "generated: export them from a checkpoint."
         )
     backbone = GPDiT.from_weights(opened).to(device)
-    return TrainedModel(backbone, **{name: opened.facts[name] for name in needed})
+    classes = tuple(opened.facts.get("classes", ()))
+    return TrainedModel(backbone, classes=classes, **{name: opened.facts[name] for name in needed})

@@ -30,6 +30,8 @@ def forward_flops(
 ) -> dict[str, int]:
     """FLOPs of one `GPDiT.forward`, a multiply-add counted as two; norms, rotations and softmax are left out.
 
+    A model with `classes` has one token more for each noisy row, its label, at no cost of embedding.
+
     Args:
         config: the architecture.
         clips: B.
@@ -45,19 +47,22 @@ def forward_flops(
     patch_values = config.latent_channels * config.patch_size**2
     noisy_tokens = draws * clips * frames * tokens
     clean_tokens = context_clips * (frames - 1) * tokens
-    embedded = clean_tokens + noisy_tokens
-    # The clean tokens of the last block give keys and values only.
-    asking = (config.layers - 1) * embedded + noisy_tokens
-    looked_at = config.layers * embedded
+    prefix_tokens = draws * clips if config.classes else 0
+    # The prefix and the clean tokens of the last block give keys and values only.
+    packed = prefix_tokens + clean_tokens + noisy_tokens
+    asking = (config.layers - 1) * packed + noisy_tokens
+    looked_at = config.layers * packed
 
     clean_pairs = {"of2": frames * (frames - 1) // 2, "of": frames - 1}[config.attention]
     noisy_pairs = draws * (context_clips * frames * (frames + 1) // 2 + (clips - context_clips) * frames)
     frame_pairs = (config.layers - 1) * context_clips * clean_pairs + config.layers * noisy_pairs
+    # A label's token sees itself, and is seen by all noisy tokens of its row.
+    label_pairs = (config.layers - 1) * prefix_tokens + config.layers * (noisy_tokens if config.classes else 0)
 
     multiply_adds = {
-        "embedding": embedded * patch_values * config.width,
+        "embedding": (clean_tokens + noisy_tokens) * patch_values * config.width,
         "attention_projections": (asking * 2 + looked_at * 2) * config.width**2,
-        "attention_products": frame_pairs * tokens**2 * 2 * config.width,
+        "attention_products": (frame_pairs * tokens**2 + label_pairs) * 2 * config.width,
         "mlp": asking * 2 * config.width * config.mlp_width,
         "output": noisy_tokens * config.width * patch_values,
     }

@@ -64,7 +64,9 @@ def parameter_count(config: GPDiTConfig) -> int:
     """Parameters of a :class:`~gpdit_lightning.GPDiT`."""
     patch_values = config.latent_channels * config.patch_size**2
     ends = 2 * patch_values * config.width + config.width + patch_values
-    return config.layers * _parameters_of_block(config) + config.width + ends
+    told = config.classes or config.text_width
+    prefix = (told + 1) * config.width if told else 0  # also an embedding of no class, or the bias
+    return config.layers * _parameters_of_block(config) + config.width + ends + prefix
 
 
 def _parameters_of_block(config: GPDiTConfig) -> int:
@@ -158,7 +160,7 @@ def activation_bytes(
     backward pass of a block, when the inputs of all blocks are there and everything inside this one.
 
     A norm is CUDA's fused kernel, which keeps its input and one number per row; on the CPU it keeps its result too.
-    Left out: tables of cosines, the batch, and whatever torch.compile saves.
+    Left out: tables of cosines, the batch, the one token of a label, and whatever torch.compile saves.
 
     Args:
         config: the architecture; its `activation_checkpointing` counts.
@@ -175,6 +177,8 @@ def activation_bytes(
     packed = context_clips * (frames - 1) * tokens + noisy
     # Noisy frame i > 0 with context sees copies: the keys of the i clean frames before it, and its own behind them.
     joined = draws * context_clips * (frames * (frames + 1) // 2 - 1) * tokens
+    # Behind a condition's keys and values those of a frame are copies; its keys, with positions, are anyway.
+    copied = noisy if config.classes or config.text_width else 0
     cast = precision.weight != precision.product
 
     def inside(asking: int) -> int:
@@ -186,6 +190,7 @@ def activation_bytes(
             + (0 if cast else asking)  # queries as projected, which their norm keeps (of the keys: no second time)
             + 2 * asking  # queries and keys with positions
             + 2 * joined
+            + copied
             + 2 * asking  # the result of attention, and packed for its projection
             + asking  # the input of the MLP
         )

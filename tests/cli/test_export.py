@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning import Trainer
@@ -21,6 +22,7 @@ from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.checkpoints import RunCheckpoint, load_trained_model, open_weights, read_checkpoint
 from gpdit_lightning.training.ema import EMA
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from tests.data.labelled import write_labelled
 
 Fit = Callable[..., Trainer]
 
@@ -73,8 +75,9 @@ def test_the_folder_holds_what_the_checkpoint_holds(run: Path, exported: Path) -
     assert wanted.std() > 0.01
     assert torch.equal(velocity(GPDiT.from_pretrained(exported)), wanted)
     assert torch.equal(velocity(shared.backbone), wanted)
-    for name in ("schedule", "codec", "geometry", "step"):
+    for name in ("schedule", "codec", "geometry", "step", "classes"):
         assert getattr(shared, name) == getattr(trained, name)
+    assert trained.classes == ()
     assert shared.backbone.config == trained.backbone.config
     assert shared.backbone.facts == trained.backbone.facts
 
@@ -96,6 +99,20 @@ def test_the_config_knows_what_the_checkpoint_knows(run: Path, exported: Path) -
     card = (exported / "README.md").read_text()
     assert data["order"]["data.videos.manifests"][0] in card
     assert "averaged (EMA) weights after 3 optimizer steps of GPDiTStage" in card
+
+
+def test_the_names_of_the_classes_go_along(tiny_config: GPDiTConfig, fit: Fit, tmp_path: Path) -> None:
+    latents = [(name, np.zeros((1, 4, 4, 4))) for name in ("jump", "run")]
+    shards = write_labelled(tmp_path / "shards", ["run", "jump"], latents).directory
+    data = LatentDataModule(images=SourceConfig([str(shards)], batch_size=2), labels=True)
+    fit(GPDiTStage(tiny_config.replaced(classes=2)), data, tmp_path / "run", 1, [EMA(), RunCheckpoint()])
+    assert export(tmp_path / "run", tmp_path / "model") == 0
+    assert load_trained_model(tmp_path / "model").classes == load_trained_model(tmp_path / "run").classes
+    assert GPDiT.from_pretrained(tmp_path / "model").facts["classes"] == ["run", "jump"]
+    assert (
+        "one of 2 classes, in `config.json` by their numbers: `run`, `jump`."
+        in (tmp_path / "model/README.md").read_text()
+    )
 
 
 def test_the_trained_weights_on_request(run: Path, exported: Path, tmp_path: Path) -> None:

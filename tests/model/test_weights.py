@@ -39,7 +39,8 @@ KNOWN: dict[str, Any] = {
         "fingerprint": "0123456789abcdef",
     },
     "geometry": {"stride": 3, "sizes": [[64, 64]], "frames": 3},
-    "data": {"data.seed": 0, "data.videos.manifests": ["0123456789abcdef"]},
+    "classes": ["run", "jump"],
+    "data": {"data.seed": 0, "data.labels": ["run", "jump"], "data.videos.manifests": ["0123456789abcdef"]},
     "lightning_version": "2.6.6",
 }
 
@@ -56,7 +57,7 @@ class Malicious:
 
 @pytest.fixture
 def model(tiny_config: GPDiTConfig, randomise: Randomise) -> GPDiT:
-    return randomise(GPDiT(tiny_config)).eval()
+    return randomise(GPDiT(tiny_config.replaced(classes=2))).eval()
 
 
 @pytest.fixture
@@ -137,10 +138,31 @@ def test_the_card_says_what_is_known(folder: Path) -> None:
         "averaged (EMA) weights after 1,200 optimizer steps of MixedStage",
         "runs/before",
         "| width | `16` |",
+        "one of 2 classes, in `config.json` by their numbers: `run`, `jump`.",
     ):
         assert words in card.text
     for words in ('"0123456789abcdef"', "[2.0, 0.5, 4.0, 1.0]", "sample --checkpoint", "from_pretrained", "License"):
         assert words in card.text
+
+
+def test_the_card_names_some_of_many_classes(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
+    model = GPDiT(tiny_config.replaced(classes=40))
+    names = [f"class {number}" for number in range(40)]
+    model.facts = {"classes": names, "data": {"data.labels": names}}
+    model.save_pretrained(tmp_path)
+    assert GPDiT.from_pretrained(tmp_path).facts == model.facts
+    card = (tmp_path / "README.md").read_text()
+    assert "one of 40 classes" in card
+    assert "`class 0`, `class 1`, " in card
+    assert "`class 8`, ..., `class 39`." in card
+    assert "class 9`" not in card
+    assert "class 20" not in card
+
+
+def test_a_folder_from_before_classes(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
+    GPDiT(tiny_config).save_pretrained(tmp_path / "old")
+    edit(tmp_path / "old", lambda content: [content["config"].pop(name) for name in ("classes", "text_width")])
+    assert GPDiT.from_pretrained(tmp_path / "old").config == tiny_config
 
 
 def test_tensors_in_another_layout_are_written_in_order(model: GPDiT, tmp_path: Path) -> None:
@@ -261,6 +283,9 @@ def test_a_config_that_is_not_there(folder: Path) -> None:
         ("geometry", KNOWN["geometry"] | {"sizes": [[]]}, "geometry.sizes[0] = [] where a list belongs"),
         ("schedule", {"name": "cosine", "shift": "2"}, "schedule.shift = '2' where a finite number belongs"),
         ("origin", {"path": "a"}, "lacks origin.step"),
+        ("classes", [], "classes = [] where a list belongs"),
+        ("classes", ["run", 2], "classes[1] = 2 where a string belongs"),
+        ("classes", ["run"], "names 1 classes where its architecture has 2: its parts do not belong together"),
     ],
 )
 def test_a_field_of_the_wrong_kind_is_named(folder: Path, name: str, value: Any, words: str) -> None:

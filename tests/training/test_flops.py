@@ -74,6 +74,20 @@ def test_forward_of_noisy_copies(variant: str, frames: int, clips: int, context_
     assert run == forward_flops(config, *shape)
 
 
+@pytest.mark.parametrize("variant", ["of2", "of"])
+@pytest.mark.parametrize("frames", [1, 5])
+@pytest.mark.parametrize(("clips", "context_clips"), CONTEXTS)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_forward_with_labels(variant: str, frames: int, clips: int, context_clips: int, layers: int) -> None:
+    """Without any label the model says so with a token, which is as much work."""
+    config = GPDiTConfig.preset("tiny", attention=variant, layers=layers, classes=10)
+    shape = (clips, context_clips, frames, 8, 12, 2)
+    labels = torch.zeros(2 * clips, device="meta", dtype=torch.int64)
+    told = measured(config, lambda model: model(*meta_batch(config, *shape), labels, draws=2))
+    untold = measured(config, lambda model: model(*meta_batch(config, *shape), draws=2))
+    assert told == untold == forward_flops(config, *shape)
+
+
 @pytest.mark.parametrize(("draws", "saved"), [(2, 0.22), (4, 0.33)])
 def test_copies_save_what_the_clean_stream_costs(draws: int, saved: float) -> None:
     """Per supervised frame of H at five frames: from 9/5 clean and noisy frames to (4 / K + 5) / 5."""
@@ -92,9 +106,10 @@ def test_forward_of_other_shapes(frames: int, fields: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("variant", ["of2", "of"])
 @pytest.mark.parametrize(("clips", "context_clips"), CONTEXTS)
-def test_training_is_three_forwards(variant: str, clips: int, context_clips: int) -> None:
+@pytest.mark.parametrize("classes", [0, 10])
+def test_training_is_three_forwards(variant: str, clips: int, context_clips: int, classes: int) -> None:
     """Exactly, when the latents ask for their gradient as well."""
-    config = GPDiTConfig.preset("tiny", attention=variant)
+    config = GPDiTConfig.preset("tiny", attention=variant, classes=classes)
     shape = (clips, context_clips, 4, 8, 12, 2)
     counter = FlopCounterMode(display=False)
     with torch.device("meta"):

@@ -79,13 +79,14 @@ H = replace(
 )
 
 
-@pytest.mark.parametrize("batch", [{"batch_size": 8}, {"tokens": 768}])
+@pytest.mark.parametrize(("batch", "classes"), [({"batch_size": 8}, 0), ({"tokens": 768}, 0), ({"tokens": 768}, 10)])
 def test_flops_of_a_mixed_step_are_those_of_its_micro_batches(
-    batch: dict[str, int], write_shards: Callable[..., Manifest], tmp_path: Path
+    batch: dict[str, int], classes: int, write_shards: Callable[..., Manifest], tmp_path: Path
 ) -> None:
     """The forward passes of four steps, in which every size and length comes equally often, as torch counts them."""
     images, videos = MIXED.sources
-    run = replace(MIXED, sources=(images, replace(videos, **{"batch_size": 0} | batch)))
+    backbone = MIXED.backbone.replaced(classes=classes)
+    run = replace(MIXED, backbone=backbone, sources=(images, replace(videos, **{"batch_size": 0} | batch)))
     counts = {("train", "image", (1, 8, 8)): 8, ("train", "image", (1, 8, 12)): 8, ("train", "video", (3, 8, 8)): 16}
     shards = [str(write_shards(tmp_path, counts).directory)]
     data = LatentDataModule(
@@ -96,7 +97,7 @@ def test_flops_of_a_mixed_step_are_those_of_its_micro_batches(
         noise_draws=MIXED.noise_draws,
     )
     with torch.device("meta"):
-        model = GPDiT(MIXED.backbone)
+        model = GPDiT(backbone)
     steps, counter = 4, FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), torch.device("meta"), counter:
         for number in range(steps * data.micro_batches_per_step):
