@@ -3,8 +3,9 @@
 Shapes: B clips, F latent frames, C channels, H x W latent pixels, N tokens per frame, D hidden width.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,24 +19,12 @@ from gpdit_lightning.model.attention import select_backend
 from gpdit_lightning.model.block import Block
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.model.kv_cache import KVCache, Memory
+from gpdit_lightning.model.patches import patchify, unpatchify
 from gpdit_lightning.model.positions import rope_table
 from gpdit_lightning.model.prefix import Prefix
 from gpdit_lightning.model.streams import Streams
 from gpdit_lightning.model.time_conditioning import TimeRotation
 from gpdit_lightning.model.weights import CONFIG, WEIGHTS, Weights, read_folder, write_folder
-
-
-def patchify(latents: Tensor, patch: int) -> Tensor:
-    """(B, F, C, H, W) -> (B, F, N, C * patch * patch), tokens in row-major order."""
-    rows, columns = latents.shape[-2] // patch, latents.shape[-1] // patch
-    x = latents.unflatten(-2, (rows, patch)).unflatten(-1, (columns, patch))  # B F C rows patch columns patch
-    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
-
-
-def unpatchify(x: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """Inverse of :func:`patchify`: (B, F, N, C * patch * patch) -> (B, F, C, height, width)."""
-    x = x.unflatten(2, (height // patch, width // patch)).unflatten(-1, (-1, patch, patch))
-    return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4)
 
 
 @cache
@@ -146,19 +135,23 @@ class GPDiT(nn.Module, ModelHubMixin):
         clean: Tensor | None = None,
         condition: Tensor | None = None,
         draws: int = 1,
+        frames: Sequence[int] | None = None,
     ) -> Tensor:
         """Predict the velocity of every noisy frame given the clean frames before it.
 
         Args:
             noisy: (B, F, C, H, W).
             theta: (B, F) radians, one angle per noisy frame.
-            clean: (B', F, C, H, W) with K * B' <= B: the first K * B' noisy clips have context, the rest have none;
-                None: no clip has. The last clean frame is seen by nobody and is not computed.
+            clean: (B', F, C, H, W), the whole clip where `frames` names some, with K * B' <= B: the first K * B' noisy
+                clips have context, the rest have none; None: no clip has. The last clean frame is seen by nobody and is
+                not computed.
             condition: what a model with `classes` or `text_width` is told of each noisy clip, whatever its context:
                 (B,) class numbers, -1 for none (as is None), or (B, L, text width) embeddings of any text encoder,
                 those of an empty text for none. Seen by the noisy frames alone.
             draws: K, how many noisy clips share the context of one clean clip, whose stream is computed once: noisy
                 clip k * B' + b is the k-th copy of clean clip b.
+            frames: the positions of the noisy frames in the clip, rising, where only some of them are wanted; None: all
+                from the first on. Clean frames behind the last are not computed.
 
         Returns:
             velocity (B, F, C, H, W).
@@ -167,19 +160,25 @@ class GPDiT(nn.Module, ModelHubMixin):
             InputError: shapes that do not fit the architecture or each other.
         """
         self._check(noisy, condition)
-        frames = noisy.shape[1]
+        some, frames = frames is not None, tuple(range(noisy.shape[1]) if frames is None else frames)
         if theta.shape != noisy.shape[:2]:
             raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B, F) = {tuple(noisy.shape[:2])}.")
+        if len(frames) != noisy.shape[1] or any(b <= a for a, b in pairwise((-1, *frames))):
+            raise InputError(
+                f"frames are {frames} for {noisy.shape[1]} noisy ones: give the position of each, rising from 0."
+            )
         if draws < 1:
             raise InputError(f"draws is {draws}; it must be at least 1.")
         if clean is not None:
-            if clean.ndim != 5 or draws * clean.shape[0] > noisy.shape[0] or clean.shape[1:] != noisy.shape[1:]:
+            length = clean.shape[1] if clean.ndim == 5 else 0
+            enough = length >= frames[-1] if some else length == noisy.shape[1]
+            if not enough or clean.shape[2:] != noisy.shape[2:] or draws * len(clean) > len(noisy):
                 raise InputError(
                     f"clean has shape {tuple(clean.shape)}; it must be (B', F, C, H, W) like noisy "
                     f"{tuple(noisy.shape)}, with draws * B' <= B where draws is {draws}."
                 )
-            clean = clean[:, : frames - 1] if len(clean) and frames > 1 else None
-        x, streams = self._start(clean, noisy, theta, condition, draws=draws)
+            clean = clean[:, : frames[-1]] if len(clean) and frames[-1] else None
+        x, streams = self._start(clean, noisy, theta, condition, frames, frames, draws=draws)
         for block in self.blocks[:-1]:
             x = self._run(block, x, streams)
         x = self._run(self.blocks[-1], x, streams, skip=streams.noisy_start)
@@ -206,7 +205,7 @@ class GPDiT(nn.Module, ModelHubMixin):
                 raise InputError(
                     f"layer {layer} does not exist: choose from 0 (patch embedding) to {self.config.layers}."
                 )
-        x, streams = self._start(clean, None, None, None)
+        x, streams = self._start(clean)
         shape = (*clean.shape[:2], streams.tokens, self.config.width)
         found = {0: x.view(shape)} if 0 in wanted else {}
         for number, block in enumerate(self.blocks[: max(wanted, default=0)], start=1):
@@ -251,7 +250,7 @@ class GPDiT(nn.Module, ModelHubMixin):
         cache.check(clean, len(clean), new_frames=clean.shape[1] if cache.sinks is None else 0)
         while clean.shape[1]:
             taken, clean = clean[:, : cache.fits], clean[:, cache.fits :]
-            x, streams = self._start(taken, None, None, None, first_frame=cache.frames)
+            x, streams = self._start(taken, first_frame=cache.frames)
             *memories, memory = cache.memories(taken.shape[1])
             for block, own in zip(self.blocks, memories, strict=False):
                 x = block(x, streams, memory=own)
@@ -308,8 +307,8 @@ class GPDiT(nn.Module, ModelHubMixin):
                 )
         if cache is not None:
             cache.check(noisy, clips, new_frames)
-        first = cache.frames if cache is not None else 0
-        x, streams = self._start(clean, noisy, theta[:, None], condition, draws, first)
+        first, held = (cache.frames, cache.held(new_frames)) if cache is not None else (0, new_frames)
+        x, streams = self._start(clean, noisy, theta[:, None], condition, (first + new_frames,), (held,), draws, first)
         memories = cache.memories(new_frames) if cache is not None else [None] * self.config.layers
         for layer, (block, memory) in enumerate(zip(self.blocks, memories, strict=True), start=1):
             skip = streams.noisy_start if layer == self.config.layers else 0
@@ -321,18 +320,21 @@ class GPDiT(nn.Module, ModelHubMixin):
     def _start(
         self,
         clean: Tensor | None,
-        noisy: Tensor | None,
-        theta: Tensor | None,
-        condition: Tensor | None,
+        noisy: Tensor | None = None,
+        theta: Tensor | None = None,
+        condition: Tensor | None = None,
+        noisy_frames: tuple[int, ...] = (),
+        noisy_sees: tuple[int, ...] = (),
         draws: int = 1,
-        first_frame: int | None = None,
+        first_frame: int = 0,
     ) -> tuple[Tensor, Streams]:
         """Embed all streams, packed (prefix, clean and noisy tokens), and describe the pass.
 
         Args:
             clean, noisy, theta, condition, draws: as in :meth:`forward` and its sisters.
-            first_frame: position of the first frame of a pass that generates, whose noisy frame follows all clean ones;
-                None in training, where both streams begin at 0.
+            noisy_frames: the positions of the noisy frames.
+            noisy_sees: how many frames of the context each of them sees.
+            first_frame: the position of the first clean frame.
         """
         config = self.config
         given = [latents for latents in (clean, noisy) if latents is not None]
@@ -352,11 +354,8 @@ class GPDiT(nn.Module, ModelHubMixin):
         if theta is not None:
             per_token = theta.to(precise).flatten().repeat_interleave(rows * columns)
             angles[len(x) - len(per_token) :] = per_token
-        clean_frames, noisy_frames = (latents.shape[1] if latents is not None else 0 for latents in (clean, noisy))
-        generates = first_frame is not None
-        ahead = clean_frames if generates else 0
-        frames = max(clean_frames, ahead + noisy_frames)
-        table = rope_table(config, first_frame or 0, frames, rows, columns, x.device, precise)
+        clean_frames = range(first_frame, first_frame + (clean.shape[1] if clean is not None else 0))
+        table = partial(rope_table, config, rows=rows, columns=columns, device=x.device, dtype=precise)
         streams = Streams(
             variant=config.attention,
             operator=select_backend(config.attention_backend, x.device.type, x.dtype),
@@ -364,9 +363,9 @@ class GPDiT(nn.Module, ModelHubMixin):
             prefix_shape=prefix_shape,
             clean_shape=(clean.shape[0], clean.shape[1]) if clean is not None else (0, 0),
             noisy_shape=(noisy.shape[0], noisy.shape[1]) if noisy is not None else (0, 0),
-            sees_all=generates,
-            ahead=ahead,
-            rope=table,
+            noisy_sees=noisy_sees,
+            clean_rope=table(frames=clean_frames),
+            noisy_rope=table(frames=noisy_frames),
             rotation=TimeRotation(angles, config.time_site, precise),
             draws=draws,
         )

@@ -94,6 +94,10 @@ class KVCache:
         room = self.max_frames - self.frames
         return room if self.sinks is None else max(room, 1)
 
+    def held(self, new_frames: int) -> int:
+        """How many frames it holds once `new_frames` more are in it."""
+        return min(self.frames + new_frames, self.max_frames)
+
     def check(self, latents: Tensor, rows: int, new_frames: int) -> None:
         """Raise InputError unless `latents` (rows, ..., H, W) fit this cache with `new_frames` more frames."""
         given = (rows, *latents.shape[-2:])
@@ -104,7 +108,7 @@ class KVCache:
             )
         if new_frames > self.fits:
             raise InputError(
-                f"the cache has room for {self.max_frames} frames and holds {min(self.frames, self.max_frames)}: no "
+                f"the cache has room for {self.max_frames} frames and holds {self.held(0)}: no "
                 f"{new_frames} more fit at once; make it with a larger max_frames, or extend it before."
             )
 
@@ -119,9 +123,8 @@ class KVCache:
             slots = torch.arange(
                 first * self.tokens, (first + new_frames) * self.tokens, device=self._buffer.device, dtype=torch.long
             )
-        held = min(self.frames + new_frames, self.max_frames)
         for key, value in self._buffer:
-            yield Memory(key, value, slots, held)
+            yield Memory(key, value, slots, self.held(new_frames))
 
     def _turn_sinks(self, new_frames: int) -> None:
         """Let the sinks stand right before the window that ends with the new frames."""

@@ -31,10 +31,8 @@ class Streams:
         prefix_shape: (noisy rows, prefix tokens); (0, 0) if there is no condition.
         clean_shape: (B', clean frames); (0, 0) if there is no clean stream.
         noisy_shape: (noisy rows, noisy frames); (0, 0) if there is no noisy stream.
-        sees_all: the (first) noisy frame follows the whole context, as in generation; in training it is the video's
-            first.
-        ahead: how many frames the noisy stream begins after the clean one.
-        rope: positions from the first frame of either stream on.
+        noisy_sees: for each noisy frame, how many frames of the context it sees, from the first.
+        clean_rope, noisy_rope: where the frames of the streams stand.
         rotation: the time conditioning of every packed token.
         draws: K, noisy rows that share the context of a clip.
     """
@@ -45,9 +43,9 @@ class Streams:
     prefix_shape: tuple[int, int]
     clean_shape: tuple[int, int]
     noisy_shape: tuple[int, int]
-    sees_all: bool
-    ahead: int
-    rope: Rope
+    noisy_sees: tuple[int, ...]
+    clean_rope: Rope
+    noisy_rope: Rope
     rotation: TimeRotation
     draws: int = 1
 
@@ -81,7 +79,7 @@ class Streams:
         """
         clean = None
         if self.clean_shape[0]:
-            clean = Context(self.rope(self._clean(key), value.dtype), self._clean(value))
+            clean = Context(self.clean_rope(self._clean(key), value.dtype), self._clean(value))
         if memory is None:
             return clean, clean
         if clean is not None:
@@ -105,23 +103,21 @@ class Streams:
             prefix = (self._prefix(x).to(dtype, copy=True) for x in (query, key, value))
             outputs.append(self.operator(*prefix).flatten(0, 1))
         if written is not None and all_ask:
-            asking_clean = Queries(self.rope(self._clean(query), dtype), *written)
+            asking_clean = Queries(self.clean_rope(self._clean(query), dtype), *written)
         if self.noisy_shape[0]:
-            asking = self.rope(self._noisy(query), dtype, self.ahead)
-            noisy = Queries(asking, *self._own(key, value))
-        seen = context.key.shape[1] // self.tokens if context is not None and self.sees_all else 0
+            noisy = Queries(self.noisy_rope(self._noisy(query), dtype), *self._own(key, value))
         attended = frame_causal_attention(
-            self.operator, self.variant, self.tokens, context, asking_clean, noisy, seen, self.draws
+            self.operator, self.variant, self.tokens, context, asking_clean, noisy, self.noisy_sees, self.draws
         )
         return torch.cat(outputs + [out.flatten(0, 1) for out in attended if out is not None])
 
     def _own(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values that each noisy frame has of its own, behind its row's prefix."""
-        own_key, own_value = self.rope(self._noisy(key), value.dtype, self.ahead), self._noisy(value)
+        own_key, own_value = self.noisy_rope(self._noisy(key), value.dtype), self._noisy(value)
         if not self.prefix_shape[0]:
             return own_key, own_value
         frames = self.noisy_shape[1]
-        prefix_key = self.rope.at_corners(self._prefix(key), value.dtype, self.ahead, frames)
+        prefix_key = self.noisy_rope.at_corners(self._prefix(key), value.dtype)
         prefix_value = self._prefix(value)[:, None].expand(-1, frames, -1, -1, -1)
         pairs = (prefix_key, own_key), (prefix_value, own_value)
         joined = (torch.cat((first, own.unflatten(1, (frames, -1))), dim=2).flatten(1, 2) for first, own in pairs)

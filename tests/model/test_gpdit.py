@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from toys import assert_near, toy_batch, toy_config, toy_model
 
 from gpdit_lightning import GPDiT, GPDiTConfig, InputError
-from gpdit_lightning.model.gpdit import patchify, unpatchify
+from gpdit_lightning.model.patches import patchify, unpatchify
 from gpdit_lightning.model.positions import Rope, axis_angles, rope_base
 from gpdit_lightning.model.time_conditioning import rotate_pairs
 
@@ -175,6 +175,19 @@ def test_features_of_a_layer_that_does_not_exist(layer: int) -> None:
         toy_model().features(toy_batch()[2], layers=[1, layer])
 
 
+@pytest.mark.parametrize("frames", [(0,), (2, 1), (-1, 2), (1, 1), (0, 1, 2)], ids=str)
+def test_frames_that_are_no_places_are_refused(frames: tuple[int, ...]) -> None:
+    noisy, theta, clean = toy_batch(frames=2)
+    with pytest.raises(InputError, match="give the position of each, rising from 0"):
+        toy_model()(noisy, theta, clean, frames=frames)
+
+
+def test_a_clip_shorter_than_its_noisy_frames_is_refused() -> None:
+    noisy, theta, clean = toy_batch(frames=2)
+    with pytest.raises(InputError, match="clean has shape"):
+        toy_model()(noisy, theta, clean, frames=(1, 4))
+
+
 def test_no_parameter_sits_on_the_root() -> None:
     model = toy_model()
     assert not list(model.named_parameters(recurse=False))
@@ -232,13 +245,14 @@ def test_rope_base(length: int, base: int) -> None:
 
 
 def test_axis_angles() -> None:
-    angles = axis_angles(40, 6, start=2, count=3)
+    angles = axis_angles(40, 6, range(2, 5))
     expected = [[m, m * 200 ** (-1 / 3), m * 200 ** (-2 / 3)] for m in (2, 3, 4)]
     assert_near(angles, torch.tensor(expected, dtype=torch.float64), 1e-14)
 
 
 def rope(first_frame: int, frames: int = 3, rows: int = 2, columns: int = 3) -> Rope:
-    return Rope(toy_config(), first_frame, frames, rows, columns, torch.device("cpu"), torch.float64)
+    places = range(first_frame, first_frame + frames)
+    return Rope(toy_config(), places, rows, columns, torch.device("cpu"), torch.float64)
 
 
 def scores(table: Rope, query: Tensor, key: Tensor) -> Tensor:

@@ -76,6 +76,27 @@ def test_noisy_copies_of_a_clip(variant: str, frames: int, draws: int, clips: in
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("wanted", [(1, 3, 5), (0, 2), (5,), (0,), (3, 4)], ids=str)
+@pytest.mark.parametrize(("draws", "clips", "context_clips"), [(1, 3, 2), (2, 4, 2)])
+def test_some_noisy_frames_alone(
+    variant: str, wanted: tuple[int, ...], draws: int, clips: int, context_clips: int
+) -> None:
+    """They and their gradients are as if all were computed and the others did not count."""
+    model = toy_model(attention=variant, classes=3)
+    noisy, theta, clean = toy_batch(clips, context_clips, frames=6)
+    leaves = [x.clone().requires_grad_() for x in (noisy, theta, clean)]
+    parameters = {name: value.clone().requires_grad_() for name, value in model.state_dict().items()}
+    places = list(wanted)
+    expected = oracle.forward(parameters, model.config, *leaves, draws, LABELS[:clips])[:, places]
+    found = model(leaves[0][:, places], leaves[1][:, places], leaves[2], LABELS[:clips], draws, wanted)
+    assert_near(found, expected)
+    inputs = dict(zip(("noisy", "theta", "clean"), leaves, strict=True))
+    expected_gradients = gradients(expected, inputs | parameters)
+    for name, gradient in gradients(found, inputs | dict(model.named_parameters())).items():
+        assert_near(gradient, expected_gradients[name], what=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("frames", "height", "width"),
     [(1, 16, 32), (2, 16, 32), (5, 16, 32), (12, 16, 32), (2, 18, 30), (2, 22, 26)],

@@ -1,5 +1,6 @@
 """Frame-causal attention over the two streams, computing only what the mask leaves (GPDiT, section 4.1)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ def frame_causal_attention(
     context: Context | None,
     clean: Queries | None,
     noisy: Queries | None,
-    noisy_first: int = 0,
+    noisy_sees: Sequence[int] | None = None,
     draws: int = 1,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Attention output of the clean and of the noisy stream, each shaped like its query.
@@ -47,16 +48,19 @@ def frame_causal_attention(
         context: keys and values of the context; the clean queries belong to its last blocks. None: no clip has any.
         clean: the asking clean blocks (B' clips), or None.
         noisy: the noisy blocks (at least K * B' rows, those with context first), or None.
-        noisy_first: position of the first noisy block.
+        noisy_sees: for each noisy block, how many context blocks it sees, from the first; None: 0, 1, 2, ...
         draws: K, rows that share the context of a clip; row k * B' + b has that of clip b.
     """
     rows = draws * len(context.key) if context else 0
+    if noisy is None or not rows:
+        noisy_sees = ()
+    elif noisy_sees is None:
+        noisy_sees = range(noisy.query.shape[1] // tokens)
     plan = attention_plan(
         variant,
         context=context.key.shape[1] // tokens if context else 0,
         clean_queries=clean.query.shape[1] // tokens if clean else 0,
-        noisy=noisy.query.shape[1] // tokens if noisy and rows else 0,
-        noisy_first=noisy_first,
+        noisy_sees=noisy_sees,
     )
     parts: dict[str, list[Tensor]] = {"clean": [], "noisy": []}
     for segment in plan:

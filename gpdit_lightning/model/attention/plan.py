@@ -4,6 +4,7 @@ A *block* is the unit of autoregression: one latent frame in GPDiT. There are tw
 some of which may be cached and ask nothing) and the noisy blocks. GPDiT, figure 3.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +31,7 @@ class Segment:
 
 
 def attention_plan(
-    variant: AttentionVariant, context: int, clean_queries: int, noisy: int, noisy_first: int
+    variant: AttentionVariant, context: int, clean_queries: int, noisy_sees: Sequence[int]
 ) -> tuple[Segment, ...]:
     """The segments of a forward pass for clips that have context; together they cover each asking block once.
 
@@ -38,8 +39,7 @@ def attention_plan(
         variant: `of2` or `of`, see :class:`~gpdit_lightning.GPDiTConfig`.
         context: number of context blocks whose keys are at hand.
         clean_queries: how many of them, the last ones, ask as well.
-        noisy: number of noisy blocks.
-        noisy_first: position of the first noisy block: noisy block i sees the first `noisy_first + i` context blocks.
+        noisy_sees: for each noisy block, how many context blocks it sees, from the first.
     """
     segments = []
     if clean_queries and variant == "of":
@@ -48,5 +48,5 @@ def attention_plan(
         # A clean block's own keys are the last of the context it sees: one contiguous slice, nothing to join.
         first = context - clean_queries
         segments += [Segment("clean", j, j + 1, context=first + j + 1, own=False) for j in range(clean_queries)]
-    segments += [Segment("noisy", i, i + 1, context=noisy_first + i, own=True) for i in range(noisy)]
+    segments += [Segment("noisy", i, i + 1, context=seen, own=True) for i, seen in enumerate(noisy_sees)]
     return tuple(segments)
