@@ -1,4 +1,4 @@
-"""Encode pairs of pictures as few-shot sequences: build_few_shot.py --sources DIR --targets DIR --out DIR"""
+"""Encode pairs of pictures as few-shot sequences: build_few_shot.py --task grayscale --sources PICTURES --out DIR"""
 
 import sys
 

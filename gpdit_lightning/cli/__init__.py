@@ -16,6 +16,7 @@ VERBS = {
     "validate": ("fit", "evaluate a run's last checkpoint on the held-out sources"),
     "test": ("fit", "the same, named test/loss"),
     "sample": ("sample", "continue a video with a trained model"),
+    "transform": ("transform", "do to pictures what examples show, with a model trained on such pairs"),
     "estimate": ("estimate", "say what a recipe needs: memory on each GPU, FLOPs, days; and what would fit"),
     "export": ("export", "write the model of a checkpoint as a folder to share: safetensors, config.json, a card"),
 }

@@ -74,9 +74,9 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     if manifest is None:
         raise InputError(f"another process prepares {videos.out}: wait for it, or give another --run_dir.")
     print(summary(manifest))
-    pictures = write_pictures(run_dir / "pictures", prepared_sources(videos))
+    write_pictures(run_dir / "pictures", prepared_sources(videos))
     prepare(image_options(run_dir))
-    prepare_sequences(pair_options(run_dir, pictures))
+    prepare_sequences(pair_options(run_dir))
     print("2/3  training: images, images and videos, longer videos, few-shot")
     steps = [f"--trainer.max_steps={options.max_steps}"] if options.max_steps else []
     chain.run("chain", [f"--config={CHAIN}", f"--runs={run_dir}", *steps])
@@ -114,10 +114,9 @@ def video_options(run_dir: Path, videos: Path | None) -> PrepareOptions:
     )
 
 
-def write_pictures(directory: Path, videos: Sequence[Source]) -> list[Path]:
-    """The first frames of every video as PNG files, by split, enough for the pairs; returns those of training."""
+def write_pictures(directory: Path, videos: Sequence[Source]) -> None:
+    """The first frames of every video as PNG files, by split, enough for the pairs."""
     each = math.ceil((PAIRS + HELD_OUT_PAIRS) / len(videos))
-    written = []
     for source in tqdm(videos, desc="pictures", unit="video", leave=False):
         stem = source.name.replace("/", "-").replace(".", "-")
         paths = [directory / str(source.split) / f"{stem}-{number}.png" for number in range(each)]
@@ -130,8 +129,6 @@ def write_pictures(directory: Path, videos: Sequence[Source]) -> list[Path]:
                 pixels = resize_and_crop(frame[None], parse_size(FRAME_SIZE))[0]
                 with written_whole(path) as temporary:
                     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
-        written += [path for path in paths if source.split == "train" and path.exists()]
-    return written
 
 
 def image_options(run_dir: Path) -> PrepareOptions:
@@ -147,18 +144,12 @@ def image_options(run_dir: Path) -> PrepareOptions:
     )
 
 
-def pair_options(run_dir: Path, pictures: Sequence[Path]) -> FewShotOptions:
-    """How to build the few-shot sequences, from pictures and their grey versions, which are written first."""
-    pairs = run_dir / "pairs"
-    for picture in pictures[: PAIRS + HELD_OUT_PAIRS]:
-        with Image.open(picture) as image:
-            for folder, version in (("colour", image), ("grey", image.convert("L"))):
-                with written_whole(pairs / folder / picture.name) as temporary:
-                    version.save(temporary, format="PNG")
+def pair_options(run_dir: Path) -> FewShotOptions:
+    """How to build the few-shot sequences: from pictures of the training videos and their grey versions."""
     return FewShotOptions(
         out=run_dir / "latents" / "few_shot",
-        sources=pairs / "colour",
-        targets=pairs / "grey",
+        task="grayscale",
+        sources=run_dir / "pictures" / "train",
         pairs=PAIRS,
         held_out_pairs=HELD_OUT_PAIRS,
         size=FRAME_SIZE,

@@ -14,31 +14,27 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gpdit_lightning.codecs import Codec, load_codec_from_spec
-from gpdit_lightning.diffusion import SAMPLERS, Guidance, NoiseSchedule, make_sampler
+from gpdit_lightning.cli.generating import add_generation, config_of, opened, parser_of, trained_sizes
+from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import GenerationConfig, products_in, stream_video
 from gpdit_lightning.generation.contexts import Context, Reading, grouped, read_contexts
 from gpdit_lightning.generation.outputs import FORMATS, Output
-from gpdit_lightning.media.images import parse_size
+from gpdit_lightning.media.images import IMAGE_ENDINGS
+from gpdit_lightning.media.video import VIDEO_ENDINGS
 from gpdit_lightning.model import NO_LABEL
-from gpdit_lightning.training.checkpoints import TrainedModel, load_trained_model
+from gpdit_lightning.training.checkpoints import TrainedModel
 
 log = logging.getLogger(__name__)
-
-PRECISIONS = {"32": None, "bf16": torch.bfloat16}
 
 
 def parser() -> argparse.ArgumentParser:
     """The verb's options."""
-    options = argparse.ArgumentParser(
-        prog="python -m gpdit_lightning sample",
-        description="Continue videos: contexts are read at the stride of the training clips, and results play at the "
-        "matching rate. Frames are written as they are done; Ctrl-C keeps those so far as a playable file.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    options = parser_of(
+        "sample",
+        "Continue videos: contexts are read at the stride of the training clips, and results play at the matching "
+        "rate. Frames are written as they are done; Ctrl-C keeps those so far as a playable file.",
     )
-    add = options.add_argument
-    add("--checkpoint", required=True, help="a checkpoint, a run folder or an exported folder")
 
     what = options.add_argument_group("what to continue")
     add = what.add_argument
@@ -59,28 +55,12 @@ def parser() -> argparse.ArgumentParser:
     add = how.add_argument
     add("--frames", type=int, default=16, help="frames to generate")
     add("--samples", type=int, default=1, help="videos for each context, with one seed after another")
-    add("--seed", type=int, default=0, help="of the noise, the same for every context and whatever the batch")
-    add("--batch_size", type=int, default=8, help="videos generated side by side")
-    add("--sampler", default="rotation", choices=list(SAMPLERS), help="from noise to a frame; see docs/generation.md")
-    add("--steps", type=int, default=25, help="sampler steps for each latent frame")
-    add("--guidance", type=float, default=1.0, help="scale over the context; the paper takes 1.2 for H, 2.0 for B")
+    add_generation(add)
     add("--label_guidance", type=float, default=1.0, help="scale over the label")
-    add(
-        "--guidance_levels",
-        type=float,
-        nargs=2,
-        default=[0.0, 1.0],
-        metavar=("FROM", "TO"),
-        help="noise levels that are guided: 1 is pure noise, 0 a clean frame",
-    )
     add("--window", type=int, help="latest latent frames that a frame sees (default: as many as in training)")
     add("--sinks", type=int, default=0, help="first latent frames of the video that stay visible besides")
     add("--no_cache", action="store_true", help="keep no keys and values: less memory, more work (models with `of`)")
     add("--compile", action="store_true", help="fuse blocks with torch.compile: for long videos and on GPUs")
-    add("--precision", default="auto", choices=["auto", *PRECISIONS], help="of products; auto is bf16 on CUDA, else 32")
-    add("--weights", default="ema", choices=["ema", "raw"], help="averaged or last trained weights")
-    add("--codec_source", help="where the codec's weights are now, if they moved since preparation")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
     result = options.add_argument_group("what to write")
     add = result.add_argument
@@ -105,12 +85,8 @@ def run(verb: str, arguments: Sequence[str]) -> None:
             raise InputError(f"--{name} is {getattr(options, name)}: generate at least 1.")
     if options.seed < 0:
         raise InputError(f"--seed is {options.seed}: give a number from 0 on.")
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = load_trained_model(options.checkpoint, device, options.weights)
-    config = generation_config(options, trained, device)
-    codec = load_codec_from_spec(trained.codec, device, options.codec_source, where=str(options.checkpoint))
+    trained, codec = opened(options)
+    config = generation_config(options, trained)
     videos = videos_to_make(options, trained, codec)
     if config.precision is not None:
         products_in(trained.backbone, config.precision)
@@ -125,7 +101,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
             generate(batch, options.frames, trained, codec, config, bar)
 
 
-def generation_config(options: argparse.Namespace, trained: TrainedModel, device: str) -> GenerationConfig:
+def generation_config(options: argparse.Namespace, trained: TrainedModel) -> GenerationConfig:
     """How to generate, as the options say and the training allows."""
     longest = max(1, trained.geometry["frames"] - 1)
     window = max(1, longest - options.sinks) if options.window is None else options.window
@@ -136,17 +112,14 @@ def generation_config(options: argparse.Namespace, trained: TrainedModel, device
             window + options.sinks,
             longest,
         )
-    precision = options.precision
-    if precision == "auto":
-        precision = "bf16" if device.startswith("cuda") else "32"
-    return GenerationConfig(
-        sampler=make_sampler(options.sampler, options.steps, NoiseSchedule(**trained.schedule)),
-        guidance=Guidance(options.guidance, options.label_guidance, *options.guidance_levels),
+    return config_of(
+        options,
+        trained,
+        options.label_guidance,
         window=window,
         sinks=options.sinks,
         cached=not options.no_cache,
         compiled=options.compile,
-        precision=PRECISIONS[precision],
     )
 
 
@@ -169,33 +142,36 @@ def videos_to_make(options: argparse.Namespace, trained: TrainedModel, codec: Co
     formats = options.formats or (
         ["mp4", "png"] if ending == "mp4" else [ending] if ending in FORMATS else ["mp4", "png"]
     )
+    if ending not in FORMATS and options.out.suffix.lower() in (*VIDEO_ENDINGS, *IMAGE_ENDINGS):
+        endings = ", ".join(f".{name}" for name in FORMATS)
+        raise InputError(f"--out {options.out} is of no format that is written: give a folder, or one of {endings}.")
     if ending in FORMATS and not single:
         raise InputError(
             f"--out {options.out} is one file, but {len(contexts) * len(seeds)} videos are made: give a folder."
         )
     videos = []
     for context in contexts:
+        label = class_of(options.label, context, trained)
+        if label == NO_LABEL and options.label_guidance != 1:
+            raise InputError(
+                f"--label_guidance is {options.label_guidance}, but {context.name} has no label that the checkpoint "
+                "knows: give --label, or leave --label_guidance out."
+            )
         for seed in seeds:
             name = context.name if options.samples == 1 else f"{context.name}-seed{seed}"
             path = options.out.with_suffix("") if ending in FORMATS else options.out / name
             output = Output(path, formats, context, options.frames, options.mark, options.side_by_side)
-            videos.append(Video(context, seed, class_of(options.label, context, trained), output))
+            videos.append(Video(context, seed, label, output))
     return videos
 
 
 def reading_of(options: argparse.Namespace, trained: TrainedModel, codec: Codec) -> Reading:
     """Contexts like the training clips, but for what the options say."""
-    sizes = tuple((height, width) for height, width in trained.geometry["sizes"])
-    if options.size is not None:
-        wanted = parse_size(options.size)
-        if wanted not in sizes:
-            known = ", ".join(f"{height}x{width}" for height, width in sizes)
-            raise InputError(f"--size is {options.size}, but the checkpoint was trained on {known}: give one of these.")
-        sizes = (wanted,)
+    frames = options.context_frames
     return Reading(
-        frames=options.context_frames or codec.pixel_frames(max(1, trained.geometry["frames"] - 1)),
+        frames=codec.pixel_frames(max(1, trained.geometry["frames"] - 1)) if frames is None else frames,
         stride=trained.geometry["stride"],
-        sizes=sizes,
+        sizes=trained_sizes(options.size, trained),
         following=options.frames,
         start=options.start,
         fps=options.fps,

@@ -66,10 +66,9 @@ def stream_video(
     device = next(model.parameters()).device
     mean, std = (constant.to(device)[:, None, None] for constant in (codec.mean, codec.std))
     known = known.to(device)
-    count = latent_frames(codec, known.shape[1], frames)
     decode = codec.decoder()
-    if known.shape[1]:
-        decode(known)
+    decode(known)
+    count = latent_frames(codec, known.shape[1], frames)
     left = frames
     for latent in rollout(
         model,
@@ -101,6 +100,7 @@ def continue_video(
     *,
     seeds: int | Sequence[int] = 0,
     condition: Tensor | None = None,
+    without_condition: Tensor | None = None,
     progress: bool = False,
 ) -> Continuation:
     """Generate the pixel frames that follow, all at once.
@@ -110,14 +110,15 @@ def continue_video(
         codec: whose latents the model was trained on.
         context: (B, T, 3, H, W) uint8 at the stride of the training clips, T = 1 + 4 (k - 1).
         frames: pixel frames to generate.
-        config, seeds, condition: as for :func:`rollout`.
+        config, seeds, condition, without_condition: as for :func:`rollout`.
         progress: show a bar over latent frames.
 
     Raises:
         InputError: T or the frame size does not suit the codec or the model, or as :func:`rollout`.
     """
     known = codec.encode(context)
-    pieces = stream_video(model, codec, known, frames, config, seeds=seeds, condition=condition)
+    conditions = {"condition": condition, "without_condition": without_condition}
+    pieces = stream_video(model, codec, known, frames, config, seeds=seeds, **conditions)
     count = latent_frames(codec, known.shape[1], frames)
     made = list(tqdm(pieces, total=count, desc="generating", unit="latent frame", disable=not progress))
     pixels = torch.cat([context.cpu(), *(piece.pixels for piece in made)], dim=1)

@@ -144,26 +144,47 @@ def write_strip(
         rows = {label: frames[[moment for moment in moments if moment < len(frames)]] for label, frames in rows.items()}
     elif len(moments) < longest:
         raise InputError(f"{path} has a row of {longest} frames but {len(moments)} moments: give a number for each.")
-    cell_width, cell_height = _cell_size(next(iter(rows.values())), least_side)
+    titles = [f"context {moment}" if moment < context else str(moment) for moment in moments]
+    given = sum(moment < context for moment in moments)
+    write_sheet(path, titles, [(label, list(frames)) for label, frames in rows.items()], least_side, given)
+
+
+def write_sheet(
+    path: str | Path,
+    titles: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Tensor]]],
+    least_side: int = 96,
+    given: int = 0,
+) -> None:
+    """Write a PNG with pictures in rows and columns, each at the centre of its cell.
+
+    Args:
+        path: the file.
+        titles: of the columns.
+        rows: each a label and its pictures, uint8 (3, H, W) of any size, at most one for each column.
+        least_side: smaller pictures are enlarged until their shorter side has this many pixels.
+        given: the first so many columns are titled in grey.
+    """
+    sizes = [_cell_size(picture, least_side) for _, pictures in rows for picture in pictures]
+    cell_width, cell_height = max(width for width, _ in sizes), max(height for _, height in sizes)
     gap = 4
     font = ImageFont.load_default(size=14)
-    label_width = round(max(font.getlength(label) for label in rows)) + 3 * gap
+    label_width = round(max(font.getlength(label) for label, _ in rows)) + 3 * gap
     head = 24
 
-    sheet_size = label_width + len(moments) * (cell_width + gap), head + len(rows) * (cell_height + gap)
+    sheet_size = label_width + len(titles) * (cell_width + gap), head + len(rows) * (cell_height + gap)
     sheet = Image.new("RGB", sheet_size, "white")
     draw = ImageDraw.Draw(sheet)
-    for column, moment in enumerate(moments):
-        left = label_width + column * (cell_width + gap)
-        given = moment < context
-        title, colour = (f"context {moment}", "gray") if given else (str(moment), "black")
-        draw.text((left + cell_width / 2, head / 2), title, colour, font, anchor="mm")
-        for row, frames in enumerate(rows.values()):
-            if column < len(frames):
-                frame = _enlarged(frames[column], (cell_width, cell_height))
-                sheet.paste(frame, (left, head + row * (cell_height + gap)))
-    for row, label in enumerate(rows):
-        draw.text((gap, head + row * (cell_height + gap) + cell_height / 2), label, "black", font, anchor="lm")
+    for column, title in enumerate(titles):
+        middle = label_width + column * (cell_width + gap) + cell_width / 2
+        draw.text((middle, head / 2), title, "gray" if column < given else "black", font, anchor="mm")
+    for row, (label, pictures) in enumerate(rows):
+        top = head + row * (cell_height + gap)
+        draw.text((gap, top + cell_height / 2), label, "black", font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            width, height = _cell_size(picture, least_side)
+            left = label_width + column * (cell_width + gap) + (cell_width - width) // 2
+            sheet.paste(_enlarged(picture, (width, height)), (left, top + (cell_height - height) // 2))
     with written_whole(Path(path)) as temporary:
         sheet.save(temporary, format="PNG")
 

@@ -6,19 +6,25 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import IMAGE_ENDINGS, parse_size, read_image, resize_and_crop
+from gpdit_lightning.media.images import Size, parse_size, read_image, resize_and_crop
+from gpdit_lightning.media.tasks import TASKS, Task, as_it_is
+from gpdit_lightning.preparation.pairs import Pair, folders_in, hold_out, pairs_of_one, pairs_of_two
 from gpdit_lightning.preparation.prepare import available_device
 
+# The task of pairs that are there already: depth, skeletons, styles, whatever has a picture for both sides.
+READY_PAIRS = Task("pairs", as_it_is, as_it_is)
+PLACES = ("sources", "targets", "pairs_in")
 SPEED_OPTIONS = ("out", "device")
 # What a run that was killed leaves in the output folder.
 OWN_FILES = re.compile(r"(train|validation)-sequence-\d+x\d+x\d+-\d{5}\.(tar|index\.npy)(\.partial)?")
@@ -29,27 +35,48 @@ class FewShotOptions:
     """What sequences to build, from which pairs. Each field's `help` is the command line's."""
 
     out: Path = field(metadata={"help": "folder for the shards and manifest.json"})
-    sources: Path = field(metadata={"help": "folder of source pictures"})
-    targets: Path = field(metadata={"help": "folder of target pictures, named like their sources"})
+    task: str = field(
+        default=READY_PAIRS.name,
+        metadata={
+            "help": "pairs: both pictures of each pair are given; or both are made from one, at --size: grayscale (a "
+            "picture to its grey version), colourisation (the way back), edges (a picture to its Canny edges), "
+            "edges_to_image (the way back); edges need pip install -e '.[edges]'"
+        },
+    )
+    sources: Path | None = field(
+        default=None, metadata={"help": "folder of source pictures, or of those that a task makes both sides from"}
+    )
+    targets: Path | None = field(
+        default=None,
+        metadata={"help": "for --task pairs: folder of target pictures, of the names and the sizes of their sources"},
+    )
+    pairs_in: Path | None = field(
+        default=None,
+        metadata={"help": "for --task pairs, instead of both: a folder with the folders source and target in it"},
+    )
     pairs: int = field(default=40, metadata={"help": "most pairs that training sequences are drawn from (paper: 40)"})
     sequences: int = field(default=20, metadata={"help": "training sequences (paper: 20)"})
     pairs_per_sequence: int = field(default=3, metadata={"help": "pairs in a sequence (paper: 3, so six frames)"})
+    validation_fraction: float = field(
+        default=0.1,
+        metadata={
+            "help": "share of the pictures that is held out, at least one, by a hash of their pixels and the seed: the "
+            "same ones in every task and when others are added; a picture's counterpart goes with it; 0 for none"
+        },
+    )
     held_out_pairs: int = field(
         default=4,
-        metadata={"help": "pairs kept for validation: each ends one sequence whose other pairs are training's"},
+        metadata={
+            "help": "most held-out pairs to use: each ends one validation sequence whose other pairs are training's"
+        },
     )
     size: str = field(default="256x256", metadata={"help": "HEIGHTxWIDTH that every picture is scaled and cropped to"})
     codec: str = field(default="wan", metadata={"help": "wan (the WanVAE, as in the paper) or pca (no download)"})
-    codec_source: str | None = field(default=None, metadata={"help": "the codec's weights, as for shard_latents.py"})
-    seed: int = field(default=0, metadata={"help": "of the drawing of pairs"})
+    codec_source: str | None = field(
+        default=None, metadata={"help": "the codec's weights: a folder or hub name (wan), a file (pca)"}
+    )
+    seed: int = field(default=0, metadata={"help": "of the choice of held-out pictures and of the drawing of pairs"})
     device: str = field(default="auto", metadata={"help": "where the codec computes: auto, cpu, cuda, cuda:1, ..."})
-
-
-class Pair(NamedTuple):
-    """A source picture and what it shall become."""
-
-    source: Path
-    target: Path
 
 
 def prepare_sequences(options: FewShotOptions) -> Manifest:
@@ -58,33 +85,30 @@ def prepare_sequences(options: FewShotOptions) -> Manifest:
     A folder that already holds what these options make is returned as it is.
 
     Raises:
-        InputError: too few pairs, a picture without counterpart or unreadable, or a folder that holds other data.
+        InputError: options that do not go together, too few pairs, a picture without counterpart, of another size than
+            that or unreadable, OpenCV is missing for edges, or a folder that holds other data.
     """
-    for name in ("pairs", "sequences", "pairs_per_sequence"):
-        if getattr(options, name) < 1:
-            raise InputError(f"{name} is {getattr(options, name)}: give at least 1.")
-    found = find_pairs(options.sources, options.targets)
-    order = np.random.default_rng([options.seed, 0]).permutation(len(found))
-    shuffled = [found[place] for place in order]
-    held_out = shuffled[: options.held_out_pairs]
-    training = shuffled[options.held_out_pairs :][: options.pairs]
+    check_options(options)
+    task, size = task_named(options.task), parse_size(options.size)
+    found, reserved = hold_out(find_pairs(options), options.validation_fraction)
+    training, held_out = found[: options.pairs], reserved[: options.held_out_pairs]
     if len(training) < options.pairs_per_sequence:
+        places = " and ".join(str(getattr(options, name)) for name in PLACES if getattr(options, name) is not None)
         raise InputError(
-            f"{options.sources} and {options.targets} have {len(found)} pairs, {len(held_out)} of them held out, and a "
-            f"sequence takes {options.pairs_per_sequence}: give more pairs or hold out fewer."
+            f"Of the {len(found) + len(reserved)} different pairs in {places}, {len(reserved)} are held out, so "
+            f"{len(training)} are left for training where a sequence takes {options.pairs_per_sequence}: give more "
+            "pairs, more --pairs or a lower --validation_fraction."
         )
-    preparation = described(options, [*training, *held_out])
+    preparation = described(options, task, [*training, *held_out])
     if (options.out / FILE_NAME).exists():
         return reused(Manifest.load(options.out), preparation)
+    frames = {pair: frames_of(pair, task, size) for pair in (*training, *held_out)}
     codec = load_codec(options.codec, options.codec_source, available_device(options.device))
-    size = parse_size(options.size)
     codec.check_frame_size(*size)
-
-    def latents_of(pair: Pair) -> np.ndarray:
-        pixels = torch.stack([resize_and_crop(read_image(path), size) for path in pair])  # (2, 1, 3, H, W)
-        return codec.encode(pixels).cpu().numpy()[:, 0]
-
-    encoded = {pair: latents_of(pair) for pair in tqdm([*training, *held_out], unit=" pairs", disable=None)}
+    encoded = {
+        pair: codec.encode(pixels).cpu().numpy()[:, 0]
+        for pair, pixels in tqdm(frames.items(), desc="encoding", unit=" pairs", disable=None)
+    }
     numbers = np.random.default_rng([options.seed, 1])
 
     def drawn(count: int) -> list[Pair]:
@@ -94,7 +118,8 @@ def prepare_sequences(options: FewShotOptions) -> Manifest:
     with ShardSetWriter(options.out) as writer:
 
         def write(split: Any, pairs: Sequence[Pair]) -> None:
-            metadata = {"source": " ".join(pair.source.name for pair in pairs), "pixel_size": list(size)}
+            names = " ".join(pair.source.path.name for pair in pairs)
+            metadata = {"source": names, "task": task.name, "pixel_size": list(size)}
             writer.write(split, "sequence", np.concatenate([encoded[pair] for pair in pairs]), metadata)
 
         for _ in range(options.sequences):
@@ -108,7 +133,9 @@ def prepare_sequences(options: FewShotOptions) -> Manifest:
         shards=shards,
         preparation=preparation,
         validation={
-            "held_out_by": "pair; a validation sequence ends with one, after pairs of the training set",
+            "held_out_by": "a hash of the seed and a picture's pixels, with every pair that the picture is in; a "
+            "validation sequence ends with a held-out pair, after pairs of the training set",
+            "held_out": sorted({f"{path.parent.name}/{path.name}" for pair in held_out for path, _ in pair}),
             "train_sources": len(training),
             "validation_sources": len(held_out),
         },
@@ -117,31 +144,60 @@ def prepare_sequences(options: FewShotOptions) -> Manifest:
     return manifest
 
 
-def find_pairs(sources: Path, targets: Path) -> list[Pair]:
-    """The pictures of two folders, paired by their names without ending.
+def check_options(options: FewShotOptions) -> None:
+    """Refuse what no pictures could be prepared with, before any is opened; raises `InputError`."""
+    for name in ("pairs", "sequences", "pairs_per_sequence"):
+        if getattr(options, name) < 1:
+            raise InputError(f"{name} is {getattr(options, name)}: give at least 1.")
+    if options.held_out_pairs < 0:
+        raise InputError(f"held_out_pairs is {options.held_out_pairs}: give 0 for no validation, or more.")
+    if not 0 <= options.validation_fraction < 1:
+        raise InputError(f"validation_fraction is {options.validation_fraction}: give a share from 0 to below 1.")
+    given = [name for name in PLACES if getattr(options, name) is not None]
+    if task_named(options.task) is not READY_PAIRS:
+        if given != ["sources"]:
+            raise InputError(
+                f"The task {options.task} makes both sides of a pair from one picture: give --sources alone, or --task "
+                f"{READY_PAIRS.name} for pairs that are there already."
+            )
+    elif given not in (["sources", "targets"], ["pairs_in"]):
+        raise InputError(
+            f"The task {READY_PAIRS.name} takes --sources and --targets, or --pairs_in instead, and was given "
+            f"{' and '.join(f'--{name}' for name in given) or 'none of them'}: give one or the other, or a --task that "
+            f"makes pairs ({', '.join(TASKS)})."
+        )
 
-    Raises:
-        InputError: no pictures, or one without its counterpart.
-    """
-    by_stem: list[dict[str, Path]] = []
-    for folder in (sources, targets):
-        paths = sorted(folder.iterdir()) if folder.is_dir() else []
-        by_stem.append({path.stem: path for path in paths if path.suffix.lower() in IMAGE_ENDINGS})
-        if not by_stem[-1]:
-            raise InputError(f"{folder} holds no pictures: give a folder of {', '.join(IMAGE_ENDINGS)} files.")
-    first, second = by_stem
-    for here, there, folder in ((first, second, targets), (second, first, sources)):
-        for stem, path in here.items():
-            if stem not in there:
-                raise InputError(f"{path} has no counterpart named {stem} in {folder}: add it or remove the picture.")
-    return [Pair(path, second[stem]) for stem, path in first.items()]
+
+def task_named(name: str) -> Task:
+    """A task by its name; raises `InputError` for one that is not known."""
+    known = {READY_PAIRS.name: READY_PAIRS} | TASKS
+    if name not in known:
+        raise InputError(f"There is no task {name!r}: give one of {', '.join(known)}.")
+    return known[name]
 
 
-def described(options: FewShotOptions, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """The options that decide what the shards hold, and a sha256 over them and every picture's name and size."""
+def find_pairs(options: FewShotOptions) -> list[Pair]:
+    """All pairs that the options name; raises as the functions of `pairs.py` do."""
+    if options.pairs_in is not None:
+        return pairs_of_two(*folders_in(options.pairs_in), options.seed)
+    assert options.sources is not None
+    if options.targets is not None:
+        return pairs_of_two(options.sources, options.targets, options.seed)
+    return pairs_of_one(options.sources, options.seed)
+
+
+def frames_of(pair: Pair, task: Task, size: Size) -> Tensor:
+    """What a task makes of a pair, at the size to encode: uint8 (2, 1, 3, H, W), the source first."""
+    source, target = (resize_and_crop(read_image(picture.path), size) for picture in pair)
+    return torch.stack((task.source(source), task.target(target)))
+
+
+def described(options: FewShotOptions, task: Task, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """The options that decide what the shards hold, and a sha256 over them and every picture's name and pixels."""
     values = {name: value for name, value in asdict(options).items() if name not in SPEED_OPTIONS}
-    values |= {name: Path(values[name]).name for name in ("sources", "targets")}
-    identity = [values, [[path.name, path.stat().st_size] for pair in pairs for path in pair]]
+    values |= {name: Path(values[name]).name for name in PLACES if values[name] is not None}
+    values["task_parameters"] = dict(task.parameters)
+    identity = [values, [[path.name, digest] for pair in pairs for path, digest in pair]]
     return values | {"inputs_sha256": hashlib.sha256(json.dumps(identity).encode()).hexdigest()}
 
 

@@ -1,117 +1,281 @@
-"""Continuing real files with a trained checkpoint."""
+"""Continuing whatever one has with a checkpoint, end to end, against the library's own streams of latents."""
 
+import json
+import shutil
+import tarfile
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from gpdit_lightning.cli import main
-from gpdit_lightning.media.video import read_video, video_info, write_video
+from gpdit_lightning.cli import sample as verb
+from gpdit_lightning.codecs.pca import SHIPPED_WEIGHTS
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.diffusion import SAMPLERS, Guidance
+from gpdit_lightning.media.video import read_video, video_info
+from tests.cli.sampling import (
+    CODEC,
+    LABELS,
+    LATENT_FRAMES,
+    VIDEO,
+    assert_near,
+    decoded,
+    given,
+    latents,
+    looks_like,
+    sample,
+    streamed,
+)
+from tests.generation.test_contexts import stored, tar_of
 
-FPS = 24
+
+def assert_alike(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Within one level: sums over a batch are ordered differently."""
+    assert first.keys() == second.keys()
+    for name, frames in first.items():
+        assert (frames.int() - second[name].int()).abs().max() <= 1, name
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two videos of moving stripes, their shards and a run trained for one step."""
-    folder = tmp_path_factory.mktemp("sample")
-    (folder / "videos").mkdir()
-    for number in range(2):
-        moments, columns = torch.arange(60)[:, None], torch.arange(48)
-        wave = (torch.sin((columns + moments + 7 * number) / 5) * 100 + 128).byte()
-        write_video(folder / "videos" / f"{number}.mp4", wave[:, None, None].expand(-1, 3, 32, -1).contiguous(), FPS)
-    from gpdit_lightning.preparation import PrepareOptions, prepare
+@pytest.mark.parametrize(("known", "frames"), [(5, 12), (13, 16)])
+@pytest.mark.parametrize(
+    ("context", "number", "rate"),
+    [(VIDEO, 1, Fraction(8)), ("movie.gif", 2, Fraction(10, 3)), ("frames", 2, Fraction(8))],
+)
+def test_a_video_goes_on_at_its_rate(
+    place: Path, tmp_path: Path, context: str, number: int, rate: Fraction, known: int, frames: int
+) -> None:
+    options = [f"--context_frames={known}"] if known != 13 else []  # as many as were trained on but one latent frame
+    formats = ["--formats", "mp4", "safetensors"]
+    assert sample(place, tmp_path / "out.mp4", f"--frames={frames}", *options, *formats, context=context) == 0
+    shown, raw = read_video(tmp_path / "out.mp4"), latents(tmp_path / "out.safetensors")
+    assert shown.shape == (known + frames, 3, 32, 32)
+    assert video_info(tmp_path / "out.mp4").fps == rate
+    assert looks_like(shown[:known], given(number, 60 - 3 * known, known))  # the end of the video
+    assert looks_like(shown[known:], decoded(tmp_path / "out.safetensors")[known:])
+    assert shown[known:].float().std() > 10
+    assert_near(raw, streamed(place, raw[: 1 + known // 4], frames))
 
-    prepare(PrepareOptions(out=folder / "latents", videos=[folder / "videos"], codec="pca", video_sizes=["32x32"]))
-    recipe: dict[str, Any] = {
-        "run_dir": str(folder / "run"),
-        "model": {
-            "class_path": "GPDiTStage",
-            "init_args": {"backbone": {"size": "tiny", "layers": 1, "width": 24, "heads": 2, "mlp_width": 48}},
-        },
-        "data": {"videos": {"manifests": [str(folder / "latents")], "batch_size": 1}},
-        "trainer": {"accelerator": "cpu", "max_steps": 1, "enable_progress_bar": False, "enable_model_summary": False},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["fit", "--config", str(folder / "recipe.yaml")]) == 0
+
+def test_the_context_begins_where_one_says(place: Path, tmp_path: Path) -> None:
+    assert sample(place, tmp_path / "out.mp4", "--frames=1", "--context_frames=5", "--start=0.5") == 0
+    assert looks_like(read_video(tmp_path / "out.mp4")[:5], given(1, 12, 5))
+
+
+def test_a_picture_goes_on(place: Path, tmp_path: Path) -> None:
+    assert sample(place, tmp_path / "out.safetensors", "--frames=8", "--fps=30", context="still.png") == 0
+    raw = latents(tmp_path / "out.safetensors")
+    assert_near(raw[:1], CODEC.encode(given(2, 57, 1)[None])[0])
+    assert_near(raw, streamed(place, raw[:1], 8))
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata() == {"fps": "10", "context_frames": "1"}
+
+
+def test_a_video_begins_from_nothing(place: Path, tmp_path: Path) -> None:
+    formats = ["--formats", "mp4", "safetensors"]
+    assert sample(place, tmp_path / "out", "--frames=9", *formats, context=None) == 0
+    raw = latents(tmp_path / "out" / "sample.safetensors")
+    assert_near(raw, streamed(place, torch.empty(0, 16, 4, 4), 9))
+    assert looks_like(read_video(tmp_path / "out" / "sample.mp4"), decoded(tmp_path / "out" / "sample.safetensors"))
+    assert len(raw) == 3
+
+
+def test_samples_of_a_shard_go_on_by_number_by_key_or_all_together(place: Path, tmp_path: Path) -> None:
+    tar = tar_of(place / "latents")
+    options = ["--frames=6", "--formats", "safetensors"]
+    assert sample(place, tmp_path / "all", *options, context=str(tar)) == 0
+    for number, (key, raw) in enumerate(stored(tar).items()):
+        for name in (str(number), key):
+            assert sample(place, tmp_path / name, *options, context=f"{tar}#{name}") == 0
+        one, again, among = (latents(tmp_path / folder / f"{key}.safetensors") for folder in (str(number), key, "all"))
+        assert torch.equal(one[:4], raw[:4])
+        assert len(one) == 6
+        assert torch.equal(one, again)
+        assert_near(one, among)
+
+
+def test_neither_the_batch_nor_the_neighbours_nor_their_order_change_a_video(place: Path, tmp_path: Path) -> None:
+    shard = tar_of(place / "latents")
+    contexts = [place / "videos/jump/0.mp4", place / "still.png", place / VIDEO, f"{shard}#0", place / "movie.gif"]
+    names = ["0", "still", "1", next(iter(stored(shard))), "movie"]
+    options = ["--frames=8", "--context_frames=5", "--guidance=1.5", "--formats", "safetensors"]
+
+    def run(name: str, *more: str, among: slice = slice(None)) -> dict[str, Tensor]:
+        assert sample(place, tmp_path / name, *options, *more, "--context", *contexts[among], context=None) == 0
+        return {path.stem: decoded(path) for path in (tmp_path / name).iterdir()}
+
+    one_by_one = run("1", "--batch_size=1")
+    assert one_by_one.keys() == set(names)
+    assert_alike(run("2", "--batch_size=2"), one_by_one)
+    assert_alike(run("8", "--batch_size=8"), one_by_one)
+    assert_alike(run("reversed", among=slice(None, None, -1)), one_by_one)
+    assert_alike(run("fewer", among=slice(2, None)), {name: one_by_one[name] for name in names[2:]})
+
+
+def test_samples_have_one_seed_after_another(place: Path, tmp_path: Path) -> None:
+    options = ["--frames=8", "--formats", "safetensors", "--sampler=stochastic"]
+    assert sample(place, tmp_path, *options, "--samples=3", "--seed=5") == 0
+    three = {path.stem: decoded(path) for path in tmp_path.iterdir()}
+    alone = {}
+    for seed in (5, 6, 7):
+        assert sample(place, tmp_path / str(seed), *options, f"--seed={seed}") == 0
+        alone[f"1-seed{seed}"] = decoded(tmp_path / str(seed) / "1.safetensors")
+    assert_alike(three, alone)
+    first, second = alone["1-seed5"].float(), alone["1-seed6"].float()
+    assert torch.equal(first[:13], second[:13])
+    assert (first[13:] - second[13:]).abs().mean() > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [
+        (["--guidance=2"], {"guidance": Guidance(2.0)}),
+        (["--guidance=2", "--guidance_levels", "0.4", "0.8"], {"guidance": Guidance(2.0, 1.0, 0.4, 0.8)}),
+        (["--label=run", "--label_guidance=3"], {"guidance": Guidance(label=3.0), "label": 1}),
+        *[([f"--sampler={name}", "--steps=3"], {"sampler": SAMPLERS[name](3)}) for name in SAMPLERS],
+        (["--window=2"], {"window": 2}),
+        (["--window=1", "--sinks=2"], {"window": 1, "sinks": 2}),
+        (["--sinks=1"], {"window": LATENT_FRAMES - 2, "sinks": 1}),
+        (["--precision=bf16"], {"precision": torch.bfloat16}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_an_option_does_what_its_setting_does(place: Path, tmp_path: Path, options: list[str], how: Any) -> None:
+    assert sample(place, tmp_path / "out.safetensors", *options) == 0
+    raw = latents(tmp_path / "out.safetensors")
+    assert_near(raw, streamed(place, raw[:4], 16, **how))
+    assert not torch.equal(raw, streamed(place, raw[:4], 16))
+
+
+def test_of_does_without_a_cache(place: Path, tmp_path: Path) -> None:
+    assert sample(place, tmp_path / "out.safetensors", "--no_cache", "--guidance=2", model="of") == 0
+    raw = latents(tmp_path / "out.safetensors")
+    for cached in (True, False):
+        expected = streamed(place, raw[:4], 16, "of", guidance=Guidance(2.0), cached=cached)
+        assert_near(raw, expected)
+
+
+def test_a_window_longer_than_the_training_is_warned_of(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    verb.log.addHandler(caplog.handler)
+    try:
+        for options, warns in ((["--window=4"], False), (["--window=3", "--sinks=2"], True)):
+            caplog.clear()
+            assert sample(place, tmp_path / "out.png", "--frames=1", *options) == 0
+            assert ("up to 5 others (--window and --sinks), but in training at most 4" in caplog.text) == warns
+    finally:
+        verb.log.removeHandler(caplog.handler)
+
+
+def test_a_label_is_known_by_name_or_number_and_a_shard_says_its_own(place: Path, tmp_path: Path) -> None:
+    shard = tar_of(place / "latents")
+    with tarfile.open(shard) as file:
+        own = {key: json.load(file.extractfile(f"{key}.json"))["label"] for key in stored(shard)}  # type: ignore[arg-type]
+    assert set(own.values()) == set(LABELS)
+    known = {key: raw[:4] for key, raw in stored(shard).items()}
+
+    def run(*more: str, context: str = str(shard), model: str = "of2") -> dict[str, Tensor]:
+        out = tmp_path / "out"
+        assert sample(place, out, "--frames=4", "--formats", "safetensors", *more, context=context, model=model) == 0
+        return {path.stem: latents(path) for path in out.iterdir()}
+
+    for key, raw in run().items():
+        assert_near(raw, streamed(place, known[key], 4, label=LABELS.index(own[key])))
+    for number, label in enumerate(LABELS):
+        by_name, by_number = run(f"--label={label}"), run(f"--label={number}")
+        for key, raw in by_name.items():
+            assert torch.equal(raw, by_number[key])
+            assert_near(raw, streamed(place, known[key], 4, label=number))
+            assert not torch.allclose(raw, streamed(place, known[key], 4), atol=0.1)
+
+
+def test_what_training_leaves_and_what_is_exported_of_it(place: Path, tmp_path: Path) -> None:
+    for name, options in (("float32", []), ("bfloat16", ["--dtype=bfloat16"])):
+        assert main(["export", "--checkpoint", str(place / "run"), "--out", str(tmp_path / name), *options]) == 0
+    results = {}
+    for model in (place / "run", tmp_path / "float32", tmp_path / "bfloat16"):
+        out = tmp_path / f"{model.name}.safetensors"
+        assert sample(place, out, "--label=run", model=str(model)) == 0
+        results[model.name] = latents(out)
+    assert torch.equal(results["run"], results["float32"])
+    torch.testing.assert_close(results["bfloat16"], results["run"], rtol=0.05, atol=0.1)
+
+
+@pytest.fixture
+def other_codec(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `weights` of another codec than the checkpoint's, and `latents` that say they are of another."""
+    folder = tmp_path_factory.mktemp("other")
+    weights = load_file(SHIPPED_WEIGHTS)
+    save_file(weights | {"centre": weights["centre"] + 0.1}, folder / "weights")
+    shutil.copytree(place / "latents", folder / "latents")
+    manifest = Manifest.load(folder / "latents")
+    replace(manifest, codec=manifest.codec | {"fingerprint": "0" * 16}).save()
     return folder
-
-
-def sample(folder: Path, out: Path, *options: str, context: str = "videos/0.mp4") -> int:
-    checkpoint = ["--checkpoint", str(folder / "run")]
-    return main(["sample", *checkpoint, "--context", str(folder / context), "--out", str(out), "--steps=2", *options])
-
-
-def test_the_result_plays_at_the_rate_of_the_stride(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.mp4"
-    assert sample(folder, out, "--frames=6", "--start=0") == 0
-    assert video_info(out).fps == Fraction(FPS, 3)
-    assert read_video(out).shape == (13 + 6, 3, 32, 32)  # trained on 17 frames: 13 are given
-    with Image.open(tmp_path / "out.png") as strip:
-        assert strip.width > strip.height
-
-
-def test_the_context_is_read_at_the_training_stride(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.mp4"
-    assert sample(folder, out, "--frames=4", "--context_frames=5", "--start=0") == 0
-    shown = read_video(out)[:5].float()
-    wanted = read_video(folder / "videos" / "0.mp4", stride=3, most=5)[..., 8:40].float()
-    assert (shown - wanted).abs().mean() < 8  # what h264 changes
-
-
-def test_without_start_the_context_ends_with_the_video(folder: Path, tmp_path: Path) -> None:
-    assert sample(folder, tmp_path / "out.mp4", "--frames=4", "--context_frames=5") == 0
-    shown = read_video(tmp_path / "out.mp4")[:5].float()
-    wanted = read_video(folder / "videos" / "0.mp4", start=45, stride=3)[..., 8:40].float()
-    assert (shown - wanted).abs().mean() < 8
-
-
-def test_the_seed_decides(folder: Path, tmp_path: Path) -> None:
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert sample(folder, tmp_path / f"{name}.mp4", "--frames=4", f"--seed={seed}") == 0
-    a, b, c = (read_video(tmp_path / f"{name}.mp4").float() for name in "abc")
-    assert (a - b).abs().mean() < 1  # what encoding the same frames twice may change
-    assert (a - c).abs().mean() > 10
-
-
-def test_an_exported_folder_continues_as_its_run_does(folder: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    assert main(["export", "--checkpoint", str(folder / "run"), "--out", str(model)]) == 0
-    assert sample(folder, tmp_path / "run.mp4", "--frames=4") == 0
-    assert sample(folder, tmp_path / "model.mp4", "--frames=4", "--checkpoint", str(model)) == 0
-    assert (tmp_path / "model.png").read_bytes() == (tmp_path / "run.png").read_bytes()
-
-
-def test_a_still_image(folder: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (50, 40), "teal").save(folder / "still.png")
-    assert sample(folder, tmp_path / "out.mp4", "--frames=8", context="still.png") == 0
-    assert len(read_video(tmp_path / "out.mp4")) == 9
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--context_frames=33"], ["0.mp4", "20 frames", "needs 33"]),
-        (["--context_frames=4"], ["4 pixel frames", "take 1 or 5"]),
-        (["--frames=0"], ["--frames is 0"]),
-        (["--steps=0"], ["at least 1"]),
-        (["--codec_source=/nowhere"], ["/nowhere"]),
+        ("--context_frames=33", ["1.mp4 gives 20 frames", "needs 33"]),
+        ("--context_frames=4", ["4 pixel frames", "take 1 or 5"]),
+        ("--context_frames=0", ["0 pixel frames", "take 1 or 5"]),
+        ("--context nowhere.mp4", ["nowhere.mp4 does not exist"]),
+        ("--context latents/manifest.json", ["manifest.json is no readable video"]),
+        ("--checkpoint nowhere", ["no checkpoint at nowhere"]),
+        ("--start=99", ["99 is behind the end"]),
+        ("--size=40x40", ["40x40", "trained on 32x32"]),
+        ("--codec_source=OTHER/weights", ["of different codecs (fingerprint"]),
+        ("--codec_source=/nowhere", ["/nowhere"]),
+        ("--context OTHER/latents/SHARD#0", ["of different codecs (fingerprint"]),
+        ("--context latents/SHARD#2", ["no sample '2': give 0 to 1"]),
+        ("--frames=0", ["--frames is 0"]),
+        ("--samples=0", ["--samples is 0"]),
+        ("--seed=-1", ["--seed is -1"]),
+        ("--batch_size=0", ["--batch_size is 0"]),
+        ("--steps=0", ["0 steps", "at least 1"]),
+        ("--window=0", ["window is 0"]),
+        ("--sinks=-1", ["sinks is -1"]),
+        ("--guidance=nan", ["scale of the context is nan"]),
+        ("--label_guidance=inf", ["scale of the label is inf"]),
+        ("--guidance_levels 0.9 0.1", ["from 0.9 to 0.1"]),
+        ("--label=walk", ["'walk'", "give one of jump, run"]),
+        ("--label=2", ["'2'", "give one of jump, run"]),
+        ("--label=run --checkpoint bare", ["trained without labels"]),
+        ("--label_guidance=2", ["--label_guidance is 2.0, but 1 has no label", "give --label"]),
+        ("--label_guidance=2 --checkpoint bare", ["--label_guidance is 2.0, but 1 has no label"]),
+        ("--no_cache", ["of2", "a window of 4"]),
+        ("--device=gpu", ["The device 'gpu' cannot be used"]),
+        ("--out still.png/out.mp4", ["out.mp4 cannot be written", "still.png is no folder"]),
+        ("--out out.webm", ["out.webm is of no format", "one of .mp4, .gif, .png, .safetensors"]),
+        ("--out out.MP4", ["out.MP4 is of no format"]),
+        ("--samples=2", ["out.mp4 is one file, but 2 videos are made: give a folder"]),
+        (f"--context {VIDEO} still.png", ["out.mp4 is one file, but 2 videos are made: give a folder"]),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_input(
-    options: list[str], words: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_is_refused_in_a_sentence_and_nothing_written(
+    options: str,
+    words: list[str],
+    place: Path,
+    other_codec: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert sample(folder, tmp_path / "out.mp4", *options) == 2
-    message = capsys.readouterr().err
+    monkeypatch.chdir(place)
+    options = options.replace("OTHER", str(other_codec)).replace("SHARD", tar_of(place / "latents").name)
+    assert sample(place, tmp_path / "out.mp4", *options.split()) == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert sentence.endswith(".")
+    assert ". " not in sentence
     for word in words:
-        assert word in message
-    assert not (tmp_path / "out.mp4").exists()
-
-
-def test_a_context_that_does_not_exist(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sample(folder, tmp_path / "out.mp4", context="nowhere.mp4") == 2
-    assert "nowhere.mp4" in capsys.readouterr().err
+        assert word in sentence
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,8 @@
-from collections.abc import Callable
+"""From context to pixels, against the codec's decoding of whole latents and the rollout by itself."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -6,11 +10,12 @@ from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.codecs import Codec, load_codec
-from gpdit_lightning.diffusion import RotationSampler
+from gpdit_lightning.diffusion import Guidance, RotationSampler
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation import continue_video, rollout
+from gpdit_lightning.generation import GenerationConfig, Piece, continue_video, rollout, stream_video
 
-SAMPLER = RotationSampler(steps=2)
+STEPS = 2
+CONFIG = GenerationConfig(RotationSampler(STEPS), window=2)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +25,7 @@ def codec() -> Codec:
 
 @pytest.fixture(scope="module")
 def model(tiny_config: GPDiTConfig, randomise: Callable[[GPDiT], GPDiT]) -> GPDiT:
-    return randomise(GPDiT(tiny_config.replaced(latent_channels=16)).eval())
+    return randomise(GPDiT(tiny_config.replaced(latent_channels=16, classes=3)).eval())
 
 
 def pixels(clips: int = 2, frames: int = 5, height: int = 32, width: int = 48) -> Tensor:
@@ -28,8 +33,15 @@ def pixels(clips: int = 2, frames: int = 5, height: int = 32, width: int = 48) -
     return torch.randint(0, 256, (clips, frames, 3, height, width), generator=generator, dtype=torch.uint8)
 
 
-def whitened(codec: Codec, values: Tensor) -> Tensor:
-    return (codec.encode(values) - codec.mean[:, None, None]) / codec.std[:, None, None]
+def latents(codec: Codec, frames: int, channels: int = 16) -> Tensor:
+    """Raw ones; of whole videos, as those of a context are."""
+    if frames == 0 or channels != 16:
+        return torch.zeros(2, frames, channels, 4, 6)
+    return codec.encode(pixels(frames=codec.pixel_frames(frames)))
+
+
+def joined(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+    return torch.cat([piece.pixels for piece in pieces], dim=1), torch.cat([piece.latents for piece in pieces], dim=1)
 
 
 @pytest.mark.parametrize("known", [1, 5, 9])
@@ -38,7 +50,7 @@ def test_as_many_frames_as_asked_follow_the_untouched_context(
     model: GPDiT, codec: Codec, known: int, frames: int
 ) -> None:
     context = pixels(frames=known)
-    video = continue_video(model, codec, context, frames, SAMPLER)
+    video = continue_video(model, codec, context, frames, CONFIG)
     latent_frames = 1 + (known - 1) // 4 + -(-frames // 4)
     assert video.pixels.shape == (2, known + frames, 3, 32, 48)
     assert video.pixels.dtype == torch.uint8
@@ -46,37 +58,71 @@ def test_as_many_frames_as_asked_follow_the_untouched_context(
     assert torch.equal(video.pixels[:, :known], context)
 
 
-def test_surplus_frames_are_dropped_from_the_end(model: GPDiT, codec: Codec) -> None:
-    short, long = (continue_video(model, codec, pixels(), frames, SAMPLER).pixels for frames in (6, 8))
-    assert torch.equal(short, long[:, : 5 + 6])
+@pytest.mark.parametrize("known", [0, 1, 3])
+def test_a_stream_is_the_decoded_rollout_behind_the_context(model: GPDiT, codec: Codec, known: int) -> None:
+    context, frames = latents(codec, known), 12 + (known == 0)
+    shown, made = joined(list(stream_video(model, codec, context, frames, CONFIG, seeds=[7, 3])))
+    mean, std = codec.mean[:, None, None], codec.std[:, None, None]
+    generated = torch.stack(list(rollout(model, (context - mean) / std, made.shape[1], CONFIG, seeds=[7, 3])), dim=1)
+    torch.testing.assert_close(made, generated * std + mean, rtol=0, atol=1e-6)
+    decoded = codec.decode(torch.cat([context, made], dim=1))
+    assert shown.shape[1] == frames
+    assert torch.equal(shown, decoded[:, -frames:])
+    assert shown.float().std() > 1
 
 
-def test_the_latents_are_those_of_the_context_and_of_the_rollout(model: GPDiT, codec: Codec) -> None:
-    context = pixels()
-    video = continue_video(model, codec, context, 8, SAMPLER, seed=4)
-    known = whitened(codec, context)
-    torch.testing.assert_close(video.latents[:, :2], known, rtol=0, atol=1e-6)
-    generated = torch.stack(list(rollout(model, SAMPLER, known, 2, seed=4)), dim=1)
-    torch.testing.assert_close(video.latents[:, 2:], generated, rtol=0, atol=1e-6)
+def test_a_continuation_is_its_context_and_all_pieces_of_the_stream(model: GPDiT, codec: Codec) -> None:
+    context, known = pixels(), latents(codec, 2)
+    told: dict[str, Any] = {"condition": torch.tensor([2, 0]), "without_condition": torch.tensor([1, 1]), "seeds": 5}
+    config = GenerationConfig(RotationSampler(STEPS), Guidance(label=2.0))
+    video = continue_video(model, codec, context, 10, config, **told)
+    shown, made = joined(list(stream_video(model, codec, known, 10, config, **told)))
+    assert torch.equal(video.pixels, torch.cat([context, shown], dim=1))
+    assert torch.equal(video.latents, torch.cat([known, made], dim=1))
+    for name, other in (("condition", [0, 0]), ("without_condition", [-1, -1]), ("seeds", 6)):
+        changed = told | {name: torch.tensor(other) if isinstance(other, list) else other}
+        assert not torch.allclose(continue_video(model, codec, context, 10, config, **changed).latents, video.latents)
 
 
-def test_the_pixels_are_the_decoded_latents(model: GPDiT, codec: Codec) -> None:
-    video = continue_video(model, codec, pixels(), 8, SAMPLER)
-    decoded = codec.decode(video.latents * codec.std[:, None, None] + codec.mean[:, None, None])
-    assert torch.equal(video.pixels[:, 5:], decoded[:, 5:])
-    assert video.pixels[:, 5:].float().std() > 1
+@pytest.mark.parametrize(
+    ("known", "frames", "lengths"),
+    [(2, 8, [4, 4]), (2, 6, [4, 2]), (0, 1, [1]), (0, 5, [1, 4]), (0, 7, [1, 4, 2]), (1, 0, []), (0, 0, [])],
+)
+def test_a_piece_is_a_latent_frame_without_the_surplus_of_the_last(
+    model: GPDiT, codec: Codec, known: int, frames: int, lengths: list[int]
+) -> None:
+    pieces = list(stream_video(model, codec, latents(codec, known), frames, CONFIG))
+    assert [piece.pixels.shape for piece in pieces] == [(2, length, 3, 32, 48) for length in lengths]
+    assert [piece.latents.shape for piece in pieces] == [(2, 1, 16, 4, 6)] * len(lengths)
+    whole = list(stream_video(model, codec, latents(codec, known), 13, CONFIG))
+    for piece, long in zip(pieces, whole, strict=False):
+        assert torch.equal(piece.pixels, long.pixels[:, : piece.pixels.shape[1]])
+        assert torch.equal(piece.latents, long.latents)
 
 
-def test_the_seed_gives_the_video(model: GPDiT, codec: Codec) -> None:
-    first, again, other = (continue_video(model, codec, pixels(), 4, SAMPLER, seed).latents for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.allclose(first, other)
+def test_nothing_is_computed_ahead_and_nothing_kept(
+    model: GPDiT, codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a video may be as long as one likes."""
+    calls: list[None] = []
+    denoise = model.denoise
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        calls.append(None)
+        return denoise(*arguments, **options)
+
+    monkeypatch.setattr(model, "denoise", counted)
+    stream, alive = stream_video(model, codec, latents(codec, 1), 10**9, CONFIG), list[weakref.ref[Tensor]]()
+    for number in range(1, 6):
+        alive += map(weakref.ref, next(stream))
+        assert len(calls) == number * STEPS
+        assert not any(tensor() is not None for tensor in alive[:-2])  # the last piece's are in use
 
 
 def test_the_progress_bar_changes_nothing(model: GPDiT, codec: Codec, capsys: pytest.CaptureFixture[str]) -> None:
-    silent = continue_video(model, codec, pixels(), 8, SAMPLER)
+    silent = continue_video(model, codec, pixels(), 8, CONFIG)
     assert capsys.readouterr().err == ""
-    shown = continue_video(model, codec, pixels(), 8, SAMPLER, progress=True)
+    shown = continue_video(model, codec, pixels(), 8, CONFIG, progress=True)
     assert "2/2" in capsys.readouterr().err
     assert torch.equal(silent.pixels, shown.pixels)
 
@@ -92,4 +138,10 @@ def test_the_progress_bar_changes_nothing(model: GPDiT, codec: Codec, capsys: py
 )
 def test_a_context_that_does_not_suit_is_refused(model: GPDiT, codec: Codec, context: Tensor, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        continue_video(model, codec, context, 4, SAMPLER)
+        continue_video(model, codec, context, 4, CONFIG)
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_latents_of_another_codec_are_refused(model: GPDiT, codec: Codec, known: int) -> None:
+    with pytest.raises(InputError, match=r"takes \(B, F, 16, h, w\)"):
+        next(stream_video(model, codec, latents(codec, known, channels=4), 4, CONFIG))

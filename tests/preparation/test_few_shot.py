@@ -2,16 +2,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gpdit_lightning.codecs import load_codec
+from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import read_image, resize_and_crop
+from gpdit_lightning.media.tasks import TASKS, pair_of
 from gpdit_lightning.preparation import FewShotOptions, prepare_sequences
 
 COMMAND = Path(__file__).parents[2] / "data_prep" / "build_few_shot.py"
@@ -20,6 +24,7 @@ PAIRS = 9
 
 @pytest.fixture
 def options(tmp_path: Path) -> FewShotOptions:
+    """Ready pairs, of which 5 are for training and 2 of the others for validation."""
     numbers = np.random.default_rng(0)
     for folder in ("colour", "grey"):
         (tmp_path / folder).mkdir()
@@ -33,6 +38,7 @@ def options(tmp_path: Path) -> FewShotOptions:
         sources=tmp_path / "colour",
         targets=tmp_path / "grey",
         sequences=5,
+        validation_fraction=0.2,
         held_out_pairs=2,
         size="16x24",
         codec="pca",
@@ -40,11 +46,17 @@ def options(tmp_path: Path) -> FewShotOptions:
     )
 
 
+def of_task(options: FewShotOptions, task: str) -> FewShotOptions:
+    """The same sources for a built-in task, into a folder of its own."""
+    return replace(options, task=task, targets=None, out=options.out.with_name(task))
+
+
 def samples(manifest: Manifest) -> list[tuple[str, np.ndarray, list[str]]]:
     found = []
     for entry in manifest.shards:
         for number in range(entry.count):
             latents, metadata = ShardReader(manifest.directory, entry).read(number)
+            assert metadata["task"] == manifest.preparation["task"]
             found.append((entry.split, latents, metadata["source"].split()))
     return found
 
@@ -60,17 +72,28 @@ def test_sequences_are_pairs_of_images_each_encoded_alone(options: FewShotOption
         assert latents.shape == (6, 16, 2, 3)
         assert len(set(names)) == 3  # no pair twice
         for place, name in enumerate(names):
-            stem = Path(name).stem
             for frame, path in (
-                (2 * place, options.sources / f"{stem}.png"),
-                (2 * place + 1, options.targets / f"{stem}.jpg"),
+                (2 * place, options.sources / name),
+                (2 * place + 1, (options.targets / name).with_suffix(".jpg")),
             ):
                 expected = codec.encode(resize_and_crop(read_image(path), (16, 24))[None])[0, 0]
                 assert np.abs(latents[frame] - expected.numpy()).max() < 0.02  # half precision
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_built_in_task_makes_both_sides_at_the_size_to_encode(options: FewShotOptions, task: str) -> None:
+    manifest = prepare_sequences(of_task(options, task))
+    assert manifest.preparation["task_parameters"] == TASKS[task].parameters
+    codec = load_codec("pca")
+    for _, latents, names in samples(manifest):
+        for place, name in enumerate(names):
+            pixels = torch.stack(pair_of(TASKS[task], resize_and_crop(read_image(options.sources / name), (16, 24))))
+            assert np.abs(latents[2 * place : 2 * place + 2] - codec.encode(pixels).numpy()[:, 0]).max() < 0.02
+
+
 def test_held_out_pairs_end_the_validation_sequences_and_appear_nowhere_else(options: FewShotOptions) -> None:
-    found = samples(prepare_sequences(options))
+    manifest = prepare_sequences(options)
+    found = samples(manifest)
     training = {name for split, _, names in found if split == "train" for name in names}
     validation = [names for split, _, names in found if split == "validation"]
     assert len(validation) == 2
@@ -79,17 +102,45 @@ def test_held_out_pairs_end_the_validation_sequences_and_appear_nowhere_else(opt
     assert not held_out & training
     everything = {f"p{place}.png" for place in range(PAIRS)}
     assert {name for names in validation for name in names[:-1]} <= everything - held_out
+    stems = {Path(name).stem for name in held_out}
+    expected = {f"colour/{stem}.png" for stem in stems} | {f"grey/{stem}.jpg" for stem in stems}
+    assert manifest.validation["held_out"] == sorted(expected)
+    assert "hash" in manifest.validation["held_out_by"]
+
+
+def test_every_task_holds_out_the_same_pictures(options: FewShotOptions) -> None:
+    found = [prepare_sequences(of_task(options, task)).validation for task in ("grayscale", "colourisation")]
+    assert found[0] == found[1]
+    assert found[0]["held_out"]
+
+
+def test_training_mixes_the_sequences_of_several_tasks(options: FewShotOptions) -> None:
+    manifests = [prepare_sequences(of_task(options, task)) for task in ("grayscale", "colourisation")]
+    data = LatentDataModule(
+        sequences=SourceConfig([str(manifest.directory) for manifest in manifests], batch_size=10), context_dropout=0.0
+    )
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_step=0, max_steps=1, global_rank=0, world_size=1, strategy=strategy
+    )
+    (batch,) = data.train_dataloader()
+    mean, std = (np.array(manifests[0].codec[name], np.float32)[:, None, None] for name in ("mean", "std"))
+    latents = [sample for manifest in manifests for split, sample, _ in samples(manifest) if split == "train"]
+    distances = np.abs(batch.latents.numpy()[:, None] - [(sample - mean) / std for sample in latents]).max((2, 3, 4, 5))
+    assert distances.min(axis=1).max() < 1e-3
+    assert sorted(distances.argmin(axis=1)) == list(range(10))  # each of the five sequences of both tasks
 
 
 def test_the_paper_draws_20_sequences_of_three_from_40_pairs() -> None:
-    defaults = FewShotOptions(Path(), Path(), Path())
+    defaults = FewShotOptions(Path())
     assert (defaults.sequences, defaults.pairs_per_sequence, defaults.pairs) == (20, 3, 40)
 
 
 def test_training_pairs_are_limited(options: FewShotOptions) -> None:
-    manifest = prepare_sequences(replace(options, pairs=3, sequences=8, held_out_pairs=0))
+    manifest = prepare_sequences(replace(options, pairs=3, sequences=8, validation_fraction=0))
     assert len({name for _, _, names in samples(manifest) for name in names}) == 3
     assert manifest.validation["validation_sources"] == 0
+    assert manifest.validation["held_out"] == []
 
 
 def test_running_again_changes_nothing_and_other_data_are_refused(
@@ -98,42 +149,84 @@ def test_running_again_changes_nothing_and_other_data_are_refused(
     first = prepare_sequences(options)
     assert prepare_sequences(options) == first
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(InputError, match="holds shards made differently"):
+    with pytest.raises(InputError, match=r"holds shards made differently \(sequences\)"):
         prepare_sequences(replace(options, sequences=6))
+    with pytest.raises(InputError, match=r"holds shards made differently \(task\)"):
+        prepare_sequences(replace(of_task(options, "grayscale"), out=options.out))
     again = prepare_sequences(replace(options, out=options.out.with_name("again")))
     assert [entry.sha256 for entry in again.shards] == [entry.sha256 for entry in first.shards]
     other = prepare_sequences(replace(options, seed=1, out=options.out.with_name("other")))
     assert other.fingerprint() != first.fingerprint()
 
 
-def test_what_is_missing_is_named(options: FewShotOptions, tmp_path: Path) -> None:
-    (options.targets / "p3.jpg").unlink()
-    with pytest.raises(InputError, match=r"p3\.png has no counterpart named p3 in .*grey"):
+def test_a_picture_that_changed_is_noticed_though_name_and_size_stay(options: FewShotOptions) -> None:
+    """Changed to what it showed before but for one level, so that the pair may move between the splits as well."""
+    used = prepare_sequences(options)
+    name = samples(used)[0][2][0]
+    path = options.sources / name
+    pixels = np.array(Image.open(path))
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(path)
+    with pytest.raises(InputError, match=r"holds shards made differently \(the source files\)"):
         prepare_sequences(options)
-    (options.sources / "p3.png").unlink()
-    (options.sources / "p4.png").unlink()
-    with pytest.raises(InputError, match=r"p4\.jpg has no counterpart named p4 in .*colour"):
+
+
+def test_ready_pairs_may_lie_in_one_folder(options: FewShotOptions, tmp_path: Path) -> None:
+    expected = samples(prepare_sequences(options))
+    (tmp_path / "task").mkdir()
+    options.sources.rename(tmp_path / "task" / "source")
+    options.targets.rename(tmp_path / "task" / "target")
+    moved = replace(options, sources=None, targets=None, pairs_in=tmp_path / "task", out=tmp_path / "again")
+    for one, other in zip(samples(prepare_sequences(moved)), expected, strict=True):
+        assert one[0] == other[0]
+        assert one[2] == other[2]
+        assert (one[1] == other[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequences": 0}, "sequences is 0: give at least 1"),
+        ({"held_out_pairs": -1}, "held_out_pairs is -1"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0: give a share"),
+        ({"size": "16"}, "'16' is not HEIGHTxWIDTH"),
+        ({"task": "depth"}, "no task 'depth': give one of pairs, grayscale, colourisation, edges, edges_to_image"),
+        ({"task": "edges"}, "The task edges makes both sides .*: give --sources alone"),
+        ({"task": "edges", "targets": None, "sources": None}, "give --sources alone"),
+        ({"targets": None}, "was given --sources: give one or the other"),
+        ({"sources": None, "targets": None}, "was given none of them: give one or the other"),
+        ({"pairs_in": Path()}, "was given --sources and --targets and --pairs_in: give one or the other"),
+        ({"pairs": 2}, "2 are left for training where a sequence takes 3: give more pairs"),
+    ],
+)
+def test_what_does_not_go_together_is_named(options: FewShotOptions, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prepare_sequences(replace(options, **changes))
+    assert not options.out.exists()
+
+
+def test_too_few_pairs_are_counted(options: FewShotOptions) -> None:
+    for place in range(2, PAIRS):
+        (options.sources / f"p{place}.png").unlink()
+        (options.targets / f"p{place}.jpg").unlink()
+    expected = r"Of the 2 different pairs in .*colour and .*grey, \d are held out, so \d are left .* takes 3"
+    with pytest.raises(InputError, match=expected):
         prepare_sequences(options)
-    with pytest.raises(InputError, match=r"nowhere holds no pictures"):
-        prepare_sequences(replace(options, sources=tmp_path / "nowhere"))
-    (options.targets / "p4.jpg").unlink()
-    with pytest.raises(InputError, match=r"have 7 pairs, 5 of them held out, and a sequence takes 3"):
-        prepare_sequences(replace(options, held_out_pairs=5))
-    with pytest.raises(InputError, match="sequences is 0"):
-        prepare_sequences(replace(options, sequences=0))
 
 
 def test_the_command(options: FewShotOptions) -> None:
-    arguments = ["--codec", "pca", "--size", "16x24", "--out", str(options.out), "--held_out_pairs", "2"]
-    folders = ["--sources", str(options.sources), "--targets", str(options.targets)]
+    arguments = ["--codec", "pca", "--size", "16x24", "--out", str(options.out), "--task", "grayscale"]
     done = subprocess.run(
-        [sys.executable, str(COMMAND), *arguments, *folders], capture_output=True, text=True, timeout=120
+        [sys.executable, str(COMMAND), *arguments, "--sources", str(options.sources)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "--config recipes/stage4_few_shot.yaml" in done.stdout
     assert sum(entry.count for entry in Manifest.load(options.out).of_split("train")) == 20
     failed = subprocess.run(
-        [sys.executable, str(COMMAND), *arguments, "--sources", "nowhere", "--targets", "nowhere"],
+        [sys.executable, str(COMMAND), *arguments, "--sources", "nowhere"],
         capture_output=True,
         text=True,
         timeout=120,

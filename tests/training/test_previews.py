@@ -19,6 +19,7 @@ from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.model.kv_cache import KVCache
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.checkpoints import RunCheckpoint
 from gpdit_lightning.training.ema import EMA
@@ -115,7 +116,20 @@ class Puppet(GPDiT):
         self.target = (target - codec.mean[:, None, None]) / codec.std[:, None, None]
         self.asked: list[dict[str, Any]] = []
 
-    def denoise(self, noisy: Tensor, theta: Tensor, cache: Any = None, condition: Any = None) -> Tensor:
+    def denoise(
+        self,
+        noisy: Tensor,
+        theta: Tensor,
+        cache: KVCache | None = None,
+        condition: Tensor | None = None,
+        clean: Tensor | None = None,
+        draws: int = 1,
+        without_context: int = 0,
+        compiled: bool = False,
+    ) -> Tensor:
+        assert cache is not None
+        if clean is not None:
+            self.extend(cache, clean)
         weights = {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
         autocast = torch.is_autocast_enabled("cpu")
         self.asked.append(

@@ -1,0 +1,166 @@
+"""What `sample` writes: formats, marks, what is left after Ctrl-C, and how little memory a long video takes."""
+
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from torch import Tensor
+
+from gpdit_lightning.cli import sample as verb
+from gpdit_lightning.generation import Piece, stream_video
+from gpdit_lightning.generation.outputs import Output
+from gpdit_lightning.media.video import read_video
+from tests.cli.sampling import VIDEO, assert_near, decoded, given, latents, looks_like, sample
+
+ORANGE, SILVER = (255, 165, 0), (192, 192, 192)
+# Prints the exit status and the peak memory of a process, which begins with its parent's: here a small one's.
+PEAK = """
+import os, subprocess, sys
+_, status, used = os.wait4(subprocess.Popen(sys.argv[1:], stdout=2).pid, 0)
+print(status, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+@pytest.mark.parametrize(
+    ("out", "formats", "files"),
+    [
+        ("a.mp4", [], {"a.mp4", "a.png"}),
+        ("a.gif", [], {"a.gif"}),
+        ("a.png", [], {"a.png"}),
+        ("a.b.safetensors", [], {"a.b.safetensors"}),
+        ("b", [], {"b/1.mp4", "b/1.png"}),
+        ("b", ["gif", "safetensors"], {"b/1.gif", "b/1.safetensors"}),
+    ],
+)
+def test_there_is_a_file_of_each_format_for_whom_the_umask_says(
+    place: Path, tmp_path: Path, out: str, formats: list[str], files: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = os.umask(0o027)
+    try:
+        assert sample(place, tmp_path / out, "--frames=3", *(["--formats", *formats] if formats else [])) == 0
+    finally:
+        os.umask(before)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")} == files
+    said = capsys.readouterr().out
+    for file in files:
+        assert str(tmp_path / file) in said
+        assert stat.S_IMODE((tmp_path / file).stat().st_mode) == 0o640
+        if file.endswith(("gif", "png")):
+            with Image.open(tmp_path / file) as picture:
+                assert getattr(picture, "n_frames", 1) == (16 if file.endswith("gif") else 1)
+                assert picture.width >= 96
+
+
+def test_marks_and_the_truth_beside(place: Path, tmp_path: Path) -> None:
+    options = ["--frames=8", "--context_frames=5", "--start=0", "--side_by_side"]
+    assert sample(place, tmp_path / "plain.mp4", *options) == 0
+    assert sample(place, tmp_path / "marked.mp4", *options, "--mark") == 0
+    plain, marked = read_video(tmp_path / "plain.mp4"), read_video(tmp_path / "marked.mp4")
+    assert plain.shape == marked.shape == (13, 3, 32, 64)
+    assert looks_like(plain[..., 32:], given(1, 0, 13))
+    assert looks_like(marked[:, :, 4:28, 36:60], given(1, 0, 13)[:, :, 4:28, 4:28])
+    assert looks_like(marked[:, :, 4:28, 4:28], plain[:, :, 4:28, 4:28])
+    for number, colour in ((4, SILVER), (5, ORANGE)):  # the last frame given and the first generated
+        assert marked[number, :, 8:24, 1].float().mean(dim=1).tolist() == pytest.approx(colour, abs=15)
+
+
+def test_ctrl_c_leaves_a_playable_video_of_what_was_done(place: Path, tmp_path: Path) -> None:
+    options = ["--formats", "mp4", "png", "safetensors", "--seed=3"]
+    names = ["--checkpoint", place / "of2", "--context", place / VIDEO, "--out", tmp_path / "long.mp4", "--steps=2"]
+    command = [sys.executable, "-m", "gpdit_lightning", "sample", *map(str, names), *options, "--frames=100000"]
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + 120
+        while not re.search(r" [1-9]\d*/100000 ", (tmp_path / "said").read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    said_so = re.search(r"(\d+) frames: (.*)", text := (tmp_path / "said").read_text())
+    assert said_so is not None
+    assert said_so[2].split(", ") == [str(tmp_path / f"long.{name}") for name in ("mp4", "png", "safetensors")]
+    assert text.endswith("stopped.\n")
+    assert "Traceback" not in text
+    assert {path.name for path in tmp_path.iterdir()} == {"said", "long.mp4", "long.png", "long.safetensors"}
+
+    shown = read_video(tmp_path / "long.mp4")
+    assert len(shown) == 13 + int(said_so[1])
+    assert looks_like(shown, decoded(tmp_path / "long.safetensors"))
+    with Image.open(tmp_path / "long.png") as strip:
+        assert strip.height >= 96
+    assert sample(place, tmp_path / "short.safetensors", "--frames=4", "--seed=3") == 0
+    assert_near(latents(tmp_path / "long.safetensors")[:5], latents(tmp_path / "short.safetensors"))
+
+
+def test_a_ctrl_c_between_frames_keeps_all_videos_of_the_batch(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any, **options: Any) -> Iterator[Piece]:
+        pieces = stream_video(*arguments, **options)
+        yield next(pieces)
+        yield next(pieces)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verb, "stream_video", stopped)
+    assert sample(place, tmp_path, "--frames=16", "--samples=3", "--batch_size=2", "--formats", "mp4") == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"1-seed0.mp4", "1-seed1.mp4"}
+    assert [len(read_video(path)) for path in tmp_path.iterdir()] == [13 + 8, 13 + 8]
+
+
+def test_a_ctrl_c_while_frames_are_written_waits_for_those_of_the_other_videos(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Output.write
+
+    def interrupted(self: Output, pixels: Tensor, latents: Tensor | None = None) -> None:
+        if len(pixels):
+            signal.raise_signal(signal.SIGINT)
+        write(self, pixels, latents)
+
+    monkeypatch.setattr(Output, "write", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert sample(place, tmp_path, "--samples=2", "--formats", "mp4", "safetensors") == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [len(read_video(path)) for path in tmp_path.glob("*.mp4")] == [13 + 4, 13 + 4]
+    assert [len(latents(path)) for path in tmp_path.glob("*.safetensors")] == [5, 5]
+
+
+def test_what_cannot_be_written_leaves_no_file(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Output, pixels: Tensor, latents: Tensor | None = None) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Output, "write", full)
+    assert sample(place, tmp_path / "out.mp4") == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_ten_times_the_frames_take_no_more_memory(place: Path, tmp_path: Path) -> None:
+    peaks = []
+    for frames in (300, 3000):
+        names = ["--checkpoint", place / "of2", "--context", place / VIDEO, "--out", tmp_path / "out.mp4"]
+        command = [sys.executable, "-m", "gpdit_lightning", "sample", *map(str, names), "--steps=1"]
+        ran = subprocess.run(
+            [sys.executable, "-c", PEAK, *command, f"--frames={frames}"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        status, peak = map(int, ran.stdout.split())
+        assert status == 0, ran.stderr
+        peaks.append(peak)
+    pixels = 2700 * 3 * 32 * 32
+    assert peaks[1] - peaks[0] < pixels / 2

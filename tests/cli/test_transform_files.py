@@ -1,0 +1,270 @@
+"""`transform` on files, against the library's own function."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from gpdit_lightning import GPDiT
+from gpdit_lightning.cli import main
+from gpdit_lightning.cli import transform as verb
+from gpdit_lightning.codecs import load_codec
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.diffusion import RotationSampler
+from gpdit_lightning.generation import GenerationConfig
+from gpdit_lightning.generation.transform import transform
+from gpdit_lightning.media.images import read_image, resize_and_crop
+from gpdit_lightning.media.tasks import grey
+from gpdit_lightning.training.checkpoints import load_trained_model
+
+CODEC = load_codec("pca")
+WIDE, TALL = (32, 48), (48, 32)  # the sizes of training
+CELL = 144, 144  # of a sheet, where the shorter side becomes 96
+GAP, HEAD = 4, 24
+
+
+def save(path: Path, seed: int, height: int = 40, width: int = 64) -> None:
+    """A smooth picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture(scope="module")
+def place(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_shards: Callable[..., Manifest],
+    randomise: Callable[[GPDiT], GPDiT],
+) -> Path:
+    """`pairs`, of which p10 and p2 are the first by name and p2 and p10 by number; `sources` of both sizes and their
+    `truths`; `plain` pictures; a `run` of one step on sequences of three pairs, and its architecture as `model`, with
+    random weights."""
+    place = tmp_path_factory.mktemp("transform")
+    for number in (2, 10, 11):
+        save(place / f"pairs/source/p{number}.png", number)
+        save(place / f"pairs/target/p{number}.jpg", 20 + number)
+    for name, seed, sides in (("a", 40, (40, 64)), ("b", 41, (64, 40)), ("c", 42, (50, 80)), ("d", 43, (40, 64))):
+        save(place / f"sources/{name}.png", seed, *sides)
+        save(place / f"truths/{name}.png", 10 + seed, *sides)
+        save(place / f"plain/{name}.png", 20 + seed, *sides)
+    counts = {("train", "sequence", (6, 4, 6)): 2, ("train", "sequence", (6, 6, 4)): 2}
+    write_shards(place / "shards", counts, **CODEC.spec())
+    recipe: dict[str, Any] = {
+        "run_dir": str(place / "run"),
+        "model": {
+            "class_path": "FewShotStage",
+            "init_args": {"backbone": {"size": "tiny", "layers": 2, "width": 24, "heads": 2, "mlp_width": 48}},
+        },
+        "data": {"sequences": {"manifests": [str(place / "shards")], "batch_size": 1}},
+        "trainer": {"accelerator": "cpu", "max_steps": 1, "enable_progress_bar": False, "enable_model_summary": False},
+    }
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "--config", str(place / "recipe.yaml")]) == 0
+    # One step leaves an output layer of next to nothing, which would hide what the pictures depend on.
+    trained = load_trained_model(place / "run").backbone
+    model = randomise(GPDiT(trained.config))
+    model.facts = trained.facts
+    model.save_pretrained(place / "model")
+    model.facts = trained.facts | {"data": {"data.videos.manifests": [], "data.images.manifests": []}}
+    model.save_pretrained(place / "of_videos")
+    return place
+
+
+def run(place: Path, *options: Any) -> int:
+    """`transform` with two steps; its exit status. A later option is worth more than an earlier one."""
+    basic = ["--checkpoint", place / "model", "--examples", place / "pairs", "--steps=2"]
+    return main(["transform", *map(str, [*basic, *options])])
+
+
+def read(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    picture = read_image(path)
+    return (picture if size is None else resize_and_crop(picture, size))[0]
+
+
+def expected(place: Path, examples: list[tuple[Tensor, Tensor]], source: Tensor, seed: int = 0) -> Tensor:
+    """What the library makes of one source."""
+    model = load_trained_model(place / "model").backbone
+    return transform(model, CODEC, examples, source[None], GenerationConfig(RotationSampler(2)), seeds=seed)[0]
+
+
+def first_pairs(place: Path, count: int, size: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (read(place / f"pairs/source/p{number}.png", size), read(place / f"pairs/target/p{number}.jpg", size))
+        for number in (2, 10, 11)[:count]
+    ]
+
+
+def alike(first: Tensor, second: Tensor) -> bool:
+    """Whether pictures are equal but for values that round to the other side."""
+    return first.shape == second.shape and bool((first.int() - second.int()).abs().max() <= 1)
+
+
+def cell(sheet: Path, row: int, column: int, columns: int) -> np.ndarray:
+    with Image.open(sheet) as picture:
+        left = picture.width - (columns - column) * (CELL[0] + GAP)
+        top = HEAD + row * (CELL[1] + GAP)
+        return np.array(picture)[top : top + CELL[1], left : left + CELL[0]]
+
+
+def shown(picture: Tensor) -> np.ndarray:
+    """A cell with a picture at its centre."""
+    height, width = (3 * side for side in picture.shape[1:])
+    result = np.full((CELL[1], CELL[0], 3), 255, np.uint8)
+    large = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
+    top, left = (CELL[1] - height) // 2, (CELL[0] - width) // 2
+    result[top : top + height, left : left + width] = np.array(large)
+    return result
+
+
+@pytest.mark.parametrize(("options", "count"), [([], 2), (["--pairs=1", "--seed=3"], 1)])
+def test_one_picture_becomes_what_the_library_makes_of_it(
+    place: Path, tmp_path: Path, options: list[str], count: int
+) -> None:
+    out = tmp_path / "new" / "out.png"
+    assert run(place, "--source", place / "sources/a.png", "--out", out, *options) == 0
+    source = read(place / "sources/a.png", WIDE)
+    wanted = expected(place, first_pairs(place, count, WIDE), source, seed=3 if options else 0)
+    assert alike(read(out), wanted)
+    assert {path.name for path in out.parent.iterdir()} == {"out.png", "out_sheet.png"}
+
+
+def test_a_folder_of_pictures_each_at_its_size_whatever_the_batch(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truths = ["--truth", place / "truths"]
+    assert run(place, "--source", place / "sources", "--out", tmp_path / "out", "--batch_size=2", *truths) == 0
+    told = capsys.readouterr().out
+    others = [place / f"sources/{name}.png" for name in "dbca"]
+    assert run(place, "--source", *others, "--out", tmp_path / "alone", "--batch_size=1") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.png" for name in "abcd"}
+    errors, copied = [], []
+    for row, (name, size) in enumerate(zip("abcd", (WIDE, TALL, WIDE, WIDE), strict=True)):
+        examples, source = first_pairs(place, 2, size), read(place / f"sources/{name}.png", size)
+        truth, result = read(place / f"truths/{name}.png", size), read(tmp_path / f"out/{name}.png")
+        assert alike(result, expected(place, examples, source))
+        assert alike(result, read(tmp_path / f"alone/{name}.png"))
+        pictures = [*(picture for pair in examples for picture in pair), source, result, truth]
+        for column, picture in enumerate(pictures):
+            assert np.array_equal(cell(tmp_path / "out_sheet.png", row, column, 7), shown(picture))
+        errors.append((result.double() - truth).square().mean().item())
+        copied.append((source.double() - truth).square().mean().item())
+    with Image.open(tmp_path / "out_sheet.png") as sheet, Image.open(tmp_path / "alone_sheet.png") as without_truth:
+        assert sheet.height == without_truth.height == HEAD + 4 * (CELL[1] + GAP)
+        assert sheet.width - without_truth.width == CELL[0] + GAP
+    (line,) = (line for line in told.splitlines() if "mean squared error" in line)
+    assert "on 4 pictures" in line
+    figures = [float(figure) for figure in re.findall(r"\d+\.\d", line)]
+    assert figures == pytest.approx([sum(errors) / 4, sum(copied) / 4], abs=0.06)
+
+
+def test_a_task_makes_examples_sources_and_truths_of_plain_pictures(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, sheet = tmp_path / "out.png", tmp_path / "pictures" / "rows.png"
+    options = ["--task=colourisation", "--examples", place / "plain", "--sheet", sheet]
+    assert run(place, "--source", place / "sources/a.png", "--out", out, *options) == 0
+    pictures = [read(path, WIDE) for path in (place / "plain/a.png", place / "plain/b.png", place / "sources/a.png")]
+    (a, b, truth), (grey_a, grey_b, source) = pictures, (grey(picture[None])[0] for picture in pictures)
+    assert alike(read(out), expected(place, [(grey_a, a), (grey_b, b)], source))
+    error = f"of copying the source: {(source.double() - truth).square().mean():.1f}"
+    assert error in capsys.readouterr().out
+    assert sheet.exists()
+    assert not (tmp_path / "out_sheet.png").exists()
+
+
+def test_an_example_changes_the_result(place: Path, tmp_path: Path) -> None:
+    for name, target in (("before", 22), ("after", 99)):
+        for number in (2, 10):
+            save(tmp_path / f"{name}/sources/p{number}.png", number)
+            save(tmp_path / f"{name}/targets/p{number}.png", target)
+        examples = ["--examples", tmp_path / name, "--out", tmp_path / f"{name}.png"]
+        assert run(place, "--source", place / "sources/a.png", *examples) == 0
+    before, after = (read(tmp_path / f"{name}.png").float() for name in ("before", "after"))
+    assert (before - after).abs().mean() > 1
+
+
+def test_sources_of_one_name_get_files_of_their_own(place: Path, tmp_path: Path) -> None:
+    sources = [place / "sources/a.png", place / "plain/a.png"]
+    assert run(place, "--source", *sources, "--out", tmp_path / "out") == 0
+    for name, source in zip(("a", "a-2"), sources, strict=True):
+        assert alike(
+            read(tmp_path / f"out/{name}.png"), expected(place, first_pairs(place, 2, WIDE), read(source, WIDE))
+        )
+
+
+def test_what_may_do_harm_is_said(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = place / "pairs/source/p2.png"
+    verb.log.addHandler(caplog.handler)
+    try:
+        assert run(place, "--source", place / "sources/a.png", "--out", tmp_path / "out.png") == 0
+        assert "warning" not in caplog.text
+        assert run(place, "--source", source, "--out", tmp_path / "out.png", "--pairs=3") == 0
+    finally:
+        verb.log.removeHandler(caplog.handler)
+    assert "--pairs is 3, but in training at most 2" in caplog.text
+    assert f"{source} is an example too" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--pairs=4"], ["pairs holds 3 examples for --pairs 4"]),
+        (["--pairs=0"], ["--pairs is 0"]),
+        (["--examples=PLACE/plain"], ["plain does not hold the folders source and target", "--task"]),
+        (["--examples=PLACE/nowhere", "--task=grayscale"], ["nowhere does not exist"]),
+        (["--examples=PLACE/lonely"], ["2.png has no counterpart named 2"]),
+        (["--examples=PLACE/unequal"], ["target/1.png is 40x60", "source/1.png is 40x64"]),
+        (["--source", "PLACE/sources/a.png", "PLACE/broken/x.png"], ["x.png is no readable picture"]),
+        (["--source", "PLACE/nowhere.png"], ["nowhere.png does not exist"]),
+        (["--source", "PLACE/shards"], ["shards holds no pictures"]),
+        (["--source", "PLACE/sources", "--out=OUT/out.png"], ["out.png is one file for 4 sources"]),
+        (["--source", "PLACE/sources/a.png", "--out=OUT/out.jpg"], ["out.jpg, but pictures are written as PNG"]),
+        (["--source", "PLACE/sources/a.png", "--sheet=OUT/sheet"], ["--sheet is", "name it sheet.png"]),
+        (["--source", "PLACE/sources/a.png", "--sheet=OUT/out/a.png"], ["Two pictures", "one file"]),
+        (["--source", "PLACE/sources/a.png", "--out=PLACE/sources"], ["a.png is read, and would be overwritten"]),
+        (["--source", "PLACE/sources/a.png", "--out=PLACE/recipe.yaml/out.png"], ["recipe.yaml is no folder"]),
+        (["--truth=PLACE/truths/a.png"], ["a.png is one picture for 4 sources"]),
+        (["--truth=PLACE/plain", "--task=edges", "--examples=PLACE/plain"], ["--task edges makes the truth itself"]),
+        (["--truth=PLACE/pairs/source"], ["a.png has no counterpart named a in"]),
+        (["--size=32x32"], ["--size is 32x32", "32x48, 48x32"]),
+        (["--checkpoint=PLACE/of_videos"], ["of_videos was trained on videos and images, not on sequences"]),
+        (["--batch_size=0"], ["--batch_size is 0"]),
+        (["--seed=-1"], ["--seed is -1"]),
+        (["--steps=0"], ["at least 1"]),
+        (["--device=cuda:99"], ["'cuda:99' cannot be used"]),
+    ],
+    ids=lambda value: " ".join(value)[:60],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    options: list[str], words: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not (place / "broken").exists():
+        save(place / "unequal/source/1.png", 1)
+        save(place / "unequal/target/1.png", 2, width=60)
+        for path in ("lonely/source/1.png", "lonely/source/2.png", "lonely/target/1.png", "unequal/source/2.png"):
+            save(place / path, 3)
+        save(place / "unequal/target/2.png", 3)
+        save(place / "broken/x.png", 3)
+        (place / "broken/x.png").write_bytes(b"no picture")
+    before = sorted(place.rglob("*"))
+    given = [option.replace("PLACE", str(place)).replace("OUT", str(tmp_path)) for option in options]
+    source = [] if "--source" in options else ["--source", place / "sources"]
+    assert run(place, "--out", tmp_path / "out", *source, *given) == 2
+    (message,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    for word in words:
+        assert word in message
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(place.rglob("*")) == before
+
+
+def test_an_unknown_task_names_those_that_there_are(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(place, "--source", place / "sources", "--task=depth")
+    assert stop.value.code == 2
+    assert "invalid choice: 'depth'" in capsys.readouterr().err

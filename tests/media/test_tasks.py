@@ -1,0 +1,68 @@
+"""The built-in image tasks, against Pillow and pictures whose edges can be told by hand."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.tasks import TASKS, edges, grey, pair_of
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def step(height: int, rows: int = 12) -> Tensor:
+    """Grey 100 on the left, brighter by `height` levels from column 8 on: (1, 3, rows, 16)."""
+    return (100 + height * (torch.arange(16) >= 8)).to(torch.uint8).expand(1, 3, rows, 16).contiguous()
+
+
+def test_grey_is_what_pillow_calls_l() -> None:
+    pixels = noise(2, 3, 64, 96)
+    for frame, result in zip(pixels, grey(pixels), strict=True):
+        expected = np.array(Image.fromarray(frame.permute(1, 2, 0).numpy()).convert("L"))
+        assert (result.numpy() == expected).all()
+    assert torch.equal(grey(grey(pixels)), grey(pixels))
+
+
+def test_a_step_is_one_white_line_on_black() -> None:
+    for height in (51, 150):
+        found = edges(step(height))
+        assert found.dtype == torch.uint8
+        assert found.shape == (1, 3, 12, 16)
+        assert torch.equal(found, found[:, :1].expand(1, 3, 12, 16))
+        (columns,) = found[0, 0, 5].nonzero(as_tuple=True)
+        assert columns.tolist() in ([7], [8])
+        assert (found[0, 0, :, columns] == 255).all()
+        assert (found == 255).sum() == 3 * 12
+
+
+def test_faint_steps_are_edges_only_where_they_continue_strong_ones() -> None:
+    """Of 26 levels at least, as the gradient is four times the step and the thresholds are 100 and 200."""
+    assert not edges(step(50)).any()
+    assert not edges(step(0)).any()
+    for height, rows in ((50, 24), (20, 12)):
+        found = edges(torch.cat((step(150), step(height)), dim=2))[0, 0, :, 7:9]
+        assert found.any(dim=1)[:rows].sum() >= rows - 2
+        assert not found[rows + 2 :].any()
+
+
+def test_a_task_and_its_way_back_swap_the_sides() -> None:
+    picture = noise(1, 3, 16, 24)
+    for task, back, made in (("grayscale", "colourisation", grey), ("edges", "edges_to_image", edges)):
+        source, target = pair_of(TASKS[task], picture)
+        assert torch.equal(source, picture)
+        assert torch.equal(target, made(picture))
+        assert all(map(torch.equal, pair_of(TASKS[back], picture), (target, source)))
+    assert all(name == task.name for name, task in TASKS.items())
+
+
+def test_without_opencv_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(InputError, match=r"OpenCV.* cannot be imported .*: pip install -e '\.\[edges\]'\.$"):
+        edges(step(100))
+    grey(step(100))
