@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from gpdit_lightning.cli import fit
+from gpdit_lightning.data.batches import noisy_frames
 from gpdit_lightning.data.datamodule import KINDS
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.plan import PlannedSource
@@ -115,7 +116,7 @@ def read_source(name: str, settings: Namespace, max_ranks: int, sizes: list[str]
 
     Raises:
         InputError: manifests without samples or with too short ones, a size that is no multiple of `multiple`, or a
-            batch that cannot be cut into micro-batches.
+            batch that cannot be cut into micro-batches, or a loss on targets where there are none.
     """
     prepared = not sizes and all(
         "://" in path or Path(path, FILE_NAME).is_file() or Path(path).is_file() for path in settings.manifests
@@ -145,11 +146,20 @@ def read_source(name: str, settings: Namespace, max_ranks: int, sizes: list[str]
                 f"data.{name} asks for {lengths.start} latent frames, but some samples have {available}: prepare "
                 "longer clips or ask for fewer frames."
             )
+        noisy_frames(name, settings.loss_frames, lengths.start)  # complains if there are none
         cycle = sum(planned.micro_batch_size(frames, height, width, max_ranks) for frames in lengths)
         for frames in lengths:
             micro_batches[frames, height, width] += count / cycle
     shapes = tuple(Shape(*shape, amount / sum(micro_batches.values())) for shape, amount in micro_batches.items())
-    return Source(name, settings.batch_size, settings.micro_batches, shapes, not prepared, settings.tokens)
+    return Source(
+        name,
+        settings.batch_size,
+        settings.micro_batches,
+        shapes,
+        not prepared,
+        settings.tokens,
+        settings.loss_frames,
+    )
 
 
 def report(run: Run, capacity: float, peak: float, mfu: float) -> str:
@@ -173,6 +183,7 @@ def head(run: Run) -> str:
     for source in run.sources:
         sizes = {f"{s.height * SPATIAL_FACTOR}x{s.width * SPATIAL_FACTOR}" for s in source.shapes}
         lengths = between([shape.frames for shape in source.shapes])
+        lengths += ", loss on targets alone" if source.loss_frames == "targets" else ""
         batch = f"{source.tokens:,} tokens" if source.tokens else f"{source.batch_size}"
         clips = between([source.micro_batch_size(shape, run.max_ranks) // run.gpus for shape in source.shapes])
         lines.append(

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,9 @@ from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.training.checkpoints import TrainedModel
 
 log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TRUTH_SHOWN = 96  # frames: what a strip or GIF shows of it; a longer one would be kept in memory
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,6 +92,9 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     trained, codec = opened(options)
     config = generation_config(options, trained)
     videos = videos_to_make(options, trained, codec)
+    longest = max(len(video.context.pixels) for video in videos) + options.frames
+    check_history(config, codec.temporal_factor, longest, trained)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what there is so far is kept
     if config.precision is not None:
         products_in(trained.backbone, config.precision)
 
@@ -103,15 +110,12 @@ def run(verb: str, arguments: Sequence[str]) -> None:
 
 def generation_config(options: argparse.Namespace, trained: TrainedModel) -> GenerationConfig:
     """How to generate, as the options say and the training allows."""
-    longest = max(1, trained.geometry["frames"] - 1)
-    window = max(1, longest - options.sinks) if options.window is None else options.window
-    if window + options.sinks > longest:
-        log.warning(
-            "warning: frames see up to %d others (--window and --sinks), but in training at most %d: farther ones may "
-            "do harm",
-            window + options.sinks,
-            longest,
+    if trained.backbone.config.text_width:
+        raise InputError(
+            f"{options.checkpoint} takes embeddings of texts, which this command cannot make: call "
+            "gpdit_lightning.generation.rollout with them."
         )
+    window = max(1, trained.geometry["frames"] - 1 - options.sinks) if options.window is None else options.window
     return config_of(
         options,
         trained,
@@ -121,6 +125,31 @@ def generation_config(options: argparse.Namespace, trained: TrainedModel) -> Gen
         cached=not options.no_cache,
         compiled=options.compile,
     )
+
+
+def check_history(config: GenerationConfig, temporal_factor: int, frames: int, trained: TrainedModel) -> None:
+    """Warn if frames see more than training showed, and refuse what cannot be computed without a cache.
+
+    Args:
+        config: whose window and sinks count.
+        temporal_factor: pixel frames of a latent frame.
+        frames: pixel frames of the longest video, with its context.
+        trained: the model and what it was trained on.
+    """
+    assert config.window is not None
+    visible, before_last = config.window + config.sinks, math.ceil((frames - 1) / temporal_factor)
+    if min(visible, before_last) > max(1, trained.geometry["frames"] - 1):
+        log.warning(
+            "warning: frames see up to %d others (--window and --sinks), but in training at most %d: farther ones may "
+            "do harm",
+            min(visible, before_last),
+            trained.geometry["frames"] - 1,
+        )
+    if not config.cached and trained.backbone.config.attention == "of2" and before_last > visible:
+        raise InputError(
+            f"--no_cache with an of2 model needs all frames in view, {before_last} latent ones, and --window and "
+            f"--sinks let it see {visible}: leave --no_cache out, raise --window, or generate fewer frames."
+        )
 
 
 @dataclass(frozen=True)
@@ -172,7 +201,7 @@ def reading_of(options: argparse.Namespace, trained: TrainedModel, codec: Codec)
         frames=codec.pixel_frames(max(1, trained.geometry["frames"] - 1)) if frames is None else frames,
         stride=trained.geometry["stride"],
         sizes=trained_sizes(options.size, trained),
-        following=options.frames,
+        following=options.frames if options.side_by_side else min(options.frames, TRUTH_SHOWN),
         start=options.start,
         fps=options.fps,
     )
@@ -252,12 +281,13 @@ def known_latents(context: Context, codec: Codec) -> Tensor:
 
 @contextmanager
 def interrupts_later() -> Iterator[None]:
-    """Let Ctrl-C wait until a frame is whole."""
-    caught = []
-    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+    """Let Ctrl-C and SIGTERM wait until a frame is whole."""
+    caught: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        raise KeyboardInterrupt
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    for number in caught[:1]:
+        signal.raise_signal(number)

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -25,6 +25,30 @@ from gpdit_lightning.errors import InputError
 log = logging.getLogger(__name__)
 
 NoiseLevels = Literal["frame", "clip"]
+LossFrames = Literal["all", "targets"]
+
+
+def noisy_frames(source: str, loss_frames: LossFrames, frames: int) -> tuple[int, ...] | None:
+    """The positions of the frames that have noise and loss in clips of `frames` latent frames; None: all.
+
+    Args:
+        source: where the clips come from, like `sequences`.
+        loss_frames: `targets`: every second frame, as in a sequence (source, target, source, target, ...).
+        frames: F.
+
+    Raises:
+        InputError: targets are asked for where there are none.
+    """
+    if loss_frames == "all":
+        return None
+    if source != "sequences":
+        raise InputError(f"data.{source}.loss_frames is targets, which only data.sequences has: set it to all.")
+    if frames < 2:
+        raise InputError(
+            "data.sequences.loss_frames is targets, but a sequence of one latent frame has none: take at least 2 "
+            "frames of each, or set it to all."
+        )
+    return tuple(range(1, frames, 2))
 
 
 @dataclass
@@ -36,8 +60,8 @@ class LatentBatch:
 
     Attributes:
         latents: (B, F, C, H, W) whitened, float32; the clips with context come first.
-        noise: (K * B, F, C, H, W) standard Gaussian, one for each noisy row.
-        t: (K * B, F) noise levels in [0, 1).
+        noise: (K * B, S, C, H, W) standard Gaussian, for the S frames of each noisy row that have noise and loss.
+        t: (K * B, S) their noise levels in [0, 1).
         context: B', how many clips keep their context.
         weight: of this micro-batch's mean loss; the weights of an optimizer step sum to 1.
         source: which source it came from.
@@ -45,6 +69,7 @@ class LatentBatch:
         damaged: names of the samples that could not be read and were replaced.
         labels: (K * B,) the class of each noisy row, int64; -1 where there is none or it was dropped. None where
             training takes no labels.
+        frames: the positions of the S frames in the clips; None: all, S = F.
     """
 
     latents: Tensor
@@ -56,6 +81,7 @@ class LatentBatch:
     keys: list[str]
     damaged: list[str] = field(default_factory=list)
     labels: Tensor | None = None
+    frames: tuple[int, ...] | None = None
 
     @property
     def draws(self) -> int:
@@ -174,6 +200,7 @@ class LatentDataset(Dataset[LatentBatch]):
         cache: where copies of shards that lie elsewhere are brought before they are needed.
         classes: the names of labels, a class for each; without any, batches have no labels.
         label_dropout: fraction of noisy rows whose label is dropped, for guidance.
+        loss_frames: for sources by their names, which frames have noise and loss; all where it says nothing.
 
     Raises:
         InputError: a number of ranks that does not divide the plan, or no noisy copies.
@@ -193,6 +220,7 @@ class LatentDataset(Dataset[LatentBatch]):
         cache: ShardCache | None = None,
         classes: Sequence[str] = (),
         label_dropout: float = 0.0,
+        loss_frames: Mapping[str, LossFrames] | None = None,
     ) -> None:
         if noise_draws < 1:
             raise InputError(f"data.noise_draws is {noise_draws}; it must be at least 1.")
@@ -206,36 +234,40 @@ class LatentDataset(Dataset[LatentBatch]):
         self.std = torch.tensor(std, dtype=torch.float32)[:, None, None]
         self.noise_levels, self.purpose = noise_levels, purpose
         self.rank, self.world_size, self.noise_draws = rank, world_size, noise_draws
-        self.cache = cache
+        self.cache, self.loss_frames = cache, loss_frames or {}
         self.class_of, self.label_dropout = {name: place for place, name in enumerate(classes)}, label_dropout
         self._coming: list[tuple[int, int, int]] = []
 
     def __getitem__(self, number: int) -> LatentBatch:
         self._fetch_ahead(number)
         micro_batch = self.plan.micro_batch(number).share(self.rank, self.world_size)
+        source = self.plan.sources[micro_batch.source].name
         bucket = self.buckets[micro_batch.source][micro_batch.bucket]
         reads = [bucket.read(int(sample), micro_batch.frames) for sample in micro_batch.samples]
         latents = (torch.from_numpy(np.stack([read.latents for read in reads])).float() - self.mean) / self.std
         step = number // self.plan.micro_batches_per_step
         context = int(micro_batch.context.sum())
         draws = self.noise_draws if latents.shape[1] > 1 else 1
+        frames = noisy_frames(source, self.loss_frames.get(source, "all"), micro_batch.frames)
+        noisy = len(frames) if frames else micro_batch.frames
         generators = [generator(self.plan.seed, self.purpose, step, int(place)) for place in micro_batch.places]
         noise, levels = [], []
         for group in (generators[:context], generators[context:]):
             for numbers in group * draws:
-                noise.append(numbers.standard_normal(latents.shape[1:], dtype=np.float32))
-                level = numbers.random(latents.shape[1] if self.noise_levels == "frame" else 1, dtype=np.float32)
-                levels.append(np.broadcast_to(level, latents.shape[1]))
+                noise.append(numbers.standard_normal((noisy, *latents.shape[2:]), dtype=np.float32))
+                level = numbers.random(noisy if self.noise_levels == "frame" else 1, dtype=np.float32)
+                levels.append(np.broadcast_to(level, noisy))
         return LatentBatch(
             latents=latents,
             noise=torch.from_numpy(np.stack(noise)),
             t=torch.from_numpy(np.stack(levels)),
             context=context,
             weight=micro_batch.weight,
-            source=self.plan.sources[micro_batch.source].name,
+            source=source,
             keys=[str(read.metadata["key"]) for read in reads],
             damaged=list(dict.fromkeys(name for read in reads for name in read.damaged)),
             labels=self._labels(reads, step, micro_batch.places, context, draws) if self.class_of else None,
+            frames=frames,
         )
 
     def _labels(self, reads: Sequence[Read], step: int, places: np.ndarray, context: int, draws: int) -> Tensor:

@@ -10,7 +10,16 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NoiseLevels, NumbersFrom, TimedLoader
+from gpdit_lightning.data.batches import (
+    Bucket,
+    LatentBatch,
+    LatentDataset,
+    LossFrames,
+    NoiseLevels,
+    NumbersFrom,
+    TimedLoader,
+    noisy_frames,
+)
 from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.manifest import Kind, Manifest, Split
 from gpdit_lightning.data.order import TRAIN_NOISE, VALIDATION_NOISE
@@ -42,6 +51,9 @@ class SourceConfig:
     number of samples that comes closest from below."""
     shuffle_window: int = 65_536
     """Samples that are shuffled together: whole shards of about so many; what is read at a time stays within them."""
+    loss_frames: LossFrames = "all"
+    """The frames that are trained on: `all`, or of sequences (source, target, source, target, ...) the `targets` alone,
+    given all frames before them."""
 
 
 UNUSED = SourceConfig()
@@ -171,7 +183,9 @@ class LatentDataModule(LightningDataModule):
         Raises:
             InputError: the data, the mixture or the batches changed.
         """
-        order, saved = self._order(), state_dict["order"]
+        # As they were before there was a choice, and still are without one.
+        unsaid = {f"data.{name}.loss_frames": "all" for name in self.configs}
+        order, saved = unsaid | self._order(), unsaid | state_dict["order"]
         changes = [
             f"{name} = {saved.get(name, 'unused')} and the recipe has {order.get(name, 'none')}"
             for name in sorted(order.keys() | saved.keys())
@@ -205,7 +219,8 @@ class LatentDataModule(LightningDataModule):
             order |= {"data.labels": list(self.classes), "data.label_dropout": self.label_dropout}
         for name, config in self.configs.items():
             for setting, value in dataclasses.asdict(config).items():
-                order[f"data.{name}.{setting}"] = value
+                if (setting, value) != ("loss_frames", "all"):  # so that checkpoints from before it are as those of now
+                    order[f"data.{name}.{setting}"] = value
             # Where shards lie may change; what they hold may not.
             order[f"data.{name}.manifests"] = [manifest.fingerprint()[:16] for manifest in self.manifests[name]]
         return order
@@ -288,6 +303,7 @@ class LatentDataModule(LightningDataModule):
                 f"data.{name} asks for {least} latent frames, but {manifest.path} has samples of {available}: prepare "
                 "longer clips or ask for fewer frames."
             )
+        noisy_frames(name, config.loss_frames, least)  # complains if there are none
         return range(least, min(most, available) + 1)
 
     def _planned(self, split: Split) -> tuple[PlannedSource, ...]:
@@ -323,6 +339,7 @@ class LatentDataModule(LightningDataModule):
             cache=self.cache if split == "train" else None,
             classes=self.classes,
             label_dropout=self.label_dropout if split == "train" else 0.0,
+            loss_frames={name: config.loss_frames for name, config in self.configs.items()},
         )
         return TimedLoader(
             dataset,

@@ -149,10 +149,14 @@ class GPDiTStage(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def objective(self, batch: LatentBatch) -> VelocityLoss:
-        """Velocity loss of a batch (GPDiT, equation 3)."""
-        sample = rotate_to(batch.latents[batch.clip_of_row], batch.noise, self.schedule.theta(batch.t))
+        """Velocity loss of a batch (GPDiT, equation 3), the mean over the frames that have noise."""
+        latents, frames = batch.latents, batch.frames
+        if frames is not None:
+            # Of views, since a list as an index is copied to the GPU, for which the process waits.
+            latents = torch.stack([latents[:, frame] for frame in frames], dim=1)
+        sample = rotate_to(latents[batch.clip_of_row], batch.noise, self.schedule.theta(batch.t))
         clean = batch.latents[: batch.context] if batch.context else None
-        prediction = self.backbone(sample.noisy, sample.theta, clean, condition=batch.labels, draws=batch.draws)
+        prediction = self.backbone(sample.noisy, sample.theta, clean, batch.labels, batch.draws, frames)
         return velocity_loss(prediction, sample.velocity, batch.t)
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Floating-point operations of the backbone, counted from its configuration: what MFU and estimates rest on."""
 
 import re
+from collections.abc import Sequence
 
 from gpdit_lightning.model import GPDiTConfig
 
@@ -26,7 +27,14 @@ PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
 
 
 def forward_flops(
-    config: GPDiTConfig, clips: int, context_clips: int, frames: int, height: int, width: int, draws: int = 1
+    config: GPDiTConfig,
+    clips: int,
+    context_clips: int,
+    frames: int,
+    height: int,
+    width: int,
+    draws: int = 1,
+    noisy_frames: Sequence[int] | None = None,
 ) -> dict[str, int]:
     """FLOPs of one `GPDiT.forward`, a multiply-add counted as two; norms, rotations and softmax are left out.
 
@@ -39,22 +47,26 @@ def forward_flops(
         frames: F, latent frames.
         height, width: of a latent frame, in latent pixels.
         draws: K, noisy copies of every clip, that share its one clean stream.
+        noisy_frames: the positions of the noisy frames; None: all F.
 
     Returns:
         FLOPs of the parts `embedding`, `attention_projections`, `attention_products`, `mlp` and `output`.
     """
     tokens = (height // config.patch_size) * (width // config.patch_size)
     patch_values = config.latent_channels * config.patch_size**2
-    noisy_tokens = draws * clips * frames * tokens
-    clean_tokens = context_clips * (frames - 1) * tokens
+    noisy_frames = range(frames) if noisy_frames is None else noisy_frames
+    clean_frames = noisy_frames[-1]  # nobody sees the later ones
+    noisy_tokens = draws * clips * len(noisy_frames) * tokens
+    clean_tokens = context_clips * clean_frames * tokens
     prefix_tokens = draws * clips if config.classes else 0
     # The prefix and the clean tokens of the last block give keys and values only.
     packed = prefix_tokens + clean_tokens + noisy_tokens
     asking = (config.layers - 1) * packed + noisy_tokens
     looked_at = config.layers * packed
 
-    clean_pairs = {"of2": frames * (frames - 1) // 2, "of": frames - 1}[config.attention]
-    noisy_pairs = draws * (context_clips * frames * (frames + 1) // 2 + (clips - context_clips) * frames)
+    clean_pairs = {"of2": clean_frames * (clean_frames + 1) // 2, "of": clean_frames}[config.attention]
+    seen = sum(frame + 1 for frame in noisy_frames)  # the clean ones before it, and itself
+    noisy_pairs = draws * (context_clips * seen + (clips - context_clips) * len(noisy_frames))
     frame_pairs = (config.layers - 1) * context_clips * clean_pairs + config.layers * noisy_pairs
     # A label's token sees itself, and is seen by all noisy tokens of its row.
     label_pairs = (config.layers - 1) * prefix_tokens + config.layers * (noisy_tokens if config.classes else 0)
@@ -70,13 +82,20 @@ def forward_flops(
 
 
 def training_flops(
-    config: GPDiTConfig, clips: int, context_clips: int, frames: int, height: int, width: int, draws: int = 1
+    config: GPDiTConfig,
+    clips: int,
+    context_clips: int,
+    frames: int,
+    height: int,
+    width: int,
+    draws: int = 1,
+    noisy_frames: Sequence[int] | None = None,
 ) -> dict[str, int]:
     """FLOPs of one forward and backward pass, by part: three times the forward, as is the custom for MFU.
 
     Recomputation (activation checkpointing, or inside an attention kernel) is not counted: it is time without progress.
     """
-    forward = forward_flops(config, clips, context_clips, frames, height, width, draws)
+    forward = forward_flops(config, clips, context_clips, frames, height, width, draws, noisy_frames)
     return {part: 3 * count for part, count in forward.items()}
 
 

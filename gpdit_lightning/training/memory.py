@@ -3,6 +3,7 @@
 Tensors are counted, not what an allocator rounds them to.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -152,6 +153,7 @@ def activation_bytes(
     width: int,
     draws: int = 1,
     precision: Precision = AUTOCAST,
+    noisy_frames: Sequence[int] | None = None,
 ) -> int:
     """What the backward pass of one `GPDiT.forward` needs at its fullest moment, beside weights and their gradients.
 
@@ -170,15 +172,19 @@ def activation_bytes(
         height, width: of a latent frame, in latent pixels.
         draws: K, noisy copies of every clip, that share its one clean stream.
         precision: float32 weights with bf16 products are autocast, which casts in front of every product.
+        noisy_frames: the positions of the noisy frames; None: all F.
     """
     tokens = (height // config.patch_size) * (width // config.patch_size)
     patch_values = config.latent_channels * config.patch_size**2
-    noisy = draws * clips * frames * tokens
-    packed = context_clips * (frames - 1) * tokens + noisy
+    noisy_frames = range(frames) if noisy_frames is None else noisy_frames
+    noisy = draws * clips * len(noisy_frames) * tokens
+    packed = context_clips * noisy_frames[-1] * tokens + noisy  # clean frames before the last noisy one
     # Noisy frame i > 0 with context sees copies: the keys of the i clean frames before it, and its own behind them.
-    joined = draws * context_clips * (frames * (frames + 1) // 2 - 1) * tokens
-    # Behind a condition's keys and values those of a frame are copies; its keys, with positions, are anyway.
-    copied = noisy if config.classes or config.text_width else 0
+    joined = draws * context_clips * sum(frame + 1 for frame in noisy_frames if frame) * tokens
+    # The others see their own keys with positions, and behind a condition's a copy of their values: both are made, and
+    # kept, for all noisy frames at once.
+    own = noisy if 0 in noisy_frames or context_clips < clips else 0
+    copied = own if config.classes or config.text_width else 0
     cast = precision.weight != precision.product
 
     def inside(asking: int) -> int:
@@ -188,7 +194,8 @@ def activation_bytes(
             + (asking if cast else 0)  # that of the query projection: the same tensor, but cast a second time
             + 2 * packed  # keys and values as projected
             + (0 if cast else asking)  # queries as projected, which their norm keeps (of the keys: no second time)
-            + 2 * asking  # queries and keys with positions
+            + asking  # queries with positions
+            + (asking - noisy + own)  # and keys, of clean and of noisy frames
             + 2 * joined
             + copied
             + 2 * asking  # the result of attention, and packed for its projection

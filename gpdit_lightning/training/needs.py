@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from gpdit_lightning.data.batches import LossFrames, noisy_frames
 from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
@@ -46,6 +47,7 @@ class Source:
     shapes: tuple[Shape, ...]
     assumed: bool
     tokens: int = 0
+    loss_frames: LossFrames = "all"
 
     @property
     def planned(self) -> PlannedSource:
@@ -56,6 +58,10 @@ class Source:
     def micro_batch_size(self, shape: Shape, max_ranks: int) -> int:
         """Samples of a micro-batch over all ranks."""
         return self.planned.micro_batch_size(shape.frames, shape.height, shape.width, max_ranks)
+
+    def noisy_frames(self, shape: Shape) -> tuple[int, ...] | None:
+        """The positions of the frames that have noise and loss; None: all."""
+        return noisy_frames(self.name, self.loss_frames, shape.frames)
 
 
 @dataclass(frozen=True)
@@ -95,9 +101,9 @@ def step_flops(run: Run) -> dict[str, float]:
         for shape in source.shapes:
             frames, height, width, fraction = shape
             clips = source.micro_batches * source.micro_batch_size(shape, run.max_ranks)
-            draws = run.noise_draws if frames > 1 else 1
+            draws, noisy = run.noise_draws if frames > 1 else 1, source.noisy_frames(shape)
             for context, share in ((clips, 1 - run.context_dropout), (0, run.context_dropout)):
-                flops = training_flops(run.backbone, clips, context, frames, height, width, draws)
+                flops = training_flops(run.backbone, clips, context, frames, height, width, draws, noisy)
                 total.update({part: fraction * share * count for part, count in flops.items()})
     return dict(total)
 
@@ -109,9 +115,8 @@ def activations(run: Run, source: Source) -> int:
         part = source.micro_batch_size(shape, run.max_ranks) // run.max_ranks
         clips, draws = part * parts, run.noise_draws if shape.frames > 1 else 1
         context = clips - parts * int(run.context_dropout * part)
-        needed.append(
-            activation_bytes(run.backbone, clips, context, shape.frames, shape.height, shape.width, draws, run.numbers)
-        )
+        size, noisy = (shape.frames, shape.height, shape.width), source.noisy_frames(shape)
+        needed.append(activation_bytes(run.backbone, clips, context, *size, draws, run.numbers, noisy))
     return max(needed)
 
 

@@ -35,8 +35,8 @@ class Throughput:
         clips, frames, _, height, width = batch.latents.shape
         self.steps += ends_step
         self.clips += clips
-        self.tokens += batch.draws * clips * frames * height * width // self.config.patch_size**2
-        flops = training_flops(self.config, clips, batch.context, frames, height, width, batch.draws)
+        self.tokens += batch.t.numel() * height * width // self.config.patch_size**2
+        flops = training_flops(self.config, clips, batch.context, frames, height, width, batch.draws, batch.frames)
         self.flops += sum(flops.values())
         self.seconds += time.perf_counter() - loader.asked
         self.waited += loader.waited

@@ -49,6 +49,16 @@ def test_prepared_data_give_the_shapes(mixed: Path, capsys: pytest.CaptureFixtur
     assert "for 500 steps" in text
 
 
+def test_a_loss_on_targets_alone_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = f"--config={RECIPES / 'stage4_few_shot.yaml'}"
+    assert [source.loss_frames for source in read([recipe], 1, {}).sources] == ["targets"]
+    assert main(["estimate", recipe]) == main(["estimate", recipe, "--data.sequences.loss_frames=all"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("latent frames 6, loss on targets alone, 256x256") == 1
+    targets, everything = map(float, re.findall(r"An optimizer step is (\S+) PFLOP", text))
+    assert targets / everything == pytest.approx(8 / 11, abs=0.01)
+
+
 def test_a_token_budget_gives_each_shape_its_own_part(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Images of 16 and 24 tokens, six and four of them at a time: there are as many of both."""
     options = [f"--config={mixed}"]
@@ -133,6 +143,7 @@ def test_what_no_setting_makes_fit(capsys: pytest.CaptureFixture[str]) -> None:
         (["--trainer.precision=16-mixed"], "trainer.precision is 16-mixed"),
         (["--data.images.micro_batches=7"], "cannot be cut into 7"),
         (["--data.images.batch_size=0", "--data.videos.batch_size=0"], "no source of data"),
+        (["--data.videos.loss_frames=targets"], "data.videos.loss_frames is targets, which only data.sequences has"),
         (["--data.no_such_option=1"], "no_such_option"),
     ],
 )

@@ -169,7 +169,7 @@ def test_a_window_longer_than_the_training_is_warned_of(
     try:
         for options, warns in ((["--window=4"], False), (["--window=3", "--sinks=2"], True)):
             caplog.clear()
-            assert sample(place, tmp_path / "out.png", "--frames=1", *options) == 0
+            assert sample(place, tmp_path / "out.png", "--frames=8", *options) == 0
             assert ("up to 5 others (--window and --sinks), but in training at most 4" in caplog.text) == warns
     finally:
         verb.log.removeHandler(caplog.handler)
@@ -251,7 +251,7 @@ def other_codec(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--label=run --checkpoint bare", ["trained without labels"]),
         ("--label_guidance=2", ["--label_guidance is 2.0, but 1 has no label", "give --label"]),
         ("--label_guidance=2 --checkpoint bare", ["--label_guidance is 2.0, but 1 has no label"]),
-        ("--no_cache", ["of2", "a window of 4"]),
+        ("--no_cache", ["of2", "let it see 4"]),
         ("--device=gpu", ["The device 'gpu' cannot be used"]),
         ("--out still.png/out.mp4", ["out.mp4 cannot be written", "still.png is no folder"]),
         ("--out out.webm", ["out.webm is of no format", "one of .mp4, .gif, .png, .safetensors"]),

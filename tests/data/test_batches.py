@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gpdit_lightning.data import batches as batches_module
-from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NumbersFrom
+from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NumbersFrom, noisy_frames
 from gpdit_lightning.data.cache import ShardCache
 from gpdit_lightning.data.manifest import Manifest, ShardEntry
 from gpdit_lightning.data.order import TRAIN_NOISE, VALIDATION_NOISE
@@ -34,11 +36,17 @@ def bucket_of(manifest: Manifest, frames: int = 3) -> Bucket:
 
 
 def dataset(
-    manifest: Manifest, rank: int = 0, world_size: int = 1, seed: int = 0, frames: int = 3, **settings: Any
+    manifest: Manifest,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    frames: int = 3,
+    source: str = "videos",
+    **settings: Any,
 ) -> LatentDataset:
     """Steps of 2 micro-batches of 4 clips, a quarter of them without context."""
     planned = PlannedBucket((5, 5, 1), (frames,), 4, 4)
-    plan = Plan((PlannedSource("videos", (planned,), 8, micro_batches=2),), seed, context_dropout=0.25, max_ranks=2)
+    plan = Plan((PlannedSource(source, (planned,), 8, micro_batches=2),), seed, context_dropout=0.25, max_ranks=2)
     options: dict[str, Any] = {"noise_levels": "frame", "purpose": TRAIN_NOISE} | settings
     return LatentDataset(plan, [[bucket_of(manifest, frames)]], MEAN, STD, rank=rank, world_size=world_size, **options)
 
@@ -278,6 +286,59 @@ def test_a_loader_process_gives_the_same_batches(manifest: Manifest) -> None:
     loader = DataLoader(batches, batch_size=None, sampler=NumbersFrom(2, 6), num_workers=2)
     for number, batch in zip(range(2, 6), loader, strict=True):
         assert same(batch, batches[number])
+
+
+# Targets alone
+
+TARGETS: dict[str, Any] = {"frames": 6, "source": "sequences", "loss_frames": {"sequences": "targets"}}
+
+
+@pytest.fixture
+def sequences(tmp_path: Path, write_shards: Shards) -> Manifest:
+    """11 sequences of three pairs in shards of 5, 5 and 1."""
+    return write_shards(tmp_path, {("train", "sequence", (6, 4, 4)): 11})
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("noise_levels", ["frame", "clip"])
+def test_targets_alone_have_noise(sequences: Manifest, noise_levels: str, draws: int) -> None:
+    batch = dataset(sequences, noise_draws=draws, noise_levels=noise_levels, **TARGETS)[1]
+    assert batch.frames == (1, 3, 5)
+    assert batch.noise.shape == (4 * draws, 3, 4, 4, 4)
+    assert batch.t.shape == (4 * draws, 3)
+    assert (batch.draws, batch.context) == (draws, 2)
+    assert len({noise.numpy().tobytes() for noise in batch.noise.flatten(0, 1)}) == 4 * draws * 3
+    assert [len(set(levels)) for levels in batch.t.tolist()] == [{"frame": 3, "clip": 1}[noise_levels]] * 4 * draws
+    everything = dataset(sequences, **TARGETS | {"loss_frames": {}})[1]
+    assert everything.frames is None
+    assert everything.noise.shape == everything.latents.shape
+    assert torch.equal(batch.latents, everything.latents)  # sources are context
+    assert batch.keys == everything.keys
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_two_ranks_together_have_the_targets_of_one(sequences: Manifest, draws: int) -> None:
+    for number in range(4):
+        whole = dataset(sequences, noise_draws=draws, **TARGETS)[number]
+        shares = [dataset(sequences, rank, world_size=2, noise_draws=draws, **TARGETS)[number] for rank in range(2)]
+        assert by_key_and_noise(shares) == by_key_and_noise([whole])
+        assert {share.frames for share in shares} == {(1, 3, 5)}
+
+
+def test_targets_stay_where_they_are_on_the_way_to_a_device(
+    sequences: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)  # which needs a GPU
+    (batch,) = DataLoader(dataset(sequences, **TARGETS), batch_size=None, sampler=[1], num_workers=1)
+    moved = move_data_to_device(batch.pin_memory(), torch.device("meta"))
+    assert moved.noise.device.type == "meta"
+    assert moved.frames == (1, 3, 5)
+
+
+@pytest.mark.parametrize(("frames", "targets"), [(2, (1,)), (3, (1,)), (5, (1, 3)), (6, (1, 3, 5))])
+def test_every_second_frame_is_a_target(frames: int, targets: tuple[int, ...]) -> None:
+    assert noisy_frames("sequences", "targets", frames) == targets
+    assert noisy_frames("sequences", "all", frames) is None
 
 
 # Many shards

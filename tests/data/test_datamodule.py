@@ -232,6 +232,46 @@ def test_sequences_are_a_source_of_their_own(tmp_path: Path, write_shards: Shard
     assert all("-sequence-" in key for key in batch.keys)
 
 
+def test_targets_alone_are_trained_on_and_validated(tmp_path: Path, write_shards: Shards) -> None:
+    counts = {(split, "sequence", (6, 8, 8)): 4 for split in ("train", "validation")}
+    folder = write_shards(tmp_path, counts | {IMAGE: 4, ("validation", "image", (1, 8, 8)): 4}).directory
+    data = at(LatentDataModule(images=source(folder), sequences=source(folder, loss_frames="targets")))
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        images, sequences = islice(loader, 2)
+        assert (images.frames, images.noise.shape) == (None, (4, 1, 4, 8, 8))
+        assert (sequences.frames, sequences.noise.shape) == ((1, 3, 5), (4, 3, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "complaint"),
+    [
+        ("videos", {}, r"data\.videos\.loss_frames is targets, which only data\.sequences has: set it to all"),
+        ("images", {}, r"data\.images\.loss_frames is targets, which only data\.sequences has"),
+        ("sequences", {"frames": 1}, r"data\.sequences\.loss_frames is targets, but a sequence of one latent frame"),
+        ("sequences", {"least_frames": 1}, r"has none: take at least 2 frames of each, or set it to all"),
+    ],
+)
+def test_where_there_are_no_targets_they_are_refused(
+    tmp_path: Path, write_shards: Shards, name: str, settings: dict[str, int], complaint: str
+) -> None:
+    folder = write_shards(tmp_path, {IMAGE: 3, VIDEO: 3, ("train", "sequence", (2, 8, 8)): 3}).directory
+    with pytest.raises(InputError, match=complaint):
+        LatentDataModule(**{name: source(folder, loss_frames="targets", **settings)})  # type: ignore[arg-type]
+
+
+def test_checkpoints_from_before_targets_go_on(tmp_path: Path, write_shards: Shards) -> None:
+    folder = write_shards(tmp_path, {("train", "sequence", (6, 8, 8)): 4}).directory
+    everything, targets = (LatentDataModule(sequences=source(folder, loss_frames=x)) for x in ("all", "targets"))
+    before = everything.state_dict()
+    assert not any("loss_frames" in name for name in before["order"])
+    everything.load_state_dict(before)
+    targets.load_state_dict(targets.state_dict())
+    with pytest.raises(InputError, match=r"with data\.sequences\.loss_frames = all and the recipe has targets;"):
+        targets.load_state_dict(before)
+    with pytest.raises(InputError, match=r"data\.sequences\.loss_frames = targets and the recipe has all"):
+        everything.load_state_dict(targets.state_dict())
+
+
 def test_a_source_without_manifests_is_left_out(tiny_shards: Path) -> None:
     """So that an overlay can set batch sizes of sources which a recipe does not use."""
     data = LatentDataModule(images=source(), videos=source(tiny_shards))

@@ -1,5 +1,6 @@
-"""A stage with several noisy copies of every clip: its loss is the mean over as many ordinary batches."""
+"""The loss of a stage with several noisy copies of every clip, and on some frames alone, from ordinary batches."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -38,3 +39,31 @@ def test_the_loss_is_the_mean_over_single_draws(
     torch.testing.assert_close(loss.per_clip, per_row)
     torch.testing.assert_close(loss.mean.detach(), per_row.mean())
     assert loss.quartiles.counts.sum() == 6 * 4
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("context", [0, 1, 3])
+def test_the_loss_on_some_frames_is_theirs_among_all(
+    randomise: Callable[[GPDiT], GPDiT], tiny_config: GPDiTConfig, context: int, draws: int
+) -> None:
+    """The velocities of a pass over all noisy frames, of which the others do not count."""
+    stage = GPDiTStage(tiny_config)
+    stage.configure_model()
+    randomise(stage.backbone)
+    stage.double()
+    frames, generator = (1, 3, 5), torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 6, 4, 4, 4, generator=generator, dtype=torch.float64)
+    noise = torch.randn(3 * draws, 6, 4, 4, 4, generator=generator, dtype=torch.float64)
+    t = torch.rand(3 * draws, 6, generator=generator, dtype=torch.float64)
+    places, keys = list(frames), ["a", "b", "c"]
+    batch = LatentBatch(latents, noise[:, places], t[:, places], context, 1.0, "sequences", keys, frames=frames)
+    loss = stage.objective(batch)
+
+    theta = t * math.pi / 2
+    cos, sin = theta.cos()[..., None, None, None], theta.sin()[..., None, None, None]
+    x0 = latents[batch.clip_of_row]
+    prediction = stage.backbone(cos * x0 + sin * noise, theta, latents[:context], draws=draws)
+    errors = (prediction - (cos * noise - sin * x0)).square().mean(dim=(2, 3, 4))
+    torch.testing.assert_close(loss.per_clip, errors[:, places].mean(dim=1).detach())
+    torch.testing.assert_close(loss.mean, errors[:, places].mean())
+    assert loss.quartiles.counts.sum() == 3 * draws * 3

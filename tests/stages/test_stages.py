@@ -195,8 +195,9 @@ def test_the_few_shot_stage_trains_on_sequences(
     fit: Fit, write_shards: Any, tiny_config: GPDiTConfig, tmp_path: Path
 ) -> None:
     folder = write_shards(tmp_path / "shards", {("train", "sequence", (6, 8, 8)): 4}).directory
-    data = LatentDataModule(sequences=SourceConfig([str(folder)], batch_size=4))
-    assert fit(FewShotStage(tiny_config), data, tmp_path, max_steps=1).global_step == 1
+    data, found = LatentDataModule(sequences=SourceConfig([str(folder)], 4, loss_frames="targets")), Gradients()
+    assert fit(FewShotStage(tiny_config), data, tmp_path, max_steps=1, callbacks=[found]).global_step == 1
+    assert [batch.frames for batch in found.batches] == [(1, 3, 5)]
 
 
 def test_training_lowers_the_loss(fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path) -> None:

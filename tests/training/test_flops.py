@@ -1,7 +1,7 @@
 """The analytic count against torch's counter, over the products as they run."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,15 +17,22 @@ CONTEXTS = [(2, 2), (3, 1), (2, 0)]
 
 
 def meta_batch(
-    config: GPDiTConfig, clips: int, context_clips: int, frames: int, height: int, width: int, draws: int = 1
+    config: GPDiTConfig,
+    clips: int,
+    context_clips: int,
+    frames: int,
+    height: int,
+    width: int,
+    draws: int = 1,
+    noisy_frames: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    rows = draws * clips
+    rows, noisy = draws * clips, frames if noisy_frames is None else len(noisy_frames)
 
-    def latents(count: int) -> Tensor:
-        shape = (count, frames, config.latent_channels, height, width)
-        return torch.zeros(shape, device="meta", requires_grad=True)
+    def latents(*shape: int) -> Tensor:
+        return torch.zeros(*shape, config.latent_channels, height, width, device="meta", requires_grad=True)
 
-    return [latents(rows), torch.zeros(rows, frames, device="meta", requires_grad=True), latents(context_clips)]
+    theta = torch.zeros(rows, noisy, device="meta", requires_grad=True)
+    return [latents(rows, noisy), theta, latents(context_clips, frames)]
 
 
 def measured(config: GPDiTConfig, run: Callable[[GPDiT], Any]) -> dict[str, int]:
@@ -88,6 +95,28 @@ def test_forward_with_labels(variant: str, frames: int, clips: int, context_clip
     assert told == untold == forward_flops(config, *shape)
 
 
+@pytest.mark.parametrize("variant", ["of2", "of"])
+@pytest.mark.parametrize("noisy_frames", [(1, 3, 5), (0, 2), (5,), (0,), (3, 4)], ids=str)
+@pytest.mark.parametrize(("clips", "context_clips"), CONTEXTS)
+@pytest.mark.parametrize("classes", [0, 10])
+def test_forward_of_some_noisy_frames(
+    variant: str, noisy_frames: tuple[int, ...], clips: int, context_clips: int, classes: int
+) -> None:
+    config = GPDiTConfig.preset("tiny", attention=variant, layers=3, classes=classes)
+    shape = (clips, context_clips, 6, 8, 12, 2, noisy_frames)
+    run = measured(config, lambda model: model(*meta_batch(config, *shape), draws=2, frames=noisy_frames))
+    assert run == forward_flops(config, *shape)
+
+
+def test_targets_alone_save_the_noisy_sources() -> None:
+    """Of three pairs: five clean and three noisy frames instead of five and six."""
+    everything, targets = (
+        sum(forward_flops(GPDiTConfig.preset("H"), 4, 4, 6, 32, 32, noisy_frames=frames).values())
+        for frames in (None, (1, 3, 5))
+    )
+    assert targets / everything == pytest.approx(8 / 11, abs=0.01)
+
+
 @pytest.mark.parametrize(("draws", "saved"), [(2, 0.22), (4, 0.33)])
 def test_copies_save_what_the_clean_stream_costs(draws: int, saved: float) -> None:
     """Per supervised frame of H at five frames: from 9/5 clean and noisy frames to (4 / K + 5) / 5."""
@@ -107,15 +136,18 @@ def test_forward_of_other_shapes(frames: int, fields: dict[str, int]) -> None:
 @pytest.mark.parametrize("variant", ["of2", "of"])
 @pytest.mark.parametrize(("clips", "context_clips"), CONTEXTS)
 @pytest.mark.parametrize("classes", [0, 10])
-def test_training_is_three_forwards(variant: str, clips: int, context_clips: int, classes: int) -> None:
+@pytest.mark.parametrize("noisy_frames", [None, (1, 3)], ids=str)
+def test_training_is_three_forwards(
+    variant: str, clips: int, context_clips: int, classes: int, noisy_frames: tuple[int, ...] | None
+) -> None:
     """Exactly, when the latents ask for their gradient as well."""
     config = GPDiTConfig.preset("tiny", attention=variant, classes=classes)
-    shape = (clips, context_clips, 4, 8, 12, 2)
+    shape = (clips, context_clips, 4, 8, 12, 2, noisy_frames)
     counter = FlopCounterMode(display=False)
     with torch.device("meta"):
         model = GPDiT(config)
     with sdpa_kernel(SDPBackend.MATH), counter:
-        model(*meta_batch(config, *shape), draws=2).sum().backward()
+        model(*meta_batch(config, *shape), draws=2, frames=noisy_frames).sum().backward()
     assert counter.get_total_flops() == sum(training_flops(config, *shape).values())
     assert training_flops(config, *shape).keys() == forward_flops(config, *shape).keys()
 

@@ -21,8 +21,17 @@ from gpdit_lightning.training.memory import (
 )
 from tests.training.memory_runs import LiveBytes, storages_of
 
-# B, B', F, h, w, K
-SHAPES = [(2, 2, 3, 16, 16, 1), (2, 1, 3, 16, 16, 2), (2, 0, 2, 16, 16, 1), (8, 0, 1, 16, 16, 1)]
+Shape = tuple[int, int, int, int, int, int, tuple[int, ...] | None]
+
+# B, B', F, h, w, K, the noisy frames
+SHAPES: list[Shape] = [
+    (2, 2, 3, 16, 16, 1, None),
+    (2, 1, 3, 16, 16, 2, None),
+    (2, 0, 2, 16, 16, 1, None),
+    (8, 0, 1, 16, 16, 1, None),
+    (2, 2, 6, 16, 16, 1, (1, 3, 5)),
+    (2, 1, 4, 16, 16, 2, (0, 2)),
+]
 PRECISIONS = [AUTOCAST, FLOAT32, BF16]
 
 
@@ -48,22 +57,28 @@ def norms_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight, eps))
 
 
-def forward(config: GPDiTConfig, shape: tuple[int, ...], precision: Precision) -> tuple[GPDiT, Callable[[], Tensor]]:
-    clips, context, frames, height, width, draws = shape
+def expected_bytes(config: GPDiTConfig, shape: Shape, precision: Precision) -> int:
+    clips, context, frames, height, width, draws, noisy_frames = shape
+    return activation_bytes(config, clips, context, frames, height, width, draws, precision, noisy_frames)
+
+
+def forward(config: GPDiTConfig, shape: Shape, precision: Precision) -> tuple[GPDiT, Callable[[], Tensor]]:
+    clips, context, frames, height, width, draws, noisy_frames = shape
+    noisy_count = frames if noisy_frames is None else len(noisy_frames)
     model = GPDiT(config).to(torch.float32 if precision.weight == 4 else torch.bfloat16)
-    noisy = torch.randn(draws * clips, frames, config.latent_channels, height, width)
-    theta = torch.rand(draws * clips, frames)
+    noisy = torch.randn(draws * clips, noisy_count, config.latent_channels, height, width)
+    theta = torch.rand(draws * clips, noisy_count)
     clean = torch.randn(context, frames, config.latent_channels, height, width) if context else None
 
     def run() -> Tensor:
         # As Lightning's MixedPrecision does it: without the cache.
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == AUTOCAST, cache_enabled=False):
-            return model(noisy, theta, clean, draws=draws)
+            return model(noisy, theta, clean, draws=draws, frames=noisy_frames)
 
     return model, run
 
 
-def saved_bytes(config: GPDiTConfig, shape: tuple[int, ...], precision: Precision) -> int:
+def saved_bytes(config: GPDiTConfig, shape: Shape, precision: Precision) -> int:
     """Bytes that autograd keeps after a forward pass, parameters excepted."""
     model, run = forward(config, shape, precision)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -81,16 +96,14 @@ def saved_bytes(config: GPDiTConfig, shape: tuple[int, ...], precision: Precisio
 @pytest.mark.parametrize(("variant", "checkpointing"), [("of2", False), ("of", False), ("of2", True)])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_one_more_block_keeps(
-    shape: tuple[int, ...], precision: Precision, variant: str, checkpointing: bool
-) -> None:
+def test_what_one_more_block_keeps(shape: Shape, precision: Precision, variant: str, checkpointing: bool) -> None:
     configs = [
         GPDiTConfig(size="tiny", layers=layers, attention=variant, activation_checkpointing=checkpointing)
         for layers in (2, 3)
     ]
     expected, found = (
-        count(configs[1], *rest) - count(configs[0], *rest)  # type: ignore[operator]
-        for count, rest in ((activation_bytes, (*shape, precision)), (saved_bytes, (shape, precision)))
+        count(configs[1], shape, precision) - count(configs[0], shape, precision)
+        for count in (expected_bytes, saved_bytes)
     )
     assert found == pytest.approx(expected, rel=0.01)
 
@@ -98,10 +111,13 @@ def test_what_one_more_block_keeps(
 @pytest.mark.parametrize(
     "fields", [{"width": 384, "heads": 4, "mlp_width": 768}, {"time_site": "branch_inverse"}, {"classes": 3}]
 )
-def test_what_a_block_keeps_in_other_architectures(fields: dict[str, Any]) -> None:
-    shape, configs = (2, 1, 3, 16, 12, 1), [GPDiTConfig(size="tiny", layers=layers, **fields) for layers in (2, 3)]
-    expected = activation_bytes(configs[1], *shape) - activation_bytes(configs[0], *shape)
-    found = saved_bytes(configs[1], shape, AUTOCAST) - saved_bytes(configs[0], shape, AUTOCAST)
+@pytest.mark.parametrize("shape", [(2, 1, 3, 16, 12, 1, None), (2, 2, 6, 16, 12, 1, (1, 3, 5))])
+def test_what_a_block_keeps_in_other_architectures(shape: Shape, fields: dict[str, Any]) -> None:
+    configs = [GPDiTConfig(size="tiny", layers=layers, **fields) for layers in (2, 3)]
+    expected, found = (
+        count(configs[1], shape, AUTOCAST) - count(configs[0], shape, AUTOCAST)
+        for count in (expected_bytes, saved_bytes)
+    )
     assert found == pytest.approx(expected, rel=0.01)
 
 
@@ -109,7 +125,7 @@ def test_what_a_block_keeps_in_other_architectures(fields: dict[str, Any]) -> No
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_peak_of_forward_and_backward(
-    shape: tuple[int, ...], precision: Precision, classes: int, checkpointing: bool
+    shape: Shape, precision: Precision, classes: int, checkpointing: bool
 ) -> None:
     """Of a second micro-batch, to whose gradients it adds."""
     config = GPDiTConfig(size="tiny", classes=classes, activation_checkpointing=checkpointing)
@@ -118,7 +134,7 @@ def test_the_peak_of_forward_and_backward(
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     with LiveBytes(storages_of([*model.parameters(), *gradients])) as live:
         run().sum().backward()
-    assert live.peak - live.before == pytest.approx(activation_bytes(config, *shape, precision), rel=0.08)
+    assert live.peak - live.before == pytest.approx(expected_bytes(config, shape, precision), rel=0.08)
 
 
 @pytest.mark.parametrize("fields", [{}, {"classes": 101}, {"text_width": 77}])

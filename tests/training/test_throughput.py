@@ -120,10 +120,11 @@ def test_figures_are_those_of_training_alone(
         assert scalars["perf/mfu"] == pytest.approx(flops / seconds / 1e9)
 
 
-def batch_of(clips: int, draws: int = 1, context: int = 0) -> LatentBatch:
-    latents, noise = torch.zeros(clips, 3, 4, 8, 8), torch.zeros(clips * draws, 3, 4, 8, 8)
+def batch_of(clips: int, draws: int = 1, context: int = 0, frames: tuple[int, ...] | None = None) -> LatentBatch:
+    noisy = 3 if frames is None else len(frames)
+    latents, noise = torch.zeros(clips, 3, 4, 8, 8), torch.zeros(clips * draws, noisy, 4, 8, 8)
     keys = [str(clip) for clip in range(clips)]
-    return LatentBatch(latents, noise, torch.zeros(clips * draws, 3), context, 1.0, "videos", keys)
+    return LatentBatch(latents, noise, torch.zeros(clips * draws, noisy), context, 1.0, "videos", keys, frames=frames)
 
 
 def trainer_of(world_size: int, others: Tensor) -> Any:
@@ -157,6 +158,13 @@ def test_noisy_copies_are_tokens_and_flops_but_no_clips(clock: Clock, tiny_confi
     window.add(batch_of(4, draws=3, context=2), SimpleNamespace(asked=0.0, waited=0.0), ends_step=True)  # type: ignore[arg-type]
     assert (window.clips, window.tokens) == (4, 3 * 4 * 48)
     assert window.flops == sum(training_flops(tiny_config, 4, 2, 3, 8, 8, draws=3).values())
+
+
+def test_tokens_and_flops_are_those_of_the_frames_that_are_noisy(clock: Clock, tiny_config: GPDiTConfig) -> None:
+    window, loader = Throughput(tiny_config), SimpleNamespace(asked=0.0, waited=0.0)
+    window.add(batch_of(4, draws=2, context=3, frames=(1,)), loader, ends_step=True)  # type: ignore[arg-type]
+    assert (window.clips, window.tokens) == (4, 2 * 4 * 16)
+    assert window.flops == sum(training_flops(tiny_config, 4, 3, 3, 8, 8, 2, (1,)).values())
 
 
 # The loader
