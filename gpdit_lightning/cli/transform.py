@@ -16,9 +16,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from gpdit_lightning.cli.generating import add_generation, config_of, opened, parser_of, trained_sizes
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.generation import products_in
+from gpdit_lightning.generation import products_in, transform
 from gpdit_lightning.generation.outputs import output_paths
-from gpdit_lightning.generation.transform import transform
 from gpdit_lightning.media.images import IMAGE_ENDINGS, Size, closest_size, read_image, resize_and_crop, write_sheet
 from gpdit_lightning.media.tasks import TASKS, Task, pair_of
 from gpdit_lightning.media.video import natural_order
