@@ -74,6 +74,7 @@ TASKS: dict[str, Task] = {
         Task("colourisation", grey, as_it_is, _LUMA),
         Task("edges", as_it_is, edges, _CANNY),
         Task("edges_to_image", edges, as_it_is, _CANNY),
+        Task("copy", as_it_is, as_it_is),  # no task, but what teaches a model to look back before it learns one
     )
 }
 

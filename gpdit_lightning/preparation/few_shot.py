@@ -40,7 +40,7 @@ class FewShotOptions:
         metadata={
             "help": "pairs: both pictures of each pair are given; or both are made from one, at --size: grayscale (a "
             "picture to its grey version), colourisation (the way back), edges (a picture to its Canny edges), "
-            "edges_to_image (the way back); edges need pip install -e '.[edges]'"
+            "edges_to_image (the way back), copy (the picture itself: a warm-up); edges need pip install -e '.[edges]'"
         },
     )
     sources: Path | None = field(

@@ -1,0 +1,60 @@
+"""How close samplers come to the limit of many steps, on a trained model: `python -m benchmarks.samplers`.
+
+One latent frame after two, of held-out clips, from the same noise: the root mean square distance from what 600 steps of
+`adams` give. By default the demo's model: run `python -m gpdit_lightning demo` first.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpdit_lightning.data.batches import Bucket
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.diffusion import SAMPLERS, NoiseSchedule, Sampler, make_sampler
+from gpdit_lightning.generation import GenerationConfig, rollout
+from gpdit_lightning.training.checkpoints import load_trained_model
+
+STEPS = (4, 6, 8, 12, 16, 25, 50)
+LIMIT = 600
+GIVEN = 2  # latent frames
+
+
+def held_out(folder: str, clips: int, mean: Tensor, std: Tensor) -> Tensor:
+    """The beginnings of held-out clips, whitened: (B, 2, C, h, w)."""
+    manifest = Manifest.load(folder)
+    entry = next(e for e in manifest.of_split("validation") if e.kind == "video" and e.shape[0] >= GIVEN)
+    bucket = Bucket([(manifest, entry)], [GIVEN])
+    raw = [torch.from_numpy(bucket.read(number).latents.copy()) for number in range(min(clips, len(bucket)))]
+    return (torch.stack(raw).float() - mean) / std
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table as Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.samplers", description=__doc__)
+    parser.add_argument("--checkpoint", default="runs/demo/stage3_long_video", help="a run of any stage with videos")
+    parser.add_argument("--data", default="runs/demo/latents/video", help="shards with held-out videos")
+    parser.add_argument("--clips", type=int, default=16, help="how many of them")
+    options = parser.parse_args(arguments)
+
+    trained = load_trained_model(options.checkpoint)
+    mean, std = (torch.tensor(trained.codec[name])[:, None, None] for name in ("mean", "std"))
+    context, schedule = held_out(options.data, options.clips, mean, std), NoiseSchedule(**trained.schedule)
+
+    def generated(sampler: Sampler) -> Tensor:
+        return next(rollout(trained.backbone, context, 1, GenerationConfig(sampler)))
+
+    limit = generated(make_sampler("adams", LIMIT, schedule))
+    print(f"{len(context)} clips; root mean square of the limit {limit.square().mean().sqrt():.2f}\n")
+    print("| steps | " + " | ".join(str(steps) for steps in STEPS) + " |")
+    print("|---" * (1 + len(STEPS)) + "|")
+    for name in SAMPLERS:
+        if name == "stochastic":
+            continue  # another noise, another frame
+        distances = [(generated(make_sampler(name, steps, schedule)) - limit).square().mean().sqrt() for steps in STEPS]
+        print(f"| `{name}` | " + " | ".join(f"{distance:.3f}" for distance in distances) + " |")
+
+
+if __name__ == "__main__":
+    main()
