@@ -21,7 +21,9 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 CONTENTS = {path: yaml.safe_load(path.read_text()) for path in sorted(RECIPES.rglob("*.yaml"))}
 CHAINS = [path for path, content in CONTENTS.items() if "stages" in content]
 WHOLE = [
-    path for path, content in CONTENTS.items() if "class_path" in content.get("model", {}) or "demo/stage" in str(path)
+    path
+    for path, content in CONTENTS.items()
+    if "class_path" in content.get("model", {}) or "demo/stage" in str(path) or path.parent.name == "few_shot"
 ]
 OF_THE_PAPER = [path for path in WHOLE if path.parent == RECIPES]
 BASES = {RECIPES / "base.yaml", RECIPES / "size" / "h.yaml", RECIPES / "demo" / "digits.yaml"}
@@ -129,7 +131,7 @@ def test_an_overlay_fits_any_recipe(path: Path, overlay: str, capsys: pytest.Cap
 def test_it_trains_one_step_at_tiny_size(path: Path, shards: Path, tmp_path: Path) -> None:
     """The recipe as it stands, on tiny shards; only what needs hardware or real data is replaced."""
     arguments = ["--config", str(path)] + (["--config", str(TINY)] if path.parent == RECIPES else [])
-    for source in ("laion", "video", "few_shot", "ucf101"):
+    for source in ("laion", "video", "few_shot", "ucf101", "copy", "grayscale"):
         (tmp_path / "latents").mkdir(exist_ok=True)
         (tmp_path / "latents" / source).symlink_to(shards)
     arguments += [
