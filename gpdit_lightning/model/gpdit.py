@@ -43,10 +43,8 @@ class GPDiT(nn.Module, ModelHubMixin):
     """The backbone.
 
     No parameter sits directly on this module: DeepSpeed ZeRO-3 gathers those of submodules in any method, but the
-    root's only in `forward`.
-
-    `save_pretrained` and `push_to_hub` are the mixin's; what they write is said in `weights.py`. (Its PyTorch flavour
-    would open pickled weights where there are no others.)
+    root's only in `forward`. `save_pretrained` and `push_to_hub` are the mixin's; what they write is said in
+    `weights.py`. (Its PyTorch flavour would open pickled weights where there are no others.)
 
     Args:
         config: the architecture.
@@ -277,13 +275,11 @@ class GPDiT(nn.Module, ModelHubMixin):
             theta: (R,) radians.
             cache: the clean frames before. It is changed by `clean` only; None or empty: no context.
             condition: as in :meth:`forward`, for each of the R rows.
-            clean: (B, k, C, H, W), the clean frames right before this one. With a cache they are appended to it in this
-                same pass, which saves `extend`; without one they are the whole context, computed anew at every call
-                (what `of` permits without a loss of speed in F, GPDiT 4.1.2). None: all context is in the cache.
+            clean: (B, k, C, H, W), the clean frames right before this one. With a cache they are appended to it in the
+                same pass, which saves `extend`; without one they are the whole context, as in GPDiT 4.1.2.
             draws: K, how many rows share the context of a clip: row k * B + b has that of clip b.
             without_context: how many further rows have none, the last ones: R = K * B + without_context.
-            compiled: run blocks that torch.compile has fused, one graph for each shape of a pass: where the cache rolls
-                two of them serve all frames.
+            compiled: run blocks that torch.compile has fused; where the cache rolls, four graphs serve all frames.
 
         Returns:
             velocity (R, C, H, W), equal to this frame's of :meth:`forward`.
@@ -312,7 +308,7 @@ class GPDiT(nn.Module, ModelHubMixin):
         memories = cache.memories(new_frames) if cache is not None else [None] * self.config.layers
         for layer, (block, memory) in enumerate(zip(self.blocks, memories, strict=True), start=1):
             skip = streams.noisy_start if layer == self.config.layers else 0
-            x = (compiled_call()(block, x, streams, skip, memory)) if compiled else block(x, streams, skip, memory)
+            x = compiled_call()(block, x, streams, skip, memory) if compiled else block(x, streams, skip, memory)
         if cache is not None:
             cache.frames += new_frames
         return self._finish(x, streams, noisy)[:, 0]
