@@ -107,17 +107,23 @@ def transformer(
         angle = torch.cat((angle.new_zeros(len(prefix)), angle))
     x = turn_hidden(x, angle, config, "input")
     mask = dense_mask(blocks, config.attention, sizes, window)
-    # Where every token stands: for itself, and as every asking block sees it.
-    own = [(place_of(block, block, window), *spot) for block in blocks for spot in spots(block, places, len(prefix))]
-    seen = [
-        [(place_of(block, asking, window), *spot) for block in blocks for spot in spots(block, places, len(prefix))]
-        for asking in blocks
-    ]
+
+    # Where every token stands: for itself, and as every asking block sees it (mostly the same for all of them).
+    def positions(frames: Sequence[int]) -> list[Position]:
+        return [
+            (frame, *spot)
+            for frame, block in zip(frames, blocks, strict=True)
+            for spot in spots(block, places, len(prefix))
+        ]
+
+    own = positions([place_of(block, block, window) for block in blocks])
+    seen = [tuple(place_of(block, asking, window) for block in blocks) for asking in blocks]
+    tables = {frames: positions(frames) for frames in set(seen)}
     for layer in range(config.layers if layers is None else layers):
         weights = {name.removeprefix(f"blocks.{layer}."): value for name, value in parameters.items()}
         x = turn_hidden(x, angle, config, "residual")
         h = turn_hidden(rms_norm(x, weights["attention_norm.weight"], config), angle, config, "branch")
-        h = attention(weights, config, h, sizes, own, seen, mask)
+        h = attention(weights, config, h, sizes, own, seen, tables, mask)
         x = x + turn_hidden(h, angle, config, "branch output")
         h = turn_hidden(rms_norm(x, weights["mlp_norm.weight"], config), angle, config, "branch")
         h = gelu(h @ weights["mlp.up.weight"].T) @ weights["mlp.down.weight"].T
@@ -152,7 +158,8 @@ def attention(
     h: Tensor,
     sizes: list[int],
     positions: list[Position],
-    seen_positions: list[list[Position]],
+    seen: list[tuple[int, ...]],
+    tables: dict[tuple[int, ...], list[Position]],
     mask: Tensor,
 ) -> Tensor:
     """Masked softmax attention, head after head, and asking block after block: (tokens, D) -> (tokens, D)."""
@@ -165,12 +172,10 @@ def attention(
         key = rms_norm(h @ key_weight[channels].T, own["key_norm.weight"], config)
         value = h @ value_weight[channels].T
         query = turn_positions(query, positions, config)
-        turned: dict[tuple[Position, ...], Tensor] = {}
+        turned = {frames: turn_positions(key, table, config) for frames, table in tables.items()}
         rows = []
-        for asking, seen, visible in zip(query.split(sizes), seen_positions, mask.split(sizes), strict=True):
-            if tuple(seen) not in turned:
-                turned[tuple(seen)] = turn_positions(key, seen, config)
-            scores = asking @ turned[tuple(seen)].T / math.sqrt(head_width)
+        for asking, frames, visible in zip(query.split(sizes), seen, mask.split(sizes), strict=True):
+            scores = asking @ turned[frames].T / math.sqrt(head_width)
             scores = scores.masked_fill(~visible, -math.inf)
             weights = (scores - scores.amax(dim=1, keepdim=True)).exp()
             rows.append(weights / weights.sum(dim=1, keepdim=True) @ value)
