@@ -3,7 +3,7 @@
 from gpdit_lightning.diffusion.guidance import Guidance
 from gpdit_lightning.diffusion.loss import QuartileLoss, VelocityLoss, velocity_loss
 from gpdit_lightning.diffusion.noise_levels import NoiseSchedule
-from gpdit_lightning.diffusion.rotation import NoisySample, noise_from, rotate_back, rotate_to, x0_from
+from gpdit_lightning.diffusion.rotation import NoisySample, noise_from, rotate_to, x0_from
 from gpdit_lightning.diffusion.samplers import (
     SAMPLERS,
     AdamsSampler,
@@ -34,7 +34,6 @@ __all__ = [
     "VelocityLoss",
     "make_sampler",
     "noise_from",
-    "rotate_back",
     "rotate_to",
     "velocity_loss",
     "x0_from",

@@ -44,11 +44,3 @@ def noise_from(noisy: Tensor, velocity: Tensor, theta: Tensor) -> Tensor:
     """The noise that a velocity implies: the second row of R(theta)^-1."""
     cos, sin = _cos_sin(theta, noisy)
     return sin * noisy + cos * velocity
-
-
-def rotate_back(noisy: Tensor, velocity: Tensor, step: Tensor) -> Tensor:
-    """Turn a noisy latent towards its clean end by the angle `step`: cos(step) noisy - sin(step) velocity.
-
-    With the implied x0 and eps held fixed this is where the same pair stands at theta - step: a DDIM step.
-    """
-    return x0_from(noisy, velocity, step)
