@@ -16,11 +16,12 @@ ALLOWED = {
     "media": set(),
     "preparation": {"codecs", "data", "media"},
     "generation": {"model", "diffusion", "codecs", "data", "media"},
+    "evaluation": {"model", "diffusion", "codecs", "data", "media", "generation"},
     "training": {"model", "diffusion", "data", "generation", "codecs", "media"},
     "stages": {"model", "diffusion", "data", "training"},
 }
 # Rooms that must work where Lightning is not installed, but for the one file that is its bridge.
-WITHOUT_LIGHTNING = {"model", "diffusion", "codecs", "data", "media", "preparation", "generation"}
+WITHOUT_LIGHTNING = {"model", "diffusion", "codecs", "data", "media", "preparation", "generation", "evaluation"}
 BRIDGE = PACKAGE / "data" / "datamodule.py"
 # How a model is shared: all that the network needs besides torch, and where.
 SHARING = {"gpdit.py": {"huggingface_hub"}, "weights.py": {"safetensors"}}

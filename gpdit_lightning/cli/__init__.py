@@ -17,6 +17,12 @@ VERBS = {
     "test": ("fit", "the same, named test/loss"),
     "sample": ("sample", "continue a video with a trained model"),
     "transform": ("transform", "do to pictures what examples show, with a model trained on such pairs"),
+    "evaluate": (
+        "evaluate",
+        "continue the videos of a data set and score them: FVD, FID, IS, precision, recall, PSNR, SSIM",
+    ),
+    "probe": ("probe", "say how much of a video's class each layer's features know, by a linear probe"),
+    "features": ("features", "write the features of videos for another model to train on"),
     "estimate": ("estimate", "say what a recipe needs: memory on each GPU, FLOPs, days; and what would fit"),
     "export": ("export", "write the model of a checkpoint as a folder to share: safetensors, config.json, a card"),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import omegaconf
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -32,9 +32,6 @@ from gpdit_lightning.training.stopping import ranks_end_together
 from gpdit_lightning.training.strategies import OF_LIGHTNING
 
 log = logging.getLogger(__name__)
-
-# Every field's docstring becomes its help.
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class SaveRecipe(Callback):

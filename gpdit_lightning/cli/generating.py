@@ -17,7 +17,7 @@ from gpdit_lightning.training.checkpoints import TrainedModel, load_trained_mode
 PRECISIONS = {"32": None, "bf16": torch.bfloat16}
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults; where there is none, the text says what that means."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -27,7 +27,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def parser_of(verb: str, description: str) -> argparse.ArgumentParser:
     """A parser that asks for the checkpoint to generate with."""
     options = argparse.ArgumentParser(
-        prog=f"python -m gpdit_lightning {verb}", description=description, formatter_class=_Help
+        prog=f"python -m gpdit_lightning {verb}", description=description, formatter_class=Help
     )
     options.add_argument("--checkpoint", required=True, help="a checkpoint, a run folder or an exported folder")
     return options
@@ -48,7 +48,17 @@ def add_generation(add: Callable[..., Any]) -> None:
         metavar=("FROM", "TO"),
         help="noise levels that are guided: 1 is pure noise, 0 a clean frame",
     )
+    add_precision(add)
+    add_opening(add)
+
+
+def add_precision(add: Callable[..., Any]) -> None:
+    """Add the precision of products."""
     add("--precision", default="auto", choices=["auto", *PRECISIONS], help="of products; auto is bf16 on CUDA, else 32")
+
+
+def add_opening(add: Callable[..., Any]) -> None:
+    """Add the options of :func:`opened`."""
     add("--weights", default="ema", choices=["ema", "raw"], help="averaged or last trained weights")
     add("--codec_source", help="where the codec's weights are now, if they moved since preparation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -65,10 +75,8 @@ def opened(options: argparse.Namespace) -> tuple[TrainedModel, Codec]:
     return trained, load_codec_from_spec(trained.codec, device, options.codec_source, where=str(options.checkpoint))
 
 
-def config_of(
-    options: argparse.Namespace, trained: TrainedModel, label_guidance: float = 1.0, **rest: Any
-) -> GenerationConfig:
-    """How to generate, as the options say; `rest` are further fields."""
+def config_of(options: Any, trained: TrainedModel, label_guidance: float = 1.0, **rest: Any) -> GenerationConfig:
+    """How to generate, as options of the names of :func:`add_generation` say; `rest` are further fields."""
     precision = options.precision
     if precision == "auto":
         precision = "bf16" if next(trained.backbone.parameters()).is_cuda else "32"

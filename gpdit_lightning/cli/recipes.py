@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.training.optimizer import OptimizerConfig
+
+# Every field's docstring becomes its help.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PREFIX = "the recipe or the command line cannot be used: "
 NESTED_OPTIONS = {"backbone": GPDiTConfig, "schedule": NoiseSchedule, "optimizer": OptimizerConfig}

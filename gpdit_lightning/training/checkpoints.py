@@ -217,6 +217,12 @@ def whole_checkpoint(path: str | Path, verify: bool = False) -> Path:
     return path
 
 
+def place_of_weights(path: str | Path) -> Path:
+    """The exported folder at a path, or else the checkpoint that it means; raises as :func:`whole_checkpoint`."""
+    path = Path(path)
+    return path if is_folder_of_weights(path) else whole_checkpoint(path)
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a training checkpoint, memory-mapped; objects other than tensors and plain values are refused.
 

@@ -1,0 +1,274 @@
+"""`evaluate`: continue the videos of a data set, and score what comes (GPDiT, section 5.2)."""
+
+import json
+import logging
+import platform
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ActionConfigFile
+from torch import Tensor
+from tqdm import tqdm
+
+from gpdit_lightning.cli.generating import config_of, trained_sizes
+from gpdit_lightning.cli.recipes import RecipeParser, with_bases
+from gpdit_lightning.codecs import load_codec_from_spec
+from gpdit_lightning.diffusion import NoiseSchedule
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.chunks import TRUTH, ChunkFiles, Networks, Task, chunks_of, judge, of_seed, write_chunk
+from gpdit_lightning.evaluation.networks import NetworkFile, open_image_network, open_video_network
+from gpdit_lightning.evaluation.report import Network, Protocol, draw_self_checks, library_versions
+from gpdit_lightning.evaluation.scores import report_of
+from gpdit_lightning.evaluation.videos import Selection, select_videos
+from gpdit_lightning.files import held_by_one_process, written_whole
+from gpdit_lightning.media.video import write_video
+from gpdit_lightning.preparation.prepare import available_device, rank_of_process
+from gpdit_lightning.training.checkpoints import TrainedModel, identity_of, load_trained_model, place_of_weights
+
+log = logging.getLogger(__name__)
+
+PROTOCOL, CHUNKS, VIDEOS, LOCK = "protocol.json", "chunks", "videos", ".lock"
+FPS = 8  # of kept videos
+LEAST = {"count": 2, "generated_frames": 1, "chunk": 1, "self_check_videos": 0, "keep_videos": 0}
+# What a report says of the protocol, and what does not change the scores.
+ONLY_SAID = {"checkpoint", "hardware"}
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What to evaluate, on which videos, and by whose eyes."""
+
+    checkpoint: str
+    """A checkpoint, a run folder or an exported folder."""
+    videos: list[str]
+    """Folders of videos, searched in depth, and single videos."""
+    data: str
+    """The data set's name, for the report."""
+    out: str
+    """Folder for the results and for what they are made of; the same command goes on in it."""
+    count: int = 10000
+    """Videos to continue (paper: 10,000 of UCF-101, 7,000 of MSR-VTT)."""
+    selection_seed: int = 0
+    """Of the drawing of videos, by a hash of their names."""
+    context_frames: int = 5
+    """Frames that are given, 1 + 4k (paper: 5)."""
+    generated_frames: int = 12
+    """Frames to generate (paper: 12)."""
+    stride: int | None = None
+    """Every stride-th frame of a video; by default as the checkpoint was trained."""
+    size: str | None = None
+    """HEIGHTxWIDTH in pixels, one that was trained on; needed where there are several."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Of the noise: every seed continues all videos, and scores are given as mean and deviation over them."""
+    sampler: str = "rotation"
+    """From noise to a frame; see docs/generation.md."""
+    steps: int = 25
+    """Sampler steps for each latent frame."""
+    guidance: float = 1.0
+    """Scale over the context (paper: 1.2 for H, 2.0 for B)."""
+    guidance_levels: tuple[float, float] = (0.0, 1.0)
+    """Noise levels that are guided."""
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    """Of products; auto is bf16 on CUDA, else 32."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Averaged or last trained weights."""
+    codec_source: str | None = None
+    """Where the codec's weights are now, if they moved since preparation."""
+    video_network: NetworkFile | None = None
+    """The I3D network behind FVD, precision and recall; without, these are left out."""
+    image_network: NetworkFile | None = None
+    """The Inception network behind FID; without, it is left out."""
+    classifier: NetworkFile | None = None
+    """The classifier behind IS, where the image network does not know classes."""
+    fvd_frames: Literal["all", "generated"] = "all"
+    """Whether the video network sees the context too (paper: entire videos)."""
+    self_check_videos: int = 512
+    """Videos whose truth is made noisy and blurred, to see the distances rise; 0 for none."""
+    keep_videos: int = 0
+    """Continuations to keep as mp4, of the first so many videos, beside their truth."""
+    chunk: int = 16
+    """Videos side by side, and lost at most when a process is killed; scores do not depend on processes, but their last
+    digits do on this."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
+def read_options(arguments: Sequence[str]) -> EvaluationOptions:
+    """The options of the command line and its recipes; raises `InputError` for those that cannot be used."""
+    parser = RecipeParser(
+        prog="python -m gpdit_lightning evaluate",
+        description="Continue the videos of a data set and score the result: FID, IS, FVD, precision, recall, PSNR and "
+        "SSIM, with self-checks. Under torchrun or srun the processes share the work; ended anywhere, the same command "
+        "goes on. See docs/evaluation.md.",
+        parser_mode="omegaconf+",
+    )
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="A recipe; later ones override.")
+    parser.add_argument("--base", type=str | list[str], default=[], help="Recipes that this one builds on.")
+    parser.add_class_arguments(EvaluationOptions)
+    settings = parser.instantiate_classes(parser.parse_args(with_bases(arguments)))
+    options = EvaluationOptions(**{field.name: settings[field.name] for field in fields(EvaluationOptions)})
+    for name, least in (
+        ("count", 1),
+        ("generated_frames", 1),
+        ("chunk", 1),
+        ("self_check_videos", 0),
+        ("keep_videos", 0),
+    ):
+        if getattr(options, name) < least:
+            raise InputError(f"{name} is {getattr(options, name)}: give at least {least}.")
+    if not options.seeds or min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
+        raise InputError(f"the seeds are {options.seeds}: give one or more, each once, from 0 on.")
+    return options
+
+
+def run(verb: str, arguments: Sequence[str]) -> None:
+    """Continue, look, and write the report when nothing is left to do."""
+    options = read_options(arguments)
+    rank, ranks, local_rank = rank_of_process()
+    device = available_device(options.device)
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", local_rank)
+    trained = load_trained_model(options.checkpoint, device, options.weights)
+    codec = load_codec_from_spec(trained.codec, device, options.codec_source, where=options.checkpoint)
+    codec.latent_frames(options.context_frames)
+    networks = open_networks(options, device)
+    task = task_of(options, trained)
+    selection = select_videos(
+        options.videos, options.count, options.selection_seed, 1 + (task.frames - 1) * task.stride
+    )
+    protocol = protocol_of(options, task, trained, selection, networks)
+    out = Path(options.out)
+    agree_on(out / PROTOCOL, protocol, {"chunk": options.chunk, "self_check_videos": options.self_check_videos})
+
+    chunks = chunks_of(selection, options.chunk)
+    files = {chunk: out / CHUNKS / f"{chunk.start:06d}.safetensors" for chunk in chunks}
+    mine = [chunk for chunk in chunks[rank::ranks] if not files[chunk].exists()]
+    keep = keeper(out / VIDEOS, options.keep_videos, task, selection.names)
+    with tqdm(total=sum(len(chunk.names) for chunk in mine), desc="continuing", unit=" videos") as bar:
+        for chunk in mine:
+            write_chunk(files[chunk], *judge(chunk, task, trained.backbone, codec, networks, keep))
+            bar.update(len(chunk.names))
+    if not all(path.exists() for path in files.values()):
+        log.info("done; the process that ends last writes the results, or the same command once more")
+        return
+    with suppress(BlockingIOError), held_by_one_process(out / LOCK):
+        found = ChunkFiles(list(files.values()))
+        report = report_of(found, protocol, lost=set(selection.names) - set(found.names))
+        report.write(out)
+        if report.self_checks:
+            draw_self_checks(report, out / "self_checks.png")
+        print(report.to_markdown())
+
+
+def open_networks(options: EvaluationOptions, device: torch.device) -> Networks:
+    """The networks that the options name; raises `InputError` as their functions do, or for none at all."""
+    if options.classifier is not None and options.image_network is None:
+        raise InputError("a classifier is given without an image_network: give both, since frames pass them together.")
+    video = open_video_network(options.video_network, device) if options.video_network else None
+    image = open_image_network(options.image_network, device, options.classifier) if options.image_network else None
+    for name, network in (("video_network", video), ("image_network", image)):
+        if network is None:
+            log.warning("warning: no %s is given, so its scores are left out", name)
+    return Networks(video, image)
+
+
+def task_of(options: EvaluationOptions, trained: TrainedModel) -> Task:
+    """What is done to every video.
+
+    Raises:
+        InputError: no size where several were trained on, or frames that the networks cannot see.
+    """
+    sizes = trained_sizes(options.size, trained)
+    if len(sizes) > 1:
+        known = ", ".join(f"{height}x{width}" for height, width in sizes)
+        raise InputError(f"the checkpoint was trained on {known}: give one of them as size, since scores are of one.")
+    return Task(
+        context_frames=options.context_frames,
+        generated_frames=options.generated_frames,
+        stride=options.stride or trained.geometry["stride"],
+        size=sizes[0],
+        seeds=tuple(options.seeds),
+        generation=config_of(options, trained),
+        video_of_all=options.fvd_frames == "all",
+        self_check_videos=options.self_check_videos,
+    )
+
+
+def protocol_of(
+    options: EvaluationOptions, task: Task, trained: TrainedModel, selection: Selection, networks: Networks
+) -> Protocol:
+    """All that the scores depend on."""
+    roles = {
+        "video": networks.video,
+        "image": networks.image,
+        "classifier": networks.image and networks.image.classifier,
+    }
+    device = next(trained.backbone.parameters()).device
+    return Protocol(
+        data=options.data,
+        choice=f"the first by a hash of their names and the seed {options.selection_seed} of those that are long "
+        "enough; a clip begins with its video",
+        split_sha256=selection.sha256,
+        videos=len(selection.names),
+        context_frames=task.context_frames,
+        generated_frames=task.generated_frames,
+        fvd_frames=options.fvd_frames,
+        size=task.size,
+        stride=task.stride,
+        resize="short side scaled, then cropped in the middle",
+        sampler=options.sampler,
+        steps=options.steps,
+        guidance=task.generation.guidance,
+        schedule=NoiseSchedule(**trained.schedule),
+        seeds=task.seeds,
+        precision=str(task.generation.precision or torch.float32).removeprefix("torch."),
+        checkpoint=options.checkpoint,
+        checkpoint_sha256=identity_of(place_of_weights(options.checkpoint)),
+        step=trained.step,
+        weights=trained.backbone.facts.get("weights", options.weights),
+        codec=trained.codec["name"],
+        codec_sha256=trained.codec["fingerprint"],
+        networks={
+            role: Network(network.name, network.path.name, network.sha256, network.preprocessing)
+            for role, network in roles.items()
+            if network is not None
+        },
+        versions=library_versions(),
+        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+    )
+
+
+def agree_on(path: Path, protocol: Protocol, own: dict[str, Any]) -> None:
+    """Note what a folder's chunks are made by, or see that they are made so.
+
+    Raises:
+        InputError: they are made otherwise.
+    """
+    text = json.dumps(asdict(protocol) | own, indent=2)
+    if not path.exists():
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    there, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+    for name in wanted.keys() - ONLY_SAID:
+        if there.get(name) != wanted[name]:
+            raise InputError(
+                f"{path.parent} holds an evaluation with another {name} ({there.get(name)}, not {wanted[name]}): give "
+                "another --out, or remove that folder."
+            )
+
+
+def keeper(folder: Path, most: int, task: Task, first: Sequence[str]) -> Callable[[str, Sequence[str], Tensor], None]:
+    """What writes the truth and the continuations of the first videos as mp4."""
+    wanted = set(first[:most])
+
+    def keep(subject: str, names: Sequence[str], videos: Tensor) -> None:
+        if subject == TRUTH or subject in map(of_seed, task.seeds):
+            for name, video in zip(names, videos, strict=True):
+                if name in wanted:
+                    write_video(folder / subject.replace(" ", "_") / f"{Path(name).with_suffix('')}.mp4", video, FPS)
+
+    return keep

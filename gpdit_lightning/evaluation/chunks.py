@@ -1,0 +1,241 @@
+"""A chunk of videos: its truth, what the model makes of it, and what the networks see in both (GPDiT, section 5.2).
+
+Chunks are of fixed videos, whatever the number of processes, and all that scores are made of is written to one file for
+each. So a process may end anywhere, and any number of them come to the same scores.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpdit_lightning.codecs import Codec
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.metrics import psnr, ssim
+from gpdit_lightning.evaluation.networks import ImageNetwork, VideoNetwork
+from gpdit_lightning.evaluation.self_checks import BLUR_LEVELS, NOISE_LEVELS, blurred, noisy
+from gpdit_lightning.evaluation.videos import Selection, read_clip
+from gpdit_lightning.files import written_whole
+from gpdit_lightning.generation import GenerationConfig, continue_video
+from gpdit_lightning.media.images import Size
+from gpdit_lightning.model import GPDiT
+
+TRUTH, CODEC, REPEATED = "truth", "codec", "repeated"
+
+
+def of_seed(seed: int) -> str:
+    """What the videos of a seed are called among the subjects."""
+    return f"seed {seed}"
+
+
+NOISE = tuple(f"noise {level:g}" for level in NOISE_LEVELS)
+BLUR = tuple(f"blur {level:g}" for level in BLUR_LEVELS)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is done to every video.
+
+    Attributes:
+        context_frames, generated_frames: in pixel frames.
+        stride: of the clip in its video.
+        size: (height, width) in pixels.
+        seeds: the continuations of every video.
+        generation: how they come about.
+        video_of_all: the video network sees the context too, the same in truth and result.
+        self_check_videos: the first so many are distorted as well.
+    """
+
+    context_frames: int
+    generated_frames: int
+    stride: int
+    size: Size
+    seeds: tuple[int, ...]
+    generation: GenerationConfig
+    video_of_all: bool = True
+    self_check_videos: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Of a clip."""
+        return self.context_frames + self.generated_frames
+
+    def clip(self, path: Path) -> Tensor:
+        """The truth: the beginning of a video, uint8 (T, 3, H, W); raises as `read_clip`."""
+        return read_clip(path, self.frames, self.stride, self.size)
+
+
+class Networks(NamedTuple):
+    """What sees the videos; None for scores that are not asked for."""
+
+    video: VideoNetwork | None
+    image: ImageNetwork | None
+
+
+class Chunk(NamedTuple):
+    """Videos that are judged side by side.
+
+    Attributes:
+        start: number of the first in the selection.
+        names, paths: of the selection.
+    """
+
+    start: int
+    names: tuple[str, ...]
+    paths: tuple[Path, ...]
+
+
+def chunks_of(selection: Selection, size: int) -> list[Chunk]:
+    """The selection in chunks of `size` videos, the last one of what is left."""
+    return [
+        Chunk(start, selection.names[start : start + size], selection.paths[start : start + size])
+        for start in range(0, len(selection.names), size)
+    ]
+
+
+def judge(
+    chunk: Chunk,
+    task: Task,
+    model: GPDiT,
+    codec: Codec,
+    networks: Networks,
+    keep: Callable[[str, Sequence[str], Tensor], None] = lambda subject, names, videos: None,
+) -> tuple[list[str], dict[str, Tensor]]:
+    """All that scores are made of.
+
+    Args:
+        chunk: whose videos.
+        task: what is done to them.
+        model: in evaluation mode.
+        codec: the model's.
+        networks: that look.
+        keep: is shown every subject's name, the names of its videos and these, uint8 (B, T, 3, H, W).
+
+    Returns:
+        The names of the videos that could be read, and, by "SUBJECT/WHAT", what was found in them: see :func:`seen`.
+    """
+    read: dict[str, Tensor] = {}
+    for name, path in zip(chunk.names, chunk.paths, strict=True):
+        # Where a header promised more than there is, the video is lost, and the report says so.
+        with suppress(InputError):
+            read[name] = task.clip(path)
+    names, found = list(read), {}
+    if names:
+        truth = torch.stack(list(read.values()))
+        for subject, videos in subjects(chunk.start, names, truth, task, model, codec):
+            keep(subject, names, videos)
+            for what, values in seen(videos, truth[: len(videos)], task, networks).items():
+                found[f"{subject}/{what}"] = values
+    return names, found
+
+
+def subjects(
+    start: int, names: Sequence[str], truth: Tensor, task: Task, model: GPDiT, codec: Codec
+) -> Iterator[tuple[str, Tensor]]:
+    """The truth, what bounds a model from above and below, its continuations, and the distorted truth."""
+    context = truth[:, : task.context_frames]
+    yield TRUTH, truth
+    # The codec wants 1 + 4k frames: fill up with the last one, and drop what came of it.
+    surplus = -(truth.shape[1] - 1) % codec.temporal_factor
+    padded = torch.cat((truth, truth[:, -1:].expand(-1, surplus, -1, -1, -1)), dim=1)
+    yield CODEC, codec.decode(codec.encode(padded))[:, : truth.shape[1]].cpu()
+    yield REPEATED, torch.cat((context, context[:, -1:].expand(-1, task.generated_frames, -1, -1, -1)), dim=1)
+    for seed in task.seeds:
+        seeds = [seed_of(name, seed) for name in names]
+        yield (
+            of_seed(seed),
+            continue_video(model, codec, context, task.generated_frames, task.generation, seeds=seeds).pixels,
+        )
+    checked = truth[: max(0, task.self_check_videos - start)]
+    if len(checked):
+        seeds = [seed_of(name, 0) for name in names[: len(checked)]]
+        for subject, deviation in zip(NOISE, NOISE_LEVELS, strict=True):
+            yield subject, noisy(checked, deviation, seeds)
+        for subject, sigma in zip(BLUR, BLUR_LEVELS, strict=True):
+            yield subject, blurred(checked, sigma)
+
+
+def seed_of(name: str, seed: int) -> int:
+    """The noise of a video depends on its name and the seed alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4])
+
+
+@torch.inference_mode()
+def seen(videos: Tensor, truth: Tensor, task: Task, networks: Networks) -> dict[str, Tensor]:
+    """What the networks see in videos, and how far these are from the truth.
+
+    Args:
+        videos, truth: uint8 (B, T, 3, H, W).
+        task: which frames are generated.
+        networks: that look.
+
+    Returns:
+        `video` (B, n); of the T' generated frames alone `image` (B, T', n), `classes` (B, T', k), `psnr` and `ssim`
+        (B,); float32, on the CPU, without what there is no network for.
+    """
+    generated, true = (clip[:, task.context_frames :] for clip in (videos, truth))
+    found = {"psnr": psnr(generated, true), "ssim": ssim(generated, true)}
+    if networks.video is not None:
+        found["video"] = networks.video(videos if task.video_of_all else generated)
+    if networks.image is not None:
+        features, probabilities = networks.image.features_and_probabilities(generated.flatten(0, 1))
+        found["image"] = features.unflatten(0, generated.shape[:2])
+        if probabilities is not None:
+            found["classes"] = probabilities.unflatten(0, generated.shape[:2])
+    return {name: values.float().cpu().contiguous() for name, values in found.items()}
+
+
+def write_chunk(path: Path, names: Sequence[str], found: dict[str, Tensor]) -> None:
+    """Write what :func:`judge` found, whole or not at all."""
+    with written_whole(path) as temporary:
+        save_file(found, temporary, metadata={"names": json.dumps(list(names))})
+
+
+class ChunkFiles:
+    """What was found in all chunks, read one chunk at a time, in their order.
+
+    Args:
+        paths: of the files.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self.names: list[str] = []
+        self.keys: set[str] = set()
+        for path in paths:
+            try:
+                with safe_open(path, "pt") as file:
+                    self.names += json.loads(file.metadata()["names"])
+                    self.keys |= set(file.keys())
+            except (SafetensorError, KeyError, TypeError) as error:
+                raise InputError(f"{path} is damaged ({error}): delete it and run the same command again.") from None
+
+    def values(self, subject: str, what: str, as_of: str | None = None) -> Iterator[Tensor]:
+        """What was found in a subject, chunk by chunk; nothing where nothing was.
+
+        Args:
+            subject: such as "truth".
+            what: such as "video".
+            as_of: only the videos that this other subject was made of.
+        """
+        for path in self.paths:
+            with safe_open(path, "pt") as file:
+                keys = {subject: f"{subject}/{what}", as_of: f"{as_of or subject}/{what}"}
+                if all(key in file.keys() for key in keys.values()):  # noqa: SIM118 (it is no dictionary)
+                    length = file.get_slice(keys[as_of]).get_shape()[0]
+                    yield file.get_tensor(keys[subject])[:length]
+
+    def has(self, subject: str, what: str) -> bool:
+        """Whether anything was found."""
+        return f"{subject}/{what}" in self.keys

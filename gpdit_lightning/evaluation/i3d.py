@@ -1,0 +1,225 @@
+"""The network behind FVD: Inflated 3D Inception-v1 (Carreira & Zisserman 2017, figure 3), trained on Kinetics-400.
+
+It follows the TF-Hub module `deepmind/i3d-kinetics-400` that FVD was defined with (Unterthiner et al. 2018). Modules
+bear that network's names, so that its weights need no table of names.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gpdit_lightning.errors import InputError
+
+LEAST_FRAMES = 10
+SIDE = 224  # pixels along each side of what the network sees
+CLASSES = 400
+PREPROCESSING = f"short side to {SIDE} bilinear without antialiasing, centre crop, values in [-1, 1]"
+
+# Channels of each block's four branches: 1x1x1; 1x1x1 then 3x3x3, twice; 1x1x1 after max pooling.
+MIXED = {
+    "3b": (64, (96, 128), (16, 32), 32),
+    "3c": (128, (128, 192), (32, 96), 64),
+    "4b": (192, (96, 208), (16, 48), 64),
+    "4c": (160, (112, 224), (24, 64), 64),
+    "4d": (128, (128, 256), (24, 64), 64),
+    "4e": (112, (144, 288), (32, 64), 64),
+    "4f": (256, (160, 320), (32, 128), 128),
+    "5b": (256, (160, 320), (32, 128), 128),
+    "5c": (384, (192, 384), (48, 128), 128),
+}
+POOLED_BEFORE = {"4b": 3, "5b": 2}  # blocks that max pooling of such a size and stride 2 goes before
+
+
+def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], value: float = 0.0) -> Tensor:
+    """TensorFlow's padding "SAME": ceil(length / stride) outputs along each axis, an odd remainder at the end.
+
+    Args:
+        x: (B, C, T, H, W).
+        kernel, stride: along (T, H, W).
+        value: to pad with.
+    """
+    pads: list[int] = []
+    for length, size, step in zip(x.shape[2:], kernel, stride, strict=True):
+        missing = max((-(-length // step) - 1) * step + size - length, 0)
+        pads = [missing // 2, missing - missing // 2, *pads]  # F.pad starts from the last axis
+    return F.pad(x, pads, value=value) if any(pads) else x
+
+
+class Unit(nn.Module):
+    """Convolution, batch normalisation by stored statistics without a scale (epsilon 0.001), ReLU."""
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, channels: int, out_channels: int, size: int, stride: int = 1) -> None:
+        super().__init__()
+        self.size, self.stride = (size,) * 3, (stride,) * 3
+        self.weight = nn.Parameter(torch.zeros(out_channels, channels, *self.size))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.register_buffer("mean", torch.zeros(out_channels))
+        self.register_buffer("var", torch.ones(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, C', T', H', W'), the lengths divided by the stride and rounded up."""
+        x = F.conv3d(pad_same(x, self.size, self.stride), self.weight, stride=self.stride)
+        return F.batch_norm(x, self.mean, self.var, bias=self.bias, eps=1e-3).relu_()
+
+
+class MaxPool(nn.Module):
+    """Max pooling with padding "SAME", which never wins."""
+
+    def __init__(self, size: int | Sequence[int], stride: int | Sequence[int]) -> None:
+        super().__init__()
+        self.size = (size,) * 3 if isinstance(size, int) else tuple(size)
+        self.stride = (stride,) * 3 if isinstance(stride, int) else tuple(stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, C, T', H', W'), the lengths divided by the stride and rounded up."""
+        return F.max_pool3d(pad_same(x, self.size, self.stride, -torch.inf), self.size, self.stride)
+
+
+class Mixed(nn.Module):
+    """An inception block: four branches side by side."""
+
+    def __init__(self, channels: int, first: int, second: tuple[int, int], third: tuple[int, int], last: int) -> None:
+        super().__init__()
+        self.Branch_0 = _chain(Conv3d_0a_1x1=Unit(channels, first, 1))
+        self.Branch_1 = _chain(Conv3d_0a_1x1=Unit(channels, second[0], 1), Conv3d_0b_3x3=Unit(*second, 3))
+        self.Branch_2 = _chain(Conv3d_0a_1x1=Unit(channels, third[0], 1), Conv3d_0b_3x3=Unit(*third, 3))
+        self.Branch_3 = _chain(MaxPool3d_0a_3x3=MaxPool(3, 1), Conv3d_0b_1x1=Unit(channels, last, 1))
+        self.channels = first + second[1] + third[1] + last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, `channels`, T, H, W)."""
+        return torch.cat([branch(x) for branch in self.children()], dim=1)
+
+
+class I3D(nn.Module):
+    """Videos to the logits of Kinetics-400's 400 classes, which FVD takes for features.
+
+    It means nothing until its weights are loaded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = _chain(
+            Conv3d_1a_7x7=Unit(3, 64, 7, 2),
+            MaxPool3d_2a_3x3=MaxPool((1, 3, 3), (1, 2, 2)),
+            Conv3d_2b_1x1=Unit(64, 64, 1),
+            Conv3d_2c_3x3=Unit(64, 192, 3),
+            MaxPool3d_3a_3x3=MaxPool((1, 3, 3), (1, 2, 2)),
+        )
+        channels = 192
+        for name, branches in MIXED.items():
+            if name in POOLED_BEFORE:
+                self.layers.add_module(f"MaxPool3d_{name[0]}a", MaxPool(POOLED_BEFORE[name], 2))
+            block = Mixed(channels, *branches)
+            self.layers.add_module(f"Mixed_{name}", block)
+            channels = block.channels
+        self.head = nn.Conv3d(channels, CLASSES, 1)
+
+    @classmethod
+    def from_safetensors(cls, path: str | Path) -> Self:
+        """The network with the weights of a file in Flax's layout, in evaluation mode.
+
+        Its keys are those of :meth:`flax_tensors`; nothing may be missing, left over or of another shape.
+
+        Raises:
+            InputError: unreadable, or not the weights of this network.
+        """
+        cure = "give the I3D weights of Kinetics-400 in Flax's layout"
+        try:
+            stored = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is no readable safetensors file ({error}): {cure}.") from None
+        network = cls()
+        tensors = network.flax_tensors()
+        differing = sorted(tensors.keys() ^ stored.keys())
+        if differing:
+            what = f"lacks {differing[0]}" if differing[0] in tensors else f"has {differing[0]}, unknown to I3D"
+            raise InputError(f"{path} {what} ({len(differing)} tensors too few or too many): {cure}.")
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                if stored[key].shape != tensor.shape:
+                    raise InputError(
+                        f"{path} has {key} of shape {tuple(stored[key].shape)} where I3D's is {tuple(tensor.shape)}: "
+                        f"{cure}."
+                    )
+                tensor.copy_(stored[key])
+        return network.eval().requires_grad_(False)
+
+    def flax_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the network by its name in Flax, as a view in Flax's layout.
+
+        Kernels are (T, H, W, in, out), statistics (1, 1, 1, 1, channels), biases (channels,).
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, unit in self.layers.named_modules():
+            if isinstance(unit, Unit):
+                tensors[f"params.{name}.Conv_0.kernel"] = unit.weight.permute(2, 3, 4, 1, 0)
+                tensors[f"params.{name}.BatchNorm_0.bias"] = unit.bias
+                tensors[f"batch_stats.{name}.BatchNorm_0.mean"] = unit.mean.view(1, 1, 1, 1, -1)
+                tensors[f"batch_stats.{name}.BatchNorm_0.var"] = unit.var.view(1, 1, 1, 1, -1)
+        tensors["params.Logits.Conv3d_0c_1x1.Conv_0.kernel"] = self.head.weight.permute(2, 3, 4, 1, 0)
+        tensors["params.Logits.Conv3d_0c_1x1.Conv_0.bias"] = self.head.get_parameter("bias")
+        return tensors
+
+    def forward(self, videos: Tensor) -> Tensor:
+        """The logits of videos, averaged over time as the TF-Hub module does.
+
+        Args:
+            videos: uint8 (B, T, 3, H, W), T at least 10.
+
+        Returns:
+            float32 (B, 400), before the softmax.
+
+        Raises:
+            InputError: for fewer frames.
+        """
+        check_frames(videos.shape[1])
+        x = self.layers(preprocess(videos).transpose(1, 2))
+        return self.head(F.avg_pool3d(x, (2, 7, 7), stride=1)).mean((2, 3, 4))
+
+
+def check_frames(frames: int) -> None:
+    """Check that videos are long enough.
+
+    Raises:
+        InputError: fewer than `LEAST_FRAMES` frames.
+    """
+    if frames < LEAST_FRAMES:
+        raise InputError(
+            f"The videos have {frames} frames where I3D takes at least {LEAST_FRAMES}: take longer ones, or count the "
+            "context in."
+        )
+
+
+def preprocess(videos: Tensor) -> Tensor:
+    """What I3D sees of videos: `PREPROCESSING`.
+
+    The long side becomes 224 times the ratio of the sides, rounded up.
+
+    Args:
+        videos: uint8 (B, T, 3, H, W).
+
+    Returns:
+        float32 (B, T, 3, 224, 224) in [-1, 1].
+    """
+    height, width = videos.shape[3:]
+    short = min(height, width)
+    size = -(-height * SIDE // short), -(-width * SIDE // short)
+    frames = F.interpolate(videos.flatten(0, 1).float(), size, mode="bilinear", align_corners=False)
+    top, left = (size[0] - SIDE) // 2, (size[1] - SIDE) // 2
+    cropped = frames[:, :, top : top + SIDE, left : left + SIDE]
+    return (cropped / 127.5 - 1).unflatten(0, videos.shape[:2])
+
+
+def _chain(**layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))

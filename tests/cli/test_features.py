@@ -1,0 +1,210 @@
+"""`features` on files, against the model's own features of every clip, pooled one by one."""
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from gpdit_lightning import GPDiT
+from gpdit_lightning.cli import features as verb
+from gpdit_lightning.codecs import load_codec
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.video_features import FeatureRecord, VideoFeatures
+from gpdit_lightning.evaluation.videos import read_clip
+from gpdit_lightning.media.images import parse_size
+from gpdit_lightning.media.video import write_video
+from gpdit_lightning.training.checkpoints import load_trained_model
+from tests.cli.sampling import stripes
+
+CODEC = load_codec("pca")
+
+
+@pytest.fixture(scope="module")
+def work(place: Path, tmp_path_factory: pytest.TempPathFactory, randomise: Callable[[GPDiT], GPDiT]) -> Path:
+    """A `model` of three blocks, trained on 17 frames of 32x32 at stride 3, and another of `two_sizes`; `videos` of 60
+    frames, one in a folder, with a `broken` one and a `short` one of 12 frames."""
+    work = tmp_path_factory.mktemp("features")
+    trained = load_trained_model(place / "of2").backbone
+    model = randomise(GPDiT(trained.config.replaced(layers=3)))
+    model.facts = trained.facts
+    model.save_pretrained(work / "model")
+    model.facts = trained.facts | {"geometry": trained.facts["geometry"] | {"sizes": [[32, 32], [32, 48]]}}
+    model.save_pretrained(work / "two_sizes")
+    for number, name in enumerate(("a", "jump/b", "jump/c.1")):
+        (work / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_video(work / "videos" / f"{name}.mp4", stripes(number), 24)
+    shutil.copytree(work / "videos", work / "damaged")
+    (work / "damaged/broken.mp4").write_bytes(b"no video")
+    write_video(work / "damaged/short.mp4", stripes(3)[:12], 24)
+    return work
+
+
+def extract(work: Path, out: Path, *options: Any, videos: str = "videos", model: str = "model") -> None:
+    basic = ["--checkpoint", work / model, "--videos", work / videos, "--out", out, "--layer=2", "--workers=0"]
+    verb.run("features", [str(option) for option in (*basic, *options)])
+
+
+def expected(work: Path, name: str, frames: int = 17, stride: int = 3, temporal_tokens: int = 5) -> torch.Tensor:
+    """The features of one video by the whole model, in loops."""
+    clip = read_clip(work / "videos" / f"{name}.mp4", frames, stride, (32, 32), centred=True, squeezed=True)
+    latents = (CODEC.encode(clip[None]) - CODEC.mean[:, None, None]) / CODEC.std[:, None, None]
+    with torch.no_grad():
+        found = load_trained_model(work / "model").backbone.features(latents, [2])[2][0].double()
+    rows = [found[frame].mean(0) for frame in range(len(found))]
+    rows += [torch.zeros(found.shape[-1])] * (temporal_tokens - len(found))
+    rows += [found[:, place].mean(0) for place in range(found.shape[1])]
+    return torch.stack([row.double() for row in rows])
+
+
+def test_features_are_those_of_the_layer_and_the_loader_finds_them(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extract(work, tmp_path, "--batch_size=2")
+    data = VideoFeatures(tmp_path, layer=2, frames=17, stride=3, size="32x32", weights="ema")
+    assert set(data.names) == {"a", "jump/b", "jump/c.1"}
+    assert data.record.shape == (5 + 4, 24)
+    assert data.record.codec == f"pca {CODEC.fingerprint}"
+    for name in data.names:
+        torch.testing.assert_close(data[name].double(), expected(work, name), rtol=2e-3, atol=2e-3)
+    assert "features of 3 videos, 9 tokens of width 24 each; 3 of them are new, and 0" in capsys.readouterr().out
+
+
+def test_a_recipe_gives_options_and_the_command_line_overrides_them(work: Path, tmp_path: Path) -> None:
+    settings = {"layer": 1, "frames": 9, "stride": 0, "temporal_tokens": 7, "format": "pickle", "workers": 0}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"features": settings, "video_chatgpt": {"learning_rate": 2e-5}}))
+    out = tmp_path / "out"
+    given = ["--checkpoint", work / "model", "--videos", work / "videos", "--out", out, "--layer=2"]
+    verb.run("features", [*map(str, given), f"--config={tmp_path / 'own.yaml'}"])
+    with (out / "jump/b.pkl").open("rb") as file:
+        values = pickle.load(file)
+    assert values.dtype == np.float16
+    wanted = expected(work, "jump/b", frames=9, stride=1000, temporal_tokens=7)
+    np.testing.assert_allclose(values, wanted, rtol=2e-3, atol=2e-3)
+    assert not values[3:7].any()
+
+
+def test_the_recipe_states_section_a_2() -> None:
+    path = Path(__file__).parents[2] / "recipes" / "video_chatgpt.yaml"
+    given = verb.configured([f"--config={path}"])
+    options = verb.parser().parse_args([*given, "--checkpoint=run", "--videos=videos", "--out=out"])
+    assert (options.layer, options.format) == (18, "pickle")
+    rows, columns = (side // 16 for side in parse_size(options.size))
+    assert options.temporal_tokens + rows * columns == 100 + 256  # what Video-ChatGPT's loader expects
+    stated = yaml.safe_load(path.read_text())["video_chatgpt"]
+    assert stated["per_device_train_batch_size"] == 4
+    assert stated["learning_rate"] == 2e-5
+    assert stated["num_train_epochs"] == 6
+
+
+def test_videos_are_named_and_left_out_where_they_cannot_be_read(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    verb.log.addHandler(caplog.handler)
+    try:
+        extract(work, tmp_path / "out", videos="damaged")
+        assert "3 of them are new, and 2 videos were skipped" in capsys.readouterr().out
+        assert sum("broken.mp4" in line or "short.mp4 holds 12" in line for line in set(caplog.messages)) == 2
+        with pytest.raises(InputError, match=r"None of the 1 videos in .*broken.mp4 could be read"):
+            extract(work, tmp_path / "none", videos="damaged/broken.mp4")
+    finally:
+        verb.log.removeHandler(caplog.handler)
+
+
+def test_what_is_there_is_not_made_again(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    extract(work, tmp_path)
+    whole = {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")}
+    (tmp_path / "a.npy").write_bytes(b"kept")
+    (tmp_path / "jump/b.npy").unlink()
+    capsys.readouterr()
+    extract(work, tmp_path, "--workers=1")
+    assert "features of 3 videos" in (told := capsys.readouterr().out)
+    assert "1 of them are new" in told
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")} == whole | {"a.npy": b"kept"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layer=1"], "says layer 2 where 1 is asked for"),
+        (["--stride=1"], "says stride 3 where 1"),
+        (["--format=pickle"], "says format 'npy' where 'pickle'"),
+        (["--precision=bf16"], "says precision '32' where 'bf16'"),
+        (["--checkpoint", "OTHER"], "says fingerprint "),
+    ],
+)
+def test_other_features_are_not_mixed_in(
+    work: Path, tmp_path: Path, options: list[str], words: str, randomise: Callable[[GPDiT], GPDiT]
+) -> None:
+    record_of_first = tmp_path / "out" / "features.json"
+    extract(work, tmp_path / "out")
+    before = record_of_first.read_bytes()
+    if "OTHER" in options:
+        other = load_trained_model(work / "model").backbone
+        with torch.no_grad():
+            other.blocks[1].mlp.down.weight[0, 0] += 1e-3
+        other.save_pretrained(tmp_path / "other")
+        options = ["--checkpoint", str(tmp_path / "other")]
+    with pytest.raises(InputError, match=words):
+        extract(work, tmp_path / "out", *options)
+    assert record_of_first.read_bytes() == before
+
+
+def test_blocks_that_are_not_run_may_differ(work: Path, tmp_path: Path) -> None:
+    other = load_trained_model(work / "model").backbone
+    with torch.no_grad():
+        other.blocks[2].mlp.down.weight.zero_()
+    other.save_pretrained(tmp_path / "other")
+    for name, model in (("a", work / "model"), ("b", tmp_path / "other")):
+        extract(work, tmp_path / name, "--checkpoint", model, videos="videos/a.mp4")
+    assert FeatureRecord.load(tmp_path / "a") == FeatureRecord.load(tmp_path / "b")
+    assert (tmp_path / "a/a.npy").read_bytes() == (tmp_path / "b/a.npy").read_bytes()
+
+
+def test_products_in_bf16_leave_the_codec_alone(work: Path, tmp_path: Path) -> None:
+    extract(work, tmp_path, "--precision=bf16", videos="videos/a.mp4")
+    difference = (VideoFeatures(tmp_path, precision="bf16")["a"].double() - expected(work, "a")).abs().mean()
+    assert 0 < difference < 0.02 * expected(work, "a").abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layer=4"], "layer 4 does not exist: choose from 1 to 3"),
+        (["--frames=16"], "16 pixel frames are not 1 . 4 k"),
+        (["--frames=129"], "--frames is 129, but the model's positions are made for 125"),
+        (["--stride=-1"], "--stride is -1"),
+        (["--batch_size=0"], "--batch_size is 0"),
+        (["--temporal_tokens=4"], "--temporal_tokens is 4 for 5 latent frames"),
+        (["--size=32x40"], "--size is 32x40, but the checkpoint was trained on 32x32"),
+        (["--checkpoint", "WORK/two_sizes"], "two_sizes was trained on 32x32, 32x48: choose one of them by --size"),
+        (["--videos", "WORK/videos/jump", "WORK/videos/jump"], "would both be written as b: give the folder above"),
+        (["--videos", "WORK/nowhere"], "nowhere does not exist"),
+        (["--config=WORK/none.yaml"], "none.yaml cannot be read"),
+        (["--config=WORK/model/config.json"], "holds no options under `features`"),
+        (["--out", "WORK"], "holds .npy files and no features.json"),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_bad_input_is_one_sentence(work: Path, tmp_path: Path, options: list[str], words: str) -> None:
+    (work / "stray.npy").touch()
+    with pytest.raises(InputError, match=words):
+        extract(work, tmp_path / "out", *(option.replace("WORK", str(work)) for option in options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_frames_than_in_training_are_warned_of(
+    work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    verb.log.addHandler(caplog.handler)
+    try:
+        extract(work, tmp_path, "--frames=21", "--stride=1", videos="videos/a.mp4")
+    finally:
+        verb.log.removeHandler(caplog.handler)
+    assert "--frames is 21, but training clips had at most 17" in caplog.text
+    assert VideoFeatures(tmp_path)["a"].shape == (6 + 4, 24)

@@ -1,0 +1,131 @@
+"""`probe`, end to end on drawn videos."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from gpdit_lightning.cli import probe
+from gpdit_lightning.diffusion import Guidance, NoiseSchedule
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.report import Protocol, Report, Score
+from gpdit_lightning.media.video import write_video
+from gpdit_lightning.training.checkpoints import identity_of
+
+GROUPS = (7, 1, 8, 2, 9)  # split 1 holds out 1, 2 and 7
+
+
+@pytest.fixture(scope="module")
+def ucf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bright and dark videos of five frames."""
+    folder = tmp_path_factory.mktemp("ucf")
+    numbers = torch.Generator().manual_seed(0)
+    for label, level in (("Bright", 160), ("Dark", 20)):
+        (folder / label).mkdir()
+        for group in GROUPS:
+            pixels = torch.randint(level, level + 60, (5, 3, 4, 4), generator=numbers, dtype=torch.uint8)
+            pixels = pixels.repeat_interleave(8, 2).repeat_interleave(8, 3)
+            write_video(folder / label / f"v_{label}_g{group:02d}_c01.avi", pixels, 24)
+    return folder
+
+
+def run(*options: Any) -> None:
+    probe.run("probe", [str(option) for option in ("--workers", 1, "--frames", 5, "--stride", 1, *options)])
+
+
+def evaluation_of(checkpoint: Path, **scores: float) -> Report:
+    """What `evaluate` may have found of an exported folder."""
+    protocol = Protocol(
+        data="toys", choice="all", split_sha256="0", videos=2, context_frames=1, generated_frames=4, fvd_frames="all",
+        size=(32, 32), stride=1, resize="none", sampler="rotation", steps=2, guidance=Guidance(),
+        schedule=NoiseSchedule(), seeds=(0,), precision="32", checkpoint=checkpoint.name,
+        checkpoint_sha256=identity_of(checkpoint), step=1, weights="ema", codec="pca", codec_sha256="0", networks={},
+        versions={}, hardware="none",
+    )  # fmt: skip
+    return Report(protocol, {name: Score.of([value]) for name, value in scores.items()})
+
+
+def test_two_models_are_probed_layer_by_layer(
+    place: Path, ucf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = [place / "of2", place / "of"]
+    evaluation_of(place / "of", fvd=300.0).write(tmp_path)
+    arguments = ["--checkpoint", *checkpoints, "--videos", ucf, ucf / "Dark", "--out", tmp_path / "out"]
+    run(*arguments, "--evaluations", tmp_path / "results.json", "--regularisation", 0.1)
+    results = json.loads((tmp_path / "out" / "probe.json").read_text())["results"]
+    assert [result["identity"] for result in results] == [identity_of(checkpoint) for checkpoint in checkpoints]
+    for result in results:
+        assert [score["layer"] for score in result["layers"]] == [0, 1]
+        assert result["layers"][0]["accuracy"] == 1
+        protocol = result["protocol"]
+        assert (protocol["train_videos"], protocol["test_videos"], protocol["chance"]) == (4, 6, 0.5)
+        assert (protocol["split"], protocol["size"]) == ("UCF-101's published split 1", [32, 32])
+        assert protocol["regularisation"] == "C = 0.1"
+    text = (tmp_path / "out" / "probe.md").read_text()
+    assert text in capsys.readouterr().out
+    with Image.open(tmp_path / "out" / "probe.png") as drawn:
+        assert drawn.width > 3 * drawn.height  # layers, steps and FVD side by side
+
+    kept = set((tmp_path / "out" / "features").iterdir())
+    run(*arguments, "--split", 1)
+    assert set((tmp_path / "out" / "features").iterdir()) == kept
+    protocol = json.loads((tmp_path / "out" / "probe.json").read_text())["results"][0]["protocol"]
+    assert protocol["regularisation"].startswith("best C of 0.0001,")
+
+
+def test_lists_and_folders_divide_other_videos(place: Path, ucf: Path, tmp_path: Path) -> None:
+    names = {"train": [], "test": []}
+    for number, path in enumerate(sorted(ucf.rglob("*.avi"))):
+        half = "train" if number % 5 < 3 else "test"
+        copy = tmp_path / "set" / half / path.parent.name / f"{number}.avi"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.symlink_to(path)
+        names[half].append(f"{copy.parent.name}/{copy.name}")
+    for half, lines in names.items():
+        (tmp_path / half).write_text("\n".join(lines))
+    arguments = [
+        "--checkpoint",
+        place / "of2",
+        "--videos",
+        tmp_path / "set",
+        "--group_pattern",
+        ".+",
+        "--out",
+        tmp_path,
+    ]
+    found = []
+    for division in (["--split", "folders"], ["--train_list", tmp_path / "train", "--test_list", tmp_path / "test"]):
+        run(*arguments, *division)
+        found.append(json.loads((tmp_path / "probe.json").read_text())["results"][0])
+    folders, lists = found
+    assert folders["layers"] == lists["layers"]
+    assert folders["protocol"]["data_sha256"] == lists["protocol"]["data_sha256"]
+    assert (folders["protocol"]["split"], lists["protocol"]["split"]) == (
+        "folders train and test",
+        "lists train and test",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--split", 3], "The test half holds 0 groups"),
+        (["--split", 1, "--train_list", "a", "--test_list", "b"], "Both --split 1 and lists are given"),
+        (["--train_list", "a"], "give both"),
+        (["--regularisation", "-1"], "--regularisation is '-1': give auto or a number above 0"),
+        (["--regularisation", "much"], "--regularisation is 'much'"),
+        (["--batch_size", 0], "--batch_size is 0: give at least 1"),
+        (["--size", "64x64"], "--size is 64x64, but the checkpoint was trained on 32x32"),
+        (["--frames", 4], "4 pixel frames are not 1"),
+        (["--evaluations", "FVDLESS"], "holds no FVD: evaluate with a video network"),
+        (["--checkpoint", "/nowhere"], "there is no checkpoint at /nowhere"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(place: Path, ucf: Path, tmp_path: Path, options: list[Any], words: str) -> None:
+    evaluation_of(place / "of", fid=30.0).write(tmp_path)
+    given = [tmp_path / "results.json" if option == "FVDLESS" else option for option in options]
+    with pytest.raises(InputError, match=words):
+        run("--checkpoint", place / "of2", "--videos", ucf, "--out", tmp_path, *given)

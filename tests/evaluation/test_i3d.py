@@ -1,0 +1,217 @@
+import math
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.i3d import I3D, MaxPool, Unit, preprocess
+
+# Carreira & Zisserman 2017, figure 3: the channels of (1x1x1, 1x1x1 -> 3x3x3, 1x1x1 -> 3x3x3, pool -> 1x1x1).
+BLOCKS = {
+    "Mixed_3b": (192, 64, 96, 128, 16, 32, 32),
+    "Mixed_3c": (256, 128, 128, 192, 32, 96, 64),
+    "Mixed_4b": (480, 192, 96, 208, 16, 48, 64),
+    "Mixed_4c": (512, 160, 112, 224, 24, 64, 64),
+    "Mixed_4d": (512, 128, 128, 256, 24, 64, 64),
+    "Mixed_4e": (512, 112, 144, 288, 32, 64, 64),
+    "Mixed_4f": (528, 256, 160, 320, 32, 128, 128),
+    "Mixed_5b": (832, 256, 160, 320, 32, 128, 128),
+    "Mixed_5c": (832, 384, 192, 384, 48, 128, 128),
+}
+
+
+def units() -> Iterator[tuple[str, int, int, int]]:
+    """(name, kernel size, channels in, channels out) of every convolution with batch normalisation."""
+    yield from (("Conv3d_1a_7x7", 7, 3, 64), ("Conv3d_2b_1x1", 1, 64, 64), ("Conv3d_2c_3x3", 3, 64, 192))
+    for block, (channels, first, narrow1, wide1, narrow2, wide2, last) in BLOCKS.items():
+        yield f"{block}.Branch_0.Conv3d_0a_1x1", 1, channels, first
+        yield f"{block}.Branch_1.Conv3d_0a_1x1", 1, channels, narrow1
+        yield f"{block}.Branch_1.Conv3d_0b_3x3", 3, narrow1, wide1
+        yield f"{block}.Branch_2.Conv3d_0a_1x1", 1, channels, narrow2
+        yield f"{block}.Branch_2.Conv3d_0b_3x3", 3, narrow2, wide2
+        yield f"{block}.Branch_3.Conv3d_0b_1x1", 1, channels, last
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    """Random weights under Flax's names and in its layout."""
+    torch.manual_seed(0)
+    tensors = {}
+    for name, size, channels, out_channels in units():
+        gain = math.sqrt(2 / (channels * size**3))
+        tensors[f"params.{name}.Conv_0.kernel"] = gain * torch.randn(size, size, size, channels, out_channels)
+        tensors[f"params.{name}.BatchNorm_0.bias"] = 0.1 * torch.randn(out_channels)
+        tensors[f"batch_stats.{name}.BatchNorm_0.mean"] = 0.1 * torch.randn(1, 1, 1, 1, out_channels)
+        tensors[f"batch_stats.{name}.BatchNorm_0.var"] = 0.5 + torch.rand(1, 1, 1, 1, out_channels)
+    tensors["params.Logits.Conv3d_0c_1x1.Conv_0.kernel"] = torch.randn(1, 1, 1, 1024, 400) / 32
+    tensors["params.Logits.Conv3d_0c_1x1.Conv_0.bias"] = torch.randn(400)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def weights_file(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("i3d") / "i3d.safetensors"
+    save_file(weights, path)
+    return path
+
+
+def margins(length: int, size: int, stride: int) -> tuple[int, int]:
+    """TensorFlow's documentation of "SAME", word for word."""
+    total = max(size - stride, 0) if length % stride == 0 else max(size - length % stride, 0)
+    return total // 2, total - total // 2
+
+
+def windows(x: Tensor, size: int, stride: int) -> Iterator[tuple[tuple[int, ...], Tensor, tuple[slice, ...]]]:
+    """Of every output place: the place, what of (C, T, H, W) its window sees, and which part of the window that is."""
+    outputs = [math.ceil(length / stride) for length in x.shape[1:]]
+    for place in product(*map(range, outputs)):
+        seen, part = [], []
+        for output, length in zip(place, x.shape[1:], strict=True):
+            start = output * stride - margins(length, size, stride)[0]
+            seen.append(slice(max(start, 0), min(start + size, length)))
+            part.append(slice(max(-start, 0), min(size, length - start)))
+        yield place, x[:, *seen], tuple(part)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (2, 2), (3, 1), (3, 2), (7, 2)])
+def test_padding_is_tensorflows_for_even_and_odd_lengths(size: int, stride: int) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(2, 5, 8, 7, dtype=torch.float64)
+    unit = Unit(2, 3, size, stride).double().eval().requires_grad_(False)
+    unit.weight.normal_()
+    convolved, pooled = unit(x[None])[0], MaxPool(size, stride)(x[None])[0]
+    assert convolved.shape[1:] == pooled.shape[1:] == tuple(math.ceil(length / stride) for length in x.shape[1:])
+    for place, seen, part in windows(x, size, stride):
+        expected = (unit.weight[:, :, *part] * seen).sum((1, 2, 3, 4)) / math.sqrt(1.001)
+        torch.testing.assert_close(convolved[:, *place], expected.clamp(min=0))
+        torch.testing.assert_close(pooled[:, *place], seen.amax((1, 2, 3)))
+
+
+def reference(weights: dict[str, Tensor], values: Tensor) -> Tensor:
+    """What is left of float64 (B, 3, T, H, W) before the average pooling, layer after layer as the paper draws it."""
+
+    def pad(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...], value: float) -> Tensor:
+        edges = [margins(*axis) for axis in zip(x.shape[2:], size, stride, strict=True)]
+        return F.pad(x, [edge for pair in reversed(edges) for edge in pair], value=value)
+
+    def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        kernel = weights[f"params.{name}.Conv_0.kernel"].double().permute(4, 3, 0, 1, 2)
+        x = F.conv3d(pad(x, tuple(kernel.shape[2:]), (stride,) * 3, 0), kernel, stride=stride)
+        keys = (f"{group}.{name}.BatchNorm_0" for group in ("batch_stats", "batch_stats", "params"))
+        mean, var, bias = (
+            weights[f"{key}.{part}"].double().view(-1, 1, 1, 1)
+            for key, part in zip(keys, ("mean", "var", "bias"), strict=True)
+        )
+        return ((x - mean) / (var + 0.001).sqrt() + bias).clamp(min=0)
+
+    def pool(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+        return F.max_pool3d(pad(x, size, stride, -1e9), size, stride)
+
+    x = conv(values, "Conv3d_1a_7x7", 2)
+    x = conv(conv(pool(x, (1, 3, 3), (1, 2, 2)), "Conv3d_2b_1x1"), "Conv3d_2c_3x3")
+    x = pool(x, (1, 3, 3), (1, 2, 2))
+    for block in BLOCKS:
+        if block == "Mixed_4b":
+            x = pool(x, (3, 3, 3), (2, 2, 2))
+        if block == "Mixed_5b":
+            x = pool(x, (2, 2, 2), (2, 2, 2))
+        second, third = (
+            conv(conv(x, f"{block}.Branch_{branch}.Conv3d_0a_1x1"), f"{block}.Branch_{branch}.Conv3d_0b_3x3")
+            for branch in (1, 2)
+        )
+        last = conv(pool(x, (3, 3, 3), (1, 1, 1)), f"{block}.Branch_3.Conv3d_0b_1x1")
+        x = torch.cat([conv(x, f"{block}.Branch_0.Conv3d_0a_1x1"), second, third, last], dim=1)
+    return x
+
+
+@pytest.mark.parametrize("size", [(10, 32, 32), (13, 35, 46)])
+def test_layers_are_those_of_a_network_written_out(
+    size: tuple[int, int, int], weights: dict[str, Tensor], weights_file: Path
+) -> None:
+    values = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = reference(weights, values)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(I3D.from_safetensors(weights_file).double().layers(values), expected)
+
+
+def test_logits_are_averages_over_time_of_those_of_neighbouring_steps(
+    weights: dict[str, Tensor], weights_file: Path
+) -> None:
+    video = torch.randint(0, 256, (1, 17, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    network = I3D.from_safetensors(weights_file)
+    outputs: list[Tensor] = []
+    network.layers.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    logits = network(video)
+    assert outputs[0].shape == (1, 1024, 3, 7, 7)
+    steps = outputs[0].double().mean((3, 4))[0]
+    kernel = weights["params.Logits.Conv3d_0c_1x1.Conv_0.kernel"].double()[0, 0, 0]
+    bias = weights["params.Logits.Conv3d_0c_1x1.Conv_0.bias"].double()
+    each = [(steps[:, step] + steps[:, step + 1]) / 2 @ kernel + bias for step in range(2)]
+    torch.testing.assert_close(logits[0].double(), (each[0] + each[1]) / 2, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 12), (9, 14), (14, 9), (240, 321)])
+def test_frames_are_resized_by_the_short_side_and_cropped_in_the_middle(height: int, width: int) -> None:
+    videos = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (1, 2, 3, height, width), dtype=np.uint8))
+    size = [math.ceil(length * 224 / min(height, width)) for length in (height, width)]
+    expected = videos[0].double().numpy()
+    for axis, length, target in zip((2, 3), (height, width), size, strict=True):
+        # Middle on middle: the pixel centres of the result, among those of the frame.
+        places = ((np.arange(target) + 0.5) * length / target - 0.5).clip(0, length - 1)
+        lower = np.floor(places).astype(int)
+        share = (places - lower).reshape([-1 if other == axis else 1 for other in range(4)])
+        upper = np.minimum(lower + 1, length - 1)
+        expected = expected.take(lower, axis) * (1 - share) + expected.take(upper, axis) * share
+    top, left = (size[0] - 224) // 2, (size[1] - 224) // 2
+    expected = expected[:, :, top : top + 224, left : left + 224] / 127.5 - 1
+    torch.testing.assert_close(preprocess(videos)[0].double(), torch.from_numpy(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda stored: stored.pop("batch_stats.Mixed_4d.Branch_3.Conv3d_0b_1x1.BatchNorm_0.var"), "lacks batch_stats"),
+        (lambda stored: stored.update(step=torch.zeros(1)), "has step, unknown to I3D"),
+        (
+            lambda stored: stored.update({"params.Conv3d_2b_1x1.BatchNorm_0.bias": torch.zeros(63)}),
+            r"Conv3d_2b_1x1.BatchNorm_0.bias of shape \(63,\) where I3D's is \(64,\)",
+        ),
+    ],
+)
+def test_other_weights_are_refused(change, told: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    stored = dict(weights)
+    change(stored)
+    save_file(stored, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=f"other.safetensors.*{told}"):
+        I3D.from_safetensors(tmp_path / "other.safetensors")
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.safetensors").write_bytes(b"not weights")
+    with pytest.raises(InputError, match=r"notes.safetensors is no readable safetensors file"):
+        I3D.from_safetensors(tmp_path / "notes.safetensors")
+
+
+def test_nine_frames_are_too_few() -> None:
+    with pytest.raises(InputError, match="9 frames where I3D takes at least 10"):
+        I3D()(torch.zeros(1, 9, 3, 16, 16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("frames", "distance"),
+    [(15, 133.9), pytest.param(16, 152.9, marks=pytest.mark.slow), pytest.param(30, 151.392, marks=pytest.mark.slow)],
+)
+def test_black_videos_are_as_far_from_white_ones_as_is_known(frames: int, distance: float, assets: Path) -> None:
+    # All videos of a side are equal, so that no covariance is left of the Frechet distance; TF-Hub's module gives
+    # 151.39244 at 30 frames.
+    network = I3D.from_safetensors(assets / "weights" / "i3d" / "i3d-kinetics-400.safetensors")
+    black = torch.zeros(1, frames, 3, 64, 64, dtype=torch.uint8)
+    found = (network(black) - network(black + 255)).double().square().sum().item()
+    assert found == pytest.approx(distance, abs=0.05 if frames < 30 else 0.001)

@@ -1,0 +1,247 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.networks import (
+    NetworkFile,
+    open_classifier,
+    open_image_network,
+    open_video_network,
+    resize_as_tensorflow,
+)
+from gpdit_lightning.files import sha256_of
+
+
+class ScriptedI3D(nn.Module):
+    """Has StyleGAN-V's arguments; its features are the mean of every colour and the first frame's, off unless asked."""
+
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        features = torch.cat([x.mean((2, 3, 4)), x[:, :, 0].mean((2, 3))], 1)
+        if rescale and resize and return_features:
+            return features
+        return features + 1000
+
+
+class ScriptedInception(nn.Module):
+    """Has NVIDIA's arguments; counts its passes. Classes are those of the last layer, at a temperature."""
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.output = nn.Linear(6, 4)
+        self.temperature = temperature
+        self.passes = 0
+
+    def forward(
+        self, img: Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
+    ) -> Tensor:
+        self.passes += 1
+        values = img.float() / 255
+        features = torch.cat([values.mean((2, 3)), values[:, :, 0, 0]], 1)
+        if return_features:
+            return features
+        logits = features @ self.output.weight.t() / self.temperature
+        if not no_output_bias:
+            logits = logits + self.output.bias
+        return logits.softmax(1)
+
+
+class ScriptedPlain(nn.Module):
+    """Features are pixels of what it is shown."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :, ::50, ::70].flatten(1), torch.full([len(x), 1], float(x.shape[2] * x.shape[3]))], 1)
+
+
+class ScriptedClassifier(nn.Module):
+    def forward(self, pixels: Tensor) -> Tensor:
+        assert pixels.dtype == torch.uint8
+        return pixels.double().mean((2, 3))
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class Flat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((1, 2, 3))
+
+
+class Broken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) / 0 * 0
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[[nn.Module], NetworkFile]:
+    def run(module: nn.Module) -> NetworkFile:
+        path = tmp_path / f"{type(module).__name__}.pt"
+        torch.jit.script(module).save(str(path))
+        return NetworkFile(str(path), sha256_of(path))
+
+    return run
+
+
+def random_pixels(*shape: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(4).integers(0, 256, shape, dtype=np.uint8))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def test_a_scripted_video_network_is_asked_for_features_of_its_own_preprocessing(save) -> None:
+    file = save(ScriptedI3D())
+    network = open_video_network(file)
+    videos = random_pixels(2, 11, 3, 8, 6)
+    exact = videos.double().numpy()
+    expected = np.concatenate([exact.mean((1, 3, 4)), exact[:, 0].mean((2, 3))], 1)
+    np.testing.assert_allclose(network(videos).numpy(), expected, rtol=1e-5)
+    assert (network.num_features, network.least_frames, network.sha256) == (6, 10, file.sha256)
+
+
+def test_features_and_classes_of_one_file_cost_one_pass(save) -> None:
+    module = ScriptedInception()
+    network = open_image_network(save(module))
+    pixels = random_pixels(5, 3, 7, 9)
+    values = pixels.double().numpy() / 255
+    expected = np.concatenate([values.mean((2, 3)), values[:, :, 0, 0]], 1)
+    before = network.network.script.passes
+    features, probabilities = network.features_and_probabilities(pixels)
+    assert network.network.script.passes == before + 1
+    np.testing.assert_allclose(features.numpy(), expected, rtol=1e-5)
+    weight = module.output.weight.detach().double().numpy()
+    np.testing.assert_allclose(probabilities.numpy(), softmax(expected @ weight.T), rtol=1e-5)
+    assert torch.equal(network(pixels), features)
+    assert (network.num_features, network.has_classes) == (6, True)
+
+
+def test_classes_that_do_not_follow_from_the_features_are_asked_for(save) -> None:
+    module = ScriptedInception(temperature=0.1)
+    network = open_image_network(save(module))
+    pixels = random_pixels(5, 3, 7, 9)
+    features, probabilities = network.features_and_probabilities(pixels)
+    expected = softmax(10 * features.double().numpy() @ module.output.weight.detach().double().numpy().T)
+    np.testing.assert_allclose(probabilities.numpy(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (20, 33), (299, 299), (320, 512)])
+def test_pictures_are_resized_as_tensorflow_1_did(height: int, width: int) -> None:
+    pixels = random_pixels(1, 1, height, width)
+    exact = pixels[0, 0].double().numpy()
+    expected = np.empty((299, 299))
+    for row in range(299):
+        y = row * height / 299
+        top, bottom = int(y), min(int(y) + 1, height - 1)
+        line = exact[top] * (top + 1 - y) + exact[bottom] * (y - top)
+        x = np.arange(299) * width / 299
+        left = x.astype(int)
+        expected[row] = line[left] * (left + 1 - x) + line[np.minimum(left + 1, width - 1)] * (x - left)
+    found = resize_as_tensorflow(pixels, 299)[0, 0]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-3)
+
+
+def test_a_plain_network_sees_299_pixels_around_zero_and_has_no_classes(save) -> None:
+    network = open_image_network(save(ScriptedPlain()))
+    pixels = random_pixels(2, 3, 40, 30)
+    features, probabilities = network.features_and_probabilities(pixels)
+    expected = (resize_as_tensorflow(pixels, 299)[:, :, ::50, ::70] - 128) / 128
+    torch.testing.assert_close(features[:, :-1], expected.flatten(1))
+    assert features[:, -1].tolist() == [299 * 299] * 2
+    assert probabilities is None
+    assert not network.has_classes
+
+
+@pytest.mark.parametrize("image", [ScriptedPlain, ScriptedInception])
+def test_a_classifier_takes_the_place_of_the_networks_classes(image: type[nn.Module], save) -> None:
+    network = open_image_network(save(image()), classifier=save(ScriptedClassifier()))
+    pixels = random_pixels(4, 3, 16, 16)
+    features, probabilities = network.features_and_probabilities(pixels)
+    assert torch.equal(features, network(pixels))
+    assert probabilities.dtype == torch.float32
+    np.testing.assert_allclose(probabilities.numpy(), softmax(pixels.double().numpy().mean((2, 3))), rtol=1e-4)
+    assert network.has_classes
+    assert network.classifier.num_classes == 3
+
+
+def test_a_file_with_features_and_classes_serves_as_classifier(save) -> None:
+    file = save(ScriptedInception())
+    pixels = random_pixels(4, 3, 16, 16)
+    _, expected = open_image_network(file).features_and_probabilities(pixels)
+    torch.testing.assert_close(open_classifier(file)(pixels), expected)
+
+
+def test_networks_tell_reports_what_they_are(save) -> None:
+    file, classifier = save(ScriptedPlain()), save(ScriptedClassifier())
+    told = json.loads(json.dumps(open_image_network(file, classifier=classifier).describe()))
+    assert told["file"] == "ScriptedPlain.pt"
+    assert told["sha256"] == file.sha256
+    assert "299x299" in told["preprocessing"]
+    assert told["classifier"]["sha256"] == classifier.sha256
+
+
+def test_a_missing_file_is_told_with_where_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere.pt is not a file on this machine: .*https://"):
+        open_image_network(NetworkFile(str(tmp_path / "nowhere.pt")))
+
+
+def test_another_sha256_is_refused_before_the_file_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "network.pt").write_bytes(b"no network")
+    with pytest.raises(InputError, match=f"sha256 {sha256_of(tmp_path / 'network.pt')} where {'0' * 64} was asked for"):
+        open_video_network(NetworkFile(str(tmp_path / "network.pt"), "0" * 64))
+
+
+class Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
+    torch.save(Trap(tmp_path / "sprung"), tmp_path / "network.pt")
+    for opener in (open_video_network, open_image_network, open_classifier):
+        with pytest.raises(InputError, match=r"network.pt is no TorchScript"):
+            opener(NetworkFile(str(tmp_path / "network.pt")))
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("opener", "module", "told"),
+    [
+        (open_video_network, ScriptedInception, r"another kind of network, as its forward takes \(img, return_fea"),
+        (open_video_network, ScriptedPlain, r"another kind of network, as its forward takes \(x\)"),
+        (open_image_network, ScriptedI3D, r"another kind of network, as its forward takes \(x, rescale"),
+        (open_classifier, ScriptedI3D, "another kind of network"),
+        (open_image_network, Pair, r"returns a tuple where float32 \(1, n\) belongs"),
+        (open_image_network, Flat, r"returns torch.float32 \(1,\) where"),
+        (open_image_network, Broken, "not finite"),
+        (open_classifier, Pair, "could not compute on an example"),
+        (open_classifier, Broken, "could not compute on an example"),
+    ],
+)
+def test_networks_of_another_kind_are_refused(opener, module: type[nn.Module], told: str, save) -> None:
+    with pytest.raises(InputError, match=f"{module.__name__}.pt.*{told}"):
+        opener(save(module()))
+
+
+def test_pixels_of_another_type_or_shape_are_refused(save) -> None:
+    video, image = open_video_network(save(ScriptedI3D())), open_image_network(save(ScriptedInception()))
+    with pytest.raises(InputError, match="9 frames where I3D takes at least 10"):
+        video(random_pixels(1, 9, 3, 8, 8))
+    with pytest.raises(InputError, match=r"torch.uint8 \(10, 3, 8, 8\) where .* takes torch.uint8 \(B, T, 3, H, W\)"):
+        video(random_pixels(10, 3, 8, 8))
+    with pytest.raises(InputError, match=r"torch.float32 \(1, 3, 8, 8\) where"):
+        image(random_pixels(1, 3, 8, 8).float())
+    with pytest.raises(InputError, match=r"\(1, 8, 8, 3\) where .* takes torch.uint8 \(N, 3, H, W\)"):
+        image.features_and_probabilities(random_pixels(1, 8, 8, 3))

@@ -1,0 +1,180 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from gpdit_lightning.diffusion import Guidance, NoiseSchedule
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.report import (
+    Network,
+    Protocol,
+    Report,
+    Score,
+    comparison,
+    draw_self_checks,
+    library_versions,
+)
+from gpdit_lightning.evaluation.self_checks import judged
+
+RISING = ((8.0, 1.0), (16.0, 20.5))
+
+
+@pytest.fixture
+def report() -> Report:
+    protocol = Protocol(
+        data="UCF-101",
+        choice="drawn by a hash of their names with seed 0",
+        split_sha256="ab12",
+        videos=9000,
+        context_frames=5,
+        generated_frames=12,
+        fvd_frames="all",
+        size=(192, 320),
+        stride=3,
+        resize="short side bicubic, middle cut out",
+        sampler="rotation",
+        steps=25,
+        guidance=Guidance(context=2.0, most_level=0.8),
+        schedule=NoiseSchedule(shift=2.0),
+        seeds=(0, 1),
+        precision="bf16",
+        checkpoint="step-400000",
+        checkpoint_sha256="cd34",
+        step=400_000,
+        weights="ema",
+        codec="wan",
+        codec_sha256="ef56",
+        networks={"video": Network("I3D", "i3d.safetensors", "0789", "short side to 224")},
+        versions=library_versions(),
+        hardware="one H200",
+    )
+    return Report(
+        protocol,
+        scores={"fvd": Score.of([210.0, 214.0]), "is": Score.of([61.234, 61.254]), "ssim": Score.of([0.81, 0.81])},
+        references={"the codec alone": {"fvd": Score.of([20.0])}},
+        self_checks={"fvd": judged(0.0, 30.0, RISING, ((1.0, 2.0), (2.0, 1.0)))},
+        warnings=("FVD is of few samples.",),
+        date="2025-06-01",
+    )
+
+
+def test_a_report_survives_json(report: Report, tmp_path: Path) -> None:
+    report.write(tmp_path / "results")
+    assert Report.load(tmp_path / "results" / "results.json") == report
+    content = json.loads(report.to_json())
+    assert content["scores"]["fvd"] == {"mean": 212.0, "deviation": pytest.approx(8**0.5), "per_seed": [210.0, 214.0]}
+    assert content["protocol"]["guidance"]["context"] == 2.0
+    alone = replace(report, scores={"fvd": Score.of([3.0])})
+    assert Report.from_json(alone.to_json()).scores["fvd"].deviation is None
+
+
+def test_numbers_that_json_does_not_know_are_not_written(report: Report) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        replace(report, scores={"fvd": Score.of([float("nan")])}).to_json()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("protocol", "colour"), "red", r"results.json, protocol has the unknown field 'colour': give"),
+        (("protocol", "steps"), None, r"results.json, protocol lacks the field 'steps': give"),
+        (("protocol", "videos"), "many", r"results.json, protocol, videos is 'many'"),
+        (("protocol", "size"), [192, 320, 3], r"protocol, size is \[192, 320, 3\]"),
+        (("protocol", "weights"), "best", "protocol, weights is 'best'"),
+        (("protocol", "seeds"), [0, True], "protocol, seeds is True"),
+        (("scores", "fvd"), 212.0, "scores, fvd is 212.0"),
+        (("self_checks", "fvd"), {"itself": 0.0}, "self_checks, fvd lacks the field 'blur'"),
+    ],
+)
+def test_a_changed_file_is_refused(report: Report, tmp_path: Path, place: tuple, value: object, said: str) -> None:
+    content = json.loads(report.to_json())
+    if value is None:
+        del content[place[0]][place[1]]
+    else:
+        content[place[0]][place[1]] = value
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=said):
+        Report.load(path)
+
+
+def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    with pytest.raises(InputError, match=r"results.json cannot be read"):
+        Report.load(path)
+    for text, said in (("{", "results.json is no JSON"), ("[]", r"results.json is \[\]")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=said):
+            Report.load(path)
+
+
+def test_the_tables_carry_the_protocol(report: Report, tmp_path: Path) -> None:
+    report.write(tmp_path)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows[0].startswith("|  | FVD ↓ | IS ↑ | SSIM ↑ | data | videos | frames |")
+    assert rows[2].startswith(
+        "| `step-400000` | 212.0 ± 2.8 | 61.24 ± 0.01 | 0.810 ± 0.000 | UCF-101 | 9,000 | 12 from 5"
+    )
+    assert rows[3].startswith("| the codec alone | 20.00 | - | - |")
+    assert {row.count("|") for row in rows[:4]} == {rows[0].count("|")}
+    for said in (
+        "# UCF-101: 12 frames from 5",
+        "**Warning:** FVD is of few samples.",
+        "drawn by a hash of their names with seed 0; sha256 of their names `ab12`",
+        "stride 3, 192x320 pixels, short side bicubic, middle cut out. FVD, precision and recall see given and",
+        "rotation, 25 steps, cosine schedule with shift 2; guidance 2 over the context, 1 over the label at noise",
+        "Seeds: 0, 1;",
+        "`step-400000` (ema, step 400,000), sha256 `cd34`; codec wan, sha256 `ef56`",
+        "I3D (`i3d.safetensors`, sha256 `0789`); short side to 224",
+        f"torch {library_versions()['torch']}",
+        "On one H200, 2025-06-01.",
+        "| truth against | itself | its other half | noise 8 | noise 16 | blur 1 | blur 2 | verdict |",
+        "| FVD ↓ | 0 | 30 | 1 | 20.5 | 2 | 1 | blur 2 is 1 from the truth, no further than blur 1 at 2 |",
+    ):
+        assert said in text
+
+
+def cells(text: str, method: str) -> list[list[str]]:
+    return [row[2:-2].split(" | ") for row in text.splitlines() if row.startswith(f"| {method} |")]
+
+
+def test_the_comparison_shows_the_papers_figures_beside_ours(report: Report) -> None:
+    text = comparison(report)
+    assert "MSR-VTT" not in text
+    protocol = "10,000 videos, 12 frames from 5, guidance"
+    assert cells(text, "GPDiT-H") == [
+        ["GPDiT-H", "192M Img + 6.4M Vid", "2.0B", "14.8", "243", "66.5", f"{protocol} 1.2"]
+    ]
+    assert cells(text, "GPDiT-B-OF2") == [["GPDiT-B-OF2", "80M", "Frame-AR", "214", f"{protocol} 2.0"]]
+    assert cells(text, "PixelDance") == [["PixelDance", "10M", "1.5B", "49.4", "243", "42.1", "12 frames from 5"]]
+    assert cells(text, "FAR") == [["FAR", "130M", "Frame-AR", "194", "not stated"]]
+    ours = "9,000 videos, 12 frames from 5, guidance 2"
+    assert cells(text, "`step-400000`") == [
+        ["`step-400000`", "-", "-", "-", "212.0 ± 2.8", "61.24 ± 0.01", ours],
+        ["`step-400000`", "-", "-", "212.0 ± 2.8", ours],
+    ]
+    assert "9,000 videos, not 10,000; guidance 2, not 1.2. The paper does not state" in text
+    assert "9,000 videos, not 10,000. The paper does not state" in text
+
+
+def test_other_data_stand_beside_all_tables(report: Report) -> None:
+    text = comparison(replace(report, protocol=replace(report.protocol, data="kitchens", generated_frames=16)))
+    assert text.count("### Table") == 3
+    assert [row[2:4] for row in cells(text, "MagicVideo")] == [["-", "36.5"], ["-", "145.0"]]
+    assert [row[3:5] for row in cells(text, "GPDiT-H-LONG")] == [["7.4", "64"], ["7.9", "218"]]
+    assert "data kitchens, not MSR-VTT; 9,000 videos, not 7,000; 16 frames from 5, not 12 from 5; guidance" in text
+
+
+def test_a_faithful_run_differs_in_nothing_stated(report: Report) -> None:
+    protocol = replace(report.protocol, data="msrvtt", videos=7000, guidance=Guidance(1.2))
+    assert "What differs from the paper: nothing that it states." in comparison(replace(report, protocol=protocol))
+
+
+def test_the_ladders_are_drawn(report: Report, tmp_path: Path) -> None:
+    draw_self_checks(report, tmp_path / "self_checks.png")
+    with Image.open(tmp_path / "self_checks.png") as image:
+        assert image.format == "PNG"
+        assert len(image.convert("L").resize((50, 25)).getcolors()) > 5

@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.videos import clip_moments, find_videos, read_clip, select_videos
+from gpdit_lightning.media.video import write_video
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    """Eleven frames, each of one grey level: ten times its number."""
+    pixels = torch.arange(11, dtype=torch.uint8)[:, None, None, None] * 10
+    write_video(tmp_path / "ramp.mp4", pixels.expand(11, 3, 32, 48), fps=8)
+    return tmp_path / "ramp.mp4"
+
+
+def levels(clip: torch.Tensor) -> list[int]:
+    return [round(frame.float().mean().item() / 10) for frame in clip]
+
+
+@pytest.mark.parametrize(
+    ("length", "centred", "squeezed", "expected"),
+    [
+        (9, False, False, [0, 3, 6]),
+        (9, True, False, [1, 4, 7]),
+        (7, True, False, [0, 3, 6]),
+        (6, True, False, []),
+        (6, True, True, [0, 2, 5]),
+        (3, False, True, [0, 1, 2]),
+        (2, False, True, []),
+    ],
+)
+def test_a_clip_lies_where_it_is_asked_for(length: int, centred: bool, squeezed: bool, expected: list[int]) -> None:
+    assert clip_moments(length, 3, 3, centred, squeezed) == expected
+
+
+def test_without_a_stride_a_clip_spreads_over_its_video(video: Path) -> None:
+    assert clip_moments(9, 3, 0) == [0, 4, 8]
+    assert clip_moments(2, 3, 0) == []
+    assert levels(read_clip(video, 3, 0, (16, 16))) == [0, 5, 10]
+
+
+def test_frames_are_those_of_the_moments(video: Path) -> None:
+    assert read_clip(video, 3, 2, (16, 16)).shape == (3, 3, 16, 16)
+    assert levels(read_clip(video, 3, 2, (16, 16))) == [0, 2, 4]
+    assert levels(read_clip(video, 3, 2, (16, 16), centred=True)) == [3, 5, 7]
+    assert levels(read_clip(video, 5, 4, (16, 16), squeezed=True)) == [0, 2, 5, 8, 10]
+    assert levels(read_clip(video, 1, 4, (16, 16), centred=True)) == [5]
+
+
+def test_a_video_that_is_too_short_is_named(video: Path) -> None:
+    with pytest.raises(InputError, match=r"ramp.mp4 holds 11 frames where a clip of 5 at stride 3 takes 13: leave"):
+        read_clip(video, 5, 3, (16, 16))
+    with pytest.raises(InputError, match="clip of 12 at stride 3 takes 12"):
+        read_clip(video, 12, 3, (16, 16), centred=True, squeezed=True)
+
+
+def test_videos_are_found_at_any_depth_in_order(video: Path) -> None:
+    names = ["b/v_10.mp4", "b/v_9.avi", "a/x/v_1.mp4"]
+    for name in (*names, "b/.hidden.mp4", "b/notes.txt"):
+        path = video.parent / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = find_videos([video, video.parent / "set"])
+    assert [path.name for path in found] == ["ramp.mp4", "v_1.mp4", "v_9.avi", "v_10.mp4"]
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        find_videos([video.parent / "nowhere"])
+    (video.parent / "empty").mkdir()
+    with pytest.raises(InputError, match="empty holds no videos"):
+        find_videos([video.parent / "empty"])
+
+
+def test_the_choice_depends_on_names_and_the_seed_alone(video: Path) -> None:
+    def drawn(root: Path, names: str, count: int, seed: int = 0) -> list[str]:
+        for name in names:
+            (root / name).mkdir(parents=True, exist_ok=True)
+            (root / name / "v.mp4").write_bytes(video.read_bytes())
+        selection = select_videos([root], count, seed, frames=11)
+        assert selection.paths == tuple(root / name for name in selection.names)
+        return [name[0] for name in selection.names]
+
+    five = drawn(video.parent / "one", "abcde", 5)
+    assert sorted(five) == list("abcde")
+    assert drawn(video.parent / "one", "", 3) == five[:3]
+    assert drawn(video.parent / "two", "abce", 4) == [name for name in five if name != "d"]
+    assert any(drawn(video.parent / "one", "", 5, seed) != five for seed in range(1, 4))
+
+
+def test_too_few_videos_of_the_length_are_told(video: Path) -> None:
+    folder = video.parent
+    (folder / "broken.mp4").write_bytes(video.read_bytes()[:100])
+    assert select_videos([folder], 1, 0, frames=11).names == ("ramp.mp4",)
+    with pytest.raises(
+        InputError, match="hold 0 videos of at least 12 frames, and 2 that are shorter or broken, where"
+    ):
+        select_videos([folder], 1, 0, frames=12)
+    with pytest.raises(InputError, match="have one name"):
+        select_videos([folder, video], 1, 0, frames=11)
