@@ -28,6 +28,9 @@ WHOLE = [
 OF_THE_PAPER = [path for path in WHOLE if path.parent == RECIPES]
 BASES = {RECIPES / "base.yaml", RECIPES / "size" / "h.yaml", RECIPES / "demo" / "digits.yaml"}
 TINY = RECIPES / "size" / "tiny.yaml"
+# Of other verbs than `fit`, which have tests of their own.
+EVALUATIONS = {path for path in CONTENTS if path.name.startswith("eval_")}
+VIDEO_CHATGPT = RECIPES / "video_chatgpt.yaml"
 LABELS = RECIPES / "labels" / "ucf101.yaml"
 
 
@@ -58,6 +61,7 @@ def shards(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.TempP
 
 
 def test_these_are_the_recipes() -> None:
+    assert {name_of(path) for path in EVALUATIONS} == {"eval_ucf101.yaml", "eval_msrvtt.yaml", "eval_long.yaml"}
     assert {name_of(path) for path in WHOLE} >= {
         "stage1_image_warmup.yaml",
         "stage2_mixed.yaml",
@@ -73,6 +77,8 @@ def test_these_are_the_recipes() -> None:
         *BASES,
         TINY,
         LABELS,
+        VIDEO_CHATGPT,
+        *EVALUATIONS,
         *(RECIPES / "size" / f"{name}.yaml" for name in ("b",)),
     }
 

@@ -1,13 +1,13 @@
 """`evaluate`: continue the videos of a data set, and score what comes (GPDiT, section 5.2)."""
 
-import json
 import logging
+import math
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jsonargparse import ActionConfigFile
@@ -16,22 +16,24 @@ from tqdm import tqdm
 
 from gpdit_lightning.cli.generating import config_of, trained_sizes
 from gpdit_lightning.cli.recipes import RecipeParser, with_bases
-from gpdit_lightning.codecs import load_codec_from_spec
+from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunks import TRUTH, ChunkFiles, Networks, Task, chunks_of, judge, of_seed, write_chunk
+from gpdit_lightning.evaluation.i3d import check_frames
 from gpdit_lightning.evaluation.networks import NetworkFile, open_image_network, open_video_network
-from gpdit_lightning.evaluation.report import Network, Protocol, draw_self_checks, library_versions
+from gpdit_lightning.evaluation.report import TABLES, Network, Protocol, draw_self_checks, library_versions
 from gpdit_lightning.evaluation.scores import report_of
 from gpdit_lightning.evaluation.videos import Selection, select_videos
-from gpdit_lightning.files import held_by_one_process, written_whole
+from gpdit_lightning.files import held_by_one_process
+from gpdit_lightning.generation import products_in
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.preparation.prepare import available_device, rank_of_process
 from gpdit_lightning.training.checkpoints import TrainedModel, identity_of, load_trained_model, place_of_weights
 
 log = logging.getLogger(__name__)
 
-PROTOCOL, CHUNKS, VIDEOS, LOCK = "protocol.json", "chunks", "videos", ".lock"
+CHUNKS, VIDEOS, LOCK = "chunks", "videos", ".lock"
 FPS = 8  # of kept videos
 LEAST = {"count": 2, "generated_frames": 1, "chunk": 1, "self_check_videos": 0, "keep_videos": 0}
 # What a report says of the protocol, and what does not change the scores.
@@ -111,13 +113,7 @@ def read_options(arguments: Sequence[str]) -> EvaluationOptions:
     parser.add_class_arguments(EvaluationOptions)
     settings = parser.instantiate_classes(parser.parse_args(with_bases(arguments)))
     options = EvaluationOptions(**{field.name: settings[field.name] for field in fields(EvaluationOptions)})
-    for name, least in (
-        ("count", 1),
-        ("generated_frames", 1),
-        ("chunk", 1),
-        ("self_check_videos", 0),
-        ("keep_videos", 0),
-    ):
+    for name, least in LEAST.items():
         if getattr(options, name) < least:
             raise InputError(f"{name} is {getattr(options, name)}: give at least {least}.")
     if not options.seeds or min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
@@ -128,44 +124,55 @@ def read_options(arguments: Sequence[str]) -> EvaluationOptions:
 def run(verb: str, arguments: Sequence[str]) -> None:
     """Continue, look, and write the report when nothing is left to do."""
     options = read_options(arguments)
-    rank, ranks, local_rank = rank_of_process()
-    device = available_device(options.device)
-    if device == torch.device("cuda"):
-        device = torch.device("cuda", local_rank)
+    rank, ranks, _ = rank_of_process()
+    device = available_device("auto" if options.device == "cuda" and torch.cuda.is_available() else options.device)
     trained = load_trained_model(options.checkpoint, device, options.weights)
     codec = load_codec_from_spec(trained.codec, device, options.codec_source, where=options.checkpoint)
-    codec.latent_frames(options.context_frames)
     networks = open_networks(options, device)
-    task = task_of(options, trained)
+    task = task_of(options, trained, codec, networks)
     selection = select_videos(
         options.videos, options.count, options.selection_seed, 1 + (task.frames - 1) * task.stride
     )
     protocol = protocol_of(options, task, trained, selection, networks)
-    out = Path(options.out)
-    agree_on(out / PROTOCOL, protocol, {"chunk": options.chunk, "self_check_videos": options.self_check_videos})
+    if task.generation.precision is not None:
+        products_in(trained.backbone, task.generation.precision)
 
+    out = Path(options.out)
+    made_by = {name: value for name, value in asdict(protocol).items() if name not in ONLY_SAID}
+    made_by |= {name: getattr(options, name) for name in ("chunk", "self_check_videos", "keep_videos")}
+    ChunkFiles(sorted((out / CHUNKS).glob("*.safetensors")), made_by)  # raises where they are not ours
     chunks = chunks_of(selection, options.chunk)
     files = {chunk: out / CHUNKS / f"{chunk.start:06d}.safetensors" for chunk in chunks}
     mine = [chunk for chunk in chunks[rank::ranks] if not files[chunk].exists()]
+    if mine:
+        (out / TABLES).unlink(missing_ok=True)
     keep = keeper(out / VIDEOS, options.keep_videos, task, selection.names)
-    with tqdm(total=sum(len(chunk.names) for chunk in mine), desc="continuing", unit=" videos") as bar:
+    with tqdm(
+        total=sum(len(chunk.names) for chunk in mine), desc="continuing", unit=" videos", disable=rank > 0
+    ) as bar:
         for chunk in mine:
-            write_chunk(files[chunk], *judge(chunk, task, trained.backbone, codec, networks, keep))
+            write_chunk(files[chunk], *judge(chunk, task, trained.backbone, codec, networks, keep), made_by)
             bar.update(len(chunk.names))
     if not all(path.exists() for path in files.values()):
         log.info("done; the process that ends last writes the results, or the same command once more")
         return
     with suppress(BlockingIOError), held_by_one_process(out / LOCK):
-        found = ChunkFiles(list(files.values()))
-        report = report_of(found, protocol, lost=set(selection.names) - set(found.names))
-        report.write(out)
-        if report.self_checks:
-            draw_self_checks(report, out / "self_checks.png")
-        print(report.to_markdown())
+        if not (out / TABLES).exists():  # which is written last
+            found = ChunkFiles(list(files.values()), made_by)
+            report = report_of(found, protocol, lost=set(selection.names) - set(found.names))
+            if report.self_checks:
+                draw_self_checks(report, out / "self_checks.png")
+            report.write(out)
+        scores, _, _ = (out / TABLES).read_text(encoding="utf-8").partition("\n## ")
+        print(f"{scores}\nProtocol, self-checks and the paper's scores: {out / TABLES}")
 
 
 def open_networks(options: EvaluationOptions, device: torch.device) -> Networks:
-    """The networks that the options name; raises `InputError` as their functions do, or for none at all."""
+    """The networks that the options name.
+
+    Raises:
+        InputError: a classifier alone, or as the functions that open them.
+    """
     if options.classifier is not None and options.image_network is None:
         raise InputError("a classifier is given without an image_network: give both, since frames pass them together.")
     video = open_video_network(options.video_network, device) if options.video_network else None
@@ -173,20 +180,33 @@ def open_networks(options: EvaluationOptions, device: torch.device) -> Networks:
     for name, network in (("video_network", video), ("image_network", image)):
         if network is None:
             log.warning("warning: no %s is given, so its scores are left out", name)
+    if image is not None and not image.has_classes:
+        log.warning("warning: the image_network knows no classes and no classifier is given, so IS is left out")
     return Networks(video, image)
 
 
-def task_of(options: EvaluationOptions, trained: TrainedModel) -> Task:
+def task_of(options: EvaluationOptions, trained: TrainedModel, codec: Codec, networks: Networks) -> Task:
     """What is done to every video.
 
     Raises:
-        InputError: no size where several were trained on, or frames that the networks cannot see.
+        InputError: no size where several were trained on, frames that make no latents or are too few for the video
+            network, or a model that takes texts.
     """
     sizes = trained_sizes(options.size, trained)
     if len(sizes) > 1:
         known = ", ".join(f"{height}x{width}" for height, width in sizes)
         raise InputError(f"the checkpoint was trained on {known}: give one of them as size, since scores are of one.")
-    return Task(
+    if trained.backbone.config.text_width:
+        raise InputError(f"{options.checkpoint} takes embeddings of texts, which videos lack: give another model.")
+    latent_frames = codec.latent_frames(options.context_frames)
+    latent_frames += math.ceil(options.generated_frames / codec.temporal_factor)
+    if latent_frames > trained.geometry["frames"]:
+        log.warning(
+            "warning: clips have %d latent frames, but in training at most %d: farther ones may do harm",
+            latent_frames,
+            trained.geometry["frames"],
+        )
+    task = Task(
         context_frames=options.context_frames,
         generated_frames=options.generated_frames,
         stride=options.stride or trained.geometry["stride"],
@@ -196,6 +216,9 @@ def task_of(options: EvaluationOptions, trained: TrainedModel) -> Task:
         video_of_all=options.fvd_frames == "all",
         self_check_videos=options.self_check_videos,
     )
+    if networks.video is not None:
+        check_frames(task.frames if task.video_of_all else task.generated_frames)
+    return task
 
 
 def protocol_of(
@@ -240,25 +263,6 @@ def protocol_of(
         versions=library_versions(),
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     )
-
-
-def agree_on(path: Path, protocol: Protocol, own: dict[str, Any]) -> None:
-    """Note what a folder's chunks are made by, or see that they are made so.
-
-    Raises:
-        InputError: they are made otherwise.
-    """
-    text = json.dumps(asdict(protocol) | own, indent=2)
-    if not path.exists():
-        with written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    there, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-    for name in wanted.keys() - ONLY_SAID:
-        if there.get(name) != wanted[name]:
-            raise InputError(
-                f"{path.parent} holds an evaluation with another {name} ({there.get(name)}, not {wanted[name]}): give "
-                "another --out, or remove that folder."
-            )
 
 
 def keeper(folder: Path, most: int, task: Task, first: Sequence[str]) -> Callable[[str, Sequence[str], Tensor], None]:

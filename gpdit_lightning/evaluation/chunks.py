@@ -6,11 +6,10 @@ each. So a process may end anywhere, and any number of them come to the same sco
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -121,12 +120,19 @@ def judge(
 
     Returns:
         The names of the videos that could be read, and, by "SUBJECT/WHAT", what was found in them: see :func:`seen`.
+
+    Raises:
+        InputError: a video is not there any more, or as :func:`continue_video` and the networks.
     """
     read: dict[str, Tensor] = {}
     for name, path in zip(chunk.names, chunk.paths, strict=True):
-        # Where a header promised more than there is, the video is lost, and the report says so.
-        with suppress(InputError):
+        try:
             read[name] = task.clip(path)
+        except InputError:
+            # Where a header promised more than there is, the video is lost, and the report says so; a folder that went
+            # away must not lose all that is left.
+            if not path.is_file():
+                raise
     names, found = list(read), {}
     if names:
         truth = torch.stack(list(read.values()))
@@ -193,10 +199,10 @@ def seen(videos: Tensor, truth: Tensor, task: Task, networks: Networks) -> dict[
     return {name: values.float().cpu().contiguous() for name, values in found.items()}
 
 
-def write_chunk(path: Path, names: Sequence[str], found: dict[str, Tensor]) -> None:
-    """Write what :func:`judge` found, whole or not at all."""
+def write_chunk(path: Path, names: Sequence[str], found: dict[str, Tensor], made_by: Mapping[str, Any]) -> None:
+    """Write what :func:`judge` found, and by which settings (JSON values), whole or not at all."""
     with written_whole(path) as temporary:
-        save_file(found, temporary, metadata={"names": json.dumps(list(names))})
+        save_file(found, temporary, metadata={"names": json.dumps(list(names)), "made_by": json.dumps(made_by)})
 
 
 class ChunkFiles:
@@ -204,37 +210,50 @@ class ChunkFiles:
 
     Args:
         paths: of the files.
+        made_by: the settings that all of them must be of.
+
+    Attributes:
+        names: of the videos that could be read.
 
     Raises:
-        InputError: a file that cannot be read.
+        InputError: a file that cannot be read, or of other settings.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], made_by: Mapping[str, Any]) -> None:
         self.paths = paths
         self.names: list[str] = []
         self.keys: set[str] = set()
+        wanted = json.loads(json.dumps(made_by))
         for path in paths:
             try:
                 with safe_open(path, "pt") as file:
-                    self.names += json.loads(file.metadata()["names"])
+                    names, there = (json.loads(file.metadata()[name]) for name in ("names", "made_by"))
                     self.keys |= set(file.keys())
             except (SafetensorError, KeyError, TypeError) as error:
                 raise InputError(f"{path} is damaged ({error}): delete it and run the same command again.") from None
+            self.names += names
+            for name in wanted:
+                if there.get(name) != wanted[name]:
+                    raise InputError(
+                        f"{path} is of an evaluation with another {name} ({there.get(name)}, not {wanted[name]}): give "
+                        "another --out, or remove that folder."
+                    )
 
-    def values(self, subject: str, what: str, as_of: str | None = None) -> Iterator[Tensor]:
+    def values(self, subject: str, what: str, place: int | None = None, as_of: str | None = None) -> Iterator[Tensor]:
         """What was found in a subject, chunk by chunk; nothing where nothing was.
 
         Args:
             subject: such as "truth".
             what: such as "video".
-            as_of: only the videos that this other subject was made of.
+            place: of all generated frames only this one.
+            as_of: of all videos only those that this other subject was made of.
         """
+        wanted, other = f"{subject}/{what}", f"{as_of or subject}/{what}"
         for path in self.paths:
             with safe_open(path, "pt") as file:
-                keys = {subject: f"{subject}/{what}", as_of: f"{as_of or subject}/{what}"}
-                if all(key in file.keys() for key in keys.values()):  # noqa: SIM118 (it is no dictionary)
-                    length = file.get_slice(keys[as_of]).get_shape()[0]
-                    yield file.get_tensor(keys[subject])[:length]
+                if {wanted, other} <= set(file.keys()):
+                    length, values = file.get_slice(other).get_shape()[0], file.get_slice(wanted)
+                    yield values[:length] if place is None else values[:length, place]
 
     def has(self, subject: str, what: str) -> bool:
         """Whether anything was found."""

@@ -1,25 +1,30 @@
 """From what was found in all chunks to a report."""
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunks import BLUR, CODEC, NOISE, REPEATED, TRUTH, ChunkFiles, of_seed
 from gpdit_lightning.evaluation.metrics import FrechetDistance, bias_warning, inception_score, precision_recall
-from gpdit_lightning.evaluation.report import Protocol, Report, Score
+from gpdit_lightning.evaluation.report import HEADINGS, Protocol, Report, Score
 from gpdit_lightning.evaluation.self_checks import BLUR_LEVELS, NOISE_LEVELS, SelfChecks, halves, judged
 
 IS_SPLITS = 10
 NEIGHBOURS = 3  # of precision and recall
 # What a report calls a subject, and what its scores say.
 REFERENCES = {TRUTH: "the truth", CODEC: "the truth through the codec", REPEATED: "the last given frame repeated"}
+CHECKED = {"fvd": "video", "fid": "image"}  # what distances that are checked are made of
+DISTANCES_OF_CHECK = 2 + len(NOISE) + len(BLUR)
+BULK = 1024  # features that are summed up at a time
 
 
 def report_of(files: ChunkFiles, protocol: Protocol, lost: Iterable[str] = ()) -> Report:
-    """All scores, references and self-checks.
+    """All scores, references and self-checks, with a progress bar.
 
     Args:
         files: of all chunks.
@@ -27,95 +32,150 @@ def report_of(files: ChunkFiles, protocol: Protocol, lost: Iterable[str] = ()) -
         lost: names of videos that could not be read.
 
     Raises:
-        InputError: too few videos for a score.
+        InputError: too few videos for a score, or features that are not finite.
     """
     if len(files.names) < 2:
         raise InputError(f"{len(files.names)} videos could be read, where scores need at least 2: add videos.")
-    per_seed = [scores_of(files, of_seed(seed)) for seed in protocol.seeds]
-    references = {words: scores_of(files, subject) for subject, words in REFERENCES.items()}
+    seeds = [of_seed(seed) for seed in protocol.seeds]
+    subjects, checked = [*seeds, *REFERENCES], checked_in(files)
+    of_subject = (places_of(files) if files.has(TRUTH, "image") else 0) + files.has(TRUTH, "video")
+    total = of_subject * len(subjects) + DISTANCES_OF_CHECK * len(checked)
+    with tqdm(total=total, desc="scoring", unit=" distances") as bar:
+        scores = scores_of(files, subjects, bar.update)
+        self_checks = {name: self_checks_of(files, what, bar.update) for name, what in checked.items()}
     return Report(
         protocol,
-        scores={name: Score.of([scores[name] for scores in per_seed]) for name in per_seed[0]},
+        scores={name: Score.of([scores[seed][name] for seed in seeds]) for name in scores[seeds[0]]},
         references={
-            words: {name: Score.of([value]) for name, value in scores.items()} for words, scores in references.items()
+            words: {name: Score.of([value]) for name, value in scores[subject].items()}
+            for subject, words in REFERENCES.items()
         },
-        self_checks=self_checks_of(files),
-        warnings=tuple(warnings_of(files, lost)),
+        self_checks=self_checks,
+        warnings=tuple(warnings_of(files, self_checks, lost)),
     )
 
 
-def scores_of(files: ChunkFiles, subject: str) -> dict[str, float]:
-    """The scores of a subject against the truth, by the names of `report.HEADINGS`, as far as the networks go.
+def scores_of(
+    files: ChunkFiles, subjects: Sequence[str], done: Callable[[], object] = lambda: None
+) -> dict[str, dict[str, float]]:
+    """The scores of subjects against the truth, by the names of `report.HEADINGS`, as far as the networks go.
 
     FID and IS are those of each generated frame's place in the clip, averaged, as the paper has it ("the average
     [FID and IS] are calculated over individual frames", section 5.1).
+
+    Args:
+        files: of all chunks.
+        subjects: whose scores.
+        done: called after each Frechet distance.
     """
-    scores: dict[str, float] = {}
-    if files.has(subject, "image"):
-        places = frames_of(files, "image")
-        scores["fid"] = fmean(
-            distance(at_place(files.values(TRUTH, "image"), place), at_place(files.values(subject, "image"), place))
-            for place in range(places)
-        )
-    if files.has(subject, "classes"):
-        classes = together(files, subject, "classes")
-        splits = min(IS_SPLITS, len(classes))
-        scores["is"] = fmean(inception_score(probabilities, splits)[0] for probabilities in classes.unbind(1))
-    if files.has(subject, "video"):
-        scores["fvd"] = distance(files.values(TRUTH, "video"), files.values(subject, "video"))
+    scores: dict[str, dict[str, float]] = {subject: {} for subject in subjects}
+    if files.has(TRUTH, "image"):
+        at_places = [
+            distances(
+                files.values(TRUTH, "image", place),
+                {subject: files.values(subject, "image", place) for subject in subjects},
+                done,
+            )
+            for place in range(places_of(files))
+        ]
+        for subject in subjects:
+            scores[subject]["fid"] = fmean(found[subject] for found in at_places)
+    if files.has(TRUTH, "classes"):
+        splits = min(IS_SPLITS, len(files.names))
+        for subject in subjects:
+            classes = (together(files, subject, "classes", place) for place in range(places_of(files)))
+            scores[subject]["is"] = fmean(inception_score(probabilities, splits)[0] for probabilities in classes)
+    if files.has(TRUTH, "video"):
+        others = {subject: files.values(subject, "video") for subject in subjects}
+        for subject, found in distances(files.values(TRUTH, "video"), others, done).items():
+            scores[subject]["fvd"] = found
         if len(files.names) > NEIGHBOURS:
-            real, other = (together(files, name, "video") for name in (TRUTH, subject))
-            scores["precision"], scores["recall"] = precision_recall(real, other, NEIGHBOURS)
-    if subject != TRUTH:
-        for what in ("psnr", "ssim"):
-            scores[what] = together(files, subject, what).double().mean().item()
+            real = together(files, TRUTH, "video")
+            for subject in subjects:
+                precision, recall = precision_recall(real, together(files, subject, "video"), NEIGHBOURS)
+                scores[subject] |= {"precision": precision, "recall": recall}
+    for subject in subjects:
+        if subject != TRUTH:
+            for what in ("psnr", "ssim"):
+                scores[subject][what] = together(files, subject, what).double().mean().item()
     return scores
 
 
-def self_checks_of(files: ChunkFiles) -> dict[str, SelfChecks]:
-    """What FVD and FID, this one of all frames at once, say of truth and of distorted truth, where that was made."""
+def checked_in(files: ChunkFiles) -> dict[str, str]:
+    """Of `CHECKED` what there is enough of: two distorted videos, and two in each half."""
+    if any(Counter(halves(files.names))[half] < 2 for half in (0, 1)):
+        return {}
+    return {name: what for name, what in CHECKED.items() if sum(map(len, files.values(NOISE[0], what))) > 1}
+
+
+def self_checks_of(files: ChunkFiles, what: str, done: Callable[[], object] = lambda: None) -> SelfChecks:
+    """What a distance, FID of all frames at once, says of truth and of distorted truth.
+
+    Args:
+        files: of all chunks.
+        what: of `CHECKED`.
+        done: called after each Frechet distance.
+    """
+    itself = distances(each(files.values(TRUTH, what)), {TRUTH: each(files.values(TRUTH, what))}, done)
+    between_halves = distances(half_of(files, what, 0), {TRUTH: half_of(files, what, 1)}, done)
+    distorted = {subject: each(files.values(subject, what)) for subject in (*NOISE, *BLUR)}
+    found = distances(each(files.values(TRUTH, what, as_of=NOISE[0])), distorted, done)
+    return judged(
+        itself[TRUTH],
+        between_halves[TRUTH],
+        tuple((level, found[subject]) for level, subject in zip(NOISE_LEVELS, NOISE, strict=True)),
+        tuple((level, found[subject]) for level, subject in zip(BLUR_LEVELS, BLUR, strict=True)),
+    )
+
+
+def half_of(files: ChunkFiles, what: str, number: int) -> Iterator[Tensor]:
+    """The features of one half of the videos."""
+    half = torch.tensor(halves(files.names))
+    start = 0
+    for values in files.values(TRUTH, what):
+        yield from each([values[half[start : start + len(values)] == number]])
+        start += len(values)
+
+
+def distances(
+    real: Iterable[Tensor], others: Mapping[str, Iterable[Tensor]], done: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Frechet distances from one truth to others.
+
+    Args:
+        real: features (n, d), piece by piece.
+        others: by name.
+        done: called after each.
+
+    Raises:
+        InputError: fewer than two samples, or features that are not finite.
+    """
+    metric: FrechetDistance | None = None
+    for features in in_bulk(real):
+        metric = metric or FrechetDistance(features.shape[1], reset_real_features=False)
+        metric.update(features, real=True)
+    if metric is None:
+        raise InputError("too few samples for a Frechet distance (0): evaluate on more videos.")
     found = {}
-    for name, what in (("fvd", "video"), ("fid", "image")):
-        if not files.has(NOISE[0], what):
-            continue
-
-        def to(subject: str, what: str = what) -> float:
-            return distance(each(files.values(TRUTH, what, as_of=subject)), each(files.values(subject, what)))
-
-        found[name] = judged(
-            distance(each(files.values(TRUTH, what)), each(files.values(TRUTH, what))),
-            between_halves(files, what),
-            tuple((level, to(subject)) for level, subject in zip(NOISE_LEVELS, NOISE, strict=True)),
-            tuple((level, to(subject)) for level, subject in zip(BLUR_LEVELS, BLUR, strict=True)),
-        )
+    for name, pieces in others.items():
+        metric.reset()
+        for features in in_bulk(pieces):
+            metric.update(features, real=False)
+        found[name] = metric.compute().item()
+        done()
     return found
 
 
-def between_halves(files: ChunkFiles, what: str) -> float:
-    """The distance of one half of the videos from the other."""
-    half = torch.tensor(halves(files.names))
-
-    def of_half(number: int) -> Iterator[Tensor]:
-        start = 0
-        for values in files.values(TRUTH, what):
-            chosen = values[half[start : start + len(values)] == number]
-            start += len(values)
-            if len(chosen):
-                yield from each([chosen])
-
-    return distance(of_half(0), of_half(1))
-
-
-def distance(real: Iterable[Tensor], other: Iterable[Tensor]) -> float:
-    """The Frechet distance of features (n, d) that come piece by piece."""
-    metric: FrechetDistance | None = None
-    for is_real, pieces in ((True, real), (False, other)):
-        for features in pieces:
-            metric = metric or FrechetDistance(features.shape[1])
-            metric.update(features, real=is_real)
-    if metric is None:
-        raise InputError("too few samples for a Frechet distance (0): evaluate on more videos.")
-    return metric.compute().item()
+def in_bulk(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Pieces joined to larger ones: their products with themselves take a sixth of the time of sixteen at a time."""
+    held: list[Tensor] = []
+    for piece in pieces:
+        held.append(piece)
+        if sum(map(len, held)) >= BULK:
+            yield torch.cat(held)
+            held.clear()
+    if held:
+        yield torch.cat(held)
 
 
 def each(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -123,28 +183,28 @@ def each(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
     return (piece.flatten(0, -2) for piece in pieces)
 
 
-def at_place(pieces: Iterable[Tensor], place: int) -> Iterator[Tensor]:
-    """The features of one generated frame of each video."""
-    return (piece[:, place] for piece in pieces)
+def together(files: ChunkFiles, subject: str, what: str, place: int | None = None) -> Tensor:
+    """All that was found in a subject, or at one place of its frames."""
+    return torch.cat(list(files.values(subject, what, place)))
 
 
-def together(files: ChunkFiles, subject: str, what: str) -> Tensor:
-    """All that was found in a subject."""
-    return torch.cat(list(files.values(subject, what)))
-
-
-def frames_of(files: ChunkFiles, what: str) -> int:
+def places_of(files: ChunkFiles) -> int:
     """How many generated frames there are."""
-    return next(files.values(TRUTH, what)).shape[1]
+    return next(files.values(TRUTH, "image")).shape[1]
 
 
-def warnings_of(files: ChunkFiles, lost: Iterable[str]) -> Iterator[str]:
+def warnings_of(files: ChunkFiles, self_checks: Mapping[str, SelfChecks], lost: Iterable[str]) -> Iterator[str]:
     """What a reader of the scores should know besides."""
     missing = sorted(lost)
     if missing:
         yield f"{len(missing)} videos could not be read whole and are left out: {', '.join(missing)}."
-    for score, what in (("FVD", "video"), ("FID", "image")):
+    for name, what in CHECKED.items():
+        score = HEADINGS[name].split()[0]
         if files.has(TRUTH, what):
             dimensions = next(files.values(TRUTH, what)).shape[-1]
             if warning := bias_warning(score, len(files.names), dimensions):
                 yield warning
+        if files.has(NOISE[0], what) and name not in self_checks:
+            yield f"the videos are too few for self-checks of {score}."
+        elif name in self_checks and not self_checks[name].passed:
+            yield f"{score} fails its self-checks: {'; '.join(self_checks[name].failures)}."

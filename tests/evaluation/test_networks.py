@@ -17,52 +17,7 @@ from gpdit_lightning.evaluation.networks import (
     resize_as_tensorflow,
 )
 from gpdit_lightning.files import sha256_of
-
-
-class ScriptedI3D(nn.Module):
-    """Has StyleGAN-V's arguments; its features are the mean of every colour and the first frame's, off unless asked."""
-
-    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
-        features = torch.cat([x.mean((2, 3, 4)), x[:, :, 0].mean((2, 3))], 1)
-        if rescale and resize and return_features:
-            return features
-        return features + 1000
-
-
-class ScriptedInception(nn.Module):
-    """Has NVIDIA's arguments; counts its passes. Classes are those of the last layer, at a temperature."""
-
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.output = nn.Linear(6, 4)
-        self.temperature = temperature
-        self.passes = 0
-
-    def forward(
-        self, img: Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
-    ) -> Tensor:
-        self.passes += 1
-        values = img.float() / 255
-        features = torch.cat([values.mean((2, 3)), values[:, :, 0, 0]], 1)
-        if return_features:
-            return features
-        logits = features @ self.output.weight.t() / self.temperature
-        if not no_output_bias:
-            logits = logits + self.output.bias
-        return logits.softmax(1)
-
-
-class ScriptedPlain(nn.Module):
-    """Features are pixels of what it is shown."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x[:, :, ::50, ::70].flatten(1), torch.full([len(x), 1], float(x.shape[2] * x.shape[3]))], 1)
-
-
-class ScriptedClassifier(nn.Module):
-    def forward(self, pixels: Tensor) -> Tensor:
-        assert pixels.dtype == torch.uint8
-        return pixels.double().mean((2, 3))
+from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
 
 
 class Pair(nn.Module):
@@ -82,12 +37,7 @@ class Broken(nn.Module):
 
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[[nn.Module], NetworkFile]:
-    def run(module: nn.Module) -> NetworkFile:
-        path = tmp_path / f"{type(module).__name__}.pt"
-        torch.jit.script(module).save(str(path))
-        return NetworkFile(str(path), sha256_of(path))
-
-    return run
+    return lambda module: saved(module, tmp_path)
 
 
 def random_pixels(*shape: int) -> Tensor:
