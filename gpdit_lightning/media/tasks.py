@@ -16,11 +16,8 @@ LUMA_WEIGHTS = (19595, 38470, 7471)
 # where it continues such an edge (OpenCV's gradient is four times the step).
 CANNY_THRESHOLDS = (100, 200)
 
-# Of `recolour`, ours: below 1 a mix is mostly one channel, and three mixes mostly a permutation with some left out.
-MIX_CONCENTRATION = 0.4
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Task:
     """What is given, and what it shall become: two functions of one picture, uint8 (T, 3, H, W) to the same shape.
 
@@ -80,26 +77,6 @@ TASKS: dict[str, Task] = {
         Task("copy", as_it_is, as_it_is),  # no task, but what teaches a model to look back before it learns one
     )
 }
-
-
-def recolour(numbers: np.random.Generator) -> Task:
-    """A task of its own for every draw: each channel becomes a mix of all, and half of the tasks are negatives.
-
-    Nobody can know such a task but from examples of it, so that many of them teach a model to read what it is shown
-    (ours: a warm-up, of which the paper has none).
-    """
-    mix = torch.from_numpy(numbers.dirichlet([MIX_CONCENTRATION] * 3, size=3)).float()
-    negative = bool(numbers.random() < 0.5)
-
-    def target(pixels: Tensor) -> Tensor:
-        mixed = torch.einsum("oc,tchw->tohw", mix.to(pixels.device), pixels.float()).round().to(torch.uint8)
-        return 255 - mixed if negative else mixed
-
-    return Task("recolour", as_it_is, target, {"mix_concentration": MIX_CONCENTRATION})
-
-
-# Tasks that differ from sequence to sequence, by a generator of numbers.
-DRAWN_TASKS: dict[str, Callable[[np.random.Generator], Task]] = {"recolour": recolour}
 
 
 def pair_of(task: Task, picture: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import Size, parse_size, read_image, resize_and_crop
-from gpdit_lightning.media.tasks import DRAWN_TASKS, TASKS, Task, as_it_is
+from gpdit_lightning.media.tasks import TASKS, Task, as_it_is
 from gpdit_lightning.preparation.pairs import Pair, folders_in, hold_out, pairs_of_one, pairs_of_two
 from gpdit_lightning.preparation.prepare import available_device
 
@@ -41,8 +40,7 @@ class FewShotOptions:
         metadata={
             "help": "pairs: both pictures of each pair are given; or both are made from one, at --size: grayscale (a "
             "picture to its grey version), colourisation (the way back), edges (a picture to its Canny edges), "
-            "edges_to_image (the way back); edges need pip install -e '.[edges]'. As a warm-up: copy (the picture "
-            "itself) and recolour (channels mixed, half of the time inverted, in another way for every sequence)"
+            "edges_to_image (the way back), copy (the picture itself: a warm-up); edges need pip install -e '.[edges]'"
         },
     )
     sources: Path | None = field(
@@ -91,7 +89,7 @@ def prepare_sequences(options: FewShotOptions) -> Manifest:
             that or unreadable, OpenCV is missing for edges, or a folder that holds other data.
     """
     check_options(options)
-    task_of, size = task_named(options.task), parse_size(options.size)
+    task, size = task_named(options.task), parse_size(options.size)
     found, reserved = hold_out(find_pairs(options), options.validation_fraction)
     training, held_out = found[: options.pairs], reserved[: options.held_out_pairs]
     if len(training) < options.pairs_per_sequence:
@@ -101,34 +99,33 @@ def prepare_sequences(options: FewShotOptions) -> Manifest:
             f"{len(training)} are left for training where a sequence takes {options.pairs_per_sequence}: give more "
             "pairs, more --pairs or a lower --validation_fraction."
         )
-    preparation = described(options, [*training, *held_out])
+    preparation = described(options, task, [*training, *held_out])
     if (options.out / FILE_NAME).exists():
         return reused(Manifest.load(options.out), preparation)
-    shown = {pair: pictures_of(pair, size) for pair in (*training, *held_out)}
+    frames = {pair: frames_of(pair, task, size) for pair in (*training, *held_out)}
     codec = load_codec(options.codec, options.codec_source, available_device(options.device))
     codec.check_frame_size(*size)
-
-    @lru_cache(maxsize=len(shown))
-    def encoded(pair: Pair, task: Task) -> np.ndarray:
-        source, target = shown[pair]
-        return codec.encode(torch.stack((task.source(source), task.target(target)))).cpu().numpy()[:, 0]
-
-    numbers, of_tasks = (np.random.default_rng([options.seed, purpose]) for purpose in (1, 2))
+    encoded = {
+        pair: codec.encode(pixels).cpu().numpy()[:, 0]
+        for pair, pixels in tqdm(frames.items(), desc="encoding", unit=" pairs", disable=None)
+    }
+    numbers = np.random.default_rng([options.seed, 1])
 
     def drawn(count: int) -> list[Pair]:
         return [training[place] for place in numbers.choice(len(training), count, replace=False)]
 
     remove_leftovers(options.out)
-    sequences: list[tuple[Any, list[Pair]]] = [
-        ("train", drawn(options.pairs_per_sequence)) for _ in range(options.sequences)
-    ]
-    sequences += [("validation", [*drawn(options.pairs_per_sequence - 1), pair]) for pair in held_out]
     with ShardSetWriter(options.out) as writer:
-        for split, pairs in tqdm(sequences, desc="encoding", unit=" sequences", disable=None):
+
+        def write(split: Any, pairs: Sequence[Pair]) -> None:
             names = " ".join(pair.source.path.name for pair in pairs)
-            metadata = {"source": names, "task": options.task, "pixel_size": list(size)}
-            task = task_of(of_tasks)
-            writer.write(split, "sequence", np.concatenate([encoded(pair, task) for pair in pairs]), metadata)
+            metadata = {"source": names, "task": task.name, "pixel_size": list(size)}
+            writer.write(split, "sequence", np.concatenate([encoded[pair] for pair in pairs]), metadata)
+
+        for _ in range(options.sequences):
+            write("train", drawn(options.pairs_per_sequence))
+        for pair in held_out:
+            write("validation", [*drawn(options.pairs_per_sequence - 1), pair])
         shards = writer.close()
     manifest = Manifest(
         directory=options.out,
@@ -157,8 +154,7 @@ def check_options(options: FewShotOptions) -> None:
     if not 0 <= options.validation_fraction < 1:
         raise InputError(f"validation_fraction is {options.validation_fraction}: give a share from 0 to below 1.")
     given = [name for name in PLACES if getattr(options, name) is not None]
-    task_named(options.task)
-    if options.task != READY_PAIRS.name:
+    if task_named(options.task) is not READY_PAIRS:
         if given != ["sources"]:
             raise InputError(
                 f"The task {options.task} makes both sides of a pair from one picture: give --sources alone, or --task "
@@ -168,18 +164,16 @@ def check_options(options: FewShotOptions) -> None:
         raise InputError(
             f"The task {READY_PAIRS.name} takes --sources and --targets, or --pairs_in instead, and was given "
             f"{' and '.join(f'--{name}' for name in given) or 'none of them'}: give one or the other, or a --task that "
-            f"makes pairs ({', '.join((*TASKS, *DRAWN_TASKS))})."
+            f"makes pairs ({', '.join(TASKS)})."
         )
 
 
-def task_named(name: str) -> Callable[[np.random.Generator], Task]:
-    """A task by its name, for each sequence to draw, though most are always the same; raises `InputError`."""
-    if name in DRAWN_TASKS:
-        return DRAWN_TASKS[name]
+def task_named(name: str) -> Task:
+    """A task by its name; raises `InputError` for one that is not known."""
     known = {READY_PAIRS.name: READY_PAIRS} | TASKS
     if name not in known:
-        raise InputError(f"There is no task {name!r}: give one of {', '.join((*known, *DRAWN_TASKS))}.")
-    return lambda numbers: known[name]
+        raise InputError(f"There is no task {name!r}: give one of {', '.join(known)}.")
+    return known[name]
 
 
 def find_pairs(options: FewShotOptions) -> list[Pair]:
@@ -192,17 +186,17 @@ def find_pairs(options: FewShotOptions) -> list[Pair]:
     return pairs_of_one(options.sources, options.seed)
 
 
-def pictures_of(pair: Pair, size: Size) -> tuple[Tensor, Tensor]:
-    """Both pictures of a pair at the size to encode: uint8 (1, 3, H, W) each; raises `InputError` if unreadable."""
+def frames_of(pair: Pair, task: Task, size: Size) -> Tensor:
+    """What a task makes of a pair, at the size to encode: uint8 (2, 1, 3, H, W), the source first."""
     source, target = (resize_and_crop(read_image(picture.path), size) for picture in pair)
-    return source, target
+    return torch.stack((task.source(source), task.target(target)))
 
 
-def described(options: FewShotOptions, pairs: Sequence[Pair]) -> dict[str, Any]:
+def described(options: FewShotOptions, task: Task, pairs: Sequence[Pair]) -> dict[str, Any]:
     """The options that decide what the shards hold, and a sha256 over them and every picture's name and pixels."""
     values = {name: value for name, value in asdict(options).items() if name not in SPEED_OPTIONS}
     values |= {name: Path(values[name]).name for name in PLACES if values[name] is not None}
-    values["task_parameters"] = dict(task_named(options.task)(np.random.default_rng()).parameters)
+    values["task_parameters"] = dict(task.parameters)
     identity = [values, [[path.name, digest] for pair in pairs for path, digest in pair]]
     return values | {"inputs_sha256": hashlib.sha256(json.dumps(identity).encode()).hexdigest()}
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.tasks import TASKS, edges, grey, pair_of, recolour
+from gpdit_lightning.media.tasks import TASKS, edges, grey, pair_of
 
 
 def noise(*shape: int) -> Tensor:
@@ -66,19 +66,3 @@ def test_without_opencv_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(InputError, match=r"OpenCV.* cannot be imported .*: pip install -e '\.\[edges\]'\.$"):
         edges(step(100))
     grey(step(100))
-
-
-def test_recolour_mixes_channels_as_it_drew() -> None:
-    picture = torch.randint(0, 256, (1, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    kinds = set()
-    for seed in range(6):
-        source, target = pair_of(recolour(np.random.default_rng(seed)), picture)
-        again = pair_of(recolour(np.random.default_rng(seed)), picture)[1]
-        assert torch.equal(source, picture)
-        assert torch.equal(target, again)
-        numbers = np.random.default_rng(seed)
-        mix, negative = numbers.dirichlet([0.4] * 3, size=3), numbers.random() < 0.5
-        expected = np.einsum("oc,tchw->tohw", mix, picture.numpy().astype(float))
-        assert np.abs((255 - expected if negative else expected) - target.numpy()).max() <= 0.501
-        kinds.add(bool(negative))
-    assert kinds == {True, False}

@@ -1,7 +1,6 @@
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import read_image, resize_and_crop
-from gpdit_lightning.media.tasks import TASKS, pair_of, recolour
+from gpdit_lightning.media.tasks import TASKS, pair_of
 from gpdit_lightning.preparation import FewShotOptions, prepare_sequences
 
 COMMAND = Path(__file__).parents[2] / "data_prep" / "build_few_shot.py"
@@ -90,21 +89,6 @@ def test_a_built_in_task_makes_both_sides_at_the_size_to_encode(options: FewShot
         for place, name in enumerate(names):
             pixels = torch.stack(pair_of(TASKS[task], resize_and_crop(read_image(options.sources / name), (16, 24))))
             assert np.abs(latents[2 * place : 2 * place + 2] - codec.encode(pixels).numpy()[:, 0]).max() < 0.02
-
-
-def test_recolour_is_one_task_in_a_sequence_and_another_in_the_next(options: FewShotOptions) -> None:
-    manifest = prepare_sequences(of_task(options, "recolour"))
-    codec = load_codec("pca")
-    draws = np.random.default_rng([options.seed, 2])
-    shown = resize_and_crop(read_image(options.sources / "p0.png"), (16, 24))
-    seen = []
-    for _, latents, names in samples(manifest):
-        task = recolour(draws)
-        for place, name in enumerate(names):
-            pixels = torch.stack(pair_of(task, resize_and_crop(read_image(options.sources / name), (16, 24))))
-            assert np.abs(latents[2 * place : 2 * place + 2] - codec.encode(pixels).numpy()[:, 0]).max() < 0.02
-        seen.append(task.target(shown).float())
-    assert all((one - other).abs().mean() > 10 for one, other in pairwise(seen))
 
 
 def test_held_out_pairs_end_the_validation_sequences_and_appear_nowhere_else(options: FewShotOptions) -> None:
