@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,20 +40,31 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
     Raises:
         InputError: values that are not finite.
     """
-    moments = [moment.double() for moment in (mean_1, cov_1, mean_2, cov_2)]
-    if not all(moment.isfinite().all() for moment in moments):
-        raise InputError("features hold values that are not finite: check the weights and precision of the networks.")
-    mean_1, cov_1, mean_2, cov_2 = moments
-    shared = torch.linalg.matrix_norm(_factor(cov_1).T @ _factor(cov_2), "nuc")
-    distance = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * shared
-    return max(0.0, distance.item())
+    return _distance(_Gaussian.of(mean_1, cov_1), _Gaussian.of(mean_2, cov_2))
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """F (d, r) with F F^T = covariance, of rank r."""
-    values, vectors = torch.linalg.eigh(covariance)
-    seen = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, seen] * values[seen].sqrt()
+class _Gaussian(NamedTuple):
+    """A mean (d,), and F (d, r) with F F^T = covariance, of rank r; float64."""
+
+    mean: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, mean: Tensor, covariance: Tensor) -> Self:
+        mean, covariance = mean.double(), covariance.double()
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise InputError(
+                "features hold values that are not finite: check the weights and precision of the networks."
+            )
+        values, vectors = torch.linalg.eigh(covariance)
+        seen = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        return cls(mean, vectors[:, seen] * values[seen].sqrt())
+
+
+def _distance(first: _Gaussian, second: _Gaussian) -> float:
+    shared = torch.linalg.matrix_norm(first.factor.T @ second.factor, "nuc")
+    traces = first.factor.square().sum() + second.factor.square().sum()
+    return max(0.0, ((first.mean - second.mean).square().sum() + traces - 2 * shared).item())
 
 
 class _AsGiven(nn.Identity):
@@ -77,6 +88,19 @@ class FrechetDistance(FrechetInceptionDistance):
 
     def __init__(self, dimensions: int, **options: Any) -> None:
         super().__init__(_AsGiven(dimensions), **options)
+        self._truth: _Gaussian | None = None  # one truth may serve several others
+
+    def update(self, imgs: Tensor, real: bool) -> None:
+        """Add features (N, d) to those of the truth or of the others."""
+        if real:
+            self._truth = None
+        super().update(imgs, real)
+
+    def reset(self) -> None:
+        """Forget the others, and the truth unless `reset_real_features=False`."""
+        if self.reset_real_features:
+            self._truth = None
+        super().reset()
 
     def compute(self) -> Tensor:
         """The distance, float64 ().
@@ -84,15 +108,16 @@ class FrechetDistance(FrechetInceptionDistance):
         Raises:
             InputError: fewer than two samples on a side, or features that are not finite.
         """
-        moments: list[Tensor] = []
-        for side in ("real", "fake"):
-            count = int(getattr(self, f"{side}_features_num_samples"))
-            if count < 2:
-                raise InputError(f"too few samples for a Frechet distance ({count}): evaluate on at least two videos.")
-            mean = getattr(self, f"{side}_features_sum") / count
-            squares = getattr(self, f"{side}_features_cov_sum")
-            moments += [mean, (squares - count * mean.outer(mean)) / (count - 1)]
-        return torch.tensor(frechet_distance(*moments), dtype=torch.float64)
+        self._truth = self._truth or self._gaussian("real")
+        return torch.tensor(_distance(self._truth, self._gaussian("fake")), dtype=torch.float64)
+
+    def _gaussian(self, side: str) -> _Gaussian:
+        count = int(getattr(self, f"{side}_features_num_samples"))
+        if count < 2:
+            raise InputError(f"too few samples for a Frechet distance ({count}): evaluate on at least two videos.")
+        mean = getattr(self, f"{side}_features_sum") / count
+        squares = getattr(self, f"{side}_features_cov_sum")
+        return _Gaussian.of(mean, (squares - count * mean.outer(mean)) / (count - 1))
 
 
 def fewest_samples(dimensions: int) -> int:

@@ -1,0 +1,363 @@
+"""`evaluate`, end to end on drawn videos."""
+
+import json
+import multiprocessing
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpdit_lightning import GPDiT
+from gpdit_lightning.cli import evaluate as verb
+from gpdit_lightning.cli import main
+from gpdit_lightning.diffusion import Guidance, RotationSampler
+from gpdit_lightning.evaluation.chunks import seed_of
+from gpdit_lightning.evaluation.metrics import psnr
+from gpdit_lightning.evaluation.networks import NetworkFile
+from gpdit_lightning.evaluation.report import Report
+from gpdit_lightning.evaluation.videos import read_clip
+from gpdit_lightning.generation import GenerationConfig, continue_video
+from gpdit_lightning.media.video import read_video, write_video
+from gpdit_lightning.training.checkpoints import load_trained_model
+from tests.cli.sampling import CODEC, stripes
+from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+VIDEOS, CHUNKS = 6, 3  # of these names two videos are of the second half
+FRAMES = 10  # of a clip, as few as I3D takes: 5 are given
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos of as many frames as are needed."""
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(VIDEOS):
+        write_video(folder / f"{number}.mp4", stripes(number)[:FRAMES], 24)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NetworkFile]:
+    folder = tmp_path_factory.mktemp("networks")
+    modules = (ScriptedI3D(), ScriptedInception(), ScriptedPlain(), ScriptedClassifier())
+    return {type(module).__name__: saved(module, folder) for module in modules}
+
+
+@pytest.fixture(scope="module")
+def command(place: Path, folder: Path, eyes: dict[str, NetworkFile]) -> list[str]:
+    """An evaluation of three chunks by all eyes, without where it goes."""
+    settings = {
+        "checkpoint": place / "of2",
+        "videos": f"['{folder}']",
+        "data": "stripes",
+        "count": VIDEOS,
+        "generated_frames": FRAMES - 5,
+        "stride": 1,
+        "steps": 2,
+        "guidance": 1.5,
+        "chunk": 2,
+        "self_check_videos": 3,
+        "video_network.path": eyes["ScriptedI3D"].path,
+        "image_network.path": eyes["ScriptedInception"].path,
+    }
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def without(command: list[str], *names: str) -> list[str]:
+    return [option for option in command if not option.startswith(tuple(f"--{name}" for name in names))]
+
+
+def evaluate(command: list[str], out: Path, *options: str) -> int:
+    return main(["evaluate", *command, f"--out={out}", *options])
+
+
+def results(out: Path) -> str:
+    """The report's bytes but for the day."""
+    report = json.loads((out / "results.json").read_text())
+    return (out / "results.json").read_text().replace(report["date"], "")
+
+
+@pytest.fixture(scope="module")
+def alone(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process leaves that nothing disturbs. Do not change it."""
+    out = tmp_path_factory.mktemp("alone")
+    assert evaluate(command, out) == 0
+    return out
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the verb logs, which does not reach other handlers."""
+    verb.log.addHandler(caplog.handler)
+    yield caplog
+    verb.log.removeHandler(caplog.handler)
+
+
+def test_scores_are_those_of_what_the_library_makes(
+    command: list[str], place: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(command, tmp_path) == 0
+    report = Report.load(tmp_path / "results.json")
+    assert list(report.scores) == ["fid", "is", "fvd", "precision", "recall", "psnr", "ssim"]
+    assert list(report.self_checks) == ["fvd", "fid"]
+    assert report.references["the truth"]["fvd"].mean == pytest.approx(0, abs=1e-6)
+    trained = load_trained_model(place / "of2")
+    assert trained.classes  # a model of classes goes on without one
+    found = []
+    for number in range(VIDEOS):
+        truth = read_clip(folder / f"{number}.mp4", FRAMES, 1, (32, 32))
+        config = GenerationConfig(RotationSampler(2), Guidance(1.5))
+        seeds = [seed_of(f"{number}.mp4", 0)]
+        video = continue_video(trained.backbone, CODEC, truth[None, :5], FRAMES - 5, config, seeds=seeds).pixels
+        found.append(psnr(video[:, 5:], truth[None, 5:]).item())
+    assert report.scores["psnr"].mean == pytest.approx(sum(found) / VIDEOS, abs=0.02)
+
+    protocol = report.protocol
+    assert (protocol.data, protocol.videos, protocol.size, protocol.stride) == ("stripes", VIDEOS, (32, 32), 1)
+    assert (protocol.context_frames, protocol.generated_frames, protocol.fvd_frames) == (5, 5, "all")
+    assert (protocol.sampler, protocol.steps, protocol.guidance) == ("rotation", 2, Guidance(1.5))
+    assert protocol.networks.keys() == {"video", "image"}
+    assert (tmp_path / "self_checks.png").is_file()
+    whole, printed = (tmp_path / "results.md").read_text(), capsys.readouterr().out
+    assert "## Protocol" in whole
+    assert "## Beside the paper" in whole
+    assert printed.startswith(whole.split("\n## ")[0])
+    assert "## " not in printed
+    assert str(tmp_path / "results.md") in printed
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_processes_share_the_chunks_and_the_last_one_writes(
+    command: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in order:
+        assert not (tmp_path / "results.json").exists()
+        monkeypatch.setenv("RANK", str(rank))
+        assert evaluate(command, tmp_path) == 0
+    assert results(tmp_path) == results(alone)
+
+
+def test_two_processes_at_once_find_the_same(
+    command: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    context = multiprocessing.get_context("fork")  # which spares them the imports
+    processes = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        processes.append(context.Process(target=lambda: sys.exit(evaluate(command, tmp_path))))
+        processes[-1].start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert results(tmp_path) == results(alone)
+
+
+def test_a_killed_process_goes_on_where_it_was(
+    command: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+
+        def killed(*chunk: Any) -> None:
+            write_chunk(*chunk)
+            raise KeyboardInterrupt
+
+        write_chunk = verb.write_chunk
+        patch.setattr(verb, "write_chunk", killed)
+        assert evaluate(command, tmp_path) == 130
+    (done,) = (tmp_path / "chunks").iterdir()
+    before = done.stat()
+    assert evaluate(command, tmp_path) == 0
+    assert (done.stat().st_ino, done.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert len(list((tmp_path / "chunks").iterdir())) == CHUNKS
+    assert results(tmp_path) == results(alone)
+
+
+def test_what_is_finished_is_shown_again(
+    command: list[str], alone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("judge", "report_of"):
+        monkeypatch.setattr(verb, name, None)
+    assert evaluate(command, alone) == 0
+    assert capsys.readouterr().out.startswith((alone / "results.md").read_text().split("\n## ")[0])
+
+
+def test_a_chunk_that_is_deleted_is_made_again_and_the_scores_with_it(
+    command: list[str], alone: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(alone, tmp_path / "out")
+    chunk = sorted((tmp_path / "out" / "chunks").iterdir())[1]
+    expected = load_file(chunk)
+    chunk.unlink()
+    (tmp_path / "out" / "results.json").write_text("old")
+    assert evaluate(command, tmp_path / "out") == 0
+    assert results(tmp_path / "out") == results(alone)
+    assert all(torch.equal(values, expected[key]) for key, values in load_file(chunk).items())
+
+
+def test_seeds_make_a_mean_and_a_deviation(command: list[str], alone: Path, tmp_path: Path) -> None:
+    assert evaluate(command, tmp_path / "both", "--seeds=[0,4]") == 0
+    assert evaluate(command, tmp_path / "second", "--seeds=[4]") == 0
+    outs = (tmp_path / "both", alone, tmp_path / "second")
+    both, first, second = (Report.load(out / "results.json").scores for out in outs)
+    for name, score in both.items():
+        values = (first[name].mean, second[name].mean)
+        assert score.per_seed == pytest.approx(values)
+        assert score.mean == pytest.approx(sum(values) / 2)
+        assert score.deviation == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert both["psnr"].deviation > 0
+    assert both["fvd"].deviation > 0
+
+
+def test_videos_are_kept_beside_their_truth(command: list[str], folder: Path, tmp_path: Path) -> None:
+    assert evaluate(command, tmp_path, "--keep_videos=2", "--seeds=[0,4]") == 0
+    shown = tmp_path / "videos"
+    kept = sorted(path.relative_to(shown) for path in shown.rglob("*.mp4"))
+    assert [path.parent.name for path in kept] == ["seed_0"] * 2 + ["seed_4"] * 2 + ["truth"] * 2
+    assert len({path.name for path in kept}) == 2
+    for path in kept:
+        video = read_video(shown / path).float()
+        truth = read_clip(folder / path.name, FRAMES, 1, (32, 32)).float()
+        assert video.shape == truth.shape
+        known = FRAMES if path.parent.name == "truth" else 5
+        assert (video[:known] - truth[:known]).abs().mean() < 8
+        assert known == FRAMES or (video[5:] - truth[5:]).abs().mean() > 8
+
+
+def test_without_networks_their_scores_are_left_out(
+    command: list[str], eyes: dict[str, NetworkFile], tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    def scores(*options: str, leave_out: tuple[str, ...]) -> set[str]:
+        messages.clear()
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert evaluate(without(command, *leave_out), out, *options) == 0
+        return set(Report.load(out / "results.json").scores) - {"psnr", "ssim"}
+
+    assert scores(leave_out=("video_network",)) == {"fid", "is"}
+    assert "warning: no video_network is given, so its scores are left out" in messages.text
+    assert scores(leave_out=("video_network", "image_network")) == set()
+    assert "no image_network" in messages.text
+    plain = f"--image_network.path={eyes['ScriptedPlain'].path}"
+    assert scores(plain, leave_out=("image_network",)) == {"fid", "fvd", "precision", "recall"}
+    assert "no classifier is given, so IS is left out" in messages.text
+    classifier = f"--classifier.path={eyes['ScriptedClassifier'].path}"
+    assert "is" in scores(plain, classifier, leave_out=("image_network",))
+    assert "left out" not in messages.text
+
+
+def test_more_frames_than_trained_on_are_warned_of(
+    command: list[str], tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    for number in range(2):
+        write_video(tmp_path / f"{number}.mp4", stripes(number)[:18], 24)
+    options = [f"--videos=['{tmp_path}']", "--count=2", "--context_frames=13", "--self_check_videos=0"]
+    assert evaluate(command, tmp_path, *options) == 0
+    assert "clips have 6 latent frames, but in training at most 5" in messages.text
+
+
+def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--guidance=2", "another guidance"),
+        ("--seeds=[1]", "another seeds ([0], not [1])"),
+        ("--count=5", "another split_sha256"),
+        ("--chunk=4", "another chunk (2, not 4)"),
+        ("--keep_videos=1", "another keep_videos (0, not 1)"),
+    ],
+)
+def test_a_folder_holds_one_evaluation(
+    command: list[str], alone: Path, capsys: pytest.CaptureFixture[str], option: str, words: str
+) -> None:
+    before = results(alone)
+    assert evaluate(command, alone, option) == 2
+    told = sentence(capsys)
+    assert words in told
+    assert told.endswith("give another --out, or remove that folder.")
+    assert results(alone) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--count=7", "hold 6 videos of at least 10 frames"),
+        ("--count=1", "count is 1: give at least 2"),
+        ("--stride=3", "hold 0 videos of at least 28 frames, and 6"),
+        ("--context_frames=4", "4 pixel frames are not 1 + 4 k"),
+        ("--generated_frames=4", "The videos have 9 frames where I3D takes at least 10"),
+        ("--fvd_frames=generated", "The videos have 5 frames where I3D"),
+        ("--chunk=0", "chunk is 0: give at least 1"),
+        ("--seeds=[1,1]", "the seeds are [1, 1]"),
+        ("--seeds=[]", "the seeds are []"),
+        ("--videos=['/nowhere']", "/nowhere does not exist"),
+        ("--checkpoint=/nowhere", "there is no checkpoint at /nowhere"),
+        ("--checkpoint=SEVERAL", "was trained on 32x32, 48x48: give one of them as size"),
+        ("--size=64x64", "--size is 64x64, but the checkpoint was trained on 32x32"),
+        ("--video_network.path=/nowhere", "The video network /nowhere is not a file"),
+        ("--video_network.sha256=00", "where 00 was asked for"),
+        ("--guidance_scale=2", "did you mean 'guidance"),
+        ("--sampler=best", "best"),
+        ("--device=gpu", "The device 'gpu' cannot be used"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_nothing_is_written(
+    command: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, words: str
+) -> None:
+    if "SEVERAL" in options:
+        model = GPDiT.from_pretrained(place / "of2")
+        model.facts["geometry"] = model.facts["geometry"] | {"sizes": [[32, 32], [48, 48]]}
+        model.save_pretrained(tmp_path / "several")
+    assert evaluate(command, tmp_path / "out", options.replace("SEVERAL", str(tmp_path / "several"))) == 2
+    assert words in sentence(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_needs_an_image_network(
+    command: list[str], eyes: dict[str, NetworkFile], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classifier = f"--classifier.path={eyes['ScriptedClassifier'].path}"
+    assert evaluate(without(command, "image_network"), tmp_path, classifier) == 2
+    assert "a classifier is given without an image_network: give both" in sentence(capsys)
+
+
+def test_a_damaged_chunk_is_named(
+    command: list[str], alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(alone, tmp_path / "out")
+    chunk = tmp_path / "out" / "chunks" / "000002.safetensors"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    assert evaluate(command, tmp_path / "out") == 2
+    assert f"{chunk} is damaged" in sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("ucf101", {"data": "UCF-101", "count": 10_000, "context_frames": 5, "generated_frames": 12, "stride": None}),
+        ("msrvtt", {"data": "MSR-VTT", "count": 7_000, "context_frames": 5, "generated_frames": 12, "stride": None}),
+        ("long", {"data": "MovieGenBench", "context_frames": 13, "generated_frames": 16, "stride": 4}),
+    ],
+)
+def test_recipes_hold_what_the_paper_says(recipe: str, expected: dict[str, Any]) -> None:
+    options = verb.read_options(["--config", str(RECIPES / f"eval_{recipe}.yaml")])
+    expected |= {
+        "guidance": 1.2,
+        "size": "256x256",
+        "fvd_frames": "all",
+        "weights": "ema",
+        "out": f"evaluations/{recipe}",
+    }
+    assert {name: getattr(options, name) for name in expected} == expected
+    assert options.video_network.path == "weights/i3d_torchscript.pt"
+    assert options.image_network.path == "weights/inception-2015-12-05.pt"
+    assert verb.read_options(["--config", str(RECIPES / f"eval_{recipe}.yaml"), "--guidance=2"]).guidance == 2

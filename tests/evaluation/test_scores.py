@@ -1,0 +1,193 @@
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from gpdit_lightning.diffusion import Guidance, NoiseSchedule
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.chunks import ChunkFiles, write_chunk
+from gpdit_lightning.evaluation.report import Protocol
+from gpdit_lightning.evaluation.scores import report_of
+
+VIDEOS, PLACES, CHECKED = 43, 3, 20
+NAMES = [f"video {number}" for number in range(VIDEOS)]
+TRUTH, CODEC, REPEATED = "the truth", "the truth through the codec", "the last given frame repeated"
+SHAPES = {"video": (4,), "image": (PLACES, 5), "classes": (PLACES, 6), "psnr": (), "ssim": ()}
+PROTOCOL = Protocol(
+    data="toys", choice="all", split_sha256="0", videos=VIDEOS, context_frames=5, generated_frames=PLACES,
+    fvd_frames="all", size=(32, 32), stride=1, resize="none", sampler="rotation", steps=2, guidance=Guidance(),
+    schedule=NoiseSchedule(), seeds=(0, 9), precision="32", checkpoint="none", checkpoint_sha256="0", step=1,
+    weights="ema", codec="pca", codec_sha256="0", networks={}, versions={}, hardware="none",
+)  # fmt: skip
+Found = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    """Features far from zero and correlated, the further from the truth the later the subject."""
+    numbers = np.random.default_rng(5)
+    distorted = [
+        f"{kind} {level}" for kind, levels in (("noise", (8, 16, 32)), ("blur", (1, 2, 4))) for level in levels
+    ]
+    found: Found = {}
+    for step, subject in enumerate(["truth", "codec", "repeated", "seed 0", "seed 9", *distorted]):
+        for what, shape in SHAPES.items():
+            count = CHECKED if subject in distorted else VIDEOS
+            values = numbers.normal(size=(count, *shape))
+            if what in ("video", "image"):
+                values = values @ numbers.normal(size=(shape[-1], shape[-1])) + 30 + 2 * step
+            if what == "classes":
+                values = np.exp(2 * values) / np.exp(2 * values).sum(-1, keepdims=True)
+            found[f"{subject}/{what}"] = values.astype(np.float32)
+    return found
+
+
+def files_of(folder: Path, found: Found, size: int, only: str = "") -> ChunkFiles:
+    """The same in chunks of `size` videos."""
+    paths = []
+    for start in range(0, VIDEOS, size):
+        pieces = {key: values[start : start + size] for key, values in found.items() if only in key}
+        tensors = {key: torch.from_numpy(piece) for key, piece in pieces.items() if len(piece)}
+        paths.append(folder / f"{size}" / f"{start:06d}.safetensors")
+        write_chunk(paths[-1], NAMES[start : start + size], tensors, {})
+    return ChunkFiles(paths, {})
+
+
+def frechet(first: np.ndarray, second: np.ndarray) -> float:
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    root = scipy.linalg.sqrtm(np.cov(first.T) @ np.cov(second.T)).real
+    means = ((first.mean(0) - second.mean(0)) ** 2).sum()
+    return means + np.trace(np.cov(first.T) + np.cov(second.T) - 2 * root)
+
+
+def inception_score(classes: np.ndarray) -> float:
+    """Of ten parts of the samples in the order that torch draws of seed 0."""
+    classes = classes.astype(np.float64)[torch.randperm(VIDEOS, generator=torch.Generator().manual_seed(0)).numpy()]
+    scores = []
+    for part in np.array_split(classes, 10):
+        divergences = [(row * np.log(row / part.mean(0))).sum() for row in part]
+        scores.append(np.exp(np.mean(divergences)))
+    return float(np.mean(scores))
+
+
+def covered(samples: np.ndarray, by: np.ndarray) -> float:
+    def distance(first: np.ndarray, second: np.ndarray) -> float:
+        return np.sqrt(((first.astype(np.float64) - second.astype(np.float64)) ** 2).sum())
+
+    radii = [sorted(distance(centre, other) for other in by)[3] for centre in by]
+    inside = [any(distance(sample, c) <= radius for c, radius in zip(by, radii, strict=True)) for sample in samples]
+    return float(np.mean(inside))
+
+
+def expected(found: Found, subject: str) -> dict[str, float]:
+    def of(what: str, subject: str = subject) -> np.ndarray:
+        return found[f"{subject}/{what}"]
+
+    scores = {
+        "fid": np.mean([frechet(of("image", "truth")[:, i], of("image")[:, i]) for i in range(PLACES)]),
+        "is": np.mean([inception_score(of("classes")[:, i]) for i in range(PLACES)]),
+        "fvd": frechet(of("video", "truth"), of("video")),
+        "precision": covered(of("video"), of("video", "truth")),
+        "recall": covered(of("video", "truth"), of("video")),
+    }
+    if subject != "truth":
+        scores |= {what: of(what).astype(np.float64).mean() for what in ("psnr", "ssim")}
+    return scores
+
+
+@pytest.mark.parametrize("size", [1, 7, VIDEOS])
+def test_scores_agree_with_independent_ones_whatever_the_chunks(found: Found, tmp_path: Path, size: int) -> None:
+    report = report_of(files_of(tmp_path, found, size), PROTOCOL)
+    first, second = expected(found, "seed 0"), expected(found, "seed 9")
+    assert list(report.scores) == list(first)
+    for name, score in report.scores.items():
+        assert score.per_seed == pytest.approx((first[name], second[name]), rel=1e-8), name
+        assert score.mean == pytest.approx((first[name] + second[name]) / 2, rel=1e-8)
+        assert score.deviation == pytest.approx(abs(first[name] - second[name]) / 2**0.5, rel=1e-6, abs=1e-8)
+    for words, subject in ((TRUTH, "truth"), (CODEC, "codec"), (REPEATED, "repeated")):
+        scores = {name: score.mean for name, score in report.references[words].items()}
+        assert scores == pytest.approx(expected(found, subject), rel=1e-8, abs=1e-6)
+    truth = report.references[TRUTH]
+    assert (truth["precision"].mean, truth["recall"].mean) == (1, 1)
+    assert 0 <= truth["fid"].mean < 1e-8 > truth["fvd"].mean
+    assert not report.warnings
+
+
+def test_self_checks_are_of_halves_and_of_distorted_truth(found: Found, tmp_path: Path) -> None:
+    report = report_of(files_of(tmp_path, found, 16), PROTOCOL)
+    second = np.array([hashlib.sha256(name.encode()).digest()[0] % 2 == 1 for name in NAMES])
+    assert list(report.self_checks) == ["fvd", "fid"]
+    for name, what in (("fvd", "video"), ("fid", "image")):
+        truth, checks = found[f"truth/{what}"], report.self_checks[name]
+
+        def flat(values: np.ndarray) -> np.ndarray:
+            return values.reshape(-1, values.shape[-1])
+
+        assert checks.itself == pytest.approx(0, abs=1e-8)
+        assert checks.halves == pytest.approx(frechet(flat(truth[~second]), flat(truth[second])))
+        for kind, ladder in checks.ladders.items():
+            for level, distance in ladder:
+                other = found[f"{kind} {level:g}/{what}"]
+                assert distance == pytest.approx(frechet(flat(truth[:CHECKED]), flat(other)))
+        assert checks.passed
+
+
+def test_without_distorted_videos_there_are_no_self_checks(found: Found, tmp_path: Path) -> None:
+    plain = {key: values for key, values in found.items() if not key.startswith(("noise", "blur"))}
+    report = report_of(files_of(tmp_path, plain, 16), PROTOCOL)
+    assert not report.self_checks
+    assert not report.warnings
+
+
+def test_scores_go_as_far_as_the_networks(found: Found, tmp_path: Path) -> None:
+    for only, names in (("video", {"fvd", "precision", "recall"}), ("image", {"fid"}), ("psnr", set())):
+        kept = {key: values for key, values in found.items() if key.endswith((only, "psnr", "ssim"))}
+        report = report_of(files_of(tmp_path / only, kept, 16), PROTOCOL)
+        assert report.scores.keys() == names | {"psnr", "ssim"}
+        assert report.references[TRUTH].keys() == names
+
+
+def cut(found: Found, count: int) -> Found:
+    return {key: values[:count] for key, values in found.items()}
+
+
+def test_a_failing_check_few_videos_and_lost_ones_are_told(found: Found, tmp_path: Path) -> None:
+    worse = found | {"blur 1/video": found["blur 4/video"] + 50}
+    (warning,) = report_of(files_of(tmp_path / "worse", worse, 16), PROTOCOL).warnings
+    assert warning.startswith("FVD fails its self-checks: blur 2 is ")
+    (warning,) = report_of(files_of(tmp_path, found, 16), PROTOCOL, lost={"b.mp4", "a.mp4"}).warnings
+    assert warning == "2 videos could not be read whole and are left out: a.mp4, b.mp4."
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_few_videos_have_what_scores_they_can(found: Found, tmp_path: Path, count: int) -> None:
+    write_chunk(
+        tmp_path / "few.safetensors",
+        ["video 0", "video 1", "video 2", "video 5"][:count],  # of which three are of one half
+        {key: torch.from_numpy(values) for key, values in cut(found, count).items()},
+        {},
+    )
+    report = report_of(ChunkFiles([tmp_path / "few.safetensors"], {}), PROTOCOL)
+    assert ("precision" in report.scores) == (count == 4)
+    assert {"fid", "fvd", "is"} <= report.scores.keys()
+    assert not report.self_checks
+    assert f"FVD is of {count} samples in 4 dimensions" in " ".join(report.warnings)
+    assert "the videos are too few for self-checks of FVD." in report.warnings
+    assert f"FID is of {count} samples in 5 dimensions" in " ".join(report.warnings)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_less_than_two_videos_are_refused(found: Found, tmp_path: Path, count: int) -> None:
+    tensors = {key: torch.from_numpy(values) for key, values in cut(found, count).items()} if count else {}
+    write_chunk(tmp_path / "few.safetensors", NAMES[:count], tensors, {})
+    with pytest.raises(InputError, match=f"{count} videos could be read, where scores need at least 2"):
+        report_of(ChunkFiles([tmp_path / "few.safetensors"], {}), PROTOCOL)
+
+
+def test_features_that_are_not_finite_are_refused(found: Found, tmp_path: Path) -> None:
+    broken = found | {"seed 9/video": found["seed 9/video"] * np.float32("nan")}
+    with pytest.raises(InputError, match="not finite"):
+        report_of(files_of(tmp_path, broken, 16), PROTOCOL)
