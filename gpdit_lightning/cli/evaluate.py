@@ -1,7 +1,6 @@
 """`evaluate`: continue the videos of a data set, and score what comes (GPDiT, section 5.2)."""
 
 import logging
-import math
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -74,6 +73,8 @@ class EvaluationOptions:
     """Scale over the context (paper: 1.2 for H, 2.0 for B)."""
     guidance_levels: tuple[float, float] = (0.0, 1.0)
     """Noise levels that are guided."""
+    window: int | None = None
+    """Latest latent frames that a frame sees; by default as many as in training."""
     precision: Literal["auto", "32", "bf16"] = "auto"
     """Of products; auto is bf16 on CUDA, else 32."""
     weights: Literal["ema", "raw"] = "ema"
@@ -198,13 +199,14 @@ def task_of(options: EvaluationOptions, trained: TrainedModel, codec: Codec, net
         raise InputError(f"the checkpoint was trained on {known}: give one of them as size, since scores are of one.")
     if trained.backbone.config.text_width:
         raise InputError(f"{options.checkpoint} takes embeddings of texts, which videos lack: give another model.")
-    latent_frames = codec.latent_frames(options.context_frames)
-    latent_frames += math.ceil(options.generated_frames / codec.temporal_factor)
-    if latent_frames > trained.geometry["frames"]:
+    codec.latent_frames(options.context_frames)
+    seen_in_training = max(1, trained.geometry["frames"] - 1)
+    window = seen_in_training if options.window is None else options.window
+    if window > seen_in_training:
         log.warning(
-            "warning: clips have %d latent frames, but in training at most %d: farther ones may do harm",
-            latent_frames,
-            trained.geometry["frames"],
+            "warning: the window is %d latent frames, but in training a frame saw at most %d: farther ones may do harm",
+            window,
+            seen_in_training,
         )
     task = Task(
         context_frames=options.context_frames,
@@ -212,7 +214,7 @@ def task_of(options: EvaluationOptions, trained: TrainedModel, codec: Codec, net
         stride=options.stride or trained.geometry["stride"],
         size=sizes[0],
         seeds=tuple(options.seeds),
-        generation=config_of(options, trained),
+        generation=config_of(options, trained, window=window),
         video_of_all=options.fvd_frames == "all",
         self_check_videos=options.self_check_videos,
     )
@@ -248,6 +250,7 @@ def protocol_of(
         guidance=task.generation.guidance,
         schedule=NoiseSchedule(**trained.schedule),
         seeds=task.seeds,
+        window=task.generation.window,
         precision=str(task.generation.precision or torch.float32).removeprefix("torch."),
         checkpoint=options.checkpoint,
         checkpoint_sha256=identity_of(place_of_weights(options.checkpoint)),

@@ -73,6 +73,8 @@ class Protocol:
     guidance: Guidance
     schedule: NoiseSchedule
     seeds: tuple[int, ...]
+    window: int | None
+    """The latest latent frames that a frame sees; all without."""
     precision: str
     """Of products in the model."""
     checkpoint: str
@@ -234,7 +236,8 @@ def _in_words(protocol: Protocol, day: str) -> list[str]:
         f"{protocol.size[0]}x{protocol.size[1]} pixels, {protocol.resize}. FVD, precision and recall see {seen}; "
         "other scores are of generated frames.",
         f"Sampler: {protocol.sampler}, {protocol.steps} steps, {schedule.name} schedule with shift {schedule.shift:g}; "
-        f"guidance {guidance.context:g} over the context, {guidance.label:g} over the label{levels}; precision "
+        f"guidance {guidance.context:g} over the context, {guidance.label:g} over the label{levels}; frames see "
+        f"{'all' if protocol.window is None else f'the latest {protocol.window}'} latent frames before them; precision "
         f"{protocol.precision}.",
         f"Seeds: {', '.join(map(str, protocol.seeds))}; ± is the sample standard deviation over them.",
         f"Weights: `{protocol.checkpoint}` ({protocol.weights}, step {protocol.step:,}), sha256 "

@@ -251,14 +251,17 @@ def test_without_networks_their_scores_are_left_out(
     assert "left out" not in messages.text
 
 
-def test_more_frames_than_trained_on_are_warned_of(
+def test_frames_see_as_many_others_as_in_training_unless_asked(
     command: list[str], tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     for number in range(2):
         write_video(tmp_path / f"{number}.mp4", stripes(number)[:18], 24)
     options = [f"--videos=['{tmp_path}']", "--count=2", "--context_frames=13", "--self_check_videos=0"]
-    assert evaluate(command, tmp_path, *options) == 0
-    assert "clips have 6 latent frames, but in training at most 5" in messages.text
+    assert evaluate(command, tmp_path / "trained", *options) == 0
+    assert Report.load(tmp_path / "trained" / "results.json").protocol.window == 4
+    assert "farther ones may do harm" not in messages.text
+    assert evaluate(command, tmp_path / "more", *options, "--window=5") == 0
+    assert "the window is 5 latent frames, but in training a frame saw at most 4" in messages.text
 
 
 def sentence(capsys: pytest.CaptureFixture[str]) -> str:

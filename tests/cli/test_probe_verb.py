@@ -41,7 +41,7 @@ def evaluation_of(checkpoint: Path, **scores: float) -> Report:
     protocol = Protocol(
         data="toys", choice="all", split_sha256="0", videos=2, context_frames=1, generated_frames=4, fvd_frames="all",
         size=(32, 32), stride=1, resize="none", sampler="rotation", steps=2, guidance=Guidance(),
-        schedule=NoiseSchedule(), seeds=(0,), precision="32", checkpoint=checkpoint.name,
+        schedule=NoiseSchedule(), seeds=(0,), window=4, precision="32", checkpoint=checkpoint.name,
         checkpoint_sha256=identity_of(checkpoint), step=1, weights="ema", codec="pca", codec_sha256="0", networks={},
         versions={}, hardware="none",
     )  # fmt: skip

@@ -39,6 +39,7 @@ def report() -> Report:
         guidance=Guidance(context=2.0, most_level=0.8),
         schedule=NoiseSchedule(shift=2.0),
         seeds=(0, 1),
+        window=4,
         precision="bf16",
         checkpoint="step-400000",
         checkpoint_sha256="cd34",

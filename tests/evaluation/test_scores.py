@@ -19,8 +19,8 @@ SHAPES = {"video": (4,), "image": (PLACES, 5), "classes": (PLACES, 6), "psnr": (
 PROTOCOL = Protocol(
     data="toys", choice="all", split_sha256="0", videos=VIDEOS, context_frames=5, generated_frames=PLACES,
     fvd_frames="all", size=(32, 32), stride=1, resize="none", sampler="rotation", steps=2, guidance=Guidance(),
-    schedule=NoiseSchedule(), seeds=(0, 9), precision="32", checkpoint="none", checkpoint_sha256="0", step=1,
-    weights="ema", codec="pca", codec_sha256="0", networks={}, versions={}, hardware="none",
+    schedule=NoiseSchedule(), seeds=(0, 9), window=None, precision="32", checkpoint="none", checkpoint_sha256="0",
+    step=1, weights="ema", codec="pca", codec_sha256="0", networks={}, versions={}, hardware="none",
 )  # fmt: skip
 Found = dict[str, np.ndarray]
 
