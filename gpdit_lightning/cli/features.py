@@ -233,7 +233,6 @@ def extract(
     device, precision = next(backbone.parameters()).device, PRECISIONS[record.precision]
     if precision is not None:
         products_in(backbone, precision)
-    mean, std = (constant.to(device)[:, None, None] for constant in (codec.mean, codec.std))
     clips = Clips(videos, record, size)
     batches = DataLoader(clips, options.batch_size, num_workers=options.workers, collate_fn=list)
     with (
@@ -245,7 +244,7 @@ def extract(
             for reason in (clip for _, clip in batch if isinstance(clip, str)):
                 log.warning("skipped: %s", reason)
             if known:
-                latents = (codec.encode(torch.stack(list(known.values()))).to(device) - mean) / std
+                latents = codec.whitened(codec.encode(torch.stack(list(known.values()))).to(device))
                 with nullcontext() if precision is None else torch.autocast(device.type, dtype=precision):
                     pooled = pooled_features(backbone, latents, record.temporal_tokens)
                 for name, features in zip(known, pooled, strict=True):

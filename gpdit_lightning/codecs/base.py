@@ -92,6 +92,14 @@ class Codec(ABC):
         """A decoder for videos too long to be in memory whole: it takes their latents piece after piece."""
         return StreamingDecoder(self)
 
+    def whitened(self, raw: Tensor) -> Tensor:
+        """Raw latents (..., C, h, w) as a model takes them: mean 0 and deviation 1 in each channel; on their device."""
+        return (raw - self.mean.to(raw.device)[:, None, None]) / self.std.to(raw.device)[:, None, None]
+
+    def unwhitened(self, white: Tensor) -> Tensor:
+        """What a model gives (..., C, h, w) as raw latents, on its device."""
+        return white * self.std.to(white.device)[:, None, None] + self.mean.to(white.device)[:, None, None]
+
     def check_frame_size(self, height: int, width: int) -> None:
         """Raise `InputError` for a side in pixels that the spatial factor does not divide."""
         for side, size in (("height", height), ("width", width)):

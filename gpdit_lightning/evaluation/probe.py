@@ -178,8 +178,7 @@ def _read(path: Path, frames: int, stride: int, size: Size) -> _Clip:
 def _features(model: GPDiT, codec: Codec, pixels: Tensor) -> Tensor:
     """Pooled features of clips (B, T, 3, H, W): float32 (B, L + 1, D) on the CPU."""
     device = next(model.parameters()).device
-    mean, std = (constant.to(device)[:, None, None] for constant in (codec.mean, codec.std))
-    clean = (codec.encode(pixels).to(device) - mean) / std
+    clean = codec.whitened(codec.encode(pixels).to(device))
     layers = model.features(clean, range(model.config.layers + 1))
     return torch.stack([layers[number].float().mean((1, 2)) for number in sorted(layers)], dim=1).cpu()
 

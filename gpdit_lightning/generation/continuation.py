@@ -63,23 +63,21 @@ def stream_video(
     Raises:
         InputError: as :func:`rollout`, or latents that do not suit the codec or the model.
     """
-    device = next(model.parameters()).device
-    mean, std = (constant.to(device)[:, None, None] for constant in (codec.mean, codec.std))
-    known = known.to(device)
+    known = known.to(next(model.parameters()).device)
     decode = codec.decoder()
     decode(known)
     count = latent_frames(codec, known.shape[1], frames)
     left = frames
     for latent in rollout(
         model,
-        (known - mean) / std,
+        codec.whitened(known),
         count,
         config,
         seeds=seeds,
         condition=condition,
         without_condition=without_condition,
     ):
-        raw = (latent * std + mean)[:, None]
+        raw = codec.unwhitened(latent)[:, None]
         pixels = decode(raw)[:, :left]
         left -= pixels.shape[1]
         yield Piece(pixels.cpu(), raw.cpu())

@@ -46,10 +46,9 @@ def transform(
                 "all pictures to one size."
             )
     device = next(model.parameters()).device
-    mean, std = (constant.to(device)[:, None, None] for constant in (codec.mean, codec.std))
     raw = codec.encode(torch.stack([*shown, *sources])[:, None])[:, 0].to(device)
-    before, asked = ((raw - mean) / std).split((len(shown), len(sources)))
+    before, asked = codec.whitened(raw).split((len(shown), len(sources)))
     context = torch.cat((before.expand(len(sources), *before.shape), asked[:, None]), dim=1)
     seeds = [seeds] * len(sources) if isinstance(seeds, int) else seeds
     (latent,) = rollout(model, context, 1, config, seeds=seeds)
-    return codec.decode((latent * std + mean)[:, None])[:, 0].cpu()
+    return codec.decode(codec.unwhitened(latent)[:, None])[:, 0].cpu()

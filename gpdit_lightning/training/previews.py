@@ -145,8 +145,7 @@ class Preview(Callback):
         assert isinstance(backbone, GPDiT)
         assert isinstance(schedule, NoiseSchedule)
         fixed = self._fixed
-        mean, std = (constant.to(module.device)[:, None, None] for constant in (self._codec.mean, self._codec.std))
-        known = (fixed.latents[:, : fixed.context].to(module.device) - mean) / std
+        known = self._codec.whitened(fixed.latents[:, : fixed.context].to(module.device))
         config = GenerationConfig(RotationSampler(self.sampler_steps, schedule=schedule))
         ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)  # type: ignore[attr-defined]
         was_training = backbone.training
@@ -155,7 +154,7 @@ class Preview(Callback):
             wanted = fixed.latents.shape[1] - fixed.context
             frames = list(rollout(backbone, known, wanted, config, seeds=fixed.seed))
         backbone.train(was_training)
-        return torch.cat([known, torch.stack(frames, dim=1)], dim=1) * std + mean
+        return self._codec.unwhitened(torch.cat([known, torch.stack(frames, dim=1)], dim=1))
 
 
 @dataclass(frozen=True)
