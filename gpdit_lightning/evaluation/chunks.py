@@ -152,7 +152,8 @@ def subjects(
     # The codec wants 1 + 4k frames: fill up with the last one, and drop what came of it.
     surplus = -(truth.shape[1] - 1) % codec.temporal_factor
     padded = torch.cat((truth, truth[:, -1:].expand(-1, surplus, -1, -1, -1)), dim=1)
-    yield CODEC, codec.decode(codec.encode(padded))[:, : truth.shape[1]].cpu()
+    decoded = codec.decode(codec.encode(padded)).cpu()
+    yield CODEC, torch.cat((context, decoded[:, task.context_frames : truth.shape[1]]), dim=1)
     yield REPEATED, torch.cat((context, context[:, -1:].expand(-1, task.generated_frames, -1, -1, -1)), dim=1)
     for seed in task.seeds:
         seeds = [seed_of(name, seed) for name in names]
