@@ -23,7 +23,7 @@ from gpdit_lightning.evaluation.i3d import check_frames
 from gpdit_lightning.evaluation.networks import NetworkFile, open_image_network, open_video_network
 from gpdit_lightning.evaluation.report import TABLES, Network, Protocol, draw_self_checks, library_versions
 from gpdit_lightning.evaluation.scores import report_of
-from gpdit_lightning.evaluation.videos import Selection, select_videos
+from gpdit_lightning.evaluation.videos import Selection, find_videos, select_videos
 from gpdit_lightning.files import held_by_one_process
 from gpdit_lightning.generation import products_in
 from gpdit_lightning.media.video import write_video
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 CHUNKS, VIDEOS, LOCK = "chunks", "videos", ".lock"
 FPS = 8  # of kept videos
-LEAST = {"count": 2, "generated_frames": 1, "chunk": 1, "self_check_videos": 0, "keep_videos": 0}
+LEAST = {"count": 2, "generated_frames": 1, "stride": 1, "chunk": 1, "self_check_videos": 0, "keep_videos": 0}
 # What a report says of the protocol, and what does not change the scores.
 ONLY_SAID = {"checkpoint", "hardware"}
 
@@ -92,7 +92,7 @@ class EvaluationOptions:
     self_check_videos: int = 512
     """Videos whose truth is made noisy and blurred, to see the distances rise; 0 for none."""
     keep_videos: int = 0
-    """Continuations to keep as mp4, of the first so many videos, beside their truth."""
+    """Continuations to keep as mp4 beside their truth: of the first so many videos, where they are still to come."""
     chunk: int = 16
     """Videos side by side, and lost at most when a process is killed; scores do not depend on processes, but their last
     digits do on this."""
@@ -115,8 +115,9 @@ def read_options(arguments: Sequence[str]) -> EvaluationOptions:
     settings = parser.instantiate_classes(parser.parse_args(with_bases(arguments)))
     options = EvaluationOptions(**{field.name: settings[field.name] for field in fields(EvaluationOptions)})
     for name, least in LEAST.items():
-        if getattr(options, name) < least:
-            raise InputError(f"{name} is {getattr(options, name)}: give at least {least}.")
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"{name} is {value}: give at least {least}.")
     if not options.seeds or min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
         raise InputError(f"the seeds are {options.seeds}: give one or more, each once, from 0 on.")
     return options
@@ -127,20 +128,21 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     options = read_options(arguments)
     rank, ranks, _ = rank_of_process()
     device = available_device("auto" if options.device == "cuda" and torch.cuda.is_available() else options.device)
+    place_of_weights(options.checkpoint)  # what is cheap to check comes before a model of gigabytes
+    find_videos(options.videos)
+    networks = open_networks(options, device)
     trained = load_trained_model(options.checkpoint, device, options.weights)
     codec = load_codec_from_spec(trained.codec, device, options.codec_source, where=options.checkpoint)
-    networks = open_networks(options, device)
     task = task_of(options, trained, codec, networks)
-    selection = select_videos(
-        options.videos, options.count, options.selection_seed, 1 + (task.frames - 1) * task.stride
-    )
+    span = 1 + (task.frames - 1) * task.stride
+    selection = select_videos(options.videos, options.count, options.selection_seed, span, progress=rank == 0)
     protocol = protocol_of(options, task, trained, selection, networks)
     if task.generation.precision is not None:
         products_in(trained.backbone, task.generation.precision)
 
     out = Path(options.out)
     made_by = {name: value for name, value in asdict(protocol).items() if name not in ONLY_SAID}
-    made_by |= {name: getattr(options, name) for name in ("chunk", "self_check_videos", "keep_videos")}
+    made_by |= {name: getattr(options, name) for name in ("chunk", "self_check_videos")}
     ChunkFiles(sorted((out / CHUNKS).glob("*.safetensors")), made_by)  # raises where they are not ours
     chunks = chunks_of(selection, options.chunk)
     files = {chunk: out / CHUNKS / f"{chunk.start:06d}.safetensors" for chunk in chunks}

@@ -105,7 +105,12 @@ def configured(arguments: Sequence[str]) -> list[str]:
     if not isinstance(settings, dict):
         raise InputError(f"{path} holds no options under `features`: give a file like recipes/video_chatgpt.yaml.")
     given = []
+    known = {action.dest for action in parser()._actions}
     for name, value in settings.items():
+        if name not in known or value is None:
+            raise InputError(
+                f"{path} gives {name}: {value} under `features`: name options of this verb (--help), each with a value."
+            )
         values = value if isinstance(value, list) else [value]
         given += [f"--{name}", *map(str, values)]
     return given

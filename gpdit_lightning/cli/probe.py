@@ -4,6 +4,7 @@ import argparse
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -11,7 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from gpdit_lightning.cli.generating import Help, add_opening, opened, trained_sizes
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.halves import UCF_NAME, UCF_TEST_GROUPS, Labelled, by_folders, by_lists, by_ucf_groups
-from gpdit_lightning.evaluation.probe import C_GRID, pooled_features, probe_layers
+from gpdit_lightning.evaluation.probe import C_GRID, features_of_videos, probe_layers
 from gpdit_lightning.evaluation.probe_report import (
     ProbeResult,
     draw_probe,
@@ -98,6 +99,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments)
     regularisation = check(options)
     evaluations = [evaluation_at(path) for path in options.evaluations]
+    check_alike(options.evaluations, evaluations)
     places = [place_of_weights(place) for place in options.checkpoint]
     halves, split = halves_of(list(dict.fromkeys(find_videos(options.videos))), options)
     with logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]):
@@ -141,6 +143,24 @@ def evaluation_at(path: Path) -> Report:
     return report
 
 
+def check_alike(paths: Sequence[Path], evaluations: Sequence[Report]) -> None:
+    """Raise `InputError` where scores of evaluations do not belong on one axis, or two are of one checkpoint."""
+    of_model = ("checkpoint", "checkpoint_sha256", "step", "weights", "hardware", "versions")
+    seen: dict[tuple[str, str], Path] = {}
+    for path, report in zip(paths, evaluations, strict=True):
+        model = report.protocol.checkpoint_sha256, report.protocol.weights
+        if model in seen:
+            raise InputError(f"{seen[model]} and {path} are of one checkpoint: give one of them.")
+        seen[model] = path
+        first, other = asdict(evaluations[0].protocol), asdict(report.protocol)
+        for name in first:
+            if name not in of_model and first[name] != other[name]:
+                raise InputError(
+                    f"{paths[0]} and {path} differ in {name} ({first[name]}, not {other[name]}), so that their FVD do "
+                    "not compare: give evaluations of one protocol."
+                )
+
+
 def halves_of(videos: Sequence[Path], options: argparse.Namespace) -> tuple[list[Labelled], str]:
     """Classes and halves, and in words who divided them."""
     if options.train_list:
@@ -158,7 +178,7 @@ def probe(
     """The probes of one checkpoint."""
     trained, codec = opened(argparse.Namespace(**vars(options) | {"checkpoint": place}))
     size = trained_sizes(options.size, trained)[0]
-    pooled = pooled_features(
+    pooled = features_of_videos(
         trained.backbone,
         codec,
         sorted(video.path for video in halves),  # the same chunks in every split

@@ -6,6 +6,7 @@ each. So a process may end anywhere, and any number of them come to the same sco
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from gpdit_lightning.files import written_whole
 from gpdit_lightning.generation import GenerationConfig, continue_video
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.model import GPDiT
+
+log = logging.getLogger(__name__)
 
 TRUTH, CODEC, REPEATED = "truth", "codec", "repeated"
 
@@ -128,11 +131,12 @@ def judge(
     for name, path in zip(chunk.names, chunk.paths, strict=True):
         try:
             read[name] = task.clip(path)
-        except InputError:
+        except InputError as error:
             # Where a header promised more than there is, the video is lost, and the report says so; a folder that went
             # away must not lose all that is left.
             if not path.is_file():
                 raise
+            log.warning("left out: %s", error)
     names, found = list(read), {}
     if names:
         truth = torch.stack(list(read.values()))
@@ -206,6 +210,15 @@ def write_chunk(path: Path, names: Sequence[str], found: dict[str, Tensor], made
         save_file(found, temporary, metadata={"names": json.dumps(list(names)), "made_by": json.dumps(made_by)})
 
 
+def differences(ours: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two JSON values: the name of each part, as "guidance.context", with both values."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for part in {**ours, **theirs}:
+            yield from differences(ours.get(part), theirs.get(part), f"{name}.{part}" if name else part)
+    elif ours != theirs:
+        yield name, ours, theirs
+
+
 class ChunkFiles:
     """What was found in all chunks, read one chunk at a time, in their order.
 
@@ -233,12 +246,11 @@ class ChunkFiles:
             except (SafetensorError, KeyError, TypeError) as error:
                 raise InputError(f"{path} is damaged ({error}): delete it and run the same command again.") from None
             self.names += names
-            for name in wanted:
-                if there.get(name) != wanted[name]:
-                    raise InputError(
-                        f"{path} is of an evaluation with another {name} ({there.get(name)}, not {wanted[name]}): give "
-                        "another --out, or remove that folder."
-                    )
+            for name, ours, theirs in differences(wanted, there):
+                raise InputError(
+                    f"{path} is of an evaluation with another {name} ({theirs}, not {ours}): give another --out, or "
+                    "remove that folder."
+                )
 
     def values(self, subject: str, what: str, place: int | None = None, as_of: str | None = None) -> Iterator[Tensor]:
         """What was found in a subject, chunk by chunk; nothing where nothing was.

@@ -20,14 +20,14 @@ rounding, for libraries choose their kernels by shape.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation import i3d
-from gpdit_lightning.evaluation.network_files import CheckedFile, NetworkFile
+from gpdit_lightning.evaluation.network_files import I3D_SHA256, INCEPTION_SHA256, CheckedFile, NetworkFile
 
 INCEPTION_SIDE = 299  # pixels along each side of what Inception-v3 sees
 INCEPTION_PREPROCESSING = f"{INCEPTION_SIDE}x{INCEPTION_SIDE} bilinear as TensorFlow 1 resizes, (value - 128) / 128"
@@ -52,15 +52,6 @@ class OpenedNetwork(nn.Module):
         self.network = network.to(file.device).eval().requires_grad_(False)
         self.path, self.sha256, self.device = file.path, file.sha256, file.device
         self.name, self.preprocessing = name, preprocessing
-
-    def describe(self) -> dict[str, Any]:
-        """What a report's protocol says of the network, as JSON values."""
-        return {
-            "name": self.name,
-            "file": self.path.name,
-            "sha256": self.sha256,
-            "preprocessing": self.preprocessing,
-        }
 
     def _compute(self, function: Callable[[Tensor], T], pixels: Tensor, axes: str) -> T:
         if pixels.dtype != torch.uint8 or pixels.ndim != len(axes.split()) or pixels.shape[-3] != 3:
@@ -185,10 +176,6 @@ class ImageNetwork(OpenedNetwork):
             return self._compute(self.network.features_and_probabilities, pixels, "N, 3, H, W")
         return self(pixels), None if self.classifier is None else self.classifier(pixels)
 
-    def describe(self) -> dict[str, Any]:
-        """What a report's protocol says of the network and its classifier, as JSON values."""
-        return super().describe() | {"classifier": None if self.classifier is None else self.classifier.describe()}
-
 
 def open_video_network(file: NetworkFile, device: str | torch.device = "cpu") -> VideoNetwork:
     """Open I3D in either form that the head of this module tells of.
@@ -200,7 +187,8 @@ def open_video_network(file: NetworkFile, device: str | torch.device = "cpu") ->
     if checked.path.suffix == ".safetensors":
         return VideoNetwork(i3d.I3D.from_safetensors(checked.path), checked, "I3D, Kinetics-400", i3d.PREPROCESSING)
     script, _ = checked.script("I3D")
-    return VideoNetwork(_ScriptedI3D(script), checked, "I3D, Kinetics-400, TorchScript", OWN_PREPROCESSING)
+    name = known_as(checked, "I3D, Kinetics-400, TorchScript", I3D_SHA256)
+    return VideoNetwork(_ScriptedI3D(script), checked, name, OWN_PREPROCESSING)
 
 
 def open_image_network(
@@ -221,7 +209,7 @@ def open_image_network(
     script, form = checked.script("Inception", "one input")
     if form == "Inception":
         inception = checked.attempt(lambda: _Inception(script, ONE_PICTURE.to(checked.device)))
-        return ImageNetwork(inception, checked, "Inception-v3 with classes", OWN_PREPROCESSING, classes)
+        return ImageNetwork(inception, checked, name_of_inception(checked), OWN_PREPROCESSING, classes)
     return ImageNetwork(_PlainInception(script), checked, "Inception-v3", INCEPTION_PREPROCESSING, classes)
 
 
@@ -235,8 +223,18 @@ def open_classifier(file: NetworkFile, device: str | torch.device = "cpu") -> Im
     script, form = checked.script("Inception", "one input")
     if form == "Inception":
         inception = checked.attempt(lambda: _Inception(script, ONE_PICTURE.to(checked.device)))
-        return ImageClassifier(inception, checked, "Inception-v3 with classes")
+        return ImageClassifier(inception, checked, name_of_inception(checked))
     return ImageClassifier(_Classifier(script), checked, checked.path.stem)
+
+
+def name_of_inception(file: CheckedFile) -> str:
+    """What a file with the arguments of NVIDIA's is called."""
+    return known_as(file, "Inception-v3 with classes", INCEPTION_SHA256)
+
+
+def known_as(file: CheckedFile, name: str, sha256: str) -> str:
+    """The name of the file that everybody takes, or that this is another."""
+    return name if file.sha256 == sha256 else f"{name}, not the file of the usual sha256"
 
 
 def resize_as_tensorflow(pixels: Tensor, side: int) -> Tensor:

@@ -59,7 +59,7 @@ class Pooled(NamedTuple):
     squeezed: int
 
 
-def pooled_features(
+def features_of_videos(
     model: GPDiT,
     codec: Codec,
     videos: Sequence[Path],

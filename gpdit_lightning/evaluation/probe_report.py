@@ -68,8 +68,8 @@ class ProbeResult:
 
     @property
     def best(self) -> LayerScore:
-        """The layer of the highest accuracy, the lower one of equals: a maximum over the test half itself."""
-        return max(self.layers, key=lambda score: score.accuracy)
+        """The layer of the highest accuracy in cross-validation, or where there was none in the test; the lowest."""
+        return max(self.layers, key=lambda score: score.accuracy if score.validation is None else score.validation)
 
 
 def protocol_of(
@@ -129,7 +129,7 @@ def _section(result: ProbeResult) -> str:
         f"{result.identity[:16]}",
         f"- logistic regression on standardised features; {protocol.regularisation}",
         f"- intervals: {protocol.interval}; chance, always the most frequent class: {protocol.chance:.1%}; bold: "
-        "the best layer, a maximum over the test half itself",
+        "the best layer by cross-validation, or without one by the test half itself",
         f"- {', '.join(f'{name} {number}' for name, number in protocol.versions.items())}",
         "",
         "| layer | top-1 accuracy | 95 % interval | C | in cross-validation |",

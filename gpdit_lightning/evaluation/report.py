@@ -29,6 +29,9 @@ HEADINGS = {
     "ssim": "SSIM ↑",
 }
 
+# A checked FID is of all generated frames at once, where the score is a mean over their places.
+CHECKED_AS = {"fvd": "FVD", "fid": "FID, all frames at once"}
+
 
 def library_versions() -> dict[str, str]:
     """Of Python and of the libraries that frames, networks and scores go through."""
@@ -253,13 +256,13 @@ def _in_words(protocol: Protocol, day: str) -> list[str]:
 
 def _check_table(self_checks: Mapping[str, SelfChecks]) -> str:
     first = next(iter(self_checks.values()))
-    headings = ["truth against", "itself", "its other half"]
+    headings = ["truth against", "videos distorted", "itself", "its other half"]
     headings += [f"{kind} {level:g}" for kind, ladder in first.ladders.items() for level, _ in ladder]
     rows = []
     for name, checks in self_checks.items():
         distances = [distance for ladder in checks.ladders.values() for _, distance in ladder]
         cells = [f"{value:.4g}" for value in (checks.itself, checks.halves, *distances)]
-        rows.append([HEADINGS[name], *cells, "; ".join(checks.failures) or "passed"])
+        rows.append([CHECKED_AS[name], f"{checks.videos:,}", *cells, "; ".join(checks.failures) or "passed"])
     return _table([*headings, "verdict"], rows)
 
 

@@ -16,6 +16,7 @@ from gpdit_lightning.evaluation.self_checks import BLUR_LEVELS, NOISE_LEVELS, Se
 
 IS_SPLITS = 10
 NEIGHBOURS = 3  # of precision and recall
+FEW = 1000  # videos below which precision and recall are warned of
 # What a report calls a subject, and what its scores say.
 REFERENCES = {TRUTH: "the truth", CODEC: "the truth through the codec", REPEATED: "the last given frame repeated"}
 CHECKED = {"fvd": "video", "fid": "image"}  # what distances that are checked are made of
@@ -125,6 +126,7 @@ def self_checks_of(files: ChunkFiles, what: str, done: Callable[[], object] = la
         between_halves[TRUTH],
         tuple((level, found[subject]) for level, subject in zip(NOISE_LEVELS, NOISE, strict=True)),
         tuple((level, found[subject]) for level, subject in zip(BLUR_LEVELS, BLUR, strict=True)),
+        sum(map(len, files.values(NOISE[0], what))),
     )
 
 
@@ -198,6 +200,13 @@ def warnings_of(files: ChunkFiles, self_checks: Mapping[str, SelfChecks], lost: 
     missing = sorted(lost)
     if missing:
         yield f"{len(missing)} videos could not be read whole and are left out: {', '.join(missing)}."
+    if files.has(TRUTH, "classes"):
+        classes = next(files.values(TRUTH, "classes")).shape[-1]
+        if len(files.names) < IS_SPLITS * classes:
+            most = max(1, len(files.names) // IS_SPLITS)
+            yield f"IS is of {len(files.names):,} videos in parts of {most:,}, and cannot exceed {most:,}."
+    if files.has(TRUTH, "video") and len(files.names) < FEW:
+        yield f"precision and recall of {len(files.names):,} videos say little: with so few, most lie among the others."
     for name, what in CHECKED.items():
         score = HEADINGS[name].split()[0]
         if files.has(TRUTH, what):

@@ -83,6 +83,8 @@ class SelfChecks:
     """(level, distance) from the truth to itself with noise."""
     blur: Ladder
     """Likewise with blur."""
+    videos: int
+    """That were distorted."""
     failures: tuple[str, ...] = ()
     """What is not as it ought to be, a sentence each."""
 
@@ -97,7 +99,7 @@ class SelfChecks:
         return not self.failures
 
 
-def judged(itself: float, between_halves: float, noise: Ladder, blur: Ladder) -> SelfChecks:
+def judged(itself: float, between_halves: float, noise: Ladder, blur: Ladder, videos: int) -> SelfChecks:
     """The checks with their verdict.
 
     The truth must be no further from itself than `ZERO_TOLERANCE` of what its halves are from each other, and each
@@ -106,6 +108,7 @@ def judged(itself: float, between_halves: float, noise: Ladder, blur: Ladder) ->
     Args:
         itself, between_halves: distances.
         noise, blur: (level, distance) pairs, levels rising.
+        videos: that were distorted.
     """
     failures = []
     if not itself <= ZERO_TOLERANCE * between_halves:
@@ -116,4 +119,4 @@ def judged(itself: float, between_halves: float, noise: Ladder, blur: Ladder) ->
             for (before, nearer), (level, distance) in pairwise([(0.0, itself), *ladder])
             if not distance > nearer
         ]
-    return SelfChecks(itself, between_halves, tuple(noise), tuple(blur), tuple(failures))
+    return SelfChecks(itself, between_halves, tuple(noise), tuple(blur), videos, tuple(failures))

@@ -34,7 +34,9 @@ class Selection(NamedTuple):
         return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
 
 
-def select_videos(places: Sequence[str | Path], count: int, seed: int, frames: int) -> Selection:
+def select_videos(
+    places: Sequence[str | Path], count: int, seed: int, frames: int, progress: bool = False
+) -> Selection:
     """Draw videos that are long enough, by a hash of their names, so that nothing else decides which.
 
     Args:
@@ -42,6 +44,7 @@ def select_videos(places: Sequence[str | Path], count: int, seed: int, frames: i
         count: how many.
         seed: of the drawing.
         frames: that each must have, by its header.
+        progress: show a bar.
 
     Raises:
         InputError: too few, two of one name, or as :func:`find_videos`.
@@ -55,7 +58,7 @@ def select_videos(places: Sequence[str | Path], count: int, seed: int, frames: i
     drawn: dict[str, Path] = {}
     short = 0
     names = sorted(found, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-    for name in tqdm(names, desc="choosing", unit=" videos", disable=None, leave=False):
+    for name in tqdm(names, desc="choosing", unit=" videos", disable=not progress, leave=False):
         if len(drawn) == count:
             break
         if has_frames(found[name], frames):

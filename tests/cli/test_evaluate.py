@@ -272,11 +272,10 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--guidance=2", "another guidance"),
+        ("--guidance=2", "another guidance.context (1.5, not 2.0)"),
         ("--seeds=[1]", "another seeds ([0], not [1])"),
         ("--count=5", "another split_sha256"),
         ("--chunk=4", "another chunk (2, not 4)"),
-        ("--keep_videos=1", "another keep_videos (0, not 1)"),
     ],
 )
 def test_a_folder_holds_one_evaluation(
@@ -355,7 +354,7 @@ def test_recipes_hold_what_the_paper_says(recipe: str, expected: dict[str, Any])
     options = verb.read_options(["--config", str(RECIPES / f"eval_{recipe}.yaml")])
     expected |= {
         "guidance": 1.2,
-        "size": "256x256",
+        "size": None,
         "fvd_frames": "all",
         "weights": "ema",
         "out": f"evaluations/{recipe}",

@@ -1,4 +1,3 @@
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -132,11 +131,16 @@ def test_a_file_with_features_and_classes_serves_as_classifier(save) -> None:
 
 def test_networks_tell_reports_what_they_are(save) -> None:
     file, classifier = save(ScriptedPlain()), save(ScriptedClassifier())
-    told = json.loads(json.dumps(open_image_network(file, classifier=classifier).describe()))
-    assert told["file"] == "ScriptedPlain.pt"
-    assert told["sha256"] == file.sha256
-    assert "299x299" in told["preprocessing"]
-    assert told["classifier"]["sha256"] == classifier.sha256
+    network = open_image_network(file, classifier=classifier)
+    assert (network.path.name, network.sha256, network.name) == ("ScriptedPlain.pt", file.sha256, "Inception-v3")
+    assert "299x299" in network.preprocessing
+    assert network.classifier is not None
+    assert network.classifier.sha256 == classifier.sha256
+
+
+def test_a_script_that_only_has_the_usual_arguments_is_not_called_the_usual_file(save) -> None:
+    for network in (open_video_network(save(ScriptedI3D())), open_image_network(save(ScriptedInception()))):
+        assert network.name.endswith(", not the file of the usual sha256")
 
 
 def test_a_missing_file_is_told_with_where_to_get_it(tmp_path: Path) -> None:

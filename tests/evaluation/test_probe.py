@@ -21,8 +21,8 @@ from gpdit_lightning.evaluation.probe import (
     C_GRID,
     Pooled,
     confidence_interval,
+    features_of_videos,
     fit_probe,
-    pooled_features,
     probe_layers,
 )
 from gpdit_lightning.evaluation.videos import read_clip
@@ -62,7 +62,7 @@ def by_itself(model: GPDiT, path: Path, moments: list[int]) -> Tensor:
 
 
 def pooled(model: GPDiT, videos: list[Path], **options: Any) -> Pooled:
-    return pooled_features(model, CODEC, videos, SIZE, **{"frames": 5, "batch_size": 2, "workers": 1, **options})
+    return features_of_videos(model, CODEC, videos, SIZE, **{"frames": 5, "batch_size": 2, "workers": 1, **options})
 
 
 def test_features_are_those_of_each_video_by_itself(

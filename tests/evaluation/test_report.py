@@ -55,7 +55,7 @@ def report() -> Report:
         protocol,
         scores={"fvd": Score.of([210.0, 214.0]), "is": Score.of([61.234, 61.254]), "ssim": Score.of([0.81, 0.81])},
         references={"the codec alone": {"fvd": Score.of([20.0])}},
-        self_checks={"fvd": judged(0.0, 30.0, RISING, ((1.0, 2.0), (2.0, 1.0)))},
+        self_checks={"fvd": judged(0.0, 30.0, RISING, ((1.0, 2.0), (2.0, 1.0)), videos=20)},
         warnings=("FVD is of few samples.",),
         date="2025-06-01",
     )
@@ -132,8 +132,8 @@ def test_the_tables_carry_the_protocol(report: Report, tmp_path: Path) -> None:
         "I3D (`i3d.safetensors`, sha256 `0789`); short side to 224",
         f"torch {library_versions()['torch']}",
         "On one H200, 2025-06-01.",
-        "| truth against | itself | its other half | noise 8 | noise 16 | blur 1 | blur 2 | verdict |",
-        "| FVD ↓ | 0 | 30 | 1 | 20.5 | 2 | 1 | blur 2 is 1 from the truth, no further than blur 1 at 2 |",
+        "| truth against | videos distorted | itself | its other half | noise 8 | noise 16 | blur 1 | blur 2 |",
+        "| FVD | 20 | 0 | 30 | 1 | 20.5 | 2 | 1 | blur 2 is 1 from the truth, no further than blur 1 at 2 |",
     ):
         assert said in text
 

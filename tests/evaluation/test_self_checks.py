@@ -89,6 +89,7 @@ def test_a_distance_that_sees_passes(videos: Tensor) -> None:
         distance(videos[:20], videos[20:]),
         tuple((level, distance(videos, noisy(videos, level, seeds))) for level in NOISE_LEVELS),
         tuple((sigma, distance(videos, blurred(videos, sigma))) for sigma in BLUR_LEVELS),
+        videos=40,
     )
     assert checks.passed, checks.failures
     assert [level for level, _ in checks.ladders["noise"]] == list(NOISE_LEVELS)
@@ -108,7 +109,7 @@ RISING = ((8.0, 1.0), (16.0, 2.0), (32.0, 3.0))
     ],
 )
 def test_a_distance_that_is_blind_fails(itself: float, noise: tuple, blur: tuple, said: str) -> None:
-    checks = judged(itself, 10.0, noise, blur)
+    checks = judged(itself, 10.0, noise, blur, videos=7)
     assert not checks.passed
     assert said in checks.failures[0]
-    assert judged(1e-6, 10.0, RISING, RISING).passed
+    assert judged(1e-6, 10.0, RISING, RISING, videos=7).passed
