@@ -148,10 +148,6 @@ def check_alike(paths: Sequence[Path], evaluations: Sequence[Report]) -> None:
     of_model = ("checkpoint", "checkpoint_sha256", "step", "weights", "hardware", "versions")
     seen: dict[tuple[str, str], Path] = {}
     for path, report in zip(paths, evaluations, strict=True):
-        model = report.protocol.checkpoint_sha256, report.protocol.weights
-        if model in seen:
-            raise InputError(f"{seen[model]} and {path} are of one checkpoint: give one of them.")
-        seen[model] = path
         first, other = asdict(evaluations[0].protocol), asdict(report.protocol)
         for name in first:
             if name not in of_model and first[name] != other[name]:
@@ -159,6 +155,10 @@ def check_alike(paths: Sequence[Path], evaluations: Sequence[Report]) -> None:
                     f"{paths[0]} and {path} differ in {name} ({first[name]}, not {other[name]}), so that their FVD do "
                     "not compare: give evaluations of one protocol."
                 )
+        model = report.protocol.checkpoint_sha256, report.protocol.weights
+        if model in seen:
+            raise InputError(f"{seen[model]} and {path} are of one checkpoint: give one of them.")
+        seen[model] = path
 
 
 def halves_of(videos: Sequence[Path], options: argparse.Namespace) -> tuple[list[Labelled], str]:

@@ -295,6 +295,7 @@ def test_a_folder_holds_one_evaluation(
         ("--count=7", "hold 6 videos of at least 10 frames"),
         ("--count=1", "count is 1: give at least 2"),
         ("--stride=3", "hold 0 videos of at least 28 frames, and 6"),
+        ("--stride=0", "stride is 0: give at least 1"),
         ("--context_frames=4", "4 pixel frames are not 1 + 4 k"),
         ("--generated_frames=4", "The videos have 9 frames where I3D takes at least 10"),
         ("--fvd_frames=generated", "The videos have 5 frames where I3D"),

@@ -187,12 +187,14 @@ def test_products_in_bf16_leave_the_codec_alone(work: Path, tmp_path: Path) -> N
         (["--videos", "WORK/nowhere"], "nowhere does not exist"),
         (["--config=WORK/none.yaml"], "none.yaml cannot be read"),
         (["--config=WORK/model/config.json"], "holds no options under `features`"),
+        (["--config=WORK/wrong.yaml"], r"wrong.yaml gives layr: 1 under `features`: name options of this verb"),
         (["--out", "WORK"], "holds .npy files and no features.json"),
     ],
     ids=lambda value: " ".join(value)[:40],
 )
 def test_bad_input_is_one_sentence(work: Path, tmp_path: Path, options: list[str], words: str) -> None:
     (work / "stray.npy").touch()
+    (work / "wrong.yaml").write_text("features:\n  layr: 1\n")
     with pytest.raises(InputError, match=words):
         extract(work, tmp_path / "out", *(option.replace("WORK", str(work)) for option in options))
     assert not (tmp_path / "out").exists()

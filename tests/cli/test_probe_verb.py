@@ -1,6 +1,7 @@
 """`probe`, end to end on drawn videos."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,18 @@ def test_two_models_are_probed_layer_by_layer(
     assert set((tmp_path / "out" / "features").iterdir()) == kept
     protocol = json.loads((tmp_path / "out" / "probe.json").read_text())["results"][0]["protocol"]
     assert protocol["regularisation"].startswith("best C of 0.0001,")
+
+
+def test_fvd_of_unlike_evaluations_do_not_share_an_axis(place: Path, ucf: Path, tmp_path: Path) -> None:
+    one, other = evaluation_of(place / "of", fvd=300.0), evaluation_of(place / "of2", fvd=200.0)
+    one.write(tmp_path / "one")
+    replace(other, protocol=replace(other.protocol, stride=3)).write(tmp_path / "other")
+    arguments = ["--checkpoint", place / "of", "--videos", ucf, "--out", tmp_path / "out", "--evaluations"]
+    paths = [tmp_path / name / "results.json" for name in ("one", "other")]
+    with pytest.raises(InputError, match=r"one/results.json and .*other/results.json differ in stride \(1, not 3\)"):
+        run(*arguments, *paths)
+    with pytest.raises(InputError, match="are of one checkpoint: give one of them"):
+        run(*arguments, paths[0], paths[0])
 
 
 def test_lists_and_folders_divide_other_videos(place: Path, ucf: Path, tmp_path: Path) -> None:
