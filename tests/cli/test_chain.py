@@ -113,6 +113,7 @@ def test_each_stage_begins_with_the_average_of_the_one_before(
     assert before == {path: path.stat().st_mtime_ns for path in runs.rglob("*.ckpt")}
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(chain: Path, tmp_path: Path) -> None:
     assert main(["chain", "--config", str(chain), f"--runs={tmp_path / 'whole'}"]) == 0
     command = [
@@ -137,6 +138,7 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(chain: Path, tmp_p
     assert_same_ends(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_stages_with_other_numbers_of_ranks(chain: Path, tmp_path: Path) -> None:
     """Lightning's own processes are launched anew for each stage: two ranks, two ranks, one, one."""
     for stage in ("ImageWarmupStage", "MixedStage"):

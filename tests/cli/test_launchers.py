@@ -60,6 +60,7 @@ def started(arguments: list[str], environment: dict[str, str]) -> "subprocess.Po
     )
 
 
+@pytest.mark.slow
 def test_both_launchers_train_the_same(start: Callable[..., list["subprocess.Popen[str]"]], tmp_path: Path) -> None:
     weights = {}
     for launcher in ("torchrun", "slurm"):

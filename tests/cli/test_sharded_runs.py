@@ -70,7 +70,7 @@ def assert_follows(folder: Path, log: str, step: int, one_rank: Path) -> None:
         assert curves(folder / "run")[tag] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
 
 
-@pytest.mark.parametrize("strategy", [WITH_ZERO3, "fsdp2"])
+@pytest.mark.parametrize("strategy", [WITH_ZERO3, pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_ranks_go_on_where_one_process_stopped(
     strategy: str, one_rank: Path, tiny_shards: Path, recorder: Path, tmp_path: Path
 ) -> None:

@@ -163,7 +163,9 @@ def assert_ended_alike(run_dir: Path, whole: Path) -> None:
     assert curves(run_dir) == curves(whole)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_all_processes(run: Run, whole: Path, number: int, status: int) -> None:
     """As a terminal and a scheduler send it; the loader's processes get it too. Step 4 is validated after it."""
     run.start("At", "--data.workers=2", step=3, sleep=1.5)
@@ -235,7 +237,7 @@ def test_a_full_disk(
     assert_ended_alike(run.run_dir, whole)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_rank_fails(run: Run, rank: int) -> None:
     """The other one waits for it in a reduction, and still ends."""
     run.start("At", *TWO_RANKS, step=2, rank=rank, fail=True)
@@ -245,6 +247,7 @@ def test_one_rank_fails(run: Run, rank: int) -> None:
     assert run.are_gone(within=10)
 
 
+@pytest.mark.slow
 def test_the_first_rank_is_killed_while_the_second_still_starts(run: Run) -> None:
     """Before there is a connection that could break."""
     run.start("At", *TWO_RANKS, step=0)
