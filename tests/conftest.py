@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import math
+import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,10 @@ TINY_CODEC: dict[str, Any] = {
 }
 
 Counts = Mapping[tuple[Split, Kind, tuple[int, int, int]], int]
+
+
+# A job in the background ignores Ctrl-C, and so would the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
