@@ -19,7 +19,7 @@ from gpdit_lightning.files import written_whole
 from gpdit_lightning.generation import products_in, transform
 from gpdit_lightning.generation.outputs import output_paths
 from gpdit_lightning.media.images import IMAGE_ENDINGS, Size, closest_size, read_image, resize_and_crop, write_sheet
-from gpdit_lightning.media.tasks import TASKS, Task, pair_of
+from gpdit_lightning.media.tasks import READY_PAIRS, TASKS, Task, pair_of
 from gpdit_lightning.media.video import natural_order
 from gpdit_lightning.preparation.pairs import SUBFOLDERS, by_stem, pictures_in, size_of
 from gpdit_lightning.training.checkpoints import TrainedModel
@@ -50,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--source", nargs="+", required=True, help="pictures, and folders of pictures")
     add("--task", choices=list(TASKS), help="make sources and targets of plain pictures, those of --source too")
+    add(
+        "--examples_task",
+        choices=[READY_PAIRS.name, *TASKS],
+        help="the task of the examples alone; another than that of --source shows what the examples are worth to the "
+        f"model ({READY_PAIRS.name}: a folder of ready pairs; default: --task, or {READY_PAIRS.name} without it)",
+    )
     add("--pairs", type=int, help="examples shown, the first by name (default: one less than in a training sequence)")
     add("--truth", type=Path, help="the true target, or a folder of those of all sources, with the same names")
     add("--size", help="HEIGHTxWIDTH in pixels, one that was trained on (default: the closest in aspect)")
@@ -85,9 +91,10 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     check_training(trained, options.checkpoint)
     config = config_of(options, trained)
     task = TASKS[options.task] if options.task else None
-    examples = example_paths(options.examples, pairs_shown(options.pairs, trained), task)
+    examples_task = TASKS.get(options.examples_task or options.task)
+    examples = example_paths(options.examples, pairs_shown(options.pairs, trained), examples_task)
     jobs, sheet = what_to_do(options, trained_sizes(options.size, trained), task, examples)
-    shown = examples_at({job.size for job in jobs}, examples, task)
+    shown = examples_at({job.size for job in jobs}, examples, examples_task)
     if config.precision is not None:
         products_in(trained.backbone, config.precision)
 
@@ -168,8 +175,8 @@ def example_paths(folder: Path, count: int, task: Task | None) -> list[list[Path
         sources, targets = next((both for both in places if all(place.is_dir() for place in both)), (None, None))
         if sources is None or targets is None:
             raise InputError(
-                f"{folder} does not hold the folders source and target: put the pairs there, or give --task for plain "
-                "pictures."
+                f"{folder} does not hold the folders source and target: put the pairs there, or give --task or "
+                "--examples_task for plain pictures."
             )
         found = with_counterparts(pictures_at(str(sources)), targets)
     if len(found) < count:

@@ -15,6 +15,8 @@ LUMA_WEIGHTS = (19595, 38470, 7471)
 # Ours, since the paper gives none: a step between two even areas is an edge from 51 grey levels on, and from 26 on
 # where it continues such an edge (OpenCV's gradient is four times the step).
 CANNY_THRESHOLDS = (100, 200)
+# Ours: the standard deviation of the blur that a sketch divides by, as a fraction of the picture's shorter side.
+SKETCH_BLUR = 1 / 20
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,49 @@ def edges(pixels: Tensor) -> Tensor:
     Raises:
         InputError: OpenCV is missing.
     """
+    return _of_luma(pixels, lambda luma: _opencv().Canny(luma, *CANNY_THRESHOLDS))
+
+
+def sketch(pixels: Tensor) -> Tensor:
+    """A pencil drawing, by OpenCV (the extra `edges`): the luma divided by its Gaussian blur, white where both agree,
+    and black where all is black.
+
+    Stands for the style transfers of the paper (section 5.1), which it does not define.
+
+    Args:
+        pixels: uint8 (T, 3, H, W), red first.
+
+    Raises:
+        InputError: OpenCV is missing.
+    """
+    deviation = SKETCH_BLUR * min(pixels.shape[-2:])
+
+    def drawn(luma: np.ndarray) -> np.ndarray:
+        cv2 = _opencv()
+        return cv2.divide(luma, cv2.GaussianBlur(luma, (0, 0), deviation), scale=255)
+
+    return _of_luma(pixels, drawn)
+
+
+def _of_luma(pixels: Tensor, function: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    """What a function of the luma, uint8 (H, W) to the same, makes of each frame, in all three channels."""
+    made = [function(luma) for luma in grey(pixels)[:, 0].cpu().numpy()]
+    return torch.from_numpy(np.stack(made))[:, None].expand_as(pixels).contiguous().to(pixels.device)
+
+
+def _opencv() -> Any:
+    """The module `cv2`, which is imported where it is needed only: an optional extra."""
     try:
         import cv2
     except ImportError as error:
         raise InputError(
-            f"OpenCV, which finds edges, cannot be imported ({error}): pip install -e '.[edges]'."
+            f"OpenCV, which finds edges and draws sketches, cannot be imported ({error}): pip install -e '.[edges]'."
         ) from None
-    found = [cv2.Canny(luma, *CANNY_THRESHOLDS) for luma in grey(pixels)[:, 0].cpu().numpy()]
-    return torch.from_numpy(np.stack(found))[:, None].expand_as(pixels).contiguous().to(pixels.device)
+    return cv2
 
 
-_LUMA, _CANNY = {"luma": "ITU-R BT.601"}, {"luma": "ITU-R BT.601", "canny_thresholds": list(CANNY_THRESHOLDS)}
+_LUMA = {"luma": "ITU-R BT.601"}
+_CANNY = {**_LUMA, "canny_thresholds": list(CANNY_THRESHOLDS)}
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -74,9 +108,13 @@ TASKS: dict[str, Task] = {
         Task("colourisation", grey, as_it_is, _LUMA),
         Task("edges", as_it_is, edges, _CANNY),
         Task("edges_to_image", edges, as_it_is, _CANNY),
+        Task("sketch", as_it_is, sketch, {**_LUMA, "blur": SKETCH_BLUR}),
         Task("copy", as_it_is, as_it_is),  # no task, but what teaches a model to look back before it learns one
     )
 }
+
+# The task of pairs that are there already: depth, skeletons, styles, whatever has a picture for both sides.
+READY_PAIRS = Task("pairs", as_it_is, as_it_is)
 
 
 def pair_of(task: Task, picture: Tensor) -> tuple[Tensor, Tensor]:

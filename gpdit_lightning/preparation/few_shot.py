@@ -18,12 +18,10 @@ from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import Size, parse_size, read_image, resize_and_crop
-from gpdit_lightning.media.tasks import TASKS, Task, as_it_is
+from gpdit_lightning.media.tasks import READY_PAIRS, TASKS, Task
 from gpdit_lightning.preparation.pairs import Pair, folders_in, hold_out, pairs_of_one, pairs_of_two
 from gpdit_lightning.preparation.prepare import available_device
 
-# The task of pairs that are there already: depth, skeletons, styles, whatever has a picture for both sides.
-READY_PAIRS = Task("pairs", as_it_is, as_it_is)
 PLACES = ("sources", "targets", "pairs_in")
 SPEED_OPTIONS = ("out", "device")
 # What a run that was killed leaves in the output folder.
@@ -40,7 +38,8 @@ class FewShotOptions:
         metadata={
             "help": "pairs: both pictures of each pair are given; or both are made from one, at --size: grayscale (a "
             "picture to its grey version), colourisation (the way back), edges (a picture to its Canny edges), "
-            "edges_to_image (the way back), copy (the picture itself: a warm-up); edges need pip install -e '.[edges]'"
+            "edges_to_image (the way back), sketch (a picture to a pencil drawing), copy (the picture itself: a "
+            "warm-up); edges and sketches need pip install -e '.[edges]'"
         },
     )
     sources: Path | None = field(

@@ -178,6 +178,21 @@ def test_a_task_makes_examples_sources_and_truths_of_plain_pictures(
     assert not (tmp_path / "out_sheet.png").exists()
 
 
+def test_examples_may_be_of_another_task_than_the_sources(place: Path, tmp_path: Path) -> None:
+    picture = read(place / "sources/a.png", WIDE)
+    plain = [read(place / f"plain/{name}.png", WIDE) for name in "ab"]
+    there, back = "--task=grayscale", "--task=colourisation"
+    for name, options, examples, source in (
+        ("plain", [there, "--examples_task=colourisation"], [(grey(a[None])[0], a) for a in plain], picture),
+        ("pairs", [back, "--examples_task=pairs"], first_pairs(place, 2, WIDE), grey(picture[None])[0]),
+        ("plain", ["--examples_task=grayscale"], [(a, grey(a[None])[0]) for a in plain], picture),
+    ):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
+        options = ["--examples", place / name, "--out", out, *options]
+        assert run(place, "--source", place / "sources/a.png", *options) == 0
+        assert alike(read(out), expected(place, examples, source))
+
+
 def test_an_example_changes_the_result(place: Path, tmp_path: Path) -> None:
     for name, target in (("before", 22), ("after", 99)):
         for number in (2, 10):

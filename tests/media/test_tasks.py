@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.tasks import TASKS, edges, grey, pair_of
+from gpdit_lightning.media.tasks import SKETCH_BLUR, TASKS, edges, grey, pair_of, sketch
 
 
 def noise(*shape: int) -> Tensor:
@@ -51,6 +52,28 @@ def test_faint_steps_are_edges_only_where_they_continue_strong_ones() -> None:
         assert not found[rows + 2 :].any()
 
 
+def test_a_sketch_is_the_luma_over_its_blur() -> None:
+    """Against a convolution in float64; what is even becomes white, and black stays black."""
+    picture = torch.cat((noise(1, 3, 40, 8).repeat_interleave(8, dim=3), noise(1, 3, 40, 64)), dim=3)
+    luma = grey(picture)[0, 0].double()
+    deviation = SKETCH_BLUR * 40
+    reach = round(3 * deviation)
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1).double() / deviation) ** 2)
+    kernel /= kernel.sum()
+    padded = functional.pad(luma[None, None], [reach] * 4, mode="reflect")
+    blurred = functional.conv2d(functional.conv2d(padded, kernel[None, None, :, None]), kernel[None, None, None])[0, 0]
+    drawn = sketch(picture)
+    assert drawn.dtype == torch.uint8
+    assert drawn.shape == picture.shape
+    assert torch.equal(drawn, drawn[:, :1].expand_as(drawn))
+    # The blur is rounded to whole levels first, of which a dark one counts more.
+    slack = 1 + 255 * luma / blurred**2
+    assert ((drawn[0, 0] - (255 * luma / blurred).clamp(max=255)).abs() <= slack).all()
+    assert drawn.float().std() > 30
+    assert (sketch(step(0)) == 255).all()
+    assert not sketch(torch.zeros_like(step(0))).any()
+
+
 def test_a_task_and_its_way_back_swap_the_sides() -> None:
     picture = noise(1, 3, 16, 24)
     for task, back, made in (("grayscale", "colourisation", grey), ("edges", "edges_to_image", edges)):
@@ -63,6 +86,7 @@ def test_a_task_and_its_way_back_swap_the_sides() -> None:
 
 def test_without_opencv_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(InputError, match=r"OpenCV.* cannot be imported .*: pip install -e '\.\[edges\]'\.$"):
-        edges(step(100))
+    for task in (edges, sketch):
+        with pytest.raises(InputError, match=r"OpenCV.* cannot be imported .*: pip install -e '\.\[edges\]'\.$"):
+            task(step(100))
     grey(step(100))
