@@ -31,7 +31,7 @@ from gpdit_lightning.model.attention import AttentionOperator, frame_causal_atte
 from gpdit_lightning.model.attention.backends import sdpa, xformers
 from gpdit_lightning.model.attention.frame_causal import Context, Queries
 from gpdit_lightning.model.config import AttentionVariant
-from gpdit_lightning.training.flops import peak_bf16_flops, training_flops
+from gpdit_lightning.training.flops import PassShape, peak_bf16_flops, training_flops
 
 # Largest error allowed, as a part of the largest expected value: a few roundings, far below what a wrong mask does.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -196,7 +196,7 @@ def time_step(config: GPDiTConfig, scale: Scale) -> StepResult:
         seconds.append(now(device) - started)
 
     median = statistics.median(seconds[scale.warmup :])
-    flops = sum(training_flops(config, scale.clips, scale.clips, *shape[1:2], *shape[3:]).values())
+    flops = sum(training_flops(config, PassShape(scale.clips, scale.clips, *shape[1:2], *shape[3:])).values())
     peak_flops = peak_bf16_flops(torch.cuda.get_device_name()) if on_gpu else None
     tokens = scale.clips * scale.frames * (scale.height // config.patch_size) * (scale.width // config.patch_size)
     finite = bool(loss.isfinite())

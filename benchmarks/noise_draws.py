@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.model.config import AttentionVariant
-from gpdit_lightning.training.flops import training_flops
+from gpdit_lightning.training.flops import PassShape, training_flops
 
 DRAWS = (1, 2, 4)
 
@@ -56,7 +56,7 @@ def main() -> None:
         # Turn by turn, so that a busy machine disturbs all alike; the first turn warms up.
         turns = [[seconds_of_a_pass(model, *shape, draws) for draws in DRAWS] for _ in range(options.repeats + 1)]
         seconds = [statistics.median(times) for times in zip(*turns[1:], strict=True)]
-        flops = [sum(training_flops(model.config, options.clips, *shape, draws).values()) for draws in DRAWS]
+        flops = [sum(training_flops(model.config, PassShape(options.clips, *shape, draws)).values()) for draws in DRAWS]
         for draws, time_taken, work in zip(DRAWS, seconds, flops, strict=True):
             shares = time_taken / draws / seconds[0], work / draws / flops[0]
             print(f"{variant:<9}{draws:>3}{time_taken:>10.3f}{shares[0]:>18.3f}{shares[1]:>16.3f}")

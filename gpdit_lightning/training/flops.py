@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from gpdit_lightning.model import GPDiTConfig
 
@@ -26,38 +27,58 @@ PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
 )
 
 
-def forward_flops(
-    config: GPDiTConfig,
-    clips: int,
-    context_clips: int,
-    frames: int,
-    height: int,
-    width: int,
-    draws: int = 1,
-    noisy_frames: Sequence[int] | None = None,
-) -> dict[str, int]:
+@dataclass(frozen=True)
+class PassShape:
+    """What one `GPDiT.forward` is given."""
+
+    clips: int
+    """B."""
+    context_clips: int
+    """B', how many of them have context."""
+    frames: int
+    """F, latent frames."""
+    height: int
+    """Of a latent frame, in latent pixels."""
+    width: int
+    draws: int = 1
+    """K, noisy copies of every clip, that share its one clean stream."""
+    noisy_frames: Sequence[int] | None = None
+    """The positions of the noisy frames; None: all F."""
+
+    @property
+    def noisy(self) -> Sequence[int]:
+        """The positions of the noisy frames."""
+        return range(self.frames) if self.noisy_frames is None else self.noisy_frames
+
+    @property
+    def clean_frames(self) -> int:
+        """The clean frames of a clip with context: nobody sees one that has no noisy frame behind it."""
+        return self.noisy[-1]
+
+    def tokens(self, config: GPDiTConfig) -> int:
+        """Tokens of a frame."""
+        return (self.height // config.patch_size) * (self.width // config.patch_size)
+
+    def noisy_tokens(self, config: GPDiTConfig) -> int:
+        """Tokens of all noisy frames."""
+        return self.draws * self.clips * len(self.noisy) * self.tokens(config)
+
+    def clean_tokens(self, config: GPDiTConfig) -> int:
+        """Tokens of all clean frames."""
+        return self.context_clips * self.clean_frames * self.tokens(config)
+
+
+def forward_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
     """FLOPs of one `GPDiT.forward`, a multiply-add counted as two; norms, rotations and softmax are left out.
 
     A model with `classes` has one token more for each noisy row, its label, at no cost of embedding.
 
-    Args:
-        config: the architecture.
-        clips: B.
-        context_clips: B', how many of them have context.
-        frames: F, latent frames.
-        height, width: of a latent frame, in latent pixels.
-        draws: K, noisy copies of every clip, that share its one clean stream.
-        noisy_frames: the positions of the noisy frames; None: all F.
-
     Returns:
         FLOPs of the parts `embedding`, `attention_projections`, `attention_products`, `mlp` and `output`.
     """
-    tokens = (height // config.patch_size) * (width // config.patch_size)
+    clips, context_clips, draws, clean_frames = shape.clips, shape.context_clips, shape.draws, shape.clean_frames
+    tokens, noisy_tokens, clean_tokens = shape.tokens(config), shape.noisy_tokens(config), shape.clean_tokens(config)
     patch_values = config.latent_channels * config.patch_size**2
-    noisy_frames = range(frames) if noisy_frames is None else noisy_frames
-    clean_frames = noisy_frames[-1]  # nobody sees the later ones
-    noisy_tokens = draws * clips * len(noisy_frames) * tokens
-    clean_tokens = context_clips * clean_frames * tokens
     prefix_tokens = draws * clips if config.classes else 0
     # The prefix and the clean tokens of the last block give keys and values only.
     packed = prefix_tokens + clean_tokens + noisy_tokens
@@ -65,8 +86,8 @@ def forward_flops(
     looked_at = config.layers * packed
 
     clean_pairs = {"of2": clean_frames * (clean_frames + 1) // 2, "of": clean_frames}[config.attention]
-    seen = sum(frame + 1 for frame in noisy_frames)  # the clean ones before it, and itself
-    noisy_pairs = draws * (context_clips * seen + (clips - context_clips) * len(noisy_frames))
+    seen = sum(frame + 1 for frame in shape.noisy)  # the clean ones before it, and itself
+    noisy_pairs = draws * (context_clips * seen + (clips - context_clips) * len(shape.noisy))
     frame_pairs = (config.layers - 1) * context_clips * clean_pairs + config.layers * noisy_pairs
     # A label's token sees itself, and is seen by all noisy tokens of its row.
     label_pairs = (config.layers - 1) * prefix_tokens + config.layers * (noisy_tokens if config.classes else 0)
@@ -81,22 +102,12 @@ def forward_flops(
     return {part: 2 * count for part, count in multiply_adds.items()}
 
 
-def training_flops(
-    config: GPDiTConfig,
-    clips: int,
-    context_clips: int,
-    frames: int,
-    height: int,
-    width: int,
-    draws: int = 1,
-    noisy_frames: Sequence[int] | None = None,
-) -> dict[str, int]:
+def training_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
     """FLOPs of one forward and backward pass, by part: three times the forward, as is the custom for MFU.
 
     Recomputation (activation checkpointing, or inside an attention kernel) is not counted: it is time without progress.
     """
-    forward = forward_flops(config, clips, context_clips, frames, height, width, draws, noisy_frames)
-    return {part: 3 * count for part, count in forward.items()}
+    return {part: 3 * count for part, count in forward_flops(config, shape).items()}
 
 
 def peak_bf16_flops(device_name: str) -> float | None:

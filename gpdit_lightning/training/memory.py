@@ -3,11 +3,11 @@
 Tensors are counted, not what an allocator rounds them to.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.training.flops import PassShape
 
 # Elements of one of DeepSpeed's reduce buckets (Lightning's default), and of the weights that ZeRO-3 leaves gathered at
 # once (DeepSpeed's default of stage3_max_live_parameters).
@@ -144,17 +144,7 @@ def step_bytes(config: GPDiTConfig, strategy: Strategy, ranks: int) -> int:
     return 2 * roots if strategy.deepspeed and strategy.stage == 3 else roots
 
 
-def activation_bytes(
-    config: GPDiTConfig,
-    clips: int,
-    context_clips: int,
-    frames: int,
-    height: int,
-    width: int,
-    draws: int = 1,
-    precision: Precision = AUTOCAST,
-    noisy_frames: Sequence[int] | None = None,
-) -> int:
+def activation_bytes(config: GPDiTConfig, shape: PassShape, precision: Precision = AUTOCAST) -> int:
     """What the backward pass of one `GPDiT.forward` needs at its fullest moment, beside weights and their gradients.
 
     Autograd keeps the inputs of products and norms, and of attention query, key, value, result and one number per row
@@ -166,24 +156,18 @@ def activation_bytes(
 
     Args:
         config: the architecture; its `activation_checkpointing` counts.
-        clips: B.
-        context_clips: B', how many of them have context.
-        frames: F, latent frames.
-        height, width: of a latent frame, in latent pixels.
-        draws: K, noisy copies of every clip, that share its one clean stream.
+        shape: of the pass.
         precision: float32 weights with bf16 products are autocast, which casts in front of every product.
-        noisy_frames: the positions of the noisy frames; None: all F.
     """
-    tokens = (height // config.patch_size) * (width // config.patch_size)
     patch_values = config.latent_channels * config.patch_size**2
-    noisy_frames = range(frames) if noisy_frames is None else noisy_frames
-    noisy = draws * clips * len(noisy_frames) * tokens
-    packed = context_clips * noisy_frames[-1] * tokens + noisy  # clean frames before the last noisy one
+    noisy = shape.noisy_tokens(config)
+    packed = shape.clean_tokens(config) + noisy
     # Noisy frame i > 0 with context sees copies: the keys of the i clean frames before it, and its own behind them.
-    joined = draws * context_clips * sum(frame + 1 for frame in noisy_frames if frame) * tokens
+    joined_frames = sum(frame + 1 for frame in shape.noisy if frame)
+    joined = shape.draws * shape.context_clips * joined_frames * shape.tokens(config)
     # The others see their own keys with positions, and behind a condition's a copy of their values: both are made, and
     # kept, for all noisy frames at once.
-    own = noisy if 0 in noisy_frames or context_clips < clips else 0
+    own = noisy if 0 in shape.noisy or shape.context_clips < shape.clips else 0
     copied = own if config.classes or config.text_width else 0
     cast = precision.weight != precision.product
 

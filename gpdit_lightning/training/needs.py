@@ -9,7 +9,7 @@ from gpdit_lightning.data.batches import LossFrames, noisy_frames
 from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
-from gpdit_lightning.training.flops import training_flops
+from gpdit_lightning.training.flops import PassShape, training_flops
 from gpdit_lightning.training.memory import (
     AUTOCAST,
     BF16,
@@ -99,13 +99,17 @@ def step_flops(run: Run) -> dict[str, float]:
     total: Counter[str] = Counter()
     for source in run.sources:
         for shape in source.shapes:
-            frames, height, width, fraction = shape
             clips = source.micro_batches * source.micro_batch_size(shape, run.max_ranks)
-            draws, noisy = run.noise_draws if frames > 1 else 1, source.noisy_frames(shape)
             for context, share in ((clips, 1 - run.context_dropout), (0, run.context_dropout)):
-                flops = training_flops(run.backbone, clips, context, frames, height, width, draws, noisy)
-                total.update({part: fraction * share * count for part, count in flops.items()})
+                flops = training_flops(run.backbone, pass_shape(run, source, shape, clips, context))
+                total.update({part: shape.fraction * share * count for part, count in flops.items()})
     return dict(total)
+
+
+def pass_shape(run: Run, source: Source, shape: Shape, clips: int, context_clips: int) -> PassShape:
+    """The pass over clips of a source, some of which have context."""
+    draws = run.noise_draws if shape.frames > 1 else 1
+    return PassShape(clips, context_clips, *shape[:3], draws, source.noisy_frames(shape))
 
 
 def activations(run: Run, source: Source) -> int:
@@ -113,10 +117,9 @@ def activations(run: Run, source: Source) -> int:
     needed, parts = [], run.max_ranks // run.gpus
     for shape in source.shapes:
         part = source.micro_batch_size(shape, run.max_ranks) // run.max_ranks
-        clips, draws = part * parts, run.noise_draws if shape.frames > 1 else 1
-        context = clips - parts * int(run.context_dropout * part)
-        size, noisy = (shape.frames, shape.height, shape.width), source.noisy_frames(shape)
-        needed.append(activation_bytes(run.backbone, clips, context, *size, draws, run.numbers, noisy))
+        clips, without_context = part * parts, parts * int(run.context_dropout * part)
+        largest = pass_shape(run, source, shape, clips, clips - without_context)
+        needed.append(activation_bytes(run.backbone, largest, run.numbers))
     return max(needed)
 
 

@@ -9,7 +9,7 @@ from lightning import Trainer
 
 from gpdit_lightning.data.batches import LatentBatch, TimedLoader
 from gpdit_lightning.model import GPDiTConfig
-from gpdit_lightning.training.flops import peak_bf16_flops, training_flops
+from gpdit_lightning.training.flops import PassShape, peak_bf16_flops, training_flops
 
 
 class Throughput:
@@ -36,8 +36,8 @@ class Throughput:
         self.steps += ends_step
         self.clips += clips
         self.tokens += batch.t.numel() * height * width // self.config.patch_size**2
-        flops = training_flops(self.config, clips, batch.context, frames, height, width, batch.draws, batch.frames)
-        self.flops += sum(flops.values())
+        shape = PassShape(clips, batch.context, frames, height, width, batch.draws, batch.frames)
+        self.flops += sum(training_flops(self.config, shape).values())
         self.seconds += time.perf_counter() - loader.asked
         self.waited += loader.waited
 

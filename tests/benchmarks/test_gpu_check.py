@@ -152,6 +152,6 @@ def test_rate_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     scale = replace(gpu_check.rehearsal_scale(), warmup=0, steps=2)
     config = scale.models[0].replaced(latent_channels=4)
     result = gpu_check.time_step(config, scale)
-    work = sum(gpu_check.training_flops(config, 2, 2, 3, 4, 6).values())
+    work = sum(gpu_check.training_flops(config, gpu_check.PassShape(2, 2, 3, 4, 6)).values())
     assert result.milliseconds == 1000
     assert result.teraflops_per_second == pytest.approx(work / 1e12)

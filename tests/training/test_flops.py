@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpdit_lightning import GPDiT, GPDiTConfig
-from gpdit_lightning.training.flops import forward_flops, peak_bf16_flops, training_flops
+from gpdit_lightning.training.flops import PassShape, forward_flops, peak_bf16_flops, training_flops
 
 CONTEXTS = [(2, 2), (3, 1), (2, 0)]
 
@@ -67,7 +67,8 @@ def measured(config: GPDiTConfig, run: Callable[[GPDiT], Any]) -> dict[str, int]
 def test_forward_by_part(variant: str, size: str, clips: int, context_clips: int) -> None:
     config = GPDiTConfig.preset(size, attention=variant, layers=3)
     shape = (clips, context_clips, 5, 24, 40)
-    assert measured(config, lambda model: model(*meta_batch(config, *shape))) == forward_flops(config, *shape)
+    run = measured(config, lambda model: model(*meta_batch(config, *shape)))
+    assert run == forward_flops(config, PassShape(*shape))
 
 
 @pytest.mark.parametrize("variant", ["of2", "of"])
@@ -78,7 +79,7 @@ def test_forward_of_noisy_copies(variant: str, frames: int, clips: int, context_
     config = GPDiTConfig.preset("tiny", attention=variant, layers=3)
     shape = (clips, context_clips, frames, 8, 12, draws)
     run = measured(config, lambda model: model(*meta_batch(config, *shape), draws=draws))
-    assert run == forward_flops(config, *shape)
+    assert run == forward_flops(config, PassShape(*shape))
 
 
 @pytest.mark.parametrize("variant", ["of2", "of"])
@@ -92,7 +93,7 @@ def test_forward_with_labels(variant: str, frames: int, clips: int, context_clip
     labels = torch.zeros(2 * clips, device="meta", dtype=torch.int64)
     told = measured(config, lambda model: model(*meta_batch(config, *shape), labels, draws=2))
     untold = measured(config, lambda model: model(*meta_batch(config, *shape), draws=2))
-    assert told == untold == forward_flops(config, *shape)
+    assert told == untold == forward_flops(config, PassShape(*shape))
 
 
 @pytest.mark.parametrize("variant", ["of2", "of"])
@@ -105,13 +106,13 @@ def test_forward_of_some_noisy_frames(
     config = GPDiTConfig.preset("tiny", attention=variant, layers=3, classes=classes)
     shape = (clips, context_clips, 6, 8, 12, 2, noisy_frames)
     run = measured(config, lambda model: model(*meta_batch(config, *shape), draws=2, frames=noisy_frames))
-    assert run == forward_flops(config, *shape)
+    assert run == forward_flops(config, PassShape(*shape))
 
 
 def test_targets_alone_save_the_noisy_sources() -> None:
     """Of three pairs: five clean and three noisy frames instead of five and six."""
     everything, targets = (
-        sum(forward_flops(GPDiTConfig.preset("H"), 4, 4, 6, 32, 32, noisy_frames=frames).values())
+        sum(forward_flops(GPDiTConfig.preset("H"), PassShape(4, 4, 6, 32, 32, noisy_frames=frames)).values())
         for frames in (None, (1, 3, 5))
     )
     assert targets / everything == pytest.approx(8 / 11, abs=0.01)
@@ -121,7 +122,7 @@ def test_targets_alone_save_the_noisy_sources() -> None:
 def test_copies_save_what_the_clean_stream_costs(draws: int, saved: float) -> None:
     """Per supervised frame of H at five frames: from 9/5 clean and noisy frames to (4 / K + 5) / 5."""
     config = GPDiTConfig.preset("H")
-    once, several = (sum(forward_flops(config, 4, 4, 5, 24, 40, k).values()) / k for k in (1, draws))
+    once, several = (sum(forward_flops(config, PassShape(4, 4, 5, 24, 40, k)).values()) / k for k in (1, draws))
     assert several / once == pytest.approx(1 - saved, abs=0.01)
 
 
@@ -130,7 +131,8 @@ def test_copies_save_what_the_clean_stream_costs(draws: int, saved: float) -> No
 def test_forward_of_other_shapes(frames: int, fields: dict[str, int]) -> None:
     config = GPDiTConfig(**{"size": "tiny", "layers": 2, **fields})
     shape = (3, 2, frames, 6, 10)
-    assert measured(config, lambda model: model(*meta_batch(config, *shape))) == forward_flops(config, *shape)
+    run = measured(config, lambda model: model(*meta_batch(config, *shape)))
+    assert run == forward_flops(config, PassShape(*shape))
 
 
 @pytest.mark.parametrize("variant", ["of2", "of"])
@@ -148,13 +150,13 @@ def test_training_is_three_forwards(
         model = GPDiT(config)
     with sdpa_kernel(SDPBackend.MATH), counter:
         model(*meta_batch(config, *shape), draws=2, frames=noisy_frames).sum().backward()
-    assert counter.get_total_flops() == sum(training_flops(config, *shape).values())
-    assert training_flops(config, *shape).keys() == forward_flops(config, *shape).keys()
+    assert counter.get_total_flops() == sum(training_flops(config, PassShape(*shape)).values())
+    assert training_flops(config, PassShape(*shape)).keys() == forward_flops(config, PassShape(*shape)).keys()
 
 
 def test_attention_is_a_small_part_of_h_at_five_frames() -> None:
     """The share that docs and design rest on: a few per cent at 240 tokens a frame."""
-    flops = forward_flops(GPDiTConfig.preset("H"), 4, 4, frames=5, height=24, width=40)
+    flops = forward_flops(GPDiTConfig.preset("H"), PassShape(4, 4, frames=5, height=24, width=40))
     assert 0.02 < flops["attention_products"] / sum(flops.values()) < 0.08
 
 

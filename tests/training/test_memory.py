@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.training.flops import PassShape
 from gpdit_lightning.training.memory import (
     AUTOCAST,
     BF16,
@@ -59,7 +60,8 @@ def norms_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def expected_bytes(config: GPDiTConfig, shape: Shape, precision: Precision) -> int:
     clips, context, frames, height, width, draws, noisy_frames = shape
-    return activation_bytes(config, clips, context, frames, height, width, draws, precision, noisy_frames)
+    shape = PassShape(clips, context, frames, height, width, draws, noisy_frames)
+    return activation_bytes(config, shape, precision)
 
 
 def forward(config: GPDiTConfig, shape: Shape, precision: Precision) -> tuple[GPDiT, Callable[[], Tensor]]:

@@ -20,7 +20,7 @@ from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.training import memory as memory_module
-from gpdit_lightning.training.flops import training_flops
+from gpdit_lightning.training.flops import PassShape, training_flops
 from gpdit_lightning.training.memory import STRATEGIES, activation_bytes
 from gpdit_lightning.training.needs import (
     Run,
@@ -117,9 +117,11 @@ def test_a_loss_on_targets_alone_is_less_work() -> None:
     """On the average half of the four sequences have context; of each part of two at least one has."""
     sequences = Source("sequences", 4, 1, (Shape(6, 8, 8, 1.0),), False, loss_frames="targets")
     run = replace(MIXED, sources=(sequences,))
-    flops = [training_flops(run.backbone, 4, context, 6, 8, 8, 2, (1, 3, 5)) for context in (4, 0)]
+    flops = [training_flops(run.backbone, PassShape(4, context, 6, 8, 8, 2, (1, 3, 5))) for context in (4, 0)]
     assert step_flops(run) == {part: sum(counts[part] for counts in flops) / 2 for part in flops[0]}
-    assert memory(run)["activations"] == activation_bytes(run.backbone, 4, 2, 6, 8, 8, 2, run.numbers, (1, 3, 5))
+    assert memory(run)["activations"] == activation_bytes(
+        run.backbone, PassShape(4, 2, 6, 8, 8, 2, (1, 3, 5)), run.numbers
+    )
     everything = replace(run, sources=(replace(sequences, loss_frames="all"),))
     assert memory(run)["activations"] < memory(everything)["activations"]
 

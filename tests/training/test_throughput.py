@@ -19,7 +19,7 @@ from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training import throughput
 from gpdit_lightning.training.curves import Curves
 from gpdit_lightning.training.ema import EMA
-from gpdit_lightning.training.flops import training_flops
+from gpdit_lightning.training.flops import PassShape, training_flops
 from gpdit_lightning.training.health import Health
 from gpdit_lightning.training.throughput import Throughput, peak_memory_gib
 
@@ -115,7 +115,7 @@ def test_figures_are_those_of_training_alone(
         for number in range((step - 2) * 3, step * 3):
             batch = data.trainer.train_dataloader.dataset[number]  # type: ignore[union-attr]
             clips, frames, _, height, width = batch.latents.shape
-            flops += sum(training_flops(tiny_config, clips, batch.context, frames, height, width).values())
+            flops += sum(training_flops(tiny_config, PassShape(clips, batch.context, frames, height, width)).values())
         assert scalars["perf/tflops_per_s"] == pytest.approx(flops / seconds / 1e12)
         assert scalars["perf/mfu"] == pytest.approx(flops / seconds / 1e9)
 
@@ -147,7 +147,9 @@ def test_ranks_work_side_by_side_and_the_slowest_loader_counts(clock: Clock, tin
     assert figures["steps_per_s"] == pytest.approx(0.1)
     assert figures["clips_per_s"] == pytest.approx(4 * 2 / 10)
     assert figures["tokens_per_s"] == pytest.approx(4 * 2 * 48 / 10)
-    assert figures["tflops_per_s"] == pytest.approx(sum(training_flops(tiny_config, 2, 0, 3, 8, 8).values()) / 10e12)
+    assert figures["tflops_per_s"] == pytest.approx(
+        sum(training_flops(tiny_config, PassShape(2, 0, 3, 8, 8)).values()) / 10e12
+    )
     assert (figures["data_wait"], figures["peak_memory_gib"]) == (0.5, 1e6)
     assert "mfu" not in figures
 
@@ -157,14 +159,14 @@ def test_noisy_copies_are_tokens_and_flops_but_no_clips(clock: Clock, tiny_confi
     clock.now = 1.0
     window.add(batch_of(4, draws=3, context=2), SimpleNamespace(asked=0.0, waited=0.0), ends_step=True)  # type: ignore[arg-type]
     assert (window.clips, window.tokens) == (4, 3 * 4 * 48)
-    assert window.flops == sum(training_flops(tiny_config, 4, 2, 3, 8, 8, draws=3).values())
+    assert window.flops == sum(training_flops(tiny_config, PassShape(4, 2, 3, 8, 8, draws=3)).values())
 
 
 def test_tokens_and_flops_are_those_of_the_frames_that_are_noisy(clock: Clock, tiny_config: GPDiTConfig) -> None:
     window, loader = Throughput(tiny_config), SimpleNamespace(asked=0.0, waited=0.0)
     window.add(batch_of(4, draws=2, context=3, frames=(1,)), loader, ends_step=True)  # type: ignore[arg-type]
     assert (window.clips, window.tokens) == (4, 2 * 4 * 16)
-    assert window.flops == sum(training_flops(tiny_config, 4, 3, 3, 8, 8, 2, (1,)).values())
+    assert window.flops == sum(training_flops(tiny_config, PassShape(4, 3, 3, 8, 8, 2, (1,))).values())
 
 
 # The loader
