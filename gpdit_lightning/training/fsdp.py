@@ -48,21 +48,12 @@ class FSDP2(Sharded, ModelParallelStrategy):
         options: of Lightning's ModelParallelStrategy, but for its sizes.
     """
 
+    PRECISION = FSDPPrecision
+
     def __init__(self, **options: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **options)
         self.parts = {}
         self.groups = []
-
-    @property
-    def precision_plugin(self) -> Precision:
-        """float32 or bf16-mixed."""
-        return super().precision_plugin
-
-    @precision_plugin.setter
-    def precision_plugin(self, plugin: Precision | None) -> None:
-        if plugin is not None:
-            self.only_known_precisions(plugin)
-        self._precision_plugin = FSDPPrecision(plugin.precision) if plugin is not None else None
 
     def setup_environment(self) -> None:
         """Join the other ranks.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed
@@ -57,10 +57,12 @@ class Sharded(ParallelStrategy):
     rank builds the whole model in main memory before its weights are spread.
 
     Attributes:
+        PRECISION: how inputs and products are cast, made from the name of a precision.
         parts: by parameter, once training is set up.
         groups: names of the parameters in the optimiser's groups.
     """
 
+    PRECISION: ClassVar[type[Any]]
     parts: dict[str, Part]
     groups: list[list[str]]
 
@@ -89,10 +91,16 @@ class Sharded(ParallelStrategy):
         """Of the weights that the model computes with."""
         return torch.float32 if self.precision_plugin.precision == "32-true" else torch.bfloat16
 
-    def only_known_precisions(self, plugin: Precision) -> None:
-        """Raises `InputError` for a precision that is neither float32 nor bf16-mixed."""
-        if plugin.precision not in ("32-true", "bf16-mixed"):
+    @property
+    def precision_plugin(self) -> Precision:
+        """Of the class `PRECISION`: float32 or bf16-mixed; to set another raises `InputError`."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if plugin is not None and plugin.precision not in ("32-true", "bf16-mixed"):
             raise InputError(f"trainer.precision is {plugin.precision}: with ZeRO or FSDP2 take bf16-mixed or 32-true.")
+        self._precision_plugin = None if plugin is None else self.PRECISION(plugin.precision)
 
     def all_trained(self, module: LightningModule) -> None:
         """Raises `InputError` where some parameters are not trained."""

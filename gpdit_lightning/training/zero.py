@@ -12,7 +12,7 @@ import torch.distributed
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.plugins import DeepSpeedPrecision, Precision
+from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import LRSchedulerTypeUnion
@@ -48,6 +48,8 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         options: of Lightning's DeepSpeedStrategy.
     """
 
+    PRECISION = ZeROPrecision
+
     def __init__(self, stage: int = 2, offload: bool = False, **options: Any) -> None:
         settings = {"offload_optimizer": offload, "offload_parameters": offload and stage == 3} | options
         try:
@@ -69,17 +71,6 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         """This rank's device; DeepSpeed wants an index of the CPU too."""
         device = super().root_device
         return torch.device("cpu", 0) if device.type == "cpu" else device
-
-    @property
-    def precision_plugin(self) -> Precision:
-        """float32 or bf16-mixed."""
-        return super().precision_plugin
-
-    @precision_plugin.setter
-    def precision_plugin(self, plugin: Precision | None) -> None:
-        if plugin is not None:
-            self.only_known_precisions(plugin)
-        self._precision_plugin = ZeROPrecision(plugin.precision) if plugin is not None else None  # type: ignore[arg-type]
 
     def setup_environment(self) -> None:
         """Join the other ranks; Lightning insists on CUDA here.
