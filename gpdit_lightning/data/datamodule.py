@@ -125,6 +125,7 @@ class LatentDataModule(LightningDataModule):
         self.manifests = {
             name: [Manifest.load(path) for path in config.manifests] for name, config in self.configs.items()
         }
+        self._check_kinds()
         self.codec = self._common_codec()
         self.classes = self._classes()
         elsewhere = any(not isinstance(manifest.directory, Path) for manifest in self._all_manifests)
@@ -241,6 +242,16 @@ class LatentDataModule(LightningDataModule):
                 f"data.cache.gib is {self.cache.limit / 2**30:.3g}, but the shards that are read at a time and the "
                 f"next ones take {needed / 2**30:.3g}: raise it, or lower shuffle_window of the sources."
             )
+
+    def _check_kinds(self) -> None:
+        for name, manifests in self.manifests.items():
+            for manifest in manifests:
+                kinds = {entry.kind for entry in manifest.shards}
+                if kinds and KINDS[name] not in kinds:
+                    raise InputError(
+                        f"data.{name}.manifests names {manifest.path}, which holds {' and '.join(sorted(kinds))} "
+                        f"samples: name it under {' or '.join(key for key, kind in KINDS.items() if kind in kinds)}."
+                    )
 
     def _common_codec(self) -> dict[str, Any]:
         loaded = self._all_manifests

@@ -44,7 +44,7 @@ class Preview(Callback):
 
     Args:
         every_steps: optimizer steps between previews; there is one of trainer.max_steps too; 0 makes none.
-        clips: how many clips, the first of the held-out ones that have the most frames.
+        clips: how many clips, spread evenly over the held-out ones that have the most frames: some of each data set.
         context_frames: latent frames that are given; 2 of a video are 5 pixel frames.
         sampler_steps: network calls for each generated latent frame.
         codec_source: folder, file or hub name of the codec's weights; empty: where they were when the data were made.
@@ -132,7 +132,8 @@ class Preview(Callback):
             rows = {}
             for clip in range(len(truth)):
                 rows[f"{clip + 1} prediction"], rows[f"{clip + 1} truth"] = prediction[clip], truth[clip]
-            write_strip(strip, rows, columns=STRIP_COLUMNS, context=context)
+            columns = truth.shape[1] if fixed.frames_alone else STRIP_COLUMNS  # a picture left out may be an example
+            write_strip(strip, rows, columns=columns, context=context)
             scalars = rollout_error(prediction, truth, context)
         if not fixed.frames_alone:
             write_animation(animation, {"prediction": prediction, "truth": truth}, fixed.fps, context=context)
@@ -180,7 +181,9 @@ class FixedClips:
 
 
 def fixed_clips(data: LatentDataModule, clips: int, context_frames: int) -> FixedClips:
-    """The first held-out clips of the longest kind; of sequences where there are no videos, else of images.
+    """Held-out clips of the longest kind; of sequences where there are no videos, else of images.
+
+    They are spread evenly, so that each of several data sets, which lie one after the other, is among them.
 
     Raises:
         InputError: videos that have no frames after the context.
@@ -193,7 +196,8 @@ def fixed_clips(data: LatentDataModule, clips: int, context_frames: int) -> Fixe
             f"preview.context_frames is {context_frames}, but the clips of data.videos have {bucket.frames} latent "
             f"frames: leave at least one to be generated, or give {NO_PREVIEWS}."
         )
-    reads = [bucket.read(number) for number in range(min(clips, len(bucket)))]
+    count = min(clips, len(bucket))
+    reads = [bucket.read(place * len(bucket) // count) for place in range(count)]
     return FixedClips(
         source=source,
         split=split,

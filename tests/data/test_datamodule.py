@@ -284,6 +284,14 @@ def test_a_manifest_without_samples_of_the_kind_is_refused(tmp_path: Path, write
         LatentDataModule(videos=source(folder))
 
 
+def test_each_manifest_holds_samples_of_its_source(tmp_path: Path, write_shards: Shards) -> None:
+    pictures = write_shards(tmp_path / "pictures", {IMAGE: 3}).directory
+    videos = write_shards(tmp_path / "videos", {("train", "video", (3, 8, 8)): 4}).directory
+    cure = r"data\.videos\.manifests names .*pictures/manifest\.json, which holds image samples: name it under images"
+    with pytest.raises(InputError, match=cure):
+        LatentDataModule(videos=source(videos, pictures))
+
+
 def test_no_source_at_all_is_refused(tiny_shards: Path) -> None:
     for unused in ({}, {"images": source(tiny_shards, batch_size=0)}, {"images": source()}):
         with pytest.raises(InputError, match=r"give data\.images, data\.videos or data\.sequences the manifests"):

@@ -42,8 +42,13 @@ def moving(seed: int, frames: int) -> Tensor:
     return pixels
 
 
-def make_shards(folder: Path, splits: tuple[Split, ...] = ("train", "validation"), source: str | None = None) -> str:
-    """Real encodings of the codec `pca`: five images, five clips and five sequences of single images in each split."""
+def make_shards(
+    folder: Path,
+    splits: tuple[Split, ...] = ("train", "validation"),
+    source: str | None = None,
+    length: int = STILLS,
+) -> str:
+    """Real encodings of the codec `pca`: in each split five images, five clips, five sequences of `length` images."""
     codec = load_codec("pca")
     with ShardSetWriter(folder) as writer:
         for number, split in enumerate(splits):
@@ -51,7 +56,7 @@ def make_shards(folder: Path, splits: tuple[Split, ...] = ("train", "validation"
                 clip = moving(seed, PIXEL_FRAMES)
                 clip_data = {"source": str(seed), "fps": 30.0, "stride": 3}
                 writer.write(split, "video", codec.encode(clip[None])[0].numpy(), clip_data)
-                stills = codec.encode(clip[:STILLS, None]).squeeze(1).numpy()
+                stills = codec.encode(moving(seed, length)[:, None]).squeeze(1).numpy()
                 writer.write(split, "sequence", stills, {"source": str(seed)})
                 writer.write(split, "image", stills[:1], {"source": str(seed)})
         shards = writer.close()
@@ -85,9 +90,10 @@ def stage_of(backbone: GPDiT | None = None) -> GPDiTStage:
 
 
 def held_out(data: LatentDataModule, source: str, clips: int) -> Tensor:
-    """The first held-out samples: (clips, F, C, h, w) raw."""
+    """Held-out samples, spread evenly: (clips, F, C, h, w) raw."""
     bucket = data.buckets["validation"][source][0]
-    return torch.from_numpy(np.stack([bucket.read(number)[0] for number in range(clips)])).float()
+    numbers = (place * len(bucket) // clips for place in range(clips))
+    return torch.from_numpy(np.stack([bucket.read(number)[0] for number in numbers])).float()
 
 
 def logger_of(folder: Path) -> TensorBoardLogger:
@@ -268,6 +274,26 @@ def test_the_longest_clips_are_shown(write_shards: Callable[..., Manifest], tmp_
     clips = fixed_clips(data, clips=8, context_frames=3)
     assert clips.latents.shape == (3, 4, 4, 4, 4)  # all three there are
     assert clips.fps == 8  # these do not say
+
+
+def test_each_of_several_data_sets_is_shown(write_shards: Callable[..., Manifest], tmp_path: Path) -> None:
+    tasks = []
+    for task, count in (("grayscale", 4), ("sketch", 3)):
+        held_out = {("validation", "sequence", (10, 8, 8)): count}
+        tasks.append(write_shards(tmp_path / task, {("train", "sequence", (10, 8, 8)): 4} | held_out))
+    data = LatentDataModule(sequences=SourceConfig([str(task.directory) for task in tasks], batch_size=2))
+    (bucket,) = data.buckets["validation"]["sequences"]
+    clips = fixed_clips(data, clips=4, context_frames=1).latents
+    for clip, number in zip(clips, (0, 1, 3, 5), strict=True):
+        assert np.array_equal(clip, bucket.read(number).latents)
+
+
+def test_no_picture_of_a_long_sequence_is_left_out(fit: Fit, tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", length=12)
+    preview = Preview(every_steps=2, clips=1, sampler_steps=1)
+    fit(stage_of(), data_of(shards, "sequences"), tmp_path, 2, [preview])
+    with Image.open(tmp_path / "previews/step-000002.png") as strip:
+        assert strip.width > 12 * 96
 
 
 def test_without_held_out_clips_training_clips_are_shown(
