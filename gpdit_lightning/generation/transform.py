@@ -28,16 +28,21 @@ def transform(
         model: in evaluation mode, trained on such sequences.
         codec: whose latents the model was trained on.
         examples: (source, target) pairs of uint8 (3, H, W), the same ones before every source; the paper takes two.
-        sources: uint8 (B, 3, H, W).
-        config: as for :func:`rollout`; with a window, a picture sees the latest frames only.
+        sources: uint8 (B, 3, H, W); all pictures on any device.
+        config: as for :func:`rollout`, with the schedule that the model was trained by; with a window, a picture sees
+            the latest frames only.
         seeds: of the noise, one for each source; a number is that of all, so that sources may be batched in any way.
 
     Returns:
         uint8 (B, 3, H, W), on the CPU.
 
     Raises:
-        InputError: examples of another size, or as `Codec.encode` and :func:`rollout`.
+        InputError: no sources, examples of another size or not in pairs, or as `Codec.encode` and :func:`rollout`.
     """
+    if sources.ndim != 4 or len(sources) == 0:
+        raise InputError(f"the sources have shape {tuple(sources.shape)}: give pictures (B, 3, H, W), at least one.")
+    if any(len(pair) != 2 for pair in examples):
+        raise InputError("an example has not two pictures: give pairs of a source and its target.")
     shown = [picture for pair in examples for picture in pair]
     for picture in shown:
         if picture.shape != sources.shape[1:]:
@@ -46,9 +51,10 @@ def transform(
                 "all pictures to one size."
             )
     device = next(model.parameters()).device
-    raw = codec.encode(torch.stack([*shown, *sources])[:, None])[:, 0].to(device)
+    pictures = torch.stack([picture.to(codec.device) for picture in (*shown, *sources)])
+    raw = codec.encode(pictures[:, None])[:, 0].to(device)
     before, asked = codec.whitened(raw).split((len(shown), len(sources)))
     context = torch.cat((before.expand(len(sources), *before.shape), asked[:, None]), dim=1)
-    seeds = [seeds] * len(sources) if isinstance(seeds, int) else seeds
+    seeds = seeds if isinstance(seeds, Sequence) else [seeds] * len(sources)
     (latent,) = rollout(model, context, 1, config, seeds=seeds)
     return codec.decode(codec.unwhitened(latent)[:, None])[:, 0].cpu()
