@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.model.attention import select_backend
+from gpdit_lightning.model.attention import precision_of, select_backend
 from gpdit_lightning.model.block import Block
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.model.kv_cache import KVCache, Memory
@@ -32,6 +32,7 @@ def compiled_call() -> Callable[..., Tensor]:
     """The call of a block, compiled: once for each shape of a pass, whatever the number of blocks and models."""
     # Buckets, lengths, numbers of contexts, inner blocks and the last: by default torch stays eager from the ninth on.
     torch.compiler.config.recompile_limit = torch.compiler.config.accumulated_recompile_limit = 1024
+    torch._dynamo.config.optimize_ddp = False  # cuts graphs for DDP's buckets; blocks, one by one, are cut fine enough
 
     def call(block: nn.Module, x: Tensor, streams: Streams, skip: int, memory: Memory | None) -> Tensor:
         return block(x, streams, skip, memory)
@@ -334,8 +335,7 @@ class GPDiT(nn.Module, ModelHubMixin):
         """
         config = self.config
         given = [latents for latents in (clean, noisy) if latents is not None]
-        height, width = given[0].shape[-2:]
-        rows, columns = height // config.patch_size, width // config.patch_size
+        rows, columns = (side // config.patch_size for side in given[0].shape[-2:])
         weight = self.patch_embedding.weight
         precise = torch.float64 if given[0].dtype == torch.float64 else torch.float32
         patches = torch.cat([patchify(latents, config.patch_size).flatten(0, 2) for latents in given])
@@ -354,7 +354,7 @@ class GPDiT(nn.Module, ModelHubMixin):
         table = partial(rope_table, config, rows=rows, columns=columns, device=x.device, dtype=precise)
         streams = Streams(
             variant=config.attention,
-            operator=select_backend(config.attention_backend, x.device.type, x.dtype),
+            operator=select_backend(config.attention_backend, x.device.type, precision_of(x), config.head_width),
             tokens=rows * columns,
             prefix_shape=prefix_shape,
             clean_shape=(clean.shape[0], clean.shape[1]) if clean is not None else (0, 0),

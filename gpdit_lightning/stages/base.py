@@ -119,11 +119,29 @@ class GPDiTStage(LightningModule):
             raise InputError(f"the backbone takes {ours} classes, but the data has {found}: {cure}.")
 
     def on_train_start(self) -> None:
-        """A resumed run trains as its recipe says now; what changed is said."""
+        """A resumed run trains as its recipe says now; what changed is said.
+
+        Raises:
+            InputError: the ranks stand at different steps, or began with different weights.
+        """
+        self._check_ranks_agree()
         optimizer: Any = self.trainer.optimizers[0]  # under ZeRO DeepSpeed's, which `self.optimizers()` does not know
         scheduler: Any = self.lr_schedulers()
         for change in follow_recipe(optimizer, scheduler, self.optimizer_config):
             log.info("%s", change)
+
+    def _check_ranks_agree(self) -> None:
+        """Each rank found its checkpoint and its initial weights for itself, as its node saw the folders."""
+        strategy = self.trainer.strategy
+        ours = {"step": self.trainer.global_step, "weights": self.origin and self.origin["sha256"]}
+        first = strategy.broadcast(ours)
+        differing = strategy.reduce(torch.tensor(float(ours != first), device=self.device), reduce_op="sum")
+        if differing > 0:
+            raise InputError(
+                f"{int(differing)} of {self.trainer.world_size} ranks found another checkpoint, or other initial "
+                f"weights, than the first rank, which is at step {first['step']}: let all nodes see the same files, "
+                "then start again."
+            )
 
     @property
     def data(self) -> LatentDataModule:

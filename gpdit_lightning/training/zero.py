@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.model import GPDiT
 from gpdit_lightning.training.sharding import Part, Sharded
 
 
@@ -113,13 +114,18 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         """Spread the model over the ranks for training; to evaluate it, each rank holds all of it.
 
         Raises:
-            InputError: some parameters are not trained.
+            InputError: some parameters are not trained, or compiled blocks are to be spread.
         """
         module, accelerator = self.lightning_module, self.accelerator
         assert module is not None
         assert accelerator is not None
         if trainer.state.fn == TrainerFn.FITTING:
             self.all_trained(module)
+            if self.stage == 3 and any(part.config.compile for part in module.modules() if isinstance(part, GPDiT)):
+                raise InputError(
+                    "backbone.compile is true, but ZeRO-3 gathers weights in hooks, which torch.compile would trace "
+                    "again and again: set it to false, or take zero2, fsdp2 or ddp."
+                )
             super().setup(trainer)
             return
         accelerator.setup(trainer)

@@ -142,6 +142,17 @@ def test_what_they_do_not_do_is_one_sentence(
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {sentence}"
 
 
+@needs_deepspeed
+@pytest.mark.usefixtures("one_process")
+def test_zero3_does_not_compile(tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = recipe(tiny_shards, tmp_path / "run")
+    given["model"]["init_args"]["backbone"]["compile"] = True
+    given["trainer"] |= {"devices": 1, "strategy": "zero3"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
+    assert main(["fit", f"--config={tmp_path / 'recipe.yaml'}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("set it to false, or take zero2, fsdp2 or ddp.")
+
+
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("strategy", [WITH_ZERO2, "fsdp2"])
 def test_frozen_parameters_are_refused(

@@ -241,6 +241,26 @@ def test_auto_takes_xformers_on_cuda(
     assert operator.calls  # it was tried first
 
 
+def test_the_trial_has_the_precision_and_the_head_width_of_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under autocast the residual stream is float32, and what attention gets is not."""
+    asked = []
+
+    def noted(requested: str, device_type: str, dtype: torch.dtype, head_width: int) -> Any:
+        asked.append((dtype, head_width))
+        return backends.sdpa
+
+    monkeypatch.setattr("gpdit_lightning.model.gpdit.select_backend", noted)
+    model, batch = toy_model().float(), [part.float() for part in toy_batch()]
+    model(*batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*batch)
+    model.bfloat16()(*batch)
+    width = model.config.head_width
+    assert asked == [(torch.float32, width), (torch.bfloat16, width), (torch.bfloat16, width)]
+
+
 @pytest.mark.parametrize(
     ("device_type", "dtype", "reason"),
     [

@@ -38,7 +38,13 @@ def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return load_xformers_operator()(query, key, value)
 
 
-def why_not_xformers(device_type: str, dtype: torch.dtype) -> str | None:
+def precision_of(x: Tensor) -> torch.dtype:
+    """The precision of queries, keys and values that are projected from hidden states: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def why_not_xformers(device_type: str, dtype: torch.dtype, head_width: int) -> str | None:
     """The reason why xformers cannot serve, found by one tiny forward and backward call; None if it can."""
     if device_type != "cuda":
         return f"xformers has no kernels for {device_type}"
@@ -48,8 +54,7 @@ def why_not_xformers(device_type: str, dtype: torch.dtype) -> str | None:
         return "xformers is not installed"
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            # The head width of the H model, the widest kernel that is needed.
-            probe = torch.zeros(1, 8, 1, 128, device=device_type, dtype=dtype, requires_grad=True)
+            probe = torch.zeros(1, 8, 1, head_width, device=device_type, dtype=dtype, requires_grad=True)
             xformers(probe, probe, probe).sum().backward()
     except Exception as error:  # whatever a build for another torch or GPU may raise
         reason = str(error).strip().partition("\n")[0]
@@ -58,13 +63,14 @@ def why_not_xformers(device_type: str, dtype: torch.dtype) -> str | None:
 
 
 @lru_cache(maxsize=8)
-def select_backend(requested: str, device_type: str, dtype: torch.dtype) -> AttentionOperator:
-    """The operator for a device and precision, chosen once per process and named in one log line.
+def select_backend(requested: str, device_type: str, dtype: torch.dtype, head_width: int = 128) -> AttentionOperator:
+    """The operator for a device, precision and head width, chosen once per process and named in one log line.
 
     Args:
         requested: `auto` (xformers where it can serve, else SDPA), `sdpa` or `xformers`.
         device_type: `cpu`, `cuda`, ...
-        dtype: precision of the hidden states.
+        dtype: precision of queries, keys and values (`precision_of`).
+        head_width: theirs; that of the H model where nothing is said.
 
     Raises:
         InputError: the request is unknown, or xformers is asked for and not installed.
@@ -73,7 +79,7 @@ def select_backend(requested: str, device_type: str, dtype: torch.dtype) -> Atte
         raise InputError(f"attention_backend '{requested}' is not known: choose auto, sdpa or xformers.")
     if requested == "xformers" and importlib.util.find_spec("xformers") is None:
         raise InputError("attention_backend is xformers, which is not installed: `pip install xformers` or take auto.")
-    obstacle = why_not_xformers(device_type, dtype) if requested == "auto" else None
+    obstacle = why_not_xformers(device_type, dtype, head_width) if requested == "auto" else None
     operator = sdpa if requested == "sdpa" or obstacle else xformers
     reason = "asked for" if requested != "auto" else obstacle or "CUDA device with xformers installed"
     log.info("attention backend: %s (%s)", operator.__name__, reason)
