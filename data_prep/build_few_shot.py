@@ -15,8 +15,12 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     print(summary(manifest))
+    recipe = "stage4_few_shot.yaml"
+    if options.codec == "pca":  # a laptop, where tasks are learned after the copying of pictures
+        run_dir = f"runs/tiny/few_shot_{options.out.absolute().name}"
+        recipe = "few_shot/warmup.yaml" if options.task == "copy" else f"few_shot/grayscale.yaml --run_dir {run_dir}"
     print(
-        "next: python -m gpdit_lightning fit --config recipes/stage4_few_shot.yaml "
+        f"next: python -m gpdit_lightning fit --config recipes/{recipe} "
         f"--data.sequences.manifests \"['{options.out}']\""
     )
 

@@ -8,10 +8,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpdit_lightning.errors import InputError
+
 
 def partial_path(path: Path) -> Path:
     """Where `path` is built until it is whole: beside it, so that renaming is one step. No reader opens it."""
     return path.with_name(f"{path.name}.partial")
+
+
+def check_place(path: Path, option: str = "--out", is_folder: bool = False) -> None:
+    """Find out beforehand that a file, or the files of a folder, cannot be written; nothing is made.
+
+    Args:
+        path: the file or the folder, which need not be there.
+        option: what the error says to change.
+        is_folder: `path` is a folder to write files into.
+
+    Raises:
+        InputError: no folder that can be written in, a folder where the file shall be, or too long a name.
+    """
+    places = path.absolute() / "file" if is_folder else path.absolute()
+    folder = next(place for place in places.parents if os.path.exists(place))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written, since {folder} is no folder to write in: give another {option}.")
+    if not is_folder and os.path.isdir(path):
+        raise InputError(f"{path} cannot be written, since it is a folder: give another {option}.")
+    try:
+        os.lstat(partial_path(path))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): give another {option}.") from None
 
 
 def publish(path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import argparse
 import logging
+import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +17,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.cli.generating import add_generation, config_of, opened, parser_of, trained_sizes
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import check_place, written_whole
 from gpdit_lightning.generation import products_in, transform
-from gpdit_lightning.generation.outputs import output_paths
-from gpdit_lightning.media.images import IMAGE_ENDINGS, Size, closest_size, read_image, resize_and_crop, write_sheet
+from gpdit_lightning.media.images import IMAGE_ENDINGS, Size, closest_size, resize_and_crop, write_sheet
 from gpdit_lightning.media.tasks import READY_PAIRS, TASKS, Task, pair_of
 from gpdit_lightning.media.video import natural_order
-from gpdit_lightning.preparation.pairs import SUBFOLDERS, by_stem, pictures_in, size_of
+from gpdit_lightning.preparation.pairs import (
+    counterparts,
+    folders_in,
+    pictures_in,
+    read_alike,
+    ready_folders,
+    with_counterparts,
+)
 from gpdit_lightning.training.checkpoints import TrainedModel
 
 log = logging.getLogger(__name__)
@@ -92,7 +100,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     config = config_of(options, trained)
     task = TASKS[options.task] if options.task else None
     examples_task = TASKS.get(options.examples_task or options.task)
-    examples = example_paths(options.examples, pairs_shown(options.pairs, trained), examples_task)
+    examples = example_paths(options, pairs_shown(options.pairs, trained), examples_task)
     jobs, sheet = what_to_do(options, trained_sizes(options.size, trained), task, examples)
     shown = examples_at({job.size for job in jobs}, examples, examples_task)
     if config.precision is not None:
@@ -108,11 +116,12 @@ def run(verb: str, arguments: Sequence[str]) -> None:
             pairs = shown[batch[0].size]
             made = transform(trained.backbone, codec, pairs, sources, config, seeds=options.seed)
             for job, picture in zip(batch, made, strict=True):
-                with written_whole(job.out) as path:
+                with refusals_told(job.out, "--out"), written_whole(job.out) as path:
                     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, format="PNG")
                 results[job.out] = picture
             bar.update(len(batch))
-    draw_sheet(sheet, jobs[:SHEET_ROWS], results, shown)
+    with refusals_told(sheet, "--sheet"):
+        draw_sheet(sheet, jobs[:SHEET_ROWS], results, shown)
     print(f"{options.out if len(jobs) > 1 else jobs[0].out}; beside their examples: {sheet}")
     if len(jobs[0].pictures) > 1:
         print(comparison(jobs, results))
@@ -162,23 +171,25 @@ def pairs_shown(wanted: int | None, trained: TrainedModel) -> int:
     return wanted
 
 
-def example_paths(folder: Path, count: int, task: Task | None) -> list[list[Path]]:
+def example_paths(options: argparse.Namespace, count: int, task: Task | None) -> Sequence[Sequence[Path]]:
     """The first `count` sources with their targets; with a task, the pictures that it makes both of.
 
     Raises:
         InputError: too few, one without its counterpart, or another kind of folder.
     """
-    if task:
-        found = [[path] for path in pictures_at(str(folder))]
+    folder = options.examples
+    found: Sequence[Sequence[Path]]
+    if task is None:
+        other = "another" if options.examples_task else "--task or"
+        pairs = counterparts(*folders_in(folder, f"give {other} --examples_task for plain pictures"))
+        found = sorted(pairs, key=lambda pair: natural_order(pair[0]))
+    elif ready_folders(folder):
+        raise InputError(
+            f"{folder} holds ready pairs, and the task {task.name} makes its own of plain pictures: give "
+            f"--examples_task {READY_PAIRS.name}, or a folder of plain pictures."
+        )
     else:
-        places = [tuple(folder / name for name in names) for names in SUBFOLDERS]
-        sources, targets = next((both for both in places if all(place.is_dir() for place in both)), (None, None))
-        if sources is None or targets is None:
-            raise InputError(
-                f"{folder} does not hold the folders source and target: put the pairs there, or give --task or "
-                "--examples_task for plain pictures."
-            )
-        found = with_counterparts(pictures_at(str(sources)), targets)
+        found = [(path,) for path in pictures_at(str(folder))]
     if len(found) < count:
         raise InputError(f"{folder} holds {len(found)} examples for --pairs {count}: add some, or show fewer.")
     return found[:count]
@@ -196,15 +207,6 @@ def pictures_at(place: str) -> list[Path]:
     return sorted(pictures_in(path), key=natural_order) if path.is_dir() else [path]
 
 
-def with_counterparts(sources: Sequence[Path], folder: Path) -> list[list[Path]]:
-    """Each source with the picture of the same name in a folder; raises `InputError` for one without."""
-    found = by_stem(folder)
-    for path in sources:
-        if path.stem not in found:
-            raise InputError(f"{path} has no counterpart named {path.stem} in {folder}: add it or leave that one out.")
-    return [[path, found[path.stem]] for path in sources]
-
-
 def what_to_do(
     options: argparse.Namespace, sizes: Sequence[Size], task: Task | None, examples: Sequence[Sequence[Path]]
 ) -> tuple[list[Job], Path]:
@@ -216,9 +218,10 @@ def what_to_do(
     for path in (*results, sheet):
         if path.resolve() in read:
             raise InputError(f"{path} is read, and would be overwritten by a result: give another --out or --sheet.")
+    of_one_task = options.examples_task in (None, options.task or READY_PAIRS.name)
     seen = {path.resolve() for paths in examples for path in paths[:1]}
     for path in sources:
-        if path.resolve() in seen:
+        if of_one_task and path.resolve() in seen:
             log.warning("warning: %s is an example too: the model is shown what to make of it", path)
     jobs = []
     for paths, out in zip(together, results, strict=True):
@@ -228,21 +231,21 @@ def what_to_do(
     return jobs, sheet
 
 
-def with_truths(sources: Sequence[Path], truth: Path | None, task: Task | None) -> list[list[Path]]:
+def with_truths(sources: Sequence[Path], truth: Path | None, task: Task | None) -> Sequence[Sequence[Path]]:
     """Each source, and the picture of its true target where one is given.
 
     Raises:
-        InputError: a source without, or a truth beside that of a task.
+        InputError: a source without, two of one name, or a truth beside that of a task.
     """
     if truth is None:
-        return [[path] for path in sources]
+        return [(path,) for path in sources]
     if task:
         raise InputError(f"--task {task.name} makes the truth itself: leave --truth {truth} out.")
     if truth.is_dir():
         return with_counterparts(sources, truth)
     if len(sources) > 1:
         raise InputError(f"--truth {truth} is one picture for {len(sources)} sources: give a folder of pictures.")
-    return [[sources[0], *pictures_at(str(truth))]]
+    return [(sources[0], *pictures_at(str(truth)))]
 
 
 def result_paths(out: Path, sheet: Path | None, sources: Sequence[Path]) -> tuple[list[Path], Path]:
@@ -265,28 +268,25 @@ def result_paths(out: Path, sheet: Path | None, sources: Sequence[Path]) -> tupl
             names[path.stem] += 1
             name = path.stem if names[path.stem] == 1 else f"{path.stem}-{names[path.stem]}"
             results.append(out / f"{name}.png")
-    sheet = sheet or out.parent / f"{out.name.removesuffix('.png')}_sheet.png"
+    own_name = os.path.basename(os.path.abspath(out)).removesuffix(".png")  # of `.` too
+    sheet = sheet or out.parent / f"{own_name}_sheet.png"
     if len({*results, sheet}) <= len(results):
         raise InputError(f"Two pictures would be written to one file in {out}: rename a source or the --sheet.")
-    for path in (*results, sheet):
-        output_paths(path.with_suffix(""), ["png"])
+    for path in results:
+        check_place(path)
+    check_place(sheet, "--sheet")
     return results, sheet
 
 
-def read_alike(paths: Sequence[Path]) -> list[Tensor]:
-    """Pictures that belong together: uint8 (1, 3, H, W) each.
-
-    Raises:
-        InputError: unreadable, or of different sizes.
-    """
-    pictures = [read_image(path) for path in paths]
-    for path, picture in zip(paths, pictures, strict=True):
-        if picture.shape != pictures[0].shape:
-            raise InputError(
-                f"{path} is {size_of(picture)} and its source {paths[0]} is {size_of(pictures[0])}: bring both to one "
-                "size, so that they lie on each other when they are cropped."
-            )
-    return pictures
+@contextmanager
+def refusals_told(path: Path, option: str) -> Iterator[None]:
+    """Say of a file that cannot be written which option would place it elsewhere: `InputError` instead of `OSError`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror or error}): mend that, or give another {option}."
+        ) from None
 
 
 def at_size(pictures: Sequence[Tensor], size: Size, task: Task | None) -> list[Tensor]:
@@ -340,4 +340,5 @@ def comparison(jobs: Sequence[Job], results: dict[Path, Tensor]) -> str:
         source, truth = (picture.float() for picture in job.pictures)
         errors.append([(guess - truth).square().mean() for guess in (results[job.out].float(), source)])
     ours, copied = torch.tensor(errors).mean(dim=0).tolist()
-    return f"mean squared error (8-bit levels) on {len(jobs)} pictures: {ours:.1f}; of copying the source: {copied:.1f}"
+    pictures = f"{len(jobs)} picture{'s' * (len(jobs) > 1)}"
+    return f"mean squared error (8-bit levels) on {pictures}: {ours:.1f}; of copying the source: {copied:.1f}"

@@ -1,6 +1,5 @@
 """What becomes of generated frames: files that are written as they come, since a long video fits in no memory."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import check_place, written_whole
 from gpdit_lightning.generation.contexts import Context
 from gpdit_lightning.media.images import (
     CONTEXT_COLOUR,
@@ -44,11 +43,7 @@ def output_paths(path_without_ending: Path, formats: Sequence[str]) -> dict[str,
     check_formats(formats)
     paths = {name: path_without_ending.with_name(f"{path_without_ending.name}.{name}") for name in formats}
     for path in paths.values():
-        folder = next(folder for folder in path.absolute().parents if os.path.exists(folder))
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(f"{path} cannot be written, since {folder} is no folder to write in: give another --out.")
-        if path.is_dir():
-            raise InputError(f"{path} cannot be written, since it is a folder: give another --out.")
+        check_place(path)
     return paths
 
 

@@ -1,6 +1,7 @@
 """Pictures: reading, covering a size, borders, contact sheets."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -27,26 +28,53 @@ Size = tuple[int, int]
 def read_image(picture: str | Path | BinaryIO, name: str | None = None) -> Tensor:
     """A picture as uint8 (1, 3, H, W), turned upright by its EXIF orientation; transparent parts become white.
 
+    Greys of 16 bits are scaled to 8; 0 stays black, and 65535 white.
+
     Args:
         picture: a path, or an open file of bytes.
         name: what an error calls the picture; not needed for a path.
 
     Raises:
-        InputError: when the file is missing or is no picture.
+        InputError: when the file is missing or is no picture, has greys of 32 bits, or is too large for Pillow.
     """
+    name = name or str(picture)
     try:
-        with Image.open(picture, formats=IMAGE_FORMATS) as image:
+        with (
+            # Of pictures that are large and still read; Pillow refuses those of twice the size itself.
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(picture, formats=IMAGE_FORMATS) as image,
+        ):
             upright = ImageOps.exif_transpose(image)
+            if upright.mode in ("I", "F"):
+                raise InputError(
+                    f"{name} has greys of 32 bits, of which nobody can tell which is black and which white: convert it "
+                    "to 8 or 16 bits, over their whole range."
+                )
+            if upright.mode.startswith("I;16"):
+                upright = _of_eight_bits(upright)
             if upright.has_transparency_data:
                 upright = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
             pixels = np.array(upright.convert("RGB"))
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        reason = str(error).partition(",")[0]
+        raise InputError(f"{name} is too large to be read safely ({reason}): scale it down.") from None
     except (
         Exception
     ) as error:  # damaged files were seen to raise OSError, ValueError, SyntaxError, TypeError, struct.error
-        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{name or picture} is no readable picture ({reason}): replace or remove it.") from None
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise InputError(f"{name} is no readable picture ({reason}): replace or remove it.") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+
+
+def _of_eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of 16-bit greys, scaled; exact where 8 bits were widened. Pillow itself would clip them at 255."""
+    greys = np.array(image).astype(np.int32)
+    scaled = ((greys + 128) // 257).astype(np.uint8)
+    scaled[greys == image.info.get("transparency", -1)] = 255  # the one grey that a PNG may declare transparent
+    return Image.fromarray(scaled)
 
 
 def resize_and_crop(pixels: Tensor, size: Size) -> Tensor:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import check_place
 from gpdit_lightning.media.images import Size, parse_size, read_image, resize_and_crop
-from gpdit_lightning.media.tasks import READY_PAIRS, TASKS, Task
+from gpdit_lightning.media.tasks import READY_PAIRS, TASKS, Task, pair_of
+from gpdit_lightning.preparation.options import PrepareOptions
+from gpdit_lightning.preparation.options import check_options as check_shared_options
 from gpdit_lightning.preparation.pairs import Pair, folders_in, hold_out, pairs_of_one, pairs_of_two
 from gpdit_lightning.preparation.prepare import available_device
 
@@ -43,7 +46,11 @@ class FewShotOptions:
         },
     )
     sources: Path | None = field(
-        default=None, metadata={"help": "folder of source pictures, or of those that a task makes both sides from"}
+        default=None,
+        metadata={
+            "help": "folder of source pictures, or of those that a task makes both sides from; folders in it are not "
+            "looked into"
+        },
     )
     targets: Path | None = field(
         default=None,
@@ -61,6 +68,13 @@ class FewShotOptions:
         metadata={
             "help": "share of the pictures that is held out, at least one, by a hash of their pixels and the seed: the "
             "same ones in every task and when others are added; a picture's counterpart goes with it; 0 for none"
+        },
+    )
+    source_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "regular expression for the part of a file's name that names the recording, where pictures are "
+            r"frames of videos: those of one are then held out together, by a hash of that part; as in clip\d+"
         },
     )
     held_out_pairs: int = field(
@@ -85,25 +99,23 @@ def prepare_sequences(options: FewShotOptions) -> Manifest:
 
     Raises:
         InputError: options that do not go together, too few pairs, a picture without counterpart, of another size than
-            that or unreadable, OpenCV is missing for edges, or a folder that holds other data.
+            that or unreadable, OpenCV is missing for edges and sketches, or a folder that holds other data or cannot be
+            written to.
     """
     check_options(options)
     task, size = task_named(options.task), parse_size(options.size)
-    found, reserved = hold_out(find_pairs(options), options.validation_fraction)
+    codec = load_codec(options.codec, options.codec_source, available_device(options.device))
+    codec.check_frame_size(*size)
+    pairs = find_pairs(options)
+    found, reserved = hold_out(pairs, options.validation_fraction)
+    check_enough(options, found, reserved)
     training, held_out = found[: options.pairs], reserved[: options.held_out_pairs]
-    if len(training) < options.pairs_per_sequence:
-        places = " and ".join(str(getattr(options, name)) for name in PLACES if getattr(options, name) is not None)
-        raise InputError(
-            f"Of the {len(found) + len(reserved)} different pairs in {places}, {len(reserved)} are held out, so "
-            f"{len(training)} are left for training where a sequence takes {options.pairs_per_sequence}: give more "
-            "pairs, more --pairs or a lower --validation_fraction."
-        )
+    if len(training) < options.pairs:
+        print(f"pairs to draw training sequences from: {len(training)}, where --pairs allows {options.pairs}")
     preparation = described(options, task, [*training, *held_out])
     if (options.out / FILE_NAME).exists():
         return reused(Manifest.load(options.out), preparation)
     frames = {pair: frames_of(pair, task, size) for pair in (*training, *held_out)}
-    codec = load_codec(options.codec, options.codec_source, available_device(options.device))
-    codec.check_frame_size(*size)
     encoded = {
         pair: codec.encode(pixels).cpu().numpy()[:, 0]
         for pair, pixels in tqdm(frames.items(), desc="encoding", unit=" pairs", disable=None)
@@ -113,6 +125,7 @@ def prepare_sequences(options: FewShotOptions) -> Manifest:
     def drawn(count: int) -> list[Pair]:
         return [training[place] for place in numbers.choice(len(training), count, replace=False)]
 
+    sequences = [drawn(options.pairs_per_sequence) for _ in range(options.sequences)]
     remove_leftovers(options.out)
     with ShardSetWriter(options.out) as writer:
 
@@ -121,21 +134,23 @@ def prepare_sequences(options: FewShotOptions) -> Manifest:
             metadata = {"source": names, "task": task.name, "pixel_size": list(size)}
             writer.write(split, "sequence", np.concatenate([encoded[pair] for pair in pairs]), metadata)
 
-        for _ in range(options.sequences):
-            write("train", drawn(options.pairs_per_sequence))
+        for sequence in sequences:
+            write("train", sequence)
         for pair in held_out:
             write("validation", [*drawn(options.pairs_per_sequence - 1), pair])
         shards = writer.close()
+    decisive = "what source_pattern finds in a picture's name" if options.source_pattern else "a picture's pixels"
+    unseen = {digest for pair in reserved for digest in pair.digests}
     manifest = Manifest(
         directory=options.out,
         codec=codec.spec(),
         shards=shards,
         preparation=preparation,
         validation={
-            "held_out_by": "a hash of the seed and a picture's pixels, with every pair that the picture is in; a "
-            "validation sequence ends with a held-out pair, after pairs of the training set",
-            "held_out": sorted({f"{path.parent.name}/{path.name}" for pair in held_out for path, _ in pair}),
-            "train_sources": len(training),
+            "held_out_by": f"a hash of the seed and {decisive}, with every pair that the picture is in; a validation "
+            "sequence ends with a held-out pair, after pairs of the training set",
+            "held_out": tails(picture.path for pair in pairs for picture in pair if picture.digest in unseen),
+            "train_sources": len({pair for sequence in sequences for pair in sequence}),
             "validation_sources": len(held_out),
         },
     )
@@ -144,14 +159,34 @@ def prepare_sequences(options: FewShotOptions) -> Manifest:
 
 
 def check_options(options: FewShotOptions) -> None:
-    """Refuse what no pictures could be prepared with, before any is opened; raises `InputError`."""
+    """Refuse what no pictures could be prepared with, before any is opened or the codec is loaded.
+
+    Raises:
+        InputError: options without sense or that do not go together, no OpenCV for a task that needs it, or an output
+            folder that cannot be written to.
+    """
     for name in ("pairs", "sequences", "pairs_per_sequence"):
         if getattr(options, name) < 1:
             raise InputError(f"{name} is {getattr(options, name)}: give at least 1.")
     if options.held_out_pairs < 0:
         raise InputError(f"held_out_pairs is {options.held_out_pairs}: give 0 for no validation, or more.")
-    if not 0 <= options.validation_fraction < 1:
-        raise InputError(f"validation_fraction is {options.validation_fraction}: give a share from 0 to below 1.")
+    if options.pairs < options.pairs_per_sequence:
+        raise InputError(
+            f"pairs is {options.pairs} where a sequence takes {options.pairs_per_sequence}: give more --pairs or fewer "
+            "--pairs_per_sequence."
+        )
+    if options.seed < 0:
+        raise InputError(f"seed is {options.seed}: give a number from 0 on.")
+    check_shared_options(
+        PrepareOptions(
+            options.out,
+            image_sizes=(options.size,),
+            validation_fraction=options.validation_fraction,
+            source_pattern=options.source_pattern,
+        )
+    )
+    check_place(options.out, is_folder=True)
+    pair_of(task_named(options.task), torch.zeros(1, 3, 16, 16, dtype=torch.uint8))  # finds out what is not installed
     given = [name for name in PLACES if getattr(options, name) is not None]
     if task_named(options.task) is not READY_PAIRS:
         if given != ["sources"]:
@@ -167,6 +202,30 @@ def check_options(options: FewShotOptions) -> None:
         )
 
 
+def check_enough(options: FewShotOptions, found: Sequence[Pair], reserved: Sequence[Pair]) -> None:
+    """Raise `InputError` where pairs for training, `found`, are fewer than a sequence takes."""
+    wanted, total = options.pairs_per_sequence, len(found) + len(reserved)
+    if len(found) >= wanted:
+        return
+    places = " and ".join(str(getattr(options, name)) for name in PLACES if getattr(options, name) is not None)
+    if total < wanted:
+        raise InputError(
+            f"A sequence takes {wanted} different pairs, more than the {total} of {places}: add pictures, or lower "
+            "--pairs_per_sequence."
+        )
+    digests = [digest for pair in reserved for digest in set(pair.digests)]
+    origins = [origin for pair in reserved for origin in {picture.origin for picture in pair}]
+    if len(set(digests)) < len(digests) or len(set(origins)) < len(origins):
+        reason = ", with all that share a picture (or what --source_pattern finds) with them,"
+        cure = "add pairs that share none, or give --validation_fraction 0"
+    else:
+        reason, cure = "", "add pictures, or lower --validation_fraction (0 holds out none)"
+    raise InputError(
+        f"Holding out {len(reserved)} of the {total} different pairs in {places}{reason} leaves {len(found)} for "
+        f"training, where a sequence takes {wanted}: {cure}."
+    )
+
+
 def task_named(name: str) -> Task:
     """A task by its name; raises `InputError` for one that is not known."""
     known = {READY_PAIRS.name: READY_PAIRS} | TASKS
@@ -178,11 +237,20 @@ def task_named(name: str) -> Task:
 def find_pairs(options: FewShotOptions) -> list[Pair]:
     """All pairs that the options name; raises as the functions of `pairs.py` do."""
     if options.pairs_in is not None:
-        return pairs_of_two(*folders_in(options.pairs_in), options.seed)
+        return pairs_of_two(*folders_in(options.pairs_in), options.seed, options.source_pattern)
     assert options.sources is not None
     if options.targets is not None:
-        return pairs_of_two(options.sources, options.targets, options.seed)
-    return pairs_of_one(options.sources, options.seed)
+        return pairs_of_two(options.sources, options.targets, options.seed, options.source_pattern)
+    return pairs_of_one(options.sources, options.seed, options.source_pattern)
+
+
+def tails(paths: Iterable[Path]) -> list[str]:
+    """The last parts of each path, two or as many as tell them all apart, sorted."""
+    files = {path.absolute() for path in paths}
+    parts = 2
+    while len({path.parts[-parts:] for path in files}) < len(files):
+        parts += 1
+    return sorted("/".join(path.parts[-parts:]) for path in files)
 
 
 def frames_of(pair: Pair, task: Task, size: Size) -> Tensor:
@@ -195,8 +263,10 @@ def described(options: FewShotOptions, task: Task, pairs: Sequence[Pair]) -> dic
     """The options that decide what the shards hold, and a sha256 over them and every picture's name and pixels."""
     values = {name: value for name, value in asdict(options).items() if name not in SPEED_OPTIONS}
     values |= {name: Path(values[name]).name for name in PLACES if values[name] is not None}
+    if not options.source_pattern:
+        del values["source_pattern"]  # so that folders from before there was this option are recognised
     values["task_parameters"] = dict(task.parameters)
-    identity = [values, [[path.name, digest] for pair in pairs for path, digest in pair]]
+    identity = [values, [[picture.path.name, picture.digest] for pair in pairs for picture in pair]]
     return values | {"inputs_sha256": hashlib.sha256(json.dumps(identity).encode()).hexdigest()}
 
 

@@ -1,7 +1,8 @@
 """The pairs of pictures behind few-shot sequences: finding them, and holding out some by what they show."""
 
 import hashlib
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,16 +11,19 @@ from tqdm import tqdm
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import IMAGE_ENDINGS, read_image
+from gpdit_lightning.preparation.sources import recording_of
 
 SUBFOLDERS = (("source", "target"), ("sources", "targets"))
 
 
 class Picture(NamedTuple):
-    """A file and what it shows."""
+    """A file, what it shows, and what decides whether it is held out: sha256 in hexadecimal digits."""
 
     path: Path
     digest: str
-    """sha256 of a seed and the pixels, in hexadecimal digits: the same for every file that shows the same."""
+    """Of a seed and the pixels: the same for every file that shows the same, pixel for pixel."""
+    origin: str
+    """Of a seed and the part of the name that all pictures of one recording share; without a pattern, the digest."""
 
 
 class Pair(NamedTuple):
@@ -34,65 +38,60 @@ class Pair(NamedTuple):
         return self.source.digest, self.target.digest
 
 
-def folders_in(folder: Path) -> tuple[Path, Path]:
-    """The folders of sources and of targets inside a folder; raises `InputError` where they are not there."""
-    for names in SUBFOLDERS:
-        sources, targets = (folder / name for name in names)
-        if sources.is_dir() and targets.is_dir():
-            return sources, targets
-    raise InputError(
-        f"{folder} does not hold the folders source and target (or sources and targets): name them so, or give "
-        "--sources and --targets."
-    )
+def ready_folders(folder: Path) -> tuple[Path, Path] | None:
+    """The folders of sources and of targets inside a folder, where both are there."""
+    places = [(folder / sources, folder / targets) for sources, targets in SUBFOLDERS]
+    return next((both for both in places if all(place.is_dir() for place in both)), None)
 
 
-def pairs_of_one(folder: Path, seed: int) -> list[Pair]:
+def folders_in(folder: Path, otherwise: str = "give --sources and --targets") -> tuple[Path, Path]:
+    """As `ready_folders`; raises `InputError` where they are not there, with another cure than naming them so."""
+    if (found := ready_folders(folder)) is None:
+        raise InputError(
+            f"{folder} does not hold the folders source and target (or sources and targets): name them so, or "
+            f"{otherwise}."
+        )
+    return found
+
+
+def pairs_of_one(folder: Path, seed: int, pattern: str | None = None) -> list[Pair]:
     """Every picture of a folder as both sides of a pair; raises `InputError` for no pictures or an unreadable one."""
     shown = tqdm(pictures_in(folder), desc="reading", unit=" pictures", disable=None)
-    pictures = [Picture(path, digest_of(read_image(path), seed)) for path in shown]
+    pictures = [picture_of(path, read_image(path), seed, pattern) for path in shown]
     return [Pair(picture, picture) for picture in pictures]
 
 
-def pairs_of_two(sources: Path, targets: Path, seed: int) -> list[Pair]:
+def pairs_of_two(sources: Path, targets: Path, seed: int, pattern: str | None = None) -> list[Pair]:
     """The pictures of two folders, paired by their names without ending.
 
     Raises:
-        InputError: no pictures, an unreadable one, one without its counterpart or with two, or one of another size than
-            its counterpart.
+        InputError: as `counterparts`, an unreadable picture, or one of another size than its counterpart.
     """
-    first, second = by_stem(sources), by_stem(targets)
-    for here, there, folder in ((first, second, targets), (second, first, sources)):
-        for stem, path in here.items():
-            if stem not in there:
-                raise InputError(f"{path} has no counterpart named {stem} in {folder}: add it or remove the picture.")
     pairs = []
-    for stem, path in tqdm(first.items(), desc="reading", unit=" pairs", disable=None):
-        source, target = read_image(path), read_image(second[stem])
-        if source.shape != target.shape:
-            raise InputError(
-                f"{path} is {size_of(source)} and its counterpart {second[stem]} is {size_of(target)}: bring both to "
-                "one size, since they are scaled and cropped alike and would not lie on each other."
-            )
-        pairs.append(Pair(Picture(path, digest_of(source, seed)), Picture(second[stem], digest_of(target, seed))))
+    for paths in tqdm(counterparts(sources, targets), desc="reading", unit=" pairs", disable=None):
+        read = zip(paths, read_alike(paths), strict=True)
+        pairs.append(Pair(*(picture_of(path, pixels, seed, pattern) for path, pixels in read)))
     return pairs
 
 
 def hold_out(pairs: Sequence[Pair], fraction: float) -> tuple[list[Pair], list[Pair]]:
     """Pairs for training and pairs held out, each without doubles and in an order that depends on what they show alone.
 
-    A digest is a number in [0, 1) that belongs to a picture; if it is below `fraction`, every pair with that picture is
-    held out, in whatever task and among whatever other pairs. So is every pair that shares a picture with such a pair,
-    directly or through others: no picture stands on both sides. Where no picture is below, the lowest is taken as if it
-    were, unless the fraction is 0.
+    An origin is a number in [0, 1); if it is below `fraction`, every pair with a picture from there is held out, in
+    whatever task and among whatever other pairs. So is every pair that shares a picture or an origin with such a pair,
+    directly or through others: none stands on both sides. Where no origin is below, the lowest is taken as if it were,
+    unless the fraction is 0.
     """
-    lowest = {digest: digest for pair in pairs for digest in pair.digests}  # of all the pairs that a picture hangs with
+    ties = [{key for picture in pair for key in (picture.digest, picture.origin)} for pair in pairs]
+    # The lowest origin of all the pairs that a picture hangs with.
+    lowest = {key: picture.origin for pair in pairs for picture in pair for key in (picture.digest, picture.origin)}
     settled = False
     while not settled:
         settled = True
-        for source, target in (pair.digests for pair in pairs):
-            low = min(lowest[source], lowest[target])
-            settled &= lowest[source] == lowest[target]
-            lowest[source] = lowest[target] = low
+        for tied in ties:
+            lows = {lowest[key] for key in tied}
+            settled &= len(lows) == 1
+            lowest |= dict.fromkeys(tied, min(lows))
     first = min(lowest.values(), default="")
     training: dict[tuple[str, str], Pair] = {}
     held_out: dict[tuple[str, str], Pair] = {}
@@ -104,26 +103,68 @@ def hold_out(pairs: Sequence[Pair], fraction: float) -> tuple[list[Pair], list[P
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures of a folder by name; raises `InputError` where there are none."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [path for path in paths if path.suffix.lower() in IMAGE_ENDINGS]
+    """The pictures of a folder by name, but for hidden files; raises `InputError` where there are none."""
+    endings = ", ".join(IMAGE_ENDINGS)
+    if not folder.is_dir():
+        reason = "is no folder" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {reason}: give a folder of {endings} files.")
+    found = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and path.is_file()
+    ]
     if not found:
-        raise InputError(f"{folder} holds no pictures: give a folder of {', '.join(IMAGE_ENDINGS)} files.")
+        raise InputError(f"{folder} holds no pictures: give a folder of {endings} files.")
     return found
 
 
-def by_stem(folder: Path) -> dict[str, Path]:
-    """The pictures of a folder by their names without ending; raises `InputError` where two share one."""
+def counterparts(sources: Path, targets: Path) -> list[tuple[Path, Path]]:
+    """The pictures of two folders, paired by their names without ending, in the order of the sources' names.
+
+    Raises:
+        InputError: no pictures, two of one name in a folder, or one without its counterpart.
+    """
+    with_counterparts(pictures_in(targets), sources)
+    return with_counterparts(pictures_in(sources), targets)
+
+
+def with_counterparts(pictures: Iterable[Path], folder: Path) -> list[tuple[Path, Path]]:
+    """Each picture with that of its name, without ending, in a folder, which may hold others; raises `InputError`."""
+    found = by_stem(pictures_in(folder))
+    pairs = []
+    for stem, path in by_stem(pictures).items():
+        if stem not in found:
+            raise InputError(f"{path} has no counterpart named {stem} in {folder}: add it or remove the picture.")
+        pairs.append((path, found[stem]))
+    return pairs
+
+
+def by_stem(pictures: Iterable[Path]) -> dict[str, Path]:
+    """Pictures by their names without ending, however accents are spelt; `InputError` where two share one."""
     found: dict[str, Path] = {}
-    for path in pictures_in(folder):
-        if (other := found.setdefault(path.stem, path)) is not path:
-            raise InputError(f"{other} and {path} have one name but for the ending: rename or remove one of them.")
+    for path in pictures:
+        if (other := found.setdefault(unicodedata.normalize("NFC", path.stem), path)) is not path:
+            raise InputError(f"{other} and {path} have one name, endings aside: rename or remove one of them.")
     return found
 
 
-def digest_of(pixels: Tensor, seed: int) -> str:
-    """sha256 of a seed and of a picture's pixels and size."""
-    return hashlib.sha256(f"{seed} {list(pixels.shape)} ".encode() + pixels.numpy().tobytes()).hexdigest()
+def read_alike(paths: Sequence[Path]) -> list[Tensor]:
+    """A picture and, if there is one, its counterpart: uint8 (1, 3, H, W) each; `InputError` if of different sizes."""
+    pictures = [read_image(path) for path in paths]
+    for path, picture in zip(paths, pictures, strict=True):
+        if picture.shape != pictures[0].shape:
+            raise InputError(
+                f"{paths[0]} is {size_of(pictures[0])} and its counterpart {path} is {size_of(picture)}: bring both to "
+                "one size, since they are scaled and cropped alike and would not lie on each other."
+            )
+    return pictures
+
+
+def picture_of(path: Path, pixels: Tensor, seed: int, pattern: str | None = None) -> Picture:
+    """A file's entry, from its pixels (1, 3, H, W) and, with a pattern, its name."""
+    digest = hashlib.sha256(f"{seed} {list(pixels.shape)} ".encode() + pixels.numpy().tobytes()).hexdigest()
+    origin = hashlib.sha256(f"{seed} {recording_of(path.name, pattern)}".encode()).hexdigest() if pattern else digest
+    return Picture(path, digest, origin)
 
 
 def size_of(pixels: Tensor) -> str:

@@ -1,5 +1,6 @@
 """`transform` on files, against the library's own function."""
 
+import errno
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -172,7 +173,8 @@ def test_a_task_makes_examples_sources_and_truths_of_plain_pictures(
     pictures = [read(path, WIDE) for path in (place / "plain/a.png", place / "plain/b.png", place / "sources/a.png")]
     (a, b, truth), (grey_a, grey_b, source) = pictures, (grey(picture[None])[0] for picture in pictures)
     assert alike(read(out), expected(place, [(grey_a, a), (grey_b, b)], source))
-    error = f"of copying the source: {(source.double() - truth).square().mean():.1f}"
+    ours, copied = ((picture.double() - truth).square().mean() for picture in (read(out), source))
+    error = f"on 1 picture: {ours:.1f}; of copying the source: {copied:.1f}"
     assert error in capsys.readouterr().out
     assert sheet.exists()
     assert not (tmp_path / "out_sheet.png").exists()
@@ -213,11 +215,39 @@ def test_sources_of_one_name_get_files_of_their_own(place: Path, tmp_path: Path)
         )
 
 
+def test_the_sheet_of_the_folder_one_is_in_is_named_like_it(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path / "results")
+    assert run(place, "--source", place / "sources/a.png", place / "sources/b.png", "--out", ".") == 0
+    assert {path.name for path in Path().iterdir()} == {"a.png", "b.png", "results_sheet.png"}
+
+
+@pytest.mark.parametrize(("writer", "option"), [("written_whole", "--out"), ("write_sheet", "--sheet")])
+def test_what_a_disk_says_while_results_are_written_is_one_sentence(
+    writer: str,
+    option: str,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(verb, writer, refuse)
+    assert run(place, "--source", place / "sources/a.png", "--out", tmp_path / "out.png") == 2
+    assert f"cannot be written (Input/output error): mend that, or give another {option}." in capsys.readouterr().err
+
+
 def test_what_may_do_harm_is_said(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = place / "pairs/source/p2.png"
     verb.log.addHandler(caplog.handler)
     try:
         assert run(place, "--source", place / "sources/a.png", "--out", tmp_path / "out.png") == 0
+        of_another_task = ["--examples", place / "plain", "--examples_task=grayscale"]
+        assert run(place, "--source", place / "plain/a.png", "--out", tmp_path / "out.png", *of_another_task) == 0
         assert "warning" not in caplog.text
         assert run(place, "--source", source, "--out", tmp_path / "out.png", "--pairs=3") == 0
     finally:
@@ -232,8 +262,11 @@ def test_what_may_do_harm_is_said(place: Path, tmp_path: Path, caplog: pytest.Lo
         (["--pairs=4"], ["pairs holds 3 examples for --pairs 4"]),
         (["--pairs=0"], ["--pairs is 0"]),
         (["--examples=PLACE/plain"], ["plain does not hold the folders source and target", "--task"]),
+        (["--examples=PLACE/plain", "--task=copy", "--examples_task=pairs"], ["give another --examples_task"]),
+        (["--examples=PLACE/pairs", "--task=copy"], ["pairs holds ready pairs", "give --examples_task pairs"]),
         (["--examples=PLACE/nowhere", "--task=grayscale"], ["nowhere does not exist"]),
-        (["--examples=PLACE/lonely"], ["2.png has no counterpart named 2"]),
+        (["--examples=PLACE/lonely"], ["source/2.png has no counterpart named 2"]),
+        (["--examples=PLACE/left_over"], ["target/2.png has no counterpart named 2"]),
         (["--examples=PLACE/unequal"], ["target/1.png is 40x60", "source/1.png is 40x64"]),
         (["--source", "PLACE/sources/a.png", "PLACE/broken/x.png"], ["x.png is no readable picture"]),
         (["--source", "PLACE/nowhere.png"], ["nowhere.png does not exist"]),
@@ -244,6 +277,12 @@ def test_what_may_do_harm_is_said(place: Path, tmp_path: Path, caplog: pytest.Lo
         (["--source", "PLACE/sources/a.png", "--sheet=OUT/out/a.png"], ["Two pictures", "one file"]),
         (["--source", "PLACE/sources/a.png", "--out=PLACE/sources"], ["a.png is read, and would be overwritten"]),
         (["--source", "PLACE/sources/a.png", "--out=PLACE/recipe.yaml/out.png"], ["recipe.yaml is no folder"]),
+        (["--source", "PLACE/sources/a.png", "--sheet=PLACE/recipe.yaml/a.png"], ["give another --sheet"]),
+        (["--source", "PLACE/sources/a.png", f"--out=OUT/{'a' * 251}.png"], ["(File name too long)", "another --out"]),
+        (
+            ["--source", "PLACE/sources/a.png", "PLACE/plain/a.png", "--truth=PLACE/truths"],
+            ["sources/a.png and", "plain/a.png have one name"],
+        ),
         (["--truth=PLACE/truths/a.png"], ["a.png is one picture for 4 sources"]),
         (["--truth=PLACE/plain", "--task=edges", "--examples=PLACE/plain"], ["--task edges makes the truth itself"]),
         (["--truth=PLACE/pairs/source"], ["a.png has no counterpart named a in"]),
@@ -265,6 +304,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         for path in ("lonely/source/1.png", "lonely/source/2.png", "lonely/target/1.png", "unequal/source/2.png"):
             save(place / path, 3)
         save(place / "unequal/target/2.png", 3)
+        for path in ("left_over/source/1.png", "left_over/target/1.png", "left_over/target/2.png"):
+            save(place / path, 3)
         save(place / "broken/x.png", 3)
         (place / "broken/x.png").write_bytes(b"no picture")
     before = sorted(place.rglob("*"))

@@ -82,6 +82,44 @@ def test_grey_palette_and_transparent_pictures_become_rgb(tmp_path: Path) -> Non
     assert read_image(tmp_path / "clear.png")[0, :, 0, 0].tolist() == [255, 255, 255]
 
 
+def test_greys_of_16_bits_are_scaled_and_those_of_32_bits_refused(tmp_path: Path) -> None:
+    """Whatever the file: both orders of bytes, turned by EXIF, and with a grey that is transparent."""
+    greys = np.array([[0, 257, 1000, 32768], [40000, 65278, 65407, 65535]], np.uint16)
+    expected = np.rint(greys / 257)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, order, options in (
+        ("a.png", "<", {}),
+        ("a.tif", "<", {}),
+        ("big.tif", ">", {}),
+        ("turned.png", "<", {"exif": exif}),
+        ("turned.tif", "<", {"exif": exif, "compression": "tiff_lzw"}),
+    ):
+        mode = "I;16B" if order == ">" else "I;16"
+        Image.frombytes(mode, (4, 2), greys.astype(f"{order}u2").tobytes()).save(tmp_path / name, **options)
+        wanted = np.rot90(expected, -1) if options else expected
+        for channel in read_image(tmp_path / name)[0]:
+            assert np.array_equal(channel, wanted)
+    Image.fromarray(np.arange(256, dtype=np.uint16)[None] * 257).save(tmp_path / "wide.png", transparency=5 * 257)
+    exact = np.arange(256)
+    exact[5] = 255
+    assert np.array_equal(read_image(tmp_path / "wide.png")[0, 2, 0], exact)
+    for kind in (np.int32, np.float32):
+        Image.fromarray(greys.astype(kind)).save(tmp_path / "deep.tif")
+        with pytest.raises(InputError, match=r"deep\.tif has greys of 32 bits.*: convert it to 8 or 16 bits"):
+            read_image(tmp_path / "deep.tif")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_that_is_too_large_shall_be_scaled_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (8, 6), 77).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    assert (read_image(tmp_path / "a.png") == 77).all()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(InputError, match=r"a\.png is too large to be read safely \(Image size .*\): scale it down"):
+        read_image(tmp_path / "a.png")
+
+
 def test_a_broken_picture_is_named(tmp_path: Path) -> None:
     Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -102,10 +103,26 @@ def test_held_out_pairs_end_the_validation_sequences_and_appear_nowhere_else(opt
     assert not held_out & training
     everything = {f"p{place}.png" for place in range(PAIRS)}
     assert {name for names in validation for name in names[:-1]} <= everything - held_out
-    stems = {Path(name).stem for name in held_out}
-    expected = {f"colour/{stem}.png" for stem in stems} | {f"grey/{stem}.jpg" for stem in stems}
-    assert manifest.validation["held_out"] == sorted(expected)
     assert "hash" in manifest.validation["held_out_by"]
+
+
+def test_the_manifest_tells_every_file_that_is_never_trained_on(options: FewShotOptions, tmp_path: Path) -> None:
+    """Those beyond the pairs to use and doubles too, though files of one name lie in folders of one name."""
+    for side, folder in (("a", options.sources), ("b", options.targets)):
+        (tmp_path / side / "train").mkdir(parents=True)
+        for path in folder.iterdir():
+            Image.open(path).save(tmp_path / side / "train" / f"{path.stem}.png")
+    moved = replace(options, sources=tmp_path / "a/train", targets=tmp_path / "b/train", held_out_pairs=1, sequences=50)
+    manifest = prepare_sequences(moved)
+    used = {name for split, _, names in samples(manifest) if split == "train" for name in names}
+    never = {f"p{place}.png" for place in range(PAIRS)} - used
+    assert len(never) > manifest.validation["validation_sources"] == 1
+    expected = [f"{side}/train/{name}" for side in "ab" for name in sorted(never)]
+    assert manifest.validation["held_out"] == expected
+    for side in "ab":
+        shutil.copy(tmp_path / side / "train" / min(never), tmp_path / side / "train" / "q.png")
+    again = prepare_sequences(replace(moved, out=tmp_path / "again"))
+    assert again.validation["held_out"] == sorted([*expected, "a/train/q.png", "b/train/q.png"])
 
 
 def test_every_task_holds_out_the_same_pictures(options: FewShotOptions) -> None:
@@ -141,6 +158,11 @@ def test_training_pairs_are_limited(options: FewShotOptions) -> None:
     assert len({name for _, _, names in samples(manifest) for name in names}) == 3
     assert manifest.validation["validation_sources"] == 0
     assert manifest.validation["held_out"] == []
+
+
+def test_only_pairs_that_occur_in_training_sequences_count_as_trained_on(options: FewShotOptions) -> None:
+    manifest = prepare_sequences(replace(options, sequences=1))
+    assert manifest.validation["train_sources"] == 3  # of 6 that are not held out
 
 
 def test_running_again_changes_nothing_and_other_data_are_refused(
@@ -196,22 +218,68 @@ def test_ready_pairs_may_lie_in_one_folder(options: FewShotOptions, tmp_path: Pa
         ({"targets": None}, "was given --sources: give one or the other"),
         ({"sources": None, "targets": None}, "was given none of them: give one or the other"),
         ({"pairs_in": Path()}, "was given --sources and --targets and --pairs_in: give one or the other"),
-        ({"pairs": 2}, "2 are left for training where a sequence takes 3: give more pairs"),
+        ({"pairs": 2}, "pairs is 2 where a sequence takes 3: give more --pairs"),
+        ({"seed": -1}, "seed is -1: give a number from 0 on"),
+        ({"source_pattern": "("}, "source_pattern '[(]' is no regular expression"),
+        ({"size": "18x24"}, "18x24|18 by 24"),
+        ({"out": COMMAND}, r"build_few_shot\.py cannot be written, since .* is no folder to write in: give another"),
+        ({"out": COMMAND / "new"}, r"new cannot be written, since .*build_few_shot\.py is no folder"),
     ],
 )
-def test_what_does_not_go_together_is_named(options: FewShotOptions, changes: dict[str, object], message: str) -> None:
+def test_what_does_not_go_together_is_named_before_a_picture_is_opened(
+    options: FewShotOptions, changes: dict[str, object], message: str
+) -> None:
+    for path in options.sources.iterdir():
+        path.write_text("no picture")
     with pytest.raises(InputError, match=message):
         prepare_sequences(replace(options, **changes))
     assert not options.out.exists()
 
 
-def test_too_few_pairs_are_counted(options: FewShotOptions) -> None:
-    for place in range(2, PAIRS):
+def test_opencv_is_missed_before_a_picture_is_opened(options: FewShotOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    for path in options.sources.iterdir():
+        path.write_text("no picture")
+    with pytest.raises(InputError, match=r"OpenCV.*pip install"):
+        prepare_sequences(of_task(options, "sketch"))
+
+
+def test_too_few_pairs_are_counted_and_the_reason_is_told(options: FewShotOptions) -> None:
+    for place in range(3, PAIRS):
         (options.sources / f"p{place}.png").unlink()
         (options.targets / f"p{place}.jpg").unlink()
-    expected = r"Of the 2 different pairs in .*colour and .*grey, \d are held out, so \d are left .* takes 3"
-    with pytest.raises(InputError, match=expected):
+    places = ".*colour and .*grey"
+    with pytest.raises(InputError, match=f"takes 4 different pairs, more than the 3 of {places}: add pictures"):
+        prepare_sequences(replace(options, pairs_per_sequence=4))
+    message = rf"^Holding out \d of the 3 different pairs in {places} leaves \d for training, .* 3: add pictures, or"
+    with pytest.raises(InputError, match=message):
         prepare_sequences(options)
+    for place in (1, 2):
+        shutil.copy(options.targets / "p0.jpg", options.targets / f"p{place}.jpg")
+    message = r"Holding out 3 of the 3 .* share a picture .* leaves 0 .*: add pairs that share none, or .* 0\.$"
+    with pytest.raises(InputError, match=message):
+        prepare_sequences(options)
+    assert prepare_sequences(replace(options, validation_fraction=0)).validation["train_sources"] == 3
+
+
+def test_fewer_pairs_than_allowed_are_counted(options: FewShotOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare_sequences(replace(options, validation_fraction=0, pairs=PAIRS))
+    assert "--pairs" not in capsys.readouterr().out
+    prepare_sequences(replace(options, validation_fraction=0, out=options.out.with_name("again")))
+    assert f"draw training sequences from: {PAIRS}, where --pairs allows 40\n" in capsys.readouterr().out
+
+
+def test_frames_of_one_recording_are_held_out_together(options: FewShotOptions) -> None:
+    """The names begin with one of three recordings; without a pattern the manifest is as before there was one."""
+    for path in (*options.sources.iterdir(), *options.targets.iterdir()):
+        path.rename(path.with_name(f"clip{int(path.stem[1:]) // 3}_{path.name}"))
+    manifest = prepare_sequences(replace(options, source_pattern=r"clip\d+", validation_fraction=0.01))
+    recordings = {Path(name).name.partition("_")[0] for name in manifest.validation["held_out"]}
+    assert len(recordings) == 1
+    assert len(manifest.validation["held_out"]) == 6
+    assert "source_pattern" in manifest.validation["held_out_by"]
+    assert manifest.preparation["source_pattern"] == r"clip\d+"
+    assert "source_pattern" not in prepare_sequences(of_task(options, "copy")).preparation
 
 
 def test_the_command(options: FewShotOptions) -> None:
@@ -223,7 +291,7 @@ def test_the_command(options: FewShotOptions) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert "--config recipes/stage4_few_shot.yaml" in done.stdout
+    assert f"--config recipes/few_shot/grayscale.yaml --run_dir runs/tiny/few_shot_{options.out.name} " in done.stdout
     assert sum(entry.count for entry in Manifest.load(options.out).of_split("train")) == 20
     failed = subprocess.run(
         [sys.executable, str(COMMAND), *arguments, "--sources", "nowhere"],
