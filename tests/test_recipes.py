@@ -137,7 +137,7 @@ def test_an_overlay_fits_any_recipe(path: Path, overlay: str, capsys: pytest.Cap
 def test_it_trains_one_step_at_tiny_size(path: Path, shards: Path, tmp_path: Path) -> None:
     """The recipe as it stands, on tiny shards; only what needs hardware or real data is replaced."""
     arguments = ["--config", str(path)] + (["--config", str(TINY)] if path.parent == RECIPES else [])
-    for source in ("laion", "video", "few_shot", "ucf101", "copy", "grayscale", "sketch"):
+    for source in ("laion", "video", "few_shot", "ucf101", "copy", "grayscale", "many_grayscale", "many_sketch"):
         (tmp_path / "latents").mkdir(exist_ok=True)
         (tmp_path / "latents" / source).symlink_to(shards)
     arguments += [
