@@ -32,6 +32,7 @@ from gpdit_lightning.model.attention.backends import sdpa, xformers
 from gpdit_lightning.model.attention.frame_causal import Context, Queries
 from gpdit_lightning.model.config import AttentionVariant
 from gpdit_lightning.training.flops import PassShape, peak_bf16_flops, training_flops
+from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
 
 # Largest error allowed, as a part of the largest expected value: a few roundings, far below what a wrong mask does.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -183,7 +184,7 @@ def time_step(config: GPDiTConfig, scale: Scale) -> StepResult:
         shape = (scale.clips, scale.frames, config.latent_channels, scale.height, scale.width)
         noisy, clean, velocity = torch.randn(3, *shape).unbind()
         theta = torch.rand(shape[:2]) * math.pi / 2
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=on_gpu)
+    optimizer, _ = build_optimizer(model.parameters(), OptimizerConfig(), max_steps=scale.warmup + scale.steps)
 
     seconds = []
     for _ in range(scale.warmup + scale.steps):
