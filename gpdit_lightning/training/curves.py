@@ -1,5 +1,6 @@
 """The scalars of a run: losses by source and noise level, gradient, learning rate, average, health, throughput."""
 
+import math
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Curves(Callback):
     Tags:
 
     - `train/loss`, `train/loss_q1..q4`, `train/loss_SOURCE`, without steps that were left out; `val/loss...` likewise;
-    - `train/grad_norm`, `train/lr`: of the last step;
+    - `train/grad_norm`: without steps that were left out; `train/lr`: of the last step;
     - `train/ema_distance`: norm of weights less average, relative to the norm of the weights;
     - `health/skipped_steps`, `health/spikes`, `data/damaged_samples`: of the run so far;
     - `perf/steps_per_s`, `perf/clips_per_s`, `perf/tokens_per_s`: over all ranks; noisy tokens, those supervised;
@@ -84,6 +85,7 @@ class Curves(Callback):
         self.train, self.validation = LossTable(), LossTable()
         self.throughput = Throughput(config)
         self.learning_rate = 0.0
+        self.norms = 0.0, 0  # their sum, and of how many steps
         self._step_losses: list[tuple[str, float, QuartileLoss]] = []
         self._last_step = -1
 
@@ -106,8 +108,11 @@ class Curves(Callback):
         ends_window = ends_step and step % self.every_steps == 0
         self._step_losses.append((batch.source, batch.weight, outputs["quartiles"]))
         if ends_step:
-            for losses in [] if self.health.skipped else self._step_losses:
-                self.train.add(*losses)
+            if not self.health.skipped:
+                if math.isfinite(norm := self.health.gradient_norm):  # else fp16's scaler leaves the step out
+                    self.norms = self.norms[0] + norm, self.norms[1] + 1
+                for losses in self._step_losses:
+                    self.train.add(*losses)
             self._step_losses = []
         # The means are read from the device, so that its work is done when the clock is read.
         means = self.train.means(trainer) if ends_window else {}
@@ -117,8 +122,10 @@ class Curves(Callback):
         if not ends_window:
             return
         scalars = {f"train/{name}": mean for name, mean in means.items()}
+        total, steps = self.norms
+        self.norms = 0.0, 0
+        scalars |= {"train/grad_norm": total / steps} if steps else {}
         scalars |= {
-            "train/grad_norm": self.health.gradient_norm,
             "train/lr": self.learning_rate,
             "train/ema_distance": self.ema.distance(pl_module),
             "health/skipped_steps": self.health.skipped_steps,
@@ -161,7 +168,7 @@ class Curves(Callback):
         # A clone, since a reduction works in place.
         reduce = trainer.strategy.reduce
         rows = {name: reduce(row.clone(), reduce_op="sum").cpu() for name, row in self.train.rows.items()}
-        checkpoint["curves"] = {"rows": rows, "weights": dict(self.train.weights)}
+        checkpoint["curves"] = {"rows": rows, "weights": dict(self.train.weights), "norms": self.norms}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the window back: its sums to the first rank, so that they count once."""
@@ -170,6 +177,7 @@ class Curves(Callback):
         device = trainer.strategy.root_device
         self.train.rows = {name: (row * kept).to(device) for name, row in window["rows"].items()}
         self.train.weights = dict(window["weights"])
+        self.norms = window.get("norms", self.norms)  # checkpoints of version 0.1.0's first days have none
 
 
 def _write(trainer: Trainer, module: LightningModule, scalars: dict[str, float], in_progress_bar: str) -> None:
