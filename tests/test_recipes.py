@@ -134,7 +134,9 @@ def test_an_overlay_fits_any_recipe(path: Path, overlay: str, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=name_of)
-def test_it_trains_one_step_at_tiny_size(path: Path, shards: Path, tmp_path: Path) -> None:
+def test_it_trains_one_step_at_tiny_size(
+    path: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The recipe as it stands, on tiny shards; only what needs hardware or real data is replaced."""
     arguments = ["--config", str(path)] + (["--config", str(TINY)] if path.parent == RECIPES else [])
     for source in ("laion", "video", "few_shot", "ucf101", "copy", "grayscale", "many_grayscale", "many_sketch"):
@@ -156,6 +158,9 @@ def test_it_trains_one_step_at_tiny_size(path: Path, shards: Path, tmp_path: Pat
         arguments.append(f"--data.videos.manifests=['{shards}']")
     assert main(["fit", *arguments]) == 0
     assert read_checkpoint(tmp_path / "run")["global_step"] == 1
+    capsys.readouterr()
+    saved = settings_of(tmp_path / "run" / "config.yaml", capsys=capsys)  # a recipe by itself, wherever it lies
+    assert saved["run_dir"] == str(tmp_path / "run")
 
 
 def test_a_benchmark_model_can_be_told_labels(tmp_path: Path) -> None:

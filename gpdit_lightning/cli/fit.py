@@ -105,6 +105,8 @@ class RecipeCLI(LightningCLI):
         self.resumed = last_checkpoint(run_dir, verify=True)
         step = read_checkpoint(self.resumed)["global_step"] if self.resumed else 0
         health, ema = self.config_init["health"], self.config_init["ema"]
+        recipe = self.config.clone()
+        recipe.base = []  # they are in it already, and do not lie beside the copy
         # Lightning counts micro-batches here, and knows no "never".
         every = self.config_init["validate_every_steps"] or NEVER
         settings |= {
@@ -122,7 +124,7 @@ class RecipeCLI(LightningCLI):
                 Curves(health, ema, self.model.config, settings["log_every_n_steps"]),
                 self.config_init["preview"],
                 self.config_init["checkpoint"],  # after all that a checkpoint of this step must include
-                SaveRecipe(self.parser.dump(self.config, skip_none=False)),
+                SaveRecipe(self.parser.dump(recipe, skip_none=False)),
                 *([StepProgress()] if settings["enable_progress_bar"] is not False else []),
                 *(settings["callbacks"] or []),
             ],

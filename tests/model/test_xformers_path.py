@@ -259,6 +259,7 @@ def test_the_trial_has_the_precision_and_the_head_width_of_attention(
     model.bfloat16()(*batch)
     width = model.config.head_width
     assert asked == [(torch.float32, width), (torch.bfloat16, width), (torch.bfloat16, width)]
+    assert backends.precision_of(torch.empty(1, device="meta")) == torch.float32
 
 
 @pytest.mark.parametrize(

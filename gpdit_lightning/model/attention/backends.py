@@ -41,7 +41,8 @@ def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def precision_of(x: Tensor) -> torch.dtype:
     """The precision of queries, keys and values that are projected from hidden states: autocast's where it is on."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors know no autocast
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
 def why_not_xformers(device_type: str, dtype: torch.dtype, head_width: int) -> str | None:
