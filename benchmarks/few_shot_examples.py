@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.codecs import load_codec_from_spec
 from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
 from gpdit_lightning.generation import GenerationConfig, transform
 from gpdit_lightning.media.images import read_image, resize_and_crop
 from gpdit_lightning.media.tasks import TASKS, pair_of
 from gpdit_lightning.preparation.pairs import pictures_in
-from gpdit_lightning.training.checkpoints import load_trained_model
 
 
 def error(made: Tensor, truth: Tensor) -> float:

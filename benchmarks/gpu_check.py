@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig, InputError
+from gpdit_lightning.estimation.flops import PassShape, peak_bf16_flops, training_flops
 from gpdit_lightning.files import written_whole
 from gpdit_lightning.model.attention import AttentionOperator, frame_causal_attention, select_backend
 from gpdit_lightning.model.attention.backends import sdpa, xformers
 from gpdit_lightning.model.attention.frame_causal import Context, Queries
 from gpdit_lightning.model.config import AttentionVariant
-from gpdit_lightning.training.flops import PassShape, peak_bf16_flops, training_flops
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
 
 # Largest error allowed, as a part of the largest expected value: a few roundings, far below what a wrong mask does.

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.estimation.flops import PassShape, training_flops
 from gpdit_lightning.model.config import AttentionVariant
-from gpdit_lightning.training.flops import PassShape, training_flops
 
 DRAWS = (1, 2, 4)
 

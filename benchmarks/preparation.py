@@ -16,10 +16,12 @@ import torch
 from tqdm import tqdm
 
 from gpdit_lightning.codecs import Codec, load_codec
+from gpdit_lightning.devices import available_device
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.preparation import PrepareOptions
 from gpdit_lightning.preparation.clips import Clip, read
-from gpdit_lightning.preparation.prepare import available_device, prepare, prepared_sources, workers_of
+from gpdit_lightning.preparation.parts import workers_of
+from gpdit_lightning.preparation.prepare import prepare, prepared_sources
 
 HEIGHT, WIDTH, RATE = 720, 1280, 24
 

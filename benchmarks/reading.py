@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.data.batches import Bucket, LatentDataset
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.data.order import TRAIN_NOISE
 from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
 from gpdit_lightning.data.shard_writer import ShardSetWriter
+from gpdit_lightning.randomness import TRAIN_NOISE
 
 SHAPE = (5, 16, 24, 40)
 CLIP_BYTES = 2 * math.prod(SHAPE)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.data.batches import Bucket
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.diffusion import SAMPLERS, NoiseSchedule, Sampler, make_sampler
 from gpdit_lightning.generation import GenerationConfig, rollout
-from gpdit_lightning.training.checkpoints import load_trained_model
 
 STEPS = (4, 6, 8, 12, 16, 25, 50)
 LIMIT = 600

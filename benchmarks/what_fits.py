@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from gpdit_lightning.cli.estimate import GIB, read
-from gpdit_lightning.training.memory import STRATEGIES
-from gpdit_lightning.training.needs import Run, memory, with_smaller_micro_batches
+from gpdit_lightning.estimation.memory import STRATEGIES
+from gpdit_lightning.estimation.requirements import Run, memory, with_smaller_micro_batches
 
 CAPACITY = 80 * GIB
 GPUS = (1, 8, 32, 64)

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from gpdit_lightning.codecs import load_codec_from_spec
 from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation.inspection import overview, strays, verify, why, write_sheet
-from gpdit_lightning.preparation.prepare import available_device
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,7 +1,23 @@
 """GPDiT: a transformer that generates video latents frame by frame, each denoised given the clean frames before it."""
 
-from gpdit_lightning.errors import InputError
-from gpdit_lightning.model import GPDiT, GPDiTConfig
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.version import __version__
+
+if TYPE_CHECKING:
+    from gpdit_lightning.checkpoints.hub import HubGPDiT as GPDiT
+    from gpdit_lightning.model import GPDiTConfig
+
 __all__ = ["GPDiT", "GPDiTConfig", "InputError", "__version__"]
+
+# Imported at first use: the command line prints its help without importing torch.
+_LAZY = {"GPDiT": ("checkpoints.hub", "HubGPDiT"), "GPDiTConfig": ("model", "GPDiTConfig")}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)

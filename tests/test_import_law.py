@@ -1,75 +1,124 @@
 """Who may import whom (docs/architecture.md), read from the source of every module."""
 
 import ast
+import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "gpdit_lightning"
-LEAVES = {"errors", "files"}
-# room -> the rooms it may import from besides the leaves and itself
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "gpdit_lightning"
+# Single files that any package may import; they import only each other.
+LEAVES = {"errors", "files", "devices", "randomness", "version"}
+# package -> the packages that it may import from, besides the leaves and itself
 ALLOWED = {
     "model": set(),
     "diffusion": set(),
-    "codecs": {"media"},  # fit_pca reads pictures and videos
-    "data": set(),
     "media": set(),
+    "data": set(),
+    "codecs": {"media"},  # fit_pca reads images and videos
+    "estimation": {"model", "data"},
+    "checkpoints": {"model"},
     "preparation": {"codecs", "data", "media"},
-    "generation": {"model", "diffusion", "codecs", "data", "media"},
-    "evaluation": {"model", "diffusion", "codecs", "data", "media", "generation"},
-    "training": {"model", "diffusion", "data", "generation", "codecs", "media"},
-    "stages": {"model", "diffusion", "data", "training"},
+    "generation": {"model", "diffusion", "codecs", "data", "media", "checkpoints"},
+    "evaluation": {"model", "diffusion", "codecs", "data", "media", "checkpoints", "generation"},
+    "probing": {"model", "codecs", "data", "media", "checkpoints", "evaluation"},
+    "training": {"model", "diffusion", "data", "codecs", "media", "checkpoints", "estimation", "generation"},
+    "stages": {"model", "diffusion", "data", "checkpoints", "training"},
 }
-# Rooms that must work where Lightning is not installed, but for the one file that is its bridge.
-WITHOUT_LIGHTNING = {"model", "diffusion", "codecs", "data", "media", "preparation", "generation", "evaluation"}
-BRIDGE = PACKAGE / "data" / "datamodule.py"
-# How a model is shared: all that the network needs besides torch, and where.
-SHARING = {"gpdit.py": {"huggingface_hub"}, "weights.py": {"safetensors"}}
+# Of the leaves, the network and the objective need one only.
+TORCH_ONLY = {"model", "diffusion"}
+# Packages that know Lightning. Below them two files are its bridges: the data module, and the format of checkpoints.
+WITH_LIGHTNING = {"training", "stages", "cli"}
+BRIDGES = {PACKAGE / "data" / "datamodule.py", PACKAGE / "checkpoints" / "io.py"}
 
 
-def imported(path: Path) -> set[str]:
-    """The modules a file imports, anywhere in it, by full name."""
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it, by full name: of `from P import M` both P and P.M."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add(node.module or "")
+            assert node.module
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names if is_module(f"{node.module}.{alias.name}")}
     return names
 
 
-def files_of(room: str) -> list[Path]:
-    return sorted((PACKAGE / room).rglob("*.py"))
+def is_module(name: str) -> bool:
+    path = ROOT / Path(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-@pytest.mark.parametrize("room", sorted(ALLOWED))
-def test_a_room_imports_only_what_it_stands_on(room: str) -> None:
-    assert files_of(room)
-    for path in files_of(room):
-        for name in imported(path):
-            if not name.startswith("gpdit_lightning."):
-                continue
-            other = name.split(".")[1]
-            assert other in ALLOWED[room] | LEAVES | {room}, f"{path.name} of {room} imports {name}"
+def internal_imports(path: Path) -> set[str]:
+    """The parts of the package that a file imports: `model` for `gpdit_lightning.model.config`, "" for its top."""
+    parts = {name.partition(".")[2] for name in imports(path) if name.split(".")[0] == "gpdit_lightning"}
+    if any(parts):
+        parts.discard("")  # `from gpdit_lightning import errors` names the module itself too
+    return {part.split(".")[0] for part in parts}
 
 
-@pytest.mark.parametrize("room", sorted(WITHOUT_LIGHTNING))
-def test_lightning_stays_outside(room: str) -> None:
-    for path in files_of(room):
-        if path != BRIDGE:
-            tops = {name.split(".")[0] for name in imported(path)}
-            assert not tops & {"lightning", "pytorch_lightning"}, path
+def files_of(package: str) -> list[Path]:
+    return sorted((PACKAGE / package).rglob("*.py"))
+
+
+def top_level_names(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_a_package_imports_only_those_below_it(package: str) -> None:
+    assert files_of(package)
+    leaves = {"errors"} if package in TORCH_ONLY else LEAVES
+    for path in files_of(package):
+        others = internal_imports(path) - ALLOWED[package] - leaves - {package}
+        assert not others, f"{path.relative_to(ROOT)} imports {sorted(others)}"
+
+
+def test_the_leaves_import_no_package() -> None:
+    for leaf in LEAVES:
+        assert internal_imports(PACKAGE / f"{leaf}.py") <= LEAVES, leaf
+
+
+def test_no_circle_of_packages() -> None:
+    try:
+        TopologicalSorter(ALLOWED).prepare()
+    except CycleError as error:
+        pytest.fail(f"packages import each other in a circle: {error.args[1]}")
+
+
+def test_no_circle_of_files() -> None:
+    graph = {}
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "__init__.py":  # a package's face imports its files, and nothing in the package imports it
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            graph[module] = {name for name in imports(path) if name.startswith("gpdit_lightning.")}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"files import each other in a circle: {error.args[1]}")
+
+
+def test_lightning_stays_above() -> None:
+    for package in sorted(set(ALLOWED) - WITH_LIGHTNING):
+        for path in files_of(package):
+            if path not in BRIDGES:
+                assert not top_level_names(path) & {"lightning", "pytorch_lightning"}, path
 
 
 def test_the_network_and_the_objective_need_torch_alone() -> None:
-    allowed = {"torch", "xformers", "gpdit_lightning"}
-    standard = set(__import__("sys").stdlib_module_names)
-    for path in files_of("model") + files_of("diffusion"):
-        tops = {name.split(".")[0] for name in imported(path)}
-        assert tops <= allowed | standard | SHARING.get(path.name, set()), path
+    for package in sorted(TORCH_ONLY):
+        for path in files_of(package):
+            allowed = {"torch", "gpdit_lightning"} | sys.stdlib_module_names
+            if path == PACKAGE / "model" / "attention" / "backends.py":
+                allowed |= {"xformers"}
+            assert top_level_names(path) <= allowed, path
 
 
-def test_every_room_is_under_the_law() -> None:
-    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert rooms == set(ALLOWED) | {"cli"}
+def test_every_package_and_file_is_under_the_law() -> None:
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert packages == set(ALLOWED) | {"cli"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == LEAVES | {"__init__", "__main__"}

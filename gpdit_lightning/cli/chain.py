@@ -15,12 +15,13 @@ from lightning import Trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
+from gpdit_lightning.checkpoints.files import last_checkpoint
+from gpdit_lightning.checkpoints.reading import identity_of, read_checkpoint
 from gpdit_lightning.cli import fit
 from gpdit_lightning.cli.recipes import read_yaml
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.training.checkpoints import identity_of, last_checkpoint, read_checkpoint
-from gpdit_lightning.training.stopping import leave_process_group
+from gpdit_lightning.training.callbacks.stopping import leave_process_group
 
 
 def parser() -> argparse.ArgumentParser:

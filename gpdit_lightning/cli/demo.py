@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import chain
 from gpdit_lightning.cli.demo_movies import write_movies
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
@@ -32,7 +33,6 @@ from gpdit_lightning.preparation import (
     summary,
 )
 from gpdit_lightning.preparation.sources import Source
-from gpdit_lightning.training.checkpoints import load_trained_model
 
 CHAIN = Path(__file__).parents[2] / "recipes" / "demo" / "chain.yaml"
 

@@ -15,11 +15,9 @@ from gpdit_lightning.data.datamodule import KINDS
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.plan import PlannedSource
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import parse_size
-from gpdit_lightning.model import GPDiTConfig
-from gpdit_lightning.training.flops import peak_bf16_flops
-from gpdit_lightning.training.memory import STRATEGIES, Strategy, parameter_count
-from gpdit_lightning.training.needs import (
+from gpdit_lightning.estimation.flops import peak_bf16_flops
+from gpdit_lightning.estimation.memory import STRATEGIES, Strategy, parameter_count
+from gpdit_lightning.estimation.requirements import (
     ALLOWANCE,
     PRECISIONS,
     Run,
@@ -31,6 +29,8 @@ from gpdit_lightning.training.needs import (
     overrides,
     step_flops,
 )
+from gpdit_lightning.media.images import parse_size
+from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.training.strategies import OF_LIGHTNING
 
 GIB = 2**30

@@ -13,9 +13,11 @@ from jsonargparse import ActionConfigFile
 from torch import Tensor
 from tqdm import tqdm
 
+from gpdit_lightning.checkpoints.reading import TrainedModel, identity_of, load_trained_model, place_of_weights
 from gpdit_lightning.cli.generating import config_of, trained_sizes
 from gpdit_lightning.cli.recipes import RecipeParser, with_bases
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
+from gpdit_lightning.devices import available_device, rank_of_process
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunks import TRUTH, ChunkFiles, Networks, Task, chunks_of, judge, of_seed, write_chunk
@@ -27,8 +29,6 @@ from gpdit_lightning.evaluation.videos import Selection, find_videos, select_vid
 from gpdit_lightning.files import held_by_one_process
 from gpdit_lightning.generation import products_in
 from gpdit_lightning.media.video import write_video
-from gpdit_lightning.preparation.prepare import available_device, rank_of_process
-from gpdit_lightning.training.checkpoints import TrainedModel, identity_of, load_trained_model, place_of_weights
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from gpdit_lightning.checkpoints.files import remove
+from gpdit_lightning.checkpoints.reading import load_trained_model
+from gpdit_lightning.checkpoints.weights import CARD, CONFIG, WEIGHTS, Weights, config_json, write_folder
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import partial_path, publish
-from gpdit_lightning.model.weights import CARD, CONFIG, WEIGHTS, Weights, config_json, write_folder
-from gpdit_lightning.training.checkpoint_files import remove
-from gpdit_lightning.training.checkpoints import load_trained_model
 
 
 def parser() -> argparse.ArgumentParser:

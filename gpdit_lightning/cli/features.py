@@ -13,17 +13,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.cli.generating import PRECISIONS, add_opening, add_precision, opened, parser_of, trained_sizes
 from gpdit_lightning.cli.recipes import read_yaml
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.encoder import first_layers, pooled_features
-from gpdit_lightning.evaluation.video_features import ENDINGS, RECORD, FeatureRecord, write_features
 from gpdit_lightning.evaluation.videos import find_videos, read_clip
 from gpdit_lightning.generation import products_in
 from gpdit_lightning.media.images import Size
-from gpdit_lightning.training.checkpoints import TrainedModel
+from gpdit_lightning.probing.encoder import first_layers, pooled_features
+from gpdit_lightning.probing.features import ENDINGS, RECORD, FeatureRecord, write_features
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     options = parser_of(
         "features",
         "Write for each video what the first layers of a model see in it, pooled over space and over time, as "
-        "Video-ChatGPT pools CLIP's features; evaluation/video_features.py says how to load them. Interrupted, the "
+        "Video-ChatGPT pools CLIP's features; probing/features.py says how to load them. Interrupted, the "
         "same command goes on.",
     )
     add = options.add_argument

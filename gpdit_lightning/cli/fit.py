@@ -17,18 +17,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from gpdit_lightning.checkpoints.files import last_checkpoint
+from gpdit_lightning.checkpoints.reading import read_checkpoint
 from gpdit_lightning.cli.recipes import PREFIX, RecipeParser, essence, with_bases
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import held_by_one_process, written_whole
 from gpdit_lightning.stages import GPDiTStage
-from gpdit_lightning.training.checkpoints import RunCheckpoint, last_checkpoint, read_checkpoint
-from gpdit_lightning.training.curves import Curves
-from gpdit_lightning.training.ema import EMA
-from gpdit_lightning.training.health import Health
-from gpdit_lightning.training.previews import Preview
-from gpdit_lightning.training.progress import StepProgress
-from gpdit_lightning.training.stopping import ranks_end_together
+from gpdit_lightning.training.callbacks.ema import EMA
+from gpdit_lightning.training.callbacks.health import Health
+from gpdit_lightning.training.callbacks.metrics import Curves
+from gpdit_lightning.training.callbacks.previews import Preview
+from gpdit_lightning.training.callbacks.progress import StepProgress
+from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
+from gpdit_lightning.training.callbacks.stopping import ranks_end_together
 from gpdit_lightning.training.strategies import OF_LIGHTNING
 
 log = logging.getLogger(__name__)

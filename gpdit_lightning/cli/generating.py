@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
+from gpdit_lightning.devices import available_device
 from gpdit_lightning.diffusion import SAMPLERS, Guidance, NoiseSchedule, make_sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import GenerationConfig
 from gpdit_lightning.media.images import Size, parse_size
-from gpdit_lightning.preparation.prepare import available_device
-from gpdit_lightning.training.checkpoints import TrainedModel, load_trained_model
 
 PRECISIONS = {"32": None, "bf16": torch.bfloat16}
 

@@ -9,21 +9,21 @@ from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from gpdit_lightning.checkpoints.reading import identity_of, place_of_weights
 from gpdit_lightning.cli.generating import Help, add_opening, opened, trained_sizes
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.halves import UCF_NAME, UCF_TEST_GROUPS, Labelled, by_folders, by_lists, by_ucf_groups
-from gpdit_lightning.evaluation.probe import C_GRID, features_of_videos, probe_layers
-from gpdit_lightning.evaluation.probe_report import (
+from gpdit_lightning.evaluation.report import Report
+from gpdit_lightning.evaluation.videos import find_videos
+from gpdit_lightning.files import written_whole
+from gpdit_lightning.probing.probe import C_GRID, features_of_videos, probe_layers
+from gpdit_lightning.probing.report import (
     ProbeResult,
     draw_probe,
     markdown,
     protocol_of,
     write_json,
 )
-from gpdit_lightning.evaluation.report import Report
-from gpdit_lightning.evaluation.videos import find_videos
-from gpdit_lightning.files import written_whole
-from gpdit_lightning.training.checkpoints import identity_of, place_of_weights
+from gpdit_lightning.probing.splits import UCF_NAME, UCF_TEST_GROUPS, Labelled, by_folders, by_lists, by_ucf_groups
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.cli.generating import add_generation, config_of, opened, parser_of, trained_sizes
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
@@ -24,7 +25,6 @@ from gpdit_lightning.generation.outputs import FORMATS, Output
 from gpdit_lightning.media.images import IMAGE_ENDINGS
 from gpdit_lightning.media.video import VIDEO_ENDINGS
 from gpdit_lightning.model import NO_LABEL
-from gpdit_lightning.training.checkpoints import TrainedModel
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.cli.generating import add_generation, config_of, opened, parser_of, trained_sizes
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import check_place, written_whole
@@ -30,7 +31,6 @@ from gpdit_lightning.preparation.pairs import (
     ready_folders,
     with_counterparts,
 )
-from gpdit_lightning.training.checkpoints import TrainedModel
 
 log = logging.getLogger(__name__)
 

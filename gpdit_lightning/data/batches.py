@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from gpdit_lightning.data.cache import ShardCache
 from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Manifest, ShardEntry
-from gpdit_lightning.data.order import LABEL_DROPOUT, generator
 from gpdit_lightning.data.plan import Plan
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.randomness import LABEL_DROPOUT, generator
 
 log = logging.getLogger(__name__)
 

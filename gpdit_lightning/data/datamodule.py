@@ -22,10 +22,10 @@ from gpdit_lightning.data.batches import (
 )
 from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.manifest import Kind, Manifest, Split
-from gpdit_lightning.data.order import TRAIN_NOISE, VALIDATION_NOISE
 from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
 from gpdit_lightning.data.workers import outlive_signals
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.randomness import TRAIN_NOISE, VALIDATION_NOISE
 
 
 @dataclass(frozen=True)

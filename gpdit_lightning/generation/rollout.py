@@ -9,10 +9,10 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from gpdit_lightning.data.order import GENERATION_NOISE, generator
 from gpdit_lightning.diffusion import Guidance, RotationSampler, Sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import NO_LABEL, GPDiT
+from gpdit_lightning.randomness import GENERATION_NOISE, generator
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,8 @@ Shapes: B clips, F latent frames, C channels, H x W latent pixels, N tokens per 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Self
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +21,6 @@ from gpdit_lightning.model.positions import rope_table
 from gpdit_lightning.model.prefix import Prefix
 from gpdit_lightning.model.streams import Streams
 from gpdit_lightning.model.time_conditioning import TimeRotation
-from gpdit_lightning.model.weights import CONFIG, WEIGHTS, Weights, read_folder, write_folder
 
 
 @cache
@@ -40,25 +36,19 @@ def compiled_call() -> Callable[..., Tensor]:
     return torch.compile(call, dynamic=False)
 
 
-class GPDiT(nn.Module, ModelHubMixin):
+class GPDiT(nn.Module):
     """The backbone.
 
     No parameter sits directly on this module: DeepSpeed ZeRO-3 gathers those of submodules in any method, but the
-    root's only in `forward`. `save_pretrained` and `push_to_hub` are the mixin's; what they write is said in
-    `weights.py`. (Its PyTorch flavour would open pickled weights where there are no others.)
+    root's only in `forward`.
 
     Args:
         config: the architecture.
-
-    Attributes:
-        facts: what else is known of the weights (`FACTS` in `weights.py`); `from_pretrained` finds it in the folder and
-            `save_pretrained` puts it there.
     """
 
     def __init__(self, config: GPDiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.facts: dict[str, Any] = {}
         patch_values = config.latent_channels * config.patch_size**2
         self.patch_embedding = nn.Linear(patch_values, config.width)
         self.prefix = Prefix(config) if config.classes or config.text_width else None
@@ -82,50 +72,6 @@ class GPDiT(nn.Module, ModelHubMixin):
                 assert isinstance(block, Block)
                 block.attention_output.weight.mul_((2 * self.config.layers) ** -0.5)
                 block.mlp.down.weight.mul_((2 * self.config.layers) ** -0.5)
-
-    @classmethod
-    def from_weights(cls, weights: Weights) -> Self:
-        """A model in evaluation mode whose parameters are these tensors themselves, not copies.
-
-        Raises:
-            InputError: they are not those of their architecture.
-        """
-        with torch.device("meta"):
-            model = cls(weights.config)
-        weights.load_into(model, assign=True)
-        model.facts = weights.facts
-        return model.eval()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, map_location: str | torch.device = "cpu", **hub: Any
-    ) -> Self:
-        """A model in evaluation mode from a folder that `export` or `save_pretrained` made, or from the hub.
-
-        Args:
-            pretrained_model_name_or_path: the folder, or a hub name like `user/model`.
-            map_location: the device for it.
-            hub: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as huggingface_hub has them.
-
-        Raises:
-            InputError: neither a folder nor to be had from the hub, or files that are not what they ought to be.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            name = str(pretrained_model_name_or_path)
-            try:
-                folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **hub))
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise InputError(
-                    f"{name} is neither a folder here nor a model on the hub that can be had ({reason}): give a folder "
-                    "that `export` made, or a hub name."
-                ) from None
-        return cls.from_weights(read_folder(folder)).to(map_location)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """What the mixin asks for."""
-        write_folder(save_directory, Weights(self.state_dict(), self.config, self.facts, str(save_directory)))
 
     def forward(
         self,

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.shard_writer import ShardSetWriter
+from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import check_place
 from gpdit_lightning.media.images import Size, parse_size, read_image, resize_and_crop
@@ -23,7 +24,6 @@ from gpdit_lightning.media.tasks import READY_PAIRS, TASKS, Task, pair_of
 from gpdit_lightning.preparation.options import PrepareOptions
 from gpdit_lightning.preparation.options import check_options as check_shared_options
 from gpdit_lightning.preparation.pairs import Pair, folders_in, hold_out, pairs_of_one, pairs_of_two
-from gpdit_lightning.preparation.prepare import available_device
 
 PLACES = ("sources", "targets", "pairs_in")
 SPEED_OPTIONS = ("out", "device")

@@ -7,26 +7,21 @@ killed, and run it again.
 
 import errno
 import json
-import math
-import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
-from gpdit_lightning.codecs import Codec, load_codec
+from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.manifest import FILE_NAME, SKIPPED_NAME, Manifest, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.preparation import shots
-from gpdit_lightning.preparation.encode import Progress, encode_part
-from gpdit_lightning.preparation.options import LANES, PrepareOptions, check_options
+from gpdit_lightning.preparation.options import PrepareOptions, check_options
+from gpdit_lightning.preparation.parts import checked_codec, encode_parts
 from gpdit_lightning.preparation.records import Records
 from gpdit_lightning.preparation.sources import Found, Source, find_sources
 
@@ -126,16 +121,6 @@ def described(options: PrepareOptions) -> dict[str, Any]:
     return values | resolved | {name: list(values[name]) for name in ("video_sizes", "image_sizes")}
 
 
-def checked_codec(options: PrepareOptions) -> Codec:
-    """The codec, on this process's device; raises `InputError` where clips or sizes do not fit it."""
-    codec = load_codec(options.codec, options.codec_source, available_device(options.device))
-    for frames in (options.clip_frames, options.shortest_clip):
-        codec.latent_frames(frames)
-    for text in (*options.video_sizes, *options.image_sizes):
-        codec.check_frame_size(*parse_size(text))
-    return codec
-
-
 def new_sources(options: PrepareOptions, records: Records, found: Found) -> list[Source]:
     """The sources that no part has, and those that gave nothing and shall be tried again.
 
@@ -177,40 +162,6 @@ def plan_parts(options: PrepareOptions, records: Records, found: Found) -> None:
     )
     for number, sources in groupby(sorted(new_sources(options, records, found), key=sort), key=sort):
         records.add(list(sources), sizes[number])
-
-
-def encode_parts(options: PrepareOptions, records: Records, sources: Iterable[Source], codec: Codec) -> None:
-    """Encode the parts that this rank should, then those that no other process holds."""
-    rank, ranks, local_rank = rank_of_process()
-    parts = records.unfinished()
-    if rank == 0 and len(parts) < ranks:
-        print(f"{len(parts)} parts for {ranks} processes: with a lower --part_size more of them would have work.")
-    by_name = {source.name: source for source in sources}
-    total = sum(len(records.of_part(part)) for part in parts)
-    progress = Progress(math.ceil(total / ranks), hidden=local_rank > 0)
-    own = [part for part in parts if part % ranks == rank]
-    for part in [*own, *(part for part in parts if part not in own)]:
-        encode_held(part, options, records, by_name, codec, progress, own=part in own)
-    progress.close()
-
-
-def encode_held(
-    part: int,
-    options: PrepareOptions,
-    records: Records,
-    by_name: Mapping[str, Source],
-    codec: Codec,
-    progress: Progress,
-    own: bool = True,
-) -> None:
-    """Encode a part, unless another process holds it or it is finished.
-
-    Where there are no locks to tell who holds what, each process keeps to its own.
-    """
-    with records.held(part) as hold:
-        if hold.free and (hold.certain or own) and not records.finished(part):
-            sources = [source.at(by_name.get(source.name)) for source in records.of_part(part)]
-            records.finish(part, encode_part(part, sources, options, codec, workers_of(options), progress))
 
 
 def merge(options: PrepareOptions, records: Records, found: Found, codec: Codec) -> Manifest:
@@ -261,25 +212,6 @@ def left_out_for_good(records: Records) -> Iterator[dict[str, str]]:
                 yield entry
 
 
-def rank_of_process() -> tuple[int, int, int]:
-    """Rank, number of ranks and rank on this machine, as torchrun or SLURM's srun set them."""
-    for rank, ranks, local_rank in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ):
-        if rank in os.environ and ranks in os.environ:
-            return int(os.environ[rank]), int(os.environ[ranks]), int(os.environ.get(local_rank, 0))
-    return 0, 1, 0
-
-
-def workers_of(options: PrepareOptions) -> int:
-    """Decoding processes: as asked for, rounded down to what divides the lanes."""
-    wanted = options.workers
-    if wanted is None:
-        wanted = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
-    return max((count for count in range(1, min(wanted, LANES) + 1) if LANES % count == 0), default=0)
-
-
 def summary(manifest: Manifest) -> str:
     """A table of what a manifest holds, by bucket, and what was left out."""
     totals: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
@@ -301,21 +233,3 @@ def summary(manifest: Manifest) -> str:
             with report.open(encoding="utf-8") as file:
                 lines += [f"  {entry['source']}: {entry['reason']}" for entry in map(json.loads, islice(file, 10))]
     return "\n".join(lines)
-
-
-def available_device(name: str) -> torch.device:
-    """The device that a name means here (`auto`: this rank's GPU where there is one).
-
-    Raises:
-        InputError: it is not there.
-    """
-    if name == "auto" and torch.cuda.is_available():
-        return torch.device("cuda", rank_of_process()[2] % torch.cuda.device_count())
-    if name == "auto":
-        return torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"The device {name!r} cannot be used ({str(error).splitlines()[0]}): try cpu or cuda."
-        ) from None

@@ -9,7 +9,7 @@ from typing import Any
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation.encode import Progress
 from gpdit_lightning.preparation.options import PrepareOptions
-from gpdit_lightning.preparation.prepare import checked_codec, encode_held, workers_of
+from gpdit_lightning.preparation.parts import checked_codec, encode_held, workers_of
 from gpdit_lightning.preparation.records import Records
 from gpdit_lightning.preparation.sources import Source
 

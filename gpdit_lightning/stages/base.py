@@ -9,13 +9,7 @@ import torch
 from lightning import LightningModule
 from torch.optim import Optimizer
 
-from gpdit_lightning.data.batches import LatentBatch
-from gpdit_lightning.data.datamodule import LatentDataModule
-from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, velocity_loss
-from gpdit_lightning.errors import InputError
-from gpdit_lightning.model import GPDiT, GPDiTConfig
-from gpdit_lightning.model.weights import is_folder_of_weights
-from gpdit_lightning.training.checkpoints import (
+from gpdit_lightning.checkpoints.reading import (
     check_architecture,
     check_classes,
     check_codec,
@@ -23,6 +17,12 @@ from gpdit_lightning.training.checkpoints import (
     open_weights,
     whole_checkpoint,
 )
+from gpdit_lightning.checkpoints.weights import is_folder_of_weights
+from gpdit_lightning.data.batches import LatentBatch
+from gpdit_lightning.data.datamodule import LatentDataModule
+from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, velocity_loss
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer, follow_recipe
 
 log = logging.getLogger(__name__)

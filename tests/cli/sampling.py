@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gpdit_lightning import GPDiT
+from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import main
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.diffusion import RotationSampler
@@ -19,7 +20,6 @@ from gpdit_lightning.generation import GenerationConfig, products_in, stream_vid
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.preparation import PrepareOptions, prepare
-from gpdit_lightning.training.checkpoints import load_trained_model
 
 CODEC = load_codec("pca")
 LABELS = ("jump", "run")

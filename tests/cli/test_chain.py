@@ -15,10 +15,10 @@ import pytest
 import torch
 import yaml
 
+from gpdit_lightning.checkpoints.files import LAST, last_checkpoint
+from gpdit_lightning.checkpoints.reading import identity_of, read_checkpoint
 from gpdit_lightning.cli import main
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.training.checkpoint_files import LAST
-from gpdit_lightning.training.checkpoints import identity_of, last_checkpoint, read_checkpoint
 
 BACKBONE = {"size": "tiny", "layers": 1, "width": 24, "heads": 2, "mlp_width": 48, "latent_channels": 4}
 STEPS = 4

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli.estimate import GIB, read, strategy_of
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.training.needs import Shape, Source, nearest_that_fits, overrides
+from gpdit_lightning.estimation.requirements import Shape, Source, nearest_that_fits, overrides
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 STAGE2 = f"--config={RECIPES / 'stage2_mixed.yaml'}"
@@ -98,10 +98,15 @@ def test_h_is_estimated_without_being_built(capsys: pytest.CaptureFixture[str]) 
         ("deepspeed_stage_3", "zero3"),
         ("deepspeed_stage_3_offload", "zero3_offload"),
         ("fsdp2", "fsdp2"),
-        (Namespace(class_path="gpdit_lightning.training.fsdp.FSDP2", init_args=Namespace()), "fsdp2"),
+        (Namespace(class_path="gpdit_lightning.training.strategies.fsdp.FSDP2", init_args=Namespace()), "fsdp2"),
         (Namespace(class_path="lightning.pytorch.strategies.DDPStrategy", init_args=Namespace()), "auto"),
-        (Namespace(class_path="gpdit_lightning.training.zero.ZeRO", init_args=Namespace(stage=3, offload=True)),
-         "zero3_offload"),
+        (
+            Namespace(
+                class_path="gpdit_lightning.training.strategies.zero.ZeRO",
+                init_args=Namespace(stage=3, offload=True),
+            ),
+            "zero3_offload",
+        ),
     ],
 )  # fmt: skip
 def test_names_of_strategies(given: Any, meant: str) -> None:

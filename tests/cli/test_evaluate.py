@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from gpdit_lightning import GPDiT
+from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import evaluate as verb
 from gpdit_lightning.cli import main
 from gpdit_lightning.diffusion import Guidance, RotationSampler
@@ -23,7 +24,6 @@ from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.generation import GenerationConfig, continue_video
 from gpdit_lightning.media.video import read_video, write_video
-from gpdit_lightning.training.checkpoints import load_trained_model
 from tests.cli.sampling import CODEC, stripes
 from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
 

@@ -14,13 +14,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.checkpoints.reading import load_trained_model, open_weights, read_checkpoint
 from gpdit_lightning.cli import main
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
 from gpdit_lightning.stages import GPDiTStage
-from gpdit_lightning.training.checkpoints import RunCheckpoint, load_trained_model, open_weights, read_checkpoint
-from gpdit_lightning.training.ema import EMA
+from gpdit_lightning.training.callbacks.ema import EMA
+from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig
 from tests.data.labelled import write_labelled
 
@@ -176,7 +177,7 @@ def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: 
     def break_off(*_: Any) -> None:
         raise OSError(28, "No space left on device", "model.safetensors")
 
-    monkeypatch.setattr("gpdit_lightning.model.weights.save_file", break_off)
+    monkeypatch.setattr("gpdit_lightning.checkpoints.weights.save_file", break_off)
     assert export(run, tmp_path / "model") == 2
     assert not list(tmp_path.iterdir())
 

@@ -12,14 +12,14 @@ import torch
 import yaml
 
 from gpdit_lightning import GPDiT
+from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import features as verb
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.video_features import FeatureRecord, VideoFeatures
 from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.media.video import write_video
-from gpdit_lightning.training.checkpoints import load_trained_model
+from gpdit_lightning.probing.features import FeatureRecord, VideoFeatures
 from tests.cli.sampling import stripes
 
 CODEC = load_codec("pca")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from gpdit_lightning.checkpoints.reading import identity_of
 from gpdit_lightning.cli import probe
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Protocol, Report, Score
 from gpdit_lightning.media.video import write_video
-from gpdit_lightning.training.checkpoints import identity_of
 
 GROUPS = (7, 1, 8, 2, 9)  # split 1 holds out 1, 2 and 7
 

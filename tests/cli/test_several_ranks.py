@@ -15,8 +15,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpdit_lightning.training.checkpoint_files import remove
-from gpdit_lightning.training.checkpoints import read_checkpoint
+from gpdit_lightning.checkpoints.files import remove
+from gpdit_lightning.checkpoints.reading import read_checkpoint
 
 STEPS = 6
 RECORDER = '''

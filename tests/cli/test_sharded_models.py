@@ -10,16 +10,16 @@ import torch
 import yaml
 
 from gpdit_lightning import GPDiT
+from gpdit_lightning.checkpoints.files import checkpoint_path
+from gpdit_lightning.checkpoints.io import AVERAGE
+from gpdit_lightning.checkpoints.reading import identity_of, read_checkpoint
 from gpdit_lightning.cli import main
 from gpdit_lightning.media.video import write_video
-from gpdit_lightning.training.checkpoint_files import checkpoint_path
-from gpdit_lightning.training.checkpoint_io import AVERAGE
-from gpdit_lightning.training.checkpoints import identity_of, read_checkpoint
 from tests.cli.test_chain import damage_last_of
 from tests.cli.test_export import assert_same, export, tensors_of
 from tests.cli.test_resume import STEPS, curves, recipe
 from tests.cli.test_sharded_runs import command, needs_deepspeed
-from tests.training.test_previews import make_shards, moving
+from tests.training.callbacks.test_previews import make_shards, moving
 
 pytestmark = pytest.mark.slow
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
+from gpdit_lightning.checkpoints.files import LAST
+from gpdit_lightning.checkpoints.reading import identity_of, read_checkpoint
 from gpdit_lightning.cli import fit, main
-from gpdit_lightning.training.checkpoint_files import LAST
-from gpdit_lightning.training.checkpoints import identity_of, read_checkpoint
-from gpdit_lightning.training.stopping import leave_process_group
-from gpdit_lightning.training.zero import ZeRO
+from gpdit_lightning.training.callbacks.stopping import leave_process_group
+from gpdit_lightning.training.strategies.zero import ZeRO
 from tests.cli.test_resume import assert_same, recipe
 from tests.cli.test_several_ranks import curves, finish, gone_back, one_rank, recorder, seen, train, weights
 
@@ -24,7 +24,7 @@ __all__ = ["one_rank", "recorder"]  # fixtures
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 WITH_ZERO2, WITH_ZERO3 = (pytest.param(name, marks=needs_deepspeed) for name in ("zero2", "zero3"))
-CLASS_OF_ZERO = "gpdit_lightning.training.zero.ZeRO"
+CLASS_OF_ZERO = "gpdit_lightning.training.strategies.zero.ZeRO"
 HALF_OF_CUDA = {  # on a CPU Lightning makes bf16-mixed of 16-mixed
     "class_path": "lightning.pytorch.plugins.MixedPrecision", "init_args": {"precision": "16-mixed", "device": "cuda"}
 }  # fmt: skip

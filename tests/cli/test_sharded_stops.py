@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gpdit_lightning.checkpoints.files import checkpoint_path, last_checkpoint
+from gpdit_lightning.checkpoints.io import AVERAGE, TRAINING
 from gpdit_lightning.cli import main
-from gpdit_lightning.training.checkpoint_files import checkpoint_path, last_checkpoint
-from gpdit_lightning.training.checkpoint_io import AVERAGE, TRAINING
 from tests.cli.test_chain import damage_last_of
 from tests.cli.test_resume import STEPS, recipe
 from tests.cli.test_sharded_runs import WITH_ZERO2, WITH_ZERO3

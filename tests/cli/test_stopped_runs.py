@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from gpdit_lightning.checkpoints.files import last_checkpoint
+from gpdit_lightning.checkpoints.reading import read_checkpoint
 from gpdit_lightning.cli import main
-from gpdit_lightning.training.checkpoints import last_checkpoint, read_checkpoint
 from tests.cli.test_resume import assert_same, curves, fit, recipe
 
 # Callbacks for `trainer.callbacks`, in a module that the processes find on PYTHONPATH.

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from gpdit_lightning import GPDiT
+from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli import transform as verb
 from gpdit_lightning.codecs import load_codec
@@ -22,7 +23,6 @@ from gpdit_lightning.generation import GenerationConfig
 from gpdit_lightning.generation.transform import transform
 from gpdit_lightning.media.images import read_image, resize_and_crop
 from gpdit_lightning.media.tasks import grey
-from gpdit_lightning.training.checkpoints import load_trained_model
 
 CODEC = load_codec("pca")
 WIDE, TALL = (32, 48), (48, 32)  # the sizes of training

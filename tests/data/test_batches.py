@@ -15,10 +15,10 @@ from gpdit_lightning.data import batches as batches_module
 from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NumbersFrom, noisy_frames
 from gpdit_lightning.data.cache import ShardCache
 from gpdit_lightning.data.manifest import Manifest, ShardEntry
-from gpdit_lightning.data.order import TRAIN_NOISE, VALIDATION_NOISE
 from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.randomness import TRAIN_NOISE, VALIDATION_NOISE
 from tests.data.damage import damage
 
 Shards = Callable[..., Manifest]

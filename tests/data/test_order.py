@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from gpdit_lightning.data import order as order_module
-from gpdit_lightning.data.order import BucketOrder, SourceOrder, generator
+from gpdit_lightning.data.order import BucketOrder, SourceOrder
+from gpdit_lightning.randomness import generator
 
 SHARDS = [(7,), (1, 1, 1), (5, 3, 8, 2, 6, 4), (3,) * 40, (50, 1, 1, 20)]
 COUNTS = [(7,), (5, 3), (1,), (1, 1, 1), (10, 4, 9), (2, 5, 3), (64,), (37, 64, 1)]

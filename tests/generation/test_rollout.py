@@ -3,16 +3,16 @@
 from itertools import pairwise
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from torch import Tensor
-from toys import assert_near, toy_model
 
 from gpdit_lightning import GPDiT, InputError
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule, RotationSampler, StochasticSampler
 from gpdit_lightning.generation import GenerationConfig, rollout
 from gpdit_lightning.generation.rollout import frame_noise
+from tests.model import oracle
+from tests.model.toys import assert_near, toy_model
 
 SCHEDULE = NoiseSchedule(shift=2.0)
 SAMPLER = RotationSampler(steps=3, schedule=SCHEDULE)

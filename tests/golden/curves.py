@@ -4,9 +4,9 @@
     python -m tests.golden.curves --exact         the same, bit for bit: on the machine that recorded it
     python -m tests.golden.curves --record        write it anew, after an intended change; say why in the commit
 
-Latents are random, so that no codec and no video file has a part in it; float32 on one thread of a CPU. A curve holds the
-loss and the gradient norm of each optimizer step, the validation loss, and a sha256 of the weights at the end, which
-only `--exact` compares.
+Latents are random, so that no codec and no video file has a part in it; float32 on one thread of a CPU. A curve holds
+the loss and the gradient norm of each optimizer step, the validation loss, and a sha256 of the weights at the end,
+which only `--exact` compares.
 """
 
 import argparse

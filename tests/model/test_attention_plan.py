@@ -2,14 +2,14 @@
 
 from collections import Counter
 
-import oracle
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from toys import toy_batch, toy_config, toy_model
 
 from gpdit_lightning.model.attention import Segment, attention_plan
+from tests.model import oracle
+from tests.model.toys import toy_batch, toy_config, toy_model
 
 VARIANTS = ("of2", "of")
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from toys import toy_batch, toy_model
+
+from tests.model.toys import toy_batch, toy_model
 
 VARIANTS = ("of2", "of")
 FRAMES = 4

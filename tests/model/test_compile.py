@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
-from toys import assert_near, toy_batch, toy_config, toy_model
 
 from gpdit_lightning import GPDiT
 from gpdit_lightning.diffusion import Guidance, RotationSampler
 from gpdit_lightning.generation import GenerationConfig, rollout
 from gpdit_lightning.model import gpdit
+from tests.model.toys import assert_near, toy_batch, toy_config, toy_model
 
 IMAGES, VIDEOS = toy_batch(2, 0, frames=1), toy_batch(5, 2, frames=2)
 PASSES = [(IMAGES, 1), (VIDEOS, 2), (IMAGES, 1), (VIDEOS, 2)]

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import assert_near, toy_batch, toy_config, toy_model
 
 from gpdit_lightning import GPDiT, GPDiTConfig, InputError
 from gpdit_lightning.model.patches import patchify, unpatchify
 from gpdit_lightning.model.positions import Rope, axis_angles, rope_base
 from gpdit_lightning.model.time_conditioning import rotate_pairs
+from tests.model.toys import assert_near, toy_batch, toy_config, toy_model
 
 
 def parameter_count(layers: int, width: int, mlp_width: int, head_width: int, patch_values: int) -> int:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
-from toys import assert_near, toy_batch, toy_model
 
 from gpdit_lightning import GPDiT, InputError
 from gpdit_lightning.model import KVCache
 from gpdit_lightning.model.positions import shifted
+from tests.model.toys import assert_near, toy_batch, toy_model
 
 VARIANTS = ("of2", "of")
 FRAMES = 5

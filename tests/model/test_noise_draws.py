@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
-from toys import assert_near, toy_batch, toy_model
 
 from gpdit_lightning import GPDiT
+from tests.model.toys import assert_near, toy_batch, toy_model
 
 
 def rows_of_draw(draw: int, draws: int, clips: int, context_clips: int) -> list[int]:

@@ -2,14 +2,14 @@
 
 from typing import get_args
 
-import oracle
 import pytest
 import torch
 from torch import Tensor
-from toys import assert_near, toy_batch, toy_config, toy_model
 
 from gpdit_lightning import GPDiT
 from gpdit_lightning.model.config import TimeSite
+from tests.model import oracle
+from tests.model.toys import assert_near, toy_batch, toy_config, toy_model
 
 VARIANTS = ("of2", "of")
 

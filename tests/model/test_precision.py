@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import toy_batch, toy_model
 
 from gpdit_lightning import GPDiT
+from tests.model.toys import toy_batch, toy_model
 
 PRODUCTS = {"mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu"}
 POINTWISE = {"gelu"}  # between two products; computed in float32 inside, rounded as the second one's input

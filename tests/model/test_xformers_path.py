@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from torch import Tensor
-from toys import assert_near, toy_batch, toy_config, toy_model
 
 from gpdit_lightning import GPDiT, InputError
 from gpdit_lightning.model.attention import backends
+from tests.model import oracle
+from tests.model.toys import assert_near, toy_batch, toy_config, toy_model
 
 Call = tuple[tuple[int, ...], tuple[int, ...]]  # shapes of the query and of the keys
 

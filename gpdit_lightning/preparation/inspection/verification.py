@@ -1,7 +1,6 @@
 """Whether the shards are, byte by byte and sample by sample, what was prepared."""
 
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from gpdit_lightning.data.manifest import FILE_NAME, PREPARE_AGAIN, SKIPPED_NAME, Manifest, ShardEntry
 from gpdit_lightning.data.shards import ShardReader, index_of
+from gpdit_lightning.devices import available_cores
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
 from gpdit_lightning.preparation.encode import SHARD_NAME
@@ -43,7 +43,7 @@ def verify(manifest: Manifest, workers: int | None = None) -> Iterator[str]:
         raise InputError(f"--workers is {workers}: give at least 1.")
     assert isinstance(manifest.directory, Path)
     total = sum(entry.bytes for entry in manifest.shards)
-    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with ProcessPoolExecutor(workers or available_cores()) as pool:
         found = pool.map(partial(faults_of, manifest.directory), manifest.shards)
         with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=None) as bar:
             for entry, faults in zip(manifest.shards, found, strict=True):

@@ -1,0 +1,74 @@
+"""A GPDiT that is shared as a folder or through the Hugging Face hub."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+
+from gpdit_lightning.checkpoints.weights import CONFIG, WEIGHTS, Weights, read_folder, write_folder
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.model import GPDiT, GPDiTConfig
+
+
+class HubGPDiT(GPDiT, ModelHubMixin):
+    """The backbone with `from_pretrained`, `save_pretrained` and `push_to_hub`; `gpdit_lightning.GPDiT` is this class.
+
+    The last two are the mixin's; weights.py documents the files they write. `PyTorchModelHubMixin` is not used: it
+    opens pickled weights where it finds no others.
+
+    Args:
+        config: the architecture.
+
+    Attributes:
+        facts: what else is known of the weights (`FACTS` in weights.py). `from_pretrained` reads them from the folder,
+            `save_pretrained` writes them there.
+    """
+
+    def __init__(self, config: GPDiTConfig) -> None:
+        super().__init__(config)
+        self.facts: dict[str, Any] = {}
+
+    @classmethod
+    def from_weights(cls, weights: Weights) -> Self:
+        """A model in evaluation mode whose parameters are these tensors themselves, not copies.
+
+        Raises:
+            InputError: they are not those of their architecture.
+        """
+        with torch.device("meta"):
+            model = cls(weights.config)
+        weights.load_into(model, assign=True)
+        model.facts = weights.facts
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, map_location: str | torch.device = "cpu", **hub: Any
+    ) -> Self:
+        """A model in evaluation mode from a folder that `export` or `save_pretrained` made, or from the hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or a hub name like `user/model`.
+            map_location: the device for it.
+            hub: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as huggingface_hub has them.
+
+        Raises:
+            InputError: neither a folder nor to be had from the hub, or files that are not what they ought to be.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            name = str(pretrained_model_name_or_path)
+            try:
+                folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **hub))
+            except (OSError, ValueError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise InputError(
+                    f"{name} is neither a folder here nor a model on the hub that can be had ({reason}): give a folder "
+                    "that `export` made, or a hub name."
+                ) from None
+        return cls.from_weights(read_folder(folder)).to(map_location)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """What the mixin asks for."""
+        write_folder(save_directory, Weights(self.state_dict(), self.config, self.facts, str(save_directory)))

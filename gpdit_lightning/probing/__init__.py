@@ -1,0 +1,1 @@
+"""What the features of a trained model hold: linear probes, features for other models."""

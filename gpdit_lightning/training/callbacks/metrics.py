@@ -1,0 +1,188 @@
+"""The scalars of a run: losses by source and noise level, gradient, learning rate, average, health, throughput."""
+
+import math
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gpdit_lightning.data.batches import TimedLoader
+from gpdit_lightning.diffusion import QuartileLoss
+from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.training.callbacks.ema import EMA
+from gpdit_lightning.training.callbacks.health import Health
+from gpdit_lightning.training.callbacks.throughput import Throughput
+
+SUM, COUNT = 0, 1
+
+
+class LossTable:
+    """Running sums of the loss by source and quartile of the noise level.
+
+    Sums and counts add up exactly over micro-batches, ranks and an interruption; means are taken last.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Tensor] = {}  # source -> (2, 4) sums and counts by quartile
+        self.weights: dict[str, float] = {}  # source -> sum of its micro-batches' weights in the objective
+
+    def add(self, source: str, weight: float, quartiles: QuartileLoss) -> None:
+        """Add one micro-batch."""
+        row = torch.stack(quartiles).double()
+        self.rows[source] = self.rows[source] + row if source in self.rows else row
+        self.weights[source] = self.weights.get(source, 0.0) + weight
+
+    def means(self, trainer: Trainer) -> dict[str, float]:
+        """`loss`, `loss_q1` to `loss_q4` and, with several sources, `loss_SOURCE`; over all ranks, then forgotten.
+
+        `loss` weighs the sources as the objective does; the quartiles pool all frames.
+        """
+        names = sorted(self.rows)
+        if not names:
+            return {}
+        table = torch.stack([self.rows[name] for name in names])
+        table = trainer.strategy.reduce(table, reduce_op="sum").cpu()
+        total = sum(self.weights.values())
+        per_source = {name: float(row[SUM].sum() / row[COUNT].sum()) for name, row in zip(names, table, strict=True)}
+        means = {"loss": sum(self.weights[name] / total * mean for name, mean in per_source.items())}
+        pooled = table.sum(dim=0)
+        for quartile in range(4):
+            if pooled[COUNT, quartile] > 0:
+                means[f"loss_q{quartile + 1}"] = float(pooled[SUM, quartile] / pooled[COUNT, quartile])
+        if len(names) > 1:
+            means |= {f"loss_{name}": mean for name, mean in per_source.items()}
+        self.rows, self.weights = {}, {}
+        return means
+
+
+class Curves(Callback):
+    """Logs means since the last log, every few optimizer steps, against the optimizer step.
+
+    Tags:
+
+    - `train/loss`, `train/loss_q1..q4`, `train/loss_SOURCE`, without steps that were left out; `val/loss...` likewise;
+    - `train/grad_norm`: without steps that were left out; `train/lr`: of the last step;
+    - `train/ema_distance`: norm of weights less average, relative to the norm of the weights;
+    - `health/skipped_steps`, `health/spikes`, `data/damaged_samples`: of the run so far;
+    - `perf/steps_per_s`, `perf/clips_per_s`, `perf/tokens_per_s`: over all ranks; noisy tokens, those supervised;
+    - `perf/tflops_per_s`: of the model, on each device, recomputation not counted; `perf/mfu`: that relative to the
+      device's peak in bf16, where it is known;
+    - `perf/data_wait`: fraction of the time that went by waiting for the loader, on the rank where it is largest;
+    - `perf/peak_memory_gib`: since the start, on the rank where it is largest.
+
+    Args:
+        health: measures the gradient; it must stand before this.
+        ema: the average; it must stand before this.
+        config: of the backbone, to count tokens and FLOPs.
+        every_steps: optimizer steps between logs.
+    """
+
+    def __init__(self, health: Health, ema: EMA, config: GPDiTConfig, every_steps: int) -> None:
+        self.health, self.ema, self.every_steps = health, ema, every_steps
+        self.train, self.validation = LossTable(), LossTable()
+        self.throughput = Throughput(config)
+        self.learning_rate = 0.0
+        self.norms = 0.0, 0  # their sum, and of how many steps
+        self._step_losses: list[tuple[str, float, QuartileLoss]] = []
+        self._last_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the step that a resumed run stands at; the peak of memory is this run's."""
+        self._last_step = trainer.global_step
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note the rate that the step is taken with, before the schedule moves on."""
+        self.learning_rate = optimizer.param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add a micro-batch; log when an optimizer step ends a window."""
+        step = trainer.global_step
+        ends_step, self._last_step = step != self._last_step, step
+        ends_window = ends_step and step % self.every_steps == 0
+        self._step_losses.append((batch.source, batch.weight, outputs["quartiles"]))
+        if ends_step:
+            if not self.health.skipped:
+                if math.isfinite(norm := self.health.gradient_norm):  # else fp16's scaler leaves the step out
+                    self.norms = self.norms[0] + norm, self.norms[1] + 1
+                for losses in self._step_losses:
+                    self.train.add(*losses)
+            self._step_losses = []
+        # The means are read from the device, so that its work is done when the clock is read.
+        means = self.train.means(trainer) if ends_window else {}
+        loader = trainer.train_dataloader
+        assert isinstance(loader, TimedLoader)
+        self.throughput.add(batch, loader, ends_step)
+        if not ends_window:
+            return
+        scalars = {f"train/{name}": mean for name, mean in means.items()}
+        total, steps = self.norms
+        self.norms = 0.0, 0
+        scalars |= {"train/grad_norm": total / steps} if steps else {}
+        scalars |= {
+            "train/lr": self.learning_rate,
+            "train/ema_distance": self.ema.distance(pl_module),
+            "health/skipped_steps": self.health.skipped_steps,
+            "health/spikes": self.health.spikes,
+            "data/damaged_samples": len(self.health.damaged),
+        }
+        scalars |= {f"perf/{name}": figure for name, figure in self.throughput.figures(trainer).items()}
+        _write(trainer, pl_module, scalars, "train/loss")
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add a validation batch."""
+        self.validation.add(batch.source, batch.weight, outputs["quartiles"])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the validation means; the sanity check before training is not logged."""
+        scalars = {f"val/{name}": mean for name, mean in self.validation.means(trainer).items()}
+        if scalars and not trainer.sanity_checking:
+            _write(trainer, pl_module, scalars, "val/loss")
+
+    def on_test_batch_end(self, *arguments: Any, **options: Any) -> None:
+        """As in validation."""
+        self.on_validation_batch_end(*arguments, **options)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the test means."""
+        scalars = {f"test/{name}": mean for name, mean in self.validation.means(trainer).items()}
+        if scalars:
+            _write(trainer, pl_module, scalars, "test/loss")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the window under way, over all ranks: an interrupted curve goes on as if nothing had happened."""
+        # A clone, since a reduction works in place.
+        reduce = trainer.strategy.reduce
+        rows = {name: reduce(row.clone(), reduce_op="sum").cpu() for name, row in self.train.rows.items()}
+        checkpoint["curves"] = {"rows": rows, "weights": dict(self.train.weights), "norms": self.norms}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the window back: its sums to the first rank, so that they count once."""
+        window = checkpoint["curves"]
+        kept = 1.0 if trainer.is_global_zero else 0.0
+        device = trainer.strategy.root_device
+        self.train.rows = {name: (row * kept).to(device) for name, row in window["rows"].items()}
+        self.train.weights = dict(window["weights"])
+        self.norms = window.get("norms", self.norms)  # checkpoints of version 0.1.0's first days have none
+
+
+def _write(trainer: Trainer, module: LightningModule, scalars: dict[str, float], in_progress_bar: str) -> None:
+    """Log against the optimizer step; Lightning's own step counts differ when gradients accumulate."""
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, step=trainer.global_step)
+    for name, value in scalars.items():
+        module.log(name, value, prog_bar=name == in_progress_bar, logger=False, rank_zero_only=True)

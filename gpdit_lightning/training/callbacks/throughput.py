@@ -1,0 +1,70 @@
+"""How fast a run goes, against the time that training alone takes."""
+
+import resource
+import sys
+import time
+
+import torch
+from lightning import Trainer
+
+from gpdit_lightning.data.batches import LatentBatch, TimedLoader
+from gpdit_lightning.estimation.flops import PassShape, peak_bf16_flops, training_flops
+from gpdit_lightning.model import GPDiTConfig
+
+
+class Throughput:
+    """Work and time of the optimizer steps since the last figures.
+
+    A micro-batch takes from the moment it is asked of the loader to the end of its step, so that what happens between
+    two of them (validation, checkpoints, pictures) does not count.
+
+    Args:
+        config: of the backbone, to count tokens and FLOPs.
+    """
+
+    def __init__(self, config: GPDiTConfig) -> None:
+        self.config = config
+        self._begin()
+
+    def _begin(self) -> None:
+        self.steps = self.clips = self.tokens = self.flops = 0  # of this rank; the plan gives every rank the same
+        self.seconds = self.waited = 0.0
+
+    def add(self, batch: LatentBatch, loader: TimedLoader, ends_step: bool) -> None:
+        """Add a micro-batch that ends now."""
+        clips, frames, _, height, width = batch.latents.shape
+        self.steps += ends_step
+        self.clips += clips
+        self.tokens += batch.t.numel() * height * width // self.config.patch_size**2
+        shape = PassShape(clips, batch.context, frames, height, width, batch.draws, batch.frames)
+        self.flops += sum(training_flops(self.config, shape).values())
+        self.seconds += time.perf_counter() - loader.asked
+        self.waited += loader.waited
+
+    def figures(self, trainer: Trainer) -> dict[str, float]:
+        """Figures, named as in `Curves` (metrics.py); the count begins anew."""
+        device = trainer.strategy.root_device
+        own = torch.tensor([self.waited / self.seconds, peak_memory_gib(device)], device=device)
+        data_wait, peak_memory = trainer.strategy.reduce(own, reduce_op="max").tolist()
+        flops_per_s = self.flops / self.seconds
+        figures = {
+            "steps_per_s": self.steps / self.seconds,
+            "clips_per_s": self.clips * trainer.world_size / self.seconds,
+            "tokens_per_s": self.tokens * trainer.world_size / self.seconds,
+            "tflops_per_s": flops_per_s / 1e12,
+            "data_wait": data_wait,
+            "peak_memory_gib": peak_memory,
+        }
+        peak = peak_bf16_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+        if peak is not None:
+            figures["mfu"] = flops_per_s / peak
+        self._begin()
+        return figures
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that tensors have taken on a GPU; elsewhere, that the process has taken at all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

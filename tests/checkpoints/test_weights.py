@@ -1,0 +1,326 @@
+"""A model as a folder: what the mixin writes, and what is never opened."""
+
+import copy
+import json
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.checkpoints.weights import FACTS, Weights
+from gpdit_lightning.errors import InputError
+
+Randomise = Callable[[GPDiT], GPDiT]
+
+KNOWN: dict[str, Any] = {
+    "weights": "ema",
+    "step": 1200,
+    "stage": "MixedStage",
+    "origin": {"path": "runs/before", "step": 7},
+    "schedule": {"name": "cosine", "shift": 2.0},
+    "codec": {
+        "name": "pca",
+        "source": None,
+        "latent_channels": 4,
+        "spatial_factor": 8,
+        "temporal_factor": 4,
+        "mean": [0.5, -0.25, 2, 0.0],
+        "std": [2.0, 0.5, 4.0, 1.0],
+        "fingerprint": "0123456789abcdef",
+    },
+    "geometry": {"stride": 3, "sizes": [[64, 64]], "frames": 3},
+    "classes": ["run", "jump"],
+    "data": {"data.seed": 0, "data.labels": ["run", "jump"], "data.videos.manifests": ["0123456789abcdef"]},
+    "lightning_version": "2.6.6",
+}
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+@pytest.fixture
+def model(tiny_config: GPDiTConfig, randomise: Randomise) -> GPDiT:
+    return randomise(GPDiT(tiny_config.replaced(classes=2))).eval()
+
+
+@pytest.fixture
+def folder(model: GPDiT, tmp_path: Path) -> Path:
+    """What is known of a trained model, and its weights."""
+    model.facts = KNOWN
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def velocity(model: GPDiT) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    noisy, clean = torch.randn(2, 2, 3, 4, 8, 8, generator=generator)
+    with torch.no_grad():
+        return model(noisy, torch.linspace(0, math.pi / 2, 6).view(2, 3), clean)
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    change(content)
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def test_a_model_comes_back_as_it_was(model: GPDiT, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    again = GPDiT.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert again.facts == {}
+    assert not again.training
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    for (name, value), (same_name, saved) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert name == same_name
+        assert torch.equal(value, saved)
+    assert torch.equal(velocity(again), velocity(model))
+    assert "Nothing is known of their training" in (tmp_path / "README.md").read_text()
+
+
+def test_what_is_known_of_the_weights_travels_with_them(folder: Path, tmp_path: Path) -> None:
+    again = GPDiT.from_pretrained(str(folder))
+    assert again.facts == KNOWN
+    again.save_pretrained(tmp_path / "again")
+    for name in ("config.json", "README.md", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_model_may_be_saved_over_the_file_that_it_is_mapped_from(folder: Path) -> None:
+    model = GPDiT.from_pretrained(folder)
+    before = velocity(model)
+    with torch.no_grad():
+        model.output.bias.add_(1)
+    assert torch.equal(velocity(GPDiT.from_pretrained(folder)), before)  # the file stays as it was
+    model.save_pretrained(folder)
+    assert not torch.equal(velocity(model), before)
+    assert torch.equal(velocity(GPDiT.from_pretrained(folder)), velocity(model))
+
+
+def test_the_config_is_plain_json(folder: Path, model: GPDiT) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    head = {name: content.pop(name) for name in ("format", "library_version", "dtype", "config")}
+    assert head["format"] == "gpdit_lightning-model-1"
+    assert head["dtype"] == "float32"
+    assert GPDiTConfig.preset(**head["config"]) == model.config
+    assert content == KNOWN
+    assert content.keys() == FACTS.keys()
+
+
+def test_how_a_model_was_executed_stays_behind(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
+    config = tiny_config.replaced(attention_backend="xformers", compile=True, activation_checkpointing=True)
+    GPDiT(config).save_pretrained(tmp_path)
+    assert GPDiT.from_pretrained(tmp_path).config == tiny_config
+
+
+def test_the_card_says_what_is_known(folder: Path) -> None:
+    card = ModelCard((folder / "README.md").read_text())
+    assert card.data.library_name == "gpdit_lightning"
+    for words in (
+        "averaged (EMA) weights after 1,200 optimizer steps of MixedStage",
+        "runs/before",
+        "| width | `16` |",
+        "one of 2 classes, in `config.json` by their numbers: `run`, `jump`.",
+    ):
+        assert words in card.text
+    for words in ('"0123456789abcdef"', "[2.0, 0.5, 4.0, 1.0]", "sample --checkpoint", "from_pretrained", "License"):
+        assert words in card.text
+
+
+def test_the_card_names_some_of_many_classes(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
+    model = GPDiT(tiny_config.replaced(classes=40))
+    names = [f"class {number}" for number in range(40)]
+    model.facts = {"classes": names, "data": {"data.labels": names}}
+    model.save_pretrained(tmp_path)
+    assert GPDiT.from_pretrained(tmp_path).facts == model.facts
+    card = (tmp_path / "README.md").read_text()
+    assert "one of 40 classes" in card
+    assert "`class 0`, `class 1`, " in card
+    assert "`class 8`, ..., `class 39`." in card
+    assert "class 9`" not in card
+    assert "class 20" not in card
+
+
+def test_a_folder_from_before_classes(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
+    GPDiT(tiny_config).save_pretrained(tmp_path / "old")
+    edit(tmp_path / "old", lambda content: [content["config"].pop(name) for name in ("classes", "text_width")])
+    assert GPDiT.from_pretrained(tmp_path / "old").config == tiny_config
+
+
+def test_tensors_in_another_layout_are_written_in_order(model: GPDiT, tmp_path: Path) -> None:
+    before = velocity(model)
+    model.output.weight.data = model.output.weight.data.T.contiguous().T
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("output.weight"), model.output.weight)
+    assert torch.equal(velocity(GPDiT.from_pretrained(tmp_path)), before)
+
+
+def test_a_model_may_be_copied(model: GPDiT) -> None:
+    assert torch.equal(velocity(copy.deepcopy(model)), velocity(model))
+    assert torch.equal(velocity(pickle.loads(pickle.dumps(model))), velocity(model))
+
+
+def test_what_is_pushed_to_the_hub_is_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = {}
+
+    class PretendHub:
+        def __init__(self, token: str | None) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: Any) -> SimpleNamespace:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, folder_path: Path, **_: Any) -> str:
+            pushed.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
+            return "https://hub"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", PretendHub)
+    assert GPDiT.from_pretrained(folder).push_to_hub("someone/gpdit") == "https://hub"
+    assert pushed == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_model_of_the_hub(folder: Path, model: GPDiT, tmp_path: Path) -> None:
+    """As huggingface_hub keeps it, without asking the network."""
+    cache = tmp_path / "hub" / "models--someone--gpdit"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    (cache / "snapshots").mkdir()
+    folder.rename(cache / "snapshots" / ("0" * 40))
+    options: dict[str, Any] = {"cache_dir": tmp_path / "hub", "local_files_only": True}
+    assert torch.equal(velocity(GPDiT.from_pretrained("someone/gpdit", **options)), velocity(model))
+    with pytest.raises(InputError, match="someone/other is neither a folder here nor a model on the hub that can be"):
+        GPDiT.from_pretrained("someone/other", **options)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gone is neither a folder here nor a model on the hub"):
+        GPDiT.from_pretrained(tmp_path / "gone")
+
+
+# What may be wrong
+
+
+def test_pickled_weights_are_not_opened(folder: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    (folder / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "model.pt", "model.ckpt"):
+        torch.save(Malicious(trace), folder / name)
+    with pytest.raises(InputError, match=r"model\.safetensors does not exist, and weights in no other file are opened"):
+        GPDiT.from_pretrained(folder)
+    torch.save(Malicious(trace), folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors is no whole safetensors file"):
+        GPDiT.from_pretrained(folder)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
+def test_torn_weights(folder: Path, kept: float) -> None:
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(InputError, match=r"model\.safetensors is no whole safetensors file"):
+        GPDiT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("header", [b"\xff" * 8, b"\x00" * 8, b"\x08" + b"\x00" * 7 + b"[[[[[[[[", b"\x80\x02c"])
+def test_a_header_that_lies(folder: Path, header: bytes) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(header + path.read_bytes()[len(header) :])
+    with pytest.raises(InputError, match=r"model\.safetensors is no whole safetensors file"):
+        GPDiT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff", "[]", "3", "{}", '{"format": "other"}'])
+def test_a_config_that_is_none(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=r"config\.json (is no readable JSON|has format)"):
+        GPDiT.from_pretrained(folder)
+
+
+def test_a_config_that_is_not_there(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config\.json does not exist"):
+        GPDiT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("config", None, "config = None where an object belongs"),
+        ("config", {"size": "tiny", "hooks": "os.system"}, "GPDiTConfig has no field 'hooks'"),
+        ("config", {"size": ["tiny"]}, "size is ['tiny']; it must be of type str"),
+        ("config", {"layers": "two"}, "layers is 'two'; it must be of type int"),
+        ("config", {"layers": True}, "layers is True; it must be of type int"),
+        ("config", {"attention": {}}, "attention '{}' is not known"),
+        ("config", {"rope_lengths": 32}, "rope_lengths is 32"),
+        ("config", {"rope_lengths": [32, 32, "32"]}, "rope_lengths is [32, 32, '32']"),
+        ("weights", "best", "weights = 'best' where ema or raw belongs"),
+        ("step", -1, "step = -1 where a whole number from 0 belongs"),
+        ("codec", "pca", "codec = 'pca' where an object belongs"),
+        ("codec", {"name": "pca"}, "lacks codec.source"),
+        ("codec", KNOWN["codec"] | {"source": 3}, "codec.source = 3 where a string or null belongs"),
+        ("codec", KNOWN["codec"] | {"mean": 0.5}, "codec.mean = 0.5 where a list belongs"),
+        ("codec", KNOWN["codec"] | {"std": [1.0, math.nan]}, "codec.std[1] = nan where a finite number belongs"),
+        ("geometry", KNOWN["geometry"] | {"stride": 0}, "geometry.stride = 0 where a whole number from 1 belongs"),
+        ("geometry", KNOWN["geometry"] | {"sizes": [[]]}, "geometry.sizes[0] = [] where a list belongs"),
+        ("schedule", {"name": "cosine", "shift": "2"}, "schedule.shift = '2' where a finite number belongs"),
+        ("origin", {"path": "a"}, "lacks origin.step"),
+        ("classes", [], "classes = [] where a list belongs"),
+        ("classes", ["run", 2], "classes[1] = 2 where a string belongs"),
+        ("classes", ["run"], "names 1 classes where its architecture has 2: its parts do not belong together"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_named(folder: Path, name: str, value: Any, words: str) -> None:
+    edit(folder, lambda content: content.update({name: value}))
+    with pytest.raises(InputError) as caught:
+        GPDiT.from_pretrained(folder)
+    assert str(folder / "config.json") in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_unknown_fields_are_left_alone(folder: Path) -> None:
+    edit(folder, lambda content: content.update(auto_map={"AutoModel": "evil.Model"}))
+    assert GPDiT.from_pretrained(folder).facts == KNOWN
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("layers", 3, "has nothing as blocks.2."),
+        ("layers", 1, "as blocks.1."),
+        ("mlp_width", 32, "where its architecture has shape (32, 16)"),
+    ],
+)
+def test_a_config_of_another_size_than_the_weights(folder: Path, field: str, value: int, words: str) -> None:
+    edit(folder, lambda content: content["config"].update({field: value}))
+    with pytest.raises(InputError) as caught:
+        GPDiT.from_pretrained(folder)
+    assert words in str(caught.value)
+
+
+def test_tensors_that_are_no_weights(folder: Path, model: GPDiT) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"output.bias": tensors["output.bias"].long()}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"something other than floating-point numbers as output\.bias"):
+        GPDiT.from_pretrained(folder)
+    odd: dict[str, Any] = {"output.bias": "text"}
+    with pytest.raises(InputError, match=r"something other than floating-point numbers as output\.bias"):
+        Weights(tensors | odd, model.config, {}, "here").load_into(model)

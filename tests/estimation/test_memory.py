@@ -1,0 +1,163 @@
+"""The closed forms against what autograd really keeps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.estimation.flops import PassShape
+from gpdit_lightning.estimation.memory import (
+    AUTOCAST,
+    BF16,
+    FLOAT32,
+    STRATEGIES,
+    Precision,
+    activation_bytes,
+    held_bytes,
+    parameter_count,
+)
+from tests.estimation.memory_runs import LiveBytes, storages_of
+
+Shape = tuple[int, int, int, int, int, int, tuple[int, ...] | None]
+
+# B, B', F, h, w, K, the noisy frames
+SHAPES: list[Shape] = [
+    (2, 2, 3, 16, 16, 1, None),
+    (2, 1, 3, 16, 16, 2, None),
+    (2, 0, 2, 16, 16, 1, None),
+    (8, 0, 1, 16, 16, 1, None),
+    (2, 2, 6, 16, 16, 1, (1, 3, 5)),
+    (2, 1, 4, 16, 16, 2, (0, 2)),
+]
+PRECISIONS = [AUTOCAST, FLOAT32, BF16]
+
+
+class FusedNorm(torch.autograd.Function):
+    """Keeps what CUDA's keeps (_fused_rms_norm in torch's derivatives.yaml): input, weight, one number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, inner = (x * scale).to(x.dtype), gradient * weight
+        through = (inner - normed * (inner * normed).mean(-1, keepdim=True)) * scale.to(x.dtype)
+        return through, (gradient * normed).flatten(0, -2).sum(0), None
+
+
+@pytest.fixture(autouse=True)
+def norms_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight, eps))
+
+
+def expected_bytes(config: GPDiTConfig, shape: Shape, precision: Precision) -> int:
+    clips, context, frames, height, width, draws, noisy_frames = shape
+    shape = PassShape(clips, context, frames, height, width, draws, noisy_frames)
+    return activation_bytes(config, shape, precision)
+
+
+def forward(config: GPDiTConfig, shape: Shape, precision: Precision) -> tuple[GPDiT, Callable[[], Tensor]]:
+    clips, context, frames, height, width, draws, noisy_frames = shape
+    noisy_count = frames if noisy_frames is None else len(noisy_frames)
+    model = GPDiT(config).to(torch.float32 if precision.weight == 4 else torch.bfloat16)
+    noisy = torch.randn(draws * clips, noisy_count, config.latent_channels, height, width)
+    theta = torch.rand(draws * clips, noisy_count)
+    clean = torch.randn(context, frames, config.latent_channels, height, width) if context else None
+
+    def run() -> Tensor:
+        # As Lightning's MixedPrecision does it: without the cache.
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == AUTOCAST, cache_enabled=False):
+            return model(noisy, theta, clean, draws=draws, frames=noisy_frames)
+
+    return model, run
+
+
+def saved_bytes(config: GPDiTConfig, shape: Shape, precision: Precision) -> int:
+    """Bytes that autograd keeps after a forward pass, parameters excepted."""
+    model, run = forward(config, shape, precision)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = run()  # noqa: F841  (the graph must live)
+    return sum(count for key, count in found.items() if key not in parameters)
+
+
+@pytest.mark.parametrize(("variant", "checkpointing"), [("of2", False), ("of", False), ("of2", True)])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_one_more_block_keeps(shape: Shape, precision: Precision, variant: str, checkpointing: bool) -> None:
+    configs = [
+        GPDiTConfig(size="tiny", layers=layers, attention=variant, activation_checkpointing=checkpointing)
+        for layers in (2, 3)
+    ]
+    expected, found = (
+        count(configs[1], shape, precision) - count(configs[0], shape, precision)
+        for count in (expected_bytes, saved_bytes)
+    )
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"width": 384, "heads": 4, "mlp_width": 768}, {"time_site": "branch_inverse"}, {"classes": 3}]
+)
+@pytest.mark.parametrize("shape", [(2, 1, 3, 16, 12, 1, None), (2, 2, 6, 16, 12, 1, (1, 3, 5))])
+def test_what_a_block_keeps_in_other_architectures(shape: Shape, fields: dict[str, Any]) -> None:
+    configs = [GPDiTConfig(size="tiny", layers=layers, **fields) for layers in (2, 3)]
+    expected, found = (
+        count(configs[1], shape, AUTOCAST) - count(configs[0], shape, AUTOCAST)
+        for count in (expected_bytes, saved_bytes)
+    )
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("classes", "checkpointing"), [(0, False), (0, True), (10, False)])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_peak_of_forward_and_backward(
+    shape: Shape, precision: Precision, classes: int, checkpointing: bool
+) -> None:
+    """Of a second micro-batch, to whose gradients it adds."""
+    config = GPDiTConfig(size="tiny", classes=classes, activation_checkpointing=checkpointing)
+    model, run = forward(config, shape, precision)
+    run().sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    with LiveBytes(storages_of([*model.parameters(), *gradients])) as live:
+        run().sum().backward()
+    assert live.peak - live.before == pytest.approx(expected_bytes(config, shape, precision), rel=0.08)
+
+
+@pytest.mark.parametrize("fields", [{}, {"classes": 101}, {"text_width": 77}])
+@pytest.mark.parametrize("size", ["tiny", "B", "H"])
+def test_parameter_count(size: str, fields: dict[str, int]) -> None:
+    config = GPDiTConfig.preset(size, **fields)
+    with torch.device("meta"):
+        model = GPDiT(config)
+    assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_what_is_spread() -> None:
+    """ZeRO (arXiv:1910.02054, section 3): 16 bytes a parameter, of which ever more are divided by the ranks."""
+    config, ranks = GPDiTConfig.preset("H"), 64
+    count = parameter_count(config)
+    held = {s.option: held_bytes(config, s, BF16, ranks) for s in STRATEGIES}
+    names = ("weights", "gradients", "optimizer")
+    total = {option: sum(parts[name] for name in names) / count for option, parts in held.items()}
+    assert total[""] == pytest.approx(2 + 2 + 12 / ranks)
+    assert total["zero2"] == pytest.approx(2 + 16 / ranks)  # our gradients are float32
+    assert total["zero3"] == pytest.approx(18 / ranks)
+    assert total["fsdp2"] == pytest.approx(16 / ranks)
+    assert held["zero3_offload"]["main_memory"] == pytest.approx((18 + 4) / ranks * count)
+    assert held["zero2_offload"]["weights"] == 2 * count

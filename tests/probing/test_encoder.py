@@ -1,0 +1,113 @@
+"""The frozen encoder against the whole model's features, pooled in loops."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.model.block import Block
+from gpdit_lightning.probing.encoder import VideoEncoder, first_layers
+
+
+@pytest.fixture
+def backbone(tiny_config: GPDiTConfig, randomise: Callable[[GPDiT], GPDiT]) -> GPDiT:
+    """Four blocks, and labels that clean frames do not see."""
+    return randomise(GPDiT(tiny_config.replaced(layers=4, classes=3)))
+
+
+@pytest.fixture
+def latents() -> Tensor:
+    """Two clips of three latent frames of four tokens."""
+    return torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def pooled_in_loops(features: Tensor, temporal_tokens: int) -> Tensor:
+    """(F, N, D) to (temporal tokens + N, D), in float64."""
+    frames, places, width = features.shape
+    result = torch.zeros(temporal_tokens + places, width, dtype=torch.float64)
+    for frame in range(frames):
+        for place in range(places):
+            result[frame] += features[frame, place].double() / places
+            result[temporal_tokens + place] += features[frame, place].double() / frames
+    return result
+
+
+@pytest.mark.parametrize("temporal_tokens", [0, 5])
+def test_tokens_are_the_projected_features_of_the_layer(backbone: GPDiT, latents: Tensor, temporal_tokens: int) -> None:
+    encoder = VideoEncoder(backbone, 2, 7, temporal_tokens)
+    tokens = encoder(latents)
+    assert tokens.shape == (2, (temporal_tokens or 3) + 4, 7)
+    with torch.no_grad():
+        whole = backbone.features(latents, [2])[2]
+    weight, bias = encoder.projection.weight.double(), encoder.projection.bias.double()
+    for clip in range(2):
+        expected = pooled_in_loops(whole[clip], temporal_tokens or 3) @ weight.T + bias
+        torch.testing.assert_close(tokens[clip].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_first_blocks_run_and_are_held(backbone: GPDiT, latents: Tensor) -> None:
+    encoder = VideoEncoder(backbone, 2, 7)
+    called: list[nn.Module] = []
+    hook = register_module_forward_hook(lambda module, *_: called.append(module) if isinstance(module, Block) else None)
+    try:
+        encoder(latents)
+    finally:
+        hook.remove()
+    assert called == list(encoder.backbone.blocks)
+    assert len(called) == 2
+    held = {name for name, _ in encoder.backbone.named_parameters() if name.startswith(("blocks", "prefix"))}
+    assert {name.rsplit(".")[1] for name in held} == {"0", "1"}
+
+
+def test_the_given_model_keeps_its_tensors_and_its_state(backbone: GPDiT) -> None:
+    backbone.train()
+    part = first_layers(backbone, 3)
+    for name, parameter in part.named_parameters():
+        assert parameter.data_ptr() == backbone.get_parameter(name).data_ptr()
+        assert not parameter.requires_grad
+        assert backbone.get_parameter(name).requires_grad
+    assert backbone.training
+    assert len(backbone.blocks) == 4
+
+
+def test_training_changes_the_projection_alone(backbone: GPDiT, latents: Tensor) -> None:
+    encoder = VideoEncoder(backbone, 2, 7).train()
+    assert encoder.projection.training
+    assert not any(module.training for module in encoder.backbone.modules())
+    assert {name for name, parameter in encoder.named_parameters() if parameter.requires_grad} == {
+        "projection.weight",
+        "projection.bias",
+    }
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.1, weight_decay=0.1)
+    encoder(latents.requires_grad_()).square().mean().backward()
+    optimizer.step()
+    assert latents.grad is None
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("backbone."), name
+
+
+def test_the_projection_is_all_that_needs_saving(backbone: GPDiT, latents: Tensor) -> None:
+    trained, fresh = VideoEncoder(backbone, 2, 7), VideoEncoder(backbone, 2, 7)
+    assert not torch.equal(trained(latents), fresh(latents))
+    fresh.projection.load_state_dict(trained.projection.state_dict())
+    assert torch.equal(trained(latents), fresh(latents))
+
+
+def test_products_may_be_in_bfloat16(backbone: GPDiT, latents: Tensor) -> None:
+    exact = VideoEncoder(backbone, 2, 7)
+    rounded = VideoEncoder(GPDiT(backbone.config).bfloat16(), 2, 7)
+    rounded.backbone.load_state_dict(exact.backbone.state_dict())
+    rounded.projection.load_state_dict(exact.projection.state_dict())
+    assert rounded(latents).dtype == torch.float32
+    assert (rounded(latents) - exact(latents)).abs().mean() < 0.1 * exact(latents).abs().mean()
+
+
+@pytest.mark.parametrize("layers", [0, 5])
+def test_layers_that_do_not_exist_are_named(backbone: GPDiT, layers: int) -> None:
+    with pytest.raises(InputError, match=f"layer {layers} does not exist: choose from 1 to 4"):
+        VideoEncoder(backbone, layers, 7)

@@ -1,0 +1,186 @@
+"""Files of features against Video-ChatGPT's layout, written down anew."""
+
+import io
+import json
+import pickle
+import pickletools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.probing.features import (
+    FeatureRecord,
+    VideoFeatures,
+    read_features,
+    spatio_temporal,
+    write_features,
+)
+
+RECORD = FeatureRecord(
+    format="npy",
+    layer=2,
+    width=8,
+    temporal_tokens=3,
+    spatial_tokens=4,
+    frames=9,
+    stride=3,
+    size="32x32",
+    precision="32",
+    codec="pca 0123456789abcdef",
+    weights="ema",
+    step=1,
+    fingerprint="fedcba9876543210",
+    architecture={"width": 8},
+)
+
+
+def as_video_chatgpt(features: np.ndarray, temporal_tokens: int = 100) -> np.ndarray:
+    """(F, N, D) to (temporal tokens + N, D): means of frames, zeros, means of places."""
+    frames, places, width = features.shape
+    rows = [np.mean(features[frame], axis=0) for frame in range(frames)]
+    rows += [np.zeros(width)] * (temporal_tokens - frames)
+    rows += [np.mean(features[:, place], axis=0) for place in range(places)]
+    return np.stack(rows)
+
+
+def some(seed: int = 0, shape: tuple[int, ...] = RECORD.shape) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("frames", "temporal_tokens"), [(5, 100), (100, 100), (1, 1)])
+def test_the_layout_is_that_of_video_chatgpt(frames: int, temporal_tokens: int) -> None:
+    features = some(shape=(2, frames, 6, 8))
+    pooled = spatio_temporal(features, temporal_tokens)
+    assert pooled.dtype == torch.float32
+    for one, given in zip(pooled, features.double().numpy(), strict=True):
+        np.testing.assert_allclose(one.numpy(), as_video_chatgpt(given, temporal_tokens), atol=1e-6)
+    if frames == temporal_tokens:
+        assert torch.equal(pooled, spatio_temporal(features))
+
+
+def test_means_are_taken_in_float32() -> None:
+    features = torch.full((2, 4096, 1), 1.0, dtype=torch.bfloat16)
+    features[:, 0] = 128.0
+    assert spatio_temporal(features)[0].item() == pytest.approx(1 + 127 / 4096)
+
+
+def test_more_frames_than_tokens_are_refused() -> None:
+    with pytest.raises(InputError, match="2 temporal tokens are too few for 3 latent frames"):
+        spatio_temporal(some(shape=(3, 4, 8)), 2)
+
+
+def test_a_folder_is_read_as_it_was_written(tmp_path: Path) -> None:
+    RECORD.save(tmp_path)
+    names = ["jump/v_2", "jump/v_10", "v_1.2"]
+    for seed, name in enumerate(names):
+        write_features(RECORD.path_of(tmp_path, name), some(seed), RECORD)
+    data = VideoFeatures(tmp_path, layer=2, fingerprint="fedcba9876543210")
+    assert data.record == RECORD
+    assert sorted(data.names) == sorted(names)
+    assert data.names.index("jump/v_2") < data.names.index("jump/v_10")
+    assert len(data) == 3
+    for seed, name in enumerate(names):
+        assert torch.equal(data[name], some(seed).half())
+        assert torch.equal(data[data.names.index(name)], data[name])
+    loaded = torch.utils.data.DataLoader(data, batch_size=3)
+    assert next(iter(loaded)).shape == (3, 7, 8)
+
+
+def test_a_pickle_is_what_any_numpy_reads_back(tmp_path: Path) -> None:
+    record = replace(RECORD, format="pickle")
+    path = record.path_of(tmp_path, "v_1")
+    write_features(path, some(), record)
+    assert path.name == "v_1.pkl"
+    with path.open("rb") as file:
+        values = pickle.load(file)  # as Video-ChatGPT does
+    assert isinstance(values, np.ndarray)
+    assert values.dtype == np.float16
+    assert torch.equal(torch.tensor(values), some().half())
+    strings = {value for _, value, _ in pickletools.genops(path.read_bytes()) if isinstance(value, str)}
+    assert strings == {"numpy", "ndarray", "builtins", "bytearray", "<f2"}  # no numpy.core, which has moved
+
+
+def test_features_of_another_model_are_refused(tmp_path: Path) -> None:
+    RECORD.save(tmp_path)
+    write_features(RECORD.path_of(tmp_path, "v_1"), some(), RECORD)
+    with pytest.raises(InputError, match=r"features.json says layer 2 where 18 is asked for"):
+        VideoFeatures(tmp_path, layer=18)
+    with pytest.raises(InputError, match="has no field 'layers'"):
+        VideoFeatures(tmp_path, layers=2)
+
+
+def test_folders_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"features.json does not exist"):
+        VideoFeatures(tmp_path)
+    RECORD.save(tmp_path)
+    with pytest.raises(InputError, match="holds no features yet"):
+        VideoFeatures(tmp_path)
+    replace(RECORD, format="pickle").save(tmp_path)
+    with pytest.raises(InputError, match="pickled features, which are not opened"):
+        VideoFeatures(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "no readable JSON"),
+        ("[]", "does not hold the fields"),
+        (json.dumps({"layer": 2}), "does not hold the fields"),
+        (json.dumps({**vars(RECORD), "layer": "2"}), "does not hold the fields"),
+        (json.dumps({**vars(RECORD), "layer": True}), "does not hold the fields"),
+        (json.dumps({**vars(RECORD), "format": "zip"}), "has format 'zip'"),
+    ],
+)
+def test_a_record_that_is_none_is_named(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "features.json").write_text(content)
+    with pytest.raises(InputError, match=rf"features.json.*{words}"):
+        FeatureRecord.load(tmp_path)
+
+
+def npy(values: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values, **options)
+    return file.getvalue()
+
+
+def npz() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, some().half().numpy())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "no whole .npy"),
+        (npy(some().half().numpy())[:-2], "no whole .npy"),
+        (npy(np.array([{}]), allow_pickle=True), "no whole .npy"),
+        (pickle.dumps(some().half().numpy()), "no whole .npy"),
+        (npy(some().numpy()), r"float32 \(7, 8\) where float16"),
+        (npy(some().half().numpy().T), r"\(8, 7\) where"),
+        (npz(), "several arrays"),
+    ],
+)
+def test_a_damaged_file_is_named_and_never_unpickled(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "v_1.npy").write_bytes(content)
+    with pytest.raises(InputError, match=rf"v_1.npy.*{words}"):
+        read_features(tmp_path / "v_1.npy", RECORD.shape)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"v_9.npy does not exist"):
+        read_features(tmp_path / "v_9.npy", RECORD.shape)
+
+
+def test_what_cannot_be_stored_leaves_no_file(tmp_path: Path) -> None:
+    path = RECORD.path_of(tmp_path, "v_1")
+    with pytest.raises(InputError, match="beyond what float16 holds"):
+        write_features(path, some() * 1e6, RECORD)
+    with pytest.raises(InputError, match=r"are \(6, 8\) where features.json says \(7, 8\)"):
+        write_features(path, some()[1:], RECORD)
+    assert not list(tmp_path.iterdir())

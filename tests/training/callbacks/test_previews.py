@@ -1,0 +1,343 @@
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.codecs import Codec, load_codec
+from gpdit_lightning.codecs.pca import SHIPPED_WEIGHTS
+from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
+from gpdit_lightning.data.manifest import Manifest, Split
+from gpdit_lightning.data.shard_writer import ShardSetWriter
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.model.kv_cache import KVCache
+from gpdit_lightning.stages import GPDiTStage
+from gpdit_lightning.training.callbacks.ema import EMA
+from gpdit_lightning.training.callbacks.previews import Preview, fixed_clips, rollout_error
+from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
+from gpdit_lightning.training.optimizer import OptimizerConfig
+
+Fit = Callable[..., Trainer]
+
+SIDE, FRAMES, PIXEL_FRAMES, STILLS = 16, 3, 9, 4
+CONFIG = GPDiTConfig(size="tiny", layers=1, width=16, mlp_width=24, heads=2, latent_channels=16)
+
+
+def moving(seed: int, frames: int) -> Tensor:
+    """A bright square on its way over a dark ground: (frames, 3, SIDE, SIDE) uint8."""
+    numbers = np.random.default_rng(seed)
+    pixels = torch.full((frames, 3, SIDE, SIDE), 40, dtype=torch.uint8)
+    row, colour = numbers.integers(0, SIDE - 6), torch.from_numpy(numbers.integers(120, 250, (3, 1, 1)))
+    for moment in range(frames):
+        pixels[moment, :, row : row + 6, moment : moment + 6] = colour
+    return pixels
+
+
+def make_shards(
+    folder: Path,
+    splits: tuple[Split, ...] = ("train", "validation"),
+    source: str | None = None,
+    length: int = STILLS,
+) -> str:
+    """Real encodings of the codec `pca`: in each split five images, five clips, five sequences of `length` images."""
+    codec = load_codec("pca")
+    with ShardSetWriter(folder) as writer:
+        for number, split in enumerate(splits):
+            for seed in range(5 * number, 5 * number + 5):
+                clip = moving(seed, PIXEL_FRAMES)
+                clip_data = {"source": str(seed), "fps": 30.0, "stride": 3}
+                writer.write(split, "video", codec.encode(clip[None])[0].numpy(), clip_data)
+                stills = codec.encode(moving(seed, length)[:, None]).squeeze(1).numpy()
+                writer.write(split, "sequence", stills, {"source": str(seed)})
+                writer.write(split, "image", stills[:1], {"source": str(seed)})
+        shards = writer.close()
+    Manifest(folder, codec.spec() | {"source": source}, shards).save()
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_shards(tmp_path_factory.mktemp("preview_shards"))
+
+
+@pytest.fixture
+def codec() -> Codec:
+    return load_codec("pca")
+
+
+def data_of(shards: str, source: str = "videos") -> LatentDataModule:
+    """Two micro-batches in every optimizer step."""
+    config = SourceConfig([shards], batch_size=4, micro_batches=2)
+    return LatentDataModule(**{source: config}, seed=3)  # type: ignore[arg-type]
+
+
+def stage_of(backbone: GPDiT | None = None) -> GPDiTStage:
+    torch.manual_seed(0)
+    stage = GPDiTStage(CONFIG, optimizer=OptimizerConfig(learning_rate=0.03))
+    stage.configure_model()
+    if backbone is not None:
+        stage.backbone = backbone
+    return stage
+
+
+def held_out(data: LatentDataModule, source: str, clips: int) -> Tensor:
+    """Held-out samples, spread evenly: (clips, F, C, h, w) raw."""
+    bucket = data.buckets["validation"][source][0]
+    numbers = (place * len(bucket) // clips for place in range(clips))
+    return torch.from_numpy(np.stack([bucket.read(number)[0] for number in numbers])).float()
+
+
+def logger_of(folder: Path) -> TensorBoardLogger:
+    return TensorBoardLogger(folder, name="", version="tensorboard")
+
+
+def events_of(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "previews").glob("*"))}
+
+
+def scalar_of(folder: Path, name: str) -> float:
+    return events_of(folder).Scalars(f"sample/{name}")[-1].value
+
+
+class Puppet(GPDiT):
+    """Generates the latents it is told to, and notes the conditions it is asked under."""
+
+    def __init__(self, target: Tensor, codec: Codec) -> None:
+        super().__init__(CONFIG)
+        self.target = (target - codec.mean[:, None, None]) / codec.std[:, None, None]
+        self.asked: list[dict[str, Any]] = []
+
+    def denoise(
+        self,
+        noisy: Tensor,
+        theta: Tensor,
+        cache: KVCache | None = None,
+        condition: Tensor | None = None,
+        clean: Tensor | None = None,
+        draws: int = 1,
+        without_context: int = 0,
+        compiled: bool = False,
+    ) -> Tensor:
+        assert cache is not None
+        if clean is not None:
+            self.extend(cache, clean)
+        weights = {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+        autocast = torch.is_autocast_enabled("cpu")
+        self.asked.append(
+            {"frame": cache.frames, "training": self.training, "autocast": autocast, "weights": weights, "noisy": noisy}
+        )
+        angle = theta[:, None, None, None]
+        return (angle.cos() * noisy - self.target[:, cache.frames]) / angle.sin()
+
+
+class Borders(Callback):
+    """The state of the module before each micro-batch."""
+
+    def __init__(self) -> None:
+        self.normal: list[bool] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        training = all(module.training for module in pl_module.modules())
+        self.normal.append(training and not any(p.is_inference() for p in pl_module.parameters()))
+
+
+def test_pictures_and_errors_are_there_for_their_steps(fit: Fit, shards: str, tmp_path: Path) -> None:
+    preview = Preview(every_steps=2, clips=2, sampler_steps=2)
+    fit(stage_of(), data_of(shards), tmp_path, 5, [EMA(), preview], logger=logger_of(tmp_path))
+    steps = [2, 4, 5]  # 5 is the last
+    files = made(tmp_path)
+    assert files.keys() == {f"step-{step:06d}.{ending}" for step in steps for ending in ("png", "gif")}
+    events = events_of(tmp_path)
+    for tag, ending in (("sample/strip", "png"), ("sample/video", "gif")):
+        logged = {f"step-{event.step:06d}.{ending}": event for event in events.Images(tag)}
+        assert logged.keys() == {name for name in files if name.endswith(ending)}
+        for name, event in logged.items():
+            assert event.encoded_image_string == files[name]
+            with Image.open(tmp_path / "previews" / name) as picture:
+                assert picture.size == (event.width, event.height)
+    for tag in ("sample/rollout_error", "sample/rollout_error_ratio"):
+        assert [event.step for event in events.Scalars(tag)] == steps
+    with Image.open(tmp_path / "previews/step-000005.gif") as animation:
+        assert animation.n_frames == PIXEL_FRAMES  # type: ignore[attr-defined]
+        assert animation.info["duration"] == 100  # 30 frames a second, every third
+
+
+@pytest.mark.parametrize("source", ["videos", "sequences"])
+def test_a_perfect_model_makes_no_error(fit: Fit, codec: Codec, shards: str, tmp_path: Path, source: str) -> None:
+    data = data_of(shards, source)
+    puppet = Puppet(held_out(data, source, 3), codec)
+    preview = Preview(every_steps=1, clips=3, sampler_steps=3)
+    fit(stage_of(puppet), data, tmp_path, 1, [preview], logger=logger_of(tmp_path))
+    assert scalar_of(tmp_path, "rollout_error") < 0.1  # a few values are rounded to the other side
+    assert scalar_of(tmp_path, "rollout_error_ratio") < 1e-3
+    context = {"videos": 2, "sequences": STILLS - 1}[source]
+    assert {asked["frame"] for asked in puppet.asked} == {context}
+    assert len(puppet.asked) == 3
+
+
+def test_a_model_that_repeats_the_last_frame_has_ratio_one(fit: Fit, codec: Codec, shards: str, tmp_path: Path) -> None:
+    data = data_of(shards)
+    pixels = codec.decode(held_out(data, "videos", 4))
+    pixels[:, 5:] = pixels[:, 4:5]
+    preview = Preview(every_steps=1, sampler_steps=3)
+    fit(stage_of(Puppet(codec.encode(pixels), codec)), data, tmp_path, 1, [preview], logger=logger_of(tmp_path))
+    assert scalar_of(tmp_path, "rollout_error_ratio") == pytest.approx(1, abs=0.1)
+    assert scalar_of(tmp_path, "rollout_error") > 100
+
+
+def test_the_error_is_of_the_generated_frames_alone() -> None:
+    truth = torch.zeros(2, 5, 3, 4, 4, dtype=torch.uint8)
+    truth[:, 1], truth[:, 2], truth[:, 3], truth[:, 4] = 10, 10, 14, 20
+    prediction = truth.clone()
+    prediction[:, 0], prediction[0, 4] = 99, 26
+    error = rollout_error(prediction, truth, context=3)
+    assert error["sample/rollout_error"] == pytest.approx(6**2 / 4)
+    assert error["sample/rollout_error_ratio"] == pytest.approx(9 / ((4**2 + 10**2) / 2))
+    assert rollout_error(truth, truth[:, :1].expand_as(truth), 3).keys() == {"sample/rollout_error"}  # nothing moves
+
+
+def test_training_goes_on_as_without_previews(fit: Fit, shards: str, tmp_path: Path) -> None:
+    def run(every_steps: int) -> tuple[dict[str, Tensor], list[Any], list[bool]]:
+        stage, borders = stage_of(), Borders()
+        random.seed(0)
+        np.random.seed(0)
+        callbacks = [EMA(0.5), borders, Preview(every_steps, clips=2, sampler_steps=2)]
+        fit(stage, data_of(shards), tmp_path / str(every_steps), 4, callbacks)
+        state = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+        return stage.state_dict(), state, borders.normal
+
+    weights, randomness, _ = run(0)
+    previewed, previewed_randomness, normal = run(1)
+    assert not (tmp_path / "0/previews").exists()
+    assert len(made(tmp_path / "1")) == 8
+    assert all(torch.equal(weights[name], previewed[name]) for name in weights)
+    assert randomness == previewed_randomness
+    assert normal == [True] * 8
+
+
+def test_the_average_generates_from_fixed_noise_as_in_training(
+    fit: Fit, codec: Codec, shards: str, tmp_path: Path
+) -> None:
+    data, ema = data_of(shards), EMA(0.5)
+    puppet = Puppet(held_out(data, "videos", 4), codec)
+    stage = stage_of(puppet)
+    preview = Preview(every_steps=1, context_frames=1, sampler_steps=2)
+    fit(stage, data, tmp_path, 3, [ema, preview], precision="bf16-mixed")
+    assert [asked["frame"] for asked in puppet.asked] == [1, 1, 2, 2] * 3
+    assert all(asked["autocast"] and not asked["training"] for asked in puppet.asked)
+    for name, weight in puppet.asked[-1]["weights"].items():
+        assert torch.equal(weight, ema.average[f"backbone.{name}"])
+    trained = dict(stage.backbone.named_parameters())
+    assert not all(torch.equal(weight, trained[name]) for name, weight in puppet.asked[-1]["weights"].items())
+    for place in (0, 2):
+        assert torch.equal(puppet.asked[place]["noisy"], puppet.asked[8 + place]["noisy"])
+
+
+def test_images_come_from_nothing(fit: Fit, shards: str, tmp_path: Path) -> None:
+    preview = Preview(every_steps=2, clips=3, sampler_steps=2)
+    fit(stage_of(), data_of(shards, "images"), tmp_path, 2, [preview], logger=logger_of(tmp_path))
+    assert made(tmp_path).keys() == {"step-000002.png"}
+    assert not events_of(tmp_path).Tags()["scalars"]
+    with Image.open(tmp_path / "previews/step-000002.png") as strip:
+        assert 3 * 96 < strip.width < 5 * 96
+        assert 96 < strip.height < 2 * 96  # no row of truth
+
+
+def test_videos_come_before_sequences_and_these_before_images(shards: str) -> None:
+    config = SourceConfig([shards], batch_size=4)
+    everything = LatentDataModule(images=config, videos=config, sequences=config)
+    stills = LatentDataModule(images=config, sequences=config)
+    assert fixed_clips(everything, 2, 1).source == "videos"
+    clips = fixed_clips(stills, 2, 1)
+    assert (clips.source, clips.split, clips.context, clips.frames_alone) == ("sequences", "validation", 3, True)
+
+
+def test_the_longest_clips_are_shown(write_shards: Callable[..., Manifest], tmp_path: Path) -> None:
+    held_out = {("validation", "video", shape): 3 for shape in ((2, 8, 8), (4, 4, 4), (3, 8, 8))}
+    manifest = write_shards(tmp_path, {("train", "video", (3, 8, 8)): 4} | held_out)
+    data = LatentDataModule(videos=SourceConfig([str(manifest.directory)], batch_size=2, least_frames=2, frames=4))
+    clips = fixed_clips(data, clips=8, context_frames=3)
+    assert clips.latents.shape == (3, 4, 4, 4, 4)  # all three there are
+    assert clips.fps == 8  # these do not say
+
+
+def test_each_of_several_data_sets_is_shown(write_shards: Callable[..., Manifest], tmp_path: Path) -> None:
+    tasks = []
+    for task, count in (("grayscale", 4), ("sketch", 3)):
+        held_out = {("validation", "sequence", (10, 8, 8)): count}
+        tasks.append(write_shards(tmp_path / task, {("train", "sequence", (10, 8, 8)): 4} | held_out))
+    data = LatentDataModule(sequences=SourceConfig([str(task.directory) for task in tasks], batch_size=2))
+    (bucket,) = data.buckets["validation"]["sequences"]
+    clips = fixed_clips(data, clips=4, context_frames=1).latents
+    for clip, number in zip(clips, (0, 1, 3, 5), strict=True):
+        assert np.array_equal(clip, bucket.read(number).latents)
+
+
+def test_no_picture_of_a_long_sequence_is_left_out(fit: Fit, tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", length=12)
+    preview = Preview(every_steps=2, clips=1, sampler_steps=1)
+    fit(stage_of(), data_of(shards, "sequences"), tmp_path, 2, [preview])
+    with Image.open(tmp_path / "previews/step-000002.png") as strip:
+        assert strip.width > 12 * 96
+
+
+def test_without_held_out_clips_training_clips_are_shown(
+    fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = data_of(make_shards(tmp_path / "shards", ("train",)))
+    fit(stage_of(), data, tmp_path, 2, [Preview(every_steps=1, clips=1, sampler_steps=1)])
+    assert len(made(tmp_path)) == 4
+    assert caplog.text.count("no samples of data.videos are held out") == 1
+
+
+def test_missing_codec_weights_stop_the_run_before_it_trains(fit: Fit, tmp_path: Path) -> None:
+    gone = tmp_path / "gone.safetensors"
+    shards = make_shards(tmp_path / "shards", source=str(gone))
+    cure = rf"the codec 'pca'.*{gone}.*--preview\.codec_source PATH, or --preview\.every_steps 0"
+    with pytest.raises(InputError, match=cure):
+        fit(stage_of(), data_of(shards), tmp_path, 1, [Preview(every_steps=1)])
+    fit(stage_of(), data_of(shards), tmp_path, 1, [Preview(every_steps=0)])
+    moved = Preview(every_steps=1, sampler_steps=1, codec_source=str(SHIPPED_WEIGHTS))
+    fit(stage_of(), data_of(shards), tmp_path, 1, [moved])
+    assert len(made(tmp_path)) == 2
+
+
+def test_a_context_without_a_frame_to_generate_is_refused(fit: Fit, shards: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"context_frames is 3, but .* data\.videos have {FRAMES} latent frames"):
+        fit(stage_of(), data_of(shards), tmp_path, 1, [Preview(every_steps=1, context_frames=3)])
+
+
+@pytest.mark.parametrize("option", ["every_steps", "clips", "context_frames", "sampler_steps"])
+def test_numbers_without_sense_are_refused(option: str) -> None:
+    with pytest.raises(InputError, match=rf"preview\.{option} is -1: take"):
+        Preview(**{option: -1})
+
+
+def test_a_resumed_run_makes_the_same_previews(fit: Fit, shards: str, tmp_path: Path) -> None:
+    def run(folder: Path, max_steps: int, resume_from: Path | None = None) -> None:
+        preview = Preview(every_steps=2, clips=2, sampler_steps=2)
+        fit(stage_of(), data_of(shards), folder, max_steps, [EMA(0.9), preview, RunCheckpoint()], resume_from)
+
+    run(tmp_path / "unbroken", 4)
+    run(tmp_path / "broken", 2)
+    for path in (tmp_path / "broken/previews").iterdir():
+        path.unlink()
+    run(tmp_path / "broken", 4, tmp_path / "broken/checkpoints/last.ckpt")
+    whole, resumed = made(tmp_path / "unbroken"), made(tmp_path / "broken")
+    assert resumed.keys() == {"step-000004.png", "step-000004.gif"}  # that of step 2 was made already
+    assert all(whole[name] == content for name, content in resumed.items())

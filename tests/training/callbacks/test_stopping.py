@@ -1,0 +1,166 @@
+"""The first signal is remembered for the end of the step; for whole processes see tests/cli/test_stopped_runs.py."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader, Dataset
+
+from gpdit_lightning import GPDiTConfig
+from gpdit_lightning.checkpoints.files import last_checkpoint
+from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
+from gpdit_lightning.data.workers import outlive_signals
+from gpdit_lightning.stages import GPDiTStage
+from gpdit_lightning.training.callbacks.ema import EMA
+from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
+from gpdit_lightning.training.callbacks.stopping import SIGNALS, Stopped, StopSignals
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def signals() -> Iterator[StopSignals]:
+    signals = StopSignals(announce=True)
+    signals.install()
+    yield signals
+    signals.restore()
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The statuses with which the process would have ended at once."""
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    return statuses
+
+
+def said_within(seconds: float, words: str, capfd: Any) -> bool:
+    said, deadline = "", time.monotonic() + seconds
+    while words not in said and time.monotonic() < deadline:
+        time.sleep(0.01)
+        said += capfd.readouterr().err
+    return words in said
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_remembered_and_the_second_ends_the_process(
+    signals: StopSignals, exits: list[int], number: signal.Signals, capfd: Any
+) -> None:
+    assert signals.received == 0
+    os.kill(os.getpid(), number)
+    assert signals.received == number
+    assert said_within(10, f"{number.name}: finishing the step and saving; a second signal stops at once", capfd)
+    assert exits == []
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    assert exits == [143]
+    assert signals.received == number
+
+
+def test_arrivals_at_the_same_moment_are_one(signals: StopSignals, exits: list[int], capfd: Any) -> None:
+    """`timeout` signals a process and then its group."""
+    for _ in range(3):
+        signal.raise_signal(signal.SIGTERM)
+    assert said_within(10, "a second signal", capfd)
+    assert exits == []
+
+
+def test_other_signals_are_not_taken_for_one(signals: StopSignals, exits: list[int], capfd: Any) -> None:
+    """As when a loader process ends."""
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)
+    for _ in range(3):
+        signal.raise_signal(signal.SIGCHLD)
+        time.sleep(0.2)
+    signal.signal(signal.SIGCHLD, before)
+    assert (signals.received, exits, capfd.readouterr().err) == (0, [], "")
+
+
+class SignalAt(Callback):
+    """Sends this process a signal in the middle of an optimizer step."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number = step, number
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("validate_every", [2, 3])
+def test_a_signal_ends_the_training_when_its_step_is_saved(
+    tiny_shards: Path,
+    tiny_config: GPDiTConfig,
+    fit: Callable[..., Trainer],
+    tmp_path: Path,
+    number: signal.Signals,
+    validate_every: int,
+) -> None:
+    """After the validation of that step too; then signals mean what they meant before."""
+    before = [signal.getsignal(other) for other in SIGNALS]
+    assert signal.set_wakeup_fd(-1) == -1
+    data = LatentDataModule(videos=SourceConfig([str(tiny_shards)], batch_size=4, micro_batches=2))
+    validation = {"val_check_interval": 2 * validate_every, "limit_val_batches": 1}
+    callbacks = [SignalAt(2, number), EMA(), RunCheckpoint(every_steps=2)]
+    with pytest.raises(Stopped) as caught:
+        fit(GPDiTStage(tiny_config), data, tmp_path, 6, callbacks, **validation)
+    assert caught.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert last_checkpoint(tmp_path, verify=True) == tmp_path / "checkpoints/step-3.ckpt"
+    assert [signal.getsignal(other) for other in SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+class Slow(Dataset[int]):
+    """Samples that take their time."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, number: int) -> int:
+        time.sleep(0.2)
+        return number
+
+
+def processes_of(iterator: Any) -> list[Any]:
+    return iterator._workers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sigwaitinfo")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_workers_outlive_what_others_send(number: signal.Signals) -> None:
+    """All samples arrive; the training process itself can still end a worker."""
+    batches = iter(DataLoader(Slow(), batch_size=None, num_workers=2, worker_init_fn=outlive_signals))
+    first = next(batches)
+    workers = processes_of(batches)
+    for worker in workers:
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    assert [first, *batches] == list(range(6))
+    batches = iter(DataLoader(Slow(), batch_size=None, num_workers=1, worker_init_fn=outlive_signals))
+    next(batches)
+    (worker,) = processes_of(batches)
+    worker.terminate()
+    worker.join(10)
+    assert not worker.is_alive()
+
+
+def test_without_that_they_would_not() -> None:
+    """The twin."""
+    batches = iter(DataLoader(Slow(), batch_size=None, num_workers=2))
+    next(batches)
+    for worker in processes_of(batches):
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(batches)

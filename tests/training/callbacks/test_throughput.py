@@ -1,0 +1,210 @@
+import math
+import multiprocessing
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from gpdit_lightning import GPDiTConfig
+from gpdit_lightning.data import batches
+from gpdit_lightning.data.batches import LatentBatch, LatentDataset, TimedLoader
+from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
+from gpdit_lightning.estimation.flops import PassShape, training_flops
+from gpdit_lightning.stages import GPDiTStage
+from gpdit_lightning.training.callbacks import throughput
+from gpdit_lightning.training.callbacks.ema import EMA
+from gpdit_lightning.training.callbacks.health import Health
+from gpdit_lightning.training.callbacks.metrics import Curves
+from gpdit_lightning.training.callbacks.throughput import Throughput, peak_memory_gib
+
+Fit = Callable[..., Trainer]
+
+TRAINING, ELSEWHERE = 5.0, 1000.0  # seconds
+
+
+class Clock:
+    """A clock that stands still unless something moves it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The library's clock; reading micro-batch n takes n + 1 seconds."""
+    clock = Clock()
+    monkeypatch.setattr(batches, "time", clock)
+    monkeypatch.setattr(throughput, "time", clock)
+    read = LatentDataset.__getitem__
+
+    def slow_read(dataset: LatentDataset, number: int) -> LatentBatch:
+        clock.now += number + 1
+        return read(dataset, number)
+
+    monkeypatch.setattr(LatentDataset, "__getitem__", slow_read)
+    return clock
+
+
+class SlowStage(GPDiTStage):
+    """Every micro-batch takes TRAINING seconds, validation ELSEWHERE."""
+
+    clock: Clock
+
+    def training_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
+        self.clock.now += TRAINING
+        return super().training_step(batch, batch_idx)
+
+    def on_validation_end(self) -> None:
+        self.clock.now += ELSEWHERE
+
+
+class SlowCheckpoint(Callback):
+    """Takes ELSEWHERE seconds after every micro-batch."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.clock.now += ELSEWHERE
+
+
+class Written:
+    """A logger in the trainer's place: scalars by step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.scalars: dict[int, dict[str, float]] = {}
+
+        def write(trainer: Trainer, module: LightningModule, scalars: dict[str, float], _: str) -> None:
+            self.scalars.setdefault(trainer.global_step, {}).update(scalars)
+
+        monkeypatch.setattr("gpdit_lightning.training.callbacks.metrics._write", write)
+
+
+def test_figures_are_those_of_training_alone(
+    fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three micro-batches in a step: 4 images of 16 tokens, twice 2 clips of 48 of which one in all has no context."""
+    images = SourceConfig([str(tiny_shards)], batch_size=4)
+    videos = SourceConfig([str(tiny_shards)], batch_size=4, micro_batches=2)
+    data = LatentDataModule(images, videos, context_dropout=0.25, validation_batches=1)
+    stage, health, ema, written = SlowStage(tiny_config), Health(), EMA(), Written(monkeypatch)
+    stage.clock = clock
+    monkeypatch.setattr(throughput, "peak_bf16_flops", {"cpu": 1e9}.get)
+    callbacks = [health, ema, Curves(health, ema, tiny_config, every_steps=2), SlowCheckpoint(clock)]
+    fit(stage, data, tmp_path, 4, callbacks, limit_val_batches=1.0, val_check_interval=3)
+    assert clock.now > 12 * ELSEWHERE
+    assert sorted(written.scalars) == [1, 2, 3, 4]  # the odd ones hold the validation alone
+    for step in (2, 4):
+        scalars = written.scalars[step]
+        reading = sum(range(1, 7)) if step == 2 else sum(range(7, 13))
+        seconds = reading + 6 * TRAINING
+        assert scalars["perf/steps_per_s"] == pytest.approx(2 / seconds)
+        assert scalars["perf/clips_per_s"] == pytest.approx(2 * 8 / seconds)
+        assert scalars["perf/tokens_per_s"] == pytest.approx(2 * (4 * 16 + 4 * 48) / seconds)
+        assert scalars["perf/data_wait"] == pytest.approx(reading / seconds)
+        flops = 0
+        for number in range((step - 2) * 3, step * 3):
+            batch = data.trainer.train_dataloader.dataset[number]  # type: ignore[union-attr]
+            clips, frames, _, height, width = batch.latents.shape
+            flops += sum(training_flops(tiny_config, PassShape(clips, batch.context, frames, height, width)).values())
+        assert scalars["perf/tflops_per_s"] == pytest.approx(flops / seconds / 1e12)
+        assert scalars["perf/mfu"] == pytest.approx(flops / seconds / 1e9)
+
+
+def batch_of(clips: int, draws: int = 1, context: int = 0, frames: tuple[int, ...] | None = None) -> LatentBatch:
+    noisy = 3 if frames is None else len(frames)
+    latents, noise = torch.zeros(clips, 3, 4, 8, 8), torch.zeros(clips * draws, noisy, 4, 8, 8)
+    keys = [str(clip) for clip in range(clips)]
+    return LatentBatch(latents, noise, torch.zeros(clips * draws, noisy), context, 1.0, "videos", keys, frames=frames)
+
+
+def trainer_of(world_size: int, others: Tensor) -> Any:
+    """A trainer among ranks of which another measured `others`."""
+
+    def reduce(own: Tensor, reduce_op: str) -> Tensor:
+        assert reduce_op == "max"
+        return torch.maximum(own, others)
+
+    strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
+    return SimpleNamespace(strategy=strategy, world_size=world_size)
+
+
+def test_ranks_work_side_by_side_and_the_slowest_loader_counts(clock: Clock, tiny_config: GPDiTConfig) -> None:
+    window = Throughput(tiny_config)
+    loader: Any = SimpleNamespace(asked=0.0, waited=1.0)
+    clock.now = 10.0
+    window.add(batch_of(2), loader, ends_step=True)
+    figures = window.figures(trainer_of(4, others=torch.tensor([0.5, 1e6])))
+    assert figures["steps_per_s"] == pytest.approx(0.1)
+    assert figures["clips_per_s"] == pytest.approx(4 * 2 / 10)
+    assert figures["tokens_per_s"] == pytest.approx(4 * 2 * 48 / 10)
+    assert figures["tflops_per_s"] == pytest.approx(
+        sum(training_flops(tiny_config, PassShape(2, 0, 3, 8, 8)).values()) / 10e12
+    )
+    assert (figures["data_wait"], figures["peak_memory_gib"]) == (0.5, 1e6)
+    assert "mfu" not in figures
+
+
+def test_noisy_copies_are_tokens_and_flops_but_no_clips(clock: Clock, tiny_config: GPDiTConfig) -> None:
+    window = Throughput(tiny_config)
+    clock.now = 1.0
+    window.add(batch_of(4, draws=3, context=2), SimpleNamespace(asked=0.0, waited=0.0), ends_step=True)  # type: ignore[arg-type]
+    assert (window.clips, window.tokens) == (4, 3 * 4 * 48)
+    assert window.flops == sum(training_flops(tiny_config, PassShape(4, 2, 3, 8, 8, draws=3)).values())
+
+
+def test_tokens_and_flops_are_those_of_the_frames_that_are_noisy(clock: Clock, tiny_config: GPDiTConfig) -> None:
+    window, loader = Throughput(tiny_config), SimpleNamespace(asked=0.0, waited=0.0)
+    window.add(batch_of(4, draws=2, context=3, frames=(1,)), loader, ends_step=True)  # type: ignore[arg-type]
+    assert (window.clips, window.tokens) == (4, 2 * 4 * 16)
+    assert window.flops == sum(training_flops(tiny_config, PassShape(4, 3, 3, 8, 8, 2, (1,))).values())
+
+
+# The loader
+
+
+class Sleepy(torch.utils.data.Dataset[int]):
+    def __getitem__(self, number: int) -> int:
+        time.sleep(0.03)
+        return number
+
+    def __len__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_measures_what_it_lets_wait(workers: int) -> None:
+    """Loading in the process takes as long as reading; a worker has read while the user was busy."""
+    loader = TimedLoader(Sleepy(), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+    waits, iterator = [], iter(loader)
+    assert len(multiprocessing.active_children()) == workers  # they begin to read at once
+    for place, number in enumerate(iterator):
+        assert number == place
+        assert loader.asked + loader.waited <= time.perf_counter()
+        waits.append(loader.waited)
+        time.sleep(0.2)
+    assert len(waits) == 3
+    if workers == 0:
+        assert min(waits) >= 0.03
+    assert min(waits[1:]) < 0.2  # the user's own time is not in it
+    if workers == 1:
+        assert min(waits[1:]) < 0.03
+
+
+# Memory
+
+
+def test_peak_memory_is_that_of_the_process() -> None:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    assert peak_memory_gib(torch.device("cpu")) == pytest.approx(peak / 2**20, rel=0.02)
+    assert math.isfinite(peak)
