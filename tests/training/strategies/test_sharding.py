@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from gpdit_lightning.checkpoints.reading import read_checkpoint
-from tests.training import sharded_runs
 from tests.training.callbacks.test_previews import make_shards
+from tests.training.strategies import sharded_runs
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
