@@ -1,0 +1,57 @@
+"""Registered names and import paths."""
+
+from pathlib import Path
+
+import pytest
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.imports import did_you_mean, resolve
+
+REGISTRY = {"rotation": dict, "tangent": list}
+
+
+@pytest.fixture(autouse=True)
+def _user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of the user's that Python can import."""
+    (tmp_path / "user_module.py").write_text("class Ordered(dict): pass\nNUMBER = 3\n", encoding="utf-8")
+    (tmp_path / "broken_module.py").write_text("1 / 0\n", encoding="utf-8")
+    (tmp_path / "needs_more.py").write_text("import a_package_that_does_not_exist\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_registered_name() -> None:
+    assert resolve("tangent", REGISTRY, "sampler") is list
+
+
+def test_an_import_path() -> None:
+    found = resolve("user_module.Ordered", REGISTRY, "sampler", base=dict)
+    assert (found.__module__, found.__name__) == ("user_module", "Ordered")
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "message"),
+    [
+        ("rotaton", None, r"sampler 'rotaton' is not known \(did you mean 'rotation'\?\): choose one of rotation, tan"),
+        ("xyz", None, r"sampler 'xyz' is not known: choose .*, or give the import path of your own"),
+        ("no_such_module.Ordered", None, r"'no_such_module.Ordered' cannot be imported \(No module named 'no_such_m"),
+        ("needs_more.Ordered", None, "No module named 'a_package_that_does_not_exist'"),
+        ("user_module.Orderd", None, r"user_module.py\) has no 'Orderd' \(did you mean 'Ordered'\?\)"),
+        ("user_module.NUMBER", None, "is of type int; it must be callable"),
+        ("user_module.NUMBER", dict, "is not a subclass of builtins.dict"),
+        ("user_module.Ordered", list, "is not a subclass of builtins.list"),
+        ("user_module..Ordered", None, "is not known"),
+    ],
+)
+def test_names_that_cannot_be_resolved(name: str, base: type | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        resolve(name, REGISTRY, "sampler", base)
+
+
+def test_an_error_inside_the_module_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        resolve("broken_module.Ordered", REGISTRY, "sampler")
+
+
+def test_did_you_mean() -> None:
+    assert did_you_mean("evalute", ["evaluate", "fit"]) == " (did you mean 'evaluate'?)"
+    assert did_you_mean("xyz", ["evaluate", "fit"]) == ""
