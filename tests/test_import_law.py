@@ -13,6 +13,7 @@ PACKAGE = ROOT / "gpdit_lightning"
 LEAVES = {"errors", "files", "devices", "imports", "randomness", "version"}
 # package -> the packages that it may import from, besides the leaves and itself
 ALLOWED = {
+    "options": set(),
     "model": set(),
     "diffusion": set(),
     "media": set(),
@@ -20,9 +21,9 @@ ALLOWED = {
     "codecs": {"media"},  # fit_pca reads images and videos
     "estimation": {"model", "data"},
     "checkpoints": {"model"},
-    "preparation": {"codecs", "data", "media"},
+    "preparation": {"codecs", "data", "media", "options"},
     "generation": {"model", "diffusion", "codecs", "data", "media", "checkpoints"},
-    "evaluation": {"model", "diffusion", "codecs", "data", "media", "checkpoints", "generation"},
+    "evaluation": {"options", "model", "diffusion", "codecs", "data", "media", "checkpoints", "generation"},
     "probing": {"model", "codecs", "data", "media", "checkpoints", "evaluation"},
     "training": {"model", "diffusion", "data", "codecs", "media", "checkpoints", "estimation", "generation"},
     "stages": {"model", "diffusion", "data", "checkpoints", "training"},
@@ -116,6 +117,15 @@ def test_the_network_and_the_objective_need_torch_alone() -> None:
             if path == PACKAGE / "model" / "attention" / "backends.py":
                 allowed |= {"xformers"}
             assert top_level_names(path) <= allowed, path
+
+
+def test_options_are_read_without_heavy_imports() -> None:
+    allowed = {"gpdit_lightning"} | sys.stdlib_module_names
+    light = ["options", *LEAVES - {"devices", "randomness", "files"}]
+    for path in [*files_of("options"), *(PACKAGE / "cli" / name for name in ("__init__.py", "parsing.py"))]:
+        assert top_level_names(path) <= allowed | {"jsonargparse"}, path
+    for path in files_of("options"):
+        assert internal_imports(path) <= {*light}, path
 
 
 def test_every_package_and_file_is_under_the_law() -> None:

@@ -1,52 +1,128 @@
 """The command line: `python -m gpdit_lightning VERB`."""
 
+import difflib
 import errno
 import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.version import __version__
+
+
+class Verb(NamedTuple):
+    """A verb of the command line.
+
+    Attributes:
+        function: what does the work, as `module:name` in this package. It takes the verb's record of options; of a verb
+            without a record, its arguments.
+        summary: one line for the list of verbs; opens the verb's own help.
+        record: the options, as `module:name` in `gpdit_lightning.options`; empty where the options are those of a
+            training recipe.
+    """
+
+    function: str
+    summary: str
+    record: str = ""
+
 
 VERBS = {
-    "demo": ("demo", "draw moving pictures, train a small model on them, and show what it generates"),
-    "fit": ("fit", "train from a recipe; running the same command again resumes"),
-    "chain": ("chain", "train the stages of a chain one after another; running it again goes on"),
-    "validate": ("fit", "evaluate a run's last checkpoint on the held-out sources"),
-    "test": ("fit", "the same, named test/loss"),
-    "sample": ("sample", "continue a video with a trained model"),
-    "transform": ("transform", "do to pictures what examples show, with a model trained on such pairs"),
-    "evaluate": (
-        "evaluate",
-        "continue the videos of a data set and score them: FVD, FID, IS, precision, recall, PSNR, SSIM",
+    "demo": Verb(
+        "demo:demo", "Draw moving images, train a small model on them and show what it generates.", "demo:DemoOptions"
     ),
-    "probe": ("probe", "say how much of a video's class each layer's features know, by a linear probe"),
-    "features": ("features", "write the features of videos for another model to train on"),
-    "estimate": ("estimate", "say what a recipe needs: memory on each GPU, FLOPs, days; and what would fit"),
-    "export": ("export", "write the model of a checkpoint as a folder to share: safetensors, config.json, a card"),
+    "fit": Verb("fit:run", "Train from a recipe; the same command resumes."),
+    "chain": Verb("chain:run", "Train the stages of a chain in turn; the same command resumes."),
+    "validate": Verb("fit:run", "Evaluate a run's last checkpoint on the held-out sources."),
+    "test": Verb("fit:run", "The same as validate, logged as test/loss."),
+    "sample": Verb("sample:run", "Continue videos with a trained model, or generate them from nothing."),
+    "transform": Verb("transform:run", "Transform images as a few example pairs show."),
+    "evaluate": Verb(
+        "evaluate:run", "Continue the videos of a data set and compute FVD, FID, IS, precision, recall, PSNR, SSIM."
+    ),
+    "probe": Verb("probe:run", "Measure how well each layer's features predict a video's class, by a linear probe."),
+    "features": Verb("features:run", "Write the features of videos for another model to train on."),
+    "estimate": Verb("estimate:run", "Estimate the memory, FLOPs and days of a recipe, and the nearest one that fits."),
+    "export": Verb("export:export", "Write the model of a checkpoint as a folder to share.", "export:ExportOptions"),
+    "recipes": Verb("recipes:recipes", "List the shipped recipes, or copy them to edit.", "recipes:RecipesOptions"),
 }
 
-# What a disk refuses for reasons that a user can mend.
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-
+# Errors of the file system that a user can correct.
+CORRECTABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 # Lightning advertises its services, names accelerators that it does not find, and the seed whenever it reads a recipe.
 NOT_SHOWN = ("litlogger", "GPU available: False", "TPU available: False", "Seed set to")
 
 
 def usage() -> str:
-    """What there is, one line a verb."""
-    lines = [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
+    """All verbs, a line each."""
+    lines = [f"  {name:<15}{verb.summary}" for name, verb in VERBS.items()]
     return (
-        "usage: python -m gpdit_lightning VERB [options]\n\n" + "\n".join(lines) + "\n\nVERB --help explains the rest."
+        "usage: python -m gpdit_lightning VERB [options]\n\n"
+        + "\n".join(lines)
+        + "\n\n  VERB --help      The options of a verb.\n  --version        The version of the package."
     )
 
 
-def _show_log() -> None:
-    """This library's messages as plain lines; other libraries keep their own handlers.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the verb that the first word names.
 
-    Where several processes train, the first speaks for all of them; the others only warn.
+    Returns:
+        the exit status: 0; 1 where a verb found faults; 2 for an error that the user can correct, after one sentence;
+        130 after Ctrl-C.
+    """
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"gpdit_lightning {__version__}")
+        return 0
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
+        proposed = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(VERBS)}."
+        print(f"error: there is no verb '{name}': {proposed}", file=sys.stderr)
+        return 2
+    _show_log()
+    try:
+        return run(name, rest)
+    except InputError as error:
+        print(f"{_rank()}error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in CORRECTABLE:
+            raise
+        path = error.filename or "a file that is being written"
+        print(f"{_rank()}error: {path}: {error.strerror}: make room or choose another place.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 130
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Parse the options of a verb, then import and call the function that does the work; returns the exit status."""
+    verb = VERBS[name]
+    if not verb.record:
+        _imported(f"gpdit_lightning.cli.{verb.function}")(name, arguments)
+        return 0
+    from gpdit_lightning.cli.parsing import parse
+
+    options = parse(name, verb.summary, _imported(f"gpdit_lightning.options.{verb.record}"), arguments)
+    return _imported(f"gpdit_lightning.cli.{verb.function}")(options) or 0
+
+
+def _imported(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _show_log() -> None:
+    """Show this library's messages as plain lines; other libraries keep their own handlers.
+
+    Where several processes train, the first reports for all of them; the others only warn.
     """
     log = logging.getLogger("gpdit_lightning")
     if not log.handlers:
@@ -60,35 +136,7 @@ def _show_log() -> None:
 
 
 def _rank() -> str:
-    """Who speaks, where several processes train."""
+    """A prefix that names the rank, except on the first."""
     names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, Lightning's launcher and srun
     rank = next((os.environ[name] for name in names if name in os.environ), "0")
     return "" if rank == "0" else f"[rank {rank}] "
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Dispatch on the first word; returns the exit status: 0, or 2 with one sentence for what the user can mend."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    verb, *rest = arguments
-    if verb not in VERBS:
-        print(f"error: there is no verb '{verb}': choose one of {', '.join(VERBS)}.", file=sys.stderr)
-        return 2
-    _show_log()
-    try:
-        importlib.import_module(f"gpdit_lightning.cli.{VERBS[verb][0]}").run(verb, rest)
-    except InputError as error:
-        print(f"{_rank()}error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        path = error.filename or "a file that is being written"
-        print(f"{_rank()}error: {path}: {error.strerror}: make room or choose another place.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
-        return 130
-    return 0

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.checkpoints.reading import identity_of, read_checkpoint
 from gpdit_lightning.cli import fit
-from gpdit_lightning.cli.recipes import read_yaml
+from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.training.callbacks.stopping import leave_process_group
@@ -92,7 +92,7 @@ def read_stages(configs: Sequence[Path], others: Sequence[str]) -> list[Stage]:
     Raises:
         InputError: a recipe that cannot be used, or data that are not there.
     """
-    chain, *overlays = configs
+    chain, *overlays = map(recipe_path, configs)
     recipes = stages_of(chain)
     stages: list[Stage] = []
     for place, recipe in enumerate(recipes, start=1):
@@ -163,7 +163,7 @@ def stages_of(chain: Path) -> list[Path]:
     stages = read_yaml(chain).get("stages")
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, str) for stage in stages):
         raise InputError(f"{chain} is no chain: it needs a list of recipes under `stages`; for one recipe use `fit`.")
-    return [chain.parent / stage for stage in stages]
+    return [chain.parent / recipe_path(stage) for stage in stages]
 
 
 def is_launched(trainer: Trainer) -> bool:

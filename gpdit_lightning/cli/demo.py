@@ -1,6 +1,5 @@
 """`demo`: from nothing to a generated video in minutes, through the same commands that a user's own data takes."""
 
-import argparse
 import json
 import math
 import shutil
@@ -24,6 +23,7 @@ from gpdit_lightning.generation import GenerationConfig, continue_video
 from gpdit_lightning.generation.contexts import Reading, read_contexts
 from gpdit_lightning.media.images import parse_size, resize_and_crop, write_strip
 from gpdit_lightning.media.video import iterate_frames, write_video
+from gpdit_lightning.options.demo import DemoOptions
 from gpdit_lightning.preparation import (
     FewShotOptions,
     PrepareOptions,
@@ -34,8 +34,6 @@ from gpdit_lightning.preparation import (
 )
 from gpdit_lightning.preparation.sources import Source
 
-CHAIN = Path(__file__).parents[2] / "recipes" / "demo" / "chain.yaml"
-
 MOVIES, HELD_OUT_MOVIES, SEED = 1200, 64, 0
 FRAME_SIZE = "64x64"
 CLIP, LEAST_CLIP = 21, 17  # frames at the training stride
@@ -45,29 +43,9 @@ SAMPLER_STEPS = 8
 SHOWN = 4  # clips in sample.png
 
 
-def parser() -> argparse.ArgumentParser:
-    """The verb's options."""
-    options = argparse.ArgumentParser(
-        prog="python -m gpdit_lightning demo",
-        description="Prepares moving pictures, trains a small GPDiT on them in the four stages of the paper, continues "
-        "held-out clips and compares them with repeating the last frame. Everything stays in one folder; the same "
-        "command goes on from there.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    options.add_argument("--videos", type=Path, help="your own videos instead of the drawn ones (some are held out)")
-    options.add_argument("--run_dir", type=Path, default=Path("runs/demo"), help="folder for everything the demo makes")
-    options.add_argument("--max_steps", type=int, help="optimizer steps of each stage (default: the recipes')")
-    return options
-
-
-def run(verb: str, arguments: Sequence[str]) -> None:
-    """Prepare, train, sample, and say what to open."""
-    options = parser().parse_args(arguments)
-    if not CHAIN.is_file():
-        raise InputError(
-            f"{CHAIN} is missing: the demo trains from the recipes of a clone of the project; run it there."
-        )
-    run_dir: Path = options.run_dir
+def demo(options: DemoOptions) -> None:
+    """Prepare, train, sample, and say which files to open."""
+    run_dir = options.run_dir
     print("1/3  moving pictures -> latents")
     videos = video_options(run_dir, options.videos)
     manifest = prepare(videos)
@@ -79,7 +57,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     prepare_sequences(pair_options(run_dir))
     print("2/3  training: images, images and videos, longer videos, few-shot")
     steps = [f"--trainer.max_steps={options.max_steps}"] if options.max_steps else []
-    chain.run("chain", [f"--config={CHAIN}", f"--runs={run_dir}", *steps])
+    chain.run("chain", ["--config=gpdit:demo/chain", f"--runs={run_dir}", *steps])
     print("3/3  generating")
     print(evaluate(run_dir, videos))
     few_shot = max((run_dir / "stage4_few_shot" / "previews").glob("*.png"))

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from gpdit_lightning.checkpoints.reading import TrainedModel, identity_of, load_trained_model, place_of_weights
 from gpdit_lightning.cli.generating import config_of, trained_sizes
-from gpdit_lightning.cli.recipes import RecipeParser, with_bases
+from gpdit_lightning.cli.recipe_files import with_bases
+from gpdit_lightning.cli.recipe_parser import RecipeParser
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.devices import available_device, rank_of_process
 from gpdit_lightning.diffusion import NoiseSchedule

@@ -1,8 +1,6 @@
 """`export`: the model of a checkpoint as a folder that can be shared, and opened without unpickling anything."""
 
-import argparse
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,27 +10,15 @@ from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.checkpoints.weights import CARD, CONFIG, WEIGHTS, Weights, config_json, write_folder
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import partial_path, publish
+from gpdit_lightning.options.export import ExportOptions
 
 
-def parser() -> argparse.ArgumentParser:
-    """The verb's options."""
-    options = argparse.ArgumentParser(
-        prog="python -m gpdit_lightning export",
-        description="Writes the model of a checkpoint as a folder to share: model.safetensors, config.json with the "
-        "codec and its whitening, and a model card (README.md). `sample` and GPDiT.from_pretrained open it. No GPU is "
-        "needed, and no memory for the weights unless they are converted.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    options.add_argument("--checkpoint", required=True, help="a checkpoint, a run folder or an exported folder")
-    options.add_argument("--out", required=True, type=Path, help="the folder; an earlier export of it is replaced")
-    options.add_argument("--weights", default="ema", choices=["ema", "raw"], help="averaged or last trained weights")
-    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="convert; None leaves them as they are")
-    return options
+def export(options: ExportOptions) -> None:
+    """Write the folder.
 
-
-def run(verb: str, arguments: Sequence[str]) -> None:
-    """Write the folder."""
-    options = parser().parse_args(arguments)
+    Raises:
+        InputError: the weights cannot be read, or `out` holds something else.
+    """
     model = load_trained_model(options.checkpoint, weights=options.weights).backbone
     if options.dtype:
         model.to(getattr(torch, options.dtype))

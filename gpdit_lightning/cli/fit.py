@@ -19,7 +19,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.checkpoints.reading import read_checkpoint
-from gpdit_lightning.cli.recipes import PREFIX, RecipeParser, essence, with_bases
+from gpdit_lightning.cli.parsing import PREFIX, relevant_part
+from gpdit_lightning.cli.recipe_files import with_bases
+from gpdit_lightning.cli.recipe_parser import RecipeParser
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import held_by_one_process, written_whole
@@ -217,7 +219,7 @@ def _read(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) -> RecipeC
     except ValueError as error:  # a value that its class refuses, wrapped by jsonargparse
         if isinstance(error, InputError) or "Does not validate" not in str(error):
             raise
-        raise InputError(PREFIX + essence(str(error))) from None
+        raise InputError(PREFIX + relevant_part(str(error))) from None
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gpdit_lightning.cli.recipes import read_yaml, with_bases
+from gpdit_lightning.cli.recipe_files import read_yaml, with_bases
 from gpdit_lightning.errors import InputError
 
 
@@ -43,7 +43,11 @@ def test_recipes_that_are_each_others_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", r"broken\.yaml is no YAML \("), ("- 1", r"broken\.yaml holds no fields"), ("", "holds no fields")],
+    [
+        ("a: [1", r"broken\.yaml is not valid YAML \("),
+        ("- 1", r"broken\.yaml holds no fields"),
+        ("", "holds no fields"),
+    ],
 )
 def test_files_that_are_no_recipes(tmp_path: Path, text: str, message: str) -> None:
     write(tmp_path, broken=text)

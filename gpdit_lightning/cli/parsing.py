@@ -1,0 +1,215 @@
+"""From a command line, and the YAML files that it names, to a record of options."""
+
+import argparse
+import collections.abc
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+from gpdit_lightning.cli.recipe_files import with_bases
+from gpdit_lightning.errors import InputError
+
+# Every field's docstring becomes its help.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+PREFIX = "the recipe or the command line cannot be used: "
+COMMAND = "python -m gpdit_lightning"
+
+Record = TypeVar("Record")
+
+
+def parse(verb: str, description: str, record: type[Record], arguments: Sequence[str]) -> Record:
+    """The options of a verb.
+
+    Beside `--name value` the command line may say `--switch` and `--no_switch` for an option that is true or false, and
+    `--names a b c` for one that takes a list. `--config FILE` gives options as YAML; later ones override earlier ones.
+
+    Args:
+        verb: names the command in messages.
+        description: opens the help.
+        record: a dataclass of `gpdit_lightning.options`.
+        arguments: of the command line, behind the verb.
+
+    Raises:
+        InputError: options that cannot be used, in one sentence.
+        SystemExit: after `--help` or `--print_config`.
+    """
+    parser = parser_of(verb, description, record)
+    values = parser.instantiate(parser.parse_args(normalised(with_bases(arguments), record)))
+    given = {field.name: values[field.name] for field in dataclasses.fields(record)}  # type: ignore[arg-type]
+    return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def parser_of(verb: str, description: str, record: type[Any]) -> "OptionParser":
+    """The parser of a verb: a group for each record that its own inherits from, in their order."""
+    parser = OptionParser(
+        prog=f"{COMMAND} {verb}",
+        usage=f"{COMMAND} {verb} [options]",
+        description=f"{description} Switches are set by --name and unset by --no_name; lists are separated by blanks.",
+        formatter_class=OptionHelp,
+        parser_mode="omegaconf+",
+    )
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file of options; later ones override.")
+    for action in parser._actions:
+        if action.dest == "print_config":
+            action.help, action.metavar = "Print all options as YAML and exit.", ""
+    parser.add_argument("--base", type=str | list[str], default=[], help=argparse.SUPPRESS)
+    add_record(parser, record)
+    return parser
+
+
+def add_record(parser: ArgumentParser, record: type[Any]) -> None:
+    """Add the fields of a record, each under the title of the class that declares it; equal titles share a group."""
+    names = {field.name for field in dataclasses.fields(record)}
+    groups: dict[str, set[str]] = {}
+    for declaring in (*record.__mro__[1:], record):
+        if dataclasses.is_dataclass(declaring):
+            title = (declaring.__doc__ or "").splitlines()[0].rstrip(".")
+            groups.setdefault(title, set()).update(names & vars(declaring).get("__annotations__", {}).keys())
+    for title, own in groups.items():
+        if own:
+            parser.add_argument_group(title).add_class_arguments(record, as_group=False, skip=names - own)
+
+
+class OptionParser(ArgumentParser):
+    """A parser whose errors are InputErrors of one sentence, with the nearest option that exists."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise InputError instead of printing the usage."""
+        raise InputError(explained(message, [action.dest for action in self._actions]))
+
+
+def explained(message: str, known: Iterable[str]) -> str:
+    """A parser's message as one sentence.
+
+    Args:
+        message: of jsonargparse.
+        known: the options that exist, of which the nearest is proposed for an unknown one.
+    """
+    sentence = relevant_part(message)
+    if PREFIX in message:  # the parser of a part has explained it already
+        return PREFIX + sentence
+    unknown = re.search(r"unrecognized arguments: -*([\w.]+)|ption '([\w.]+)'", sentence)
+    if unknown:
+        group = re.search(r"Group '([\w.]+)'", sentence)
+        key = (f"{group[1]}." if group else "") + (unknown[1] or unknown[2])
+        nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+        sentence += f"; did you mean '{nearest[0]}'?" if nearest else "; see --help for the options that exist."
+    return PREFIX + sentence
+
+
+def relevant_part(message: str) -> str:
+    """The part of a jsonargparse message that a person needs.
+
+    Of a value that may have several types jsonargparse reports why it is none of them; the first reason that is not
+    about None is the one about the intended type.
+    """
+    reasons = [line.strip()[2:] for line in message.splitlines() if line.strip().startswith("- ")]
+    relevant = [line for line in reasons if "NoneType" not in line]
+    key = re.match(r'Parser key "([\w.]+)":', message)
+    value = re.search(r"(?:Given value|Got value): (.*)", message)
+    expected = re.match(
+        r"Expected an? (.*?)(?:\. Got value: .*)?$", relevant[0] if relevant else message.split("\n  ")[-1]
+    )
+    if key and value and expected:
+        return f"{key[1]} is {value[1]}; it must be {in_words(expected[1])}."
+    required = re.fullmatch(r"the following arguments are required: ([\w., -]+)", message)
+    if required:
+        return f"{required[1]} is missing: give --{required[1].split(', ')[0]}; see --help."
+    sentence = " ".join((relevant[0] if relevant else message).split("Given value")[0].split())
+    return sentence.replace(PREFIX, "")
+
+
+def in_words(kind: str) -> str:
+    """A type, as jsonargparse names it, in words."""
+    choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+    if choices:
+        return f"one of {choices[1].replace(chr(39), '')}"
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
+    return words.get(kind.removeprefix("<class '").removesuffix("'>"), kind)
+
+
+class OptionHelp(DefaultHelpFormatter):
+    """Help with choices and defaults, and without Python's names of types."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, max_help_position=28, width=110, **settings)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.required:
+            return f"{text} (required)"
+        hidden = action.default is None or isinstance(action.default, bool) or action.default in ((), [])
+        return text if hidden or not hasattr(action, "_typehint") else f"{text} (default: %(default)s)"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        hint = getattr(action, "_typehint", None)
+        if hint is bool:
+            return ""
+        choices = [
+            choice for option in (hint, *get_args(hint)) if get_origin(option) is Literal for choice in get_args(option)
+        ]
+        if choices:
+            return "{" + ",".join(map(str, choices)) + "}"
+        item = item_type(hint)
+        return super()._get_default_metavar_for_optional(action) + (" ..." if item is not None else "")
+
+
+def normalised(arguments: Sequence[str], record: type[Any]) -> list[str]:
+    """Command-line arguments in jsonargparse's form: lists as YAML, switches with a value, a first bare word named."""
+    hints = get_type_hints(record)
+    switches = {name for name, hint in hints.items() if hint is bool}
+    lists = {name: item for name, hint in hints.items() if (item := item_type(hint)) is not None}
+    positional = getattr(record, "POSITIONAL", None)
+    words, result = list(arguments), list[str]()
+    while words:
+        word = words.pop(0)
+        name = word.removeprefix("--")
+        if positional and not word.startswith("-"):
+            result.append(f"--{positional}={word}")
+            positional = None
+        elif name == word or name not in hints:
+            negated = name.removeprefix("no_")
+            if name != word and negated != name and negated in switches:
+                result.append(f"--{negated}=false")
+            else:  # of a nested record, or unknown; with the value that follows
+                result += [word, *([words.pop(0)] if name != word and "=" not in word and words else [])]
+        elif name in switches:
+            result.append(f"{word}={words.pop(0) if words and words[0] in ('true', 'false') else 'true'}")
+        elif name in lists:
+            result.append(f"{word}={yaml_list(taken(words), lists[name])}")
+        elif words:
+            result.append(f"{word}={words.pop(0)}")
+        else:
+            result.append(word)
+    return result
+
+
+def item_type(hint: Any) -> Any:
+    """The type of the items where a field takes a list, or a list among others; None for any other field."""
+    for option in (hint, *get_args(hint)):
+        if get_origin(option) in (list, tuple, collections.abc.Sequence):
+            return get_args(option)[0]
+    return None
+
+
+def taken(words: list[str]) -> list[str]:
+    """Remove and return the words up to the next option; negative numbers are none."""
+    end = next((i for i, word in enumerate(words) if re.match(r"--?[A-Za-z]", word)), len(words))
+    values = words[:end]
+    del words[:end]
+    return values
+
+
+def yaml_list(values: Sequence[str], item: Any) -> str:
+    """Words as a YAML list; a single word that is one already stays."""
+    if len(values) == 1 and values[0].startswith("[") and values[0].endswith("]"):
+        return values[0]
+    quoted = item in (str, Path)
+    return "[" + ", ".join(json.dumps(value) if quoted else value for value in values) + "]"

@@ -1,0 +1,25 @@
+"""The parser of training recipes: Lightning's, with errors of one sentence."""
+
+import dataclasses
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from gpdit_lightning.cli.parsing import explained
+from gpdit_lightning.diffusion import NoiseSchedule
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.training.optimizer import OptimizerConfig
+
+# The fields of a model's parts are options of a nested parser, which this one does not list.
+NESTED_OPTIONS = {"backbone": GPDiTConfig, "schedule": NoiseSchedule, "optimizer": OptimizerConfig}
+
+
+class RecipeParser(LightningArgumentParser):
+    """A parser whose errors are InputErrors of one sentence, with the nearest option that exists."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise InputError instead of printing the usage."""
+        known = [action.dest for action in self._actions]
+        known += [f"{name}.{f.name}" for name, options in NESTED_OPTIONS.items() for f in dataclasses.fields(options)]
+        raise InputError(explained(message, known))

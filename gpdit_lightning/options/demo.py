@@ -1,0 +1,21 @@
+"""Options of `demo`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpdit_lightning.options.shared import check_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Demo."""
+
+    videos: Path | None = None
+    """A folder of your own videos instead of the drawn ones; some are held out."""
+    run_dir: Path = Path("runs/demo")
+    """Folder for everything that the demo makes; the same command resumes in it."""
+    max_steps: int | None = None
+    """Optimizer steps of each stage; by default those of the recipes."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, max_steps=1)

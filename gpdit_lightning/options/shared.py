@@ -1,0 +1,87 @@
+"""Options that several verbs share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gpdit_lightning.errors import InputError
+
+
+def check_at_least(options: Any, **limits: int) -> None:
+    """Raise InputError, naming the option, unless every value is at least its limit; None passes."""
+    for name, limit in limits.items():
+        value = getattr(options, name)
+        if value is not None and value < limit:
+            raise InputError(f"--{name} is {value}: give at least {limit}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Model."""
+
+    checkpoint: str
+    """A checkpoint, a run folder (its last checkpoint), or an exported folder."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Averaged or last trained weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecOptions:
+    """Codec."""
+
+    codec_source: str | None = None
+    """Where the codec's weights are now, if they moved since the data were prepared: a folder, a file or a hub name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """Computation."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ...; auto is this process's GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionOptions:
+    """Computation."""
+
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    """Precision of matrix products; auto is bf16 on CUDA, else 32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions(PrecisionOptions):
+    """Generation."""
+
+    sampler: str = "rotation"
+    """How a frame is denoised: rotation, tangent, adams, dpm2m, stochastic, or the import path of a class (see
+    docs/generation.md)."""
+    steps: int = 25
+    """Sampler steps per latent frame."""
+    guidance: float = 1.0
+    """Guidance scale over the context (GPDiT: 1.2 for H, 2.0 for B); 1 is no guidance."""
+    guidance_levels: tuple[float, float] = (0.0, 1.0)
+    """Range of noise levels that is guided: 1 is pure noise, 0 a clean frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchedSamplerOptions(SamplerOptions):
+    """Generation."""
+
+    seed: int = 0
+    """Seed of the noise; the result does not depend on the batch."""
+    batch_size: int = 8
+    """Results that are generated side by side."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, seed=0, batch_size=1, steps=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions:
+    """Videos."""
+
+    videos: Sequence[str]
+    """Videos, and folders that are searched for videos recursively."""
+    size: str | None = None
+    """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the only one."""

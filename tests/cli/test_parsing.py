@@ -1,0 +1,122 @@
+"""A verb's record of options as its command line: lists, switches, YAML files, help and errors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from gpdit_lightning.cli.parsing import parse
+from gpdit_lightning.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network."""
+
+    path: str
+    """Its file."""
+    pool: int = 2
+    """Pixels that are averaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """Shared options."""
+
+    seeds: Sequence[int] = (0,)
+    """Seeds."""
+    cache: bool = True
+    """Keep keys and values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Shared):
+    """Own options."""
+
+    POSITIONAL = "place"
+
+    place: str
+    """A place."""
+    names: Sequence[str] = ()
+    """Names."""
+    levels: tuple[float, float] = (0.0, 1.0)
+    """A range."""
+    out: Path = Path("out.mp4")
+    """A file."""
+    kind: Literal["fast", "slow"] | None = None
+    """A kind."""
+    mark: bool = False
+    """Mark it."""
+    network: Network | None = None
+    """A network."""
+
+
+def read(*arguments: str) -> Options:
+    return parse("verb", "Do something.", Options, arguments)
+
+
+def test_lists_switches_and_a_first_word_need_no_quotes() -> None:
+    options = read(
+        "here", "--names", "a b", "c,d", "1", "--mark", "--no_cache", "--seeds", "3", "4", "--levels", "-0.5", "1"
+    )
+    assert options == Options(
+        place="here", names=("a b", "c,d", "1"), mark=True, cache=False, seeds=(3, 4), levels=(-0.5, 1.0)
+    )
+
+
+def test_values_are_written_as_yaml_too() -> None:
+    options = read("--place=here", "--names", "[a, b]", "--mark", "false", "--out", "x/y.mp4", "--network.path", "f")
+    assert options == Options(place="here", names=("a", "b"), out=Path("x/y.mp4"), network=Network(path="f"))
+
+
+def test_later_files_and_options_override_earlier_ones(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(yaml.safe_dump({"place": "first", "seeds": [1], "network": {"path": "f", "pool": 3}}))
+    second.write_text(yaml.safe_dump({"base": "first.yaml", "place": "second", "network": {"pool": 5}}))
+    assert read("--config", str(second), "--seeds", "2") == Options(
+        place="second", seeds=(2,), network=Network(path="f", pool=5)
+    )
+
+
+def test_what_is_printed_is_a_config_of_the_same_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read("here", "--mark", "--seeds", "1", "2", "--print_config")
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert read("--config", str(path)) == Options(place="here", mark=True, seeds=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["here", "--nmaes", "a"], ["--nmaes", "did you mean 'names'?"]),
+        (["here", "--kind", "slwo"], ["kind is slwo", "one of fast, slow"]),
+        (["here", "--seeds", "x"], ["seeds", "x"]),
+        (["here", "--mark=perhaps"], ["mark is perhaps", "true or false"]),
+        ([], ["place is missing", "--place"]),
+        (["here", "--network.pool", "x", "--network.path", "f"], ["pool is x", "a whole number"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml cannot be read"]),
+        (["--config", "gpdit:stage2_mixd"], ["did you mean gpdit:stage2_mixed"]),
+    ],
+)
+def test_an_error_is_one_sentence_that_names_option_and_value(arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(InputError) as failure:
+        read(*arguments)
+    text = str(failure.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+def test_help_groups_options_by_the_record_that_declares_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read("--help")
+    text = capsys.readouterr().out
+    assert text.index("Shared options:") < text.index("--seeds") < text.index("Own options:") < text.index("--names")
+    assert "{fast,slow}" in text
+    assert "(default: out.mp4)" in text
+    assert "type:" not in text
+    assert "null" not in text
