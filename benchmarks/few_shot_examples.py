@@ -16,8 +16,8 @@ from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.codecs import load_codec_from_spec
 from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
 from gpdit_lightning.generation import GenerationConfig, transform
+from gpdit_lightning.media.image_tasks import TASKS, make_pair
 from gpdit_lightning.media.images import read_image, resize_and_crop
-from gpdit_lightning.media.tasks import TASKS, pair_of
 from gpdit_lightning.preparation.pairs import pictures_in
 
 
@@ -48,13 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{len(asked)} sources, examples of {len(shown)} other pictures; errors relative to copying the source\n")
     print("| asked for | examples of | median | worst | at or above 0.5 |\n|---|---|---|---|---|")
     for task in options.tasks:
-        sources, truth = pair_of(TASKS[task], asked)
+        sources, truth = make_pair(TASKS[task], asked)
         for other in options.tasks:
             generator = torch.Generator().manual_seed(options.seed)  # the same pictures for every task
             ratios = []
             for _ in tqdm(range(options.draws), desc=f"{task} from {other}", leave=False):
                 chosen = [shown[place] for place in torch.randperm(len(shown), generator=generator)[: options.pairs]]
-                examples = [tuple(side[0] for side in pair_of(TASKS[other], picture)) for picture in chosen]
+                examples = [tuple(side[0] for side in make_pair(TASKS[other], picture)) for picture in chosen]
                 made = transform(trained.backbone, codec, examples, sources, config)  # type: ignore[arg-type]
                 ratios.append(error(made, truth) / error(sources, truth))
             found = torch.tensor(ratios)

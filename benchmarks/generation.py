@@ -24,7 +24,7 @@ from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.codecs import PcaCodec, WanCodec
 from gpdit_lightning.diffusion import Guidance, RotationSampler
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.generation import GenerationConfig, products_in, rollout
+from gpdit_lightning.generation import GenerationConfig, cast_linear_weights, rollout
 from gpdit_lightning.media.images import parse_size
 
 MIB = 2**20
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             context = torch.randn(1, 1, config.latent_channels, height // 8, width // 8)
         precision = torch.bfloat16 if device.type == "cuda" else None
         if precision is not None:
-            products_in(model, precision)
+            cast_linear_weights(model, precision)
 
         def settings(window: int | None, cached: bool, precision: torch.dtype | None = precision) -> GenerationConfig:
             sampler, guidance = RotationSampler(options.steps), Guidance(options.guidance)

@@ -19,8 +19,8 @@ from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.generation import GenerationConfig, continue_video
-from gpdit_lightning.generation.contexts import Reading, read_contexts
+from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
+from gpdit_lightning.generation.contexts import ContextSettings, read_contexts
 from gpdit_lightning.media.images import parse_size, resize_and_crop, write_strip
 from gpdit_lightning.media.video import iterate_frames, write_video
 from gpdit_lightning.options.demo import DemoOptions
@@ -145,7 +145,9 @@ def held_out_clips(preparation: PrepareOptions, stride: int, codec: Codec) -> tu
         InputError: no video was held out, or none of those is long enough.
     """
     for frames in (CLIP, LEAST_CLIP):
-        reading = Reading(CONTEXT, stride, (parse_size(FRAME_SIZE),), following=frames - CONTEXT, start=0.0)
+        reading = ContextSettings(
+            CONTEXT, stride, (parse_size(FRAME_SIZE),), ground_truth_frames=frames - CONTEXT, start=0.0
+        )
         clips, rates = clips_of_length(frames, preparation, reading, codec)
         if clips:
             return torch.stack(clips), rates[0]
@@ -156,7 +158,7 @@ def held_out_clips(preparation: PrepareOptions, stride: int, codec: Codec) -> tu
 
 
 def clips_of_length(
-    frames: int, preparation: PrepareOptions, reading: Reading, codec: Codec
+    frames: int, preparation: PrepareOptions, reading: ContextSettings, codec: Codec
 ) -> tuple[list[Tensor], list[Fraction]]:
     """The first `frames` frames of every held-out video that has so many, and their rates."""
     clips, rates = [], []
@@ -167,7 +169,7 @@ def clips_of_length(
             (context,) = read_contexts([str(source.path)], reading, codec)
         except InputError:
             continue  # the preparation has named it already
-        clip = torch.cat((context.pixels, context.truth))
+        clip = torch.cat((context.pixels, context.ground_truth))
         if len(clip) == frames:
             clips.append(clip)
             rates.append(context.fps)
@@ -184,7 +186,7 @@ def evaluate(run_dir: Path, preparation: PrepareOptions) -> str:
     generated = torch.cat(
         [
             continue_video(
-                model.backbone, codec, batch[:, :CONTEXT], future_frames, config, seeds=SEED + 16 * number
+                model.backbone, codec, batch[:, :CONTEXT], future_frames, config, ClipInputs(SEED + 16 * number)
             ).pixels
             for number, batch in enumerate(tqdm(clips.split(16), desc="generating", unit="batch", leave=False))
         ]

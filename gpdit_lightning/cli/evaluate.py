@@ -21,14 +21,23 @@ from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.devices import available_device, rank_of_process
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.chunks import TRUTH, ChunkFiles, Networks, Task, chunks_of, judge, of_seed, write_chunk
+from gpdit_lightning.evaluation.chunks import (
+    GROUND_TRUTH,
+    ChunkFiles,
+    EvaluationSettings,
+    MetricNetworks,
+    evaluate_chunk,
+    seed_variant,
+    split_into_chunks,
+    write_chunk,
+)
 from gpdit_lightning.evaluation.i3d import check_frames
 from gpdit_lightning.evaluation.networks import NetworkFile, open_image_network, open_video_network
-from gpdit_lightning.evaluation.report import TABLES, Network, Protocol, draw_self_checks, library_versions
-from gpdit_lightning.evaluation.scores import report_of
+from gpdit_lightning.evaluation.report import TABLES, NetworkRecord, Protocol, library_versions, plot_self_checks
+from gpdit_lightning.evaluation.scores import make_report
 from gpdit_lightning.evaluation.videos import Selection, find_videos, select_videos
 from gpdit_lightning.files import held_by_one_process
-from gpdit_lightning.generation import products_in
+from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.media.video import write_video
 
 log = logging.getLogger(__name__)
@@ -138,24 +147,24 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     span = 1 + (task.frames - 1) * task.stride
     selection = select_videos(options.videos, options.count, options.selection_seed, span, progress=rank == 0)
     protocol = protocol_of(options, task, trained, selection, networks)
-    if task.generation.precision is not None:
-        products_in(trained.backbone, task.generation.precision)
+    if task.generation.autocast_dtype is not None:
+        cast_linear_weights(trained.backbone, task.generation.autocast_dtype)
 
     out = Path(options.out)
     made_by = {name: value for name, value in asdict(protocol).items() if name not in ONLY_SAID}
     made_by |= {name: getattr(options, name) for name in ("chunk", "self_check_videos")}
     ChunkFiles(sorted((out / CHUNKS).glob("*.safetensors")), made_by)  # raises where they are not ours
-    chunks = chunks_of(selection, options.chunk)
+    chunks = split_into_chunks(selection, options.chunk)
     files = {chunk: out / CHUNKS / f"{chunk.start:06d}.safetensors" for chunk in chunks}
     mine = [chunk for chunk in chunks[rank::ranks] if not files[chunk].exists()]
     if mine:
         (out / TABLES).unlink(missing_ok=True)
-    keep = keeper(out / VIDEOS, options.keep_videos, task, selection.names)
+    keep = video_writer(out / VIDEOS, options.keep_videos, task, selection.names)
     with tqdm(
         total=sum(len(chunk.names) for chunk in mine), desc="continuing", unit=" videos", disable=rank > 0
     ) as bar:
         for chunk in mine:
-            write_chunk(files[chunk], *judge(chunk, task, trained.backbone, codec, networks, keep), made_by)
+            write_chunk(files[chunk], *evaluate_chunk(chunk, task, trained.backbone, codec, networks, keep), made_by)
             bar.update(len(chunk.names))
     if not all(path.exists() for path in files.values()):
         log.info("done; the process that ends last writes the results, or the same command once more")
@@ -163,15 +172,15 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     with suppress(BlockingIOError), held_by_one_process(out / LOCK):
         if not (out / TABLES).exists():  # which is written last
             found = ChunkFiles(list(files.values()), made_by)
-            report = report_of(found, protocol, lost=set(selection.names) - set(found.names))
+            report = make_report(found, protocol, lost=set(selection.names) - set(found.names))
             if report.self_checks:
-                draw_self_checks(report, out / "self_checks.png")
+                plot_self_checks(report, out / "self_checks.png")
             report.write(out)
         scores, _, _ = (out / TABLES).read_text(encoding="utf-8").partition("\n## ")
         print(f"{scores}\nProtocol, self-checks and the paper's scores: {out / TABLES}")
 
 
-def open_networks(options: EvaluationOptions, device: torch.device) -> Networks:
+def open_networks(options: EvaluationOptions, device: torch.device) -> MetricNetworks:
     """The networks that the options name.
 
     Raises:
@@ -186,10 +195,12 @@ def open_networks(options: EvaluationOptions, device: torch.device) -> Networks:
             log.warning("warning: no %s is given, so its scores are left out", name)
     if image is not None and not image.has_classes:
         log.warning("warning: the image_network knows no classes and no classifier is given, so IS is left out")
-    return Networks(video, image)
+    return MetricNetworks(video, image)
 
 
-def task_of(options: EvaluationOptions, trained: TrainedModel, codec: Codec, networks: Networks) -> Task:
+def task_of(
+    options: EvaluationOptions, trained: TrainedModel, codec: Codec, networks: MetricNetworks
+) -> EvaluationSettings:
     """What is done to every video.
 
     Raises:
@@ -211,7 +222,7 @@ def task_of(options: EvaluationOptions, trained: TrainedModel, codec: Codec, net
             window,
             seen_in_training,
         )
-    task = Task(
+    task = EvaluationSettings(
         context_frames=options.context_frames,
         generated_frames=options.generated_frames,
         stride=options.stride or trained.geometry["stride"],
@@ -227,7 +238,11 @@ def task_of(options: EvaluationOptions, trained: TrainedModel, codec: Codec, net
 
 
 def protocol_of(
-    options: EvaluationOptions, task: Task, trained: TrainedModel, selection: Selection, networks: Networks
+    options: EvaluationOptions,
+    task: EvaluationSettings,
+    trained: TrainedModel,
+    selection: Selection,
+    networks: MetricNetworks,
 ) -> Protocol:
     """All that the scores depend on."""
     roles = {
@@ -254,7 +269,7 @@ def protocol_of(
         schedule=NoiseSchedule(**trained.schedule),
         seeds=task.seeds,
         window=task.generation.window,
-        precision=str(task.generation.precision or torch.float32).removeprefix("torch."),
+        precision=str(task.generation.autocast_dtype or torch.float32).removeprefix("torch."),
         checkpoint=options.checkpoint,
         checkpoint_sha256=identity_of(place_of_weights(options.checkpoint)),
         step=trained.step,
@@ -262,7 +277,7 @@ def protocol_of(
         codec=trained.codec["name"],
         codec_sha256=trained.codec["fingerprint"],
         networks={
-            role: Network(network.name, network.path.name, network.sha256, network.preprocessing)
+            role: NetworkRecord(network.name, network.path.name, network.sha256, network.preprocessing)
             for role, network in roles.items()
             if network is not None
         },
@@ -271,12 +286,14 @@ def protocol_of(
     )
 
 
-def keeper(folder: Path, most: int, task: Task, first: Sequence[str]) -> Callable[[str, Sequence[str], Tensor], None]:
+def video_writer(
+    folder: Path, most: int, task: EvaluationSettings, first: Sequence[str]
+) -> Callable[[str, Sequence[str], Tensor], None]:
     """What writes the truth and the continuations of the first videos as mp4."""
     wanted = set(first[:most])
 
     def keep(subject: str, names: Sequence[str], videos: Tensor) -> None:
-        if subject == TRUTH or subject in map(of_seed, task.seeds):
+        if subject == GROUND_TRUTH or subject in map(seed_variant, task.seeds):
             for name, video in zip(names, videos, strict=True):
                 if name in wanted:
                     write_video(folder / subject.replace(" ", "_") / f"{Path(name).with_suffix('')}.mp4", video, FPS)

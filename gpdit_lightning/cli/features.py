@@ -20,7 +20,7 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import find_videos, read_clip
-from gpdit_lightning.generation import products_in
+from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.probing.encoder import first_layers, pooled_features
 from gpdit_lightning.probing.features import ENDINGS, RECORD, FeatureRecord, write_features
@@ -219,7 +219,7 @@ class Clips(Dataset[tuple[str, Tensor | str]]):
         """A name, with uint8 (T, 3, H, W) or the sentence that says what is wrong."""
         name, path = self.videos[number]
         try:
-            clip = read_clip(path, self.record.frames, self.record.stride, self.size, centred=True, squeezed=True)
+            clip = read_clip(path, self.record.frames, self.record.stride, self.size, centred=True, resample_short=True)
             return name, clip
         except InputError as error:
             return name, str(error)
@@ -237,7 +237,7 @@ def extract(
     backbone, skipped = trained.backbone, 0
     device, precision = next(backbone.parameters()).device, PRECISIONS[record.precision]
     if precision is not None:
-        products_in(backbone, precision)
+        cast_linear_weights(backbone, precision)
     clips = Clips(videos, record, size)
     batches = DataLoader(clips, options.batch_size, num_workers=options.workers, collate_fn=list)
     with (

@@ -83,7 +83,7 @@ def config_of(options: Any, trained: TrainedModel, label_guidance: float = 1.0, 
     return GenerationConfig(
         sampler=make_sampler(options.sampler, options.steps, NoiseSchedule(**trained.schedule)),
         guidance=Guidance(options.guidance, label_guidance, *options.guidance_levels),
-        precision=PRECISIONS[precision],
+        autocast_dtype=PRECISIONS[precision],
         **rest,
     )
 

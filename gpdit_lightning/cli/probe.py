@@ -15,15 +15,22 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import find_videos
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.probing.probe import C_GRID, features_of_videos, probe_layers
+from gpdit_lightning.probing.probe import C_GRID, extract_layer_features, probe_layers
 from gpdit_lightning.probing.report import (
     ProbeResult,
-    draw_probe,
+    make_protocol,
     markdown,
-    protocol_of,
+    plot_probe,
     write_json,
 )
-from gpdit_lightning.probing.splits import UCF_NAME, UCF_TEST_GROUPS, Labelled, by_folders, by_lists, by_ucf_groups
+from gpdit_lightning.probing.splits import (
+    UCF_NAME,
+    UCF_TEST_GROUPS,
+    LabelledVideo,
+    split_by_folders,
+    split_by_lists,
+    split_by_ucf_groups,
+)
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +118,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     write_json(results, options.out / "probe.json")
     with written_whole(options.out / "probe.md") as temporary:
         temporary.write_text(markdown(results))
-    draw_probe(results, options.out / "probe.png", evaluations)
+    plot_probe(results, options.out / "probe.png", evaluations)
     print(f"{markdown(results)}\n{options.out / 'probe.json'}, probe.md, probe.png")
 
 
@@ -161,24 +168,24 @@ def check_alike(paths: Sequence[Path], evaluations: Sequence[Report]) -> None:
         seen[model] = path
 
 
-def halves_of(videos: Sequence[Path], options: argparse.Namespace) -> tuple[list[Labelled], str]:
+def halves_of(videos: Sequence[Path], options: argparse.Namespace) -> tuple[list[LabelledVideo], str]:
     """Classes and halves, and in words who divided them."""
     if options.train_list:
         names = f"lists {options.train_list.name} and {options.test_list.name}"
-        return by_lists(videos, options.train_list, options.test_list, options.group_pattern), names
+        return split_by_lists(videos, options.train_list, options.test_list, options.group_pattern), names
     if options.split == FOLDERS:
-        return by_folders(videos, options.group_pattern), "folders train and test"
+        return split_by_folders(videos, options.group_pattern), "folders train and test"
     split = int(options.split or 1)
-    return by_ucf_groups(videos, split), f"UCF-101's published split {split}"
+    return split_by_ucf_groups(videos, split), f"UCF-101's published split {split}"
 
 
 def probe(
-    place: Path, halves: Sequence[Labelled], split: str, regularisation: float | None, options: argparse.Namespace
+    place: Path, halves: Sequence[LabelledVideo], split: str, regularisation: float | None, options: argparse.Namespace
 ) -> ProbeResult:
     """The probes of one checkpoint."""
     trained, codec = opened(argparse.Namespace(**vars(options) | {"checkpoint": place}))
     size = trained_sizes(options.size, trained)[0]
-    pooled = features_of_videos(
+    pooled = extract_layer_features(
         trained.backbone,
         codec,
         sorted(video.path for video in halves),  # the same chunks in every split
@@ -199,7 +206,7 @@ def probe(
         weights=trained.backbone.facts.get("weights", options.weights),
         codec=f"{codec.name} {codec.fingerprint}",
         layers=tuple(probe_layers(pooled, used, regularisation, progress=True)),
-        protocol=protocol_of(
+        protocol=make_protocol(
             used,
             left_out=len(halves) - len(used),
             squeezed=pooled.squeezed,

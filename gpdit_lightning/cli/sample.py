@@ -19,11 +19,11 @@ from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.cli.generating import add_generation, config_of, opened, parser_of, trained_sizes
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation import GenerationConfig, products_in, stream_video
-from gpdit_lightning.generation.contexts import Context, Reading, grouped, read_contexts
+from gpdit_lightning.generation import ClipInputs, GenerationConfig, cast_linear_weights, stream_video
+from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, batches_of_one_shape, read_contexts
 from gpdit_lightning.generation.outputs import FORMATS, Output
-from gpdit_lightning.media.images import IMAGE_ENDINGS
-from gpdit_lightning.media.video import VIDEO_ENDINGS
+from gpdit_lightning.media.images import IMAGE_EXTENSIONS
+from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 from gpdit_lightning.model import NO_LABEL
 
 log = logging.getLogger(__name__)
@@ -95,8 +95,8 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     longest = max(len(video.context.pixels) for video in videos) + options.frames
     check_history(config, codec.temporal_factor, longest, trained)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what there is so far is kept
-    if config.precision is not None:
-        products_in(trained.backbone, config.precision)
+    if config.autocast_dtype is not None:
+        cast_linear_weights(trained.backbone, config.autocast_dtype)
 
     log.info("%d x %d frames with the weights of step %d", len(videos), options.frames, trained.step)
     total = len(videos) * options.frames
@@ -104,7 +104,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         tqdm(total=total, unit=" frames", desc="generating") as bar,
         logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]),
     ):
-        for batch in grouped(videos, options.batch_size, lambda video: video.context):
+        for batch in batches_of_one_shape(videos, options.batch_size, lambda video: video.context):
             generate(batch, options.frames, trained, codec, config, bar)
 
 
@@ -122,8 +122,8 @@ def generation_config(options: argparse.Namespace, trained: TrainedModel) -> Gen
         options.label_guidance,
         window=window,
         sinks=options.sinks,
-        cached=not options.no_cache,
-        compiled=options.compile,
+        use_cache=not options.no_cache,
+        compile=options.compile,
     )
 
 
@@ -145,7 +145,7 @@ def check_history(config: GenerationConfig, temporal_factor: int, frames: int, t
             min(visible, before_last),
             trained.geometry["frames"] - 1,
         )
-    if not config.cached and trained.backbone.config.attention == "of2" and before_last > visible:
+    if not config.use_cache and trained.backbone.config.attention == "of2" and before_last > visible:
         raise InputError(
             f"--no_cache with an of2 model needs all frames in view, {before_last} latent ones, and --window and "
             f"--sinks let it see {visible}: leave --no_cache out, raise --window, or generate fewer frames."
@@ -156,7 +156,7 @@ def check_history(config: GenerationConfig, temporal_factor: int, frames: int, t
 class Video:
     """One video to make: what it continues, its noise and its label, and where it goes."""
 
-    context: Context
+    context: VideoContext
     seed: int
     label: int
     output: Output
@@ -171,7 +171,7 @@ def videos_to_make(options: argparse.Namespace, trained: TrainedModel, codec: Co
     formats = options.formats or (
         ["mp4", "png"] if ending == "mp4" else [ending] if ending in FORMATS else ["mp4", "png"]
     )
-    if ending not in FORMATS and options.out.suffix.lower() in (*VIDEO_ENDINGS, *IMAGE_ENDINGS):
+    if ending not in FORMATS and options.out.suffix.lower() in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS):
         endings = ", ".join(f".{name}" for name in FORMATS)
         raise InputError(f"--out {options.out} is of no format that is written: give a folder, or one of {endings}.")
     if ending in FORMATS and not single:
@@ -194,26 +194,26 @@ def videos_to_make(options: argparse.Namespace, trained: TrainedModel, codec: Co
     return videos
 
 
-def reading_of(options: argparse.Namespace, trained: TrainedModel, codec: Codec) -> Reading:
+def reading_of(options: argparse.Namespace, trained: TrainedModel, codec: Codec) -> ContextSettings:
     """Contexts like the training clips, but for what the options say."""
     frames = options.context_frames
-    return Reading(
+    return ContextSettings(
         frames=codec.pixel_frames(max(1, trained.geometry["frames"] - 1)) if frames is None else frames,
         stride=trained.geometry["stride"],
         sizes=trained_sizes(options.size, trained),
-        following=options.frames if options.side_by_side else min(options.frames, TRUTH_SHOWN),
+        ground_truth_frames=options.frames if options.side_by_side else min(options.frames, TRUTH_SHOWN),
         start=options.start,
         fps=options.fps,
     )
 
 
-def from_nothing(reading: Reading) -> Context:
+def from_nothing(reading: ContextSettings) -> VideoContext:
     """A context without frames, of the first size."""
     nothing = torch.zeros((0, 3, *reading.sizes[0]), dtype=torch.uint8)
-    return Context("sample", nothing, nothing, reading.fps_or(None) / reading.stride)
+    return VideoContext("sample", nothing, nothing, reading.fps_or(None) / reading.stride)
 
 
-def class_of(label: str | None, context: Context, trained: TrainedModel) -> int:
+def class_of(label: str | None, context: VideoContext, trained: TrainedModel) -> int:
     """The number of the class to generate; `NO_LABEL` for none.
 
     Raises:
@@ -253,9 +253,7 @@ def generate(
                 if video.context.latents is None:
                     video.output.write(video.context.pixels[:0], latents)
             seeds = [video.seed for video in batch]
-            for piece in stream_video(
-                trained.backbone, codec, known, frames, config, seeds=seeds, condition=conditions
-            ):
+            for piece in stream_video(trained.backbone, codec, known, frames, config, ClipInputs(seeds, conditions)):
                 with interrupts_later():
                     for output, pixels, latents in zip(outputs, piece.pixels, piece.latents, strict=True):
                         output.write(pixels, latents)
@@ -269,7 +267,7 @@ def generate(
         raise KeyboardInterrupt
 
 
-def known_latents(context: Context, codec: Codec) -> Tensor:
+def known_latents(context: VideoContext, codec: Codec) -> Tensor:
     """The raw latents of a context: (1, k, C, h, w)."""
     if context.latents is not None:
         return context.latents[None].to(codec.device)

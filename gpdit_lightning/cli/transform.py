@@ -19,10 +19,10 @@ from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.cli.generating import add_generation, config_of, opened, parser_of, trained_sizes
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import check_place, written_whole
-from gpdit_lightning.generation import products_in, transform
-from gpdit_lightning.media.images import IMAGE_ENDINGS, Size, closest_size, resize_and_crop, write_sheet
-from gpdit_lightning.media.tasks import READY_PAIRS, TASKS, Task, pair_of
-from gpdit_lightning.media.video import natural_order
+from gpdit_lightning.generation import cast_linear_weights, transform
+from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, TASKS, ImageTask, make_pair
+from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, closest_size, resize_and_crop, write_sheet
+from gpdit_lightning.media.video import natural_sort_key
 from gpdit_lightning.preparation.pairs import (
     counterparts,
     folders_in,
@@ -60,9 +60,9 @@ def parser() -> argparse.ArgumentParser:
     add("--task", choices=list(TASKS), help="make sources and targets of plain pictures, those of --source too")
     add(
         "--examples_task",
-        choices=[READY_PAIRS.name, *TASKS],
+        choices=[EXISTING_PAIRS.name, *TASKS],
         help="the task of the examples alone; another than that of --source shows what the examples are worth to the "
-        f"model ({READY_PAIRS.name}: a folder of ready pairs; default: --task, or {READY_PAIRS.name} without it)",
+        f"model ({EXISTING_PAIRS.name}: a folder of ready pairs; default: --task, or {EXISTING_PAIRS.name} without it)",
     )
     add("--pairs", type=int, help="examples shown, the first by name (default: one less than in a training sequence)")
     add("--truth", type=Path, help="the true target, or a folder of those of all sources, with the same names")
@@ -103,8 +103,8 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     examples = example_paths(options, pairs_shown(options.pairs, trained), examples_task)
     jobs, sheet = what_to_do(options, trained_sizes(options.size, trained), task, examples)
     shown = examples_at({job.size for job in jobs}, examples, examples_task)
-    if config.precision is not None:
-        products_in(trained.backbone, config.precision)
+    if config.autocast_dtype is not None:
+        cast_linear_weights(trained.backbone, config.autocast_dtype)
 
     results: dict[Path, Tensor] = {}
     with (
@@ -171,7 +171,7 @@ def pairs_shown(wanted: int | None, trained: TrainedModel) -> int:
     return wanted
 
 
-def example_paths(options: argparse.Namespace, count: int, task: Task | None) -> Sequence[Sequence[Path]]:
+def example_paths(options: argparse.Namespace, count: int, task: ImageTask | None) -> Sequence[Sequence[Path]]:
     """The first `count` sources with their targets; with a task, the pictures that it makes both of.
 
     Raises:
@@ -182,11 +182,11 @@ def example_paths(options: argparse.Namespace, count: int, task: Task | None) ->
     if task is None:
         other = "another" if options.examples_task else "--task or"
         pairs = counterparts(*folders_in(folder, f"give {other} --examples_task for plain pictures"))
-        found = sorted(pairs, key=lambda pair: natural_order(pair[0]))
+        found = sorted(pairs, key=lambda pair: natural_sort_key(pair[0]))
     elif ready_folders(folder):
         raise InputError(
             f"{folder} holds ready pairs, and the task {task.name} makes its own of plain pictures: give "
-            f"--examples_task {READY_PAIRS.name}, or a folder of plain pictures."
+            f"--examples_task {EXISTING_PAIRS.name}, or a folder of plain pictures."
         )
     else:
         found = [(path,) for path in pictures_at(str(folder))]
@@ -204,11 +204,11 @@ def pictures_at(place: str) -> list[Path]:
     path = Path(place)
     if not path.exists():
         raise InputError(f"{place} does not exist on this machine: give a picture or a folder of pictures.")
-    return sorted(pictures_in(path), key=natural_order) if path.is_dir() else [path]
+    return sorted(pictures_in(path), key=natural_sort_key) if path.is_dir() else [path]
 
 
 def what_to_do(
-    options: argparse.Namespace, sizes: Sequence[Size], task: Task | None, examples: Sequence[Sequence[Path]]
+    options: argparse.Namespace, sizes: Sequence[Size], task: ImageTask | None, examples: Sequence[Sequence[Path]]
 ) -> tuple[list[Job], Path]:
     """All sources and where their results go, and the file of the sheet; what can be wrong with them is found here."""
     sources = [path for place in options.source for path in pictures_at(place)]
@@ -218,7 +218,7 @@ def what_to_do(
     for path in (*results, sheet):
         if path.resolve() in read:
             raise InputError(f"{path} is read, and would be overwritten by a result: give another --out or --sheet.")
-    of_one_task = options.examples_task in (None, options.task or READY_PAIRS.name)
+    of_one_task = options.examples_task in (None, options.task or EXISTING_PAIRS.name)
     seen = {path.resolve() for paths in examples for path in paths[:1]}
     for path in sources:
         if of_one_task and path.resolve() in seen:
@@ -231,7 +231,7 @@ def what_to_do(
     return jobs, sheet
 
 
-def with_truths(sources: Sequence[Path], truth: Path | None, task: Task | None) -> Sequence[Sequence[Path]]:
+def with_truths(sources: Sequence[Path], truth: Path | None, task: ImageTask | None) -> Sequence[Sequence[Path]]:
     """Each source, and the picture of its true target where one is given.
 
     Raises:
@@ -254,7 +254,7 @@ def result_paths(out: Path, sheet: Path | None, sources: Sequence[Path]) -> tupl
     Raises:
         InputError: one file for several, another ending than .png, or a place where no file can be written.
     """
-    for option, path, endings in (("--out", out, (*IMAGE_ENDINGS, ".gif")), ("--sheet", sheet, None)):
+    for option, path, endings in (("--out", out, (*IMAGE_EXTENSIONS, ".gif")), ("--sheet", sheet, None)):
         if path and path.suffix != ".png" and (endings is None or path.suffix.lower() in endings):
             raise InputError(f"{option} is {path}, but pictures are written as PNG: name it {path.stem}.png.")
     if out.suffix == ".png" and len(sources) > 1:
@@ -289,14 +289,14 @@ def refusals_told(path: Path, option: str) -> Iterator[None]:
         ) from None
 
 
-def at_size(pictures: Sequence[Tensor], size: Size, task: Task | None) -> list[Tensor]:
+def at_size(pictures: Sequence[Tensor], size: Size, task: ImageTask | None) -> list[Tensor]:
     """A source, with its target where there is one or a task makes it, scaled and cropped: uint8 (3, H, W) each."""
     scaled = [resize_and_crop(picture, size) for picture in pictures]
-    return [picture[0] for picture in (pair_of(task, scaled[0]) if task else scaled)]
+    return [picture[0] for picture in (make_pair(task, scaled[0]) if task else scaled)]
 
 
 def examples_at(
-    sizes: Iterable[Size], examples: Sequence[Sequence[Path]], task: Task | None
+    sizes: Iterable[Size], examples: Sequence[Sequence[Path]], task: ImageTask | None
 ) -> dict[Size, list[tuple[Tensor, Tensor]]]:
     """The examples as pairs of uint8 (3, H, W), for each size."""
     read = [read_alike(paths) for paths in examples]

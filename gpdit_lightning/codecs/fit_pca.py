@@ -20,8 +20,8 @@ from tqdm import tqdm
 from gpdit_lightning.codecs.pca import FIRST_FRAME_GAIN, GROUP, WEIGHT_SHAPES, PcaCodec, blocks_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.media.images import IMAGE_ENDINGS, read_image, resize_and_crop
-from gpdit_lightning.media.video import VIDEO_ENDINGS, iterate_frames
+from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image, resize_and_crop
+from gpdit_lightning.media.video import VIDEO_EXTENSIONS, iterate_frames
 
 COMPONENTS = 16
 FRAMES = 17
@@ -214,11 +214,11 @@ def _log_uniform(low: float, high: float, generator: torch.Generator) -> float:
 def _folder_clips(images: list[Path], videos: list[Path]) -> Iterator[Tensor]:
     """Camera movies of every picture, and every video's consecutive clips, at 128x128."""
     generator = torch.Generator().manual_seed(SEED)
-    for path in _files(images, IMAGE_ENDINGS):
+    for path in _files(images, IMAGE_EXTENSIONS):
         picture = read_image(path)[0].float() / 255
         for _ in range(4):
             yield camera_movie([picture], generator)
-    for path in _files(videos, VIDEO_ENDINGS):
+    for path in _files(videos, VIDEO_EXTENSIONS):
         frames = [resize_and_crop(frame[None], (SIZE, SIZE)) for frame in iterate_frames(path)]
         for start in range(0, len(frames) - FRAMES + 1, FRAMES):
             yield torch.cat(frames[start : start + FRAMES])

@@ -21,20 +21,20 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.metrics import psnr, ssim
 from gpdit_lightning.evaluation.networks import ImageNetwork, VideoNetwork
-from gpdit_lightning.evaluation.self_checks import BLUR_LEVELS, NOISE_LEVELS, blurred, noisy
+from gpdit_lightning.evaluation.self_checks import BLUR_LEVELS, NOISE_LEVELS, add_noise, gaussian_blur
 from gpdit_lightning.evaluation.videos import Selection, read_clip
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.generation import GenerationConfig, continue_video
+from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.model import GPDiT
 
 log = logging.getLogger(__name__)
 
-TRUTH, CODEC, REPEATED = "truth", "codec", "repeated"
+GROUND_TRUTH, CODEC, REPEATED = "truth", "codec", "repeated"
 
 
-def of_seed(seed: int) -> str:
-    """What the videos of a seed are called among the subjects."""
+def seed_variant(seed: int) -> str:
+    """What the videos of a seed are called among the variants."""
     return f"seed {seed}"
 
 
@@ -43,7 +43,7 @@ BLUR = tuple(f"blur {level:g}" for level in BLUR_LEVELS)
 
 
 @dataclass(frozen=True)
-class Task:
+class EvaluationSettings:
     """What is done to every video.
 
     Attributes:
@@ -75,7 +75,7 @@ class Task:
         return read_clip(path, self.frames, self.stride, self.size)
 
 
-class Networks(NamedTuple):
+class MetricNetworks(NamedTuple):
     """What sees the videos; None for scores that are not asked for."""
 
     video: VideoNetwork | None
@@ -83,7 +83,7 @@ class Networks(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Videos that are judged side by side.
+    """Videos that are evaluated side by side.
 
     Attributes:
         start: number of the first in the selection.
@@ -95,7 +95,7 @@ class Chunk(NamedTuple):
     paths: tuple[Path, ...]
 
 
-def chunks_of(selection: Selection, size: int) -> list[Chunk]:
+def split_into_chunks(selection: Selection, size: int) -> list[Chunk]:
     """The selection in chunks of `size` videos, the last one of what is left."""
     return [
         Chunk(start, selection.names[start : start + size], selection.paths[start : start + size])
@@ -103,12 +103,12 @@ def chunks_of(selection: Selection, size: int) -> list[Chunk]:
     ]
 
 
-def judge(
+def evaluate_chunk(
     chunk: Chunk,
-    task: Task,
+    task: EvaluationSettings,
     model: GPDiT,
     codec: Codec,
-    networks: Networks,
+    networks: MetricNetworks,
     keep: Callable[[str, Sequence[str], Tensor], None] = lambda subject, names, videos: None,
 ) -> tuple[list[str], dict[str, Tensor]]:
     """All that scores are made of.
@@ -122,7 +122,8 @@ def judge(
         keep: is shown every subject's name, the names of its videos and these, uint8 (B, T, 3, H, W).
 
     Returns:
-        The names of the videos that could be read, and, by "SUBJECT/WHAT", what was found in them: see :func:`seen`.
+        The names of the videos that could be read, and, by "SUBJECT/WHAT", what was found in
+        them: see :func:`compute_measurements`.
 
     Raises:
         InputError: a video is not there any more, or as :func:`continue_video` and the networks.
@@ -140,19 +141,19 @@ def judge(
     names, found = list(read), {}
     if names:
         truth = torch.stack(list(read.values()))
-        for subject, videos in subjects(chunk.start, names, truth, task, model, codec):
+        for subject, videos in video_variants(chunk.start, names, truth, task, model, codec):
             keep(subject, names, videos)
-            for what, values in seen(videos, truth[: len(videos)], task, networks).items():
+            for what, values in compute_measurements(videos, truth[: len(videos)], task, networks).items():
                 found[f"{subject}/{what}"] = values
     return names, found
 
 
-def subjects(
-    start: int, names: Sequence[str], truth: Tensor, task: Task, model: GPDiT, codec: Codec
+def video_variants(
+    start: int, names: Sequence[str], truth: Tensor, task: EvaluationSettings, model: GPDiT, codec: Codec
 ) -> Iterator[tuple[str, Tensor]]:
     """The truth, what bounds a model from above and below, its continuations, and the distorted truth."""
     context = truth[:, : task.context_frames]
-    yield TRUTH, truth
+    yield GROUND_TRUTH, truth
     # The codec wants 1 + 4k frames: fill up with the last one, and drop what came of it.
     surplus = -(truth.shape[1] - 1) % codec.temporal_factor
     padded = torch.cat((truth, truth[:, -1:].expand(-1, surplus, -1, -1, -1)), dim=1)
@@ -160,27 +161,29 @@ def subjects(
     yield CODEC, torch.cat((context, decoded[:, task.context_frames : truth.shape[1]]), dim=1)
     yield REPEATED, torch.cat((context, context[:, -1:].expand(-1, task.generated_frames, -1, -1, -1)), dim=1)
     for seed in task.seeds:
-        seeds = [seed_of(name, seed) for name in names]
+        seeds = [noise_seed(name, seed) for name in names]
         yield (
-            of_seed(seed),
-            continue_video(model, codec, context, task.generated_frames, task.generation, seeds=seeds).pixels,
+            seed_variant(seed),
+            continue_video(model, codec, context, task.generated_frames, task.generation, ClipInputs(seeds)).pixels,
         )
     checked = truth[: max(0, task.self_check_videos - start)]
     if len(checked):
-        seeds = [seed_of(name, 0) for name in names[: len(checked)]]
+        seeds = [noise_seed(name, 0) for name in names[: len(checked)]]
         for subject, deviation in zip(NOISE, NOISE_LEVELS, strict=True):
-            yield subject, noisy(checked, deviation, seeds)
+            yield subject, add_noise(checked, deviation, seeds)
         for subject, sigma in zip(BLUR, BLUR_LEVELS, strict=True):
-            yield subject, blurred(checked, sigma)
+            yield subject, gaussian_blur(checked, sigma)
 
 
-def seed_of(name: str, seed: int) -> int:
+def noise_seed(name: str, seed: int) -> int:
     """The noise of a video depends on its name and the seed alone."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4])
 
 
 @torch.inference_mode()
-def seen(videos: Tensor, truth: Tensor, task: Task, networks: Networks) -> dict[str, Tensor]:
+def compute_measurements(
+    videos: Tensor, truth: Tensor, task: EvaluationSettings, networks: MetricNetworks
+) -> dict[str, Tensor]:
     """What the networks see in videos, and how far these are from the truth.
 
     Args:
@@ -205,7 +208,7 @@ def seen(videos: Tensor, truth: Tensor, task: Task, networks: Networks) -> dict[
 
 
 def write_chunk(path: Path, names: Sequence[str], found: dict[str, Tensor], made_by: Mapping[str, Any]) -> None:
-    """Write what :func:`judge` found, and by which settings (JSON values), whole or not at all."""
+    """Write what :func:`evaluate_chunk` found, and by which settings (JSON values), whole or not at all."""
     with written_whole(path) as temporary:
         save_file(found, temporary, metadata={"names": json.dumps(list(names)), "made_by": json.dumps(made_by)})
 

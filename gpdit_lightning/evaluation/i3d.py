@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gpdit_lightning.errors import InputError
 
-LEAST_FRAMES = 10
+MIN_FRAMES = 10
 SIDE = 224  # pixels along each side of what the network sees
 CLASSES = 400
 PREPROCESSING = f"short side to {SIDE} bilinear without antialiasing, centre crop, values in [-1, 1]"
@@ -192,11 +192,11 @@ def check_frames(frames: int) -> None:
     """Check that videos are long enough.
 
     Raises:
-        InputError: fewer than `LEAST_FRAMES` frames.
+        InputError: fewer than `MIN_FRAMES` frames.
     """
-    if frames < LEAST_FRAMES:
+    if frames < MIN_FRAMES:
         raise InputError(
-            f"The videos have {frames} frames where I3D takes at least {LEAST_FRAMES}: take longer ones, or count the "
+            f"The videos have {frames} frames where I3D takes at least {MIN_FRAMES}: take longer ones, or count the "
             "context in."
         )
 

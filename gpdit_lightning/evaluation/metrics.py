@@ -13,7 +13,7 @@ from torchmetrics.image.inception import InceptionScore
 
 from gpdit_lightning.errors import InputError
 
-MOST_DECIBELS = 100.0
+MAX_PSNR = 100.0
 """PSNR of two frames that are equal, so that means stay finite; one level in one value at 256x256 makes 101."""
 SSIM_WINDOW = 11
 """Side in pixels of SSIM's Gaussian window, sigma 1.5 (Wang et al., 2004)."""
@@ -169,7 +169,7 @@ def _score_of_part(logits: Tensor) -> float:
 
 
 def psnr(videos: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB: the mean over a video's frames of each one's, at most `MOST_DECIBELS`.
+    """Peak signal-to-noise ratio in dB: the mean over a video's frames of each one's, at most `MAX_PSNR`.
 
     Args:
         videos, truth: uint8 (B, T, 3, H, W).
@@ -185,7 +185,7 @@ def psnr(videos: Tensor, truth: Tensor) -> Tensor:
     return torch.stack(
         [
             peak_signal_noise_ratio(video.double(), true.double(), data_range=255.0, reduction="none", dim=(1, 2, 3))
-            .clamp(max=MOST_DECIBELS)
+            .clamp(max=MAX_PSNR)
             .mean()
             .float()
             for video, true in zip(videos, truth, strict=True)

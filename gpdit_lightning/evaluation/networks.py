@@ -37,7 +37,7 @@ ONE_PICTURE = torch.arange(3 * 32 * 32).mul(37).remainder(256).to(torch.uint8).r
 T = TypeVar("T")
 
 
-class OpenedNetwork(nn.Module):
+class MetricNetwork(nn.Module):
     """A network that is ready to compute, and what reports say of it.
 
     Attributes:
@@ -64,19 +64,19 @@ class OpenedNetwork(nn.Module):
             return function(pixels.to(self.device))
 
 
-class VideoNetwork(OpenedNetwork):
+class VideoNetwork(MetricNetwork):
     """Features of whole videos; see :func:`open_video_network`.
 
     Attributes:
         num_features: n, 400 for I3D.
-        least_frames: fewer make no features.
+        min_frames: fewer make no features.
     """
 
-    least_frames = i3d.LEAST_FRAMES
+    min_frames = i3d.MIN_FRAMES
 
     def __init__(self, network: nn.Module, file: CheckedFile, name: str, preprocessing: str) -> None:
         super().__init__(network, file, name, preprocessing)
-        self.num_features = file.columns(self, torch.zeros(1, self.least_frames, 3, 32, 32, dtype=torch.uint8))
+        self.num_features = file.columns(self, torch.zeros(1, self.min_frames, 3, 32, 32, dtype=torch.uint8))
 
     def forward(self, videos: Tensor) -> Tensor:
         """Features, on the network's device.
@@ -88,14 +88,14 @@ class VideoNetwork(OpenedNetwork):
             float32 (B, n).
 
         Raises:
-            InputError: pixels of another type or shape, or fewer than `least_frames` frames.
+            InputError: pixels of another type or shape, or fewer than `min_frames` frames.
         """
         if videos.ndim == 5:
             i3d.check_frames(videos.shape[1])
         return self._compute(self.network, videos, "B, T, 3, H, W")
 
 
-class ImageClassifier(OpenedNetwork):
+class ImageClassifier(MetricNetwork):
     """Probabilities of classes; see :func:`open_classifier`.
 
     Attributes:
@@ -123,7 +123,7 @@ class ImageClassifier(OpenedNetwork):
         return self._compute(self.network.probabilities, pixels, "N, 3, H, W")
 
 
-class ImageNetwork(OpenedNetwork):
+class ImageNetwork(MetricNetwork):
     """Features of pictures, and probabilities of classes where there are any; see :func:`open_image_network`.
 
     Attributes:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.metrics import mean_and_deviation
-from gpdit_lightning.evaluation.published import PAPER_FRAMES, PAPER_TABLES, UNSTATED, PaperTable
+from gpdit_lightning.evaluation.paper_results import PAPER_FRAMES, PAPER_TABLES, UNSTATED, PaperTable
 from gpdit_lightning.evaluation.self_checks import SelfChecks
 from gpdit_lightning.files import written_whole
 from gpdit_lightning.media.images import Size
@@ -40,7 +40,7 @@ def library_versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkRecord:
     """A network whose features or classes the scores are made of."""
 
     name: str
@@ -88,7 +88,7 @@ class Protocol:
     weights: Literal["ema", "raw"]
     codec: str
     codec_sha256: str
-    networks: dict[str, Network]
+    networks: dict[str, NetworkRecord]
     """By their role."""
     versions: dict[str, str]
     hardware: str
@@ -266,7 +266,7 @@ def _check_table(self_checks: Mapping[str, SelfChecks]) -> str:
     return _table([*headings, "verdict"], rows)
 
 
-def draw_self_checks(report: Report, path: Path) -> None:
+def plot_self_checks(report: Report, path: Path) -> None:
     """Draw each distance against noise and blur, as a PNG; dashed: between two halves of the truth."""
     from matplotlib.figure import Figure  # half a second that others need not wait
 

@@ -9,22 +9,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.chunks import BLUR, CODEC, NOISE, REPEATED, TRUTH, ChunkFiles, of_seed
+from gpdit_lightning.evaluation.chunks import BLUR, CODEC, GROUND_TRUTH, NOISE, REPEATED, ChunkFiles, seed_variant
 from gpdit_lightning.evaluation.metrics import FrechetDistance, bias_warning, inception_score, precision_recall
 from gpdit_lightning.evaluation.report import HEADINGS, Protocol, Report, Score
-from gpdit_lightning.evaluation.self_checks import BLUR_LEVELS, NOISE_LEVELS, SelfChecks, halves, judged
+from gpdit_lightning.evaluation.self_checks import BLUR_LEVELS, NOISE_LEVELS, SelfChecks, assign_halves, check_distances
 
 IS_SPLITS = 10
 NEIGHBOURS = 3  # of precision and recall
 FEW = 1000  # videos below which precision and recall are warned of
-# What a report calls a subject, and what its scores say.
-REFERENCES = {TRUTH: "the truth", CODEC: "the truth through the codec", REPEATED: "the last given frame repeated"}
+# What a report calls a variant, and what its scores say.
+REFERENCES = {
+    GROUND_TRUTH: "the truth",
+    CODEC: "the truth through the codec",
+    REPEATED: "the last given frame repeated",
+}
 CHECKED = {"fvd": "video", "fid": "image"}  # what distances that are checked are made of
 DISTANCES_OF_CHECK = 2 + len(NOISE) + len(BLUR)
 BULK = 1024  # features that are summed up at a time
 
 
-def report_of(files: ChunkFiles, protocol: Protocol, lost: Iterable[str] = ()) -> Report:
+def make_report(files: ChunkFiles, protocol: Protocol, lost: Iterable[str] = ()) -> Report:
     """All scores, references and self-checks, with a progress bar.
 
     Args:
@@ -37,19 +41,19 @@ def report_of(files: ChunkFiles, protocol: Protocol, lost: Iterable[str] = ()) -
     """
     if len(files.names) < 2:
         raise InputError(f"{len(files.names)} videos could be read, where scores need at least 2: add videos.")
-    seeds = [of_seed(seed) for seed in protocol.seeds]
-    subjects, checked = [*seeds, *REFERENCES], checked_in(files)
-    of_subject = (places_of(files) if files.has(TRUTH, "image") else 0) + files.has(TRUTH, "video")
-    total = of_subject * len(subjects) + DISTANCES_OF_CHECK * len(checked)
+    seeds = [seed_variant(seed) for seed in protocol.seeds]
+    variants, checked = [*seeds, *REFERENCES], checked_in(files)
+    of_subject = (places_of(files) if files.has(GROUND_TRUTH, "image") else 0) + files.has(GROUND_TRUTH, "video")
+    total = of_subject * len(variants) + DISTANCES_OF_CHECK * len(checked)
     with tqdm(total=total, desc="scoring", unit=" distances") as bar:
-        scores = scores_of(files, subjects, bar.update)
+        scores = scores_of(files, variants, bar.update)
         self_checks = {name: self_checks_of(files, what, bar.update) for name, what in checked.items()}
     return Report(
         protocol,
         scores={name: Score.of([scores[seed][name] for seed in seeds]) for name in scores[seeds[0]]},
         references={
-            words: {name: Score.of([value]) for name, value in scores[subject].items()}
-            for subject, words in REFERENCES.items()
+            words: {name: Score.of([value]) for name, value in scores[variant].items()}
+            for variant, words in REFERENCES.items()
         },
         self_checks=self_checks,
         warnings=tuple(warnings_of(files, self_checks, lost)),
@@ -57,54 +61,54 @@ def report_of(files: ChunkFiles, protocol: Protocol, lost: Iterable[str] = ()) -
 
 
 def scores_of(
-    files: ChunkFiles, subjects: Sequence[str], done: Callable[[], object] = lambda: None
+    files: ChunkFiles, variants: Sequence[str], done: Callable[[], object] = lambda: None
 ) -> dict[str, dict[str, float]]:
-    """The scores of subjects against the truth, by the names of `report.HEADINGS`, as far as the networks go.
+    """The scores of variants against the truth, by the names of `report.HEADINGS`, as far as the networks go.
 
     FID and IS are those of each generated frame's place in the clip, averaged, as the paper has it ("the average
     [FID and IS] are calculated over individual frames", section 5.1).
 
     Args:
         files: of all chunks.
-        subjects: whose scores.
+        variants: whose scores.
         done: called after each Frechet distance.
     """
-    scores: dict[str, dict[str, float]] = {subject: {} for subject in subjects}
-    if files.has(TRUTH, "image"):
+    scores: dict[str, dict[str, float]] = {variant: {} for variant in variants}
+    if files.has(GROUND_TRUTH, "image"):
         at_places = [
             distances(
-                files.values(TRUTH, "image", place),
-                {subject: files.values(subject, "image", place) for subject in subjects},
+                files.values(GROUND_TRUTH, "image", place),
+                {variant: files.values(variant, "image", place) for variant in variants},
                 done,
             )
             for place in range(places_of(files))
         ]
-        for subject in subjects:
-            scores[subject]["fid"] = fmean(found[subject] for found in at_places)
-    if files.has(TRUTH, "classes"):
+        for variant in variants:
+            scores[variant]["fid"] = fmean(found[variant] for found in at_places)
+    if files.has(GROUND_TRUTH, "classes"):
         splits = min(IS_SPLITS, len(files.names))
-        for subject in subjects:
-            classes = (together(files, subject, "classes", place) for place in range(places_of(files)))
-            scores[subject]["is"] = fmean(inception_score(probabilities, splits)[0] for probabilities in classes)
-    if files.has(TRUTH, "video"):
-        others = {subject: files.values(subject, "video") for subject in subjects}
-        for subject, found in distances(files.values(TRUTH, "video"), others, done).items():
-            scores[subject]["fvd"] = found
+        for variant in variants:
+            classes = (together(files, variant, "classes", place) for place in range(places_of(files)))
+            scores[variant]["is"] = fmean(inception_score(probabilities, splits)[0] for probabilities in classes)
+    if files.has(GROUND_TRUTH, "video"):
+        others = {variant: files.values(variant, "video") for variant in variants}
+        for variant, found in distances(files.values(GROUND_TRUTH, "video"), others, done).items():
+            scores[variant]["fvd"] = found
         if len(files.names) > NEIGHBOURS:
-            real = together(files, TRUTH, "video")
-            for subject in subjects:
-                precision, recall = precision_recall(real, together(files, subject, "video"), NEIGHBOURS)
-                scores[subject] |= {"precision": precision, "recall": recall}
-    for subject in subjects:
-        if subject != TRUTH:
+            real = together(files, GROUND_TRUTH, "video")
+            for variant in variants:
+                precision, recall = precision_recall(real, together(files, variant, "video"), NEIGHBOURS)
+                scores[variant] |= {"precision": precision, "recall": recall}
+    for variant in variants:
+        if variant != GROUND_TRUTH:
             for what in ("psnr", "ssim"):
-                scores[subject][what] = together(files, subject, what).double().mean().item()
+                scores[variant][what] = together(files, variant, what).double().mean().item()
     return scores
 
 
 def checked_in(files: ChunkFiles) -> dict[str, str]:
     """Of `CHECKED` what there is enough of: two distorted videos, and two in each half."""
-    if any(Counter(halves(files.names))[half] < 2 for half in (0, 1)):
+    if any(Counter(assign_halves(files.names))[half] < 2 for half in (0, 1)):
         return {}
     return {name: what for name, what in CHECKED.items() if sum(map(len, files.values(NOISE[0], what))) > 1}
 
@@ -117,24 +121,26 @@ def self_checks_of(files: ChunkFiles, what: str, done: Callable[[], object] = la
         what: of `CHECKED`.
         done: called after each Frechet distance.
     """
-    itself = distances(each(files.values(TRUTH, what)), {TRUTH: each(files.values(TRUTH, what))}, done)
-    between_halves = distances(half_of(files, what, 0), {TRUTH: half_of(files, what, 1)}, done)
-    distorted = {subject: each(files.values(subject, what)) for subject in (*NOISE, *BLUR)}
-    found = distances(each(files.values(TRUTH, what, as_of=NOISE[0])), distorted, done)
-    return judged(
-        itself[TRUTH],
-        between_halves[TRUTH],
-        tuple((level, found[subject]) for level, subject in zip(NOISE_LEVELS, NOISE, strict=True)),
-        tuple((level, found[subject]) for level, subject in zip(BLUR_LEVELS, BLUR, strict=True)),
+    itself = distances(
+        each(files.values(GROUND_TRUTH, what)), {GROUND_TRUTH: each(files.values(GROUND_TRUTH, what))}, done
+    )
+    between_halves = distances(half_of(files, what, 0), {GROUND_TRUTH: half_of(files, what, 1)}, done)
+    distorted = {variant: each(files.values(variant, what)) for variant in (*NOISE, *BLUR)}
+    found = distances(each(files.values(GROUND_TRUTH, what, as_of=NOISE[0])), distorted, done)
+    return check_distances(
+        itself[GROUND_TRUTH],
+        between_halves[GROUND_TRUTH],
+        tuple((level, found[variant]) for level, variant in zip(NOISE_LEVELS, NOISE, strict=True)),
+        tuple((level, found[variant]) for level, variant in zip(BLUR_LEVELS, BLUR, strict=True)),
         sum(map(len, files.values(NOISE[0], what))),
     )
 
 
 def half_of(files: ChunkFiles, what: str, number: int) -> Iterator[Tensor]:
     """The features of one half of the videos."""
-    half = torch.tensor(halves(files.names))
+    half = torch.tensor(assign_halves(files.names))
     start = 0
-    for values in files.values(TRUTH, what):
+    for values in files.values(GROUND_TRUTH, what):
         yield from each([values[half[start : start + len(values)] == number]])
         start += len(values)
 
@@ -185,14 +191,14 @@ def each(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
     return (piece.flatten(0, -2) for piece in pieces)
 
 
-def together(files: ChunkFiles, subject: str, what: str, place: int | None = None) -> Tensor:
-    """All that was found in a subject, or at one place of its frames."""
-    return torch.cat(list(files.values(subject, what, place)))
+def together(files: ChunkFiles, variant: str, what: str, place: int | None = None) -> Tensor:
+    """All that was found in a variant, or at one place of its frames."""
+    return torch.cat(list(files.values(variant, what, place)))
 
 
 def places_of(files: ChunkFiles) -> int:
     """How many generated frames there are."""
-    return next(files.values(TRUTH, "image")).shape[1]
+    return next(files.values(GROUND_TRUTH, "image")).shape[1]
 
 
 def warnings_of(files: ChunkFiles, self_checks: Mapping[str, SelfChecks], lost: Iterable[str]) -> Iterator[str]:
@@ -200,17 +206,17 @@ def warnings_of(files: ChunkFiles, self_checks: Mapping[str, SelfChecks], lost: 
     missing = sorted(lost)
     if missing:
         yield f"{len(missing)} videos could not be read whole and are left out: {', '.join(missing)}."
-    if files.has(TRUTH, "classes"):
-        classes = next(files.values(TRUTH, "classes")).shape[-1]
+    if files.has(GROUND_TRUTH, "classes"):
+        classes = next(files.values(GROUND_TRUTH, "classes")).shape[-1]
         if len(files.names) < IS_SPLITS * classes:
             most = max(1, len(files.names) // IS_SPLITS)
             yield f"IS is of {len(files.names):,} videos in parts of {most:,}, and cannot exceed {most:,}."
-    if files.has(TRUTH, "video") and len(files.names) < FEW:
+    if files.has(GROUND_TRUTH, "video") and len(files.names) < FEW:
         yield f"precision and recall of {len(files.names):,} videos say little: with so few, most lie among the others."
     for name, what in CHECKED.items():
         score = HEADINGS[name].split()[0]
-        if files.has(TRUTH, what):
-            dimensions = next(files.values(TRUTH, what)).shape[-1]
+        if files.has(GROUND_TRUTH, what):
+            dimensions = next(files.values(GROUND_TRUTH, what)).shape[-1]
             if warning := bias_warning(score, len(files.names), dimensions):
                 yield warning
         if files.has(NOISE[0], what) and name not in self_checks:

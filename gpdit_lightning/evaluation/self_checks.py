@@ -20,7 +20,7 @@ ZERO_TOLERANCE = 1e-6
 Ladder = tuple[tuple[float, float], ...]  # (level, distance) pairs
 
 
-def noisy(videos: Tensor, level: float, seeds: Sequence[int]) -> Tensor:
+def add_noise(videos: Tensor, level: float, seeds: Sequence[int]) -> Tensor:
     """Videos with Gaussian noise, rounded and kept within 8 bits.
 
     The noise of a video depends on its seed alone, and grows with the level in strength only.
@@ -40,7 +40,7 @@ def noisy(videos: Tensor, level: float, seeds: Sequence[int]) -> Tensor:
     return torch.stack(results)
 
 
-def blurred(videos: Tensor, sigma: float) -> Tensor:
+def gaussian_blur(videos: Tensor, sigma: float) -> Tensor:
     """Videos whose frames are blurred by a Gaussian, the pixels at the edges repeated beyond them.
 
     Args:
@@ -66,7 +66,7 @@ def _rounded(pixels: Tensor) -> Tensor:
     return pixels.round().clamp(0, 255).byte()
 
 
-def halves(names: Sequence[str]) -> list[int]:
+def assign_halves(names: Sequence[str]) -> list[int]:
     """To which half each video belongs, 0 or 1: by its name, so that it stays there when videos are added."""
     return [hashlib.sha256(name.encode()).digest()[0] % 2 for name in names]
 
@@ -99,7 +99,7 @@ class SelfChecks:
         return not self.failures
 
 
-def judged(itself: float, between_halves: float, noise: Ladder, blur: Ladder, videos: int) -> SelfChecks:
+def check_distances(itself: float, between_halves: float, noise: Ladder, blur: Ladder, videos: int) -> SelfChecks:
     """The checks with their verdict.
 
     The truth must be no further from itself than `ZERO_TOLERANCE` of what its halves are from each other, and each

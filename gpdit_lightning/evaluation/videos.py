@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import Size, resize_and_crop
-from gpdit_lightning.media.video import VIDEO_ENDINGS, iterate_frames, natural_order, video_info
+from gpdit_lightning.media.video import VIDEO_EXTENSIONS, iterate_frames, natural_sort_key, video_info
 
 
 class Selection(NamedTuple):
@@ -97,14 +97,16 @@ def find_videos(places: Sequence[str | Path]) -> list[Path]:
         if not path.is_dir():
             raise InputError(f"{place} does not exist on this machine: give videos or folders of videos.")
         files = [Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names]
-        videos = [file for file in files if file.suffix.lower() in VIDEO_ENDINGS and not file.name.startswith(".")]
+        videos = [file for file in files if file.suffix.lower() in VIDEO_EXTENSIONS and not file.name.startswith(".")]
         if not videos:
-            raise InputError(f"{place} holds no videos ({', '.join(VIDEO_ENDINGS)}): give another folder.")
-        found += sorted(videos, key=lambda video: (video.parent, natural_order(video)))
+            raise InputError(f"{place} holds no videos ({', '.join(VIDEO_EXTENSIONS)}): give another folder.")
+        found += sorted(videos, key=lambda video: (video.parent, natural_sort_key(video)))
     return found
 
 
-def clip_moments(length: int, frames: int, stride: int, centred: bool = False, squeezed: bool = False) -> list[int]:
+def clip_frame_numbers(
+    length: int, frames: int, stride: int, centred: bool = False, resample_short: bool = False
+) -> list[int]:
     """Which frames of a video make its clip: `frames` of them, `stride` apart.
 
     Args:
@@ -112,7 +114,7 @@ def clip_moments(length: int, frames: int, stride: int, centred: bool = False, s
         frames: of the clip.
         stride: between them; 0 spreads them evenly over the whole video.
         centred: take the middle of the video instead of its beginning.
-        squeezed: where the video is too short for the stride, spread the clip evenly over all of it.
+        resample_short: where the video is too short for the stride, spread the clip evenly over all of it.
 
     Returns:
         rising numbers; an empty list where the video is too short.
@@ -121,19 +123,19 @@ def clip_moments(length: int, frames: int, stride: int, centred: bool = False, s
     if stride and span <= length:
         start = (length - span) // 2 if centred else 0
         return list(range(start, start + span, stride))
-    if (squeezed or not stride) and frames <= length:
+    if (resample_short or not stride) and frames <= length:
         return np.linspace(0, length - 1, frames).round().astype(int).tolist()
     return []
 
 
 def read_clip(
-    path: Path, frames: int, stride: int, size: Size, centred: bool = False, squeezed: bool = False
+    path: Path, frames: int, stride: int, size: Size, centred: bool = False, resample_short: bool = False
 ) -> Tensor:
     """The clip of a video, each frame scaled and cropped in the middle.
 
     Args:
         path: of the video.
-        frames, stride, centred, squeezed: as for :func:`clip_moments`.
+        frames, stride, centred, resample_short: as for :func:`clip_frame_numbers`.
         size: (height, width) in pixels.
 
     Returns:
@@ -143,16 +145,18 @@ def read_clip(
         InputError: unreadable, or too short.
     """
     length = None
-    if centred or squeezed or not stride:
+    if centred or resample_short or not stride:
         length = video_info(path, threads=1).frames or _counted(path)
-    moments = clip_moments(1 + (frames - 1) * stride if length is None else length, frames, stride, centred, squeezed)
-    found = _at(path, moments, size)
-    if len(found) < len(moments):  # the header promises more than there is
+    numbers = clip_frame_numbers(
+        1 + (frames - 1) * stride if length is None else length, frames, stride, centred, resample_short
+    )
+    found = _at(path, numbers, size)
+    if len(found) < len(numbers):  # the header promises more than there is
         length = _counted(path)
-        moments = clip_moments(length, frames, stride, centred, squeezed)
-        found = _at(path, moments, size)
+        numbers = clip_frame_numbers(length, frames, stride, centred, resample_short)
+        found = _at(path, numbers, size)
     if not found:
-        needed = frames if squeezed or not stride else 1 + (frames - 1) * stride
+        needed = frames if resample_short or not stride else 1 + (frames - 1) * stride
         raise InputError(
             f"{path} holds {length} frames where a clip of {frames} at stride {stride} takes {needed}: leave it out, "
             "or ask for fewer frames or a smaller stride."
@@ -160,16 +164,16 @@ def read_clip(
     return torch.stack(found)
 
 
-def _at(path: Path, moments: Sequence[int], size: Size) -> list[Tensor]:
-    if not moments:
+def _at(path: Path, numbers: Sequence[int], size: Size) -> list[Tensor]:
+    if not numbers:
         return []
-    steps = {later - earlier for earlier, later in pairwise(moments)} or {1}
+    steps = {later - earlier for earlier, later in pairwise(numbers)} or {1}
     stride = steps.pop() if len(steps) == 1 else 1
-    wanted, most = set(moments), (moments[-1] - moments[0]) // stride + 1
+    wanted, most = set(numbers), (numbers[-1] - numbers[0]) // stride + 1
     return [
         resize_and_crop(pixels[None], size)[0]
-        for place, pixels in enumerate(iterate_frames(path, moments[0], stride, most, threads=1))
-        if moments[0] + place * stride in wanted
+        for place, pixels in enumerate(iterate_frames(path, numbers[0], stride, most, threads=1))
+        if numbers[0] + place * stride in wanted
     ]
 
 

@@ -1,15 +1,16 @@
-"""Continuing a video: rollout in latent space, and from pixels to pixels."""
+"""Generation: rollout of latent frames, videos in pixels, and in-context image tasks."""
 
-from gpdit_lightning.generation.continuation import Continuation, Piece, continue_video, stream_video
-from gpdit_lightning.generation.rollout import GenerationConfig, products_in, rollout
+from gpdit_lightning.generation.rollout import ClipInputs, GenerationConfig, cast_linear_weights, rollout
 from gpdit_lightning.generation.transform import transform
+from gpdit_lightning.generation.video import GeneratedFrames, GeneratedVideo, continue_video, stream_video
 
 __all__ = [
-    "Continuation",
+    "ClipInputs",
+    "GeneratedFrames",
+    "GeneratedVideo",
     "GenerationConfig",
-    "Piece",
+    "cast_linear_weights",
     "continue_video",
-    "products_in",
     "rollout",
     "stream_video",
     "transform",

@@ -19,8 +19,8 @@ from gpdit_lightning.codecs import Codec, check_same_codec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import IMAGE_ENDINGS, Size, closest_size, read_image, resize_and_crop
-from gpdit_lightning.media.video import VIDEO_ENDINGS, iterate_frames, iterate_pictures, natural_order, video_info
+from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, closest_size, read_image, resize_and_crop
+from gpdit_lightning.media.video import VIDEO_EXTENSIONS, iterate_frames, iterate_images, natural_sort_key, video_info
 
 T = TypeVar("T")
 
@@ -31,14 +31,14 @@ LONGEST_NAME = 56  # letters: of up to four bytes each, they leave a file name r
 
 
 @dataclass(frozen=True)
-class Reading:
+class ContextSettings:
     """How contexts are read: as a checkpoint's training clips were, and as the user asks.
 
     Attributes:
         frames: pixel frames of a context, T = 1 + 4k.
         stride: every stride-th frame of a video is one.
         sizes: (height, width) choices; the closest in aspect is taken.
-        following: how many later frames to read as truth.
+        ground_truth_frames: how many later frames to read as truth.
         start: second at which the context begins; None: the last frames at multiples of the stride, and no truth.
         fps: frames a second of pictures, which do not say; None for 24.
 
@@ -49,7 +49,7 @@ class Reading:
     frames: int
     stride: int
     sizes: tuple[Size, ...]
-    following: int = 0
+    ground_truth_frames: int = 0
     start: float | None = None
     fps: float | None = None
 
@@ -66,13 +66,13 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Context:
+class VideoContext:
     """One clip to continue.
 
     Attributes:
         name: short and fit for a file name; no two of a list are alike.
         pixels: (T, 3, H, W) uint8; T = 0 where a clip is generated from nothing.
-        truth: (at most `Reading.following`, 3, H, W) uint8: the frames that really come next.
+        ground_truth: (at most `ContextSettings.ground_truth_frames`, 3, H, W) uint8: the frames that really come next.
         fps: frames a second at the stride, at which the result plays.
         latents: (k, C, h, w) float32, raw, of what a shard holds; `pixels` are decoded from them.
         label: what a shard notes as its sample's label.
@@ -80,13 +80,13 @@ class Context:
 
     name: str
     pixels: Tensor
-    truth: Tensor
+    ground_truth: Tensor
     fps: Fraction
     latents: Tensor | None = None
     label: str | None = None
 
 
-def read_contexts(places: Sequence[str], reading: Reading, codec: Codec) -> list[Context]:
+def read_contexts(places: Sequence[str], reading: ContextSettings, codec: Codec) -> list[VideoContext]:
     """Everything to continue, in the order in which it is named.
 
     Args:
@@ -104,7 +104,7 @@ def read_contexts(places: Sequence[str], reading: Reading, codec: Codec) -> list
     """
     codec.latent_frames(reading.frames)
     open_shard = cache(partial(_open_shard, reading=reading, codec=codec))
-    contexts: dict[str, Context] = {}
+    contexts: dict[str, VideoContext] = {}
     for place in places:
         for context in _contexts_at(place, reading, codec, open_shard):
             name, number = context.name, 1
@@ -115,7 +115,7 @@ def read_contexts(places: Sequence[str], reading: Reading, codec: Codec) -> list
     return list(contexts.values())
 
 
-def grouped(items: Sequence[T], batch_size: int, context_of: Callable[[T], Context]) -> list[list[T]]:
+def batches_of_one_shape(items: Sequence[T], batch_size: int, context_of: Callable[[T], VideoContext]) -> list[list[T]]:
     """Batches of at most `batch_size` whose contexts are alike in size and number of frames, otherwise in their order.
 
     Raises:
@@ -130,8 +130,8 @@ def grouped(items: Sequence[T], batch_size: int, context_of: Callable[[T], Conte
 
 
 def _contexts_at(
-    place: str, reading: Reading, codec: Codec, open_shard: Callable[[Path], ShardReader]
-) -> Iterator[Context]:
+    place: str, reading: ContextSettings, codec: Codec, open_shard: Callable[[Path], ShardReader]
+) -> Iterator[VideoContext]:
     path = Path(place)
     tar, _, sample = place.rpartition("#")
     if tar.endswith(SHARD_ENDING):
@@ -147,16 +147,16 @@ def _contexts_at(
             yield _of_sample(reader, number, reading, codec)
     elif path.is_dir():
         yield from _of_folder(path, reading)
-    elif path.suffix.lower() in IMAGE_ENDINGS:
+    elif path.suffix.lower() in IMAGE_EXTENSIONS:
         yield _of_picture(path, reading)
     else:
         yield _of_video(path, reading)
 
 
-def _of_folder(folder: Path, reading: Reading) -> Iterator[Context]:
-    files = sorted(folder.glob("[!.]*"), key=natural_order)
-    videos = [path for path in files if path.suffix.lower() in VIDEO_ENDINGS]
-    pictures = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
+def _of_folder(folder: Path, reading: ContextSettings) -> Iterator[VideoContext]:
+    files = sorted(folder.glob("[!.]*"), key=natural_sort_key)
+    videos = [path for path in files if path.suffix.lower() in VIDEO_EXTENSIONS]
+    pictures = [path for path in files if path.suffix.lower() in IMAGE_EXTENSIONS]
     if videos and pictures:
         raise InputError(
             f"{folder} holds both videos ({videos[0].name}) and pictures ({pictures[0].name}): give a folder of "
@@ -165,12 +165,12 @@ def _of_folder(folder: Path, reading: Reading) -> Iterator[Context]:
     if not videos and not pictures:
         raise InputError(f"{folder} holds no videos and no pictures: give another folder, or a shard as PATH.tar.")
     if pictures:
-        yield _clip(folder, partial(iterate_pictures, folder), reading.fps_or(None), reading, len(pictures))
+        yield _clip(folder, partial(iterate_images, folder), reading.fps_or(None), reading, len(pictures))
     for path in videos:
         yield _of_video(path, reading)
 
 
-def _of_video(path: Path, reading: Reading) -> Context:
+def _of_video(path: Path, reading: ContextSettings) -> VideoContext:
     return _clip(path, partial(iterate_frames, path), video_info(path).fps, reading)
 
 
@@ -178,9 +178,9 @@ def _clip(
     path: Path,
     read: Callable[[int, int, int | None], Iterable[Tensor]],
     fps: Fraction,
-    reading: Reading,
+    reading: ContextSettings,
     count: int = 0,
-) -> Context:
+) -> VideoContext:
     """The context in a video.
 
     Args:
@@ -195,7 +195,7 @@ def _clip(
         first = max(0, math.ceil(count / stride) - wanted) * stride
         frames = deque(_resized(read(first, stride, None), reading.sizes), maxlen=wanted)
     else:
-        found = read(round(reading.start * fps), stride, wanted + reading.following)
+        found = read(round(reading.start * fps), stride, wanted + reading.ground_truth_frames)
         frames = deque(_resized(found, reading.sizes))
         if not frames:
             raise InputError(f"--start {reading.start:g} is behind the end of {path}: give an earlier second.")
@@ -203,13 +203,13 @@ def _clip(
         raise _too_short(path, len(frames), reading)
     pixels = torch.stack(list(frames))
     name = os.path.basename(os.path.abspath(path)) if path.is_dir() else path.stem
-    return Context(_file_name(name), pixels[:wanted], pixels[wanted:], fps / stride)
+    return VideoContext(_file_name(name), pixels[:wanted], pixels[wanted:], fps / stride)
 
 
-def _of_picture(path: Path, reading: Reading) -> Context:
+def _of_picture(path: Path, reading: ContextSettings) -> VideoContext:
     _refuse_start(path, reading)
     pixels = torch.stack(list(_resized(read_image(path), reading.sizes)))
-    return Context(_file_name(path.stem), pixels, pixels[:0], reading.fps_or(None) / reading.stride)
+    return VideoContext(_file_name(path.stem), pixels, pixels[:0], reading.fps_or(None) / reading.stride)
 
 
 def _resized(frames: Iterable[Tensor], sizes: Sequence[Size]) -> Iterator[Tensor]:
@@ -219,7 +219,7 @@ def _resized(frames: Iterable[Tensor], sizes: Sequence[Size]) -> Iterator[Tensor
         yield resize_and_crop(frame[None], closest_size(height, width, sizes))[0]
 
 
-def _open_shard(tar: Path, reading: Reading, codec: Codec) -> ShardReader:
+def _open_shard(tar: Path, reading: ContextSettings, codec: Codec) -> ShardReader:
     """A shard whose samples the model can continue."""
     if not tar.is_file():
         raise InputError(f"{tar} does not exist: give the path of a shard of latents.")
@@ -267,10 +267,10 @@ def _number_of(sample: str, reader: ShardReader) -> int:
     return int(number)
 
 
-def _of_sample(reader: ShardReader, number: int, reading: Reading, codec: Codec) -> Context:
+def _of_sample(reader: ShardReader, number: int, reading: ContextSettings, codec: Codec) -> VideoContext:
     is_video = reader.entry.kind == "video"
     known = codec.latent_frames(reading.frames) if is_video else 1
-    later = math.ceil(reading.following / codec.temporal_factor)
+    later = math.ceil(reading.ground_truth_frames / codec.temporal_factor)
     values, metadata = reader.read(number, min(known + later, reader.entry.shape[0]))
     if is_video and (stride := metadata.get("stride", 1)) != reading.stride:
         raise InputError(
@@ -280,17 +280,17 @@ def _of_sample(reader: ShardReader, number: int, reading: Reading, codec: Codec)
     latents = torch.from_numpy(values.astype(np.float32))
     pixels = codec.decode(latents[None])[0].cpu()
     frames = codec.pixel_frames(known)
-    return Context(
+    return VideoContext(
         name=_file_name(metadata["key"]),
         pixels=pixels[:frames],
-        truth=pixels[frames : frames + reading.following],
+        ground_truth=pixels[frames : frames + reading.ground_truth_frames],
         fps=reading.fps_or(metadata.get("fps")) / reading.stride,
         latents=latents[:known],
         label=metadata.get("label"),
     )
 
 
-def _too_short(path: Path, frames: int, reading: Reading) -> InputError:
+def _too_short(path: Path, frames: int, reading: ContextSettings) -> InputError:
     earlier = ", an earlier --start" if reading.start else ""
     return InputError(
         f"{path} gives {frames} frames at stride {reading.stride}, but the context needs {reading.frames}: take a "
@@ -298,7 +298,7 @@ def _too_short(path: Path, frames: int, reading: Reading) -> InputError:
     )
 
 
-def _refuse_start(path: Path, reading: Reading) -> None:
+def _refuse_start(path: Path, reading: ContextSettings) -> None:
     if reading.start:
         raise InputError(f"{path} has no second {reading.start:g}: give --start for videos alone.")
 

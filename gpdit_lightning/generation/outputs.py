@@ -14,12 +14,12 @@ from torch import Tensor
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import check_place, written_whole
-from gpdit_lightning.generation.contexts import Context
+from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.media.images import (
     CONTEXT_COLOUR,
     GENERATED_COLOUR,
-    framed,
-    strip_moments,
+    strip_frame_numbers,
+    with_border,
     write_animation,
     write_strip,
 )
@@ -77,7 +77,7 @@ class Output:
         self,
         path_without_ending: Path,
         formats: Sequence[str],
-        context: Context,
+        context: VideoContext,
         frames: int,
         mark: bool = False,
         side_by_side: bool = False,
@@ -86,8 +86,8 @@ class Output:
         self.written = 0
         self._paths = output_paths(path_without_ending, formats)
         self._context, self._frames, self._mark, self._side_by_side = context, frames, mark, side_by_side
-        self._given = torch.cat((context.pixels, context.truth))
-        self._moments = strip_moments(len(context.pixels) + frames)
+        self._given = torch.cat((context.pixels, context.ground_truth))
+        self._moments = strip_frame_numbers(len(context.pixels) + frames)
         self._kept: dict[int, Tensor] = {}  # what a strip or GIF will show, by its number in the video
         self._latents = [] if context.latents is None else [context.latents]
         self._video: VideoWriter | None = None
@@ -158,7 +158,7 @@ class Output:
     def _shown(self, pixels: Tensor, given: Tensor, colour: str) -> Tensor:
         """Frames as the mp4 shows them."""
         if self._mark:
-            pixels, given = framed(pixels, colour), framed(given, CONTEXT_COLOUR)
+            pixels, given = with_border(pixels, colour), with_border(given, CONTEXT_COLOUR)
         if not self._side_by_side:
             return pixels
         black = (0,) * 7 + (len(pixels) - len(given),)
@@ -166,14 +166,14 @@ class Output:
 
     def _write_gif(self, path: Path) -> None:
         columns = {"generated": torch.stack([self._kept[number] for number in range(self._total)])[None]}
-        if 0 < self.written <= len(self._context.truth):
+        if 0 < self.written <= len(self._context.ground_truth):
             columns["truth"] = self._given[None, : self._total]
         write_animation(path, columns, float(self._context.fps), context=len(self._context.pixels))
 
     def _write_strip(self, path: Path) -> None:
         moments = [moment for moment in self._moments if moment < self._total]
         rows = {"generated": torch.stack([self._kept[moment] for moment in moments])}
-        if len(self._context.truth):
+        if len(self._context.ground_truth):
             rows["truth"] = self._given[[moment for moment in moments if moment < len(self._given)]]
         write_strip(path, rows, context=len(self._context.pixels), moments=moments)
 

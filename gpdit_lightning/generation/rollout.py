@@ -1,4 +1,7 @@
-"""Latent frames one after another, each sampled given the clean ones before it (GPDiT, figure 2, left)."""
+"""Generation of latent frames in order, each sampled given the clean frames before it (GPDiT, figure 2, left).
+
+Shapes: B clips, C channels, H x W latent pixels.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 from gpdit_lightning.diffusion import Guidance, RotationSampler, Sampler
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.model import NO_LABEL, GPDiT
+from gpdit_lightning.model import NO_LABEL, GPDiT, KVCache
 from gpdit_lightning.randomness import GENERATION_NOISE, generator
 
 
@@ -20,35 +23,60 @@ class GenerationConfig:
     """How latent frames are generated.
 
     Raises:
-        InputError: a window without room for a frame, or a negative number of sinks.
+        InputError: a window below 1, or a negative number of sinks.
     """
 
     sampler: Sampler = field(default_factory=RotationSampler)
-    """From noise to a frame."""
+    """Turns noise into a frame, with one network call per step."""
     guidance: Guidance = field(default_factory=Guidance)
-    """Over the context and the label or text."""
+    """Classifier-free guidance over the context and over the label or text."""
     window: int | None = None
-    """The latest clean frames that a frame sees; None: all. Training showed one frame less than its clips have. With a
-    window, memory and time per frame stay the same for ever."""
+    """Number of latest clean latent frames that a new frame attends to; None: all. In training a frame attends to at
+    most one frame less than its clip has. With a window, memory and time per frame do not grow with the video."""
     sinks: int = 0
-    """The first frames of the video, so many, which stay visible besides the window."""
-    cached: bool = True
-    """Keep the keys and values of clean frames. Without, the visible frames are computed anew at every network call
-    (GPDiT, 4.1.2) and the frames come out equal; with `of2` a clean frame has seen those before it, so that none may
-    leave the window."""
-    compiled: bool = False
-    """Run blocks that torch.compile has fused: a minute or so at first, worth it for many frames."""
-    precision: torch.dtype | None = None
-    """Of products, as `torch.bfloat16`; None: as the model is, or as an autocast around the rollout says."""
+    """Number of first latent frames of the video that stay visible besides the window (StreamingLLM)."""
+    use_cache: bool = True
+    """Cache the keys and values of clean frames. Without a cache, the visible frames are computed again at every
+    network call (GPDiT, section 4.1.2), with the same result. With `of2` attention a clean frame depends on those
+    before it, so that without a cache no frame may leave the window."""
+    compile: bool = False
+    """Fuse the blocks with torch.compile. Compiling takes about a minute, which pays off for many frames."""
+    autocast_dtype: torch.dtype | None = None
+    """Data type of matrix products, such as `torch.bfloat16`; None: that of the weights or of an enclosing autocast."""
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
-            raise InputError(f"the window is {self.window} latent frames; let each frame see at least 1.")
+            raise InputError(f"The window is {self.window} latent frames: give at least 1.")
         if self.sinks < 0:
-            raise InputError(f"the number of sinks is {self.sinks}; it must not be negative.")
+            raise InputError(f"The number of sinks is {self.sinks}: give 0 or more.")
 
 
-DEFAULT = GenerationConfig()
+@dataclass(frozen=True)
+class ClipInputs:
+    """What each clip of a batch is generated from, besides its context."""
+
+    seeds: int | Sequence[int] = 0
+    """Seed of each clip's noise; a number s gives clip b the seed s + b. The noise of a clip depends on its seed alone,
+    not on the batch that it is in."""
+    condition: Tensor | None = None
+    """(B,) class numbers or (B, L, text width) text embeddings, for a model that is conditioned on them."""
+    null_condition: Tensor | None = None
+    """(B, L, text width) embeddings of an empty text, which guidance over texts needs; classes have a null class."""
+
+    def seed_per_clip(self, clips: int) -> Sequence[int]:
+        """The seeds of so many clips.
+
+        Raises:
+            InputError: another number of seeds, or a negative one.
+        """
+        seeds = range(self.seeds, self.seeds + clips) if isinstance(self.seeds, int) else self.seeds
+        if len(seeds) != clips or min(seeds, default=0) < 0:
+            raise InputError(f"The seeds are {list(seeds)} for {clips} clips: give one seed per clip, from 0 on.")
+        return seeds
+
+
+DEFAULT_CONFIG = GenerationConfig()
+DEFAULT_INPUTS = ClipInputs()
 
 
 @torch.inference_mode()
@@ -56,164 +84,176 @@ def rollout(
     model: GPDiT,
     context: Tensor,
     frames: int | None,
-    config: GenerationConfig = DEFAULT,
-    *,
-    seeds: int | Sequence[int] = 0,
-    condition: Tensor | None = None,
-    without_condition: Tensor | None = None,
+    config: GenerationConfig = DEFAULT_CONFIG,
+    inputs: ClipInputs = DEFAULT_INPUTS,
 ) -> Iterator[Tensor]:
-    """Generate latent frames after `context`, yielding each when it is done.
+    """Generate latent frames after `context`, yielding each one as soon as it is done.
 
     Args:
         model: in evaluation mode.
-        context: (B, k, C, H, W) whitened latents; k = 0 begins from nothing.
-        frames: how many to generate; None never ends, and needs a window.
-        config: sampler, guidance, window, and how it is computed.
-        seeds: of the noise, one for each clip; a number gives clip b `seeds + b`. A clip's noise depends on its seed
-            alone, so that clips may be batched in any way.
-        condition: (B,) classes or (B, L, text width) embeddings, for a model that takes them.
-        without_condition: the same for no condition, where it is guided over; None for classes.
+        context: (B, k, C, H, W) whitened latents; k = 0 generates from noise alone.
+        frames: number of latent frames to generate; None continues without end, and needs a window.
+        config: sampler, guidance, window, and how to compute.
+        inputs: seeds and conditions of the clips.
 
     Yields:
         (B, C, H, W) whitened latents.
 
     Raises:
-        InputError: seeds, a window or a condition that do not fit the rest.
+        InputError: seeds, a window or a condition that do not suit the other arguments.
     """
-    clips, known = context.shape[:2]
-    seeds = range(seeds, seeds + clips) if isinstance(seeds, int) else seeds
-    if len(seeds) != clips or min(seeds, default=0) < 0:
-        raise InputError(f"the seeds are {list(seeds)} for {clips} clips: give each clip one, from 0 on.")
-    denoiser = Denoiser(model, context, frames, config, condition, without_condition)
-    for frame in count(known) if frames is None else range(known, known + frames):
-        noise = partial(_noise, context, seeds, frame)
+    clips, context_frames = context.shape[:2]
+    seeds = inputs.seed_per_clip(clips)
+    denoiser = Denoiser(model, context, frames, config, inputs)
+    numbers = count(context_frames) if frames is None else range(context_frames, context_frames + frames)
+    for number in numbers:
+        noise = partial(_batch_noise, context, seeds, number)
         latent = config.sampler.sample(denoiser, noise(), noise)
         yield latent
         denoiser.append(latent)
 
 
-def products_in(model: GPDiT, precision: torch.dtype) -> None:
-    """Round the weights of the blocks' products, once, as an autocast would at every call: half the memory to read.
+def cast_linear_weights(model: GPDiT, dtype: torch.dtype) -> None:
+    """Round the weights of the blocks' linear layers once, as autocast would at every call: half the memory traffic.
 
-    What autocast leaves in float32 stays as it is: embeddings, norms and the residual stream.
+    What autocast leaves in float32 is not changed: embeddings, norms and the residual stream.
     """
     for block in model.blocks:
         for module in block.modules():
             if isinstance(module, nn.Linear):
-                module.to(precision)
+                module.to(dtype)
 
 
 def frame_noise(seed: int, frame: int, shape: Sequence[int], draw: int = 0) -> Tensor:
-    """Standard Gaussian noise (float32, on the CPU): a function of the clip's seed, the frame and the draw alone."""
+    """Standard Gaussian noise (float32, on the CPU), a function of the clip's seed, the frame and the draw alone."""
     return torch.from_numpy(generator(seed, GENERATION_NOISE, frame, draw).standard_normal(tuple(shape), "float32"))
 
 
-def _noise(context: Tensor, seeds: Sequence[int], frame: int, step: int = -1) -> Tensor:
-    """What a frame of all clips begins with, or what a step of a stochastic sampler adds: (B, C, H, W)."""
+def _batch_noise(context: Tensor, seeds: Sequence[int], frame: int, step: int = -1) -> Tensor:
+    """Noise (B, C, H, W) of one frame for all clips: the initial one (step -1), or of a stochastic sampler's step."""
     return torch.stack([frame_noise(seed, frame, context.shape[2:], 1 + step) for seed in seeds]).to(context)
 
 
 class Denoiser:
-    """What a sampler asks: the guided velocity of the frame that follows those so far.
+    """The function that a sampler integrates: the guided velocity of the next frame, given all frames before it.
 
     Args:
-        model, context, frames, config, condition, without_condition: as for :func:`rollout`.
+        model, context, frames, config, inputs: as for :func:`rollout`.
 
     Raises:
-        InputError: a window that the model cannot do without a cache, no window for a rollout without end, or guidance
+        InputError: a window that the model cannot use without a cache, no window for a rollout without end, or guidance
             over a condition that is not given.
     """
 
     def __init__(
-        self,
-        model: GPDiT,
-        context: Tensor,
-        frames: int | None,
-        config: GenerationConfig,
-        condition: Tensor | None,
-        without_condition: Tensor | None,
+        self, model: GPDiT, context: Tensor, frames: int | None, config: GenerationConfig, inputs: ClipInputs
     ) -> None:
-        clips, known, _, height, width = context.shape
+        context_frames = context.shape[1]
         self.model, self.config = model, config
-        self.condition, self.without_condition = condition, without_condition
-        self.guides_label = config.guidance.label != 1
-        if self.guides_label:
-            if condition is None:
-                raise InputError(f"guidance of {config.guidance.label} over a label needs one: give it, or scale 1.")
-            if without_condition is None and model.config.text_width:
-                raise InputError("guidance over a text needs the embeddings of an empty one: give without_condition.")
-            if without_condition is None:
-                self.without_condition = torch.full_like(condition, NO_LABEL)
+        self.condition = inputs.condition
+        self.null_condition = _null_condition(model, config.guidance.label, inputs)
         if frames is None and config.window is None:
-            raise InputError("a rollout without end would keep all frames it made: give it a window.")
-        all_frames = None if frames is None else max(known + frames - 1, 1)
-        visible = None if config.window is None else config.sinks + config.window
-        if visible is not None and all_frames is not None and all_frames <= visible:
-            visible = None  # none is ever left out
-        self.visible = visible
-        if visible is not None and not config.cached and model.config.attention == "of2":
+            raise InputError("A rollout without end would keep every frame in memory: give it a window.")
+        # The last generated frame is not attended to by any other.
+        history = None if frames is None else max(context_frames + frames - 1, 1)
+        self.visible = _visible_frames(config, history)
+        if self.visible is not None and not config.use_cache and model.config.attention == "of2":
             raise InputError(
-                f"without a cache an of2 model must see all frames, and a window of {config.window} leaves some out: "
-                "generate with the cache, fewer frames, or an `of` model."
+                f"Without a cache an of2 model must attend to all frames, but the window is {config.window}: generate "
+                "with the cache, generate fewer frames, or use a model with `of` attention."
             )
-        self.cache = None
-        # The clean frames that no pass has taken in yet; without a cache, all that are visible.
-        self.clean = context if known else None
-        if config.cached:
-            with self._precision(context):
-                room, sinks = (visible, config.sinks) if visible is not None else (all_frames, None)
-                assert room is not None
-                self.cache = model.new_cache(clips, room, height, width, sinks)
-                model.extend(self.cache, context[:, :-1])
-            self.clean = context[:, -1:] if known else None
+        self.cache: KVCache | None = None
+        # Clean frames (B, k, C, H, W) that the next network call takes as inputs. With a cache these are the frames
+        # that are not in it yet; without one, all visible frames.
+        self.clean = context if context_frames else None
+        if config.use_cache:
+            self._fill_cache(context, history)
         else:
-            self._forget()
+            self._drop_invisible_frames()
 
     def __call__(self, noisy: Tensor, theta: Tensor) -> Tensor:
-        """The velocity (B, C, H, W) at `noisy` (B, C, H, W) and theta (B,)."""
+        """The velocity (B, C, H, W) at `noisy` (B, C, H, W) and `theta` (B,)."""
         clips, guidance = len(noisy), self.config.guidance
-        # The angle is asked for only where it matters: on a GPU the answer waits for all work before it.
+        # The angle is read only where it matters, since reading it makes the host wait for the GPU.
         guided = guidance.everywhere or guidance.at(theta[0].item(), self.config.sampler.schedule)
-        label = guided and self.guides_label
-        context = guided and guidance.context != 1 and self._has_context
+        over_label = guided and self.null_condition is not None
+        over_context = guided and guidance.context != 1 and self._has_context
         conditions = [self.condition]
-        conditions += [self.without_condition] if label else []
-        conditions += [self.condition] if context else []
-        with self._precision(noisy):
-            answers = self.model.denoise(
+        conditions += [self.null_condition] if over_label else []
+        conditions += [self.condition] if over_context else []
+        with self._autocast(noisy):
+            velocities = self.model.denoise(
                 noisy.repeat(len(conditions), 1, 1, 1),
                 theta.repeat(len(conditions)),
                 self.cache,
                 None if self.condition is None else torch.cat([c for c in conditions if c is not None]),
                 self.clean,
-                draws=2 if label else 1,
-                without_context=clips if context else 0,
-                compiled=self.config.compiled,
+                draws=2 if over_label else 1,
+                without_context=clips if over_context else 0,
+                compiled=self.config.compile,
             ).split(clips)
         if self.cache is not None:
             self.clean = None  # it is in the cache now
-        return guidance.combine(answers[0], answers[1] if label else None, answers[-1] if context else None)
+        return guidance.combine(
+            velocities[0], velocities[1] if over_label else None, velocities[-1] if over_context else None
+        )
 
     def append(self, latent: Tensor) -> None:
-        """Take in the frame (B, C, H, W) that is done: the next pass will."""
+        """Add a finished frame (B, C, H, W) to the context; the next network call computes its keys and values."""
         latent = latent[:, None]
         if self.cache is not None or self.clean is None:
             self.clean = latent
         else:
             self.clean = torch.cat((self.clean, latent), dim=1)
-            self._forget()
+            self._drop_invisible_frames()
+
+    def _fill_cache(self, context: Tensor, history: int | None) -> None:
+        """Cache all context frames but the last, which the first network call takes in."""
+        clips, context_frames, _, height, width = context.shape
+        frames, sinks = (self.visible, self.config.sinks) if self.visible is not None else (history, None)
+        assert frames is not None  # no window: `frames` of the rollout is a number
+        with self._autocast(context):
+            cache = self.model.new_cache(clips, frames, height, width, sinks)
+            self.model.extend(cache, context[:, :-1])
+        self.cache = cache
+        self.clean = context[:, -1:] if context_frames else None
 
     @property
     def _has_context(self) -> bool:
         return self.clean is not None or (self.cache is not None and self.cache.frames > 0)
 
-    def _forget(self) -> None:
-        """Keep of all clean frames those that are visible: they stand as if they followed each other."""
+    def _drop_invisible_frames(self) -> None:
+        """Keep the clean frames that are visible; their positions become consecutive."""
         if self.clean is not None and self.visible is not None and self.clean.shape[1] > self.visible:
             sinks, window = self.clean[:, : self.config.sinks], self.clean[:, -(self.visible - self.config.sinks) :]
             self.clean = torch.cat((sinks, window), dim=1)
 
-    def _precision(self, like: Tensor) -> AbstractContextManager[object]:
-        if self.config.precision is None:
+    def _autocast(self, like: Tensor) -> AbstractContextManager[object]:
+        if self.config.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(like.device.type, dtype=self.config.precision)
+        return torch.autocast(like.device.type, dtype=self.config.autocast_dtype)
+
+
+def _null_condition(model: GPDiT, scale: float, inputs: ClipInputs) -> Tensor | None:
+    """What stands for no condition in guidance; None where there is no guidance over a condition.
+
+    Raises:
+        InputError: guidance over a condition, or over a text, that is not given.
+    """
+    if scale == 1:
+        return None
+    if inputs.condition is None:
+        raise InputError(f"Guidance of {scale} over a label needs a label: give a condition, or scale 1.")
+    if inputs.null_condition is not None:
+        return inputs.null_condition
+    if model.config.text_width:
+        raise InputError("Guidance over a text needs the embeddings of an empty text: give them as null_condition.")
+    return torch.full_like(inputs.condition, NO_LABEL)
+
+
+def _visible_frames(config: GenerationConfig, history: int | None) -> int | None:
+    """How many clean frames a frame attends to at most, window and sinks; None where all of the history fits."""
+    if config.window is None:
+        return None
+    visible = config.sinks + config.window
+    return None if history is not None and history <= visible else visible

@@ -1,4 +1,4 @@
-"""An image task shown by examples: the model does to a picture what was done to others (GPDiT, section 5.4)."""
+"""In-context image tasks: the model applies to an image what example pairs show (GPDiT, section 5.4)."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation.rollout import DEFAULT, GenerationConfig, rollout
+from gpdit_lightning.generation.rollout import DEFAULT_CONFIG, ClipInputs, GenerationConfig, rollout
 from gpdit_lightning.model import GPDiT
 
 
@@ -16,22 +16,23 @@ def transform(
     codec: Codec,
     examples: Sequence[tuple[Tensor, Tensor]],
     sources: Tensor,
-    config: GenerationConfig = DEFAULT,
+    config: GenerationConfig = DEFAULT_CONFIG,
     *,
     seeds: int | Sequence[int] = 0,
 ) -> Tensor:
     """Generate the target of each source as the frame after source, target, source, target, ..., source.
 
-    Every picture is encoded and decoded alone (T = 1), as in the sequences of few-shot training.
+    Every image is encoded and decoded alone (T = 1), as in the sequences of few-shot training.
 
     Args:
         model: in evaluation mode, trained on such sequences.
         codec: whose latents the model was trained on.
-        examples: (source, target) pairs of uint8 (3, H, W), the same ones before every source; the paper takes two.
-        sources: uint8 (B, 3, H, W); all pictures on any device.
-        config: as for :func:`rollout`, with the schedule that the model was trained by; with a window, a picture sees
-            the latest frames only.
-        seeds: of the noise, one for each source; a number is that of all, so that sources may be batched in any way.
+        examples: (source, target) pairs of uint8 (3, H, W), the same for all sources; the paper takes two.
+        sources: uint8 (B, 3, H, W); all images on any device.
+        config: as for :func:`rollout`, with the noise schedule of training; with a window, an image attends to the
+            latest frames only.
+        seeds: of the noise, one for each source; a number is the seed of all sources, so that results do not depend on
+            the batch.
 
     Returns:
         uint8 (B, 3, H, W), on the CPU.
@@ -40,21 +41,21 @@ def transform(
         InputError: no sources, examples of another size or not in pairs, or as `Codec.encode` and :func:`rollout`.
     """
     if sources.ndim != 4 or len(sources) == 0:
-        raise InputError(f"the sources have shape {tuple(sources.shape)}: give pictures (B, 3, H, W), at least one.")
+        raise InputError(f"The sources have shape {tuple(sources.shape)}: give images (B, 3, H, W), at least one.")
     if any(len(pair) != 2 for pair in examples):
-        raise InputError("an example has not two pictures: give pairs of a source and its target.")
-    shown = [picture for pair in examples for picture in pair]
-    for picture in shown:
-        if picture.shape != sources.shape[1:]:
+        raise InputError("An example does not have two images: give pairs of a source and its target.")
+    example_images = [image for pair in examples for image in pair]
+    for image in example_images:
+        if image.shape != sources.shape[1:]:
             raise InputError(
-                f"an example has shape {tuple(picture.shape)} and a source {tuple(sources.shape[1:])}: scale and crop "
-                "all pictures to one size."
+                f"An example has shape {tuple(image.shape)} and a source {tuple(sources.shape[1:])}: scale and crop "
+                "all images to one size."
             )
     device = next(model.parameters()).device
-    pictures = torch.stack([picture.to(codec.device) for picture in (*shown, *sources)])
-    raw = codec.encode(pictures[:, None])[:, 0].to(device)
-    before, asked = codec.whitened(raw).split((len(shown), len(sources)))
-    context = torch.cat((before.expand(len(sources), *before.shape), asked[:, None]), dim=1)
-    seeds = seeds if isinstance(seeds, Sequence) else [seeds] * len(sources)
-    (latent,) = rollout(model, context, 1, config, seeds=seeds)
-    return codec.decode(codec.unwhitened(latent)[:, None])[:, 0].cpu()
+    images = torch.stack([image.to(codec.device) for image in (*example_images, *sources)])
+    latents = codec.whitened(codec.encode(images[:, None])[:, 0].to(device))
+    example_latents, source_latents = latents.split((len(example_images), len(sources)))
+    context = torch.cat((example_latents.expand(len(sources), *example_latents.shape), source_latents[:, None]), dim=1)
+    seed_per_source = seeds if isinstance(seeds, Sequence) else [seeds] * len(sources)
+    (target,) = rollout(model, context, 1, config, ClipInputs(seeds=seed_per_source))
+    return codec.decode(codec.unwhitened(target)[:, None])[:, 0].cpu()

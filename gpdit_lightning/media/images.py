@@ -15,7 +15,7 @@ from torch import Tensor
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # What a file may hold, whatever its name says. Pillow knows more, and would hand an EPS to Ghostscript.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
@@ -119,7 +119,7 @@ def parse_size(text: str) -> Size:
     return int(parts[0]), int(parts[1])
 
 
-def framed(pixels: Tensor, colour: str, border: int = 4) -> Tensor:
+def with_border(pixels: Tensor, colour: str, border: int = 4) -> Tensor:
     """Frames with a border of one colour over the pixels at their edges, such as `CONTEXT_COLOUR`.
 
     Args:
@@ -138,7 +138,7 @@ def framed(pixels: Tensor, colour: str, border: int = 4) -> Tensor:
     return result
 
 
-def strip_moments(frames: int, columns: int = 16) -> list[int]:
+def strip_frame_numbers(frames: int, columns: int = 16) -> list[int]:
     """The numbers of at most `columns` of so many frames, evenly spaced from the first to the last."""
     return sorted({round(moment) for moment in np.linspace(0, frames - 1, min(columns, frames))})
 
@@ -156,7 +156,7 @@ def write_strip(
     Args:
         path: the file.
         rows: label -> uint8 (T, 3, H, W); T may differ, a column is one moment in all rows.
-        columns: most frames shown, by the `strip_moments` of the longest video.
+        columns: most frames shown, by the `strip_frame_numbers` of the longest video.
         least_side: smaller frames are enlarged until their shorter side has this many pixels.
         context: the first so many frames were given, not generated; the head says so.
         moments: where only the frames to be shown were kept, their numbers in the video; then all are shown.
@@ -168,7 +168,7 @@ def write_strip(
         raise InputError(f"There are no frames to write to {path}: give every row at least one.")
     longest = max(len(frames) for frames in rows.values())
     if moments is None:
-        moments = strip_moments(longest, columns)
+        moments = strip_frame_numbers(longest, columns)
         rows = {label: frames[[moment for moment in moments if moment < len(frames)]] for label, frames in rows.items()}
     elif len(moments) < longest:
         raise InputError(f"{path} has a row of {longest} frames but {len(moments)} moments: give a number for each.")

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.media.images import IMAGE_ENDINGS, read_image
+from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
 
-VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif")
+VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif")
 
 T = TypeVar("T")
 
@@ -93,10 +93,10 @@ def read_video(path: str | Path, start: int = 0, stride: int = 1, most: int | No
     return torch.stack(frames)
 
 
-def iterate_pictures(folder: str | Path, start: int = 0, stride: int = 1, most: int | None = None) -> Iterator[Tensor]:
+def iterate_images(folder: str | Path, start: int = 0, stride: int = 1, most: int | None = None) -> Iterator[Tensor]:
     """The pictures in a folder as the frames of a video, one in memory at a time; arguments as for `iterate_frames`.
 
-    They come in `natural_order`; hidden files and other files are ignored.
+    They come in `natural_sort_key`; hidden files and other files are ignored.
 
     Yields:
         uint8 RGB (3, H, W), upright.
@@ -104,11 +104,11 @@ def iterate_pictures(folder: str | Path, start: int = 0, stride: int = 1, most: 
     Raises:
         InputError: when the folder holds no pictures, or where one is broken or of another size than the first.
     """
-    paths = [path for path in Path(folder).glob("[!.]*") if path.suffix.lower() in IMAGE_ENDINGS]
+    paths = [path for path in Path(folder).glob("[!.]*") if path.suffix.lower() in IMAGE_EXTENSIONS]
     if not paths:
-        raise InputError(f"{folder} is no folder that holds pictures: give one with {', '.join(IMAGE_ENDINGS)} files.")
+        raise InputError(f"{folder} holds no images: give a folder with {', '.join(IMAGE_EXTENSIONS)} files.")
     first: tuple[Path, torch.Size] | None = None
-    for path in _chosen(iter(sorted(paths, key=natural_order)), start, stride, most):
+    for path in _chosen(iter(sorted(paths, key=natural_sort_key)), start, stride, most):
         frame = read_image(path)[0]
         first = first or (path, frame.shape)
         if frame.shape != first[1]:
@@ -119,7 +119,7 @@ def iterate_pictures(folder: str | Path, start: int = 0, stride: int = 1, most: 
         yield frame
 
 
-def natural_order(path: Path) -> tuple[list[str | int], str]:
+def natural_sort_key(path: Path) -> tuple[list[str | int], str]:
     """The key that sorts files by the numbers in their names: frame_2 before frame_10."""
     parts = re.split(r"(\d+)", path.name)  # text and digits by turns, so that like meets like
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], path.name

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, get_args
 
 from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import IMAGE_ENDINGS
-from gpdit_lightning.media.video import VIDEO_ENDINGS
+from gpdit_lightning.media.images import IMAGE_EXTENSIONS
+from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 
 FIELDS = ("source", "caption", "label", "split")
 UNDERSTOOD = (
@@ -25,7 +25,7 @@ UNDERSTOOD = (
 SPLITS: dict[str, Split] = {split: split for split in get_args(Split)}
 MSR_VTT_SPLITS: dict[str, Split] = {"train": "train", "validate": "validation", "test": "validation"}
 
-ENDINGS = (*VIDEO_ENDINGS, *IMAGE_ENDINGS)
+ENDINGS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
 FILE = rf"(?P<name>\S.*(?:{'|'.join(map(re.escape, ENDINGS))}))"
 # The lines of UCF-101's three kinds of lists, and the split that a kind stands for.
 LISTS: tuple[tuple[re.Pattern[str], Split | None], ...] = (

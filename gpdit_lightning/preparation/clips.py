@@ -17,7 +17,7 @@ from gpdit_lightning.media.video import iterate_frames, video_info
 from gpdit_lightning.preparation.options import LANES, PrepareOptions
 from gpdit_lightning.preparation.shots import with_cuts
 from gpdit_lightning.preparation.sources import Source, held_out
-from gpdit_lightning.preparation.tars import iterate_pictures
+from gpdit_lightning.preparation.tars import iterate_images
 
 # A decoder with several threads may leave other pictures of a damaged video each time.
 DECODER_THREADS = 1
@@ -124,7 +124,7 @@ class Lanes(IterableDataset[Item | None]):
                 yield self._picture(place, source.split, read_image(source.path), metadata)
 
     def _pictures_of_tar(self, place: int, tar: Source) -> Iterator[Item]:
-        for sample in iterate_pictures(tar.path):
+        for sample in iterate_images(tar.path):
             name = f"{tar.name}/{sample.key}"
             if sample.problem:
                 yield Skipped(place, name, sample.problem)

@@ -19,8 +19,8 @@ from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import check_place
+from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, TASKS, ImageTask, make_pair
 from gpdit_lightning.media.images import Size, parse_size, read_image, resize_and_crop
-from gpdit_lightning.media.tasks import READY_PAIRS, TASKS, Task, pair_of
 from gpdit_lightning.preparation.options import PrepareOptions
 from gpdit_lightning.preparation.options import check_options as check_shared_options
 from gpdit_lightning.preparation.pairs import Pair, folders_in, hold_out, pairs_of_one, pairs_of_two
@@ -37,10 +37,10 @@ class FewShotOptions:
 
     out: Path = field(metadata={"help": "folder for the shards and manifest.json"})
     task: str = field(
-        default=READY_PAIRS.name,
+        default=EXISTING_PAIRS.name,
         metadata={
             "help": "pairs: both pictures of each pair are given; or both are made from one, at --size: grayscale (a "
-            "picture to its grey version), colourisation (the way back), edges (a picture to its Canny edges), "
+            "picture to its grayscale version), colourisation (the way back), edges (a picture to its Canny edges), "
             "edges_to_image (the way back), sketch (a picture to a pencil drawing), copy (the picture itself: a "
             "warm-up); edges and sketches need pip install -e '.[edges]'"
         },
@@ -186,17 +186,17 @@ def check_options(options: FewShotOptions) -> None:
         )
     )
     check_place(options.out, is_folder=True)
-    pair_of(task_named(options.task), torch.zeros(1, 3, 16, 16, dtype=torch.uint8))  # finds out what is not installed
+    make_pair(task_named(options.task), torch.zeros(1, 3, 16, 16, dtype=torch.uint8))  # finds out what is not installed
     given = [name for name in PLACES if getattr(options, name) is not None]
-    if task_named(options.task) is not READY_PAIRS:
+    if task_named(options.task) is not EXISTING_PAIRS:
         if given != ["sources"]:
             raise InputError(
                 f"The task {options.task} makes both sides of a pair from one picture: give --sources alone, or --task "
-                f"{READY_PAIRS.name} for pairs that are there already."
+                f"{EXISTING_PAIRS.name} for pairs that are there already."
             )
     elif given not in (["sources", "targets"], ["pairs_in"]):
         raise InputError(
-            f"The task {READY_PAIRS.name} takes --sources and --targets, or --pairs_in instead, and was given "
+            f"The task {EXISTING_PAIRS.name} takes --sources and --targets, or --pairs_in instead, and was given "
             f"{' and '.join(f'--{name}' for name in given) or 'none of them'}: give one or the other, or a --task that "
             f"makes pairs ({', '.join(TASKS)})."
         )
@@ -226,9 +226,9 @@ def check_enough(options: FewShotOptions, found: Sequence[Pair], reserved: Seque
     )
 
 
-def task_named(name: str) -> Task:
+def task_named(name: str) -> ImageTask:
     """A task by its name; raises `InputError` for one that is not known."""
-    known = {READY_PAIRS.name: READY_PAIRS} | TASKS
+    known = {EXISTING_PAIRS.name: EXISTING_PAIRS} | TASKS
     if name not in known:
         raise InputError(f"There is no task {name!r}: give one of {', '.join(known)}.")
     return known[name]
@@ -253,13 +253,13 @@ def tails(paths: Iterable[Path]) -> list[str]:
     return sorted("/".join(path.parts[-parts:]) for path in files)
 
 
-def frames_of(pair: Pair, task: Task, size: Size) -> Tensor:
+def frames_of(pair: Pair, task: ImageTask, size: Size) -> Tensor:
     """What a task makes of a pair, at the size to encode: uint8 (2, 1, 3, H, W), the source first."""
     source, target = (resize_and_crop(read_image(picture.path), size) for picture in pair)
     return torch.stack((task.source(source), task.target(target)))
 
 
-def described(options: FewShotOptions, task: Task, pairs: Sequence[Pair]) -> dict[str, Any]:
+def described(options: FewShotOptions, task: ImageTask, pairs: Sequence[Pair]) -> dict[str, Any]:
     """The options that decide what the shards hold, and a sha256 over them and every picture's name and pixels."""
     values = {name: value for name, value in asdict(options).items() if name not in SPEED_OPTIONS}
     values |= {name: Path(values[name]).name for name in PLACES if values[name] is not None}

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import IMAGE_ENDINGS, read_image
+from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
 from gpdit_lightning.preparation.sources import recording_of
 
 SUBFOLDERS = (("source", "target"), ("sources", "targets"))
@@ -104,14 +104,14 @@ def hold_out(pairs: Sequence[Pair], fraction: float) -> tuple[list[Pair], list[P
 
 def pictures_in(folder: Path) -> list[Path]:
     """The pictures of a folder by name, but for hidden files; raises `InputError` where there are none."""
-    endings = ", ".join(IMAGE_ENDINGS)
+    endings = ", ".join(IMAGE_EXTENSIONS)
     if not folder.is_dir():
         reason = "is no folder" if folder.exists() else "does not exist"
         raise InputError(f"{folder} {reason}: give a folder of {endings} files.")
     found = [
         path
         for path in sorted(folder.iterdir())
-        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".") and path.is_file()
     ]
     if not found:
         raise InputError(f"{folder} holds no pictures: give a folder of {endings} files.")

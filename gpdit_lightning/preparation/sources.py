@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 from gpdit_lightning.data.manifest import Kind, Split
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import IMAGE_ENDINGS
-from gpdit_lightning.media.video import VIDEO_ENDINGS
+from gpdit_lightning.media.images import IMAGE_EXTENSIONS
+from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 from gpdit_lightning.preparation.annotations import Annotations, read_annotations
 from gpdit_lightning.preparation.options import PrepareOptions
 from gpdit_lightning.preparation.tars import expand
 
-ENDINGS: dict[Kind, tuple[str, ...]] = {"video": VIDEO_ENDINGS, "image": IMAGE_ENDINGS}
+ENDINGS: dict[Kind, tuple[str, ...]] = {"video": VIDEO_EXTENSIONS, "image": IMAGE_EXTENSIONS}
 
 
 @dataclass(frozen=True)

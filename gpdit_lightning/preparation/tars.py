@@ -19,10 +19,10 @@ from torch import Tensor
 from webdataset.tariterators import base_plus_ext
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import IMAGE_ENDINGS, read_image
+from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
 
 # What a member is to its sample, by the ending of its name. No other member is opened.
-PARTS = dict.fromkeys(IMAGE_ENDINGS, "picture") | {".txt": "text", ".json": "json"}
+PARTS = dict.fromkeys(IMAGE_EXTENSIONS, "picture") | {".txt": "text", ".json": "json"}
 CARRIED = ("caption", "url")  # of what img2dataset notes in the json
 
 
@@ -73,7 +73,7 @@ def expand(pattern: str) -> list[Path]:
     return [tar for place in places for tar in _tars(place)]
 
 
-def iterate_pictures(path: Path) -> Iterator[TarSample]:
+def iterate_images(path: Path) -> Iterator[TarSample]:
     """The samples of a tar in its order, one in memory at a time.
 
     Whatever is wrong comes as a sample with a `problem`, and the iteration goes on. Where the tar is broken it ends,

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.media.video import natural_order
+from gpdit_lightning.media.video import natural_sort_key
 
 RECORD = "features.json"
 ENDINGS = {"npy": ".npy", "pickle": ".pkl"}  # by format
@@ -221,7 +221,7 @@ class VideoFeatures(Dataset[Tensor]):
             raise InputError(
                 f"{folder} holds pickled features, which are not opened here: write them with --format npy."
             )
-        files = sorted(self.folder.rglob("*.npy"), key=lambda path: (path.parent, natural_order(path)))
+        files = sorted(self.folder.rglob("*.npy"), key=lambda path: (path.parent, natural_sort_key(path)))
         self.names = [path.relative_to(folder).as_posix().removesuffix(".npy") for path in files]
         if not files:
             raise InputError(f"{folder} holds no features yet: run `python -m gpdit_lightning features` again.")

@@ -34,7 +34,7 @@ from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.files import written_whole
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.model import GPDiT
-from gpdit_lightning.probing.splits import Labelled, check_halves
+from gpdit_lightning.probing.splits import LabelledVideo, check_splits
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ RESAMPLES = 10_000
 CHUNK = 64  # videos whose features make one file: so many a killed run loses at most
 
 
-class Pooled(NamedTuple):
+class LayerFeatures(NamedTuple):
     """Features of videos.
 
     Attributes:
@@ -59,7 +59,7 @@ class Pooled(NamedTuple):
     squeezed: int
 
 
-def features_of_videos(
+def extract_layer_features(
     model: GPDiT,
     codec: Codec,
     videos: Sequence[Path],
@@ -71,7 +71,7 @@ def features_of_videos(
     workers: int = 2,
     cache: Path | None = None,
     progress: bool = False,
-) -> Pooled:
+) -> LayerFeatures:
     """Every layer's clean stream, averaged over latent frames and tokens, from one pass (GPDiT, section 5.3).
 
     A clip is the middle of its video; one that is too short for the stride is spread evenly over all of it. Nothing is
@@ -119,7 +119,9 @@ def features_of_videos(
     paths = [videos[CHUNK * number + place] for number, part in enumerate(parts) for place in part.places]
     if not paths:
         raise InputError(f"None of the {len(videos)} videos can be read: give others.")
-    return Pooled(torch.cat([part.features for part in parts]).numpy(), paths, sum(part.squeezed for part in parts))
+    return LayerFeatures(
+        torch.cat([part.features for part in parts]).numpy(), paths, sum(part.squeezed for part in parts)
+    )
 
 
 class _Clip(NamedTuple):
@@ -168,7 +170,7 @@ class _Part(NamedTuple):
 def _read(path: Path, frames: int, stride: int, size: Size) -> _Clip:
     for squeezed in (False, True):
         try:
-            return _Clip(read_clip(path, frames, stride, size, centred=True, squeezed=squeezed), squeezed)
+            return _Clip(read_clip(path, frames, stride, size, centred=True, resample_short=squeezed), squeezed)
         except InputError as error:
             fault = str(error)
     return _Clip(None, fault=fault)
@@ -176,7 +178,7 @@ def _read(path: Path, frames: int, stride: int, size: Size) -> _Clip:
 
 @torch.no_grad()
 def _features(model: GPDiT, codec: Codec, pixels: Tensor) -> Tensor:
-    """Pooled features of clips (B, T, 3, H, W): float32 (B, L + 1, D) on the CPU."""
+    """LayerFeatures features of clips (B, T, 3, H, W): float32 (B, L + 1, D) on the CPU."""
     device = next(model.parameters()).device
     clean = codec.whitened(codec.encode(pixels).to(device))
     layers = model.features(clean, range(model.config.layers + 1))
@@ -292,7 +294,7 @@ class LayerScore:
 
 
 def probe_layers(
-    pooled: Pooled, videos: Sequence[Labelled], regularisation: float | None = None, progress: bool = False
+    pooled: LayerFeatures, videos: Sequence[LabelledVideo], regularisation: float | None = None, progress: bool = False
 ) -> list[LayerScore]:
     """Fit and test a probe on every layer.
 
@@ -303,11 +305,11 @@ def probe_layers(
         progress: show a bar over layers.
 
     Raises:
-        InputError: as :func:`fit_probe`, or the videos left are not enough (:func:`check_halves`).
+        InputError: as :func:`fit_probe`, or the videos left are not enough (:func:`check_splits`).
     """
     places = {path: place for place, path in enumerate(pooled.paths)}
     videos = [video for video in videos if video.path in places]
-    check_halves(videos)
+    check_splits(videos)
     train, test = ([video for video in videos if video.split == split] for split in ("train", "test"))
     learned, asked = ([places[video.path] for video in half] for half in (train, test))
     labels, groups = [video.label for video in train], [video.group for video in train]

@@ -13,7 +13,7 @@ from gpdit_lightning.evaluation.report import Report, library_versions
 from gpdit_lightning.files import written_whole
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.probing.probe import C_GRID, FOLDS, RESAMPLES, LayerScore
-from gpdit_lightning.probing.splits import Labelled
+from gpdit_lightning.probing.splits import LabelledVideo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ class ProbeProtocol:
     data: str
     """Where the videos were."""
     data_sha256: str
-    """Of the names, sizes in bytes, classes, groups and halves of the videos used; see :func:`hash_of`."""
+    """Of the names, sizes in bytes, classes, groups and halves of the videos used; see :func:`videos_sha256`."""
     split: str
     """Who tests: a published split, lists or folders."""
     classes: int
@@ -72,15 +72,15 @@ class ProbeResult:
         return max(self.layers, key=lambda score: score.accuracy if score.validation is None else score.validation)
 
 
-def protocol_of(
-    videos: Sequence[Labelled], left_out: int, squeezed: int, regularisation: float | None, **rest: Any
+def make_protocol(
+    videos: Sequence[LabelledVideo], left_out: int, squeezed: int, regularisation: float | None, **rest: Any
 ) -> ProbeProtocol:
     """The protocol, from the videos that were used; `rest` are its further fields."""
     train, test = ([video for video in videos if video.split == split] for split in ("train", "test"))
     grid = ", ".join(f"{C:g}" for C in C_GRID)
     chosen = f"best C of {grid} in cross-validation over training groups, {FOLDS} folds at most"
     return ProbeProtocol(
-        data_sha256=hash_of(videos),
+        data_sha256=videos_sha256(videos),
         classes=len({video.label for video in train}),
         train_videos=len(train),
         test_videos=len(test),
@@ -95,7 +95,7 @@ def protocol_of(
     )
 
 
-def hash_of(videos: Sequence[Labelled]) -> str:
+def videos_sha256(videos: Sequence[LabelledVideo]) -> str:
     """A sha256 over what was used, wherever it lies: sorted lines `SPLIT CLASS GROUP NAME BYTES`."""
     lines = sorted(
         f"{video.split} {video.label} {video.group} {video.path.name} {video.path.stat().st_size}\n" for video in videos
@@ -145,7 +145,7 @@ def _section(result: ProbeResult) -> str:
     return "\n".join([*lines, ""])
 
 
-def draw_probe(results: Sequence[ProbeResult], path: Path, evaluations: Sequence[Report] = ()) -> None:
+def plot_probe(results: Sequence[ProbeResult], path: Path, evaluations: Sequence[Report] = ()) -> None:
     """Draw accuracy against layers (figure 5a), and that of the best layer against steps (5b) and FVD (5c).
 
     Args:

@@ -17,7 +17,7 @@ UCF_NAME = r"(v_(.+)_g(\d+))_c\d+"
 UCF_TEST_GROUPS = {1: range(1, 8), 2: range(8, 15), 3: range(15, 22)}
 
 
-class Labelled(NamedTuple):
+class LabelledVideo(NamedTuple):
     """A video with its class and half; those of one group, of one recording or person, are not independent."""
 
     path: Path
@@ -26,11 +26,11 @@ class Labelled(NamedTuple):
     split: Split
 
 
-def by_ucf_groups(videos: Iterable[Path], split: int) -> list[Labelled]:
+def split_by_ucf_groups(videos: Iterable[Path], split: int) -> list[LabelledVideo]:
     """UCF-101's published split 1, 2 or 3, from the names `v_CLASS_gGROUP_cCLIP.avi` alone.
 
     Raises:
-        InputError: a name of another form, two videos of one name, or as :func:`check_halves`.
+        InputError: a name of another form, two videos of one name, or as :func:`check_splits`.
     """
     found = []
     for path in _by_key(videos).values():
@@ -41,14 +41,14 @@ def by_ucf_groups(videos: Iterable[Path], split: int) -> list[Labelled]:
                 "put videos in folders train/CLASS and test/CLASS."
             )
         tested = int(name[3]) in UCF_TEST_GROUPS[split]
-        found.append(Labelled(path, name[2], name[1], "test" if tested else "train"))
-    check_halves(found)
+        found.append(LabelledVideo(path, name[2], name[1], "test" if tested else "train"))
+    check_splits(found)
     return found
 
 
-def by_lists(
+def split_by_lists(
     videos: Iterable[Path], train_list: Path, test_list: Path, group_pattern: str = UCF_NAME
-) -> list[Labelled]:
+) -> list[LabelledVideo]:
     """The halves that two files list as UCF-101's do: a line `CLASS/FILE`, with or without a number behind it.
 
     Videos that no list names are not used; those that are listed and not there are left out with a warning.
@@ -56,14 +56,14 @@ def by_lists(
     Args:
         videos: each in a folder of its class.
         train_list, test_list: the files.
-        group_pattern: as for :func:`by_folders`.
+        group_pattern: as for :func:`split_by_folders`.
 
     Raises:
         InputError: a list that cannot be read or names nothing that is there, a video listed twice, two
-            of one name, a file name without a group, or as :func:`check_halves`.
+            of one name, a file name without a group, or as :func:`check_splits`.
     """
     there = _by_key(videos)
-    found: dict[str, Labelled] = {}
+    found: dict[str, LabelledVideo] = {}
     halves: tuple[tuple[Split, Path], ...] = (("train", train_list), ("test", test_list))
     for split, file in halves:
         names = _listed(file)
@@ -83,12 +83,12 @@ def by_lists(
             key = _key(name)
             if key in found:
                 raise InputError(f"{name} is listed twice in {train_list} and {test_list}: list it once.")
-            found[key] = Labelled(there[key], name.parent.name, _group(there[key], group_pattern), split)
-    check_halves(found.values())
+            found[key] = LabelledVideo(there[key], name.parent.name, _group(there[key], group_pattern), split)
+    check_splits(found.values())
     return list(found.values())
 
 
-def by_folders(videos: Iterable[Path], group_pattern: str = UCF_NAME) -> list[Labelled]:
+def split_by_folders(videos: Iterable[Path], group_pattern: str = UCF_NAME) -> list[LabelledVideo]:
     """Videos that lie in folders `train/CLASS` and `test/CLASS`.
 
     Args:
@@ -97,19 +97,19 @@ def by_folders(videos: Iterable[Path], group_pattern: str = UCF_NAME) -> list[La
             first parentheses hold, or else all that it matches; `.+` makes each video a group of its own.
 
     Raises:
-        InputError: a video that lies elsewhere, a file name without a group, or as :func:`check_halves`.
+        InputError: a video that lies elsewhere, a file name without a group, or as :func:`check_splits`.
     """
     found = []
     for path in videos:
         half, label = path.parent.parent.name, path.parent.name
         if half not in ("train", "test"):
             raise InputError(f"{path} lies in no folder train/CLASS or test/CLASS: put it into one.")
-        found.append(Labelled(path, label, _group(path, group_pattern), "train" if half == "train" else "test"))
-    check_halves(found)
+        found.append(LabelledVideo(path, label, _group(path, group_pattern), "train" if half == "train" else "test"))
+    check_splits(found)
     return found
 
 
-def check_halves(videos: Iterable[Labelled]) -> None:
+def check_splits(videos: Iterable[LabelledVideo]) -> None:
     """Check that one half can teach what the other asks, and shares nothing with it.
 
     Raises:

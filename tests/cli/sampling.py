@@ -16,7 +16,7 @@ from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import main
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.diffusion import RotationSampler
-from gpdit_lightning.generation import GenerationConfig, products_in, stream_video
+from gpdit_lightning.generation import ClipInputs, GenerationConfig, cast_linear_weights, stream_video
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.preparation import PrepareOptions, prepare
@@ -82,9 +82,11 @@ def streamed(place: Path, known: Tensor, frames: int, model: str = "of2", label:
     """What the library makes of the latents (k, C, h, w) of a context: these, and those of the frames that follow."""
     trained = load_trained_model(place / model)
     config = replace(GenerationConfig(RotationSampler(2), window=LATENT_FRAMES - 1), **how)
-    if config.precision:
-        products_in(trained.backbone, config.precision)
-    pieces = stream_video(trained.backbone, CODEC, known[None], frames, config, condition=torch.tensor([label]))
+    if config.autocast_dtype:
+        cast_linear_weights(trained.backbone, config.autocast_dtype)
+    pieces = stream_video(
+        trained.backbone, CODEC, known[None], frames, config, ClipInputs(condition=torch.tensor([label]))
+    )
     return torch.cat([known, *(piece.latents[0] for piece in pieces)])
 
 

@@ -17,12 +17,12 @@ from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import evaluate as verb
 from gpdit_lightning.cli import main
 from gpdit_lightning.diffusion import Guidance, RotationSampler
-from gpdit_lightning.evaluation.chunks import seed_of
+from gpdit_lightning.evaluation.chunks import noise_seed
 from gpdit_lightning.evaluation.metrics import psnr
 from gpdit_lightning.evaluation.networks import NetworkFile
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import read_clip
-from gpdit_lightning.generation import GenerationConfig, continue_video
+from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.media.video import read_video, write_video
 from tests.cli.sampling import CODEC, stripes
 from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
@@ -112,8 +112,8 @@ def test_scores_are_those_of_what_the_library_makes(
     for number in range(VIDEOS):
         truth = read_clip(folder / f"{number}.mp4", FRAMES, 1, (32, 32))
         config = GenerationConfig(RotationSampler(2), Guidance(1.5))
-        seeds = [seed_of(f"{number}.mp4", 0)]
-        video = continue_video(trained.backbone, CODEC, truth[None, :5], FRAMES - 5, config, seeds=seeds).pixels
+        seeds = [noise_seed(f"{number}.mp4", 0)]
+        video = continue_video(trained.backbone, CODEC, truth[None, :5], FRAMES - 5, config, ClipInputs(seeds)).pixels
         found.append(psnr(video[:, 5:], truth[None, 5:]).item())
     assert report.scores["psnr"].mean == pytest.approx(sum(found) / VIDEOS, abs=0.02)
 
@@ -182,7 +182,7 @@ def test_a_killed_process_goes_on_where_it_was(
 def test_what_is_finished_is_shown_again(
     command: list[str], alone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("judge", "report_of"):
+    for name in ("evaluate_chunk", "make_report"):
         monkeypatch.setattr(verb, name, None)
     assert evaluate(command, alone) == 0
     assert capsys.readouterr().out.startswith((alone / "results.md").read_text().split("\n## ")[0])

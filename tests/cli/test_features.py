@@ -52,7 +52,7 @@ def extract(work: Path, out: Path, *options: Any, videos: str = "videos", model:
 
 def expected(work: Path, name: str, frames: int = 17, stride: int = 3, temporal_tokens: int = 5) -> torch.Tensor:
     """The features of one video by the whole model, in loops."""
-    clip = read_clip(work / "videos" / f"{name}.mp4", frames, stride, (32, 32), centred=True, squeezed=True)
+    clip = read_clip(work / "videos" / f"{name}.mp4", frames, stride, (32, 32), centred=True, resample_short=True)
     latents = (CODEC.encode(clip[None]) - CODEC.mean[:, None, None]) / CODEC.std[:, None, None]
     with torch.no_grad():
         found = load_trained_model(work / "model").backbone.features(latents, [2])[2][0].double()

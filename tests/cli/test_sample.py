@@ -142,7 +142,7 @@ def test_samples_have_one_seed_after_another(place: Path, tmp_path: Path) -> Non
         (["--window=2"], {"window": 2}),
         (["--window=1", "--sinks=2"], {"window": 1, "sinks": 2}),
         (["--sinks=1"], {"window": LATENT_FRAMES - 2, "sinks": 1}),
-        (["--precision=bf16"], {"precision": torch.bfloat16}),
+        (["--precision=bf16"], {"autocast_dtype": torch.bfloat16}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -158,7 +158,7 @@ def test_of_does_without_a_cache(place: Path, tmp_path: Path) -> None:
     assert sample(place, tmp_path / "out.safetensors", "--no_cache", "--guidance=2", model="of") == 0
     raw = latents(tmp_path / "out.safetensors")
     for cached in (True, False):
-        expected = streamed(place, raw[:4], 16, "of", guidance=Guidance(2.0), cached=cached)
+        expected = streamed(place, raw[:4], 16, "of", guidance=Guidance(2.0), use_cache=cached)
         assert_near(raw, expected)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from gpdit_lightning.cli import sample as verb
-from gpdit_lightning.generation import Piece, stream_video
+from gpdit_lightning.generation import GeneratedFrames, stream_video
 from gpdit_lightning.generation.outputs import Output
 from gpdit_lightning.media.video import read_video
 from tests.cli.sampling import VIDEO, assert_near, decoded, given, latents, looks_like, sample
@@ -108,7 +108,7 @@ def test_ctrl_c_leaves_a_playable_video_of_what_was_done(place: Path, tmp_path: 
 def test_a_ctrl_c_between_frames_keeps_all_videos_of_the_batch(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(*arguments: Any, **options: Any) -> Iterator[Piece]:
+    def stopped(*arguments: Any, **options: Any) -> Iterator[GeneratedFrames]:
         pieces = stream_video(*arguments, **options)
         yield next(pieces)
         yield next(pieces)

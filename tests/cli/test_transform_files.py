@@ -21,8 +21,8 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.diffusion import RotationSampler
 from gpdit_lightning.generation import GenerationConfig
 from gpdit_lightning.generation.transform import transform
+from gpdit_lightning.media.image_tasks import grayscale
 from gpdit_lightning.media.images import read_image, resize_and_crop
-from gpdit_lightning.media.tasks import grey
 
 CODEC = load_codec("pca")
 WIDE, TALL = (32, 48), (48, 32)  # the sizes of training
@@ -171,7 +171,7 @@ def test_a_task_makes_examples_sources_and_truths_of_plain_pictures(
     options = ["--task=colourisation", "--examples", place / "plain", "--sheet", sheet]
     assert run(place, "--source", place / "sources/a.png", "--out", out, *options) == 0
     pictures = [read(path, WIDE) for path in (place / "plain/a.png", place / "plain/b.png", place / "sources/a.png")]
-    (a, b, truth), (grey_a, grey_b, source) = pictures, (grey(picture[None])[0] for picture in pictures)
+    (a, b, truth), (grey_a, grey_b, source) = pictures, (grayscale(picture[None])[0] for picture in pictures)
     assert alike(read(out), expected(place, [(grey_a, a), (grey_b, b)], source))
     ours, copied = ((picture.double() - truth).square().mean() for picture in (read(out), source))
     error = f"on 1 picture: {ours:.1f}; of copying the source: {copied:.1f}"
@@ -185,9 +185,9 @@ def test_examples_may_be_of_another_task_than_the_sources(place: Path, tmp_path:
     plain = [read(place / f"plain/{name}.png", WIDE) for name in "ab"]
     there, back = "--task=grayscale", "--task=colourisation"
     for name, options, examples, source in (
-        ("plain", [there, "--examples_task=colourisation"], [(grey(a[None])[0], a) for a in plain], picture),
-        ("pairs", [back, "--examples_task=pairs"], first_pairs(place, 2, WIDE), grey(picture[None])[0]),
-        ("plain", ["--examples_task=grayscale"], [(a, grey(a[None])[0]) for a in plain], picture),
+        ("plain", [there, "--examples_task=colourisation"], [(grayscale(a[None])[0], a) for a in plain], picture),
+        ("pairs", [back, "--examples_task=pairs"], first_pairs(place, 2, WIDE), grayscale(picture[None])[0]),
+        ("plain", ["--examples_task=grayscale"], [(a, grayscale(a[None])[0]) for a in plain], picture),
     ):
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
         options = ["--examples", place / name, "--out", out, *options]

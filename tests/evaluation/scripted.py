@@ -1,4 +1,4 @@
-"""Networks as people have them, TorchScript, so small that one knows what they see."""
+"""MetricNetworks as people have them, TorchScript, so small that one knows what they see."""
 
 from pathlib import Path
 

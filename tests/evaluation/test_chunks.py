@@ -11,19 +11,28 @@ from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.diffusion import Guidance, RotationSampler
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.chunks import Chunk, ChunkFiles, Networks, Task, chunks_of, judge, seed_of, write_chunk
+from gpdit_lightning.evaluation.chunks import (
+    Chunk,
+    ChunkFiles,
+    EvaluationSettings,
+    MetricNetworks,
+    evaluate_chunk,
+    noise_seed,
+    split_into_chunks,
+    write_chunk,
+)
 from gpdit_lightning.evaluation.metrics import psnr, ssim
 from gpdit_lightning.evaluation.networks import open_image_network, open_video_network
-from gpdit_lightning.evaluation.self_checks import blurred, noisy
+from gpdit_lightning.evaluation.self_checks import add_noise, gaussian_blur
 from gpdit_lightning.evaluation.videos import Selection, has_frames, read_clip
-from gpdit_lightning.generation import GenerationConfig, continue_video
+from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.media.video import write_video
 from tests.evaluation.scripted import ScriptedI3D, ScriptedInception, saved
 
 CODEC = load_codec("pca")
 NAMES = ("a", "b", "c")
 # 15 frames are not 1 + 4k.
-TASK = Task(
+TASK = EvaluationSettings(
     context_frames=5,
     generated_frames=10,
     stride=2,
@@ -57,8 +66,8 @@ def model(randomise: Callable[[GPDiT], GPDiT]) -> GPDiT:
 
 
 @pytest.fixture(scope="module")
-def networks(folder: Path) -> Networks:
-    return Networks(
+def networks(folder: Path) -> MetricNetworks:
+    return MetricNetworks(
         open_video_network(saved(ScriptedI3D(), folder)), open_image_network(saved(ScriptedInception(), folder))
     )
 
@@ -68,23 +77,23 @@ def chunk_of(folder: Path, *names: str, start: int = 10) -> Chunk:
 
 
 @pytest.fixture(scope="module")
-def judged(folder: Path, model: GPDiT, networks: Networks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The three videos' subjects, and what was found in them."""
+def evaluated(folder: Path, model: GPDiT, networks: MetricNetworks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The three videos' variants, and what was found in them."""
     kept: dict[str, Tensor] = {}
 
     def keep(subject: str, names: list[str], videos: Tensor) -> None:
         assert names == list(NAMES)
         kept[subject] = videos
 
-    names, found = judge(chunk_of(folder, *NAMES), TASK, model, CODEC, networks, keep)
+    names, found = evaluate_chunk(chunk_of(folder, *NAMES), TASK, model, CODEC, networks, keep)
     assert names == list(NAMES)
     return kept, found
 
 
 def test_every_subject_is_what_it_is_called(
-    folder: Path, model: GPDiT, judged: tuple[dict[str, Tensor], dict[str, Tensor]]
+    folder: Path, model: GPDiT, evaluated: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> None:
-    kept = dict(judged[0])
+    kept = dict(evaluated[0])
     truth = torch.stack([read_clip(folder / f"{name}.mp4", 15, 2, (32, 32)) for name in NAMES])
     assert torch.equal(kept.pop("truth"), truth)
     longer = torch.cat([truth, truth[:, -1:], truth[:, -1:]], dim=1)
@@ -94,23 +103,25 @@ def test_every_subject_is_what_it_is_called(
     for seed in TASK.seeds:
         together = kept.pop(f"seed {seed}")
         for name, video, context in zip(NAMES, together, truth[:, :5], strict=True):
-            alone = continue_video(model, CODEC, context[None], 10, TASK.generation, seeds=[seed_of(name, seed)])
+            alone = continue_video(
+                model, CODEC, context[None], 10, TASK.generation, ClipInputs([noise_seed(name, seed)])
+            )
             assert (video.int() - alone.pixels[0].int()).abs().max() <= 1
-            other = continue_video(model, CODEC, context[None], 10, TASK.generation, seeds=[seed_of(name, 7)])
+            other = continue_video(model, CODEC, context[None], 10, TASK.generation, ClipInputs([noise_seed(name, 7)]))
             assert (video[5:].int() - other.pixels[0, 5:].int()).abs().float().mean() > 5
-    seeds = [seed_of(name, 0) for name in NAMES[:2]]  # of twelve videos these are the last
+    seeds = [noise_seed(name, 0) for name in NAMES[:2]]  # of twelve videos these are the last
     for level in (8, 16, 32):
-        assert torch.equal(kept.pop(f"noise {level}"), noisy(truth[:2], level, seeds))
+        assert torch.equal(kept.pop(f"noise {level}"), add_noise(truth[:2], level, seeds))
     for sigma in (1, 2, 4):
-        assert torch.equal(kept.pop(f"blur {sigma}"), blurred(truth[:2], sigma))
+        assert torch.equal(kept.pop(f"blur {sigma}"), gaussian_blur(truth[:2], sigma))
     assert not kept
-    assert len({seed_of(name, seed) for name in NAMES for seed in range(50)}) == 150
+    assert len({noise_seed(name, seed) for name in NAMES for seed in range(50)}) == 150
 
 
 def test_networks_see_the_whole_video_and_its_generated_frames_one_by_one(
-    networks: Networks, judged: tuple[dict[str, Tensor], dict[str, Tensor]]
+    networks: MetricNetworks, evaluated: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> None:
-    kept, found = judged
+    kept, found = evaluated
     assert set(found) == {
         f"{subject}/{what}" for subject in kept for what in ("video", "image", "classes", "psnr", "ssim")
     }
@@ -126,30 +137,30 @@ def test_networks_see_the_whole_video_and_its_generated_frames_one_by_one(
         assert torch.equal(found[f"{subject}/ssim"], ssim(videos[:, 5:], truth[:, 5:]))
 
 
-def test_the_video_network_may_see_generated_frames_alone(folder: Path, model: GPDiT, networks: Networks) -> None:
+def test_the_video_network_may_see_generated_frames_alone(folder: Path, model: GPDiT, networks: MetricNetworks) -> None:
     kept: dict[str, Tensor] = {}
     task = replace(TASK, video_of_all=False, self_check_videos=0, seeds=(0,))
     chunk = chunk_of(folder, "a")
-    _, found = judge(chunk, task, model, CODEC, networks, lambda subject, _, videos: kept.update({subject: videos}))
+    _, found = evaluate_chunk(chunk, task, model, CODEC, networks, lambda name, _, videos: kept.update({name: videos}))
     assert set(kept) == {"truth", "codec", "repeated", "seed 0"}
     for subject, videos in kept.items():
         torch.testing.assert_close(found[f"{subject}/video"], networks.video(videos[:, 5:]))
 
 
 def test_a_video_that_cannot_be_read_is_left_out_and_all_else_stays(
-    folder: Path, model: GPDiT, networks: Networks, judged: tuple[dict[str, Tensor], dict[str, Tensor]]
+    folder: Path, model: GPDiT, networks: MetricNetworks, evaluated: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> None:
-    names, found = judge(chunk_of(folder, "a", "lying", "b", "c"), TASK, model, CODEC, networks)
+    names, found = evaluate_chunk(chunk_of(folder, "a", "lying", "b", "c"), TASK, model, CODEC, networks)
     assert names == list(NAMES)
-    assert found.keys() == judged[1].keys()
+    assert found.keys() == evaluated[1].keys()
     for key, values in found.items():
-        assert torch.equal(values, judged[1][key]), key
+        assert torch.equal(values, evaluated[1][key]), key
 
 
 def test_a_chunk_may_lose_all_its_videos_but_not_its_folder(
-    folder: Path, model: GPDiT, networks: Networks, tmp_path: Path
+    folder: Path, model: GPDiT, networks: MetricNetworks, tmp_path: Path
 ) -> None:
-    names, found = judge(chunk_of(folder, "lying"), TASK, model, CODEC, networks)
+    names, found = evaluate_chunk(chunk_of(folder, "lying"), TASK, model, CODEC, networks)
     assert (names, found) == ([], {})
     write_chunk(tmp_path / "0.safetensors", names, found, SETTINGS)
     write_chunk(tmp_path / "1.safetensors", ["a"], {"truth/video": torch.ones(1, 2)}, SETTINGS)
@@ -157,12 +168,12 @@ def test_a_chunk_may_lose_all_its_videos_but_not_its_folder(
     assert files.names == ["a"]
     assert len(list(files.values("truth", "video"))) == 1
     with pytest.raises(InputError, match=r"gone.mp4"):
-        judge(chunk_of(folder, "a", "gone"), TASK, model, CODEC, networks)
+        evaluate_chunk(chunk_of(folder, "a", "gone"), TASK, model, CODEC, networks)
 
 
 def test_chunks_are_of_fixed_videos() -> None:
     names = tuple("abcdefg")
-    chunks = chunks_of(Selection(names, tuple(map(Path, names))), 3)
+    chunks = split_into_chunks(Selection(names, tuple(map(Path, names))), 3)
     assert [(chunk.start, "".join(chunk.names)) for chunk in chunks] == [(0, "abc"), (3, "def"), (6, "g")]
     assert all(tuple(map(str, chunk.paths)) == chunk.names for chunk in chunks)
 

@@ -10,7 +10,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.metrics import (
-    MOST_DECIBELS,
+    MAX_PSNR,
     FrechetDistance,
     bias_warning,
     fewest_samples,
@@ -171,10 +171,10 @@ def test_psnr_is_the_mean_over_frames(clips: tuple[Tensor, Tensor]) -> None:
             np.mean((frame.double() - other.double()).square().numpy())
             for frame, other in zip(video, true, strict=True)
         ]
-        decibels = [MOST_DECIBELS if error == 0 else 10 * math.log10(255**2 / error) for error in errors]
+        decibels = [MAX_PSNR if error == 0 else 10 * math.log10(255**2 / error) for error in errors]
         expected.append(sum(decibels) / len(decibels))
     assert psnr(videos, truth).tolist() == pytest.approx(expected, rel=1e-6)
-    assert psnr(truth, truth).tolist() == [MOST_DECIBELS] * 2
+    assert psnr(truth, truth).tolist() == [MAX_PSNR] * 2
 
 
 def similarity(x: np.ndarray, y: np.ndarray) -> float:

@@ -55,7 +55,7 @@ def test_a_scripted_video_network_is_asked_for_features_of_its_own_preprocessing
     exact = videos.double().numpy()
     expected = np.concatenate([exact.mean((1, 3, 4)), exact[:, 0].mean((2, 3))], 1)
     np.testing.assert_allclose(network(videos).numpy(), expected, rtol=1e-5)
-    assert (network.num_features, network.least_frames, network.sha256) == (6, 10, file.sha256)
+    assert (network.num_features, network.min_frames, network.sha256) == (6, 10, file.sha256)
 
 
 def test_features_and_classes_of_one_file_cost_one_pass(save) -> None:

@@ -8,15 +8,15 @@ from PIL import Image
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import (
-    Network,
+    NetworkRecord,
     Protocol,
     Report,
     Score,
     comparison,
-    draw_self_checks,
     library_versions,
+    plot_self_checks,
 )
-from gpdit_lightning.evaluation.self_checks import judged
+from gpdit_lightning.evaluation.self_checks import check_distances
 
 RISING = ((8.0, 1.0), (16.0, 20.5))
 
@@ -47,7 +47,7 @@ def report() -> Report:
         weights="ema",
         codec="wan",
         codec_sha256="ef56",
-        networks={"video": Network("I3D", "i3d.safetensors", "0789", "short side to 224")},
+        networks={"video": NetworkRecord("I3D", "i3d.safetensors", "0789", "short side to 224")},
         versions=library_versions(),
         hardware="one H200",
     )
@@ -55,7 +55,7 @@ def report() -> Report:
         protocol,
         scores={"fvd": Score.of([210.0, 214.0]), "is": Score.of([61.234, 61.254]), "ssim": Score.of([0.81, 0.81])},
         references={"the codec alone": {"fvd": Score.of([20.0])}},
-        self_checks={"fvd": judged(0.0, 30.0, RISING, ((1.0, 2.0), (2.0, 1.0)), videos=20)},
+        self_checks={"fvd": check_distances(0.0, 30.0, RISING, ((1.0, 2.0), (2.0, 1.0)), videos=20)},
         warnings=("FVD is of few samples.",),
         date="2025-06-01",
     )
@@ -175,7 +175,7 @@ def test_a_faithful_run_differs_in_nothing_stated(report: Report) -> None:
 
 
 def test_the_ladders_are_drawn(report: Report, tmp_path: Path) -> None:
-    draw_self_checks(report, tmp_path / "self_checks.png")
+    plot_self_checks(report, tmp_path / "self_checks.png")
     with Image.open(tmp_path / "self_checks.png") as image:
         assert image.format == "PNG"
         assert len(image.convert("L").resize((50, 25)).getcolors()) > 5

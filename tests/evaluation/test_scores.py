@@ -10,11 +10,11 @@ from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunks import ChunkFiles, write_chunk
 from gpdit_lightning.evaluation.report import Protocol, Report
-from gpdit_lightning.evaluation.scores import report_of
+from gpdit_lightning.evaluation.scores import make_report
 
 VIDEOS, PLACES, CHECKED = 43, 3, 20
 NAMES = [f"video {number}" for number in range(VIDEOS)]
-TRUTH, CODEC, REPEATED = "the truth", "the truth through the codec", "the last given frame repeated"
+GROUND_TRUTH, CODEC, REPEATED = "the truth", "the truth through the codec", "the last given frame repeated"
 SHAPES = {"video": (4,), "image": (PLACES, 5), "classes": (PLACES, 6), "psnr": (), "ssim": ()}
 PROTOCOL = Protocol(
     data="toys", choice="all", split_sha256="0", videos=VIDEOS, context_frames=5, generated_frames=PLACES,
@@ -100,24 +100,24 @@ def expected(found: Found, subject: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("size", [1, 7, VIDEOS])
 def test_scores_agree_with_independent_ones_whatever_the_chunks(found: Found, tmp_path: Path, size: int) -> None:
-    report = report_of(files_of(tmp_path, found, size), PROTOCOL)
+    report = make_report(files_of(tmp_path, found, size), PROTOCOL)
     first, second = expected(found, "seed 0"), expected(found, "seed 9")
     assert list(report.scores) == list(first)
     for name, score in report.scores.items():
         assert score.per_seed == pytest.approx((first[name], second[name]), rel=1e-8), name
         assert score.mean == pytest.approx((first[name] + second[name]) / 2, rel=1e-8)
         assert score.deviation == pytest.approx(abs(first[name] - second[name]) / 2**0.5, rel=1e-6, abs=1e-8)
-    for words, subject in ((TRUTH, "truth"), (CODEC, "codec"), (REPEATED, "repeated")):
+    for words, subject in ((GROUND_TRUTH, "truth"), (CODEC, "codec"), (REPEATED, "repeated")):
         scores = {name: score.mean for name, score in report.references[words].items()}
         assert scores == pytest.approx(expected(found, subject), rel=1e-8, abs=1e-6)
-    truth = report.references[TRUTH]
+    truth = report.references[GROUND_TRUTH]
     assert (truth["precision"].mean, truth["recall"].mean) == (1, 1)
     assert 0 <= truth["fid"].mean < 1e-8 > truth["fvd"].mean
     assert not told(report)
 
 
 def test_self_checks_are_of_halves_and_of_distorted_truth(found: Found, tmp_path: Path) -> None:
-    report = report_of(files_of(tmp_path, found, 16), PROTOCOL)
+    report = make_report(files_of(tmp_path, found, 16), PROTOCOL)
     second = np.array([hashlib.sha256(name.encode()).digest()[0] % 2 == 1 for name in NAMES])
     assert list(report.self_checks) == ["fvd", "fid"]
     for name, what in (("fvd", "video"), ("fid", "image")):
@@ -137,7 +137,7 @@ def test_self_checks_are_of_halves_and_of_distorted_truth(found: Found, tmp_path
 
 def test_without_distorted_videos_there_are_no_self_checks(found: Found, tmp_path: Path) -> None:
     plain = {key: values for key, values in found.items() if not key.startswith(("noise", "blur"))}
-    report = report_of(files_of(tmp_path, plain, 16), PROTOCOL)
+    report = make_report(files_of(tmp_path, plain, 16), PROTOCOL)
     assert not report.self_checks
     assert not told(report)
 
@@ -145,9 +145,9 @@ def test_without_distorted_videos_there_are_no_self_checks(found: Found, tmp_pat
 def test_scores_go_as_far_as_the_networks(found: Found, tmp_path: Path) -> None:
     for only, names in (("video", {"fvd", "precision", "recall"}), ("image", {"fid"}), ("psnr", set())):
         kept = {key: values for key, values in found.items() if key.endswith((only, "psnr", "ssim"))}
-        report = report_of(files_of(tmp_path / only, kept, 16), PROTOCOL)
+        report = make_report(files_of(tmp_path / only, kept, 16), PROTOCOL)
         assert report.scores.keys() == names | {"psnr", "ssim"}
-        assert report.references[TRUTH].keys() == names
+        assert report.references[GROUND_TRUTH].keys() == names
 
 
 def told(report: Report) -> list[str]:
@@ -161,9 +161,9 @@ def cut(found: Found, count: int) -> Found:
 
 def test_a_failing_check_few_videos_and_lost_ones_are_told(found: Found, tmp_path: Path) -> None:
     worse = found | {"blur 1/video": found["blur 4/video"] + 50}
-    (warning,) = told(report_of(files_of(tmp_path / "worse", worse, 16), PROTOCOL))
+    (warning,) = told(make_report(files_of(tmp_path / "worse", worse, 16), PROTOCOL))
     assert warning.startswith("FVD fails its self-checks: blur 2 is ")
-    (warning,) = told(report_of(files_of(tmp_path, found, 16), PROTOCOL, lost={"b.mp4", "a.mp4"}))
+    (warning,) = told(make_report(files_of(tmp_path, found, 16), PROTOCOL, lost={"b.mp4", "a.mp4"}))
     assert warning == "2 videos could not be read whole and are left out: a.mp4, b.mp4."
 
 
@@ -175,7 +175,7 @@ def test_few_videos_have_what_scores_they_can(found: Found, tmp_path: Path, coun
         {key: torch.from_numpy(values) for key, values in cut(found, count).items()},
         {},
     )
-    report = report_of(ChunkFiles([tmp_path / "few.safetensors"], {}), PROTOCOL)
+    report = make_report(ChunkFiles([tmp_path / "few.safetensors"], {}), PROTOCOL)
     assert ("precision" in report.scores) == (count == 4)
     assert {"fid", "fvd", "is"} <= report.scores.keys()
     assert not report.self_checks
@@ -192,10 +192,10 @@ def test_less_than_two_videos_are_refused(found: Found, tmp_path: Path, count: i
     tensors = {key: torch.from_numpy(values) for key, values in cut(found, count).items()} if count else {}
     write_chunk(tmp_path / "few.safetensors", NAMES[:count], tensors, {})
     with pytest.raises(InputError, match=f"{count} videos could be read, where scores need at least 2"):
-        report_of(ChunkFiles([tmp_path / "few.safetensors"], {}), PROTOCOL)
+        make_report(ChunkFiles([tmp_path / "few.safetensors"], {}), PROTOCOL)
 
 
 def test_features_that_are_not_finite_are_refused(found: Found, tmp_path: Path) -> None:
     broken = found | {"seed 9/video": found["seed 9/video"] * np.float32("nan")}
     with pytest.raises(InputError, match="not finite"):
-        report_of(files_of(tmp_path, broken, 16), PROTOCOL)
+        make_report(files_of(tmp_path, broken, 16), PROTOCOL)

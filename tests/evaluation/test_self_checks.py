@@ -6,7 +6,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpdit_lightning.evaluation.metrics import FrechetDistance
-from gpdit_lightning.evaluation.self_checks import BLUR_LEVELS, NOISE_LEVELS, blurred, halves, judged, noisy
+from gpdit_lightning.evaluation.self_checks import (
+    BLUR_LEVELS,
+    NOISE_LEVELS,
+    add_noise,
+    assign_halves,
+    check_distances,
+    gaussian_blur,
+)
 
 NAMES = [f"Archery/v_Archery_g{number:02d}.avi" for number in range(400)]
 
@@ -39,21 +46,21 @@ def distance(one: Tensor, other: Tensor) -> float:
 def test_noise_has_the_strength_that_is_asked_for() -> None:
     grey = torch.full((2, 4, 3, 32, 32), 128, dtype=torch.uint8)
     for level in NOISE_LEVELS:
-        change = noisy(grey, level, [1, 2]).double() - 128
+        change = add_noise(grey, level, [1, 2]).double() - 128
         rounding = 1 / 12
         assert change.std().item() == pytest.approx(math.sqrt(level**2 + rounding), rel=0.02)
         assert abs(change.mean().item()) < 0.03 * level
-    white = noisy(torch.full_like(grey, 255), 8.0, [1, 2])
+    white = add_noise(torch.full_like(grey, 255), 8.0, [1, 2])
     assert white.min() > 200  # kept within 8 bits, never wrapped around
 
 
 def test_noise_belongs_to_a_video_and_not_to_its_place(videos: Tensor) -> None:
-    together = noisy(videos[:3], 16.0, [7, 8, 9])
-    assert torch.equal(together[2:], noisy(videos[2:3], 16.0, [9]))
+    together = add_noise(videos[:3], 16.0, [7, 8, 9])
+    assert torch.equal(together[2:], add_noise(videos[2:3], 16.0, [9]))
     grey = torch.full((2, 1, 3, 16, 16), 128, dtype=torch.uint8)
-    one, other = noisy(grey, 16.0, [7, 8])
+    one, other = add_noise(grey, 16.0, [7, 8])
     assert not torch.equal(one, other)
-    twice = noisy(grey, 32.0, [7, 8])[0].double() - 128
+    twice = add_noise(grey, 32.0, [7, 8])[0].double() - 128
     assert (twice - 2 * (one.double() - 128)).abs().max() <= 1.5  # the same noise, stronger
 
 
@@ -62,7 +69,7 @@ def test_a_blurred_edge_is_the_integral_of_a_gaussian(sigma: float) -> None:
     edge = torch.zeros(1, 1, 3, 40, 40, dtype=torch.uint8)
     edge[..., 20:] = 200
     for pixels in (edge, edge.mT):
-        line = blurred(pixels, sigma)[0, 0, 0]
+        line = gaussian_blur(pixels, sigma)[0, 0, 0]
         line = line[20] if pixels is edge else line[:, 20]
         bell = [math.exp(-(step**2) / (2 * sigma**2)) for step in range(-100, 101)]
         expected = [200 * sum(bell[100 + 20 - place :]) / sum(bell) for place in range(40)]
@@ -71,24 +78,24 @@ def test_a_blurred_edge_is_the_integral_of_a_gaussian(sigma: float) -> None:
 
 def test_a_blur_keeps_even_frames_and_knows_no_other_video(videos: Tensor) -> None:
     even = torch.full((1, 2, 3, 8, 6), 77, dtype=torch.uint8)
-    assert torch.equal(blurred(even, 4.0), even)
-    assert torch.equal(blurred(videos[:5], 2.0)[3:], blurred(videos[3:5], 2.0))
+    assert torch.equal(gaussian_blur(even, 4.0), even)
+    assert torch.equal(gaussian_blur(videos[:5], 2.0)[3:], gaussian_blur(videos[3:5], 2.0))
 
 
 def test_halves_are_about_equal_and_stay() -> None:
-    chosen = halves(NAMES)
+    chosen = assign_halves(NAMES)
     assert set(chosen) == {0, 1}
     assert 160 < sum(chosen) < 240
-    assert halves(NAMES[100:]) == chosen[100:]
+    assert assign_halves(NAMES[100:]) == chosen[100:]
 
 
 def test_a_distance_that_sees_passes(videos: Tensor) -> None:
     seeds = list(range(40))
-    checks = judged(
+    checks = check_distances(
         distance(videos, videos),
         distance(videos[:20], videos[20:]),
-        tuple((level, distance(videos, noisy(videos, level, seeds))) for level in NOISE_LEVELS),
-        tuple((sigma, distance(videos, blurred(videos, sigma))) for sigma in BLUR_LEVELS),
+        tuple((level, distance(videos, add_noise(videos, level, seeds))) for level in NOISE_LEVELS),
+        tuple((sigma, distance(videos, gaussian_blur(videos, sigma))) for sigma in BLUR_LEVELS),
         videos=40,
     )
     assert checks.passed, checks.failures
@@ -109,7 +116,7 @@ RISING = ((8.0, 1.0), (16.0, 2.0), (32.0, 3.0))
     ],
 )
 def test_a_distance_that_is_blind_fails(itself: float, noise: tuple, blur: tuple, said: str) -> None:
-    checks = judged(itself, 10.0, noise, blur, videos=7)
+    checks = check_distances(itself, 10.0, noise, blur, videos=7)
     assert not checks.passed
     assert said in checks.failures[0]
-    assert judged(1e-6, 10.0, RISING, RISING, videos=7).passed
+    assert check_distances(1e-6, 10.0, RISING, RISING, videos=7).passed

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.videos import clip_moments, find_videos, read_clip, select_videos
+from gpdit_lightning.evaluation.videos import clip_frame_numbers, find_videos, read_clip, select_videos
 from gpdit_lightning.media.video import write_video
 
 
@@ -33,12 +33,12 @@ def levels(clip: torch.Tensor) -> list[int]:
     ],
 )
 def test_a_clip_lies_where_it_is_asked_for(length: int, centred: bool, squeezed: bool, expected: list[int]) -> None:
-    assert clip_moments(length, 3, 3, centred, squeezed) == expected
+    assert clip_frame_numbers(length, 3, 3, centred, squeezed) == expected
 
 
 def test_without_a_stride_a_clip_spreads_over_its_video(video: Path) -> None:
-    assert clip_moments(9, 3, 0) == [0, 4, 8]
-    assert clip_moments(2, 3, 0) == []
+    assert clip_frame_numbers(9, 3, 0) == [0, 4, 8]
+    assert clip_frame_numbers(2, 3, 0) == []
     assert levels(read_clip(video, 3, 0, (16, 16))) == [0, 5, 10]
 
 
@@ -46,7 +46,7 @@ def test_frames_are_those_of_the_moments(video: Path) -> None:
     assert read_clip(video, 3, 2, (16, 16)).shape == (3, 3, 16, 16)
     assert levels(read_clip(video, 3, 2, (16, 16))) == [0, 2, 4]
     assert levels(read_clip(video, 3, 2, (16, 16), centred=True)) == [3, 5, 7]
-    assert levels(read_clip(video, 5, 4, (16, 16), squeezed=True)) == [0, 2, 5, 8, 10]
+    assert levels(read_clip(video, 5, 4, (16, 16), resample_short=True)) == [0, 2, 5, 8, 10]
     assert levels(read_clip(video, 1, 4, (16, 16), centred=True)) == [5]
 
 
@@ -54,7 +54,7 @@ def test_a_video_that_is_too_short_is_named(video: Path) -> None:
     with pytest.raises(InputError, match=r"ramp.mp4 holds 11 frames where a clip of 5 at stride 3 takes 13: leave"):
         read_clip(video, 5, 3, (16, 16))
     with pytest.raises(InputError, match="clip of 12 at stride 3 takes 12"):
-        read_clip(video, 12, 3, (16, 16), centred=True, squeezed=True)
+        read_clip(video, 12, 3, (16, 16), centred=True, resample_short=True)
 
 
 def test_videos_are_found_at_any_depth_in_order(video: Path) -> None:

@@ -18,14 +18,14 @@ from gpdit_lightning.codecs import Codec, load_codec
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import contexts
-from gpdit_lightning.generation.contexts import Context, Reading, grouped, read_contexts
+from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, batches_of_one_shape, read_contexts
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.preparation import PrepareOptions, prepare
 from tests.data.damage import damage
 
 STEP = 6  # grey levels from frame to frame: more than what H.264 changes
 FRAMES = 40
-READING = Reading(frames=5, stride=3, sizes=((32, 32), (32, 48)))
+READING = ContextSettings(frames=5, stride=3, sizes=((32, 32), (32, 48)))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def draw(folder: Path, names: dict[str, int], size: tuple[int, int] = (48, 32)) 
     return folder
 
 
-def only(place: Path, codec: Codec, **changes: Any) -> Context:
+def only(place: Path, codec: Codec, **changes: Any) -> VideoContext:
     (context,) = read_contexts([str(place)], dataclasses.replace(READING, **changes), codec)
     return context
 
@@ -60,35 +60,36 @@ def test_the_context_begins_at_a_second_and_the_truth_follows_it_at_the_same_str
     fps: Fraction, tmp_path: Path, codec: Codec
 ) -> None:
     write_video(tmp_path / "steps.mp4", grey_steps(), fps)
-    context = only(tmp_path / "steps.mp4", codec, start=float(7 / fps), following=4)
+    context = only(tmp_path / "steps.mp4", codec, start=float(7 / fps), ground_truth_frames=4)
     assert numbers(context.pixels) == [7, 10, 13, 16, 19]
-    assert numbers(context.truth) == [22, 25, 28, 31]
+    assert numbers(context.ground_truth) == [22, 25, 28, 31]
     assert context.pixels.shape == (5, 3, 32, 48)
     assert (context.name, context.fps) == ("steps", fps / 3)
     assert context.latents is None
-    assert numbers(only(tmp_path / "steps.mp4", codec, start=0.0, following=99).truth) == list(range(15, 40, 3))
+    rest = only(tmp_path / "steps.mp4", codec, start=0.0, ground_truth_frames=99).ground_truth
+    assert numbers(rest) == list(range(15, 40, 3))
 
 
 def test_without_a_start_the_context_is_the_end_of_the_video(tmp_path: Path, codec: Codec) -> None:
     write_video(tmp_path / "steps.mp4", grey_steps(), 24)
-    context = only(tmp_path / "steps.mp4", codec, following=4)
+    context = only(tmp_path / "steps.mp4", codec, ground_truth_frames=4)
     assert numbers(context.pixels) == [27, 30, 33, 36, 39]
-    assert context.truth.shape == (0, 3, 32, 48)
+    assert context.ground_truth.shape == (0, 3, 32, 48)
 
 
 def test_a_gif_is_a_video(tmp_path: Path, codec: Codec) -> None:
     pictures = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in grey_steps(20)]
     pictures[0].save(tmp_path / "steps.gif", save_all=True, append_images=pictures[1:], duration=100)
-    context = only(tmp_path / "steps.gif", codec, start=0.2, following=1)
-    assert (numbers(context.pixels), numbers(context.truth)) == ([2, 5, 8, 11, 14], [17])
+    context = only(tmp_path / "steps.gif", codec, start=0.2, ground_truth_frames=1)
+    assert (numbers(context.pixels), numbers(context.ground_truth)) == ([2, 5, 8, 11, 14], [17])
     assert context.fps == Fraction(10, 3)
 
 
 def test_the_frames_of_a_folder_follow_their_numbers_at_the_rate_that_is_given(tmp_path: Path, codec: Codec) -> None:
     folder = draw(tmp_path / "frames", {f"f{number}.png": number for number in range(FRAMES)})
     (folder / "notes.txt").write_text("no picture")
-    context = only(folder, codec, start=0.5, following=2, fps=12)
-    assert (numbers(context.pixels), numbers(context.truth)) == ([6, 9, 12, 15, 18], [21, 24])
+    context = only(folder, codec, start=0.5, ground_truth_frames=2, fps=12)
+    assert (numbers(context.pixels), numbers(context.ground_truth)) == ([6, 9, 12, 15, 18], [21, 24])
     assert (context.name, context.fps) == ("frames", Fraction(4))
     assert torch.equal(context.pixels, grey_steps()[6:21:3])  # nothing compresses them
     # The end needs none of the others.
@@ -100,9 +101,9 @@ def test_the_frames_of_a_folder_follow_their_numbers_at_the_rate_that_is_given(t
 
 def test_a_picture_is_one_frame_whatever_the_context_needs(tmp_path: Path, codec: Codec) -> None:
     draw(tmp_path, {"still.png": 9}, size=(60, 50))
-    context = only(tmp_path / "still.png", codec, following=4)
+    context = only(tmp_path / "still.png", codec, ground_truth_frames=4)
     assert torch.equal(context.pixels, torch.full((1, 3, 32, 32), 9 * STEP, dtype=torch.uint8))
-    assert context.truth.shape == (0, 3, 32, 32)
+    assert context.ground_truth.shape == (0, 3, 32, 32)
     assert context.fps == 8
     assert only(tmp_path / "still.png", codec, fps=30).fps == 10
 
@@ -196,7 +197,7 @@ def test_a_sample_of_a_shard_is_its_latents(shards: Path, codec: Codec) -> None:
     latents = stored(tar)
     assert len(latents) == 2
     assert next(iter(latents.values())).shape == (5, 16, 4, 4)
-    reading = dataclasses.replace(READING, following=6)
+    reading = dataclasses.replace(READING, ground_truth_frames=6)
     for number, (key, whole) in enumerate(latents.items()):
         pixels = codec.decode(whole[None])[0]
         for name in (str(number), key):
@@ -208,9 +209,9 @@ def test_a_sample_of_a_shard_is_its_latents(shards: Path, codec: Codec) -> None:
             assert context.latents.dtype == torch.float32
             assert torch.equal(context.latents, whole[:2])
             assert torch.equal(context.pixels, pixels[:5])
-            assert torch.equal(context.truth, pixels[5:11])
+            assert torch.equal(context.ground_truth, pixels[5:11])
     assert torch.equal(
-        only(Path(f"{tar}#0"), codec, frames=13, following=99).truth,
+        only(Path(f"{tar}#0"), codec, frames=13, ground_truth_frames=99).ground_truth,
         codec.decode(next(iter(latents.values()))[None])[0, 13:],
     )
 
@@ -222,12 +223,12 @@ def test_a_shard_by_itself_is_all_its_samples(shards: Path, codec: Codec) -> Non
 
 
 def test_a_sample_of_pictures_is_one_frame(shards: Path, codec: Codec) -> None:
-    context = only(Path(f"{tar_of(shards, 'image')}#1"), codec, following=4, fps=12)
+    context = only(Path(f"{tar_of(shards, 'image')}#1"), codec, ground_truth_frames=4, fps=12)
     (latents,) = list(stored(tar_of(shards, "image")).values())[1:]
     assert torch.equal(context.pixels, codec.decode(latents[None])[0])
     assert context.latents is not None
     assert torch.equal(context.latents, latents)
-    assert (len(context.truth), context.fps) == (0, 4)
+    assert (len(context.ground_truth), context.fps) == (0, 4)
 
 
 def copied(shards: Path, folder: Path) -> Path:
@@ -374,20 +375,20 @@ def test_a_reading_without_sense_is_refused(changes: dict[str, Any], message: st
 def test_batches_are_of_one_shape_and_keep_the_order() -> None:
     shapes = {"a": (5, 3, 32, 32), "b": (1, 3, 32, 32), "c": (5, 3, 32, 32), "d": (5, 3, 32, 48), "e": (5, 3, 32, 32)}
     found = [
-        Context(name, torch.zeros(shape, dtype=torch.uint8), torch.zeros(0, *shape[1:]), Fraction(8))
+        VideoContext(name, torch.zeros(shape, dtype=torch.uint8), torch.zeros(0, *shape[1:]), Fraction(8))
         for name, shape in shapes.items()
     ]
-    assert [[context.name for context in batch] for batch in grouped(found, 2, lambda c: c)] == [
+    assert [[context.name for context in batch] for batch in batches_of_one_shape(found, 2, lambda c: c)] == [
         ["a", "c"],
         ["e"],
         ["b"],
         ["d"],
     ]
-    assert [[context.name for context in batch] for batch in grouped(found, 9, lambda c: c)] == [
+    assert [[context.name for context in batch] for batch in batches_of_one_shape(found, 9, lambda c: c)] == [
         ["a", "c", "e"],
         ["b"],
         ["d"],
     ]
-    assert grouped([], 2, lambda c: c) == []
+    assert batches_of_one_shape([], 2, lambda c: c) == []
     with pytest.raises(InputError, match="--batch_size is 0"):
-        grouped(found, 0, lambda c: c)
+        batches_of_one_shape(found, 0, lambda c: c)

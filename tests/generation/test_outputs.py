@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation.contexts import Context
+from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.generation.outputs import FORMATS, Output, check_formats, output_paths
 from gpdit_lightning.media.images import write_strip
 from gpdit_lightning.media.video import read_video, video_info
@@ -32,8 +32,8 @@ def numbers(frames: Tensor) -> list[int]:
     return [round(value / STEP) for value in frames.float().mean(dim=(1, 2, 3)).tolist()]
 
 
-def context_of(given: Sequence[int], truth: Sequence[int] = (), latents: Tensor | None = None) -> Context:
-    return Context("clip", grey(given), grey(truth), FPS, latents)
+def context_of(given: Sequence[int], truth: Sequence[int] = (), latents: Tensor | None = None) -> VideoContext:
+    return VideoContext("clip", grey(given), grey(truth), FPS, latents)
 
 
 def latents_of(first: int, frames: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpdit_lightning import GPDiT, InputError
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule, RotationSampler, StochasticSampler
-from gpdit_lightning.generation import GenerationConfig, rollout
+from gpdit_lightning.generation import ClipInputs, GenerationConfig, rollout
 from gpdit_lightning.generation.rollout import frame_noise
 from tests.model import oracle
 from tests.model.toys import assert_near, toy_model
@@ -37,7 +37,7 @@ def generate(
     model: GPDiT, context: Tensor, frames: int, seeds: Any = 0, condition: Tensor | None = None, **config: Any
 ) -> Tensor:
     config = {"sampler": SAMPLER} | config
-    frames_made = list(rollout(model, context, frames, GenerationConfig(**config), seeds=seeds, condition=condition))
+    frames_made = list(rollout(model, context, frames, GenerationConfig(**config), ClipInputs(seeds, condition)))
     return torch.stack(frames_made, dim=1)
 
 
@@ -80,7 +80,7 @@ def slow_rollout(
 @pytest.mark.parametrize("known", [0, 1, 3])
 def test_a_rollout_equals_the_slow_one(model: GPDiT, known: int, cached: bool) -> None:
     context = context_of(2, known)
-    generated = generate(model, context, frames=3, cached=cached)
+    generated = generate(model, context, frames=3, use_cache=cached)
     assert generated.shape == (2, 3, 3, 4, 6)
     assert generated.std() > 0.1
     assert_near(generated, slow_rollout(model, context, frames=3))
@@ -103,7 +103,7 @@ def test_a_rolling_window_equals_its_mask_over_the_whole_video(
 def test_of_needs_no_cache(window: int, sinks: int, known: int) -> None:
     model, context = toy_model(attention="of").eval(), context_of(2, known)
     with_cache = generate(model, context, frames=5, window=window, sinks=sinks)
-    assert_near(generate(model, context, frames=5, window=window, sinks=sinks, cached=False), with_cache)
+    assert_near(generate(model, context, frames=5, window=window, sinks=sinks, use_cache=False), with_cache)
 
 
 def test_a_window_as_long_as_the_video_changes_nothing(model: GPDiT) -> None:
@@ -162,12 +162,14 @@ def test_texts_are_guided_over_with_an_empty_one() -> None:
     model, context = toy_model(text_width=5).eval(), context_of(2, 1)
     text, empty = torch.randn(2, 4, 5, dtype=torch.float64), torch.zeros(2, 4, 5, dtype=torch.float64)
     config = GenerationConfig(SAMPLER, Guidance(label=2.0))
-    (guided,) = rollout(model, context, 1, config, condition=text, without_condition=empty)
-    (said,), (unsaid,) = (rollout(model, context, 1, GenerationConfig(SAMPLER), condition=c) for c in (text, empty))
+    (guided,) = rollout(model, context, 1, config, ClipInputs(condition=text, null_condition=empty))
+    (said,), (unsaid,) = (
+        rollout(model, context, 1, GenerationConfig(SAMPLER), ClipInputs(condition=c)) for c in (text, empty)
+    )
     assert not torch.allclose(said, unsaid)
     assert not torch.allclose(guided, said)
-    with pytest.raises(InputError, match="give without_condition"):
-        next(rollout(model, context, 1, config, condition=text))
+    with pytest.raises(InputError, match="as null_condition"):
+        next(rollout(model, context, 1, config, ClipInputs(condition=text)))
     with pytest.raises(InputError, match=r"text embeddings \(B, L, 5\) with B = 2"):
         next(rollout(model, context, 1))
 
@@ -217,7 +219,7 @@ def test_products_in_bfloat16_are_close(labelled: GPDiT) -> None:
     model, context = labelled.float(), context_of(2, 2).float()
     options: dict[str, Any] = {"guidance": Guidance(context=1.5), "window": 2}
     exact = generate(model, context, 2, **options)
-    rounded = generate(model, context, 2, precision=torch.bfloat16, **options)
+    rounded = generate(model, context, 2, autocast_dtype=torch.bfloat16, **options)
     assert not torch.equal(rounded, exact)
     assert_near(rounded, exact, tolerance=0.05)
 
@@ -241,7 +243,7 @@ def test_noise_belongs_to_seed_frame_and_draw() -> None:
         ({"seeds": [1, 2, 3]}, r"\[1, 2, 3\] for 2 clips"),
         ({"seeds": -1}, "from 0 on"),
         ({"frames": None}, "give it a window"),
-        ({"guidance": Guidance(label=2.0)}, "over a label needs one"),
+        ({"guidance": Guidance(label=2.0)}, "over a label needs a label"),
         ({"condition": torch.tensor([0, 1])}, "built without a condition"),
     ],
 )
@@ -251,12 +253,12 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
 
 
 def test_without_a_cache_of2_must_see_all() -> None:
-    with pytest.raises(InputError, match="a window of 2 leaves some out"):
-        generate(toy_model().eval(), context_of(1, 1), 5, window=2, cached=False)
+    with pytest.raises(InputError, match="but the window is 2"):
+        generate(toy_model().eval(), context_of(1, 1), 5, window=2, use_cache=False)
 
 
 def test_a_window_of_no_frame_is_refused() -> None:
-    with pytest.raises(InputError, match="the window is 0"):
+    with pytest.raises(InputError, match="window is 0"):
         GenerationConfig(window=0)
     with pytest.raises(InputError, match="sinks is -1"):
         GenerationConfig(sinks=-1)

@@ -139,13 +139,11 @@ def test_what_is_no_context_is_refused(model: GPDiT, codec: Codec) -> None:
     (a, b), pair = pairs()
     with pytest.raises(InputError, match=r"example has shape \(3, 32, 40\) and a source \(3, 32, 48\)"):
         transform(model, codec, [(a, b[..., :40]), pair], pictures(1, seed=2), CONFIG)
-    with pytest.raises(
-        InputError, match=r"sources have shape \(3, 32, 48\): give pictures \(B, 3, H, W\), at least one"
-    ):
+    with pytest.raises(InputError, match=r"sources have shape \(3, 32, 48\): give images \(B, 3, H, W\), at least one"):
         transform(model, codec, pairs(), pictures(1, seed=2)[0], CONFIG)
     with pytest.raises(InputError, match="at least one"):
         transform(model, codec, pairs(), pictures(1, seed=2)[:0], CONFIG)
     with pytest.raises(InputError, match="give pairs of a source and its target"):
         transform(model, codec, [(*pairs(1)[0], pictures(1, seed=2)[0])], pictures(1, seed=2), CONFIG)  # type: ignore
-    with pytest.raises(InputError, match="give each clip one"):
+    with pytest.raises(InputError, match="give one seed per clip"):
         transform(model, codec, [pair], pictures(1, seed=2), CONFIG, seeds=[0, 1])

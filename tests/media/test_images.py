@@ -11,11 +11,11 @@ from gpdit_lightning.media.images import (
     CONTEXT_COLOUR,
     GENERATED_COLOUR,
     closest_size,
-    framed,
     parse_size,
     read_image,
     resize_and_crop,
-    strip_moments,
+    strip_frame_numbers,
+    with_border,
     write_animation,
     write_strip,
 )
@@ -174,15 +174,15 @@ def test_a_long_video_is_thinned_to_its_columns(tmp_path: Path) -> None:
 
 
 def test_the_moments_of_a_strip_are_even_from_the_first_to_the_last() -> None:
-    assert strip_moments(100, 4) == [0, 33, 66, 99]
-    assert strip_moments(3, 4) == [0, 1, 2]
-    assert strip_moments(1000, 1) == [0]
-    assert strip_moments(17) == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16]
+    assert strip_frame_numbers(100, 4) == [0, 33, 66, 99]
+    assert strip_frame_numbers(3, 4) == [0, 1, 2]
+    assert strip_frame_numbers(1000, 1) == [0]
+    assert strip_frame_numbers(17) == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16]
 
 
 def test_kept_frames_make_the_strip_of_the_whole_video(tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (50, 3, 96, 96), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    moments = strip_moments(50, 5)
+    moments = strip_frame_numbers(50, 5)
     whole, kept = {"long": pixels, "short": pixels[:30]}, {"long": pixels[moments], "short": pixels[[0, 12, 24]]}
     write_strip(tmp_path / "whole.png", whole, columns=5, context=13)
     write_strip(tmp_path / "kept.png", kept, columns=2, context=13, moments=moments)
@@ -195,7 +195,7 @@ def test_kept_frames_make_the_strip_of_the_whole_video(tmp_path: Path) -> None:
 def test_a_frame_covers_the_edges_alone() -> None:
     pixels = torch.randint(0, 256, (2, 5, 3, 16, 24), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     before = pixels.clone()
-    result = framed(pixels, "orange", border=3)
+    result = with_border(pixels, "orange", border=3)
     assert result.shape == pixels.shape
     assert result.dtype == torch.uint8
     assert torch.equal(pixels, before)
@@ -203,7 +203,7 @@ def test_a_frame_covers_the_edges_alone() -> None:
     edge = torch.ones(16, 24, dtype=torch.bool)
     edge[3:-3, 3:-3] = False
     assert (result[..., edge] == torch.tensor([255, 165, 0])[:, None]).all()
-    assert torch.equal(framed(pixels, "orange", border=0), pixels)
+    assert torch.equal(with_border(pixels, "orange", border=0), pixels)
     assert CONTEXT_COLOUR != GENERATED_COLOUR
 
 

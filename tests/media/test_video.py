@@ -12,7 +12,7 @@ from gpdit_lightning.files import partial_path
 from gpdit_lightning.media.video import (
     VideoWriter,
     iterate_frames,
-    iterate_pictures,
+    iterate_images,
     read_video,
     video_info,
     write_video,
@@ -201,14 +201,14 @@ def pictures(tmp_path: Path) -> Path:
 def test_a_folder_of_pictures_is_read_in_natural_order(
     pictures: Path, start: int, stride: int, most: int | None, expected: list[int]
 ) -> None:
-    frames = list(iterate_pictures(pictures, start, stride, most))
+    frames = list(iterate_images(pictures, start, stride, most))
     assert all(frame.shape == (3, 16, 24) and frame.dtype == torch.uint8 for frame in frames)
     assert (numbers(torch.stack(frames)) if frames else []) == expected
 
 
 def test_pictures_are_read_one_by_one(pictures: Path) -> None:
     (pictures / "frame_2.png").write_text("damaged")
-    frames = iterate_pictures(pictures)
+    frames = iterate_images(pictures)
     assert numbers(torch.stack([next(frames), next(frames)])) == [0, 1]
     with pytest.raises(InputError, match=r"frame_2\.png is no readable picture"):
         next(frames)
@@ -217,9 +217,9 @@ def test_pictures_are_read_one_by_one(pictures: Path) -> None:
 def test_pictures_that_make_no_video_are_named(pictures: Path) -> None:
     Image.new("RGB", (16, 24)).save(pictures / "frame_10.png")
     with pytest.raises(InputError, match=r"frame_10\.png has 24x16 pixels and .*frame_0\.png 16x24: scale"):
-        list(iterate_pictures(pictures))
+        list(iterate_images(pictures))
     for name in ("thumbnails", "absent"):
-        with pytest.raises(InputError, match=rf"{name} is no folder that holds pictures: give one with \.jpg"):
-            list(iterate_pictures(pictures / name))
+        with pytest.raises(InputError, match=rf"{name} holds no images: give a folder with \.jpg"):
+            list(iterate_images(pictures / name))
     with pytest.raises(InputError, match="stride 0"):
-        list(iterate_pictures(pictures, stride=0))
+        list(iterate_images(pictures, stride=0))

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from gpdit_lightning import GPDiT
 from gpdit_lightning.diffusion import Guidance, RotationSampler
-from gpdit_lightning.generation import GenerationConfig, rollout
+from gpdit_lightning.generation import ClipInputs, GenerationConfig, rollout
 from gpdit_lightning.model import gpdit
 from tests.model.toys import assert_near, toy_batch, toy_config, toy_model
 
@@ -91,8 +91,8 @@ def test_a_rolling_window_is_compiled_once(variant: str) -> None:
     sampler, guidance = RotationSampler(steps=3), Guidance(context=2.0)
     made, counted = [], []
     for compiled in (False, True):
-        config = GenerationConfig(sampler, guidance, window=2, sinks=1, compiled=compiled)
-        frames = rollout(model, context, 5, config, condition=torch.tensor([0, 1]))
+        config = GenerationConfig(sampler, guidance, window=2, sinks=1, compile=compiled)
+        frames = rollout(model, context, 5, config, ClipInputs(condition=torch.tensor([0, 1])))
         made.append([next(frames), next(frames)])
         counted.append(graphs())
         made[-1] += frames

@@ -15,8 +15,8 @@ from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.image_tasks import TASKS, make_pair
 from gpdit_lightning.media.images import read_image, resize_and_crop
-from gpdit_lightning.media.tasks import TASKS, pair_of
 from gpdit_lightning.preparation import FewShotOptions, prepare_sequences
 
 COMMAND = Path(__file__).parents[2] / "data_prep" / "build_few_shot.py"
@@ -27,17 +27,17 @@ PAIRS = 9
 def options(tmp_path: Path) -> FewShotOptions:
     """Ready pairs, of which 5 are for training and 2 of the others for validation."""
     numbers = np.random.default_rng(0)
-    for folder in ("colour", "grey"):
+    for folder in ("colour", "grayscale"):
         (tmp_path / folder).mkdir()
     for place in range(PAIRS):
         small = Image.fromarray(numbers.integers(0, 256, (4, 6, 3), dtype=np.uint8))
         picture = small.resize((40, 32), Image.Resampling.BICUBIC)
         picture.save(tmp_path / "colour" / f"p{place}.png")
-        picture.convert("L").save(tmp_path / "grey" / f"p{place}.jpg")
+        picture.convert("L").save(tmp_path / "grayscale" / f"p{place}.jpg")
     return FewShotOptions(
         out=tmp_path / "out",
         sources=tmp_path / "colour",
-        targets=tmp_path / "grey",
+        targets=tmp_path / "grayscale",
         sequences=5,
         validation_fraction=0.2,
         held_out_pairs=2,
@@ -88,7 +88,7 @@ def test_a_built_in_task_makes_both_sides_at_the_size_to_encode(options: FewShot
     codec = load_codec("pca")
     for _, latents, names in samples(manifest):
         for place, name in enumerate(names):
-            pixels = torch.stack(pair_of(TASKS[task], resize_and_crop(read_image(options.sources / name), (16, 24))))
+            pixels = torch.stack(make_pair(TASKS[task], resize_and_crop(read_image(options.sources / name), (16, 24))))
             assert np.abs(latents[2 * place : 2 * place + 2] - codec.encode(pixels).numpy()[:, 0]).max() < 0.02
 
 
@@ -248,7 +248,7 @@ def test_too_few_pairs_are_counted_and_the_reason_is_told(options: FewShotOption
     for place in range(3, PAIRS):
         (options.sources / f"p{place}.png").unlink()
         (options.targets / f"p{place}.jpg").unlink()
-    places = ".*colour and .*grey"
+    places = ".*colour and .*grayscale"
     with pytest.raises(InputError, match=f"takes 4 different pairs, more than the 3 of {places}: add pictures"):
         prepare_sequences(replace(options, pairs_per_sequence=4))
     message = rf"^Holding out \d of the 3 different pairs in {places} leaves \d for training, .* 3: add pictures, or"

@@ -13,7 +13,7 @@ from webdataset import TarWriter, WebDataset
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation import tars
-from gpdit_lightning.preparation.tars import TarSample, expand, iterate_pictures
+from gpdit_lightning.preparation.tars import TarSample, expand, iterate_images
 
 
 def encoded(value: int = 0, kind: str = "JPEG", **options: Any) -> bytes:
@@ -40,7 +40,7 @@ def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
 
 
 def read(path: Path) -> list[TarSample]:
-    return list(iterate_pictures(path))
+    return list(iterate_images(path))
 
 
 def good(samples: list[TarSample]) -> list[str]:
@@ -286,7 +286,7 @@ def test_what_is_no_tar_is_named(tmp_path: Path) -> None:
 def test_one_picture_is_decoded_at_a_time(laion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
     monkeypatch.setattr(tars, "read_image", lambda file, name: decoded.append(name))
-    for number, _ in enumerate(iterate_pictures(laion), start=1):
+    for number, _ in enumerate(iterate_images(laion), start=1):
         assert len(decoded) == number
 
 

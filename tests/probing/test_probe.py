@@ -20,13 +20,13 @@ from gpdit_lightning.media.video import write_video
 from gpdit_lightning.probing import probe
 from gpdit_lightning.probing.probe import (
     C_GRID,
-    Pooled,
+    LayerFeatures,
     confidence_interval,
-    features_of_videos,
+    extract_layer_features,
     fit_probe,
     probe_layers,
 )
-from gpdit_lightning.probing.splits import Labelled
+from gpdit_lightning.probing.splits import LabelledVideo
 
 CODEC = load_codec("pca")
 SIZE = (16, 32)
@@ -53,7 +53,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def by_itself(model: GPDiT, path: Path, moments: list[int]) -> Tensor:
-    """Pooled features of one video, (L + 1, D), layer by layer."""
+    """LayerFeatures features of one video, (L + 1, D), layer by layer."""
     pixels = read_clip(path, moments[-1] + 1, 1, SIZE)[moments]
     latents = CODEC.encode(pixels[None])
     clean = (latents - CODEC.mean.view(16, 1, 1)) / CODEC.std.view(16, 1, 1)
@@ -61,8 +61,8 @@ def by_itself(model: GPDiT, path: Path, moments: list[int]) -> Tensor:
         return torch.stack([model.features(clean, [layer])[layer][0].double().mean((0, 1)) for layer in range(3)])
 
 
-def pooled(model: GPDiT, videos: list[Path], **options: Any) -> Pooled:
-    return features_of_videos(model, CODEC, videos, SIZE, **{"frames": 5, "batch_size": 2, "workers": 1, **options})
+def pooled(model: GPDiT, videos: list[Path], **options: Any) -> LayerFeatures:
+    return extract_layer_features(model, CODEC, videos, SIZE, **{"frames": 5, "batch_size": 2, "workers": 1, **options})
 
 
 def test_features_are_those_of_each_video_by_itself(
@@ -191,11 +191,13 @@ def test_independent_videos_have_the_binomial_interval_and_copies_do_not_narrow_
     assert found == confidence_interval(correct, groups)
 
 
-def labelled(count: int, seed: int) -> list[Labelled]:
+def labelled(count: int, seed: int) -> list[LabelledVideo]:
     """Videos of two classes, three of a group, a third of the groups held out; labels are drawn."""
     numbers = np.random.default_rng(seed)
     return [
-        Labelled(Path(str(number)), "ab"[numbers.integers(2)], str(number // 3), "test" if number % 9 < 3 else "train")
+        LabelledVideo(
+            Path(str(number)), "ab"[numbers.integers(2)], str(number // 3), "test" if number % 9 < 3 else "train"
+        )
         for number in range(count)
     ]
 
@@ -206,7 +208,7 @@ def test_each_layer_is_scored_on_the_held_out_videos_that_could_be_read() -> Non
     features = numbers.normal(size=(180, 2, 5)).astype(np.float32)
     features[:, 1, 0] += [10 * (video.label == "b") for video in videos]
     order = numbers.permutation(180)[:170]
-    some = Pooled(features[order], [videos[place].path for place in order], 0)
+    some = LayerFeatures(features[order], [videos[place].path for place in order], 0)
     nothing, everything = probe_layers(some, videos)
     assert (nothing.layer, everything.layer) == (0, 1)
     assert (everything.accuracy, everything.interval, everything.validation) == (1, (1, 1), 1)
@@ -221,6 +223,6 @@ def test_test_labels_that_mean_nothing_cannot_be_predicted() -> None:
     videos = labelled(300, seed=2)
     features = np.random.default_rng(3).normal(size=(300, 1, 40)).astype(np.float32)
     features[:, 0, 0] += [10 * (video.label == "b" and video.split == "train") for video in videos]
-    (score,) = probe_layers(Pooled(features, [video.path for video in videos], 0), videos)
+    (score,) = probe_layers(LayerFeatures(features, [video.path for video in videos], 0), videos)
     assert score.validation == pytest.approx(1, abs=0.02)
     assert 0.3 < score.accuracy < 0.7

@@ -8,25 +8,25 @@ import pytest
 from PIL import Image
 
 from gpdit_lightning.probing.probe import LayerScore
-from gpdit_lightning.probing.report import ProbeResult, draw_probe, hash_of, markdown, protocol_of, write_json
-from gpdit_lightning.probing.splits import Labelled
+from gpdit_lightning.probing.report import ProbeResult, make_protocol, markdown, plot_probe, videos_sha256, write_json
+from gpdit_lightning.probing.splits import LabelledVideo
 
 
-def videos_in(folder: Path) -> list[Labelled]:
+def videos_in(folder: Path) -> list[LabelledVideo]:
     """Seven: a trains three times and b once, a is tested once and b twice."""
     found = []
     for number, (label, split) in enumerate(zip("aaababb", ["train"] * 4 + ["test"] * 3, strict=True)):
         path = folder / label / f"{number}.avi"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x" * number)
-        found.append(Labelled(path, label, str(number), "train" if split == "train" else "test"))
+        found.append(LabelledVideo(path, label, str(number), "train" if split == "train" else "test"))
     return found
 
 
 @pytest.fixture
 def result(tmp_path: Path) -> ProbeResult:
     settings = {"data": "toys", "split": "split 1", "frames": 13, "stride": 3, "size": (32, 48)}
-    protocol = protocol_of(videos_in(tmp_path), left_out=2, squeezed=1, regularisation=None, **settings)
+    protocol = make_protocol(videos_in(tmp_path), left_out=2, squeezed=1, regularisation=None, **settings)
     layers = (LayerScore(0, 0.5, (0.25, 0.75), 0.1, 0.4), LayerScore(1, 0.875, (0.5, 1.0), 1.0, None))
     return ProbeResult("run", "0123456789abcdef" * 4, 500, "ema", "pca 01", layers, protocol)
 
@@ -40,10 +40,10 @@ def test_the_protocol_counts_what_was_used(result: ProbeResult) -> None:
 
 def test_the_hash_is_of_the_videos_and_not_of_their_place(tmp_path: Path) -> None:
     here, there = videos_in(tmp_path / "here"), videos_in(tmp_path / "there")
-    assert hash_of(here) == hash_of(there[::-1])
+    assert videos_sha256(here) == videos_sha256(there[::-1])
     there[0].path.write_bytes(b"longer")
     changes = [there, here[1:], [here[0]._replace(group="9"), *here[1:]]]
-    assert len({hash_of(videos) for videos in (here, *changes)}) == 4
+    assert len({videos_sha256(videos) for videos in (here, *changes)}) == 4
 
 
 def test_json_and_table_hold_every_layer_and_the_protocol(result: ProbeResult, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_json_and_table_hold_every_layer_and_the_protocol(result: ProbeResult, t
 
 
 def test_several_checkpoints_are_drawn_against_steps_too(result: ProbeResult, tmp_path: Path) -> None:
-    draw_probe([result], tmp_path / "one.png")
-    draw_probe([result, replace(result, step=1000, identity="other")], tmp_path / "two.png")
+    plot_probe([result], tmp_path / "one.png")
+    plot_probe([result, replace(result, step=1000, identity="other")], tmp_path / "two.png")
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert (one.width * 2, one.height) == two.size

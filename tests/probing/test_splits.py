@@ -7,7 +7,13 @@ import pytest
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.probing import splits
-from gpdit_lightning.probing.splits import Labelled, by_folders, by_lists, by_ucf_groups, check_halves
+from gpdit_lightning.probing.splits import (
+    LabelledVideo,
+    check_splits,
+    split_by_folders,
+    split_by_lists,
+    split_by_ucf_groups,
+)
 
 CLASSES = ("Archery", "HandStandPushups")
 VIDEOS = [
@@ -18,13 +24,13 @@ VIDEOS = [
 ]
 
 
-def groups_of(videos: list[Labelled], split: str) -> set[str]:
+def groups_of(videos: list[LabelledVideo], split: str) -> set[str]:
     return {video.group for video in videos if video.split == split}
 
 
 @pytest.mark.parametrize(("split", "first", "last"), [(1, 1, 7), (2, 8, 14), (3, 15, 21)])
 def test_ucf_101_holds_out_seven_groups_of_each_class(split: int, first: int, last: int) -> None:
-    found = by_ucf_groups(VIDEOS, split)
+    found = split_by_ucf_groups(VIDEOS, split)
     assert [video.path for video in found] == VIDEOS
     assert {video.label for video in found} == set(CLASSES)
     expected = {f"v_{label}_g{group:02d}" for label in CLASSES for group in range(first, last + 1)}
@@ -35,7 +41,7 @@ def test_ucf_101_holds_out_seven_groups_of_each_class(split: int, first: int, la
 def test_published_lists_say_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_name = by_ucf_groups(VIDEOS, 1)
+    by_name = split_by_ucf_groups(VIDEOS, 1)
     folder = {"HandStandPushups": "HandstandPushups"}  # as the published lists have it
     lines = {"train": ["HandstandPushups/v_HandStandPushups_g09_c07.avi 2"], "test": []}
     for video in by_name:
@@ -45,7 +51,7 @@ def test_published_lists_say_the_same(
         (tmp_path / split).write_text("\n".join(names))
     monkeypatch.setattr(splits.log.parent, "propagate", True)  # the command line switches it off
     with caplog.at_level(logging.WARNING, logger=splits.log.name):
-        by_list = by_lists([*VIDEOS, Path("ucf/Archery/other.avi")], tmp_path / "train", tmp_path / "test")
+        by_list = split_by_lists([*VIDEOS, Path("ucf/Archery/other.avi")], tmp_path / "train", tmp_path / "test")
     renamed = [video._replace(label=folder.get(video.label, video.label)) for video in by_name]
     assert sorted(by_list) == sorted(renamed)
     assert "1 of 73 videos" in caplog.text
@@ -55,18 +61,18 @@ def test_published_lists_say_the_same(
 def test_folders_say_it_too_with_groups_by_a_pattern() -> None:
     videos = [Path(f"set/{split}/{label}/{label}-{person}-{take}.mp4") for split, person in
               (("train", "ann"), ("test", "bob"), ("test", "eve")) for label in "ab" for take in (1, 2)]  # fmt: skip
-    found = by_folders(videos, r"-(\w+)-")
+    found = split_by_folders(videos, r"-(\w+)-")
     assert found[0] == (videos[0], "a", "ann", "train")
     assert groups_of(found, "test") == {"bob", "eve"}
-    assert len(groups_of(by_folders(videos, ".+"), "test")) == 8
+    assert len(groups_of(split_by_folders(videos, ".+"), "test")) == 8
 
 
-def learned(label: str, group: str = "1") -> Labelled:
-    return Labelled(Path(), label, group, "train")
+def learned(label: str, group: str = "1") -> LabelledVideo:
+    return LabelledVideo(Path(), label, group, "train")
 
 
-def asked(label: str, group: str = "2") -> Labelled:
-    return Labelled(Path(), label, group, "test")
+def asked(label: str, group: str = "2") -> LabelledVideo:
+    return LabelledVideo(Path(), label, group, "test")
 
 
 @pytest.mark.parametrize(
@@ -78,28 +84,28 @@ def asked(label: str, group: str = "2") -> Labelled:
         ([learned("a"), learned("b"), asked("a"), asked("b", "1")], "Group '1' is in both halves"),
     ],
 )
-def test_halves_that_cannot_be_used_say_why(videos: list[Labelled], words: str) -> None:
+def test_halves_that_cannot_be_used_say_why(videos: list[LabelledVideo], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        check_halves(videos)
+        check_splits(videos)
 
 
 def test_names_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cat.avi is not named v_CLASS_gGROUP_cCLIP"):
-        by_ucf_groups([*VIDEOS, Path("cat.avi")], 1)
+        split_by_ucf_groups([*VIDEOS, Path("cat.avi")], 1)
     with pytest.raises(InputError, match="have one name"):
-        by_ucf_groups([*VIDEOS, Path("copy/Archery") / VIDEOS[0].name], 1)
+        split_by_ucf_groups([*VIDEOS, Path("copy/Archery") / VIDEOS[0].name], 1)
     with pytest.raises(InputError, match="lies in no folder train/CLASS or test/CLASS"):
-        by_folders(VIDEOS)
+        split_by_folders(VIDEOS)
     with pytest.raises(InputError, match="does not match the pattern"):
-        by_folders([Path("train/a/cat.avi")])
+        split_by_folders([Path("train/a/cat.avi")])
     with pytest.raises(InputError, match=r"is no regular expression \(missing"):
-        by_folders([Path("train/a/cat.avi")], "(")
+        split_by_folders([Path("train/a/cat.avi")], "(")
     one, other = tmp_path / "one", tmp_path / "other"
     one.write_text("\n".join(str(path) for path in VIDEOS))
     other.write_text("Archery/unknown.avi")
     with pytest.raises(InputError, match="nowhere is no readable list"):
-        by_lists(VIDEOS, one, tmp_path / "nowhere")
+        split_by_lists(VIDEOS, one, tmp_path / "nowhere")
     with pytest.raises(InputError, match="other lists 1 videos, and none of them is there"):
-        by_lists(VIDEOS, one, other)
+        split_by_lists(VIDEOS, one, other)
     with pytest.raises(InputError, match=r"v_Archery_g01_c01.avi is listed twice"):
-        by_lists(VIDEOS, one, one)
+        split_by_lists(VIDEOS, one, one)

@@ -20,7 +20,7 @@ from gpdit_lightning.preparation.options import PrepareOptions
 from gpdit_lightning.preparation.prepare import PLACES
 from gpdit_lightning.preparation.records import FOLDER_NAME, RecordedSource, Records
 from gpdit_lightning.preparation.sources import ENDINGS, Source, held_out, reason_of_hash, recording_of
-from gpdit_lightning.preparation.tars import iterate_pictures
+from gpdit_lightning.preparation.tars import iterate_images
 
 
 class Sample(NamedTuple):
@@ -294,7 +294,7 @@ def _pixel_size(path: Path, kind: Kind, key: str) -> Size:
         info = video_info(path, DECODER_THREADS)
         return info.height, info.width
     if key:
-        pixels = next((sample.pixels for sample in iterate_pictures(path) if sample.key == key), None)
+        pixels = next((sample.pixels for sample in iterate_images(path) if sample.key == key), None)
     else:
         pixels = read_image(path)
     if pixels is None:

@@ -20,7 +20,7 @@ from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation import GenerationConfig, rollout
+from gpdit_lightning.generation import ClipInputs, GenerationConfig, rollout
 from gpdit_lightning.media.images import write_animation, write_strip
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.training.callbacks.ema import EMA
@@ -153,7 +153,7 @@ class Preview(Callback):
         backbone.eval()
         with ema.averaged(module) if ema else nullcontext(), trainer.precision_plugin.forward_context():
             wanted = fixed.latents.shape[1] - fixed.context
-            frames = list(rollout(backbone, known, wanted, config, seeds=fixed.seed))
+            frames = list(rollout(backbone, known, wanted, config, ClipInputs(fixed.seed)))
         backbone.train(was_training)
         return self._codec.unwhitened(torch.cat([known, torch.stack(frames, dim=1)], dim=1))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.tasks import SKETCH_BLUR, TASKS, edges, grey, pair_of, sketch
+from gpdit_lightning.media.image_tasks import SKETCH_BLUR, TASKS, edges, grayscale, make_pair, sketch
 
 
 def noise(*shape: int) -> Tensor:
@@ -24,10 +24,10 @@ def step(height: int, rows: int = 12) -> Tensor:
 
 def test_grey_is_what_pillow_calls_l() -> None:
     pixels = noise(2, 3, 64, 96)
-    for frame, result in zip(pixels, grey(pixels), strict=True):
+    for frame, result in zip(pixels, grayscale(pixels), strict=True):
         expected = np.array(Image.fromarray(frame.permute(1, 2, 0).numpy()).convert("L"))
         assert (result.numpy() == expected).all()
-    assert torch.equal(grey(grey(pixels)), grey(pixels))
+    assert torch.equal(grayscale(grayscale(pixels)), grayscale(pixels))
 
 
 def test_a_step_is_one_white_line_on_black() -> None:
@@ -55,7 +55,7 @@ def test_faint_steps_are_edges_only_where_they_continue_strong_ones() -> None:
 def test_a_sketch_is_the_luma_over_its_blur() -> None:
     """Against a convolution in float64; what is even becomes white, and black stays black."""
     picture = torch.cat((noise(1, 3, 40, 8).repeat_interleave(8, dim=3), noise(1, 3, 40, 64)), dim=3)
-    luma = grey(picture)[0, 0].double()
+    luma = grayscale(picture)[0, 0].double()
     deviation = SKETCH_BLUR * 40
     reach = round(3 * deviation)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1).double() / deviation) ** 2)
@@ -76,11 +76,11 @@ def test_a_sketch_is_the_luma_over_its_blur() -> None:
 
 def test_a_task_and_its_way_back_swap_the_sides() -> None:
     picture = noise(1, 3, 16, 24)
-    for task, back, made in (("grayscale", "colourisation", grey), ("edges", "edges_to_image", edges)):
-        source, target = pair_of(TASKS[task], picture)
+    for task, back, made in (("grayscale", "colourisation", grayscale), ("edges", "edges_to_image", edges)):
+        source, target = make_pair(TASKS[task], picture)
         assert torch.equal(source, picture)
         assert torch.equal(target, made(picture))
-        assert all(map(torch.equal, pair_of(TASKS[back], picture), (target, source)))
+        assert all(map(torch.equal, make_pair(TASKS[back], picture), (target, source)))
     assert all(name == task.name for name, task in TASKS.items())
 
 
@@ -89,4 +89,4 @@ def test_without_opencv_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     for task in (edges, sketch):
         with pytest.raises(InputError, match=r"OpenCV.* cannot be imported .*: pip install -e '\.\[edges\]'\.$"):
             task(step(100))
-    grey(step(100))
+    grayscale(step(100))

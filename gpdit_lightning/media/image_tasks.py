@@ -12,7 +12,7 @@ from gpdit_lightning.errors import InputError
 
 # ITU-R BT.601 luma in 16-bit fixed point, as Pillow has it.
 LUMA_WEIGHTS = (19595, 38470, 7471)
-# Ours, since the paper gives none: a step between two even areas is an edge from 51 grey levels on, and from 26 on
+# Ours, since the paper gives none: a step between two even areas is an edge from 51 grayscale levels on, and from 26 on
 # where it continues such an edge (OpenCV's gradient is four times the step).
 CANNY_THRESHOLDS = (100, 200)
 # Ours: the standard deviation of the blur that a sketch divides by, as a fraction of the picture's shorter side.
@@ -20,7 +20,7 @@ SKETCH_BLUR = 1 / 20
 
 
 @dataclass(frozen=True)
-class Task:
+class ImageTask:
     """What is given, and what it shall become: two functions of one picture, uint8 (T, 3, H, W) to the same shape.
 
     They see pictures at the size at which these are encoded, and each frame by itself.
@@ -33,12 +33,12 @@ class Task:
     """The constants behind the functions, for the record."""
 
 
-def as_it_is(pixels: Tensor) -> Tensor:
+def identity(pixels: Tensor) -> Tensor:
     """The picture itself."""
     return pixels
 
 
-def grey(pixels: Tensor) -> Tensor:
+def grayscale(pixels: Tensor) -> Tensor:
     """The luma (ITU-R BT.601) in all three channels: bit for bit the mode "L" of Pillow.
 
     Args:
@@ -84,7 +84,7 @@ def sketch(pixels: Tensor) -> Tensor:
 
 def _of_luma(pixels: Tensor, function: Callable[[np.ndarray], np.ndarray]) -> Tensor:
     """What a function of the luma, uint8 (H, W) to the same, makes of each frame, in all three channels."""
-    made = [function(luma) for luma in grey(pixels)[:, 0].cpu().numpy()]
+    made = [function(luma) for luma in grayscale(pixels)[:, 0].cpu().numpy()]
     return torch.from_numpy(np.stack(made))[:, None].expand_as(pixels).contiguous().to(pixels.device)
 
 
@@ -101,22 +101,22 @@ def _opencv() -> Any:
 
 _LUMA = {"luma": "ITU-R BT.601"}
 _CANNY = {**_LUMA, "canny_thresholds": list(CANNY_THRESHOLDS)}
-TASKS: dict[str, Task] = {
+TASKS: dict[str, ImageTask] = {
     task.name: task
     for task in (
-        Task("grayscale", as_it_is, grey, _LUMA),
-        Task("colourisation", grey, as_it_is, _LUMA),
-        Task("edges", as_it_is, edges, _CANNY),
-        Task("edges_to_image", edges, as_it_is, _CANNY),
-        Task("sketch", as_it_is, sketch, {**_LUMA, "blur": SKETCH_BLUR}),
-        Task("copy", as_it_is, as_it_is),  # no task, but what teaches a model to look back before it learns one
+        ImageTask("grayscale", identity, grayscale, _LUMA),
+        ImageTask("colourisation", grayscale, identity, _LUMA),
+        ImageTask("edges", identity, edges, _CANNY),
+        ImageTask("edges_to_image", edges, identity, _CANNY),
+        ImageTask("sketch", identity, sketch, {**_LUMA, "blur": SKETCH_BLUR}),
+        ImageTask("copy", identity, identity),  # no task, but what teaches a model to look back before it learns one
     )
 }
 
 # The task of pairs that are there already: depth, skeletons, styles, whatever has a picture for both sides.
-READY_PAIRS = Task("pairs", as_it_is, as_it_is)
+EXISTING_PAIRS = ImageTask("pairs", identity, identity)
 
 
-def pair_of(task: Task, picture: Tensor) -> tuple[Tensor, Tensor]:
+def make_pair(task: ImageTask, picture: Tensor) -> tuple[Tensor, Tensor]:
     """The source and the target that a task makes of a picture, uint8 (T, 3, H, W) each; raises as its functions do."""
     return task.source(picture), task.target(picture)

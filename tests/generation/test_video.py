@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,14 @@ from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.codecs import Codec, load_codec
 from gpdit_lightning.diffusion import Guidance, RotationSampler
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation import GenerationConfig, Piece, continue_video, rollout, stream_video
+from gpdit_lightning.generation import (
+    ClipInputs,
+    GeneratedFrames,
+    GenerationConfig,
+    continue_video,
+    rollout,
+    stream_video,
+)
 
 STEPS = 2
 CONFIG = GenerationConfig(RotationSampler(STEPS), window=2)
@@ -40,7 +48,7 @@ def latents(codec: Codec, frames: int, channels: int = 16) -> Tensor:
     return codec.encode(pixels(frames=codec.pixel_frames(frames)))
 
 
-def joined(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+def joined(pieces: Sequence[GeneratedFrames]) -> tuple[Tensor, Tensor]:
     return torch.cat([piece.pixels for piece in pieces], dim=1), torch.cat([piece.latents for piece in pieces], dim=1)
 
 
@@ -61,9 +69,11 @@ def test_as_many_frames_as_asked_follow_the_untouched_context(
 @pytest.mark.parametrize("known", [0, 1, 3])
 def test_a_stream_is_the_decoded_rollout_behind_the_context(model: GPDiT, codec: Codec, known: int) -> None:
     context, frames = latents(codec, known), 12 + (known == 0)
-    shown, made = joined(list(stream_video(model, codec, context, frames, CONFIG, seeds=[7, 3])))
+    shown, made = joined(list(stream_video(model, codec, context, frames, CONFIG, ClipInputs([7, 3]))))
     mean, std = codec.mean[:, None, None], codec.std[:, None, None]
-    generated = torch.stack(list(rollout(model, (context - mean) / std, made.shape[1], CONFIG, seeds=[7, 3])), dim=1)
+    generated = torch.stack(
+        list(rollout(model, (context - mean) / std, made.shape[1], CONFIG, ClipInputs([7, 3]))), dim=1
+    )
     torch.testing.assert_close(made, generated * std + mean, rtol=0, atol=1e-6)
     decoded = codec.decode(torch.cat([context, made], dim=1))
     assert shown.shape[1] == frames
@@ -73,15 +83,15 @@ def test_a_stream_is_the_decoded_rollout_behind_the_context(model: GPDiT, codec:
 
 def test_a_continuation_is_its_context_and_all_pieces_of_the_stream(model: GPDiT, codec: Codec) -> None:
     context, known = pixels(), latents(codec, 2)
-    told: dict[str, Any] = {"condition": torch.tensor([2, 0]), "without_condition": torch.tensor([1, 1]), "seeds": 5}
+    inputs = ClipInputs(5, torch.tensor([2, 0]), torch.tensor([1, 1]))
     config = GenerationConfig(RotationSampler(STEPS), Guidance(label=2.0))
-    video = continue_video(model, codec, context, 10, config, **told)
-    shown, made = joined(list(stream_video(model, codec, known, 10, config, **told)))
+    video = continue_video(model, codec, context, 10, config, inputs)
+    shown, made = joined(list(stream_video(model, codec, known, 10, config, inputs)))
     assert torch.equal(video.pixels, torch.cat([context, shown], dim=1))
     assert torch.equal(video.latents, torch.cat([known, made], dim=1))
-    for name, other in (("condition", [0, 0]), ("without_condition", [-1, -1]), ("seeds", 6)):
-        changed = told | {name: torch.tensor(other) if isinstance(other, list) else other}
-        assert not torch.allclose(continue_video(model, codec, context, 10, config, **changed).latents, video.latents)
+    for name, other in (("condition", [0, 0]), ("null_condition", [-1, -1]), ("seeds", 6)):
+        changed = replace(inputs, **{name: torch.tensor(other) if isinstance(other, list) else other})
+        assert not torch.allclose(continue_video(model, codec, context, 10, config, changed).latents, video.latents)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""From context frames to generated pixel frames, one latent frame at a time or all at once.
+
+Shapes: B clips, T pixel frames, F latent frames, C channels, h x w latent pixels.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gpdit_lightning.codecs import Codec
+from gpdit_lightning.generation.rollout import DEFAULT_CONFIG, DEFAULT_INPUTS, ClipInputs, GenerationConfig, rollout
+from gpdit_lightning.model import GPDiT
+
+
+class GeneratedFrames(NamedTuple):
+    """The frames of a video that come from one latent frame.
+
+    Attributes:
+        pixels: (B, T, 3, H, W) uint8 on the CPU. T is the codec's temporal factor, but 1 for the first frame of a video
+            that is generated from noise alone, and less for the last latent frame where frames are cut off.
+        latents: (B, 1, C, h, w) raw, on the CPU.
+    """
+
+    pixels: Tensor
+    latents: Tensor
+
+
+class GeneratedVideo(NamedTuple):
+    """Context and generated frames.
+
+    Attributes:
+        pixels: (B, T + frames, 3, H, W) uint8, the context unchanged.
+        latents: (B, F, C, h, w) raw.
+    """
+
+    pixels: Tensor
+    latents: Tensor
+
+
+def stream_video(
+    model: GPDiT,
+    codec: Codec,
+    context: Tensor,
+    frames: int,
+    config: GenerationConfig = DEFAULT_CONFIG,
+    inputs: ClipInputs = DEFAULT_INPUTS,
+) -> Iterator[GeneratedFrames]:
+    """Generate the pixel frames after a context, yielding them as they are done; no earlier frame is kept.
+
+    Args:
+        model: in evaluation mode.
+        codec: whose latents the model was trained on.
+        context: (B, k, C, h, w) raw latents; k = 0 generates from noise alone.
+        frames: number of pixel frames to generate; the last latent frame's surplus ones are cut off.
+        config, inputs: as for :func:`rollout`.
+
+    Yields:
+        the pixel frames of each latent frame.
+
+    Raises:
+        InputError: as :func:`rollout`, or latents that do not suit the codec or the model.
+    """
+    context = context.to(next(model.parameters()).device)
+    decode = codec.decoder()
+    decode(context)
+    remaining = frames
+    count = num_latent_frames(codec, context.shape[1], frames)
+    for latent in rollout(model, codec.whitened(context), count, config, inputs):
+        raw = codec.unwhitened(latent)[:, None]
+        pixels = decode(raw)[:, :remaining]
+        remaining -= pixels.shape[1]
+        yield GeneratedFrames(pixels.cpu(), raw.cpu())
+
+
+def num_latent_frames(codec: Codec, context_frames: int, frames: int) -> int:
+    """How many latent frames hold `frames` pixel frames after `context_frames` latent ones."""
+    first = 1 if context_frames == 0 and frames else 0  # a video's first latent frame holds one pixel frame
+    return first + math.ceil((frames - first) / codec.temporal_factor)
+
+
+def continue_video(
+    model: GPDiT,
+    codec: Codec,
+    context: Tensor,
+    frames: int,
+    config: GenerationConfig = DEFAULT_CONFIG,
+    inputs: ClipInputs = DEFAULT_INPUTS,
+    *,
+    progress: bool = False,
+) -> GeneratedVideo:
+    """Generate the pixel frames after a context, all at once.
+
+    Args:
+        model: in evaluation mode.
+        codec: whose latents the model was trained on.
+        context: (B, T, 3, H, W) uint8 at the stride of the training clips; T is 1 plus a multiple of the codec's
+            temporal factor.
+        frames: number of pixel frames to generate.
+        config, inputs: as for :func:`rollout`.
+        progress: show a progress bar over latent frames.
+
+    Raises:
+        InputError: T or the frame size does not suit the codec or the model, or as :func:`rollout`.
+    """
+    latents = codec.encode(context)
+    generated = tqdm(
+        stream_video(model, codec, latents, frames, config, inputs),
+        total=num_latent_frames(codec, latents.shape[1], frames),
+        desc="generating",
+        unit="latent frame",
+        disable=not progress,
+    )
+    parts = [GeneratedFrames(context.cpu(), latents.cpu()), *generated]
+    return GeneratedVideo(
+        torch.cat([part.pixels for part in parts], dim=1), torch.cat([part.latents for part in parts], dim=1)
+    )
