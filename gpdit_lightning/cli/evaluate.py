@@ -32,13 +32,14 @@ from gpdit_lightning.evaluation.chunks import (
     write_chunk,
 )
 from gpdit_lightning.evaluation.i3d import check_frames
-from gpdit_lightning.evaluation.networks import NetworkFile, open_image_network, open_video_network
+from gpdit_lightning.evaluation.networks import open_image_network, open_video_network
 from gpdit_lightning.evaluation.report import TABLES, NetworkRecord, Protocol, library_versions, plot_self_checks
 from gpdit_lightning.evaluation.scores import make_report
 from gpdit_lightning.evaluation.videos import Selection, find_videos, select_videos
 from gpdit_lightning.files import held_by_one_process
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.media.video import write_video
+from gpdit_lightning.options.evaluate import NetworkFile
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
+from gpdit_lightning.options.evaluate import NetworkFile
 
 I3D_ADDRESS = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
@@ -26,16 +27,6 @@ Form = Literal["I3D", "Inception", "one input"]
 """What a TorchScript is, told by the arguments of its forward."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class NetworkFile:
-    """A network that an evaluation computes with."""
-
-    path: str
-    """A file on this machine: .safetensors (I3D) or TorchScript."""
-    sha256: str | None = None
-    """If given, another file is refused before it is opened."""
 
 
 @dataclass(frozen=True)

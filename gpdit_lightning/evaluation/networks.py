@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation import i3d
-from gpdit_lightning.evaluation.network_files import I3D_SHA256, INCEPTION_SHA256, CheckedFile, NetworkFile
+from gpdit_lightning.evaluation.network_files import I3D_SHA256, INCEPTION_SHA256, CheckedFile
+from gpdit_lightning.options.evaluate import NetworkFile
 
 INCEPTION_SIDE = 299  # pixels along each side of what Inception-v3 sees
 INCEPTION_PREPROCESSING = f"{INCEPTION_SIDE}x{INCEPTION_SIDE} bilinear as TensorFlow 1 resizes, (value - 128) / 128"

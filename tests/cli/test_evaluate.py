@@ -19,11 +19,11 @@ from gpdit_lightning.cli import main
 from gpdit_lightning.diffusion import Guidance, RotationSampler
 from gpdit_lightning.evaluation.chunks import noise_seed
 from gpdit_lightning.evaluation.metrics import psnr
-from gpdit_lightning.evaluation.networks import NetworkFile
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.media.video import read_video, write_video
+from gpdit_lightning.options.evaluate import NetworkFile
 from tests.cli.sampling import CODEC, stripes
 from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
 

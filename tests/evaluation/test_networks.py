@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.networks import (
-    NetworkFile,
     open_classifier,
     open_image_network,
     open_video_network,
     resize_as_tensorflow,
 )
 from gpdit_lightning.files import sha256_of
+from gpdit_lightning.options.evaluate import NetworkFile
 from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
 
 
@@ -145,13 +145,13 @@ def test_a_script_that_only_has_the_usual_arguments_is_not_called_the_usual_file
 
 def test_a_missing_file_is_told_with_where_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere.pt is not a file on this machine: .*https://"):
-        open_image_network(NetworkFile(str(tmp_path / "nowhere.pt")))
+        open_image_network(NetworkFile(path=str(tmp_path / "nowhere.pt")))
 
 
 def test_another_sha256_is_refused_before_the_file_is_opened(tmp_path: Path) -> None:
     (tmp_path / "network.pt").write_bytes(b"no network")
     with pytest.raises(InputError, match=f"sha256 {sha256_of(tmp_path / 'network.pt')} where {'0' * 64} was asked for"):
-        open_video_network(NetworkFile(str(tmp_path / "network.pt"), "0" * 64))
+        open_video_network(NetworkFile(path=str(tmp_path / "network.pt"), sha256="0" * 64))
 
 
 class Trap:
@@ -166,7 +166,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     torch.save(Trap(tmp_path / "sprung"), tmp_path / "network.pt")
     for opener in (open_video_network, open_image_network, open_classifier):
         with pytest.raises(InputError, match=r"network.pt is no TorchScript"):
-            opener(NetworkFile(str(tmp_path / "network.pt")))
+            opener(NetworkFile(path=str(tmp_path / "network.pt")))
     assert not (tmp_path / "sprung").exists()
 
 
