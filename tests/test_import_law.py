@@ -22,7 +22,7 @@ ALLOWED = {
     "estimation": {"model", "data"},
     "checkpoints": {"model"},
     "preparation": {"codecs", "data", "media", "options"},
-    "generation": {"model", "diffusion", "codecs", "data", "media", "checkpoints"},
+    "generation": {"options", "model", "diffusion", "codecs", "data", "media", "checkpoints"},
     "evaluation": {"options", "model", "diffusion", "codecs", "data", "media", "checkpoints", "generation"},
     "probing": {"model", "codecs", "data", "media", "checkpoints", "evaluation"},
     "training": {"model", "diffusion", "data", "codecs", "media", "checkpoints", "estimation", "generation"},

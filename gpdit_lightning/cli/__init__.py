@@ -37,8 +37,12 @@ VERBS = {
     "chain": Verb("chain:run", "Train the stages of a chain in turn; the same command resumes."),
     "validate": Verb("fit:run", "Evaluate a run's last checkpoint on the held-out sources."),
     "test": Verb("fit:run", "The same as validate, logged as test/loss."),
-    "sample": Verb("sample:run", "Continue videos with a trained model, or generate them from nothing."),
-    "transform": Verb("transform:run", "Transform images as a few example pairs show."),
+    "sample": Verb(
+        "sample:sample", "Continue videos with a trained model, or generate them from nothing.", "sample:SampleOptions"
+    ),
+    "transform": Verb(
+        "transform:transform", "Transform images as a few example pairs show.", "transform:TransformOptions"
+    ),
     "evaluate": Verb(
         "evaluate:run", "Continue the videos of a data set and compute FVD, FID, IS, precision, recall, PSNR, SSIM."
     ),

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpdit_lightning.checkpoints.reading import TrainedModel, identity_of, load_trained_model, place_of_weights
-from gpdit_lightning.cli.generating import config_of, trained_sizes
+from gpdit_lightning.cli.argparse_options import config_of, trained_sizes
 from gpdit_lightning.cli.recipe_files import with_bases
 from gpdit_lightning.cli.recipe_parser import RecipeParser
 from gpdit_lightning.codecs import Codec, load_codec_from_spec

@@ -14,7 +14,14 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.checkpoints.reading import TrainedModel
-from gpdit_lightning.cli.generating import PRECISIONS, add_opening, add_precision, opened, parser_of, trained_sizes
+from gpdit_lightning.cli.argparse_options import (
+    PRECISIONS,
+    add_opening,
+    add_precision,
+    opened,
+    parser_of,
+    trained_sizes,
+)
 from gpdit_lightning.cli.recipe_files import read_yaml
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of

@@ -51,7 +51,7 @@ def parser_of(verb: str, description: str, record: type[Any]) -> "OptionParser":
     parser = OptionParser(
         prog=f"{COMMAND} {verb}",
         usage=f"{COMMAND} {verb} [options]",
-        description=f"{description} Switches are set by --name and unset by --no_name; lists are separated by blanks.",
+        description=f"{description} The items of a list are separated by blanks.",
         formatter_class=OptionHelp,
         parser_mode="omegaconf+",
     )
@@ -72,9 +72,17 @@ def add_record(parser: ArgumentParser, record: type[Any]) -> None:
         if dataclasses.is_dataclass(declaring):
             title = (declaring.__doc__ or "").splitlines()[0].rstrip(".")
             groups.setdefault(title, set()).update(names & vars(declaring).get("__annotations__", {}).keys())
+    required = {field.name for field in dataclasses.fields(record) if is_required(field)}
     for title, own in groups.items():
         if own:
-            parser.add_argument_group(title).add_class_arguments(record, as_group=False, skip=names - own)
+            group = parser.add_argument_group(title)
+            for some in (own & required, own - required):
+                group.add_class_arguments(record, as_group=False, skip=names - some)
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 class OptionParser(ArgumentParser):
@@ -128,6 +136,8 @@ def relevant_part(message: str) -> str:
 
 def in_words(kind: str) -> str:
     """A type, as jsonargparse names it, in words."""
+    if "Sequence" in kind or "list" in kind:
+        return "a list"
     choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
     if choices:
         return f"one of {choices[1].replace(chr(39), '')}"
@@ -170,24 +180,25 @@ def normalised(arguments: Sequence[str], record: type[Any]) -> list[str]:
     words, result = list(arguments), list[str]()
     while words:
         word = words.pop(0)
-        name = word.removeprefix("--")
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--")
         if positional and not word.startswith("-"):
             result.append(f"--{positional}={word}")
             positional = None
-        elif name == word or name not in hints:
+        elif name == option or name not in hints:
             negated = name.removeprefix("no_")
-            if name != word and negated != name and negated in switches:
+            if name != option and negated != name and negated in switches:
                 result.append(f"--{negated}=false")
             else:  # of a nested record, or unknown; with the value that follows
-                result += [word, *([words.pop(0)] if name != word and "=" not in word and words else [])]
-        elif name in switches:
-            result.append(f"{word}={words.pop(0) if words and words[0] in ('true', 'false') else 'true'}")
+                result += [word, *([words.pop(0)] if name != option and not equals and words else [])]
         elif name in lists:
-            result.append(f"{word}={yaml_list(taken(words), lists[name])}")
-        elif words:
-            result.append(f"{word}={words.pop(0)}")
-        else:
+            result.append(f"{option}={yaml_list([value] if equals else taken(words), lists[name])}")
+        elif equals:
             result.append(word)
+        elif name in switches:
+            result.append(f"{option}={words.pop(0) if words and words[0] in ('true', 'false') else 'true'}")
+        else:
+            result.append(f"{option}={words.pop(0)}" if words else word)
     return result
 
 

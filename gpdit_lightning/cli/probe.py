@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.checkpoints.reading import identity_of, place_of_weights
-from gpdit_lightning.cli.generating import Help, add_opening, opened, trained_sizes
+from gpdit_lightning.cli.argparse_options import Help, add_opening, opened, trained_sizes
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import find_videos

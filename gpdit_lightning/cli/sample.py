@@ -1,13 +1,11 @@
-"""`sample`: continue videos with a trained model, or make them from nothing."""
+"""`sample`: continue videos with a trained model, or generate them from nothing."""
 
-import argparse
 import logging
 import math
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -16,7 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.checkpoints.reading import TrainedModel
-from gpdit_lightning.cli.generating import add_generation, config_of, opened, parser_of, trained_sizes
+from gpdit_lightning.cli.generating import generation_config, load_model_and_codec, trained_sizes
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, cast_linear_weights, stream_video
@@ -25,76 +23,29 @@ from gpdit_lightning.generation.outputs import FORMATS, Output
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 from gpdit_lightning.model import NO_LABEL
+from gpdit_lightning.options.sample import SampleOptions
 
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-TRUTH_SHOWN = 96  # frames: what a strip or GIF shows of it; a longer one would be kept in memory
+TRUTH_SHOWN = 96  # frames of the ground truth in a strip or GIF; all of them are held in memory
 
 
-def parser() -> argparse.ArgumentParser:
-    """The verb's options."""
-    options = parser_of(
-        "sample",
-        "Continue videos: contexts are read at the stride of the training clips, and results play at the matching "
-        "rate. Frames are written as they are done; Ctrl-C keeps those so far as a playable file.",
-    )
+def sample(options: SampleOptions) -> None:
+    """Generate videos and write them.
 
-    what = options.add_argument_group("what to continue")
-    add = what.add_argument
-    add(
-        "--context",
-        nargs="+",
-        default=[],
-        help="videos, GIFs, still images, folders of frames or of videos, shards of latents (SHARD.tar, or one sample "
-        "of it: SHARD.tar#NUMBER or SHARD.tar#KEY); without, a video begins from nothing",
-    )
-    add("--context_frames", type=int, help="frames given, 1 + 4k (default: the training clips' but one latent frame)")
-    add("--start", type=float, help="second at which a context begins (default: such that it ends with the video)")
-    add("--fps", type=float, help="frames a second of pictures, which do not say (default: 24)")
-    add("--size", help="HEIGHTxWIDTH in pixels, one that was trained on (default: the closest in aspect)")
-    add("--label", help="class to generate, by name or number (default: what a shard says of its sample, else none)")
+    Frames are written as they are decoded; Ctrl-C keeps those so far as a playable file.
 
-    how = options.add_argument_group("how to generate")
-    add = how.add_argument
-    add("--frames", type=int, default=16, help="frames to generate")
-    add("--samples", type=int, default=1, help="videos for each context, with one seed after another")
-    add_generation(add)
-    add("--label_guidance", type=float, default=1.0, help="scale over the label")
-    add("--window", type=int, help="latest latent frames that a frame sees (default: as many as in training)")
-    add("--sinks", type=int, default=0, help="first latent frames of the video that stay visible besides")
-    add("--no_cache", action="store_true", help="keep no keys and values: less memory, more work (models with `of`)")
-    add("--compile", action="store_true", help="fuse blocks with torch.compile: for long videos and on GPUs")
-
-    result = options.add_argument_group("what to write")
-    add = result.add_argument
-    add("--out", type=Path, default=Path("sample.mp4"), help="a file for one video, a folder for several")
-    add(
-        "--formats",
-        nargs="+",
-        choices=FORMATS,
-        metavar="FORMAT",
-        help="mp4, gif, png (a strip), safetensors (raw latents) (default: as --out, and a strip beside an mp4)",
-    )
-    add("--mark", action="store_true", help="frame the mp4's pictures: grey for the context, orange for what is new")
-    add("--side_by_side", action="store_true", help="show the truth beside, where the context's source goes on")
-    return options
-
-
-def run(verb: str, arguments: Sequence[str]) -> None:
-    """Generate and write."""
-    options = parser().parse_args(arguments)
-    for name in ("frames", "samples"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} is {getattr(options, name)}: generate at least 1.")
-    if options.seed < 0:
-        raise InputError(f"--seed is {options.seed}: give a number from 0 on.")
-    trained, codec = opened(options)
-    config = generation_config(options, trained)
-    videos = videos_to_make(options, trained, codec)
+    Raises:
+        InputError: an option, a context or the checkpoint cannot be used.
+        KeyboardInterrupt: after the files were finished.
+    """
+    trained, codec = load_model_and_codec(options.checkpoint, options)
+    config = rollout_config(options, trained)
+    videos = requested_videos(options, trained, codec)
     longest = max(len(video.context.pixels) for video in videos) + options.frames
     check_history(config, codec.temporal_factor, longest, trained)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what there is so far is kept
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the frames so far are kept
     if config.autocast_dtype is not None:
         cast_linear_weights(trained.backbone, config.autocast_dtype)
 
@@ -108,53 +59,53 @@ def run(verb: str, arguments: Sequence[str]) -> None:
             generate(batch, options.frames, trained, codec, config, bar)
 
 
-def generation_config(options: argparse.Namespace, trained: TrainedModel) -> GenerationConfig:
-    """How to generate, as the options say and the training allows."""
+def rollout_config(options: SampleOptions, trained: TrainedModel) -> GenerationConfig:
+    """How to generate, by the options and, where they say nothing, as the model was trained."""
     if trained.backbone.config.text_width:
         raise InputError(
-            f"{options.checkpoint} takes embeddings of texts, which this command cannot make: call "
+            f"{options.checkpoint} is conditioned on text embeddings, which this command cannot compute: call "
             "gpdit_lightning.generation.rollout with them."
         )
     window = max(1, trained.geometry["frames"] - 1 - options.sinks) if options.window is None else options.window
-    return config_of(
+    return generation_config(
         options,
         trained,
         options.label_guidance,
         window=window,
         sinks=options.sinks,
-        use_cache=not options.no_cache,
+        use_cache=options.cache,
         compile=options.compile,
     )
 
 
 def check_history(config: GenerationConfig, temporal_factor: int, frames: int, trained: TrainedModel) -> None:
-    """Warn if frames see more than training showed, and refuse what cannot be computed without a cache.
+    """Warn if frames see more frames than in training, and refuse what cannot be computed without a cache.
 
     Args:
-        config: whose window and sinks count.
-        temporal_factor: pixel frames of a latent frame.
+        config: gives window and sinks.
+        temporal_factor: pixel frames per latent frame.
         frames: pixel frames of the longest video, with its context.
-        trained: the model and what it was trained on.
+        trained: the model and its training clips.
     """
     assert config.window is not None
     visible, before_last = config.window + config.sinks, math.ceil((frames - 1) / temporal_factor)
     if min(visible, before_last) > max(1, trained.geometry["frames"] - 1):
         log.warning(
-            "warning: frames see up to %d others (--window and --sinks), but in training at most %d: farther ones may "
-            "do harm",
+            "warning: frames see up to %d others (--window and --sinks), but in training at most %d: the result may "
+            "be worse",
             min(visible, before_last),
             trained.geometry["frames"] - 1,
         )
     if not config.use_cache and trained.backbone.config.attention == "of2" and before_last > visible:
         raise InputError(
-            f"--no_cache with an of2 model needs all frames in view, {before_last} latent ones, and --window and "
-            f"--sinks let it see {visible}: leave --no_cache out, raise --window, or generate fewer frames."
+            f"--no_cache with an of2 model must see all {before_last} latent frames, but --window and --sinks "
+            f"let it see {visible}: leave --no_cache out, raise --window, or generate fewer frames."
         )
 
 
 @dataclass(frozen=True)
 class Video:
-    """One video to make: what it continues, its noise and its label, and where it goes."""
+    """One video to generate: its context, the seed of its noise, its label, and its output."""
 
     context: VideoContext
     seed: int
@@ -162,21 +113,21 @@ class Video:
     output: Output
 
 
-def videos_to_make(options: argparse.Namespace, trained: TrainedModel, codec: Codec) -> list[Video]:
-    """Every context with every seed; all that can be wrong with them is found before any is made."""
-    reading = reading_of(options, trained, codec)
-    contexts = read_contexts(options.context, reading, codec) if options.context else [from_nothing(reading)]
+def requested_videos(options: SampleOptions, trained: TrainedModel, codec: Codec) -> list[Video]:
+    """A video for every context and seed; errors in any of them are found before one is generated."""
+    settings = context_settings(options, trained, codec)
+    contexts = read_contexts(options.context, settings, codec) if options.context else [empty_context(settings)]
     seeds = range(options.seed, options.seed + options.samples)
     single, ending = len(contexts) * len(seeds) == 1, options.out.suffix.removeprefix(".")
-    formats = options.formats or (
-        ["mp4", "png"] if ending == "mp4" else [ending] if ending in FORMATS else ["mp4", "png"]
-    )
+    formats = options.formats or ([ending] if ending in FORMATS and ending != "mp4" else ["mp4", "png"])
     if ending not in FORMATS and options.out.suffix.lower() in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS):
         endings = ", ".join(f".{name}" for name in FORMATS)
-        raise InputError(f"--out {options.out} is of no format that is written: give a folder, or one of {endings}.")
+        raise InputError(
+            f"--out {options.out} is not of a format that can be written: give a folder, or one of {endings}."
+        )
     if ending in FORMATS and not single:
         raise InputError(
-            f"--out {options.out} is one file, but {len(contexts) * len(seeds)} videos are made: give a folder."
+            f"--out {options.out} is one file, but {len(contexts) * len(seeds)} videos are requested: give a folder."
         )
     videos = []
     for context in contexts:
@@ -194,8 +145,8 @@ def videos_to_make(options: argparse.Namespace, trained: TrainedModel, codec: Co
     return videos
 
 
-def reading_of(options: argparse.Namespace, trained: TrainedModel, codec: Codec) -> ContextSettings:
-    """Contexts like the training clips, but for what the options say."""
+def context_settings(options: SampleOptions, trained: TrainedModel, codec: Codec) -> ContextSettings:
+    """How contexts are read: like the training clips, unless the options say otherwise."""
     frames = options.context_frames
     return ContextSettings(
         frames=codec.pixel_frames(max(1, trained.geometry["frames"] - 1)) if frames is None else frames,
@@ -207,17 +158,17 @@ def reading_of(options: argparse.Namespace, trained: TrainedModel, codec: Codec)
     )
 
 
-def from_nothing(reading: ContextSettings) -> VideoContext:
+def empty_context(settings: ContextSettings) -> VideoContext:
     """A context without frames, of the first size."""
-    nothing = torch.zeros((0, 3, *reading.sizes[0]), dtype=torch.uint8)
-    return VideoContext("sample", nothing, nothing, reading.fps_or(None) / reading.stride)
+    nothing = torch.zeros((0, 3, *settings.sizes[0]), dtype=torch.uint8)
+    return VideoContext("sample", nothing, nothing, settings.fps_or(None) / settings.stride)
 
 
 def class_of(label: str | None, context: VideoContext, trained: TrainedModel) -> int:
     """The number of the class to generate; `NO_LABEL` for none.
 
     Raises:
-        InputError: a label that the model does not know.
+        InputError: the model was not trained with the label.
     """
     classes = trained.classes
     if label is None:
@@ -226,8 +177,8 @@ def class_of(label: str | None, context: VideoContext, trained: TrainedModel) ->
         return classes.index(label)
     if label.isdecimal() and int(label) < len(classes):
         return int(label)
-    known = f"give one of {', '.join(classes)}" if classes else "it was trained without labels, leave --label out"
-    raise InputError(f"--label is {label!r}, which the checkpoint does not know: {known}.")
+    known = f"give one of {', '.join(classes)}" if classes else "it was trained without labels: leave --label out"
+    raise InputError(f"--label is {label!r}, with which the checkpoint was not trained: {known}.")
 
 
 def generate(
@@ -238,7 +189,7 @@ def generate(
     config: GenerationConfig,
     bar: "tqdm[NoReturn]",
 ) -> None:
-    """Make the videos of a batch, and say where they are; on Ctrl-C what there is of them.
+    """Generate the videos of a batch and print their files; after Ctrl-C, the frames so far.
 
     Raises:
         KeyboardInterrupt: after the files were finished.
@@ -248,13 +199,13 @@ def generate(
         outputs = [files.enter_context(video.output) for video in batch]
         conditions = torch.tensor([video.label for video in batch]) if trained.classes else None
         try:
-            known = torch.cat([known_latents(video.context, codec) for video in batch])
+            known = torch.cat([context_latents(video.context, codec) for video in batch])
             for video, latents in zip(batch, known.cpu(), strict=True):
                 if video.context.latents is None:
                     video.output.write(video.context.pixels[:0], latents)
             seeds = [video.seed for video in batch]
             for piece in stream_video(trained.backbone, codec, known, frames, config, ClipInputs(seeds, conditions)):
-                with interrupts_later():
+                with interrupts_deferred():
                     for output, pixels, latents in zip(outputs, piece.pixels, piece.latents, strict=True):
                         output.write(pixels, latents)
                 bar.update(piece.pixels.shape[0] * piece.pixels.shape[1])
@@ -267,7 +218,7 @@ def generate(
         raise KeyboardInterrupt
 
 
-def known_latents(context: VideoContext, codec: Codec) -> Tensor:
+def context_latents(context: VideoContext, codec: Codec) -> Tensor:
     """The raw latents of a context: (1, k, C, h, w)."""
     if context.latents is not None:
         return context.latents[None].to(codec.device)
@@ -278,8 +229,8 @@ def known_latents(context: VideoContext, codec: Codec) -> Tensor:
 
 
 @contextmanager
-def interrupts_later() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until a frame is whole."""
+def interrupts_deferred() -> Iterator[None]:
+    """Handle Ctrl-C and SIGTERM after the block, so that no frame is written partly."""
     caught: list[int] = []
     before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in SIGNALS}
     try:

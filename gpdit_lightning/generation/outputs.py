@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,9 @@ from gpdit_lightning.media.images import (
     write_strip,
 )
 from gpdit_lightning.media.video import VideoWriter
+from gpdit_lightning.options.sample import VideoFormat
 
-FORMATS = ("mp4", "gif", "png", "safetensors")
+FORMATS: tuple[VideoFormat, ...] = get_args(VideoFormat)
 
 
 def check_formats(formats: Sequence[str]) -> None:

@@ -16,21 +16,19 @@ def check_at_least(options: Any, **limits: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointOptions:
+class WeightsOptions:
     """Model."""
 
-    checkpoint: str
-    """A checkpoint, a run folder (its last checkpoint), or an exported folder."""
     weights: Literal["ema", "raw"] = "ema"
     """Averaged or last trained weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecOptions:
-    """Codec."""
+class CheckpointOptions(WeightsOptions):
+    """Model."""
 
-    codec_source: str | None = None
-    """Where the codec's weights are now, if they moved since the data were prepared: a folder, a file or a hub name."""
+    checkpoint: str
+    """A checkpoint, a run folder (its last checkpoint), or an exported folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +37,14 @@ class DeviceOptions:
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ...; auto is this process's GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingOptions(WeightsOptions, DeviceOptions):
+    """Model."""
+
+    codec_source: str | None = None
+    """Where the codec's weights are now, if they moved since the data were prepared: a folder, a file or a hub name."""
 
 
 @dataclass(frozen=True, kw_only=True)

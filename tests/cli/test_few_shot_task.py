@@ -1,4 +1,4 @@
-"""Tasks learned from pairs, from pictures to pictures: build_few_shot, fit, transform."""
+"""Tasks learned from pairs, from pictures to images: build_few_shot, fit, transform."""
 
 import re
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def errors_of(place: Path, capsys: pytest.CaptureFixture[str], *tasks: str) -> t
     assert main(["transform", *arguments, *tasks, "--steps", "8"]) == 0
     assert len(list((place / "results").iterdir())) == 16
     told = capsys.readouterr().out
-    ours, copied = map(float, re.search(r"pictures: ([\d.]+); .* source: ([\d.]+)", told).groups())
+    ours, copied = map(float, re.search(r"images: ([\d.]+); .* source: ([\d.]+)", told).groups())
     return ours, copied
 
 

@@ -1,0 +1,78 @@
+"""Options of `sample`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gpdit_lightning.options.shared import (
+    BatchedSamplerOptions,
+    CheckpointOptions,
+    LoadingOptions,
+    check_at_least,
+)
+
+VideoFormat = Literal["mp4", "gif", "png", "safetensors"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextOptions:
+    """Context."""
+
+    context: Sequence[str] = ()
+    """Videos, GIFs, images, folders of frames or of videos, shards of latents (SHARD.tar, or one sample of it:
+    SHARD.tar#NUMBER or SHARD.tar#KEY); without it, a video is generated from nothing."""
+    context_frames: int | None = None
+    """Pixel frames of the context that are given, 1 + 4k; by default those of the training clips less one latent
+    frame."""
+    start: float | None = None
+    """Second at which a context begins; by default the context ends where its video ends."""
+    fps: float | None = None
+    """Frames per second of images, which have no rate; by default 24."""
+    size: str | None = None
+    """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the closest in aspect."""
+    label: str | None = None
+    """Class to generate, by name or number; by default the label that a shard records of its sample, or none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions(BatchedSamplerOptions):
+    """Generation."""
+
+    frames: int = 16
+    """Pixel frames to generate."""
+    samples: int = 1
+    """Videos per context, with consecutive seeds."""
+    label_guidance: float = 1.0
+    """Guidance scale over the label; 1 is no guidance."""
+    window: int | None = None
+    """Latent frames before it that a frame sees; by default as many as in training."""
+    sinks: int = 0
+    """First latent frames of the video that stay visible beside the window."""
+    cache: bool = True
+    """Keep keys and values of the context; --no_cache takes less memory and more time (models with attention `of`)."""
+    compile: bool = False
+    """Fuse blocks with torch.compile: for long videos and on GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Output."""
+
+    out: Path = Path("sample.mp4")
+    """A file for one video, a folder for several."""
+    formats: Sequence[VideoFormat] | None = None
+    """mp4, gif, png (a strip of frames), safetensors (raw latents); by default as --out, and a strip beside an mp4."""
+    mark: bool = False
+    """Draw a frame around the images of the mp4: grey for the context, orange for generated ones."""
+    side_by_side: bool = False
+    """Show the ground truth beside the video, where the context's source continues."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(CheckpointOptions, LoadingOptions, ContextOptions, RolloutOptions, OutputOptions):
+    """Sample."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, frames=1, samples=1)

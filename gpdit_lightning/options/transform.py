@@ -1,0 +1,55 @@
+"""Options of `transform`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpdit_lightning.options.shared import (
+    BatchedSamplerOptions,
+    CheckpointOptions,
+    LoadingOptions,
+    check_at_least,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleOptions:
+    """Examples and sources."""
+
+    examples: Path
+    """A folder that holds two folders, source and target, of images with the same names; with --task a folder of plain
+    images."""
+    source: Sequence[str]
+    """Images, and folders of images."""
+    task: str | None = None
+    """Make sources and targets from plain images, those of --source too: grayscale, colourisation, edges,
+    edges_to_image, sketch, copy."""
+    examples_task: str | None = None
+    """The task of the examples alone (`pairs` for a folder of ready pairs), to see what the examples contribute; by
+    default --task, or pairs without it."""
+    pairs: int | None = None
+    """Number of examples, the first by name; by default one less than in a training sequence."""
+    truth: Path | None = None
+    """The true target, or a folder of the true targets of all sources, with the same names."""
+    size: str | None = None
+    """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the closest in aspect."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Output."""
+
+    out: Path = Path("transformed.png")
+    """A .png file for one source, a folder for several; a result has the name of its source."""
+    sheet: Path | None = None
+    """A .png file with examples, sources, results and ground truth side by side, a row per source, at most 64; by
+    default OUT_sheet.png beside --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformOptions(CheckpointOptions, LoadingOptions, ExampleOptions, BatchedSamplerOptions, OutputOptions):
+    """Transform."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, pairs=1)
