@@ -31,15 +31,14 @@ from gpdit_lightning.evaluation.chunks import (
     split_into_chunks,
     write_chunk,
 )
-from gpdit_lightning.evaluation.i3d import check_frames
 from gpdit_lightning.evaluation.networks import open_image_network, open_video_network
-from gpdit_lightning.evaluation.report import TABLES, NetworkRecord, Protocol, library_versions, plot_self_checks
+from gpdit_lightning.evaluation.report import TABLES, Protocol, library_versions, plot_self_checks
 from gpdit_lightning.evaluation.scores import make_report
 from gpdit_lightning.evaluation.videos import Selection, find_videos, select_videos
 from gpdit_lightning.files import held_by_one_process
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.media.video import write_video
-from gpdit_lightning.options.evaluate import NetworkFile
+from gpdit_lightning.options.evaluate import NetworkOptions
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +91,11 @@ class EvaluationOptions:
     """Averaged or last trained weights."""
     codec_source: str | None = None
     """Where the codec's weights are now, if they moved since preparation."""
-    video_network: NetworkFile | None = None
+    video_network: NetworkOptions | None = None
     """The I3D network behind FVD, precision and recall; without, these are left out."""
-    image_network: NetworkFile | None = None
+    image_network: NetworkOptions | None = None
     """The Inception network behind FID; without, it is left out."""
-    classifier: NetworkFile | None = None
+    classifier: NetworkOptions | None = None
     """The classifier behind IS, where the image network does not know classes."""
     fvd_frames: Literal["all", "generated"] = "all"
     """Whether the video network sees the context too (paper: entire videos)."""
@@ -234,7 +233,7 @@ def task_of(
         self_check_videos=options.self_check_videos,
     )
     if networks.video is not None:
-        check_frames(task.frames if task.video_of_all else task.generated_frames)
+        networks.video.check_frames(task.frames if task.video_of_all else task.generated_frames)
     return task
 
 
@@ -277,11 +276,7 @@ def protocol_of(
         weights=trained.backbone.facts.get("weights", options.weights),
         codec=trained.codec["name"],
         codec_sha256=trained.codec["fingerprint"],
-        networks={
-            role: NetworkRecord(network.name, network.path.name, network.sha256, network.preprocessing)
-            for role, network in roles.items()
-            if network is not None
-        },
+        networks={role: network.record for role, network in roles.items() if network is not None},
         versions=library_versions(),
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     )

@@ -1,7 +1,7 @@
 """The network behind FVD: Inflated 3D Inception-v1 (Carreira & Zisserman 2017, figure 3), trained on Kinetics-400.
 
 It follows the TF-Hub module `deepmind/i3d-kinetics-400` that FVD was defined with (Unterthiner et al. 2018). Modules
-bear that network's names, so that its weights need no table of names.
+have that network's names, so that loading its weights needs no table of names.
 """
 
 from collections import OrderedDict
@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.network_files import I3D_SHA256, load_script
 
 MIN_FRAMES = 10
-SIDE = 224  # pixels along each side of what the network sees
+SIDE = 224  # pixels along each side of the network's input
 CLASSES = 400
 PREPROCESSING = f"short side to {SIDE} bilinear without antialiasing, centre crop, values in [-1, 1]"
 
@@ -34,7 +35,18 @@ MIXED = {
     "5b": (256, (160, 320), (32, 128), 128),
     "5c": (384, (192, 384), (48, 128), 128),
 }
-POOLED_BEFORE = {"4b": 3, "5b": 2}  # blocks that max pooling of such a size and stride 2 goes before
+POOLED_BEFORE = {"4b": 3, "5b": 2}  # blocks after max pooling, with its size; its stride is 2
+
+
+def load_i3d(path: Path) -> "I3D | ScriptedI3D":
+    """I3D from safetensors, or from the TorchScript that StyleGAN-V's authors publish.
+
+    Raises:
+        InputError: unreadable, or the file of another network.
+    """
+    if path.suffix == ".safetensors":
+        return I3D.from_safetensors(path)
+    return ScriptedI3D(load_script("video", path, "I3D")[0])
 
 
 def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], value: float = 0.0) -> Tensor:
@@ -73,7 +85,7 @@ class Unit(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """Max pooling with padding "SAME", which never wins."""
+    """Max pooling with padding "SAME", by values that never are the maximum."""
 
     def __init__(self, size: int | Sequence[int], stride: int | Sequence[int]) -> None:
         super().__init__()
@@ -102,10 +114,14 @@ class Mixed(nn.Module):
 
 
 class I3D(nn.Module):
-    """Videos to the logits of Kinetics-400's 400 classes, which FVD takes for features.
+    """Videos to the logits of Kinetics-400's 400 classes, which FVD takes as features.
 
-    It means nothing until its weights are loaded.
+    A new instance has no trained weights; see :meth:`from_safetensors`.
     """
+
+    name = "I3D, Kinetics-400"
+    preprocessing = PREPROCESSING
+    min_frames = MIN_FRAMES
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,34 +145,34 @@ class I3D(nn.Module):
     def from_safetensors(cls, path: str | Path) -> Self:
         """The network with the weights of a file in Flax's layout, in evaluation mode.
 
-        Its keys are those of :meth:`flax_tensors`; nothing may be missing, left over or of another shape.
+        Its keys must be exactly those of :meth:`flax_tensors`, with the same shapes.
 
         Raises:
             InputError: unreadable, or not the weights of this network.
         """
-        cure = "give the I3D weights of Kinetics-400 in Flax's layout"
+        remedy = "give the I3D weights of Kinetics-400 in Flax's layout"
         try:
             stored = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} is no readable safetensors file ({error}): {cure}.") from None
+            raise InputError(f"{path} cannot be read as a safetensors file ({error}): {remedy}.") from None
         network = cls()
         tensors = network.flax_tensors()
         differing = sorted(tensors.keys() ^ stored.keys())
         if differing:
-            what = f"lacks {differing[0]}" if differing[0] in tensors else f"has {differing[0]}, unknown to I3D"
-            raise InputError(f"{path} {what} ({len(differing)} tensors too few or too many): {cure}.")
+            problem = f"lacks {differing[0]}" if differing[0] in tensors else f"has {differing[0]}, which I3D lacks"
+            raise InputError(f"{path} {problem} ({len(differing)} tensors missing or surplus): {remedy}.")
         with torch.no_grad():
             for key, tensor in tensors.items():
                 if stored[key].shape != tensor.shape:
                     raise InputError(
                         f"{path} has {key} of shape {tuple(stored[key].shape)} where I3D's is {tuple(tensor.shape)}: "
-                        f"{cure}."
+                        f"{remedy}."
                     )
                 tensor.copy_(stored[key])
         return network.eval().requires_grad_(False)
 
     def flax_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the network by its name in Flax, as a view in Flax's layout.
+        """All tensors of the network by their names in Flax, as views in Flax's layout.
 
         Kernels are (T, H, W, in, out), statistics (1, 1, 1, 1, channels), biases (channels,).
         """
@@ -183,26 +199,32 @@ class I3D(nn.Module):
         Raises:
             InputError: for fewer frames.
         """
-        check_frames(videos.shape[1])
+        if videos.shape[1] < MIN_FRAMES:
+            raise InputError(f"The videos have {videos.shape[1]} frames, but I3D takes at least {MIN_FRAMES}.")
         x = self.layers(preprocess(videos).transpose(1, 2))
         return self.head(F.avg_pool3d(x, (2, 7, 7), stride=1)).mean((2, 3, 4))
 
 
-def check_frames(frames: int) -> None:
-    """Check that videos are long enough.
+class ScriptedI3D(nn.Module):
+    """The TorchScript that StyleGAN-V's authors publish. It takes (B, 3, T, H, W) in 0..255 and resizes by itself."""
 
-    Raises:
-        InputError: fewer than `MIN_FRAMES` frames.
-    """
-    if frames < MIN_FRAMES:
-        raise InputError(
-            f"The videos have {frames} frames where I3D takes at least {MIN_FRAMES}: take longer ones, or count the "
-            "context in."
-        )
+    name = "I3D, Kinetics-400, TorchScript"
+    preprocessing = "the file's own"
+    published_sha256 = I3D_SHA256
+    min_frames = MIN_FRAMES
+
+    def __init__(self, script: nn.Module) -> None:
+        super().__init__()
+        self.script = script
+
+    def forward(self, videos: Tensor) -> Tensor:
+        """Logits (B, 400) of uint8 (B, T, 3, H, W)."""
+        pixels = videos.transpose(1, 2).float().contiguous()
+        return self.script(pixels, rescale=True, resize=True, return_features=True)
 
 
 def preprocess(videos: Tensor) -> Tensor:
-    """What I3D sees of videos: `PREPROCESSING`.
+    """Scale, crop and normalise videos for I3D: `PREPROCESSING`.
 
     The long side becomes 224 times the ratio of the sides, rounded up.
 

@@ -1,117 +1,93 @@
-"""Files of networks: checked by sha256 before they are opened, and opened without unpickling anything."""
+"""Files of published networks: found, checked by sha256 before they are opened, and opened without unpickling."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
-from gpdit_lightning.options.evaluate import NetworkFile
 
-I3D_ADDRESS = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"
+I3D_URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
-INCEPTION_ADDRESS = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-
-Role = Literal["video", "image", "classifier"]
-CURES: dict[Role, str] = {
-    "video": f"give I3D's weights as .safetensors, or i3d_torchscript.pt from {I3D_ADDRESS}",
-    "image": f"give inception-2015-12-05.pt from {INCEPTION_ADDRESS}",
-    "classifier": "give a TorchScript that takes uint8 (N, 3, H, W) and returns logits (N, classes)",
-}
-Form = Literal["I3D", "Inception", "one input"]
-"""What a TorchScript is, told by the arguments of its forward."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class CheckedFile:
-    """A network's file that is there and has the sha256 that was asked for; not opened yet.
+class NetworkRecord:
+    """What identifies a network in a report."""
 
-    Attributes:
-        path, sha256: of the file.
-        role: what it is wanted for.
-        device: where it is to compute.
-    """
-
-    path: Path
+    name: str
+    file: str
+    """Name of its file, or import path of its class."""
     sha256: str
-    role: Role
-    device: torch.device
+    """Of the file; of a class without a file a fingerprint of its weights, or empty if it has none."""
+    preprocessing: str
+    """What happens to uint8 pixels."""
 
-    @classmethod
-    def of(cls, file: NetworkFile, role: Role, device: str | torch.device) -> Self:
-        """Check a file.
 
-        Raises:
-            InputError: missing, or of another sha256.
-        """
-        path = Path(file.path).expanduser()
-        if not path.is_file():
-            raise InputError(f"The {role} network {path} is not a file on this machine: {CURES[role]}.")
-        sha256 = sha256_of(path)
-        if file.sha256 is not None and file.sha256.strip().lower() != sha256:
-            raise InputError(
-                f"The {role} network {path} has sha256 {sha256} where {file.sha256} was asked for: download it again, "
-                "or state its own."
-            )
-        return cls(path, sha256, role, torch.device(device))
+Interface = Literal["I3D", "Inception", "one input"]
+"""What kind of network a TorchScript is, recognised by the arguments of its forward."""
 
-    def refused(self, reason: str) -> InputError:
-        """The error that says why the file is of no use for its role."""
-        return InputError(f"The {self.role} network {self.path} {reason}: {CURES[self.role]}.")
+REMEDIES = {
+    "video": f"give I3D's weights as .safetensors, or i3d_torchscript.pt from {I3D_URL}",
+    "image": f"give inception-2015-12-05.pt from {INCEPTION_URL}",
+    "classifier": "give a TorchScript that takes uint8 (N, 3, H, W) and returns logits (N, classes)",
+}
+"""What an error message proposes, by the network's role."""
 
-    def script(self, *forms: Form) -> tuple[nn.Module, Form]:
-        """The TorchScript of the file, and which of the forms it has.
 
-        Raises:
-            InputError: no TorchScript, or of another form.
-        """
-        try:
-            script = torch.jit.load(self.path, map_location=self.device)
-        except (RuntimeError, ValueError):
-            raise self.refused("is no TorchScript") from None
-        schema = getattr(script.forward, "schema", None)
-        arguments = [] if schema is None else schema.arguments[1:]
-        names = [argument.name for argument in arguments]
-        form: Form | None = None
-        if {"rescale", "resize", "return_features"} <= set(names):
-            form = "I3D"
-        elif {"return_features", "no_output_bias"} <= set(names):
-            form = "Inception"
-        elif len([argument for argument in arguments if not argument.has_default_value()]) == 1:
-            form = "one input"
-        if form not in forms:
-            raise self.refused(f"is another kind of network, as its forward takes ({', '.join(names)})")
-        return script.eval(), form
+def refusal(role: str, path: Path | str, reason: str) -> InputError:
+    """The error that says why a file cannot serve as the network of a role."""
+    return InputError(f"The {role} network {path} {reason}: {REMEDIES[role]}.")
 
-    def attempt(self, function: Callable[[], T]) -> T:
-        """What a function that runs the network returns.
 
-        Raises:
-            InputError: the network cannot run.
-        """
-        try:
-            return function()
-        except Exception as error:  # whatever the code in the file does
-            reason = str(error).strip().splitlines()[-1]
-            raise self.refused(f"could not compute on an example ({reason})") from None
+def checked_file(role: str, path: str, sha256: str | None) -> tuple[Path, str]:
+    """The path of a network's file, and its sha256.
 
-    def columns(self, network: Callable[[Tensor], object], example: Tensor) -> int:
-        """How many numbers a network gives for the one video or picture of an example.
+    Args:
+        role: one of `REMEDIES`.
+        path: of the file.
+        sha256: the expected one, or None.
 
-        Raises:
-            InputError: the network cannot run, or gives anything else.
-        """
-        found = self.attempt(lambda: network(example))
-        if not isinstance(found, Tensor) or found.dtype != torch.float32 or found.ndim != 2 or len(found) != 1:
-            what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-            raise self.refused(f"returns {what} where float32 (1, n) belongs")
-        if not found.isfinite().all():
-            raise self.refused("returns numbers that are not finite")
-        return found.shape[1]
+    Raises:
+        InputError: the file is missing, or has another sha256.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise refusal(role, file, "is not a file on this machine")
+    found = sha256_of(file)
+    if sha256 is not None and sha256.strip().lower() != found:
+        raise InputError(
+            f"The {role} network {file} has sha256 {found}, but {sha256} is expected: download it again, or correct "
+            "the sha256."
+        )
+    return file, found
+
+
+def load_script(role: str, path: Path, *interfaces: Interface) -> tuple[nn.Module, Interface]:
+    """A TorchScript in evaluation mode, and which of the expected interfaces it has.
+
+    Raises:
+        InputError: the file is not a TorchScript, or has none of these interfaces.
+    """
+    try:
+        script = torch.jit.load(path, map_location="cpu")
+    except (RuntimeError, ValueError):
+        raise refusal(role, path, "is not a TorchScript") from None
+    schema = getattr(script.forward, "schema", None)
+    arguments = [] if schema is None else schema.arguments[1:]
+    names = [argument.name for argument in arguments]
+    interface: Interface | None = None
+    if {"rescale", "resize", "return_features"} <= set(names):
+        interface = "I3D"
+    elif {"return_features", "no_output_bias"} <= set(names):
+        interface = "Inception"
+    elif sum(not argument.has_default_value() for argument in arguments) == 1:
+        interface = "one input"
+    if interface not in interfaces:
+        raise refusal(role, path, f"is another network, since its forward takes ({', '.join(names)})")
+    return script.eval(), interface

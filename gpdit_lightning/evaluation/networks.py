@@ -1,68 +1,165 @@
-"""The networks behind FVD, FID and IS: opened from local files and known by their sha256. Nothing is unpickled.
+"""The networks behind FVD, FID and IS. None comes with the package; `network_files.py` has addresses and sha256.
 
-For videos (FVD), one of
+For videos (FVD, precision, recall), one of
 - I3D's weights of Kinetics-400 as safetensors, in the layout of :meth:`I3D.from_safetensors`;
-- the TorchScript of the same network that StyleGAN-V made common, `i3d_torchscript.pt`.
+- the TorchScript of the same network that StyleGAN-V's authors publish, `i3d_torchscript.pt`;
+- a class of your own, whose instances are called with uint8 (B, T, 3, H, W) and return float32 (B, n).
 
-For pictures (FID, IS), one of
-- NVIDIA's TorchScript of the Inception-v3 of 2015-12-05, `inception-2015-12-05.pt`: it resizes by itself, and gives
+For images (FID, IS), one of
+- NVIDIA's TorchScript of the Inception-v3 of 2015-12-05, `inception-2015-12-05.pt`: it resizes by itself, and returns
   features and the probabilities of 1008 classes;
-- any TorchScript of that network which takes float32 (N, 3, 299, 299), (value - 128) / 128, and returns features alone.
+- any TorchScript of that network that takes float32 (N, 3, 299, 299), (value - 128) / 128, and returns features alone;
+- a class of your own, whose instances are called with uint8 (N, 3, H, W) and return float32 (N, n); with a method
+  `features_and_probabilities`, which returns float32 (N, n) and (N, classes), it serves IS too.
 
-`network_files.py` has the addresses of the first of each, and their sha256.
+For the classes of IS alone, beside an image network without classes: NVIDIA's file, any TorchScript that takes uint8
+(N, 3, H, W), preprocesses it by itself and returns logits (N, classes), or a class of your own with a method
+`probabilities`. IS over other classes than those 1008 compares with nothing published.
 
-For the classes of IS alone, beside a file without classes: NVIDIA's file again, or any TorchScript that takes uint8
-(N, 3, H, W), prepares it by itself and returns logits (N, classes). IS over other classes than those 1008 compares with
-nothing published.
-
-All compute in evaluation mode and float32. The same picture or video in another batch gives the same features up to
-rounding, for libraries choose their kernels by shape.
+All run in evaluation mode and float32. The features of an image or video are independent of batch composition up to
+rounding, since libraries choose their kernels by shape.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation import i3d
-from gpdit_lightning.evaluation.network_files import I3D_SHA256, INCEPTION_SHA256, CheckedFile
-from gpdit_lightning.options.evaluate import NetworkFile
+from gpdit_lightning.evaluation.i3d import load_i3d
+from gpdit_lightning.evaluation.inception import load_classifier, load_inception
+from gpdit_lightning.evaluation.network_files import REMEDIES, NetworkRecord, checked_file
+from gpdit_lightning.imports import resolve
+from gpdit_lightning.options.evaluate import NetworkOptions
 
-INCEPTION_SIDE = 299  # pixels along each side of what Inception-v3 sees
-INCEPTION_PREPROCESSING = f"{INCEPTION_SIDE}x{INCEPTION_SIDE} bilinear as TensorFlow 1 resizes, (value - 128) / 128"
-OWN_PREPROCESSING = "the file's own"
-ONE_PICTURE = torch.arange(3 * 32 * 32).mul(37).remainder(256).to(torch.uint8).reshape(1, 3, 32, 32)
+# The networks that a recipe may name by `kind`, besides the import path of a class.
+VIDEO_NETWORKS: dict[str, Callable[..., nn.Module]] = {"i3d": load_i3d}
+IMAGE_NETWORKS: dict[str, Callable[..., nn.Module]] = {"inception": load_inception}
+CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"torchscript": load_classifier}
 
-T = TypeVar("T")
+# What a network is tried on when it is opened.
+EXAMPLE = torch.arange(3 * 32 * 32).mul(37).remainder(256).to(torch.uint8).reshape(1, 3, 32, 32)
+
+
+class LoadedNetwork(NamedTuple):
+    """A network and its record for the report; with its place and a remedy for error messages."""
+
+    module: nn.Module
+    record: NetworkRecord
+    place: str
+    is_custom: bool
+    remedy: str
+
+
+def open_video_network(options: NetworkOptions, device: str | torch.device = "cpu") -> "VideoNetwork":
+    """Open a network for FVD, in any form that the head of this module lists.
+
+    Raises:
+        InputError: a file that is missing, has another sha256 or is another network, or a class that cannot be used.
+    """
+    return VideoNetwork(_load("video", options, VIDEO_NETWORKS), device)
+
+
+def open_image_network(
+    options: NetworkOptions, device: str | torch.device = "cpu", classifier: NetworkOptions | None = None
+) -> "ImageNetwork":
+    """Open a network for FID and IS, in any form that the head of this module lists.
+
+    Args:
+        options: of the network.
+        device: to compute on.
+        classifier: of a network whose class probabilities are used instead of the network's own.
+
+    Raises:
+        InputError: as :func:`open_video_network`.
+    """
+    classes = None if classifier is None else open_classifier(classifier, device)
+    return ImageNetwork(_load("image", options, IMAGE_NETWORKS), device, classes)
+
+
+def open_classifier(options: NetworkOptions, device: str | torch.device = "cpu") -> "ImageClassifier":
+    """Open a network for IS alone, in any form that the head of this module lists.
+
+    Raises:
+        InputError: as :func:`open_video_network`.
+    """
+    return ImageClassifier(_load("classifier", options, CLASSIFIERS), device)
+
+
+def _load(role: str, options: NetworkOptions, registry: Mapping[str, Callable[..., nn.Module]]) -> LoadedNetwork:
+    kind = options.kind or next(iter(registry))
+    factory = resolve(kind, registry, f"{role} network")
+    is_custom = kind not in registry
+    arguments = dict(options.arguments)
+    file, sha256 = kind, ""
+    if options.path is not None:
+        path, sha256 = checked_file(role, options.path, options.sha256)
+        file, arguments = path.name, {"path": path, **arguments}
+    elif not is_custom:
+        raise InputError(f"The {role} network has no path: {REMEDIES[role]}.")
+    module = factory(**arguments)
+    if not sha256 and (weights := module.state_dict()):
+        sha256 = fingerprint_of(weights)
+    name = getattr(module, "name", kind)
+    if getattr(module, "published_sha256", sha256) != sha256:
+        name += ", not the published file"
+    if options.arguments:
+        name += f" ({', '.join(f'{key}={value}' for key, value in options.arguments.items())})"
+    record = NetworkRecord(name, file, sha256, getattr(module, "preprocessing", "the network's own"))
+    place = kind if is_custom else str(options.path)
+    return LoadedNetwork(module, record, place, is_custom, "correct its class" if is_custom else REMEDIES[role])
 
 
 class MetricNetwork(nn.Module):
-    """A network that is ready to compute, and what reports say of it.
+    """A network that is ready to compute.
 
-    Attributes:
-        sha256: of the file's bytes.
-        name: what the file holds.
-        preprocessing: what is done to uint8 pixels.
-        device: where it computes; pixels may come from anywhere.
+    Args:
+        loaded: takes uint8 pixels.
+        device: to compute on; pixels may be on any device.
     """
 
-    def __init__(self, network: nn.Module, file: CheckedFile, name: str, preprocessing: str) -> None:
-        super().__init__()
-        self.network = network.to(file.device).eval().requires_grad_(False)
-        self.path, self.sha256, self.device = file.path, file.sha256, file.device
-        self.name, self.preprocessing = name, preprocessing
+    role: str
+    axes: str  # of the pixels
 
-    def _compute(self, function: Callable[[Tensor], T], pixels: Tensor, axes: str) -> T:
-        if pixels.dtype != torch.uint8 or pixels.ndim != len(axes.split()) or pixels.shape[-3] != 3:
+    def __init__(self, loaded: LoadedNetwork, device: str | torch.device) -> None:
+        super().__init__()
+        self.network = loaded.module.to(device).eval().requires_grad_(False)
+        self.record, self.device = loaded.record, torch.device(device)
+        self._place, self._is_custom, self._remedy = loaded.place, loaded.is_custom, loaded.remedy
+
+    def _compute(self, function: Callable[[Tensor], Any], pixels: Tensor) -> Any:
+        if pixels.dtype != torch.uint8 or pixels.ndim != len(self.axes.split()) or pixels.shape[-3] != 3:
             raise InputError(
-                f"The pixels are {pixels.dtype} {tuple(pixels.shape)} where {self.path} takes torch.uint8 ({axes}): "
-                "convert them."
+                f"The pixels are {pixels.dtype} {tuple(pixels.shape)}, but the {self.role} network takes torch.uint8 "
+                f"({self.axes}): convert them."
             )
-        # Unless told not to, cuDNN convolves float32 in TF32, which keeps ten of its 23 binary digits.
+        # By default cuDNN convolves float32 in TF32, which keeps 10 of its 23 mantissa bits.
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return function(pixels.to(self.device))
+
+    def _num_outputs(self, function: Callable[[Tensor], object], example: Tensor) -> int:
+        """How many numbers a function of the network gives for the one image or video of an example.
+
+        Raises:
+            InputError: the network of a file cannot compute, or any network returns anything else than float32 (1, n).
+        """
+        try:
+            output = function(example)
+        except Exception as error:  # whatever the code in the file raises
+            if self._is_custom:
+                raise
+            raise self._refusal(f"could not compute on an example ({str(error).strip().splitlines()[-1]})") from None
+        if not isinstance(output, Tensor) or output.dtype != torch.float32 or output.ndim != 2 or len(output) != 1:
+            kind = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise self._refusal(f"returns {kind}, but float32 (1, n) is expected")
+        if not output.isfinite().all():
+            raise self._refusal("returns numbers that are not finite")
+        return output.shape[1]
+
+    def _refusal(self, reason: str) -> InputError:
+        return InputError(f"The {self.role} network {self._place} {reason}: {self._remedy}.")
 
 
 class VideoNetwork(MetricNetwork):
@@ -70,14 +167,15 @@ class VideoNetwork(MetricNetwork):
 
     Attributes:
         num_features: n, 400 for I3D.
-        min_frames: fewer make no features.
+        min_frames: the fewest frames that a video must have.
     """
 
-    min_frames = i3d.MIN_FRAMES
+    role, axes = "video", "B, T, 3, H, W"
 
-    def __init__(self, network: nn.Module, file: CheckedFile, name: str, preprocessing: str) -> None:
-        super().__init__(network, file, name, preprocessing)
-        self.num_features = file.columns(self, torch.zeros(1, self.min_frames, 3, 32, 32, dtype=torch.uint8))
+    def __init__(self, loaded: LoadedNetwork, device: str | torch.device) -> None:
+        super().__init__(loaded, device)
+        self.min_frames: int = getattr(self.network, "min_frames", 1)
+        self.num_features = self._num_outputs(self, EXAMPLE[None].expand(1, self.min_frames, -1, -1, -1))
 
     def forward(self, videos: Tensor) -> Tensor:
         """Features, on the network's device.
@@ -92,25 +190,33 @@ class VideoNetwork(MetricNetwork):
             InputError: pixels of another type or shape, or fewer than `min_frames` frames.
         """
         if videos.ndim == 5:
-            i3d.check_frames(videos.shape[1])
-        return self._compute(self.network, videos, "B, T, 3, H, W")
+            self.check_frames(videos.shape[1])
+        return self._compute(self.network, videos)
+
+    def check_frames(self, frames: int) -> None:
+        """Raise `InputError` for videos of fewer than `min_frames` frames."""
+        if frames < self.min_frames:
+            raise InputError(
+                f"The videos have {frames} frames, but {self.record.name} takes at least {self.min_frames}: take "
+                "longer ones, or include the context."
+            )
 
 
 class ImageClassifier(MetricNetwork):
-    """Probabilities of classes; see :func:`open_classifier`.
+    """Class probabilities of images; see :func:`open_classifier`.
 
     Attributes:
-        num_classes: how many.
+        num_classes: number of classes.
     """
 
-    network: "_Inception | _Classifier"
+    role, axes = "classifier", "N, 3, H, W"
 
-    def __init__(self, network: "_Inception | _Classifier", file: CheckedFile, name: str) -> None:
-        super().__init__(network, file, name, OWN_PREPROCESSING)
-        self.num_classes = file.columns(self, ONE_PICTURE)
+    def __init__(self, loaded: LoadedNetwork, device: str | torch.device) -> None:
+        super().__init__(loaded, device)
+        self.num_classes = self._num_outputs(self, EXAMPLE)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Probabilities, on the network's device.
+        """Class probabilities, on the network's device.
 
         Args:
             pixels: uint8 (N, 3, H, W).
@@ -121,31 +227,29 @@ class ImageClassifier(MetricNetwork):
         Raises:
             InputError: pixels of another type or shape.
         """
-        return self._compute(self.network.probabilities, pixels, "N, 3, H, W")
+        return self._compute(self.network.probabilities, pixels)  # type: ignore[arg-type]
 
 
 class ImageNetwork(MetricNetwork):
-    """Features of pictures, and probabilities of classes where there are any; see :func:`open_image_network`.
+    """Features of images, and class probabilities if there are any; see :func:`open_image_network`.
 
     Attributes:
         num_features: n, 2048 for Inception-v3.
-        has_classes: whether there are probabilities, the network's own or the classifier's.
+        classifier: gives the probabilities instead of the network.
+        has_classes: whether there are probabilities.
     """
 
-    network: "_Inception | _PlainInception"
+    role, axes = "image", "N, 3, H, W"
 
     def __init__(
-        self,
-        network: "_Inception | _PlainInception",
-        file: CheckedFile,
-        name: str,
-        preprocessing: str,
-        classifier: ImageClassifier | None,
+        self, loaded: LoadedNetwork, device: str | torch.device, classifier: ImageClassifier | None = None
     ) -> None:
-        super().__init__(network, file, name, preprocessing)
+        super().__init__(loaded, device)
         self.classifier = classifier
-        self.has_classes = classifier is not None or isinstance(network, _Inception)
-        self.num_features = file.columns(self, ONE_PICTURE)
+        self.has_classes = classifier is not None or hasattr(self.network, "features_and_probabilities")
+        self.num_features = self._num_outputs(self, EXAMPLE)
+        if self.has_classes:
+            self._num_outputs(lambda pixels: self.features_and_probabilities(pixels)[1], EXAMPLE)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features alone, on the network's device.
@@ -159,10 +263,10 @@ class ImageNetwork(MetricNetwork):
         Raises:
             InputError: pixels of another type or shape.
         """
-        return self._compute(self.network, pixels, "N, 3, H, W")
+        return self._compute(self.network, pixels)
 
     def features_and_probabilities(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Both, in one pass where the classes are the network's own.
+        """Features and class probabilities, in one pass where the network computes both.
 
         Args:
             pixels: uint8 (N, 3, H, W).
@@ -173,150 +277,6 @@ class ImageNetwork(MetricNetwork):
         Raises:
             InputError: pixels of another type or shape.
         """
-        if self.classifier is None and isinstance(self.network, _Inception):
-            return self._compute(self.network.features_and_probabilities, pixels, "N, 3, H, W")
+        if self.classifier is None and self.has_classes:
+            return self._compute(self.network.features_and_probabilities, pixels)  # type: ignore[arg-type]
         return self(pixels), None if self.classifier is None else self.classifier(pixels)
-
-
-def open_video_network(file: NetworkFile, device: str | torch.device = "cpu") -> VideoNetwork:
-    """Open I3D in either form that the head of this module tells of.
-
-    Raises:
-        InputError: missing, of another sha256, unreadable, or another kind of network.
-    """
-    checked = CheckedFile.of(file, "video", device)
-    if checked.path.suffix == ".safetensors":
-        return VideoNetwork(i3d.I3D.from_safetensors(checked.path), checked, "I3D, Kinetics-400", i3d.PREPROCESSING)
-    script, _ = checked.script("I3D")
-    name = known_as(checked, "I3D, Kinetics-400, TorchScript", I3D_SHA256)
-    return VideoNetwork(_ScriptedI3D(script), checked, name, OWN_PREPROCESSING)
-
-
-def open_image_network(
-    file: NetworkFile, device: str | torch.device = "cpu", classifier: NetworkFile | None = None
-) -> ImageNetwork:
-    """Open Inception-v3 in either form that the head of this module tells of.
-
-    Args:
-        file: of the network.
-        device: to compute on.
-        classifier: whose probabilities to give; the network's own, if it has any, when not given.
-
-    Raises:
-        InputError: a file that is missing, of another sha256, unreadable, or another kind of network.
-    """
-    classes = None if classifier is None else open_classifier(classifier, device)
-    checked = CheckedFile.of(file, "image", device)
-    script, form = checked.script("Inception", "one input")
-    if form == "Inception":
-        inception = checked.attempt(lambda: _Inception(script, ONE_PICTURE.to(checked.device)))
-        return ImageNetwork(inception, checked, name_of_inception(checked), OWN_PREPROCESSING, classes)
-    return ImageNetwork(_PlainInception(script), checked, "Inception-v3", INCEPTION_PREPROCESSING, classes)
-
-
-def open_classifier(file: NetworkFile, device: str | torch.device = "cpu") -> ImageClassifier:
-    """Open a network of classes alone, as the head of this module tells.
-
-    Raises:
-        InputError: missing, of another sha256, unreadable, or another kind of network.
-    """
-    checked = CheckedFile.of(file, "classifier", device)
-    script, form = checked.script("Inception", "one input")
-    if form == "Inception":
-        inception = checked.attempt(lambda: _Inception(script, ONE_PICTURE.to(checked.device)))
-        return ImageClassifier(inception, checked, name_of_inception(checked))
-    return ImageClassifier(_Classifier(script), checked, checked.path.stem)
-
-
-def name_of_inception(file: CheckedFile) -> str:
-    """What a file with the arguments of NVIDIA's is called."""
-    return known_as(file, "Inception-v3 with classes", INCEPTION_SHA256)
-
-
-def known_as(file: CheckedFile, name: str, sha256: str) -> str:
-    """The name of the file that everybody takes, or that this is another."""
-    return name if file.sha256 == sha256 else f"{name}, not the file of the usual sha256"
-
-
-def resize_as_tensorflow(pixels: Tensor, side: int) -> Tensor:
-    """Bilinear without antialiasing, as TensorFlow 1 did for the first FID; NVIDIA's file and torchmetrics do the same.
-
-    Output i is taken from i * length / side, so that first lies on first, and what is beyond the last pixel repeats it.
-    pytorch-fid lays middle on middle instead (`F.interpolate`), so its scores differ a little.
-
-    Args:
-        pixels: (N, C, H, W).
-        side: of the result, in pixels.
-
-    Returns:
-        float32 (N, C, side, side).
-    """
-    rows, columns = (_weights_of_resize(length, side).to(pixels.device) for length in pixels.shape[2:])
-    return rows @ pixels.float() @ columns.T
-
-
-def _weights_of_resize(length: int, side: int) -> Tensor:
-    """How much of each pixel goes into each of the result: (side, length)."""
-    places = (torch.arange(side, dtype=torch.float64) * length / side).clamp(max=length - 1)
-    return (1 - (places[:, None] - torch.arange(length)).abs()).clamp(min=0).float()
-
-
-class _ScriptedI3D(nn.Module):
-    """Calls StyleGAN-V's file: (B, 3, T, H, W) in 0..255, which it resizes and rescales; logits come back."""
-
-    def __init__(self, script: nn.Module) -> None:
-        super().__init__()
-        self.script = script
-
-    def forward(self, videos: Tensor) -> Tensor:
-        values = videos.transpose(1, 2).float().contiguous()
-        return self.script(values, rescale=True, resize=True, return_features=True)
-
-
-class _Inception(nn.Module):
-    """Calls NVIDIA's file; its classes leave out the last layer's bias, as the first IS did (Salimans et al. 2016)."""
-
-    def __init__(self, script: nn.Module, picture: Tensor) -> None:
-        super().__init__()
-        self.script = script
-        self.last_layer: Tensor | None = None  # (classes, features), if the probabilities follow from the features
-        weight = script.state_dict().get("output.weight")
-        with torch.no_grad():
-            features, expected = self(picture), self.probabilities(picture)
-            if weight is not None and weight.shape == (expected.shape[1], features.shape[1]):
-                found = (features @ weight.T).softmax(1)
-                self.last_layer = weight if torch.allclose(found, expected, rtol=1e-3, atol=1e-6) else None
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.script(pixels, return_features=True)
-
-    def probabilities(self, pixels: Tensor) -> Tensor:
-        return self.script(pixels, no_output_bias=True)
-
-    def features_and_probabilities(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features = self(pixels)
-        if self.last_layer is None:
-            return features, self.probabilities(pixels)
-        return features, (features @ self.last_layer.T).softmax(1)
-
-
-class _PlainInception(nn.Module):
-    """Calls a file that takes pictures as the first FID's network did."""
-
-    def __init__(self, script: nn.Module) -> None:
-        super().__init__()
-        self.script = script
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.script((resize_as_tensorflow(pixels, INCEPTION_SIDE) - 128) / 128)
-
-
-class _Classifier(nn.Module):
-    """Calls a file that takes uint8 pictures and returns logits."""
-
-    def __init__(self, script: nn.Module) -> None:
-        super().__init__()
-        self.script = script
-
-    def probabilities(self, pixels: Tensor) -> Tensor:
-        return torch.softmax(self.script(pixels), dim=1, dtype=torch.float32)

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.metrics import mean_and_deviation
+from gpdit_lightning.evaluation.network_files import NetworkRecord
 from gpdit_lightning.evaluation.paper_results import PAPER_FRAMES, PAPER_TABLES, UNSTATED, PaperTable
 from gpdit_lightning.evaluation.self_checks import SelfChecks
 from gpdit_lightning.files import written_whole
@@ -37,17 +38,6 @@ def library_versions() -> dict[str, str]:
     """Of Python and of the libraries that frames, networks and scores go through."""
     libraries = ("gpdit_lightning", "torch", "torchmetrics", "numpy", "av", "diffusers")
     return {"python": platform.python_version()} | {name: version(name) for name in libraries}
-
-
-@dataclass(frozen=True)
-class NetworkRecord:
-    """A network whose features or classes the scores are made of."""
-
-    name: str
-    file: str
-    sha256: str
-    preprocessing: str
-    """What became of uint8 pixels."""
 
 
 @dataclass(frozen=True)
@@ -246,12 +236,16 @@ def _in_words(protocol: Protocol, day: str) -> list[str]:
         f"Weights: `{protocol.checkpoint}` ({protocol.weights}, step {protocol.step:,}), sha256 "
         f"`{protocol.checkpoint_sha256}`; codec {protocol.codec}, sha256 `{protocol.codec_sha256}`.",
         *(
-            f"Network, {role}: {network.name} (`{network.file}`, sha256 `{network.sha256}`); {network.preprocessing}."
+            f"Network, {role}: {network.name} (`{network.file}`, {_fingerprint(network)}); {network.preprocessing}."
             for role, network in protocol.networks.items()
         ),
         f"Versions: {', '.join(f'{name} {number}' for name, number in protocol.versions.items())}.",
         f"On {protocol.hardware}, {day}.",
     ]
+
+
+def _fingerprint(network: NetworkRecord) -> str:
+    return f"sha256 `{network.sha256}`" if network.sha256 else "without weights"
 
 
 def _check_table(self_checks: Mapping[str, SelfChecks]) -> str:

@@ -23,7 +23,7 @@ from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.media.video import read_video, write_video
-from gpdit_lightning.options.evaluate import NetworkFile
+from gpdit_lightning.options.evaluate import NetworkOptions
 from tests.cli.sampling import CODEC, stripes
 from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
 
@@ -42,14 +42,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def eyes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NetworkFile]:
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NetworkOptions]:
     folder = tmp_path_factory.mktemp("networks")
     modules = (ScriptedI3D(), ScriptedInception(), ScriptedPlain(), ScriptedClassifier())
     return {type(module).__name__: saved(module, folder) for module in modules}
 
 
 @pytest.fixture(scope="module")
-def command(place: Path, folder: Path, eyes: dict[str, NetworkFile]) -> list[str]:
+def command(place: Path, folder: Path, eyes: dict[str, NetworkOptions]) -> list[str]:
     """An evaluation of three chunks by all eyes, without where it goes."""
     settings = {
         "checkpoint": place / "of2",
@@ -231,7 +231,7 @@ def test_videos_are_kept_beside_their_truth(command: list[str], folder: Path, tm
 
 
 def test_without_networks_their_scores_are_left_out(
-    command: list[str], eyes: dict[str, NetworkFile], tmp_path: Path, messages: pytest.LogCaptureFixture
+    command: list[str], eyes: dict[str, NetworkOptions], tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     def scores(*options: str, leave_out: tuple[str, ...]) -> set[str]:
         messages.clear()
@@ -297,8 +297,8 @@ def test_a_folder_holds_one_evaluation(
         ("--stride=3", "hold 0 videos of at least 28 frames, and 6"),
         ("--stride=0", "stride is 0: give at least 1"),
         ("--context_frames=4", "4 pixel frames are not 1 + 4 k"),
-        ("--generated_frames=4", "The videos have 9 frames where I3D takes at least 10"),
-        ("--fvd_frames=generated", "The videos have 5 frames where I3D"),
+        ("--generated_frames=4", "The videos have 9 frames, but I3D, Kinetics-400, TorchScript"),
+        ("--fvd_frames=generated", "The videos have 5 frames, but I3D"),
         ("--chunk=0", "chunk is 0: give at least 1"),
         ("--seeds=[1,1]", "the seeds are [1, 1]"),
         ("--seeds=[]", "the seeds are []"),
@@ -307,7 +307,7 @@ def test_a_folder_holds_one_evaluation(
         ("--checkpoint=SEVERAL", "was trained on 32x32, 48x48: give one of them as size"),
         ("--size=64x64", "--size is 64x64, but the checkpoint was trained on 32x32"),
         ("--video_network.path=/nowhere", "The video network /nowhere is not a file"),
-        ("--video_network.sha256=00", "where 00 was asked for"),
+        ("--video_network.sha256=00", "but 00 is expected"),
         ("--guidance_scale=2", "did you mean 'guidance"),
         ("--sampler=best", "best"),
         ("--device=gpu", "The device 'gpu' cannot be used"),
@@ -326,7 +326,7 @@ def test_a_mistake_gets_one_sentence_and_nothing_is_written(
 
 
 def test_a_classifier_needs_an_image_network(
-    command: list[str], eyes: dict[str, NetworkFile], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], eyes: dict[str, NetworkOptions], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     classifier = f"--classifier.path={eyes['ScriptedClassifier'].path}"
     assert evaluate(without(command, "image_network"), tmp_path, classifier) == 2

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from gpdit_lightning.files import sha256_of
-from gpdit_lightning.options.evaluate import NetworkFile
+from gpdit_lightning.options.evaluate import NetworkOptions
 
 
-def saved(module: nn.Module, folder: Path) -> NetworkFile:
+def saved(module: nn.Module, folder: Path) -> NetworkOptions:
     """The file of a network."""
     path = folder / f"{type(module).__name__}.pt"
     torch.jit.script(module).save(str(path))
-    return NetworkFile(path=str(path), sha256=sha256_of(path))
+    return NetworkOptions(path=str(path), sha256=sha256_of(path))
 
 
 class ScriptedI3D(nn.Module):

@@ -178,7 +178,7 @@ def test_frames_are_resized_by_the_short_side_and_cropped_in_the_middle(height: 
     ("change", "told"),
     [
         (lambda stored: stored.pop("batch_stats.Mixed_4d.Branch_3.Conv3d_0b_1x1.BatchNorm_0.var"), "lacks batch_stats"),
-        (lambda stored: stored.update(step=torch.zeros(1)), "has step, unknown to I3D"),
+        (lambda stored: stored.update(step=torch.zeros(1)), "has step, which I3D lacks"),
         (
             lambda stored: stored.update({"params.Conv3d_2b_1x1.BatchNorm_0.bias": torch.zeros(63)}),
             r"Conv3d_2b_1x1.BatchNorm_0.bias of shape \(63,\) where I3D's is \(64,\)",
@@ -195,12 +195,12 @@ def test_other_weights_are_refused(change, told: str, weights: dict[str, Tensor]
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.safetensors").write_bytes(b"not weights")
-    with pytest.raises(InputError, match=r"notes.safetensors is no readable safetensors file"):
+    with pytest.raises(InputError, match=r"notes.safetensors cannot be read"):
         I3D.from_safetensors(tmp_path / "notes.safetensors")
 
 
 def test_nine_frames_are_too_few() -> None:
-    with pytest.raises(InputError, match="9 frames where I3D takes at least 10"):
+    with pytest.raises(InputError, match="9 frames, but I3D takes at least 10"):
         I3D()(torch.zeros(1, 9, 3, 16, 16, dtype=torch.uint8))
 
 

@@ -1,6 +1,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,14 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.networks import (
-    open_classifier,
-    open_image_network,
-    open_video_network,
-    resize_as_tensorflow,
-)
+from gpdit_lightning.evaluation.inception import resize_as_tensorflow
+from gpdit_lightning.evaluation.networks import open_classifier, open_image_network, open_video_network
 from gpdit_lightning.files import sha256_of
-from gpdit_lightning.options.evaluate import NetworkFile
+from gpdit_lightning.options.evaluate import NetworkOptions
 from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
 
 
@@ -35,7 +32,7 @@ class Broken(nn.Module):
 
 
 @pytest.fixture
-def save(tmp_path: Path) -> Callable[[nn.Module], NetworkFile]:
+def save(tmp_path: Path) -> Callable[[nn.Module], NetworkOptions]:
     return lambda module: saved(module, tmp_path)
 
 
@@ -55,7 +52,7 @@ def test_a_scripted_video_network_is_asked_for_features_of_its_own_preprocessing
     exact = videos.double().numpy()
     expected = np.concatenate([exact.mean((1, 3, 4)), exact[:, 0].mean((2, 3))], 1)
     np.testing.assert_allclose(network(videos).numpy(), expected, rtol=1e-5)
-    assert (network.num_features, network.min_frames, network.sha256) == (6, 10, file.sha256)
+    assert (network.num_features, network.min_frames, network.record.sha256) == (6, 10, file.sha256)
 
 
 def test_features_and_classes_of_one_file_cost_one_pass(save) -> None:
@@ -132,26 +129,30 @@ def test_a_file_with_features_and_classes_serves_as_classifier(save) -> None:
 def test_networks_tell_reports_what_they_are(save) -> None:
     file, classifier = save(ScriptedPlain()), save(ScriptedClassifier())
     network = open_image_network(file, classifier=classifier)
-    assert (network.path.name, network.sha256, network.name) == ("ScriptedPlain.pt", file.sha256, "Inception-v3")
-    assert "299x299" in network.preprocessing
+    assert (network.record.file, network.record.sha256, network.record.name) == (
+        "ScriptedPlain.pt",
+        file.sha256,
+        "Inception-v3",
+    )
+    assert "299x299" in network.record.preprocessing
     assert network.classifier is not None
-    assert network.classifier.sha256 == classifier.sha256
+    assert network.classifier.record.sha256 == classifier.sha256
 
 
 def test_a_script_that_only_has_the_usual_arguments_is_not_called_the_usual_file(save) -> None:
     for network in (open_video_network(save(ScriptedI3D())), open_image_network(save(ScriptedInception()))):
-        assert network.name.endswith(", not the file of the usual sha256")
+        assert network.record.name.endswith(", not the published file")
 
 
 def test_a_missing_file_is_told_with_where_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere.pt is not a file on this machine: .*https://"):
-        open_image_network(NetworkFile(path=str(tmp_path / "nowhere.pt")))
+        open_image_network(NetworkOptions(path=str(tmp_path / "nowhere.pt")))
 
 
 def test_another_sha256_is_refused_before_the_file_is_opened(tmp_path: Path) -> None:
     (tmp_path / "network.pt").write_bytes(b"no network")
-    with pytest.raises(InputError, match=f"sha256 {sha256_of(tmp_path / 'network.pt')} where {'0' * 64} was asked for"):
-        open_video_network(NetworkFile(path=str(tmp_path / "network.pt"), sha256="0" * 64))
+    with pytest.raises(InputError, match=f"sha256 {sha256_of(tmp_path / 'network.pt')}, but {'0' * 64} is expected"):
+        open_video_network(NetworkOptions(path=str(tmp_path / "network.pt"), sha256="0" * 64))
 
 
 class Trap:
@@ -165,20 +166,20 @@ class Trap:
 def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     torch.save(Trap(tmp_path / "sprung"), tmp_path / "network.pt")
     for opener in (open_video_network, open_image_network, open_classifier):
-        with pytest.raises(InputError, match=r"network.pt is no TorchScript"):
-            opener(NetworkFile(path=str(tmp_path / "network.pt")))
+        with pytest.raises(InputError, match=r"network.pt is not a TorchScript"):
+            opener(NetworkOptions(path=str(tmp_path / "network.pt")))
     assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize(
     ("opener", "module", "told"),
     [
-        (open_video_network, ScriptedInception, r"another kind of network, as its forward takes \(img, return_fea"),
-        (open_video_network, ScriptedPlain, r"another kind of network, as its forward takes \(x\)"),
-        (open_image_network, ScriptedI3D, r"another kind of network, as its forward takes \(x, rescale"),
-        (open_classifier, ScriptedI3D, "another kind of network"),
-        (open_image_network, Pair, r"returns a tuple where float32 \(1, n\) belongs"),
-        (open_image_network, Flat, r"returns torch.float32 \(1,\) where"),
+        (open_video_network, ScriptedInception, r"another network, since its forward takes \(img, return_fea"),
+        (open_video_network, ScriptedPlain, r"another network, since its forward takes \(x\)"),
+        (open_image_network, ScriptedI3D, r"another network, since its forward takes \(x, rescale"),
+        (open_classifier, ScriptedI3D, "is another network"),
+        (open_image_network, Pair, r"returns tuple, but float32 \(1, n\) is expected"),
+        (open_image_network, Flat, r"returns torch.float32 \(1,\), but"),
         (open_image_network, Broken, "not finite"),
         (open_classifier, Pair, "could not compute on an example"),
         (open_classifier, Broken, "could not compute on an example"),
@@ -191,11 +192,89 @@ def test_networks_of_another_kind_are_refused(opener, module: type[nn.Module], t
 
 def test_pixels_of_another_type_or_shape_are_refused(save) -> None:
     video, image = open_video_network(save(ScriptedI3D())), open_image_network(save(ScriptedInception()))
-    with pytest.raises(InputError, match="9 frames where I3D takes at least 10"):
+    with pytest.raises(InputError, match=r"9 frames, but I3D.* takes at least 10"):
         video(random_pixels(1, 9, 3, 8, 8))
-    with pytest.raises(InputError, match=r"torch.uint8 \(10, 3, 8, 8\) where .* takes torch.uint8 \(B, T, 3, H, W\)"):
+    with pytest.raises(InputError, match=r"\(10, 3, 8, 8\), but the video network takes torch.uint8 \(B, T, 3, H, W\)"):
         video(random_pixels(10, 3, 8, 8))
-    with pytest.raises(InputError, match=r"torch.float32 \(1, 3, 8, 8\) where"):
+    with pytest.raises(InputError, match=r"torch.float32 \(1, 3, 8, 8\), but"):
         image(random_pixels(1, 3, 8, 8).float())
-    with pytest.raises(InputError, match=r"\(1, 8, 8, 3\) where .* takes torch.uint8 \(N, 3, H, W\)"):
+    with pytest.raises(InputError, match=r"\(1, 8, 8, 3\), but the image network takes torch.uint8 \(N, 3, H, W\)"):
         image.features_and_probabilities(random_pixels(1, 8, 8, 3))
+
+
+class MeanColours(nn.Module):
+    """A custom network; it serves as every role."""
+
+    name, min_frames = "mean colours", 3
+
+    def __init__(self, scale: float = 1.0, path: Path | None = None) -> None:
+        super().__init__()
+        self.scale, self.path = nn.Parameter(torch.tensor(scale)), path
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels.float().mean((-1, -2)).flatten(1)[:, :3] * self.scale
+
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        return self(pixels).softmax(1)
+
+    def features_and_probabilities(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self(pixels), self.probabilities(pixels)
+
+
+class WithoutWeights(nn.Module):
+    """A custom network that returns integers when it is told to."""
+
+    def __init__(self, integers: bool = False) -> None:
+        super().__init__()
+        self.integers = integers
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = pixels.flatten(1)[:, :2]
+        return features if self.integers else features.float()
+
+
+def custom(network: type[nn.Module], **options: Any) -> NetworkOptions:
+    return NetworkOptions(kind=f"{network.__module__}.{network.__qualname__}", **options)
+
+
+def test_a_class_of_the_user_serves_in_every_role() -> None:
+    options, pixels = custom(MeanColours, arguments={"scale": 2.0}), random_pixels(4, 3, 8, 8)
+    image, classifier = open_image_network(options), open_classifier(options)
+    expected = 2 * pixels.double().mean((2, 3))
+    features, probabilities = image.features_and_probabilities(pixels)
+    assert probabilities is not None
+    torch.testing.assert_close(features.double(), expected)
+    torch.testing.assert_close(probabilities, classifier(pixels))
+    video = open_video_network(options)
+    torch.testing.assert_close(video(pixels[None, :3]).double(), expected[:1])
+    with pytest.raises(InputError, match=r"2 frames, but mean colours.* takes at least 3"):
+        video(pixels[None, :2])
+
+
+def test_the_record_of_a_custom_network_identifies_its_weights(tmp_path: Path) -> None:
+    first, same, other = (
+        open_video_network(custom(MeanColours, arguments={"scale": scale})).record for scale in (1.0, 1.0, 2.0)
+    )
+    assert first == same
+    assert first.sha256 != other.sha256
+    assert other.name == "mean colours (scale=2.0)"
+    assert other.file.endswith("test_networks.MeanColours")
+    assert open_video_network(custom(WithoutWeights)).record.sha256 == ""
+    (tmp_path / "weights.bin").write_bytes(b"weights")
+    of_file = open_video_network(custom(MeanColours, path=str(tmp_path / "weights.bin")))
+    assert of_file.network.path == tmp_path / "weights.bin"
+    assert (of_file.record.file, of_file.record.sha256) == ("weights.bin", sha256_of(tmp_path / "weights.bin"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (NetworkOptions(), "The video network has no path: give I3D's weights"),
+        (NetworkOptions(kind="i3"), r"video network 'i3' is not known \(did you mean 'i3d'\?\)"),
+        (NetworkOptions(kind="nowhere.Network"), "'nowhere.Network' cannot be imported"),
+        (custom(WithoutWeights, arguments={"integers": True}), r"WithoutWeights returns torch.uint8 \(1, 2\), but flo"),
+    ],
+)
+def test_unusable_options_are_refused(options: NetworkOptions, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_video_network(options)
