@@ -1,4 +1,4 @@
-"""`demo`: from nothing to a generated video in minutes, through the same commands that a user's own data takes."""
+"""`demo`: train a small model on drawn videos within minutes, by the same functions that a user's own data takes."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import chain
-from gpdit_lightning.cli.demo_movies import write_movies
+from gpdit_lightning.cli.demo_videos import write_videos
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
 from gpdit_lightning.errors import InputError
@@ -34,10 +34,10 @@ from gpdit_lightning.preparation import (
 )
 from gpdit_lightning.preparation.sources import Source
 
-MOVIES, HELD_OUT_MOVIES, SEED = 1200, 64, 0
+VIDEOS, HELD_OUT_VIDEOS, SEED = 1200, 64, 0
 FRAME_SIZE = "64x64"
-CLIP, LEAST_CLIP = 21, 17  # frames at the training stride
-CONTEXT = 9  # of them given, the others generated
+CLIP, SHORTEST_CLIP = 21, 17  # frames at the training stride
+CONTEXT = 9  # frames of a clip that are given; the others are generated
 PAIRS, HELD_OUT_PAIRS = 40, 4
 SAMPLER_STEPS = 8
 SHOWN = 4  # clips in sample.png
@@ -46,13 +46,13 @@ SHOWN = 4  # clips in sample.png
 def demo(options: DemoOptions) -> None:
     """Prepare, train, sample, and say which files to open."""
     run_dir = options.run_dir
-    print("1/3  moving pictures -> latents")
+    print("1/3  videos -> latents")
     videos = video_options(run_dir, options.videos)
     manifest = prepare(videos)
     if manifest is None:
         raise InputError(f"another process prepares {videos.out}: wait for it, or give another --run_dir.")
     print(summary(manifest))
-    write_pictures(run_dir / "pictures", prepared_sources(videos))
+    write_images(run_dir / "pictures", prepared_sources(videos))
     prepare(image_options(run_dir))
     prepare_sequences(pair_options(run_dir))
     print("2/3  training: images, images and videos, longer videos, few-shot")
@@ -63,22 +63,22 @@ def demo(options: DemoOptions) -> None:
     few_shot = max((run_dir / "stage4_few_shot" / "previews").glob("*.png"))
     shutil.copyfile(few_shot, run_dir / "few_shot.png")
     print(
-        f"\nLook at\n  {run_dir}/sample.png     context | generated against the truth\n"
-        f"  {run_dir}/sample.mp4     one of them as a video\n"
-        f"  {run_dir}/few_shot.png   colour to grey from 20 sequences: the last column is generated\n"
-        f"  tensorboard --logdir {run_dir}   the curves, and previews as training went\n"
+        f"\nResults:\n  {run_dir}/sample.png     context | generated frames above the true ones\n"
+        f"  {run_dir}/sample.mp4     the first of them as a video, generated beside true\n"
+        f"  {run_dir}/few_shot.png   colour to grayscale, learned from 20 sequences: the last column is generated\n"
+        f"  tensorboard --logdir {run_dir}   curves, and previews during training\n"
         "Continue a video of your own:\n"
         f"  python -m gpdit_lightning sample --checkpoint {run_dir}/stage3_long_video --context VIDEO --out out.mp4"
     )
 
 
 def video_options(run_dir: Path, videos: Path | None) -> PrepareOptions:
-    """How to shard the user's videos, or drawn ones, which are drawn first."""
+    """How to prepare the user's videos, or drawn ones, which are written first."""
     held_out: list[Path] = []
     if videos is None:
         videos, held_out = run_dir / "movies" / "train", [run_dir / "movies" / "held_out"]
-        write_movies(videos, MOVIES, held_out=False, seed=SEED)
-        write_movies(held_out[0], HELD_OUT_MOVIES, held_out=True, seed=SEED)
+        write_videos(videos, VIDEOS, held_out=False, seed=SEED)
+        write_videos(held_out[0], HELD_OUT_VIDEOS, held_out=True, seed=SEED)
     return PrepareOptions(
         out=run_dir / "latents" / "video",
         videos=[videos],
@@ -87,22 +87,22 @@ def video_options(run_dir: Path, videos: Path | None) -> PrepareOptions:
         codec="pca",
         video_sizes=[FRAME_SIZE],
         clip_frames=CLIP,
-        least_clip_frames=LEAST_CLIP,
+        least_clip_frames=SHORTEST_CLIP,
         batch_size=16,
     )
 
 
-def write_pictures(directory: Path, videos: Sequence[Source]) -> None:
-    """The first frames of every video as PNG files, by split, enough for the pairs."""
+def write_images(directory: Path, videos: Sequence[Source]) -> None:
+    """Write the first frames of every video as PNG files, by split: enough for the pairs."""
     each = math.ceil((PAIRS + HELD_OUT_PAIRS) / len(videos))
-    for source in tqdm(videos, desc="pictures", unit="video", leave=False):
+    for source in tqdm(videos, desc="images", unit="video", leave=False):
         stem = source.name.replace("/", "-").replace(".", "-")
         paths = [directory / str(source.split) / f"{stem}-{number}.png" for number in range(each)]
         if not all(path.exists() for path in paths):
             try:
                 frames = list(iterate_frames(source.path, stride=9, most=each))
             except InputError:
-                continue  # the preparation has named it already
+                continue  # named by the preparation already
             for path, frame in zip(paths, frames, strict=False):
                 pixels = resize_and_crop(frame[None], parse_size(FRAME_SIZE))[0]
                 with written_whole(path) as temporary:
@@ -110,12 +110,12 @@ def write_pictures(directory: Path, videos: Sequence[Source]) -> None:
 
 
 def image_options(run_dir: Path) -> PrepareOptions:
-    """How to shard the pictures of the first two stages."""
-    pictures = run_dir / "pictures"
+    """How to prepare the images of the first two stages."""
+    images = run_dir / "pictures"
     return PrepareOptions(
         out=run_dir / "latents" / "laion",
-        images=[pictures / "train"],
-        validation_images=[pictures / "validation"],
+        images=[images / "train"],
+        validation_images=[images / "validation"],
         codec="pca",
         image_sizes=[FRAME_SIZE],
         batch_size=64,
@@ -123,7 +123,7 @@ def image_options(run_dir: Path) -> PrepareOptions:
 
 
 def pair_options(run_dir: Path) -> FewShotOptions:
-    """How to build the few-shot sequences: from pictures of the training videos and their grey versions."""
+    """How to build the few-shot sequences: from images of the training videos and their grayscale versions."""
     return FewShotOptions(
         out=run_dir / "latents" / "few_shot",
         task="grayscale",
@@ -136,15 +136,15 @@ def pair_options(run_dir: Path) -> FewShotOptions:
 
 
 def held_out_clips(preparation: PrepareOptions, stride: int, codec: Codec) -> tuple[Tensor, Fraction]:
-    """The first CLIP frames of every held-out video that has so many at the stride; LEAST_CLIP where none has.
+    """The first CLIP frames of every held-out video that is long enough at the stride; else the first SHORTEST_CLIP.
 
     Returns:
-        pixels (n, T, 3, H, W) uint8 and the first one's frames per second.
+        pixels (clips, T, 3, H, W) uint8, and the frames per second of the first.
 
     Raises:
-        InputError: no video was held out, or none of those is long enough.
+        InputError: no held-out video is long enough.
     """
-    for frames in (CLIP, LEAST_CLIP):
+    for frames in (CLIP, SHORTEST_CLIP):
         reading = ContextSettings(
             CONTEXT, stride, (parse_size(FRAME_SIZE),), ground_truth_frames=frames - CONTEXT, start=0.0
         )
@@ -152,15 +152,15 @@ def held_out_clips(preparation: PrepareOptions, stride: int, codec: Codec) -> tu
         if clips:
             return torch.stack(clips), rates[0]
     raise InputError(
-        f"no held-out video has {stride * LEAST_CLIP} frames to be continued and compared: give --videos a folder of "
-        "at least two videos of that length."
+        f"no held-out video has the {stride * SHORTEST_CLIP} frames that a comparison needs: give --videos a folder "
+        "of at least two videos of that length."
     )
 
 
 def clips_of_length(
     frames: int, preparation: PrepareOptions, reading: ContextSettings, codec: Codec
 ) -> tuple[list[Tensor], list[Fraction]]:
-    """The first `frames` frames of every held-out video that has so many, and their rates."""
+    """The first `frames` frames of every held-out video that is long enough, and their frames per second."""
     clips, rates = [], []
     for source in prepared_sources(preparation):
         if source.split != "validation":
@@ -168,7 +168,7 @@ def clips_of_length(
         try:
             (context,) = read_contexts([str(source.path)], reading, codec)
         except InputError:
-            continue  # the preparation has named it already
+            continue  # named by the preparation already
         clip = torch.cat((context.pixels, context.ground_truth))
         if len(clip) == frames:
             clips.append(clip)
@@ -177,7 +177,7 @@ def clips_of_length(
 
 
 def evaluate(run_dir: Path, preparation: PrepareOptions) -> str:
-    """Continue the held-out clips, write pictures, and compare with repeating the last context frame."""
+    """Continue the held-out clips, write images, and compare with repeating the last context frame."""
     model = load_trained_model(run_dir / "stage3_long_video")
     codec = load_codec_from_spec(model.codec, where=str(run_dir))
     clips, rate = held_out_clips(preparation, model.geometry["stride"], codec)
@@ -192,9 +192,9 @@ def evaluate(run_dir: Path, preparation: PrepareOptions) -> str:
         ]
     )
     future, truth = generated[:, CONTEXT:].float(), clips[:, CONTEXT:].float()
-    copied = clips[:, CONTEXT - 1 : CONTEXT].float()
+    last = clips[:, CONTEXT - 1 : CONTEXT].float()
     error = (future - truth).square().mean(dim=(0, 2, 3, 4))
-    copy_error = (copied - truth).square().mean(dim=(0, 2, 3, 4))
+    copy_error = (last - truth).square().mean(dim=(0, 2, 3, 4))
 
     write_video(run_dir / "sample.mp4", torch.cat((generated[0], clips[0]), dim=-1), rate)
     rows = {}
@@ -207,10 +207,10 @@ def evaluate(run_dir: Path, preparation: PrepareOptions) -> str:
         figures = {"clips": len(clips), "step": model.step, "ratio": ratio}
         path.write_text(json.dumps(figures | {"error": error.tolist(), "copy_error": copy_error.tolist()}, indent=2))
     lines = [
-        f"mean squared error (8-bit levels) on {len(clips)} held-out clips, {CONTEXT} frames given",
+        f"mean squared error (8-bit levels) on {len(clips)} held-out clips, {CONTEXT} frames of context",
         f"{'frame':>8}{'generated':>12}{'last frame repeated':>22}{'ratio':>8}",
     ]
-    for horizon, (ours, copy) in enumerate(zip(error.tolist(), copy_error.tolist(), strict=True), start=1):
-        lines.append(f"{'+' + str(horizon):>8}{ours:>12.1f}{copy:>22.1f}{ours / copy:>8.2f}")
+    for horizon, (own, copied) in enumerate(zip(error.tolist(), copy_error.tolist(), strict=True), start=1):
+        lines.append(f"{'+' + str(horizon):>8}{own:>12.1f}{copied:>22.1f}{own / copied:>8.2f}")
     lines.append(f"{'mean':>8}{error.mean():>12.1f}{copy_error.mean():>22.1f}{ratio:>8.2f}")
     return "\n".join(lines)

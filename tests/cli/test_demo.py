@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from gpdit_lightning.cli import demo, demo_movies, main
+from gpdit_lightning.cli import demo, demo_videos, main
 from gpdit_lightning.media.video import video_info, write_video
 
 STAGES = ("stage1_image_warmup", "stage2_mixed", "stage3_long_video", "stage4_few_shot")
@@ -17,8 +17,8 @@ STAGES = ("stage1_image_warmup", "stage2_mixed", "stage3_long_video", "stage4_fe
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "MOVIES", 3)
-    monkeypatch.setattr(demo, "HELD_OUT_MOVIES", 2)
+    monkeypatch.setattr(demo, "VIDEOS", 3)
+    monkeypatch.setattr(demo, "HELD_OUT_VIDEOS", 2)
 
 
 @pytest.mark.usefixtures("small")
@@ -59,36 +59,36 @@ def test_with_videos_of_ones_own(tmp_path: Path) -> None:
     assert (run_dir / "sample.png").is_file()
     assert (run_dir / "few_shot.png").is_file()
     report = json.loads((run_dir / "report.json").read_text())
-    assert len(report["error"]) == demo.LEAST_CLIP - demo.CONTEXT  # 60 frames are 20 at the stride
+    assert len(report["error"]) == demo.SHORTEST_CLIP - demo.CONTEXT  # 60 frames are 20 at the stride
 
 
 def test_held_out_movies_show_other_digits_on_other_paths() -> None:
-    digits = demo_movies.load_digits()
-    assert len(digits[: -demo_movies.HELD_OUT_DIGITS]) + demo_movies.HELD_OUT_DIGITS == len(digits)
-    mine = demo_movies.render(digits[0], np.random.default_rng([0, False, 0]))
-    again = demo_movies.render(digits[0], np.random.default_rng([0, False, 0]))
-    other = demo_movies.render(digits[0], np.random.default_rng([0, True, 0]))
+    digits = demo_videos.load_digits()
+    assert len(digits[: -demo_videos.HELD_OUT_DIGITS]) + demo_videos.HELD_OUT_DIGITS == len(digits)
+    mine = demo_videos.render(digits[0], np.random.default_rng([0, False, 0]))
+    again = demo_videos.render(digits[0], np.random.default_rng([0, False, 0]))
+    other = demo_videos.render(digits[0], np.random.default_rng([0, True, 0]))
     assert torch.equal(mine, again)
     assert not torch.equal(mine, other)
 
 
 def test_a_digit_drifts_straight_and_stays_inside() -> None:
     for seed in range(20):
-        path = demo_movies.drift(np.random.default_rng(seed))
+        path = demo_videos.random_path(np.random.default_rng(seed))
         assert path.min() >= 0
-        assert path.max() <= demo_movies.SIZE - demo_movies.DIGIT
+        assert path.max() <= demo_videos.SIZE - demo_videos.DIGIT
         steps = np.diff(path, axis=0)
         np.testing.assert_allclose(steps, np.broadcast_to(steps[0], steps.shape), atol=1e-9)
-        assert np.linalg.norm(path[-1] - path[0]) >= demo_movies.LEAST_DRIFT
+        assert np.linalg.norm(path[-1] - path[0]) >= demo_videos.SHORTEST_PATH
 
 
 def test_the_ink_moves_with_the_path() -> None:
-    digit = torch.ones(1, demo_movies.DIGIT, demo_movies.DIGIT)
-    path = demo_movies.drift(np.random.default_rng(3))
-    movie = demo_movies.render(digit, np.random.default_rng(3)).float()
+    digit = torch.ones(1, demo_videos.DIGIT, demo_videos.DIGIT)
+    path = demo_videos.random_path(np.random.default_rng(3))
+    movie = demo_videos.render(digit, np.random.default_rng(3)).float()
     ink = movie.mean(dim=1) - movie.mean(dim=1).amin(dim=(1, 2), keepdim=True)
-    columns = (ink.sum(dim=1) * (torch.arange(demo_movies.SIZE) + 0.5)).sum(dim=1) / ink.sum(dim=(1, 2))
-    np.testing.assert_allclose(columns.numpy(), path[:, 0] + demo_movies.DIGIT / 2, atol=0.1)
+    columns = (ink.sum(dim=1) * (torch.arange(demo_videos.SIZE) + 0.5)).sum(dim=1) / ink.sum(dim=(1, 2))
+    np.testing.assert_allclose(columns.numpy(), path[:, 0] + demo_videos.DIGIT / 2, atol=0.1)
 
 
 def test_an_empty_folder_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

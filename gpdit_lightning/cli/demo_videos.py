@@ -1,4 +1,4 @@
-"""Moving pictures for `demo`: handwritten digits that drift over a coloured ground, as real mp4 files."""
+"""Videos for `demo`: handwritten digits that move over a coloured background, as mp4 files."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -14,9 +14,9 @@ from gpdit_lightning.media.video import write_video
 SIZE = 64  # pixels, both ways
 DIGIT = 32  # side of a digit in pixels
 FPS = 24
-FRAMES = 61  # of a movie: 21 at the stride of 3
-LEAST_DRIFT = 18  # pixels between the ends of a path
-HELD_OUT_DIGITS = 300  # of scikit-learn's 1,797 scanned digits, the last ones appear in held-out movies only
+FRAMES = 61  # of a video: 21 at a stride of 3
+SHORTEST_PATH = 18  # pixels between the ends of a digit's path
+HELD_OUT_DIGITS = 300  # of scikit-learn's 1,797 scanned digits: the last ones appear in held-out videos only
 
 
 def load_digits() -> Tensor:
@@ -27,38 +27,38 @@ def load_digits() -> Tensor:
     return F.interpolate(scans, size=(DIGIT, DIGIT), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def drift(numbers: np.random.Generator) -> np.ndarray:
+def random_path(generator: np.random.Generator) -> np.ndarray:
     """A straight path of a digit's corner, (FRAMES, 2) pixels (x, y), that keeps the digit inside the frame."""
     while True:
-        ends = numbers.uniform(0, SIZE - DIGIT, (2, 2))
-        if np.linalg.norm(ends[1] - ends[0]) >= LEAST_DRIFT:
+        ends = generator.uniform(0, SIZE - DIGIT, (2, 2))
+        if np.linalg.norm(ends[1] - ends[0]) >= SHORTEST_PATH:
             return ends[0] + np.linspace(0, 1, FRAMES)[:, None] * (ends[1] - ends[0])
 
 
-def render(digit: Tensor, numbers: np.random.Generator) -> Tensor:
-    """One movie of a digit (1, DIGIT, DIGIT), light on a dark colour: (FRAMES, 3, SIZE, SIZE) uint8."""
-    x, y = torch.from_numpy(drift(numbers)).float().T
-    ground = torch.from_numpy(numbers.uniform(0, 0.35, 3)).float()[None, :, None, None]
-    ink = float(numbers.uniform(0.75, 1.0))
+def render(digit: Tensor, generator: np.random.Generator) -> Tensor:
+    """A video of a digit (1, DIGIT, DIGIT), light on a dark colour: (FRAMES, 3, SIZE, SIZE) uint8."""
+    x, y = torch.from_numpy(random_path(generator)).float().T
+    background = torch.from_numpy(generator.uniform(0, 0.35, 3)).float()[None, :, None, None]
+    ink = float(generator.uniform(0.75, 1.0))
     # Where each pixel of the frame falls on the digit, in grid_sample's [-1, 1]: subpixel motion without jitter.
     pixels = torch.arange(SIZE) + 0.5
     columns = (pixels[None] - x[:, None]) / DIGIT * 2 - 1
     rows = (pixels[None] - y[:, None]) / DIGIT * 2 - 1
     grid = torch.stack((columns[:, None, :].expand(-1, SIZE, -1), rows[:, :, None].expand(-1, -1, SIZE)), dim=-1)
     mask = F.grid_sample(digit.expand(FRAMES, -1, -1, -1), grid, align_corners=False)
-    return ((ground + mask * (ink - ground)) * 255).round().byte()
+    return ((background + mask * (ink - background)) * 255).round().byte()
 
 
-def write_movies(directory: Path, count: int, held_out: bool, seed: int) -> None:
-    """Write `count` movies; held-out ones show other digits on other paths.
+def write_videos(directory: Path, count: int, held_out: bool, seed: int) -> None:
+    """Write `count` videos; held-out ones show other digits on other paths.
 
-    Movies that are already there are kept.
+    Existing files are kept.
     """
     digits = load_digits()
     digits = digits[-HELD_OUT_DIGITS:] if held_out else digits[:-HELD_OUT_DIGITS]
-    for number in tqdm(range(count), desc=f"drawing {directory.name}", unit="movie", leave=False):
+    for number in tqdm(range(count), desc=f"drawing {directory.name}", unit="video", leave=False):
         path = directory / f"digit_{number:04d}.mp4"
         if path.exists():
             continue
-        numbers = np.random.default_rng([seed, held_out, number])
-        write_video(path, render(digits[numbers.integers(len(digits))], numbers), Fraction(FPS))
+        generator = np.random.default_rng([seed, held_out, number])
+        write_video(path, render(digits[generator.integers(len(digits))], generator), Fraction(FPS))
