@@ -18,7 +18,7 @@ from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
 from gpdit_lightning.generation import GenerationConfig, transform
 from gpdit_lightning.media.image_tasks import TASKS, make_pair
 from gpdit_lightning.media.images import read_image, resize_and_crop
-from gpdit_lightning.preparation.pairs import pictures_in
+from gpdit_lightning.preparation.pairs import images_in
 
 
 def error(made: Tensor, truth: Tensor) -> float:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     codec = load_codec_from_spec(trained.codec)
     config = GenerationConfig(RotationSampler(options.steps, schedule=NoiseSchedule(**trained.schedule)))
     height, width = trained.geometry["sizes"][0]
-    pictures = [resize_and_crop(read_image(path), (height, width)) for path in pictures_in(options.pictures)]
+    pictures = [resize_and_crop(read_image(path), (height, width)) for path in images_in(options.pictures)]
     shown, asked = pictures[: len(pictures) // 2], torch.cat(pictures[len(pictures) // 2 :])
 
     print(f"{len(asked)} sources, examples of {len(shown)} other pictures; errors relative to copying the source\n")

@@ -21,7 +21,7 @@ from gpdit_lightning.media.video import write_video
 from gpdit_lightning.preparation import PrepareOptions
 from gpdit_lightning.preparation.clips import Clip, read
 from gpdit_lightning.preparation.parts import workers_of
-from gpdit_lightning.preparation.prepare import prepare, prepared_sources
+from gpdit_lightning.preparation.prepare import list_input_files, prepare
 
 HEIGHT, WIDTH, RATE = 720, 1280, 24
 
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
         codec = load_codec(given.codec, source, device)
 
         start = time.perf_counter()
-        sources = prepared_sources(options)
+        sources = list_input_files(options)
         workers = workers_of(options)
         items = read(sources, options, codec.temporal_factor, workers, set())
         clips = [item for item in items if isinstance(item, Clip)]

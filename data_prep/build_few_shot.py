@@ -3,14 +3,14 @@
 import sys
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.preparation import FewShotOptions, argument_parser, prepare_sequences, summary
+from gpdit_lightning.preparation import PreparePairsOptions, argument_parser, prepare_pairs, summary
 
 
 def main() -> None:
     """The command; exits with status 2 and one sentence when what was given cannot be used."""
-    options = FewShotOptions(**vars(argument_parser(FewShotOptions, __doc__).parse_args()))
+    options = PreparePairsOptions(**vars(argument_parser(PreparePairsOptions, __doc__).parse_args()))
     try:
-        manifest = prepare_sequences(options)
+        manifest = prepare_pairs(options)
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -25,14 +25,14 @@ from gpdit_lightning.media.images import parse_size, resize_and_crop, write_stri
 from gpdit_lightning.media.video import iterate_frames, write_video
 from gpdit_lightning.options.demo import DemoOptions
 from gpdit_lightning.preparation import (
-    FewShotOptions,
     PrepareOptions,
+    PreparePairsOptions,
+    list_input_files,
     prepare,
-    prepare_sequences,
-    prepared_sources,
+    prepare_pairs,
     summary,
 )
-from gpdit_lightning.preparation.sources import Source
+from gpdit_lightning.preparation.input_files import InputFile
 
 VIDEOS, HELD_OUT_VIDEOS, SEED = 1200, 64, 0
 FRAME_SIZE = "64x64"
@@ -52,9 +52,9 @@ def demo(options: DemoOptions) -> None:
     if manifest is None:
         raise InputError(f"another process prepares {videos.out}: wait for it, or give another --run_dir.")
     print(summary(manifest))
-    write_images(run_dir / "pictures", prepared_sources(videos))
+    write_images(run_dir / "pictures", list_input_files(videos))
     prepare(image_options(run_dir))
-    prepare_sequences(pair_options(run_dir))
+    prepare_pairs(pair_options(run_dir))
     print("2/3  training: images, images and videos, longer videos, few-shot")
     steps = [f"--trainer.max_steps={options.max_steps}"] if options.max_steps else []
     chain.run("chain", ["--config=gpdit:demo/chain", f"--runs={run_dir}", *steps])
@@ -92,7 +92,7 @@ def video_options(run_dir: Path, videos: Path | None) -> PrepareOptions:
     )
 
 
-def write_images(directory: Path, videos: Sequence[Source]) -> None:
+def write_images(directory: Path, videos: Sequence[InputFile]) -> None:
     """Write the first frames of every video as PNG files, by split: enough for the pairs."""
     each = math.ceil((PAIRS + HELD_OUT_PAIRS) / len(videos))
     for source in tqdm(videos, desc="images", unit="video", leave=False):
@@ -162,7 +162,7 @@ def clips_of_length(
 ) -> tuple[list[Tensor], list[Fraction]]:
     """The first `frames` frames of every held-out video that is long enough, and their frames per second."""
     clips, rates = [], []
-    for source in prepared_sources(preparation):
+    for source in list_input_files(preparation):
         if source.split != "validation":
             continue
         try:

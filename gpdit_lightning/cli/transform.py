@@ -25,12 +25,12 @@ from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, closest_size, r
 from gpdit_lightning.media.video import natural_sort_key
 from gpdit_lightning.options.transform import TransformOptions
 from gpdit_lightning.preparation.pairs import (
-    counterparts,
-    folders_in,
-    pictures_in,
-    read_alike,
-    ready_folders,
-    with_counterparts,
+    find_pair_folders,
+    images_in,
+    match_by_name,
+    match_in_folder,
+    pair_folders,
+    read_pair,
 )
 
 log = logging.getLogger(__name__)
@@ -141,9 +141,9 @@ def example_paths(options: TransformOptions, count: int, task: ImageTask | None)
     found: Sequence[Sequence[Path]]
     if task is None:
         other = "another" if options.examples_task else "--task or"
-        pairs = counterparts(*folders_in(folder, f"give {other} --examples_task for plain images"))
+        pairs = match_by_name(*pair_folders(folder, f"give {other} --examples_task for plain images"))
         found = sorted(pairs, key=lambda pair: natural_sort_key(pair[0]))
-    elif ready_folders(folder):
+    elif find_pair_folders(folder):
         raise InputError(
             f"{folder} holds ready pairs, and the task {task.name} makes its own of plain images: give "
             f"--examples_task {EXISTING_PAIRS.name}, or a folder of plain images."
@@ -164,7 +164,7 @@ def images_at(place: str) -> list[Path]:
     path = Path(place)
     if not path.exists():
         raise InputError(f"{place} does not exist on this machine: give a image or a folder of images.")
-    return sorted(pictures_in(path), key=natural_sort_key) if path.is_dir() else [path]
+    return sorted(images_in(path), key=natural_sort_key) if path.is_dir() else [path]
 
 
 def plan_jobs(
@@ -185,7 +185,7 @@ def plan_jobs(
             log.warning("warning: %s is an example too: the model is given its target", path)
     jobs = []
     for paths, out in zip(together, results, strict=True):
-        images = read_alike(paths)
+        images = read_pair(paths)
         height, width = images[0].shape[-2:]
         jobs.append(Job(paths[0].stem[:LABEL_SHOWN], at_size(images, closest_size(height, width, sizes), task), out))
     return jobs, sheet
@@ -202,7 +202,7 @@ def with_ground_truth(sources: Sequence[Path], truth: Path | None, task: ImageTa
     if task:
         raise InputError(f"--task {task.name} makes the truth itself: leave --truth {truth} out.")
     if truth.is_dir():
-        return with_counterparts(sources, truth)
+        return match_in_folder(sources, truth)
     if len(sources) > 1:
         raise InputError(f"--truth {truth} is one image for {len(sources)} sources: give a folder of images.")
     return [(sources[0], *images_at(str(truth)))]
@@ -259,7 +259,7 @@ def examples_at(
     sizes: Iterable[Size], examples: Sequence[Sequence[Path]], task: ImageTask | None
 ) -> dict[Size, list[tuple[Tensor, Tensor]]]:
     """The examples as pairs of uint8 (3, H, W), for each size."""
-    read = [read_alike(paths) for paths in examples]
+    read = [read_pair(paths) for paths in examples]
     found: dict[Size, list[tuple[Tensor, Tensor]]] = {}
     for size in sizes:
         pairs = (at_size(images, size, task) for images in read)

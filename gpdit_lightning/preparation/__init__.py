@@ -1,15 +1,15 @@
 """Folders of videos and pictures to latent shards."""
 
-from gpdit_lightning.preparation.few_shot import FewShotOptions, prepare_sequences
+from gpdit_lightning.preparation.few_shot import PreparePairsOptions, prepare_pairs
 from gpdit_lightning.preparation.options import PrepareOptions, argument_parser
-from gpdit_lightning.preparation.prepare import prepare, prepared_sources, summary
+from gpdit_lightning.preparation.prepare import list_input_files, prepare, summary
 
 __all__ = [
-    "FewShotOptions",
     "PrepareOptions",
+    "PreparePairsOptions",
     "argument_parser",
+    "list_input_files",
     "prepare",
-    "prepare_sequences",
-    "prepared_sources",
+    "prepare_pairs",
     "summary",
 ]

@@ -14,9 +14,9 @@ from gpdit_lightning.data.workers import outlive_signals
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import closest_size, parse_size, read_image, resize_and_crop
 from gpdit_lightning.media.video import iterate_frames, video_info
+from gpdit_lightning.preparation.input_files import InputFile, held_out
 from gpdit_lightning.preparation.options import LANES, PrepareOptions
 from gpdit_lightning.preparation.shots import with_cuts
-from gpdit_lightning.preparation.sources import Source, held_out
 from gpdit_lightning.preparation.tars import iterate_images
 
 # A decoder with several threads may leave other pictures of a damaged video each time.
@@ -73,7 +73,7 @@ def identity_of(metadata: dict[str, Any]) -> Identity:
 class Lanes(IterableDataset[Item | None]):
     """The items of many sources, `LANES` sources at a time in turn.
 
-    Source i belongs to lane i % LANES. Each turn takes one item from every lane; a lane that has ended gives None while
+    File i belongs to lane i % LANES. Each turn takes one item from every lane; a lane that has ended gives None while
     others of its process go on. So the order without the Nones is the same for every number of processes that divides
     `LANES`: a loader asks its processes in turn, and each of them holds equally many lanes.
 
@@ -85,7 +85,11 @@ class Lanes(IterableDataset[Item | None]):
     """
 
     def __init__(
-        self, sources: Sequence[Source], options: PrepareOptions, factor: int, done: AbstractSet[Identity] = frozenset()
+        self,
+        sources: Sequence[InputFile],
+        options: PrepareOptions,
+        factor: int,
+        done: AbstractSet[Identity] = frozenset(),
     ) -> None:
         self.sources, self.options, self.factor, self.done = sources, options, factor, done
 
@@ -111,7 +115,7 @@ class Lanes(IterableDataset[Item | None]):
                 yield Skipped(place, source.name, reason)
             yield End(place)
 
-    def _items(self, place: int, source: Source) -> Iterator[Item]:
+    def _items(self, place: int, source: InputFile) -> Iterator[Item]:
         if source.kind == "video":
             yield from self._clips(place, source)
         elif source.split is None:
@@ -123,7 +127,7 @@ class Lanes(IterableDataset[Item | None]):
             else:
                 yield self._picture(place, source.split, read_image(source.path), metadata)
 
-    def _pictures_of_tar(self, place: int, tar: Source) -> Iterator[Item]:
+    def _pictures_of_tar(self, place: int, tar: InputFile) -> Iterator[Item]:
         for sample in iterate_images(tar.path):
             name = f"{tar.name}/{sample.key}"
             if sample.problem:
@@ -141,7 +145,7 @@ class Lanes(IterableDataset[Item | None]):
         size = closest_size(height, width, [parse_size(text) for text in self.options.image_sizes])
         return Clip(place, split, resize_and_crop(pixels, size), metadata | {"pixel_size": list(size)})
 
-    def _clips(self, place: int, source: Source) -> Iterator[Item]:
+    def _clips(self, place: int, source: InputFile) -> Iterator[Item]:
         assert source.split is not None
         options = self.options
         info = video_info(source.path, DECODER_THREADS)
@@ -176,7 +180,7 @@ class Lanes(IterableDataset[Item | None]):
                 f"{options.shortest_clip}{uncut}: lower the stride or the clip's length."
             )
 
-    def _frames(self, source: Source) -> Iterator[tuple[int, Tensor, bool]]:
+    def _frames(self, source: InputFile) -> Iterator[tuple[int, Tensor, bool]]:
         """The frames that count: number in the video, pixels (3, H, W), and whether it begins a shot."""
         stride = self.options.stride
         if not self.options.avoid_cuts:
@@ -227,7 +231,7 @@ def cut_clips(
 
 
 def read(
-    sources: Sequence[Source], options: PrepareOptions, factor: int, workers: int, done: AbstractSet[Identity]
+    sources: Sequence[InputFile], options: PrepareOptions, factor: int, workers: int, done: AbstractSet[Identity]
 ) -> Iterator[Item]:
     """The items of the sources, read by `workers` processes; the same for each number of them.
 
@@ -265,7 +269,7 @@ def read(
         ) from None
 
 
-def _annotation(source: Source) -> dict[str, Any]:
+def _annotation(source: InputFile) -> dict[str, Any]:
     """What is known of a source, for its samples' metadata."""
     known: dict[str, Any] = {"label": source.label} if source.label is not None else {}
     if source.captions:

@@ -17,9 +17,9 @@ from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.data.shards import Shape, ShardReader, described, index_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation.clips import Clip, Done, End, Identity, Skipped, identity_of, read
+from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.preparation.options import PrepareOptions
 from gpdit_lightning.preparation.records import PartResult
-from gpdit_lightning.preparation.sources import Source
 
 SHARD_NAME = re.compile(
     rf"({'|'.join(get_args(Split))})-({'|'.join(get_args(Kind))})-(\d+)x(\d+)x(\d+)-(\d{{5}})-\d{{5}}"
@@ -67,7 +67,7 @@ class Known(NamedTuple):
 
 
 def encode_part(
-    part: int, sources: Sequence[Source], options: PrepareOptions, codec: Codec, workers: int, progress: Progress
+    part: int, sources: Sequence[InputFile], options: PrepareOptions, codec: Codec, workers: int, progress: Progress
 ) -> PartResult:
     """Write the shards of a part, behind those of it that are complete already.
 

@@ -23,7 +23,7 @@ from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, TASKS, ImageTask, 
 from gpdit_lightning.media.images import Size, parse_size, read_image, resize_and_crop
 from gpdit_lightning.preparation.options import PrepareOptions
 from gpdit_lightning.preparation.options import check_options as check_shared_options
-from gpdit_lightning.preparation.pairs import Pair, folders_in, hold_out, pairs_of_one, pairs_of_two
+from gpdit_lightning.preparation.pairs import Pair, hold_out, pair_folders, pairs_of_one, pairs_of_two
 
 PLACES = ("sources", "targets", "pairs_in")
 SPEED_OPTIONS = ("out", "device")
@@ -32,7 +32,7 @@ OWN_FILES = re.compile(r"(train|validation)-sequence-\d+x\d+x\d+-\d{5}\.(tar|ind
 
 
 @dataclass(frozen=True)
-class FewShotOptions:
+class PreparePairsOptions:
     """What sequences to build, from which pairs. Each field's `help` is the command line's."""
 
     out: Path = field(metadata={"help": "folder for the shards and manifest.json"})
@@ -92,7 +92,7 @@ class FewShotOptions:
     device: str = field(default="auto", metadata={"help": "where the codec computes: auto, cpu, cuda, cuda:1, ..."})
 
 
-def prepare_sequences(options: FewShotOptions) -> Manifest:
+def prepare_pairs(options: PreparePairsOptions) -> Manifest:
     """Encode every picture alone (T = 1), stack pairs to sequences source, target, source, target, ..., and shard them.
 
     A folder that already holds what these options make is returned as it is.
@@ -158,7 +158,7 @@ def prepare_sequences(options: FewShotOptions) -> Manifest:
     return manifest
 
 
-def check_options(options: FewShotOptions) -> None:
+def check_options(options: PreparePairsOptions) -> None:
     """Refuse what no pictures could be prepared with, before any is opened or the codec is loaded.
 
     Raises:
@@ -202,7 +202,7 @@ def check_options(options: FewShotOptions) -> None:
         )
 
 
-def check_enough(options: FewShotOptions, found: Sequence[Pair], reserved: Sequence[Pair]) -> None:
+def check_enough(options: PreparePairsOptions, found: Sequence[Pair], reserved: Sequence[Pair]) -> None:
     """Raise `InputError` where pairs for training, `found`, are fewer than a sequence takes."""
     wanted, total = options.pairs_per_sequence, len(found) + len(reserved)
     if len(found) >= wanted:
@@ -234,10 +234,10 @@ def task_named(name: str) -> ImageTask:
     return known[name]
 
 
-def find_pairs(options: FewShotOptions) -> list[Pair]:
+def find_pairs(options: PreparePairsOptions) -> list[Pair]:
     """All pairs that the options name; raises as the functions of `pairs.py` do."""
     if options.pairs_in is not None:
-        return pairs_of_two(*folders_in(options.pairs_in), options.seed, options.source_pattern)
+        return pairs_of_two(*pair_folders(options.pairs_in), options.seed, options.source_pattern)
     assert options.sources is not None
     if options.targets is not None:
         return pairs_of_two(options.sources, options.targets, options.seed, options.source_pattern)
@@ -259,7 +259,7 @@ def frames_of(pair: Pair, task: ImageTask, size: Size) -> Tensor:
     return torch.stack((task.source(source), task.target(target)))
 
 
-def described(options: FewShotOptions, task: ImageTask, pairs: Sequence[Pair]) -> dict[str, Any]:
+def described(options: PreparePairsOptions, task: ImageTask, pairs: Sequence[Pair]) -> dict[str, Any]:
     """The options that decide what the shards hold, and a sha256 over them and every picture's name and pixels."""
     values = {name: value for name, value in asdict(options).items() if name not in SPEED_OPTIONS}
     values |= {name: Path(values[name]).name for name in PLACES if values[name] is not None}

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
-from gpdit_lightning.preparation.sources import recording_of
+from gpdit_lightning.preparation.input_files import recording_of
 
 SUBFOLDERS = (("source", "target"), ("sources", "targets"))
 
@@ -38,15 +38,15 @@ class Pair(NamedTuple):
         return self.source.digest, self.target.digest
 
 
-def ready_folders(folder: Path) -> tuple[Path, Path] | None:
+def find_pair_folders(folder: Path) -> tuple[Path, Path] | None:
     """The folders of sources and of targets inside a folder, where both are there."""
     places = [(folder / sources, folder / targets) for sources, targets in SUBFOLDERS]
     return next((both for both in places if all(place.is_dir() for place in both)), None)
 
 
-def folders_in(folder: Path, otherwise: str = "give --sources and --targets") -> tuple[Path, Path]:
-    """As `ready_folders`; raises `InputError` where they are not there, with another cure than naming them so."""
-    if (found := ready_folders(folder)) is None:
+def pair_folders(folder: Path, otherwise: str = "give --sources and --targets") -> tuple[Path, Path]:
+    """As `find_pair_folders`; raises `InputError` where they are not there, with another cure than naming them so."""
+    if (found := find_pair_folders(folder)) is None:
         raise InputError(
             f"{folder} does not hold the folders source and target (or sources and targets): name them so, or "
             f"{otherwise}."
@@ -56,7 +56,7 @@ def folders_in(folder: Path, otherwise: str = "give --sources and --targets") ->
 
 def pairs_of_one(folder: Path, seed: int, pattern: str | None = None) -> list[Pair]:
     """Every picture of a folder as both sides of a pair; raises `InputError` for no pictures or an unreadable one."""
-    shown = tqdm(pictures_in(folder), desc="reading", unit=" pictures", disable=None)
+    shown = tqdm(images_in(folder), desc="reading", unit=" pictures", disable=None)
     pictures = [picture_of(path, read_image(path), seed, pattern) for path in shown]
     return [Pair(picture, picture) for picture in pictures]
 
@@ -65,11 +65,11 @@ def pairs_of_two(sources: Path, targets: Path, seed: int, pattern: str | None = 
     """The pictures of two folders, paired by their names without ending.
 
     Raises:
-        InputError: as `counterparts`, an unreadable picture, or one of another size than its counterpart.
+        InputError: as `match_by_name`, an unreadable picture, or one of another size than its counterpart.
     """
     pairs = []
-    for paths in tqdm(counterparts(sources, targets), desc="reading", unit=" pairs", disable=None):
-        read = zip(paths, read_alike(paths), strict=True)
+    for paths in tqdm(match_by_name(sources, targets), desc="reading", unit=" pairs", disable=None):
+        read = zip(paths, read_pair(paths), strict=True)
         pairs.append(Pair(*(picture_of(path, pixels, seed, pattern) for path, pixels in read)))
     return pairs
 
@@ -102,7 +102,7 @@ def hold_out(pairs: Sequence[Pair], fraction: float) -> tuple[list[Pair], list[P
     return list(training.values()), list(held_out.values())
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     """The pictures of a folder by name, but for hidden files; raises `InputError` where there are none."""
     endings = ", ".join(IMAGE_EXTENSIONS)
     if not folder.is_dir():
@@ -118,19 +118,19 @@ def pictures_in(folder: Path) -> list[Path]:
     return found
 
 
-def counterparts(sources: Path, targets: Path) -> list[tuple[Path, Path]]:
+def match_by_name(sources: Path, targets: Path) -> list[tuple[Path, Path]]:
     """The pictures of two folders, paired by their names without ending, in the order of the sources' names.
 
     Raises:
         InputError: no pictures, two of one name in a folder, or one without its counterpart.
     """
-    with_counterparts(pictures_in(targets), sources)
-    return with_counterparts(pictures_in(sources), targets)
+    match_in_folder(images_in(targets), sources)
+    return match_in_folder(images_in(sources), targets)
 
 
-def with_counterparts(pictures: Iterable[Path], folder: Path) -> list[tuple[Path, Path]]:
+def match_in_folder(pictures: Iterable[Path], folder: Path) -> list[tuple[Path, Path]]:
     """Each picture with that of its name, without ending, in a folder, which may hold others; raises `InputError`."""
-    found = by_stem(pictures_in(folder))
+    found = by_stem(images_in(folder))
     pairs = []
     for stem, path in by_stem(pictures).items():
         if stem not in found:
@@ -148,7 +148,7 @@ def by_stem(pictures: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-def read_alike(paths: Sequence[Path]) -> list[Tensor]:
+def read_pair(paths: Sequence[Path]) -> list[Tensor]:
     """A picture and, if there is one, its counterpart: uint8 (1, 3, H, W) each; `InputError` if of different sizes."""
     pictures = [read_image(path) for path in paths]
     for path, picture in zip(paths, pictures, strict=True):

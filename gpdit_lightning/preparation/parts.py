@@ -8,9 +8,9 @@ from gpdit_lightning.codecs import Codec, load_codec
 from gpdit_lightning.devices import available_cores, available_device, rank_of_process
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.preparation.encode import Progress, encode_part
+from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.preparation.options import LANES, PrepareOptions
 from gpdit_lightning.preparation.records import Records
-from gpdit_lightning.preparation.sources import Source
 
 
 def checked_codec(options: PrepareOptions) -> Codec:
@@ -23,7 +23,7 @@ def checked_codec(options: PrepareOptions) -> Codec:
     return codec
 
 
-def encode_parts(options: PrepareOptions, records: Records, sources: Iterable[Source], codec: Codec) -> None:
+def encode_parts(options: PrepareOptions, records: Records, sources: Iterable[InputFile], codec: Codec) -> None:
     """Encode the parts that this rank should, then those that no other process holds."""
     rank, ranks, local_rank = rank_of_process()
     parts = records.unfinished()
@@ -42,7 +42,7 @@ def encode_held(
     part: int,
     options: PrepareOptions,
     records: Records,
-    by_name: Mapping[str, Source],
+    by_name: Mapping[str, InputFile],
     codec: Codec,
     progress: Progress,
     own: bool = True,

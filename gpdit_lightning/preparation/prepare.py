@@ -20,10 +20,10 @@ from gpdit_lightning.data.manifest import FILE_NAME, SKIPPED_NAME, Manifest, Spl
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
 from gpdit_lightning.preparation import shots
+from gpdit_lightning.preparation.input_files import Found, InputFile, find_sources
 from gpdit_lightning.preparation.options import PrepareOptions, check_options
 from gpdit_lightning.preparation.parts import checked_codec, encode_parts
 from gpdit_lightning.preparation.records import Records
-from gpdit_lightning.preparation.sources import Found, Source, find_sources
 
 # Options that do not decide what a sample holds.
 PLACES = ("videos", "images", "image_tars", "validation_videos", "validation_images", "annotations")
@@ -74,7 +74,7 @@ def prepare(options: PrepareOptions) -> Manifest | None:
         raise
 
 
-def prepared_sources(options: PrepareOptions) -> list[Source]:
+def list_input_files(options: PrepareOptions) -> list[InputFile]:
     """The sources that the options name, with the splits that their samples have."""
     return _found(options, Records(options.out)).sources
 
@@ -121,7 +121,7 @@ def described(options: PrepareOptions) -> dict[str, Any]:
     return values | resolved | {name: list(values[name]) for name in ("video_sizes", "image_sizes")}
 
 
-def new_sources(options: PrepareOptions, records: Records, found: Found) -> list[Source]:
+def new_sources(options: PrepareOptions, records: Records, found: Found) -> list[InputFile]:
     """The sources that no part has, and those that gave nothing and shall be tried again.
 
     Raises:
@@ -152,7 +152,7 @@ def new_sources(options: PrepareOptions, records: Records, found: Found) -> list
 def plan_parts(options: PrepareOptions, records: Records, found: Found) -> None:
     """Cut the new sources into parts, each of one sort."""
 
-    def sort(source: Source) -> int:
+    def sort(source: InputFile) -> int:
         return 2 if source.split is None else ("video", "image").index(source.kind)
 
     sizes = (

@@ -8,10 +8,10 @@ from typing import Any
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation.encode import Progress
+from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.preparation.options import PrepareOptions
 from gpdit_lightning.preparation.parts import checked_codec, encode_held, workers_of
 from gpdit_lightning.preparation.records import Records
-from gpdit_lightning.preparation.sources import Source
 
 
 class PartEncoder:
@@ -22,7 +22,7 @@ class PartEncoder:
         sources: all of them.
     """
 
-    def __init__(self, options: PrepareOptions, sources: Sequence[Source]) -> None:
+    def __init__(self, options: PrepareOptions, sources: Sequence[InputFile]) -> None:
         self.options, self.codec, self.records = options, checked_codec(options), Records(options.out)
         self.by_name = {source.name: source for source in sources}
 
@@ -34,7 +34,7 @@ class PartEncoder:
         return batch
 
 
-def encode_parts_by_ray(options: PrepareOptions, records: Records, sources: Sequence[Source]) -> None:
+def encode_parts_by_ray(options: PrepareOptions, records: Records, sources: Sequence[InputFile]) -> None:
     """Encode the parts that are not finished, each by whichever machine is free.
 
     Raises:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import held_by_one_process, written_whole
-from gpdit_lightning.preparation.sources import Source
+from gpdit_lightning.preparation.input_files import InputFile
 
 FOLDER_NAME = "preparation"
 PAUSE = 0.1  # seconds between looks at a lock that another process holds
@@ -53,10 +53,10 @@ class RecordedSource:
     place: str
     reason: str
 
-    def at(self, found: Source | None) -> Source:
+    def at(self, found: InputFile | None) -> InputFile:
         """The source as it was found again, with the split it has had since; reading a missing one will say so."""
         if found is None:
-            return Source(Path(self.name), self.name, self.kind, self.split, self.bytes)
+            return InputFile(Path(self.name), self.name, self.kind, self.split, self.bytes)
         return replace(found, split=self.split, reason=self.reason)
 
 
@@ -123,7 +123,7 @@ class Records:
         with self._sources_path(part).open(encoding="utf-8") as file:
             return [RecordedSource(**json.loads(line)) for line in file]
 
-    def add(self, sources: Sequence[Source], size: int) -> None:
+    def add(self, sources: Sequence[InputFile], size: int) -> None:
         """Cut sources into parts of at most `size`, behind those that are there."""
         number, remaining = len(self.parts), iter(sources)
         while batch := list(islice(remaining, size)):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import few_shot_examples
 from gpdit_lightning.cli import main
-from gpdit_lightning.preparation import FewShotOptions, prepare_sequences
+from gpdit_lightning.preparation import PreparePairsOptions, prepare_pairs
 
 
 def draw(folder: Path, count: int, seed: int) -> None:
@@ -28,7 +28,7 @@ def learn(place: Path, tasks: Sequence[str], steps: int) -> None:
     draw(place / "unseen", 16, seed=1)
     options = {"sources": place / "known", "pairs": 120, "sequences": 300, "size": "16x16", "codec": "pca"}
     for task in tasks:
-        prepare_sequences(FewShotOptions(out=place / task, task=task, device="cpu", **options))
+        prepare_pairs(PreparePairsOptions(out=place / task, task=task, device="cpu", **options))
     backbone = {"size": "tiny", "layers": 2, "width": 64, "heads": 2, "mlp_width": 128}
     optimizer = {"learning_rate": 5e-3, "warmup_steps": 20, "decay": "cosine"}
     manifests = [str(place / task) for task in tasks]

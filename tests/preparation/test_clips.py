@@ -11,7 +11,7 @@ from torch import Tensor
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.preparation import PrepareOptions
 from gpdit_lightning.preparation.clips import Clip, End, Skipped, cut_clips, read
-from gpdit_lightning.preparation.sources import Source
+from gpdit_lightning.preparation.input_files import InputFile
 
 FACTOR = 4
 
@@ -101,7 +101,7 @@ def film(tmp_path: Path) -> Path:
 
 
 def items(path: Path, **settings: Any) -> list[Any]:
-    source = Source(path, path.name, "video", "train", path.stat().st_size, captions=("a film",), label="cinema")
+    source = InputFile(path, path.name, "video", "train", path.stat().st_size, captions=("a film",), label="cinema")
     return list(read([source], options(video_sizes=["48x64"], **settings), FACTOR, 0, set()))
 
 

@@ -17,14 +17,14 @@ from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.image_tasks import TASKS, make_pair
 from gpdit_lightning.media.images import read_image, resize_and_crop
-from gpdit_lightning.preparation import FewShotOptions, prepare_sequences
+from gpdit_lightning.preparation import PreparePairsOptions, prepare_pairs
 
 COMMAND = Path(__file__).parents[2] / "data_prep" / "build_few_shot.py"
 PAIRS = 9
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> FewShotOptions:
+def options(tmp_path: Path) -> PreparePairsOptions:
     """Ready pairs, of which 5 are for training and 2 of the others for validation."""
     numbers = np.random.default_rng(0)
     for folder in ("colour", "grayscale"):
@@ -34,7 +34,7 @@ def options(tmp_path: Path) -> FewShotOptions:
         picture = small.resize((40, 32), Image.Resampling.BICUBIC)
         picture.save(tmp_path / "colour" / f"p{place}.png")
         picture.convert("L").save(tmp_path / "grayscale" / f"p{place}.jpg")
-    return FewShotOptions(
+    return PreparePairsOptions(
         out=tmp_path / "out",
         sources=tmp_path / "colour",
         targets=tmp_path / "grayscale",
@@ -47,7 +47,7 @@ def options(tmp_path: Path) -> FewShotOptions:
     )
 
 
-def of_task(options: FewShotOptions, task: str) -> FewShotOptions:
+def of_task(options: PreparePairsOptions, task: str) -> PreparePairsOptions:
     """The same sources for a built-in task, into a folder of its own."""
     return replace(options, task=task, targets=None, out=options.out.with_name(task))
 
@@ -62,8 +62,8 @@ def samples(manifest: Manifest) -> list[tuple[str, np.ndarray, list[str]]]:
     return found
 
 
-def test_sequences_are_pairs_of_images_each_encoded_alone(options: FewShotOptions) -> None:
-    manifest = prepare_sequences(options)
+def test_sequences_are_pairs_of_images_each_encoded_alone(options: PreparePairsOptions) -> None:
+    manifest = prepare_pairs(options)
     assert manifest == Manifest.load(options.out)
     assert {entry.kind for entry in manifest.shards} == {"sequence"}
     codec = load_codec("pca")
@@ -82,8 +82,8 @@ def test_sequences_are_pairs_of_images_each_encoded_alone(options: FewShotOption
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_built_in_task_makes_both_sides_at_the_size_to_encode(options: FewShotOptions, task: str) -> None:
-    manifest = prepare_sequences(of_task(options, task))
+def test_a_built_in_task_makes_both_sides_at_the_size_to_encode(options: PreparePairsOptions, task: str) -> None:
+    manifest = prepare_pairs(of_task(options, task))
     assert manifest.preparation["task_parameters"] == TASKS[task].parameters
     codec = load_codec("pca")
     for _, latents, names in samples(manifest):
@@ -92,8 +92,8 @@ def test_a_built_in_task_makes_both_sides_at_the_size_to_encode(options: FewShot
             assert np.abs(latents[2 * place : 2 * place + 2] - codec.encode(pixels).numpy()[:, 0]).max() < 0.02
 
 
-def test_held_out_pairs_end_the_validation_sequences_and_appear_nowhere_else(options: FewShotOptions) -> None:
-    manifest = prepare_sequences(options)
+def test_held_out_pairs_end_the_validation_sequences_and_appear_nowhere_else(options: PreparePairsOptions) -> None:
+    manifest = prepare_pairs(options)
     found = samples(manifest)
     training = {name for split, _, names in found if split == "train" for name in names}
     validation = [names for split, _, names in found if split == "validation"]
@@ -106,14 +106,14 @@ def test_held_out_pairs_end_the_validation_sequences_and_appear_nowhere_else(opt
     assert "hash" in manifest.validation["held_out_by"]
 
 
-def test_the_manifest_tells_every_file_that_is_never_trained_on(options: FewShotOptions, tmp_path: Path) -> None:
+def test_the_manifest_tells_every_file_that_is_never_trained_on(options: PreparePairsOptions, tmp_path: Path) -> None:
     """Those beyond the pairs to use and doubles too, though files of one name lie in folders of one name."""
     for side, folder in (("a", options.sources), ("b", options.targets)):
         (tmp_path / side / "train").mkdir(parents=True)
         for path in folder.iterdir():
             Image.open(path).save(tmp_path / side / "train" / f"{path.stem}.png")
     moved = replace(options, sources=tmp_path / "a/train", targets=tmp_path / "b/train", held_out_pairs=1, sequences=50)
-    manifest = prepare_sequences(moved)
+    manifest = prepare_pairs(moved)
     used = {name for split, _, names in samples(manifest) if split == "train" for name in names}
     never = {f"p{place}.png" for place in range(PAIRS)} - used
     assert len(never) > manifest.validation["validation_sources"] == 1
@@ -121,18 +121,18 @@ def test_the_manifest_tells_every_file_that_is_never_trained_on(options: FewShot
     assert manifest.validation["held_out"] == expected
     for side in "ab":
         shutil.copy(tmp_path / side / "train" / min(never), tmp_path / side / "train" / "q.png")
-    again = prepare_sequences(replace(moved, out=tmp_path / "again"))
+    again = prepare_pairs(replace(moved, out=tmp_path / "again"))
     assert again.validation["held_out"] == sorted([*expected, "a/train/q.png", "b/train/q.png"])
 
 
-def test_every_task_holds_out_the_same_pictures(options: FewShotOptions) -> None:
-    found = [prepare_sequences(of_task(options, task)).validation for task in ("grayscale", "colourisation")]
+def test_every_task_holds_out_the_same_pictures(options: PreparePairsOptions) -> None:
+    found = [prepare_pairs(of_task(options, task)).validation for task in ("grayscale", "colourisation")]
     assert found[0] == found[1]
     assert found[0]["held_out"]
 
 
-def test_training_mixes_the_sequences_of_several_tasks(options: FewShotOptions) -> None:
-    manifests = [prepare_sequences(of_task(options, task)) for task in ("grayscale", "colourisation")]
+def test_training_mixes_the_sequences_of_several_tasks(options: PreparePairsOptions) -> None:
+    manifests = [prepare_pairs(of_task(options, task)) for task in ("grayscale", "colourisation")]
     data = LatentDataModule(
         sequences=SourceConfig([str(manifest.directory) for manifest in manifests], batch_size=10), context_dropout=0.0
     )
@@ -149,57 +149,57 @@ def test_training_mixes_the_sequences_of_several_tasks(options: FewShotOptions) 
 
 
 def test_the_paper_draws_20_sequences_of_three_from_40_pairs() -> None:
-    defaults = FewShotOptions(Path())
+    defaults = PreparePairsOptions(Path())
     assert (defaults.sequences, defaults.pairs_per_sequence, defaults.pairs) == (20, 3, 40)
 
 
-def test_training_pairs_are_limited(options: FewShotOptions) -> None:
-    manifest = prepare_sequences(replace(options, pairs=3, sequences=8, validation_fraction=0))
+def test_training_pairs_are_limited(options: PreparePairsOptions) -> None:
+    manifest = prepare_pairs(replace(options, pairs=3, sequences=8, validation_fraction=0))
     assert len({name for _, _, names in samples(manifest) for name in names}) == 3
     assert manifest.validation["validation_sources"] == 0
     assert manifest.validation["held_out"] == []
 
 
-def test_only_pairs_that_occur_in_training_sequences_count_as_trained_on(options: FewShotOptions) -> None:
-    manifest = prepare_sequences(replace(options, sequences=1))
+def test_only_pairs_that_occur_in_training_sequences_count_as_trained_on(options: PreparePairsOptions) -> None:
+    manifest = prepare_pairs(replace(options, sequences=1))
     assert manifest.validation["train_sources"] == 3  # of 6 that are not held out
 
 
 def test_running_again_changes_nothing_and_other_data_are_refused(
-    options: FewShotOptions, capsys: pytest.CaptureFixture[str]
+    options: PreparePairsOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = prepare_sequences(options)
-    assert prepare_sequences(options) == first
+    first = prepare_pairs(options)
+    assert prepare_pairs(options) == first
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"holds shards made differently \(sequences\)"):
-        prepare_sequences(replace(options, sequences=6))
+        prepare_pairs(replace(options, sequences=6))
     with pytest.raises(InputError, match=r"holds shards made differently \(task\)"):
-        prepare_sequences(replace(of_task(options, "grayscale"), out=options.out))
-    again = prepare_sequences(replace(options, out=options.out.with_name("again")))
+        prepare_pairs(replace(of_task(options, "grayscale"), out=options.out))
+    again = prepare_pairs(replace(options, out=options.out.with_name("again")))
     assert [entry.sha256 for entry in again.shards] == [entry.sha256 for entry in first.shards]
-    other = prepare_sequences(replace(options, seed=1, out=options.out.with_name("other")))
+    other = prepare_pairs(replace(options, seed=1, out=options.out.with_name("other")))
     assert other.fingerprint() != first.fingerprint()
 
 
-def test_a_picture_that_changed_is_noticed_though_name_and_size_stay(options: FewShotOptions) -> None:
+def test_a_picture_that_changed_is_noticed_though_name_and_size_stay(options: PreparePairsOptions) -> None:
     """Changed to what it showed before but for one level, so that the pair may move between the splits as well."""
-    used = prepare_sequences(options)
+    used = prepare_pairs(options)
     name = samples(used)[0][2][0]
     path = options.sources / name
     pixels = np.array(Image.open(path))
     pixels[0, 0, 0] ^= 1
     Image.fromarray(pixels).save(path)
     with pytest.raises(InputError, match=r"holds shards made differently \(the source files\)"):
-        prepare_sequences(options)
+        prepare_pairs(options)
 
 
-def test_ready_pairs_may_lie_in_one_folder(options: FewShotOptions, tmp_path: Path) -> None:
-    expected = samples(prepare_sequences(options))
+def test_ready_pairs_may_lie_in_one_folder(options: PreparePairsOptions, tmp_path: Path) -> None:
+    expected = samples(prepare_pairs(options))
     (tmp_path / "task").mkdir()
     options.sources.rename(tmp_path / "task" / "source")
     options.targets.rename(tmp_path / "task" / "target")
     moved = replace(options, sources=None, targets=None, pairs_in=tmp_path / "task", out=tmp_path / "again")
-    for one, other in zip(samples(prepare_sequences(moved)), expected, strict=True):
+    for one, other in zip(samples(prepare_pairs(moved)), expected, strict=True):
         assert one[0] == other[0]
         assert one[2] == other[2]
         assert (one[1] == other[1]).all()
@@ -227,62 +227,64 @@ def test_ready_pairs_may_lie_in_one_folder(options: FewShotOptions, tmp_path: Pa
     ],
 )
 def test_what_does_not_go_together_is_named_before_a_picture_is_opened(
-    options: FewShotOptions, changes: dict[str, object], message: str
+    options: PreparePairsOptions, changes: dict[str, object], message: str
 ) -> None:
     for path in options.sources.iterdir():
         path.write_text("no picture")
     with pytest.raises(InputError, match=message):
-        prepare_sequences(replace(options, **changes))
+        prepare_pairs(replace(options, **changes))
     assert not options.out.exists()
 
 
-def test_opencv_is_missed_before_a_picture_is_opened(options: FewShotOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opencv_is_missed_before_a_picture_is_opened(
+    options: PreparePairsOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     for path in options.sources.iterdir():
         path.write_text("no picture")
     with pytest.raises(InputError, match=r"OpenCV.*pip install"):
-        prepare_sequences(of_task(options, "sketch"))
+        prepare_pairs(of_task(options, "sketch"))
 
 
-def test_too_few_pairs_are_counted_and_the_reason_is_told(options: FewShotOptions) -> None:
+def test_too_few_pairs_are_counted_and_the_reason_is_told(options: PreparePairsOptions) -> None:
     for place in range(3, PAIRS):
         (options.sources / f"p{place}.png").unlink()
         (options.targets / f"p{place}.jpg").unlink()
     places = ".*colour and .*grayscale"
     with pytest.raises(InputError, match=f"takes 4 different pairs, more than the 3 of {places}: add pictures"):
-        prepare_sequences(replace(options, pairs_per_sequence=4))
+        prepare_pairs(replace(options, pairs_per_sequence=4))
     message = rf"^Holding out \d of the 3 different pairs in {places} leaves \d for training, .* 3: add pictures, or"
     with pytest.raises(InputError, match=message):
-        prepare_sequences(options)
+        prepare_pairs(options)
     for place in (1, 2):
         shutil.copy(options.targets / "p0.jpg", options.targets / f"p{place}.jpg")
     message = r"Holding out 3 of the 3 .* share a picture .* leaves 0 .*: add pairs that share none, or .* 0\.$"
     with pytest.raises(InputError, match=message):
-        prepare_sequences(options)
-    assert prepare_sequences(replace(options, validation_fraction=0)).validation["train_sources"] == 3
+        prepare_pairs(options)
+    assert prepare_pairs(replace(options, validation_fraction=0)).validation["train_sources"] == 3
 
 
-def test_fewer_pairs_than_allowed_are_counted(options: FewShotOptions, capsys: pytest.CaptureFixture[str]) -> None:
-    prepare_sequences(replace(options, validation_fraction=0, pairs=PAIRS))
+def test_fewer_pairs_than_allowed_are_counted(options: PreparePairsOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare_pairs(replace(options, validation_fraction=0, pairs=PAIRS))
     assert "--pairs" not in capsys.readouterr().out
-    prepare_sequences(replace(options, validation_fraction=0, out=options.out.with_name("again")))
+    prepare_pairs(replace(options, validation_fraction=0, out=options.out.with_name("again")))
     assert f"draw training sequences from: {PAIRS}, where --pairs allows 40\n" in capsys.readouterr().out
 
 
-def test_frames_of_one_recording_are_held_out_together(options: FewShotOptions) -> None:
+def test_frames_of_one_recording_are_held_out_together(options: PreparePairsOptions) -> None:
     """The names begin with one of three recordings; without a pattern the manifest is as before there was one."""
     for path in (*options.sources.iterdir(), *options.targets.iterdir()):
         path.rename(path.with_name(f"clip{int(path.stem[1:]) // 3}_{path.name}"))
-    manifest = prepare_sequences(replace(options, source_pattern=r"clip\d+", validation_fraction=0.01))
+    manifest = prepare_pairs(replace(options, source_pattern=r"clip\d+", validation_fraction=0.01))
     recordings = {Path(name).name.partition("_")[0] for name in manifest.validation["held_out"]}
     assert len(recordings) == 1
     assert len(manifest.validation["held_out"]) == 6
     assert "source_pattern" in manifest.validation["held_out_by"]
     assert manifest.preparation["source_pattern"] == r"clip\d+"
-    assert "source_pattern" not in prepare_sequences(of_task(options, "copy")).preparation
+    assert "source_pattern" not in prepare_pairs(of_task(options, "copy")).preparation
 
 
-def test_the_command(options: FewShotOptions) -> None:
+def test_the_command(options: PreparePairsOptions) -> None:
     arguments = ["--codec", "pca", "--size", "16x24", "--out", str(options.out), "--task", "grayscale"]
     done = subprocess.run(
         [sys.executable, str(COMMAND), *arguments, "--sources", str(options.sources)],

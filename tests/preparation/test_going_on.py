@@ -22,10 +22,10 @@ from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.video import write_video
-from gpdit_lightning.preparation import PrepareOptions, prepare
+from gpdit_lightning.preparation import PrepareOptions, parts, prepare
 from gpdit_lightning.preparation.clips import read
+from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.preparation.records import Records
-from gpdit_lightning.preparation.sources import Source
 
 COMMAND = Path(__file__).parents[2] / "data_prep" / "shard_latents.py"
 
@@ -124,7 +124,9 @@ def test_the_number_of_processes_changes_nothing(options: PrepareOptions, whole:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_order_of_items_depends_on_no_process(movies: Path, options: PrepareOptions) -> None:
     """More sources than lanes, of very different lengths."""
-    sources = [Source(path, path.name, "video", "train", path.stat().st_size) for path in sorted(movies.rglob("*.mp4"))]
+    sources = [
+        InputFile(path, path.name, "video", "train", path.stat().st_size) for path in sorted(movies.rglob("*.mp4"))
+    ]
     sequences = []
     for workers in (0, 1, 2, 8):
         items = list(read(sources, options, 4, workers, set()))
@@ -145,7 +147,7 @@ def interrupt_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return encode(pixels)
 
     monkeypatch.setattr(codec, "encode", dying)
-    monkeypatch.setattr(sys.modules[prepare.__module__], "load_codec", lambda *_: codec)
+    monkeypatch.setattr(parts, "load_codec", lambda *_: codec)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 5, 8, 11, 13, 16, 20])

@@ -25,7 +25,7 @@ from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.data.shards import described, index_path
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.video import write_video
-from gpdit_lightning.preparation import FewShotOptions, PrepareOptions, prepare, prepare_sequences
+from gpdit_lightning.preparation import PrepareOptions, PreparePairsOptions, prepare, prepare_pairs
 from gpdit_lightning.preparation.inspection import overview, strays, verify, why, write_sheet
 from gpdit_lightning.preparation.inspection.samples import spread
 from gpdit_lightning.preparation.inspection.sheet import chosen
@@ -563,8 +563,8 @@ def test_sequences_have_all_but_records(tmp_path: Path) -> None:
             pixels = np.random.default_rng(number).integers(0, 255, (24, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / folder / f"p{number}.png")
     folders = {"sources": tmp_path / "colour", "targets": tmp_path / "grey"}
-    manifest = prepare_sequences(
-        FewShotOptions(out=tmp_path / "out", **folders, held_out_pairs=1, size="16x24", codec="pca", device="cpu")
+    manifest = prepare_pairs(
+        PreparePairsOptions(out=tmp_path / "out", **folders, held_out_pairs=1, size="16x24", codec="pca", device="cpu")
     )
     assert "sequence 6x16x2x3         train" in overview(manifest)
     assert faults(tmp_path / "out") == []

@@ -12,12 +12,12 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation.pairs import (
     Pair,
     Picture,
-    counterparts,
-    folders_in,
     hold_out,
+    images_in,
+    match_by_name,
+    pair_folders,
     pairs_of_one,
     pairs_of_two,
-    pictures_in,
 )
 
 
@@ -124,32 +124,32 @@ def test_ready_pairs_are_held_out_alike_in_both_directions_and_with_their_pictur
 
 def test_folders_in_a_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not hold the folders source and target"):
-        folders_in(tmp_path)
+        pair_folders(tmp_path)
     (tmp_path / "sources").mkdir()
     (tmp_path / "target").mkdir()
     with pytest.raises(InputError, match="does not hold the folders"):
-        folders_in(tmp_path)
+        pair_folders(tmp_path)
     (tmp_path / "targets").mkdir()
-    assert folders_in(tmp_path) == (tmp_path / "sources", tmp_path / "targets")
+    assert pair_folders(tmp_path) == (tmp_path / "sources", tmp_path / "targets")
 
 
 def test_hidden_files_and_folders_are_no_pictures(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "a", 1)
     (folder / "._p0.png").write_text("what macOS leaves on foreign disks")
     (folder / "b.png").mkdir()
-    assert pictures_in(folder) == [folder / "p0.png"]
+    assert images_in(folder) == [folder / "p0.png"]
     for place, words in ((tmp_path / "nowhere", "does not exist"), (folder / "p0.png", "is no folder")):
         with pytest.raises(InputError, match=f"{place.name} {words}: give a folder"):
-            pictures_in(place)
+            images_in(place)
     with pytest.raises(InputError, match=r"b\.png holds no pictures: give"):
-        pictures_in(folder / "b.png")
+        images_in(folder / "b.png")
 
 
 def test_names_find_each_other_however_their_accents_are_spelt(tmp_path: Path) -> None:
     for folder, name in (("a", "caf\u00e9"), ("b", "cafe\u0301")):
         write_pictures(tmp_path / folder, 1)
         (tmp_path / folder / "p0.png").rename(tmp_path / folder / f"{name}.png")
-    ((first, second),) = counterparts(tmp_path / "a", tmp_path / "b")
+    ((first, second),) = match_by_name(tmp_path / "a", tmp_path / "b")
     assert (first.parent.name, second.parent.name) == ("a", "b")
 
 

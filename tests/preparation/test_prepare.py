@@ -19,7 +19,7 @@ from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import resize_and_crop
 from gpdit_lightning.media.video import iterate_frames, read_video, video_info, write_video
-from gpdit_lightning.preparation import PrepareOptions, clips, prepare, summary
+from gpdit_lightning.preparation import PrepareOptions, clips, parts, prepare, summary
 
 COMMAND = Path(__file__).parents[2] / "data_prep" / "shard_latents.py"
 
@@ -237,7 +237,7 @@ def test_a_finished_folder_is_reused_and_never_overwritten(
     options: PrepareOptions, videos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepared(options)
-    monkeypatch.setattr(sys.modules[prepare.__module__], "load_codec", None)  # calling it would fail
+    monkeypatch.setattr(parts, "load_codec", None)  # calling it would fail
     assert prepared(replace(options, batch_size=1)) == first
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(
@@ -277,7 +277,7 @@ def test_latents_too_large_for_half_precision_are_left_out(
     codec = load_codec("pca")
     encode = codec.encode
     monkeypatch.setattr(codec, "encode", lambda pixels: encode(pixels) * 1e6)
-    monkeypatch.setattr(sys.modules[prepare.__module__], "load_codec", lambda *_: codec)
+    monkeypatch.setattr(parts, "load_codec", lambda *_: codec)
     with pytest.raises(InputError, match=r"None of the 6 sources could be used; the first: .*not finite in float16"):
         prepare(options)
     assert not (options.out / "manifest.json").exists()

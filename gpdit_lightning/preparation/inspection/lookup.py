@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.preparation.records import RecordedSource, Records
-from gpdit_lightning.preparation.sources import Source
 
 SHOWN = 10  # of the names that may be meant
 
@@ -73,7 +73,7 @@ def look_up(file: str, records: Records, left_out: Sequence[str]) -> Match | Non
 
 def place_of(path: Path) -> str:
     """What records note of where a file lies."""
-    return Source(path, path.name, "image", None, 0).place
+    return InputFile(path, path.name, "image", None, 0).place
 
 
 def _readings(path: Path) -> Iterator[Reading]:

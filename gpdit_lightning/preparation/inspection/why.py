@@ -15,11 +15,11 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image
 from gpdit_lightning.media.video import iterate_frames, video_info
 from gpdit_lightning.preparation.clips import DECODER_THREADS, Clip, Lanes, Skipped
+from gpdit_lightning.preparation.input_files import ENDINGS, InputFile, held_out, reason_of_hash, recording_of
 from gpdit_lightning.preparation.inspection.lookup import Match, look_up, place_of
 from gpdit_lightning.preparation.options import PrepareOptions
 from gpdit_lightning.preparation.prepare import PLACES
 from gpdit_lightning.preparation.records import FOLDER_NAME, RecordedSource, Records
-from gpdit_lightning.preparation.sources import ENDINGS, Source, held_out, reason_of_hash, recording_of
 from gpdit_lightning.preparation.tars import iterate_images
 
 
@@ -254,11 +254,11 @@ class Inquiry:
                         return path
         return None
 
-    def _as_source(self, path: Path) -> Source | None:
+    def _as_source(self, path: Path) -> InputFile | None:
         """A file as preparation would take it, if it were at one of the places; None where it takes no such file."""
         size, ending = path.stat().st_size, path.suffix.lower()
         if ending == ".tar":
-            return Source(path, _name_at(path, self.places["image_tars"]) or path.name, "image", None, size)
+            return InputFile(path, _name_at(path, self.places["image_tars"]) or path.name, "image", None, size)
         kind = next((kind for kind, endings in ENDINGS.items() if ending in endings), None)
         if kind is None:
             return None
@@ -266,14 +266,14 @@ class Inquiry:
         name = held_out_name or _name_at(path, self.places[f"{kind}s"]) or path.name
         recording = recording_of(name, self.options.source_pattern)
         if held_out_name:
-            return Source(path, name, kind, "validation", size, "it lies in a held-out place")
+            return InputFile(path, name, kind, "validation", size, "it lies in a held-out place")
         if split := self._split_of_recording(recording):
-            return Source(path, name, kind, split, size, "files of the same recording were prepared before")
+            return InputFile(path, name, kind, split, size, "files of the same recording were prepared before")
         if self.places[f"validation_{kind}s"]:
-            return Source(path, name, kind, "train", size, "it lies in no held-out place")
+            return InputFile(path, name, kind, "train", size, "it lies in no held-out place")
         fraction = self.options.validation_fraction
         split = "validation" if held_out(recording, fraction) else "train"
-        return Source(path, name, kind, split, size, reason_of_hash(recording, fraction))
+        return InputFile(path, name, kind, split, size, reason_of_hash(recording, fraction))
 
     def _split_of_recording(self, recording: str) -> Split | None:
         """The split of the other files of a recording; None if there are none."""

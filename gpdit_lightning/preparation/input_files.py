@@ -20,7 +20,7 @@ ENDINGS: dict[Kind, tuple[str, ...]] = {"video": VIDEO_EXTENSIONS, "image": IMAG
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """One file to encode."""
 
     path: Path
@@ -46,7 +46,7 @@ class Source:
 class Found(NamedTuple):
     """What was found at the places that the options name."""
 
-    sources: list[Source]
+    sources: list[InputFile]
     left_out: list[dict[str, str]]
     """`{"source", "reason"}` of every file that the annotations leave out."""
     annotations: Annotations
@@ -86,9 +86,9 @@ def find_sources(options: PrepareOptions, recorded: Mapping[str, Split | None] |
             known = annotations.of(name)
             label = known.label or (path.parent.name if options.labels else None)
             size = path.stat().st_size
-            found.sources.append(Source(path, name, kind, split, size, reason, known.captions, label))
+            found.sources.append(InputFile(path, name, kind, split, size, reason, known.captions, label))
     for path, name in (file for pattern in options.image_tars for file in _tars(pattern)):
-        found.sources.append(Source(path, name, "image", None, path.stat().st_size))
+        found.sources.append(InputFile(path, name, "image", None, path.stat().st_size))
     _refuse_doubles(found.sources)
     return found
 
@@ -182,7 +182,7 @@ def _hash(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
 
 
-def _refuse_doubles(sources: Sequence[Source]) -> None:
+def _refuse_doubles(sources: Sequence[InputFile]) -> None:
     names: dict[str, Path] = {}
     places: set[str] = set()
     for source in sources:
