@@ -122,9 +122,9 @@ def image_options(run_dir: Path) -> PrepareOptions:
     )
 
 
-def pair_options(run_dir: Path) -> FewShotOptions:
+def pair_options(run_dir: Path) -> PreparePairsOptions:
     """How to build the few-shot sequences: from images of the training videos and their grayscale versions."""
-    return FewShotOptions(
+    return PreparePairsOptions(
         out=run_dir / "latents" / "few_shot",
         task="grayscale",
         sources=run_dir / "pictures" / "train",
