@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpdit_lightning.model.attention import frame_causal_attention, select_backend
-from gpdit_lightning.model.attention.frame_causal import Context, Queries
+from gpdit_lightning.model.attention import KV, QKV, frame_causal_attention, select_backend
 from gpdit_lightning.model.config import AttentionVariant
 
 HEADS, HEAD_WIDTH, TOKENS = 12, 64, 240
@@ -60,9 +59,9 @@ def ratio(variant: AttentionVariant, frames: int, device: str, repeats: int) -> 
             operator,
             variant,
             TOKENS,
-            Context(parts[1][0], parts[2][0]),
-            Queries(*(part[0] for part in parts)),
-            Queries(*(part[1] for part in parts)),
+            KV(parts[1][0], parts[2][0]),
+            QKV(*(part[0] for part in parts)),
+            QKV(*(part[1] for part in parts)),
         )
         return torch.cat([out for out in outputs if out is not None], dim=1)
 

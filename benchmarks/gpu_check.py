@@ -28,9 +28,8 @@ from torch import Tensor
 from gpdit_lightning import GPDiT, GPDiTConfig, InputError
 from gpdit_lightning.estimation.flops import PassShape, peak_bf16_flops, training_flops
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.model.attention import AttentionOperator, frame_causal_attention, select_backend
+from gpdit_lightning.model.attention import KV, QKV, AttentionOperator, frame_causal_attention, select_backend
 from gpdit_lightning.model.attention.backends import sdpa, xformers
-from gpdit_lightning.model.attention.frame_causal import Context, Queries
 from gpdit_lightning.model.config import AttentionVariant
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
 
@@ -87,12 +86,10 @@ class StepResult:
     failure: str = ""
 
 
-def reference_attention(
-    variant: AttentionVariant, tokens: int, clean: Queries, noisy: Queries
-) -> tuple[Tensor, Tensor]:
+def reference_attention(variant: AttentionVariant, tokens: int, clean: QKV, noisy: QKV) -> tuple[Tensor, Tensor]:
     """Frame-causal attention by a dense mask, clip after clip, in the precision of its inputs."""
 
-    def attend(queries: Queries, allowed: Tensor) -> Tensor:
+    def attend(queries: QKV, allowed: Tensor) -> Tensor:
         scores = torch.einsum("qhk,mhk->hqm", queries.query, queries.key) / math.sqrt(queries.query.shape[-1])
         weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
         return torch.einsum("hqm,mhk->qhk", weights, queries.value)
@@ -108,12 +105,12 @@ def reference_attention(
     clean_out, noisy_out = [], []
     for clip in range(len(noisy.query)):
         if clip < len(clean.query):
-            both = Queries(*(torch.cat((c[clip], n[clip])) for c, n in zip(clean, noisy, strict=True)))
+            both = QKV(*(torch.cat((c[clip], n[clip])) for c, n in zip(clean, noisy, strict=True)))
             out = attend(both, allowed)
             clean_out.append(out[:clean_count])
             noisy_out.append(out[clean_count:])
         else:
-            alone = Queries(*(x[clip] for x in noisy))
+            alone = QKV(*(x[clip] for x in noisy))
             noisy_out.append(attend(alone, itself[clean_count:, clean_count:]))
     return torch.stack(clean_out), torch.stack(noisy_out)
 
@@ -125,13 +122,13 @@ def attention_errors(
     tokens = (scale.height // 2) * (scale.width // 2)
     generator = torch.Generator(scale.device).manual_seed(0)
 
-    def leaves(clips: int, frames: int) -> Queries:
+    def leaves(clips: int, frames: int) -> QKV:
         shape = (clips, frames * tokens, 2, head_width)
         made = (torch.randn(shape, device=scale.device, generator=generator).to(dtype) for _ in range(3))
-        return Queries(*(x.requires_grad_() for x in made))
+        return QKV(*(x.requires_grad_() for x in made))
 
     clean, noisy = leaves(2, scale.frames - 1), leaves(3, scale.frames)
-    context = Context(clean.key, clean.value)
+    context = KV(clean.key, clean.value)
     clean_out, noisy_out = frame_causal_attention(operator, variant, tokens, context, clean, noisy)
     assert clean_out is not None
     assert noisy_out is not None
@@ -139,7 +136,7 @@ def attention_errors(
     cotangents = [torch.randn(x.shape, device=x.device, generator=generator).to(dtype) for x in (clean[0], noisy[0])]
     gradients = torch.autograd.grad(outputs, (*clean, *noisy), cotangents)
 
-    exact_clean, exact_noisy = (Queries(*(x.detach().double().requires_grad_() for x in q)) for q in (clean, noisy))
+    exact_clean, exact_noisy = (QKV(*(x.detach().double().requires_grad_() for x in q)) for q in (clean, noisy))
     exact = reference_attention(variant, tokens, exact_clean, exact_noisy)
     exact_gradients = torch.autograd.grad(exact, (*exact_clean, *exact_noisy), [x.double() for x in cotangents])
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gpdit_lightning.checkpoints.card import model_card
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
+from gpdit_lightning.model.attention.backends import BUILT_IN
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.version import __version__
 
@@ -98,6 +99,9 @@ class Weights:
             architecture = GPDiTConfig.preset(**config)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+        if architecture.attention_backend not in BUILT_IN:
+            # An import path or a name of another process: a file of weights must not choose code to import.
+            architecture = architecture.replaced(attention_backend="auto")
         names = facts.get("classes", ())
         if names and len(names) != architecture.classes:
             raise InputError(

@@ -1,9 +1,13 @@
 """One GPDiT block: frame-causal attention and an MLP on a residual stream (GPDiT, figure 2, middle)."""
 
+from collections.abc import Callable
+from functools import cache
+
+import torch
 from torch import Tensor, nn
 
 from gpdit_lightning.model.config import GPDiTConfig
-from gpdit_lightning.model.kv_cache import Memory
+from gpdit_lightning.model.kv_cache import LayerCache
 from gpdit_lightning.model.streams import Streams
 
 
@@ -29,7 +33,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """RMSNorm, attention with QK-norm, RMSNorm, MLP; rotation time conditioning where the adaLN of a DiT would be.
 
-    The query projection is apart from the key-value projection, so that tokens which are only looked at need not ask.
+    The query projection is separate from the key-value projection, since some tokens need no query.
     """
 
     def __init__(self, config: GPDiTConfig) -> None:
@@ -45,34 +49,61 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(width, eps=eps)
         self.mlp = MLP(width, config.mlp_width)
 
-    def forward(self, x: Tensor, streams: Streams, skip: int = 0, memory: Memory | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, streams: Streams, num_kv_only: int = 0, layer_cache: LayerCache | None = None
+    ) -> Tensor:
         """Update the packed residual stream.
 
         Args:
             x: (packed tokens, D).
             streams: the pass these tokens belong to.
-            skip: the first `skip` tokens give keys and values only and leave the stream: the prefix and the clean
-                tokens of the last block, whose output nobody needs.
-            memory: this block's part of a cache.
+            num_kv_only: how many tokens, the first ones, give keys and values only and leave the stream: in the last
+                block the prefix and the clean tokens, whose output is not used.
+            layer_cache: this block's cache.
 
         Returns:
-            (packed tokens - skip, D).
+            (packed tokens - num_kv_only, D).
         """
         rotation = streams.rotation
         x = rotation.at_block(x)
         h = rotation.at_branch_input(self.attention_norm(x))
         key, value = self._key_value(h)
-        query = normed(self.query_norm, self.query(h[skip:]).unflatten(-1, (self.heads, -1)))
-        attended = streams.attend(query, key, value, memory).flatten(-2)
-        x = x[skip:] + rotation.at_branch_output(self.attention_output(attended))
+        query = normed(self.query_norm, self.query(h[num_kv_only:]).unflatten(-1, (self.heads, -1)))
+        attended = streams.attend(query, key, value, layer_cache).flatten(-2)
+        x = x[num_kv_only:] + rotation.at_branch_output(self.attention_output(attended))
         h = rotation.at_branch_input(self.mlp_norm(x))
         return x + rotation.at_branch_output(self.mlp(h))
 
-    def remember(self, x: Tensor, streams: Streams, memory: Memory) -> None:
-        """Only write the clean tokens' keys and values to this block's part of a cache."""
+    def write_cache(self, x: Tensor, streams: Streams, layer_cache: LayerCache) -> None:
+        """Append the clean tokens' keys and values to this block's cache and compute nothing else."""
         h = streams.rotation.at_branch_input(self.attention_norm(streams.rotation.at_block(x)))
-        streams.context(*self._key_value(h), memory)
+        layer_cache.update(streams.clean_kv(*self._key_value(h)))
 
     def _key_value(self, h: Tensor) -> tuple[Tensor, Tensor]:
         key, value = self.key_value(h).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         return normed(self.key_norm, key), value
+
+
+def run_block(
+    block: nn.Module, x: Tensor, streams: Streams, num_kv_only: int = 0, layer_cache: LayerCache | None = None
+) -> Tensor:
+    """`Block.forward`, as a function of the block."""
+    return block(x, streams, num_kv_only, layer_cache)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(run_block, dynamic=False)
+
+
+def run_compiled_block(
+    block: nn.Module, x: Tensor, streams: Streams, num_kv_only: int = 0, layer_cache: LayerCache | None = None
+) -> Tensor:
+    """:func:`run_block` by `torch.compile`: one graph for each shape of a pass, which all blocks and models share.
+
+    Images and videos, clip lengths, numbers of contexts, inner blocks and the last: more shapes than torch's limit of
+    8, from which on it would run eagerly. DDP's optimizer is off, since it would split the graphs for DDP's buckets,
+    which blocks are small enough for. Both hold for this call alone.
+    """
+    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024, optimize_ddp=False):
+        return _compiled()(block, x, streams, num_kv_only, layer_cache)

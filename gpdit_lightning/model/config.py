@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 from gpdit_lightning.errors import InputError
 
 AttentionVariant = Literal["of2", "of"]
-Backend = Literal["auto", "sdpa", "xformers"]
 TimeSite = Literal["branch", "branch_inverse", "input", "residual", "none"]
 
 # GPDiT, Table 1 (B and H); "tiny" is ours, for tests and laptops.
@@ -19,7 +18,7 @@ SIZES: dict[str, dict[str, int]] = {
 # Fields that say how the network is executed, not which function it computes: two checkpoints may differ in them.
 EXECUTION_FIELDS = ("attention_backend", "activation_checkpointing", "compile")
 
-# What a field of this type may hold: a record may come from a file that holds anything.
+# The types of values that a field of this type accepts: a record may come from a file that holds anything.
 PLAIN_TYPES: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float), bool: (bool,)}
 
 
@@ -33,7 +32,7 @@ class GPDiTConfig:
     """
 
     size: str = "B"
-    """Named size that fills `layers`, `width`, `mlp_width` and `heads` where they are 0: tiny, B (85M) or H (2.28B)."""
+    """Named size that sets `layers`, `width`, `mlp_width` and `heads` where they are 0: tiny, B (85M) or H (2.28B)."""
     layers: int = 0
     """Number of transformer blocks; 0 takes the size's."""
     width: int = 0
@@ -45,28 +44,31 @@ class GPDiTConfig:
     latent_channels: int = 16
     """Channels C of a latent frame (16 for WanVAE)."""
     patch_size: int = 2
-    """Side of the square patch of latent pixels that makes one token."""
+    """Side of the square patch of latent pixels that becomes one token."""
     attention: AttentionVariant = "of2"
-    """Which clean frames a clean frame sees: of2 = itself and all before it (GPDiT 4.1.1), of = itself only (4.1.2)."""
+    """The clean frames that a clean frame attends to: of2 = itself and all before it (GPDiT 4.1.1), of = itself only
+    (4.1.2)."""
     time_site: TimeSite = "branch"
     """Where hidden channel pairs are rotated by -theta (GPDiT 4.2): branch = inputs of attention, MLP and output layer;
     branch_inverse = the same, undone at the branch outputs; input = once after the patch embedding;
     residual = the residual stream before every block; none = never."""
     rope_lengths: tuple[int, int, int] = (32, 32, 32)
-    """Longest extent (frames, rows, columns), in tokens, that sets the RoPE bases (ACDiT 4.2); part of the weights'
-    meaning, never read from an input."""
+    """Longest extent (frames, rows, columns), in tokens, that sets the RoPE bases (ACDiT 4.2); a part of the
+    architecture, never read from an input."""
     classes: int = 0
-    """Number of class labels that the model can be told, as a token that each noisy frame sees; 0: none."""
+    """Number of class labels that the model is conditioned on, by a token that noisy frames attend to; 0: none."""
     text_width: int = 0
-    """Width of text embeddings that the model can be told, as such tokens; 0: none."""
+    """Width of text embeddings that the model is conditioned on, by such tokens; 0: none."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
-    attention_backend: Backend = "auto"
-    """Who computes attention: auto = xformers on CUDA where it is installed, else PyTorch's SDPA."""
+    attention_backend: str = "auto"
+    """Operator that computes attention: auto = xformers on CUDA where it is installed, else PyTorch's SDPA; sdpa;
+    xformers; a registered name; or the import path of a callable (query, key, value) -> output, see
+    model/attention/backends.py."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations: less memory, a third more time."""
     compile: bool = False
-    """Train with blocks that torch.compile has fused; a minute or so for every new shape of a batch at its first step.
+    """Train with blocks compiled by torch.compile; about a minute for every new shape of a batch at its first step.
     Validation and generation are not compiled. On the CPU it needs a C++ compiler."""
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ class GPDiTConfig:
         if [type(length) for length in lengths] != [int] * 3 or min(lengths) < 1:
             raise InputError(f"rope_lengths is {self.rope_lengths}; it must be three positive numbers of tokens.")
         object.__setattr__(self, "rope_lengths", lengths)
-        for name, kind in (("attention", AttentionVariant), ("time_site", TimeSite), ("attention_backend", Backend)):
+        for name, kind in (("attention", AttentionVariant), ("time_site", TimeSite)):
             choices = get_args(kind)
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} '{getattr(self, name)}' is not known: choose one of {', '.join(choices)}.")
@@ -135,7 +137,7 @@ class GPDiTConfig:
         return {name: value for name, value in asdict(self).items() if name not in ignored}
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON-able values; `GPDiTConfig(**d)` restores the configuration."""
+        """All fields as values that JSON can hold; `GPDiTConfig(**d)` restores the configuration."""
         return asdict(self) | {"rope_lengths": list(self.rope_lengths)}
 
     def replaced(self, **overrides: Any) -> "GPDiTConfig":

@@ -3,51 +3,45 @@
 Shapes: B clips, F latent frames, C channels, H x W latent pixels, N tokens per frame, D hidden width.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpdit_lightning.errors import InputError
-from gpdit_lightning.model.attention import precision_of, select_backend
-from gpdit_lightning.model.block import Block
+from gpdit_lightning.model.attention import find_backend
+from gpdit_lightning.model.block import Block, run_block, run_compiled_block
+from gpdit_lightning.model.checks import (
+    check_cache,
+    check_denoise,
+    check_forward,
+    check_latents,
+    check_layers,
+    check_takes_conditions,
+)
 from gpdit_lightning.model.config import GPDiTConfig
-from gpdit_lightning.model.kv_cache import KVCache, Memory
+from gpdit_lightning.model.kv_cache import KVCache
 from gpdit_lightning.model.patches import patchify, unpatchify
-from gpdit_lightning.model.positions import rope_table
 from gpdit_lightning.model.prefix import Prefix
-from gpdit_lightning.model.streams import Streams
-from gpdit_lightning.model.time_conditioning import TimeRotation
-
-
-@cache
-def compiled_call() -> Callable[..., Tensor]:
-    """The call of a block, compiled: once for each shape of a pass, whatever the number of blocks and models."""
-    # Buckets, lengths, numbers of contexts, inner blocks and the last: by default torch stays eager from the ninth on.
-    torch.compiler.config.recompile_limit = torch.compiler.config.accumulated_recompile_limit = 1024
-    torch._dynamo.config.optimize_ddp = False  # cuts graphs for DDP's buckets; blocks, one by one, are cut fine enough
-
-    def call(block: nn.Module, x: Tensor, streams: Streams, skip: int, memory: Memory | None) -> Tensor:
-        return block(x, streams, skip, memory)
-
-    return torch.compile(call, dynamic=False)
+from gpdit_lightning.model.streams import Streams, describe_streams
 
 
 class GPDiT(nn.Module):
-    """The backbone.
+    """The backbone: patch embedding, blocks, output layer (GPDiT, figure 2).
 
     No parameter sits directly on this module: DeepSpeed ZeRO-3 gathers those of submodules in any method, but the
     root's only in `forward`.
 
     Args:
         config: the architecture.
+
+    Raises:
+        InputError: an attention backend that does not exist.
     """
 
     def __init__(self, config: GPDiTConfig) -> None:
         super().__init__()
+        find_backend(config.attention_backend)  # an unknown name fails here, not at the first step
         self.config = config
         patch_values = config.latent_channels * config.patch_size**2
         self.patch_embedding = nn.Linear(patch_values, config.width)
@@ -88,11 +82,11 @@ class GPDiT(nn.Module):
             noisy: (B, F, C, H, W).
             theta: (B, F) radians, one angle per noisy frame.
             clean: (B', F, C, H, W), the whole clip where `frames` names some, with K * B' <= B: the first K * B' noisy
-                clips have context, the rest have none; None: no clip has. The last clean frame is seen by nobody and is
-                not computed.
-            condition: what a model with `classes` or `text_width` is told of each noisy clip, whatever its context:
-                (B,) class numbers, -1 for none (as is None), or (B, L, text width) embeddings of any text encoder,
-                those of an empty text for none. Seen by the noisy frames alone.
+                clips have context, the rest have none; None: no clip has. No frame attends to the last clean frame,
+                which is not computed.
+            condition: for a model with `classes` or `text_width`, what each noisy clip shows, whether or not it has
+                context: (B,) class numbers, -1 for none (as is None), or (B, L, text width) embeddings by any text
+                encoder, those of an empty text for none. Only noisy frames attend to it.
             draws: K, how many noisy clips share the context of one clean clip, whose stream is computed once: noisy
                 clip k * B' + b is the k-th copy of clean clip b.
             frames: the positions of the noisy frames in the clip, rising, where only some of them are wanted; None: all
@@ -104,38 +98,61 @@ class GPDiT(nn.Module):
         Raises:
             InputError: shapes that do not fit the architecture or each other.
         """
-        self._check(noisy, condition)
-        some, frames = frames is not None, tuple(range(noisy.shape[1]) if frames is None else frames)
-        if theta.shape != noisy.shape[:2]:
-            raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B, F) = {tuple(noisy.shape[:2])}.")
-        if len(frames) != noisy.shape[1] or any(b <= a for a, b in pairwise((-1, *frames))):
-            raise InputError(
-                f"frames are {frames} for {noisy.shape[1]} noisy ones: give the position of each, rising from 0."
-            )
-        if draws < 1:
-            raise InputError(f"draws is {draws}; it must be at least 1.")
-        if clean is not None:
-            length = clean.shape[1] if clean.ndim == 5 else 0
-            enough = length >= frames[-1] if some else length == noisy.shape[1]
-            if not enough or clean.shape[2:] != noisy.shape[2:] or draws * len(clean) > len(noisy):
-                raise InputError(
-                    f"clean has shape {tuple(clean.shape)}; it must be (B', F, C, H, W) like noisy "
-                    f"{tuple(noisy.shape)}, with draws * B' <= B where draws is {draws}."
-                )
-            clean = clean[:, : frames[-1]] if len(clean) and frames[-1] else None
-        x, streams = self._start(clean, noisy, theta, condition, frames, frames, draws=draws)
+        check_forward(self.config, noisy, theta, clean, condition, draws, frames)
+        frames = tuple(range(noisy.shape[1]) if frames is None else frames)
+        clean = clean[:, : frames[-1]] if clean is not None and len(clean) and frames[-1] else None
+        x, streams = self.embed(
+            clean, noisy, theta, condition, noisy_frames=frames, context_lengths=frames, draws=draws
+        )
         for block in self.blocks[:-1]:
             x = self._run(block, x, streams)
-        x = self._run(self.blocks[-1], x, streams, skip=streams.noisy_start)
-        return self._finish(x, streams, noisy)
+        x = self._run(self.blocks[-1], x, streams, num_kv_only=streams.noisy_start)
+        return self.head(x, streams).to(noisy.dtype)
+
+    def embed(
+        self,
+        clean: Tensor | None = None,
+        noisy: Tensor | None = None,
+        theta: Tensor | None = None,
+        condition: Tensor | None = None,
+        first_frame: int = 0,
+        noisy_frames: tuple[int, ...] = (),
+        context_lengths: tuple[int, ...] = (),
+        draws: int = 1,
+    ) -> tuple[Tensor, Streams]:
+        """Tokens (packed tokens, D) of the prefix, of all clean frames and of all noisy frames, and their description.
+
+        Args:
+            clean, noisy, theta, condition, draws: as in :meth:`forward`.
+            first_frame: the position of the first clean frame.
+            noisy_frames: the positions of the noisy frames.
+            context_lengths: how many frames of the context each of them attends to, from the first.
+        """
+        given = [latents for latents in (clean, noisy) if latents is not None]
+        patches = torch.cat([patchify(latents, self.config.patch_size).flatten(0, 2) for latents in given])
+        # In the precision of the weights: under autocast the residual stream stays in float32.
+        dtype = self.patch_embedding.weight.dtype
+        x = self.patch_embedding(patches.to(dtype)).to(dtype)
+        if noisy is not None and self.prefix is not None:
+            x = torch.cat((self.prefix(condition, len(noisy)).flatten(0, 1).to(dtype), x))
+        streams = describe_streams(
+            self.config, x, clean, noisy, theta, first_frame, noisy_frames, context_lengths, draws
+        )
+        return streams.rotation.at_input(x), streams
+
+    def head(self, x: Tensor, streams: Streams) -> Tensor:
+        """The velocity (B, F, C, H, W) from the noisy tokens (B * F * N, D), the only ones left."""
+        h = streams.rotation.at_branch_input(self.output_norm(x))
+        patches = self.output(h).view(*streams.noisy_shape, streams.tokens, -1)
+        return unpatchify(patches, self.config.patch_size, streams.rows, streams.columns)
 
     def features(self, clean: Tensor, layers: Iterable[int], condition: Tensor | None = None) -> dict[int, Tensor]:
-        """The clean stream's residual stream, without time rotation (GPDiT, section 5.3).
+        """The residual stream of the clean stream, without time rotation (GPDiT, section 5.3).
 
         Args:
             clean: (B, F, C, H, W).
-            layers: after which blocks to look, 1-based; 0 is the patch embedding.
-            condition: as in :meth:`forward`, without effect: clean frames see none.
+            layers: after which blocks, 1-based; 0 is the patch embedding.
+            condition: accepted so that all methods have one interface; clean frames do not attend to it.
 
         Returns:
             for each layer (B, F, N, D), unnormalised; blocks above the highest layer are not run.
@@ -143,33 +160,30 @@ class GPDiT(nn.Module):
         Raises:
             InputError: a layer that does not exist, or shapes that do not fit.
         """
-        self._check(clean, condition)
-        wanted = set(layers)
-        for layer in wanted:
-            if not 0 <= layer <= self.config.layers:
-                raise InputError(
-                    f"layer {layer} does not exist: choose from 0 (patch embedding) to {self.config.layers}."
-                )
-        x, streams = self._start(clean)
+        layers = set(layers)
+        check_latents(self.config, clean)
+        check_takes_conditions(self.config, condition)
+        check_layers(self.config, layers)
+        x, streams = self.embed(clean)
         shape = (*clean.shape[:2], streams.tokens, self.config.width)
-        found = {0: x.view(shape)} if 0 in wanted else {}
-        for number, block in enumerate(self.blocks[: max(wanted, default=0)], start=1):
+        features = {0: x.view(shape)} if 0 in layers else {}
+        for layer, block in enumerate(self.blocks[: max(layers, default=0)], start=1):
             x = self._run(block, x, streams)
-            if number in wanted:
-                found[number] = x.view(shape)
-        return found
+            if layer in layers:
+                features[layer] = x.view(shape)
+        return features
 
     def new_cache(self, batch_size: int, max_frames: int, height: int, width: int, sinks: int | None = None) -> KVCache:
         """An empty cache for `batch_size` clips of latent frames of `height` x `width` pixels.
 
         Args:
             batch_size: B.
-            max_frames: its room, in latent frames.
-            height, width: of a latent frame.
+            max_frames: its capacity, in latent frames.
+            height, width: of a latent frame, in latent pixels.
             sinks: with a number, the cache rolls when it is full: it keeps so many first frames and the latest others.
 
         Raises:
-            InputError: a rolling cache without room for a window.
+            InputError: a rolling cache without capacity for a window.
         """
         weight = self.patch_embedding.weight
         dtype = weight.dtype
@@ -184,25 +198,26 @@ class GPDiT(nn.Module):
         Args:
             cache: from :meth:`new_cache`.
             clean: (B, k, C, H, W), the frames that follow those in the cache.
-            condition: as in :meth:`forward`, without effect: clean frames see none.
+            condition: accepted so that all methods have one interface; clean frames do not attend to it.
 
         Raises:
-            InputError: shapes that do not fit, or no room left in a cache that does not roll.
+            InputError: shapes that do not fit, or no capacity left in a cache that does not roll.
         """
         if clean.ndim == 5 and clean.shape[1] == 0:
             return
-        self._check(clean, condition)
-        cache.check(clean, len(clean), new_frames=clean.shape[1] if cache.sinks is None else 0)
+        check_latents(self.config, clean)
+        check_takes_conditions(self.config, condition)
+        check_cache(cache, len(clean), clean, new_frames=clean.shape[1] if cache.sinks is None else 0)
+        *inner_blocks, last_block = self.blocks
+        assert isinstance(last_block, Block)
         while clean.shape[1]:
-            taken, clean = clean[:, : cache.fits], clean[:, cache.fits :]
-            x, streams = self._start(taken, first_frame=cache.frames)
-            *memories, memory = cache.memories(taken.shape[1])
-            for block, own in zip(self.blocks, memories, strict=False):
-                x = block(x, streams, memory=own)
-            last = self.blocks[-1]
-            assert isinstance(last, Block)
-            last.remember(x, streams, memory)
-            cache.frames += taken.shape[1]
+            new, clean = clean[:, : cache.max_new_frames], clean[:, cache.max_new_frames :]
+            x, streams = self.embed(new, first_frame=cache.frames)
+            *inner_caches, last_cache = cache.layer_caches(new.shape[1])
+            for block, layer_cache in zip(inner_blocks, inner_caches, strict=True):
+                x = block(x, streams, layer_cache=layer_cache)
+            last_block.write_cache(x, streams, last_cache)
+            cache.frames += new.shape[1]
 
     def denoise(
         self,
@@ -220,127 +235,42 @@ class GPDiT(nn.Module):
         Args:
             noisy: (R, C, H, W).
             theta: (R,) radians.
-            cache: the clean frames before. It is changed by `clean` only; None or empty: no context.
+            cache: the clean frames before. Only `clean` changes it; None or empty: no context.
             condition: as in :meth:`forward`, for each of the R rows.
             clean: (B, k, C, H, W), the clean frames right before this one. With a cache they are appended to it in the
-                same pass, which saves `extend`; without one they are the whole context, as in GPDiT 4.1.2.
+                same pass, which saves `extend`; without one they are the whole context (GPDiT, section 4.1.2).
             draws: K, how many rows share the context of a clip: row k * B + b has that of clip b.
             without_context: how many further rows have none, the last ones: R = K * B + without_context.
-            compiled: run blocks that torch.compile has fused; where the cache rolls, four graphs serve all frames.
+            compiled: run blocks compiled by torch.compile; where the cache rolls, four graphs serve all frames.
 
         Returns:
             velocity (R, C, H, W), equal to this frame's of :meth:`forward`.
 
         Raises:
-            InputError: shapes that do not fit, or no room left in a cache that does not roll.
+            InputError: shapes that do not fit, or no capacity left in a cache that does not roll.
         """
         noisy = noisy[:, None]
-        self._check(noisy, condition)
-        if theta.shape != noisy.shape[:1]:
-            raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B,) = ({noisy.shape[0]},).")
+        check_denoise(self.config, noisy, theta, cache, condition, clean, draws, without_context)
         new_frames = clean.shape[1] if clean is not None else 0
-        clips, spare = divmod(len(noisy) - without_context, draws)
-        if clean is not None:
-            self._check(clean)
-            if (len(clean), spare, *clean.shape[-2:]) != (clips, 0, *noisy.shape[-2:]):
-                raise InputError(
-                    f"clean has shape {tuple(clean.shape)} and noisy {tuple(noisy[:, 0].shape)}; clean must be "
-                    f"(B, k, C, H, W) and noisy (draws * B + without_context, C, H, W) with draws = {draws} and "
-                    f"without_context = {without_context}."
-                )
-        if cache is not None:
-            cache.check(noisy, clips, new_frames)
-        first, held = (cache.frames, cache.held(new_frames)) if cache is not None else (0, new_frames)
-        x, streams = self._start(clean, noisy, theta[:, None], condition, (first + new_frames,), (held,), draws, first)
-        memories = cache.memories(new_frames) if cache is not None else [None] * self.config.layers
-        for layer, (block, memory) in enumerate(zip(self.blocks, memories, strict=True), start=1):
-            skip = streams.noisy_start if layer == self.config.layers else 0
-            x = compiled_call()(block, x, streams, skip, memory) if compiled else block(x, streams, skip, memory)
+        first = cache.frames if cache is not None else 0
+        context = cache.stored_frames(new_frames) if cache is not None else new_frames
+        layer_caches = cache.layer_caches(new_frames) if cache is not None else [None] * self.config.layers
+        x, streams = self.embed(
+            clean, noisy, theta[:, None], condition, first, (first + new_frames,), (context,), draws
+        )
+        run = run_compiled_block if compiled else run_block
+        for block, layer_cache in zip(self.blocks, layer_caches, strict=True):
+            num_kv_only = streams.noisy_start if block is self.blocks[-1] else 0
+            x = run(block, x, streams, num_kv_only, layer_cache)
         if cache is not None:
             cache.frames += new_frames
-        return self._finish(x, streams, noisy)[:, 0]
+        return self.head(x, streams).to(noisy.dtype)[:, 0]
 
-    def _start(
-        self,
-        clean: Tensor | None,
-        noisy: Tensor | None = None,
-        theta: Tensor | None = None,
-        condition: Tensor | None = None,
-        noisy_frames: tuple[int, ...] = (),
-        noisy_sees: tuple[int, ...] = (),
-        draws: int = 1,
-        first_frame: int = 0,
-    ) -> tuple[Tensor, Streams]:
-        """Embed all streams, packed (prefix, clean and noisy tokens), and describe the pass.
-
-        Args:
-            clean, noisy, theta, condition, draws: as in :meth:`forward` and its sisters.
-            noisy_frames: the positions of the noisy frames.
-            noisy_sees: how many frames of the context each of them sees.
-            first_frame: the position of the first clean frame.
-        """
-        config = self.config
-        given = [latents for latents in (clean, noisy) if latents is not None]
-        rows, columns = (side // config.patch_size for side in given[0].shape[-2:])
-        weight = self.patch_embedding.weight
-        precise = torch.float64 if given[0].dtype == torch.float64 else torch.float32
-        patches = torch.cat([patchify(latents, config.patch_size).flatten(0, 2) for latents in given])
-        # In the precision of the weights: under autocast the residual stream stays in float32.
-        x = self.patch_embedding(patches.to(weight.dtype)).to(weight.dtype)
-        prefix_shape = 0, 0
-        if noisy is not None and self.prefix is not None:
-            prefix = self.prefix(condition, len(noisy))
-            prefix_shape = prefix.shape[0], prefix.shape[1]
-            x = torch.cat((prefix.flatten(0, 1).to(weight.dtype), x))
-        angles = torch.zeros(len(x), device=x.device, dtype=precise)
-        if theta is not None:
-            per_token = theta.to(precise).flatten().repeat_interleave(rows * columns)
-            angles[len(x) - len(per_token) :] = per_token
-        clean_frames = range(first_frame, first_frame + (clean.shape[1] if clean is not None else 0))
-        table = partial(rope_table, config, rows=rows, columns=columns, device=x.device, dtype=precise)
-        streams = Streams(
-            variant=config.attention,
-            operator=select_backend(config.attention_backend, x.device.type, precision_of(x), config.head_width),
-            tokens=rows * columns,
-            prefix_shape=prefix_shape,
-            clean_shape=(clean.shape[0], clean.shape[1]) if clean is not None else (0, 0),
-            noisy_shape=(noisy.shape[0], noisy.shape[1]) if noisy is not None else (0, 0),
-            noisy_sees=noisy_sees,
-            clean_rope=table(frames=clean_frames),
-            noisy_rope=table(frames=noisy_frames),
-            rotation=TimeRotation(angles, config.time_site, precise),
-            draws=draws,
-        )
-        return streams.rotation.at_input(x), streams
-
-    def _run(self, block: nn.Module, x: Tensor, streams: Streams, skip: int = 0) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, streams: Streams, num_kv_only: int = 0) -> Tensor:
+        """Run a block; in training as the configuration says: compiled, or recomputed in the backward pass."""
         if not torch.is_grad_enabled():
-            return block(x, streams, skip)
-        run = partial(compiled_call(), block) if self.config.compile else block
+            return block(x, streams, num_kv_only)
+        run = run_compiled_block if self.config.compile else run_block
         if self.config.activation_checkpointing:
-            return checkpoint(run, x, streams, skip, None, use_reentrant=False)
-        return run(x, streams, skip, None)
-
-    def _finish(self, x: Tensor, streams: Streams, noisy: Tensor) -> Tensor:
-        """Read the velocity out of the noisy tokens, which are all that is left."""
-        height, width = noisy.shape[-2:]
-        h = streams.rotation.at_branch_input(self.output_norm(x))
-        patches = self.output(h).view(*noisy.shape[:2], streams.tokens, -1)
-        return unpatchify(patches, self.config.patch_size, height, width).to(noisy.dtype)
-
-    def _check(self, latents: Tensor, condition: Tensor | None = None) -> None:
-        if condition is not None and self.prefix is None:
-            raise InputError("this GPDiT was built without a condition: leave `condition` at None.")
-        if latents.ndim != 5 or latents.shape[2] != self.config.latent_channels:
-            raise InputError(
-                f"latents have shape {tuple(latents.shape)}; this model takes (B, F, C, H, W) with "
-                f"C = {self.config.latent_channels}."
-            )
-        if 0 in latents.shape:
-            raise InputError(f"latents have shape {tuple(latents.shape)}: there is nothing in them.")
-        patch = self.config.patch_size
-        if latents.shape[-2] % patch or latents.shape[-1] % patch:
-            raise InputError(
-                f"latent frames of {latents.shape[-2]}x{latents.shape[-1]} do not divide into {patch}x{patch} patches: "
-                f"choose frame sizes that are multiples of {8 * patch} pixels."
-            )
+            return checkpoint(run, block, x, streams, num_kv_only, use_reentrant=False)
+        return run(block, x, streams, num_kv_only)

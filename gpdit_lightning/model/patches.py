@@ -1,4 +1,4 @@
-"""Latent frames as tokens: squares of latent pixels, row after row."""
+"""Latent frames as tokens: square patches of latent pixels, row after row."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ def patchify(latents: Tensor, patch: int) -> Tensor:
     return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
 
 
-def unpatchify(x: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """Inverse of :func:`patchify`: (B, F, N, C * patch * patch) -> (B, F, C, height, width)."""
-    x = x.unflatten(2, (height // patch, width // patch)).unflatten(-1, (-1, patch, patch))
+def unpatchify(x: Tensor, patch: int, rows: int, columns: int) -> Tensor:
+    """Inverse of :func:`patchify`: (B, F, rows * columns, C * patch * patch) -> (B, F, C, H, W)."""
+    x = x.unflatten(2, (rows, columns)).unflatten(-1, (-1, patch, patch))  # B F rows columns C patch patch
     return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4)

@@ -17,23 +17,31 @@ def rope_base(length: int) -> float:
 
 
 def axis_angles(length: int, width: int, positions: Sequence[int]) -> Tensor:
-    """Rotation angles m * b^(-2(i-1)/d) of positions m (ACDiT, equation 4): (positions, width / 2)."""
-    frequencies = rope_base(length) ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    return torch.tensor(positions, dtype=torch.float64)[:, None] * frequencies
+    """Rotation angles m * b^(-2(i-1)/d) of positions m (ACDiT, equation 4): (positions, width / 2), float64 on the CPU.
+
+    Args:
+        length: the longest extent of the axis, in tokens.
+        width: d, the channels of a head that this axis has.
+        positions: m, in tokens.
+    """
+    with torch.device("cpu"):  # whatever the default device is: MPS has no float64
+        frequencies = rope_base(length) ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        return torch.tensor(positions, dtype=torch.float64)[:, None] * frequencies
 
 
-def shifted(config: GPDiTConfig, keys: Tensor, frames: int) -> Tensor:
-    """Keys (..., head width) that have their positions, as they were if they stood `frames` frames later."""
+def shift_frames(config: GPDiTConfig, keys: Tensor, frames: int) -> Tensor:
+    """Keys (..., head width) that have their positions already, moved `frames` frames later."""
     precise = torch.promote_types(keys.dtype, torch.float32)
-    angles = torch.zeros(config.head_width // 2, dtype=torch.float64)
+    angles = torch.zeros(config.head_width // 2, dtype=torch.float64, device="cpu")
     angles[: config.rope_widths[0] // 2] = axis_angles(config.rope_lengths[0], config.rope_widths[0], [frames])[0]
-    return rotate_pairs(keys, angles.cos().to(keys.device, precise), angles.sin().to(keys.device, precise))
+    cos, sin = (table.to(precise).to(keys.device) for table in (angles.cos(), angles.sin()))
+    return rotate_pairs(keys, cos, sin)
 
 
 class Rope:
     """Cosines and sines for the tokens of some frames, each `rows` x `columns` tokens.
 
-    Shared by all blocks of a pass. Angles are computed in float64 and rounded once to `dtype`.
+    Shared by all blocks of a pass. Angles are computed in float64 on the CPU and rounded once to `dtype`.
 
     Args:
         config: the architecture.
@@ -51,8 +59,8 @@ class Rope:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        places = (frames, range(rows), range(columns))
-        frame, row, column = map(axis_angles, config.rope_lengths, config.rope_widths, places)
+        positions = (frames, range(rows), range(columns))
+        frame, row, column = map(axis_angles, config.rope_lengths, config.rope_widths, positions)
         angles = torch.cat(
             [
                 frame[:, None, None].expand(-1, rows, columns, -1),
@@ -62,16 +70,16 @@ class Rope:
             dim=-1,
         ).flatten(0, 2)
         self.tokens = rows * columns
-        self.cos = angles.cos().to(device, dtype)[:, None]  # (frames * rows * columns, 1, head width / 2)
-        self.sin = angles.sin().to(device, dtype)[:, None]
+        # (frames * rows * columns, 1, head width / 2)
+        self.cos, self.sin = (table.to(dtype).to(device)[:, None] for table in (angles.cos(), angles.sin()))
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Rotate queries or keys (B, tokens, heads, head width) of the first frames, then round them to `dtype`."""
         tokens = x.shape[1]
         return rotate_pairs(x, self.cos[:tokens], self.sin[:tokens]).to(dtype)
 
-    def at_corners(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Copies of keys for each frame, all of them at the place of its first token.
+    def at_first_tokens(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of keys for each frame, all of them rotated to the position of the frame's first token.
 
         Args:
             x: (B, tokens, heads, head width).
@@ -93,5 +101,5 @@ def rope_table(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Rope:
-    """The table of a pass, made once for all passes alike, such as the steps that denoise one frame."""
+    """A :class:`Rope` that is made once for all passes with these positions, such as the steps that denoise a frame."""
     return Rope(config, frames, rows, columns, device, dtype)

@@ -1,15 +1,22 @@
-"""One pass through the backbone as its blocks see it: how tokens are packed, where they stand, what they may see."""
+"""One pass through the backbone as its blocks need it: how tokens are packed, their positions, and their attention."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from gpdit_lightning.model.attention import AttentionOperator, frame_causal_attention
-from gpdit_lightning.model.attention.frame_causal import Context, Queries
-from gpdit_lightning.model.config import AttentionVariant
-from gpdit_lightning.model.kv_cache import Memory
-from gpdit_lightning.model.positions import Rope
+from gpdit_lightning.model.attention import (
+    KV,
+    QKV,
+    AttentionOperator,
+    attention_dtype,
+    frame_causal_attention,
+    select_backend,
+)
+from gpdit_lightning.model.config import AttentionVariant, GPDiTConfig
+from gpdit_lightning.model.kv_cache import LayerCache
+from gpdit_lightning.model.positions import Rope, rope_table
 from gpdit_lightning.model.time_conditioning import TimeRotation
 
 
@@ -20,40 +27,89 @@ class Streams:
     Packing runs every Linear once per block whatever the mixture of clips with and without context, and keeps each
     stream a contiguous view.
 
-    The prefix is a condition such as a class label: a few tokens for each noisy row, which see each other and are seen
-    by the frames of that row, each of them at the place of the frame's first token. Clean frames do not see it, so that
-    one context serves all labels and none, and a cache outlives a change of label.
+    The prefix is a condition such as a class label: a few tokens for each noisy row, which attend to each other. The
+    noisy frames of the row attend to them, at the position of the frame's first token. Clean frames do not, so that one
+    context serves all labels and none, and a cache stays valid when the label changes.
 
     Attributes:
         variant: `of2` or `of`.
         operator: computes one unmasked attention call.
-        tokens: N, tokens per frame.
+        rows, columns: tokens of a frame.
         prefix_shape: (noisy rows, prefix tokens); (0, 0) if there is no condition.
         clean_shape: (B', clean frames); (0, 0) if there is no clean stream.
         noisy_shape: (noisy rows, noisy frames); (0, 0) if there is no noisy stream.
-        noisy_sees: for each noisy frame, how many frames of the context it sees, from the first.
-        clean_rope, noisy_rope: where the frames of the streams stand.
+        context_lengths: for each noisy frame, how many frames of the context it attends to, from the first.
+        clean_rope, noisy_rope: the positions of the streams' frames.
         rotation: the time conditioning of every packed token.
         draws: K, noisy rows that share the context of a clip.
     """
 
     variant: AttentionVariant
     operator: AttentionOperator
-    tokens: int
+    rows: int
+    columns: int
     prefix_shape: tuple[int, int]
     clean_shape: tuple[int, int]
     noisy_shape: tuple[int, int]
-    noisy_sees: tuple[int, ...]
+    context_lengths: tuple[int, ...]
     clean_rope: Rope
     noisy_rope: Rope
     rotation: TimeRotation
-    draws: int = 1
+    draws: int
+
+    @property
+    def tokens(self) -> int:
+        """N, tokens per frame."""
+        return self.rows * self.columns
 
     @property
     def noisy_start(self) -> int:
         """Number of packed tokens before the noisy ones."""
         clips, frames = self.clean_shape
         return self._prefix_tokens + clips * frames * self.tokens
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer_cache: LayerCache | None = None) -> Tensor:
+        """Frame-causal attention of a block over packed tokens, shaped like `query`, in the precision of `value`.
+
+        Args:
+            query: (query tokens, heads, head width): of all packed tokens, or of the noisy ones only.
+            key, value: (packed tokens, heads, head width).
+            layer_cache: the block's cache, if there is one; the clean frames of the pass are appended to it.
+        """
+        new = self.clean_kv(key, value)
+        context = new if layer_cache is None else layer_cache.update(new)
+        outputs, clean, noisy = [], None, None
+        all_have_queries, dtype = len(query) == len(key), value.dtype
+        if self.prefix_shape[0] and all_have_queries:
+            # All prefix tokens have one position, so that rotations by it would cancel. Copied: the backward pass would
+            # keep all tokens for a view of a few.
+            prefix = (self._prefix(x).to(dtype, copy=True) for x in (query, key, value))
+            outputs.append(self.operator(*prefix).flatten(0, 1))
+        if new is not None and all_have_queries:
+            clean = QKV(self.clean_rope(self._clean(query), dtype), *new)
+        if self.noisy_shape[0]:
+            noisy = QKV(self.noisy_rope(self._noisy(query), dtype), *self._noisy_kv(key, value))
+        attended = frame_causal_attention(
+            self.operator, self.variant, self.tokens, context, clean, noisy, self.context_lengths, self.draws
+        )
+        return torch.cat(outputs + [out.flatten(0, 1) for out in attended if out is not None])
+
+    def clean_kv(self, key: Tensor, value: Tensor) -> KV | None:
+        """Keys, with their positions, and values of the clean frames out of packed ones; None if there are none."""
+        if not self.clean_shape[0]:
+            return None
+        return KV(self.clean_rope(self._clean(key), value.dtype), self._clean(value))
+
+    def _noisy_kv(self, key: Tensor, value: Tensor) -> KV:
+        """The keys and values of each noisy frame: those of its row's prefix, then its own."""
+        own_key, own_value = self.noisy_rope(self._noisy(key), value.dtype), self._noisy(value)
+        if not self.prefix_shape[0]:
+            return KV(own_key, own_value)
+        frames = self.noisy_shape[1]
+        prefix_key = self.noisy_rope.at_first_tokens(self._prefix(key), value.dtype)
+        prefix_value = self._prefix(value)[:, None].expand(-1, frames, -1, -1, -1)
+        pairs = (prefix_key, own_key), (prefix_value, own_value)
+        return KV(*(torch.cat((first, own.unflatten(1, (frames, -1))), dim=2).flatten(1, 2) for first, own in pairs))
 
     @property
     def _prefix_tokens(self) -> int:
@@ -70,56 +126,55 @@ class Streams:
         count = self.noisy_shape[0] * self.noisy_shape[1] * self.tokens
         return packed[len(packed) - count :].unflatten(0, (self.noisy_shape[0], -1))
 
-    def context(self, key: Tensor, value: Tensor, memory: Memory | None) -> tuple[Context | None, Context | None]:
-        """The context of a block, and this pass's part of it, written to the cache if there is one.
 
-        Args:
-            key, value: packed, (packed tokens, heads, head width).
-            memory: the block's part of the cache.
-        """
-        clean = None
-        if self.clean_shape[0]:
-            clean = Context(self.clean_rope(self._clean(key), value.dtype), self._clean(value))
-        if memory is None:
-            return clean, clean
-        if clean is not None:
-            memory.write(*clean)
-        return memory.context(self.tokens), clean
+def describe_streams(
+    config: GPDiTConfig,
+    x: Tensor,
+    clean: Tensor | None,
+    noisy: Tensor | None,
+    theta: Tensor | None,
+    first_frame: int,
+    noisy_frames: tuple[int, ...],
+    context_lengths: tuple[int, ...],
+    draws: int,
+) -> Streams:
+    """The description of a pass.
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, memory: Memory | None = None) -> Tensor:
-        """Frame-causal attention of a block over packed tokens, shaped like `query`, in the precision of `value`.
-
-        Args:
-            query: (asking tokens, heads, head width): all packed tokens, or the noisy ones only.
-            key, value: (packed tokens, heads, head width).
-            memory: the block's part of a cache.
-        """
-        context, written = self.context(key, value, memory)
-        outputs, noisy, asking_clean = [], None, None
-        all_ask, dtype = len(query) == len(key), value.dtype
-        if self.prefix_shape[0] and all_ask:
-            # All of them stand at one place, so that their own positions cancel. Copied: the backward pass would keep
-            # all tokens for a view of a few.
-            prefix = (self._prefix(x).to(dtype, copy=True) for x in (query, key, value))
-            outputs.append(self.operator(*prefix).flatten(0, 1))
-        if written is not None and all_ask:
-            asking_clean = Queries(self.clean_rope(self._clean(query), dtype), *written)
-        if self.noisy_shape[0]:
-            noisy = Queries(self.noisy_rope(self._noisy(query), dtype), *self._own(key, value))
-        attended = frame_causal_attention(
-            self.operator, self.variant, self.tokens, context, asking_clean, noisy, self.noisy_sees, self.draws
-        )
-        return torch.cat(outputs + [out.flatten(0, 1) for out in attended if out is not None])
-
-    def _own(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values that each noisy frame has of its own, behind its row's prefix."""
-        own_key, own_value = self.noisy_rope(self._noisy(key), value.dtype), self._noisy(value)
-        if not self.prefix_shape[0]:
-            return own_key, own_value
-        frames = self.noisy_shape[1]
-        prefix_key = self.noisy_rope.at_corners(self._prefix(key), value.dtype)
-        prefix_value = self._prefix(value)[:, None].expand(-1, frames, -1, -1, -1)
-        pairs = (prefix_key, own_key), (prefix_value, own_value)
-        joined = (torch.cat((first, own.unflatten(1, (frames, -1))), dim=2).flatten(1, 2) for first, own in pairs)
-        own_key, own_value = joined
-        return own_key, own_value
+    Args:
+        config: the architecture.
+        x: (packed tokens, D); those that belong to no frame are the prefix.
+        clean: (B', F', C, H, W) or None.
+        noisy: (B, F, C, H, W) or None.
+        theta: (B, F) radians, where there are noisy frames.
+        first_frame: the position of the first clean frame.
+        noisy_frames: the positions of the noisy frames.
+        context_lengths: for each noisy frame, how many frames of the context it attends to, from the first.
+        draws: K, noisy rows that share the context of a clip.
+    """
+    some = clean if clean is not None else noisy
+    assert some is not None
+    rows, columns = (side // config.patch_size for side in some.shape[-2:])
+    precise = torch.float64 if some.dtype == torch.float64 else torch.float32
+    clean_shape = (clean.shape[0], clean.shape[1]) if clean is not None else (0, 0)
+    noisy_shape = (noisy.shape[0], noisy.shape[1]) if noisy is not None else (0, 0)
+    frames = clean_shape[0] * clean_shape[1] + noisy_shape[0] * noisy_shape[1]
+    prefix_tokens = len(x) - frames * rows * columns
+    angles = torch.zeros(len(x), device=x.device, dtype=precise)
+    if theta is not None:
+        per_token = theta.to(precise).flatten().repeat_interleave(rows * columns)
+        angles[len(x) - len(per_token) :] = per_token
+    table = partial(rope_table, config, rows=rows, columns=columns, device=x.device, dtype=precise)
+    return Streams(
+        variant=config.attention,
+        operator=select_backend(config.attention_backend, x.device.type, attention_dtype(x), config.head_width),
+        rows=rows,
+        columns=columns,
+        prefix_shape=(noisy_shape[0], prefix_tokens // noisy_shape[0]) if prefix_tokens else (0, 0),
+        clean_shape=clean_shape,
+        noisy_shape=noisy_shape,
+        context_lengths=context_lengths,
+        clean_rope=table(frames=range(first_frame, first_frame + clean_shape[1])),
+        noisy_rope=table(frames=noisy_frames),
+        rotation=TimeRotation(angles, config.time_site, precise),
+        draws=draws,
+    )

@@ -17,10 +17,10 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class TimeRotation:
-    """The rotation of one forward pass: every token's hidden channel pairs turn by minus the angle of its frame.
+    """The time conditioning of one pass: the hidden channel pairs of each token rotate by -theta of its frame.
 
-    GPDiT (4.2) reads noising as a rotation by theta of (x0, eps) and undoes it inside the network. Clean tokens have
-    theta = 0 and pass unchanged.
+    GPDiT (4.2) describes noising as a rotation by theta of (x0, eps), which the network undoes inside. Clean tokens
+    have theta = 0 and pass unchanged. `config.time_site` decides which of the four methods rotate.
 
     Args:
         theta: (tokens,) radians, one per token of the packed sequence.
@@ -38,19 +38,19 @@ class TimeRotation:
         return rotate_pairs(x, self.cos[-len(x) :], -self.sin[-len(x) :])
 
     def at_input(self, x: Tensor) -> Tensor:
-        """Hook after the patch embedding."""
+        """After the patch embedding."""
         return self._by_minus_theta(x) if self.site == "input" else x
 
     def at_block(self, x: Tensor) -> Tensor:
-        """Hook on the residual stream before a block."""
+        """On the residual stream, before a block."""
         return self._by_minus_theta(x) if self.site == "residual" else x
 
     def at_branch_input(self, x: Tensor) -> Tensor:
-        """Hook after the norm of attention, MLP and output layer: where DiT scales and shifts."""
+        """After the norm of attention, MLP and output layer, where DiT scales and shifts."""
         return self._by_minus_theta(x) if self.site in ("branch", "branch_inverse") else x
 
     def at_branch_output(self, x: Tensor) -> Tensor:
-        """Hook before a branch joins the residual stream again."""
+        """Before a branch is added to the residual stream."""
         if self.site != "branch_inverse":
             return x
         return rotate_pairs(x, self.cos[-len(x) :], self.sin[-len(x) :])

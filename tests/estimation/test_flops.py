@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.estimation.flops import PassShape, forward_flops, peak_bf16_flops, training_flops
+from gpdit_lightning.model import GPDiT, GPDiTConfig
 
 CONTEXTS = [(2, 2), (3, 1), (2, 0)]
 

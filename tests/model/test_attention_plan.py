@@ -20,8 +20,8 @@ def pairs(plan: tuple[Segment, ...], held: int) -> Counter[tuple[oracle.Block, o
     for segment in plan:
         for block in range(segment.start, segment.stop):
             asking = (segment.stream, held + block)
-            seen.update((asking, ("clean", j)) for j in range(segment.context))
-            seen.update([(asking, asking)] if segment.own else [])
+            seen.update((asking, ("clean", j)) for j in range(segment.context_blocks))
+            seen.update([(asking, asking)] if segment.own_keys else [])
     return seen
 
 
@@ -44,7 +44,7 @@ def assert_each_asks_once(plan: tuple[Segment, ...], clean: int, noisy: int) -> 
 @pytest.mark.parametrize("frames", [1, 2, 3, 5, 12])
 def test_forward(variant: str, frames: int) -> None:
     context = frames - 1
-    plan = attention_plan(variant, context, clean_queries=context, noisy_sees=range(frames))
+    plan = attention_plan(variant, context, clean_queries=context, context_lengths=range(frames))
     asking = stream("clean", 0, context) + stream("noisy", 0, frames)
     assert pairs(plan, held=0) == allowed(variant, asking, asking)
     assert_each_asks_once(plan, context, frames)
@@ -56,7 +56,7 @@ def test_forward(variant: str, frames: int) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("frames", [2, 5, 12])
 def test_last_block_asks_from_the_noisy_stream_alone(variant: str, frames: int) -> None:
-    plan = attention_plan(variant, frames - 1, clean_queries=0, noisy_sees=range(frames))
+    plan = attention_plan(variant, frames - 1, clean_queries=0, context_lengths=range(frames))
     asking = stream("noisy", 0, frames)
     assert pairs(plan, held=0) == allowed(variant, asking, stream("clean", 0, frames - 1) + asking)
     assert_each_asks_once(plan, 0, frames)
@@ -66,7 +66,7 @@ def test_last_block_asks_from_the_noisy_stream_alone(variant: str, frames: int) 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("held", "new"), [(0, 1), (0, 4), (1, 1), (3, 1), (3, 5)])
 def test_extend(variant: str, held: int, new: int) -> None:
-    plan = attention_plan(variant, held + new, clean_queries=new, noisy_sees=())
+    plan = attention_plan(variant, held + new, clean_queries=new, context_lengths=())
     assert pairs(plan, held) == allowed(variant, stream("clean", held, held + new), stream("clean", 0, held + new))
     assert_each_asks_once(plan, new, 0)
     expected = {"of2": new * held + new * (new + 1) // 2, "of": new}[variant]
@@ -76,7 +76,7 @@ def test_extend(variant: str, held: int, new: int) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("held", [0, 1, 7])
 def test_denoise(variant: str, held: int) -> None:
-    plan = attention_plan(variant, held, clean_queries=0, noisy_sees=[held])
+    plan = attention_plan(variant, held, clean_queries=0, context_lengths=[held])
     asking = [("noisy", held)]
     assert pairs(plan, held) == allowed(variant, asking, stream("clean", 0, held) + asking)
     assert_each_asks_once(plan, 0, 1)
@@ -85,7 +85,7 @@ def test_denoise(variant: str, held: int) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_clip_with_context_means_no_segments(variant: str) -> None:
-    assert attention_plan(variant, 0, clean_queries=0, noisy_sees=()) == ()
+    assert attention_plan(variant, 0, clean_queries=0, context_lengths=()) == ()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from gpdit_lightning import GPDiT
 from gpdit_lightning.diffusion import Guidance, RotationSampler
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, rollout
-from gpdit_lightning.model import gpdit
+from gpdit_lightning.model import block
 from tests.model.toys import assert_near, toy_batch, toy_config, toy_model
 
 IMAGES, VIDEOS = toy_batch(2, 0, frames=1), toy_batch(5, 2, frames=2)
@@ -28,10 +28,10 @@ INDUCTOR = pytest.param(
 def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Users get inductor; `aot_eager` traces forward and backward alike without its C++, `eager` the forward alone."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=request.param))
-    gpdit.compiled_call.cache_clear()
+    block._compiled.cache_clear()
     counters.clear()
     yield
-    gpdit.compiled_call.cache_clear()
+    block._compiled.cache_clear()
     torch._dynamo.reset()
 
 
@@ -79,6 +79,19 @@ def test_many_shapes_are_all_compiled() -> None:
     for width in range(2, 20, 2):
         model(*(x.float() for x in toy_batch(1, 0, frames=1, width=width)))
     assert graphs() == 9
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("_backend", ["aot_eager"], indirect=True)
+def test_compiled_calls_leave_torchs_switches_alone() -> None:
+    """The limit of graphs and DDP's optimizer concern everything else that a process compiles."""
+    before = torch._dynamo.config.get_config_copy()
+    model = toy_model(layers=1, compile=True).float()
+    noisy, theta, clean = (x.float() for x in toy_batch(1, frames=2))
+    model(noisy, theta, clean).sum().backward()
+    model.denoise(noisy[:, 0], theta[:, 0], compiled=True)
+    assert graphs() > 0
+    assert torch._dynamo.config.get_config_copy() == before
 
 
 @pytest.mark.usefixtures("_backend")

@@ -98,7 +98,7 @@ NOISY, THETA, CLEAN = (2, 4, 3, 4, 6), (2, 4), (2, 4, 3, 4, 6)
     [
         ((2, 4, 5, 4, 6), THETA, None, "C = 3"),
         ((4, 3, 4, 6), THETA, None, "takes"),
-        ((2, 4, 3, 5, 6), THETA, None, "5x6 do not divide into 2x2 patches.*multiples of 16 pixels"),
+        ((2, 4, 3, 5, 6), THETA, None, "5x6 do not divide into 2x2 patches.*multiples of 2 latent pixels"),
         ((2, 4, 3, 4, 7), THETA, None, "4x7"),
         (NOISY, (2,), CLEAN, "theta has shape"),
         (NOISY, (2, 5), CLEAN, "theta has shape"),
@@ -211,7 +211,7 @@ def test_unpatchify_inverts_patchify(patch: int, height: int, width: int) -> Non
     latents = torch.arange(2 * 3 * 5 * height * width).view(2, 3, 5, height, width)
     tokens = patchify(latents, patch)
     assert tokens.shape == (2, 3, height * width // patch**2, 5 * patch**2)
-    assert torch.equal(unpatchify(tokens, patch, height, width), latents)
+    assert torch.equal(unpatchify(tokens, patch, height // patch, width // patch), latents)
     second = latents[..., :patch, patch : 2 * patch] if width > patch else latents[..., :patch, :patch]
     assert torch.equal(tokens[:, :, 1 if width > patch else 0], second.flatten(2))
 

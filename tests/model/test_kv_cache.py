@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gpdit_lightning import GPDiT, InputError
 from gpdit_lightning.model import KVCache
-from gpdit_lightning.model.positions import shifted
+from gpdit_lightning.model.positions import shift_frames
 from tests.model.toys import assert_near, toy_batch, toy_model
 
 VARIANTS = ("of2", "of")
@@ -238,11 +238,12 @@ def test_sinks_are_turned_along_without_adding_up_errors(model: GPDiT, frames: i
     _, _, clean = toy_batch(1, frames=1)
     cache = rolled(model, clean.float().expand(-1, frames, -1, -1, -1), 2, 1, folded=False)
     key = cache._buffer[:, 0, :, : cache.tokens]
-    expected = shifted(
+    expected = shift_frames(
         model.config, rolled(model, clean.float(), 2, 1, False)._buffer[:, 0, :, : cache.tokens], frames - 2
     )
     assert_near(key, expected, tolerance=1e-5)
-    assert_near(shifted(model.config, expected, 2 - frames), shifted(model.config, key, 2 - frames), tolerance=1e-5)
+    at_first, expected_at_first = (shift_frames(model.config, keys, 2 - frames) for keys in (key, expected))
+    assert_near(expected_at_first, at_first, tolerance=1e-5)
 
 
 def test_rows_share_a_context_or_have_none(model: GPDiT) -> None:

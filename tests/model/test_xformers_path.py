@@ -228,7 +228,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 def test_asked_for(caplog: pytest.LogCaptureFixture, operator: ReferenceOperator, requested: str) -> None:
     chosen, line = choice(caplog, requested, "cpu", torch.float32)
     assert chosen is getattr(backends, requested)
-    assert line == f"attention backend: {requested} (asked for)"
+    assert line == f"attention backend: {requested} (requested)"
 
 
 def test_auto_takes_xformers_on_cuda(
@@ -251,7 +251,7 @@ def test_the_trial_has_the_precision_and_the_head_width_of_attention(
         asked.append((dtype, head_width))
         return backends.sdpa
 
-    monkeypatch.setattr("gpdit_lightning.model.gpdit.select_backend", noted)
+    monkeypatch.setattr("gpdit_lightning.model.streams.select_backend", noted)
     model, batch = toy_model().float(), [part.float() for part in toy_batch()]
     model(*batch)
     with torch.autocast("cpu", torch.bfloat16):
@@ -259,7 +259,7 @@ def test_the_trial_has_the_precision_and_the_head_width_of_attention(
     model.bfloat16()(*batch)
     width = model.config.head_width
     assert asked == [(torch.float32, width), (torch.bfloat16, width), (torch.bfloat16, width)]
-    assert backends.precision_of(torch.empty(1, device="meta")) == torch.float32
+    assert backends.attention_dtype(torch.empty(1, device="meta")) == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,24 @@
-"""Frame-causal attention: what sees what (`plan`), who computes it (`backends`), both joined (`frame_causal`)."""
+"""Frame-causal attention: who attends to whom (`plan`), the operators (`backends`), both together (`frame_causal`)."""
 
-from gpdit_lightning.model.attention.backends import AttentionOperator, precision_of, select_backend
-from gpdit_lightning.model.attention.frame_causal import frame_causal_attention
+from gpdit_lightning.model.attention.backends import (
+    AttentionOperator,
+    attention_dtype,
+    find_backend,
+    register_attention_backend,
+    select_backend,
+)
+from gpdit_lightning.model.attention.frame_causal import KV, QKV, frame_causal_attention
 from gpdit_lightning.model.attention.plan import Segment, attention_plan
 
-__all__ = ["AttentionOperator", "Segment", "attention_plan", "frame_causal_attention", "precision_of", "select_backend"]
+__all__ = [
+    "KV",
+    "QKV",
+    "AttentionOperator",
+    "Segment",
+    "attention_dtype",
+    "attention_plan",
+    "find_backend",
+    "frame_causal_attention",
+    "register_attention_backend",
+    "select_backend",
+]

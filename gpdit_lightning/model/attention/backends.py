@@ -1,6 +1,7 @@
-"""The operators that compute one unmasked attention call: PyTorch's SDPA and xformers, behind one signature.
+"""The operators that compute one unmasked attention call: PyTorch's SDPA, xformers, and a user's own.
 
-Layout everywhere is xformers': (batch, tokens, heads, head width).
+An operator takes query (batch, M, heads, head width) and key and value (batch, N, heads, head width), all of one dtype,
+and returns softmax(query key^T / sqrt(head width)) value, shaped like the query. This is the layout of xformers.
 """
 
 import importlib.util
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.imports import resolve
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ AttentionOperator = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Full attention by `torch.nn.functional.scaled_dot_product_attention`."""
+    """Attention by `torch.nn.functional.scaled_dot_product_attention`."""
     out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return out.transpose(1, 2)
 
@@ -34,19 +36,49 @@ def load_xformers_operator() -> Callable[..., Any]:
 
 
 def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Full attention by xformers' `memory_efficient_attention`."""
+    """Attention by xformers' `memory_efficient_attention`."""
     return load_xformers_operator()(query, key, value)
 
 
-def precision_of(x: Tensor) -> torch.dtype:
+# What `GPDiTConfig.attention_backend` may name, besides import paths. None: one of the others, depending on the device.
+BACKENDS: dict[str, AttentionOperator | None] = {"auto": None, "sdpa": sdpa, "xformers": xformers}
+BUILT_IN = tuple(BACKENDS)
+
+
+def register_attention_backend(name: str, operator: AttentionOperator) -> None:
+    """Give a custom operator a name for `attention_backend`; one at an import path can be used without this.
+
+    Args:
+        name: any but those of the built-in backends.
+        operator: see the head of this module. Training needs one that autograd can differentiate.
+
+    Raises:
+        InputError: the name of a built-in backend.
+    """
+    if name in BUILT_IN:
+        raise InputError(f"attention backend '{name}' is built in: register yours under another name.")
+    BACKENDS[name] = operator
+    select_backend.cache_clear()
+
+
+def find_backend(name: str) -> AttentionOperator | None:
+    """The operator with a name or at an import path; None for `auto`.
+
+    Raises:
+        InputError: neither a known name nor the import path of a callable.
+    """
+    return resolve(name, BACKENDS, "attention_backend")
+
+
+def attention_dtype(x: Tensor) -> torch.dtype:
     """The precision of queries, keys and values that are projected from hidden states: autocast's where it is on."""
     kind = x.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors know no autocast
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors have no autocast
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
 def why_not_xformers(device_type: str, dtype: torch.dtype, head_width: int) -> str | None:
-    """The reason why xformers cannot serve, found by one tiny forward and backward call; None if it can."""
+    """The reason why xformers cannot be used, found by one tiny forward and backward call; None if it can."""
     if device_type != "cuda":
         return f"xformers has no kernels for {device_type}"
     if dtype == torch.float64:
@@ -68,20 +100,22 @@ def select_backend(requested: str, device_type: str, dtype: torch.dtype, head_wi
     """The operator for a device, precision and head width, chosen once per process and named in one log line.
 
     Args:
-        requested: `auto` (xformers where it can serve, else SDPA), `sdpa` or `xformers`.
+        requested: `auto` (xformers where it can be used, else SDPA), `sdpa`, `xformers`, a registered name, or the
+            import path of an operator.
         device_type: `cpu`, `cuda`, ...
-        dtype: precision of queries, keys and values (`precision_of`).
-        head_width: theirs; that of the H model where nothing is said.
+        dtype: precision of queries, keys and values (`attention_dtype`).
+        head_width: of queries, keys and values; by default that of the H model.
 
     Raises:
-        InputError: the request is unknown, or xformers is asked for and not installed.
+        InputError: the request is unknown, or it is xformers, which is not installed.
     """
-    if requested not in ("auto", "sdpa", "xformers"):
-        raise InputError(f"attention_backend '{requested}' is not known: choose auto, sdpa or xformers.")
     if requested == "xformers" and importlib.util.find_spec("xformers") is None:
         raise InputError("attention_backend is xformers, which is not installed: `pip install xformers` or take auto.")
-    obstacle = why_not_xformers(device_type, dtype, head_width) if requested == "auto" else None
-    operator = sdpa if requested == "sdpa" or obstacle else xformers
-    reason = "asked for" if requested != "auto" else obstacle or "CUDA device with xformers installed"
-    log.info("attention backend: %s (%s)", operator.__name__, reason)
+    operator = find_backend(requested)
+    name, reason = requested, "requested"
+    if operator is None:
+        obstacle = why_not_xformers(device_type, dtype, head_width)
+        operator, name = (sdpa, "sdpa") if obstacle else (xformers, "xformers")
+        reason = obstacle or "CUDA device with xformers installed"
+    log.info("attention backend: %s (%s)", name, reason)
     return operator

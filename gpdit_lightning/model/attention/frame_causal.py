@@ -1,4 +1,4 @@
-"""Frame-causal attention over the two streams, computing only what the mask leaves (GPDiT, section 4.1)."""
+"""Frame-causal attention over the two streams, computing only what the mask allows (GPDiT, section 4.1)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,10 +11,10 @@ from gpdit_lightning.model.attention.plan import Segment, attention_plan
 from gpdit_lightning.model.config import AttentionVariant
 
 
-class Queries(NamedTuple):
-    """The asking blocks of one stream, (B, blocks * N, heads, head width), with their own keys and values.
+class QKV(NamedTuple):
+    """The query blocks of one stream with their own keys and values: each (B, blocks * N, heads, head width).
 
-    A block may have more keys than queries, the same number in all blocks: a prefix that only it sees.
+    Every block may have the same number of keys and values in addition: those of a prefix that only it attends to.
     """
 
     query: Tensor
@@ -22,7 +22,7 @@ class Queries(NamedTuple):
     value: Tensor
 
 
-class Context(NamedTuple):
+class KV(NamedTuple):
     """Keys and values of the context blocks, from the first frame on: each (B', blocks * N, heads, head width)."""
 
     key: Tensor
@@ -33,10 +33,10 @@ def frame_causal_attention(
     operator: AttentionOperator,
     variant: AttentionVariant,
     tokens: int,
-    context: Context | None,
-    clean: Queries | None,
-    noisy: Queries | None,
-    noisy_sees: Sequence[int] | None = None,
+    context: KV | None,
+    clean: QKV | None,
+    noisy: QKV | None,
+    context_lengths: Sequence[int] | None = None,
     draws: int = 1,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Attention output of the clean and of the noisy stream, each shaped like its query.
@@ -45,60 +45,58 @@ def frame_causal_attention(
         operator: computes one unmasked call.
         variant: `of2` or `of`.
         tokens: N, tokens per block.
-        context: keys and values of the context; the clean queries belong to its last blocks. None: no clip has any.
-        clean: the asking clean blocks (B' clips), or None.
+        context: keys and values of the context, the last blocks of which are those of `clean`. None: no clip has any.
+        clean: the clean blocks that have queries (B' clips), or None.
         noisy: the noisy blocks (at least K * B' rows, those with context first), or None.
-        noisy_sees: for each noisy block, how many context blocks it sees, from the first; None: 0, 1, 2, ...
+        context_lengths: for each noisy block, how many context blocks it attends to, from the first; None: 0, 1, 2, ...
         draws: K, rows that share the context of a clip; row k * B' + b has that of clip b.
     """
-    rows = draws * len(context.key) if context else 0
-    if noisy is None or not rows:
-        noisy_sees = ()
-    elif noisy_sees is None:
-        noisy_sees = range(noisy.query.shape[1] // tokens)
+    rows_with_context = draws * len(context.key) if context else 0
+    if noisy is None or not rows_with_context:
+        context_lengths = ()
+    elif context_lengths is None:
+        context_lengths = range(noisy.query.shape[1] // tokens)
     plan = attention_plan(
         variant,
-        context=context.key.shape[1] // tokens if context else 0,
+        context_blocks=context.key.shape[1] // tokens if context else 0,
         clean_queries=clean.query.shape[1] // tokens if clean else 0,
-        noisy_sees=noisy_sees,
+        context_lengths=context_lengths,
     )
-    parts: dict[str, list[Tensor]] = {"clean": [], "noisy": []}
+    outputs: dict[str, list[Tensor]] = {"clean": [], "noisy": []}
     for segment in plan:
-        queries = clean if segment.stream == "clean" else noisy
-        assert queries is not None
-        with_context = Queries(*(x[:rows] for x in queries))
-        parts[segment.stream].append(_attend(operator, segment, tokens, context, with_context))
-    clean_out = torch.cat(parts["clean"], dim=1) if clean else None
+        stream = clean if segment.stream == "clean" else noisy
+        assert stream is not None
+        with_context = QKV(*(x[:rows_with_context] for x in stream))
+        outputs[segment.stream].append(_attend(operator, segment, tokens, context, with_context))
+    clean_out = torch.cat(outputs["clean"], dim=1) if clean else None
     if noisy is None:
         return clean_out, None
-    outputs = [torch.cat(parts["noisy"], dim=1)] if rows else []
-    if rows < len(noisy.query):
-        # Rows without context: every block sees itself alone.
-        alone = Queries(*(x[rows:] for x in noisy))
-        everything = Segment("noisy", 0, alone.query.shape[1] // tokens, context=0, own=True)
-        outputs.append(_attend(operator, everything, tokens, None, alone))
-    return clean_out, torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    noisy_rows = [torch.cat(outputs["noisy"], dim=1)] if rows_with_context else []
+    if rows_with_context < len(noisy.query):
+        # Rows without context: every block attends to itself alone.
+        without_context = QKV(*(x[rows_with_context:] for x in noisy))
+        all_blocks = Segment("noisy", 0, without_context.query.shape[1] // tokens, context_blocks=0, own_keys=True)
+        noisy_rows.append(_attend(operator, all_blocks, tokens, None, without_context))
+    return clean_out, torch.cat(noisy_rows) if len(noisy_rows) > 1 else noisy_rows[0]
 
 
-def _attend(
-    operator: AttentionOperator, segment: Segment, tokens: int, context: Context | None, queries: Queries
-) -> Tensor:
-    """Execute one segment: (B, asking blocks * N, heads, head width)."""
-    blocks, all_blocks = segment.stop - segment.start, queries.query.shape[1] // tokens
-    query, key, value = (x.unflatten(1, (all_blocks, -1))[:, segment.start : segment.stop] for x in queries)
+def _attend(operator: AttentionOperator, segment: Segment, tokens: int, context: KV | None, stream: QKV) -> Tensor:
+    """Execute one segment: (B, query blocks * N, heads, head width)."""
+    blocks, all_blocks = segment.stop - segment.start, stream.query.shape[1] // tokens
+    query, key, value = (x.unflatten(1, (all_blocks, -1))[:, segment.start : segment.stop] for x in stream)
     key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may have been made in another precision
-    if segment.context == 0:
+    if segment.context_blocks == 0:
         folded = (x.flatten(0, 1) for x in (query, key, value))
         return operator(*folded).unflatten(0, (-1, blocks)).flatten(1, 2)
     query, key, value = (x.flatten(1, 2) for x in (query, key, value))
     assert context is not None
-    seen_key, seen_value = (x[:, : segment.context * tokens].to(query.dtype) for x in context)
-    if segment.own:
-        seen_key, seen_value = _join(seen_key, key), _join(seen_value, value)
-    return operator(query, seen_key, seen_value)
+    context_key, context_value = (x[:, : segment.context_blocks * tokens].to(query.dtype) for x in context)
+    if not segment.own_keys:
+        return operator(query, context_key, context_value)
+    return operator(query, _concatenate(context_key, key), _concatenate(context_value, value))
 
 
-def _join(seen: Tensor, own: Tensor) -> Tensor:
-    """Put what is seen (B', tokens, heads, head width) before what each of K * B' rows has of its own."""
-    own = own.unflatten(0, (-1, len(seen)))
-    return torch.cat((seen.expand(len(own), *seen.shape), own), dim=2).flatten(0, 1)
+def _concatenate(context: Tensor, own: Tensor) -> Tensor:
+    """Put the context (B', tokens, heads, head width) before the keys or values of each of its K * B' rows."""
+    own = own.unflatten(0, (-1, len(context)))
+    return torch.cat((context.expand(len(own), *context.shape), own), dim=2).flatten(0, 1)

@@ -21,7 +21,7 @@ from gpdit_lightning.model import GPDiT
 from gpdit_lightning.training.strategies.sharding import Part, Sharded
 
 # Methods beside `forward` that need a module's weights together.
-BACKBONE_METHODS, BLOCK_METHODS = ("features", "new_cache", "extend", "denoise"), ("remember",)
+BACKBONE_METHODS, BLOCK_METHODS = ("features", "new_cache", "extend", "denoise"), ("write_cache",)
 
 
 class FSDPPrecision(Precision):

@@ -1,0 +1,136 @@
+"""What a user may give to the methods of a GPDiT: every check of an argument, in one place.
+
+Shapes: B clips, F latent frames, C channels, H x W latent pixels.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.model.config import GPDiTConfig
+from gpdit_lightning.model.kv_cache import KVCache
+from gpdit_lightning.model.prefix import NO_LABEL
+
+
+def check_latents(config: GPDiTConfig, latents: Tensor) -> None:
+    """Raise InputError unless latents are (B, F, C, H, W), not empty, and divide into patches."""
+    shape, patch = tuple(latents.shape), config.patch_size
+    if len(shape) != 5 or shape[2] != config.latent_channels:
+        raise InputError(
+            f"latents have shape {shape}; this model takes (B, F, C, H, W) with C = {config.latent_channels}."
+        )
+    if 0 in shape:
+        raise InputError(f"latents have shape {shape}: they are empty.")
+    if shape[3] % patch or shape[4] % patch:
+        raise InputError(
+            f"latent frames of {shape[3]}x{shape[4]} do not divide into {patch}x{patch} patches: choose a height and a "
+            f"width that are multiples of {patch} latent pixels."
+        )
+
+
+def check_takes_conditions(config: GPDiTConfig, condition: Tensor | None) -> None:
+    """Raise InputError if there is a condition, but the model was built without."""
+    if condition is not None and not (config.classes or config.text_width):
+        raise InputError("this GPDiT was built without a condition: leave `condition` at None.")
+
+
+def check_condition(config: GPDiTConfig, condition: Tensor | None, rows: int) -> None:
+    """Raise InputError unless a condition is what the model takes, for each of `rows` noisy clips."""
+    check_takes_conditions(config, condition)
+    if config.text_width:
+        if condition is None or condition.shape[::2] != (rows, config.text_width) or condition.ndim != 3:
+            raise InputError(
+                f"the condition is {None if condition is None else tuple(condition.shape)}; this model takes text "
+                f"embeddings (B, L, {config.text_width}) with B = {rows}, those of an empty text where there is none."
+            )
+    elif condition is not None:
+        wrong = condition.shape != (rows,) or condition.is_floating_point()
+        # On a GPU the range is not checked: reading the values would wait for all work before.
+        if wrong or (condition.device.type == "cpu" and not -1 <= condition.min() <= condition.max() < config.classes):
+            raise InputError(
+                f"the condition is {condition.tolist()}; this model takes a class from 0 to {config.classes - 1}, or "
+                f"{NO_LABEL} for none, for each of {rows} clips."
+            )
+
+
+def check_forward(
+    config: GPDiTConfig,
+    noisy: Tensor,
+    theta: Tensor,
+    clean: Tensor | None,
+    condition: Tensor | None,
+    draws: int,
+    frames: Sequence[int] | None,
+) -> None:
+    """Raise InputError unless these are arguments of `GPDiT.forward`."""
+    check_latents(config, noisy)
+    check_condition(config, condition, len(noisy))
+    if theta.shape != noisy.shape[:2]:
+        raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B, F) = {tuple(noisy.shape[:2])}.")
+    if frames is not None and (len(frames) != noisy.shape[1] or any(b <= a for a, b in pairwise((-1, *frames)))):
+        raise InputError(
+            f"frames are {tuple(frames)} for {noisy.shape[1]} noisy ones: give the position of each, rising from 0."
+        )
+    if draws < 1:
+        raise InputError(f"draws is {draws}; it must be at least 1.")
+    if clean is None:
+        return
+    length = clean.shape[1] if clean.ndim == 5 else 0
+    right_length = length == noisy.shape[1] if frames is None else length >= frames[-1]
+    if not right_length or clean.shape[2:] != noisy.shape[2:] or draws * len(clean) > len(noisy):
+        raise InputError(
+            f"clean has shape {tuple(clean.shape)}; it must be (B', F, C, H, W) like noisy {tuple(noisy.shape)}, with "
+            f"draws * B' <= B where draws is {draws}."
+        )
+
+
+def check_layers(config: GPDiTConfig, layers: Iterable[int]) -> None:
+    """Raise InputError unless all layers exist."""
+    for layer in layers:
+        if not 0 <= layer <= config.layers:
+            raise InputError(f"layer {layer} does not exist: choose from 0 (patch embedding) to {config.layers}.")
+
+
+def check_denoise(
+    config: GPDiTConfig,
+    noisy: Tensor,
+    theta: Tensor,
+    cache: KVCache | None,
+    condition: Tensor | None,
+    clean: Tensor | None,
+    draws: int,
+    without_context: int,
+) -> None:
+    """Raise InputError unless these are arguments of `GPDiT.denoise`, but for `noisy`: (R, 1, C, H, W)."""
+    check_latents(config, noisy)
+    check_condition(config, condition, len(noisy))
+    if theta.shape != noisy.shape[:1]:
+        raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B,) = ({noisy.shape[0]},).")
+    clips, remainder = divmod(len(noisy) - without_context, draws)
+    if clean is not None:
+        check_latents(config, clean)
+        if (len(clean), remainder, *clean.shape[-2:]) != (clips, 0, *noisy.shape[-2:]):
+            raise InputError(
+                f"clean has shape {tuple(clean.shape)} and noisy {tuple(noisy[:, 0].shape)}; clean must be "
+                f"(B, k, C, H, W) and noisy (draws * B + without_context, C, H, W) with draws = {draws} and "
+                f"without_context = {without_context}."
+            )
+    if cache is not None:
+        check_cache(cache, clips, noisy, new_frames=clean.shape[1] if clean is not None else 0)
+
+
+def check_cache(cache: KVCache, clips: int, latents: Tensor, new_frames: int) -> None:
+    """Raise InputError unless a cache is for `clips` clips like `latents` and one pass can append `new_frames`."""
+    height, width = latents.shape[-2:]
+    if (clips, height, width) != (cache.batch_size, cache.height, cache.width):
+        raise InputError(
+            f"the cache holds {cache.batch_size} clips of {cache.height}x{cache.width} latent pixels, but {clips} of "
+            f"{height}x{width} were given: make one with model.new_cache for these sizes."
+        )
+    if new_frames > cache.max_new_frames:
+        raise InputError(
+            f"the cache has room for {cache.max_frames} frames and holds {cache.stored_frames()}: no {new_frames} more "
+            "fit at once; make it with a larger max_frames, or append fewer at a time."
+        )
