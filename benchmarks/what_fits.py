@@ -7,7 +7,7 @@ micro-batches as do.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gpdit_lightning.cli.estimate import GIB, read
+from gpdit_lightning.cli.estimate import GIB, read_recipe
 from gpdit_lightning.estimation.memory import STRATEGIES
 from gpdit_lightning.estimation.requirements import Run, memory, with_smaller_micro_batches
 
@@ -31,7 +31,7 @@ def cell(run: Run) -> str:
 
 def rows(recipe: str, size: str, options: Sequence[str], sizes: dict[str, list[str] | None]) -> list[str]:
     """A row of the table for each number of GPUs that may share the recipe's batch."""
-    run = read([f"--config=recipes/{recipe}.yaml", *options], 1, sizes)
+    run = read_recipe([f"--config=recipes/{recipe}.yaml", *options], sizes=sizes).run
     counts = [count for count in GPUS if run.max_ranks % count == 0]
     lines = []
     for count in counts:

@@ -48,7 +48,11 @@ VERBS = {
     ),
     "probe": Verb("probe:run", "Measure how well each layer's features predict a video's class, by a linear probe."),
     "features": Verb("features:run", "Write the features of videos for another model to train on."),
-    "estimate": Verb("estimate:run", "Estimate the memory, FLOPs and days of a recipe, and the nearest one that fits."),
+    "estimate": Verb(
+        "estimate:estimate",
+        "Estimate the memory, FLOPs and days of a recipe, and the nearest one that fits.",
+        "estimate:EstimateOptions",
+    ),
     "export": Verb("export:export", "Write the model of a checkpoint as a folder to share.", "export:ExportOptions"),
     "recipes": Verb("recipes:recipes", "List the shipped recipes, or copy them to edit.", "recipes:RecipesOptions"),
 }
@@ -109,13 +113,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(name: str, arguments: Sequence[str]) -> int:
     """Parse the options of a verb, then import and call the function that does the work; returns the exit status."""
     verb = VERBS[name]
-    if not verb.record:
+    record = record_of(name)
+    if record is None:
         _imported(f"gpdit_lightning.cli.{verb.function}")(name, arguments)
         return 0
     from gpdit_lightning.cli.parsing import parse
 
-    options = parse(name, verb.summary, _imported(f"gpdit_lightning.options.{verb.record}"), arguments)
+    options = parse(name, verb.summary, record, arguments)
     return _imported(f"gpdit_lightning.cli.{verb.function}")(options) or 0
+
+
+def record_of(name: str) -> type[Any] | None:
+    """The record of a verb's options; None if they are those of a training recipe."""
+    record = VERBS[name].record
+    return _imported(f"gpdit_lightning.options.{record}") if record else None
 
 
 def _imported(place: str) -> Any:

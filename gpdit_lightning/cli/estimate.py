@@ -1,21 +1,21 @@
-"""`estimate`: what a recipe needs, without running it: parameters, memory on each GPU by part, FLOPs by part, days."""
+"""`estimate`: the parameters, memory, FLOPs and days of a training recipe, computed without running it."""
 
-import argparse
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
 from gpdit_lightning.cli import fit
+from gpdit_lightning.codecs import WanCodec
 from gpdit_lightning.data.batches import noisy_frames
 from gpdit_lightning.data.datamodule import KINDS
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.plan import PlannedSource
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.estimation.flops import peak_bf16_flops
+from gpdit_lightning.estimation.flops import PEAK_BF16_FLOPS, peak_bf16_flops
 from gpdit_lightning.estimation.memory import STRATEGIES, Strategy, parameter_count
 from gpdit_lightning.estimation.requirements import (
     ALLOWANCE,
@@ -31,55 +31,91 @@ from gpdit_lightning.estimation.requirements import (
 )
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.options.estimate import EstimateOptions
 from gpdit_lightning.training.strategies import OF_LIGHTNING
 
 GIB = 2**30
 
-# Assumed where nothing is prepared yet: the paper's sizes (GPDiT, section 5.1) in equal parts, 17 frames of video,
-# sequences of three pairs; a codec that makes one latent pixel of 8x8.
-SIZES = {"images": ["256x256", "192x320", "320x192"], "videos": ["192x320"], "sequences": ["256x256"]}
-FRAMES = {"images": 1, "videos": 5, "sequences": 6}
-SPATIAL_FACTOR = 8
+# Assumed if no data are prepared: the paper's sizes in pixels (GPDiT, section 5.1) in equal shares, and, unless
+# the recipe sets `frames`, clips of 17 frames and sequences of three pairs.
+ASSUMED_SIZES = {"images": ["256x256", "192x320", "320x192"], "videos": ["192x320"], "sequences": ["256x256"]}
+ASSUMED_VIDEO_FRAMES, ASSUMED_SEQUENCE_FRAMES = 17, 6
+
+LatentShape = tuple[int, int, int]
+"""F, h, w."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The verb's options."""
-    options = argparse.ArgumentParser(
-        prog="python -m gpdit_lightning estimate",
-        description="What a recipe needs, without running it: parameters, memory on each GPU by part, FLOPs of an "
-        "optimizer step by part, days, and the nearest setting that fits. Latent shapes are those of the prepared data "
-        "or, where there are none, the paper's. All other options are those of `fit`.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    options.add_argument("--config", action="append", required=True, help="a recipe; then overlays")
-    options.add_argument("--gpus", type=int, default=1, help="GPUs that share the batch")
-    options.add_argument("--gpu", default="H100", help="their kind, which sets the peak FLOP/s")
-    options.add_argument("--gpu_memory", type=float, default=80, help="GiB of each")
-    options.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak FLOP/s")
-    for name in SIZES:
-        options.add_argument(f"--{name[:-1]}_sizes", nargs="+", help=f"HEIGHTxWIDTH of {name} in pixels, equal parts")
-    return options
+def estimate(options: EstimateOptions) -> None:
+    """Print the estimate.
+
+    Raises:
+        InputError: the recipe or an option cannot be used.
+    """
+    peak = peak_bf16_flops(options.gpu)
+    if peak is None:
+        known = ", ".join(name for name, _ in PEAK_BF16_FLOPS)
+        raise InputError(f"--gpu is {options.gpu}, whose peak FLOP/s are not known: give one of {known}.")
+    sizes = {"images": options.image_sizes, "videos": options.video_sizes, "sequences": options.sequence_sizes}
+    recipe = read_recipe(options.fit_arguments, options.gpus, sizes)
+    print(report(recipe, options.gpu_memory * GIB, peak, options.mfu))
 
 
-def read(arguments: Sequence[str], gpus: int, sizes: dict[str, list[str] | None]) -> Run:
+class LatentGrid(NamedTuple):
+    """How pixels map to latents.
+
+    Attributes:
+        spatial_factor: pixels along one side of a latent pixel.
+        temporal_factor: pixel frames of each latent frame after the first.
+    """
+
+    spatial_factor: int
+    temporal_factor: int
+
+
+class EstimatedRecipe(NamedTuple):
     """A recipe as far as an estimate depends on it.
+
+    Attributes:
+        run: what the estimate is computed from.
+        spatial_factor: pixels along one side of a latent pixel.
+    """
+
+    run: Run
+    spatial_factor: int
+
+
+def read_recipe(
+    arguments: Sequence[str], gpus: int = 1, sizes: Mapping[str, Sequence[str] | None] | None = None
+) -> EstimatedRecipe:
+    """Read a recipe.
 
     Args:
         arguments: of `fit`.
         gpus: GPUs that share the batch.
-        sizes: for each source pixel sizes like 192x320, or None for those of its manifests or else of the paper.
+        sizes: of each source, in pixels, like 192x320; None for those of its manifests or else of the paper.
 
     Raises:
-        InputError: a recipe that cannot be used, or that trains in a way that is not counted here.
+        InputError: the recipe cannot be used, or `estimate` does not support its precision or strategy.
     """
-    settings = fit.parse("fit", arguments)
+    settings = fit.parse("estimate", arguments)
     data, precision = settings.data, str(settings.trainer.precision or "32-true")
     if precision not in PRECISIONS:
-        raise InputError(f"trainer.precision is {precision}: estimate knows bf16-mixed and 32-true.")
+        raise InputError(f"trainer.precision is {precision}; estimate supports bf16-mixed and 32-true.")
     backbone = GPDiTConfig(**vars(settings.model.init_args.backbone))
     used = {name: getattr(data, name) for name in KINDS}
-    return Run(
+    used = {name: s for name, s in used.items() if s.manifests and max(s.batch_size, s.tokens) > 0}
+    given = {name: (sizes or {}).get(name) for name in used}
+    manifests = {name: [] if given[name] else prepared_manifests(source.manifests) for name, source in used.items()}
+    grids = [LatentGrid(m.codec["spatial_factor"], m.codec["temporal_factor"]) for ms in manifests.values() for m in ms]
+    grid = grids[0] if grids else LatentGrid(WanCodec.spatial_factor, WanCodec.temporal_factor)
+    sources = []
+    for name, source in used.items():
+        if manifests[name]:
+            samples = prepared_samples(name, manifests[name])
+        else:
+            samples = assumed_samples(name, source, given[name], grid, backbone.patch_size)
+        sources.append(read_source(name, source, samples, data.max_ranks, assumed=not manifests[name]))
+    run = Run(
         backbone=backbone,
         precision=precision,
         strategy=strategy_of(settings.trainer.strategy),
@@ -88,16 +124,13 @@ def read(arguments: Sequence[str], gpus: int, sizes: dict[str, list[str] | None]
         context_dropout=data.context_dropout,
         noise_draws=data.noise_draws,
         max_steps=settings.trainer.max_steps,
-        sources=tuple(
-            read_source(name, source, data.max_ranks, sizes.get(name), SPATIAL_FACTOR * backbone.patch_size)
-            for name, source in used.items()
-            if source.manifests and max(source.batch_size, source.tokens) > 0
-        ),
+        sources=tuple(sources),
     )
+    return EstimatedRecipe(run, grid.spatial_factor)
 
 
 def strategy_of(setting: Any) -> Strategy:
-    """The strategy that `trainer.strategy` means; raises `InputError` if it is not counted here."""
+    """The strategy that `trainer.strategy` selects; raises InputError if estimates do not support it."""
     if isinstance(setting, Namespace) and setting.class_path.endswith(".ZeRO"):
         chosen = setting.init_args
         return next(s for s in STRATEGIES if s.deepspeed and (s.stage, s.offload) == (chosen.stage, chosen.offload))
@@ -107,126 +140,187 @@ def strategy_of(setting: Any) -> Strategy:
     if name.startswith("ddp"):
         return offered["auto"]
     if name not in offered:
-        raise InputError(f"trainer.strategy is {given}: estimate knows ddp, {', '.join(offered)}.")
+        raise InputError(f"trainer.strategy is {given}; estimate supports ddp, {', '.join(offered)}.")
     return offered[name]
 
 
-def read_source(name: str, settings: Namespace, max_ranks: int, sizes: list[str] | None, multiple: int) -> Source:
-    """A source with its latent shapes: those of its manifests if all are there, else of `sizes` or the paper.
+def prepared_manifests(paths: Sequence[str]) -> list[Manifest]:
+    """The manifests of a source; none of them if one does not exist yet."""
+    exist = all("://" in path or Path(path, FILE_NAME).is_file() or Path(path).is_file() for path in paths)
+    return [Manifest.load(path) for path in paths] if exist else []
+
+
+def prepared_samples(name: str, manifests: Sequence[Manifest]) -> Counter[LatentShape]:
+    """The number of training samples of each latent shape.
 
     Raises:
-        InputError: manifests without samples or with too short ones, a size that is no multiple of `multiple`, or a
-            batch that cannot be cut into micro-batches, or a loss on targets where there are none.
+        InputError: there are none.
     """
-    prepared = not sizes and all(
-        "://" in path or Path(path, FILE_NAME).is_file() or Path(path).is_file() for path in settings.manifests
-    )
-    samples: Counter[tuple[int, int, int]] = Counter()
-    if prepared:
-        for path in settings.manifests:
-            for entry in Manifest.load(path).of_split("train"):
-                if entry.kind == KINDS[name]:
-                    samples[entry.shape[0], entry.shape[2], entry.shape[3]] += entry.count
-    else:
-        for height, width in map(parse_size, sizes or SIZES[name]):
-            if height % multiple or width % multiple:
-                raise InputError(
-                    f"{name} of {height}x{width} have no whole patches: take multiples of {multiple} pixels."
-                )
-            samples[settings.frames or FRAMES[name], height // SPATIAL_FACTOR, width // SPATIAL_FACTOR] += 1
+    samples: Counter[LatentShape] = Counter()
+    for manifest in manifests:
+        for shard in manifest.of_split("train"):
+            if shard.kind == KINDS[name]:
+                samples[shard.shape[0], shard.shape[2], shard.shape[3]] += shard.count
     if not samples:
-        raise InputError(f"{settings.manifests[0]} holds no {name} to train on: prepare some.")
-    planned = PlannedSource(name, (), settings.batch_size, settings.tokens, settings.micro_batches)
-    micro_batches: defaultdict[tuple[int, int, int], float] = defaultdict(float)  # of each shape in an epoch
-    for (available, height, width), count in samples.items():
-        most = settings.frames or available
-        lengths = range(settings.least_frames or most, min(most, available) + 1)
-        if not lengths:
+        raise InputError(f"{manifests[0].path} holds no {name} to train on: prepare some.")
+    return samples
+
+
+def assumed_samples(
+    name: str, source: Namespace, sizes: Sequence[str] | None, grid: LatentGrid, patch_size: int
+) -> Counter[LatentShape]:
+    """The latent shapes of data that are not prepared, in equal shares.
+
+    Args:
+        name: of the source.
+        source: its settings in the recipe.
+        sizes: in pixels, like 192x320; None for the paper's.
+        grid: how pixels map to latents.
+        patch_size: latent pixels along one side of a token.
+
+    Raises:
+        InputError: a size is not a multiple of a token's.
+    """
+    video_frames = 1 + (ASSUMED_VIDEO_FRAMES - 1) // grid.temporal_factor
+    frames = {"images": 1, "videos": video_frames, "sequences": ASSUMED_SEQUENCE_FRAMES}[name]
+    multiple, samples = grid.spatial_factor * patch_size, Counter[LatentShape]()
+    for height, width in map(parse_size, sizes or ASSUMED_SIZES[name]):
+        if height % multiple or width % multiple:
             raise InputError(
-                f"data.{name} asks for {lengths.start} latent frames, but some samples have {available}: prepare "
-                "longer clips or ask for fewer frames."
+                f"--{KINDS[name]}_sizes has {height}x{width}, which cannot be divided into patches: give multiples of "
+                f"{multiple} pixels."
             )
-        noisy_frames(name, settings.loss_frames, lengths.start)  # complains if there are none
+        samples[source.frames or frames, height // grid.spatial_factor, width // grid.spatial_factor] += 1
+    return samples
+
+
+def read_source(
+    name: str, source: Namespace, samples: Mapping[LatentShape, int], max_ranks: int, assumed: bool
+) -> Source:
+    """A source with the latent shapes of its micro-batches.
+
+    Args:
+        name: of the source.
+        source: its settings in the recipe.
+        samples: the number of its samples of each shape.
+        max_ranks: the most ranks of the run.
+        assumed: whether the data are not prepared.
+
+    Raises:
+        InputError: samples are too short, the batch cannot be divided into micro-batches, or the loss is on targets
+            where there are none.
+    """
+    planned = PlannedSource(name, (), source.batch_size, source.tokens, source.micro_batches)
+    micro_batches: defaultdict[LatentShape, float] = defaultdict(float)  # of each shape in an epoch
+    for (available, height, width), count in samples.items():
+        lengths = clip_lengths(name, source, available)
+        noisy_frames(name, source.loss_frames, lengths.start)  # raises if there are none
         cycle = sum(planned.micro_batch_size(frames, height, width, max_ranks) for frames in lengths)
         for frames in lengths:
             micro_batches[frames, height, width] += count / cycle
-    shapes = tuple(Shape(*shape, amount / sum(micro_batches.values())) for shape, amount in micro_batches.items())
+    total = sum(micro_batches.values())
     return Source(
         name,
-        settings.batch_size,
-        settings.micro_batches,
-        shapes,
-        not prepared,
-        settings.tokens,
-        settings.loss_frames,
+        source.batch_size,
+        source.micro_batches,
+        tuple(Shape(*shape, number / total) for shape, number in micro_batches.items()),
+        assumed,
+        source.tokens,
+        source.loss_frames,
     )
 
 
-def report(run: Run, capacity: float, peak: float, mfu: float) -> str:
-    """All of it as text.
+def clip_lengths(name: str, source: Namespace, available: int) -> range:
+    """The numbers of latent frames that are taken from samples with `available` ones; InputError if they are too few.
+
+    Each is taken equally often.
+    """
+    most = source.frames or available
+    lengths = range(source.least_frames or most, min(most, available) + 1)
+    if not lengths:
+        raise InputError(
+            f"data.{name} takes {lengths.start} latent frames of each sample, but some have {available}: prepare "
+            "longer clips, or take fewer frames."
+        )
+    return lengths
+
+
+def report(recipe: EstimatedRecipe, capacity: float, peak: float, mfu: float) -> str:
+    """The estimate as text.
 
     Args:
-        run: what to estimate.
-        capacity: bytes of a GPU.
+        recipe: what to estimate.
+        capacity: bytes of memory of a GPU.
         peak: its FLOP/s.
-        mfu: assumed share of them.
+        mfu: the fraction of the peak that training is assumed to achieve.
     """
-    return "\n\n".join((head(run), table(run, capacity), verdict(run, capacity), work(run, peak, mfu)))
+    run = recipe.run
+    sections = (
+        model_and_data(run, recipe.spatial_factor),
+        memory_table(run, capacity),
+        what_fits(run, capacity),
+        compute(run, peak, mfu),
+    )
+    return "\n\n".join(sections)
 
 
-def head(run: Run) -> str:
-    """What is estimated, and for which data."""
+def model_and_data(run: Run, spatial_factor: int) -> str:
+    """The backbone, and a line for each source of data."""
     lines = [
         f"{parameter_count(run.backbone):,} parameters ({run.backbone.size}, {run.backbone.attention}), "
         f"{run.precision}, GPUs: {run.gpus}"
     ]
     for source in run.sources:
-        sizes = {f"{s.height * SPATIAL_FACTOR}x{s.width * SPATIAL_FACTOR}" for s in source.shapes}
-        lengths = between([shape.frames for shape in source.shapes])
-        lengths += ", loss on targets alone" if source.loss_frames == "targets" else ""
+        sizes = {f"{shape.height * spatial_factor}x{shape.width * spatial_factor}" for shape in source.shapes}
+        lengths = value_range([shape.frames for shape in source.shapes])
+        lengths += ", loss on targets only" if source.loss_frames == "targets" else ""
         batch = f"{source.tokens:,} tokens" if source.tokens else f"{source.batch_size}"
-        clips = between([source.micro_batch_size(shape, run.max_ranks) // run.gpus for shape in source.shapes])
+        clips = value_range([source.micro_batch_size(shape, run.max_ranks) // run.gpus for shape in source.shapes])
         lines.append(
-            f"{source.name}: {batch} a step, {clips} at a time on a GPU, latent frames {lengths}, "
+            f"{source.name}: {batch} per step, {clips} at a time on a GPU, latent frames {lengths}, "
             f"{', '.join(sorted(sizes))} ({'assumed' if source.assumed else 'as prepared'})"
         )
     return "\n".join(lines)
 
 
-def between(numbers: Sequence[int]) -> str:
-    """The range of some numbers, or the only one."""
+def value_range(numbers: Sequence[int]) -> str:
+    """The least and the greatest of some numbers, or their only value."""
     least, most = min(numbers), max(numbers)
     return f"{least}" if least == most else f"{least} to {most}"
 
 
-def table(run: Run, capacity: float) -> str:
+HELD = ("weights", "gradients", "optimizer", "average", "buffers", "step")
+
+
+def memory_table(run: Run, capacity: float) -> str:
     """Memory on each GPU, a row for each strategy: activations and totals without and with checkpointing."""
-    held = ("weights", "gradients", "optimizer", "average", "buffers", "step")
-    heads = (*held, "activations", "checkpointed", "total", "checkpointed")
+    heads = (*HELD, "activations", "checkpointed", "total", "checkpointed")
     lines = ["GiB on each GPU".ljust(19) + "".join(name.rjust(14) for name in heads)]
-    for strategy in STRATEGIES:
-        kept, recomputed = (
-            memory(
-                replace(run, strategy=strategy, backbone=run.backbone.replaced(activation_checkpointing=checkpointing))
-            )
-            for checkpointing in (False, True)
-        )
-        columns = [kept[name] for name in held]
-        columns += [needed[name] for name in ("activations", "total") for needed in (kept, recomputed)]
-        row = "".join(f"{column / GIB:14.1f}" for column in columns)
-        fits = [needed["total"] <= capacity for needed in (kept, recomputed)]
-        words = "fits" if fits[0] else "fits checkpointed" if fits[1] else "does not fit"
-        main_memory = f", {kept['main_memory'] / GIB:.1f} GiB of main memory" if strategy.offload else ""
-        lines.append(f"{'>' if strategy == run.strategy else ' '} {strategy.name:<17}{row}  {words}{main_memory}")
+    lines += [memory_row(run, strategy, capacity) for strategy in STRATEGIES]
     lines.append(
-        f"In the total: the larger of step and activations, and {ALLOWANCE / GIB:.0f} GiB for CUDA, NCCL and what the "
-        "allocator cannot use (assumed)."
+        f"The total includes the larger of step and activations, and {ALLOWANCE / GIB:.0f} GiB for CUDA, NCCL and what "
+        "the allocator cannot use (assumed)."
     )
     return "\n".join(lines)
 
 
-def verdict(run: Run, capacity: float) -> str:
-    """Whether it fits, and what would."""
+def memory_row(run: Run, strategy: Strategy, capacity: float) -> str:
+    """The row of a strategy; the run's own is marked."""
+    kept, recomputed = (
+        memory(replace(run, strategy=strategy, backbone=run.backbone.replaced(activation_checkpointing=checkpointing)))
+        for checkpointing in (False, True)
+    )
+    columns = [kept[name] for name in HELD]
+    columns += [needed[name] for name in ("activations", "total") for needed in (kept, recomputed)]
+    row = "".join(f"{column / GIB:14.1f}" for column in columns)
+    fits = [needed["total"] <= capacity for needed in (kept, recomputed)]
+    words = "fits" if fits[0] else "fits checkpointed" if fits[1] else "does not fit"
+    host_memory = f", {kept['main_memory'] / GIB:.1f} GiB of host memory" if strategy.offload else ""
+    return f"{'>' if strategy == run.strategy else ' '} {strategy.name:<17}{row}  {words}{host_memory}"
+
+
+def what_fits(run: Run, capacity: float) -> str:
+    """Whether the recipe fits, and if not, the nearest settings that do."""
     total = memory(run)["total"]
     needed = f"needs {total / GIB:.1f} of {capacity / GIB:.0f} GiB"
     if total <= capacity:
@@ -235,44 +329,27 @@ def verdict(run: Run, capacity: float) -> str:
     lines = [f"The recipe does not fit: it {needed}."]
     if wanted is not None:
         parts = memory(wanted)
-        main_memory = f" and {parts['main_memory'] / GIB:.1f} GiB of main memory" if wanted.strategy.offload else ""
-        lines.append(f"The nearest setting that fits, with {parts['total'] / GIB:.1f} GiB{main_memory}:")
+        host_memory = f" and {parts['main_memory'] / GIB:.1f} GiB of host memory" if wanted.strategy.offload else ""
+        lines.append(f"The nearest setting that fits, with {parts['total'] / GIB:.1f} GiB{host_memory}:")
         lines.append(f"  {overrides(run, wanted)}")
     if more is not None and more != wanted:
         lines.append(f"Without offloading, with {memory(more)['total'] / GIB:.1f} GiB on each of {more.gpus} GPUs:")
         lines.append(f"  {overrides(run, more)}")
     if wanted is None:
-        lines.append("No setting makes it fit: take a GPU with more memory or a smaller backbone.")
+        lines.append("No setting makes it fit: use a GPU with more memory or a smaller backbone.")
     return "\n".join(lines)
 
 
-def work(run: Run, peak: float, mfu: float) -> str:
-    """FLOPs of a step by part, and how long the run takes."""
+def compute(run: Run, peak: float, mfu: float) -> str:
+    """FLOPs of an optimizer step by part, and how long step and run take."""
     parts = step_flops(run)
     total = sum(parts.values())
     seconds = total / (run.gpus * peak * mfu)
-    again = ", and a third as much again to recompute" if run.backbone.activation_checkpointing else ""
+    recomputed = ", and a third more to recompute activations" if run.backbone.activation_checkpointing else ""
     shares = ", ".join(f"{name.replace('_', ' ')} {count / total:.1%}" for name, count in parts.items())
     days = f", {run.max_steps * seconds / 86400:.2g} days for {run.max_steps:,} steps" if run.max_steps > 0 else ""
     return (
-        f"An optimizer step is {total / 1e15:.3g} PFLOP, {total / run.gpus / 1e15:.3g} on each GPU{again}:\n"
+        f"An optimizer step is {total / 1e15:.3g} PFLOP, {total / run.gpus / 1e15:.3g} on each GPU{recomputed}:\n"
         f"  {shares}\n"
         f"At {mfu:.0%} of {peak / 1e12:.0f} TFLOP/s a step takes {seconds:.3g} s{days}."
     )
-
-
-def run(verb: str, arguments: Sequence[str]) -> None:
-    """Print the estimate.
-
-    Raises:
-        InputError: a recipe or an option that cannot be used.
-    """
-    options, others = parser().parse_known_args(arguments)
-    peak = peak_bf16_flops(options.gpu)
-    if peak is None:
-        raise InputError(f"the GPU '{options.gpu}' is not known: give one like H100, H200 or A100.")
-    if not 0 < options.mfu <= 1:
-        raise InputError(f"--mfu is {options.mfu}; it must lie in (0, 1].")
-    sizes = {name: getattr(options, f"{name[:-1]}_sizes") for name in SIZES}
-    recipe = read([f"--config={path}" for path in options.config] + others, options.gpus, sizes)
-    print(report(recipe, options.gpu_memory * GIB, peak, options.mfu))

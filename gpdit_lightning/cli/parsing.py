@@ -2,6 +2,7 @@
 
 import argparse
 import collections.abc
+import copy
 import dataclasses
 import difflib
 import json
@@ -14,6 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter,
 
 from gpdit_lightning.cli.recipe_files import with_bases
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.options.shared import RecipeOptions
 
 # Every field's docstring becomes its help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -29,6 +31,8 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
 
     Beside `--name value` the command line may say `--switch` and `--no_switch` for an option that is true or false, and
     `--names a b c` for one that takes a list. `--config FILE` gives options as YAML; later ones override earlier ones.
+    Where the record is one of :class:`RecipeOptions`, `--config` names recipes instead, and every option that is not
+    the record's own overrides them.
 
     Args:
         verb: names the command in messages.
@@ -40,33 +44,49 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
         InputError: options that cannot be used, in one sentence.
         SystemExit: after `--help` or `--print_config`.
     """
-    parser = parser_of(verb, description, record)
-    values = parser.instantiate(parser.parse_args(normalised(with_bases(arguments), record)))
-    given = {field.name: values[field.name] for field in dataclasses.fields(record)}  # type: ignore[arg-type]
+    parser, recipe = parser_of(verb, description, record), dict[str, list[str]]()
+    if issubclass(record, RecipeOptions):
+        own, recipe["config"], recipe["overrides"] = recipe_arguments(arguments, own_names(record))
+    else:
+        own = with_bases(arguments)
+    values = parser.instantiate(parser.parse_args(normalised(own, record)))
+    given = {name: values[name] for name in own_names(record)} | recipe
     return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def parser_of(verb: str, description: str, record: type[Any]) -> "OptionParser":
     """The parser of a verb: a group for each record that its own inherits from, in their order."""
+    takes_recipe = issubclass(record, RecipeOptions)
     parser = OptionParser(
         prog=f"{COMMAND} {verb}",
-        usage=f"{COMMAND} {verb} [options]",
+        usage=f"{COMMAND} {verb} [options]{' [options of fit]' if takes_recipe else ''}",
         description=f"{description} The items of a list are separated by blanks.",
         formatter_class=OptionHelp,
         parser_mode="omegaconf+",
     )
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file of options; later ones override.")
+    if takes_recipe:
+        parser.add_argument("-c", "--config", metavar="RECIPE", help="A recipe, then overlays; later ones override.")
+        parser.epilog = "Every other option overrides the recipe: see `fit --help`; --print_config prints the result."
+    else:
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file of options; later override.")
+        parser.add_argument("--base", type=str | list[str], default=[], help=argparse.SUPPRESS)
     for action in parser._actions:
         if action.dest == "print_config":
             action.help, action.metavar = "Print all options as YAML and exit.", ""
-    parser.add_argument("--base", type=str | list[str], default=[], help=argparse.SUPPRESS)
     add_record(parser, record)
     return parser
 
 
+def own_names(record: type[Any]) -> list[str]:
+    """The names of a record's fields, without those of a recipe."""
+    of_recipe = {field.name for field in dataclasses.fields(RecipeOptions)} if issubclass(record, RecipeOptions) else ()
+    return [field.name for field in dataclasses.fields(record) if field.name not in of_recipe]
+
+
 def add_record(parser: ArgumentParser, record: type[Any]) -> None:
     """Add the fields of a record, each under the title of the class that declares it; equal titles share a group."""
-    names = {field.name for field in dataclasses.fields(record)}
+    fields = {field.name for field in dataclasses.fields(record)}
+    names = set(own_names(record))
     groups: dict[str, set[str]] = {}
     for declaring in (*record.__mro__[1:], record):
         if dataclasses.is_dataclass(declaring):
@@ -77,7 +97,7 @@ def add_record(parser: ArgumentParser, record: type[Any]) -> None:
         if own:
             group = parser.add_argument_group(title)
             for some in (own & required, own - required):
-                group.add_class_arguments(record, as_group=False, skip=names - some)
+                group.add_class_arguments(record, as_group=False, skip=fields - some)
 
 
 def is_required(field: dataclasses.Field[Any]) -> bool:
@@ -104,7 +124,9 @@ def explained(message: str, known: Iterable[str]) -> str:
     if PREFIX in message:  # the parser of a part has explained it already
         return PREFIX + sentence
     unknown = re.search(r"unrecognized arguments: -*([\w.]+)|ption '([\w.]+)'", sentence)
-    if unknown:
+    if sentence.startswith("unrecognized arguments: ") and not sentence.startswith("unrecognized arguments: -"):
+        sentence += "; every option begins with --, and files of options are named by --config."
+    elif unknown:
         group = re.search(r"Group '([\w.]+)'", sentence)
         key = (f"{group[1]}." if group else "") + (unknown[1] or unknown[2])
         nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
@@ -158,6 +180,12 @@ class OptionHelp(DefaultHelpFormatter):
         hidden = action.default is None or isinstance(action.default, bool) or action.default in ((), [])
         return text if hidden or not hasattr(action, "_typehint") else f"{text} (default: %(default)s)"
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Leave out `--name+`, which adds to the list of a config file."""
+        shown = copy.copy(action)
+        shown.option_strings = [option for option in action.option_strings if not option.endswith("+")]
+        return super()._format_action_invocation(shown)
+
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         hint = getattr(action, "_typehint", None)
         if hint is bool:
@@ -169,6 +197,30 @@ class OptionHelp(DefaultHelpFormatter):
             return "{" + ",".join(map(str, choices)) + "}"
         item = item_type(hint)
         return super()._get_default_metavar_for_optional(action) + (" ..." if item is not None else "")
+
+
+def recipe_arguments(arguments: Sequence[str], own: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Divide the arguments of a verb that reads a training recipe.
+
+    Args:
+        arguments: of the command line, behind the verb.
+        own: names of the verb's own options.
+
+    Returns:
+        the verb's own options, the files that `--config` names, and all other words.
+    """
+    words, kept, config, overrides = list(arguments), list[str](), list[str](), list[str]()
+    while words:
+        word = words.pop(0)
+        option, equals, value = word.partition("=")
+        values = [] if equals or not word.startswith("-") else taken(words)
+        if option in ("-c", "--config"):
+            config += [value] if equals else values
+        elif option in ("-h", "--help") or (option.startswith("--") and option[2:].removeprefix("no_") in own):
+            kept += [word, *values]
+        else:
+            overrides += [word, *values]
+    return kept, config, overrides
 
 
 def normalised(arguments: Sequence[str], record: type[Any]) -> list[str]:

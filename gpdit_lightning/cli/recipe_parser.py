@@ -5,7 +5,8 @@ from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from gpdit_lightning.cli.parsing import explained
+from gpdit_lightning.cli import record_of
+from gpdit_lightning.cli.parsing import explained, own_names
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
@@ -21,5 +22,7 @@ class RecipeParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise InputError instead of printing the usage."""
         known = [action.dest for action in self._actions]
+        record = record_of(self.prog.split()[-1])  # a verb such as `estimate` has further options
+        known += own_names(record) if record else []
         known += [f"{name}.{f.name}" for name, options in NESTED_OPTIONS.items() for f in dataclasses.fields(options)]
         raise InputError(explained(message, known))

@@ -84,6 +84,28 @@ class BatchedSamplerOptions(SamplerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """Recipe."""
+
+    config: Sequence[str]
+    """A recipe, then overlays; later ones override."""
+    overrides: Sequence[str] = ()
+    """Options of `fit` that override the recipe, such as `--trainer.max_steps=10`."""
+
+    def __post_init__(self) -> None:
+        if not self.config:
+            raise InputError(
+                "no recipe is given: name one, such as --config gpdit:stage2_mixed (`python -m gpdit_lightning "
+                "recipes` lists those that ship)."
+            )
+
+    @property
+    def fit_arguments(self) -> list[str]:
+        """The recipe as arguments of `fit`."""
+        return [*(f"--config={path}" for path in self.config), *self.overrides]
+
+
+@dataclass(frozen=True, kw_only=True)
 class VideoOptions:
     """Videos."""
 

@@ -1,4 +1,4 @@
-"""What a recipe needs, said without running it."""
+"""Estimates of what a recipe takes, without running it."""
 
 import re
 from collections.abc import Callable
@@ -11,9 +11,11 @@ import yaml
 from jsonargparse import Namespace
 
 from gpdit_lightning.cli import main
-from gpdit_lightning.cli.estimate import GIB, read, strategy_of
+from gpdit_lightning.cli.estimate import GIB, estimate, read_recipe, strategy_of
 from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.requirements import Shape, Source, nearest_that_fits, overrides
+from gpdit_lightning.options.estimate import EstimateOptions
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 STAGE2 = f"--config={RECIPES / 'stage2_mixed.yaml'}"
@@ -38,44 +40,44 @@ def mixed(write_shards: Callable[..., Manifest], tmp_path: Path) -> Path:
 
 
 def test_prepared_data_give_the_shapes(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images, videos = read([f"--config={mixed}"], gpus=1, sizes={}).sources
+    images, videos = read_recipe([f"--config={mixed}"]).run.sources
     images = replace(images, shapes=tuple(sorted(images.shapes)))
     assert images == Source("images", 4, 1, (Shape(1, 8, 8, 0.5), Shape(1, 8, 12, 0.5)), assumed=False)
     assert videos == Source("videos", 8, 2, (Shape(2, 8, 8, 0.5), Shape(3, 8, 8, 0.5)), assumed=False)
     assert main(["estimate", f"--config={mixed}", "--gpus=2", "--trainer.max_steps=500"]) == 0
     text = capsys.readouterr().out
-    assert "images: 4 a step, 2 at a time on a GPU, latent frames 1, 64x64, 64x96 (as prepared)" in text
-    assert "videos: 8 a step, 2 at a time on a GPU, latent frames 2 to 3, 64x64 (as prepared)" in text
+    assert "images: 4 per step, 2 at a time on a GPU, latent frames 1, 64x64, 64x96 (as prepared)" in text
+    assert "videos: 8 per step, 2 at a time on a GPU, latent frames 2 to 3, 64x64 (as prepared)" in text
     assert "for 500 steps" in text
 
 
-def test_a_loss_on_targets_alone_counts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_on_targets_only_takes_fewer_flops(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = f"--config={RECIPES / 'stage4_few_shot.yaml'}"
-    assert [source.loss_frames for source in read([recipe], 1, {}).sources] == ["targets"]
+    assert [source.loss_frames for source in read_recipe([recipe]).run.sources] == ["targets"]
     assert main(["estimate", recipe]) == main(["estimate", recipe, "--data.sequences.loss_frames=all"]) == 0
     text = capsys.readouterr().out
-    assert text.count("latent frames 6, loss on targets alone, 256x256") == 1
+    assert text.count("latent frames 6, loss on targets only, 256x256") == 1
     targets, everything = map(float, re.findall(r"An optimizer step is (\S+) PFLOP", text))
     assert targets / everything == pytest.approx(8 / 11, abs=0.01)
 
 
-def test_a_token_budget_gives_each_shape_its_own_part(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Images of 16 and 24 tokens, six and four of them at a time: there are as many of both."""
+def test_a_token_budget_gives_each_shape_a_batch_size(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images of 16 and 24 tokens are in micro-batches of six and four; there are equally many images of both."""
     options = [f"--config={mixed}"]
     for name, tokens in (("images", 96), ("videos", 768)):
         options += [f"--data.{name}.batch_size=0", f"--data.{name}.tokens={tokens}"]
-    images, videos = read(options, gpus=1, sizes={}).sources
+    images, videos = read_recipe(options).run.sources
     assert {shape[:3]: shape.fraction for shape in images.shapes} == pytest.approx({(1, 8, 8): 0.4, (1, 8, 12): 0.6})
     assert {shape[:3]: shape.fraction for shape in videos.shapes} == pytest.approx({(2, 8, 8): 0.5, (3, 8, 8): 0.5})
     assert main(["estimate", *options, "--gpus=2"]) == 0
     text = capsys.readouterr().out
-    assert "images: 96 tokens a step, 2 to 3 at a time on a GPU, latent frames 1, 64x64, 64x96 (as prepared)" in text
-    assert "videos: 768 tokens a step, 4 to 6 at a time on a GPU, latent frames 2 to 3, 64x64 (as prepared)" in text
+    assert "images: 96 tokens per step, 2 to 3 at a time on a GPU, latent frames 1, 64x64, 64x96 (as prepared)" in text
+    assert "videos: 768 tokens per step, 4 to 6 at a time on a GPU, latent frames 2 to 3, 64x64 (as prepared)" in text
     assert main(["estimate", *options, "--data.videos.tokens=100"]) == 2
     assert "data.videos.tokens is 100, too few for one sample" in capsys.readouterr().err
 
 
-def test_h_is_estimated_without_being_built(capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpdit_h_is_estimated_without_building_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", STAGE2, "--trainer.strategy=auto", "--gpus", "64"]) == 0
     text = capsys.readouterr().out
     assert "2,284,305,984 parameters" in text
@@ -83,11 +85,11 @@ def test_h_is_estimated_without_being_built(capsys: pytest.CaptureFixture[str]) 
     assert re.search(r"The recipe fits: it needs \d+\.\d of 80 GiB", text)
     assert re.search(r"\n> DDP .* fits\n.*ZeRO-1", text)
     assert re.search(r"\n  FSDP2 .* fits\n", text)
-    assert "a third as much again to recompute" in text
+    assert "a third more to recompute" in text
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"),
+    ("given", "selected"),
     [
         ("auto", "auto"),
         ("ddp_find_unused_parameters_false", "auto"),
@@ -109,56 +111,68 @@ def test_h_is_estimated_without_being_built(capsys: pytest.CaptureFixture[str]) 
         ),
     ],
 )  # fmt: skip
-def test_names_of_strategies(given: Any, meant: str) -> None:
-    assert strategy_of(given).option == meant
+def test_which_strategy_a_setting_selects(given: Any, selected: str) -> None:
+    assert strategy_of(given).option == selected
 
 
-def test_the_options_of_the_nearest_setting_make_the_recipe_fit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_proposed_options_make_the_recipe_fit(capsys: pytest.CaptureFixture[str]) -> None:
     whole = [STAGE2, "--trainer.strategy=auto", "--model.init_args.backbone.activation_checkpointing=false"]
-    for gpus, capacity in ((8, 80), (64, 62), (64, 40), (1, 24)):
-        run = read(whole, gpus, {})
+    for gpus, capacity in ((8, 80), (64, 40), (1, 24)):
+        run = read_recipe(whole, gpus).run
         wanted = nearest_that_fits(run, capacity * GIB)
         assert wanted is not None
         options = overrides(run, wanted).split()
-        assert read([*whole, *options], gpus, {}) == wanted
+        assert read_recipe([*whole, *options], gpus).run == wanted
         assert main(["estimate", *whole, *options, f"--gpus={gpus}", f"--gpu_memory={capacity}"]) == 0
         assert "The recipe fits" in capsys.readouterr().out
 
 
-def test_more_gpus_are_offered_beside_offloading(capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_gpus_are_proposed_beside_offloading(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", STAGE2, "--trainer.strategy=auto", "--gpu_memory", "24"]) == 0
     text = capsys.readouterr().out
     assert "zero2_offload\nWithout offloading, with" in text
     assert "GiB on each of 4 GPUs:\n  " in text
 
 
-def test_what_no_setting_makes_fit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_that_no_setting_makes_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", STAGE2, "--gpu_memory", "1"]) == 0
     assert "No setting makes it fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "words"),
     [
         (["--gpus=3"], "3 GPUs do not divide data.max_ranks = 64"),
-        (["--gpu=K20"], "'K20' is not known"),
+        (["--gpu=K20"], "--gpu is K20, whose peak FLOP/s are not known"),
         (["--mfu=2"], "--mfu is 2.0"),
+        (["--gpus=0"], "--gpus is 0: give at least 1"),
+        (["--gpu_memory=0"], "--gpu_memory is 0.0"),
         (["--video_sizes", "100x100"], "multiples of 16 pixels"),
         (["--trainer.strategy=fsdp"], "trainer.strategy is fsdp"),
         (["--trainer.precision=16-mixed"], "trainer.precision is 16-mixed"),
         (["--data.images.micro_batches=7"], "cannot be cut into 7"),
         (["--data.images.batch_size=0", "--data.videos.batch_size=0"], "no source of data"),
         (["--data.videos.loss_frames=targets"], "data.videos.loss_frames is targets, which only data.sequences has"),
-        (["--data.no_such_option=1"], "no_such_option"),
+        (["--data.image.batch_size=1"], "did you mean 'data.images.batch_size'"),
+        (["--gpu_memroy", "80"], "did you mean 'gpu_memory'"),
     ],
 )
-def test_what_cannot_be_estimated(options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_gets_one_sentence(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", STAGE2, *options]) == 2
-    error = capsys.readouterr().err
-    assert complaint in error
-    assert "Traceback" not in error
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert words in error
 
 
 def test_samples_that_are_too_short(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", f"--config={mixed}", "--data.videos.frames=5", "--data.videos.least_frames=5"]) == 2
-    assert "asks for 5 latent frames, but some samples have 3" in capsys.readouterr().err
+    assert "data.videos takes 5 latent frames of each sample, but some have 3" in capsys.readouterr().err
+
+
+def test_from_python_it_takes_a_record(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    estimate(EstimateOptions(config=[str(mixed)], overrides=["--trainer.max_steps=7"], gpus=2))
+    printed = capsys.readouterr().out
+    assert main(["estimate", "-c", str(mixed), "--trainer.max_steps", "7", "--gpus", "2"]) == 0
+    assert capsys.readouterr().out == printed
+    assert "for 7 steps" in printed
+    with pytest.raises(InputError, match="no recipe is given"):
+        EstimateOptions(config=[])

@@ -10,6 +10,7 @@ import yaml
 
 from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.options.shared import RecipeOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ def test_what_is_printed_is_a_config_of_the_same_options(tmp_path: Path, capsys:
     ("arguments", "words"),
     [
         (["here", "--nmaes", "a"], ["--nmaes", "did you mean 'names'?"]),
+        (["here", "there"], ["unrecognized arguments: there", "every option begins with --"]),
         (["here", "--kind", "slwo"], ["kind is slwo", "one of fast, slow"]),
         (["here", "--seeds", "x"], ["seeds", "x"]),
         (["here", "--mark=perhaps"], ["mark is perhaps", "true or false"]),
@@ -120,3 +122,39 @@ def test_help_groups_options_by_the_record_that_declares_them(capsys: pytest.Cap
     assert "(default: out.mp4)" in text
     assert "type:" not in text
     assert "null" not in text
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithRecipe(RecipeOptions):
+    """Own options."""
+
+    devices: int = 1
+    """Devices."""
+    sizes: Sequence[str] = ()
+    """Sizes."""
+    check: bool = False
+    """Check first."""
+
+
+def test_what_is_not_a_records_own_option_overrides_the_recipe() -> None:
+    words = ["-c", "a.yaml", "--sizes", "1x1", "2x2", "--trainer.max_steps", "5", "--config=b.yaml", "--check"]
+    words += ["--data.seed=1", "--devices", "2", "--print_config"]
+    options = parse("verb", "Do something.", WithRecipe, words)
+    assert options == WithRecipe(
+        config=("a.yaml", "b.yaml"),
+        overrides=("--trainer.max_steps", "5", "--data.seed=1", "--print_config"),
+        devices=2,
+        sizes=("1x1", "2x2"),
+        check=True,
+    )
+    assert options.fit_arguments == ["--config=a.yaml", "--config=b.yaml", *options.overrides]
+
+
+def test_help_of_a_verb_with_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("verb", "Do something.", WithRecipe, ["--help"])
+    text = capsys.readouterr().out
+    assert "--config RECIPE" in text
+    assert "fit --help" in text
+    assert "--overrides" not in text
+    assert "--sizes+" not in text

@@ -1,0 +1,47 @@
+"""Options of `estimate`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.options.shared import RecipeOptions, check_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareOptions:
+    """Hardware."""
+
+    gpus: int = 1
+    """GPUs that share the batch."""
+    gpu: str = "H100"
+    """Model of the GPUs, which sets the peak FLOP/s: H100, H200, A100, ..."""
+    gpu_memory: float = 80
+    """GiB of memory per GPU."""
+    mfu: float = 0.4
+    """Assumed model FLOPs utilization: the fraction of the peak FLOP/s that training achieves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeOptions:
+    """Data."""
+
+    image_sizes: Sequence[str] | None = None
+    """HEIGHTxWIDTH in pixels, in equal shares; by default the sizes of the prepared images, or 256x256, 192x320 and
+    320x192 (as in the paper) if none are prepared."""
+    video_sizes: Sequence[str] | None = None
+    """The same for videos; 192x320 (as in the paper) if none are prepared."""
+    sequence_sizes: Sequence[str] | None = None
+    """The same for few-shot sequences; 256x256 if none are prepared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateOptions(RecipeOptions, HardwareOptions, SizeOptions):
+    """Estimate."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, gpus=1)
+        if not self.gpu_memory > 0:
+            raise InputError(f"--gpu_memory is {self.gpu_memory}: give a number of GiB above 0.")
+        if not 0 < self.mfu <= 1:
+            raise InputError(f"--mfu is {self.mfu}: give a fraction above 0, at most 1.")
