@@ -1,4 +1,4 @@
-"""The objective and its inverse: rotation, noise levels, loss, samplers. Needs torch alone."""
+"""Diffusion: noising as a rotation, noise levels, the velocity loss, samplers, guidance. Needs torch alone."""
 
 from gpdit_lightning.diffusion.guidance import Guidance
 from gpdit_lightning.diffusion.loss import QuartileLoss, VelocityLoss, velocity_loss
@@ -15,6 +15,7 @@ from gpdit_lightning.diffusion.samplers import (
     TangentSampler,
     Velocity,
     make_sampler,
+    register_sampler,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "VelocityLoss",
     "make_sampler",
     "noise_from",
+    "register_sampler",
     "rotate_to",
     "velocity_loss",
     "x0_from",

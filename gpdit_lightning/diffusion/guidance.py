@@ -1,4 +1,4 @@
-"""Classifier-free guidance: away from what the model would do if it knew less (Ho and Salimans, 2022)."""
+"""Classifier-free guidance over the context and over the label or text (Ho and Salimans, 2022)."""
 
 import math
 from dataclasses import dataclass
@@ -12,51 +12,58 @@ from gpdit_lightning.errors import InputError
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly each condition is stressed. GPDiT takes a context scale of 1.2 for H and 2.0 for B (section 5.2).
+    """Guidance scale of each condition. GPDiT uses a context scale of 1.2 for H and 2.0 for B (section 5.2).
 
-    The guided velocity is that of the fully conditioned model plus, for each condition, (scale - 1) times what it
-    changes given the other; with one condition that is unconditional + scale * (conditional - unconditional).
+    The guided velocity is the conditional velocity plus, for each condition, (scale - 1) times the difference between
+    the conditional velocity and the one without that condition. With one condition this is
+    unconditional + scale * (conditional - unconditional).
 
     Raises:
-        InputError: a scale that is not a number, or levels that are no range within [0, 1].
+        InputError: a scale that is not finite, or levels that are not a range within [0, 1].
     """
 
     context: float = 1.0
-    """Scale of the frames before; 1 leaves them as they are and costs nothing, other values a further noisy frame,
-    which has no context, at each network call."""
+    """Scale of the frames before; 1 is no guidance. Any other value adds a noisy frame without context to each network
+    call."""
     label: float = 1.0
-    """Scale of the class label or text, likewise."""
+    """Scale of the class label or text; 1 is no guidance. Any other value adds a noisy frame without it."""
     least_level: float = 0.0
-    """Only at noise levels t from here on ..."""
+    """The lowest noise level t at which guidance is applied; it has little effect at low levels (Kynkäänniemi et al.,
+    2024)."""
     most_level: float = 1.0
-    """... up to here: guidance at the strongest noise costs variety, at the weakest it changes little (Kynkäänniemi et
-    al., 2024)."""
+    """The highest noise level t at which guidance is applied; at high levels it reduces variety (the same)."""
 
     def __post_init__(self) -> None:
         for name in ("context", "label"):
             if not math.isfinite(getattr(self, name)):
                 raise InputError(
-                    f"the guidance scale of the {name} is {getattr(self, name)}; give a number, 1 for none."
+                    f"the guidance scale of the {name} is {getattr(self, name)}; give a finite number, 1 for none."
                 )
         if not 0 <= self.least_level <= self.most_level <= 1:
             raise InputError(
-                f"guidance at noise levels from {self.least_level} to {self.most_level} is no range: give two numbers "
-                "from 0 to 1, the lower one first."
+                f"guidance at noise levels from {self.least_level} to {self.most_level} is not a range: give two "
+                "numbers from 0 to 1, the lower one first."
             )
 
     @property
-    def everywhere(self) -> bool:
-        """Whether all noise levels are guided."""
+    def at_all_levels(self) -> bool:
+        """Whether guidance is applied at all noise levels."""
         return (self.least_level, self.most_level) == (0, 1)
 
-    def at(self, theta: float, schedule: NoiseSchedule) -> bool:
-        """Whether the angle `theta` lies within the guided levels."""
-        levels = torch.tensor([self.least_level, self.most_level], dtype=torch.float64)
-        least, most = schedule.theta(levels).tolist()
-        return least - 1e-6 <= theta <= most + 1e-6  # angles come in float32
+    def applies_at(self, theta: float, schedule: NoiseSchedule) -> bool:
+        """Whether guidance is applied at the angle `theta` of a schedule."""
+        levels = torch.tensor([self.least_level, self.most_level], dtype=torch.float64, device="cpu")
+        lowest, highest = schedule.theta(levels).tolist()
+        return lowest - 1e-6 <= theta <= highest + 1e-6  # angles come in float32
 
     def combine(self, conditioned: Tensor, without_label: Tensor | None, without_context: Tensor | None) -> Tensor:
-        """The guided velocity (B, ...) of the model's answers; None where a condition is not stressed."""
+        """The guided velocity from the model's velocities (B, ...).
+
+        Args:
+            conditioned: with all conditions.
+            without_label: without the label or text; None if it is not guided over.
+            without_context: without the frames before; None if they are not guided over.
+        """
         guided = conditioned
         if without_label is not None:
             guided = guided + (self.label - 1) * (conditioned - without_label)

@@ -1,4 +1,4 @@
-"""The velocity loss (GPDiT, equation 3) and its view by noise level."""
+"""The velocity loss (GPDiT, equation 3), in total and by noise level."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class QuartileLoss(NamedTuple):
-    """Squared errors by quartile of the noise level, as sums and counts, so that batches and ranks add up exactly.
+    """Squared errors by quarter of the range of noise levels, as sums and counts that batches and ranks can add.
 
     Attributes:
-        sums: (4,) sum over frames of the mean squared error; quartile k holds t in [k/4, (k+1)/4), the last t = 1 too.
+        sums: (4,) mean squared errors, summed over frames; entry k has t in [k/4, (k+1)/4), the last one t = 1 too.
         counts: (4,) number of frames.
     """
 
@@ -19,12 +19,12 @@ class QuartileLoss(NamedTuple):
 
 
 class VelocityLoss(NamedTuple):
-    """The objective and its detached parts.
+    """The objective, and the same detached by noise level and by clip.
 
     Attributes:
         mean: the scalar to minimise.
         quartiles: by noise level.
-        per_clip: (B,) mean over each clip; a noisy copy of one counts as one.
+        per_clip: (B,) mean over each row of the batch: a noisy copy of a clip is a row of its own.
     """
 
     mean: Tensor

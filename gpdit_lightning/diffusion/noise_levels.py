@@ -1,4 +1,4 @@
-"""From a noise level t in [0, 1] to the angle theta of the rotation."""
+"""Noise schedules: from a noise level t in [0, 1] to the angle theta of the rotation."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from gpdit_lightning.errors import InputError
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How noise levels become angles.
+    """The function from noise levels to angles. Checkpoints and exported models store its two fields.
 
     Raises:
         InputError: an unknown name or a shift that is not positive.
@@ -21,7 +21,8 @@ class NoiseSchedule:
     name: Literal["cosine"] = "cosine"
     """cosine: theta = t pi/2, so that sqrt(alpha_t) = cos(t pi/2)."""
     shift: float = 1.0
-    """Resolution shift s: tan(theta') = s tan(theta); above 1 spends more of t on strong noise, for large frames."""
+    """Resolution shift s: tan(theta') = s tan(theta). Above 1, more of the range of t is strong noise, as large frames
+    need."""
 
     def __post_init__(self) -> None:
         if self.name != "cosine":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class NoisySample(NamedTuple):
-    """What the network sees and what it must answer.
+    """The input of the network and its training target.
 
     Attributes:
         noisy: cos(theta) x0 + sin(theta) eps.

@@ -220,7 +220,7 @@ def _score_table(report: Report) -> str:
 
 def _in_words(protocol: Protocol, day: str) -> list[str]:
     guidance, schedule = protocol.guidance, protocol.schedule
-    levels = "" if guidance.everywhere else f" at noise levels {guidance.least_level:g} to {guidance.most_level:g}"
+    levels = "" if guidance.at_all_levels else f" at noise levels {guidance.least_level:g} to {guidance.most_level:g}"
     seen = "given and generated frames" if protocol.fvd_frames == "all" else "generated frames alone"
     return [
         f"Videos: {protocol.videos:,} of {protocol.data}, {protocol.choice}; sha256 of their names "

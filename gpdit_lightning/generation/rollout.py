@@ -175,7 +175,7 @@ class Denoiser:
         """The velocity (B, C, H, W) at `noisy` (B, C, H, W) and `theta` (B,)."""
         clips, guidance = len(noisy), self.config.guidance
         # The angle is read only where it matters, since reading it makes the host wait for the GPU.
-        guided = guidance.everywhere or guidance.at(theta[0].item(), self.config.sampler.schedule)
+        guided = guidance.at_all_levels or guidance.applies_at(theta[0].item(), self.config.sampler.schedule)
         over_label = guided and self.null_condition is not None
         over_context = guided and guidance.context != 1 and self._has_context
         conditions = [self.condition]

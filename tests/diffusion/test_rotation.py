@@ -6,8 +6,6 @@ from torch import Tensor
 
 from gpdit_lightning.diffusion import noise_from, rotate_to, x0_from
 
-ANGLES = [0.0, 0.3, math.pi / 4, 1.2, math.pi / 2]
-
 
 def pair(*shape: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -15,13 +13,13 @@ def pair(*shape: int) -> tuple[Tensor, Tensor]:
     return x0, eps
 
 
-@pytest.mark.parametrize("angle", ANGLES)
-def test_values_of_the_forward_process(angle: float) -> None:
+def test_values_of_the_forward_process() -> None:
     x0, eps = pair(2, 1, 1, 1)
-    sample = rotate_to(x0, eps, torch.full((2,), angle, dtype=torch.float64))
-    torch.testing.assert_close(sample.noisy, math.cos(angle) * x0 + math.sin(angle) * eps, rtol=0, atol=1e-15)
-    torch.testing.assert_close(sample.velocity, -math.sin(angle) * x0 + math.cos(angle) * eps, rtol=0, atol=1e-15)
-    assert (sample.theta == angle).all()
+    for angle in (0.0, 0.3, math.pi / 4, 1.2, math.pi / 2):
+        sample = rotate_to(x0, eps, torch.full((2,), angle, dtype=torch.float64))
+        torch.testing.assert_close(sample.noisy, math.cos(angle) * x0 + math.sin(angle) * eps, rtol=0, atol=1e-15)
+        torch.testing.assert_close(sample.velocity, -math.sin(angle) * x0 + math.cos(angle) * eps, rtol=0, atol=1e-15)
+        assert (sample.theta == angle).all()
 
 
 def test_angle_zero_is_clean_and_a_right_angle_is_noise() -> None:
