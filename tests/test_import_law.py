@@ -122,7 +122,11 @@ def test_the_network_and_the_objective_need_torch_alone() -> None:
 def test_options_are_read_without_heavy_imports() -> None:
     allowed = {"gpdit_lightning"} | sys.stdlib_module_names
     light = ["options", *LEAVES - {"devices", "randomness", "files"}]
-    for path in [*files_of("options"), *(PACKAGE / "cli" / name for name in ("__init__.py", "parsing.py"))]:
+    light_files = ("__init__.py", "parsing.py", "arguments.py", "messages.py")
+    for path in [
+        *files_of("options"),
+        *(PACKAGE / "cli" / name for name in light_files),
+    ]:
         assert top_level_names(path) <= allowed | {"jsonargparse"}, path
     for path in files_of("options"):
         assert internal_imports(path) <= {*light}, path

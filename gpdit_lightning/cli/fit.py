@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.checkpoints.reading import read_checkpoint
-from gpdit_lightning.cli.parsing import PREFIX, relevant_part
+from gpdit_lightning.cli.messages import PREFIX, relevant_part
 from gpdit_lightning.cli.recipe_files import with_bases
 from gpdit_lightning.cli.recipe_parser import RecipeParser
 from gpdit_lightning.data.datamodule import LatentDataModule

@@ -6,7 +6,8 @@ from typing import NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from gpdit_lightning.cli import record_of
-from gpdit_lightning.cli.parsing import explained, own_names
+from gpdit_lightning.cli.messages import explained
+from gpdit_lightning.cli.parsing import own_names
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig

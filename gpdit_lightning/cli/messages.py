@@ -1,0 +1,91 @@
+"""What jsonargparse prints, for people: help without Python's types, errors of one sentence."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any, Literal, get_args, get_origin
+
+from jsonargparse import DefaultHelpFormatter
+
+from gpdit_lightning.cli.arguments import item_type
+
+PREFIX = "the recipe or the command line cannot be used: "
+
+
+class OptionHelp(DefaultHelpFormatter):
+    """Help with choices and defaults, and without Python's names of types."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, max_help_position=28, width=110, **settings)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.required:
+            return f"{text} (required)"
+        hidden = action.default is None or isinstance(action.default, bool) or action.default in ((), [])
+        return text if hidden or not hasattr(action, "_typehint") else f"{text} (default: %(default)s)"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        hint = getattr(action, "_typehint", None)
+        if hint is None:
+            return super()._format_action_invocation(action)
+        if hint is bool:
+            return f"--{action.dest}, --no_{action.dest}"
+        literals = [option for option in (hint, *get_args(hint)) if get_origin(option) is Literal]
+        value = "{" + ",".join(map(str, get_args(literals[0]))) + "}" if literals else action.dest.upper()
+        return f"--{action.dest} {value}{'' if item_type(hint) is None else ' ...'}"
+
+
+def explained(message: str, known: Iterable[str]) -> str:
+    """A parser's message as one sentence.
+
+    Args:
+        message: of jsonargparse.
+        known: the options that exist, of which the nearest is proposed for an unknown one.
+    """
+    sentence = relevant_part(message)
+    if PREFIX in message:  # the parser of a part has explained it already
+        return PREFIX + sentence
+    unknown = re.search(r"unrecognized arguments: -*([\w.]+)|ption '([\w.]+)'", sentence)
+    if sentence.startswith("unrecognized arguments: ") and not sentence.startswith("unrecognized arguments: -"):
+        sentence += "; every option begins with --, and files of options are named by --config."
+    elif unknown:
+        group = re.search(r"Group '([\w.]+)'", sentence)
+        key = (f"{group[1]}." if group else "") + (unknown[1] or unknown[2])
+        nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+        sentence += f"; did you mean '{nearest[0]}'?" if nearest else "; see --help for the options that exist."
+    return PREFIX + sentence
+
+
+def relevant_part(message: str) -> str:
+    """The part of a jsonargparse message that a person needs.
+
+    Of a value that may have several types jsonargparse reports why it is none of them; the first reason that is not
+    about None is the one about the intended type.
+    """
+    reasons = [line.strip()[2:] for line in message.splitlines() if line.strip().startswith("- ")]
+    relevant = [line for line in reasons if "NoneType" not in line]
+    key = re.match(r'Parser key "([\w.]+)":', message)
+    value = re.search(r"(?:Given value|Got value): (.*)", message)
+    expected = re.match(
+        r"Expected an? (.*?)(?:\. Got value: .*)?$", relevant[0] if relevant else message.split("\n  ")[-1]
+    )
+    if key and value and expected:
+        return f"{key[1]} is {value[1]}; it must be {in_words(expected[1])}."
+    required = re.fullmatch(r"the following arguments are required: ([\w., -]+)", message)
+    if required:
+        return f"{required[1]} is missing: give --{required[1].split(', ')[0]}; see --help."
+    sentence = " ".join((relevant[0] if relevant else message).split("Given value")[0].split())
+    return sentence.replace(PREFIX, "")
+
+
+def in_words(kind: str) -> str:
+    """A type, as jsonargparse names it, in words."""
+    if "Sequence" in kind or "list" in kind:
+        return "a list"
+    choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+    if choices:
+        return f"one of {choices[1].replace(chr(39), '')}"
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
+    return words.get(kind.removeprefix("<class '").removesuffix("'>"), kind)
