@@ -46,8 +46,14 @@ VERBS = {
     "evaluate": Verb(
         "evaluate:run", "Continue the videos of a data set and compute FVD, FID, IS, precision, recall, PSNR, SSIM."
     ),
-    "probe": Verb("probe:run", "Measure how well each layer's features predict a video's class, by a linear probe."),
-    "features": Verb("features:run", "Write the features of videos for another model to train on."),
+    "probe": Verb(
+        "probe:probe",
+        "Measure how well each layer's features predict a video's class, by a linear probe.",
+        "probe:ProbeOptions",
+    ),
+    "features": Verb(
+        "features:features", "Write the features of videos for another model to train on.", "features:FeaturesOptions"
+    ),
     "estimate": Verb(
         "estimate:estimate",
         "Estimate the memory, FLOPs and days of a recipe, and the nearest one that fits.",

@@ -1,6 +1,6 @@
 """What the verbs that use a trained model share: how their options become models, codecs and settings."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -11,7 +11,7 @@ from gpdit_lightning.diffusion import Guidance, NoiseSchedule, make_sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import GenerationConfig
 from gpdit_lightning.media.images import Size, parse_size
-from gpdit_lightning.options.shared import LoadingOptions, SamplerOptions
+from gpdit_lightning.options.shared import LoadingOptions, PrecisionOptions, SamplerOptions
 
 PRECISIONS = {"32": None, "bf16": torch.bfloat16}
 
@@ -38,15 +38,19 @@ def generation_config(
         label_guidance: guidance scale over the label.
         rest: further fields of the result.
     """
-    precision = options.precision
-    if precision == "auto":
-        precision = "bf16" if next(trained.backbone.parameters()).is_cuda else "32"
     return GenerationConfig(
         sampler=make_sampler(options.sampler, options.steps, NoiseSchedule(**trained.schedule)),
         guidance=Guidance(options.guidance, label_guidance, *options.guidance_levels),
-        autocast_dtype=PRECISIONS[precision],
+        autocast_dtype=PRECISIONS[selected_precision(options, trained)],
         **rest,
     )
+
+
+def selected_precision(options: PrecisionOptions, trained: TrainedModel) -> Literal["32", "bf16"]:
+    """The precision of matrix products: `auto` is bf16 for a model on CUDA, else 32."""
+    if options.precision == "auto":
+        return "bf16" if next(trained.backbone.parameters()).is_cuda else "32"
+    return options.precision
 
 
 def trained_sizes(size: str | None, trained: TrainedModel) -> tuple[Size, ...]:
@@ -63,3 +67,16 @@ def trained_sizes(size: str | None, trained: TrainedModel) -> tuple[Size, ...]:
         known = ", ".join(f"{height}x{width}" for height, width in sizes)
         raise InputError(f"--size is {size}, but the checkpoint was trained on {known}: choose one of these.")
     return (wanted,)
+
+
+def trained_size(size: str | None, trained: TrainedModel, checkpoint: str) -> Size:
+    """The one size in pixels at which the model sees all videos.
+
+    Raises:
+        InputError: the model was not trained on the requested size, or on several and none is requested.
+    """
+    sizes = trained_sizes(size, trained)
+    if len(sizes) > 1:
+        known = ", ".join(f"{height}x{width}" for height, width in sizes)
+        raise InputError(f"{checkpoint} was trained on {known}: choose one of them by --size.")
+    return sizes[0]

@@ -32,9 +32,17 @@ class OptionHelp(DefaultHelpFormatter):
             return super()._format_action_invocation(action)
         if hint is bool:
             return f"--{action.dest}, --no_{action.dest}"
-        literals = [option for option in (hint, *get_args(hint)) if get_origin(option) is Literal]
-        value = "{" + ",".join(map(str, get_args(literals[0]))) + "}" if literals else action.dest.upper()
+        choices = literal_choices(hint)
+        choices += ["NUMBER"] if choices and float in get_args(hint) else []
+        value = "{" + ",".join(choices) + "}" if choices else action.dest.upper()
         return f"--{action.dest} {value}{'' if item_type(hint) is None else ' ...'}"
+
+
+def literal_choices(hint: Any) -> list[str]:
+    """The values of a Literal, anywhere inside a type."""
+    if get_origin(hint) is Literal:
+        return [str(choice) for choice in get_args(hint)]
+    return [choice for part in get_args(hint) for choice in literal_choices(part)]
 
 
 def explained(message: str, known: Iterable[str]) -> str:
@@ -61,18 +69,18 @@ def explained(message: str, known: Iterable[str]) -> str:
 def relevant_part(message: str) -> str:
     """The part of a jsonargparse message that a person needs.
 
-    Of a value that may have several types jsonargparse reports why it is none of them; the first reason that is not
-    about None is the one about the intended type.
+    Of a value that may have several types jsonargparse reports why it is none of them; that it is not None is left out.
     """
     reasons = [line.strip()[2:] for line in message.splitlines() if line.strip().startswith("- ")]
     relevant = [line for line in reasons if "NoneType" not in line]
     key = re.match(r'Parser key "([\w.]+)":', message)
     value = re.search(r"(?:Given value|Got value): (.*)", message)
-    expected = re.match(
-        r"Expected an? (.*?)(?:\. Got value: .*)?$", relevant[0] if relevant else message.split("\n  ")[-1]
-    )
-    if key and value and expected:
-        return f"{key[1]} is {value[1]}; it must be {in_words(expected[1])}."
+    reasons_or_last_line = relevant or [message.split("\n  ")[-1]]
+    expected = [re.match(r"Expected an? (.*?)(?:\. Got value: .*)?$", reason) for reason in reasons_or_last_line]
+    kinds = [in_words(match[1]) for match in expected if match]
+    if key and value and len(kinds) == len(expected):
+        unquoted = f"'{value[1]}'" in message and "value type: <class 'str'>" not in message
+        return f"{key[1]} is {value[1]}; it must be {' or '.join(kinds)}{', in quotes' if unquoted else ''}."
     required = re.fullmatch(r"the following arguments are required: ([\w., -]+)", message)
     if required:
         return f"{required[1]} is missing: give --{required[1].split(', ')[0]}; see --help."

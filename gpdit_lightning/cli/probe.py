@@ -1,8 +1,6 @@
-"""`probe`: what a linear classifier reads out of each layer of trained models (GPDiT, section 5.3)."""
+"""`probe`: linear classification of videos from the features of each layer of trained models (GPDiT, section 5.3)."""
 
-import argparse
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +8,13 @@ from pathlib import Path
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.checkpoints.reading import identity_of, place_of_weights
-from gpdit_lightning.cli.argparse_options import Help, add_opening, opened, trained_sizes
+from gpdit_lightning.cli.generating import load_model_and_codec, trained_sizes
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import find_videos
 from gpdit_lightning.files import written_whole
-from gpdit_lightning.probing.probe import C_GRID, extract_layer_features, probe_layers
+from gpdit_lightning.options.probe import ProbeOptions
+from gpdit_lightning.probing.probe import extract_layer_features, probe_layers
 from gpdit_lightning.probing.report import (
     ProbeResult,
     make_protocol,
@@ -25,7 +24,6 @@ from gpdit_lightning.probing.report import (
 )
 from gpdit_lightning.probing.splits import (
     UCF_NAME,
-    UCF_TEST_GROUPS,
     LabelledVideo,
     split_by_folders,
     split_by_lists,
@@ -34,87 +32,27 @@ from gpdit_lightning.probing.splits import (
 
 log = logging.getLogger(__name__)
 
-FOLDERS = "folders"
+# Fields of an evaluation's protocol that may differ between evaluations whose FVD are compared.
+OF_MODEL = ("checkpoint", "checkpoint_sha256", "step", "weights", "hardware", "versions")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The verb's options."""
-    options = argparse.ArgumentParser(
-        prog="python -m gpdit_lightning probe",
-        description="Linear probing: classify videos by logistic regression on the frozen features of every layer "
-        "(clean stream alone, theta = 0, mean over frames and tokens). Writes probe.json, probe.md and probe.png to "
-        "--out. Features stay there too: a killed command goes on, and another --split takes no second pass.",
-        formatter_class=Help,
-    )
-    add = options.add_argument
-    add("--out", required=True, type=Path, help="folder for the results and, in features/, for what they are made of")
+def probe(options: ProbeOptions) -> None:
+    """Extract features, fit the classifiers, and write probe.json, probe.md and probe.png.
 
-    add = options.add_argument_group("models").add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        nargs="+",
-        help="checkpoints, run folders or exported folders; several make the figure show accuracy against steps",
-    )
-    add(
-        "--evaluations",
-        nargs="+",
-        default=[],
-        type=Path,
-        metavar="RESULTS.JSON",
-        help="what `evaluate` wrote of these checkpoints: the figure shows accuracy against FVD",
-    )
+    Features stay in `out`, so a stopped command resumes, and another split needs no second pass of the model.
 
-    add = options.add_argument_group("videos").add_argument
-    add("--videos", required=True, nargs="+", help="folders of videos, searched in depth, and single videos")
-    add(
-        "--split",
-        choices=[*map(str, UCF_TEST_GROUPS), FOLDERS],
-        help="a published split of UCF-101, by the groups in "
-        "file names; or `folders`: videos lie in train/CLASS and test/CLASS (default: 1, unless lists are given)",
-    )
-    add("--train_list", type=Path, help="file that lists the training half, a line CLASS/FILE, as UCF-101's trainlist")
-    add("--test_list", type=Path, help="file that lists the test half")
-    add(
-        "--group_pattern",
-        default=UCF_NAME,
-        metavar="REGEX",
-        help="with lists and folders: the part of a file's name, "
-        "in parentheses, that videos share which are not independent (one recording, one person); '.+' where all are",
-    )
-    add("--frames", type=int, default=13, help="frames of the clip in the middle of each video, 1 + 4k")
-    add("--stride", type=int, default=3, help="every stride-th frame; shorter videos are sampled more densely")
-    add("--size", help="HEIGHTxWIDTH in pixels, one that was trained on (default: the first of these)")
-
-    add = options.add_argument_group("computing").add_argument
-    grid = ", ".join(f"{C:g}" for C in C_GRID)
-    add(
-        "--regularisation",
-        default="auto",
-        metavar="C",
-        help="inverse strength of the L2 penalty; auto chooses for "
-        f"each layer among {grid} by cross-validation over groups of the training half",
-    )
-    add("--batch_size", type=int, default=8, help="clips that the model takes at once; of no effect on the result")
-    add("--workers", type=int, default=2, help="threads that read videos")
-    add_opening(add)
-    return options
-
-
-def run(verb: str, arguments: Sequence[str]) -> None:
-    """Extract, classify, and write."""
-    options = parser().parse_args(arguments)
-    regularisation = check(options)
-    evaluations = [evaluation_at(path) for path in options.evaluations]
-    check_alike(options.evaluations, evaluations)
-    places = [place_of_weights(place) for place in options.checkpoint]
-    halves, split = halves_of(list(dict.fromkeys(find_videos(options.videos))), options)
+    Raises:
+        InputError: an option, a checkpoint, an evaluation or the videos cannot be used.
+    """
+    evaluations = read_evaluations(options.evaluations)
+    checkpoints = [place_of_weights(checkpoint) for checkpoint in options.checkpoint]
+    videos, split = split_videos(list(dict.fromkeys(find_videos(options.videos))), options)
     with logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]):
-        results = [probe(place, halves, split, regularisation, options) for place in places]
+        results = [probe_checkpoint(checkpoint, videos, split, options) for checkpoint in checkpoints]
     probed = {(result.identity, result.weights) for result in results}
     for path, evaluation in zip(options.evaluations, evaluations, strict=True):
         if (evaluation.protocol.checkpoint_sha256, evaluation.protocol.weights) not in probed:
-            log.warning("warning: %s is of none of these checkpoints, so it is not drawn", path)
+            log.warning("warning: %s evaluates none of these checkpoints, so the figure does not show it", path)
     write_json(results, options.out / "probe.json")
     with written_whole(options.out / "probe.md") as temporary:
         temporary.write_text(markdown(results))
@@ -122,73 +60,61 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     print(f"{markdown(results)}\n{options.out / 'probe.json'}, probe.md, probe.png")
 
 
-def check(options: argparse.Namespace) -> float | None:
-    """Check what argparse does not; returns C, None for one that is chosen."""
-    for name in ("frames", "stride", "batch_size", "workers"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} is {getattr(options, name)}: give at least 1.")
-    if (options.train_list is None) != (options.test_list is None):
-        raise InputError("One list of videos is given: give both --train_list and --test_list.")
-    if options.train_list and options.split:
-        raise InputError(f"Both --split {options.split} and lists are given: leave one out.")
-    if options.regularisation == "auto":
-        return None
-    try:
-        C = float(options.regularisation)
-    except ValueError:
-        C = math.nan
-    if not 0 < C < math.inf:
-        raise InputError(f"--regularisation is {options.regularisation!r}: give auto or a number above 0.")
-    return C
+def read_evaluations(paths: Sequence[Path]) -> list[Report]:
+    """The reports of evaluations whose FVD the figure compares.
 
-
-def evaluation_at(path: Path) -> Report:
-    """What `evaluate` found; raises `InputError` where there is no FVD."""
-    report = Report.load(path)
-    if "fvd" not in report.scores:
-        raise InputError(f"{path} holds no FVD: evaluate with a video network, or leave it out of --evaluations.")
-    return report
-
-
-def check_alike(paths: Sequence[Path], evaluations: Sequence[Report]) -> None:
-    """Raise `InputError` where scores of evaluations do not belong on one axis, or two are of one checkpoint."""
-    of_model = ("checkpoint", "checkpoint_sha256", "step", "weights", "hardware", "versions")
-    seen: dict[tuple[str, str], Path] = {}
-    for path, report in zip(paths, evaluations, strict=True):
-        first, other = asdict(evaluations[0].protocol), asdict(report.protocol)
+    Raises:
+        InputError: a report has no FVD, two have different protocols, or two evaluate one checkpoint.
+    """
+    reports = [Report.load(path) for path in paths]
+    path_of_model: dict[tuple[str, str], Path] = {}
+    for path, report in zip(paths, reports, strict=True):
+        if "fvd" not in report.scores:
+            raise InputError(f"{path} holds no FVD: evaluate with a video network, or leave it out of --evaluations.")
+        first, other = asdict(reports[0].protocol), asdict(report.protocol)
         for name in first:
-            if name not in of_model and first[name] != other[name]:
+            if name not in OF_MODEL and first[name] != other[name]:
                 raise InputError(
-                    f"{paths[0]} and {path} differ in {name} ({first[name]}, not {other[name]}), so that their FVD do "
-                    "not compare: give evaluations of one protocol."
+                    f"{paths[0]} and {path} differ in {name} ({first[name]}, not {other[name]}), so their FVD cannot "
+                    "be compared: give evaluations of one protocol."
                 )
         model = report.protocol.checkpoint_sha256, report.protocol.weights
-        if model in seen:
-            raise InputError(f"{seen[model]} and {path} are of one checkpoint: give one of them.")
-        seen[model] = path
+        if model in path_of_model:
+            raise InputError(f"{path_of_model[model]} and {path} evaluate one checkpoint: give one of them.")
+        path_of_model[model] = path
+    return reports
 
 
-def halves_of(videos: Sequence[Path], options: argparse.Namespace) -> tuple[list[LabelledVideo], str]:
-    """Classes and halves, and in words who divided them."""
-    if options.train_list:
-        names = f"lists {options.train_list.name} and {options.test_list.name}"
-        return split_by_lists(videos, options.train_list, options.test_list, options.group_pattern), names
-    if options.split == FOLDERS:
-        return split_by_folders(videos, options.group_pattern), "folders train and test"
-    split = int(options.split or 1)
+def split_videos(videos: Sequence[Path], options: ProbeOptions) -> tuple[list[LabelledVideo], str]:
+    """The videos with their classes, divided into training and test videos, and a description of the split."""
+    pattern = options.group_pattern or UCF_NAME
+    if options.train_list and options.test_list:
+        description = f"lists {options.train_list.name} and {options.test_list.name}"
+        return split_by_lists(videos, options.train_list, options.test_list, pattern), description
+    if options.split == "folders":
+        return split_by_folders(videos, pattern), "folders train and test"
+    split = options.split or 1
     return split_by_ucf_groups(videos, split), f"UCF-101's published split {split}"
 
 
-def probe(
-    place: Path, halves: Sequence[LabelledVideo], split: str, regularisation: float | None, options: argparse.Namespace
+def probe_checkpoint(
+    checkpoint: Path, videos: Sequence[LabelledVideo], split: str, options: ProbeOptions
 ) -> ProbeResult:
-    """The probes of one checkpoint."""
-    trained, codec = opened(argparse.Namespace(**vars(options) | {"checkpoint": place}))
+    """The accuracy of a linear classifier on each layer of one checkpoint.
+
+    Args:
+        checkpoint: its path.
+        videos: training and test videos.
+        split: description of how they were divided.
+        options: of the verb.
+    """
+    trained, codec = load_model_and_codec(str(checkpoint), options)
     size = trained_sizes(options.size, trained)[0]
-    pooled = extract_layer_features(
+    regularisation = None if options.regularisation == "auto" else options.regularisation
+    features = extract_layer_features(
         trained.backbone,
         codec,
-        sorted(video.path for video in halves),  # the same chunks in every split
+        sorted(video.path for video in videos),  # the same order, so the same cached features, for every split
         size,
         frames=options.frames,
         stride=options.stride,
@@ -197,19 +123,19 @@ def probe(
         cache=options.out / "features",
         progress=True,
     )
-    readable = set(pooled.paths)
-    used = [video for video in halves if video.path in readable]
+    readable = set(features.paths)
+    used = [video for video in videos if video.path in readable]
     return ProbeResult(
-        checkpoint=str(place),
-        identity=identity_of(place),
+        checkpoint=str(checkpoint),
+        identity=identity_of(checkpoint),
         step=trained.step,
-        weights=trained.backbone.facts.get("weights", options.weights),
+        weights=trained.backbone.facts.get("weights", options.weights),  # a run may have no averaged ones
         codec=f"{codec.name} {codec.fingerprint}",
-        layers=tuple(probe_layers(pooled, used, regularisation, progress=True)),
+        layers=tuple(probe_layers(features, used, regularisation, progress=True)),
         protocol=make_protocol(
             used,
-            left_out=len(halves) - len(used),
-            squeezed=pooled.squeezed,
+            left_out=len(videos) - len(used),
+            squeezed=features.squeezed,
             regularisation=regularisation,
             data=", ".join(options.videos),
             split=split,

@@ -1,4 +1,4 @@
-"""`features` on files, against the model's own features of every clip, pooled one by one."""
+"""`features` on video files, against the features of the whole model, pooled in loops."""
 
 import pickle
 import shutil
@@ -14,11 +14,14 @@ import yaml
 from gpdit_lightning import GPDiT
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import features as verb
+from gpdit_lightning.cli import run
+from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.media.video import write_video
+from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing.features import FeatureRecord, VideoFeatures
 from tests.cli.sampling import stripes
 
@@ -47,7 +50,7 @@ def work(place: Path, tmp_path_factory: pytest.TempPathFactory, randomise: Calla
 
 def extract(work: Path, out: Path, *options: Any, videos: str = "videos", model: str = "model") -> None:
     basic = ["--checkpoint", work / model, "--videos", work / videos, "--out", out, "--layer=2", "--workers=0"]
-    verb.run("features", [str(option) for option in (*basic, *options)])
+    run("features", [str(option) for option in (*basic, *options)])
 
 
 def expected(work: Path, name: str, frames: int = 17, stride: int = 3, temporal_tokens: int = 5) -> torch.Tensor:
@@ -77,10 +80,10 @@ def test_features_are_those_of_the_layer_and_the_loader_finds_them(
 
 def test_a_recipe_gives_options_and_the_command_line_overrides_them(work: Path, tmp_path: Path) -> None:
     settings = {"layer": 1, "frames": 9, "stride": 0, "temporal_tokens": 7, "format": "pickle", "workers": 0}
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"features": settings, "video_chatgpt": {"learning_rate": 2e-5}}))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
     out = tmp_path / "out"
-    given = ["--checkpoint", work / "model", "--videos", work / "videos", "--out", out, "--layer=2"]
-    verb.run("features", [*map(str, given), f"--config={tmp_path / 'own.yaml'}"])
+    given = [f"--config={tmp_path / 'own.yaml'}", "--checkpoint", work / "model", "--videos", work / "videos"]
+    run("features", [str(word) for word in (*given, "--out", out, "--layer=2")])
     with (out / "jump/b.pkl").open("rb") as file:
         values = pickle.load(file)
     assert values.dtype == np.float16
@@ -89,20 +92,16 @@ def test_a_recipe_gives_options_and_the_command_line_overrides_them(work: Path, 
     assert not values[3:7].any()
 
 
-def test_the_recipe_states_section_a_2() -> None:
-    path = Path(__file__).parents[2] / "recipes" / "video_chatgpt.yaml"
-    given = verb.configured([f"--config={path}"])
-    options = verb.parser().parse_args([*given, "--checkpoint=run", "--videos=videos", "--out=out"])
+def test_the_recipe_is_that_of_section_a_2() -> None:
+    given = ["--config=gpdit:video_chatgpt", "--checkpoint=run", "--videos=videos", "--out=out"]
+    options = parse("features", "", FeaturesOptions, given)
     assert (options.layer, options.format) == (18, "pickle")
+    assert options.size is not None
     rows, columns = (side // 16 for side in parse_size(options.size))
     assert options.temporal_tokens + rows * columns == 100 + 256  # what Video-ChatGPT's loader expects
-    stated = yaml.safe_load(path.read_text())["video_chatgpt"]
-    assert stated["per_device_train_batch_size"] == 4
-    assert stated["learning_rate"] == 2e-5
-    assert stated["num_train_epochs"] == 6
 
 
-def test_videos_are_named_and_left_out_where_they_cannot_be_read(
+def test_videos_that_cannot_be_read_are_named_and_skipped(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     verb.log.addHandler(caplog.handler)
@@ -116,15 +115,18 @@ def test_videos_are_named_and_left_out_where_they_cannot_be_read(
         verb.log.removeHandler(caplog.handler)
 
 
-def test_what_is_there_is_not_made_again(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_features_are_not_computed_again(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     extract(work, tmp_path)
     whole = {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")}
     (tmp_path / "a.npy").write_bytes(b"kept")
     (tmp_path / "jump/b.npy").unlink()
     capsys.readouterr()
     extract(work, tmp_path, "--workers=1")
-    assert "features of 3 videos" in (told := capsys.readouterr().out)
-    assert "1 of them are new" in told
+    printed = capsys.readouterr().out
+    assert "features of 3 videos" in printed
+    assert "1 of them are new" in printed
     assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")} == whole | {"a.npy": b"kept"}
 
 
@@ -138,7 +140,7 @@ def test_what_is_there_is_not_made_again(work: Path, tmp_path: Path, capsys: pyt
         (["--checkpoint", "OTHER"], "says fingerprint "),
     ],
 )
-def test_other_features_are_not_mixed_in(
+def test_a_folder_holds_features_of_one_kind(
     work: Path, tmp_path: Path, options: list[str], words: str, randomise: Callable[[GPDiT], GPDiT]
 ) -> None:
     record_of_first = tmp_path / "out" / "features.json"
@@ -155,7 +157,7 @@ def test_other_features_are_not_mixed_in(
     assert record_of_first.read_bytes() == before
 
 
-def test_blocks_that_are_not_run_may_differ(work: Path, tmp_path: Path) -> None:
+def test_blocks_that_are_not_run_do_not_matter(work: Path, tmp_path: Path) -> None:
     other = load_trained_model(work / "model").backbone
     with torch.no_grad():
         other.blocks[2].mlp.down.weight.zero_()
@@ -166,7 +168,7 @@ def test_blocks_that_are_not_run_may_differ(work: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a/a.npy").read_bytes() == (tmp_path / "b/a.npy").read_bytes()
 
 
-def test_products_in_bf16_leave_the_codec_alone(work: Path, tmp_path: Path) -> None:
+def test_the_codec_stays_float32_under_bf16(work: Path, tmp_path: Path) -> None:
     extract(work, tmp_path, "--precision=bf16", videos="videos/a.mp4")
     difference = (VideoFeatures(tmp_path, precision="bf16")["a"].double() - expected(work, "a")).abs().mean()
     assert 0 < difference < 0.02 * expected(work, "a").abs().mean()
@@ -177,7 +179,7 @@ def test_products_in_bf16_leave_the_codec_alone(work: Path, tmp_path: Path) -> N
     [
         (["--layer=4"], "layer 4 does not exist: choose from 1 to 3"),
         (["--frames=16"], "16 pixel frames are not 1 . 4 k"),
-        (["--frames=129"], "--frames is 129, but the model's positions are made for 125"),
+        (["--frames=129"], "--frames is 129, but the model has positions for 125"),
         (["--stride=-1"], "--stride is -1"),
         (["--batch_size=0"], "--batch_size is 0"),
         (["--temporal_tokens=4"], "--temporal_tokens is 4 for 5 latent frames"),
@@ -185,22 +187,19 @@ def test_products_in_bf16_leave_the_codec_alone(work: Path, tmp_path: Path) -> N
         (["--checkpoint", "WORK/two_sizes"], "two_sizes was trained on 32x32, 32x48: choose one of them by --size"),
         (["--videos", "WORK/videos/jump", "WORK/videos/jump"], "would both be written as b: give the folder above"),
         (["--videos", "WORK/nowhere"], "nowhere does not exist"),
-        (["--config=WORK/none.yaml"], "none.yaml cannot be read"),
-        (["--config=WORK/model/config.json"], "holds no options under `features`"),
-        (["--config=WORK/wrong.yaml"], r"wrong.yaml gives layr: 1 under `features`: name options of this verb"),
+        (["--layer=0"], "--layer is 0: give at least 1"),
         (["--out", "WORK"], "holds .npy files and no features.json"),
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_bad_input_is_one_sentence(work: Path, tmp_path: Path, options: list[str], words: str) -> None:
+def test_a_mistake_gets_one_sentence(work: Path, tmp_path: Path, options: list[str], words: str) -> None:
     (work / "stray.npy").touch()
-    (work / "wrong.yaml").write_text("features:\n  layr: 1\n")
     with pytest.raises(InputError, match=words):
         extract(work, tmp_path / "out", *(option.replace("WORK", str(work)) for option in options))
     assert not (tmp_path / "out").exists()
 
 
-def test_more_frames_than_in_training_are_warned_of(
+def test_more_frames_than_in_training_get_a_warning(
     work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     verb.log.addHandler(caplog.handler)

@@ -1,4 +1,4 @@
-"""`probe`, end to end on drawn videos."""
+"""`probe`, end to end on synthetic videos."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from gpdit_lightning.checkpoints.reading import identity_of
-from gpdit_lightning.cli import probe
+from gpdit_lightning.cli import run
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Protocol, Report, Score
@@ -33,12 +33,12 @@ def ucf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*options: Any) -> None:
-    probe.run("probe", [str(option) for option in ("--workers", 1, "--frames", 5, "--stride", 1, *options)])
+def probe(*options: Any) -> None:
+    run("probe", [str(option) for option in ("--workers", 1, "--frames", 5, "--stride", 1, *options)])
 
 
 def evaluation_of(checkpoint: Path, **scores: float) -> Report:
-    """What `evaluate` may have found of an exported folder."""
+    """A possible report of `evaluate` on an exported folder."""
     protocol = Protocol(
         data="toys", choice="all", split_sha256="0", videos=2, context_frames=1, generated_frames=4, fvd_frames="all",
         size=(32, 32), stride=1, resize="none", sampler="rotation", steps=2, guidance=Guidance(),
@@ -49,13 +49,13 @@ def evaluation_of(checkpoint: Path, **scores: float) -> Report:
     return Report(protocol, {name: Score.of([value]) for name, value in scores.items()})
 
 
-def test_two_models_are_probed_layer_by_layer(
+def test_two_models_are_probed_at_every_layer(
     place: Path, ucf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints = [place / "of2", place / "of"]
     evaluation_of(place / "of", fvd=300.0).write(tmp_path)
     arguments = ["--checkpoint", *checkpoints, "--videos", ucf, ucf / "Dark", "--out", tmp_path / "out"]
-    run(*arguments, "--evaluations", tmp_path / "results.json", "--regularisation", 0.1)
+    probe(*arguments, "--evaluations", tmp_path / "results.json", "--regularisation", 0.1)
     results = json.loads((tmp_path / "out" / "probe.json").read_text())["results"]
     assert [result["identity"] for result in results] == [identity_of(checkpoint) for checkpoint in checkpoints]
     for result in results:
@@ -71,34 +71,34 @@ def test_two_models_are_probed_layer_by_layer(
         assert drawn.width > 3 * drawn.height  # layers, steps and FVD side by side
 
     kept = set((tmp_path / "out" / "features").iterdir())
-    run(*arguments, "--split", 1)
+    probe(*arguments, "--split", 1)
     assert set((tmp_path / "out" / "features").iterdir()) == kept
     protocol = json.loads((tmp_path / "out" / "probe.json").read_text())["results"][0]["protocol"]
     assert protocol["regularisation"].startswith("best C of 0.0001,")
 
 
-def test_fvd_of_unlike_evaluations_do_not_share_an_axis(place: Path, ucf: Path, tmp_path: Path) -> None:
+def test_evaluations_of_different_protocols_are_refused(place: Path, ucf: Path, tmp_path: Path) -> None:
     one, other = evaluation_of(place / "of", fvd=300.0), evaluation_of(place / "of2", fvd=200.0)
     one.write(tmp_path / "one")
     replace(other, protocol=replace(other.protocol, stride=3)).write(tmp_path / "other")
     arguments = ["--checkpoint", place / "of", "--videos", ucf, "--out", tmp_path / "out", "--evaluations"]
     paths = [tmp_path / name / "results.json" for name in ("one", "other")]
     with pytest.raises(InputError, match=r"one/results.json and .*other/results.json differ in stride \(1, not 3\)"):
-        run(*arguments, *paths)
-    with pytest.raises(InputError, match="are of one checkpoint: give one of them"):
-        run(*arguments, paths[0], paths[0])
+        probe(*arguments, *paths)
+    with pytest.raises(InputError, match="evaluate one checkpoint: give one of them"):
+        probe(*arguments, paths[0], paths[0])
 
 
-def test_lists_and_folders_divide_other_videos(place: Path, ucf: Path, tmp_path: Path) -> None:
+def test_lists_and_folders_give_the_same_split(place: Path, ucf: Path, tmp_path: Path) -> None:
     names = {"train": [], "test": []}
     for number, path in enumerate(sorted(ucf.rglob("*.avi"))):
-        half = "train" if number % 5 < 3 else "test"
-        copy = tmp_path / "set" / half / path.parent.name / f"{number}.avi"
+        split = "train" if number % 5 < 3 else "test"
+        copy = tmp_path / "set" / split / path.parent.name / f"{number}.avi"
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.symlink_to(path)
-        names[half].append(f"{copy.parent.name}/{copy.name}")
-    for half, lines in names.items():
-        (tmp_path / half).write_text("\n".join(lines))
+        names[split].append(f"{copy.parent.name}/{copy.name}")
+    for split, lines in names.items():
+        (tmp_path / split).write_text("\n".join(lines))
     arguments = [
         "--checkpoint",
         place / "of2",
@@ -111,7 +111,7 @@ def test_lists_and_folders_divide_other_videos(place: Path, ucf: Path, tmp_path:
     ]
     found = []
     for division in (["--split", "folders"], ["--train_list", tmp_path / "train", "--test_list", tmp_path / "test"]):
-        run(*arguments, *division)
+        probe(*arguments, *division)
         found.append(json.loads((tmp_path / "probe.json").read_text())["results"][0])
     folders, lists = found
     assert folders["layers"] == lists["layers"]
@@ -125,11 +125,11 @@ def test_lists_and_folders_divide_other_videos(place: Path, ucf: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--split", 3], "The test half holds 0 groups"),
-        (["--split", 1, "--train_list", "a", "--test_list", "b"], "Both --split 1 and lists are given"),
+        (["--split", 3], "holds 0 groups"),
+        (["--split", 1, "--train_list", "a", "--test_list", "b"], "both --split 1 and lists of videos are given"),
         (["--train_list", "a"], "give both"),
-        (["--regularisation", "-1"], "--regularisation is '-1': give auto or a number above 0"),
-        (["--regularisation", "much"], "--regularisation is 'much'"),
+        (["--regularisation", "-1"], "--regularisation is -1.0: give auto or a number above 0"),
+        (["--regularisation", "much"], "regularisation is much; it must be one of auto or a number"),
         (["--batch_size", 0], "--batch_size is 0: give at least 1"),
         (["--size", "64x64"], "--size is 64x64, but the checkpoint was trained on 32x32"),
         (["--frames", 4], "4 pixel frames are not 1"),
@@ -141,4 +141,4 @@ def test_a_mistake_gets_one_sentence(place: Path, ucf: Path, tmp_path: Path, opt
     evaluation_of(place / "of", fid=30.0).write(tmp_path)
     given = [tmp_path / "results.json" if option == "FVDLESS" else option for option in options]
     with pytest.raises(InputError, match=words):
-        run("--checkpoint", place / "of2", "--videos", ucf, "--out", tmp_path, *given)
+        probe("--checkpoint", place / "of2", "--videos", ucf, "--out", tmp_path, *given)

@@ -1,0 +1,87 @@
+"""Options of `probe`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.options.shared import LoadingOptions, VideoOptions, check_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsOptions:
+    """Model."""
+
+    checkpoint: Sequence[str]
+    """Checkpoints, run folders or exported folders; with several the figure also shows accuracy against training
+    steps."""
+    evaluations: Sequence[Path] = ()
+    """Files results.json that `evaluate` wrote for these checkpoints; the figure then also shows accuracy against
+    FVD."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledVideoOptions(VideoOptions):
+    """Videos."""
+
+    split: Literal[1, 2, 3, "folders"] | None = None
+    """A published split of UCF-101, by the groups in the names of its videos, or `folders` for videos in train/CLASS
+    and test/CLASS; by default 1, unless lists are given."""
+    train_list: Path | None = None
+    """File with a line CLASS/FILE for each training video, like UCF-101's trainlist01.txt."""
+    test_list: Path | None = None
+    """File with a line CLASS/FILE for each test video."""
+    group_pattern: str | None = None
+    """Regular expression, for lists and folders: videos are dependent (one recording, one person) if the part of their
+    names in parentheses is the same, and '.+' makes all independent; by default the groups of UCF-101."""
+    frames: int = 13
+    """Pixel frames of the clip in the middle of each video, 1 + 4k."""
+    stride: int = 3
+    """Video frames from one frame of the clip to the next; shorter videos are sampled more densely."""
+    size: str | None = None
+    """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the first of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions:
+    """Classifier."""
+
+    regularisation: Literal["auto"] | float = "auto"
+    """Inverse strength C of the L2 penalty of the logistic regression; auto selects it for each layer by
+    cross-validation over groups of the training videos."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """Computation."""
+
+    batch_size: int = 8
+    """Clips per batch; without effect on the result."""
+    workers: int = 2
+    """Threads that read videos."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOutputOptions:
+    """Output."""
+
+    out: Path
+    """Folder for probe.json, probe.md and probe.png, and for the features of the videos, which are reused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions(
+    ModelsOptions, LabelledVideoOptions, ClassifierOptions, ProbeOutputOptions, BatchOptions, LoadingOptions
+):
+    """Probe."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, frames=1, stride=1, batch_size=1, workers=1)
+        if (self.train_list is None) != (self.test_list is None):
+            raise InputError("one list of videos is given: give both --train_list and --test_list.")
+        if self.train_list and self.split:
+            raise InputError(f"both --split {self.split} and lists of videos are given: leave one out.")
+        if self.regularisation != "auto" and not 0 < self.regularisation < math.inf:
+            raise InputError(f"--regularisation is {self.regularisation}: give auto or a number above 0.")
