@@ -22,9 +22,10 @@ from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest, ShardEntry
 from gpdit_lightning.data.order import BucketOrder
 from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
+from gpdit_lightning.specs import CodecSpec
 
 SHAPES = ((1, 16, 32, 32), (1, 16, 24, 40), (1, 16, 40, 24))  # the paper's sizes
-CODEC = {"name": "none", "latent_channels": 16, "spatial_factor": 8, "temporal_factor": 4}
+CODEC = CodecSpec("none", None, 16, 8, 4, mean=(0.0,) * 16, std=(1.0,) * 16, fingerprint="0" * 16)
 BATCH, MAX_RANKS = 960, 64  # the paper's first stage
 STEPS = (0, 10_000_000)
 
@@ -44,8 +45,7 @@ def write_manifest(folder: Path, shards: int, samples: int) -> None:
             with (folder / path).open("wb") as file:
                 file.truncate(size if path.endswith(".tar") else 0)
         entries.append(ShardEntry(*paths, "train", "image", shape, samples, size, f"{number:064x}", "0" * 64))
-    constants = {"mean": [0.0] * 16, "std": [1.0] * 16, "fingerprint": "0" * 64}
-    Manifest(folder, CODEC | constants, tuple(entries)).save()
+    Manifest(folder, CODEC, tuple(entries)).save()
 
 
 def memory(name: str) -> float:

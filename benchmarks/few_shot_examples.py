@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.codecs import load_codec_from_spec
-from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
+from gpdit_lightning.diffusion import RotationSampler
 from gpdit_lightning.generation import GenerationConfig, transform
 from gpdit_lightning.media.image_tasks import TASKS, make_pair
 from gpdit_lightning.media.images import read_image, resize_and_crop
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     trained = load_trained_model(options.checkpoint)
     codec = load_codec_from_spec(trained.codec)
-    config = GenerationConfig(RotationSampler(options.steps, schedule=NoiseSchedule(**trained.schedule)))
-    height, width = trained.geometry["sizes"][0]
+    config = GenerationConfig(RotationSampler(options.steps, schedule=trained.schedule))
+    height, width = trained.geometry.sizes[0]
     pictures = [resize_and_crop(read_image(path), (height, width)) for path in images_in(options.pictures)]
     shown, asked = pictures[: len(pictures) // 2], torch.cat(pictures[len(pictures) // 2 :])
 

@@ -29,6 +29,7 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.randomness import TRAIN_NOISE
+from gpdit_lightning.specs import CodecSpec
 
 SHAPE = (5, 16, 24, 40)
 CLIP_BYTES = 2 * math.prod(SHAPE)
@@ -42,7 +43,8 @@ def write_shards(folder: Path, clips: int) -> Manifest:
         for number in range(clips):
             writer.write("train", "video", numbers.standard_normal(SHAPE, np.float32), {"source": f"{number}.mp4"})
         shards = writer.close()
-    codec = {"name": "pca", "latent_channels": SHAPE[1], "mean": [0.0] * SHAPE[1], "std": [1.0] * SHAPE[1]}
+    C = SHAPE[1]
+    codec = CodecSpec("pca", None, C, 8, 4, mean=(0.0,) * C, std=(1.0,) * C, fingerprint="0" * 16)
     return Manifest(folder, codec, shards)
 
 
@@ -97,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         bucket = Bucket([(manifest, entry) for entry in manifest.shards], [SHAPE[0]])
         planned = PlannedBucket(bucket.counts, bucket.lengths, bucket.height, bucket.width)
         plan = Plan((PlannedSource("videos", (planned,), given.batch_size),))
-        mean, std = manifest.codec["mean"], manifest.codec["std"]
+        mean, std = manifest.codec.mean, manifest.codec.std
         dataset = LatentDataset(plan, [[bucket]], mean, std, "frame", TRAIN_NOISE)
         whole_batches = given.clips // given.batch_size
         order = np.concatenate([plan.micro_batch(number).samples for number in range(whole_batches)]).tolist()

@@ -13,7 +13,7 @@ from torch import Tensor
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.data.batches import Bucket
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.diffusion import SAMPLERS, NoiseSchedule, Sampler, make_sampler
+from gpdit_lightning.diffusion import SAMPLERS, Sampler, make_sampler
 from gpdit_lightning.generation import GenerationConfig, rollout
 
 STEPS = (4, 6, 8, 12, 16, 25, 50)
@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     trained = load_trained_model(options.checkpoint)
-    mean, std = (torch.tensor(trained.codec[name])[:, None, None] for name in ("mean", "std"))
-    context, schedule = held_out(options.data, options.clips, mean, std), NoiseSchedule(**trained.schedule)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (trained.codec.mean, trained.codec.std))
+    context, schedule = held_out(options.data, options.clips, mean, std), trained.schedule
 
     def generated(sampler: Sampler) -> Tensor:
         return next(rollout(trained.backbone, context, 1, GenerationConfig(sampler)))

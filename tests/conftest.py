@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.data.manifest import Kind, Manifest, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
+from gpdit_lightning.specs import CodecSpec
 
 # Two OpenMP threads that wait for each other make small tests slower by an order of magnitude on a busy machine.
 torch.set_num_threads(1)
@@ -23,16 +24,9 @@ torch.set_num_threads(1)
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 
 # Exact in binary, and far from 0 and 1, so that a forgotten whitening shows.
-TINY_CODEC: dict[str, Any] = {
-    "name": "pca",
-    "source": None,
-    "latent_channels": 4,
-    "spatial_factor": 8,
-    "temporal_factor": 4,
-    "mean": [0.5, -0.25, 2.0, 0.0],
-    "std": [2.0, 0.5, 4.0, 1.0],
-    "fingerprint": "0123456789abcdef",
-}
+TINY_CODEC = CodecSpec(
+    "pca", None, 4, 8, 4, mean=(0.5, -0.25, 2.0, 0.0), std=(2.0, 0.5, 4.0, 1.0), fingerprint="0123456789abcdef"
+)
 
 Counts = Mapping[tuple[Split, Kind, tuple[int, int, int]], int]
 
@@ -49,23 +43,22 @@ def assets() -> Path:
     return ASSETS
 
 
-def _write_shards(directory: Path, counts: Counts, shard_size: int = 5, **codec: Any) -> Manifest:
-    spec = TINY_CODEC | codec
+def _write_shards(directory: Path, counts: Counts, shard_size: int = 5, codec: CodecSpec = TINY_CODEC) -> Manifest:
     numbers = np.random.default_rng(0)
     with ShardSetWriter(directory, shard_size) as writer:
         for (split, kind, (frames, height, width)), count in counts.items():
             for place in range(count):
-                latent = numbers.normal(size=(frames, spec["latent_channels"], height, width))
+                latent = numbers.normal(size=(frames, codec.latent_channels, height, width))
                 writer.write(split, kind, latent, {"source": f"{split}-{kind}-{place}"})
         shards = writer.close()
-    manifest = Manifest(directory, spec, shards, preparation={"stride": 3}, validation={"held_out_by": "source"})
+    manifest = Manifest(directory, codec, shards, preparation={"stride": 3}, validation={"held_out_by": "source"})
     manifest.save()
     return manifest
 
 
 @pytest.fixture(scope="session")
 def write_shards() -> Callable[..., Manifest]:
-    """`write_shards(directory, {(split, kind, (F, h, w)): count}, shard_size, codec fields)`: random latents."""
+    """`write_shards(directory, {(split, kind, (F, h, w)): count}, shard_size, codec)`: random latents."""
     return _write_shards
 
 

@@ -34,7 +34,7 @@ def logged_tags(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.
         for split in ("train", "validation")
         for kind, shape in (("image", (1, 4, 4)), ("video", (3, 4, 4)), ("sequence", (4, 4, 4)))
     }
-    shards = str(write_shards(folder / "shards", counts, **load_codec("pca").spec()).directory)
+    shards = str(write_shards(folder / "shards", counts, codec=load_codec("pca").spec()).directory)
     backbone = {"size": "tiny", "layers": 1, "width": 16, "heads": 2, "mlp_width": 24}
     recipe = {
         "run_dir": str(folder / "run"),

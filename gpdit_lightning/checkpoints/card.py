@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gpdit_lightning.checkpoints.facts import TrainingFacts
 from gpdit_lightning.model.config import GPDiTConfig
 
 HEAD = """---
@@ -44,41 +45,42 @@ MOST_CLASSES = 10  # that the card names
 KINDS = {"ema": "averaged (EMA)", "raw": "last trained"}
 
 
-def model_card(config: GPDiTConfig, facts: Mapping[str, Any], parameters: int, dtype: str) -> str:
+def model_card(config: GPDiTConfig, facts: TrainingFacts, parameters: int, dtype: str) -> str:
     """A card in Markdown, with the YAML head that the hub reads.
 
     Args:
         config: the architecture.
-        facts: what is known of the weights, by the names of `FACTS` in `weights.py`.
+        facts: what is known of the training of the weights.
         parameters: how many there are.
         dtype: what they are stored as.
     """
+    known = facts.to_dict()
     sections = [HEAD, _summary(facts, parameters, dtype), IN_PYTHON]
-    if {"codec", "geometry", "schedule"} <= facts.keys():
+    if facts.codec and facts.geometry and facts.schedule:
         sections.append(BY_SAMPLE)
-    if "classes" in facts:
-        sections += ["## Classes", _classes(facts["classes"])]
+    if facts.classes:
+        sections += ["## Classes", _classes(facts.classes)]
     sections += ["## Architecture", _table("field", {"size": config.size, **config.architecture()})]
-    if "codec" in facts:
+    if facts.codec:
         told = "Latents of this codec, whitened by its constants: `(latents - mean) / std`, channel by channel."
-        sections += ["## Latents", told, _table("codec", facts["codec"])]
+        sections += ["## Latents", told, _table("codec", known["codec"])]
     names = ("stage", "step", "schedule", "geometry", "origin", "lightning_version")
-    training = {name: facts[name] for name in names if name in facts}
+    training = {name: known[name] for name in names if name in known}
     if training:
         sections += ["## Training", _table("fact", training)]
-    if "data" in facts:
+    if facts.data:
         told = "The data and their order. Manifests are named by the first 16 digits of their fingerprints."
-        settings = {name: value for name, value in facts["data"].items() if name != "data.labels"}  # named above
+        settings = {name: value for name, value in facts.data.items() if name != "data.labels"}  # named above
         sections += [told, _table("setting", settings)]
     return "\n\n".join([*sections, LICENSE]) + "\n"
 
 
-def _summary(facts: Mapping[str, Any], parameters: int, dtype: str) -> str:
+def _summary(facts: TrainingFacts, parameters: int, dtype: str) -> str:
     size = f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
-    if "step" not in facts:
+    if facts.step is None:
         return f"{size} parameters in {dtype}. Nothing is known of their training."
-    kind, step, stage = KINDS[facts.get("weights", "raw")], facts["step"], facts.get("stage", "training")
-    return f"{size} parameters in {dtype}: the {kind} weights after {step:,} optimizer steps of {stage}."
+    kind = KINDS[facts.weights or "raw"]
+    return f"{size} parameters in {dtype}: the {kind} weights after {facts.step:,} optimizer steps of {facts.stage}."
 
 
 def _classes(names: Sequence[str]) -> str:

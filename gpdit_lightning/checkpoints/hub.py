@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 
+from gpdit_lightning.checkpoints.facts import TrainingFacts
 from gpdit_lightning.checkpoints.weights import CONFIG, WEIGHTS, Weights, read_folder, write_folder
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT, GPDiTConfig
@@ -21,13 +22,13 @@ class HubGPDiT(GPDiT, ModelHubMixin):
         config: the architecture.
 
     Attributes:
-        facts: what else is known of the weights (`FACTS` in weights.py). `from_pretrained` reads them from the folder,
-            `save_pretrained` writes them there.
+        facts: what is known of the training of the weights. `from_pretrained` reads it from the folder,
+            `save_pretrained` writes it there.
     """
 
     def __init__(self, config: GPDiTConfig) -> None:
         super().__init__(config)
-        self.facts: dict[str, Any] = {}
+        self.facts = TrainingFacts()
 
     @classmethod
     def from_weights(cls, weights: Weights) -> Self:

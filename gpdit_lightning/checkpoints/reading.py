@@ -3,18 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpdit_lightning.checkpoints.facts import WeightsKind
 from gpdit_lightning.checkpoints.files import digest_of, fault_of, last_checkpoint, mark_path
 from gpdit_lightning.checkpoints.hub import HubGPDiT
 from gpdit_lightning.checkpoints.io import TRAINING, is_checkpoint, read_folder_of_checkpoint
 from gpdit_lightning.checkpoints.weights import WEIGHTS, Weights, is_folder_of_weights, read_folder
+from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
 
 def identity_of(path: str | Path) -> str:
@@ -77,16 +80,6 @@ def check_architecture(saved: dict[str, Any], config: GPDiTConfig, where: str | 
             )
 
 
-def check_codec(saved: dict[str, Any], ours: dict[str, Any], where: str | Path) -> None:
-    """Raise InputError unless weights were trained on latents of the codec that the data has."""
-    for name in ("name", "fingerprint"):
-        if saved[name] != ours[name]:
-            raise InputError(
-                f"{where} was trained on latents of another codec than the data's (codec {name} is {saved[name]} there "
-                f"and {ours[name]} here): prepare the data with that codec, or begin from other weights."
-            )
-
-
 def check_classes(saved: Sequence[str], ours: Sequence[str], where: str | Path) -> None:
     """Raise InputError, naming the first that differs, unless weights were trained on the classes that the data has."""
     for number, (theirs, name) in enumerate(zip(saved, ours, strict=True)):
@@ -97,7 +90,7 @@ def check_classes(saved: Sequence[str], ours: Sequence[str], where: str | Path) 
             )
 
 
-def backbone_weights(checkpoint: dict[str, Any], kind: Literal["ema", "raw"] = "ema") -> dict[str, Tensor]:
+def backbone_weights(checkpoint: dict[str, Any], kind: WeightsKind = "ema") -> dict[str, Tensor]:
     """The backbone's state dict: averaged weights (`ema`; where there is no average, trained ones) or trained ones."""
     weights = checkpoint["state_dict"]
     if kind == "ema" and "ema" in checkpoint:
@@ -106,8 +99,8 @@ def backbone_weights(checkpoint: dict[str, Any], kind: Literal["ema", "raw"] = "
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def facts_of(checkpoint: dict[str, Any], kind: Literal["ema", "raw"]) -> dict[str, Any]:
-    """What a checkpoint knows of its weights, by the names of `FACTS` (weights.py) as in an exported folder."""
+def facts_of(checkpoint: dict[str, Any], kind: WeightsKind) -> dict[str, Any]:
+    """What a checkpoint knows of its weights, by the names of `TrainingFacts` as in an exported folder."""
     stage, data = checkpoint["gpdit"], checkpoint["LatentDataModule"]
     facts = {
         "weights": kind if "ema" in checkpoint else "raw",
@@ -124,7 +117,7 @@ def facts_of(checkpoint: dict[str, Any], kind: Literal["ema", "raw"]) -> dict[st
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def open_weights(path: str | Path, kind: Literal["ema", "raw"] = "ema") -> Weights:
+def open_weights(path: str | Path, kind: WeightsKind = "ema") -> Weights:
     """Open weights where they lie, whatever kind of file or folder that is; nothing is copied, no object unpickled.
 
     Args:
@@ -140,48 +133,50 @@ def open_weights(path: str | Path, kind: Literal["ema", "raw"] = "ema") -> Weigh
         architecture, facts = checkpoint["gpdit"].get("backbone"), facts_of(checkpoint, kind)
         return Weights.checked(backbone_weights(checkpoint, kind), architecture, facts, str(path))
     weights = read_folder(path)
-    if kind == "raw" and weights.facts.get("weights") == "ema":
+    if kind == "raw" and weights.facts.weights == "ema":
         raise InputError(f"{path} holds averaged weights only: take those, or export again with --weights raw.")
     return weights
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model ready to generate, with what its checkpoint knows of its data.
+    """A model ready to generate, with what its checkpoint records of its training.
 
     Attributes:
         backbone: in evaluation mode, its parameters on a CPU mapped from the file.
-        schedule: name and shift of the noise schedule.
-        codec: the spec of the codec whose latents it was trained on.
-        geometry: `stride` between source frames, `sizes` in pixels, `frames` in latent frames of its training clips.
+        weights: which of the checkpoint's weights these are; a run without averaged ones has trained ones alone.
+        schedule: from noise levels to angles.
+        codec: of the latents that it was trained on.
+        geometry: of its training clips.
         step: optimizer steps trained.
         classes: the names of the classes that it takes as conditions, by their numbers; empty if it takes none.
     """
 
     backbone: HubGPDiT
-    schedule: dict[str, Any]
-    codec: dict[str, Any]
-    geometry: dict[str, Any]
+    weights: WeightsKind
+    schedule: NoiseSchedule
+    codec: CodecSpec
+    geometry: ClipGeometry
     step: int
     classes: tuple[str, ...] = ()
 
 
 def load_trained_model(
-    path: str | Path, device: torch.device | str = "cpu", weights: Literal["ema", "raw"] = "ema"
+    path: str | Path, device: torch.device | str = "cpu", weights: WeightsKind = "ema"
 ) -> TrainedModel:
     """Open weights for generation.
 
     Raises:
-        InputError: as :func:`open_weights`, or they do not know what they were trained on.
+        InputError: as :func:`open_weights`, or what they were trained on is not recorded.
     """
     opened = open_weights(path, weights)
-    needed = ("schedule", "codec", "geometry", "step")
-    unknown = [name for name in needed if name not in opened.facts]
-    if unknown:
+    facts = opened.facts
+    if facts.schedule is None or facts.codec is None or facts.geometry is None or facts.step is None:
+        unknown = [name for name in ("schedule", "codec", "geometry", "step") if getattr(facts, name) is None]
         raise InputError(
             f"{path} does not say with which {', '.join(unknown)} its weights were trained, so nothing can be "
             "generated: export them from a checkpoint."
         )
     backbone = HubGPDiT.from_weights(opened).to(device)
-    classes = tuple(opened.facts.get("classes", ()))
-    return TrainedModel(backbone, classes=classes, **{name: opened.facts[name] for name in needed})
+    kind = facts.weights or weights
+    return TrainedModel(backbone, kind, facts.schedule, facts.codec, facts.geometry, facts.step, facts.classes)

@@ -5,13 +5,12 @@ neither of the first two can carry code. `config.json` is plain JSON:
 
     format, library_version, dtype   how it was written
     config                           the architecture: `GPDiTConfig.to_dict()`
-    and of `FACTS` whatever is known
+    and the fields of `TrainingFacts` that are known
 """
 
 import json
-import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,46 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gpdit_lightning.checkpoints.card import model_card
+from gpdit_lightning.checkpoints.facts import EXPORT_AGAIN, TrainingFacts
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
 from gpdit_lightning.model.attention.backends import BUILT_IN
 from gpdit_lightning.model.config import GPDiTConfig
+from gpdit_lightning.schema import OBJECT, check
 from gpdit_lightning.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = "gpdit_lightning-model-1"
-
-Kind = tuple[str, Callable[[Any], bool]]
-TEXT: Kind = "a string", lambda value: isinstance(value, str)
-TEXT_OR_NOTHING: Kind = "a string or null", lambda value: value is None or isinstance(value, str)
-COUNT: Kind = "a whole number from 0", lambda value: type(value) is int and value >= 0
-SIZE: Kind = "a whole number from 1", lambda value: type(value) is int and value >= 1
-NUMBER: Kind = "a finite number", lambda value: type(value) in (int, float) and math.isfinite(value)
-OBJECT: Kind = "an object", lambda value: isinstance(value, dict)
-
-# What may be known of weights besides their architecture: of those from a checkpoint all of it, `origin` where there
-# is one. A dict has at least these fields, a list at least one element, all of this kind.
-FACTS: dict[str, Any] = {
-    "weights": ("ema or raw", lambda value: value in ("ema", "raw")),
-    "step": COUNT,  # optimizer steps trained
-    "stage": TEXT,  # the class of the stage that trained them
-    "origin": {"path": TEXT, "step": COUNT},  # the weights that the stage began with
-    "schedule": {"name": TEXT, "shift": NUMBER},  # of the noise
-    "codec": {  # Codec.spec(): mean and std whiten the latents
-        "name": TEXT,
-        "source": TEXT_OR_NOTHING,
-        "latent_channels": SIZE,
-        "spatial_factor": SIZE,
-        "temporal_factor": SIZE,
-        "mean": [NUMBER],
-        "std": [NUMBER],
-        "fingerprint": TEXT,
-    },
-    "geometry": {"stride": SIZE, "sizes": [[SIZE]], "frames": SIZE},  # of the training clips
-    "classes": [TEXT],  # their names, by the numbers that `GPDiT.forward` takes as conditions
-    "data": OBJECT,  # what the order of the training data depends on
-    "lightning_version": TEXT,
-}
 
 
 @dataclass(frozen=True)
@@ -70,13 +39,13 @@ class Weights:
     Attributes:
         tensors: the state dict of a GPDiT; mapped from its file, so that only what is used is read.
         config: the architecture.
-        facts: what else is known, by the names of `FACTS`.
+        facts: what else is known.
         where: the file or folder, for messages.
     """
 
     tensors: dict[str, Tensor]
     config: GPDiTConfig
-    facts: dict[str, Any]
+    facts: TrainingFacts
     where: str
 
     @classmethod
@@ -86,15 +55,14 @@ class Weights:
         Args:
             tensors: named weights; `load_into` checks them.
             config: what ought to be a `GPDiTConfig.to_dict()`.
-            known: among others, what ought to be `FACTS`.
+            known: among others, the fields of `TrainingFacts`.
             where: the file that says so.
 
         Raises:
             InputError: a field that is missing or of the wrong kind.
         """
-        facts = {name: known[name] for name in FACTS if name in known}
-        for name, value in {"config": config, **facts}.items():
-            _check(value, FACTS.get(name, OBJECT), where, name)
+        facts = TrainingFacts.from_dict(known, where)
+        check(config, OBJECT, "config", where, EXPORT_AGAIN)
         try:
             architecture = GPDiTConfig.preset(**config)
         except InputError as error:
@@ -102,11 +70,10 @@ class Weights:
         if architecture.attention_backend not in BUILT_IN:
             # An import path or a name of another process: a file of weights must not choose code to import.
             architecture = architecture.replaced(attention_backend="auto")
-        names = facts.get("classes", ())
-        if names and len(names) != architecture.classes:
+        if facts.classes and len(facts.classes) != architecture.classes:
             raise InputError(
-                f"{where} names {len(names)} classes where its architecture has {architecture.classes}: its parts do "
-                "not belong together, export the model again."
+                f"{where} names {len(facts.classes)} classes where its architecture has {architecture.classes}: its "
+                "parts do not belong together, export the model again."
             )
         return cls(tensors, architecture, facts, where)
 
@@ -184,7 +151,7 @@ def config_json(weights: Weights) -> str:
     """The text of `config.json`. How the model was executed, on which GPU and how compiled, is not the reader's."""
     shared = GPDiTConfig.preset(weights.config.size, **weights.config.architecture())
     head = {"format": FORMAT, "library_version": __version__, "dtype": _dtype(weights), "config": shared.to_dict()}
-    return json.dumps(head | weights.facts, indent=2) + "\n"
+    return json.dumps(head | weights.facts.to_dict(), indent=2) + "\n"
 
 
 def _dtype(weights: Weights) -> str:
@@ -195,20 +162,3 @@ def _described(tensor: Any) -> str:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         return "something other than floating-point numbers"
     return f"shape {tuple(tensor.shape)}"
-
-
-def _check(value: Any, kind: Any, where: str, name: str) -> None:
-    """Raise InputError unless a value is of a kind (see `FACTS`)."""
-    if isinstance(kind, dict):
-        _check(value, OBJECT, where, name)
-        for field, inner in kind.items():
-            if field not in value:
-                raise InputError(f"{where} lacks {name}.{field}: export the model again.")
-            _check(value[field], inner, where, f"{name}.{field}")
-    elif isinstance(kind, list):
-        if not isinstance(value, list) or not value:
-            raise InputError(f"{where} has {name} = {value!r} where a list belongs: export the model again.")
-        for i, element in enumerate(value):
-            _check(element, kind[0], where, f"{name}[{i}]")
-    elif not kind[1](value):
-        raise InputError(f"{where} has {name} = {value!r} where {kind[0]} belongs: export the model again.")

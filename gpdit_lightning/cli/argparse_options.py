@@ -9,7 +9,7 @@ import torch
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.devices import available_device
-from gpdit_lightning.diffusion import SAMPLERS, Guidance, NoiseSchedule, make_sampler
+from gpdit_lightning.diffusion import SAMPLERS, Guidance, make_sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import GenerationConfig
 from gpdit_lightning.media.images import Size, parse_size
@@ -81,7 +81,7 @@ def config_of(options: Any, trained: TrainedModel, label_guidance: float = 1.0, 
     if precision == "auto":
         precision = "bf16" if next(trained.backbone.parameters()).is_cuda else "32"
     return GenerationConfig(
-        sampler=make_sampler(options.sampler, options.steps, NoiseSchedule(**trained.schedule)),
+        sampler=make_sampler(options.sampler, options.steps, trained.schedule),
         guidance=Guidance(options.guidance, label_guidance, *options.guidance_levels),
         autocast_dtype=PRECISIONS[precision],
         **rest,
@@ -94,7 +94,7 @@ def trained_sizes(size: str | None, trained: TrainedModel) -> tuple[Size, ...]:
     Raises:
         InputError: one that was not trained on.
     """
-    sizes = tuple((height, width) for height, width in trained.geometry["sizes"])
+    sizes = trained.geometry.sizes
     if size is None:
         return sizes
     wanted = parse_size(size)

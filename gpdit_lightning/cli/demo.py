@@ -16,7 +16,7 @@ from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import chain
 from gpdit_lightning.cli.demo_videos import write_videos
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
-from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
+from gpdit_lightning.diffusion import RotationSampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
@@ -180,9 +180,9 @@ def evaluate(run_dir: Path, preparation: PrepareOptions) -> str:
     """Continue the held-out clips, write images, and compare with repeating the last context frame."""
     model = load_trained_model(run_dir / "stage3_long_video")
     codec = load_codec_from_spec(model.codec, where=str(run_dir))
-    clips, rate = held_out_clips(preparation, model.geometry["stride"], codec)
+    clips, rate = held_out_clips(preparation, model.geometry.stride, codec)
     future_frames = clips.shape[1] - CONTEXT
-    config = GenerationConfig(RotationSampler(SAMPLER_STEPS, schedule=NoiseSchedule(**model.schedule)))
+    config = GenerationConfig(RotationSampler(SAMPLER_STEPS, schedule=model.schedule))
     generated = torch.cat(
         [
             continue_video(

@@ -106,7 +106,7 @@ def read_recipe(
     used = {name: s for name, s in used.items() if s.manifests and max(s.batch_size, s.tokens) > 0}
     given = {name: (sizes or {}).get(name) for name in used}
     manifests = {name: [] if given[name] else prepared_manifests(source.manifests) for name, source in used.items()}
-    grids = [LatentGrid(m.codec["spatial_factor"], m.codec["temporal_factor"]) for ms in manifests.values() for m in ms]
+    grids = [LatentGrid(m.codec.spatial_factor, m.codec.temporal_factor) for ms in manifests.values() for m in ms]
     grid = grids[0] if grids else LatentGrid(WanCodec.spatial_factor, WanCodec.temporal_factor)
     sources = []
     for name, source in used.items():

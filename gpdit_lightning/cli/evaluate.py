@@ -19,7 +19,6 @@ from gpdit_lightning.cli.recipe_files import with_bases
 from gpdit_lightning.cli.recipe_parser import RecipeParser
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.devices import available_device, rank_of_process
-from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunks import (
     GROUND_TRUTH,
@@ -214,7 +213,7 @@ def task_of(
     if trained.backbone.config.text_width:
         raise InputError(f"{options.checkpoint} takes embeddings of texts, which videos lack: give another model.")
     codec.latent_frames(options.context_frames)
-    seen_in_training = max(1, trained.geometry["frames"] - 1)
+    seen_in_training = max(1, trained.geometry.frames - 1)
     window = seen_in_training if options.window is None else options.window
     if window > seen_in_training:
         log.warning(
@@ -225,7 +224,7 @@ def task_of(
     task = EvaluationSettings(
         context_frames=options.context_frames,
         generated_frames=options.generated_frames,
-        stride=options.stride or trained.geometry["stride"],
+        stride=options.stride or trained.geometry.stride,
         size=sizes[0],
         seeds=tuple(options.seeds),
         generation=config_of(options, trained, window=window),
@@ -266,16 +265,16 @@ def protocol_of(
         sampler=options.sampler,
         steps=options.steps,
         guidance=task.generation.guidance,
-        schedule=NoiseSchedule(**trained.schedule),
+        schedule=trained.schedule,
         seeds=task.seeds,
         window=task.generation.window,
         precision=str(task.generation.autocast_dtype or torch.float32).removeprefix("torch."),
         checkpoint=options.checkpoint,
         checkpoint_sha256=identity_of(place_of_weights(options.checkpoint)),
         step=trained.step,
-        weights=trained.backbone.facts.get("weights", options.weights),
-        codec=trained.codec["name"],
-        codec_sha256=trained.codec["fingerprint"],
+        weights=trained.weights,
+        codec=trained.codec.name,
+        codec_sha256=trained.codec.fingerprint,
         networks={role: network.record for role, network in roles.items() if network is not None},
         versions=library_versions(),
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),

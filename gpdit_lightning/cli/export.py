@@ -24,9 +24,9 @@ def export(options: ExportOptions) -> None:
         model.to(getattr(torch, options.dtype))
     weights = Weights(model.state_dict(), model.config, model.facts, str(options.checkpoint))
     write(weights, options.out.resolve())
-    kind = "averaged" if model.facts.get("weights") == "ema" else "trained"
+    kind = "averaged" if model.facts.weights == "ema" else "trained"
     print(
-        f"{options.out}: the {kind} weights of step {model.facts['step']}; to continue a video with them: "
+        f"{options.out}: the {kind} weights of step {model.facts.step}; to continue a video with them: "
         f"python -m gpdit_lightning sample --checkpoint {options.out} --context VIDEO.mp4"
     )
 

@@ -79,7 +79,7 @@ def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec) -
     """
     backbone, geometry = trained.backbone, trained.geometry
     size = trained_size(options.size, trained, options.checkpoint)
-    frames = codec.pixel_frames(geometry["frames"]) if options.frames is None else options.frames
+    frames = codec.pixel_frames(geometry.frames) if options.frames is None else options.frames
     latent_frames, _, height, width = codec.latent_shape((frames, 3, *size))
     check_frames(latent_frames, frames, trained, codec)
     if 0 < options.temporal_tokens < latent_frames:
@@ -94,11 +94,11 @@ def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec) -
         temporal_tokens=options.temporal_tokens or latent_frames,
         spatial_tokens=height * width // backbone.config.patch_size**2,
         frames=frames,
-        stride=geometry["stride"] if options.stride is None else options.stride,
+        stride=geometry.stride if options.stride is None else options.stride,
         size=f"{size[0]}x{size[1]}",
         precision=selected_precision(options, trained),
         codec=f"{codec.name} {codec.fingerprint}",
-        weights=backbone.facts.get("weights", options.weights),  # a run may have no averaged ones
+        weights=trained.weights,  # a run may have no averaged ones
         step=trained.step,
         fingerprint=fingerprint_of(backbone.state_dict()),
         architecture={
@@ -120,8 +120,8 @@ def check_frames(latent_frames: int, frames: int, trained: TrainedModel, codec: 
         raise InputError(
             f"--frames is {frames}, but the model has positions for {codec.pixel_frames(longest)}: give fewer."
         )
-    if latent_frames > trained.geometry["frames"]:
-        trained_frames = codec.pixel_frames(trained.geometry["frames"])
+    if latent_frames > trained.geometry.frames:
+        trained_frames = codec.pixel_frames(trained.geometry.frames)
         log.warning("warning: --frames is %d, but training clips had at most %d", frames, trained_frames)
 
 

@@ -7,7 +7,7 @@ import torch
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.devices import available_device
-from gpdit_lightning.diffusion import Guidance, NoiseSchedule, make_sampler
+from gpdit_lightning.diffusion import Guidance, make_sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import GenerationConfig
 from gpdit_lightning.media.images import Size, parse_size
@@ -39,7 +39,7 @@ def generation_config(
         rest: further fields of the result.
     """
     return GenerationConfig(
-        sampler=make_sampler(options.sampler, options.steps, NoiseSchedule(**trained.schedule)),
+        sampler=make_sampler(options.sampler, options.steps, trained.schedule),
         guidance=Guidance(options.guidance, label_guidance, *options.guidance_levels),
         autocast_dtype=PRECISIONS[selected_precision(options, trained)],
         **rest,
@@ -59,7 +59,7 @@ def trained_sizes(size: str | None, trained: TrainedModel) -> tuple[Size, ...]:
     Raises:
         InputError: the model was not trained on the requested size.
     """
-    sizes = tuple((height, width) for height, width in trained.geometry["sizes"])
+    sizes = trained.geometry.sizes
     if size is None:
         return sizes
     wanted = parse_size(size)

@@ -129,7 +129,7 @@ def probe_checkpoint(
         checkpoint=str(checkpoint),
         identity=identity_of(checkpoint),
         step=trained.step,
-        weights=trained.backbone.facts.get("weights", options.weights),  # a run may have no averaged ones
+        weights=trained.weights,  # a run may have no averaged ones
         codec=f"{codec.name} {codec.fingerprint}",
         layers=tuple(probe_layers(features, used, regularisation, progress=True)),
         protocol=make_protocol(

@@ -66,7 +66,7 @@ def rollout_config(options: SampleOptions, trained: TrainedModel) -> GenerationC
             f"{options.checkpoint} is conditioned on text embeddings, which this command cannot compute: call "
             "gpdit_lightning.generation.rollout with them."
         )
-    window = max(1, trained.geometry["frames"] - 1 - options.sinks) if options.window is None else options.window
+    window = max(1, trained.geometry.frames - 1 - options.sinks) if options.window is None else options.window
     return generation_config(
         options,
         trained,
@@ -89,12 +89,12 @@ def check_history(config: GenerationConfig, temporal_factor: int, frames: int, t
     """
     assert config.window is not None
     visible, before_last = config.window + config.sinks, math.ceil((frames - 1) / temporal_factor)
-    if min(visible, before_last) > max(1, trained.geometry["frames"] - 1):
+    if min(visible, before_last) > max(1, trained.geometry.frames - 1):
         log.warning(
             "warning: frames see up to %d others (--window and --sinks), but in training at most %d: the result may "
             "be worse",
             min(visible, before_last),
-            trained.geometry["frames"] - 1,
+            trained.geometry.frames - 1,
         )
     if not config.use_cache and trained.backbone.config.attention == "of2" and before_last > visible:
         raise InputError(
@@ -140,7 +140,8 @@ def requested_videos(options: SampleOptions, trained: TrainedModel, codec: Codec
         for seed in seeds:
             name = context.name if options.samples == 1 else f"{context.name}-seed{seed}"
             path = options.out.with_suffix("") if ending in FORMATS else options.out / name
-            output = Output(path, formats, context, options.frames, options.mark, options.side_by_side)
+            how = (options.frames, options.mark, options.side_by_side, codec.temporal_factor)
+            output = Output(path, formats, context, *how)
             videos.append(Video(context, seed, label, output))
     return videos
 
@@ -149,8 +150,8 @@ def context_settings(options: SampleOptions, trained: TrainedModel, codec: Codec
     """How contexts are read: like the training clips, unless the options say otherwise."""
     frames = options.context_frames
     return ContextSettings(
-        frames=codec.pixel_frames(max(1, trained.geometry["frames"] - 1)) if frames is None else frames,
-        stride=trained.geometry["stride"],
+        frames=codec.pixel_frames(max(1, trained.geometry.frames - 1)) if frames is None else frames,
+        stride=trained.geometry.stride,
         sizes=trained_sizes(options.size, trained),
         ground_truth_frames=options.frames if options.side_by_side else min(options.frames, TRUTH_SHOWN),
         start=options.start,

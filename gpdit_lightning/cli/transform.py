@@ -112,7 +112,7 @@ class Job:
 
 def check_training(trained: TrainedModel, where: str) -> None:
     """Raise `InputError` if the checkpoint records training data without sequences."""
-    order = trained.backbone.facts.get("data", {})
+    order = trained.backbone.facts.data
     sources = [name.split(".")[1] for name in order if name.endswith(".manifests")]
     if sources and "sequences" not in sources:
         raise InputError(
@@ -123,7 +123,7 @@ def check_training(trained: TrainedModel, where: str) -> None:
 
 def number_of_examples(wanted: int | None, trained: TrainedModel) -> int:
     """How many examples to give: by default as many as precede the last pair of a training sequence."""
-    most = max(1, trained.geometry["frames"] // 2 - 1)
+    most = max(1, trained.geometry.frames // 2 - 1)
     if wanted is None:
         return most
     if wanted > most:

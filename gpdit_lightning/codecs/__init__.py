@@ -1,16 +1,14 @@
 """Codecs: uint8 pixels to latents and back."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
-from gpdit_lightning.codecs.base import Codec, check_same_codec
+from gpdit_lightning.codecs.base import Codec
 from gpdit_lightning.codecs.pca import PcaCodec
 from gpdit_lightning.codecs.wan import WanCodec
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.specs import CodecSpec
 
-__all__ = ["CODECS", "Codec", "PcaCodec", "WanCodec", "check_same_codec", "load_codec", "load_codec_from_spec"]
+__all__ = ["CODECS", "Codec", "PcaCodec", "WanCodec", "load_codec", "load_codec_from_spec"]
 
 CODECS: dict[str, type[PcaCodec] | type[WanCodec]] = {"pca": PcaCodec, "wan": WanCodec}
 
@@ -32,12 +30,12 @@ def load_codec(name: str, source: str | None = None, device: str | torch.device 
 
 
 def load_codec_from_spec(
-    spec: Mapping[str, Any], device: str | torch.device = "cpu", source: str | None = None, where: str = "The latents"
+    spec: CodecSpec, device: str | torch.device = "cpu", source: str | None = None, where: str = "The latents"
 ) -> Codec:
     """Load the codec that a manifest or checkpoint names, and check that it is the one that was used.
 
     Args:
-        spec: a `Codec.spec()`.
+        spec: what the manifest or checkpoint records of it.
         device: where it computes.
         source: where its weights are now; None for where they were then.
         where: the place that holds the spec, for the message.
@@ -45,6 +43,6 @@ def load_codec_from_spec(
     Raises:
         InputError: as `load_codec`, or when the weights or constants found there differ from the spec's.
     """
-    codec = load_codec(spec["name"], source or spec["source"], device)
-    check_same_codec(spec, codec.spec(), where, f"the codec loaded from {codec.source or 'the package'}")
+    codec = load_codec(spec.name, source or spec.source, device)
+    spec.check_same(codec.spec(), where, f"the codec loaded from {codec.source or 'the package'}")
     return codec

@@ -6,16 +6,17 @@ latent frames (GPDiT, section 5.1: the WanVAE's geometry).
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.specs import CodecSpec, LatentGrid
 
 
-class Codec(ABC):
+class Codec(LatentGrid, ABC):
     """Turns uint8 pixels into float32 latents and back.
 
     Attributes:
@@ -31,9 +32,6 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
-    latent_channels: int = 16
-    spatial_factor: int = 8
-    temporal_factor: int = 4
     source: str | None
     mean: Tensor
     std: Tensor
@@ -100,49 +98,18 @@ class Codec(ABC):
         """What a model gives (..., C, h, w) as raw latents, on its device."""
         return white * self.std.to(white.device)[:, None, None] + self.mean.to(white.device)[:, None, None]
 
-    def check_frame_size(self, height: int, width: int) -> None:
-        """Raise `InputError` for a side in pixels that the spatial factor does not divide."""
-        for side, size in (("height", height), ("width", width)):
-            if size % self.spatial_factor:
-                raise InputError(
-                    f"The {side} {size} of {height}x{width} pixels is not a multiple of {self.spatial_factor}: crop or "
-                    f"resize to {max(1, size // self.spatial_factor) * self.spatial_factor}."
-                )
-
-    def latent_frames(self, pixel_frames: int) -> int:
-        """F for T pixel frames; `InputError` when T is not 1 + 4k."""
-        if pixel_frames < 1 or (pixel_frames - 1) % self.temporal_factor:
-            lower = max(0, pixel_frames - 1) // self.temporal_factor * self.temporal_factor + 1
-            raise InputError(
-                f"{pixel_frames} pixel frames are not 1 + {self.temporal_factor} k: take {lower} or "
-                f"{lower + self.temporal_factor}."
-            )
-        return 1 + (pixel_frames - 1) // self.temporal_factor
-
-    def pixel_frames(self, latent_frames: int) -> int:
-        """T for F latent frames; `InputError` when F is below 1."""
-        if latent_frames < 1:
-            raise InputError(f"{latent_frames} latent frames were asked for: ask for at least 1.")
-        return 1 + (latent_frames - 1) * self.temporal_factor
-
-    def latent_shape(self, pixels: Sequence[int]) -> tuple[int, int, int, int]:
-        """(F, C, h, w) of the latents of a clip of pixels (T, 3, H, W)."""
-        frames, _, height, width = pixels
-        size = height // self.spatial_factor, width // self.spatial_factor
-        return self.latent_frames(frames), self.latent_channels, *size
-
-    def spec(self) -> dict[str, Any]:
-        """What manifests and checkpoints copy, as JSON values: enough to load the codec again and to know it apart."""
-        return {
-            "name": self.name,
-            "source": self.source,
-            "latent_channels": self.latent_channels,
-            "spatial_factor": self.spatial_factor,
-            "temporal_factor": self.temporal_factor,
-            "mean": self.mean.tolist(),
-            "std": self.std.tolist(),
-            "fingerprint": self.fingerprint,
-        }
+    def spec(self) -> CodecSpec:
+        """What manifests and checkpoints record of this codec."""
+        return CodecSpec(
+            name=self.name,
+            source=self.source,
+            latent_channels=self.latent_channels,
+            spatial_factor=self.spatial_factor,
+            temporal_factor=self.temporal_factor,
+            mean=tuple(self.mean.tolist()),
+            std=tuple(self.std.tolist()),
+            fingerprint=self.fingerprint,
+        )
 
 
 class StreamingDecoder:
@@ -201,18 +168,3 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(values.shape)}".encode())
         digest.update(values.numpy().data)
     return digest.hexdigest()[:16]
-
-
-def check_same_codec(first: Mapping[str, Any], second: Mapping[str, Any], where_first: str, where_second: str) -> None:
-    """Check that two specs describe one codec; its source may have moved.
-
-    Raises:
-        InputError: naming the first field in which they differ, with both values and both places.
-    """
-    for name in ("name", "latent_channels", "spatial_factor", "temporal_factor", "fingerprint", "mean", "std"):
-        ours, theirs = first.get(name), second.get(name)
-        if ours != theirs:
-            raise InputError(
-                f"{where_first} and {where_second} are of different codecs ({name} {ours!r} and {theirs!r}): use "
-                f"latents and weights of one codec."
-            )

@@ -17,13 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from gpdit_lightning.codecs.pca import FIRST_FRAME_GAIN, GROUP, WEIGHT_SHAPES, PcaCodec, blocks_of
+from gpdit_lightning.codecs.pca import COMPONENTS, FIRST_FRAME_GAIN, GROUP, WEIGHT_SHAPES, PcaCodec, blocks_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image, resize_and_crop
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS, iterate_frames
 
-COMPONENTS = 16
 FRAMES = 17
 SIZE = 128  # pixels along a side of a fitted clip
 CLIPS = 600

@@ -17,17 +17,18 @@ from gpdit_lightning.codecs.base import Codec, fingerprint_of
 from gpdit_lightning.errors import InputError
 
 SHIPPED_WEIGHTS = Path(__file__).with_name("pca.safetensors")
+COMPONENTS = 16
 BLOCK = 8  # pixels along a side
 GROUP = 4  # pixel frames of a latent frame after the first
 # Four equal frames have twice the norm of one: with it a video that stands still keeps its latents from the first
 # latent frame to the second.
 FIRST_FRAME_GAIN = GROUP**0.5
 WEIGHT_SHAPES = {
-    "first_components": (16, 1 * 3 * BLOCK * BLOCK),
-    "later_components": (16, GROUP * 3 * BLOCK * BLOCK),
+    "first_components": (COMPONENTS, 1 * 3 * BLOCK * BLOCK),
+    "later_components": (COMPONENTS, GROUP * 3 * BLOCK * BLOCK),
     "centre": (3,),
-    "mean": (16,),
-    "std": (16,),
+    "mean": (COMPONENTS,),
+    "std": (COMPONENTS,),
 }
 
 
@@ -41,6 +42,7 @@ class PcaCodec(Codec):
     """
 
     name = "pca"
+    latent_channels, spatial_factor, temporal_factor = COMPONENTS, BLOCK, GROUP
 
     def __init__(self, weights: dict[str, Tensor], source: str | None = None) -> None:
         self.weights = {name: weights[name].to(torch.float32) for name in WEIGHT_SHAPES}

@@ -29,6 +29,7 @@ class WanCodec(Codec):
     """
 
     name = "wan"
+    latent_channels, spatial_factor, temporal_factor = 16, 8, 4
 
     def __init__(self, autoencoder: "AutoencoderKLWan", source: str | None = None) -> None:
         config = autoencoder.config

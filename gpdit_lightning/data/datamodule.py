@@ -26,6 +26,7 @@ from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
 from gpdit_lightning.data.workers import outlive_signals
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import TRAIN_NOISE, VALIDATION_NOISE
+from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
 
 @dataclass(frozen=True)
@@ -142,18 +143,15 @@ class LatentDataModule(LightningDataModule):
         return self.plan.micro_batches_per_step
 
     @property
-    def geometry(self) -> dict[str, Any]:
-        """What generation must know of the training clips: stride between frames, sizes in pixels, clip length."""
+    def geometry(self) -> ClipGeometry:
+        """The clips that are trained on."""
         name = next(name for name in ("videos", "sequences", "images") if name in self.manifests)
         preparation = self.manifests[name][0].preparation
-        factor = self.codec["spatial_factor"]
+        factor = self.codec.spatial_factor
         shapes = {(b.frames, b.height, b.width) for source in self.buckets["train"].values() for b in source}
         longest = max(frames for frames, *_ in shapes)
-        return {
-            "stride": preparation.get("stride", 1),
-            "sizes": sorted([height * factor, width * factor] for f, height, width in shapes if f == longest),
-            "frames": longest,
-        }
+        sizes = sorted((height * factor, width * factor) for frames, height, width in shapes if frames == longest)
+        return ClipGeometry(preparation.get("stride", 1), tuple(sizes), longest)
 
     def train_dataloader(self) -> DataLoader[LatentBatch]:
         """The rest of the run, from the step the trainer stands at, as one epoch."""
@@ -175,7 +173,7 @@ class LatentDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What the data order depends on, and what generation must know of the data."""
-        known = {"order": self._order(), "codec": self.codec, "geometry": self.geometry}
+        known = {"order": self._order(), "codec": self.codec.to_dict(), "geometry": self.geometry.to_dict()}
         return known | ({"classes": list(self.classes)} if self.labels else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -253,7 +251,7 @@ class LatentDataModule(LightningDataModule):
                         f"samples: name it under {' or '.join(key for key, kind in KINDS.items() if kind in kinds)}."
                     )
 
-    def _common_codec(self) -> dict[str, Any]:
+    def _common_codec(self) -> CodecSpec:
         loaded = self._all_manifests
         if not loaded:
             raise InputError(
@@ -262,12 +260,7 @@ class LatentDataModule(LightningDataModule):
             )
         first = loaded[0]
         for other in loaded[1:]:
-            for key in ("name", "fingerprint", "mean", "std"):
-                if other.codec[key] != first.codec[key]:
-                    raise InputError(
-                        f"{other.path} holds latents of another codec than {first.path} ({key} is {other.codec[key]} "
-                        f"instead of {first.codec[key]}): prepare both with the same codec."
-                    )
+            first.codec.check_same(other.codec, str(first.path), str(other.path), "prepare both with the same codec")
         return first.codec
 
     def _classes(self) -> tuple[str, ...]:
@@ -340,8 +333,8 @@ class LatentDataModule(LightningDataModule):
         dataset = LatentDataset(
             plan,
             [self.buckets[split][source.name] for source in plan.sources],
-            self.codec["mean"],
-            self.codec["std"],
+            self.codec.mean,
+            self.codec.std,
             self.noise_levels,
             purpose,
             self.trainer.global_rank,

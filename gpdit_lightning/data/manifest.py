@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
@@ -13,6 +11,8 @@ from upath import UPath
 from gpdit_lightning.data.remote import remote_blocks
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
+from gpdit_lightning.schema import COUNT, LIST, OBJECT, SHA256, SIZE, TEXT, Constraint, check, one_of
+from gpdit_lightning.specs import CodecSpec
 
 FORMAT = "gpdit_lightning-shards-2"
 FILE_NAME = "manifest.json"
@@ -23,8 +23,30 @@ Split = Literal["train", "validation"]
 Kind = Literal["image", "video", "sequence"]  # a sequence: images, each encoded alone, stacked as frames
 
 PREPARE_AGAIN = "prepare the data again with data_prep/shard_latents.py"
-SHA256 = re.compile(r"[0-9a-f]{64}")
-CODEC_FIELDS = ("name", "latent_channels", "spatial_factor", "temporal_factor", "mean", "std", "fingerprint")
+FOUR_SIZES = Constraint(
+    "a list of four positive integers",
+    lambda value: isinstance(value, list) and [*map(SIZE.accepts, value)] == [True] * 4,
+)
+SHARD_SCHEMA: dict[str, Any] = {
+    "path": TEXT,
+    "index": TEXT,
+    "split": one_of(*get_args(Split)),
+    "kind": one_of(*get_args(Kind)),
+    "shape": FOUR_SIZES,
+    "count": SIZE,
+    "bytes": SIZE,
+    "sha256": SHA256,
+    "index_sha256": SHA256,
+}
+SCHEMA: dict[str, Any] = {
+    "format": TEXT,
+    "codec": OBJECT,
+    "shards": LIST,
+    "preparation": OBJECT,
+    "validation": OBJECT,
+    "labels": LIST,
+    "skipped": COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -55,8 +77,8 @@ class Manifest:
 
     directory: Folder
     """The folder that holds the shards; known from where the manifest lies, never written into it."""
-    codec: dict[str, Any]
-    """`Codec.spec()` of the codec that made the latents, with the constants that whiten them."""
+    codec: CodecSpec
+    """The codec that made the latents, with the constants that whiten them."""
     shards: tuple[ShardEntry, ...]
     preparation: dict[str, Any] = field(default_factory=dict)
     """The options the shards were made with, for people and for reuse."""
@@ -78,7 +100,7 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """A sha256 that changes when any latent or the codec changes, and with nothing else."""
-        identity = [self.codec["fingerprint"], *(shard.sha256 for shard in self.shards)]
+        identity = [self.codec.fingerprint, *(shard.sha256 for shard in self.shards)]
         return hashlib.sha256("\n".join(identity).encode()).hexdigest()
 
     def save(self) -> None:
@@ -91,6 +113,7 @@ class Manifest:
         if not isinstance(self.path, Path):
             raise InputError(f"{self.path} is not on this machine: prepare in a local folder and copy it there.")
         content = {"format": FORMAT} | {entry.name: getattr(self, entry.name) for entry in fields(self)[1:]}
+        content["codec"] = self.codec.to_dict()
         content["shards"] = [asdict(shard) for shard in self.shards]
         text = json.dumps(content, indent=2, ensure_ascii=False)
         _parse(json.loads(text), self.path)
@@ -156,87 +179,44 @@ def _located(path: str | Folder) -> Folder:
 
 def _parse(content: Any, path: Folder) -> Manifest:
     """JSON content as a `Manifest`; every departure from the schema is an `InputError` that names the field."""
-    content = _typed(content, dict, path, "the whole file")
-    if content.get("format") != FORMAT:
-        raise InputError(
-            f"{path} has format {content.get('format')!r} and this version reads {FORMAT!r}: {PREPARE_AGAIN}."
-        )
-    names = [entry.name for entry in fields(Manifest)[1:]]
-    _check_names(content, ["format", *names], path, "the manifest")
-    codec = _typed(content["codec"], dict, path, "codec")
-    for name in CODEC_FIELDS:
-        if name not in codec:
-            raise InputError(f"{path} lacks the field 'codec.{name}': {PREPARE_AGAIN}.")
-    for name in ("mean", "std"):
-        values = codec[name]
-        if not isinstance(values, list) or len(values) != codec["latent_channels"]:
-            raise InputError(
-                f"{path} has codec.{name} = {values!r}, which is not one number for each of the "
-                f"{codec['latent_channels']} latent channels: {PREPARE_AGAIN}."
-            )
-    shards = tuple(
-        _parse_shard(entry, path, i) for i, entry in enumerate(_typed(content["shards"], list, path, "shards"))
-    )
-    for i, shard in enumerate(shards):
-        if shard.shape[1] != codec["latent_channels"]:
-            raise InputError(
-                f"{path} has shards[{i}].shape = {list(shard.shape)} with {shard.shape[1]} channels where its codec "
-                f"has {codec['latent_channels']}: {PREPARE_AGAIN}."
-            )
+    found = check(content, OBJECT, "", str(path), PREPARE_AGAIN).get("format")
+    if found != FORMAT:
+        raise InputError(f"{path} has format {found!r} and this version reads {FORMAT!r}: {PREPARE_AGAIN}.")
+    check(content, SCHEMA, "", str(path), PREPARE_AGAIN)
+    _refuse_unknown(content, SCHEMA, "", path)
+    codec = CodecSpec.from_dict(content["codec"], str(path), PREPARE_AGAIN)
     return Manifest(
         directory=path.parent,
         codec=codec,
-        shards=shards,
-        preparation=_typed(content["preparation"], dict, path, "preparation"),
-        validation=_typed(content["validation"], dict, path, "validation"),
-        labels=tuple(_typed(content["labels"], list, path, "labels")),
-        skipped=_typed(content["skipped"], int, path, "skipped"),
+        shards=tuple(_parse_shard(entry, place, codec, path) for place, entry in enumerate(content["shards"])),
+        preparation=content["preparation"],
+        validation=content["validation"],
+        labels=tuple(content["labels"]),
+        skipped=content["skipped"],
     )
 
 
-def _parse_shard(entry: Any, path: Folder, i: int) -> ShardEntry:
-    where = f"shards[{i}]"
-    entry = _typed(entry, dict, path, where)
-    _check_names(entry, [entry_field.name for entry_field in fields(ShardEntry)], path, where)
-    for name in ("path", "index"):
-        relative = PurePosixPath(_typed(entry[name], str, path, f"{where}.{name}"))
+def _parse_shard(entry: Any, place: int, codec: CodecSpec, path: Folder) -> ShardEntry:
+    name = f"shards[{place}]"
+    check(entry, SHARD_SCHEMA, name, str(path), PREPARE_AGAIN)
+    _refuse_unknown(entry, SHARD_SCHEMA, f"{name}.", path)
+    for field_name in ("path", "index"):
+        relative = PurePosixPath(entry[field_name])
         if relative.is_absolute() or ".." in relative.parts or not relative.name:
             raise InputError(
-                f"{path} has {where}.{name} = {entry[name]!r}, which leaves the manifest's folder: {PREPARE_AGAIN}."
+                f"{path} has {name}.{field_name} = {entry[field_name]!r}, which is outside the manifest's folder: "
+                f"{PREPARE_AGAIN}."
             )
-    for name, allowed in (("split", get_args(Split)), ("kind", get_args(Kind))):
-        if entry[name] not in allowed:
-            raise InputError(
-                f"{path} has {where}.{name} = {entry[name]!r} and knows {', '.join(allowed)} only: {PREPARE_AGAIN}."
-            )
-    shape = _typed(entry["shape"], list, path, f"{where}.shape")
-    if len(shape) != 4 or not all(_is_positive_integer(size) for size in shape):
-        raise InputError(f"{path} has {where}.shape = {shape!r}, which is not four positive sizes: {PREPARE_AGAIN}.")
-    for name in ("count", "bytes"):
-        if not _is_positive_integer(entry[name]):
-            raise InputError(f"{path} has {where}.{name} = {entry[name]!r}, no positive integer: {PREPARE_AGAIN}.")
-    for name in ("sha256", "index_sha256"):
-        if not SHA256.fullmatch(_typed(entry[name], str, path, f"{where}.{name}")):
-            raise InputError(f"{path} has {where}.{name} = {entry[name]!r}, which is no sha256: {PREPARE_AGAIN}.")
-    return ShardEntry(**entry | {"shape": tuple(shape)})
+    shape = tuple(entry["shape"])
+    if shape[1] != codec.latent_channels:
+        raise InputError(
+            f"{path} has {name}.shape = {list(shape)} with {shape[1]} channels where its codec has "
+            f"{codec.latent_channels}: {PREPARE_AGAIN}."
+        )
+    return ShardEntry(**entry | {"shape": shape})
 
 
-def _typed(value: Any, expected: type, path: Folder, where: str) -> Any:
-    if not isinstance(value, expected):
-        names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", int: "a number"}
-        raise InputError(f"{path} has {value!r} as {where} where {names[expected]} belongs: {PREPARE_AGAIN}.")
-    return value
-
-
-def _check_names(content: dict[str, Any], expected: Iterable[str], path: Folder, where: str) -> None:
-    expected = list(expected)
-    for name in expected:
-        if name not in content:
-            raise InputError(f"{path} lacks the field {name!r} of {where}: {PREPARE_AGAIN}.")
+def _refuse_unknown(content: dict[str, Any], schema: dict[str, Any], prefix: str, path: Folder) -> None:
     for name in content:
-        if name not in expected:
-            raise InputError(f"{path} has the unknown field {name!r} in {where}: remove it or {PREPARE_AGAIN}.")
-
-
-def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if name not in schema:
+            raise InputError(f"{path} has the unknown field {prefix}{name}: remove it or {PREPARE_AGAIN}.")

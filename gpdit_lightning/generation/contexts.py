@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpdit_lightning.codecs import Codec, check_same_codec
+from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
@@ -224,8 +224,7 @@ def _open_shard(tar: Path, reading: ContextSettings, codec: Codec) -> ShardReade
     if not tar.is_file():
         raise InputError(f"{tar} does not exist: give the path of a shard of latents.")
     manifest, reader = _listed(tar)
-    check_same_codec(
-        manifest.codec,
+    manifest.codec.check_same(
         codec.spec(),
         f"The latents to continue, of {manifest.path},",
         f"those that the checkpoint knows, of a codec from {codec.source or 'the package'},",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from gpdit_lightning.codecs import Codec
+from gpdit_lightning.codecs import WanCodec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import check_place, written_whole
 from gpdit_lightning.generation.contexts import VideoContext
@@ -65,6 +65,7 @@ class Output:
         frames: how many are generated at most; more are cut off.
         mark: paint a border over the edges of the mp4's frames: grey if they were given, orange if generated.
         side_by_side: show the truth to their right; black where none is known.
+        temporal_factor: pixel frames of each latent frame after the first, of the codec whose latents are written.
 
     Attributes:
         files: what was written; there when the block has ended.
@@ -82,7 +83,9 @@ class Output:
         frames: int,
         mark: bool = False,
         side_by_side: bool = False,
+        temporal_factor: int = WanCodec.temporal_factor,
     ) -> None:
+        self._temporal_factor = temporal_factor
         self.files: list[Path] = []
         self.written = 0
         self._paths = output_paths(path_without_ending, formats)
@@ -118,7 +121,7 @@ class Output:
         if "safetensors" in self._paths:
             if latents is None:
                 raise InputError(f"{self._paths['safetensors']} holds latents: give those of the frames.")
-            kept = len(latents) - surplus // Codec.temporal_factor
+            kept = len(latents) - surplus // self._temporal_factor
             self._latents.append(latents[:kept].to("cpu", torch.float32, copy=True))
         pixels = pixels[: len(pixels) - surplus].cpu()
         self._add(pixels, len(self._context.pixels) + self.written, GENERATED_COLOUR)

@@ -106,7 +106,7 @@ def _already_there(options: PrepareOptions, records: Records, found: Found) -> M
     """The manifest, where it holds every source already."""
     if not (options.out / FILE_NAME).exists() or not records.parts:
         return None
-    records.check("options", described(options))
+    records.check(described(options))
     if records.unfinished() or new_sources(options, records, found):
         return None
     manifest = Manifest.load(options.out)

@@ -16,14 +16,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import held_by_one_process, written_whole
 from gpdit_lightning.preparation.input_files import InputFile
+from gpdit_lightning.specs import CodecSpec
 
 FOLDER_NAME = "preparation"
+NEW_FOLDER = "give another --out or delete that folder"
 PAUSE = 0.1  # seconds between looks at a lock that another process holds
 
 
@@ -84,31 +86,35 @@ class Records:
         """The numbers of the parts."""
         return range(len(list(self.folder.glob("part-*.sources.jsonl"))))
 
-    def begin(self, options: dict[str, Any], codec: dict[str, Any]) -> None:
+    def begin(self, options: dict[str, Any], codec: CodecSpec) -> None:
         """Note what the shards are made with.
 
         Raises:
             InputError: it was something else before.
         """
         if self._options_path.exists():
-            self.check("options", options)
-            self.check("codec", codec)
+            self.check(options)
+            self._check_codec(codec)
             return
         if stray := next(self.out.glob("*.tar"), None):
             raise InputError(f"{stray} was made by something else than this command: give another --out.")
         with written_whole(self._options_path) as temporary:
-            content = {"options": options, "codec": codec}
+            content = {"options": options, "codec": codec.to_dict()}
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
-    def check(self, topic: Literal["options", "codec"], values: dict[str, Any]) -> None:
-        """Raise `InputError` where the shards were made with other options, or another codec wherever it lies."""
-        before = _read(self._options_path)[topic]
-        for name, value in json.loads(json.dumps(values)).items():
-            if name != "source" and before.get(name) != value:
+    def check(self, options: dict[str, Any]) -> None:
+        """Raise `InputError` where the shards were made with other options."""
+        before = _read(self._options_path)["options"]
+        for name, value in json.loads(json.dumps(options)).items():
+            if before.get(name) != value:
                 raise InputError(
-                    f"{self.out} holds shards made differently ({name} was {before.get(name)} and is {value}): give "
-                    "another --out or delete that folder."
+                    f"{self.out} holds shards made differently ({name} was {before.get(name)} and is {value}): "
+                    f"{NEW_FOLDER}."
                 )
+
+    def _check_codec(self, codec: CodecSpec) -> None:
+        before = CodecSpec.from_dict(_read(self._options_path)["codec"], str(self._options_path), NEW_FOLDER)
+        before.check_same(codec, f"the shards of {self.out}", "this preparation", NEW_FOLDER)
 
     def unfinished(self) -> list[int]:
         """The parts that are not finished."""

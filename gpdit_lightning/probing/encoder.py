@@ -3,6 +3,7 @@
 Shapes: B clips, F latent frames, C channels, h x w latent pixels, N tokens per frame, D hidden width.
 """
 
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -32,7 +33,7 @@ def first_layers(backbone: HubGPDiT, layers: int) -> HubGPDiT:
     unused = ("prefix.", *(f"blocks.{number}." for number in range(layers, most)))
     tensors = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith(unused)}
     config = backbone.config.replaced(layers=layers, classes=0, text_width=0)
-    facts = {name: fact for name, fact in backbone.facts.items() if name != "classes"}
+    facts = replace(backbone.facts, classes=())
     return HubGPDiT.from_weights(Weights(tensors, config, facts, "the backbone")).requires_grad_(False)
 
 

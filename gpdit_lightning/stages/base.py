@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from gpdit_lightning.checkpoints.reading import (
     check_architecture,
     check_classes,
-    check_codec,
     identity_of,
     open_weights,
     whole_checkpoint,
@@ -23,12 +22,14 @@ from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, velocity_loss
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT, GPDiTConfig
+from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer, follow_recipe
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SCHEDULE = NoiseSchedule()
 DEFAULT_OPTIMIZER = OptimizerConfig()
+SAME_CODEC = "prepare the data with the codec of the weights, or begin from other weights"
 
 
 class GPDiTStage(LightningModule):
@@ -62,8 +63,8 @@ class GPDiTStage(LightningModule):
         self.initial_weights = initial_weights
         # Where the weights came from, kept in every checkpoint: {"path", "step", "sha256"}.
         self.origin: dict[str, Any] | None = None
-        self.initial_codec: dict[str, Any] | None = None
-        self.initial_classes: list[str] | None = None
+        self.initial_codec: CodecSpec | None = None
+        self.initial_classes: tuple[str, ...] = ()
         self.backbone: GPDiT
 
     def configure_model(self) -> None:
@@ -83,13 +84,13 @@ class GPDiTStage(LightningModule):
             weights = open_weights(source)
             check_architecture(weights.config.to_dict(), self.config, self.initial_weights)
             weights.load_into(self.backbone)
-            self.initial_codec, self.initial_classes = (weights.facts.get(name) for name in ("codec", "classes"))
+            self.initial_codec, self.initial_classes = weights.facts.codec, weights.facts.classes
             self.origin = {
                 "path": self.initial_weights,
-                "step": weights.facts.get("step", 0),
+                "step": weights.facts.step or 0,
                 "sha256": identity_of(source),
             }
-            kind = "averaged" if weights.facts.get("weights") == "ema" else "trained"
+            kind = "averaged" if weights.facts.weights == "ema" else "trained"
             log.info("begins with the %s weights of %s (step %d)", kind, self.origin["path"], self.origin["step"])
 
     def on_fit_start(self) -> None:
@@ -106,9 +107,9 @@ class GPDiTStage(LightningModule):
                 "batch_size to exactly those, or use GPDiTStage, which takes any."
             )
         if self.initial_codec is not None:
-            check_codec(self.initial_codec, self.data.codec, self.initial_weights)
+            self.initial_codec.check_same(self.data.codec, self.initial_weights, "the data", SAME_CODEC)
         self._check_number_of_classes()
-        if self.initial_classes is not None:
+        if self.initial_classes:
             check_classes(self.initial_classes, self.data.classes, self.initial_weights)
 
     def _check_number_of_classes(self) -> None:

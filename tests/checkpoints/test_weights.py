@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig
-from gpdit_lightning.checkpoints.weights import FACTS, Weights
+from gpdit_lightning.checkpoints.facts import TrainingFacts
+from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError
 
 Randomise = Callable[[GPDiT], GPDiT]
@@ -63,7 +64,7 @@ def model(tiny_config: GPDiTConfig, randomise: Randomise) -> GPDiT:
 @pytest.fixture
 def folder(model: GPDiT, tmp_path: Path) -> Path:
     """What is known of a trained model, and its weights."""
-    model.facts = KNOWN
+    model.facts = TrainingFacts.from_dict(KNOWN, "config.json")
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -86,7 +87,7 @@ def test_a_model_comes_back_as_it_was(model: GPDiT, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "README.md"}
     again = GPDiT.from_pretrained(tmp_path)
     assert again.config == model.config
-    assert again.facts == {}
+    assert again.facts == TrainingFacts()
     assert not again.training
     assert all(parameter.requires_grad for parameter in again.parameters())
     for (name, value), (same_name, saved) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
@@ -98,7 +99,7 @@ def test_a_model_comes_back_as_it_was(model: GPDiT, tmp_path: Path) -> None:
 
 def test_what_is_known_of_the_weights_travels_with_them(folder: Path, tmp_path: Path) -> None:
     again = GPDiT.from_pretrained(str(folder))
-    assert again.facts == KNOWN
+    assert again.facts.to_dict() == KNOWN
     again.save_pretrained(tmp_path / "again")
     for name in ("config.json", "README.md", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
@@ -122,7 +123,7 @@ def test_the_config_is_plain_json(folder: Path, model: GPDiT) -> None:
     assert head["dtype"] == "float32"
     assert GPDiTConfig.preset(**head["config"]) == model.config
     assert content == KNOWN
-    assert content.keys() == FACTS.keys()
+    assert content.keys() == TrainingFacts.SCHEMA.keys()
 
 
 def test_how_a_model_was_executed_stays_behind(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_the_card_says_what_is_known(folder: Path) -> None:
 def test_the_card_names_some_of_many_classes(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
     model = GPDiT(tiny_config.replaced(classes=40))
     names = [f"class {number}" for number in range(40)]
-    model.facts = {"classes": names, "data": {"data.labels": names}}
+    model.facts = TrainingFacts(classes=tuple(names), data={"data.labels": names})
     model.save_pretrained(tmp_path)
     assert GPDiT.from_pretrained(tmp_path).facts == model.facts
     card = (tmp_path / "README.md").read_text()
@@ -264,7 +265,7 @@ def test_a_config_that_is_not_there(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("config", None, "config = None where an object belongs"),
+        ("config", None, "config = None; it must be an object"),
         ("config", {"size": "tiny", "hooks": "os.system"}, "GPDiTConfig has no field 'hooks'"),
         ("config", {"size": ["tiny"]}, "size is ['tiny']; it must be of type str"),
         ("config", {"layers": "two"}, "layers is 'two'; it must be of type int"),
@@ -272,19 +273,19 @@ def test_a_config_that_is_not_there(folder: Path) -> None:
         ("config", {"attention": {}}, "attention '{}' is not known"),
         ("config", {"rope_lengths": 32}, "rope_lengths is 32"),
         ("config", {"rope_lengths": [32, 32, "32"]}, "rope_lengths is [32, 32, '32']"),
-        ("weights", "best", "weights = 'best' where ema or raw belongs"),
-        ("step", -1, "step = -1 where a whole number from 0 belongs"),
-        ("codec", "pca", "codec = 'pca' where an object belongs"),
-        ("codec", {"name": "pca"}, "lacks codec.source"),
-        ("codec", KNOWN["codec"] | {"source": 3}, "codec.source = 3 where a string or null belongs"),
-        ("codec", KNOWN["codec"] | {"mean": 0.5}, "codec.mean = 0.5 where a list belongs"),
-        ("codec", KNOWN["codec"] | {"std": [1.0, math.nan]}, "codec.std[1] = nan where a finite number belongs"),
-        ("geometry", KNOWN["geometry"] | {"stride": 0}, "geometry.stride = 0 where a whole number from 1 belongs"),
-        ("geometry", KNOWN["geometry"] | {"sizes": [[]]}, "geometry.sizes[0] = [] where a list belongs"),
-        ("schedule", {"name": "cosine", "shift": "2"}, "schedule.shift = '2' where a finite number belongs"),
-        ("origin", {"path": "a"}, "lacks origin.step"),
-        ("classes", [], "classes = [] where a list belongs"),
-        ("classes", ["run", 2], "classes[1] = 2 where a string belongs"),
+        ("weights", "best", "weights = 'best'; it must be ema or raw"),
+        ("step", -1, "step = -1; it must be a non-negative integer"),
+        ("codec", "pca", "codec = 'pca'; it must be an object"),
+        ("codec", {"name": "pca"}, "lacks the field codec.source"),
+        ("codec", KNOWN["codec"] | {"source": 3}, "codec.source = 3; it must be a string or null"),
+        ("codec", KNOWN["codec"] | {"mean": 0.5}, "codec.mean = 0.5; it must be a non-empty list"),
+        ("codec", KNOWN["codec"] | {"std": [1.0, math.nan]}, "codec.std[1] = nan; it must be a finite number"),
+        ("geometry", KNOWN["geometry"] | {"stride": 0}, "geometry.stride = 0; it must be a positive integer"),
+        ("geometry", KNOWN["geometry"] | {"sizes": [[]]}, "geometry.sizes[0] = []; it must be a non-empty list"),
+        ("schedule", {"name": "cosine", "shift": "2"}, "schedule.shift = '2'; it must be a finite number"),
+        ("origin", {"path": "a"}, "lacks the field origin.step"),
+        ("classes", [], "classes = []; it must be a non-empty list"),
+        ("classes", ["run", 2], "classes[1] = 2; it must be a string"),
         ("classes", ["run"], "names 1 classes where its architecture has 2: its parts do not belong together"),
     ],
 )
@@ -298,7 +299,7 @@ def test_a_field_of_the_wrong_kind_is_named(folder: Path, name: str, value: Any,
 
 def test_unknown_fields_are_left_alone(folder: Path) -> None:
     edit(folder, lambda content: content.update(auto_map={"AutoModel": "evil.Model"}))
-    assert GPDiT.from_pretrained(folder).facts == KNOWN
+    assert GPDiT.from_pretrained(folder).facts.to_dict() == KNOWN
 
 
 @pytest.mark.parametrize(
@@ -323,4 +324,4 @@ def test_tensors_that_are_no_weights(folder: Path, model: GPDiT) -> None:
         GPDiT.from_pretrained(folder)
     odd: dict[str, Any] = {"output.bias": "text"}
     with pytest.raises(InputError, match=r"something other than floating-point numbers as output\.bias"):
-        Weights(tensors | odd, model.config, {}, "here").load_into(model)
+        Weights(tensors | odd, model.config, TrainingFacts(), "here").load_into(model)

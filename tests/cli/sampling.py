@@ -67,7 +67,7 @@ def make(place: Path, randomise: Callable[[GPDiT], GPDiT]) -> None:
     changes: dict[str, dict[str, Any]] = {"of2": {}, "of": {"attention": "of"}, "bare": {"classes": 0}}
     for name, changed in changes.items():
         model = randomise(GPDiT(trained.config.replaced(**changed)))
-        model.facts = {fact: value for fact, value in trained.facts.items() if fact not in changed}
+        model.facts = trained.facts if model.config.classes else replace(trained.facts, classes=())
         model.save_pretrained(place / name)
 
 

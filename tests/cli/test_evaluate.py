@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +319,7 @@ def test_a_mistake_gets_one_sentence_and_nothing_is_written(
 ) -> None:
     if "SEVERAL" in options:
         model = GPDiT.from_pretrained(place / "of2")
-        model.facts["geometry"] = model.facts["geometry"] | {"sizes": [[32, 32], [48, 48]]}
+        model.facts = replace(model.facts, geometry=replace(model.facts.geometry, sizes=((32, 32), (48, 48))))
         model.save_pretrained(tmp_path / "several")
     assert evaluate(command, tmp_path / "out", options.replace("SEVERAL", str(tmp_path / "several"))) == 2
     assert words in sentence(capsys)

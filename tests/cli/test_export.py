@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from tests.conftest import TINY_CODEC
 from tests.data.labelled import write_labelled
 
 Fit = Callable[..., Trainer]
@@ -109,7 +111,7 @@ def test_the_names_of_the_classes_go_along(tiny_config: GPDiTConfig, fit: Fit, t
     fit(GPDiTStage(tiny_config.replaced(classes=2)), data, tmp_path / "run", 1, [EMA(), RunCheckpoint()])
     assert export(tmp_path / "run", tmp_path / "model") == 0
     assert load_trained_model(tmp_path / "model").classes == load_trained_model(tmp_path / "run").classes
-    assert GPDiT.from_pretrained(tmp_path / "model").facts["classes"] == ["run", "jump"]
+    assert GPDiT.from_pretrained(tmp_path / "model").facts.classes == ("run", "jump")
     assert (
         "one of 2 classes, in `config.json` by their numbers: `run`, `jump`."
         in (tmp_path / "model/README.md").read_text()
@@ -122,7 +124,7 @@ def test_the_trained_weights_on_request(run: Path, exported: Path, tmp_path: Pat
     assert_same(tensors_of(tmp_path / "raw"), dict(raw.state_dict()))
     assert not torch.equal(velocity(raw), velocity(load_trained_model(exported).backbone))
     for kind in ("ema", "raw"):  # without an average, trained weights are what there is
-        assert open_weights(tmp_path / "raw", kind).facts["weights"] == "raw"
+        assert open_weights(tmp_path / "raw", kind).facts.weights == "raw"
     with pytest.raises(InputError, match=r"model holds averaged weights only: take those, or export again with"):
         load_trained_model(exported, weights="raw")
 
@@ -201,9 +203,11 @@ def test_a_stage_begins_with_an_exported_folder(
 def test_a_stage_refuses_an_export_for_another_codec(
     exported: Path, tiny_config: GPDiTConfig, write_shards: Callable[..., Any], fit: Fit, tmp_path: Path
 ) -> None:
-    shards = write_shards(tmp_path / "other", {("train", "video", (3, 8, 8)): 4}, fingerprint="f" * 16).directory
+    shards = write_shards(
+        tmp_path / "other", {("train", "video", (3, 8, 8)): 4}, codec=replace(TINY_CODEC, fingerprint="f" * 16)
+    ).directory
     data = LatentDataModule(videos=SourceConfig([str(shards)], batch_size=4))
-    with pytest.raises(InputError, match="another codec than the data's"):
+    with pytest.raises(InputError, match="are of different codecs"):
         fit(GPDiTStage(tiny_config, initial_weights=str(exported)), data, tmp_path / "run", 1)
 
 

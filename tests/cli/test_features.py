@@ -3,6 +3,7 @@
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def work(place: Path, tmp_path_factory: pytest.TempPathFactory, randomise: Calla
     model = randomise(GPDiT(trained.config.replaced(layers=3)))
     model.facts = trained.facts
     model.save_pretrained(work / "model")
-    model.facts = trained.facts | {"geometry": trained.facts["geometry"] | {"sizes": [[32, 32], [32, 48]]}}
+    model.facts = replace(trained.facts, geometry=replace(trained.facts.geometry, sizes=((32, 32), (32, 48))))
     model.save_pretrained(work / "two_sizes")
     for number, name in enumerate(("a", "jump/b", "jump/c.1")):
         (work / "videos" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpdit_lightning.checkpoints.reading import read_checkpoint
 from gpdit_lightning.cli import main
+from tests.conftest import TINY_CODEC
 
 STEPS = 6
 
@@ -210,11 +212,11 @@ def test_initial_weights_of_another_codec_are_refused(
     whole: Path, write_shards: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     counts = {("train", "image", (1, 8, 8)): 4, ("train", "video", (3, 8, 8)): 4}
-    other = write_shards(tmp_path / "other", counts, fingerprint="fedcba9876543210")
+    other = write_shards(tmp_path / "other", counts, codec=replace(TINY_CODEC, fingerprint="fedcba9876543210"))
     settings = recipe(other.directory, tmp_path / "run")
     settings["model"]["init_args"]["initial_weights"] = str(whole)
     assert fit(tmp_path / "recipe.yaml", settings) == 2
-    assert "another codec" in capsys.readouterr().err
+    assert "different codecs" in capsys.readouterr().err
 
 
 def test_two_runs_do_not_share_a_folder(

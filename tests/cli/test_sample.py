@@ -217,7 +217,7 @@ def other_codec(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(weights | {"centre": weights["centre"] + 0.1}, folder / "weights")
     shutil.copytree(place / "latents", folder / "latents")
     manifest = Manifest.load(folder / "latents")
-    replace(manifest, codec=manifest.codec | {"fingerprint": "0" * 16}).save()
+    replace(manifest, codec=replace(manifest.codec, fingerprint="0" * 16)).save()
     return folder
 
 

@@ -3,6 +3,7 @@
 import errno
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def place(
         save(place / f"truths/{name}.png", 10 + seed, *sides)
         save(place / f"plain/{name}.png", 20 + seed, *sides)
     counts = {("train", "sequence", (6, 4, 6)): 2, ("train", "sequence", (6, 6, 4)): 2}
-    write_shards(place / "shards", counts, **CODEC.spec())
+    write_shards(place / "shards", counts, codec=CODEC.spec())
     recipe: dict[str, Any] = {
         "run_dir": str(place / "run"),
         "model": {
@@ -72,7 +73,7 @@ def place(
     model = randomise(GPDiT(trained.config))
     model.facts = trained.facts
     model.save_pretrained(place / "model")
-    model.facts = trained.facts | {"data": {"data.videos.manifests": [], "data.images.manifests": []}}
+    model.facts = replace(trained.facts, data={"data.videos.manifests": [], "data.images.manifests": []})
     model.save_pretrained(place / "of_videos")
     return place
 

@@ -1,10 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from gpdit_lightning.codecs import PcaCodec, check_same_codec, load_codec, load_codec_from_spec
+from gpdit_lightning.codecs import PcaCodec, load_codec, load_codec_from_spec
 from gpdit_lightning.codecs.fit_pca import align, fit, psnr, shipped_clips
 from gpdit_lightning.codecs.pca import WEIGHT_SHAPES, blocks_of, pixels_of
 from gpdit_lightning.errors import InputError
@@ -186,9 +187,9 @@ def test_a_codec_loads_from_its_spec_and_only_from_its_own(codec: PcaCodec, tmp_
         load_codec_from_spec(codec.spec(), source=str(tmp_path / "other.safetensors"), where="run.ckpt")
     moved = load_codec("pca", str(tmp_path / "other.safetensors"))
     assert moved.fingerprint != codec.fingerprint
-    check_same_codec(codec.spec(), codec.spec() | {"source": "elsewhere"}, "a", "b")
+    codec.spec().check_same(replace(codec.spec(), source="elsewhere"), "a", "b")
     with pytest.raises(InputError, match=r"a and b are of different codecs \(std"):
-        check_same_codec(codec.spec(), codec.spec() | {"std": [1.0] * 16}, "a", "b")
+        codec.spec().check_same(replace(codec.spec(), std=(1.0,) * 16), "a", "b")
 
 
 def test_unknown_names_and_files_are_named(tmp_path: Path) -> None:

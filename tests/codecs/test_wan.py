@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,10 @@ def test_it_loads_from_a_folder_and_from_its_spec(autoencoder: Any, tmp_path: Pa
     autoencoder.save_pretrained(tmp_path / subfolder)
     codec = load_codec("wan", str(tmp_path))
     assert torch.equal(codec.encode(random_clip(5)), WanCodec(autoencoder).encode(random_clip(5)))
-    assert codec.spec()["source"] == str(tmp_path)
+    assert codec.spec().source == str(tmp_path)
     assert load_codec_from_spec(codec.spec()).fingerprint == codec.fingerprint == WanCodec(autoencoder).fingerprint
     with pytest.raises(InputError, match="different codecs"):
-        load_codec_from_spec(codec.spec() | {"fingerprint": "0" * 16})
+        load_codec_from_spec(replace(codec.spec(), fingerprint="0" * 16))
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path: Path) -> None:

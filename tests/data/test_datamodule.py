@@ -2,6 +2,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.specs import ClipGeometry
+from tests.conftest import TINY_CODEC
 
 Shards = Callable[..., Manifest]
 IMAGE, VIDEO = ("train", "image", (1, 8, 8)), ("train", "video", (3, 8, 8))
@@ -122,7 +125,7 @@ def test_several_manifests_and_shapes_of_a_source_are_pooled_by_shape(tmp_path: 
     second = write_shards(tmp_path / "b", {VIDEO: 4}).directory
     data = LatentDataModule(videos=source(first, second, batch_size=1))
     assert [bucket.counts for bucket in data.plan.sources[0].buckets] == [(2,), (3, 4)]
-    assert data.geometry["sizes"] == [[32, 64], [64, 64]]
+    assert data.geometry.sizes == ((32, 64), (64, 64))
 
 
 def test_shards_that_give_the_same_lengths_share_a_bucket(tmp_path: Path, write_shards: Shards) -> None:
@@ -171,8 +174,8 @@ def test_what_is_read_at_a_time_stays_within_a_window(tmp_path: Path, write_shar
 
 def test_codecs_that_differ_are_refused_by_name(tmp_path: Path, write_shards: Shards) -> None:
     images = write_shards(tmp_path / "images", {IMAGE: 3}).directory
-    videos = write_shards(tmp_path / "videos", {VIDEO: 3}, fingerprint="f" * 16).directory
-    with pytest.raises(InputError, match="fingerprint is ffffffffffffffff instead of 0123456789abcdef") as caught:
+    videos = write_shards(tmp_path / "videos", {VIDEO: 3}, codec=replace(TINY_CODEC, fingerprint="f" * 16)).directory
+    with pytest.raises(InputError, match="fingerprint '0123456789abcdef' and 'ffffffffffffffff'") as caught:
         LatentDataModule(source(images), source(videos))
     assert str(images / "manifest.json") in str(caught.value)
     assert str(videos / "manifest.json") in str(caught.value)
@@ -181,8 +184,9 @@ def test_codecs_that_differ_are_refused_by_name(tmp_path: Path, write_shards: Sh
 @pytest.mark.parametrize("field", ["mean", "std"])
 def test_whitening_constants_that_differ_are_refused(tmp_path: Path, write_shards: Shards, field: str) -> None:
     first = write_shards(tmp_path / "a", {VIDEO: 3}).directory
-    second = write_shards(tmp_path / "b", {VIDEO: 3}, **{field: [1.0, 1.0, 1.0, 3.0]}).directory
-    with pytest.raises(InputError, match=rf"{field} is \[1.0, 1.0, 1.0, 3.0\] instead of"):
+    other: dict[str, Any] = {field: (1.0, 1.0, 1.0, 3.0)}
+    second = write_shards(tmp_path / "b", {VIDEO: 3}, codec=replace(TINY_CODEC, **other)).directory
+    with pytest.raises(InputError, match=rf"{field} \(.*\) and \(1.0, 1.0, 1.0, 3.0\)"):
         LatentDataModule(videos=source(first, second))
 
 
@@ -198,7 +202,7 @@ def test_more_frames_than_the_shards_have_are_refused(tiny_shards: Path) -> None
 def test_fewer_frames_keep_the_beginning(tiny_shards: Path) -> None:
     data = at(LatentDataModule(videos=source(tiny_shards, frames=2)))
     assert next(iter(data.train_dataloader())).latents.shape == (4, 2, 4, 8, 8)
-    assert data.geometry["frames"] == 2
+    assert data.geometry.frames == 2
 
 
 def test_lengths_vary_and_short_samples_give_the_short_ones(tmp_path: Path, write_shards: Shards) -> None:
@@ -218,7 +222,7 @@ def test_lengths_vary_and_short_samples_give_the_short_ones(tmp_path: Path, writ
     again = list(islice(at(LatentDataModule(videos=clips, workers=2), step=40, max_steps=1000).train_dataloader(), 3))
     for batch, same in zip(batches[40:], again, strict=False):
         assert torch.equal(batch.latents, same.latents)
-    assert data.geometry["frames"] == 4
+    assert data.geometry.frames == 4
     validation = [batch.latents.shape[1] for batch in data.val_dataloader()]
     assert set(validation) <= {2, 3, 4}
 
@@ -316,8 +320,8 @@ def test_a_negative_seed_is_refused(tiny_shards: Path) -> None:
 
 
 def test_geometry_is_that_of_the_clips(tiny_shards: Path) -> None:
-    assert module(tiny_shards).geometry == {"stride": 3, "sizes": [[64, 64]], "frames": 3}
-    assert LatentDataModule(images=source(tiny_shards)).geometry["frames"] == 1
+    assert module(tiny_shards).geometry == ClipGeometry(stride=3, sizes=((64, 64),), frames=3)
+    assert LatentDataModule(images=source(tiny_shards)).geometry.frames == 1
 
 
 def test_its_own_state_is_accepted_wherever_the_shards_lie(tmp_path: Path, write_shards: Shards) -> None:

@@ -12,17 +12,9 @@ from upath import UPath
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.specs import CodecSpec
 
-CODEC: dict[str, Any] = {
-    "name": "pca",
-    "source": None,
-    "latent_channels": 4,
-    "spatial_factor": 8,
-    "temporal_factor": 4,
-    "mean": [0.0] * 4,
-    "std": [1.0] * 4,
-    "fingerprint": "0123456789abcdef",
-}
+CODEC = CodecSpec("pca", None, 4, 8, 4, mean=(0.0,) * 4, std=(1.0,) * 4, fingerprint="0123456789abcdef")
 
 
 @pytest.fixture
@@ -64,7 +56,7 @@ def test_splits_are_told_apart(manifest: Manifest) -> None:
 def test_the_fingerprint_follows_latents_and_codec_only(manifest: Manifest) -> None:
     first = manifest.shards[0]
     other_latents = replace(manifest, shards=(replace(first, sha256="0" * 64), *manifest.shards[1:]))
-    other_codec = replace(manifest, codec=CODEC | {"fingerprint": "f" * 16})
+    other_codec = replace(manifest, codec=replace(CODEC, fingerprint="f" * 16))
     assert len({manifest.fingerprint(), other_latents.fingerprint(), other_codec.fingerprint()}) == 3
     assert replace(manifest, preparation={}, labels=()).fingerprint() == manifest.fingerprint()
 
@@ -84,21 +76,25 @@ def test_broken_json_is_named(manifest: Manifest) -> None:
     ("place", "value", "message"),
     [
         (["format"], "gpdit_lightning-shards-9", "has format 'gpdit_lightning-shards-9' and this version reads"),
-        (["codec", "std"], None, "lacks the field 'codec.std'"),
+        (["codec", "std"], None, "lacks the field codec.std"),
         (["codec", "mean"], [0.0], r"codec.mean = \[0.0\], which is not one number for each of the 4"),
-        (["shards"], None, "lacks the field 'shards'"),
-        (["shards"], {}, "has {} as shards where a list belongs"),
-        (["labels"], None, "lacks the field 'labels'"),
-        (["more"], 1, "unknown field 'more'"),
-        (["shards", 0, "sha256"], None, r"lacks the field 'sha256' of shards\[0\]"),
-        (["shards", 0, "split"], "test", r"shards\[0\].split = 'test' and knows train, validation only"),
+        (["shards"], None, "lacks the field shards"),
+        (["shards"], {}, "has shards = {}; it must be a list"),
+        (["labels"], None, "lacks the field labels"),
+        (["more"], 1, "unknown field more"),
+        (["shards", 0, "sha256"], None, r"lacks the field shards\[0\].sha256"),
+        (["shards", 0, "split"], "test", r"shards\[0\].split = 'test'; it must be train or validation"),
         (["shards", 0, "kind"], "sound", r"shards\[0\].kind = 'sound'"),
-        (["shards", 0, "shape"], [2, 4, 3], r"shards\[0\].shape = \[2, 4, 3\], which is not four positive sizes"),
+        (
+            ["shards", 0, "shape"],
+            [2, 4, 3],
+            r"shards\[0\].shape = \[2, 4, 3\]; it must be a list of four positive integers",
+        ),
         (["shards", 0, "shape"], [2, 8, 3, 3], "8 channels where its codec has 4"),
         (["shards", 0, "count"], 0, r"shards\[0\].count = 0"),
         (["shards", 0, "bytes"], 1.5, r"shards\[0\].bytes = 1.5"),
-        (["shards", 0, "path"], "../x.tar", "leaves the manifest's folder"),
-        (["shards", 0, "index"], "/x.npy", "leaves the manifest's folder"),
+        (["shards", 0, "path"], "../x.tar", "is outside the manifest's folder"),
+        (["shards", 0, "index"], "/x.npy", "is outside the manifest's folder"),
         (["shards", 0, "bytes"], 7, r"has 10240 bytes where .*manifest\.json says 7, so it was cut off or changed"),
         (["shards", 0, "path"], "gone.tar", r"gone\.tar is missing though"),
         (["shards", 0, "index"], "gone.npy", r"gone\.npy is missing though"),
@@ -130,8 +126,8 @@ def test_a_shard_that_was_cut_off_is_named(manifest: Manifest) -> None:
 
 def test_nothing_is_saved_that_would_not_load(manifest: Manifest) -> None:
     before = manifest.path.read_text()
-    with pytest.raises(InputError, match=r"codec\.fingerprint"):
-        replace(manifest, codec={name: value for name, value in CODEC.items() if name != "fingerprint"}).save()
+    with pytest.raises(InputError, match=r"codec\.mean"):
+        replace(manifest, codec=replace(CODEC, mean=(0.0,))).save()
     with pytest.raises(InputError, match="split"):
         replace(manifest, shards=(replace(manifest.shards[0], split="test"),)).save()  # type: ignore[arg-type]
     assert manifest.path.read_text() == before

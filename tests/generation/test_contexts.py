@@ -289,7 +289,7 @@ def test_a_shard_without_its_manifest_is_refused(shards: Path, tmp_path: Path, c
 def test_sequences_of_pictures_are_no_videos(
     write_shards: Callable[..., Manifest], tmp_path: Path, codec: Codec
 ) -> None:
-    write_shards(tmp_path, {("train", "sequence", (6, 4, 4)): 1}, **codec.spec())
+    write_shards(tmp_path, {("train", "sequence", (6, 4, 4)): 1}, codec=codec.spec())
     with pytest.raises(InputError, match=r"train-sequence.*\.tar holds sequences of pictures"):
         only(tar_of(tmp_path, "sequence"), codec)
 

@@ -33,22 +33,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gpdit_lightning.cli import main as command
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shard_writer import ShardSetWriter
+from gpdit_lightning.specs import CodecSpec
 
 RECORDED = Path(__file__).with_name("curves.json")
 TOLERANCE = 1e-5
 TAGS = ("train/loss", "train/grad_norm", "val/loss")
 STEPS = 6
 CHANNELS = 4
-CODEC = {
-    "name": "pca",
-    "source": None,
-    "latent_channels": CHANNELS,
-    "spatial_factor": 8,
-    "temporal_factor": 4,
-    "mean": [0.5, -0.25, 2.0, 0.0],
-    "std": [2.0, 0.5, 4.0, 1.0],
-    "fingerprint": "0123456789abcdef",
-}
+CODEC = CodecSpec(
+    "pca", None, CHANNELS, 8, 4, mean=(0.5, -0.25, 2.0, 0.0), std=(2.0, 0.5, 4.0, 1.0), fingerprint="0123456789abcdef"
+)
 # split, kind, latent shape (F, h, w), samples
 CONTENT = [
     (split, kind, shape, count)

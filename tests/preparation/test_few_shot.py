@@ -141,7 +141,9 @@ def test_training_mixes_the_sequences_of_several_tasks(options: PreparePairsOpti
         global_step=0, max_steps=1, global_rank=0, world_size=1, strategy=strategy
     )
     (batch,) = data.train_dataloader()
-    mean, std = (np.array(manifests[0].codec[name], np.float32)[:, None, None] for name in ("mean", "std"))
+    mean, std = (
+        np.array(values, np.float32)[:, None, None] for values in (manifests[0].codec.mean, manifests[0].codec.std)
+    )
     latents = [sample for manifest in manifests for split, sample, _ in samples(manifest) if split == "train"]
     distances = np.abs(batch.latents.numpy()[:, None] - [(sample - mean) / std for sample in latents]).max((2, 3, 4, 5))
     assert distances.min(axis=1).max() < 1e-3

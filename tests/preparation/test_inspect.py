@@ -141,7 +141,7 @@ def test_the_command_shows_the_table_and_the_statistics(whole: Manifest) -> None
     assert "held out for validation" in done.stdout
     assert "left out: 3" in done.stdout
     assert "labels: 3 (ball, dog, pictures)" in done.stdout
-    assert f"codec: pca from the package, fingerprint {whole.codec['fingerprint']}" in done.stdout
+    assert f"codec: pca from the package, fingerprint {whole.codec.fingerprint}" in done.stdout
     assert re.search(r"video for training: \d+ clips, \d+ frames, 0.\d+ hours", done.stdout)
     assert len(re.findall(r"^\d+( +-?\d+\.\d{3}){6}$", done.stdout, re.MULTILINE)) == 16
     assert done.stdout.splitlines()[-1].startswith("whitened: mean")
@@ -213,8 +213,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def with_codec(manifest: Manifest, **constants: Callable[[np.ndarray], np.ndarray]) -> str:
-    changed = {name: change(np.array(manifest.codec[name])).tolist() for name, change in constants.items()}
-    return overview(replace(manifest, codec=manifest.codec | changed)).splitlines()[-1]
+    changed = {name: tuple(change(np.array(getattr(manifest.codec, name)))) for name, change in constants.items()}
+    return overview(replace(manifest, codec=replace(manifest.codec, **changed))).splitlines()[-1]
 
 
 def test_constants_of_another_codec_are_noticed(photographs: Manifest) -> None:

@@ -29,7 +29,7 @@ NAMES = ("bright", "dark")
 def images(count: int, names: Sequence[str] = NAMES) -> list[tuple[str | None, np.ndarray]]:
     """Pictures of one shade, alternately 1 above and 1 below the codec's mean, in its units, with some noise."""
     numbers = np.random.default_rng(0)
-    mean, std = (np.reshape(TINY_CODEC[name], (4, 1, 1)) for name in ("mean", "std"))
+    mean, std = (np.reshape(values, (4, 1, 1)) for values in (TINY_CODEC.mean, TINY_CODEC.std))
     shades = [1 - 2 * (place % 2) + 0.3 * numbers.normal(size=(1, 4, 4, 4)) for place in range(count)]
     return [(names[place % 2], mean + std * shade) for place, shade in enumerate(shades)]
 
@@ -113,7 +113,7 @@ def test_a_checkpoint_knows_the_names_of_the_classes(run: Path) -> None:
     assert read_checkpoint(run)["LatentDataModule"]["classes"] == ["bright", "dark"]
     trained = load_trained_model(run)
     assert trained.classes == ("bright", "dark")
-    assert trained.backbone.facts["classes"] == ["bright", "dark"]
+    assert trained.backbone.facts.classes == ("bright", "dark")
     assert trained.backbone.config.classes == 2
 
 

@@ -27,7 +27,7 @@ def overview(manifest: Manifest, samples: int = 512) -> str:
     if samples < 1:
         raise InputError(f"--samples is {samples}: measure at least 1.")
     training = manifest.of_split("train") or manifest.shards
-    moments = Moments(manifest.codec["latent_channels"])
+    moments = Moments(manifest.codec.latent_channels)
     spacings: list[float] = []  # seconds from one frame of a clip to the next
     damaged: list[str] = []
     measured = spread(training, samples)
@@ -50,8 +50,7 @@ def overview(manifest: Manifest, samples: int = 512) -> str:
 def _videos(manifest: Manifest, training: Sequence[ShardEntry], spacings: Sequence[float]) -> Iterator[str]:
     clips = [entry for entry in training if entry.kind == "video"]
     if clips and spacings:
-        factor = manifest.codec["temporal_factor"]
-        frames = sum(entry.count * (1 + (entry.shape[0] - 1) * factor) for entry in clips)
+        frames = sum(entry.count * manifest.codec.pixel_frames(entry.shape[0]) for entry in clips)
         hours = frames * sum(spacings) / len(spacings) / 3600
         yield f"video for training: {sum(entry.count for entry in clips)} clips, {frames} frames, {hours:.3g} hours"
 
@@ -64,4 +63,4 @@ def _labels(manifest: Manifest) -> Iterator[str]:
 
 def _codec(manifest: Manifest) -> str:
     codec = manifest.codec
-    return f"codec: {codec['name']} from {codec.get('source') or 'the package'}, fingerprint {codec['fingerprint']}"
+    return f"codec: {codec.name} from {codec.source or 'the package'}, fingerprint {codec.fingerprint}"

@@ -1,9 +1,8 @@
 """Latents measured against the constants of their codec: whitened, they should be about standard normal."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
+
+from gpdit_lightning.specs import CodecSpec
 
 # A codec's constants are those of all pictures, so no data set meets them quite.
 USUAL_MEAN, USUAL_FACTOR = 1.0, 2.0  # most channels of most data sets stay within; the factor is one of the std
@@ -41,14 +40,14 @@ class Moments:
         return np.sqrt(self._squares / self.count) if self.count else np.full_like(self.mean, np.nan)
 
 
-def statistics(moments: Moments, codec: Mapping[str, Any]) -> str:
+def statistics(moments: Moments, codec: CodecSpec) -> str:
     """A table of what was measured in each channel, the codec's constants and what whitening makes of it; a verdict.
 
     Args:
         moments: of raw latents.
-        codec: `Codec.spec()`.
+        codec: which made the latents.
     """
-    mean, std = np.array(codec["mean"]), np.array(codec["std"])
+    mean, std = np.array(codec.mean), np.array(codec.std)
     whitened_mean, whitened_std = (moments.mean - mean) / std, moments.std / std
     lines = [
         f"{'':<8}{'measured':^20}{'codec':^20}{'whitened':^20}",

@@ -139,7 +139,7 @@ class Inquiry:
         yield f"{path} is not in the data set; with the same options, it would be there as {source.name}"
         samples: list[Sample] = []
         reasons: list[str] = []
-        for item in Lanes([source], self.options, self.codec["temporal_factor"]):
+        for item in Lanes([source], self.options, self.codec.temporal_factor):
             if isinstance(item, Clip):
                 samples.append(_sample("", item.metadata, item.split, self._latent_shape(item)))
             elif isinstance(item, Skipped):
@@ -229,18 +229,16 @@ class Inquiry:
             return f"{told}, {left} left over, since clips_per_video is {options.clips_per_video}"
         lengths = f"{options.clip_frames} frames"
         if options.shortest_clip < options.clip_frames:
-            lengths = f"{options.shortest_clip} to {lengths}, 1 + {self.codec['temporal_factor']} k"
+            lengths = f"{options.shortest_clip} to {lengths}, 1 + {self.codec.temporal_factor} k"
         if options.step != options.clip_frames:
             lengths += f", and the next begins {options.step} after its first"
         return f"{told}, {left} left over, since a clip has {lengths}"
 
     def _frames(self, sample: Sample) -> int:
-        return 1 + (sample.shape[0] - 1) * int(self.codec["temporal_factor"])
+        return self.codec.pixel_frames(sample.shape[0])
 
     def _latent_shape(self, clip: Clip) -> Shape:
-        frames, _, height, width = clip.pixels.shape
-        space, time = self.codec["spatial_factor"], self.codec["temporal_factor"]
-        return 1 + (frames - 1) // time, self.codec["latent_channels"], height // space, width // space
+        return self.codec.latent_shape(clip.pixels.shape)
 
     def _file_of(self, match: Match, source: RecordedSource) -> Path | None:
         """The file of a source, if it was given or lies where it lay; None if that is not to be found."""

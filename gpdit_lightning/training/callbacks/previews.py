@@ -23,6 +23,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, rollout
 from gpdit_lightning.media.images import write_animation, write_strip
 from gpdit_lightning.model import GPDiT
+from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.strategies.sharding import sharding_of
 
@@ -101,15 +102,15 @@ class Preview(Callback):
                     self._make(trainer, pl_module, latents)
             trainer.strategy.barrier()
 
-    def _opened(self, spec: dict[str, Any]) -> Codec:
+    def _opened(self, spec: CodecSpec) -> Codec:
         """The codec of the data, on the CPU."""
-        source = self.codec_source or spec["source"]
+        source = self.codec_source or spec.source
         try:
             with torch.random.fork_rng(devices=[]):  # a network draws weights before it reads its own
                 return load_codec_from_spec(spec, source=source, where="The training data")
         except InputError as error:
             raise InputError(
-                f"the previews need the codec {spec['name']!r}, which cannot be had from {source or 'the package'} "
+                f"the previews need the codec {spec.name!r}, which cannot be had from {source or 'the package'} "
                 f"({str(error).rstrip('.')}): give --preview.codec_source PATH, or {NO_PREVIEWS}."
             ) from None
 

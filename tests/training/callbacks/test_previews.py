@@ -1,5 +1,6 @@
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def make_shards(
                 writer.write(split, "sequence", stills, {"source": str(seed)})
                 writer.write(split, "image", stills[:1], {"source": str(seed)})
         shards = writer.close()
-    Manifest(folder, codec.spec() | {"source": source}, shards).save()
+    Manifest(folder, replace(codec.spec(), source=source), shards).save()
     return str(folder)
 
 

@@ -502,7 +502,7 @@ def test_a_trained_model_knows_its_data(run: tuple[Path, GPDiTStage, EMA], tiny_
     model = load_trained_model(folder)
     data = data_of(tiny_shards)
     assert (model.step, model.geometry, model.codec) == (5, data.geometry, data.codec)
-    assert NoiseSchedule(**model.schedule) == NoiseSchedule(shift=2.0)
+    assert model.schedule == NoiseSchedule(shift=2.0)
     assert model.backbone.config == stage.config
     assert not model.backbone.training
     assert not any(parameter.is_meta for parameter in model.backbone.parameters())

@@ -138,7 +138,7 @@ def train(folder: Path, run: dict[str, Any], strategy: str, devices: int) -> Non
         max_ranks=ranks,
         validation_batches=1,
     )
-    stage = Stage(run, data.codec["latent_channels"])
+    stage = Stage(run, data.codec.latent_channels)
     health, ema = Health(max_skips=1), EMA(0.9)
     record = Record(health, ema)
     previews = [Preview(every_steps=2, clips=2, context_frames=1, sampler_steps=2)] if run.get("previews") else []

@@ -1,0 +1,166 @@
+"""What manifests and checkpoints record of a codec and of the training clips.
+
+The letters: T pixel frames, F latent frames, C latent channels, H x W pixels, h x w latent pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.schema import NUMBER, SIZE, TEXT, TEXT_OR_NULL, check
+
+
+class LatentGrid:
+    """How the pixels of a clip map to latents: a codec is this, and so is its description in a file.
+
+    The codec is causal in time: the first latent frame covers one pixel frame and each later one `temporal_factor`, so
+    that T = 1 + temporal_factor (F - 1).
+
+    Attributes:
+        latent_channels: C.
+        spatial_factor: pixels along one side of a latent pixel.
+        temporal_factor: pixel frames of each latent frame after the first.
+    """
+
+    latent_channels: int
+    spatial_factor: int
+    temporal_factor: int
+
+    def latent_frames(self, pixel_frames: int) -> int:
+        """F for T pixel frames; `InputError` unless T is 1 + temporal_factor k."""
+        if pixel_frames < 1 or (pixel_frames - 1) % self.temporal_factor:
+            lower = max(0, pixel_frames - 1) // self.temporal_factor * self.temporal_factor + 1
+            raise InputError(
+                f"{pixel_frames} pixel frames are not 1 + {self.temporal_factor} k: take {lower} or "
+                f"{lower + self.temporal_factor}."
+            )
+        return 1 + (pixel_frames - 1) // self.temporal_factor
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """T for F latent frames; `InputError` when F is below 1."""
+        if latent_frames < 1:
+            raise InputError(f"{latent_frames} latent frames were requested: request at least 1.")
+        return 1 + (latent_frames - 1) * self.temporal_factor
+
+    def latent_shape(self, pixels: Sequence[int]) -> tuple[int, int, int, int]:
+        """(F, C, h, w) of the latents of a clip of pixels (T, 3, H, W)."""
+        frames, _, height, width = pixels
+        size = height // self.spatial_factor, width // self.spatial_factor
+        return self.latent_frames(frames), self.latent_channels, *size
+
+    def check_frame_size(self, height: int, width: int) -> None:
+        """Raise `InputError` for a side in pixels that the spatial factor does not divide."""
+        for side, size in (("height", height), ("width", width)):
+            if size % self.spatial_factor:
+                raise InputError(
+                    f"The {side} {size} of {height}x{width} pixels is not a multiple of {self.spatial_factor}: crop or "
+                    f"resize to {max(1, size // self.spatial_factor) * self.spatial_factor}."
+                )
+
+
+@dataclass(frozen=True)
+class CodecSpec(LatentGrid):
+    """What manifests and checkpoints copy of a codec: enough to load it again and to tell it from others."""
+
+    name: str
+    """A registered name, or the import path of a custom codec's class."""
+    source: str | None
+    """The folder, file or hub name that its weights came from; None for weights that ship with the package."""
+    latent_channels: int
+    spatial_factor: int
+    temporal_factor: int
+    mean: tuple[float, ...]
+    """(C,) with `std`, the constants that whiten the latents."""
+    std: tuple[float, ...]
+    fingerprint: str
+    """16 hexadecimal digits that change with the weights."""
+
+    SCHEMA: ClassVar[dict[str, Any]] = {
+        "name": TEXT,
+        "source": TEXT_OR_NULL,
+        "latent_channels": SIZE,
+        "spatial_factor": SIZE,
+        "temporal_factor": SIZE,
+        "mean": [NUMBER],
+        "std": [NUMBER],
+        "fingerprint": TEXT,
+    }
+
+    @classmethod
+    def from_dict(cls, content: Any, file: str, cure: str) -> Self:
+        """The spec out of a file that may hold anything.
+
+        Args:
+            content: the field `codec` of the file.
+            file: its path, for messages.
+            cure: what to do about a broken file, for messages.
+
+        Raises:
+            InputError: a field is missing or of the wrong kind, or the constants are not one number for each channel.
+        """
+        check(content, cls.SCHEMA, "codec", file, cure)
+        for name in ("mean", "std"):
+            if len(content[name]) != content["latent_channels"]:
+                raise InputError(
+                    f"{file} has codec.{name} = {content[name]!r}, which is not one number for each of the "
+                    f"{content['latent_channels']} latent channels: {cure}."
+                )
+        fields = {name: content[name] for name in cls.SCHEMA}
+        return cls(**fields | {"mean": tuple(content["mean"]), "std": tuple(content["std"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    def check_same(
+        self,
+        other: "CodecSpec",
+        owner: str,
+        other_owner: str,
+        cure: str = "use latents and weights of one codec",
+    ) -> None:
+        """Check that another spec describes the same codec; its source may differ, since weights may be moved.
+
+        Args:
+            other: the other spec.
+            owner, other_owner: what each is the codec of, for the message.
+            cure: what to do about a difference, for the message.
+
+        Raises:
+            InputError: naming the first field in which they differ, with both values.
+        """
+        for name in self.SCHEMA:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if name != "source" and ours != theirs:
+                raise InputError(
+                    f"{owner} and {other_owner} are of different codecs ({name} {ours!r} and {theirs!r}): {cure}."
+                )
+
+
+@dataclass(frozen=True)
+class ClipGeometry:
+    """The clips that a model was trained on."""
+
+    stride: int
+    """From one frame of a clip to the next, in frames of its video."""
+    sizes: tuple[tuple[int, int], ...]
+    """Heights and widths in pixels."""
+    frames: int
+    """Latent frames of the longest clips."""
+
+    SCHEMA: ClassVar[dict[str, Any]] = {"stride": SIZE, "sizes": [[SIZE]], "frames": SIZE}
+
+    @classmethod
+    def from_dict(cls, content: Any, file: str, cure: str) -> Self:
+        """The geometry out of a file that may hold anything; arguments and errors as of `CodecSpec.from_dict`."""
+        check(content, cls.SCHEMA, "geometry", file, cure)
+        for size in content["sizes"]:
+            if len(size) != 2:
+                raise InputError(f"{file} has {size!r} among geometry.sizes, which is no [height, width]: {cure}.")
+        sizes = tuple((height, width) for height, width in content["sizes"])
+        return cls(content["stride"], sizes, content["frames"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {"sizes": [list(size) for size in self.sizes]}
