@@ -132,6 +132,13 @@ def test_how_a_model_was_executed_stays_behind(tiny_config: GPDiTConfig, tmp_pat
     assert GPDiT.from_pretrained(tmp_path).config == tiny_config
 
 
+def test_a_file_of_weights_cannot_choose_code_to_import(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    content["config"]["attention_backend"] = "my_package.operator"
+    (folder / "config.json").write_text(json.dumps(content))
+    assert GPDiT.from_pretrained(folder).config.attention_backend == "auto"
+
+
 def test_the_card_says_what_is_known(folder: Path) -> None:
     card = ModelCard((folder / "README.md").read_text())
     assert card.data.library_name == "gpdit_lightning"

@@ -1,16 +1,14 @@
-"""The backbone as a module: sizes, errors, features, initialisation, positions."""
+"""The backbone as a module: sizes, errors, features, initialisation."""
 
 import json
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gpdit_lightning import GPDiT, GPDiTConfig, InputError
 from gpdit_lightning.model.patches import patchify, unpatchify
-from gpdit_lightning.model.positions import Rope, axis_angles, rope_base
-from gpdit_lightning.model.time_conditioning import rotate_pairs
 from tests.model.toys import assert_near, toy_batch, toy_config, toy_model
 
 
@@ -68,17 +66,15 @@ def test_preset_names_unknown_fields() -> None:
         GPDiTConfig.preset("L")
 
 
-def test_sizes_fill_what_is_left_open() -> None:
+def test_a_size_sets_what_is_zero() -> None:
     config = GPDiTConfig.preset("B", layers=3)
     assert (config.layers, config.width, config.mlp_width, config.heads) == (3, 768, 3072, 12)
     assert config == GPDiTConfig(size="B", layers=3)
 
 
-@pytest.mark.parametrize(
-    ("head_width", "expected"), [(6, (2, 2, 2)), (20, (8, 6, 6)), (64, (24, 20, 20)), (128, (44, 42, 42))]
-)
-def test_head_channels_are_shared_by_three_axes(head_width: int, expected: tuple[int, int, int]) -> None:
-    assert GPDiTConfig(size="tiny", width=2 * head_width, heads=2).rope_widths == expected
+def test_head_channels_are_divided_among_three_axes() -> None:
+    for head_width, expected in ((6, (2, 2, 2)), (20, (8, 6, 6)), (64, (24, 20, 20)), (128, (44, 42, 42))):
+        assert GPDiTConfig(size="tiny", width=2 * head_width, heads=2).rope_widths == expected
 
 
 def test_architecture_ignores_execution() -> None:
@@ -118,21 +114,19 @@ def test_shapes_that_do_not_fit(
         toy_model()(*given)
 
 
-@pytest.mark.parametrize(
-    ("draws", "match"), [(2, "draws \\* B' <= B where draws is 2"), (0, "draws is 0"), (-1, "at least 1")]
-)
+@pytest.mark.parametrize(("draws", "match"), [(2, "draws \\* B' <= B where draws is 2"), (0, "draws is 0")])
 def test_noisy_copies_that_do_not_fit(draws: int, match: str) -> None:
     with pytest.raises(InputError, match=match):
         toy_model()(*toy_batch(3, 2), draws=draws)
 
 
-@pytest.mark.parametrize("shape", [(2, 0, 3, 4, 6), (0, 4, 3, 4, 6), (2, 4, 3, 0, 6)], ids=str)
-def test_empty_latents(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError):
-        toy_model()(torch.zeros(shape).double(), torch.zeros(shape[:2]).double())
+def test_empty_latents() -> None:
+    for shape in ((2, 0, 3, 4, 6), (0, 4, 3, 4, 6), (2, 4, 3, 0, 6)):
+        with pytest.raises(InputError, match="they are empty"):
+            toy_model()(torch.zeros(shape).double(), torch.zeros(shape[:2]).double())
 
 
-def test_no_condition_yet() -> None:
+def test_a_model_without_conditions_refuses_one() -> None:
     model, (noisy, theta, clean) = toy_model(), toy_batch()
     label = torch.zeros(2)
     cache = model.new_cache(2, 4, 4, 6)
@@ -176,7 +170,7 @@ def test_features_of_a_layer_that_does_not_exist(layer: int) -> None:
 
 
 @pytest.mark.parametrize("frames", [(0,), (2, 1), (-1, 2), (1, 1), (0, 1, 2)], ids=str)
-def test_frames_that_are_no_places_are_refused(frames: tuple[int, ...]) -> None:
+def test_frames_that_are_not_rising_positions_are_refused(frames: tuple[int, ...]) -> None:
     noisy, theta, clean = toy_batch(frames=2)
     with pytest.raises(InputError, match="give the position of each, rising from 0"):
         toy_model()(noisy, theta, clean, frames=frames)
@@ -206,7 +200,7 @@ def test_state_dict_round_trip() -> None:
     assert torch.equal(restored(*batch), model(*batch))
 
 
-@pytest.mark.parametrize(("patch", "height", "width"), [(1, 3, 2), (2, 4, 6), (3, 6, 9), (4, 4, 8)])
+@pytest.mark.parametrize(("patch", "height", "width"), [(1, 3, 2), (3, 6, 9)])
 def test_unpatchify_inverts_patchify(patch: int, height: int, width: int) -> None:
     latents = torch.arange(2 * 3 * 5 * height * width).view(2, 3, 5, height, width)
     tokens = patchify(latents, patch)
@@ -236,57 +230,3 @@ def test_reset_parameters_repeats_with_the_seed() -> None:
     torch.manual_seed(0)
     again = GPDiT(toy_config()).state_dict()
     assert all(torch.equal(again[name], value) for name, value in before.items())
-
-
-@pytest.mark.parametrize(("length", "base"), [(1, 100), (32, 100), (39, 100), (40, 200), (78, 200), (300, 800)])
-def test_rope_base(length: int, base: int) -> None:
-    """100 ceil(8 L / (100 pi)): steps at L = 39.27, 78.54, ..."""
-    assert rope_base(length) == base
-
-
-def test_axis_angles() -> None:
-    angles = axis_angles(40, 6, range(2, 5))
-    expected = [[m, m * 200 ** (-1 / 3), m * 200 ** (-2 / 3)] for m in (2, 3, 4)]
-    assert_near(angles, torch.tensor(expected, dtype=torch.float64), 1e-14)
-
-
-def rope(first_frame: int, frames: int = 3, rows: int = 2, columns: int = 3) -> Rope:
-    places = range(first_frame, first_frame + frames)
-    return Rope(toy_config(), places, rows, columns, torch.device("cpu"), torch.float64)
-
-
-def scores(table: Rope, query: Tensor, key: Tensor) -> Tensor:
-    return torch.einsum("bmhk,bnhk->bhmn", table(query, query.dtype), table(key, key.dtype))
-
-
-@pytest.mark.parametrize("offset", [1, 7, 100])
-def test_rope_is_relative(offset: int) -> None:
-    query, key = (torch.randn(2, 18, 2, 20, dtype=torch.float64) for _ in range(2))
-    assert_near(scores(rope(offset), query, key), scores(rope(0), query, key), 1e-12)
-    plain = torch.einsum("bmhk,bnhk->bhmn", query, key)
-    assert (scores(rope(0), query, key) - plain).abs().max() > 0.1  # positions do matter
-
-
-def test_rope_sees_each_axis() -> None:
-    """With equal tokens everywhere, the score changes with the distance along every axis."""
-    x = torch.randn(20, dtype=torch.float64).expand(1, 18, 2, 20)
-    table = scores(rope(0), x, x)[0, 0].view(3, 2, 3, 3, 2, 3)
-    at_origin = table[0, 0, 0]
-    for one_step in (at_origin[1, 0, 0], at_origin[0, 1, 0], at_origin[0, 0, 1]):
-        assert (one_step - at_origin[0, 0, 0]).abs() > 1e-3
-    assert_near(table[1, 1, 1, 1, 1, 2], at_origin[0, 0, 1], 1e-12)
-
-
-def test_rope_tables_continue_each_other() -> None:
-    """A cached rollout starts its table where the frames before it ended; a shorter stream takes the start of one."""
-    x = torch.randn(1, 18, 2, 20, dtype=torch.float64)
-    whole = rope(0)(x, x.dtype)
-    assert torch.equal(rope(1, frames=2)(x[:, 6:], x.dtype), whole[:, 6:])
-    assert torch.equal(rope(0)(x[:, :6], x.dtype), whole[:, :6])
-
-
-def test_rotate_pairs_turns_counter_clockwise() -> None:
-    x = torch.tensor([1.0, 2.0, 0.0, 0.0])  # the pairs (1, 0) and (2, 0)
-    quarter = torch.tensor([0.0]), torch.tensor([1.0])
-    assert torch.equal(rotate_pairs(x, *quarter), torch.tensor([0.0, 0.0, 1.0, 2.0]))
-    assert rotate_pairs(x.bfloat16(), *quarter).dtype == torch.bfloat16

@@ -35,7 +35,7 @@ def rollout(model: GPDiT, batch: tuple[Tensor, Tensor, Tensor], steps: list[int]
     return cache
 
 
-@pytest.mark.parametrize("steps", [[1, 1, 1, 1, 1], [4], [2, 2], [1, 3], [3, 1, 1], [5]], ids=str)
+@pytest.mark.parametrize("steps", [[1, 1, 1, 1, 1], [4], [1, 3, 1]], ids=str)
 def test_denoised_frames_equal_the_full_forward(model: GPDiT, steps: list[int]) -> None:
     rollout(model, toy_batch(2, frames=FRAMES), steps)
 
@@ -55,21 +55,21 @@ def test_first_frame_needs_no_cache(model: GPDiT) -> None:
     assert torch.equal(empty, none)
 
 
-@pytest.mark.parametrize("frame", range(FRAMES))
-def test_without_cache_any_frame_looks_like_a_first_one(model: GPDiT, frame: int) -> None:
-    """RoPE is relative, so a frame that lost its context is the same at every position."""
+def test_without_a_cache_every_frame_is_a_first_frame(model: GPDiT) -> None:
+    """RoPE is relative, so a frame without context is the same at every position."""
     noisy, theta, _ = toy_batch(2, frames=FRAMES)
     with torch.no_grad():
-        expected = model(noisy, theta, None)[:, frame]
-    assert_near(model.denoise(noisy[:, frame], theta[:, frame]), expected)
+        expected = model(noisy, theta, None)
+    for frame in range(FRAMES):
+        assert_near(model.denoise(noisy[:, frame], theta[:, frame]), expected[:, frame])
 
 
-def test_asking_twice_changes_nothing(model: GPDiT) -> None:
+def test_denoise_does_not_change_the_cache(model: GPDiT) -> None:
     noisy, theta, clean = toy_batch(2, frames=FRAMES)
     cache = model.new_cache(2, FRAMES, 4, 6)
     model.extend(cache, clean[:, :2])
     first = model.denoise(noisy[:, 2], theta[:, 2], cache)
-    model.denoise(noisy[:, 3], theta[:, 0], cache)  # another question in between
+    model.denoise(noisy[:, 3], theta[:, 0], cache)  # another frame in between
     assert torch.equal(model.denoise(noisy[:, 2], theta[:, 2], cache), first)
     assert cache.frames == 2
     model.extend(cache, clean[:, 2:3])
@@ -78,21 +78,21 @@ def test_asking_twice_changes_nothing(model: GPDiT) -> None:
     assert_near(model.denoise(noisy[:, 3], theta[:, 3], cache), expected)
 
 
-def test_unwritten_room_is_never_read(model: GPDiT) -> None:
+def test_unwritten_capacity_is_never_read(model: GPDiT) -> None:
     noisy, theta, clean = toy_batch(2, frames=FRAMES)
-    answers = []
-    for rubbish in (torch.nan, 1e30):
+    velocities = []
+    for unwritten in (torch.nan, 1e30):
         cache = model.new_cache(2, FRAMES + 3, 4, 6)
-        cache._buffer.fill_(rubbish)
+        cache._buffer.fill_(unwritten)
         model.extend(cache, clean[:, :1])
         model.extend(cache, clean[:, 1:3])
-        answers.append(model.denoise(noisy[:, 3], theta[:, 3], cache))
-    assert answers[0].isfinite().all()
-    assert torch.equal(*answers)
+        velocities.append(model.denoise(noisy[:, 3], theta[:, 3], cache))
+    assert velocities[0].isfinite().all()
+    assert torch.equal(*velocities)
 
 
 def test_denoise_gradients_equal_those_of_the_full_forward(model: GPDiT) -> None:
-    """Distillation and guidance differentiate through the frame in hand; the cache is a constant to them."""
+    """Distillation and guidance differentiate through the noisy frame; the cache is a constant for them."""
     noisy, theta, clean = toy_batch(2, frames=FRAMES)
     noisy.requires_grad_()
     cache = model.new_cache(2, FRAMES, 4, 6)
@@ -115,28 +115,18 @@ def test_cached_under_autocast_is_close_to_full(model: GPDiT) -> None:
         assert_near(model.denoise(noisy[:, 4], theta[:, 4], cache), expected[:, 4], 0.03)
 
 
-@pytest.mark.parametrize(
-    ("cache_in_autocast", "use_in_autocast"),
-    [
-        (True, True),
-        (False, True),
-        (False, False),
-        (True, False),
-    ],
-)
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
-def test_a_cache_serves_whatever_precision_it_was_made_in(
-    model: GPDiT, cache_in_autocast: bool, use_in_autocast: bool
-) -> None:
+def test_a_cache_can_be_used_in_another_precision_than_it_was_made_in(model: GPDiT) -> None:
     model = model.float()
     noisy, theta, clean = (x.float() for x in toy_batch(2, frames=FRAMES))
     with torch.no_grad():
         expected = model(noisy, theta, clean)[:, 2]
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cache_in_autocast):
-        cache = model.new_cache(2, FRAMES, 4, 6)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=use_in_autocast):
-        model.extend(cache, clean[:, :2])
-        assert_near(model.denoise(noisy[:, 2], theta[:, 2], cache), expected, 0.05)
+    for made_in_autocast, used_in_autocast in ((True, False), (False, True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=made_in_autocast):
+            cache = model.new_cache(2, FRAMES, 4, 6)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=used_in_autocast):
+            model.extend(cache, clean[:, :2])
+            assert_near(model.denoise(noisy[:, 2], theta[:, 2], cache), expected, 0.05)
 
 
 @pytest.mark.parametrize(
@@ -152,22 +142,23 @@ def test_a_cache_serves_whatever_precision_it_was_made_in(
     ],
     ids=lambda value: "x".join(map(str, value.shape)) if isinstance(value, Tensor) else "",
 )
-def test_frames_that_do_not_fit(model: GPDiT, clean: Tensor, match: str) -> None:
+def test_frames_that_do_not_fit(clean: Tensor, match: str) -> None:
+    model = toy_model()
     cache = model.new_cache(2, FRAMES, 4, 6)
     with pytest.raises(InputError, match=match):
         model.extend(cache, clean.double())
     assert cache.frames == 0
 
 
-def test_extending_by_no_frames_changes_nothing(model: GPDiT) -> None:
-    _, _, clean = toy_batch(2, frames=FRAMES)
+def test_extending_by_no_frames_changes_nothing() -> None:
+    model, (_, _, clean) = toy_model(), toy_batch(2, frames=FRAMES)
     cache = model.new_cache(2, FRAMES, 4, 6)
     model.extend(cache, clean[:, :0])
     assert cache.frames == 0
 
 
-def test_room_runs_out(model: GPDiT) -> None:
-    _, _, clean = toy_batch(2, frames=FRAMES)
+def test_more_frames_than_the_capacity_are_refused() -> None:
+    model, (_, _, clean) = toy_model(), toy_batch(2, frames=FRAMES)
     cache = model.new_cache(2, FRAMES, 4, 6)
     model.extend(cache, clean[:, :4])
     with pytest.raises(InputError, match="room for 5 frames and holds 4: no 2 more fit"):
@@ -188,16 +179,15 @@ def test_room_runs_out(model: GPDiT) -> None:
         ((2, 5, 4, 6), (2,), "C = 3"),
     ],
 )
-def test_questions_that_do_not_fit(
-    model: GPDiT, shape: tuple[int, ...], theta_shape: tuple[int, ...], match: str
-) -> None:
+def test_noisy_frames_that_do_not_fit(shape: tuple[int, ...], theta_shape: tuple[int, ...], match: str) -> None:
+    model = toy_model()
     cache = model.new_cache(2, FRAMES, 4, 6)
     with pytest.raises(InputError, match=match):
         model.denoise(torch.zeros(shape).double(), torch.zeros(theta_shape).double(), cache)
 
 
-def test_a_full_cache_still_answers(model: GPDiT) -> None:
-    """The frame after the last clean one needs no room of its own."""
+def test_the_frame_after_a_full_cache_can_be_denoised(model: GPDiT) -> None:
+    """A noisy frame takes no capacity."""
     noisy, theta, clean = toy_batch(2, frames=FRAMES)
     with torch.no_grad():
         expected = model(noisy, theta, clean)[:, 4]
@@ -206,11 +196,11 @@ def test_a_full_cache_still_answers(model: GPDiT) -> None:
     assert_near(model.denoise(noisy[:, 4], theta[:, 4], cache), expected)
 
 
-def rolled(model: GPDiT, clean: Tensor, room: int, sinks: int, folded: bool) -> KVCache:
-    """A rolling cache that has taken in `clean`, frame after frame, with passes of their own or in those of others."""
-    cache = model.new_cache(len(clean), room, 4, 6, sinks)
+def rolled(model: GPDiT, clean: Tensor, capacity: int, sinks: int, by_denoise: bool) -> KVCache:
+    """A rolling cache with `clean` appended frame by frame, by `extend` or by `denoise`."""
+    cache = model.new_cache(len(clean), capacity, 4, 6, sinks)
     for frame in range(clean.shape[1]):
-        if folded:
+        if by_denoise:
             noisy = torch.randn(len(clean), 3, 4, 6, dtype=torch.float64)
             model.denoise(noisy, noisy.new_ones(len(clean)), cache, clean=clean[:, frame : frame + 1])
         else:
@@ -218,29 +208,26 @@ def rolled(model: GPDiT, clean: Tensor, room: int, sinks: int, folded: bool) -> 
     return cache
 
 
-@pytest.mark.parametrize("sinks", [0, 1, 2])
-@pytest.mark.parametrize("frames", [2, 5, 9])
-def test_a_frame_taken_in_on_the_way_leaves_the_same_cache(model: GPDiT, frames: int, sinks: int) -> None:
+@pytest.mark.parametrize(("frames", "sinks"), [(2, 1), (5, 0), (9, 0), (9, 2)])
+def test_extend_and_denoise_append_the_same(model: GPDiT, frames: int, sinks: int) -> None:
     _, _, clean = toy_batch(2, frames=frames)
-    alone, folded = (rolled(model, clean, 4, sinks, folded) for folded in (False, True))
+    extended, denoised = (rolled(model, clean, 4, sinks, by_denoise) for by_denoise in (False, True))
     at_once = model.new_cache(2, 4, 4, 6, sinks)
     model.extend(at_once, clean)
-    held = min(frames, 4) * alone.tokens
-    for other in (folded, at_once):
+    stored = min(frames, 4) * extended.tokens
+    for other in (denoised, at_once):
         assert other.frames == frames
-        assert_near(other._buffer[:, :, :, :held], alone._buffer[:, :, :, :held])
+        assert_near(other._buffer[:, :, :, :stored], extended._buffer[:, :, :, :stored])
 
 
-@pytest.mark.parametrize("frames", [3, 40])
-def test_sinks_are_turned_along_without_adding_up_errors(model: GPDiT, frames: int) -> None:
-    """In half precision: as if they had been turned once, from where they were written."""
-    model = model.float()
+def test_shifting_sinks_does_not_accumulate_rounding_errors() -> None:
+    """In float32: as if they had been shifted once, from where they were written."""
+    frames, model = 40, toy_model(layers=3).float()
     _, _, clean = toy_batch(1, frames=1)
-    cache = rolled(model, clean.float().expand(-1, frames, -1, -1, -1), 2, 1, folded=False)
+    cache = rolled(model, clean.float().expand(-1, frames, -1, -1, -1), 2, 1, by_denoise=False)
     key = cache._buffer[:, 0, :, : cache.tokens]
-    expected = shift_frames(
-        model.config, rolled(model, clean.float(), 2, 1, False)._buffer[:, 0, :, : cache.tokens], frames - 2
-    )
+    written = rolled(model, clean.float(), 2, 1, by_denoise=False)._buffer[:, 0, :, : cache.tokens]
+    expected = shift_frames(model.config, written, frames - 2)
     assert_near(key, expected, tolerance=1e-5)
     at_first, expected_at_first = (shift_frames(model.config, keys, 2 - frames) for keys in (key, expected))
     assert_near(expected_at_first, at_first, tolerance=1e-5)
@@ -252,15 +239,16 @@ def test_rows_share_a_context_or_have_none(model: GPDiT) -> None:
         expected = model(noisy, theta, clean, draws=2)[:, 2]
     cache = model.new_cache(2, 3, 4, 6)
     model.extend(cache, clean[:, :1])
-    for place in (cache, None):  # without a cache all frames before are given
-        before = clean[:, 1:2] if place is not None else clean[:, :2]
-        velocity = model.denoise(noisy[:, 2], theta[:, 2], place, clean=before, draws=2, without_context=2)
+    # Without a cache all frames before are given.
+    for cache_or_none, before in ((cache, clean[:, 1:2]), (None, clean[:, :2])):
+        velocity = model.denoise(noisy[:, 2], theta[:, 2], cache_or_none, clean=before, draws=2, without_context=2)
         assert_near(velocity, expected)
     assert cache.frames == 2
     assert_near(model.denoise(noisy[:, 2], theta[:, 2], cache, draws=2, without_context=2), expected)
 
 
-def test_a_rolling_cache_holds_no_more_than_its_room(model: GPDiT) -> None:
+def test_a_rolling_cache_does_not_grow() -> None:
+    model = toy_model()
     cache = model.new_cache(1, 3, 4, 6, sinks=1)
     before = cache._buffer.data_ptr(), cache._buffer.shape
     for _ in range(20):
@@ -269,14 +257,14 @@ def test_a_rolling_cache_holds_no_more_than_its_room(model: GPDiT) -> None:
     assert cache.frames == 20
 
 
-@pytest.mark.parametrize("sinks", [3, 4, -1])
-def test_a_rolling_cache_needs_a_window(model: GPDiT, sinks: int) -> None:
+@pytest.mark.parametrize("sinks", [3, -1])
+def test_a_rolling_cache_needs_a_window(sinks: int) -> None:
     with pytest.raises(InputError, match=f"cache of 3 frames has no room for {sinks} sinks"):
-        model.new_cache(1, 3, 4, 6, sinks)
+        toy_model().new_cache(1, 3, 4, 6, sinks)
 
 
-def test_frames_that_do_not_fit_are_refused(model: GPDiT) -> None:
-    noisy, theta, clean = toy_batch(2, frames=3)
+def test_clean_frames_that_denoise_cannot_append_are_refused() -> None:
+    model, (noisy, theta, clean) = toy_model(), toy_batch(2, frames=3)
     full, rolling = model.new_cache(2, 2, 4, 6), model.new_cache(2, 2, 4, 6, sinks=0)
     model.extend(full, clean[:, :2])
     model.extend(rolling, clean[:, :2])

@@ -44,7 +44,7 @@ def assert_equals_oracle(
 ) -> None:
     output, grads = library_run(model, batch, draws, condition)
     expected_output, expected_grads = oracle_run(model, batch, draws, condition)
-    assert expected_output.std() > 0.1  # the reference says something
+    assert expected_output.std() > 0.1  # not a comparison of zeros
     assert_near(output, expected_output, what="output")
     assert grads.keys() == expected_grads.keys()
     for name, expected in expected_grads.items():
@@ -55,55 +55,53 @@ def named(noisy: Tensor, theta: Tensor, clean: Tensor | None) -> dict[str, Tenso
     return {"noisy": noisy, "theta": theta} | ({} if clean is None else {"clean": clean})
 
 
-# Clips, and how many of them have context (None: `clean` is None).
-CONTEXTS = [(2, 2), (3, 1), (2, 0), (2, None)]
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("frames", [1, 2, 5, 12])
-@pytest.mark.parametrize(("clips", "context_clips"), CONTEXTS)
-def test_outputs_and_gradients(variant: str, frames: int, clips: int, context_clips: int | None) -> None:
+@pytest.mark.parametrize(
+    ("clips", "context_clips", "frames"),
+    [
+        (3, 1, 12),  # some clips have context
+        (2, 2, 5),  # all have
+        (3, 2, 2),
+        (2, 2, 1),  # images: a context of no frames
+        (2, 0, 5),  # `clean` holds no clip
+        (2, None, 5),  # `clean` is None
+    ],
+)
+def test_outputs_and_gradients(variant: str, clips: int, context_clips: int | None, frames: int) -> None:
     noisy, theta, clean = toy_batch(clips, context_clips or 0, frames, height=4, width=6)  # 6 tokens a frame
     batch = named(noisy, theta, None if context_clips is None else clean)
     assert_equals_oracle(toy_model(attention=variant), batch)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("frames", [1, 2, 5])
-@pytest.mark.parametrize(("draws", "clips", "context_clips"), [(2, 4, 2), (3, 7, 2), (3, 4, 0)])
-def test_noisy_copies_of_a_clip(variant: str, frames: int, draws: int, clips: int, context_clips: int) -> None:
+@pytest.mark.parametrize(("draws", "clips", "context_clips", "frames"), [(2, 4, 2, 2), (3, 7, 2, 5)])
+def test_noisy_copies_of_a_clip(variant: str, draws: int, clips: int, context_clips: int, frames: int) -> None:
     assert_equals_oracle(toy_model(attention=variant), named(*toy_batch(clips, context_clips, frames)), draws)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("wanted", [(1, 3, 5), (0, 2), (5,), (0,), (3, 4)], ids=str)
-@pytest.mark.parametrize(("draws", "clips", "context_clips"), [(1, 3, 2), (2, 4, 2)])
-def test_some_noisy_frames_alone(
-    variant: str, wanted: tuple[int, ...], draws: int, clips: int, context_clips: int
-) -> None:
-    """They and their gradients are as if all were computed and the others did not count."""
+@pytest.mark.parametrize(("wanted", "draws"), [((1, 3, 5), 2), ((0, 2), 1), ((0,), 2), ((3, 4), 1)], ids=str)
+def test_some_noisy_frames_alone(variant: str, wanted: tuple[int, ...], draws: int) -> None:
+    """They and their gradients are as if all were computed and the others had no weight."""
+    clips = 5
     model = toy_model(attention=variant, classes=3)
-    noisy, theta, clean = toy_batch(clips, context_clips, frames=6)
+    noisy, theta, clean = toy_batch(clips, 2, frames=6)
     leaves = [x.clone().requires_grad_() for x in (noisy, theta, clean)]
     parameters = {name: value.clone().requires_grad_() for name, value in model.state_dict().items()}
     places = list(wanted)
     expected = oracle.forward(parameters, model.config, *leaves, draws, LABELS[:clips])[:, places]
-    found = model(leaves[0][:, places], leaves[1][:, places], leaves[2], LABELS[:clips], draws, wanted)
-    assert_near(found, expected)
+    velocity = model(leaves[0][:, places], leaves[1][:, places], leaves[2], LABELS[:clips], draws, wanted)
+    assert_near(velocity, expected)
     inputs = dict(zip(("noisy", "theta", "clean"), leaves, strict=True))
     expected_gradients = gradients(expected, inputs | parameters)
-    for name, gradient in gradients(found, inputs | dict(model.named_parameters())).items():
+    for name, gradient in gradients(velocity, inputs | dict(model.named_parameters())).items():
         assert_near(gradient, expected_gradients[name], what=f"gradient of {name}")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(
-    ("frames", "height", "width"),
-    [(1, 16, 32), (2, 16, 32), (5, 16, 32), (12, 16, 32), (2, 18, 30), (2, 22, 26)],
-    ids=lambda value: str(value),
-)
+@pytest.mark.parametrize(("frames", "height", "width"), [(5, 16, 32), (2, 18, 30)])
 def test_long_frames(variant: str, frames: int, height: int, width: int) -> None:
-    """128 tokens a frame, 135 and 143: multiples of a kernel's tile and not."""
+    """128 tokens per frame and 135: a multiple of a kernel's tile, and none."""
     batch = named(*toy_batch(2, 1, frames, height, width))
     assert_equals_oracle(toy_model(attention=variant, width=24, mlp_width=32), batch)
 
@@ -113,7 +111,7 @@ TEXTS = torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(3), dtype=t
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("draws", "clips", "context_clips"), [(1, 3, 2), (1, 2, None), (2, 5, 2), (3, 7, 2)])
+@pytest.mark.parametrize(("draws", "clips", "context_clips"), [(1, 2, None), (2, 5, 2)])
 @pytest.mark.parametrize("overrides", [{"classes": 3}, {"text_width": 5}], ids=["label", "text"])
 def test_conditions(variant: str, overrides: dict[str, int], draws: int, clips: int, context_clips: int | None) -> None:
     noisy, theta, clean = toy_batch(clips, context_clips or 0, frames=4)
@@ -123,14 +121,9 @@ def test_conditions(variant: str, overrides: dict[str, int], draws: int, clips: 
 
 
 @pytest.mark.parametrize("site", get_args(TimeSite))
-def test_no_label_at_every_time_site(site: str) -> None:
-    assert_equals_oracle(toy_model(time_site=site, classes=2), named(*toy_batch(2, 1, frames=3)))
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("site", get_args(TimeSite))
-def test_time_sites(variant: str, site: str) -> None:
-    assert_equals_oracle(toy_model(attention=variant, time_site=site), named(*toy_batch(3, 2, frames=3)))
+@pytest.mark.parametrize("classes", [0, 2], ids=["unconditional", "no label"])
+def test_time_sites(site: str, classes: int) -> None:
+    assert_equals_oracle(toy_model(time_site=site, classes=classes), named(*toy_batch(3, 2, frames=3)))
 
 
 @pytest.mark.parametrize(("patch_size", "height", "width"), [(1, 2, 3), (3, 6, 9), (2, 2, 8)])
@@ -148,18 +141,15 @@ def test_other_architectures(overrides: dict[str, float]) -> None:
 def test_features_equal_the_oracle_at_every_layer(variant: str) -> None:
     model = toy_model(attention=variant, layers=3)
     _, _, clean = toy_batch(2, frames=4)
-    found = model.features(clean, layers=range(4))
-    for layer in range(4):
-        assert_near(
-            found[layer], oracle.features(model.state_dict(), model.config, clean, layer), what=f"layer {layer}"
-        )
+    for layer, features in model.features(clean, layers=range(4)).items():
+        expected = oracle.features(model.state_dict(), model.config, clean, layer)
+        assert_near(features, expected, what=f"layer {layer}")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("context_clips", [3, 1, 0])
-def test_activation_checkpointing_changes_nothing(variant: str, context_clips: int) -> None:
+def test_activation_checkpointing_changes_nothing(variant: str) -> None:
     config = toy_config(attention=variant)
-    batch = named(*toy_batch(3, context_clips))
+    batch = named(*toy_batch(3, 1))
     output, grads = library_run(toy_model(config), batch)
     again, grads_again = library_run(toy_model(config.replaced(activation_checkpointing=True)), batch)
     assert torch.equal(again, output)
@@ -195,8 +185,7 @@ def test_float32_is_close_to_float64(variant: str) -> None:
         assert_near(grad, expected_grads[name], 1e-4, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("variant", "checkpointing"), [("of2", True), ("of", False)])
 def test_bfloat16_autocast_is_finite_and_near(variant: str, checkpointing: bool) -> None:
     model = toy_model(attention=variant, activation_checkpointing=checkpointing)
     batch = named(*toy_batch(3, 2, frames=5))
@@ -211,7 +200,7 @@ def test_bfloat16_autocast_is_finite_and_near(variant: str, checkpointing: bool)
         assert_near(grad, expected_grads[name], 0.1, f"gradient of {name}")
 
 
-def test_the_oracle_can_tell() -> None:
+def test_the_oracle_detects_a_wrong_architecture() -> None:
     """The comparison fails for a wrong mask, a wrong site and wrong RoPE bases."""
     batch = named(*toy_batch(2, frames=4))
     model = toy_model()

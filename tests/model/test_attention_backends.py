@@ -1,4 +1,4 @@
-"""The xformers path with the operator replaced by a reference of its signature, and the choice between backends."""
+"""The choice of an attention backend, custom ones, and the xformers path with a reference in place of its operator."""
 
 import importlib.util
 import inspect
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, InputError
-from gpdit_lightning.model.attention import backends
+from gpdit_lightning.model.attention import backends, register_attention_backend
 from tests.model import oracle
 from tests.model.toys import assert_near, toy_batch, toy_config, toy_model
 
@@ -37,7 +37,7 @@ class ReferenceOperator:
         op: Any = None,
     ) -> Tensor:
         assert attn_bias is None, "a mask was passed"
-        assert p == 0.0, "dropout was asked for"
+        assert p == 0.0, "dropout was requested"
         assert op is None
         assert query.dtype == key.dtype == value.dtype, "xformers refuses mixed precisions"
         assert key.shape == value.shape
@@ -49,7 +49,7 @@ class ReferenceOperator:
 
 @pytest.fixture(autouse=True)
 def _fresh_choice() -> Iterator[None]:
-    """`select_backend` remembers its choices for the whole process."""
+    """`select_backend` caches its choices for the whole process."""
     backends.select_backend.cache_clear()
     yield
     backends.select_backend.cache_clear()
@@ -78,15 +78,18 @@ def gradients(model: GPDiT, batch: tuple[Tensor, ...]) -> tuple[Tensor, list[Ten
     leaves = [x.detach().clone().requires_grad_() for x in batch]
     output = model(*leaves)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=output.dtype)
-    found = torch.autograd.grad((output * weights).sum(), [*leaves, *model.parameters()], allow_unused=True)
-    return output.detach(), list(found)
+    grads = torch.autograd.grad((output * weights).sum(), [*leaves, *model.parameters()], allow_unused=True)
+    return output.detach(), list(grads)
 
 
+# Some clips have context; all have; images, whose context has no frames; none has.
+CASES = pytest.mark.parametrize(("clips", "context_clips", "frames"), [(3, 1, 5), (2, 2, 2), (2, 2, 1), (2, 0, 2)])
+
+
+@CASES
 @pytest.mark.parametrize("variant", ["of2", "of"])
-@pytest.mark.parametrize("frames", [1, 2, 5])
-@pytest.mark.parametrize(("clips", "context_clips"), [(2, 2), (3, 1), (2, 0)])
 def test_equals_sdpa_and_the_oracle(
-    operator: ReferenceOperator, variant: str, frames: int, clips: int, context_clips: int
+    operator: ReferenceOperator, variant: str, clips: int, context_clips: int, frames: int
 ) -> None:
     batch = toy_batch(clips, context_clips, frames)
     config = toy_config(attention=variant)
@@ -105,11 +108,11 @@ def test_equals_sdpa_and_the_oracle(
 
 
 def expected_calls(variant: str, clips: int, context_clips: int, frames: int, layers: int, tokens: int) -> list[Call]:
-    """What figure 3 of GPDiT leaves, one unmasked call per asking frame, frames that see themselves alone folded."""
+    """What figure 3 of GPDiT allows: one unmasked call per query frame, and one for all that attend to themselves."""
     heads, head_width = 2, 20
 
-    def call(batch: int, seen: int) -> Call:
-        return (batch, tokens, heads, head_width), (batch, seen * tokens, heads, head_width)
+    def call(batch: int, key_frames: int) -> Call:
+        return (batch, tokens, heads, head_width), (batch, key_frames * tokens, heads, head_width)
 
     calls = []
     for layer in range(layers):
@@ -126,10 +129,9 @@ def expected_calls(variant: str, clips: int, context_clips: int, frames: int, la
     return calls
 
 
+@CASES
 @pytest.mark.parametrize("variant", ["of2", "of"])
-@pytest.mark.parametrize("frames", [1, 2, 5])
-@pytest.mark.parametrize(("clips", "context_clips"), [(2, 2), (3, 1), (2, 0)])
-def test_calls(operator: ReferenceOperator, variant: str, frames: int, clips: int, context_clips: int) -> None:
+def test_calls(operator: ReferenceOperator, variant: str, clips: int, context_clips: int, frames: int) -> None:
     model = toy_model(attention=variant, attention_backend="xformers", layers=3)
     model(*toy_batch(clips, context_clips, frames))
     assert sorted(operator.calls) == sorted(expected_calls(variant, clips, context_clips, frames, layers=3, tokens=6))
@@ -140,7 +142,7 @@ def test_noisy_copies_share_keys_and_values_of_their_clip(operator: ReferenceOpe
     model = toy_model(attention_backend="xformers", layers=1)
     noisy, theta, clean = toy_batch(3, 1, frames=2)
     model(noisy, theta, clean, draws=2)
-    alone, first, second = [((2, 6, 2, 20), (2, seen * 6, 2, 20)) for seen in (1, 1, 2)]
+    alone, first, second = [((2, 6, 2, 20), (2, key_frames * 6, 2, 20)) for key_frames in (1, 1, 2)]
     assert sorted(operator.calls) == sorted([alone, first, second])
 
 
@@ -156,15 +158,8 @@ def test_cached_generation_uses_the_operator(operator: ReferenceOperator) -> Non
     assert operator.calls == [((2, 6, 2, 20), (2, 18, 2, 20))] * 2
 
 
-@pytest.mark.parametrize("variant", ["of2", "of"])
-@pytest.mark.parametrize(
-    "cache_in_autocast",
-    [
-        True,
-        False,
-    ],
-)
-def test_operator_never_sees_mixed_precisions(
+@pytest.mark.parametrize(("variant", "cache_in_autocast"), [("of2", False), ("of", True)])
+def test_the_operator_gets_no_mixed_precisions(
     operator: ReferenceOperator, variant: str, cache_in_autocast: bool
 ) -> None:
     model = toy_model(attention=variant, attention_backend="xformers").float()
@@ -178,8 +173,8 @@ def test_operator_never_sees_mixed_precisions(
         assert model.denoise(noisy[:2, 2], theta[:2, 2], cache).isfinite().all()
 
 
-def test_real_operator_accepts_our_call() -> None:
-    """The reference above must not drift from the package: names, order and defaults of what we rely on."""
+def test_the_real_operator_has_the_signature_of_the_reference() -> None:
+    """Names, order and defaults of the parameters that we rely on."""
     if importlib.util.find_spec("xformers") is None:
         pytest.skip("xformers is not installed")
     parameters = inspect.signature(backends.load_xformers_operator()).parameters
@@ -225,7 +220,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
 
 @pytest.mark.parametrize("requested", ["sdpa", "xformers"])
-def test_asked_for(caplog: pytest.LogCaptureFixture, operator: ReferenceOperator, requested: str) -> None:
+def test_a_requested_backend(caplog: pytest.LogCaptureFixture, operator: ReferenceOperator, requested: str) -> None:
     chosen, line = choice(caplog, requested, "cpu", torch.float32)
     assert chosen is getattr(backends, requested)
     assert line == f"attention backend: {requested} (requested)"
@@ -245,20 +240,20 @@ def test_the_trial_has_the_precision_and_the_head_width_of_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Under autocast the residual stream is float32, and what attention gets is not."""
-    asked = []
+    requests = []
 
-    def noted(requested: str, device_type: str, dtype: torch.dtype, head_width: int) -> Any:
-        asked.append((dtype, head_width))
+    def record(requested: str, device_type: str, dtype: torch.dtype, head_width: int) -> Any:
+        requests.append((dtype, head_width))
         return backends.sdpa
 
-    monkeypatch.setattr("gpdit_lightning.model.streams.select_backend", noted)
+    monkeypatch.setattr("gpdit_lightning.model.streams.select_backend", record)
     model, batch = toy_model().float(), [part.float() for part in toy_batch()]
     model(*batch)
     with torch.autocast("cpu", torch.bfloat16):
         model(*batch)
     model.bfloat16()(*batch)
     width = model.config.head_width
-    assert asked == [(torch.float32, width), (torch.bfloat16, width), (torch.bfloat16, width)]
+    assert requests == [(torch.float32, width), (torch.bfloat16, width), (torch.bfloat16, width)]
     assert backends.attention_dtype(torch.empty(1, device="meta")) == torch.float32
 
 
@@ -270,7 +265,7 @@ def test_the_trial_has_the_precision_and_the_head_width_of_attention(
         ("cuda", torch.float64, "xformers has no float64 kernels"),
     ],
 )
-def test_auto_knows_where_xformers_cannot_serve(
+def test_auto_takes_sdpa_where_xformers_cannot_be_used(
     caplog: pytest.LogCaptureFixture, operator: ReferenceOperator, device_type: str, dtype: torch.dtype, reason: str
 ) -> None:
     chosen, line = choice(caplog, "auto", device_type, dtype)
@@ -293,7 +288,7 @@ def test_auto_after_a_failed_trial(caplog: pytest.LogCaptureFixture, monkeypatch
     assert line == "attention backend: sdpa (xformers failed a trial call: NotImplementedError: No operator found)"
 
 
-def test_auto_after_a_trial_that_failed_without_words(
+def test_auto_after_a_trial_that_failed_without_a_message(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_with(monkeypatch, AssertionError())
@@ -302,18 +297,55 @@ def test_auto_after_a_trial_that_failed_without_words(
     assert "AssertionError" in line
 
 
-def test_xformers_asked_for_but_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xformers_requested_but_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_installed(monkeypatch, installed=False)
     with pytest.raises(InputError, match="not installed"):
         backends.select_backend("xformers", "cuda", torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["flash", "", "SDPA"])
-def test_unknown_names(name: str) -> None:
-    with pytest.raises(InputError, match=f"attention_backend '{name}' is not known"):
-        backends.select_backend(name, "cpu", torch.float32)
-    with pytest.raises(InputError, match="is not known"):
-        toy_model(attention_backend=name)(*toy_batch())
+CUSTOM_CALLS = []
+
+
+def custom_operator(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """An operator of a user's own."""
+    CUSTOM_CALLS.append(query.shape)
+    return ReferenceOperator()(query, key, value)
+
+
+def test_a_custom_operator_by_its_import_path_and_by_a_registered_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
+    register_attention_backend("mine", custom_operator)
+    expected = toy_model()(*toy_batch())
+    for name in ("mine", f"{__name__}.custom_operator"):
+        CUSTOM_CALLS.clear()
+        model = toy_model(attention_backend=name)
+        assert_near(model(*toy_batch()), expected)
+        assert CUSTOM_CALLS
+        assert model.config.to_dict()["attention_backend"] == name  # what the user wrote
+        backends.select_backend.cache_clear()
+        assert choice(caplog, name) == (custom_operator, f"attention backend: {name} (requested)")
+        caplog.clear()
+    with pytest.raises(InputError, match="attention backend 'sdpa' is built in"):
+        register_attention_backend("sdpa", custom_operator)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "SDPA",
+            "attention_backend 'SDPA' is not known.*: choose one of auto, sdpa, xformers, or give",
+        ),
+        ("", "attention_backend '' is not known"),
+        ("no_such_package.operator", "attention_backend 'no_such_package.operator' cannot be imported"),
+        ("math.pi", "attention_backend 'math.pi' is of type float; it must be callable"),
+    ],
+)
+def test_unknown_names_are_refused_when_the_model_is_built(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        toy_model(attention_backend=name)
 
 
 def test_sdpa_is_plain_attention() -> None:
