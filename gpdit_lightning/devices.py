@@ -26,12 +26,12 @@ def available_cores() -> int:
 
 
 def available_device(name: str) -> torch.device:
-    """The device that a name means here (`auto`: this rank's GPU where there is one).
+    """The device of a name: for `auto`, if there is one, and `cuda` the GPU of this rank.
 
     Raises:
-        InputError: it is not there.
+        InputError: it is unavailable.
     """
-    if name == "auto" and torch.cuda.is_available():
+    if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", rank_of_process()[2] % torch.cuda.device_count())
     if name == "auto":
         return torch.device("cpu")

@@ -44,7 +44,9 @@ VERBS = {
         "transform:transform", "Transform images as a few example pairs show.", "transform:TransformOptions"
     ),
     "evaluate": Verb(
-        "evaluate:run", "Continue the videos of a data set and compute FVD, FID, IS, precision, recall, PSNR, SSIM."
+        "evaluate:evaluate",
+        "Continue the videos of a data set and compute FVD, FID, IS, precision, recall, PSNR, SSIM.",
+        "evaluate:EvaluateOptions",
     ),
     "probe": Verb(
         "probe:probe",

@@ -32,6 +32,7 @@ from gpdit_lightning.estimation.requirements import (
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.options.estimate import EstimateOptions
+from gpdit_lightning.specs import LatentGrid
 from gpdit_lightning.training.strategies import OF_LIGHTNING
 
 GIB = 2**30
@@ -60,16 +61,12 @@ def estimate(options: EstimateOptions) -> None:
     print(report(recipe, options.gpu_memory * GIB, peak, options.mfu))
 
 
-class LatentGrid(NamedTuple):
-    """How pixels map to latents.
+class AssumedGrid(LatentGrid):
+    """The latents of the paper's codec, where no data are prepared."""
 
-    Attributes:
-        spatial_factor: pixels along one side of a latent pixel.
-        temporal_factor: pixel frames of each latent frame after the first.
-    """
-
-    spatial_factor: int
-    temporal_factor: int
+    latent_channels = WanCodec.latent_channels
+    spatial_factor = WanCodec.spatial_factor
+    temporal_factor = WanCodec.temporal_factor
 
 
 class EstimatedRecipe(NamedTuple):
@@ -77,11 +74,11 @@ class EstimatedRecipe(NamedTuple):
 
     Attributes:
         run: what the estimate is computed from.
-        spatial_factor: pixels along one side of a latent pixel.
+        grid: how pixels map to latents.
     """
 
     run: Run
-    spatial_factor: int
+    grid: LatentGrid
 
 
 def read_recipe(
@@ -106,8 +103,7 @@ def read_recipe(
     used = {name: s for name, s in used.items() if s.manifests and max(s.batch_size, s.tokens) > 0}
     given = {name: (sizes or {}).get(name) for name in used}
     manifests = {name: [] if given[name] else prepared_manifests(source.manifests) for name, source in used.items()}
-    grids = [LatentGrid(m.codec.spatial_factor, m.codec.temporal_factor) for ms in manifests.values() for m in ms]
-    grid = grids[0] if grids else LatentGrid(WanCodec.spatial_factor, WanCodec.temporal_factor)
+    grid = next((loaded[0].codec for loaded in manifests.values() if loaded), AssumedGrid())
     sources = []
     for name, source in used.items():
         if manifests[name]:
@@ -126,7 +122,7 @@ def read_recipe(
         max_steps=settings.trainer.max_steps,
         sources=tuple(sources),
     )
-    return EstimatedRecipe(run, grid.spatial_factor)
+    return EstimatedRecipe(run, grid)
 
 
 def strategy_of(setting: Any) -> Strategy:
@@ -181,7 +177,7 @@ def assumed_samples(
     Raises:
         InputError: a size is not a multiple of a token's.
     """
-    video_frames = 1 + (ASSUMED_VIDEO_FRAMES - 1) // grid.temporal_factor
+    video_frames = grid.latent_frames(ASSUMED_VIDEO_FRAMES)
     frames = {"images": 1, "videos": video_frames, "sequences": ASSUMED_SEQUENCE_FRAMES}[name]
     multiple, samples = grid.spatial_factor * patch_size, Counter[LatentShape]()
     for height, width in map(parse_size, sizes or ASSUMED_SIZES[name]):
@@ -256,7 +252,7 @@ def report(recipe: EstimatedRecipe, capacity: float, peak: float, mfu: float) ->
     """
     run = recipe.run
     sections = (
-        model_and_data(run, recipe.spatial_factor),
+        model_and_data(run, recipe.grid.spatial_factor),
         memory_table(run, capacity),
         what_fits(run, capacity),
         compute(run, peak, mfu),

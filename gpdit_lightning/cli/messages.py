@@ -1,6 +1,7 @@
 """What jsonargparse prints, for people: help without Python's types, errors of one sentence."""
 
 import argparse
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
@@ -20,11 +21,21 @@ class OptionHelp(DefaultHelpFormatter):
         super().__init__(prog, max_help_position=28, width=110, **settings)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
+        text, default = action.help or "", action.default
+        nested = nested_record(getattr(action, "_typehint", None))
+        if nested is not None:
+            fields = ", ".join(field.name for field in dataclasses.fields(nested))
+            text += f" FIELD is one of {fields} (explained by --{action.dest}.help)."
         if action.required:
             return f"{text} (required)"
-        hidden = action.default is None or isinstance(action.default, bool) or action.default in ((), [])
-        return text if hidden or not hasattr(action, "_typehint") else f"{text} (default: %(default)s)"
+        if not hasattr(action, "_typehint") or default is None or isinstance(default, bool) or default in ((), []):
+            return text
+        return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """List an option, except for those that only show help."""
+        if not action.dest.endswith(".help"):
+            super().add_argument(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         hint = getattr(action, "_typehint", None)
@@ -32,10 +43,17 @@ class OptionHelp(DefaultHelpFormatter):
             return super()._format_action_invocation(action)
         if hint is bool:
             return f"--{action.dest}, --no_{action.dest}"
+        if nested_record(hint) is not None:
+            return f"--{action.dest}.FIELD VALUE"
         choices = literal_choices(hint)
         choices += ["NUMBER"] if choices and float in get_args(hint) else []
         value = "{" + ",".join(choices) + "}" if choices else action.dest.upper()
         return f"--{action.dest} {value}{'' if item_type(hint) is None else ' ...'}"
+
+
+def nested_record(hint: Any) -> Any:
+    """The record where a field takes one, or None; None for any other field."""
+    return next((option for option in (hint, *get_args(hint)) if dataclasses.is_dataclass(option)), None)
 
 
 def literal_choices(hint: Any) -> list[str]:

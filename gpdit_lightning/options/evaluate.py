@@ -1,7 +1,18 @@
 """Options of `evaluate`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.options.shared import (
+    CheckpointOptions,
+    LoadingOptions,
+    SamplerOptions,
+    VideoOptions,
+    check_at_least,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +34,89 @@ class NetworkOptions:
     FID and IS."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of your own class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSetOptions(VideoOptions):
+    """Videos."""
+
+    data: str
+    """Name of the data set, for the report."""
+    count: int = 10_000
+    """Number of videos to continue (GPDiT: 10,000 of UCF-101, 7,000 of MSR-VTT)."""
+    selection_seed: int = 0
+    """Seed of the random selection of videos, which depends on their names only."""
+    context_frames: int = 5
+    """Pixel frames of context, 1 + 4k (GPDiT: 5)."""
+    generated_frames: int = 12
+    """Pixel frames to generate (GPDiT: 12)."""
+    stride: int | None = None
+    """Video frames from one frame of a clip to the next; by default the stride of training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuationOptions(SamplerOptions):
+    """Generation."""
+
+    seeds: Sequence[int] = (0,)
+    """Seeds of the noise. Each of them continues all videos; scores are reported as mean and standard deviation over
+    them."""
+    window: int | None = None
+    """Latent frames before it that a frame sees; by default as many as in training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """Scores."""
+
+    video_network: NetworkOptions | None = None
+    """Network of FVD, precision and recall, which are left out without it."""
+    image_network: NetworkOptions | None = None
+    """Network of FID, which is left out without it."""
+    classifier: NetworkOptions | None = None
+    """Classifier of IS, if the image network gives no class probabilities."""
+    fvd_frames: Literal["all", "generated"] = "all"
+    """Frames that the video network sees: all of them, with the context (GPDiT), or the generated ones."""
+    self_check_videos: int = 512
+    """Videos whose ground truth is also scored with noise and blur added, to verify that the distances rise; 0 for
+    none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOutputOptions:
+    """Output."""
+
+    out: Path
+    """Folder for the report and the intermediate results; the same command resumes in it."""
+    keep_videos: int = 0
+    """Number of videos, the first of the selection, whose continuations are kept as mp4 beside the ground truth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkOptions:
+    """Computation."""
+
+    chunk: int = 16
+    """Videos per chunk: they are generated side by side, and a stopped process repeats at most one chunk. Scores do not
+    depend on the number of processes, but their last digits depend on this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(
+    CheckpointOptions,
+    DataSetOptions,
+    ContinuationOptions,
+    ScoreOptions,
+    EvaluationOutputOptions,
+    ChunkOptions,
+    LoadingOptions,
+):
+    """Evaluate."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, count=2, context_frames=1, generated_frames=1, stride=1, steps=1, window=1)
+        check_at_least(self, self_check_videos=0, keep_videos=0, chunk=1)
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"--seeds are {list(self.seeds)}: give one or more different numbers, at least 0.")
+        if self.classifier is not None and self.image_network is None:
+            raise InputError("a classifier is given without an image_network: give both, since IS reads both.")

@@ -1,4 +1,4 @@
-"""`evaluate`, end to end on drawn videos."""
+"""`evaluate`, end to end on synthetic videos."""
 
 import json
 import multiprocessing
@@ -17,6 +17,7 @@ from gpdit_lightning import GPDiT
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import evaluate as verb
 from gpdit_lightning.cli import main
+from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.diffusion import Guidance, RotationSampler
 from gpdit_lightning.evaluation.chunks import noise_seed
 from gpdit_lightning.evaluation.metrics import psnr
@@ -24,18 +25,17 @@ from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.media.video import read_video, write_video
-from gpdit_lightning.options.evaluate import NetworkOptions
+from gpdit_lightning.options.evaluate import EvaluateOptions, NetworkOptions
 from tests.cli.sampling import CODEC, stripes
 from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-VIDEOS, CHUNKS = 6, 3  # of these names two videos are of the second half
-FRAMES = 10  # of a clip, as few as I3D takes: 5 are given
+VIDEOS, CHUNKS = 6, 3
+FRAMES = 10  # of a clip, the fewest that I3D takes: 5 of context, 5 to generate
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Videos of as many frames as are needed."""
+    """Videos of FRAMES frames."""
     folder = tmp_path_factory.mktemp("videos")
     for number in range(VIDEOS):
         write_video(folder / f"{number}.mp4", stripes(number)[:FRAMES], 24)
@@ -43,18 +43,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def eyes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NetworkOptions]:
+def network_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NetworkOptions]:
     folder = tmp_path_factory.mktemp("networks")
     modules = (ScriptedI3D(), ScriptedInception(), ScriptedPlain(), ScriptedClassifier())
     return {type(module).__name__: saved(module, folder) for module in modules}
 
 
 @pytest.fixture(scope="module")
-def command(place: Path, folder: Path, eyes: dict[str, NetworkOptions]) -> list[str]:
-    """An evaluation of three chunks by all eyes, without where it goes."""
+def command(place: Path, folder: Path, network_files: dict[str, NetworkOptions]) -> list[str]:
+    """The options of an evaluation of three chunks with all networks, without --out."""
     settings = {
         "checkpoint": place / "of2",
-        "videos": f"['{folder}']",
+        "videos": folder,
         "data": "stripes",
         "count": VIDEOS,
         "generated_frames": FRAMES - 5,
@@ -63,8 +63,8 @@ def command(place: Path, folder: Path, eyes: dict[str, NetworkOptions]) -> list[
         "guidance": 1.5,
         "chunk": 2,
         "self_check_videos": 3,
-        "video_network.path": eyes["ScriptedI3D"].path,
-        "image_network.path": eyes["ScriptedInception"].path,
+        "video_network.path": network_files["ScriptedI3D"].path,
+        "image_network.path": network_files["ScriptedInception"].path,
     }
     return [f"--{name}={value}" for name, value in settings.items()]
 
@@ -78,28 +78,28 @@ def evaluate(command: list[str], out: Path, *options: str) -> int:
 
 
 def results(out: Path) -> str:
-    """The report's bytes but for the day."""
+    """The report without its date."""
     report = json.loads((out / "results.json").read_text())
     return (out / "results.json").read_text().replace(report["date"], "")
 
 
 @pytest.fixture(scope="module")
-def alone(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process leaves that nothing disturbs. Do not change it."""
-    out = tmp_path_factory.mktemp("alone")
+def finished(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation by one uninterrupted process. Do not change it."""
+    out = tmp_path_factory.mktemp("finished")
     assert evaluate(command, out) == 0
     return out
 
 
 @pytest.fixture
 def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the verb logs, which does not reach other handlers."""
+    """What the verb logs; its logger does not propagate to pytest's."""
     verb.log.addHandler(caplog.handler)
     yield caplog
     verb.log.removeHandler(caplog.handler)
 
 
-def test_scores_are_those_of_what_the_library_makes(
+def test_scores_are_those_of_the_librarys_continuations(
     command: list[str], place: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate(command, tmp_path) == 0
@@ -108,15 +108,15 @@ def test_scores_are_those_of_what_the_library_makes(
     assert list(report.self_checks) == ["fvd", "fid"]
     assert report.references["the truth"]["fvd"].mean == pytest.approx(0, abs=1e-6)
     trained = load_trained_model(place / "of2")
-    assert trained.classes  # a model of classes goes on without one
-    found = []
+    assert trained.classes  # a class-conditional model continues without a class
+    expected = []
     for number in range(VIDEOS):
         truth = read_clip(folder / f"{number}.mp4", FRAMES, 1, (32, 32))
         config = GenerationConfig(RotationSampler(2), Guidance(1.5))
         seeds = [noise_seed(f"{number}.mp4", 0)]
         video = continue_video(trained.backbone, CODEC, truth[None, :5], FRAMES - 5, config, ClipInputs(seeds)).pixels
-        found.append(psnr(video[:, 5:], truth[None, 5:]).item())
-    assert report.scores["psnr"].mean == pytest.approx(sum(found) / VIDEOS, abs=0.02)
+        expected.append(psnr(video[:, 5:], truth[None, 5:]).item())
+    assert report.scores["psnr"].mean == pytest.approx(sum(expected) / VIDEOS, abs=0.02)
 
     protocol = report.protocol
     assert (protocol.data, protocol.videos, protocol.size, protocol.stride) == ("stripes", VIDEOS, (32, 32), 1)
@@ -132,23 +132,22 @@ def test_scores_are_those_of_what_the_library_makes(
     assert str(tmp_path / "results.md") in printed
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_processes_share_the_chunks_and_the_last_one_writes(
-    command: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]
+def test_processes_share_the_chunks_and_the_last_one_writes_the_report(
+    command: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in order:
+    for rank in (1, 0):
         assert not (tmp_path / "results.json").exists()
         monkeypatch.setenv("RANK", str(rank))
         assert evaluate(command, tmp_path) == 0
-    assert results(tmp_path) == results(alone)
+    assert results(tmp_path) == results(finished)
 
 
-def test_two_processes_at_once_find_the_same(
-    command: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_processes_at_once_give_the_same_report(
+    command: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    context = multiprocessing.get_context("fork")  # which spares them the imports
+    context = multiprocessing.get_context("fork")  # so that they need not import again
     processes = []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
@@ -157,11 +156,11 @@ def test_two_processes_at_once_find_the_same(
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    assert results(tmp_path) == results(alone)
+    assert results(tmp_path) == results(finished)
 
 
-def test_a_killed_process_goes_on_where_it_was(
-    command: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_process_resumes(
+    command: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
 
@@ -177,35 +176,33 @@ def test_a_killed_process_goes_on_where_it_was(
     assert evaluate(command, tmp_path) == 0
     assert (done.stat().st_ino, done.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert len(list((tmp_path / "chunks").iterdir())) == CHUNKS
-    assert results(tmp_path) == results(alone)
+    assert results(tmp_path) == results(finished)
 
 
-def test_what_is_finished_is_shown_again(
-    command: list[str], alone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_finished_evaluation_is_printed_again(
+    command: list[str], finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("evaluate_chunk", "make_report"):
         monkeypatch.setattr(verb, name, None)
-    assert evaluate(command, alone) == 0
-    assert capsys.readouterr().out.startswith((alone / "results.md").read_text().split("\n## ")[0])
+    assert evaluate(command, finished) == 0
+    assert capsys.readouterr().out.startswith((finished / "results.md").read_text().split("\n## ")[0])
 
 
-def test_a_chunk_that_is_deleted_is_made_again_and_the_scores_with_it(
-    command: list[str], alone: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(alone, tmp_path / "out")
+def test_a_deleted_chunk_and_the_report_are_computed_again(command: list[str], finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "out")
     chunk = sorted((tmp_path / "out" / "chunks").iterdir())[1]
     expected = load_file(chunk)
     chunk.unlink()
     (tmp_path / "out" / "results.json").write_text("old")
     assert evaluate(command, tmp_path / "out") == 0
-    assert results(tmp_path / "out") == results(alone)
+    assert results(tmp_path / "out") == results(finished)
     assert all(torch.equal(values, expected[key]) for key, values in load_file(chunk).items())
 
 
-def test_seeds_make_a_mean_and_a_deviation(command: list[str], alone: Path, tmp_path: Path) -> None:
-    assert evaluate(command, tmp_path / "both", "--seeds=[0,4]") == 0
-    assert evaluate(command, tmp_path / "second", "--seeds=[4]") == 0
-    outs = (tmp_path / "both", alone, tmp_path / "second")
+def test_seeds_give_a_mean_and_a_deviation(command: list[str], finished: Path, tmp_path: Path) -> None:
+    assert evaluate(command, tmp_path / "both", "--seeds", "0", "4") == 0
+    assert evaluate(command, tmp_path / "second", "--seeds=4") == 0
+    outs = (tmp_path / "both", finished, tmp_path / "second")
     both, first, second = (Report.load(out / "results.json").scores for out in outs)
     for name, score in both.items():
         values = (first[name].mean, second[name].mean)
@@ -216,8 +213,8 @@ def test_seeds_make_a_mean_and_a_deviation(command: list[str], alone: Path, tmp_
     assert both["fvd"].deviation > 0
 
 
-def test_videos_are_kept_beside_their_truth(command: list[str], folder: Path, tmp_path: Path) -> None:
-    assert evaluate(command, tmp_path, "--keep_videos=2", "--seeds=[0,4]") == 0
+def test_videos_are_kept_beside_the_ground_truth(command: list[str], folder: Path, tmp_path: Path) -> None:
+    assert evaluate(command, tmp_path, "--keep_videos=2", "--seeds", "0", "4") == 0
     shown = tmp_path / "videos"
     kept = sorted(path.relative_to(shown) for path in shown.rglob("*.mp4"))
     assert [path.parent.name for path in kept] == ["seed_0"] * 2 + ["seed_4"] * 2 + ["truth"] * 2
@@ -232,7 +229,7 @@ def test_videos_are_kept_beside_their_truth(command: list[str], folder: Path, tm
 
 
 def test_without_networks_their_scores_are_left_out(
-    command: list[str], eyes: dict[str, NetworkOptions], tmp_path: Path, messages: pytest.LogCaptureFixture
+    command: list[str], network_files: dict[str, NetworkOptions], tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     def scores(*options: str, leave_out: tuple[str, ...]) -> set[str]:
         messages.clear()
@@ -241,28 +238,28 @@ def test_without_networks_their_scores_are_left_out(
         return set(Report.load(out / "results.json").scores) - {"psnr", "ssim"}
 
     assert scores(leave_out=("video_network",)) == {"fid", "is"}
-    assert "warning: no video_network is given, so its scores are left out" in messages.text
+    assert "no video_network is given, so FVD, precision and recall are left out" in messages.text
     assert scores(leave_out=("video_network", "image_network")) == set()
     assert "no image_network" in messages.text
-    plain = f"--image_network.path={eyes['ScriptedPlain'].path}"
+    plain = f"--image_network.path={network_files['ScriptedPlain'].path}"
     assert scores(plain, leave_out=("image_network",)) == {"fid", "fvd", "precision", "recall"}
     assert "no classifier is given, so IS is left out" in messages.text
-    classifier = f"--classifier.path={eyes['ScriptedClassifier'].path}"
+    classifier = f"--classifier.path={network_files['ScriptedClassifier'].path}"
     assert "is" in scores(plain, classifier, leave_out=("image_network",))
     assert "left out" not in messages.text
 
 
-def test_frames_see_as_many_others_as_in_training_unless_asked(
+def test_the_window_is_that_of_training_by_default(
     command: list[str], tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     for number in range(2):
         write_video(tmp_path / f"{number}.mp4", stripes(number)[:18], 24)
-    options = [f"--videos=['{tmp_path}']", "--count=2", "--context_frames=13", "--self_check_videos=0"]
+    options = [f"--videos={tmp_path}", "--count=2", "--context_frames=13", "--self_check_videos=0"]
     assert evaluate(command, tmp_path / "trained", *options) == 0
     assert Report.load(tmp_path / "trained" / "results.json").protocol.window == 4
-    assert "farther ones may do harm" not in messages.text
+    assert "the scores may be worse" not in messages.text
     assert evaluate(command, tmp_path / "more", *options, "--window=5") == 0
-    assert "the window is 5 latent frames, but in training a frame saw at most 4" in messages.text
+    assert "--window is 5 latent frames, but in training a frame saw at most 4" in messages.text
 
 
 def sentence(capsys: pytest.CaptureFixture[str]) -> str:
@@ -274,38 +271,37 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
     ("option", "words"),
     [
         ("--guidance=2", "another guidance.context (1.5, not 2.0)"),
-        ("--seeds=[1]", "another seeds ([0], not [1])"),
+        ("--seeds=1", "another seeds ([0], not [1])"),
         ("--count=5", "another split_sha256"),
         ("--chunk=4", "another chunk (2, not 4)"),
     ],
 )
 def test_a_folder_holds_one_evaluation(
-    command: list[str], alone: Path, capsys: pytest.CaptureFixture[str], option: str, words: str
+    command: list[str], finished: Path, capsys: pytest.CaptureFixture[str], option: str, words: str
 ) -> None:
-    before = results(alone)
-    assert evaluate(command, alone, option) == 2
-    told = sentence(capsys)
-    assert words in told
-    assert told.endswith("give another --out, or remove that folder.")
-    assert results(alone) == before
+    before = results(finished)
+    assert evaluate(command, finished, option) == 2
+    message = sentence(capsys)
+    assert words in message
+    assert message.endswith("give another --out, or remove that folder.")
+    assert results(finished) == before
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ("--count=7", "hold 6 videos of at least 10 frames"),
-        ("--count=1", "count is 1: give at least 2"),
+        ("--count=1", "--count is 1: give at least 2"),
         ("--stride=3", "hold 0 videos of at least 28 frames, and 6"),
-        ("--stride=0", "stride is 0: give at least 1"),
+        ("--window=0", "--window is 0: give at least 1"),
         ("--context_frames=4", "4 pixel frames are not 1 + 4 k"),
         ("--generated_frames=4", "The videos have 9 frames, but I3D, Kinetics-400, TorchScript"),
         ("--fvd_frames=generated", "The videos have 5 frames, but I3D"),
-        ("--chunk=0", "chunk is 0: give at least 1"),
-        ("--seeds=[1,1]", "the seeds are [1, 1]"),
-        ("--seeds=[]", "the seeds are []"),
-        ("--videos=['/nowhere']", "/nowhere does not exist"),
+        ("--seeds=[1,1]", "--seeds are [1, 1]"),
+        ("--seeds=[]", "--seeds are []"),
+        ("--videos=/nowhere", "/nowhere does not exist"),
         ("--checkpoint=/nowhere", "there is no checkpoint at /nowhere"),
-        ("--checkpoint=SEVERAL", "was trained on 32x32, 48x48: give one of them as size"),
+        ("--checkpoint=SEVERAL", "several was trained on 32x32, 48x48: choose one of them by --size"),
         ("--size=64x64", "--size is 64x64, but the checkpoint was trained on 32x32"),
         ("--video_network.path=/nowhere", "The video network /nowhere is not a file"),
         ("--video_network.sha256=00", "but 00 is expected"),
@@ -327,17 +323,17 @@ def test_a_mistake_gets_one_sentence_and_nothing_is_written(
 
 
 def test_a_classifier_needs_an_image_network(
-    command: list[str], eyes: dict[str, NetworkOptions], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], network_files: dict[str, NetworkOptions], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    classifier = f"--classifier.path={eyes['ScriptedClassifier'].path}"
+    classifier = f"--classifier.path={network_files['ScriptedClassifier'].path}"
     assert evaluate(without(command, "image_network"), tmp_path, classifier) == 2
     assert "a classifier is given without an image_network: give both" in sentence(capsys)
 
 
 def test_a_damaged_chunk_is_named(
-    command: list[str], alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(alone, tmp_path / "out")
+    shutil.copytree(finished, tmp_path / "out")
     chunk = tmp_path / "out" / "chunks" / "000002.safetensors"
     chunk.write_bytes(chunk.read_bytes()[:-1])
     assert evaluate(command, tmp_path / "out") == 2
@@ -352,16 +348,15 @@ def test_a_damaged_chunk_is_named(
         ("long", {"data": "MovieGenBench", "context_frames": 13, "generated_frames": 16, "stride": 4}),
     ],
 )
-def test_recipes_hold_what_the_paper_says(recipe: str, expected: dict[str, Any]) -> None:
-    options = verb.read_options(["--config", str(RECIPES / f"eval_{recipe}.yaml")])
+def test_recipes_are_those_of_the_paper(recipe: str, expected: dict[str, Any]) -> None:
+    options = parse("evaluate", "", EvaluateOptions, ["--config", f"gpdit:eval_{recipe}"])
     expected |= {
         "guidance": 1.2,
         "size": None,
         "fvd_frames": "all",
         "weights": "ema",
-        "out": f"evaluations/{recipe}",
+        "out": Path(f"evaluations/{recipe}"),
     }
     assert {name: getattr(options, name) for name in expected} == expected
     assert options.video_network.path == "weights/i3d_torchscript.pt"
     assert options.image_network.path == "weights/inception-2015-12-05.pt"
-    assert verb.read_options(["--config", str(RECIPES / f"eval_{recipe}.yaml"), "--guidance=2"]).guidance == 2

@@ -135,9 +135,7 @@ def test_existing_features_are_not_computed_again(
     ("options", "words"),
     [
         (["--layer=1"], "says layer 2 where 1 is asked for"),
-        (["--stride=1"], "says stride 3 where 1"),
         (["--format=pickle"], "says format 'npy' where 'pickle'"),
-        (["--precision=bf16"], "says precision '32' where 'bf16'"),
         (["--checkpoint", "OTHER"], "says fingerprint "),
     ],
 )
