@@ -1,7 +1,7 @@
-"""`python -m benchmarks.attention`: sliced frame-causal attention against one call with a dense mask, in one run.
+"""`python -m benchmarks.attention`: sliced frame-causal attention against one call with a dense mask.
 
-Forward and backward over the doubled (clean and noisy) sequence of one clip at B's heads. The figure is the ratio of
-the medians; it follows the work that the mask leaves.
+Forward and backward over the doubled (clean and noisy) sequence of one clip with the heads of the B model. The result
+is the ratio of the medians; it depends on how much of the work the mask forbids.
 """
 
 import argparse
@@ -20,7 +20,7 @@ HEADS, HEAD_WIDTH, TOKENS = 12, 64, 240
 
 
 def dense_mask(variant: AttentionVariant, frames: int) -> Tensor:
-    """Who sees whom in [clean 0 .. F-2; noisy 0 .. F-1], by token."""
+    """Which tokens (rows) attend to which (columns) in [clean 0 .. F-2; noisy 0 .. F-1]."""
     clean = frames - 1
     allowed = torch.zeros(clean + frames, clean + frames, dtype=torch.bool)
     for i in range(clean):
@@ -34,7 +34,7 @@ def dense_mask(variant: AttentionVariant, frames: int) -> Tensor:
 
 
 def median_seconds(run: Callable[[], Tensor], inputs: list[Tensor], repeats: int) -> float:
-    """Of forward and backward."""
+    """Median time of a forward and backward pass."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -45,8 +45,8 @@ def median_seconds(run: Callable[[], Tensor], inputs: list[Tensor], repeats: int
     return statistics.median(times[1:])  # the first one warms up
 
 
-def ratio(variant: AttentionVariant, frames: int, device: str, repeats: int) -> tuple[float, float]:
-    """Seconds of the sliced and of the dense computation."""
+def seconds_of(variant: AttentionVariant, frames: int, device: str, repeats: int) -> tuple[float, float]:
+    """Seconds of the sliced and of the dense computation, which are checked to agree."""
     clean, noisy = (frames - 1) * TOKENS, frames * TOKENS
     shape = (1, clean + noisy, HEADS, HEAD_WIDTH)
     inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in range(3)]
@@ -54,14 +54,14 @@ def ratio(variant: AttentionVariant, frames: int, device: str, repeats: int) -> 
     mask = dense_mask(variant, frames).to(device)
 
     def sliced() -> Tensor:
-        parts = [(x[:, :clean], x[:, clean:]) for x in inputs]
+        streams = [(x[:, :clean], x[:, clean:]) for x in inputs]
         outputs = frame_causal_attention(
             operator,
             variant,
             TOKENS,
-            KV(parts[1][0], parts[2][0]),
-            QKV(*(part[0] for part in parts)),
-            QKV(*(part[1] for part in parts)),
+            KV(streams[1][0], streams[2][0]),
+            QKV(*(stream[0] for stream in streams)),
+            QKV(*(stream[1] for stream in streams)),
         )
         return torch.cat([out for out in outputs if out is not None], dim=1)
 
@@ -81,12 +81,13 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(
-        f"{device}, {torch.get_num_threads()} threads, float32, {HEADS} heads of {HEAD_WIDTH}, {TOKENS} tokens a frame"
+        f"{device}, {torch.get_num_threads()} threads, float32, {HEADS} heads of width {HEAD_WIDTH}, "
+        f"{TOKENS} tokens per frame"
     )
     print(f"{'variant':<9}{'frames':>7}{'sliced s':>10}{'dense s':>10}{'dense/sliced':>14}")
     for frames in options.frames:
         for variant in ("of2", "of"):
-            ours, theirs = ratio(variant, frames, device, options.repeats)
+            ours, theirs = seconds_of(variant, frames, device, options.repeats)
             print(f"{variant:<9}{frames:>7}{ours:>10.3f}{theirs:>10.3f}{theirs / ours:>14.2f}")
 
 

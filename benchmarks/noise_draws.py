@@ -1,7 +1,7 @@
-"""`python -m benchmarks.noise_draws`: K noisy copies of a clip against one clean stream, in one run.
+"""`python -m benchmarks.noise_draws`: training on K noisy copies of a clip that share one clean stream.
 
-Forward and backward of the backbone, all clips with context. The figures are seconds and FLOPs per supervised frame as
-shares of those at K = 1: the clean stream is paid once, whatever the number of copies.
+Forward and backward of the backbone, all clips with context. The results are seconds and FLOPs per supervised frame,
+relative to those at K = 1: the clean stream is computed once, whatever the number of copies.
 """
 
 import argparse
@@ -39,27 +39,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="B", help="backbone: tiny, B or H")
     parser.add_argument("--layers", type=int, default=0, help="blocks of the backbone; 0 takes the size's")
-    parser.add_argument("--clips", type=int, default=1, help="of a batch, before they are copied")
+    parser.add_argument("--clips", type=int, default=1, help="clips in a batch, before they are copied")
     parser.add_argument("--frames", type=int, default=5, help="latent frames of a clip")
-    parser.add_argument("--height", type=int, default=24, help="of a latent frame, in latent pixels")
-    parser.add_argument("--width", type=int, default=40, help="of a latent frame, in latent pixels")
+    parser.add_argument("--height", type=int, default=24, help="side of a latent frame, in latent pixels")
+    parser.add_argument("--width", type=int, default=40, help="side of a latent frame, in latent pixels")
     parser.add_argument("--repeats", type=int, default=5, help="timed repetitions of each computation")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (options.clips, options.frames, options.height, options.width)
     print(f"{device}, {torch.get_num_threads()} threads, {options.size}, (clips, frames, height, width) = {shape}")
-    print(f"{'variant':<9}{'K':>3}{'seconds':>10}{'share of seconds':>18}{'share of FLOPs':>16}")
+    print(f"{'variant':<9}{'K':>3}{'seconds':>10}{'relative seconds':>18}{'relative FLOPs':>16}")
     variants: tuple[AttentionVariant, ...] = ("of2", "of")
     for variant in variants:
         with torch.device(device):
             model = GPDiT(GPDiTConfig.preset(options.size, attention=variant, layers=options.layers))
-        # Turn by turn, so that a busy machine disturbs all alike; the first turn warms up.
-        turns = [[seconds_of_a_pass(model, *shape, draws) for draws in DRAWS] for _ in range(options.repeats + 1)]
-        seconds = [statistics.median(times) for times in zip(*turns[1:], strict=True)]
+        # Interleaved, so that other load on the machine affects all alike; the first round warms up.
+        rounds = [[seconds_of_a_pass(model, *shape, draws) for draws in DRAWS] for _ in range(options.repeats + 1)]
+        seconds = [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
         flops = [sum(training_flops(model.config, PassShape(options.clips, *shape, draws)).values()) for draws in DRAWS]
         for draws, time_taken, work in zip(DRAWS, seconds, flops, strict=True):
-            shares = time_taken / draws / seconds[0], work / draws / flops[0]
-            print(f"{variant:<9}{draws:>3}{time_taken:>10.3f}{shares[0]:>18.3f}{shares[1]:>16.3f}")
+            relative = time_taken / draws / seconds[0], work / draws / flops[0]
+            print(f"{variant:<9}{draws:>3}{time_taken:>10.3f}{relative[0]:>18.3f}{relative[1]:>16.3f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How close samplers come to the limit of many steps, on a trained model: `python -m benchmarks.samplers`.
+"""`python -m benchmarks.samplers`: how close samplers come to the limit of many steps, with a trained model.
 
-One latent frame after two, of held-out clips, from the same noise: the root mean square distance from what 600 steps of
-`adams` give. By default the demo's model: run `python -m gpdit_lightning demo` first.
+The third latent frame of held-out clips, given two, from the same noise for all: the root mean square distance to the
+result of 600 steps of `adams`. By default with the model of the demo: run `python -m gpdit_lightning demo` first.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from gpdit_lightning.generation import GenerationConfig, rollout
 
 STEPS = (4, 6, 8, 12, 16, 25, 50)
 LIMIT = 600
-GIVEN = 2  # latent frames
+CONTEXT_FRAMES = 2
 
 
 def held_out(folder: str, clips: int, mean: Tensor, std: Tensor) -> Tensor:
-    """The beginnings of held-out clips, whitened: (B, 2, C, h, w)."""
+    """The first latent frames of held-out clips, whitened: (B, 2, C, h, w)."""
     manifest = Manifest.load(folder)
-    entry = next(e for e in manifest.of_split("validation") if e.kind == "video" and e.shape[0] >= GIVEN)
-    bucket = Bucket([(manifest, entry)], [GIVEN])
+    entry = next(e for e in manifest.of_split("validation") if e.kind == "video" and e.shape[0] >= CONTEXT_FRAMES)
+    bucket = Bucket([(manifest, entry)], [CONTEXT_FRAMES])
     raw = [torch.from_numpy(bucket.read(number).latents.copy()) for number in range(min(clips, len(bucket)))]
     return (torch.stack(raw).float() - mean) / std
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.samplers", description=__doc__)
     parser.add_argument("--checkpoint", default="runs/demo/stage3_long_video", help="a run of any stage with videos")
     parser.add_argument("--data", default="runs/demo/latents/video", help="shards with held-out videos")
-    parser.add_argument("--clips", type=int, default=16, help="how many of them")
+    parser.add_argument("--clips", type=int, default=16, help="number of held-out clips")
     options = parser.parse_args(arguments)
 
     trained = load_trained_model(options.checkpoint)
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("|---" * (1 + len(STEPS)) + "|")
     for name in SAMPLERS:
         if name == "stochastic":
-            continue  # another noise, another frame
+            continue  # its fresh noise leads to another frame
         distances = [(generated(make_sampler(name, steps, schedule)) - limit).square().mean().sqrt() for steps in STEPS]
         print(f"| `{name}` | " + " | ".join(f"{distance:.3f}" for distance in distances) + " |")
 

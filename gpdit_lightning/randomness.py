@@ -1,19 +1,19 @@
-"""Random numbers from a counter, not from a state: the same at any step, on any rank, after any interruption."""
+"""Counter-based random numbers: they depend on their keys alone, not on a state, so that runs resume exactly."""
 
 import numpy as np
 
-# First words of the counter-based generators' keys: every use of the seed draws from a stream of its own.
+# Each use of a seed has its own stream of random numbers.
 SAMPLE_ORDER, MICRO_BATCH_ORDER, TRAIN_NOISE, VALIDATION_NOISE, CLIP_LENGTH, SHARD_ORDER = range(6)
 LABEL_DROPOUT, GENERATION_NOISE = 6, 7
 
 
 def generator(seed: int, purpose: int, *counter: int) -> np.random.Generator:
-    """A counter-based generator: the same numbers for the same words on every machine, rank and worker.
+    """A generator (Philox) that gives the same numbers for the same arguments on every machine, rank and worker.
 
     Args:
-        seed: the run's.
+        seed: of the run, or of a generated video.
         purpose: one of the constants above.
-        counter: up to three further words.
+        counter: up to three further integers, such as an epoch or a place in the batch.
     """
     words = [0, *counter, *[0] * (3 - len(counter))]
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=words))

@@ -1,4 +1,4 @@
-"""A GPDiT that is shared as a folder or through the Hugging Face hub."""
+"""The backbone that can be loaded from and saved to a folder or the Hugging Face hub."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -15,8 +15,9 @@ from gpdit_lightning.model import GPDiT, GPDiTConfig
 class HubGPDiT(GPDiT, ModelHubMixin):
     """The backbone with `from_pretrained`, `save_pretrained` and `push_to_hub`; `gpdit_lightning.GPDiT` is this class.
 
-    The last two are the mixin's; weights.py documents the files they write. `PyTorchModelHubMixin` is not used: it
-    opens pickled weights where it finds no others.
+    The network itself, :class:`gpdit_lightning.model.GPDiT`, needs torch alone. `save_pretrained` and `push_to_hub` are
+    the mixin's; weights.py documents the files they write. `PyTorchModelHubMixin` is not used: it opens pickled weights
+    where it finds no others.
 
     Args:
         config: the architecture.
@@ -35,7 +36,7 @@ class HubGPDiT(GPDiT, ModelHubMixin):
         """A model in evaluation mode whose parameters are these tensors themselves, not copies.
 
         Raises:
-            InputError: they are not those of their architecture.
+            InputError: tensors that do not fit their architecture.
         """
         with torch.device("meta"):
             model = cls(weights.config)
@@ -47,15 +48,16 @@ class HubGPDiT(GPDiT, ModelHubMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, map_location: str | torch.device = "cpu", **hub: Any
     ) -> Self:
-        """A model in evaluation mode from a folder that `export` or `save_pretrained` made, or from the hub.
+        """A model in evaluation mode from a folder that `export` or `save_pretrained` wrote, or from the hub.
 
         Args:
-            pretrained_model_name_or_path: the folder, or a hub name like `user/model`.
-            map_location: the device for it.
-            hub: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as huggingface_hub has them.
+            pretrained_model_name_or_path: the folder, or a name on the hub like `user/model`.
+            map_location: the device of the model.
+            hub: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as in huggingface_hub's
+                `snapshot_download`.
 
         Raises:
-            InputError: neither a folder nor to be had from the hub, or files that are not what they ought to be.
+            InputError: neither a folder nor found on the hub, or damaged files.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -65,11 +67,11 @@ class HubGPDiT(GPDiT, ModelHubMixin):
             except (OSError, ValueError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise InputError(
-                    f"{name} is neither a folder here nor a model on the hub that can be had ({reason}): give a folder "
-                    "that `export` made, or a hub name."
+                    f"{name} is neither a folder nor a model that the hub provides ({reason}): give a folder that "
+                    "`export` wrote, or a name on the hub."
                 ) from None
         return cls.from_weights(read_folder(folder)).to(map_location)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """What the mixin asks for."""
+        """Called by the mixin's `save_pretrained` and `push_to_hub`."""
         write_folder(save_directory, Weights(self.state_dict(), self.config, self.facts, str(save_directory)))

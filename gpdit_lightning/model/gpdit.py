@@ -90,7 +90,7 @@ class GPDiT(nn.Module):
             draws: K, how many noisy clips share the context of one clean clip, whose stream is computed once: noisy
                 clip k * B' + b is the k-th copy of clean clip b.
             frames: the positions of the noisy frames in the clip, rising, where only some of them are wanted; None: all
-                from the first on. Clean frames behind the last are not computed.
+                from the first on. Clean frames after the last of them are not computed.
 
         Returns:
             velocity (B, F, C, H, W).
@@ -100,13 +100,14 @@ class GPDiT(nn.Module):
         """
         check_forward(self.config, noisy, theta, clean, condition, draws, frames)
         frames = tuple(range(noisy.shape[1]) if frames is None else frames)
+        # Frame i attends to the i clean frames before it.
         clean = clean[:, : frames[-1]] if clean is not None and len(clean) and frames[-1] else None
         x, streams = self.embed(
             clean, noisy, theta, condition, noisy_frames=frames, context_lengths=frames, draws=draws
         )
         for block in self.blocks[:-1]:
-            x = self._run(block, x, streams)
-        x = self._run(self.blocks[-1], x, streams, num_kv_only=streams.noisy_start)
+            x = self._run_block(block, x, streams)
+        x = self._run_block(self.blocks[-1], x, streams, num_kv_only=streams.noisy_start)
         return self.head(x, streams).to(noisy.dtype)
 
     def embed(
@@ -140,6 +141,15 @@ class GPDiT(nn.Module):
         )
         return streams.rotation.at_input(x), streams
 
+    def _run_block(self, block: nn.Module, x: Tensor, streams: Streams, num_kv_only: int = 0) -> Tensor:
+        """One block; in training, compiled or recomputed in the backward pass if the configuration says so."""
+        if not torch.is_grad_enabled():
+            return block(x, streams, num_kv_only)
+        run = run_compiled_block if self.config.compile else run_block
+        if self.config.activation_checkpointing:
+            return checkpoint(run, block, x, streams, num_kv_only, use_reentrant=False)
+        return run(block, x, streams, num_kv_only)
+
     def head(self, x: Tensor, streams: Streams) -> Tensor:
         """The velocity (B, F, C, H, W) from the noisy tokens (B * F * N, D), the only ones left."""
         h = streams.rotation.at_branch_input(self.output_norm(x))
@@ -152,7 +162,8 @@ class GPDiT(nn.Module):
         Args:
             clean: (B, F, C, H, W).
             layers: after which blocks, 1-based; 0 is the patch embedding.
-            condition: accepted so that all methods have one interface; clean frames do not attend to it.
+            condition: accepted so that all methods have one interface; without effect, since clean frames do not attend
+                to it.
 
         Returns:
             for each layer (B, F, N, D), unnormalised; blocks above the highest layer are not run.
@@ -168,7 +179,7 @@ class GPDiT(nn.Module):
         shape = (*clean.shape[:2], streams.tokens, self.config.width)
         features = {0: x.view(shape)} if 0 in layers else {}
         for layer, block in enumerate(self.blocks[: max(layers, default=0)], start=1):
-            x = self._run(block, x, streams)
+            x = self._run_block(block, x, streams)
             if layer in layers:
                 features[layer] = x.view(shape)
         return features
@@ -198,7 +209,8 @@ class GPDiT(nn.Module):
         Args:
             cache: from :meth:`new_cache`.
             clean: (B, k, C, H, W), the frames that follow those in the cache.
-            condition: accepted so that all methods have one interface; clean frames do not attend to it.
+            condition: accepted so that all methods have one interface; without effect, since clean frames do not attend
+                to it.
 
         Raises:
             InputError: shapes that do not fit, or no capacity left in a cache that does not roll.
@@ -230,7 +242,7 @@ class GPDiT(nn.Module):
         without_context: int = 0,
         compiled: bool = False,
     ) -> Tensor:
-        """Predict the velocity of the next frame given the frames in the cache, and those in `clean` behind them.
+        """Predict the velocity of the next frame given the frames in the cache, and those in `clean` after them.
 
         Args:
             noisy: (R, C, H, W).
@@ -253,10 +265,10 @@ class GPDiT(nn.Module):
         check_denoise(self.config, noisy, theta, cache, condition, clean, draws, without_context)
         new_frames = clean.shape[1] if clean is not None else 0
         first = cache.frames if cache is not None else 0
-        context = cache.stored_frames(new_frames) if cache is not None else new_frames
+        context_length = cache.stored_frames(new_frames) if cache is not None else new_frames
         layer_caches = cache.layer_caches(new_frames) if cache is not None else [None] * self.config.layers
         x, streams = self.embed(
-            clean, noisy, theta[:, None], condition, first, (first + new_frames,), (context,), draws
+            clean, noisy, theta[:, None], condition, first, (first + new_frames,), (context_length,), draws
         )
         run = run_compiled_block if compiled else run_block
         for block, layer_cache in zip(self.blocks, layer_caches, strict=True):
@@ -265,12 +277,3 @@ class GPDiT(nn.Module):
         if cache is not None:
             cache.frames += new_frames
         return self.head(x, streams).to(noisy.dtype)[:, 0]
-
-    def _run(self, block: nn.Module, x: Tensor, streams: Streams, num_kv_only: int = 0) -> Tensor:
-        """Run a block; in training as the configuration says: compiled, or recomputed in the backward pass."""
-        if not torch.is_grad_enabled():
-            return block(x, streams, num_kv_only)
-        run = run_compiled_block if self.config.compile else run_block
-        if self.config.activation_checkpointing:
-            return checkpoint(run, block, x, streams, num_kv_only, use_reentrant=False)
-        return run(block, x, streams, num_kv_only)
