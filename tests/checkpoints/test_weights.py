@@ -214,12 +214,12 @@ def test_a_model_of_the_hub(folder: Path, model: GPDiT, tmp_path: Path) -> None:
     folder.rename(cache / "snapshots" / ("0" * 40))
     options: dict[str, Any] = {"cache_dir": tmp_path / "hub", "local_files_only": True}
     assert torch.equal(velocity(GPDiT.from_pretrained("someone/gpdit", **options)), velocity(model))
-    with pytest.raises(InputError, match="someone/other is neither a folder here nor a model on the hub that can be"):
+    with pytest.raises(InputError, match="someone/other is neither a folder nor a model that the hub provides"):
         GPDiT.from_pretrained("someone/other", **options)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="gone is neither a folder here nor a model on the hub"):
+    with pytest.raises(InputError, match="gone is neither a folder nor a model that the hub"):
         GPDiT.from_pretrained(tmp_path / "gone")
 
 
