@@ -49,7 +49,7 @@ def gradients(model: GPDiT, batch: tuple[Tensor, ...], draws: int) -> list[Tenso
 @pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("_backend", ["aot_eager", INDUCTOR], indirect=True)
 def test_training_compiled_and_all_else_eager() -> None:
-    """Images and videos in turn, with and without activation checkpointing: three graphs in all."""
+    """Images and videos alternate, with and without activation checkpointing: three graphs in total."""
     config = toy_config(layers=3)
     eager = toy_model(config).float()
     for checkpointing in (False, True):

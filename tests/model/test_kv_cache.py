@@ -19,7 +19,7 @@ def model(request: pytest.FixtureRequest) -> GPDiT:
 
 
 def rollout(model: GPDiT, batch: tuple[Tensor, Tensor, Tensor], steps: list[int]) -> KVCache:
-    """Extend a cache by `steps` frames at a time and check each frame that can be denoised on the way."""
+    """Extend a cache by `steps` frames at a time and check the velocity of each frame that follows."""
     noisy, theta, clean = batch
     with torch.no_grad():
         expected = model(noisy, theta, clean)

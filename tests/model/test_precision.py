@@ -29,14 +29,14 @@ class OperatorsInBfloat16(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        found = result if isinstance(result, (tuple, list)) else [result]
-        if any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in found):
+        outputs = result if isinstance(result, (tuple, list)) else [result]
+        if any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in outputs):
             self.names.add(func.overloadpacket.__name__)
         return result
 
 
 def run(model: GPDiT) -> None:
-    """Forward, frame by frame too, without a word of warning."""
+    """All frames at once, and one with a cache; a warning is an error."""
     noisy, theta, clean = (x.float() for x in toy_batch(3, 2, frames=3))
     with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter("error")
