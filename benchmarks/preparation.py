@@ -18,10 +18,10 @@ from tqdm import tqdm
 from gpdit_lightning.codecs import Codec, load_codec
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.media.video import write_video
-from gpdit_lightning.preparation import PrepareOptions
-from gpdit_lightning.preparation.clips import Clip, read
-from gpdit_lightning.preparation.parts import workers_of
-from gpdit_lightning.preparation.prepare import list_input_files, prepare
+from gpdit_lightning.preparation import PrepareOptions, list_input_files, prepare
+from gpdit_lightning.preparation.clips import Clip
+from gpdit_lightning.preparation.interleave import read_clips
+from gpdit_lightning.preparation.parts import worker_count
 
 HEIGHT, WIDTH, RATE = 720, 1280, 24
 
@@ -98,9 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> float:
         codec = load_codec(given.codec, source, device)
 
         start = time.perf_counter()
-        sources = list_input_files(options)
-        workers = workers_of(options)
-        items = read(sources, options, codec.temporal_factor, workers, set())
+        workers = worker_count(options)
+        items = read_clips(list_input_files(options), options, codec.temporal_factor, workers)
         clips = [item for item in items if isinstance(item, Clip)]
         decoding = time.perf_counter() - start
         alone = seconds_of_codec(codec, clips, given.batch_size)

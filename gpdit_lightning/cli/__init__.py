@@ -62,6 +62,15 @@ VERBS = {
         "estimate:EstimateOptions",
     ),
     "export": Verb("export:export", "Write the model of a checkpoint as a folder to share.", "export:ExportOptions"),
+    "prepare": Verb(
+        "prepare:run", "Encode videos, images and tars of images as latent shards.", "prepare:PrepareOptions"
+    ),
+    "prepare-pairs": Verb(
+        "prepare_pairs:run", "Encode pairs of images as few-shot sequences.", "prepare_pairs:PreparePairsOptions"
+    ),
+    "inspect": Verb(
+        "inspect:inspect", "Show what prepared data hold, verify them, or explain them.", "inspect:InspectOptions"
+    ),
     "recipes": Verb("recipes:recipes", "List the shipped recipes, or copy them to edit.", "recipes:RecipesOptions"),
 }
 

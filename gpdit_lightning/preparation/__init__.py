@@ -1,13 +1,14 @@
-"""Folders of videos and pictures to latent shards."""
+"""From folders of videos and images to latent shards."""
 
-from gpdit_lightning.preparation.few_shot import PreparePairsOptions, prepare_pairs
-from gpdit_lightning.preparation.options import PrepareOptions, argument_parser
-from gpdit_lightning.preparation.prepare import list_input_files, prepare, summary
+from gpdit_lightning.options.prepare import PrepareOptions
+from gpdit_lightning.options.prepare_pairs import PreparePairsOptions
+from gpdit_lightning.preparation.few_shot import prepare_pairs
+from gpdit_lightning.preparation.prepare import list_input_files, prepare
+from gpdit_lightning.preparation.summary import summary
 
 __all__ = [
     "PrepareOptions",
     "PreparePairsOptions",
-    "argument_parser",
     "list_input_files",
     "prepare",
     "prepare_pairs",

@@ -1,4 +1,4 @@
-"""What published annotation files say of sources: captions, labels, and the split that a source belongs to."""
+"""Published annotation files: captions, labels and splits of input files."""
 
 import csv
 import json
@@ -18,26 +18,26 @@ from gpdit_lightning.media.images import IMAGE_EXTENSIONS
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 
 FIELDS = ("source", "caption", "label", "split")
-UNDERSTOOD = (
+SUPPORTED = (
     "give UCF-101's trainlist, testlist or classInd, MSR-VTT's videodatainfo.json, or JSON lines, CSV or TSV with "
     f"{', '.join(FIELDS)}"
 )
 SPLITS: dict[str, Split] = {split: split for split in get_args(Split)}
 MSR_VTT_SPLITS: dict[str, Split] = {"train": "train", "validate": "validation", "test": "validation"}
 
-ENDINGS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
-FILE = rf"(?P<name>\S.*(?:{'|'.join(map(re.escape, ENDINGS))}))"
-# The lines of UCF-101's three kinds of lists, and the split that a kind stands for.
+EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
+FILE = rf"(?P<name>\S.*(?:{'|'.join(map(re.escape, EXTENSIONS))}))"
+# The lines of UCF-101's three kinds of lists, and the split of the files in each.
 LISTS: tuple[tuple[re.Pattern[str], Split | None], ...] = (
     (re.compile(rf"{FILE}\s+(?P<number>\d+)", re.IGNORECASE), "train"),
     (re.compile(FILE, re.IGNORECASE), "validation"),
     (re.compile(r"(?P<number>\d+)\s+(?P<name>\S+)"), None),
 )
-HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")  # of surrogates: JSON can spell it, and no file can hold it
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can spell it, and UTF-8 cannot encode it
 
 
 class Annotation(NamedTuple):
-    """What is known of one source."""
+    """What the files say about one input file."""
 
     captions: tuple[str, ...] = ()
     label: str | None = None
@@ -46,87 +46,85 @@ class Annotation(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """What one file says, under the names that it uses."""
+    """The content of one annotation file, under the names that it uses."""
 
     path: Path
     entries: dict[str, Annotation] = field(default_factory=dict)
     classes: set[tuple[int, str]] = field(default_factory=set)
-    """Numbers and names of classes, which are names of folders."""
+    """Numbers and names of classes; a class is the name of a folder."""
     is_list: bool = False
     """One of UCF-101's lists."""
 
     def of(self, name: str) -> Annotation:
-        """What is said of a source under its whole name, else under its path without ending, else under its stem."""
+        """The annotation of an input file: under its name, else its path without extension, else its stem."""
         if name in self.entries:
             return self.entries[name]
-        entry = self._by_path.get(_without_ending(name)) or self._by_stem.get(_stem(name))
+        entry = self._by_path.get(_without_extension(name)) or self._by_stem.get(_stem(name))
         return self.entries[entry] if entry else Annotation()
 
-    def add(self, line: int, name: str, said: Annotation) -> None:
-        """Add what a line says of a source.
+    def add(self, line: int, name: str, annotation: Annotation) -> None:
+        """Add the annotation of a line.
 
         Raises:
-            InputError: an earlier line says otherwise.
+            InputError: an earlier line contradicts it.
         """
         name = name.removeprefix("./")
-        if known := self.entries.get(name):
-            if difference := _difference(known, said):
-                raise InputError(f"{self.path} line {line} gives {name!r} the {difference} before: remove one of them.")
-            said = _merged(known, said)
-        self.entries[name] = said
+        if earlier := self.entries.get(name):
+            if conflict := _conflict(earlier, annotation):
+                raise InputError(f"{self.path} line {line} gives {name!r} the {conflict} before: remove one of them.")
+            annotation = _merged(earlier, annotation)
+        self.entries[name] = annotation
 
-    # Made when a whole name is not found: a file of millions that names its sources in full costs no more than itself.
+    # Built when a full name is not found, so that files with millions of full names need no second table.
     @cached_property
     def _by_path(self) -> dict[str, str | None]:
-        return _shortened(self.entries, _without_ending)
+        return _by_short_name(self.entries, _without_extension)
 
     @cached_property
     def _by_stem(self) -> dict[str, str | None]:
-        return _shortened(self.entries, _stem)
+        return _by_short_name(self.entries, _stem)
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """What several files say together."""
+    """The content of several annotation files."""
 
     tables: tuple[Table, ...] = ()
     labels: tuple[str, ...] = ()
-    """Names of all classes in the order of their numbers in UCF-101's lists; empty where no such list is given."""
+    """Names of all classes in the order of their numbers in UCF-101's lists; empty without such a list."""
 
     def of(self, name: str) -> Annotation:
-        """What is known of a source; nothing, where no file names it.
+        """The annotation of an input file; an empty one if no file names it.
 
         Args:
-            name: its path relative to its folder, with slashes. An annotation file may name it in full, or without the
-                ending, or by its stem alone unless it has that stem twice.
+            name: its path relative to its folder, with slashes. An annotation file may give the full name, the name
+                without extension, or the stem alone if only one of its entries has that stem.
 
         Raises:
             InputError: two files give it different labels or splits.
         """
-        known = Annotation()
-        for place, table in enumerate(self.tables):
-            said = table.of(name)
-            if difference := _difference(known, said):
-                earlier = next(other.path for other in self.tables[:place] if _difference(other.of(name), said))
-                raise InputError(
-                    f"{table.path} gives {name!r} the {difference} in {earlier}: correct or leave out one."
-                )
-            known = _merged(known, said)
-        return known
+        merged = Annotation()
+        for i, table in enumerate(self.tables):
+            annotation = table.of(name)
+            if conflict := _conflict(merged, annotation):
+                other = next(other.path for other in self.tables[:i] if _conflict(other.of(name), annotation))
+                raise InputError(f"{table.path} gives {name!r} the {conflict} in {other}: correct or omit one.")
+            merged = _merged(merged, annotation)
+        return merged
 
 
 def read_annotations(paths: Sequence[Path]) -> Annotations:
-    """Read annotation files, each recognised by what is in it.
+    """Read annotation files; the content of each shows its format.
 
     - UCF-101's lists: one with class numbers is for training, one without for validation, and classInd.txt names the
-      classes. The label is the folder, where any list gives it a class number.
+      classes. The label is the name of the folder, if any list gives it a class number.
     - MSR-VTT's `videodatainfo.json`: captions in the order of `sen_id`, and splits ("validate" and "test" are both
-      validation). Its categories are left out: they are numbers without names, and topics more than classes.
-    - JSON lines, CSV and TSV with the fields `FIELDS`, of which only "source" is needed. Captions may be a list, or
-      stand on several lines.
+      validation). Its categories are not used: they are numbers without names, and topics rather than classes.
+    - JSON lines, CSV and TSV with the fields `FIELDS`, of which only "source" is required. Captions may be a list, or
+      on several lines.
 
     Raises:
-        InputError: a file that is missing, of none of these forms, or contradicts itself; class numbers that differ.
+        InputError: a file that is missing, has none of these formats or contradicts itself; class numbers that differ.
     """
     tables = tuple(_read(Path(path)) for path in paths)
     classes = sorted({pair for table in tables for pair in table.classes})
@@ -153,7 +151,7 @@ def _read(path: Path) -> Table:
     for pattern, split in LISTS:
         if pattern.fullmatch(first):
             return _list(path, pattern, split)
-    raise InputError(f"{path} begins with {first[:80]!r}, which is nothing that is understood: {UNDERSTOOD}.")
+    raise InputError(f"{path} begins with {first[:80]!r}, which is no supported format: {SUPPORTED}.")
 
 
 def _list(path: Path, pattern: re.Pattern[str], split: Split | None) -> Table:
@@ -163,20 +161,20 @@ def _list(path: Path, pattern: re.Pattern[str], split: Split | None) -> Table:
             continue
         match = pattern.fullmatch(line.strip())
         if not match:
-            raise InputError(f"{path} line {number} is {line.strip()[:80]!r}, unlike the lines before: {UNDERSTOOD}.")
-        said = match.groupdict()
+            raise InputError(f"{path} line {number} is {line.strip()[:80]!r}, unlike the lines before: {SUPPORTED}.")
+        values = match.groupdict()
         if split:
-            table.add(number, said["name"], Annotation(split=split))
-        label = _folder(said["name"]) if split else said["name"]
-        if label and "number" in said:
-            table.classes.add((int(said["number"]), label))
+            table.add(number, values["name"], Annotation(split=split))
+        label = _folder(values["name"]) if split else values["name"]
+        if label and "number" in values:
+            table.classes.add((int(values["number"]), label))
     return table
 
 
 def _label_by_folder(table: Table, classes: set[str]) -> None:
-    for name, said in table.entries.items():
+    for name, annotation in table.entries.items():
         if _folder(name) in classes:
-            table.entries[name] = said._replace(label=_folder(name))
+            table.entries[name] = annotation._replace(label=_folder(name))
 
 
 def _msr_vtt(path: Path) -> Table:
@@ -190,15 +188,17 @@ def _msr_vtt(path: Path) -> Table:
                 raise TypeError(f"the caption {sentence['caption']!r}")
             captions[sentence["video_id"]].append(sentence["caption"].strip())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no readable JSON ({error}): {UNDERSTOOD}.") from None
+        raise InputError(f"{path} is not readable JSON ({error}): {SUPPORTED}.") from None
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is unlike MSR-VTT's videodatainfo.json at {error}: {UNDERSTOOD}.") from None
+        raise InputError(
+            f"{path} does not have the fields of MSR-VTT's videodatainfo.json ({error}): {SUPPORTED}."
+        ) from None
     names = dict.fromkeys([*splits, *captions])
     return Table(path, {name: Annotation(tuple(captions[name]), split=splits.get(name)) for name in names})
 
 
 def _is_document(line: str) -> bool:
-    """Whether a line that begins like JSON is the begin, or the whole, of one document for all sources."""
+    """Whether a line that begins like JSON is the beginning, or the whole, of one document for all input files."""
     try:
         return "videos" in json.loads(line)
     except (ValueError, RecursionError):
@@ -208,8 +208,7 @@ def _is_document(line: str) -> bool:
 def _table(path: Path, objects: Iterable[tuple[int, dict[str, Any]]]) -> Table:
     table = Table(path)
     for line, values in objects:
-        source, said = _entry(path, line, values)
-        table.add(line, source, said)
+        table.add(line, *_entry(path, line, values))
     return table
 
 
@@ -221,15 +220,15 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} line {number} is no readable JSON ({error}): correct or remove it.") from None
+            raise InputError(f"{path} line {number} is not readable JSON ({error}): correct or remove it.") from None
         if not isinstance(values, dict):
-            raise InputError(f"{path} line {number} is no JSON object: correct or remove it.")
+            raise InputError(f"{path} line {number} is not a JSON object: correct or remove it.")
         yield number, values
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a CSV or TSV file below its header, each with its line; empty cells are left out."""
-    # Strict: a quote that is not closed would take all lines up to the next one as its cell, in silence.
+    """The rows of a CSV or TSV file below its header, each with its line; empty cells are omitted."""
+    # Strict: otherwise an unclosed quote would silently make one cell of all lines up to the next quote.
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
     header: list[str] = []
     try:
@@ -237,32 +236,32 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
             if not header:
                 header = row
                 if len(set(header)) < len(header):
-                    raise csv.Error("two columns have one name")
+                    raise csv.Error("two columns have the same name")
             elif len(row) != len(header):
                 raise csv.Error(f"{len(row)} cells under a header of {len(header)}")
             else:
                 yield reader.line_num, {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
     except csv.Error as error:
-        raise InputError(f"{path} line {reader.line_num} is no row of the table ({error}): correct it.") from None
+        raise InputError(f"{path} line {reader.line_num} is not a row of the table ({error}): correct it.") from None
 
 
 def _entry(path: Path, line: int, values: dict[str, Any]) -> tuple[str, Annotation]:
-    """The source that an object or row names, and what it says of it."""
+    """The input file that an object or row names, and its annotation."""
 
     def wrong(name: str, wanted: str) -> InputError:
-        return InputError(f"{path} line {line} has {values.get(name)!r} as {name} where {wanted} belongs: correct it.")
+        return InputError(f"{path} line {line} has {values.get(name)!r} as {name}, which must be {wanted}: correct it.")
 
     for name in values:
         if name not in FIELDS:
-            raise InputError(f"{path} line {line} has the unknown field {name!r}: leave only {', '.join(FIELDS)}.")
+            raise InputError(f"{path} line {line} has the unknown field {name!r}: give only {', '.join(FIELDS)}.")
     source, caption, label, split = (values.get(name) or None for name in FIELDS)
     captions = caption if isinstance(caption, list) else [caption] if caption else []
     if not isinstance(source, str) or not _is_text(source):
-        raise wrong("source", "the path of a source")
+        raise wrong("source", "the path of an input file")
     if not all(_is_text(text) for text in captions):
-        raise wrong("caption", "a text or a list of texts")
+        raise wrong("caption", "a string or a list of strings")
     if label and not _is_text(label):
-        raise wrong("label", "a text")
+        raise wrong("label", "a string")
     if split and (not isinstance(split, str) or split not in SPLITS):
         raise wrong("split", " or ".join(SPLITS))
     return source, Annotation(
@@ -271,46 +270,46 @@ def _entry(path: Path, line: int, values: dict[str, Any]) -> tuple[str, Annotati
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file, counted from 1; raises `InputError` where it is no text."""
+    """The lines of a file, counted from 1; raises InputError if it is not UTF-8 text."""
     number = 1
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): {UNDERSTOOD}.") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}): {SUPPORTED}.") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} line {number} is no UTF-8 ({error.reason}): save it as UTF-8.") from None
+        raise InputError(f"{path} line {number} is not UTF-8 ({error.reason}): save it as UTF-8.") from None
 
 
-def _difference(known: Annotation, said: Annotation) -> str | None:
-    """In words, what of two annotations cannot both be true."""
-    for name, first, second in zip(Annotation._fields[1:], known[1:], said[1:], strict=True):
+def _conflict(earlier: Annotation, later: Annotation) -> str | None:
+    """A label or split in which two annotations differ, in words."""
+    for name, first, second in zip(Annotation._fields[1:], earlier[1:], later[1:], strict=True):
         if first and second and first != second:
             return f"{name} {second!r}, which is {first!r}"
     return None
 
 
-def _merged(known: Annotation, said: Annotation) -> Annotation:
-    return Annotation(known.captions + said.captions, known.label or said.label, known.split or said.split)
+def _merged(earlier: Annotation, later: Annotation) -> Annotation:
+    return Annotation(earlier.captions + later.captions, earlier.label or later.label, earlier.split or later.split)
 
 
-def _shortened(names: Iterable[str], shorten: Callable[[str], str]) -> dict[str, str | None]:
-    """Short name -> the name it stands for; None where it stands for several."""
-    found: dict[str, str | None] = {}
+def _by_short_name(names: Iterable[str], shorten: Callable[[str], str]) -> dict[str, str | None]:
+    """Short name -> the full name; None if several names have that short name."""
+    full_names: dict[str, str | None] = {}
     for name in names:
         short = shorten(name)
-        found[short] = None if short in found else name
-    return found
+        full_names[short] = None if short in full_names else name
+    return full_names
 
 
-def _without_ending(name: str) -> str:
-    start, _, ending = name.rpartition(".")
-    return start if f".{ending.lower()}" in ENDINGS else name
+def _without_extension(name: str) -> str:
+    start, _, extension = name.rpartition(".")
+    return start if f".{extension.lower()}" in EXTENSIONS else name
 
 
 def _stem(name: str) -> str:
-    return _without_ending(name.rpartition("/")[2])
+    return _without_extension(name.rpartition("/")[2])
 
 
 def _folder(name: str) -> str:
@@ -318,4 +317,4 @@ def _folder(name: str) -> str:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and (value.isascii() or not HALF_A_PAIR.search(value))
+    return isinstance(value, str) and bool(value.strip()) and (value.isascii() or not LONE_SURROGATE.search(value))

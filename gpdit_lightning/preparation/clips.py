@@ -1,37 +1,46 @@
-"""Sources to clips of pixels, by several processes, in an order that depends on none of them."""
+"""From one input file to clips: uint8 pixels at the size to encode, with their metadata."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gpdit_lightning.data.manifest import Split
-from gpdit_lightning.data.workers import outlive_signals
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import closest_size, parse_size, read_image, resize_and_crop
 from gpdit_lightning.media.video import iterate_frames, video_info
-from gpdit_lightning.preparation.input_files import InputFile, held_out
-from gpdit_lightning.preparation.options import LANES, PrepareOptions
-from gpdit_lightning.preparation.shots import with_cuts
-from gpdit_lightning.preparation.tars import iterate_images
+from gpdit_lightning.options.prepare import PrepareOptions
+from gpdit_lightning.preparation.input_files import InputFile, choose_by_hash
+from gpdit_lightning.preparation.shots import mark_cuts
+from gpdit_lightning.preparation.tars import iterate_samples
 
-# A decoder with several threads may leave other pictures of a damaged video each time.
+# With several threads a decoder may give other frames of a damaged video each time.
 DECODER_THREADS = 1
 
-# What tells samples apart: the name of the source, and the first frame of a clip.
-Identity = tuple[str, int | None]
+
+class SampleId(NamedTuple):
+    """Identifies a sample of a data set."""
+
+    source: str
+    """The name of the input file; for an image of a tar TAR/KEY."""
+    first_frame: int | None
+    """Of a clip; None for an image."""
+
+    @classmethod
+    def of(cls, metadata: dict[str, Any]) -> "SampleId":
+        """The identity of the sample with these metadata."""
+        return cls(metadata["source"], metadata.get("first_frame"))
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Pixels of one sample, ready to be encoded."""
+    """The pixels of one sample; an image is a clip of one frame."""
 
-    source: int
-    """Place of its source in the list."""
+    file: int
+    """Index of its input file."""
     split: Split
     pixels: Tensor
     """uint8 (T, 3, H, W)."""
@@ -39,241 +48,187 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Done:
-    """A sample that is in a complete shard already: it keeps its turn, so that the order of the others stays."""
+class EncodedClip:
+    """A clip that is in a complete shard already. It keeps its place in the order, without pixels."""
 
-    source: int
-    identity: Identity
+    file: int
+    id: SampleId
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A part of a source that cannot be used."""
+class SkippedInput:
+    """An input file, the rest of one, or an image of a tar that cannot be used."""
 
-    source: int
+    file: int
     name: str
     reason: str
 
 
 @dataclass(frozen=True)
-class End:
-    """A source is read."""
+class EndOfFile:
+    """All of an input file was read."""
 
-    source: int
-
-
-Item = Clip | Done | Skipped | End
+    file: int
 
 
-def identity_of(metadata: dict[str, Any]) -> Identity:
-    """What tells a sample from every other of its data set."""
-    return metadata["source"], metadata.get("first_frame")
+Item = Clip | EncodedClip | SkippedInput | EndOfFile
 
 
-class Lanes(IterableDataset[Item | None]):
-    """The items of many sources, `LANES` sources at a time in turn.
+class Frame(NamedTuple):
+    """One frame of a video."""
 
-    File i belongs to lane i % LANES. Each turn takes one item from every lane; a lane that has ended gives None while
-    others of its process go on. So the order without the Nones is the same for every number of processes that divides
-    `LANES`: a loader asks its processes in turn, and each of them holds equally many lanes.
+    number: int
+    pixels: Tensor
+    """uint8 (3, H, W)."""
+    begins_shot: bool
+
+
+class ClipReader:
+    """Reads input files as clips.
 
     Args:
-        sources: what to read.
         options: how to cut and scale.
-        factor: pixel frames of a latent frame after the first.
-        done: samples that need no pixels.
+        temporal_factor: of the codec: pixel frames per latent frame after the first.
+        encoded: samples that are in complete shards already.
     """
 
     def __init__(
-        self,
-        sources: Sequence[InputFile],
-        options: PrepareOptions,
-        factor: int,
-        done: AbstractSet[Identity] = frozenset(),
+        self, options: PrepareOptions, temporal_factor: int, encoded: AbstractSet[SampleId] = frozenset()
     ) -> None:
-        self.sources, self.options, self.factor, self.done = sources, options, factor, done
+        self.options, self.temporal_factor, self.encoded = options, temporal_factor, encoded
 
-    def __iter__(self) -> Iterator[Item | None]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        lanes = [self._lane(lane) for lane in range(first, LANES, step)]
-        while True:
-            items = [next(lane, None) for lane in lanes]
-            if not any(item is not None for item in items):
-                return
-            yield from items
+    def items(self, index: int, file: InputFile) -> Iterator[Item]:
+        """The clips of a file, then its end. What cannot be used is an item too, not an exception.
 
-    def _lane(self, lane: int) -> Iterator[Item]:
-        for place in range(lane, len(self.sources), LANES):
-            source = self.sources[place]
-            try:
-                yield from self._items(place, source)
-            except InputError as error:
-                yield Skipped(place, source.name, str(error))
-            except Exception as error:  # among millions of files one is odd in a way that no library expects
-                reason = f"{source.path} could not be used ({type(error).__name__}: {error}): replace or remove it."
-                yield Skipped(place, source.name, reason)
-            yield End(place)
-
-    def _items(self, place: int, source: InputFile) -> Iterator[Item]:
-        if source.kind == "video":
-            yield from self._clips(place, source)
-        elif source.split is None:
-            yield from self._pictures_of_tar(place, source)
-        else:
-            metadata = {"source": source.name} | _annotation(source)
-            if identity_of(metadata) in self.done:
-                yield Done(place, identity_of(metadata))
+        Args:
+            index: of the file, which the items carry.
+            file: the file.
+        """
+        try:
+            if file.kind == "video":
+                yield from self._clips_of_video(index, file)
+            elif file.split is None:
+                yield from self._images_of_tar(index, file)
             else:
-                yield self._picture(place, source.split, read_image(source.path), metadata)
+                yield from self._image(index, file, file.split)
+        except InputError as error:
+            yield SkippedInput(index, file.name, str(error))
+        except Exception as error:  # a damaged file can make a library raise anything
+            reason = f"{file.path} could not be used ({type(error).__name__}: {error}): replace or remove it."
+            yield SkippedInput(index, file.name, reason)
+        yield EndOfFile(index)
 
-    def _pictures_of_tar(self, place: int, tar: InputFile) -> Iterator[Item]:
-        for sample in iterate_images(tar.path):
+    def _image(self, index: int, file: InputFile, split: Split) -> Iterator[Item]:
+        id = SampleId(file.name, None)
+        if id in self.encoded:
+            yield EncodedClip(index, id)
+        else:
+            metadata = {"source": file.name} | file.annotation
+            yield self._clip_of_image(index, split, read_image(file.path), metadata)
+
+    def _images_of_tar(self, index: int, tar: InputFile) -> Iterator[Item]:
+        for sample in iterate_samples(tar.path):
             name = f"{tar.name}/{sample.key}"
             if sample.problem:
-                yield Skipped(place, name, sample.problem)
+                yield SkippedInput(index, name, sample.problem)
             if sample.pixels is None:
                 continue
-            if (name, None) in self.done:
-                yield Done(place, (name, None))
+            if (id := SampleId(name, None)) in self.encoded:
+                yield EncodedClip(index, id)
             else:
-                split: Split = "validation" if held_out(name, self.options.validation_fraction) else "train"
-                yield self._picture(place, split, sample.pixels, {"source": name} | sample.metadata)
+                split = choose_by_hash(name, self.options.validation_fraction).split
+                assert split is not None
+                yield self._clip_of_image(index, split, sample.pixels, {"source": name} | sample.metadata)
 
-    def _picture(self, place: int, split: Split, pixels: Tensor, metadata: dict[str, Any]) -> Clip:
+    def _clip_of_image(self, index: int, split: Split, pixels: Tensor, metadata: dict[str, Any]) -> Clip:
         height, width = pixels.shape[2:]
         size = closest_size(height, width, [parse_size(text) for text in self.options.image_sizes])
-        return Clip(place, split, resize_and_crop(pixels, size), metadata | {"pixel_size": list(size)})
+        return Clip(index, split, resize_and_crop(pixels, size), metadata | {"pixel_size": list(size)})
 
-    def _clips(self, place: int, source: InputFile) -> Iterator[Item]:
-        assert source.split is not None
+    def _clips_of_video(self, index: int, file: InputFile) -> Iterator[Item]:
+        assert file.split is not None
         options = self.options
-        info = video_info(source.path, DECODER_THREADS)
+        info = video_info(file.path, DECODER_THREADS)
         size = closest_size(info.height, info.width, [parse_size(text) for text in options.video_sizes])
-        metadata: dict[str, Any] = {"source": source.name} | _annotation(source)
+        metadata: dict[str, Any] = {"source": file.name} | file.annotation
         metadata |= {"fps": float(info.fps), "stride": options.stride, "pixel_size": list(size)}
-        seen = given = 0
-
-        def frames_seen() -> Iterator[tuple[int, Tensor, bool]]:
-            nonlocal seen
-            for seen, frame in enumerate(self._frames(source), start=1):  # noqa: B007, read afterwards
-                yield frame
-
+        frames = _Counted(self._selected_frames(file))
+        clips = 0
         try:
-            for first, frames in cut_clips(frames_seen(), options, self.factor):
-                if len(frames) < options.shortest_clip:
+            for clip in cut_clips(frames, options, self.temporal_factor):
+                if len(clip) < options.shortest_clip:
                     continue
-                if (source.name, first) in self.done:
-                    yield Done(place, (source.name, first))
+                id = SampleId(file.name, clip[0].number)
+                if id in self.encoded:
+                    yield EncodedClip(index, id)
                 else:
-                    pixels = torch.cat([resize_and_crop(frame[None], size) for frame in frames])
-                    yield Clip(place, source.split, pixels, metadata | {"first_frame": first})
-                given += 1
-                if given == options.clips_per_video:
+                    pixels = torch.cat([resize_and_crop(frame.pixels[None], size) for frame in clip])
+                    yield Clip(index, file.split, pixels, metadata | {"first_frame": id.first_frame})
+                clips += 1
+                if clips == options.clips_per_video:
                     break
         except InputError as error:
-            raise InputError(f"{error} Its first {given} clips were used." if given else str(error)) from None
-        if not given:
+            raise InputError(f"{error} Its first {clips} clips were used." if clips else str(error)) from None
+        if not clips:
             uncut = " without a cut" if options.avoid_cuts else ""
             raise InputError(
-                f"{source.path} gives {seen} frames at stride {options.stride} and a clip has "
-                f"{options.shortest_clip}{uncut}: lower the stride or the clip's length."
+                f"{file.path} has {frames.count} frames at stride {options.stride} but a clip needs "
+                f"{options.shortest_clip}{uncut}: lower --stride or --least_clip_frames."
             )
 
-    def _frames(self, source: InputFile) -> Iterator[tuple[int, Tensor, bool]]:
-        """The frames that count: number in the video, pixels (3, H, W), and whether it begins a shot."""
+    def _selected_frames(self, file: InputFile) -> Iterator[Frame]:
+        """The frames at the stride; with `avoid_cuts` each shot begins with its first frame."""
         stride = self.options.stride
         if not self.options.avoid_cuts:
-            for place, frame in enumerate(iterate_frames(source.path, stride=stride, threads=DECODER_THREADS)):
-                yield place * stride, frame, False
+            for i, pixels in enumerate(iterate_frames(file.path, stride=stride, threads=DECODER_THREADS)):
+                yield Frame(i * stride, pixels, False)
             return
-        first = 0
-        for number, (frame, cut) in enumerate(with_cuts(iterate_frames(source.path, threads=DECODER_THREADS))):
-            first = number if cut else first
-            if (number - first) % stride == 0:
-                yield number, frame, cut
+        shot = 0  # its first frame
+        for number, (pixels, begins_shot) in enumerate(mark_cuts(iterate_frames(file.path, threads=DECODER_THREADS))):
+            shot = number if begins_shot else shot
+            if (number - shot) % stride == 0:
+                yield Frame(number, pixels, begins_shot)
 
 
-def cut_clips(
-    frames: Iterator[tuple[int, Tensor, bool]], options: PrepareOptions, factor: int
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """Cut frames into clips of `clip_frames`; what is left at the end of a shot is one of 1 + 4k, however short.
+class _Counted(Iterator[Frame]):
+    """Passes frames on and counts them."""
+
+    def __init__(self, frames: Iterator[Frame]) -> None:
+        self._frames, self.count = frames, 0
+
+    def __next__(self) -> Frame:
+        frame = next(self._frames)
+        self.count += 1
+        return frame
+
+
+def cut_clips(frames: Iterator[Frame], options: PrepareOptions, temporal_factor: int) -> Iterator[list[Frame]]:
+    """Cut frames into clips of `clip_frames`. The rest of a shot is a clip of 1 + k `temporal_factor` frames, however
+    short, if it has frames that are in no clip.
 
     Args:
-        frames: number in the video, pixels (3, H, W), and whether the frame begins a shot.
-        options: how long clips are, and how far apart they begin.
-        factor: pixel frames of a latent frame after the first.
-
-    Yields:
-        The number of the first frame, and the frames. What is left is given only if it has frames that no clip has.
+        frames: of one video, in order.
+        options: the length of clips, and the distance of their starts.
+        temporal_factor: pixel frames per latent frame after the first.
     """
-    kept: list[tuple[int, Tensor]] = []
-    taken = 0  # of the kept frames, those that a clip has already; below 0: frames to leave out first
+    window: list[Frame] = []
+    used = 0  # frames at the start of the window that are in a clip already; if negative, frames still to drop
 
-    def rest() -> Iterator[tuple[int, list[Tensor]]]:
-        length = len(kept) - (len(kept) - 1) % factor
-        if length > max(taken, 0):
-            yield kept[0][0], [frame for _, frame in kept[:length]]
+    def rest() -> Iterator[list[Frame]]:
+        length = len(window) - (len(window) - 1) % temporal_factor
+        if length > max(used, 0):
+            yield window[:length]
 
-    for number, frame, begins_shot in frames:
-        if begins_shot:
+    for frame in frames:
+        if frame.begins_shot:
             yield from rest()
-            kept, taken = [], 0
-        if taken < 0:
-            taken += 1
+            window, used = [], 0
+        if used < 0:
+            used += 1
             continue
-        kept.append((number, frame))
-        if len(kept) == options.clip_frames:
-            yield kept[0][0], [frame for _, frame in kept]
-            kept = kept[options.step :]
-            taken = options.clip_frames - options.step
+        window.append(frame)
+        if len(window) == options.clip_frames:
+            yield window
+            window = window[options.frames_between_starts :]
+            used = options.clip_frames - options.frames_between_starts
     yield from rest()
-
-
-def read(
-    sources: Sequence[InputFile], options: PrepareOptions, factor: int, workers: int, done: AbstractSet[Identity]
-) -> Iterator[Item]:
-    """The items of the sources, read by `workers` processes; the same for each number of them.
-
-    Args:
-        sources: what to read.
-        options: how to cut and scale.
-        factor: pixel frames of a latent frame after the first.
-        workers: a divisor of `LANES`, or 0 to read in this process.
-        done: samples that need no pixels.
-
-    Raises:
-        InputError: one of the processes was killed.
-    """
-    lanes = Lanes(sources, options, factor, done)
-    loader: DataLoader[Item | None] = DataLoader(
-        lanes, batch_size=None, num_workers=workers, worker_init_fn=outlive_signals if workers else None
-    )
-    ended: set[int] = set()
-    try:
-        for item in loader:
-            if isinstance(item, End):
-                ended.add(item.source)
-            if item is not None:
-                yield item
-    except RuntimeError as error:  # what a loader raises when one of its processes is gone
-        if "DataLoader worker" not in str(error):
-            raise
-        under_way = [
-            next((i for i in range(lane, len(sources), LANES) if i not in ended), None) for lane in range(LANES)
-        ]
-        names = ", ".join(sources[place].name for place in under_way if place is not None)
-        raise InputError(
-            f"A decoding process was killed while these were read: {names}; if memory or shared memory ran out, run "
-            "the same command with fewer --workers, else take the file away that FFmpeg cannot bear."
-        ) from None
-
-
-def _annotation(source: InputFile) -> dict[str, Any]:
-    """What is known of a source, for its samples' metadata."""
-    known: dict[str, Any] = {"label": source.label} if source.label is not None else {}
-    if source.captions:
-        known["caption"] = source.captions[0]
-    if len(source.captions) > 1:
-        known["captions"] = list(source.captions)
-    return known

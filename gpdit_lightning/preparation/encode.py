@@ -1,4 +1,4 @@
-"""One part of the sources to complete shards: clips through the codec, in batches of one shape."""
+"""From the input files of one part to complete shards: clips through the codec, in batches of one shape."""
 
 import re
 import time
@@ -16,141 +16,179 @@ from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.data.shards import Shape, ShardReader, described, index_of
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.preparation.clips import Clip, Done, End, Identity, Skipped, identity_of, read
+from gpdit_lightning.options.prepare import PrepareOptions
+from gpdit_lightning.preparation.clips import Clip, EncodedClip, EndOfFile, Item, SampleId, SkippedInput
 from gpdit_lightning.preparation.input_files import InputFile
-from gpdit_lightning.preparation.options import PrepareOptions
+from gpdit_lightning.preparation.interleave import read_clips
 from gpdit_lightning.preparation.records import PartResult
 
 SHARD_NAME = re.compile(
-    rf"({'|'.join(get_args(Split))})-({'|'.join(get_args(Kind))})-(\d+)x(\d+)x(\d+)-(\d{{5}})-\d{{5}}"
+    rf"({'|'.join(get_args(Split))})-({'|'.join(get_args(Kind))})-(\d+)x(\d+)x(\d+)-(?P<part>\d{{5}})-\d{{5}}"
 )
-REFRESH = 0.5  # seconds between changes of what the bar says
+REFRESH = 0.5  # seconds between changes of the text of the progress bar
 
 Bucket = tuple[Split, Kind, Shape]
 
 
 class Progress:
-    """The bar of a process: sources, samples a second, what was left out, time left.
+    """The progress bar of a process: input files, clips per second, skipped inputs, time left.
 
     Args:
-        sources: to go through.
+        files: number of input files.
         hidden: show nothing.
     """
 
-    def __init__(self, sources: int, hidden: bool = False) -> None:
-        # None: shown in a terminal alone.
-        self._bar = tqdm(total=sources, unit=" sources", smoothing=0.05, disable=True if hidden else None)
-        self._samples = self._skipped = 0
-        self._begin = self._shown = time.monotonic()
+    def __init__(self, files: int, hidden: bool = False) -> None:
+        # None: shown in a terminal only.
+        self._bar = tqdm(total=files, unit=" files", smoothing=0.05, disable=True if hidden else None)
+        self._clips = self._skipped = 0
+        self._start = self._shown = time.monotonic()
 
-    def add(self, sources: int = 0, samples: int = 0, skipped: int = 0) -> None:
+    def add(self, files: int = 0, clips: int = 0, skipped: int = 0) -> None:
         """Count what was done."""
-        self._samples += samples
+        self._clips += clips
         self._skipped += skipped
-        self._bar.update(sources)
+        self._bar.update(files)
         now = time.monotonic()
         if now - self._shown > REFRESH:
-            rate = self._samples / (now - self._begin)
-            self._bar.set_postfix_str(f"{self._samples} clips, {rate:.1f} clips/s, {self._skipped} left out")
+            rate = self._clips / (now - self._start)
+            self._bar.set_postfix_str(f"{self._clips} clips, {rate:.1f} clips/s, {self._skipped} skipped")
             self._shown = now
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it is."""
         self._bar.close()
 
 
-class Known(NamedTuple):
-    """What the result of a part needs to know of a sample that is in a complete shard."""
+class StoredSample(NamedTuple):
+    """What the result of a part needs of a sample in a shard."""
 
     split: Split
     label: str | None
 
 
 def encode_part(
-    part: int, sources: Sequence[InputFile], options: PrepareOptions, codec: Codec, workers: int, progress: Progress
+    part: int, files: Sequence[InputFile], options: PrepareOptions, codec: Codec, workers: int, progress: Progress
 ) -> PartResult:
-    """Write the shards of a part, behind those of it that are complete already.
+    """Write the shards of a part, after those of it that are complete already.
 
-    Samples stand in the order in which `clips.read` gives them, and no batch runs over the end of a shard, so that each
-    is encoded in the same company: a part that was interrupted ends with the shards that it would have had.
+    The samples have the order of `read_clips`, and no batch extends over the end of a shard. So every sample is encoded
+    in the same batch as in an uninterrupted run, and an interrupted part ends with the same shards.
 
     Args:
         part: its number.
-        sources: its sources.
+        files: its input files.
         options: how to cut, scale and pack.
         codec: the codec.
         workers: decoding processes.
-        progress: told of everything.
+        progress: counts files, clips and skipped inputs.
 
     Raises:
         InputError: a complete shard of this part is damaged.
     """
-    complete, done = complete_shards(part, options.out, codec.latent_channels)
-    waiting: dict[Bucket, list[Clip]] = defaultdict(list)
-    used: dict[str, Known] = {}  # by the name of the recording or picture
-    fruitful: set[int] = set()
-    labels: set[str] = set()
-    skipped: list[dict[str, str]] = []
-
-    def count(source: int, name: str, known: Known) -> None:
-        used[name] = known
-        fruitful.add(source)
-        labels.update([known.label] if known.label is not None else [])
-
-    def skip(name: str, reason: str) -> None:
-        skipped.append({"source": name, "reason": reason})
-        progress.add(skipped=1)
-
+    complete, stored = complete_shards(part, options.out, codec.latent_channels)
     with ShardSetWriter(options.out, options.shard_size, part, complete) as writer:
-
-        def flush(bucket: Bucket) -> None:
-            split, kind, _ = bucket
-            clips = waiting.pop(bucket)
-            latents = codec.encode(torch.stack([clip.pixels for clip in clips])).cpu().numpy()
-            for clip, latent in zip(clips, latents, strict=True):
-                name = clip.metadata["source"]
-                try:
-                    writer.write(split, kind, latent, clip.metadata)
-                except InputError as error:
-                    skip(name, str(error))
-                else:
-                    count(clip.source, name, Known(split, clip.metadata.get("label")))
-                    progress.add(samples=1)
-
-        for item in read(sources, options, codec.temporal_factor, workers, done.keys()):
-            match item:
-                case Clip():
-                    bucket = item.split, sources[item.source].kind, codec.latent_shape(item.pixels.shape)
-                    waiting[bucket].append(item)
-                    if len(waiting[bucket]) == min(options.batch_size, writer.room(*bucket)):
-                        flush(bucket)
-                case Done():
-                    count(item.source, item.identity[0], done[item.identity])
-                case Skipped():
-                    skip(item.name, item.reason)
-                case End():
-                    progress.add(sources=1)
-        for bucket in list(waiting):
-            flush(bucket)
-        shards = writer.close()
-    by_split = Counter(known.split for known in used.values())
-    return PartResult(
-        shards=shards,
-        used={split: by_split[split] for split in get_args(Split)},
-        labels=tuple(sorted(labels)),
-        skipped=tuple(skipped),
-        lost=tuple(source.name for place, source in enumerate(sources) if place not in fruitful),
-    )
+        encoder = PartEncoder(files, options.batch_size, codec, stored, writer, progress)
+        for item in read_clips(files, options, codec.temporal_factor, workers, stored.keys()):
+            encoder.add(item)
+        encoder.encode_waiting()
+        return encoder.result(writer.close())
 
 
-def complete_shards(part: int, folder: Path, channels: int) -> tuple[list[ShardEntry], dict[Identity, Known]]:
-    """What an interrupted run left of a part: its complete shards and what is in them; the rest is removed.
+class PartEncoder:
+    """Encodes the clips of a part in batches of one shape, and counts what its files gave.
+
+    Args:
+        files: the input files of the part.
+        batch_size: most clips in a batch.
+        codec: the codec.
+        stored: the samples in its complete shards.
+        writer: takes the latents.
+        progress: counts files, clips and skipped inputs.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[InputFile],
+        batch_size: int,
+        codec: Codec,
+        stored: dict[SampleId, StoredSample],
+        writer: ShardSetWriter,
+        progress: Progress,
+    ) -> None:
+        self._files, self._batch_size, self._codec = files, batch_size, codec
+        self._stored, self._writer, self._progress = stored, writer, progress
+        self._waiting: dict[Bucket, list[Clip]] = defaultdict(list)
+        self._used: dict[str, StoredSample] = {}  # a sample of each video or image
+        self._files_with_samples: set[int] = set()
+        self._labels: set[str] = set()
+        self._skipped: list[dict[str, str]] = []
+
+    def add(self, item: Item) -> None:
+        """Take an item of `read_clips`; a batch that is full is encoded."""
+        match item:
+            case Clip():
+                bucket = item.split, self._files[item.file].kind, self._codec.latent_shape(item.pixels.shape)
+                self._waiting[bucket].append(item)
+                if len(self._waiting[bucket]) == min(self._batch_size, self._writer.room(*bucket)):
+                    self._encode(bucket)
+            case EncodedClip():
+                self._count(item.file, item.id.source, self._stored[item.id])
+            case SkippedInput():
+                self._skip(item.name, item.reason)
+            case EndOfFile():
+                self._progress.add(files=1)
+
+    def encode_waiting(self) -> None:
+        """Encode the batches that are not full."""
+        for bucket in list(self._waiting):
+            self._encode(bucket)
+
+    def result(self, shards: tuple[ShardEntry, ...]) -> PartResult:
+        """The result of the part, with these shards."""
+        by_split = Counter(sample.split for sample in self._used.values())
+        unused = [file.name for index, file in enumerate(self._files) if index not in self._files_with_samples]
+        return PartResult(
+            shards=shards,
+            used={split: by_split[split] for split in get_args(Split)},
+            labels=tuple(sorted(self._labels)),
+            skipped=tuple(self._skipped),
+            without_samples=tuple(unused),
+        )
+
+    def _encode(self, bucket: Bucket) -> None:
+        split, kind, _ = bucket
+        clips = self._waiting.pop(bucket)
+        latents = self._codec.encode(torch.stack([clip.pixels for clip in clips])).cpu().numpy()
+        for clip, latent in zip(clips, latents, strict=True):
+            name = clip.metadata["source"]
+            try:
+                self._writer.write(split, kind, latent, clip.metadata)
+            except InputError as error:
+                self._skip(name, str(error))
+            else:
+                self._count(clip.file, name, StoredSample(split, clip.metadata.get("label")))
+                self._progress.add(clips=1)
+
+    def _count(self, file: int, name: str, sample: StoredSample) -> None:
+        self._used[name] = sample
+        self._files_with_samples.add(file)
+        if sample.label is not None:
+            self._labels.add(sample.label)
+
+    def _skip(self, name: str, reason: str) -> None:
+        self._skipped.append({"source": name, "reason": reason})
+        self._progress.add(skipped=1)
+
+
+def complete_shards(part: int, folder: Path, channels: int) -> tuple[list[ShardEntry], dict[SampleId, StoredSample]]:
+    """The complete shards that an interrupted run left of a part, and their samples; its other files are removed.
 
     Raises:
-        InputError: one of them is damaged.
+        InputError: one of the shards is damaged.
     """
     shards: list[ShardEntry] = []
-    samples: dict[Identity, Known] = {}
+    samples: dict[SampleId, StoredSample] = {}
     for path in sorted(folder.glob(f"*-{part:05d}-?????.*")):
         name = SHARD_NAME.fullmatch(path.name.partition(".")[0])
         if name is None:
@@ -169,6 +207,6 @@ def complete_shards(part: int, folder: Path, channels: int) -> tuple[list[ShardE
             raise InputError(f"{path} is not what was written: delete it and run the same command again.")
         for number in range(entry.count):
             _, metadata = reader.read(number)
-            samples[identity_of(metadata)] = Known(entry.split, metadata.get("label"))
+            samples[SampleId.of(metadata)] = StoredSample(entry.split, metadata.get("label"))
         shards.append(entry)
     return shards, samples

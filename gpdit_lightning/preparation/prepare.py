@@ -1,17 +1,17 @@
-"""Videos and pictures to latent shards and their manifest (GPDiT, section 5.1).
+"""From videos and images to latent shards and their manifest (GPDiT, section 5.1).
 
-The sources are cut into parts (`records.py`); whichever process holds a part encodes it (`encode.py`); whichever ends
-the last one writes the manifest. So any number of processes on any number of machines may run the same command, be
-killed, and run it again.
+The input files are divided into parts (`records.py`). Each part is encoded (`encode.py`) by a process that has locked
+it (`parts.py`), and the process that finishes the last part writes the manifest. So any number of processes on any
+number of machines may run the same command, be killed, and run it again.
 """
 
 import errno
 import json
 import shutil
-from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,169 +19,158 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.manifest import FILE_NAME, SKIPPED_NAME, Manifest, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import written_whole
+from gpdit_lightning.media.images import parse_size
+from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation import shots
-from gpdit_lightning.preparation.input_files import Found, InputFile, find_sources
-from gpdit_lightning.preparation.options import PrepareOptions, check_options
-from gpdit_lightning.preparation.parts import checked_codec, encode_parts
-from gpdit_lightning.preparation.records import Records
+from gpdit_lightning.preparation.input_files import InputFile, Inputs, find_inputs
+from gpdit_lightning.preparation.parts import encode_parts, load_checked_codec
+from gpdit_lightning.preparation.records import PartResult, Records
 
-# Options that do not decide what a sample holds.
-PLACES = ("videos", "images", "image_tars", "validation_videos", "validation_images", "annotations")
-SPEED_OPTIONS = ("out", "codec_source", "device", "batch_size", "workers", "ray", "retry_skipped")
-PICTURES_FOR_A_VIDEO, VIDEOS_FOR_A_TAR = 16, 64  # how `part_size` counts
-# What a folder that takes no more files says.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_ENTRY = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+# Options that do not determine the content of a sample.
+INPUT_OPTIONS = ("videos", "images", "image_tars", "validation_videos", "validation_images", "annotations")
+RUN_OPTIONS = ("out", "codec_source", "device", "batch_size", "workers", "ray", "retry_skipped")
+IMAGES_PER_VIDEO, VIDEOS_PER_TAR = 16, 64  # how `part_size` counts
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 def prepare(options: PrepareOptions) -> Manifest | None:
-    """Encode every source that is not encoded yet, then write the manifest.
+    """Encode every input file that is not encoded yet, then write the manifest.
 
-    Run again after an interruption it goes on, with complete shards kept; with new sources it extends what is there.
-    Under `torchrun` or SLURM each rank takes parts of the work. Files that cannot be read and videos too short for a
-    clip are left out, and named in `skipped.jsonl`.
+    After an interruption the same call resumes and keeps complete shards; new input files are added to existing shards.
+    Under `torchrun` or SLURM each rank encodes a share of the parts. Files that cannot be read and videos that are too
+    short for a clip are skipped, and listed in `skipped.jsonl`.
 
     Returns:
-        The manifest; None where other processes are still at work, of which the last will write it.
+        The manifest; None if other processes are still encoding, of which the last will write it.
 
     Raises:
-        InputError: for an option without sense, no sources, none that can be used, a folder that holds other data, that
-            is full or that cannot be written to, a source that changed since it was encoded.
+        InputError: options that cannot be used, no input files, none that can be used, an input file that changed since
+            it was encoded, or an output folder that holds other data, is full or cannot be written to.
     """
     check_options(options)
-    if options.avoid_cuts:
-        shots.check_available()
     records = Records(options.out)
-    try:
-        found = _found(options, records)
-    except OSError as error:
-        raise InputError(
-            f"{error.filename} cannot be read ({error.strerror}): look at your right to read it."
-        ) from None
-    try:
-        return _prepare(options, records, found)
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise InputError(
-                f"{options.out} has no room left ({error.strerror}): free some and run the same command again; the "
-                "shards that are complete are kept."
-            ) from None
-        if error.errno in NO_ENTRY:
-            raise InputError(
-                f"{error.filename or options.out} cannot be written to ({error.strerror}): give another --out, or the "
-                "right to write there; what is there already is whole."
-            ) from None
-        raise
+    with _readable_inputs():
+        inputs = _find_inputs(options, records)
+    with _writable_output(options.out):
+        return _prepare(options, records, inputs)
 
 
 def list_input_files(options: PrepareOptions) -> list[InputFile]:
-    """The sources that the options name, with the splits that their samples have."""
-    return _found(options, Records(options.out)).sources
+    """The input files that the options name, with the splits that their samples have."""
+    return _find_inputs(options, Records(options.out)).files
 
 
-def _found(options: PrepareOptions, records: Records) -> Found:
-    return find_sources(options, {source.name: source.split for source in records.recorded()})
+def check_options(options: PrepareOptions) -> None:
+    """Raise InputError for sizes that cannot be parsed, or if PySceneDetect is needed and missing."""
+    for text in (*options.video_sizes, *options.image_sizes):
+        parse_size(text)
+    if options.avoid_cuts:
+        shots.check_available()
 
 
-def _prepare(options: PrepareOptions, records: Records, found: Found) -> Manifest | None:
-    if (manifest := _already_there(options, records, found)) is not None:
+def _find_inputs(options: PrepareOptions, records: Records) -> Inputs:
+    return find_inputs(options, {file.name: file.split for file in records.files})
+
+
+def _prepare(options: PrepareOptions, records: Records, inputs: Inputs) -> Manifest | None:
+    if (manifest := _existing_manifest(options, records, inputs)) is not None:
         return manifest
-    codec = checked_codec(options)
-    with records.alone():
-        records.begin(described(options), codec.spec())
-        plan_parts(options, records, found)
+    codec = load_checked_codec(options)
+    with records.lock_all():
+        records.record_settings(sample_options(options), codec.spec())
+        _add_parts(options, records, _new_files(options, records, inputs))
     if options.ray:
         from gpdit_lightning.preparation.ray_data import encode_parts_by_ray  # an optional extra
 
-        encode_parts_by_ray(options, records, found.sources)
+        encode_parts_by_ray(options, records, inputs.files)
     else:
-        encode_parts(options, records, found.sources, codec)
-    with records.alone():
-        if records.unfinished():
+        encode_parts(options, records, inputs.files, codec)
+    with records.lock_all():
+        if records.unfinished_parts:
             return None
-        return merge(options, records, found, codec)
+        return _write_manifest(options, records, inputs, codec)
 
 
-def _already_there(options: PrepareOptions, records: Records, found: Found) -> Manifest | None:
-    """The manifest, where it holds every source already."""
+def _existing_manifest(options: PrepareOptions, records: Records, inputs: Inputs) -> Manifest | None:
+    """The manifest, if it holds every input file already."""
     if not (options.out / FILE_NAME).exists() or not records.parts:
         return None
-    records.check(described(options))
-    if records.unfinished() or new_sources(options, records, found):
+    records.check_options(sample_options(options))
+    if records.unfinished_parts or _new_files(options, records, inputs):
         return None
     manifest = Manifest.load(options.out)
-    print(f"{manifest.path} already holds what these options make: nothing to do.")
+    print(f"{manifest.path} holds all of these input files already.")
     return manifest
 
 
-def described(options: PrepareOptions) -> dict[str, Any]:
-    """The options that decide what the shards hold, as JSON values."""
-    values = {name: value for name, value in asdict(options).items() if name not in (*PLACES, *SPEED_OPTIONS)}
-    resolved = {"least_clip_frames": options.shortest_clip, "clip_step": options.step}
-    return values | resolved | {name: list(values[name]) for name in ("video_sizes", "image_sizes")}
+def sample_options(options: PrepareOptions) -> dict[str, Any]:
+    """The options that determine the content of the samples, as JSON values."""
+    values = {name: value for name, value in asdict(options).items() if name not in (*INPUT_OPTIONS, *RUN_OPTIONS)}
+    defaults = {"least_clip_frames": options.shortest_clip, "clip_step": options.frames_between_starts}
+    return values | defaults | {name: list(values[name]) for name in ("video_sizes", "image_sizes")}
 
 
-def new_sources(options: PrepareOptions, records: Records, found: Found) -> list[InputFile]:
-    """The sources that no part has, and those that gave nothing and shall be tried again.
+def _new_files(options: PrepareOptions, records: Records, inputs: Inputs) -> list[InputFile]:
+    """The files that are in no part, and those without samples that are to be tried again.
 
     Raises:
-        InputError: a source that was encoded is another file now, or goes by another name.
+        InputError: a file that was encoded has changed, or has another name now.
     """
-    lost = {name for result in records.results().values() for name in result.lost}
-    recorded = {source.name: source for source in records.recorded()}
-    names = {source.place: source.name for source in recorded.values()}
+    without_samples = {name for result in records.results.values() for name in result.without_samples}
+    recorded = {file.name: file for file in records.files}
+    names = {file.path_hash: file.name for file in recorded.values()}
     new = []
-    for source in found.sources:
-        before = recorded.get(source.name)
-        changed = before is not None and before.bytes != source.bytes
-        if before is None and source.place in names:
+    for file in inputs.files:
+        before = recorded.get(file.name)
+        changed = before is not None and before.bytes != file.bytes
+        if before is None and file.path_hash in names:
             raise InputError(
-                f"{source.path} is in {options.out} already, as {names[source.place]}: give the folder that it was "
-                "given by, or a list beside it."
+                f"{file.path} is in {options.out} already, as {names[file.path_hash]}: give the folder by which it was "
+                "given before, or a list in that folder."
             )
-        if before is None or (source.name in lost and (changed or options.retry_skipped)):
-            new.append(source)
+        if before is None or (file.name in without_samples and (changed or options.retry_skipped)):
+            new.append(file)
         elif changed:
             raise InputError(
-                f"{source.path} has {source.bytes} bytes and had {before.bytes} when it was encoded for {options.out}: "
-                "give it another name, or prepare another --out."
+                f"{file.path} has {file.bytes} bytes and had {before.bytes} when it was encoded for {options.out}: "
+                "rename it, or give another --out."
             )
     return new
 
 
-def plan_parts(options: PrepareOptions, records: Records, found: Found) -> None:
-    """Cut the new sources into parts, each of one sort."""
+def _add_parts(options: PrepareOptions, records: Records, files: list[InputFile]) -> None:
+    """Divide files into parts of videos, parts of images and parts of tars."""
+    sizes = {
+        "video": options.part_size,
+        "image": options.part_size * IMAGES_PER_VIDEO,
+        "tar": max(1, options.part_size // VIDEOS_PER_TAR),
+    }
 
-    def sort(source: InputFile) -> int:
-        return 2 if source.split is None else ("video", "image").index(source.kind)
+    def format_of(file: InputFile) -> int:
+        return list(sizes).index("tar" if file.split is None else file.kind)
 
-    sizes = (
-        options.part_size,
-        options.part_size * PICTURES_FOR_A_VIDEO,
-        max(1, options.part_size // VIDEOS_FOR_A_TAR),
-    )
-    for number, sources in groupby(sorted(new_sources(options, records, found), key=sort), key=sort):
-        records.add(list(sources), sizes[number])
+    for number, group in groupby(sorted(files, key=format_of), key=format_of):
+        records.add_parts(list(group), list(sizes.values())[number])
 
 
-def merge(options: PrepareOptions, records: Records, found: Found, codec: Codec) -> Manifest:
-    """Write the manifest of all parts; one that is there is kept under the name of its fingerprint."""
-    results = records.results().values()
-    skipped = [*found.left_out, *left_out_for_good(records)]
+def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, codec: Codec) -> Manifest:
+    """Write the manifest of all parts, and keep the one before under the name of its fingerprint."""
+    results = list(records.results.values())
+    skipped = [*inputs.excluded, *_finally_skipped(records)]
     if not any(result.shards for result in results):
-        shutil.rmtree(records.folder)  # nothing to keep: mended files are new ones
-        raise InputError(f"None of the {len(found.sources)} sources could be used; the first: {skipped[0]['reason']}")
+        shutil.rmtree(records.folder)  # so that the files are tried again
+        raise InputError(
+            f"None of the {len(inputs.files)} input files could be used; the first: {skipped[0]['reason']}"
+        )
+    previous = Manifest.load(options.out) if (options.out / FILE_NAME).exists() else None
     used = {split: sum(result.used[split] for result in results) for split in get_args(Split)}
-    before = Manifest.load(options.out) if (options.out / FILE_NAME).exists() else None
-    # A label is its place in the list: those that were there stay where they are.
-    labels = list(dict.fromkeys([*(before.labels if before else ()), *found.annotations.labels]))
-    new = {label for result in results for label in result.labels}.difference(labels)
+    input_options = {name: [Path(place).name for place in getattr(options, name)] for name in INPUT_OPTIONS}
     manifest = Manifest(
         directory=options.out,
         codec=codec.spec(),
         shards=tuple(sorted((shard for result in results for shard in result.shards), key=lambda shard: shard.path)),
-        preparation=described(options)
-        | {name: [Path(place).name for place in getattr(options, name)] for name in PLACES},
+        preparation=sample_options(options) | input_options,
         validation={
             "held_out_by": "source",
             "fraction": options.validation_fraction,
@@ -189,47 +178,59 @@ def merge(options: PrepareOptions, records: Records, found: Found, codec: Codec)
             "train_sources": used["train"],
             "validation_sources": used["validation"],
         },
-        labels=(*labels, *sorted(new)) if new or any(result.labels for result in results) else (),
+        labels=_all_labels(previous, inputs, results),
         skipped=len(skipped),
     )
-    if before is not None and before.shards != manifest.shards:
-        shutil.copyfile(options.out / FILE_NAME, options.out / f"manifest-{before.fingerprint()[:16]}.json")
+    if previous is not None and previous.shards != manifest.shards:
+        shutil.copyfile(options.out / FILE_NAME, options.out / f"manifest-{previous.fingerprint()[:16]}.json")
     with written_whole(options.out / SKIPPED_NAME) as temporary:
-        temporary.write_text(
-            "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped), encoding="utf-8"
-        )
+        lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
+        temporary.write_text("".join(lines), encoding="utf-8")
     manifest.save()
     return manifest
 
 
-def left_out_for_good(records: Records) -> Iterator[dict[str, str]]:
-    """What the parts left out, but for the sources that a later part took up again."""
-    latest = {source.name: part for part in records.parts for source in records.of_part(part)}
-    for part, result in records.results().items():
-        again = {name for name in result.lost if latest[name] != part}
+def _all_labels(previous: Manifest | None, inputs: Inputs, results: list[PartResult]) -> tuple[str, ...]:
+    """The label names. A label is its position in the list, so earlier ones keep theirs, and new ones follow."""
+    labels = list(dict.fromkeys([*(previous.labels if previous else ()), *inputs.annotations.labels]))
+    of_samples = {label for result in results for label in result.labels}
+    return (*labels, *sorted(of_samples.difference(labels))) if of_samples else ()
+
+
+def _finally_skipped(records: Records) -> Iterator[dict[str, str]]:
+    """What the parts skipped, except for files that a later part tried again."""
+    latest = {file.name: part for part in records.parts for file in records.files_of_part(part)}
+    for part, result in records.results.items():
+        tried_again = {name for name in result.without_samples if latest[name] != part}
         for entry in result.skipped:
-            if entry["source"] not in again and entry["source"].rpartition("/")[0] not in again:
+            file, _, _ = entry["source"].rpartition("/")  # the tar of an image
+            if entry["source"] not in tried_again and file not in tried_again:
                 yield entry
 
 
-def summary(manifest: Manifest) -> str:
-    """A table of what a manifest holds, by bucket, and what was left out."""
-    totals: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
-    for shard in manifest.shards:
-        row = totals[shard.kind, "x".join(map(str, shard.shape)), shard.split]
-        for column, amount in enumerate((1, shard.count, shard.bytes)):
-            row[column] += amount
-    lines = [f"{'kind':<6} {'latents FxCxhxw':<16} {'split':<11} {'shards':>6} {'samples':>8} {'MB':>9}"]
-    for (kind, shape, split), (shards, count, size) in sorted(totals.items()):
-        lines.append(f"{kind:<6} {shape:<16} {split:<11} {shards:>6} {count:>8} {size / 1e6:>9.1f}")
-    lines.append(
-        f"sources: {manifest.validation['train_sources']} for training, "
-        f"{manifest.validation['validation_sources']} held out for validation"
-    )
-    if manifest.skipped:
-        report = manifest.directory / SKIPPED_NAME
-        lines.append(f"left out: {manifest.skipped} (all in {report})")
-        if report.exists():  # not everyone copies it along
-            with report.open(encoding="utf-8") as file:
-                lines += [f"  {entry['source']}: {entry['reason']}" for entry in map(json.loads, islice(file, 10))]
-    return "\n".join(lines)
+@contextmanager
+def _readable_inputs() -> Iterator[None]:
+    """Turn errors of the file system in the block into InputErrors about the input files."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.") from None
+
+
+@contextmanager
+def _writable_output(out: Path) -> Iterator[None]:
+    """Turn the errors of a full or read-only file system in the block into InputErrors about the output folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise InputError(
+                f"{out} has no space left ({error.strerror}): free some and run the same command again; complete "
+                "shards are kept."
+            ) from None
+        if error.errno in NOT_WRITABLE:
+            raise InputError(
+                f"{error.filename or out} cannot be written to ({error.strerror}): give another --out, or permission "
+                "to write there; complete shards are kept."
+            ) from None
+        raise

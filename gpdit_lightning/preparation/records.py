@@ -1,12 +1,12 @@
-"""What a preparation notes beside its shards, so that any process, at any time, can go on with it.
+"""What a preparation records beside its shards, so that any process can resume it at any time.
 
-The sources are cut into parts. A part's sources are written down before any of them is opened; what came of a part
-when all its shards are complete. Between the two, the part's complete shards say how far it got. Everything lies in the
-folder `preparation` beside the manifest:
+The input files are divided into parts: lists of files, each of which one process encodes into shards of its own. A
+part's list is written before any of its files is opened, its result once all its shards are complete. In between, the
+complete shards of the part say how far it got. The records are in the folder `preparation` beside the manifest:
 
-    options.json             what the shards are made with
-    part-00000.sources.jsonl the sources of a part, in their order
-    part-00000.json          what came of it
+    options.json             the options and the codec that determine the shards
+    part-00000.sources.jsonl the input files of a part, in order
+    part-00000.json          the result of a part
 """
 
 import json
@@ -25,54 +25,75 @@ from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.specs import CodecSpec
 
 FOLDER_NAME = "preparation"
-NEW_FOLDER = "give another --out or delete that folder"
-PAUSE = 0.1  # seconds between looks at a lock that another process holds
+ANOTHER_FOLDER = "give another --out or delete that folder"
+PAUSE = 0.1  # seconds between attempts to take a lock
 
 
 @dataclass(frozen=True)
 class PartResult:
-    """What came of a part."""
+    """The result of a part."""
 
     shards: tuple[ShardEntry, ...]
     used: dict[str, int]
-    """Sources that gave samples, by split."""
+    """Videos and images that gave samples, by split."""
     labels: tuple[str, ...]
     """The labels of its samples, sorted."""
     skipped: tuple[dict[str, str], ...]
-    """`{"source", "reason"}` of every source, or part of one, that could not be used."""
-    lost: tuple[str, ...]
-    """Sources that gave no sample at all."""
+    """`{"source", "reason"}` of every input file, or image of a tar, that could not be used."""
+    without_samples: tuple[str, ...]
+    """Input files that gave no sample."""
 
 
 @dataclass(frozen=True)
-class RecordedSource:
-    """What is noted of a source."""
+class RecordedFile:
+    """What is recorded of an input file; see `InputFile`."""
 
     name: str
     kind: Kind
     split: Split | None
     bytes: int
-    place: str
+    path_hash: str
     reason: str
 
-    def at(self, found: InputFile | None) -> InputFile:
-        """The source as it was found again, with the split it has had since; reading a missing one will say so."""
-        if found is None:
+    @classmethod
+    def of(cls, file: InputFile) -> "RecordedFile":
+        """The record of an input file."""
+        return cls(file.name, file.kind, file.split, file.bytes, file.path_hash, file.reason)
+
+    @classmethod
+    def from_json(cls, line: str) -> "RecordedFile":
+        """A line of `part-*.sources.jsonl`."""
+        values = json.loads(line)
+        return cls(path_hash=values.pop("place"), **values)
+
+    def to_json(self) -> str:
+        """The line of this file."""
+        values = asdict(self)
+        values["place"] = values.pop("path_hash")
+        return json.dumps(values, ensure_ascii=False)
+
+    def input_file(self, current: InputFile | None) -> InputFile:
+        """The file to encode, with the recorded split.
+
+        Args:
+            current: the current input file of this name; if None, reading the result reports it missing.
+        """
+        if current is None:
             return InputFile(Path(self.name), self.name, self.kind, self.split, self.bytes)
-        return replace(found, split=self.split, reason=self.reason)
+        return replace(current, split=self.split, reason=self.reason)
 
 
-class Hold(NamedTuple):
-    """Whether a part may be worked on."""
+class PartLock(NamedTuple):
+    """Whether this process may encode a part."""
 
-    free: bool
-    """No other process holds it."""
-    certain: bool
-    """The file system has locks, so that others know."""
+    acquired: bool
+    """No other process encodes it."""
+    exclusive: bool
+    """Other processes see the lock; False on a file system without locks."""
 
 
 class Records:
-    """The notes of a preparation.
+    """The records of a preparation.
 
     Args:
         out: the folder of the shards.
@@ -86,90 +107,103 @@ class Records:
         """The numbers of the parts."""
         return range(len(list(self.folder.glob("part-*.sources.jsonl"))))
 
-    def begin(self, options: dict[str, Any], codec: CodecSpec) -> None:
-        """Note what the shards are made with.
+    @property
+    def unfinished_parts(self) -> list[int]:
+        """The numbers of the parts without a result."""
+        return [part for part in self.parts if not self.is_finished(part)]
+
+    @property
+    def files(self) -> list[RecordedFile]:
+        """Every recorded input file, in the order of the parts."""
+        return [file for part in self.parts for file in self.files_of_part(part)]
+
+    @property
+    def results(self) -> dict[int, PartResult]:
+        """The results of the finished parts, by number."""
+        return {part: self.result(part) for part in self.parts if self.is_finished(part)}
+
+    def record_settings(self, options: dict[str, Any], codec: CodecSpec) -> None:
+        """Record the options and the codec that determine the shards.
 
         Raises:
-            InputError: it was something else before.
+            InputError: other ones are recorded, or the folder holds shards without records.
         """
         if self._options_path.exists():
-            self.check(options)
+            self.check_options(options)
             self._check_codec(codec)
             return
-        if stray := next(self.out.glob("*.tar"), None):
-            raise InputError(f"{stray} was made by something else than this command: give another --out.")
+        if shard := next(self.out.glob("*.tar"), None):
+            raise InputError(f"{shard} was not made by this command: give another --out.")
         with written_whole(self._options_path) as temporary:
             content = {"options": options, "codec": codec.to_dict()}
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
-    def check(self, options: dict[str, Any]) -> None:
-        """Raise `InputError` where the shards were made with other options."""
-        before = _read(self._options_path)["options"]
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise InputError if other options are recorded."""
+        recorded = _read(self._options_path)["options"]
         for name, value in json.loads(json.dumps(options)).items():
-            if before.get(name) != value:
+            if recorded.get(name) != value:
                 raise InputError(
-                    f"{self.out} holds shards made differently ({name} was {before.get(name)} and is {value}): "
-                    f"{NEW_FOLDER}."
+                    f"{self.out} holds shards made differently ({name} was {recorded.get(name)} and is {value}): "
+                    f"{ANOTHER_FOLDER}."
                 )
 
     def _check_codec(self, codec: CodecSpec) -> None:
-        before = CodecSpec.from_dict(_read(self._options_path)["codec"], str(self._options_path), NEW_FOLDER)
-        before.check_same(codec, f"the shards of {self.out}", "this preparation", NEW_FOLDER)
+        recorded = CodecSpec.from_dict(_read(self._options_path)["codec"], str(self._options_path), ANOTHER_FOLDER)
+        recorded.check_same(codec, f"the shards of {self.out}", "this preparation", ANOTHER_FOLDER)
 
-    def unfinished(self) -> list[int]:
-        """The parts that are not finished."""
-        return [part for part in self.parts if not self.finished(part)]
-
-    def recorded(self) -> list[RecordedSource]:
-        """Every source that belongs to a part."""
-        return [source for part in self.parts for source in self.of_part(part)]
-
-    def of_part(self, part: int) -> list[RecordedSource]:
-        """The sources of a part, in their order."""
-        with self._sources_path(part).open(encoding="utf-8") as file:
-            return [RecordedSource(**json.loads(line)) for line in file]
-
-    def add(self, sources: Sequence[InputFile], size: int) -> None:
-        """Cut sources into parts of at most `size`, behind those that are there."""
-        number, remaining = len(self.parts), iter(sources)
+    def add_parts(self, files: Sequence[InputFile], size: int) -> None:
+        """Divide files into parts of at most `size` files, numbered after the existing parts."""
+        number, remaining = len(self.parts), iter(files)
         while batch := list(islice(remaining, size)):
-            with written_whole(self._sources_path(number)) as temporary, temporary.open("w", encoding="utf-8") as file:
-                for source in batch:
-                    noted = RecordedSource(
-                        source.name, source.kind, source.split, source.bytes, source.place, source.reason
-                    )
-                    file.write(json.dumps(asdict(noted), ensure_ascii=False) + "\n")
+            with written_whole(self._files_path(number)) as temporary, temporary.open("w", encoding="utf-8") as output:
+                output.writelines(RecordedFile.of(file).to_json() + "\n" for file in batch)
             number += 1
 
-    def results(self) -> dict[int, PartResult]:
-        """What came of the finished parts, by number."""
-        return {part: self._result(part) for part in self.parts if self.finished(part)}
+    def files_of_part(self, part: int) -> list[RecordedFile]:
+        """The input files of a part, in order."""
+        with self._files_path(part).open(encoding="utf-8") as lines:
+            return [RecordedFile.from_json(line) for line in lines]
 
-    def finished(self, part: int) -> bool:
+    def is_finished(self, part: int) -> bool:
         """Whether all shards of a part are complete."""
         return self._result_path(part).exists()
 
-    def finish(self, part: int, result: PartResult) -> None:
-        """Note what came of a part, whose shards are all complete."""
+    def result(self, part: int) -> PartResult:
+        """The result of a finished part."""
+        content = _read(self._result_path(part))
+        entries = (ShardEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in content["shards"])
+        return PartResult(
+            shards=tuple(entries),
+            used=content["used"],
+            labels=tuple(content["labels"]),
+            skipped=tuple(content["skipped"]),
+            without_samples=tuple(content["lost"]),
+        )
+
+    def record_result(self, part: int, result: PartResult) -> None:
+        """Record the result of a part, whose shards are all complete."""
+        values = asdict(result)
+        values["lost"] = values.pop("without_samples")
         with written_whole(self._result_path(part)) as temporary:
-            temporary.write_text(json.dumps(asdict(result), ensure_ascii=False), encoding="utf-8")
+            temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
     @contextmanager
-    def held(self, part: int) -> Iterator[Hold]:
-        """Hold a part during the block, unless another process does."""
+    def lock_part(self, part: int) -> Iterator[PartLock]:
+        """Lock a part during the block, unless another process has locked it."""
         path = self.folder / f"part-{part:05d}.lock"
         with ExitStack() as stack:
             try:
-                certain = stack.enter_context(held_by_one_process(path))
+                exclusive = stack.enter_context(held_by_one_process(path))
             except BlockingIOError:
-                yield Hold(free=False, certain=True)
+                yield PartLock(acquired=False, exclusive=True)
                 return
-            yield Hold(True, certain)
-            path.unlink(missing_ok=True)  # whoever opened it meanwhile finds the result first
+            yield PartLock(True, exclusive)
+            path.unlink(missing_ok=True)  # a process that has opened it in the meantime sees the result first
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait until no other process plans or merges, and keep them from it during the block."""
+    def lock_all(self) -> Iterator[None]:
+        """Wait for, then hold during the block, the lock for dividing files into parts and writing the manifest."""
         with ExitStack() as stack:
             while True:
                 try:
@@ -179,17 +213,11 @@ class Records:
                     time.sleep(PAUSE)
             yield
 
-    def _result(self, part: int) -> PartResult:
-        content = _read(self._result_path(part))
-        entries = (ShardEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in content["shards"])
-        lists = {name: tuple(content[name]) for name in ("labels", "skipped", "lost")}
-        return PartResult(shards=tuple(entries), used=content["used"], **lists)
-
     @property
     def _options_path(self) -> Path:
         return self.folder / "options.json"
 
-    def _sources_path(self, part: int) -> Path:
+    def _files_path(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.sources.jsonl"
 
     def _result_path(self, part: int) -> Path:
@@ -200,4 +228,4 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is no readable JSON ({error}): copy it again, or begin a new --out.") from None
+        raise InputError(f"{path} is not readable JSON ({error}): copy it again, or give a new --out.") from None

@@ -10,11 +10,11 @@ from torch import Tensor
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.video import iterate_frames
 
-WIDTH = 256  # PySceneDetect's own: it scales wider frames down to this, and its thresholds were found so
+WIDTH = 256  # PySceneDetect scales wider frames down to this width; its thresholds hold for it
 
 
 def check_available() -> None:
-    """Raise `InputError` where PySceneDetect cannot be imported, before any video is opened."""
+    """Raise InputError if PySceneDetect cannot be imported."""
     try:
         import cv2  # noqa: F401
         import scenedetect  # noqa: F401
@@ -24,22 +24,22 @@ def check_available() -> None:
         ) from None
 
 
-def cuts_of(path: str | Path) -> list[int]:
-    """The numbers of the frames that begin a new shot, counted as `iterate_frames` counts; never 0.
+def find_cuts(path: str | Path) -> list[int]:
+    """The numbers of the frames that begin a new shot, as `iterate_frames` counts them; never 0.
 
     Raises:
         InputError: PySceneDetect is missing, or the video is missing or damaged.
     """
-    return [number for number, (_, begins_shot) in enumerate(with_cuts(iterate_frames(path))) if begins_shot]
+    return [number for number, (_, begins_shot) in enumerate(mark_cuts(iterate_frames(path))) if begins_shot]
 
 
-def with_cuts(frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-    """Every frame, with whether it begins a new shot. Three frames are in memory at a time.
+def mark_cuts(frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Every frame, and whether it begins a new shot. Three frames are in memory at a time.
 
-    A frame's difference from the one before is compared with those around it (PySceneDetect's AdaptiveDetector with its
-    defaults, but that a shot may have a single frame). So a fast camera is no cut, and a change between two dark
-    pictures is one; a dissolve is none, nor a fade before its step into pure black. The answer for a frame needs the
-    two after it: where the frames end with an error, the last two before it are lost.
+    A frame's difference from the one before is compared with the differences around it (PySceneDetect's
+    AdaptiveDetector with its defaults, except that a shot may have a single frame). So a fast camera motion is no cut,
+    and a change between two dark images is one; dissolves are none, nor are fades up to their step into pure black. The
+    decision on a frame needs the two after it: if the frames end with an error, the last two before it are lost.
 
     Args:
         frames: uint8 RGB (3, H, W), every frame of a video in order, of one size.
@@ -51,39 +51,39 @@ def with_cuts(frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
     import cv2
     from scenedetect import AdaptiveDetector, FrameTimecode
 
-    cv2.setNumThreads(1)  # small pictures gain nothing, and who prepares data has a process for each core
+    cv2.setNumThreads(1)  # small images gain nothing from threads, and preparation has a process per core
     detector = AdaptiveDetector(min_scene_len=0)
-    shown = 0
+    processed = 0
 
-    def earlier_begins_shot(frame: Tensor) -> bool:
-        """Show the next frame; tells whether the one `window_width` before it begins a shot."""
-        nonlocal shown
-        shown += 1
-        return bool(detector.process_frame(FrameTimecode(shown, fps=1.0), _small(frame)))
+    def delayed_decision(frame: Tensor) -> bool:
+        """Pass the next frame to the detector; returns whether the one `window_width` before it begins a shot."""
+        nonlocal processed
+        processed += 1
+        return bool(detector.process_frame(FrameTimecode(processed, fps=1.0), _downscaled(frame)))
 
     waiting: deque[Tensor] = deque()
     for number, frame in enumerate(frames):
         if number == 0:
-            # The detector judges no frame without neighbours, and videos cut by others often have one frame too many at
-            # an end: so the first frame is shown twice, and the last one three times.
-            earlier_begins_shot(frame)
-        begins_shot = earlier_begins_shot(frame)
+            # The detector decides on no frame without neighbours, and clips cut from longer videos often have a frame
+            # of another shot at an end: so the first frame is passed twice, and the last one three times.
+            delayed_decision(frame)
+        begins_shot = delayed_decision(frame)
         waiting.append(frame)
         if len(waiting) > detector.window_width:
             yield waiting.popleft(), begins_shot
     while waiting:
-        begins_shot = earlier_begins_shot(waiting[-1])
+        begins_shot = delayed_decision(waiting[-1])
         yield waiting.popleft(), begins_shot
 
 
-def _small(frame: Tensor) -> np.ndarray:
-    """A frame (3, H, W) as OpenCV has pictures: (h, w, 3), blue first; w is at most `WIDTH`."""
+def _downscaled(frame: Tensor) -> np.ndarray:
+    """A frame (3, H, W) in OpenCV's layout: (h, w, 3), blue first, w at most `WIDTH`."""
     import cv2
 
     height, width = frame.shape[1:]
     scale = min(1.0, WIDTH / width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    # Channel by channel: to scale the small planes and join them is cheaper than to turn the large frame.
+    # Channel by channel: scaling the planes and merging the small ones is cheaper than transposing the large frame.
     planes = [cv2.resize(plane, size, interpolation=cv2.INTER_LINEAR) for plane in frame.numpy()[::-1]]
-    picture: np.ndarray = cv2.merge(planes)
-    return picture
+    image: np.ndarray = cv2.merge(planes)
+    return image

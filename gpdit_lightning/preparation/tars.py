@@ -1,8 +1,8 @@
-"""Pictures in WebDataset tars, as img2dataset writes them: `KEY.jpg` (or .png, .webp), `KEY.txt`, `KEY.json`.
+"""Images in WebDataset tars, as img2dataset writes them: `KEY.jpg` (or .png, .webp), `KEY.txt`, `KEY.json`.
 
-The rule by which members are one sample is webdataset's: they stand together, and their names agree up to the first dot
-of the last part. The tar itself is read here, since webdataset takes a broken header for the end, passes over links in
-silence, and decodes what it does not need.
+As in webdataset, members form one sample if they are consecutive and their names agree up to the first dot of the last
+path component. The tar itself is read here, because webdataset takes a broken header for the end of the tar, skips
+links silently, and decodes members that are not needed.
 """
 
 import io
@@ -21,23 +21,23 @@ from webdataset.tariterators import base_plus_ext
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
 
-# What a member is to its sample, by the ending of its name. No other member is opened.
-PARTS = dict.fromkeys(IMAGE_EXTENSIONS, "picture") | {".txt": "text", ".json": "json"}
-CARRIED = ("caption", "url")  # of what img2dataset notes in the json
+# The role of a member in its sample, by its extension. No other member is read.
+ROLES = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {".txt": "text", ".json": "json"}
+JSON_FIELDS = ("caption", "url")  # the fields of img2dataset's json that are kept
 
 
 @dataclass(frozen=True)
 class TarSample:
-    """One sample of a tar, or what is wrong at its place."""
+    """One sample of a tar, or the reason why there is none."""
 
     key: str
-    """What the names of its members have in common."""
+    """The part that the names of its members share."""
     pixels: Tensor | None
-    """uint8 (1, 3, H, W); None where there is no picture that can be used."""
+    """uint8 (1, 3, H, W); None if there is no image that can be used."""
     metadata: dict[str, Any]
-    """`caption` and `url`, where they are known."""
+    """`caption` and `url`, if they are known."""
     problem: str | None
-    """What of the sample could not be used, and why; None if all of it could. The picture may be there all the same."""
+    """What of the sample could not be used, and why; None if all of it could. The image may be usable all the same."""
 
 
 class Member(NamedTuple):
@@ -45,94 +45,96 @@ class Member(NamedTuple):
 
     name: str
     key: str
-    part: str | None
-    """A value of `PARTS`; None for what is never opened."""
+    role: str | None
+    """A value of `ROLES`; None for members that are never read."""
     content: bytes
     problem: str | None
 
 
-def expand(pattern: str) -> list[Path]:
+def expand_pattern(pattern: str) -> list[Path]:
     """The tars that a pattern names, in its order.
 
     Args:
-        pattern: a tar, a folder of tars (searched in depth), or either with braces: `laion/{00000..00012}.tar`.
+        pattern: a tar, a folder that is searched for tars recursively, or either with braces, such as
+            `laion/{00000..00012}.tar`.
 
     Raises:
-        InputError: braces that do not close, tars that are missing, or a folder without any.
+        InputError: unbalanced braces, missing tars, or a folder without any.
     """
     try:
-        places = [Path(place) for place in ([pattern] if Path(pattern).exists() else braceexpand(pattern))]
+        paths = [Path(path) for path in ([pattern] if Path(pattern).exists() else braceexpand(pattern))]
     except ValueError:
-        raise InputError(f"{pattern} has braces that do not close: write it like laion/{{00000..00012}}.tar.") from None
-    missing = [place for place in places if not place.exists()]
+        raise InputError(f"{pattern} has unbalanced braces: write it like laion/{{00000..00012}}.tar.") from None
+    missing = [path for path in paths if not path.exists()]
     if missing:
         raise InputError(
-            f"{missing[0]} does not exist ({len(missing)} of {len(places)} places that {pattern!r} names are missing): "
+            f"{missing[0]} does not exist ({len(missing)} of the {len(paths)} paths of {pattern!r} are missing): "
             "download it or name fewer."
         )
-    return [tar for place in places for tar in _tars(place)]
+    return [tar for path in paths for tar in _tars_at(path)]
 
 
-def iterate_images(path: Path) -> Iterator[TarSample]:
-    """The samples of a tar in its order, one in memory at a time.
+def iterate_samples(path: Path) -> Iterator[TarSample]:
+    """The samples of a tar in order, one in memory at a time.
 
-    Whatever is wrong comes as a sample with a `problem`, and the iteration goes on. Where the tar is broken it ends,
-    after saying so in the same way; the sample at the break may lack parts and is not given.
+    Every fault is a sample with a `problem`, and the iteration continues. A broken tar ends with such a sample; the one
+    before the break may lack members and is not given.
     """
     keys: set[str] = set()
     try:
         for key, group in groupby(_members(path), key=lambda member: member.key):
             members = list(group)
             if key in keys:
-                again = ", ".join(repr(member.name) for member in members)
-                yield TarSample(key, None, {}, f"{path} has the key {key!r} again ({again}): only the first was used.")
+                names = ", ".join(repr(member.name) for member in members)
+                problem = f"{path} has the key {key!r} again ({names}): only the first sample was used."
+                yield TarSample(key, None, {}, problem)
             else:
                 keys.add(key)
                 yield _sample(path, key, members)
     except tarfile.ReadError as error:
-        reason = f"{path} is broken after {len(keys)} samples ({error}): copy or download it again."
-        yield TarSample(path.name, None, {}, reason)
+        problem = f"{path} is broken after {len(keys)} samples ({error}): copy or download it again."
+        yield TarSample(path.name, None, {}, problem)
 
 
-def _tars(place: Path) -> list[Path]:
-    if not place.is_dir():
-        return [place]
-    tars = sorted(path for path in place.rglob("*.tar") if path.is_file())
+def _tars_at(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    tars = sorted(tar for tar in path.rglob("*.tar") if tar.is_file())
     if not tars:
-        raise InputError(f"{place} holds no .tar files: give another folder.")
+        raise InputError(f"{path} has no .tar files: give another folder.")
     return tars
 
 
 def _members(path: Path) -> Iterator[Member]:
-    """The members that belong to samples; raises `tarfile.ReadError`, and nothing else, where the tar is broken."""
+    """The members that belong to samples; raises `tarfile.ReadError`, and nothing else, if the tar is broken."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                problem = _refusal(path, info)
-                # Below 0, tarfile would go back, and round for ever.
+                problem = _unsafe(path, info)
+                # With a negative size tarfile would go backwards and never end.
                 if info.size < 0 or (not problem and info.offset_data + info.size > size):
                     raise tarfile.ReadError(f"{info.name!r} has {info.size} bytes, and the file ends before")
-                key, ending = base_plus_ext(info.name)
-                part = PARTS.get(f".{ending}".lower())
+                key, extension = base_plus_ext(info.name)
+                role = ROLES.get(f".{extension}".lower())
                 content = b""
-                if part and not problem:
+                if role and not problem:
                     file.seek(info.offset_data)
                     content = file.read(info.size)
                 if problem or (key and not info.isdir()):
-                    yield Member(info.name, key or info.name, part, content, problem)
+                    yield Member(info.name, key or info.name, role, content, problem)
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("the mark of its end is missing")
-    except Exception as error:  # tarfile has no error of its own for many kinds of damage
+                raise tarfile.ReadError("the end-of-archive block is missing")
+    except Exception as error:  # for many kinds of damage tarfile raises arbitrary exceptions
         raise tarfile.ReadError(str(error)) from None
 
 
-def _refusal(path: Path, info: tarfile.TarInfo) -> str | None:
-    """Why a member is not to be opened."""
+def _unsafe(path: Path, info: tarfile.TarInfo) -> str | None:
+    """Why a member must not be read; None if it may be."""
     if info.name.startswith("/") or ".." in PurePosixPath(info.name).parts:
-        return f"{path} has a member {info.name!r} that leads out of it, which was not used: do not trust this tar."
-    # A sparse file of some bytes may claim any size.
+        return f"{path} has a member {info.name!r} outside of its folder, which was not used: do not trust this tar."
+    # A sparse file of a few bytes may claim any size.
     if not (info.isreg() or info.isdir()) or info.issparse():
         return f"{path} has a member {info.name!r} that is no regular file, which was not used: do not trust this tar."
     return None
@@ -140,48 +142,50 @@ def _refusal(path: Path, info: tarfile.TarInfo) -> str | None:
 
 def _sample(path: Path, key: str, members: Sequence[Member]) -> TarSample:
     problems = [member.problem for member in members if member.problem]
-    parts: dict[str, Member] = {}
+    by_role: dict[str, Member] = {}
     for member in members:
-        if member.part and not member.problem and parts.setdefault(member.part, member) is not member:
+        if member.role and not member.problem and by_role.setdefault(member.role, member) is not member:
             problems.append(
-                f"{path} has a second {member.part} {member.name!r} for one sample: only the first was used."
+                f"{path} has a second {member.role} {member.name!r} for one sample: only the first was used."
             )
     pixels: Tensor | None = None
     metadata: dict[str, Any] = {}
-    if "picture" in parts:
-        picture = parts["picture"]
+    if "image" in by_role:
+        image = by_role["image"]
         try:
-            pixels = read_image(io.BytesIO(picture.content), f"{picture.name} of {path}")
+            pixels = read_image(io.BytesIO(image.content), f"{image.name} of {path}")
         except InputError as error:
             problems.append(str(error))
     else:
-        problems.append(f"{path} has no picture for the key {key!r}: leave this sample out.")
-    for part, read in (("json", _of_json), ("text", _of_text)):  # in this order: the text is the better caption
-        if part in parts:
+        problems.append(f"{path} has no image for the key {key!r}: remove this sample.")
+    for role, read in (("json", _json_metadata), ("text", _text_metadata)):  # the text is the better caption
+        if role in by_role:
             try:
-                metadata |= read(parts[part].content)
+                metadata |= read(by_role[role].content)
             except (ValueError, RecursionError) as error:
                 problems.append(
-                    f"{parts[part].name} of {path} cannot be read ({error}): the rest of the sample was used."
+                    f"{by_role[role].name} of {path} cannot be read ({error}): the rest of the sample was used."
                 )
     return TarSample(key, pixels, metadata, " ".join(problems) or None)
 
 
-def _of_json(content: bytes) -> dict[str, str]:
-    noted = json.loads(content)
-    if not isinstance(noted, dict):
-        raise ValueError("it is no JSON object")
+def _json_metadata(content: bytes) -> dict[str, str]:
+    values = json.loads(content)
+    if not isinstance(values, dict):
+        raise ValueError("it is not a JSON object")
     return {
-        name: _storable(noted[name]) for name in CARRIED if isinstance(noted.get(name), str) and noted[name].strip()
+        name: _encodable(values[name])
+        for name in JSON_FIELDS
+        if isinstance(values.get(name), str) and values[name].strip()
     }
 
 
-def _of_text(content: bytes) -> dict[str, str]:
+def _text_metadata(content: bytes) -> dict[str, str]:
     caption = content.decode().strip()
     return {"caption": caption} if caption else {}
 
 
-def _storable(text: str) -> str:
-    """Text stripped; raises `ValueError` for half a surrogate pair, which JSON can spell and no file can hold."""
+def _encodable(text: str) -> str:
+    """Text stripped; raises `ValueError` for a lone surrogate, which JSON can spell and UTF-8 cannot encode."""
     text.encode()
     return text.strip()

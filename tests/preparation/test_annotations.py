@@ -27,7 +27,7 @@ VIDEODATAINFO = {
 
 
 def read(folder: Path, *contents: str | bytes) -> Annotations:
-    """The annotations of files with these contents, called `0`, `1`, ...: a name says nothing."""
+    """The annotations of files with these contents, named `0`, `1`, ..., since names do not matter."""
     paths = [folder / str(number) for number in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -38,7 +38,7 @@ def lines(*values: Any) -> str:
     return "".join(json.dumps(value) + "\n" for value in values)
 
 
-def test_ucf_101s_lists_give_splits_labels_and_the_order_of_classes(tmp_path: Path) -> None:
+def test_the_lists_of_ucf_101_give_splits_labels_and_the_order_of_classes(tmp_path: Path) -> None:
     found = read(tmp_path, TRAIN, TEST, CLASSES)
     assert found.of("Archery/v_Archery_g08_c01.avi") == Annotation(label="Archery", split="train")
     assert found.of("Archery/v_Archery_g01_c01.avi") == Annotation(label="Archery", split="validation")
@@ -47,13 +47,13 @@ def test_ucf_101s_lists_give_splits_labels_and_the_order_of_classes(tmp_path: Pa
     assert found.labels == ("ApplyEyeMakeup", "ApplyLipstick", "Archery")
 
 
-def test_classes_alone_give_neither_sources_nor_splits(tmp_path: Path) -> None:
+def test_class_numbers_alone_give_labels_only(tmp_path: Path) -> None:
     found = read(tmp_path, "10 b\n9 a\n")
     assert found.labels == ("a", "b")
     assert found.of("a") == Annotation()
 
 
-def test_a_folder_is_a_label_only_where_a_list_numbers_it(tmp_path: Path) -> None:
+def test_a_folder_is_a_label_only_if_a_list_numbers_it(tmp_path: Path) -> None:
     found = read(tmp_path, "clips/one.mp4\nclips/two words.MP4\n")
     assert found.of("clips/two words.MP4") == Annotation(split="validation")
     assert found.labels == ()
@@ -66,7 +66,7 @@ def test_class_numbers_of_two_data_sets_are_refused(tmp_path: Path, other: str) 
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_msr_vtts_json_gives_captions_in_their_order_and_splits(tmp_path: Path, indent: int | None) -> None:
+def test_the_json_of_msr_vtt_gives_captions_in_order_and_splits(tmp_path: Path, indent: int | None) -> None:
     found = read(tmp_path, json.dumps(VIDEODATAINFO, indent=indent))
     assert found.of("TrainValVideo/video0.mp4") == Annotation(("a car is shown", "a man is driving"), split="train")
     assert found.of("video6513.mp4") == Annotation(("ein Fußballspiel",), split="validation")
@@ -84,8 +84,8 @@ def test_msr_vtts_json_gives_captions_in_their_order_and_splits(tmp_path: Path, 
         ({"sentences": [{"video_id": "video0", "sen_id": 1, "caption": 7}]}, "the caption 7"),
     ],
 )
-def test_json_that_is_nearly_msr_vtts_is_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
-    with pytest.raises(InputError, match=rf"0 is unlike MSR-VTT's videodatainfo\.json at .*{named}"):
+def test_json_without_the_fields_of_msr_vtt_is_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=rf"0 does not have the fields of MSR-VTT's videodatainfo\.json \(.*{named}"):
         read(tmp_path, json.dumps(VIDEODATAINFO | change))
 
 
@@ -124,35 +124,38 @@ def test_tables_have_a_header(tmp_path: Path, content: str, delimiter: str) -> N
     ("content", "message"),
     [
         ('{"source": "a", "text": "b"}\n', "line 1 has the unknown field 'text'"),
-        ('{"source": "a"}\n\n{"caption": "b"}\n', "line 3 has None as source where the path"),
+        ('{"source": "a"}\n\n{"caption": "b"}\n', "line 3 has None as source, which must be the path"),
         ('{"source": "a"}\n{"source": 3}\n', "line 2 has 3 as source"),
-        ('{"source": "a", "caption": ["b", 3]}\n', r"line 1 has \['b', 3\] as caption where a text or a list"),
+        (
+            '{"source": "a", "caption": ["b", 3]}\n',
+            r"has \['b', 3\] as caption, which must be a string or a list",
+        ),
         ('{"source": "a", "caption": {"en": "b"}}\n', "as caption"),
         ('{"source": "a", "caption": "\\ud83d"}\n', "as caption"),
-        ('{"source": "a", "label": 3}\n', "line 1 has 3 as label where a text belongs"),
-        ('{"source": "a", "split": "test"}\n', "line 1 has 'test' as split where train or validation belongs"),
+        ('{"source": "a", "label": 3}\n', "line 1 has 3 as label, which must be a string"),
+        ('{"source": "a", "split": "test"}\n', "line 1 has 'test' as split, which must be train or validation"),
         ('{"source": "a", "split": ["train"]}\n', "as split"),
-        ('{"source": "a"}\n{"source": "b"\n', "line 2 is no readable JSON"),
-        ('{"source": "a"}\n["b"]\n', "line 2 is no JSON object"),
-        ('{"source": "a"}\n' + "[" * 100_000 + "\n", "line 2 is no readable JSON"),
-        ('{"source": "a"\n', "is no readable JSON .*line"),
+        ('{"source": "a"}\n{"source": "b"\n', "line 2 is not readable JSON"),
+        ('{"source": "a"}\n["b"]\n', "line 2 is not a JSON object"),
+        ('{"source": "a"}\n' + "[" * 100_000 + "\n", "line 2 is not readable JSON"),
+        ('{"source": "a"\n', "is not readable JSON .*line"),
         ("source,text\na,b\n", "line 2 has the unknown field 'text'"),
-        ("source,caption\na,b,c\n", "line 2 is no row of the table .3 cells under a header of 2"),
-        ('source,caption\na,"b\nc,d\n', "line 3 is no row of the table"),
-        ("source,caption,caption\na,b,c\n", "line 1 is no row of the table .two columns have one name"),
+        ("source,caption\na,b,c\n", "line 2 is not a row of the table .3 cells under a header of 2"),
+        ('source,caption\na,"b\nc,d\n', "line 3 is not a row of the table"),
+        ("source,caption,caption\na,b,c\n", "line 1 is not a row of the table .two columns have the same name"),
         ("source,caption\n,b\n", "line 2 has None as source"),
         ("a.mp4 1\nb.mp4\n", "line 2 is 'b.mp4', unlike the lines before"),
         ("a.mp4\nb.mp4 1\n", "line 2 is 'b.mp4 1', unlike the lines before"),
-        ("[1, 2]\n", r"begins with '\[1, 2\]', which is nothing that is understood: give UCF-101's"),
+        ("[1, 2]\n", r"begins with '\[1, 2\]', which is no supported format: give UCF-101's"),
         ("[" + "1, " * 100_000 + "1]", r"begins with '\[1, 1, "),
         ("Read me first.\n", "begins with 'Read me first.'"),
         ("", "begins with ''"),
-        (b"a.mp4\n\xff.mp4\n", "line 2 is no UTF-8"),
-        (b'{\n"videos": "\xff"}\n', "line 2 is no UTF-8"),
-        ("a,b\n".encode("utf-16"), "line 1 is no UTF-8"),
+        (b"a.mp4\n\xff.mp4\n", "line 2 is not UTF-8"),
+        (b'{\n"videos": "\xff"}\n', "line 2 is not UTF-8"),
+        ("a,b\n".encode("utf-16"), "line 1 is not UTF-8"),
     ],
 )
-def test_what_is_not_understood_is_named_with_its_line(tmp_path: Path, content: str | bytes, message: str) -> None:
+def test_an_error_names_the_file_and_the_line(tmp_path: Path, content: str | bytes, message: str) -> None:
     with pytest.raises(InputError, match=f"{tmp_path}/0 .*{message}"):
         read(tmp_path, content)
 
@@ -162,7 +165,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_annotations([tmp_path / "absent.txt"])
 
 
-def test_a_whole_name_counts_more_than_a_path_without_ending_and_that_more_than_a_stem(tmp_path: Path) -> None:
+def test_a_full_name_precedes_a_path_without_extension_which_precedes_a_stem(tmp_path: Path) -> None:
     found = read(
         tmp_path,
         lines(
@@ -182,11 +185,11 @@ def test_a_whole_name_counts_more_than_a_path_without_ending_and_that_more_than_
         "clip.2.mp4": "second",
     }.items():
         assert found.of(name).captions == (caption,)
-    for name in ("a/x.mkv", "d/x.mp4", "clip.mp4", "z.mp4"):  # of several, or of none
+    for name in ("a/x.mkv", "d/x.mp4", "clip.mp4", "z.mp4"):  # ambiguous, or in no entry
         assert found.of(name) == Annotation()
 
 
-def test_files_add_to_each_other_whatever_names_they_use(tmp_path: Path) -> None:
+def test_files_are_merged_whichever_names_they_use(tmp_path: Path) -> None:
     found = read(
         tmp_path,
         TRAIN,
@@ -211,6 +214,6 @@ def test_a_contradiction_within_a_file_names_its_line(tmp_path: Path) -> None:
         read(tmp_path, lines({"source": "x", "label": "a"}, {"source": "x", "label": "b"}))
 
 
-def test_no_files_say_nothing() -> None:
+def test_without_files_annotations_are_empty() -> None:
     found = read_annotations([])
     assert found.of("a.mp4") == Annotation()

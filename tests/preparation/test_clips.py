@@ -1,4 +1,4 @@
-"""How frames are cut into clips, against the definition: written out in numbers."""
+"""How frames are cut into clips, written out in frame numbers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.preparation import PrepareOptions
-from gpdit_lightning.preparation.clips import Clip, End, Skipped, cut_clips, read
+from gpdit_lightning.preparation.clips import Clip, ClipReader, EndOfFile, Frame, SkippedInput, cut_clips
 from gpdit_lightning.preparation.input_files import InputFile
 
 FACTOR = 4
@@ -20,14 +19,14 @@ def options(**settings: Any) -> PrepareOptions:
     return PrepareOptions(**{"out": Path("nowhere"), "codec": "pca", "stride": 1, "clip_frames": 9} | settings)
 
 
-def frames(count: int, stride: int = 1, cuts: tuple[int, ...] = ()) -> Iterator[tuple[int, Tensor, bool]]:
-    for place in range(count):
-        yield place * stride, torch.full((3, 1, 1), place, dtype=torch.uint8), place in cuts
+def frames(count: int, stride: int = 1, cuts: tuple[int, ...] = ()) -> Iterator[Frame]:
+    for i in range(count):
+        yield Frame(i * stride, torch.full((3, 1, 1), i, dtype=torch.uint8), i in cuts)
 
 
 def cut(count: int, cuts: tuple[int, ...] = (), stride: int = 1, **settings: Any) -> list[tuple[int, list[int]]]:
     clips = cut_clips(frames(count, stride, cuts), options(**settings), FACTOR)
-    return [(first, [int(frame[0, 0, 0]) for frame in clip]) for first, clip in clips]
+    return [(clip[0].number, [int(frame.pixels[0, 0, 0]) for frame in clip]) for clip in clips]
 
 
 def run(start: int, length: int) -> tuple[int, list[int]]:
@@ -47,7 +46,7 @@ def run(start: int, length: int) -> tuple[int, list[int]]:
         (18, [run(0, 9), run(9, 9)]),
     ],
 )
-def test_clips_follow_each_other_and_the_rest_is_1_plus_4_k(count: int, expected: list[Any]) -> None:
+def test_clips_are_consecutive_and_the_rest_has_1_plus_4_k_frames(count: int, expected: list[Any]) -> None:
     assert cut(count) == expected
 
 
@@ -55,34 +54,34 @@ def test_clips_follow_each_other_and_the_rest_is_1_plus_4_k(count: int, expected
     ("count", "expected"),
     [
         (9, [run(0, 9)]),
-        (10, [run(0, 9)]),  # what is left has no frame of its own: 6 frames, cut to 5, are in the first clip
+        (10, [run(0, 9)]),  # the rest, 6 frames cut to 5, is in the first clip
         (13, [run(0, 9), run(4, 9)]),
         (15, [run(0, 9), run(4, 9)]),
         (17, [run(0, 9), run(4, 9), run(8, 9)]),
     ],
 )
-def test_clips_overlap_where_asked(count: int, expected: list[Any]) -> None:
+def test_clips_overlap_at_a_clip_step_below_their_length(count: int, expected: list[Any]) -> None:
     assert cut(count, clip_step=4) == expected
 
 
-def test_what_is_left_of_overlapping_clips_counts_only_with_new_frames() -> None:
+def test_the_rest_of_overlapping_clips_needs_frames_that_are_in_no_clip() -> None:
     assert cut(22, clip_step=7) == [run(0, 9), run(7, 9), run(14, 5)]
     assert cut(20, clip_step=7) == [run(0, 9), run(7, 9), run(14, 5)]
     assert cut(18, clip_step=7) == [run(0, 9), run(7, 9)]
 
 
-def test_clips_may_lie_apart() -> None:
+def test_a_clip_step_above_the_length_leaves_frames_between_clips() -> None:
     assert cut(30, clip_step=12) == [run(0, 9), run(12, 9), run(24, 5)]
     assert cut(24, clip_step=12) == [run(0, 9), run(12, 9)]
 
 
-def test_no_clip_runs_over_a_cut() -> None:
+def test_no_clip_crosses_a_cut() -> None:
     assert cut(20, cuts=(3, 14)) == [run(0, 1), run(3, 9), run(12, 1), run(14, 5)]
     assert cut(20, cuts=(14,), clip_step=12) == [run(0, 9), run(12, 1), run(14, 5)]
     assert cut(20, cuts=(11,), clip_step=12) == [run(0, 9), run(11, 9)]
 
 
-def test_frames_keep_their_numbers_in_the_video() -> None:
+def test_first_frames_are_numbered_in_the_video() -> None:
     assert cut(12, stride=3) == [(0, list(range(9))), (27, [9])]
 
 
@@ -101,23 +100,23 @@ def film(tmp_path: Path) -> Path:
 
 
 def items(path: Path, **settings: Any) -> list[Any]:
-    source = InputFile(path, path.name, "video", "train", path.stat().st_size, captions=("a film",), label="cinema")
-    return list(read([source], options(video_sizes=["48x64"], **settings), FACTOR, 0, set()))
+    file = InputFile(path, path.name, "video", "train", path.stat().st_size, captions=("a film",), label="cinema")
+    return list(ClipReader(options(video_sizes=["48x64"], **settings), FACTOR).items(0, file))
 
 
-def test_cuts_are_found_and_kept_out_of_clips(film: Path) -> None:
+def test_with_avoid_cuts_clips_end_at_cuts(film: Path) -> None:
     pytest.importorskip("scenedetect", reason="the extra `shots` is not installed")
     clips = [item for item in items(film, avoid_cuts=True, least_clip_frames=5) if isinstance(item, Clip)]
     assert [(clip.metadata["first_frame"], len(clip.pixels)) for clip in clips] == [(0, 9), (10, 5), (17, 9)]
     for clip in clips:
-        assert (clip.pixels.float() - clip.pixels[:1].float()).abs().mean() < 3, "one shot is one picture"
+        assert (clip.pixels.float() - clip.pixels[:1].float()).abs().mean() < 3, "all frames of a shot are equal"
     strided = [item for item in items(film, avoid_cuts=True, stride=2, clip_frames=5) if isinstance(item, Clip)]
     assert [(clip.metadata["first_frame"], len(clip.pixels)) for clip in strided] == [(0, 5), (17, 5)]
     over_cuts = [item for item in items(film, least_clip_frames=5) if isinstance(item, Clip)]
     assert [clip.metadata["first_frame"] for clip in over_cuts] == [0, 9, 18, 27]
 
 
-def test_metadata_say_what_is_known_of_a_clip(film: Path) -> None:
+def test_metadata_of_a_clip(film: Path) -> None:
     clip, *_ = items(film)
     assert clip.metadata == {
         "source": "film.mp4",
@@ -130,11 +129,11 @@ def test_metadata_say_what_is_known_of_a_clip(film: Path) -> None:
     }
 
 
-def test_a_video_that_is_too_short_says_so(film: Path) -> None:
+def test_a_video_that_is_too_short_is_skipped_with_the_reason(film: Path) -> None:
     pytest.importorskip("scenedetect", reason="the extra `shots` is not installed")
     skipped, end = items(film, clip_frames=45, least_clip_frames=33)
-    assert isinstance(skipped, Skipped)
-    assert isinstance(end, End)
-    assert "gives 32 frames at stride 1 and a clip has 33:" in skipped.reason
+    assert isinstance(skipped, SkippedInput)
+    assert isinstance(end, EndOfFile)
+    assert "has 32 frames at stride 1 but a clip needs 33:" in skipped.reason
     skipped, _ = items(film, clip_frames=45, least_clip_frames=17, avoid_cuts=True)
-    assert "gives 32 frames at stride 1 and a clip has 17 without a cut" in skipped.reason
+    assert "has 32 frames at stride 1 but a clip needs 17 without a cut" in skipped.reason

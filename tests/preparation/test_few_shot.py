@@ -1,5 +1,4 @@
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,21 +18,20 @@ from gpdit_lightning.media.image_tasks import TASKS, make_pair
 from gpdit_lightning.media.images import read_image, resize_and_crop
 from gpdit_lightning.preparation import PreparePairsOptions, prepare_pairs
 
-COMMAND = Path(__file__).parents[2] / "data_prep" / "build_few_shot.py"
 PAIRS = 9
 
 
 @pytest.fixture
 def options(tmp_path: Path) -> PreparePairsOptions:
-    """Ready pairs, of which 5 are for training and 2 of the others for validation."""
+    """Existing pairs; 2 of the held-out ones are used for validation."""
     numbers = np.random.default_rng(0)
     for folder in ("colour", "grayscale"):
         (tmp_path / folder).mkdir()
-    for place in range(PAIRS):
+    for i in range(PAIRS):
         small = Image.fromarray(numbers.integers(0, 256, (4, 6, 3), dtype=np.uint8))
-        picture = small.resize((40, 32), Image.Resampling.BICUBIC)
-        picture.save(tmp_path / "colour" / f"p{place}.png")
-        picture.convert("L").save(tmp_path / "grayscale" / f"p{place}.jpg")
+        image = small.resize((40, 32), Image.Resampling.BICUBIC)
+        image.save(tmp_path / "colour" / f"p{i}.png")
+        image.convert("L").save(tmp_path / "grayscale" / f"p{i}.jpg")
     return PreparePairsOptions(
         out=tmp_path / "out",
         sources=tmp_path / "colour",
@@ -48,7 +46,7 @@ def options(tmp_path: Path) -> PreparePairsOptions:
 
 
 def of_task(options: PreparePairsOptions, task: str) -> PreparePairsOptions:
-    """The same sources for a built-in task, into a folder of its own."""
+    """The same sources for a built-in task, into another folder."""
     return replace(options, task=task, targets=None, out=options.out.with_name(task))
 
 
@@ -72,27 +70,27 @@ def test_sequences_are_pairs_of_images_each_encoded_alone(options: PreparePairsO
     for _, latents, names in found:
         assert latents.shape == (6, 16, 2, 3)
         assert len(set(names)) == 3  # no pair twice
-        for place, name in enumerate(names):
+        for i, name in enumerate(names):
             for frame, path in (
-                (2 * place, options.sources / name),
-                (2 * place + 1, (options.targets / name).with_suffix(".jpg")),
+                (2 * i, options.sources / name),
+                (2 * i + 1, (options.targets / name).with_suffix(".jpg")),
             ):
                 expected = codec.encode(resize_and_crop(read_image(path), (16, 24))[None])[0, 0]
                 assert np.abs(latents[frame] - expected.numpy()).max() < 0.02  # half precision
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_built_in_task_makes_both_sides_at_the_size_to_encode(options: PreparePairsOptions, task: str) -> None:
+def test_a_built_in_task_makes_both_sides_from_one_image(options: PreparePairsOptions, task: str) -> None:
     manifest = prepare_pairs(of_task(options, task))
     assert manifest.preparation["task_parameters"] == TASKS[task].parameters
     codec = load_codec("pca")
     for _, latents, names in samples(manifest):
-        for place, name in enumerate(names):
+        for i, name in enumerate(names):
             pixels = torch.stack(make_pair(TASKS[task], resize_and_crop(read_image(options.sources / name), (16, 24))))
-            assert np.abs(latents[2 * place : 2 * place + 2] - codec.encode(pixels).numpy()[:, 0]).max() < 0.02
+            assert np.abs(latents[2 * i : 2 * i + 2] - codec.encode(pixels).numpy()[:, 0]).max() < 0.02
 
 
-def test_held_out_pairs_end_the_validation_sequences_and_appear_nowhere_else(options: PreparePairsOptions) -> None:
+def test_held_out_pairs_end_the_validation_sequences_and_are_in_no_other(options: PreparePairsOptions) -> None:
     manifest = prepare_pairs(options)
     found = samples(manifest)
     training = {name for split, _, names in found if split == "train" for name in names}
@@ -101,13 +99,13 @@ def test_held_out_pairs_end_the_validation_sequences_and_appear_nowhere_else(opt
     held_out = {names[-1] for names in validation}
     assert len(held_out) == 2
     assert not held_out & training
-    everything = {f"p{place}.png" for place in range(PAIRS)}
+    everything = {f"p{i}.png" for i in range(PAIRS)}
     assert {name for names in validation for name in names[:-1]} <= everything - held_out
     assert "hash" in manifest.validation["held_out_by"]
 
 
-def test_the_manifest_tells_every_file_that_is_never_trained_on(options: PreparePairsOptions, tmp_path: Path) -> None:
-    """Those beyond the pairs to use and doubles too, though files of one name lie in folders of one name."""
+def test_the_manifest_lists_every_held_out_file(options: PreparePairsOptions, tmp_path: Path) -> None:
+    """Also those that are not used, and duplicates; folders of one name with files of one name are distinguished."""
     for side, folder in (("a", options.sources), ("b", options.targets)):
         (tmp_path / side / "train").mkdir(parents=True)
         for path in folder.iterdir():
@@ -115,7 +113,7 @@ def test_the_manifest_tells_every_file_that_is_never_trained_on(options: Prepare
     moved = replace(options, sources=tmp_path / "a/train", targets=tmp_path / "b/train", held_out_pairs=1, sequences=50)
     manifest = prepare_pairs(moved)
     used = {name for split, _, names in samples(manifest) if split == "train" for name in names}
-    never = {f"p{place}.png" for place in range(PAIRS)} - used
+    never = {f"p{i}.png" for i in range(PAIRS)} - used
     assert len(never) > manifest.validation["validation_sources"] == 1
     expected = [f"{side}/train/{name}" for side in "ab" for name in sorted(never)]
     assert manifest.validation["held_out"] == expected
@@ -125,7 +123,7 @@ def test_the_manifest_tells_every_file_that_is_never_trained_on(options: Prepare
     assert again.validation["held_out"] == sorted([*expected, "a/train/q.png", "b/train/q.png"])
 
 
-def test_every_task_holds_out_the_same_pictures(options: PreparePairsOptions) -> None:
+def test_every_task_holds_out_the_same_images(options: PreparePairsOptions) -> None:
     found = [prepare_pairs(of_task(options, task)).validation for task in ("grayscale", "colourisation")]
     assert found[0] == found[1]
     assert found[0]["held_out"]
@@ -150,8 +148,8 @@ def test_training_mixes_the_sequences_of_several_tasks(options: PreparePairsOpti
     assert sorted(distances.argmin(axis=1)) == list(range(10))  # each of the five sequences of both tasks
 
 
-def test_the_paper_draws_20_sequences_of_three_from_40_pairs() -> None:
-    defaults = PreparePairsOptions(Path())
+def test_the_defaults_are_those_of_the_paper() -> None:
+    defaults = PreparePairsOptions(out=Path())
     assert (defaults.sequences, defaults.pairs_per_sequence, defaults.pairs) == (20, 3, 40)
 
 
@@ -167,12 +165,12 @@ def test_only_pairs_that_occur_in_training_sequences_count_as_trained_on(options
     assert manifest.validation["train_sources"] == 3  # of 6 that are not held out
 
 
-def test_running_again_changes_nothing_and_other_data_are_refused(
+def test_an_existing_result_is_reused_and_another_one_refused(
     options: PreparePairsOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = prepare_pairs(options)
     assert prepare_pairs(options) == first
-    assert "nothing to do" in capsys.readouterr().out
+    assert "holds the result of these options already" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"holds shards made differently \(sequences\)"):
         prepare_pairs(replace(options, sequences=6))
     with pytest.raises(InputError, match=r"holds shards made differently \(task\)"):
@@ -183,19 +181,19 @@ def test_running_again_changes_nothing_and_other_data_are_refused(
     assert other.fingerprint() != first.fingerprint()
 
 
-def test_a_picture_that_changed_is_noticed_though_name_and_size_stay(options: PreparePairsOptions) -> None:
-    """Changed to what it showed before but for one level, so that the pair may move between the splits as well."""
+def test_a_changed_image_of_the_same_name_and_size_is_noticed(options: PreparePairsOptions) -> None:
+    """One level changes, so that the pair may move to the other split as well."""
     used = prepare_pairs(options)
     name = samples(used)[0][2][0]
     path = options.sources / name
     pixels = np.array(Image.open(path))
     pixels[0, 0, 0] ^= 1
     Image.fromarray(pixels).save(path)
-    with pytest.raises(InputError, match=r"holds shards made differently \(the source files\)"):
+    with pytest.raises(InputError, match=r"holds shards made differently \(the images\)"):
         prepare_pairs(options)
 
 
-def test_ready_pairs_may_lie_in_one_folder(options: PreparePairsOptions, tmp_path: Path) -> None:
+def test_both_folders_of_pairs_may_be_in_one_folder(options: PreparePairsOptions, tmp_path: Path) -> None:
     expected = samples(prepare_pairs(options))
     (tmp_path / "task").mkdir()
     options.sources.rename(tmp_path / "task" / "source")
@@ -212,7 +210,7 @@ def test_ready_pairs_may_lie_in_one_folder(options: PreparePairsOptions, tmp_pat
     [
         ({"sequences": 0}, "sequences is 0: give at least 1"),
         ({"held_out_pairs": -1}, "held_out_pairs is -1"),
-        ({"validation_fraction": 1.0}, "validation_fraction is 1.0: give a share"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0: give at least 0"),
         ({"size": "16"}, "'16' is not HEIGHTxWIDTH"),
         ({"task": "depth"}, "no task 'depth': give one of pairs, grayscale, colourisation, edges, edges_to_image"),
         ({"task": "edges"}, "The task edges makes both sides .*: give --sources alone"),
@@ -220,61 +218,66 @@ def test_ready_pairs_may_lie_in_one_folder(options: PreparePairsOptions, tmp_pat
         ({"targets": None}, "was given --sources: give one or the other"),
         ({"sources": None, "targets": None}, "was given none of them: give one or the other"),
         ({"pairs_in": Path()}, "was given --sources and --targets and --pairs_in: give one or the other"),
-        ({"pairs": 2}, "pairs is 2 where a sequence takes 3: give more --pairs"),
-        ({"seed": -1}, "seed is -1: give a number from 0 on"),
-        ({"source_pattern": "("}, "source_pattern '[(]' is no regular expression"),
+        ({"pairs": 2}, "pairs is 2 but a sequence has 3: give more --pairs"),
+        ({"seed": -1}, "seed is -1: give at least 0"),
+        ({"source_pattern": "("}, "source_pattern '[(]' is not a regular expression"),
         ({"size": "18x24"}, "18x24|18 by 24"),
-        ({"out": COMMAND}, r"build_few_shot\.py cannot be written, since .* is no folder to write in: give another"),
-        ({"out": COMMAND / "new"}, r"new cannot be written, since .*build_few_shot\.py is no folder"),
+        (
+            {"out": Path(__file__)},
+            r"test_few_shot\.py cannot be written, since .* is no folder",
+        ),
+        ({"out": Path(__file__) / "new"}, r"new cannot be written, since .*test_few_shot\.py is no folder"),
     ],
 )
-def test_what_does_not_go_together_is_named_before_a_picture_is_opened(
+def test_unusable_options_are_refused_before_an_image_is_read(
     options: PreparePairsOptions, changes: dict[str, object], message: str
 ) -> None:
     for path in options.sources.iterdir():
-        path.write_text("no picture")
+        path.write_text("not an image")
     with pytest.raises(InputError, match=message):
         prepare_pairs(replace(options, **changes))
     assert not options.out.exists()
 
 
-def test_opencv_is_missed_before_a_picture_is_opened(
+def test_missing_opencv_is_reported_before_an_image_is_read(
     options: PreparePairsOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     for path in options.sources.iterdir():
-        path.write_text("no picture")
+        path.write_text("not an image")
     with pytest.raises(InputError, match=r"OpenCV.*pip install"):
         prepare_pairs(of_task(options, "sketch"))
 
 
-def test_too_few_pairs_are_counted_and_the_reason_is_told(options: PreparePairsOptions) -> None:
-    for place in range(3, PAIRS):
-        (options.sources / f"p{place}.png").unlink()
-        (options.targets / f"p{place}.jpg").unlink()
+def test_too_few_pairs_are_reported_with_the_reason(options: PreparePairsOptions) -> None:
+    for i in range(3, PAIRS):
+        (options.sources / f"p{i}.png").unlink()
+        (options.targets / f"p{i}.jpg").unlink()
     places = ".*colour and .*grayscale"
-    with pytest.raises(InputError, match=f"takes 4 different pairs, more than the 3 of {places}: add pictures"):
+    with pytest.raises(InputError, match=f"has 4 different pairs, and {places} only 3: add images"):
         prepare_pairs(replace(options, pairs_per_sequence=4))
-    message = rf"^Holding out \d of the 3 different pairs in {places} leaves \d for training, .* 3: add pictures, or"
+    message = rf"^Holding out \d of the 3 different pairs in {places} leaves \d for training, .* 3: add images, or"
     with pytest.raises(InputError, match=message):
         prepare_pairs(options)
-    for place in (1, 2):
-        shutil.copy(options.targets / "p0.jpg", options.targets / f"p{place}.jpg")
-    message = r"Holding out 3 of the 3 .* share a picture .* leaves 0 .*: add pairs that share none, or .* 0\.$"
+    for i in (1, 2):
+        shutil.copy(options.targets / "p0.jpg", options.targets / f"p{i}.jpg")
+    message = r"Holding out 3 of the 3 .* share an image .* leaves 0 .*: add pairs that share none, or .* 0\.$"
     with pytest.raises(InputError, match=message):
         prepare_pairs(options)
     assert prepare_pairs(replace(options, validation_fraction=0)).validation["train_sources"] == 3
 
 
-def test_fewer_pairs_than_allowed_are_counted(options: PreparePairsOptions, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fewer_pairs_than_allowed_are_reported(
+    options: PreparePairsOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
     prepare_pairs(replace(options, validation_fraction=0, pairs=PAIRS))
     assert "--pairs" not in capsys.readouterr().out
     prepare_pairs(replace(options, validation_fraction=0, out=options.out.with_name("again")))
-    assert f"draw training sequences from: {PAIRS}, where --pairs allows 40\n" in capsys.readouterr().out
+    assert f"drawn from {PAIRS} pairs; --pairs allows 40\n" in capsys.readouterr().out
 
 
 def test_frames_of_one_recording_are_held_out_together(options: PreparePairsOptions) -> None:
-    """The names begin with one of three recordings; without a pattern the manifest is as before there was one."""
+    """Each name begins with that of one of three recordings."""
     for path in (*options.sources.iterdir(), *options.targets.iterdir()):
         path.rename(path.with_name(f"clip{int(path.stem[1:]) // 3}_{path.name}"))
     manifest = prepare_pairs(replace(options, source_pattern=r"clip\d+", validation_fraction=0.01))
@@ -283,25 +286,3 @@ def test_frames_of_one_recording_are_held_out_together(options: PreparePairsOpti
     assert len(manifest.validation["held_out"]) == 6
     assert "source_pattern" in manifest.validation["held_out_by"]
     assert manifest.preparation["source_pattern"] == r"clip\d+"
-    assert "source_pattern" not in prepare_pairs(of_task(options, "copy")).preparation
-
-
-def test_the_command(options: PreparePairsOptions) -> None:
-    arguments = ["--codec", "pca", "--size", "16x24", "--out", str(options.out), "--task", "grayscale"]
-    done = subprocess.run(
-        [sys.executable, str(COMMAND), *arguments, "--sources", str(options.sources)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"--config recipes/few_shot/grayscale.yaml --run_dir runs/tiny/few_shot_{options.out.name} " in done.stdout
-    assert sum(entry.count for entry in Manifest.load(options.out).of_split("train")) == 20
-    failed = subprocess.run(
-        [sys.executable, str(COMMAND), *arguments, "--sources", "nowhere"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert failed.returncode == 2
-    assert failed.stderr.count("\n") == 1

@@ -1,7 +1,5 @@
 import io
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +19,13 @@ from gpdit_lightning.media.images import resize_and_crop
 from gpdit_lightning.media.video import iterate_frames, read_video, video_info, write_video
 from gpdit_lightning.preparation import PrepareOptions, clips, parts, prepare, summary
 
-COMMAND = Path(__file__).parents[2] / "data_prep" / "shard_latents.py"
-
 
 def make_video(path: Path, frames: int = 12, height: int = 32, width: int = 48) -> None:
     generator = torch.Generator().manual_seed(sum(map(ord, path.name)))
-    picture = torch.nn.functional.interpolate(
+    image = torch.nn.functional.interpolate(
         torch.rand(1, 3, 5, 7, generator=generator), (height, width + frames), mode="bilinear"
     )[0]
-    pixels = torch.stack([picture[..., frame : frame + width] for frame in range(frames)])
+    pixels = torch.stack([image[..., frame : frame + width] for frame in range(frames)])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path, (pixels * 255).to(torch.uint8), fps=24)
 
@@ -76,13 +72,13 @@ def skipped(manifest: Manifest) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
-def test_videos_become_clips_that_do_not_overlap(options: PrepareOptions, videos: Path) -> None:
+def test_videos_are_cut_into_consecutive_clips(options: PrepareOptions, videos: Path) -> None:
     manifest = prepared(options)
     assert manifest == Manifest.load(options.out)
     codec = load_codec("pca")
     assert manifest.codec == codec.spec()
     found = samples(manifest)
-    assert len(found) == 12  # two clips of 5 in 12 frames, six times
+    assert len(found) == 12  # two clips of 5 frames from each of six videos
     for _, latents, metadata in found:
         assert metadata["fps"] == 24
         assert metadata["pixel_size"] == [16, 24]
@@ -103,7 +99,7 @@ def test_stride_and_clips_per_video(options: PrepareOptions, videos: Path) -> No
     assert np.abs(found[0][1] - load_codec("pca").encode(pixels[None])[0].numpy()).max() < 0.02
 
 
-def test_the_rest_of_a_video_is_a_shorter_clip_if_asked_for(options: PrepareOptions, videos: Path) -> None:
+def test_the_rest_of_a_video_is_a_shorter_clip_if_it_is_long_enough(options: PrepareOptions, videos: Path) -> None:
     """12 frames in clips of 9: three are left, and one of them (1 + 4k) can be kept; in clips of 5, one of two."""
     kept = samples(prepared(replace(options, clip_frames=9, least_clip_frames=1)))
     assert (
@@ -117,7 +113,7 @@ def test_the_rest_of_a_video_is_a_shorter_clip_if_asked_for(options: PrepareOpti
     _, latents, metadata = short[0]
     pixels = resize_and_crop(read_video(videos / metadata["source"], most=9), (16, 24))
     assert np.abs(latents - load_codec("pca").encode(pixels[None])[0].numpy()).max() < 0.02
-    with pytest.raises(InputError, match="least_clip_frames is 9 and clip_frames 5"):
+    with pytest.raises(InputError, match="least_clip_frames is 9 and --clip_frames 5"):
         prepare(replace(options, least_clip_frames=9, out=options.out.with_name("out4")))
 
 
@@ -132,7 +128,7 @@ def test_whole_sources_are_held_out(options: PrepareOptions) -> None:
     assert manifest.validation["validation_sources"] == len(splits["validation"])
 
 
-def test_adding_a_file_moves_no_other_to_another_split(options: PrepareOptions, videos: Path) -> None:
+def test_a_new_file_does_not_change_the_splits_of_others(options: PrepareOptions, videos: Path) -> None:
     half = replace(options, validation_fraction=0.5)
     before = {metadata["source"]: split for split, _, metadata in samples(prepared(half))}
     make_video(videos / "dog" / "new.mp4")
@@ -144,7 +140,7 @@ def test_adding_a_file_moves_no_other_to_another_split(options: PrepareOptions, 
     assert len(after) == len(before) + 1
 
 
-def test_clips_of_one_recording_stay_together(options: PrepareOptions) -> None:
+def test_files_of_one_recording_are_in_one_split(options: PrepareOptions) -> None:
     manifest = prepared(replace(options, source_pattern=r"v_\d+", validation_fraction=0.3))
     recordings = {
         split: {metadata["source"].split("/")[1][:3] for s, _, metadata in samples(manifest) if s == split}
@@ -155,7 +151,7 @@ def test_clips_of_one_recording_stay_together(options: PrepareOptions) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.99])
-def test_each_side_gets_a_source_unless_none_is_asked_for(options: PrepareOptions, fraction: float) -> None:
+def test_each_split_gets_a_file_unless_the_fraction_is_0(options: PrepareOptions, fraction: float) -> None:
     validation = prepared(replace(options, validation_fraction=fraction)).validation
     expected = {0.0: 0, 0.01: 1, 0.99: 5}[fraction]
     assert (validation["train_sources"], validation["validation_sources"]) == (6 - expected, expected)
@@ -171,16 +167,16 @@ def test_a_held_out_folder_is_the_only_validation(options: PrepareOptions, video
         prepare(replace(options, validation_videos=[videos / "ball"], out=options.out.with_name("out2")))
 
 
-def test_pictures_go_to_the_closest_size(options: PrepareOptions, tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
+def test_images_are_scaled_to_the_closest_size(options: PrepareOptions, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
     for name, size in (("wide", (30, 20)), ("square", (20, 20)), ("tall", (20, 30))):
-        Image.new("RGB", size, (200, 100, 50)).save(tmp_path / "pictures" / f"{name}.png")
-    manifest = prepared(replace(options, images=[tmp_path / "pictures"], validation_fraction=0))
+        Image.new("RGB", size, (200, 100, 50)).save(tmp_path / "images" / f"{name}.png")
+    manifest = prepared(replace(options, images=[tmp_path / "images"], validation_fraction=0))
     shapes = {m["source"]: latents.shape for _, latents, m in samples(manifest) if m["kind"] == "image"}
     assert shapes == {"wide.png": (1, 16, 2, 2), "square.png": (1, 16, 2, 2), "tall.png": (1, 16, 3, 2)}
     assert {shard.kind for shard in manifest.shards} == {"image", "video"}
-    picture = next(latents for _, latents, m in samples(manifest) if m["source"] == "square.png")
-    colour = load_codec("pca").decode(torch.tensor(picture)[None])[0, 0].float().mean(dim=(1, 2))
+    image = next(latents for _, latents, m in samples(manifest) if m["source"] == "square.png")
+    colour = load_codec("pca").decode(torch.tensor(image)[None])[0, 0].float().mean(dim=(1, 2))
     torch.testing.assert_close(colour, torch.tensor([200.0, 100.0, 50.0]), atol=8, rtol=0)
 
 
@@ -190,20 +186,20 @@ def test_labels_are_the_names_of_folders(options: PrepareOptions) -> None:
     assert all(metadata["label"] == metadata["source"].split("/")[0] for _, _, metadata in samples(manifest))
 
 
-def test_broken_and_short_files_are_left_out_and_named(options: PrepareOptions, videos: Path) -> None:
+def test_broken_and_short_files_are_skipped_and_named(options: PrepareOptions, videos: Path) -> None:
     (videos / "broken.mp4").write_bytes(b"not a video at all")
     make_video(videos / "short.mp4", frames=4)
     manifest = prepared(options)
     reasons = {entry["source"]: entry["reason"] for entry in skipped(manifest)}
     assert set(reasons) == {"broken.mp4", "short.mp4"}
     assert "no readable video" in reasons["broken.mp4"]
-    assert "gives 4 frames at stride 1 and a clip has 5" in reasons["short.mp4"]
+    assert "has 4 frames at stride 1 but a clip needs 5" in reasons["short.mp4"]
     assert sum(shard.count for shard in manifest.shards) == 12
-    assert "left out: 2" in summary(manifest)
+    assert "skipped: 2" in summary(manifest)
     assert "broken.mp4" in summary(manifest)
 
 
-def test_what_was_read_before_a_video_broke_is_kept(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_before_the_damage_of_a_video_are_used(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaking(path: Path, stride: int, threads: int) -> Iterator[torch.Tensor]:
         yield from iterate_frames(path, 0, stride, 7)
         raise InputError(f"{path} is broken.")
@@ -215,18 +211,18 @@ def test_what_was_read_before_a_video_broke_is_kept(options: PrepareOptions, mon
     assert skipped(manifest)[0]["reason"].endswith("is broken. Its first 1 clips were used.")
 
 
-def test_one_odd_file_among_millions_stops_nothing(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    def odd(path: Path, threads: int) -> Any:
+def test_an_unexpected_exception_skips_one_file_only(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(path: Path, threads: int) -> Any:
         return 1 / 0 if path.name == "v_1_c3.mp4" else video_info(path, threads)
 
-    monkeypatch.setattr(clips, "video_info", odd)
+    monkeypatch.setattr(clips, "video_info", raising)
     manifest = prepared(options)
     assert [entry["source"] for entry in skipped(manifest)] == ["ball/v_1_c3.mp4"]
     assert "(ZeroDivisionError: division by zero): replace or remove it." in skipped(manifest)[0]["reason"]
     assert sum(shard.count for shard in manifest.shards) == 10
 
 
-def test_the_same_inputs_give_the_same_bytes(options: PrepareOptions) -> None:
+def test_the_same_input_files_give_the_same_bytes(options: PrepareOptions) -> None:
     first = prepared(options)
     second = prepared(replace(options, out=options.out.with_name("out2")))
     assert [shard.sha256 for shard in first.shards] == [shard.sha256 for shard in second.shards]
@@ -237,55 +233,55 @@ def test_a_finished_folder_is_reused_and_never_overwritten(
     options: PrepareOptions, videos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepared(options)
-    monkeypatch.setattr(parts, "load_codec", None)  # calling it would fail
+    monkeypatch.setattr(parts, "load_codec", None)
     assert prepared(replace(options, batch_size=1)) == first
-    assert "nothing to do" in capsys.readouterr().out
+    assert "holds all of these input files already" in capsys.readouterr().out
     with pytest.raises(
         InputError, match=r"holds shards made differently \(stride was 1 and is 2\): give another --out"
     ):
         prepare(replace(options, stride=2))
-    (videos / "dog" / "v_0_c0.mp4").write_bytes(b"another film")
+    (videos / "dog" / "v_0_c0.mp4").write_bytes(b"another file")
     with pytest.raises(InputError, match=r"v_0_c0\.mp4 has 12 bytes and had \d+ when it was encoded"):
         prepare(options)
     (videos / "dog" / "v_0_c0.mp4").unlink()
-    assert prepared(options) == first  # what was encoded may go
+    assert prepared(options) == first  # encoded files may be removed
     with pytest.raises(InputError, match=r"v_0_c1\.mp4 is in .* already, as ball/v_0_c1\.mp4: give the folder"):
         prepare(replace(options, videos=[videos / "ball"]))
 
 
-def test_shards_of_something_else_are_left_alone(options: PrepareOptions) -> None:
+def test_shards_without_records_are_refused(options: PrepareOptions) -> None:
     options.out.mkdir()
     (options.out / "train-video-2x2x3-00000-00000.tar").write_text("who knows")
-    with pytest.raises(InputError, match=r"00000-00000\.tar was made by something else than this command"):
+    with pytest.raises(InputError, match=r"00000-00000\.tar was not made by this command"):
         prepare(options)
 
 
-def test_the_folder_holds_what_is_listed_and_the_notes(options: PrepareOptions) -> None:
+def test_the_folder_holds_the_listed_files_and_the_records(options: PrepareOptions) -> None:
     options.out.mkdir()
     (options.out / "notes.txt").write_text("mine")
     manifest = prepared(options)
     listed = {name for shard in manifest.shards for name in (shard.path, shard.index)}
     others = {"manifest.json", "skipped.jsonl", "preparation", "notes.txt"}
     assert {path.name for path in options.out.iterdir()} == listed | others
-    notes = {path.name for path in (options.out / "preparation").iterdir()}
-    assert notes == {"options.json", "part-00000.sources.jsonl", "part-00000.json", "lock"}
+    records = {path.name for path in (options.out / "preparation").iterdir()}
+    assert records == {"options.json", "part-00000.sources.jsonl", "part-00000.json", "lock"}
 
 
-def test_latents_too_large_for_half_precision_are_left_out(
+def test_latents_too_large_for_half_precision_are_skipped(
     options: PrepareOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codec = load_codec("pca")
     encode = codec.encode
     monkeypatch.setattr(codec, "encode", lambda pixels: encode(pixels) * 1e6)
     monkeypatch.setattr(parts, "load_codec", lambda *_: codec)
-    with pytest.raises(InputError, match=r"None of the 6 sources could be used; the first: .*not finite in float16"):
+    with pytest.raises(InputError, match=r"None of the 6 input files could .*the first: .*not finite in float16"):
         prepare(options)
     assert not (options.out / "manifest.json").exists()
     monkeypatch.undo()
     assert sum(shard.count for shard in prepared(options).shards) == 12
 
 
-def test_a_list_names_files_beside_it(options: PrepareOptions, videos: Path) -> None:
+def test_a_list_names_files_relative_to_its_folder(options: PrepareOptions, videos: Path) -> None:
     (videos / "list.txt").write_text("dog/v_0_c0.mp4\n\nball/v_0_c1.mp4\n")
     manifest = prepared(replace(options, videos=[videos / "list.txt"], labels=True))
     assert {metadata["source"] for _, _, metadata in samples(manifest)} == {"dog/v_0_c0.mp4", "ball/v_0_c1.mp4"}
@@ -295,11 +291,11 @@ def test_a_list_names_files_beside_it(options: PrepareOptions, videos: Path) -> 
         prepare(replace(options, videos=[videos / "list.txt"], out=options.out.with_name("out2")))
 
 
-def test_options_without_sense_are_named(options: PrepareOptions, tmp_path: Path) -> None:
+def test_an_error_names_the_unusable_option(options: PrepareOptions, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for change, message in (
-        ({"videos": []}, "nothing to prepare"),
-        ({"videos": [tmp_path / "empty"]}, "empty holds no video files"),
+        ({"videos": []}, "There are no input files"),
+        ({"videos": [tmp_path / "empty"]}, "empty has no video files"),
         ({"videos": [tmp_path / "gone"]}, "gone does not exist"),
         ({"clip_frames": 6}, r"6 pixel frames are not 1 \+ 4 k: take 5 or 9"),
         ({"stride": 0}, "stride is 0"),
@@ -307,7 +303,7 @@ def test_options_without_sense_are_named(options: PrepareOptions, tmp_path: Path
         ({"video_sizes": ["12x16"]}, "height 12 of 12x16"),
         ({"video_sizes": ["big"]}, "HEIGHTxWIDTH"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
-        ({"source_pattern": "("}, "no regular expression"),
+        ({"source_pattern": "("}, "not a regular expression"),
         ({"codec": "dct"}, "no codec 'dct'"),
         ({"device": "abacus"}, "device 'abacus'"),
     ):
@@ -316,38 +312,25 @@ def test_options_without_sense_are_named(options: PrepareOptions, tmp_path: Path
     assert not options.out.exists()
 
 
-def test_the_command_prints_a_table_and_one_sentence_for_errors(videos: Path, tmp_path: Path) -> None:
-    arguments = ["--codec", "pca", "--stride", "1", "--clip_frames", "5", "--video_sizes", "16x24", "--out"]
-    command = [sys.executable, str(COMMAND), "--videos", str(videos), *arguments, str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "2x16x2x3" in done.stdout
-    assert "next: python -m gpdit_lightning fit" in done.stdout
-    failed = subprocess.run([*command, "--stride", "2"], capture_output=True, text=True, check=False)
-    assert failed.returncode == 2
-    assert failed.stderr.strip().count("\n") == 0
-    assert "made differently (stride was 1 and is 2)" in failed.stderr
-
-
 def make_tar(path: Path, keys: range, damaged: int | None = None) -> None:
-    """A tar as img2dataset writes it: a picture, its caption and what is known of it."""
+    """A tar as img2dataset writes it: images, captions and json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with TarWriter(str(path)) as tar:
         for key in keys:
-            picture = io.BytesIO()
+            image = io.BytesIO()
             size = ((30, 20), (20, 20), (20, 30))[key % 3]
-            Image.new("RGB", size, (key * 10 % 255, 100, 50)).save(picture, format="JPEG")
-            known = {
-                "caption": f"picture {key}",
-                "url": f"http://pictures/{key}",
+            Image.new("RGB", size, (key * 10 % 255, 100, 50)).save(image, format="JPEG")
+            fields = {
+                "caption": f"image {key}",
+                "url": f"http://images/{key}",
                 "width": size[0],
                 "status": "success",
             }
-            content = b"no picture" if key == damaged else picture.getvalue()
-            tar.write({"__key__": f"{key:09d}", "jpg": content, "txt": f"picture {key}", "json": known})
+            content = b"not an image" if key == damaged else image.getvalue()
+            tar.write({"__key__": f"{key:09d}", "jpg": content, "txt": f"image {key}", "json": fields})
 
 
-def test_tars_of_pictures_as_img2dataset_writes_them(options: PrepareOptions, tmp_path: Path) -> None:
+def test_tars_of_images_as_img2dataset_writes_them(options: PrepareOptions, tmp_path: Path) -> None:
     laion = tmp_path / "laion"
     for number in range(3):
         make_tar(laion / f"{number:05d}.tar", range(number * 10, number * 10 + 10), damaged=17)
@@ -357,12 +340,12 @@ def test_tars_of_pictures_as_img2dataset_writes_them(options: PrepareOptions, tm
     assert len(found) == 19
     _, shape, metadata = found["00001.tar/000000012"]
     assert shape == (1, 16, 2, 2)
-    assert metadata["caption"] == "picture 12"
-    assert metadata["url"] == "http://pictures/12"
+    assert metadata["caption"] == "image 12"
+    assert metadata["url"] == "http://images/12"
     assert [entry["source"] for entry in skipped(manifest)] == ["00001.tar/000000017"]
     assert {shape for _, shape, _ in found.values()} == {(1, 16, 2, 2), (1, 16, 3, 2)}
     validation = {source for source, (split, _, _) in found.items() if split == "validation"}
-    assert 2 <= len(validation) <= 10, "pictures are held out one by one"
+    assert 2 <= len(validation) <= 10, "images are held out one by one"
     assert manifest.validation["validation_sources"] == len(validation)
 
     more = prepared(replace(tars, image_tars=[f"{laion}/{{00000..00002}}.tar"]))
@@ -376,7 +359,7 @@ def test_tars_of_pictures_as_img2dataset_writes_them(options: PrepareOptions, tm
         prepare(replace(tars, image_tars=[f"{laion}/{{00000..00003}}.tar"]))
 
 
-def test_ucf_101s_lists_say_what_is_held_out_and_number_the_classes(options: PrepareOptions, tmp_path: Path) -> None:
+def test_the_lists_of_ucf_101_decide_splits_and_the_order_of_classes(options: PrepareOptions, tmp_path: Path) -> None:
     (tmp_path / "trainlist01.txt").write_text("dog/v_0_c0.mp4 2\nball/v_0_c1.mp4 1\nball/v_1_c3.mp4 1\n")
     (tmp_path / "testlist01.txt").write_text("dog/v_1_c2.mp4\n")
     (tmp_path / "classInd.txt").write_text("1 ball\n2 dog\n3 zebra\n")
@@ -390,15 +373,15 @@ def test_ucf_101s_lists_say_what_is_held_out_and_number_the_classes(options: Pre
         "dog/v_1_c2.mp4": ("validation", "dog"),
     }
     assert manifest.labels == ("ball", "dog", "zebra")
-    left_out = {entry["source"]: entry["reason"] for entry in skipped(manifest)}
-    assert left_out == dict.fromkeys(
-        ("ball/v_2_c5.mp4", "dog/v_2_c4.mp4"), "no annotation file names it, and they name others for training"
+    excluded = {entry["source"]: entry["reason"] for entry in skipped(manifest)}
+    assert excluded == dict.fromkeys(
+        ("ball/v_2_c5.mp4", "dog/v_2_c4.mp4"), "no annotation file names it, and they name other files for training"
     )
-    held_out_alone = prepared(replace(options, annotations=lists[1:2], out=options.out.with_name("out2")))
-    assert held_out_alone.validation["train_sources"] == 5
+    held_out_only = prepared(replace(options, annotations=lists[1:2], out=options.out.with_name("out2")))
+    assert held_out_only.validation["train_sources"] == 5
 
 
-def test_msr_vtts_captions_are_carried(options: PrepareOptions, tmp_path: Path, videos: Path) -> None:
+def test_the_captions_of_msr_vtt_are_stored(options: PrepareOptions, tmp_path: Path, videos: Path) -> None:
     content = {
         "videos": [
             {"video_id": path.stem, "split": "test" if path.parent.name == "dog" else "train", "category": 1}

@@ -27,20 +27,20 @@ def options(tmp_path: Path) -> PrepareOptions:
     )
 
 
-def test_ray_makes_the_same_shards_and_goes_on_where_others_stopped(options: PrepareOptions) -> None:
-    alone = prepare(options)
-    assert alone is not None
+def test_ray_writes_the_same_shards_and_finishes_what_another_process_began(options: PrepareOptions) -> None:
+    without_ray = prepare(options)
+    assert without_ray is not None
     records = Records(options.out)
     assert len(records.parts) == 3
-    # As if one part had been finished by a process that then was killed.
+    # One part is finished, as by a process that was killed then.
     by_ray = replace(options, out=options.out.with_name("by_ray"), ray=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[prepare.__module__], "merge", lambda *_: None)
-        patch.setattr(Records, "unfinished", lambda self: [1] if not self.finished(1) else [])
+        patch.setattr(sys.modules[prepare.__module__], "_write_manifest", lambda *_: None)
+        patch.setattr(Records, "unfinished_parts", property(lambda self: [1] if not self.is_finished(1) else []))
         prepare(replace(by_ray, ray=False))
-    assert Records(by_ray.out).unfinished() == [0, 2]
-    together = prepare(by_ray)
-    assert together is not None
-    assert together.shards == alone.shards
-    assert together.skipped == alone.skipped == 1
-    assert together.validation == alone.validation
+    assert Records(by_ray.out).unfinished_parts == [0, 2]
+    with_ray = prepare(by_ray)
+    assert with_ray is not None
+    assert with_ray.shards == without_ray.shards
+    assert with_ray.skipped == without_ray.skipped == 1
+    assert with_ray.validation == without_ray.validation

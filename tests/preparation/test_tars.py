@@ -13,18 +13,18 @@ from webdataset import TarWriter, WebDataset
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation import tars
-from gpdit_lightning.preparation.tars import TarSample, expand, iterate_images
+from gpdit_lightning.preparation.tars import TarSample, expand_pattern, iterate_samples
 
 
 def encoded(value: int = 0, kind: str = "JPEG", **options: Any) -> bytes:
-    """A grey picture of 12 x 8."""
+    """A grey image of 12 x 8."""
     file = io.BytesIO()
     Image.new("RGB", (8, 12), (value, value, value)).save(file, kind, **options)
     return file.getvalue()
 
 
 def write(path: Path, *members: tuple[str | tarfile.TarInfo, bytes]) -> Path:
-    """A tar of members in this order, whatever they are called."""
+    """A tar of these members, in order."""
     with tarfile.open(path, "w") as tar:
         for member, content in members:
             info = tarfile.TarInfo(member) if isinstance(member, str) else member
@@ -40,11 +40,11 @@ def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
 
 
 def read(path: Path) -> list[TarSample]:
-    return list(iterate_images(path))
+    return list(iterate_samples(path))
 
 
-def good(samples: list[TarSample]) -> list[str]:
-    """The keys of the samples with nothing wrong."""
+def intact(samples: list[TarSample]) -> list[str]:
+    """The keys of the samples without a problem."""
     return [sample.key for sample in samples if sample.pixels is not None and sample.problem is None]
 
 
@@ -54,12 +54,12 @@ def laion(tmp_path: Path) -> Path:
     path = tmp_path / "00000.tar"
     with TarWriter(str(path), encoder=False) as tar:
         for number in range(6):
-            noted = {"caption": f"caption {number}", "url": f"https://x/{number}", "width": 8, "score": float("nan")}
+            fields = {"caption": f"caption {number}", "url": f"https://x/{number}", "width": 8, "score": float("nan")}
             tar.write(
                 {
                     "__key__": f"{number:09d}",
                     ("jpg", "png", "webp")[number % 3]: encoded(number, ("JPEG", "PNG", "WEBP")[number % 3]),
-                    "json": json.dumps(noted).encode(),
+                    "json": json.dumps(fields).encode(),
                     "txt": f"caption {number}".encode(),
                 }
             )
@@ -69,17 +69,17 @@ def laion(tmp_path: Path) -> Path:
 def test_samples_are_those_that_webdataset_finds(laion: Path) -> None:
     expected = list(WebDataset(str(laion), shardshuffle=False))
     found = read(laion)
-    assert good(found) == [sample["__key__"] for sample in expected] == [f"{number:09d}" for number in range(6)]
+    assert intact(found) == [sample["__key__"] for sample in expected] == [f"{number:09d}" for number in range(6)]
     for number, (sample, raw) in enumerate(zip(found, expected, strict=True)):
         assert sample.pixels is not None
         assert sample.pixels.dtype == torch.uint8
         assert sample.pixels.shape == (1, 3, 12, 8)
-        picture = next(raw[ending] for ending in ("jpg", "png", "webp") if ending in raw)
-        assert (sample.pixels[0].permute(1, 2, 0).numpy() == np.array(Image.open(io.BytesIO(picture)))).all()
+        image = next(raw[ending] for ending in ("jpg", "png", "webp") if ending in raw)
+        assert (sample.pixels[0].permute(1, 2, 0).numpy() == np.array(Image.open(io.BytesIO(image)))).all()
         assert sample.metadata == {"caption": raw["txt"].decode(), "url": f"https://x/{number}"}
 
 
-def test_the_text_is_the_caption_else_the_json_has_it(tmp_path: Path) -> None:
+def test_the_caption_is_the_text_or_else_that_of_the_json(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.tar",
         ("0.jpg", encoded()),
@@ -93,11 +93,11 @@ def test_the_text_is_the_caption_else_the_json_has_it(tmp_path: Path) -> None:
         ("3.jpg", encoded()),
     )
     found = read(path)
-    assert good(found) == ["0", "1", "2", "3"]
+    assert intact(found) == ["0", "1", "2", "3"]
     assert [sample.metadata for sample in found] == [{"caption": "of text"}, {"caption": "è"}, {}, {}]
 
 
-def test_pictures_are_set_upright_and_on_white(tmp_path: Path) -> None:
+def test_images_are_turned_upright_and_transparency_becomes_white(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     clear = io.BytesIO()
@@ -110,7 +110,7 @@ def test_pictures_are_set_upright_and_on_white(tmp_path: Path) -> None:
     assert (white == 255).all()
 
 
-def test_nothing_else_is_opened(tmp_path: Path) -> None:
+def test_no_other_member_is_read(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "sprung",))
@@ -124,7 +124,7 @@ def test_nothing_else_is_opened(tmp_path: Path) -> None:
         ("._0.jpg", trap),
     ]
     found = read(write(tmp_path / "a.tar", *members, ("folder/1.jpg", encoded())))
-    assert good(found) == ["0", "folder/1"]
+    assert intact(found) == ["0", "folder/1"]
     assert len(found) == 2
     assert not (tmp_path / "sprung").exists()
     pickle.loads(trap)
@@ -147,13 +147,13 @@ def test_nothing_else_is_opened(tmp_path: Path) -> None:
     ],
     ids=lambda member: f"{member.name} {member.type.decode()}",
 )
-def test_members_that_are_no_files_in_the_tar_are_named(tmp_path: Path, member: tarfile.TarInfo) -> None:
+def test_unsafe_members_are_refused_and_named(tmp_path: Path, member: tarfile.TarInfo) -> None:
     path = write(tmp_path / "a.tar", ("./", b""), ("0.jpg", encoded()), (member, b""), ("2.jpg", encoded()))
     found = read(path)
-    assert good(found) == ["0", "2"]
+    assert intact(found) == ["0", "2"]
     assert found[1].pixels is None
     assert found[1].problem is not None
-    assert f"{path} has a member '{member.name}' that" in found[1].problem
+    assert f"{path} has a member '{member.name}' " in found[1].problem
 
 
 def test_a_sparse_member_of_any_size_takes_no_memory(tmp_path: Path) -> None:
@@ -165,11 +165,11 @@ def test_a_sparse_member_of_any_size_takes_no_memory(tmp_path: Path) -> None:
         "GNU.sparse.size": str(2**50),
     }
     found = read(write(tmp_path / "a.tar", ("0.jpg", encoded()), (info, b""), ("2.jpg", encoded())))
-    assert good(found) == ["0", "2"]
+    assert intact(found) == ["0", "2"]
     assert "no regular file" in str(found[1].problem)
 
 
-def test_what_cannot_be_read_leaves_the_rest_of_its_sample(tmp_path: Path) -> None:
+def test_an_unreadable_caption_leaves_the_rest_of_its_sample(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.tar",
         ("0.jpg", encoded()),
@@ -193,7 +193,7 @@ def test_what_cannot_be_read_leaves_the_rest_of_its_sample(tmp_path: Path) -> No
         assert f"{name} of {path} cannot be read" in str(sample.problem)
 
 
-def test_pictures_that_cannot_be_decoded_are_named(tmp_path: Path) -> None:
+def test_images_that_cannot_be_decoded_are_named(tmp_path: Path) -> None:
     bomb = bytearray(encoded(kind="BMP"))
     bomb[18:26] = (60_000).to_bytes(4, "little") * 2  # its header's width and height, 10 GB in memory
     path = write(
@@ -207,16 +207,16 @@ def test_pictures_that_cannot_be_decoded_are_named(tmp_path: Path) -> None:
         ("6.jpg", encoded()),
     )
     found = read(path)
-    assert good(found) == ["6"]
+    assert intact(found) == ["6"]
     assert all(sample.pixels is None for sample in found[:-1])
     for sample in (*found[:3], found[4]):
         assert f"{sample.key}.jpg of {path} is no readable picture (" in str(sample.problem)
     assert f"3.bmp of {path} is too large to be read safely (" in str(found[3].problem)
     assert "at 0x" not in "".join(str(sample.problem) for sample in found)
-    assert "has no picture for the key '5'" in str(found[5].problem)
+    assert "has no image for the key '5'" in str(found[5].problem)
 
 
-def test_a_second_picture_or_sample_of_one_key_is_named(tmp_path: Path) -> None:
+def test_a_second_image_or_sample_of_one_key_is_named(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.tar",
         ("0.jpg", encoded(10)),
@@ -230,39 +230,39 @@ def test_a_second_picture_or_sample_of_one_key_is_named(tmp_path: Path) -> None:
     assert first.pixels is not None
     assert first.pixels.max() < 20
     assert first.metadata == {"caption": "first"}
-    assert "a second picture '0.png'" in str(first.problem)
+    assert "a second image '0.png'" in str(first.problem)
     assert "a second text '0.txt'" in str(first.problem)
     assert other.problem is None
     assert again.pixels is None
     assert "has the key '0' again ('0.jpg')" in str(again.problem)
 
 
-def test_a_tar_that_was_cut_off_anywhere_gives_what_came_before(laion: Path) -> None:
+def test_a_tar_that_is_truncated_anywhere_gives_the_samples_before(laion: Path) -> None:
     whole = laion.read_bytes()
     end = len(whole.rstrip(b"\0")) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE
     for size in range(0, end + 1, 100):
         laion.write_bytes(whole[:size])
         *before, last = read(laion)
-        assert good(before) == [f"{number:09d}" for number in range(len(before))]
+        assert intact(before) == [f"{number:09d}" for number in range(len(before))]
         assert last.pixels is None
         assert f"{laion} is broken after {len(before)} samples (" in str(last.problem)
     laion.write_bytes(whole[: end + tarfile.BLOCKSIZE])
-    assert len(good(read(laion))) == 6
+    assert len(intact(read(laion))) == 6
 
 
-def test_a_tar_that_is_damaged_in_the_middle_does_not_just_end(laion: Path) -> None:
+def test_damage_in_the_middle_of_a_tar_is_reported(laion: Path) -> None:
     with tarfile.open(laion) as tar:
         offset = tar.getmember("000000003.png" if "000000003.png" in tar.getnames() else "000000003.jpg").offset
     content = bytearray(laion.read_bytes())
     content[offset + 20] ^= 0xFF
     laion.write_bytes(content)
     found = read(laion)
-    assert good(found) == ["000000000", "000000001"]  # the one before the break might have had more parts
-    assert "is broken after 2 samples (the mark of its end is missing)" in str(found[-1].problem)
+    assert intact(found) == ["000000000", "000000001"]  # the sample before the break might have had more members
+    assert "is broken after 2 samples (the end-of-archive block is missing)" in str(found[-1].problem)
 
 
 @pytest.mark.parametrize("size", [b"\xff" * 11 + b"\x00", b"\x80" + b"\xff" * 11], ids=["negative", "huge"])
-def test_a_size_that_cannot_be_ends_the_tar(tmp_path: Path, size: bytes) -> None:
+def test_an_impossible_size_ends_the_tar(tmp_path: Path, size: bytes) -> None:
     path = write(tmp_path / "a.tar", ("0.jpg", encoded()), ("1.jpg", encoded()), ("2.jpg", encoded()))
     with tarfile.open(path) as tar:
         offset = tar.getmember("1.jpg").offset
@@ -276,17 +276,17 @@ def test_a_size_that_cannot_be_ends_the_tar(tmp_path: Path, size: bytes) -> None
     assert "is broken after 0 samples ('1.jpg' has" in str(last.problem)
 
 
-def test_what_is_no_tar_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tar_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"no tar" * 1000)
     for name in ("a.tar", "absent.tar"):
         (last,) = read(tmp_path / name)
         assert f"{name} is broken after 0 samples (" in str(last.problem)
 
 
-def test_one_picture_is_decoded_at_a_time(laion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_is_decoded_at_a_time(laion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
     monkeypatch.setattr(tars, "read_image", lambda file, name: decoded.append(name))
-    for number, _ in enumerate(iterate_images(laion), start=1):
+    for number, _ in enumerate(iterate_samples(laion), start=1):
         assert len(decoded) == number
 
 
@@ -297,7 +297,7 @@ def test_patterns_folders_and_files_are_expanded(tmp_path: Path) -> None:
     (tmp_path / "0001_stats.json").touch()
 
     def names(pattern: str) -> list[str]:
-        return [path.relative_to(tmp_path).as_posix() for path in expand(f"{tmp_path}/{pattern}")]
+        return [path.relative_to(tmp_path).as_posix() for path in expand_pattern(f"{tmp_path}/{pattern}")]
 
     assert names("0002.tar") == ["0002.tar"]
     assert names("{0001..0003}.tar") == ["0001.tar", "0002.tar", "0003.tar"]
@@ -307,14 +307,14 @@ def test_patterns_folders_and_files_are_expanded(tmp_path: Path) -> None:
     assert names("{x}.tar") == ["{x}.tar"]
 
 
-def test_a_pattern_that_names_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_pattern_without_tars_is_refused(tmp_path: Path) -> None:
     (tmp_path / "0001.tar").touch()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"0000\.tar does not exist \(2 of 3 places that .* names are missing\)"):
-        expand(f"{tmp_path}/{{0000..0002}}.tar")
+    with pytest.raises(InputError, match=r"0000\.tar does not exist \(2 of the 3 paths of .* are missing\)"):
+        expand_pattern(f"{tmp_path}/{{0000..0002}}.tar")
     with pytest.raises(InputError, match=r"absent\.tar does not exist"):
-        expand(f"{tmp_path}/absent.tar")
-    with pytest.raises(InputError, match="braces that do not close"):
-        expand(f"{tmp_path}/{{0000..0002.tar")
-    with pytest.raises(InputError, match=r"empty holds no \.tar files"):
-        expand(f"{tmp_path}/empty")
+        expand_pattern(f"{tmp_path}/absent.tar")
+    with pytest.raises(InputError, match="unbalanced braces"):
+        expand_pattern(f"{tmp_path}/{{0000..0002.tar")
+    with pytest.raises(InputError, match=r"empty has no \.tar files"):
+        expand_pattern(f"{tmp_path}/empty")

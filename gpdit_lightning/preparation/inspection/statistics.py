@@ -1,20 +1,20 @@
-"""Latents measured against the constants of their codec: whitened, they should be about standard normal."""
+"""Latents compared with the constants of their codec: whitened, they should be about standard normal."""
 
 import numpy as np
 
 from gpdit_lightning.specs import CodecSpec
 
-# A codec's constants are those of all pictures, so no data set meets them quite.
-USUAL_MEAN, USUAL_FACTOR = 1.0, 2.0  # most channels of most data sets stay within; the factor is one of the std
-# Whatever is in the pictures, no channel goes so far. There is no such bound below: blank pictures have no variance.
-FARTHEST_MEAN, FARTHEST_STD = 3.0, 4.0
+# A codec's constants are averages over all kinds of images, so no data set matches them exactly.
+USUAL_MEAN, USUAL_FACTOR = 1.0, 2.0  # most channels of most data sets stay within; the factor is of the std
+# No data set goes beyond these. There is no lower bound of the std: constant images have none.
+LARGEST_MEAN, LARGEST_STD = 3.0, 4.0
 
 
-class Moments:
+class LatentStatistics:
     """Mean and standard deviation of each channel, over latents that are added one by one.
 
     Attributes:
-        count: values of a channel so far.
+        count: values per channel so far.
         mean: float64 (C,).
     """
 
@@ -23,12 +23,12 @@ class Moments:
         self.mean, self._squares = np.zeros(channels), np.zeros(channels)
 
     def add(self, latent: np.ndarray) -> None:
-        """Take in one latent (F, C, h, w), all its positions alike."""
+        """Add one latent (F, C, h, w); all its positions count equally."""
         values = latent.astype(np.float64)
         mean = values.mean(axis=(0, 2, 3))
         squares = np.square(values - mean[:, None, None]).sum(axis=(0, 2, 3))
         count = values[:, 0].size
-        # Exact for parts of any size (Chan, Golub and LeVeque), where sums of squares would lose digits.
+        # The update of Chan, Golub and LeVeque; sums of squares would lose digits.
         difference, share = mean - self.mean, count / (self.count + count)
         self._squares += squares + difference**2 * self.count * share
         self.mean += difference * share
@@ -36,34 +36,34 @@ class Moments:
 
     @property
     def std(self) -> np.ndarray:
-        """Float64 (C,), over all values; NaN while there are none."""
+        """Float64 (C,); NaN before the first latent."""
         return np.sqrt(self._squares / self.count) if self.count else np.full_like(self.mean, np.nan)
 
 
-def statistics(moments: Moments, codec: CodecSpec) -> str:
-    """A table of what was measured in each channel, the codec's constants and what whitening makes of it; a verdict.
+def statistics_table(statistics: LatentStatistics, codec: CodecSpec) -> str:
+    """A table per channel of measured, codec's and whitened mean and std, and a line with the assessment.
 
     Args:
-        moments: of raw latents.
-        codec: which made the latents.
+        statistics: of raw latents.
+        codec: that made the latents.
     """
     mean, std = np.array(codec.mean), np.array(codec.std)
-    whitened_mean, whitened_std = (moments.mean - mean) / std, moments.std / std
+    whitened_mean, whitened_std = (statistics.mean - mean) / std, statistics.std / std
     lines = [
         f"{'':<8}{'measured':^20}{'codec':^20}{'whitened':^20}",
         f"{'channel':<8}" + f"{'mean':>9}{'std':>9}  " * 3,
     ]
-    columns = (moments.mean, moments.std, mean, std, whitened_mean, whitened_std)
+    columns = (statistics.mean, statistics.std, mean, std, whitened_mean, whitened_std)
     for channel, row in enumerate(zip(*columns, strict=True)):
         pairs = (f"{row[i]:>9.3f}{row[i + 1]:>9.3f}  " for i in (0, 2, 4))
         lines.append(f"{channel:<8}" + "".join(pairs))
-    return "\n".join(line.rstrip() for line in [*lines, verdict(whitened_mean, whitened_std)])
+    return "\n".join(line.rstrip() for line in [*lines, assessment(whitened_mean, whitened_std)])
 
 
-def verdict(mean: np.ndarray, std: np.ndarray) -> str:
-    """One line on whether whitened latents are what they should be.
+def assessment(mean: np.ndarray, std: np.ndarray) -> str:
+    """One line on whether whitened latents are as expected.
 
-    Other constants, or another codec, move most channels or some very far; a small or odd data set moves some.
+    Wrong constants, or another codec, shift most channels, or some very far; a small or unusual data set shifts some.
 
     Args:
         mean, std: (C,) of whitened latents.
@@ -72,11 +72,11 @@ def verdict(mean: np.ndarray, std: np.ndarray) -> str:
     usual = f"mean within {USUAL_MEAN:g} of 0, std {1 / USUAL_FACTOR:g} to {USUAL_FACTOR:g}"
     off = (abs(mean) > USUAL_MEAN) | (std < 1 / USUAL_FACTOR) | (std > USUAL_FACTOR)
     if not off.any():
-        return f"{measured}: as it should be"
+        return f"{measured}: as expected"
     channels = ", ".join(map(str, np.flatnonzero(off)))
-    if off.mean() >= 0.5 or (abs(mean) > FARTHEST_MEAN).any() or (std > FARTHEST_STD).any():
+    if off.mean() >= 0.5 or (abs(mean) > LARGEST_MEAN).any() or (std > LARGEST_STD).any():
         return (
-            f"WARNING: {measured}: channels {channels} beyond the usual ({usual}): latents of another codec, or other "
-            "constants? If not, pictures unlike most: look at some with --show."
+            f"WARNING: {measured}: channels {channels} are outside the usual range ({usual}). Are these the latents of "
+            "another codec, or are its constants wrong? If not, the images are unusual: decode some with --show."
         )
-    return f"{measured}: channels {channels} beyond the usual ({usual}), as in few, dark, still or drawn pictures"
+    return f"{measured}: channels {channels} are outside the usual range ({usual}), as with few, dark or static images"

@@ -1,4 +1,4 @@
-"""Whether the shards are, byte by byte and sample by sample, what was prepared."""
+"""Checks that every byte and every sample of the shards is as it was written."""
 
 import json
 from collections.abc import Iterator
@@ -20,43 +20,38 @@ from gpdit_lightning.preparation.encode import SHARD_NAME
 from gpdit_lightning.preparation.records import FOLDER_NAME, Records
 
 CURE = f"copy it again or {PREPARE_AGAIN}."
-NAMED = 10  # damaged samples of a shard that are named one by one
+SAMPLES_NAMED = 10  # damaged samples of a shard that are named one by one
 
 
 def verify(manifest: Manifest, workers: int | None = None) -> Iterator[str]:
     """Read every byte of every shard, with a progress bar.
 
-    Checked are size and sha256 of the tar, sha256 of the index, the index against the tar, and that every sample can be
-    read, is finite and has the key of its place.
+    Checks size and sha256 of the tar, sha256 of the index, the index against the tar, and that every sample can be
+    read, is finite and has the key of its position.
 
     Args:
         manifest: of the folder.
-        workers: processes; None for one on each core.
+        workers: processes; None: one per core.
 
     Yields:
-        A sentence for each fault: the file, the sample if it is one, and what to do.
-
-    Raises:
-        InputError: `workers` is below 1.
+        A message for each fault: the file, the sample if it is one, and what to do.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers is {workers}: give at least 1.")
     assert isinstance(manifest.directory, Path)
     total = sum(entry.bytes for entry in manifest.shards)
     with ProcessPoolExecutor(workers or available_cores()) as pool:
-        found = pool.map(partial(faults_of, manifest.directory), manifest.shards)
+        results = pool.map(partial(faults_in_shard, manifest.directory), manifest.shards)
         with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=None) as bar:
-            for entry, faults in zip(manifest.shards, found, strict=True):
+            for entry, faults in zip(manifest.shards, results, strict=True):
                 yield from faults
                 bar.update(entry.bytes)
 
 
-def faults_of(directory: Path, entry: ShardEntry) -> list[str]:
-    """What is wrong with one shard: a sentence each."""
+def faults_in_shard(directory: Path, entry: ShardEntry) -> list[str]:
+    """A message for each fault of one shard."""
     path, index = directory / entry.path, directory / entry.index
-    faults = list(_faults_of_file(path, entry.sha256, entry.bytes))
-    faults_of_index = list(_faults_of_file(index, entry.index_sha256))
-    faults += faults_of_index
+    faults = list(_file_faults(path, entry.sha256, entry.bytes))
+    index_faults = list(_file_faults(index, entry.index_sha256))
+    faults += index_faults
     if not path.is_file():
         return faults
     tar_index: np.ndarray | None = None
@@ -64,32 +59,32 @@ def faults_of(directory: Path, entry: ShardEntry) -> list[str]:
         tar_index = index_of(path, entry.shape)
     except InputError as error:
         faults.append(str(error))
-    if faults_of_index:  # which may lead anywhere
+    if index_faults:  # the positions of the samples cannot be trusted
         return faults
     reader = ShardReader(directory, entry)
-    faults_of_samples = _faults_of_samples(reader)
-    faults += islice(faults_of_samples, NAMED)
-    if more := sum(1 for _ in faults_of_samples):
+    sample_faults = _sample_faults(reader)
+    faults += islice(sample_faults, SAMPLES_NAMED)
+    if more := sum(1 for _ in sample_faults):
         faults.append(f"{path} has {more} more samples with faults: {CURE}")
     if not faults and tar_index is not None and not np.array_equal(tar_index, reader.index):
-        faults.append(f"{path} holds other samples than {index} says: {CURE}")
+        faults.append(f"{path} holds other samples than {index} lists: {CURE}")
     return faults
 
 
-def _faults_of_file(path: Path, sha256: str, size: int | None = None) -> Iterator[str]:
+def _file_faults(path: Path, sha256: str, size: int | None = None) -> Iterator[str]:
     try:
         found_size = path.stat().st_size
         if size is not None and found_size != size:
-            yield f"{path} has {found_size} bytes where the manifest says {size}, so it was cut off or changed: {CURE}"
+            yield f"{path} has {found_size} bytes, in the manifest {size}, so it was truncated or changed: {CURE}"
         elif sha256_of(path) != sha256:
-            yield f"{path} has another sha256 than the manifest says, so it was damaged or changed: {CURE}"
+            yield f"{path} has another sha256 than in the manifest, so it was damaged or changed: {CURE}"
     except FileNotFoundError:
         yield f"{path} is missing though the manifest lists it: {CURE}"
     except OSError as error:
-        yield f"{path} cannot be read ({error.strerror}): look at the disk, or {CURE}"
+        yield f"{path} cannot be read ({error.strerror}): check the disk, or {CURE}"
 
 
-def _faults_of_samples(reader: ShardReader) -> Iterator[str]:
+def _sample_faults(reader: ShardReader) -> Iterator[str]:
     for number in range(len(reader)):
         try:
             _, metadata = reader.read(number)
@@ -98,32 +93,32 @@ def _faults_of_samples(reader: ShardReader) -> Iterator[str]:
             continue
         key = f"{reader.path.stem}-{number:06d}"
         if metadata.get("key") != key:
-            yield f"Sample {number} of {reader.path} has the key {metadata.get('key')!r} where {key!r} belongs: {CURE}"
+            yield f"Sample {number} of {reader.path} has the key {metadata.get('key')!r} instead of {key!r}: {CURE}"
 
 
-def strays(manifest: Manifest) -> list[str]:
-    """The names in the folder that belong to no manifest there and to no preparation under way, sorted."""
+def unlisted_files(manifest: Manifest) -> list[str]:
+    """The names in the folder that are in no manifest there and belong to no unfinished part, sorted."""
     directory = manifest.directory
     assert isinstance(directory, Path)
     records = Records(directory)
-    named = {FILE_NAME, SKIPPED_NAME, FOLDER_NAME}
+    listed = {FILE_NAME, SKIPPED_NAME, FOLDER_NAME}
     for path in directory.glob("manifest-*.json"):
-        if shards := _shards_named_by(path):
-            named |= {path.name, *shards}
-    entries = [*manifest.shards, *(entry for result in records.results().values() for entry in result.shards)]
-    named |= {name for entry in entries for name in (entry.path, entry.index)}
-    under_way = set(records.unfinished())
+        if shards := _files_listed_by(path):
+            listed |= {path.name, *shards}
+    entries = [*manifest.shards, *(entry for result in records.results.values() for entry in result.shards)]
+    listed |= {name for entry in entries for name in (entry.path, entry.index)}
+    unfinished = set(records.unfinished_parts)
 
-    def is_under_way(name: str) -> bool:
+    def is_unfinished(name: str) -> bool:
         shard = SHARD_NAME.fullmatch(name.partition(".")[0])
-        return shard is not None and int(shard.group(6)) in under_way
+        return shard is not None and int(shard["part"]) in unfinished
 
-    found = (path.name for path in directory.iterdir())
-    return sorted(name for name in found if name not in named and not is_under_way(name))
+    names = (path.name for path in directory.iterdir())
+    return sorted(name for name in names if name not in listed and not is_unfinished(name))
 
 
-def _shards_named_by(manifest: Path) -> set[str]:
-    """The files that another manifest lists; none where it is no manifest."""
+def _files_listed_by(manifest: Path) -> set[str]:
+    """The files that another manifest lists; none if it is not a manifest."""
     try:
         content: Any = json.loads(manifest.read_bytes())
         return {entry[name] for entry in content["shards"] for name in ("path", "index")}

@@ -1,0 +1,42 @@
+"""`inspect`: what a folder of shards holds, whether it is intact, how it looks, what became of an input file."""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from gpdit_lightning.codecs import load_codec_from_spec
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.devices import available_device
+from gpdit_lightning.options.inspect import InspectOptions
+from gpdit_lightning.preparation.inspection import explain, overview, unlisted_files, verify, write_sheet
+
+
+def inspect(options: InspectOptions) -> int:
+    """Print what the options request, by default an overview; returns the exit status, 1 if --verify found a fault."""
+    if options.verify and not print_faults(options.folder, options.workers):
+        return 1
+    if options.show is not None:
+        manifest = Manifest.load(options.folder)
+        device = available_device(options.device)
+        codec = load_codec_from_spec(manifest.codec, device, options.codec_source, where=str(manifest.path))
+        for damaged in write_sheet(options.out, manifest, options.show, codec):
+            print(damaged)
+        print(f"wrote {options.out}")
+    if options.why is not None:
+        print(explain(Manifest.load(options.folder), options.why))
+    if not options.verify and options.show is None and options.why is None:
+        print(overview(Manifest.load(options.folder), options.samples))
+    return 0
+
+
+def print_faults(folder: Path, workers: int | None) -> bool:
+    """Print every fault and a summary; returns whether there was none."""
+    manifest, faults = Manifest.load(folder, check_files=False), 0
+    for fault in verify(manifest, workers):
+        tqdm.write(fault)
+        faults += 1
+    for name in unlisted_files(manifest):
+        print(f"note: {manifest.directory / name} is in no manifest: remove it if you do not need it")
+    samples = sum(entry.count for entry in manifest.shards)
+    print(f"{len(manifest.shards)} shards with {samples} samples: {f'{faults} faults' if faults else 'no faults'}")
+    return not faults

@@ -1,0 +1,92 @@
+"""Why a video or image was scaled to its size, and why its frames are in the clips or left over."""
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from gpdit_lightning.data.manifest import Kind, Split
+from gpdit_lightning.data.shards import Shape
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image
+from gpdit_lightning.media.video import iterate_frames, video_info
+from gpdit_lightning.options.prepare import PrepareOptions
+from gpdit_lightning.preparation.clips import DECODER_THREADS
+from gpdit_lightning.preparation.tars import iterate_samples
+
+
+class Sample(NamedTuple):
+    """A sample that an input file gave, or would give."""
+
+    location: str
+    """Its key and its shard; empty for a sample that does not exist."""
+    first_frame: int | None
+    frames: int
+    """Pixel frames."""
+    split: Split
+    pixel_size: Sequence[int]
+    shape: Shape
+    """Of its latents."""
+
+
+def reason_of_size(path: Path, kind: Kind, key: str, options: PrepareOptions) -> str:
+    """The pixels of a file, or of the image with this key in it, and how close each size comes to its aspect ratio."""
+    height, width = _pixel_size(path, kind, key)
+    sizes = [parse_size(text) for text in (options.video_sizes if kind == "video" else options.image_sizes)]
+    chosen = closest_size(height, width, sizes)
+
+    def distance(size: Size) -> float:
+        return abs(math.log(height / width) - math.log(size[0] / size[1]))
+
+    distances = [
+        f"{size[0]}x{size[1]} {distance(size):.3f}{' (chosen)' if size == chosen else ''}"
+        for size in sorted(sizes, key=distance)
+    ]
+    return f"{height}x{width} pixels; distances in log aspect ratio: {', '.join(distances)}"
+
+
+def reason_of_frames(path: Path, samples: Sequence[Sample], options: PrepareOptions, temporal_factor: int) -> str:
+    """The frames of a video, how many of them are in clips, and why the others are not."""
+    count = _frame_count(path)
+    used = {
+        sample.first_frame + frame * options.stride
+        for sample in samples
+        if sample.first_frame is not None
+        for frame in range(sample.frames)
+    }
+    if options.avoid_cuts:  # each shot has its own first frame and rest
+        return f"{count}, {len(used)} of them in clips, which have stride {options.stride} and end at cuts"
+    at_stride = math.ceil(count / options.stride)
+    counts = f"{count}, {at_stride} of them at stride {options.stride}: {len(used)} in clips"
+    if not (left := at_stride - len(used)):
+        return counts
+    if len(samples) == options.clips_per_video:
+        return f"{counts}, {left} left over, since --clips_per_video is {options.clips_per_video}"
+    lengths = f"{options.clip_frames} frames"
+    if options.shortest_clip < options.clip_frames:
+        lengths = f"{options.shortest_clip} to {lengths}, 1 + {temporal_factor} k"
+    if options.frames_between_starts != options.clip_frames:
+        lengths += f", and the next begins {options.frames_between_starts} after its first"
+    return f"{counts}, {left} left over, since a clip has {lengths}"
+
+
+def _pixel_size(path: Path, kind: Kind, key: str) -> Size:
+    if kind == "video":
+        info = video_info(path, DECODER_THREADS)
+        return info.height, info.width
+    if key:
+        pixels = next((sample.pixels for sample in iterate_samples(path) if sample.key == key), None)
+    else:
+        pixels = read_image(path)
+    if pixels is None:
+        raise InputError(f"{path} has no readable image {key!r}")
+    return pixels.shape[2], pixels.shape[3]
+
+
+def _frame_count(path: Path) -> int:
+    count = 0
+    with suppress(InputError):  # a video that breaks off counts up to there
+        for _ in iterate_frames(path, threads=DECODER_THREADS):
+            count += 1
+    return count

@@ -1,0 +1,147 @@
+"""`prepare`, `prepare-pairs`, `inspect`, and the scripts in data_prep."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gpdit_lightning.cli import main
+from gpdit_lightning.data.manifest import Manifest
+
+SCRIPTS = Path(__file__).parents[2] / "data_prep"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 255, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "images" / "broken.png").write_text("not an image")
+    return tmp_path / "images"
+
+
+def prepare(images: Path, out: Path, *more: str) -> int:
+    words = ["--images", str(images), "--codec", "pca", "--image_sizes", "16x16", "24x16", "--labels"]
+    return main(["prepare", *words, "--validation_fraction", "0.2", "--workers", "0", "--out", str(out), *more])
+
+
+def test_prepare_prints_a_table_and_the_next_command(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert prepare(images, out) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"image +1x16x2x2 +train +1 +\d+", text)
+    assert f"skipped: 1 (all of them in {out / 'skipped.jsonl'})" in text
+    command = "python -m gpdit_lightning fit --config gpdit:stage1_image_warmup --config gpdit:size/tiny"
+    assert text.splitlines()[-1] == f"next: {command} --data.images.manifests \"['{out}']\""
+    assert prepare(images, out, "--shard_size", "3") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "made differently (shard_size was 1000 and is 3)" in error
+
+
+def test_prepare_pairs_prints_a_table_and_the_next_command(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "broken.png").unlink()
+    words = ["--task", "grayscale", "--codec", "pca", "--size", "16x16", "--out", str(tmp_path / "grey")]
+    assert main(["prepare-pairs", "--sources", str(images), *words]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"sequence +6x16x2x2 +train +1 +20", text)
+    run_dir = "--run_dir runs/tiny/few_shot_grey"
+    assert f"next: python -m gpdit_lightning fit --config gpdit:few_shot/grayscale {run_dir} --data.sequ" in text
+    assert main(["prepare-pairs", "--sources", "nowhere", *words]) == 2
+    assert capsys.readouterr().err == (
+        "error: nowhere does not exist: give a folder of .jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff files.\n"
+    )
+
+
+def test_inspect_shows_verifies_decodes_and_explains(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, sheet = tmp_path / "out", tmp_path / "sheet.png"
+    prepare(images, out)
+    capsys.readouterr()
+    assert main(["inspect", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "labels: 1 (images)" in text
+    assert f"codec: pca from the package, fingerprint {Manifest.load(out).codec.fingerprint}" in text
+    assert len(re.findall(r"^\d+( +-?\d+\.\d{3}){6}$", text, re.MULTILINE)) == 16
+    assert "whitened: mean" in text.splitlines()[-1]
+
+    words = ["--verify", "--workers", "1", "--show", "5", "--out", str(sheet), "--why", "3.png"]
+    assert main(["inspect", "--folder", str(out), *words]) == 0
+    text = capsys.readouterr().out
+    assert "2 shards with 12 samples: no faults" in text
+    assert "note:" not in text
+    assert Image.open(sheet).height > 5 * 128
+    assert "3.png: image of" in text
+
+
+def test_inspect_ends_with_status_1_after_naming_all_faults(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    prepare(images, out)
+    missing, truncated = sorted(out.glob("*.tar"))
+    missing.unlink()
+    truncated.write_bytes(truncated.read_bytes()[:700])
+    (out / "other.tar").touch()
+    assert main(["inspect", str(out), "--verify", "--workers", "1"]) == 1
+    text = capsys.readouterr().out
+    assert f"{missing} is missing" in text
+    assert f"{truncated} has 700 bytes" in text
+    assert f"note: {out / 'other.tar'} is in no manifest" in text
+    assert re.search(r"2 shards with 12 samples: \d+ faults", text)
+
+
+@pytest.mark.parametrize("words", [[], ["--verify"], ["--show", "3"], ["--why", "a.mp4"]])
+def test_inspect_of_a_folder_without_shards_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert main(["inspect", str(tmp_path), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{tmp_path / 'manifest.json'} does not exist" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prepare", "--out", "x", "--stride", "0"], "--stride is 0: give at least 1"),
+        (["prepare", "--out", "x", "--workers", "17"], "--workers is 17: give at most 16"),
+        (["prepare", "--videos", "x"], "out is missing"),
+        (["prepare-pairs", "--out", "x", "--pairs", "2"], "--pairs is 2 but a sequence has 3"),
+        (["inspect"], "folder is missing"),
+        (["inspect", "x", "--show", "0"], "--show is 0: give at least 1"),
+        (["inspect", "x", "--samples", "0"], "--samples is 0: give at least 1"),
+        (["inspect", "x", "--verfy"], "did you mean 'verify'?"),
+    ],
+)
+def test_unusable_options_are_refused_in_one_sentence(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("script", "verb"),
+    [("shard_latents", "prepare"), ("build_few_shot", "prepare-pairs"), ("inspect_shards", "inspect")],
+)
+def test_a_script_is_its_verb(
+    script: str, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+    assert ended.value.code in (0, None)
+    assert capsys.readouterr().out.startswith(f"usage: python -m gpdit_lightning {verb} [options]")
