@@ -1,0 +1,66 @@
+"""Every verb with a record of options: `--help` is fast and lists all options; `--print_config` can be read back."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from gpdit_lightning.cli import VERBS, main, record_of
+from gpdit_lightning.cli.parsing import is_required, own_names, parse
+from gpdit_lightning.options.shared import RecipeOptions
+
+WITH_RECORD = [verb for verb in VERBS if record_of(verb)]
+SLOW_TO_IMPORT = {"torch", "lightning", "numpy", "av", "PIL", "sklearn", "matplotlib"}
+HELP_OF_ALL = f"""
+import contextlib, io, sys, time
+from gpdit_lightning.cli import main
+for verb in {WITH_RECORD}:
+    before = time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main([verb, "--help"])
+    print(verb, time.process_time() - before, *({SLOW_TO_IMPORT} & set(sys.modules)))
+"""
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    return capsys.readouterr().out
+
+
+def least_arguments(record: type[Any]) -> list[str]:
+    """The required options of a record, with some value each."""
+    hints = get_type_hints(record)
+    required = [field.name for field in dataclasses.fields(record) if is_required(field)]
+    return [f"--{name}={1 if hints[name] is int else 'some'}" for name in required]
+
+
+def test_help_imports_nothing_that_takes_long() -> None:
+    lines = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True, check=True).stdout
+    for verb, seconds, *imported in (line.split() for line in lines.splitlines()):
+        assert not imported, f"{verb} --help imports {imported}"
+        assert float(seconds) < 0.5, verb
+
+
+@pytest.mark.parametrize("verb", WITH_RECORD)
+def test_help_explains_every_option(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, verb, "--help")
+    record = record_of(verb)
+    for name in own_names(record):
+        (entry,) = re.findall(rf"\n  --{name}\b(.*?)(?=\n  --|\n\n|\Z)", text, flags=re.DOTALL)
+        assert entry.rstrip().endswith((".", ")")), entry
+    for noise in ("type:", "null", "NoneType", "Sequence", "%(default)s", "==SUPPRESS=="):
+        assert noise not in text
+
+
+@pytest.mark.parametrize("verb", [verb for verb in WITH_RECORD if not issubclass(record_of(verb), RecipeOptions)])
+def test_a_printed_config_gives_the_same_options(verb: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    record = record_of(verb)
+    given = least_arguments(record)
+    (tmp_path / "printed.yaml").write_text(shown(capsys, verb, *given, "--print_config"))
+    printed = parse(verb, "", record, [f"--config={tmp_path / 'printed.yaml'}"])
+    assert printed == parse(verb, "", record, given)
