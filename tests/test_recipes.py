@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from gpdit_lightning import GPDiT, GPDiTConfig
-from gpdit_lightning.checkpoints.reading import load_trained_model, read_checkpoint
+from gpdit_lightning.checkpoints.files import read_checkpoint
+from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli.chain import stages_of
 from gpdit_lightning.data.manifest import Manifest

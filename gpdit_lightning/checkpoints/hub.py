@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 
 from gpdit_lightning.checkpoints.facts import TrainingFacts
-from gpdit_lightning.checkpoints.weights import CONFIG, WEIGHTS, Weights, read_folder, write_folder
+from gpdit_lightning.checkpoints.weights import CONFIG, WEIGHTS, Weights, read_exported, write_exported
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 
@@ -70,8 +70,8 @@ class HubGPDiT(GPDiT, ModelHubMixin):
                     f"{name} is neither a folder nor a model that the hub provides ({reason}): give a folder that "
                     "`export` wrote, or a name on the hub."
                 ) from None
-        return cls.from_weights(read_folder(folder)).to(map_location)
+        return cls.from_weights(read_exported(folder)).to(map_location)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Called by the mixin's `save_pretrained` and `push_to_hub`."""
-        write_folder(save_directory, Weights(self.state_dict(), self.config, self.facts, str(save_directory)))
+        write_exported(save_directory, Weights(self.state_dict(), self.config, self.facts))

@@ -1,18 +1,14 @@
-"""What is in a checkpoint's folder: `training.ckpt` and, if there is one, the average as `ema.safetensors`."""
+"""How Lightning writes and reads a checkpoint's folder (see files.py for what it holds)."""
 
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from gpdit_lightning.errors import InputError
-
-TRAINING, AVERAGE = "training.ckpt", "ema.safetensors"
+from gpdit_lightning.checkpoints.files import AVERAGE, TRAINING, read_content
 
 
 class FolderCheckpointIO(TorchCheckpointIO):
@@ -22,7 +18,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
         """Write the folder.
 
         Raises:
-            OSError: what the file system said. torch speaks of a position in the file instead.
+            OSError: the file system's own error, where torch reports a position in the file instead.
         """
         folder = Path(path)
         folder.mkdir(parents=True)
@@ -44,42 +40,5 @@ class FolderCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The content, in main memory: the folder may be removed while the training goes on from it."""
-        return read_folder_of_checkpoint(Path(path), mapped=False)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a checkpoint's folder."""
-    return (path / TRAINING).is_file()
-
-
-def read_folder_of_checkpoint(folder: Path, mapped: bool = True) -> dict[str, Any]:
-    """The content of a checkpoint; objects other than tensors and plain values are refused.
-
-    Args:
-        folder: the checkpoint.
-        mapped: whether its tensors are mapped into memory, which processes share, instead of read.
-
-    Raises:
-        InputError: a file is missing, cut off, or of another kind.
-    """
-    path, again = folder / TRAINING, "use another of the run's"
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is not a whole checkpoint (cut off or of another kind): {again}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}): {again}.") from None
-    parts = ("state_dict", "gpdit", "LatentDataModule")
-    found = (
-        [checkpoint.get(part) for part in parts] + [checkpoint.get("ema", {})] if isinstance(checkpoint, dict) else []
-    )
-    if not found or not all(isinstance(part, dict) for part in found):
-        raise InputError(f"{path} is not a checkpoint of gpdit_lightning: give one that `fit` wrote.")
-    if "ema" in checkpoint:
-        try:
-            average = load_file(folder / AVERAGE)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{folder / AVERAGE} is no whole safetensors file ({error}): {again}.") from None
-        checkpoint["ema"]["weights"] = average if mapped else {name: value.clone() for name, value in average.items()}
-    return checkpoint
+        """The content, read into host memory: the folder may be removed while training continues from it."""
+        return read_content(Path(path), mapped=False)

@@ -1,6 +1,6 @@
-"""Weights of a GPDiT with what is known of them, and the folder in which they are shared.
+"""Weights of a GPDiT with what is known of them, and the exported folder in which they are shared.
 
-The folder holds `model.safetensors`, `config.json` and a card for people, `README.md`. Nothing else in it is read, and
+The folder holds `model.safetensors`, `config.json` and the model card, `README.md`. Nothing else in it is read, and
 neither of the first two can carry code. `config.json` is plain JSON:
 
     format, library_version, dtype   how it was written
@@ -34,48 +34,52 @@ FORMAT = "gpdit_lightning-model-1"
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights and what is known of them, wherever they lay.
+    """Weights of a GPDiT and what is known of them.
 
     Attributes:
         tensors: the state dict of a GPDiT; mapped from its file, so that only what is used is read.
         config: the architecture.
-        facts: what else is known.
-        where: the file or folder, for messages.
+        facts: what is known of the training of the weights.
+        path: the checkpoint or exported folder that they were read from; None for those of a model in memory.
     """
 
     tensors: dict[str, Tensor]
     config: GPDiTConfig
     facts: TrainingFacts
-    where: str
+    path: Path | None = None
 
     @classmethod
-    def checked(cls, tensors: dict[str, Tensor], config: Any, known: Mapping[str, Any], where: str) -> Self:
-        """Weights out of a file that may hold anything.
+    def checked(
+        cls, tensors: dict[str, Tensor], config: Any, facts: Mapping[str, Any], path: Path, file: str | None = None
+    ) -> Self:
+        """Weights out of files that may hold anything.
 
         Args:
             tensors: named weights; `load_into` checks them.
-            config: what ought to be a `GPDiTConfig.to_dict()`.
-            known: among others, the fields of `TrainingFacts`.
-            where: the file that says so.
+            config: what should be a `GPDiTConfig.to_dict()`.
+            facts: the fields of `TrainingFacts`, among others.
+            path: the checkpoint or exported folder.
+            file: the file that `config` and `facts` are from, for messages; `path` if not given.
 
         Raises:
-            InputError: a field that is missing or of the wrong kind.
+            InputError: a field is missing or of the wrong kind.
         """
-        facts = TrainingFacts.from_dict(known, where)
-        check(config, OBJECT, "config", where, EXPORT_AGAIN)
+        file = file or str(path)
+        known = TrainingFacts.from_dict(facts, file)
+        check(config, OBJECT, "config", file, EXPORT_AGAIN)
         try:
             architecture = GPDiTConfig.preset(**config)
         except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+            raise InputError(f"{file}: {error}") from None
         if architecture.attention_backend not in BUILT_IN:
             # An import path or a name of another process: a file of weights must not choose code to import.
             architecture = architecture.replaced(attention_backend="auto")
-        if facts.classes and len(facts.classes) != architecture.classes:
+        if known.classes and len(known.classes) != architecture.classes:
             raise InputError(
-                f"{where} names {len(facts.classes)} classes where its architecture has {architecture.classes}: its "
-                "parts do not belong together, export the model again."
+                f"{file} names {len(known.classes)} classes where its architecture has {architecture.classes}: "
+                f"{EXPORT_AGAIN}."
             )
-        return cls(tensors, architecture, facts, where)
+        return cls(tensors, architecture, known, path)
 
     def load_into(self, model: nn.Module, assign: bool = False) -> None:
         """Copy the tensors into a model or, with `assign`, make them its parameters without a copy.
@@ -88,58 +92,52 @@ class Weights:
         for name in (*wanted, *given):
             if wanted.get(name) != given.get(name):
                 raise InputError(
-                    f"{self.where} has {given.get(name, 'nothing')} as {name} where its architecture has "
-                    f"{wanted.get(name, 'nothing')}: its parts do not belong together, export the model again."
+                    f"{self.path or 'the model'} has {given.get(name, 'nothing')} as {name} where its architecture has "
+                    f"{wanted.get(name, 'nothing')}: {EXPORT_AGAIN}."
                 )
         model.load_state_dict(self.tensors, assign=assign)
 
 
-def is_folder_of_weights(path: Path) -> bool:
-    """Whether a path is a folder as `write_folder` makes them, or what is left of one."""
-    return any((path / name).is_file() for name in (CONFIG, WEIGHTS))
-
-
-def read_folder(folder: Path) -> Weights:
-    """Weights as `write_folder` left them, mapped from their file.
+def read_exported(folder: Path) -> Weights:
+    """The weights in an exported folder, mapped from their file.
 
     Raises:
-        InputError: a file is missing, cut off, or not what it ought to be.
+        InputError: a file is missing, truncated, or of another kind.
     """
-    path = folder / WEIGHTS
-    config_path = folder / CONFIG
-    again = "export the model again, or copy or download all of its folder"
+    path, config_path = folder / WEIGHTS, folder / CONFIG
+    cure = f"{EXPORT_AGAIN}, or copy or download all of its folder"
     try:
         content = json.loads(config_path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{config_path} does not exist: {again}.") from None
+        raise InputError(f"{config_path} does not exist: {cure}.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{config_path} is no readable JSON ({error}): {again}.") from None
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise InputError(f"{config_path} has format {found!r} and this version reads {FORMAT!r}: {again}.")
+        raise InputError(f"{config_path} is no readable JSON ({error}): {cure}.") from None
+    file_format = content.get("format") if isinstance(content, dict) else None
+    if file_format != FORMAT:
+        raise InputError(f"{config_path} has format {file_format!r} and this version reads {FORMAT!r}: {cure}.")
     if not path.is_file():
-        raise InputError(f"{path} does not exist, and weights in no other file are opened: {again}.")
+        raise InputError(f"{path} does not exist, and weights in other files are not opened: {cure}.")
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is no whole safetensors file ({error}): {again}.") from None
-    return Weights.checked(tensors, content.get("config"), content, str(config_path))
+        raise InputError(f"{path} is not a complete safetensors file ({error}): {cure}.") from None
+    return Weights.checked(tensors, content.get("config"), content, folder, str(config_path))
 
 
-def write_folder(folder: Path, weights: Weights) -> None:
-    """Write the files of a folder, each whole or not at all; a card that is there already stays.
+def write_exported(folder: Path, weights: Weights) -> None:
+    """Write the files of an exported folder, each completely or not at all; an existing card is kept.
 
     Raises:
-        InputError: there is no room.
+        InputError: the disk has no room.
     """
     with written_whole(folder / CONFIG) as path:
         path.write_text(config_json(weights), encoding="utf-8")
     with written_whole(folder / WEIGHTS) as path:
         try:
-            # Tensors that lie in one piece, as nearly all do, are written from where they are.
+            # Contiguous tensors, as nearly all are, are written without a copy.
             save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, path)
         except SafetensorError as error:
-            raise InputError(f"{folder / WEIGHTS} cannot be written ({error}): see that there is room.") from None
+            raise InputError(f"{folder / WEIGHTS} cannot be written ({error}): free some disk space.") from None
         shutil.copymode(folder / CONFIG, path)  # safetensors lets its owner alone read it
     if not (folder / CARD).exists():
         parameters = sum(tensor.numel() for tensor in weights.tensors.values())
@@ -148,7 +146,7 @@ def write_folder(folder: Path, weights: Weights) -> None:
 
 
 def config_json(weights: Weights) -> str:
-    """The text of `config.json`. How the model was executed, on which GPU and how compiled, is not the reader's."""
+    """The text of `config.json`, without the settings of how the model was executed, such as `compile`."""
     shared = GPDiTConfig.preset(weights.config.size, **weights.config.architecture())
     head = {"format": FORMAT, "library_version": __version__, "dtype": _dtype(weights), "config": shared.to_dict()}
     return json.dumps(head | weights.facts.to_dict(), indent=2) + "\n"

@@ -15,8 +15,7 @@ from lightning import Trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
-from gpdit_lightning.checkpoints.files import last_checkpoint
-from gpdit_lightning.checkpoints.reading import identity_of, read_checkpoint
+from gpdit_lightning.checkpoints.files import checkpoint_sha256, last_checkpoint, open_checkpoint
 from gpdit_lightning.cli import fit
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path
 from gpdit_lightning.data.manifest import Manifest
@@ -125,7 +124,7 @@ class Standing(NamedTuple):
 def standing_of(stage: Stage) -> Standing:
     """Hash what a stage's run has left, so that the next stage sees the same checkpoint as the last one."""
     last = last_checkpoint(Path(stage.run_dir), verify=True)
-    return Standing(last, int(read_checkpoint(last)["global_step"]) if last else 0)
+    return Standing(last, open_checkpoint(last).step if last else 0)
 
 
 def check(stages: Sequence[Stage], stands: Sequence[Standing]) -> None:
@@ -137,9 +136,9 @@ def check(stages: Sequence[Stage], stands: Sequence[Standing]) -> None:
     for (stage, (last, step)), (following, (begun, _)) in pairwise(zip(stages, stands, strict=True)):
         if begun is None:
             continue
-        origin = read_checkpoint(begun)["gpdit"]["origin"]
+        origin = open_checkpoint(begun).origin
         remedy = f"remove {following.run_dir} to train that stage again"
-        if origin is None or last is None or origin["sha256"] != identity_of(last):
+        if origin is None or last is None or origin["sha256"] != checkpoint_sha256(last):
             began = f"from the weights of {origin['path']} (step {origin['step']})" if origin else "at random"
             raise InputError(
                 f"{following.run_dir} began {began}, which are not the present ones of {stage.run_dir} (step {step}): "

@@ -179,7 +179,7 @@ def clips_of_length(
 def evaluate(run_dir: Path, preparation: PrepareOptions) -> str:
     """Continue the held-out clips, write images, and compare with repeating the last context frame."""
     model = load_trained_model(run_dir / "stage3_long_video")
-    codec = load_codec_from_spec(model.codec, where=str(run_dir))
+    codec = load_codec_from_spec(model.codec, owner=str(run_dir))
     clips, rate = held_out_clips(preparation, model.geometry.stride, codec)
     future_frames = clips.shape[1] - CONTEXT
     config = GenerationConfig(RotationSampler(SAMPLER_STEPS, schedule=model.schedule))

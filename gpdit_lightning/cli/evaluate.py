@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gpdit_lightning.checkpoints.reading import TrainedModel, identity_of, place_of_weights
-from gpdit_lightning.cli.generating import generation_config, load_model_and_codec, trained_size
+from gpdit_lightning.checkpoints.reading import TrainedModel, find_weights, load_trained_model
+from gpdit_lightning.cli.generating import generation_config, load_codec_of, trained_size
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.devices import available_device, rank_of_process
 from gpdit_lightning.errors import InputError
@@ -56,11 +56,13 @@ def evaluate(options: EvaluateOptions) -> None:
             other settings.
     """
     rank, ranks, _ = rank_of_process()
+    device = available_device(options.device)
     # Cheap checks come before gigabytes of weights are loaded.
-    place_of_weights(options.checkpoint)
+    checkpoint = find_weights(options.checkpoint)
     find_videos(options.videos)
-    networks = open_networks(options, available_device(options.device))
-    trained, codec = load_model_and_codec(options.checkpoint, options)
+    networks = open_networks(options, device)
+    trained = load_trained_model(checkpoint, device, options.weights)
+    codec = load_codec_of(trained, options)
     settings = make_settings(options, trained, codec, networks)
     span = 1 + (settings.frames - 1) * settings.stride
     selection = select_videos(options.videos, options.count, options.selection_seed, span, progress=rank == 0)
@@ -202,7 +204,7 @@ def make_protocol(
         window=settings.generation.window,
         precision=str(settings.generation.autocast_dtype or torch.float32).removeprefix("torch."),
         checkpoint=options.checkpoint,
-        checkpoint_sha256=identity_of(place_of_weights(options.checkpoint)),
+        checkpoint_sha256=trained.sha256,
         step=trained.step,
         weights=trained.weights,
         codec=trained.codec.name,

@@ -7,7 +7,7 @@ import torch
 
 from gpdit_lightning.checkpoints.files import remove
 from gpdit_lightning.checkpoints.reading import load_trained_model
-from gpdit_lightning.checkpoints.weights import CARD, CONFIG, WEIGHTS, Weights, config_json, write_folder
+from gpdit_lightning.checkpoints.weights import CARD, CONFIG, WEIGHTS, Weights, config_json, write_exported
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import partial_path, publish
 from gpdit_lightning.options.export import ExportOptions
@@ -22,7 +22,7 @@ def export(options: ExportOptions) -> None:
     model = load_trained_model(options.checkpoint, weights=options.weights).backbone
     if options.dtype:
         model.to(getattr(torch, options.dtype))
-    weights = Weights(model.state_dict(), model.config, model.facts, str(options.checkpoint))
+    weights = Weights(model.state_dict(), model.config, model.facts)
     write(weights, options.out.resolve())
     kind = "averaged" if model.facts.weights == "ema" else "trained"
     print(
@@ -47,7 +47,7 @@ def write(weights: Weights, out: Path) -> None:
         partial.mkdir(parents=True)
         if same:
             shutil.copy(out / CARD, partial)  # somebody may have written a license into it
-        write_folder(partial, weights)
+        write_exported(partial, weights)
         remove(out)
         publish(out)
     finally:

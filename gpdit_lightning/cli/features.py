@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gpdit_lightning.checkpoints.reading import TrainedModel
-from gpdit_lightning.cli.generating import PRECISIONS, load_model_and_codec, selected_precision, trained_size
+from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
+from gpdit_lightning.cli.generating import PRECISIONS, load_codec_of, selected_precision, trained_size
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
+from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import find_videos, read_clip
 from gpdit_lightning.generation import cast_linear_weights
@@ -36,7 +37,8 @@ def features(options: FeaturesOptions) -> None:
         InputError: an option, the checkpoint or all videos cannot be used, or `out` holds other features.
     """
     videos = videos_by_name(options.videos)
-    trained, codec = load_model_and_codec(options.checkpoint, options)
+    trained = load_trained_model(options.checkpoint, available_device(options.device), options.weights)
+    codec = load_codec_of(trained, options)
     trained = replace(trained, backbone=first_layers(trained.backbone, options.layer))
     record = make_record(options, trained, codec)
     create_or_resume(options.out, record)

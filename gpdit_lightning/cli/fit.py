@@ -17,8 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gpdit_lightning.checkpoints.files import last_checkpoint
-from gpdit_lightning.checkpoints.reading import read_checkpoint
+from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
 from gpdit_lightning.cli.messages import PREFIX, relevant_part
 from gpdit_lightning.cli.recipe_files import with_bases
 from gpdit_lightning.cli.recipe_parser import RecipeParser
@@ -107,7 +106,7 @@ class RecipeCLI(LightningCLI):
                 raise InputError(f"trainer.strategy is {strategy}: take one of {', '.join(OF_LIGHTNING)}.")
             settings["strategy"] = OF_LIGHTNING[strategy]
         self.resumed = last_checkpoint(run_dir, verify=True)
-        step = read_checkpoint(self.resumed)["global_step"] if self.resumed else 0
+        step = open_checkpoint(self.resumed).step if self.resumed else 0
         health, ema = self.config_init["health"], self.config_init["ema"]
         recipe = self.config.clone()
         recipe.base = []  # they are in it already, and do not lie beside the copy

@@ -4,9 +4,8 @@ from typing import Any, Literal
 
 import torch
 
-from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
+from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
-from gpdit_lightning.devices import available_device
 from gpdit_lightning.diffusion import Guidance, make_sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import GenerationConfig
@@ -16,15 +15,14 @@ from gpdit_lightning.options.shared import LoadingOptions, PrecisionOptions, Sam
 PRECISIONS = {"32": None, "bf16": torch.bfloat16}
 
 
-def load_model_and_codec(checkpoint: str, options: LoadingOptions) -> tuple[TrainedModel, Codec]:
-    """The model of a checkpoint and its codec, on the device.
+def load_codec_of(trained: TrainedModel, options: LoadingOptions) -> Codec:
+    """The codec of a model, on its device.
 
     Raises:
-        InputError: the checkpoint, the codec's weights or the device is not available.
+        InputError: the codec's weights are not available.
     """
-    device = available_device(options.device)
-    trained = load_trained_model(checkpoint, device, options.weights)
-    return trained, load_codec_from_spec(trained.codec, device, options.codec_source, where=checkpoint)
+    device = next(trained.backbone.parameters()).device
+    return load_codec_from_spec(trained.codec, device, options.codec_source, owner=str(trained.path))
 
 
 def generation_config(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gpdit_lightning.checkpoints.reading import identity_of, place_of_weights
-from gpdit_lightning.cli.generating import load_model_and_codec, trained_sizes
+from gpdit_lightning.checkpoints.reading import find_weights, load_trained_model
+from gpdit_lightning.cli.generating import load_codec_of, trained_sizes
+from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import find_videos
@@ -45,7 +46,7 @@ def probe(options: ProbeOptions) -> None:
         InputError: an option, a checkpoint, an evaluation or the videos cannot be used.
     """
     evaluations = read_evaluations(options.evaluations)
-    checkpoints = [place_of_weights(checkpoint) for checkpoint in options.checkpoint]
+    checkpoints = [find_weights(checkpoint) for checkpoint in options.checkpoint]
     videos, split = split_videos(list(dict.fromkeys(find_videos(options.videos))), options)
     with logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]):
         results = [probe_checkpoint(checkpoint, videos, split, options) for checkpoint in checkpoints]
@@ -108,7 +109,8 @@ def probe_checkpoint(
         split: description of how they were divided.
         options: of the verb.
     """
-    trained, codec = load_model_and_codec(str(checkpoint), options)
+    trained = load_trained_model(checkpoint, available_device(options.device), options.weights)
+    codec = load_codec_of(trained, options)
     size = trained_sizes(options.size, trained)[0]
     regularisation = None if options.regularisation == "auto" else options.regularisation
     features = extract_layer_features(
@@ -127,7 +129,7 @@ def probe_checkpoint(
     used = [video for video in videos if video.path in readable]
     return ProbeResult(
         checkpoint=str(checkpoint),
-        identity=identity_of(checkpoint),
+        identity=trained.sha256,
         step=trained.step,
         weights=trained.weights,  # a run may have no averaged ones
         codec=f"{codec.name} {codec.fingerprint}",

@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gpdit_lightning.checkpoints.reading import TrainedModel
-from gpdit_lightning.cli.generating import generation_config, load_model_and_codec, trained_sizes
+from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
+from gpdit_lightning.cli.generating import generation_config, load_codec_of, trained_sizes
 from gpdit_lightning.codecs import Codec
+from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, cast_linear_weights, stream_video
 from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, batches_of_one_shape, read_contexts
@@ -40,7 +41,8 @@ def sample(options: SampleOptions) -> None:
         InputError: an option, a context or the checkpoint cannot be used.
         KeyboardInterrupt: after the files were finished.
     """
-    trained, codec = load_model_and_codec(options.checkpoint, options)
+    trained = load_trained_model(options.checkpoint, available_device(options.device), options.weights)
+    codec = load_codec_of(trained, options)
     config = rollout_config(options, trained)
     videos = requested_videos(options, trained, codec)
     longest = max(len(video.context.pixels) for video in videos) + options.frames

@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gpdit_lightning.checkpoints.reading import TrainedModel
-from gpdit_lightning.cli.generating import generation_config, load_model_and_codec, trained_sizes
+from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
+from gpdit_lightning.cli.generating import generation_config, load_codec_of, trained_sizes
+from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import check_place, written_whole
 from gpdit_lightning.generation import cast_linear_weights
@@ -46,7 +47,8 @@ def transform(options: TransformOptions) -> None:
         InputError: an option, an image or the checkpoint cannot be used.
     """
     task, examples_task = (task_named(name) for name in (options.task, options.examples_task or options.task))
-    trained, codec = load_model_and_codec(options.checkpoint, options)
+    trained = load_trained_model(options.checkpoint, available_device(options.device), options.weights)
+    codec = load_codec_of(trained, options)
     check_training(trained, options.checkpoint)
     config = generation_config(options, trained)
     examples = example_paths(options, number_of_examples(options.pairs, trained), examples_task)

@@ -30,7 +30,7 @@ def load_codec(name: str, source: str | None = None, device: str | torch.device 
 
 
 def load_codec_from_spec(
-    spec: CodecSpec, device: str | torch.device = "cpu", source: str | None = None, where: str = "The latents"
+    spec: CodecSpec, device: str | torch.device = "cpu", source: str | None = None, owner: str = "The latents"
 ) -> Codec:
     """Load the codec that a manifest or checkpoint names, and check that it is the one that was used.
 
@@ -38,11 +38,11 @@ def load_codec_from_spec(
         spec: what the manifest or checkpoint records of it.
         device: where it computes.
         source: where its weights are now; None for where they were then.
-        where: the place that holds the spec, for the message.
+        owner: the manifest or checkpoint, for the message.
 
     Raises:
         InputError: as `load_codec`, or when the weights or constants found there differ from the spec's.
     """
     codec = load_codec(spec.name, source or spec.source, device)
-    spec.check_same(codec.spec(), where, f"the codec loaded from {codec.source or 'the package'}")
+    spec.check_same(codec.spec(), owner, f"the codec loaded from {codec.source or 'the package'}")
     return codec

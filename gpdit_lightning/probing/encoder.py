@@ -34,7 +34,7 @@ def first_layers(backbone: HubGPDiT, layers: int) -> HubGPDiT:
     tensors = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith(unused)}
     config = backbone.config.replaced(layers=layers, classes=0, text_width=0)
     facts = replace(backbone.facts, classes=())
-    return HubGPDiT.from_weights(Weights(tensors, config, facts, "the backbone")).requires_grad_(False)
+    return HubGPDiT.from_weights(Weights(tensors, config, facts)).requires_grad_(False)
 
 
 @torch.no_grad()

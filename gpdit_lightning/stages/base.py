@@ -12,11 +12,9 @@ from torch.optim import Optimizer
 from gpdit_lightning.checkpoints.reading import (
     check_architecture,
     check_classes,
-    identity_of,
     open_weights,
-    whole_checkpoint,
+    sha256_of_weights,
 )
-from gpdit_lightning.checkpoints.weights import is_folder_of_weights
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, velocity_loss
@@ -78,17 +76,15 @@ class GPDiTStage(LightningModule):
                     f"training is to begin with the weights of {self.initial_weights}, which is not there: train that "
                     "stage first (`chain` trains all), or begin at random with --model.init_args.initial_weights=''."
                 )
-            source = Path(self.initial_weights)
-            if not is_folder_of_weights(source):
-                source = whole_checkpoint(source, verify=True)
-            weights = open_weights(source)
+            weights = open_weights(self.initial_weights, verify=True)
+            assert weights.path is not None
             check_architecture(weights.config.to_dict(), self.config, self.initial_weights)
             weights.load_into(self.backbone)
             self.initial_codec, self.initial_classes = weights.facts.codec, weights.facts.classes
             self.origin = {
                 "path": self.initial_weights,
                 "step": weights.facts.step or 0,
-                "sha256": identity_of(source),
+                "sha256": sha256_of_weights(weights.path),
             }
             kind = "averaged" if weights.facts.weights == "ema" else "trained"
             log.info("begins with the %s weights of %s (step %d)", kind, self.origin["path"], self.origin["step"])

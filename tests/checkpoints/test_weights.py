@@ -231,10 +231,12 @@ def test_pickled_weights_are_not_opened(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "model.pt", "model.ckpt"):
         torch.save(Malicious(trace), folder / name)
-    with pytest.raises(InputError, match=r"model\.safetensors does not exist, and weights in no other file are opened"):
+    with pytest.raises(
+        InputError, match=r"model\.safetensors does not exist, and weights in other files are not opened"
+    ):
         GPDiT.from_pretrained(folder)
     torch.save(Malicious(trace), folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(InputError, match=r"model\.safetensors is not a complete safetensors file"):
         GPDiT.from_pretrained(folder)
     assert not trace.exists()
 
@@ -244,7 +246,7 @@ def test_torn_weights(folder: Path, kept: float) -> None:
     path = folder / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(InputError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(InputError, match=r"model\.safetensors is not a complete safetensors file"):
         GPDiT.from_pretrained(folder)
 
 
@@ -252,7 +254,7 @@ def test_torn_weights(folder: Path, kept: float) -> None:
 def test_a_header_that_lies(folder: Path, header: bytes) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(header + path.read_bytes()[len(header) :])
-    with pytest.raises(InputError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(InputError, match=r"model\.safetensors is not a complete safetensors file"):
         GPDiT.from_pretrained(folder)
 
 
@@ -293,7 +295,7 @@ def test_a_config_that_is_not_there(folder: Path) -> None:
         ("origin", {"path": "a"}, "lacks the field origin.step"),
         ("classes", [], "classes = []; it must be a non-empty list"),
         ("classes", ["run", 2], "classes[1] = 2; it must be a string"),
-        ("classes", ["run"], "names 1 classes where its architecture has 2: its parts do not belong together"),
+        ("classes", ["run"], "names 1 classes where its architecture has 2: export the model again"),
     ],
 )
 def test_a_field_of_the_wrong_kind_is_named(folder: Path, name: str, value: Any, words: str) -> None:
@@ -331,4 +333,4 @@ def test_tensors_that_are_no_weights(folder: Path, model: GPDiT) -> None:
         GPDiT.from_pretrained(folder)
     odd: dict[str, Any] = {"output.bias": "text"}
     with pytest.raises(InputError, match=r"something other than floating-point numbers as output\.bias"):
-        Weights(tensors | odd, model.config, TrainingFacts(), "here").load_into(model)
+        Weights(tensors | odd, model.config, TrainingFacts()).load_into(model)

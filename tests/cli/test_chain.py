@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
-from gpdit_lightning.checkpoints.files import LAST, last_checkpoint
-from gpdit_lightning.checkpoints.reading import identity_of, read_checkpoint
+from gpdit_lightning.checkpoints.files import LAST, last_checkpoint, read_checkpoint
+from gpdit_lightning.checkpoints.reading import sha256_of_weights
 from gpdit_lightning.cli import main
 from gpdit_lightning.data.manifest import Manifest
 
@@ -101,7 +101,7 @@ def test_each_stage_begins_with_the_average_of_the_one_before(
         assert origin == {
             "path": str(runs / name),
             "step": STEPS,
-            "sha256": identity_of(runs / name / "checkpoints" / LAST),
+            "sha256": sha256_of_weights(runs / name / "checkpoints" / LAST),
         }
         for key, value in predecessor.items():
             torch.testing.assert_close(checkpoint["state_dict"][key], value, rtol=0, atol=1e-9)
@@ -222,7 +222,7 @@ def test_damaged_weights_are_not_handed_on(chain: Path, tmp_path: Path, capsys: 
         if other != damaged:
             other.with_name(other.name + ".complete").unlink()
     assert main(["chain", f"--config={chain}", f"--runs={tmp_path / 'runs'}"]) == 2
-    assert "is not what was written, by its sha256" in capsys.readouterr().err
+    assert "has another sha256 than when it was written" in capsys.readouterr().err
 
 
 def damage_last_of(run_dir: Path) -> Path:
@@ -244,7 +244,7 @@ def test_a_stage_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
     before = first / "checkpoints" / f"step-{STEPS - 1}.ckpt"
     alone = ["fit", f"--config={tmp_path / 'MixedStage.yaml'}", f"--runs={runs}"]
     assert main([*alone, f"--model.init_args.initial_weights={first}"]) == 0
-    expected = {"path": str(first), "step": STEPS - 1, "sha256": identity_of(before)}
+    expected = {"path": str(first), "step": STEPS - 1, "sha256": sha256_of_weights(before)}
     assert read_checkpoint(mixed)["gpdit"]["origin"] == expected
     capsys.readouterr()
     assert main(["chain", f"--config={chain}", f"--runs={runs}"]) == 2

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig
-from gpdit_lightning.checkpoints.reading import load_trained_model, open_weights, read_checkpoint
+from gpdit_lightning.checkpoints.files import read_checkpoint
+from gpdit_lightning.checkpoints.reading import load_trained_model, open_weights
 from gpdit_lightning.cli import main
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.errors import InputError
@@ -125,7 +126,7 @@ def test_the_trained_weights_on_request(run: Path, exported: Path, tmp_path: Pat
     assert not torch.equal(velocity(raw), velocity(load_trained_model(exported).backbone))
     for kind in ("ema", "raw"):  # without an average, trained weights are what there is
         assert open_weights(tmp_path / "raw", kind).facts.weights == "raw"
-    with pytest.raises(InputError, match=r"model holds averaged weights only: take those, or export again with"):
+    with pytest.raises(InputError, match=r"model has averaged weights only: use those, or export again with"):
         load_trained_model(exported, weights="raw")
 
 
@@ -213,7 +214,7 @@ def test_a_stage_refuses_an_export_for_another_codec(
 
 def test_a_model_that_was_never_trained_here(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
     GPDiT(tiny_config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="does not say with which schedule, codec, geometry, step its weights were"):
+    with pytest.raises(InputError, match="does not record with which schedule, codec, geometry, step its weights were"):
         load_trained_model(tmp_path)
     stage = GPDiTStage(tiny_config, initial_weights=str(tmp_path))  # a stage may begin with it
     stage.configure_model()
@@ -251,9 +252,9 @@ def test_nothing_of_a_malicious_checkpoint_or_export_runs(
     (described / "config.json").write_text('{"format": "gpdit_lightning-model-1", "config": {"size": ["os.system"]}}')
     for path, words in (
         (checkpoint, "training.ckpt cannot be read as a checkpoint"),
-        (pickled, "ema.safetensors is no whole safetensors file"),
-        (unpickled, "model.safetensors does not exist, and weights in no other file are opened"),
-        (disguised, "model.safetensors is no whole safetensors file"),
+        (pickled, "ema.safetensors is not a complete safetensors file"),
+        (unpickled, "model.safetensors does not exist, and weights in other files are not opened"),
+        (disguised, "model.safetensors is not a complete safetensors file"),
         (described, "config.json: size is ['os.system']"),
     ):
         assert export(path, tmp_path / "out") == 2

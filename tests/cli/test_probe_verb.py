@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gpdit_lightning.checkpoints.reading import identity_of
+from gpdit_lightning.checkpoints.reading import sha256_of_weights
 from gpdit_lightning.cli import run
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
@@ -43,8 +43,8 @@ def evaluation_of(checkpoint: Path, **scores: float) -> Report:
         data="toys", choice="all", split_sha256="0", videos=2, context_frames=1, generated_frames=4, fvd_frames="all",
         size=(32, 32), stride=1, resize="none", sampler="rotation", steps=2, guidance=Guidance(),
         schedule=NoiseSchedule(), seeds=(0,), window=4, precision="32", checkpoint=checkpoint.name,
-        checkpoint_sha256=identity_of(checkpoint), step=1, weights="ema", codec="pca", codec_sha256="0", networks={},
-        versions={}, hardware="none",
+        checkpoint_sha256=sha256_of_weights(checkpoint), step=1, weights="ema", codec="pca", codec_sha256="0",
+        networks={}, versions={}, hardware="none",
     )  # fmt: skip
     return Report(protocol, {name: Score.of([value]) for name, value in scores.items()})
 
@@ -57,7 +57,7 @@ def test_two_models_are_probed_at_every_layer(
     arguments = ["--checkpoint", *checkpoints, "--videos", ucf, ucf / "Dark", "--out", tmp_path / "out"]
     probe(*arguments, "--evaluations", tmp_path / "results.json", "--regularisation", 0.1)
     results = json.loads((tmp_path / "out" / "probe.json").read_text())["results"]
-    assert [result["identity"] for result in results] == [identity_of(checkpoint) for checkpoint in checkpoints]
+    assert [result["identity"] for result in results] == [sha256_of_weights(checkpoint) for checkpoint in checkpoints]
     for result in results:
         assert [score["layer"] for score in result["layers"]] == [0, 1]
         assert result["layers"][0]["accuracy"] == 1

@@ -15,7 +15,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpdit_lightning.checkpoints.reading import read_checkpoint
+from gpdit_lightning.checkpoints.files import read_checkpoint
 from gpdit_lightning.cli import main
 from tests.conftest import TINY_CODEC
 

@@ -15,8 +15,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpdit_lightning.checkpoints.files import remove
-from gpdit_lightning.checkpoints.reading import read_checkpoint
+from gpdit_lightning.checkpoints.files import read_checkpoint, remove
 
 STEPS = 6
 RECORDER = '''

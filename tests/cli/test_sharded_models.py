@@ -10,9 +10,8 @@ import torch
 import yaml
 
 from gpdit_lightning import GPDiT
-from gpdit_lightning.checkpoints.files import checkpoint_path
-from gpdit_lightning.checkpoints.io import AVERAGE
-from gpdit_lightning.checkpoints.reading import identity_of, read_checkpoint
+from gpdit_lightning.checkpoints.files import AVERAGE, checkpoint_path, read_checkpoint
+from gpdit_lightning.checkpoints.reading import sha256_of_weights
 from gpdit_lightning.cli import main
 from gpdit_lightning.media.video import write_video
 from tests.cli.test_chain import damage_last_of
@@ -122,7 +121,7 @@ def test_a_next_stage_begins_with_the_average(place: str, trained: Path, tmp_pat
     weights, last = trained / place, checkpoint_path(trained / "run", LAST)
     assert begin_from(weights, trained, tmp_path / "next") == 0
     begun = read_checkpoint(tmp_path / "next")
-    assert begun["gpdit"]["origin"] == {"path": str(weights), "step": LAST, "sha256": identity_of(last)}
+    assert begun["gpdit"]["origin"] == {"path": str(weights), "step": LAST, "sha256": sha256_of_weights(last)}
     for name, average in read_checkpoint(last)["ema"]["weights"].items():
         torch.testing.assert_close(begun["state_dict"][name], average, rtol=0, atol=1e-9)
 
@@ -138,8 +137,8 @@ def test_a_changed_byte(trained: Path, damaged: Path, tmp_path: Path, capsys: py
     capsys.readouterr()
     assert begin_from(last, trained, tmp_path / "none") == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: {last} is not a whole checkpoint (step-6.ckpt/training.ckpt is not what was written, by its sha256): "
-        "use another of the run's."
+        f"error: {last} is not a complete checkpoint (step-6.ckpt/training.ckpt has another sha256 than when it was "
+        "written): use another one of the run."
     )
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpdit_lightning.checkpoints.files import checkpoint_path, last_checkpoint
-from gpdit_lightning.checkpoints.io import AVERAGE, TRAINING
+from gpdit_lightning.checkpoints.files import AVERAGE, TRAINING, checkpoint_path, last_checkpoint
 from gpdit_lightning.cli import main
 from tests.cli.test_chain import damage_last_of
 from tests.cli.test_resume import STEPS, recipe
@@ -138,8 +137,8 @@ def test_damaged_checkpoints(
     assert damage_last_of(run.run_dir) == checkpoint_path(run.run_dir, 6)
     os.truncate(checkpoint_path(run.run_dir, 4) / AVERAGE, 1000)
     assert run.resume() == 0, run.printed
-    assert "step-6.ckpt/training.ckpt is not what was written, by its sha256" in run.printed
-    assert f"going on from {checkpoint_path(run.run_dir, 2)}" in run.printed
+    assert "step-6.ckpt/training.ckpt has another sha256 than when it was written" in run.printed
+    assert f"using {checkpoint_path(run.run_dir, 2)}" in run.printed
     assert_ended_alike(run.run_dir, whole(strategy))
 
     for step in (2, 4, 6):

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gpdit_lightning.checkpoints.files import last_checkpoint
-from gpdit_lightning.checkpoints.reading import read_checkpoint
+from gpdit_lightning.checkpoints.files import last_checkpoint, read_checkpoint
 from gpdit_lightning.cli import main
 from tests.cli.test_resume import assert_same, curves, fit, recipe
 

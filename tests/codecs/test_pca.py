@@ -184,7 +184,7 @@ def test_a_codec_loads_from_its_spec_and_only_from_its_own(codec: PcaCodec, tmp_
     with pytest.raises(
         InputError, match=r"run\.ckpt and the codec loaded from .*other\.safetensors are of different codecs"
     ):
-        load_codec_from_spec(codec.spec(), source=str(tmp_path / "other.safetensors"), where="run.ckpt")
+        load_codec_from_spec(codec.spec(), source=str(tmp_path / "other.safetensors"), owner="run.ckpt")
     moved = load_codec("pca", str(tmp_path / "other.safetensors"))
     assert moved.fingerprint != codec.fingerprint
     codec.spec().check_same(replace(codec.spec(), source="elsewhere"), "a", "b")

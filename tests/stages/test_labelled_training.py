@@ -11,7 +11,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from gpdit_lightning import GPDiT, GPDiTConfig
-from gpdit_lightning.checkpoints.reading import load_trained_model, read_checkpoint
+from gpdit_lightning.checkpoints.files import read_checkpoint
+from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.errors import InputError

@@ -107,7 +107,7 @@ class Preview(Callback):
         source = self.codec_source or spec.source
         try:
             with torch.random.fork_rng(devices=[]):  # a network draws weights before it reads its own
-                return load_codec_from_spec(spec, source=source, where="The training data")
+                return load_codec_from_spec(spec, source=source, owner="The training data")
         except InputError as error:
             raise InputError(
                 f"the previews need the codec {spec.name!r}, which cannot be had from {source or 'the package'} "

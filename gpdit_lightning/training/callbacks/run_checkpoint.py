@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from gpdit_lightning.checkpoints.files import (
     checkpoint_path,
-    discredit_torn_ones,
     last_checkpoint,
     prune,
     publish_checkpoint,
     remove,
     remove_leftovers,
+    unmark_damaged,
 )
 from gpdit_lightning.checkpoints.io import (
     FolderCheckpointIO,
@@ -89,7 +89,7 @@ class RunCheckpoint(Checkpoint):
         """A resumed run stands at a step that is saved already."""
         self._finished_step, self._saved_at = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:
-            discredit_torn_ones(checkpoint_path(Path(trainer.default_root_dir), 0).parent, trainer.global_step)
+            unmark_damaged(checkpoint_path(Path(trainer.default_root_dir), 0).parent, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """The end of a step, if this was its last micro-batch and no validation follows."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from gpdit_lightning.checkpoints.io import read_folder_of_checkpoint
+from gpdit_lightning.checkpoints.files import read_content
 from gpdit_lightning.errors import InputError
 
 
@@ -193,7 +193,7 @@ class Sharded(ParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Map the files into memory, which the ranks of a machine share: each reads the parts that it needs."""
-        return read_folder_of_checkpoint(Path(checkpoint_path))
+        return read_content(Path(checkpoint_path))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Into the whole model, before it is spread."""

@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from gpdit_lightning import GPDiTConfig
-from gpdit_lightning.checkpoints.reading import read_checkpoint
+from gpdit_lightning.checkpoints.files import read_checkpoint
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.stages import GPDiTStage

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from gpdit_lightning import GPDiTConfig
-from gpdit_lightning.checkpoints.reading import read_checkpoint
+from gpdit_lightning.checkpoints.files import read_checkpoint
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest

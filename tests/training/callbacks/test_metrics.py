@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from gpdit_lightning import GPDiTConfig
-from gpdit_lightning.checkpoints.reading import read_checkpoint
+from gpdit_lightning.checkpoints.files import read_checkpoint
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.diffusion import QuartileLoss, velocity_loss

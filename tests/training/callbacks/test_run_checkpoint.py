@@ -18,14 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gpdit_lightning import GPDiTConfig
-from gpdit_lightning.checkpoints.files import last_checkpoint
+from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint, read_checkpoint
 from gpdit_lightning.checkpoints.io import FolderCheckpointIO
-from gpdit_lightning.checkpoints.reading import (
-    backbone_weights,
-    check_architecture,
-    load_trained_model,
-    read_checkpoint,
-)
+from gpdit_lightning.checkpoints.reading import check_architecture, load_trained_model
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
@@ -403,14 +398,14 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
 def test_a_torn_file_is_refused(checkpoint: Path, name: str, kept: float) -> None:
     content = (checkpoint / name).read_bytes()
     (checkpoint / name).write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(InputError, match=rf"copy\.ckpt/{name} is (not a|no) whole"):
+    with pytest.raises(InputError, match=rf"copy\.ckpt/{name} is not a complete"):
         read_checkpoint(checkpoint)
 
 
 def test_a_missing_file_is_named(checkpoint: Path) -> None:
     assert read_checkpoint(checkpoint / "training.ckpt")["global_step"] == 5  # its folder is meant
     (checkpoint / "ema.safetensors").unlink()
-    with pytest.raises(InputError, match=r"copy\.ckpt/ema\.safetensors is no whole"):
+    with pytest.raises(InputError, match=r"copy\.ckpt/ema\.safetensors is not a complete"):
         read_checkpoint(checkpoint / "training.ckpt")
     (checkpoint / "training.ckpt").unlink()
     with pytest.raises(InputError, match="there is no checkpoint at"):
@@ -434,11 +429,11 @@ def test_a_file_that_is_not_what_its_mark_says_is_refused(
     read_checkpoint(tmp_path / "step-5.ckpt")
     with (tmp_path / "step-5.ckpt" / name).open("ab") as file:
         file.write(b"more")
-    fault = rf"is not a whole checkpoint \(step-5\.ckpt/{name} has \d+ bytes"
+    fault = rf"is not a complete checkpoint \(step-5\.ckpt/{name} has \d+ bytes"
     with pytest.raises(InputError, match=rf"step-5\.ckpt {fault}"):
         read_checkpoint(tmp_path / "step-5.ckpt")
     (tmp_path / "last.ckpt").symlink_to("step-5.ckpt")
-    with pytest.raises(InputError, match=rf"last\.ckpt {fault}"):
+    with pytest.raises(InputError, match=rf"step-5\.ckpt {fault}"):
         read_checkpoint(tmp_path / "last.ckpt")
 
 
@@ -453,7 +448,7 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, tensors)
     torch.save([1, 2], values)
     for path, message in (
-        (text, "is not a whole checkpoint"),
+        (text, "is not a complete checkpoint"),
         (archive, "cannot be read as a checkpoint"),
         (tensors, "is not a checkpoint of gpdit_lightning"),
         (values, "is not a checkpoint of gpdit_lightning"),
@@ -510,8 +505,8 @@ def test_a_trained_model_knows_its_data(run: tuple[Path, GPDiTStage, EMA], tiny_
 
 def test_without_an_average_the_trained_weights_are_loaded(checkpoint: Path) -> None:
     edited(checkpoint, lambda content: content.pop("ema"))
-    content = read_checkpoint(checkpoint)
-    assert_same(backbone_weights(content, "ema"), backbone_weights(content, "raw"))
+    found = open_checkpoint(checkpoint)
+    assert_same(found.backbone_weights("ema"), found.backbone_weights("raw"))
     load_trained_model(checkpoint)
 
 
