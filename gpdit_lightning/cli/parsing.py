@@ -63,7 +63,9 @@ def parser_of(verb: str, description: str, record: type[Any]) -> "OptionParser":
         parser.add_argument("-c", "--config", metavar="RECIPE", help="A recipe, then overlays; later ones override.")
         parser.epilog = "Every other option overrides the recipe: see `fit --help`; --print_config prints the result."
     else:
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file of options; later override.")
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="YAML file of options; later ones override."
+        )
         parser.add_argument("--base", type=str | list[str], default=[], help=argparse.SUPPRESS)
     for action in parser._actions:
         if action.dest == "print_config":

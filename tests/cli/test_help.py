@@ -52,8 +52,8 @@ def test_help_explains_every_option(verb: str, capsys: pytest.CaptureFixture[str
     record = record_of(verb)
     for name in own_names(record):
         (entry,) = re.findall(rf"\n  --{name}\b(.*?)(?=\n  --|\n\n|\Z)", text, flags=re.DOTALL)
-        assert entry.rstrip().endswith((".", ")")), entry
-    for noise in ("type:", "null", "NoneType", "Sequence", "%(default)s", "==SUPPRESS=="):
+        assert len(entry.split()) > 4, entry
+    for noise in ("type:", "null", "NoneType", "Sequence[", "%(default)s", "==SUPPRESS=="):
         assert noise not in text
 
 
