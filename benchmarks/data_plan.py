@@ -4,7 +4,7 @@ The images are a manifest over sparse files: nothing of them is read. Each step 
 its memory is the most that it held less what it had after its imports (from /proc, so on Linux only).
 
 The shuffle is judged by micro-batches spread evenly over an epoch of clips, ten of them from each recording, which lie
-side by side in their shard as `data_prep/shard_latents.py` writes them.
+side by side in their shard as `prepare` writes them.
 """
 
 import argparse

@@ -34,7 +34,7 @@ class SourceConfig:
     """One source of samples in the mixture."""
 
     manifests: list[str] = field(default_factory=list)
-    """Folders that data_prep/shard_latents.py or build_few_shot.py made (or their manifest.json)."""
+    """Folders made by `prepare`, for sequences by `prepare-pairs`; or their manifest.json."""
     batch_size: int = 0
     """Samples per optimizer step over all ranks; a source without batch_size and tokens or without manifests is left
     out."""

@@ -22,7 +22,7 @@ Folder = Path | UPath  # on this machine, or anywhere else that fsspec reads
 Split = Literal["train", "validation"]
 Kind = Literal["image", "video", "sequence"]  # a sequence: images, each encoded alone, stacked as frames
 
-PREPARE_AGAIN = "prepare the data again with data_prep/shard_latents.py"
+PREPARE_AGAIN = "prepare the data again with `python -m gpdit_lightning prepare`"
 FOUR_SIZES = Constraint(
     "a list of four positive integers",
     lambda value: isinstance(value, list) and [*map(SIZE.accepts, value)] == [True] * 4,
@@ -144,8 +144,8 @@ class Manifest:
             raise
         except FileNotFoundError:
             raise InputError(
-                f"{path} does not exist: give a folder made by data_prep/shard_latents.py, or for sequences by "
-                "data_prep/build_few_shot.py."
+                f"{path} does not exist: give a folder made by `python -m gpdit_lightning prepare`, or for "
+                "sequences by `prepare-pairs`."
             ) from None
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is no readable JSON ({error}): {PREPARE_AGAIN}.") from None

@@ -1,7 +1,10 @@
 """Clips of many input files, read by several processes in an order that is independent of their number."""
 
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -70,7 +73,9 @@ def read_clips(
     )
     ended: set[int] = set()
     try:
-        for item in loader:
+        with interrupt_delayed():
+            items = iter(loader)  # starts the processes
+        for item in items:
             if isinstance(item, EndOfFile):
                 ended.add(item.file)
             if item is not None:
@@ -83,6 +88,22 @@ def read_clips(
             f"A decoding process was killed while one of these was read: {names}; if memory or shared memory ran out, "
             "run the same command with fewer --workers, else remove the file that FFmpeg cannot decode."
         ) from None
+
+
+@contextmanager
+def interrupt_delayed() -> Iterator[None]:
+    """Delay Ctrl-C to the end of the block: during a fork Python would ignore it, and it would end the new process."""
+    if threading.current_thread() is not threading.main_thread():  # other threads receive no signals
+        yield
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if received:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _current_files(count: int, ended: AbstractSet[int]) -> Iterator[int]:

@@ -207,7 +207,7 @@ def test_what_later_stages_lack_is_said_before_the_first_is_trained(
     recipe["data"]["sequences"]["manifests"] = [str(tmp_path / "nowhere")]
     (tmp_path / "FewShotStage.yaml").write_text(yaml.safe_dump(recipe))
     assert main(command) == 2
-    assert "build_few_shot.py" in capsys.readouterr().err
+    assert "`prepare-pairs`" in capsys.readouterr().err
     (tmp_path / "FewShotStage.yaml").unlink()
     assert main(command) == 2
     assert "FewShotStage.yaml cannot be read" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"modle": {"x": 1}}, ["modle"]),
         ({"data": {"seed": "${nothing.here}"}}, ["interpolation", "nothing.here"]),
         ({"trainer": {"max_steps": "many"}}, ["trainer.max_steps", "many"]),
-        ({"data": {"videos": {"manifests": ["/nowhere"]}}}, ["/nowhere", "shard_latents.py"]),
+        ({"data": {"videos": {"manifests": ["/nowhere"]}}}, ["/nowhere", "gpdit_lightning prepare"]),
         ({"data": {"videos": {"manifests": []}}}, ["no source of data", "data.videos", "manifests"]),
         ({"data": {"videos": {"batch_size": 0}}}, ["no source of data"]),
         ({"data": {"videos": {"batch_size": 3, "micro_batches": 2}}}, ["3 videos", "micro_batches"]),

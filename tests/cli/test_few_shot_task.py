@@ -1,4 +1,4 @@
-"""Tasks learned from pairs, from pictures to images: build_few_shot, fit, transform."""
+"""Tasks learned from pairs, from pictures to images: prepare-pairs, fit, transform."""
 
 import re
 from collections.abc import Sequence
