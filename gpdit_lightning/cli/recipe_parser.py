@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from gpdit_lightning.cli import record_of
+from gpdit_lightning.cli import VERBS, record_of
 from gpdit_lightning.cli.messages import explained
 from gpdit_lightning.cli.parsing import own_names
 from gpdit_lightning.diffusion import NoiseSchedule
@@ -23,7 +23,8 @@ class RecipeParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise InputError instead of printing the usage."""
         known = [action.dest for action in self._actions]
-        record = record_of(self.prog.split()[-1])  # a verb such as `estimate` has further options
+        verb = self.prog.split()[-1]
+        record = record_of(verb) if verb in VERBS else None  # `estimate` has options beside those of a recipe
         known += own_names(record) if record else []
         known += [f"{name}.{f.name}" for name, options in NESTED_OPTIONS.items() for f in dataclasses.fields(options)]
         raise InputError(explained(message, known))

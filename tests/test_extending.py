@@ -1,0 +1,142 @@
+"""docs/extending.md works as it is written: its files are written, its commands run, and each part is used."""
+
+import importlib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from gpdit_lightning.checkpoints.reading import read_checkpoint
+from gpdit_lightning.cli import main
+from gpdit_lightning.media.video import write_video
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^## ([\w ]+)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
+BLOCK = re.compile(r"```(python|yaml|bash)\n(.*?)```", re.DOTALL)
+
+
+def follow(text: str) -> None:
+    """Write the files and run the commands of a part of the page, in the current folder."""
+    for kind, content in BLOCK.findall(text):
+        if kind == "bash":
+            for line in content.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                assert words[:3] == ["python", "-m", "gpdit_lightning"]
+                assert main(words[3:]) == 0, line
+        else:
+            path = Path(content.partition("\n")[0].removeprefix("# "))
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(content)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a few videos and images, and what the page prepares in it before its first section."""
+    folder = tmp_path_factory.mktemp("extending")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        (folder / "MY_VIDEOS").mkdir()
+        (folder / "MY_IMAGES").mkdir()
+        generator = torch.Generator().manual_seed(0)
+        for number in range(4):
+            noise = torch.randint(0, 256, (12, 3, 32, 32), generator=generator, dtype=torch.uint8)
+            write_video(folder / "MY_VIDEOS" / f"{number}.mp4", noise, 24)
+            Image.fromarray(noise[0].permute(1, 2, 0).numpy()).save(folder / "MY_IMAGES" / f"{number}.png")
+        follow(PAGE.partition("\n## ")[0])
+        yield folder
+    for name in [name for name in sys.modules if name.split(".")[0] == "my_parts"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def count_calls(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[int]]:
+    """`count_calls(module, name)`: the calls of a function of the page, after its file was written."""
+
+    def count(module: str, name: str) -> list[int]:
+        importlib.invalidate_caches()
+        owner: Any = importlib.import_module(module)
+        *path, last = name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        original, calls = getattr(owner, last), [0]
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            calls[0] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, last, counted)
+        return calls
+
+    return count
+
+
+def split_at_commands(section: str) -> tuple[str, str]:
+    """The files and the commands of a section."""
+    blocks = [match[0] for match in BLOCK.finditer(SECTIONS[section])]
+    files = [block for block in blocks if not block.startswith("```bash")]
+    return "\n".join(files), "\n".join(block for block in blocks if block.startswith("```bash"))
+
+
+@pytest.fixture(scope="module")
+def stage(folder: Path) -> dict[str, Any]:
+    """What the first section trains; later ones use its checkpoint."""
+    follow(SECTIONS["A stage"])
+    return read_checkpoint(folder / "runs" / "stage")
+
+
+def test_a_stage(stage: dict[str, Any], folder: Path) -> None:
+    assert stage["gpdit"]["stage"] == "ScaledLossStage"
+    recipe = yaml.safe_load((folder / "runs" / "stage" / "config.yaml").read_text())
+    assert recipe["model"]["init_args"]["scale"] == 0.5
+
+
+def test_a_callback(folder: Path) -> None:
+    follow(SECTIONS["A callback"])
+    assert re.fullmatch(r"(\d videos \d+\.\d{4}\n)+", (folder / "runs" / "callback" / "log.txt").read_text())
+
+
+def test_a_logger(folder: Path) -> None:
+    follow(SECTIONS["A logger"])
+    run_dir = folder / "runs" / "logger"
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert {"train/loss", "perf/steps_per_s"} <= set().union(*rows)
+    assert list((run_dir / "tensorboard").glob("events*"))
+
+
+def test_an_attention_backend(folder: Path, count_calls: Callable[[str, str], list[int]]) -> None:
+    files, commands = split_at_commands("An attention backend")
+    follow(files)
+    calls = count_calls("my_parts.attention", "plain")
+    follow(commands)
+    assert calls[0] > 0
+
+
+@pytest.mark.usefixtures("stage")
+def test_a_sampler(folder: Path, count_calls: Callable[[str, str], list[int]]) -> None:
+    files, commands = split_at_commands("A sampler")
+    follow(files)
+    calls = count_calls("my_parts.samplers", "Midpoint.solve")
+    follow(commands)
+    assert calls[0] > 0
+    assert (folder / "midpoint.mp4").is_file()
+
+
+@pytest.mark.usefixtures("stage")
+def test_a_metric_network(folder: Path) -> None:
+    follow(SECTIONS["A metric network"])
+    report = next((folder / "evaluations" / "mine").glob("*.json")).read_text()
+    assert "my_parts.metrics.RandomProjection" in report
+
+
+def test_every_section_is_tested() -> None:
+    tests = {name.removeprefix("test_").replace("_", " ") for name in globals() if name.startswith("test_a")}
+    assert tests == {section.lower() for section in SECTIONS}
