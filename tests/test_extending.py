@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from gpdit_lightning.checkpoints.reading import read_checkpoint
+from gpdit_lightning.checkpoints.reading import open_weights
 from gpdit_lightning.cli import main
 from gpdit_lightning.media.video import write_video
 
@@ -87,14 +87,14 @@ def split_at_commands(section: str) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def stage(folder: Path) -> dict[str, Any]:
-    """What the first section trains; later ones use its checkpoint."""
+def stage(folder: Path) -> Path:
+    """The run folder that the first section trains; later ones use its checkpoint."""
     follow(SECTIONS["A stage"])
-    return read_checkpoint(folder / "runs" / "stage")
+    return folder / "runs" / "stage"
 
 
-def test_a_stage(stage: dict[str, Any], folder: Path) -> None:
-    assert stage["gpdit"]["stage"] == "ScaledLossStage"
+def test_a_stage(stage: Path, folder: Path) -> None:
+    assert open_weights(stage).facts.stage == "ScaledLossStage"
     recipe = yaml.safe_load((folder / "runs" / "stage" / "config.yaml").read_text())
     assert recipe["model"]["init_args"]["scale"] == 0.5
 
