@@ -99,18 +99,7 @@ def read_recipe(
     if precision not in PRECISIONS:
         raise InputError(f"trainer.precision is {precision}; estimate supports bf16-mixed and 32-true.")
     backbone = GPDiTConfig(**vars(settings.model.init_args.backbone))
-    used = {name: getattr(data, name) for name in KINDS}
-    used = {name: s for name, s in used.items() if s.manifests and max(s.batch_size, s.tokens) > 0}
-    given = {name: (sizes or {}).get(name) for name in used}
-    manifests = {name: [] if given[name] else prepared_manifests(source.manifests) for name, source in used.items()}
-    grid = next((loaded[0].codec for loaded in manifests.values() if loaded), AssumedGrid())
-    sources = []
-    for name, source in used.items():
-        if manifests[name]:
-            samples = prepared_samples(name, manifests[name])
-        else:
-            samples = assumed_samples(name, source, given[name], grid, backbone.patch_size)
-        sources.append(read_source(name, source, samples, data.max_ranks, assumed=not manifests[name]))
+    sources, grid = read_sources(data, sizes or {}, backbone.patch_size)
     run = Run(
         backbone=backbone,
         precision=precision,
@@ -120,7 +109,7 @@ def read_recipe(
         context_dropout=data.context_dropout,
         noise_draws=data.noise_draws,
         max_steps=settings.trainer.max_steps,
-        sources=tuple(sources),
+        sources=sources,
     )
     return EstimatedRecipe(run, grid)
 
@@ -188,6 +177,30 @@ def assumed_samples(
             )
         samples[source.frames or frames, height // grid.spatial_factor, width // grid.spatial_factor] += 1
     return samples
+
+
+def read_sources(
+    data: Namespace, sizes: Mapping[str, Sequence[str] | None], patch_size: int
+) -> tuple[tuple[Source, ...], LatentGrid]:
+    """The sources that a recipe uses, and how their pixels map to latents.
+
+    Args:
+        data: the recipe's settings of the data.
+        sizes: of each source, in pixels, as for :func:`read_recipe`.
+        patch_size: latent pixels along one side of a token.
+    """
+    used = {name: getattr(data, name) for name in KINDS}
+    used = {name: s for name, s in used.items() if s.manifests and max(s.batch_size, s.tokens) > 0}
+    manifests = {name: [] if sizes.get(name) else prepared_manifests(s.manifests) for name, s in used.items()}
+    grid = next((prepared[0].codec for prepared in manifests.values() if prepared), AssumedGrid())
+    sources = []
+    for name, source in used.items():
+        if manifests[name]:
+            samples = prepared_samples(name, manifests[name])
+        else:
+            samples = assumed_samples(name, source, sizes.get(name), grid, patch_size)
+        sources.append(read_source(name, source, samples, data.max_ranks, assumed=not manifests[name]))
+    return tuple(sources), grid
 
 
 def read_source(
