@@ -101,7 +101,8 @@ def relevant_part(message: str) -> str:
         return f"{key[1]} is {value[1]}; it must be {' or '.join(kinds)}{', in quotes' if unquoted else ''}."
     required = re.fullmatch(r"the following arguments are required: ([\w., -]+)", message)
     if required:
-        return f"{required[1]} is missing: give --{required[1].split(', ')[0]}; see --help."
+        names = [f"--{name}" for name in required[1].split(", ")]
+        return f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} missing: see --help."
     sentence = " ".join((relevant[0] if relevant else message).split("Given value")[0].split())
     return sentence.replace(PREFIX, "")
 

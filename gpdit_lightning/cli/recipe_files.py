@@ -56,7 +56,7 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
     Later files override earlier ones field by field, so a recipe holds only what is its own.
 
     Raises:
-        InputError: a base that does not exist, or recipes that are each other's base.
+        InputError: `--config` without a file, a base that does not exist, or recipes that are each other's base.
     """
     expanded: list[str] = []
     given = iter(arguments)
@@ -65,7 +65,10 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
         if name not in ("--config", "-c"):
             expanded.append(argument)
             continue
-        path = recipe_path(value if equals else next(given, ""))
+        file = value if equals else next(given, "")
+        if not file:
+            raise InputError("--config names no file: give one, such as --config gpdit:stage2_mixed.")
+        path = recipe_path(file)
         expanded += [f"--config={part}" for part in _chain_of_bases(path, ())]
     return expanded
 
