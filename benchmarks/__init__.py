@@ -1,1 +1,1 @@
-"""Every figure this project claims, by one command each: `python -m benchmarks.NAME`."""
+"""Scripts that measure every published figure of this project, one command each: `python -m benchmarks.NAME`."""

@@ -1,10 +1,10 @@
-"""Is the backbone right on this GPU, and how fast? `python -m benchmarks.gpu_check [--out FILE.json]`.
+"""`python -m benchmarks.gpu_check [--out FILE.json]`: correctness and speed of the backbone on this GPU.
 
-Two parts. The attention operators (xformers and SDPA) compute frame-causal attention, forward and backward, and are
-held against a dense float64 reference. Then one training step of GPDiT-B and one of GPDiT-H are timed: forward,
-backward and AdamW on random latents of 17-frame clips at 192x320, bf16 autocast over float32 weights.
+First, the attention operators (xformers and SDPA) compute frame-causal attention, forward and backward, and are
+compared with a dense float64 reference. Then a training step of GPDiT-B and one of GPDiT-H are timed: forward pass,
+backward pass and AdamW, on random latents of 17-frame clips at 192x320, under bf16 autocast with float32 weights.
 
-Exit status: 0 all is well, 1 an operator is wrong or a step failed, 2 the command cannot be used so, 3 no GPU.
+Exit status: 0 if all checks passed, 1 if an operator is wrong or a step failed, 2 for invalid options, 3 without a GPU.
 """
 
 import argparse
@@ -33,14 +33,26 @@ from gpdit_lightning.model.attention.backends import sdpa, xformers
 from gpdit_lightning.model.config import AttentionVariant
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
 
-# Largest error allowed, as a part of the largest expected value: a few roundings, far below what a wrong mask does.
+# Largest error allowed, relative to the largest reference value: a few roundings, far less than a wrong mask causes.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-HEAD_WIDTHS = (64, 128)  # GPDiT-B, GPDiT-H
+HEAD_WIDTHS = (64, 128)  # of GPDiT-B and of GPDiT-H
 
 
 @dataclass(frozen=True)
-class Scale:
-    """What is run: the real thing, or a rehearsal of the script."""
+class CheckConfig:
+    """What the check runs.
+
+    Attributes:
+        device: where it runs.
+        operators: attention operators to compare with the reference.
+        frames: latent frames per clip.
+        height: of a latent frame, in latent pixels.
+        width: likewise.
+        clips: in a timed step.
+        warmup: steps before those that are timed.
+        steps: timed steps.
+        models: backbones to time.
+    """
 
     device: torch.device
     operators: tuple[AttentionOperator, ...]
@@ -55,7 +67,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class AttentionResult:
-    """Errors of one operator, as parts of the largest expected value; None where it did not run."""
+    """The errors of one operator, relative to the largest reference value; None where it did not run."""
 
     operator: str
     variant: str
@@ -70,7 +82,7 @@ class AttentionResult:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A timed training step; tokens are noisy ones (those that are supervised)."""
+    """A timed training step; `tokens_per_second` counts the noisy tokens, which are those in the loss."""
 
     model: str
     attention: str
@@ -87,20 +99,20 @@ class StepResult:
 
 
 def reference_attention(variant: AttentionVariant, tokens: int, clean: QKV, noisy: QKV) -> tuple[Tensor, Tensor]:
-    """Frame-causal attention by a dense mask, clip after clip, in the precision of its inputs."""
+    """Frame-causal attention by a dense mask, one clip at a time, in the precision of its inputs."""
 
-    def attend(queries: QKV, allowed: Tensor) -> Tensor:
-        scores = torch.einsum("qhk,mhk->hqm", queries.query, queries.key) / math.sqrt(queries.query.shape[-1])
+    def attend(qkv: QKV, allowed: Tensor) -> Tensor:
+        scores = torch.einsum("qhk,mhk->hqm", qkv.query, qkv.key) / math.sqrt(qkv.query.shape[-1])
         weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
-        return torch.einsum("hqm,mhk->qhk", weights, queries.value)
+        return torch.einsum("hqm,mhk->qhk", weights, qkv.value)
 
     device, clean_count = noisy.query.device, clean.query.shape[1]
     clean_frames, noisy_frames = (torch.arange(x.query.shape[1], device=device) // tokens for x in (clean, noisy))
     frame = torch.cat((clean_frames, noisy_frames))
     is_clean = torch.arange(len(frame), device=device) < clean_count
-    itself = (frame[:, None] == frame) & (is_clean[:, None] == is_clean)
-    before = is_clean & (frame < frame[:, None])
-    allowed = itself | (before if variant == "of2" else before & ~is_clean[:, None])
+    same_frame = (frame[:, None] == frame) & (is_clean[:, None] == is_clean)
+    earlier_clean = is_clean & (frame < frame[:, None])
+    allowed = same_frame | (earlier_clean if variant == "of2" else earlier_clean & ~is_clean[:, None])
 
     clean_out, noisy_out = [], []
     for clip in range(len(noisy.query)):
@@ -110,24 +122,24 @@ def reference_attention(variant: AttentionVariant, tokens: int, clean: QKV, nois
             clean_out.append(out[:clean_count])
             noisy_out.append(out[clean_count:])
         else:
-            alone = QKV(*(x[clip] for x in noisy))
-            noisy_out.append(attend(alone, itself[clean_count:, clean_count:]))
+            without_context = QKV(*(x[clip] for x in noisy))
+            noisy_out.append(attend(without_context, same_frame[clean_count:, clean_count:]))
     return torch.stack(clean_out), torch.stack(noisy_out)
 
 
 def attention_errors(
-    operator: AttentionOperator, variant: AttentionVariant, dtype: torch.dtype, head_width: int, scale: Scale
+    operator: AttentionOperator, variant: AttentionVariant, dtype: torch.dtype, head_width: int, check: CheckConfig
 ) -> tuple[float, float]:
-    """Largest forward and backward errors; three clips of two heads, the last clip without context."""
-    tokens = (scale.height // 2) * (scale.width // 2)
-    generator = torch.Generator(scale.device).manual_seed(0)
+    """The largest forward and backward errors on three clips with two heads; the last clip has no context."""
+    tokens = (check.height // 2) * (check.width // 2)
+    generator = torch.Generator(check.device).manual_seed(0)
 
-    def leaves(clips: int, frames: int) -> QKV:
+    def random_qkv(clips: int, frames: int) -> QKV:
         shape = (clips, frames * tokens, 2, head_width)
-        made = (torch.randn(shape, device=scale.device, generator=generator).to(dtype) for _ in range(3))
-        return QKV(*(x.requires_grad_() for x in made))
+        tensors = (torch.randn(shape, device=check.device, generator=generator).to(dtype) for _ in range(3))
+        return QKV(*(x.requires_grad_() for x in tensors))
 
-    clean, noisy = leaves(2, scale.frames - 1), leaves(3, scale.frames)
+    clean, noisy = random_qkv(2, check.frames - 1), random_qkv(3, check.frames)
     context = KV(clean.key, clean.value)
     clean_out, noisy_out = frame_causal_attention(operator, variant, tokens, context, clean, noisy)
     assert clean_out is not None
@@ -140,25 +152,25 @@ def attention_errors(
     exact = reference_attention(variant, tokens, exact_clean, exact_noisy)
     exact_gradients = torch.autograd.grad(exact, (*exact_clean, *exact_noisy), [x.double() for x in cotangents])
 
-    def worst(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-        if not all(x.isfinite().all() for x in found):
-            raise ArithmeticError("the operator gave values that are not finite")
+    def largest_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+        if not all(x.isfinite().all() for x in actual):
+            raise ArithmeticError("the operator returned values that are not finite")
         return max(
-            ((x.double() - y).abs().amax() / y.abs().amax()).item() for x, y in zip(found, expected, strict=True)
+            ((x.double() - y).abs().amax() / y.abs().amax()).item() for x, y in zip(actual, expected, strict=True)
         )
 
-    return worst(outputs, exact), worst(gradients, exact_gradients)
+    return largest_error(outputs, exact), largest_error(gradients, exact_gradients)
 
 
 def check_attention(
-    operator: AttentionOperator, variant: AttentionVariant, dtype: torch.dtype, head_width: int, scale: Scale
+    operator: AttentionOperator, variant: AttentionVariant, dtype: torch.dtype, head_width: int, check: CheckConfig
 ) -> AttentionResult:
-    """One row of the first table."""
+    """Compare one operator with the reference: a row of the first table."""
     forward = backward = None
     failure = ""
     try:
-        forward, backward = attention_errors(operator, variant, dtype, head_width, scale)
-    except Exception as error:  # whatever a build for another torch or GPU may raise is a result
+        forward, backward = attention_errors(operator, variant, dtype, head_width, check)
+    except Exception as error:  # any error of a build for another torch or GPU is a result
         failure = first_line(error)
     tolerance = TOLERANCES[dtype]
     passed = forward is not None and backward is not None and max(forward, backward) <= tolerance
@@ -168,9 +180,9 @@ def check_attention(
     )
 
 
-def time_step(config: GPDiTConfig, scale: Scale) -> StepResult:
-    """One row of the second table; every clip has context."""
-    device = scale.device
+def time_step(config: GPDiTConfig, check: CheckConfig) -> StepResult:
+    """Time a training step: a row of the second table. Every clip has context."""
+    device = check.device
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
@@ -178,13 +190,13 @@ def time_step(config: GPDiTConfig, scale: Scale) -> StepResult:
     torch.manual_seed(0)
     with device:
         model = GPDiT(config)
-        shape = (scale.clips, scale.frames, config.latent_channels, scale.height, scale.width)
+        shape = (check.clips, check.frames, config.latent_channels, check.height, check.width)
         noisy, clean, velocity = torch.randn(3, *shape).unbind()
         theta = torch.rand(shape[:2]) * math.pi / 2
-    optimizer, _ = build_optimizer(model.parameters(), OptimizerConfig(), max_steps=scale.warmup + scale.steps)
+    optimizer, _ = build_optimizer(model.parameters(), OptimizerConfig(), max_steps=check.warmup + check.steps)
 
     seconds = []
-    for _ in range(scale.warmup + scale.steps):
+    for _ in range(check.warmup + check.steps):
         started = now(device)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -193,16 +205,16 @@ def time_step(config: GPDiTConfig, scale: Scale) -> StepResult:
         optimizer.step()
         seconds.append(now(device) - started)
 
-    median = statistics.median(seconds[scale.warmup :])
-    flops = sum(training_flops(config, PassShape(scale.clips, scale.clips, *shape[1:2], *shape[3:])).values())
+    median = statistics.median(seconds[check.warmup :])
+    flops = sum(training_flops(config, PassShape(check.clips, check.clips, *shape[1:2], *shape[3:])).values())
     peak_flops = peak_bf16_flops(torch.cuda.get_device_name()) if on_gpu else None
-    tokens = scale.clips * scale.frames * (scale.height // config.patch_size) * (scale.width // config.patch_size)
+    tokens = check.clips * check.frames * (check.height // config.patch_size) * (check.width // config.patch_size)
     finite = bool(loss.isfinite())
     return StepResult(
         model=config.size,
         attention=config.attention,
         operator=select_backend(config.attention_backend, device.type, torch.bfloat16).__name__,
-        clips=scale.clips,
+        clips=check.clips,
         activation_checkpointing=config.activation_checkpointing,
         milliseconds=1000 * median,
         tokens_per_second=tokens / median,
@@ -214,12 +226,12 @@ def time_step(config: GPDiTConfig, scale: Scale) -> StepResult:
     )
 
 
-def check_step(config: GPDiTConfig, scale: Scale) -> StepResult:
-    """`time_step`, with an error as its result where it cannot run."""
+def check_step(config: GPDiTConfig, check: CheckConfig) -> StepResult:
+    """As `time_step`, but an error becomes the result of the step."""
     try:
-        return time_step(config, scale)
+        return time_step(config, check)
     except torch.OutOfMemoryError:
-        failure = "out of memory: take fewer clips with --clips"
+        failure = "out of memory: pass a smaller --clips"
     except RuntimeError as error:
         failure = first_line(error)
     finally:
@@ -228,7 +240,7 @@ def check_step(config: GPDiTConfig, scale: Scale) -> StepResult:
         config.size,
         config.attention,
         config.attention_backend,
-        scale.clips,
+        check.clips,
         config.activation_checkpointing,
         *(None,) * 5,
         passed=False,
@@ -237,25 +249,25 @@ def check_step(config: GPDiTConfig, scale: Scale) -> StepResult:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, after the device has finished what it was given."""
+    """The time in seconds, after the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def first_line(error: Exception) -> str:
-    """An exception in one line."""
+    """The first line of an exception, with its type."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def table(rows: Sequence[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> str:
-    """Rows as aligned text; `columns` maps a field to its heading and format."""
+    """Rows as aligned text; `columns` maps each field to its heading and format."""
 
-    def cell(value: Any, form: str) -> str:
-        return "-" if value is None else format(value, form)
+    def cell(value: Any, spec: str) -> str:
+        return "-" if value is None else format(value, spec)
 
     lines = [[heading for heading, _ in columns.values()]]
-    lines += [[cell(row[field], form) for field, (_, form) in columns.items()] for row in rows]
+    lines += [[cell(row[field], spec) for field, (_, spec) in columns.items()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
@@ -267,15 +279,15 @@ ATTENTION_COLUMNS = {
     "head_width": ("head width", "d"),
     "forward_error": ("forward error", ".1e"),
     "backward_error": ("backward error", ".1e"),
-    "tolerance": ("allowed", ".0e"),
+    "tolerance": ("tolerance", ".0e"),
     "verdict": ("", ""),
 }
 STEP_COLUMNS = {
     "model": ("model", ""),
     "attention": ("mask", ""),
-    "operator": ("attention by", ""),
+    "operator": ("operator", ""),
     "clips": ("clips", "d"),
-    "activation_checkpointing": ("recompute", ""),
+    "activation_checkpointing": ("checkpointing", ""),
     "milliseconds": ("ms/step", ".1f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
     "teraflops_per_second": ("TFLOP/s", ".3g"),
@@ -286,29 +298,29 @@ STEP_COLUMNS = {
 
 
 def with_verdict(result: AttentionResult | StepResult) -> dict[str, Any]:
-    """A result as a row: `passed` and `failure` in one word or sentence."""
+    """A result as a row, with `passed` and `failure` as text."""
     verdict = "ok" if result.passed else f"FAILED {result.failure}".rstrip()
     return asdict(result) | {"verdict": verdict}
 
 
-def environment(scale: Scale) -> dict[str, Any]:
-    """Where and with what the figures were made."""
+def environment(check: CheckConfig) -> dict[str, Any]:
+    """The date, the device and the versions."""
     try:
         xformers_version = importlib.metadata.version("xformers")
     except importlib.metadata.PackageNotFoundError:
         xformers_version = "not installed"
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if scale.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if check.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "xformers": xformers_version,
     }
 
 
-def real_scale(clips: int) -> Scale:
-    """The check itself: 17 frames at 192x320 are 5 latent frames of 24x40."""
-    return Scale(
+def full_check(clips: int) -> CheckConfig:
+    """The check on a GPU: 17 frames at 192x320 are 5 latent frames of 24x40."""
+    return CheckConfig(
         device=torch.device("cuda"),
         operators=(xformers, sdpa),
         frames=5,
@@ -321,10 +333,10 @@ def real_scale(clips: int) -> Scale:
     )
 
 
-def rehearsal_scale() -> Scale:
-    """Everything the check does, in seconds on a CPU."""
+def smoke_test() -> CheckConfig:
+    """The same at a tiny size, which takes seconds on a CPU."""
     small = {"layers": 2, "width": 64, "mlp_width": 128, "heads": 2}
-    return Scale(
+    return CheckConfig(
         device=torch.device("cpu"),
         operators=(sdpa,),
         frames=3,
@@ -338,29 +350,31 @@ def rehearsal_scale() -> Scale:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """The options of the command."""
     options = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check",
-        description="Checks the attention operators against a float64 reference on this GPU and times one training "
-        "step of GPDiT-B and of GPDiT-H.",
+        description="Compare the attention operators with a float64 reference on this GPU, and time a training step of "
+        "GPDiT-B and of GPDiT-H.",
     )
-    options.add_argument("--out", type=Path, metavar="FILE.json", help="write the results there as well")
-    options.add_argument("--clips", type=int, default=16, help="clips in a timed step (default: 16)")
+    options.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results to this file")
+    options.add_argument("--clips", type=int, default=16, help="clips per timed step (default: 16)")
     options.add_argument(
-        "--cpu-rehearsal", action="store_true", help="run the script at toy size on the CPU; its figures mean nothing"
+        "--smoke_test",
+        action="store_true",
+        help="run the script at a tiny size on the CPU; its figures are meaningless",
     )
     return options
 
 
-def check(scale: Scale, out: Path | None, rehearsal: bool) -> bool:
-    """Run everything, print both tables, write the file; True if all is well."""
-    about = environment(scale)
+def run(check: CheckConfig, out: Path | None, is_smoke_test: bool) -> bool:
+    """Run all checks, print both tables, write the file; True if all checks passed."""
+    about = environment(check)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
 
-    print("\nFrame-causal attention against a float64 reference (errors as parts of the largest expected value)")
+    print("\nFrame-causal attention against a float64 reference (errors relative to the largest reference value)")
     attention = [
-        check_attention(operator, variant, dtype, head_width, scale)
-        for operator in scale.operators
+        check_attention(operator, variant, dtype, head_width, check)
+        for operator in check.operators
         for dtype in TOLERANCES
         for head_width in HEAD_WIDTHS
         for variant in get_args(AttentionVariant)
@@ -368,19 +382,19 @@ def check(scale: Scale, out: Path | None, rehearsal: bool) -> bool:
     print(table([with_verdict(result) for result in attention], ATTENTION_COLUMNS))
 
     print(
-        f"\nOne training step: {scale.frames} latent frames of {scale.height}x{scale.width}, every clip with context, "
-        f"bf16 autocast, AdamW; median of {scale.steps}"
+        f"\nA training step: {check.frames} latent frames of {check.height}x{check.width}, every clip with context, "
+        f"bf16 autocast, AdamW; median of {check.steps}"
     )
-    steps = [check_step(config, scale) for config in scale.models]
+    steps = [check_step(config, check) for config in check.models]
     print(table([with_verdict(result) for result in steps], STEP_COLUMNS))
-    print("Tokens are noisy ones; TFLOP/s and MFU count three forward passes, recomputation not included.")
+    print("Tokens are the noisy ones. TFLOP/s and MFU count three forward passes; recomputation is not counted.")
 
     passed = all([result.passed for result in attention] + [result.passed for result in steps])
-    print("\nAll is well." if passed else "\nNot all is well: see FAILED above.")
+    print("\nAll checks passed." if passed else "\nSome checks failed: see FAILED above.")
     if out is not None:
         report = {
             **about,
-            "rehearsal": rehearsal,
+            "smoke_test": is_smoke_test,
             "passed": passed,
             "attention": [asdict(result) for result in attention],
             "steps": [asdict(result) for result in steps],
@@ -392,20 +406,20 @@ def check(scale: Scale, out: Path | None, rehearsal: bool) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     options = parser().parse_args(arguments)
     try:
         if options.clips < 1:
-            raise InputError(f"--clips is {options.clips}; it must be at least 1.")
+            raise InputError(f"--clips is {options.clips}: give at least 1.")
         if options.out is not None and options.out.is_dir():
-            raise InputError(f"--out {options.out} is a folder: name a file in it.")
-        if options.cpu_rehearsal:
-            print("Rehearsal on the CPU at toy size, SDPA in the place of xformers: no figure below means anything.")
-            return 0 if check(rehearsal_scale(), options.out, rehearsal=True) else 1
+            raise InputError(f"--out is {options.out}, a folder: give the path of a file.")
+        if options.smoke_test:
+            print("Smoke test at a tiny size on the CPU, without xformers: the figures below are meaningless.")
+            return 0 if run(smoke_test(), options.out, is_smoke_test=True) else 1
         if not torch.cuda.is_available():
-            print("This check needs a CUDA GPU; --cpu-rehearsal runs the script itself without one.", file=sys.stderr)
+            print("error: this check needs a CUDA GPU; --smoke_test runs the script without one.", file=sys.stderr)
             return 3
-        return 0 if check(real_scale(options.clips), options.out, rehearsal=False) else 1
+        return 0 if run(full_check(options.clips), options.out, is_smoke_test=False) else 1
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.preparation`: preparing videos against the codec alone on the same clips, in one run.
+"""`python -m benchmarks.preparation`: the throughput of preparing videos, relative to the codec alone.
 
-Draws videos of 720x1280, prepares them from the files to complete shards, and encodes the same clips, already decoded
-and scaled, with the same codec. The figure is the share: 1 means that decoding, scaling and writing cost nothing beside
-the codec. The WanVAE is of full size with random weights, unless `--codec_source` names its folder; on a CPU take a
-small one (`--base_dim 16`), which leaves decoding less to hide behind.
+Generates videos of 720x1280 pixels, prepares shards from the files, and encodes the same clips, already decoded and
+scaled, with the same codec. The result is the ratio of the two throughputs: 1 means that decoding, scaling and writing
+add no time to the codec's. The WanVAE has full size and random weights, unless `--codec_source` names its folder. On a
+CPU, use a small one (`--base_dim 16`); decoding then takes a larger part of the time.
 """
 
 import argparse
@@ -26,20 +26,20 @@ from gpdit_lightning.preparation.parts import worker_count
 HEIGHT, WIDTH, RATE = 720, 1280, 24
 
 
-def draw(folder: Path, count: int, frames: int) -> None:
-    """Videos of a large smooth picture that moves a little."""
+def write_videos(folder: Path, count: int, frames: int) -> None:
+    """Write videos in which a large, smooth image moves slowly."""
     generator = torch.Generator().manual_seed(0)
     folder.mkdir()
-    for number in tqdm(range(count), desc="drawing", unit=" videos", leave=False):
+    for number in tqdm(range(count), desc="generating", unit=" videos", leave=False):
         coarse = torch.rand(1, 3, 12, 20, generator=generator)
-        picture = torch.nn.functional.interpolate(coarse, (HEIGHT, WIDTH + frames), mode="bicubic").clamp(0, 1)[0]
-        picture = (picture * 255).to(torch.uint8)
-        movie = torch.stack([picture[..., frame : frame + WIDTH] for frame in range(frames)])
-        write_video(folder / f"{number}.mp4", movie, RATE)
+        image = torch.nn.functional.interpolate(coarse, (HEIGHT, WIDTH + frames), mode="bicubic").clamp(0, 1)[0]
+        image = (image * 255).to(torch.uint8)
+        video = torch.stack([image[..., frame : frame + WIDTH] for frame in range(frames)])
+        write_video(folder / f"{number}.mp4", video, RATE)
 
 
 def wan_folder(folder: Path, base_dim: int) -> str:
-    """A WanVAE with random weights; returns its folder."""
+    """Write a WanVAE with random weights; returns its folder."""
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def wan_folder(folder: Path, base_dim: int) -> str:
 
 
 def seconds_of_codec(codec: Codec, clips: Sequence[Clip], batch_size: int) -> float:
-    """The codec alone, in batches of equal shape; the first batch warms up and is encoded again."""
+    """The time of the codec alone, in batches of equal shape, after one batch as a warm-up."""
     by_shape: dict[tuple[int, ...], list[torch.Tensor]] = {}
     for clip in clips:
         by_shape.setdefault(tuple(clip.pixels.shape), []).append(clip.pixels)
@@ -65,22 +65,22 @@ def seconds_of_codec(codec: Codec, clips: Sequence[Clip], batch_size: int) -> fl
 
 
 def main(arguments: Sequence[str] | None = None) -> float:
-    """Print the table; returns the share."""
+    """Print the table; returns the ratio of the throughputs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", type=Path, help="a folder of videos of your own instead of drawn ones")
-    parser.add_argument("--count", type=int, default=32, help="videos to draw")
-    parser.add_argument("--seconds", type=int, default=12, help="of each")
-    parser.add_argument("--size", default="192x320", help="HEIGHTxWIDTH of the clips")
+    parser.add_argument("--videos", type=Path, help="a folder of videos to use instead of generated ones")
+    parser.add_argument("--count", type=int, default=32, help="videos to generate")
+    parser.add_argument("--seconds", type=int, default=12, help="length of each video, in seconds")
+    parser.add_argument("--size", default="192x320", help="HEIGHTxWIDTH of the clips, in pixels")
     parser.add_argument("--codec", default="wan", help="wan or pca")
-    parser.add_argument("--codec_source", help="the WanVAE's folder")
-    parser.add_argument("--base_dim", type=int, default=96, help="width of the WanVAE with random weights (real: 96)")
-    parser.add_argument("--batch_size", type=int, default=4, help="clips encoded at once")
-    parser.add_argument("--workers", type=int, help="decoding processes (default: one for each core)")
+    parser.add_argument("--codec_source", help="folder of the WanVAE")
+    parser.add_argument("--base_dim", type=int, default=96, help="base width of the WanVAE with random weights")
+    parser.add_argument("--batch_size", type=int, default=4, help="clips per encoded batch")
+    parser.add_argument("--workers", type=int, help="decoding processes (default: one per core)")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if given.videos is None:
-            draw(folder / "videos", given.count, given.seconds * RATE)
+            write_videos(folder / "videos", given.count, given.seconds * RATE)
         source = given.codec_source
         if given.codec == "wan" and source is None:
             source = wan_folder(folder / "wan", given.base_dim)
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
             codec_source=source,
             video_sizes=[given.size],
             batch_size=given.batch_size,
-            validation_fraction=0,  # so that batches are those of the codec alone
+            validation_fraction=0,  # so that both measurements encode the same batches
             workers=given.workers,
         )
         device = available_device("auto")
@@ -102,13 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> float:
         items = read_clips(list_input_files(options), options, codec.temporal_factor, workers)
         clips = [item for item in items if isinstance(item, Clip)]
         decoding = time.perf_counter() - start
-        alone = seconds_of_codec(codec, clips, given.batch_size)
+        codec_alone = seconds_of_codec(codec, clips, given.batch_size)
         start = time.perf_counter()
         load_codec(given.codec, source, device)
         loading = time.perf_counter() - start
         start = time.perf_counter()
         manifest = prepare(options)
-        together = time.perf_counter() - start - loading
+        preparing = time.perf_counter() - start - loading
         assert manifest is not None
         assert sum(shard.count for shard in manifest.shards) == len(clips)
 
@@ -117,12 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> float:
         print(f"{'':<32}{'seconds':>9}{'clips/s':>9}{'frames/s':>10}")
         for name, seconds in (
             ("decoding and scaling alone", decoding),
-            ("codec alone", alone),
-            ("preparation, files to shards", together),
+            ("codec alone", codec_alone),
+            ("preparation, files to shards", preparing),
         ):
             print(f"{name:<32}{seconds:>9.1f}{len(clips) / seconds:>9.2f}{frames / seconds:>10.1f}")
-        print(f"preparation reaches {alone / together:.0%} of the codec alone")
-        return alone / together
+        print(f"preparation achieves {codec_alone / preparing:.0%} of the throughput of the codec alone")
+        return codec_alone / preparing
 
 
 if __name__ == "__main__":

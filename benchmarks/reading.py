@@ -1,14 +1,15 @@
-"""`python -m benchmarks.reading`: what one reading process delivers, against a raw read of the same bytes.
+"""`python -m benchmarks.reading`: the throughput of one loader process, relative to a raw read of the same files.
 
-Writes shards of clips (5 latent frames of 16x24x40, the paper's 17 frames of 192x320), reads the files whole until they
+Writes shards of clips (5 latent frames of 16x24x40, the paper's 17 frames of 192x320), reads whole files until they
 are in the page cache, and then measures, in one process and one thread:
 
-- raw: the files, whole, into one buffer;
-- samples: in the plan's shuffled order, each found by its index and proven by its checksums;
-- batches: whitened, with noise and levels drawn, as training gets them;
-- training: what steps of a backbone of the given size consume on this machine, of the same clips.
+- raw read: whole files into one buffer;
+- samples: in the plan's shuffled order, each located by the index and verified by its checksums;
+- batches: whitened, with noise and noise levels, as training receives them;
+- training: the clips that training steps of a backbone of the given size consume on this machine.
 
-A share is of the raw read; the last column is how many such trainings a process could feed.
+The share is relative to the raw read. The last column is relative to training: the number of such trainings that one
+process could supply.
 """
 
 import argparse
@@ -33,11 +34,11 @@ from gpdit_lightning.specs import CodecSpec
 
 SHAPE = (5, 16, 24, 40)
 CLIP_BYTES = 2 * math.prod(SHAPE)
-BLOCK = 2**24  # bytes of a raw read
+BLOCK = 2**24  # bytes per raw read
 
 
 def write_shards(folder: Path, clips: int) -> Manifest:
-    """Random latents in shards of 1,000 clips."""
+    """Write random latents in shards of 1,000 clips."""
     numbers = np.random.default_rng(0)
     with ShardSetWriter(folder) as writer:
         for number in range(clips):
@@ -49,7 +50,7 @@ def write_shards(folder: Path, clips: int) -> Manifest:
 
 
 def raw_read(manifest: Manifest) -> int:
-    """Every shard from its first to its last byte; returns how many bytes that were."""
+    """Read every shard from its first to its last byte; returns the number of bytes."""
     buffer, total = bytearray(BLOCK), 0
     for entry in manifest.shards:
         with open(str(manifest.directory / entry.path), "rb", buffering=0) as file:
@@ -59,7 +60,7 @@ def raw_read(manifest: Manifest) -> int:
 
 
 def rate(work: Callable[[], int], seconds: float) -> float:
-    """Bytes a second of something that returns how many bytes it dealt with; the first call warms up."""
+    """Bytes per second of a function that returns the number of bytes it processed; the first call is a warm-up."""
     work()
     done, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds or not done:
@@ -68,7 +69,7 @@ def rate(work: Callable[[], int], seconds: float) -> float:
 
 
 def training(size: str, batch_size: int) -> Callable[[], int]:
-    """Forward and backward of a backbone over random clips; bf16 on a GPU."""
+    """A function that runs one forward and backward pass over random clips and returns their bytes; bf16 on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = GPDiT(GPDiTConfig.preset(size))
@@ -87,12 +88,12 @@ def training(size: str, batch_size: int) -> Callable[[], int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Print the table; returns the rates in bytes a second."""
+    """Print the table; returns the rates in bytes per second."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=8000, help="to write and read; 8000 are 1.2 GiB")
-    parser.add_argument("--batch_size", type=int, default=8, help="clips of a batch")
-    parser.add_argument("--size", default="B", help="backbone that trains: tiny, B or H")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--clips", type=int, default=8000, help="clips to write and read; 8000 take 1.2 GiB")
+    parser.add_argument("--batch_size", type=int, default=8, help="clips per batch")
+    parser.add_argument("--size", default="B", help="size of the backbone that is trained: tiny, B or H")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement, in seconds")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_shards(Path(folder), given.clips)
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
         threads = torch.get_num_threads()
         trained = rate(training(given.size, given.batch_size), given.seconds)
-        torch.set_num_threads(1)  # as in a loader's process
+        torch.set_num_threads(1)  # as in a loader process
         rates = {
             "raw read": rate(lambda: raw_read(manifest), given.seconds),
             "samples": rate(samples, given.seconds),

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.what_fits`: the table of docs/scaling.md: memory of the paper's recipes on each GPU of 80 GiB.
+"""`python -m benchmarks.what_fits`: the table of docs/scaling.md, the memory per GPU of the paper's recipes.
 
-Estimated, as `python -m gpdit_lightning estimate` does for one recipe. A batch that does not fit is cut into as few
-micro-batches as do.
+The figures are estimates, as of `python -m gpdit_lightning estimate`, for GPUs of 80 GiB. A batch that does not fit is
+divided into the smallest number of micro-batches that does.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ B = ["--model.init_args.backbone.size=B", "--model.init_args.backbone.activation
 
 
 def cell(run: Run) -> str:
-    """GiB on each GPU, and the micro-batches of an optimizer step where the recipe's own do not fit."""
+    """GiB per GPU; in parentheses the micro-batches per optimizer step where those of the recipe do not fit."""
     before = sum(source.micro_batches for source in run.sources)
     for candidate in with_smaller_micro_batches(run):
         needed = memory(candidate)["total"]
         if needed <= CAPACITY:
-            pieces = sum(source.micro_batches for source in candidate.sources)
-            return f"{needed / GIB:.0f}" + (f" ({pieces})" if pieces > before else "")
+            micro_batches = sum(source.micro_batches for source in candidate.sources)
+            return f"{needed / GIB:.0f}" + (f" ({micro_batches})" if micro_batches > before else "")
     return "no"
 
 
 def rows(recipe: str, size: str, options: Sequence[str], sizes: dict[str, list[str] | None]) -> list[str]:
-    """A row of the table for each number of GPUs that may share the recipe's batch."""
+    """The rows of a recipe, one for each number of GPUs that divides its `max_ranks`."""
     run = read_recipe([f"--config=recipes/{recipe}.yaml", *options], sizes=sizes).run
     counts = [count for count in GPUS if run.max_ranks % count == 0]
     lines = []

@@ -1,4 +1,4 @@
-"""The GPU check as a script: it runs, it fails where it should, and it says so."""
+"""The GPU check as a script: it runs, and reports wrong operators and failed steps."""
 
 import json
 from dataclasses import replace
@@ -16,16 +16,16 @@ RUNS = pytest.mark.filterwarnings("ignore:Mismatch dtype")
 
 
 @RUNS
-def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_smoke_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "made" / "figures.json"
-    assert gpu_check.main(["--cpu-rehearsal", "--out", str(out)]) == 0
+    assert gpu_check.main(["--smoke_test", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "Rehearsal on the CPU" in printed
-    assert "All is well." in printed
+    assert "Smoke test at a tiny size" in printed
+    assert "All checks passed." in printed
     assert "FAILED" not in printed
 
     report = json.loads(out.read_text())
-    assert report["rehearsal"] is report["passed"] is True
+    assert report["smoke_test"] is report["passed"] is True
     assert report["torch"] == torch.__version__
     cases = {(row["variant"], row["dtype"], row["head_width"]) for row in report["attention"]}
     assert cases == {(v, d, w) for v in ("of2", "of") for d in ("float32", "bfloat16") for w in (64, 128)}
@@ -51,45 +51,45 @@ def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--clips", "0"], "--clips is 0"), (["--cpu-rehearsal", "--out", "."], "--out . is a folder")],
+    [(["--clips", "0"], "--clips is 0"), (["--smoke_test", "--out", "."], "--out is ., a folder")],
 )
-def test_what_the_user_can_mend(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_invalid_options(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert gpu_check.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(f"error: {message}")
 
 
-def causal_inside_frames(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Wrong forward: a token does not see the last key."""
+def without_last_key(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Wrong forward pass: no token attends to the last key."""
     return backends.sdpa(query, key[:, :-1], value[:, :-1])
 
 
-def forgets_value_gradient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Right forward, wrong backward."""
+def without_value_gradient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Correct forward pass, wrong backward pass."""
     return backends.sdpa(query, key, value.detach() + 0 * value)
 
 
-def gives_nan(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def returning_nan(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return backends.sdpa(query, key, value) * torch.nan
 
 
-def not_built(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def unavailable(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     raise NotImplementedError("No operator found\nwith many reasons")
 
 
 @pytest.mark.parametrize(
     ("operator", "forward_ok", "failure"),
     [
-        (causal_inside_frames, False, ""),
-        (forgets_value_gradient, True, ""),
-        (gives_nan, None, "ArithmeticError: the operator gave values that are not finite"),
-        (not_built, None, "NotImplementedError: No operator found"),
+        (without_last_key, False, ""),
+        (without_value_gradient, True, ""),
+        (returning_nan, None, "ArithmeticError: the operator returned values that are not finite"),
+        (unavailable, None, "NotImplementedError: No operator found"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wrong_operators_fail(operator: Any, forward_ok: bool | None, failure: str, dtype: torch.dtype) -> None:
-    result = gpu_check.check_attention(operator, "of2", dtype, 64, gpu_check.rehearsal_scale())
+    result = gpu_check.check_attention(operator, "of2", dtype, 64, gpu_check.smoke_test())
     assert not result.passed
     assert result.failure == failure
     if forward_ok is None:
@@ -102,56 +102,56 @@ def test_wrong_operators_fail(operator: Any, forward_ok: bool | None, failure: s
     assert json.loads(json.dumps(gpu_check.with_verdict(result)))["verdict"].startswith("FAILED")
 
 
-def test_reference_tells_the_masks_apart() -> None:
-    """Library under one mask against the reference under the other: the clean stream differs."""
-    scale = gpu_check.rehearsal_scale()
+def test_reference_distinguishes_the_masks() -> None:
+    """The library with one mask differs from the reference with the other, in the clean stream."""
+    check = gpu_check.smoke_test()
 
-    assert gpu_check.attention_errors(backends.sdpa, "of2", torch.float32, 64, scale)[0] < 1e-5
+    assert gpu_check.attention_errors(backends.sdpa, "of2", torch.float32, 64, check)[0] < 1e-5
     with pytest.MonkeyPatch.context() as patch:
         original = gpu_check.frame_causal_attention
         patch.setattr(gpu_check, "frame_causal_attention", lambda op, _, *rest: original(op, "of", *rest))
-        assert gpu_check.attention_errors(backends.sdpa, "of2", torch.float32, 64, scale)[0] > 0.1
+        assert gpu_check.attention_errors(backends.sdpa, "of2", torch.float32, 64, check)[0] > 0.1
 
 
 @RUNS
 def test_a_failed_step_is_a_row_and_an_exit_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    real = gpu_check.time_step
+    time_step = gpu_check.time_step
 
-    def full(config: Any, scale: Any) -> Any:
+    def out_of_memory(config: Any, check: Any) -> Any:
         if config.size == "H":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(config, scale)
+        return time_step(config, check)
 
-    monkeypatch.setattr(gpu_check, "time_step", full)
+    monkeypatch.setattr(gpu_check, "time_step", out_of_memory)
     out = tmp_path / "figures.json"
-    assert gpu_check.main(["--cpu-rehearsal", "--out", str(out)]) == 1
-    assert "FAILED out of memory: take fewer clips" in capsys.readouterr().out
+    assert gpu_check.main(["--smoke_test", "--out", str(out)]) == 1
+    assert "FAILED out of memory: pass a smaller --clips" in capsys.readouterr().out
     report = json.loads(out.read_text())
     assert report["passed"] is False
     assert [row["passed"] for row in report["steps"]] == [True, False]
 
 
-def test_the_real_scale_is_the_papers() -> None:
-    scale = gpu_check.real_scale(clips=16)
-    assert (scale.frames, scale.height * 8, scale.width * 8) == (5, 192, 320)
-    assert [(m.layers, m.width, m.activation_checkpointing) for m in scale.models] == [
+def test_full_check_has_the_sizes_of_the_paper() -> None:
+    check = gpu_check.full_check(clips=16)
+    assert (check.frames, check.height * 8, check.width * 8) == (5, 192, 320)
+    assert [(m.layers, m.width, m.activation_checkpointing) for m in check.models] == [
         (12, 768, False),
         (24, 2816, True),
     ]
-    assert backends.xformers in scale.operators
-    assert {m.head_width for m in scale.models} == set(gpu_check.HEAD_WIDTHS)
+    assert backends.xformers in check.operators
+    assert {m.head_width for m in check.models} == set(gpu_check.HEAD_WIDTHS)
 
 
 @RUNS
-def test_rate_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two timed steps of one second each."""
     ticks = iter(range(100))
     monkeypatch.setattr(gpu_check, "now", lambda _: float(next(ticks)))
-    scale = replace(gpu_check.rehearsal_scale(), warmup=0, steps=2)
-    config = scale.models[0].replaced(latent_channels=4)
-    result = gpu_check.time_step(config, scale)
-    work = sum(gpu_check.training_flops(config, gpu_check.PassShape(2, 2, 3, 4, 6)).values())
+    check = replace(gpu_check.smoke_test(), warmup=0, steps=2)
+    config = check.models[0].replaced(latent_channels=4)
+    result = gpu_check.time_step(config, check)
+    flops = sum(gpu_check.training_flops(config, gpu_check.PassShape(2, 2, 3, 4, 6)).values())
     assert result.milliseconds == 1000
-    assert result.teraflops_per_second == pytest.approx(work / 1e12)
+    assert result.teraflops_per_second == pytest.approx(flops / 1e12)
