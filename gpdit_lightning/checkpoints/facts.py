@@ -15,6 +15,18 @@ EXPORT_AGAIN = "export the model again"
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The weights that a stage started from; every checkpoint of the stage records it."""
+
+    path: str
+    """As the recipe named it."""
+    step: int
+    """Optimizer steps that they were trained for."""
+    sha256: str
+    """Identifies them: of the checkpoint or the exported folder."""
+
+
+@dataclass(frozen=True)
 class TrainingFacts:
     """What is known of the training of some weights; None, or empty, where it is not known.
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gpdit_lightning.checkpoints.facts import WeightsKind
+from gpdit_lightning.checkpoints.facts import Origin, WeightsKind
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import flush, partial_path, publish, sha256_of, written_whole
 
@@ -55,9 +55,10 @@ class Checkpoint:
         return int(self.content["global_step"])
 
     @property
-    def origin(self) -> dict[str, Any] | None:
-        """`path`, `step` and `sha256` of the weights that training began with; None if it began at random."""
-        return self.content["gpdit"]["origin"]
+    def origin(self) -> Origin | None:
+        """The weights that training started from; None if these were random."""
+        saved = self.content["gpdit"]["origin"]
+        return Origin(**saved) if saved else None
 
     @property
     def config(self) -> Any:

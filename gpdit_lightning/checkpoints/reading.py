@@ -1,10 +1,8 @@
 """Opening a model from any path that holds one: a checkpoint, a run folder or an exported folder."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +13,6 @@ from gpdit_lightning.checkpoints.weights import CONFIG, WEIGHTS, Weights, read_e
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
-from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
 
@@ -118,24 +115,3 @@ def load_trained_model(
         step=facts.step,
         classes=facts.classes,
     )
-
-
-def check_architecture(saved: dict[str, Any], config: GPDiTConfig, owner: str | Path) -> None:
-    """Raise InputError, naming the first field that differs, unless saved weights are of this architecture."""
-    ours, theirs = config.architecture(), GPDiTConfig.preset(**saved).architecture()
-    for name, value in ours.items():
-        if theirs[name] != value:
-            raise InputError(
-                f"{owner} holds a model with {name} = {theirs[name]}, but this one has {value}: use the recipe it was "
-                "trained with, or another checkpoint."
-            )
-
-
-def check_classes(saved: Sequence[str], ours: Sequence[str], owner: str | Path) -> None:
-    """Raise InputError, naming the first that differs, unless weights were trained on the classes that the data has."""
-    for number, (theirs, name) in enumerate(zip(saved, ours, strict=True)):
-        if theirs != name:
-            raise InputError(
-                f"{owner} was trained with {theirs!r} as class {number}, but the data has {name!r}: give manifests "
-                "with the same labels in the same order, or begin from other weights."
-            )

@@ -20,7 +20,7 @@ from gpdit_lightning.cli import fit
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.training.callbacks.stopping import leave_process_group
+from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,8 +138,8 @@ def check(stages: Sequence[Stage], stands: Sequence[Standing]) -> None:
             continue
         origin = open_checkpoint(begun).origin
         remedy = f"remove {following.run_dir} to train that stage again"
-        if origin is None or last is None or origin["sha256"] != checkpoint_sha256(last):
-            began = f"from the weights of {origin['path']} (step {origin['step']})" if origin else "at random"
+        if origin is None or last is None or origin.sha256 != checkpoint_sha256(last):
+            began = f"from the weights of {origin.path} (step {origin.step})" if origin else "at random"
             raise InputError(
                 f"{following.run_dir} began {began}, which are not the present ones of {stage.run_dir} (step {step}): "
                 f"{remedy}, or put back what it began from."
@@ -185,7 +185,7 @@ def leave(trainer: Trainer, command: Sequence[str], environment: dict[str, str])
     if launches_ranks(trainer) and torch.distributed.is_initialized():
         for process in getattr(trainer.strategy.launcher, "procs", []):
             process.wait()
-        leave_process_group()  # whose sockets would stay open
+        shut_down_process_group()  # whose sockets would stay open
         sys.stdout.flush()
         sys.stderr.flush()
         os.execve(sys.executable, [sys.executable, "-m", "gpdit_lightning", *command], environment)

@@ -27,12 +27,12 @@ from gpdit_lightning.files import held_by_one_process, written_whole
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.health import Health
-from gpdit_lightning.training.callbacks.metrics import Curves
+from gpdit_lightning.training.callbacks.metrics import MetricsLogger
 from gpdit_lightning.training.callbacks.previews import Preview
 from gpdit_lightning.training.callbacks.progress import StepProgress
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
-from gpdit_lightning.training.callbacks.stopping import ranks_end_together
-from gpdit_lightning.training.strategies import OF_LIGHTNING
+from gpdit_lightning.training.callbacks.stopping import end_ranks_together
+from gpdit_lightning.training.strategies import LIGHTNING_NAMES, register_strategies
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_trainer(self, **_: Any) -> Trainer:
         """The recipe's trainer, with the run folder's logger and the callbacks that every run has."""
+        register_strategies()
         run_dir = Path(self.config_init["run_dir"])
         settings = dict(self.config_init["trainer"])
         if settings["accumulate_grad_batches"] not in (1, self.datamodule.micro_batches_per_step):
@@ -102,9 +103,9 @@ class RecipeCLI(LightningCLI):
                 raise InputError(f"{name} is {value}: give a number of optimizer steps, at least {least}.")
         strategy = settings["strategy"]
         if isinstance(strategy, str) and strategy.startswith("deepspeed"):
-            if strategy not in OF_LIGHTNING:
-                raise InputError(f"trainer.strategy is {strategy}: take one of {', '.join(OF_LIGHTNING)}.")
-            settings["strategy"] = OF_LIGHTNING[strategy]
+            if strategy not in LIGHTNING_NAMES:
+                raise InputError(f"trainer.strategy is {strategy}: take one of {', '.join(LIGHTNING_NAMES)}.")
+            settings["strategy"] = LIGHTNING_NAMES[strategy]
         self.resumed = last_checkpoint(run_dir, verify=True)
         step = open_checkpoint(self.resumed).step if self.resumed else 0
         health, ema = self.config_init["health"], self.config_init["ema"]
@@ -124,7 +125,7 @@ class RecipeCLI(LightningCLI):
             "callbacks": [
                 health,
                 ema,
-                Curves(health, ema, self.model.config, settings["log_every_n_steps"]),
+                MetricsLogger(health, ema, self.model.config, settings["log_every_n_steps"]),
                 self.config_init["preview"],
                 self.config_init["checkpoint"],  # after all that a checkpoint of this step must include
                 SaveRecipe(self.parser.dump(recipe, skip_none=False)),
@@ -270,7 +271,7 @@ def run(verb: str, arguments: Sequence[str]) -> Trainer:
     if resumed is not None:
         cli.model.initial_weights = ""  # the run has weights of its own; the old ones may be gone
     if verb == "fit":
-        with alone_in_its_folder(cli.trainer), ranks_end_together(cli.trainer), failures_of_files_told(cli.trainer):
+        with alone_in_its_folder(cli.trainer), end_ranks_together(cli.trainer), failures_of_files_told(cli.trainer):
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
         if cli.trainer.is_global_zero:
             step, folder = cli.trainer.global_step, f"{cli.trainer.default_root_dir}/checkpoints"

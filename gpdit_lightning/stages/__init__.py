@@ -1,10 +1,9 @@
-"""One LightningModule per training stage of GPDiT (section 5.1), on one base."""
+"""One LightningModule per training stage of GPDiT (section 5.1), all subclasses of `GPDiTStage`."""
 
 from gpdit_lightning.stages.base import GPDiTStage
 from gpdit_lightning.stages.few_shot import FewShotStage
 from gpdit_lightning.stages.image_warmup import ImageWarmupStage
 from gpdit_lightning.stages.long_video import LongVideoStage
 from gpdit_lightning.stages.mixed import MixedStage
-from gpdit_lightning.training import strategies as strategies  # their names are known to a trainer from here on
 
 __all__ = ["FewShotStage", "GPDiTStage", "ImageWarmupStage", "LongVideoStage", "MixedStage"]

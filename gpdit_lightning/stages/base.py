@@ -1,40 +1,33 @@
-"""What every stage does: noise a batch, predict its velocity, hand the loss on."""
+"""What every stage does: noise a batch, predict its velocity, minimize the loss."""
 
 import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
 from torch.optim import Optimizer
 
-from gpdit_lightning.checkpoints.reading import (
-    check_architecture,
-    check_classes,
-    open_weights,
-    sha256_of_weights,
-)
+from gpdit_lightning.checkpoints.facts import Origin
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, velocity_loss
-from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT, GPDiTConfig
-from gpdit_lightning.specs import CodecSpec
-from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer, follow_recipe
+from gpdit_lightning.stages.agreement import check_checkpoint, check_number_of_classes, check_ranks, check_sources
+from gpdit_lightning.stages.initial_weights import InitialWeights
+from gpdit_lightning.training.optimizer import OptimizerConfig, apply_config, build_optimizer
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SCHEDULE = NoiseSchedule()
 DEFAULT_OPTIMIZER = OptimizerConfig()
-SAME_CODEC = "prepare the data with the codec of the weights, or begin from other weights"
 
 
 class GPDiTStage(LightningModule):
-    """Trains a GPDiT on whatever sources the data has: images, videos, sequences, or several of them.
+    """Trains a GPDiT on any sources: images, videos, sequences, or several of them.
 
-    Every optimizer step sees the batches of all sources; their mean losses weigh as the sources' `weight`, equally by
-    default.
+    Every optimizer step takes a batch of each source; the sources' mean losses are weighted by their `weight`, equally
+    by default. A subclass may restrict the sources (`SOURCES`) or replace the `objective`.
 
     Attributes:
         SOURCES: the sources that a stage trains on, all of them and no others; empty: any.
@@ -43,8 +36,8 @@ class GPDiTStage(LightningModule):
         backbone: the architecture.
         schedule: from noise levels to angles.
         optimizer: AdamW and its schedule.
-        initial_weights: checkpoint, run folder or exported folder whose (averaged) weights to begin with; empty begins
-            at random. A run that resumes goes on from its own last checkpoint instead.
+        initial_weights: checkpoint, run folder or exported folder whose (averaged) weights training starts from; empty:
+            random weights. A run that resumes uses its own last checkpoint instead.
     """
 
     SOURCES: ClassVar[tuple[str, ...]] = ()
@@ -59,115 +52,26 @@ class GPDiTStage(LightningModule):
         super().__init__()
         self.config, self.schedule, self.optimizer_config = backbone, schedule, optimizer
         self.initial_weights = initial_weights
-        # Where the weights came from, kept in every checkpoint: {"path", "step", "sha256"}.
-        self.origin: dict[str, Any] | None = None
-        self.initial_codec: CodecSpec | None = None
-        self.initial_classes: tuple[str, ...] = ()
+        self.loaded_weights: InitialWeights | None = None
+        self.origin: Origin | None = None
         self.backbone: GPDiT
 
     def configure_model(self) -> None:
-        """Build the backbone where the strategy wants it (sharded, or on the meta device)."""
+        """Build the backbone. Lightning calls this where the strategy wants it built."""
         if "backbone" in self._modules:
             return
         self.backbone = GPDiT(self.config)
         if self.initial_weights:
-            if not Path(self.initial_weights).exists():
-                raise InputError(
-                    f"training is to begin with the weights of {self.initial_weights}, which is not there: train that "
-                    "stage first (`chain` trains all), or begin at random with --model.init_args.initial_weights=''."
-                )
-            weights = open_weights(self.initial_weights, verify=True)
-            assert weights.path is not None
-            check_architecture(weights.config.to_dict(), self.config, self.initial_weights)
-            weights.load_into(self.backbone)
-            self.initial_codec, self.initial_classes = weights.facts.codec, weights.facts.classes
-            self.origin = {
-                "path": self.initial_weights,
-                "step": weights.facts.step or 0,
-                "sha256": sha256_of_weights(weights.path),
-            }
-            kind = "averaged" if weights.facts.weights == "ema" else "trained"
-            log.info("begins with the %s weights of %s (step %d)", kind, self.origin["path"], self.origin["step"])
+            self.loaded_weights = InitialWeights.load(self.initial_weights, self.backbone)
+            self.origin = self.loaded_weights.origin
 
-    def on_fit_start(self) -> None:
-        """Refuse sources that are not the stage's, and what the backbone or its initial weights were not made for.
-
-        Raises:
-            InputError: naming what differs.
-        """
-        used = tuple(source.name for source in self.data.plan.sources)
-        if self.SOURCES and set(used) != set(self.SOURCES):
-            wanted, found = (" and ".join(f"data.{name}" for name in names) for names in (self.SOURCES, used))
-            raise InputError(
-                f"{type(self).__name__} trains on {wanted}, but the recipe uses {found}: give manifests and a "
-                "batch_size to exactly those, or use GPDiTStage, which takes any."
-            )
-        if self.initial_codec is not None:
-            self.initial_codec.check_same(self.data.codec, self.initial_weights, "the data", SAME_CODEC)
-        self._check_number_of_classes()
-        if self.initial_classes:
-            check_classes(self.initial_classes, self.data.classes, self.initial_weights)
-
-    def _check_number_of_classes(self) -> None:
-        ours, found = self.config.classes, len(self.data.classes)
-        if ours != found:
-            cure = f"set model.init_args.backbone.classes to {found}"
-            cure += ", or data.labels to false" if not ours else ", or data.labels to true" if not found else ""
-            raise InputError(f"the backbone takes {ours} classes, but the data has {found}: {cure}.")
-
-    def on_train_start(self) -> None:
-        """A resumed run trains as its recipe says now; what changed is said.
-
-        Raises:
-            InputError: the ranks stand at different steps, or began with different weights.
-        """
-        self._check_ranks_agree()
-        optimizer: Any = self.trainer.optimizers[0]  # under ZeRO DeepSpeed's, which `self.optimizers()` does not know
-        scheduler: Any = self.lr_schedulers()
-        for change in follow_recipe(optimizer, scheduler, self.optimizer_config):
-            log.info("%s", change)
-
-    def _check_ranks_agree(self) -> None:
-        """Each rank found its checkpoint and its initial weights for itself, as its node saw the folders."""
-        strategy = self.trainer.strategy
-        ours = {"step": self.trainer.global_step, "weights": self.origin and self.origin["sha256"]}
-        first = strategy.broadcast(ours)
-        differing = strategy.reduce(torch.tensor(float(ours != first), device=self.device), reduce_op="sum")
-        if differing > 0:
-            raise InputError(
-                f"{int(differing)} of {self.trainer.world_size} ranks found another checkpoint, or other initial "
-                f"weights, than the first rank, which is at step {first['step']}: let all nodes see the same files, "
-                "then start again."
-            )
-
-    @property
-    def data(self) -> LatentDataModule:
-        """The data that the trainer trains on."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, LatentDataModule)
-        return data
-
-    def configure_optimizers(self) -> Any:
-        """AdamW over the trained parameters, its schedule stepped per optimizer step."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer, scheduler = build_optimizer(trained, self.optimizer_config, self.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip as the trainer says, if `Health` left gradients to clip: by value, torch refuses to clip none."""
-        if any(parameter.grad is not None for parameter in self.parameters()):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+    # --- the objective
 
     def objective(self, batch: LatentBatch) -> VelocityLoss:
-        """Velocity loss of a batch (GPDiT, equation 3), the mean over the frames that have noise."""
+        """Velocity loss of a batch (GPDiT, equation 3), the mean over its noisy frames."""
         latents, frames = batch.latents, batch.frames
         if frames is not None:
-            # Of views, since a list as an index is copied to the GPU, for which the process waits.
+            # Stacked views: indexing with a list would copy the list to the GPU and synchronize.
             latents = torch.stack([latents[:, frame] for frame in frames], dim=1)
         sample = rotate_to(latents[batch.clip_of_row], batch.noise, self.schedule.theta(batch.t))
         clean = batch.latents[: batch.context] if batch.context else None
@@ -175,7 +79,7 @@ class GPDiTStage(LightningModule):
         return velocity_loss(prediction, sample.velocity, batch.t)
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
-        """One micro-batch; Lightning divides by the accumulation, the batch's weight already holds its share."""
+        """One micro-batch. Its weight includes its share of the step, so Lightning's division is undone."""
         loss = self.objective(batch)
         share = batch.weight * self.trainer.accumulate_grad_batches
         return {"loss": loss.mean * share, "quartiles": loss.quartiles, "per_clip": loss.per_clip}
@@ -190,23 +94,63 @@ class GPDiTStage(LightningModule):
         """As in validation."""
         return self.validation_step(batch, batch_idx)
 
+    # --- the optimizer
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the trainable parameters; its schedule advances per optimizer step."""
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer, scheduler = build_optimizer(trainable, self.optimizer_config, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, unless `Health` removed the gradients: torch cannot clip an empty list by value."""
+        if any(parameter.grad is not None for parameter in self.parameters()):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    # --- what must agree, and what a checkpoint records
+
+    @property
+    def data(self) -> LatentDataModule:
+        """The data that the trainer trains on."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, LatentDataModule)
+        return data
+
+    def on_fit_start(self) -> None:
+        """Raise `InputError` if the data do not fit the stage, its backbone or its initial weights."""
+        check_sources(type(self).__name__, self.SOURCES, [source.name for source in self.data.plan.sources])
+        check_number_of_classes(self.config.classes, len(self.data.classes))
+        if self.loaded_weights is not None:
+            self.loaded_weights.check_data(self.data)
+
+    def on_train_start(self) -> None:
+        """Check that all ranks start from the same state, and apply the recipe's optimizer settings to a resumed run.
+
+        Raises:
+            InputError: the ranks are at different steps, or have different initial weights.
+        """
+        check_ranks(self.trainer, self.origin.sha256 if self.origin else None)
+        optimizer: Any = self.trainer.optimizers[0]  # under ZeRO DeepSpeed's, which `self.optimizers()` does not return
+        scheduler: Any = self.lr_schedulers()
+        for change in apply_config(self.optimizer_config, optimizer, scheduler):
+            log.info("%s", change)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the weights are weights of."""
+        """Record what the weights are weights of."""
         checkpoint["gpdit"] = {
             "stage": type(self).__name__,
             "backbone": self.config.to_dict(),
             "schedule": asdict(self.schedule),
-            "origin": self.origin,
+            "origin": asdict(self.origin) if self.origin else None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture."""
-        check_architecture(checkpoint["gpdit"]["backbone"], self.config, "the run's last checkpoint")
-        saved, ours = checkpoint["gpdit"]["schedule"], asdict(self.schedule)
-        if saved != ours:
-            raise InputError(
-                f"the checkpoint was trained with the noise schedule {saved} and the recipe has {ours}: restore the "
-                "old one, or begin a new run folder from its weights (--run_dir NEW "
-                "--model.init_args.initial_weights OLD)."
-            )
-        self.origin = checkpoint["gpdit"]["origin"]
+        """Raise `InputError` if the checkpoint has another architecture or noise schedule."""
+        saved = checkpoint["gpdit"]
+        check_checkpoint(saved, self.config, self.schedule)
+        self.origin = Origin(**saved["origin"]) if saved["origin"] else None

@@ -6,8 +6,8 @@ from gpdit_lightning.stages.base import GPDiTStage
 class FewShotStage(GPDiTStage):
     """Few-shot fine-tuning: (source, target) pairs as the frames of a clip, conditioned by concatenation alone.
 
-    What is wanted is a target, given its source and the pairs before it, so that with `data.sequences.loss_frames` at
-    `targets` the loss is theirs alone, and no noisy source is computed. With `all`, sources are learned as well.
+    The model learns to generate a target, given its source and the pairs before it. With `data.sequences.loss_frames`
+    at `targets` only the targets have a loss, and no noisy source is computed; with `all` the sources have one too.
     """
 
     SOURCES = ("sequences",)

@@ -5,15 +5,15 @@ from gpdit_lightning.stages.base import GPDiTStage
 
 
 class LongVideoStage(GPDiTStage):
-    """Long-video training: clips of every length that the data offers between `least_frames` and `frames`."""
+    """Long-video training: clips of every length in the data between `least_frames` and `frames`."""
 
     SOURCES = ("videos",)
 
     def on_fit_start(self) -> None:
-        """Also refuse clips that all have one length, for then nothing long is learned beside the short.
+        """Also require clips of more than one length: the stage mixes short and long ones.
 
         Raises:
-            InputError: as the base, or all clips are alike.
+            InputError: as the base class, or all clips have the same length.
         """
         super().on_fit_start()
         lengths = {length for bucket in self.data.buckets["train"]["videos"] for length in bucket.lengths}

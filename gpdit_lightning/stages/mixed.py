@@ -4,6 +4,6 @@ from gpdit_lightning.stages.base import GPDiTStage
 
 
 class MixedStage(GPDiTStage):
-    """Mixed image-video training: the network learns motion without forgetting what single images taught it."""
+    """Mixed image-video training: the model learns motion and keeps what it learned from single images."""
 
     SOURCES = ("images", "videos")

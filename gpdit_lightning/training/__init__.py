@@ -1,1 +1,1 @@
-"""What every stage's training shares: optimiser, EMA, checkpoints, health, logs. Knows no stage."""
+"""What the training of every stage shares: optimizer, strategies, loggers, callbacks. Independent of the stages."""

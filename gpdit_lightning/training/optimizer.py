@@ -1,4 +1,4 @@
-"""The optimiser and its learning-rate schedule."""
+"""The optimizer and its learning-rate schedule."""
 
 import math
 from collections.abc import Iterable
@@ -20,21 +20,22 @@ class OptimizerConfig:
     learning_rate: float = 1e-4
     """Peak learning rate (GPDiT 5.1: 1e-4; 2e-5 for long video)."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the two moments."""
+    """Decay rates of the first and second moment of the gradient."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled weight decay; at 0 AdamW is the paper's Adam."""
     warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises linearly; the first step has 1 / warmup_steps of it."""
+    """Optimizer steps over which the learning rate rises linearly; the first step has 1 / warmup_steps of the peak."""
     decay: Literal["constant", "cosine", "wsd"] = "constant"
-    """After the warm-up: stay; fall along a half cosine until the end of the run; or stay, and fall linearly over its
-    last `decay_steps` (warm-up, stable, decay: MiniCPM, arXiv:2404.06395, with the linear cool-down of Hägele et al.,
-    arXiv:2405.18392), so that any checkpoint of the stable part can begin a longer run."""
+    """After the warm-up: `constant`; `cosine`, a half cosine until the end of the run; or `wsd` (warm-up, stable,
+    decay), constant and then a linear decay over the last `decay_steps` (MiniCPM, arXiv:2404.06395, with the linear
+    cool-down of Hägele et al., arXiv:2405.18392), so that a longer run can start from any checkpoint of the stable
+    part."""
     decay_steps: int = 0
-    """Optimizer steps at the end of the run over which `wsd` falls."""
+    """Optimizer steps at the end of the run over which `wsd` decays."""
     final_learning_rate_fraction: float = 0.0
-    """What `cosine` and `wsd` fall to, relative to the peak."""
+    """Final learning rate of `cosine` and `wsd`, relative to the peak."""
 
     def __post_init__(self) -> None:
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
@@ -49,8 +50,8 @@ class OptimizerConfig:
             raise InputError(f"optimizer.weight_decay is {self.weight_decay}; it must not be negative.")
         if self.decay == "wsd" and self.decay_steps < 1:
             raise InputError(
-                f"optimizer.decay is wsd but decay_steps is {self.decay_steps}: say over how many steps at the end of "
-                "the run it falls."
+                f"optimizer.decay is wsd but decay_steps is {self.decay_steps}: set the number of steps at the end of "
+                "the run over which the learning rate decays."
             )
         if not 0 <= self.final_learning_rate_fraction <= 1:
             raise InputError(
@@ -65,54 +66,57 @@ def learning_rate_factor(step: int, config: OptimizerConfig, max_steps: int) -> 
         return (step + 1) / config.warmup_steps
     if config.decay == "constant":
         return 1.0
-    left = max(0, max_steps - step)
+    remaining = max(0, max_steps - step)
     if config.decay == "cosine":
-        falling = 0.5 * (1 - math.cos(math.pi * left / max(1, max_steps - config.warmup_steps)))
+        decay = 0.5 * (1 - math.cos(math.pi * remaining / max(1, max_steps - config.warmup_steps)))
     else:
-        falling = min(1.0, left / config.decay_steps)
+        decay = min(1.0, remaining / config.decay_steps)
     floor = config.final_learning_rate_fraction
-    return floor + (1 - floor) * falling
+    return floor + (1 - floor) * decay
 
 
-def follow_recipe(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, config: OptimizerConfig) -> list[str]:
-    """Let a recipe's values win over those that an optimizer was restored with; returns what changed, as sentences.
+def apply_config(config: OptimizerConfig, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> list[str]:
+    """Replace the settings that an optimizer was restored with by those of a recipe.
 
-    Where nothing changed, nothing is touched but the learning rate, which is computed again to the same bits.
+    The learning rate is computed again: bit for bit the same where the recipe did not change.
+
+    Returns:
+        A sentence for each setting that changed.
     """
-    wanted = {
+    settings = {
         "initial_lr": config.learning_rate,
         "betas": tuple(config.betas),
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
     changed = []
-    for name, value in wanted.items():
+    for name, value in settings.items():
         before = optimizer.param_groups[0][name]
         if (tuple(before) if name == "betas" else before) != value:
             label = "learning_rate" if name == "initial_lr" else name
-            changed.append(f"optimizer.{label} is {value} from here on; it was {before}")
+            changed.append(f"optimizer.{label} is {value} from now on; it was {before}")
     for group in optimizer.param_groups:
-        group |= wanted
+        group |= settings
         group["lr"] = config.learning_rate * scheduler.lr_lambdas[0](scheduler.last_epoch)
     scheduler.base_lrs = [config.learning_rate] * len(optimizer.param_groups)
-    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what `get_last_lr` returns
     return changed
 
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig, max_steps: int
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW over `parameters` and its schedule, to be stepped once per optimizer step.
+    """AdamW over `parameters` and its schedule, which advances once per optimizer step.
 
     Raises:
-        InputError: a decay without an end, or longer than the run.
+        InputError: a decay in a run without an end, or a decay longer than the run.
     """
     if config.decay != "constant" and max_steps <= 0:
         raise InputError(f"optimizer.decay is {config.decay} but the run has no end: set trainer.max_steps.")
     if config.decay == "wsd" and config.warmup_steps + config.decay_steps > max_steps:
         raise InputError(
             f"optimizer.warmup_steps = {config.warmup_steps} and decay_steps = {config.decay_steps} do not fit into "
-            f"trainer.max_steps = {max_steps}: shorten them, or train longer."
+            f"trainer.max_steps = {max_steps}: shorten them, or train for more steps."
         )
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay

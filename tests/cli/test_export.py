@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.checkpoints.facts import Origin
 from gpdit_lightning.checkpoints.files import read_checkpoint
 from gpdit_lightning.checkpoints.reading import load_trained_model, open_weights
 from gpdit_lightning.cli import main
@@ -192,11 +193,11 @@ def test_a_stage_begins_with_an_exported_folder(
     stage.configure_model()
     assert_same(dict(stage.backbone.state_dict()), tensors_of(exported))
     sha256 = sha256_of(exported / "model.safetensors")
-    assert stage.origin == {"path": str(exported), "step": 3, "sha256": sha256}
+    assert stage.origin == Origin(str(exported), 3, sha256)
     data = LatentDataModule(videos=SourceConfig([str(tiny_shards)], batch_size=4))
     fit(stage, data, tmp_path / "run", 1, [EMA(), RunCheckpoint()])
     assert export(tmp_path / "run", tmp_path / "next") == 0
-    assert json.loads((tmp_path / "next/config.json").read_text())["origin"] == stage.origin
+    assert json.loads((tmp_path / "next/config.json").read_text())["origin"] == asdict(stage.origin)
     with pytest.raises(InputError, match="holds a model with layers = 2, but this one has 3"):
         GPDiTStage(tiny_config.replaced(layers=3), initial_weights=str(exported)).configure_model()
 
@@ -219,7 +220,7 @@ def test_a_model_that_was_never_trained_here(tiny_config: GPDiTConfig, tmp_path:
     stage = GPDiTStage(tiny_config, initial_weights=str(tmp_path))  # a stage may begin with it
     stage.configure_model()
     assert stage.origin is not None
-    assert (stage.origin["path"], stage.origin["step"]) == (str(tmp_path), 0)
+    assert (stage.origin.path, stage.origin.step) == (str(tmp_path), 0)
 
 
 class Malicious:

@@ -87,7 +87,7 @@ def test_a_scheduler_ends_its_job_and_starts_it_again(
     for process in processes:
         process.send_signal(signal.SIGTERM)
     printed = [process.communicate(timeout=120)[0] for process in processes]
-    assert "".join(printed).count("stopped at step 4, which is saved: the same command goes on.") == 1, printed
+    assert "".join(printed).count("stopped at step 4, which is saved: the same command resumes.") == 1, printed
     if launcher == "slurm":
         assert [process.returncode for process in processes] == [143, 0]
     else:

@@ -253,7 +253,7 @@ def test_the_recipes_optimizer_counts_after_a_resume(
     group = read_checkpoint(run_dir)["optimizer_states"][0]["param_groups"][0]
     assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (1e-5, 0.1, (0.8, 0.9))
     assert later(curves(run_dir)["train/lr"], 4) == pytest.approx({5: 1e-5, 6: 1e-5})
-    assert "optimizer.learning_rate is 1e-05 from here on; it was 0.003" in caplog.text
+    assert "optimizer.learning_rate is 1e-05 from now on; it was 0.003" in caplog.text
 
 
 def test_another_noise_schedule_is_refused(

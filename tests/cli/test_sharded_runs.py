@@ -15,7 +15,7 @@ import yaml
 from gpdit_lightning.checkpoints.files import LAST, read_checkpoint
 from gpdit_lightning.checkpoints.reading import sha256_of_weights
 from gpdit_lightning.cli import fit, main
-from gpdit_lightning.training.callbacks.stopping import leave_process_group
+from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.strategies.zero import ZeRO
 from tests.cli.test_resume import assert_same, recipe
 from tests.cli.test_several_ranks import curves, finish, gone_back, one_rank, recorder, seen, train, weights
@@ -54,7 +54,7 @@ def one_process() -> Iterator[None]:
     """For runs in the process of the tests: Lightning writes ranks into the environment, even for one."""
     before = dict(os.environ)
     yield
-    leave_process_group()
+    shut_down_process_group()
     os.environ.clear()
     os.environ.update(before)
 
@@ -100,16 +100,16 @@ def test_a_run_changes_its_strategy_and_number_of_ranks_again_and_again(
     [
         pytest.param(
             {"strategy": "zero3", "precision": "16-mixed"},
-            "trainer.precision is 16-mixed: with ZeRO or FSDP2 take bf16-mixed or 32-true.",
+            "trainer.precision is 16-mixed: with ZeRO or FSDP2 use bf16-mixed or 32-true.",
             marks=needs_deepspeed,
         ),
         (
             {"strategy": "fsdp2", "plugins": [HALF_OF_CUDA]},
-            "trainer.precision is 16-mixed: with ZeRO or FSDP2 take bf16-mixed or 32-true.",
+            "trainer.precision is 16-mixed: with ZeRO or FSDP2 use bf16-mixed or 32-true.",
         ),
         (
             {"strategy": "fsdp2", "precision": "16-true"},
-            "trainer.precision is 16-true: with ZeRO or FSDP2 take bf16-mixed or 32-true.",
+            "trainer.precision is 16-true: with ZeRO or FSDP2 use bf16-mixed or 32-true.",
         ),
         pytest.param(
             {"strategy": "zero3", "gradient_clip_algorithm": "value"},
@@ -122,7 +122,7 @@ def test_a_run_changes_its_strategy_and_number_of_ranks_again_and_again(
         ),
         pytest.param(
             {"strategy": {"class_path": CLASS_OF_ZERO, "init_args": {"stage": 1}}},
-            "ZeRO's stage is 1: take 2 or 3.",
+            "ZeRO's stage is 1: use 2 or 3.",
             marks=needs_deepspeed,
         ),
         (
@@ -150,7 +150,7 @@ def test_zero3_does_not_compile(tiny_shards: Path, tmp_path: Path, capsys: pytes
     given["trainer"] |= {"devices": 1, "strategy": "zero3"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
     assert main(["fit", f"--config={tmp_path / 'recipe.yaml'}"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("set it to false, or take zero2, fsdp2 or ddp.")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("set it to false, or use zero2, fsdp2 or ddp.")
 
 
 @pytest.mark.usefixtures("one_process")
@@ -170,8 +170,8 @@ def test_frozen_parameters_are_refused(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
     assert main(["fit", f"--config={tmp_path / 'recipe.yaml'}"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: with ZeRO or FSDP2 all parameters are trained, but backbone.patch_embedding.weight is not: "
-        "use strategy ddp."
+        "error: ZeRO and FSDP2 train all parameters, but backbone.patch_embedding.weight is frozen: "
+        "use trainer.strategy ddp."
     )
     assert main(["fit", f"--config={tmp_path / 'recipe.yaml'}", "--trainer.strategy=ddp"]) == 0
 

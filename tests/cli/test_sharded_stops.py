@@ -107,7 +107,7 @@ def test_a_signal(send: Callable[[int, int], None], strategy: str, begin: Begin,
     send(run.process.pid, signal.SIGTERM)
     assert run.status(within=60) == 143
     assert run.are_gone(within=30)
-    assert run.printed.count("stopped at step 3, which is saved: the same command goes on.") == 1
+    assert run.printed.count("stopped at step 3, which is saved: the same command resumes.") == 1
     assert "Traceback" not in run.printed
     assert last_checkpoint(run.run_dir, verify=True) == checkpoint_path(run.run_dir, 3)
     assert run.resume() == 0, run.printed

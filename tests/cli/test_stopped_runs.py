@@ -173,7 +173,7 @@ def test_a_signal_to_all_processes(run: Run, whole: Path, number: int, status: i
     os.killpg(run.process.pid, number)
     assert run.status(within=60) == status
     assert "finishing the step and saving; a second signal stops at once" in run.printed
-    assert "stopped at step 4, which is saved: the same command goes on." in run.printed
+    assert "stopped at step 4, which is saved: the same command resumes." in run.printed
     assert "Traceback" not in run.printed
     assert last_checkpoint(run.run_dir, verify=True) == run.run_dir / "checkpoints/step-4.ckpt"
     assert run.are_gone(within=10)
@@ -231,8 +231,8 @@ def test_a_full_disk(
     assert fit(run.folder / "recipe.yaml", run.settings | {"trainer": trainer}) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: the checkpoint of step 4 could not be written to")
-    assert "(No space left on device): see that there is room" in message
-    assert "step-3.ckpt is whole and the same command goes on from it" in message
+    assert "(No space left on device): check that there is free space" in message
+    assert "step-3.ckpt is complete and the same command resumes from it" in message
     assert run.resume() == 0
     assert_ended_alike(run.run_dir, whole)
 

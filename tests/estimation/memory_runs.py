@@ -23,8 +23,8 @@ from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
-from gpdit_lightning.training.callbacks.stopping import leave_process_group
-from gpdit_lightning.training.strategies.sharding import sharding_of
+from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
+from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 from gpdit_lightning.training.strategies.zero import ZeRO
 
 # Matrices of more than 1e5 elements, since ZeRO-3 leaves smaller ones whole, and a bucket that they fill several times;
@@ -59,7 +59,7 @@ def bytes_of(storages: Storages) -> int:
 
 def optimizer_of(trainer: Trainer, module: LightningModule) -> Optimizer:
     """torch's, also where DeepSpeed has its own around it."""
-    sharding = sharding_of(module)
+    sharding = sharded_strategy_of(module)
     return trainer.optimizers[0] if sharding is None else sharding.inner_optimizer
 
 
@@ -99,7 +99,7 @@ class Count(Callback):
 
     def parts(self, trainer: Trainer, module: LightningModule) -> dict[str, Storages]:
         """What each part lies in; nothing is counted twice."""
-        sharding, parameters = sharding_of(module), list(module.parameters())
+        sharding, parameters = sharded_strategy_of(module), list(module.parameters())
         gradients: Iterable[Any] = [parameter.grad for parameter in parameters]
         if isinstance(sharding, ZeRO) and sharding.zero_stage_3:
             gradients = [sharding.zero_optimizer.grad_partitions_flat_buffer]
@@ -110,7 +110,7 @@ class Count(Callback):
             "gradients": storages_of(gradients),
             "optimizer": storages_of(
                 [
-                    *(part.owner for part in (sharding.parts if sharding else {}).values()),
+                    *(part.owner for part in (sharding.shards if sharding else {}).values()),
                     *chain(*(state.values() for state in optimizer_of(trainer, module).state.values())),
                 ]
             ),
@@ -195,4 +195,4 @@ if __name__ == "__main__":
             spread.config["zero_optimization"]["stage3_prefetch_bucket_size"] = BUCKET
         found, rank = train(described, spread, RANKS)
         (place / f"{described['name']}-{rank}.json").write_text(json.dumps(found))
-    leave_process_group()
+    shut_down_process_group()

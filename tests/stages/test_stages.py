@@ -1,7 +1,6 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,34 +52,6 @@ def stage_of(kind: type[GPDiTStage], config: GPDiTConfig, randomise: Randomise) 
     stage.configure_model()
     randomise(stage.backbone)
     return stage.double()
-
-
-class OtherRank:
-    """A strategy of two ranks: the first stands at step 4 with the weights `a`, and this one elsewhere."""
-
-    def broadcast(self, _: Any) -> dict[str, Any]:
-        return {"step": 4, "weights": "a"}
-
-    def reduce(self, differing: Tensor, reduce_op: str) -> Tensor:
-        assert reduce_op == "sum"
-        return differing + 0  # the first rank agrees with itself
-
-
-@pytest.mark.parametrize(("step", "weights"), [(2, "a"), (4, "b"), (4, None), (4, "a")])
-def test_ranks_that_would_train_on_different_weights_stop(
-    tiny_config: GPDiTConfig, step: int, weights: str | None
-) -> None:
-    stage = GPDiTStage(tiny_config)
-    stage.origin = {"sha256": weights} if weights else None
-    trainer = SimpleNamespace(strategy=OtherRank(), global_step=step, world_size=2, optimizers=[])
-    stage._trainer = trainer  # type: ignore[assignment]
-    if (step, weights) == (4, "a"):
-        stage._check_ranks_agree()
-        return
-    with pytest.raises(
-        InputError, match=r"1 of 2 ranks found another checkpoint, .* which is at step 4: let all nodes"
-    ):
-        stage.on_train_start()
 
 
 def data_of(shards: Path, images: dict[str, Any], videos: dict[str, Any], **settings: Any) -> LatentDataModule:

@@ -1,1 +1,1 @@
-"""What a run does besides its steps, one concern a file."""
+"""Callbacks of a training run, one concern per file."""

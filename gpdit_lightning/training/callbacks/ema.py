@@ -10,19 +10,19 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.training.strategies.sharding import sharding_of
+from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 
 
 class EMA(Callback):
     """Keeps the average, validates with it, and saves it in every checkpoint under `ema`.
 
     Lightning's own weight averaging copies the whole module and is lost under DeepSpeed; this one holds one float32
-    tensor per trained parameter or, under ZeRO, of the part of it that this rank updates.
+    tensor per trainable parameter or, under ZeRO and FSDP2, per shard of this rank.
 
     Args:
         decay: of the average per optimizer step; it starts lower, at (1 + n) / (10 + n) after n updates, so that the
             average forgets the initial weights.
-        validate: whether validation sees the average instead of the training weights.
+        validate: whether validation uses the average instead of the training weights.
     """
 
     def __init__(self, decay: float = 0.9999, validate: bool = True) -> None:
@@ -35,54 +35,54 @@ class EMA(Callback):
         self._last_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin at the current weights, or move a restored average to the device."""
-        sharding = sharding_of(pl_module)
+        """Initialize the average with the current weights, or move a restored one to the device."""
+        sharded = sharded_strategy_of(pl_module)
         if not self.average:
-            self.average = {name: p.detach().clone().float() for name, p in _trained(pl_module)}
-        elif sharding is not None:
-            self.average = {name: sharding.parts[name].of_whole(whole).clone() for name, whole in self.average.items()}
-        self.average = {name: self.average[name].to(p.device) for name, p in _trained(pl_module)}
+            self.average = {name: p.detach().clone().float() for name, p in _trainable(pl_module)}
+        elif sharded is not None:
+            self.average = {name: sharded.shards[name].in_full(full).clone() for name, full in self.average.items()}
+        self.average = {name: self.average[name].to(p.device) for name, p in _trainable(pl_module)}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step a resumed run stands at, which Lightning restores only after `on_fit_start`."""
+        """Note the step of a resumed run, which Lightning restores only after `on_fit_start`."""
         self._last_step = trainer.global_step
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Take in the weights after each optimizer step (not after each micro-batch)."""
+        """Update the average after each optimizer step (not after each micro-batch)."""
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [p.detach().float() for _, p in _trained(pl_module)]
+        weights = [p.detach().float() for _, p in _trainable(pl_module)]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     @contextmanager
     @torch.no_grad()
     def averaged(self, pl_module: LightningModule) -> Iterator[None]:
-        """Put the average into the module for the length of a block; where there is no average, change nothing."""
+        """Give the module its averaged weights during a block; without an average, change nothing."""
         if not self.average:
             yield
             return
-        training_weights = [(parameter, parameter.detach().clone()) for _, parameter in _trained(pl_module)]
+        training_weights = [(parameter, parameter.detach().clone()) for _, parameter in _trainable(pl_module)]
         try:
-            for name, parameter in _trained(pl_module):
+            for name, parameter in _trainable(pl_module):
                 parameter.copy_(self.average[name])
-            _changed(pl_module)
+            _refresh(pl_module)
             yield
         finally:
             for parameter, weight in training_weights:
                 parameter.copy_(weight)
-            _changed(pl_module)
+            _refresh(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average into the module."""
+        """Give the module its averaged weights."""
         if self.validate:
             self._validating.enter_context(self.averaged(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the training weights back."""
+        """Restore the training weights."""
         self._validating.close()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,22 +95,22 @@ class EMA(Callback):
 
     @torch.no_grad()
     def distance(self, pl_module: LightningModule) -> float:
-        """Norm of the weights less the average, relative to the norm of the weights."""
-        apart, size = [], []
-        for name, parameter in _trained(pl_module):  # one by one: a second copy of all weights might not fit
+        """Norm of weights minus average, relative to the norm of the weights; a collective operation of all ranks."""
+        difference, size = [], []
+        for name, parameter in _trainable(pl_module):  # one by one: a second copy of all weights might not fit
             weight = parameter.float()
-            apart.append((weight - self.average[name]).norm())
+            difference.append((weight - self.average[name]).norm())
             size.append(weight.norm())
-        norms = torch.stack([torch.stack(apart).norm(), torch.stack(size).norm()])
-        sharding = sharding_of(pl_module)
-        if sharding is not None:  # of the parts on all ranks
-            norms = sharding.reduce(norms.square().to(sharding.root_device), reduce_op="sum").sqrt()
+        norms = torch.stack([torch.stack(difference).norm(), torch.stack(size).norm()])
+        sharded = sharded_strategy_of(pl_module)
+        if sharded is not None:
+            norms = sharded.reduce(norms.square().to(sharded.root_device), reduce_op="sum").sqrt()
         return float(norms[0] / norms[1])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the average to a checkpoint."""
-        sharding = sharding_of(pl_module)
-        weights = self.average if sharding is None else sharding.whole(self.average)
+        sharded = sharded_strategy_of(pl_module)
+        weights = self.average if sharded is None else sharded.gather(self.average)
         checkpoint["ema"] = {"weights": weights, "updates": self.updates}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -119,15 +119,16 @@ class EMA(Callback):
         self.updates = checkpoint["ema"]["updates"]
 
 
-def _trained(module: LightningModule) -> list[tuple[str, Tensor]]:
-    """The trained parameters or, under ZeRO, the float32 part of each that this rank updates."""
-    sharding = sharding_of(module)
-    if sharding is not None:
-        return list(sharding.weights().items())
+def _trainable(module: LightningModule) -> list[tuple[str, Tensor]]:
+    """The trainable parameters or, where they are sharded, this rank's float32 shard of each."""
+    sharded = sharded_strategy_of(module)
+    if sharded is not None:
+        return list(sharded.master_weights().items())
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
-def _changed(module: LightningModule) -> None:
-    sharding = sharding_of(module)
-    if sharding is not None:
-        sharding.weights_changed()
+def _refresh(module: LightningModule) -> None:
+    """Bring the weights that the model computes with up to date, where they are not the trainable ones."""
+    sharded = sharded_strategy_of(module)
+    if sharded is not None:
+        sharded.refresh_weights()

@@ -1,4 +1,4 @@
-"""The scalars of a run: losses by source and noise level, gradient, learning rate, average, health, throughput."""
+"""The scalars that a run logs: losses by source and noise level, gradient, learning rate, EMA, health, throughput."""
 
 import math
 from typing import Any
@@ -22,7 +22,8 @@ SUM, COUNT = 0, 1
 class LossTable:
     """Running sums of the loss by source and quartile of the noise level.
 
-    Sums and counts add up exactly over micro-batches, ranks and an interruption; means are taken last.
+    Sums and counts are added over micro-batches, ranks and interruptions; means are taken last. They are float64, or
+    float32 on MPS devices, which have no float64.
     """
 
     def __init__(self) -> None:
@@ -31,12 +32,14 @@ class LossTable:
 
     def add(self, source: str, weight: float, quartiles: QuartileLoss) -> None:
         """Add one micro-batch."""
-        row = torch.stack(quartiles).double()
+        row = torch.stack(quartiles)
+        if row.device.type != "mps":
+            row = row.double()
         self.rows[source] = self.rows[source] + row if source in self.rows else row
         self.weights[source] = self.weights.get(source, 0.0) + weight
 
     def means(self, trainer: Trainer) -> dict[str, float]:
-        """`loss`, `loss_q1` to `loss_q4` and, with several sources, `loss_SOURCE`; over all ranks, then forgotten.
+        """`loss`, `loss_q1` to `loss_q4` and, with several sources, `loss_SOURCE`, over all ranks; resets the sums.
 
         `loss` weighs the sources as the objective does; the quartiles pool all frames.
         """
@@ -58,24 +61,24 @@ class LossTable:
         return means
 
 
-class Curves(Callback):
-    """Logs means since the last log, every few optimizer steps, against the optimizer step.
+class MetricsLogger(Callback):
+    """Logs, every few optimizer steps, the means over the steps since the last log, against the optimizer step.
 
     Tags:
 
-    - `train/loss`, `train/loss_q1..q4`, `train/loss_SOURCE`, without steps that were left out; `val/loss...` likewise;
-    - `train/grad_norm`: without steps that were left out; `train/lr`: of the last step;
-    - `train/ema_distance`: norm of weights less average, relative to the norm of the weights;
+    - `train/loss`, `train/loss_q1..q4`, `train/loss_SOURCE`, without skipped steps; `val/loss...` likewise;
+    - `train/grad_norm`: without skipped steps; `train/lr`: of the last step;
+    - `train/ema_distance`: norm of weights minus average, relative to the norm of the weights;
     - `health/skipped_steps`, `health/spikes`, `data/damaged_samples`: of the run so far;
-    - `perf/steps_per_s`, `perf/clips_per_s`, `perf/tokens_per_s`: over all ranks; noisy tokens, those supervised;
+    - `perf/steps_per_s`, `perf/clips_per_s`, `perf/tokens_per_s`: over all ranks; tokens are those of noisy frames;
     - `perf/tflops_per_s`: of the model, on each device, recomputation not counted; `perf/mfu`: that relative to the
       device's peak in bf16, where it is known;
-    - `perf/data_wait`: fraction of the time that went by waiting for the loader, on the rank where it is largest;
-    - `perf/peak_memory_gib`: since the start, on the rank where it is largest.
+    - `perf/data_wait`: fraction of the time spent waiting for the loader, on the rank where it is largest;
+    - `perf/peak_memory_gib`: since the start of the process, on the rank where it is largest.
 
     Args:
-        health: measures the gradient; it must stand before this.
-        ema: the average; it must stand before this.
+        health: measures the gradient; comes before this callback.
+        ema: the average; comes before this callback.
         config: of the backbone, to count tokens and FLOPs.
         every_steps: optimizer steps between logs.
     """
@@ -90,13 +93,13 @@ class Curves(Callback):
         self._last_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step that a resumed run stands at; the peak of memory is this run's."""
+        """Note the step of a resumed run, and measure peak memory from here."""
         self._last_step = trainer.global_step
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Note the rate that the step is taken with, before the schedule moves on."""
+        """Note the learning rate of the step, before the schedule advances."""
         self.learning_rate = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(
@@ -109,12 +112,12 @@ class Curves(Callback):
         self._step_losses.append((batch.source, batch.weight, outputs["quartiles"]))
         if ends_step:
             if not self.health.skipped:
-                if math.isfinite(norm := self.health.gradient_norm):  # else fp16's scaler leaves the step out
+                if math.isfinite(norm := self.health.gradient_norm):  # otherwise the fp16 scaler skips the step
                     self.norms = self.norms[0] + norm, self.norms[1] + 1
                 for losses in self._step_losses:
                     self.train.add(*losses)
             self._step_losses = []
-        # The means are read from the device, so that its work is done when the clock is read.
+        # Reading the means waits for the device, so its work is finished before the time is taken.
         means = self.train.means(trainer) if ends_window else {}
         loader = trainer.train_dataloader
         assert isinstance(loader, TimedLoader)
@@ -132,8 +135,8 @@ class Curves(Callback):
             "health/spikes": self.health.spikes,
             "data/damaged_samples": len(self.health.damaged),
         }
-        scalars |= {f"perf/{name}": figure for name, figure in self.throughput.figures(trainer).items()}
-        _write(trainer, pl_module, scalars, "train/loss")
+        scalars |= {f"perf/{name}": rate for name, rate in self.throughput.rates(trainer).items()}
+        _log_scalars(trainer, pl_module, scalars, "train/loss")
 
     def on_validation_batch_end(
         self,
@@ -151,7 +154,7 @@ class Curves(Callback):
         """Log the validation means; the sanity check before training is not logged."""
         scalars = {f"val/{name}": mean for name, mean in self.validation.means(trainer).items()}
         if scalars and not trainer.sanity_checking:
-            _write(trainer, pl_module, scalars, "val/loss")
+            _log_scalars(trainer, pl_module, scalars, "val/loss")
 
     def on_test_batch_end(self, *arguments: Any, **options: Any) -> None:
         """As in validation."""
@@ -161,27 +164,27 @@ class Curves(Callback):
         """Log the test means."""
         scalars = {f"test/{name}": mean for name, mean in self.validation.means(trainer).items()}
         if scalars:
-            _write(trainer, pl_module, scalars, "test/loss")
+            _log_scalars(trainer, pl_module, scalars, "test/loss")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the window under way, over all ranks: an interrupted curve goes on as if nothing had happened."""
-        # A clone, since a reduction works in place.
+        """Save the sums since the last log, over all ranks: an interrupted curve equals an uninterrupted one."""
+        # A clone, since a reduction is in place.
         reduce = trainer.strategy.reduce
         rows = {name: reduce(row.clone(), reduce_op="sum").cpu() for name, row in self.train.rows.items()}
         checkpoint["curves"] = {"rows": rows, "weights": dict(self.train.weights), "norms": self.norms}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the window back: its sums to the first rank, so that they count once."""
-        window = checkpoint["curves"]
+        """Restore the sums, on the first rank alone, so that they count once."""
+        sums = checkpoint["curves"]
         kept = 1.0 if trainer.is_global_zero else 0.0
         device = trainer.strategy.root_device
-        self.train.rows = {name: (row * kept).to(device) for name, row in window["rows"].items()}
-        self.train.weights = dict(window["weights"])
-        self.norms = window.get("norms", self.norms)  # checkpoints of version 0.1.0's first days have none
+        self.train.rows = {name: (row * kept).to(device) for name, row in sums["rows"].items()}
+        self.train.weights = dict(sums["weights"])
+        self.norms = sums["norms"]
 
 
-def _write(trainer: Trainer, module: LightningModule, scalars: dict[str, float], in_progress_bar: str) -> None:
-    """Log against the optimizer step; Lightning's own step counts differ when gradients accumulate."""
+def _log_scalars(trainer: Trainer, module: LightningModule, scalars: dict[str, float], in_progress_bar: str) -> None:
+    """Log against the optimizer step; Lightning's own count differs when gradients accumulate."""
     for logger in trainer.loggers:
         logger.log_metrics(scalars, step=trainer.global_step)
     for name, value in scalars.items():

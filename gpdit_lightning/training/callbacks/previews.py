@@ -1,4 +1,4 @@
-"""Previews: the same clips continued from the same noise again and again, beside the truth, to watch a model learn."""
+"""Previews: the same clips, continued from the same noise during training, beside the ground truth."""
 
 import logging
 from contextlib import nullcontext
@@ -10,9 +10,6 @@ import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
@@ -25,30 +22,31 @@ from gpdit_lightning.media.images import write_animation, write_strip
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.training.callbacks.ema import EMA
-from gpdit_lightning.training.strategies.sharding import sharding_of
+from gpdit_lightning.training.loggers import log_images
+from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 
 log = logging.getLogger(__name__)
 
 STRIP_COLUMNS = 9  # every second frame of the paper's 17
-USUAL_RATE = 8.0  # frames a second, about the paper's: every third of 24
+DEFAULT_FRAME_RATE = 8.0  # frames per second, about the paper's: every third of 24
 NO_PREVIEWS = "--preview.every_steps 0 for no previews"
 
 
 class Preview(Callback):
     """Continues a few held-out clips with the averaged weights, every so many steps, always from the same noise.
 
-    Writes `previews/step-N.png` (a strip) and `.gif` (generated beside true) in the run folder, and the same pictures
-    to TensorBoard as `sample/strip` and `sample/video`, with `sample/rollout_error`, the mean squared error of the
-    generated pixels in 8-bit levels, and `sample/rollout_error_ratio`, that divided by the error of repeating the last
-    context frame: below 1 the model has learnt motion. Without videos, the last frame of sequences is generated from
-    the others; without these, images from nothing. Training goes on as if there were no previews.
+    Writes `previews/step-N.png` (a strip) and `.gif` (generated beside true) in the run folder, and logs them as
+    `sample/strip` and `sample/video` to every logger that takes images, with `sample/rollout_error`, the mean squared
+    error of the generated pixels in 8-bit levels, and `sample/rollout_error_ratio`, its ratio to the error of repeating
+    the last context frame: below 1 the model has learned motion. Without videos, the last frame of sequences is
+    generated from the others; without these, images from nothing. Previews do not change the training.
 
     Args:
-        every_steps: optimizer steps between previews; there is one of trainer.max_steps too; 0 makes none.
-        clips: how many clips, spread evenly over the held-out ones that have the most frames: some of each data set.
+        every_steps: optimizer steps between previews; there is one at trainer.max_steps too; 0 makes none.
+        clips: how many clips, evenly spaced among the held-out ones that have the most frames: some of each data set.
         context_frames: latent frames that are given; 2 of a video are 5 pixel frames.
         sampler_steps: network calls for each generated latent frame.
-        codec_source: folder, file or hub name of the codec's weights; empty: where they were when the data were made.
+        codec_source: folder, file or hub name of the codec's weights; empty: as recorded when the data were made.
     """
 
     def __init__(
@@ -60,13 +58,13 @@ class Preview(Callback):
         codec_source: str = "",
     ) -> None:
         if every_steps < 0:
-            raise InputError(f"preview.every_steps is {every_steps}: take 0 for no previews, or more.")
+            raise InputError(f"preview.every_steps is {every_steps}; it must be 0 (no previews) or more.")
         for name, value in (("clips", clips), ("context_frames", context_frames), ("sampler_steps", sampler_steps)):
             if value < 1:
-                raise InputError(f"preview.{name} is {value}: take at least 1, or {NO_PREVIEWS}.")
+                raise InputError(f"preview.{name} is {value}; it must be at least 1, or give {NO_PREVIEWS}.")
         self.every_steps, self.clips, self.context_frames = every_steps, clips, context_frames
         self.sampler_steps, self.codec_source = sampler_steps, codec_source
-        self._fixed: FixedClips
+        self._selected: PreviewClips
         self._codec: Codec
         self._last_step = 0
 
@@ -74,19 +72,21 @@ class Preview(Callback):
         """Read the clips and open the codec; on every rank, so that all of them stop where one must.
 
         Raises:
-            InputError: the clips are too short for the context, or the codec's weights are not to be had.
+            InputError: the clips are too short for the context, or the codec's weights are not found.
         """
         if self.every_steps == 0:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, LatentDataModule)
-        self._fixed = fixed_clips(data, self.clips, self.context_frames)
-        self._codec = self._opened(data.codec)
-        if self._fixed.split == "train" and trainer.is_global_zero:
-            log.warning("no samples of data.%s are held out: the previews show training samples.", self._fixed.source)
+        self._selected = select_clips(data, self.clips, self.context_frames)
+        self._codec = self._open_codec(data.codec)
+        if self._selected.split == "train" and trainer.is_global_zero:
+            log.warning(
+                "no samples of data.%s are held out: the previews show training samples.", self._selected.source
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step a resumed run stands at: its preview is made already."""
+        """Note the step of a resumed run: its preview is written already."""
         self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -96,79 +96,85 @@ class Preview(Callback):
             return
         self._last_step = step
         if step % self.every_steps == 0 or step == trainer.max_steps:
-            if trainer.is_global_zero or sharding_of(pl_module) is not None:  # whose ranks have weights together only
-                latents = self._generated(trainer, pl_module)
+            # Where weights are sharded, all ranks compute: each holds a part of every layer.
+            if trainer.is_global_zero or sharded_strategy_of(pl_module) is not None:
+                latents = self._generate(trainer, pl_module)
                 if trainer.is_global_zero:
-                    self._make(trainer, pl_module, latents)
+                    self._write(trainer, pl_module, latents)
             trainer.strategy.barrier()
 
-    def _opened(self, spec: CodecSpec) -> Codec:
+    def _open_codec(self, spec: CodecSpec) -> Codec:
         """The codec of the data, on the CPU."""
         source = self.codec_source or spec.source
         try:
-            with torch.random.fork_rng(devices=[]):  # a network draws weights before it reads its own
+            with torch.random.fork_rng(devices=[]):  # a network is initialized at random before its weights are loaded
                 return load_codec_from_spec(spec, source=source, owner="The training data")
         except InputError as error:
             raise InputError(
-                f"the previews need the codec {spec.name!r}, which cannot be had from {source or 'the package'} "
+                f"the previews need the codec {spec.name!r}, which cannot be loaded from {source or 'the package'} "
                 f"({str(error).rstrip('.')}): give --preview.codec_source PATH, or {NO_PREVIEWS}."
             ) from None
 
-    def _make(self, trainer: Trainer, module: LightningModule, latents: Tensor) -> None:
-        """Decode generated latents (B, F, C, H, W), measure, write the files and log."""
-        fixed = self._fixed
-        # Between previews the codec lies in main memory: that of the accelerator is the training's.
-        codec = self._codec.to(module.device)
-        prediction = decode(codec, latents, fixed.frames_alone)
-        truth = decode(codec, fixed.latents, fixed.frames_alone)
-        codec.to("cpu")
-        context = fixed.context if fixed.frames_alone else codec.pixel_frames(fixed.context)
-
-        path = Path(trainer.default_root_dir) / "previews" / f"step-{trainer.global_step:06d}"
-        strip, animation = path.with_suffix(".png"), path.with_suffix(".gif")
-        pictures, scalars = {"sample/strip": strip}, {}
-        if context == 0:
-            write_strip(strip, {"generated": prediction[:, 0]}, columns=len(prediction))
-        else:
-            rows = {}
-            for clip in range(len(truth)):
-                rows[f"{clip + 1} prediction"], rows[f"{clip + 1} truth"] = prediction[clip], truth[clip]
-            columns = truth.shape[1] if fixed.frames_alone else STRIP_COLUMNS  # a picture left out may be an example
-            write_strip(strip, rows, columns=columns, context=context)
-            scalars = rollout_error(prediction, truth, context)
-        if not fixed.frames_alone:
-            write_animation(animation, {"prediction": prediction, "truth": truth}, fixed.fps, context=context)
-            pictures["sample/video"] = animation
-        log_preview(trainer, scalars, pictures)
-
-    def _generated(self, trainer: Trainer, module: LightningModule) -> Tensor:
-        """The fixed clips' raw latents, all after the context generated by the averaged weights: (B, F, C, H, W)."""
+    def _generate(self, trainer: Trainer, module: LightningModule) -> Tensor:
+        """The selected clips' raw latents, all after the context generated by the averaged weights: (B, F, C, H, W)."""
         backbone, schedule = module.backbone, module.schedule
         assert isinstance(backbone, GPDiT)
         assert isinstance(schedule, NoiseSchedule)
-        fixed = self._fixed
-        known = self._codec.whitened(fixed.latents[:, : fixed.context].to(module.device))
+        clips = self._selected
+        context = self._codec.whitened(clips.latents[:, : clips.context].to(module.device))
         config = GenerationConfig(RotationSampler(self.sampler_steps, schedule=schedule))
         ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)  # type: ignore[attr-defined]
         was_training = backbone.training
         backbone.eval()
         with ema.averaged(module) if ema else nullcontext(), trainer.precision_plugin.forward_context():
-            wanted = fixed.latents.shape[1] - fixed.context
-            frames = list(rollout(backbone, known, wanted, config, ClipInputs(fixed.seed)))
+            count = clips.latents.shape[1] - clips.context
+            frames = list(rollout(backbone, context, count, config, ClipInputs(clips.seed)))
         backbone.train(was_training)
-        return self._codec.unwhitened(torch.cat([known, torch.stack(frames, dim=1)], dim=1))
+        return self._codec.unwhitened(torch.cat([context, torch.stack(frames, dim=1)], dim=1))
+
+    def _write(self, trainer: Trainer, module: LightningModule, latents: Tensor) -> None:
+        """Decode generated latents (B, F, C, H, W), measure the error, write the files and log."""
+        clips = self._selected
+        # Between previews the codec is in host memory: the accelerator's memory is for training.
+        codec = self._codec.to(module.device)
+        prediction = decode(codec, latents, clips.independent_frames)
+        truth = decode(codec, clips.latents, clips.independent_frames)
+        codec.to("cpu")
+        context = clips.context if clips.independent_frames else codec.pixel_frames(clips.context)
+
+        path = Path(trainer.default_root_dir) / "previews" / f"step-{trainer.global_step:06d}"
+        images, scalars = {"sample/strip": path.with_suffix(".png")}, {}
+        if context == 0:
+            write_strip(images["sample/strip"], {"generated": prediction[:, 0]}, columns=len(prediction))
+        else:
+            rows = {}
+            for clip in range(len(truth)):
+                rows[f"{clip + 1} prediction"], rows[f"{clip + 1} truth"] = prediction[clip], truth[clip]
+            # Every image of a sequence is shown: one that is left out may be an example.
+            columns = truth.shape[1] if clips.independent_frames else STRIP_COLUMNS
+            write_strip(images["sample/strip"], rows, columns=columns, context=context)
+            scalars = rollout_error(prediction, truth, context)
+        if not clips.independent_frames:
+            images["sample/video"] = path.with_suffix(".gif")
+            write_animation(
+                images["sample/video"], {"prediction": prediction, "truth": truth}, clips.fps, context=context
+            )
+        for logger in trainer.loggers:
+            if scalars:
+                logger.log_metrics(scalars, step=trainer.global_step)
+        log_images(trainer.loggers, images, trainer.global_step)
 
 
 @dataclass(frozen=True)
-class FixedClips:
-    """What all previews of a run continue.
+class PreviewClips:
+    """The clips that all previews of a run continue.
 
     Attributes:
         source, split: where in the data they are.
         latents: (B, F, C, H, W) float32, raw.
-        context: latent frames given; 0 generates from nothing.
-        frames_alone: each latent frame is one picture by itself (sequences and images), not four of a video.
-        fps: pixel frames a second.
+        context: latent frames that are given; 0 generates from nothing.
+        independent_frames: each latent frame is one image, encoded alone (sequences and images), not four of a video.
+        fps: pixel frames per second.
         seed: of the noise.
     """
 
@@ -176,15 +182,15 @@ class FixedClips:
     split: Split
     latents: Tensor
     context: int
-    frames_alone: bool
+    independent_frames: bool
     fps: float
     seed: int
 
 
-def fixed_clips(data: LatentDataModule, clips: int, context_frames: int) -> FixedClips:
-    """Held-out clips of the longest kind; of sequences where there are no videos, else of images.
+def select_clips(data: LatentDataModule, clips: int, context_frames: int) -> PreviewClips:
+    """Held-out clips from the bucket with the most frames; of sequences where there are no videos, else of images.
 
-    They are spread evenly, so that each of several data sets, which lie one after the other, is among them.
+    They are evenly spaced, so that some come from each of several data sets, which follow one another in a bucket.
 
     Raises:
         InputError: videos that have no frames after the context.
@@ -199,28 +205,28 @@ def fixed_clips(data: LatentDataModule, clips: int, context_frames: int) -> Fixe
         )
     count = min(clips, len(bucket))
     reads = [bucket.read(place * len(bucket) // count) for place in range(count)]
-    return FixedClips(
+    return PreviewClips(
         source=source,
         split=split,
         latents=torch.from_numpy(np.stack([read.latents for read in reads])).float(),
         context=context_frames if source == "videos" else bucket.frames - 1,
-        frames_alone=source != "videos",
+        independent_frames=source != "videos",
         fps=frame_rate(reads[0].metadata),
         seed=data.seed,
     )
 
 
 def frame_rate(metadata: dict[str, Any]) -> float:
-    """Frames a second of a clip, at the stride it was taken with; a usual rate where nobody noted it."""
-    return metadata["fps"] / metadata["stride"] if {"fps", "stride"} <= metadata.keys() else USUAL_RATE
+    """Frames per second of a clip at the stride that it was taken with; a default where it was not recorded."""
+    return metadata["fps"] / metadata["stride"] if {"fps", "stride"} <= metadata.keys() else DEFAULT_FRAME_RATE
 
 
-def decode(codec: Codec, latents: Tensor, frames_alone: bool) -> Tensor:
-    """Raw latents (B, F, C, H, W) to uint8 pixels (B, T, 3, height, width) on the CPU, a clip at a time for memory.
+def decode(codec: Codec, latents: Tensor, independent_frames: bool) -> Tensor:
+    """Raw latents (B, F, C, H, W) to uint8 pixels (B, T, 3, height, width) on the CPU, one clip at a time for memory.
 
-    Where each frame was encoded alone it is decoded alone, and T = F.
+    Frames that were encoded alone are decoded alone, and T = F.
     """
-    if frames_alone:
+    if independent_frames:
         return torch.stack([codec.decode(clip[:, None])[:, 0].cpu() for clip in latents])
     return torch.cat([codec.decode(clip[None]).cpu() for clip in latents])
 
@@ -240,19 +246,3 @@ def rollout_error(prediction: Tensor, truth: Tensor, context: int) -> dict[str, 
     repeated = (last - future).square().mean().item()
     ratio = {"sample/rollout_error_ratio": error / repeated} if repeated > 0 else {}
     return {"sample/rollout_error": error} | ratio
-
-
-def log_preview(trainer: Trainer, scalars: dict[str, float], pictures: dict[str, Path]) -> None:
-    """Log against the optimizer step; the pictures, tag -> file, go to TensorBoard byte for byte."""
-    for logger in trainer.loggers:
-        if scalars:
-            logger.log_metrics(scalars, step=trainer.global_step)
-        if isinstance(logger, TensorBoardLogger):
-            for tag, path in pictures.items():
-                with Image.open(path) as picture:
-                    width, height = picture.size
-                # SummaryWriter has no method for a GIF: its add_video wants moviepy, and silently does without.
-                image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
-                summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-                logger.experiment.file_writer.add_summary(summary, trainer.global_step)
-            logger.experiment.flush()

@@ -1,4 +1,4 @@
-"""A progress bar over optimizer steps, from where the run stands to where it ends."""
+"""A progress bar over optimizer steps."""
 
 import sys
 from typing import Any
@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 
 class StepProgress(ProgressBar):
-    """One line: steps done, steps to do, time left, the latest training and validation loss.
+    """One line: optimizer steps done and to do, time left, the latest training and validation loss.
 
-    Lightning's bars count micro-batches of an epoch; here the epoch is the run and a step may be many micro-batches.
+    Lightning's bars count the micro-batches of an epoch; here an epoch is the whole run, and a step may be many
+    micro-batches.
     """
 
     def __init__(self) -> None:
@@ -28,7 +29,7 @@ class StepProgress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar at the step the run stands at."""
+        """Open the bar at the current step."""
         interactive = sys.stderr.isatty()
         self._bar = tqdm(
             desc="training",
@@ -36,12 +37,12 @@ class StepProgress(ProgressBar):
             initial=trainer.global_step,
             total=trainer.max_steps if trainer.max_steps > 0 else None,
             disable=not self._enabled,
-            mininterval=0.1 if interactive else 15,  # a log file wants a line now and then, not a film
+            mininterval=0.1 if interactive else 15,  # seconds: a log file gets a line now and then
             dynamic_ncols=interactive,
         )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Move to the trainer's step; micro-batches in between do not move it."""
+        """Advance to the trainer's step, which changes with the last micro-batch of a step."""
         if self._bar is None:
             return
         losses = {
@@ -56,5 +57,5 @@ class StepProgress(ProgressBar):
             self._bar.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the terminal in order for the message."""
+        """Close the bar, so that the error message starts on a line of its own."""
         self.on_train_end(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""How fast a run goes, against the time that training alone takes."""
+"""How fast a run is: throughput, FLOPs, the share of time spent waiting for data, and memory."""
 
 import resource
 import sys
@@ -13,10 +13,10 @@ from gpdit_lightning.model import GPDiTConfig
 
 
 class Throughput:
-    """Work and time of the optimizer steps since the last figures.
+    """Work and time of the optimizer steps since the last call of `rates`.
 
-    A micro-batch takes from the moment it is asked of the loader to the end of its step, so that what happens between
-    two of them (validation, checkpoints, pictures) does not count.
+    A micro-batch lasts from the moment it is requested from the loader to the end of its step, so validation,
+    checkpoints and previews between two of them are not counted.
 
     Args:
         config: of the backbone, to count tokens and FLOPs.
@@ -24,9 +24,9 @@ class Throughput:
 
     def __init__(self, config: GPDiTConfig) -> None:
         self.config = config
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self.steps = self.clips = self.tokens = self.flops = 0  # of this rank; the plan gives every rank the same
         self.seconds = self.waited = 0.0
 
@@ -41,13 +41,13 @@ class Throughput:
         self.seconds += time.perf_counter() - loader.asked
         self.waited += loader.waited
 
-    def figures(self, trainer: Trainer) -> dict[str, float]:
-        """Figures, named as in `Curves` (metrics.py); the count begins anew."""
+    def rates(self, trainer: Trainer) -> dict[str, float]:
+        """The rates since the last call, named as in `MetricsLogger`; a collective operation of all ranks."""
         device = trainer.strategy.root_device
         own = torch.tensor([self.waited / self.seconds, peak_memory_gib(device)], device=device)
         data_wait, peak_memory = trainer.strategy.reduce(own, reduce_op="max").tolist()
         flops_per_s = self.flops / self.seconds
-        figures = {
+        rates = {
             "steps_per_s": self.steps / self.seconds,
             "clips_per_s": self.clips * trainer.world_size / self.seconds,
             "tokens_per_s": self.tokens * trainer.world_size / self.seconds,
@@ -57,14 +57,14 @@ class Throughput:
         }
         peak = peak_bf16_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         if peak is not None:
-            figures["mfu"] = flops_per_s / peak
-        self._begin()
-        return figures
+            rates["mfu"] = flops_per_s / peak
+        self._reset()
+        return rates
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory that tensors have taken on a GPU; elsewhere, that the process has taken at all."""
+    """Peak memory in GiB: allocated for tensors on a CUDA device; elsewhere, resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

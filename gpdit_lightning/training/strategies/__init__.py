@@ -1,22 +1,31 @@
-"""The values of `trainer.strategy` that spread a model over the ranks; importing this module makes them known."""
+"""Strategies that shard a model across ranks: ZeRO (DeepSpeed) and FSDP2 (torch)."""
 
 from lightning.pytorch.strategies import StrategyRegistry
 
 from gpdit_lightning.training.strategies.fsdp import FSDP2
 from gpdit_lightning.training.strategies.zero import ZeRO
 
-for _stage in (2, 3):
-    StrategyRegistry.register(f"zero{_stage}", ZeRO, f"DeepSpeed ZeRO-{_stage}", stage=_stage)
-    StrategyRegistry.register(
-        f"zero{_stage}_offload", ZeRO, f"DeepSpeed ZeRO-{_stage} with CPU offload", stage=_stage, offload=True
-    )
-StrategyRegistry.register("fsdp2", FSDP2, "torch's fully_shard")
-
-# Lightning's names for DeepSpeed mean its own strategy, which divides accumulated gradients twice; recipes get ours.
-OF_LIGHTNING = {
+# Lightning's names for DeepSpeed select its own strategy, which divides accumulated gradients twice: the command line
+# replaces them by ours.
+LIGHTNING_NAMES = {
     "deepspeed": "zero2",
     "deepspeed_stage_2": "zero2",
     "deepspeed_stage_2_offload": "zero2_offload",
     "deepspeed_stage_3": "zero3",
     "deepspeed_stage_3_offload": "zero3_offload",
 }
+
+
+def register_strategies() -> None:
+    """Make `zero2`, `zero3`, `zero2_offload`, `zero3_offload` and `fsdp2` values of `trainer.strategy`.
+
+    The command line calls this before it builds a trainer. Code that builds its own `lightning.Trainer` calls it, or
+    passes an instance of `ZeRO` or `FSDP2`.
+    """
+    for stage in (2, 3):
+        name, description = f"zero{stage}", f"DeepSpeed ZeRO-{stage}"
+        StrategyRegistry.register(name, ZeRO, description, override=True, stage=stage)
+        StrategyRegistry.register(
+            f"{name}_offload", ZeRO, f"{description} with CPU offload", override=True, stage=stage, offload=True
+        )
+    StrategyRegistry.register("fsdp2", FSDP2, "torch's fully_shard", override=True)

@@ -1,5 +1,6 @@
-"""FSDP2: weights, gradients and moments spread over the ranks by torch's `fully_shard`, without DeepSpeed."""
+"""FSDP2: weights, gradients and optimizer state sharded across ranks by torch's `fully_shard`, without DeepSpeed."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +19,15 @@ from torch.optim import Optimizer
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT
-from gpdit_lightning.training.strategies.sharding import Part, Sharded
+from gpdit_lightning.training import internals
+from gpdit_lightning.training.strategies.sharding import ParameterShard, ShardedStrategy
 
-# Methods beside `forward` that need a module's weights together.
+# Methods besides `forward` for which a module's weights must be gathered.
 BACKBONE_METHODS, BLOCK_METHODS = ("features", "new_cache", "extend", "denoise"), ("write_cache",)
 
 
 class FSDPPrecision(Precision):
-    """None of Lightning's autocast: `fully_shard` hands the model its weights in the precision to compute with.
+    """Without Lightning's autocast: `fully_shard` gathers weights in the precision to compute with.
 
     Args:
         precision: `32-true` or `bf16-mixed`.
@@ -36,67 +38,67 @@ class FSDPPrecision(Precision):
         self.precision = precision
 
 
-class FSDP2(Sharded, ModelParallelStrategy):
+class FSDP2(ShardedStrategy, ModelParallelStrategy):
     """Trains with torch's `fully_shard` over all ranks: `fsdp2` as `trainer.strategy`.
 
-    Each rank keeps a part of every parameter in float32, with its gradient, moments and average; a block's weights are
-    gathered, in bf16 with bf16-mixed, for as long as the block computes. Unlike Lightning's ModelParallelStrategy it
-    spreads the model itself, and a checkpoint is the file that one process would write. It also runs on the CPU, by
+    Each rank keeps a shard of every parameter in float32, with its gradient, optimizer state and average; a block's
+    weights are gathered, in bf16 with bf16-mixed, while the block computes. Unlike Lightning's ModelParallelStrategy it
+    shards the model itself, and a checkpoint is the file that one process would write. It also runs on the CPU, by
     gloo: for tests.
 
     Args:
-        options: of Lightning's ModelParallelStrategy, but for its sizes.
+        options: of Lightning's ModelParallelStrategy, except its sizes.
     """
 
     PRECISION = FSDPPrecision
 
     def __init__(self, **options: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **options)
-        self.parts = {}
-        self.groups = []
+        self.shards = {}
+        self.parameter_groups = []
 
     def setup_environment(self) -> None:
         """Join the other ranks.
 
         Raises:
-            InputError: gradients are to be clipped by value.
+            InputError: gradient clipping by value.
         """
         assert self.lightning_module is not None
         if self.lightning_module.trainer.gradient_clip_algorithm == "value":
             raise InputError("FSDP2 clips gradients by their norm only: leave out trainer.gradient_clip_algorithm.")
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        internals.set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Spread the model over the ranks for training; to evaluate it, each rank holds all of it.
+        """Shard the model across ranks for training; for evaluation each rank holds the full model.
 
         Raises:
-            InputError: some parameters are not trained.
+            InputError: a parameter is frozen.
         """
         module, accelerator = self.lightning_module, self.accelerator
         assert module is not None
         assert accelerator is not None
         if trainer.state.fn != TrainerFn.FITTING:
             accelerator.setup(trainer)
-            self.keep_whole()
+            self.replicate_model()
             return
-        self.all_trained(module)
-        # The velocity is a view, but nothing is written into it.
+        self.require_all_trainable(module)
+        # The velocity is a view, but nothing is written to it.
         warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
         for part in module.modules():
             if isinstance(part, GPDiT):
-                self._spread(part)
+                self._shard(part)
         super().setup(trainer)
         names = {parameter: name for name, parameter in module.named_parameters()}
-        self.parts = {name: _part_of(parameter) for parameter, name in names.items()}
+        self.shards = {name: _shard_of(parameter) for parameter, name in names.items()}
         groups = self.inner_optimizer.param_groups
-        self.groups = [[names[parameter] for parameter in group["params"]] for group in groups]
+        self.parameter_groups = [[names[parameter] for parameter in group["params"]] for group in groups]
 
-    def _spread(self, backbone: GPDiT) -> None:
-        """Every block by itself, so that one is gathered at a time, and what lies around them together."""
+    def _shard(self, backbone: GPDiT) -> None:
+        """Shard each block by itself, so that one is gathered at a time, and the modules around the blocks together."""
         mesh = self.device_mesh["data_parallel"]
         policy = MixedPrecisionPolicy(
-            param_dtype=self.working_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         for block in backbone.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -108,12 +110,12 @@ class FSDP2(Sharded, ModelParallelStrategy):
 
     @property
     def inner_optimizer(self) -> Optimizer:
-        """torch's optimiser over distributed parameters."""
+        """torch's optimizer over distributed parameters."""
         return self.optimizers[0]
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Gradients are reduced after each micro-batch: each rank keeps its part of them only."""
+        """Gradients are reduced after each micro-batch, since each rank keeps only its shard of them."""
         yield
 
     def gradient_norm(self) -> Tensor:
@@ -123,28 +125,27 @@ class FSDP2(Sharded, ModelParallelStrategy):
         local = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
         return self.reduce(torch.nn.utils.get_total_norm(local).square(), reduce_op="sum").sqrt()
 
-    def leave_out_step(self) -> None:
-        """Take the gradients away: the optimiser leaves such parameters and their moments alone."""
+    def skip_step(self) -> None:
+        """Remove the gradients: the optimizer skips parameters without one, and their state."""
         self.inner_optimizer.zero_grad()
 
-    def weights_changed(self) -> None:
-        """Drop what is still gathered of the old weights."""
+    def refresh_weights(self) -> None:
+        """Free weights that are still gathered with their old values."""
         assert self.lightning_module is not None
         for module in self.lightning_module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def teardown(self) -> None:
-        """Forget the parts."""
+        """Release the shards."""
         super().teardown()
-        self.parts = {}
+        self.shards = {}
 
 
-def _part_of(parameter: Tensor) -> Part:
-    """This rank's part of a distributed parameter: whole rows of it, one after another."""
+def _shard_of(parameter: Tensor) -> ParameterShard:
+    """This rank's shard of a distributed parameter: consecutive rows of it."""
     assert isinstance(parameter, DTensor)
-    rows = parameter.device_mesh.size()
-    rank = parameter.device_mesh.get_local_rank()
-    start = min(-(-parameter.shape[0] // rows) * rank, parameter.shape[0])  # as torch.chunk cuts
-    row = parameter.numel() // parameter.shape[0]
-    return Part(parameter.shape, start * row, parameter.to_local().numel(), parameter, 0)
+    ranks, rank = parameter.device_mesh.size(), parameter.device_mesh.get_local_rank()
+    first_row = min(math.ceil(parameter.shape[0] / ranks) * rank, parameter.shape[0])  # as torch.chunk splits
+    row_size = parameter.numel() // parameter.shape[0]
+    return ParameterShard(parameter.shape, first_row * row_size, parameter.to_local().numel(), parameter, 0)

@@ -1,7 +1,7 @@
-"""What ZeRO and FSDP2 have in common: ranks keep parts of the parameters, a checkpoint is that of one process."""
+"""What ZeRO and FSDP2 have in common: ranks keep shards of the parameters, a checkpoint is that of one process."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,189 +18,196 @@ from torch.optim import Optimizer
 
 from gpdit_lightning.checkpoints.files import read_content
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.training.internals import attached_trainer
 
 
 @dataclass(frozen=True)
-class Part:
-    """What this rank keeps of one parameter in float32, and updates.
+class ParameterShard:
+    """The elements of one parameter that this rank keeps in float32 and updates.
 
     Attributes:
-        shape: of the whole parameter.
-        start: where in the flattened parameter the part begins.
-        size: its elements; 0 where other ranks keep all of it.
-        owner: the tensor that the optimiser updates and its moments belong to: with ZeRO a flat one with the parts of
-            many parameters, with FSDP2 the distributed parameter itself.
-        offset: where in what this rank has of `owner` the part begins.
+        shape: of the full parameter.
+        start: index of the shard's first element in the flattened parameter.
+        size: number of its elements; 0 where other ranks keep all of them.
+        storage: the tensor that the optimizer updates and has state for: with ZeRO a flat one that holds shards of many
+            parameters, with FSDP2 the distributed parameter itself.
+        offset: index of the shard's first element in this rank's data of `storage`.
     """
 
     shape: torch.Size
     start: int
     size: int
-    owner: Tensor
+    storage: Tensor
     offset: int
 
-    def of_owner(self, values: Tensor) -> Tensor:
-        """The part (size,) of `owner`, or of a moment of the same layout; a view."""
+    def in_storage(self, values: Tensor) -> Tensor:
+        """The shard (size,) of `storage`, or of optimizer state with the same layout; a view."""
         local = values.to_local() if isinstance(values, DTensor) else values
         return local.detach().view(-1).narrow(0, self.offset, self.size)
 
-    def of_whole(self, whole: Tensor) -> Tensor:
-        """The part (size,) of the whole parameter, or of a moment or an average of it; a view."""
-        return whole.detach().flatten().narrow(0, self.start, self.size)
+    def in_full(self, values: Tensor) -> Tensor:
+        """The shard (size,) of the full parameter, or of full optimizer state or a full average of it; a view."""
+        return values.detach().flatten().narrow(0, self.start, self.size)
 
 
-class Sharded(ParallelStrategy):
-    """Spreads weights, gradients and moments over the ranks.
+class ShardedStrategy(ParallelStrategy):
+    """Shards weights, gradients and optimizer state across ranks.
 
-    A checkpoint is what one process would write, in float32, so that any number of ranks with any strategy
-    goes on from it, and nothing in it is unpickled. The first rank gathers it, tensor by tensor, in main memory. Every
-    rank builds the whole model in main memory before its weights are spread.
+    A checkpoint is what one process would write, in float32, so that any number of ranks with any strategy resumes
+    from it, and nothing in it is unpickled. The first rank gathers it, tensor by tensor, in host memory. Every rank
+    builds the full model in host memory before it is sharded.
 
     Attributes:
-        PRECISION: how inputs and products are cast, made from the name of a precision.
-        parts: by parameter, once training is set up.
-        groups: names of the parameters in the optimiser's groups.
+        PRECISION: the plugin that casts inputs and weights, constructed with the name of a precision.
+        shards: this rank's shard of every parameter, by name; empty until training is set up.
+        parameter_groups: names of the parameters in the optimizer's groups.
     """
 
     PRECISION: ClassVar[type[Any]]
-    parts: dict[str, Part]
-    groups: list[list[str]]
+    shards: dict[str, ParameterShard]
+    parameter_groups: list[list[str]]
 
     @property
     @abstractmethod
     def inner_optimizer(self) -> Optimizer:
-        """torch's optimiser over the owners of the parts."""
+        """torch's optimizer over the shards' storage."""
 
     @abstractmethod
-    def weights_changed(self) -> None:
-        """Take the working copies, on all ranks, from what was written into `weights()`."""
+    def refresh_weights(self) -> None:
+        """After `master_weights()` were written to: bring the weights that the model computes with up to date."""
 
     @abstractmethod
     def gradient_norm(self) -> Tensor:
-        """Norm of the gradient over all ranks before clipping, once its last micro-batch is through: a scalar.
+        """Norm of the gradient over all ranks before clipping, after the step's last micro-batch: a scalar.
 
-        All ranks must ask.
+        A collective operation: all ranks call it.
         """
 
     @abstractmethod
-    def leave_out_step(self) -> None:
-        """Have the optimizer step under way leave weights and moments alone; all ranks call it."""
+    def skip_step(self) -> None:
+        """Make the current optimizer step leave weights and optimizer state unchanged; all ranks call it."""
 
     @property
-    def working_dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
         """Of the weights that the model computes with."""
         return torch.float32 if self.precision_plugin.precision == "32-true" else torch.bfloat16
 
     @property
     def precision_plugin(self) -> Precision:
-        """Of the class `PRECISION`: float32 or bf16-mixed; to set another raises `InputError`."""
+        """Of the class `PRECISION`: float32 or bf16-mixed; setting another raises `InputError`."""
         return super().precision_plugin
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if plugin is not None and plugin.precision not in ("32-true", "bf16-mixed"):
-            raise InputError(f"trainer.precision is {plugin.precision}: with ZeRO or FSDP2 take bf16-mixed or 32-true.")
-        self._precision_plugin = None if plugin is None else self.PRECISION(plugin.precision)
+            raise InputError(f"trainer.precision is {plugin.precision}: with ZeRO or FSDP2 use bf16-mixed or 32-true.")
+        own = None if plugin is None else self.PRECISION(plugin.precision)
+        Strategy.precision_plugin.fset(self, own)  # type: ignore[attr-defined]
 
-    def all_trained(self, module: LightningModule) -> None:
-        """Raises `InputError` where some parameters are not trained."""
+    def require_all_trainable(self, module: LightningModule) -> None:
+        """Raise `InputError` if a parameter is frozen."""
         frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
         if frozen:
             raise InputError(
-                f"with ZeRO or FSDP2 all parameters are trained, but {frozen[0]} is not: use strategy ddp."
+                f"ZeRO and FSDP2 train all parameters, but {frozen[0]} is frozen: use trainer.strategy ddp."
             )
 
-    def keep_whole(self) -> None:
-        """To evaluate a model each rank holds all of it, in the precision that it is trained in."""
+    def replicate_model(self) -> None:
+        """For evaluation: give each rank the full model, in the precision that it is trained in."""
         assert self.lightning_module is not None
         for parameter in self.lightning_module.parameters():
-            parameter.data = parameter.data.to(self.working_dtype)
+            parameter.data = parameter.data.to(self.compute_dtype)
         self.model = self.lightning_module.to(self.root_device)
         self.barrier()
 
-    # --- the float32 weights, for the average
+    # --- the float32 weights
 
-    def weights(self) -> dict[str, Tensor]:
-        """This rank's part (n,) of every parameter in float32: views of what the optimiser updates."""
-        return {name: part.of_owner(part.owner) for name, part in self.parts.items()}
+    def master_weights(self) -> dict[str, Tensor]:
+        """This rank's shard (size,) of every parameter in float32: views of what the optimizer updates."""
+        return {name: shard.in_storage(shard.storage) for name, shard in self.shards.items()}
 
-    def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Put together what all ranks have parts (n,) of, in the first rank's main memory; empty on the others."""
-        found = {}
-        for name, values in parts.items():
-            part = self.parts[name]
-            whole = torch.zeros(part.shape.numel(), dtype=torch.float32, device=self.root_device)
-            part.of_whole(whole).copy_(values)
-            torch.distributed.reduce(whole, dst=0)
+    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Full tensors, in the first rank's host memory, from all ranks' shards (size,); empty on the other ranks."""
+        gathered = {}
+        for name, values in shards.items():
+            shard = self.shards[name]
+            full = torch.zeros(shard.shape.numel(), dtype=torch.float32, device=self.root_device)
+            shard.in_full(full).copy_(values)
+            torch.distributed.reduce(full, dst=0)
             if self.is_global_zero:
-                found[name] = whole.view(part.shape).cpu()
-        return found
+                gathered[name] = full.view(shard.shape).cpu()
+        return gathered
 
     # --- checkpoints
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """The model takes its weights before they are spread."""
+        """The model loads its weights before it is sharded."""
         return False
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """The optimiser's state is in the checkpoint, as in any other run."""
+        """The optimizer's state is in the checkpoint, as in any other run."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         """The model's state in float32, on the first rank."""
         assert self.lightning_module is not None
-        return self.lightning_module.state_dict() | self.whole(self.weights())
+        return self.lightning_module.state_dict() | self.gather(self.master_weights())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As torch's optimiser over whole parameters would give it, on the first rank."""
+        """The state dict of torch's optimizer over full parameters, on the first rank."""
         inner = self.inner_optimizer
         state: dict[int, dict[str, Any]] = {}
-        for number, name in enumerate(name for group in self.groups for name in group):
-            part = self.parts[name]
-            for key, values in inner.state.get(part.owner, {}).items():
-                if torch.is_tensor(values) and values.shape == part.owner.shape:
-                    values = self.whole({name: part.of_owner(values)}).get(name)
+        for number, name in self._numbered_parameters():
+            shard = self.shards[name]
+            for key, values in inner.state.get(shard.storage, {}).items():
+                if torch.is_tensor(values) and values.shape == shard.storage.shape:
+                    values = self.gather({name: shard.in_storage(values)}).get(name)
                 else:
-                    values = deepcopy(values)  # the count of steps: with ZeRO one tensor for many parameters
+                    values = deepcopy(values)  # the step count: with ZeRO one tensor for many parameters
                 state.setdefault(number, {})[key] = values
         groups, first = [], 0
-        for settings, group in zip(inner.param_groups, self.groups, strict=True):
-            groups.append(settings | {"params": list(range(first, first + len(group)))})
-            first += len(group)
+        for settings, names in zip(inner.param_groups, self.parameter_groups, strict=True):
+            groups.append(settings | {"params": list(range(first, first + len(names)))})
+            first += len(names)
         return {"state": state, "param_groups": groups}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's parts of the moments from a checkpoint of any strategy."""
+        """Load this rank's shards of the optimizer state from a checkpoint of any strategy."""
         inner, saved = self.inner_optimizer, checkpoint["optimizer_states"][0]
-        for number, name in enumerate(name for group in self.groups for name in group):
-            part = self.parts[name]
+        for number, name in self._numbered_parameters():
+            shard = self.shards[name]
             for key, values in saved["state"].get(number, {}).items():
-                state = inner.state[part.owner]
-                if torch.is_tensor(values) and values.shape == part.shape:
+                state = inner.state[shard.storage]
+                if torch.is_tensor(values) and values.shape == shard.shape:
                     if key not in state:
-                        state[key] = torch.zeros_like(part.owner)
-                    part.of_owner(state[key]).copy_(part.of_whole(values))
+                        state[key] = torch.zeros_like(shard.storage)
+                    shard.in_storage(state[key]).copy_(shard.in_full(values))
                 else:
                     state[key] = values.clone() if torch.is_tensor(values) else values
         for group, settings in zip(inner.param_groups, saved["param_groups"], strict=True):
             group.update({key: value for key, value in settings.items() if key != "params"})
+
+    def _numbered_parameters(self) -> Iterator[tuple[int, str]]:
+        """Number and name of every parameter, as an optimizer's state dict numbers them."""
+        return enumerate(name for names in self.parameter_groups for name in names)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write the files, on the first rank."""
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Map the files into memory, which the ranks of a machine share: each reads the parts that it needs."""
+        """Map the files into memory, shared by the ranks of a machine: each reads the shards that it needs."""
         return read_content(Path(checkpoint_path))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Into the whole model, before it is spread."""
+        """Load the full model, before it is sharded."""
         Strategy.load_model_state_dict(self, checkpoint, strict)
 
 
-def sharding_of(module: LightningModule) -> Sharded | None:
-    """The strategy that spreads a module's weights over the ranks; None where every rank has them whole."""
-    strategy = module._trainer.strategy if module._trainer is not None else None
-    return strategy if isinstance(strategy, Sharded) and strategy.parts else None
+def sharded_strategy_of(module: LightningModule) -> ShardedStrategy | None:
+    """The strategy that shards a module's weights across ranks; None where every rank holds all of them."""
+    trainer = attached_trainer(module)
+    strategy = trainer.strategy if trainer is not None else None
+    return strategy if isinstance(strategy, ShardedStrategy) and strategy.shards else None

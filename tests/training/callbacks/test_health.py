@@ -135,7 +135,7 @@ def test_a_broken_clip_is_named_and_stops_the_run_before_the_weights_move(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path, value: float, micro_batch: int
 ) -> None:
     history, plant = History(), Plant(value, micro_batch)
-    with pytest.raises(NonFiniteError, match="optimizer step 2 was not applied: the loss is not finite") as caught:
+    with pytest.raises(NonFiniteError, match="optimizer step 2 was skipped: the loss is not finite") as caught:
         fit(stage, data, tmp_path, 4, [Health(), history, plant, EMA(), RunCheckpoint(every_steps=1)])
     history.note_state()
     assert not torch.equal(history.weights[1], history.weights[0])  # the first step was taken
@@ -154,7 +154,7 @@ def test_where_only_the_gradient_is_broken_all_samples_of_the_step_are_named(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path, value: float, micro_batch: int
 ) -> None:
     history = History()
-    with pytest.raises(NonFiniteError, match="optimizer step 2 was not applied: the gradient, though no") as caught:
+    with pytest.raises(NonFiniteError, match="optimizer step 2 was skipped: the gradient \\(but no") as caught:
         fit(stage, data, tmp_path, 4, [Health(), history, BreakGradient(micro_batch, value)])
     history.note_state()
     assert history.same_state(2, 1)
@@ -177,7 +177,7 @@ def test_a_loss_that_overflows_alone_is_found(
     fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
 ) -> None:
     data, history = LatentDataModule(videos=SourceConfig([str(tiny_shards)], batch_size=4)), History()
-    with pytest.raises(NonFiniteError, match="optimizer step 2 was not applied: the loss is not finite") as caught:
+    with pytest.raises(NonFiniteError, match="optimizer step 2 was skipped: the loss is not finite") as caught:
         fit(InfiniteStage(tiny_config), data, tmp_path, 4, [Health(), history])
     history.note_state()
     assert history.same_state(2, 1)
@@ -187,7 +187,7 @@ def test_a_loss_that_overflows_alone_is_found(
 def test_a_long_list_of_samples_is_cut(fit: Fit, stage: GPDiTStage, write_shards: Any, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", {("train", "video", (1, 2, 2)): 20}).directory
     data = LatentDataModule(videos=SourceConfig([str(shards)], batch_size=20))
-    with pytest.raises(NonFiniteError, match=r"\w \.\.\.; look at them") as caught:
+    with pytest.raises(NonFiniteError, match=r"\w \.\.\.; inspect them") as caught:
         fit(stage, data, tmp_path, 1, [Health(), BreakGradient(0, NAN)])
     assert len(named(str(caught.value).replace(" ...", ""))) == 16
 
@@ -227,7 +227,7 @@ def test_every_rank_names_the_samples_of_all(fit: Fit, stage: GPDiTStage, tiny_s
 
     data = LatentDataModule(videos=SourceConfig([str(tiny_shards)], batch_size=4), max_ranks=2)
     plant = Plant(NAN, 1, rank=1)
-    with pytest.raises(Exception, match="optimizer step 2 was not applied"):
+    with pytest.raises(Exception, match="optimizer step 2 was skipped"):
         fit(stage, data, tmp_path, 3, [Told(), plant], devices=2, strategy="ddp_fork")
     (first,), (second, key) = ((tmp_path / f"rank-{rank}").read_text().splitlines() for rank in (0, 1))
     assert named(first) == named(second) == [key]
@@ -267,9 +267,9 @@ def test_a_step_left_out_moves_nothing_but_the_count_and_the_schedule(
     assert (health.skipped_steps, health.skipped) == (4, False)
     assert ema.updates == 7
     assert all(values.isfinite().all() for values in ema.average.values())
-    messages = [record.getMessage() for record in caplog.records if "was not applied" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if "was skipped" in record.getMessage()]
     assert [named(message) for message in messages] == [[key] for key in plant.keys]
-    assert [re.findall(r"step (\d+) was|(\d+) in a row", message) for message in messages] == [
+    assert [re.findall(r"step (\d+) was|(\d+) consecutive", message) for message in messages] == [
         [(str(step), ""), ("", str(row))] for step, row in ((1, 1), (3, 1), (4, 2), (6, 1))
     ]
 
@@ -278,7 +278,7 @@ def test_too_many_steps_in_a_row_stop_the_run(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path
 ) -> None:
     health, history, plant = Health(max_skips=2), History(), Plant(NAN, 2, 4, 6)
-    with pytest.raises(NonFiniteError, match=r"optimizer step 4 .* health\.max_skips = 2") as caught:
+    with pytest.raises(NonFiniteError, match=r"optimizer step 4 .* health\.max_skips above 2") as caught:
         fit(stage, data, tmp_path, 9, [health, history, plant])
     history.note_state()
     assert named(str(caught.value)) == plant.keys[2:]
@@ -291,7 +291,7 @@ def test_steps_left_out_count_on_after_an_interruption(
 ) -> None:
     fit(stage, data, tmp_path, 3, [Health(max_skips=2), Plant(NAN, 2, 4), EMA(), RunCheckpoint()])
     resumed = Health(max_skips=2)
-    with pytest.raises(NonFiniteError, match="optimizer step 4 was not applied"):
+    with pytest.raises(NonFiniteError, match="optimizer step 4 was skipped"):
         fit(
             GPDiTStage(tiny_config, optimizer=OptimizerConfig(LEARNING_RATE, warmup_steps=5)),
             data,
@@ -316,7 +316,7 @@ def test_overflow_in_fp16_is_left_to_the_gradient_scaler(
     assert not history.same_state(3, 2)
     assert precision.scaler.get_scale() == 2.0**15
     assert (health.skipped_steps, health.skipped, health.spikes) == (0, False, 0)
-    assert math.isfinite(health.usual_norm)
+    assert math.isfinite(health.mean_norm)
 
 
 # Damaged samples
@@ -432,7 +432,7 @@ def test_a_healthy_run_keeps_the_norm_before_clipping(
     assert health.gradient_norm == pytest.approx(norms.norms[-1], rel=1e-5)
 
 
-def test_the_usual_norm_is_the_mean_at_first_and_forgets_later(
+def test_the_mean_norm_is_the_mean_at_first_and_forgets_later(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path
 ) -> None:
     health, norms = Health(spike_window=3, spike_factor=1e9), GradientNorms()
@@ -440,7 +440,7 @@ def test_the_usual_norm_is_the_mean_at_first_and_forgets_later(
     expected = sum(norms.norms[:3]) / 3
     for norm in norms.norms[3:]:
         expected += (norm - expected) / 3
-    assert health.usual_norm == pytest.approx(expected, rel=1e-5)
+    assert health.mean_norm == pytest.approx(expected, rel=1e-5)
 
 
 def texts(folder: Path) -> dict[int, str]:
@@ -486,7 +486,7 @@ def test_a_spike_is_told_with_the_clip_that_stands_out(
     messages = [record.getMessage() for record in caplog.records if "gradient norm" in record.getMessage()]
     assert texts(tmp_path) == {6: messages[0]}
     assert len(messages) == health.spikes == 1
-    told = re.search(r"step 6 .* norm of ([\d.e+]+) where ([\d.e+]+) is usual.*losses: ([^ ]+) \(", messages[0])
+    told = re.search(r"step 6 .* norm of ([\d.e+]+) where the mean is ([\d.e+]+);.*losses: ([^ ]+) \(", messages[0])
     assert told
     assert float(told[1]) > 5 * float(told[2])
     assert told[3] == keys[1]
@@ -516,9 +516,9 @@ def test_a_spike_hides_no_other_and_a_lasting_norm_becomes_the_usual_one() -> No
     for norms, spikes, usual in (([1.0] * 20, 0, 1.0), ([1e3, 1.0, 10.0], 2, 1.2), ([10.0] * 60, 17, 10.0)):
         for norm in norms:
             health.gradient_norm = norm
-            health._watch_norm(trainer)
+            health._update_mean_norm(trainer)
         assert health.spikes == spikes
-        assert health.usual_norm == pytest.approx(usual, rel=0.05)
+        assert health.mean_norm == pytest.approx(usual, rel=0.05)
 
 
 # Reading from the device

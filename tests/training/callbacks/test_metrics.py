@@ -18,7 +18,7 @@ from gpdit_lightning.diffusion import QuartileLoss, velocity_loss
 from gpdit_lightning.stages import GPDiTStage, MixedStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.health import Health
-from gpdit_lightning.training.callbacks.metrics import Curves, LossTable
+from gpdit_lightning.training.callbacks.metrics import LossTable, MetricsLogger
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig
 from tests.data.damage import damage
@@ -38,8 +38,8 @@ def trainer_of(*other_ranks: LossTable) -> Trainer:
     return SimpleNamespace(strategy=strategy, is_global_zero=True)  # type: ignore[return-value]
 
 
-def curves_of(config: GPDiTConfig, every_steps: int = 4) -> Curves:
-    return Curves(Health(), EMA(), config, every_steps)
+def curves_of(config: GPDiTConfig, every_steps: int = 4) -> MetricsLogger:
+    return MetricsLogger(Health(), EMA(), config, every_steps)
 
 
 def random_loss(clips: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +185,7 @@ def run(
 ) -> tuple[StepRecord, Scalars]:
     """Train with curves; the record from outside, and what TensorBoard reads back."""
     health, ema, record = Health(max_skips), EMA(0.9), StepRecord()
-    callbacks = [*first, health, ema, Curves(health, ema, stage.config, every_steps), record, RunCheckpoint()]
+    callbacks = [*first, health, ema, MetricsLogger(health, ema, stage.config, every_steps), record, RunCheckpoint()]
     fit(
         stage,
         data,

@@ -23,7 +23,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.model.kv_cache import KVCache
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
-from gpdit_lightning.training.callbacks.previews import Preview, fixed_clips, rollout_error
+from gpdit_lightning.training.callbacks.previews import Preview, rollout_error, select_clips
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig
 
@@ -201,7 +201,7 @@ def test_a_model_that_repeats_the_last_frame_has_ratio_one(fit: Fit, codec: Code
     assert scalar_of(tmp_path, "rollout_error") > 100
 
 
-def test_the_error_is_of_the_generated_frames_alone() -> None:
+def test_the_error_is_of_the_generated_independent_frames() -> None:
     truth = torch.zeros(2, 5, 3, 4, 4, dtype=torch.uint8)
     truth[:, 1], truth[:, 2], truth[:, 3], truth[:, 4] = 10, 10, 14, 20
     prediction = truth.clone()
@@ -263,16 +263,16 @@ def test_videos_come_before_sequences_and_these_before_images(shards: str) -> No
     config = SourceConfig([shards], batch_size=4)
     everything = LatentDataModule(images=config, videos=config, sequences=config)
     stills = LatentDataModule(images=config, sequences=config)
-    assert fixed_clips(everything, 2, 1).source == "videos"
-    clips = fixed_clips(stills, 2, 1)
-    assert (clips.source, clips.split, clips.context, clips.frames_alone) == ("sequences", "validation", 3, True)
+    assert select_clips(everything, 2, 1).source == "videos"
+    clips = select_clips(stills, 2, 1)
+    assert (clips.source, clips.split, clips.context, clips.independent_frames) == ("sequences", "validation", 3, True)
 
 
 def test_the_longest_clips_are_shown(write_shards: Callable[..., Manifest], tmp_path: Path) -> None:
     held_out = {("validation", "video", shape): 3 for shape in ((2, 8, 8), (4, 4, 4), (3, 8, 8))}
     manifest = write_shards(tmp_path, {("train", "video", (3, 8, 8)): 4} | held_out)
     data = LatentDataModule(videos=SourceConfig([str(manifest.directory)], batch_size=2, least_frames=2, frames=4))
-    clips = fixed_clips(data, clips=8, context_frames=3)
+    clips = select_clips(data, clips=8, context_frames=3)
     assert clips.latents.shape == (3, 4, 4, 4, 4)  # all three there are
     assert clips.fps == 8  # these do not say
 
@@ -284,7 +284,7 @@ def test_each_of_several_data_sets_is_shown(write_shards: Callable[..., Manifest
         tasks.append(write_shards(tmp_path / task, {("train", "sequence", (10, 8, 8)): 4} | held_out))
     data = LatentDataModule(sequences=SourceConfig([str(task.directory) for task in tasks], batch_size=2))
     (bucket,) = data.buckets["validation"]["sequences"]
-    clips = fixed_clips(data, clips=4, context_frames=1).latents
+    clips = select_clips(data, clips=4, context_frames=1).latents
     for clip, number in zip(clips, (0, 1, 3, 5), strict=True):
         assert np.array_equal(clip, bucket.read(number).latents)
 
@@ -325,7 +325,7 @@ def test_a_context_without_a_frame_to_generate_is_refused(fit: Fit, shards: str,
 
 @pytest.mark.parametrize("option", ["every_steps", "clips", "context_frames", "sampler_steps"])
 def test_numbers_without_sense_are_refused(option: str) -> None:
-    with pytest.raises(InputError, match=rf"preview\.{option} is -1: take"):
+    with pytest.raises(InputError, match=rf"preview\.{option} is -1; it must be"):
         Preview(**{option: -1})
 
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint, read_checkpoint
 from gpdit_lightning.checkpoints.io import FolderCheckpointIO
-from gpdit_lightning.checkpoints.reading import check_architecture, load_trained_model
+from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.stages import GPDiTStage
+from gpdit_lightning.stages.agreement import check_architecture
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.callbacks.stopping import SIGNALS
@@ -219,7 +220,7 @@ def test_a_resumed_run_does_not_save_again_what_it_began_from(tmp_path: Path) ->
     ("setting", "value"), [("every_steps", 0), ("every_minutes", -1), ("keep_last", 0), ("keep_every_steps", -5)]
 )
 def test_intervals_that_make_no_sense_are_refused(setting: str, value: int) -> None:
-    with pytest.raises(InputError, match=rf"checkpoint\.{setting} is {value}: take at least"):
+    with pytest.raises(InputError, match=rf"checkpoint\.{setting} is {value}; it must be at least"):
         RunCheckpoint(**{setting: value})
 
 
@@ -267,7 +268,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     assert trainer.events[-1] == "barrier"  # where the other ranks wait
     path = tmp_path / "checkpoints/step-3.ckpt"
     assert f"the checkpoint of step 3 could not be written to {path} (No space left on device)" in str(caught.value)
-    assert "step-2.ckpt is whole" in str(caught.value)
+    assert "step-2.ckpt is complete" in str(caught.value)
     assert set(path.parent.iterdir()) == before
     assert last_checkpoint(tmp_path, verify=True) == path.with_name("step-2.ckpt")
     trainer.breaks = False
@@ -288,7 +289,9 @@ def test_a_disk_that_fails_later_leaves_the_checkpoint_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
-        with pytest.raises(InputError, match=r"step 3 could not be .* \(Input/output error\): .*step-2.ckpt is whole"):
+        with pytest.raises(
+            InputError, match=r"step 3 could not be .* \(Input/output error\): .*step-2.ckpt is complete"
+        ):
             trainer.train(checkpoint, steps=1)
     assert last_checkpoint(tmp_path, verify=True) == tmp_path / "checkpoints/step-2.ckpt"
     trainer.train(checkpoint, steps=1)
@@ -298,7 +301,7 @@ def test_a_disk_that_fails_later_leaves_the_checkpoint_before(
 def test_the_first_checkpoint_that_fails_says_there_is_none(tmp_path: Path) -> None:
     trainer = PretendTrainer(tmp_path)
     trainer.breaks = True
-    with pytest.raises(InputError, match="there is none before"):
+    with pytest.raises(InputError, match="there is no checkpoint yet"):
         trainer.train(RunCheckpoint(every_steps=1), steps=1)
 
 
@@ -346,7 +349,7 @@ def test_a_real_save_that_breaks_and_the_run_that_goes_on(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     callbacks = [SmallDisk(3), EMA(0.5), RunCheckpoint(every_steps=1)]
     try:
-        with pytest.raises(InputError, match=r"step 4 could not be .* \(File too large\): .*step-3.ckpt is whole"):
+        with pytest.raises(InputError, match=r"step 4 could not be .* \(File too large\): .*step-3.ckpt is complete"):
             fit(stage_of(tiny_config), data_of(tiny_shards), tmp_path, 5, callbacks)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

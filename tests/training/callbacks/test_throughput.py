@@ -20,7 +20,7 @@ from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks import throughput
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.health import Health
-from gpdit_lightning.training.callbacks.metrics import Curves
+from gpdit_lightning.training.callbacks.metrics import MetricsLogger
 from gpdit_lightning.training.callbacks.throughput import Throughput, peak_memory_gib
 
 Fit = Callable[..., Trainer]
@@ -86,7 +86,7 @@ class Written:
         def write(trainer: Trainer, module: LightningModule, scalars: dict[str, float], _: str) -> None:
             self.scalars.setdefault(trainer.global_step, {}).update(scalars)
 
-        monkeypatch.setattr("gpdit_lightning.training.callbacks.metrics._write", write)
+        monkeypatch.setattr("gpdit_lightning.training.callbacks.metrics._log_scalars", write)
 
 
 def test_figures_are_those_of_training_alone(
@@ -99,7 +99,7 @@ def test_figures_are_those_of_training_alone(
     stage, health, ema, written = SlowStage(tiny_config), Health(), EMA(), Written(monkeypatch)
     stage.clock = clock
     monkeypatch.setattr(throughput, "peak_bf16_flops", {"cpu": 1e9}.get)
-    callbacks = [health, ema, Curves(health, ema, tiny_config, every_steps=2), SlowCheckpoint(clock)]
+    callbacks = [health, ema, MetricsLogger(health, ema, tiny_config, every_steps=2), SlowCheckpoint(clock)]
     fit(stage, data, tmp_path, 4, callbacks, limit_val_batches=1.0, val_check_interval=3)
     assert clock.now > 12 * ELSEWHERE
     assert sorted(written.scalars) == [1, 2, 3, 4]  # the odd ones hold the validation alone
@@ -143,7 +143,7 @@ def test_ranks_work_side_by_side_and_the_slowest_loader_counts(clock: Clock, tin
     loader: Any = SimpleNamespace(asked=0.0, waited=1.0)
     clock.now = 10.0
     window.add(batch_of(2), loader, ends_step=True)
-    figures = window.figures(trainer_of(4, others=torch.tensor([0.5, 1e6])))
+    figures = window.rates(trainer_of(4, others=torch.tensor([0.5, 1e6])))
     assert figures["steps_per_s"] == pytest.approx(0.1)
     assert figures["clips_per_s"] == pytest.approx(4 * 2 / 10)
     assert figures["tokens_per_s"] == pytest.approx(4 * 2 * 48 / 10)

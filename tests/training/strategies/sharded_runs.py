@@ -21,9 +21,10 @@ from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.health import Health
 from gpdit_lightning.training.callbacks.previews import Preview
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
-from gpdit_lightning.training.callbacks.stopping import leave_process_group
+from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.optimizer import OptimizerConfig
-from gpdit_lightning.training.strategies.sharding import sharding_of
+from gpdit_lightning.training.strategies import register_strategies
+from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 from gpdit_lightning.training.strategies.zero import ZeRO
 
 
@@ -78,7 +79,7 @@ class Record(Callback):
         self.tensors["first"] = {name: values.clone() for name, values in state.items()}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        sharding = sharding_of(pl_module)
+        sharding = sharded_strategy_of(pl_module)
         if sharding is None or "offload" in pl_module.run["strategy"]:
             return
         if isinstance(sharding, ZeRO):
@@ -109,10 +110,10 @@ class Record(Callback):
             config = GenerationConfig(RotationSampler(2, schedule=pl_module.schedule))
             frames = rollout(backbone, clip[:, :1], 2, config)
             self.tensors["rollout"] = torch.stack(list(frames))
-        sharding = sharding_of(pl_module)
+        sharding = sharded_strategy_of(pl_module)
         if sharding is not None:
-            state = sharding.inner_optimizer.state[next(iter(sharding.parts.values())).owner]
-            kept = [*sharding.weights().values(), *self.ema.average.values(), *state.values()]
+            state = sharding.inner_optimizer.state[next(iter(sharding.shards.values())).storage]
+            kept = [*sharding.master_weights().values(), *self.ema.average.values(), *state.values()]
             if isinstance(sharding, ZeRO):
                 working = {str(parameter.dtype) for parameter in pl_module.parameters()}
                 reduced = sharding.zero_optimizer.communication_data_type
@@ -169,9 +170,10 @@ def train(folder: Path, run: dict[str, Any], strategy: str, devices: int) -> Non
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    register_strategies()
     place = Path(sys.argv[1])
     for description in json.loads((place / "runs.json").read_text()):
         train(place, description, description["strategy"], description.get("ranks", 2))
         gc.collect()
         assert not any(type(thing) is Stage for thing in gc.get_objects()), f"{description['name']} is still in memory"
-    leave_process_group()
+    shut_down_process_group()

@@ -1,0 +1,95 @@
+"""What must agree before a stage trains: its sources, data, backbone, initial weights, checkpoint and ranks."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+
+from gpdit_lightning.diffusion import NoiseSchedule
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.model import GPDiTConfig
+
+
+def check_sources(stage: str, required: Sequence[str], used: Sequence[str]) -> None:
+    """Raise `InputError` unless a recipe uses the sources that a stage trains on; none required allows any."""
+    if required and set(used) != set(required):
+        wanted, given = (" and ".join(f"data.{name}" for name in names) for names in (required, used))
+        raise InputError(
+            f"{stage} trains on {wanted}, but the recipe uses {given}: give manifests and a batch_size to exactly "
+            "those, or use GPDiTStage, which takes any."
+        )
+
+
+def check_number_of_classes(of_backbone: int, of_data: int) -> None:
+    """Raise `InputError` unless a backbone has an embedding for each class of the data."""
+    if of_backbone == of_data:
+        return
+    cure = f"set model.init_args.backbone.classes to {of_data}"
+    if of_backbone == 0:
+        cure += ", or data.labels to false"
+    elif of_data == 0:
+        cure += ", or data.labels to true"
+    raise InputError(f"the backbone takes {of_backbone} classes, but the data has {of_data}: {cure}.")
+
+
+def check_architecture(saved: dict[str, Any], config: GPDiTConfig, where: str | Path) -> None:
+    """Raise `InputError`, naming the first field that differs, unless saved weights have this architecture."""
+    ours, theirs = config.architecture(), GPDiTConfig.preset(**saved).architecture()
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise InputError(
+                f"{where} holds a model with {name} = {theirs[name]}, but this one has {value}: use the recipe it was "
+                "trained with, or another checkpoint."
+            )
+
+
+def check_classes(saved: Sequence[str], ours: Sequence[str], where: str | Path) -> None:
+    """Raise `InputError`, naming the first that differs, unless weights were trained on the classes of the data."""
+    for number, (theirs, name) in enumerate(zip(saved, ours, strict=True)):
+        if theirs != name:
+            raise InputError(
+                f"{where} was trained with {theirs!r} as class {number}, but the data has {name!r}: give manifests "
+                "with the same labels in the same order, or start from other weights."
+            )
+
+
+def check_checkpoint(saved: dict[str, Any], config: GPDiTConfig, schedule: NoiseSchedule) -> None:
+    """Raise `InputError` unless a run's last checkpoint has the recipe's architecture and noise schedule.
+
+    Args:
+        saved: what `GPDiTStage.on_save_checkpoint` recorded.
+        config: of the recipe's backbone.
+        schedule: of the recipe.
+    """
+    check_architecture(saved["backbone"], config, "the run's last checkpoint")
+    if saved["schedule"] != asdict(schedule):
+        raise InputError(
+            f"the checkpoint was trained with the noise schedule {saved['schedule']} and the recipe has "
+            f"{asdict(schedule)}: restore the old one, or start a new run folder from its weights (--run_dir NEW "
+            "--model.init_args.initial_weights OLD)."
+        )
+
+
+def check_ranks(trainer: Trainer, initial_weights: str | None) -> None:
+    """Check that all ranks start from the same state: each looked for its files itself, as its node sees them.
+
+    Args:
+        trainer: with its state restored.
+        initial_weights: sha256 of the weights that this rank started from; None: random ones.
+
+    Raises:
+        InputError: a rank is at another step than the first, or has other initial weights.
+    """
+    ours = {"step": trainer.global_step, "weights": initial_weights}
+    first = trainer.strategy.broadcast(ours)
+    differs = torch.tensor(float(ours != first), device=trainer.strategy.root_device)
+    differing = trainer.strategy.reduce(differs, reduce_op="sum")
+    if differing > 0:
+        raise InputError(
+            f"{int(differing)} of {trainer.world_size} ranks found another checkpoint, or other initial weights, than "
+            f"the first rank, which is at step {first['step']}: make the same files visible to all nodes, then start "
+            "again."
+        )

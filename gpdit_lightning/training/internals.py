@@ -1,0 +1,172 @@
+"""Every private name of Lightning and DeepSpeed that training relies on.
+
+None of them is covered by a promise of compatibility. Nothing else in the package uses one, apart from the methods that
+the strategies override (`OVERRIDDEN_METHODS`). tests/training/test_internals.py fails with the name and the function
+concerned when a release removes or changes one.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from subprocess import Popen
+from typing import Any, NamedTuple
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch import Tensor, nn
+
+# (class of lightning.pytorch.strategies, method): overridden or called on `self` in strategies/zero.py.
+OVERRIDDEN_METHODS = (
+    ("DeepSpeedStrategy", "_format_config"),
+    ("DeepSpeedStrategy", "_setup_model_and_optimizer"),
+    ("DeepSpeedStrategy", "_initialize_deepspeed_train"),
+    ("DeepSpeedStrategy", "_init_deepspeed_distributed"),
+    ("DeepSpeedStrategy", "init_deepspeed"),
+    ("DeepSpeedStrategy", "set_world_ranks"),
+)
+
+# --- Lightning
+
+
+def attached_trainer(module: LightningModule) -> Trainer | None:
+    """The trainer of a module; None without one, where `module.trainer` raises."""
+    return module._trainer
+
+
+def disable_signal_handlers(trainer: Trainer) -> None:
+    """Keep Lightning from handling SIGTERM: its handler waits for the other ranks, whatever this one is doing."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether Lightning will validate after the current micro-batch: its own decision, before it is carried out."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    return loop._should_check_val_fx(fetcher) and not loop.val_loop.skip
+
+
+def is_last_micro_batch(trainer: Trainer) -> bool:
+    """Whether the optimizer steps after the current micro-batch."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def launched_processes(strategy: Strategy) -> list[Popen[bytes]] | None:
+    """The processes that Lightning launched for the other ranks of this machine; None if it launches none.
+
+    The list is the launcher's: processes that are removed from it are no longer watched.
+    """
+    launcher = strategy.launcher
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else None
+
+
+def set_data_parallel_size(strategy: ModelParallelStrategy, ranks: int) -> None:
+    """Set a size that Lightning takes in the constructor, before the number of ranks is known."""
+    strategy._data_parallel_size = ranks
+
+
+# --- DeepSpeed
+
+
+class Location(NamedTuple):
+    """Where ZeRO keeps this rank's elements of a parameter; the fields of `ParameterShard`."""
+
+    shape: torch.Size
+    start: int
+    size: int
+    storage: Tensor
+    offset: int
+
+
+def prepare_deepspeed(on_cpu: bool) -> None:
+    """Reset DeepSpeed's process groups if an earlier run in this process has left them.
+
+    Args:
+        on_cpu: also skip its shared-memory operator, which takes minutes to compile.
+    """
+    from deepspeed.utils import groups
+
+    if not torch.distributed.is_initialized():
+        groups._release_process_group_references(group=None)
+    if on_cpu:
+        # By its name in sys.modules: the attribute deepspeed.comm.torch is torch itself.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def zero2_locations(optimizer: Any) -> Iterable[tuple[nn.Parameter, Location]]:
+    """Where DeepSpeed's optimizer of ZeRO stage 2 keeps this rank's elements of each parameter."""
+    for parameters, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        for parameter in parameters:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # all elements are on other ranks
+                yield parameter, Location(parameter.shape, 0, 0, flat, 0)
+            else:
+                shard, offset = mapping.lp_fragment_address, mapping.hp_fragment_address.start
+                yield parameter, Location(parameter.shape, shard.start, shard.numel, flat, offset)
+
+
+def zero3_locations(
+    optimizer: Any, parameters: Iterable[nn.Parameter], rank: int
+) -> Iterable[tuple[nn.Parameter, Location]]:
+    """Where DeepSpeed's optimizer of ZeRO stage 3 keeps a rank's elements of each parameter."""
+    for parameter in parameters:
+        attributes: Any = parameter
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = min(size * rank, attributes.ds_numel)
+        size = min(size, attributes.ds_numel - start)  # the rest is padding
+        yield (
+            parameter,
+            Location(attributes.ds_shape, start, size, optimizer.fp32_partitioned_groups_flat[group], offset),
+        )
+
+
+def zero2_gradient_norm(optimizer: Any) -> Tensor:
+    """Norm of the gradient over all ranks before clipping: a scalar."""
+    return optimizer.scaled_global_norm()
+
+
+def zero3_gradient_norm(optimizer: Any) -> Tensor:
+    """Norm of the gradient over all ranks before clipping: a scalar."""
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    return combine_grad_norm_groups(optimizer._get_norm_groups())
+
+
+def skip_zero_step(optimizer: Any, device: torch.device) -> Callable[[], None]:
+    """Make DeepSpeed drop the gradients of the current step, as it does where their norm is not finite.
+
+    Returns:
+        What restores the norm after the step.
+    """
+    infinite = torch.tensor(float("inf"), device=device)
+    optimizer.scaled_global_norm = lambda: infinite  # stage 2
+    optimizer._get_norm_groups = lambda: [infinite]  # stage 3
+
+    def restore() -> None:
+        del optimizer.scaled_global_norm, optimizer._get_norm_groups
+
+    return restore
+
+
+def refresh_zero2_weights(optimizer: Any) -> None:
+    """Copy the float32 master weights into the weights that the model computes with, on all ranks."""
+    optimizer.update_lp_params()
+
+
+def refresh_zero3_weights(optimizer: Any) -> None:
+    """Copy the float32 master weights into the weights that the model computes with, on all ranks."""
+    optimizer._partition_all_parameters()  # also the small ones that stay gathered: the next pass gathers them again
+    for place in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(place)
+
+
+def release_zero3_modules() -> None:
+    """Drop DeepSpeed's references to modules outside its engine: a global list, and the cache of a method."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # the cached method is wrapped for profiling
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()

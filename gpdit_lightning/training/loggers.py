@@ -1,0 +1,140 @@
+"""Loggers of a run: where they write, how a resumed run continues their logs, and how they get images and text.
+
+Any logger of Lightning, or a custom subclass of `lightning.pytorch.loggers.Logger`, works: it gets the scalars through
+`log_metrics`. It also gets the previews if it has a method `log_image(key, images, step)`; `images` is a list of paths
+of PNG or GIF files. TensorBoard and MLflow have no such method and get them in their own way.
+"""
+
+import csv
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+# Loggers whose files are read by path have one fixed folder in the run folder, so that a resumed run continues them;
+# Lightning's default is a new folder `version_N` at every start.
+FOLDERS: dict[type[Logger], str] = {TensorBoardLogger: "tensorboard", CSVLogger: "csv"}
+
+
+def run_folder_logger(run_dir: Path) -> TensorBoardLogger:
+    """The logger of a recipe that names none: TensorBoard, in `tensorboard/` of the run folder."""
+    return TensorBoardLogger(run_dir, name="", version=FOLDERS[TensorBoardLogger])
+
+
+def place_in_run_folder(kind: type[Logger], given: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Constructor arguments that make a logger write to the run folder, unless it names a folder of its own.
+
+    Args:
+        kind: class of the logger.
+        given: its constructor arguments, with defaults; None for a required one that is missing.
+        run_dir: the run folder.
+
+    Returns:
+        The arguments to replace. None if the class has no `save_dir`, or it is given.
+    """
+    if "save_dir" not in given:
+        return {}
+    default = _default_of(kind, "save_dir")
+    if given["save_dir"] not in (None, default):
+        return {}
+    for known, folder in FOLDERS.items():
+        if issubclass(kind, known):
+            fixed = {"name": "", "version": folder}
+            left_out = {name for name in fixed if given.get(name) in (None, _default_of(kind, name))}
+            return {"save_dir": str(run_dir)} | {name: fixed[name] for name in left_out}
+    return {"save_dir": str(run_dir / (default or ""))}
+
+
+def _default_of(kind: type, parameter: str) -> Any:
+    """The default of a constructor's parameter, which a subclass may hand on as a keyword; None if it has none."""
+    for constructor in (vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)):
+        found = inspect.signature(constructor).parameters.get(parameter)
+        if found is not None:
+            return None if found.default is inspect.Parameter.empty else found.default
+    return None
+
+
+class ContinueLogs(Callback):
+    """Before a run logs: removes what an earlier process logged after the step that this one resumes from.
+
+    The resumed run logs these steps again. TensorBoard and CSV files are handled; other loggers decide by themselves.
+
+    Args:
+        step: optimizer step that the run resumes from; 0 starts.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning opens the logs right after this hook."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                hide_later_events(logger, self.step)
+            elif isinstance(logger, CSVLogger):
+                keep_earlier_rows(logger, self.step)
+
+
+def hide_later_events(logger: TensorBoardLogger, step: int) -> None:
+    """Mark the events of earlier files after a step as superseded, as `SummaryWriter(purge_step=...)` does."""
+    start = SessionLog(status=SessionLog.START)
+    logger.experiment.file_writer.add_event(Event(step=step + 1, session_log=start))
+
+
+def keep_earlier_rows(logger: CSVLogger, step: int) -> None:
+    """Keep the rows of metrics.csv up to a step; Lightning's writer removes the file when it opens a folder."""
+    path = Path(logger.log_dir) / "metrics.csv"
+    backup = path.with_name("metrics.csv.partial")  # left by a process that was killed in here: complete, so used
+    if path.exists() and not backup.exists():
+        path.replace(backup)
+    if not backup.exists():
+        return
+    with backup.open(newline="", encoding="utf-8") as file:
+        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+        writer = logger.experiment
+    writer.metrics = [row for row in rows if int(row["step"]) <= step]
+    writer.save()
+    backup.unlink()
+
+
+def log_images(loggers: Iterable[Logger], images: Mapping[str, Path], step: int) -> None:
+    """Give PNG and GIF files, by their tags, to every logger that takes images."""
+    for logger in loggers:
+        for tag, path in images.items():
+            _log_image(logger, tag, path, step)
+
+
+def _log_image(logger: Logger, tag: str, path: Path, step: int) -> None:
+    if path.suffix == ".gif" and hasattr(logger, "log_video"):  # W&B shows the first frame of a GIF as an image
+        logger.log_video(tag, [str(path)], step=step)
+    elif hasattr(logger, "log_image"):
+        logger.log_image(tag, [str(path)], step=step)
+    elif isinstance(logger, TensorBoardLogger):
+        with Image.open(path) as image:
+            width, height = image.size
+        # SummaryWriter has no method for a GIF: its add_video needs moviepy, and logs nothing without it.
+        encoded = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+        summary = Summary(value=[Summary.Value(tag=tag, image=encoded)])
+        logger.experiment.file_writer.add_summary(summary, step)
+        logger.experiment.flush()
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_artifact(logger.run_id, str(path), artifact_path="previews")
+
+
+def log_text(loggers: Iterable[Logger], tag: str, text: str, step: int) -> None:
+    """Give a text to TensorBoard, the only logger of Lightning with a place for one at a step."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(tag, text, step)
