@@ -1,0 +1,37 @@
+"""Contact sheets of decoded samples."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gpdit_lightning.codecs import load_codec
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.preparation.inspection import write_sheet
+from tests.preparation.inspection.prepared import BUCKET, flip, latent_of
+
+
+def test_a_sheet_keeps_the_aspect_ratio_of_images(whole: Manifest, tmp_path: Path) -> None:
+    codec, buckets = load_codec("pca"), sorted({(entry.kind, entry.shape, entry.split) for entry in whole.shards})
+    assert write_sheet(tmp_path / "sheet.png", whole, len(buckets), codec) == []
+    sheet = np.array(Image.open(tmp_path / "sheet.png")).astype(int)
+    coloured = sheet.max(axis=2) - sheet.min(axis=2) > 20  # neither background nor text
+    for row, (kind, (_, _, height, width), _) in enumerate(buckets):
+        if kind == "image":
+            columns = np.flatnonzero(coloured[24 + row * 132 :][:128].any(axis=0))
+            assert abs(columns[-1] - columns[0] + 1 - 128 * width / height) < 3
+    write_sheet(tmp_path / "again.png", whole, len(buckets), codec)
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "sheet.png").read_bytes()
+
+
+def test_damaged_samples_are_skipped_on_a_sheet(copy: Path, tmp_path: Path) -> None:
+    codec, total = load_codec("pca"), sum(entry.count for entry in Manifest.load(copy).shards)
+    flip(copy / f"{BUCKET}.tar", latent_of(copy, BUCKET, 1))
+    (damaged,) = write_sheet(tmp_path / "sheet.png", Manifest.load(copy), total, codec)
+    assert f"Sample 1 of {copy / BUCKET}.tar" in damaged
+    for tar in copy.glob("*.tar"):
+        tar.write_bytes(bytes(tar.stat().st_size))
+    with pytest.raises(InputError, match=r"No sample of .* can be shown; the first: Sample"):
+        write_sheet(tmp_path / "sheet.png", Manifest.load(copy), total, codec)

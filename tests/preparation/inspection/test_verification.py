@@ -1,0 +1,139 @@
+"""Every kind of damage to prepared data is found."""
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpdit_lightning.codecs import load_codec
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shard_writer import ShardSetWriter
+from gpdit_lightning.data.shards import described, index_path
+from gpdit_lightning.preparation.inspection import unlisted_files, verify
+from tests.preparation.inspection.prepared import BUCKET, flip, latent_of
+
+
+def faults(folder: Path) -> list[str]:
+    return list(verify(Manifest.load(folder, check_files=False), workers=1))
+
+
+def test_intact_shards_have_no_faults(whole: Manifest) -> None:
+    assert isinstance(whole.directory, Path)
+    assert faults(whole.directory) == []
+    assert unlisted_files(whole) == []
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_a_flipped_bit_in_latents_or_metadata_names_the_sample(copy: Path, column: int) -> None:
+    tar = copy / f"{BUCKET}.tar"
+    flip(tar, int(np.load(copy / f"{BUCKET}.index.npy")[2, column]) + 140 * (1 - column))
+    found = faults(copy)
+    assert len(found) == 2
+    assert f"{tar} has another sha256 than in the manifest" in found[0]
+    assert f"Sample 2 of {tar} is damaged (its checksum differs): copy the shard again or prepare" in found[1]
+
+
+@pytest.mark.parametrize("offset", [3, 60, -1])
+def test_a_flipped_bit_in_an_index_is_named(copy: Path, offset: int) -> None:
+    index = copy / f"{BUCKET}.index.npy"
+    flip(index, offset)
+    (fault,) = faults(copy)
+    assert f"{index} has another sha256" in fault
+
+
+def test_missing_files_are_named(copy: Path) -> None:
+    (copy / f"{BUCKET}.index.npy").unlink()
+    (copy / "train-video-2x3x2-00000-00000.tar").unlink()
+    first, second = faults(copy)
+    assert f"{BUCKET}.index.npy is missing" in first
+    assert "train-video-2x3x2-00000-00000.tar is missing" in second
+
+
+def test_the_lost_samples_of_a_truncated_tar_are_named(copy: Path) -> None:
+    tar = copy / f"{BUCKET}.tar"
+    tar.write_bytes(tar.read_bytes()[: latent_of(copy, BUCKET, 2) + 100])
+    size, broken, *samples = faults(copy)
+    assert "so it was truncated or changed" in size
+    assert "no readable tar" in broken
+    count = len(np.load(copy / f"{BUCKET}.index.npy"))
+    assert [f"Sample {number} of" in sample for number, sample in enumerate(samples, 2)] == [True] * (count - 2)
+
+
+def test_more_than_ten_lost_samples_are_counted(tmp_path: Path) -> None:
+    with ShardSetWriter(tmp_path) as writer:
+        for number in range(14):
+            writer.write("train", "image", np.full((1, 16, 2, 2), number), {"source": f"{number}"})
+        shards = writer.close()
+    Manifest(tmp_path, load_codec("pca").spec(), shards).save()
+    tar = tmp_path / shards[0].path
+    tar.write_bytes(tar.read_bytes()[:600])
+    found = faults(tmp_path)
+    assert sum("Sample" in fault for fault in found) == 10
+    assert f"{tar} has 4 more samples with faults" in found[-1]
+
+
+def test_a_replaced_shard_is_named(copy: Path) -> None:
+    """By an intact one with the same names, number of samples and size."""
+    entry = next(entry for entry in Manifest.load(copy).shards if entry.path == f"{BUCKET}.tar")
+    content = (copy / entry.path).read_bytes()
+    with ShardSetWriter(copy, part=0) as writer:
+        for number in range(entry.count):
+            writer.write("train", "video", np.full(entry.shape, number), {"source": "other"})
+        writer.close()
+    (copy / entry.path).write_bytes((copy / entry.path).read_bytes().ljust(len(content), b"\0")[: len(content)])
+    found = faults(copy)
+    assert len(found) == 2
+    assert f"{entry.path} has another sha256" in found[0]
+    assert f"{entry.index} has another sha256" in found[1]
+
+
+def test_an_added_member_is_named(copy: Path) -> None:
+    tar = copy / f"{BUCKET}.tar"
+    with tarfile.open(tar, "a") as file:
+        file.addfile(tarfile.TarInfo("evil.py"), io.BytesIO())
+    said = "\n".join(faults(copy))
+    assert "holds 'evil.py', which is no part of a shard of latents" in said
+
+
+def test_faults_are_found_though_the_manifest_agrees_with_the_files(copy: Path) -> None:
+    """Shards that were renamed, or have another index, with a manifest written for them."""
+    manifest = Manifest.load(copy)
+    entry = next(entry for entry in manifest.shards if entry.path == f"{BUCKET}.tar")
+    for path in (entry.path, entry.index):
+        (copy / path).rename(copy / path.replace("-00000.", "-00007."))
+    renamed = copy / f"{BUCKET[:-1]}7.tar"
+    replace(manifest, shards=(described(renamed, entry.split, entry.kind, entry.shape, entry.count),)).save()
+    assert f"has the key '{BUCKET}-000000' instead of '{renamed.stem}-000000'" in faults(copy)[0]
+
+    renamed.rename(copy / entry.path)
+    index = np.load(copy / f"{renamed.stem}.index.npy")
+    index[[0, 1]] = index[[1, 0]]
+    np.save(index_path(copy / entry.path), index)
+    replace(manifest, shards=(described(copy / entry.path, entry.split, entry.kind, entry.shape, entry.count),)).save()
+    assert f"Sample 0 of {copy / entry.path} has the key '{BUCKET}-000001'" in faults(copy)[0]
+
+    index[[0, 1]] = index[[1, 0]]
+    np.save(index_path(copy / entry.path), index[:-1])
+    replace(
+        manifest, shards=(described(copy / entry.path, entry.split, entry.kind, entry.shape, entry.count - 1),)
+    ).save()
+    assert f"{entry.path} holds other samples than {copy / entry.index} lists" in faults(copy)[0]
+
+
+def test_files_in_no_manifest_are_listed(whole: Manifest, copy: Path) -> None:
+    others = {"shards": [{"path": "old.tar", "index": "old.index.npy"}]}
+    (copy / "manifest-0123456789abcdef.json").write_text(json.dumps(others))
+    for name in ("old.tar", "old.index.npy", "notes.txt", "manifest-mine.json", "train-video-2x2x3-00009-00000.tar"):
+        (copy / name).touch()
+    assert unlisted_files(Manifest.load(copy)) == [
+        "manifest-mine.json",
+        "notes.txt",
+        "train-video-2x2x3-00009-00000.tar",
+    ]
+    (copy / "preparation" / "part-00000.json").unlink()  # unfinished
+    (copy / "train-video-2x2x3-00000-00009.tar.partial").touch()
+    assert "train-video-2x2x3-00000-00009.tar.partial" not in unlisted_files(Manifest.load(copy))
