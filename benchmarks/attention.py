@@ -1,7 +1,7 @@
-"""`python -m benchmarks.attention`: sliced frame-causal attention against one call with a dense mask.
+"""`python -m benchmarks.attention`: the time of frame-causal attention, relative to one call with a dense mask.
 
-Forward and backward over the doubled (clean and noisy) sequence of one clip with the heads of the B model. The result
-is the ratio of the medians; it depends on how much of the work the mask forbids.
+Forward and backward passes over the concatenated clean and noisy frames of one clip, with the heads of GPDiT-B. The
+result is the ratio of the median times; it grows with the share of query-key pairs that the mask excludes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ HEADS, HEAD_WIDTH, TOKENS = 12, 64, 240
 
 
 def dense_mask(variant: AttentionVariant, frames: int) -> Tensor:
-    """Which tokens (rows) attend to which (columns) in [clean 0 .. F-2; noisy 0 .. F-1]."""
+    """The attention mask over the tokens of [clean 0 .. F-2; noisy 0 .. F-1]: queries by keys, True where allowed."""
     clean = frames - 1
     allowed = torch.zeros(clean + frames, clean + frames, dtype=torch.bool)
     for i in range(clean):
@@ -34,7 +34,7 @@ def dense_mask(variant: AttentionVariant, frames: int) -> Tensor:
 
 
 def median_seconds(run: Callable[[], Tensor], inputs: list[Tensor], repeats: int) -> float:
-    """Median time of a forward and backward pass."""
+    """The median time of a forward and a backward pass."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -42,11 +42,11 @@ def median_seconds(run: Callable[[], Tensor], inputs: list[Tensor], repeats: int
         if inputs[0].is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])  # the first one warms up
+    return statistics.median(times[1:])  # the first run is a warm-up
 
 
-def seconds_of(variant: AttentionVariant, frames: int, device: str, repeats: int) -> tuple[float, float]:
-    """Seconds of the sliced and of the dense computation, which are checked to agree."""
+def time_both(variant: AttentionVariant, frames: int, device: str, repeats: int) -> tuple[float, float]:
+    """Seconds of the sliced computation and of the one with a dense mask."""
     clean, noisy = (frames - 1) * TOKENS, frames * TOKENS
     shape = (1, clean + noisy, HEADS, HEAD_WIDTH)
     inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in range(3)]
@@ -76,8 +76,8 @@ def seconds_of(variant: AttentionVariant, frames: int, device: str, repeats: int
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="timed repetitions of each computation")
-    parser.add_argument("--frames", type=int, nargs="+", default=[5, 12], help="latent frames of the clip")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each computation")
+    parser.add_argument("--frames", type=int, nargs="+", default=[5, 12], help="numbers of latent frames of the clip")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(
@@ -87,8 +87,8 @@ def main() -> None:
     print(f"{'variant':<9}{'frames':>7}{'sliced s':>10}{'dense s':>10}{'dense/sliced':>14}")
     for frames in options.frames:
         for variant in ("of2", "of"):
-            ours, theirs = seconds_of(variant, frames, device, options.repeats)
-            print(f"{variant:<9}{frames:>7}{ours:>10.3f}{theirs:>10.3f}{theirs / ours:>14.2f}")
+            sliced, dense = time_both(variant, frames, device, options.repeats)
+            print(f"{variant:<9}{frames:>7}{sliced:>10.3f}{dense:>10.3f}{dense / sliced:>14.2f}")
 
 
 if __name__ == "__main__":

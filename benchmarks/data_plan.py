@@ -1,10 +1,10 @@
-"""`python -m benchmarks.data_plan`: how soon a plan over 200 million images starts, and how well its windows shuffle.
+"""`python -m benchmarks.data_plan`: the start-up time of a plan over 200 million images, and its shuffle quality.
 
-The images are a manifest over sparse files: nothing of them is read. Each step is started at in a process of its own;
-its memory is the most that it held less what it had after its imports (from /proc, so on Linux only).
+The manifest describes sparse files, which are never read. The start at each step is measured in a separate process. Its
+memory is the peak minus what the process held after its imports (from /proc, so on Linux only).
 
-The shuffle is judged by micro-batches spread evenly over an epoch of clips, ten of them from each recording, which lie
-side by side in their shard as `prepare` writes them.
+The shuffle is measured on micro-batches spaced evenly over an epoch of clips. Ten clips come from each recording and
+are adjacent in their shard, as `prepare` writes them.
 """
 
 import argparse
@@ -30,12 +30,12 @@ BATCH, MAX_RANKS = 960, 64  # the paper's first stage
 STEPS = (0, 10_000_000)
 
 CLIP_GIB = 5 * 16 * 24 * 40 * 2 / 2**30  # latents of 17 frames of 192x320
-CLIPS_OF_A_RECORDING = 10
-JUDGED_BATCH, JUDGED_BATCHES = 256, 500
+CLIPS_PER_RECORDING = 10
+SAMPLED_BATCH_SIZE, SAMPLED_BATCHES = 256, 500
 
 
 def write_manifest(folder: Path, shards: int, samples: int) -> None:
-    """A manifest of images of three shapes, and its files, which are as large as they should be and empty."""
+    """Write a manifest of images of three shapes, and sparse files of the right sizes."""
     entries = []
     for number in range(shards):
         shape = SHAPES[number % len(SHAPES)]
@@ -49,13 +49,13 @@ def write_manifest(folder: Path, shards: int, samples: int) -> None:
 
 
 def memory(name: str) -> float:
-    """MiB that this process holds (VmRSS) or has held at most (VmHWM)."""
+    """MiB that this process holds now (VmRSS) or at its peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
 def measure(folder: str, step: int) -> dict[str, float]:
-    """What it takes from a manifest to the first micro-batch of a step, and then for each of a thousand more."""
+    """The time from the manifest to the first micro-batch of a step, then for each of the next thousand; the memory."""
     before, start = memory("VmRSS"), time.perf_counter()
     data = LatentDataModule(images=SourceConfig([folder], batch_size=BATCH), max_ranks=MAX_RANKS)
     loaded = time.perf_counter()
@@ -75,31 +75,42 @@ def measure(folder: str, step: int) -> dict[str, float]:
     }
 
 
-def measured(folder: Path, step: int) -> dict[str, float]:
-    """The same in a fresh process, with its seconds from its start to its end."""
+def measure_in_new_process(folder: Path, step: int) -> dict[str, float]:
+    """`measure` in a new process, and the time from the start of the process to its end."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.data_plan", "--measure", str(folder), str(step)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output) | {"process_seconds": time.perf_counter() - start}
 
 
-def quality(shards: int, samples: int, window: int) -> dict[str, float]:
-    """How well micro-batches are mixed: means over micro-batches that are spread over an epoch."""
+def shuffle_quality(shards: int, samples: int, shuffle_window: int) -> dict[str, float]:
+    """How well micro-batches are mixed, as means over micro-batches of an epoch.
+
+    Args:
+        shards: of the data set.
+        samples: clips per shard.
+        shuffle_window: samples that are shuffled together.
+
+    Returns:
+        `gibibytes` of a window, different `shards` in a micro-batch, and the fractions of its pairs of clips that come
+        from the `same_shard` and from the `same_recording`.
+    """
     bucket = PlannedBucket((samples,) * shards, (5,), 24, 40)
-    plan = Plan((PlannedSource("videos", (bucket,), JUDGED_BATCH, shuffle_window=window),))
-    windows = BucketOrder(plan.seed, 0, bucket.counts, (JUDGED_BATCH,), window).windows_from(0)
-    batches = shards * samples // JUDGED_BATCH
-    found = [plan.micro_batch(n).samples for n in range(0, batches, max(1, batches // JUDGED_BATCHES))]
+    plan = Plan((PlannedSource("videos", (bucket,), SAMPLED_BATCH_SIZE, shuffle_window=shuffle_window),))
+    windows = BucketOrder(plan.seed, 0, bucket.counts, (SAMPLED_BATCH_SIZE,), shuffle_window).windows_from(0)
+    batches = shards * samples // SAMPLED_BATCH_SIZE
+    sampled = [plan.micro_batch(n).samples for n in range(0, batches, max(1, batches // SAMPLED_BATCHES))]
+    window_shards = np.mean([len(window) for _, window in islice(windows, 10)])
     return {
-        "gibibytes": float(np.mean([len(of_window) for _, of_window in islice(windows, 10)])) * samples * CLIP_GIB,
-        "shards": float(np.mean([len(np.unique(batch // samples)) for batch in found])),
-        "same_shard": float(np.mean([alike(batch // samples) for batch in found])),
-        "same_recording": float(np.mean([alike(batch // CLIPS_OF_A_RECORDING) for batch in found])),
+        "gibibytes": float(window_shards) * samples * CLIP_GIB,
+        "shards": float(np.mean([len(np.unique(batch // samples)) for batch in sampled])),
+        "same_shard": float(np.mean([fraction_of_equal_pairs(batch // samples) for batch in sampled])),
+        "same_recording": float(np.mean([fraction_of_equal_pairs(batch // CLIPS_PER_RECORDING) for batch in sampled])),
     }
 
 
-def alike(values: np.ndarray) -> float:
-    """The fraction of pairs that have one value."""
+def fraction_of_equal_pairs(values: np.ndarray) -> float:
+    """The fraction of all pairs whose two values are equal."""
     _, counts = np.unique(values, return_counts=True)
     return float((counts * (counts - 1)).sum() / (len(values) * (len(values) - 1)))
 
@@ -107,10 +118,10 @@ def alike(values: np.ndarray) -> float:
 def main(arguments: list[str] | None = None) -> None:
     """Print the two tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shards", type=int, default=20_000, help="of the images")
-    parser.add_argument("--samples", type=int, default=10_000, help="of each of them")
-    parser.add_argument("--clip_shards", type=int, default=2_000, help="of the clips that are judged")
-    parser.add_argument("--clip_samples", type=int, default=1_000, help="of each of them")
+    parser.add_argument("--shards", type=int, default=20_000, help="shards of images")
+    parser.add_argument("--samples", type=int, default=10_000, help="images per shard")
+    parser.add_argument("--clip_shards", type=int, default=2_000, help="shards of clips, for the shuffle quality")
+    parser.add_argument("--clip_samples", type=int, default=1_000, help="clips per shard")
     parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "STEP"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
@@ -118,19 +129,19 @@ def main(arguments: list[str] | None = None) -> None:
         return
 
     print(f"{options.shards * options.samples:,} images in {options.shards:,} shards of {len(SHAPES)} shapes")
-    heads = ["manifest, s", "first, ms", "ahead, ms", "each, us", "MiB", "process, s"]
+    heads = ["manifest, s", "first, ms", "ahead, ms", "next, us", "MiB", "process, s"]
     print(" " * 14 + "".join(head.rjust(13) for head in heads))
     with tempfile.TemporaryDirectory() as folder:
         write_manifest(Path(folder), options.shards, options.samples)
         for step in STEPS:
-            figures = measured(Path(folder), step)
+            figures = measure_in_new_process(Path(folder), step)
             names = ("manifest_seconds", "first_milliseconds", "ahead_milliseconds", "microseconds", "mebibytes")
             row = "".join(f"{figures[name]:>13.1f}" for name in (*names, "process_seconds"))
             print(f"step {step:<9}{row}")
 
     shards, samples = options.clip_shards, options.clip_samples
-    print(f"\n{shards * samples:,} clips in {shards:,} shards, {JUDGED_BATCH} in a batch")
-    heads = ["GiB at a time", "shards of a batch", "pairs of one shard", "of one recording"]
+    print(f"\n{shards * samples:,} clips in {shards:,} shards, {SAMPLED_BATCH_SIZE} per batch")
+    heads = ["GiB per window", "shards per batch", "pairs, same shard", "same recording"]
     print("window".ljust(18) + "".join(head.rjust(20) for head in heads))
     for name, window in (
         ("one shard", samples),
@@ -138,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("65,536 samples", 65_536),
         ("all", shards * samples),
     ):
-        figures = quality(shards, samples, window)
+        figures = shuffle_quality(shards, samples, window)
         print(
             f"{name:<18}{figures['gibibytes']:>20.1f}{figures['shards']:>20.1f}"
             f"{figures['same_shard']:>20.2e}{figures['same_recording']:>20.2e}"

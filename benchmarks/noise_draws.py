@@ -1,7 +1,7 @@
-"""`python -m benchmarks.noise_draws`: training on K noisy copies of a clip that share one clean stream.
+"""`python -m benchmarks.noise_draws`: the cost of training with K noisy copies of each clip (`data.noise_draws`).
 
-Forward and backward of the backbone, all clips with context. The results are seconds and FLOPs per supervised frame,
-relative to those at K = 1: the clean stream is computed once, whatever the number of copies.
+Forward and backward passes of the backbone; all clips have context. Times and FLOPs are per supervised frame, relative
+to K = 1: the clean stream is computed once per clip, for any number of copies.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from gpdit_lightning.model.config import AttentionVariant
 DRAWS = (1, 2, 4)
 
 
-def seconds_of_a_pass(model: GPDiT, clips: int, frames: int, height: int, width: int, draws: int) -> float:
-    """Forward and backward once; bf16 on a GPU."""
+def seconds_of_pass(model: GPDiT, clips: int, frames: int, height: int, width: int, draws: int) -> float:
+    """The time of one forward and backward pass; under bf16 autocast on a GPU."""
     device = model.output.weight.device
     noisy, velocity = torch.randn(2, draws * clips, frames, model.config.latent_channels, height, width, device=device)
     theta = torch.rand(draws * clips, frames, device=device) * math.pi / 2
@@ -38,28 +38,28 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="B", help="backbone: tiny, B or H")
-    parser.add_argument("--layers", type=int, default=0, help="blocks of the backbone; 0 takes the size's")
+    parser.add_argument("--layers", type=int, default=0, help="blocks of the backbone; 0: as many as its size has")
     parser.add_argument("--clips", type=int, default=1, help="clips in a batch, before they are copied")
-    parser.add_argument("--frames", type=int, default=5, help="latent frames of a clip")
-    parser.add_argument("--height", type=int, default=24, help="side of a latent frame, in latent pixels")
-    parser.add_argument("--width", type=int, default=40, help="side of a latent frame, in latent pixels")
-    parser.add_argument("--repeats", type=int, default=5, help="timed repetitions of each computation")
+    parser.add_argument("--frames", type=int, default=5, help="latent frames per clip")
+    parser.add_argument("--height", type=int, default=24, help="height of a latent frame, in latent pixels")
+    parser.add_argument("--width", type=int, default=40, help="width of a latent frame, in latent pixels")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each computation")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (options.clips, options.frames, options.height, options.width)
     print(f"{device}, {torch.get_num_threads()} threads, {options.size}, (clips, frames, height, width) = {shape}")
-    print(f"{'variant':<9}{'K':>3}{'seconds':>10}{'relative seconds':>18}{'relative FLOPs':>16}")
+    print(f"{'variant':<9}{'K':>3}{'seconds':>10}{'relative time':>18}{'relative FLOPs':>16}")
     variants: tuple[AttentionVariant, ...] = ("of2", "of")
     for variant in variants:
         with torch.device(device):
             model = GPDiT(GPDiTConfig.preset(options.size, attention=variant, layers=options.layers))
-        # Interleaved, so that other load on the machine affects all alike; the first round warms up.
-        rounds = [[seconds_of_a_pass(model, *shape, draws) for draws in DRAWS] for _ in range(options.repeats + 1)]
+        # Alternating, so that other load on the machine affects all alike; the first round is a warm-up.
+        rounds = [[seconds_of_pass(model, *shape, draws) for draws in DRAWS] for _ in range(options.repeats + 1)]
         seconds = [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
         flops = [sum(training_flops(model.config, PassShape(options.clips, *shape, draws)).values()) for draws in DRAWS]
         for draws, time_taken, work in zip(DRAWS, seconds, flops, strict=True):
-            relative = time_taken / draws / seconds[0], work / draws / flops[0]
-            print(f"{variant:<9}{draws:>3}{time_taken:>10.3f}{relative[0]:>18.3f}{relative[1]:>16.3f}")
+            relative_time, relative_flops = time_taken / draws / seconds[0], work / draws / flops[0]
+            print(f"{variant:<9}{draws:>3}{time_taken:>10.3f}{relative_time:>18.3f}{relative_flops:>16.3f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.samplers`: how close samplers come to the limit of many steps, with a trained model.
+"""`python -m benchmarks.samplers`: the error of each sampler by its number of steps, on a trained model.
 
-The third latent frame of held-out clips, given two, from the same noise for all: the root mean square distance to the
-result of 600 steps of `adams`. By default with the model of the demo: run `python -m gpdit_lightning demo` first.
+For held-out clips, the third latent frame is generated after two given ones, always from the same noise. The error is
+the root mean square distance from the result of 600 steps of `adams`. The default model is that of the demo: run
+`python -m gpdit_lightning demo` first.
 """
 
 import argparse
@@ -17,12 +18,12 @@ from gpdit_lightning.diffusion import SAMPLERS, Sampler, make_sampler
 from gpdit_lightning.generation import GenerationConfig, rollout
 
 STEPS = (4, 6, 8, 12, 16, 25, 50)
-LIMIT = 600
-CONTEXT_FRAMES = 2
+REFERENCE_STEPS = 600
+CONTEXT_FRAMES = 2  # latent frames
 
 
 def held_out(folder: str, clips: int, mean: Tensor, std: Tensor) -> Tensor:
-    """The first latent frames of held-out clips, whitened: (B, 2, C, h, w)."""
+    """The first two latent frames of held-out clips, whitened: (B, 2, C, h, w)."""
     manifest = Manifest.load(folder)
     entry = next(e for e in manifest.of_split("validation") if e.kind == "video" and e.shape[0] >= CONTEXT_FRAMES)
     bucket = Bucket([(manifest, entry)], [CONTEXT_FRAMES])
@@ -33,7 +34,9 @@ def held_out(folder: str, clips: int, mean: Tensor, std: Tensor) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.samplers", description=__doc__)
-    parser.add_argument("--checkpoint", default="runs/demo/stage3_long_video", help="a run of any stage with videos")
+    parser.add_argument(
+        "--checkpoint", default="runs/demo/stage3_long_video", help="a model that was trained on videos"
+    )
     parser.add_argument("--data", default="runs/demo/latents/video", help="shards with held-out videos")
     parser.add_argument("--clips", type=int, default=16, help="number of held-out clips")
     options = parser.parse_args(arguments)
@@ -45,14 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def generated(sampler: Sampler) -> Tensor:
         return next(rollout(trained.backbone, context, 1, GenerationConfig(sampler)))
 
-    limit = generated(make_sampler("adams", LIMIT, schedule))
-    print(f"{len(context)} clips; root mean square of the limit {limit.square().mean().sqrt():.2f}\n")
+    reference = generated(make_sampler("adams", REFERENCE_STEPS, schedule))
+    print(f"{len(context)} clips; root mean square of the reference {reference.square().mean().sqrt():.2f}\n")
     print("| steps | " + " | ".join(str(steps) for steps in STEPS) + " |")
     print("|---" * (1 + len(STEPS)) + "|")
     for name in SAMPLERS:
         if name == "stochastic":
-            continue  # its fresh noise leads to another frame
-        distances = [(generated(make_sampler(name, steps, schedule)) - limit).square().mean().sqrt() for steps in STEPS]
+            continue  # it draws further noise, so its results do not converge to the reference
+        distances = [
+            (generated(make_sampler(name, steps, schedule)) - reference).square().mean().sqrt() for steps in STEPS
+        ]
         print(f"| `{name}` | " + " | ".join(f"{distance:.3f}" for distance in distances) + " |")
 
 
