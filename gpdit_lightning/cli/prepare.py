@@ -4,13 +4,7 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation import prepare, summary
 
-# The stage that trains on shards of these kinds, as a shipped recipe.
-RECIPES = {
-    ("image",): "gpdit:stage1_image_warmup",
-    ("image", "video"): "gpdit:stage2_mixed",
-    ("video",): "gpdit:stage3_long_video",
-}
-SOURCES = {"image": "images", "video": "videos"}
+CLIP_FRAMES = 5  # latent frames of a clip that the recipes below read
 
 
 def run(options: PrepareOptions) -> None:
@@ -27,8 +21,18 @@ def run(options: PrepareOptions) -> None:
 
 
 def next_command(manifest: Manifest) -> str:
-    """The command that trains on the shards."""
-    kinds = tuple(sorted({shard.kind for shard in manifest.shards}))
-    sources = " ".join(f"--data.{SOURCES[kind]}.manifests \"['{manifest.directory}']\"" for kind in kinds)
-    size = " --config gpdit:size/tiny" if manifest.codec.name == "pca" else ""
-    return f"python -m gpdit_lightning fit --config {RECIPES[kinds]}{size} {sources}"
+    """A command that trains on the shards, from random weights."""
+    kinds = {shard.kind for shard in manifest.shards}
+    if kinds == {"image"}:
+        words = ["--config gpdit:stage1_image_warmup"]
+    elif kinds == {"video"}:
+        words = ["--config gpdit:ucf101_b", f"--run_dir runs/{manifest.directory.absolute().name}"]
+    else:
+        words = ["--config gpdit:stage2_mixed", "--model.init_args.initial_weights ''"]
+    if manifest.codec.name == "pca":  # on a laptop
+        words.insert(1, "--config gpdit:size/tiny")
+    words += [f"--data.{kind}s.manifests \"['{manifest.directory}']\"" for kind in sorted(kinds)]
+    shortest = min((shard.shape[0] for shard in manifest.shards if shard.kind == "video"), default=CLIP_FRAMES)
+    if shortest < CLIP_FRAMES:
+        words.append(f"--data.videos.frames {shortest}")
+    return f"python -m gpdit_lightning fit {' '.join(words)}"

@@ -2,15 +2,18 @@
 
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gpdit_lightning.cli import main
 from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.media.video import write_video
 
 SCRIPTS = Path(__file__).parents[2] / "data_prep"
 
@@ -44,6 +47,29 @@ def test_prepare_prints_a_table_and_the_next_command(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "made differently (shard_size was 1000 and is 3)" in error
+
+
+@pytest.mark.parametrize("with_images", [False, True])
+def test_the_next_command_trains_on_videos(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    with_images: bool,
+) -> None:
+    for number in range(20):
+        pixels = np.random.default_rng(number).integers(0, 255, (10, 3, 16, 16), dtype=np.uint8)
+        write_video(tmp_path / "videos" / f"{number}.mp4", torch.from_numpy(pixels), fps=24)
+    monkeypatch.chdir(tmp_path)
+    words = ["--videos", "videos", "--stride", "1", "--clip_frames", "5", "--validation_fraction", "0.4"]
+    words += ["--images", "images"] if with_images else []
+    sizes = ["--video_sizes", "16x16", "--image_sizes", "16x16"]
+    assert main(["prepare", *words, *sizes, "--codec", "pca", "--workers", "0", "--out", "mine"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
+    python, module, package, *words = shlex.split(command)
+    assert [python, module, package] == ["python", "-m", "gpdit_lightning"]
+    small = ["--trainer.max_steps", "1", "--data.videos.batch_size", "2", "--preview.every_steps", "0"]
+    assert main([*words, *small]) == 0
 
 
 def test_prepare_pairs_prints_a_table_and_the_next_command(
