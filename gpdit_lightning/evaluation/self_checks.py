@@ -1,4 +1,4 @@
-"""Whether a distance deserves trust: zero for the truth against itself, growing as the truth is spoilt."""
+"""Checks of a distance on the ground truth alone: zero from itself, rising as the ground truth is corrupted."""
 
 import hashlib
 import math
@@ -15,20 +15,20 @@ NOISE_LEVELS = (8.0, 16.0, 32.0)
 BLUR_LEVELS = (1.0, 2.0, 4.0)
 """Standard deviations of a Gaussian blur, in pixels."""
 ZERO_TOLERANCE = 1e-6
-"""How far the truth may be from itself, relative to the distance of its halves."""
+"""Largest distance from the ground truth to itself, relative to the distance between its halves."""
 
-Ladder = tuple[tuple[float, float], ...]  # (level, distance) pairs
+LevelDistances = tuple[tuple[float, float], ...]  # (level, distance) pairs
 
 
 def add_noise(videos: Tensor, level: float, seeds: Sequence[int]) -> Tensor:
-    """Videos with Gaussian noise, rounded and kept within 8 bits.
+    """Add Gaussian noise, then round and clamp to 8 bits.
 
-    The noise of a video depends on its seed alone, and grows with the level in strength only.
+    The noise of a video depends on its seed alone; the level scales it.
 
     Args:
         videos: uint8 (B, T, 3, H, W).
         level: standard deviation, in 8-bit levels.
-        seeds: of each video.
+        seeds: one for each video.
 
     Returns:
         uint8 (B, T, 3, H, W).
@@ -36,12 +36,12 @@ def add_noise(videos: Tensor, level: float, seeds: Sequence[int]) -> Tensor:
     results = []
     for video, seed in zip(videos, seeds, strict=True):
         noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(seed)).to(video.device)
-        results.append(_rounded(video + level * noise))
+        results.append(_to_uint8(video + level * noise))
     return torch.stack(results)
 
 
 def gaussian_blur(videos: Tensor, sigma: float) -> Tensor:
-    """Videos whose frames are blurred by a Gaussian, the pixels at the edges repeated beyond them.
+    """Blur each frame by a Gaussian; beyond the edges the outermost pixels are repeated.
 
     Args:
         videos: uint8 (B, T, 3, H, W).
@@ -50,73 +50,77 @@ def gaussian_blur(videos: Tensor, sigma: float) -> Tensor:
     Returns:
         uint8 (B, T, 3, H, W).
     """
-    reach = math.ceil(4 * sigma)
-    places = torch.arange(-reach, reach + 1, device=videos.device)
-    weights = torch.exp(-(places**2) / (2 * sigma**2))
+    radius = math.ceil(4 * sigma)
+    offsets = torch.arange(-radius, radius + 1, device=videos.device)
+    weights = torch.exp(-(offsets**2) / (2 * sigma**2))
     weights /= weights.sum()
     results = []
-    for video in videos:  # one at a time, so that its result is the same in any company
-        planes = F.pad(video.flatten(0, 1)[:, None].float(), (reach, reach, reach, reach), mode="replicate")
-        across = F.conv2d(planes, weights.view(1, 1, 1, -1))
-        results.append(_rounded(F.conv2d(across, weights.view(1, 1, -1, 1)).view(video.shape)))
+    for video in videos:  # one at a time, so that the result is independent of batch composition to the last bit
+        planes = F.pad(video.flatten(0, 1)[:, None].float(), (radius,) * 4, mode="replicate")
+        rows = F.conv2d(planes, weights.view(1, 1, 1, -1))
+        results.append(_to_uint8(F.conv2d(rows, weights.view(1, 1, -1, 1)).view(video.shape)))
     return torch.stack(results)
 
 
-def _rounded(pixels: Tensor) -> Tensor:
+def _to_uint8(pixels: Tensor) -> Tensor:
     return pixels.round().clamp(0, 255).byte()
 
 
 def assign_halves(names: Sequence[str]) -> list[int]:
-    """To which half each video belongs, 0 or 1: by its name, so that it stays there when videos are added."""
+    """The half of each video, 0 or 1. It depends on the name alone, so that adding videos moves none."""
     return [hashlib.sha256(name.encode()).digest()[0] % 2 for name in names]
 
 
 @dataclass(frozen=True)
 class SelfChecks:
-    """What a distance says of truth alone."""
+    """Distances within the ground truth, and what is wrong with them."""
 
     itself: float
-    """From the truth to itself."""
+    """From the ground truth to itself."""
     halves: float
-    """From one half of the truth to the other: what the choice of videos makes."""
-    noise: Ladder
-    """(level, distance) from the truth to itself with noise."""
-    blur: Ladder
+    """From one half of the ground truth to the other: the effect of the choice of videos."""
+    noise: LevelDistances
+    """(level, distance) from the ground truth to the same videos with noise."""
+    blur: LevelDistances
     """Likewise with blur."""
     videos: int
-    """That were distorted."""
+    """Number of videos that were distorted."""
     failures: tuple[str, ...] = ()
-    """What is not as it ought to be, a sentence each."""
+    """One sentence for each failed check."""
 
     @property
-    def ladders(self) -> dict[str, Ladder]:
-        """By what spoils the truth."""
+    def by_distortion(self) -> dict[str, LevelDistances]:
+        """(level, distance) pairs by the kind of distortion."""
         return {"noise": self.noise, "blur": self.blur}
 
     @property
     def passed(self) -> bool:
-        """Whether all is well."""
+        """Whether no check failed."""
         return not self.failures
 
 
-def check_distances(itself: float, between_halves: float, noise: Ladder, blur: Ladder, videos: int) -> SelfChecks:
-    """The checks with their verdict.
+def check_distances(
+    itself: float, halves: float, noise: LevelDistances, blur: LevelDistances, videos: int
+) -> SelfChecks:
+    """Check that the ground truth is at no distance from itself and that distances rise with the distortion.
 
-    The truth must be no further from itself than `ZERO_TOLERANCE` of what its halves are from each other, and each
-    step of a ladder further away than the one before, the first further than the truth from itself.
+    The distance to itself must be at most `ZERO_TOLERANCE` of that between the halves. The distance at each level of a
+    distortion must exceed that at the level before, and at the first level the distance to itself.
 
     Args:
-        itself, between_halves: distances.
+        itself, halves: distances from the ground truth to itself, and between its halves.
         noise, blur: (level, distance) pairs, levels rising.
-        videos: that were distorted.
+        videos: number of videos that were distorted.
     """
     failures = []
-    if not itself <= ZERO_TOLERANCE * between_halves:
-        failures.append(f"truth is {itself:.3g} from itself where its halves are {between_halves:.3g} apart")
-    for kind, ladder in (("noise", noise), ("blur", blur)):
+    if not itself <= ZERO_TOLERANCE * halves:
+        failures.append(
+            f"the ground truth is {itself:.3g} from itself, while its halves are {halves:.3g} from each other"
+        )
+    for kind, distances in (("noise", noise), ("blur", blur)):
         failures += [
-            f"{kind} {level:g} is {distance:.6g} from the truth, no further than {kind} {before:g} at {nearer:.6g}"
-            for (before, nearer), (level, distance) in pairwise([(0.0, itself), *ladder])
+            f"{kind} {level:g} is {distance:.6g} from the ground truth, not farther than {kind} {before:g} ({nearer:.6g})"
+            for (before, nearer), (level, distance) in pairwise([(0.0, itself), *distances])
             if not distance > nearer
         ]
-    return SelfChecks(itself, between_halves, tuple(noise), tuple(blur), videos, tuple(failures))
+    return SelfChecks(itself, halves, tuple(noise), tuple(blur), videos, tuple(failures))
