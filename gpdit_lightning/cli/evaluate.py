@@ -17,16 +17,15 @@ from gpdit_lightning.cli.generating import generation_config, load_codec_of, tra
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.devices import available_device, rank_of_process
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.chunk_files import ChunkFiles, write_chunk
 from gpdit_lightning.evaluation.chunks import (
     GROUND_TRUTH,
     Chunk,
-    ChunkFiles,
     EvaluationSettings,
     MetricNetworks,
     evaluate_chunk,
     seed_variant,
     split_into_chunks,
-    write_chunk,
 )
 from gpdit_lightning.evaluation.networks import open_image_network, open_video_network
 from gpdit_lightning.evaluation.report import TABLES, Protocol, library_versions, plot_self_checks
@@ -103,7 +102,7 @@ def write_and_print_report(
     with suppress(BlockingIOError), held_by_one_process(out / LOCK):
         if not (out / TABLES).exists():  # the file that is written last
             chunks = ChunkFiles(list(chunk_files), made_by)
-            report = make_report(chunks, protocol, lost=set(selection.names) - set(chunks.names))
+            report = make_report(chunks, protocol, unreadable=set(selection.names) - set(chunks.names))
             if report.self_checks:
                 plot_self_checks(report, out / "self_checks.png")
             report.write(out)
@@ -149,11 +148,11 @@ def make_settings(
         size=trained_size(options.size, trained, options.checkpoint),
         seeds=tuple(options.seeds),
         generation=generation_config(options, trained, window=selected_window(options, trained)),
-        video_of_all=options.fvd_frames == "all",
+        fvd_includes_context=options.fvd_frames == "all",
         self_check_videos=options.self_check_videos,
     )
     if networks.video is not None:
-        networks.video.check_frames(settings.frames if settings.video_of_all else settings.generated_frames)
+        networks.video.check_frames(settings.frames if settings.fvd_includes_context else settings.generated_frames)
     return settings
 
 

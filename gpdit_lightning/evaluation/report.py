@@ -251,10 +251,10 @@ def _fingerprint(network: NetworkRecord) -> str:
 def _check_table(self_checks: Mapping[str, SelfChecks]) -> str:
     first = next(iter(self_checks.values()))
     headings = ["truth against", "videos distorted", "itself", "its other half"]
-    headings += [f"{kind} {level:g}" for kind, ladder in first.ladders.items() for level, _ in ladder]
+    headings += [f"{kind} {level:g}" for kind, distances in first.by_distortion.items() for level, _ in distances]
     rows = []
     for name, checks in self_checks.items():
-        distances = [distance for ladder in checks.ladders.values() for _, distance in ladder]
+        distances = [distance for levels in checks.by_distortion.values() for _, distance in levels]
         cells = [f"{value:.4g}" for value in (checks.itself, checks.halves, *distances)]
         rows.append([CHECKED_AS[name], f"{checks.videos:,}", *cells, "; ".join(checks.failures) or "passed"])
     return _table([*headings, "verdict"], rows)
@@ -268,8 +268,8 @@ def plot_self_checks(report: Report, path: Path) -> None:
     panels = figure.subplots(len(report.self_checks), 2, squeeze=False)
     units = {"noise": "noise, standard deviation in 8-bit levels", "blur": "blur, sigma in pixels"}
     for row, (name, checks) in zip(panels, report.self_checks.items(), strict=True):
-        for axes, (kind, ladder) in zip(row, checks.ladders.items(), strict=True):
-            axes.plot(*zip((0.0, checks.itself), *ladder, strict=True), "o-")
+        for axes, (kind, distances) in zip(row, checks.by_distortion.items(), strict=True):
+            axes.plot(*zip((0.0, checks.itself), *distances, strict=True), "o-")
             axes.axhline(checks.halves, color="grey", linestyle="--", label="two halves of the truth")
             axes.set(xlabel=units[kind], ylabel=HEADINGS[name].split()[0])
             axes.legend()

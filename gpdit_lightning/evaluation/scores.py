@@ -130,9 +130,7 @@ def num_distorted(files: ChunkFiles, quantity: str) -> int:
     return sum(map(len, files.values(NOISE[0], quantity)))
 
 
-def run_self_checks(
-    files: ChunkFiles, quantity: str, on_distance: Callable[[], object] = lambda: None
-) -> SelfChecks:
+def run_self_checks(files: ChunkFiles, quantity: str, on_distance: Callable[[], object] = lambda: None) -> SelfChecks:
     """Distances from the ground truth to itself and to its distorted variants; FID of all frames at once.
 
     Args:

@@ -119,7 +119,8 @@ def check_distances(
         )
     for kind, distances in (("noise", noise), ("blur", blur)):
         failures += [
-            f"{kind} {level:g} is {distance:.6g} from the ground truth, not farther than {kind} {before:g} ({nearer:.6g})"
+            f"{kind} {level:g} is {distance:.6g} from the ground truth, not farther than {kind} {before:g} "
+            f"({nearer:.6g})"
             for (before, nearer), (level, distance) in pairwise([(0.0, itself), *distances])
             if not distance > nearer
         ]

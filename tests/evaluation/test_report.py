@@ -133,7 +133,7 @@ def test_the_tables_carry_the_protocol(report: Report, tmp_path: Path) -> None:
         f"torch {library_versions()['torch']}",
         "On one H200, 2025-06-01.",
         "| truth against | videos distorted | itself | its other half | noise 8 | noise 16 | blur 1 | blur 2 |",
-        "| FVD | 20 | 0 | 30 | 1 | 20.5 | 2 | 1 | blur 2 is 1 from the truth, no further than blur 1 at 2 |",
+        "| FVD | 20 | 0 | 30 | 1 | 20.5 | 2 | 1 | blur 2 is 1 from the ground truth, not farther than blur 1 (2) |",
     ):
         assert said in text
 

@@ -8,7 +8,7 @@ import torch
 
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.chunks import ChunkFiles, write_chunk
+from gpdit_lightning.evaluation.chunk_files import ChunkFiles, write_chunk
 from gpdit_lightning.evaluation.report import Protocol, Report
 from gpdit_lightning.evaluation.scores import make_report
 
@@ -128,8 +128,8 @@ def test_self_checks_are_of_halves_and_of_distorted_truth(found: Found, tmp_path
 
         assert checks.itself == pytest.approx(0, abs=1e-8)
         assert checks.halves == pytest.approx(frechet(flat(truth[~second]), flat(truth[second])))
-        for kind, ladder in checks.ladders.items():
-            for level, distance in ladder:
+        for kind, distances in checks.by_distortion.items():
+            for level, distance in distances:
                 other = found[f"{kind} {level:g}/{what}"]
                 assert distance == pytest.approx(frechet(flat(truth[:CHECKED]), flat(other)))
         assert checks.passed
@@ -152,7 +152,7 @@ def test_scores_go_as_far_as_the_networks(found: Found, tmp_path: Path) -> None:
 
 def told(report: Report) -> list[str]:
     """What is warned of besides scores that all small sets are warned of."""
-    return [line for line in report.warnings if not line.startswith(("IS is of", "precision and recall of"))]
+    return [line for line in report.warnings if not line.startswith(("IS of ", "precision and recall of"))]
 
 
 def cut(found: Found, count: int) -> Found:
@@ -163,8 +163,8 @@ def test_a_failing_check_few_videos_and_lost_ones_are_told(found: Found, tmp_pat
     worse = found | {"blur 1/video": found["blur 4/video"] + 50}
     (warning,) = told(make_report(files_of(tmp_path / "worse", worse, 16), PROTOCOL))
     assert warning.startswith("FVD fails its self-checks: blur 2 is ")
-    (warning,) = told(make_report(files_of(tmp_path, found, 16), PROTOCOL, lost={"b.mp4", "a.mp4"}))
-    assert warning == "2 videos could not be read whole and are left out: a.mp4, b.mp4."
+    (warning,) = told(make_report(files_of(tmp_path, found, 16), PROTOCOL, unreadable={"b.mp4", "a.mp4"}))
+    assert warning == "2 videos could not be read completely and are left out: a.mp4, b.mp4."
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -179,11 +179,11 @@ def test_few_videos_have_what_scores_they_can(found: Found, tmp_path: Path, coun
     assert ("precision" in report.scores) == (count == 4)
     assert {"fid", "fvd", "is"} <= report.scores.keys()
     assert not report.self_checks
-    assert "IS is of" in " ".join(report.warnings)
-    assert ", and cannot exceed 1." in " ".join(report.warnings)
-    assert f"precision and recall of {count} videos say little" in " ".join(report.warnings)
+    assert "IS of " in " ".join(report.warnings)
+    assert "in splits of 1 cannot exceed 1." in " ".join(report.warnings)
+    assert f"precision and recall of {count} videos mean little" in " ".join(report.warnings)
     assert f"FVD is of {count} samples in 4 dimensions" in " ".join(report.warnings)
-    assert "the videos are too few for self-checks of FVD." in report.warnings
+    assert "there are too few videos for self-checks of FVD." in report.warnings
     assert f"FID is of {count} samples in 5 dimensions" in " ".join(report.warnings)
 
 
@@ -191,7 +191,7 @@ def test_few_videos_have_what_scores_they_can(found: Found, tmp_path: Path, coun
 def test_less_than_two_videos_are_refused(found: Found, tmp_path: Path, count: int) -> None:
     tensors = {key: torch.from_numpy(values) for key, values in cut(found, count).items()} if count else {}
     write_chunk(tmp_path / "few.safetensors", NAMES[:count], tensors, {})
-    with pytest.raises(InputError, match=f"{count} videos could be read, where scores need at least 2"):
+    with pytest.raises(InputError, match=f"{count} videos could be read, but scores need at least 2"):
         make_report(ChunkFiles([tmp_path / "few.safetensors"], {}), PROTOCOL)
 
 

@@ -99,7 +99,7 @@ def test_a_distance_that_sees_passes(videos: Tensor) -> None:
         videos=40,
     )
     assert checks.passed, checks.failures
-    assert [level for level, _ in checks.ladders["noise"]] == list(NOISE_LEVELS)
+    assert [level for level, _ in checks.by_distortion["noise"]] == list(NOISE_LEVELS)
 
 
 RISING = ((8.0, 1.0), (16.0, 2.0), (32.0, 3.0))
@@ -108,10 +108,15 @@ RISING = ((8.0, 1.0), (16.0, 2.0), (32.0, 3.0))
 @pytest.mark.parametrize(
     ("itself", "noise", "blur", "said"),
     [
-        (1.0, RISING, RISING, "truth is 1 from itself"),
-        (0.0, ((8.0, 2.0), (16.0, 1.0), (32.0, 3.0)), RISING, "noise 16 is 1 from the truth, no further than noise 8"),
-        (0.0, RISING, ((1.0, 1.0), (2.0, 1.0)), "blur 2 is 1 from the truth, no further than blur 1 at 1"),
-        (0.0, RISING, ((1.0, 0.0),), "blur 1 is 0 from the truth, no further than blur 0 at 0"),
+        (1.0, RISING, RISING, "the ground truth is 1 from itself"),
+        (
+            0.0,
+            ((8.0, 2.0), (16.0, 1.0), (32.0, 3.0)),
+            RISING,
+            "noise 16 is 1 from the ground truth, not farther than",
+        ),
+        (0.0, RISING, ((1.0, 1.0), (2.0, 1.0)), "blur 2 is 1 from the ground truth, not farther than blur 1 (1)"),
+        (0.0, RISING, ((1.0, 0.0),), "blur 1 is 0 from the ground truth, not farther than blur 0 (0)"),
         (0.0, ((8.0, math.nan),), RISING, "noise 8 is nan"),
     ],
 )

@@ -1,0 +1,58 @@
+"""The files of chunks: written and read back, refused when damaged or of other settings."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.chunk_files import ChunkFiles, write_chunk
+
+SETTINGS = {"guidance": {"context": 1.5}, "size": (32, 32)}
+
+
+def test_results_are_read_back_chunk_by_chunk(tmp_path: Path) -> None:
+    image, noise = torch.rand(5, 4, 2), torch.rand(3, 4, 2)
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    first = {"truth/image": image[:2], "noise 8/image": noise[:2]}
+    write_chunk(paths[0], ["a", "b"], first, SETTINGS)
+    write_chunk(paths[1], ["c", "d"], {"truth/image": image[2:4], "noise 8/image": noise[2:]}, SETTINGS)
+    write_chunk(paths[2], ["e"], {"truth/image": image[4:]}, SETTINGS)
+    files = ChunkFiles(paths, SETTINGS)
+    assert files.names == list("abcde")
+    assert [len(values) for values in files.values("truth", "image")] == [2, 2, 1]
+
+    def read(*key: str, **options: int | str) -> Tensor:
+        return torch.cat(list(files.values(*key, **options)))
+
+    assert torch.equal(read("truth", "image"), image)
+    assert torch.equal(read("truth", "image", position=3), image[:, 3])
+    assert torch.equal(read("truth", "image", limit_to="noise 8"), image[:3])
+    assert torch.equal(read("noise 8", "image", position=0), noise[:, 0])
+    assert not list(files.values("truth", "video"))
+    assert [files.has(*key) for key in (("truth", "image"), ("truth", "video"), ("noise 8", "image"))] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "without metadata"])
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "000016.safetensors"
+    write_chunk(path, ["a"], {"truth/video": torch.ones(1, 9)}, SETTINGS)
+    if damage == "without metadata":
+        save_file({"truth/video": torch.ones(1, 9)}, path)
+    else:
+        path.write_bytes({"truncated": path.read_bytes()[:-5], "garbage": b"\x10" * 99}[damage])
+    with pytest.raises(InputError, match=r"000016.safetensors is damaged .*: delete it and run the same command again"):
+        ChunkFiles([path], SETTINGS)
+
+
+def test_files_of_other_settings_are_refused_naming_the_first_difference(tmp_path: Path) -> None:
+    write_chunk(tmp_path / "0.safetensors", ["a"], {"truth/video": torch.ones(1, 9)}, SETTINGS)
+    for other, message in (
+        ({**SETTINGS, "guidance": {"context": 2.0}, "size": (8, 8)}, r"another guidance\.context \(1.5, not 2.0\)"),
+        ({**SETTINGS, "size": (64, 64)}, r"another size \(\[32, 32\], not \[64, 64\]\): give another --out"),
+        ({**SETTINGS, "stride": 3}, r"another stride \(None, not 3\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ChunkFiles([tmp_path / "0.safetensors"], other)
