@@ -91,8 +91,8 @@ def film(tmp_path: Path) -> Path:
     generator = torch.Generator().manual_seed(3)
     shots = []
     for length in (10, 7, 12, 3):
-        picture = torch.randint(0, 255, (3, 6, 8), generator=generator, dtype=torch.uint8)
-        large = picture.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        image = torch.randint(0, 255, (3, 6, 8), generator=generator, dtype=torch.uint8)
+        large = image.repeat_interleave(8, 1).repeat_interleave(8, 2)
         shots += [large] * length
     path = tmp_path / "film.mp4"
     write_video(path, torch.stack(shots), fps=24)

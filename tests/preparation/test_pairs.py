@@ -164,7 +164,7 @@ def test_an_error_names_what_cannot_be_paired(tmp_path: Path) -> None:
     write_images(targets, 1, size=(5, 4))
     with pytest.raises(InputError, match=r"a/p0\.png is 4x6 .*counterpart .*b/p0\.png is 4x5: give both one size"):
         pairs_from_folders(sources, targets, seed=0)
-    (targets / "p0.png").write_text("no picture")
+    (targets / "p0.png").write_text("not an image")
     with pytest.raises(InputError, match=r"b/p0\.png is no readable picture"):
         pairs_from_folders(sources, targets, seed=0)
     with pytest.raises(InputError, match=r"b/p0\.png is no readable picture"):

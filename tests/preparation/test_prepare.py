@@ -117,7 +117,7 @@ def test_the_rest_of_a_video_is_a_shorter_clip_if_it_is_long_enough(options: Pre
         prepare(replace(options, least_clip_frames=9, out=options.out.with_name("out4")))
 
 
-def test_whole_sources_are_held_out(options: PrepareOptions) -> None:
+def test_input_files_are_held_out_as_a_whole(options: PrepareOptions) -> None:
     manifest = prepared(replace(options, validation_fraction=0.4))
     splits = {split: {m["source"] for s, _, m in samples(manifest) if s == split} for split in ("train", "validation")}
     assert splits["train"]

@@ -22,8 +22,8 @@ def texture(seed: int, height: int, width: int) -> Tensor:
 
 def shot(seed: int, frames: int, speed: int = 1) -> Tensor:
     """A camera that moves `speed` pixels per frame over a texture: uint8 (frames, 3, HEIGHT, WIDTH)."""
-    picture = texture(seed, HEIGHT, WIDTH + speed * frames)
-    return torch.stack([picture[..., speed * frame :][..., :WIDTH] for frame in range(frames)])
+    image = texture(seed, HEIGHT, WIDTH + speed * frames)
+    return torch.stack([image[..., speed * frame :][..., :WIDTH] for frame in range(frames)])
 
 
 def cuts(frames: Tensor) -> list[int]:

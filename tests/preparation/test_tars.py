@@ -198,12 +198,12 @@ def test_images_that_cannot_be_decoded_are_named(tmp_path: Path) -> None:
     bomb[18:26] = (60_000).to_bytes(4, "little") * 2  # its header's width and height, 10 GB in memory
     path = write(
         tmp_path / "a.tar",
-        ("0.jpg", b"no picture"),
+        ("0.jpg", b"not an image"),
         ("1.jpg", b""),
         ("2.jpg", encoded(quality=100)[:-40]),
         ("3.bmp", bytes(bomb)),
         ("4.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n"),
-        ("5.txt", b"without a picture"),
+        ("5.txt", b"without an image"),
         ("6.jpg", encoded()),
     )
     found = read(path)

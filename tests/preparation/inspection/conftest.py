@@ -11,7 +11,7 @@ from tests.preparation.inspection.prepared import draw_tar, draw_video, prepared
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Videos, images and a tar of images, some of them broken or too short. Tests must not change it."""
     root = tmp_path_factory.mktemp("prepared")
     for number in range(6):
@@ -35,13 +35,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture
-def copy(whole: Manifest, tmp_path: Path) -> Path:
+def copy(intact: Manifest, tmp_path: Path) -> Path:
     """A copy of the shards, to be damaged."""
-    shutil.copytree(whole.directory, tmp_path / "copy")
+    shutil.copytree(intact.directory, tmp_path / "copy")
     return tmp_path / "copy"
 
 
 @pytest.fixture
-def videos(whole: Manifest) -> Path:
-    assert isinstance(whole.directory, Path)
-    return whole.directory.parent / "videos"
+def videos(intact: Manifest) -> Path:
+    assert isinstance(intact.directory, Path)
+    return intact.directory.parent / "videos"

@@ -23,11 +23,11 @@ def lines(manifest: Manifest, file: str | Path) -> dict[str, str]:
     return {topic: text for topic, _, text in split}
 
 
-def test_explain_a_training_video(whole: Manifest, videos: Path) -> None:
-    name = next(source.name for source in Records(whole.directory).files_of_part(0) if source.split == "train")
-    said = explain(whole, name)
-    assert said == explain(whole, str(videos / name))
-    said = lines(whole, "dog/v_0_c0.mp4")
+def test_explain_a_training_video(intact: Manifest, videos: Path) -> None:
+    name = next(source.name for source in Records(intact.directory).files_of_part(0) if source.split == "train")
+    said = explain(intact, name)
+    assert said == explain(intact, str(videos / name))
+    said = lines(intact, "dog/v_0_c0.mp4")
     size = (videos / "dog/v_0_c0.mp4").stat().st_size
     assert said["dog/v_0_c0.mp4"] == f"video of {size} bytes, in part 0"
     assert said["split"] == "train: the hash of dog/v_0_c0.mp4 is 0.2719, not below the fraction 0.2"
@@ -39,58 +39,58 @@ def test_explain_a_training_video(whole: Manifest, videos: Path) -> None:
     assert all(re.fullmatch(rf"{BUCKET}-\d{{6}} of {BUCKET}.tar", key) for key, _ in shown)
 
 
-def test_explain_a_held_out_file(whole: Manifest) -> None:
-    name = next(source.name for source in Records(whole.directory).files_of_part(0) if source.split == "validation")
-    said = lines(whole, name)
+def test_explain_a_held_out_file(intact: Manifest) -> None:
+    name = next(source.name for source in Records(intact.directory).files_of_part(0) if source.split == "validation")
+    said = lines(intact, name)
     assert re.fullmatch(r"validation: the hash of \S+ is 0\.[01]\d+, below the fraction 0.2", said["split"])
     assert any(key.startswith("validation-video") for key in said)
 
 
-def test_explain_a_skipped_file(whole: Manifest) -> None:
-    assert "broken.mp4 is no readable video" in lines(whole, "broken.mp4")["skipped"]
-    said = lines(whole, "short.mp4")
+def test_explain_a_skipped_file(intact: Manifest) -> None:
+    assert "broken.mp4 is no readable video" in lines(intact, "broken.mp4")["skipped"]
+    said = lines(intact, "short.mp4")
     assert "has 3 frames at stride 1 but a clip needs 5" in said["skipped"]
     assert said["samples"] == "0"
     assert said["frames"].startswith("3, 3 of them at stride 1: 0 in clips, 3 left over")
 
 
-def test_explain_takes_the_end_of_a_name_if_it_is_unique(whole: Manifest, videos: Path) -> None:
-    assert "dog/v_0_c0.mp4" in lines(whole, "v_0_c0.mp4")
-    assert "ball/same.mp4" in lines(whole, "ball/same.mp4")
-    assert "ball/same.mp4" in lines(whole, videos / "ball" / "same.mp4")
+def test_explain_takes_the_end_of_a_name_if_it_is_unique(intact: Manifest, videos: Path) -> None:
+    assert "dog/v_0_c0.mp4" in lines(intact, "v_0_c0.mp4")
+    assert "ball/same.mp4" in lines(intact, "ball/same.mp4")
+    assert "ball/same.mp4" in lines(intact, videos / "ball" / "same.mp4")
     with pytest.raises(InputError, match=r"same\.mp4 may mean ball/same\.mp4, dog/same\.mp4: give one of these names"):
-        explain(whole, "same.mp4")
+        explain(intact, "same.mp4")
 
 
-def test_explain_an_image_of_a_tar(whole: Manifest, videos: Path) -> None:
-    said = lines(whole, "00000.tar/0001")
+def test_explain_an_image_of_a_tar(intact: Manifest, videos: Path) -> None:
+    said = lines(intact, "00000.tar/0001")
     assert said["00000.tar/0001"].startswith("image in a tar of")
     assert said["split"] == "train: the hash of 00000.tar/0001 is 0.5942, not below the fraction 0.2"
     assert said["size"].startswith("20x28 pixels; distances in log aspect ratio: 16x16 0.336 (chosen)")
     assert said["samples"] == "1"
-    assert lines(whole, videos.parent / "tars" / "00000.tar" / "0001.png") == said
+    assert lines(intact, videos.parent / "tars" / "00000.tar" / "0001.png") == said
     for name in ("00000.tar/0002", "0002"):
-        assert "0002.png of" in lines(whole, name)["skipped"]
-    tar = lines(whole, "00000.tar")
+        assert "0002.png of" in lines(intact, name)["skipped"]
+    tar = lines(intact, "00000.tar")
     assert tar["samples"] == "3"
     assert "3 of 16x16 pixels for train" in tar
-    assert lines(whole, "00000.tar/0009")["samples"] == "0"
+    assert lines(intact, "00000.tar/0009")["samples"] == "0"
 
 
-def test_explain_a_file_that_is_not_in_the_data(whole: Manifest, tmp_path: Path) -> None:
-    assert "nothing.mp4 is not in the data, and no such file" in explain(whole, "nothing.mp4")
+def test_explain_a_file_that_is_not_in_the_data(intact: Manifest, tmp_path: Path) -> None:
+    assert "nothing.mp4 is not in the data, and no such file" in explain(intact, "nothing.mp4")
     (tmp_path / "notes.doc").touch()
-    assert "the extension '.doc' are not prepared" in explain(whole, str(tmp_path / "notes.doc"))
+    assert "the extension '.doc' are not prepared" in explain(intact, str(tmp_path / "notes.doc"))
     other = draw_video(tmp_path / "videos" / "cat" / "v_9.mp4", frames=8, height=48, width=32)
-    said = lines(whole, other)
+    said = lines(intact, other)
     assert f"{other} is not in the data; with the same options, it would be there as cat/v_9.mp4" in said
     assert said["size"].startswith("48x32 pixels; distances in log aspect ratio: 24x16 0.000 (chosen)")
     assert said["samples"] == "1"
     assert "latents 2x16x3x2, 5 frames from 0 on" in said
     draw_tar(tmp_path / "tars" / "more.tar")
-    assert lines(whole, tmp_path / "tars" / "more.tar")["samples"] == "3"
+    assert lines(intact, tmp_path / "tars" / "more.tar")["samples"] == "3"
     same = draw_video(tmp_path / "same.mp4", frames=4)  # another file than the recorded ones of that name
-    assert "has 4 frames" in lines(whole, same)["skipped"]
+    assert "has 4 frames" in lines(intact, same)["skipped"]
 
 
 def test_explain_a_moved_file(copy: Path, videos: Path, tmp_path: Path) -> None:

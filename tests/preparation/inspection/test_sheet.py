@@ -13,16 +13,16 @@ from gpdit_lightning.preparation.inspection import write_sheet
 from tests.preparation.inspection.prepared import BUCKET, flip, latent_of
 
 
-def test_a_sheet_keeps_the_aspect_ratio_of_images(whole: Manifest, tmp_path: Path) -> None:
-    codec, buckets = load_codec("pca"), sorted({(entry.kind, entry.shape, entry.split) for entry in whole.shards})
-    assert write_sheet(tmp_path / "sheet.png", whole, len(buckets), codec) == []
+def test_a_sheet_keeps_the_aspect_ratio_of_images(intact: Manifest, tmp_path: Path) -> None:
+    codec, buckets = load_codec("pca"), sorted({(entry.kind, entry.shape, entry.split) for entry in intact.shards})
+    assert write_sheet(tmp_path / "sheet.png", intact, len(buckets), codec) == []
     sheet = np.array(Image.open(tmp_path / "sheet.png")).astype(int)
     coloured = sheet.max(axis=2) - sheet.min(axis=2) > 20  # neither background nor text
     for row, (kind, (_, _, height, width), _) in enumerate(buckets):
         if kind == "image":
             columns = np.flatnonzero(coloured[24 + row * 132 :][:128].any(axis=0))
             assert abs(columns[-1] - columns[0] + 1 - 128 * width / height) < 3
-    write_sheet(tmp_path / "again.png", whole, len(buckets), codec)
+    write_sheet(tmp_path / "again.png", intact, len(buckets), codec)
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "sheet.png").read_bytes()
 
 

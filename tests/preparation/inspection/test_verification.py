@@ -21,10 +21,10 @@ def faults(folder: Path) -> list[str]:
     return list(verify(Manifest.load(folder, check_files=False), workers=1))
 
 
-def test_intact_shards_have_no_faults(whole: Manifest) -> None:
-    assert isinstance(whole.directory, Path)
-    assert faults(whole.directory) == []
-    assert unlisted_files(whole) == []
+def test_intact_shards_have_no_faults(intact: Manifest) -> None:
+    assert isinstance(intact.directory, Path)
+    assert faults(intact.directory) == []
+    assert unlisted_files(intact) == []
 
 
 @pytest.mark.parametrize("column", [0, 1])
@@ -124,7 +124,7 @@ def test_faults_are_found_though_the_manifest_agrees_with_the_files(copy: Path) 
     assert f"{entry.path} holds other samples than {copy / entry.index} lists" in faults(copy)[0]
 
 
-def test_files_in_no_manifest_are_listed(whole: Manifest, copy: Path) -> None:
+def test_files_in_no_manifest_are_listed(intact: Manifest, copy: Path) -> None:
     others = {"shards": [{"path": "old.tar", "index": "old.index.npy"}]}
     (copy / "manifest-0123456789abcdef.json").write_text(json.dumps(others))
     for name in ("old.tar", "old.index.npy", "notes.txt", "manifest-mine.json", "train-video-2x2x3-00009-00000.tar"):
