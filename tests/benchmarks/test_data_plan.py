@@ -1,4 +1,4 @@
-"""The benchmark of the plan as a script, on small data."""
+"""The benchmark of the data plan as a script, on small data."""
 
 import re
 
@@ -9,8 +9,8 @@ from benchmarks import data_plan
 
 def rows(printed: str) -> dict[str, list[float]]:
     """The numbers of each row of both tables."""
-    found = re.findall(r"^(.+?) {2,}([\d.e -]+)$", printed, flags=re.MULTILINE)
-    return {name.strip(): [float(number) for number in numbers.split()] for name, numbers in found}
+    lines = re.findall(r"^(.+?) {2,}([\d.e -]+)$", printed, flags=re.MULTILINE)
+    return {name.strip(): [float(number) for number in numbers.split()] for name, numbers in lines}
 
 
 @pytest.mark.skipif(not data_plan.Path("/proc/self/status").exists(), reason="reads its memory from /proc")
@@ -26,10 +26,10 @@ def test_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert table["65,536 samples"] == table["all"]
 
 
-def test_windows_mix_as_many_shards_as_they_have() -> None:
-    """Of k shards: a pair in k. Of n clips: 9 of the other n - 1 are of a clip's recording."""
-    assert data_plan.quality(64, 512, 512)["same_shard"] == 1
-    sixteen, whole = data_plan.quality(64, 512, 16 * 512), data_plan.quality(64, 512, 64 * 512)
+def test_a_batch_mixes_all_shards_of_its_window() -> None:
+    """With k shards, 1/k of the pairs share one. With n clips, 9 of the other n - 1 share a clip's recording."""
+    assert data_plan.shuffle_quality(64, 512, 512)["same_shard"] == 1
+    sixteen, whole = data_plan.shuffle_quality(64, 512, 16 * 512), data_plan.shuffle_quality(64, 512, 64 * 512)
     assert sixteen["same_shard"] == pytest.approx(1 / 16, rel=0.02)
     assert whole["same_shard"] == pytest.approx(1 / 64, rel=0.03)
     assert sixteen["same_recording"] == pytest.approx(9 / (16 * 512 - 1), rel=0.1)
