@@ -28,7 +28,8 @@ from gpdit_lightning.evaluation.chunks import (
     split_into_chunks,
 )
 from gpdit_lightning.evaluation.networks import open_image_network, open_video_network
-from gpdit_lightning.evaluation.report import TABLES, Protocol, library_versions, plot_self_checks
+from gpdit_lightning.evaluation.report import Protocol, library_versions
+from gpdit_lightning.evaluation.report_text import TABLES, plot_self_checks, write_report
 from gpdit_lightning.evaluation.scores import make_report
 from gpdit_lightning.evaluation.videos import Selection, find_videos, select_videos
 from gpdit_lightning.files import held_by_one_process
@@ -105,7 +106,7 @@ def write_and_print_report(
             report = make_report(chunks, protocol, unreadable=set(selection.names) - set(chunks.names))
             if report.self_checks:
                 plot_self_checks(report, out / "self_checks.png")
-            report.write(out)
+            write_report(report, out)
         scores, _, _ = (out / TABLES).read_text(encoding="utf-8").partition("\n## ")
         print(f"{scores}\nProtocol, self-checks and the paper's scores: {out / TABLES}")
 

@@ -1,4 +1,4 @@
-"""From what networks see in videos to scores; torchmetrics where it has them."""
+"""Scores of features, class probabilities and pixels; computed by torchmetrics where it has them."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,24 +14,24 @@ from torchmetrics.image.inception import InceptionScore
 from gpdit_lightning.errors import InputError
 
 MAX_PSNR = 100.0
-"""PSNR of two frames that are equal, so that means stay finite; one level in one value at 256x256 makes 101."""
+"""PSNR in dB of two equal frames, so that means stay finite; a single difference of one level at 256x256 is 101 dB."""
 SSIM_WINDOW = 11
 """Side in pixels of SSIM's Gaussian window, sigma 1.5 (Wang et al., 2004)."""
-MOST_DISTANCES = 2**24  # that are in memory at a time, 128 MiB
+MAX_DISTANCES = 2**24  # in memory at a time, 128 MiB
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, as over seeds; there is no deviation of one value."""
+    """Mean and sample standard deviation; None for the deviation of a single value."""
     return fmean(values), stdev(values) if len(values) > 1 else None
 
 
 def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
     """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1^1/2 S2 S1^1/2)^1/2).
 
-    Exact for singular covariances too: with S = F F^T, the last trace is the nuclear norm of F1^T F2. Other ways take
-    the roots of eigenvalues that are zero up to rounding, which makes 1e-16 a 1e-8, once for each missing dimension. Of
-    50 samples in 1024 dimensions, at a distance of 1771, `torchmetrics` 1.9 is wrong by 1.5e-4, the roots of
-    S1^1/2 S2 S1^1/2 by 7e-5, and this by 5e-13.
+    Exact for singular covariances too: with S = F F^T, the last trace is the nuclear norm of F1^T F2. Other methods
+    take square roots of eigenvalues that are zero up to rounding, so that 1e-16 becomes 1e-8 for each missing
+    dimension. For 50 samples in 1024 dimensions, at a distance of 1771, the error of `torchmetrics` 1.9 is 1.5e-4, that
+    of the roots of S1^1/2 S2 S1^1/2 is 7e-5, and that of this method 5e-13.
 
     Args:
         mean_1, mean_2: (d,).
@@ -44,31 +44,31 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
 
 
 class _Gaussian(NamedTuple):
-    """A mean (d,), and F (d, r) with F F^T = covariance, of rank r; float64."""
+    """A mean (d,), and a factor F (d, r) of the covariance F F^T of rank r; float64."""
 
     mean: Tensor
     factor: Tensor
 
     @classmethod
     def of(cls, mean: Tensor, covariance: Tensor) -> Self:
-        mean, covariance = mean.double(), covariance.double()
+        mean, covariance = _float64(mean), _float64(covariance)
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise InputError(
-                "features hold values that are not finite: check the weights and precision of the networks."
+                "The features contain values that are not finite: check the weights and precision of the networks."
             )
         values, vectors = torch.linalg.eigh(covariance)
-        seen = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-        return cls(mean, vectors[:, seen] * values[seen].sqrt())
+        nonzero = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        return cls(mean, vectors[:, nonzero] * values[nonzero].sqrt())
 
 
 def _distance(first: _Gaussian, second: _Gaussian) -> float:
-    shared = torch.linalg.matrix_norm(first.factor.T @ second.factor, "nuc")
+    overlap = torch.linalg.matrix_norm(first.factor.T @ second.factor, "nuc")
     traces = first.factor.square().sum() + second.factor.square().sum()
-    return max(0.0, ((first.mean - second.mean).square().sum() + traces - 2 * shared).item())
+    return max(0.0, ((first.mean - second.mean).square().sum() + traces - 2 * overlap).item())
 
 
-class _AsGiven(nn.Identity):
-    """Stands where torchmetrics has the network, since what comes in are its features."""
+class _PrecomputedFeatures(nn.Identity):
+    """Takes the place of torchmetrics' network, since the inputs are its features already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -78,70 +78,67 @@ class _AsGiven(nn.Identity):
 class FrechetDistance(FrechetInceptionDistance):
     """FID (Heusel et al., 2017) or FVD (Unterthiner et al., 2019) of features, in float64.
 
-    `update(features (N, d), real=True)` adds to sums that make up mean and covariance in one pass; those of other
-    processes add up to the same. `compute()` gives the distance in the precise way of :func:`frechet_distance`.
+    `update(features (N, d), real=True)` accumulates the sums that mean and covariance follow from. `compute()` gives
+    the distance by the exact method of :func:`frechet_distance`. Features may be on any device.
 
     Args:
         dimensions: d.
-        options: of torchmetrics, as `reset_real_features=False` for one truth and several others.
+        options: of torchmetrics, such as `reset_real_features=False` for several comparisons with the same real
+            features.
     """
 
     def __init__(self, dimensions: int, **options: Any) -> None:
-        super().__init__(_AsGiven(dimensions), **options)
-        self._truth: _Gaussian | None = None  # one truth may serve several others
+        super().__init__(_PrecomputedFeatures(dimensions), **options)
+        self._real: _Gaussian | None = None  # kept for further comparisons with the same features
 
     def update(self, imgs: Tensor, real: bool) -> None:
-        """Add features (N, d) to those of the truth or of the others."""
+        """Add features (N, d) to the real ones or to those compared with them."""
         if real:
-            self._truth = None
-        super().update(imgs, real)
+            self._real = None
+        super().update(imgs.to(self.device), real)
 
     def reset(self) -> None:
-        """Forget the others, and the truth unless `reset_real_features=False`."""
+        """Drop the compared features, and the real ones unless `reset_real_features=False`."""
         if self.reset_real_features:
-            self._truth = None
+            self._real = None
         super().reset()
 
     def compute(self) -> Tensor:
         """The distance, float64 ().
 
         Raises:
-            InputError: fewer than two samples on a side, or features that are not finite.
+            InputError: fewer than two samples of either kind, or features that are not finite.
         """
-        self._truth = self._truth or self._gaussian("real")
-        return torch.tensor(_distance(self._truth, self._gaussian("fake")), dtype=torch.float64)
+        self._real = self._real or self._gaussian("real")
+        return torch.tensor(_distance(self._real, self._gaussian("fake")), dtype=torch.float64)
 
-    def _gaussian(self, side: str) -> _Gaussian:
-        count = int(getattr(self, f"{side}_features_num_samples"))
+    def _gaussian(self, kind: str) -> _Gaussian:
+        count = int(getattr(self, f"{kind}_features_num_samples"))
         if count < 2:
-            raise InputError(f"too few samples for a Frechet distance ({count}): evaluate on at least two videos.")
-        mean = getattr(self, f"{side}_features_sum") / count
-        squares = getattr(self, f"{side}_features_cov_sum")
+            raise InputError(f"A Frechet distance needs 2 samples, but there are {count}: evaluate on more videos.")
+        mean = getattr(self, f"{kind}_features_sum") / count
+        squares = getattr(self, f"{kind}_features_cov_sum")
         return _Gaussian.of(mean, (squares - count * mean.outer(mean)) / (count - 1))
 
 
-def fewest_samples(dimensions: int) -> int:
-    """Samples from which on a covariance can have full rank."""
-    return dimensions + 1
-
-
 def bias_warning(score: str, samples: int, dimensions: int) -> str | None:
-    """A sentence where samples are fewer than a Frechet distance deserves."""
-    if samples >= fewest_samples(dimensions):
+    """A warning about a Frechet distance of too few samples; None if the covariance can have full rank."""
+    full_rank = dimensions + 1
+    if samples >= full_rank:
         return None
     return (
-        f"{score} is of {samples:,} samples in {dimensions:,} dimensions: fewer than {fewest_samples(dimensions):,} "
-        "make it much too large, so compare it with scores of as many samples only."
+        f"{score} of {samples:,} samples in {dimensions:,} dimensions is far too large, as of any fewer than "
+        f"{full_rank:,}: compare it only with scores of equally many samples."
     )
 
 
 def inception_score(probabilities: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float | None]:
-    """Inception Score (Salimans et al., 2016): exp of the mean KL from each sample's classes to those of all.
+    """Inception Score (Salimans et al., 2016): exp of the mean KL from each sample's classes to their mean.
 
     Args:
-        probabilities: (N, k), of each class.
-        splits: equal parts of the samples, drawn at random, that are scored alone.
-        seed: of the draw.
+        probabilities: (N, k) class probabilities.
+        splits: number of equal random parts of the samples, each of which is scored alone.
+        seed: of the random parts.
 
     Returns:
         Mean and sample standard deviation over the parts.
@@ -151,28 +148,29 @@ def inception_score(probabilities: Tensor, splits: int = 10, seed: int = 0) -> t
     """
     if not 1 <= splits <= len(probabilities):
         raise InputError(
-            f"too few samples for an Inception Score ({len(probabilities)} in {splits} parts): evaluate on more videos."
+            f"An Inception Score in {splits} splits needs as many samples, but there are {len(probabilities)}: "
+            "evaluate on more videos."
         )
-    logits = probabilities.double().cpu().clamp(min=torch.finfo(torch.float64).tiny).log()  # 0 log 0 is 0
+    logits = probabilities.cpu().double().clamp(min=torch.finfo(torch.float64).tiny).log()  # 0 log 0 is 0
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.default_generator.manual_seed(seed)  # torchmetrics shuffles, and with it go the last digits
-        warnings.simplefilter("ignore")  # features are kept in memory; one part has no deviation
-        # Its own `splits` come out unequal: 11 samples in 10 parts would be 6 parts.
-        return mean_and_deviation([_score_of_part(part) for part in logits[order].tensor_split(splits)])
+        torch.default_generator.manual_seed(seed)  # torchmetrics shuffles, which changes the last digits
+        warnings.simplefilter("ignore")  # about features kept in memory and the deviation of a single split
+        # The splits of torchmetrics are unequal: it would put 11 samples for 10 splits into 6 parts.
+        return mean_and_deviation([_score_of_split(split) for split in logits[order].tensor_split(splits)])
 
 
-def _score_of_part(logits: Tensor) -> float:
+def _score_of_split(logits: Tensor) -> float:
     metric = InceptionScore(nn.Identity(), splits=1)
     metric.update(logits)
     return metric.compute()[0].item()
 
 
-def psnr(videos: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB: the mean over a video's frames of each one's, at most `MAX_PSNR`.
+def psnr(videos: Tensor, ground_truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB: the mean over a video's frames, each at most `MAX_PSNR`.
 
     Args:
-        videos, truth: uint8 (B, T, 3, H, W).
+        videos, ground_truth: uint8 (B, T, 3, H, W).
 
     Returns:
         float32 (B,).
@@ -180,24 +178,24 @@ def psnr(videos: Tensor, truth: Tensor) -> Tensor:
     Raises:
         InputError: shapes that differ.
     """
-    _check_shapes(videos, truth)
-    # One video at a time, so that its score is the same to the last bit in any company.
+    _check_shapes(videos, ground_truth)
+    # One video at a time, so that its score is independent of batch composition to the last bit.
     return torch.stack(
         [
-            peak_signal_noise_ratio(video.double(), true.double(), data_range=255.0, reduction="none", dim=(1, 2, 3))
+            peak_signal_noise_ratio(_float64(video), _float64(true), data_range=255.0, reduction="none", dim=(1, 2, 3))
             .clamp(max=MAX_PSNR)
             .mean()
             .float()
-            for video, true in zip(videos, truth, strict=True)
+            for video, true in zip(videos, ground_truth, strict=True)
         ]
     )
 
 
-def ssim(videos: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity (Wang et al., 2004): the mean over frames, colours and places where the window fits.
+def ssim(videos: Tensor, ground_truth: Tensor) -> Tensor:
+    """Structural similarity (Wang et al., 2004): the mean over frames, colours and positions where the window fits.
 
     Args:
-        videos, truth: uint8 (B, T, 3, H, W).
+        videos, ground_truth: uint8 (B, T, 3, H, W).
 
     Returns:
         float32 (B,).
@@ -205,36 +203,42 @@ def ssim(videos: Tensor, truth: Tensor) -> Tensor:
     Raises:
         InputError: shapes that differ, or frames smaller than `SSIM_WINDOW`.
     """
-    _check_shapes(videos, truth)
-    height, width = truth.shape[-2:]
+    _check_shapes(videos, ground_truth)
+    height, width = ground_truth.shape[-2:]
     if min(height, width) < SSIM_WINDOW:
         raise InputError(
-            f"SSIM's window does not fit into frames of {height}x{width}: take a size from {SSIM_WINDOW}x{SSIM_WINDOW}."
+            f"The frames are {height}x{width}, smaller than SSIM's window: use at least {SSIM_WINDOW}x{SSIM_WINDOW}."
         )
     margin = SSIM_WINDOW // 2
     scores = []
-    for video, true in zip(videos, truth, strict=True):
-        # All frames as the channels of one picture, which takes a twentieth of the time on a CPU.
-        picture, true_picture = (clip.flatten(0, 1)[None].float() for clip in (video, true))
-        _, places = structural_similarity_index_measure(picture, true_picture, data_range=255.0, return_full_image=True)
-        # Without the edges, which torchmetrics makes up by reflection.
-        scores.append(places[..., margin:-margin, margin:-margin].mean())
+    for video, true in zip(videos, ground_truth, strict=True):
+        # All frames as the channels of one image, which takes a twentieth of the time on a CPU.
+        image, true_image = (clip.flatten(0, 1)[None].float() for clip in (video, true))
+        _, similarity = structural_similarity_index_measure(image, true_image, data_range=255.0, return_full_image=True)
+        # Without the edges, for which torchmetrics reflects the image.
+        scores.append(similarity[..., margin:-margin, margin:-margin].mean())
     return torch.stack(scores)
 
 
-def _check_shapes(videos: Tensor, truth: Tensor) -> None:
-    if videos.shape != truth.shape:
+def _check_shapes(videos: Tensor, ground_truth: Tensor) -> None:
+    if videos.shape != ground_truth.shape:
         raise InputError(
-            f"videos of shape {tuple(videos.shape)} cannot be compared with a truth of {tuple(truth.shape)}: bring "
-            "them to one size and length."
+            f"Videos of shape {tuple(videos.shape)} cannot be compared with a ground truth of shape "
+            f"{tuple(ground_truth.shape)}: give both the same size and length."
         )
+
+
+def _float64(values: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has no float64 (MPS)."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al., 2019), which ACDiT reports in its Table 2.
 
-    A set covers the balls around its samples that reach to their k-th nearest neighbours in the set. Precision is the
-    share of generated samples that the real ones cover, recall that of real samples that the generated ones cover.
+    A set covers the balls around its samples whose radii are the distances to their k-th nearest neighbours in the set.
+    Precision is the fraction of generated samples that the real ones cover, recall that of real samples that the
+    generated ones cover.
 
     Args:
         real: (N, d) features.
@@ -242,28 +246,31 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
         neighbours: k.
 
     Raises:
-        InputError: a set with no k-th neighbour.
+        InputError: a set without k-th neighbours.
     """
-    fewest = min(len(real), len(generated))
-    if fewest <= neighbours:
+    samples = min(len(real), len(generated))
+    if samples <= neighbours:
         raise InputError(
-            f"too few samples for precision and recall ({fewest} with {neighbours} neighbours): evaluate on at least "
-            f"{neighbours + 1}."
+            f"Precision and recall with {neighbours} neighbours need {neighbours + 1} samples, but there are "
+            f"{samples}: evaluate on more videos."
         )
-    centre = real.double().mean(dim=0)  # which leaves more digits to the distances
-    real, generated = real.double() - centre, generated.double() - centre
+    real, generated = _float64(real), _float64(generated)
+    centre = real.mean(dim=0)  # leaves more digits for the distances
+    real, generated = real - centre, generated - centre
     return _covered(generated, real, neighbours), _covered(real, generated, neighbours)
 
 
 def _covered(samples: Tensor, by: Tensor, neighbours: int) -> float:
-    """The share of `samples` that the set `by` covers."""
-    radii = torch.cat([rows.kthvalue(neighbours + 1, dim=1).values for rows in _distances(by, by)])  # 1 is itself
-    # Rounding makes about 1e-8 of a distance of zero, and equal samples, as of a still video, have radii of zero.
+    """The fraction of `samples` that the set `by` covers."""
+    # The nearest neighbour of a sample in its own set is itself.
+    radii = torch.cat([rows.kthvalue(neighbours + 1, dim=1).values for rows in _distances(by, by)])
+    # By rounding a distance of zero becomes about 1e-8, and equal samples, as of a still video, have radii of zero.
     radii += 1e-6 * by.norm(dim=1).max()
-    return sum(int((rows <= radii).any(dim=1).sum()) for rows in _distances(samples, by)) / len(samples)
+    covered = torch.cat([(rows <= radii).any(dim=1) for rows in _distances(samples, by)])
+    return covered.sum().item() / len(samples)
 
 
 def _distances(samples: Tensor, others: Tensor) -> Iterator[Tensor]:
-    """(rows, M) at a time. By products of matrices, nine times faster than by differences."""
-    for rows in samples.split(max(1, MOST_DISTANCES // len(others))):
+    """Distances (rows, M), some rows at a time; by matrix products, nine times faster than by differences."""
+    for rows in samples.split(max(1, MAX_DISTANCES // len(others))):
         yield torch.cdist(rows, others, compute_mode="use_mm_for_euclid_dist")

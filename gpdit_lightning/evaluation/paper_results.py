@@ -4,25 +4,25 @@ from typing import NamedTuple
 
 
 class PaperTable(NamedTuple):
-    """The part of a table that is of one data set."""
+    """The rows of one of the paper's tables that are of one data set."""
 
     title: str
     data: str
     videos: int
     guidance: float
     protocol: str
-    """Of the paper's own rows."""
-    others: str
+    """Of GPDiT's rows."""
+    protocol_of_others: str
     """Of the other rows."""
     columns: tuple[str, ...]
-    """Of each row, besides the method; scores by their names in `report.HEADINGS`."""
+    """Of each row, besides the method; scores by their keys in `report.HEADINGS`."""
     rows: dict[str, tuple[str, ...]]
 
 
-PAPER_FRAMES = 12, 5  # generated, given
+PAPER_FRAMES = 12, 5  # generated, context
 UNSTATED = (
-    "which videos and frames were taken, at which size and stride, the sampler and its steps, seeds, the networks "
-    "behind the scores, and whether FVD counts the given frames"
+    "which videos and frames were used, at which size and stride, the sampler and its steps, the seeds, the networks "
+    "behind the scores, and whether FVD includes the context frames"
 )
 ZERO_SHOT = ("#Data", "#Params", "fid", "fvd", "is")
 PAPER_TABLES = (

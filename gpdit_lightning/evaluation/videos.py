@@ -1,4 +1,4 @@
-"""The videos that are evaluated on: finding them, and reading a clip of each as the protocol says."""
+"""The videos of an evaluation: finding and selecting them, and reading one clip of each."""
 
 import hashlib
 import os
@@ -18,11 +18,11 @@ from gpdit_lightning.media.video import VIDEO_EXTENSIONS, iterate_frames, natura
 
 
 class Selection(NamedTuple):
-    """The videos that a protocol names.
+    """The videos of an evaluation.
 
     Attributes:
-        names: relative to the folders they were found in, in the order in which they were drawn.
-        paths: where they are on this machine.
+        names: relative to the folders they were found in, in the order of selection.
+        paths: on this machine.
     """
 
     names: tuple[str, ...]
@@ -37,47 +37,51 @@ class Selection(NamedTuple):
 def select_videos(
     places: Sequence[str | Path], count: int, seed: int, frames: int, progress: bool = False
 ) -> Selection:
-    """Draw videos that are long enough, by a hash of their names, so that nothing else decides which.
+    """Select the first videos that are long enough in the order of a hash of their names.
+
+    The selection depends on the names and the seed alone.
 
     Args:
         places: folders of videos and single videos.
-        count: how many.
-        seed: of the drawing.
-        frames: that each must have, by its header.
-        progress: show a bar.
+        count: number of videos.
+        seed: of the hash.
+        frames: minimum number of frames of each, by its header.
+        progress: show a progress bar.
 
     Raises:
-        InputError: too few, two of one name, or as :func:`find_videos`.
+        InputError: too few videos, two with the same name, or as :func:`find_videos`.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for place in places:
         for path in find_videos([place]):
             name = path.name if path == Path(place) else path.relative_to(place).as_posix()
-            if found.setdefault(name, path) is not path:
-                raise InputError(f"{found[name]} and {path} have one name: give a folder above both, or leave one out.")
-    drawn: dict[str, Path] = {}
-    short = 0
-    names = sorted(found, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-    for name in tqdm(names, desc="choosing", unit=" videos", disable=not progress, leave=False):
-        if len(drawn) == count:
+            if paths.setdefault(name, path) is not path:
+                raise InputError(
+                    f"{paths[name]} and {path} have the same name: give a folder above both, or leave one out."
+                )
+    selected: dict[str, Path] = {}
+    rejected = 0
+    names = sorted(paths, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    for name in tqdm(names, desc="selecting", unit=" videos", disable=not progress, leave=False):
+        if len(selected) == count:
             break
-        if has_frames(found[name], frames):
-            drawn[name] = found[name]
+        if has_frames(paths[name], frames):
+            selected[name] = paths[name]
         else:
-            short += 1
-    if len(drawn) < count:
+            rejected += 1
+    if len(selected) < count:
         raise InputError(
-            f"{' and '.join(map(str, places))} hold {len(drawn)} videos of at least {frames} frames, and {short} that "
-            f"are shorter or broken, where {count} are asked for: lower the count or the stride, or add videos."
+            f"{' and '.join(map(str, places))} have {len(selected)} videos of at least {frames} frames, and {rejected} "
+            f"that are shorter or broken, but {count} are requested: lower the count or the stride, or add videos."
         )
-    return Selection(tuple(drawn), tuple(drawn.values()))
+    return Selection(tuple(selected), tuple(selected.values()))
 
 
 def has_frames(path: Path, frames: int) -> bool:
-    """Whether a video says that it has so many frames; where it says nothing or is broken, whether they can be read."""
+    """Whether a video has so many frames by its header, or by counting where the header does not say or is broken."""
     try:
         length = video_info(path, threads=1).frames
-        return (length or _counted(path)) >= frames
+        return (length or _count_frames(path)) >= frames
     except InputError:
         return False
 
@@ -86,38 +90,38 @@ def find_videos(places: Sequence[str | Path]) -> list[Path]:
     """Videos, and those in folders at any depth, in the order of the places and of their names.
 
     Raises:
-        InputError: a place that is not there or holds no videos.
+        InputError: a place that does not exist or contains no videos.
     """
-    found: list[Path] = []
+    videos: list[Path] = []
     for place in places:
         path = Path(place)
         if path.is_file():
-            found.append(path)
+            videos.append(path)
             continue
         if not path.is_dir():
             raise InputError(f"{place} does not exist on this machine: give videos or folders of videos.")
         files = [Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names]
-        videos = [file for file in files if file.suffix.lower() in VIDEO_EXTENSIONS and not file.name.startswith(".")]
-        if not videos:
-            raise InputError(f"{place} holds no videos ({', '.join(VIDEO_EXTENSIONS)}): give another folder.")
-        found += sorted(videos, key=lambda video: (video.parent, natural_sort_key(video)))
-    return found
+        inside = [file for file in files if file.suffix.lower() in VIDEO_EXTENSIONS and not file.name.startswith(".")]
+        if not inside:
+            raise InputError(f"{place} contains no videos ({', '.join(VIDEO_EXTENSIONS)}): give another folder.")
+        videos += sorted(inside, key=lambda video: (video.parent, natural_sort_key(video)))
+    return videos
 
 
 def clip_frame_numbers(
     length: int, frames: int, stride: int, centred: bool = False, resample_short: bool = False
 ) -> list[int]:
-    """Which frames of a video make its clip: `frames` of them, `stride` apart.
+    """The numbers of a video's frames that form its clip.
 
     Args:
-        length: frames of the video.
-        frames: of the clip.
-        stride: between them; 0 spreads them evenly over the whole video.
+        length: number of frames of the video.
+        frames: number of frames of the clip.
+        stride: distance between them; 0 spaces them evenly over the whole video.
         centred: take the middle of the video instead of its beginning.
-        resample_short: where the video is too short for the stride, spread the clip evenly over all of it.
+        resample_short: if the video is too short for the stride, space the frames evenly over all of it.
 
     Returns:
-        rising numbers; an empty list where the video is too short.
+        increasing numbers; an empty list if the video is too short.
     """
     span = 1 + (frames - 1) * stride
     if stride and span <= length:
@@ -131,7 +135,7 @@ def clip_frame_numbers(
 def read_clip(
     path: Path, frames: int, stride: int, size: Size, centred: bool = False, resample_short: bool = False
 ) -> Tensor:
-    """The clip of a video, each frame scaled and cropped in the middle.
+    """The clip of a video, with frames scaled to cover a size and cropped at the centre.
 
     Args:
         path: of the video.
@@ -142,40 +146,38 @@ def read_clip(
         uint8 (T, 3, H, W), T = `frames`.
 
     Raises:
-        InputError: unreadable, or too short.
+        InputError: the video is unreadable or too short.
     """
-    length = None
-    if centred or resample_short or not stride:
-        length = video_info(path, threads=1).frames or _counted(path)
-    numbers = clip_frame_numbers(
-        1 + (frames - 1) * stride if length is None else length, frames, stride, centred, resample_short
-    )
-    found = _at(path, numbers, size)
-    if len(found) < len(numbers):  # the header promises more than there is
-        length = _counted(path)
+    at_beginning = stride and not centred and not resample_short
+    length = 1 + (frames - 1) * stride if at_beginning else video_info(path, threads=1).frames or _count_frames(path)
+    numbers = clip_frame_numbers(length, frames, stride, centred, resample_short)
+    clip = _read_frames(path, numbers, size)
+    if len(clip) < len(numbers):  # the video is shorter than assumed, or than its header says
+        length = _count_frames(path)
         numbers = clip_frame_numbers(length, frames, stride, centred, resample_short)
-        found = _at(path, numbers, size)
-    if not found:
+        clip = _read_frames(path, numbers, size)
+    if not clip:
         needed = frames if resample_short or not stride else 1 + (frames - 1) * stride
         raise InputError(
-            f"{path} holds {length} frames where a clip of {frames} at stride {stride} takes {needed}: leave it out, "
-            "or ask for fewer frames or a smaller stride."
+            f"{path} has {length} frames, but a clip of {frames} at stride {stride} needs {needed}: leave it out, or "
+            "use fewer frames or a smaller stride."
         )
-    return torch.stack(found)
+    return torch.stack(clip)
 
 
-def _at(path: Path, numbers: Sequence[int], size: Size) -> list[Tensor]:
+def _read_frames(path: Path, numbers: Sequence[int], size: Size) -> list[Tensor]:
+    """The frames of these increasing numbers, each uint8 (3, H, W) of the size; fewer if the video ends before."""
     if not numbers:
         return []
     steps = {later - earlier for earlier, later in pairwise(numbers)} or {1}
     stride = steps.pop() if len(steps) == 1 else 1
-    wanted, most = set(numbers), (numbers[-1] - numbers[0]) // stride + 1
+    wanted, max_frames = set(numbers), (numbers[-1] - numbers[0]) // stride + 1
     return [
         resize_and_crop(pixels[None], size)[0]
-        for place, pixels in enumerate(iterate_frames(path, numbers[0], stride, most, threads=1))
-        if numbers[0] + place * stride in wanted
+        for index, pixels in enumerate(iterate_frames(path, numbers[0], stride, max_frames, threads=1))
+        if numbers[0] + index * stride in wanted
     ]
 
 
-def _counted(path: Path) -> int:
+def _count_frames(path: Path) -> int:
     return sum(1 for _ in iterate_frames(path, threads=1))

@@ -126,7 +126,7 @@ def test_scores_are_those_of_the_librarys_continuations(
     assert (tmp_path / "self_checks.png").is_file()
     whole, printed = (tmp_path / "results.md").read_text(), capsys.readouterr().out
     assert "## Protocol" in whole
-    assert "## Beside the paper" in whole
+    assert "## Comparison with the paper" in whole
     assert printed.startswith(whole.split("\n## ")[0])
     assert "## " not in printed
     assert str(tmp_path / "results.md") in printed
@@ -290,9 +290,9 @@ def test_a_folder_holds_one_evaluation(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--count=7", "hold 6 videos of at least 10 frames"),
+        ("--count=7", "have 6 videos of at least 10 frames"),
         ("--count=1", "--count is 1: give at least 2"),
-        ("--stride=3", "hold 0 videos of at least 28 frames, and 6"),
+        ("--stride=3", "have 0 videos of at least 28 frames, and 6"),
         ("--window=0", "--window is 0: give at least 1"),
         ("--context_frames=4", "4 pixel frames are not 1 + 4 k"),
         ("--generated_frames=4", "The videos have 9 frames, but I3D, Kinetics-400, TorchScript"),

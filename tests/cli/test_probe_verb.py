@@ -14,6 +14,7 @@ from gpdit_lightning.cli import run
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Protocol, Report, Score
+from gpdit_lightning.evaluation.report_text import write_report
 from gpdit_lightning.media.video import write_video
 
 GROUPS = (7, 1, 8, 2, 9)  # split 1 holds out 1, 2 and 7
@@ -53,7 +54,7 @@ def test_two_models_are_probed_at_every_layer(
     place: Path, ucf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints = [place / "of2", place / "of"]
-    evaluation_of(place / "of", fvd=300.0).write(tmp_path)
+    write_report(evaluation_of(place / "of", fvd=300.0), tmp_path)
     arguments = ["--checkpoint", *checkpoints, "--videos", ucf, ucf / "Dark", "--out", tmp_path / "out"]
     probe(*arguments, "--evaluations", tmp_path / "results.json", "--regularisation", 0.1)
     results = json.loads((tmp_path / "out" / "probe.json").read_text())["results"]
@@ -79,8 +80,8 @@ def test_two_models_are_probed_at_every_layer(
 
 def test_evaluations_of_different_protocols_are_refused(place: Path, ucf: Path, tmp_path: Path) -> None:
     one, other = evaluation_of(place / "of", fvd=300.0), evaluation_of(place / "of2", fvd=200.0)
-    one.write(tmp_path / "one")
-    replace(other, protocol=replace(other.protocol, stride=3)).write(tmp_path / "other")
+    write_report(one, tmp_path / "one")
+    write_report(replace(other, protocol=replace(other.protocol, stride=3)), tmp_path / "other")
     arguments = ["--checkpoint", place / "of", "--videos", ucf, "--out", tmp_path / "out", "--evaluations"]
     paths = [tmp_path / name / "results.json" for name in ("one", "other")]
     with pytest.raises(InputError, match=r"one/results.json and .*other/results.json differ in stride \(1, not 3\)"):
@@ -138,7 +139,7 @@ def test_lists_and_folders_give_the_same_split(place: Path, ucf: Path, tmp_path:
     ],
 )
 def test_a_mistake_gets_one_sentence(place: Path, ucf: Path, tmp_path: Path, options: list[Any], words: str) -> None:
-    evaluation_of(place / "of", fid=30.0).write(tmp_path)
+    write_report(evaluation_of(place / "of", fid=30.0), tmp_path)
     given = [tmp_path / "results.json" if option == "FVDLESS" else option for option in options]
     with pytest.raises(InputError, match=words):
         probe("--checkpoint", place / "of2", "--videos", ucf, "--out", tmp_path, *given)

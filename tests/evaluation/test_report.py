@@ -7,15 +7,9 @@ from PIL import Image
 
 from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.report import (
-    NetworkRecord,
-    Protocol,
-    Report,
-    Score,
-    comparison,
-    library_versions,
-    plot_self_checks,
-)
+from gpdit_lightning.evaluation.network_files import NetworkRecord
+from gpdit_lightning.evaluation.report import Protocol, Report, Score, library_versions
+from gpdit_lightning.evaluation.report_text import paper_comparison, plot_self_checks, write_report
 from gpdit_lightning.evaluation.self_checks import check_distances
 
 RISING = ((8.0, 1.0), (16.0, 20.5))
@@ -62,7 +56,7 @@ def report() -> Report:
 
 
 def test_a_report_survives_json(report: Report, tmp_path: Path) -> None:
-    report.write(tmp_path / "results")
+    write_report(report, tmp_path / "results")
     assert Report.load(tmp_path / "results" / "results.json") == report
     content = json.loads(report.to_json())
     assert content["scores"]["fvd"] == {"mean": 212.0, "deviation": pytest.approx(8**0.5), "per_seed": [210.0, 214.0]}
@@ -105,14 +99,14 @@ def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     with pytest.raises(InputError, match=r"results.json cannot be read"):
         Report.load(path)
-    for text, said in (("{", "results.json is no JSON"), ("[]", r"results.json is \[\]")):
+    for text, said in (("{", "results.json is not valid JSON"), ("[]", r"results.json is \[\]")):
         path.write_text(text)
         with pytest.raises(InputError, match=said):
             Report.load(path)
 
 
 def test_the_tables_carry_the_protocol(report: Report, tmp_path: Path) -> None:
-    report.write(tmp_path)
+    write_report(report, tmp_path)
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert rows[0].startswith("|  | FVD ↓ | IS ↑ | SSIM ↑ | data | videos | frames |")
@@ -125,14 +119,14 @@ def test_the_tables_carry_the_protocol(report: Report, tmp_path: Path) -> None:
         "# UCF-101: 12 frames from 5",
         "**Warning:** FVD is of few samples.",
         "drawn by a hash of their names with seed 0; sha256 of their names `ab12`",
-        "stride 3, 192x320 pixels, short side bicubic, middle cut out. FVD, precision and recall see given and",
+        "stride 3, 192x320 pixels, short side bicubic, middle cut out. FVD, precision and recall are computed from con",
         "rotation, 25 steps, cosine schedule with shift 2; guidance 2 over the context, 1 over the label at noise",
         "Seeds: 0, 1;",
         "`step-400000` (ema, step 400,000), sha256 `cd34`; codec wan, sha256 `ef56`",
         "I3D (`i3d.safetensors`, sha256 `0789`); short side to 224",
         f"torch {library_versions()['torch']}",
-        "On one H200, 2025-06-01.",
-        "| truth against | videos distorted | itself | its other half | noise 8 | noise 16 | blur 1 | blur 2 |",
+        "Hardware: one H200; date: 2025-06-01.",
+        "| ground truth against | videos distorted | itself | its other half | noise 8 | noise 16 | blur 1 | blur 2 |",
         "| FVD | 20 | 0 | 30 | 1 | 20.5 | 2 | 1 | blur 2 is 1 from the ground truth, not farther than blur 1 (2) |",
     ):
         assert said in text
@@ -143,7 +137,7 @@ def cells(text: str, method: str) -> list[list[str]]:
 
 
 def test_the_comparison_shows_the_papers_figures_beside_ours(report: Report) -> None:
-    text = comparison(report)
+    text = paper_comparison(report)
     assert "MSR-VTT" not in text
     protocol = "10,000 videos, 12 frames from 5, guidance"
     assert cells(text, "GPDiT-H") == [
@@ -162,7 +156,7 @@ def test_the_comparison_shows_the_papers_figures_beside_ours(report: Report) -> 
 
 
 def test_other_data_stand_beside_all_tables(report: Report) -> None:
-    text = comparison(replace(report, protocol=replace(report.protocol, data="kitchens", generated_frames=16)))
+    text = paper_comparison(replace(report, protocol=replace(report.protocol, data="kitchens", generated_frames=16)))
     assert text.count("### Table") == 3
     assert [row[2:4] for row in cells(text, "MagicVideo")] == [["-", "36.5"], ["-", "145.0"]]
     assert [row[3:5] for row in cells(text, "GPDiT-H-LONG")] == [["7.4", "64"], ["7.9", "218"]]
@@ -171,7 +165,7 @@ def test_other_data_stand_beside_all_tables(report: Report) -> None:
 
 def test_a_faithful_run_differs_in_nothing_stated(report: Report) -> None:
     protocol = replace(report.protocol, data="msrvtt", videos=7000, guidance=Guidance(1.2))
-    assert "What differs from the paper: nothing that it states." in comparison(replace(report, protocol=protocol))
+    assert "Differences from the paper: none in what it states." in paper_comparison(replace(report, protocol=protocol))
 
 
 def test_the_ladders_are_drawn(report: Report, tmp_path: Path) -> None:

@@ -182,9 +182,9 @@ def test_few_videos_have_what_scores_they_can(found: Found, tmp_path: Path, coun
     assert "IS of " in " ".join(report.warnings)
     assert "in splits of 1 cannot exceed 1." in " ".join(report.warnings)
     assert f"precision and recall of {count} videos mean little" in " ".join(report.warnings)
-    assert f"FVD is of {count} samples in 4 dimensions" in " ".join(report.warnings)
+    assert f"FVD of {count} samples in 4 dimensions" in " ".join(report.warnings)
     assert "there are too few videos for self-checks of FVD." in report.warnings
-    assert f"FID is of {count} samples in 5 dimensions" in " ".join(report.warnings)
+    assert f"FID of {count} samples in 5 dimensions" in " ".join(report.warnings)
 
 
 @pytest.mark.parametrize("count", [0, 1])

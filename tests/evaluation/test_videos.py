@@ -51,9 +51,9 @@ def test_frames_are_those_of_the_moments(video: Path) -> None:
 
 
 def test_a_video_that_is_too_short_is_named(video: Path) -> None:
-    with pytest.raises(InputError, match=r"ramp.mp4 holds 11 frames where a clip of 5 at stride 3 takes 13: leave"):
+    with pytest.raises(InputError, match=r"ramp.mp4 has 11 frames, but a clip of 5 at stride 3 needs 13: leave"):
         read_clip(video, 5, 3, (16, 16))
-    with pytest.raises(InputError, match="clip of 12 at stride 3 takes 12"):
+    with pytest.raises(InputError, match="clip of 12 at stride 3 needs 12"):
         read_clip(video, 12, 3, (16, 16), centred=True, resample_short=True)
 
 
@@ -68,7 +68,7 @@ def test_videos_are_found_at_any_depth_in_order(video: Path) -> None:
     with pytest.raises(InputError, match="nowhere does not exist"):
         find_videos([video.parent / "nowhere"])
     (video.parent / "empty").mkdir()
-    with pytest.raises(InputError, match="empty holds no videos"):
+    with pytest.raises(InputError, match="empty contains no videos"):
         find_videos([video.parent / "empty"])
 
 
@@ -92,9 +92,7 @@ def test_too_few_videos_of_the_length_are_told(video: Path) -> None:
     folder = video.parent
     (folder / "broken.mp4").write_bytes(video.read_bytes()[:100])
     assert select_videos([folder], 1, 0, frames=11).names == ("ramp.mp4",)
-    with pytest.raises(
-        InputError, match="hold 0 videos of at least 12 frames, and 2 that are shorter or broken, where"
-    ):
+    with pytest.raises(InputError, match="have 0 videos of at least 12 frames, and 2 that are shorter or broken, but"):
         select_videos([folder], 1, 0, frames=12)
-    with pytest.raises(InputError, match="have one name"):
+    with pytest.raises(InputError, match="have the same name"):
         select_videos([folder, video], 1, 0, frames=11)

@@ -1,0 +1,169 @@
+"""The report of an evaluation as Markdown and as a figure, beside what GPDiT published (its tables 2 and 3)."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from gpdit_lightning.evaluation.network_files import NetworkRecord
+from gpdit_lightning.evaluation.paper_results import PAPER_FRAMES, PAPER_TABLES, UNSTATED, PaperTable
+from gpdit_lightning.evaluation.report import HEADINGS, Protocol, Report, Score
+from gpdit_lightning.evaluation.self_checks import SelfChecks
+from gpdit_lightning.files import written_whole
+
+RESULTS, TABLES = "results.json", "results.md"
+# The FID of the self-checks is computed over all generated frames, while the score is a mean over their positions.
+CHECKED_DISTANCES = {"fvd": "FVD", "fid": "FID, all frames at once"}
+# How tables call the references, by their names in JSON.
+REFERENCES = {
+    "the truth": "ground truth",
+    "the truth through the codec": "ground truth, encoded and decoded",
+    "the last given frame repeated": "last context frame, repeated",
+}
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write `results.json` and then `results.md`."""
+    for name, text in ((RESULTS, report.to_json()), (TABLES, to_markdown(report))):
+        with written_whole(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def to_markdown(report: Report) -> str:
+    """A table of scores, warnings, the protocol, the self-checks, and the comparison with the paper."""
+    protocol = report.protocol
+    sections = [f"# {protocol.data}: {_frames(protocol)}", score_table(report)]
+    sections += [f"**Warning:** {warning}" for warning in report.warnings]
+    sections += ["## Protocol", "\n".join(f"- {line}" for line in protocol_sentences(protocol, report.date))]
+    if report.self_checks:
+        sections += ["## Self-checks", self_check_table(report.self_checks)]
+    return "\n\n".join([*sections, "## Comparison with the paper", paper_comparison(report)]) + "\n"
+
+
+def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(headings), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(scores: Mapping[str, Score], names: Iterable[str]) -> list[str]:
+    return [str(scores[name]) if name in scores else "-" for name in names]
+
+
+def score_table(report: Report) -> str:
+    """The model's scores beside the facts of the protocol, then those of the references."""
+    protocol = report.protocol
+    facts = {
+        "data": protocol.data,
+        "videos": f"{protocol.videos:,}",
+        "frames": f"{protocol.generated_frames} from {protocol.context_frames}",
+        "FVD of": f"{protocol.fvd_frames} frames",
+        "size": f"{protocol.size[0]}x{protocol.size[1]}",
+        "stride": str(protocol.stride),
+        "sampler": f"{protocol.sampler}, {protocol.steps} steps",
+        "guidance": f"{protocol.guidance.context:g}",
+        "seeds": str(len(protocol.seeds)),
+    }
+    rows = [[f"`{protocol.checkpoint}`", *_cells(report.scores, report.scores), *facts.values()]]
+    for name, scores in report.references.items():
+        rows.append([REFERENCES.get(name, name), *_cells(scores, report.scores), *[""] * len(facts)])
+    return _table(["", *(HEADINGS[name] for name in report.scores), *facts], rows)
+
+
+def protocol_sentences(protocol: Protocol, day: str) -> list[str]:
+    """What the scores depend on, in sentences."""
+    guidance, schedule = protocol.guidance, protocol.schedule
+    levels = "" if guidance.at_all_levels else f" at noise levels {guidance.least_level:g} to {guidance.most_level:g}"
+    fvd_input = "context and generated frames" if protocol.fvd_frames == "all" else "generated frames"
+    visible = "all" if protocol.window is None else f"the latest {protocol.window}"
+    return [
+        f"Videos: {protocol.videos:,} of {protocol.data}, {protocol.choice}; sha256 of their names "
+        f"`{protocol.split_sha256}`.",
+        f"Frames: {protocol.generated_frames} generated from {protocol.context_frames}, stride {protocol.stride}, "
+        f"{protocol.size[0]}x{protocol.size[1]} pixels, {protocol.resize}. FVD, precision and recall are computed from "
+        f"{fvd_input}, other scores from generated frames.",
+        f"Sampler: {protocol.sampler}, {protocol.steps} steps, {schedule.name} schedule with shift {schedule.shift:g}; "
+        f"guidance {guidance.context:g} over the context, {guidance.label:g} over the label{levels}; a frame attends "
+        f"to {visible} latent frames before it; precision {protocol.precision}.",
+        f"Seeds: {', '.join(map(str, protocol.seeds))}; ± is the sample standard deviation over them.",
+        f"Weights: `{protocol.checkpoint}` ({protocol.weights}, step {protocol.step:,}), sha256 "
+        f"`{protocol.checkpoint_sha256}`; codec {protocol.codec}, sha256 `{protocol.codec_sha256}`.",
+        *(
+            f"Network, {role}: {network.name} (`{network.file}`, {_fingerprint(network)}); {network.preprocessing}."
+            for role, network in protocol.networks.items()
+        ),
+        f"Versions: {', '.join(f'{name} {number}' for name, number in protocol.versions.items())}.",
+        f"Hardware: {protocol.hardware}; date: {day}.",
+    ]
+
+
+def _fingerprint(network: NetworkRecord) -> str:
+    return f"sha256 `{network.sha256}`" if network.sha256 else "without weights"
+
+
+def self_check_table(self_checks: Mapping[str, SelfChecks]) -> str:
+    """A row of distances for each checked score."""
+    first = next(iter(self_checks.values()))
+    headings = ["ground truth against", "videos distorted", "itself", "its other half"]
+    headings += [f"{kind} {level:g}" for kind, pairs in first.by_distortion.items() for level, _ in pairs]
+    rows = []
+    for name, checks in self_checks.items():
+        distances = [distance for pairs in checks.by_distortion.values() for _, distance in pairs]
+        cells = [f"{value:.4g}" for value in (checks.itself, checks.halves, *distances)]
+        rows.append([CHECKED_DISTANCES[name], f"{checks.videos:,}", *cells, "; ".join(checks.failures) or "passed"])
+    return _table([*headings, "result"], rows)
+
+
+def paper_comparison(report: Report) -> str:
+    """The paper's tables on the same data set, or else all of them, each with a row of this report and what differs."""
+    protocol = report.protocol
+    our_protocol = f"{protocol.videos:,} videos, {_frames(protocol)}, guidance {protocol.guidance.context:g}"
+    sections = []
+    same_data = [table for table in PAPER_TABLES if _plain(table.data) in _plain(protocol.data)]
+    for table in same_data or PAPER_TABLES:
+        rows = [
+            [method, *cells, table.protocol if method.startswith("GPDiT") else table.protocol_of_others]
+            for method, cells in table.rows.items()
+        ]
+        rows.append([f"`{protocol.checkpoint}`", *_cells(report.scores, table.columns), our_protocol])
+        differences = "; ".join(_differences(protocol, table)) or "none in what it states"
+        sections += [
+            f"### {table.title}",
+            _table(["Method", *(HEADINGS.get(column, column) for column in table.columns), "Protocol"], rows),
+            f"Differences from the paper: {differences}. The paper does not state {UNSTATED}.",
+        ]
+    return "\n\n".join(sections)
+
+
+def _differences(protocol: Protocol, table: PaperTable) -> Iterator[str]:
+    if _plain(protocol.data) != _plain(table.data):
+        yield f"data {protocol.data}, not {table.data}"
+    if protocol.videos != table.videos:
+        yield f"{protocol.videos:,} videos, not {table.videos:,}"
+    if (protocol.generated_frames, protocol.context_frames) != PAPER_FRAMES:
+        yield f"{_frames(protocol)}, not {PAPER_FRAMES[0]} from {PAPER_FRAMES[1]}"
+    if protocol.guidance.context != table.guidance:
+        yield f"guidance {protocol.guidance.context:g}, not {table.guidance:g}"
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
+
+
+def _frames(protocol: Protocol) -> str:
+    return f"{protocol.generated_frames} frames from {protocol.context_frames}"
+
+
+def plot_self_checks(report: Report, path: Path) -> None:
+    """Plot each distance over noise and blur as a PNG; dashed: the distance between two halves of the ground truth."""
+    from matplotlib.figure import Figure  # takes half a second to import
+
+    figure = Figure(figsize=(9, 3.5 * len(report.self_checks)), layout="constrained")
+    panels = figure.subplots(len(report.self_checks), 2, squeeze=False)
+    units = {"noise": "noise, standard deviation in 8-bit levels", "blur": "blur, sigma in pixels"}
+    for row, (name, checks) in zip(panels, report.self_checks.items(), strict=True):
+        for axes, (kind, pairs) in zip(row, checks.by_distortion.items(), strict=True):
+            axes.plot(*zip((0.0, checks.itself), *pairs, strict=True), "o-")
+            axes.axhline(checks.halves, color="grey", linestyle="--", label="between halves of the ground truth")
+            axes.set(xlabel=units[kind], ylabel=HEADINGS[name].split()[0])
+            axes.legend()
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
