@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from gpdit_lightning.cli.estimate import GIB, read_recipe
 from gpdit_lightning.estimation.memory import STRATEGIES
-from gpdit_lightning.estimation.requirements import Run, memory, with_smaller_micro_batches
+from gpdit_lightning.estimation.requirements import RunSettings, memory, with_smaller_micro_batches
 
 CAPACITY = 80 * GIB
 GPUS = (1, 8, 32, 64)
@@ -18,7 +18,7 @@ STAGES = ("stage1_image_warmup", "stage2_mixed", "stage3_long_video", "stage4_fe
 B = ["--model.init_args.backbone.size=B", "--model.init_args.backbone.activation_checkpointing=false"]
 
 
-def cell(run: Run) -> str:
+def cell(run: RunSettings) -> str:
     """GiB per GPU; in parentheses the micro-batches per optimizer step where those of the recipe do not fit."""
     before = sum(source.micro_batches for source in run.sources)
     for candidate in with_smaller_micro_batches(run):

@@ -1,6 +1,6 @@
 """`estimate`: the parameters, memory, FLOPs and days of a training recipe, computed without running it."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,19 +10,16 @@ from jsonargparse import Namespace
 
 from gpdit_lightning.cli import fit
 from gpdit_lightning.codecs import WanCodec
-from gpdit_lightning.data.batches import noisy_frames
-from gpdit_lightning.data.datamodule import KINDS
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
-from gpdit_lightning.data.plan import PlannedSource
+from gpdit_lightning.data.plan import PlannedBucket, PlannedSource
+from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.flops import PEAK_BF16_FLOPS, peak_bf16_flops
-from gpdit_lightning.estimation.memory import STRATEGIES, Strategy, parameter_count
+from gpdit_lightning.estimation.memory import STRATEGIES, ShardingStrategy, parameter_count
 from gpdit_lightning.estimation.requirements import (
     ALLOWANCE,
     PRECISIONS,
-    Run,
-    Shape,
-    Source,
+    RunSettings,
     least_gpus_that_fit,
     memory,
     nearest_that_fits,
@@ -75,10 +72,12 @@ class EstimatedRecipe(NamedTuple):
     Attributes:
         run: what the estimate is computed from.
         grid: how pixels map to latents.
+        assumed: the names of the sources whose data are not prepared.
     """
 
-    run: Run
+    run: RunSettings
     grid: LatentGrid
+    assumed: frozenset[str]
 
 
 def read_recipe(
@@ -99,8 +98,8 @@ def read_recipe(
     if precision not in PRECISIONS:
         raise InputError(f"trainer.precision is {precision}; estimate supports bf16-mixed and 32-true.")
     backbone = GPDiTConfig(**vars(settings.model.init_args.backbone))
-    sources, grid = read_sources(data, sizes or {}, backbone.patch_size)
-    run = Run(
+    sources, grid, assumed = read_sources(data, sizes or {}, backbone.patch_size)
+    run = RunSettings(
         backbone=backbone,
         precision=precision,
         strategy=strategy_of(settings.trainer.strategy),
@@ -111,10 +110,10 @@ def read_recipe(
         max_steps=settings.trainer.max_steps,
         sources=sources,
     )
-    return EstimatedRecipe(run, grid)
+    return EstimatedRecipe(run, grid, assumed)
 
 
-def strategy_of(setting: Any) -> Strategy:
+def strategy_of(setting: Any) -> ShardingStrategy:
     """The strategy that `trainer.strategy` selects; raises InputError if estimates do not support it."""
     if isinstance(setting, Namespace) and setting.class_path.endswith(".ZeRO"):
         chosen = setting.init_args
@@ -152,7 +151,7 @@ def prepared_samples(name: str, manifests: Sequence[Manifest]) -> Counter[Latent
 
 
 def assumed_samples(
-    name: str, source: Namespace, sizes: Sequence[str] | None, grid: LatentGrid, patch_size: int
+    name: str, source: SourceConfig, sizes: Sequence[str] | None, grid: LatentGrid, patch_size: int
 ) -> Counter[LatentShape]:
     """The latent shapes of data that are not prepared, in equal shares.
 
@@ -181,16 +180,19 @@ def assumed_samples(
 
 def read_sources(
     data: Namespace, sizes: Mapping[str, Sequence[str] | None], patch_size: int
-) -> tuple[tuple[Source, ...], LatentGrid]:
-    """The sources that a recipe uses, and how their pixels map to latents.
+) -> tuple[tuple[PlannedSource, ...], LatentGrid, frozenset[str]]:
+    """The sources that a recipe uses, how their pixels map to latents, and the names of those that are not prepared.
 
     Args:
         data: the recipe's settings of the data.
         sizes: of each source, in pixels, as for :func:`read_recipe`.
         patch_size: latent pixels along one side of a token.
+
+    Raises:
+        InputError: samples are too short, or the loss is on targets where there are none.
     """
-    used = {name: getattr(data, name) for name in KINDS}
-    used = {name: s for name, s in used.items() if s.manifests and max(s.batch_size, s.tokens) > 0}
+    used = {name: SourceConfig(**vars(getattr(data, name))) for name in KINDS}
+    used = {name: source for name, source in used.items() if source.used}
     manifests = {name: [] if sizes.get(name) else prepared_manifests(s.manifests) for name, s in used.items()}
     grid = next((prepared[0].codec for prepared in manifests.values() if prepared), AssumedGrid())
     sources = []
@@ -199,59 +201,12 @@ def read_sources(
             samples = prepared_samples(name, manifests[name])
         else:
             samples = assumed_samples(name, source, sizes.get(name), grid, patch_size)
-        sources.append(read_source(name, source, samples, data.max_ranks, assumed=not manifests[name]))
-    return tuple(sources), grid
-
-
-def read_source(
-    name: str, source: Namespace, samples: Mapping[LatentShape, int], max_ranks: int, assumed: bool
-) -> Source:
-    """A source with the latent shapes of its micro-batches.
-
-    Args:
-        name: of the source.
-        source: its settings in the recipe.
-        samples: the number of its samples of each shape.
-        max_ranks: the most ranks of the run.
-        assumed: whether the data are not prepared.
-
-    Raises:
-        InputError: samples are too short, the batch cannot be divided into micro-batches, or the loss is on targets
-            where there are none.
-    """
-    planned = PlannedSource(name, (), source.batch_size, source.tokens, source.micro_batches)
-    micro_batches: defaultdict[LatentShape, float] = defaultdict(float)  # of each shape in an epoch
-    for (available, height, width), count in samples.items():
-        lengths = clip_lengths(name, source, available)
-        noisy_frames(name, source.loss_frames, lengths.start)  # raises if there are none
-        cycle = sum(planned.micro_batch_size(frames, height, width, max_ranks) for frames in lengths)
-        for frames in lengths:
-            micro_batches[frames, height, width] += count / cycle
-    total = sum(micro_batches.values())
-    return Source(
-        name,
-        source.batch_size,
-        source.micro_batches,
-        tuple(Shape(*shape, number / total) for shape, number in micro_batches.items()),
-        assumed,
-        source.tokens,
-        source.loss_frames,
-    )
-
-
-def clip_lengths(name: str, source: Namespace, available: int) -> range:
-    """The numbers of latent frames that are taken from samples with `available` ones; InputError if they are too few.
-
-    Each is taken equally often.
-    """
-    most = source.frames or available
-    lengths = range(source.least_frames or most, min(most, available) + 1)
-    if not lengths:
-        raise InputError(
-            f"data.{name} takes {lengths.start} latent frames of each sample, but some have {available}: prepare "
-            "longer clips, or take fewer frames."
-        )
-    return lengths
+        buckets = [
+            PlannedBucket((count,), source.clip_lengths(name, frames, "the data"), height, width)
+            for (frames, height, width), count in samples.items()
+        ]
+        sources.append(source.planned(name, buckets, patch_size))
+    return tuple(sources), grid, frozenset(name for name in used if not manifests[name])
 
 
 def report(recipe: EstimatedRecipe, capacity: float, peak: float, mfu: float) -> str:
@@ -265,7 +220,7 @@ def report(recipe: EstimatedRecipe, capacity: float, peak: float, mfu: float) ->
     """
     run = recipe.run
     sections = (
-        model_and_data(run, recipe.grid.spatial_factor),
+        model_and_data(recipe),
         memory_table(run, capacity),
         what_fits(run, capacity),
         compute(run, peak, mfu),
@@ -273,21 +228,23 @@ def report(recipe: EstimatedRecipe, capacity: float, peak: float, mfu: float) ->
     return "\n\n".join(sections)
 
 
-def model_and_data(run: Run, spatial_factor: int) -> str:
+def model_and_data(recipe: EstimatedRecipe) -> str:
     """The backbone, and a line for each source of data."""
+    run, spatial_factor = recipe.run, recipe.grid.spatial_factor
     lines = [
         f"{parameter_count(run.backbone):,} parameters ({run.backbone.size}, {run.backbone.attention}), "
         f"{run.precision}, GPUs: {run.gpus}"
     ]
     for source in run.sources:
-        sizes = {f"{shape.height * spatial_factor}x{shape.width * spatial_factor}" for shape in source.shapes}
-        lengths = value_range([shape.frames for shape in source.shapes])
+        shapes = run.micro_batch_shapes(source)
+        sizes = {f"{shape.height * spatial_factor}x{shape.width * spatial_factor}" for shape in shapes}
+        lengths = value_range([shape.frames for shape in shapes])
         lengths += ", loss on targets only" if source.loss_frames == "targets" else ""
         batch = f"{source.tokens:,} tokens" if source.tokens else f"{source.batch_size}"
-        clips = value_range([source.micro_batch_size(shape, run.max_ranks) // run.gpus for shape in source.shapes])
+        clips = value_range([shape.samples // run.gpus for shape in shapes])
         lines.append(
             f"{source.name}: {batch} per step, {clips} at a time on a GPU, latent frames {lengths}, "
-            f"{', '.join(sorted(sizes))} ({'assumed' if source.assumed else 'as prepared'})"
+            f"{', '.join(sorted(sizes))} ({'assumed' if source.name in recipe.assumed else 'as prepared'})"
         )
     return "\n".join(lines)
 
@@ -301,7 +258,7 @@ def value_range(numbers: Sequence[int]) -> str:
 HELD = ("weights", "gradients", "optimizer", "average", "buffers", "step")
 
 
-def memory_table(run: Run, capacity: float) -> str:
+def memory_table(run: RunSettings, capacity: float) -> str:
     """Memory on each GPU, a row for each strategy: activations and totals without and with checkpointing."""
     heads = (*HELD, "activations", "checkpointed", "total", "checkpointed")
     lines = ["GiB on each GPU".ljust(19) + "".join(name.rjust(14) for name in heads)]
@@ -313,7 +270,7 @@ def memory_table(run: Run, capacity: float) -> str:
     return "\n".join(lines)
 
 
-def memory_row(run: Run, strategy: Strategy, capacity: float) -> str:
+def memory_row(run: RunSettings, strategy: ShardingStrategy, capacity: float) -> str:
     """The row of a strategy; the run's own is marked."""
     kept, recomputed = (
         memory(replace(run, strategy=strategy, backbone=run.backbone.replaced(activation_checkpointing=checkpointing)))
@@ -324,11 +281,11 @@ def memory_row(run: Run, strategy: Strategy, capacity: float) -> str:
     row = "".join(f"{column / GIB:14.1f}" for column in columns)
     fits = [needed["total"] <= capacity for needed in (kept, recomputed)]
     words = "fits" if fits[0] else "fits checkpointed" if fits[1] else "does not fit"
-    host_memory = f", {kept['main_memory'] / GIB:.1f} GiB of host memory" if strategy.offload else ""
+    host_memory = f", {kept['host_memory'] / GIB:.1f} GiB of host memory" if strategy.offload else ""
     return f"{'>' if strategy == run.strategy else ' '} {strategy.name:<17}{row}  {words}{host_memory}"
 
 
-def what_fits(run: Run, capacity: float) -> str:
+def what_fits(run: RunSettings, capacity: float) -> str:
     """Whether the recipe fits, and if not, the nearest settings that do."""
     total = memory(run)["total"]
     needed = f"needs {total / GIB:.1f} of {capacity / GIB:.0f} GiB"
@@ -338,7 +295,7 @@ def what_fits(run: Run, capacity: float) -> str:
     lines = [f"The recipe does not fit: it {needed}."]
     if wanted is not None:
         parts = memory(wanted)
-        host_memory = f" and {parts['main_memory'] / GIB:.1f} GiB of host memory" if wanted.strategy.offload else ""
+        host_memory = f" and {parts['host_memory'] / GIB:.1f} GiB of host memory" if wanted.strategy.offload else ""
         lines.append(f"The nearest setting that fits, with {parts['total'] / GIB:.1f} GiB{host_memory}:")
         lines.append(f"  {overrides(run, wanted)}")
     if more is not None and more != wanted:
@@ -349,7 +306,7 @@ def what_fits(run: Run, capacity: float) -> str:
     return "\n".join(lines)
 
 
-def compute(run: Run, peak: float, mfu: float) -> str:
+def compute(run: RunSettings, peak: float, mfu: float) -> str:
     """FLOPs of an optimizer step by part, and how long step and run take."""
     parts = step_flops(run)
     total = sum(parts.values())

@@ -24,6 +24,7 @@ from gpdit_lightning.cli.recipe_parser import RecipeParser
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import held_by_one_process, written_whole
+from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.health import Health
@@ -62,6 +63,12 @@ class SaveRecipe(Callback):
                 )
 
 
+def patch_size_of(model: Any) -> int:
+    """The patch size of a stage's backbone, from its options; the default where a stage has no such option."""
+    options = getattr(model, "init_args", Namespace())
+    return int(options.get("backbone.patch_size", GPDiTConfig().patch_size))
+
+
 class RecipeCLI(LightningCLI):
     """LightningCLI whose trainer writes into a run folder and accumulates as the data's plan says."""
 
@@ -80,6 +87,7 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Preview, "preview")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.link_arguments("model", "data.patch_size", compute_fn=patch_size_of)
 
     def instantiate_trainer(self, **_: Any) -> Trainer:
         """The recipe's trainer, with the run folder's logger and the callbacks that every run has."""

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from gpdit_lightning.data.cache import ShardCache
 from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Manifest, ShardEntry
-from gpdit_lightning.data.plan import Plan
+from gpdit_lightning.data.plan import Plan, PlannedBucket
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import LABEL_DROPOUT, generator
@@ -25,30 +25,6 @@ from gpdit_lightning.randomness import LABEL_DROPOUT, generator
 log = logging.getLogger(__name__)
 
 NoiseLevels = Literal["frame", "clip"]
-LossFrames = Literal["all", "targets"]
-
-
-def noisy_frames(source: str, loss_frames: LossFrames, frames: int) -> tuple[int, ...] | None:
-    """The positions of the frames that have noise and loss in clips of `frames` latent frames; None: all.
-
-    Args:
-        source: where the clips come from, like `sequences`.
-        loss_frames: `targets`: every second frame, as in a sequence (source, target, source, target, ...).
-        frames: F.
-
-    Raises:
-        InputError: targets are asked for where there are none.
-    """
-    if loss_frames == "all":
-        return None
-    if source != "sequences":
-        raise InputError(f"data.{source}.loss_frames is targets, which only data.sequences has: set it to all.")
-    if frames < 2:
-        raise InputError(
-            "data.sequences.loss_frames is targets, but a sequence of one latent frame has none: take at least 2 "
-            "frames of each, or set it to all."
-        )
-    return tuple(range(1, frames, 2))
 
 
 @dataclass
@@ -144,6 +120,11 @@ class Bucket:
         return tuple(entry.count for _, entry in self.shards)
 
     @property
+    def planned(self) -> PlannedBucket:
+        """The bucket as the batch plan takes it."""
+        return PlannedBucket(self.counts, self.lengths, self.height, self.width)
+
+    @property
     def frames(self) -> int:
         """Latent frames of its longest samples."""
         return max(self.lengths)
@@ -200,7 +181,6 @@ class LatentDataset(Dataset[LatentBatch]):
         cache: where copies of shards that lie elsewhere are brought before they are needed.
         classes: the names of labels, a class for each; without any, batches have no labels.
         label_dropout: fraction of noisy rows whose label is dropped, for guidance.
-        loss_frames: for sources by their names, which frames have noise and loss; all where it says nothing.
 
     Raises:
         InputError: a number of ranks that does not divide the plan, or no noisy copies.
@@ -220,7 +200,6 @@ class LatentDataset(Dataset[LatentBatch]):
         cache: ShardCache | None = None,
         classes: Sequence[str] = (),
         label_dropout: float = 0.0,
-        loss_frames: Mapping[str, LossFrames] | None = None,
     ) -> None:
         if noise_draws < 1:
             raise InputError(f"data.noise_draws is {noise_draws}; it must be at least 1.")
@@ -234,21 +213,21 @@ class LatentDataset(Dataset[LatentBatch]):
         self.std = torch.tensor(std, dtype=torch.float32)[:, None, None]
         self.noise_levels, self.purpose = noise_levels, purpose
         self.rank, self.world_size, self.noise_draws = rank, world_size, noise_draws
-        self.cache, self.loss_frames = cache, loss_frames or {}
+        self.cache = cache
         self.class_of, self.label_dropout = {name: place for place, name in enumerate(classes)}, label_dropout
         self._coming: list[tuple[int, int, int]] = []
 
     def __getitem__(self, number: int) -> LatentBatch:
         self._fetch_ahead(number)
         micro_batch = self.plan.micro_batch(number).share(self.rank, self.world_size)
-        source = self.plan.sources[micro_batch.source].name
+        source = self.plan.sources[micro_batch.source]
         bucket = self.buckets[micro_batch.source][micro_batch.bucket]
         reads = [bucket.read(int(sample), micro_batch.frames) for sample in micro_batch.samples]
         latents = (torch.from_numpy(np.stack([read.latents for read in reads])).float() - self.mean) / self.std
         step = number // self.plan.micro_batches_per_step
         context = int(micro_batch.context.sum())
         draws = self.noise_draws if latents.shape[1] > 1 else 1
-        frames = noisy_frames(source, self.loss_frames.get(source, "all"), micro_batch.frames)
+        frames = source.noisy_frames(micro_batch.frames)
         noisy = len(frames) if frames else micro_batch.frames
         generators = [generator(self.plan.seed, self.purpose, step, int(place)) for place in micro_batch.places]
         noise, levels = [], []
@@ -263,7 +242,7 @@ class LatentDataset(Dataset[LatentBatch]):
             t=torch.from_numpy(np.stack(levels)),
             context=context,
             weight=micro_batch.weight,
-            source=source,
+            source=source.name,
             keys=[str(read.metadata["key"]) for read in reads],
             damaged=list(dict.fromkeys(name for read in reads for name in read.damaged)),
             labels=self._labels(reads, step, micro_batch.places, context, draws) if self.class_of else None,

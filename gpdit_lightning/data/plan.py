@@ -1,30 +1,72 @@
 """The batch plan: which samples make up the global batch of an optimizer step, as a pure function of (seed, step).
 
-Nothing here has state. Resuming is asking for a later step; the order is the same at every world size; every rank gets
-the same shape and the same number of clips with context at the same moment.
+The plan has no state. To resume is to start at a later step; the order is the same at every world size; at every
+micro-batch all ranks have the same shape and the same number of clips with context.
+
+An example: images of two sizes, in shards of 3, 2 and 4, and clips that are cut to 3 latent frames. Samples of one
+size are a bucket, and a micro-batch comes from one bucket:
+
+    >>> wide, high = PlannedBucket((3, 2), (1,), height=4, width=8), PlannedBucket((4,), (1,), height=8, width=4)
+    >>> images = PlannedSource("images", (wide, high), batch_size=4, micro_batches=2)
+    >>> videos = PlannedSource("videos", (PlannedBucket((10,), (3,), 4, 4),), batch_size=4)
+    >>> plan = Plan((images, videos), seed=0, context_dropout=0.5, max_ranks=2)
+    >>> for batch in map(plan.micro_batch, range(plan.micro_batches_per_step)):  # of step 0
+    ...     print(plan.sources[batch.source].name, batch.bucket, batch.samples.tolist(), batch.places.tolist())
+    images 0 [4, 1] [0, 1]
+    images 1 [0, 2] [2, 3]
+    videos 0 [3, 1, 5, 2] [4, 5, 6, 7]
+    >>> shares = [batch.share(rank, world_size=2) for rank in (0, 1)]  # of the clips
+    >>> [(share.samples.tolist(), share.context.tolist()) for share in shares]
+    [([3, 1], [True, False]), ([5, 2], [True, False])]
+
+Samples are numbered through the shards of their bucket, and their places through the global batch of the step. Half of
+the clips of each rank have lost their context.
 """
 
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from gpdit_lightning.data.order import BucketOrder, SourceOrder
 from gpdit_lightning.errors import InputError
 
-LATENT_PIXELS_OF_A_TOKEN = 4  # patches of 2x2, as all presets have
+LossFrames = Literal["all", "targets"]
+
+
+def noisy_frames(source: str, loss_frames: LossFrames, frames: int) -> tuple[int, ...] | None:
+    """The positions of the frames that have noise and loss in clips of `frames` latent frames; None: all.
+
+    Args:
+        source: the name of the clips' source.
+        loss_frames: `targets`: every second frame, as in a sequence (source, target, source, target, ...).
+        frames: F.
+
+    Raises:
+        InputError: targets are requested where there are none.
+    """
+    if loss_frames == "all":
+        return None
+    if source != "sequences":
+        raise InputError(f"data.{source}.loss_frames is targets, which only data.sequences has: set it to all.")
+    if frames < 2:
+        raise InputError(
+            "data.sequences.loss_frames is targets, but a sequence of one latent frame has none: take at least 2 "
+            "frames of each, or set it to all."
+        )
+    return tuple(range(1, frames, 2))
 
 
 @dataclass(frozen=True)
 class PlannedBucket:
-    """What the plan knows of a bucket: samples of one height and width that are read at the same lengths.
+    """Samples of a source that have one height and width and are cut to the same lengths, as the plan sees them.
 
     Attributes:
         counts: samples of each of its shards, at least 1.
-        lengths: the numbers of latent frames that its samples are cut to, each for as many micro-batches as the others.
+        lengths: the numbers of latent frames that its samples are cut to, each in equally many micro-batches.
         height, width: of a latent frame, in latent pixels.
     """
 
@@ -36,17 +78,19 @@ class PlannedBucket:
 
 @dataclass(frozen=True)
 class PlannedSource:
-    """What the plan knows of one source of samples.
+    """A source of samples, as the plan and the estimates of memory and FLOPs see it.
 
     Attributes:
         name: for logs and messages.
-        buckets: what its micro-batches come from, each from one.
-        batch_size: samples per optimizer step over all ranks; 0 where `tokens` says how much.
+        buckets: each micro-batch comes from one of them.
+        batch_size: samples per optimizer step over all ranks; 0 where `tokens` sets the batch.
         tokens: tokens per optimizer step over all ranks, from which each length of a bucket gets the number of samples
             that comes closest from below.
         micro_batches: equal parts into which that batch is cut, each of one shape.
         weight: of the mean loss over this source's batch, relative to the other sources'.
-        shuffle_window: samples of a bucket that are shuffled together: whole shards with about so many.
+        shuffle_window: samples of a bucket that are shuffled together: those of whole shards, about this many.
+        loss_frames: the frames with noise and loss.
+        patch_size: side of the square patch of latent pixels that is one token.
     """
 
     name: str
@@ -56,29 +100,35 @@ class PlannedSource:
     micro_batches: int = 1
     weight: float = 1.0
     shuffle_window: int = 65_536
+    loss_frames: LossFrames = "all"
+    patch_size: int = 2
+
+    def noisy_frames(self, frames: int) -> tuple[int, ...] | None:
+        """The positions of the frames with noise and loss in clips of `frames` latent frames; None: all."""
+        return noisy_frames(self.name, self.loss_frames, frames)
 
     def micro_batch_size(self, frames: int, height: int, width: int, max_ranks: int) -> int:
         """Samples of a micro-batch over all ranks, a multiple of `max_ranks`.
 
         Raises:
-            InputError: the batch cannot be cut so, or the tokens are too few for one sample on each rank.
+            InputError: the batch cannot be divided so, or the tokens are too few for one sample on each rank.
         """
         parts = self.micro_batches * max_ranks
         if parts < 1 or self.batch_size % parts:
             raise InputError(
-                f"the batch of {self.batch_size} {self.name} cannot be cut into {self.micro_batches} micro-batches "
+                f"the batch of {self.batch_size} {self.name} cannot be divided into {self.micro_batches} micro-batches "
                 f"for {max_ranks} ranks: make it a multiple of micro_batches x max_ranks."
             )
         if self.batch_size:
             return self.batch_size // self.micro_batches
-        pixels = parts * frames * height * width
-        if self.tokens * LATENT_PIXELS_OF_A_TOKEN < pixels:
+        pixels, pixels_of_budget = parts * frames * height * width, self.tokens * self.patch_size**2
+        if pixels_of_budget < pixels:
             raise InputError(
                 f"data.{self.name}.tokens is {self.tokens}, too few for one sample of {frames}x{height}x{width} latent "
                 f"pixels in each of {self.micro_batches} micro-batches on each of {max_ranks} ranks: give at least "
-                f"{math.ceil(pixels / LATENT_PIXELS_OF_A_TOKEN)}, or lower micro_batches or max_ranks."
+                f"{math.ceil(pixels / self.patch_size**2)}, or lower micro_batches or max_ranks."
             )
-        return self.tokens * LATENT_PIXELS_OF_A_TOKEN // pixels * max_ranks
+        return pixels_of_budget // pixels * max_ranks
 
 
 @dataclass(frozen=True)
@@ -137,7 +187,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise InputError("no source of data is in use: give `images` or `videos` a batch_size above 0.")
+            raise InputError("no source of data is in use: give one of them a batch_size above 0.")
         if not 0 <= self.context_dropout <= 1:
             raise InputError(f"context_dropout is {self.context_dropout}; it must lie between 0 and 1.")
         for source in self.sources:
@@ -155,10 +205,10 @@ class Plan:
                     f"data.{source.name}.shuffle_window is {source.shuffle_window}; it must be at least 1 sample."
                 )
             shapes = [(max(bucket.lengths), bucket.height, bucket.width) for bucket in source.buckets]
-            source.micro_batch_size(*max(shapes, key=math.prod), self.max_ranks)  # complains if it cannot be cut so
+            source.micro_batch_size(*max(shapes, key=math.prod), self.max_ranks)  # raises if it cannot be divided so
 
     def __getstate__(self) -> dict[str, Any]:
-        # What follows from the fields is found again where it is needed, with caches of its own.
+        # Cached properties are computed again where they are needed.
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
@@ -183,7 +233,7 @@ class Plan:
             source=index,
             bucket=bucket,
             samples=order.buckets[bucket].samples(position, size),
-            # As if every micro-batch had the largest size: no two samples of a step may have the same.
+            # As if every micro-batch had the largest size, so that no two samples of a step have the same place.
             places=first_place + within * order.largest + np.arange(size),
             context=self._context(sum(given for _, given in cuts), size),
             weight=source.weight / sum(s.weight for s in self.sources) / source.micro_batches,
@@ -191,11 +241,11 @@ class Plan:
         )
 
     def shards_ahead(self, number: int) -> list[tuple[int, int, int]]:
-        """What to fetch for micro-batch `number` and those after it, soonest needed first.
+        """The shards to fetch for micro-batch `number` and those after it, soonest needed first.
 
         Returns:
-            (source, bucket, shard) of all shards in the window that each bucket then stands in and in its next one:
-            nothing else is read before a bucket comes to the window after that.
+            (source, bucket, shard) of all shards in the current window of each bucket and in its next one: no other
+            shard is read before a bucket reaches the window after that.
         """
         step, within = divmod(number, self.micro_batches_per_step)
         windows = []
@@ -227,11 +277,11 @@ class Plan:
     def _context(self, given: int, size: int) -> np.ndarray:
         """Which samples of a micro-batch keep their context: the same number in each of the `max_ranks` parts.
 
-        The samples stand in random order already, so the last ones of a part lose it; fractions carry over to the next
+        The samples are in random order already, so the last ones of a part lose it; fractions carry over to the next
         micro-batch.
 
         Args:
-            given: samples of the source before this micro-batch.
+            given: samples of the source in earlier micro-batches.
             size: its samples.
         """
         before, part = given // self.max_ranks, size // self.max_ranks

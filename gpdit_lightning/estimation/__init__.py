@@ -1,1 +1,1 @@
-"""What a recipe costs before it runs: FLOPs, memory, and the nearest setting that fits."""
+"""What training costs, computed before it runs: FLOPs, memory, and the nearest settings that fit."""

@@ -1,4 +1,4 @@
-"""Floating-point operations of the backbone, counted from its configuration: what MFU and estimates rest on."""
+"""Floating-point operations of the backbone, computed from its configuration, for MFU and estimates."""
 
 import re
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from gpdit_lightning.model import GPDiTConfig
 
-# Dense bf16 FLOP/s of a GPU with float32 accumulation, from the makers' data sheets, without sparsity.
-# The first entry whose words all appear in the device's name counts.
+# Dense bf16 FLOP/s of a GPU with float32 accumulation, from the manufacturers' data sheets, without sparsity.
+# The first entry whose words all appear in the device's name is used.
 PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2250e12),
     ("H100 PCIe", 756e12),
@@ -29,7 +29,7 @@ PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
 
 @dataclass(frozen=True)
 class PassShape:
-    """What one `GPDiT.forward` is given."""
+    """The shapes of the inputs of one `GPDiT.forward`."""
 
     clips: int
     """B."""
@@ -41,7 +41,7 @@ class PassShape:
     """Of a latent frame, in latent pixels."""
     width: int
     draws: int = 1
-    """K, noisy copies of every clip, that share its one clean stream."""
+    """K, noisy copies of every clip, which share its clean stream."""
     noisy_frames: Sequence[int] | None = None
     """The positions of the noisy frames; None: all F."""
 
@@ -52,7 +52,7 @@ class PassShape:
 
     @property
     def clean_frames(self) -> int:
-        """The clean frames of a clip with context: nobody sees one that has no noisy frame behind it."""
+        """The clean frames of a clip with context; one without a later noisy frame is not computed."""
         return self.noisy[-1]
 
     def tokens(self, config: GPDiTConfig) -> int:
@@ -69,43 +69,43 @@ class PassShape:
 
 
 def forward_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
-    """FLOPs of one `GPDiT.forward`, a multiply-add counted as two; norms, rotations and softmax are left out.
+    """FLOPs of one `GPDiT.forward`; a multiply-add counts as two, and norms, rotations and softmax as none.
 
-    A model with `classes` has one token more for each noisy row, its label, at no cost of embedding.
+    A model with `classes` has one more token per noisy row, its label, whose embedding is a lookup.
 
     Returns:
-        FLOPs of the parts `embedding`, `attention_projections`, `attention_products`, `mlp` and `output`.
+        FLOPs by part: `embedding`, `attention_projections`, `attention_products`, `mlp` and `output`.
     """
     clips, context_clips, draws, clean_frames = shape.clips, shape.context_clips, shape.draws, shape.clean_frames
     tokens, noisy_tokens, clean_tokens = shape.tokens(config), shape.noisy_tokens(config), shape.clean_tokens(config)
     patch_values = config.latent_channels * config.patch_size**2
     prefix_tokens = draws * clips if config.classes else 0
-    # The prefix and the clean tokens of the last block give keys and values only.
+    # In the last block the prefix and the clean tokens have keys and values only.
     packed = prefix_tokens + clean_tokens + noisy_tokens
-    asking = (config.layers - 1) * packed + noisy_tokens
-    looked_at = config.layers * packed
+    query_tokens = (config.layers - 1) * packed + noisy_tokens
+    key_value_tokens = config.layers * packed
 
     clean_pairs = {"of2": clean_frames * (clean_frames + 1) // 2, "of": clean_frames}[config.attention]
-    seen = sum(frame + 1 for frame in shape.noisy)  # the clean ones before it, and itself
-    noisy_pairs = draws * (context_clips * seen + (clips - context_clips) * len(shape.noisy))
+    key_frames = sum(frame + 1 for frame in shape.noisy)  # of each noisy frame: the clean ones before it, and itself
+    noisy_pairs = draws * (context_clips * key_frames + (clips - context_clips) * len(shape.noisy))
     frame_pairs = (config.layers - 1) * context_clips * clean_pairs + config.layers * noisy_pairs
-    # A label's token sees itself, and is seen by all noisy tokens of its row.
+    # A label's token attends to itself, and all noisy tokens of its row attend to it.
     label_pairs = (config.layers - 1) * prefix_tokens + config.layers * (noisy_tokens if config.classes else 0)
 
     multiply_adds = {
         "embedding": (clean_tokens + noisy_tokens) * patch_values * config.width,
-        "attention_projections": (asking * 2 + looked_at * 2) * config.width**2,
+        "attention_projections": (query_tokens + key_value_tokens) * 2 * config.width**2,
         "attention_products": (frame_pairs * tokens**2 + label_pairs) * 2 * config.width,
-        "mlp": asking * 2 * config.width * config.mlp_width,
+        "mlp": query_tokens * 2 * config.width * config.mlp_width,
         "output": noisy_tokens * config.width * patch_values,
     }
     return {part: 2 * count for part, count in multiply_adds.items()}
 
 
 def training_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
-    """FLOPs of one forward and backward pass, by part: three times the forward, as is the custom for MFU.
+    """FLOPs of one forward and backward pass by part: three times those of the forward pass, as usual for MFU.
 
-    Recomputation (activation checkpointing, or inside an attention kernel) is not counted: it is time without progress.
+    Recomputation (activation checkpointing, or inside an attention kernel) is not counted.
     """
     return {part: 3 * count for part, count in forward_flops(config, shape).items()}
 

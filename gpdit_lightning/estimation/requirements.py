@@ -1,12 +1,11 @@
-"""What a run needs before any of it has run: FLOPs of a step, memory on each GPU, and the nearest settings that fit."""
+"""What a run needs, computed before it starts: FLOPs per step, memory on each GPU, the nearest settings that fit."""
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from gpdit_lightning.data.batches import LossFrames, noisy_frames
-from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
+from gpdit_lightning.data.plan import Plan, PlannedSource
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.flops import PassShape, training_flops
 from gpdit_lightning.estimation.memory import (
@@ -14,8 +13,8 @@ from gpdit_lightning.estimation.memory import (
     BF16,
     FLOAT32,
     STRATEGIES,
-    Precision,
-    Strategy,
+    BytesPerValue,
+    ShardingStrategy,
     activation_bytes,
     held_bytes,
     step_bytes,
@@ -28,59 +27,43 @@ ALLOWANCE = 2 * 2**30
 PRECISIONS = {"bf16-mixed": AUTOCAST, "32-true": FLOAT32, "32": FLOAT32}
 
 
-class Shape(NamedTuple):
-    """A latent shape (F, h, w) of a source, and the fraction of its micro-batches that have it."""
+class MicroBatchShape(NamedTuple):
+    """The latent shape of some micro-batches of a source.
+
+    Attributes:
+        frames, height, width: F, h and w.
+        samples: of a micro-batch over all ranks.
+        fraction: of the source's micro-batches that have this shape.
+    """
 
     frames: int
     height: int
     width: int
+    samples: int
     fraction: float
 
 
 @dataclass(frozen=True)
-class Source:
-    """One source of samples, as the recipe uses it."""
+class RunSettings:
+    """The settings of a run that its memory and FLOPs depend on.
 
-    name: str
-    batch_size: int
-    micro_batches: int
-    shapes: tuple[Shape, ...]
-    assumed: bool
-    tokens: int = 0
-    loss_frames: LossFrames = "all"
-
-    @property
-    def planned(self) -> PlannedSource:
-        """The same for the batch plan."""
-        buckets = tuple(PlannedBucket((1,), (shape.frames,), shape.height, shape.width) for shape in self.shapes)
-        return PlannedSource(self.name, buckets, self.batch_size, self.tokens, self.micro_batches)
-
-    def micro_batch_size(self, shape: Shape, max_ranks: int) -> int:
-        """Samples of a micro-batch over all ranks."""
-        return self.planned.micro_batch_size(shape.frames, shape.height, shape.width, max_ranks)
-
-    def noisy_frames(self, shape: Shape) -> tuple[int, ...] | None:
-        """The positions of the frames that have noise and loss; None: all."""
-        return noisy_frames(self.name, self.loss_frames, shape.frames)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What an estimate depends on."""
+    Raises:
+        InputError: batches that cannot be divided into micro-batches, or among the GPUs.
+    """
 
     backbone: GPDiTConfig
     precision: str
-    strategy: Strategy
+    """As of `trainer.precision`, one of `PRECISIONS`."""
+    strategy: ShardingStrategy
     gpus: int
     max_ranks: int
     context_dropout: float
     noise_draws: int
     max_steps: int
-    sources: tuple[Source, ...]
+    sources: tuple[PlannedSource, ...]
 
     def __post_init__(self) -> None:
-        planned = tuple(source.planned for source in self.sources)
-        Plan(planned, 0, self.context_dropout, self.max_ranks)  # complains about batches that cannot be cut so
+        Plan(self.sources, 0, self.context_dropout, self.max_ranks)  # raises for batches that cannot be divided
         if self.gpus < 1 or self.max_ranks % self.gpus:
             raise InputError(
                 f"{self.gpus} GPUs do not divide data.max_ranks = {self.max_ranks}: choose --gpus that do, or set "
@@ -88,67 +71,82 @@ class Run:
             )
 
     @property
-    def numbers(self) -> Precision:
-        """Bytes of the values that it computes with: bf16 weights where they are spread, autocast elsewhere."""
-        numbers = PRECISIONS[self.precision]
-        return BF16 if self.strategy.stage and numbers == AUTOCAST else numbers
+    def bytes_per_value(self) -> BytesPerValue:
+        """Bytes of the values in its products: of bf16 weights where they are sharded, of autocast elsewhere."""
+        precision = PRECISIONS[self.precision]
+        return BF16 if self.strategy.stage and precision == AUTOCAST else precision
+
+    def micro_batch_shapes(self, source: PlannedSource) -> tuple[MicroBatchShape, ...]:
+        """The shapes of a source's micro-batches: one for each bucket and each of its lengths."""
+        shapes = []
+        for bucket in source.buckets:
+            h, w = bucket.height, bucket.width
+            sizes = [source.micro_batch_size(frames, h, w, self.max_ranks) for frames in bucket.lengths]
+            per_epoch = sum(bucket.counts) / sum(sizes)  # micro-batches of each length in an epoch
+            for frames, size in zip(bucket.lengths, sizes, strict=True):
+                shapes.append(MicroBatchShape(frames, h, w, size, per_epoch))
+        total = sum(shape.fraction for shape in shapes)
+        return tuple(shape._replace(fraction=shape.fraction / total) for shape in shapes)
 
 
-def step_flops(run: Run) -> dict[str, float]:
+def step_flops(run: RunSettings) -> dict[str, float]:
     """FLOPs of an optimizer step by part, over all GPUs: the mean over shapes and dropped contexts."""
     total: Counter[str] = Counter()
     for source in run.sources:
-        for shape in source.shapes:
-            clips = source.micro_batches * source.micro_batch_size(shape, run.max_ranks)
+        for shape in run.micro_batch_shapes(source):
+            clips = source.micro_batches * shape.samples
             for context, share in ((clips, 1 - run.context_dropout), (0, run.context_dropout)):
                 flops = training_flops(run.backbone, pass_shape(run, source, shape, clips, context))
                 total.update({part: shape.fraction * share * count for part, count in flops.items()})
     return dict(total)
 
 
-def pass_shape(run: Run, source: Source, shape: Shape, clips: int, context_clips: int) -> PassShape:
-    """The pass over clips of a source, some of which have context."""
+def pass_shape(
+    run: RunSettings, source: PlannedSource, shape: MicroBatchShape, clips: int, context_clips: int
+) -> PassShape:
+    """The forward pass over clips of a source, some of which have context."""
     draws = run.noise_draws if shape.frames > 1 else 1
-    return PassShape(clips, context_clips, *shape[:3], draws, source.noisy_frames(shape))
+    noisy_frames = source.noisy_frames(shape.frames)
+    return PassShape(clips, context_clips, shape.frames, shape.height, shape.width, draws, noisy_frames)
 
 
-def activations(run: Run, source: Source) -> int:
+def largest_activation_bytes(run: RunSettings, source: PlannedSource) -> int:
     """Bytes of the activations of a source's largest micro-batch on one GPU."""
     needed, parts = [], run.max_ranks // run.gpus
-    for shape in source.shapes:
-        part = source.micro_batch_size(shape, run.max_ranks) // run.max_ranks
-        clips, without_context = part * parts, parts * int(run.context_dropout * part)
+    for shape in run.micro_batch_shapes(source):
+        samples = shape.samples // run.max_ranks
+        clips, without_context = samples * parts, parts * int(run.context_dropout * samples)
         largest = pass_shape(run, source, shape, clips, clips - without_context)
-        needed.append(activation_bytes(run.backbone, largest, run.numbers))
+        needed.append(activation_bytes(run.backbone, largest, run.bytes_per_value))
     return max(needed)
 
 
-def memory(run: Run) -> dict[str, int]:
-    """Bytes on each GPU by part, their `total`, and a rank's `main_memory` beside them.
+def memory(run: RunSettings) -> dict[str, int]:
+    """Bytes on each GPU by part, their `total`, and `host_memory`, which a rank holds beside them.
 
-    The activations are gone when the optimizer takes its step: only the larger of the two counts.
+    The optimizer takes its step when the activations are freed: only the larger of the two counts.
     """
-    held = held_bytes(run.backbone, run.strategy, run.numbers, run.gpus)
+    held = held_bytes(run.backbone, run.strategy, run.bytes_per_value, run.gpus)
     step = step_bytes(run.backbone, run.strategy, run.gpus)
-    largest = max(activations(run, source) for source in run.sources)
-    total = sum(held.values()) - held["main_memory"] + max(step, largest) + ALLOWANCE
-    return held | {"step": step, "activations": largest, "total": total}
+    activations = max(largest_activation_bytes(run, source) for source in run.sources)
+    total = sum(held.values()) - held["host_memory"] + max(step, activations) + ALLOWANCE
+    return held | {"step": step, "activations": activations, "total": total}
 
 
-def with_smaller_micro_batches(run: Run) -> Iterator[Run]:
-    """The run itself, then the same with one source after another cut finer, the one with most activations first.
+def with_smaller_micro_batches(run: RunSettings) -> Iterator[RunSettings]:
+    """The run itself, then the same with more and smaller micro-batches of the source with the largest activations.
 
-    Where the part of each of `max_ranks` ranks is one sample, `max_ranks` falls to the number of GPUs.
+    Where each of `max_ranks` ranks has one sample of them, `max_ranks` falls to the number of GPUs.
     """
     yield run
     while True:
-        largest = max(run.sources, key=lambda source: activations(run, source))
-        whole = replace(largest, micro_batches=1)
-        samples = min(whole.micro_batch_size(shape, run.max_ranks) for shape in whole.shapes) // run.max_ranks
+        largest = max(run.sources, key=lambda source: largest_activation_bytes(run, source))
+        shapes = run.micro_batch_shapes(replace(largest, micro_batches=1))
+        samples = min(shape.samples for shape in shapes) // run.max_ranks
         counts = range(largest.micro_batches + 1, samples + 1)
-        finer = [count for count in counts if largest.tokens or samples % count == 0]
-        if finer:
-            sources = tuple(replace(s, micro_batches=finer[0]) if s is largest else s for s in run.sources)
+        more = [count for count in counts if largest.tokens or samples % count == 0]
+        if more:
+            sources = tuple(replace(s, micro_batches=more[0]) if s is largest else s for s in run.sources)
             run = replace(run, sources=sources)
             yield run
         elif run.max_ranks > run.gpus:
@@ -157,14 +155,14 @@ def with_smaller_micro_batches(run: Run) -> Iterator[Run]:
             return
 
 
-def nearest_that_fits(run: Run, capacity: float) -> Run | None:
-    """The least change of settings after which each GPU needs at most `capacity` bytes; None if nothing helps.
+def nearest_that_fits(run: RunSettings, capacity: float) -> RunSettings | None:
+    """The cheapest change of settings with which each GPU needs at most `capacity` bytes; None if there is none.
 
-    In the order of what they cost: more micro-batches (smaller products), activation checkpointing (a third more time),
-    ZeRO-2 and ZeRO-3 (communication), their offloading (much slower). FSDP2 is kept where it is the run's own.
+    In the order of their costs: more micro-batches (smaller products), activation checkpointing (a third more time),
+    ZeRO-2 and ZeRO-3 (communication), their offloading (much slower). FSDP2 is proposed only where the run uses it.
     """
-    spread = sorted((s for s in STRATEGIES if s.option and s.deepspeed), key=lambda s: (s.offload, s.stage))
-    for strategy in dict.fromkeys((run.strategy, *spread)):
+    proposed = sorted((s for s in STRATEGIES if s.option and s.deepspeed), key=lambda s: (s.offload, s.stage))
+    for strategy in dict.fromkeys((run.strategy, *proposed)):
         for checkpointing in sorted({run.backbone.activation_checkpointing, True}):
             backbone = run.backbone.replaced(activation_checkpointing=checkpointing)
             for candidate in with_smaller_micro_batches(replace(run, strategy=strategy, backbone=backbone)):
@@ -173,26 +171,26 @@ def nearest_that_fits(run: Run, capacity: float) -> Run | None:
     return None
 
 
-def least_gpus_that_fit(run: Run, capacity: float) -> Run | None:
-    """The same on the least number of GPUs, at least the run's, on which nothing is offloaded."""
+def least_gpus_that_fit(run: RunSettings, capacity: float) -> RunSettings | None:
+    """The same on the least number of GPUs, not fewer than the run's, on which nothing is offloaded; or None."""
     for gpus in range(run.gpus, run.max_ranks + 1):
         if run.max_ranks % gpus == 0:
-            wanted = nearest_that_fits(replace(run, gpus=gpus), capacity)
-            if wanted is not None and not wanted.strategy.offload:
-                return wanted
+            fitting = nearest_that_fits(replace(run, gpus=gpus), capacity)
+            if fitting is not None and not fitting.strategy.offload:
+                return fitting
     return None
 
 
-def overrides(run: Run, wanted: Run) -> str:
+def overrides(run: RunSettings, other: RunSettings) -> str:
     """The options of `fit` that turn one run into another."""
     options = []
-    for source, other in zip(run.sources, wanted.sources, strict=True):
-        if source.micro_batches != other.micro_batches:
-            options.append(f"--data.{source.name}.micro_batches={other.micro_batches}")
-    if run.max_ranks != wanted.max_ranks:
-        options.append(f"--data.max_ranks={wanted.max_ranks}")
-    if run.backbone.activation_checkpointing != wanted.backbone.activation_checkpointing:
+    for source, changed in zip(run.sources, other.sources, strict=True):
+        if source.micro_batches != changed.micro_batches:
+            options.append(f"--data.{source.name}.micro_batches={changed.micro_batches}")
+    if run.max_ranks != other.max_ranks:
+        options.append(f"--data.max_ranks={other.max_ranks}")
+    if run.backbone.activation_checkpointing != other.backbone.activation_checkpointing:
         options.append("--model.init_args.backbone.activation_checkpointing=true")
-    if run.strategy != wanted.strategy:
-        options.append(f"--trainer.strategy={wanted.strategy.option}")
+    if run.strategy != other.strategy:
+        options.append(f"--trainer.strategy={other.strategy.option}")
     return " ".join(options)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from gpdit_lightning.data.workers import outlive_signals
+from gpdit_lightning.data.workers import keep_running_after_signals
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.prepare import INTERLEAVED_FILES, PrepareOptions
 from gpdit_lightning.preparation.clips import ClipReader, EndOfFile, Item, SampleId
@@ -69,7 +69,7 @@ def read_clips(
         InterleavedFiles(files, ClipReader(options, temporal_factor, encoded)),
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=outlive_signals if workers else None,
+        worker_init_fn=keep_running_after_signals if workers else None,
     )
     ended: set[int] = set()
     try:

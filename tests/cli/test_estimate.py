@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from gpdit_lightning.cli import main
 from gpdit_lightning.cli.estimate import GIB, estimate, read_recipe, strategy_of
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.estimation.requirements import Shape, Source, nearest_that_fits, overrides
+from gpdit_lightning.estimation.requirements import nearest_that_fits, overrides
 from gpdit_lightning.options.estimate import EstimateOptions
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -40,10 +39,11 @@ def mixed(write_shards: Callable[..., Manifest], tmp_path: Path) -> Path:
 
 
 def test_prepared_data_give_the_shapes(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images, videos = read_recipe([f"--config={mixed}"]).run.sources
-    images = replace(images, shapes=tuple(sorted(images.shapes)))
-    assert images == Source("images", 4, 1, (Shape(1, 8, 8, 0.5), Shape(1, 8, 12, 0.5)), assumed=False)
-    assert videos == Source("videos", 8, 2, (Shape(2, 8, 8, 0.5), Shape(3, 8, 8, 0.5)), assumed=False)
+    recipe = read_recipe([f"--config={mixed}"])
+    images, videos = map(recipe.run.micro_batch_shapes, recipe.run.sources)
+    assert sorted(images) == [(1, 8, 8, 4, 0.5), (1, 8, 12, 4, 0.5)]
+    assert videos == ((2, 8, 8, 4, 0.5), (3, 8, 8, 4, 0.5))
+    assert not recipe.assumed
     assert main(["estimate", f"--config={mixed}", "--gpus=2", "--trainer.max_steps=500"]) == 0
     text = capsys.readouterr().out
     assert "images: 4 per step, 2 at a time on a GPU, latent frames 1, 64x64, 64x96 (as prepared)" in text
@@ -66,9 +66,10 @@ def test_a_token_budget_gives_each_shape_a_batch_size(mixed: Path, capsys: pytes
     options = [f"--config={mixed}"]
     for name, tokens in (("images", 96), ("videos", 768)):
         options += [f"--data.{name}.batch_size=0", f"--data.{name}.tokens={tokens}"]
-    images, videos = read_recipe(options).run.sources
-    assert {shape[:3]: shape.fraction for shape in images.shapes} == pytest.approx({(1, 8, 8): 0.4, (1, 8, 12): 0.6})
-    assert {shape[:3]: shape.fraction for shape in videos.shapes} == pytest.approx({(2, 8, 8): 0.5, (3, 8, 8): 0.5})
+    run = read_recipe(options).run
+    images, videos = map(run.micro_batch_shapes, run.sources)
+    assert {shape[:3]: shape.fraction for shape in images} == pytest.approx({(1, 8, 8): 0.4, (1, 8, 12): 0.6})
+    assert {shape[:3]: shape.fraction for shape in videos} == pytest.approx({(2, 8, 8): 0.5, (3, 8, 8): 0.5})
     assert main(["estimate", *options, "--gpus=2"]) == 0
     text = capsys.readouterr().out
     assert "images: 96 tokens per step, 2 to 3 at a time on a GPU, latent frames 1, 64x64, 64x96 (as prepared)" in text
@@ -150,7 +151,7 @@ def test_a_recipe_that_no_setting_makes_fit(capsys: pytest.CaptureFixture[str]) 
         (["--video_sizes", "100x100"], "multiples of 16 pixels"),
         (["--trainer.strategy=fsdp"], "trainer.strategy is fsdp"),
         (["--trainer.precision=16-mixed"], "trainer.precision is 16-mixed"),
-        (["--data.images.micro_batches=7"], "cannot be cut into 7"),
+        (["--data.images.micro_batches=7"], "cannot be divided into 7"),
         (["--data.images.batch_size=0", "--data.videos.batch_size=0"], "no source of data"),
         (["--data.videos.loss_frames=targets"], "data.videos.loss_frames is targets, which only data.sequences has"),
         (["--data.image.batch_size=1"], "did you mean 'data.images.batch_size'"),
@@ -165,7 +166,7 @@ def test_a_mistake_gets_one_sentence(options: list[str], words: str, capsys: pyt
 
 def test_samples_that_are_too_short(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", f"--config={mixed}", "--data.videos.frames=5", "--data.videos.least_frames=5"]) == 2
-    assert "data.videos takes 5 latent frames of each sample, but some have 3" in capsys.readouterr().err
+    assert "data.videos takes 5 latent frames of each sample, but the data has samples of 3" in capsys.readouterr().err
 
 
 def test_from_python_it_takes_a_record(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,9 +191,9 @@ def test_whitening_constants_that_differ_are_refused(tmp_path: Path, write_shard
 
 
 def test_more_frames_than_the_shards_have_are_refused(tiny_shards: Path) -> None:
-    with pytest.raises(InputError, match=r"data\.videos asks for 4 latent frames, but .*manifest\.json has .* 3"):
+    with pytest.raises(InputError, match=r"data\.videos takes 4 latent frames .*, but .*manifest\.json has .* 3"):
         LatentDataModule(videos=source(tiny_shards, frames=4))
-    with pytest.raises(InputError, match=r"data\.videos asks for 4 latent frames"):
+    with pytest.raises(InputError, match=r"data\.videos takes 4 latent frames"):
         LatentDataModule(videos=source(tiny_shards, frames=6, least_frames=4))
     with pytest.raises(InputError, match=r"data\.videos\.least_frames is 3, more than the 2"):
         LatentDataModule(videos=source(tiny_shards, frames=2, least_frames=3))
@@ -236,7 +236,7 @@ def test_sequences_are_a_source_of_their_own(tmp_path: Path, write_shards: Shard
     assert all("-sequence-" in key for key in batch.keys)
 
 
-def test_targets_alone_are_trained_on_and_validated(tmp_path: Path, write_shards: Shards) -> None:
+def test_only_targets_are_trained_on_and_validated(tmp_path: Path, write_shards: Shards) -> None:
     counts = {(split, "sequence", (6, 8, 8)): 4 for split in ("train", "validation")}
     folder = write_shards(tmp_path, counts | {IMAGE: 4, ("validation", "image", (1, 8, 8)): 4}).directory
     data = at(LatentDataModule(images=source(folder), sequences=source(folder, loss_frames="targets")))
@@ -247,7 +247,7 @@ def test_targets_alone_are_trained_on_and_validated(tmp_path: Path, write_shards
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "complaint"),
+    ("name", "settings", "message"),
     [
         ("videos", {}, r"data\.videos\.loss_frames is targets, which only data\.sequences has: set it to all"),
         ("images", {}, r"data\.images\.loss_frames is targets, which only data\.sequences has"),
@@ -256,23 +256,23 @@ def test_targets_alone_are_trained_on_and_validated(tmp_path: Path, write_shards
     ],
 )
 def test_where_there_are_no_targets_they_are_refused(
-    tmp_path: Path, write_shards: Shards, name: str, settings: dict[str, int], complaint: str
+    tmp_path: Path, write_shards: Shards, name: str, settings: dict[str, int], message: str
 ) -> None:
     folder = write_shards(tmp_path, {IMAGE: 3, VIDEO: 3, ("train", "sequence", (2, 8, 8)): 3}).directory
-    with pytest.raises(InputError, match=complaint):
+    with pytest.raises(InputError, match=message):
         LatentDataModule(**{name: source(folder, loss_frames="targets", **settings)})  # type: ignore[arg-type]
 
 
-def test_checkpoints_from_before_targets_go_on(tmp_path: Path, write_shards: Shards) -> None:
+def test_a_checkpoint_resumes_only_with_the_same_loss_frames(tmp_path: Path, write_shards: Shards) -> None:
     folder = write_shards(tmp_path, {("train", "sequence", (6, 8, 8)): 4}).directory
     everything, targets = (LatentDataModule(sequences=source(folder, loss_frames=x)) for x in ("all", "targets"))
     before = everything.state_dict()
     assert not any("loss_frames" in name for name in before["order"])
     everything.load_state_dict(before)
     targets.load_state_dict(targets.state_dict())
-    with pytest.raises(InputError, match=r"with data\.sequences\.loss_frames = all and the recipe has targets;"):
+    with pytest.raises(InputError, match=r"with data\.sequences\.loss_frames = none and the recipe has targets;"):
         targets.load_state_dict(before)
-    with pytest.raises(InputError, match=r"data\.sequences\.loss_frames = targets and the recipe has all"):
+    with pytest.raises(InputError, match=r"data\.sequences\.loss_frames = targets and the recipe has none"):
         everything.load_state_dict(targets.state_dict())
 
 
@@ -291,7 +291,7 @@ def test_a_manifest_without_samples_of_the_kind_is_refused(tmp_path: Path, write
 def test_each_manifest_holds_samples_of_its_source(tmp_path: Path, write_shards: Shards) -> None:
     pictures = write_shards(tmp_path / "pictures", {IMAGE: 3}).directory
     videos = write_shards(tmp_path / "videos", {("train", "video", (3, 8, 8)): 4}).directory
-    cure = r"data\.videos\.manifests names .*pictures/manifest\.json, which holds image samples: name it under images"
+    cure = r"data\.videos\.manifests names .*pictures/manifest\.json, which holds image samples: give it to data.images"
     with pytest.raises(InputError, match=cure):
         LatentDataModule(videos=source(videos, pictures))
 

@@ -216,10 +216,10 @@ def test_a_run_goes_on_with_its_own_labels_alone(shards: Path, tmp_path: Path) -
     assert without.keys() == {"order", "codec", "geometry"}
     assert not any("label" in setting for setting in without["order"])
     data_of(shards).load_state_dict(with_labels)
-    data_of(shards, labels=False, label_dropout=0.5).load_state_dict(without)  # a checkpoint from before labels
+    data_of(shards, labels=False, label_dropout=0.5).load_state_dict(without)
     with pytest.raises(InputError, match=r"with data\.label_dropout = 0\.1 and the recipe has 0\.2; so its data order"):
         data_of(shards, label_dropout=0.2).load_state_dict(with_labels)
     with pytest.raises(InputError, match=r"data\.labels = \['run', 'jump', 'swim'\] and the recipe has none"):
         data_of(shards, labels=False).load_state_dict(with_labels)
-    with pytest.raises(InputError, match=r"data\.labels = unused and the recipe has \['run', 'jump', 'swim'\]"):
+    with pytest.raises(InputError, match=r"data\.labels = none and the recipe has \['run', 'jump', 'swim'\]"):
         data_of(shards).load_state_dict(without)

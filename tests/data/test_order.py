@@ -1,4 +1,4 @@
-"""Streams of samples and turns of buckets, against slow walks."""
+"""Streams of samples and turns of buckets, against slow references that walk from the start."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,9 @@ import pytest
 
 from gpdit_lightning.data import order as order_module
 from gpdit_lightning.data.order import BucketOrder, SourceOrder
-from gpdit_lightning.randomness import generator
 
 SHARDS = [(7,), (1, 1, 1), (5, 3, 8, 2, 6, 4), (3,) * 40, (50, 1, 1, 20)]
-COUNTS = [(7,), (5, 3), (1,), (1, 1, 1), (10, 4, 9), (2, 5, 3), (64,), (37, 64, 1)]
+COUNTS = [(7,), (1, 1, 1), (10, 4, 9), (37, 64, 1)]
 
 
 def bucket_order(shards: Sequence[int], sizes: Sequence[int] = (1,), window: int = 10, seed: int = 0) -> BucketOrder:
@@ -61,8 +60,7 @@ def slow_rounds(counts: Sequence[int], sizes: Sequence[int], rounds: int) -> Ite
 # A bucket's stream
 
 
-@pytest.mark.parametrize("shards", SHARDS)
-@pytest.mark.parametrize("window", [1, 4, 10, 1000])
+@pytest.mark.parametrize(("shards", "window"), [(SHARDS[1], 1), (SHARDS[2], 4), (SHARDS[3], 10), (SHARDS[4], 1000)])
 def test_the_stream_goes_through_window_after_window(shards: tuple[int, ...], window: int) -> None:
     order, position = bucket_order(shards, window=window), 0
     for of_window in islice(slow_windows(order, shards), 50):
@@ -72,8 +70,7 @@ def test_the_stream_goes_through_window_after_window(shards: tuple[int, ...], wi
         position += len(expected)
 
 
-@pytest.mark.parametrize("shards", SHARDS)
-@pytest.mark.parametrize("window", [4, 10, 1000])
+@pytest.mark.parametrize(("shards", "window"), [(SHARDS[0], 4), (SHARDS[2], 10), (SHARDS[4], 4), (SHARDS[3], 1000)])
 def test_an_epoch_has_every_sample_once(shards: tuple[int, ...], window: int) -> None:
     order, samples = bucket_order(shards, window=window), sum(shards)
     for epoch in range(4):
@@ -105,7 +102,7 @@ def test_epochs_windows_and_buckets_have_orders_of_their_own() -> None:
     assert len({tuple(samples) for samples in others}) == 4
 
 
-@pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.parametrize("shards", SHARDS[1:4])
 def test_windows_from_any_position_on(shards: tuple[int, ...]) -> None:
     """By the place of each sample in the stream, over three epochs."""
     order = bucket_order(shards)
@@ -118,7 +115,7 @@ def test_windows_from_any_position_on(shards: tuple[int, ...]) -> None:
         assert list(islice(order.windows_from(place), 4)) == begins[current : current + 4]
 
 
-@pytest.mark.parametrize("sizes", [(3,), (2, 2), (8, 4, 2, 1), (1, 5, 5, 3, 2)])
+@pytest.mark.parametrize("sizes", [(3,), (1, 5, 5, 3, 2)])
 def test_micro_batches_follow_one_another_and_sizes_take_turns(sizes: tuple[int, ...]) -> None:
     order, position, found = bucket_order((9,), sizes), 0, []
     for turn in range(20 * len(sizes)):
@@ -144,8 +141,7 @@ def test_far_positions_are_found_without_walking() -> None:
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("sizes", [(1,), (3,), (4, 4), (16,), (8, 4, 2)])
-@pytest.mark.parametrize("largest_round", [10**6, 5, 1])
+@pytest.mark.parametrize(("sizes", "largest_round"), [((3,), 10**6), ((4, 4), 5), ((8, 4, 2), 1)])
 def test_buckets_take_turns_as_walking_through_the_rounds_gives(
     counts: tuple[int, ...], sizes: tuple[int, ...], largest_round: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,14 +182,3 @@ def test_far_micro_batches_are_found_without_walking() -> None:
     for count, given in zip(counts, turns, strict=True):
         assert abs(given - 10**12 * count // sum(counts)) < 65_536
     assert 0 <= bucket < 3
-
-
-# Generators
-
-
-def test_generators_are_counter_based_and_apart() -> None:
-    words = [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 0)]
-    draws = {tuple(generator(*word).integers(0, 2**62, 4)) for word in words}
-    assert len(draws) == len(words)
-    assert generator(5, 2, 7).random() == generator(5, 2, 7, 0, 0).random()
-    assert np.array_equal(generator(0, 1, 2).permutation(9), generator(0, 1, 2).permutation(9))

@@ -1,7 +1,7 @@
-"""The analytic count against torch's counter, over the products as they run."""
+"""The computed FLOPs against torch's counter of the products that are executed."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,35 +13,47 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpdit_lightning.estimation.flops import PassShape, forward_flops, peak_bf16_flops, training_flops
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 
-CONTEXTS = [(2, 2), (3, 1), (2, 0)]
+# Fields of the architecture, and a pass. The count is a polynomial: each of its terms is in some of these.
+CASES: list[tuple[dict[str, Any], PassShape]] = [
+    ({"attention": "of2"}, PassShape(2, 2, 5, 24, 40)),
+    ({"attention": "of"}, PassShape(2, 2, 5, 24, 40)),
+    ({"attention": "of2", "size": "B"}, PassShape(3, 1, 5, 8, 12)),
+    ({"attention": "of", "size": "H"}, PassShape(2, 0, 5, 8, 12)),
+    ({"attention": "of"}, PassShape(2, 2, 1, 8, 12)),
+    ({"attention": "of2"}, PassShape(3, 1, 2, 8, 12, draws=3)),
+    ({"attention": "of2", "classes": 10}, PassShape(3, 1, 5, 8, 12, draws=2)),
+    ({"attention": "of", "classes": 10, "layers": 1}, PassShape(2, 2, 5, 8, 12, draws=2)),
+    ({"attention": "of2"}, PassShape(3, 1, 6, 8, 12, draws=2, noisy_frames=(1, 3, 5))),
+    ({"attention": "of", "classes": 10}, PassShape(2, 2, 6, 8, 12, draws=2, noisy_frames=(0, 2))),
+    ({"attention": "of2"}, PassShape(2, 0, 6, 8, 12, noisy_frames=(5,))),
+    ({"patch_size": 4, "latent_channels": 3, "mlp_width": 100}, PassShape(3, 2, 3, 8, 12)),
+]
 
 
-def meta_batch(
-    config: GPDiTConfig,
-    clips: int,
-    context_clips: int,
-    frames: int,
-    height: int,
-    width: int,
-    draws: int = 1,
-    noisy_frames: Sequence[int] | None = None,
-) -> list[Tensor]:
-    rows, noisy = draws * clips, frames if noisy_frames is None else len(noisy_frames)
+def meta_batch(config: GPDiTConfig, shape: PassShape) -> list[Tensor]:
+    """noisy, theta, clean."""
+    rows, noisy = shape.draws * shape.clips, len(shape.noisy)
 
-    def latents(*shape: int) -> Tensor:
-        return torch.zeros(*shape, config.latent_channels, height, width, device="meta", requires_grad=True)
+    def latents(*sizes: int) -> Tensor:
+        sizes = (*sizes, config.latent_channels, shape.height, shape.width)
+        return torch.zeros(sizes, device="meta", requires_grad=True)
 
     theta = torch.zeros(rows, noisy, device="meta", requires_grad=True)
-    return [latents(rows, noisy), theta, latents(context_clips, frames)]
+    return [latents(rows, noisy), theta, latents(shape.context_clips, shape.frames)]
 
 
-def measured(config: GPDiTConfig, run: Callable[[GPDiT], Any]) -> dict[str, int]:
-    """FLOPs of `run` by the parts of `forward_flops`: attention products are bmm, the rest by module."""
+def run(model: GPDiT, shape: PassShape, labels: Tensor | None = None) -> Tensor:
+    frames = None if shape.noisy_frames is None else tuple(shape.noisy_frames)
+    return model(*meta_batch(model.config, shape), labels, draws=shape.draws, frames=frames)
+
+
+def measured(config: GPDiTConfig, call: Callable[[GPDiT], Any]) -> dict[str, int]:
+    """FLOPs of a call by the parts of `forward_flops`: attention products are bmm, the others by module."""
     with torch.device("meta"):
         model = GPDiT(config)
     counter = FlopCounterMode(display=False, depth=10)
     with sdpa_kernel(SDPBackend.MATH), counter:
-        run(model)
+        call(model)
     modules = {name: Counter(ops) for name, ops in counter.get_flop_counts().items()}
 
     def linear(name: str) -> int:
@@ -57,59 +69,33 @@ def measured(config: GPDiTConfig, run: Callable[[GPDiT], Any]) -> dict[str, int]
         "mlp": sum(linear(f"blocks.{layer}.mlp") for layer in blocks),
         "output": linear("output"),
     }
-    assert sum(parts.values()) == counter.get_total_flops()  # nothing escaped the parts
+    assert sum(parts.values()) == counter.get_total_flops()  # the parts are complete
     return parts
 
 
-@pytest.mark.parametrize("variant", ["of2", "of"])
-@pytest.mark.parametrize("size", ["tiny", "B", "H"])
-@pytest.mark.parametrize(("clips", "context_clips"), CONTEXTS)
-def test_forward_by_part(variant: str, size: str, clips: int, context_clips: int) -> None:
-    config = GPDiTConfig.preset(size, attention=variant, layers=3)
-    shape = (clips, context_clips, 5, 24, 40)
-    run = measured(config, lambda model: model(*meta_batch(config, *shape)))
-    assert run == forward_flops(config, PassShape(*shape))
+@pytest.mark.parametrize(("fields", "shape"), CASES, ids=str)
+def test_forward_by_part(fields: dict[str, Any], shape: PassShape) -> None:
+    config = GPDiTConfig(**{"size": "tiny", "layers": 3} | fields)
+    assert measured(config, lambda model: run(model, shape)) == forward_flops(config, shape)
+    if config.classes:  # without labels a token says that there is none, which is as much work
+        labels = torch.zeros(shape.draws * shape.clips, device="meta", dtype=torch.int64)
+        assert measured(config, lambda model: run(model, shape, labels)) == forward_flops(config, shape)
 
 
-@pytest.mark.parametrize("variant", ["of2", "of"])
-@pytest.mark.parametrize("frames", [1, 2, 5])
-@pytest.mark.parametrize(("clips", "context_clips"), CONTEXTS)
-@pytest.mark.parametrize("draws", [2, 3])
-def test_forward_of_noisy_copies(variant: str, frames: int, clips: int, context_clips: int, draws: int) -> None:
-    config = GPDiTConfig.preset("tiny", attention=variant, layers=3)
-    shape = (clips, context_clips, frames, 8, 12, draws)
-    run = measured(config, lambda model: model(*meta_batch(config, *shape), draws=draws))
-    assert run == forward_flops(config, PassShape(*shape))
+@pytest.mark.parametrize(("fields", "shape"), [CASES[2], CASES[9]], ids=str)
+def test_training_is_three_forwards(fields: dict[str, Any], shape: PassShape) -> None:
+    """Exactly, when the gradient of the latents is computed too."""
+    config = GPDiTConfig(**{"size": "tiny", "layers": 3} | fields)
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"):
+        model = GPDiT(config)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        run(model, shape).sum().backward()
+    assert counter.get_total_flops() == sum(training_flops(config, shape).values())
+    assert training_flops(config, shape).keys() == forward_flops(config, shape).keys()
 
 
-@pytest.mark.parametrize("variant", ["of2", "of"])
-@pytest.mark.parametrize("frames", [1, 5])
-@pytest.mark.parametrize(("clips", "context_clips"), CONTEXTS)
-@pytest.mark.parametrize("layers", [1, 3])
-def test_forward_with_labels(variant: str, frames: int, clips: int, context_clips: int, layers: int) -> None:
-    """Without any label the model says so with a token, which is as much work."""
-    config = GPDiTConfig.preset("tiny", attention=variant, layers=layers, classes=10)
-    shape = (clips, context_clips, frames, 8, 12, 2)
-    labels = torch.zeros(2 * clips, device="meta", dtype=torch.int64)
-    told = measured(config, lambda model: model(*meta_batch(config, *shape), labels, draws=2))
-    untold = measured(config, lambda model: model(*meta_batch(config, *shape), draws=2))
-    assert told == untold == forward_flops(config, PassShape(*shape))
-
-
-@pytest.mark.parametrize("variant", ["of2", "of"])
-@pytest.mark.parametrize("noisy_frames", [(1, 3, 5), (0, 2), (5,), (0,), (3, 4)], ids=str)
-@pytest.mark.parametrize(("clips", "context_clips"), CONTEXTS)
-@pytest.mark.parametrize("classes", [0, 10])
-def test_forward_of_some_noisy_frames(
-    variant: str, noisy_frames: tuple[int, ...], clips: int, context_clips: int, classes: int
-) -> None:
-    config = GPDiTConfig.preset("tiny", attention=variant, layers=3, classes=classes)
-    shape = (clips, context_clips, 6, 8, 12, 2, noisy_frames)
-    run = measured(config, lambda model: model(*meta_batch(config, *shape), draws=2, frames=noisy_frames))
-    assert run == forward_flops(config, PassShape(*shape))
-
-
-def test_targets_alone_save_the_noisy_sources() -> None:
+def test_a_loss_on_targets_only_saves_the_noisy_sources() -> None:
     """Of three pairs: five clean and three noisy frames instead of five and six."""
     everything, targets = (
         sum(forward_flops(GPDiTConfig.preset("H"), PassShape(4, 4, 6, 32, 32, noisy_frames=frames)).values())
@@ -119,39 +105,11 @@ def test_targets_alone_save_the_noisy_sources() -> None:
 
 
 @pytest.mark.parametrize(("draws", "saved"), [(2, 0.22), (4, 0.33)])
-def test_copies_save_what_the_clean_stream_costs(draws: int, saved: float) -> None:
+def test_noisy_copies_share_the_cost_of_the_clean_stream(draws: int, saved: float) -> None:
     """Per supervised frame of H at five frames: from 9/5 clean and noisy frames to (4 / K + 5) / 5."""
     config = GPDiTConfig.preset("H")
     once, several = (sum(forward_flops(config, PassShape(4, 4, 5, 24, 40, k)).values()) / k for k in (1, draws))
-    assert several / once == pytest.approx(1 - saved, abs=0.01)
-
-
-@pytest.mark.parametrize("frames", [1, 2, 12])
-@pytest.mark.parametrize("fields", [{"patch_size": 1}, {"layers": 1}, {"latent_channels": 4, "mlp_width": 100}])
-def test_forward_of_other_shapes(frames: int, fields: dict[str, int]) -> None:
-    config = GPDiTConfig(**{"size": "tiny", "layers": 2, **fields})
-    shape = (3, 2, frames, 6, 10)
-    run = measured(config, lambda model: model(*meta_batch(config, *shape)))
-    assert run == forward_flops(config, PassShape(*shape))
-
-
-@pytest.mark.parametrize("variant", ["of2", "of"])
-@pytest.mark.parametrize(("clips", "context_clips"), CONTEXTS)
-@pytest.mark.parametrize("classes", [0, 10])
-@pytest.mark.parametrize("noisy_frames", [None, (1, 3)], ids=str)
-def test_training_is_three_forwards(
-    variant: str, clips: int, context_clips: int, classes: int, noisy_frames: tuple[int, ...] | None
-) -> None:
-    """Exactly, when the latents ask for their gradient as well."""
-    config = GPDiTConfig.preset("tiny", attention=variant, classes=classes)
-    shape = (clips, context_clips, 4, 8, 12, 2, noisy_frames)
-    counter = FlopCounterMode(display=False)
-    with torch.device("meta"):
-        model = GPDiT(config)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        model(*meta_batch(config, *shape), draws=2, frames=noisy_frames).sum().backward()
-    assert counter.get_total_flops() == sum(training_flops(config, PassShape(*shape)).values())
-    assert training_flops(config, PassShape(*shape)).keys() == forward_flops(config, PassShape(*shape)).keys()
+    assert 1 - several / once == pytest.approx(saved, abs=0.01)
 
 
 def test_attention_is_a_small_part_of_h_at_five_frames() -> None:

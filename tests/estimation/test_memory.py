@@ -1,4 +1,4 @@
-"""The closed forms against what autograd really keeps."""
+"""The computed bytes against those that autograd keeps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from gpdit_lightning.estimation.memory import (
     BF16,
     FLOAT32,
     STRATEGIES,
-    Precision,
+    BytesPerValue,
     activation_bytes,
     held_bytes,
     parameter_count,
@@ -33,7 +33,6 @@ SHAPES: list[Shape] = [
     (2, 2, 6, 16, 16, 1, (1, 3, 5)),
     (2, 1, 4, 16, 16, 2, (0, 2)),
 ]
-PRECISIONS = [AUTOCAST, FLOAT32, BF16]
 
 
 class FusedNorm(torch.autograd.Function):
@@ -58,13 +57,13 @@ def norms_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight, eps))
 
 
-def expected_bytes(config: GPDiTConfig, shape: Shape, precision: Precision) -> int:
+def expected_bytes(config: GPDiTConfig, shape: Shape, precision: BytesPerValue) -> int:
     clips, context, frames, height, width, draws, noisy_frames = shape
     shape = PassShape(clips, context, frames, height, width, draws, noisy_frames)
     return activation_bytes(config, shape, precision)
 
 
-def forward(config: GPDiTConfig, shape: Shape, precision: Precision) -> tuple[GPDiT, Callable[[], Tensor]]:
+def forward(config: GPDiTConfig, shape: Shape, precision: BytesPerValue) -> tuple[GPDiT, Callable[[], Tensor]]:
     clips, context, frames, height, width, draws, noisy_frames = shape
     noisy_count = frames if noisy_frames is None else len(noisy_frames)
     model = GPDiT(config).to(torch.float32 if precision.weight == 4 else torch.bfloat16)
@@ -80,7 +79,7 @@ def forward(config: GPDiTConfig, shape: Shape, precision: Precision) -> tuple[GP
     return model, run
 
 
-def saved_bytes(config: GPDiTConfig, shape: Shape, precision: Precision) -> int:
+def saved_bytes(config: GPDiTConfig, shape: Shape, precision: BytesPerValue) -> int:
     """Bytes that autograd keeps after a forward pass, parameters excepted."""
     model, run = forward(config, shape, precision)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -95,10 +94,20 @@ def saved_bytes(config: GPDiTConfig, shape: Shape, precision: Precision) -> int:
     return sum(count for key, count in found.items() if key not in parameters)
 
 
-@pytest.mark.parametrize(("variant", "checkpointing"), [("of2", False), ("of", False), ("of2", True)])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_what_one_more_block_keeps(shape: Shape, precision: Precision, variant: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("shape", "precision", "variant", "checkpointing"),
+    [
+        (SHAPES[0], AUTOCAST, "of2", False),
+        (SHAPES[1], AUTOCAST, "of", False),
+        (SHAPES[2], AUTOCAST, "of2", True),
+        (SHAPES[3], FLOAT32, "of2", False),
+        (SHAPES[4], AUTOCAST, "of", False),
+        (SHAPES[5], FLOAT32, "of", True),
+        (SHAPES[0], BF16, "of2", False),
+        (SHAPES[4], BF16, "of", True),
+    ],
+)
+def test_what_one_more_block_keeps(shape: Shape, precision: BytesPerValue, variant: str, checkpointing: bool) -> None:
     configs = [
         GPDiTConfig(size="tiny", layers=layers, attention=variant, activation_checkpointing=checkpointing)
         for layers in (2, 3)
@@ -123,11 +132,21 @@ def test_what_a_block_keeps_in_other_architectures(shape: Shape, fields: dict[st
     assert found == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize(("classes", "checkpointing"), [(0, False), (0, True), (10, False)])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "precision", "classes", "checkpointing"),
+    [
+        (SHAPES[0], AUTOCAST, 0, False),
+        (SHAPES[1], AUTOCAST, 10, False),
+        (SHAPES[2], AUTOCAST, 0, True),
+        (SHAPES[3], FLOAT32, 10, False),
+        (SHAPES[4], FLOAT32, 0, True),
+        (SHAPES[5], AUTOCAST, 0, False),
+        (SHAPES[0], BF16, 0, True),
+        (SHAPES[4], BF16, 10, False),
+    ],
+)
 def test_the_peak_of_forward_and_backward(
-    shape: Shape, precision: Precision, classes: int, checkpointing: bool
+    shape: Shape, precision: BytesPerValue, classes: int, checkpointing: bool
 ) -> None:
     """Of a second micro-batch, to whose gradients it adds."""
     config = GPDiTConfig(size="tiny", classes=classes, activation_checkpointing=checkpointing)
@@ -148,8 +167,8 @@ def test_parameter_count(size: str, fields: dict[str, int]) -> None:
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_what_is_spread() -> None:
-    """ZeRO (arXiv:1910.02054, section 3): 16 bytes a parameter, of which ever more are divided by the ranks."""
+def test_what_each_strategy_shards() -> None:
+    """ZeRO (arXiv:1910.02054, section 3): 16 bytes per parameter; each stage divides more of them by the ranks."""
     config, ranks = GPDiTConfig.preset("H"), 64
     count = parameter_count(config)
     held = {s.option: held_bytes(config, s, BF16, ranks) for s in STRATEGIES}
@@ -159,5 +178,5 @@ def test_what_is_spread() -> None:
     assert total["zero2"] == pytest.approx(2 + 16 / ranks)  # our gradients are float32
     assert total["zero3"] == pytest.approx(18 / ranks)
     assert total["fsdp2"] == pytest.approx(16 / ranks)
-    assert held["zero3_offload"]["main_memory"] == pytest.approx((18 + 4) / ranks * count)
+    assert held["zero3_offload"]["host_memory"] == pytest.approx((18 + 4) / ranks * count)
     assert held["zero2_offload"]["weights"] == 2 * count

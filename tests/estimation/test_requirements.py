@@ -1,4 +1,4 @@
-"""What a run is said to need, against the FLOPs of its micro-batches and the bytes of real runs on two processes."""
+"""What a run is estimated to need, against the FLOPs of its micro-batches and the bytes of real runs."""
 
 import importlib.util
 import json
@@ -18,14 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.plan import PlannedBucket, PlannedSource
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation import memory as memory_module
 from gpdit_lightning.estimation.flops import PassShape, training_flops
 from gpdit_lightning.estimation.memory import STRATEGIES, activation_bytes
 from gpdit_lightning.estimation.requirements import (
-    Run,
-    Shape,
-    Source,
+    RunSettings,
     least_gpus_that_fit,
     memory,
     nearest_that_fits,
@@ -36,8 +35,15 @@ from gpdit_lightning.estimation.requirements import (
 from tests.estimation import memory_runs
 
 GIB = 2**30
+
+
+def bucket(*lengths: int, width: int = 8) -> PlannedBucket:
+    """Eight samples of each length."""
+    return PlannedBucket((8 * len(lengths),), lengths, 8, width)
+
+
 BY_OPTION = {strategy.option: strategy for strategy in STRATEGIES}
-MIXED = Run(
+MIXED = RunSettings(
     backbone=GPDiTConfig(size="tiny", layers=2, latent_channels=4),
     precision="bf16-mixed",
     strategy=BY_OPTION["auto"],
@@ -47,11 +53,11 @@ MIXED = Run(
     noise_draws=2,
     max_steps=1,
     sources=(
-        Source("images", 4, 1, (Shape(1, 8, 8, 0.5), Shape(1, 8, 12, 0.5)), False),
-        Source("videos", 8, 2, (Shape(2, 8, 8, 0.5), Shape(3, 8, 8, 0.5)), False),
+        PlannedSource("images", (bucket(1), bucket(1, width=12)), batch_size=4),
+        PlannedSource("videos", (bucket(2, 3),), batch_size=8, micro_batches=2),
     ),
 )
-COUNTED = Run(
+COUNTED = RunSettings(
     backbone=memory_runs.CONFIG,
     precision="bf16-mixed",
     strategy=BY_OPTION["auto"],
@@ -61,12 +67,11 @@ COUNTED = Run(
     noise_draws=1,
     max_steps=memory_runs.STEPS,
     sources=(
-        Source(
+        PlannedSource(
             "images",
-            memory_runs.MICRO_BATCHES * memory_runs.RANKS,
-            memory_runs.MICRO_BATCHES,
-            (Shape(1, 8, 8, 1.0),),
-            False,
+            (bucket(1),),
+            batch_size=memory_runs.MICRO_BATCHES * memory_runs.RANKS,
+            micro_batches=memory_runs.MICRO_BATCHES,
         ),
     ),
 )
@@ -76,7 +81,7 @@ H = replace(
     COUNTED,
     backbone=GPDiTConfig.preset("H", activation_checkpointing=True),
     max_ranks=64,
-    sources=(Source("videos", 64, 1, (Shape(5, 24, 40, 1.0),), True),),
+    sources=(PlannedSource("videos", (PlannedBucket((64,), (5,), 24, 40),), batch_size=64),),
 )
 
 
@@ -115,12 +120,12 @@ def test_flops_of_a_mixed_step_are_those_of_its_micro_batches(
 
 def test_a_loss_on_targets_alone_is_less_work() -> None:
     """On the average half of the four sequences have context; of each part of two at least one has."""
-    sequences = Source("sequences", 4, 1, (Shape(6, 8, 8, 1.0),), False, loss_frames="targets")
+    sequences = PlannedSource("sequences", (bucket(6),), batch_size=4, loss_frames="targets")
     run = replace(MIXED, sources=(sequences,))
     flops = [training_flops(run.backbone, PassShape(4, context, 6, 8, 8, 2, (1, 3, 5))) for context in (4, 0)]
     assert step_flops(run) == {part: sum(counts[part] for counts in flops) / 2 for part in flops[0]}
     assert memory(run)["activations"] == activation_bytes(
-        run.backbone, PassShape(4, 2, 6, 8, 8, 2, (1, 3, 5)), run.numbers
+        run.backbone, PassShape(4, 2, 6, 8, 8, 2, (1, 3, 5)), run.bytes_per_value
     )
     everything = replace(run, sources=(replace(sequences, loss_frames="all"),))
     assert memory(run)["activations"] < memory(everything)["activations"]
@@ -147,7 +152,7 @@ def counted(images: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_as_counted(run: Run, found: dict[str, int]) -> None:
+def assert_as_counted(run: RunSettings, found: dict[str, int]) -> None:
     """Every part on this rank, and the most that a micro-batch and an optimizer step took."""
     needed = memory(run)
     for part in ("weights", "optimizer", "average"):
@@ -214,13 +219,13 @@ def test_the_nearest_setting(fields: dict[str, Any], capacity: float, expected: 
 
 def test_a_token_budget_is_cut_until_a_rank_has_one_clip_of_the_longest() -> None:
     """At 16 tokens a frame each of two ranks has 384: 24, 12 and 8 clips of one, two and three frames."""
-    shapes = tuple(Shape(frames, 8, 8, 1 / 3) for frames in (1, 2, 3))
-    run = replace(MIXED, gpus=2, sources=(Source("videos", 0, 1, shapes, False, tokens=768),))
+    run = replace(MIXED, gpus=2, sources=(PlannedSource("videos", (bucket(1, 2, 3),), tokens=768),))
     candidates = list(with_smaller_micro_batches(run))
     assert [candidate.sources[0].micro_batches for candidate in candidates] == list(range(1, 9))
     needed = [memory(candidate)["activations"] for candidate in candidates]
     assert needed == sorted(needed, reverse=True)
-    sizes = [[c.sources[0].micro_batch_size(shape, 2) for shape in shapes] for c in (candidates[0], candidates[-1])]
+    ends = candidates[0], candidates[-1]
+    sizes = [[shape.samples for shape in end.micro_batch_shapes(end.sources[0])] for end in ends]
     assert sizes == [[48, 24, 16], [6, 2, 2]]
     assert overrides(run, candidates[2]) == "--data.videos.micro_batches=3"
 

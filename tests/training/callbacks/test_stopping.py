@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
-from gpdit_lightning.data.workers import outlive_signals
+from gpdit_lightning.data.workers import keep_running_after_signals
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
@@ -142,13 +142,13 @@ def processes_of(iterator: Any) -> list[Any]:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_workers_outlive_what_others_send(number: signal.Signals) -> None:
     """All samples arrive; the training process itself can still end a worker."""
-    batches = iter(DataLoader(Slow(), batch_size=None, num_workers=2, worker_init_fn=outlive_signals))
+    batches = iter(DataLoader(Slow(), batch_size=None, num_workers=2, worker_init_fn=keep_running_after_signals))
     first = next(batches)
     workers = processes_of(batches)
     for worker in workers:
         subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
     assert [first, *batches] == list(range(6))
-    batches = iter(DataLoader(Slow(), batch_size=None, num_workers=1, worker_init_fn=outlive_signals))
+    batches = iter(DataLoader(Slow(), batch_size=None, num_workers=1, worker_init_fn=keep_running_after_signals))
     next(batches)
     (worker,) = processes_of(batches)
     worker.terminate()
