@@ -89,7 +89,12 @@ def relevant_part(message: str) -> str:
 
     Of a value that may have several types jsonargparse reports why it is none of them; that it is not None is left out.
     """
-    reasons = [line.strip()[2:] for line in message.splitlines() if line.strip().startswith("- ")]
+    reasons: list[str] = []
+    for line in message.splitlines():
+        if line.strip().startswith("- "):
+            reasons.append(line.strip()[2:])
+        elif reasons and line.startswith("      "):  # a reason of several lines
+            reasons[-1] += f" {line.strip()}"
     relevant = [line for line in reasons if "NoneType" not in line]
     key = re.match(r'Parser key "([\w.]+)":', message)
     value = re.search(r"(?:Given value|Got value): (.*)", message)

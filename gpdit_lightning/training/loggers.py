@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -62,27 +60,21 @@ def _default_of(kind: type, parameter: str) -> Any:
     return None
 
 
-class ContinueLogs(Callback):
-    """Before a run logs: removes what an earlier process logged after the step that this one resumes from.
+def continue_logs(loggers: Iterable[Logger], step: int) -> None:
+    """Before a run starts: drop what an earlier process logged after the step that this one resumes from.
 
     The resumed run logs these steps again. TensorBoard and CSV files are handled; other loggers decide by themselves.
+    Lightning opens the loggers first of all, so this comes before `trainer.fit`.
 
     Args:
-        step: optimizer step that the run resumes from; 0 starts.
+        loggers: of the first rank.
+        step: optimizer step that the run resumes from; 0 for a new run.
     """
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lightning opens the logs right after this hook."""
-        if stage != "fit" or not trainer.is_global_zero:
-            return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                hide_later_events(logger, self.step)
-            elif isinstance(logger, CSVLogger):
-                keep_earlier_rows(logger, self.step)
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            hide_later_events(logger, step)
+        elif isinstance(logger, CSVLogger):
+            keep_earlier_rows(logger, step)
 
 
 def hide_later_events(logger: TensorBoardLogger, step: int) -> None:

@@ -162,7 +162,7 @@ def test_help_explains_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
     ("content", "words"),
     [
         (None, "there is no checkpoint"),
-        (b"PK\x03\x04 torn", "not a whole checkpoint"),
+        (b"PK\x03\x04 torn", "not a complete checkpoint"),
         ("tensor", "not a checkpoint of"),
     ],
 )

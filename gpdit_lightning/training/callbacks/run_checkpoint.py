@@ -146,13 +146,13 @@ class RunCheckpoint(Checkpoint):
                 remove(partial_path(path))
             failure = (
                 f"the checkpoint of step {step} could not be written to {path} ({error.strerror or error}): check that "
-                f"there is free space and permission to write; {what_remains(path.parent.parent)}."
+                f"there is free space and permission to write; {resume_advice(path.parent.parent)}."
             )
         _fail_on_all_ranks(trainer, failure)
         self._saved_at = time.monotonic()
 
 
-def what_remains(run_dir: Path) -> str:
+def resume_advice(run_dir: Path) -> str:
     """For messages: from which checkpoint a run that failed can resume."""
     last = last_checkpoint(run_dir)
     return f"{last.name} is complete and the same command resumes from it" if last else "there is no checkpoint yet"

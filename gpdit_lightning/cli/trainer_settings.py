@@ -1,0 +1,157 @@
+"""The settings of Lightning's trainer in a recipe: which are offered, and what a run makes of them."""
+
+import argparse
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+
+from gpdit_lightning.cli.recipe_parser import RecipeParser
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.imports import import_object
+from gpdit_lightning.training.loggers import place_in_run_folder, run_folder_logger
+from gpdit_lightning.training.strategies import LIGHTNING_NAMES
+
+# Defaults that differ from Lightning's.
+DEFAULTS: dict[str, Any] = {
+    "max_steps": 1000,
+    "log_every_n_steps": 50,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,  # its FLOPs do not include this model's attention
+}
+
+# Settings that a run fixes, since others would contradict the batch plan or the run folder; with what to use instead.
+FIXED: dict[str, tuple[Any, str]] = {
+    "check_val_every_n_epoch": (None, "set validate_every_steps, in optimizer steps"),  # an epoch is the whole run
+    "enable_checkpointing": (True, "set checkpoint.every_steps"),
+    "use_distributed_sampler": (False, "leave it out, since the batch plan divides each batch among the ranks"),
+}
+REPLACED: dict[str, str] = {name: instead for name, (_, instead) in FIXED.items()} | {
+    "accumulate_grad_batches": "set micro_batches of data.images, data.videos or data.sequences",
+    "barebones": "leave it out",
+    "default_root_dir": "set run_dir",
+    "fast_dev_run": "set trainer.max_steps, and a run_dir for the trial",
+    "limit_train_batches": "set trainer.max_steps, since a step has all batches of its plan",
+    "max_epochs": "set trainer.max_steps",
+    "min_epochs": "set trainer.max_steps",
+    "overfit_batches": "build on the recipe gpdit:debug/overfit_one_clip",
+    "reload_dataloaders_every_n_epochs": "leave it out, since an epoch is the whole run",
+    "val_check_interval": "set validate_every_steps, in optimizer steps",
+}
+# The config.yaml of an earlier run lists them with their defaults, which were these, or Lightning's.
+EARLIER_DEFAULTS = {"check_val_every_n_epoch": None, "use_distributed_sampler": False}
+LIGHTNING_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Trainer).parameters.items()}
+
+HELP = {
+    "trainer.logger": "A logger, or a list of loggers. By default TensorBoard in the run folder; false: none. A logger "
+    "that has a save_dir writes to the run folder unless it is given.",
+    "trainer.callbacks": "Callbacks that run after those of the library, in their order.",
+}
+NO_RECIPE = (
+    "no recipe is given: type python -m gpdit_lightning {} --config gpdit:stage2_mixed, or the path of a recipe "
+    "(`python -m gpdit_lightning recipes` lists those that ship)."
+)
+
+
+class TrainingParser(RecipeParser):
+    """The parser of `fit`, `validate` and `test`."""
+
+    def add_trainer_options(self) -> None:
+        """Offer the settings of Lightning's trainer that a recipe may use."""
+        self.add_class_arguments(
+            Trainer, "trainer", instantiate=False, fail_untyped=False, sub_configs=True, skip=set(REPLACED)
+        )
+        self.set_defaults({f"trainer.{name}": value for name, value in DEFAULTS.items()})
+        for name in REPLACED:  # accepted, for a sentence about them in `validate`, but neither shown nor printed
+            self.add_argument(f"--trainer.{name}", type=Any, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        for action in self._actions:
+            action.help = HELP.get(action.dest, action.help)
+
+    def validate(self, cfg: Namespace, *arguments: Any, **options: Any) -> None:
+        """Also check settings that are not offered, and fill in where loggers write."""
+        trainer = cfg.get("trainer")
+        if isinstance(trainer, Namespace):  # the parser of a part of the recipe has none
+            remove_replaced(trainer)
+            for spec in logger_specs(trainer.get("logger")):
+                if cfg.get("run_dir") is not None and spec.get("init_args") is not None:
+                    kind, given = import_object(spec.class_path, "trainer.logger"), vars(spec.init_args)
+                    spec.init_args.update(Namespace(**place_in_run_folder(kind, given, Path(cfg.run_dir))))
+        super().validate(cfg, *arguments, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise InputError instead of printing the usage; one that says so where there is no recipe."""
+        if re.search(r"arguments are required: .*\bmodel\b", message):
+            verb = self.prog.split()[-1]
+            if not any(re.match(r"(--config|-c)\b", argument) for argument in self.args):
+                raise InputError(NO_RECIPE.format(verb))
+            raise InputError("the recipe names no stage: set `model` to one, such as MixedStage, or build on a recipe.")
+        super().error(message, ex)
+
+
+def remove_replaced(trainer: Namespace) -> None:
+    """Remove settings that a run fixes.
+
+    Raises:
+        InputError: one has a value other than its default.
+    """
+    for name, instead in REPLACED.items():
+        if name not in trainer:
+            continue
+        value = trainer.pop(name)
+        default = LIGHTNING_DEFAULTS[name]
+        if value not in (default, EARLIER_DEFAULTS.get(name, default)):
+            raise InputError(f"trainer.{name} is {value}, which is not a setting of recipes: {instead}.")
+
+
+def logger_specs(setting: Any) -> Iterator[Namespace]:
+    """The loggers that `trainer.logger` names, by `class_path` and `init_args`."""
+    for spec in setting if isinstance(setting, list) else [setting]:
+        if isinstance(spec, Namespace) and "class_path" in spec:
+            yield spec
+
+
+def loggers_of(setting: Any, run_dir: Path) -> list[Logger]:
+    """The loggers of a run.
+
+    Args:
+        setting: `trainer.logger` of the recipe, with its loggers constructed: one, several, false for none, or None
+            (and true) for TensorBoard in the run folder.
+        run_dir: the run folder.
+    """
+    if setting is None or setting is True:
+        return [run_folder_logger(run_dir)]
+    if isinstance(setting, Logger):
+        return [setting]
+    return list(setting or [])
+
+
+def callbacks_of(setting: Callback | Iterable[Callback] | None) -> list[Callback]:
+    """The callbacks that a recipe names, in their order."""
+    if setting is None:
+        return []
+    return [setting] if isinstance(setting, Callback) else list(setting)
+
+
+def strategy_of(setting: Any) -> Any:
+    """The strategy of a run: ours for DeepSpeed, others as they are.
+
+    Raises:
+        InputError: one of Lightning's names for DeepSpeed that has no counterpart.
+    """
+    if not isinstance(setting, str) or not setting.startswith("deepspeed"):
+        return setting
+    if setting not in LIGHTNING_NAMES:
+        raise InputError(f"trainer.strategy is {setting}: use one of {', '.join(LIGHTNING_NAMES.values())}.")
+    return LIGHTNING_NAMES[setting]
+
+
+def check_interval(name: str, value: int | None, least: int) -> None:
+    """Raise `InputError` unless a setting is a number of optimizer steps, at least `least`."""
+    if value is None or value < least:
+        raise InputError(f"{name} is {value}: give a number of optimizer steps, at least {least}.")

@@ -1,0 +1,133 @@
+"""Where loggers write, what a resumed run keeps of their files, and how they get images."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpdit_lightning.training.loggers import hide_later_events, keep_earlier_rows, log_images, place_in_run_folder
+
+RUN = Path("runs/one")
+
+
+class HandsOn(CSVLogger):
+    """Has the parameters of its base, which it does not list."""
+
+    def __init__(self, extra: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        (TensorBoardLogger, {"save_dir": None}, {"save_dir": str(RUN), "name": "", "version": "tensorboard"}),
+        (
+            CSVLogger,
+            {"save_dir": None, "name": "lightning_logs", "version": None},
+            {"save_dir": str(RUN), "name": "", "version": "csv"},
+        ),
+        (CSVLogger, {"save_dir": None, "name": "mine", "version": 3}, {"save_dir": str(RUN)}),
+        (HandsOn, {"save_dir": None}, {"save_dir": str(RUN), "name": "", "version": "csv"}),
+        (CSVLogger, {"save_dir": "elsewhere"}, {}),
+        (WandbLogger, {"save_dir": "."}, {"save_dir": str(RUN)}),
+        (MLFlowLogger, {"save_dir": "./mlruns"}, {"save_dir": str(RUN / "mlruns")}),
+        (Logger, {"path": "x"}, {}),
+    ],
+)
+def test_a_logger_without_a_folder_writes_to_the_run_folder(
+    kind: type[Logger], given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert place_in_run_folder(kind, given, RUN) == expected
+
+
+def log_steps(logger: Logger, *steps: int) -> None:
+    for step in steps:
+        logger.log_metrics({"loss": step / 10, f"only_{step}": 1.0}, step)
+    logger.save()
+
+
+@pytest.mark.parametrize("killed_while_copying", [False, True])
+def test_rows_up_to_the_step_stay(tmp_path: Path, killed_while_copying: bool) -> None:
+    def logger() -> CSVLogger:
+        return CSVLogger(tmp_path, name="", version="csv")
+
+    path = tmp_path / "csv" / "metrics.csv"
+    log_steps(logger(), 1, 2, 3)
+    if killed_while_copying:
+        path.rename(tmp_path / "csv" / "metrics.csv.partial")
+    resumed = logger()
+    keep_earlier_rows(resumed, step=2)
+    log_steps(resumed, 3, 4)
+    header, *rows = [line.split(",") for line in path.read_text().splitlines()]
+    assert [row[header.index("step")] for row in rows] == ["1", "2", "3", "4"]
+    assert [row[header.index("loss")] for row in rows] == ["0.1", "0.2", "0.3", "0.4"]
+    assert [path.name for path in (tmp_path / "csv").iterdir()] == ["metrics.csv"]
+
+
+def test_events_after_the_step_are_superseded(tmp_path: Path) -> None:
+    for steps, resumed_from in (((1, 2, 3), 0), ((3, 4), 2)):
+        logger = TensorBoardLogger(tmp_path, name="", version="tensorboard")
+        hide_later_events(logger, resumed_from)
+        log_steps(logger, *steps)
+        logger.finalize("success")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+
+
+class Calls:
+    """Notes the calls of any method."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.made: list[tuple[Any, ...]] = []
+        vars(self).update(attributes)
+
+    def log_image(self, key: str, images: list[str], step: int) -> None:
+        self.made.append(("image", key, images, step))
+
+
+class CallsWithVideo(Calls):
+    def log_video(self, key: str, videos: list[str], step: int) -> None:
+        self.made.append(("video", key, videos, step))
+
+
+class LikeMLflow(MLFlowLogger):
+    """Without a server, and without the package."""
+
+    run_id = "run"
+
+    def __init__(self) -> None:
+        self.made: list[tuple[str, str, str]] = []
+
+    @property
+    def experiment(self) -> Any:
+        return SimpleNamespace(log_artifact=self.log_artifact)
+
+    def log_artifact(self, run_id: str, path: str, artifact_path: str) -> None:
+        self.made.append((run_id, path, artifact_path))
+
+
+def test_images_go_to_every_logger_that_takes_them(tmp_path: Path) -> None:
+    strip, video = tmp_path / "a.png", tmp_path / "a.gif"
+    for path in (strip, video):
+        Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(path)
+    mlflow = LikeMLflow()
+    tensorboard = TensorBoardLogger(tmp_path, name="", version="tensorboard")
+    plain, like_wandb = Calls(), CallsWithVideo()
+    loggers: Any = [plain, like_wandb, mlflow, tensorboard, CSVLogger(tmp_path)]
+    log_images(loggers, {"strip": strip, "video": video}, 5)
+    assert plain.made == [("image", "strip", [str(strip)], 5), ("image", "video", [str(video)], 5)]
+    assert like_wandb.made == [("image", "strip", [str(strip)], 5), ("video", "video", [str(video)], 5)]
+    assert mlflow.made == [("run", str(path), "previews") for path in (strip, video)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = {tag: events.Images(tag)[0] for tag in events.Tags()["images"]}
+    assert {tag: (image.step, image.width, image.height) for tag, image in shown.items()} == {
+        "strip": (5, 6, 4), "video": (5, 6, 4)
+    }  # fmt: skip
+    assert shown["video"].encoded_image_string == video.read_bytes()
