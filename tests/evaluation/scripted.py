@@ -1,4 +1,4 @@
-"""MetricNetworks as people have them, TorchScript, so small that one knows what they see."""
+"""Small TorchScript networks with the interfaces of the published ones and features that are easy to verify."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from gpdit_lightning.options.evaluate import NetworkOptions
 
 
 def saved(module: nn.Module, folder: Path) -> NetworkOptions:
-    """The file of a network."""
+    """Write a network and return the options that name its file."""
     path = folder / f"{type(module).__name__}.pt"
     torch.jit.script(module).save(str(path))
     return NetworkOptions(path=str(path), sha256=sha256_of(path))
 
 
 class ScriptedI3D(nn.Module):
-    """Has StyleGAN-V's arguments; its features are the mean of every colour and the first frame's, off unless asked."""
+    """Has the arguments of StyleGAN-V's file. Features are mean colours of all frames and of the first one."""
 
     def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
         features = torch.cat([x.mean((2, 3, 4)), x[:, :, 0].mean((2, 3))], 1)
@@ -27,7 +27,7 @@ class ScriptedI3D(nn.Module):
 
 
 class ScriptedInception(nn.Module):
-    """Has NVIDIA's arguments; counts its passes. Classes are those of the last layer, at a temperature."""
+    """Has the arguments of NVIDIA's file; counts its passes. Classes follow from the last layer, at a temperature."""
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class ScriptedInception(nn.Module):
 
 
 class ScriptedPlain(nn.Module):
-    """Features are pixels of what it is shown."""
+    """Features are pixels of its input, and the number of pixels."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x[:, :, ::50, ::70].flatten(1), torch.full([len(x), 1], float(x.shape[2] * x.shape[3]))], 1)

@@ -23,7 +23,7 @@ from gpdit_lightning.evaluation.metrics import (
 
 
 def features(samples: int, dimensions: int, seed: int, offset: float = 0.0) -> Tensor:
-    """Skewed and correlated, on scales from 0.01 to 3, as features are; float64."""
+    """Skewed and correlated like real features, at scales from 0.01 to 3; float64."""
     drawn = torch.randn(samples, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return drawn.cumsum(dim=1).abs() * torch.linspace(0.01, 3, dimensions) / dimensions**0.5 + offset
 
@@ -33,7 +33,7 @@ def moments(samples: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distance_of_samples(one: Tensor, other: Tensor) -> float:
-    """Without any covariance or root: tr (S1 S2)^1/2 is the nuclear norm of X1 X2^T of centred, scaled samples."""
+    """Without covariances or matrix roots: tr (S1 S2)^1/2 is the nuclear norm of X1 X2^T of centred, scaled samples."""
     x, y = ((each - each.mean(dim=0)) / math.sqrt(len(each) - 1) for each in (one, other))
     shared = torch.linalg.svdvals(x @ y.T).sum()
     means = (one.mean(dim=0) - other.mean(dim=0)).square().sum()
@@ -48,14 +48,14 @@ def accumulated(real: Tensor, generated: Tensor, pieces: int = 1) -> FrechetDist
     return metric
 
 
-def test_the_distance_agrees_with_scipy() -> None:
+def test_the_distance_equals_scipys() -> None:
     one, other = moments(features(300, 20, seed=0)), moments(features(200, 20, seed=1, offset=0.3))
     root = scipy.linalg.sqrtm((one[1] @ other[1]).numpy())
     expected = (one[0] - other[0]).square().sum() + one[1].trace() + other[1].trace() - 2 * np.trace(root).real
     assert frechet_distance(*one, *other) == pytest.approx(float(expected), rel=1e-9)
 
 
-def test_the_distance_of_independent_dimensions_is_that_of_their_deviations() -> None:
+def test_the_distance_of_independent_dimensions_follows_from_means_and_deviations() -> None:
     mean_1, mean_2 = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 3.5])
     deviation_1, deviation_2 = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.5, 3.0, 2.0])
     expected = (mean_1 - mean_2).square().sum() + (deviation_1 - deviation_2).square().sum()
@@ -63,7 +63,7 @@ def test_the_distance_of_independent_dimensions_is_that_of_their_deviations() ->
     assert found == pytest.approx(float(expected), abs=1e-12)
 
 
-def test_the_distance_is_precise_where_covariances_are_singular() -> None:
+def test_the_distance_is_exact_for_singular_covariances() -> None:
     one, other = features(40, 256, seed=0), features(60, 256, seed=1, offset=0.1)
     expected = distance_of_samples(one, other)
     assert frechet_distance(*moments(one), *moments(other)) == pytest.approx(expected, abs=1e-9)
@@ -71,26 +71,26 @@ def test_the_distance_is_precise_where_covariances_are_singular() -> None:
 
 
 @pytest.mark.parametrize("samples", [10, 2000])
-def test_equal_samples_are_at_distance_zero(samples: int) -> None:
+def test_the_distance_of_equal_samples_is_zero(samples: int) -> None:
     one = features(samples, 100, seed=0)
     assert accumulated(one, one).compute().item() < 1e-9
     constant = torch.ones(5, 3)
     assert accumulated(constant, constant).compute().item() == 0.0
 
 
-def test_torchmetrics_agrees_where_it_is_precise() -> None:
+def test_the_distance_equals_torchmetrics_for_many_samples() -> None:
     one, other = features(500, 16, seed=0), features(400, 16, seed=1, offset=0.2)
 
-    class Seen(torch.nn.Identity):
+    class Features(torch.nn.Identity):
         num_features = 16
 
-    theirs = FrechetInceptionDistance(Seen())
+    theirs = FrechetInceptionDistance(Features())
     theirs.update(one, real=True)
     theirs.update(other, real=False)
     assert accumulated(one, other).compute().item() == pytest.approx(theirs.compute().item(), rel=1e-8)
 
 
-def test_pieces_and_merged_parts_give_the_distance_of_one_pass() -> None:
+def test_updates_in_parts_and_merged_states_give_the_same_distance() -> None:
     one, other = features(70, 32, seed=0), features(90, 32, seed=1)
     whole = accumulated(one, other).compute().item()
     assert accumulated(one, other, pieces=7).compute().item() == pytest.approx(whole, rel=1e-10)
@@ -99,7 +99,7 @@ def test_pieces_and_merged_parts_give_the_distance_of_one_pass() -> None:
     assert first.compute().item() == pytest.approx(whole, rel=1e-10)
 
 
-def test_one_truth_serves_several_others() -> None:
+def test_real_features_can_be_kept_for_several_comparisons() -> None:
     one, other, third = (features(30, 8, seed=seed) for seed in range(3))
     metric = FrechetDistance(8, reset_real_features=False)
     metric.update(one, real=True)
@@ -109,21 +109,21 @@ def test_one_truth_serves_several_others() -> None:
         metric.reset()
 
 
-def test_too_few_samples_are_refused_and_few_are_warned_of() -> None:
+def test_too_few_samples_are_refused_or_warned_about() -> None:
     with pytest.raises(InputError, match="A Frechet distance needs 2 samples"):
         accumulated(features(1, 4, seed=0), features(9, 4, seed=0)).compute()
     with pytest.raises(InputError, match="not finite"):
         accumulated(features(9, 4, seed=0) / 0, features(9, 4, seed=0)).compute()
     assert bias_warning("FVD", 401, 400) is None
     assert "FVD of 400 samples in 400 dimensions" in (bias_warning("FVD", 400, 400) or "")
-    for samples in (400, 401):  # as said: one more sample, and the covariance has full rank
+    for samples in (400, 401):  # as the warning assumes, one more sample gives full rank
         drawn = torch.randn(samples, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         assert (torch.linalg.matrix_rank(drawn.T.cov(), hermitian=True) == 400) == (samples == 401)
 
 
-def test_the_inception_score_is_that_of_its_definition() -> None:
+def test_the_inception_score_equals_its_definition() -> None:
     classes = F.softmax(3 * features(200, 7, seed=0), dim=1)
-    classes[0] = torch.eye(7)[2]  # sure of one class, with zeros elsewhere
+    classes[0] = torch.eye(7)[2]  # probability 1 for one class, 0 for the others
     everywhere = classes.mean(dim=0)
     divergence = torch.special.xlogy(classes, classes / everywhere).sum(dim=1).mean()
     score, deviation = inception_score(classes, splits=1)
@@ -136,7 +136,7 @@ def test_the_inception_score_is_bounded_by_the_classes() -> None:
     assert inception_score(torch.full((32, 8), 1 / 8))[0] == pytest.approx(1.0)
 
 
-def test_splits_are_equal_and_their_draw_leaves_the_global_generator_alone() -> None:
+def test_splits_are_equal_and_do_not_touch_the_global_generator() -> None:
     classes = F.softmax(features(25, 5, seed=0), dim=1)
     torch.manual_seed(0)
     expected = torch.rand(1)
@@ -145,38 +145,38 @@ def test_splits_are_equal_and_their_draw_leaves_the_global_generator_alone() -> 
     assert torch.equal(torch.rand(1), expected)
     assert inception_score(classes, splits=10) == first
     assert inception_score(classes, splits=10, seed=1) != first
-    assert inception_score(classes.flip(0), splits=25)[0] == pytest.approx(1.0)  # a sample alone is certain of itself
+    assert inception_score(classes.flip(0), splits=25)[0] == pytest.approx(1.0)  # a single sample equals its mean
     with pytest.raises(InputError, match="needs as many samples"):
         inception_score(classes, splits=26)
 
 
 @pytest.fixture(scope="module")
 def clips() -> tuple[Tensor, Tensor]:
-    """Two videos and their truth: uint8 (2, 3, 3, 14, 17), the first frame of the second one equal."""
+    """Two videos and their ground truth, uint8 (2, 3, 3, 14, 17); the first frames of the second video are equal."""
     drawn = torch.Generator().manual_seed(0)
-    truth = torch.randint(0, 256, (2, 3, 3, 14, 17), generator=drawn, dtype=torch.uint8)
-    change = torch.randint(-40, 41, truth.shape, generator=drawn, dtype=torch.int16)
-    videos = (truth + change).clamp(0, 255).byte()
-    videos[1, 0] = truth[1, 0]
-    return videos, truth
+    ground_truth = torch.randint(0, 256, (2, 3, 3, 14, 17), generator=drawn, dtype=torch.uint8)
+    change = torch.randint(-40, 41, ground_truth.shape, generator=drawn, dtype=torch.int16)
+    videos = (ground_truth + change).clamp(0, 255).byte()
+    videos[1, 0] = ground_truth[1, 0]
+    return videos, ground_truth
 
 
-def test_psnr_is_the_mean_over_frames(clips: tuple[Tensor, Tensor]) -> None:
-    videos, truth = clips
+def test_psnr_is_averaged_over_frames(clips: tuple[Tensor, Tensor]) -> None:
+    videos, ground_truth = clips
     expected = []
-    for video, true in zip(videos, truth, strict=True):
+    for video, true in zip(videos, ground_truth, strict=True):
         errors = [
             np.mean((frame.double() - other.double()).square().numpy())
             for frame, other in zip(video, true, strict=True)
         ]
         decibels = [MAX_PSNR if error == 0 else 10 * math.log10(255**2 / error) for error in errors]
         expected.append(sum(decibels) / len(decibels))
-    assert psnr(videos, truth).tolist() == pytest.approx(expected, rel=1e-6)
-    assert psnr(truth, truth).tolist() == [MAX_PSNR] * 2
+    assert psnr(videos, ground_truth).tolist() == pytest.approx(expected, rel=1e-6)
+    assert psnr(ground_truth, ground_truth).tolist() == [MAX_PSNR] * 2
 
 
 def similarity(x: np.ndarray, y: np.ndarray) -> float:
-    """SSIM of two pictures (H, W), window by window."""
+    """SSIM of two images (H, W), window by window."""
     line = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     window = np.outer(line, line) / line.sum() ** 2
     values = []
@@ -193,8 +193,8 @@ def similarity(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean(values))
 
 
-def test_ssim_is_that_of_its_definition(clips: tuple[Tensor, Tensor]) -> None:
-    videos, truth = clips
+def test_ssim_equals_its_definition(clips: tuple[Tensor, Tensor]) -> None:
+    videos, ground_truth = clips
     expected = [
         np.mean(
             [
@@ -202,24 +202,24 @@ def test_ssim_is_that_of_its_definition(clips: tuple[Tensor, Tensor]) -> None:
                 for x, y in zip(video.flatten(0, 1), true.flatten(0, 1), strict=True)
             ]
         )
-        for video, true in zip(videos, truth, strict=True)
+        for video, true in zip(videos, ground_truth, strict=True)
     ]
-    assert ssim(videos, truth).tolist() == pytest.approx(expected, abs=1e-5)
-    assert ssim(truth, truth).tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
+    assert ssim(videos, ground_truth).tolist() == pytest.approx(expected, abs=1e-5)
+    assert ssim(ground_truth, ground_truth).tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
 
 
-def test_a_video_scores_the_same_in_any_company(clips: tuple[Tensor, Tensor]) -> None:
+def test_scores_of_a_video_are_independent_of_batch_composition(clips: tuple[Tensor, Tensor]) -> None:
     for metric in (psnr, ssim):
         assert torch.equal(metric(*clips)[1:], metric(*(clip[1:] for clip in clips)))
 
 
-def test_videos_that_cannot_be_compared_are_refused(clips: tuple[Tensor, Tensor]) -> None:
-    videos, truth = clips
+def test_videos_of_another_shape_or_too_small_are_refused(clips: tuple[Tensor, Tensor]) -> None:
+    videos, ground_truth = clips
     for metric in (psnr, ssim):
         with pytest.raises(InputError, match=r"Videos of shape \(2, 3, 3, 14, 16\) cannot be compared"):
-            metric(videos[..., :16], truth)
+            metric(videos[..., :16], ground_truth)
     with pytest.raises(InputError, match="frames are 14x10, smaller than SSIM's window"):
-        ssim(videos[..., :10], truth[..., :10])
+        ssim(videos[..., :10], ground_truth[..., :10])
 
 
 def covered(samples: np.ndarray, by: np.ndarray, neighbours: int) -> float:
@@ -231,11 +231,9 @@ def covered(samples: np.ndarray, by: np.ndarray, neighbours: int) -> float:
     return sum(hits) / len(hits)
 
 
-@pytest.mark.parametrize("most_distances", [1, 500, 2**24])
-def test_precision_and_recall_are_those_of_their_definition(
-    most_distances: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gpdit_lightning.evaluation.metrics.MAX_DISTANCES", most_distances)
+@pytest.mark.parametrize("max_distances", [1, 500, 2**24])
+def test_precision_and_recall_equal_their_definition(max_distances: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpdit_lightning.evaluation.metrics.MAX_DISTANCES", max_distances)
     real, generated = features(60, 6, seed=0, offset=50), features(45, 6, seed=1, offset=50.2)
     expected = covered(generated.numpy(), real.numpy(), 2), covered(real.numpy(), generated.numpy(), 2)
     assert precision_recall(real.float(), generated.float(), neighbours=2) == pytest.approx(expected, abs=1e-12)
@@ -243,7 +241,7 @@ def test_precision_and_recall_are_those_of_their_definition(
     assert 0.1 < expected[1] < 0.9
 
 
-def test_equal_samples_are_covered_even_by_balls_of_no_size() -> None:
+def test_equal_samples_are_covered_by_balls_of_radius_zero() -> None:
     still = torch.rand(3, 64, generator=torch.Generator().manual_seed(0)).repeat(5, 1) + 100
     assert precision_recall(still, still[:12]) == (1.0, 1.0)
     assert precision_recall(still, still[:12] + 0.01) == (0.0, 0.0)

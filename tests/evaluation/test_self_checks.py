@@ -20,7 +20,7 @@ NAMES = [f"Archery/v_Archery_g{number:02d}.avi" for number in range(400)]
 
 @pytest.fixture(scope="module")
 def videos() -> Tensor:
-    """Squares of two greys, moving: uint8 (40, 2, 3, 32, 32)."""
+    """Moving grey squares on grey, uint8 (40, 2, 3, 32, 32)."""
     drawn = torch.Generator().manual_seed(0)
     places = torch.randint(0, 12, (40, 3), generator=drawn)
     pixels = torch.full((40, 2, 3, 32, 32), 90, dtype=torch.uint8)
@@ -30,20 +30,20 @@ def videos() -> Tensor:
     return pixels
 
 
-def seen(videos: Tensor) -> Tensor:
-    """Means and deviations of 8x8 patches, (B, 32): a network of sorts."""
+def patch_features(videos: Tensor) -> Tensor:
+    """Means and deviations of 8x8 patches, (B, 32), in place of a network's features."""
     patches = F.unfold(videos[:, 0, :1].float(), 8, stride=8)
     return torch.cat((patches.mean(dim=1), patches.std(dim=1)), dim=1)
 
 
 def distance(one: Tensor, other: Tensor) -> float:
     metric = FrechetDistance(32)
-    metric.update(seen(one), real=True)
-    metric.update(seen(other), real=False)
+    metric.update(patch_features(one), real=True)
+    metric.update(patch_features(other), real=False)
     return metric.compute().item()
 
 
-def test_noise_has_the_strength_that_is_asked_for() -> None:
+def test_noise_has_the_given_deviation() -> None:
     grey = torch.full((2, 4, 3, 32, 32), 128, dtype=torch.uint8)
     for level in NOISE_LEVELS:
         change = add_noise(grey, level, [1, 2]).double() - 128
@@ -51,17 +51,17 @@ def test_noise_has_the_strength_that_is_asked_for() -> None:
         assert change.std().item() == pytest.approx(math.sqrt(level**2 + rounding), rel=0.02)
         assert abs(change.mean().item()) < 0.03 * level
     white = add_noise(torch.full_like(grey, 255), 8.0, [1, 2])
-    assert white.min() > 200  # kept within 8 bits, never wrapped around
+    assert white.min() > 200  # clamped to 8 bits, not wrapped around
 
 
-def test_noise_belongs_to_a_video_and_not_to_its_place(videos: Tensor) -> None:
+def test_noise_depends_on_the_seed_and_not_on_the_position_in_the_batch(videos: Tensor) -> None:
     together = add_noise(videos[:3], 16.0, [7, 8, 9])
     assert torch.equal(together[2:], add_noise(videos[2:3], 16.0, [9]))
     grey = torch.full((2, 1, 3, 16, 16), 128, dtype=torch.uint8)
     one, other = add_noise(grey, 16.0, [7, 8])
     assert not torch.equal(one, other)
     twice = add_noise(grey, 32.0, [7, 8])[0].double() - 128
-    assert (twice - 2 * (one.double() - 128)).abs().max() <= 1.5  # the same noise, stronger
+    assert (twice - 2 * (one.double() - 128)).abs().max() <= 1.5  # the same noise, scaled
 
 
 @pytest.mark.parametrize("sigma", BLUR_LEVELS)
@@ -71,25 +71,25 @@ def test_a_blurred_edge_is_the_integral_of_a_gaussian(sigma: float) -> None:
     for pixels in (edge, edge.mT):
         line = gaussian_blur(pixels, sigma)[0, 0, 0]
         line = line[20] if pixels is edge else line[:, 20]
-        bell = [math.exp(-(step**2) / (2 * sigma**2)) for step in range(-100, 101)]
-        expected = [200 * sum(bell[100 + 20 - place :]) / sum(bell) for place in range(40)]
+        gaussian = [math.exp(-(step**2) / (2 * sigma**2)) for step in range(-100, 101)]
+        expected = [200 * sum(gaussian[100 + 20 - place :]) / sum(gaussian) for place in range(40)]
         assert line.tolist() == pytest.approx(expected, abs=0.51)
 
 
-def test_a_blur_keeps_even_frames_and_knows_no_other_video(videos: Tensor) -> None:
-    even = torch.full((1, 2, 3, 8, 6), 77, dtype=torch.uint8)
-    assert torch.equal(gaussian_blur(even, 4.0), even)
+def test_blur_keeps_uniform_frames_and_is_independent_of_batch_composition(videos: Tensor) -> None:
+    uniform = torch.full((1, 2, 3, 8, 6), 77, dtype=torch.uint8)
+    assert torch.equal(gaussian_blur(uniform, 4.0), uniform)
     assert torch.equal(gaussian_blur(videos[:5], 2.0)[3:], gaussian_blur(videos[3:5], 2.0))
 
 
-def test_halves_are_about_equal_and_stay() -> None:
+def test_halves_are_about_equal_and_do_not_change_with_more_videos() -> None:
     chosen = assign_halves(NAMES)
     assert set(chosen) == {0, 1}
     assert 160 < sum(chosen) < 240
     assert assign_halves(NAMES[100:]) == chosen[100:]
 
 
-def test_a_distance_that_sees_passes(videos: Tensor) -> None:
+def test_a_distance_of_meaningful_features_passes(videos: Tensor) -> None:
     seeds = list(range(40))
     checks = check_distances(
         distance(videos, videos),
@@ -106,7 +106,7 @@ RISING = ((8.0, 1.0), (16.0, 2.0), (32.0, 3.0))
 
 
 @pytest.mark.parametrize(
-    ("itself", "noise", "blur", "said"),
+    ("itself", "noise", "blur", "message"),
     [
         (1.0, RISING, RISING, "the ground truth is 1 from itself"),
         (
@@ -120,8 +120,8 @@ RISING = ((8.0, 1.0), (16.0, 2.0), (32.0, 3.0))
         (0.0, ((8.0, math.nan),), RISING, "noise 8 is nan"),
     ],
 )
-def test_a_distance_that_is_blind_fails(itself: float, noise: tuple, blur: tuple, said: str) -> None:
+def test_a_distance_that_does_not_rise_fails(itself: float, noise: tuple, blur: tuple, message: str) -> None:
     checks = check_distances(itself, 10.0, noise, blur, videos=7)
     assert not checks.passed
-    assert said in checks.failures[0]
+    assert message in checks.failures[0]
     assert check_distances(1e-6, 10.0, RISING, RISING, videos=7).passed

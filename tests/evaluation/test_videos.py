@@ -10,7 +10,7 @@ from gpdit_lightning.media.video import write_video
 
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
-    """Eleven frames, each of one grey level: ten times its number."""
+    """Eleven uniform frames; the grey level of each is ten times its number."""
     pixels = torch.arange(11, dtype=torch.uint8)[:, None, None, None] * 10
     write_video(tmp_path / "ramp.mp4", pixels.expand(11, 3, 32, 48), fps=8)
     return tmp_path / "ramp.mp4"
@@ -21,7 +21,7 @@ def levels(clip: torch.Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("length", "centred", "squeezed", "expected"),
+    ("length", "centred", "resample_short", "expected"),
     [
         (9, False, False, [0, 3, 6]),
         (9, True, False, [1, 4, 7]),
@@ -32,17 +32,17 @@ def levels(clip: torch.Tensor) -> list[int]:
         (2, False, True, []),
     ],
 )
-def test_a_clip_lies_where_it_is_asked_for(length: int, centred: bool, squeezed: bool, expected: list[int]) -> None:
-    assert clip_frame_numbers(length, 3, 3, centred, squeezed) == expected
+def test_frame_numbers_of_a_clip(length: int, centred: bool, resample_short: bool, expected: list[int]) -> None:
+    assert clip_frame_numbers(length, 3, 3, centred, resample_short) == expected
 
 
-def test_without_a_stride_a_clip_spreads_over_its_video(video: Path) -> None:
+def test_without_a_stride_a_clip_spans_its_video(video: Path) -> None:
     assert clip_frame_numbers(9, 3, 0) == [0, 4, 8]
     assert clip_frame_numbers(2, 3, 0) == []
     assert levels(read_clip(video, 3, 0, (16, 16))) == [0, 5, 10]
 
 
-def test_frames_are_those_of_the_moments(video: Path) -> None:
+def test_a_clip_consists_of_these_frames(video: Path) -> None:
     assert read_clip(video, 3, 2, (16, 16)).shape == (3, 3, 16, 16)
     assert levels(read_clip(video, 3, 2, (16, 16))) == [0, 2, 4]
     assert levels(read_clip(video, 3, 2, (16, 16), centred=True)) == [3, 5, 7]
@@ -50,7 +50,7 @@ def test_frames_are_those_of_the_moments(video: Path) -> None:
     assert levels(read_clip(video, 1, 4, (16, 16), centred=True)) == [5]
 
 
-def test_a_video_that_is_too_short_is_named(video: Path) -> None:
+def test_a_video_that_is_too_short_is_refused_by_name(video: Path) -> None:
     with pytest.raises(InputError, match=r"ramp.mp4 has 11 frames, but a clip of 5 at stride 3 needs 13: leave"):
         read_clip(video, 5, 3, (16, 16))
     with pytest.raises(InputError, match="clip of 12 at stride 3 needs 12"):
@@ -72,8 +72,8 @@ def test_videos_are_found_at_any_depth_in_order(video: Path) -> None:
         find_videos([video.parent / "empty"])
 
 
-def test_the_choice_depends_on_names_and_the_seed_alone(video: Path) -> None:
-    def drawn(root: Path, names: str, count: int, seed: int = 0) -> list[str]:
+def test_the_selection_depends_on_names_and_the_seed_alone(video: Path) -> None:
+    def selected(root: Path, names: str, count: int, seed: int = 0) -> list[str]:
         for name in names:
             (root / name).mkdir(parents=True, exist_ok=True)
             (root / name / "v.mp4").write_bytes(video.read_bytes())
@@ -81,14 +81,14 @@ def test_the_choice_depends_on_names_and_the_seed_alone(video: Path) -> None:
         assert selection.paths == tuple(root / name for name in selection.names)
         return [name[0] for name in selection.names]
 
-    five = drawn(video.parent / "one", "abcde", 5)
+    five = selected(video.parent / "one", "abcde", 5)
     assert sorted(five) == list("abcde")
-    assert drawn(video.parent / "one", "", 3) == five[:3]
-    assert drawn(video.parent / "two", "abce", 4) == [name for name in five if name != "d"]
-    assert any(drawn(video.parent / "one", "", 5, seed) != five for seed in range(1, 4))
+    assert selected(video.parent / "one", "", 3) == five[:3]
+    assert selected(video.parent / "two", "abce", 4) == [name for name in five if name != "d"]
+    assert any(selected(video.parent / "one", "", 5, seed) != five for seed in range(1, 4))
 
 
-def test_too_few_videos_of_the_length_are_told(video: Path) -> None:
+def test_too_few_videos_that_are_long_enough_are_refused(video: Path) -> None:
     folder = video.parent
     (folder / "broken.mp4").write_bytes(video.read_bytes()[:100])
     assert select_videos([folder], 1, 0, frames=11).names == ("ramp.mp4",)
