@@ -137,6 +137,23 @@ def test_a_metric_network(folder: Path) -> None:
     assert "my_parts.metrics.RandomProjection" in report
 
 
+def test_a_codec(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    follow(SECTIONS["A codec"])
+    path = "my_parts.codecs.BlockMeans"
+    assert json.loads((folder / "latents" / "means" / "manifest.json").read_text())["codec"]["name"] == path
+    assert open_weights(folder / "runs" / "codec").facts.codec.name == path
+    assert list((folder / "runs" / "codec" / "previews").glob("*.png"))
+    assert (folder / "means.mp4").is_file()
+    capsys.readouterr()
+    sample = ["--checkpoint=runs/codec", "--context=MY_VIDEOS/0.mp4", "--frames=4", "--out=refused.mp4"]
+    assert main(["sample", *sample]) == 2
+    assert (
+        f"a file must not choose code to import: if you trust that class, give --codec {path}"
+        in capsys.readouterr().err
+    )
+    assert not (folder / "refused.mp4").exists()
+
+
 def test_every_section_is_tested() -> None:
     tests = {name.removeprefix("test_").replace("_", " ") for name in globals() if name.startswith("test_a")}
     assert tests == {section.lower() for section in SECTIONS}

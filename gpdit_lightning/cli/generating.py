@@ -22,7 +22,8 @@ def load_codec_of(trained: TrainedModel, options: LoadingOptions) -> Codec:
         InputError: the codec's weights are not available.
     """
     device = next(trained.backbone.parameters()).device
-    return load_codec_from_spec(trained.codec, device, options.codec_source, owner=str(trained.path))
+    owner = str(trained.path)
+    return load_codec_from_spec(trained.codec, device, options.codec_source, owner=owner, codec=options.codec)
 
 
 def generation_config(

@@ -18,7 +18,9 @@ def inspect(options: InspectOptions) -> int:
     if options.show is not None:
         manifest = Manifest.load(options.folder)
         device = available_device(options.device)
-        codec = load_codec_from_spec(manifest.codec, device, options.codec_source, owner=str(manifest.path))
+        codec = load_codec_from_spec(
+            manifest.codec, device, options.codec_source, owner=str(manifest.path), codec=options.codec
+        )
         for damaged in write_sheet(options.out, manifest, options.show, codec):
             print(damaged)
         print(f"wrote {options.out}")

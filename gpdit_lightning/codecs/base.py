@@ -1,7 +1,7 @@
 """What every codec is: pixels to latents and back, causal in time, with constants that whiten its latents.
 
-The first latent frame covers one pixel frame and each later one covers four, so T = 1 + 4 (F - 1) pixel frames make F
-latent frames (GPDiT, section 5.1: the WanVAE's geometry).
+T pixel frames make F latent frames: the first covers one pixel frame and each later one `temporal_factor`, so that
+T = 1 + temporal_factor (F - 1) (GPDiT, section 5.1: the WanVAE's geometry). H x W pixels make h x w latent pixels.
 """
 
 import hashlib
@@ -19,15 +19,19 @@ from gpdit_lightning.specs import CodecSpec, LatentGrid
 class Codec(LatentGrid, ABC):
     """Turns uint8 pixels into float32 latents and back.
 
+    A custom codec is a subclass that sets the attributes below, `name` and `device` excepted, and defines `load`, `to`,
+    `encode_values` and `decode_frame`. It must be causal: a latent frame depends on no later pixel frame. Commands take
+    its import path, or a name given by :func:`~gpdit_lightning.codecs.register_codec` (docs/extending.md).
+
     Attributes:
-        name: the codec's name, "pca" or "wan".
-        source: the folder, file or hub name its weights came from; None for weights that ship with the package.
+        name: its registered name, else the import path of the class; manifests and checkpoints record it.
+        source: the folder, file or hub name that the weights came from; None for weights that ship with the package.
         latent_channels: C.
-        spatial_factor: pixels along one side of a latent position.
-        temporal_factor: pixel frames of a latent frame after the first.
+        spatial_factor: pixels along one side of a latent pixel.
+        temporal_factor: pixel frames of each latent frame after the first.
         mean, std: float32 (C,), constants of the codec over all its latents, never of a data set; `(latents - mean) /
             std` is white.
-        fingerprint: 16 hexadecimal digits that change with the weights.
+        fingerprint: 16 hexadecimal digits that change with the weights, as :func:`fingerprint_of` computes them.
         device: where `encode` and `decode` compute.
     """
 
@@ -38,36 +42,52 @@ class Codec(LatentGrid, ABC):
     fingerprint: str
     device: torch.device = torch.device("cpu")
 
-    @abstractmethod
-    def _encode(self, values: Tensor) -> Tensor:
-        """Values in [-1, 1] (B, T, 3, H, W) to latents (B, F, C, h, w)."""
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.name = f"{cls.__module__}.{cls.__qualname__}"
 
+    @classmethod
     @abstractmethod
-    def _decode_next(self, latent: Tensor, first: bool, features: list[Any]) -> Tensor:
-        """The next latent frame (B, C, h, w) of a video to values around [-1, 1] (B, t, 3, H, W).
+    def load(cls, source: str | None = None) -> Self:
+        """Read the weights.
 
         Args:
-            latent: float32, on `self.device`.
-            first: whether the video begins with it; then t = 1, later t = 4.
-            features: what the codec keeps of the frames before, for it to read and write; empty at the first frame.
+            source: a folder, a file or a hub name, as the codec defines it; None for its default.
+
+        Raises:
+            InputError: the weights are not found, or are not of this codec.
         """
 
     @abstractmethod
     def to(self, device: str | torch.device) -> Self:
-        """Move the weights; returns the codec itself."""
+        """Move the weights and set `device`; returns the codec itself."""
+
+    @abstractmethod
+    def encode_values(self, values: Tensor) -> Tensor:
+        """Values in [-1, 1] (B, T, 3, H, W), float32 on `device`, to raw latents (B, F, C, h, w)."""
+
+    @abstractmethod
+    def decode_frame(self, latent: Tensor, first: bool, state: list[Any]) -> Tensor:
+        """The next latent frame (B, C, h, w) of a video to values around [-1, 1] (B, t, 3, H, W).
+
+        Args:
+            latent: raw, float32, on `device`.
+            first: whether it is the first of the video; then t = 1, otherwise t = temporal_factor.
+            state: what the codec keeps of the earlier frames of this video, to read and change; empty at the first.
+        """
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels to raw latents, on `self.device`.
+        """Pixels to raw latents, on `device`.
 
         Args:
-            pixels: uint8 (B, T, 3, H, W), T = 1 + 4k.
+            pixels: uint8 (B, T, 3, H, W), T = 1 + temporal_factor k.
 
         Returns:
-            float32 (B, F, C, h, w), not whitened. The first latent frames of a clip are those of its beginning alone.
+            float32 (B, F, C, h, w), not whitened. The first latent frames of a clip depend on its beginning only.
 
         Raises:
-            InputError: for another type or number of axes, a T that is not 1 + 4k, or sides that 8 does not divide.
+            InputError: for another dtype or shape, or T, H or W that the codec's factors do not allow.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[2] != 3:
             raise InputError(
@@ -76,10 +96,10 @@ class Codec(LatentGrid, ABC):
             )
         self.latent_frames(pixels.shape[1])
         self.check_frame_size(*pixels.shape[3:])
-        return self._encode(pixels.to(self.device, torch.float32) / 127.5 - 1)
+        return self.encode_values(pixels.to(self.device, torch.float32) / 127.5 - 1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw latents (B, F, C, h, w) to uint8 pixels (B, T, 3, H, W), on `self.device`.
+        """Raw latents (B, F, C, h, w) to uint8 pixels (B, T, 3, H, W), on `device`.
 
         Raises:
             InputError: for another number of axes or channels.
@@ -87,7 +107,7 @@ class Codec(LatentGrid, ABC):
         return self.decoder()(latents)
 
     def decoder(self) -> "StreamingDecoder":
-        """A decoder for videos too long to be in memory whole: it takes their latents piece after piece."""
+        """A decoder for videos that are too long for memory: it takes their latents in pieces."""
         return StreamingDecoder(self)
 
     def whitened(self, raw: Tensor) -> Tensor:
@@ -95,7 +115,7 @@ class Codec(LatentGrid, ABC):
         return (raw - self.mean.to(raw.device)[:, None, None]) / self.std.to(raw.device)[:, None, None]
 
     def unwhitened(self, white: Tensor) -> Tensor:
-        """What a model gives (..., C, h, w) as raw latents, on its device."""
+        """A model's latents (..., C, h, w) as raw latents, on their device."""
         return white * self.std.to(white.device)[:, None, None] + self.mean.to(white.device)[:, None, None]
 
     def spec(self) -> CodecSpec:
@@ -113,17 +133,17 @@ class Codec(LatentGrid, ABC):
 
 
 class StreamingDecoder:
-    """Takes the raw latents of the same clips piece after piece; the pixels together are those of `Codec.decode`.
+    """Decodes the raw latents of the same clips piece after piece; together the pixels are those of `Codec.decode`.
 
-    What it keeps between frames is its own and does not grow, so several decoders of one codec may take turns.
+    Its state does not grow, and several decoders of one codec do not affect each other.
 
     Args:
-        codec: whose latents they are.
+        codec: the codec of the latents.
     """
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self._features: list[Any] = []
+        self._state: list[Any] = []
         self._frames = 0  # latent frames so far
         self._clips: tuple[int, int, int] | None = None  # (B, h, w)
 
@@ -131,31 +151,31 @@ class StreamingDecoder:
     def __call__(self, latents: Tensor) -> Tensor:
         """The next latent frames (B, F, C, h, w) to their uint8 pixels (B, T, 3, H, W), on the codec's device.
 
-        T = 4 F, less three in the call that brings the first latent frame. F may be 0.
+        T = temporal_factor F, but the first latent frame of the clips has one pixel frame. F may be 0.
 
         Raises:
-            InputError: for another number of axes or channels, or clips that differ from the first call's in number or
-                size.
+            InputError: for another number of axes or channels, or another number or size of clips than in the first
+                call.
         """
         codec = self._codec
         if latents.ndim != 5 or latents.shape[2] != codec.latent_channels:
             raise InputError(
                 f"The latents have shape {tuple(latents.shape)} where codec {codec.name!r} takes "
-                f"(B, F, {codec.latent_channels}, h, w): give it latents of its own."
+                f"(B, F, {codec.latent_channels}, h, w): give it latents of that codec."
             )
         B, F, _, h, w = latents.shape
         self._clips = self._clips or (B, h, w)
         if self._clips != (B, h, w):
             raise InputError(
                 f"The latents have (B, h, w) = {(B, h, w)} where the decoder's first had {self._clips}: give it the "
-                f"next frames of the same clips, or take a new decoder."
+                f"next frames of the same clips, or use a new decoder."
             )
         lengths = [codec.temporal_factor if number else 1 for number in range(self._frames, self._frames + F)]
         size = h * codec.spatial_factor, w * codec.spatial_factor
         pixels = torch.empty(B, sum(lengths), 3, *size, dtype=torch.uint8, device=codec.device)
-        for latent, place in zip(latents.unbind(1), pixels.split(lengths, dim=1), strict=True):
-            values = codec._decode_next(latent.to(codec.device, torch.float32), self._frames == 0, self._features)
-            place.copy_(((values + 1) * 127.5).round().clamp(0, 255))
+        for latent, frames in zip(latents.unbind(1), pixels.split(lengths, dim=1), strict=True):
+            values = codec.decode_frame(latent.to(codec.device, torch.float32), self._frames == 0, self._state)
+            frames.copy_(((values + 1) * 127.5).round().clamp(0, 255))
             self._frames += 1
         return pixels
 

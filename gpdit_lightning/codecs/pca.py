@@ -2,7 +2,7 @@
 
 A latent frame holds the first 16 principal components of each block of 4x8x8 pixels; the first frame's blocks are
 1x8x8. Both sets of components are orthonormal, so encoding and decoding are a projection: no other linear code of 16
-numbers rebuilds the pictures it was fitted on better. `fit_pca.py` makes the weights.
+numbers reproduces the images it was fitted on better. `fit_pca.py` makes the weights.
 """
 
 from pathlib import Path
@@ -20,8 +20,8 @@ SHIPPED_WEIGHTS = Path(__file__).with_name("pca.safetensors")
 COMPONENTS = 16
 BLOCK = 8  # pixels along a side
 GROUP = 4  # pixel frames of a latent frame after the first
-# Four equal frames have twice the norm of one: with it a video that stands still keeps its latents from the first
-# latent frame to the second.
+# Four equal frames have twice the norm of one: with this gain, a still video has the same latents in the first latent
+# frame and in the second.
 FIRST_FRAME_GAIN = GROUP**0.5
 WEIGHT_SHAPES = {
     "first_components": (COMPONENTS, 1 * 3 * BLOCK * BLOCK),
@@ -41,7 +41,6 @@ class PcaCodec(Codec):
         source: the file they came from; None for the shipped ones.
     """
 
-    name = "pca"
     latent_channels, spatial_factor, temporal_factor = COMPONENTS, BLOCK, GROUP
 
     def __init__(self, weights: dict[str, Tensor], source: str | None = None) -> None:
@@ -55,14 +54,14 @@ class PcaCodec(Codec):
         """Read weights: the shipped ones, or a file made by `python -m gpdit_lightning.codecs.fit_pca`.
 
         Raises:
-            InputError: when the file is missing or is no such weights file.
+            InputError: the file is missing, or is not a weights file of this codec.
         """
         path = SHIPPED_WEIGHTS if source is None else Path(source)
         cure = "make one with `python -m gpdit_lightning.codecs.fit_pca --out FILE`"
         try:
             weights = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} is no readable weights file of the codec 'pca' ({error}): {cure}.") from None
+            raise InputError(f"{path} is not a readable weights file of the codec 'pca' ({error}): {cure}.") from None
         if {name: tuple(values.shape) for name, values in weights.items()} != WEIGHT_SHAPES:
             raise InputError(f"{path} does not hold the tensors of the codec 'pca': {cure}.")
         return cls(weights, source)
@@ -73,8 +72,9 @@ class PcaCodec(Codec):
         self.weights = {name: values.to(self.device) for name, values in self.weights.items()}
         return self
 
-    def _encode(self, values: Tensor) -> Tensor:
-        # On a CPU in float64: what is left after rounding depends neither on the number of threads nor on the batch.
+    def encode_values(self, values: Tensor) -> Tensor:
+        """Project the blocks of the frames onto the components."""
+        # On a CPU in float64: rounded to float32, the result depends neither on the number of threads nor on the batch.
         precision = torch.float64 if self.device.type == "cpu" else torch.float32
         values = (values - self._centre).to(precision)
         first_components, later_components = (
@@ -84,7 +84,8 @@ class PcaCodec(Codec):
         later = blocks_of(values[:, 1:], GROUP) @ later_components.T
         return torch.cat([first, later], dim=1).permute(0, 1, 4, 2, 3).float().contiguous()
 
-    def _decode_next(self, latent: Tensor, first: bool, features: list[Any]) -> Tensor:
+    def decode_frame(self, latent: Tensor, first: bool, state: list[Any]) -> Tensor:
+        """Sum the components of each block; nothing is kept in the state."""
         latent = latent.permute(0, 2, 3, 1)[:, None]
         if first:
             return pixels_of(latent / FIRST_FRAME_GAIN @ self.weights["first_components"], 1) + self._centre

@@ -24,11 +24,10 @@ class WanCodec(Codec):
         source: the folder or hub name it came from.
 
     Raises:
-        InputError: when the autoencoder's geometry is not 8x8 space and 4x time without patches, or it has no whitening
+        InputError: the autoencoder does not shrink space by 8x8 and time by 4 without patches, or it has no whitening
             constants.
     """
 
-    name = "wan"
     latent_channels, spatial_factor, temporal_factor = 16, 8, 4
 
     def __init__(self, autoencoder: "AutoencoderKLWan", source: str | None = None) -> None:
@@ -49,7 +48,7 @@ class WanCodec(Codec):
         if self.mean.shape != (config.z_dim,) or self.std.shape != (config.z_dim,):
             raise InputError(
                 f"The WanVAE of {source} has {config.z_dim} latent channels but latents_mean and latents_std of "
-                f"{len(self.mean)} and {len(self.std)}: mend its config.json."
+                f"{len(self.mean)} and {len(self.std)}: correct its config.json."
             )
         self.fingerprint = fingerprint_of(autoencoder.state_dict())
 
@@ -58,23 +57,23 @@ class WanCodec(Codec):
         """Load the WanVAE from a folder or the hub; its weights or those in the subfolder `vae`, safetensors only.
 
         Raises:
-            InputError: when it is neither a folder here nor to be had from the hub.
+            InputError: it is neither a folder nor available from the hub.
         """
         source = source or DEFAULT_SOURCE
         folder = Path(source).expanduser()
         if folder.is_dir():
             has_subfolder = (folder / SUBFOLDER / "config.json").is_file()
-            places = [(str(folder), SUBFOLDER if has_subfolder else None)]
+            locations = [(str(folder), SUBFOLDER if has_subfolder else None)]
         elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
             raise InputError(f"The WanVAE folder {source} does not exist: give an existing folder or a hub name.")
         else:
-            places = [(source, SUBFOLDER), (source, None)]
+            locations = [(source, SUBFOLDER), (source, None)]
         from diffusers import AutoencoderKLWan  # slow to import
 
         reason: Exception | None = None
-        for place, subfolder in places:
+        for location, subfolder in locations:
             try:
-                autoencoder = AutoencoderKLWan.from_pretrained(place, subfolder=subfolder, use_safetensors=True)
+                autoencoder = AutoencoderKLWan.from_pretrained(location, subfolder=subfolder, use_safetensors=True)
             except (OSError, ValueError, RuntimeError) as error:
                 reason = error
             else:
@@ -90,14 +89,16 @@ class WanCodec(Codec):
         self.autoencoder.to(self.device)
         return self
 
-    def _encode(self, values: Tensor) -> Tensor:
+    def encode_values(self, values: Tensor) -> Tensor:
+        """The mode of the posterior."""
         posterior = self.autoencoder.encode(values.transpose(1, 2)).latent_dist  # diffusers: channels before frames
         return posterior.mode().transpose(1, 2).contiguous()
 
-    def _decode_next(self, latent: Tensor, first: bool, features: list[Any]) -> Tensor:
-        # What diffusers' `AutoencoderKLWan._decode` does for each frame, but there the features belong to the network.
+    def decode_frame(self, latent: Tensor, first: bool, state: list[Any]) -> Tensor:
+        """Run the decoder; the state is the inputs of its causal convolutions that later frames need."""
+        # As diffusers' `AutoencoderKLWan._decode` does for each frame, but there the state belongs to the network.
         decoder = self.autoencoder.decoder
         if first:
-            features += [None] * sum(isinstance(part, nn.Conv3d) for part in decoder.modules())
+            state += [None] * sum(isinstance(layer, nn.Conv3d) for layer in decoder.modules())
         inputs = self.autoencoder.post_quant_conv(latent[:, :, None])
-        return decoder(inputs, feat_cache=features, feat_idx=[0], first_chunk=first).transpose(1, 2)
+        return decoder(inputs, feat_cache=state, feat_idx=[0], first_chunk=first).transpose(1, 2)

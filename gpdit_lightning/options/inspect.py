@@ -25,6 +25,8 @@ class InspectionOptions:
     """The PNG that --show writes."""
     codec_source: str | None = None
     """For --show: where the codec's weights are now, if they moved since the data were prepared."""
+    codec: str | None = None
+    """For --show: the import path of the codec's class, where the data were prepared with a custom one."""
     why: str | None = None
     """Explain which samples an input file gave, and why: its path, its name or the end of its name, or TAR/KEY for an
     image in a tar."""

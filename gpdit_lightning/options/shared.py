@@ -45,6 +45,9 @@ class LoadingOptions(WeightsOptions, DeviceOptions):
 
     codec_source: str | None = None
     """Where the codec's weights are now, if they moved since the data were prepared: a folder, a file or a hub name."""
+    codec: str | None = None
+    """The import path of the codec's class, where the data were prepared with a custom one: a checkpoint records it,
+    but only you choose code to import."""
 
 
 @dataclass(frozen=True, kw_only=True)

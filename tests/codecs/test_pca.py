@@ -1,4 +1,3 @@
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,17 +186,12 @@ def test_a_codec_loads_from_its_spec_and_only_from_its_own(codec: PcaCodec, tmp_
         load_codec_from_spec(codec.spec(), source=str(tmp_path / "other.safetensors"), owner="run.ckpt")
     moved = load_codec("pca", str(tmp_path / "other.safetensors"))
     assert moved.fingerprint != codec.fingerprint
-    codec.spec().check_same(replace(codec.spec(), source="elsewhere"), "a", "b")
-    with pytest.raises(InputError, match=r"a and b are of different codecs \(std"):
-        codec.spec().check_same(replace(codec.spec(), std=(1.0,) * 16), "a", "b")
 
 
-def test_unknown_names_and_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no codec 'dct': choose one of pca, wan"):
-        load_codec("dct")
+def test_files_without_its_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("no weights")
     for name in ("absent.safetensors", "text.safetensors"):
-        with pytest.raises(InputError, match=f"{name} is no readable weights file"):
+        with pytest.raises(InputError, match=f"{name} is not a readable weights file"):
             load_codec("pca", str(tmp_path / name))
     save_file({"mean": torch.zeros(16)}, tmp_path / "half.safetensors")
     with pytest.raises(InputError, match="does not hold the tensors"):

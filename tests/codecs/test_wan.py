@@ -89,7 +89,7 @@ def test_what_a_decoder_keeps_does_not_grow(autoencoder: Any) -> None:
     sizes = []
     for latent in random_latents(5).requires_grad_().split(1, dim=1):
         decoder(latent)
-        kept = [feature for feature in decoder._features if isinstance(feature, torch.Tensor)]
+        kept = [feature for feature in decoder._state if isinstance(feature, torch.Tensor)]
         assert not any(feature.requires_grad for feature in kept)
         sizes.append(sum(feature.untyped_storage().nbytes() for feature in kept))
     assert 0 < sizes[0] < sizes[2] == sizes[3] == sizes[4]

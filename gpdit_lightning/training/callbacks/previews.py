@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from gpdit_lightning.codecs import Codec, load_codec_from_spec
+from gpdit_lightning.codecs import Codec, CodecNotAllowedError, load_codec_from_spec
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
@@ -47,6 +47,7 @@ class Preview(Callback):
         context_frames: latent frames that are given; 2 of a video are 5 pixel frames.
         sampler_steps: network calls for each generated latent frame.
         codec_source: folder, file or hub name of the codec's weights; empty: as recorded when the data were made.
+        codec: import path of the codec's class, where the data were prepared with a custom one.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Preview(Callback):
         context_frames: int = 2,
         sampler_steps: int = 25,
         codec_source: str = "",
+        codec: str = "",
     ) -> None:
         if every_steps < 0:
             raise InputError(f"preview.every_steps is {every_steps}; it must be 0 (no previews) or more.")
@@ -63,7 +65,7 @@ class Preview(Callback):
             if value < 1:
                 raise InputError(f"preview.{name} is {value}; it must be at least 1, or give {NO_PREVIEWS}.")
         self.every_steps, self.clips, self.context_frames = every_steps, clips, context_frames
-        self.sampler_steps, self.codec_source = sampler_steps, codec_source
+        self.sampler_steps, self.codec_source, self.codec = sampler_steps, codec_source, codec
         self._selected: PreviewClips
         self._codec: Codec
         self._last_step = 0
@@ -108,7 +110,10 @@ class Preview(Callback):
         source = self.codec_source or spec.source
         try:
             with torch.random.fork_rng(devices=[]):  # a network is initialized at random before its weights are loaded
-                return load_codec_from_spec(spec, source=source, owner="The training data")
+                codec, option = self.codec or None, "--preview.codec"
+                return load_codec_from_spec(spec, "cpu", source, "The training data", codec, option)
+        except CodecNotAllowedError:
+            raise
         except InputError as error:
             raise InputError(
                 f"the previews need the codec {spec.name!r}, which cannot be loaded from {source or 'the package'} "
