@@ -1,7 +1,8 @@
-"""What examples are worth to a few-shot model, and which: `python -m benchmarks.few_shot_examples --pictures FOLDER`.
+"""`python -m benchmarks.few_shot_examples --images FOLDER`: how much a few-shot model depends on its examples.
 
-Random pairs of half of the given pictures are shown, the other half are the sources: pictures that training has not
-seen, for both to be new to the model. Mean squared errors relative to copying the source.
+Half of the images are examples, of which random ones are shown; the other half are the sources. For each task the
+examples are of the same task or of another one. Errors are mean squared errors relative to copying the source. Give
+images that are not among the training data.
 """
 
 import argparse
@@ -21,45 +22,50 @@ from gpdit_lightning.media.images import read_image, resize_and_crop
 from gpdit_lightning.preparation.pairs import images_in
 
 
-def error(made: Tensor, truth: Tensor) -> float:
+def error(result: Tensor, target: Tensor) -> float:
     """Mean squared error in 8-bit levels."""
-    return (made.float() - truth.float()).square().mean().item()
+    return (result.float() - target.float()).square().mean().item()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.few_shot_examples", description=__doc__)
-    parser.add_argument("--checkpoint", default="runs/tiny/few_shot_two_tasks", help="a run of the few-shot stage")
-    parser.add_argument("--pictures", required=True, type=Path, help="a folder of pictures; 10 or more")
-    parser.add_argument("--tasks", nargs="+", default=["grayscale", "sketch"], choices=list(TASKS), help="those to try")
-    parser.add_argument("--draws", type=int, default=20, help="contexts drawn for each pair of tasks")
-    parser.add_argument("--pairs", type=int, default=2, help="examples in a context")
-    parser.add_argument("--steps", type=int, default=8, help="of the rotation sampler")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--checkpoint", default="runs/tiny/few_shot_two_tasks", help="a model of the few-shot stage")
+    parser.add_argument("--images", required=True, type=Path, help="a folder of at least 10 images")
+    parser.add_argument(
+        "--tasks", nargs="+", default=["grayscale", "sketch"], choices=list(TASKS), help="tasks to compare"
+    )
+    parser.add_argument("--draws", type=int, default=20, help="random choices of examples for each pair of tasks")
+    parser.add_argument("--pairs", type=int, default=2, help="number of examples")
+    parser.add_argument("--steps", type=int, default=8, help="steps of the rotation sampler")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choices")
     options = parser.parse_args(arguments)
 
     trained = load_trained_model(options.checkpoint)
     codec = load_codec_from_spec(trained.codec)
     config = GenerationConfig(RotationSampler(options.steps, schedule=trained.schedule))
     height, width = trained.geometry.sizes[0]
-    pictures = [resize_and_crop(read_image(path), (height, width)) for path in images_in(options.pictures)]
-    shown, asked = pictures[: len(pictures) // 2], torch.cat(pictures[len(pictures) // 2 :])
+    images = [resize_and_crop(read_image(path), (height, width)) for path in images_in(options.images)]
+    example_images, source_images = images[: len(images) // 2], torch.cat(images[len(images) // 2 :])
 
-    print(f"{len(asked)} sources, examples of {len(shown)} other pictures; errors relative to copying the source\n")
-    print("| asked for | examples of | median | worst | at or above 0.5 |\n|---|---|---|---|---|")
+    print(
+        f"{len(source_images)} sources, {len(example_images)} example images; errors relative to copying the source\n"
+    )
+    print("| task | examples of | median | worst | at or above 0.5 |\n|---|---|---|---|---|")
     for task in options.tasks:
-        sources, truth = make_pair(TASKS[task], asked)
+        sources, targets = make_pair(TASKS[task], source_images)
         for other in options.tasks:
-            generator = torch.Generator().manual_seed(options.seed)  # the same pictures for every task
+            generator = torch.Generator().manual_seed(options.seed)  # the same images for every task
             ratios = []
             for _ in tqdm(range(options.draws), desc=f"{task} from {other}", leave=False):
-                chosen = [shown[place] for place in torch.randperm(len(shown), generator=generator)[: options.pairs]]
-                examples = [tuple(side[0] for side in make_pair(TASKS[other], picture)) for picture in chosen]
-                made = transform(trained.backbone, codec, examples, sources, config)  # type: ignore[arg-type]
-                ratios.append(error(made, truth) / error(sources, truth))
-            found = torch.tensor(ratios)
-            missed = int((found >= 0.5).sum())
-            print(f"| {task} | {other} | {found.median():.2f} | {found.max():.2f} | {missed} of {options.draws} |")
+                numbers = torch.randperm(len(example_images), generator=generator)[: options.pairs].tolist()
+                pairs = (make_pair(TASKS[other], example_images[number]) for number in numbers)
+                examples = [(source[0], target[0]) for source, target in pairs]
+                results = transform(trained.backbone, codec, examples, sources, config)
+                ratios.append(error(results, targets) / error(sources, targets))
+            errors = torch.tensor(ratios)
+            failures = int((errors >= 0.5).sum())
+            print(f"| {task} | {other} | {errors.median():.2f} | {errors.max():.2f} | {failures} of {options.draws} |")
 
 
 if __name__ == "__main__":

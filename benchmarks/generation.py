@@ -1,11 +1,12 @@
-"""Frames per second and memory of a rollout against the number of its frame: `python -m benchmarks.generation`.
+"""`python -m benchmarks.generation`: time and memory of a rollout by the number of the frame.
 
-A GPDiT with random weights generates a long video from one latent frame, `of2` and `of`, with a cache that keeps all
-frames, with one that rolls, and without (where an equal result permits it). The table has the mean time of the frames
-around some frame numbers, relative to the first ones of the rolling cache, and the memory then. Two further lines show
-what it saves to take a finished frame in on the way, and what the pixels cost.
+A GPDiT with random weights generates a long video from one latent frame, with `of2` and `of` attention: with a cache of
+all frames, with a rolling cache, and without a cache (where the result is the same). The table shows the mean time of
+the last frames up to some frame numbers, relative to the first figure of the rolling cache, and the memory in use.
+Further lines show what it saves to compute the keys and values of a finished frame in the next frame's first pass, and
+the speed of decoding.
 
-On a GPU, of H at 192x320 in 25 steps with guidance: `--size H --frame 192x320 --steps 25 --guidance 1.2 --compile`.
+On a GPU, for H at 192x320 in 25 steps with guidance: `--size H --frame 192x320 --steps 25 --guidance 1.2 --compile`.
 """
 
 import argparse
@@ -25,16 +26,15 @@ from gpdit_lightning.codecs import PcaCodec, WanCodec
 from gpdit_lightning.diffusion import Guidance, RotationSampler
 from gpdit_lightning.files import written_whole
 from gpdit_lightning.generation import GenerationConfig, cast_linear_weights, rollout
-from gpdit_lightning.media.images import parse_size
+from gpdit_lightning.media.images import Size, parse_size
 
 MIB = 2**20
-PIXEL_FRAMES = 4  # of a latent frame
-AROUND = 5  # frames whose mean time is one figure
+AVERAGED = 5  # frames whose mean time is one figure
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One cell of the table."""
+    """One cell of the table: a rollout at one frame number."""
 
     variant: str
     history: str
@@ -44,38 +44,38 @@ class Figure:
 
 
 def memory(device: torch.device) -> float:
-    """MiB in use: of the GPU by tensors, or of this process."""
+    """MiB in use: by tensors on the GPU, or by this process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / MIB
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / MIB
 
 
-def settle(device: torch.device) -> None:
-    """Wait until the GPU has done its work."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(frames: Iterator[Tensor], device: torch.device) -> Iterator[float]:
-    """Seconds of each frame."""
+    """Seconds that each frame takes."""
     while True:
         began = time.perf_counter()
         if next(frames, None) is None:
             return
-        settle(device)
+        synchronize(device)
         yield time.perf_counter() - began
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Median time of some work, after a first run that does not count."""
+def median_seconds(work: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    """Median time of a function, after a warm-up call."""
     work()
     taken = []
     for _ in range(repeats):
-        settle(device)
+        synchronize(device)
         began = time.perf_counter()
         work()
-        settle(device)
+        synchronize(device)
         taken.append(time.perf_counter() - began)
     return statistics.median(taken)
 
@@ -83,17 +83,22 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int = 10)
 def curve(
     model: GPDiT, context: Tensor, config: GenerationConfig, history: str, marks: Sequence[int]
 ) -> Iterator[Figure]:
-    """The figures of one rollout, up to the last mark."""
+    """The figures of one rollout at the frame numbers `marks`."""
     device = context.device
     taken: list[float] = []
-    for number, passed in enumerate(timed(rollout(model, context, marks[-1], config), device), start=1):
-        taken = [*taken[-AROUND + 1 :], passed]
+    for number, elapsed in enumerate(timed(rollout(model, context, marks[-1], config), device), start=1):
+        taken = [*taken[-AVERAGED + 1 :], elapsed]
         if number in marks:
             yield Figure(model.config.attention, history, number, statistics.fmean(taken), memory(device))
 
 
-def table(figures: Sequence[Figure]) -> str:
-    """Rows of frame numbers, in Markdown: relative time, frames per second, MiB."""
+def table(figures: Sequence[Figure], pixel_frames: int) -> str:
+    """In Markdown, a row for each rollout: relative time, pixel frames per second, MiB.
+
+    Args:
+        figures: of all rollouts.
+        pixel_frames: of a latent frame.
+    """
     unit = next(f.seconds for f in figures if f.history == "window")
     marks = sorted({figure.frame for figure in figures})
     lines = ["| attention | history | " + " | ".join(f"frame {mark}" for mark in marks) + " |"]
@@ -101,15 +106,15 @@ def table(figures: Sequence[Figure]) -> str:
     for variant, history in dict.fromkeys((f.variant, f.history) for f in figures):
         row = {f.frame: f for f in figures if (f.variant, f.history) == (variant, history)}
         cells = [
-            f"{f.seconds / unit:.2f}x, {PIXEL_FRAMES / f.seconds:.1f} frames/s, {f.mebibytes:.0f} MiB" if f else ""
+            f"{f.seconds / unit:.2f}x, {pixel_frames / f.seconds:.1f} frames/s, {f.mebibytes:.0f} MiB" if f else ""
             for f in map(row.get, marks)
         ]
         lines.append(f"| {variant} | {history} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def taking_in(model: GPDiT, context: Tensor, window: int) -> str:
-    """What it saves to compute a finished frame's keys and values in the next one's first pass."""
+def caching_cost(model: GPDiT, context: Tensor, window: int) -> str:
+    """The cost of caching a finished frame: in a pass of its own, and in the next frame's first pass."""
     clips, _, _, height, width = context.shape
     noisy, clean, theta = context[:, 0], context[:, :1], context.new_ones(clips)
     cache = model.new_cache(clips, window, height, width, sinks=0)
@@ -119,31 +124,36 @@ def taking_in(model: GPDiT, context: Tensor, window: int) -> str:
         model.extend(cache, clean)
         model.denoise(noisy, theta, cache)
 
-    plain = seconds(lambda: model.denoise(noisy, theta), context.device)
-    apart = seconds(in_two_passes, context.device)
-    on_the_way = seconds(lambda: model.denoise(noisy, theta, cache, clean=clean), context.device)
+    plain = median_seconds(lambda: model.denoise(noisy, theta), context.device)
+    separate = median_seconds(in_two_passes, context.device)
+    joint = median_seconds(lambda: model.denoise(noisy, theta, cache, clean=clean), context.device)
     return (
-        f"taking a frame in ({model.config.attention}): with a pass of its own and the next frame's first one "
-        f"{apart / plain:.2f} times a frame without context, in one pass {on_the_way / plain:.2f} times"
+        f"caching a frame ({model.config.attention}) and the next frame's first step, relative to a step without "
+        f"context: {separate / plain:.2f} in two passes, {joint / plain:.2f} in one"
     )
 
 
-def decoding(height: int, width: int, device: torch.device) -> str:
-    """What the pixels of one latent frame cost: a WanVAE of full size with random weights on a GPU, else `pca`."""
+def load_codec_for(device: torch.device) -> WanCodec | PcaCodec:
+    """A WanVAE of full size with random weights for a GPU, else `pca`."""
     if device.type == "cuda":
         from diffusers import AutoencoderKLWan
 
-        codec: WanCodec | PcaCodec = WanCodec(AutoencoderKLWan()).to(device)
-    else:
-        codec = PcaCodec.load()
-    latent = torch.randn(1, 1, codec.latent_channels, height // 8, width // 8, device=device)
+        return WanCodec(AutoencoderKLWan()).to(device)
+    return PcaCodec.load()
+
+
+def decoding_speed(codec: WanCodec | PcaCodec, size: Size, device: torch.device) -> str:
+    """Pixel frames per second of the decoder alone."""
+    height, width = (side // codec.spatial_factor for side in size)
+    latent = torch.randn(1, 1, codec.latent_channels, height, width, device=device)
     decode = codec.decoder()
     decode(latent)
-    return f"decoding by {codec.name}: {PIXEL_FRAMES / seconds(lambda: decode(latent), device):.1f} frames/s"
+    rate = codec.temporal_factor / median_seconds(lambda: decode(latent), device)
+    return f"decoding by {codec.name}: {rate:.1f} frames/s"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write what was asked for."""
+    """Measure, print the table, and write the figures."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.generation",
         description=(__doc__ or "").partition("\n\n")[2],
@@ -153,26 +163,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--size", default="tiny", help="tiny, B or H")
     add("--frame", default="128x128", help="HEIGHTxWIDTH in pixels")
     add("--steps", type=int, default=4, help="sampler steps")
-    add("--guidance", type=float, default=1.0, help="scale over the context; 1 needs no second branch")
-    add("--window", type=int, default=11, help="latest frames that a frame sees: 11 are those of 45 pixel frames")
-    add("--sinks", type=int, default=1, help="first frames that stay visible besides")
-    add("--frames", type=int, default=1000, help="latent frames of the rollout with a window")
-    add("--growing_frames", type=int, default=100, help="latent frames of those whose history grows")
-    add("--compile", action="store_true", help="fuse blocks")
+    add("--guidance", type=float, default=1.0, help="guidance scale over the context; 1 is no guidance")
+    add(
+        "--window",
+        type=int,
+        default=11,
+        help="latent frames that a frame attends to: 11 are 45 pixel frames less one latent frame",
+    )
+    add("--sinks", type=int, default=1, help="first latent frames that stay visible")
+    add("--frames", type=int, default=1000, help="latent frames of rollouts with a window")
+    add("--growing_frames", type=int, default=100, help="latent frames of rollouts that attend to all frames")
+    add("--compile", action="store_true", help="fuse blocks with torch.compile")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--out", type=Path, help="a JSON file for the figures")
+    add("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
 
     device = torch.device(options.device)
-    height, width = parse_size(options.frame)
+    size = parse_size(options.frame)
     torch.manual_seed(0)
     figures: list[Figure] = []
-    notes = [decoding(height, width, device)]
+    codec = load_codec_for(device)
+    height, width = (side // codec.spatial_factor for side in size)
+    notes = [decoding_speed(codec, size, device)]
     for variant in ("of2", "of"):
         config = GPDiTConfig.preset(options.size, attention=variant)
         with device:
             model = GPDiT(config).eval().requires_grad_(False)
-            context = torch.randn(1, 1, config.latent_channels, height // 8, width // 8)
+            context = torch.randn(1, 1, config.latent_channels, height, width)
         precision = torch.bfloat16 if device.type == "cuda" else None
         if precision is not None:
             cast_linear_weights(model, precision)
@@ -187,12 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         histories = [("window", options.window, True, long), ("all frames", None, True, short)]
         histories += [("window, no cache", options.window, False, [15])] if variant == "of" else []
         histories += [("all frames, no cache", None, False, [15])] if variant == "of2" else []
-        # A first rollout does not count: kernels are chosen and compiled in it.
+        # A warm-up rollout, in which kernels are selected and compiled.
         list(rollout(model, context, options.window + options.sinks + 2, settings(options.window, True)))
         for history, window, cached, marks in histories:
             figures += curve(model, context, settings(window, cached), history, marks)
         with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision is not None):
-            notes.append(taking_in(model, context, options.window))
+            notes.append(caching_cost(model, context, options.window))
         del model
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -200,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{options.size} at {options.frame}, {options.steps} steps, guidance {options.guidance}, window "
         f"{options.window} + {options.sinks} sinks, {name}, torch {torch.__version__}\n"
     )
-    print(table(figures), *notes, sep="\n")
+    print(table(figures, codec.temporal_factor), *notes, sep="\n")
     if options.out:
         shown = {name: str(value) for name, value in vars(options).items()}
         report = {"device": name, "torch": torch.__version__, "date": datetime.now().isoformat(), "options": shown}

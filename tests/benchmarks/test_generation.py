@@ -1,4 +1,4 @@
-"""The benchmark of generation as a script: it runs, and its figures are of what they say."""
+"""The benchmark of generation runs as a script, and its figures cover all rollouts."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ import pytest
 from benchmarks import generation
 
 
-def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--frame=16x16", "--steps=1", "--guidance=1.5", "--window=3", "--frames=30", "--growing_frames=15"]
     generation.main([*small, "--device=cpu", f"--out={tmp_path / 'figures.json'}"])
     printed = capsys.readouterr().out
-    for words in ("| of2 | window | 1.00x", "| of | window, no cache |", "decoding by pca", "taking a frame in (of)"):
+    for words in ("| of2 | window | 1.00x", "| of | window, no cache |", "decoding by pca", "caching a frame (of)"):
         assert words in printed
     report = json.loads((tmp_path / "figures.json").read_text())
     found = {(figure["variant"], figure["history"], figure["frame"]) for figure in report["figures"]}

@@ -77,7 +77,7 @@ def test_of_two_tasks_the_one_is_done_that_the_examples_show(
         right, _ = errors_of(tmp_path, capsys, f"--task={task}")
         wrong, _ = errors_of(tmp_path, capsys, f"--task={task}", f"--examples_task={other}")
         assert right < wrong / 2, f"{task}: {right} {wrong}"
-    few_shot_examples.main([f"--checkpoint={tmp_path / 'run'}", f"--pictures={tmp_path / 'unseen'}", "--draws=3"])
+    few_shot_examples.main([f"--checkpoint={tmp_path / 'run'}", f"--images={tmp_path / 'unseen'}", "--draws=3"])
     rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[4:]]
     medians = {(asked, shown): float(median) for asked, shown, median, *_ in rows}
     assert medians["grayscale", "grayscale"] < medians["grayscale", "sketch"] / 2
