@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from gpdit_lightning.cli import VERBS, fit, record_of
-from gpdit_lightning.cli.arguments import recipe_arguments
 from gpdit_lightning.cli.chain import stages_of
 from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.cli.recipe_files import recipe_path
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.options.chain import ChainOptions
 from gpdit_lightning.options.shared import RecipeOptions
 
 ROOT = Path(__file__).parents[1]
@@ -81,12 +81,12 @@ def check(verb: str, arguments: list[str]) -> None:
     record = record_of(verb)
     if record is not None:
         options = parse(verb, "", record, arguments)
-        if isinstance(options, RecipeOptions):
+        if isinstance(options, ChainOptions):
+            chain, *overlays = options.config
+            for recipe in stages_of(recipe_path(chain)):
+                fit.parse("fit", [*(f"--config={path}" for path in (recipe, *overlays)), *options.overrides])
+        elif isinstance(options, RecipeOptions):
             fit.parse(verb, options.fit_arguments)
-    elif verb == "chain":
-        _, (chain, *overlays), overrides = recipe_arguments(arguments, [])
-        for recipe in stages_of(recipe_path(chain)):
-            fit.parse("fit", [f"--config={path}" for path in (recipe, *overlays)] + overrides)
     elif "--help" not in arguments:
         fit.parse(verb, arguments)
 

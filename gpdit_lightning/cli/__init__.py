@@ -34,7 +34,9 @@ VERBS = {
         "demo:demo", "Draw moving images, train a small model on them and show what it generates.", "demo:DemoOptions"
     ),
     "fit": Verb("fit:run", "Train from a recipe; the same command resumes."),
-    "chain": Verb("chain:run", "Train the stages of a chain in turn; the same command resumes."),
+    "chain": Verb(
+        "chain:chain", "Train the stages of a chain in turn; the same command resumes.", "chain:ChainOptions"
+    ),
     "validate": Verb("fit:run", "Evaluate a run's last checkpoint on the held-out sources."),
     "test": Verb("fit:run", "The same as validate, logged as test/loss."),
     "sample": Verb(
@@ -132,6 +134,11 @@ def run(name: str, arguments: Sequence[str]) -> int:
     verb = VERBS[name]
     record = record_of(name)
     if record is None:
+        if {"-h", "--help"} & set(arguments):
+            from gpdit_lightning.cli.fit_help import print_help
+
+            print_help(name)
+            return 0
         _imported(f"gpdit_lightning.cli.{verb.function}")(name, arguments)
         return 0
     from gpdit_lightning.cli.parsing import parse

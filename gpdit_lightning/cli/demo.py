@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpdit_lightning.checkpoints.reading import load_trained_model
-from gpdit_lightning.cli import chain
+from gpdit_lightning.cli.chain import chain
 from gpdit_lightning.cli.demo_videos import write_videos
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.diffusion import RotationSampler
@@ -23,6 +23,7 @@ from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_vi
 from gpdit_lightning.generation.contexts import ContextSettings, read_contexts
 from gpdit_lightning.media.images import parse_size, resize_and_crop, write_strip
 from gpdit_lightning.media.video import iterate_frames, write_video
+from gpdit_lightning.options.chain import ChainOptions
 from gpdit_lightning.options.demo import DemoOptions
 from gpdit_lightning.preparation import (
     PrepareOptions,
@@ -57,7 +58,7 @@ def demo(options: DemoOptions) -> None:
     prepare_pairs(pair_options(run_dir))
     print("2/3  training: images, images and videos, longer videos, few-shot")
     steps = [f"--trainer.max_steps={options.max_steps}"] if options.max_steps else []
-    chain.run("chain", ["--config=gpdit:demo/chain", f"--runs={run_dir}", *steps])
+    chain(ChainOptions(config=["gpdit:demo/chain"], overrides=[f"--runs={run_dir}", *steps]))
     print("3/3  generating")
     print(evaluate(run_dir, videos))
     few_shot = max((run_dir / "stage4_few_shot" / "previews").glob("*.png"))

@@ -189,6 +189,27 @@ class ParsedRecipe(RecipeCLI):
         """Construct nothing."""
 
 
+class ParserOnly(RecipeCLI):
+    """The parser of a recipe; nothing is parsed."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Hand the parser out, before it has read anything."""
+        raise ParserBuilt(parser)
+
+
+class ParserBuilt(Exception):  # noqa: N818
+    """Carries the parser as its argument."""
+
+
+def recipe_parser() -> LightningArgumentParser:
+    """The parser of recipes, for their help."""
+    try:
+        _command_line(ParserOnly, "fit", [])
+    except ParserBuilt as built:
+        return built.args[0]
+    raise AssertionError("unreachable")
+
+
 def parse(verb: str, arguments: Sequence[str]) -> Namespace:
     """A resolved recipe.
 

@@ -168,8 +168,8 @@ def test_a_stage_that_began_from_other_weights_is_refused_before_anything_is_tra
 
     assert main([*command, "--trainer.max_steps=6"]) == 2
     message = capsys.readouterr().err
-    assert f"{first} stands at step {STEPS} of 6, but {mixed} has begun from it: remove {mixed}" in message
-    assert f"or ask for {STEPS} steps" in message
+    assert f"{first} is at step {STEPS} of 6, but {mixed} has begun from it: remove {mixed}" in message
+    assert f"or set trainer.max_steps to {STEPS}" in message
     assert before == {path: path.stat().st_mtime_ns for path in runs.rglob("*.ckpt")}
     assert main(command) == 0  # as the message says
 
@@ -177,14 +177,14 @@ def test_a_stage_that_began_from_other_weights_is_refused_before_anything_is_tra
     assert main(["fit", f"--config={tmp_path / 'ImageWarmupStage.yaml'}", f"--runs={runs}", "--data.seed=9"]) == 0
     assert main(command) == 2
     message = capsys.readouterr().err
-    assert f"{mixed} began from the weights of {first} (step {STEPS}), which are not the present ones" in message
+    assert f"{mixed} began from the weights of {first} (step {STEPS}), which are not the current ones" in message
 
     shutil.rmtree(long)
     stage = ["fit", f"--config={tmp_path / 'LongVideoStage.yaml'}", f"--runs={runs}", "--trainer.max_steps=1"]
     assert main(stage) == 0
     shutil.rmtree(mixed)
     assert main(command) == 2
-    assert f"{long} began at random, which are not the present ones of {mixed} (step 0)" in capsys.readouterr().err
+    assert f"{long} began at random, which are not the current ones of {mixed} (step 0)" in capsys.readouterr().err
 
 
 def test_a_stage_that_runs_out_of_time_ends_the_chain(
@@ -195,7 +195,7 @@ def test_a_stage_that_runs_out_of_time_ends_the_chain(
     assert re.search(rf"stage 1 of 4, .*: ended at step \d of {STEPS}; the same command", capsys.readouterr().out)
     assert not (tmp_path / "runs" / "MixedStage").exists()
     assert main([*command, "--trainer.max_steps=-1"]) == 2
-    assert "ImageWarmupStage.yaml: trainer.max_steps is -1: a chain must know its end." in capsys.readouterr().err
+    assert "ImageWarmupStage.yaml: trainer.max_steps is -1: a chain needs a last step." in capsys.readouterr().err
     assert main(command) == 0
 
 
@@ -248,7 +248,7 @@ def test_a_stage_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
     assert read_checkpoint(mixed)["gpdit"]["origin"] == expected
     capsys.readouterr()
     assert main(["chain", f"--config={chain}", f"--runs={runs}"]) == 2
-    assert f"{first} stands at step {STEPS - 1} of {STEPS}, but {mixed} has begun from it" in capsys.readouterr().err
+    assert f"{first} is at step {STEPS - 1} of {STEPS}, but {mixed} has begun from it" in capsys.readouterr().err
     shutil.rmtree(mixed)
     assert main(["chain", f"--config={chain}", f"--runs={runs}"]) == 0
     assert f"ImageWarmupStage: goes on from step {STEPS - 1}" in capsys.readouterr().out
@@ -259,7 +259,7 @@ def test_a_stage_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
 def test_a_file_that_is_no_chain(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "no.yaml").write_text(text)
     assert main(["chain", "--config", str(tmp_path / "no.yaml")]) == 2
-    assert "no.yaml is no chain" in capsys.readouterr().err
+    assert "no.yaml is not a chain" in capsys.readouterr().err
 
 
 def test_a_wrong_option_is_one_of_fit(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
+from gpdit_lightning.training.strategies import register_strategies
 from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 from gpdit_lightning.training.strategies.zero import ZeRO
 
@@ -110,7 +111,7 @@ class Count(Callback):
             "gradients": storages_of(gradients),
             "optimizer": storages_of(
                 [
-                    *(part.owner for part in (sharding.shards if sharding else {}).values()),
+                    *(shard.storage for shard in (sharding.shards if sharding else {}).values()),
                     *chain(*(state.values() for state in optimizer_of(trainer, module).state.values())),
                 ]
             ),
@@ -164,6 +165,7 @@ def train(run: dict[str, Any], strategy: str | Strategy, devices: int) -> tuple[
     data = LatentDataModule(images=images, max_ranks=RANKS)
     ema = EMA()
     count = Count(ema)
+    register_strategies()
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,

@@ -1,0 +1,85 @@
+"""The help of `fit`, `validate` and `test`: a checked-in text, since their parser imports torch and Lightning.
+
+    python -m gpdit_lightning.cli.fit_help          write fit_help.txt anew, after an option has changed
+
+A test compares the text with the parser.
+"""
+
+import argparse
+import re
+import textwrap
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from gpdit_lightning.cli.messages import literal_choices
+
+HELP = Path(__file__).with_name("fit_help.txt")
+
+HEAD = """usage: python -m gpdit_lightning VERB --config RECIPE [--config OVERLAY ...] [options]
+
+VERB is fit, validate or test. Options override the recipe; `--trainer.max_steps 10` is {trainer: {max_steps: 10}} in
+YAML.
+--print_config prints the resolved recipe. Recipes that ship: python -m gpdit_lightning recipes.
+"""
+
+INDENT = " " * 8
+TITLES = {
+    "trainer.": "Lightning's trainer",
+    "model.init_args.backbone.": "Backbone",
+    "model.init_args.schedule.": "Noise schedule",
+    "model.init_args.optimizer.": "Optimizer",
+    "model": "Stage",
+    "data.": "Data",
+    "health.": "Health",
+    "ema.": "Average of the weights",
+    "preview.": "Previews",
+    "checkpoint.": "Checkpoints",
+}
+SAID_ABOVE = {"help", "config", "print_config", "base"}
+
+
+def print_help(verb: str) -> None:
+    """Print the checked-in help for a verb."""
+    print(HELP.read_text(encoding="utf-8").replace("VERB --config", f"{verb} --config", 1))
+
+
+def rendered() -> str:
+    """The help, made from the parser of `fit` and from the classes that a recipe's model consists of."""
+    from gpdit_lightning.cli.fit import recipe_parser
+    from gpdit_lightning.stages import GPDiTStage
+
+    parser = recipe_parser()
+    stage = ArgumentParser()
+    stage.add_class_arguments(GPDiTStage, "model.init_args")
+    groups = [*parser._action_groups[1:], *stage._action_groups[2:]]
+    actions = [action for group in groups for action in group._group_actions if is_shown(action)]
+    sections: dict[str, list[str]] = {}
+    for action in actions:
+        title = next((title for prefix, title in TITLES.items() if action.dest.startswith(prefix)), "Run")
+        sections.setdefault(title, []).append(paragraph(action))
+    return (
+        "\n".join([HEAD, *("\n".join([f"{title}:", *texts, ""]) for title, texts in sections.items())]).rstrip() + "\n"
+    )
+
+
+def is_shown(action: argparse.Action) -> bool:
+    """Whether an action is an option by itself: not hidden, not a whole group, and not explained above."""
+    hidden = action.help == argparse.SUPPRESS or action.default == argparse.SUPPRESS
+    return bool(action.option_strings) and not hidden and action.dest not in SAID_ABOVE
+
+
+def paragraph(action: argparse.Action) -> str:
+    """An option with its value, its explanation and its default."""
+    choices = literal_choices(getattr(action, "_typehint", None))
+    value = "{" + ",".join(choices) + "}" if choices else action.dest.split(".")[-1].upper()
+    default = action.default
+    said = isinstance(default, bool | int | float | str) and default != ""
+    explanation = re.sub(r" Default: ``.*?``\.?", "", " ".join((action.help or "").split())).replace("``", "'")
+    explanation += f" (default: {default})" if said else ""
+    text = textwrap.fill(explanation, 110, initial_indent=INDENT, subsequent_indent=INDENT)
+    return f"  --{action.dest} {value}" + (f"\n{text}" if explanation else "")
+
+
+if __name__ == "__main__":
+    HELP.write_text(rendered(), encoding="utf-8")

@@ -1,0 +1,13 @@
+"""Options of `chain`."""
+
+from dataclasses import dataclass
+
+from gpdit_lightning.options.shared import RecipeOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainOptions(RecipeOptions):
+    """Chain.
+
+    The first file of `config` lists the recipes of its `stages`; overlays and overrides apply to each stage.
+    """
