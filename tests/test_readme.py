@@ -123,7 +123,7 @@ def test_it_opens_with_two_command_lines() -> None:
     demo, test = (block.strip() for block in BASH_BLOCKS[:2])
     assert "\n" not in demo + test
     assert demo.endswith("python -m gpdit_lightning demo")
-    assert test.endswith("pytest")
+    assert test.endswith("pytest -n 2")
 
 
 def test_ci_types_the_same() -> None:

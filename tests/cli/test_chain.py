@@ -251,7 +251,7 @@ def test_a_stage_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
     assert f"{first} is at step {STEPS - 1} of {STEPS}, but {mixed} has begun from it" in capsys.readouterr().err
     shutil.rmtree(mixed)
     assert main(["chain", f"--config={chain}", f"--runs={runs}"]) == 0
-    assert f"ImageWarmupStage: goes on from step {STEPS - 1}" in capsys.readouterr().out
+    assert f"ImageWarmupStage: resumes from step {STEPS - 1}" in capsys.readouterr().out
     assert [checkpoint["global_step"] for checkpoint in stages(runs)] == [STEPS] * 4
 
 

@@ -271,7 +271,7 @@ def test_what_may_do_harm_is_said(place: Path, tmp_path: Path, caplog: pytest.Lo
         (["--examples=PLACE/unequal"], ["target/1.png is 40x60", "source/1.png is 40x64"]),
         (["--source", "PLACE/sources/a.png", "PLACE/broken/x.png"], ["x.png is no readable picture"]),
         (["--source", "PLACE/nowhere.png"], ["nowhere.png does not exist"]),
-        (["--source", "PLACE/shards"], ["shards holds no pictures"]),
+        (["--source", "PLACE/shards"], ["shards has no images"]),
         (["--source", "PLACE/sources", "--out=OUT/out.png"], ["out.png is one file for 4 sources"]),
         (["--source", "PLACE/sources/a.png", "--out=OUT/out.jpg"], ["out.jpg, but images are written as PNG"]),
         (["--source", "PLACE/sources/a.png", "--sheet=OUT/sheet"], ["--sheet is", "name it sheet.png"]),
@@ -282,7 +282,7 @@ def test_what_may_do_harm_is_said(place: Path, tmp_path: Path, caplog: pytest.Lo
         (["--source", "PLACE/sources/a.png", f"--out=OUT/{'a' * 251}.png"], ["(File name too long)", "another --out"]),
         (
             ["--source", "PLACE/sources/a.png", "PLACE/plain/a.png", "--truth=PLACE/truths"],
-            ["sources/a.png and", "plain/a.png have one name"],
+            ["sources/a.png and", "plain/a.png differ only"],
         ),
         (["--truth=PLACE/truths/a.png"], ["a.png is one image for 4 sources"]),
         (["--truth=PLACE/plain", "--task=edges", "--examples=PLACE/plain"], ["--task edges makes the truth itself"]),
