@@ -147,7 +147,9 @@ def strategy_of(setting: Any) -> Any:
     if not isinstance(setting, str) or not setting.startswith("deepspeed"):
         return setting
     if setting not in LIGHTNING_NAMES:
-        raise InputError(f"trainer.strategy is {setting}: use one of {', '.join(LIGHTNING_NAMES.values())}.")
+        raise InputError(
+            f"trainer.strategy is {setting}: use one of {', '.join(dict.fromkeys(LIGHTNING_NAMES.values()))}."
+        )
     return LIGHTNING_NAMES[setting]
 
 

@@ -127,8 +127,7 @@ def test_a_run_changes_its_strategy_and_number_of_ranks_again_and_again(
         ),
         (
             {"strategy": "deepspeed_stage_1"},
-            "trainer.strategy is deepspeed_stage_1: take one of deepspeed, deepspeed_stage_2, "
-            "deepspeed_stage_2_offload, deepspeed_stage_3, deepspeed_stage_3_offload.",
+            "trainer.strategy is deepspeed_stage_1: use one of zero2, zero2_offload, zero3, zero3_offload.",
         ),
     ],
 )

@@ -304,7 +304,7 @@ def test_an_error_names_the_unusable_option(options: PrepareOptions, tmp_path: P
         ({"video_sizes": ["big"]}, "HEIGHTxWIDTH"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
         ({"source_pattern": "("}, "not a regular expression"),
-        ({"codec": "dct"}, "no codec 'dct'"),
+        ({"codec": "dct"}, "codec 'dct' is not known"),
         ({"device": "abacus"}, "device 'abacus'"),
     ):
         with pytest.raises(InputError, match=message):
