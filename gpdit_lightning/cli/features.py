@@ -25,7 +25,7 @@ from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing.encoder import first_layers, pooled_features
-from gpdit_lightning.probing.features import ENDINGS, RECORD, FeatureRecord, write_features
+from gpdit_lightning.probing.features import RECORD, SUFFIXES, FeatureRecord, write_features
 
 log = logging.getLogger(__name__)
 
@@ -135,8 +135,8 @@ def create_or_resume(out: Path, record: FeatureRecord) -> None:
     """
     if (out / RECORD).exists():
         FeatureRecord.load(out).check(asdict(record), out)
-    elif any(out.rglob(f"*{ENDINGS[record.format]}")):
-        raise InputError(f"{out} holds {ENDINGS[record.format]} files and no {RECORD}: give another --out.")
+    elif any(out.rglob(f"*{SUFFIXES[record.format]}")):
+        raise InputError(f"{out} holds {SUFFIXES[record.format]} files and no {RECORD}: give another --out.")
     else:
         record.save(out)
 
@@ -189,7 +189,7 @@ def extract(
             for reason in (clip for _, clip in batch if isinstance(clip, str)):
                 log.warning("skipped: %s", reason)
             if readable:
-                pooled = features_of_clips(torch.stack(list(readable.values())), trained, codec, record)
+                pooled = features_of_clips(torch.stack(list(readable.values())), trained, codec, record).cpu()
                 for name, values in zip(readable, pooled, strict=True):
                     write_features(record.path_of(options.out, name), values, record)
             skipped += len(batch) - len(readable)

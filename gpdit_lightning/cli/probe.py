@@ -15,7 +15,8 @@ from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import find_videos
 from gpdit_lightning.files import written_whole
 from gpdit_lightning.options.probe import ProbeOptions
-from gpdit_lightning.probing.probe import extract_layer_features, probe_layers
+from gpdit_lightning.probing.layer_features import extract_layer_features
+from gpdit_lightning.probing.probe import probe_layers
 from gpdit_lightning.probing.report import (
     ProbeResult,
     make_protocol,
@@ -137,7 +138,7 @@ def probe_checkpoint(
         protocol=make_protocol(
             used,
             left_out=len(videos) - len(used),
-            squeezed=features.squeezed,
+            num_resampled=features.num_resampled,
             regularisation=regularisation,
             data=", ".join(options.videos),
             split=split,

@@ -1,1 +1,1 @@
-"""What the features of a trained model hold: linear probes, features for other models."""
+"""Features of a trained model: linear probes of every layer, and features for other models."""

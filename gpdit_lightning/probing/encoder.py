@@ -16,21 +16,22 @@ from gpdit_lightning.probing.features import spatio_temporal
 
 
 def first_layers(backbone: HubGPDiT, layers: int) -> HubGPDiT:
-    """A frozen model of the first blocks only, whose parameters are the given model's own tensors, not copies.
+    """A frozen model of the first blocks only, which shares its parameters with the given model.
 
-    The rest is freed as soon as nobody else holds `backbone`. Labels and texts are left out: clean frames see none.
+    The other parameters are freed when the last reference to `backbone` is gone. Label and text embeddings are left
+    out, since clean frames are not conditioned on them.
 
     Args:
         backbone: any GPDiT.
-        layers: how many blocks, from 1.
+        layers: number of blocks, at least 1.
 
     Raises:
-        InputError: more than there are, or none.
+        InputError: the backbone has fewer layers, or `layers` is below 1.
     """
-    most = backbone.config.layers
-    if not 1 <= layers <= most:
-        raise InputError(f"layer {layers} does not exist: choose from 1 to {most}.")
-    unused = ("prefix.", *(f"blocks.{number}." for number in range(layers, most)))
+    num_layers = backbone.config.layers
+    if not 1 <= layers <= num_layers:
+        raise InputError(f"Layer {layers} does not exist: give a number from 1 to {num_layers}.")
+    unused = ("prefix.", *(f"blocks.{number}." for number in range(layers, num_layers)))
     tensors = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith(unused)}
     config = backbone.config.replaced(layers=layers, classes=0, text_width=0)
     facts = replace(backbone.facts, classes=())
@@ -39,10 +40,10 @@ def first_layers(backbone: HubGPDiT, layers: int) -> HubGPDiT:
 
 @torch.no_grad()
 def pooled_features(backbone: HubGPDiT, latents: Tensor, temporal_tokens: int = 0) -> Tensor:
-    """The features of clips behind a model's last block: clean stream only, theta = 0, unnormalised, pooled.
+    """Pooled features of clips after the last block of a model: clean stream only, theta = 0, unnormalised.
 
     Args:
-        backbone: as :func:`first_layers` makes it.
+        backbone: from :func:`first_layers`.
         latents: (B, F, C, h, w) whitened.
         temporal_tokens: as for :func:`spatio_temporal`.
 
@@ -54,19 +55,19 @@ def pooled_features(backbone: HubGPDiT, latents: Tensor, temporal_tokens: int = 
 
 
 class VideoEncoder(nn.Module):
-    """The first blocks of a GPDiT, frozen, and a linear layer onto the width of another model, which is trained.
+    """The first blocks of a GPDiT, frozen, and a trainable linear projection to the width of another model.
 
-    As Video-ChatGPT has it for CLIP (GPDiT, section A.2: 18 layers of GPDiT-H). The backbone stays in evaluation mode
-    and gets no gradients. What training changes is `encoder.projection.state_dict()`, which is all that needs saving.
+    Video-ChatGPT uses CLIP in this way (GPDiT, section A.2: 18 layers of GPDiT-H). The backbone stays in evaluation
+    mode and gets no gradients. Only `encoder.projection` is trained, so only its state_dict has to be saved.
 
     Args:
-        backbone: whose blocks are run. Its tensors are shared, so train it no further.
-        layers: how many of them.
-        out_width: of the tokens that come out.
-        temporal_tokens: as for :func:`spatio_temporal`; Video-ChatGPT has 100.
+        backbone: the model whose first blocks are run. Its parameters are shared, so do not train it further.
+        layers: number of blocks.
+        out_width: width of the resulting tokens.
+        temporal_tokens: as for :func:`spatio_temporal`; 100 in Video-ChatGPT.
 
     Raises:
-        InputError: layers that do not exist.
+        InputError: as :func:`first_layers`.
     """
 
     def __init__(self, backbone: HubGPDiT, layers: int, out_width: int, temporal_tokens: int = 0) -> None:
@@ -78,16 +79,16 @@ class VideoEncoder(nn.Module):
         self.temporal_tokens = temporal_tokens
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module, but the backbone stays in evaluation mode."""
+        """Set the mode of the projection; the backbone stays in evaluation mode."""
         super().train(mode)
         self.backbone.eval()
         return self
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Whitened latents (B, F, C, h, w) to (B, temporal tokens + N, out_width).
+        """Projected features of whitened latents (B, F, C, h, w): (B, temporal tokens + N, out_width).
 
         Raises:
-            InputError: latents that do not fit the backbone, or more frames than temporal tokens.
+            InputError: latents of a shape that the backbone does not take, or more frames than temporal tokens.
         """
         pooled = pooled_features(self.backbone, latents, self.temporal_tokens)
         return self.projection(pooled.to(self.projection.weight.dtype))

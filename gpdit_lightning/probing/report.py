@@ -1,4 +1,4 @@
-"""What linear probes found, as JSON, as a table and as figure 5 of the paper (GPDiT, section 5.3)."""
+"""Results of linear probes as JSON, as a table and as figure 5 of the paper (GPDiT, section 5.3)."""
 
 import hashlib
 import json
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProbeProtocol:
-    """Everything besides the model that a score depends on."""
+    """Everything besides the model that a score depends on. Field names are the keys of the JSON."""
 
     data: str
-    """Where the videos were."""
+    """Folders of the videos."""
     data_sha256: str
-    """Of the names, sizes in bytes, classes, groups and halves of the videos used; see :func:`videos_sha256`."""
+    """sha256 of names, sizes in bytes, classes, groups and splits of the videos used; see :func:`videos_sha256`."""
     split: str
-    """Who tests: a published split, lists or folders."""
+    """Origin of the splits: a published split, lists or folders."""
     classes: int
     train_videos: int
     test_videos: int
     test_groups: int
     chance: float
-    """The accuracy of always naming the most frequent class of the test half."""
+    """Accuracy of always predicting the most frequent class of the test videos."""
     left_out: int
-    """Videos that could not be read."""
+    """Number of videos that could not be read."""
     squeezed: int
-    """Videos too short for the stride, sampled more densely."""
+    """Number of videos that were too short for the stride and were sampled more densely."""
     frames: int
     stride: int
     size: Size
     """(height, width) in pixels."""
     regularisation: str
-    """How C was chosen."""
+    """How C was selected."""
     interval: str
-    """How intervals were drawn."""
+    """How confidence intervals were computed."""
     versions: dict[str, str]
 
 
@@ -55,30 +55,39 @@ class ProbeResult:
     """The probes of one checkpoint."""
 
     checkpoint: str
-    """The place it was opened at."""
+    """Path of the checkpoint."""
     identity: str
-    """A sha256 of the checkpoint."""
+    """sha256 of the checkpoint."""
     step: int
+    """Optimizer steps of the training."""
     weights: str
     """"ema" or "raw"."""
     codec: str
-    """Its name and fingerprint."""
+    """Name and fingerprint of the codec."""
     layers: tuple[LayerScore, ...]
     protocol: ProbeProtocol
 
     @property
     def best(self) -> LayerScore:
-        """The layer of the highest accuracy in cross-validation, or where there was none in the test; the lowest."""
+        """The layer of the highest accuracy in cross-validation, or in the test if C was given; the first of equals."""
         return max(self.layers, key=lambda score: score.accuracy if score.validation is None else score.validation)
 
 
 def make_protocol(
-    videos: Sequence[LabelledVideo], left_out: int, squeezed: int, regularisation: float | None, **rest: Any
+    videos: Sequence[LabelledVideo], left_out: int, num_resampled: int, regularisation: float | None, **rest: Any
 ) -> ProbeProtocol:
-    """The protocol, from the videos that were used; `rest` are its further fields."""
+    """The protocol of a probe.
+
+    Args:
+        videos: that were used.
+        left_out: number of videos that could not be read.
+        num_resampled: number of videos that were sampled more densely.
+        regularisation: C, or None if cross-validation selected it.
+        rest: the other fields.
+    """
     train, test = ([video for video in videos if video.split == split] for split in ("train", "test"))
     grid = ", ".join(f"{C:g}" for C in C_GRID)
-    chosen = f"best C of {grid} in cross-validation over training groups, {FOLDS} folds at most"
+    selected = f"best C of {grid} in cross-validation over training groups, at most {FOLDS} folds"
     return ProbeProtocol(
         data_sha256=videos_sha256(videos),
         classes=len({video.label for video in train}),
@@ -87,8 +96,8 @@ def make_protocol(
         test_groups=len({video.group for video in test}),
         chance=Counter(video.label for video in test).most_common(1)[0][1] / len(test),
         left_out=left_out,
-        squeezed=squeezed,
-        regularisation=chosen if regularisation is None else f"C = {regularisation:g}",
+        squeezed=num_resampled,
+        regularisation=selected if regularisation is None else f"C = {regularisation:g}",
         versions=library_versions() | {"scikit-learn": version("scikit-learn")},
         interval=f"95 %, bootstrap over test groups, {RESAMPLES} draws",
         **rest,
@@ -96,7 +105,7 @@ def make_protocol(
 
 
 def videos_sha256(videos: Sequence[LabelledVideo]) -> str:
-    """A sha256 over what was used, wherever it lies: sorted lines `SPLIT CLASS GROUP NAME BYTES`."""
+    """The sha256 of sorted lines `SPLIT CLASS GROUP NAME BYTES`, which is independent of the folder of the videos."""
     lines = sorted(
         f"{video.split} {video.label} {video.group} {video.path.name} {video.path.stat().st_size}\n" for video in videos
     )
@@ -104,13 +113,13 @@ def videos_sha256(videos: Sequence[LabelledVideo]) -> str:
 
 
 def write_json(results: Sequence[ProbeResult], path: Path) -> None:
-    """Write all of the results."""
+    """Write the results as JSON."""
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps({"results": [asdict(result) for result in results]}, indent=2) + "\n")
 
 
 def markdown(results: Sequence[ProbeResult]) -> str:
-    """A table for each checkpoint, under its protocol."""
+    """The protocol and a table for each checkpoint."""
     return "\n".join(_section(result) for result in results)
 
 
@@ -120,19 +129,19 @@ def _section(result: ProbeResult) -> str:
     lines = [
         f"## Linear probe of {result.checkpoint}, step {result.step}",
         "",
-        f"- {protocol.data}, {protocol.split}: {protocol.train_videos} videos train and {protocol.test_videos} in "
-        f"{protocol.test_groups} groups test, {protocol.classes} classes; {protocol.left_out} left out as unreadable; "
-        f"sha256 {protocol.data_sha256[:16]}",
-        f"- {protocol.frames} frames, {protocol.stride} apart, in the middle of each video ({protocol.squeezed} too "
-        f"short, sampled more densely), {height}x{width} pixels, codec {result.codec}",
-        f"- clean stream alone, theta = 0, mean over frames and tokens; {result.weights} weights, sha256 "
+        f"- {protocol.data}, {protocol.split}: {protocol.train_videos} training videos, {protocol.test_videos} test "
+        f"videos in {protocol.test_groups} groups, {protocol.classes} classes; {protocol.left_out} unreadable videos "
+        f"left out; sha256 {protocol.data_sha256[:16]}",
+        f"- {protocol.frames} frames at stride {protocol.stride} from the middle of each video ({protocol.squeezed} "
+        f"too short ones sampled more densely), {height}x{width} pixels, codec {result.codec}",
+        f"- clean stream only, theta = 0, mean over frames and tokens; {result.weights} weights, sha256 "
         f"{result.identity[:16]}",
         f"- logistic regression on standardised features; {protocol.regularisation}",
-        f"- intervals: {protocol.interval}; chance, always the most frequent class: {protocol.chance:.1%}; bold: "
-        "the best layer by cross-validation, or without one by the test half itself",
+        f"- intervals: {protocol.interval}; chance (always the most frequent class): {protocol.chance:.1%}; bold: "
+        "the best layer in cross-validation, or in the test if C was given",
         f"- {', '.join(f'{name} {number}' for name, number in protocol.versions.items())}",
         "",
-        "| layer | top-1 accuracy | 95 % interval | C | in cross-validation |",
+        "| layer | top-1 accuracy | 95 % interval | C | accuracy in cross-validation |",
         "|---:|---:|:---:|---:|---:|",
     ]
     for score in result.layers:
@@ -146,14 +155,14 @@ def _section(result: ProbeResult) -> str:
 
 
 def plot_probe(results: Sequence[ProbeResult], path: Path, evaluations: Sequence[Report] = ()) -> None:
-    """Draw accuracy against layers (figure 5a), and that of the best layer against steps (5b) and FVD (5c).
+    """Plot accuracy over layers (figure 5a), and that of the best layer over training steps (5b) and FVD (5c).
 
     Args:
-        results: a line and a point for each checkpoint.
+        results: one for each checkpoint.
         path: of the PNG.
-        evaluations: with an FVD; those of checkpoints among the results make the points of 5c.
+        evaluations: with an FVD; those of other checkpoints are ignored.
     """
-    from matplotlib.figure import Figure  # half a second that others need not wait
+    from matplotlib.figure import Figure  # takes half a second to import
 
     results = sorted(results, key=lambda result: result.step)
     distances: dict[tuple[str, str], float] = {
@@ -162,47 +171,47 @@ def plot_probe(results: Sequence[ProbeResult], path: Path, evaluations: Sequence
     }
     steps = [float(result.step) for result in results]
     fvd = [distances.get((result.identity, result.weights)) for result in results]
-    against: dict[str, list[float | None]] = {}
+    x_values: dict[str, list[float | None]] = {}
     if len(results) > 1:
-        against["optimizer steps"] = [*steps]
+        x_values["training steps"] = [*steps]
     if any(distance is not None for distance in fvd):
-        against["FVD"] = fvd
-    figure = Figure(figsize=(5.5 * (1 + len(against)), 4.5), layout="constrained")
-    of_layers, *of_best = figure.subplots(1, 1 + len(against), squeeze=False, sharey=True)[0]
+        x_values["FVD"] = fvd
+    figure = Figure(figsize=(5.5 * (1 + len(x_values)), 4.5), layout="constrained")
+    layer_axes, *best_axes = figure.subplots(1, 1 + len(x_values), squeeze=False, sharey=True)[0]
     for number, result in enumerate(results):
-        _draw_layers(of_layers, result, _name(result, results), f"C{number}")
-    of_layers.set(xlabel="layer (0: patch embedding)", ylabel="top-1 accuracy, %")
-    of_layers.xaxis.get_major_locator().set_params(integer=True)
-    for axes, (name, places) in zip(of_best, against.items(), strict=True):
-        for number, (result, place) in enumerate(zip(results, places, strict=True)):
-            if place is not None:
-                _draw_best(axes, result.best, place, f"C{number}")
+        _draw_layers(layer_axes, result, _label(result, results), f"C{number}")
+    layer_axes.set(xlabel="layer (0: patch embedding)", ylabel="top-1 accuracy, %")
+    layer_axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes, (name, values) in zip(best_axes, x_values.items(), strict=True):
+        for number, (result, x) in enumerate(zip(results, values, strict=True)):
+            if x is not None:
+                _draw_best(axes, result.best, x, f"C{number}")
         axes.set(xlabel=name, title="best layer")
         axes.margins(x=0.15)
-    for axes in (of_layers, *of_best):
+    for axes in (layer_axes, *best_axes):
         for chance in sorted({result.protocol.chance for result in results}):
             axes.axhline(100 * chance, color="grey", linestyle="--", label="chance")
         axes.grid(alpha=0.3)
-    of_layers.legend()
+    layer_axes.legend()
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _draw_layers(axes: "Axes", result: ProbeResult, name: str, colour: str) -> None:
+def _draw_layers(axes: "Axes", result: ProbeResult, label: str, colour: str) -> None:
     layers = [score.layer for score in result.layers]
     low, high = ([100 * score.interval[end] for score in result.layers] for end in (0, 1))
-    axes.plot(layers, [100 * score.accuracy for score in result.layers], "o-", color=colour, label=name)
+    axes.plot(layers, [100 * score.accuracy for score in result.layers], "o-", color=colour, label=label)
     axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _draw_best(axes: "Axes", best: LayerScore, place: float, colour: str) -> None:
+def _draw_best(axes: "Axes", best: LayerScore, x: float, colour: str) -> None:
     low, high = best.interval
-    axes.plot([place, place], [100 * low, 100 * high], "_-", color=colour)
-    axes.plot(place, 100 * best.accuracy, "o", color=colour)
-    axes.annotate(f"layer {best.layer}", (place, 100 * best.accuracy), xytext=(6, 4), textcoords="offset points")
+    axes.plot([x, x], [100 * low, 100 * high], "_-", color=colour)
+    axes.plot(x, 100 * best.accuracy, "o", color=colour)
+    axes.annotate(f"layer {best.layer}", (x, 100 * best.accuracy), xytext=(6, 4), textcoords="offset points")
 
 
-def _name(result: ProbeResult, results: Sequence[ProbeResult]) -> str:
-    """The step, with the place where steps repeat."""
+def _label(result: ProbeResult, results: Sequence[ProbeResult]) -> str:
+    """The step, with the path of the checkpoint if several have the same step."""
     steps = Counter(other.step for other in results)
     return f"step {result.step}" if steps[result.step] == 1 else f"{result.checkpoint}, step {result.step}"

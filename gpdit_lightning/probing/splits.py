@@ -1,4 +1,4 @@
-"""Videos with their classes, in a half that trains a classifier and a half that tests it."""
+"""Videos with their classes, split into those that train a classifier and those that test it."""
 
 import logging
 import re
@@ -13,12 +13,12 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "test"]
 
 UCF_NAME = r"(v_(.+)_g(\d+))_c\d+"
-# UCF-101's published splits: the groups of every class that testlist01 to testlist03 hold out; the rest trains.
+# UCF-101's published splits: the groups of every class that are in testlist01 to testlist03; the others train.
 UCF_TEST_GROUPS = {1: range(1, 8), 2: range(8, 15), 3: range(15, 22)}
 
 
 class LabelledVideo(NamedTuple):
-    """A video with its class and half; those of one group, of one recording or person, are not independent."""
+    """A video with its class and split. Videos of the same group (one recording, one person) are not independent."""
 
     path: Path
     label: str
@@ -27,31 +27,31 @@ class LabelledVideo(NamedTuple):
 
 
 def split_by_ucf_groups(videos: Iterable[Path], split: int) -> list[LabelledVideo]:
-    """UCF-101's published split 1, 2 or 3, from the names `v_CLASS_gGROUP_cCLIP.avi` alone.
+    """UCF-101's published split 1, 2 or 3, by the names `v_CLASS_gGROUP_cCLIP.avi`.
 
     Raises:
-        InputError: a name of another form, two videos of one name, or as :func:`check_splits`.
+        InputError: a name of another form, two videos of the same name, or as :func:`check_splits`.
     """
-    found = []
+    labelled = []
     for path in _by_key(videos).values():
         name = re.fullmatch(UCF_NAME, path.stem)
         if name is None:
             raise InputError(
-                f"{path} is not named v_CLASS_gGROUP_cCLIP as UCF-101's videos are: list the two halves in files, or "
-                "put videos in folders train/CLASS and test/CLASS."
+                f"{path} is not named v_CLASS_gGROUP_cCLIP like the videos of UCF-101: give --train_list and "
+                "--test_list, or --split folders with videos in train/CLASS and test/CLASS."
             )
-        tested = int(name[3]) in UCF_TEST_GROUPS[split]
-        found.append(LabelledVideo(path, name[2], name[1], "test" if tested else "train"))
-    check_splits(found)
-    return found
+        is_test = int(name[3]) in UCF_TEST_GROUPS[split]
+        labelled.append(LabelledVideo(path, name[2], name[1], "test" if is_test else "train"))
+    check_splits(labelled)
+    return labelled
 
 
 def split_by_lists(
     videos: Iterable[Path], train_list: Path, test_list: Path, group_pattern: str = UCF_NAME
 ) -> list[LabelledVideo]:
-    """The halves that two files list as UCF-101's do: a line `CLASS/FILE`, with or without a number behind it.
+    """Two files list the videos of each split, in UCF-101's format: lines `CLASS/FILE`, optionally with a class number.
 
-    Videos that no list names are not used; those that are listed and not there are left out with a warning.
+    Videos that are not listed are not used; listed videos that do not exist are left out with a warning.
 
     Args:
         videos: each in a folder of its class.
@@ -59,61 +59,59 @@ def split_by_lists(
         group_pattern: as for :func:`split_by_folders`.
 
     Raises:
-        InputError: a list that cannot be read or names nothing that is there, a video listed twice, two
-            of one name, a file name without a group, or as :func:`check_splits`.
+        InputError: a list that cannot be read or lists none of the videos, a video that is listed twice, two videos of
+            the same name, a file name without a group, or as :func:`check_splits`.
     """
-    there = _by_key(videos)
-    found: dict[str, LabelledVideo] = {}
-    halves: tuple[tuple[Split, Path], ...] = (("train", train_list), ("test", test_list))
-    for split, file in halves:
-        names = _listed(file)
-        present = [name for name in names if _key(name) in there]
-        if not present:
-            raise InputError(f"{file} lists {len(names)} videos, and none of them is there: give the lists of these.")
-        if len(present) < len(names):
-            absent = next(name for name in names if _key(name) not in there)
-            log.warning(
-                "warning: %d of %d videos in %s are not there, as %s",
-                len(names) - len(present),
-                len(names),
-                file,
-                absent,
-            )
-        for name in present:
+    paths = _by_key(videos)
+    labelled: dict[str, LabelledVideo] = {}
+    lists: tuple[tuple[Split, Path], ...] = (("train", train_list), ("test", test_list))
+    for split, file in lists:
+        names = _read_list(file)
+        missing = [name for name in names if _key(name) not in paths]
+        if len(missing) == len(names):
+            raise InputError(f"{file} lists {len(names)} videos, but --videos has none of them: give its videos.")
+        if missing:
+            log.warning("warning: %d of %d videos in %s do not exist: %s", len(missing), len(names), file, missing[0])
+        for name in names:
             key = _key(name)
-            if key in found:
+            if key in labelled:
                 raise InputError(f"{name} is listed twice in {train_list} and {test_list}: list it once.")
-            found[key] = LabelledVideo(there[key], name.parent.name, _group(there[key], group_pattern), split)
-    check_splits(found.values())
-    return list(found.values())
+            if key in paths:
+                group = _group(paths[key], group_pattern)
+                labelled[key] = LabelledVideo(paths[key], name.parent.name, group, split)
+    check_splits(labelled.values())
+    return list(labelled.values())
 
 
 def split_by_folders(videos: Iterable[Path], group_pattern: str = UCF_NAME) -> list[LabelledVideo]:
-    """Videos that lie in folders `train/CLASS` and `test/CLASS`.
+    """The splits of videos in folders `train/CLASS` and `test/CLASS`.
 
     Args:
-        videos: those.
-        group_pattern: a regular expression to be found in a file's name without its ending. The group is what its
-            first parentheses hold, or else all that it matches; `.+` makes each video a group of its own.
+        videos: paths.
+        group_pattern: a regular expression that is searched in a file's name without its suffix. The group of a video
+            is the match of the first parentheses, or the whole match without parentheses. `.+` makes each video a
+            group.
 
     Raises:
-        InputError: a video that lies elsewhere, a file name without a group, or as :func:`check_splits`.
+        InputError: a video in another folder, a file name without a group, or as :func:`check_splits`.
     """
-    found = []
+    labelled = []
     for path in videos:
-        half, label = path.parent.parent.name, path.parent.name
-        if half not in ("train", "test"):
-            raise InputError(f"{path} lies in no folder train/CLASS or test/CLASS: put it into one.")
-        found.append(LabelledVideo(path, label, _group(path, group_pattern), "train" if half == "train" else "test"))
-    check_splits(found)
-    return found
+        split, label = path.parent.parent.name, path.parent.name
+        if split not in ("train", "test"):
+            raise InputError(f"{path} is not in a folder train/CLASS or test/CLASS: move it into one.")
+        group = _group(path, group_pattern)
+        labelled.append(LabelledVideo(path, label, group, "train" if split == "train" else "test"))
+    check_splits(labelled)
+    return labelled
 
 
 def check_splits(videos: Iterable[LabelledVideo]) -> None:
-    """Check that one half can teach what the other asks, and shares nothing with it.
+    """Check that a classifier can be trained and tested.
 
     Raises:
-        InputError: fewer than two classes to learn or groups to test on, a class that is only tested, a group in both.
+        InputError: fewer than two training classes or test groups, a test class without training videos, or a group in
+            both splits.
     """
     labels: dict[Split, set[str]] = {"train": set(), "test": set()}
     groups: dict[Split, set[str]] = {"train": set(), "test": set()}
@@ -122,51 +120,49 @@ def check_splits(videos: Iterable[LabelledVideo]) -> None:
         groups[video.split].add(video.group)
     if len(labels["train"]) < 2:
         raise InputError(
-            f"The training half holds {len(labels['train'])} classes, where a classifier needs two: give more videos."
+            f"The training videos have {len(labels['train'])} classes, but a classifier needs two: give more videos."
         )
     if len(groups["test"]) < 2:
         raise InputError(
-            f"The test half holds {len(groups['test'])} groups, where an interval needs two: give more videos, or "
-            "another split of them."
+            f"The test videos have {len(groups['test'])} groups, but a confidence interval needs two: give more "
+            "videos, or another split."
         )
     if unknown := labels["test"] - labels["train"]:
-        raise InputError(
-            f"Class {min(unknown)!r} is in the test half only: give training videos of it, or leave it out."
-        )
+        raise InputError(f"Class {min(unknown)!r} has test videos only: give training videos of it, or leave it out.")
     if shared := groups["train"] & groups["test"]:
-        raise InputError(f"Group {min(shared)!r} is in both halves, which eases the test: hold out whole groups.")
+        raise InputError(f"Group {min(shared)!r} has training and test videos: put whole groups into one split.")
 
 
-def _listed(file: Path) -> list[Path]:
-    """The names in a list."""
+def _read_list(file: Path) -> list[Path]:
+    """The names in a list, without class numbers."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError) as error:
-        raise InputError(f"{file} is no readable list ({error}): give a text file with lines CLASS/FILE.") from None
+        raise InputError(f"{file} cannot be read ({error}): give a text file with lines CLASS/FILE.") from None
     return [Path(re.sub(r"\s+\d+$", "", line.strip())) for line in lines if line.strip()]
 
 
 def _by_key(videos: Iterable[Path]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for path in videos:
-        if found.setdefault(_key(path), path) != path:
-            raise InputError(f"{found[_key(path)]} and {path} have one name: leave one out.")
-    return found
+        if paths.setdefault(_key(path), path) != path:
+            raise InputError(f"{paths[_key(path)]} and {path} have the same name: leave one out.")
+    return paths
 
 
 def _key(path: Path) -> str:
-    """By what a listed name and a file are the same; UCF-101 writes HandstandPushups in two ways."""
+    """Identifies a video in lists and folders. Case is ignored, since UCF-101 has HandstandPushups in two spellings."""
     return f"{path.parent.name}/{path.name}".casefold()
 
 
 def _group(path: Path, pattern: str) -> str:
     try:
-        found = re.search(pattern, path.stem)
+        match = re.search(pattern, path.stem)
     except re.error as error:
-        raise InputError(f"--group_pattern {pattern!r} is no regular expression ({error}): correct it.") from None
-    if found is None:
+        raise InputError(f"--group_pattern {pattern!r} is not a regular expression ({error}): correct it.") from None
+    if match is None:
         raise InputError(
-            f"The name of {path} does not match the pattern {pattern!r} of groups: give another --group_pattern, or "
-            "'.+' where videos are independent."
+            f"The name of {path} does not match the group pattern {pattern!r}: give another --group_pattern, or '.+' "
+            "if the videos are independent."
         )
-    return found[1] if found.re.groups else found[0]
+    return match[1] if match.re.groups else match[0]

@@ -1,4 +1,4 @@
-"""The frozen encoder against the whole model's features, pooled in loops."""
+"""The frozen encoder compared with features of the whole model that are pooled in loops."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from gpdit_lightning.probing.encoder import VideoEncoder, first_layers
 
 @pytest.fixture
 def backbone(tiny_config: GPDiTConfig, randomise: Callable[[GPDiT], GPDiT]) -> GPDiT:
-    """Four blocks, and labels that clean frames do not see."""
+    """Four blocks, and labels, which clean frames are not conditioned on."""
     return randomise(GPDiT(tiny_config.replaced(layers=4, classes=3)))
 
 
@@ -49,7 +49,7 @@ def test_tokens_are_the_projected_features_of_the_layer(backbone: GPDiT, latents
         torch.testing.assert_close(tokens[clip].double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_first_blocks_run_and_are_held(backbone: GPDiT, latents: Tensor) -> None:
+def test_only_the_first_blocks_run_and_are_kept(backbone: GPDiT, latents: Tensor) -> None:
     encoder = VideoEncoder(backbone, 2, 7)
     called: list[nn.Module] = []
     hook = register_module_forward_hook(lambda module, *_: called.append(module) if isinstance(module, Block) else None)
@@ -59,14 +59,14 @@ def test_only_the_first_blocks_run_and_are_held(backbone: GPDiT, latents: Tensor
         hook.remove()
     assert called == list(encoder.backbone.blocks)
     assert len(called) == 2
-    held = {name for name, _ in encoder.backbone.named_parameters() if name.startswith(("blocks", "prefix"))}
-    assert {name.rsplit(".")[1] for name in held} == {"0", "1"}
+    kept = {name for name, _ in encoder.backbone.named_parameters() if name.startswith(("blocks", "prefix"))}
+    assert {name.rsplit(".")[1] for name in kept} == {"0", "1"}
 
 
-def test_the_given_model_keeps_its_tensors_and_its_state(backbone: GPDiT) -> None:
+def test_the_given_model_is_unchanged_and_shares_its_parameters(backbone: GPDiT) -> None:
     backbone.train()
-    part = first_layers(backbone, 3)
-    for name, parameter in part.named_parameters():
+    frozen = first_layers(backbone, 3)
+    for name, parameter in frozen.named_parameters():
         assert parameter.data_ptr() == backbone.get_parameter(name).data_ptr()
         assert not parameter.requires_grad
         assert backbone.get_parameter(name).requires_grad
@@ -74,7 +74,7 @@ def test_the_given_model_keeps_its_tensors_and_its_state(backbone: GPDiT) -> Non
     assert len(backbone.blocks) == 4
 
 
-def test_training_changes_the_projection_alone(backbone: GPDiT, latents: Tensor) -> None:
+def test_training_changes_only_the_projection(backbone: GPDiT, latents: Tensor) -> None:
     encoder = VideoEncoder(backbone, 2, 7).train()
     assert encoder.projection.training
     assert not any(module.training for module in encoder.backbone.modules())
@@ -91,14 +91,14 @@ def test_training_changes_the_projection_alone(backbone: GPDiT, latents: Tensor)
         assert torch.equal(value, before[name]) == name.startswith("backbone."), name
 
 
-def test_the_projection_is_all_that_needs_saving(backbone: GPDiT, latents: Tensor) -> None:
+def test_the_state_of_the_projection_restores_an_encoder(backbone: GPDiT, latents: Tensor) -> None:
     trained, fresh = VideoEncoder(backbone, 2, 7), VideoEncoder(backbone, 2, 7)
     assert not torch.equal(trained(latents), fresh(latents))
     fresh.projection.load_state_dict(trained.projection.state_dict())
     assert torch.equal(trained(latents), fresh(latents))
 
 
-def test_products_may_be_in_bfloat16(backbone: GPDiT, latents: Tensor) -> None:
+def test_the_backbone_may_be_in_bfloat16(backbone: GPDiT, latents: Tensor) -> None:
     exact = VideoEncoder(backbone, 2, 7)
     rounded = VideoEncoder(GPDiT(backbone.config).bfloat16(), 2, 7)
     rounded.backbone.load_state_dict(exact.backbone.state_dict())
@@ -108,6 +108,6 @@ def test_products_may_be_in_bfloat16(backbone: GPDiT, latents: Tensor) -> None:
 
 
 @pytest.mark.parametrize("layers", [0, 5])
-def test_layers_that_do_not_exist_are_named(backbone: GPDiT, layers: int) -> None:
-    with pytest.raises(InputError, match=f"layer {layers} does not exist: choose from 1 to 4"):
+def test_a_layer_that_does_not_exist_is_refused(backbone: GPDiT, layers: int) -> None:
+    with pytest.raises(InputError, match=f"Layer {layers} does not exist: give a number from 1 to 4"):
         VideoEncoder(backbone, layers, 7)

@@ -1,4 +1,4 @@
-"""Files of features against Video-ChatGPT's layout, written down anew."""
+"""Files of features compared with an independent implementation of Video-ChatGPT's layout."""
 
 import io
 import json
@@ -40,7 +40,7 @@ RECORD = FeatureRecord(
 
 
 def as_video_chatgpt(features: np.ndarray, temporal_tokens: int = 100) -> np.ndarray:
-    """(F, N, D) to (temporal tokens + N, D): means of frames, zeros, means of places."""
+    """(F, N, D) to (temporal tokens + N, D): means over positions, zeros, means over frames."""
     frames, places, width = features.shape
     rows = [np.mean(features[frame], axis=0) for frame in range(frames)]
     rows += [np.zeros(width)] * (temporal_tokens - frames)
@@ -63,7 +63,7 @@ def test_the_layout_is_that_of_video_chatgpt(frames: int, temporal_tokens: int) 
         assert torch.equal(pooled, spatio_temporal(features))
 
 
-def test_means_are_taken_in_float32() -> None:
+def test_means_are_computed_in_float32() -> None:
     features = torch.full((2, 4096, 1), 1.0, dtype=torch.bfloat16)
     features[:, 0] = 128.0
     assert spatio_temporal(features)[0].item() == pytest.approx(1 + 127 / 4096)
@@ -74,7 +74,7 @@ def test_more_frames_than_tokens_are_refused() -> None:
         spatio_temporal(some(shape=(3, 4, 8)), 2)
 
 
-def test_a_folder_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_folder_is_read_back_as_written(tmp_path: Path) -> None:
     RECORD.save(tmp_path)
     names = ["jump/v_2", "jump/v_10", "v_1.2"]
     for seed, name in enumerate(names):
@@ -91,7 +91,7 @@ def test_a_folder_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert next(iter(loaded)).shape == (3, 7, 8)
 
 
-def test_a_pickle_is_what_any_numpy_reads_back(tmp_path: Path) -> None:
+def test_a_pickle_is_readable_by_every_numpy(tmp_path: Path) -> None:
     record = replace(RECORD, format="pickle")
     path = record.path_of(tmp_path, "v_1")
     write_features(path, some(), record)
@@ -108,37 +108,36 @@ def test_a_pickle_is_what_any_numpy_reads_back(tmp_path: Path) -> None:
 def test_features_of_another_model_are_refused(tmp_path: Path) -> None:
     RECORD.save(tmp_path)
     write_features(RECORD.path_of(tmp_path, "v_1"), some(), RECORD)
-    with pytest.raises(InputError, match=r"features.json says layer 2 where 18 is asked for"):
+    with pytest.raises(InputError, match=r"features.json has layer 2, but 18 is expected"):
         VideoFeatures(tmp_path, layer=18)
     with pytest.raises(InputError, match="has no field 'layers'"):
         VideoFeatures(tmp_path, layers=2)
 
 
-def test_folders_that_cannot_be_used_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"features.json does not exist"):
+def test_unusable_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"features.json cannot be read"):
         VideoFeatures(tmp_path)
     RECORD.save(tmp_path)
-    with pytest.raises(InputError, match="holds no features yet"):
+    with pytest.raises(InputError, match="contains no features yet"):
         VideoFeatures(tmp_path)
     replace(RECORD, format="pickle").save(tmp_path)
-    with pytest.raises(InputError, match="pickled features, which are not opened"):
+    with pytest.raises(InputError, match="pickled features, which VideoFeatures does not open"):
         VideoFeatures(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
-        ("{", "no readable JSON"),
-        ("[]", "does not hold the fields"),
-        (json.dumps({"layer": 2}), "does not hold the fields"),
-        (json.dumps({**vars(RECORD), "layer": "2"}), "does not hold the fields"),
-        (json.dumps({**vars(RECORD), "layer": True}), "does not hold the fields"),
-        (json.dumps({**vars(RECORD), "format": "zip"}), "has format 'zip'"),
+        ("{", "is not valid JSON"),
+        ("[]", r"is \[\], which is not a value"),
+        (json.dumps({"layer": 2}), "lacks the field 'architecture'"),
+        (json.dumps({**vars(RECORD), "layer": True}), "layer is True"),
+        (json.dumps({**vars(RECORD), "format": "zip"}), "format is 'zip'"),
     ],
 )
-def test_a_record_that_is_none_is_named(tmp_path: Path, content: str, words: str) -> None:
+def test_an_invalid_record_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "features.json").write_text(content)
-    with pytest.raises(InputError, match=rf"features.json.*{words}"):
+    with pytest.raises(InputError, match=rf"features.json.*{message}"):
         FeatureRecord.load(tmp_path)
 
 
@@ -155,32 +154,31 @@ def npz() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
-        (b"", "no whole .npy"),
-        (npy(some().half().numpy())[:-2], "no whole .npy"),
-        (npy(np.array([{}]), allow_pickle=True), "no whole .npy"),
-        (pickle.dumps(some().half().numpy()), "no whole .npy"),
-        (npy(some().numpy()), r"float32 \(7, 8\) where float16"),
-        (npy(some().half().numpy().T), r"\(8, 7\) where"),
+        (npy(some().half().numpy())[:-2], "not a complete .npy"),
+        (npy(np.array([{}]), allow_pickle=True), "not a complete .npy"),
+        (pickle.dumps(some().half().numpy()), "not a complete .npy"),
+        (npy(some().numpy()), r"float32 \(7, 8\), but float16"),
+        (npy(some().half().numpy().T), r"\(8, 7\), but"),
         (npz(), "several arrays"),
     ],
 )
-def test_a_damaged_file_is_named_and_never_unpickled(tmp_path: Path, content: bytes, words: str) -> None:
+def test_a_damaged_file_is_refused_and_never_unpickled(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "v_1.npy").write_bytes(content)
-    with pytest.raises(InputError, match=rf"v_1.npy.*{words}"):
+    with pytest.raises(InputError, match=rf"v_1.npy.*{message}"):
         read_features(tmp_path / "v_1.npy", RECORD.shape)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"v_9.npy does not exist"):
         read_features(tmp_path / "v_9.npy", RECORD.shape)
 
 
-def test_what_cannot_be_stored_leaves_no_file(tmp_path: Path) -> None:
+def test_features_that_cannot_be_stored_leave_no_file(tmp_path: Path) -> None:
     path = RECORD.path_of(tmp_path, "v_1")
-    with pytest.raises(InputError, match="beyond what float16 holds"):
+    with pytest.raises(InputError, match="exceed the range of float16"):
         write_features(path, some() * 1e6, RECORD)
-    with pytest.raises(InputError, match=r"are \(6, 8\) where features.json says \(7, 8\)"):
+    with pytest.raises(InputError, match=r"have shape \(6, 8\), but features.json says \(7, 8\)"):
         write_features(path, some()[1:], RECORD)
     assert not list(tmp_path.iterdir())

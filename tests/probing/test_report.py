@@ -1,4 +1,4 @@
-"""What is written of linear probes."""
+"""The report of linear probes: JSON, table and figure."""
 
 import json
 from dataclasses import replace
@@ -13,32 +13,32 @@ from gpdit_lightning.probing.splits import LabelledVideo
 
 
 def videos_in(folder: Path) -> list[LabelledVideo]:
-    """Seven: a trains three times and b once, a is tested once and b twice."""
-    found = []
+    """Seven videos: three train class a and one b, one tests a and two b."""
+    videos = []
     for number, (label, split) in enumerate(zip("aaababb", ["train"] * 4 + ["test"] * 3, strict=True)):
         path = folder / label / f"{number}.avi"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x" * number)
-        found.append(LabelledVideo(path, label, str(number), "train" if split == "train" else "test"))
-    return found
+        videos.append(LabelledVideo(path, label, str(number), "train" if split == "train" else "test"))
+    return videos
 
 
 @pytest.fixture
 def result(tmp_path: Path) -> ProbeResult:
     settings = {"data": "toys", "split": "split 1", "frames": 13, "stride": 3, "size": (32, 48)}
-    protocol = make_protocol(videos_in(tmp_path), left_out=2, squeezed=1, regularisation=None, **settings)
+    protocol = make_protocol(videos_in(tmp_path), left_out=2, num_resampled=1, regularisation=None, **settings)
     layers = (LayerScore(0, 0.5, (0.25, 0.75), 0.1, 0.4), LayerScore(1, 0.875, (0.5, 1.0), 1.0, None))
     return ProbeResult("run", "0123456789abcdef" * 4, 500, "ema", "pca 01", layers, protocol)
 
 
-def test_the_protocol_counts_what_was_used(result: ProbeResult) -> None:
+def test_the_protocol_counts_the_videos(result: ProbeResult) -> None:
     protocol = result.protocol
     assert (protocol.classes, protocol.train_videos, protocol.test_videos, protocol.test_groups) == (2, 4, 3, 3)
     assert protocol.chance == pytest.approx(2 / 3)
     assert protocol.versions["scikit-learn"]
 
 
-def test_the_hash_is_of_the_videos_and_not_of_their_place(tmp_path: Path) -> None:
+def test_the_hash_depends_on_the_videos_but_not_on_their_folder(tmp_path: Path) -> None:
     here, there = videos_in(tmp_path / "here"), videos_in(tmp_path / "there")
     assert videos_sha256(here) == videos_sha256(there[::-1])
     there[0].path.write_bytes(b"longer")
@@ -46,7 +46,7 @@ def test_the_hash_is_of_the_videos_and_not_of_their_place(tmp_path: Path) -> Non
     assert len({videos_sha256(videos) for videos in (here, *changes)}) == 4
 
 
-def test_json_and_table_hold_every_layer_and_the_protocol(result: ProbeResult, tmp_path: Path) -> None:
+def test_json_and_table_contain_every_layer_and_the_protocol(result: ProbeResult, tmp_path: Path) -> None:
     write_json([result, replace(result, step=1000)], tmp_path / "probe.json")
     content = json.loads((tmp_path / "probe.json").read_text())["results"]
     assert [entry["step"] for entry in content] == [500, 1000]
@@ -57,11 +57,18 @@ def test_json_and_table_hold_every_layer_and_the_protocol(result: ProbeResult, t
     text = markdown([result])
     assert "| 0 | 50.0% | 25.0% to 75.0% | 0.1 | 40.0% |" in text
     assert "| 1 | **87.5%** | 50.0% to 100.0% | 1 |  |" in text
-    for words in ("4 videos train and 3 in 3 groups test", "2 left out", "(1 too short", "32x48", "66.7%", "step 500"):
+    for words in (
+        "4 training videos, 3 test videos in 3 groups",
+        "2 unreadable videos left out",
+        "(1 too short",
+        "32x48",
+        "66.7%",
+        "step 500",
+    ):
         assert words in text
 
 
-def test_several_checkpoints_are_drawn_against_steps_too(result: ProbeResult, tmp_path: Path) -> None:
+def test_several_checkpoints_are_also_plotted_over_steps(result: ProbeResult, tmp_path: Path) -> None:
     plot_probe([result], tmp_path / "one.png")
     plot_probe([result, replace(result, step=1000, identity="other")], tmp_path / "two.png")
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:

@@ -1,4 +1,4 @@
-"""Who trains a probe and who tests it."""
+"""Training and test videos of a probe."""
 
 import logging
 from pathlib import Path
@@ -38,11 +38,11 @@ def test_ucf_101_holds_out_seven_groups_of_each_class(split: int, first: int, la
     assert len(groups_of(found, "train")) == 2 * 18
 
 
-def test_published_lists_say_the_same(
+def test_lists_give_the_published_split(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_name = split_by_ucf_groups(VIDEOS, 1)
-    folder = {"HandStandPushups": "HandstandPushups"}  # as the published lists have it
+    folder = {"HandStandPushups": "HandstandPushups"}  # the spelling of the published lists
     lines = {"train": ["HandstandPushups/v_HandStandPushups_g09_c07.avi 2"], "test": []}
     for video in by_name:
         number = f" {CLASSES.index(video.label) + 1}" if video.split == "train" else ""
@@ -58,7 +58,7 @@ def test_published_lists_say_the_same(
     assert "g09_c07" in caplog.text
 
 
-def test_folders_say_it_too_with_groups_by_a_pattern() -> None:
+def test_folders_give_splits_with_groups_by_a_pattern() -> None:
     videos = [Path(f"set/{split}/{label}/{label}-{person}-{take}.mp4") for split, person in
               (("train", "ann"), ("test", "bob"), ("test", "eve")) for label in "ab" for take in (1, 2)]  # fmt: skip
     found = split_by_folders(videos, r"-(\w+)-")
@@ -67,45 +67,45 @@ def test_folders_say_it_too_with_groups_by_a_pattern() -> None:
     assert len(groups_of(split_by_folders(videos, ".+"), "test")) == 8
 
 
-def learned(label: str, group: str = "1") -> LabelledVideo:
+def train(label: str, group: str = "1") -> LabelledVideo:
     return LabelledVideo(Path(), label, group, "train")
 
 
-def asked(label: str, group: str = "2") -> LabelledVideo:
+def held_out(label: str, group: str = "2") -> LabelledVideo:
     return LabelledVideo(Path(), label, group, "test")
 
 
 @pytest.mark.parametrize(
-    ("videos", "words"),
+    ("videos", "message"),
     [
-        ([learned("a"), asked("a"), asked("a", "3")], "holds 1 classes, where a classifier needs two"),
-        ([learned("a"), learned("b"), asked("a")], "holds 1 groups, where an interval needs two"),
-        ([learned("a"), learned("b"), asked("a"), asked("c", "3")], "Class 'c' is in the test half only"),
-        ([learned("a"), learned("b"), asked("a"), asked("b", "1")], "Group '1' is in both halves"),
+        ([train("a"), held_out("a"), held_out("a", "3")], "have 1 classes, but a classifier needs two"),
+        ([train("a"), train("b"), held_out("a")], "have 1 groups, but a confidence interval needs two"),
+        ([train("a"), train("b"), held_out("a"), held_out("c", "3")], "Class 'c' has test videos only"),
+        ([train("a"), train("b"), held_out("a"), held_out("b", "1")], "Group '1' has training and test videos"),
     ],
 )
-def test_halves_that_cannot_be_used_say_why(videos: list[LabelledVideo], words: str) -> None:
-    with pytest.raises(InputError, match=words):
+def test_unusable_splits_are_refused(videos: list[LabelledVideo], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         check_splits(videos)
 
 
-def test_names_that_cannot_be_used_say_why(tmp_path: Path) -> None:
+def test_unusable_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cat.avi is not named v_CLASS_gGROUP_cCLIP"):
         split_by_ucf_groups([*VIDEOS, Path("cat.avi")], 1)
-    with pytest.raises(InputError, match="have one name"):
+    with pytest.raises(InputError, match="have the same name"):
         split_by_ucf_groups([*VIDEOS, Path("copy/Archery") / VIDEOS[0].name], 1)
-    with pytest.raises(InputError, match="lies in no folder train/CLASS or test/CLASS"):
+    with pytest.raises(InputError, match="is not in a folder train/CLASS or test/CLASS"):
         split_by_folders(VIDEOS)
-    with pytest.raises(InputError, match="does not match the pattern"):
+    with pytest.raises(InputError, match="does not match the group pattern"):
         split_by_folders([Path("train/a/cat.avi")])
-    with pytest.raises(InputError, match=r"is no regular expression \(missing"):
+    with pytest.raises(InputError, match=r"is not a regular expression \(missing"):
         split_by_folders([Path("train/a/cat.avi")], "(")
     one, other = tmp_path / "one", tmp_path / "other"
     one.write_text("\n".join(str(path) for path in VIDEOS))
     other.write_text("Archery/unknown.avi")
-    with pytest.raises(InputError, match="nowhere is no readable list"):
+    with pytest.raises(InputError, match="nowhere cannot be read"):
         split_by_lists(VIDEOS, one, tmp_path / "nowhere")
-    with pytest.raises(InputError, match="other lists 1 videos, and none of them is there"):
+    with pytest.raises(InputError, match="other lists 1 videos, but --videos has none of them"):
         split_by_lists(VIDEOS, one, other)
     with pytest.raises(InputError, match=r"v_Archery_g01_c01.avi is listed twice"):
         split_by_lists(VIDEOS, one, one)

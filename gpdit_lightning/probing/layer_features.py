@@ -1,0 +1,195 @@
+"""Features of every layer of a model for linear probing (GPDiT, section 5.3).
+
+Shapes: n videos, L layers (layer 0 is the patch embedding, so there are L + 1 features), D hidden width.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from gpdit_lightning.codecs import Codec
+from gpdit_lightning.codecs.base import fingerprint_of
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.videos import read_clip
+from gpdit_lightning.files import written_whole
+from gpdit_lightning.media.images import Size
+from gpdit_lightning.model import GPDiT
+
+log = logging.getLogger(__name__)
+
+VIDEOS_PER_FILE = 64  # of the cache; a stopped run computes the features of at most as many videos again
+
+
+class LayerFeatures(NamedTuple):
+    """Features of videos.
+
+    Attributes:
+        features: float32 (n, L + 1, D).
+        paths: of the n videos, in the given order without those that could not be read.
+        num_resampled: number of videos that were too short for the stride and were sampled more densely.
+    """
+
+    features: NDArray[np.float32]
+    paths: list[Path]
+    num_resampled: int
+
+
+def extract_layer_features(
+    model: GPDiT,
+    codec: Codec,
+    videos: Sequence[Path],
+    size: Size,
+    *,
+    frames: int = 13,
+    stride: int = 3,
+    batch_size: int = 8,
+    workers: int = 2,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> LayerFeatures:
+    """Compute the features of every layer in one pass (GPDiT, section 5.3).
+
+    Features are those of the clean stream only, at theta = 0, averaged over latent frames and tokens. A clip is
+    the middle of its video; a video that is too short for the stride is sampled evenly.
+
+    Args:
+        model: in evaluation mode.
+        codec: whose latents the model was trained on.
+        videos: files. One that cannot be read is left out, and a warning names it.
+        size: (height, width) in pixels, to which frames are scaled and cropped.
+        frames: pixel frames of a clip, a number that the codec can encode.
+        stride: video frames from one frame of a clip to the next.
+        batch_size: clips per pass.
+        workers: threads that read videos.
+        cache: folder in which features are kept, so that a stopped run resumes and another split needs no second pass.
+        progress: show a progress bar over videos.
+
+    Raises:
+        InputError: `frames` or `size` cannot be used with the codec or the model, or no video can be read.
+    """
+    codec.latent_frames(frames)
+    codec.check_frame_size(*size)
+    # The name of a file in the cache is a hash of all that its content depends on.
+    weights = fingerprint_of(model.state_dict()) if cache else None
+    settings = [model.config.architecture(), weights, codec.fingerprint, frames, stride, size]
+    read = partial(_read, frames=frames, stride=stride, size=size)
+    parts: list[_Part] = []
+    with (
+        ThreadPoolExecutor(workers) as readers,
+        tqdm(total=len(videos), desc="features", unit=" videos", disable=not progress) as bar,
+    ):
+        for start in range(0, len(videos), VIDEOS_PER_FILE):
+            paths = videos[start : start + VIDEOS_PER_FILE]
+            file = cache and cache / f"{_hash([settings, [_identity(path) for path in paths]])}.safetensors"
+            if file and file.exists():
+                part = _Part.load(file)
+                bar.update(len(paths))
+            else:
+                part = _Part.compute(model, codec, readers.map(read, paths), batch_size, bar)
+                if file:
+                    part.save(file)
+            for error in part.errors:
+                log.warning("warning: left out: %s", error)
+            parts.append(part)
+    readable = [videos[VIDEOS_PER_FILE * number + index] for number, part in enumerate(parts) for index in part.indices]
+    if not readable:
+        raise InputError(f"None of the {len(videos)} videos can be read: give others.")
+    features = torch.cat([part.features for part in parts]).numpy()
+    return LayerFeatures(features, readable, sum(part.num_resampled for part in parts))
+
+
+class _Clip(NamedTuple):
+    """A clip, uint8 (T, 3, H, W), or the reason why it could not be read."""
+
+    pixels: Tensor | None
+    is_resampled: bool = False
+    error: str = ""
+
+
+class _Part(NamedTuple):
+    """The results of successive videos, a file of the cache.
+
+    Attributes:
+        features: float32 (n, L + 1, D) of the n readable videos.
+        indices: of these among the successive videos.
+        num_resampled: as in `LayerFeatures`.
+        errors: one message for each of the other videos.
+    """
+
+    features: Tensor
+    indices: list[int]
+    num_resampled: int
+    errors: list[str]
+
+    @classmethod
+    def compute(cls, model: GPDiT, codec: Codec, clips: Iterable[_Clip], batch_size: int, bar: "tqdm[_Clip]") -> Self:
+        """The results of clips."""
+        features = [torch.empty(0, model.config.layers + 1, model.config.width)]
+        indices, num_resampled, errors = [], 0, []
+        numbered = enumerate(clips)
+        while batch := list(islice(numbered, batch_size)):
+            pixels = [clip.pixels for _, clip in batch if clip.pixels is not None]
+            if pixels:
+                features.append(_mean_features(model, codec, torch.stack(pixels)))
+            indices += [index for index, clip in batch if clip.pixels is not None]
+            num_resampled += sum(clip.is_resampled for _, clip in batch)
+            errors += [clip.error for _, clip in batch if clip.error]
+            bar.update(len(batch))
+        return cls(torch.cat(features), indices, num_resampled, errors)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what :meth:`save` wrote."""
+        with safe_open(path, "pt") as file:
+            notes = json.loads(file.metadata()["notes"])
+            return cls(file.get_tensor("features"), notes["places"], notes["squeezed"], notes["faults"])
+
+    def save(self, path: Path) -> None:
+        """Write features and notes, atomically."""
+        notes = {"places": self.indices, "squeezed": self.num_resampled, "faults": self.errors}
+        with written_whole(path) as temporary:
+            save_file({"features": self.features}, temporary, metadata={"notes": json.dumps(notes)})
+
+
+def _read(path: Path, frames: int, stride: int, size: Size) -> _Clip:
+    for resample in (False, True):
+        try:
+            return _Clip(read_clip(path, frames, stride, size, centred=True, resample_short=resample), resample)
+        except InputError as error:
+            message = str(error)
+    return _Clip(None, error=message)
+
+
+@torch.no_grad()
+def _mean_features(model: GPDiT, codec: Codec, pixels: Tensor) -> Tensor:
+    """The features of clips uint8 (B, T, 3, H, W), averaged: float32 (B, L + 1, D) on the CPU."""
+    device = next(model.parameters()).device
+    clean = codec.whitened(codec.encode(pixels).to(device))
+    layers = model.features(clean, range(model.config.layers + 1))
+    return torch.stack([layers[layer].float().mean((1, 2)) for layer in sorted(layers)], dim=1).cpu()
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    """Path, size and time of a file, which change when its content does; zeros if it does not exist."""
+    if not path.exists():
+        return str(path), 0, 0
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,119 @@
+"""Features of every layer, and their cache."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.codecs import load_codec
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.videos import read_clip
+from gpdit_lightning.media.video import write_video
+from gpdit_lightning.probing import layer_features
+from gpdit_lightning.probing.layer_features import LayerFeatures, extract_layer_features
+
+CODEC = load_codec("pca")
+SIZE = (16, 32)
+
+
+@pytest.fixture(scope="module")
+def model(randomise: Callable[[GPDiT], GPDiT]) -> GPDiT:
+    return randomise(GPDiT(GPDiTConfig(size="tiny", layers=2, width=24, heads=2, mlp_width=32))).eval()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Five videos of noise: the fourth is too short for five frames at stride three, the third is not a video."""
+    folder = tmp_path_factory.mktemp("videos")
+    numbers = torch.Generator().manual_seed(0)
+    paths = [folder / f"{number}.mp4" for number in range(5)]
+    for path, length in zip(paths, (13, 16, 0, 8, 14), strict=True):
+        if length:
+            coarse = torch.randint(256, (length, 3, 2, 4), generator=numbers, dtype=torch.uint8)
+            write_video(path, coarse.repeat_interleave(8, 2).repeat_interleave(8, 3), 24)
+        else:
+            path.write_bytes(b"no video")
+    return paths
+
+
+def features_of_one(model: GPDiT, path: Path, frame_numbers: list[int]) -> Tensor:
+    """The features of one video, (L + 1, D), layer by layer."""
+    pixels = read_clip(path, frame_numbers[-1] + 1, 1, SIZE)[frame_numbers]
+    latents = CODEC.encode(pixels[None])
+    clean = (latents - CODEC.mean.view(16, 1, 1)) / CODEC.std.view(16, 1, 1)
+    with torch.no_grad():
+        return torch.stack([model.features(clean, [layer])[layer][0].double().mean((0, 1)) for layer in range(3)])
+
+
+def extract(model: GPDiT, videos: list[Path], **options: Any) -> LayerFeatures:
+    return extract_layer_features(model, CODEC, videos, SIZE, **{"frames": 5, "batch_size": 2, "workers": 1, **options})
+
+
+def test_features_are_those_of_each_video_features_of_one(
+    model: GPDiT, videos: list[Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_features.log.parent, "propagate", True)  # the command line turns it off
+    with caplog.at_level(logging.WARNING, logger=layer_features.log.name):
+        result = extract(model, videos)
+    assert "2.mp4" in caplog.text
+    assert result.paths == [videos[number] for number in (0, 1, 3, 4)]
+    assert result.num_resampled == 1
+    assert result.features.shape == (4, 3, 24)
+    assert result.features.dtype == np.float32
+    middles = ([0, 3, 6, 9, 12], [1, 4, 7, 10, 13], [0, 2, 4, 5, 7], [0, 3, 6, 9, 12])
+    expected = torch.stack([features_of_one(model, *pair) for pair in zip(result.paths, middles, strict=True)])
+    torch.testing.assert_close(torch.from_numpy(result.features).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unusable_videos_and_frames_are_refused(model: GPDiT, videos: list[Path]) -> None:
+    with pytest.raises(InputError, match="None of the 1 videos can be read"):
+        extract(model, videos[2:3])
+    with pytest.raises(InputError, match=r"6 pixel frames are not 1 \+ 4 k"):
+        extract(model, videos, frames=6)
+
+
+def test_a_stopped_run_resumes_from_the_cache(
+    model: GPDiT, videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, randomise: Callable[..., GPDiT]
+) -> None:
+    read: Counter[str] = Counter()
+    limit = 10
+
+    def counted(path: Path, *arguments: Any, **options: Any) -> Tensor:
+        if len(read) == limit:
+            raise KeyboardInterrupt
+        read[path.stem] += 1
+        return read_clip(path, *arguments, **options)
+
+    monkeypatch.setattr(layer_features, "read_clip", counted)
+    monkeypatch.setattr(layer_features, "VIDEOS_PER_FILE", 2)
+    uncached = extract(model, videos)
+    assert uncached.paths == [videos[number] for number in (0, 1, 3, 4)]
+    read.clear()
+    limit = 3
+    with pytest.raises(KeyboardInterrupt):
+        extract(model, videos, cache=tmp_path)
+    assert read.keys() == {"0", "1", "2"}
+    read.clear()
+    resumed = extract(model, videos, cache=tmp_path)
+    assert read.keys() == {"2", "3", "4"}
+    assert (resumed.features == uncached.features).all()
+    assert resumed[1:] == uncached[1:]
+
+    read.clear()
+    limit = 10
+    assert (extract(model, videos, cache=tmp_path).features == uncached.features).all()
+    assert not read
+    extract(model, videos, cache=tmp_path, stride=2)  # another clip
+    assert len(read) == 5
+    read.clear()
+    other = randomise(GPDiT(model.config)).eval()
+    other.output.weight.data += 1
+    extract(other, videos, cache=tmp_path)  # other weights
+    assert len(read) == 5
