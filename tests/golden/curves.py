@@ -4,6 +4,9 @@
     python -m tests.golden.curves --exact         the same, bit for bit: on the machine that recorded it
     python -m tests.golden.curves --record        write it anew, after an intended change; say why in the commit
 
+With `--file FILE` another file is written and read. So two versions are compared bit for bit on any machine: record
+with the first into a file of your own, and compare with the second.
+
 Latents are random, so that no codec and no video file has a part in it; float32 on one thread of a CPU. A curve holds
 the loss and the gradient norm of each optimizer step, the validation loss, and a sha256 of the weights at the end,
 which only `--exact` compares.
@@ -172,13 +175,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--file", type=Path, default=RECORDED)
     options = parser.parse_args()
     ours = curves()
     if options.record:
-        RECORDED.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {RECORDED}")
+        options.file.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {options.file}")
         return 0
-    found = list(differences(ours, json.loads(RECORDED.read_text(encoding="utf-8")), options.exact))
+    found = list(differences(ours, json.loads(options.file.read_text(encoding="utf-8")), options.exact))
     print("\n".join(found) or f"{len(ours)} curves are as recorded" + (", bit for bit" if options.exact else ""))
     return bool(found)
 
