@@ -24,7 +24,7 @@ from torch import Tensor
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.codecs import PcaCodec, WanCodec
 from gpdit_lightning.diffusion import Guidance, RotationSampler
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.generation import GenerationConfig, cast_linear_weights, rollout
 from gpdit_lightning.media.images import Size, parse_size
 
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out:
         shown = {name: str(value) for name, value in vars(options).items()}
         report = {"device": name, "torch": torch.__version__, "date": datetime.now().isoformat(), "options": shown}
-        with written_whole(options.out) as path:
+        with atomic_write(options.out) as path:
             path.write_text(json.dumps(report | {"figures": [asdict(f) for f in figures], "notes": notes}, indent=2))
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig, InputError
 from gpdit_lightning.estimation.flops import PassShape, peak_bf16_flops, training_flops
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.model.attention import KV, QKV, AttentionOperator, frame_causal_attention, select_backend
 from gpdit_lightning.model.attention.backends import sdpa, xformers
 from gpdit_lightning.model.config import AttentionVariant
@@ -399,7 +399,7 @@ def run(check: CheckConfig, out: Path | None, is_smoke_test: bool) -> bool:
             "attention": [asdict(result) for result in attention],
             "steps": [asdict(result) for result in steps],
         }
-        with written_whole(out) as path:
+        with atomic_write(out) as path:
             path.write_text(json.dumps(report, indent=2) + "\n")
         print(f"written to {out}")
     return passed

@@ -1,4 +1,4 @@
-"""GPDiT: a transformer that generates video latents frame by frame, each denoised given the clean frames before it."""
+"""GPDiT: an autoregressive diffusion transformer that denoises each video frame given the clean frames before it."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""`python -m gpdit_lightning`."""
+"""The entry point of `python -m gpdit_lightning`."""
 
 import sys
 

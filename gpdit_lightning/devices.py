@@ -1,4 +1,4 @@
-"""What this process runs on: its rank, its device, its cores."""
+"""Rank, device and CPU cores of this process."""
 
 import os
 
@@ -8,7 +8,7 @@ from gpdit_lightning.errors import InputError
 
 
 def rank_of_process() -> tuple[int, int, int]:
-    """Rank, number of ranks and rank on this machine, as torchrun or SLURM's srun set them."""
+    """Return rank, number of ranks and rank on this machine, as set by torchrun or SLURM's srun."""
     for rank, ranks, local_rank in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
@@ -19,17 +19,17 @@ def rank_of_process() -> tuple[int, int, int]:
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux: a container or a scheduler may allow fewer than there are
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux: a container or a scheduler may restrict a process to some cores
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def available_device(name: str) -> torch.device:
-    """The device of a name: for `auto`, if there is one, and `cuda` the GPU of this rank.
+    """Return the device with a name; for `cuda`, and for `auto` on a machine with GPUs, the GPU of this rank.
 
     Raises:
-        InputError: it is unavailable.
+        InputError: the device is unavailable.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", rank_of_process()[2] % torch.cuda.device_count())

@@ -1,9 +1,9 @@
-"""The one exception for what a user can mend."""
+"""The exception for errors that a user can correct."""
 
 
 class InputError(ValueError):
-    """What was given cannot be used. The message is one sentence: the file or field, its value, and the cure.
+    """An input that cannot be used. The message is one sentence: the file or field, its value, and the cure.
 
-    The command line prints the message alone and exits with status 2; any other exception is a bug and keeps its
-    traceback.
+    The command line prints the message without a traceback and exits with status 2. Any other exception is a bug and
+    keeps its traceback.
     """

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Atomic writes, locks and hashes of files."""
 
 import errno
 import fcntl
@@ -12,25 +12,29 @@ from gpdit_lightning.errors import InputError
 
 
 def partial_path(path: Path) -> Path:
-    """Where `path` is built until it is whole: beside it, so that renaming is one step. No reader opens it."""
+    """Return the path at which `path` is written before it is complete; readers ignore it.
+
+    It is in the same folder, so that renaming it to `path` is atomic.
+    """
     return path.with_name(f"{path.name}.partial")
 
 
-def check_place(path: Path, option: str = "--out", is_folder: bool = False) -> None:
-    """Find out beforehand that a file, or the files of a folder, cannot be written; nothing is made.
+def check_writable(path: Path, option: str = "--out", is_folder: bool = False) -> None:
+    """Check that a file, or files in a folder, can be written; nothing is created.
 
     Args:
-        path: the file or the folder, which need not be there.
-        option: what the error says to change.
-        is_folder: `path` is a folder to write files into.
+        path: the file or the folder; it does not have to exist.
+        option: the option to change, for the message.
+        is_folder: whether `path` is a folder that files are written into.
 
     Raises:
-        InputError: no folder that can be written in, a folder where the file shall be, or too long a name.
+        InputError: the closest existing parent is not a writable folder, the path of the file is a folder, or the name
+            is too long.
     """
-    places = path.absolute() / "file" if is_folder else path.absolute()
-    folder = next(place for place in places.parents if os.path.exists(place))
+    file = path.absolute() / "file" if is_folder else path.absolute()
+    folder = next(parent for parent in file.parents if os.path.exists(parent))
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{path} cannot be written, since {folder} is no folder to write in: give another {option}.")
+        raise InputError(f"{path} cannot be written, since {folder} is not a writable folder: give another {option}.")
     if not is_folder and os.path.isdir(path):
         raise InputError(f"{path} cannot be written, since it is a folder: give another {option}.")
     try:
@@ -42,15 +46,15 @@ def check_place(path: Path, option: str = "--out", is_folder: bool = False) -> N
 
 
 def publish(path: Path) -> None:
-    """Flush what was built at `partial_path(path)`, a file or a folder, to disk and give it its name for good.
+    """Flush the file or folder at `partial_path(path)` to disk and rename it to `path`.
 
-    A file takes the place of an older one; a folder needs its name to be free.
+    A file replaces an existing one; a folder must not exist at `path` yet.
     """
     partial = partial_path(path)
-    for part in (partial, *partial.rglob("*")):
-        flush(part)
+    for entry in (partial, *partial.rglob("*")):
+        flush(entry)
     partial.replace(path)
-    flush(path.parent)  # a name is on disk when its folder is
+    flush(path.parent)  # the new name is on disk only after its folder is
 
 
 def flush(path: Path) -> None:
@@ -63,10 +67,10 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give the partial path to write to, and publish it when the block ends well.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield the partial path to write to, and publish it when the block ends without an exception.
 
-    When the block raises, the partial file is removed and an older file at `path` stays as it was. A process that is
+    After an exception the partial file is removed and an existing file at `path` is unchanged. A process that is
     killed leaves at most the partial file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,11 +82,11 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held_by_one_process(path: Path) -> Iterator[bool]:
-    """Hold a lock file during the block; it is free again when this process ends, however it ends.
+def process_lock(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a file during the block; it is released when the process ends, even by a kill.
 
     Yields:
-        Whether it really is held: on a file system that knows no locks it is not.
+        Whether the lock is held; False on a file system without locks.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -90,7 +94,7 @@ def held_by_one_process(path: Path) -> Iterator[bool]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
-            # A record lock, which the loader's forked workers do not inherit.
+            # A record lock: forked loader workers do not inherit it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             locked = True
         except OSError as error:
@@ -101,6 +105,6 @@ def held_by_one_process(path: Path) -> Iterator[bool]:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal digits."""
+    """Return the sha256 of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: they depend on their keys alone, not on a state, so that runs resume exactly."""
+"""Counter-based random numbers: a function of their keys, without state, so that runs resume exactly."""
 
 import numpy as np
 
@@ -8,12 +8,12 @@ LABEL_DROPOUT, GENERATION_NOISE = 6, 7
 
 
 def generator(seed: int, purpose: int, *counter: int) -> np.random.Generator:
-    """A generator (Philox) that gives the same numbers for the same arguments on every machine, rank and worker.
+    """Return a generator (Philox) with the same numbers for the same arguments on every machine, rank and worker.
 
     Args:
-        seed: of the run, or of a generated video.
+        seed: the seed of a run or of a generated video.
         purpose: one of the constants above.
-        counter: up to three further integers, such as an epoch or a place in the batch.
+        counter: up to three further integers, such as an epoch or a position in the batch.
     """
     words = [0, *counter, *[0] * (3 - len(counter))]
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=words))

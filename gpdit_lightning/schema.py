@@ -1,4 +1,4 @@
-"""Checks of what JSON files hold: a value against a schema, with an `InputError` that names the field.
+"""Validation of JSON content against a schema, with an `InputError` that names the field.
 
 A schema is a `Constraint`, a dict of schemas (an object with at least these fields), or a list of one schema (a
 non-empty list whose elements all match it).
@@ -13,11 +13,11 @@ from gpdit_lightning.errors import InputError
 
 
 class Constraint(NamedTuple):
-    """What a value may be.
+    """A condition on a single value.
 
     Attributes:
         description: completes the sentence "it must be ...".
-        accepts: whether a value meets it.
+        accepts: returns whether a value meets the condition.
     """
 
     description: str
@@ -37,7 +37,7 @@ SHA256 = Constraint(
 
 
 def one_of(*names: str) -> Constraint:
-    """A string that is one of `names`."""
+    """Return the constraint that a value is one of `names`."""
     return Constraint(" or ".join(names), lambda value: value in names)
 
 
@@ -45,11 +45,11 @@ def check(value: Any, schema: Any, name: str, file: str, cure: str) -> Any:
     """Check a value of a file against a schema.
 
     Args:
-        value: what `json.loads` gave.
+        value: a value as `json.loads` returns it.
         schema: see the module's docstring.
-        name: of the value in the file, such as `codec.mean`; empty for the whole file.
+        name: the path of the value in the file, such as `codec.mean`; empty for the whole file.
         file: the file's path, for the message.
-        cure: what to do about it, for the message.
+        cure: what the user should do, for the message.
 
     Returns:
         The value.
@@ -66,14 +66,14 @@ def check(value: Any, schema: Any, name: str, file: str, cure: str) -> Any:
             check(value[field], inner, full_name, file, cure)
     elif isinstance(schema, list):
         if not isinstance(value, list) or not value:
-            raise _wrong(value, "a non-empty list", name, file, cure)
-        for place, element in enumerate(value):
-            check(element, schema[0], f"{name}[{place}]", file, cure)
+            raise _mismatch(value, "a non-empty list", name, file, cure)
+        for index, element in enumerate(value):
+            check(element, schema[0], f"{name}[{index}]", file, cure)
     elif not schema.accepts(value):
-        raise _wrong(value, schema.description, name, file, cure)
+        raise _mismatch(value, schema.description, name, file, cure)
     return value
 
 
-def _wrong(value: Any, description: str, name: str, file: str, cure: str) -> InputError:
-    has = f"{name} = {value!r}" if name else f"{value!r} as its content"
-    return InputError(f"{file} has {has}; it must be {description}: {cure}.")
+def _mismatch(value: Any, description: str, name: str, file: str, cure: str) -> InputError:
+    content = f"{name} = {value!r}" if name else f"{value!r} as its content"
+    return InputError(f"{file} has {content}; it must be {description}: {cure}.")

@@ -1,6 +1,6 @@
-"""What manifests and checkpoints record of a codec and of the training clips.
+"""Records of a codec and of the training clips, for manifests and checkpoints.
 
-The letters: T pixel frames, F latent frames, C latent channels, H x W pixels, h x w latent pixels.
+Letters: T pixel frames, F latent frames, C latent channels, H x W pixels, h x w latent pixels.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from gpdit_lightning.schema import NUMBER, SIZE, TEXT, TEXT_OR_NULL, check
 
 
 class LatentGrid:
-    """How the pixels of a clip map to latents: a codec is this, and so is its description in a file.
+    """The mapping between the shapes of pixels and latents: the common base of codecs and their records.
 
-    The codec is causal in time: the first latent frame covers one pixel frame and each later one `temporal_factor`, so
+    A codec is causal in time: the first latent frame covers one pixel frame and each later one `temporal_factor`, so
     that T = 1 + temporal_factor (F - 1).
 
     Attributes:
         latent_channels: C.
         spatial_factor: pixels along one side of a latent pixel.
-        temporal_factor: pixel frames of each latent frame after the first.
+        temporal_factor: pixel frames in each latent frame after the first.
     """
 
     latent_channels: int
@@ -28,7 +28,11 @@ class LatentGrid:
     temporal_factor: int
 
     def latent_frames(self, pixel_frames: int) -> int:
-        """F for T pixel frames; `InputError` unless T is 1 + temporal_factor k."""
+        """Return F for T pixel frames.
+
+        Raises:
+            InputError: T is not 1 + temporal_factor k.
+        """
         if pixel_frames < 1 or (pixel_frames - 1) % self.temporal_factor:
             lower = max(0, pixel_frames - 1) // self.temporal_factor * self.temporal_factor + 1
             raise InputError(
@@ -38,19 +42,27 @@ class LatentGrid:
         return 1 + (pixel_frames - 1) // self.temporal_factor
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """T for F latent frames; `InputError` when F is below 1."""
+        """Return T for F latent frames.
+
+        Raises:
+            InputError: F is below 1.
+        """
         if latent_frames < 1:
             raise InputError(f"{latent_frames} latent frames were requested: request at least 1.")
         return 1 + (latent_frames - 1) * self.temporal_factor
 
     def latent_shape(self, pixels: Sequence[int]) -> tuple[int, int, int, int]:
-        """(F, C, h, w) of the latents of a clip of pixels (T, 3, H, W)."""
+        """Return the shape (F, C, h, w) of the latents of a clip of pixels (T, 3, H, W)."""
         frames, _, height, width = pixels
         size = height // self.spatial_factor, width // self.spatial_factor
         return self.latent_frames(frames), self.latent_channels, *size
 
     def check_frame_size(self, height: int, width: int) -> None:
-        """Raise `InputError` for a side in pixels that the spatial factor does not divide."""
+        """Check a frame size in pixels.
+
+        Raises:
+            InputError: the spatial factor does not divide the height or the width.
+        """
         for side, size in (("height", height), ("width", width)):
             if size % self.spatial_factor:
                 raise InputError(
@@ -61,20 +73,21 @@ class LatentGrid:
 
 @dataclass(frozen=True)
 class CodecSpec(LatentGrid):
-    """What manifests and checkpoints copy of a codec: enough to load it again and to tell it from others."""
+    """The record of a codec in manifests and checkpoints: enough to load it and to tell it from other codecs."""
 
     name: str
     """A registered name, or the import path of a custom codec's class."""
     source: str | None
-    """The folder, file or hub name that its weights came from; None for weights that ship with the package."""
+    """The folder, file or hub name of its weights; None for weights that ship with the package."""
     latent_channels: int
     spatial_factor: int
     temporal_factor: int
     mean: tuple[float, ...]
-    """(C,) with `std`, the constants that whiten the latents."""
+    """(C,) The whitened latents are (latents - mean) / std, in each channel."""
     std: tuple[float, ...]
+    """(C,)"""
     fingerprint: str
-    """16 hexadecimal digits that change with the weights."""
+    """16 hexadecimal digits of a hash of the weights."""
 
     SCHEMA: ClassVar[dict[str, Any]] = {
         "name": TEXT,
@@ -89,15 +102,15 @@ class CodecSpec(LatentGrid):
 
     @classmethod
     def from_dict(cls, content: Any, file: str, cure: str) -> Self:
-        """The spec out of a file that may hold anything.
+        """Parse and validate the record in a file.
 
         Args:
-            content: the field `codec` of the file.
-            file: its path, for messages.
-            cure: what to do about a broken file, for messages.
+            content: the field `codec` of the file, of any type.
+            file: the file's path, for messages.
+            cure: what the user should do about an invalid file, for messages.
 
         Raises:
-            InputError: a field is missing or of the wrong kind, or the constants are not one number for each channel.
+            InputError: a field is missing or of the wrong type, or `mean` or `std` does not have C numbers.
         """
         check(content, cls.SCHEMA, "codec", file, cure)
         for name in ("mean", "std"):
@@ -110,7 +123,7 @@ class CodecSpec(LatentGrid):
         return cls(**fields | {"mean": tuple(content["mean"]), "std": tuple(content["std"])})
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the record as JSON values."""
         return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
 
     def check_same(
@@ -124,26 +137,27 @@ class CodecSpec(LatentGrid):
 
         Args:
             other: the other spec.
-            owner, other_owner: what each is the codec of, for the message.
-            cure: what to do about a difference, for the message.
+            owner: the file or model that this spec is from, for the message.
+            other_owner: that of the other spec.
+            cure: what the user should do about a difference, for the message.
 
         Raises:
-            InputError: naming the first field in which they differ, with both values.
+            InputError: the codecs differ. The message names the first field that differs, with both values.
         """
         for name in self.SCHEMA:
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if name != "source" and ours != theirs:
+            value, other_value = getattr(self, name), getattr(other, name)
+            if name != "source" and value != other_value:
                 raise InputError(
-                    f"{owner} and {other_owner} are of different codecs ({name} {ours!r} and {theirs!r}): {cure}."
+                    f"{owner} and {other_owner} are of different codecs ({name} {value!r} and {other_value!r}): {cure}."
                 )
 
 
 @dataclass(frozen=True)
 class ClipGeometry:
-    """The clips that a model was trained on."""
+    """Stride, frame sizes and length of the clips that a model was trained on."""
 
     stride: int
-    """From one frame of a clip to the next, in frames of its video."""
+    """Distance of consecutive frames of a clip, in frames of its video."""
     sizes: tuple[tuple[int, int], ...]
     """Heights and widths in pixels."""
     frames: int
@@ -153,14 +167,14 @@ class ClipGeometry:
 
     @classmethod
     def from_dict(cls, content: Any, file: str, cure: str) -> Self:
-        """The geometry out of a file that may hold anything; arguments and errors as of `CodecSpec.from_dict`."""
+        """Parse and validate the record in a file, from its field `geometry`; otherwise as `CodecSpec.from_dict`."""
         check(content, cls.SCHEMA, "geometry", file, cure)
         for size in content["sizes"]:
             if len(size) != 2:
-                raise InputError(f"{file} has {size!r} among geometry.sizes, which is no [height, width]: {cure}.")
+                raise InputError(f"{file} has {size!r} in geometry.sizes, which is not [height, width]: {cure}.")
         sizes = tuple((height, width) for height, width in content["sizes"])
         return cls(content["stride"], sizes, content["frames"])
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the record as JSON values."""
         return asdict(self) | {"sizes": [list(size) for size in self.sizes]}

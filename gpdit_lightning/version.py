@@ -1,3 +1,3 @@
-"""The version: of the package, and written into every exported model."""
+"""The version of the package; exported models record it."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Registered names and import paths."""
+"""Lookup by registered names and import paths."""
 
 from pathlib import Path
 
@@ -12,20 +12,20 @@ REGISTRY = {"rotation": dict, "tangent": list}
 
 @pytest.fixture(autouse=True)
 def _user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module of the user's that Python can import."""
+    """Modules on the import path."""
     (tmp_path / "user_module.py").write_text("class Ordered(dict): pass\nNUMBER = 3\n", encoding="utf-8")
     (tmp_path / "broken_module.py").write_text("1 / 0\n", encoding="utf-8")
     (tmp_path / "needs_more.py").write_text("import a_package_that_does_not_exist\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_a_registered_name() -> None:
+def test_resolve_a_registered_name() -> None:
     assert resolve("tangent", REGISTRY, "sampler") is list
 
 
-def test_an_import_path() -> None:
-    found = resolve("user_module.Ordered", REGISTRY, "sampler", base=dict)
-    assert (found.__module__, found.__name__) == ("user_module", "Ordered")
+def test_resolve_an_import_path() -> None:
+    resolved = resolve("user_module.Ordered", REGISTRY, "sampler", base=dict)
+    assert (resolved.__module__, resolved.__name__) == ("user_module", "Ordered")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_an_import_path() -> None:
         ("user_module..Ordered", None, "is not known"),
     ],
 )
-def test_names_that_cannot_be_resolved(name: str, base: type | None, message: str) -> None:
+def test_unresolvable_names_are_reported(name: str, base: type | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         resolve(name, REGISTRY, "sampler", base)
 

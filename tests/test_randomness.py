@@ -5,7 +5,7 @@ import numpy as np
 from gpdit_lightning.randomness import generator
 
 
-def test_each_seed_purpose_and_counter_has_its_own_numbers() -> None:
+def test_numbers_differ_for_each_seed_purpose_and_counter() -> None:
     keys = [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 0)]
     draws = {tuple(generator(*key).integers(0, 2**62, 4)) for key in keys}
     assert len(draws) == len(keys)

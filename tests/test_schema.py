@@ -1,4 +1,4 @@
-"""Values of files against schemas."""
+"""Validation of JSON content against a schema."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ SCHEMA = {"name": TEXT, "sizes": [[SIZE]], "inner": {"count": COUNT}}
 VALUE = {"name": "a", "sizes": [[1, 2], [3]], "inner": {"count": 0}, "more": None}
 
 
-def test_a_value_that_matches_is_returned() -> None:
+def test_a_matching_value_is_returned() -> None:
     assert check(VALUE, SCHEMA, "", "file", "cure") is VALUE
 
 
@@ -27,12 +27,12 @@ def test_a_value_that_matches_is_returned() -> None:
         (VALUE | {"inner": {"count": -1}}, r"file has inner\.count = -1; it must be a non-negative integer: cure\."),
     ],
 )
-def test_the_first_departure_is_named(value: Any, message: str) -> None:
+def test_the_first_mismatch_is_reported(value: Any, message: str) -> None:
     with pytest.raises(InputError, match=f"^{message}$"):
         check(value, SCHEMA, "", "file", "cure")
 
 
-def test_what_each_constraint_accepts() -> None:
+def test_values_that_each_constraint_accepts() -> None:
     values = (None, True, 0, 1, 1.5, math.nan, "a", "0" * 64, [], {})
     accepted = {
         TEXT: ("a", "0" * 64),

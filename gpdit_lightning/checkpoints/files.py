@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gpdit_lightning.checkpoints.facts import Origin, WeightsKind
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import flush, partial_path, publish, sha256_of, written_whole
+from gpdit_lightning.files import atomic_write, flush, partial_path, publish, sha256_of
 
 LAST = "last.ckpt"
 TRAINING, AVERAGE = "training.ckpt", "ema.safetensors"
@@ -183,7 +183,7 @@ def publish_checkpoint(path: Path) -> None:
         files[name.as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     remove_checkpoint(path)  # a run that resumed from an earlier step writes this one again
     publish(path)
-    with written_whole(mark_path(path)) as mark:
+    with atomic_write(mark_path(path)) as mark:
         mark.write_text(json.dumps({"step": _step_of(path), "files": files}, indent=2), encoding="utf-8")
     link = path.with_name(LAST)
     partial_path(link).unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gpdit_lightning.checkpoints.card import model_card
 from gpdit_lightning.checkpoints.facts import EXPORT_AGAIN, TrainingFacts
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.model.attention.backends import BUILT_IN
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.schema import OBJECT, check
@@ -130,9 +130,9 @@ def write_exported(folder: Path, weights: Weights) -> None:
     Raises:
         InputError: the disk has no room.
     """
-    with written_whole(folder / CONFIG) as path:
+    with atomic_write(folder / CONFIG) as path:
         path.write_text(config_json(weights), encoding="utf-8")
-    with written_whole(folder / WEIGHTS) as path:
+    with atomic_write(folder / WEIGHTS) as path:
         try:
             # Contiguous tensors, as nearly all are, are written without a copy.
             save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, path)
@@ -141,7 +141,7 @@ def write_exported(folder: Path, weights: Weights) -> None:
         shutil.copymode(folder / CONFIG, path)  # safetensors lets its owner alone read it
     if not (folder / CARD).exists():
         parameters = sum(tensor.numel() for tensor in weights.tensors.values())
-        with written_whole(folder / CARD) as path:
+        with atomic_write(folder / CARD) as path:
             path.write_text(model_card(weights.config, weights.facts, parameters, _dtype(weights)), encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ from gpdit_lightning.cli.demo_videos import write_videos
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.diffusion import RotationSampler
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.generation.contexts import ContextSettings, read_contexts
 from gpdit_lightning.media.images import parse_size, resize_and_crop, write_strip
@@ -106,7 +106,7 @@ def write_images(directory: Path, videos: Sequence[InputFile]) -> None:
                 continue  # named by the preparation already
             for path, frame in zip(paths, frames, strict=False):
                 pixels = resize_and_crop(frame[None], parse_size(FRAME_SIZE))[0]
-                with written_whole(path) as temporary:
+                with atomic_write(path) as temporary:
                     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
 
 
@@ -204,7 +204,7 @@ def evaluate(run_dir: Path, preparation: PrepareOptions) -> str:
     write_strip(run_dir / "sample.png", rows, columns=clips.shape[1], context=CONTEXT)
 
     ratio = float(error.mean() / copy_error.mean())
-    with written_whole(run_dir / "report.json") as path:
+    with atomic_write(run_dir / "report.json") as path:
         figures = {"clips": len(clips), "step": model.step, "ratio": ratio}
         path.write_text(json.dumps(figures | {"error": error.tolist(), "copy_error": copy_error.tolist()}, indent=2))
     lines = [

@@ -32,7 +32,7 @@ from gpdit_lightning.evaluation.report import Protocol, library_versions
 from gpdit_lightning.evaluation.report_text import TABLES, plot_self_checks, write_report
 from gpdit_lightning.evaluation.scores import make_report
 from gpdit_lightning.evaluation.videos import Selection, find_videos, select_videos
-from gpdit_lightning.files import held_by_one_process
+from gpdit_lightning.files import process_lock
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.options.evaluate import EvaluateOptions
@@ -100,7 +100,7 @@ def write_and_print_report(
     out: Path, chunk_files: Sequence[Path], made_by: Mapping[str, Any], protocol: Protocol, selection: Selection
 ) -> None:
     """Compute the scores from the files of all chunks, unless the report exists already; one process does it."""
-    with suppress(BlockingIOError), held_by_one_process(out / LOCK):
+    with suppress(BlockingIOError), process_lock(out / LOCK):
         if not (out / TABLES).exists():  # the file that is written last
             chunks = ChunkFiles(list(chunk_files), made_by)
             report = make_report(chunks, protocol, unreadable=set(selection.names) - set(chunks.names))

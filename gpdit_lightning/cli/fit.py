@@ -29,7 +29,7 @@ from gpdit_lightning.cli.trainer_settings import (
 )
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import held_by_one_process, written_whole
+from gpdit_lightning.files import atomic_write, process_lock
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
@@ -73,7 +73,7 @@ class SaveRecipe(Callback):
         """Everything is restored and checked by now."""
         if not trainer.is_global_zero:
             return
-        with written_whole(Path(trainer.default_root_dir) / "config.yaml") as path:
+        with atomic_write(Path(trainer.default_root_dir) / "config.yaml") as path:
             path.write_text(self.text, encoding="utf-8")
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         log.info("%s trains %.1fM parameters", type(pl_module).__name__, parameters / 1e6)
@@ -269,7 +269,7 @@ def lock_run_folder(trainer: Trainer) -> Iterator[None]:
     with ExitStack() as stack:
         if trainer.is_global_zero:
             try:
-                stack.enter_context(held_by_one_process(Path(trainer.default_root_dir) / LOCK))
+                stack.enter_context(process_lock(Path(trainer.default_root_dir) / LOCK))
             except BlockingIOError:
                 raise InputError(
                     f"another process trains in {trainer.default_root_dir}: wait for it or stop it, or give another "

@@ -13,7 +13,7 @@ from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import find_videos
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.options.probe import ProbeOptions
 from gpdit_lightning.probing.layer_features import extract_layer_features
 from gpdit_lightning.probing.probe import probe_layers
@@ -56,7 +56,7 @@ def probe(options: ProbeOptions) -> None:
         if (evaluation.protocol.checkpoint_sha256, evaluation.protocol.weights) not in probed:
             log.warning("warning: %s evaluates none of these checkpoints, so the figure does not show it", path)
     write_json(results, options.out / "probe.json")
-    with written_whole(options.out / "probe.md") as temporary:
+    with atomic_write(options.out / "probe.md") as temporary:
         temporary.write_text(markdown(results))
     plot_probe(results, options.out / "probe.png", evaluations)
     print(f"{markdown(results)}\n{options.out / 'probe.json'}, probe.md, probe.png")

@@ -18,7 +18,7 @@ from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.cli.generating import generation_config, load_codec_of, trained_sizes
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import check_place, written_whole
+from gpdit_lightning.files import atomic_write, check_writable
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.generation import transform as generate_targets
 from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, TASKS, ImageTask, make_pair
@@ -67,7 +67,7 @@ def transform(options: TransformOptions) -> None:
             pairs = shown[batch[0].size]
             generated = generate_targets(trained.backbone, codec, pairs, sources, config, seeds=options.seed)
             for job, image in zip(batch, generated, strict=True):
-                with write_errors_explained(job.out, "--out"), written_whole(job.out) as path:
+                with write_errors_explained(job.out, "--out"), atomic_write(job.out) as path:
                     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, format="PNG")
                 results[job.out] = image
             bar.update(len(batch))
@@ -235,8 +235,8 @@ def result_paths(out: Path, sheet: Path | None, sources: Sequence[Path]) -> tupl
     if len({*results, sheet}) <= len(results):
         raise InputError(f"Two images would be written to one file in {out}: rename a source or the --sheet.")
     for path in results:
-        check_place(path)
-    check_place(sheet, "--sheet")
+        check_writable(path)
+    check_writable(sheet, "--sheet")
     return results, sheet
 
 

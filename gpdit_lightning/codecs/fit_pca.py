@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from gpdit_lightning.codecs.pca import COMPONENTS, FIRST_FRAME_GAIN, GROUP, WEIGHT_SHAPES, PcaCodec, blocks_of
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image, resize_and_crop
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS, iterate_frames
 
@@ -241,7 +241,7 @@ def main() -> None:
         codec = fit(clips)
     except InputError as error:
         parser.exit(2, f"{error}\n")
-    with written_whole(options.out) as temporary:
+    with atomic_write(options.out) as temporary:
         save_file({name: values.contiguous() for name, values in codec.weights.items()}, temporary)
     size, decibels = options.out.stat().st_size, psnr(codec, clips)
     print(f"{options.out}: {size} bytes, {len(clips)} clips reproduced at {decibels:.1f} dB")

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from gpdit_lightning.data.remote import FailedDownloadError, RemoteFile, remote_blocks
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import flush, held_by_one_process, sha256_of
+from gpdit_lightning.files import flush, process_lock, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -356,7 +356,7 @@ def _held_by_one_thread(lock: Path) -> Iterator[bool]:
     if _holders.setdefault(lock, thread) is not thread:  # one step, which needs no lock that a fork could tear apart
         raise BlockingIOError(f"{lock} is held by another thread")
     try:
-        with held_by_one_process(lock) as really:
+        with process_lock(lock) as really:
             yield really
     finally:
         _holders.pop(lock, None)

@@ -10,7 +10,7 @@ from upath import UPath
 
 from gpdit_lightning.data.remote import remote_blocks
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.schema import COUNT, LIST, OBJECT, SHA256, SIZE, TEXT, Constraint, check, one_of
 from gpdit_lightning.specs import CodecSpec
 
@@ -117,7 +117,7 @@ class Manifest:
         content["shards"] = [asdict(shard) for shard in self.shards]
         text = json.dumps(content, indent=2, ensure_ascii=False)
         _parse(json.loads(text), self.path)
-        with written_whole(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod

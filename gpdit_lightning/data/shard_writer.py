@@ -21,7 +21,7 @@ from gpdit_lightning.data.shards import (
     index_path,
 )
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import partial_path, publish, written_whole
+from gpdit_lightning.files import atomic_write, partial_path, publish
 
 
 class ShardWriter:
@@ -80,7 +80,7 @@ class ShardWriter:
         """Complete the shard and its index, and describe them for the manifest."""
         self._tar.close()
         self._file.close()
-        with written_whole(index_path(self.path)) as temporary, temporary.open("wb") as file:
+        with atomic_write(index_path(self.path)) as temporary, temporary.open("wb") as file:
             np.save(file, index_of(partial_path(self.path), self.shape), allow_pickle=False)
         publish(self.path)  # after its index: a shard that has its name is complete
         return described(self.path, self.split, self.kind, self.shape, self.count)

@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 
 
 def write_chunk(path: Path, names: Sequence[str], results: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
     """Write the results of :func:`evaluate_chunk` with the settings (JSON values) they depend on, atomically."""
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(results, temporary, metadata={"names": json.dumps(list(names)), "made_by": json.dumps(settings)})
 
 

@@ -7,7 +7,7 @@ from gpdit_lightning.evaluation.network_files import NetworkRecord
 from gpdit_lightning.evaluation.paper_results import PAPER_FRAMES, PAPER_TABLES, UNSTATED, PaperTable
 from gpdit_lightning.evaluation.report import HEADINGS, Protocol, Report, Score
 from gpdit_lightning.evaluation.self_checks import SelfChecks
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 
 RESULTS, TABLES = "results.json", "results.md"
 # The FID of the self-checks is computed over all generated frames, while the score is a mean over their positions.
@@ -23,7 +23,7 @@ REFERENCES = {
 def write_report(report: Report, folder: Path) -> None:
     """Write `results.json` and then `results.md`."""
     for name, text in ((RESULTS, report.to_json()), (TABLES, to_markdown(report))):
-        with written_whole(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 
@@ -165,5 +165,5 @@ def plot_self_checks(report: Report, path: Path) -> None:
             axes.axhline(checks.halves, color="grey", linestyle="--", label="between halves of the ground truth")
             axes.set(xlabel=units[kind], ylabel=HEADINGS[name].split()[0])
             axes.legend()
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

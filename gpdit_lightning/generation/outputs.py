@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpdit_lightning.codecs import WanCodec
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import check_place, written_whole
+from gpdit_lightning.files import atomic_write, check_writable
 from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.media.images import (
     CONTEXT_COLOUR,
@@ -44,7 +44,7 @@ def output_paths(path_without_ending: Path, formats: Sequence[str]) -> dict[str,
     check_formats(formats)
     paths = {name: path_without_ending.with_name(f"{path_without_ending.name}.{name}") for name in formats}
     for path in paths.values():
-        check_place(path)
+        check_writable(path)
     return paths
 
 
@@ -183,5 +183,5 @@ class Output:
 
     def _write_latents(self, path: Path) -> None:
         notes = {"fps": str(self._context.fps), "context_frames": str(len(self._context.pixels))}
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(save({"latents": torch.cat(self._latents)}, notes))

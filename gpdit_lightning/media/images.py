@@ -13,7 +13,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedI
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # What a file may hold, whatever its name says. Pillow knows more, and would hand an EPS to Ghostscript.
@@ -213,7 +213,7 @@ def write_sheet(
             width, height = _cell_size(picture, least_side)
             left = label_width + column * (cell_width + gap) + (cell_width - width) // 2
             sheet.paste(_enlarged(picture, (width, height)), (left, top + (cell_height - height) // 2))
-    with written_whole(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         sheet.save(temporary, format="PNG")
 
 
@@ -254,7 +254,7 @@ def write_animation(
                 frame = _enlarged(frames[moment], (cell_width, cell_height))
                 page.paste(frame, (left, head + row * (cell_height + border)))
         pages.append(page)
-    with written_whole(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         pages[0].save(
             temporary, format="GIF", save_all=True, append_images=pages[1:], duration=max(20, round(1000 / fps)), loop=0
         )

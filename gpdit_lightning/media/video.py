@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif")
@@ -196,7 +196,7 @@ class VideoWriter:
     @contextmanager
     def _written(self) -> Iterator[None]:
         """The file during the block, and what the encoder still holds at its end."""
-        with written_whole(self._path) as temporary, av.open(str(temporary), "w", format="mp4") as self._container:
+        with atomic_write(self._path) as temporary, av.open(str(temporary), "w", format="mp4") as self._container:
             yield
             if self._stream is None:
                 raise InputError(f"The video for {self._path} has no frames: give it at least one frame.")

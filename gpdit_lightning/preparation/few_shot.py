@@ -17,7 +17,7 @@ from gpdit_lightning.data.manifest import FILE_NAME, Manifest, ShardEntry, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import check_place
+from gpdit_lightning.files import check_writable
 from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, TASKS, ImageTask, make_pair
 from gpdit_lightning.media.images import Size, parse_size, read_image, resize_and_crop
 from gpdit_lightning.options.prepare_pairs import PreparePairsOptions
@@ -93,7 +93,7 @@ def check_options(options: PreparePairsOptions) -> None:
             or an output folder that cannot be written to.
     """
     parse_size(options.size)
-    check_place(options.out, is_folder=True)
+    check_writable(options.out, is_folder=True)
     task = find_task(options.task)
     make_pair(task, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))  # raises if OpenCV is missing
     given = [name for name in INPUT_OPTIONS if getattr(options, name) is not None]

@@ -18,7 +18,7 @@ from typing import Any, get_args
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.manifest import FILE_NAME, SKIPPED_NAME, Manifest, Split
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation import shots
@@ -183,7 +183,7 @@ def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, c
     )
     if previous is not None and previous.shards != manifest.shards:
         shutil.copyfile(options.out / FILE_NAME, options.out / f"manifest-{previous.fingerprint()[:16]}.json")
-    with written_whole(options.out / SKIPPED_NAME) as temporary:
+    with atomic_write(options.out / SKIPPED_NAME) as temporary:
         lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
         temporary.write_text("".join(lines), encoding="utf-8")
     manifest.save()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import held_by_one_process, written_whole
+from gpdit_lightning.files import atomic_write, process_lock
 from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.specs import CodecSpec
 
@@ -134,7 +134,7 @@ class Records:
             return
         if shard := next(self.out.glob("*.tar"), None):
             raise InputError(f"{shard} was not made by this command: give another --out.")
-        with written_whole(self._options_path) as temporary:
+        with atomic_write(self._options_path) as temporary:
             content = {"options": options, "codec": codec.to_dict()}
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -156,7 +156,7 @@ class Records:
         """Divide files into parts of at most `size` files, numbered after the existing parts."""
         number, remaining = len(self.parts), iter(files)
         while batch := list(islice(remaining, size)):
-            with written_whole(self._files_path(number)) as temporary, temporary.open("w", encoding="utf-8") as output:
+            with atomic_write(self._files_path(number)) as temporary, temporary.open("w", encoding="utf-8") as output:
                 output.writelines(RecordedFile.of(file).to_json() + "\n" for file in batch)
             number += 1
 
@@ -185,7 +185,7 @@ class Records:
         """Record the result of a part, whose shards are all complete."""
         values = asdict(result)
         values["lost"] = values.pop("without_samples")
-        with written_whole(self._result_path(part)) as temporary:
+        with atomic_write(self._result_path(part)) as temporary:
             temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
     @contextmanager
@@ -194,7 +194,7 @@ class Records:
         path = self.folder / f"part-{part:05d}.lock"
         with ExitStack() as stack:
             try:
-                exclusive = stack.enter_context(held_by_one_process(path))
+                exclusive = stack.enter_context(process_lock(path))
             except BlockingIOError:
                 yield PartLock(acquired=False, exclusive=True)
                 return
@@ -207,7 +207,7 @@ class Records:
         with ExitStack() as stack:
             while True:
                 try:
-                    stack.enter_context(held_by_one_process(self.folder / "lock"))
+                    stack.enter_context(process_lock(self.folder / "lock"))
                     break
                 except BlockingIOError:
                     time.sleep(PAUSE)

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.json_records import load_record
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.video import natural_sort_key
 
 RECORD = "features.json"
@@ -101,7 +101,7 @@ class FeatureRecord:
 
     def save(self, folder: str | Path) -> None:
         """Write `features.json`."""
-        with written_whole(Path(folder) / RECORD) as path:
+        with atomic_write(Path(folder) / RECORD) as path:
             path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def check(self, expected: Mapping[str, Any], folder: str | Path) -> None:
@@ -161,7 +161,7 @@ def write_features(path: Path, features: Tensor, record: FeatureRecord) -> None:
         )
     if not np.isfinite(values).all():
         raise InputError(f"The features for {path} exceed the range of float16: use another layer.")
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         if record.format == "pickle":
             PortablePickler(file).dump(values)
         else:

@@ -25,7 +25,7 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import read_clip
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.model import GPDiT
 
@@ -161,7 +161,7 @@ class _Part(NamedTuple):
     def save(self, path: Path) -> None:
         """Write features and notes, atomically."""
         notes = {"places": self.indices, "squeezed": self.num_resampled, "faults": self.errors}
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file({"features": self.features}, temporary, metadata={"notes": json.dumps(notes)})
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpdit_lightning.evaluation.report import Report, library_versions
-from gpdit_lightning.files import written_whole
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.probing.probe import C_GRID, FOLDS, RESAMPLES, LayerScore
 from gpdit_lightning.probing.splits import LabelledVideo
@@ -114,7 +114,7 @@ def videos_sha256(videos: Sequence[LabelledVideo]) -> str:
 
 def write_json(results: Sequence[ProbeResult], path: Path) -> None:
     """Write the results as JSON."""
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({"results": [asdict(result) for result in results]}, indent=2) + "\n")
 
 
@@ -193,7 +193,7 @@ def plot_probe(results: Sequence[ProbeResult], path: Path, evaluations: Sequence
             axes.axhline(100 * chance, color="grey", linestyle="--", label="chance")
         axes.grid(alpha=0.3)
     layer_axes.legend()
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 

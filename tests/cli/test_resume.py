@@ -224,8 +224,8 @@ def test_two_runs_do_not_share_a_folder(
 ) -> None:
     """Another process that trains there is noticed, and one that was killed is not in the way."""
     hold = (
-        "import sys, time; from pathlib import Path; from gpdit_lightning.files import held_by_one_process\n"
-        "with held_by_one_process(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from gpdit_lightning.files import process_lock\n"
+        "with process_lock(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
     )
     lock = whole / ".lock"
     other = subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE, text=True)

@@ -225,7 +225,7 @@ def test_the_sheet_of_the_folder_one_is_in_is_named_like_it(
     assert {path.name for path in Path().iterdir()} == {"a.png", "b.png", "results_sheet.png"}
 
 
-@pytest.mark.parametrize(("writer", "option"), [("written_whole", "--out"), ("write_sheet", "--sheet")])
+@pytest.mark.parametrize(("writer", "option"), [("atomic_write", "--out"), ("write_sheet", "--sheet")])
 def test_what_a_disk_says_while_results_are_written_is_one_sentence(
     writer: str,
     option: str,

@@ -35,7 +35,7 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.remote import RemoteFile
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import held_by_one_process, sha256_of
+from gpdit_lightning.files import process_lock, sha256_of
 
 fork = multiprocessing.get_context("fork")
 
@@ -373,7 +373,7 @@ def test_processes_that_read_more_than_fits_get_the_right_bytes(tmp_path: Path) 
     most = 0
     while any(reader.is_alive() for reader in readers):
         # While this process holds the lock, files are removed at most.
-        with suppress(BlockingIOError), held_by_one_process(cache.directory / "locks" / "room"):
+        with suppress(BlockingIOError), process_lock(cache.directory / "locks" / "room"):
             total = 0
             for path in cache.directory.glob("??/*"):
                 with suppress(FileNotFoundError):

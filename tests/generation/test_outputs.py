@@ -232,6 +232,6 @@ def test_where_no_file_can_be_written_is_said_before_any_work(tmp_path: Path) ->
     with pytest.raises(InputError, match=r"v\.mp4 cannot be written, since it is a folder"):
         Output(tmp_path / "v", ["mp4"], context_of([0]), frames=1)
     (tmp_path / "file").write_text("")
-    no_folder = re.escape(f"since {tmp_path / 'file'} is no folder to write in")
+    no_folder = re.escape(f"since {tmp_path / 'file'} is not a writable folder")
     with pytest.raises(InputError, match=no_folder):
         output_paths(tmp_path / "file" / "v", ["mp4"])

@@ -1,0 +1,110 @@
+"""Atomic writes, locks, and checks of output paths."""
+
+import errno
+import hashlib
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import atomic_write, check_writable, partial_path, process_lock, publish, sha256_of
+
+fork = multiprocessing.get_context("fork")
+
+
+def test_atomic_write_creates_folders_and_replaces_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.txt"
+    for content in ("first", "second"):
+        with atomic_write(path) as partial:
+            partial.write_text(content)
+            assert partial == partial_path(path)
+        assert path.read_text() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_atomic_write_changes_nothing_after_an_exception(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+
+    def fail() -> None:
+        with atomic_write(path) as partial:
+            partial.write_text("incomplete")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_publish_flushes_every_entry_before_it_renames_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folder"
+    (partial_path(path) / "inner").mkdir(parents=True)
+    (partial_path(path) / "inner" / "a.txt").write_text("a")
+    flushed: list[Path] = []
+    monkeypatch.setattr("gpdit_lightning.files.flush", flushed.append)
+    publish(path)
+    assert flushed == [*(partial_path(path) / name for name in (".", "inner", "inner/a.txt")), tmp_path]
+    assert (path / "inner" / "a.txt").read_text() == "a"
+
+
+def test_process_lock_excludes_other_processes_until_its_process_ends(tmp_path: Path) -> None:
+    path = tmp_path / "locks" / "a"
+    locked, end = fork.Event(), fork.Event()
+
+    def hold() -> None:
+        with process_lock(path) as held:
+            assert held
+            locked.set()
+            end.wait(20)
+            os._exit(0)  # without releasing it
+
+    process = fork.Process(target=hold, daemon=True)
+    process.start()
+    assert locked.wait(20)
+    with pytest.raises(BlockingIOError, match="a is held by another process"), process_lock(path):
+        pass
+    end.set()
+    process.join(20)
+    with process_lock(path) as held:
+        assert held
+
+
+def test_process_lock_reports_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", fail)
+    with process_lock(tmp_path / "a") as held:
+        assert not held
+
+
+def test_check_writable_accepts_new_paths_and_creates_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b.mp4")
+    check_writable(tmp_path, is_folder=True)
+    check_writable(tmp_path / "a", is_folder=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_writable_names_path_reason_and_option(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        InputError, match=r"file/a cannot be written, since .*/file is not a writable folder: give anot"
+    ):
+        check_writable(tmp_path / "file" / "a")
+    with pytest.raises(InputError, match=r"file cannot be written, since .*/file is not a writable folder"):
+        check_writable(tmp_path / "file", is_folder=True)
+    with pytest.raises(InputError, match="cannot be written, since it is a folder: give another --sheet"):
+        check_writable(tmp_path, "--sheet")
+    with pytest.raises(InputError, match=r"cannot be written \(File name too long\): give another --out"):
+        check_writable(tmp_path / ("a" * 255))
+
+
+def test_sha256_of(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(b"content").hexdigest()
