@@ -101,7 +101,7 @@ def write_images(directory: Path, videos: Sequence[InputFile]) -> None:
         paths = [directory / str(source.split) / f"{stem}-{number}.png" for number in range(each)]
         if not all(path.exists() for path in paths):
             try:
-                frames = list(iterate_frames(source.path, stride=9, most=each))
+                frames = list(iterate_frames(source.path, stride=9, max_frames=each))
             except InputError:
                 continue  # named by the preparation already
             for path, frame in zip(paths, frames, strict=False):

@@ -292,7 +292,7 @@ def draw_sheet(
         shown = [image for pair in examples[job.size] for image in pair]
         rows.append((job.name, [*shown, source, results[job.out], *truth]))
     truths = ["truth"] * (len(jobs[0].images) - 1)
-    write_sheet(path, [*titles, "source", "result", *truths], rows, given=len(titles))
+    write_sheet(path, [*titles, "source", "result", *truths], rows, context_columns=len(titles))
 
 
 def comparison(jobs: Sequence[Job], results: dict[Path, Tensor]) -> str:

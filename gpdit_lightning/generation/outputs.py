@@ -179,7 +179,7 @@ class Output:
         rows = {"generated": torch.stack([self._kept[moment] for moment in moments])}
         if len(self._context.ground_truth):
             rows["truth"] = self._given[[moment for moment in moments if moment < len(self._given)]]
-        write_strip(path, rows, context=len(self._context.pixels), moments=moments)
+        write_strip(path, rows, context=len(self._context.pixels), frame_numbers=moments)
 
     def _write_latents(self, path: Path) -> None:
         notes = {"fps": str(self._context.fps), "context_frames": str(len(self._context.pixels))}

@@ -1,1 +1,1 @@
-"""Pictures and videos: reading, resizing, writing."""
+"""Image and video files: reading, resizing, writing."""

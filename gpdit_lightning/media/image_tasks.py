@@ -1,4 +1,4 @@
-"""Image tasks of few-shot learning whose two pictures are both made from one (GPDiT, sections 5.1 and 5.4)."""
+"""Image tasks for few-shot learning that make source and target from one image (GPDiT, sections 5.1 and 5.4)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,36 +10,41 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 
-# ITU-R BT.601 luma in 16-bit fixed point, as Pillow has it.
+# ITU-R BT.601 luma in 16-bit fixed point, as in Pillow.
 LUMA_WEIGHTS = (19595, 38470, 7471)
-# Ours, since the paper gives none: a step between two even areas is an edge from 51 grayscale levels on, and from 26 on
-# where it continues such an edge (OpenCV's gradient is four times the step).
+# The paper gives none. OpenCV's gradient is four times the step between two uniform areas, so a step of at least 51
+# gray levels is an edge, and one of at least 26 levels is an edge where it continues a stronger one.
 CANNY_THRESHOLDS = (100, 200)
-# Ours: the standard deviation of the blur that a sketch divides by, as a fraction of the picture's shorter side.
+# Standard deviation of the blur that a sketch divides by, as a fraction of the image's shorter side.
 SKETCH_BLUR = 1 / 20
 
 
 @dataclass(frozen=True)
 class ImageTask:
-    """What is given, and what it shall become: two functions of one picture, uint8 (T, 3, H, W) to the same shape.
+    """The two functions that make source and target from one image.
 
-    They see pictures at the size at which these are encoded, and each frame by itself.
+    Both map uint8 (T, 3, H, W) to the same shape, each frame independently, after the image was scaled to the size at
+    which it is encoded.
+
+    Attributes:
+        name: the task's name in options.
+        source, target: the functions.
+        parameters: the constants that the functions use, to be recorded with the data.
     """
 
     name: str
     source: Callable[[Tensor], Tensor]
     target: Callable[[Tensor], Tensor]
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """The constants behind the functions, for the record."""
 
 
 def identity(pixels: Tensor) -> Tensor:
-    """The picture itself."""
+    """Return the image unchanged."""
     return pixels
 
 
 def grayscale(pixels: Tensor) -> Tensor:
-    """The luma (ITU-R BT.601) in all three channels: bit for bit the mode "L" of Pillow.
+    """Return the luma (ITU-R BT.601) in all three channels, bit-equal to Pillow's mode "L".
 
     Args:
         pixels: uint8 (T, 3, H, W), red first.
@@ -50,51 +55,51 @@ def grayscale(pixels: Tensor) -> Tensor:
 
 
 def edges(pixels: Tensor) -> Tensor:
-    """Canny edges of the luma, by OpenCV (the optional extra `edges`): white on black, one pixel wide.
+    """Return the Canny edges of the luma, white on black and one pixel wide.
 
     Args:
         pixels: uint8 (T, 3, H, W), red first.
 
     Raises:
-        InputError: OpenCV is missing.
+        InputError: OpenCV (the optional extra `edges`) is not installed.
     """
-    return _of_luma(pixels, lambda luma: _opencv().Canny(luma, *CANNY_THRESHOLDS))
+    return _apply_to_luma(pixels, lambda luma: _opencv().Canny(luma, *CANNY_THRESHOLDS))
 
 
 def sketch(pixels: Tensor) -> Tensor:
-    """A pencil drawing, by OpenCV (the extra `edges`): the luma divided by its Gaussian blur, white where both agree,
-    and black where all is black.
+    """Return a pencil sketch: the luma divided by its Gaussian blur.
 
-    Stands for the style transfers of the paper (section 5.1), which it does not define.
+    The result is white where both are equal, and black where both are 0. It replaces the style transfers of the paper
+    (section 5.1), which the paper does not define.
 
     Args:
         pixels: uint8 (T, 3, H, W), red first.
 
     Raises:
-        InputError: OpenCV is missing.
+        InputError: OpenCV (the optional extra `edges`) is not installed.
     """
     deviation = SKETCH_BLUR * min(pixels.shape[-2:])
 
-    def drawn(luma: np.ndarray) -> np.ndarray:
+    def divide_by_blur(luma: np.ndarray) -> np.ndarray:
         cv2 = _opencv()
         return cv2.divide(luma, cv2.GaussianBlur(luma, (0, 0), deviation), scale=255)
 
-    return _of_luma(pixels, drawn)
+    return _apply_to_luma(pixels, divide_by_blur)
 
 
-def _of_luma(pixels: Tensor, function: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    """What a function of the luma, uint8 (H, W) to the same, makes of each frame, in all three channels."""
-    made = [function(luma) for luma in grayscale(pixels)[:, 0].cpu().numpy()]
-    return torch.from_numpy(np.stack(made))[:, None].expand_as(pixels).contiguous().to(pixels.device)
+def _apply_to_luma(pixels: Tensor, function: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    """Apply a function of uint8 (H, W) to the luma of each frame, and return the result in all three channels."""
+    results = [function(luma) for luma in grayscale(pixels)[:, 0].cpu().numpy()]
+    return torch.from_numpy(np.stack(results))[:, None].expand_as(pixels).contiguous().to(pixels.device)
 
 
 def _opencv() -> Any:
-    """The module `cv2`, which is imported where it is needed only: an optional extra."""
+    """Import `cv2` on first use, since it is an optional dependency."""
     try:
         import cv2
     except ImportError as error:
         raise InputError(
-            f"OpenCV, which finds edges and draws sketches, cannot be imported ({error}): pip install -e '.[edges]'."
+            f"OpenCV, which the tasks edges and sketch need, cannot be imported ({error}): pip install -e '.[edges]'."
         ) from None
     return cv2
 
@@ -109,14 +114,14 @@ TASKS: dict[str, ImageTask] = {
         ImageTask("edges", identity, edges, _CANNY),
         ImageTask("edges_to_image", edges, identity, _CANNY),
         ImageTask("sketch", identity, sketch, {**_LUMA, "blur": SKETCH_BLUR}),
-        ImageTask("copy", identity, identity),  # no task, but what teaches a model to look back before it learns one
+        ImageTask("copy", identity, identity),  # trained before a task, it teaches a model to attend to earlier images
     )
 }
 
-# The task of pairs that are there already: depth, skeletons, styles, whatever has a picture for both sides.
+# For image pairs that already exist, such as images and their depth maps.
 EXISTING_PAIRS = ImageTask("pairs", identity, identity)
 
 
-def make_pair(task: ImageTask, picture: Tensor) -> tuple[Tensor, Tensor]:
-    """The source and the target that a task makes of a picture, uint8 (T, 3, H, W) each; raises as its functions do."""
-    return task.source(picture), task.target(picture)
+def make_pair(task: ImageTask, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the source and the target that a task makes from an image, uint8 (T, 3, H, W) each."""
+    return task.source(image), task.target(image)

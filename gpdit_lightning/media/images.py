@@ -1,4 +1,4 @@
-"""Pictures: reading, covering a size, borders, contact sheets."""
+"""Images: reading, scaling and cropping, borders, strips, sheets and GIFs."""
 
 import math
 import warnings
@@ -16,42 +16,42 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-# What a file may hold, whatever its name says. Pillow knows more, and would hand an EPS to Ghostscript.
+# The formats that are read, whatever the file's extension. Pillow reads more, but runs Ghostscript for EPS files.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
-# Of the borders around frames that were given and around those that were generated.
+# Border colours of context frames and of generated frames.
 CONTEXT_COLOUR, GENERATED_COLOUR = "silver", "orange"
 
 Size = tuple[int, int]
 
 
-def read_image(picture: str | Path | BinaryIO, name: str | None = None) -> Tensor:
-    """A picture as uint8 (1, 3, H, W), turned upright by its EXIF orientation; transparent parts become white.
+def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Tensor:
+    """Read an image as uint8 (1, 3, H, W), rotated by its EXIF orientation, with transparent areas in white.
 
-    Greys of 16 bits are scaled to 8; 0 stays black, and 65535 white.
+    16-bit grayscale is scaled to 8 bits, 65535 to 255.
 
     Args:
-        picture: a path, or an open file of bytes.
-        name: what an error calls the picture; not needed for a path.
+        file: a path or an open binary file.
+        name: the image's name in errors, for an open file.
 
     Raises:
-        InputError: when the file is missing or is no picture, has greys of 32 bits, or is too large for Pillow.
+        InputError: the file is missing, not an image, damaged, 32-bit grayscale, or too large for Pillow.
     """
-    name = name or str(picture)
+    name = name or str(file)
     try:
         with (
-            # Of pictures that are large and still read; Pillow refuses those of twice the size itself.
+            # Pillow warns about large images, and raises an error from twice that size on.
             warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
-            Image.open(picture, formats=IMAGE_FORMATS) as image,
+            Image.open(file, formats=IMAGE_FORMATS) as image,
         ):
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("I", "F"):
                 raise InputError(
-                    f"{name} has greys of 32 bits, of which nobody can tell which is black and which white: convert it "
-                    "to 8 or 16 bits, over their whole range."
+                    f"{name} is 32-bit grayscale, whose black and white levels are not defined: convert it to 8 or 16 "
+                    "bits, with black at 0 and white at the maximum."
                 )
             if upright.mode.startswith("I;16"):
-                upright = _of_eight_bits(upright)
+                upright = _to_8_bits(upright)
             if upright.has_transparency_data:
                 upright = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
@@ -60,29 +60,27 @@ def read_image(picture: str | Path | BinaryIO, name: str | None = None) -> Tenso
         raise
     except Image.DecompressionBombError as error:
         reason = str(error).partition(",")[0]
-        raise InputError(f"{name} is too large to be read safely ({reason}): scale it down.") from None
-    except (
-        Exception
-    ) as error:  # damaged files were seen to raise OSError, ValueError, SyntaxError, TypeError, struct.error
-        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise InputError(f"{name} is no readable picture ({reason}): replace or remove it.") from None
+        raise InputError(f"{name} is too large to read safely ({reason}): scale it down.") from None
+    except Exception as error:  # damaged files raise OSError, ValueError, SyntaxError, TypeError or struct.error
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise InputError(f"{name} is not a readable image ({reason}): replace or remove it.") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
 
 
-def _of_eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of 16-bit greys, scaled; exact where 8 bits were widened. Pillow itself would clip them at 255."""
-    greys = np.array(image).astype(np.int32)
-    scaled = ((greys + 128) // 257).astype(np.uint8)
-    scaled[greys == image.info.get("transparency", -1)] = 255  # the one grey that a PNG may declare transparent
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grayscale to 8 bits, the exact inverse of multiplying by 257. Pillow would clip values at 255."""
+    levels = np.array(image).astype(np.int32)
+    scaled = ((levels + 128) // 257).astype(np.uint8)
+    scaled[levels == image.info.get("transparency", -1)] = 255  # a PNG may declare one gray level transparent
     return Image.fromarray(scaled)
 
 
 def resize_and_crop(pixels: Tensor, size: Size) -> Tensor:
-    """Scale frames until they just cover `size`, aspect kept, and cut the centre out (GPDiT, section 5.1).
+    """Scale frames to cover `size`, keeping their aspect ratio, and crop the centre (GPDiT, section 5.1).
 
     Args:
         pixels: uint8 (T, 3, H, W).
-        size: height and width wanted.
+        size: height and width of the result.
 
     Returns:
         uint8 (T, 3, height, width).
@@ -97,10 +95,10 @@ def resize_and_crop(pixels: Tensor, size: Size) -> Tensor:
 
 
 def closest_size(height: int, width: int, sizes: Sequence[Size]) -> Size:
-    """The size whose aspect ratio is closest to height / width; of equally close ones, the first.
+    """Return the size whose aspect ratio is closest to height / width; the first of equally close ones.
 
     Raises:
-        InputError: when `sizes` is empty.
+        InputError: `sizes` is empty.
     """
     if not sizes:
         raise InputError("No sizes are configured: give at least one, such as 256x256.")
@@ -108,10 +106,10 @@ def closest_size(height: int, width: int, sizes: Sequence[Size]) -> Size:
 
 
 def parse_size(text: str) -> Size:
-    """ "192x320" as (height 192, width 320).
+    """Parse HEIGHTxWIDTH, such as "192x320".
 
     Raises:
-        InputError: for any other form.
+        InputError: the text has another form.
     """
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
@@ -120,18 +118,17 @@ def parse_size(text: str) -> Size:
 
 
 def with_border(pixels: Tensor, colour: str, border: int = 4) -> Tensor:
-    """Frames with a border of one colour over the pixels at their edges, such as `CONTEXT_COLOUR`.
+    """Return a copy of frames with a border drawn over their outermost pixels.
 
     Args:
         pixels: uint8 (..., 3, H, W).
-        colour: any name that Pillow knows.
-        border: its width in pixels.
+        colour: a colour name of Pillow.
+        border: width of the border in pixels.
 
     Returns:
-        uint8 (..., 3, H, W), a copy.
+        uint8 (..., 3, H, W).
     """
-    paint = pixels.new_tensor(ImageColor.getrgb(colour)).view(3, 1, 1)
-    result = paint.expand_as(pixels).clone()
+    result = pixels.new_tensor(ImageColor.getrgb(colour)).view(3, 1, 1).expand_as(pixels).clone()
     height, width = pixels.shape[-2:]
     inside = ..., slice(border, height - border), slice(border, width - border)
     result[inside] = pixels[inside]
@@ -139,61 +136,63 @@ def with_border(pixels: Tensor, colour: str, border: int = 4) -> Tensor:
 
 
 def strip_frame_numbers(frames: int, columns: int = 16) -> list[int]:
-    """The numbers of at most `columns` of so many frames, evenly spaced from the first to the last."""
-    return sorted({round(moment) for moment in np.linspace(0, frames - 1, min(columns, frames))})
+    """Return the numbers of at most `columns` of `frames` frames, evenly spaced from the first to the last."""
+    return sorted({round(position) for position in np.linspace(0, frames - 1, min(columns, frames))})
 
 
 def write_strip(
     path: str | Path,
     rows: Mapping[str, Tensor],
     columns: int = 16,
-    least_side: int = 96,
+    min_side: int = 96,
     context: int = 0,
-    moments: Sequence[int] | None = None,
+    frame_numbers: Sequence[int] | None = None,
 ) -> None:
-    """Write a PNG with one labelled row of frames for each video, for looking at samples side by side.
+    """Write a PNG with one labelled row of frames per video.
 
     Args:
         path: the file.
-        rows: label -> uint8 (T, 3, H, W); T may differ, a column is one moment in all rows.
-        columns: most frames shown, by the `strip_frame_numbers` of the longest video.
-        least_side: smaller frames are enlarged until their shorter side has this many pixels.
-        context: the first so many frames were given, not generated; the head says so.
-        moments: where only the frames to be shown were kept, their numbers in the video; then all are shown.
+        rows: label -> uint8 (T, 3, H, W); T may differ between rows. A column shows the same frame number in all rows.
+        columns: maximum number of frames shown, chosen by `strip_frame_numbers` from the longest video.
+        min_side: smaller frames are enlarged until their shorter side has this many pixels.
+        context: number of context frames at the beginning of the videos; their columns are titled "context".
+        frame_numbers: the numbers of the frames if `rows` hold only the frames to show; all of them are then shown.
 
     Raises:
-        InputError: when there is nothing to show, or a row has more frames than `moments` has numbers.
+        InputError: no rows, a row without frames, or a row with more frames than `frame_numbers`.
     """
     if not rows or any(len(frames) == 0 for frames in rows.values()):
         raise InputError(f"There are no frames to write to {path}: give every row at least one.")
     longest = max(len(frames) for frames in rows.values())
-    if moments is None:
-        moments = strip_frame_numbers(longest, columns)
-        rows = {label: frames[[moment for moment in moments if moment < len(frames)]] for label, frames in rows.items()}
-    elif len(moments) < longest:
-        raise InputError(f"{path} has a row of {longest} frames but {len(moments)} moments: give a number for each.")
-    titles = [f"context {moment}" if moment < context else str(moment) for moment in moments]
-    given = sum(moment < context for moment in moments)
-    write_sheet(path, titles, [(label, list(frames)) for label, frames in rows.items()], least_side, given)
+    if frame_numbers is None:
+        frame_numbers = strip_frame_numbers(longest, columns)
+        rows = {label: frames[[n for n in frame_numbers if n < len(frames)]] for label, frames in rows.items()}
+    elif len(frame_numbers) < longest:
+        raise InputError(
+            f"{path} has a row of {longest} frames but {len(frame_numbers)} frame numbers: give one per frame."
+        )
+    titles = [f"context {number}" if number < context else str(number) for number in frame_numbers]
+    context_columns = sum(number < context for number in frame_numbers)
+    write_sheet(path, titles, [(label, list(frames)) for label, frames in rows.items()], min_side, context_columns)
 
 
 def write_sheet(
     path: str | Path,
     titles: Sequence[str],
     rows: Sequence[tuple[str, Sequence[Tensor]]],
-    least_side: int = 96,
-    given: int = 0,
+    min_side: int = 96,
+    context_columns: int = 0,
 ) -> None:
-    """Write a PNG with pictures in rows and columns, each at the centre of its cell.
+    """Write a PNG with a grid of images, each centred in its cell.
 
     Args:
         path: the file.
-        titles: of the columns.
-        rows: each a label and its pictures, uint8 (3, H, W) of any size, at most one for each column.
-        least_side: smaller pictures are enlarged until their shorter side has this many pixels.
-        given: the first so many columns are titled in grey.
+        titles: titles of the columns.
+        rows: label and images of each row, uint8 (3, H, W) of any size, at most one per column.
+        min_side: smaller images are enlarged until their shorter side has this many pixels.
+        context_columns: number of columns, from the left, whose titles are gray.
     """
-    sizes = [_cell_size(picture, least_side) for _, pictures in rows for picture in pictures]
+    sizes = [_cell_size(image, min_side) for _, images in rows for image in images]
     cell_width, cell_height = max(width for width, _ in sizes), max(height for _, height in sizes)
     gap = 4
     font = ImageFont.load_default(size=14)
@@ -205,53 +204,54 @@ def write_sheet(
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         middle = label_width + column * (cell_width + gap) + cell_width / 2
-        draw.text((middle, head / 2), title, "gray" if column < given else "black", font, anchor="mm")
-    for row, (label, pictures) in enumerate(rows):
+        draw.text((middle, head / 2), title, "gray" if column < context_columns else "black", font, anchor="mm")
+    for row, (label, images) in enumerate(rows):
         top = head + row * (cell_height + gap)
         draw.text((gap, top + cell_height / 2), label, "black", font, anchor="lm")
-        for column, picture in enumerate(pictures):
-            width, height = _cell_size(picture, least_side)
+        for column, image in enumerate(images):
+            width, height = _cell_size(image, min_side)
             left = label_width + column * (cell_width + gap) + (cell_width - width) // 2
-            sheet.paste(_enlarged(picture, (width, height)), (left, top + (cell_height - height) // 2))
+            sheet.paste(_enlarged(image, (width, height)), (left, top + (cell_height - height) // 2))
     with atomic_write(Path(path)) as temporary:
         sheet.save(temporary, format="PNG")
 
 
 def write_animation(
-    path: str | Path, columns: Mapping[str, Tensor], fps: float, least_side: int = 96, context: int = 0
+    path: str | Path, columns: Mapping[str, Tensor], fps: float, min_side: int = 96, context: int = 0
 ) -> None:
-    """Write a GIF that repeats for ever: one labelled column for each of several versions of the same clips.
+    """Write an endless GIF with one labelled column per version of the same clips.
 
     Args:
         path: the file.
-        columns: label -> uint8 (B, T, 3, H, W), alike in shape; the clips stand one below the other.
-        fps: frames a second; a GIF knows hundredths of a second, and viewers show at most 50.
-        least_side: smaller frames are enlarged until their shorter side has this many pixels.
-        context: the first so many frames were given, not generated: a grey border, orange afterwards.
+        columns: label -> uint8 (B, T, 3, H, W), all of one shape; the clips of a column are stacked vertically.
+        fps: frames per second, at most 50, as viewers show no more. A GIF stores durations in hundredths of a second.
+        min_side: smaller frames are enlarged until their shorter side has this many pixels.
+        context: number of context frames at the beginning; their background is `CONTEXT_COLOUR`, that of the others
+            `GENERATED_COLOUR`.
 
     Raises:
-        InputError: when there is nothing to show.
+        InputError: no columns, or a column without clips or frames.
     """
     if not columns or any(0 in clips.shape for clips in columns.values()):
         raise InputError(f"There are no frames to write to {path}: give every column at least one clip.")
     first = next(iter(columns.values()))
-    cell_width, cell_height = _cell_size(first, least_side)
+    cell_width, cell_height = _cell_size(first, min_side)
     border, head = 6, 48
     page_size = border + len(columns) * (cell_width + border), head + len(first) * (cell_height + border)
     font = ImageFont.load_default(size=14)
 
     pages = []
-    for moment in range(first.shape[1]):
-        title, colour = ("context", CONTEXT_COLOUR) if moment < context else ("generated", GENERATED_COLOUR)
+    for number in range(first.shape[1]):
+        title, colour = ("context", CONTEXT_COLOUR) if number < context else ("generated", GENERATED_COLOUR)
         page = Image.new("RGB", page_size, "white")
         draw = ImageDraw.Draw(page)
         draw.rectangle((0, head - border, *page_size), colour)
-        draw.text((page.width / 2, head / 4 - border / 2), f"{title} {moment}", "black", font, anchor="mm")
+        draw.text((page.width / 2, head / 4 - border / 2), f"{title} {number}", "black", font, anchor="mm")
         for column, (label, clips) in enumerate(columns.items()):
             left = border + column * (cell_width + border)
             draw.text((left + cell_width / 2, head * 3 / 4 - border), label, "black", font, anchor="mm")
             for row, frames in enumerate(clips):
-                frame = _enlarged(frames[moment], (cell_width, cell_height))
+                frame = _enlarged(frames[number], (cell_width, cell_height))
                 page.paste(frame, (left, head + row * (cell_height + border)))
         pages.append(page)
     with atomic_write(Path(path)) as temporary:
@@ -260,13 +260,13 @@ def write_animation(
         )
 
 
-def _cell_size(frames: Tensor, least_side: int) -> tuple[int, int]:
-    """Width and height, in this order, at which frames (..., H, W) are shown."""
+def _cell_size(frames: Tensor, min_side: int) -> tuple[int, int]:
+    """Return the width and height, in this order, at which frames (..., H, W) are shown."""
     height, width = frames.shape[-2:]
-    enlarge = max(1.0, least_side / min(height, width))
-    return round(width * enlarge), round(height * enlarge)
+    scale = max(1.0, min_side / min(height, width))
+    return round(width * scale), round(height * scale)
 
 
 def _enlarged(frame: Tensor, cell_size: tuple[int, int]) -> Image.Image:
-    """A frame (3, H, W) as a picture of width and height `cell_size`."""
+    """Return a frame (3, H, W) as an image of width and height `cell_size`."""
     return Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()).resize(cell_size, Image.Resampling.BICUBIC)

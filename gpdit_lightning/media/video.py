@@ -1,4 +1,4 @@
-"""Videos: reading frame by frame, writing mp4 frame by frame, through PyAV; folders of frames."""
+"""Videos: reading files and folders of frames one frame at a time, and writing mp4 files (PyAV)."""
 
 import re
 from collections.abc import Iterator
@@ -25,121 +25,129 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a video before it is read."""
+    """Properties of a video from its header and first frame.
+
+    Attributes:
+        fps: frames per second.
+        height, width: of the frames after rotation.
+        frames: number of frames; None if the header lacks it.
+    """
 
     fps: Fraction
-    """Frames a second."""
     height: int
     width: int
     frames: int | None
-    """None where the file's header does not say."""
 
 
 def video_info(path: str | Path, threads: int = 0) -> VideoInfo:
-    """Read a video's header and first frame; the size is of upright frames.
+    """Read a video's header and first frame.
 
     Args:
         path: any video that FFmpeg reads, or a GIF.
-        threads: of the decoder; 0 leaves it to FFmpeg.
+        threads: decoder threads; 0 lets FFmpeg choose.
 
     Raises:
-        InputError: when the file is missing, no video, or empty.
+        InputError: the file is missing, not a video, or without frames or frame rate.
     """
-    with _opened(path, threads) as stream:
+    with _open_video_stream(path, threads) as stream:
         frame = next(stream.container.decode(stream), None)
         if frame is None:
-            raise InputError(f"{path} holds no frames: replace or remove it.")
+            raise InputError(f"{path} contains no frames: replace or remove it.")
         fps = stream.average_rate or stream.guessed_rate
         if not fps:
-            raise InputError(f"{path} does not say how many frames it has a second: convert it to mp4.")
-        height, width = _upright(frame, frame.width, frame.height).shape[1:]
+            raise InputError(f"{path} has no frame rate: convert it to mp4.")
+        height, width = _rgb_pixels(frame, frame.width, frame.height).shape[1:]
         return VideoInfo(Fraction(fps), height, width, stream.frames or None)
 
 
 def iterate_frames(
-    path: str | Path, start: int = 0, stride: int = 1, most: int | None = None, threads: int = 0
+    path: str | Path, start: int = 0, stride: int = 1, max_frames: int | None = None, threads: int = 0
 ) -> Iterator[Tensor]:
-    """The frames of a video, one in memory at a time.
+    """Read the frames of a video, with one of them in memory at a time.
 
     Args:
         path: any video that FFmpeg reads, or a GIF.
-        start: number of the first frame wanted.
-        stride: every stride-th frame from there on (GPDiT takes every third, section 5.1).
-        most: stop after this many; None for all.
-        threads: of the decoder; 0 leaves it to FFmpeg. What is left of a damaged video may depend on it.
+        start: number of the first frame to return, from 0.
+        stride: distance between the frames to return (GPDiT: 3, section 5.1).
+        max_frames: maximum number of frames to return; None for all.
+        threads: decoder threads; 0 lets FFmpeg choose. The frames that can be read from a damaged video may depend on
+            it.
 
     Yields:
-        uint8 RGB (3, H, W), upright. Frames that change size midway are scaled to the first one's.
+        uint8 RGB (3, H, W), with the video's rotation applied. Frames of another size are scaled to that of the first.
 
     Raises:
-        InputError: when the file is missing or no video; where it is broken midway, after the frames before that.
+        InputError: the file is missing or not a video, or it is damaged; then after the frames before the damage.
     """
-    with _opened(path, threads) as stream:
+    with _open_video_stream(path, threads) as stream:
         size: tuple[int, int] | None = None
-        for frame in _chosen(stream.container.decode(stream), start, stride, most):
+        for frame in _select(stream.container.decode(stream), start, stride, max_frames):
             size = size or (frame.width, frame.height)
-            yield _upright(frame, *size)
+            yield _rgb_pixels(frame, *size)
 
 
-def read_video(path: str | Path, start: int = 0, stride: int = 1, most: int | None = None) -> Tensor:
-    """Frames as one tensor, uint8 (T, 3, H, W); arguments and errors as for `iterate_frames`.
+def read_video(path: str | Path, start: int = 0, stride: int = 1, max_frames: int | None = None) -> Tensor:
+    """Read frames as one tensor, uint8 (T, 3, H, W); arguments and errors as for `iterate_frames`.
 
     Raises:
-        InputError: also when the range holds no frame.
+        InputError: also if there are no frames in the range.
     """
-    frames = list(iterate_frames(path, start, stride, most))
+    frames = list(iterate_frames(path, start, stride, max_frames))
     if not frames:
-        raise InputError(f"{path} has no frame from number {start} on: start earlier.")
+        raise InputError(f"{path} has no frames from number {start} on: start earlier.")
     return torch.stack(frames)
 
 
-def iterate_images(folder: str | Path, start: int = 0, stride: int = 1, most: int | None = None) -> Iterator[Tensor]:
-    """The pictures in a folder as the frames of a video, one in memory at a time; arguments as for `iterate_frames`.
+def iterate_images(
+    folder: str | Path, start: int = 0, stride: int = 1, max_frames: int | None = None
+) -> Iterator[Tensor]:
+    """Read the images of a folder, sorted by `natural_sort_key`, as the frames of a video.
 
-    They come in `natural_sort_key`; hidden files and other files are ignored.
+    One image is in memory at a time. Hidden files and files that are not images are ignored. Arguments as for
+    `iterate_frames`.
 
     Yields:
-        uint8 RGB (3, H, W), upright.
+        uint8 RGB (3, H, W), with EXIF rotation applied.
 
     Raises:
-        InputError: when the folder holds no pictures, or where one is broken or of another size than the first.
+        InputError: the folder contains no images, or an image is damaged or differs from the first in size.
     """
     paths = [path for path in Path(folder).glob("[!.]*") if path.suffix.lower() in IMAGE_EXTENSIONS]
     if not paths:
-        raise InputError(f"{folder} holds no images: give a folder with {', '.join(IMAGE_EXTENSIONS)} files.")
+        raise InputError(f"{folder} contains no images: give a folder with {', '.join(IMAGE_EXTENSIONS)} files.")
     first: tuple[Path, torch.Size] | None = None
-    for path in _chosen(iter(sorted(paths, key=natural_sort_key)), start, stride, most):
+    for path in _select(iter(sorted(paths, key=natural_sort_key)), start, stride, max_frames):
         frame = read_image(path)[0]
         first = first or (path, frame.shape)
         if frame.shape != first[1]:
             raise InputError(
                 f"{path} has {frame.shape[1]}x{frame.shape[2]} pixels and {first[0]} {first[1][1]}x{first[1][2]}: "
-                f"scale the frames of a video to one size."
+                "scale the frames of a video to one size."
             )
         yield frame
 
 
 def natural_sort_key(path: Path) -> tuple[list[str | int], str]:
-    """The key that sorts files by the numbers in their names: frame_2 before frame_10."""
-    parts = re.split(r"(\d+)", path.name)  # text and digits by turns, so that like meets like
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], path.name
+    """Return a key that sorts files by the numbers in their names: frame_2 before frame_10."""
+    parts = re.split(r"(\d+)", path.name)  # text and digits alternate, so that text is compared with text
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], path.name
 
 
 class VideoWriter:
-    """Writes an mp4 (H.264, 4:2:0, near lossless) as its frames come, whole or not at all.
+    """Context manager that writes frames to an mp4 file (H.264, 4:2:0, nearly lossless) in constant memory.
 
         with VideoWriter("long.mp4", fps=8) as video:
             for pixels in pieces:
                 video.write(pixels)
 
-    The file is there when the block has ended well; where the block raises, an older one stays. Memory does not grow.
+    The file appears, or replaces an existing one, when the block ends without an exception.
 
     Args:
-        path: the file; an older one is replaced.
-        fps: frames a second.
+        path: the file.
+        fps: frames per second.
 
     Raises:
-        InputError: at the end of the block, when no frame was written.
+        InputError: at the end of the block, if no frames were written.
     """
 
     def __init__(self, path: str | Path, fps: Fraction | float) -> None:
@@ -148,7 +156,7 @@ class VideoWriter:
         self._stream: av.VideoStream | None = None
 
     def __enter__(self) -> Self:
-        self._file = self._written()
+        self._file = self._writing()
         self._file.__enter__()
         return self
 
@@ -158,85 +166,86 @@ class VideoWriter:
         return self._file.__exit__(kind, error, traceback)
 
     def write(self, pixels: Tensor) -> None:
-        """Add frames.
+        """Append frames.
 
         Args:
-            pixels: uint8 (T, 3, H, W), T >= 0; H and W even, as 4:2:0 stores one colour for 2x2 pixels, and the same
-                in all calls.
+            pixels: uint8 (T, 3, H, W), T >= 0. H and W are the same in all calls, and even, since 4:2:0 stores one
+                colour per 2x2 pixels.
 
         Raises:
-            InputError: for anything else.
+            InputError: another data type or shape.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise InputError(
-                f"The video for {self._path} is {pixels.dtype} {tuple(pixels.shape)} where uint8 (T, 3, H, W) belongs: "
-                f"convert it."
+                f"The frames for {self._path} are {pixels.dtype} {tuple(pixels.shape)}, not uint8 (T, 3, H, W): "
+                "convert them."
             )
         if len(pixels) == 0:
             return
         height, width = pixels.shape[2:]
         if height % 2 or width % 2:
             raise InputError(
-                f"The video for {self._path} is {height}x{width} and mp4 needs even sides: crop one row or column."
+                f"The frames for {self._path} are {height}x{width} and mp4 needs even sides: crop one row or column."
             )
         if self._stream is None:
             self._stream = self._container.add_stream("libx264", self._rate, options={"crf": "12"})
             self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         if (self._stream.height, self._stream.width) != (height, width):
             raise InputError(
-                f"The video for {self._path} is {self._stream.height}x{self._stream.width} and goes on with "
-                f"{height}x{width}: give all its frames one size."
+                f"The frames for {self._path} are {self._stream.height}x{self._stream.width} and later ones "
+                f"{height}x{width}: give all of them one size."
             )
-        # Contiguous, and converted before the encoder sees it: where PyAV 18.1 does either by itself, every second file
-        # differs by a few levels from run to run; so, hardly any.
+        # PyAV 18.1 would make frames contiguous and convert them itself, but then every second file differs by a few
+        # levels from run to run. With both done here, hardly any does.
         for image in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy():
             frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
             self._container.mux(self._stream.encode(frame))
 
     @contextmanager
-    def _written(self) -> Iterator[None]:
-        """The file during the block, and what the encoder still holds at its end."""
+    def _writing(self) -> Iterator[None]:
+        """Open the file for the block, and write the encoder's remaining frames at its end."""
         with atomic_write(self._path) as temporary, av.open(str(temporary), "w", format="mp4") as self._container:
             yield
             if self._stream is None:
-                raise InputError(f"The video for {self._path} has no frames: give it at least one frame.")
+                raise InputError(f"There are no frames for {self._path}: write at least one.")
             self._container.mux(self._stream.encode())
 
 
 def write_video(path: str | Path, pixels: Tensor, fps: Fraction | float) -> None:
-    """Write frames (T, 3, H, W) that are all there; arguments and errors as for `VideoWriter`."""
+    """Write frames (T, 3, H, W) to an mp4 file; arguments and errors as for `VideoWriter`."""
     with VideoWriter(path, fps) as video:
         video.write(pixels)
 
 
-def _chosen(frames: Iterator[T], start: int, stride: int, most: int | None) -> Iterator[T]:
-    """The frames that `start`, `stride` and `most` name; `InputError` where they name none."""
-    if start < 0 or stride < 1 or (most is not None and most < 0):
+def _select(frames: Iterator[T], start: int, stride: int, max_frames: int | None) -> Iterator[T]:
+    """Return the frames in a range; raises `InputError` if the range is invalid."""
+    if start < 0 or stride < 1 or (max_frames is not None and max_frames < 0):
         raise InputError(
-            f"start {start}, stride {stride}, most {most} is no range of frames: count from 0, by 1 or more."
+            f"start {start}, stride {stride}, max_frames {max_frames} is not a range of frames: give a start and "
+            "max_frames of at least 0, and a stride of at least 1."
         )
-    return islice(frames, start, None if most is None else start + most * stride, stride)
+    return islice(frames, start, None if max_frames is None else start + max_frames * stride, stride)
 
 
 @contextmanager
-def _opened(path: str | Path, threads: int) -> Iterator["av.VideoStream"]:
-    """The first video stream of a file; whatever FFmpeg finds wrong, while open, becomes an `InputError`."""
+def _open_video_stream(path: str | Path, threads: int) -> Iterator["av.VideoStream"]:
+    """Open the first video stream of a file; FFmpeg's errors inside the block become `InputError`."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist: give the path of a video.")
     try:
         with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
-                raise InputError(f"{path} holds no video: replace or remove it.")
+                raise InputError(f"{path} contains no video: replace or remove it.")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            if stream.codec_context is not None:  # as of an mp4 that was cut off
+            if stream.codec_context is not None:  # None for a truncated mp4
                 stream.codec_context.thread_count = threads
             yield stream
     except (av.FFmpegError, OSError) as error:
-        raise InputError(f"{path} is no readable video ({error.strerror or error}): replace or remove it.") from None
+        raise InputError(f"{path} is not a readable video ({error.strerror or error}): replace or remove it.") from None
 
 
-def _upright(frame: "av.VideoFrame", width: int, height: int) -> Tensor:
-    """A decoded frame, scaled to width and height, then turned as its rotation says: uint8 (3, H, W)."""
+def _rgb_pixels(frame: "av.VideoFrame", width: int, height: int) -> Tensor:
+    """Scale a decoded frame, then apply its rotation: uint8 RGB (3, H, W)."""
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height)).permute(2, 0, 1)
     return pixels.rot90(round(frame.rotation / 90), (1, 2)).contiguous()

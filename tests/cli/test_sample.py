@@ -228,7 +228,7 @@ def other_codec(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--context_frames=4", ["4 pixel frames", "take 1 or 5"]),
         ("--context_frames=0", ["0 pixel frames", "take 1 or 5"]),
         ("--context nowhere.mp4", ["nowhere.mp4 does not exist"]),
-        ("--context latents/manifest.json", ["manifest.json is no readable video"]),
+        ("--context latents/manifest.json", ["manifest.json is not a readable video"]),
         ("--checkpoint nowhere", ["no checkpoint at nowhere"]),
         ("--start=99", ["99 is behind the end"]),
         ("--size=40x40", ["40x40", "trained on 32x32"]),

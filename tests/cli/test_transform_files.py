@@ -269,7 +269,7 @@ def test_what_may_do_harm_is_said(place: Path, tmp_path: Path, caplog: pytest.Lo
         (["--examples=PLACE/lonely"], ["source/2.png has no counterpart named 2"]),
         (["--examples=PLACE/left_over"], ["target/2.png has no counterpart named 2"]),
         (["--examples=PLACE/unequal"], ["target/1.png is 40x60", "source/1.png is 40x64"]),
-        (["--source", "PLACE/sources/a.png", "PLACE/broken/x.png"], ["x.png is no readable picture"]),
+        (["--source", "PLACE/sources/a.png", "PLACE/broken/x.png"], ["x.png is not a readable image"]),
         (["--source", "PLACE/nowhere.png"], ["nowhere.png does not exist"]),
         (["--source", "PLACE/shards"], ["shards has no images"]),
         (["--source", "PLACE/sources", "--out=OUT/out.png"], ["out.png is one file for 4 sources"]),

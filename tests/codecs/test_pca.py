@@ -133,7 +133,7 @@ def test_real_videos_are_rebuilt(codec: PcaCodec) -> None:
     if not UCF.is_dir():
         pytest.skip(f"needs the test videos in {UCF}")
     paths = sorted(path for path in UCF.rglob("*") if path.suffix in (".avi", ".mp4"))[::18]
-    clips = [resize_and_crop(read_video(path, most=17), (128, 128)) for path in paths]
+    clips = [resize_and_crop(read_video(path, max_frames=17), (128, 128)) for path in paths]
     assert psnr(codec, clips) > 26
 
 

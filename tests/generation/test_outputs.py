@@ -115,7 +115,7 @@ def test_a_strip_shows_what_there_is(tmp_path: Path) -> None:
     with Output(tmp_path / "v", ["png"], context_of([30], truth=[7]), frames=30) as output:  # every second frame
         output.write(grey([31, 32, 33]))
     rows = {"generated": grey([30, 32]), "truth": grey([30])}
-    write_strip(tmp_path / "expected.png", rows, context=1, moments=[0, 2])
+    write_strip(tmp_path / "expected.png", rows, context=1, frame_numbers=[0, 2])
     assert (tmp_path / "v.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
@@ -196,7 +196,7 @@ def test_an_error_leaves_the_older_files(tmp_path: Path) -> None:
             output.write(grey([2, 3]), latents_of(0, 2))
             output.write(grey([4, 5], size=(16, 16)), latents_of(2, 1))
 
-    with pytest.raises(InputError, match="goes on with 16x16"):
+    with pytest.raises(InputError, match="later ones 16x16"):
         fail()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {f"v.{name}": "older" for name in FORMATS}
 

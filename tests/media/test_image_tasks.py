@@ -1,4 +1,4 @@
-"""The built-in image tasks, against Pillow and pictures whose edges can be told by hand."""
+"""The built-in image tasks, compared with Pillow, float64 convolutions and images with known edges."""
 
 import sys
 
@@ -18,11 +18,11 @@ def noise(*shape: int) -> Tensor:
 
 
 def step(height: int, rows: int = 12) -> Tensor:
-    """Grey 100 on the left, brighter by `height` levels from column 8 on: (1, 3, rows, 16)."""
+    """Gray level 100, and 100 + `height` from column 8 on: (1, 3, rows, 16)."""
     return (100 + height * (torch.arange(16) >= 8)).to(torch.uint8).expand(1, 3, rows, 16).contiguous()
 
 
-def test_grey_is_what_pillow_calls_l() -> None:
+def test_grayscale_is_bit_equal_to_pillow() -> None:
     pixels = noise(2, 3, 64, 96)
     for frame, result in zip(pixels, grayscale(pixels), strict=True):
         expected = np.array(Image.fromarray(frame.permute(1, 2, 0).numpy()).convert("L"))
@@ -30,7 +30,7 @@ def test_grey_is_what_pillow_calls_l() -> None:
     assert torch.equal(grayscale(grayscale(pixels)), grayscale(pixels))
 
 
-def test_a_step_is_one_white_line_on_black() -> None:
+def test_edge_of_a_step_is_one_white_line() -> None:
     for height in (51, 150):
         found = edges(step(height))
         assert found.dtype == torch.uint8
@@ -42,8 +42,8 @@ def test_a_step_is_one_white_line_on_black() -> None:
         assert (found == 255).sum() == 3 * 12
 
 
-def test_faint_steps_are_edges_only_where_they_continue_strong_ones() -> None:
-    """Of 26 levels at least, as the gradient is four times the step and the thresholds are 100 and 200."""
+def test_weak_steps_are_edges_only_if_they_continue_strong_ones() -> None:
+    """A weak step has at least 26 levels, since the gradient is four times the step and the lower threshold is 100."""
     assert not edges(step(50)).any()
     assert not edges(step(0)).any()
     for height, rows in ((50, 24), (20, 12)):
@@ -52,39 +52,39 @@ def test_faint_steps_are_edges_only_where_they_continue_strong_ones() -> None:
         assert not found[rows + 2 :].any()
 
 
-def test_a_sketch_is_the_luma_over_its_blur() -> None:
-    """Against a convolution in float64; what is even becomes white, and black stays black."""
-    picture = torch.cat((noise(1, 3, 40, 8).repeat_interleave(8, dim=3), noise(1, 3, 40, 64)), dim=3)
-    luma = grayscale(picture)[0, 0].double()
+def test_sketch_is_luma_divided_by_its_blur() -> None:
+    """Compared with a float64 convolution; uniform areas become white, and black stays black."""
+    image = torch.cat((noise(1, 3, 40, 8).repeat_interleave(8, dim=3), noise(1, 3, 40, 64)), dim=3)
+    luma = grayscale(image)[0, 0].double()
     deviation = SKETCH_BLUR * 40
     reach = round(3 * deviation)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1).double() / deviation) ** 2)
     kernel /= kernel.sum()
     padded = functional.pad(luma[None, None], [reach] * 4, mode="reflect")
     blurred = functional.conv2d(functional.conv2d(padded, kernel[None, None, :, None]), kernel[None, None, None])[0, 0]
-    drawn = sketch(picture)
+    drawn = sketch(image)
     assert drawn.dtype == torch.uint8
-    assert drawn.shape == picture.shape
+    assert drawn.shape == image.shape
     assert torch.equal(drawn, drawn[:, :1].expand_as(drawn))
-    # The blur is rounded to whole levels first, of which a dark one counts more.
-    slack = 1 + 255 * luma / blurred**2
-    assert ((drawn[0, 0] - (255 * luma / blurred).clamp(max=255)).abs() <= slack).all()
+    # OpenCV rounds the blur to whole levels, which changes the quotient more where the blur is dark.
+    tolerance = 1 + 255 * luma / blurred**2
+    assert ((drawn[0, 0] - (255 * luma / blurred).clamp(max=255)).abs() <= tolerance).all()
     assert drawn.float().std() > 30
     assert (sketch(step(0)) == 255).all()
     assert not sketch(torch.zeros_like(step(0))).any()
 
 
-def test_a_task_and_its_way_back_swap_the_sides() -> None:
-    picture = noise(1, 3, 16, 24)
-    for task, back, made in (("grayscale", "colourisation", grayscale), ("edges", "edges_to_image", edges)):
-        source, target = make_pair(TASKS[task], picture)
-        assert torch.equal(source, picture)
-        assert torch.equal(target, made(picture))
-        assert all(map(torch.equal, make_pair(TASKS[back], picture), (target, source)))
+def test_inverse_task_swaps_source_and_target() -> None:
+    image = noise(1, 3, 16, 24)
+    for task, inverse, function in (("grayscale", "colourisation", grayscale), ("edges", "edges_to_image", edges)):
+        source, target = make_pair(TASKS[task], image)
+        assert torch.equal(source, image)
+        assert torch.equal(target, function(image))
+        assert all(map(torch.equal, make_pair(TASKS[inverse], image), (target, source)))
     assert all(name == task.name for name, task in TASKS.items())
 
 
-def test_without_opencv_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_opencv_is_reported_with_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     for task in (edges, sketch):
         with pytest.raises(InputError, match=r"OpenCV.* cannot be imported .*: pip install -e '\.\[edges\]'\.$"):

@@ -23,22 +23,23 @@ from gpdit_lightning.media.images import (
 PAPER_SIZES = [(256, 256), (192, 320), (320, 192)]
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "expected"),
-    [(99, 99, (256, 256)), (240, 320, (192, 320)), (320, 240, (320, 192)), (9, 16, (192, 320)), (9, 11, (256, 256))],
-)
-def test_the_closest_aspect_is_chosen(height: int, width: int, expected: tuple[int, int]) -> None:
-    assert closest_size(height, width, PAPER_SIZES) == expected
-
-
-def test_a_tie_goes_to_the_first() -> None:
+def test_closest_size_is_chosen_by_aspect_and_ties_by_order() -> None:
+    cases = {
+        (99, 99): (256, 256),
+        (240, 320): (192, 320),
+        (320, 240): (320, 192),
+        (9, 16): (192, 320),
+        (9, 11): (256, 256),
+    }
+    for (height, width), expected in cases.items():
+        assert closest_size(height, width, PAPER_SIZES) == expected
     assert closest_size(100, 100, [(192, 320), (320, 192)]) == (192, 320)
     assert closest_size(100, 100, [(320, 192), (192, 320)]) == (320, 192)
     with pytest.raises(InputError, match="No sizes"):
         closest_size(1, 1, [])
 
 
-def test_sizes_are_height_then_width() -> None:
+def test_parse_size() -> None:
     assert parse_size("192x320") == (192, 320)
     for text in ("192", "192x", "0x8", "ax8", "8x8x8"):
         with pytest.raises(InputError, match="HEIGHTxWIDTH"):
@@ -46,28 +47,28 @@ def test_sizes_are_height_then_width() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40), (17, 33), (64, 64), (16, 24)])
-def test_the_crop_is_the_scaled_centre(height: int, width: int) -> None:
-    # Grey rises by 2 a pixel to the right, so a crop's columns say where it was cut and how it was scaled.
+def test_crop_is_the_scaled_centre(height: int, width: int) -> None:
+    # The gray level rises by 2 per pixel to the right, so a column's level shows where it comes from.
     pixels = (torch.arange(width) * 2).to(torch.uint8).expand(2, 3, height, width).contiguous()
     result = resize_and_crop(pixels, (16, 24))
     assert result.shape == (2, 3, 16, 24)
     scale = max(16 / height, 24 / width)
     columns = result[0, 0, 8].float()
-    assert columns.mean().item() == pytest.approx(width - 1, abs=2 / scale)  # the middle stays the middle
+    assert columns.mean().item() == pytest.approx(width - 1, abs=2 / scale)  # the crop is centred
     slopes = (columns[20] - columns[3]) / 17
     assert slopes.item() == pytest.approx(2 / scale, rel=0.1)
 
 
-def test_shrinking_is_antialiased() -> None:
+def test_downscaling_is_antialiased() -> None:
     stripes = (torch.arange(64) % 2 * 255).to(torch.uint8).expand(1, 3, 64, 64).contiguous()
     assert resize_and_crop(stripes, (16, 16))[..., 4:12].float().sub(127.5).abs().max() < 20
 
 
-def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     pixels = np.zeros((20, 30, 3), np.uint8)
     pixels[:10, :10] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
+    exif[0x0112] = 6  # rotate clockwise
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     image = read_image(tmp_path / "a.png")
     assert image.shape == (1, 3, 30, 20)
@@ -75,17 +76,17 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
     assert image[0, 0, 0, 0] == 0
 
 
-def test_grey_palette_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
+def test_grayscale_and_transparent_images_become_rgb(tmp_path: Path) -> None:
     Image.new("L", (8, 8), 77).save(tmp_path / "grey.png")
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert read_image(tmp_path / "grey.png")[0, :, 0, 0].tolist() == [77, 77, 77]
     assert read_image(tmp_path / "clear.png")[0, :, 0, 0].tolist() == [255, 255, 255]
 
 
-def test_greys_of_16_bits_are_scaled_and_those_of_32_bits_refused(tmp_path: Path) -> None:
-    """Whatever the file: both orders of bytes, turned by EXIF, and with a grey that is transparent."""
-    greys = np.array([[0, 257, 1000, 32768], [40000, 65278, 65407, 65535]], np.uint16)
-    expected = np.rint(greys / 257)
+def test_16_bit_grayscale_is_scaled_and_32_bit_refused(tmp_path: Path) -> None:
+    """In PNG and TIFF, in both byte orders, with EXIF rotation, and with a transparent gray level."""
+    levels = np.array([[0, 257, 1000, 32768], [40000, 65278, 65407, 65535]], np.uint16)
+    expected = np.rint(levels / 257)
     exif = Image.Exif()
     exif[0x0112] = 6
     for name, order, options in (
@@ -96,7 +97,7 @@ def test_greys_of_16_bits_are_scaled_and_those_of_32_bits_refused(tmp_path: Path
         ("turned.tif", "<", {"exif": exif, "compression": "tiff_lzw"}),
     ):
         mode = "I;16B" if order == ">" else "I;16"
-        Image.frombytes(mode, (4, 2), greys.astype(f"{order}u2").tobytes()).save(tmp_path / name, **options)
+        Image.frombytes(mode, (4, 2), levels.astype(f"{order}u2").tobytes()).save(tmp_path / name, **options)
         wanted = np.rot90(expected, -1) if options else expected
         for channel in read_image(tmp_path / name)[0]:
             assert np.array_equal(channel, wanted)
@@ -105,50 +106,45 @@ def test_greys_of_16_bits_are_scaled_and_those_of_32_bits_refused(tmp_path: Path
     exact[5] = 255
     assert np.array_equal(read_image(tmp_path / "wide.png")[0, 2, 0], exact)
     for kind in (np.int32, np.float32):
-        Image.fromarray(greys.astype(kind)).save(tmp_path / "deep.tif")
-        with pytest.raises(InputError, match=r"deep\.tif has greys of 32 bits.*: convert it to 8 or 16 bits"):
+        Image.fromarray(levels.astype(kind)).save(tmp_path / "deep.tif")
+        with pytest.raises(InputError, match=r"deep\.tif is 32-bit grayscale.*: convert it to 8 or 16 bits"):
             read_image(tmp_path / "deep.tif")
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_picture_that_is_too_large_shall_be_scaled_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_image_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("L", (8, 6), 77).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     assert (read_image(tmp_path / "a.png") == 77).all()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-    with pytest.raises(InputError, match=r"a\.png is too large to be read safely \(Image size .*\): scale it down"):
+    with pytest.raises(InputError, match=r"a\.png is too large to read safely \(Image size .*\): scale it down"):
         read_image(tmp_path / "a.png")
 
 
-def test_a_broken_picture_is_named(tmp_path: Path) -> None:
+def test_unreadable_image_is_named(tmp_path: Path) -> None:
     Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
-    (tmp_path / "text.jpg").write_text("no picture")
-    for name in ("cut.png", "text.jpg", "absent.png"):
-        with pytest.raises(InputError, match=f"{name} is no readable picture"):
+    (tmp_path / "text.jpg").write_text("not an image")
+    Image.new("L", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "eps.jpg")  # for which Pillow would run Ghostscript
+    for name, reason in (("cut.png", ""), ("text.jpg", "unknown format"), ("absent.png", ""), ("eps.jpg", "unknown f")):
+        with pytest.raises(InputError, match=rf"{name} is not a readable image \({reason}"):
             read_image(tmp_path / name)
 
 
-def test_a_picture_is_read_from_memory_too(tmp_path: Path) -> None:
+def test_image_is_read_from_an_open_file(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.effect_noise((24, 16), 50).save(tmp_path / "a.jpg", exif=exif)
     content = (tmp_path / "a.jpg").read_bytes()
     assert torch.equal(read_image(io.BytesIO(content)), read_image(tmp_path / "a.jpg"))
-    with pytest.raises(InputError, match=r"^a\.jpg of b\.tar is no readable picture \(.*truncated.*\): replace"):
+    with pytest.raises(InputError, match=r"^a\.jpg of b\.tar is not a readable image \(.*truncated.*\): replace"):
         read_image(io.BytesIO(content[:-50]), "a.jpg of b.tar")
-    with pytest.raises(InputError, match=r"^c\.jpg is no readable picture \(of no known format\): replace"):
+    with pytest.raises(InputError, match=r"^c\.jpg is not a readable image \(unknown format\): replace"):
         read_image(io.BytesIO(b"text"), "c.jpg")
 
 
-def test_no_format_is_read_for_which_pillow_starts_a_program(tmp_path: Path) -> None:
-    Image.new("L", (8, 8)).save(tmp_path / "a.eps")
-    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
-    with pytest.raises(InputError, match=r"a\.jpg is no readable picture \(of no known format\)"):
-        read_image(tmp_path / "a.jpg")
-
-
-def test_a_strip_shows_every_row_enlarged(tmp_path: Path) -> None:
+def test_strip_shows_every_row_enlarged(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     videos = {
         "context": torch.full((2, 3, 16, 16), 200, dtype=torch.uint8),
@@ -159,7 +155,7 @@ def test_a_strip_shows_every_row_enlarged(tmp_path: Path) -> None:
         pixels = np.array(sheet)
     assert pixels.shape[0] >= 2 * 96
     assert pixels.shape[1] >= 5 * 96
-    # The first row has two frames: a third of its stretch is grey, the rest of it paper.
+    # The first row has two frames; the rest of it is white.
     row = pixels[24 + 48]
     assert (row == 200).all(axis=-1).sum() == 2 * 96
     assert (pixels[:, :60] < 100).any()  # the labels
@@ -167,32 +163,32 @@ def test_a_strip_shows_every_row_enlarged(tmp_path: Path) -> None:
         write_strip(tmp_path / "none.png", {})
 
 
-def test_a_long_video_is_thinned_to_its_columns(tmp_path: Path) -> None:
+def test_strip_of_a_long_video_has_at_most_the_given_columns(tmp_path: Path) -> None:
     write_strip(tmp_path / "strip.png", {"long": torch.zeros(100, 3, 96, 96, dtype=torch.uint8)}, columns=4)
     with Image.open(tmp_path / "strip.png") as sheet:
         assert 4 * 96 < sheet.width < 6 * 96
 
 
-def test_the_moments_of_a_strip_are_even_from_the_first_to_the_last() -> None:
+def test_strip_frame_numbers_are_evenly_spaced() -> None:
     assert strip_frame_numbers(100, 4) == [0, 33, 66, 99]
     assert strip_frame_numbers(3, 4) == [0, 1, 2]
     assert strip_frame_numbers(1000, 1) == [0]
     assert strip_frame_numbers(17) == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16]
 
 
-def test_kept_frames_make_the_strip_of_the_whole_video(tmp_path: Path) -> None:
+def test_strip_of_selected_frames_equals_that_of_the_whole_video(tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (50, 3, 96, 96), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    moments = strip_frame_numbers(50, 5)
-    whole, kept = {"long": pixels, "short": pixels[:30]}, {"long": pixels[moments], "short": pixels[[0, 12, 24]]}
+    shown = strip_frame_numbers(50, 5)
+    whole, kept = {"long": pixels, "short": pixels[:30]}, {"long": pixels[shown], "short": pixels[[0, 12, 24]]}
     write_strip(tmp_path / "whole.png", whole, columns=5, context=13)
-    write_strip(tmp_path / "kept.png", kept, columns=2, context=13, moments=moments)
-    assert moments[:3] == [0, 12, 24]
+    write_strip(tmp_path / "kept.png", kept, columns=2, context=13, frame_numbers=shown)
+    assert shown[:3] == [0, 12, 24]
     assert (tmp_path / "kept.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
-    with pytest.raises(InputError, match=r"none\.png has a row of 5 frames but 4 moments"):
-        write_strip(tmp_path / "none.png", kept, moments=moments[:4])
+    with pytest.raises(InputError, match=r"none\.png has a row of 5 frames but 4 frame numbers"):
+        write_strip(tmp_path / "none.png", kept, frame_numbers=shown[:4])
 
 
-def test_a_frame_covers_the_edges_alone() -> None:
+def test_border_covers_only_the_edges() -> None:
     pixels = torch.randint(0, 256, (2, 5, 3, 16, 24), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     before = pixels.clone()
     result = with_border(pixels, "orange", border=3)
@@ -207,29 +203,29 @@ def test_a_frame_covers_the_edges_alone() -> None:
     assert CONTEXT_COLOUR != GENERATED_COLOUR
 
 
-def test_an_animation_shows_all_frames_of_all_clips_and_marks_the_context(tmp_path: Path) -> None:
+def test_animation_shows_all_frames_and_marks_the_context(tmp_path: Path) -> None:
     left = (torch.arange(2 * 4).view(2, 4, 1, 1, 1) * 10).expand(2, 4, 3, 16, 16).to(torch.uint8)
     right = 200 - left
     write_animation(tmp_path / "a.gif", {"prediction": left, "truth": right}, fps=25 / 3, context=2)
     with Image.open(tmp_path / "a.gif") as animation:
         assert animation.n_frames == 4  # type: ignore[attr-defined]
-        assert animation.info["loop"] == 0  # for ever
-        for moment in range(4):
-            animation.seek(moment)
+        assert animation.info["loop"] == 0  # endless
+        for number in range(4):
+            animation.seek(number)
             assert animation.info["duration"] == 120
             page = np.array(animation.convert("RGB")).astype(int)
             border, below = page[-3, 100], page[-6 - 48]  # the middle of the lower row
-            assert np.abs(below[50] - (4 + moment) * 10).max() <= 2
-            assert np.abs(below[150] - (200 - (4 + moment) * 10)).max() <= 2
-            assert np.abs(page[-12 - 96 - 48, 50] - moment * 10).max() <= 2
+            assert np.abs(below[50] - (4 + number) * 10).max() <= 2
+            assert np.abs(below[150] - (200 - (4 + number) * 10)).max() <= 2
+            assert np.abs(page[-12 - 96 - 48, 50] - number * 10).max() <= 2
             is_grey = np.ptp(border) < 5
-            assert is_grey == (moment < 2)
+            assert is_grey == (number < 2)
             assert (page[:40] < 100).any()  # the labels
     with pytest.raises(InputError, match="no frames"):
         write_animation(tmp_path / "none.gif", {"prediction": left[:, :0]}, fps=8)
 
 
-def test_large_frames_are_animated_as_they_are(tmp_path: Path) -> None:
+def test_animation_does_not_enlarge_large_frames(tmp_path: Path) -> None:
     clips = torch.zeros(1, 2, 3, 120, 200, dtype=torch.uint8)
     write_animation(tmp_path / "a.gif", {"prediction": clips}, fps=8, context=1)
     with Image.open(tmp_path / "a.gif") as animation:

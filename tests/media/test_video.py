@@ -20,7 +20,7 @@ from gpdit_lightning.media.video import (
 
 
 def grey_steps(frames: int, height: int = 48, width: int = 64) -> torch.Tensor:
-    """Frame i is the grey 10 i, so that a frame says its own number."""
+    """Frame i has the gray level 10 i, from which `numbers` computes i."""
     return (torch.arange(frames, dtype=torch.uint8) * 10).view(-1, 1, 1, 1).expand(-1, 3, height, width).contiguous()
 
 
@@ -34,7 +34,7 @@ def video(tmp_path: Path) -> Path:
     return tmp_path / "steps.mp4"
 
 
-def test_a_written_video_reads_back(tmp_path: Path) -> None:
+def test_written_video_can_be_read(tmp_path: Path) -> None:
     rows, columns = torch.meshgrid(torch.linspace(0, 255, 64), torch.linspace(0, 255, 96), indexing="ij")
     pixels = torch.stack([rows, columns, 255 - rows]).to(torch.uint8).expand(5, -1, -1, -1)
     write_video(tmp_path / "ramp.mp4", pixels, fps=8)
@@ -45,26 +45,26 @@ def test_a_written_video_reads_back(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["ramp.mp4"]
 
 
-def test_the_header_tells_rate_size_and_length(video: Path) -> None:
+def test_video_info(video: Path) -> None:
     info = video_info(video)
     assert (info.height, info.width, info.frames) == (48, 64, 20)
     assert info.fps == Fraction(30000, 1001)
 
 
 @pytest.mark.parametrize(
-    ("start", "stride", "most", "expected"),
+    ("start", "stride", "max_frames", "expected"),
     [(0, 1, None, list(range(20))), (2, 3, None, [2, 5, 8, 11, 14, 17]), (4, 5, 2, [4, 9]), (0, 3, 0, [])],
 )
-def test_start_stride_and_most_choose_frames(
-    video: Path, start: int, stride: int, most: int | None, expected: list[int]
+def test_frames_are_selected_by_start_stride_and_max_frames(
+    video: Path, start: int, stride: int, max_frames: int | None, expected: list[int]
 ) -> None:
-    frames = list(iterate_frames(video, start, stride, most))
+    frames = list(iterate_frames(video, start, stride, max_frames))
     assert (numbers(torch.stack(frames)) if frames else []) == expected
 
 
-def test_a_gif_is_a_video(tmp_path: Path) -> None:
-    pictures = [Image.new("RGB", (32, 16), (value, 0, 0)) for value in (0, 100, 200)]
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=100)
+def test_gif_is_read_as_a_video(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (32, 16), (value, 0, 0)) for value in (0, 100, 200)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=100)
     frames = read_video(tmp_path / "a.gif")
     assert frames.shape == (3, 3, 16, 32)
     assert frames[:, 0, 8, 8].tolist() == pytest.approx([0, 100, 200], abs=3)
@@ -75,13 +75,13 @@ def test_a_gif_is_a_video(tmp_path: Path) -> None:
     [((0, 1, -1, 0), (0, -1)), ((0, -1, 1, 0), (-1, 0)), ((-1, 0, 0, -1), (-1, -1))],
     ids=["clockwise", "anticlockwise", "upside_down"],
 )
-def test_a_turned_video_is_set_upright(tmp_path: Path, matrix: tuple[int, ...], corner: tuple[int, int]) -> None:
+def test_rotation_of_a_video_is_applied(tmp_path: Path, matrix: tuple[int, ...], corner: tuple[int, int]) -> None:
     pixels = torch.zeros(2, 3, 48, 64, dtype=torch.uint8)
-    pixels[..., :16, :16] = 255  # the corner that shows where the picture was turned
+    pixels[..., :16, :16] = 255  # a white corner, to recognize the rotation
     path = tmp_path / "turned.mp4"
     write_video(path, pixels, fps=10)
     content = bytearray(path.read_bytes())
-    # ISO 14496-12, track header, version 0: the matrix stands 44 bytes after the box's name.
+    # ISO 14496-12, track header, version 0: the matrix begins 44 bytes after the start of the box's name.
     a, b, c, d = (value << 16 for value in matrix)
     place = content.index(b"tkhd") + 4 + 40
     content[place : place + 20] = struct.pack(">5i", a, b, 0, c, d)
@@ -94,23 +94,20 @@ def test_a_turned_video_is_set_upright(tmp_path: Path, matrix: tuple[int, ...], 
     assert (video_info(path).height, video_info(path).width) == expected[1:]
 
 
-def test_an_mp4_that_was_cut_off_is_named(video: Path) -> None:
+def test_unreadable_video_is_named(video: Path, tmp_path: Path) -> None:
     content = bytearray(video.read_bytes())
-    video.write_bytes(content[: len(content) * 2 // 3])  # the table at the end is gone
-    with pytest.raises(InputError, match=r"steps\.mp4 is no readable video"):
+    video.write_bytes(content[: len(content) * 2 // 3])  # without the index at the end of an mp4
+    with pytest.raises(InputError, match=r"steps\.mp4 is not a readable video"):
         list(iterate_frames(video))
-
-
-def test_what_is_no_video_is_named(tmp_path: Path) -> None:
-    (tmp_path / "text.mp4").write_text("no video at all")
-    with pytest.raises(InputError, match=r"text\.mp4 is no readable video .*: replace or remove it"):
+    (tmp_path / "text.mp4").write_text("not a video")
+    with pytest.raises(InputError, match=r"text\.mp4 is not a readable video .*: replace or remove it"):
         video_info(tmp_path / "text.mp4")
     with pytest.raises(InputError, match=r"absent\.mp4 does not exist"):
         next(iterate_frames(tmp_path / "absent.mp4"))
 
 
-def test_reading_past_the_end_is_named(video: Path) -> None:
-    with pytest.raises(InputError, match="no frame from number 99"):
+def test_invalid_range_of_frames_is_refused(video: Path) -> None:
+    with pytest.raises(InputError, match="no frames from number 99"):
         read_video(video, start=99)
     with pytest.raises(InputError, match="stride 0"):
         read_video(video, stride=0)
@@ -119,7 +116,7 @@ def test_reading_past_the_end_is_named(video: Path) -> None:
 def test_odd_sides_and_no_frames_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="47x64 and mp4 needs even sides"):
         write_video(tmp_path / "a.mp4", grey_steps(2, 47), 8)
-    with pytest.raises(InputError, match="at least one frame"):
+    with pytest.raises(InputError, match="write at least one"):
         write_video(tmp_path / "a.mp4", grey_steps(0), 8)
     assert list(tmp_path.iterdir()) == []
 
@@ -131,14 +128,14 @@ def write_pieces(path: Path, pieces: Iterable[torch.Tensor], fps: Fraction | flo
 
 
 @pytest.mark.parametrize("pieces", [(20,), (1,) * 20, (0, 3, 0, 17), (19, 1)])
-def test_a_video_written_in_pieces_is_the_video_written_at_once(video: Path, pieces: tuple[int, ...]) -> None:
+def test_video_written_in_pieces_equals_one_written_at_once(video: Path, pieces: tuple[int, ...]) -> None:
     path = video.with_name("pieces.mp4")
     write_pieces(path, grey_steps(20).split(pieces), Fraction(30000, 1001))
     assert video_info(path) == video_info(video)
     assert numbers(read_video(path)) == list(range(20))
 
 
-def test_frames_go_to_the_file_as_they_come(tmp_path: Path) -> None:
+def test_frames_are_written_incrementally(tmp_path: Path) -> None:
     noise = torch.randint(0, 256, (50, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     sizes = []
     with VideoWriter(tmp_path / "a.mp4", 8) as writer:
@@ -146,14 +143,14 @@ def test_frames_go_to_the_file_as_they_come(tmp_path: Path) -> None:
             writer.write(noise)
             sizes.append(partial_path(tmp_path / "a.mp4").stat().st_size)
         assert not (tmp_path / "a.mp4").exists()
-    # The encoder looks some frames ahead, but what it holds does not grow.
-    one = (tmp_path / "a.mp4").stat().st_size / 200
-    assert sizes[3] - sizes[1] > 90 * one
+    # The encoder buffers a constant number of frames.
+    bytes_per_frame = (tmp_path / "a.mp4").stat().st_size / 200
+    assert sizes[3] - sizes[1] > 90 * bytes_per_frame
     assert video_info(tmp_path / "a.mp4").frames == 200
 
 
 @pytest.mark.parametrize("frames", [0, 1, 60])
-def test_a_block_that_raises_leaves_no_file_and_keeps_an_older_one(video: Path, frames: int) -> None:
+def test_exception_while_writing_keeps_the_existing_file(video: Path, frames: int) -> None:
     def failing() -> Iterator[torch.Tensor]:
         yield torch.zeros(frames, 3, 16, 16, dtype=torch.uint8)
         raise RuntimeError("generation failed")
@@ -169,57 +166,57 @@ def test_a_block_that_raises_leaves_no_file_and_keeps_an_older_one(video: Path, 
 @pytest.mark.parametrize(
     ("pieces", "message"),
     [
-        ([grey_steps(2), grey_steps(2, 48, 66)], r"a\.mp4 is 48x64 and goes on with 48x66"),
+        ([grey_steps(2), grey_steps(2, 48, 66)], r"a\.mp4 are 48x64 and later ones 48x66"),
         ([grey_steps(2), grey_steps(2).float()], r"torch\.float32 \(2, 3, 48, 64\)"),
         ([grey_steps(2)[0]], r"\(3, 48, 64\)"),
-        ([grey_steps(0), grey_steps(0)], "at least one frame"),
-        ([], "at least one frame"),
+        ([grey_steps(0), grey_steps(0)], "write at least one"),
+        ([], "write at least one"),
     ],
 )
-def test_pieces_that_make_no_video_are_named(tmp_path: Path, pieces: list[torch.Tensor], message: str) -> None:
+def test_invalid_frames_are_refused(tmp_path: Path, pieces: list[torch.Tensor], message: str) -> None:
     with pytest.raises(InputError, match=message):
         write_pieces(tmp_path / "a.mp4", pieces)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Twelve frames whose names do not sort as letters do, and what else lies in folders."""
+def images(tmp_path: Path) -> Path:
+    """A folder of twelve frames whose natural order is not alphabetical, a subfolder, and files that are not images."""
     folder = tmp_path / "frames"
     (folder / "thumbnails").mkdir(parents=True)
     for number in range(12):
         Image.new("RGB", (24, 16), (number * 10,) * 3).save(folder / f"frame_{number}.{'PNG' if number % 2 else 'png'}")
-    (folder / "notes.txt").write_text("no picture")
-    (folder / "._frame_3.png").write_text("no picture")
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "._frame_3.png").write_text("not an image")
     return folder
 
 
 @pytest.mark.parametrize(
-    ("start", "stride", "most", "expected"),
+    ("start", "stride", "max_frames", "expected"),
     [(0, 1, None, list(range(12))), (1, 4, None, [1, 5, 9]), (8, 2, 2, [8, 10]), (0, 1, 0, []), (50, 1, None, [])],
 )
-def test_a_folder_of_pictures_is_read_in_natural_order(
-    pictures: Path, start: int, stride: int, most: int | None, expected: list[int]
+def test_images_of_a_folder_are_read_in_natural_order(
+    images: Path, start: int, stride: int, max_frames: int | None, expected: list[int]
 ) -> None:
-    frames = list(iterate_images(pictures, start, stride, most))
+    frames = list(iterate_images(images, start, stride, max_frames))
     assert all(frame.shape == (3, 16, 24) and frame.dtype == torch.uint8 for frame in frames)
     assert (numbers(torch.stack(frames)) if frames else []) == expected
 
 
-def test_pictures_are_read_one_by_one(pictures: Path) -> None:
-    (pictures / "frame_2.png").write_text("damaged")
-    frames = iterate_images(pictures)
+def test_images_are_read_one_at_a_time(images: Path) -> None:
+    (images / "frame_2.png").write_text("damaged")
+    frames = iterate_images(images)
     assert numbers(torch.stack([next(frames), next(frames)])) == [0, 1]
-    with pytest.raises(InputError, match=r"frame_2\.png is no readable picture"):
+    with pytest.raises(InputError, match=r"frame_2\.png is not a readable image"):
         next(frames)
 
 
-def test_pictures_that_make_no_video_are_named(pictures: Path) -> None:
-    Image.new("RGB", (16, 24)).save(pictures / "frame_10.png")
+def test_images_that_do_not_form_a_video_are_refused(images: Path) -> None:
+    Image.new("RGB", (16, 24)).save(images / "frame_10.png")
     with pytest.raises(InputError, match=r"frame_10\.png has 24x16 pixels and .*frame_0\.png 16x24: scale"):
-        list(iterate_images(pictures))
+        list(iterate_images(images))
     for name in ("thumbnails", "absent"):
-        with pytest.raises(InputError, match=rf"{name} holds no images: give a folder with \.jpg"):
-            list(iterate_images(pictures / name))
+        with pytest.raises(InputError, match=rf"{name} contains no images: give a folder with \.jpg"):
+            list(iterate_images(images / name))
     with pytest.raises(InputError, match="stride 0"):
-        list(iterate_images(pictures, stride=0))
+        list(iterate_images(images, stride=0))

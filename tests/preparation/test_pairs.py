@@ -165,9 +165,9 @@ def test_an_error_names_what_cannot_be_paired(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a/p0\.png is 4x6 .*counterpart .*b/p0\.png is 4x5: give both one size"):
         pairs_from_folders(sources, targets, seed=0)
     (targets / "p0.png").write_text("not an image")
-    with pytest.raises(InputError, match=r"b/p0\.png is no readable picture"):
+    with pytest.raises(InputError, match=r"b/p0\.png is not a readable image"):
         pairs_from_folders(sources, targets, seed=0)
-    with pytest.raises(InputError, match=r"b/p0\.png is no readable picture"):
+    with pytest.raises(InputError, match=r"b/p0\.png is not a readable image"):
         pairs_from_folder(targets, seed=0)
     (targets / "p3.png").unlink()
     with pytest.raises(InputError, match=r"p3\.png has no counterpart named p3 in .*b: add it"):

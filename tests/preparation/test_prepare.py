@@ -83,7 +83,7 @@ def test_videos_are_cut_into_consecutive_clips(options: PrepareOptions, videos: 
         assert metadata["fps"] == 24
         assert metadata["pixel_size"] == [16, 24]
         assert metadata["first_frame"] in (0, 5)
-        pixels = read_video(videos / metadata["source"], start=metadata["first_frame"], most=5)
+        pixels = read_video(videos / metadata["source"], start=metadata["first_frame"], max_frames=5)
         expected = codec.encode(resize_and_crop(pixels, (16, 24))[None])[0]
         assert np.abs(latents - expected.numpy()).max() < 0.02  # half precision
 
@@ -95,7 +95,7 @@ def test_stride_and_clips_per_video(options: PrepareOptions, videos: Path) -> No
     again = samples(prepared(replace(options, stride=1, clips_per_video=1, out=options.out.with_name("out2"))))
     assert len(again) == 6
     source = found[0][2]["source"]
-    pixels = resize_and_crop(read_video(videos / source, stride=2, most=5), (16, 24))
+    pixels = resize_and_crop(read_video(videos / source, stride=2, max_frames=5), (16, 24))
     assert np.abs(found[0][1] - load_codec("pca").encode(pixels[None])[0].numpy()).max() < 0.02
 
 
@@ -111,7 +111,7 @@ def test_the_rest_of_a_video_is_a_shorter_clip_if_it_is_long_enough(options: Pre
     short = samples(prepared(replace(options, clip_frames=45, least_clip_frames=5, out=options.out.with_name("out3"))))
     assert [(latents.shape[0], metadata["first_frame"]) for _, latents, metadata in short] == [(3, 0)] * 6
     _, latents, metadata = short[0]
-    pixels = resize_and_crop(read_video(videos / metadata["source"], most=9), (16, 24))
+    pixels = resize_and_crop(read_video(videos / metadata["source"], max_frames=9), (16, 24))
     assert np.abs(latents - load_codec("pca").encode(pixels[None])[0].numpy()).max() < 0.02
     with pytest.raises(InputError, match="least_clip_frames is 9 and --clip_frames 5"):
         prepare(replace(options, least_clip_frames=9, out=options.out.with_name("out4")))
@@ -192,7 +192,7 @@ def test_broken_and_short_files_are_skipped_and_named(options: PrepareOptions, v
     manifest = prepared(options)
     reasons = {entry["source"]: entry["reason"] for entry in skipped(manifest)}
     assert set(reasons) == {"broken.mp4", "short.mp4"}
-    assert "no readable video" in reasons["broken.mp4"]
+    assert "not a readable video" in reasons["broken.mp4"]
     assert "has 4 frames at stride 1 but a clip needs 5" in reasons["short.mp4"]
     assert sum(shard.count for shard in manifest.shards) == 12
     assert "skipped: 2" in summary(manifest)

@@ -210,8 +210,8 @@ def test_images_that_cannot_be_decoded_are_named(tmp_path: Path) -> None:
     assert intact(found) == ["6"]
     assert all(sample.pixels is None for sample in found[:-1])
     for sample in (*found[:3], found[4]):
-        assert f"{sample.key}.jpg of {path} is no readable picture (" in str(sample.problem)
-    assert f"3.bmp of {path} is too large to be read safely (" in str(found[3].problem)
+        assert f"{sample.key}.jpg of {path} is not a readable image (" in str(sample.problem)
+    assert f"3.bmp of {path} is too large to read safely (" in str(found[3].problem)
     assert "at 0x" not in "".join(str(sample.problem) for sample in found)
     assert "has no image for the key '5'" in str(found[5].problem)
 

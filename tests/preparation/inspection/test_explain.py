@@ -47,7 +47,7 @@ def test_explain_a_held_out_file(intact: Manifest) -> None:
 
 
 def test_explain_a_skipped_file(intact: Manifest) -> None:
-    assert "broken.mp4 is no readable video" in lines(intact, "broken.mp4")["skipped"]
+    assert "broken.mp4 is not a readable video" in lines(intact, "broken.mp4")["skipped"]
     said = lines(intact, "short.mp4")
     assert "has 3 frames at stride 1 but a clip needs 5" in said["skipped"]
     assert said["samples"] == "0"
