@@ -18,6 +18,7 @@ from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.cli.generating import PRECISIONS, load_codec_of, selected_precision, trained_size
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
+from gpdit_lightning.data.workers import ignore_signals, signals_delayed
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import find_videos, read_clip
@@ -179,7 +180,11 @@ def extract(
     if autocast_dtype is not None:
         cast_linear_weights(backbone, autocast_dtype)
     clips = Clips(videos, record)
-    batches = DataLoader(clips, options.batch_size, num_workers=options.workers, collate_fn=list)
+    loader = DataLoader(
+        clips, options.batch_size, num_workers=options.workers, collate_fn=list, worker_init_fn=ignore_signals
+    )
+    with signals_delayed():
+        batches = iter(loader)  # starts the workers
     with (
         tqdm(total=len(clips), unit=" videos", desc="features") as bar,
         logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]),

@@ -19,6 +19,7 @@ from gpdit_lightning.data.cache import ShardCache
 from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Manifest, ShardEntry
 from gpdit_lightning.data.plan import Plan, PlannedBucket
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
+from gpdit_lightning.data.workers import signals_delayed
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import LABEL_DROPOUT, generator
 
@@ -303,7 +304,9 @@ class TimedLoader(DataLoader[LatentBatch]):
     asked = waited = 0.0
 
     def __iter__(self) -> Any:
-        return self._timed(super().__iter__())  # workers start here, not when the generator is first asked
+        with signals_delayed():
+            batches = super().__iter__()  # starts the workers
+        return self._timed(batches)
 
     def _timed(self, batches: Iterator[LatentBatch]) -> Iterator[LatentBatch]:
         self.asked = time.perf_counter()

@@ -14,7 +14,7 @@ from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.manifest import Manifest, Split
 from gpdit_lightning.data.plan import Plan
 from gpdit_lightning.data.source import KINDS, SourceConfig
-from gpdit_lightning.data.workers import keep_running_after_signals
+from gpdit_lightning.data.workers import ignore_signals
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import TRAIN_NOISE, VALIDATION_NOISE
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
@@ -282,6 +282,6 @@ class LatentDataModule(LightningDataModule):
             batch_size=None,
             sampler=NumbersFrom(start, stop),
             num_workers=self.workers,
-            worker_init_fn=keep_running_after_signals,
+            worker_init_fn=ignore_signals,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )

@@ -1,14 +1,11 @@
 """Clips of many input files, read by several processes in an order that is independent of their number."""
 
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from gpdit_lightning.data.workers import keep_running_after_signals
+from gpdit_lightning.data.workers import ignore_signals, signals_delayed
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.prepare import INTERLEAVED_FILES, PrepareOptions
 from gpdit_lightning.preparation.clips import ClipReader, EndOfFile, Item, SampleId
@@ -69,11 +66,11 @@ def read_clips(
         InterleavedFiles(files, ClipReader(options, temporal_factor, encoded)),
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=keep_running_after_signals if workers else None,
+        worker_init_fn=ignore_signals if workers else None,
     )
     ended: set[int] = set()
     try:
-        with interrupt_delayed():
+        with signals_delayed():
             items = iter(loader)  # starts the processes
         for item in items:
             if isinstance(item, EndOfFile):
@@ -88,22 +85,6 @@ def read_clips(
             f"A decoding process was killed while one of these was read: {names}; if memory or shared memory ran out, "
             "run the same command with fewer --workers, else remove the file that FFmpeg cannot decode."
         ) from None
-
-
-@contextmanager
-def interrupt_delayed() -> Iterator[None]:
-    """Delay Ctrl-C to the end of the block: during a fork Python would ignore it, and it would end the new process."""
-    if threading.current_thread() is not threading.main_thread():  # other threads receive no signals
-        yield
-        return
-    received: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if received:
-        signal.raise_signal(signal.SIGINT)
 
 
 def _current_files(count: int, ended: AbstractSet[int]) -> Iterator[int]:

@@ -27,7 +27,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.preparation import PrepareOptions, clips, parts, prepare
 from gpdit_lightning.preparation.input_files import InputFile
-from gpdit_lightning.preparation.interleave import interrupt_delayed, read_clips
+from gpdit_lightning.preparation.interleave import read_clips
 
 
 def draw(path: Path, frames: int, height: int = 16) -> None:
@@ -206,23 +206,6 @@ def test_ctrl_c_ends_with_one_line(
     interrupt_after(3, monkeypatch)
     assert main(["prepare", *arguments(options)]) == 130
     assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped."
-
-
-def test_ctrl_c_while_decoding_processes_start_is_not_lost() -> None:
-    started = []
-
-    def start_processes() -> None:
-        with interrupt_delayed():
-            signal.raise_signal(signal.SIGINT)
-            started.append(True)
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            start_processes()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert started
 
 
 def test_a_damaged_shard_of_an_interrupted_run_is_named(options: PrepareOptions, uninterrupted: Manifest) -> None:

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +9,10 @@ from typing import Any
 
 import pytest
 from lightning import Callback, LightningModule, Trainer
-from torch.utils.data import DataLoader, Dataset
 
 from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
-from gpdit_lightning.data.workers import keep_running_after_signals
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
@@ -121,46 +117,3 @@ def test_a_signal_ends_the_training_when_its_step_is_saved(
     assert last_checkpoint(tmp_path, verify=True) == tmp_path / "checkpoints/step-3.ckpt"
     assert [signal.getsignal(other) for other in SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
-
-
-class Slow(Dataset[int]):
-    """Samples that take their time."""
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, number: int) -> int:
-        time.sleep(0.2)
-        return number
-
-
-def processes_of(iterator: Any) -> list[Any]:
-    return iterator._workers
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="sigwaitinfo")
-@pytest.mark.parametrize("number", SIGNALS)
-def test_workers_outlive_what_others_send(number: signal.Signals) -> None:
-    """All samples arrive; the training process itself can still end a worker."""
-    batches = iter(DataLoader(Slow(), batch_size=None, num_workers=2, worker_init_fn=keep_running_after_signals))
-    first = next(batches)
-    workers = processes_of(batches)
-    for worker in workers:
-        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
-    assert [first, *batches] == list(range(6))
-    batches = iter(DataLoader(Slow(), batch_size=None, num_workers=1, worker_init_fn=keep_running_after_signals))
-    next(batches)
-    (worker,) = processes_of(batches)
-    worker.terminate()
-    worker.join(10)
-    assert not worker.is_alive()
-
-
-def test_without_that_they_would_not() -> None:
-    """The twin."""
-    batches = iter(DataLoader(Slow(), batch_size=None, num_workers=2))
-    next(batches)
-    for worker in processes_of(batches):
-        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
-        list(batches)

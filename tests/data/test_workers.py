@@ -1,0 +1,134 @@
+"""Signals to the worker processes of a loader, and to the main process while it starts them."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from gpdit_lightning.data.workers import SIGNALS, ignore_signals, signals_delayed
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs signal.sigwaitinfo")
+
+
+@pytest.fixture(autouse=True)
+def restored_handlers() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+class SlowSamples(Dataset[int]):
+    """The numbers from 0 to 5, each after 0.2 s."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, number: int) -> int:
+        time.sleep(0.2)
+        return number
+
+
+class SlowStart(SlowSamples):
+    """Takes a second to arrive in a spawned process, which creates a file when it begins."""
+
+    def __init__(self, started: Path) -> None:
+        self.started = started
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self.started.touch()
+        time.sleep(1)
+
+
+class InterruptedStart(SlowSamples):
+    """Sends SIGINT to the main process while it starts a worker."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGINT)
+        return {}
+
+
+def workers_of(batches: Any) -> list[Any]:
+    return batches._workers
+
+
+def loader_of(samples: Dataset[int], **options: Any) -> DataLoader[int]:
+    return DataLoader(samples, batch_size=None, num_workers=2, worker_init_fn=ignore_signals, **options)
+
+
+def send(number: int, process: Any) -> None:
+    """Send a signal to a process from another process than this one."""
+    subprocess.run(["kill", f"-{number}", str(process.pid)], check=True)
+
+
+@linux_only
+@pytest.mark.parametrize("number", SIGNALS)
+def test_workers_ignore_signals_of_other_processes(number: int) -> None:
+    batches = iter(loader_of(SlowSamples()))
+    first = next(batches)
+    for worker in workers_of(batches):
+        send(number, worker)
+    assert [first, *batches] == list(range(6))
+
+
+def test_the_main_process_can_terminate_a_worker() -> None:
+    batches = iter(loader_of(SlowSamples()))
+    next(batches)
+    for worker in workers_of(batches):
+        worker.terminate()
+        worker.join(10)
+        assert not worker.is_alive()
+
+
+def test_a_worker_without_the_initializer_is_killed() -> None:
+    batches = iter(DataLoader(SlowSamples(), batch_size=None, num_workers=2))
+    next(batches)
+    for worker in workers_of(batches):
+        send(signal.SIGTERM, worker)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(batches)
+
+
+@linux_only
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_worker_that_is_still_starting_ignores_signals(number: int, tmp_path: Path) -> None:
+    resource_tracker.ensure_running()  # as `signals_delayed` does where processes are spawned by default
+    loader = loader_of(SlowStart(tmp_path / "started"), multiprocessing_context="spawn")
+    with signals_delayed():
+        batches = iter(loader)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for worker in workers_of(batches):
+        send(number, worker)
+    assert list(batches) == list(range(6))
+
+
+def test_ctrl_c_while_workers_start_is_raised_after_all_of_them_have_started() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    loader, started = loader_of(InterruptedStart(), multiprocessing_context="spawn"), []
+    with pytest.raises(KeyboardInterrupt), signals_delayed():  # noqa: PT012
+        batches = iter(loader)
+        started += workers_of(batches)
+    assert len(started) == 2
+
+
+def test_a_delayed_signal_is_handled_once_and_the_handlers_are_restored() -> None:
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    with signals_delayed():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert received == []
+    assert received == [signal.SIGTERM]
+    signal.raise_signal(signal.SIGTERM)
+    assert received == [signal.SIGTERM] * 2
