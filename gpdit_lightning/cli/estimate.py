@@ -1,4 +1,4 @@
-"""`estimate`: the parameters, memory, FLOPs and days of a training recipe, computed without running it."""
+"""`estimate`: compute parameters, memory, FLOPs and duration of a training recipe without running it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,9 @@ from gpdit_lightning.specs import LatentGrid
 from gpdit_lightning.training.strategies import LIGHTNING_NAMES
 
 GIB = 2**30
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "average", "buffers", "step")  # columns of the table
 
-# Assumed if no data are prepared: the paper's sizes in pixels (GPDiT, section 5.1) in equal shares, and, unless
+# Assumed where no data are prepared: the sizes of the paper in pixels (GPDiT, section 5.1) in equal shares and, unless
 # the recipe sets `frames`, clips of 17 frames and sequences of three pairs.
 ASSUMED_SIZES = {"images": ["256x256", "192x320", "320x192"], "videos": ["192x320"], "sequences": ["256x256"]}
 ASSUMED_VIDEO_FRAMES, ASSUMED_SEQUENCE_FRAMES = 17, 6
@@ -52,14 +53,14 @@ def estimate(options: EstimateOptions) -> None:
     peak = peak_bf16_flops(options.gpu)
     if peak is None:
         known = ", ".join(name for name, _ in PEAK_BF16_FLOPS)
-        raise InputError(f"--gpu is {options.gpu}, whose peak FLOP/s are not known: give one of {known}.")
+        raise InputError(f"--gpu is {options.gpu}, whose peak FLOP/s are unknown: give one of {known}.")
     sizes = {"images": options.image_sizes, "videos": options.video_sizes, "sequences": options.sequence_sizes}
     recipe = read_recipe(options.fit_arguments, options.gpus, sizes)
     print(report(recipe, options.gpu_memory * GIB, peak, options.mfu))
 
 
 class AssumedGrid(LatentGrid):
-    """The latents of the paper's codec, where no data are prepared."""
+    """Latent grid of the paper's codec, assumed where no data are prepared."""
 
     latent_channels = WanCodec.latent_channels
     spatial_factor = WanCodec.spatial_factor
@@ -67,12 +68,12 @@ class AssumedGrid(LatentGrid):
 
 
 class EstimatedRecipe(NamedTuple):
-    """A recipe as far as an estimate depends on it.
+    """The part of a recipe that an estimate depends on.
 
     Attributes:
-        run: what the estimate is computed from.
+        run: settings from which the estimate is computed.
         grid: how pixels map to latents.
-        assumed: the names of the sources whose data are not prepared.
+        assumed: names of the sources whose data are not prepared.
     """
 
     run: RunSettings
@@ -87,8 +88,8 @@ def read_recipe(
 
     Args:
         arguments: of `fit`.
-        gpus: GPUs that share the batch.
-        sizes: of each source, in pixels, like 192x320; None for those of its manifests or else of the paper.
+        gpus: number of GPUs over which the batch is distributed.
+        sizes: HEIGHTxWIDTH in pixels, by source; None for the sizes of its manifests, or else of the paper.
 
     Raises:
         InputError: the recipe cannot be used, or `estimate` does not support its precision or strategy.
@@ -114,7 +115,7 @@ def read_recipe(
 
 
 def strategy_of(setting: Any) -> ShardingStrategy:
-    """The strategy that `trainer.strategy` selects; raises InputError if estimates do not support it."""
+    """Return the strategy that `trainer.strategy` selects; raises `InputError` if estimates do not support it."""
     if isinstance(setting, Namespace) and setting.class_path.endswith(".ZeRO"):
         chosen = setting.init_args
         return next(s for s in STRATEGIES if s.deepspeed and (s.stage, s.offload) == (chosen.stage, chosen.offload))
@@ -129,16 +130,16 @@ def strategy_of(setting: Any) -> ShardingStrategy:
 
 
 def prepared_manifests(paths: Sequence[str]) -> list[Manifest]:
-    """The manifests of a source; none of them if one does not exist yet."""
+    """Load the manifests of a source; return none if one does not exist yet."""
     exist = all("://" in path or Path(path, FILE_NAME).is_file() or Path(path).is_file() for path in paths)
     return [Manifest.load(path) for path in paths] if exist else []
 
 
 def prepared_samples(name: str, manifests: Sequence[Manifest]) -> Counter[LatentShape]:
-    """The number of training samples of each latent shape.
+    """Return the number of training samples of each latent shape.
 
     Raises:
-        InputError: there are none.
+        InputError: there are no training samples.
     """
     samples: Counter[LatentShape] = Counter()
     for manifest in manifests:
@@ -146,24 +147,24 @@ def prepared_samples(name: str, manifests: Sequence[Manifest]) -> Counter[Latent
             if shard.kind == KINDS[name]:
                 samples[shard.shape[0], shard.shape[2], shard.shape[3]] += shard.count
     if not samples:
-        raise InputError(f"{manifests[0].path} holds no {name} to train on: prepare some.")
+        raise InputError(f"{manifests[0].path} contains no {name} for training: prepare some.")
     return samples
 
 
 def assumed_samples(
     name: str, source: SourceConfig, sizes: Sequence[str] | None, grid: LatentGrid, patch_size: int
 ) -> Counter[LatentShape]:
-    """The latent shapes of data that are not prepared, in equal shares.
+    """Return the latent shapes assumed for a source without prepared data, in equal shares.
 
     Args:
         name: of the source.
-        source: its settings in the recipe.
-        sizes: in pixels, like 192x320; None for the paper's.
+        source: settings of the source in the recipe.
+        sizes: HEIGHTxWIDTH in pixels; None for the sizes of the paper.
         grid: how pixels map to latents.
         patch_size: latent pixels along one side of a token.
 
     Raises:
-        InputError: a size is not a multiple of a token's.
+        InputError: a size is not a multiple of the size of a token.
     """
     video_frames = grid.latent_frames(ASSUMED_VIDEO_FRAMES)
     frames = {"images": 1, "videos": video_frames, "sequences": ASSUMED_SEQUENCE_FRAMES}[name]
@@ -181,15 +182,15 @@ def assumed_samples(
 def read_sources(
     data: Namespace, sizes: Mapping[str, Sequence[str] | None], patch_size: int
 ) -> tuple[tuple[PlannedSource, ...], LatentGrid, frozenset[str]]:
-    """The sources that a recipe uses, how their pixels map to latents, and the names of those that are not prepared.
+    """Return the sources of a recipe, how their pixels map to latents, and the names of those that are not prepared.
 
     Args:
-        data: the recipe's settings of the data.
-        sizes: of each source, in pixels, as for :func:`read_recipe`.
+        data: data settings of the recipe.
+        sizes: by source, as for :func:`read_recipe`.
         patch_size: latent pixels along one side of a token.
 
     Raises:
-        InputError: samples are too short, or the loss is on targets where there are none.
+        InputError: samples are too short, or the loss is restricted to targets but the source has none.
     """
     used = {name: SourceConfig(**vars(getattr(data, name))) for name in KINDS}
     used = {name: source for name, source in used.items() if source.used}
@@ -210,13 +211,13 @@ def read_sources(
 
 
 def report(recipe: EstimatedRecipe, capacity: float, peak: float, mfu: float) -> str:
-    """The estimate as text.
+    """Return the estimate as text.
 
     Args:
-        recipe: what to estimate.
-        capacity: bytes of memory of a GPU.
-        peak: its FLOP/s.
-        mfu: the fraction of the peak that training is assumed to achieve.
+        recipe: to estimate.
+        capacity: memory of a GPU in bytes.
+        peak: peak FLOP/s of a GPU.
+        mfu: fraction of the peak that training is assumed to achieve.
     """
     run = recipe.run
     sections = (
@@ -229,7 +230,7 @@ def report(recipe: EstimatedRecipe, capacity: float, peak: float, mfu: float) ->
 
 
 def model_and_data(recipe: EstimatedRecipe) -> str:
-    """The backbone, and a line for each source of data."""
+    """Return a line on the backbone and a line for each source of data."""
     run, spatial_factor = recipe.run, recipe.grid.spatial_factor
     lines = [
         f"{parameter_count(run.backbone):,} parameters ({run.backbone.size}, {run.backbone.attention}), "
@@ -243,71 +244,73 @@ def model_and_data(recipe: EstimatedRecipe) -> str:
         batch = f"{source.tokens:,} tokens" if source.tokens else f"{source.batch_size}"
         clips = value_range([shape.samples // run.gpus for shape in shapes])
         lines.append(
-            f"{source.name}: {batch} per step, {clips} at a time on a GPU, latent frames {lengths}, "
+            f"{source.name}: {batch} per step, {clips} per micro-batch and GPU, latent frames {lengths}, "
             f"{', '.join(sorted(sizes))} ({'assumed' if source.name in recipe.assumed else 'as prepared'})"
         )
     return "\n".join(lines)
 
 
 def value_range(numbers: Sequence[int]) -> str:
-    """The least and the greatest of some numbers, or their only value."""
-    least, most = min(numbers), max(numbers)
-    return f"{least}" if least == most else f"{least} to {most}"
-
-
-HELD = ("weights", "gradients", "optimizer", "average", "buffers", "step")
+    """Return the range of numbers as text, or their only value."""
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def memory_table(run: RunSettings, capacity: float) -> str:
-    """Memory on each GPU, a row for each strategy: activations and totals without and with checkpointing."""
-    heads = (*HELD, "activations", "checkpointed", "total", "checkpointed")
+    """Return a table of the memory per GPU, a row for each strategy.
+
+    Activations and totals are given without and with activation checkpointing.
+    """
+    heads = (*MEMORY_PARTS, "activations", "checkpointed", "total", "checkpointed")
     lines = ["GiB on each GPU".ljust(19) + "".join(name.rjust(14) for name in heads)]
     lines += [memory_row(run, strategy, capacity) for strategy in STRATEGIES]
     lines.append(
-        f"The total includes the larger of step and activations, and {ALLOWANCE / GIB:.0f} GiB for CUDA, NCCL and what "
-        "the allocator cannot use (assumed)."
+        f"The total includes the larger of step and activations, and {ALLOWANCE / GIB:.0f} GiB for CUDA, NCCL and "
+        "fragmentation (assumed)."
     )
     return "\n".join(lines)
 
 
 def memory_row(run: RunSettings, strategy: ShardingStrategy, capacity: float) -> str:
-    """The row of a strategy; the run's own is marked."""
-    kept, recomputed = (
+    """Return the row of a strategy; `>` marks the strategy of the run."""
+    stored, recomputed = (
         memory(replace(run, strategy=strategy, backbone=run.backbone.replaced(activation_checkpointing=checkpointing)))
         for checkpointing in (False, True)
     )
-    columns = [kept[name] for name in HELD]
-    columns += [needed[name] for name in ("activations", "total") for needed in (kept, recomputed)]
+    columns = [stored[name] for name in MEMORY_PARTS]
+    columns += [needed[name] for name in ("activations", "total") for needed in (stored, recomputed)]
     row = "".join(f"{column / GIB:14.1f}" for column in columns)
-    fits = [needed["total"] <= capacity for needed in (kept, recomputed)]
-    words = "fits" if fits[0] else "fits checkpointed" if fits[1] else "does not fit"
-    host_memory = f", {kept['host_memory'] / GIB:.1f} GiB of host memory" if strategy.offload else ""
-    return f"{'>' if strategy == run.strategy else ' '} {strategy.name:<17}{row}  {words}{host_memory}"
+    fits = [needed["total"] <= capacity for needed in (stored, recomputed)]
+    verdict = "fits" if fits[0] else "fits checkpointed" if fits[1] else "does not fit"
+    host_memory = f", {stored['host_memory'] / GIB:.1f} GiB of host memory" if strategy.offload else ""
+    return f"{'>' if strategy == run.strategy else ' '} {strategy.name:<17}{row}  {verdict}{host_memory}"
 
 
 def what_fits(run: RunSettings, capacity: float) -> str:
-    """Whether the recipe fits, and if not, the nearest settings that do."""
+    """Return sentences on whether the recipe fits, and if not, on the nearest settings that do."""
     total = memory(run)["total"]
     needed = f"needs {total / GIB:.1f} of {capacity / GIB:.0f} GiB"
     if total <= capacity:
         return f"The recipe fits: it {needed}, which leaves {(capacity - total) / GIB:.1f} GiB."
-    wanted, more = nearest_that_fits(run, capacity), least_gpus_that_fit(run, capacity)
+    nearest, more_gpus = nearest_that_fits(run, capacity), least_gpus_that_fit(run, capacity)
     lines = [f"The recipe does not fit: it {needed}."]
-    if wanted is not None:
-        parts = memory(wanted)
-        host_memory = f" and {parts['host_memory'] / GIB:.1f} GiB of host memory" if wanted.strategy.offload else ""
+    if nearest is not None:
+        parts = memory(nearest)
+        host_memory = f" and {parts['host_memory'] / GIB:.1f} GiB of host memory" if nearest.strategy.offload else ""
         lines.append(f"The nearest setting that fits, with {parts['total'] / GIB:.1f} GiB{host_memory}:")
-        lines.append(f"  {overrides(run, wanted)}")
-    if more is not None and more != wanted:
-        lines.append(f"Without offloading, with {memory(more)['total'] / GIB:.1f} GiB on each of {more.gpus} GPUs:")
-        lines.append(f"  {overrides(run, more)}")
-    if wanted is None:
+        lines.append(f"  {overrides(run, nearest)}")
+    if more_gpus is not None and more_gpus != nearest:
+        lines.append(
+            f"Without offloading, with {memory(more_gpus)['total'] / GIB:.1f} GiB on each of {more_gpus.gpus} GPUs:"
+        )
+        lines.append(f"  {overrides(run, more_gpus)}")
+    if nearest is None:
         lines.append("No setting makes it fit: use a GPU with more memory or a smaller backbone.")
     return "\n".join(lines)
 
 
 def compute(run: RunSettings, peak: float, mfu: float) -> str:
-    """FLOPs of an optimizer step by part, and how long step and run take."""
+    """Return sentences on the FLOPs of an optimizer step by part, and on the duration of a step and of the run."""
     parts = step_flops(run)
     total = sum(parts.values())
     seconds = total / (run.gpus * peak * mfu)

@@ -41,19 +41,19 @@ log = logging.getLogger(__name__)
 
 CHUNKS, VIDEOS, LOCK = "chunks", "videos", ".lock"
 FPS = 8  # of kept videos
-# Fields of the protocol that do not change the scores, so that chunks with other values may be combined.
-WITHOUT_EFFECT = {"checkpoint", "hardware"}
+# Fields of the protocol that do not affect the results of a chunk: chunks with different values may be combined.
+FIELDS_WITHOUT_EFFECT = {"checkpoint", "hardware"}
 
 
 def evaluate(options: EvaluateOptions) -> None:
     """Generate the continuations, compute the scores, and write and print the report.
 
-    Under torchrun or srun the processes share the chunks of videos, and the last one to finish writes the report. A
-    stopped command resumes: chunks that have been written are not computed again.
+    Under torchrun or srun the chunks of videos are distributed over the processes, and the last process to finish
+    writes the report. A stopped command resumes: existing chunks are not computed again.
 
     Raises:
-        InputError: an option, the checkpoint, a network or the videos cannot be used, or `out` holds an evaluation with
-            other settings.
+        InputError: an option, the checkpoint, a network or the videos cannot be used, or `out` contains an
+            evaluation with other settings.
     """
     rank, ranks, _ = rank_of_process()
     device = available_device(options.device)
@@ -70,9 +70,9 @@ def evaluate(options: EvaluateOptions) -> None:
     if settings.generation.autocast_dtype is not None:
         cast_linear_weights(trained.backbone, settings.generation.autocast_dtype)
 
-    made_by = {name: value for name, value in asdict(protocol).items() if name not in WITHOUT_EFFECT}
-    made_by |= {name: getattr(options, name) for name in ("chunk", "self_check_videos")}
-    ChunkFiles(sorted((options.out / CHUNKS).glob("*.safetensors")), made_by)  # raises if settings differ
+    chunk_settings = {name: value for name, value in asdict(protocol).items() if name not in FIELDS_WITHOUT_EFFECT}
+    chunk_settings |= {name: getattr(options, name) for name in ("chunk", "self_check_videos")}
+    ChunkFiles(sorted((options.out / CHUNKS).glob("*.safetensors")), chunk_settings)  # raises if settings differ
     chunks = split_into_chunks(selection, options.chunk)
     files = {chunk: options.out / CHUNKS / f"{chunk.start:06d}.safetensors" for chunk in chunks}
     missing = [chunk for chunk in chunks[rank::ranks] if not files[chunk].exists()]
@@ -82,27 +82,27 @@ def evaluate(options: EvaluateOptions) -> None:
     with progress_bar(missing, hidden=rank > 0) as bar:
         for chunk in missing:
             results = evaluate_chunk(chunk, settings, trained.backbone, codec, networks, on_variant)
-            write_chunk(files[chunk], *results, made_by)
+            write_chunk(files[chunk], *results, chunk_settings)
             bar.update(len(chunk.names))
     if not all(path.exists() for path in files.values()):
-        log.info("this process is done; the last one to finish writes the results (or run the same command again)")
+        log.info("this process has finished; the last one to finish writes the results (or run the same command again)")
         return
-    write_and_print_report(options.out, list(files.values()), made_by, protocol, selection)
+    write_and_print_report(options.out, list(files.values()), chunk_settings, protocol, selection)
 
 
 def progress_bar(chunks: Sequence[Chunk], hidden: bool) -> "tqdm[Any]":
-    """A bar over the videos of chunks."""
+    """Return a progress bar over the videos of chunks."""
     total = sum(len(chunk.names) for chunk in chunks)
     return tqdm(total=total, desc="generating", unit=" videos", disable=hidden)
 
 
 def write_and_print_report(
-    out: Path, chunk_files: Sequence[Path], made_by: Mapping[str, Any], protocol: Protocol, selection: Selection
+    out: Path, chunk_files: Sequence[Path], chunk_settings: Mapping[str, Any], protocol: Protocol, selection: Selection
 ) -> None:
-    """Compute the scores from the files of all chunks, unless the report exists already; one process does it."""
+    """Compute the scores from the files of all chunks, unless the report exists. Only one process does so at a time."""
     with suppress(BlockingIOError), process_lock(out / LOCK):
-        if not (out / TABLES).exists():  # the file that is written last
-            chunks = ChunkFiles(list(chunk_files), made_by)
+        if not (out / TABLES).exists():  # this file is written last
+            chunks = ChunkFiles(list(chunk_files), chunk_settings)
             report = make_report(chunks, protocol, unreadable=set(selection.names) - set(chunks.names))
             if report.self_checks:
                 plot_self_checks(report, out / "self_checks.png")
@@ -112,7 +112,7 @@ def write_and_print_report(
 
 
 def open_networks(options: EvaluateOptions, device: torch.device) -> MetricNetworks:
-    """The networks that scores are computed with; a warning names the scores that are left out without one.
+    """Open the networks of the scores; a warning names the scores that are left out for lack of a network.
 
     Raises:
         InputError: a network cannot be opened.
@@ -124,22 +124,24 @@ def open_networks(options: EvaluateOptions, device: torch.device) -> MetricNetwo
     if image is None:
         log.warning("warning: no image_network is given, so FID and IS are left out")
     elif not image.has_classes:
-        log.warning("warning: the image_network gives no classes and no classifier is given, so IS is left out")
+        log.warning(
+            "warning: no class probabilities: the image_network has none and no classifier is given, so IS is left out"
+        )
     return MetricNetworks(video, image)
 
 
 def make_settings(
     options: EvaluateOptions, trained: TrainedModel, codec: Codec, networks: MetricNetworks
 ) -> EvaluationSettings:
-    """What is done with every video.
+    """Return the settings that apply to every video.
 
     Raises:
-        InputError: a size or a number of frames cannot be used by model, codec or video network, or the model is
+        InputError: model, codec or video network cannot use the size or a number of frames, or the model is
             conditioned on text.
     """
     if trained.backbone.config.text_width:
         raise InputError(
-            f"{options.checkpoint} is conditioned on text, and the videos have none: give another checkpoint."
+            f"{options.checkpoint} is conditioned on text, but the videos have no text: give another checkpoint."
         )
     codec.latent_frames(options.context_frames)  # raises if it is not 1 + 4k
     settings = EvaluationSettings(
@@ -158,12 +160,12 @@ def make_settings(
 
 
 def selected_window(options: EvaluateOptions, trained: TrainedModel) -> int:
-    """The number of latent frames before it that a frame sees, with a warning if it is larger than in training."""
+    """Return the number of latent frames before it that a frame attends to; warn if it is larger than in training."""
     in_training = max(1, trained.geometry.frames - 1)
     window = in_training if options.window is None else options.window
     if window > in_training:
         log.warning(
-            "warning: --window is %d latent frames, but in training a frame saw at most %d: the scores may be worse",
+            "warning: --window is %d latent frames, but in training frames attended to at most %d: scores may be worse",
             window,
             in_training,
         )
@@ -177,7 +179,7 @@ def make_protocol(
     selection: Selection,
     networks: MetricNetworks,
 ) -> Protocol:
-    """All that the scores depend on, for the report."""
+    """Return everything that the scores depend on, for the report."""
     roles = {
         "video": networks.video,
         "image": networks.image,
@@ -186,8 +188,8 @@ def make_protocol(
     device = next(trained.backbone.parameters()).device
     return Protocol(
         data=options.data,
-        choice=f"the first by a hash of their names and the seed {options.selection_seed} of those that are long "
-        "enough; a clip begins with its video",
+        choice="the first ones that are long enough, in the order of a hash of name and seed "
+        f"{options.selection_seed}; each clip is the beginning of its video",
         split_sha256=selection.sha256,
         videos=len(selection.names),
         context_frames=settings.context_frames,
@@ -195,7 +197,7 @@ def make_protocol(
         fvd_frames=options.fvd_frames,
         size=settings.size,
         stride=settings.stride,
-        resize="short side scaled, then cropped in the middle",
+        resize="short side scaled, then cropped at the centre",
         sampler=options.sampler,
         steps=options.steps,
         guidance=settings.generation.guidance,
@@ -218,11 +220,11 @@ def make_protocol(
 def video_writer(
     folder: Path, number: int, settings: EvaluationSettings, names: Sequence[str]
 ) -> Callable[[str, Sequence[str], Tensor], None]:
-    """A function for :func:`evaluate_chunk` that writes ground truth and continuations of the first videos as mp4.
+    """Return a callback for :func:`evaluate_chunk` that writes ground truth and continuations as mp4.
 
     Args:
-        folder: for the files, in a folder for each variant.
-        number: how many videos are kept.
+        folder: gets a subfolder for each variant.
+        number: of videos to write, the first ones.
         settings: give the seeds.
         names: of all videos.
     """

@@ -1,6 +1,4 @@
-"""`features`: the features of a model's first layers for videos, in the layout that Video-ChatGPT trains on (GPDiT,
-section A.2).
-"""
+"""`features`: write the features of videos after a layer, in the layout of Video-ChatGPT (GPDiT, section A.2)."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -32,10 +30,10 @@ log = logging.getLogger(__name__)
 
 
 def features(options: FeaturesOptions) -> None:
-    """Write the features of all videos that have none yet; a stopped command resumes.
+    """Write the features of all videos whose files do not exist yet; a stopped command resumes.
 
     Raises:
-        InputError: an option, the checkpoint or all videos cannot be used, or `out` holds other features.
+        InputError: an option, the checkpoint or all videos cannot be used, or `out` contains other features.
     """
     videos = videos_by_name(options.videos)
     trained = load_trained_model(options.checkpoint, available_device(options.device), options.weights)
@@ -54,16 +52,16 @@ def features(options: FeaturesOptions) -> None:
     )
 
 
-def videos_by_name(places: Sequence[str]) -> dict[str, Path]:
-    """All videos by the names of their features: the path within the given folder, without its ending.
+def videos_by_name(paths: Sequence[str]) -> dict[str, Path]:
+    """Return all videos by the names of their features: the path within the given folder, without its suffix.
 
     Raises:
-        InputError: there are no videos, or two would have the same name.
+        InputError: there are no videos, or two of them have the same name.
     """
     videos: dict[str, Path] = {}
-    for place in places:
-        for path in find_videos([place]):
-            inside = path.relative_to(place) if path != Path(place) else Path(path.name)
+    for root in paths:
+        for path in find_videos([root]):
+            inside = path.relative_to(root) if path != Path(root) else Path(path.name)
             name = inside.with_suffix("").as_posix()
             if name in videos:
                 raise InputError(
@@ -75,10 +73,10 @@ def videos_by_name(places: Sequence[str]) -> dict[str, Path]:
 
 
 def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec) -> FeatureRecord:
-    """The properties that all features of the folder share.
+    """Return the record of the folder: the properties that all its features share.
 
     Raises:
-        InputError: a size or a number of frames or of temporal tokens cannot be used.
+        InputError: the size, the number of frames or the number of temporal tokens cannot be used.
     """
     backbone, geometry = trained.backbone, trained.geometry
     size = trained_size(options.size, trained, options.checkpoint)
@@ -101,7 +99,7 @@ def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec) -
         size=f"{size[0]}x{size[1]}",
         precision=selected_precision(options, trained),
         codec=f"{codec.name} {codec.fingerprint}",
-        weights=trained.weights,  # a run may have no averaged ones
+        weights=trained.weights,  # a run may have no EMA weights
         step=trained.step,
         fingerprint=fingerprint_of(backbone.state_dict()),
         architecture={
@@ -111,12 +109,15 @@ def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec) -
 
 
 def check_frames(latent_frames: int, frames: int, trained: TrainedModel, codec: Codec) -> None:
-    """Refuse clips that are longer than the model's positions, and warn about clips longer than those of training.
+    """Warn about clips that are longer than those of training.
 
     Args:
-        latent_frames, frames: of a clip, in latent frames and in pixel frames.
+        latent_frames, frames: length of a clip, in latent frames and in pixel frames.
         trained: the model.
-        codec: its codec.
+        codec: of the model.
+
+    Raises:
+        InputError: the model has no positions for clips of this length.
     """
     longest = trained.backbone.config.rope_lengths[0]
     if latent_frames > longest:
@@ -129,21 +130,21 @@ def check_frames(latent_frames: int, frames: int, trained: TrainedModel, codec: 
 
 
 def create_or_resume(out: Path, record: FeatureRecord) -> None:
-    """Write the record into a new folder, or check that of an existing one.
+    """Write the record into a new folder, or check the record of an existing one.
 
     Raises:
-        InputError: the folder holds other features.
+        InputError: the folder contains other features.
     """
     if (out / RECORD).exists():
         FeatureRecord.load(out).check(asdict(record), out)
     elif any(out.rglob(f"*{SUFFIXES[record.format]}")):
-        raise InputError(f"{out} holds {SUFFIXES[record.format]} files and no {RECORD}: give another --out.")
+        raise InputError(f"{out} contains {SUFFIXES[record.format]} files but no {RECORD}: give another --out.")
     else:
         record.save(out)
 
 
 class Clips(Dataset[tuple[str, Tensor | str]]):
-    """The clip of each video with its name, or the reason why it cannot be read.
+    """The clip of each video, or the reason why it cannot be read, with the name of the video.
 
     Args:
         videos: paths by name.
@@ -158,7 +159,7 @@ class Clips(Dataset[tuple[str, Tensor | str]]):
         return len(self.videos)
 
     def __getitem__(self, number: int) -> tuple[str, Tensor | str]:
-        """A name, with uint8 (T, 3, H, W) or the message of the error."""
+        """Return a name with the clip, uint8 (T, 3, H, W), or with an error message."""
         name, path = self.videos[number]
         try:
             clip = read_clip(path, self.record.frames, self.record.stride, self.size, centred=True, resample_short=True)
@@ -174,7 +175,7 @@ def extract(
     record: FeatureRecord,
     options: FeaturesOptions,
 ) -> int:
-    """Write the features of videos; returns the number of videos that could not be read."""
+    """Write the features of videos; return the number of videos that could not be read."""
     backbone, skipped = trained.backbone, 0
     autocast_dtype = PRECISIONS[record.precision]
     if autocast_dtype is not None:
@@ -203,12 +204,12 @@ def extract(
 
 
 def features_of_clips(pixels: Tensor, trained: TrainedModel, codec: Codec, record: FeatureRecord) -> Tensor:
-    """The pooled features of clips.
+    """Return the pooled features of clips.
 
     Args:
         pixels: uint8 (B, T, 3, H, W).
-        trained: the model's first layers.
-        codec: their codec.
+        trained: the first layers of the model.
+        codec: of the model.
         record: gives the precision and the number of temporal tokens.
 
     Returns:

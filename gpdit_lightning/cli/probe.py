@@ -1,4 +1,4 @@
-"""`probe`: linear classification of videos from the features of each layer of trained models (GPDiT, section 5.3)."""
+"""`probe`: linear classification of videos by the features of each layer of trained models (GPDiT, section 5.3)."""
 
 import logging
 from collections.abc import Sequence
@@ -35,13 +35,13 @@ from gpdit_lightning.probing.splits import (
 log = logging.getLogger(__name__)
 
 # Fields of an evaluation's protocol that may differ between evaluations whose FVD are compared.
-OF_MODEL = ("checkpoint", "checkpoint_sha256", "step", "weights", "hardware", "versions")
+MODEL_FIELDS = ("checkpoint", "checkpoint_sha256", "step", "weights", "hardware", "versions")
 
 
 def probe(options: ProbeOptions) -> None:
     """Extract features, fit the classifiers, and write probe.json, probe.md and probe.png.
 
-    Features stay in `out`, so a stopped command resumes, and another split needs no second pass of the model.
+    Features are kept in `out`, so a stopped command resumes, and another split does not run the model again.
 
     Raises:
         InputError: an option, a checkpoint, an evaluation or the videos cannot be used.
@@ -54,7 +54,7 @@ def probe(options: ProbeOptions) -> None:
     probed = {(result.identity, result.weights) for result in results}
     for path, evaluation in zip(options.evaluations, evaluations, strict=True):
         if (evaluation.protocol.checkpoint_sha256, evaluation.protocol.weights) not in probed:
-            log.warning("warning: %s evaluates none of these checkpoints, so the figure does not show it", path)
+            log.warning("warning: %s evaluates none of these checkpoints, so the figure does not include it", path)
     write_json(results, options.out / "probe.json")
     with atomic_write(options.out / "probe.md") as temporary:
         temporary.write_text(markdown(results))
@@ -63,32 +63,32 @@ def probe(options: ProbeOptions) -> None:
 
 
 def read_evaluations(paths: Sequence[Path]) -> list[Report]:
-    """The reports of evaluations whose FVD the figure compares.
+    """Read the reports of the evaluations whose FVD the figure shows.
 
     Raises:
-        InputError: a report has no FVD, two have different protocols, or two evaluate one checkpoint.
+        InputError: a report has no FVD, or two reports have different protocols or the same checkpoint.
     """
     reports = [Report.load(path) for path in paths]
     path_of_model: dict[tuple[str, str], Path] = {}
     for path, report in zip(paths, reports, strict=True):
         if "fvd" not in report.scores:
-            raise InputError(f"{path} holds no FVD: evaluate with a video network, or leave it out of --evaluations.")
+            raise InputError(f"{path} has no FVD: evaluate with a video network, or leave it out of --evaluations.")
         first, other = asdict(reports[0].protocol), asdict(report.protocol)
         for name in first:
-            if name not in OF_MODEL and first[name] != other[name]:
+            if name not in MODEL_FIELDS and first[name] != other[name]:
                 raise InputError(
                     f"{paths[0]} and {path} differ in {name} ({first[name]}, not {other[name]}), so their FVD cannot "
-                    "be compared: give evaluations of one protocol."
+                    "be compared: give evaluations with the same protocol."
                 )
         model = report.protocol.checkpoint_sha256, report.protocol.weights
         if model in path_of_model:
-            raise InputError(f"{path_of_model[model]} and {path} evaluate one checkpoint: give one of them.")
+            raise InputError(f"{path_of_model[model]} and {path} evaluate the same checkpoint: give one of them.")
         path_of_model[model] = path
     return reports
 
 
 def split_videos(videos: Sequence[Path], options: ProbeOptions) -> tuple[list[LabelledVideo], str]:
-    """The videos with their classes, divided into training and test videos, and a description of the split."""
+    """Divide videos with their classes into training and test videos; return them and a description of the split."""
     pattern = options.group_pattern or UCF_NAME
     if options.train_list and options.test_list:
         description = f"lists {options.train_list.name} and {options.test_list.name}"
@@ -102,12 +102,12 @@ def split_videos(videos: Sequence[Path], options: ProbeOptions) -> tuple[list[La
 def probe_checkpoint(
     checkpoint: Path, videos: Sequence[LabelledVideo], split: str, options: ProbeOptions
 ) -> ProbeResult:
-    """The accuracy of a linear classifier on each layer of one checkpoint.
+    """Train and test a linear classifier on each layer of one checkpoint.
 
     Args:
-        checkpoint: its path.
+        checkpoint: path of the checkpoint.
         videos: training and test videos.
-        split: description of how they were divided.
+        split: description of the split.
         options: of the verb.
     """
     trained = load_trained_model(checkpoint, available_device(options.device), options.weights)
@@ -117,7 +117,7 @@ def probe_checkpoint(
     features = extract_layer_features(
         trained.backbone,
         codec,
-        sorted(video.path for video in videos),  # the same order, so the same cached features, for every split
+        sorted(video.path for video in videos),  # the same order for every split, so the cached features are reused
         size,
         frames=options.frames,
         stride=options.stride,
@@ -132,7 +132,7 @@ def probe_checkpoint(
         checkpoint=str(checkpoint),
         identity=trained.sha256,
         step=trained.step,
-        weights=trained.weights,  # a run may have no averaged ones
+        weights=trained.weights,  # a run may have no EMA weights
         codec=f"{codec.name} {codec.fingerprint}",
         layers=tuple(probe_layers(features, used, regularisation, progress=True)),
         protocol=make_protocol(

@@ -1,4 +1,4 @@
-"""The files that chunks of videos leave, one for each: what all scores are computed from."""
+"""Files with the results of chunks of videos, one file per chunk. All scores are computed from these files."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,23 +14,30 @@ from gpdit_lightning.files import atomic_write
 
 
 def write_chunk(path: Path, names: Sequence[str], results: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """Write the results of :func:`evaluate_chunk` with the settings (JSON values) they depend on, atomically."""
+    """Write the results of a chunk to a file, atomically.
+
+    Args:
+        path: of the file.
+        names: of the videos that could be read.
+        results: from :func:`chunks.evaluate_chunk`.
+        settings: JSON values that the results depend on.
+    """
     with atomic_write(path) as temporary:
         save_file(results, temporary, metadata={"names": json.dumps(list(names)), "made_by": json.dumps(settings)})
 
 
 class ChunkFiles:
-    """The results of all chunks, read one chunk at a time in their order.
+    """Reader of the results of all chunks, one chunk at a time in their order.
 
     Args:
         paths: of the files.
-        settings: that all of them must have been computed with.
+        settings: JSON values that all files must have been computed with.
 
     Attributes:
         names: of the videos that could be read.
 
     Raises:
-        InputError: a file that cannot be read, or of other settings.
+        InputError: a file cannot be read, or was computed with other settings.
     """
 
     def __init__(self, paths: Sequence[Path], settings: Mapping[str, Any]) -> None:
@@ -41,27 +48,30 @@ class ChunkFiles:
         for path in paths:
             try:
                 with safe_open(path, "pt") as file:
-                    names, found = (json.loads(file.metadata()[key]) for key in ("names", "made_by"))
+                    names, stored = (json.loads(file.metadata()[key]) for key in ("names", "made_by"))
                     self.keys |= set(file.keys())
             except (SafetensorError, KeyError, TypeError) as error:
                 raise InputError(f"{path} is damaged ({error}): delete it and run the same command again.") from None
             self.names += names
-            for name, ours, theirs in differences(expected, found):
+            for name, wanted, found in differences(expected, stored):
                 raise InputError(
-                    f"{path} belongs to an evaluation with another {name} ({theirs}, not {ours}): give another --out, "
+                    f"{path} belongs to an evaluation with another {name} ({found}, not {wanted}): give another --out, "
                     "or remove that folder."
                 )
 
     def values(
         self, variant: str, quantity: str, position: int | None = None, limit_to: str | None = None
     ) -> Iterator[Tensor]:
-        """The results of one kind, chunk by chunk; chunks without such results are passed over.
+        """Yield one quantity of one variant, chunk by chunk; chunks without it are skipped.
 
         Args:
-            variant: such as "truth".
-            quantity: such as "video".
-            position: of all generated frames only this one.
-            limit_to: only the videos that this other variant has too.
+            variant: name of the videos' variant, such as "truth".
+            quantity: a key of :func:`chunks.measure`, such as "video".
+            position: index of the only generated frame to return; None returns all.
+            limit_to: return only the videos that this other variant has too.
+
+        Yields:
+            (B, ...) for the B videos of a chunk.
         """
         key, other = f"{variant}/{quantity}", f"{limit_to or variant}/{quantity}"
         for path in self.paths:
@@ -71,14 +81,14 @@ class ChunkFiles:
                     yield values[:videos] if position is None else values[:videos, position]
 
     def has(self, variant: str, quantity: str) -> bool:
-        """Whether any chunk has such results."""
+        """Whether any chunk contains this quantity of this variant."""
         return f"{variant}/{quantity}" in self.keys
 
 
-def differences(ours: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The entries in which two JSON values differ: the name of each, such as "guidance.context", and both values."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in {**ours, **theirs}:
-            yield from differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
-    elif ours != theirs:
-        yield name, ours, theirs
+def differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the entries in which two JSON values differ: a dotted name such as "guidance.context", and both values."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        for key in {**first, **second}:
+            yield from differences(first.get(key), second.get(key), f"{name}.{key}" if name else key)
+    elif first != second:
+        yield name, first, second

@@ -1,9 +1,9 @@
-"""One chunk of videos: ground truth, continuations, and what scores are computed from (GPDiT, section 5.2).
+"""Evaluation of one chunk of videos: ground truth, continuations, features and distances (GPDiT, section 5.2).
 
-A chunk is a fixed set of videos, whatever the number of processes, and its results are written to one file
-(`chunk_files.py`). So a process may end at any time, and any number of processes arrive at the same scores.
+A chunk is a fixed set of videos, independent of the number of processes, and its results are written to one file
+(`chunk_files.py`). Hence a process may stop at any time, and the scores do not depend on the number of processes.
 
-Shapes: B videos, T pixel frames of a clip, T' generated ones, n features, k classes.
+Shapes: B videos, T pixel frames of a clip, T' generated frames, n features, k classes.
 """
 
 import hashlib
@@ -28,29 +28,30 @@ from gpdit_lightning.model import GPDiT
 
 log = logging.getLogger(__name__)
 
-# Variants of the videos that are compared with the ground truth; the names are those in the chunks' files.
+# Names of the variants of a video in the files of chunks.
 GROUND_TRUTH, CODEC, REPEATED = "truth", "codec", "repeated"
 NOISE = tuple(f"noise {level:g}" for level in NOISE_LEVELS)
 BLUR = tuple(f"blur {level:g}" for level in BLUR_LEVELS)
 
 
 def seed_variant(seed: int) -> str:
-    """The name of the variant that the model generates from a seed."""
+    """Return the name of the continuation that is generated from a seed."""
     return f"seed {seed}"
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is done with every video.
+    """How every video is read, continued and measured.
 
     Attributes:
         context_frames, generated_frames: numbers of pixel frames.
-        stride: of the clip in its video.
+        stride: video frames from one frame of the clip to the next.
         size: (height, width) in pixels.
-        seeds: one continuation of every video for each.
+        seeds: of the noise; every video is continued once per seed.
         generation: how continuations are generated.
-        fvd_includes_context: the video network sees the context too, the same in ground truth and continuation.
-        self_check_videos: number of videos, from the first, whose ground truth is also distorted.
+        fvd_includes_context: whether the video network's input includes the context frames, which are the same in
+            ground truth and continuation.
+        self_check_videos: number of videos, from the first of the selection, whose ground truth is also distorted.
     """
 
     context_frames: int
@@ -68,22 +69,22 @@ class EvaluationSettings:
         return self.context_frames + self.generated_frames
 
     def read_clip(self, path: Path) -> Tensor:
-        """The clip at the beginning of a video, uint8 (T, 3, H, W); raises as :func:`videos.read_clip`."""
+        """Return the clip at the beginning of a video, uint8 (T, 3, H, W); raises as :func:`videos.read_clip`."""
         return read_clip(path, self.frames, self.stride, self.size)
 
 
 class MetricNetworks(NamedTuple):
-    """The networks that scores are computed with; None leaves the scores of a network out."""
+    """The networks that scores are computed with; without a network its scores are left out."""
 
     video: VideoNetwork | None
     image: ImageNetwork | None
 
 
 class Chunk(NamedTuple):
-    """Videos that are evaluated side by side.
+    """Videos that are evaluated as one batch.
 
     Attributes:
-        start: number of the first video in the selection.
+        start: index of the first video in the selection.
         names, paths: of the videos, as in the selection.
     """
 
@@ -93,7 +94,7 @@ class Chunk(NamedTuple):
 
 
 def split_into_chunks(selection: Selection, size: int) -> list[Chunk]:
-    """The selection in chunks of `size` videos; the last one may be smaller."""
+    """Divide a selection into chunks of `size` videos; the last one may be smaller."""
     return [
         Chunk(start, selection.names[start : start + size], selection.paths[start : start + size])
         for start in range(0, len(selection.names), size)
@@ -108,21 +109,22 @@ def evaluate_chunk(
     networks: MetricNetworks,
     on_variant: Callable[[str, Sequence[str], Tensor], None] = lambda variant, names, videos: None,
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """Compute all that the scores of a chunk's videos need.
+    """Compute the results of a chunk, from which the scores follow.
 
     Args:
         chunk: the videos.
-        settings: what is done with them.
+        settings: of the evaluation.
         model: in evaluation mode.
-        codec: whose latents the model was trained on.
-        networks: that scores are computed with.
-        on_variant: called with each variant's name, the names of its videos, and these, uint8 (B, T, 3, H, W).
+        codec: of the model.
+        networks: of the scores.
+        on_variant: called with the name of each variant, the names of its videos, and the videos, uint8
+            (B, T, 3, H, W).
 
     Returns:
-        The names of the videos that could be read, and by "VARIANT/QUANTITY" the results of :func:`measure`.
+        The names of the videos that could be read, and the results of :func:`measure` by "VARIANT/QUANTITY".
 
     Raises:
-        InputError: a video no longer exists, or as :func:`continue_video` and the networks.
+        InputError: a file no longer exists; also as :func:`continue_video` and the networks.
     """
     clips = read_clips(chunk, settings)
     names, results = list(clips), dict[str, Tensor]()
@@ -136,12 +138,12 @@ def evaluate_chunk(
 
 
 def read_clips(chunk: Chunk, settings: EvaluationSettings) -> dict[str, Tensor]:
-    """The clips of a chunk by the names of their videos, each uint8 (T, 3, H, W).
+    """Return the clips of a chunk by the names of their videos, each uint8 (T, 3, H, W).
 
-    A video that is damaged, or shorter than its header says, is left out with a warning; the report names it.
+    A video that is damaged, or shorter than its header states, is left out with a warning; the report names it.
 
     Raises:
-        InputError: a file no longer exists, as when its file system is unmounted: then the evaluation must stop.
+        InputError: a file no longer exists, for example because its file system was unmounted.
     """
     clips: dict[str, Tensor] = {}
     for name, path in zip(chunk.names, chunk.paths, strict=True):
@@ -157,16 +159,16 @@ def read_clips(chunk: Chunk, settings: EvaluationSettings) -> dict[str, Tensor]:
 def video_variants(
     start: int, names: Sequence[str], ground_truth: Tensor, settings: EvaluationSettings, model: GPDiT, codec: Codec
 ) -> Iterator[tuple[str, Tensor]]:
-    """The ground truth, references for good and bad scores, the model's continuations, and the distorted ground truth.
+    """Yield the ground truth, two references, the continuations of the model, and the distorted ground truth.
 
     Args:
-        start: number of the first video in the selection.
+        start: index of the first video in the selection.
         names: of the videos.
         ground_truth: uint8 (B, T, 3, H, W).
         settings, model, codec: as for :func:`evaluate_chunk`.
 
     Yields:
-        names of variants with uint8 (at most B, T, 3, H, W).
+        the name of a variant, and uint8 (B, T, 3, H, W). Distorted variants may have fewer videos.
     """
     context = ground_truth[:, : settings.context_frames]
     yield GROUND_TRUTH, ground_truth
@@ -177,17 +179,17 @@ def video_variants(
         inputs = ClipInputs([noise_seed(name, seed) for name in names])
         generated = continue_video(model, codec, context, settings.generated_frames, settings.generation, inputs)
         yield seed_variant(seed), generated.pixels
-    checked = ground_truth[: max(0, settings.self_check_videos - start)]
-    if len(checked):
-        seeds = [noise_seed(name, 0) for name in names[: len(checked)]]
-        for variant, deviation in zip(NOISE, NOISE_LEVELS, strict=True):
-            yield variant, add_noise(checked, deviation, seeds)
+    to_distort = ground_truth[: max(0, settings.self_check_videos - start)]
+    if len(to_distort):
+        seeds = [noise_seed(name, 0) for name in names[: len(to_distort)]]
+        for variant, level in zip(NOISE, NOISE_LEVELS, strict=True):
+            yield variant, add_noise(to_distort, level, seeds)
         for variant, sigma in zip(BLUR, BLUR_LEVELS, strict=True):
-            yield variant, gaussian_blur(checked, sigma)
+            yield variant, gaussian_blur(to_distort, sigma)
 
 
 def reconstruct(codec: Codec, videos: Tensor) -> Tensor:
-    """Encode and decode uint8 (B, T, 3, H, W) of any T: the last frame is repeated as often as the codec needs it."""
+    """Encode and decode uint8 (B, T, 3, H, W). T is arbitrary: the last frame is repeated to a length of the codec."""
     frames = videos.shape[1]
     missing = -(frames - 1) % codec.temporal_factor
     padded = torch.cat((videos, videos[:, -1:].expand(-1, missing, -1, -1, -1)), dim=1)
@@ -195,7 +197,7 @@ def reconstruct(codec: Codec, videos: Tensor) -> Tensor:
 
 
 def noise_seed(name: str, seed: int) -> int:
-    """The seed of a video's noise, a function of its name and the evaluation's seed alone."""
+    """Return the seed of a video's noise, which depends only on the video's name and the given seed."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4])
 
 
@@ -203,18 +205,19 @@ def noise_seed(name: str, seed: int) -> int:
 def measure(
     videos: Tensor, ground_truth: Tensor, settings: EvaluationSettings, networks: MetricNetworks
 ) -> dict[str, Tensor]:
-    """Features, class probabilities and distances of videos.
+    """Compute features, class probabilities and pixel distances of videos.
 
     Args:
         videos, ground_truth: uint8 (B, T, 3, H, W).
-        settings: which frames are generated.
-        networks: that scores are computed with.
+        settings: give the number of context frames.
+        networks: of the scores.
 
     Returns:
-        `video` (B, n), features of clips; of the generated frames alone `image` (B, T', n), features, `classes`
-        (B, T', k), probabilities, `psnr` and `ssim` (B,). All float32, on the CPU; those without a network are missing.
+        `video` (B, n), features of clips; and of the generated frames only: `image` (B, T', n), features; `classes`
+        (B, T', k), probabilities; `psnr` and `ssim` (B,). All are float32 on the CPU. Keys without a network are
+        missing.
     """
-    generated, true = (clips[:, settings.context_frames :] for clips in (videos, ground_truth))
+    generated, reference = (clips[:, settings.context_frames :] for clips in (videos, ground_truth))
     results: dict[str, Tensor] = {}
     # The networks first: on a GPU they compute while the CPU compares pixels.
     if networks.video is not None:
@@ -224,5 +227,5 @@ def measure(
         results["image"] = features.unflatten(0, generated.shape[:2])
         if probabilities is not None:
             results["classes"] = probabilities.unflatten(0, generated.shape[:2])
-    results |= {"psnr": psnr(generated, true), "ssim": ssim(generated, true)}
+    results |= {"psnr": psnr(generated, reference), "ssim": ssim(generated, reference)}
     return {name: values.float().cpu().contiguous() for name, values in results.items()}

@@ -1,7 +1,7 @@
-"""The network behind FVD: Inflated 3D Inception-v1 (Carreira & Zisserman 2017, figure 3), trained on Kinetics-400.
+"""The network of FVD: Inflated 3D Inception-v1 (Carreira & Zisserman 2017, figure 3), trained on Kinetics-400.
 
-It follows the TF-Hub module `deepmind/i3d-kinetics-400` that FVD was defined with (Unterthiner et al. 2018). Modules
-have that network's names, so that loading its weights needs no table of names.
+The implementation follows the TF-Hub module `deepmind/i3d-kinetics-400`, with which FVD was defined (Unterthiner et
+al. 2018). Modules have the same names as in that network, so its weights load without a mapping of names.
 """
 
 from collections import OrderedDict
@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.network_files import I3D_SHA256, load_script
+from gpdit_lightning.evaluation.network_files import I3D_SHA256, PREPROCESSING_OF_FILE, load_script
 
 MIN_FRAMES = 10
 SIDE = 224  # pixels along each side of the network's input
 CLASSES = 400
 PREPROCESSING = f"short side to {SIDE} bilinear without antialiasing, centre crop, values in [-1, 1]"
 
-# Channels of each block's four branches: 1x1x1; 1x1x1 then 3x3x3, twice; 1x1x1 after max pooling.
+# Output channels of the four branches of each block: 1x1x1; two of 1x1x1 then 3x3x3; max pooling then 1x1x1.
 MIXED = {
     "3b": (64, (96, 128), (16, 32), 32),
     "3c": (128, (128, 192), (32, 96), 64),
@@ -35,14 +35,14 @@ MIXED = {
     "5b": (256, (160, 320), (32, 128), 128),
     "5c": (384, (192, 384), (48, 128), 128),
 }
-POOLED_BEFORE = {"4b": 3, "5b": 2}  # blocks after max pooling, with its size; its stride is 2
+POOL_SIZE_BEFORE = {"4b": 3, "5b": 2}  # blocks that follow max pooling of this size and stride 2
 
 
 def load_i3d(path: Path) -> "I3D | ScriptedI3D":
-    """I3D from safetensors, or from the TorchScript that StyleGAN-V's authors publish.
+    """Load I3D from safetensors, or from the TorchScript that the authors of StyleGAN-V publish.
 
     Raises:
-        InputError: unreadable, or the file of another network.
+        InputError: the file is unreadable or contains another network.
     """
     if path.suffix == ".safetensors":
         return I3D.from_safetensors(path)
@@ -50,12 +50,12 @@ def load_i3d(path: Path) -> "I3D | ScriptedI3D":
 
 
 def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], value: float = 0.0) -> Tensor:
-    """TensorFlow's padding "SAME": ceil(length / stride) outputs along each axis, an odd remainder at the end.
+    """Pad as TensorFlow's "SAME" does: ceil(length / stride) outputs per axis; an odd remainder is padded at the end.
 
     Args:
         x: (B, C, T, H, W).
         kernel, stride: along (T, H, W).
-        value: to pad with.
+        value: of the padding.
     """
     pads: list[int] = []
     for length, size, step in zip(x.shape[2:], kernel, stride, strict=True):
@@ -64,8 +64,8 @@ def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], value: flo
     return F.pad(x, pads, value=value) if any(pads) else x
 
 
-class Unit(nn.Module):
-    """Convolution, batch normalisation by stored statistics without a scale (epsilon 0.001), ReLU."""
+class ConvUnit(nn.Module):
+    """Convolution, batch normalisation with stored statistics and without a scale (epsilon 0.001), and ReLU."""
 
     mean: Tensor
     var: Tensor
@@ -79,13 +79,13 @@ class Unit(nn.Module):
         self.register_buffer("var", torch.ones(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, C', T', H', W'), the lengths divided by the stride and rounded up."""
+        """Map (B, C, T, H, W) to (B, C', T', H', W'); lengths are divided by the stride and rounded up."""
         x = F.conv3d(pad_same(x, self.size, self.stride), self.weight, stride=self.stride)
         return F.batch_norm(x, self.mean, self.var, bias=self.bias, eps=1e-3).relu_()
 
 
 class MaxPool(nn.Module):
-    """Max pooling with padding "SAME", by values that never are the maximum."""
+    """Max pooling with padding "SAME". The padding is -inf, so it is never the maximum."""
 
     def __init__(self, size: int | Sequence[int], stride: int | Sequence[int]) -> None:
         super().__init__()
@@ -93,30 +93,30 @@ class MaxPool(nn.Module):
         self.stride = (stride,) * 3 if isinstance(stride, int) else tuple(stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, C, T', H', W'), the lengths divided by the stride and rounded up."""
+        """Map (B, C, T, H, W) to (B, C, T', H', W'); lengths are divided by the stride and rounded up."""
         return F.max_pool3d(pad_same(x, self.size, self.stride, -torch.inf), self.size, self.stride)
 
 
 class Mixed(nn.Module):
-    """An inception block: four branches side by side."""
+    """Inception block: four parallel branches, concatenated along the channels."""
 
     def __init__(self, channels: int, first: int, second: tuple[int, int], third: tuple[int, int], last: int) -> None:
         super().__init__()
-        self.Branch_0 = _chain(Conv3d_0a_1x1=Unit(channels, first, 1))
-        self.Branch_1 = _chain(Conv3d_0a_1x1=Unit(channels, second[0], 1), Conv3d_0b_3x3=Unit(*second, 3))
-        self.Branch_2 = _chain(Conv3d_0a_1x1=Unit(channels, third[0], 1), Conv3d_0b_3x3=Unit(*third, 3))
-        self.Branch_3 = _chain(MaxPool3d_0a_3x3=MaxPool(3, 1), Conv3d_0b_1x1=Unit(channels, last, 1))
+        self.Branch_0 = _chain(Conv3d_0a_1x1=ConvUnit(channels, first, 1))
+        self.Branch_1 = _chain(Conv3d_0a_1x1=ConvUnit(channels, second[0], 1), Conv3d_0b_3x3=ConvUnit(*second, 3))
+        self.Branch_2 = _chain(Conv3d_0a_1x1=ConvUnit(channels, third[0], 1), Conv3d_0b_3x3=ConvUnit(*third, 3))
+        self.Branch_3 = _chain(MaxPool3d_0a_3x3=MaxPool(3, 1), Conv3d_0b_1x1=ConvUnit(channels, last, 1))
         self.channels = first + second[1] + third[1] + last
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, `channels`, T, H, W)."""
+        """Map (B, C, T, H, W) to (B, `channels`, T, H, W)."""
         return torch.cat([branch(x) for branch in self.children()], dim=1)
 
 
 class I3D(nn.Module):
-    """Videos to the logits of Kinetics-400's 400 classes, which FVD takes as features.
+    """I3D, which maps videos to the logits of the 400 classes of Kinetics-400. FVD uses the logits as features.
 
-    A new instance has no trained weights; see :meth:`from_safetensors`.
+    A new instance is untrained; see :meth:`from_safetensors`.
     """
 
     name = "I3D, Kinetics-400"
@@ -126,16 +126,16 @@ class I3D(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = _chain(
-            Conv3d_1a_7x7=Unit(3, 64, 7, 2),
+            Conv3d_1a_7x7=ConvUnit(3, 64, 7, 2),
             MaxPool3d_2a_3x3=MaxPool((1, 3, 3), (1, 2, 2)),
-            Conv3d_2b_1x1=Unit(64, 64, 1),
-            Conv3d_2c_3x3=Unit(64, 192, 3),
+            Conv3d_2b_1x1=ConvUnit(64, 64, 1),
+            Conv3d_2c_3x3=ConvUnit(64, 192, 3),
             MaxPool3d_3a_3x3=MaxPool((1, 3, 3), (1, 2, 2)),
         )
         channels = 192
         for name, branches in MIXED.items():
-            if name in POOLED_BEFORE:
-                self.layers.add_module(f"MaxPool3d_{name[0]}a", MaxPool(POOLED_BEFORE[name], 2))
+            if name in POOL_SIZE_BEFORE:
+                self.layers.add_module(f"MaxPool3d_{name[0]}a", MaxPool(POOL_SIZE_BEFORE[name], 2))
             block = Mixed(channels, *branches)
             self.layers.add_module(f"Mixed_{name}", block)
             channels = block.channels
@@ -143,12 +143,12 @@ class I3D(nn.Module):
 
     @classmethod
     def from_safetensors(cls, path: str | Path) -> Self:
-        """The network with the weights of a file in Flax's layout, in evaluation mode.
+        """Load the network in evaluation mode from weights in Flax's layout.
 
-        Its keys must be exactly those of :meth:`flax_tensors`, with the same shapes.
+        The file must have exactly the keys and shapes of :meth:`flax_tensors`.
 
         Raises:
-            InputError: unreadable, or not the weights of this network.
+            InputError: the file is unreadable or does not have the weights of this network.
         """
         remedy = "give the I3D weights of Kinetics-400 in Flax's layout"
         try:
@@ -172,13 +172,13 @@ class I3D(nn.Module):
         return network.eval().requires_grad_(False)
 
     def flax_tensors(self) -> dict[str, Tensor]:
-        """All tensors of the network by their names in Flax, as views in Flax's layout.
+        """Return all tensors of the network by their names in Flax, as views in Flax's layout.
 
         Kernels are (T, H, W, in, out), statistics (1, 1, 1, 1, channels), biases (channels,).
         """
         tensors: dict[str, Tensor] = {}
         for name, unit in self.layers.named_modules():
-            if isinstance(unit, Unit):
+            if isinstance(unit, ConvUnit):
                 tensors[f"params.{name}.Conv_0.kernel"] = unit.weight.permute(2, 3, 4, 1, 0)
                 tensors[f"params.{name}.BatchNorm_0.bias"] = unit.bias
                 tensors[f"batch_stats.{name}.BatchNorm_0.mean"] = unit.mean.view(1, 1, 1, 1, -1)
@@ -188,16 +188,16 @@ class I3D(nn.Module):
         return tensors
 
     def forward(self, videos: Tensor) -> Tensor:
-        """The logits of videos, averaged over time as the TF-Hub module does.
+        """Return the logits of videos, averaged over time as in the TF-Hub module.
 
         Args:
-            videos: uint8 (B, T, 3, H, W), T at least 10.
+            videos: uint8 (B, T, 3, H, W), T >= 10.
 
         Returns:
             float32 (B, 400), before the softmax.
 
         Raises:
-            InputError: for fewer frames.
+            InputError: the videos have fewer than 10 frames.
         """
         if videos.shape[1] < MIN_FRAMES:
             raise InputError(f"The videos have {videos.shape[1]} frames, but I3D takes at least {MIN_FRAMES}.")
@@ -206,10 +206,10 @@ class I3D(nn.Module):
 
 
 class ScriptedI3D(nn.Module):
-    """The TorchScript that StyleGAN-V's authors publish. It takes (B, 3, T, H, W) in 0..255 and resizes by itself."""
+    """The TorchScript that the authors of StyleGAN-V publish. It takes (B, 3, T, H, W) in 0..255, and resizes it."""
 
     name = "I3D, Kinetics-400, TorchScript"
-    preprocessing = "the file's own"
+    preprocessing = PREPROCESSING_OF_FILE
     published_sha256 = I3D_SHA256
     min_frames = MIN_FRAMES
 
@@ -218,15 +218,15 @@ class ScriptedI3D(nn.Module):
         self.script = script
 
     def forward(self, videos: Tensor) -> Tensor:
-        """Logits (B, 400) of uint8 (B, T, 3, H, W)."""
+        """Return the logits (B, 400) of videos, uint8 (B, T, 3, H, W)."""
         pixels = videos.transpose(1, 2).float().contiguous()
         return self.script(pixels, rescale=True, resize=True, return_features=True)
 
 
 def preprocess(videos: Tensor) -> Tensor:
-    """Scale, crop and normalise videos for I3D: `PREPROCESSING`.
+    """Scale, crop and normalise videos for I3D, as `PREPROCESSING` describes.
 
-    The long side becomes 224 times the ratio of the sides, rounded up.
+    The scaled long side is 224 times the ratio of the sides, rounded up.
 
     Args:
         videos: uint8 (B, T, 3, H, W).

@@ -1,4 +1,4 @@
-"""Scores of features, class probabilities and pixels; computed by torchmetrics where it has them."""
+"""Scores of features, class probabilities and pixels, computed by torchmetrics where it provides them."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,43 +14,43 @@ from torchmetrics.image.inception import InceptionScore
 from gpdit_lightning.errors import InputError
 
 MAX_PSNR = 100.0
-"""PSNR in dB of two equal frames, so that means stay finite; a single difference of one level at 256x256 is 101 dB."""
+"""PSNR in dB of two equal frames, which keeps means finite. A single difference of one level at 256x256 is 101 dB."""
 SSIM_WINDOW = 11
 """Side in pixels of SSIM's Gaussian window, sigma 1.5 (Wang et al., 2004)."""
-MAX_DISTANCES = 2**24  # in memory at a time, 128 MiB
+MAX_DISTANCES = 2**24  # distances in memory at a time, 128 MiB
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None for the deviation of a single value."""
+    """Return the mean and the sample standard deviation; the deviation of a single value is None."""
     return fmean(values), stdev(values) if len(values) > 1 else None
 
 
 def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
-    """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1^1/2 S2 S1^1/2)^1/2).
+    """Return the squared Frechet distance of Gaussians: |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1^1/2 S2 S1^1/2)^1/2).
 
-    Exact for singular covariances too: with S = F F^T, the last trace is the nuclear norm of F1^T F2. Other methods
-    take square roots of eigenvalues that are zero up to rounding, so that 1e-16 becomes 1e-8 for each missing
-    dimension. For 50 samples in 1024 dimensions, at a distance of 1771, the error of `torchmetrics` 1.9 is 1.5e-4, that
-    of the roots of S1^1/2 S2 S1^1/2 is 7e-5, and that of this method 5e-13.
+    The method is exact for singular covariances too: with S = F F^T, the last trace is the nuclear norm of F1^T F2.
+    Other methods take square roots of eigenvalues that are zero up to rounding, so that 1e-16 becomes 1e-8 for each
+    missing dimension. For 50 samples in 1024 dimensions, at a distance of 1771, the error of `torchmetrics` 1.9 is
+    1.5e-4, the error with the roots of S1^1/2 S2 S1^1/2 is 7e-5, and the error of this method is 5e-13.
 
     Args:
         mean_1, mean_2: (d,).
         cov_1, cov_2: (d, d), symmetric.
 
     Raises:
-        InputError: values that are not finite.
+        InputError: a value is not finite.
     """
-    return _distance(_Gaussian.of(mean_1, cov_1), _Gaussian.of(mean_2, cov_2))
+    return _distance(_Gaussian.from_moments(mean_1, cov_1), _Gaussian.from_moments(mean_2, cov_2))
 
 
 class _Gaussian(NamedTuple):
-    """A mean (d,), and a factor F (d, r) of the covariance F F^T of rank r; float64."""
+    """Mean (d,) and factor F (d, r) of a covariance F F^T of rank r; float64."""
 
     mean: Tensor
     factor: Tensor
 
     @classmethod
-    def of(cls, mean: Tensor, covariance: Tensor) -> Self:
+    def from_moments(cls, mean: Tensor, covariance: Tensor) -> Self:
         mean, covariance = _float64(mean), _float64(covariance)
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise InputError(
@@ -68,7 +68,7 @@ def _distance(first: _Gaussian, second: _Gaussian) -> float:
 
 
 class _PrecomputedFeatures(nn.Identity):
-    """Takes the place of torchmetrics' network, since the inputs are its features already."""
+    """Replaces the network of torchmetrics: the inputs are already features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -76,38 +76,38 @@ class _PrecomputedFeatures(nn.Identity):
 
 
 class FrechetDistance(FrechetInceptionDistance):
-    """FID (Heusel et al., 2017) or FVD (Unterthiner et al., 2019) of features, in float64.
+    """Metric for FID (Heusel et al., 2017) or FVD (Unterthiner et al., 2019) of given features, in float64.
 
-    `update(features (N, d), real=True)` accumulates the sums that mean and covariance follow from. `compute()` gives
+    `update(features (N, d), real=True)` accumulates the sums that determine mean and covariance. `compute()` returns
     the distance by the exact method of :func:`frechet_distance`. Features may be on any device.
 
     Args:
         dimensions: d.
-        options: of torchmetrics, such as `reset_real_features=False` for several comparisons with the same real
-            features.
+        options: of the metric of torchmetrics, such as `reset_real_features=False` for several comparisons with the
+            same real features.
     """
 
     def __init__(self, dimensions: int, **options: Any) -> None:
         super().__init__(_PrecomputedFeatures(dimensions), **options)
-        self._real: _Gaussian | None = None  # kept for further comparisons with the same features
+        self._real: _Gaussian | None = None  # kept for further comparisons with the same real features
 
     def update(self, imgs: Tensor, real: bool) -> None:
-        """Add features (N, d) to the real ones or to those compared with them."""
+        """Add features (N, d) of real or of generated samples."""
         if real:
             self._real = None
         super().update(imgs.to(self.device), real)
 
     def reset(self) -> None:
-        """Drop the compared features, and the real ones unless `reset_real_features=False`."""
+        """Drop the generated features, and the real ones unless `reset_real_features=False`."""
         if self.reset_real_features:
             self._real = None
         super().reset()
 
     def compute(self) -> Tensor:
-        """The distance, float64 ().
+        """Return the distance, float64 ().
 
         Raises:
-            InputError: fewer than two samples of either kind, or features that are not finite.
+            InputError: there are fewer than two real or two generated samples, or a feature is not finite.
         """
         self._real = self._real or self._gaussian("real")
         return torch.tensor(_distance(self._real, self._gaussian("fake")), dtype=torch.float64)
@@ -118,45 +118,47 @@ class FrechetDistance(FrechetInceptionDistance):
             raise InputError(f"A Frechet distance needs 2 samples, but there are {count}: evaluate on more videos.")
         mean = getattr(self, f"{kind}_features_sum") / count
         squares = getattr(self, f"{kind}_features_cov_sum")
-        return _Gaussian.of(mean, (squares - count * mean.outer(mean)) / (count - 1))
+        return _Gaussian.from_moments(mean, (squares - count * mean.outer(mean)) / (count - 1))
 
 
 def bias_warning(score: str, samples: int, dimensions: int) -> str | None:
-    """A warning about a Frechet distance of too few samples; None if the covariance can have full rank."""
+    """Return a warning about a Frechet distance of too few samples; None if the covariance can have full rank."""
     full_rank = dimensions + 1
     if samples >= full_rank:
         return None
     return (
-        f"{score} of {samples:,} samples in {dimensions:,} dimensions is far too large, as of any fewer than "
-        f"{full_rank:,}: compare it only with scores of equally many samples."
+        f"{score} of {samples:,} samples in {dimensions:,} dimensions is far too large, as for any number below "
+        f"{full_rank:,}: compare it only with scores of the same number of samples."
     )
 
 
 def inception_score(probabilities: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float | None]:
-    """Inception Score (Salimans et al., 2016): exp of the mean KL from each sample's classes to their mean.
+    """Return the Inception Score (Salimans et al., 2016).
+
+    It is the exponential of the mean KL divergence from the class probabilities of a sample to their mean.
 
     Args:
         probabilities: (N, k) class probabilities.
-        splits: number of equal random parts of the samples, each of which is scored alone.
-        seed: of the random parts.
+        splits: number of random splits of equal size, each of which is scored separately.
+        seed: of the random splits.
 
     Returns:
-        Mean and sample standard deviation over the parts.
+        Mean and sample standard deviation over the splits.
 
     Raises:
-        InputError: fewer samples than parts.
+        InputError: there are fewer samples than splits.
     """
     if not 1 <= splits <= len(probabilities):
         raise InputError(
-            f"An Inception Score in {splits} splits needs as many samples, but there are {len(probabilities)}: "
-            "evaluate on more videos."
+            f"An Inception Score in {splits} splits needs at least {splits} samples, but there are "
+            f"{len(probabilities)}: evaluate on more videos."
         )
     logits = probabilities.cpu().double().clamp(min=torch.finfo(torch.float64).tiny).log()  # 0 log 0 is 0
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.default_generator.manual_seed(seed)  # torchmetrics shuffles, which changes the last digits
+        torch.default_generator.manual_seed(seed)  # torchmetrics shuffles the samples, which changes the last digits
         warnings.simplefilter("ignore")  # about features kept in memory and the deviation of a single split
-        # The splits of torchmetrics are unequal: it would put 11 samples for 10 splits into 6 parts.
+        # The splits of torchmetrics are unequal: it would divide 11 samples into 6 splits instead of 10.
         return mean_and_deviation([_score_of_split(split) for split in logits[order].tensor_split(splits)])
 
 
@@ -167,7 +169,7 @@ def _score_of_split(logits: Tensor) -> float:
 
 
 def psnr(videos: Tensor, ground_truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB: the mean over a video's frames, each at most `MAX_PSNR`.
+    """Return the peak signal-to-noise ratio in dB: the mean over the frames of each video, each at most `MAX_PSNR`.
 
     Args:
         videos, ground_truth: uint8 (B, T, 3, H, W).
@@ -176,7 +178,7 @@ def psnr(videos: Tensor, ground_truth: Tensor) -> Tensor:
         float32 (B,).
 
     Raises:
-        InputError: shapes that differ.
+        InputError: the shapes differ.
     """
     _check_shapes(videos, ground_truth)
     # One video at a time, so that its score is independent of batch composition to the last bit.
@@ -192,7 +194,9 @@ def psnr(videos: Tensor, ground_truth: Tensor) -> Tensor:
 
 
 def ssim(videos: Tensor, ground_truth: Tensor) -> Tensor:
-    """Structural similarity (Wang et al., 2004): the mean over frames, colours and positions where the window fits.
+    """Return the structural similarity (Wang et al., 2004), averaged over frames, colours and positions of the window.
+
+    The window lies inside the frame at all positions.
 
     Args:
         videos, ground_truth: uint8 (B, T, 3, H, W).
@@ -201,7 +205,7 @@ def ssim(videos: Tensor, ground_truth: Tensor) -> Tensor:
         float32 (B,).
 
     Raises:
-        InputError: shapes that differ, or frames smaller than `SSIM_WINDOW`.
+        InputError: the shapes differ, or frames are smaller than `SSIM_WINDOW`.
     """
     _check_shapes(videos, ground_truth)
     height, width = ground_truth.shape[-2:]
@@ -212,10 +216,10 @@ def ssim(videos: Tensor, ground_truth: Tensor) -> Tensor:
     margin = SSIM_WINDOW // 2
     scores = []
     for video, true in zip(videos, ground_truth, strict=True):
-        # All frames as the channels of one image, which takes a twentieth of the time on a CPU.
+        # All frames are the channels of one image, which is 20 times faster on a CPU.
         image, true_image = (clip.flatten(0, 1)[None].float() for clip in (video, true))
         _, similarity = structural_similarity_index_measure(image, true_image, data_range=255.0, return_full_image=True)
-        # Without the edges, for which torchmetrics reflects the image.
+        # The edges are left out, since torchmetrics pads them by reflection.
         scores.append(similarity[..., margin:-margin, margin:-margin].mean())
     return torch.stack(scores)
 
@@ -224,21 +228,21 @@ def _check_shapes(videos: Tensor, ground_truth: Tensor) -> None:
     if videos.shape != ground_truth.shape:
         raise InputError(
             f"Videos of shape {tuple(videos.shape)} cannot be compared with a ground truth of shape "
-            f"{tuple(ground_truth.shape)}: give both the same size and length."
+            f"{tuple(ground_truth.shape)}: give both the same size and number of frames."
         )
 
 
 def _float64(values: Tensor) -> Tensor:
-    """In float64; on the CPU where the device has no float64 (MPS)."""
+    """Convert to float64, on the CPU if the device lacks float64 (MPS)."""
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al., 2019), which ACDiT reports in its Table 2.
+    """Return improved precision and recall (Kynkäänniemi et al., 2019), which ACDiT reports in its Table 2.
 
-    A set covers the balls around its samples whose radii are the distances to their k-th nearest neighbours in the set.
-    Precision is the fraction of generated samples that the real ones cover, recall that of real samples that the
-    generated ones cover.
+    The manifold of a set is estimated by balls around its samples; the radius of a ball is the distance to the k-th
+    nearest neighbour within the set. Precision is the fraction of generated samples in the manifold of the real ones,
+    and recall is the fraction of real samples in the manifold of the generated ones.
 
     Args:
         real: (N, d) features.
@@ -246,7 +250,7 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
         neighbours: k.
 
     Raises:
-        InputError: a set without k-th neighbours.
+        InputError: a set has at most k samples.
     """
     samples = min(len(real), len(generated))
     if samples <= neighbours:
@@ -255,22 +259,22 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
             f"{samples}: evaluate on more videos."
         )
     real, generated = _float64(real), _float64(generated)
-    centre = real.mean(dim=0)  # leaves more digits for the distances
+    centre = real.mean(dim=0)  # centring reduces the rounding error of the distances
     real, generated = real - centre, generated - centre
-    return _covered(generated, real, neighbours), _covered(real, generated, neighbours)
+    return _fraction_covered(generated, real, neighbours), _fraction_covered(real, generated, neighbours)
 
 
-def _covered(samples: Tensor, by: Tensor, neighbours: int) -> float:
-    """The fraction of `samples` that the set `by` covers."""
-    # The nearest neighbour of a sample in its own set is itself.
-    radii = torch.cat([rows.kthvalue(neighbours + 1, dim=1).values for rows in _distances(by, by)])
-    # By rounding a distance of zero becomes about 1e-8, and equal samples, as of a still video, have radii of zero.
-    radii += 1e-6 * by.norm(dim=1).max()
-    covered = torch.cat([(rows <= radii).any(dim=1) for rows in _distances(samples, by)])
+def _fraction_covered(samples: Tensor, centres: Tensor, neighbours: int) -> float:
+    """Return the fraction of samples in the manifold that balls around the centres estimate."""
+    # Each centre is also its nearest neighbour, at distance zero, hence + 1.
+    radii = torch.cat([rows.kthvalue(neighbours + 1, dim=1).values for rows in _distances(centres, centres)])
+    # Rounding turns a distance of zero into about 1e-8, while the radii of equal samples (still videos) are zero.
+    radii += 1e-6 * centres.norm(dim=1).max()
+    covered = torch.cat([(rows <= radii).any(dim=1) for rows in _distances(samples, centres)])
     return covered.sum().item() / len(samples)
 
 
 def _distances(samples: Tensor, others: Tensor) -> Iterator[Tensor]:
-    """Distances (rows, M), some rows at a time; by matrix products, nine times faster than by differences."""
+    """Yield distances (rows, M), some rows at a time. Matrix products are nine times faster than differences."""
     for rows in samples.split(max(1, MAX_DISTANCES // len(others))):
         yield torch.cdist(rows, others, compute_mode="use_mm_for_euclid_dist")

@@ -1,4 +1,4 @@
-"""Files of published networks: found, checked by sha256 before they are opened, and opened without unpickling."""
+"""Verification and loading of files of published networks. The sha256 is verified first, and nothing is unpickled."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,58 +18,60 @@ INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e9
 
 @dataclass(frozen=True)
 class NetworkRecord:
-    """What identifies a network in a report."""
+    """Identifies a network in a report."""
 
     name: str
     file: str
-    """Name of its file, or import path of its class."""
+    """Name of the file, or import path of the class."""
     sha256: str
-    """Of the file; of a class without a file a fingerprint of its weights, or empty if it has none."""
+    """sha256 of the file. For a class without a file: a fingerprint of its weights, or empty if it has no weights."""
     preprocessing: str
-    """What happens to uint8 pixels."""
+    """How uint8 pixels are resized and normalised."""
 
+
+PREPROCESSING_OF_FILE = "preprocessing inside the network"
 
 Interface = Literal["I3D", "Inception", "one input"]
-"""What kind of network a TorchScript is, recognised by the arguments of its forward."""
+"""Kind of network in a TorchScript, recognised by the arguments of its forward."""
 
 REMEDIES = {
     "video": f"give I3D's weights as .safetensors, or i3d_torchscript.pt from {I3D_URL}",
     "image": f"give inception-2015-12-05.pt from {INCEPTION_URL}",
     "classifier": "give a TorchScript that takes uint8 (N, 3, H, W) and returns logits (N, classes)",
 }
-"""What an error message proposes, by the network's role."""
+"""What error messages advise, by the role of the network."""
 
 
-def refusal(role: str, path: Path | str, reason: str) -> InputError:
-    """The error that says why a file cannot serve as the network of a role."""
+def network_error(role: str, path: Path | str, reason: str) -> InputError:
+    """Return the error for a file that cannot be used as the network of a role."""
     return InputError(f"The {role} network {path} {reason}: {REMEDIES[role]}.")
 
 
-def checked_file(role: str, path: str, sha256: str | None) -> tuple[Path, str]:
-    """The path of a network's file, and its sha256.
+def verify_file(role: str, path: str, sha256: str | None) -> tuple[Path, str]:
+    """Verify the file of a network; return its path and its sha256.
 
     Args:
         role: one of `REMEDIES`.
         path: of the file.
-        sha256: the expected one, or None.
+        sha256: expected value; None accepts any file.
 
     Raises:
         InputError: the file is missing, or has another sha256.
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise refusal(role, file, "is not a file on this machine")
-    found = sha256_of(file)
-    if sha256 is not None and sha256.strip().lower() != found:
+        raise network_error(role, file, "is not a file on this machine")
+    actual = sha256_of(file)
+    if sha256 is not None and sha256.strip().lower() != actual:
         raise InputError(
-            f"The {role} network {file} has sha256 {found}, but {sha256} is expected: download it again, or correct "
+            f"The {role} network {file} has sha256 {actual}, but {sha256} is expected: download it again, or correct "
             "the sha256."
         )
-    return file, found
+    return file, actual
 
 
 def load_script(role: str, path: Path, *interfaces: Interface) -> tuple[nn.Module, Interface]:
-    """A TorchScript in evaluation mode, and which of the expected interfaces it has.
+    """Load a TorchScript in evaluation mode; return it and its interface, one of the expected ones.
 
     Raises:
         InputError: the file is not a TorchScript, or has none of these interfaces.
@@ -77,7 +79,7 @@ def load_script(role: str, path: Path, *interfaces: Interface) -> tuple[nn.Modul
     try:
         script = torch.jit.load(path, map_location="cpu")
     except (RuntimeError, ValueError):
-        raise refusal(role, path, "is not a TorchScript") from None
+        raise network_error(role, path, "is not a TorchScript") from None
     schema = getattr(script.forward, "schema", None)
     arguments = [] if schema is None else schema.arguments[1:]
     names = [argument.name for argument in arguments]
@@ -89,5 +91,5 @@ def load_script(role: str, path: Path, *interfaces: Interface) -> tuple[nn.Modul
     elif sum(not argument.has_default_value() for argument in arguments) == 1:
         interface = "one input"
     if interface not in interfaces:
-        raise refusal(role, path, f"is another network, since its forward takes ({', '.join(names)})")
+        raise network_error(role, path, f"is another network, since its forward takes ({', '.join(names)})")
     return script.eval(), interface

@@ -1,23 +1,25 @@
-"""The networks behind FVD, FID and IS. None comes with the package; `network_files.py` has addresses and sha256.
+"""The networks of FVD, FID and IS. The package contains none of them; `network_files.py` has their URLs and sha256.
 
-For videos (FVD, precision, recall), one of
+The video network (FVD, precision, recall) is one of
 - I3D's weights of Kinetics-400 as safetensors, in the layout of :meth:`I3D.from_safetensors`;
-- the TorchScript of the same network that StyleGAN-V's authors publish, `i3d_torchscript.pt`;
-- a class of your own, whose instances are called with uint8 (B, T, 3, H, W) and return float32 (B, n).
+- the TorchScript of the same network that the authors of StyleGAN-V publish, `i3d_torchscript.pt`;
+- a custom class, whose instances map uint8 (B, T, 3, H, W) to float32 (B, n).
 
-For images (FID, IS), one of
-- NVIDIA's TorchScript of the Inception-v3 of 2015-12-05, `inception-2015-12-05.pt`: it resizes by itself, and returns
+The image network (FID, IS) is one of
+- NVIDIA's TorchScript of the Inception-v3 of 2015-12-05, `inception-2015-12-05.pt`, which resizes its input and returns
   features and the probabilities of 1008 classes;
-- any TorchScript of that network that takes float32 (N, 3, 299, 299), (value - 128) / 128, and returns features alone;
-- a class of your own, whose instances are called with uint8 (N, 3, H, W) and return float32 (N, n); with a method
-  `features_and_probabilities`, which returns float32 (N, n) and (N, classes), it serves IS too.
+- any TorchScript of that network that takes float32 (N, 3, 299, 299), (value - 128) / 128, and returns only features;
+- a custom class, whose instances map uint8 (N, 3, H, W) to float32 (N, n); it serves IS too if it has a method
+  `features_and_probabilities` that returns float32 (N, n) and (N, classes).
 
-For the classes of IS alone, beside an image network without classes: NVIDIA's file, any TorchScript that takes uint8
-(N, 3, H, W), preprocesses it by itself and returns logits (N, classes), or a class of your own with a method
-`probabilities`. IS over other classes than those 1008 compares with nothing published.
+The classifier (IS, where the image network returns no class probabilities) is one of
+- NVIDIA's file;
+- any TorchScript that takes uint8 (N, 3, H, W), including preprocessing, and returns logits (N, classes);
+- a custom class with a method `probabilities`.
+IS over classes other than those 1008 is not comparable with published values.
 
-All run in evaluation mode and float32. The features of an image or video are independent of batch composition up to
-rounding, since libraries choose their kernels by shape.
+All networks run in evaluation mode and float32. Features are independent of batch composition up to rounding, since
+libraries choose their kernels by shape.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,34 +32,34 @@ from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.i3d import load_i3d
 from gpdit_lightning.evaluation.inception import load_classifier, load_inception
-from gpdit_lightning.evaluation.network_files import REMEDIES, NetworkRecord, checked_file
+from gpdit_lightning.evaluation.network_files import PREPROCESSING_OF_FILE, REMEDIES, NetworkRecord, verify_file
 from gpdit_lightning.imports import resolve
 from gpdit_lightning.options.evaluate import NetworkOptions
 
-# The networks that a recipe may name by `kind`, besides the import path of a class.
+# The values of `kind` besides the import path of a custom class.
 VIDEO_NETWORKS: dict[str, Callable[..., nn.Module]] = {"i3d": load_i3d}
 IMAGE_NETWORKS: dict[str, Callable[..., nn.Module]] = {"inception": load_inception}
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"torchscript": load_classifier}
 
-# What a network is tried on when it is opened.
+# Example on which a network is tested when it is opened.
 EXAMPLE = torch.arange(3 * 32 * 32).mul(37).remainder(256).to(torch.uint8).reshape(1, 3, 32, 32)
 
 
 class LoadedNetwork(NamedTuple):
-    """A network and its record for the report; with its place and a remedy for error messages."""
+    """A network with its record for the report, and its origin and a remedy for error messages."""
 
     module: nn.Module
     record: NetworkRecord
-    place: str
+    origin: str
     is_custom: bool
     remedy: str
 
 
 def open_video_network(options: NetworkOptions, device: str | torch.device = "cpu") -> "VideoNetwork":
-    """Open a network for FVD, in any form that the head of this module lists.
+    """Open a network for FVD, in any form that the docstring of this module lists.
 
     Raises:
-        InputError: a file that is missing, has another sha256 or is another network, or a class that cannot be used.
+        InputError: the file is missing, has another sha256 or contains another network, or the class cannot be used.
     """
     return VideoNetwork(_load("video", options, VIDEO_NETWORKS), device)
 
@@ -65,12 +67,12 @@ def open_video_network(options: NetworkOptions, device: str | torch.device = "cp
 def open_image_network(
     options: NetworkOptions, device: str | torch.device = "cpu", classifier: NetworkOptions | None = None
 ) -> "ImageNetwork":
-    """Open a network for FID and IS, in any form that the head of this module lists.
+    """Open a network for FID and IS, in any form that the docstring of this module lists.
 
     Args:
         options: of the network.
         device: to compute on.
-        classifier: of a network whose class probabilities are used instead of the network's own.
+        classifier: of a network whose class probabilities replace those of the image network.
 
     Raises:
         InputError: as :func:`open_video_network`.
@@ -80,7 +82,7 @@ def open_image_network(
 
 
 def open_classifier(options: NetworkOptions, device: str | torch.device = "cpu") -> "ImageClassifier":
-    """Open a network for IS alone, in any form that the head of this module lists.
+    """Open a network for IS alone, in any form that the docstring of this module lists.
 
     Raises:
         InputError: as :func:`open_video_network`.
@@ -95,7 +97,7 @@ def _load(role: str, options: NetworkOptions, registry: Mapping[str, Callable[..
     arguments = dict(options.arguments)
     file, sha256 = kind, ""
     if options.path is not None:
-        path, sha256 = checked_file(role, options.path, options.sha256)
+        path, sha256 = verify_file(role, options.path, options.sha256)
         file, arguments = path.name, {"path": path, **arguments}
     elif not is_custom:
         raise InputError(f"The {role} network has no path: {REMEDIES[role]}.")
@@ -107,27 +109,27 @@ def _load(role: str, options: NetworkOptions, registry: Mapping[str, Callable[..
         name += ", not the published file"
     if options.arguments:
         name += f" ({', '.join(f'{key}={value}' for key, value in options.arguments.items())})"
-    record = NetworkRecord(name, file, sha256, getattr(module, "preprocessing", "the network's own"))
-    place = kind if is_custom else str(options.path)
-    return LoadedNetwork(module, record, place, is_custom, "correct its class" if is_custom else REMEDIES[role])
+    record = NetworkRecord(name, file, sha256, getattr(module, "preprocessing", PREPROCESSING_OF_FILE))
+    origin = kind if is_custom else str(options.path)
+    return LoadedNetwork(module, record, origin, is_custom, "correct its class" if is_custom else REMEDIES[role])
 
 
 class MetricNetwork(nn.Module):
-    """A network that is ready to compute.
+    """A network on its device, which checks its input.
 
     Args:
-        loaded: takes uint8 pixels.
+        loaded: the network, which takes uint8 pixels.
         device: to compute on; pixels may be on any device.
     """
 
     role: str
-    axes: str  # of the pixels
+    axes: str  # names of the axes of the pixels
 
     def __init__(self, loaded: LoadedNetwork, device: str | torch.device) -> None:
         super().__init__()
         self.network = loaded.module.to(device).eval().requires_grad_(False)
         self.record, self.device = loaded.record, torch.device(device)
-        self._place, self._is_custom, self._remedy = loaded.place, loaded.is_custom, loaded.remedy
+        self._origin, self._is_custom, self._remedy = loaded.origin, loaded.is_custom, loaded.remedy
 
     def _compute(self, function: Callable[[Tensor], Any], pixels: Tensor) -> Any:
         if pixels.dtype != torch.uint8 or pixels.ndim != len(self.axes.split()) or pixels.shape[-3] != 3:
@@ -135,31 +137,31 @@ class MetricNetwork(nn.Module):
                 f"The pixels are {pixels.dtype} {tuple(pixels.shape)}, but the {self.role} network takes torch.uint8 "
                 f"({self.axes}): convert them."
             )
-        # By default cuDNN convolves float32 in TF32, which keeps 10 of its 23 mantissa bits.
+        # By default cuDNN computes float32 convolutions in TF32, which keeps 10 of the 23 mantissa bits.
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return function(pixels.to(self.device))
 
     def _num_outputs(self, function: Callable[[Tensor], object], example: Tensor) -> int:
-        """How many numbers a function of the network gives for the one image or video of an example.
+        """Return n, the number of outputs of a function of the network for an example of one image or video.
 
         Raises:
-            InputError: the network of a file cannot compute, or any network returns anything else than float32 (1, n).
+            InputError: a network from a file fails, or the output is not a finite float32 (1, n).
         """
         try:
             output = function(example)
-        except Exception as error:  # whatever the code in the file raises
+        except Exception as error:  # the code in the file may raise anything
             if self._is_custom:
                 raise
-            raise self._refusal(f"could not compute on an example ({str(error).strip().splitlines()[-1]})") from None
+            raise self._error(f"could not compute on an example ({str(error).strip().splitlines()[-1]})") from None
         if not isinstance(output, Tensor) or output.dtype != torch.float32 or output.ndim != 2 or len(output) != 1:
             kind = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-            raise self._refusal(f"returns {kind}, but float32 (1, n) is expected")
+            raise self._error(f"returns {kind}, but float32 (1, n) is expected")
         if not output.isfinite().all():
-            raise self._refusal("returns numbers that are not finite")
+            raise self._error("returns numbers that are not finite")
         return output.shape[1]
 
-    def _refusal(self, reason: str) -> InputError:
-        return InputError(f"The {self.role} network {self._place} {reason}: {self._remedy}.")
+    def _error(self, reason: str) -> InputError:
+        return InputError(f"The {self.role} network {self._origin} {reason}: {self._remedy}.")
 
 
 class VideoNetwork(MetricNetwork):
@@ -167,7 +169,7 @@ class VideoNetwork(MetricNetwork):
 
     Attributes:
         num_features: n, 400 for I3D.
-        min_frames: the fewest frames that a video must have.
+        min_frames: minimum number of frames of a video.
     """
 
     role, axes = "video", "B, T, 3, H, W"
@@ -178,7 +180,7 @@ class VideoNetwork(MetricNetwork):
         self.num_features = self._num_outputs(self, EXAMPLE[None].expand(1, self.min_frames, -1, -1, -1))
 
     def forward(self, videos: Tensor) -> Tensor:
-        """Features, on the network's device.
+        """Return features, on the device of the network.
 
         Args:
             videos: uint8 (B, T, 3, H, W).
@@ -187,7 +189,7 @@ class VideoNetwork(MetricNetwork):
             float32 (B, n).
 
         Raises:
-            InputError: pixels of another type or shape, or fewer than `min_frames` frames.
+            InputError: the pixels have another type or shape, or there are fewer than `min_frames` frames.
         """
         if videos.ndim == 5:
             self.check_frames(videos.shape[1])
@@ -197,8 +199,8 @@ class VideoNetwork(MetricNetwork):
         """Raise `InputError` for videos of fewer than `min_frames` frames."""
         if frames < self.min_frames:
             raise InputError(
-                f"The videos have {frames} frames, but {self.record.name} takes at least {self.min_frames}: take "
-                "longer ones, or include the context."
+                f"The videos have {frames} frames, but {self.record.name} takes at least {self.min_frames}: use "
+                "longer clips, or include the context."
             )
 
 
@@ -216,7 +218,7 @@ class ImageClassifier(MetricNetwork):
         self.num_classes = self._num_outputs(self, EXAMPLE)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Class probabilities, on the network's device.
+        """Return class probabilities, on the device of the network.
 
         Args:
             pixels: uint8 (N, 3, H, W).
@@ -225,18 +227,18 @@ class ImageClassifier(MetricNetwork):
             float32 (N, `num_classes`), rows that sum to one.
 
         Raises:
-            InputError: pixels of another type or shape.
+            InputError: the pixels have another type or shape.
         """
         return self._compute(self.network.probabilities, pixels)  # type: ignore[arg-type]
 
 
 class ImageNetwork(MetricNetwork):
-    """Features of images, and class probabilities if there are any; see :func:`open_image_network`.
+    """Features of images, and class probabilities if available; see :func:`open_image_network`.
 
     Attributes:
         num_features: n, 2048 for Inception-v3.
-        classifier: gives the probabilities instead of the network.
-        has_classes: whether there are probabilities.
+        classifier: computes the class probabilities in place of the network, or None.
+        has_classes: whether class probabilities are available.
     """
 
     role, axes = "image", "N, 3, H, W"
@@ -252,7 +254,7 @@ class ImageNetwork(MetricNetwork):
             self._num_outputs(lambda pixels: self.features_and_probabilities(pixels)[1], EXAMPLE)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features alone, on the network's device.
+        """Return only features, on the device of the network.
 
         Args:
             pixels: uint8 (N, 3, H, W).
@@ -261,12 +263,12 @@ class ImageNetwork(MetricNetwork):
             float32 (N, n).
 
         Raises:
-            InputError: pixels of another type or shape.
+            InputError: the pixels have another type or shape.
         """
         return self._compute(self.network, pixels)
 
     def features_and_probabilities(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features and class probabilities, in one pass where the network computes both.
+        """Return features and class probabilities, from one pass if the network computes both.
 
         Args:
             pixels: uint8 (N, 3, H, W).
@@ -275,7 +277,7 @@ class ImageNetwork(MetricNetwork):
             float32 (N, n), and float32 (N, classes) whose rows sum to one, or None without classes.
 
         Raises:
-            InputError: pixels of another type or shape.
+            InputError: the pixels have another type or shape.
         """
         if self.classifier is None and self.has_classes:
             return self._compute(self.network.features_and_probabilities, pixels)  # type: ignore[arg-type]

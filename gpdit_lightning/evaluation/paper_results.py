@@ -1,30 +1,31 @@
-"""What GPDiT published (arXiv 2505.07344, tables 2 and 3), as printed there."""
+"""Results published in the GPDiT paper (arXiv 2505.07344, tables 2 and 3), as printed there."""
 
 from typing import NamedTuple
 
 
 class PaperTable(NamedTuple):
-    """The rows of one of the paper's tables that are of one data set."""
+    """Rows of one table of the paper for one data set."""
 
     title: str
     data: str
     videos: int
     guidance: float
     protocol: str
-    """Of GPDiT's rows."""
+    """Protocol of the rows of GPDiT."""
     protocol_of_others: str
-    """Of the other rows."""
+    """Protocol of the other rows."""
     columns: tuple[str, ...]
-    """Of each row, besides the method; scores by their keys in `report.HEADINGS`."""
+    """Columns after the method; scores have their keys in `report.HEADINGS`."""
     rows: dict[str, tuple[str, ...]]
+    """Cells by method."""
 
 
-PAPER_FRAMES = 12, 5  # generated, context
-UNSTATED = (
+PAPER_FRAMES = 12, 5  # generated frames, context frames
+NOT_STATED = (
     "which videos and frames were used, at which size and stride, the sampler and its steps, the seeds, the networks "
-    "behind the scores, and whether FVD includes the context frames"
+    "of the scores, and whether FVD includes the context frames"
 )
-ZERO_SHOT = ("#Data", "#Params", "fid", "fvd", "is")
+ZERO_SHOT_COLUMNS = ("#Data", "#Params", "fid", "fvd", "is")
 PAPER_TABLES = (
     PaperTable(
         "Table 2, zero-shot on MSR-VTT",
@@ -33,7 +34,7 @@ PAPER_TABLES = (
         1.2,
         "7,000 videos, 12 frames from 5, guidance 1.2",
         "12 frames from 5",
-        ZERO_SHOT,
+        ZERO_SHOT_COLUMNS,
         {
             "MagicVideo": ("10M", "-", "36.5", "998", "-"),
             "LVDM": ("2M", "1.2B", "-", "742", "-"),
@@ -52,7 +53,7 @@ PAPER_TABLES = (
         1.2,
         "10,000 videos, 12 frames from 5, guidance 1.2",
         "12 frames from 5",
-        ZERO_SHOT,
+        ZERO_SHOT_COLUMNS,
         {
             "MagicVideo": ("10M", "-", "145.0", "699", "-"),
             "CogVideo": ("5.4M", "9B", "-", "626", "50.5"),

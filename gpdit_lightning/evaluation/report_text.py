@@ -1,19 +1,19 @@
-"""The report of an evaluation as Markdown and as a figure, beside what GPDiT published (its tables 2 and 3)."""
+"""The report of an evaluation as Markdown and as a figure, with tables 2 and 3 of the GPDiT paper for comparison."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from gpdit_lightning.evaluation.network_files import NetworkRecord
-from gpdit_lightning.evaluation.paper_results import PAPER_FRAMES, PAPER_TABLES, UNSTATED, PaperTable
+from gpdit_lightning.evaluation.paper_results import NOT_STATED, PAPER_FRAMES, PAPER_TABLES, PaperTable
 from gpdit_lightning.evaluation.report import HEADINGS, Protocol, Report, Score
 from gpdit_lightning.evaluation.self_checks import SelfChecks
 from gpdit_lightning.files import atomic_write
 
 RESULTS, TABLES = "results.json", "results.md"
-# The FID of the self-checks is computed over all generated frames, while the score is a mean over their positions.
+# The FID of the self-checks is computed over all generated frames; the FID score is a mean over their positions.
 CHECKED_DISTANCES = {"fvd": "FVD", "fid": "FID, all frames at once"}
-# How tables call the references, by their names in JSON.
-REFERENCES = {
+# Labels of the references in tables, by their names in JSON.
+REFERENCE_LABELS = {
     "the truth": "ground truth",
     "the truth through the codec": "ground truth, encoded and decoded",
     "the last given frame repeated": "last context frame, repeated",
@@ -28,9 +28,9 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def to_markdown(report: Report) -> str:
-    """A table of scores, warnings, the protocol, the self-checks, and the comparison with the paper."""
+    """Return the table of scores, the warnings, the protocol, the self-checks and the comparison with the paper."""
     protocol = report.protocol
-    sections = [f"# {protocol.data}: {_frames(protocol)}", score_table(report)]
+    sections = [f"# {protocol.data}: {_frame_counts(protocol)}", score_table(report)]
     sections += [f"**Warning:** {warning}" for warning in report.warnings]
     sections += ["## Protocol", "\n".join(f"- {line}" for line in protocol_sentences(protocol, report.date))]
     if report.self_checks:
@@ -49,9 +49,9 @@ def _cells(scores: Mapping[str, Score], names: Iterable[str]) -> list[str]:
 
 
 def score_table(report: Report) -> str:
-    """The model's scores beside the facts of the protocol, then those of the references."""
+    """Return a table with the scores of the model and its main settings, followed by the scores of the references."""
     protocol = report.protocol
-    facts = {
+    settings = {
         "data": protocol.data,
         "videos": f"{protocol.videos:,}",
         "frames": f"{protocol.generated_frames} from {protocol.context_frames}",
@@ -62,14 +62,14 @@ def score_table(report: Report) -> str:
         "guidance": f"{protocol.guidance.context:g}",
         "seeds": str(len(protocol.seeds)),
     }
-    rows = [[f"`{protocol.checkpoint}`", *_cells(report.scores, report.scores), *facts.values()]]
+    rows = [[f"`{protocol.checkpoint}`", *_cells(report.scores, report.scores), *settings.values()]]
     for name, scores in report.references.items():
-        rows.append([REFERENCES.get(name, name), *_cells(scores, report.scores), *[""] * len(facts)])
-    return _table(["", *(HEADINGS[name] for name in report.scores), *facts], rows)
+        rows.append([REFERENCE_LABELS.get(name, name), *_cells(scores, report.scores), *[""] * len(settings)])
+    return _table(["", *(HEADINGS[name] for name in report.scores), *settings], rows)
 
 
-def protocol_sentences(protocol: Protocol, day: str) -> list[str]:
-    """What the scores depend on, in sentences."""
+def protocol_sentences(protocol: Protocol, date: str) -> list[str]:
+    """Return the protocol in sentences."""
     guidance, schedule = protocol.guidance, protocol.schedule
     levels = "" if guidance.at_all_levels else f" at noise levels {guidance.least_level:g} to {guidance.most_level:g}"
     fvd_input = "context and generated frames" if protocol.fvd_frames == "all" else "generated frames"
@@ -87,22 +87,22 @@ def protocol_sentences(protocol: Protocol, day: str) -> list[str]:
         f"Weights: `{protocol.checkpoint}` ({protocol.weights}, step {protocol.step:,}), sha256 "
         f"`{protocol.checkpoint_sha256}`; codec {protocol.codec}, sha256 `{protocol.codec_sha256}`.",
         *(
-            f"Network, {role}: {network.name} (`{network.file}`, {_fingerprint(network)}); {network.preprocessing}."
+            f"Network, {role}: {network.name} (`{network.file}`, {_sha256(network)}); {network.preprocessing}."
             for role, network in protocol.networks.items()
         ),
         f"Versions: {', '.join(f'{name} {number}' for name, number in protocol.versions.items())}.",
-        f"Hardware: {protocol.hardware}; date: {day}.",
+        f"Hardware: {protocol.hardware}; date: {date}.",
     ]
 
 
-def _fingerprint(network: NetworkRecord) -> str:
+def _sha256(network: NetworkRecord) -> str:
     return f"sha256 `{network.sha256}`" if network.sha256 else "without weights"
 
 
 def self_check_table(self_checks: Mapping[str, SelfChecks]) -> str:
-    """A row of distances for each checked score."""
+    """Return a table with a row of distances for each checked score."""
     first = next(iter(self_checks.values()))
-    headings = ["ground truth against", "videos distorted", "itself", "its other half"]
+    headings = ["ground truth against", "videos distorted", "itself", "the other half"]
     headings += [f"{kind} {level:g}" for kind, pairs in first.by_distortion.items() for level, _ in pairs]
     rows = []
     for name, checks in self_checks.items():
@@ -113,47 +113,53 @@ def self_check_table(self_checks: Mapping[str, SelfChecks]) -> str:
 
 
 def paper_comparison(report: Report) -> str:
-    """The paper's tables on the same data set, or else all of them, each with a row of this report and what differs."""
+    """Return the tables of the paper for this data set, or all of them, each with a row of this report.
+
+    The differences from the protocol of the paper are listed below each table.
+    """
     protocol = report.protocol
-    our_protocol = f"{protocol.videos:,} videos, {_frames(protocol)}, guidance {protocol.guidance.context:g}"
+    our_protocol = f"{protocol.videos:,} videos, {_frame_counts(protocol)}, guidance {protocol.guidance.context:g}"
     sections = []
-    same_data = [table for table in PAPER_TABLES if _plain(table.data) in _plain(protocol.data)]
+    same_data = [table for table in PAPER_TABLES if _normalised(table.data) in _normalised(protocol.data)]
     for table in same_data or PAPER_TABLES:
         rows = [
             [method, *cells, table.protocol if method.startswith("GPDiT") else table.protocol_of_others]
             for method, cells in table.rows.items()
         ]
         rows.append([f"`{protocol.checkpoint}`", *_cells(report.scores, table.columns), our_protocol])
-        differences = "; ".join(_differences(protocol, table)) or "none in what it states"
+        differences = "; ".join(_differences(protocol, table)) or "none in what the paper states"
         sections += [
             f"### {table.title}",
             _table(["Method", *(HEADINGS.get(column, column) for column in table.columns), "Protocol"], rows),
-            f"Differences from the paper: {differences}. The paper does not state {UNSTATED}.",
+            f"Differences from the paper: {differences}. The paper does not state {NOT_STATED}.",
         ]
     return "\n\n".join(sections)
 
 
 def _differences(protocol: Protocol, table: PaperTable) -> Iterator[str]:
-    if _plain(protocol.data) != _plain(table.data):
+    if _normalised(protocol.data) != _normalised(table.data):
         yield f"data {protocol.data}, not {table.data}"
     if protocol.videos != table.videos:
         yield f"{protocol.videos:,} videos, not {table.videos:,}"
     if (protocol.generated_frames, protocol.context_frames) != PAPER_FRAMES:
-        yield f"{_frames(protocol)}, not {PAPER_FRAMES[0]} from {PAPER_FRAMES[1]}"
+        yield f"{_frame_counts(protocol)}, not {PAPER_FRAMES[0]} from {PAPER_FRAMES[1]}"
     if protocol.guidance.context != table.guidance:
         yield f"guidance {protocol.guidance.context:g}, not {table.guidance:g}"
 
 
-def _plain(name: str) -> str:
+def _normalised(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
 
 
-def _frames(protocol: Protocol) -> str:
+def _frame_counts(protocol: Protocol) -> str:
     return f"{protocol.generated_frames} frames from {protocol.context_frames}"
 
 
 def plot_self_checks(report: Report, path: Path) -> None:
-    """Plot each distance over noise and blur as a PNG; dashed: the distance between two halves of the ground truth."""
+    """Plot each distance as a function of noise and blur to a PNG.
+
+    A dashed line shows the distance between two halves of the ground truth.
+    """
     from matplotlib.figure import Figure  # takes half a second to import
 
     figure = Figure(figsize=(9, 3.5 * len(report.self_checks)), layout="constrained")

@@ -1,4 +1,4 @@
-"""Checks of a distance on the ground truth alone: zero from itself, rising as the ground truth is corrupted."""
+"""Checks of a distance: zero from the ground truth to itself, and rising as the ground truth is corrupted."""
 
 import hashlib
 import math
@@ -28,7 +28,7 @@ def add_noise(videos: Tensor, level: float, seeds: Sequence[int]) -> Tensor:
     Args:
         videos: uint8 (B, T, 3, H, W).
         level: standard deviation, in 8-bit levels.
-        seeds: one for each video.
+        seeds: one per video.
 
     Returns:
         uint8 (B, T, 3, H, W).
@@ -41,7 +41,7 @@ def add_noise(videos: Tensor, level: float, seeds: Sequence[int]) -> Tensor:
 
 
 def gaussian_blur(videos: Tensor, sigma: float) -> Tensor:
-    """Blur each frame by a Gaussian; beyond the edges the outermost pixels are repeated.
+    """Blur each frame with a Gaussian; the outermost pixels are repeated beyond the edges.
 
     Args:
         videos: uint8 (B, T, 3, H, W).
@@ -67,22 +67,22 @@ def _to_uint8(pixels: Tensor) -> Tensor:
 
 
 def assign_halves(names: Sequence[str]) -> list[int]:
-    """The half of each video, 0 or 1. It depends on the name alone, so that adding videos moves none."""
+    """Return the half of each video, 0 or 1. It depends on the name only, so adding videos does not change it."""
     return [hashlib.sha256(name.encode()).digest()[0] % 2 for name in names]
 
 
 @dataclass(frozen=True)
 class SelfChecks:
-    """Distances within the ground truth, and what is wrong with them."""
+    """Distances of the ground truth to itself and to its distorted variants, and the checks that fail."""
 
     itself: float
     """From the ground truth to itself."""
     halves: float
-    """From one half of the ground truth to the other: the effect of the choice of videos."""
+    """From one half of the ground truth to the other: the effect of the selection of videos."""
     noise: LevelDistances
     """(level, distance) from the ground truth to the same videos with noise."""
     blur: LevelDistances
-    """Likewise with blur."""
+    """(level, distance) from the ground truth to the same videos with blur."""
     videos: int
     """Number of videos that were distorted."""
     failures: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ class SelfChecks:
 
     @property
     def by_distortion(self) -> dict[str, LevelDistances]:
-        """(level, distance) pairs by the kind of distortion."""
+        """(level, distance) pairs by kind of distortion."""
         return {"noise": self.noise, "blur": self.blur}
 
     @property
@@ -102,26 +102,26 @@ class SelfChecks:
 def check_distances(
     itself: float, halves: float, noise: LevelDistances, blur: LevelDistances, videos: int
 ) -> SelfChecks:
-    """Check that the ground truth is at no distance from itself and that distances rise with the distortion.
+    """Check that the distance of the ground truth to itself is zero and that distances rise with the distortion.
 
-    The distance to itself must be at most `ZERO_TOLERANCE` of that between the halves. The distance at each level of a
-    distortion must exceed that at the level before, and at the first level the distance to itself.
+    The distance to itself may be at most `ZERO_TOLERANCE` times the distance between the halves. The distance at each
+    level of a distortion must exceed the distance at the previous level; at the first level, the distance to itself.
 
     Args:
-        itself, halves: distances from the ground truth to itself, and between its halves.
-        noise, blur: (level, distance) pairs, levels rising.
+        itself, halves: distance of the ground truth to itself, and distance between its halves.
+        noise, blur: (level, distance) pairs, in the order of rising levels.
         videos: number of videos that were distorted.
     """
     failures = []
     if not itself <= ZERO_TOLERANCE * halves:
         failures.append(
-            f"the ground truth is {itself:.3g} from itself, while its halves are {halves:.3g} from each other"
+            f"the distance of the ground truth to itself is {itself:.3g}, while that between its halves is {halves:.3g}"
         )
     for kind, distances in (("noise", noise), ("blur", blur)):
         failures += [
-            f"{kind} {level:g} is {distance:.6g} from the ground truth, not farther than {kind} {before:g} "
-            f"({nearer:.6g})"
-            for (before, nearer), (level, distance) in pairwise([(0.0, itself), *distances])
-            if not distance > nearer
+            f"the distance at {kind} {level:g} is {distance:.6g}, not larger than {previous_distance:.6g} at {kind} "
+            f"{previous:g}"
+            for (previous, previous_distance), (level, distance) in pairwise([(0.0, itself), *distances])
+            if not distance > previous_distance
         ]
     return SelfChecks(itself, halves, tuple(noise), tuple(blur), videos, tuple(failures))

@@ -1,4 +1,4 @@
-"""The videos of an evaluation: finding and selecting them, and reading one clip of each."""
+"""Finding and selecting videos, and reading one clip of each."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ class Selection(NamedTuple):
     """The videos of an evaluation.
 
     Attributes:
-        names: relative to the folders they were found in, in the order of selection.
+        names: paths relative to the given folders, in the order of selection.
         paths: on this machine.
     """
 
@@ -30,98 +30,94 @@ class Selection(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        """Of the names in their order: the same on every machine."""
+        """sha256 of the names in their order; it is the same on every machine."""
         return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
 
 
-def select_videos(
-    places: Sequence[str | Path], count: int, seed: int, frames: int, progress: bool = False
-) -> Selection:
-    """Select the first videos that are long enough in the order of a hash of their names.
+def select_videos(paths: Sequence[str | Path], count: int, seed: int, frames: int, progress: bool = False) -> Selection:
+    """Order videos by a hash of their names, and select the first ones that are long enough.
 
-    The selection depends on the names and the seed alone.
+    The selection depends on the names, the lengths and the seed only.
 
     Args:
-        places: folders of videos and single videos.
+        paths: folders of videos and single videos.
         count: number of videos.
         seed: of the hash.
-        frames: minimum number of frames of each, by its header.
+        frames: minimum number of frames of a video, by its header.
         progress: show a progress bar.
 
     Raises:
-        InputError: too few videos, two with the same name, or as :func:`find_videos`.
+        InputError: there are too few videos, or two with the same name; also as :func:`find_videos`.
     """
-    paths: dict[str, Path] = {}
-    for place in places:
-        for path in find_videos([place]):
-            name = path.name if path == Path(place) else path.relative_to(place).as_posix()
-            if paths.setdefault(name, path) is not path:
+    videos: dict[str, Path] = {}
+    for root in paths:
+        for path in find_videos([root]):
+            name = path.name if path == Path(root) else path.relative_to(root).as_posix()
+            if videos.setdefault(name, path) is not path:
                 raise InputError(
-                    f"{paths[name]} and {path} have the same name: give a folder above both, or leave one out."
+                    f"{videos[name]} and {path} have the same name: give a folder above both, or leave one out."
                 )
     selected: dict[str, Path] = {}
     rejected = 0
-    names = sorted(paths, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    names = sorted(videos, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     for name in tqdm(names, desc="selecting", unit=" videos", disable=not progress, leave=False):
         if len(selected) == count:
             break
-        if has_frames(paths[name], frames):
-            selected[name] = paths[name]
+        if has_frames(videos[name], frames):
+            selected[name] = videos[name]
         else:
             rejected += 1
     if len(selected) < count:
         raise InputError(
-            f"{' and '.join(map(str, places))} have {len(selected)} videos of at least {frames} frames, and {rejected} "
-            f"that are shorter or broken, but {count} are requested: lower the count or the stride, or add videos."
+            f"{' and '.join(map(str, paths))} have {len(selected)} videos of at least {frames} frames, and {rejected} "
+            f"that are shorter or damaged, but {count} are requested: lower the count or the stride, or add videos."
         )
     return Selection(tuple(selected), tuple(selected.values()))
 
 
 def has_frames(path: Path, frames: int) -> bool:
-    """Whether a video has so many frames by its header, or by counting where the header does not say or is broken."""
+    """Whether a video has at least this number of frames; they are counted if the header does not state it."""
     try:
-        length = video_info(path, threads=1).frames
-        return (length or _count_frames(path)) >= frames
+        return _num_frames(path) >= frames
     except InputError:
         return False
 
 
-def find_videos(places: Sequence[str | Path]) -> list[Path]:
-    """Videos, and those in folders at any depth, in the order of the places and of their names.
+def find_videos(paths: Sequence[str | Path]) -> list[Path]:
+    """Return given videos and the videos in given folders at any depth, in the order of the arguments and of the names.
 
     Raises:
-        InputError: a place that does not exist or contains no videos.
+        InputError: a path does not exist or contains no videos.
     """
     videos: list[Path] = []
-    for place in places:
-        path = Path(place)
+    for path in map(Path, paths):
         if path.is_file():
             videos.append(path)
             continue
         if not path.is_dir():
-            raise InputError(f"{place} does not exist on this machine: give videos or folders of videos.")
+            raise InputError(f"{path} does not exist on this machine: give videos or folders of videos.")
         files = [Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names]
         inside = [file for file in files if file.suffix.lower() in VIDEO_EXTENSIONS and not file.name.startswith(".")]
         if not inside:
-            raise InputError(f"{place} contains no videos ({', '.join(VIDEO_EXTENSIONS)}): give another folder.")
+            raise InputError(f"{path} contains no videos ({', '.join(VIDEO_EXTENSIONS)}): give another folder.")
         videos += sorted(inside, key=lambda video: (video.parent, natural_sort_key(video)))
     return videos
 
 
-def clip_frame_numbers(
+def clip_frame_indices(
     length: int, frames: int, stride: int, centred: bool = False, resample_short: bool = False
 ) -> list[int]:
-    """The numbers of a video's frames that form its clip.
+    """Return the indices of the frames of a video that form its clip.
 
     Args:
         length: number of frames of the video.
         frames: number of frames of the clip.
-        stride: distance between them; 0 spaces them evenly over the whole video.
+        stride: video frames from one frame of the clip to the next; 0 spaces them evenly over the whole video.
         centred: take the middle of the video instead of its beginning.
-        resample_short: if the video is too short for the stride, space the frames evenly over all of it.
+        resample_short: space the frames evenly over the whole video if it is too short for the stride.
 
     Returns:
-        increasing numbers; an empty list if the video is too short.
+        Increasing indices; an empty list if the video is too short.
     """
     span = 1 + (frames - 1) * stride
     if stride and span <= length:
@@ -135,11 +131,11 @@ def clip_frame_numbers(
 def read_clip(
     path: Path, frames: int, stride: int, size: Size, centred: bool = False, resample_short: bool = False
 ) -> Tensor:
-    """The clip of a video, with frames scaled to cover a size and cropped at the centre.
+    """Read the clip of a video; frames are scaled to cover a size and cropped at the centre.
 
     Args:
         path: of the video.
-        frames, stride, centred, resample_short: as for :func:`clip_frame_numbers`.
+        frames, stride, centred, resample_short: as for :func:`clip_frame_indices`.
         size: (height, width) in pixels.
 
     Returns:
@@ -149,13 +145,13 @@ def read_clip(
         InputError: the video is unreadable or too short.
     """
     at_beginning = stride and not centred and not resample_short
-    length = 1 + (frames - 1) * stride if at_beginning else video_info(path, threads=1).frames or _count_frames(path)
-    numbers = clip_frame_numbers(length, frames, stride, centred, resample_short)
-    clip = _read_frames(path, numbers, size)
-    if len(clip) < len(numbers):  # the video is shorter than assumed, or than its header says
+    length = 1 + (frames - 1) * stride if at_beginning else _num_frames(path)
+    indices = clip_frame_indices(length, frames, stride, centred, resample_short)
+    clip = _read_frames(path, indices, size)
+    if len(clip) < len(indices):  # the video is shorter than assumed, or than its header states
         length = _count_frames(path)
-        numbers = clip_frame_numbers(length, frames, stride, centred, resample_short)
-        clip = _read_frames(path, numbers, size)
+        indices = clip_frame_indices(length, frames, stride, centred, resample_short)
+        clip = _read_frames(path, indices, size)
     if not clip:
         needed = frames if resample_short or not stride else 1 + (frames - 1) * stride
         raise InputError(
@@ -165,18 +161,23 @@ def read_clip(
     return torch.stack(clip)
 
 
-def _read_frames(path: Path, numbers: Sequence[int], size: Size) -> list[Tensor]:
-    """The frames of these increasing numbers, each uint8 (3, H, W) of the size; fewer if the video ends before."""
-    if not numbers:
+def _read_frames(path: Path, indices: Sequence[int], size: Size) -> list[Tensor]:
+    """Return the frames of increasing indices, each uint8 (3, H, W) of the size; fewer if the video ends earlier."""
+    if not indices:
         return []
-    steps = {later - earlier for earlier, later in pairwise(numbers)} or {1}
+    steps = {later - earlier for earlier, later in pairwise(indices)} or {1}
     stride = steps.pop() if len(steps) == 1 else 1
-    wanted, max_frames = set(numbers), (numbers[-1] - numbers[0]) // stride + 1
+    requested, max_frames = set(indices), (indices[-1] - indices[0]) // stride + 1
     return [
         resize_and_crop(pixels[None], size)[0]
-        for index, pixels in enumerate(iterate_frames(path, numbers[0], stride, max_frames, threads=1))
-        if numbers[0] + index * stride in wanted
+        for index, pixels in enumerate(iterate_frames(path, indices[0], stride, max_frames, threads=1))
+        if indices[0] + index * stride in requested
     ]
+
+
+def _num_frames(path: Path) -> int:
+    """Return the number of frames by the header, or by counting if the header does not state it."""
+    return video_info(path, threads=1).frames or _count_frames(path)
 
 
 def _count_frames(path: Path) -> int:

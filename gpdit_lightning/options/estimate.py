@@ -12,9 +12,9 @@ class HardwareOptions:
     """Hardware."""
 
     gpus: int = 1
-    """GPUs that share the batch."""
+    """Number of GPUs over which the batch is distributed."""
     gpu: str = "H100"
-    """Model of the GPUs, which sets the peak FLOP/s: H100, H200, A100, ..."""
+    """Model of the GPUs, which determines the peak FLOP/s: H100, H200, A100, ..."""
     gpu_memory: float = 80
     """GiB of memory per GPU."""
     mfu: float = 0.4
@@ -29,9 +29,9 @@ class SizeOptions:
     """HEIGHTxWIDTH in pixels, in equal shares; by default the sizes of the prepared images, or 256x256, 192x320 and
     320x192 (as in the paper) if none are prepared."""
     video_sizes: Sequence[str] | None = None
-    """The same for videos; 192x320 (as in the paper) if none are prepared."""
+    """Likewise for videos; 192x320 (as in the paper) if none are prepared."""
     sequence_sizes: Sequence[str] | None = None
-    """The same for few-shot sequences; 256x256 if none are prepared."""
+    """Likewise for few-shot sequences; 256x256 if none are prepared."""
 
 
 @dataclass(frozen=True, kw_only=True)

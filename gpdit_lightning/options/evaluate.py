@@ -19,21 +19,21 @@ from gpdit_lightning.options.shared import (
 class NetworkOptions:
     """A network whose features or class probabilities scores are computed from.
 
-    Give the file of a published network, or a class of your own (docs/extending.md):
+    Give the file of a published network, or a custom class (docs/extending.md):
 
         video_network: {path: weights/i3d_torchscript.pt}
         video_network: {kind: my_package.metrics.ClipFeatures, arguments: {layer: 8}}
     """
 
     path: str | None = None
-    """File of the weights on this machine; for a class of your own it is passed on as the argument `path`."""
+    """File of the weights on this machine; a custom class receives it as the argument `path`."""
     sha256: str | None = None
-    """Expected sha256 of the file; another file is refused before it is opened."""
+    """Expected sha256 of the file; another file is rejected before it is loaded."""
     kind: str | None = None
-    """Import path of a class of your own; by default the published network of the score: I3D for FVD, Inception-v3 for
-    FID and IS."""
+    """Import path of a custom class; by default the published network of the score: I3D for FVD, Inception-v3 for FID
+    and IS."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Arguments of your own class."""
+    """Arguments of the custom class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class DataSetOptions(VideoOptions):
     count: int = 10_000
     """Number of videos to continue (GPDiT: 10,000 of UCF-101, 7,000 of MSR-VTT)."""
     selection_seed: int = 0
-    """Seed of the random selection of videos, which depends on their names only."""
+    """Seed of the random selection of videos, by a hash of their names."""
     context_frames: int = 5
     """Pixel frames of context, 1 + 4k (GPDiT: 5)."""
     generated_frames: int = 12
@@ -59,10 +59,10 @@ class ContinuationOptions(SamplerOptions):
     """Generation."""
 
     seeds: Sequence[int] = (0,)
-    """Seeds of the noise. Each of them continues all videos; scores are reported as mean and standard deviation over
-    them."""
+    """Seeds of the noise. All videos are continued once per seed; scores are reported as mean and standard deviation
+    over seeds."""
     window: int | None = None
-    """Latent frames before it that a frame sees; by default as many as in training."""
+    """Number of latent frames before it that a frame attends to; by default as in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +70,16 @@ class ScoreOptions:
     """Scores."""
 
     video_network: NetworkOptions | None = None
-    """Network of FVD, precision and recall, which are left out without it."""
+    """Network for FVD, precision and recall; without it these scores are left out."""
     image_network: NetworkOptions | None = None
-    """Network of FID, which is left out without it."""
+    """Network for FID and IS; without it these scores are left out."""
     classifier: NetworkOptions | None = None
-    """Classifier of IS, if the image network gives no class probabilities."""
+    """Classifier for IS, if the image network returns no class probabilities."""
     fvd_frames: Literal["all", "generated"] = "all"
-    """Frames that the video network sees: all of them, with the context (GPDiT), or the generated ones."""
+    """Input of the video network: all frames including the context (GPDiT), or only the generated ones."""
     self_check_videos: int = 512
-    """Videos whose ground truth is also scored with noise and blur added, to verify that the distances rise; 0 for
-    none."""
+    """Number of videos whose ground truth is also scored with noise and with blur, to verify that distances rise; 0
+    disables the self-checks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +87,9 @@ class EvaluationOutputOptions:
     """Output."""
 
     out: Path
-    """Folder for the report and the intermediate results; the same command resumes in it."""
+    """Folder for the report and the intermediate results. The same command resumes from them."""
     keep_videos: int = 0
-    """Number of videos, the first of the selection, whose continuations are kept as mp4 beside the ground truth."""
+    """Number of videos, from the first of the selection, whose continuations and ground truth are kept as mp4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,8 @@ class ChunkOptions:
     """Computation."""
 
     chunk: int = 16
-    """Videos per chunk: they are generated side by side, and a stopped process repeats at most one chunk. Scores do not
-    depend on the number of processes, but their last digits depend on this."""
+    """Videos per chunk. A chunk is generated as one batch; a stopped process repeats at most one chunk. The last digits
+    of the scores depend on this number, but not on the number of processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,6 @@ class EvaluateOptions(
         check_at_least(self, count=2, context_frames=1, generated_frames=1, stride=1, steps=1, window=1)
         check_at_least(self, self_check_videos=0, keep_videos=0, chunk=1)
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"--seeds are {list(self.seeds)}: give one or more different numbers, at least 0.")
+            raise InputError(f"--seeds are {list(self.seeds)}: give one or more different numbers, each at least 0.")
         if self.classifier is not None and self.image_network is None:
-            raise InputError("a classifier is given without an image_network: give both, since IS reads both.")
+            raise InputError("a classifier is given without an image_network: give both, since IS requires both.")

@@ -18,7 +18,7 @@ class ModelsOptions:
     """Checkpoints, run folders or exported folders; with several the figure also shows accuracy against training
     steps."""
     evaluations: Sequence[Path] = ()
-    """Files results.json that `evaluate` wrote for these checkpoints; the figure then also shows accuracy against
+    """Files results.json that `evaluate` wrote for these checkpoints; with them the figure also shows accuracy against
     FVD."""
 
 
@@ -27,15 +27,16 @@ class LabelledVideoOptions(VideoOptions):
     """Videos."""
 
     split: Literal[1, 2, 3, "folders"] | None = None
-    """A published split of UCF-101, by the groups in the names of its videos, or `folders` for videos in train/CLASS
-    and test/CLASS; by default 1, unless lists are given."""
+    """Published split of UCF-101 (1, 2 or 3), by the groups in file names, or `folders` for videos in train/CLASS and
+    test/CLASS. By default 1, unless lists are given."""
     train_list: Path | None = None
     """File with a line CLASS/FILE for each training video, like UCF-101's trainlist01.txt."""
     test_list: Path | None = None
     """File with a line CLASS/FILE for each test video."""
     group_pattern: str | None = None
-    """Regular expression, for lists and folders: videos are dependent (one recording, one person) if the part of their
-    names in parentheses is the same, and '.+' makes all independent; by default the groups of UCF-101."""
+    """Regular expression for the group of a video, with lists and folders: the part of the file name in parentheses.
+    Videos of the same group (one recording, one person) are dependent. '.+' makes each video a group; by default the
+    groups of UCF-101."""
     frames: int = 13
     """Pixel frames of the clip in the middle of each video, 1 + 4k."""
     stride: int = 3
@@ -54,11 +55,11 @@ class ClassifierOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchOptions:
+class ProbeBatchOptions:
     """Computation."""
 
     batch_size: int = 8
-    """Clips per batch; without effect on the result."""
+    """Clips per batch; does not affect the result."""
     workers: int = 2
     """Threads that read videos."""
 
@@ -68,19 +69,19 @@ class ProbeOutputOptions:
     """Output."""
 
     out: Path
-    """Folder for probe.json, probe.md and probe.png, and for the features of the videos, which are reused."""
+    """Folder for probe.json, probe.md, probe.png and the features of the videos, which are reused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions(
-    ModelsOptions, LabelledVideoOptions, ClassifierOptions, ProbeOutputOptions, BatchOptions, LoadingOptions
+    ModelsOptions, LabelledVideoOptions, ClassifierOptions, ProbeOutputOptions, ProbeBatchOptions, LoadingOptions
 ):
     """Probe."""
 
     def __post_init__(self) -> None:
         check_at_least(self, frames=1, stride=1, batch_size=1, workers=1)
         if (self.train_list is None) != (self.test_list is None):
-            raise InputError("one list of videos is given: give both --train_list and --test_list.")
+            raise InputError("only one list of videos is given: give both --train_list and --test_list.")
         if self.train_list and self.split:
             raise InputError(f"both --split {self.split} and lists of videos are given: leave one out.")
         if self.regularisation != "auto" and not 0 < self.regularisation < math.inf:

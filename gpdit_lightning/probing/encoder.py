@@ -1,4 +1,4 @@
-"""A GPDiT as the frozen vision encoder of another model (GPDiT, section A.2).
+"""GPDiT as the frozen vision encoder of another model (GPDiT, section A.2).
 
 Shapes: B clips, F latent frames, C channels, h x w latent pixels, N tokens per frame, D hidden width.
 """
@@ -16,17 +16,17 @@ from gpdit_lightning.probing.features import spatio_temporal
 
 
 def first_layers(backbone: HubGPDiT, layers: int) -> HubGPDiT:
-    """A frozen model of the first blocks only, which shares its parameters with the given model.
+    """Return a frozen model of the first blocks only, which shares its parameters with the given model.
 
-    The other parameters are freed when the last reference to `backbone` is gone. Label and text embeddings are left
-    out, since clean frames are not conditioned on them.
+    The other parameters are freed with the last reference to `backbone`. Label and text embeddings are left out, since
+    clean frames are not conditioned on them.
 
     Args:
         backbone: any GPDiT.
         layers: number of blocks, at least 1.
 
     Raises:
-        InputError: the backbone has fewer layers, or `layers` is below 1.
+        InputError: the backbone has fewer blocks, or `layers` is below 1.
     """
     num_layers = backbone.config.layers
     if not 1 <= layers <= num_layers:
@@ -40,11 +40,11 @@ def first_layers(backbone: HubGPDiT, layers: int) -> HubGPDiT:
 
 @torch.no_grad()
 def pooled_features(backbone: HubGPDiT, latents: Tensor, temporal_tokens: int = 0) -> Tensor:
-    """Pooled features of clips after the last block of a model: clean stream only, theta = 0, unnormalised.
+    """Return pooled features of clips after the last block of a model: clean stream only, theta = 0, unnormalised.
 
     Args:
         backbone: from :func:`first_layers`.
-        latents: (B, F, C, h, w) whitened.
+        latents: whitened, (B, F, C, h, w).
         temporal_tokens: as for :func:`spatio_temporal`.
 
     Returns:
@@ -57,13 +57,13 @@ def pooled_features(backbone: HubGPDiT, latents: Tensor, temporal_tokens: int = 
 class VideoEncoder(nn.Module):
     """The first blocks of a GPDiT, frozen, and a trainable linear projection to the width of another model.
 
-    Video-ChatGPT uses CLIP in this way (GPDiT, section A.2: 18 layers of GPDiT-H). The backbone stays in evaluation
-    mode and gets no gradients. Only `encoder.projection` is trained, so only its state_dict has to be saved.
+    It replaces the CLIP encoder of Video-ChatGPT (GPDiT, section A.2: 18 layers of GPDiT-H). The backbone stays in
+    evaluation mode without gradients. Only `encoder.projection` is trained, so only its state_dict has to be saved.
 
     Args:
-        backbone: the model whose first blocks are run. Its parameters are shared, so do not train it further.
+        backbone: any GPDiT. Its parameters are shared, so do not train it further.
         layers: number of blocks.
-        out_width: width of the resulting tokens.
+        out_width: width of the projected tokens.
         temporal_tokens: as for :func:`spatio_temporal`; 100 in Video-ChatGPT.
 
     Raises:
@@ -85,10 +85,10 @@ class VideoEncoder(nn.Module):
         return self
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Projected features of whitened latents (B, F, C, h, w): (B, temporal tokens + N, out_width).
+        """Map whitened latents (B, F, C, h, w) to projected features (B, temporal tokens + N, out_width).
 
         Raises:
-            InputError: latents of a shape that the backbone does not take, or more frames than temporal tokens.
+            InputError: the backbone does not accept the shape, or there are more frames than temporal tokens.
         """
         pooled = pooled_features(self.backbone, latents, self.temporal_tokens)
         return self.projection(pooled.to(self.projection.weight.dtype))

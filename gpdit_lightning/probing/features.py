@@ -1,12 +1,12 @@
 """Features of videos in the layout of Video-ChatGPT, as files and as a data set (GPDiT, section A.2).
 
 Video-ChatGPT (Maaz et al., `scripts/save_spatio_temporal_clip_features.py`) stores one array per video: temporal
-tokens, each the mean over the positions of a frame, padded with zeros for short videos; then spatial tokens, each the
-mean over the frames at a position. Its CLIP features are float16 (100 + 256, 1024), pickled as VIDEO_ID.pkl. Here a
-folder contains
+tokens, which are means over the positions of a frame, padded with zeros for short videos; then spatial tokens, which
+are means over the frames at a position. Its CLIP features are float16 (100 + 256, 1024), pickled as VIDEO_ID.pkl. In
+this library, a folder contains
 
     features.json    a `FeatureRecord`: the model and the settings of the features
-    NAME.npy         for each video float16 (temporal tokens + N, D); or NAME.pkl, which Video-ChatGPT reads
+    NAME.npy         float16 (temporal tokens + N, D), one per video; or NAME.pkl, which Video-ChatGPT reads
 
 Shapes: F latent frames, N tokens per frame, D hidden width.
 """
@@ -35,17 +35,17 @@ REMEDY = "write the features again, or copy the whole folder"
 
 
 def spatio_temporal(features: Tensor, temporal_tokens: int = 0) -> Tensor:
-    """Means over the positions of each frame, followed by means over the frames at each position.
+    """Return means over the positions of each frame, followed by means over the frames at each position.
 
     Args:
         features: (..., F, N, D).
-        temporal_tokens: pad the F temporal tokens with zeros to this number; 0 pads nothing.
+        temporal_tokens: number of temporal tokens after padding with zeros; 0: no padding.
 
     Returns:
         float32 (..., temporal tokens + N, D).
 
     Raises:
-        InputError: more frames than temporal tokens.
+        InputError: there are more frames than temporal tokens.
     """
     frames = features.shape[-3]
     missing = (temporal_tokens or frames) - frames
@@ -60,7 +60,7 @@ def spatio_temporal(features: Tensor, temporal_tokens: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class FeatureRecord:
-    """What all features of a folder have in common; the content of `features.json`."""
+    """Properties that all features of a folder share; the content of `features.json`."""
 
     format: Literal["npy", "pickle"]
     layer: int
@@ -68,7 +68,7 @@ class FeatureRecord:
     width: int
     """D."""
     temporal_tokens: int
-    """Number of temporal tokens with padding."""
+    """Number of temporal tokens, including padding."""
     spatial_tokens: int
     """Number of spatial tokens, N."""
     frames: int
@@ -82,20 +82,20 @@ class FeatureRecord:
     codec: str
     """Name and fingerprint of the codec."""
     weights: str
-    """Averaged (ema) or last (raw) weights."""
+    """EMA weights (ema) or last trained weights (raw)."""
     step: int
     """Optimizer steps of the training."""
     fingerprint: str
-    """16 hexadecimal digits, a hash of the weights of the layers that were run."""
+    """Hash of the weights of the layers that were run, 16 hexadecimal digits."""
     architecture: dict[str, Any]
     """`GPDiTConfig.architecture()` of these layers."""
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """The record of a folder.
+        """Load the record of a folder.
 
         Raises:
-            InputError: the file is missing, damaged, or not such a record.
+            InputError: the file is missing, damaged, or contains no such record.
         """
         return load_record(cls, Path(folder) / RECORD, REMEDY)
 
@@ -126,14 +126,14 @@ class FeatureRecord:
         return self.temporal_tokens + self.spatial_tokens, self.width
 
     def path_of(self, folder: str | Path, name: str) -> Path:
-        """The file of a video; a name may contain folders, such as `jump/v_1`."""
+        """Return the file of a video, whose name may contain folders, such as `jump/v_1`."""
         return Path(folder) / f"{name}{SUFFIXES[self.format]}"
 
 
 class PortablePickler(pickle.Pickler):
-    """Pickles arrays so that every version of numpy reads them.
+    """Pickler of arrays for every version of numpy.
 
-    By default numpy 2 refers to `numpy._core`, which numpy 1.24, the version of Video-ChatGPT, does not have.
+    By default numpy 2 refers to `numpy._core`, which numpy 1.24, used by Video-ChatGPT, does not have.
     """
 
     def reducer_override(self, value: Any) -> Any:
@@ -152,12 +152,12 @@ def write_features(path: Path, features: Tensor, record: FeatureRecord) -> None:
         record: of the folder.
 
     Raises:
-        InputError: features of another shape, or beyond the range of float16.
+        InputError: the features have another shape, or exceed the range of float16.
     """
     values = features.detach().to("cpu", torch.float16).numpy()
     if values.shape != record.shape:
         raise InputError(
-            f"The features for {path} have shape {values.shape}, but {RECORD} says {record.shape}: fix one."
+            f"The features for {path} have shape {values.shape}, but {RECORD} states {record.shape}: correct one."
         )
     if not np.isfinite(values).all():
         raise InputError(f"The features for {path} exceed the range of float16: use another layer.")
@@ -173,10 +173,10 @@ def read_features(path: Path, shape: tuple[int, int]) -> Tensor:
 
     Args:
         path: a `.npy` file.
-        shape: the expected one, `FeatureRecord.shape`.
+        shape: expected shape, `FeatureRecord.shape`.
 
     Raises:
-        InputError: the file is missing, damaged, or of another shape or type.
+        InputError: the file is missing or damaged, or has another shape or type.
     """
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -191,21 +191,22 @@ def read_features(path: Path, shape: tuple[int, int]) -> Tensor:
 
 
 class VideoFeatures(Dataset[Tensor]):
-    """The features in a folder that `python -m gpdit_lightning features` wrote.
+    """Data set of the features in a folder that `python -m gpdit_lightning features` wrote.
 
-    `features["v_1"]`, by the name of a video without its suffix, and `features[0]`, in the order of `names`, are
-    float16 (temporal tokens + N, D).
+    An item is float16 (temporal tokens + N, D). Its key is the name of a video without suffix, `features["v_1"]`, or an
+    index into `names`, `features[0]`.
 
     Args:
         folder: contains `features.json`.
-        expected: values of fields of the record, such as `layer=18` or `fingerprint="0123456789abcdef"`.
+        expected: values that fields of the record must have, such as `layer=18` or `fingerprint="0123456789abcdef"`.
 
     Attributes:
-        record: what all features have in common.
+        record: properties that all features share.
         names: of the videos, in natural order.
 
     Raises:
-        InputError: the folder does not exist or has no features, or they are pickled or of another model.
+        InputError: the folder does not exist or contains no features, the features are pickled, or the record differs
+            from `expected`.
     """
 
     def __init__(self, folder: str | Path, **expected: Any) -> None:
@@ -214,7 +215,7 @@ class VideoFeatures(Dataset[Tensor]):
         self.record.check(expected, folder)
         if self.record.format != "npy":
             raise InputError(
-                f"{folder} contains pickled features, which VideoFeatures does not open: write them with --format npy."
+                f"{folder} contains pickled features, which VideoFeatures does not read: write them with --format npy."
             )
         files = sorted(self.folder.rglob("*.npy"), key=lambda path: (path.parent, natural_sort_key(path)))
         self.names = [path.relative_to(folder).as_posix().removesuffix(".npy") for path in files]
@@ -226,6 +227,6 @@ class VideoFeatures(Dataset[Tensor]):
         return len(self.names)
 
     def __getitem__(self, video: int | str) -> Tensor:
-        """The features of a video by its number or name; raises as :func:`read_features`."""
+        """Return the features of a video by index or name; raises as :func:`read_features`."""
         name = self.names[video] if isinstance(video, int) else video
         return read_features(self.record.path_of(self.folder, name), self.record.shape)

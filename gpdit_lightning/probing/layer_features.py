@@ -31,15 +31,15 @@ from gpdit_lightning.model import GPDiT
 
 log = logging.getLogger(__name__)
 
-VIDEOS_PER_FILE = 64  # of the cache; a stopped run computes the features of at most as many videos again
+VIDEOS_PER_FILE = 64  # videos per file of the cache; a stopped run repeats at most one file
 
 
 class LayerFeatures(NamedTuple):
-    """Features of videos.
+    """Features of every layer for the videos that could be read.
 
     Attributes:
         features: float32 (n, L + 1, D).
-        paths: of the n videos, in the given order without those that could not be read.
+        paths: of the n videos, in the given order.
         num_resampled: number of videos that were too short for the stride and were sampled more densely.
     """
 
@@ -63,31 +63,31 @@ def extract_layer_features(
 ) -> LayerFeatures:
     """Compute the features of every layer in one pass (GPDiT, section 5.3).
 
-    Features are those of the clean stream only, at theta = 0, averaged over latent frames and tokens. A clip is
-    the middle of its video; a video that is too short for the stride is sampled evenly.
+    Features are those of the clean stream only, at theta = 0, averaged over latent frames and tokens. A clip is the
+    middle of its video; the frames are spaced evenly over the whole video if it is too short for the stride.
 
     Args:
         model: in evaluation mode.
-        codec: whose latents the model was trained on.
-        videos: files. One that cannot be read is left out, and a warning names it.
+        codec: of the model.
+        videos: paths. A video that cannot be read is left out, and a warning names it.
         size: (height, width) in pixels, to which frames are scaled and cropped.
-        frames: pixel frames of a clip, a number that the codec can encode.
+        frames: number of pixel frames of a clip, which the codec must accept.
         stride: video frames from one frame of a clip to the next.
         batch_size: clips per pass.
         workers: threads that read videos.
-        cache: folder in which features are kept, so that a stopped run resumes and another split needs no second pass.
+        cache: folder for the features, from which a stopped run resumes.
         progress: show a progress bar over videos.
 
     Raises:
-        InputError: `frames` or `size` cannot be used with the codec or the model, or no video can be read.
+        InputError: codec or model do not accept `frames` or `size`, or no video can be read.
     """
     codec.latent_frames(frames)
     codec.check_frame_size(*size)
-    # The name of a file in the cache is a hash of all that its content depends on.
+    # The name of a file in the cache is a hash of everything that its content depends on.
     weights = fingerprint_of(model.state_dict()) if cache else None
     settings = [model.config.architecture(), weights, codec.fingerprint, frames, stride, size]
     read = partial(_read, frames=frames, stride=stride, size=size)
-    parts: list[_Part] = []
+    blocks: list[_FeatureBlock] = []
     with (
         ThreadPoolExecutor(workers) as readers,
         tqdm(total=len(videos), desc="features", unit=" videos", disable=not progress) as bar,
@@ -96,20 +96,22 @@ def extract_layer_features(
             paths = videos[start : start + VIDEOS_PER_FILE]
             file = cache and cache / f"{_hash([settings, [_identity(path) for path in paths]])}.safetensors"
             if file and file.exists():
-                part = _Part.load(file)
+                block = _FeatureBlock.load(file)
                 bar.update(len(paths))
             else:
-                part = _Part.compute(model, codec, readers.map(read, paths), batch_size, bar)
+                block = _FeatureBlock.compute(model, codec, readers.map(read, paths), batch_size, bar)
                 if file:
-                    part.save(file)
-            for error in part.errors:
+                    block.save(file)
+            for error in block.errors:
                 log.warning("warning: left out: %s", error)
-            parts.append(part)
-    readable = [videos[VIDEOS_PER_FILE * number + index] for number, part in enumerate(parts) for index in part.indices]
+            blocks.append(block)
+    readable = [
+        videos[VIDEOS_PER_FILE * number + index] for number, block in enumerate(blocks) for index in block.indices
+    ]
     if not readable:
         raise InputError(f"None of the {len(videos)} videos can be read: give others.")
-    features = torch.cat([part.features for part in parts]).numpy()
-    return LayerFeatures(features, readable, sum(part.num_resampled for part in parts))
+    features = torch.cat([block.features for block in blocks]).numpy()
+    return LayerFeatures(features, readable, sum(block.num_resampled for block in blocks))
 
 
 class _Clip(NamedTuple):
@@ -120,14 +122,14 @@ class _Clip(NamedTuple):
     error: str = ""
 
 
-class _Part(NamedTuple):
-    """The results of successive videos, a file of the cache.
+class _FeatureBlock(NamedTuple):
+    """The results of at most `VIDEOS_PER_FILE` successive videos, stored as one file of the cache.
 
     Attributes:
         features: float32 (n, L + 1, D) of the n readable videos.
-        indices: of these among the successive videos.
+        indices: of the readable videos among the successive videos.
         num_resampled: as in `LayerFeatures`.
-        errors: one message for each of the other videos.
+        errors: one message per unreadable video.
     """
 
     features: Tensor
@@ -137,7 +139,7 @@ class _Part(NamedTuple):
 
     @classmethod
     def compute(cls, model: GPDiT, codec: Codec, clips: Iterable[_Clip], batch_size: int, bar: "tqdm[_Clip]") -> Self:
-        """The results of clips."""
+        """Compute the results of clips."""
         features = [torch.empty(0, model.config.layers + 1, model.config.width)]
         indices, num_resampled, errors = [], 0, []
         numbered = enumerate(clips)
@@ -153,16 +155,16 @@ class _Part(NamedTuple):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what :meth:`save` wrote."""
+        """Read a file that :meth:`save` wrote."""
         with safe_open(path, "pt") as file:
-            notes = json.loads(file.metadata()["notes"])
-            return cls(file.get_tensor("features"), notes["places"], notes["squeezed"], notes["faults"])
+            metadata = json.loads(file.metadata()["notes"])
+            return cls(file.get_tensor("features"), metadata["places"], metadata["squeezed"], metadata["faults"])
 
     def save(self, path: Path) -> None:
-        """Write features and notes, atomically."""
-        notes = {"places": self.indices, "squeezed": self.num_resampled, "faults": self.errors}
+        """Write the results, atomically."""
+        metadata = {"places": self.indices, "squeezed": self.num_resampled, "faults": self.errors}
         with atomic_write(path) as temporary:
-            save_file({"features": self.features}, temporary, metadata={"notes": json.dumps(notes)})
+            save_file({"features": self.features}, temporary, metadata={"notes": json.dumps(metadata)})
 
 
 def _read(path: Path, frames: int, stride: int, size: Size) -> _Clip:
@@ -176,7 +178,7 @@ def _read(path: Path, frames: int, stride: int, size: Size) -> _Clip:
 
 @torch.no_grad()
 def _mean_features(model: GPDiT, codec: Codec, pixels: Tensor) -> Tensor:
-    """The features of clips uint8 (B, T, 3, H, W), averaged: float32 (B, L + 1, D) on the CPU."""
+    """Return averaged features of clips, uint8 (B, T, 3, H, W), as float32 (B, L + 1, D) on the CPU."""
     device = next(model.parameters()).device
     clean = codec.whitened(codec.encode(pixels).to(device))
     layers = model.features(clean, range(model.config.layers + 1))
@@ -184,7 +186,7 @@ def _mean_features(model: GPDiT, codec: Codec, pixels: Tensor) -> Tensor:
 
 
 def _identity(path: Path) -> tuple[str, int, int]:
-    """Path, size and time of a file, which change when its content does; zeros if it does not exist."""
+    """Return path, size and modification time of a file, which change with its content; zeros if it does not exist."""
     if not path.exists():
         return str(path), 0, 0
     status = path.stat()

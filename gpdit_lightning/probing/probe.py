@@ -20,19 +20,19 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.probing.layer_features import LayerFeatures
 from gpdit_lightning.probing.splits import LabelledVideo, check_splits
 
-# Inverse strengths of the penalty among which cross-validation selects. Ours, as the paper states none.
+# Inverse strengths of the penalty among which cross-validation selects. The paper states none.
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-FOLDS = 5
+FOLDS = 5  # of cross-validation, at most
 RESAMPLES = 10_000  # of the bootstrap
 
 
 class Probe(NamedTuple):
-    """The predictions of a trained classifier for the test videos.
+    """Predictions of a trained classifier for the test videos.
 
     Attributes:
-        predictions: the class of each video.
+        predictions: predicted class of each video.
         C: inverse strength of the L2 penalty.
-        validation: accuracy in cross-validation with this C; None if C was given.
+        validation: cross-validation accuracy with this C; None if C was given.
     """
 
     predictions: NDArray[np.str_]
@@ -47,20 +47,20 @@ def fit_probe(
     test: NDArray[np.float32],
     regularisation: float | None = None,
 ) -> Probe:
-    """Fit a logistic regression on features standardised by mean and deviation of the training videos.
+    """Fit a logistic regression on features that are standardised by the statistics of the training videos.
 
-    The labels of the test videos are not an argument, so nothing is selected by them.
+    The labels of the test videos are not an argument, so they cannot affect the fit.
 
     Args:
-        train: (n, D).
-        labels, groups: of the n training videos.
-        test: (m, D).
+        train: features of the training videos, (n, D).
+        labels, groups: of the training videos.
+        test: features of the test videos, (m, D).
         regularisation: C, the inverse strength of the L2 penalty. None selects the value of `C_GRID` with the highest
-            accuracy in cross-validation over whole groups of training videos, the smallest of equals. Each fold is
-            standardised by its own training videos.
+            cross-validation accuracy over whole groups of training videos, the smallest if several are equal. Each
+            fold is standardised by the statistics of its training videos.
 
     Raises:
-        InputError: a class with too few groups to select C.
+        InputError: a class has too few groups to select C.
     """
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=regularisation or 1.0, max_iter=10_000))
     inputs = train.astype(np.float64)
@@ -87,11 +87,11 @@ def fit_probe(
 
 
 def confidence_interval(correct: Sequence[bool] | NDArray[np.bool_], groups: Sequence[str]) -> tuple[float, float]:
-    """The 95 % interval of an accuracy by the bootstrap over groups, since errors within a group are correlated.
+    """Return the 95 % interval of an accuracy by the bootstrap over groups, since errors within a group are correlated.
 
     Args:
         correct: whether the prediction is correct, for each video.
-        groups: the group of each video; at least two different ones.
+        groups: the group of each video; there must be at least two.
 
     Returns:
         The 2.5 % and 97.5 % quantiles of the accuracy over `RESAMPLES` draws of as many groups with replacement.
@@ -111,13 +111,13 @@ class LayerScore:
 
     layer: int
     accuracy: float
-    """Top-1, of the test videos."""
+    """Top-1 accuracy on the test videos."""
     interval: tuple[float, float]
-    """95 %, by the bootstrap over test groups."""
+    """95 % interval of the accuracy, by the bootstrap over test groups."""
     C: float
     """Inverse strength of the L2 penalty."""
     validation: float | None
-    """Accuracy in cross-validation over training groups; None if C was given."""
+    """Cross-validation accuracy over training groups; None if C was given."""
 
 
 def probe_layers(
@@ -126,16 +126,16 @@ def probe_layers(
     regularisation: float | None = None,
     progress: bool = False,
 ) -> list[LayerScore]:
-    """Fit and test a probe on every layer.
+    """Fit and test a probe on every layer; return one score per layer.
 
     Args:
         layer_features: features of the videos.
-        videos: with their classes and splits; those without features are not used.
+        videos: with their classes and splits; videos without features are not used.
         regularisation: as for :func:`fit_probe`.
         progress: show a progress bar over layers.
 
     Raises:
-        InputError: as :func:`fit_probe`, or too few of the videos have features (:func:`check_splits`).
+        InputError: too few videos have features (:func:`check_splits`); also as :func:`fit_probe`.
     """
     rows = {path: row for row, path in enumerate(layer_features.paths)}
     videos = [video for video in videos if video.path in rows]

@@ -1,4 +1,4 @@
-"""Results of linear probes as JSON, as a table and as figure 5 of the paper (GPDiT, section 5.3)."""
+"""Results of linear probes as JSON, as a table and as a figure like figure 5 of the paper (GPDiT, section 5.3)."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProbeProtocol:
-    """Everything besides the model that a score depends on. Field names are the keys of the JSON."""
+    """Everything except the model that a score depends on. Field names are the keys of the JSON."""
 
     data: str
     """Folders of the videos."""
@@ -69,21 +69,21 @@ class ProbeResult:
 
     @property
     def best(self) -> LayerScore:
-        """The layer of the highest accuracy in cross-validation, or in the test if C was given; the first of equals."""
+        """The first layer with the highest cross-validation accuracy, or test accuracy if C was given."""
         return max(self.layers, key=lambda score: score.accuracy if score.validation is None else score.validation)
 
 
 def make_protocol(
-    videos: Sequence[LabelledVideo], left_out: int, num_resampled: int, regularisation: float | None, **rest: Any
+    videos: Sequence[LabelledVideo], left_out: int, num_resampled: int, regularisation: float | None, **fields: Any
 ) -> ProbeProtocol:
-    """The protocol of a probe.
+    """Return the protocol of a probe.
 
     Args:
         videos: that were used.
         left_out: number of videos that could not be read.
         num_resampled: number of videos that were sampled more densely.
         regularisation: C, or None if cross-validation selected it.
-        rest: the other fields.
+        fields: the remaining fields of the protocol.
     """
     train, test = ([video for video in videos if video.split == split] for split in ("train", "test"))
     grid = ", ".join(f"{C:g}" for C in C_GRID)
@@ -100,12 +100,12 @@ def make_protocol(
         regularisation=selected if regularisation is None else f"C = {regularisation:g}",
         versions=library_versions() | {"scikit-learn": version("scikit-learn")},
         interval=f"95 %, bootstrap over test groups, {RESAMPLES} draws",
-        **rest,
+        **fields,
     )
 
 
 def videos_sha256(videos: Sequence[LabelledVideo]) -> str:
-    """The sha256 of sorted lines `SPLIT CLASS GROUP NAME BYTES`, which is independent of the folder of the videos."""
+    """Return the sha256 of sorted lines `SPLIT CLASS GROUP NAME BYTES`, which is independent of the videos' folder."""
     lines = sorted(
         f"{video.split} {video.label} {video.group} {video.path.name} {video.path.stat().st_size}\n" for video in videos
     )
@@ -119,7 +119,7 @@ def write_json(results: Sequence[ProbeResult], path: Path) -> None:
 
 
 def markdown(results: Sequence[ProbeResult]) -> str:
-    """The protocol and a table for each checkpoint."""
+    """Return the protocol and a table for each checkpoint as Markdown."""
     return "\n".join(_section(result) for result in results)
 
 
@@ -133,7 +133,7 @@ def _section(result: ProbeResult) -> str:
         f"videos in {protocol.test_groups} groups, {protocol.classes} classes; {protocol.left_out} unreadable videos "
         f"left out; sha256 {protocol.data_sha256[:16]}",
         f"- {protocol.frames} frames at stride {protocol.stride} from the middle of each video ({protocol.squeezed} "
-        f"too short ones sampled more densely), {height}x{width} pixels, codec {result.codec}",
+        f"short videos sampled more densely), {height}x{width} pixels, codec {result.codec}",
         f"- clean stream only, theta = 0, mean over frames and tokens; {result.weights} weights, sha256 "
         f"{result.identity[:16]}",
         f"- logistic regression on standardised features; {protocol.regularisation}",
@@ -141,7 +141,7 @@ def _section(result: ProbeResult) -> str:
         "the best layer in cross-validation, or in the test if C was given",
         f"- {', '.join(f'{name} {number}' for name, number in protocol.versions.items())}",
         "",
-        "| layer | top-1 accuracy | 95 % interval | C | accuracy in cross-validation |",
+        "| layer | top-1 accuracy | 95 % interval | C | cross-validation accuracy |",
         "|---:|---:|:---:|---:|---:|",
     ]
     for score in result.layers:
@@ -155,12 +155,12 @@ def _section(result: ProbeResult) -> str:
 
 
 def plot_probe(results: Sequence[ProbeResult], path: Path, evaluations: Sequence[Report] = ()) -> None:
-    """Plot accuracy over layers (figure 5a), and that of the best layer over training steps (5b) and FVD (5c).
+    """Plot accuracy over layers (figure 5a), and of the best layer over training steps (5b) and over FVD (5c).
 
     Args:
-        results: one for each checkpoint.
+        results: one per checkpoint.
         path: of the PNG.
-        evaluations: with an FVD; those of other checkpoints are ignored.
+        evaluations: reports with an FVD; reports of other checkpoints are ignored.
     """
     from matplotlib.figure import Figure  # takes half a second to import
 
@@ -212,6 +212,6 @@ def _draw_best(axes: "Axes", best: LayerScore, x: float, colour: str) -> None:
 
 
 def _label(result: ProbeResult, results: Sequence[ProbeResult]) -> str:
-    """The step, with the path of the checkpoint if several have the same step."""
+    """Return the step, with the path of the checkpoint if several checkpoints have the same step."""
     steps = Counter(other.step for other in results)
     return f"step {result.step}" if steps[result.step] == 1 else f"{result.checkpoint}, step {result.step}"

@@ -1,4 +1,4 @@
-"""Videos with their classes, split into those that train a classifier and those that test it."""
+"""Videos with their classes, divided into training and test videos of a classifier."""
 
 import logging
 import re
@@ -13,12 +13,12 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "test"]
 
 UCF_NAME = r"(v_(.+)_g(\d+))_c\d+"
-# UCF-101's published splits: the groups of every class that are in testlist01 to testlist03; the others train.
+# Test groups of every class in the published splits of UCF-101, testlist01 to testlist03.
 UCF_TEST_GROUPS = {1: range(1, 8), 2: range(8, 15), 3: range(15, 22)}
 
 
 class LabelledVideo(NamedTuple):
-    """A video with its class and split. Videos of the same group (one recording, one person) are not independent."""
+    """A video with its class and split. Videos of the same group (one recording, one person) are dependent."""
 
     path: Path
     label: str
@@ -27,10 +27,10 @@ class LabelledVideo(NamedTuple):
 
 
 def split_by_ucf_groups(videos: Iterable[Path], split: int) -> list[LabelledVideo]:
-    """UCF-101's published split 1, 2 or 3, by the names `v_CLASS_gGROUP_cCLIP.avi`.
+    """Divide videos by the published split 1, 2 or 3 of UCF-101, by the file names `v_CLASS_gGROUP_cCLIP.avi`.
 
     Raises:
-        InputError: a name of another form, two videos of the same name, or as :func:`check_splits`.
+        InputError: a file name has another form, or two videos have the same name; also as :func:`check_splits`.
     """
     labelled = []
     for path in _by_key(videos).values():
@@ -49,18 +49,18 @@ def split_by_ucf_groups(videos: Iterable[Path], split: int) -> list[LabelledVide
 def split_by_lists(
     videos: Iterable[Path], train_list: Path, test_list: Path, group_pattern: str = UCF_NAME
 ) -> list[LabelledVideo]:
-    """Two files list the videos of each split, in UCF-101's format: lines `CLASS/FILE`, optionally with a class number.
+    """Divide videos by two list files in the format of UCF-101: lines `CLASS/FILE`, optionally with a class number.
 
-    Videos that are not listed are not used; listed videos that do not exist are left out with a warning.
+    Videos that are not listed are not used. Listed videos that do not exist are left out with a warning.
 
     Args:
-        videos: each in a folder of its class.
-        train_list, test_list: the files.
+        videos: paths CLASS/FILE.
+        train_list, test_list: list files.
         group_pattern: as for :func:`split_by_folders`.
 
     Raises:
-        InputError: a list that cannot be read or lists none of the videos, a video that is listed twice, two videos of
-            the same name, a file name without a group, or as :func:`check_splits`.
+        InputError: a list cannot be read or lists none of the videos, a video is listed twice, two videos have the same
+            name, or a file name has no group; also as :func:`check_splits`.
     """
     paths = _by_key(videos)
     labelled: dict[str, LabelledVideo] = {}
@@ -69,7 +69,7 @@ def split_by_lists(
         names = _read_list(file)
         missing = [name for name in names if _key(name) not in paths]
         if len(missing) == len(names):
-            raise InputError(f"{file} lists {len(names)} videos, but --videos has none of them: give its videos.")
+            raise InputError(f"{file} lists {len(names)} videos, but --videos has none of them: give those videos.")
         if missing:
             log.warning("warning: %d of %d videos in %s do not exist: %s", len(missing), len(names), file, missing[0])
         for name in names:
@@ -84,16 +84,15 @@ def split_by_lists(
 
 
 def split_by_folders(videos: Iterable[Path], group_pattern: str = UCF_NAME) -> list[LabelledVideo]:
-    """The splits of videos in folders `train/CLASS` and `test/CLASS`.
+    """Divide videos by the folders `train/CLASS` and `test/CLASS` that contain them.
 
     Args:
         videos: paths.
-        group_pattern: a regular expression that is searched in a file's name without its suffix. The group of a video
-            is the match of the first parentheses, or the whole match without parentheses. `.+` makes each video a
-            group.
+        group_pattern: regular expression, searched in the file name without suffix. The group of a video is the match
+            of the first parentheses, or the whole match if there are none. `.+` makes each video a group.
 
     Raises:
-        InputError: a video in another folder, a file name without a group, or as :func:`check_splits`.
+        InputError: a video is in another folder, or a file name has no group; also as :func:`check_splits`.
     """
     labelled = []
     for path in videos:
@@ -110,8 +109,8 @@ def check_splits(videos: Iterable[LabelledVideo]) -> None:
     """Check that a classifier can be trained and tested.
 
     Raises:
-        InputError: fewer than two training classes or test groups, a test class without training videos, or a group in
-            both splits.
+        InputError: there are fewer than two training classes or test groups, a test class has no training videos, or a
+            group is in both splits.
     """
     labels: dict[Split, set[str]] = {"train": set(), "test": set()}
     groups: dict[Split, set[str]] = {"train": set(), "test": set()}
@@ -134,7 +133,7 @@ def check_splits(videos: Iterable[LabelledVideo]) -> None:
 
 
 def _read_list(file: Path) -> list[Path]:
-    """The names in a list, without class numbers."""
+    """Return the names in a list, without class numbers."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError) as error:
@@ -151,7 +150,7 @@ def _by_key(videos: Iterable[Path]) -> dict[str, Path]:
 
 
 def _key(path: Path) -> str:
-    """Identifies a video in lists and folders. Case is ignored, since UCF-101 has HandstandPushups in two spellings."""
+    """Return the key of a video in lists and folders. Case is ignored: UCF-101 spells HandstandPushups in two ways."""
     return f"{path.parent.name}/{path.name}".casefold()
 
 

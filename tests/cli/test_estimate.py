@@ -46,8 +46,8 @@ def test_prepared_data_give_the_shapes(mixed: Path, capsys: pytest.CaptureFixtur
     assert not recipe.assumed
     assert main(["estimate", f"--config={mixed}", "--gpus=2", "--trainer.max_steps=500"]) == 0
     text = capsys.readouterr().out
-    assert "images: 4 per step, 2 at a time on a GPU, latent frames 1, 64x64, 64x96 (as prepared)" in text
-    assert "videos: 8 per step, 2 at a time on a GPU, latent frames 2 to 3, 64x64 (as prepared)" in text
+    assert "images: 4 per step, 2 per micro-batch and GPU, latent frames 1, 64x64, 64x96 (as prepared)" in text
+    assert "videos: 8 per step, 2 per micro-batch and GPU, latent frames 2 to 3, 64x64 (as prepared)" in text
     assert "for 500 steps" in text
 
 
@@ -72,8 +72,8 @@ def test_a_token_budget_gives_each_shape_a_batch_size(mixed: Path, capsys: pytes
     assert {shape[:3]: shape.fraction for shape in videos} == pytest.approx({(2, 8, 8): 0.5, (3, 8, 8): 0.5})
     assert main(["estimate", *options, "--gpus=2"]) == 0
     text = capsys.readouterr().out
-    assert "images: 96 tokens per step, 2 to 3 at a time on a GPU, latent frames 1, 64x64, 64x96 (as prepared)" in text
-    assert "videos: 768 tokens per step, 4 to 6 at a time on a GPU, latent frames 2 to 3, 64x64 (as prepared)" in text
+    assert "images: 96 tokens per step, 2 to 3 per micro-batch and GPU, latent frames 1, 64x64, 64x96" in text
+    assert "videos: 768 tokens per step, 4 to 6 per micro-batch and GPU, latent frames 2 to 3, 64x64" in text
     assert main(["estimate", *options, "--data.videos.tokens=100"]) == 2
     assert "data.videos.tokens is 100, too few for one sample" in capsys.readouterr().err
 
@@ -144,7 +144,7 @@ def test_a_recipe_that_no_setting_makes_fit(capsys: pytest.CaptureFixture[str]) 
     ("options", "words"),
     [
         (["--gpus=3"], "3 GPUs do not divide data.max_ranks = 64"),
-        (["--gpu=K20"], "--gpu is K20, whose peak FLOP/s are not known"),
+        (["--gpu=K20"], "--gpu is K20, whose peak FLOP/s are unknown"),
         (["--mfu=2"], "--mfu is 2.0"),
         (["--gpus=0"], "--gpus is 0: give at least 1"),
         (["--gpu_memory=0"], "--gpu_memory is 0.0"),

@@ -257,9 +257,9 @@ def test_the_window_is_that_of_training_by_default(
     options = [f"--videos={tmp_path}", "--count=2", "--context_frames=13", "--self_check_videos=0"]
     assert evaluate(command, tmp_path / "trained", *options) == 0
     assert Report.load(tmp_path / "trained" / "results.json").protocol.window == 4
-    assert "the scores may be worse" not in messages.text
+    assert "scores may be worse" not in messages.text
     assert evaluate(command, tmp_path / "more", *options, "--window=5") == 0
-    assert "--window is 5 latent frames, but in training a frame saw at most 4" in messages.text
+    assert "--window is 5 latent frames, but in training frames attended to at most 4" in messages.text
 
 
 def sentence(capsys: pytest.CaptureFixture[str]) -> str:

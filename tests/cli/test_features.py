@@ -187,7 +187,7 @@ def test_the_codec_stays_float32_under_bf16(work: Path, tmp_path: Path) -> None:
         (["--videos", "WORK/videos/jump", "WORK/videos/jump"], "would both be written as b: give the folder above"),
         (["--videos", "WORK/nowhere"], "nowhere does not exist"),
         (["--layer=0"], "--layer is 0: give at least 1"),
-        (["--out", "WORK"], "holds .npy files and no features.json"),
+        (["--out", "WORK"], "contains .npy files but no features.json"),
     ],
     ids=lambda value: " ".join(value)[:40],
 )

@@ -86,7 +86,7 @@ def test_evaluations_of_different_protocols_are_refused(place: Path, ucf: Path, 
     paths = [tmp_path / name / "results.json" for name in ("one", "other")]
     with pytest.raises(InputError, match=r"one/results.json and .*other/results.json differ in stride \(1, not 3\)"):
         probe(*arguments, *paths)
-    with pytest.raises(InputError, match="evaluate one checkpoint: give one of them"):
+    with pytest.raises(InputError, match="evaluate the same checkpoint: give one of them"):
         probe(*arguments, paths[0], paths[0])
 
 
@@ -134,12 +134,12 @@ def test_lists_and_folders_give_the_same_split(place: Path, ucf: Path, tmp_path:
         (["--batch_size", 0], "--batch_size is 0: give at least 1"),
         (["--size", "64x64"], "--size is 64x64, but the checkpoint was trained on 32x32"),
         (["--frames", 4], "4 pixel frames are not 1"),
-        (["--evaluations", "FVDLESS"], "holds no FVD: evaluate with a video network"),
+        (["--evaluations", "WITHOUT_FVD"], "has no FVD: evaluate with a video network"),
         (["--checkpoint", "/nowhere"], "there is no checkpoint at /nowhere"),
     ],
 )
 def test_a_mistake_gets_one_sentence(place: Path, ucf: Path, tmp_path: Path, options: list[Any], words: str) -> None:
     write_report(evaluation_of(place / "of", fid=30.0), tmp_path)
-    given = [tmp_path / "results.json" if option == "FVDLESS" else option for option in options]
+    given = [tmp_path / "results.json" if option == "WITHOUT_FVD" else option for option in options]
     with pytest.raises(InputError, match=words):
         probe("--checkpoint", place / "of2", "--videos", ucf, "--out", tmp_path, *given)

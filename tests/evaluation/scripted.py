@@ -1,4 +1,4 @@
-"""Small TorchScript networks with the interfaces of the published ones and features that are easy to verify."""
+"""Small TorchScript networks with the interfaces of the published networks and features that are easy to verify."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def saved(module: nn.Module, folder: Path) -> NetworkOptions:
 
 
 class ScriptedI3D(nn.Module):
-    """Has the arguments of StyleGAN-V's file. Features are mean colours of all frames and of the first one."""
+    """Interface of StyleGAN-V's file. Features are the mean colours of all frames and of the first frame."""
 
     def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
         features = torch.cat([x.mean((2, 3, 4)), x[:, :, 0].mean((2, 3))], 1)
@@ -27,7 +27,7 @@ class ScriptedI3D(nn.Module):
 
 
 class ScriptedInception(nn.Module):
-    """Has the arguments of NVIDIA's file; counts its passes. Classes follow from the last layer, at a temperature."""
+    """Interface of NVIDIA's file; counts its passes. The last layer gives class probabilities, at a temperature."""
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class ScriptedInception(nn.Module):
 
 
 class ScriptedPlain(nn.Module):
-    """Features are pixels of its input, and the number of pixels."""
+    """Features are pixels of the input and the number of pixels."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x[:, :, ::50, ::70].flatten(1), torch.full([len(x), 1], float(x.shape[2] * x.shape[3]))], 1)

@@ -1,4 +1,4 @@
-"""The files of chunks: written and read back, refused when damaged or of other settings."""
+"""Files of chunks: round trip, and errors for damaged files and for other settings."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from gpdit_lightning.evaluation.chunk_files import ChunkFiles, write_chunk
 SETTINGS = {"guidance": {"context": 1.5}, "size": (32, 32)}
 
 
-def test_results_are_read_back_chunk_by_chunk(tmp_path: Path) -> None:
+def test_results_are_read_chunk_by_chunk(tmp_path: Path) -> None:
     image, noise = torch.rand(5, 4, 2), torch.rand(3, 4, 2)
     paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
     first = {"truth/image": image[:2], "noise 8/image": noise[:2]}
@@ -36,7 +36,7 @@ def test_results_are_read_back_chunk_by_chunk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "without metadata"])
-def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "000016.safetensors"
     write_chunk(path, ["a"], {"truth/video": torch.ones(1, 9)}, SETTINGS)
     if damage == "without metadata":
@@ -47,7 +47,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: str) -> None:
         ChunkFiles([path], SETTINGS)
 
 
-def test_files_of_other_settings_are_refused_naming_the_first_difference(tmp_path: Path) -> None:
+def test_other_settings_are_an_error_that_names_the_first_difference(tmp_path: Path) -> None:
     write_chunk(tmp_path / "0.safetensors", ["a"], {"truth/video": torch.ones(1, 9)}, SETTINGS)
     for other, message in (
         ({**SETTINGS, "guidance": {"context": 2.0}, "size": (8, 8)}, r"another guidance\.context \(1.5, not 2.0\)"),

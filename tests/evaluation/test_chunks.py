@@ -1,3 +1,5 @@
+"""Variants and results of one chunk of videos."""
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +31,7 @@ from tests.evaluation.scripted import ScriptedI3D, ScriptedInception, saved
 
 CODEC = load_codec("pca")
 NAMES = ("a", "b", "c")
-# 15 frames are not 1 + 4k.
+# The 15 frames of a clip are not 1 + 4k.
 SETTINGS = EvaluationSettings(
     context_frames=5,
     generated_frames=10,
@@ -43,7 +45,7 @@ SETTINGS = EvaluationSettings(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Videos of thirty frames; the header of `damaged.mp4` is intact, its frames are not."""
+    """Videos of thirty frames. The header of `damaged.mp4` is intact, but its frames are not."""
     folder = tmp_path_factory.mktemp("chunks")
     generator = torch.Generator().manual_seed(0)
     for name in (*NAMES, "damaged"):
@@ -87,19 +89,19 @@ def evaluated(folder: Path, model: GPDiT, networks: MetricNetworks) -> tuple[dic
     return variants, results
 
 
-def test_every_variant_is_what_its_name_says(
+def test_variants_match_an_independent_computation(
     folder: Path, model: GPDiT, evaluated: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> None:
     variants = dict(evaluated[0])
-    truth = torch.stack([read_clip(folder / f"{name}.mp4", 15, 2, (32, 32)) for name in NAMES])
-    assert torch.equal(variants.pop("truth"), truth)
-    longer = torch.cat([truth, truth[:, -1:], truth[:, -1:]], dim=1)
-    reconstruction = torch.cat((truth[:, :5], CODEC.decode(CODEC.encode(longer))[:, 5:15]), dim=1)
+    ground_truth = torch.stack([read_clip(folder / f"{name}.mp4", 15, 2, (32, 32)) for name in NAMES])
+    assert torch.equal(variants.pop("truth"), ground_truth)
+    longer = torch.cat([ground_truth, ground_truth[:, -1:], ground_truth[:, -1:]], dim=1)
+    reconstruction = torch.cat((ground_truth[:, :5], CODEC.decode(CODEC.encode(longer))[:, 5:15]), dim=1)
     assert torch.equal(variants.pop("codec"), reconstruction)
-    assert torch.equal(variants.pop("repeated"), truth[:, [0, 1, 2, 3, *[4] * 11]])
+    assert torch.equal(variants.pop("repeated"), ground_truth[:, [0, 1, 2, 3, *[4] * 11]])
     for seed in SETTINGS.seeds:
         batch = variants.pop(f"seed {seed}")
-        for name, video, context in zip(NAMES, batch, truth[:, :5], strict=True):
+        for name, video, context in zip(NAMES, batch, ground_truth[:, :5], strict=True):
             alone = continue_video(
                 model, CODEC, context[None], 10, SETTINGS.generation, ClipInputs([noise_seed(name, seed)])
             )
@@ -108,16 +110,16 @@ def test_every_variant_is_what_its_name_says(
                 model, CODEC, context[None], 10, SETTINGS.generation, ClipInputs([noise_seed(name, 7)])
             )
             assert (video[5:].int() - other.pixels[0, 5:].int()).abs().float().mean() > 5
-    seeds = [noise_seed(name, 0) for name in NAMES[:2]]  # the last of the twelve videos of self-checks
+    seeds = [noise_seed(name, 0) for name in NAMES[:2]]  # the chunk starts at video 10, and 12 videos are distorted
     for level in (8, 16, 32):
-        assert torch.equal(variants.pop(f"noise {level}"), add_noise(truth[:2], level, seeds))
+        assert torch.equal(variants.pop(f"noise {level}"), add_noise(ground_truth[:2], level, seeds))
     for sigma in (1, 2, 4):
-        assert torch.equal(variants.pop(f"blur {sigma}"), gaussian_blur(truth[:2], sigma))
+        assert torch.equal(variants.pop(f"blur {sigma}"), gaussian_blur(ground_truth[:2], sigma))
     assert not variants
     assert len({noise_seed(name, seed) for name in NAMES for seed in range(50)}) == 150
 
 
-def test_results_are_of_whole_videos_and_of_each_generated_frame(
+def test_results_cover_whole_videos_and_each_generated_frame(
     networks: MetricNetworks, evaluated: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> None:
     variants, results = evaluated
@@ -125,20 +127,18 @@ def test_results_are_of_whole_videos_and_of_each_generated_frame(
         f"{variant}/{quantity}" for variant in variants for quantity in ("video", "image", "classes", "psnr", "ssim")
     }
     for variant, videos in variants.items():
-        truth = variants["truth"][: len(videos)]
+        ground_truth = variants["truth"][: len(videos)]
         torch.testing.assert_close(results[f"{variant}/video"], networks.video(videos))
         assert results[f"{variant}/image"].shape == (len(videos), 10, 6)
         for position in (0, 9):
             features, classes = networks.image.features_and_probabilities(videos[:, 5 + position])
             torch.testing.assert_close(results[f"{variant}/image"][:, position], features)
             torch.testing.assert_close(results[f"{variant}/classes"][:, position], classes)
-        assert torch.equal(results[f"{variant}/psnr"], psnr(videos[:, 5:], truth[:, 5:]))
-        assert torch.equal(results[f"{variant}/ssim"], ssim(videos[:, 5:], truth[:, 5:]))
+        assert torch.equal(results[f"{variant}/psnr"], psnr(videos[:, 5:], ground_truth[:, 5:]))
+        assert torch.equal(results[f"{variant}/ssim"], ssim(videos[:, 5:], ground_truth[:, 5:]))
 
 
-def test_the_video_network_may_be_given_the_generated_frames_alone(
-    folder: Path, model: GPDiT, networks: MetricNetworks
-) -> None:
+def test_fvd_without_context_uses_only_generated_frames(folder: Path, model: GPDiT, networks: MetricNetworks) -> None:
     variants: dict[str, Tensor] = {}
     settings = replace(SETTINGS, fvd_includes_context=False, self_check_videos=0, seeds=(0,))
     chunk = chunk_of(folder, "a")
@@ -150,7 +150,7 @@ def test_the_video_network_may_be_given_the_generated_frames_alone(
         torch.testing.assert_close(results[f"{variant}/video"], networks.video(videos[:, 5:]))
 
 
-def test_an_unreadable_video_is_left_out_without_effect_on_the_others(
+def test_an_unreadable_video_does_not_affect_the_others(
     folder: Path, model: GPDiT, networks: MetricNetworks, evaluated: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> None:
     names, results = evaluate_chunk(chunk_of(folder, "a", "damaged", "b", "c"), SETTINGS, model, CODEC, networks)
@@ -160,7 +160,7 @@ def test_an_unreadable_video_is_left_out_without_effect_on_the_others(
         assert torch.equal(values, evaluated[1][key]), key
 
 
-def test_a_chunk_without_readable_videos_is_empty_but_a_missing_file_is_an_error(
+def test_unreadable_videos_are_left_out_but_a_missing_file_is_an_error(
     folder: Path, model: GPDiT, networks: MetricNetworks, tmp_path: Path
 ) -> None:
     names, results = evaluate_chunk(chunk_of(folder, "damaged"), SETTINGS, model, CODEC, networks)
@@ -174,7 +174,7 @@ def test_a_chunk_without_readable_videos_is_empty_but_a_missing_file_is_an_error
         evaluate_chunk(chunk_of(folder, "a", "gone"), SETTINGS, model, CODEC, networks)
 
 
-def test_chunks_are_fixed_parts_of_the_selection() -> None:
+def test_a_selection_is_divided_into_chunks() -> None:
     names = tuple("abcdefg")
     chunks = split_into_chunks(Selection(names, tuple(map(Path, names))), 3)
     assert [(chunk.start, "".join(chunk.names)) for chunk in chunks] == [(0, "abc"), (3, "def"), (6, "g")]

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.i3d import I3D, MaxPool, Unit, preprocess
+from gpdit_lightning.evaluation.i3d import I3D, ConvUnit, MaxPool, preprocess
 
 # Carreira & Zisserman 2017, figure 3: the channels of (1x1x1, 1x1x1 -> 3x3x3, 1x1x1 -> 3x3x3, pool -> 1x1x1).
 BLOCKS = {
@@ -84,7 +84,7 @@ def windows(x: Tensor, size: int, stride: int) -> Iterator[tuple[tuple[int, ...]
 def test_padding_equals_tensorflows(size: int, stride: int) -> None:
     torch.manual_seed(1)
     x = torch.randn(2, 5, 8, 7, dtype=torch.float64)
-    unit = Unit(2, 3, size, stride).double().eval().requires_grad_(False)
+    unit = ConvUnit(2, 3, size, stride).double().eval().requires_grad_(False)
     unit.weight.normal_()
     convolved, pooled = unit(x[None])[0], MaxPool(size, stride)(x[None])[0]
     assert convolved.shape[1:] == pooled.shape[1:] == tuple(math.ceil(length / stride) for length in x.shape[1:])

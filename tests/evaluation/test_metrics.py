@@ -146,7 +146,7 @@ def test_splits_are_equal_and_do_not_touch_the_global_generator() -> None:
     assert inception_score(classes, splits=10) == first
     assert inception_score(classes, splits=10, seed=1) != first
     assert inception_score(classes.flip(0), splits=25)[0] == pytest.approx(1.0)  # a single sample equals its mean
-    with pytest.raises(InputError, match="needs as many samples"):
+    with pytest.raises(InputError, match="needs at least 26 samples"):
         inception_score(classes, splits=26)
 
 

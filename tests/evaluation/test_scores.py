@@ -162,7 +162,7 @@ def cut(found: Found, count: int) -> Found:
 def test_failed_checks_and_unreadable_videos_are_reported(found: Found, tmp_path: Path) -> None:
     worse = found | {"blur 1/video": found["blur 4/video"] + 50}
     (warning,) = warnings_of(make_report(files_of(tmp_path / "worse", worse, 16), PROTOCOL))
-    assert warning.startswith("FVD fails its self-checks: blur 2 is ")
+    assert warning.startswith("FVD fails its self-checks: the distance at blur 2 is ")
     (warning,) = warnings_of(make_report(files_of(tmp_path, found, 16), PROTOCOL, unreadable={"b.mp4", "a.mp4"}))
     assert warning == "2 videos could not be read completely and are left out: a.mp4, b.mp4."
 
@@ -181,7 +181,7 @@ def test_few_videos_give_warnings_instead_of_self_checks(found: Found, tmp_path:
     assert not report.self_checks
     assert "IS of " in " ".join(report.warnings)
     assert "in splits of 1 cannot exceed 1." in " ".join(report.warnings)
-    assert f"precision and recall of {count} videos mean little" in " ".join(report.warnings)
+    assert f"precision and recall of {count} videos are not meaningful" in " ".join(report.warnings)
     assert f"FVD of {count} samples in 4 dimensions" in " ".join(report.warnings)
     assert "there are too few videos for self-checks of FVD." in report.warnings
     assert f"FID of {count} samples in 5 dimensions" in " ".join(report.warnings)

@@ -108,16 +108,16 @@ RISING = ((8.0, 1.0), (16.0, 2.0), (32.0, 3.0))
 @pytest.mark.parametrize(
     ("itself", "noise", "blur", "message"),
     [
-        (1.0, RISING, RISING, "the ground truth is 1 from itself"),
+        (1.0, RISING, RISING, "the distance of the ground truth to itself is 1"),
         (
             0.0,
             ((8.0, 2.0), (16.0, 1.0), (32.0, 3.0)),
             RISING,
-            "noise 16 is 1 from the ground truth, not farther than",
+            "the distance at noise 16 is 1, not larger than 2 at noise 8",
         ),
-        (0.0, RISING, ((1.0, 1.0), (2.0, 1.0)), "blur 2 is 1 from the ground truth, not farther than blur 1 (1)"),
-        (0.0, RISING, ((1.0, 0.0),), "blur 1 is 0 from the ground truth, not farther than blur 0 (0)"),
-        (0.0, ((8.0, math.nan),), RISING, "noise 8 is nan"),
+        (0.0, RISING, ((1.0, 1.0), (2.0, 1.0)), "the distance at blur 2 is 1, not larger than 1 at blur 1"),
+        (0.0, RISING, ((1.0, 0.0),), "the distance at blur 1 is 0, not larger than 0 at blur 0"),
+        (0.0, ((8.0, math.nan),), RISING, "the distance at noise 8 is nan"),
     ],
 )
 def test_a_distance_that_does_not_rise_fails(itself: float, noise: tuple, blur: tuple, message: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.videos import clip_frame_numbers, find_videos, read_clip, select_videos
+from gpdit_lightning.evaluation.videos import clip_frame_indices, find_videos, read_clip, select_videos
 from gpdit_lightning.media.video import write_video
 
 
@@ -33,12 +33,12 @@ def levels(clip: torch.Tensor) -> list[int]:
     ],
 )
 def test_frame_numbers_of_a_clip(length: int, centred: bool, resample_short: bool, expected: list[int]) -> None:
-    assert clip_frame_numbers(length, 3, 3, centred, resample_short) == expected
+    assert clip_frame_indices(length, 3, 3, centred, resample_short) == expected
 
 
 def test_without_a_stride_a_clip_spans_its_video(video: Path) -> None:
-    assert clip_frame_numbers(9, 3, 0) == [0, 4, 8]
-    assert clip_frame_numbers(2, 3, 0) == []
+    assert clip_frame_indices(9, 3, 0) == [0, 4, 8]
+    assert clip_frame_indices(2, 3, 0) == []
     assert levels(read_clip(video, 3, 0, (16, 16))) == [0, 5, 10]
 
 
@@ -92,7 +92,7 @@ def test_too_few_videos_that_are_long_enough_are_refused(video: Path) -> None:
     folder = video.parent
     (folder / "broken.mp4").write_bytes(video.read_bytes()[:100])
     assert select_videos([folder], 1, 0, frames=11).names == ("ramp.mp4",)
-    with pytest.raises(InputError, match="have 0 videos of at least 12 frames, and 2 that are shorter or broken, but"):
+    with pytest.raises(InputError, match="have 0 videos of at least 12 frames, and 2 that are shorter or damaged, but"):
         select_videos([folder], 1, 0, frames=12)
     with pytest.raises(InputError, match="have the same name"):
         select_videos([folder, video], 1, 0, frames=11)

@@ -121,7 +121,7 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="contains no features yet"):
         VideoFeatures(tmp_path)
     replace(RECORD, format="pickle").save(tmp_path)
-    with pytest.raises(InputError, match="pickled features, which VideoFeatures does not open"):
+    with pytest.raises(InputError, match="pickled features, which VideoFeatures does not read"):
         VideoFeatures(tmp_path)
 
 
@@ -179,6 +179,6 @@ def test_features_that_cannot_be_stored_leave_no_file(tmp_path: Path) -> None:
     path = RECORD.path_of(tmp_path, "v_1")
     with pytest.raises(InputError, match="exceed the range of float16"):
         write_features(path, some() * 1e6, RECORD)
-    with pytest.raises(InputError, match=r"have shape \(6, 8\), but features.json says \(7, 8\)"):
+    with pytest.raises(InputError, match=r"have shape \(6, 8\), but features.json states \(7, 8\)"):
         write_features(path, some()[1:], RECORD)
     assert not list(tmp_path.iterdir())

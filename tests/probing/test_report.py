@@ -57,15 +57,15 @@ def test_json_and_table_contain_every_layer_and_the_protocol(result: ProbeResult
     text = markdown([result])
     assert "| 0 | 50.0% | 25.0% to 75.0% | 0.1 | 40.0% |" in text
     assert "| 1 | **87.5%** | 50.0% to 100.0% | 1 |  |" in text
-    for words in (
+    for phrase in (
         "4 training videos, 3 test videos in 3 groups",
         "2 unreadable videos left out",
-        "(1 too short",
+        "(1 short videos sampled",
         "32x48",
         "66.7%",
         "step 500",
     ):
-        assert words in text
+        assert phrase in text
 
 
 def test_several_checkpoints_are_also_plotted_over_steps(result: ProbeResult, tmp_path: Path) -> None:
