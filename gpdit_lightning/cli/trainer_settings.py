@@ -68,8 +68,9 @@ class TrainingParser(RecipeParser):
             Trainer, "trainer", instantiate=False, fail_untyped=False, sub_configs=True, skip=set(REPLACED)
         )
         self.set_defaults({f"trainer.{name}": value for name, value in DEFAULTS.items()})
-        for name in REPLACED:  # accepted, for a sentence about them in `validate`, but neither shown nor printed
-            self.add_argument(f"--trainer.{name}", type=Any, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        for name, instead in REPLACED.items():  # parsed, so that `validate` can refuse them
+            # With help=SUPPRESS jsonargparse would drop given values where it resolves interpolations.
+            self.add_argument(f"--trainer.{name}", type=Any, default=argparse.SUPPRESS, help=f"Not used: {instead}.")
         for action in self._actions:
             action.help = HELP.get(action.dest, action.help)
 
@@ -106,7 +107,7 @@ def remove_replaced(trainer: Namespace) -> None:
         value = trainer.pop(name)
         default = LIGHTNING_DEFAULTS[name]
         if value not in (default, EARLIER_DEFAULTS.get(name, default)):
-            raise InputError(f"trainer.{name} is {value}, which is not a setting of recipes: {instead}.")
+            raise InputError(f"trainer.{name} is {value}, which a recipe cannot set: {instead}.")
 
 
 def logger_specs(setting: Any) -> Iterator[Namespace]:

@@ -1,8 +1,8 @@
-"""Every private name of Lightning and DeepSpeed that training relies on.
+"""Every private name of Lightning and DeepSpeed that training uses.
 
-None of them is covered by a promise of compatibility. Nothing else in the package uses one, apart from the methods that
-the strategies override (`OVERRIDDEN_METHODS`). tests/training/test_internals.py fails with the name and the function
-concerned when a release removes or changes one.
+Their releases do not promise to keep these names. No other module uses one, apart from the methods that the strategies
+override (`OVERRIDDEN_METHODS`). tests/training/test_internals.py fails when a release removes or changes one, and
+prints the name and the function here that uses it.
 """
 
 import sys
@@ -30,38 +30,38 @@ OVERRIDDEN_METHODS = (
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:
-    """The trainer of a module; None without one, where `module.trainer` raises."""
+    """Return the trainer of a module, or None if it has none; `module.trainer` would raise."""
     return module._trainer
 
 
 def disable_signal_handlers(trainer: Trainer) -> None:
-    """Keep Lightning from handling SIGTERM: its handler waits for the other ranks, whatever this one is doing."""
+    """Keep Lightning from handling SIGTERM: its handler waits for the other ranks, wherever this rank is."""
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Whether Lightning will validate after the current micro-batch: its own decision, before it is carried out."""
+    """Return whether Lightning will validate after the current micro-batch."""
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     assert fetcher is not None
     return loop._should_check_val_fx(fetcher) and not loop.val_loop.skip
 
 
 def is_last_micro_batch(trainer: Trainer) -> bool:
-    """Whether the optimizer steps after the current micro-batch."""
+    """Return whether the optimizer steps after the current micro-batch."""
     return not trainer.fit_loop._should_accumulate()
 
 
 def launched_processes(strategy: Strategy) -> list[Popen[bytes]] | None:
-    """The processes that Lightning launched for the other ranks of this machine; None if it launches none.
+    """Return the processes that Lightning launched for the other ranks of this machine; None if it launches none.
 
-    The list is the launcher's: processes that are removed from it are no longer watched.
+    The list is the launcher's: it no longer watches a process that is removed from it.
     """
     launcher = strategy.launcher
     return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else None
 
 
 def set_data_parallel_size(strategy: ModelParallelStrategy, ranks: int) -> None:
-    """Set a size that Lightning takes in the constructor, before the number of ranks is known."""
+    """Set the number of ranks, which is unknown when the constructor of the strategy takes it."""
     strategy._data_parallel_size = ranks
 
 
@@ -69,7 +69,7 @@ def set_data_parallel_size(strategy: ModelParallelStrategy, ranks: int) -> None:
 
 
 class Location(NamedTuple):
-    """Where ZeRO keeps this rank's elements of a parameter; the fields of `ParameterShard`."""
+    """The location of this rank's elements of a parameter under ZeRO; the fields of `ParameterShard`."""
 
     shape: torch.Size
     start: int
@@ -79,7 +79,7 @@ class Location(NamedTuple):
 
 
 def prepare_deepspeed(on_cpu: bool) -> None:
-    """Reset DeepSpeed's process groups if an earlier run in this process has left them.
+    """Reset DeepSpeed's process groups if an earlier run in this process has destroyed torch's.
 
     Args:
         on_cpu: also skip its shared-memory operator, which takes minutes to compile.
@@ -94,7 +94,7 @@ def prepare_deepspeed(on_cpu: bool) -> None:
 
 
 def zero2_locations(optimizer: Any) -> Iterable[tuple[nn.Parameter, Location]]:
-    """Where DeepSpeed's optimizer of ZeRO stage 2 keeps this rank's elements of each parameter."""
+    """Yield each parameter and the location of this rank's elements in DeepSpeed's optimizer of ZeRO stage 2."""
     for parameters, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
         for parameter in parameters:
             mapping = parameter._hp_mapping
@@ -108,7 +108,7 @@ def zero2_locations(optimizer: Any) -> Iterable[tuple[nn.Parameter, Location]]:
 def zero3_locations(
     optimizer: Any, parameters: Iterable[nn.Parameter], rank: int
 ) -> Iterable[tuple[nn.Parameter, Location]]:
-    """Where DeepSpeed's optimizer of ZeRO stage 3 keeps a rank's elements of each parameter."""
+    """Yield each parameter and the location of a rank's elements in DeepSpeed's optimizer of ZeRO stage 3."""
     for parameter in parameters:
         attributes: Any = parameter
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -121,12 +121,12 @@ def zero3_locations(
 
 
 def zero2_gradient_norm(optimizer: Any) -> Tensor:
-    """Norm of the gradient over all ranks before clipping: a scalar."""
+    """Return the norm of the gradient over all ranks, before clipping: a scalar."""
     return optimizer.scaled_global_norm()
 
 
 def zero3_gradient_norm(optimizer: Any) -> Tensor:
-    """Norm of the gradient over all ranks before clipping: a scalar."""
+    """Return the norm of the gradient over all ranks, before clipping: a scalar."""
     from deepspeed.runtime.utils import combine_grad_norm_groups
 
     return combine_grad_norm_groups(optimizer._get_norm_groups())
@@ -136,7 +136,7 @@ def skip_zero_step(optimizer: Any, device: torch.device) -> Callable[[], None]:
     """Make DeepSpeed drop the gradients of the current step, as it does where their norm is not finite.
 
     Returns:
-        What restores the norm after the step.
+        a function that restores the norm; call it after the step.
     """
     infinite = torch.tensor(float("inf"), device=device)
     optimizer.scaled_global_norm = lambda: infinite  # stage 2
@@ -156,17 +156,24 @@ def refresh_zero2_weights(optimizer: Any) -> None:
 def refresh_zero3_weights(optimizer: Any) -> None:
     """Copy the float32 master weights into the weights that the model computes with, on all ranks."""
     optimizer._partition_all_parameters()  # also the small ones that stay gathered: the next pass gathers them again
-    for place in range(len(optimizer.fp32_partitioned_groups_flat)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(place)
+    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
 
 def release_zero3_modules() -> None:
-    """Drop DeepSpeed's references to modules outside its engine: a global list, and the cache of a method."""
+    """Drop DeepSpeed's references to modules outside its engine: a global list, and the caches of methods."""
     from deepspeed.runtime.zero import parameter_offload
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     parameter_offload.FWD_MODULE_STACK.clear()
-    for method in vars(PartitionedParameterCoordinator).values():
-        for cell in getattr(method, "__closure__", None) or ():  # the cached method is wrapped for profiling
-            if hasattr(cell.cell_contents, "cache_clear"):
-                cell.cell_contents.cache_clear()
+    for method in cached_zero3_methods():
+        method.cache_clear()
+
+
+def cached_zero3_methods() -> list[Any]:
+    """The methods of DeepSpeed's parameter coordinator that cache their results, and modules with them."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    # They are wrapped for profiling: the cached function is a variable of the wrapper's closure.
+    closures = [getattr(method, "__closure__", None) or () for method in vars(PartitionedParameterCoordinator).values()]
+    contents = [cell.cell_contents for closure in closures for cell in closure]
+    return [content for content in contents if hasattr(content, "cache_clear")]

@@ -1,0 +1,104 @@
+"""The settings of Lightning's trainer in recipes: which are refused, and how names become loggers and strategies.
+
+Whole runs with loggers and callbacks of a recipe are in test_loggers.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning import Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from gpdit_lightning.cli.fit import parse
+from gpdit_lightning.cli.trainer_settings import (
+    EARLIER_DEFAULTS,
+    FIXED,
+    LIGHTNING_DEFAULTS,
+    REPLACED,
+    callbacks_of,
+    check_interval,
+    loggers_of,
+    strategy_of,
+)
+from gpdit_lightning.errors import InputError
+
+RECIPE = ["--config", "gpdit:stage2_mixed"]
+
+OTHER_VALUES = {
+    "accumulate_grad_batches": 2,
+    "barebones": "true",
+    "check_val_every_n_epoch": 2,
+    "default_root_dir": "elsewhere",
+    "enable_checkpointing": "false",
+    "fast_dev_run": "true",
+    "limit_train_batches": 2,
+    "max_epochs": 3,
+    "min_epochs": 3,
+    "overfit_batches": 1,
+    "reload_dataloaders_every_n_epochs": 1,
+    "val_check_interval": 10,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_a_setting_that_a_run_fixes_is_refused_with_its_replacement(name: str) -> None:
+    with pytest.raises(InputError, match=f"^trainer.{name} is .*, which a recipe cannot set: ") as caught:
+        parse("fit", [*RECIPE, f"--trainer.{name}={OTHER_VALUES[name]}"])
+    assert str(caught.value).endswith(f"{REPLACED[name]}.")
+
+
+def test_defaults_of_fixed_settings_are_accepted_and_not_recorded(tmp_path: Path) -> None:
+    """As in the config.yaml of runs before these settings were refused."""
+    values = {name: LIGHTNING_DEFAULTS[name] for name in REPLACED} | EARLIER_DEFAULTS
+    overlay = tmp_path / "overlay.yaml"
+    as_yaml = {None: "null", True: "true", False: "false"}
+    lines = [f"  {name}: {as_yaml.get(value, value)}" for name, value in values.items()]
+    overlay.write_text("\n".join(["trainer:", *lines]))
+    settings = parse("fit", [*RECIPE, f"--config={overlay}"])
+    assert not set(REPLACED) & set(vars(settings.trainer))
+
+
+def test_fixed_settings_are_settings_of_the_trainer() -> None:
+    assert FIXED.keys() <= REPLACED.keys() <= LIGHTNING_DEFAULTS.keys()
+    assert REPLACED.keys() == OTHER_VALUES.keys() | {"use_distributed_sampler"}  # of which both values are accepted
+    Trainer(**{name: value for name, (value, _) in FIXED.items()}, accelerator="cpu", logger=False)
+
+
+def test_loggers_of_a_recipe(tmp_path: Path) -> None:
+    for default in (None, True):
+        (logger,) = loggers_of(default, tmp_path)
+        assert isinstance(logger, TensorBoardLogger)
+        assert Path(logger.log_dir) == tmp_path / "tensorboard"
+    first, second = CSVLogger(tmp_path), TensorBoardLogger(tmp_path)
+    assert loggers_of(first, tmp_path) == [first]
+    assert loggers_of([second, first], tmp_path) == [second, first]
+    assert loggers_of(False, tmp_path) == loggers_of([], tmp_path) == []
+
+
+def test_callbacks_of_a_recipe_keep_their_order() -> None:
+    first, second = Timer(), Timer()
+    assert callbacks_of(None) == []
+    assert callbacks_of(first) == [first]
+    assert callbacks_of([second, first]) == [second, first]
+
+
+@pytest.mark.parametrize(
+    ("setting", "strategy"),
+    [("deepspeed", "zero2"), ("deepspeed_stage_3_offload", "zero3_offload"), ("ddp", "ddp"), ("fsdp2", "fsdp2")],
+)
+def test_names_of_lightnings_deepspeed_select_zero(setting: Any, strategy: str) -> None:
+    assert strategy_of(setting) == strategy
+
+
+def test_a_deepspeed_strategy_without_counterpart_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^trainer.strategy is deepspeed_stage_1: use one of zero2, "):
+        strategy_of("deepspeed_stage_1")
+
+
+@pytest.mark.parametrize(("value", "least"), [(None, 0), (-1, 0), (0, 1)])
+def test_an_interval_is_a_number_of_steps(value: int | None, least: int) -> None:
+    check_interval("name", least, least)
+    with pytest.raises(InputError, match=f"^name is {value}: give a number of optimizer steps, at least {least}"):
+        check_interval("name", value, least)
