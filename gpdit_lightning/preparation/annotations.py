@@ -1,4 +1,4 @@
-"""Published annotation files: captions, labels and splits of input files."""
+"""Reading of published annotation files: captions, labels and splits of input files."""
 
 import csv
 import json
@@ -22,22 +22,22 @@ SUPPORTED = (
     "give UCF-101's trainlist, testlist or classInd, MSR-VTT's videodatainfo.json, or JSON lines, CSV or TSV with "
     f"{', '.join(FIELDS)}"
 )
-SPLITS: dict[str, Split] = {split: split for split in get_args(Split)}
+SPLITS: tuple[Split, ...] = get_args(Split)
 MSR_VTT_SPLITS: dict[str, Split] = {"train": "train", "validate": "validation", "test": "validation"}
 
 EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
 FILE = rf"(?P<name>\S.*(?:{'|'.join(map(re.escape, EXTENSIONS))}))"
-# The lines of UCF-101's three kinds of lists, and the split of the files in each.
-LISTS: tuple[tuple[re.Pattern[str], Split | None], ...] = (
+# The lines of UCF-101's trainlist, testlist and classInd, and the split of the files in each.
+UCF101_LISTS: tuple[tuple[re.Pattern[str], Split | None], ...] = (
     (re.compile(rf"{FILE}\s+(?P<number>\d+)", re.IGNORECASE), "train"),
     (re.compile(FILE, re.IGNORECASE), "validation"),
     (re.compile(r"(?P<number>\d+)\s+(?P<name>\S+)"), None),
 )
-LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # JSON can spell it, and UTF-8 cannot encode it
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # may occur in JSON, but UTF-8 cannot encode it
 
 
 class Annotation(NamedTuple):
-    """What the files say about one input file."""
+    """Captions, label and split of one input file."""
 
     captions: tuple[str, ...] = ()
     label: str | None = None
@@ -46,17 +46,16 @@ class Annotation(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The content of one annotation file, under the names that it uses."""
+    """Content of one annotation file, with file names as written there."""
 
     path: Path
     entries: dict[str, Annotation] = field(default_factory=dict)
     classes: set[tuple[int, str]] = field(default_factory=set)
     """Numbers and names of classes; a class is the name of a folder."""
-    is_list: bool = False
-    """One of UCF-101's lists."""
+    is_ucf101_list: bool = False
 
-    def of(self, name: str) -> Annotation:
-        """The annotation of an input file: under its name, else its path without extension, else its stem."""
+    def get(self, name: str) -> Annotation:
+        """Return the annotation of an input file, by its name, else its path without extension, else its stem."""
         if name in self.entries:
             return self.entries[name]
         entry = self._by_path.get(_without_extension(name)) or self._by_stem.get(_stem(name))
@@ -66,16 +65,20 @@ class Table:
         """Add the annotation of a line.
 
         Raises:
-            InputError: an earlier line contradicts it.
+            InputError: the annotation contradicts that of an earlier line.
         """
         name = name.removeprefix("./")
         if earlier := self.entries.get(name):
-            if conflict := _conflict(earlier, annotation):
-                raise InputError(f"{self.path} line {line} gives {name!r} the {conflict} before: remove one of them.")
-            annotation = _merged(earlier, annotation)
+            if conflict := _find_conflict(earlier, annotation):
+                attribute, later_value, earlier_value = conflict
+                raise InputError(
+                    f"{self.path} line {line} has {later_value!r} as {attribute} of {name!r}, but an earlier line has "
+                    f"{earlier_value!r}: remove one of them."
+                )
+            annotation = _merge(earlier, annotation)
         self.entries[name] = annotation
 
-    # Built when a full name is not found, so that files with millions of full names need no second table.
+    # Built only if a full name is not found: a table of millions of full names then needs no second dictionary.
     @cached_property
     def _by_path(self) -> dict[str, str | None]:
         return _by_short_name(self.entries, _without_extension)
@@ -87,81 +90,89 @@ class Table:
 
 @dataclass(frozen=True)
 class Annotations:
-    """The content of several annotation files."""
+    """Content of several annotation files."""
 
     tables: tuple[Table, ...] = ()
     labels: tuple[str, ...] = ()
     """Names of all classes in the order of their numbers in UCF-101's lists; empty without such a list."""
 
-    def of(self, name: str) -> Annotation:
-        """The annotation of an input file; an empty one if no file names it.
+    def get(self, name: str) -> Annotation:
+        """Return the annotation of an input file; an empty one if no annotation file contains it.
 
         Args:
-            name: its path relative to its folder, with slashes. An annotation file may give the full name, the name
-                without extension, or the stem alone if only one of its entries has that stem.
+            name: path of the input file relative to its folder, with slashes. An annotation file may contain the full
+                name, the name without extension, or the stem alone if only one of its entries has that stem.
 
         Raises:
-            InputError: two files give it different labels or splits.
+            InputError: two annotation files have different labels or splits for this file.
         """
         merged = Annotation()
         for i, table in enumerate(self.tables):
-            annotation = table.of(name)
-            if conflict := _conflict(merged, annotation):
-                other = next(other.path for other in self.tables[:i] if _conflict(other.of(name), annotation))
-                raise InputError(f"{table.path} gives {name!r} the {conflict} in {other}: correct or omit one.")
-            merged = _merged(merged, annotation)
+            annotation = table.get(name)
+            if conflict := _find_conflict(merged, annotation):
+                attribute, value, earlier_value = conflict
+                other = next(other.path for other in self.tables[:i] if _find_conflict(other.get(name), annotation))
+                raise InputError(
+                    f"{table.path} has {value!r} as {attribute} of {name!r}, but {other} has {earlier_value!r}: "
+                    "correct or omit one of them."
+                )
+            merged = _merge(merged, annotation)
         return merged
 
 
 def read_annotations(paths: Sequence[Path]) -> Annotations:
-    """Read annotation files; the content of each shows its format.
+    """Read annotation files. The format is detected from the content:
 
-    - UCF-101's lists: one with class numbers is for training, one without for validation, and classInd.txt names the
-      classes. The label is the name of the folder, if any list gives it a class number.
+    - UCF-101's lists: a list with class numbers is for training, a list without them for validation, and classInd.txt
+      contains the class names. The label of a file is the name of its folder, if any list has a class number for it.
     - MSR-VTT's `videodatainfo.json`: captions in the order of `sen_id`, and splits ("validate" and "test" are both
-      validation). Its categories are not used: they are numbers without names, and topics rather than classes.
-    - JSON lines, CSV and TSV with the fields `FIELDS`, of which only "source" is required. Captions may be a list, or
-      on several lines.
+      validation). Categories are ignored: they are numbers without names, and topics rather than classes.
+    - JSON lines, CSV and TSV with the fields `FIELDS`, of which only "source" is required. Several captions are given
+      as a list or on several lines.
 
     Raises:
-        InputError: a file that is missing, has none of these formats or contradicts itself; class numbers that differ.
+        InputError: a file is missing, has none of these formats or contradicts itself, or class numbers differ.
     """
-    tables = tuple(_read(Path(path)) for path in paths)
+    tables = tuple(_read_table(path) for path in paths)
     classes = sorted({pair for table in tables for pair in table.classes})
     for (number, name), (other_number, other) in combinations(classes, 2):
         if number == other_number or name == other:
             raise InputError(
-                f"{', '.join(map(str, paths))} number classes differently ({number} {name}, {other_number} {other}): "
+                f"The class numbers in {', '.join(map(str, paths))} differ ({number} {name}, {other_number} {other}): "
                 "give lists of one data set."
             )
     labels = tuple(name for _, name in classes)
     for table in tables:
-        if table.is_list:
+        if table.is_ucf101_list:
             _label_by_folder(table, set(labels))
     return Annotations(tables, labels)
 
 
-def _read(path: Path) -> Table:
-    first = next((line.strip() for _, line in _lines(path) if line.strip()), "")
+def _read_table(path: Path) -> Table:
+    """Read an annotation file in the format of its first line that is not empty."""
+    first = next((line.strip() for _, line in _read_lines(path) if line.strip()), "")
     if first.startswith("{"):
-        return _msr_vtt(path) if _is_document(first) else _table(path, _objects(path))
+        return _read_msr_vtt(path) if _begins_msr_vtt(first) else _build_table(path, _read_json_lines(path))
     delimiter = "\t" if "\t" in first else ","
     if "source" in (cell.strip('"') for cell in first.split(delimiter)):
-        return _table(path, _rows(path, delimiter))
-    for pattern, split in LISTS:
+        return _build_table(path, _read_csv(path, delimiter))
+    for pattern, split in UCF101_LISTS:
         if pattern.fullmatch(first):
-            return _list(path, pattern, split)
-    raise InputError(f"{path} begins with {first[:80]!r}, which is no supported format: {SUPPORTED}.")
+            return _read_ucf101_list(path, pattern, split)
+    raise InputError(f"{path} begins with {first[:80]!r}, which is not a supported format: {SUPPORTED}.")
 
 
-def _list(path: Path, pattern: re.Pattern[str], split: Split | None) -> Table:
-    table = Table(path, is_list=True)
-    for number, line in _lines(path):
+def _read_ucf101_list(path: Path, pattern: re.Pattern[str], split: Split | None) -> Table:
+    table = Table(path, is_ucf101_list=True)
+    for number, line in _read_lines(path):
         if not line.strip():
             continue
         match = pattern.fullmatch(line.strip())
         if not match:
-            raise InputError(f"{path} line {number} is {line.strip()[:80]!r}, unlike the lines before: {SUPPORTED}.")
+            raise InputError(
+                f"{path} line {number} is {line.strip()[:80]!r}, which has another format than the lines before: "
+                f"{SUPPORTED}."
+            )
         values = match.groupdict()
         if split:
             table.add(number, values["name"], Annotation(split=split))
@@ -172,13 +183,14 @@ def _list(path: Path, pattern: re.Pattern[str], split: Split | None) -> Table:
 
 
 def _label_by_folder(table: Table, classes: set[str]) -> None:
+    """Label each entry with the name of its folder, if that is a class."""
     for name, annotation in table.entries.items():
         if _folder(name) in classes:
             table.entries[name] = annotation._replace(label=_folder(name))
 
 
-def _msr_vtt(path: Path) -> Table:
-    text = "".join(line for _, line in _lines(path))
+def _read_msr_vtt(path: Path) -> Table:
+    text = "".join(line for _, line in _read_lines(path))
     captions: dict[str, list[str]] = defaultdict(list)
     try:
         content = json.loads(text)
@@ -197,24 +209,24 @@ def _msr_vtt(path: Path) -> Table:
     return Table(path, {name: Annotation(tuple(captions[name]), split=splits.get(name)) for name in names})
 
 
-def _is_document(line: str) -> bool:
-    """Whether a line that begins like JSON is the beginning, or the whole, of one document for all input files."""
+def _begins_msr_vtt(line: str) -> bool:
+    """Return whether a first line is the beginning, or the whole, of one JSON document, and not a JSON line."""
     try:
         return "videos" in json.loads(line)
     except (ValueError, RecursionError):
         return True
 
 
-def _table(path: Path, objects: Iterable[tuple[int, dict[str, Any]]]) -> Table:
+def _build_table(path: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> Table:
     table = Table(path)
-    for line, values in objects:
-        table.add(line, *_entry(path, line, values))
+    for line, values in rows:
+        table.add(line, *_parse_row(path, line, values))
     return table
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON lines file, each with its line."""
-    for number, line in _lines(path):
+def _read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line number and the object of each line of a JSON lines file."""
+    for number, line in _read_lines(path):
         if not line.strip():
             continue
         try:
@@ -226,10 +238,10 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, values
 
 
-def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a CSV or TSV file below its header, each with its line; empty cells are omitted."""
-    # Strict: otherwise an unclosed quote would silently make one cell of all lines up to the next quote.
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line number and the cells of each row of a CSV or TSV file below its header, without empty cells."""
+    # Without `strict` an unclosed quote would silently join all lines up to the next quote to one cell.
+    reader = csv.reader((line for _, line in _read_lines(path)), delimiter=delimiter, strict=True)
     header: list[str] = []
     try:
         for row in filter(None, reader):
@@ -245,11 +257,13 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{path} line {reader.line_num} is not a row of the table ({error}): correct it.") from None
 
 
-def _entry(path: Path, line: int, values: dict[str, Any]) -> tuple[str, Annotation]:
-    """The input file that an object or row names, and its annotation."""
+def _parse_row(path: Path, line: int, values: dict[str, Any]) -> tuple[str, Annotation]:
+    """Return the name of the input file in a row, and its annotation; raises InputError for an invalid field."""
 
-    def wrong(name: str, wanted: str) -> InputError:
-        return InputError(f"{path} line {line} has {values.get(name)!r} as {name}, which must be {wanted}: correct it.")
+    def invalid(name: str, expected: str) -> InputError:
+        return InputError(
+            f"{path} line {line} has {values.get(name)!r} as {name}, which must be {expected}: correct it."
+        )
 
     for name in values:
         if name not in FIELDS:
@@ -257,20 +271,18 @@ def _entry(path: Path, line: int, values: dict[str, Any]) -> tuple[str, Annotati
     source, caption, label, split = (values.get(name) or None for name in FIELDS)
     captions = caption if isinstance(caption, list) else [caption] if caption else []
     if not isinstance(source, str) or not _is_text(source):
-        raise wrong("source", "the path of an input file")
+        raise invalid("source", "the path of an input file")
     if not all(_is_text(text) for text in captions):
-        raise wrong("caption", "a string or a list of strings")
+        raise invalid("caption", "a string or a list of strings")
     if label and not _is_text(label):
-        raise wrong("label", "a string")
-    if split and (not isinstance(split, str) or split not in SPLITS):
-        raise wrong("split", " or ".join(SPLITS))
-    return source, Annotation(
-        tuple(text.strip() for text in captions), sys.intern(label) if label else None, SPLITS[split] if split else None
-    )
+        raise invalid("label", "a string")
+    if split and split not in SPLITS:
+        raise invalid("split", " or ".join(SPLITS))
+    return source, Annotation(tuple(text.strip() for text in captions), sys.intern(label) if label else None, split)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file, counted from 1; raises InputError if it is not UTF-8 text."""
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file with their numbers from 1; raises InputError if it is not UTF-8 text."""
     number = 1
     try:
         with path.open("rb") as file:
@@ -282,20 +294,20 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"{path} line {number} is not UTF-8 ({error.reason}): save it as UTF-8.") from None
 
 
-def _conflict(earlier: Annotation, later: Annotation) -> str | None:
-    """A label or split in which two annotations differ, in words."""
+def _find_conflict(earlier: Annotation, later: Annotation) -> tuple[str, str, str] | None:
+    """Return "label" or "split", the later and the earlier value, if two annotations differ in it."""
     for name, first, second in zip(Annotation._fields[1:], earlier[1:], later[1:], strict=True):
         if first and second and first != second:
-            return f"{name} {second!r}, which is {first!r}"
+            return name, second, first
     return None
 
 
-def _merged(earlier: Annotation, later: Annotation) -> Annotation:
+def _merge(earlier: Annotation, later: Annotation) -> Annotation:
     return Annotation(earlier.captions + later.captions, earlier.label or later.label, earlier.split or later.split)
 
 
 def _by_short_name(names: Iterable[str], shorten: Callable[[str], str]) -> dict[str, str | None]:
-    """Short name -> the full name; None if several names have that short name."""
+    """Return a dictionary from short name to full name, with None where several full names have one short name."""
     full_names: dict[str, str | None] = {}
     for name in names:
         short = shorten(name)

@@ -1,4 +1,4 @@
-"""From one input file to clips: uint8 pixels at the size to encode, with their metadata."""
+"""Reading of one input file as clips: uint8 pixels at the size to encode, with metadata."""
 
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
@@ -13,34 +13,33 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import closest_size, parse_size, read_image, resize_and_crop
 from gpdit_lightning.media.video import iterate_frames, video_info
 from gpdit_lightning.options.prepare import PrepareOptions
-from gpdit_lightning.preparation.input_files import InputFile, choose_by_hash
+from gpdit_lightning.preparation.input_files import InputFile, choose_split_by_hash
 from gpdit_lightning.preparation.shots import mark_cuts
 from gpdit_lightning.preparation.tars import iterate_samples
 
-# With several threads a decoder may give other frames of a damaged video each time.
-DECODER_THREADS = 1
+DECODER_THREADS = 1  # with several threads, decoding a damaged video is not deterministic
 
 
 class SampleId(NamedTuple):
-    """Identifies a sample of a data set."""
+    """Identity of a sample within a data set."""
 
     source: str
-    """The name of the input file; for an image of a tar TAR/KEY."""
+    """Name of the input file; TAR/KEY for an image in a tar."""
     first_frame: int | None
-    """Of a clip; None for an image."""
+    """Number of the first frame of a clip; None for an image."""
 
     @classmethod
-    def of(cls, metadata: dict[str, Any]) -> "SampleId":
-        """The identity of the sample with these metadata."""
+    def from_metadata(cls, metadata: dict[str, Any]) -> "SampleId":
+        """Return the identity of the sample with these metadata."""
         return cls(metadata["source"], metadata.get("first_frame"))
 
 
 @dataclass(frozen=True)
 class Clip:
-    """The pixels of one sample; an image is a clip of one frame."""
+    """Pixels of one sample; an image is a clip of one frame."""
 
     file: int
-    """Index of its input file."""
+    """Index of the input file."""
     split: Split
     pixels: Tensor
     """uint8 (T, 3, H, W)."""
@@ -49,7 +48,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """A clip that is in a complete shard already. It keeps its place in the order, without pixels."""
+    """Placeholder, in the order of the clips, for a clip that is already in a complete shard."""
 
     file: int
     id: SampleId
@@ -57,7 +56,7 @@ class EncodedClip:
 
 @dataclass(frozen=True)
 class SkippedInput:
-    """An input file, the rest of one, or an image of a tar that cannot be used."""
+    """An input file, the rest of an input file, or an image in a tar that cannot be used."""
 
     file: int
     name: str
@@ -66,7 +65,7 @@ class SkippedInput:
 
 @dataclass(frozen=True)
 class EndOfFile:
-    """All of an input file was read."""
+    """End of an input file."""
 
     file: int
 
@@ -75,21 +74,22 @@ Item = Clip | EncodedClip | SkippedInput | EndOfFile
 
 
 class Frame(NamedTuple):
-    """One frame of a video."""
+    """A frame of a video."""
 
     number: int
+    """Index in the video, from 0."""
     pixels: Tensor
     """uint8 (3, H, W)."""
     begins_shot: bool
 
 
 class ClipReader:
-    """Reads input files as clips.
+    """Reader of input files as clips.
 
     Args:
-        options: how to cut and scale.
-        temporal_factor: of the codec: pixel frames per latent frame after the first.
-        encoded: samples that are in complete shards already.
+        options: options for cutting and scaling.
+        temporal_factor: pixel frames per latent frame of the codec, after the first frame.
+        encoded: samples that are already in complete shards.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class ClipReader:
         self.options, self.temporal_factor, self.encoded = options, temporal_factor, encoded
 
     def items(self, index: int, file: InputFile) -> Iterator[Item]:
-        """The clips of a file, then its end. What cannot be used is an item too, not an exception.
+        """Yield the clips of a file, then its end. Unusable input is reported by an item, not by an exception.
 
         Args:
-            index: of the file, which the items carry.
-            file: the file.
+            index: index of the file, stored in the items.
+            file: the input file.
         """
         try:
             if file.kind == "video":
@@ -113,7 +113,7 @@ class ClipReader:
                 yield from self._image(index, file, file.split)
         except InputError as error:
             yield SkippedInput(index, file.name, str(error))
-        except Exception as error:  # a damaged file can make a library raise anything
+        except Exception as error:  # for a damaged file a library may raise any exception
             reason = f"{file.path} could not be used ({type(error).__name__}: {error}): replace or remove it."
             yield SkippedInput(index, file.name, reason)
         yield EndOfFile(index)
@@ -136,7 +136,7 @@ class ClipReader:
             if (id := SampleId(name, None)) in self.encoded:
                 yield EncodedClip(index, id)
             else:
-                split = choose_by_hash(name, self.options.validation_fraction).split
+                split = choose_split_by_hash(name, self.options.validation_fraction).split
                 assert split is not None
                 yield self._clip_of_image(index, split, sample.pixels, {"source": name} | sample.metadata)
 
@@ -152,7 +152,7 @@ class ClipReader:
         size = closest_size(info.height, info.width, [parse_size(text) for text in options.video_sizes])
         metadata: dict[str, Any] = {"source": file.name} | file.annotation
         metadata |= {"fps": float(info.fps), "stride": options.stride, "pixel_size": list(size)}
-        frames = _Counted(self._selected_frames(file))
+        frames = _CountedFrames(self._selected_frames(file))
         clips = 0
         try:
             for clip in cut_clips(frames, options, self.temporal_factor):
@@ -177,21 +177,21 @@ class ClipReader:
             )
 
     def _selected_frames(self, file: InputFile) -> Iterator[Frame]:
-        """The frames at the stride; with `avoid_cuts` each shot begins with its first frame."""
+        """Yield every `stride`-th frame; with `avoid_cuts` the count restarts at the first frame of each shot."""
         stride = self.options.stride
         if not self.options.avoid_cuts:
             for i, pixels in enumerate(iterate_frames(file.path, stride=stride, threads=DECODER_THREADS)):
                 yield Frame(i * stride, pixels, False)
             return
-        shot = 0  # its first frame
+        shot_start = 0
         for number, (pixels, begins_shot) in enumerate(mark_cuts(iterate_frames(file.path, threads=DECODER_THREADS))):
-            shot = number if begins_shot else shot
-            if (number - shot) % stride == 0:
+            shot_start = number if begins_shot else shot_start
+            if (number - shot_start) % stride == 0:
                 yield Frame(number, pixels, begins_shot)
 
 
-class _Counted(Iterator[Frame]):
-    """Passes frames on and counts them."""
+class _CountedFrames(Iterator[Frame]):
+    """Iterator over frames that counts them."""
 
     def __init__(self, frames: Iterator[Frame]) -> None:
         self._frames, self.count = frames, 0
@@ -203,16 +203,18 @@ class _Counted(Iterator[Frame]):
 
 
 def cut_clips(frames: Iterator[Frame], options: PrepareOptions, temporal_factor: int) -> Iterator[list[Frame]]:
-    """Cut frames into clips of `clip_frames`. The rest of a shot is a clip of 1 + k `temporal_factor` frames, however
-    short, if it has frames that are in no clip.
+    """Cut frames into clips of `clip_frames`.
+
+    The last clip of a shot may be shorter, down to one frame: it has 1 + k `temporal_factor` frames. It is omitted if
+    all of its frames are in the clip before.
 
     Args:
-        frames: of one video, in order.
-        options: the length of clips, and the distance of their starts.
-        temporal_factor: pixel frames per latent frame after the first.
+        frames: frames of one video, in order.
+        options: options with the length of clips and the distance between their starts.
+        temporal_factor: pixel frames per latent frame of the codec, after the first frame.
     """
     window: list[Frame] = []
-    used = 0  # frames at the start of the window that are in a clip already; if negative, frames still to drop
+    used = 0  # frames at the start of the window that are already in a clip; if negative, frames still to drop
 
     def rest() -> Iterator[list[Frame]]:
         length = len(window) - (len(window) - 1) % temporal_factor

@@ -1,4 +1,4 @@
-"""From the input files of one part to complete shards: clips through the codec, in batches of one shape."""
+"""Encoding of one part: its input files are read as clips, encoded in batches of one shape, and written to shards."""
 
 import re
 import time
@@ -23,45 +23,46 @@ from gpdit_lightning.preparation.interleave import read_clips
 from gpdit_lightning.preparation.records import PartResult
 
 SHARD_NAME = re.compile(
-    rf"({'|'.join(get_args(Split))})-({'|'.join(get_args(Kind))})-(\d+)x(\d+)x(\d+)-(?P<part>\d{{5}})-\d{{5}}"
+    rf"(?P<split>{'|'.join(get_args(Split))})-(?P<kind>{'|'.join(get_args(Kind))})-"
+    r"(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)-(?P<part>\d{5})-\d{5}"
 )
-REFRESH = 0.5  # seconds between changes of the text of the progress bar
+REFRESH_SECONDS = 0.5  # between changes of the text of the progress bar
 
 Bucket = tuple[Split, Kind, Shape]
 
 
 class Progress:
-    """The progress bar of a process: input files, clips per second, skipped inputs, time left.
+    """Progress bar of a process: input files, clips per second, skipped inputs, remaining time.
 
     Args:
         files: number of input files.
-        hidden: show nothing.
+        hidden: whether to show nothing.
     """
 
     def __init__(self, files: int, hidden: bool = False) -> None:
-        # None: shown in a terminal only.
+        # With disable=None the bar is shown in a terminal only.
         self._bar = tqdm(total=files, unit=" files", smoothing=0.05, disable=True if hidden else None)
         self._clips = self._skipped = 0
         self._start = self._shown = time.monotonic()
 
     def add(self, files: int = 0, clips: int = 0, skipped: int = 0) -> None:
-        """Count what was done."""
+        """Add to the counts of finished files, encoded clips and skipped inputs."""
         self._clips += clips
         self._skipped += skipped
         self._bar.update(files)
         now = time.monotonic()
-        if now - self._shown > REFRESH:
+        if now - self._shown > REFRESH_SECONDS:
             rate = self._clips / (now - self._start)
             self._bar.set_postfix_str(f"{self._clips} clips, {rate:.1f} clips/s, {self._skipped} skipped")
             self._shown = now
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar; its last state stays visible."""
         self._bar.close()
 
 
 class StoredSample(NamedTuple):
-    """What the result of a part needs of a sample in a shard."""
+    """Split and label of a sample in a shard."""
 
     split: Split
     label: str | None
@@ -70,18 +71,18 @@ class StoredSample(NamedTuple):
 def encode_part(
     part: int, files: Sequence[InputFile], options: PrepareOptions, codec: Codec, workers: int, progress: Progress
 ) -> PartResult:
-    """Write the shards of a part, after those of it that are complete already.
+    """Write the shards of a part that are not complete yet.
 
-    The samples have the order of `read_clips`, and no batch extends over the end of a shard. So every sample is encoded
-    in the same batch as in an uninterrupted run, and an interrupted part ends with the same shards.
+    Samples are written in the order of `read_clips`, and no batch extends over the end of a shard. Therefore a resumed
+    part encodes every sample in the same batch, and produces the same shards, as an uninterrupted run.
 
     Args:
-        part: its number.
-        files: its input files.
-        options: how to cut, scale and pack.
-        codec: the codec.
-        workers: decoding processes.
-        progress: counts files, clips and skipped inputs.
+        part: number of the part.
+        files: input files of the part.
+        options: options for cutting, scaling and sharding.
+        codec: codec that encodes the clips.
+        workers: number of decoding processes.
+        progress: progress bar to update.
 
     Raises:
         InputError: a complete shard of this part is damaged.
@@ -91,20 +92,20 @@ def encode_part(
         encoder = PartEncoder(files, options.batch_size, codec, stored, writer, progress)
         for item in read_clips(files, options, codec.temporal_factor, workers, stored.keys()):
             encoder.add(item)
-        encoder.encode_waiting()
+        encoder.encode_remaining()
         return encoder.result(writer.close())
 
 
 class PartEncoder:
-    """Encodes the clips of a part in batches of one shape, and counts what its files gave.
+    """Encoder of the clips of one part, in batches of one shape; it also collects the result of the part.
 
     Args:
-        files: the input files of the part.
-        batch_size: most clips in a batch.
-        codec: the codec.
-        stored: the samples in its complete shards.
-        writer: takes the latents.
-        progress: counts files, clips and skipped inputs.
+        files: input files of the part.
+        batch_size: maximum number of clips in a batch.
+        codec: codec that encodes the clips.
+        stored: samples in the complete shards of the part.
+        writer: writer of the latents.
+        progress: progress bar to update.
     """
 
     def __init__(
@@ -118,34 +119,34 @@ class PartEncoder:
     ) -> None:
         self._files, self._batch_size, self._codec = files, batch_size, codec
         self._stored, self._writer, self._progress = stored, writer, progress
-        self._waiting: dict[Bucket, list[Clip]] = defaultdict(list)
-        self._used: dict[str, StoredSample] = {}  # a sample of each video or image
+        self._pending: dict[Bucket, list[Clip]] = defaultdict(list)
+        self._used: dict[str, StoredSample] = {}  # the last sample of each video or image
         self._files_with_samples: set[int] = set()
         self._labels: set[str] = set()
         self._skipped: list[dict[str, str]] = []
 
     def add(self, item: Item) -> None:
-        """Take an item of `read_clips`; a batch that is full is encoded."""
+        """Add an item of `read_clips`, and encode its batch if that is full."""
         match item:
             case Clip():
                 bucket = item.split, self._files[item.file].kind, self._codec.latent_shape(item.pixels.shape)
-                self._waiting[bucket].append(item)
-                if len(self._waiting[bucket]) == min(self._batch_size, self._writer.room(*bucket)):
+                self._pending[bucket].append(item)
+                if len(self._pending[bucket]) == min(self._batch_size, self._writer.room(*bucket)):
                     self._encode(bucket)
             case EncodedClip():
-                self._count(item.file, item.id.source, self._stored[item.id])
+                self._record_sample(item.file, item.id.source, self._stored[item.id])
             case SkippedInput():
                 self._skip(item.name, item.reason)
             case EndOfFile():
                 self._progress.add(files=1)
 
-    def encode_waiting(self) -> None:
+    def encode_remaining(self) -> None:
         """Encode the batches that are not full."""
-        for bucket in list(self._waiting):
+        for bucket in list(self._pending):
             self._encode(bucket)
 
     def result(self, shards: tuple[ShardEntry, ...]) -> PartResult:
-        """The result of the part, with these shards."""
+        """Return the result of the part, whose shards are `shards`."""
         by_split = Counter(sample.split for sample in self._used.values())
         unused = [file.name for index, file in enumerate(self._files) if index not in self._files_with_samples]
         return PartResult(
@@ -158,7 +159,7 @@ class PartEncoder:
 
     def _encode(self, bucket: Bucket) -> None:
         split, kind, _ = bucket
-        clips = self._waiting.pop(bucket)
+        clips = self._pending.pop(bucket)
         latents = self._codec.encode(torch.stack([clip.pixels for clip in clips])).cpu().numpy()
         for clip, latent in zip(clips, latents, strict=True):
             name = clip.metadata["source"]
@@ -167,10 +168,10 @@ class PartEncoder:
             except InputError as error:
                 self._skip(name, str(error))
             else:
-                self._count(clip.file, name, StoredSample(split, clip.metadata.get("label")))
+                self._record_sample(clip.file, name, StoredSample(split, clip.metadata.get("label")))
                 self._progress.add(clips=1)
 
-    def _count(self, file: int, name: str, sample: StoredSample) -> None:
+    def _record_sample(self, file: int, name: str, sample: StoredSample) -> None:
         self._used[name] = sample
         self._files_with_samples.add(file)
         if sample.label is not None:
@@ -182,31 +183,45 @@ class PartEncoder:
 
 
 def complete_shards(part: int, folder: Path, channels: int) -> tuple[list[ShardEntry], dict[SampleId, StoredSample]]:
-    """The complete shards that an interrupted run left of a part, and their samples; its other files are removed.
+    """Return the complete shards of an interrupted part and their samples; delete its other files.
+
+    Args:
+        part: number of the part.
+        folder: folder of the shards.
+        channels: number of latent channels.
 
     Raises:
         InputError: one of the shards is damaged.
     """
+    paths = [path for path in sorted(folder.glob(f"*-{part:05d}-?????.*")) if _parse_name(path)]
+    for path in paths:
+        if path.suffix == ".partial" or not path.with_name(path.name.partition(".")[0] + ".tar").exists():
+            path.unlink()
     shards: list[ShardEntry] = []
     samples: dict[SampleId, StoredSample] = {}
-    for path in sorted(folder.glob(f"*-{part:05d}-?????.*")):
-        name = SHARD_NAME.fullmatch(path.name.partition(".")[0])
-        if name is None:
-            continue
-        if path.suffix != ".tar":
-            if path.suffix == ".partial" or not path.with_name(f"{name.group()}.tar").exists():
-                path.unlink()
-            continue
-        split, kind, *sizes = name.groups()[:5]
-        frames, height, width = map(int, sizes)
-        shape = (frames, channels, height, width)
-        index = index_of(path, shape)
-        entry = described(path, split, kind, shape, len(index))  # type: ignore[arg-type]
-        reader = ShardReader(folder, entry)
-        if not np.array_equal(index, reader.index):
-            raise InputError(f"{path} is not what was written: delete it and run the same command again.")
-        for number in range(entry.count):
-            _, metadata = reader.read(number)
-            samples[SampleId.of(metadata)] = StoredSample(entry.split, metadata.get("label"))
-        shards.append(entry)
+    for path in paths:
+        if path.suffix == ".tar":
+            entry = _shard_entry(path, channels)
+            reader = ShardReader(folder, entry)
+            for number in range(entry.count):
+                _, metadata = reader.read(number)
+                samples[SampleId.from_metadata(metadata)] = StoredSample(entry.split, metadata.get("label"))
+            shards.append(entry)
     return shards, samples
+
+
+def _shard_entry(path: Path, channels: int) -> ShardEntry:
+    """Return the manifest entry of a complete shard; raises InputError if its index does not match its tar."""
+    name = _parse_name(path)
+    assert name is not None
+    shape = (int(name["frames"]), channels, int(name["height"]), int(name["width"]))
+    index = index_of(path, shape)
+    entry = described(path, name["split"], name["kind"], shape, len(index))  # type: ignore[arg-type]
+    if not np.array_equal(index, ShardReader(path.parent, entry).index):
+        raise InputError(f"{path} does not match its index: delete it and run the same command again.")
+    return entry
+
+
+def _parse_name(path: Path) -> re.Match[str] | None:
+    """Match the name of a file that belongs to a shard; None for other files."""
+    return SHARD_NAME.fullmatch(path.name.partition(".")[0])

@@ -1,4 +1,4 @@
-"""From pairs of images to sequences for few-shot training (GPDiT, sections 5.1 and 5.4)."""
+"""Preparation of image pairs as sequences for few-shot training (GPDiT, sections 5.1 and 5.4)."""
 
 import hashlib
 import json
@@ -24,49 +24,49 @@ from gpdit_lightning.options.prepare_pairs import PreparePairsOptions
 from gpdit_lightning.preparation.pairs import Pair, pair_folders, pairs_from_folder, pairs_from_folders, split_pairs
 
 INPUT_OPTIONS = ("sources", "targets", "pairs_in")
-# The options that determine the sequences, in the order in which they are hashed.
+# Options that determine the sequences, in the order in which they are hashed.
 SEQUENCE_OPTIONS = (
     *("task", "sources", "targets", "pairs_in", "pairs", "sequences", "pairs_per_sequence", "validation_fraction"),
     *("source_pattern", "held_out_pairs", "size", "codec", "codec_source", "seed"),
 )
-# Files that a killed run leaves in the output folder.
+# Files of an interrupted run in the output folder.
 LEFTOVER = re.compile(r"(train|validation)-sequence-\d+x\d+x\d+-\d{5}\.(tar|index\.npy)(\.partial)?")
 
 
 class SplitPairs(NamedTuple):
-    """The pairs by their use."""
+    """Training and held-out pairs."""
 
     training: list[Pair]
-    """Training sequences are drawn from these, and the first pairs of validation sequences."""
+    """Pairs of training sequences, and the example pairs of validation sequences."""
     held_out: list[Pair]
-    """Each ends a validation sequence."""
-    reserved: list[Pair]
-    """All pairs that are held out, used or not."""
+    """Last pairs of the validation sequences."""
+    all_held_out: list[Pair]
+    """All held-out pairs, including those in no sequence."""
 
 
 def prepare_pairs(options: PreparePairsOptions) -> Manifest:
-    """Encode every image alone (T = 1), stack pairs as sequences source, target, source, target, ..., and shard them.
+    """Encode every image alone (T = 1), stack pairs to sequences (source, target, source, target, ...), and shard them.
 
-    A folder that holds the result of the same options and images already is returned unchanged.
+    If the output folder already contains the result of the same options and images, it is left unchanged.
 
     Raises:
-        InputError: options that exclude each other, too few pairs, an image without counterpart, of another size than
-            its counterpart or unreadable, no OpenCV for edges and sketches, or an output folder that holds other data
-            or cannot be written to.
+        InputError: options exclude each other; there are too few pairs; an image is unreadable, has no counterpart or
+            differs from it in size; OpenCV is not installed and the task needs it; or the output folder contains other
+            data or is not writable.
     """
     check_options(options)
     task, size = find_task(options.task), parse_size(options.size)
     codec = load_codec(options.codec, options.codec_source, available_device(options.device))
     codec.check_frame_size(*size)
     all_pairs = find_pairs(options)
-    pairs = _select(all_pairs, options)
-    preparation = _describe(options, task, [*pairs.training, *pairs.held_out])
+    pairs = _split_and_limit(all_pairs, options)
+    preparation = _describe_preparation(options, task, [*pairs.training, *pairs.held_out])
     if (options.out / FILE_NAME).exists():
         return _existing_manifest(options.out, preparation)
     latents = _encode(pairs, task, size, codec)
     training, validation = _draw_sequences(pairs, options)
     shards = _write_shards(options.out, {"train": training, "validation": validation}, latents, task, size)
-    reserved = {content for pair in pairs.reserved for content in pair.contents}
+    held_out_hashes = {hash for pair in pairs.all_held_out for hash in pair.content_hashes}
     manifest = Manifest(
         directory=options.out,
         codec=codec.spec(),
@@ -75,7 +75,7 @@ def prepare_pairs(options: PreparePairsOptions) -> Manifest:
         validation={
             "held_out_by": _hold_out_rule(options),
             "held_out": _shortest_distinct_paths(
-                image.path for pair in all_pairs for image in pair if image.content in reserved
+                image.path for pair in all_pairs for image in pair if image.content_hash in held_out_hashes
             ),
             "train_sources": len({pair for sequence in training for pair in sequence}),
             "validation_sources": len(pairs.held_out),
@@ -86,33 +86,33 @@ def prepare_pairs(options: PreparePairsOptions) -> Manifest:
 
 
 def check_options(options: PreparePairsOptions) -> None:
-    """Raise InputError for options that cannot be used, before an image is read or the codec is loaded.
+    """Check the options before an image is read or the codec is loaded.
 
     Raises:
-        InputError: options that exclude each other, a size that cannot be parsed, no OpenCV for a task that needs it,
-            or an output folder that cannot be written to.
+        InputError: options exclude each other, the size cannot be parsed, OpenCV is not installed and the task needs
+            it, or the output folder is not writable.
     """
     parse_size(options.size)
     check_writable(options.out, is_folder=True)
     task = find_task(options.task)
-    make_pair(task, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))  # raises if OpenCV is missing
+    make_pair(task, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))  # raises if OpenCV is needed and missing
     given = [name for name in INPUT_OPTIONS if getattr(options, name) is not None]
     if task is not EXISTING_PAIRS:
         if given != ["sources"]:
             raise InputError(
-                f"The task {task.name} makes both sides of a pair from one image: give --sources alone, or --task "
+                f"The task {task.name} makes both images of a pair from one image: give --sources only, or --task "
                 f"{EXISTING_PAIRS.name} for existing pairs."
             )
     elif given not in (["sources", "targets"], ["pairs_in"]):
         raise InputError(
-            f"The task {task.name} takes --sources and --targets, or --pairs_in, but was given "
-            f"{' and '.join(f'--{name}' for name in given) or 'none of them'}: give one or the other, or a --task that "
-            f"makes pairs ({', '.join(TASKS)})."
+            f"The task {task.name} needs either --sources and --targets, or --pairs_in, but got "
+            f"{' and '.join(f'--{name}' for name in given) or 'none of them'}: correct these options, or give a --task "
+            f"that makes pairs ({', '.join(TASKS)})."
         )
 
 
 def find_task(name: str) -> ImageTask:
-    """The task of a name; raises InputError if there is none."""
+    """Return the task of this name; raises InputError if there is none."""
     tasks = {EXISTING_PAIRS.name: EXISTING_PAIRS} | TASKS
     if name not in tasks:
         raise InputError(f"There is no task {name!r}: give one of {', '.join(tasks)}.")
@@ -120,7 +120,12 @@ def find_task(name: str) -> ImageTask:
 
 
 def find_pairs(options: PreparePairsOptions) -> list[Pair]:
-    """All pairs that the options name; raises as the functions of `pairs.py` do."""
+    """Find all pairs that the options specify.
+
+    Raises:
+        InputError: a folder or image is missing or unreadable, an image has no counterpart, or the images of a pair
+            differ in size.
+    """
     if options.pairs_in is not None:
         return pairs_from_folders(*pair_folders(options.pairs_in), options.seed, options.source_pattern)
     assert options.sources is not None
@@ -129,74 +134,74 @@ def find_pairs(options: PreparePairsOptions) -> list[Pair]:
     return pairs_from_folder(options.sources, options.seed, options.source_pattern)
 
 
-def _select(all_pairs: Sequence[Pair], options: PreparePairsOptions) -> SplitPairs:
-    """Split the pairs and limit each split to the number that the options allow; raises InputError for too few."""
-    training, reserved = split_pairs(all_pairs, options.validation_fraction)
+def _split_and_limit(all_pairs: Sequence[Pair], options: PreparePairsOptions) -> SplitPairs:
+    """Split the pairs, and limit each split to its maximum size; raises InputError if there are too few pairs."""
+    training, held_out = split_pairs(all_pairs, options.validation_fraction)
     if len(training) < options.pairs_per_sequence:
-        raise _too_few_pairs(options, len(training), reserved)
+        raise _too_few_pairs(options, len(training), held_out)
     if len(training) < options.pairs:
         print(f"training sequences are drawn from {len(training)} pairs; --pairs allows {options.pairs}")
-    return SplitPairs(training[: options.pairs], reserved[: options.held_out_pairs], reserved)
+    return SplitPairs(training[: options.pairs], held_out[: options.held_out_pairs], held_out)
 
 
-def _too_few_pairs(options: PreparePairsOptions, training: int, reserved: Sequence[Pair]) -> InputError:
-    """The error where fewer pairs are for training than a sequence has."""
-    needed, total = options.pairs_per_sequence, training + len(reserved)
+def _too_few_pairs(options: PreparePairsOptions, training: int, held_out: Sequence[Pair]) -> InputError:
+    """Return the error for fewer training pairs than a sequence has."""
+    needed, total = options.pairs_per_sequence, training + len(held_out)
     inputs = " and ".join(str(getattr(options, name)) for name in INPUT_OPTIONS if getattr(options, name) is not None)
     if total < needed:
         return InputError(
-            f"A sequence has {needed} different pairs, and {inputs} only {total}: add images, or lower "
+            f"A sequence has {needed} different pairs, but {inputs} contain only {total}: add images, or lower "
             "--pairs_per_sequence."
         )
-    contents = [content for pair in reserved for content in set(pair.contents)]
-    recordings = [recording for pair in reserved for recording in {image.recording for image in pair}]
+    contents = [hash for pair in held_out for hash in set(pair.content_hashes)]
+    recordings = [hash for pair in held_out for hash in {image.recording_hash for image in pair}]
     if len(set(contents)) < len(contents) or len(set(recordings)) < len(recordings):
         reason = ", with all pairs that share an image or a recording with them,"
         cure = "add pairs that share none, or give --validation_fraction 0"
     else:
         reason, cure = "", "add images, or lower --validation_fraction (0 holds out none)"
     return InputError(
-        f"Holding out {len(reserved)} of the {total} different pairs in {inputs}{reason} leaves {training} for "
+        f"Holding out {len(held_out)} of the {total} different pairs in {inputs}{reason} leaves {training} for "
         f"training, but a sequence has {needed}: {cure}."
     )
 
 
-def _describe(options: PreparePairsOptions, task: ImageTask, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """The options that determine the sequences, and a sha256 over them and every image's name and pixels."""
+def _describe_preparation(options: PreparePairsOptions, task: ImageTask, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Return the options that determine the sequences, and a sha256 of them and of all image names and pixels."""
     values = {name: getattr(options, name) for name in SEQUENCE_OPTIONS}
     values |= {name: Path(values[name]).name for name in INPUT_OPTIONS if values[name] is not None}
     if not options.source_pattern:
         del values["source_pattern"]
     values["task_parameters"] = dict(task.parameters)
-    identity = [values, [[image.path.name, image.content] for pair in pairs for image in pair]]
+    identity = [values, [[image.path.name, image.content_hash] for pair in pairs for image in pair]]
     return values | {"inputs_sha256": hashlib.sha256(json.dumps(identity).encode()).hexdigest()}
 
 
 def _existing_manifest(out: Path, preparation: dict[str, Any]) -> Manifest:
-    """The manifest of the output folder; raises InputError if it was prepared differently."""
+    """Return the manifest of the output folder; raises InputError if it was prepared differently."""
     manifest = Manifest.load(out)
     if manifest.preparation == preparation:
-        print(f"{manifest.path} holds the result of these options already.")
+        print(f"{manifest.path} already contains the result of these options.")
         return manifest
     differing = [name for name in preparation if manifest.preparation.get(name) != preparation[name]]
     first = next((name for name in differing if name != "inputs_sha256"), "the images")
-    raise InputError(f"{out} holds shards made differently ({first}): give another --out or delete that folder.")
+    raise InputError(f"{out} contains shards of other options ({first}): give another --out or delete that folder.")
 
 
 def _encode(pairs: SplitPairs, task: ImageTask, size: Size, codec: Codec) -> dict[Pair, np.ndarray]:
-    """The latents (2, C, h, w) of each pair that is used, the source first."""
+    """Encode each pair that is used as latents (2, C, h, w), source first."""
     used = tqdm([*pairs.training, *pairs.held_out], desc="encoding", unit=" pairs", disable=None)
     return {pair: codec.encode(_pixels_of(pair, task, size)).cpu().numpy()[:, 0] for pair in used}
 
 
 def _pixels_of(pair: Pair, task: ImageTask, size: Size) -> Tensor:
-    """What a task makes of a pair at the size to encode: uint8 (2, 1, 3, H, W), the source first."""
+    """Read a pair, scale it and apply the task: uint8 (2, 1, 3, H, W), source first."""
     source, target = (resize_and_crop(read_image(image.path), size) for image in pair)
     return torch.stack((task.source(source), task.target(target)))
 
 
 def _draw_sequences(pairs: SplitPairs, options: PreparePairsOptions) -> tuple[list[list[Pair]], list[list[Pair]]]:
-    """Training sequences, and validation sequences that end with a held-out pair; no pair twice in a sequence."""
+    """Draw training sequences, and validation sequences that end with a held-out pair, each of distinct pairs."""
     generator = np.random.default_rng([options.seed, 1])
 
     def draw(count: int) -> list[Pair]:
@@ -225,7 +230,7 @@ def _write_shards(
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left in its output folder, and nothing else."""
+    """Delete the files that an interrupted run left in its output folder."""
     if folder.is_dir():
         for path in folder.iterdir():
             if LEFTOVER.fullmatch(path.name):
@@ -233,18 +238,18 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _hold_out_rule(options: PreparePairsOptions) -> str:
-    """How pairs were held out, in words for the manifest."""
-    hashed = "what source_pattern finds in an image's name" if options.source_pattern else "an image's pixels"
+    """Describe for the manifest how pairs were held out."""
+    hashed = "the match of source_pattern in an image's name" if options.source_pattern else "an image's pixels"
     return (
-        f"a hash of the seed and {hashed}, with every pair that the image is in; a validation sequence ends with a "
-        "held-out pair, after pairs of the training set"
+        f"a hash of the seed and {hashed}, with every pair that contains the image; a validation sequence consists of "
+        "training pairs and a last, held-out pair"
     )
 
 
 def _shortest_distinct_paths(paths: Iterable[Path]) -> list[str]:
-    """The last parts of each path, two or as many as distinguish them all, sorted."""
+    """Shorten each path to its last components, at least two and as many as keep all paths distinct; sort them."""
     files = {path.absolute() for path in paths}
-    parts = 2
-    while len({path.parts[-parts:] for path in files}) < len(files):
-        parts += 1
-    return sorted("/".join(path.parts[-parts:]) for path in files)
+    length = 2
+    while len({path.parts[-length:] for path in files}) < len(files):
+        length += 1
+    return sorted("/".join(path.parts[-length:]) for path in files)

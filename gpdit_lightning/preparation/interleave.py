@@ -1,4 +1,4 @@
-"""Clips of many input files, read by several processes in an order that is independent of their number."""
+"""Reading of clips from many input files by several processes, in an order that is independent of their number."""
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -13,16 +13,16 @@ from gpdit_lightning.preparation.input_files import InputFile
 
 
 class InterleavedFiles(IterableDataset[Item | None]):
-    """The items of many files, of which `INTERLEAVED_FILES` = 16 are read in turn.
+    """Dataset of the items of many files, which reads `INTERLEAVED_FILES` = 16 files in turn.
 
-    Stream s reads the files s, s + 16, s + 32, ... one after another, and a round takes one item from each stream. A
-    stream that has ended gives None while others of its process continue. A DataLoader takes items from its processes
-    in turn, and each process has equally many streams; so the order without the Nones is the same for every number of
-    processes that divides 16.
+    Stream s reads files s, s + 16, s + 32, ... one after another, and each round takes one item from every stream. A
+    stream that has ended yields None while other streams of its process continue. A DataLoader takes items from its
+    processes in turn, and each process has equally many streams. Therefore the order, without the Nones, is the same
+    for every number of processes that divides 16.
 
     Args:
-        files: what to read.
-        reader: reads a file.
+        files: input files.
+        reader: reader of one input file.
     """
 
     def __init__(self, files: Sequence[InputFile], reader: ClipReader) -> None:
@@ -50,14 +50,14 @@ def read_clips(
     workers: int,
     encoded: AbstractSet[SampleId] = frozenset(),
 ) -> Iterator[Item]:
-    """The items of the files; the same for every number of workers.
+    """Yield the items of the files, in the same order for every number of workers.
 
     Args:
-        files: what to read.
-        options: how to cut and scale.
-        temporal_factor: of the codec: pixel frames per latent frame after the first.
-        workers: decoding processes, a divisor of `INTERLEAVED_FILES`; 0 reads in this process.
-        encoded: samples that are in complete shards already.
+        files: input files.
+        options: options for cutting and scaling.
+        temporal_factor: pixel frames per latent frame of the codec, after the first frame.
+        workers: number of decoding processes, a divisor of `INTERLEAVED_FILES`; 0 reads in this process.
+        encoded: samples that are already in complete shards.
 
     Raises:
         InputError: a decoding process was killed.
@@ -77,17 +77,17 @@ def read_clips(
                 ended.add(item.file)
             if item is not None:
                 yield item
-    except RuntimeError as error:  # what a DataLoader raises when one of its processes is gone
+    except RuntimeError as error:  # raised by a DataLoader when one of its processes has died
         if "DataLoader worker" not in str(error):
             raise
         names = ", ".join(files[index].name for index in _current_files(len(files), ended))
         raise InputError(
-            f"A decoding process was killed while one of these was read: {names}; if memory or shared memory ran out, "
-            "run the same command with fewer --workers, else remove the file that FFmpeg cannot decode."
+            f"A decoding process was killed while reading one of these files: {names}. If memory or shared memory ran "
+            "out, run the same command with fewer --workers; otherwise remove the file that FFmpeg cannot decode."
         ) from None
 
 
 def _current_files(count: int, ended: AbstractSet[int]) -> Iterator[int]:
-    """The file that each stream is at: its first that has not ended."""
+    """Yield the index of the file that each stream is reading: its first file that has not ended."""
     for stream in range(INTERLEAVED_FILES):
         yield from [index for index in range(stream, count, INTERLEAVED_FILES) if index not in ended][:1]

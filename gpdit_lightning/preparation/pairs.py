@@ -1,4 +1,4 @@
-"""The image pairs of few-shot sequences: finding them, and holding some out by their content."""
+"""Image pairs of few-shot sequences: finding them, and splitting them into training and held-out pairs by content."""
 
 import hashlib
 import unicodedata
@@ -17,55 +17,67 @@ FOLDER_NAMES = (("source", "target"), ("sources", "targets"))
 
 
 class PairImage(NamedTuple):
-    """An image file, and the hashes that decide whether it is held out: sha256 in hexadecimal digits."""
+    """An image file with its hashes, which determine whether it is held out: sha256 in hexadecimal digits."""
 
     path: Path
-    content: str
-    """Of the seed and the pixels: equal for files with equal pixels."""
-    recording: str
-    """Of the seed and the part of the name that identifies the recording; without a pattern equal to `content`."""
+    content_hash: str
+    """Hash of the seed and the pixels: equal for files with equal pixels."""
+    recording_hash: str
+    """Hash of the seed and the part of the name that identifies the recording; without a pattern, `content_hash`."""
 
 
 class Pair(NamedTuple):
-    """A source and its target; the same image twice where a task makes both from one."""
+    """A source and its target; the same image twice if a task makes both from one image."""
 
     source: PairImage
     target: PairImage
 
     @property
-    def contents(self) -> tuple[str, str]:
-        """The content hashes of source and target."""
-        return self.source.content, self.target.content
+    def content_hashes(self) -> tuple[str, str]:
+        """Content hashes of source and target."""
+        return self.source.content_hash, self.target.content_hash
 
 
 def find_pair_folders(folder: Path) -> tuple[Path, Path] | None:
-    """The folders of the sources and of the targets inside a folder, if it holds both."""
+    """Return the folders of the sources and of the targets inside a folder; None if either is missing."""
     candidates = [(folder / sources, folder / targets) for sources, targets in FOLDER_NAMES]
     return next((both for both in candidates if all(path.is_dir() for path in both)), None)
 
 
 def pair_folders(folder: Path, alternative: str = "give --sources and --targets") -> tuple[Path, Path]:
-    """As `find_pair_folders`, but raises InputError, which offers the alternative, if the folder does not hold both."""
+    """Return the folders of the sources and of the targets inside a folder.
+
+    Args:
+        folder: folder that contains both.
+        alternative: advice for the error message.
+
+    Raises:
+        InputError: either folder is missing.
+    """
     if (folders := find_pair_folders(folder)) is None:
         raise InputError(
-            f"{folder} does not hold the folders source and target (or sources and targets): name them so, or "
+            f"{folder} does not contain the folders source and target (or sources and targets): rename them, or "
             f"{alternative}."
         )
     return folders
 
 
 def pairs_from_folder(folder: Path, seed: int, pattern: str | None = None) -> list[Pair]:
-    """Every image of a folder as both sides of a pair; raises InputError for no images or an unreadable one."""
+    """Return a pair for each image of a folder, with the image on both sides.
+
+    Raises:
+        InputError: the folder has no images, or an image is unreadable.
+    """
     paths = tqdm(images_in(folder), desc="reading", unit=" images", disable=None)
     images = [hash_image(path, read_image(path), seed, pattern) for path in paths]
     return [Pair(image, image) for image in images]
 
 
 def pairs_from_folders(sources: Path, targets: Path, seed: int, pattern: str | None = None) -> list[Pair]:
-    """The images of two folders, paired by their names without extension.
+    """Return the images of two folders, paired by name without extension.
 
     Raises:
-        InputError: as `match_by_name`, an unreadable image, or a pair of two sizes.
+        InputError: an image has no counterpart or is unreadable, or the images of a pair differ in size.
     """
     pairs = []
     for paths in tqdm(match_by_name(sources, targets), desc="reading", unit=" pairs", disable=None):
@@ -75,31 +87,39 @@ def pairs_from_folders(sources: Path, targets: Path, seed: int, pattern: str | N
 
 
 def split_pairs(pairs: Sequence[Pair], fraction: float) -> tuple[list[Pair], list[Pair]]:
-    """Pairs for training and held-out pairs, each without duplicates and in an order that depends on the content only.
+    """Split pairs into training and held-out pairs, without duplicates and in an order that depends on content only.
 
-    A recording hash is a number in [0, 1). If it is below `fraction`, every pair with an image of that recording is
-    held out, in every task and whatever the other pairs are. So is every pair that shares an image or a recording with
-    such a pair, directly or through other pairs, so that nothing is in both splits. If no hash is below `fraction`, the
-    lowest is taken as if it were, unless `fraction` is 0.
+    A recording hash is interpreted as a number in [0, 1). If it is below `fraction`, every pair with an image of that
+    recording is held out, independently of the task and of the other pairs. Every pair that shares an image or a
+    recording with such a pair, directly or through other pairs, is held out too, so that the splits have nothing in
+    common. If no hash is below `fraction`, the recording with the lowest hash is held out, unless `fraction` is 0.
+
+    Returns:
+        Training pairs and held-out pairs.
     """
     lowest = _lowest_recordings(pairs)
     first = min(lowest.values(), default="")
     training: dict[tuple[str, str], Pair] = {}
     held_out: dict[tuple[str, str], Pair] = {}
-    for pair in sorted(pairs, key=lambda pair: (lowest[pair.source.content], pair.contents)):
-        hash = lowest[pair.source.content]
+    for pair in sorted(pairs, key=lambda pair: (lowest[pair.source.content_hash], pair.content_hashes)):
+        hash = lowest[pair.source.content_hash]
         is_held_out = fraction > 0 and (hash == first or int(hash, 16) < fraction * 16**64)
-        (held_out if is_held_out else training).setdefault(pair.contents, pair)
+        (held_out if is_held_out else training).setdefault(pair.content_hashes, pair)
     return list(training.values()), list(held_out.values())
 
 
 def _lowest_recordings(pairs: Sequence[Pair]) -> dict[str, str]:
-    """For each content and recording hash, the lowest recording hash among all connected pairs.
+    """Return, for each content and recording hash, the lowest recording hash among all connected pairs.
 
-    Pairs that share a hash are connected; the lowest is passed along connections until nothing changes.
+    Pairs that share a hash are connected. The lowest hash is propagated along connections until nothing changes.
     """
-    groups = [{hash for image in pair for hash in (image.content, image.recording)} for pair in pairs]
-    lowest = {hash: image.recording for pair in pairs for image in pair for hash in (image.content, image.recording)}
+    groups = [{hash for image in pair for hash in (image.content_hash, image.recording_hash)} for pair in pairs]
+    lowest = {
+        hash: image.recording_hash
+        for pair in pairs
+        for image in pair
+        for hash in (image.content_hash, image.recording_hash)
+    }
     changed = True
     while changed:
         changed = False
@@ -111,7 +131,7 @@ def _lowest_recordings(pairs: Sequence[Pair]) -> dict[str, str]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images of a folder by name, except hidden files; raises InputError if there are none."""
+    """Return the images of a folder, sorted by name and without hidden files; raises InputError if there are none."""
     extensions = ", ".join(IMAGE_EXTENSIONS)
     if not folder.is_dir():
         reason = "is not a folder" if folder.exists() else "does not exist"
@@ -127,19 +147,22 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def match_by_name(sources: Path, targets: Path) -> list[tuple[Path, Path]]:
-    """The images of two folders, paired by their names without extension, in the order of the sources' names.
+    """Match the images of two folders by name without extension, in the order of the sources' names.
 
     Raises:
-        InputError: no images, two of one name in a folder, or an image without counterpart.
+        InputError: a folder has no images or two images of the same name, or an image has no counterpart.
     """
     match_in_folder(images_in(targets), sources)
     return match_in_folder(images_in(sources), targets)
 
 
 def match_in_folder(images: Iterable[Path], folder: Path) -> list[tuple[Path, Path]]:
-    """Each image with the one of the same name in a folder, extensions aside; raises InputError if it is missing.
+    """Match each image with the image of the same name, without extension, in a folder.
 
-    The folder may hold other images.
+    The folder may contain other images.
+
+    Raises:
+        InputError: an image has no counterpart, or two images have the same name.
     """
     candidates = _by_stem(images_in(folder))
     pairs = []
@@ -151,25 +174,26 @@ def match_in_folder(images: Iterable[Path], folder: Path) -> list[tuple[Path, Pa
 
 
 def read_pair(paths: Sequence[Path]) -> list[Tensor]:
-    """An image and, if there is one, its counterpart: uint8 (1, 3, H, W) each; InputError if their sizes differ."""
+    """Read an image and, if given, its counterpart: uint8 (1, 3, H, W); raises InputError if their sizes differ."""
     images = [read_image(path) for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape:
             raise InputError(
-                f"{paths[0]} is {_size_text(images[0])} and its counterpart {path} is {_size_text(image)}: give both "
-                "one size, since both are scaled and cropped in the same way."
+                f"{paths[0]} is {_size_text(images[0])} but its counterpart {path} is {_size_text(image)}: give both "
+                "the same size, since both are scaled and cropped in the same way."
             )
     return images
 
 
 def hash_image(path: Path, pixels: Tensor, seed: int, pattern: str | None = None) -> PairImage:
-    """An image with its hashes.
+    """Compute the hashes of an image.
 
     Args:
-        path: of the file; the pattern finds the recording in its name.
+        path: path of the file.
         pixels: uint8 (1, 3, H, W).
-        seed: of the choice of held-out images.
-        pattern: regular expression; without it every image is a recording of its own.
+        seed: seed of the choice of held-out images.
+        pattern: regular expression for the part of the file name that identifies the recording; without it every image
+            is a separate recording.
     """
     content = hashlib.sha256(f"{seed} {list(pixels.shape)} ".encode() + pixels.numpy().tobytes()).hexdigest()
     if not pattern:
@@ -178,7 +202,7 @@ def hash_image(path: Path, pixels: Tensor, seed: int, pattern: str | None = None
 
 
 def _by_stem(images: Iterable[Path]) -> dict[str, Path]:
-    """Images by name without extension, in one Unicode form; raises InputError if two share one."""
+    """Return images by name without extension, in Unicode form NFC; raises InputError if two have the same name."""
     paths: dict[str, Path] = {}
     for path in images:
         if (other := paths.setdefault(unicodedata.normalize("NFC", path.stem), path)) is not path:

@@ -1,4 +1,4 @@
-"""Which process encodes which part: first the parts assigned to its rank, then those that no other process encodes."""
+"""Distribution of parts to processes: a process encodes the parts of its rank first, then any unlocked part."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from gpdit_lightning.preparation.records import Records
 
 
 def load_checked_codec(options: PrepareOptions) -> Codec:
-    """Load the codec on this process's device; raises InputError if the clip lengths or sizes do not suit it."""
+    """Load the codec on this process's device; raises InputError if it does not support the clip lengths or sizes."""
     codec = load_codec(options.codec, options.codec_source, available_device(options.device))
     for frames in (options.clip_frames, options.shortest_clip):
         codec.latent_frames(frames)
@@ -27,15 +27,15 @@ def encode_parts(options: PrepareOptions, records: Records, files: Iterable[Inpu
     """Encode the parts of this rank, then those that no other process has locked.
 
     Args:
-        options: how to encode.
-        records: of the preparation.
-        files: the current input files.
-        codec: the codec.
+        options: options of the preparation.
+        records: records of the preparation.
+        files: current input files.
+        codec: codec on the device of this process.
     """
     rank, ranks, local_rank = rank_of_process()
     parts = records.unfinished_parts
     if rank == 0 and len(parts) < ranks:
-        print(f"{len(parts)} parts for {ranks} processes: with a lower --part_size more processes would have work.")
+        print(f"{len(parts)} parts for {ranks} processes: lower --part_size so that every process has a part.")
     by_name = {file.name: file for file in files}
     total = sum(len(records.files_of_part(part)) for part in parts)
     progress = Progress(math.ceil(total / ranks), hidden=local_rank > 0)
@@ -54,9 +54,18 @@ def encode_if_unlocked(
     progress: Progress,
     assigned: bool = True,
 ) -> None:
-    """Encode a part, unless another process encodes it or it is finished.
+    """Encode a part, unless it is finished or another process is encoding it.
 
-    On a file system without locks each process encodes the parts that are assigned to its rank only.
+    On a file system without locks, each process encodes only the parts of its rank.
+
+    Args:
+        part: number of the part.
+        options: options of the preparation.
+        records: records of the preparation.
+        by_name: current input files by name.
+        codec: codec on the device of this process.
+        progress: progress bar to update.
+        assigned: whether the part belongs to this rank.
     """
     with records.lock_part(part) as lock:
         if lock.acquired and (lock.exclusive or assigned) and not records.is_finished(part):
@@ -65,7 +74,10 @@ def encode_if_unlocked(
 
 
 def worker_count(options: PrepareOptions) -> int:
-    """Decoding processes: as requested or one per core of this rank, rounded down to a divisor of the streams."""
+    """Return the number of decoding processes: `options.workers`, by default one per core of this rank.
+
+    It is rounded down to a divisor of `INTERLEAVED_FILES`, so that all processes read equally many files.
+    """
     requested = options.workers
     if requested is None:
         requested = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1

@@ -1,8 +1,8 @@
-"""From videos and images to latent shards and their manifest (GPDiT, section 5.1).
+"""Preparation: encode videos and images as latent shards with a manifest (GPDiT, section 5.1).
 
-The input files are divided into parts (`records.py`). Each part is encoded (`encode.py`) by a process that has locked
-it (`parts.py`), and the process that finishes the last part writes the manifest. So any number of processes on any
-number of machines may run the same command, be killed, and run it again.
+The input files are divided into parts (`records.py`). A process locks a part (`parts.py`) and encodes it
+(`encode.py`). The process that finishes the last part writes the manifest. Therefore any number of processes, on any
+number of machines, can run the same command at once, and a killed process can be restarted.
 """
 
 import errno
@@ -29,40 +29,40 @@ from gpdit_lightning.preparation.records import PartResult, Records
 # Options that do not determine the content of a sample.
 INPUT_OPTIONS = ("videos", "images", "image_tars", "validation_videos", "validation_images", "annotations")
 RUN_OPTIONS = ("out", "codec_source", "device", "batch_size", "workers", "ray", "retry_skipped")
-IMAGES_PER_VIDEO, VIDEOS_PER_TAR = 16, 64  # how `part_size` counts
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+IMAGES_PER_VIDEO, VIDEOS_PER_TAR = 16, 64  # `part_size` is a number of videos: part sizes of the other formats
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 def prepare(options: PrepareOptions) -> Manifest | None:
     """Encode every input file that is not encoded yet, then write the manifest.
 
-    After an interruption the same call resumes and keeps complete shards; new input files are added to existing shards.
-    Under `torchrun` or SLURM each rank encodes a share of the parts. Files that cannot be read and videos that are too
-    short for a clip are skipped, and listed in `skipped.jsonl`.
+    After an interruption the same call resumes and keeps complete shards. New input files are encoded into additional
+    shards. Under `torchrun` or SLURM each rank encodes a share of the parts. Files that cannot be read and videos that
+    are too short for a clip are skipped and listed in `skipped.jsonl`.
 
     Returns:
-        The manifest; None if other processes are still encoding, of which the last will write it.
+        The manifest; None if other processes are still encoding. The last of them writes the manifest.
 
     Raises:
-        InputError: options that cannot be used, no input files, none that can be used, an input file that changed since
-            it was encoded, or an output folder that holds other data, is full or cannot be written to.
+        InputError: an option is invalid; no input file is found or usable; an input file changed after it was encoded;
+            or the output folder contains other data, is full or is not writable.
     """
     check_options(options)
     records = Records(options.out)
-    with _readable_inputs():
+    with _explain_read_errors():
         inputs = _find_inputs(options, records)
-    with _writable_output(options.out):
+    with _explain_write_errors(options.out):
         return _prepare(options, records, inputs)
 
 
 def list_input_files(options: PrepareOptions) -> list[InputFile]:
-    """The input files that the options name, with the splits that their samples have."""
+    """Return the input files that the options specify, with their splits."""
     return _find_inputs(options, Records(options.out)).files
 
 
 def check_options(options: PrepareOptions) -> None:
-    """Raise InputError for sizes that cannot be parsed, or if PySceneDetect is needed and missing."""
+    """Raise InputError if a size cannot be parsed, or if PySceneDetect is needed and not installed."""
     for text in (*options.video_sizes, *options.image_sizes):
         parse_size(text)
     if options.avoid_cuts:
@@ -79,7 +79,7 @@ def _prepare(options: PrepareOptions, records: Records, inputs: Inputs) -> Manif
     codec = load_checked_codec(options)
     with records.lock_all():
         records.record_settings(sample_options(options), codec.spec())
-        _add_parts(options, records, _new_files(options, records, inputs))
+        _add_parts(options, records, _files_to_encode(options, records, inputs))
     if options.ray:
         from gpdit_lightning.preparation.ray_data import encode_parts_by_ray  # an optional extra
 
@@ -93,29 +93,29 @@ def _prepare(options: PrepareOptions, records: Records, inputs: Inputs) -> Manif
 
 
 def _existing_manifest(options: PrepareOptions, records: Records, inputs: Inputs) -> Manifest | None:
-    """The manifest, if it holds every input file already."""
+    """Return the manifest if it already covers every input file, else None."""
     if not (options.out / FILE_NAME).exists() or not records.parts:
         return None
     records.check_options(sample_options(options))
-    if records.unfinished_parts or _new_files(options, records, inputs):
+    if records.unfinished_parts or _files_to_encode(options, records, inputs):
         return None
     manifest = Manifest.load(options.out)
-    print(f"{manifest.path} holds all of these input files already.")
+    print(f"{manifest.path} already covers all of these input files.")
     return manifest
 
 
 def sample_options(options: PrepareOptions) -> dict[str, Any]:
-    """The options that determine the content of the samples, as JSON values."""
+    """Return the options that determine the content of the samples, as JSON values."""
     values = {name: value for name, value in asdict(options).items() if name not in (*INPUT_OPTIONS, *RUN_OPTIONS)}
     defaults = {"least_clip_frames": options.shortest_clip, "clip_step": options.frames_between_starts}
     return values | defaults | {name: list(values[name]) for name in ("video_sizes", "image_sizes")}
 
 
-def _new_files(options: PrepareOptions, records: Records, inputs: Inputs) -> list[InputFile]:
-    """The files that are in no part, and those without samples that are to be tried again.
+def _files_to_encode(options: PrepareOptions, records: Records, inputs: Inputs) -> list[InputFile]:
+    """Return the files that are in no part, and the files without samples that are to be retried.
 
     Raises:
-        InputError: a file that was encoded has changed, or has another name now.
+        InputError: an encoded file has changed, or has another name now.
     """
     without_samples = {name for result in records.results.values() for name in result.without_samples}
     recorded = {file.name: file for file in records.files}
@@ -126,21 +126,21 @@ def _new_files(options: PrepareOptions, records: Records, inputs: Inputs) -> lis
         changed = before is not None and before.bytes != file.bytes
         if before is None and file.path_hash in names:
             raise InputError(
-                f"{file.path} is in {options.out} already, as {names[file.path_hash]}: give the folder by which it was "
-                "given before, or a list in that folder."
+                f"{file.path} is already in {options.out}, as {names[file.path_hash]}: specify the same folder as "
+                "before, or a list in that folder."
             )
         if before is None or (file.name in without_samples and (changed or options.retry_skipped)):
             new.append(file)
         elif changed:
             raise InputError(
-                f"{file.path} has {file.bytes} bytes and had {before.bytes} when it was encoded for {options.out}: "
+                f"{file.path} has {file.bytes} bytes but had {before.bytes} when it was encoded for {options.out}: "
                 "rename it, or give another --out."
             )
     return new
 
 
 def _add_parts(options: PrepareOptions, records: Records, files: list[InputFile]) -> None:
-    """Divide files into parts of videos, parts of images and parts of tars."""
+    """Divide files into parts, each with files of one format: videos, images or tars."""
     sizes = {
         "video": options.part_size,
         "image": options.part_size * IMAGES_PER_VIDEO,
@@ -155,13 +155,13 @@ def _add_parts(options: PrepareOptions, records: Records, files: list[InputFile]
 
 
 def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, codec: Codec) -> Manifest:
-    """Write the manifest of all parts, and keep the one before under the name of its fingerprint."""
+    """Write the manifest of all parts, and keep the previous one under the name of its fingerprint."""
     results = list(records.results.values())
-    skipped = [*inputs.excluded, *_finally_skipped(records)]
+    skipped = [*inputs.excluded, *_skipped_inputs(records)]
     if not any(result.shards for result in results):
-        shutil.rmtree(records.folder)  # so that the files are tried again
+        shutil.rmtree(records.folder)  # so that the next run retries the files
         raise InputError(
-            f"None of the {len(inputs.files)} input files could be used; the first: {skipped[0]['reason']}"
+            f"None of the {len(inputs.files)} input files could be used. The first reason: {skipped[0]['reason']}"
         )
     previous = Manifest.load(options.out) if (options.out / FILE_NAME).exists() else None
     used = {split: sum(result.used[split] for result in results) for split in get_args(Split)}
@@ -178,7 +178,7 @@ def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, c
             "train_sources": used["train"],
             "validation_sources": used["validation"],
         },
-        labels=_all_labels(previous, inputs, results),
+        labels=_label_names(previous, inputs, results),
         skipped=len(skipped),
     )
     if previous is not None and previous.shards != manifest.shards:
@@ -190,27 +190,27 @@ def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, c
     return manifest
 
 
-def _all_labels(previous: Manifest | None, inputs: Inputs, results: list[PartResult]) -> tuple[str, ...]:
-    """The label names. A label is its position in the list, so earlier ones keep theirs, and new ones follow."""
+def _label_names(previous: Manifest | None, inputs: Inputs, results: list[PartResult]) -> tuple[str, ...]:
+    """Return the label names. The class number of a label is its position, so new labels follow the previous ones."""
     labels = list(dict.fromkeys([*(previous.labels if previous else ()), *inputs.annotations.labels]))
-    of_samples = {label for result in results for label in result.labels}
-    return (*labels, *sorted(of_samples.difference(labels))) if of_samples else ()
+    sample_labels = {label for result in results for label in result.labels}
+    return (*labels, *sorted(sample_labels.difference(labels))) if sample_labels else ()
 
 
-def _finally_skipped(records: Records) -> Iterator[dict[str, str]]:
-    """What the parts skipped, except for files that a later part tried again."""
+def _skipped_inputs(records: Records) -> Iterator[dict[str, str]]:
+    """Yield `{"source", "reason"}` of every skipped input, except for files that a later part retried."""
     latest = {file.name: part for part in records.parts for file in records.files_of_part(part)}
     for part, result in records.results.items():
-        tried_again = {name for name in result.without_samples if latest[name] != part}
+        retried = {name for name in result.without_samples if latest[name] != part}
         for entry in result.skipped:
-            file, _, _ = entry["source"].rpartition("/")  # the tar of an image
-            if entry["source"] not in tried_again and file not in tried_again:
+            tar, _, _ = entry["source"].rpartition("/")  # if the source is an image in a tar
+            if entry["source"] not in retried and tar not in retried:
                 yield entry
 
 
 @contextmanager
-def _readable_inputs() -> Iterator[None]:
-    """Turn errors of the file system in the block into InputErrors about the input files."""
+def _explain_read_errors() -> Iterator[None]:
+    """Convert file system errors in the block to InputErrors about the input files."""
     try:
         yield
     except OSError as error:
@@ -218,19 +218,19 @@ def _readable_inputs() -> Iterator[None]:
 
 
 @contextmanager
-def _writable_output(out: Path) -> Iterator[None]:
-    """Turn the errors of a full or read-only file system in the block into InputErrors about the output folder."""
+def _explain_write_errors(out: Path) -> Iterator[None]:
+    """Convert errors of a full or read-only file system in the block to InputErrors about the output folder."""
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_FULL:
+        if error.errno in DISK_FULL_ERRORS:
             raise InputError(
-                f"{out} has no space left ({error.strerror}): free some and run the same command again; complete "
+                f"{out} has no space left ({error.strerror}): free some space and run the same command again. Complete "
                 "shards are kept."
             ) from None
-        if error.errno in NOT_WRITABLE:
+        if error.errno in NOT_WRITABLE_ERRORS:
             raise InputError(
-                f"{error.filename or out} cannot be written to ({error.strerror}): give another --out, or permission "
-                "to write there; complete shards are kept."
+                f"{error.filename or out} cannot be written to ({error.strerror}): give another --out or change the "
+                "permissions. Complete shards are kept."
             ) from None
         raise

@@ -1,6 +1,6 @@
-"""Encoding the parts of a preparation on a Ray cluster, with Ray Data (the optional extra `ray`).
+"""Encoding of the parts of a preparation on a Ray cluster, with Ray Data (the optional extra `ray`).
 
-All machines of the cluster see the folder of the shards and those of the input files under the same paths.
+The output folder and the input files must have the same paths on all machines of the cluster.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from gpdit_lightning.preparation.records import Records
 
 
 class PartWorker:
-    """A process of the cluster: loads the codec once and encodes parts, into the same shards as any other process.
+    """Encoder of parts in a process of the cluster; it loads the codec once.
 
     Args:
-        options: what to encode, and how.
+        options: options of the preparation.
         files: all input files.
     """
 
@@ -35,10 +35,15 @@ class PartWorker:
 
 
 def encode_parts_by_ray(options: PrepareOptions, records: Records, files: Sequence[InputFile]) -> None:
-    """Encode the unfinished parts, each on whichever machine is free.
+    """Encode the unfinished parts, each on the next free machine.
+
+    Args:
+        options: options of the preparation.
+        records: records of the preparation.
+        files: all input files.
 
     Raises:
-        InputError: Ray is missing, or a part failed.
+        InputError: Ray is not installed, or a part failed.
     """
     try:
         import ray

@@ -1,12 +1,13 @@
-"""What a preparation records beside its shards, so that any process can resume it at any time.
+"""Records of a preparation, from which any process can resume it at any time.
 
-The input files are divided into parts: lists of files, each of which one process encodes into shards of its own. A
-part's list is written before any of its files is opened, its result once all its shards are complete. In between, the
-complete shards of the part say how far it got. The records are in the folder `preparation` beside the manifest:
+The input files are divided into parts: lists of files, each of which one process encodes into separate shards. The
+list of a part is written before any of its files is opened, and its result once all of its shards are complete. In
+between, the complete shards of the part record its progress. The records are in the folder `preparation` beside the
+manifest:
 
-    options.json             the options and the codec that determine the shards
-    part-00000.sources.jsonl the input files of a part, in order
-    part-00000.json          the result of a part
+    options.json             options and codec that determine the shards
+    part-00000.sources.jsonl input files of a part, in order
+    part-00000.json          result of a part
 """
 
 import json
@@ -25,28 +26,28 @@ from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.specs import CodecSpec
 
 FOLDER_NAME = "preparation"
-ANOTHER_FOLDER = "give another --out or delete that folder"
-PAUSE = 0.1  # seconds between attempts to take a lock
+USE_ANOTHER_FOLDER = "give another --out or delete that folder"
+LOCK_RETRY_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class PartResult:
-    """The result of a part."""
+    """Result of encoding a part."""
 
     shards: tuple[ShardEntry, ...]
     used: dict[str, int]
-    """Videos and images that gave samples, by split."""
+    """Number of videos and images with samples, by split."""
     labels: tuple[str, ...]
-    """The labels of its samples, sorted."""
+    """Labels of the samples, sorted."""
     skipped: tuple[dict[str, str], ...]
-    """`{"source", "reason"}` of every input file, or image of a tar, that could not be used."""
+    """`{"source", "reason"}` of every input file, or image in a tar, that could not be used."""
     without_samples: tuple[str, ...]
-    """Input files that gave no sample."""
+    """Names of the input files that have no samples."""
 
 
 @dataclass(frozen=True)
 class RecordedFile:
-    """What is recorded of an input file; see `InputFile`."""
+    """Record of an input file, with the fields of `InputFile`."""
 
     name: str
     kind: Kind
@@ -56,27 +57,27 @@ class RecordedFile:
     reason: str
 
     @classmethod
-    def of(cls, file: InputFile) -> "RecordedFile":
-        """The record of an input file."""
+    def from_input_file(cls, file: InputFile) -> "RecordedFile":
+        """Return the record of an input file."""
         return cls(file.name, file.kind, file.split, file.bytes, file.path_hash, file.reason)
 
     @classmethod
     def from_json(cls, line: str) -> "RecordedFile":
-        """A line of `part-*.sources.jsonl`."""
+        """Parse a line of `part-*.sources.jsonl`."""
         values = json.loads(line)
         return cls(path_hash=values.pop("place"), **values)
 
     def to_json(self) -> str:
-        """The line of this file."""
+        """Return the line of `part-*.sources.jsonl` for this file."""
         values = asdict(self)
         values["place"] = values.pop("path_hash")
         return json.dumps(values, ensure_ascii=False)
 
     def input_file(self, current: InputFile | None) -> InputFile:
-        """The file to encode, with the recorded split.
+        """Return the file to encode, with the recorded split.
 
         Args:
-            current: the current input file of this name; if None, reading the result reports it missing.
+            current: current input file of this name; if None, reading the returned file reports that it is missing.
         """
         if current is None:
             return InputFile(Path(self.name), self.name, self.kind, self.split, self.bytes)
@@ -84,19 +85,19 @@ class RecordedFile:
 
 
 class PartLock(NamedTuple):
-    """Whether this process may encode a part."""
+    """State of the lock of a part."""
 
     acquired: bool
-    """No other process encodes it."""
+    """Whether no other process is encoding the part."""
     exclusive: bool
-    """Other processes see the lock; False on a file system without locks."""
+    """Whether other processes respect the lock; False on a file system without locks."""
 
 
 class Records:
-    """The records of a preparation.
+    """Records of a preparation, read from and written to files.
 
     Args:
-        out: the folder of the shards.
+        out: folder of the shards.
     """
 
     def __init__(self, out: Path) -> None:
@@ -104,73 +105,73 @@ class Records:
 
     @property
     def parts(self) -> range:
-        """The numbers of the parts."""
+        """Numbers of all parts."""
         return range(len(list(self.folder.glob("part-*.sources.jsonl"))))
 
     @property
     def unfinished_parts(self) -> list[int]:
-        """The numbers of the parts without a result."""
+        """Numbers of the parts without a result."""
         return [part for part in self.parts if not self.is_finished(part)]
 
     @property
     def files(self) -> list[RecordedFile]:
-        """Every recorded input file, in the order of the parts."""
+        """All recorded input files, in the order of the parts."""
         return [file for part in self.parts for file in self.files_of_part(part)]
 
     @property
     def results(self) -> dict[int, PartResult]:
-        """The results of the finished parts, by number."""
+        """Results of the finished parts, by number."""
         return {part: self.result(part) for part in self.parts if self.is_finished(part)}
 
     def record_settings(self, options: dict[str, Any], codec: CodecSpec) -> None:
         """Record the options and the codec that determine the shards.
 
         Raises:
-            InputError: other ones are recorded, or the folder holds shards without records.
+            InputError: the recorded options or codec differ, or the folder contains shards without records.
         """
         if self._options_path.exists():
             self.check_options(options)
             self._check_codec(codec)
             return
         if shard := next(self.out.glob("*.tar"), None):
-            raise InputError(f"{shard} was not made by this command: give another --out.")
+            raise InputError(f"{shard} was not written by this command: give another --out.")
         with atomic_write(self._options_path) as temporary:
             content = {"options": options, "codec": codec.to_dict()}
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def check_options(self, options: dict[str, Any]) -> None:
-        """Raise InputError if other options are recorded."""
+        """Raise InputError if the recorded options differ."""
         recorded = _read(self._options_path)["options"]
         for name, value in json.loads(json.dumps(options)).items():
             if recorded.get(name) != value:
                 raise InputError(
-                    f"{self.out} holds shards made differently ({name} was {recorded.get(name)} and is {value}): "
-                    f"{ANOTHER_FOLDER}."
+                    f"{self.out} contains shards of other options ({name} was {recorded.get(name)} and is {value}): "
+                    f"{USE_ANOTHER_FOLDER}."
                 )
 
     def _check_codec(self, codec: CodecSpec) -> None:
-        recorded = CodecSpec.from_dict(_read(self._options_path)["codec"], str(self._options_path), ANOTHER_FOLDER)
-        recorded.check_same(codec, f"the shards of {self.out}", "this preparation", ANOTHER_FOLDER)
+        recorded = CodecSpec.from_dict(_read(self._options_path)["codec"], str(self._options_path), USE_ANOTHER_FOLDER)
+        recorded.check_same(codec, f"the shards of {self.out}", "this preparation", USE_ANOTHER_FOLDER)
 
     def add_parts(self, files: Sequence[InputFile], size: int) -> None:
         """Divide files into parts of at most `size` files, numbered after the existing parts."""
         number, remaining = len(self.parts), iter(files)
         while batch := list(islice(remaining, size)):
             with atomic_write(self._files_path(number)) as temporary, temporary.open("w", encoding="utf-8") as output:
-                output.writelines(RecordedFile.of(file).to_json() + "\n" for file in batch)
+                output.writelines(RecordedFile.from_input_file(file).to_json() + "\n" for file in batch)
             number += 1
 
     def files_of_part(self, part: int) -> list[RecordedFile]:
-        """The input files of a part, in order."""
+        """Return the input files of a part, in order."""
         with self._files_path(part).open(encoding="utf-8") as lines:
             return [RecordedFile.from_json(line) for line in lines]
 
     def is_finished(self, part: int) -> bool:
-        """Whether all shards of a part are complete."""
+        """Return whether all shards of a part are complete."""
         return self._result_path(part).exists()
 
     def result(self, part: int) -> PartResult:
-        """The result of a finished part."""
+        """Return the result of a finished part."""
         content = _read(self._result_path(part))
         entries = (ShardEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in content["shards"])
         return PartResult(
@@ -182,7 +183,7 @@ class Records:
         )
 
     def record_result(self, part: int, result: PartResult) -> None:
-        """Record the result of a part, whose shards are all complete."""
+        """Record the result of a part whose shards are all complete."""
         values = asdict(result)
         values["lost"] = values.pop("without_samples")
         with atomic_write(self._result_path(part)) as temporary:
@@ -190,7 +191,7 @@ class Records:
 
     @contextmanager
     def lock_part(self, part: int) -> Iterator[PartLock]:
-        """Lock a part during the block, unless another process has locked it."""
+        """Lock a part during the block, unless another process holds its lock."""
         path = self.folder / f"part-{part:05d}.lock"
         with ExitStack() as stack:
             try:
@@ -199,18 +200,19 @@ class Records:
                 yield PartLock(acquired=False, exclusive=True)
                 return
             yield PartLock(True, exclusive)
-            path.unlink(missing_ok=True)  # a process that has opened it in the meantime sees the result first
+            # A process that opened the lock file in the meantime finds the result of the part.
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def lock_all(self) -> Iterator[None]:
-        """Wait for, then hold during the block, the lock for dividing files into parts and writing the manifest."""
+        """Hold the lock for dividing files into parts and writing the manifest during the block; wait for it first."""
         with ExitStack() as stack:
             while True:
                 try:
                     stack.enter_context(process_lock(self.folder / "lock"))
                     break
                 except BlockingIOError:
-                    time.sleep(PAUSE)
+                    time.sleep(LOCK_RETRY_SECONDS)
             yield
 
     @property

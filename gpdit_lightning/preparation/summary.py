@@ -1,4 +1,4 @@
-"""A table of what prepared data hold."""
+"""Summary of prepared data as a table."""
 
 import json
 from collections import defaultdict
@@ -10,7 +10,7 @@ SKIPPED_SHOWN = 10
 
 
 def summary(manifest: Manifest) -> str:
-    """A line per kind, latent shape and split; how many input files each split has; what was skipped."""
+    """Return a table by kind, latent shape and split, the number of input files per split, and the skipped inputs."""
     totals: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for shard in manifest.shards:
         row = totals[shard.kind, "x".join(map(str, shard.shape)), shard.split]
@@ -26,7 +26,7 @@ def summary(manifest: Manifest) -> str:
     )
     if manifest.skipped:
         report = manifest.directory / SKIPPED_NAME
-        lines.append(f"skipped: {manifest.skipped} (all of them in {report})")
+        lines.append(f"skipped: {manifest.skipped} (full list: {report})")
         if report.exists():  # a copy of the shards may lack it
             with report.open(encoding="utf-8") as file:
                 entries = map(json.loads, islice(file, SKIPPED_SHOWN))

@@ -1,7 +1,7 @@
-"""Images in WebDataset tars, as img2dataset writes them: `KEY.jpg` (or .png, .webp), `KEY.txt`, `KEY.json`.
+"""Reading of images in WebDataset tars, as img2dataset writes them: `KEY.jpg` (or .png, .webp), `KEY.txt`, `KEY.json`.
 
 As in webdataset, members form one sample if they are consecutive and their names agree up to the first dot of the last
-path component. The tar itself is read here, because webdataset takes a broken header for the end of the tar, skips
+path component. webdataset's own reader is not used, because it treats a broken header as the end of the tar, skips
 links silently, and decodes members that are not needed.
 """
 
@@ -21,23 +21,23 @@ from webdataset.tariterators import base_plus_ext
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
 
-# The role of a member in its sample, by its extension. No other member is read.
+# Role of a member in its sample, by extension. Other members are not read.
 ROLES = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {".txt": "text", ".json": "json"}
 JSON_FIELDS = ("caption", "url")  # the fields of img2dataset's json that are kept
 
 
 @dataclass(frozen=True)
 class TarSample:
-    """One sample of a tar, or the reason why there is none."""
+    """A sample of a tar, or the reason why it is missing."""
 
     key: str
-    """The part that the names of its members share."""
+    """Common part of the names of its members."""
     pixels: Tensor | None
-    """uint8 (1, 3, H, W); None if there is no image that can be used."""
+    """uint8 (1, 3, H, W); None if there is no usable image."""
     metadata: dict[str, Any]
-    """`caption` and `url`, if they are known."""
+    """`caption` and `url`, if available."""
     problem: str | None
-    """What of the sample could not be used, and why; None if all of it could. The image may be usable all the same."""
+    """The parts of the sample that are unusable, and why; None if there are none. The image may still be usable."""
 
 
 class Member(NamedTuple):
@@ -46,20 +46,20 @@ class Member(NamedTuple):
     name: str
     key: str
     role: str | None
-    """A value of `ROLES`; None for members that are never read."""
+    """A value of `ROLES`; None for members that are not read."""
     content: bytes
     problem: str | None
 
 
 def expand_pattern(pattern: str) -> list[Path]:
-    """The tars that a pattern names, in its order.
+    """Return the tars that match a pattern, in the order of the pattern.
 
     Args:
         pattern: a tar, a folder that is searched for tars recursively, or either with braces, such as
             `laion/{00000..00012}.tar`.
 
     Raises:
-        InputError: unbalanced braces, missing tars, or a folder without any.
+        InputError: braces are unbalanced, a tar is missing, or a folder contains no tar.
     """
     try:
         paths = [Path(path) for path in ([pattern] if Path(pattern).exists() else braceexpand(pattern))]
@@ -69,16 +69,16 @@ def expand_pattern(pattern: str) -> list[Path]:
     if missing:
         raise InputError(
             f"{missing[0]} does not exist ({len(missing)} of the {len(paths)} paths of {pattern!r} are missing): "
-            "download it or name fewer."
+            "download it or correct the pattern."
         )
-    return [tar for path in paths for tar in _tars_at(path)]
+    return [tar for path in paths for tar in _find_tars(path)]
 
 
 def iterate_samples(path: Path) -> Iterator[TarSample]:
-    """The samples of a tar in order, one in memory at a time.
+    """Yield the samples of a tar in order, with one in memory at a time.
 
-    Every fault is a sample with a `problem`, and the iteration continues. A broken tar ends with such a sample; the one
-    before the break may lack members and is not given.
+    A fault is reported as a sample with a `problem`, and the iteration continues. A broken tar ends with such a sample;
+    the sample before it is omitted, because members of it may be missing.
     """
     keys: set[str] = set()
     try:
@@ -86,17 +86,17 @@ def iterate_samples(path: Path) -> Iterator[TarSample]:
             members = list(group)
             if key in keys:
                 names = ", ".join(repr(member.name) for member in members)
-                problem = f"{path} has the key {key!r} again ({names}): only the first sample was used."
+                problem = f"{path} has several samples with the key {key!r} ({names}): only the first was used."
                 yield TarSample(key, None, {}, problem)
             else:
                 keys.add(key)
-                yield _sample(path, key, members)
+                yield _build_sample(path, key, members)
     except tarfile.ReadError as error:
         problem = f"{path} is broken after {len(keys)} samples ({error}): copy or download it again."
         yield TarSample(path.name, None, {}, problem)
 
 
-def _tars_at(path: Path) -> list[Path]:
+def _find_tars(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     tars = sorted(tar for tar in path.rglob("*.tar") if tar.is_file())
@@ -106,13 +106,13 @@ def _tars_at(path: Path) -> list[Path]:
 
 
 def _members(path: Path) -> Iterator[Member]:
-    """The members that belong to samples; raises `tarfile.ReadError`, and nothing else, if the tar is broken."""
+    """Yield the members that belong to samples; raises `tarfile.ReadError`, and nothing else, if the tar is broken."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                problem = _unsafe(path, info)
-                # With a negative size tarfile would go backwards and never end.
+                problem = _check_safety(path, info)
+                # With a negative size tarfile would move backwards and loop forever.
                 if info.size < 0 or (not problem and info.offset_data + info.size > size):
                     raise tarfile.ReadError(f"{info.name!r} has {info.size} bytes, and the file ends before")
                 key, extension = base_plus_ext(info.name)
@@ -130,23 +130,23 @@ def _members(path: Path) -> Iterator[Member]:
         raise tarfile.ReadError(str(error)) from None
 
 
-def _unsafe(path: Path, info: tarfile.TarInfo) -> str | None:
-    """Why a member must not be read; None if it may be."""
+def _check_safety(path: Path, info: tarfile.TarInfo) -> str | None:
+    """Return the reason why a member must not be read, or None."""
     if info.name.startswith("/") or ".." in PurePosixPath(info.name).parts:
         return f"{path} has a member {info.name!r} outside of its folder, which was not used: do not trust this tar."
-    # A sparse file of a few bytes may claim any size.
+    # A sparse file of a few bytes may declare any size.
     if not (info.isreg() or info.isdir()) or info.issparse():
-        return f"{path} has a member {info.name!r} that is no regular file, which was not used: do not trust this tar."
+        return f"{path} has a member {info.name!r} that is not a regular file and was not used: do not trust this tar."
     return None
 
 
-def _sample(path: Path, key: str, members: Sequence[Member]) -> TarSample:
+def _build_sample(path: Path, key: str, members: Sequence[Member]) -> TarSample:
     problems = [member.problem for member in members if member.problem]
     by_role: dict[str, Member] = {}
     for member in members:
         if member.role and not member.problem and by_role.setdefault(member.role, member) is not member:
             problems.append(
-                f"{path} has a second {member.role} {member.name!r} for one sample: only the first was used."
+                f"{path} has a second {member.role} {member.name!r} for the same sample: only the first was used."
             )
     pixels: Tensor | None = None
     metadata: dict[str, Any] = {}
@@ -158,7 +158,8 @@ def _sample(path: Path, key: str, members: Sequence[Member]) -> TarSample:
             problems.append(str(error))
     else:
         problems.append(f"{path} has no image for the key {key!r}: remove this sample.")
-    for role, read in (("json", _json_metadata), ("text", _text_metadata)):  # the text is the better caption
+    # A caption in a text member takes precedence over one in the JSON.
+    for role, read in (("json", _json_metadata), ("text", _text_metadata)):
         if role in by_role:
             try:
                 metadata |= read(by_role[role].content)
@@ -186,6 +187,6 @@ def _text_metadata(content: bytes) -> dict[str, str]:
 
 
 def _encodable(text: str) -> str:
-    """Text stripped; raises `ValueError` for a lone surrogate, which JSON can spell and UTF-8 cannot encode."""
+    """Strip a text; raises `ValueError` for a lone surrogate, which may occur in JSON but UTF-8 cannot encode."""
     text.encode()
     return text.strip()

@@ -40,13 +40,13 @@ def test_prepare_prints_a_table_and_the_next_command(
     assert prepare(images, out) == 0
     text = capsys.readouterr().out
     assert re.search(r"image +1x16x2x2 +train +1 +\d+", text)
-    assert f"skipped: 1 (all of them in {out / 'skipped.jsonl'})" in text
+    assert f"skipped: 1 (full list: {out / 'skipped.jsonl'})" in text
     command = "python -m gpdit_lightning fit --config gpdit:stage1_image_warmup --config gpdit:size/tiny"
     assert text.splitlines()[-1] == f"next: {command} --data.images.manifests \"['{out}']\""
     assert prepare(images, out, "--shard_size", "3") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "made differently (shard_size was 1000 and is 3)" in error
+    assert "of other options (shard_size was 1000 and is 3)" in error
 
 
 @pytest.mark.parametrize("with_images", [False, True])

@@ -262,7 +262,7 @@ def test_what_may_do_harm_is_said(place: Path, tmp_path: Path, caplog: pytest.Lo
     [
         (["--pairs=4"], ["pairs holds 3 examples for --pairs 4"]),
         (["--pairs=0"], ["--pairs is 0"]),
-        (["--examples=PLACE/plain"], ["plain does not hold the folders source and target", "--task"]),
+        (["--examples=PLACE/plain"], ["plain does not contain the folders source and target", "--task"]),
         (["--examples=PLACE/plain", "--task=copy", "--examples_task=pairs"], ["give another --examples_task"]),
         (["--examples=PLACE/pairs", "--task=copy"], ["pairs holds ready pairs", "give --examples_task pairs"]),
         (["--examples=PLACE/nowhere", "--task=grayscale"], ["nowhere does not exist"]),

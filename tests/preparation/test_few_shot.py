@@ -170,10 +170,10 @@ def test_an_existing_result_is_reused_and_another_one_refused(
 ) -> None:
     first = prepare_pairs(options)
     assert prepare_pairs(options) == first
-    assert "holds the result of these options already" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"holds shards made differently \(sequences\)"):
+    assert "already contains the result of these options" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"contains shards of other options \(sequences\)"):
         prepare_pairs(replace(options, sequences=6))
-    with pytest.raises(InputError, match=r"holds shards made differently \(task\)"):
+    with pytest.raises(InputError, match=r"contains shards of other options \(task\)"):
         prepare_pairs(replace(of_task(options, "grayscale"), out=options.out))
     again = prepare_pairs(replace(options, out=options.out.with_name("again")))
     assert [entry.sha256 for entry in again.shards] == [entry.sha256 for entry in first.shards]
@@ -189,7 +189,7 @@ def test_a_changed_image_of_the_same_name_and_size_is_noticed(options: PreparePa
     pixels = np.array(Image.open(path))
     pixels[0, 0, 0] ^= 1
     Image.fromarray(pixels).save(path)
-    with pytest.raises(InputError, match=r"holds shards made differently \(the images\)"):
+    with pytest.raises(InputError, match=r"contains shards of other options \(the images\)"):
         prepare_pairs(options)
 
 
@@ -213,11 +213,11 @@ def test_both_folders_of_pairs_may_be_in_one_folder(options: PreparePairsOptions
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0: give at least 0"),
         ({"size": "16"}, "'16' is not HEIGHTxWIDTH"),
         ({"task": "depth"}, "no task 'depth': give one of pairs, grayscale, colourisation, edges, edges_to_image"),
-        ({"task": "edges"}, "The task edges makes both sides .*: give --sources alone"),
-        ({"task": "edges", "targets": None, "sources": None}, "give --sources alone"),
-        ({"targets": None}, "was given --sources: give one or the other"),
-        ({"sources": None, "targets": None}, "was given none of them: give one or the other"),
-        ({"pairs_in": Path()}, "was given --sources and --targets and --pairs_in: give one or the other"),
+        ({"task": "edges"}, "The task edges makes both images .*: give --sources only"),
+        ({"task": "edges", "targets": None, "sources": None}, "give --sources only"),
+        ({"targets": None}, "but got --sources: correct these"),
+        ({"sources": None, "targets": None}, "but got none of them"),
+        ({"pairs_in": Path()}, "but got --sources and --targets and --pairs_in"),
         ({"pairs": 2}, "pairs is 2 but a sequence has 3: give more --pairs"),
         ({"seed": -1}, "seed is -1: give at least 0"),
         ({"source_pattern": "("}, "source_pattern '[(]' is not a regular expression"),
@@ -254,7 +254,7 @@ def test_too_few_pairs_are_reported_with_the_reason(options: PreparePairsOptions
         (options.sources / f"p{i}.png").unlink()
         (options.targets / f"p{i}.jpg").unlink()
     places = ".*colour and .*grayscale"
-    with pytest.raises(InputError, match=f"has 4 different pairs, and {places} only 3: add images"):
+    with pytest.raises(InputError, match=f"has 4 different pairs, but {places} contain only 3: add images"):
         prepare_pairs(replace(options, pairs_per_sequence=4))
     message = rf"^Holding out \d of the 3 different pairs in {places} leaves \d for training, .* 3: add images, or"
     with pytest.raises(InputError, match=message):

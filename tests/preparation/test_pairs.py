@@ -129,11 +129,11 @@ def test_existing_pairs_are_held_out_alike_in_both_directions_and_with_their_ima
 
 
 def test_folders_of_pairs_are_found_by_name(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not hold the folders source and target"):
+    with pytest.raises(InputError, match="does not contain the folders source and target"):
         pair_folders(tmp_path)
     (tmp_path / "sources").mkdir()
     (tmp_path / "target").mkdir()
-    with pytest.raises(InputError, match="does not hold the folders"):
+    with pytest.raises(InputError, match="does not contain the folders"):
         pair_folders(tmp_path)
     (tmp_path / "targets").mkdir()
     assert pair_folders(tmp_path) == (tmp_path / "sources", tmp_path / "targets")
@@ -162,7 +162,7 @@ def test_names_match_in_any_unicode_normal_form(tmp_path: Path) -> None:
 def test_an_error_names_what_cannot_be_paired(tmp_path: Path) -> None:
     sources, targets = write_images(tmp_path / "a", 5), write_images(tmp_path / "b", 5)
     write_images(targets, 1, size=(5, 4))
-    with pytest.raises(InputError, match=r"a/p0\.png is 4x6 .*counterpart .*b/p0\.png is 4x5: give both one size"):
+    with pytest.raises(InputError, match=r"a/p0\.png is 4x6 .*counterpart .*b/p0\.png is 4x5: give both the same"):
         pairs_from_folders(sources, targets, seed=0)
     (targets / "p0.png").write_text("not an image")
     with pytest.raises(InputError, match=r"b/p0\.png is not a readable image"):

@@ -235,24 +235,24 @@ def test_a_finished_folder_is_reused_and_never_overwritten(
     first = prepared(options)
     monkeypatch.setattr(parts, "load_codec", None)
     assert prepared(replace(options, batch_size=1)) == first
-    assert "holds all of these input files already" in capsys.readouterr().out
+    assert "already covers all of these input files" in capsys.readouterr().out
     with pytest.raises(
-        InputError, match=r"holds shards made differently \(stride was 1 and is 2\): give another --out"
+        InputError, match=r"contains shards of other options \(stride was 1 and is 2\): give another --out"
     ):
         prepare(replace(options, stride=2))
     (videos / "dog" / "v_0_c0.mp4").write_bytes(b"another file")
-    with pytest.raises(InputError, match=r"v_0_c0\.mp4 has 12 bytes and had \d+ when it was encoded"):
+    with pytest.raises(InputError, match=r"v_0_c0\.mp4 has 12 bytes but had \d+ when it was encoded"):
         prepare(options)
     (videos / "dog" / "v_0_c0.mp4").unlink()
     assert prepared(options) == first  # encoded files may be removed
-    with pytest.raises(InputError, match=r"v_0_c1\.mp4 is in .* already, as ball/v_0_c1\.mp4: give the folder"):
+    with pytest.raises(InputError, match=r"v_0_c1\.mp4 is already in .*, as ball/v_0_c1\.mp4: specify the same folder"):
         prepare(replace(options, videos=[videos / "ball"]))
 
 
 def test_shards_without_records_are_refused(options: PrepareOptions) -> None:
     options.out.mkdir()
     (options.out / "train-video-2x2x3-00000-00000.tar").write_text("who knows")
-    with pytest.raises(InputError, match=r"00000-00000\.tar was not made by this command"):
+    with pytest.raises(InputError, match=r"00000-00000\.tar was not written by this command"):
         prepare(options)
 
 
@@ -274,7 +274,7 @@ def test_latents_too_large_for_half_precision_are_skipped(
     encode = codec.encode
     monkeypatch.setattr(codec, "encode", lambda pixels: encode(pixels) * 1e6)
     monkeypatch.setattr(parts, "load_codec", lambda *_: codec)
-    with pytest.raises(InputError, match=r"None of the 6 input files could .*the first: .*not finite in float16"):
+    with pytest.raises(InputError, match=r"None of the 6 input files could .*first reason: .*not finite in float16"):
         prepare(options)
     assert not (options.out / "manifest.json").exists()
     monkeypatch.undo()
@@ -287,7 +287,7 @@ def test_a_list_names_files_relative_to_its_folder(options: PrepareOptions, vide
     assert {metadata["source"] for _, _, metadata in samples(manifest)} == {"dog/v_0_c0.mp4", "ball/v_0_c1.mp4"}
     assert manifest.labels == ("ball", "dog")
     (videos / "list.txt").write_text("gone.mp4\n")
-    with pytest.raises(InputError, match=r"list\.txt names .*gone\.mp4, which does not exist"):
+    with pytest.raises(InputError, match=r"list\.txt contains .*gone\.mp4, which does not exist"):
         prepare(replace(options, videos=[videos / "list.txt"], out=options.out.with_name("out2")))
 
 
@@ -375,7 +375,7 @@ def test_the_lists_of_ucf_101_decide_splits_and_the_order_of_classes(options: Pr
     assert manifest.labels == ("ball", "dog", "zebra")
     excluded = {entry["source"]: entry["reason"] for entry in skipped(manifest)}
     assert excluded == dict.fromkeys(
-        ("ball/v_2_c5.mp4", "dog/v_2_c4.mp4"), "no annotation file names it, and they name other files for training"
+        ("ball/v_2_c5.mp4", "dog/v_2_c4.mp4"), "the annotation files list other files for training, and not this one"
     )
     held_out_only = prepared(replace(options, annotations=lists[1:2], out=options.out.with_name("out2")))
     assert held_out_only.validation["train_sources"] == 5

@@ -166,7 +166,7 @@ def test_a_sparse_member_of_any_size_takes_no_memory(tmp_path: Path) -> None:
     }
     found = read(write(tmp_path / "a.tar", ("0.jpg", encoded()), (info, b""), ("2.jpg", encoded())))
     assert intact(found) == ["0", "2"]
-    assert "no regular file" in str(found[1].problem)
+    assert "not a regular file" in str(found[1].problem)
 
 
 def test_an_unreadable_caption_leaves_the_rest_of_its_sample(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_second_image_or_sample_of_one_key_is_named(tmp_path: Path) -> None:
     assert "a second text '0.txt'" in str(first.problem)
     assert other.problem is None
     assert again.pixels is None
-    assert "has the key '0' again ('0.jpg')" in str(again.problem)
+    assert "has several samples with the key '0' ('0.jpg')" in str(again.problem)
 
 
 def test_a_tar_that_is_truncated_anywhere_gives_the_samples_before(laion: Path) -> None:

@@ -1,4 +1,4 @@
-"""Inspecting prepared data: what they hold, whether they are intact, how they look, what became of an input file."""
+"""Inspection of prepared data: overview, verification, contact sheets, and explanations of single input files."""
 
 from gpdit_lightning.preparation.inspection.explain import explain
 from gpdit_lightning.preparation.inspection.overview import overview

@@ -1,4 +1,4 @@
-"""An overview of a folder of shards: counts, labels, codec, statistics of the latents."""
+"""Overview of a folder of shards: counts, labels, codec, statistics of the latents."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,19 +11,19 @@ from gpdit_lightning.preparation.inspection.sampling import evenly_spaced
 from gpdit_lightning.preparation.inspection.statistics import LatentStatistics, statistics_table
 from gpdit_lightning.preparation.summary import summary
 
-LABELS_SHOWN = 5
+MAX_LABELS_SHOWN = 5
 
 
 def overview(manifest: Manifest, samples: int = 512) -> str:
-    """Counts by bucket, input files, what was skipped, labels, the codec, and the statistics of the latents.
+    """Describe a folder: samples by bucket, input files, skipped inputs, labels, codec, statistics of the latents.
 
     Args:
-        manifest: of the folder.
-        samples: how many training samples to measure, evenly spaced; a damaged one is named and skipped.
+        manifest: manifest of the folder.
+        samples: number of training samples to measure, evenly spaced; damaged ones are listed and left out.
     """
     training = manifest.of_split("train") or manifest.shards
     statistics = LatentStatistics(manifest.codec.latent_channels)
-    frame_seconds: list[float] = []  # from one frame of a clip to the next
+    frame_seconds: list[float] = []  # time from one frame of a clip to the next
     damaged: list[str] = []
     measured = evenly_spaced(training, samples)
     for entry, number in tqdm(measured, desc="measuring", unit=" samples", disable=None, leave=False):
@@ -41,7 +41,7 @@ def overview(manifest: Manifest, samples: int = 512) -> str:
     if statistics.count:
         lines.append(statistics_table(statistics, manifest.codec))
     else:
-        lines.append("none of them can be read: find the damage with --verify")
+        lines.append("none of them is readable: find the damage with --verify")
     return "\n".join(lines)
 
 
@@ -55,8 +55,8 @@ def _videos(manifest: Manifest, training: Sequence[ShardEntry], frame_seconds: S
 
 def _labels(manifest: Manifest) -> Iterator[str]:
     if manifest.labels:
-        more = ", ..." if len(manifest.labels) > LABELS_SHOWN else ""
-        yield f"labels: {len(manifest.labels)} ({', '.join(manifest.labels[:LABELS_SHOWN])}{more})"
+        more = ", ..." if len(manifest.labels) > MAX_LABELS_SHOWN else ""
+        yield f"labels: {len(manifest.labels)} ({', '.join(manifest.labels[:MAX_LABELS_SHOWN])}{more})"
 
 
 def _codec(manifest: Manifest) -> str:

@@ -1,4 +1,4 @@
-"""Why a video or image was scaled to its size, and why its frames are in the clips or left over."""
+"""Reasons for the size of a sample, and for the frames of a video that are in no clip."""
 
 import math
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ from gpdit_lightning.preparation.tars import iterate_samples
 
 
 class Sample(NamedTuple):
-    """A sample that an input file gave, or would give."""
+    """A sample of an input file, stored or hypothetical."""
 
     location: str
-    """Its key and its shard; empty for a sample that does not exist."""
+    """Key and shard of the sample; empty for a hypothetical one."""
     first_frame: int | None
     frames: int
     """Pixel frames."""
     split: Split
     pixel_size: Sequence[int]
     shape: Shape
-    """Of its latents."""
+    """Shape of the latents."""
 
 
-def reason_of_size(path: Path, kind: Kind, key: str, options: PrepareOptions) -> str:
-    """The pixels of a file, or of the image with this key in it, and how close each size comes to its aspect ratio."""
+def explain_size(path: Path, kind: Kind, key: str, options: PrepareOptions) -> str:
+    """Compare the size of a file, or of the image with this key in a tar, with the sizes that can be chosen."""
     height, width = _pixel_size(path, kind, key)
     sizes = [parse_size(text) for text in (options.video_sizes if kind == "video" else options.image_sizes)]
     chosen = closest_size(height, width, sizes)
@@ -46,8 +46,8 @@ def reason_of_size(path: Path, kind: Kind, key: str, options: PrepareOptions) ->
     return f"{height}x{width} pixels; distances in log aspect ratio: {', '.join(distances)}"
 
 
-def reason_of_frames(path: Path, samples: Sequence[Sample], options: PrepareOptions, temporal_factor: int) -> str:
-    """The frames of a video, how many of them are in clips, and why the others are not."""
+def explain_frames(path: Path, samples: Sequence[Sample], options: PrepareOptions, temporal_factor: int) -> str:
+    """Count the frames of a video and those in clips, with the reason why the others are not."""
     count = _frame_count(path)
     used = {
         sample.first_frame + frame * options.stride
@@ -55,7 +55,7 @@ def reason_of_frames(path: Path, samples: Sequence[Sample], options: PrepareOpti
         if sample.first_frame is not None
         for frame in range(sample.frames)
     }
-    if options.avoid_cuts:  # each shot has its own first frame and rest
+    if options.avoid_cuts:  # each shot has a first frame and left-over frames
         return f"{count}, {len(used)} of them in clips, which have stride {options.stride} and end at cuts"
     at_stride = math.ceil(count / options.stride)
     counts = f"{count}, {at_stride} of them at stride {options.stride}: {len(used)} in clips"
@@ -67,7 +67,7 @@ def reason_of_frames(path: Path, samples: Sequence[Sample], options: PrepareOpti
     if options.shortest_clip < options.clip_frames:
         lengths = f"{options.shortest_clip} to {lengths}, 1 + {temporal_factor} k"
     if options.frames_between_starts != options.clip_frames:
-        lengths += f", and the next begins {options.frames_between_starts} after its first"
+        lengths += f", and begins {options.frames_between_starts} frames after the one before"
     return f"{counts}, {left} left over, since a clip has {lengths}"
 
 
@@ -86,7 +86,7 @@ def _pixel_size(path: Path, kind: Kind, key: str) -> Size:
 
 def _frame_count(path: Path) -> int:
     count = 0
-    with suppress(InputError):  # a video that breaks off counts up to there
+    with suppress(InputError):  # of a damaged video the frames before the damage are counted
         for _ in iterate_frames(path, threads=DECODER_THREADS):
             count += 1
     return count

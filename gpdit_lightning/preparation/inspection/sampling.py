@@ -1,4 +1,4 @@
-"""Which samples to read, where there are too many to read all."""
+"""Selection of samples to read."""
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -9,11 +9,11 @@ from typing import Any
 from gpdit_lightning.data.manifest import ShardEntry
 
 
-def evenly_spaced(shards: Sequence[ShardEntry], most: int) -> list[tuple[ShardEntry, int]]:
-    """At most `most` samples, evenly spaced over all samples of the shards: the shard and the number of each."""
+def evenly_spaced(shards: Sequence[ShardEntry], max_count: int) -> list[tuple[ShardEntry, int]]:
+    """Select at most `max_count` samples, evenly spaced over all samples of the shards, as shard and number."""
     ends = list(accumulate(shard.count for shard in shards))
     total = ends[-1] if ends else 0
-    count = min(most, total)
+    count = min(max_count, total)
     samples = []
     for position in ((2 * i + 1) * total // (2 * count) for i in range(count)):
         shard = bisect_right(ends, position)
@@ -22,16 +22,16 @@ def evenly_spaced(shards: Sequence[ShardEntry], most: int) -> list[tuple[ShardEn
 
 
 def balanced(shards: Sequence[ShardEntry], count: int) -> list[tuple[ShardEntry, int]]:
-    """`count` samples, equally many of each bucket (kind, shape and split) as far as it has them."""
+    """Select `count` samples, equally many from each bucket (kind, shape and split) if it has enough."""
     buckets: dict[tuple[Any, ...], list[ShardEntry]] = defaultdict(list)
     for entry in shards:
         buckets[entry.kind, entry.shape, entry.split].append(entry)
-    left = {bucket: sum(entry.count for entry in entries) for bucket, entries in sorted(buckets.items())}
+    remaining = {bucket: sum(entry.count for entry in entries) for bucket, entries in sorted(buckets.items())}
     shares: Counter[tuple[Any, ...]] = Counter()
-    while left and shares.total() < count:
-        for bucket in list(left)[: count - shares.total()]:
+    while remaining and shares.total() < count:
+        for bucket in list(remaining)[: count - shares.total()]:
             shares[bucket] += 1
-            left[bucket] -= 1
-            if not left[bucket]:
-                del left[bucket]
+            remaining[bucket] -= 1
+            if not remaining[bucket]:
+                del remaining[bucket]
     return [sample for bucket, share in shares.items() for sample in evenly_spaced(buckets[bucket], share)]

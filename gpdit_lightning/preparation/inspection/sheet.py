@@ -1,4 +1,4 @@
-"""Decoded samples on one contact sheet."""
+"""Contact sheet of decoded samples."""
 
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,23 @@ from gpdit_lightning.preparation.inspection.sampling import balanced
 
 ROW_HEIGHT = 128  # pixels
 COLUMNS = 9
-CAPTION_SHOWN = 60  # characters
+MAX_CAPTION_LENGTH = 60  # characters
 
 
 def write_sheet(path: Path, manifest: Manifest, count: int, codec: Codec) -> list[str]:
     """Write a PNG with one row of frames per sample; the samples are evenly spaced over buckets and their shards.
 
     Args:
-        path: the PNG.
-        manifest: of the folder.
-        count: samples to show; each call shows the same ones.
-        codec: decodes them.
+        path: path of the PNG.
+        manifest: manifest of the folder.
+        count: number of samples to show; each call shows the same ones.
+        codec: codec that decodes the samples.
 
     Returns:
-        A message for each sample that could not be shown because it is damaged.
+        A message for each damaged sample, which is not shown.
 
     Raises:
-        InputError: no sample could be shown.
+        InputError: all selected samples are damaged.
     """
     rows: dict[str, Tensor] = {}
     damaged: list[str] = []
@@ -43,30 +43,30 @@ def write_sheet(path: Path, manifest: Manifest, count: int, codec: Codec) -> lis
         except InputError as error:
             damaged.append(str(error))
         else:
-            rows[_title(metadata)] = _scaled_to_row(_decode(codec, entry.kind, latent))
+            rows[_title(metadata)] = _scale_to_row(_decode(codec, entry.kind, latent))
     if not rows:
-        raise InputError(f"No sample of {manifest.directory} can be shown; the first: {damaged[0]}")
-    widest = max(frames.shape[3] for frames in rows.values())
-    write_strip(path, {title: _padded(frames, widest) for title, frames in rows.items()}, columns=COLUMNS)
+        raise InputError(f"No sample of {manifest.directory} can be shown. The first reason: {damaged[0]}")
+    max_width = max(frames.shape[3] for frames in rows.values())
+    write_strip(path, {title: _pad(frames, max_width) for title, frames in rows.items()}, columns=COLUMNS)
     return damaged
 
 
 def _decode(codec: Codec, kind: Kind, latent: np.ndarray) -> Tensor:
-    """The pixels of a sample with latents (F, C, h, w): uint8 (T, 3, H, W), on the CPU."""
+    """Decode latents (F, C, h, w) of one sample to pixels, uint8 (T, 3, H, W), on the CPU."""
     latents = torch.tensor(latent)
     if kind == "sequence":  # each frame was encoded alone
         return codec.decode(latents[:, None])[:, 0].cpu()
     return codec.decode(latents[None])[0].cpu()
 
 
-def _scaled_to_row(frames: Tensor) -> Tensor:
+def _scale_to_row(frames: Tensor) -> Tensor:
     height, width = frames.shape[2:]
     size = ROW_HEIGHT, max(1, round(width * ROW_HEIGHT / height))
     return F.interpolate(frames, size, mode="bicubic", antialias=True, align_corners=False)
 
 
-def _padded(frames: Tensor, width: int) -> Tensor:
-    """Frames with white margins, so that all cells of the sheet have one width."""
+def _pad(frames: Tensor, width: int) -> Tensor:
+    """Add white margins, so that all cells of the sheet have the same width."""
     missing = width - frames.shape[3]
     return F.pad(frames, (missing // 2, missing - missing // 2), value=255)
 
@@ -74,5 +74,5 @@ def _padded(frames: Tensor, width: int) -> Tensor:
 def _title(metadata: dict[str, Any]) -> str:
     values = (metadata[name] for name in ("key", "source", "label", "caption") if metadata.get(name))
     title = "  ".join(" ".join(str(text).split()) for text in values)  # captions may have several lines
-    most = len(metadata["key"]) + CAPTION_SHOWN
-    return title if len(title) <= most else f"{title[:most]}..."
+    max_length = len(metadata["key"]) + MAX_CAPTION_LENGTH
+    return title if len(title) <= max_length else f"{title[:max_length]}..."

@@ -1,20 +1,21 @@
-"""Latents compared with the constants of their codec: whitened, they should be about standard normal."""
+"""Statistics of latents, compared with the constants of their codec: whitened latents are roughly standard normal."""
 
 import numpy as np
 
 from gpdit_lightning.specs import CodecSpec
 
-# A codec's constants are averages over all kinds of images, so no data set matches them exactly.
-USUAL_MEAN, USUAL_FACTOR = 1.0, 2.0  # most channels of most data sets stay within; the factor is of the std
-# No data set goes beyond these. There is no lower bound of the std: constant images have none.
-LARGEST_MEAN, LARGEST_STD = 3.0, 4.0
+# The constants of a codec are averages over many kinds of images, so no data set matches them exactly. For most
+# channels of most data sets, the absolute mean and the factor between std and 1 are at most these.
+USUAL_MEAN, USUAL_FACTOR = 1.0, 2.0
+# No channel of any data set exceeds these. The std has no lower bound: it is 0 for constant images.
+MAX_MEAN, MAX_STD = 3.0, 4.0
 
 
 class LatentStatistics:
-    """Mean and standard deviation of each channel, over latents that are added one by one.
+    """Running mean and standard deviation of each channel.
 
     Attributes:
-        count: values per channel so far.
+        count: number of values per channel.
         mean: float64 (C,).
     """
 
@@ -23,12 +24,12 @@ class LatentStatistics:
         self.mean, self._squares = np.zeros(channels), np.zeros(channels)
 
     def add(self, latent: np.ndarray) -> None:
-        """Add one latent (F, C, h, w); all its positions count equally."""
+        """Add one latent (F, C, h, w); all positions have equal weight."""
         values = latent.astype(np.float64)
         mean = values.mean(axis=(0, 2, 3))
         squares = np.square(values - mean[:, None, None]).sum(axis=(0, 2, 3))
         count = values[:, 0].size
-        # The update of Chan, Golub and LeVeque; sums of squares would lose digits.
+        # Update of Chan, Golub and LeVeque; sums of squares would lose precision.
         difference, share = mean - self.mean, count / (self.count + count)
         self._squares += squares + difference**2 * self.count * share
         self.mean += difference * share
@@ -41,11 +42,11 @@ class LatentStatistics:
 
 
 def statistics_table(statistics: LatentStatistics, codec: CodecSpec) -> str:
-    """A table per channel of measured, codec's and whitened mean and std, and a line with the assessment.
+    """Return a table of measured, codec's and whitened mean and std per channel, and a line with the assessment.
 
     Args:
-        statistics: of raw latents.
-        codec: that made the latents.
+        statistics: statistics of raw latents.
+        codec: codec of the latents.
     """
     mean, std = np.array(codec.mean), np.array(codec.std)
     whitened_mean, whitened_std = (statistics.mean - mean) / std, statistics.std / std
@@ -61,22 +62,24 @@ def statistics_table(statistics: LatentStatistics, codec: CodecSpec) -> str:
 
 
 def assessment(mean: np.ndarray, std: np.ndarray) -> str:
-    """One line on whether whitened latents are as expected.
+    """Assess in one line whether whitened latents are as expected.
 
-    Wrong constants, or another codec, shift most channels, or some very far; a small or unusual data set shifts some.
+    Wrong constants or a different codec shift most channels, or a few of them far. A small or unusual data set shifts a
+    few channels slightly.
 
     Args:
-        mean, std: (C,) of whitened latents.
+        mean: mean of whitened latents, (C,).
+        std: standard deviation of whitened latents, (C,).
     """
     measured = f"whitened: mean {mean.min():.2f} to {mean.max():.2f}, std {std.min():.2f} to {std.max():.2f}"
     usual = f"mean within {USUAL_MEAN:g} of 0, std {1 / USUAL_FACTOR:g} to {USUAL_FACTOR:g}"
-    off = (abs(mean) > USUAL_MEAN) | (std < 1 / USUAL_FACTOR) | (std > USUAL_FACTOR)
-    if not off.any():
+    unusual = (abs(mean) > USUAL_MEAN) | (std < 1 / USUAL_FACTOR) | (std > USUAL_FACTOR)
+    if not unusual.any():
         return f"{measured}: as expected"
-    channels = ", ".join(map(str, np.flatnonzero(off)))
-    if off.mean() >= 0.5 or (abs(mean) > LARGEST_MEAN).any() or (std > LARGEST_STD).any():
+    channels = ", ".join(map(str, np.flatnonzero(unusual)))
+    if unusual.mean() >= 0.5 or (abs(mean) > MAX_MEAN).any() or (std > MAX_STD).any():
         return (
-            f"WARNING: {measured}: channels {channels} are outside the usual range ({usual}). Are these the latents of "
-            "another codec, or are its constants wrong? If not, the images are unusual: decode some with --show."
+            f"WARNING: {measured}: channels {channels} are outside the usual range ({usual}). Either the latents are "
+            "of another codec, or its constants are wrong, or the images are unusual: decode some with --show."
         )
     return f"{measured}: channels {channels} are outside the usual range ({usual}), as with few, dark or static images"

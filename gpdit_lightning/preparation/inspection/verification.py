@@ -1,4 +1,4 @@
-"""Checks that every byte and every sample of the shards is as it was written."""
+"""Verification of every byte and every sample of the shards."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from gpdit_lightning.preparation.encode import SHARD_NAME
 from gpdit_lightning.preparation.records import FOLDER_NAME, Records
 
 CURE = f"copy it again or {PREPARE_AGAIN}."
-SAMPLES_NAMED = 10  # damaged samples of a shard that are named one by one
+MAX_SAMPLES_SHOWN = 10  # damaged samples per shard that are reported one by one
 
 
 def verify(manifest: Manifest, workers: int | None = None) -> Iterator[str]:
@@ -30,27 +30,27 @@ def verify(manifest: Manifest, workers: int | None = None) -> Iterator[str]:
     read, is finite and has the key of its position.
 
     Args:
-        manifest: of the folder.
-        workers: processes; None: one per core.
+        manifest: manifest of the folder.
+        workers: number of processes; None: one per core.
 
     Yields:
-        A message for each fault: the file, the sample if it is one, and what to do.
+        A message for each fault, with the file, the sample if applicable, and the remedy.
     """
     assert isinstance(manifest.directory, Path)
     total = sum(entry.bytes for entry in manifest.shards)
     with ProcessPoolExecutor(workers or available_cores()) as pool:
-        results = pool.map(partial(faults_in_shard, manifest.directory), manifest.shards)
+        results = pool.map(partial(verify_shard, manifest.directory), manifest.shards)
         with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=None) as bar:
             for entry, faults in zip(manifest.shards, results, strict=True):
                 yield from faults
                 bar.update(entry.bytes)
 
 
-def faults_in_shard(directory: Path, entry: ShardEntry) -> list[str]:
-    """A message for each fault of one shard."""
+def verify_shard(directory: Path, entry: ShardEntry) -> list[str]:
+    """Return a message for each fault of one shard."""
     path, index = directory / entry.path, directory / entry.index
-    faults = list(_file_faults(path, entry.sha256, entry.bytes))
-    index_faults = list(_file_faults(index, entry.index_sha256))
+    faults = list(_verify_file(path, entry.sha256, entry.bytes))
+    index_faults = list(_verify_file(index, entry.index_sha256))
     faults += index_faults
     if not path.is_file():
         return faults
@@ -62,29 +62,29 @@ def faults_in_shard(directory: Path, entry: ShardEntry) -> list[str]:
     if index_faults:  # the positions of the samples cannot be trusted
         return faults
     reader = ShardReader(directory, entry)
-    sample_faults = _sample_faults(reader)
-    faults += islice(sample_faults, SAMPLES_NAMED)
+    sample_faults = _verify_samples(reader)
+    faults += islice(sample_faults, MAX_SAMPLES_SHOWN)
     if more := sum(1 for _ in sample_faults):
         faults.append(f"{path} has {more} more samples with faults: {CURE}")
     if not faults and tar_index is not None and not np.array_equal(tar_index, reader.index):
-        faults.append(f"{path} holds other samples than {index} lists: {CURE}")
+        faults.append(f"{path} contains other samples than its index {index}: {CURE}")
     return faults
 
 
-def _file_faults(path: Path, sha256: str, size: int | None = None) -> Iterator[str]:
+def _verify_file(path: Path, sha256: str, size: int | None = None) -> Iterator[str]:
     try:
-        found_size = path.stat().st_size
-        if size is not None and found_size != size:
-            yield f"{path} has {found_size} bytes, in the manifest {size}, so it was truncated or changed: {CURE}"
+        actual_size = path.stat().st_size
+        if size is not None and actual_size != size:
+            yield f"{path} has {actual_size} bytes, but {size} in the manifest: it was truncated or changed: {CURE}"
         elif sha256_of(path) != sha256:
-            yield f"{path} has another sha256 than in the manifest, so it was damaged or changed: {CURE}"
+            yield f"{path} has another sha256 than in the manifest: it was damaged or changed: {CURE}"
     except FileNotFoundError:
-        yield f"{path} is missing though the manifest lists it: {CURE}"
+        yield f"{path} is missing, but the manifest lists it: {CURE}"
     except OSError as error:
         yield f"{path} cannot be read ({error.strerror}): check the disk, or {CURE}"
 
 
-def _sample_faults(reader: ShardReader) -> Iterator[str]:
+def _verify_samples(reader: ShardReader) -> Iterator[str]:
     for number in range(len(reader)):
         try:
             _, metadata = reader.read(number)
@@ -97,13 +97,13 @@ def _sample_faults(reader: ShardReader) -> Iterator[str]:
 
 
 def unlisted_files(manifest: Manifest) -> list[str]:
-    """The names in the folder that are in no manifest there and belong to no unfinished part, sorted."""
+    """Return the sorted names in the folder that are in none of its manifests and belong to no unfinished part."""
     directory = manifest.directory
     assert isinstance(directory, Path)
     records = Records(directory)
     listed = {FILE_NAME, SKIPPED_NAME, FOLDER_NAME}
     for path in directory.glob("manifest-*.json"):
-        if shards := _files_listed_by(path):
+        if shards := _listed_files(path):
             listed |= {path.name, *shards}
     entries = [*manifest.shards, *(entry for result in records.results.values() for entry in result.shards)]
     listed |= {name for entry in entries for name in (entry.path, entry.index)}
@@ -117,8 +117,8 @@ def unlisted_files(manifest: Manifest) -> list[str]:
     return sorted(name for name in names if name not in listed and not is_unfinished(name))
 
 
-def _files_listed_by(manifest: Path) -> set[str]:
-    """The files that another manifest lists; none if it is not a manifest."""
+def _listed_files(manifest: Path) -> set[str]:
+    """Return the files that a manifest lists; none if the file is not a manifest."""
     try:
         content: Any = json.loads(manifest.read_bytes())
         return {entry[name] for entry in content["shards"] for name in ("path", "index")}

@@ -126,10 +126,10 @@ def test_explain_gives_the_reasons_of_splits_and_clips(tmp_path: Path) -> None:
     annotated = prepared(
         tmp_path, out=tmp_path / "annotated", annotations=[tmp_path / "list.csv"], validation_fraction=0, clip_frames=9
     )
-    assert lines(annotated, names[2])["split"] == "validation: the annotations say so"
-    assert lines(annotated, names[0])["split"] == "train: the annotations say so"
-    assert lines(annotated, names[3])["skipped"].startswith("no annotation file names it")
-    assert lines(annotated, tmp_path / names[3])["skipped"].startswith("no annotation file names it")
+    assert lines(annotated, names[2])["split"] == "validation: an annotation file assigns it to this split"
+    assert lines(annotated, names[0])["split"] == "train: an annotation file assigns it to this split"
+    assert lines(annotated, names[3])["skipped"].startswith("the annotation files list other files")
+    assert lines(annotated, tmp_path / names[3])["skipped"].startswith("the annotation files list other files")
     assert lines(annotated, names[0])["frames"].endswith("18 in clips, 7 left over, since a clip has 9 frames")
 
     (tmp_path / "held").mkdir()
