@@ -222,11 +222,8 @@ def test_both_folders_of_pairs_may_be_in_one_folder(options: PreparePairsOptions
         ({"seed": -1}, "seed is -1: give at least 0"),
         ({"source_pattern": "("}, "source_pattern '[(]' is not a regular expression"),
         ({"size": "18x24"}, "18x24|18 by 24"),
-        (
-            {"out": Path(__file__)},
-            r"test_few_shot\.py cannot be written, since .* is no folder",
-        ),
-        ({"out": Path(__file__) / "new"}, r"new cannot be written, since .*test_few_shot\.py is no folder"),
+        ({"out": Path(__file__)}, r"test_few_shot\.py cannot be written, since .* is not a writable folder"),
+        ({"out": Path(__file__) / "new"}, r"new cannot be written, since .*test_few_shot\.py is not a writable folder"),
     ],
 )
 def test_unusable_options_are_refused_before_an_image_is_read(

@@ -75,9 +75,9 @@ def _verify_file(path: Path, sha256: str, size: int | None = None) -> Iterator[s
     try:
         actual_size = path.stat().st_size
         if size is not None and actual_size != size:
-            yield f"{path} has {actual_size} bytes, but {size} in the manifest: it was truncated or changed: {CURE}"
+            yield f"{path} has {actual_size} bytes, but {size} in the manifest (truncated or changed): {CURE}"
         elif sha256_of(path) != sha256:
-            yield f"{path} has another sha256 than in the manifest: it was damaged or changed: {CURE}"
+            yield f"{path} has another sha256 than in the manifest (damaged or changed): {CURE}"
     except FileNotFoundError:
         yield f"{path} is missing, but the manifest lists it: {CURE}"
     except OSError as error:

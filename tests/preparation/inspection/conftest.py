@@ -1,4 +1,4 @@
-"""Prepared data, intact or to be damaged."""
+"""Fixtures of prepared data, intact or to be damaged."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.preparation.inspection.prepared import draw_tar, draw_video, prepared
 
 @pytest.fixture(scope="session")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """Videos, images and a tar of images, some of them broken or too short. Tests must not change it."""
+    """Videos, images and a tar of images, some of them broken or too short; read-only."""
     root = tmp_path_factory.mktemp("prepared")
     for number in range(6):
         draw_video(root / "videos" / ("ball" if number % 2 else "dog") / f"v_{number // 2}_c{number}.mp4")
@@ -36,7 +36,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture
 def copy(intact: Manifest, tmp_path: Path) -> Path:
-    """A copy of the shards, to be damaged."""
+    """A copy of the shards that a test may damage."""
     shutil.copytree(intact.directory, tmp_path / "copy")
     return tmp_path / "copy"
 

@@ -1,4 +1,4 @@
-"""Prepared data for the tests of the inspection, and damage to them."""
+"""Prepared data for the tests of the inspection, and ways to damage them."""
 
 import io
 import tarfile
@@ -17,6 +17,7 @@ BUCKET = "train-video-2x2x3-00000-00000"
 
 
 def draw_video(path: Path, frames: int = 12, height: int = 32, width: int = 48) -> Path:
+    """Write a video of a moving random image."""
     numbers = np.random.default_rng(sum(map(ord, path.name)))
     image = torch.from_numpy(numbers.random((1, 3, 5, 7)))
     wide = torch.nn.functional.interpolate(image, (height, width + frames), mode="bilinear")[0]
@@ -41,8 +42,8 @@ def draw_tar(path: Path) -> None:
 
 
 def prepared(root: Path, **options: Any) -> Manifest:
-    """`root / "videos"` prepared in `root / "out"`, with these options."""
-    usual = {
+    """Prepare `root / "videos"` in `root / "out"` with these options."""
+    defaults = {
         "codec": "pca",
         "stride": 1,
         "clip_frames": 5,
@@ -50,18 +51,19 @@ def prepared(root: Path, **options: Any) -> Manifest:
         "device": "cpu",
         "workers": 0,
     }
-    places = {"out": root / "out", "videos": [root / "videos"]}
-    manifest = prepare(PrepareOptions(**usual | places | options))
+    paths = {"out": root / "out", "videos": [root / "videos"]}
+    manifest = prepare(PrepareOptions(**defaults | paths | options))
     assert manifest is not None
     return manifest
 
 
-def latent_of(folder: Path, name: str, number: int) -> int:
-    """Where a sample's latents begin in a tar."""
+def latent_offset(folder: Path, name: str, number: int) -> int:
+    """Return the offset of a sample's latents in a tar."""
     return int(np.load(folder / f"{name}.index.npy")[number, 0])
 
 
-def flip(path: Path, offset: int) -> None:
+def flip_bit(path: Path, offset: int) -> None:
+    """Flip one bit of the byte at an offset."""
     content = bytearray(path.read_bytes())
     content[offset] ^= 16
     path.write_bytes(content)

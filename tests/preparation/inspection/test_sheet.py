@@ -10,10 +10,10 @@ from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation.inspection import write_sheet
-from tests.preparation.inspection.prepared import BUCKET, flip, latent_of
+from tests.preparation.inspection.prepared import BUCKET, flip_bit, latent_offset
 
 
-def test_a_sheet_keeps_the_aspect_ratio_of_images(intact: Manifest, tmp_path: Path) -> None:
+def test_a_sheet_keeps_aspect_ratios_and_is_deterministic(intact: Manifest, tmp_path: Path) -> None:
     codec, buckets = load_codec("pca"), sorted({(entry.kind, entry.shape, entry.split) for entry in intact.shards})
     assert write_sheet(tmp_path / "sheet.png", intact, len(buckets), codec) == []
     sheet = np.array(Image.open(tmp_path / "sheet.png")).astype(int)
@@ -28,10 +28,10 @@ def test_a_sheet_keeps_the_aspect_ratio_of_images(intact: Manifest, tmp_path: Pa
 
 def test_damaged_samples_are_skipped_on_a_sheet(copy: Path, tmp_path: Path) -> None:
     codec, total = load_codec("pca"), sum(entry.count for entry in Manifest.load(copy).shards)
-    flip(copy / f"{BUCKET}.tar", latent_of(copy, BUCKET, 1))
+    flip_bit(copy / f"{BUCKET}.tar", latent_offset(copy, BUCKET, 1))
     (damaged,) = write_sheet(tmp_path / "sheet.png", Manifest.load(copy), total, codec)
     assert f"Sample 1 of {copy / BUCKET}.tar" in damaged
     for tar in copy.glob("*.tar"):
         tar.write_bytes(bytes(tar.stat().st_size))
-    with pytest.raises(InputError, match=r"No sample of .* can be shown; the first: Sample"):
+    with pytest.raises(InputError, match=r"No sample of .* can be shown\. The first reason: Sample"):
         write_sheet(tmp_path / "sheet.png", Manifest.load(copy), total, codec)

@@ -1,4 +1,4 @@
-"""Every kind of damage to prepared data is found."""
+"""Verification finds every kind of damage to prepared data."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.data.shards import described, index_path
 from gpdit_lightning.preparation.inspection import unlisted_files, verify
-from tests.preparation.inspection.prepared import BUCKET, flip, latent_of
+from tests.preparation.inspection.prepared import BUCKET, flip_bit, latent_offset
 
 
 def faults(folder: Path) -> list[str]:
@@ -28,9 +28,9 @@ def test_intact_shards_have_no_faults(intact: Manifest) -> None:
 
 
 @pytest.mark.parametrize("column", [0, 1])
-def test_a_flipped_bit_in_latents_or_metadata_names_the_sample(copy: Path, column: int) -> None:
+def test_a_flipped_bit_in_latents_or_metadata_is_reported_with_its_sample(copy: Path, column: int) -> None:
     tar = copy / f"{BUCKET}.tar"
-    flip(tar, int(np.load(copy / f"{BUCKET}.index.npy")[2, column]) + 140 * (1 - column))
+    flip_bit(tar, int(np.load(copy / f"{BUCKET}.index.npy")[2, column]) + 140 * (1 - column))
     found = faults(copy)
     assert len(found) == 2
     assert f"{tar} has another sha256 than in the manifest" in found[0]
@@ -38,14 +38,14 @@ def test_a_flipped_bit_in_latents_or_metadata_names_the_sample(copy: Path, colum
 
 
 @pytest.mark.parametrize("offset", [3, 60, -1])
-def test_a_flipped_bit_in_an_index_is_named(copy: Path, offset: int) -> None:
+def test_a_flipped_bit_in_an_index_is_reported(copy: Path, offset: int) -> None:
     index = copy / f"{BUCKET}.index.npy"
-    flip(index, offset)
+    flip_bit(index, offset)
     (fault,) = faults(copy)
     assert f"{index} has another sha256" in fault
 
 
-def test_missing_files_are_named(copy: Path) -> None:
+def test_missing_files_are_reported(copy: Path) -> None:
     (copy / f"{BUCKET}.index.npy").unlink()
     (copy / "train-video-2x3x2-00000-00000.tar").unlink()
     first, second = faults(copy)
@@ -53,11 +53,11 @@ def test_missing_files_are_named(copy: Path) -> None:
     assert "train-video-2x3x2-00000-00000.tar is missing" in second
 
 
-def test_the_lost_samples_of_a_truncated_tar_are_named(copy: Path) -> None:
+def test_the_lost_samples_of_a_truncated_tar_are_reported(copy: Path) -> None:
     tar = copy / f"{BUCKET}.tar"
-    tar.write_bytes(tar.read_bytes()[: latent_of(copy, BUCKET, 2) + 100])
+    tar.write_bytes(tar.read_bytes()[: latent_offset(copy, BUCKET, 2) + 100])
     size, broken, *samples = faults(copy)
-    assert "so it was truncated or changed" in size
+    assert "(truncated or changed)" in size
     assert "no readable tar" in broken
     count = len(np.load(copy / f"{BUCKET}.index.npy"))
     assert [f"Sample {number} of" in sample for number, sample in enumerate(samples, 2)] == [True] * (count - 2)
@@ -76,8 +76,8 @@ def test_more_than_ten_lost_samples_are_counted(tmp_path: Path) -> None:
     assert f"{tar} has 4 more samples with faults" in found[-1]
 
 
-def test_a_replaced_shard_is_named(copy: Path) -> None:
-    """By an intact one with the same names, number of samples and size."""
+def test_a_replaced_shard_is_reported(copy: Path) -> None:
+    """The replacement is intact and has the same names, number of samples and size."""
     entry = next(entry for entry in Manifest.load(copy).shards if entry.path == f"{BUCKET}.tar")
     content = (copy / entry.path).read_bytes()
     with ShardSetWriter(copy, part=0) as writer:
@@ -91,16 +91,15 @@ def test_a_replaced_shard_is_named(copy: Path) -> None:
     assert f"{entry.index} has another sha256" in found[1]
 
 
-def test_an_added_member_is_named(copy: Path) -> None:
+def test_an_added_member_is_reported(copy: Path) -> None:
     tar = copy / f"{BUCKET}.tar"
     with tarfile.open(tar, "a") as file:
         file.addfile(tarfile.TarInfo("evil.py"), io.BytesIO())
-    said = "\n".join(faults(copy))
-    assert "holds 'evil.py', which is no part of a shard of latents" in said
+    assert "holds 'evil.py', which is no part of a shard of latents" in "\n".join(faults(copy))
 
 
-def test_faults_are_found_though_the_manifest_agrees_with_the_files(copy: Path) -> None:
-    """Shards that were renamed, or have another index, with a manifest written for them."""
+def test_faults_are_found_in_shards_that_match_their_manifest(copy: Path) -> None:
+    """A renamed shard, or one with another index, with a manifest written for it."""
     manifest = Manifest.load(copy)
     entry = next(entry for entry in manifest.shards if entry.path == f"{BUCKET}.tar")
     for path in (entry.path, entry.index):
@@ -121,10 +120,10 @@ def test_faults_are_found_though_the_manifest_agrees_with_the_files(copy: Path) 
     replace(
         manifest, shards=(described(copy / entry.path, entry.split, entry.kind, entry.shape, entry.count - 1),)
     ).save()
-    assert f"{entry.path} holds other samples than {copy / entry.index} lists" in faults(copy)[0]
+    assert f"{entry.path} contains other samples than its index {copy / entry.index}" in faults(copy)[0]
 
 
-def test_files_in_no_manifest_are_listed(intact: Manifest, copy: Path) -> None:
+def test_files_in_no_manifest_are_reported(intact: Manifest, copy: Path) -> None:
     others = {"shards": [{"path": "old.tar", "index": "old.index.npy"}]}
     (copy / "manifest-0123456789abcdef.json").write_text(json.dumps(others))
     for name in ("old.tar", "old.index.npy", "notes.txt", "manifest-mine.json", "train-video-2x2x3-00009-00000.tar"):
