@@ -1,4 +1,4 @@
-"""`demo`: train a small model on drawn videos within minutes, by the same functions that a user's own data takes."""
+"""`demo`: train a small model on synthetic videos within minutes, with the functions that also serve real data."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from gpdit_lightning.checkpoints.reading import load_trained_model
+from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.cli.chain import chain
 from gpdit_lightning.cli.demo_videos import write_videos
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
@@ -38,14 +38,15 @@ from gpdit_lightning.preparation.input_files import InputFile
 VIDEOS, HELD_OUT_VIDEOS, SEED = 1200, 64, 0
 FRAME_SIZE = "64x64"
 CLIP, SHORTEST_CLIP = 21, 17  # frames at the training stride
-CONTEXT = 9  # frames of a clip that are given; the others are generated
+CONTEXT = 9  # context frames of a clip; the others are generated
 PAIRS, HELD_OUT_PAIRS = 40, 4
 SAMPLER_STEPS = 8
-SHOWN = 4  # clips in sample.png
+STRIP_CLIPS = 4  # clips in sample.png
+SAMPLING_BATCH = 16  # clips
 
 
 def demo(options: DemoOptions) -> None:
-    """Prepare, train, sample, and say which files to open."""
+    """Prepare data, train four stages, generate, and print the paths of the results."""
     run_dir = options.run_dir
     print("1/3  videos -> latents")
     videos = video_options(run_dir, options.videos)
@@ -53,10 +54,10 @@ def demo(options: DemoOptions) -> None:
     if manifest is None:
         raise InputError(f"another process prepares {videos.out}: wait for it, or give another --run_dir.")
     print(summary(manifest))
-    write_images(run_dir / "pictures", list_input_files(videos))
+    write_images(run_dir / "images", list_input_files(videos))
     prepare(image_options(run_dir))
     prepare_pairs(pair_options(run_dir))
-    print("2/3  training: images, images and videos, longer videos, few-shot")
+    print("2/3  training on images, images and videos, longer videos, and few-shot sequences")
     steps = [f"--trainer.max_steps={options.max_steps}"] if options.max_steps else []
     chain(ChainOptions(config=["gpdit:demo/chain"], overrides=[f"--runs={run_dir}", *steps]))
     print("3/3  generating")
@@ -64,17 +65,17 @@ def demo(options: DemoOptions) -> None:
     few_shot = max((run_dir / "stage4_few_shot" / "previews").glob("*.png"))
     shutil.copyfile(few_shot, run_dir / "few_shot.png")
     print(
-        f"\nResults:\n  {run_dir}/sample.png     context | generated frames above the true ones\n"
-        f"  {run_dir}/sample.mp4     the first of them as a video, generated beside true\n"
-        f"  {run_dir}/few_shot.png   colour to grayscale, learned from 20 sequences: the last column is generated\n"
-        f"  tensorboard --logdir {run_dir}   curves, and previews during training\n"
-        "Continue a video of your own:\n"
+        f"\nResults:\n  {run_dir}/sample.png     context, then generated frames above the ground truth\n"
+        f"  {run_dir}/sample.mp4     the first of these clips as a video: generated left, ground truth right\n"
+        f"  {run_dir}/few_shot.png   colour to grayscale, learned from 20 sequences; the last column is generated\n"
+        f"  tensorboard --logdir {run_dir}   metrics, and previews during training\n"
+        "To continue one of your videos:\n"
         f"  python -m gpdit_lightning sample --checkpoint {run_dir}/stage3_long_video --context VIDEO --out out.mp4"
     )
 
 
 def video_options(run_dir: Path, videos: Path | None) -> PrepareOptions:
-    """How to prepare the user's videos, or drawn ones, which are written first."""
+    """Return how to prepare the user's videos, or synthetic ones, which are written first."""
     held_out: list[Path] = []
     if videos is None:
         videos, held_out = run_dir / "movies" / "train", [run_dir / "movies" / "held_out"]
@@ -94,16 +95,16 @@ def video_options(run_dir: Path, videos: Path | None) -> PrepareOptions:
 
 
 def write_images(directory: Path, videos: Sequence[InputFile]) -> None:
-    """Write the first frames of every video as PNG files, by split: enough for the pairs."""
-    each = math.ceil((PAIRS + HELD_OUT_PAIRS) / len(videos))
-    for source in tqdm(videos, desc="images", unit="video", leave=False):
-        stem = source.name.replace("/", "-").replace(".", "-")
-        paths = [directory / str(source.split) / f"{stem}-{number}.png" for number in range(each)]
+    """Write the first frames of every video as PNG files, in a folder per split; enough for all pairs."""
+    per_video = math.ceil((PAIRS + HELD_OUT_PAIRS) / len(videos))
+    for video in tqdm(videos, desc="images", unit="video", leave=False):
+        stem = video.name.replace("/", "-").replace(".", "-")
+        paths = [directory / str(video.split) / f"{stem}-{number}.png" for number in range(per_video)]
         if not all(path.exists() for path in paths):
             try:
-                frames = list(iterate_frames(source.path, stride=9, max_frames=each))
+                frames = list(iterate_frames(video.path, stride=9, max_frames=per_video))
             except InputError:
-                continue  # named by the preparation already
+                continue  # reported by the preparation
             for path, frame in zip(paths, frames, strict=False):
                 pixels = resize_and_crop(frame[None], parse_size(FRAME_SIZE))[0]
                 with atomic_write(path) as temporary:
@@ -111,8 +112,8 @@ def write_images(directory: Path, videos: Sequence[InputFile]) -> None:
 
 
 def image_options(run_dir: Path) -> PrepareOptions:
-    """How to prepare the images of the first two stages."""
-    images = run_dir / "pictures"
+    """Return how to prepare the images of the first two stages."""
+    images = run_dir / "images"
     return PrepareOptions(
         out=run_dir / "latents" / "laion",
         images=[images / "train"],
@@ -124,11 +125,11 @@ def image_options(run_dir: Path) -> PrepareOptions:
 
 
 def pair_options(run_dir: Path) -> PreparePairsOptions:
-    """How to build the few-shot sequences: from images of the training videos and their grayscale versions."""
+    """Return how to build few-shot sequences from images of the training videos and their grayscale versions."""
     return PreparePairsOptions(
         out=run_dir / "latents" / "few_shot",
         task="grayscale",
-        sources=run_dir / "pictures" / "train",
+        sources=run_dir / "images" / "train",
         pairs=PAIRS,
         held_out_pairs=HELD_OUT_PAIRS,
         size=FRAME_SIZE,
@@ -137,39 +138,39 @@ def pair_options(run_dir: Path) -> PreparePairsOptions:
 
 
 def held_out_clips(preparation: PrepareOptions, stride: int, codec: Codec) -> tuple[Tensor, Fraction]:
-    """The first CLIP frames of every held-out video that is long enough at the stride; else the first SHORTEST_CLIP.
+    """Read the beginning of every held-out video that has CLIP frames, or SHORTEST_CLIP if none has, at the stride.
 
     Returns:
-        pixels (clips, T, 3, H, W) uint8, and the frames per second of the first.
+        Pixels (clips, T, 3, H, W) uint8, and the frames per second of the first clip.
 
     Raises:
         InputError: no held-out video is long enough.
     """
     for frames in (CLIP, SHORTEST_CLIP):
-        reading = ContextSettings(
+        settings = ContextSettings(
             CONTEXT, stride, (parse_size(FRAME_SIZE),), ground_truth_frames=frames - CONTEXT, start=0.0
         )
-        clips, rates = clips_of_length(frames, preparation, reading, codec)
+        clips, rates = clips_of_length(frames, preparation, settings, codec)
         if clips:
             return torch.stack(clips), rates[0]
     raise InputError(
-        f"no held-out video has the {stride * SHORTEST_CLIP} frames that a comparison needs: give --videos a folder "
+        f"no held-out video has {stride * SHORTEST_CLIP} frames, which the comparison needs: give --videos a folder "
         "of at least two videos of that length."
     )
 
 
 def clips_of_length(
-    frames: int, preparation: PrepareOptions, reading: ContextSettings, codec: Codec
+    frames: int, preparation: PrepareOptions, settings: ContextSettings, codec: Codec
 ) -> tuple[list[Tensor], list[Fraction]]:
-    """The first `frames` frames of every held-out video that is long enough, and their frames per second."""
+    """Return the first `frames` frames of every held-out video that is long enough, and their frames per second."""
     clips, rates = [], []
-    for source in list_input_files(preparation):
-        if source.split != "validation":
+    for video in list_input_files(preparation):
+        if video.split != "validation":
             continue
         try:
-            (context,) = read_contexts([str(source.path)], reading, codec)
+            (context,) = read_contexts([str(video.path)], settings, codec)
         except InputError:
-            continue  # named by the preparation already
+            continue  # reported by the preparation
         clip = torch.cat((context.pixels, context.ground_truth))
         if len(clip) == frames:
             clips.append(clip)
@@ -178,40 +179,58 @@ def clips_of_length(
 
 
 def evaluate(run_dir: Path, preparation: PrepareOptions) -> str:
-    """Continue the held-out clips, write images, and compare with repeating the last context frame."""
+    """Continue the held-out clips, write samples and `report.json`, and compare with repeating the last context frame.
+
+    Returns:
+        The comparison as a table.
+    """
     model = load_trained_model(run_dir / "stage3_long_video")
     codec = load_codec_from_spec(model.codec, owner=str(run_dir))
     clips, rate = held_out_clips(preparation, model.geometry.stride, codec)
-    future_frames = clips.shape[1] - CONTEXT
-    config = GenerationConfig(RotationSampler(SAMPLER_STEPS, schedule=model.schedule))
-    generated = torch.cat(
-        [
-            continue_video(
-                model.backbone, codec, batch[:, :CONTEXT], future_frames, config, ClipInputs(SEED + 16 * number)
-            ).pixels
-            for number, batch in enumerate(tqdm(clips.split(16), desc="generating", unit="batch", leave=False))
-        ]
-    )
-    future, truth = generated[:, CONTEXT:].float(), clips[:, CONTEXT:].float()
-    last = clips[:, CONTEXT - 1 : CONTEXT].float()
-    error = (future - truth).square().mean(dim=(0, 2, 3, 4))
-    copy_error = (last - truth).square().mean(dim=(0, 2, 3, 4))
-
+    generated = continue_clips(model, codec, clips)
     write_video(run_dir / "sample.mp4", torch.cat((generated[0], clips[0]), dim=-1), rate)
     rows = {}
-    for clip in range(min(SHOWN, len(clips))):
-        rows[f"{clip + 1} generated"], rows[f"{clip + 1} truth"] = generated[clip], clips[clip]
+    for clip in range(min(STRIP_CLIPS, len(clips))):
+        rows[f"{clip + 1} generated"], rows[f"{clip + 1} ground truth"] = generated[clip], clips[clip]
     write_strip(run_dir / "sample.png", rows, columns=clips.shape[1], context=CONTEXT)
 
-    ratio = float(error.mean() / copy_error.mean())
+    ground_truth, last = clips[:, CONTEXT:].float(), clips[:, CONTEXT - 1 : CONTEXT].float()
+    error, copy_error = (
+        (future - ground_truth).square().mean(dim=(0, 2, 3, 4)) for future in (generated[:, CONTEXT:].float(), last)
+    )
+    report = {
+        "clips": len(clips),
+        "step": model.step,
+        "ratio": float(error.mean() / copy_error.mean()),
+        "error": error.tolist(),
+        "copy_error": copy_error.tolist(),
+    }
     with atomic_write(run_dir / "report.json") as path:
-        figures = {"clips": len(clips), "step": model.step, "ratio": ratio}
-        path.write_text(json.dumps(figures | {"error": error.tolist(), "copy_error": copy_error.tolist()}, indent=2))
-    lines = [
-        f"mean squared error (8-bit levels) on {len(clips)} held-out clips, {CONTEXT} frames of context",
-        f"{'frame':>8}{'generated':>12}{'last frame repeated':>22}{'ratio':>8}",
+        path.write_text(json.dumps(report, indent=2))
+    return (
+        f"mean squared error (8-bit levels) on {len(clips)} held-out clips, {CONTEXT} frames of context\n"
+        f"{error_table(error, copy_error)}"
+    )
+
+
+def continue_clips(model: TrainedModel, codec: Codec, clips: Tensor) -> Tensor:
+    """Continue the first CONTEXT frames of clips (B, T, 3, H, W) to their length."""
+    config = GenerationConfig(RotationSampler(SAMPLER_STEPS, schedule=model.schedule))
+    frames = clips.shape[1] - CONTEXT
+    batches = tqdm(clips.split(SAMPLING_BATCH), desc="generating", unit="batch", leave=False)
+    videos = [
+        continue_video(
+            model.backbone, codec, batch[:, :CONTEXT], frames, config, ClipInputs(SEED + SAMPLING_BATCH * number)
+        )
+        for number, batch in enumerate(batches)
     ]
-    for horizon, (own, copied) in enumerate(zip(error.tolist(), copy_error.tolist(), strict=True), start=1):
-        lines.append(f"{'+' + str(horizon):>8}{own:>12.1f}{copied:>22.1f}{own / copied:>8.2f}")
-    lines.append(f"{'mean':>8}{error.mean():>12.1f}{copy_error.mean():>22.1f}{ratio:>8.2f}")
+    return torch.cat([video.pixels for video in videos])
+
+
+def error_table(error: Tensor, copy_error: Tensor) -> str:
+    """Return the errors of each generated frame, (T,) each, and their means as a table."""
+    rows = [(f"+{frame}", *errors) for frame, errors in enumerate(zip(error, copy_error, strict=True), start=1)]
+    rows.append(("mean", error.mean(), copy_error.mean()))
+    lines = [f"{'frame':>8}{'generated':>12}{'last frame repeated':>22}{'ratio':>8}"]
+    lines += [f"{name:>8}{ours:>12.1f}{copied:>22.1f}{ours / copied:>8.2f}" for name, ours, copied in rows]
     return "\n".join(lines)

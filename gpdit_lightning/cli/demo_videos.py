@@ -1,4 +1,4 @@
-"""Videos for `demo`: handwritten digits that move over a coloured background, as mp4 files."""
+"""Synthetic videos for `demo`: handwritten digits that move over a coloured background."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -11,16 +11,16 @@ from tqdm import tqdm
 
 from gpdit_lightning.media.video import write_video
 
-SIZE = 64  # pixels, both ways
+SIZE = 64  # side of a frame in pixels
 DIGIT = 32  # side of a digit in pixels
 FPS = 24
-FRAMES = 61  # of a video: 21 at a stride of 3
-SHORTEST_PATH = 18  # pixels between the ends of a digit's path
+FRAMES = 61  # per video: 21 at a stride of 3
+MIN_PATH_LENGTH = 18  # pixels between the ends of a digit's path
 HELD_OUT_DIGITS = 300  # of scikit-learn's 1,797 scanned digits: the last ones appear in held-out videos only
 
 
 def load_digits() -> Tensor:
-    """The handwritten digits inside scikit-learn's wheel, enlarged and smoothed: (1797, 1, DIGIT, DIGIT) in [0, 1]."""
+    """Return the handwritten digits of scikit-learn, enlarged: (1797, 1, DIGIT, DIGIT) in [0, 1]."""
     from sklearn.datasets import load_digits as load
 
     scans = torch.from_numpy(load().images).float()[:, None] / 16
@@ -28,19 +28,19 @@ def load_digits() -> Tensor:
 
 
 def random_path(generator: np.random.Generator) -> np.ndarray:
-    """A straight path of a digit's corner, (FRAMES, 2) pixels (x, y), that keeps the digit inside the frame."""
+    """Return a straight path (FRAMES, 2) of a digit's corner (x, y) in pixels, with the digit inside the frame."""
     while True:
         ends = generator.uniform(0, SIZE - DIGIT, (2, 2))
-        if np.linalg.norm(ends[1] - ends[0]) >= SHORTEST_PATH:
+        if np.linalg.norm(ends[1] - ends[0]) >= MIN_PATH_LENGTH:
             return ends[0] + np.linspace(0, 1, FRAMES)[:, None] * (ends[1] - ends[0])
 
 
 def render(digit: Tensor, generator: np.random.Generator) -> Tensor:
-    """A video of a digit (1, DIGIT, DIGIT), light on a dark colour: (FRAMES, 3, SIZE, SIZE) uint8."""
+    """Return a video (FRAMES, 3, SIZE, SIZE), uint8, of a light digit (1, DIGIT, DIGIT) on a dark colour."""
     x, y = torch.from_numpy(random_path(generator)).float().T
     background = torch.from_numpy(generator.uniform(0, 0.35, 3)).float()[None, :, None, None]
     ink = float(generator.uniform(0.75, 1.0))
-    # Where each pixel of the frame falls on the digit, in grid_sample's [-1, 1]: subpixel motion without jitter.
+    # The position of each pixel on the digit in grid_sample's coordinates [-1, 1], so that motion is in subpixels.
     pixels = torch.arange(SIZE) + 0.5
     columns = (pixels[None] - x[:, None]) / DIGIT * 2 - 1
     rows = (pixels[None] - y[:, None]) / DIGIT * 2 - 1
@@ -50,10 +50,7 @@ def render(digit: Tensor, generator: np.random.Generator) -> Tensor:
 
 
 def write_videos(directory: Path, count: int, held_out: bool, seed: int) -> None:
-    """Write `count` videos; held-out ones show other digits on other paths.
-
-    Existing files are kept.
-    """
+    """Write `count` mp4 files; held-out ones show other digits on other paths. Existing files are kept."""
     digits = load_digits()
     digits = digits[-HELD_OUT_DIGITS:] if held_out else digits[:-HELD_OUT_DIGITS]
     for number in tqdm(range(count), desc=f"drawing {directory.name}", unit="video", leave=False):

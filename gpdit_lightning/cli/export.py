@@ -1,4 +1,4 @@
-"""`export`: the model of a checkpoint as a folder that can be shared, and opened without unpickling anything."""
+"""`export`: write the model of a checkpoint to a folder that is read without unpickling."""
 
 import shutil
 from pathlib import Path
@@ -14,16 +14,16 @@ from gpdit_lightning.options.export import ExportOptions
 
 
 def export(options: ExportOptions) -> None:
-    """Write the folder.
+    """Write the model of a checkpoint to a folder.
 
     Raises:
-        InputError: the weights cannot be read, or `out` holds something else.
+        InputError: the weights cannot be read, or the folder contains other files.
     """
     model = load_trained_model(options.checkpoint, weights=options.weights).backbone
     if options.dtype:
         model.to(getattr(torch, options.dtype))
     weights = Weights(model.state_dict(), model.config, model.facts)
-    write(weights, options.out.resolve())
+    write_folder(weights, options.out.resolve())
     kind = "averaged" if model.facts.weights == "ema" else "trained"
     print(
         f"{options.out}: the {kind} weights of step {model.facts.step}; to continue a video with them: "
@@ -31,22 +31,22 @@ def export(options: ExportOptions) -> None:
     )
 
 
-def write(weights: Weights, out: Path) -> None:
-    """Write the folder whole, in the place of an earlier export of the same model, whose card stays.
+def write_folder(weights: Weights, out: Path) -> None:
+    """Write a folder atomically. It replaces an earlier export of the same model, except for its model card.
 
     Raises:
-        InputError: something else is there.
+        InputError: the folder contains other files.
     """
-    found = {path.name for path in out.iterdir()} if out.exists() else set()
-    same = found == {WEIGHTS, CONFIG, CARD} and (out / CONFIG).read_bytes() == config_json(weights).encode()
-    if found and not same:
-        raise InputError(f"{out} holds something else than an earlier export of this model: choose another --out.")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    same_model = names == {WEIGHTS, CONFIG, CARD} and (out / CONFIG).read_bytes() == config_json(weights).encode()
+    if names and not same_model:
+        raise InputError(f"{out} contains something other than an export of this model: choose another --out.")
     partial = partial_path(out)
-    remove(partial)  # of a killed export
+    remove(partial)  # left by a killed export
     try:
         partial.mkdir(parents=True)
-        if same:
-            shutil.copy(out / CARD, partial)  # somebody may have written a license into it
+        if same_model:
+            shutil.copy(out / CARD, partial)  # which the user may have edited
         write_exported(partial, weights)
         remove(out)
         publish(out)

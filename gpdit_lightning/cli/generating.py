@@ -1,6 +1,8 @@
-"""What the verbs that use a trained model share: how their options become models, codecs and settings."""
+"""Functions that the verbs with a trained model share: codec, generation settings, sizes and batches."""
 
-from typing import Any, Literal
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -14,25 +16,26 @@ from gpdit_lightning.options.shared import LoadingOptions, PrecisionOptions, Sam
 
 PRECISIONS = {"32": None, "bf16": torch.bfloat16}
 
+T = TypeVar("T")
+
 
 def load_codec_of(trained: TrainedModel, options: LoadingOptions) -> Codec:
-    """The codec of a model, on its device.
+    """Load the codec of a model to the model's device.
 
     Raises:
-        InputError: the codec's weights are not available.
+        InputError: the codec's weights are unavailable.
     """
-    device = next(trained.backbone.parameters()).device
-    owner = str(trained.path)
-    return load_codec_from_spec(trained.codec, device, options.codec_source, owner=owner, codec=options.codec)
+    device, path = next(trained.backbone.parameters()).device, str(trained.path)
+    return load_codec_from_spec(trained.codec, device, options.codec_source, owner=path, codec=options.codec)
 
 
 def generation_config(
     options: SamplerOptions, trained: TrainedModel, label_guidance: float = 1.0, **rest: Any
 ) -> GenerationConfig:
-    """How to generate.
+    """Return the generation settings of the options, with the noise schedule of the model.
 
     Args:
-        options: the sampler, guidance over the context, and precision.
+        options: sampler, guidance over the context, and precision.
         trained: the model.
         label_guidance: guidance scale over the label.
         rest: further fields of the result.
@@ -46,14 +49,14 @@ def generation_config(
 
 
 def selected_precision(options: PrecisionOptions, trained: TrainedModel) -> Literal["32", "bf16"]:
-    """The precision of matrix products: `auto` is bf16 for a model on CUDA, else 32."""
+    """Return the precision of matrix products: `auto` is bf16 for a model on CUDA, else 32."""
     if options.precision == "auto":
         return "bf16" if next(trained.backbone.parameters()).is_cuda else "32"
     return options.precision
 
 
 def trained_sizes(size: str | None, trained: TrainedModel) -> tuple[Size, ...]:
-    """The sizes of the training clips in pixels, or the requested one of them.
+    """Return the sizes of the training clips in pixels, or only the requested one.
 
     Raises:
         InputError: the model was not trained on the requested size.
@@ -61,21 +64,32 @@ def trained_sizes(size: str | None, trained: TrainedModel) -> tuple[Size, ...]:
     sizes = trained.geometry.sizes
     if size is None:
         return sizes
-    wanted = parse_size(size)
-    if wanted not in sizes:
-        known = ", ".join(f"{height}x{width}" for height, width in sizes)
-        raise InputError(f"--size is {size}, but the checkpoint was trained on {known}: choose one of these.")
-    return (wanted,)
+    requested = parse_size(size)
+    if requested not in sizes:
+        raise InputError(f"--size is {size}, but the checkpoint was trained on {listed(sizes)}: choose one of these.")
+    return (requested,)
 
 
 def trained_size(size: str | None, trained: TrainedModel, checkpoint: str) -> Size:
-    """The one size in pixels at which the model sees all videos.
+    """Return the size in pixels to which all videos are scaled.
 
     Raises:
         InputError: the model was not trained on the requested size, or on several and none is requested.
     """
     sizes = trained_sizes(size, trained)
     if len(sizes) > 1:
-        known = ", ".join(f"{height}x{width}" for height, width in sizes)
-        raise InputError(f"{checkpoint} was trained on {known}: choose one of them by --size.")
+        raise InputError(f"{checkpoint} was trained on {listed(sizes)}: choose one of them by --size.")
     return sizes[0]
+
+
+def listed(sizes: Sequence[Size]) -> str:
+    """Return sizes as text, such as "192x320, 320x192"."""
+    return ", ".join(f"{height}x{width}" for height, width in sizes)
+
+
+def batches_by_shape(items: Sequence[T], batch_size: int, shape_of: Callable[[T], torch.Size]) -> list[list[T]]:
+    """Divide items into batches of at most `batch_size` items of one shape, otherwise in their order."""
+    groups: dict[torch.Size, list[T]] = defaultdict(list)
+    for item in items:
+        groups[shape_of(item)].append(item)
+    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]

@@ -1,4 +1,4 @@
-"""`sample`: continue videos with a trained model, or generate them from nothing."""
+"""`sample`: continue videos with a trained model, or generate them from noise alone."""
 
 import logging
 import math
@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -14,13 +15,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
-from gpdit_lightning.cli.generating import generation_config, load_codec_of, trained_sizes
+from gpdit_lightning.cli.generating import batches_by_shape, generation_config, load_codec_of, trained_sizes
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, cast_linear_weights, stream_video
-from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, batches_of_one_shape, read_contexts
-from gpdit_lightning.generation.outputs import FORMATS, Output
+from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, read_contexts
+from gpdit_lightning.generation.outputs import FORMATS, VideoOutput
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 from gpdit_lightning.model import NO_LABEL
@@ -29,40 +30,37 @@ from gpdit_lightning.options.sample import SampleOptions
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-TRUTH_SHOWN = 96  # frames of the ground truth in a strip or GIF; all of them are held in memory
+MAX_GROUND_TRUTH = 96  # frames of ground truth for a strip or GIF, all of which are held in memory
 
 
 def sample(options: SampleOptions) -> None:
-    """Generate videos and write them.
-
-    Frames are written as they are decoded; Ctrl-C keeps those so far as a playable file.
+    """Generate videos and write them frame by frame. Ctrl-C keeps the frames so far as a playable file.
 
     Raises:
         InputError: an option, a context or the checkpoint cannot be used.
-        KeyboardInterrupt: after the files were finished.
+        KeyboardInterrupt: on Ctrl-C, after the files were completed.
     """
     trained = load_trained_model(options.checkpoint, available_device(options.device), options.weights)
     codec = load_codec_of(trained, options)
     config = rollout_config(options, trained)
-    videos = requested_videos(options, trained, codec)
-    longest = max(len(video.context.pixels) for video in videos) + options.frames
-    check_history(config, codec.temporal_factor, longest, trained)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the frames so far are kept
+    jobs = plan_videos(options, trained, codec)
+    longest = max(len(job.context.pixels) for job in jobs) + options.frames
+    check_visible_frames(config, codec.temporal_factor, longest, trained)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM, too, keeps the frames so far
     if config.autocast_dtype is not None:
         cast_linear_weights(trained.backbone, config.autocast_dtype)
 
-    log.info("%d x %d frames with the weights of step %d", len(videos), options.frames, trained.step)
-    total = len(videos) * options.frames
+    log.info("%d x %d frames with the weights of step %d", len(jobs), options.frames, trained.step)
     with (
-        tqdm(total=total, unit=" frames", desc="generating") as bar,
+        tqdm(total=len(jobs) * options.frames, unit=" frames", desc="generating") as bar,
         logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]),
     ):
-        for batch in batches_of_one_shape(videos, options.batch_size, lambda video: video.context):
+        for batch in batches_by_shape(jobs, options.batch_size, lambda job: job.context.pixels.shape):
             generate(batch, options.frames, trained, codec, config, bar)
 
 
 def rollout_config(options: SampleOptions, trained: TrainedModel) -> GenerationConfig:
-    """How to generate, by the options and, where they say nothing, as the model was trained."""
+    """Return the rollout settings of the options; the default window is the longest history of the training clips."""
     if trained.backbone.config.text_width:
         raise InputError(
             f"{options.checkpoint} is conditioned on text embeddings, which this command cannot compute: call "
@@ -80,95 +78,122 @@ def rollout_config(options: SampleOptions, trained: TrainedModel) -> GenerationC
     )
 
 
-def check_history(config: GenerationConfig, temporal_factor: int, frames: int, trained: TrainedModel) -> None:
-    """Warn if frames see more frames than in training, and refuse what cannot be computed without a cache.
+def check_visible_frames(config: GenerationConfig, temporal_factor: int, frames: int, trained: TrainedModel) -> None:
+    """Warn if frames attend to more frames than in training; refuse a window that `of2` cannot use without a cache.
 
     Args:
         config: gives window and sinks.
-        temporal_factor: pixel frames per latent frame.
-        frames: pixel frames of the longest video, with its context.
-        trained: the model and its training clips.
+        temporal_factor: pixel frames of each latent frame after the first.
+        frames: pixel frames of the longest video, including its context.
+        trained: the model and the geometry of its training clips.
     """
     assert config.window is not None
-    visible, before_last = config.window + config.sinks, math.ceil((frames - 1) / temporal_factor)
-    if min(visible, before_last) > max(1, trained.geometry.frames - 1):
+    visible, history = config.window + config.sinks, math.ceil((frames - 1) / temporal_factor)
+    if min(visible, history) > max(1, trained.geometry.frames - 1):
         log.warning(
-            "warning: frames see up to %d others (--window and --sinks), but in training at most %d: the result may "
-            "be worse",
-            min(visible, before_last),
+            "warning: frames attend to up to %d others (--window and --sinks), but in training to at most %d: the "
+            "result may be worse",
+            min(visible, history),
             trained.geometry.frames - 1,
         )
-    if not config.use_cache and trained.backbone.config.attention == "of2" and before_last > visible:
+    if not config.use_cache and trained.backbone.config.attention == "of2" and history > visible:
         raise InputError(
-            f"--no_cache with an of2 model must see all {before_last} latent frames, but --window and --sinks "
-            f"let it see {visible}: leave --no_cache out, raise --window, or generate fewer frames."
+            f"--no_cache with an of2 model must attend to all {history} latent frames, but --window and --sinks allow "
+            f"{visible}: leave --no_cache out, raise --window, or generate fewer frames."
         )
 
 
 @dataclass(frozen=True)
-class Video:
-    """One video to generate: its context, the seed of its noise, its label, and its output."""
+class VideoJob:
+    """One video to generate: its context, seed of the noise, class number, and output files."""
 
     context: VideoContext
     seed: int
     label: int
-    output: Output
+    output: VideoOutput
 
 
-def requested_videos(options: SampleOptions, trained: TrainedModel, codec: Codec) -> list[Video]:
-    """A video for every context and seed; errors in any of them are found before one is generated."""
+def plan_videos(options: SampleOptions, trained: TrainedModel, codec: Codec) -> list[VideoJob]:
+    """Read the contexts and return a job for each context and seed.
+
+    Raises:
+        InputError: a context, label or output cannot be used.
+    """
     settings = context_settings(options, trained, codec)
     contexts = read_contexts(options.context, settings, codec) if options.context else [empty_context(settings)]
-    seeds = range(options.seed, options.seed + options.samples)
-    single, ending = len(contexts) * len(seeds) == 1, options.out.suffix.removeprefix(".")
-    formats = options.formats or ([ending] if ending in FORMATS and ending != "mp4" else ["mp4", "png"])
-    if ending not in FORMATS and options.out.suffix.lower() in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS):
-        endings = ", ".join(f".{name}" for name in FORMATS)
-        raise InputError(
-            f"--out {options.out} is not of a format that can be written: give a folder, or one of {endings}."
-        )
-    if ending in FORMATS and not single:
-        raise InputError(
-            f"--out {options.out} is one file, but {len(contexts) * len(seeds)} videos are requested: give a folder."
-        )
-    videos = []
+    formats = output_formats(options, len(contexts) * options.samples)
+    jobs = []
     for context in contexts:
-        label = class_of(options.label, context, trained)
+        label = class_number(options.label, context, trained)
         if label == NO_LABEL and options.label_guidance != 1:
             raise InputError(
-                f"--label_guidance is {options.label_guidance}, but {context.name} has no label that the checkpoint "
-                "knows: give --label, or leave --label_guidance out."
+                f"--label_guidance is {options.label_guidance}, but {context.name} has no label of the checkpoint's "
+                "classes: give --label, or leave --label_guidance out."
             )
-        for seed in seeds:
-            name = context.name if options.samples == 1 else f"{context.name}-seed{seed}"
-            path = options.out.with_suffix("") if ending in FORMATS else options.out / name
-            how = (options.frames, options.mark, options.side_by_side, codec.temporal_factor)
-            output = Output(path, formats, context, *how)
-            videos.append(Video(context, seed, label, output))
-    return videos
+        for seed in range(options.seed, options.seed + options.samples):
+            output = VideoOutput(
+                output_path(options, context, seed),
+                formats,
+                context,
+                options.frames,
+                temporal_factor=codec.temporal_factor,
+                mark=options.mark,
+                side_by_side=options.side_by_side,
+            )
+            jobs.append(VideoJob(context, seed, label, output))
+    return jobs
+
+
+def output_formats(options: SampleOptions, videos: int) -> Sequence[str]:
+    """Return the formats to write: those of --formats, else that of --out, else mp4 and png.
+
+    Raises:
+        InputError: --out has the extension of a format that cannot be written, or names one file for several videos.
+    """
+    extension = options.out.suffix.removeprefix(".")
+    if extension not in FORMATS and options.out.suffix.lower() in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS):
+        extensions = ", ".join(f".{name}" for name in FORMATS)
+        raise InputError(
+            f"--out {options.out} is not of a format that can be written: give a folder, or one of {extensions}."
+        )
+    if extension in FORMATS and videos > 1:
+        raise InputError(f"--out {options.out} is one file, but {videos} videos are requested: give a folder.")
+    return options.formats or ([extension] if extension in FORMATS and extension != "mp4" else ["mp4", "png"])
+
+
+def output_path(options: SampleOptions, context: VideoContext, seed: int) -> Path:
+    """Return the path of a video's files without extension."""
+    if options.out.suffix.removeprefix(".") in FORMATS:
+        return options.out.with_suffix("")
+    return options.out / (context.name if options.samples == 1 else f"{context.name}-seed{seed}")
 
 
 def context_settings(options: SampleOptions, trained: TrainedModel, codec: Codec) -> ContextSettings:
-    """How contexts are read: like the training clips, unless the options say otherwise."""
+    """Return how contexts are read: like the training clips unless the options say otherwise."""
     frames = options.context_frames
     return ContextSettings(
         frames=codec.pixel_frames(max(1, trained.geometry.frames - 1)) if frames is None else frames,
         stride=trained.geometry.stride,
         sizes=trained_sizes(options.size, trained),
-        ground_truth_frames=options.frames if options.side_by_side else min(options.frames, TRUTH_SHOWN),
+        ground_truth_frames=options.frames if options.side_by_side else min(options.frames, MAX_GROUND_TRUTH),
         start=options.start,
         fps=options.fps,
     )
 
 
 def empty_context(settings: ContextSettings) -> VideoContext:
-    """A context without frames, of the first size."""
-    nothing = torch.zeros((0, 3, *settings.sizes[0]), dtype=torch.uint8)
-    return VideoContext("sample", nothing, nothing, settings.fps_or(None) / settings.stride)
+    """Return a context without frames, of the first size."""
+    no_frames = torch.zeros((0, 3, *settings.sizes[0]), dtype=torch.uint8)
+    return VideoContext("sample", no_frames, no_frames, settings.source_fps() / settings.stride)
 
 
-def class_of(label: str | None, context: VideoContext, trained: TrainedModel) -> int:
-    """The number of the class to generate; `NO_LABEL` for none.
+def class_number(label: str | None, context: VideoContext, trained: TrainedModel) -> int:
+    """Return the number of the class to generate, or `NO_LABEL`.
+
+    Args:
+        label: name or number of a class; None for the label of the context, if the model was trained with it.
+        context: may have a label.
+        trained: the model.
 
     Raises:
         InputError: the model was not trained with the label.
@@ -180,49 +205,49 @@ def class_of(label: str | None, context: VideoContext, trained: TrainedModel) ->
         return classes.index(label)
     if label.isdecimal() and int(label) < len(classes):
         return int(label)
-    known = f"give one of {', '.join(classes)}" if classes else "it was trained without labels: leave --label out"
-    raise InputError(f"--label is {label!r}, with which the checkpoint was not trained: {known}.")
+    cure = f"give one of {', '.join(classes)}" if classes else "it was trained without labels: leave --label out"
+    raise InputError(f"--label is {label!r}, with which the checkpoint was not trained: {cure}.")
 
 
 def generate(
-    batch: Sequence[Video],
+    batch: Sequence[VideoJob],
     frames: int,
     trained: TrainedModel,
     codec: Codec,
     config: GenerationConfig,
     bar: "tqdm[NoReturn]",
 ) -> None:
-    """Generate the videos of a batch and print their files; after Ctrl-C, the frames so far.
+    """Generate the videos of a batch and print their files; after Ctrl-C, those of the frames so far.
 
     Raises:
-        KeyboardInterrupt: after the files were finished.
+        KeyboardInterrupt: on Ctrl-C, after the files were completed.
     """
-    stopped = False
+    interrupted = False
     with ExitStack() as files:
-        outputs = [files.enter_context(video.output) for video in batch]
-        conditions = torch.tensor([video.label for video in batch]) if trained.classes else None
+        outputs = [files.enter_context(job.output) for job in batch]
+        labels = torch.tensor([job.label for job in batch]) if trained.classes else None
         try:
-            known = torch.cat([context_latents(video.context, codec) for video in batch])
-            for video, latents in zip(batch, known.cpu(), strict=True):
-                if video.context.latents is None:
-                    video.output.write(video.context.pixels[:0], latents)
-            seeds = [video.seed for video in batch]
-            for piece in stream_video(trained.backbone, codec, known, frames, config, ClipInputs(seeds, conditions)):
-                with interrupts_deferred():
+            context = torch.cat([context_latents(job.context, codec) for job in batch])
+            for job, latents in zip(batch, context.cpu(), strict=True):
+                if job.context.latents is None:
+                    job.output.write(job.context.pixels[:0], latents)
+            inputs = ClipInputs([job.seed for job in batch], labels)
+            for piece in stream_video(trained.backbone, codec, context, frames, config, inputs):
+                with defer_interrupts():
                     for output, pixels, latents in zip(outputs, piece.pixels, piece.latents, strict=True):
                         output.write(pixels, latents)
                 bar.update(piece.pixels.shape[0] * piece.pixels.shape[1])
         except KeyboardInterrupt:
-            stopped = True
+            interrupted = True
     for output in outputs:
         if output.files:
-            bar.write(f"{output.written} frames: {', '.join(str(path) for path in output.files)}")
-    if stopped:
+            bar.write(f"{output.frames_written} frames: {', '.join(str(path) for path in output.files)}")
+    if interrupted:
         raise KeyboardInterrupt
 
 
 def context_latents(context: VideoContext, codec: Codec) -> Tensor:
-    """The raw latents of a context: (1, k, C, h, w)."""
+    """Return the raw latents of a context, (1, k, C, h, w)."""
     if context.latents is not None:
         return context.latents[None].to(codec.device)
     if len(context.pixels):
@@ -232,14 +257,14 @@ def context_latents(context: VideoContext, codec: Codec) -> Tensor:
 
 
 @contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Handle Ctrl-C and SIGTERM after the block, so that no frame is written partly."""
-    caught: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in SIGNALS}
+def defer_interrupts() -> Iterator[None]:
+    """Delay SIGINT and SIGTERM until the block has ended, so that all videos of a batch get the same frames."""
+    received: list[int] = []
+    handlers = {name: signal.signal(name, lambda number, _: received.append(number)) for name in SIGNALS}
     try:
         yield
     finally:
-        for name, handler in before.items():
+        for name, handler in handlers.items():
             signal.signal(name, handler)
-    for number in caught[:1]:
+    for number in received[:1]:
         signal.raise_signal(number)

@@ -1,15 +1,17 @@
-"""What a user wants continued: videos, pictures, folders of them and samples of shards, read as a model was trained."""
+"""Contexts of generated videos: video and image files, folders of them, and samples of shards.
+
+They are read as the training clips of the model were, with the same stride and sizes.
+"""
 
 import math
 import os
 import re
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,28 +24,27 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, closest_size, read_image, resize_and_crop
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS, iterate_frames, iterate_images, natural_sort_key, video_info
 
-T = TypeVar("T")
-
-USUAL_RATE = 24  # frames a second that pictures are taken to have
-SHARD_ENDING = ".tar"
-LEVELS = 3  # where a shard's manifest is looked for: the shard's folder and two above
-LONGEST_NAME = 56  # letters: of up to four bytes each, they leave a file name room for its ending
+DEFAULT_FPS = 24  # of images, which have no frame rate
+SHARD_EXTENSION = ".tar"
+MANIFEST_SEARCH_DEPTH = 3  # a shard's manifest is searched for in its folder and the two above
+MAX_NAME_LENGTH = 56  # characters, of up to four bytes each, which leaves room for an extension in a file name
 
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """How contexts are read: as a checkpoint's training clips were, and as the user asks.
+    """How contexts are read: stride and sizes of the model's training clips, and the user's choices.
 
     Attributes:
-        frames: pixel frames of a context, T = 1 + 4k.
-        stride: every stride-th frame of a video is one.
-        sizes: (height, width) choices; the closest in aspect is taken.
-        ground_truth_frames: how many later frames to read as truth.
-        start: second at which the context begins; None: the last frames at multiples of the stride, and no truth.
-        fps: frames a second of pictures, which do not say; None for 24.
+        frames: pixel frames of a context, T = 1 + temporal_factor k.
+        stride: distance between the frames of a video that are used.
+        sizes: possible (height, width); each context takes the one closest in aspect ratio.
+        ground_truth_frames: maximum number of frames after the context to read as ground truth.
+        start: time in seconds at which the context begins. None: the context ends at the end of the video, and there is
+            no ground truth.
+        fps: frames per second of images; None for `DEFAULT_FPS`.
 
     Raises:
-        InputError: a start before the beginning, or a rate that is not above 0.
+        InputError: `start` is negative or not finite, or `fps` is not positive and finite.
     """
 
     frames: int
@@ -55,27 +56,28 @@ class ContextSettings:
 
     def __post_init__(self) -> None:
         if self.start is not None and not 0 <= self.start < math.inf:
-            raise InputError(f"--start is {self.start}: give a second of the video, from 0 on.")
+            raise InputError(f"--start is {self.start}: give a time in seconds, at least 0.")
         if self.fps is not None and not 0 < self.fps < math.inf:
-            raise InputError(f"--fps is {self.fps}: give frames a second, above 0.")
+            raise InputError(f"--fps is {self.fps}: give frames per second, above 0.")
 
-    def fps_or(self, said: float | None) -> Fraction:
-        """Frames a second, before the stride, of what says so itself or else does not."""
-        # The exact fraction behind a rounded one: 30000/1001, not 29.97002997002997.
-        return Fraction(said or self.fps or USUAL_RATE).limit_denominator(65535)
+    def source_fps(self, recorded: float | None = None) -> Fraction:
+        """Return the frames per second of a source before the stride: the recorded rate if there is one, else `fps`."""
+        # limit_denominator restores exact rates from rounded ones: 30000/1001 from 29.97002997002997.
+        return Fraction(recorded or self.fps or DEFAULT_FPS).limit_denominator(65535)
 
 
 @dataclass(frozen=True)
 class VideoContext:
-    """One clip to continue.
+    """The beginning of one video to generate.
 
     Attributes:
-        name: short and fit for a file name; no two of a list are alike.
-        pixels: (T, 3, H, W) uint8; T = 0 where a clip is generated from nothing.
-        ground_truth: (at most `ContextSettings.ground_truth_frames`, 3, H, W) uint8: the frames that really come next.
-        fps: frames a second at the stride, at which the result plays.
-        latents: (k, C, h, w) float32, raw, of what a shard holds; `pixels` are decoded from them.
-        label: what a shard notes as its sample's label.
+        name: short name that can be used in a file name, unique among the contexts read together.
+        pixels: (T, 3, H, W) uint8; T = 0 for a video that is generated from noise alone.
+        ground_truth: (at most `ContextSettings.ground_truth_frames`, 3, H, W) uint8, the frames of the source after
+            `pixels`.
+        fps: frames per second of the result, with the stride taken into account.
+        latents: (k, C, h, w) float32, raw, if the source is a shard; `pixels` are decoded from them.
+        label: the label that a shard records for its sample.
     """
 
     name: str
@@ -86,27 +88,31 @@ class VideoContext:
     label: str | None = None
 
 
-def read_contexts(places: Sequence[str], reading: ContextSettings, codec: Codec) -> list[VideoContext]:
-    """Everything to continue, in the order in which it is named.
+def read_contexts(sources: Sequence[str], settings: ContextSettings, codec: Codec) -> list[VideoContext]:
+    """Read one or more contexts from each source, in the order of the sources.
+
+    All contexts are held in memory: name single samples of large shards.
 
     Args:
-        places: each a video or GIF, a picture (one frame, whatever `reading.frames` says), a folder of frames or of
-            videos (in natural order, not in depth), a sample of a shard as PATH.tar#NUMBER (from 0) or PATH.tar#KEY, or
-            all samples of a shard as PATH.tar. The context of a sample is its beginning.
-        reading: how.
-        codec: the model's, which must have made the shards.
+        sources: each is one of
 
-    Returns:
-        One context or more for each place. All are in memory: of a large shard, name single samples.
+            - a video or GIF,
+            - an image, which is one context frame regardless of `settings.frames`,
+            - a folder of images, which are the frames of a video, in natural order,
+            - a folder of videos, in natural order, without its subfolders,
+            - a sample of a shard, as PATH.tar#NUMBER (from 0) or PATH.tar#KEY; its beginning is the context,
+            - a shard, PATH.tar, with all its samples.
+        settings: frames, stride, sizes and other choices.
+        codec: the model's codec, with which shards must have been made.
 
     Raises:
-        InputError: for what is missing, unreadable, damaged, too short, or unlike the training clips.
+        InputError: a source is missing, unreadable, damaged, too short, or does not match the training clips.
     """
-    codec.latent_frames(reading.frames)
-    open_shard = cache(partial(_open_shard, reading=reading, codec=codec))
+    codec.latent_frames(settings.frames)
+    open_shard = cache(partial(_open_shard, settings=settings, codec=codec))
     contexts: dict[str, VideoContext] = {}
-    for place in places:
-        for context in _contexts_at(place, reading, codec, open_shard):
+    for source in sources:
+        for context in _read_source(source, settings, codec, open_shard):
             name, number = context.name, 1
             while name in contexts:
                 number += 1
@@ -115,148 +121,132 @@ def read_contexts(places: Sequence[str], reading: ContextSettings, codec: Codec)
     return list(contexts.values())
 
 
-def batches_of_one_shape(items: Sequence[T], batch_size: int, context_of: Callable[[T], VideoContext]) -> list[list[T]]:
-    """Batches of at most `batch_size` whose contexts are alike in size and number of frames, otherwise in their order.
-
-    Raises:
-        InputError: no room in a batch.
-    """
-    if batch_size < 1:
-        raise InputError(f"--batch_size is {batch_size}: give at least 1.")
-    alike: dict[torch.Size, list[T]] = defaultdict(list)
-    for item in items:
-        alike[context_of(item).pixels.shape].append(item)
-    return [group[first : first + batch_size] for group in alike.values() for first in range(0, len(group), batch_size)]
-
-
-def _contexts_at(
-    place: str, reading: ContextSettings, codec: Codec, open_shard: Callable[[Path], ShardReader]
+def _read_source(
+    source: str, settings: ContextSettings, codec: Codec, open_shard: Callable[[Path], ShardReader]
 ) -> Iterator[VideoContext]:
-    path = Path(place)
-    tar, _, sample = place.rpartition("#")
-    if tar.endswith(SHARD_ENDING):
-        reader = open_shard(Path(tar))
-        yield _of_sample(reader, _number_of(sample, reader), reading, codec)
+    path = Path(source)
+    shard, _, sample = source.rpartition("#")
+    if shard.endswith(SHARD_EXTENSION):
+        reader = open_shard(Path(shard))
+        yield _read_sample(reader, _sample_number(sample, reader), settings, codec)
     elif not os.path.exists(path):
-        raise InputError(
-            f"{place} does not exist on this machine: give a video, a picture, a folder of either, or a shard."
-        )
-    elif path.suffix == SHARD_ENDING:
+        raise InputError(f"{source} does not exist: give a video, an image, a folder of either, or a shard.")
+    elif path.suffix == SHARD_EXTENSION:
         reader = open_shard(path)
         for number in range(len(reader)):
-            yield _of_sample(reader, number, reading, codec)
+            yield _read_sample(reader, number, settings, codec)
     elif path.is_dir():
-        yield from _of_folder(path, reading)
+        yield from _read_folder(path, settings)
     elif path.suffix.lower() in IMAGE_EXTENSIONS:
-        yield _of_picture(path, reading)
+        yield _read_still_image(path, settings)
     else:
-        yield _of_video(path, reading)
+        yield _read_video(path, settings)
 
 
-def _of_folder(folder: Path, reading: ContextSettings) -> Iterator[VideoContext]:
+def _read_folder(folder: Path, settings: ContextSettings) -> Iterator[VideoContext]:
     files = sorted(folder.glob("[!.]*"), key=natural_sort_key)
     videos = [path for path in files if path.suffix.lower() in VIDEO_EXTENSIONS]
-    pictures = [path for path in files if path.suffix.lower() in IMAGE_EXTENSIONS]
-    if videos and pictures:
+    images = [path for path in files if path.suffix.lower() in IMAGE_EXTENSIONS]
+    if videos and images:
         raise InputError(
-            f"{folder} holds both videos ({videos[0].name}) and pictures ({pictures[0].name}): give a folder of "
-            "videos, or of the frames of one."
+            f"{folder} contains both videos ({videos[0].name}) and images ({images[0].name}): give a folder of "
+            "videos, or of the frames of one video."
         )
-    if not videos and not pictures:
-        raise InputError(f"{folder} holds no videos and no pictures: give another folder, or a shard as PATH.tar.")
-    if pictures:
-        yield _clip(folder, partial(iterate_images, folder), reading.fps_or(None), reading, len(pictures))
+    if not videos and not images:
+        raise InputError(f"{folder} contains no videos and no images: give another folder, or a shard as PATH.tar.")
+    if images:
+        yield _read_clip(folder, partial(iterate_images, folder), settings.source_fps(), settings, len(images))
     for path in videos:
-        yield _of_video(path, reading)
+        yield _read_video(path, settings)
 
 
-def _of_video(path: Path, reading: ContextSettings) -> VideoContext:
-    return _clip(path, partial(iterate_frames, path), video_info(path).fps, reading)
+def _read_video(path: Path, settings: ContextSettings) -> VideoContext:
+    return _read_clip(path, partial(iterate_frames, path), video_info(path).fps, settings)
 
 
-def _clip(
+def _read_clip(
     path: Path,
     read: Callable[[int, int, int | None], Iterable[Tensor]],
     fps: Fraction,
-    reading: ContextSettings,
+    settings: ContextSettings,
     count: int = 0,
 ) -> VideoContext:
-    """The context in a video.
+    """Read the context from the frames of a video.
 
     Args:
-        path: of the file or folder.
-        read: gives its frames from a number on, every stride-th, at most so many.
-        fps: before the stride.
-        reading: how.
-        count: its frames, where that is known, so that none is read in vain.
+        path: the video or the folder of frames.
+        read: takes start, stride and max_frames, and returns frames (3, H, W).
+        fps: frames per second before the stride.
+        settings: frames, stride, sizes and start.
+        count: number of frames if it is known, to skip frames before the last ones without decoding them.
     """
-    wanted, stride = reading.frames, reading.stride
-    if reading.start is None:
-        first = max(0, math.ceil(count / stride) - wanted) * stride
-        frames = deque(_resized(read(first, stride, None), reading.sizes), maxlen=wanted)
+    needed, stride = settings.frames, settings.stride
+    if settings.start is None:
+        first = max(0, math.ceil(count / stride) - needed) * stride
+        frames = deque(_resized(read(first, stride, None), settings.sizes), maxlen=needed)
     else:
-        found = read(round(reading.start * fps), stride, wanted + reading.ground_truth_frames)
-        frames = deque(_resized(found, reading.sizes))
+        later = read(round(settings.start * fps), stride, needed + settings.ground_truth_frames)
+        frames = deque(_resized(later, settings.sizes))
         if not frames:
-            raise InputError(f"--start {reading.start:g} is behind the end of {path}: give an earlier second.")
-    if len(frames) < wanted:
-        raise _too_short(path, len(frames), reading)
+            raise InputError(f"--start {settings.start:g} is after the end of {path}: give an earlier time.")
+    if len(frames) < needed:
+        raise _too_short_error(path, len(frames), settings)
     pixels = torch.stack(list(frames))
     name = os.path.basename(os.path.abspath(path)) if path.is_dir() else path.stem
-    return VideoContext(_file_name(name), pixels[:wanted], pixels[wanted:], fps / stride)
+    return VideoContext(_name_for_files(name), pixels[:needed], pixels[needed:], fps / stride)
 
 
-def _of_picture(path: Path, reading: ContextSettings) -> VideoContext:
-    _refuse_start(path, reading)
-    pixels = torch.stack(list(_resized(read_image(path), reading.sizes)))
-    return VideoContext(_file_name(path.stem), pixels, pixels[:0], reading.fps_or(None) / reading.stride)
+def _read_still_image(path: Path, settings: ContextSettings) -> VideoContext:
+    _check_no_start(path, settings)
+    pixels = torch.stack(list(_resized(read_image(path), settings.sizes)))
+    return VideoContext(_name_for_files(path.stem), pixels, pixels[:0], settings.source_fps() / settings.stride)
 
 
 def _resized(frames: Iterable[Tensor], sizes: Sequence[Size]) -> Iterator[Tensor]:
-    """Frames (3, H, W) as the model takes them, each as it comes: a video may be long and its frames large."""
+    """Scale and crop frames (3, H, W) one at a time, so that only one large frame is in memory."""
     for frame in frames:
         height, width = frame.shape[1:]
         yield resize_and_crop(frame[None], closest_size(height, width, sizes))[0]
 
 
-def _open_shard(tar: Path, reading: ContextSettings, codec: Codec) -> ShardReader:
-    """A shard whose samples the model can continue."""
-    if not tar.is_file():
-        raise InputError(f"{tar} does not exist: give the path of a shard of latents.")
-    manifest, reader = _listed(tar)
+def _open_shard(path: Path, settings: ContextSettings, codec: Codec) -> ShardReader:
+    """Open a shard, and check that its samples match the codec and the training clips."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give the path of a shard of latents.")
+    manifest, reader = _find_in_manifest(path)
     manifest.codec.check_same(
-        codec.spec(),
-        f"The latents to continue, of {manifest.path},",
-        f"those that the checkpoint knows, of a codec from {codec.source or 'the package'},",
+        codec.spec(), f"the latents of {manifest.path}", f"the checkpoint's codec from {codec.source or 'the package'}"
     )
     frames, _, *sides = reader.entry.shape
     height, width = (side * codec.spatial_factor for side in sides)
     if reader.entry.kind == "sequence":
-        raise InputError(f"{tar} holds sequences of pictures, which are no videos: give a shard of videos or images.")
-    if (height, width) not in reading.sizes:
-        known = ", ".join(f"{height}x{width}" for height, width in reading.sizes)
+        raise InputError(f"{path} contains sequences of image pairs: give a shard of videos or images.")
+    if (height, width) not in settings.sizes:
+        sizes = ", ".join(f"{height}x{width}" for height, width in settings.sizes)
         raise InputError(
-            f"{tar} has samples of {height}x{width} pixels where the checkpoint was trained on {known}: give others."
+            f"{path} has samples of {height}x{width} pixels, but the checkpoint was trained on {sizes}: give others."
         )
-    if reader.entry.kind == "video" and codec.pixel_frames(frames) < reading.frames:
-        raise _too_short(tar, codec.pixel_frames(frames), reading)
-    _refuse_start(tar, reading)
+    if reader.entry.kind == "video" and codec.pixel_frames(frames) < settings.frames:
+        raise _too_short_error(path, codec.pixel_frames(frames), settings)
+    _check_no_start(path, settings)
     return reader
 
 
-def _listed(tar: Path) -> tuple[Manifest, ShardReader]:
-    """The manifest that lists a shard, and the shard."""
-    for folder in tar.absolute().parents[:LEVELS]:
+def _find_in_manifest(path: Path) -> tuple[Manifest, ShardReader]:
+    """Find the manifest that lists a shard, and open the shard."""
+    for folder in path.absolute().parents[:MANIFEST_SEARCH_DEPTH]:
         if (folder / FILE_NAME).is_file():
-            manifest = Manifest.load(folder, check_files=False)  # the other shards may lie elsewhere
+            manifest = Manifest.load(folder, check_files=False)  # other shards may be missing
             for entry in manifest.shards:
-                if folder / entry.path == tar.absolute():
+                if folder / entry.path == path.absolute():
                     return manifest, ShardReader(folder, entry)
-    raise InputError(f"No {FILE_NAME} in the folder of {tar} or the two above lists it: copy the one it was made with.")
+    raise InputError(
+        f"No {FILE_NAME} in the folder of {path} or the two above lists this shard: copy the one it was made with."
+    )
 
 
-def _number_of(sample: str, reader: ShardReader) -> int:
-    """The sample that a number or key names; the key of sample N is the shard's name, a dash and N in six digits."""
+def _sample_number(sample: str, reader: ShardReader) -> int:
+    """Parse the number or key of a sample. A key is the shard's name, a dash, and the number in six digits."""
     number = sample.removeprefix(f"{reader.path.stem}-")
     if not number.isdecimal() or int(number) >= len(reader):
         last = len(reader) - 1
@@ -266,41 +256,42 @@ def _number_of(sample: str, reader: ShardReader) -> int:
     return int(number)
 
 
-def _of_sample(reader: ShardReader, number: int, reading: ContextSettings, codec: Codec) -> VideoContext:
+def _read_sample(reader: ShardReader, number: int, settings: ContextSettings, codec: Codec) -> VideoContext:
     is_video = reader.entry.kind == "video"
-    known = codec.latent_frames(reading.frames) if is_video else 1
-    later = math.ceil(reading.ground_truth_frames / codec.temporal_factor)
-    values, metadata = reader.read(number, min(known + later, reader.entry.shape[0]))
-    if is_video and (stride := metadata.get("stride", 1)) != reading.stride:
+    context_frames = codec.latent_frames(settings.frames) if is_video else 1
+    later_frames = math.ceil(settings.ground_truth_frames / codec.temporal_factor)
+    values, metadata = reader.read(number, min(context_frames + later_frames, reader.entry.shape[0]))
+    if is_video and (stride := metadata.get("stride", 1)) != settings.stride:
         raise InputError(
-            f"Sample {number} of {reader.path} has stride {stride} where the checkpoint was trained at stride "
-            f"{reading.stride}: give samples of that stride."
+            f"Sample {number} of {reader.path} has stride {stride}, but the checkpoint was trained at stride "
+            f"{settings.stride}: give samples of that stride."
         )
     latents = torch.from_numpy(values.astype(np.float32))
     pixels = codec.decode(latents[None])[0].cpu()
-    frames = codec.pixel_frames(known)
+    frames = codec.pixel_frames(context_frames)
     return VideoContext(
-        name=_file_name(metadata["key"]),
+        name=_name_for_files(metadata["key"]),
         pixels=pixels[:frames],
-        ground_truth=pixels[frames : frames + reading.ground_truth_frames],
-        fps=reading.fps_or(metadata.get("fps")) / reading.stride,
-        latents=latents[:known],
+        ground_truth=pixels[frames : frames + settings.ground_truth_frames],
+        fps=settings.source_fps(metadata.get("fps")) / settings.stride,
+        latents=latents[:context_frames],
         label=metadata.get("label"),
     )
 
 
-def _too_short(path: Path, frames: int, reading: ContextSettings) -> InputError:
-    earlier = ", an earlier --start" if reading.start else ""
+def _too_short_error(path: Path, frames: int, settings: ContextSettings) -> InputError:
+    earlier = ", an earlier --start" if settings.start else ""
     return InputError(
-        f"{path} gives {frames} frames at stride {reading.stride}, but the context needs {reading.frames}: take a "
+        f"{path} has {frames} frames at stride {settings.stride}, but the context needs {settings.frames}: give a "
         f"longer video{earlier} or fewer --context_frames (1 + 4k)."
     )
 
 
-def _refuse_start(path: Path, reading: ContextSettings) -> None:
-    if reading.start:
-        raise InputError(f"{path} has no second {reading.start:g}: give --start for videos alone.")
+def _check_no_start(path: Path, settings: ContextSettings) -> None:
+    if settings.start:
+        raise InputError(f"{path} has no frame at {settings.start:g} s: give --start for videos only.")
 
 
-def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", text)[:LONGEST_NAME].strip("-.") or "context"
+def _name_for_files(text: str) -> str:
+    """Replace characters that do not belong in a file name by dashes, and shorten the result."""
+    return re.sub(r"[^\w.-]+", "-", text)[:MAX_NAME_LENGTH].strip("-.") or "context"

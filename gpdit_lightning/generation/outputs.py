@@ -1,4 +1,4 @@
-"""What becomes of generated frames: files that are written as they come, since a long video fits in no memory."""
+"""Output files of generated videos, written frame by frame, since a long video does not fit in memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from gpdit_lightning.codecs import WanCodec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, check_writable
 from gpdit_lightning.generation.contexts import VideoContext
@@ -29,47 +28,42 @@ from gpdit_lightning.options.sample import VideoFormat
 FORMATS: tuple[VideoFormat, ...] = get_args(VideoFormat)
 
 
-def check_formats(formats: Sequence[str]) -> None:
-    """Raise `InputError` for a format that `Output` does not know, or none at all."""
-    if not formats or not set(formats) <= set(FORMATS):
-        raise InputError(f"The formats are {', '.join(formats) or 'none'}: choose from {', '.join(FORMATS)}.")
-
-
-def output_paths(path_without_ending: Path, formats: Sequence[str]) -> dict[str, Path]:
-    """The file of each format, NAME.mp4 and so on; nothing is made.
+def output_paths(path_without_extension: Path, formats: Sequence[str]) -> dict[str, Path]:
+    """Return the path of the file of each format, and check that it can be written; nothing is created.
 
     Raises:
-        InputError: an unknown format, or a place where no file can be written.
+        InputError: no format, an unknown one, or a file that cannot be written.
     """
-    check_formats(formats)
-    paths = {name: path_without_ending.with_name(f"{path_without_ending.name}.{name}") for name in formats}
+    if not formats or not set(formats) <= set(FORMATS):
+        raise InputError(f"The formats are {', '.join(formats) or 'none'}: choose from {', '.join(FORMATS)}.")
+    paths = {name: path_without_extension.with_name(f"{path_without_extension.name}.{name}") for name in formats}
     for path in paths.values():
         check_writable(path)
     return paths
 
 
-class Output:
-    """One clip's files, each whole or not at all.
+class VideoOutput:
+    """Context manager that writes one generated video, in one or more formats.
 
-        with Output(Path("samples/cat"), ["mp4", "png"], context, frames=400) as output:
+        with VideoOutput(Path("samples/cat"), ["mp4", "png"], context, frames=400, temporal_factor=4) as output:
             for pixels in pieces:
                 output.write(pixels)
 
-    A block that ends well leaves files of the context and of whatever frames came, and none where there is neither. One
-    that raises leaves no new file.
+    When the block ends without an exception, the files contain the context and all frames that were written; without
+    any frames there are no files. After an exception, existing files are unchanged.
 
     Args:
-        path_without_ending: the files' common name; folders above it are made.
-        formats: some of `FORMATS`. A GIF keeps all frames in memory, a strip those that it shows, latents are small.
-        context: what is continued.
-        frames: how many are generated at most; more are cut off.
-        mark: paint a border over the edges of the mp4's frames: grey if they were given, orange if generated.
-        side_by_side: show the truth to their right; black where none is known.
-        temporal_factor: pixel frames of each latent frame after the first, of the codec whose latents are written.
+        path_without_extension: common path of the files; missing folders are created.
+        formats: some of `FORMATS`. A GIF keeps all frames in memory, a strip only those that it shows.
+        context: the context, which precedes the generated frames in the files.
+        frames: maximum number of generated frames; further ones are dropped.
+        temporal_factor: pixel frames of each latent frame after the first.
+        mark: draw a border over the edges of the mp4's frames, gray for the context and orange for generated frames.
+        side_by_side: show the ground truth to the right of the frames, black where it is unknown.
 
     Attributes:
-        files: what was written; there when the block has ended.
-        written: generated frames so far.
+        files: the files, after the block has ended.
+        frames_written: number of generated frames so far.
 
     Raises:
         InputError: as `output_paths`.
@@ -77,27 +71,28 @@ class Output:
 
     def __init__(
         self,
-        path_without_ending: Path,
+        path_without_extension: Path,
         formats: Sequence[str],
         context: VideoContext,
         frames: int,
+        *,
+        temporal_factor: int,
         mark: bool = False,
         side_by_side: bool = False,
-        temporal_factor: int = WanCodec.temporal_factor,
     ) -> None:
-        self._temporal_factor = temporal_factor
         self.files: list[Path] = []
-        self.written = 0
-        self._paths = output_paths(path_without_ending, formats)
-        self._context, self._frames, self._mark, self._side_by_side = context, frames, mark, side_by_side
-        self._given = torch.cat((context.pixels, context.ground_truth))
-        self._moments = strip_frame_numbers(len(context.pixels) + frames)
-        self._kept: dict[int, Tensor] = {}  # what a strip or GIF will show, by its number in the video
+        self.frames_written = 0
+        self._paths = output_paths(path_without_extension, formats)
+        self._context, self._max_frames, self._temporal_factor = context, frames, temporal_factor
+        self._mark, self._side_by_side = mark, side_by_side
+        self._source = torch.cat((context.pixels, context.ground_truth))
+        self._strip_numbers = strip_frame_numbers(len(context.pixels) + frames)
+        self._kept: dict[int, Tensor] = {}  # frame number -> frame, for the strip or GIF
         self._latents = [] if context.latents is None else [context.latents]
         self._video: VideoWriter | None = None
 
     def __enter__(self) -> Self:
-        self._block = self._written()
+        self._block = self._writing()
         self._block.__enter__()
         return self
 
@@ -107,35 +102,35 @@ class Output:
         return self._block.__exit__(kind, error, traceback)
 
     def write(self, pixels: Tensor, latents: Tensor | None = None) -> None:
-        """Add the next generated frames.
+        """Append generated frames.
 
         Args:
             pixels: uint8 (T, 3, H, W), T >= 0.
-            latents: raw (k, C, h, w), for a safetensors file: those that the pixels are of, behind the context's where
-                `context.latents` is None and this is the first call.
+            latents: raw (k, C, h, w), needed for a safetensors file: the latents of `pixels`. In the first call they
+                are preceded by those of the context if `context.latents` is None.
 
         Raises:
-            InputError: no latents where they are to be written, or as `VideoWriter.write`.
+            InputError: missing latents, or as `VideoWriter.write`.
         """
-        surplus = max(0, self.written + len(pixels) - self._frames)
+        surplus = max(0, self.frames_written + len(pixels) - self._max_frames)
         if "safetensors" in self._paths:
             if latents is None:
-                raise InputError(f"{self._paths['safetensors']} holds latents: give those of the frames.")
+                raise InputError(f"{self._paths['safetensors']} stores latents: give those of the frames.")
             kept = len(latents) - surplus // self._temporal_factor
             self._latents.append(latents[:kept].to("cpu", torch.float32, copy=True))
         pixels = pixels[: len(pixels) - surplus].cpu()
-        self._add(pixels, len(self._context.pixels) + self.written, GENERATED_COLOUR)
-        self.written += len(pixels)
+        self._append(pixels, self._total, GENERATED_COLOUR)
+        self.frames_written += len(pixels)
 
     @property
     def _total(self) -> int:
-        return len(self._context.pixels) + self.written
+        return len(self._context.pixels) + self.frames_written
 
     @contextmanager
-    def _written(self) -> Iterator[None]:
-        """The files during the block; all but the mp4 are written at its end."""
+    def _writing(self) -> Iterator[None]:
+        """Write the mp4 during the block and the other files at its end."""
         with ExitStack() as self._open:
-            self._add(self._context.pixels, 0, CONTEXT_COLOUR)
+            self._append(self._context.pixels, 0, CONTEXT_COLOUR)
             yield
         if self._video:
             self.files.append(self._paths["mp4"])
@@ -148,40 +143,40 @@ class Output:
                 write(self._paths[name])
                 self.files.append(self._paths[name])
 
-    def _add(self, pixels: Tensor, first: int, colour: str) -> None:
-        """The next frames of the video, from number `first` on."""
+    def _append(self, pixels: Tensor, first: int, colour: str) -> None:
+        """Append the frames from number `first` on to the mp4, and keep those that the strip or GIF will show."""
         for number, frame in enumerate(pixels, start=first):
-            if "gif" in self._paths or ("png" in self._paths and number in self._moments):
-                self._kept[number] = frame.clone()  # a view would keep the frames beside it
+            if "gif" in self._paths or ("png" in self._paths and number in self._strip_numbers):
+                self._kept[number] = frame.clone()  # a view would keep all of `pixels` in memory
         if "mp4" not in self._paths or len(pixels) == 0:
             return
         if self._video is None:
             self._video = self._open.enter_context(VideoWriter(self._paths["mp4"], self._context.fps))
-        self._video.write(self._shown(pixels, self._given[first : first + len(pixels)], colour))
+        self._video.write(self._decorated(pixels, self._source[first : first + len(pixels)], colour))
 
-    def _shown(self, pixels: Tensor, given: Tensor, colour: str) -> Tensor:
-        """Frames as the mp4 shows them."""
+    def _decorated(self, pixels: Tensor, source: Tensor, colour: str) -> Tensor:
+        """Add the border and the frames of the source to frames of the mp4, if requested."""
         if self._mark:
-            pixels, given = with_border(pixels, colour), with_border(given, CONTEXT_COLOUR)
+            pixels, source = with_border(pixels, colour), with_border(source, CONTEXT_COLOUR)
         if not self._side_by_side:
             return pixels
-        black = (0,) * 7 + (len(pixels) - len(given),)
-        return torch.cat((pixels, F.pad(given, black)), dim=-1)
+        missing = len(pixels) - len(source)
+        return torch.cat((pixels, F.pad(source, (0, 0, 0, 0, 0, 0, 0, missing))), dim=-1)
 
     def _write_gif(self, path: Path) -> None:
         columns = {"generated": torch.stack([self._kept[number] for number in range(self._total)])[None]}
-        if 0 < self.written <= len(self._context.ground_truth):
-            columns["truth"] = self._given[None, : self._total]
+        if 0 < self.frames_written <= len(self._context.ground_truth):
+            columns["ground truth"] = self._source[None, : self._total]
         write_animation(path, columns, float(self._context.fps), context=len(self._context.pixels))
 
     def _write_strip(self, path: Path) -> None:
-        moments = [moment for moment in self._moments if moment < self._total]
-        rows = {"generated": torch.stack([self._kept[moment] for moment in moments])}
+        numbers = [number for number in self._strip_numbers if number < self._total]
+        rows = {"generated": torch.stack([self._kept[number] for number in numbers])}
         if len(self._context.ground_truth):
-            rows["truth"] = self._given[[moment for moment in moments if moment < len(self._given)]]
-        write_strip(path, rows, context=len(self._context.pixels), frame_numbers=moments)
+            rows["ground truth"] = self._source[[number for number in numbers if number < len(self._source)]]
+        write_strip(path, rows, context=len(self._context.pixels), frame_numbers=numbers)
 
     def _write_latents(self, path: Path) -> None:
-        notes = {"fps": str(self._context.fps), "context_frames": str(len(self._context.pixels))}
+        metadata = {"fps": str(self._context.fps), "context_frames": str(len(self._context.pixels))}
         with atomic_write(path) as temporary:
-            temporary.write_bytes(save({"latents": torch.cat(self._latents)}, notes))
+            temporary.write_bytes(save({"latents": torch.cat(self._latents)}, metadata))

@@ -1,4 +1,4 @@
-"""Generation of latent frames in order, each sampled given the clean frames before it (GPDiT, figure 2, left).
+"""Rollout: latent frames generated one after another, each given the clean frames before it (GPDiT, figure 2, left).
 
 Shapes: B clips, C channels, H x W latent pixels.
 """
@@ -31,16 +31,16 @@ class GenerationConfig:
     guidance: Guidance = field(default_factory=Guidance)
     """Classifier-free guidance over the context and over the label or text."""
     window: int | None = None
-    """Number of latest clean latent frames that a new frame attends to; None: all. In training a frame attends to at
-    most one frame less than its clip has. With a window, memory and time per frame do not grow with the video."""
+    """Number of preceding clean latent frames that a new frame attends to; None: all. In training it is at most the
+    number of latent frames of a clip less one. With a window, memory and time per frame do not grow with the video."""
     sinks: int = 0
-    """Number of first latent frames of the video that stay visible besides the window (StreamingLLM)."""
+    """Number of latent frames from the beginning of the video that stay visible besides the window (StreamingLLM)."""
     use_cache: bool = True
     """Cache the keys and values of clean frames. Without a cache, the visible frames are computed again at every
     network call (GPDiT, section 4.1.2), with the same result. With `of2` attention a clean frame depends on those
-    before it, so that without a cache no frame may leave the window."""
+    before it, and the window must therefore contain all frames if there is no cache."""
     compile: bool = False
-    """Fuse the blocks with torch.compile. Compiling takes about a minute, which pays off for many frames."""
+    """Fuse the blocks with torch.compile. Compilation takes about a minute."""
     autocast_dtype: torch.dtype | None = None
     """Data type of matrix products, such as `torch.bfloat16`; None: that of the weights or of an enclosing autocast."""
 
@@ -53,25 +53,25 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class ClipInputs:
-    """What each clip of a batch is generated from, besides its context."""
+    """Inputs of each clip of a batch besides its context."""
 
     seeds: int | Sequence[int] = 0
-    """Seed of each clip's noise; a number s gives clip b the seed s + b. The noise of a clip depends on its seed alone,
-    not on the batch that it is in."""
+    """Seed of each clip's noise; a number s gives clip b the seed s + b. The noise is independent of batch
+    composition."""
     condition: Tensor | None = None
     """(B,) class numbers or (B, L, text width) text embeddings, for a model that is conditioned on them."""
     null_condition: Tensor | None = None
-    """(B, L, text width) embeddings of an empty text, which guidance over texts needs; classes have a null class."""
+    """(B, L, text width) embeddings of an empty text, for guidance over a text; classes have a null class."""
 
     def seed_per_clip(self, clips: int) -> Sequence[int]:
-        """The seeds of so many clips.
+        """Return one seed for each of `clips` clips.
 
         Raises:
-            InputError: another number of seeds, or a negative one.
+            InputError: the number of seeds differs from the number of clips, or a seed is negative.
         """
         seeds = range(self.seeds, self.seeds + clips) if isinstance(self.seeds, int) else self.seeds
         if len(seeds) != clips or min(seeds, default=0) < 0:
-            raise InputError(f"The seeds are {list(seeds)} for {clips} clips: give one seed per clip, from 0 on.")
+            raise InputError(f"The seeds are {list(seeds)} for {clips} clips: give one seed per clip, at least 0.")
         return seeds
 
 
@@ -87,12 +87,12 @@ def rollout(
     config: GenerationConfig = DEFAULT_CONFIG,
     inputs: ClipInputs = DEFAULT_INPUTS,
 ) -> Iterator[Tensor]:
-    """Generate latent frames after `context`, yielding each one as soon as it is done.
+    """Generate latent frames after `context`, and yield each as soon as it is computed.
 
     Args:
         model: in evaluation mode.
         context: (B, k, C, H, W) whitened latents; k = 0 generates from noise alone.
-        frames: number of latent frames to generate; None continues without end, and needs a window.
+        frames: number of latent frames to generate; None for an endless rollout, which needs a window.
         config: sampler, guidance, window, and how to compute.
         inputs: seeds and conditions of the clips.
 
@@ -100,7 +100,7 @@ def rollout(
         (B, C, H, W) whitened latents.
 
     Raises:
-        InputError: seeds, a window or a condition that do not suit the other arguments.
+        InputError: seeds, window or condition do not match the other arguments.
     """
     clips, context_frames = context.shape[:2]
     seeds = inputs.seed_per_clip(clips)
@@ -114,9 +114,9 @@ def rollout(
 
 
 def cast_linear_weights(model: GPDiT, dtype: torch.dtype) -> None:
-    """Round the weights of the blocks' linear layers once, as autocast would at every call: half the memory traffic.
+    """Round the weights of the blocks' linear layers to `dtype`, which autocast would otherwise do at every call.
 
-    What autocast leaves in float32 is not changed: embeddings, norms and the residual stream.
+    This halves the memory traffic. Layers that autocast keeps in float32 are unchanged.
     """
     for block in model.blocks:
         for module in block.modules():
@@ -125,24 +125,24 @@ def cast_linear_weights(model: GPDiT, dtype: torch.dtype) -> None:
 
 
 def frame_noise(seed: int, frame: int, shape: Sequence[int], draw: int = 0) -> Tensor:
-    """Standard Gaussian noise (float32, on the CPU), a function of the clip's seed, the frame and the draw alone."""
+    """Return standard Gaussian noise (float32, CPU) that depends only on the clip's seed, the frame and the draw."""
     return torch.from_numpy(generator(seed, GENERATION_NOISE, frame, draw).standard_normal(tuple(shape), "float32"))
 
 
 def _batch_noise(context: Tensor, seeds: Sequence[int], frame: int, step: int = -1) -> Tensor:
-    """Noise (B, C, H, W) of one frame for all clips: the initial one (step -1), or of a stochastic sampler's step."""
+    """Return noise (B, C, H, W) of one frame: the initial noise (step -1) or that of a stochastic sampler's step."""
     return torch.stack([frame_noise(seed, frame, context.shape[2:], 1 + step) for seed in seeds]).to(context)
 
 
 class Denoiser:
-    """The function that a sampler integrates: the guided velocity of the next frame, given all frames before it.
+    """Guided velocity of the next frame given the frames before it: the function that a sampler integrates.
 
     Args:
         model, context, frames, config, inputs: as for :func:`rollout`.
 
     Raises:
-        InputError: a window that the model cannot use without a cache, no window for a rollout without end, or guidance
-            over a condition that is not given.
+        InputError: a window that an `of2` model cannot use without a cache, no window for an endless rollout, or
+            guidance over a condition that is missing.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Denoiser:
         self.condition = inputs.condition
         self.null_condition = _null_condition(model, config.guidance.label, inputs)
         if frames is None and config.window is None:
-            raise InputError("A rollout without end would keep every frame in memory: give it a window.")
+            raise InputError("An endless rollout would keep all frames in memory: give it a window.")
         # The last generated frame is not attended to by any other.
         history = None if frames is None else max(context_frames + frames - 1, 1)
         self.visible = _visible_frames(config, history)
@@ -172,9 +172,9 @@ class Denoiser:
             self._drop_invisible_frames()
 
     def __call__(self, noisy: Tensor, theta: Tensor) -> Tensor:
-        """The velocity (B, C, H, W) at `noisy` (B, C, H, W) and `theta` (B,)."""
+        """Return the velocity (B, C, H, W) at `noisy` (B, C, H, W) and `theta` (B,)."""
         clips, guidance = len(noisy), self.config.guidance
-        # The angle is read only where it matters, since reading it makes the host wait for the GPU.
+        # Reading the angle makes the host wait for the GPU.
         guided = guidance.at_all_levels or guidance.applies_at(theta[0].item(), self.config.sampler.schedule)
         over_label = guided and self.null_condition is not None
         over_context = guided and guidance.context != 1 and self._has_context
@@ -193,13 +193,13 @@ class Denoiser:
                 compiled=self.config.compile,
             ).split(clips)
         if self.cache is not None:
-            self.clean = None  # it is in the cache now
+            self.clean = None  # the cache contains it now
         return guidance.combine(
             velocities[0], velocities[1] if over_label else None, velocities[-1] if over_context else None
         )
 
     def append(self, latent: Tensor) -> None:
-        """Add a finished frame (B, C, H, W) to the context; the next network call computes its keys and values."""
+        """Append a generated frame (B, C, H, W) to the context; the next network call computes its keys and values."""
         latent = latent[:, None]
         if self.cache is not None or self.clean is None:
             self.clean = latent
@@ -208,10 +208,10 @@ class Denoiser:
             self._drop_invisible_frames()
 
     def _fill_cache(self, context: Tensor, history: int | None) -> None:
-        """Cache all context frames but the last, which the first network call takes in."""
+        """Cache all context frames except the last, which is an input of the first network call."""
         clips, context_frames, _, height, width = context.shape
         frames, sinks = (self.visible, self.config.sinks) if self.visible is not None else (history, None)
-        assert frames is not None  # no window: `frames` of the rollout is a number
+        assert frames is not None  # an endless rollout has a window
         with self._autocast(context):
             cache = self.model.new_cache(clips, frames, height, width, sinks)
             self.model.extend(cache, context[:, :-1])
@@ -223,7 +223,7 @@ class Denoiser:
         return self.clean is not None or (self.cache is not None and self.cache.frames > 0)
 
     def _drop_invisible_frames(self) -> None:
-        """Keep the clean frames that are visible; their positions become consecutive."""
+        """Drop clean frames that are no longer visible; the positions of the others become consecutive."""
         if self.clean is not None and self.visible is not None and self.clean.shape[1] > self.visible:
             sinks, window = self.clean[:, : self.config.sinks], self.clean[:, -(self.visible - self.config.sinks) :]
             self.clean = torch.cat((sinks, window), dim=1)
@@ -235,10 +235,10 @@ class Denoiser:
 
 
 def _null_condition(model: GPDiT, scale: float, inputs: ClipInputs) -> Tensor | None:
-    """What stands for no condition in guidance; None where there is no guidance over a condition.
+    """Return the null condition of guidance over the label or text; None without such guidance.
 
     Raises:
-        InputError: guidance over a condition, or over a text, that is not given.
+        InputError: the condition, or the null condition of a text, is missing.
     """
     if scale == 1:
         return None
@@ -252,7 +252,12 @@ def _null_condition(model: GPDiT, scale: float, inputs: ClipInputs) -> Tensor | 
 
 
 def _visible_frames(config: GenerationConfig, history: int | None) -> int | None:
-    """How many clean frames a frame attends to at most, window and sinks; None where all of the history fits."""
+    """Return the maximum number of visible clean frames, window and sinks; None if the whole history fits.
+
+    Args:
+        config: gives window and sinks.
+        history: number of clean frames of the whole rollout; None for an endless one.
+    """
     if config.window is None:
         return None
     visible = config.sinks + config.window

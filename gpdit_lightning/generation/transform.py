@@ -1,4 +1,4 @@
-"""In-context image tasks: the model applies to an image what example pairs show (GPDiT, section 5.4)."""
+"""In-context image tasks: the model transforms an image as example pairs show (GPDiT, section 5.4)."""
 
 from collections.abc import Sequence
 
@@ -20,19 +20,18 @@ def transform(
     *,
     seeds: int | Sequence[int] = 0,
 ) -> Tensor:
-    """Generate the target of each source as the frame after source, target, source, target, ..., source.
+    """Generate the target of each source as the frame that follows the example pairs and the source.
 
-    Every image is encoded and decoded alone (T = 1), as in the sequences of few-shot training.
+    Every image is encoded and decoded as a video of one frame, as in few-shot training.
 
     Args:
         model: in evaluation mode, trained on such sequences.
-        codec: whose latents the model was trained on.
-        examples: (source, target) pairs of uint8 (3, H, W), the same for all sources; the paper takes two.
-        sources: uint8 (B, 3, H, W); all images on any device.
-        config: as for :func:`rollout`, with the noise schedule of training; with a window, an image attends to the
-            latest frames only.
-        seeds: of the noise, one for each source; a number is the seed of all sources, so that results do not depend on
-            the batch.
+        codec: the codec whose latents the model was trained on.
+        examples: (source, target) pairs of uint8 (3, H, W), the same for all sources (GPDiT: two).
+        sources: uint8 (B, 3, H, W).
+        config: as for :func:`rollout`, with the noise schedule of training.
+        seeds: seed of the noise of each source. A number is the seed of all sources, so that results are independent of
+            batch composition.
 
     Returns:
         uint8 (B, 3, H, W), on the CPU.
@@ -43,7 +42,7 @@ def transform(
     if sources.ndim != 4 or len(sources) == 0:
         raise InputError(f"The sources have shape {tuple(sources.shape)}: give images (B, 3, H, W), at least one.")
     if any(len(pair) != 2 for pair in examples):
-        raise InputError("An example does not have two images: give pairs of a source and its target.")
+        raise InputError("An example is not a pair: give a source and its target.")
     example_images = [image for pair in examples for image in pair]
     for image in example_images:
         if image.shape != sources.shape[1:]:

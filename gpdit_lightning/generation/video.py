@@ -1,4 +1,4 @@
-"""From context frames to generated pixel frames, one latent frame at a time or all at once.
+"""Generation of pixel frames after a context, one latent frame at a time or all at once.
 
 Shapes: B clips, T pixel frames, F latent frames, C channels, h x w latent pixels.
 """
@@ -17,11 +17,12 @@ from gpdit_lightning.model import GPDiT
 
 
 class GeneratedFrames(NamedTuple):
-    """The frames of a video that come from one latent frame.
+    """One latent frame and its pixel frames.
 
     Attributes:
-        pixels: (B, T, 3, H, W) uint8 on the CPU. T is the codec's temporal factor, but 1 for the first frame of a video
-            that is generated from noise alone, and less for the last latent frame where frames are cut off.
+        pixels: (B, T, 3, H, W) uint8 on the CPU. T is the codec's temporal factor, but 1 for the first latent frame of
+            a video that is generated from noise alone, and less for the last latent frame if surplus frames are
+            dropped.
         latents: (B, 1, C, h, w) raw, on the CPU.
     """
 
@@ -33,7 +34,7 @@ class GeneratedVideo(NamedTuple):
     """Context and generated frames.
 
     Attributes:
-        pixels: (B, T + frames, 3, H, W) uint8, the context unchanged.
+        pixels: (B, T + frames, 3, H, W) uint8, with the context unchanged.
         latents: (B, F, C, h, w) raw.
     """
 
@@ -49,20 +50,17 @@ def stream_video(
     config: GenerationConfig = DEFAULT_CONFIG,
     inputs: ClipInputs = DEFAULT_INPUTS,
 ) -> Iterator[GeneratedFrames]:
-    """Generate the pixel frames after a context, yielding them as they are done; no earlier frame is kept.
+    """Generate the pixel frames after a context, and yield those of each latent frame without keeping earlier ones.
 
     Args:
         model: in evaluation mode.
-        codec: whose latents the model was trained on.
+        codec: the codec whose latents the model was trained on.
         context: (B, k, C, h, w) raw latents; k = 0 generates from noise alone.
-        frames: number of pixel frames to generate; the last latent frame's surplus ones are cut off.
+        frames: number of pixel frames to generate; surplus frames of the last latent frame are dropped.
         config, inputs: as for :func:`rollout`.
 
-    Yields:
-        the pixel frames of each latent frame.
-
     Raises:
-        InputError: as :func:`rollout`, or latents that do not suit the codec or the model.
+        InputError: as :func:`rollout`, or the latents do not match the codec or the model.
     """
     context = context.to(next(model.parameters()).device)
     decode = codec.decoder()
@@ -77,8 +75,8 @@ def stream_video(
 
 
 def num_latent_frames(codec: Codec, context_frames: int, frames: int) -> int:
-    """How many latent frames hold `frames` pixel frames after `context_frames` latent ones."""
-    first = 1 if context_frames == 0 and frames else 0  # a video's first latent frame holds one pixel frame
+    """Return the number of latent frames that cover `frames` pixel frames after `context_frames` latent frames."""
+    first = 1 if context_frames == 0 and frames else 0  # a video's first latent frame covers one pixel frame
     return first + math.ceil((frames - first) / codec.temporal_factor)
 
 
@@ -92,11 +90,11 @@ def continue_video(
     *,
     progress: bool = False,
 ) -> GeneratedVideo:
-    """Generate the pixel frames after a context, all at once.
+    """Generate the pixel frames after a context.
 
     Args:
         model: in evaluation mode.
-        codec: whose latents the model was trained on.
+        codec: the codec whose latents the model was trained on.
         context: (B, T, 3, H, W) uint8 at the stride of the training clips; T is 1 plus a multiple of the codec's
             temporal factor.
         frames: number of pixel frames to generate.
@@ -104,7 +102,7 @@ def continue_video(
         progress: show a progress bar over latent frames.
 
     Raises:
-        InputError: T or the frame size does not suit the codec or the model, or as :func:`rollout`.
+        InputError: as :func:`rollout`, or T or the frame size does not match the codec or the model.
     """
     latents = codec.encode(context)
     generated = tqdm(

@@ -11,9 +11,9 @@ class DemoOptions:
     """Demo."""
 
     videos: Path | None = None
-    """A folder of your own videos instead of the drawn ones; some are held out."""
+    """A folder of videos, some of which are held out; by default synthetic videos."""
     run_dir: Path = Path("runs/demo")
-    """Folder for everything that the demo makes; the same command resumes in it."""
+    """Output folder; the same command resumes in it."""
     max_steps: int | None = None
     """Optimizer steps of each stage; by default those of the recipes."""
 

@@ -12,6 +12,6 @@ class ExportOptions(CheckpointOptions):
     """Output."""
 
     out: Path
-    """The folder to write; an earlier export of the same model is replaced, except for its model card."""
+    """Output folder; an earlier export of the same model is replaced, except for its model card."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Convert the weights; by default they keep their type."""
+    """Data type of the weights; by default that of the checkpoint."""

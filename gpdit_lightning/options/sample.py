@@ -20,19 +20,18 @@ class ContextOptions:
     """Context."""
 
     context: Sequence[str] = ()
-    """Videos, GIFs, images, folders of frames or of videos, shards of latents (SHARD.tar, or one sample of it:
-    SHARD.tar#NUMBER or SHARD.tar#KEY); without it, a video is generated from nothing."""
+    """Videos, GIFs, images, folders of frames or of videos, and shards of latents (SHARD.tar, or one sample of it:
+    SHARD.tar#NUMBER or SHARD.tar#KEY); without a context, a video is generated from noise alone."""
     context_frames: int | None = None
-    """Pixel frames of the context that are given, 1 + 4k; by default those of the training clips less one latent
-    frame."""
+    """Pixel frames of a context, 1 + 4k; by default those of the training clips less one latent frame."""
     start: float | None = None
-    """Second at which a context begins; by default the context ends where its video ends."""
+    """Time in seconds at which a context begins; by default the context is the end of its video."""
     fps: float | None = None
-    """Frames per second of images, which have no rate; by default 24."""
+    """Frames per second of images and folders of frames; by default 24."""
     size: str | None = None
     """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the closest in aspect."""
     label: str | None = None
-    """Class to generate, by name or number; by default the label that a shard records of its sample, or none."""
+    """Class to generate, by name or number; by default the label that a shard records for its sample, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +45,13 @@ class RolloutOptions(BatchedSamplerOptions):
     label_guidance: float = 1.0
     """Guidance scale over the label; 1 is no guidance."""
     window: int | None = None
-    """Latent frames before it that a frame sees; by default as many as in training."""
+    """Number of preceding latent frames that a new frame attends to; by default as many as in training."""
     sinks: int = 0
-    """First latent frames of the video that stay visible beside the window."""
+    """Number of latent frames from the beginning of the video that stay visible besides the window."""
     cache: bool = True
-    """Keep keys and values of the context; --no_cache takes less memory and more time (models with attention `of`)."""
+    """Cache keys and values; --no_cache takes less memory and more time (for models with attention `of`)."""
     compile: bool = False
-    """Fuse blocks with torch.compile: for long videos and on GPUs."""
+    """Fuse blocks with torch.compile, for long videos on GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +61,11 @@ class OutputOptions:
     out: Path = Path("sample.mp4")
     """A file for one video, a folder for several."""
     formats: Sequence[VideoFormat] | None = None
-    """mp4, gif, png (a strip of frames), safetensors (raw latents); by default as --out, and a strip beside an mp4."""
+    """mp4, gif, png (a strip of frames) and safetensors (raw latents); by default that of --out, else mp4 and png."""
     mark: bool = False
-    """Draw a frame around the images of the mp4: grey for the context, orange for generated ones."""
+    """Draw a border in the mp4, gray around context frames and orange around generated ones."""
     side_by_side: bool = False
-    """Show the ground truth beside the video, where the context's source continues."""
+    """Show the ground truth, as far as it is known, to the right of the video."""
 
 
 @dataclass(frozen=True, kw_only=True)

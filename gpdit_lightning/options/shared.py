@@ -8,7 +8,7 @@ from gpdit_lightning.errors import InputError
 
 
 def check_at_least(options: Any, **limits: int) -> None:
-    """Raise InputError, naming the option, unless every value is at least its limit; None passes."""
+    """Raise an InputError that names the option if a value is below its limit; None is accepted."""
     for name, limit in limits.items():
         value = getattr(options, name)
         if value is not None and value < limit:
@@ -20,7 +20,7 @@ class WeightsOptions:
     """Model."""
 
     weights: Literal["ema", "raw"] = "ema"
-    """Averaged or last trained weights."""
+    """Averaged (ema) or last trained (raw) weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class CheckpointOptions(WeightsOptions):
     """Model."""
 
     checkpoint: str
-    """A checkpoint, a run folder (its last checkpoint), or an exported folder."""
+    """A checkpoint, a run folder (for its last checkpoint), or an exported folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,10 @@ class LoadingOptions(WeightsOptions, DeviceOptions):
     """Model."""
 
     codec_source: str | None = None
-    """Where the codec's weights are now, if they moved since the data were prepared: a folder, a file or a hub name."""
+    """Folder, file or hub name of the codec's weights, if they were moved since the data were prepared."""
     codec: str | None = None
-    """The import path of the codec's class, where the data were prepared with a custom one: a checkpoint records it,
-    but only you choose code to import."""
+    """Import path of a custom codec's class. It must be given although a checkpoint records it, so that no file decides
+    which code is imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +63,13 @@ class SamplerOptions(PrecisionOptions):
     """Generation."""
 
     sampler: str = "rotation"
-    """How a frame is denoised: rotation, tangent, adams, dpm2m, stochastic, or the import path of a class (see
-    docs/generation.md)."""
+    """Sampler: rotation, tangent, adams, dpm2m, stochastic, or the import path of a class (see docs/generation.md)."""
     steps: int = 25
     """Sampler steps per latent frame."""
     guidance: float = 1.0
     """Guidance scale over the context (GPDiT: 1.2 for H, 2.0 for B); 1 is no guidance."""
     guidance_levels: tuple[float, float] = (0.0, 1.0)
-    """Range of noise levels that is guided: 1 is pure noise, 0 a clean frame."""
+    """Range of noise levels at which guidance is applied; 1 is pure noise, 0 a clean frame."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +77,9 @@ class BatchedSamplerOptions(SamplerOptions):
     """Generation."""
 
     seed: int = 0
-    """Seed of the noise; the result does not depend on the batch."""
+    """Seed of the noise; results are independent of batch composition."""
     batch_size: int = 8
-    """Results that are generated side by side."""
+    """Number of results that are generated at the same time."""
 
     def __post_init__(self) -> None:
         check_at_least(self, seed=0, batch_size=1, steps=1)
@@ -99,12 +98,12 @@ class RecipeOptions:
         if not self.config:
             raise InputError(
                 "no recipe is given: name one, such as --config gpdit:stage2_mixed (`python -m gpdit_lightning "
-                "recipes` lists those that ship)."
+                "recipes` lists all)."
             )
 
     @property
     def fit_arguments(self) -> list[str]:
-        """The recipe as arguments of `fit`."""
+        """The recipe as command-line arguments of `fit`."""
         return [*(f"--config={path}" for path in self.config), *self.overrides]
 
 

@@ -17,15 +17,15 @@ class ExampleOptions:
     """Examples and sources."""
 
     examples: Path
-    """A folder that holds two folders, source and target, of images with the same names; with --task a folder of plain
-    images."""
+    """A folder that contains two folders, source and target, of images with the same names; with --task a folder of
+    single images."""
     source: Sequence[str]
     """Images, and folders of images."""
     task: str | None = None
-    """Make sources and targets from plain images, those of --source too: grayscale, colourisation, edges,
+    """Make source and target of examples, and of --source, from single images: grayscale, colourisation, edges,
     edges_to_image, sketch, copy."""
     examples_task: str | None = None
-    """The task of the examples alone (`pairs` for a folder of ready pairs), to see what the examples contribute; by
+    """Another task for the examples only (`pairs` for a folder of pairs), to see what the examples contribute; by
     default --task, or pairs without it."""
     pairs: int | None = None
     """Number of examples, the first by name; by default one less than in a training sequence."""

@@ -1,4 +1,4 @@
-"""What tests of `sample` continue, with which models, and what the library itself makes of it."""
+"""Contexts and models for tests of `sample`, and the same generation by calls of the library."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,34 +23,37 @@ from gpdit_lightning.preparation import PrepareOptions, prepare
 
 CODEC = load_codec("pca")
 LABELS = ("jump", "run")
-LATENT_FRAMES = 5  # of the training clips: 17 frames, of which a context has 13
-VIDEO = "videos/run/1.mp4"  # of the label 1 and the stripes 1
+LATENT_FRAMES = 5  # of a training clip of 17 frames, 13 of which are the default context
+VIDEO = "videos/run/1.mp4"  # shows stripes(1)
 
 
 def stripes(number: int) -> Tensor:
-    """A wave that moves on by a pixel each frame: (60, 3, 32, 48)."""
-    moments, columns = torch.arange(60)[:, None], torch.arange(48)
-    wave = (torch.sin((columns + moments + 7 * number) / 5) * 100 + 128).byte()
+    """Return a video (60, 3, 32, 48) of a wave that moves by one pixel per frame."""
+    times, columns = torch.arange(60)[:, None], torch.arange(48)
+    wave = (torch.sin((columns + times + 7 * number) / 5) * 100 + 128).byte()
     return wave[:, None, None].expand(-1, 3, 32, -1).contiguous()
 
 
-def given(number: int, first: int, frames: int) -> Tensor:
-    """What a model is given of stripes: every third frame, the middle of it."""
+def stripe_context(number: int, first: int, frames: int) -> Tensor:
+    """Return stripes as a context: every third frame, cropped to 32x32."""
     return stripes(number)[first::3, ..., 8:40][:frames].contiguous()
 
 
-def make(place: Path, randomise: Callable[[GPDiT], GPDiT]) -> None:
-    """Fill a folder: `videos/LABEL/NUMBER.mp4` and their `latents`, `movie.gif`, `still.png` and `frames`; a `run` of
-    one step, and the models `of2`, `of` and, without labels, `bare`."""
+def make_sampling_folder(place: Path, randomise: Callable[[GPDiT], GPDiT]) -> None:
+    """Write contexts and models into a folder.
+
+    The contexts are `videos/LABEL/NUMBER.mp4` and their `latents`, `movie.gif`, `still.png` and `frames`. The models
+    are a `run` of one step, and with random weights `of2`, `of` and, without labels, `unlabelled`.
+    """
     for number, label in enumerate(LABELS):
         (place / "videos" / label).mkdir(parents=True)
         write_video(place / "videos" / label / f"{number}.mp4", stripes(number), 24)
-    pictures = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in stripes(2)]
-    pictures[0].save(place / "movie.gif", save_all=True, append_images=pictures[1:], duration=100)
-    pictures[57].save(place / "still.png")
+    images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in stripes(2)]
+    images[0].save(place / "movie.gif", save_all=True, append_images=images[1:], duration=100)
+    images[57].save(place / "still.png")
     (place / "frames").mkdir()
-    for number, picture in enumerate(pictures):
-        picture.save(place / "frames" / f"{number}.png")
+    for number, image in enumerate(images):
+        image.save(place / "frames" / f"{number}.png")
     sources: dict[str, Any] = {"videos": [place / "videos"], "labels": True, "validation_fraction": 0}
     prepare(PrepareOptions(out=place / "latents", codec="pca", video_sizes=["32x32"], workers=0, **sources))
     backbone = {"size": "tiny", "layers": 1, "width": 24, "heads": 2, "mlp_width": 48, "classes": len(LABELS)}
@@ -62,9 +65,9 @@ def make(place: Path, randomise: Callable[[GPDiT], GPDiT]) -> None:
     }
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["fit", "--config", str(place / "recipe.yaml")]) == 0
-    # One step leaves an output layer of next to nothing, which would hide what the frames depend on.
+    # After one step the output layer is almost 0, so that frames would hardly depend on anything.
     trained = load_trained_model(place / "run").backbone
-    changes: dict[str, dict[str, Any]] = {"of2": {}, "of": {"attention": "of"}, "bare": {"classes": 0}}
+    changes: dict[str, dict[str, Any]] = {"of2": {}, "of": {"attention": "of"}, "unlabelled": {"classes": 0}}
     for name, changed in changes.items():
         model = randomise(GPDiT(trained.config.replaced(**changed)))
         model.facts = trained.facts if model.config.classes else replace(trained.facts, classes=())
@@ -72,16 +75,18 @@ def make(place: Path, randomise: Callable[[GPDiT], GPDiT]) -> None:
 
 
 def sample(place: Path, out: Path, *options: Any, context: str | None = VIDEO, model: str = "of2") -> int:
-    """`sample` with two steps and what else is given; its exit status."""
+    """Run `sample` with two steps and further options, and return its exit status."""
     contexts = ["--context", place / context] if context else []
     basic = ["--checkpoint", place / model, *contexts, "--out", out, "--steps=2"]
     return main(["sample", *map(str, [*basic, *options])])
 
 
-def streamed(place: Path, known: Tensor, frames: int, model: str = "of2", label: int = NO_LABEL, **how: Any) -> Tensor:
-    """What the library makes of the latents (k, C, h, w) of a context: these, and those of the frames that follow."""
+def expected_latents(
+    place: Path, known: Tensor, frames: int, model: str = "of2", label: int = NO_LABEL, **settings: Any
+) -> Tensor:
+    """Return the latents (k, C, h, w) of a context, and those that the library generates after them."""
     trained = load_trained_model(place / model)
-    config = replace(GenerationConfig(RotationSampler(2), window=LATENT_FRAMES - 1), **how)
+    config = replace(GenerationConfig(RotationSampler(2), window=LATENT_FRAMES - 1), **settings)
     if config.autocast_dtype:
         cast_linear_weights(trained.backbone, config.autocast_dtype)
     pieces = stream_video(
@@ -91,20 +96,20 @@ def streamed(place: Path, known: Tensor, frames: int, model: str = "of2", label:
 
 
 def latents(path: Path) -> Tensor:
-    """Those of a file, (F, C, h, w)."""
+    """Read the latents (F, C, h, w) of a file."""
     return load_file(path)["latents"]
 
 
 def decoded(path: Path) -> Tensor:
-    """The pixels of a file of latents, (T, 3, H, W)."""
+    """Decode the latents of a file: (T, 3, H, W)."""
     return CODEC.decode(latents(path)[None])[0]
 
 
 def looks_like(first: Tensor, second: Tensor) -> bool:
-    """Whether frames differ by no more than what H.264 or a GIF's palette changes."""
+    """Return whether frames are equal up to the errors of H.264 or of a GIF's palette."""
     return first.shape == second.shape and bool((first.float() - second.float()).abs().mean() < 8)
 
 
 def assert_near(first: Tensor, second: Tensor) -> None:
-    """Latents that sums in another order have made differ by much less than a level of a pixel."""
+    """Check that latents are equal up to rounding, by much less than one level of a pixel."""
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Continuing whatever one has with a checkpoint, end to end, against the library's own streams of latents."""
+"""`sample` with every kind of context and option, compared with latents that the library generates."""
 
 import json
 import shutil
@@ -27,17 +27,17 @@ from tests.cli.sampling import (
     VIDEO,
     assert_near,
     decoded,
-    given,
+    expected_latents,
     latents,
     looks_like,
     sample,
-    streamed,
+    stripe_context,
 )
 from tests.generation.test_contexts import stored, tar_of
 
 
-def assert_alike(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    """Within one level: sums over a batch are ordered differently."""
+def assert_equal_up_to_rounding(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Check that pixels differ by at most one level, since sums over a batch are ordered differently."""
     assert first.keys() == second.keys()
     for name, frames in first.items():
         assert (frames.int() - second[name].int()).abs().max() <= 1, name
@@ -48,77 +48,79 @@ def assert_alike(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     ("context", "number", "rate"),
     [(VIDEO, 1, Fraction(8)), ("movie.gif", 2, Fraction(10, 3)), ("frames", 2, Fraction(8))],
 )
-def test_a_video_goes_on_at_its_rate(
+def test_video_is_continued_at_its_rate(
     place: Path, tmp_path: Path, context: str, number: int, rate: Fraction, known: int, frames: int
 ) -> None:
-    options = [f"--context_frames={known}"] if known != 13 else []  # as many as were trained on but one latent frame
+    options = [f"--context_frames={known}"] if known != 13 else []  # 13 is the default
     formats = ["--formats", "mp4", "safetensors"]
     assert sample(place, tmp_path / "out.mp4", f"--frames={frames}", *options, *formats, context=context) == 0
     shown, raw = read_video(tmp_path / "out.mp4"), latents(tmp_path / "out.safetensors")
     assert shown.shape == (known + frames, 3, 32, 32)
     assert video_info(tmp_path / "out.mp4").fps == rate
-    assert looks_like(shown[:known], given(number, 60 - 3 * known, known))  # the end of the video
+    assert looks_like(shown[:known], stripe_context(number, 60 - 3 * known, known))  # the end of the video
     assert looks_like(shown[known:], decoded(tmp_path / "out.safetensors")[known:])
     assert shown[known:].float().std() > 10
-    assert_near(raw, streamed(place, raw[: 1 + known // 4], frames))
+    assert_near(raw, expected_latents(place, raw[: 1 + known // 4], frames))
 
 
-def test_the_context_begins_where_one_says(place: Path, tmp_path: Path) -> None:
+def test_context_begins_at_start(place: Path, tmp_path: Path) -> None:
     assert sample(place, tmp_path / "out.mp4", "--frames=1", "--context_frames=5", "--start=0.5") == 0
-    assert looks_like(read_video(tmp_path / "out.mp4")[:5], given(1, 12, 5))
+    assert looks_like(read_video(tmp_path / "out.mp4")[:5], stripe_context(1, 12, 5))
 
 
-def test_a_picture_goes_on(place: Path, tmp_path: Path) -> None:
+def test_image_is_continued(place: Path, tmp_path: Path) -> None:
     assert sample(place, tmp_path / "out.safetensors", "--frames=8", "--fps=30", context="still.png") == 0
     raw = latents(tmp_path / "out.safetensors")
-    assert_near(raw[:1], CODEC.encode(given(2, 57, 1)[None])[0])
-    assert_near(raw, streamed(place, raw[:1], 8))
+    assert_near(raw[:1], CODEC.encode(stripe_context(2, 57, 1)[None])[0])
+    assert_near(raw, expected_latents(place, raw[:1], 8))
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert file.metadata() == {"fps": "10", "context_frames": "1"}
 
 
-def test_a_video_begins_from_nothing(place: Path, tmp_path: Path) -> None:
+def test_video_is_generated_without_a_context(place: Path, tmp_path: Path) -> None:
     formats = ["--formats", "mp4", "safetensors"]
     assert sample(place, tmp_path / "out", "--frames=9", *formats, context=None) == 0
     raw = latents(tmp_path / "out" / "sample.safetensors")
-    assert_near(raw, streamed(place, torch.empty(0, 16, 4, 4), 9))
+    assert_near(raw, expected_latents(place, torch.empty(0, 16, 4, 4), 9))
     assert looks_like(read_video(tmp_path / "out" / "sample.mp4"), decoded(tmp_path / "out" / "sample.safetensors"))
     assert len(raw) == 3
 
 
-def test_samples_of_a_shard_go_on_by_number_by_key_or_all_together(place: Path, tmp_path: Path) -> None:
+def test_samples_of_a_shard_are_continued_by_number_by_key_or_all_together(place: Path, tmp_path: Path) -> None:
     tar = tar_of(place / "latents")
     options = ["--frames=6", "--formats", "safetensors"]
     assert sample(place, tmp_path / "all", *options, context=str(tar)) == 0
     for number, (key, raw) in enumerate(stored(tar).items()):
         for name in (str(number), key):
             assert sample(place, tmp_path / name, *options, context=f"{tar}#{name}") == 0
-        one, again, among = (latents(tmp_path / folder / f"{key}.safetensors") for folder in (str(number), key, "all"))
-        assert torch.equal(one[:4], raw[:4])
-        assert len(one) == 6
-        assert torch.equal(one, again)
-        assert_near(one, among)
+        by_number, by_key, in_batch = (
+            latents(tmp_path / folder / f"{key}.safetensors") for folder in (str(number), key, "all")
+        )
+        assert torch.equal(by_number[:4], raw[:4])
+        assert len(by_number) == 6
+        assert torch.equal(by_number, by_key)
+        assert_near(by_number, in_batch)
 
 
-def test_neither_the_batch_nor_the_neighbours_nor_their_order_change_a_video(place: Path, tmp_path: Path) -> None:
+def test_video_is_independent_of_batch_composition(place: Path, tmp_path: Path) -> None:
     shard = tar_of(place / "latents")
     contexts = [place / "videos/jump/0.mp4", place / "still.png", place / VIDEO, f"{shard}#0", place / "movie.gif"]
     names = ["0", "still", "1", next(iter(stored(shard))), "movie"]
     options = ["--frames=8", "--context_frames=5", "--guidance=1.5", "--formats", "safetensors"]
 
-    def run(name: str, *more: str, among: slice = slice(None)) -> dict[str, Tensor]:
-        assert sample(place, tmp_path / name, *options, *more, "--context", *contexts[among], context=None) == 0
+    def run(name: str, *more: str, part: slice = slice(None)) -> dict[str, Tensor]:
+        assert sample(place, tmp_path / name, *options, *more, "--context", *contexts[part], context=None) == 0
         return {path.stem: decoded(path) for path in (tmp_path / name).iterdir()}
 
     one_by_one = run("1", "--batch_size=1")
     assert one_by_one.keys() == set(names)
-    assert_alike(run("2", "--batch_size=2"), one_by_one)
-    assert_alike(run("8", "--batch_size=8"), one_by_one)
-    assert_alike(run("reversed", among=slice(None, None, -1)), one_by_one)
-    assert_alike(run("fewer", among=slice(2, None)), {name: one_by_one[name] for name in names[2:]})
+    assert_equal_up_to_rounding(run("2", "--batch_size=2"), one_by_one)
+    assert_equal_up_to_rounding(run("8", "--batch_size=8"), one_by_one)
+    assert_equal_up_to_rounding(run("reversed", part=slice(None, None, -1)), one_by_one)
+    assert_equal_up_to_rounding(run("fewer", part=slice(2, None)), {name: one_by_one[name] for name in names[2:]})
 
 
-def test_samples_have_one_seed_after_another(place: Path, tmp_path: Path) -> None:
+def test_samples_have_consecutive_seeds(place: Path, tmp_path: Path) -> None:
     options = ["--frames=8", "--formats", "safetensors", "--sampler=stochastic"]
     assert sample(place, tmp_path, *options, "--samples=3", "--seed=5") == 0
     three = {path.stem: decoded(path) for path in tmp_path.iterdir()}
@@ -126,14 +128,14 @@ def test_samples_have_one_seed_after_another(place: Path, tmp_path: Path) -> Non
     for seed in (5, 6, 7):
         assert sample(place, tmp_path / str(seed), *options, f"--seed={seed}") == 0
         alone[f"1-seed{seed}"] = decoded(tmp_path / str(seed) / "1.safetensors")
-    assert_alike(three, alone)
+    assert_equal_up_to_rounding(three, alone)
     first, second = alone["1-seed5"].float(), alone["1-seed6"].float()
     assert torch.equal(first[:13], second[:13])
     assert (first[13:] - second[13:]).abs().mean() > 10
 
 
 @pytest.mark.parametrize(
-    ("options", "how"),
+    ("options", "settings"),
     [
         (["--guidance=2"], {"guidance": Guidance(2.0)}),
         (["--guidance=2", "--guidance_levels", "0.4", "0.8"], {"guidance": Guidance(2.0, 1.0, 0.4, 0.8)}),
@@ -147,22 +149,22 @@ def test_samples_have_one_seed_after_another(place: Path, tmp_path: Path) -> Non
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
-def test_an_option_does_what_its_setting_does(place: Path, tmp_path: Path, options: list[str], how: Any) -> None:
+def test_option_sets_the_rollout(place: Path, tmp_path: Path, options: list[str], settings: Any) -> None:
     assert sample(place, tmp_path / "out.safetensors", *options) == 0
     raw = latents(tmp_path / "out.safetensors")
-    assert_near(raw, streamed(place, raw[:4], 16, **how))
-    assert not torch.equal(raw, streamed(place, raw[:4], 16))
+    assert_near(raw, expected_latents(place, raw[:4], 16, **settings))
+    assert not torch.equal(raw, expected_latents(place, raw[:4], 16))
 
 
-def test_of_does_without_a_cache(place: Path, tmp_path: Path) -> None:
+def test_of_without_a_cache(place: Path, tmp_path: Path) -> None:
     assert sample(place, tmp_path / "out.safetensors", "--no_cache", "--guidance=2", model="of") == 0
     raw = latents(tmp_path / "out.safetensors")
     for cached in (True, False):
-        expected = streamed(place, raw[:4], 16, "of", guidance=Guidance(2.0), use_cache=cached)
+        expected = expected_latents(place, raw[:4], 16, "of", guidance=Guidance(2.0), use_cache=cached)
         assert_near(raw, expected)
 
 
-def test_a_window_longer_than_the_training_is_warned_of(
+def test_window_longer_than_in_training_causes_a_warning(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     verb.log.addHandler(caplog.handler)
@@ -170,16 +172,16 @@ def test_a_window_longer_than_the_training_is_warned_of(
         for options, warns in ((["--window=4"], False), (["--window=3", "--sinks=2"], True)):
             caplog.clear()
             assert sample(place, tmp_path / "out.png", "--frames=8", *options) == 0
-            assert ("up to 5 others (--window and --sinks), but in training at most 4" in caplog.text) == warns
+            assert ("up to 5 others (--window and --sinks), but in training to at most 4" in caplog.text) == warns
     finally:
         verb.log.removeHandler(caplog.handler)
 
 
-def test_a_label_is_known_by_name_or_number_and_a_shard_says_its_own(place: Path, tmp_path: Path) -> None:
+def test_label_is_given_by_name_by_number_or_by_the_shard(place: Path, tmp_path: Path) -> None:
     shard = tar_of(place / "latents")
     with tarfile.open(shard) as file:
-        own = {key: json.load(file.extractfile(f"{key}.json"))["label"] for key in stored(shard)}  # type: ignore[arg-type]
-    assert set(own.values()) == set(LABELS)
+        recorded = {key: json.load(file.extractfile(f"{key}.json"))["label"] for key in stored(shard)}  # type: ignore[arg-type]
+    assert set(recorded.values()) == set(LABELS)
     known = {key: raw[:4] for key, raw in stored(shard).items()}
 
     def run(*more: str, context: str = str(shard), model: str = "of2") -> dict[str, Tensor]:
@@ -188,16 +190,16 @@ def test_a_label_is_known_by_name_or_number_and_a_shard_says_its_own(place: Path
         return {path.stem: latents(path) for path in out.iterdir()}
 
     for key, raw in run().items():
-        assert_near(raw, streamed(place, known[key], 4, label=LABELS.index(own[key])))
+        assert_near(raw, expected_latents(place, known[key], 4, label=LABELS.index(recorded[key])))
     for number, label in enumerate(LABELS):
         by_name, by_number = run(f"--label={label}"), run(f"--label={number}")
         for key, raw in by_name.items():
             assert torch.equal(raw, by_number[key])
-            assert_near(raw, streamed(place, known[key], 4, label=number))
-            assert not torch.allclose(raw, streamed(place, known[key], 4), atol=0.1)
+            assert_near(raw, expected_latents(place, known[key], 4, label=number))
+            assert not torch.allclose(raw, expected_latents(place, known[key], 4), atol=0.1)
 
 
-def test_what_training_leaves_and_what_is_exported_of_it(place: Path, tmp_path: Path) -> None:
+def test_run_and_its_exports_generate_the_same(place: Path, tmp_path: Path) -> None:
     for name, options in (("float32", []), ("bfloat16", ["--dtype=bfloat16"])):
         assert main(["export", "--checkpoint", str(place / "run"), "--out", str(tmp_path / name), *options]) == 0
     results = {}
@@ -211,7 +213,7 @@ def test_what_training_leaves_and_what_is_exported_of_it(place: Path, tmp_path: 
 
 @pytest.fixture
 def other_codec(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `weights` of another codec than the checkpoint's, and `latents` that say they are of another."""
+    """A folder with `weights` of a codec that is not the checkpoint's, and `latents` whose manifest names another."""
     folder = tmp_path_factory.mktemp("other")
     weights = load_file(SHIPPED_WEIGHTS)
     save_file(weights | {"centre": weights["centre"] + 0.1}, folder / "weights")
@@ -224,13 +226,13 @@ def other_codec(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--context_frames=33", ["1.mp4 gives 20 frames", "needs 33"]),
+        ("--context_frames=33", ["1.mp4 has 20 frames", "needs 33"]),
         ("--context_frames=4", ["4 pixel frames", "take 1 or 5"]),
         ("--context_frames=0", ["0 pixel frames", "take 1 or 5"]),
         ("--context nowhere.mp4", ["nowhere.mp4 does not exist"]),
         ("--context latents/manifest.json", ["manifest.json is not a readable video"]),
         ("--checkpoint nowhere", ["no checkpoint at nowhere"]),
-        ("--start=99", ["99 is behind the end"]),
+        ("--start=99", ["99 is after the end"]),
         ("--size=40x40", ["40x40", "trained on 32x32"]),
         ("--codec_source=OTHER/weights", ["of different codecs (fingerprint"]),
         ("--codec_source=/nowhere", ["/nowhere"]),
@@ -248,12 +250,12 @@ def other_codec(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--guidance_levels 0.9 0.1", ["from 0.9 to 0.1"]),
         ("--label=walk", ["'walk'", "give one of jump, run"]),
         ("--label=2", ["'2'", "give one of jump, run"]),
-        ("--label=run --checkpoint bare", ["trained without labels"]),
+        ("--label=run --checkpoint unlabelled", ["trained without labels"]),
         ("--label_guidance=2", ["--label_guidance is 2.0, but 1 has no label", "give --label"]),
-        ("--label_guidance=2 --checkpoint bare", ["--label_guidance is 2.0, but 1 has no label"]),
-        ("--no_cache", ["of2", "let it see 4"]),
+        ("--label_guidance=2 --checkpoint unlabelled", ["--label_guidance is 2.0, but 1 has no label"]),
+        ("--no_cache", ["of2", "--window and --sinks allow 4"]),
         ("--device=gpu", ["The device 'gpu' cannot be used"]),
-        ("--out still.png/out.mp4", ["out.mp4 cannot be written", "still.png is no folder"]),
+        ("--out still.png/out.mp4", ["out.mp4 cannot be written", "still.png is not a writable folder"]),
         ("--out out.webm", ["out.webm is not of a format", "one of .mp4, .gif, .png, .safetensors"]),
         ("--out out.MP4", ["out.MP4 is not of a format"]),
         ("--samples=2", ["out.mp4 is one file, but 2 videos are requested: give a folder"]),
@@ -261,7 +263,7 @@ def other_codec(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_is_refused_in_a_sentence_and_nothing_written(
+def test_invalid_input_is_refused_in_one_sentence_and_writes_nothing(
     options: str,
     words: list[str],
     place: Path,

@@ -1,4 +1,4 @@
-"""What `sample` writes: formats, marks, what is left after Ctrl-C, and how little memory a long video takes."""
+"""Files that `sample` writes: formats, borders, interruptions, and memory of long videos."""
 
 import os
 import re
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from gpdit_lightning.cli import sample as verb
 from gpdit_lightning.generation import GeneratedFrames, stream_video
-from gpdit_lightning.generation.outputs import Output
+from gpdit_lightning.generation.outputs import VideoOutput
 from gpdit_lightning.media.video import read_video
-from tests.cli.sampling import VIDEO, assert_near, decoded, given, latents, looks_like, sample
+from tests.cli.sampling import VIDEO, assert_near, decoded, latents, looks_like, sample, stripe_context
 
 ORANGE, SILVER = (255, 165, 0), (192, 192, 192)
-# Prints the exit status and the peak memory of a process, which begins with its parent's: here a small one's.
+# Prints the exit status and the peak memory of a child process. The peak of a child begins with that of its parent,
+# which is small here.
 PEAK = """
 import os, subprocess, sys
 _, status, used = os.wait4(subprocess.Popen(sys.argv[1:], stdout=2).pid, 0)
@@ -41,7 +42,7 @@ print(status, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
         ("b", ["gif", "safetensors"], {"b/1.gif", "b/1.safetensors"}),
     ],
 )
-def test_there_is_a_file_of_each_format_for_whom_the_umask_says(
+def test_every_format_is_written_with_the_permissions_of_the_umask(
     place: Path, tmp_path: Path, out: str, formats: list[str], files: set[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = os.umask(0o027)
@@ -50,38 +51,38 @@ def test_there_is_a_file_of_each_format_for_whom_the_umask_says(
     finally:
         os.umask(before)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")} == files
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for file in files:
-        assert str(tmp_path / file) in said
+        assert str(tmp_path / file) in printed
         assert stat.S_IMODE((tmp_path / file).stat().st_mode) == 0o640
         if file.endswith(("gif", "png")):
-            with Image.open(tmp_path / file) as picture:
-                assert getattr(picture, "n_frames", 1) == (16 if file.endswith("gif") else 1)
-                assert picture.width >= 96
+            with Image.open(tmp_path / file) as image:
+                assert getattr(image, "n_frames", 1) == (16 if file.endswith("gif") else 1)
+                assert image.width >= 96
 
 
-def test_marks_and_the_truth_beside(place: Path, tmp_path: Path) -> None:
+def test_borders_and_ground_truth_beside_the_video(place: Path, tmp_path: Path) -> None:
     options = ["--frames=8", "--context_frames=5", "--start=0", "--side_by_side"]
     assert sample(place, tmp_path / "plain.mp4", *options) == 0
     assert sample(place, tmp_path / "marked.mp4", *options, "--mark") == 0
     plain, marked = read_video(tmp_path / "plain.mp4"), read_video(tmp_path / "marked.mp4")
     assert plain.shape == marked.shape == (13, 3, 32, 64)
-    assert looks_like(plain[..., 32:], given(1, 0, 13))
-    assert looks_like(marked[:, :, 4:28, 36:60], given(1, 0, 13)[:, :, 4:28, 4:28])
+    assert looks_like(plain[..., 32:], stripe_context(1, 0, 13))
+    assert looks_like(marked[:, :, 4:28, 36:60], stripe_context(1, 0, 13)[:, :, 4:28, 4:28])
     assert looks_like(marked[:, :, 4:28, 4:28], plain[:, :, 4:28, 4:28])
-    for number, colour in ((4, SILVER), (5, ORANGE)):  # the last frame given and the first generated
+    for number, colour in ((4, SILVER), (5, ORANGE)):  # the last context frame and the first generated one
         assert marked[number, :, 8:24, 1].float().mean(dim=1).tolist() == pytest.approx(colour, abs=15)
 
 
-def test_ctrl_c_leaves_a_playable_video_of_what_was_done(place: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_frames_so_far_as_a_playable_video(place: Path, tmp_path: Path) -> None:
     options = ["--formats", "mp4", "png", "safetensors", "--seed=3"]
     names = ["--checkpoint", place / "of2", "--context", place / VIDEO, "--out", tmp_path / "long.mp4", "--steps=2"]
     command = [sys.executable, "-m", "gpdit_lightning", "sample", *map(str, names), *options, "--frames=100000"]
-    with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         deadline = time.monotonic() + 120
-        while not re.search(r" [1-9]\d*/100000 ", (tmp_path / "said").read_text()):
+        while not re.search(r" [1-9]\d*/100000 ", (tmp_path / "log").read_text()):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -89,15 +90,15 @@ def test_ctrl_c_leaves_a_playable_video_of_what_was_done(place: Path, tmp_path: 
         assert process.wait(60) == 130
     finally:
         process.kill()
-    said_so = re.search(r"(\d+) frames: (.*)", text := (tmp_path / "said").read_text())
-    assert said_so is not None
-    assert said_so[2].split(", ") == [str(tmp_path / f"long.{name}") for name in ("mp4", "png", "safetensors")]
+    message = re.search(r"(\d+) frames: (.*)", text := (tmp_path / "log").read_text())
+    assert message is not None
+    assert message[2].split(", ") == [str(tmp_path / f"long.{name}") for name in ("mp4", "png", "safetensors")]
     assert text.endswith("stopped.\n")
     assert "Traceback" not in text
-    assert {path.name for path in tmp_path.iterdir()} == {"said", "long.mp4", "long.png", "long.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "long.mp4", "long.png", "long.safetensors"}
 
     shown = read_video(tmp_path / "long.mp4")
-    assert len(shown) == 13 + int(said_so[1])
+    assert len(shown) == 13 + int(message[1])
     assert looks_like(shown, decoded(tmp_path / "long.safetensors"))
     with Image.open(tmp_path / "long.png") as strip:
         assert strip.height >= 96
@@ -105,32 +106,32 @@ def test_ctrl_c_leaves_a_playable_video_of_what_was_done(place: Path, tmp_path: 
     assert_near(latents(tmp_path / "long.safetensors")[:5], latents(tmp_path / "short.safetensors"))
 
 
-def test_a_ctrl_c_between_frames_keeps_all_videos_of_the_batch(
+def test_ctrl_c_between_frames_keeps_all_videos_of_the_batch(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(*arguments: Any, **options: Any) -> Iterator[GeneratedFrames]:
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[GeneratedFrames]:
         pieces = stream_video(*arguments, **options)
         yield next(pieces)
         yield next(pieces)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verb, "stream_video", stopped)
+    monkeypatch.setattr(verb, "stream_video", interrupted)
     assert sample(place, tmp_path, "--frames=16", "--samples=3", "--batch_size=2", "--formats", "mp4") == 130
     assert {path.name for path in tmp_path.iterdir()} == {"1-seed0.mp4", "1-seed1.mp4"}
     assert [len(read_video(path)) for path in tmp_path.iterdir()] == [13 + 8, 13 + 8]
 
 
-def test_a_ctrl_c_while_frames_are_written_waits_for_those_of_the_other_videos(
+def test_ctrl_c_during_writing_takes_effect_after_the_frames_of_all_videos(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Output.write
+    write = VideoOutput.write
 
-    def interrupted(self: Output, pixels: Tensor, latents: Tensor | None = None) -> None:
+    def interrupted(self: VideoOutput, pixels: Tensor, latents: Tensor | None = None) -> None:
         if len(pixels):
             signal.raise_signal(signal.SIGINT)
         write(self, pixels, latents)
 
-    monkeypatch.setattr(Output, "write", interrupted)
+    monkeypatch.setattr(VideoOutput, "write", interrupted)
     before = signal.getsignal(signal.SIGINT)
     assert sample(place, tmp_path, "--samples=2", "--formats", "mp4", "safetensors") == 130
     assert signal.getsignal(signal.SIGINT) is before
@@ -138,17 +139,17 @@ def test_a_ctrl_c_while_frames_are_written_waits_for_those_of_the_other_videos(
     assert [len(latents(path)) for path in tmp_path.glob("*.safetensors")] == [5, 5]
 
 
-def test_what_cannot_be_written_leaves_no_file(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Output, pixels: Tensor, latents: Tensor | None = None) -> None:
+def test_failed_write_leaves_no_file(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: VideoOutput, pixels: Tensor, latents: Tensor | None = None) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Output, "write", full)
+    monkeypatch.setattr(VideoOutput, "write", full)
     assert sample(place, tmp_path / "out.mp4") == 2
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_ten_times_the_frames_take_no_more_memory(place: Path, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_frames(place: Path, tmp_path: Path) -> None:
     peaks = []
     for frames in (300, 3000):
         names = ["--checkpoint", place / "of2", "--context", place / VIDEO, "--out", tmp_path / "out.mp4"]

@@ -1,3 +1,5 @@
+"""Contexts from files, folders and shards, compared with the frames and latents that were written."""
+
 import dataclasses
 import io
 import json
@@ -18,14 +20,14 @@ from gpdit_lightning.codecs import Codec, load_codec
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import contexts
-from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, batches_of_one_shape, read_contexts
+from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, read_contexts
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.preparation import PrepareOptions, prepare
 from tests.data.damage import damage
 
 STEP = 6  # grey levels from frame to frame: more than what H.264 changes
 FRAMES = 40
-READING = ContextSettings(frames=5, stride=3, sizes=((32, 32), (32, 48)))
+SETTINGS = ContextSettings(frames=5, stride=3, sizes=((32, 32), (32, 48)))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def codec() -> Codec:
 
 
 def grey_steps(frames: int = FRAMES, height: int = 32, width: int = 48) -> Tensor:
-    """Frame i is the grey 6 i, so that a frame says its own number."""
+    """Frame i has the gray level 6 i, from which `numbers` computes i."""
     return (torch.arange(frames) * STEP).byte().view(-1, 1, 1, 1).expand(-1, 3, height, width).contiguous()
 
 
@@ -43,97 +45,93 @@ def numbers(frames: Tensor) -> list[int]:
 
 
 def draw(folder: Path, names: dict[str, int], size: tuple[int, int] = (48, 32)) -> Path:
-    """A folder of pictures, each of the grey that stands for a number."""
+    """Write images of the gray levels of `grey_steps` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, number in names.items():
         Image.new("RGB", size, (number * STEP,) * 3).save(folder / name)
     return folder
 
 
-def only(place: Path, codec: Codec, **changes: Any) -> VideoContext:
-    (context,) = read_contexts([str(place)], dataclasses.replace(READING, **changes), codec)
+def read_one(source: Path, codec: Codec, **changes: Any) -> VideoContext:
+    (context,) = read_contexts([str(source)], dataclasses.replace(SETTINGS, **changes), codec)
     return context
 
 
 @pytest.mark.parametrize("fps", [Fraction(24), Fraction(30000, 1001), Fraction(10)])
-def test_the_context_begins_at_a_second_and_the_truth_follows_it_at_the_same_stride(
-    fps: Fraction, tmp_path: Path, codec: Codec
-) -> None:
+def test_context_begins_at_start_and_is_followed_by_ground_truth(fps: Fraction, tmp_path: Path, codec: Codec) -> None:
     write_video(tmp_path / "steps.mp4", grey_steps(), fps)
-    context = only(tmp_path / "steps.mp4", codec, start=float(7 / fps), ground_truth_frames=4)
+    context = read_one(tmp_path / "steps.mp4", codec, start=float(7 / fps), ground_truth_frames=4)
     assert numbers(context.pixels) == [7, 10, 13, 16, 19]
     assert numbers(context.ground_truth) == [22, 25, 28, 31]
     assert context.pixels.shape == (5, 3, 32, 48)
     assert (context.name, context.fps) == ("steps", fps / 3)
     assert context.latents is None
-    rest = only(tmp_path / "steps.mp4", codec, start=0.0, ground_truth_frames=99).ground_truth
-    assert numbers(rest) == list(range(15, 40, 3))
+    all_later = read_one(tmp_path / "steps.mp4", codec, start=0.0, ground_truth_frames=99).ground_truth
+    assert numbers(all_later) == list(range(15, 40, 3))
 
 
-def test_without_a_start_the_context_is_the_end_of_the_video(tmp_path: Path, codec: Codec) -> None:
+def test_without_start_the_context_is_the_end_of_the_video(tmp_path: Path, codec: Codec) -> None:
     write_video(tmp_path / "steps.mp4", grey_steps(), 24)
-    context = only(tmp_path / "steps.mp4", codec, ground_truth_frames=4)
+    context = read_one(tmp_path / "steps.mp4", codec, ground_truth_frames=4)
     assert numbers(context.pixels) == [27, 30, 33, 36, 39]
     assert context.ground_truth.shape == (0, 3, 32, 48)
 
 
-def test_a_gif_is_a_video(tmp_path: Path, codec: Codec) -> None:
-    pictures = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in grey_steps(20)]
-    pictures[0].save(tmp_path / "steps.gif", save_all=True, append_images=pictures[1:], duration=100)
-    context = only(tmp_path / "steps.gif", codec, start=0.2, ground_truth_frames=1)
+def test_gif_is_read_as_a_video(tmp_path: Path, codec: Codec) -> None:
+    images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in grey_steps(20)]
+    images[0].save(tmp_path / "steps.gif", save_all=True, append_images=images[1:], duration=100)
+    context = read_one(tmp_path / "steps.gif", codec, start=0.2, ground_truth_frames=1)
     assert (numbers(context.pixels), numbers(context.ground_truth)) == ([2, 5, 8, 11, 14], [17])
     assert context.fps == Fraction(10, 3)
 
 
-def test_the_frames_of_a_folder_follow_their_numbers_at_the_rate_that_is_given(tmp_path: Path, codec: Codec) -> None:
+def test_images_of_a_folder_are_frames_in_natural_order(tmp_path: Path, codec: Codec) -> None:
     folder = draw(tmp_path / "frames", {f"f{number}.png": number for number in range(FRAMES)})
-    (folder / "notes.txt").write_text("no picture")
-    context = only(folder, codec, start=0.5, ground_truth_frames=2, fps=12)
+    (folder / "notes.txt").write_text("not an image")
+    context = read_one(folder, codec, start=0.5, ground_truth_frames=2, fps=12)
     assert (numbers(context.pixels), numbers(context.ground_truth)) == ([6, 9, 12, 15, 18], [21, 24])
     assert (context.name, context.fps) == ("frames", Fraction(4))
-    assert torch.equal(context.pixels, grey_steps()[6:21:3])  # nothing compresses them
-    # The end needs none of the others.
+    assert torch.equal(context.pixels, grey_steps()[6:21:3])  # images are lossless
+    # Frames that the context does not need are not decoded.
     (folder / "f24.png").write_text("broken")
-    context = only(folder, codec)
+    context = read_one(folder, codec)
     assert numbers(context.pixels) == [27, 30, 33, 36, 39]
     assert context.fps == Fraction(24, 3)
 
 
-def test_a_picture_is_one_frame_whatever_the_context_needs(tmp_path: Path, codec: Codec) -> None:
+def test_image_is_one_context_frame(tmp_path: Path, codec: Codec) -> None:
     draw(tmp_path, {"still.png": 9}, size=(60, 50))
-    context = only(tmp_path / "still.png", codec, ground_truth_frames=4)
+    context = read_one(tmp_path / "still.png", codec, ground_truth_frames=4)
     assert torch.equal(context.pixels, torch.full((1, 3, 32, 32), 9 * STEP, dtype=torch.uint8))
     assert context.ground_truth.shape == (0, 3, 32, 32)
     assert context.fps == 8
-    assert only(tmp_path / "still.png", codec, fps=30).fps == 10
+    assert read_one(tmp_path / "still.png", codec, fps=30).fps == 10
 
 
-def test_the_videos_of_a_folder_come_in_natural_order(tmp_path: Path, codec: Codec) -> None:
+def test_videos_of_a_folder_are_read_in_natural_order(tmp_path: Path, codec: Codec) -> None:
     for name, first in (("v10", 20), ("v2", 10), (".v3", 0)):
         write_video(tmp_path / f"{name}.mp4", grey_steps()[first:], 24)
     (tmp_path / "deeper").mkdir()
     write_video(tmp_path / "deeper" / "v1.mp4", grey_steps(), 24)
-    found = read_contexts([str(tmp_path)], dataclasses.replace(READING, start=0.0), codec)
+    found = read_contexts([str(tmp_path)], dataclasses.replace(SETTINGS, start=0.0), codec)
     assert [(context.name, numbers(context.pixels)[0]) for context in found] == [("v2", 10), ("v10", 20)]
 
 
-def test_names_are_unlike_each_other_and_fit_a_file(tmp_path: Path, codec: Codec) -> None:
+def test_names_are_unique_and_valid_file_names(tmp_path: Path, codec: Codec) -> None:
     places = ["a/b.png", "a/b-2.png", "c/b.png", "c/b.png", "c/so: what?.png", "c/?.png", f"c/{'ü' * 70}.png"]
     for place in places:
         draw((tmp_path / place).parent, {Path(place).name: 1})
-    found = read_contexts([str(tmp_path / place) for place in places], READING, codec)
+    found = read_contexts([str(tmp_path / place) for place in places], SETTINGS, codec)
     assert [context.name for context in found] == ["b", "b-2", "b-3", "b-4", "so-what", "context", "ü" * 56]
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(64, 60, (32, 32)), (30, 50, (32, 48))])
-def test_the_size_is_the_one_closest_in_aspect(
-    height: int, width: int, size: tuple[int, int], tmp_path: Path, codec: Codec
-) -> None:
-    write_video(tmp_path / "a.mp4", grey_steps(20, height, width), 24)
-    assert only(tmp_path / "a.mp4", codec).pixels.shape == (5, 3, *size)
+def test_frames_are_scaled_to_the_size_closest_in_aspect(tmp_path: Path, codec: Codec) -> None:
+    for height, width, size in ((64, 60, (32, 32)), (30, 50, (32, 48))):
+        write_video(tmp_path / "a.mp4", grey_steps(20, height, width), 24)
+        assert read_one(tmp_path / "a.mp4", codec).pixels.shape == (5, 3, *size)
 
 
-def test_of_a_long_video_only_the_context_is_held(
+def test_large_frames_are_in_memory_one_at_a_time(
     tmp_path: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_video(tmp_path / "long.mp4", grey_steps(1), 24)
@@ -147,26 +145,26 @@ def test_of_a_long_video_only_the_context_is_held(
             yield frame
 
     monkeypatch.setattr(contexts, "iterate_frames", frames)
-    assert len(only(tmp_path / "long.mp4", codec).pixels) == 5
+    assert len(read_one(tmp_path / "long.mp4", codec).pixels) == 5
     assert len(alive) == 50
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two videos of moving stripes, labelled, and two pictures, as latents: 17 frames of 32x32 at stride 3."""
+    """Latents of two labelled videos of moving stripes, 17 frames of 32x32 at stride 3, and of two images."""
     folder = tmp_path_factory.mktemp("shards")
     (folder / "videos" / "stripes").mkdir(parents=True)
     for number in range(2):
-        moments, columns = torch.arange(60)[:, None], torch.arange(48)
-        wave = (torch.sin((columns + moments + 7 * number) / 5) * 100 + 128).byte()
+        times, columns = torch.arange(60)[:, None], torch.arange(48)
+        wave = (torch.sin((columns + times + 7 * number) / 5) * 100 + 128).byte()
         pixels = wave[:, None, None].expand(-1, 3, 32, -1).contiguous()
         write_video(folder / "videos" / "stripes" / f"{number}.mp4", pixels, Fraction(30000, 1001))
-    draw(folder / "pictures", {"a.png": 5, "b.png": 6})
+    draw(folder / "images", {"a.png": 5, "b.png": 6})
     prepare(
         PrepareOptions(
             out=folder / "latents",
             videos=[folder / "videos"],
-            images=[folder / "pictures"],
+            images=[folder / "images"],
             labels=True,
             codec="pca",
             clip_frames=17,
@@ -185,23 +183,23 @@ def tar_of(folder: Path, kind: str = "video") -> Path:
 
 
 def stored(tar: Path) -> dict[str, Tensor]:
-    """The latents of a shard by key, as any reader of tars finds them."""
+    """Read the latents of a shard by key with tarfile."""
     with tarfile.open(tar) as file:
         contents = {name: file.extractfile(name) for name in file.getnames() if name.endswith(".npy")}
         arrays = {name: np.load(io.BytesIO(content.read())) for name, content in contents.items() if content}
     return {name.partition(".")[0]: torch.from_numpy(array).float() for name, array in arrays.items()}
 
 
-def test_a_sample_of_a_shard_is_its_latents(shards: Path, codec: Codec) -> None:
+def test_context_of_a_sample_is_its_latents(shards: Path, codec: Codec) -> None:
     tar = tar_of(shards)
     latents = stored(tar)
     assert len(latents) == 2
     assert next(iter(latents.values())).shape == (5, 16, 4, 4)
-    reading = dataclasses.replace(READING, ground_truth_frames=6)
+    settings = dataclasses.replace(SETTINGS, ground_truth_frames=6)
     for number, (key, whole) in enumerate(latents.items()):
         pixels = codec.decode(whole[None])[0]
         for name in (str(number), key):
-            (context,) = read_contexts([f"{tar}#{name}"], reading, codec)
+            (context,) = read_contexts([f"{tar}#{name}"], settings, codec)
             assert context.name == key
             assert context.label == "stripes"
             assert context.fps == Fraction(10000, 1001)
@@ -211,19 +209,19 @@ def test_a_sample_of_a_shard_is_its_latents(shards: Path, codec: Codec) -> None:
             assert torch.equal(context.pixels, pixels[:5])
             assert torch.equal(context.ground_truth, pixels[5:11])
     assert torch.equal(
-        only(Path(f"{tar}#0"), codec, frames=13, ground_truth_frames=99).ground_truth,
+        read_one(Path(f"{tar}#0"), codec, frames=13, ground_truth_frames=99).ground_truth,
         codec.decode(next(iter(latents.values()))[None])[0, 13:],
     )
 
 
-def test_a_shard_by_itself_is_all_its_samples(shards: Path, codec: Codec) -> None:
-    found = read_contexts([str(tar_of(shards)), str(tar_of(shards, "image"))], READING, codec)
+def test_shard_is_read_as_all_its_samples(shards: Path, codec: Codec) -> None:
+    found = read_contexts([str(tar_of(shards)), str(tar_of(shards, "image"))], SETTINGS, codec)
     assert [context.name for context in found] == [*stored(tar_of(shards)), *stored(tar_of(shards, "image"))]
     assert [len(context.pixels) for context in found] == [5, 5, 1, 1]
 
 
-def test_a_sample_of_pictures_is_one_frame(shards: Path, codec: Codec) -> None:
-    context = only(Path(f"{tar_of(shards, 'image')}#1"), codec, ground_truth_frames=4, fps=12)
+def test_image_sample_is_one_context_frame(shards: Path, codec: Codec) -> None:
+    context = read_one(Path(f"{tar_of(shards, 'image')}#1"), codec, ground_truth_frames=4, fps=12)
     (latents,) = list(stored(tar_of(shards, "image")).values())[1:]
     assert torch.equal(context.pixels, codec.decode(latents[None])[0])
     assert context.latents is not None
@@ -239,9 +237,7 @@ def copied(shards: Path, folder: Path) -> Path:
     return folder
 
 
-def test_the_manifest_may_lie_above_its_shards_and_the_other_shards_elsewhere(
-    shards: Path, tmp_path: Path, codec: Codec
-) -> None:
+def test_manifest_may_be_in_a_folder_above_and_other_shards_missing(shards: Path, tmp_path: Path, codec: Codec) -> None:
     folder = copied(shards, tmp_path / "a")
     manifest = Manifest.load(folder)
     (folder / "b" / "c").mkdir(parents=True)
@@ -253,19 +249,19 @@ def test_the_manifest_may_lie_above_its_shards_and_the_other_shards_elsewhere(
     ]
     dataclasses.replace(manifest, shards=tuple(moved)).save()
     tar_of(folder / "b" / "c", "image").unlink()
-    context = only(Path(f"{tar_of(folder / 'b' / 'c')}#0"), codec)
-    assert torch.equal(context.pixels, only(Path(f"{tar_of(shards)}#0"), codec).pixels)
+    context = read_one(Path(f"{tar_of(folder / 'b' / 'c')}#0"), codec)
+    assert torch.equal(context.pixels, read_one(Path(f"{tar_of(shards)}#0"), codec).pixels)
 
 
-def test_a_damaged_sample_is_named_and_its_neighbour_is_not(shards: Path, tmp_path: Path, codec: Codec) -> None:
+def test_damaged_sample_is_named_and_others_can_be_read(shards: Path, tmp_path: Path, codec: Codec) -> None:
     folder = copied(shards, tmp_path / "latents")
     manifest = Manifest.load(folder)
-    place = next(number for number, entry in enumerate(manifest.shards) if entry.kind == "video")
-    damage(manifest, place, 1)
-    assert len(only(Path(f"{tar_of(folder)}#0"), codec).pixels) == 5
+    index = next(i for i, entry in enumerate(manifest.shards) if entry.kind == "video")
+    damage(manifest, index, 1)
+    assert len(read_one(Path(f"{tar_of(folder)}#0"), codec).pixels) == 5
     for name in ("#1", ""):
         with pytest.raises(InputError, match=r"Sample 1 of .*\.tar is damaged \(its checksum differs\)"):
-            read_contexts([f"{tar_of(folder)}{name}"], READING, codec)
+            read_contexts([f"{tar_of(folder)}{name}"], SETTINGS, codec)
 
 
 def test_latents_of_another_codec_are_refused(shards: Path, tmp_path: Path, codec: Codec) -> None:
@@ -273,25 +269,21 @@ def test_latents_of_another_codec_are_refused(shards: Path, tmp_path: Path, code
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["codec"]["fingerprint"] = "0123456789abcdef"
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    words = (
-        r"latents to continue, of .*manifest\.json, and those that the checkpoint knows, of a codec from the package"
-    )
-    with pytest.raises(InputError, match=words + r".* different codecs \(fingerprint '0123"):
-        only(Path(f"{tar_of(folder)}#0"), codec)
+    message = r"^the latents of .*manifest\.json and the checkpoint's codec from the package are of different codecs"
+    with pytest.raises(InputError, match=message + r" \(fingerprint '0123"):
+        read_one(Path(f"{tar_of(folder)}#0"), codec)
 
 
-def test_a_shard_without_its_manifest_is_refused(shards: Path, tmp_path: Path, codec: Codec) -> None:
+def test_shard_without_manifest_is_refused(shards: Path, tmp_path: Path, codec: Codec) -> None:
     (tmp_path / tar_of(shards).name).write_bytes(tar_of(shards).read_bytes())
-    with pytest.raises(InputError, match=r"No manifest\.json in the folder of .*\.tar or the two above lists it: copy"):
-        only(Path(f"{tar_of(tmp_path)}#0"), codec)
+    with pytest.raises(InputError, match=r"No manifest\.json in the folder of .*\.tar or the two above lists this"):
+        read_one(Path(f"{tar_of(tmp_path)}#0"), codec)
 
 
-def test_sequences_of_pictures_are_no_videos(
-    write_shards: Callable[..., Manifest], tmp_path: Path, codec: Codec
-) -> None:
+def test_shard_of_sequences_is_refused(write_shards: Callable[..., Manifest], tmp_path: Path, codec: Codec) -> None:
     write_shards(tmp_path, {("train", "sequence", (6, 4, 4)): 1}, codec=codec.spec())
-    with pytest.raises(InputError, match=r"train-sequence.*\.tar holds sequences of pictures"):
-        only(tar_of(tmp_path, "sequence"), codec)
+    with pytest.raises(InputError, match=r"train-sequence.*\.tar contains sequences of image pairs"):
+        read_one(tar_of(tmp_path, "sequence"), codec)
 
 
 @pytest.mark.parametrize(
@@ -301,25 +293,26 @@ def test_sequences_of_pictures_are_no_videos(
         ("#-1", {}, "has no sample '-1'"),
         ("#train-video-000000", {}, "has no sample 'train-video-000000'"),
         ("#", {}, "has no sample ''"),
-        ("#0", {"stride": 2}, r"Sample 0 of .*\.tar has stride 3 where the checkpoint was trained at stride 2"),
-        ("#0", {"sizes": ((32, 48), (64, 64))}, "samples of 32x32 pixels .* trained on 32x48, 64x64: give others"),
-        ("", {"frames": 21}, "gives 17 frames at stride 3, but the context needs 21: take a longer video or fewer"),
-        ("#0", {"start": 1.0}, "has no second 1: give --start for videos alone"),
+        ("#0", {"stride": 2}, r"Sample 0 of .*\.tar has stride 3, but the checkpoint was trained at stride 2"),
+        ("#0", {"sizes": ((32, 48), (64, 64))}, "samples of 32x32 pixels, .* trained on 32x48, 64x64: give others"),
+        ("", {"frames": 21}, "has 17 frames at stride 3, but the context needs 21: give a longer video or fewer"),
+        ("#0", {"start": 1.0}, "has no frame at 1 s: give --start for videos only"),
     ],
 )
-def test_a_sample_that_cannot_be_continued_is_refused(
+def test_unusable_sample_is_refused(
     sample: str, changes: dict[str, Any], message: str, shards: Path, codec: Codec
 ) -> None:
     with pytest.raises(InputError, match=message):
-        only(Path(f"{tar_of(shards)}{sample}"), codec, **changes)
+        read_one(Path(f"{tar_of(shards)}{sample}"), codec, **changes)
 
 
 @pytest.fixture(scope="module")
-def oddities(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("oddities")
+def unusable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files and folders that cannot be contexts."""
+    folder = tmp_path_factory.mktemp("unusable")
     write_video(folder / "short.mp4", grey_steps(20), 24)
-    (folder / "text.mp4").write_text("no video")
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.mp4").write_text("not a video")
+    (folder / "text.png").write_text("not an image")
     draw(folder / "still", {"still.png": 1})
     draw(folder / "both", {"a.png": 1})
     write_video(folder / "both" / "b.mp4", grey_steps(2), 24)
@@ -329,66 +322,36 @@ def oddities(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("place", "changes", "message"),
+    ("source", "changes", "message"),
     [
         ("absent.mp4", {}, r"absent\.mp4 does not exist"),
         ("absent.tar", {}, r"absent\.tar does not exist"),
         ("absent.tar#3", {}, r"absent\.tar does not exist"),
         ("text.mp4", {}, r"text\.mp4 is not a readable video"),
         ("text.png", {}, r"text\.png is not a readable image"),
-        ("empty", {}, "empty holds no videos and no pictures"),
-        ("both", {}, r"both holds both videos \(b\.mp4\) and pictures \(a\.png\)"),
-        ("short.mp4", {"frames": 9}, r"short\.mp4 gives 7 frames at stride 3, but the context needs 9: take a longer "),
+        ("empty", {}, "empty contains no videos and no images"),
+        ("both", {}, r"both contains both videos \(b\.mp4\) and images \(a\.png\)"),
+        ("short.mp4", {"frames": 9}, r"short\.mp4 has 7 frames at stride 3, but the context needs 9: give a longer "),
         (
             "short.mp4",
             {"start": 0.5},
-            "gives 3 frames at stride 3, .* needs 5: take a longer video, an earlier --start",
+            "has 3 frames at stride 3, .* needs 5: give a longer video, an earlier --start",
         ),
-        ("short.mp4", {"start": 1.0}, r"--start 1 is behind the end of .*short\.mp4"),
-        ("few", {}, "few gives 2 frames at stride 3, but the context needs 5"),
-        ("few", {"start": 9.0}, "--start 9 is behind the end of .*few"),
-        ("still/still.png", {"start": 2.0}, r"still\.png has no second 2"),
+        ("short.mp4", {"start": 1.0}, r"--start 1 is after the end of .*short\.mp4"),
+        ("few", {}, "few has 2 frames at stride 3, but the context needs 5"),
+        ("few", {"start": 9.0}, "--start 9 is after the end of .*few"),
+        ("still/still.png", {"start": 2.0}, r"still\.png has no frame at 2 s"),
         ("short.mp4", {"frames": 4}, "4 pixel frames are not 1 .*: take 1 or 5"),
     ],
 )
-def test_what_cannot_be_continued_is_named(
-    place: str, changes: dict[str, Any], message: str, oddities: Path, codec: Codec
+def test_unusable_source_is_refused(
+    source: str, changes: dict[str, Any], message: str, unusable: Path, codec: Codec
 ) -> None:
     with pytest.raises(InputError, match=message):
-        only(oddities / place, codec, **changes)
+        read_one(unusable / source, codec, **changes)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"start": -1.0}, "--start is -1.0"),
-        ({"start": float("nan")}, "--start is nan"),
-        ({"fps": 0.0}, "--fps is 0.0"),
-        ({"fps": -8.0}, "--fps is -8.0"),
-    ],
-)
-def test_a_reading_without_sense_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        dataclasses.replace(READING, **changes)
-
-
-def test_batches_are_of_one_shape_and_keep_the_order() -> None:
-    shapes = {"a": (5, 3, 32, 32), "b": (1, 3, 32, 32), "c": (5, 3, 32, 32), "d": (5, 3, 32, 48), "e": (5, 3, 32, 32)}
-    found = [
-        VideoContext(name, torch.zeros(shape, dtype=torch.uint8), torch.zeros(0, *shape[1:]), Fraction(8))
-        for name, shape in shapes.items()
-    ]
-    assert [[context.name for context in batch] for batch in batches_of_one_shape(found, 2, lambda c: c)] == [
-        ["a", "c"],
-        ["e"],
-        ["b"],
-        ["d"],
-    ]
-    assert [[context.name for context in batch] for batch in batches_of_one_shape(found, 9, lambda c: c)] == [
-        ["a", "c", "e"],
-        ["b"],
-        ["d"],
-    ]
-    assert batches_of_one_shape([], 2, lambda c: c) == []
-    with pytest.raises(InputError, match="--batch_size is 0"):
-        batches_of_one_shape(found, 0, lambda c: c)
+def test_invalid_settings_are_refused() -> None:
+    for name, value in (("start", -1.0), ("start", float("nan")), ("fps", 0.0), ("fps", -8.0)):
+        with pytest.raises(InputError, match=f"--{name} is {value}"):
+            dataclasses.replace(SETTINGS, **{name: value})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.contexts import VideoContext
-from gpdit_lightning.generation.outputs import FORMATS, Output, check_formats, output_paths
+from gpdit_lightning.generation.outputs import FORMATS, VideoOutput, output_paths
 from gpdit_lightning.media.images import write_strip
 from gpdit_lightning.media.video import read_video, video_info
 
@@ -24,7 +24,7 @@ ORANGE, SILVER = (255, 165, 0), (192, 192, 192)
 
 
 def grey(numbers: Sequence[int], size: tuple[int, int] = (32, 48)) -> Tensor:
-    """Frames that are as grey as their number says."""
+    """Frame number i has the gray level 6 i, from which `numbers` computes i."""
     return (torch.tensor(numbers) * STEP).byte().view(-1, 1, 1, 1).expand(-1, 3, *size).contiguous()
 
 
@@ -32,20 +32,26 @@ def numbers(frames: Tensor) -> list[int]:
     return [round(value / STEP) for value in frames.float().mean(dim=(1, 2, 3)).tolist()]
 
 
-def context_of(given: Sequence[int], truth: Sequence[int] = (), latents: Tensor | None = None) -> VideoContext:
-    return VideoContext("clip", grey(given), grey(truth), FPS, latents)
+def make_context(frames: Sequence[int], truth: Sequence[int] = (), latents: Tensor | None = None) -> VideoContext:
+    return VideoContext("clip", grey(frames), grey(truth), FPS, latents)
+
+
+def make_output(
+    path: Path, formats: Sequence[str], context: VideoContext, frames: int, mark: bool = False, beside: bool = False
+) -> VideoOutput:
+    return VideoOutput(path, formats, context, frames, temporal_factor=4, mark=mark, side_by_side=beside)
 
 
 def latents_of(first: int, frames: int) -> Tensor:
-    """Latent frames that hold their number."""
+    """Latent frames whose values are their number."""
     return torch.arange(first, first + frames).view(-1, 1, 1, 1).expand(-1, 16, 4, 6).double()
 
 
-def test_the_context_goes_first_and_frames_follow_in_pieces_of_any_size(tmp_path: Path) -> None:
-    with Output(tmp_path / "a" / "b" / "v1.5", ["mp4"], context_of([0, 1, 2]), frames=20) as output:
+def test_mp4_contains_context_and_pieces_of_any_size(tmp_path: Path) -> None:
+    with make_output(tmp_path / "a" / "b" / "v1.5", ["mp4"], make_context([0, 1, 2]), frames=20) as output:
         for piece in ([3], [4, 5, 6, 7], [], [8, 9]):
             output.write(grey(piece))
-        assert output.written == 7
+        assert output.frames_written == 7
         assert output.files == []
     path = tmp_path / "a" / "b" / "v1.5.mp4"
     assert output.files == [path]
@@ -53,29 +59,26 @@ def test_the_context_goes_first_and_frames_follow_in_pieces_of_any_size(tmp_path
     assert video_info(path).fps == FPS
 
 
-def test_frames_beyond_those_asked_for_are_cut_off(tmp_path: Path) -> None:
-    with Output(tmp_path / "v", FORMATS, context_of([0], truth=[21, 22]), frames=6) as output:
-        output.write(grey([1, 2, 3, 4]), latents_of(0, 2))  # the context's latent frame before the first generated one
+def test_surplus_frames_are_dropped(tmp_path: Path) -> None:
+    with make_output(tmp_path / "v", FORMATS, make_context([0], truth=[21, 22]), frames=6) as output:
+        output.write(grey([1, 2, 3, 4]), latents_of(0, 2))  # the first is that of the context
         output.write(grey([5, 6, 7, 8]), latents_of(2, 1))
         output.write(grey([9, 10, 11, 12]), latents_of(3, 1))
-    assert output.written == 6
+    assert output.frames_written == 6
     assert numbers(read_video(tmp_path / "v.mp4")) == [0, 1, 2, 3, 4, 5, 6]
     with Image.open(tmp_path / "v.gif") as animation:
         assert animation.n_frames == 7  # type: ignore[attr-defined]
     with safe_open(tmp_path / "v.safetensors", "pt") as file:
         assert file.get_tensor("latents")[:, 0, 0, 0].tolist() == [0, 1, 2]
+    with make_output(tmp_path / "w", ["safetensors"], make_context([]), frames=6) as output:
+        output.write(grey(range(13)), latents_of(0, 4))  # all frames in one piece
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        assert file.get_tensor("latents")[:, 0, 0, 0].tolist() == [0, 1, 2]  # with 1 + 4 + 4 frames
 
 
-def test_one_piece_of_all_frames_leaves_the_latents_that_its_own_frames_need(tmp_path: Path) -> None:
-    with Output(tmp_path / "v", ["safetensors"], context_of([]), frames=6) as output:
-        output.write(grey(range(13)), latents_of(0, 4))
-    with safe_open(tmp_path / "v.safetensors", "pt") as file:
-        assert file.get_tensor("latents")[:, 0, 0, 0].tolist() == [0, 1, 2]  # of 1 + 4 + 4 frames
-
-
-def test_marks_tell_what_was_given_from_what_was_generated(tmp_path: Path) -> None:
-    context = context_of([10], truth=[11])
-    with Output(tmp_path / "v", ["mp4"], context, frames=2, mark=True, side_by_side=True) as output:
+def test_borders_distinguish_context_and_generated_frames(tmp_path: Path) -> None:
+    context = make_context([10], truth=[11])
+    with make_output(tmp_path / "v", ["mp4"], context, frames=2, mark=True, beside=True) as output:
         output.write(grey([20, 21]))
     shown = read_video(tmp_path / "v.mp4").float()
     assert shown.shape == (3, 3, 32, 96)
@@ -88,12 +91,12 @@ def test_marks_tell_what_was_given_from_what_was_generated(tmp_path: Path) -> No
         (2, 1, (0, 0, 0), 0),
     ):
         part = shown[frame, :, :, 48 * half : 48 * half + 48]
-        assert part[:, 12:20, 1].mean(dim=1).tolist() == pytest.approx(colour, abs=12)  # 4:2:0 blurs colours
+        assert part[:, 12:20, 1].mean(dim=1).tolist() == pytest.approx(colour, abs=12)  # 4:2:0 blurs
         assert part[:, 8:24, 8:40].mean(dim=(1, 2)).tolist() == pytest.approx([inside * STEP] * 3, abs=3)
 
 
-def test_without_marks_a_frame_is_as_it_was(tmp_path: Path) -> None:
-    with Output(tmp_path / "v", ["mp4"], context_of([10], truth=[11]), frames=2, side_by_side=True) as output:
+def test_side_by_side_without_borders(tmp_path: Path) -> None:
+    with make_output(tmp_path / "v", ["mp4"], make_context([10], truth=[11]), frames=2, beside=True) as output:
         output.write(grey([20]))
         output.write(grey([21]))
     shown = read_video(tmp_path / "v.mp4")
@@ -101,27 +104,28 @@ def test_without_marks_a_frame_is_as_it_was(tmp_path: Path) -> None:
     assert numbers(shown[..., 50:]) == [10, 11, 0]
 
 
-def test_the_strip_is_that_of_the_whole_video(tmp_path: Path) -> None:
-    context = context_of([0, 1, 2], truth=[3, 4, 5, 6, 7])
-    with Output(tmp_path / "v", ["png"], context, frames=30) as output:
+def test_strip_equals_that_of_the_whole_video(tmp_path: Path) -> None:
+    context = make_context([0, 1, 2], truth=[3, 4, 5, 6, 7])
+    with make_output(tmp_path / "v", ["png"], context, frames=30) as output:
         for first in range(10, 40, 4):
             output.write(grey(range(first, first + 4)))
-    rows = {"generated": grey([0, 1, 2, *range(10, 40)]), "truth": grey(range(8))}
+    rows = {"generated": grey([0, 1, 2, *range(10, 40)]), "ground truth": grey(range(8))}
     write_strip(tmp_path / "expected.png", rows, context=3)
     assert (tmp_path / "v.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
-def test_a_strip_shows_what_there_is(tmp_path: Path) -> None:
-    with Output(tmp_path / "v", ["png"], context_of([30], truth=[7]), frames=30) as output:  # every second frame
+def test_strip_of_an_incomplete_video_shows_its_frames(tmp_path: Path) -> None:
+    # A strip of 31 frames shows every second one.
+    with make_output(tmp_path / "v", ["png"], make_context([30], truth=[7]), frames=30) as output:
         output.write(grey([31, 32, 33]))
-    rows = {"generated": grey([30, 32]), "truth": grey([30])}
+    rows = {"generated": grey([30, 32]), "ground truth": grey([30])}
     write_strip(tmp_path / "expected.png", rows, context=1, frame_numbers=[0, 2])
     assert (tmp_path / "v.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
 @pytest.mark.parametrize(("truth", "wide"), [([7, 8, 9], True), ([7, 8], True), ([7], False), ([], False)])
-def test_a_gif_shows_the_truth_where_it_is_as_long(truth: list[int], wide: bool, tmp_path: Path) -> None:
-    with Output(tmp_path / "v", ["gif"], context_of([0, 1], truth), frames=9) as output:
+def test_gif_shows_ground_truth_of_at_least_the_same_length(truth: list[int], wide: bool, tmp_path: Path) -> None:
+    with make_output(tmp_path / "v", ["gif"], make_context([0, 1], truth), frames=9) as output:
         output.write(grey([2, 3]))
     with Image.open(tmp_path / "v.gif") as animation:
         assert animation.n_frames == 4  # type: ignore[attr-defined]
@@ -134,9 +138,9 @@ def test_a_gif_shows_the_truth_where_it_is_as_long(truth: list[int], wide: bool,
             assert abs(page[-50, 250, 0] - 7 * STEP) <= 2
 
 
-def test_latents_are_kept_raw_with_what_it_takes_to_play_them(tmp_path: Path) -> None:
-    context = context_of(range(5), latents=latents_of(0, 2).float())
-    with Output(tmp_path / "v", ["safetensors"], context, frames=8) as output:
+def test_latents_are_stored_raw_with_metadata(tmp_path: Path) -> None:
+    context = make_context(range(5), latents=latents_of(0, 2).float())
+    with make_output(tmp_path / "v", ["safetensors"], context, frames=8) as output:
         for latent in (2, 3):
             output.write(grey(range(4)), latents_of(latent, 1))
     with safe_open(tmp_path / "v.safetensors", "pt") as file:
@@ -146,14 +150,14 @@ def test_latents_are_kept_raw_with_what_it_takes_to_play_them(tmp_path: Path) ->
         assert file.metadata() == {"fps": "10000/1001", "context_frames": "5"}
     assert Fraction("10000/1001") == FPS
     with (
-        Output(tmp_path / "w", ["safetensors"], context, frames=8) as output,
-        pytest.raises(InputError, match=r"w\.safetensors holds latents: give those of the frames"),
+        make_output(tmp_path / "w", ["safetensors"], context, frames=8) as output,
+        pytest.raises(InputError, match=r"w\.safetensors stores latents: give those of the frames"),
     ):
         output.write(grey([1]))
 
 
-def test_generation_from_nothing_has_frames_of_its_own_alone(tmp_path: Path) -> None:
-    with Output(tmp_path / "v", FORMATS, context_of([]), frames=5, mark=True, side_by_side=True) as output:
+def test_output_without_a_context(tmp_path: Path) -> None:
+    with make_output(tmp_path / "v", FORMATS, make_context([]), frames=5, mark=True, beside=True) as output:
         output.write(grey([5]), latents_of(0, 1))
         output.write(grey([6, 7, 8, 9]), latents_of(1, 1))
     assert output.files == [tmp_path / f"v.{ending}" for ending in FORMATS]
@@ -164,15 +168,15 @@ def test_generation_from_nothing_has_frames_of_its_own_alone(tmp_path: Path) -> 
         assert len(file.get_tensor("latents")) == 2
 
 
-def test_nothing_is_written_of_nothing(tmp_path: Path) -> None:
-    with Output(tmp_path / "v", FORMATS, context_of([]), frames=5) as output:
+def test_output_without_frames_writes_no_files(tmp_path: Path) -> None:
+    with make_output(tmp_path / "v", FORMATS, make_context([]), frames=5) as output:
         output.write(grey([]), latents_of(0, 0)[:0])
     assert output.files == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_came_before_an_interruption_stays(tmp_path: Path) -> None:
-    with Output(tmp_path / "v", FORMATS, context_of([0, 1]), frames=400) as output:
+def test_frames_before_an_interruption_are_kept(tmp_path: Path) -> None:
+    with make_output(tmp_path / "v", FORMATS, make_context([0, 1]), frames=400) as output:
         try:
             output.write(grey([2, 3]), latents_of(0, 2))
             raise KeyboardInterrupt
@@ -180,19 +184,18 @@ def test_what_came_before_an_interruption_stays(tmp_path: Path) -> None:
             pass
     assert numbers(read_video(tmp_path / "v.mp4")) == [0, 1, 2, 3]
     assert output.files == [tmp_path / f"v.{ending}" for ending in FORMATS]
-    with Output(tmp_path / "w", FORMATS, context_of([0, 1]), frames=400) as output:
+    with make_output(tmp_path / "w", FORMATS, make_context([0, 1]), frames=400) as output:
         pass
-    assert output.files == [
-        tmp_path / f"w.{ending}" for ending in FORMATS[:3]
-    ]  # of the context, whose latents none gave
+    # The context alone, without its latents.
+    assert output.files == [tmp_path / f"w.{ending}" for ending in FORMATS[:3]]
 
 
-def test_an_error_leaves_the_older_files(tmp_path: Path) -> None:
+def test_exception_keeps_existing_files(tmp_path: Path) -> None:
     for ending in FORMATS:
         (tmp_path / f"v.{ending}").write_text("older")
 
     def fail() -> None:
-        with Output(tmp_path / "v", FORMATS, context_of([0, 1]), frames=9) as output:
+        with make_output(tmp_path / "v", FORMATS, make_context([0, 1]), frames=9) as output:
             output.write(grey([2, 3]), latents_of(0, 2))
             output.write(grey([4, 5], size=(16, 16)), latents_of(2, 1))
 
@@ -201,36 +204,31 @@ def test_an_error_leaves_the_older_files(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {f"v.{name}": "older" for name in FORMATS}
 
 
-def test_of_a_long_video_the_latents_and_what_the_strip_shows_are_held(tmp_path: Path) -> None:
-    def frames_held() -> int:
+def test_only_latents_and_frames_of_the_strip_stay_in_memory(tmp_path: Path) -> None:
+    def frames_in_memory() -> int:
         return sum(type(item) is Tensor and item.shape == (3, 32, 48) for item in gc.get_objects())
 
-    before = frames_held()
-    with Output(tmp_path / "v", ["mp4", "png", "safetensors"], context_of([0]), frames=40) as output:
+    before = frames_in_memory()
+    with make_output(tmp_path / "v", ["mp4", "png", "safetensors"], make_context([0]), frames=40) as output:
         for number in range(10):
             pixels, latents = np.full((4, 3, 32, 48), number, np.uint8), np.zeros((1, 16, 4, 6), np.float32)
-            memory = weakref.ref(pixels), weakref.ref(latents)  # of the whole batch, which a view would keep
+            memory = weakref.ref(pixels), weakref.ref(latents)  # views would keep these arrays in memory
             output.write(torch.from_numpy(pixels), torch.from_numpy(latents))
             del pixels, latents
             assert memory[0]() is memory[1]() is None
-        assert frames_held() - before <= 16
+        assert frames_in_memory() - before <= 16
 
 
-@pytest.mark.parametrize(
-    ("formats", "message"),
-    [(["mp4", "webm"], "The formats are mp4, webm: choose from mp4, gif, png, safetensors"), ([], "formats are none")],
-)
-def test_unknown_formats_are_named(formats: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        check_formats(formats)
-
-
-def test_where_no_file_can_be_written_is_said_before_any_work(tmp_path: Path) -> None:
+def test_output_paths_are_checked_first(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="The formats are mp4, webm: choose from mp4, gif, png, safetensors"):
+        output_paths(tmp_path / "v", ["mp4", "webm"])
+    with pytest.raises(InputError, match="The formats are none"):
+        output_paths(tmp_path / "v", [])
     assert output_paths(tmp_path / "new" / "a.b", ["gif"]) == {"gif": tmp_path / "new" / "a.b.gif"}
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "v.mp4").mkdir()
     with pytest.raises(InputError, match=r"v\.mp4 cannot be written, since it is a folder"):
-        Output(tmp_path / "v", ["mp4"], context_of([0]), frames=1)
+        make_output(tmp_path / "v", ["mp4"], make_context([0]), frames=1)
     (tmp_path / "file").write_text("")
     no_folder = re.escape(f"since {tmp_path / 'file'} is not a writable folder")
     with pytest.raises(InputError, match=no_folder):

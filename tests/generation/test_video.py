@@ -1,4 +1,4 @@
-"""From context to pixels, against the codec's decoding of whole latents and the rollout by itself."""
+"""Generated pixels, compared with decoded rollouts."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ def pixels(clips: int = 2, frames: int = 5, height: int = 32, width: int = 48) -
 
 
 def latents(codec: Codec, frames: int, channels: int = 16) -> Tensor:
-    """Raw ones; of whole videos, as those of a context are."""
+    """Return raw latents of two videos, (2, F, C, 4, 6)."""
     if frames == 0 or channels != 16:
         return torch.zeros(2, frames, channels, 4, 6)
     return codec.encode(pixels(frames=codec.pixel_frames(frames)))
@@ -52,9 +52,8 @@ def joined(pieces: Sequence[GeneratedFrames]) -> tuple[Tensor, Tensor]:
     return torch.cat([piece.pixels for piece in pieces], dim=1), torch.cat([piece.latents for piece in pieces], dim=1)
 
 
-@pytest.mark.parametrize("known", [1, 5, 9])
-@pytest.mark.parametrize("frames", [1, 3, 4, 5, 8])
-def test_as_many_frames_as_asked_follow_the_untouched_context(
+@pytest.mark.parametrize(("known", "frames"), [(1, 1), (1, 8), (5, 3), (5, 4), (9, 5)])
+def test_requested_number_of_frames_follows_the_unchanged_context(
     model: GPDiT, codec: Codec, known: int, frames: int
 ) -> None:
     context = pixels(frames=known)
@@ -67,28 +66,28 @@ def test_as_many_frames_as_asked_follow_the_untouched_context(
 
 
 @pytest.mark.parametrize("known", [0, 1, 3])
-def test_a_stream_is_the_decoded_rollout_behind_the_context(model: GPDiT, codec: Codec, known: int) -> None:
+def test_stream_equals_the_decoded_rollout(model: GPDiT, codec: Codec, known: int) -> None:
     context, frames = latents(codec, known), 12 + (known == 0)
-    shown, made = joined(list(stream_video(model, codec, context, frames, CONFIG, ClipInputs([7, 3]))))
+    shown, latent_frames = joined(list(stream_video(model, codec, context, frames, CONFIG, ClipInputs([7, 3]))))
     mean, std = codec.mean[:, None, None], codec.std[:, None, None]
     generated = torch.stack(
-        list(rollout(model, (context - mean) / std, made.shape[1], CONFIG, ClipInputs([7, 3]))), dim=1
+        list(rollout(model, (context - mean) / std, latent_frames.shape[1], CONFIG, ClipInputs([7, 3]))), dim=1
     )
-    torch.testing.assert_close(made, generated * std + mean, rtol=0, atol=1e-6)
-    decoded = codec.decode(torch.cat([context, made], dim=1))
+    torch.testing.assert_close(latent_frames, generated * std + mean, rtol=0, atol=1e-6)
+    decoded = codec.decode(torch.cat([context, latent_frames], dim=1))
     assert shown.shape[1] == frames
     assert torch.equal(shown, decoded[:, -frames:])
     assert shown.float().std() > 1
 
 
-def test_a_continuation_is_its_context_and_all_pieces_of_the_stream(model: GPDiT, codec: Codec) -> None:
+def test_continued_video_is_the_context_and_the_stream(model: GPDiT, codec: Codec) -> None:
     context, known = pixels(), latents(codec, 2)
     inputs = ClipInputs(5, torch.tensor([2, 0]), torch.tensor([1, 1]))
     config = GenerationConfig(RotationSampler(STEPS), Guidance(label=2.0))
     video = continue_video(model, codec, context, 10, config, inputs)
-    shown, made = joined(list(stream_video(model, codec, known, 10, config, inputs)))
+    shown, latent_frames = joined(list(stream_video(model, codec, known, 10, config, inputs)))
     assert torch.equal(video.pixels, torch.cat([context, shown], dim=1))
-    assert torch.equal(video.latents, torch.cat([known, made], dim=1))
+    assert torch.equal(video.latents, torch.cat([known, latent_frames], dim=1))
     for name, other in (("condition", [0, 0]), ("null_condition", [-1, -1]), ("seeds", 6)):
         changed = replace(inputs, **{name: torch.tensor(other) if isinstance(other, list) else other})
         assert not torch.allclose(continue_video(model, codec, context, 10, config, changed).latents, video.latents)
@@ -98,7 +97,7 @@ def test_a_continuation_is_its_context_and_all_pieces_of_the_stream(model: GPDiT
     ("known", "frames", "lengths"),
     [(2, 8, [4, 4]), (2, 6, [4, 2]), (0, 1, [1]), (0, 5, [1, 4]), (0, 7, [1, 4, 2]), (1, 0, []), (0, 0, [])],
 )
-def test_a_piece_is_a_latent_frame_without_the_surplus_of_the_last(
+def test_surplus_frames_of_the_last_latent_frame_are_dropped(
     model: GPDiT, codec: Codec, known: int, frames: int, lengths: list[int]
 ) -> None:
     pieces = list(stream_video(model, codec, latents(codec, known), frames, CONFIG))
@@ -110,10 +109,9 @@ def test_a_piece_is_a_latent_frame_without_the_surplus_of_the_last(
         assert torch.equal(piece.latents, long.latents)
 
 
-def test_nothing_is_computed_ahead_and_nothing_kept(
+def test_stream_computes_and_keeps_one_frame_at_a_time(
     model: GPDiT, codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a video may be as long as one likes."""
     calls: list[None] = []
     denoise = model.denoise
 
@@ -126,10 +124,10 @@ def test_nothing_is_computed_ahead_and_nothing_kept(
     for number in range(1, 6):
         alive += map(weakref.ref, next(stream))
         assert len(calls) == number * STEPS
-        assert not any(tensor() is not None for tensor in alive[:-2])  # the last piece's are in use
+        assert not any(tensor() is not None for tensor in alive[:-2])  # the latest piece is in use
 
 
-def test_the_progress_bar_changes_nothing(model: GPDiT, codec: Codec, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_changes_nothing(model: GPDiT, codec: Codec, capsys: pytest.CaptureFixture[str]) -> None:
     silent = continue_video(model, codec, pixels(), 8, CONFIG)
     assert capsys.readouterr().err == ""
     shown = continue_video(model, codec, pixels(), 8, CONFIG, progress=True)
@@ -146,7 +144,7 @@ def test_the_progress_bar_changes_nothing(model: GPDiT, codec: Codec, capsys: py
         (pixels().float(), "convert them"),
     ],
 )
-def test_a_context_that_does_not_suit_is_refused(model: GPDiT, codec: Codec, context: Tensor, message: str) -> None:
+def test_mismatched_context_is_refused(model: GPDiT, codec: Codec, context: Tensor, message: str) -> None:
     with pytest.raises(InputError, match=message):
         continue_video(model, codec, context, 4, CONFIG)
 
