@@ -1,4 +1,4 @@
-"""The demo, short in the default run and whole in the slow one."""
+"""The demo with few steps and videos, and the complete demo in a slow test."""
 
 import json
 from fractions import Fraction
@@ -10,44 +10,45 @@ import torch
 import yaml
 
 from gpdit_lightning.cli import demo, demo_videos, main
+from gpdit_lightning.cli.recipe_files import recipe_path
 from gpdit_lightning.media.video import video_info, write_video
 
 STAGES = ("stage1_image_warmup", "stage2_mixed", "stage3_long_video", "stage4_few_shot")
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_videos(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "VIDEOS", 3)
     monkeypatch.setattr(demo, "HELD_OUT_VIDEOS", 2)
 
 
-@pytest.mark.usefixtures("small")
-def test_it_leaves_what_it_says_and_goes_on_when_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("few_videos")
+def test_demo_writes_its_results_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "demo"
     assert main(["demo", "--run_dir", str(run_dir), "--max_steps", "2"]) == 0
-    shown = capsys.readouterr().out
-    assert "2 held-out clips" in shown
-    assert str(run_dir / "sample.png") in shown
+    printed = capsys.readouterr().out
+    assert "2 held-out clips" in printed
+    assert str(run_dir / "sample.png") in printed
     for stage in STAGES:
         assert (run_dir / stage / "checkpoints" / "last.ckpt").is_dir()
         assert list((run_dir / stage / "tensorboard").glob("events*"))
         assert (run_dir / stage / "previews" / "step-000002.png").is_file()
-    for picture in ("sample.png", "few_shot.png"):
-        assert (run_dir / picture).stat().st_size > 0
+    for name in ("sample.png", "few_shot.png"):
+        assert (run_dir / name).stat().st_size > 0
     info = video_info(run_dir / "sample.mp4")
     assert (info.height, info.width, info.fps) == (64, 128, Fraction(8))
     report = json.loads((run_dir / "report.json").read_text())
     assert report["step"] == 2
     assert len(report["error"]) == len(report["copy_error"]) == demo.CLIP - demo.CONTEXT
 
-    made = {path: path.stat().st_mtime_ns for ending in ("mp4", "tar", "ckpt") for path in run_dir.rglob(f"*.{ending}")}
-    del made[run_dir / "sample.mp4"]
+    times = {path: path.stat().st_mtime_ns for name in ("mp4", "tar", "ckpt") for path in run_dir.rglob(f"*.{name}")}
+    del times[run_dir / "sample.mp4"]
     assert main(["demo", "--run_dir", str(run_dir), "--max_steps", "2"]) == 0
     assert capsys.readouterr().out.count("finished at step 2") == len(STAGES)
-    assert made == {path: path.stat().st_mtime_ns for path in made}
+    assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
-def test_with_videos_of_ones_own(tmp_path: Path) -> None:
+def test_demo_with_given_videos(tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -62,43 +63,42 @@ def test_with_videos_of_ones_own(tmp_path: Path) -> None:
     assert len(report["error"]) == demo.SHORTEST_CLIP - demo.CONTEXT  # 60 frames are 20 at the stride
 
 
-def test_held_out_movies_show_other_digits_on_other_paths() -> None:
-    digits = demo_videos.load_digits()
-    assert len(digits[: -demo_videos.HELD_OUT_DIGITS]) + demo_videos.HELD_OUT_DIGITS == len(digits)
-    mine = demo_videos.render(digits[0], np.random.default_rng([0, False, 0]))
-    again = demo_videos.render(digits[0], np.random.default_rng([0, False, 0]))
-    other = demo_videos.render(digits[0], np.random.default_rng([0, True, 0]))
-    assert torch.equal(mine, again)
-    assert not torch.equal(mine, other)
+def test_rendered_video_depends_on_the_seed_only() -> None:
+    digit = demo_videos.load_digits()[0]
+    first, again, held_out = (
+        demo_videos.render(digit, np.random.default_rng([0, is_held_out, 0])) for is_held_out in (False, False, True)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, held_out)
 
 
-def test_a_digit_drifts_straight_and_stays_inside() -> None:
+def test_path_of_a_digit_is_straight_and_inside_the_frame() -> None:
     for seed in range(20):
         path = demo_videos.random_path(np.random.default_rng(seed))
         assert path.min() >= 0
         assert path.max() <= demo_videos.SIZE - demo_videos.DIGIT
         steps = np.diff(path, axis=0)
         np.testing.assert_allclose(steps, np.broadcast_to(steps[0], steps.shape), atol=1e-9)
-        assert np.linalg.norm(path[-1] - path[0]) >= demo_videos.SHORTEST_PATH
+        assert np.linalg.norm(path[-1] - path[0]) >= demo_videos.MIN_PATH_LENGTH
 
 
-def test_the_ink_moves_with_the_path() -> None:
+def test_rendered_digit_follows_the_path() -> None:
     digit = torch.ones(1, demo_videos.DIGIT, demo_videos.DIGIT)
     path = demo_videos.random_path(np.random.default_rng(3))
-    movie = demo_videos.render(digit, np.random.default_rng(3)).float()
-    ink = movie.mean(dim=1) - movie.mean(dim=1).amin(dim=(1, 2), keepdim=True)
+    gray = demo_videos.render(digit, np.random.default_rng(3)).float().mean(dim=1)
+    ink = gray - gray.amin(dim=(1, 2), keepdim=True)
     columns = (ink.sum(dim=1) * (torch.arange(demo_videos.SIZE) + 0.5)).sum(dim=1) / ink.sum(dim=(1, 2))
     np.testing.assert_allclose(columns.numpy(), path[:, 0] + demo_videos.DIGIT / 2, atol=0.1)
 
 
-def test_an_empty_folder_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_without_videos_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--videos", str(tmp_path), "--run_dir", str(tmp_path / "demo")]) == 2
     assert str(tmp_path) in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_whole_demo_beats_repeating_the_last_frame(tmp_path: Path) -> None:
+def test_complete_demo_is_better_than_repeating_the_last_frame(tmp_path: Path) -> None:
     torch.set_num_threads(2)
     try:
         assert main(["demo", "--run_dir", str(tmp_path / "demo")]) == 0
@@ -107,5 +107,5 @@ def test_the_whole_demo_beats_repeating_the_last_frame(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert report["clips"] >= 32
     assert report["ratio"] <= 0.8
-    stage = demo.CHAIN.with_name("stage3_long_video.yaml")
-    assert report["step"] == yaml.safe_load(stage.read_text())["trainer"]["max_steps"]
+    recipe = yaml.safe_load(recipe_path("gpdit:demo/stage3_long_video").read_text())
+    assert report["step"] == recipe["trainer"]["max_steps"]

@@ -1,4 +1,4 @@
-"""Sharing a trained model: from a checkpoint to a folder, and everything that opens it."""
+"""`export`: the exported folder, and everything that reads it."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ Fit = Callable[..., Trainer]
 
 @pytest.fixture(scope="module")
 def run(tiny_shards: Path, tiny_config: GPDiTConfig, fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps, with an average. Do not change it."""
+    """A run of three steps with averaged weights. Do not change it."""
     folder = tmp_path_factory.mktemp("run")
     stage = GPDiTStage(tiny_config, optimizer=OptimizerConfig(learning_rate=0.03, warmup_steps=0))
     data = LatentDataModule(videos=SourceConfig([str(tiny_shards)], batch_size=4))
@@ -44,7 +44,7 @@ def run(tiny_shards: Path, tiny_config: GPDiTConfig, fit: Fit, tmp_path_factory:
 
 @pytest.fixture(scope="module")
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run's average as a folder. Do not change it."""
+    """The run's averaged weights, exported. Do not change it."""
     out = tmp_path_factory.mktemp("exported") / "model"
     assert export(run, out) == 0
     return out
@@ -72,26 +72,23 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
         assert torch.equal(value, second[name]), name
 
 
-def test_the_folder_holds_what_the_checkpoint_holds(run: Path, exported: Path) -> None:
-    trained, shared = load_trained_model(run), load_trained_model(exported)
+def test_exported_model_equals_the_checkpoint(run: Path, exported: Path) -> None:
+    trained, reopened = load_trained_model(run), load_trained_model(exported)
     assert {path.name for path in exported.iterdir()} == {"model.safetensors", "config.json", "README.md"}
     assert_same(tensors_of(exported), trained.backbone.state_dict())
-    wanted = velocity(trained.backbone)
-    assert wanted.std() > 0.01
-    assert torch.equal(velocity(GPDiT.from_pretrained(exported)), wanted)
-    assert torch.equal(velocity(shared.backbone), wanted)
+    expected = velocity(trained.backbone)
+    assert expected.std() > 0.01
+    assert torch.equal(velocity(GPDiT.from_pretrained(exported)), expected)
+    assert torch.equal(velocity(reopened.backbone), expected)
     for name in ("schedule", "codec", "geometry", "step", "classes"):
-        assert getattr(shared, name) == getattr(trained, name)
+        assert getattr(reopened, name) == getattr(trained, name)
     assert trained.classes == ()
-    assert shared.backbone.config == trained.backbone.config
-    assert shared.backbone.facts == trained.backbone.facts
-
-
-def test_everybody_who_may_read_the_folder_may_read_all_of_it(exported: Path) -> None:
+    assert reopened.backbone.config == trained.backbone.config
+    assert reopened.backbone.facts == trained.backbone.facts
     assert len({path.stat().st_mode for path in exported.iterdir()}) == 1
 
 
-def test_the_config_knows_what_the_checkpoint_knows(run: Path, exported: Path) -> None:
+def test_config_and_card_state_the_facts_of_the_checkpoint(run: Path, exported: Path) -> None:
     content, checkpoint = json.loads((exported / "config.json").read_text()), read_checkpoint(run)
     data = checkpoint["LatentDataModule"]
     assert content["codec"] == data["codec"]
@@ -100,13 +97,13 @@ def test_the_config_knows_what_the_checkpoint_knows(run: Path, exported: Path) -
     assert content["config"] == checkpoint["gpdit"]["backbone"]
     assert content["schedule"] == checkpoint["gpdit"]["schedule"]
     assert (content["weights"], content["step"], content["stage"]) == ("ema", 3, "GPDiTStage")
-    assert "origin" not in content  # it began at random
+    assert "origin" not in content  # its initial weights were random
     card = (exported / "README.md").read_text()
     assert data["order"]["data.videos.manifests"][0] in card
     assert "averaged (EMA) weights after 3 optimizer steps of GPDiTStage" in card
 
 
-def test_the_names_of_the_classes_go_along(tiny_config: GPDiTConfig, fit: Fit, tmp_path: Path) -> None:
+def test_class_names_are_exported(tiny_config: GPDiTConfig, fit: Fit, tmp_path: Path) -> None:
     latents = [(name, np.zeros((1, 4, 4, 4))) for name in ("jump", "run")]
     shards = write_labelled(tmp_path / "shards", ["run", "jump"], latents).directory
     data = LatentDataModule(images=SourceConfig([str(shards)], batch_size=2), labels=True)
@@ -120,18 +117,18 @@ def test_the_names_of_the_classes_go_along(tiny_config: GPDiTConfig, fit: Fit, t
     )
 
 
-def test_the_trained_weights_on_request(run: Path, exported: Path, tmp_path: Path) -> None:
+def test_raw_weights_are_exported_on_request(run: Path, exported: Path, tmp_path: Path) -> None:
     assert export(run, tmp_path / "raw", "--weights=raw") == 0
     raw = load_trained_model(run, weights="raw").backbone
     assert_same(tensors_of(tmp_path / "raw"), dict(raw.state_dict()))
     assert not torch.equal(velocity(raw), velocity(load_trained_model(exported).backbone))
-    for kind in ("ema", "raw"):  # without an average, trained weights are what there is
+    for kind in ("ema", "raw"):  # an export without averaged weights is opened with its raw weights
         assert open_weights(tmp_path / "raw", kind).facts.weights == "raw"
     with pytest.raises(InputError, match=r"model has averaged weights only: use those, or export again with"):
         load_trained_model(exported, weights="raw")
 
 
-def test_a_run_without_an_average(run: Path, tmp_path: Path) -> None:
+def test_run_without_averaged_weights_is_exported_with_raw_ones(run: Path, tmp_path: Path) -> None:
     content = torch.load(run / "checkpoints/last.ckpt/training.ckpt", weights_only=True)
     del content["ema"]
     (tmp_path / "last.ckpt").mkdir()
@@ -141,29 +138,29 @@ def test_a_run_without_an_average(run: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "model/config.json").read_text())["weights"] == "raw"
 
 
-def test_half_the_bytes(run: Path, tmp_path: Path) -> None:
-    assert export(run, tmp_path / "half", "--dtype=bfloat16") == 0
-    halved = {name: value.bfloat16() for name, value in load_trained_model(run).backbone.state_dict().items()}
-    assert_same(tensors_of(tmp_path / "half"), halved)
-    assert GPDiT.from_pretrained(tmp_path / "half").output.weight.dtype == torch.bfloat16
-    assert export(tmp_path / "half", tmp_path / "back", "--dtype=float32") == 0  # an export may be exported
-    assert_same(tensors_of(tmp_path / "back"), {name: value.float() for name, value in halved.items()})
+def test_weights_are_converted_to_another_data_type(run: Path, tmp_path: Path) -> None:
+    assert export(run, tmp_path / "bfloat16", "--dtype=bfloat16") == 0
+    rounded = {name: value.bfloat16() for name, value in load_trained_model(run).backbone.state_dict().items()}
+    assert_same(tensors_of(tmp_path / "bfloat16"), rounded)
+    assert GPDiT.from_pretrained(tmp_path / "bfloat16").output.weight.dtype == torch.bfloat16
+    assert export(tmp_path / "bfloat16", tmp_path / "float32", "--dtype=float32") == 0  # an export is exported again
+    assert_same(tensors_of(tmp_path / "float32"), {name: value.float() for name, value in rounded.items()})
 
 
-def test_exporting_again_replaces_the_folder_and_keeps_its_card(run: Path, tmp_path: Path) -> None:
+def test_second_export_replaces_the_folder_except_for_its_card(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "model"
     assert export(run, out) == 0
     content = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").write_bytes(content[:100])
     (out / "README.md").write_text("---\nlicense: cc0-1.0\n---\n")
-    (tmp_path / "new" / "model.partial").mkdir()  # of a killed export
+    (tmp_path / "new" / "model.partial").mkdir()  # left by a killed export
     assert export(run, out) == 0
     assert (out / "model.safetensors").read_bytes() == content
     assert (out / "README.md").read_text() == "---\nlicense: cc0-1.0\n---\n"
     assert [path.name for path in out.parent.iterdir()] == ["model"]
 
 
-def test_what_is_something_else_stays(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_with_other_files_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos, other = tmp_path / "photos", tmp_path / "other"
     photos.mkdir()
     (photos / "me.jpg").write_text("a photo")
@@ -171,22 +168,22 @@ def test_what_is_something_else_stays(run: Path, tmp_path: Path, capsys: pytest.
     before = (other / "model.safetensors").read_bytes()
     for out in (photos, other, run):
         assert export(run, out) == 2
-        assert f"{out} holds something else than an earlier export of this model" in capsys.readouterr().err
+        assert f"{out} contains something other than an export of this model" in capsys.readouterr().err
     assert (photos / "me.jpg").read_text() == "a photo"
     assert (other / "model.safetensors").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "other"}
 
 
-def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def break_off(*_: Any) -> None:
+def test_failed_export_leaves_no_files(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device", "model.safetensors")
 
-    monkeypatch.setattr("gpdit_lightning.checkpoints.weights.save_file", break_off)
+    monkeypatch.setattr("gpdit_lightning.checkpoints.weights.save_file", fail)
     assert export(run, tmp_path / "model") == 2
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stage_begins_with_an_exported_folder(
+def test_stage_starts_from_an_exported_folder(
     exported: Path, tiny_config: GPDiTConfig, tiny_shards: Path, fit: Fit, tmp_path: Path
 ) -> None:
     stage = GPDiTStage(tiny_config, initial_weights=str(exported))
@@ -202,7 +199,7 @@ def test_a_stage_begins_with_an_exported_folder(
         GPDiTStage(tiny_config.replaced(layers=3), initial_weights=str(exported)).configure_model()
 
 
-def test_a_stage_refuses_an_export_for_another_codec(
+def test_stage_refuses_an_export_of_another_codec(
     exported: Path, tiny_config: GPDiTConfig, write_shards: Callable[..., Any], fit: Fit, tmp_path: Path
 ) -> None:
     shards = write_shards(
@@ -213,11 +210,11 @@ def test_a_stage_refuses_an_export_for_another_codec(
         fit(GPDiTStage(tiny_config, initial_weights=str(exported)), data, tmp_path / "run", 1)
 
 
-def test_a_model_that_was_never_trained_here(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
+def test_untrained_model_has_no_training_facts(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
     GPDiT(tiny_config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="does not record with which schedule, codec, geometry, step its weights were"):
         load_trained_model(tmp_path)
-    stage = GPDiTStage(tiny_config, initial_weights=str(tmp_path))  # a stage may begin with it
+    stage = GPDiTStage(tiny_config, initial_weights=str(tmp_path))  # a stage can start from it
     stage.configure_model()
     assert stage.origin is not None
     assert (stage.origin.path, stage.origin.step) == (str(tmp_path), 0)
@@ -233,7 +230,7 @@ class Malicious:
         return Path.touch, (self.trace,)
 
 
-def test_nothing_of_a_malicious_checkpoint_or_export_runs(
+def test_malicious_checkpoints_and_exports_are_not_unpickled(
     run: Path, exported: Path, tiny_config: GPDiTConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = tmp_path / "trace"
@@ -273,7 +270,7 @@ def test_nothing_of_a_malicious_checkpoint_or_export_runs(
 
 
 @pytest.mark.parametrize("part", ["state_dict", "gpdit", "LatentDataModule"])
-def test_a_checkpoint_of_wrong_parts(part: str, run: Path, tmp_path: Path) -> None:
+def test_checkpoint_with_invalid_entries_is_refused(part: str, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "checkpoints/last.ckpt", tmp_path / "last.ckpt")
     content = torch.load(tmp_path / "last.ckpt/training.ckpt", weights_only=True)
     torch.save(content | {part: [1, 2]}, tmp_path / "last.ckpt/training.ckpt")

@@ -1,4 +1,4 @@
-"""`transform` on files, against the library's own function."""
+"""`transform` on files, compared with the function `transform` of the library."""
 
 import errno
 import re
@@ -27,12 +27,12 @@ from gpdit_lightning.media.images import read_image, resize_and_crop
 
 CODEC = load_codec("pca")
 WIDE, TALL = (32, 48), (48, 32)  # the sizes of training
-CELL = 144, 144  # of a sheet, where the shorter side becomes 96
+CELL = 144, 144  # pixels of a cell of a sheet, in which an image's shorter side has 96
 GAP, HEAD = 4, 24
 
 
 def save(path: Path, seed: int, height: int = 40, width: int = 64) -> None:
-    """A smooth picture."""
+    """Write a smooth random image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path)
@@ -44,9 +44,12 @@ def place(
     write_shards: Callable[..., Manifest],
     randomise: Callable[[GPDiT], GPDiT],
 ) -> Path:
-    """`pairs`, of which p10 and p2 are the first by name and p2 and p10 by number; `sources` of both sizes and their
-    `truths`; `plain` pictures; a `run` of one step on sequences of three pairs, and its architecture as `model`, with
-    random weights."""
+    """A folder of images and models.
+
+    `pairs` (of which p2 is the first in natural order, and p10 in alphabetical order), `sources` of both sizes and
+    their `truths`, `single` images, a `run` of one step on sequences of three pairs, and the same architecture with
+    random weights as `model`, and as `of_videos` if trained on videos and images.
+    """
     place = tmp_path_factory.mktemp("transform")
     for number in (2, 10, 11):
         save(place / f"pairs/source/p{number}.png", number)
@@ -54,7 +57,7 @@ def place(
     for name, seed, sides in (("a", 40, (40, 64)), ("b", 41, (64, 40)), ("c", 42, (50, 80)), ("d", 43, (40, 64))):
         save(place / f"sources/{name}.png", seed, *sides)
         save(place / f"truths/{name}.png", 10 + seed, *sides)
-        save(place / f"plain/{name}.png", 20 + seed, *sides)
+        save(place / f"single/{name}.png", 20 + seed, *sides)
     counts = {("train", "sequence", (6, 4, 6)): 2, ("train", "sequence", (6, 6, 4)): 2}
     write_shards(place / "shards", counts, codec=CODEC.spec())
     recipe: dict[str, Any] = {
@@ -68,7 +71,7 @@ def place(
     }
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["fit", "--config", str(place / "recipe.yaml")]) == 0
-    # One step leaves an output layer of next to nothing, which would hide what the pictures depend on.
+    # After one step the output layer is almost 0, so that results would hardly depend on anything.
     trained = load_trained_model(place / "run").backbone
     model = randomise(GPDiT(trained.config))
     model.facts = trained.facts
@@ -79,18 +82,18 @@ def place(
 
 
 def run(place: Path, *options: Any) -> int:
-    """`transform` with two steps; its exit status. A later option is worth more than an earlier one."""
+    """Run `transform` with two steps and further options, which override earlier ones; return its exit status."""
     basic = ["--checkpoint", place / "model", "--examples", place / "pairs", "--steps=2"]
     return main(["transform", *map(str, [*basic, *options])])
 
 
 def read(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    picture = read_image(path)
-    return (picture if size is None else resize_and_crop(picture, size))[0]
+    image = read_image(path)
+    return (image if size is None else resize_and_crop(image, size))[0]
 
 
 def expected(place: Path, examples: list[tuple[Tensor, Tensor]], source: Tensor, seed: int = 0) -> Tensor:
-    """What the library makes of one source."""
+    """Transform one source with the function of the library."""
     model = load_trained_model(place / "model").backbone
     return transform(model, CODEC, examples, source[None], GenerationConfig(RotationSampler(2)), seeds=seed)[0]
 
@@ -102,46 +105,44 @@ def first_pairs(place: Path, count: int, size: tuple[int, int]) -> list[tuple[Te
     ]
 
 
-def alike(first: Tensor, second: Tensor) -> bool:
-    """Whether pictures are equal but for values that round to the other side."""
+def nearly_equal(first: Tensor, second: Tensor) -> bool:
+    """Return whether images are equal up to rounding."""
     return first.shape == second.shape and bool((first.int() - second.int()).abs().max() <= 1)
 
 
 def cell(sheet: Path, row: int, column: int, columns: int) -> np.ndarray:
-    with Image.open(sheet) as picture:
-        left = picture.width - (columns - column) * (CELL[0] + GAP)
+    with Image.open(sheet) as image:
+        left = image.width - (columns - column) * (CELL[0] + GAP)
         top = HEAD + row * (CELL[1] + GAP)
-        return np.array(picture)[top : top + CELL[1], left : left + CELL[0]]
+        return np.array(image)[top : top + CELL[1], left : left + CELL[0]]
 
 
-def shown(picture: Tensor) -> np.ndarray:
-    """A cell with a picture at its centre."""
-    height, width = (3 * side for side in picture.shape[1:])
+def expected_cell(image: Tensor) -> np.ndarray:
+    """Return a cell of a sheet with an image at its centre."""
+    height, width = (3 * side for side in image.shape[1:])
     result = np.full((CELL[1], CELL[0], 3), 255, np.uint8)
-    large = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
+    large = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
     top, left = (CELL[1] - height) // 2, (CELL[0] - width) // 2
     result[top : top + height, left : left + width] = np.array(large)
     return result
 
 
 @pytest.mark.parametrize(("options", "count"), [([], 2), (["--pairs=1", "--seed=3"], 1)])
-def test_one_picture_becomes_what_the_library_makes_of_it(
-    place: Path, tmp_path: Path, options: list[str], count: int
-) -> None:
+def test_one_image_is_transformed(place: Path, tmp_path: Path, options: list[str], count: int) -> None:
     out = tmp_path / "new" / "out.png"
     assert run(place, "--source", place / "sources/a.png", "--out", out, *options) == 0
     source = read(place / "sources/a.png", WIDE)
-    wanted = expected(place, first_pairs(place, count, WIDE), source, seed=3 if options else 0)
-    assert alike(read(out), wanted)
+    target = expected(place, first_pairs(place, count, WIDE), source, seed=3 if options else 0)
+    assert nearly_equal(read(out), target)
     assert {path.name for path in out.parent.iterdir()} == {"out.png", "out_sheet.png"}
 
 
-def test_a_folder_of_pictures_each_at_its_size_whatever_the_batch(
+def test_folder_of_images_of_several_sizes_is_transformed_in_any_batch(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     truths = ["--truth", place / "truths"]
     assert run(place, "--source", place / "sources", "--out", tmp_path / "out", "--batch_size=2", *truths) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     others = [place / f"sources/{name}.png" for name in "dbca"]
     assert run(place, "--source", *others, "--out", tmp_path / "alone", "--batch_size=1") == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.png" for name in "abcd"}
@@ -149,54 +150,55 @@ def test_a_folder_of_pictures_each_at_its_size_whatever_the_batch(
     for row, (name, size) in enumerate(zip("abcd", (WIDE, TALL, WIDE, WIDE), strict=True)):
         examples, source = first_pairs(place, 2, size), read(place / f"sources/{name}.png", size)
         truth, result = read(place / f"truths/{name}.png", size), read(tmp_path / f"out/{name}.png")
-        assert alike(result, expected(place, examples, source))
-        assert alike(result, read(tmp_path / f"alone/{name}.png"))
-        pictures = [*(picture for pair in examples for picture in pair), source, result, truth]
-        for column, picture in enumerate(pictures):
-            assert np.array_equal(cell(tmp_path / "out_sheet.png", row, column, 7), shown(picture))
+        assert nearly_equal(result, expected(place, examples, source))
+        assert nearly_equal(result, read(tmp_path / f"alone/{name}.png"))
+        images = [*(image for pair in examples for image in pair), source, result, truth]
+        for column, image in enumerate(images):
+            assert np.array_equal(cell(tmp_path / "out_sheet.png", row, column, 7), expected_cell(image))
         errors.append((result.double() - truth).square().mean().item())
         copied.append((source.double() - truth).square().mean().item())
     with Image.open(tmp_path / "out_sheet.png") as sheet, Image.open(tmp_path / "alone_sheet.png") as without_truth:
         assert sheet.height == without_truth.height == HEAD + 4 * (CELL[1] + GAP)
         assert sheet.width - without_truth.width == CELL[0] + GAP
-    (line,) = (line for line in told.splitlines() if "mean squared error" in line)
+    (line,) = (line for line in printed.splitlines() if "mean squared error" in line)
     assert "on 4 images" in line
     figures = [float(figure) for figure in re.findall(r"\d+\.\d", line)]
     assert figures == pytest.approx([sum(errors) / 4, sum(copied) / 4], abs=0.06)
 
 
-def test_a_task_makes_examples_sources_and_truths_of_plain_pictures(
+def test_task_makes_examples_source_and_ground_truth_from_single_images(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, sheet = tmp_path / "out.png", tmp_path / "pictures" / "rows.png"
-    options = ["--task=colourisation", "--examples", place / "plain", "--sheet", sheet]
+    out, sheet = tmp_path / "out.png", tmp_path / "sheets" / "rows.png"
+    options = ["--task=colourisation", "--examples", place / "single", "--sheet", sheet]
     assert run(place, "--source", place / "sources/a.png", "--out", out, *options) == 0
-    pictures = [read(path, WIDE) for path in (place / "plain/a.png", place / "plain/b.png", place / "sources/a.png")]
-    (a, b, truth), (grey_a, grey_b, source) = pictures, (grayscale(picture[None])[0] for picture in pictures)
-    assert alike(read(out), expected(place, [(grey_a, a), (grey_b, b)], source))
-    ours, copied = ((picture.double() - truth).square().mean() for picture in (read(out), source))
+    images = [read(path, WIDE) for path in (place / "single/a.png", place / "single/b.png", place / "sources/a.png")]
+    (a, b, truth), (grey_a, grey_b, source) = images, (grayscale(image[None])[0] for image in images)
+    assert nearly_equal(read(out), expected(place, [(grey_a, a), (grey_b, b)], source))
+    ours, copied = ((image.double() - truth).square().mean() for image in (read(out), source))
     error = f"on 1 image: {ours:.1f}; of copying the source: {copied:.1f}"
     assert error in capsys.readouterr().out
     assert sheet.exists()
     assert not (tmp_path / "out_sheet.png").exists()
 
 
-def test_examples_may_be_of_another_task_than_the_sources(place: Path, tmp_path: Path) -> None:
-    picture = read(place / "sources/a.png", WIDE)
-    plain = [read(place / f"plain/{name}.png", WIDE) for name in "ab"]
-    there, back = "--task=grayscale", "--task=colourisation"
+def test_examples_may_have_another_task_than_the_sources(place: Path, tmp_path: Path) -> None:
+    image = read(place / "sources/a.png", WIDE)
+    single = [read(place / f"single/{name}.png", WIDE) for name in "ab"]
+    grey, grey_single = grayscale(image[None])[0], [grayscale(other[None])[0] for other in single]
+    to_colour, to_grey = list(zip(grey_single, single, strict=True)), list(zip(single, grey_single, strict=True))
     for name, options, examples, source in (
-        ("plain", [there, "--examples_task=colourisation"], [(grayscale(a[None])[0], a) for a in plain], picture),
-        ("pairs", [back, "--examples_task=pairs"], first_pairs(place, 2, WIDE), grayscale(picture[None])[0]),
-        ("plain", ["--examples_task=grayscale"], [(a, grayscale(a[None])[0]) for a in plain], picture),
+        ("single", ["--task=grayscale", "--examples_task=colourisation"], to_colour, image),
+        ("pairs", ["--task=colourisation", "--examples_task=pairs"], first_pairs(place, 2, WIDE), grey),
+        ("single", ["--examples_task=grayscale"], to_grey, image),
     ):
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
         options = ["--examples", place / name, "--out", out, *options]
         assert run(place, "--source", place / "sources/a.png", *options) == 0
-        assert alike(read(out), expected(place, examples, source))
+        assert nearly_equal(read(out), expected(place, examples, source))
 
 
-def test_an_example_changes_the_result(place: Path, tmp_path: Path) -> None:
+def test_examples_change_the_result(place: Path, tmp_path: Path) -> None:
     for name, target in (("before", 22), ("after", 99)):
         for number in (2, 10):
             save(tmp_path / f"{name}/sources/p{number}.png", number)
@@ -207,16 +209,16 @@ def test_an_example_changes_the_result(place: Path, tmp_path: Path) -> None:
     assert (before - after).abs().mean() > 1
 
 
-def test_sources_of_one_name_get_files_of_their_own(place: Path, tmp_path: Path) -> None:
-    sources = [place / "sources/a.png", place / "plain/a.png"]
+def test_sources_of_one_name_get_different_files(place: Path, tmp_path: Path) -> None:
+    sources = [place / "sources/a.png", place / "single/a.png"]
     assert run(place, "--source", *sources, "--out", tmp_path / "out") == 0
     for name, source in zip(("a", "a-2"), sources, strict=True):
-        assert alike(
+        assert nearly_equal(
             read(tmp_path / f"out/{name}.png"), expected(place, first_pairs(place, 2, WIDE), read(source, WIDE))
         )
 
 
-def test_the_sheet_of_the_folder_one_is_in_is_named_like_it(
+def test_default_sheet_has_the_name_of_the_current_folder(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "results").mkdir()
@@ -226,7 +228,7 @@ def test_the_sheet_of_the_folder_one_is_in_is_named_like_it(
 
 
 @pytest.mark.parametrize(("writer", "option"), [("atomic_write", "--out"), ("write_sheet", "--sheet")])
-def test_what_a_disk_says_while_results_are_written_is_one_sentence(
+def test_write_error_is_reported_in_one_sentence(
     writer: str,
     option: str,
     place: Path,
@@ -242,29 +244,29 @@ def test_what_a_disk_says_while_results_are_written_is_one_sentence(
     assert f"cannot be written (Input/output error): correct that, or give another {option}." in capsys.readouterr().err
 
 
-def test_what_may_do_harm_is_said(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusual_examples_cause_warnings(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = place / "pairs/source/p2.png"
     verb.log.addHandler(caplog.handler)
     try:
         assert run(place, "--source", place / "sources/a.png", "--out", tmp_path / "out.png") == 0
-        of_another_task = ["--examples", place / "plain", "--examples_task=grayscale"]
-        assert run(place, "--source", place / "plain/a.png", "--out", tmp_path / "out.png", *of_another_task) == 0
+        other_task = ["--examples", place / "single", "--examples_task=grayscale"]
+        assert run(place, "--source", place / "single/a.png", "--out", tmp_path / "out.png", *other_task) == 0
         assert "warning" not in caplog.text
         assert run(place, "--source", source, "--out", tmp_path / "out.png", "--pairs=3") == 0
     finally:
         verb.log.removeHandler(caplog.handler)
     assert "--pairs is 3, but training gave at most 2" in caplog.text
-    assert f"{source} is an example too" in caplog.text
+    assert f"{source} is also an example" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--pairs=4"], ["pairs holds 3 examples for --pairs 4"]),
+        (["--pairs=4"], ["pairs contains 3 examples for --pairs 4"]),
         (["--pairs=0"], ["--pairs is 0"]),
-        (["--examples=PLACE/plain"], ["plain does not contain the folders source and target", "--task"]),
-        (["--examples=PLACE/plain", "--task=copy", "--examples_task=pairs"], ["give another --examples_task"]),
-        (["--examples=PLACE/pairs", "--task=copy"], ["pairs holds ready pairs", "give --examples_task pairs"]),
+        (["--examples=PLACE/single"], ["single does not contain the folders source and target", "--task"]),
+        (["--examples=PLACE/single", "--task=copy", "--examples_task=pairs"], ["give another --examples_task"]),
+        (["--examples=PLACE/pairs", "--task=copy"], ["pairs contains pairs", "give --examples_task pairs"]),
         (["--examples=PLACE/nowhere", "--task=grayscale"], ["nowhere does not exist"]),
         (["--examples=PLACE/lonely"], ["source/2.png has no counterpart named 2"]),
         (["--examples=PLACE/left_over"], ["target/2.png has no counterpart named 2"]),
@@ -277,15 +279,21 @@ def test_what_may_do_harm_is_said(place: Path, tmp_path: Path, caplog: pytest.Lo
         (["--source", "PLACE/sources/a.png", "--sheet=OUT/sheet"], ["--sheet is", "name it sheet.png"]),
         (["--source", "PLACE/sources/a.png", "--sheet=OUT/out/a.png"], ["Two images", "one file"]),
         (["--source", "PLACE/sources/a.png", "--out=PLACE/sources"], ["a.png is an input and would be overwritten"]),
-        (["--source", "PLACE/sources/a.png", "--out=PLACE/recipe.yaml/out.png"], ["recipe.yaml is no folder"]),
+        (
+            ["--source", "PLACE/sources/a.png", "--out=PLACE/recipe.yaml/out.png"],
+            ["is not a writable folder"],
+        ),
         (["--source", "PLACE/sources/a.png", "--sheet=PLACE/recipe.yaml/a.png"], ["give another --sheet"]),
         (["--source", "PLACE/sources/a.png", f"--out=OUT/{'a' * 251}.png"], ["(File name too long)", "another --out"]),
         (
-            ["--source", "PLACE/sources/a.png", "PLACE/plain/a.png", "--truth=PLACE/truths"],
-            ["sources/a.png and", "plain/a.png differ only"],
+            ["--source", "PLACE/sources/a.png", "PLACE/single/a.png", "--truth=PLACE/truths"],
+            ["sources/a.png and", "single/a.png differ only"],
         ),
         (["--truth=PLACE/truths/a.png"], ["a.png is one image for 4 sources"]),
-        (["--truth=PLACE/plain", "--task=edges", "--examples=PLACE/plain"], ["--task edges makes the truth itself"]),
+        (
+            ["--truth=PLACE/single", "--task=edges", "--examples=PLACE/single"],
+            ["edges makes the ground truth itself"],
+        ),
         (["--truth=PLACE/pairs/source"], ["a.png has no counterpart named a in"]),
         (["--size=32x32"], ["--size is 32x32", "32x48, 48x32"]),
         (["--checkpoint=PLACE/of_videos"], ["of_videos was trained on videos and images, not on sequences"]),
@@ -296,7 +304,7 @@ def test_what_may_do_harm_is_said(place: Path, tmp_path: Path, caplog: pytest.Lo
     ],
     ids=lambda value: " ".join(value)[:60],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(
+def test_invalid_input_is_refused_in_one_sentence_and_writes_nothing(
     options: list[str], words: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if not (place / "broken").exists():
@@ -308,11 +316,11 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         for path in ("left_over/source/1.png", "left_over/target/1.png", "left_over/target/2.png"):
             save(place / path, 3)
         save(place / "broken/x.png", 3)
-        (place / "broken/x.png").write_bytes(b"no picture")
+        (place / "broken/x.png").write_bytes(b"not an image")
     before = sorted(place.rglob("*"))
-    given = [option.replace("PLACE", str(place)).replace("OUT", str(tmp_path)) for option in options]
+    options = [option.replace("PLACE", str(place)).replace("OUT", str(tmp_path)) for option in options]
     source = [] if "--source" in options else ["--source", place / "sources"]
-    assert run(place, "--out", tmp_path / "out", *source, *given) == 2
+    assert run(place, "--out", tmp_path / "out", *source, *options) == 2
     (message,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     for word in words:
         assert word in message
@@ -320,6 +328,6 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert sorted(place.rglob("*")) == before
 
 
-def test_an_unknown_task_names_the_known_ones(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_task_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(place, "--source", place / "sources", "--task=depth") == 2
-    assert "the task 'depth' is unknown: choose one of grayscale, " in capsys.readouterr().err
+    assert "There is no task 'depth': give one of pairs, grayscale, " in capsys.readouterr().err
