@@ -1,1 +1,1 @@
-"""Scripts that measure every published figure of this project, one command each: `python -m benchmarks.NAME`."""
+"""Scripts that measure the published figures of this project: `python -m benchmarks.NAME`."""

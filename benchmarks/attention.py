@@ -1,7 +1,7 @@
-"""`python -m benchmarks.attention`: the time of frame-causal attention, relative to one call with a dense mask.
+"""`python -m benchmarks.attention`: time of frame-causal attention, compared with one call with a dense mask.
 
-Forward and backward passes over the concatenated clean and noisy frames of one clip, with the heads of GPDiT-B. The
-result is the ratio of the median times; it grows with the share of query-key pairs that the mask excludes.
+The inputs are the clean and noisy frames of one clip, with the heads of GPDiT-B; forward and backward passes are timed.
+The result is the ratio of the median times, which grows with the share of query-key pairs that the mask excludes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ HEADS, HEAD_WIDTH, TOKENS = 12, 64, 240
 
 
 def dense_mask(variant: AttentionVariant, frames: int) -> Tensor:
-    """The attention mask over the tokens of [clean 0 .. F-2; noisy 0 .. F-1]: queries by keys, True where allowed."""
+    """Return the attention mask of tokens [clean 0 .. F-2; noisy 0 .. F-1], (queries, keys), True where allowed."""
     clean = frames - 1
     allowed = torch.zeros(clean + frames, clean + frames, dtype=torch.bool)
     for i in range(clean):
@@ -34,7 +34,7 @@ def dense_mask(variant: AttentionVariant, frames: int) -> Tensor:
 
 
 def median_seconds(run: Callable[[], Tensor], inputs: list[Tensor], repeats: int) -> float:
-    """The median time of a forward and a backward pass."""
+    """Return the median time of a forward and a backward pass in seconds."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -46,7 +46,7 @@ def median_seconds(run: Callable[[], Tensor], inputs: list[Tensor], repeats: int
 
 
 def time_both(variant: AttentionVariant, frames: int, device: str, repeats: int) -> tuple[float, float]:
-    """Seconds of the sliced computation and of the one with a dense mask."""
+    """Return the seconds that the sliced computation and the computation with a dense mask take."""
     clean, noisy = (frames - 1) * TOKENS, frames * TOKENS
     shape = (1, clean + noisy, HEADS, HEAD_WIDTH)
     inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in range(3)]

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.data_plan`: the start-up time of a plan over 200 million images, and its shuffle quality.
+"""`python -m benchmarks.data_plan`: start-up time of a plan over 200 million images, and its shuffle quality.
 
-The manifest describes sparse files, which are never read. The start at each step is measured in a separate process. Its
-memory is the peak minus what the process held after its imports (from /proc, so on Linux only).
+The manifest describes sparse files, which are never read. The start at each step is measured in a separate process. The
+memory is the peak minus the memory after the imports (from /proc, so on Linux only).
 
-The shuffle is measured on micro-batches spaced evenly over an epoch of clips. Ten clips come from each recording and
-are adjacent in their shard, as `prepare` writes them.
+The shuffle quality is measured on micro-batches spaced evenly over an epoch of clips. Each recording has ten clips,
+which are adjacent in their shard, as `prepare` writes them.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def write_manifest(folder: Path, shards: int, samples: int) -> None:
     entries = []
     for number in range(shards):
         shape = SHAPES[number % len(SHAPES)]
-        size = samples * (2 * int(np.prod(shape)) + 2048)  # with headers and metadata
+        size = samples * (2 * int(np.prod(shape)) + 2048)  # including headers and metadata
         paths = f"train-{number:05d}.tar", f"train-{number:05d}.index.npy"
         for path in paths:
             with (folder / path).open("wb") as file:
@@ -48,15 +48,20 @@ def write_manifest(folder: Path, shards: int, samples: int) -> None:
     Manifest(folder, CODEC, tuple(entries)).save()
 
 
-def memory(name: str) -> float:
-    """MiB that this process holds now (VmRSS) or at its peak (VmHWM)."""
+def process_memory(name: str) -> float:
+    """Return the memory of this process in MiB, now (VmRSS) or at its peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
 def measure(folder: str, step: int) -> dict[str, float]:
-    """The time from the manifest to the first micro-batch of a step, then for each of the next thousand; the memory."""
-    before, start = memory("VmRSS"), time.perf_counter()
+    """Measure the start of a plan at a step, in this process.
+
+    Returns:
+        `manifest_seconds`, to read the manifest; `first_milliseconds`, to the first micro-batch; `ahead_milliseconds`,
+        to list the shards that are read ahead; `microseconds` per further micro-batch; `mebibytes` of memory.
+    """
+    before, start = process_memory("VmRSS"), time.perf_counter()
     data = LatentDataModule(images=SourceConfig([folder], batch_size=BATCH), max_ranks=MAX_RANKS)
     loaded = time.perf_counter()
     data.plan.micro_batch(step)
@@ -71,12 +76,12 @@ def measure(folder: str, step: int) -> dict[str, float]:
         "first_milliseconds": (first - loaded) * 1e3,
         "ahead_milliseconds": (ahead - first) * 1e3,
         "microseconds": (end - ahead) * 1e3,
-        "mebibytes": memory("VmHWM") - before,
+        "mebibytes": process_memory("VmHWM") - before,
     }
 
 
 def measure_in_new_process(folder: Path, step: int) -> dict[str, float]:
-    """`measure` in a new process, and the time from the start of the process to its end."""
+    """Run `measure` in a new process, and add `process_seconds`, the duration of the process."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.data_plan", "--measure", str(folder), str(step)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -84,16 +89,16 @@ def measure_in_new_process(folder: Path, step: int) -> dict[str, float]:
 
 
 def shuffle_quality(shards: int, samples: int, shuffle_window: int) -> dict[str, float]:
-    """How well micro-batches are mixed, as means over micro-batches of an epoch.
+    """Measure how well micro-batches are mixed, as means over micro-batches of an epoch.
 
     Args:
-        shards: of the data set.
+        shards: number of shards of the data set.
         samples: clips per shard.
-        shuffle_window: samples that are shuffled together.
+        shuffle_window: number of samples that are shuffled together.
 
     Returns:
-        `gibibytes` of a window, different `shards` in a micro-batch, and the fractions of its pairs of clips that come
-        from the `same_shard` and from the `same_recording`.
+        `gibibytes` of a window, number of different `shards` in a micro-batch, and the fractions of pairs of clips in a
+        micro-batch that come from the `same_shard` and from the `same_recording`.
     """
     bucket = PlannedBucket((samples,) * shards, (5,), 24, 40)
     plan = Plan((PlannedSource("videos", (bucket,), SAMPLED_BATCH_SIZE, shuffle_window=shuffle_window),))
@@ -110,9 +115,41 @@ def shuffle_quality(shards: int, samples: int, shuffle_window: int) -> dict[str,
 
 
 def fraction_of_equal_pairs(values: np.ndarray) -> float:
-    """The fraction of all pairs whose two values are equal."""
+    """Return the fraction of all pairs of entries whose two values are equal."""
     _, counts = np.unique(values, return_counts=True)
     return float((counts * (counts - 1)).sum() / (len(values) * (len(values) - 1)))
+
+
+def print_start_times(shards: int, samples: int) -> None:
+    """Print a table of times and memory for each of `STEPS`."""
+    print(f"{shards * samples:,} images in {shards:,} shards of {len(SHAPES)} shapes")
+    heads = ["manifest, s", "first, ms", "ahead, ms", "next, us", "MiB", "process, s"]
+    print(" " * 14 + "".join(head.rjust(13) for head in heads))
+    with tempfile.TemporaryDirectory() as folder:
+        write_manifest(Path(folder), shards, samples)
+        for step in STEPS:
+            figures = measure_in_new_process(Path(folder), step)
+            names = ("manifest_seconds", "first_milliseconds", "ahead_milliseconds", "microseconds", "mebibytes")
+            row = "".join(f"{figures[name]:>13.1f}" for name in (*names, "process_seconds"))
+            print(f"step {step:<9}{row}")
+
+
+def print_shuffle_quality(shards: int, samples: int) -> None:
+    """Print a table of the shuffle quality for several windows."""
+    print(f"\n{shards * samples:,} clips in {shards:,} shards, {SAMPLED_BATCH_SIZE} per batch")
+    heads = ["GiB per window", "shards per batch", "pairs, same shard", "same recording"]
+    print("window".ljust(18) + "".join(head.rjust(20) for head in heads))
+    for name, window in (
+        ("one shard", samples),
+        ("16 shards", 16 * samples),
+        ("65,536 samples", 65_536),
+        ("all", shards * samples),
+    ):
+        figures = shuffle_quality(shards, samples, window)
+        print(
+            f"{name:<18}{figures['gibibytes']:>20.1f}{figures['shards']:>20.1f}"
+            f"{figures['same_shard']:>20.2e}{figures['same_recording']:>20.2e}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -128,32 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(measure(options.measure[0], int(options.measure[1]))))
         return
 
-    print(f"{options.shards * options.samples:,} images in {options.shards:,} shards of {len(SHAPES)} shapes")
-    heads = ["manifest, s", "first, ms", "ahead, ms", "next, us", "MiB", "process, s"]
-    print(" " * 14 + "".join(head.rjust(13) for head in heads))
-    with tempfile.TemporaryDirectory() as folder:
-        write_manifest(Path(folder), options.shards, options.samples)
-        for step in STEPS:
-            figures = measure_in_new_process(Path(folder), step)
-            names = ("manifest_seconds", "first_milliseconds", "ahead_milliseconds", "microseconds", "mebibytes")
-            row = "".join(f"{figures[name]:>13.1f}" for name in (*names, "process_seconds"))
-            print(f"step {step:<9}{row}")
-
-    shards, samples = options.clip_shards, options.clip_samples
-    print(f"\n{shards * samples:,} clips in {shards:,} shards, {SAMPLED_BATCH_SIZE} per batch")
-    heads = ["GiB per window", "shards per batch", "pairs, same shard", "same recording"]
-    print("window".ljust(18) + "".join(head.rjust(20) for head in heads))
-    for name, window in (
-        ("one shard", samples),
-        ("16 shards", 16 * samples),
-        ("65,536 samples", 65_536),
-        ("all", shards * samples),
-    ):
-        figures = shuffle_quality(shards, samples, window)
-        print(
-            f"{name:<18}{figures['gibibytes']:>20.1f}{figures['shards']:>20.1f}"
-            f"{figures['same_shard']:>20.2e}{figures['same_recording']:>20.2e}"
-        )
+    print_start_times(options.shards, options.samples)
+    print_shuffle_quality(options.clip_shards, options.clip_samples)
 
 
 if __name__ == "__main__":

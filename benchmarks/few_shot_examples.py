@@ -1,8 +1,8 @@
-"""`python -m benchmarks.few_shot_examples --images FOLDER`: how much a few-shot model depends on its examples.
+"""`python -m benchmarks.few_shot_examples --images FOLDER`: measure how much a few-shot model depends on its examples.
 
-Half of the images are examples, of which random ones are shown; the other half are the sources. For each task the
-examples are of the same task or of another one. Errors are mean squared errors relative to copying the source. Give
-images that are not among the training data.
+Examples are drawn at random from half of the images; the other half are the sources. For each requested task the
+examples show the same task or another one. Errors are mean squared errors relative to copying the source. Use images
+that are not in the training data.
 """
 
 import argparse
@@ -23,22 +23,22 @@ from gpdit_lightning.preparation.pairs import images_in
 
 
 def error(result: Tensor, target: Tensor) -> float:
-    """Mean squared error in 8-bit levels."""
+    """Return the mean squared error in 8-bit levels."""
     return (result.float() - target.float()).square().mean().item()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.few_shot_examples", description=__doc__)
-    parser.add_argument("--checkpoint", default="runs/tiny/few_shot_two_tasks", help="a model of the few-shot stage")
-    parser.add_argument("--images", required=True, type=Path, help="a folder of at least 10 images")
+    parser.add_argument("--checkpoint", default="runs/tiny/few_shot_two_tasks", help="model of the few-shot stage")
+    parser.add_argument("--images", required=True, type=Path, help="folder of at least 10 images")
     parser.add_argument(
         "--tasks", nargs="+", default=["grayscale", "sketch"], choices=list(TASKS), help="tasks to compare"
     )
-    parser.add_argument("--draws", type=int, default=20, help="random choices of examples for each pair of tasks")
+    parser.add_argument("--draws", type=int, default=20, help="random draws of examples for each pair of tasks")
     parser.add_argument("--pairs", type=int, default=2, help="number of examples")
     parser.add_argument("--steps", type=int, default=8, help="steps of the rotation sampler")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random choices")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     options = parser.parse_args(arguments)
 
     trained = load_trained_model(options.checkpoint)

@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu_check [--out FILE.json]`: correctness and speed of the backbone on this GPU.
 
-First, the attention operators (xformers and SDPA) compute frame-causal attention, forward and backward, and are
-compared with a dense float64 reference. Then a training step of GPDiT-B and one of GPDiT-H are timed: forward pass,
-backward pass and AdamW, on random latents of 17-frame clips at 192x320, under bf16 autocast with float32 weights.
+First, frame-causal attention by xformers and by SDPA, forward and backward, is compared with a dense float64 reference.
+Then a training step of GPDiT-B and of GPDiT-H is timed: forward pass, backward pass and AdamW, on random latents of
+17-frame clips at 192x320, under bf16 autocast with float32 weights.
 
 Exit status: 0 if all checks passed, 1 if an operator is wrong or a step failed, 2 for invalid options, 3 without a GPU.
 """
@@ -33,24 +33,23 @@ from gpdit_lightning.model.attention.backends import sdpa, xformers
 from gpdit_lightning.model.config import AttentionVariant
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
 
-# Largest error allowed, relative to the largest reference value: a few roundings, far less than a wrong mask causes.
+# Largest allowed error, relative to the largest reference value: a few roundings, far below the effect of a wrong mask.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 HEAD_WIDTHS = (64, 128)  # of GPDiT-B and of GPDiT-H
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """What the check runs.
+    """Settings of the check.
 
     Attributes:
-        device: where it runs.
+        device: to compute on.
         operators: attention operators to compare with the reference.
-        frames: latent frames per clip.
-        height: of a latent frame, in latent pixels.
-        width: likewise.
-        clips: in a timed step.
-        warmup: steps before those that are timed.
-        steps: timed steps.
+        frames: number of latent frames per clip.
+        height, width: of a latent frame, in latent pixels.
+        clips: number of clips in a timed step.
+        warmup: number of steps before the timed ones.
+        steps: number of timed steps.
         models: backbones to time.
     """
 
@@ -67,7 +66,7 @@ class CheckConfig:
 
 @dataclass(frozen=True)
 class AttentionResult:
-    """The errors of one operator, relative to the largest reference value; None where it did not run."""
+    """Errors of one operator, relative to the largest reference value; None if it did not run."""
 
     operator: str
     variant: str
@@ -82,7 +81,7 @@ class AttentionResult:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A timed training step; `tokens_per_second` counts the noisy tokens, which are those in the loss."""
+    """Measurements of a training step; `tokens_per_second` counts noisy tokens, on which the loss is computed."""
 
     model: str
     attention: str
@@ -99,7 +98,7 @@ class StepResult:
 
 
 def reference_attention(variant: AttentionVariant, tokens: int, clean: QKV, noisy: QKV) -> tuple[Tensor, Tensor]:
-    """Frame-causal attention by a dense mask, one clip at a time, in the precision of its inputs."""
+    """Compute frame-causal attention with a dense mask, one clip at a time, in the precision of the inputs."""
 
     def attend(qkv: QKV, allowed: Tensor) -> Tensor:
         scores = torch.einsum("qhk,mhk->hqm", qkv.query, qkv.key) / math.sqrt(qkv.query.shape[-1])
@@ -130,7 +129,7 @@ def reference_attention(variant: AttentionVariant, tokens: int, clean: QKV, nois
 def attention_errors(
     operator: AttentionOperator, variant: AttentionVariant, dtype: torch.dtype, head_width: int, check: CheckConfig
 ) -> tuple[float, float]:
-    """The largest forward and backward errors on three clips with two heads; the last clip has no context."""
+    """Return the largest forward and backward errors on three clips with two heads; the last clip has no context."""
     tokens = (check.height // 2) * (check.width // 2)
     generator = torch.Generator(check.device).manual_seed(0)
 
@@ -165,12 +164,12 @@ def attention_errors(
 def check_attention(
     operator: AttentionOperator, variant: AttentionVariant, dtype: torch.dtype, head_width: int, check: CheckConfig
 ) -> AttentionResult:
-    """Compare one operator with the reference: a row of the first table."""
+    """Compare one operator with the reference; return a row of the first table."""
     forward = backward = None
     failure = ""
     try:
         forward, backward = attention_errors(operator, variant, dtype, head_width, check)
-    except Exception as error:  # any error of a build for another torch or GPU is a result
+    except Exception as error:  # a build for another torch or GPU may raise anything
         failure = first_line(error)
     tolerance = TOLERANCES[dtype]
     passed = forward is not None and backward is not None and max(forward, backward) <= tolerance
@@ -181,7 +180,7 @@ def check_attention(
 
 
 def time_step(config: GPDiTConfig, check: CheckConfig) -> StepResult:
-    """Time a training step: a row of the second table. Every clip has context."""
+    """Time a training step in which every clip has context; return a row of the second table."""
     device = check.device
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -227,7 +226,7 @@ def time_step(config: GPDiTConfig, check: CheckConfig) -> StepResult:
 
 
 def check_step(config: GPDiTConfig, check: CheckConfig) -> StepResult:
-    """As `time_step`, but an error becomes the result of the step."""
+    """Time a training step as `time_step`, but return an error as a failed result."""
     try:
         return time_step(config, check)
     except torch.OutOfMemoryError:
@@ -249,19 +248,19 @@ def check_step(config: GPDiTConfig, check: CheckConfig) -> StepResult:
 
 
 def now(device: torch.device) -> float:
-    """The time in seconds, after the device has finished all queued work."""
+    """Return the time in seconds, after the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception, with its type."""
+    """Return the first line of an exception, with its type."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def table(rows: Sequence[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> str:
-    """Rows as aligned text; `columns` maps each field to its heading and format."""
+    """Format rows as aligned text; `columns` maps each field to its heading and format."""
 
     def cell(value: Any, spec: str) -> str:
         return "-" if value is None else format(value, spec)
@@ -298,13 +297,13 @@ STEP_COLUMNS = {
 
 
 def with_verdict(result: AttentionResult | StepResult) -> dict[str, Any]:
-    """A result as a row, with `passed` and `failure` as text."""
+    """Return a result as a row, with `passed` and `failure` as text."""
     verdict = "ok" if result.passed else f"FAILED {result.failure}".rstrip()
     return asdict(result) | {"verdict": verdict}
 
 
 def environment(check: CheckConfig) -> dict[str, Any]:
-    """The date, the device and the versions."""
+    """Return the date, the device and the versions of libraries."""
     try:
         xformers_version = importlib.metadata.version("xformers")
     except importlib.metadata.PackageNotFoundError:
@@ -319,7 +318,7 @@ def environment(check: CheckConfig) -> dict[str, Any]:
 
 
 def full_check(clips: int) -> CheckConfig:
-    """The check on a GPU: 17 frames at 192x320 are 5 latent frames of 24x40."""
+    """Return the settings for a GPU: 17 frames at 192x320, which are 5 latent frames of 24x40."""
     return CheckConfig(
         device=torch.device("cuda"),
         operators=(xformers, sdpa),
@@ -334,7 +333,7 @@ def full_check(clips: int) -> CheckConfig:
 
 
 def smoke_test() -> CheckConfig:
-    """The same at a tiny size, which takes seconds on a CPU."""
+    """Return settings of a tiny size, which take seconds on a CPU."""
     small = {"layers": 2, "width": 64, "mlp_width": 128, "heads": 2}
     return CheckConfig(
         device=torch.device("cpu"),
@@ -349,8 +348,8 @@ def smoke_test() -> CheckConfig:
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+def option_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
     options = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check",
         description="Compare the attention operators with a float64 reference on this GPU, and time a training step of "
@@ -367,9 +366,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(check: CheckConfig, out: Path | None, is_smoke_test: bool) -> bool:
-    """Run all checks, print both tables, write the file; True if all checks passed."""
-    about = environment(check)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    """Run all checks, print both tables and write the file; return whether all checks passed."""
+    versions = environment(check)
+    print(", ".join(f"{name} {value}" for name, value in versions.items()))
 
     print("\nFrame-causal attention against a float64 reference (errors relative to the largest reference value)")
     attention = [
@@ -387,13 +386,13 @@ def run(check: CheckConfig, out: Path | None, is_smoke_test: bool) -> bool:
     )
     steps = [check_step(config, check) for config in check.models]
     print(table([with_verdict(result) for result in steps], STEP_COLUMNS))
-    print("Tokens are the noisy ones. TFLOP/s and MFU count three forward passes; recomputation is not counted.")
+    print("Tokens are noisy tokens. TFLOP/s and MFU count three forward passes, without recomputation.")
 
     passed = all([result.passed for result in attention] + [result.passed for result in steps])
     print("\nAll checks passed." if passed else "\nSome checks failed: see FAILED above.")
     if out is not None:
         report = {
-            **about,
+            **versions,
             "smoke_test": is_smoke_test,
             "passed": passed,
             "attention": [asdict(result) for result in attention],
@@ -406,8 +405,8 @@ def run(check: CheckConfig, out: Path | None, is_smoke_test: bool) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    options = parser().parse_args(arguments)
+    """Run the command; return its exit status."""
+    options = option_parser().parse_args(arguments)
     try:
         if options.clips < 1:
             raise InputError(f"--clips is {options.clips}: give at least 1.")

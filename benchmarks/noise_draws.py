@@ -1,7 +1,7 @@
-"""`python -m benchmarks.noise_draws`: the cost of training with K noisy copies of each clip (`data.noise_draws`).
+"""`python -m benchmarks.noise_draws`: cost of training with K noisy copies of each clip (`data.noise_draws`).
 
-Forward and backward passes of the backbone; all clips have context. Times and FLOPs are per supervised frame, relative
-to K = 1: the clean stream is computed once per clip, for any number of copies.
+Forward and backward passes of the backbone are timed; all clips have context. Times and FLOPs are per supervised frame
+and relative to K = 1. The clean stream is computed once per clip, for any number of copies.
 """
 
 import argparse
@@ -20,7 +20,7 @@ DRAWS = (1, 2, 4)
 
 
 def seconds_of_pass(model: GPDiT, clips: int, frames: int, height: int, width: int, draws: int) -> float:
-    """The time of one forward and backward pass; under bf16 autocast on a GPU."""
+    """Return the time of a forward and backward pass in seconds; a GPU computes under bf16 autocast."""
     device = model.output.weight.device
     noisy, velocity = torch.randn(2, draws * clips, frames, model.config.latent_channels, height, width, device=device)
     theta = torch.rand(draws * clips, frames, device=device) * math.pi / 2
@@ -37,9 +37,9 @@ def seconds_of_pass(model: GPDiT, clips: int, frames: int, height: int, width: i
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", default="B", help="backbone: tiny, B or H")
-    parser.add_argument("--layers", type=int, default=0, help="blocks of the backbone; 0: as many as its size has")
-    parser.add_argument("--clips", type=int, default=1, help="clips in a batch, before they are copied")
+    parser.add_argument("--size", default="B", help="size of the backbone: tiny, B or H")
+    parser.add_argument("--layers", type=int, default=0, help="number of blocks; 0: as in the preset of the size")
+    parser.add_argument("--clips", type=int, default=1, help="clips per batch, without noisy copies")
     parser.add_argument("--frames", type=int, default=5, help="latent frames per clip")
     parser.add_argument("--height", type=int, default=24, help="height of a latent frame, in latent pixels")
     parser.add_argument("--width", type=int, default=40, help="width of a latent frame, in latent pixels")
@@ -53,7 +53,7 @@ def main() -> None:
     for variant in variants:
         with torch.device(device):
             model = GPDiT(GPDiTConfig.preset(options.size, attention=variant, layers=options.layers))
-        # Alternating, so that other load on the machine affects all alike; the first round is a warm-up.
+        # The values of K alternate, so that other load on the machine affects all alike; the first round is a warm-up.
         rounds = [[seconds_of_pass(model, *shape, draws) for draws in DRAWS] for _ in range(options.repeats + 1)]
         seconds = [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
         flops = [sum(training_flops(model.config, PassShape(options.clips, *shape, draws)).values()) for draws in DRAWS]

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.preparation`: the throughput of preparing videos, relative to the codec alone.
+"""`python -m benchmarks.preparation`: throughput of preparing videos, compared with the codec alone.
 
-Generates videos of 720x1280 pixels, prepares shards from the files, and encodes the same clips, already decoded and
-scaled, with the same codec. The result is the ratio of the two throughputs: 1 means that decoding, scaling and writing
-add no time to the codec's. The WanVAE has full size and random weights, unless `--codec_source` names its folder. On a
-CPU, use a small one (`--base_dim 16`); decoding then takes a larger part of the time.
+The script generates videos of 720x1280 pixels, prepares shards from the files, and encodes the same clips, already
+decoded and scaled, with the same codec. The result is the ratio of the two throughputs: at 1, decoding, scaling and
+writing add no time to that of the codec. The WanVAE has full size and random weights, unless `--codec_source` names its
+folder. On a CPU, use a small one (`--base_dim 16`); decoding is then a larger share of the time.
 """
 
 import argparse
@@ -27,7 +27,7 @@ HEIGHT, WIDTH, RATE = 720, 1280, 24
 
 
 def write_videos(folder: Path, count: int, frames: int) -> None:
-    """Write videos in which a large, smooth image moves slowly."""
+    """Write videos of a large, smooth image that moves slowly."""
     generator = torch.Generator().manual_seed(0)
     folder.mkdir()
     for number in tqdm(range(count), desc="generating", unit=" videos", leave=False):
@@ -38,8 +38,8 @@ def write_videos(folder: Path, count: int, frames: int) -> None:
         write_video(folder / f"{number}.mp4", video, RATE)
 
 
-def wan_folder(folder: Path, base_dim: int) -> str:
-    """Write a WanVAE with random weights; returns its folder."""
+def write_wan(folder: Path, base_dim: int) -> str:
+    """Write a WanVAE with random weights; return its folder."""
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def wan_folder(folder: Path, base_dim: int) -> str:
 
 
 def seconds_of_codec(codec: Codec, clips: Sequence[Clip], batch_size: int) -> float:
-    """The time of the codec alone, in batches of equal shape, after one batch as a warm-up."""
+    """Return the seconds that the codec takes for batches of equal shape, after a warm-up batch."""
     by_shape: dict[tuple[int, ...], list[torch.Tensor]] = {}
     for clip in clips:
         by_shape.setdefault(tuple(clip.pixels.shape), []).append(clip.pixels)
@@ -64,26 +64,63 @@ def seconds_of_codec(codec: Codec, clips: Sequence[Clip], batch_size: int) -> fl
     return time.perf_counter() - start
 
 
-def main(arguments: Sequence[str] | None = None) -> float:
-    """Print the table; returns the ratio of the throughputs."""
+def compare(options: PrepareOptions) -> float:
+    """Measure decoding, the codec and preparation; print a table and return the ratio of the throughputs."""
+    device, workers = available_device("auto"), worker_count(options)
+    codec = load_codec(options.codec, options.codec_source, device)
+
+    start = time.perf_counter()
+    items = read_clips(list_input_files(options), options, codec.temporal_factor, workers)
+    clips = [item for item in items if isinstance(item, Clip)]
+    decoding = time.perf_counter() - start
+    codec_alone = seconds_of_codec(codec, clips, options.batch_size)
+    start = time.perf_counter()
+    load_codec(options.codec, options.codec_source, device)
+    loading = time.perf_counter() - start
+    start = time.perf_counter()
+    manifest = prepare(options)
+    preparing = time.perf_counter() - start - loading
+    assert manifest is not None
+    assert sum(shard.count for shard in manifest.shards) == len(clips)
+
+    frames = sum(len(clip.pixels) for clip in clips)
+    print(f"{device}, {workers} decoding processes, {len(clips)} clips, {frames} frames, codec {options.codec}")
+    print(f"{'':<32}{'seconds':>9}{'clips/s':>9}{'frames/s':>10}")
+    for name, seconds in (
+        ("decoding and scaling alone", decoding),
+        ("codec alone", codec_alone),
+        ("preparation, files to shards", preparing),
+    ):
+        print(f"{name:<32}{seconds:>9.1f}{len(clips) / seconds:>9.2f}{frames / seconds:>10.1f}")
+    print(f"preparation achieves {codec_alone / preparing:.0%} of the throughput of the codec alone")
+    return codec_alone / preparing
+
+
+def option_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", type=Path, help="a folder of videos to use instead of generated ones")
-    parser.add_argument("--count", type=int, default=32, help="videos to generate")
-    parser.add_argument("--seconds", type=int, default=12, help="length of each video, in seconds")
-    parser.add_argument("--size", default="192x320", help="HEIGHTxWIDTH of the clips, in pixels")
+    parser.add_argument("--videos", type=Path, help="folder of videos to use instead of generated ones")
+    parser.add_argument("--count", type=int, default=32, help="number of videos to generate")
+    parser.add_argument("--seconds", type=int, default=12, help="length of each generated video in seconds")
+    parser.add_argument("--size", default="192x320", help="HEIGHTxWIDTH of the clips in pixels")
     parser.add_argument("--codec", default="wan", help="wan or pca")
     parser.add_argument("--codec_source", help="folder of the WanVAE")
     parser.add_argument("--base_dim", type=int, default=96, help="base width of the WanVAE with random weights")
     parser.add_argument("--batch_size", type=int, default=4, help="clips per encoded batch")
     parser.add_argument("--workers", type=int, help="decoding processes (default: one per core)")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> float:
+    """Print the table; return the ratio of the throughputs."""
+    given = option_parser().parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if given.videos is None:
             write_videos(folder / "videos", given.count, given.seconds * RATE)
         source = given.codec_source
         if given.codec == "wan" and source is None:
-            source = wan_folder(folder / "wan", given.base_dim)
+            source = write_wan(folder / "wan", given.base_dim)
         options = PrepareOptions(
             out=folder / "out",
             videos=[given.videos or folder / "videos"],
@@ -94,35 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
             validation_fraction=0,  # so that both measurements encode the same batches
             workers=given.workers,
         )
-        device = available_device("auto")
-        codec = load_codec(given.codec, source, device)
-
-        start = time.perf_counter()
-        workers = worker_count(options)
-        items = read_clips(list_input_files(options), options, codec.temporal_factor, workers)
-        clips = [item for item in items if isinstance(item, Clip)]
-        decoding = time.perf_counter() - start
-        codec_alone = seconds_of_codec(codec, clips, given.batch_size)
-        start = time.perf_counter()
-        load_codec(given.codec, source, device)
-        loading = time.perf_counter() - start
-        start = time.perf_counter()
-        manifest = prepare(options)
-        preparing = time.perf_counter() - start - loading
-        assert manifest is not None
-        assert sum(shard.count for shard in manifest.shards) == len(clips)
-
-        frames = sum(len(clip.pixels) for clip in clips)
-        print(f"{device}, {workers} decoding processes, {len(clips)} clips, {frames} frames, codec {given.codec}")
-        print(f"{'':<32}{'seconds':>9}{'clips/s':>9}{'frames/s':>10}")
-        for name, seconds in (
-            ("decoding and scaling alone", decoding),
-            ("codec alone", codec_alone),
-            ("preparation, files to shards", preparing),
-        ):
-            print(f"{name:<32}{seconds:>9.1f}{len(clips) / seconds:>9.2f}{frames / seconds:>10.1f}")
-        print(f"preparation achieves {codec_alone / preparing:.0%} of the throughput of the codec alone")
-        return codec_alone / preparing
+        return compare(options)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""`python -m benchmarks.reading`: the throughput of one loader process, relative to a raw read of the same files.
+"""`python -m benchmarks.reading`: throughput of one loader process, compared with a raw read of the same files.
 
-Writes shards of clips (5 latent frames of 16x24x40, the paper's 17 frames of 192x320), reads whole files until they
-are in the page cache, and then measures, in one process and one thread:
+The script writes shards of clips (5 latent frames of 16x24x40, which are 17 frames of 192x320), reads the files into
+the page cache, and then measures in one process and one thread:
 
 - raw read: whole files into one buffer;
-- samples: in the plan's shuffled order, each located by the index and verified by its checksums;
+- samples: in the shuffled order of the plan, each located by the index and verified by its checksums;
 - batches: whitened, with noise and noise levels, as training receives them;
-- training: the clips that training steps of a backbone of the given size consume on this machine.
+- training: the clips that training of a backbone of the given size consumes on this machine.
 
-The share is relative to the raw read. The last column is relative to training: the number of such trainings that one
-process could supply.
+The share is relative to the raw read. The last column is relative to training, which is the number of such training
+runs that one loader process could supply.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def write_shards(folder: Path, clips: int) -> Manifest:
 
 
 def raw_read(manifest: Manifest) -> int:
-    """Read every shard from its first to its last byte; returns the number of bytes."""
+    """Read all shards completely; return the number of bytes."""
     buffer, total = bytearray(BLOCK), 0
     for entry in manifest.shards:
         with open(str(manifest.directory / entry.path), "rb", buffering=0) as file:
@@ -59,17 +59,20 @@ def raw_read(manifest: Manifest) -> int:
     return total
 
 
-def rate(work: Callable[[], int], seconds: float) -> float:
-    """Bytes per second of a function that returns the number of bytes it processed; the first call is a warm-up."""
+def bytes_per_second(work: Callable[[], int], seconds: float) -> float:
+    """Return the bytes per second of a function that returns the number of processed bytes, after a warm-up call."""
     work()
-    done, start = 0, time.perf_counter()
-    while (passed := time.perf_counter() - start) < seconds or not done:
-        done += work()
-    return done / passed
+    processed, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds or not processed:
+        processed += work()
+    return processed / elapsed
 
 
-def training(size: str, batch_size: int) -> Callable[[], int]:
-    """A function that runs one forward and backward pass over random clips and returns their bytes; bf16 on a GPU."""
+def training_pass(size: str, batch_size: int) -> Callable[[], int]:
+    """Return a function that runs a forward and backward pass on random clips and returns their bytes.
+
+    A GPU computes under bf16 autocast.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = GPDiT(GPDiTConfig.preset(size))
@@ -88,12 +91,12 @@ def training(size: str, batch_size: int) -> Callable[[], int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Print the table; returns the rates in bytes per second."""
+    """Print the table; return the rates in bytes per second."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=8000, help="clips to write and read; 8000 take 1.2 GiB")
     parser.add_argument("--batch_size", type=int, default=8, help="clips per batch")
-    parser.add_argument("--size", default="B", help="size of the backbone that is trained: tiny, B or H")
-    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement, in seconds")
+    parser.add_argument("--size", default="B", help="size of the trained backbone: tiny, B or H")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds per measurement")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_shards(Path(folder), given.clips)
@@ -115,12 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             return given.batch_size * CLIP_BYTES
 
         threads = torch.get_num_threads()
-        trained = rate(training(given.size, given.batch_size), given.seconds)
+        trained = bytes_per_second(training_pass(given.size, given.batch_size), given.seconds)
         torch.set_num_threads(1)  # as in a loader process
         rates = {
-            "raw read": rate(lambda: raw_read(manifest), given.seconds),
-            "samples": rate(samples, given.seconds),
-            "batches, with noise": rate(batches, given.seconds),
+            "raw read": bytes_per_second(lambda: raw_read(manifest), given.seconds),
+            "samples": bytes_per_second(samples, given.seconds),
+            "batches, with noise": bytes_per_second(batches, given.seconds),
             f"training of {given.size}": trained,
         }
         torch.set_num_threads(threads)

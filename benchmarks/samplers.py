@@ -1,8 +1,8 @@
-"""`python -m benchmarks.samplers`: the error of each sampler by its number of steps, on a trained model.
+"""`python -m benchmarks.samplers`: error of each sampler as a function of the number of steps, on a trained model.
 
-For held-out clips, the third latent frame is generated after two given ones, always from the same noise. The error is
-the root mean square distance from the result of 600 steps of `adams`. The default model is that of the demo: run
-`python -m gpdit_lightning demo` first.
+The third latent frame of held-out clips is generated from the two frames before it, always with the same noise. The
+error is the root mean square distance from the result of 600 steps of `adams`. The default model is that of the demo:
+run `python -m gpdit_lightning demo` first.
 """
 
 import argparse
@@ -23,7 +23,7 @@ CONTEXT_FRAMES = 2  # latent frames
 
 
 def held_out(folder: str, clips: int, mean: Tensor, std: Tensor) -> Tensor:
-    """The first two latent frames of held-out clips, whitened: (B, 2, C, h, w)."""
+    """Return the first two latent frames of held-out clips, whitened: (B, 2, C, h, w)."""
     manifest = Manifest.load(folder)
     entry = next(e for e in manifest.of_split("validation") if e.kind == "video" and e.shape[0] >= CONTEXT_FRAMES)
     bucket = Bucket([(manifest, entry)], [CONTEXT_FRAMES])
@@ -34,9 +34,7 @@ def held_out(folder: str, clips: int, mean: Tensor, std: Tensor) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.samplers", description=__doc__)
-    parser.add_argument(
-        "--checkpoint", default="runs/demo/stage3_long_video", help="a model that was trained on videos"
-    )
+    parser.add_argument("--checkpoint", default="runs/demo/stage3_long_video", help="model trained on videos")
     parser.add_argument("--data", default="runs/demo/latents/video", help="shards with held-out videos")
     parser.add_argument("--clips", type=int, default=16, help="number of held-out clips")
     options = parser.parse_args(arguments)
@@ -54,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("|---" * (1 + len(STEPS)) + "|")
     for name in SAMPLERS:
         if name == "stochastic":
-            continue  # it draws further noise, so its results do not converge to the reference
+            continue  # it adds noise at every step, so its results do not converge to the reference
         distances = [
             (generated(make_sampler(name, steps, schedule)) - reference).square().mean().sqrt() for steps in STEPS
         ]

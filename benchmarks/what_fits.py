@@ -1,7 +1,7 @@
-"""`python -m benchmarks.what_fits`: the table of docs/scaling.md, the memory per GPU of the paper's recipes.
+"""`python -m benchmarks.what_fits`: table of the memory per GPU of the paper's recipes, for docs/scaling.md.
 
-The figures are estimates, as of `python -m gpdit_lightning estimate`, for GPUs of 80 GiB. A batch that does not fit is
-divided into the smallest number of micro-batches that does.
+The figures are estimates for GPUs of 80 GiB, computed as by `python -m gpdit_lightning estimate`. A batch that does not
+fit is divided into the smallest number of micro-batches that fit.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ B = ["--model.init_args.backbone.size=B", "--model.init_args.backbone.activation
 
 
 def cell(run: RunSettings) -> str:
-    """GiB per GPU; in parentheses the micro-batches per optimizer step where those of the recipe do not fit."""
+    """Return the GiB per GPU, and in parentheses the micro-batches per step if those of the recipe do not fit."""
     before = sum(source.micro_batches for source in run.sources)
     for candidate in with_smaller_micro_batches(run):
         needed = memory(candidate)["total"]
@@ -30,7 +30,7 @@ def cell(run: RunSettings) -> str:
 
 
 def rows(recipe: str, size: str, options: Sequence[str], sizes: dict[str, list[str] | None]) -> list[str]:
-    """The rows of a recipe, one for each number of GPUs that divides its `max_ranks`."""
+    """Return the rows of a recipe, one for each number of GPUs that divides its `max_ranks`."""
     run = read_recipe([f"--config=recipes/{recipe}.yaml", *options], sizes=sizes).run
     counts = [count for count in GPUS if run.max_ranks % count == 0]
     lines = []

@@ -1,4 +1,4 @@
-"""The benchmark of the data plan as a script, on small data."""
+"""The benchmark of the data plan, on small data."""
 
 import re
 
@@ -8,13 +8,13 @@ from benchmarks import data_plan
 
 
 def rows(printed: str) -> dict[str, list[float]]:
-    """The numbers of each row of both tables."""
+    """Return the numbers of each row of both tables."""
     lines = re.findall(r"^(.+?) {2,}([\d.e -]+)$", printed, flags=re.MULTILINE)
     return {name.strip(): [float(number) for number in numbers.split()] for name, numbers in lines}
 
 
-@pytest.mark.skipif(not data_plan.Path("/proc/self/status").exists(), reason="reads its memory from /proc")
-def test_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(not data_plan.Path("/proc/self/status").exists(), reason="the benchmark reads /proc")
+def test_both_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     data_plan.main(["--shards=30", "--samples=200", "--clip_shards=100", "--clip_samples=50"])
     printed = capsys.readouterr().out
     assert "6,000 images in 30 shards of 3 shapes" in printed
@@ -26,8 +26,8 @@ def test_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert table["65,536 samples"] == table["all"]
 
 
-def test_a_batch_mixes_all_shards_of_its_window() -> None:
-    """With k shards, 1/k of the pairs share one. With n clips, 9 of the other n - 1 share a clip's recording."""
+def test_a_micro_batch_mixes_all_shards_of_its_window() -> None:
+    """With k shards, 1/k of the pairs are in the same shard. With n clips, 9 of the other n - 1 share the recording."""
     assert data_plan.shuffle_quality(64, 512, 512)["same_shard"] == 1
     sixteen, whole = data_plan.shuffle_quality(64, 512, 16 * 512), data_plan.shuffle_quality(64, 512, 64 * 512)
     assert sixteen["same_shard"] == pytest.approx(1 / 16, rel=0.02)

@@ -1,4 +1,4 @@
-"""The GPU check as a script: it runs, and reports wrong operators and failed steps."""
+"""The GPU check: it runs, and reports wrong operators and failed steps."""
 
 import json
 from dataclasses import replace
@@ -12,12 +12,12 @@ from torch import Tensor
 from benchmarks import gpu_check
 from gpdit_lightning.model.attention import backends
 
-RUNS = pytest.mark.filterwarnings("ignore:Mismatch dtype")
+IGNORE_DTYPE_WARNING = pytest.mark.filterwarnings("ignore:Mismatch dtype")
 
 
-@RUNS
-def test_smoke_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "made" / "figures.json"
+@IGNORE_DTYPE_WARNING
+def test_the_smoke_test_passes_and_writes_all_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "figures.json"
     assert gpu_check.main(["--smoke_test", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "Smoke test at a tiny size" in printed
@@ -39,7 +39,7 @@ def test_smoke_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
     assert gpu_check.main(["--out", str(out)]) == 3
     captured = capsys.readouterr()
@@ -53,7 +53,7 @@ def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "message"),
     [(["--clips", "0"], "--clips is 0"), (["--smoke_test", "--out", "."], "--out is ., a folder")],
 )
-def test_invalid_options(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_invalid_options_are_an_error(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert gpu_check.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -61,12 +61,12 @@ def test_invalid_options(capsys: pytest.CaptureFixture[str], arguments: list[str
 
 
 def without_last_key(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Wrong forward pass: no token attends to the last key."""
+    """Compute a wrong forward pass: no token attends to the last key."""
     return backends.sdpa(query, key[:, :-1], value[:, :-1])
 
 
 def without_value_gradient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Correct forward pass, wrong backward pass."""
+    """Compute a correct forward pass with a wrong backward pass."""
     return backends.sdpa(query, key, value.detach() + 0 * value)
 
 
@@ -88,7 +88,7 @@ def unavailable(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_wrong_operators_fail(operator: Any, forward_ok: bool | None, failure: str, dtype: torch.dtype) -> None:
+def test_a_wrong_operator_fails(operator: Any, forward_ok: bool | None, failure: str, dtype: torch.dtype) -> None:
     result = gpu_check.check_attention(operator, "of2", dtype, 64, gpu_check.smoke_test())
     assert not result.passed
     assert result.failure == failure
@@ -102,8 +102,8 @@ def test_wrong_operators_fail(operator: Any, forward_ok: bool | None, failure: s
     assert json.loads(json.dumps(gpu_check.with_verdict(result)))["verdict"].startswith("FAILED")
 
 
-def test_reference_distinguishes_the_masks() -> None:
-    """The library with one mask differs from the reference with the other, in the clean stream."""
+def test_the_reference_distinguishes_the_masks() -> None:
+    """The library with one mask differs from the reference with the other one, in the clean stream."""
     check = gpu_check.smoke_test()
 
     assert gpu_check.attention_errors(backends.sdpa, "of2", torch.float32, 64, check)[0] < 1e-5
@@ -113,8 +113,8 @@ def test_reference_distinguishes_the_masks() -> None:
         assert gpu_check.attention_errors(backends.sdpa, "of2", torch.float32, 64, check)[0] > 0.1
 
 
-@RUNS
-def test_a_failed_step_is_a_row_and_an_exit_status(
+@IGNORE_DTYPE_WARNING
+def test_a_failed_step_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     time_step = gpu_check.time_step
@@ -133,7 +133,7 @@ def test_a_failed_step_is_a_row_and_an_exit_status(
     assert [row["passed"] for row in report["steps"]] == [True, False]
 
 
-def test_full_check_has_the_sizes_of_the_paper() -> None:
+def test_the_full_check_has_the_sizes_of_the_paper() -> None:
     check = gpu_check.full_check(clips=16)
     assert (check.frames, check.height * 8, check.width * 8) == (5, 192, 320)
     assert [(m.layers, m.width, m.activation_checkpointing) for m in check.models] == [
@@ -144,9 +144,9 @@ def test_full_check_has_the_sizes_of_the_paper() -> None:
     assert {m.head_width for m in check.models} == set(gpu_check.HEAD_WIDTHS)
 
 
-@RUNS
-def test_flops_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two timed steps of one second each."""
+@IGNORE_DTYPE_WARNING
+def test_flops_per_second_follow_from_step_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patched clock gives two steps of one second each."""
     ticks = iter(range(100))
     monkeypatch.setattr(gpu_check, "now", lambda _: float(next(ticks)))
     check = replace(gpu_check.smoke_test(), warmup=0, steps=2)
