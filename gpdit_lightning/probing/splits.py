@@ -119,12 +119,12 @@ def check_splits(videos: Iterable[LabelledVideo]) -> None:
         groups[video.split].add(video.group)
     if len(labels["train"]) < 2:
         raise InputError(
-            f"The training videos have {len(labels['train'])} classes, but a classifier needs two: give more videos."
+            f"The number of training classes is {len(labels['train'])}, but a classifier needs 2: give more videos."
         )
     if len(groups["test"]) < 2:
         raise InputError(
-            f"The test videos have {len(groups['test'])} groups, but a confidence interval needs two: give more "
-            "videos, or another split."
+            f"The number of test groups is {len(groups['test'])}, but a confidence interval needs 2: give more videos, "
+            "or another split."
         )
     if unknown := labels["test"] - labels["train"]:
         raise InputError(f"Class {min(unknown)!r} has test videos only: give training videos of it, or leave it out.")

@@ -1,3 +1,5 @@
+"""I3D compared with an independent implementation and with published distances."""
+
 import math
 from collections.abc import Iterator
 from itertools import product
@@ -13,7 +15,7 @@ from torch import Tensor
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.i3d import I3D, ConvUnit, MaxPool, preprocess
 
-# Carreira & Zisserman 2017, figure 3: the channels of (1x1x1, 1x1x1 -> 3x3x3, 1x1x1 -> 3x3x3, pool -> 1x1x1).
+# Carreira & Zisserman 2017, figure 3: input channels, then those of (1x1x1, 1x1x1 -> 3x3x3 twice, pool -> 1x1x1).
 BLOCKS = {
     "Mixed_3b": (192, 64, 96, 128, 16, 32, 32),
     "Mixed_3c": (256, 128, 128, 192, 32, 96, 64),
@@ -28,7 +30,7 @@ BLOCKS = {
 
 
 def units() -> Iterator[tuple[str, int, int, int]]:
-    """(name, kernel size, channels in, channels out) of every convolution with batch normalisation."""
+    """Yield (name, kernel size, input channels, output channels) of every convolution with batch normalisation."""
     yield from (("Conv3d_1a_7x7", 7, 3, 64), ("Conv3d_2b_1x1", 1, 64, 64), ("Conv3d_2c_3x3", 3, 64, 192))
     for block, (channels, first, narrow1, wide1, narrow2, wide2, last) in BLOCKS.items():
         yield f"{block}.Branch_0.Conv3d_0a_1x1", 1, channels, first
@@ -41,7 +43,7 @@ def units() -> Iterator[tuple[str, int, int, int]]:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    """Random weights under Flax's names and in its layout."""
+    """Random weights with the names and the layout of Flax."""
     torch.manual_seed(0)
     tensors = {}
     for name, size, channels, out_channels in units():
@@ -62,43 +64,43 @@ def weights_file(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFa
     return path
 
 
-def margins(length: int, size: int, stride: int) -> tuple[int, int]:
-    """The padding at both ends of an axis, as TensorFlow documents "SAME"."""
+def same_padding(length: int, size: int, stride: int) -> tuple[int, int]:
+    """Return the padding at both ends of an axis, as TensorFlow documents "SAME"."""
     total = max(size - stride, 0) if length % stride == 0 else max(size - length % stride, 0)
     return total // 2, total - total // 2
 
 
 def windows(x: Tensor, size: int, stride: int) -> Iterator[tuple[tuple[int, ...], Tensor, tuple[slice, ...]]]:
-    """For each output: its position, the part of x (C, T, H, W) in its window, and the slice of the window it fills."""
+    """Yield for each output: its position, the part of x (C, T, H, W) in its window, and the slices that it fills."""
     outputs = [math.ceil(length / stride) for length in x.shape[1:]]
     for position in product(*map(range, outputs)):
-        inside, part = [], []
+        inside, filled = [], []
         for output, length in zip(position, x.shape[1:], strict=True):
-            start = output * stride - margins(length, size, stride)[0]
+            start = output * stride - same_padding(length, size, stride)[0]
             inside.append(slice(max(start, 0), min(start + size, length)))
-            part.append(slice(max(-start, 0), min(size, length - start)))
-        yield position, x[:, *inside], tuple(part)
+            filled.append(slice(max(-start, 0), min(size, length - start)))
+        yield position, x[:, *inside], tuple(filled)
 
 
 @pytest.mark.parametrize(("size", "stride"), [(2, 2), (3, 1), (7, 2)])
-def test_padding_equals_tensorflows(size: int, stride: int) -> None:
+def test_padding_is_that_of_tensorflow(size: int, stride: int) -> None:
     torch.manual_seed(1)
     x = torch.randn(2, 5, 8, 7, dtype=torch.float64)
     unit = ConvUnit(2, 3, size, stride).double().eval().requires_grad_(False)
     unit.weight.normal_()
     convolved, pooled = unit(x[None])[0], MaxPool(size, stride)(x[None])[0]
     assert convolved.shape[1:] == pooled.shape[1:] == tuple(math.ceil(length / stride) for length in x.shape[1:])
-    for position, inside, part in windows(x, size, stride):
-        expected = (unit.weight[:, :, *part] * inside).sum((1, 2, 3, 4)) / math.sqrt(1.001)
+    for position, inside, filled in windows(x, size, stride):
+        expected = (unit.weight[:, :, *filled] * inside).sum((1, 2, 3, 4)) / math.sqrt(1.001)
         torch.testing.assert_close(convolved[:, *position], expected.clamp(min=0))
         torch.testing.assert_close(pooled[:, *position], inside.amax((1, 2, 3)))
 
 
 def reference(weights: dict[str, Tensor], values: Tensor) -> Tensor:
-    """The features of float64 (B, 3, T, H, W) before average pooling, layer by layer as in the paper's figure."""
+    """Return the features of float64 (B, 3, T, H, W) before average pooling, layer by layer as in the paper."""
 
     def pad(x: Tensor, size: tuple[int, ...], stride: tuple[int, ...], value: float) -> Tensor:
-        edges = [margins(*axis) for axis in zip(x.shape[2:], size, stride, strict=True)]
+        edges = [same_padding(*axis) for axis in zip(x.shape[2:], size, stride, strict=True)]
         return F.pad(x, [edge for pair in reversed(edges) for edge in pair], value=value)
 
     def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
@@ -148,11 +150,11 @@ def test_logits_are_averaged_over_time(weights: dict[str, Tensor], weights_file:
     network.layers.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     logits = network(video)
     assert outputs[0].shape == (1, 1024, 3, 7, 7)
-    steps = outputs[0].double().mean((3, 4))[0]
+    means = outputs[0].double().mean((3, 4))[0]
     kernel = weights["params.Logits.Conv3d_0c_1x1.Conv_0.kernel"].double()[0, 0, 0]
     bias = weights["params.Logits.Conv3d_0c_1x1.Conv_0.bias"].double()
-    each = [(steps[:, step] + steps[:, step + 1]) / 2 @ kernel + bias for step in range(2)]
-    torch.testing.assert_close(logits[0].double(), (each[0] + each[1]) / 2, rtol=1e-4, atol=1e-4)
+    pair_logits = [(means[:, step] + means[:, step + 1]) / 2 @ kernel + bias for step in range(2)]
+    torch.testing.assert_close(logits[0].double(), (pair_logits[0] + pair_logits[1]) / 2, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("height", "width"), [(9, 14), (240, 321)])
@@ -161,12 +163,12 @@ def test_preprocessing_scales_the_short_side_and_crops_the_centre(height: int, w
     size = [math.ceil(length * 224 / min(height, width)) for length in (height, width)]
     expected = videos[0].double().numpy()
     for axis, length, target in zip((2, 3), (height, width), size, strict=True):
-        # The positions of the result's pixel centres among those of the frame.
-        places = ((np.arange(target) + 0.5) * length / target - 0.5).clip(0, length - 1)
-        lower = np.floor(places).astype(int)
-        share = (places - lower).reshape([-1 if other == axis else 1 for other in range(4)])
+        # Positions of the pixel centres of the result in the coordinates of the frame.
+        positions = ((np.arange(target) + 0.5) * length / target - 0.5).clip(0, length - 1)
+        lower = np.floor(positions).astype(int)
+        fraction = (positions - lower).reshape([-1 if other == axis else 1 for other in range(4)])
         upper = np.minimum(lower + 1, length - 1)
-        expected = expected.take(lower, axis) * (1 - share) + expected.take(upper, axis) * share
+        expected = expected.take(lower, axis) * (1 - fraction) + expected.take(upper, axis) * fraction
     top, left = (size[0] - 224) // 2, (size[1] - 224) // 2
     expected = expected[:, :, top : top + 224, left : left + 224] / 127.5 - 1
     torch.testing.assert_close(preprocess(videos)[0].double(), torch.from_numpy(expected), rtol=0, atol=1e-4)
@@ -194,9 +196,9 @@ def test_weights_of_another_network_are_refused(
 
 
 def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.safetensors").write_bytes(b"not weights")
-    with pytest.raises(InputError, match=r"notes.safetensors cannot be read"):
-        I3D.from_safetensors(tmp_path / "notes.safetensors")
+    (tmp_path / "text.safetensors").write_bytes(b"not weights")
+    with pytest.raises(InputError, match=r"text.safetensors cannot be read"):
+        I3D.from_safetensors(tmp_path / "text.safetensors")
 
 
 def test_fewer_than_ten_frames_are_refused() -> None:
@@ -208,12 +210,10 @@ def test_fewer_than_ten_frames_are_refused() -> None:
     ("frames", "distance"),
     [(15, 133.9), pytest.param(16, 152.9, marks=pytest.mark.slow), pytest.param(30, 151.392, marks=pytest.mark.slow)],
 )
-def test_the_distance_of_black_and_white_videos_is_the_published_one(
-    frames: int, distance: float, assets: Path
-) -> None:
-    # All videos of a set are equal, so that the covariances of the Frechet distance vanish. TF-Hub's module gives
+def test_the_distance_of_black_and_white_videos_is_as_published(frames: int, distance: float, assets: Path) -> None:
+    # All videos of a set are equal, so the covariances of the Frechet distance are zero. The TF-Hub module gives
     # 151.39244 for 30 frames.
     network = I3D.from_safetensors(assets / "weights" / "i3d" / "i3d-kinetics-400.safetensors")
     black = torch.zeros(1, frames, 3, 64, 64, dtype=torch.uint8)
-    found = (network(black) - network(black + 255)).double().square().sum().item()
-    assert found == pytest.approx(distance, abs=0.05 if frames < 30 else 0.001)
+    squared_distance = (network(black) - network(black + 255)).double().square().sum().item()
+    assert squared_distance == pytest.approx(distance, abs=0.05 if frames < 30 else 0.001)

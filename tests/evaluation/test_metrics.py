@@ -1,3 +1,5 @@
+"""Metrics compared with their definitions, SciPy and torchmetrics."""
+
 import math
 
 import numpy as np
@@ -23,39 +25,42 @@ from gpdit_lightning.evaluation.metrics import (
 
 
 def features(samples: int, dimensions: int, seed: int, offset: float = 0.0) -> Tensor:
-    """Skewed and correlated like real features, at scales from 0.01 to 3; float64."""
-    drawn = torch.randn(samples, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn.cumsum(dim=1).abs() * torch.linspace(0.01, 3, dimensions) / dimensions**0.5 + offset
+    """Return float64 features, skewed and correlated like real ones, at scales from 0.01 to 3."""
+    normal = torch.randn(samples, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return normal.cumsum(dim=1).abs() * torch.linspace(0.01, 3, dimensions) / dimensions**0.5 + offset
 
 
-def moments(samples: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_covariance(samples: Tensor) -> tuple[Tensor, Tensor]:
     return samples.mean(dim=0), samples.T.cov()
 
 
 def distance_of_samples(one: Tensor, other: Tensor) -> float:
-    """Without covariances or matrix roots: tr (S1 S2)^1/2 is the nuclear norm of X1 X2^T of centred, scaled samples."""
+    """Return the Frechet distance without matrix roots: tr (S1 S2)^1/2 is the nuclear norm of X1 X2^T."""
     x, y = ((each - each.mean(dim=0)) / math.sqrt(len(each) - 1) for each in (one, other))
     shared = torch.linalg.svdvals(x @ y.T).sum()
     means = (one.mean(dim=0) - other.mean(dim=0)).square().sum()
     return float(means + x.square().sum() + y.square().sum() - 2 * shared)
 
 
-def accumulated(real: Tensor, generated: Tensor, pieces: int = 1) -> FrechetDistance:
+def metric_of(real: Tensor, generated: Tensor, parts: int = 1) -> FrechetDistance:
     metric = FrechetDistance(real.shape[1])
-    for side, samples in ((True, real), (False, generated)):
-        for piece in samples.tensor_split(pieces):
-            metric.update(piece, real=side)
+    for is_real, samples in ((True, real), (False, generated)):
+        for part in samples.tensor_split(parts):
+            metric.update(part, real=is_real)
     return metric
 
 
-def test_the_distance_equals_scipys() -> None:
-    one, other = moments(features(300, 20, seed=0)), moments(features(200, 20, seed=1, offset=0.3))
+def test_the_distance_equals_that_of_scipy() -> None:
+    one, other = (
+        mean_and_covariance(features(300, 20, seed=0)),
+        mean_and_covariance(features(200, 20, seed=1, offset=0.3)),
+    )
     root = scipy.linalg.sqrtm((one[1] @ other[1]).numpy())
     expected = (one[0] - other[0]).square().sum() + one[1].trace() + other[1].trace() - 2 * np.trace(root).real
     assert frechet_distance(*one, *other) == pytest.approx(float(expected), rel=1e-9)
 
 
-def test_the_distance_of_independent_dimensions_follows_from_means_and_deviations() -> None:
+def test_the_distance_of_diagonal_covariances_equals_the_closed_form() -> None:
     mean_1, mean_2 = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 3.5])
     deviation_1, deviation_2 = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.5, 3.0, 2.0])
     expected = (mean_1 - mean_2).square().sum() + (deviation_1 - deviation_2).square().sum()
@@ -66,40 +71,40 @@ def test_the_distance_of_independent_dimensions_follows_from_means_and_deviation
 def test_the_distance_is_exact_for_singular_covariances() -> None:
     one, other = features(40, 256, seed=0), features(60, 256, seed=1, offset=0.1)
     expected = distance_of_samples(one, other)
-    assert frechet_distance(*moments(one), *moments(other)) == pytest.approx(expected, abs=1e-9)
-    assert accumulated(one, other).compute().item() == pytest.approx(expected, abs=1e-8)
+    assert frechet_distance(*mean_and_covariance(one), *mean_and_covariance(other)) == pytest.approx(expected, abs=1e-9)
+    assert metric_of(one, other).compute().item() == pytest.approx(expected, abs=1e-8)
 
 
 @pytest.mark.parametrize("samples", [10, 2000])
 def test_the_distance_of_equal_samples_is_zero(samples: int) -> None:
     one = features(samples, 100, seed=0)
-    assert accumulated(one, one).compute().item() < 1e-9
+    assert metric_of(one, one).compute().item() < 1e-9
     constant = torch.ones(5, 3)
-    assert accumulated(constant, constant).compute().item() == 0.0
+    assert metric_of(constant, constant).compute().item() == 0.0
 
 
-def test_the_distance_equals_torchmetrics_for_many_samples() -> None:
+def test_the_distance_equals_that_of_torchmetrics_for_many_samples() -> None:
     one, other = features(500, 16, seed=0), features(400, 16, seed=1, offset=0.2)
 
     class Features(torch.nn.Identity):
         num_features = 16
 
-    theirs = FrechetInceptionDistance(Features())
-    theirs.update(one, real=True)
-    theirs.update(other, real=False)
-    assert accumulated(one, other).compute().item() == pytest.approx(theirs.compute().item(), rel=1e-8)
+    reference = FrechetInceptionDistance(Features())
+    reference.update(one, real=True)
+    reference.update(other, real=False)
+    assert metric_of(one, other).compute().item() == pytest.approx(reference.compute().item(), rel=1e-8)
 
 
 def test_updates_in_parts_and_merged_states_give_the_same_distance() -> None:
     one, other = features(70, 32, seed=0), features(90, 32, seed=1)
-    whole = accumulated(one, other).compute().item()
-    assert accumulated(one, other, pieces=7).compute().item() == pytest.approx(whole, rel=1e-10)
-    first, second = accumulated(one[:20], other[:60]), accumulated(one[20:], other[60:])
+    whole = metric_of(one, other).compute().item()
+    assert metric_of(one, other, parts=7).compute().item() == pytest.approx(whole, rel=1e-10)
+    first, second = metric_of(one[:20], other[:60]), metric_of(one[20:], other[60:])
     first.merge_state(second)
     assert first.compute().item() == pytest.approx(whole, rel=1e-10)
 
 
-def test_real_features_can_be_kept_for_several_comparisons() -> None:
+def test_real_features_are_kept_for_several_comparisons() -> None:
     one, other, third = (features(30, 8, seed=seed) for seed in range(3))
     metric = FrechetDistance(8, reset_real_features=False)
     metric.update(one, real=True)
@@ -109,14 +114,14 @@ def test_real_features_can_be_kept_for_several_comparisons() -> None:
         metric.reset()
 
 
-def test_too_few_samples_are_refused_or_warned_about() -> None:
+def test_too_few_samples_give_an_error_or_a_warning() -> None:
     with pytest.raises(InputError, match="A Frechet distance needs 2 samples"):
-        accumulated(features(1, 4, seed=0), features(9, 4, seed=0)).compute()
+        metric_of(features(1, 4, seed=0), features(9, 4, seed=0)).compute()
     with pytest.raises(InputError, match="not finite"):
-        accumulated(features(9, 4, seed=0) / 0, features(9, 4, seed=0)).compute()
+        metric_of(features(9, 4, seed=0) / 0, features(9, 4, seed=0)).compute()
     assert bias_warning("FVD", 401, 400) is None
     assert "FVD of 400 samples in 400 dimensions" in (bias_warning("FVD", 400, 400) or "")
-    for samples in (400, 401):  # as the warning assumes, one more sample gives full rank
+    for samples in (400, 401):  # one more sample than dimensions gives full rank, as the warning assumes
         drawn = torch.randn(samples, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         assert (torch.linalg.matrix_rank(drawn.T.cov(), hermitian=True) == 400) == (samples == 401)
 
@@ -124,19 +129,19 @@ def test_too_few_samples_are_refused_or_warned_about() -> None:
 def test_the_inception_score_equals_its_definition() -> None:
     classes = F.softmax(3 * features(200, 7, seed=0), dim=1)
     classes[0] = torch.eye(7)[2]  # probability 1 for one class, 0 for the others
-    everywhere = classes.mean(dim=0)
-    divergence = torch.special.xlogy(classes, classes / everywhere).sum(dim=1).mean()
+    mean = classes.mean(dim=0)
+    divergence = torch.special.xlogy(classes, classes / mean).sum(dim=1).mean()
     score, deviation = inception_score(classes, splits=1)
     assert score == pytest.approx(float(divergence.exp()), rel=1e-12)
     assert deviation is None
 
 
-def test_the_inception_score_is_bounded_by_the_classes() -> None:
+def test_the_inception_score_is_between_one_and_the_number_of_classes() -> None:
     assert inception_score(torch.eye(8).repeat(4, 1), splits=1)[0] == pytest.approx(8.0)
     assert inception_score(torch.full((32, 8), 1 / 8))[0] == pytest.approx(1.0)
 
 
-def test_splits_are_equal_and_do_not_touch_the_global_generator() -> None:
+def test_splits_are_equal_and_leave_the_global_generator_unchanged() -> None:
     classes = F.softmax(features(25, 5, seed=0), dim=1)
     torch.manual_seed(0)
     expected = torch.rand(1)
@@ -152,7 +157,7 @@ def test_splits_are_equal_and_do_not_touch_the_global_generator() -> None:
 
 @pytest.fixture(scope="module")
 def clips() -> tuple[Tensor, Tensor]:
-    """Two videos and their ground truth, uint8 (2, 3, 3, 14, 17); the first frames of the second video are equal."""
+    """Two videos and their ground truth, uint8 (2, 3, 3, 14, 17); the first frame of the second one is exact."""
     drawn = torch.Generator().manual_seed(0)
     ground_truth = torch.randint(0, 256, (2, 3, 3, 14, 17), generator=drawn, dtype=torch.uint8)
     change = torch.randint(-40, 41, ground_truth.shape, generator=drawn, dtype=torch.int16)
@@ -175,8 +180,8 @@ def test_psnr_is_averaged_over_frames(clips: tuple[Tensor, Tensor]) -> None:
     assert psnr(ground_truth, ground_truth).tolist() == [MAX_PSNR] * 2
 
 
-def similarity(x: np.ndarray, y: np.ndarray) -> float:
-    """SSIM of two images (H, W), window by window."""
+def ssim_of_images(x: np.ndarray, y: np.ndarray) -> float:
+    """Return the SSIM of two images (H, W), window by window."""
     line = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     window = np.outer(line, line) / line.sum() ** 2
     values = []
@@ -198,7 +203,7 @@ def test_ssim_equals_its_definition(clips: tuple[Tensor, Tensor]) -> None:
     expected = [
         np.mean(
             [
-                similarity(x.double().numpy(), y.double().numpy())
+                ssim_of_images(x.double().numpy(), y.double().numpy())
                 for x, y in zip(video.flatten(0, 1), true.flatten(0, 1), strict=True)
             ]
         )
@@ -213,7 +218,7 @@ def test_scores_of_a_video_are_independent_of_batch_composition(clips: tuple[Ten
         assert torch.equal(metric(*clips)[1:], metric(*(clip[1:] for clip in clips)))
 
 
-def test_videos_of_another_shape_or_too_small_are_refused(clips: tuple[Tensor, Tensor]) -> None:
+def test_videos_of_another_shape_or_below_the_window_are_refused(clips: tuple[Tensor, Tensor]) -> None:
     videos, ground_truth = clips
     for metric in (psnr, ssim):
         with pytest.raises(InputError, match=r"Videos of shape \(2, 3, 3, 14, 16\) cannot be compared"):
@@ -222,10 +227,10 @@ def test_videos_of_another_shape_or_too_small_are_refused(clips: tuple[Tensor, T
         ssim(videos[..., :10], ground_truth[..., :10])
 
 
-def covered(samples: np.ndarray, by: np.ndarray, neighbours: int) -> float:
-    radii = [sorted(np.linalg.norm(by - centre, axis=1))[neighbours] for centre in by]
+def fraction_covered(samples: np.ndarray, centres: np.ndarray, neighbours: int) -> float:
+    radii = [sorted(np.linalg.norm(centres - centre, axis=1))[neighbours] for centre in centres]
     hits = [
-        any(np.linalg.norm(sample - centre) <= radius for centre, radius in zip(by, radii, strict=True))
+        any(np.linalg.norm(sample - centre) <= radius for centre, radius in zip(centres, radii, strict=True))
         for sample in samples
     ]
     return sum(hits) / len(hits)
@@ -235,13 +240,16 @@ def covered(samples: np.ndarray, by: np.ndarray, neighbours: int) -> float:
 def test_precision_and_recall_equal_their_definition(max_distances: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpdit_lightning.evaluation.metrics.MAX_DISTANCES", max_distances)
     real, generated = features(60, 6, seed=0, offset=50), features(45, 6, seed=1, offset=50.2)
-    expected = covered(generated.numpy(), real.numpy(), 2), covered(real.numpy(), generated.numpy(), 2)
+    expected = (
+        fraction_covered(generated.numpy(), real.numpy(), 2),
+        fraction_covered(real.numpy(), generated.numpy(), 2),
+    )
     assert precision_recall(real.float(), generated.float(), neighbours=2) == pytest.approx(expected, abs=1e-12)
     assert 0.1 < expected[0] < 0.9
     assert 0.1 < expected[1] < 0.9
 
 
-def test_equal_samples_are_covered_by_balls_of_radius_zero() -> None:
+def test_equal_samples_are_in_balls_of_radius_zero() -> None:
     still = torch.rand(3, 64, generator=torch.Generator().manual_seed(0)).repeat(5, 1) + 100
     assert precision_recall(still, still[:12]) == (1.0, 1.0)
     assert precision_recall(still, still[:12] + 0.01) == (0.0, 0.0)

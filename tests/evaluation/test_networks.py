@@ -1,3 +1,5 @@
+"""Networks of metrics: interfaces, records and errors."""
+
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +47,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(1, keepdims=True)
 
 
-def test_a_video_script_is_called_for_features_with_its_own_preprocessing(save) -> None:
+def test_a_video_script_returns_features_with_its_preprocessing(save) -> None:
     file = save(ScriptedI3D())
     network = open_video_network(file)
     videos = random_pixels(2, 11, 3, 8, 6)
@@ -55,7 +57,7 @@ def test_a_video_script_is_called_for_features_with_its_own_preprocessing(save) 
     assert (network.num_features, network.min_frames, network.record.sha256) == (6, 10, file.sha256)
 
 
-def test_features_and_classes_of_one_file_take_one_pass(save) -> None:
+def test_features_and_probabilities_of_one_file_take_one_pass(save) -> None:
     module = ScriptedInception()
     network = open_image_network(save(module))
     pixels = random_pixels(5, 3, 7, 9)
@@ -71,7 +73,7 @@ def test_features_and_classes_of_one_file_take_one_pass(save) -> None:
     assert (network.num_features, network.has_classes) == (6, True)
 
 
-def test_classes_that_do_not_follow_from_the_features_take_a_second_pass(save) -> None:
+def test_probabilities_that_do_not_follow_from_the_features_take_a_second_pass(save) -> None:
     module = ScriptedInception(temperature=0.1)
     network = open_image_network(save(module))
     pixels = random_pixels(5, 3, 7, 9)
@@ -92,11 +94,11 @@ def test_images_are_resized_as_in_tensorflow_1(height: int, width: int) -> None:
         x = np.arange(299) * width / 299
         left = x.astype(int)
         expected[row] = line[left] * (left + 1 - x) + line[np.minimum(left + 1, width - 1)] * (x - left)
-    found = resize_as_tensorflow(pixels, 299)[0, 0]
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-3)
+    resized = resize_as_tensorflow(pixels, 299)[0, 0]
+    np.testing.assert_allclose(resized.numpy(), expected, atol=1e-3)
 
 
-def test_a_plain_network_gets_normalised_images_of_299_pixels_and_has_no_classes(save) -> None:
+def test_a_plain_network_receives_normalised_images_of_299_pixels_and_has_no_classes(save) -> None:
     network = open_image_network(save(ScriptedPlain()))
     pixels = random_pixels(2, 3, 40, 30)
     features, probabilities = network.features_and_probabilities(pixels)
@@ -108,7 +110,7 @@ def test_a_plain_network_gets_normalised_images_of_299_pixels_and_has_no_classes
 
 
 @pytest.mark.parametrize("image", [ScriptedPlain, ScriptedInception])
-def test_a_classifier_replaces_the_networks_classes(image: type[nn.Module], save) -> None:
+def test_a_classifier_replaces_the_probabilities_of_the_network(image: type[nn.Module], save) -> None:
     network = open_image_network(save(image()), classifier=save(ScriptedClassifier()))
     pixels = random_pixels(4, 3, 16, 16)
     features, probabilities = network.features_and_probabilities(pixels)
@@ -139,23 +141,23 @@ def test_the_record_of_a_network_identifies_its_file(save) -> None:
     assert network.classifier.record.sha256 == classifier.sha256
 
 
-def test_a_script_with_another_sha256_is_not_called_the_published_file(save) -> None:
+def test_the_record_marks_a_script_with_another_sha256(save) -> None:
     for network in (open_video_network(save(ScriptedI3D())), open_image_network(save(ScriptedInception()))):
         assert network.record.name.endswith(", not the published file")
 
 
-def test_the_error_for_a_missing_file_says_where_to_get_it(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_gives_its_url(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere.pt is not a file on this machine: .*https://"):
         open_image_network(NetworkOptions(path=str(tmp_path / "nowhere.pt")))
 
 
-def test_another_sha256_is_refused_before_the_file_is_opened(tmp_path: Path) -> None:
+def test_the_sha256_is_verified_before_the_file_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "network.pt").write_bytes(b"no network")
     with pytest.raises(InputError, match=f"sha256 {sha256_of(tmp_path / 'network.pt')}, but {'0' * 64} is expected"):
         open_video_network(NetworkOptions(path=str(tmp_path / "network.pt"), sha256="0" * 64))
 
 
-class Trap:
+class FolderOnUnpickling:
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -163,12 +165,12 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_is_refused_and_never_executed(tmp_path: Path) -> None:
-    torch.save(Trap(tmp_path / "sprung"), tmp_path / "network.pt")
+def test_a_pickle_is_refused_without_unpickling(tmp_path: Path) -> None:
+    torch.save(FolderOnUnpickling(tmp_path / "executed"), tmp_path / "network.pt")
     for opener in (open_video_network, open_image_network, open_classifier):
         with pytest.raises(InputError, match=r"network.pt is not a TorchScript"):
             opener(NetworkOptions(path=str(tmp_path / "network.pt")))
-    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def test_a_pickle_is_refused_and_never_executed(tmp_path: Path) -> None:
         (open_classifier, Broken, "could not compute on an example"),
     ],
 )
-def test_other_networks_are_refused(opener, module: type[nn.Module], message: str, save) -> None:
+def test_a_network_with_another_interface_is_refused(opener, module: type[nn.Module], message: str, save) -> None:
     with pytest.raises(InputError, match=f"{module.__name__}.pt.*{message}"):
         opener(save(module()))
 
@@ -203,7 +205,7 @@ def test_pixels_of_another_type_or_shape_are_refused(save) -> None:
 
 
 class MeanColours(nn.Module):
-    """A custom network; it serves as every role."""
+    """A custom network that serves in every role."""
 
     name, min_frames = "mean colours", 3
 
@@ -222,7 +224,7 @@ class MeanColours(nn.Module):
 
 
 class WithoutWeights(nn.Module):
-    """A custom network that returns integers if `integers`."""
+    """A custom network without weights; with `integers` its output has a wrong type."""
 
     def __init__(self, integers: bool = False) -> None:
         super().__init__()
@@ -237,7 +239,7 @@ def custom(network: type[nn.Module], **options: Any) -> NetworkOptions:
     return NetworkOptions(kind=f"{network.__module__}.{network.__qualname__}", **options)
 
 
-def test_a_class_of_the_user_serves_in_every_role() -> None:
+def test_a_custom_class_serves_in_every_role() -> None:
     options, pixels = custom(MeanColours, arguments={"scale": 2.0}), random_pixels(4, 3, 8, 8)
     image, classifier = open_image_network(options), open_classifier(options)
     expected = 2 * pixels.double().mean((2, 3))

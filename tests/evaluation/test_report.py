@@ -1,3 +1,5 @@
+"""The report of an evaluation: JSON, tables, comparison with the paper, and figure."""
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +57,7 @@ def report() -> Report:
     )
 
 
-def test_a_report_is_read_back_from_json(report: Report, tmp_path: Path) -> None:
+def test_a_report_survives_the_round_trip_through_json(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path / "results")
     assert Report.load(tmp_path / "results" / "results.json") == report
     content = json.loads(report.to_json())
@@ -107,7 +109,7 @@ def test_a_file_that_is_not_a_report_is_refused(tmp_path: Path) -> None:
             Report.load(path)
 
 
-def test_the_tables_state_the_protocol(report: Report, tmp_path: Path) -> None:
+def test_the_tables_contain_scores_and_protocol(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path)
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -135,10 +137,11 @@ def test_the_tables_state_the_protocol(report: Report, tmp_path: Path) -> None:
 
 
 def cells(text: str, method: str) -> list[list[str]]:
+    """Return the cells of all rows of a method."""
     return [row[2:-2].split(" | ") for row in text.splitlines() if row.startswith(f"| {method} |")]
 
 
-def test_the_comparison_shows_the_papers_scores_beside_ours(report: Report) -> None:
+def test_the_comparison_contains_the_scores_of_the_paper_and_of_the_report(report: Report) -> None:
     text = paper_comparison(report)
     assert "MSR-VTT" not in text
     protocol = "10,000 videos, 12 frames from 5, guidance"
@@ -165,7 +168,7 @@ def test_another_data_set_is_compared_with_all_tables(report: Report) -> None:
     assert "data kitchens, not MSR-VTT; 9,000 videos, not 7,000; 16 frames from 5, not 12 from 5; guidance" in text
 
 
-def test_an_evaluation_by_the_papers_protocol_has_no_differences(report: Report) -> None:
+def test_an_evaluation_with_the_protocol_of_the_paper_has_no_differences(report: Report) -> None:
     protocol = replace(report.protocol, data="msrvtt", videos=7000, guidance=Guidance(1.2))
     assert "Differences from the paper: none in what the paper states." in paper_comparison(
         replace(report, protocol=protocol)

@@ -1,3 +1,5 @@
+"""Scores of stored results compared with an independent implementation."""
+
 import hashlib
 from pathlib import Path
 
@@ -22,35 +24,35 @@ PROTOCOL = Protocol(
     schedule=NoiseSchedule(), seeds=(0, 9), window=None, precision="32", checkpoint="none", checkpoint_sha256="0",
     step=1, weights="ema", codec="pca", codec_sha256="0", networks={}, versions={}, hardware="none",
 )  # fmt: skip
-Found = dict[str, np.ndarray]
+Results = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def found() -> Found:
-    """Correlated features far from zero; each variant is farther from the ground truth than those before it."""
+def results() -> Results:
+    """Correlated features far from zero; the distance to the ground truth rises from variant to variant."""
     numbers = np.random.default_rng(5)
     distorted = [
         f"{kind} {level}" for kind, levels in (("noise", (8, 16, 32)), ("blur", (1, 2, 4))) for level in levels
     ]
-    found: Found = {}
-    for step, subject in enumerate(["truth", "codec", "repeated", "seed 0", "seed 9", *distorted]):
-        for what, shape in SHAPES.items():
-            count = CHECKED if subject in distorted else VIDEOS
+    results: Results = {}
+    for step, variant in enumerate(["truth", "codec", "repeated", "seed 0", "seed 9", *distorted]):
+        for quantity, shape in SHAPES.items():
+            count = CHECKED if variant in distorted else VIDEOS
             values = numbers.normal(size=(count, *shape))
-            if what in ("video", "image"):
+            if quantity in ("video", "image"):
                 values = values @ numbers.normal(size=(shape[-1], shape[-1])) + 30 + 2 * step
-            if what == "classes":
+            if quantity == "classes":
                 values = np.exp(2 * values) / np.exp(2 * values).sum(-1, keepdims=True)
-            found[f"{subject}/{what}"] = values.astype(np.float32)
-    return found
+            results[f"{variant}/{quantity}"] = values.astype(np.float32)
+    return results
 
 
-def files_of(folder: Path, found: Found, size: int, only: str = "") -> ChunkFiles:
-    """The results in chunks of `size` videos; of the quantities whose name contains `only`."""
+def files_of(folder: Path, results: Results, size: int, only: str = "") -> ChunkFiles:
+    """Write the results in chunks of `size` videos; only keys that contain `only`."""
     paths = []
     for start in range(0, VIDEOS, size):
-        pieces = {key: values[start : start + size] for key, values in found.items() if only in key}
-        tensors = {key: torch.from_numpy(piece) for key, piece in pieces.items() if len(piece)}
+        parts = {key: values[start : start + size] for key, values in results.items() if only in key}
+        tensors = {key: torch.from_numpy(part) for key, part in parts.items() if len(part)}
         paths.append(folder / f"{size}" / f"{start:06d}.safetensors")
         write_chunk(paths[-1], NAMES[start : start + size], tensors, {})
     return ChunkFiles(paths, {})
@@ -64,64 +66,66 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def inception_score(classes: np.ndarray) -> float:
-    """The mean over ten parts of the samples, in a random order of torch with seed 0."""
+    """Return the mean over ten splits, in the random order of torch for seed 0."""
     classes = classes.astype(np.float64)[torch.randperm(VIDEOS, generator=torch.Generator().manual_seed(0)).numpy()]
     scores = []
-    for part in np.array_split(classes, 10):
-        divergences = [(row * np.log(row / part.mean(0))).sum() for row in part]
+    for split in np.array_split(classes, 10):
+        divergences = [(row * np.log(row / split.mean(0))).sum() for row in split]
         scores.append(np.exp(np.mean(divergences)))
     return float(np.mean(scores))
 
 
-def covered(samples: np.ndarray, by: np.ndarray) -> float:
+def fraction_covered(samples: np.ndarray, centres: np.ndarray) -> float:
     def distance(first: np.ndarray, second: np.ndarray) -> float:
         return np.sqrt(((first.astype(np.float64) - second.astype(np.float64)) ** 2).sum())
 
-    radii = [sorted(distance(centre, other) for other in by)[3] for centre in by]
-    inside = [any(distance(sample, c) <= radius for c, radius in zip(by, radii, strict=True)) for sample in samples]
+    radii = [sorted(distance(centre, other) for other in centres)[3] for centre in centres]
+    inside = [
+        any(distance(sample, c) <= radius for c, radius in zip(centres, radii, strict=True)) for sample in samples
+    ]
     return float(np.mean(inside))
 
 
-def expected(found: Found, subject: str) -> dict[str, float]:
-    def of(what: str, subject: str = subject) -> np.ndarray:
-        return found[f"{subject}/{what}"]
+def expected(results: Results, variant: str) -> dict[str, float]:
+    def of(quantity: str, variant: str = variant) -> np.ndarray:
+        return results[f"{variant}/{quantity}"]
 
     scores = {
         "fid": np.mean([frechet(of("image", "truth")[:, i], of("image")[:, i]) for i in range(POSITIONS)]),
         "is": np.mean([inception_score(of("classes")[:, i]) for i in range(POSITIONS)]),
         "fvd": frechet(of("video", "truth"), of("video")),
-        "precision": covered(of("video"), of("video", "truth")),
-        "recall": covered(of("video", "truth"), of("video")),
+        "precision": fraction_covered(of("video"), of("video", "truth")),
+        "recall": fraction_covered(of("video", "truth"), of("video")),
     }
-    if subject != "truth":
-        scores |= {what: of(what).astype(np.float64).mean() for what in ("psnr", "ssim")}
+    if variant != "truth":
+        scores |= {quantity: of(quantity).astype(np.float64).mean() for quantity in ("psnr", "ssim")}
     return scores
 
 
 @pytest.mark.parametrize("size", [7, VIDEOS])
-def test_scores_equal_an_independent_implementation_for_any_chunk_size(found: Found, tmp_path: Path, size: int) -> None:
-    report = make_report(files_of(tmp_path, found, size), PROTOCOL)
-    first, second = expected(found, "seed 0"), expected(found, "seed 9")
+def test_scores_equal_an_independent_implementation(results: Results, tmp_path: Path, size: int) -> None:
+    report = make_report(files_of(tmp_path, results, size), PROTOCOL)
+    first, second = expected(results, "seed 0"), expected(results, "seed 9")
     assert list(report.scores) == list(first)
     for name, score in report.scores.items():
         assert score.per_seed == pytest.approx((first[name], second[name]), rel=1e-8), name
         assert score.mean == pytest.approx((first[name] + second[name]) / 2, rel=1e-8)
         assert score.deviation == pytest.approx(abs(first[name] - second[name]) / 2**0.5, rel=1e-6, abs=1e-8)
-    for words, subject in ((GROUND_TRUTH, "truth"), (CODEC, "codec"), (REPEATED, "repeated")):
-        scores = {name: score.mean for name, score in report.references[words].items()}
-        assert scores == pytest.approx(expected(found, subject), rel=1e-8, abs=1e-6)
+    for label, variant in ((GROUND_TRUTH, "truth"), (CODEC, "codec"), (REPEATED, "repeated")):
+        scores = {name: score.mean for name, score in report.references[label].items()}
+        assert scores == pytest.approx(expected(results, variant), rel=1e-8, abs=1e-6)
     truth = report.references[GROUND_TRUTH]
     assert (truth["precision"].mean, truth["recall"].mean) == (1, 1)
     assert 0 <= truth["fid"].mean < 1e-8 > truth["fvd"].mean
     assert not warnings_of(report)
 
 
-def test_self_checks_compare_halves_and_distorted_ground_truth(found: Found, tmp_path: Path) -> None:
-    report = make_report(files_of(tmp_path, found, 16), PROTOCOL)
+def test_self_checks_compare_halves_and_distorted_ground_truth(results: Results, tmp_path: Path) -> None:
+    report = make_report(files_of(tmp_path, results, 16), PROTOCOL)
     second = np.array([hashlib.sha256(name.encode()).digest()[0] % 2 == 1 for name in NAMES])
     assert list(report.self_checks) == ["fvd", "fid"]
-    for name, what in (("fvd", "video"), ("fid", "image")):
-        truth, checks = found[f"truth/{what}"], report.self_checks[name]
+    for name, quantity in (("fvd", "video"), ("fid", "image")):
+        truth, checks = results[f"truth/{quantity}"], report.self_checks[name]
 
         def flat(values: np.ndarray) -> np.ndarray:
             return values.reshape(-1, values.shape[-1])
@@ -130,49 +134,49 @@ def test_self_checks_compare_halves_and_distorted_ground_truth(found: Found, tmp
         assert checks.halves == pytest.approx(frechet(flat(truth[~second]), flat(truth[second])))
         for kind, distances in checks.by_distortion.items():
             for level, distance in distances:
-                other = found[f"{kind} {level:g}/{what}"]
+                other = results[f"{kind} {level:g}/{quantity}"]
                 assert distance == pytest.approx(frechet(flat(truth[:CHECKED]), flat(other)))
         assert checks.passed
 
 
-def test_without_distorted_videos_there_are_no_self_checks(found: Found, tmp_path: Path) -> None:
-    plain = {key: values for key, values in found.items() if not key.startswith(("noise", "blur"))}
+def test_without_distorted_videos_there_are_no_self_checks(results: Results, tmp_path: Path) -> None:
+    plain = {key: values for key, values in results.items() if not key.startswith(("noise", "blur"))}
     report = make_report(files_of(tmp_path, plain, 16), PROTOCOL)
     assert not report.self_checks
     assert not warnings_of(report)
 
 
-def test_scores_without_a_network_are_left_out(found: Found, tmp_path: Path) -> None:
+def test_scores_without_a_network_are_left_out(results: Results, tmp_path: Path) -> None:
     for only, names in (("video", {"fvd", "precision", "recall"}), ("image", {"fid"}), ("psnr", set())):
-        kept = {key: values for key, values in found.items() if key.endswith((only, "psnr", "ssim"))}
+        kept = {key: values for key, values in results.items() if key.endswith((only, "psnr", "ssim"))}
         report = make_report(files_of(tmp_path / only, kept, 16), PROTOCOL)
         assert report.scores.keys() == names | {"psnr", "ssim"}
         assert report.references[GROUND_TRUTH].keys() == names
 
 
 def warnings_of(report: Report) -> list[str]:
-    """Warnings, without those that any small set of videos gets."""
+    """Return the warnings, except those for any small set of videos."""
     return [line for line in report.warnings if not line.startswith(("IS of ", "precision and recall of"))]
 
 
-def cut(found: Found, count: int) -> Found:
-    return {key: values[:count] for key, values in found.items()}
+def first_videos(results: Results, count: int) -> Results:
+    return {key: values[:count] for key, values in results.items()}
 
 
-def test_failed_checks_and_unreadable_videos_are_reported(found: Found, tmp_path: Path) -> None:
-    worse = found | {"blur 1/video": found["blur 4/video"] + 50}
+def test_failed_checks_and_unreadable_videos_are_reported(results: Results, tmp_path: Path) -> None:
+    worse = results | {"blur 1/video": results["blur 4/video"] + 50}
     (warning,) = warnings_of(make_report(files_of(tmp_path / "worse", worse, 16), PROTOCOL))
     assert warning.startswith("FVD fails its self-checks: the distance at blur 2 is ")
-    (warning,) = warnings_of(make_report(files_of(tmp_path, found, 16), PROTOCOL, unreadable={"b.mp4", "a.mp4"}))
+    (warning,) = warnings_of(make_report(files_of(tmp_path, results, 16), PROTOCOL, unreadable={"b.mp4", "a.mp4"}))
     assert warning == "2 videos could not be read completely and are left out: a.mp4, b.mp4."
 
 
 @pytest.mark.parametrize("count", [3, 4])
-def test_few_videos_give_warnings_instead_of_self_checks(found: Found, tmp_path: Path, count: int) -> None:
+def test_few_videos_give_warnings_instead_of_self_checks(results: Results, tmp_path: Path, count: int) -> None:
     write_chunk(
         tmp_path / "few.safetensors",
         ["video 0", "video 1", "video 2", "video 5"][:count],  # three of them are in one half
-        {key: torch.from_numpy(values) for key, values in cut(found, count).items()},
+        {key: torch.from_numpy(values) for key, values in first_videos(results, count).items()},
         {},
     )
     report = make_report(ChunkFiles([tmp_path / "few.safetensors"], {}), PROTOCOL)
@@ -188,14 +192,14 @@ def test_few_videos_give_warnings_instead_of_self_checks(found: Found, tmp_path:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_videos_are_refused(found: Found, tmp_path: Path, count: int) -> None:
-    tensors = {key: torch.from_numpy(values) for key, values in cut(found, count).items()} if count else {}
+def test_fewer_than_two_videos_are_refused(results: Results, tmp_path: Path, count: int) -> None:
+    tensors = {key: torch.from_numpy(values) for key, values in first_videos(results, count).items()} if count else {}
     write_chunk(tmp_path / "few.safetensors", NAMES[:count], tensors, {})
     with pytest.raises(InputError, match=f"{count} videos could be read, but scores need at least 2"):
         make_report(ChunkFiles([tmp_path / "few.safetensors"], {}), PROTOCOL)
 
 
-def test_features_that_are_not_finite_are_refused(found: Found, tmp_path: Path) -> None:
-    broken = found | {"seed 9/video": found["seed 9/video"] * np.float32("nan")}
+def test_features_that_are_not_finite_are_refused(results: Results, tmp_path: Path) -> None:
+    broken = results | {"seed 9/video": results["seed 9/video"] * np.float32("nan")}
     with pytest.raises(InputError, match="not finite"):
         make_report(files_of(tmp_path, broken, 16), PROTOCOL)

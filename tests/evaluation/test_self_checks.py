@@ -1,3 +1,5 @@
+"""Distortions of the ground truth, and the checks of a distance."""
+
 import math
 
 import pytest
@@ -21,17 +23,17 @@ NAMES = [f"Archery/v_Archery_g{number:02d}.avi" for number in range(400)]
 @pytest.fixture(scope="module")
 def videos() -> Tensor:
     """Moving grey squares on grey, uint8 (40, 2, 3, 32, 32)."""
-    drawn = torch.Generator().manual_seed(0)
-    places = torch.randint(0, 12, (40, 3), generator=drawn)
+    generator = torch.Generator().manual_seed(0)
+    corners_and_sizes = torch.randint(0, 12, (40, 3), generator=generator)
     pixels = torch.full((40, 2, 3, 32, 32), 90, dtype=torch.uint8)
-    for video, (top, left, size) in zip(pixels, places.tolist(), strict=True):
-        for moment, frame in enumerate(video):
-            frame[:, top + moment : top + moment + 5 + size, left : left + 5 + size] = 200
+    for video, (top, left, size) in zip(pixels, corners_and_sizes.tolist(), strict=True):
+        for shift, frame in enumerate(video):
+            frame[:, top + shift : top + shift + 5 + size, left : left + 5 + size] = 200
     return pixels
 
 
 def patch_features(videos: Tensor) -> Tensor:
-    """Means and deviations of 8x8 patches, (B, 32), in place of a network's features."""
+    """Return means and deviations of 8x8 patches, (B, 32), in place of the features of a network."""
     patches = F.unfold(videos[:, 0, :1].float(), 8, stride=8)
     return torch.cat((patches.mean(dim=1), patches.std(dim=1)), dim=1)
 
@@ -51,17 +53,17 @@ def test_noise_has_the_given_deviation() -> None:
         assert change.std().item() == pytest.approx(math.sqrt(level**2 + rounding), rel=0.02)
         assert abs(change.mean().item()) < 0.03 * level
     white = add_noise(torch.full_like(grey, 255), 8.0, [1, 2])
-    assert white.min() > 200  # clamped to 8 bits, not wrapped around
+    assert white.min() > 200  # values are clamped to 8 bits and do not wrap around
 
 
-def test_noise_depends_on_the_seed_and_not_on_the_position_in_the_batch(videos: Tensor) -> None:
+def test_noise_depends_on_the_seed_but_not_on_batch_composition(videos: Tensor) -> None:
     together = add_noise(videos[:3], 16.0, [7, 8, 9])
     assert torch.equal(together[2:], add_noise(videos[2:3], 16.0, [9]))
     grey = torch.full((2, 1, 3, 16, 16), 128, dtype=torch.uint8)
     one, other = add_noise(grey, 16.0, [7, 8])
     assert not torch.equal(one, other)
     twice = add_noise(grey, 32.0, [7, 8])[0].double() - 128
-    assert (twice - 2 * (one.double() - 128)).abs().max() <= 1.5  # the same noise, scaled
+    assert (twice - 2 * (one.double() - 128)).abs().max() <= 1.5  # the same noise at twice the level
 
 
 @pytest.mark.parametrize("sigma", BLUR_LEVELS)
@@ -72,7 +74,7 @@ def test_a_blurred_edge_is_the_integral_of_a_gaussian(sigma: float) -> None:
         line = gaussian_blur(pixels, sigma)[0, 0, 0]
         line = line[20] if pixels is edge else line[:, 20]
         gaussian = [math.exp(-(step**2) / (2 * sigma**2)) for step in range(-100, 101)]
-        expected = [200 * sum(gaussian[100 + 20 - place :]) / sum(gaussian) for place in range(40)]
+        expected = [200 * sum(gaussian[100 + 20 - column :]) / sum(gaussian) for column in range(40)]
         assert line.tolist() == pytest.approx(expected, abs=0.51)
 
 
@@ -83,13 +85,13 @@ def test_blur_keeps_uniform_frames_and_is_independent_of_batch_composition(video
 
 
 def test_halves_are_about_equal_and_do_not_change_with_more_videos() -> None:
-    chosen = assign_halves(NAMES)
-    assert set(chosen) == {0, 1}
-    assert 160 < sum(chosen) < 240
-    assert assign_halves(NAMES[100:]) == chosen[100:]
+    halves = assign_halves(NAMES)
+    assert set(halves) == {0, 1}
+    assert 160 < sum(halves) < 240
+    assert assign_halves(NAMES[100:]) == halves[100:]
 
 
-def test_a_distance_of_meaningful_features_passes(videos: Tensor) -> None:
+def test_a_distance_between_meaningful_features_passes(videos: Tensor) -> None:
     seeds = list(range(40))
     checks = check_distances(
         distance(videos, videos),

@@ -1,3 +1,5 @@
+"""Selection of videos and reading of clips."""
+
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ def video(tmp_path: Path) -> Path:
     return tmp_path / "ramp.mp4"
 
 
-def levels(clip: torch.Tensor) -> list[int]:
+def frame_numbers(clip: torch.Tensor) -> list[int]:
+    """Return the frame numbers, by the grey levels."""
     return [round(frame.float().mean().item() / 10) for frame in clip]
 
 
@@ -32,25 +35,25 @@ def levels(clip: torch.Tensor) -> list[int]:
         (2, False, True, []),
     ],
 )
-def test_frame_numbers_of_a_clip(length: int, centred: bool, resample_short: bool, expected: list[int]) -> None:
+def test_frame_indices_of_a_clip(length: int, centred: bool, resample_short: bool, expected: list[int]) -> None:
     assert clip_frame_indices(length, 3, 3, centred, resample_short) == expected
 
 
-def test_without_a_stride_a_clip_spans_its_video(video: Path) -> None:
+def test_a_clip_with_stride_zero_spans_its_video(video: Path) -> None:
     assert clip_frame_indices(9, 3, 0) == [0, 4, 8]
     assert clip_frame_indices(2, 3, 0) == []
-    assert levels(read_clip(video, 3, 0, (16, 16))) == [0, 5, 10]
+    assert frame_numbers(read_clip(video, 3, 0, (16, 16))) == [0, 5, 10]
 
 
-def test_a_clip_consists_of_these_frames(video: Path) -> None:
+def test_a_clip_consists_of_the_frames_of_its_indices(video: Path) -> None:
     assert read_clip(video, 3, 2, (16, 16)).shape == (3, 3, 16, 16)
-    assert levels(read_clip(video, 3, 2, (16, 16))) == [0, 2, 4]
-    assert levels(read_clip(video, 3, 2, (16, 16), centred=True)) == [3, 5, 7]
-    assert levels(read_clip(video, 5, 4, (16, 16), resample_short=True)) == [0, 2, 5, 8, 10]
-    assert levels(read_clip(video, 1, 4, (16, 16), centred=True)) == [5]
+    assert frame_numbers(read_clip(video, 3, 2, (16, 16))) == [0, 2, 4]
+    assert frame_numbers(read_clip(video, 3, 2, (16, 16), centred=True)) == [3, 5, 7]
+    assert frame_numbers(read_clip(video, 5, 4, (16, 16), resample_short=True)) == [0, 2, 5, 8, 10]
+    assert frame_numbers(read_clip(video, 1, 4, (16, 16), centred=True)) == [5]
 
 
-def test_a_video_that_is_too_short_is_refused_by_name(video: Path) -> None:
+def test_a_video_that_is_too_short_is_an_error_that_names_it(video: Path) -> None:
     with pytest.raises(InputError, match=r"ramp.mp4 has 11 frames, but a clip of 5 at stride 3 needs 13: leave"):
         read_clip(video, 5, 3, (16, 16))
     with pytest.raises(InputError, match="clip of 12 at stride 3 needs 12"):
@@ -72,7 +75,7 @@ def test_videos_are_found_at_any_depth_in_order(video: Path) -> None:
         find_videos([video.parent / "empty"])
 
 
-def test_the_selection_depends_on_names_and_the_seed_alone(video: Path) -> None:
+def test_the_selection_depends_on_names_and_seed_only(video: Path) -> None:
     def selected(root: Path, names: str, count: int, seed: int = 0) -> list[str]:
         for name in names:
             (root / name).mkdir(parents=True, exist_ok=True)
@@ -88,9 +91,9 @@ def test_the_selection_depends_on_names_and_the_seed_alone(video: Path) -> None:
     assert any(selected(video.parent / "one", "", 5, seed) != five for seed in range(1, 4))
 
 
-def test_too_few_videos_that_are_long_enough_are_refused(video: Path) -> None:
+def test_too_few_long_enough_videos_are_refused(video: Path) -> None:
     folder = video.parent
-    (folder / "broken.mp4").write_bytes(video.read_bytes()[:100])
+    (folder / "damaged.mp4").write_bytes(video.read_bytes()[:100])
     assert select_videos([folder], 1, 0, frames=11).names == ("ramp.mp4",)
     with pytest.raises(InputError, match="have 0 videos of at least 12 frames, and 2 that are shorter or damaged, but"):
         select_videos([folder], 1, 0, frames=12)

@@ -1,4 +1,4 @@
-"""The frozen encoder compared with features of the whole model that are pooled in loops."""
+"""The frozen encoder compared with features of the whole model, pooled in loops."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from gpdit_lightning.probing.encoder import VideoEncoder, first_layers
 
 @pytest.fixture
 def backbone(tiny_config: GPDiTConfig, randomise: Callable[[GPDiT], GPDiT]) -> GPDiT:
-    """Four blocks, and labels, which clean frames are not conditioned on."""
+    """Four blocks and class labels, on which clean frames are not conditioned."""
     return randomise(GPDiT(tiny_config.replaced(layers=4, classes=3)))
 
 
@@ -26,13 +26,13 @@ def latents() -> Tensor:
 
 
 def pooled_in_loops(features: Tensor, temporal_tokens: int) -> Tensor:
-    """(F, N, D) to (temporal tokens + N, D), in float64."""
-    frames, places, width = features.shape
-    result = torch.zeros(temporal_tokens + places, width, dtype=torch.float64)
+    """Map (F, N, D) to (temporal tokens + N, D), in float64."""
+    frames, tokens, width = features.shape
+    result = torch.zeros(temporal_tokens + tokens, width, dtype=torch.float64)
     for frame in range(frames):
-        for place in range(places):
-            result[frame] += features[frame, place].double() / places
-            result[temporal_tokens + place] += features[frame, place].double() / frames
+        for token in range(tokens):
+            result[frame] += features[frame, token].double() / tokens
+            result[temporal_tokens + token] += features[frame, token].double() / frames
     return result
 
 
@@ -63,7 +63,7 @@ def test_only_the_first_blocks_run_and_are_kept(backbone: GPDiT, latents: Tensor
     assert {name.rsplit(".")[1] for name in kept} == {"0", "1"}
 
 
-def test_the_given_model_is_unchanged_and_shares_its_parameters(backbone: GPDiT) -> None:
+def test_the_given_model_shares_its_parameters_and_is_unchanged(backbone: GPDiT) -> None:
     backbone.train()
     frozen = first_layers(backbone, 3)
     for name, parameter in frozen.named_parameters():
@@ -91,7 +91,7 @@ def test_training_changes_only_the_projection(backbone: GPDiT, latents: Tensor) 
         assert torch.equal(value, before[name]) == name.startswith("backbone."), name
 
 
-def test_the_state_of_the_projection_restores_an_encoder(backbone: GPDiT, latents: Tensor) -> None:
+def test_the_state_dict_of_the_projection_restores_an_encoder(backbone: GPDiT, latents: Tensor) -> None:
     trained, fresh = VideoEncoder(backbone, 2, 7), VideoEncoder(backbone, 2, 7)
     assert not torch.equal(trained(latents), fresh(latents))
     fresh.projection.load_state_dict(trained.projection.state_dict())

@@ -39,26 +39,26 @@ RECORD = FeatureRecord(
 )
 
 
-def as_video_chatgpt(features: np.ndarray, temporal_tokens: int = 100) -> np.ndarray:
-    """(F, N, D) to (temporal tokens + N, D): means over positions, zeros, means over frames."""
-    frames, places, width = features.shape
+def video_chatgpt_layout(features: np.ndarray, temporal_tokens: int = 100) -> np.ndarray:
+    """Map (F, N, D) to (temporal tokens + N, D): means over positions, zeros, means over frames."""
+    frames, tokens, width = features.shape
     rows = [np.mean(features[frame], axis=0) for frame in range(frames)]
     rows += [np.zeros(width)] * (temporal_tokens - frames)
-    rows += [np.mean(features[:, place], axis=0) for place in range(places)]
+    rows += [np.mean(features[:, token], axis=0) for token in range(tokens)]
     return np.stack(rows)
 
 
-def some(seed: int = 0, shape: tuple[int, ...] = RECORD.shape) -> torch.Tensor:
+def random_features(seed: int = 0, shape: tuple[int, ...] = RECORD.shape) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(("frames", "temporal_tokens"), [(5, 100), (100, 100), (1, 1)])
 def test_the_layout_is_that_of_video_chatgpt(frames: int, temporal_tokens: int) -> None:
-    features = some(shape=(2, frames, 6, 8))
+    features = random_features(shape=(2, frames, 6, 8))
     pooled = spatio_temporal(features, temporal_tokens)
     assert pooled.dtype == torch.float32
-    for one, given in zip(pooled, features.double().numpy(), strict=True):
-        np.testing.assert_allclose(one.numpy(), as_video_chatgpt(given, temporal_tokens), atol=1e-6)
+    for clip, given in zip(pooled, features.double().numpy(), strict=True):
+        np.testing.assert_allclose(clip.numpy(), video_chatgpt_layout(given, temporal_tokens), atol=1e-6)
     if frames == temporal_tokens:
         assert torch.equal(pooled, spatio_temporal(features))
 
@@ -71,43 +71,49 @@ def test_means_are_computed_in_float32() -> None:
 
 def test_more_frames_than_tokens_are_refused() -> None:
     with pytest.raises(InputError, match="2 temporal tokens are too few for 3 latent frames"):
-        spatio_temporal(some(shape=(3, 4, 8)), 2)
+        spatio_temporal(random_features(shape=(3, 4, 8)), 2)
 
 
-def test_a_folder_is_read_back_as_written(tmp_path: Path) -> None:
+def test_features_survive_the_round_trip_through_a_folder(tmp_path: Path) -> None:
     RECORD.save(tmp_path)
     names = ["jump/v_2", "jump/v_10", "v_1.2"]
     for seed, name in enumerate(names):
-        write_features(RECORD.path_of(tmp_path, name), some(seed), RECORD)
+        write_features(RECORD.path_of(tmp_path, name), random_features(seed), RECORD)
     data = VideoFeatures(tmp_path, layer=2, fingerprint="fedcba9876543210")
     assert data.record == RECORD
     assert sorted(data.names) == sorted(names)
     assert data.names.index("jump/v_2") < data.names.index("jump/v_10")
     assert len(data) == 3
     for seed, name in enumerate(names):
-        assert torch.equal(data[name], some(seed).half())
+        assert torch.equal(data[name], random_features(seed).half())
         assert torch.equal(data[data.names.index(name)], data[name])
     loaded = torch.utils.data.DataLoader(data, batch_size=3)
     assert next(iter(loaded)).shape == (3, 7, 8)
 
 
-def test_a_pickle_is_readable_by_every_numpy(tmp_path: Path) -> None:
+def test_a_pickle_is_readable_by_every_version_of_numpy(tmp_path: Path) -> None:
     record = replace(RECORD, format="pickle")
     path = record.path_of(tmp_path, "v_1")
-    write_features(path, some(), record)
+    write_features(path, random_features(), record)
     assert path.name == "v_1.pkl"
     with path.open("rb") as file:
         values = pickle.load(file)  # as Video-ChatGPT does
     assert isinstance(values, np.ndarray)
     assert values.dtype == np.float16
-    assert torch.equal(torch.tensor(values), some().half())
+    assert torch.equal(torch.tensor(values), random_features().half())
     strings = {value for _, value, _ in pickletools.genops(path.read_bytes()) if isinstance(value, str)}
-    assert strings == {"numpy", "ndarray", "builtins", "bytearray", "<f2"}  # no numpy.core, which has moved
+    assert strings == {
+        "numpy",
+        "ndarray",
+        "builtins",
+        "bytearray",
+        "<f2",
+    }  # no numpy.core, which was renamed
 
 
 def test_features_of_another_model_are_refused(tmp_path: Path) -> None:
     RECORD.save(tmp_path)
-    write_features(RECORD.path_of(tmp_path, "v_1"), some(), RECORD)
+    write_features(RECORD.path_of(tmp_path, "v_1"), random_features(), RECORD)
     with pytest.raises(InputError, match=r"features.json has layer 2, but 18 is expected"):
         VideoFeatures(tmp_path, layer=18)
     with pytest.raises(InputError, match="has no field 'layers'"):
@@ -149,28 +155,28 @@ def npy(values: Any, **options: Any) -> bytes:
 
 def npz() -> bytes:
     file = io.BytesIO()
-    np.savez(file, some().half().numpy())
+    np.savez(file, random_features().half().numpy())
     return file.getvalue()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (npy(some().half().numpy())[:-2], "not a complete .npy"),
+        (npy(random_features().half().numpy())[:-2], "not a complete .npy"),
         (npy(np.array([{}]), allow_pickle=True), "not a complete .npy"),
-        (pickle.dumps(some().half().numpy()), "not a complete .npy"),
-        (npy(some().numpy()), r"float32 \(7, 8\), but float16"),
-        (npy(some().half().numpy().T), r"\(8, 7\), but"),
+        (pickle.dumps(random_features().half().numpy()), "not a complete .npy"),
+        (npy(random_features().numpy()), r"float32 \(7, 8\), but float16"),
+        (npy(random_features().half().numpy().T), r"\(8, 7\), but"),
         (npz(), "several arrays"),
     ],
 )
-def test_a_damaged_file_is_refused_and_never_unpickled(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_damaged_file_is_refused_without_unpickling(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "v_1.npy").write_bytes(content)
     with pytest.raises(InputError, match=rf"v_1.npy.*{message}"):
         read_features(tmp_path / "v_1.npy", RECORD.shape)
 
 
-def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"v_9.npy does not exist"):
         read_features(tmp_path / "v_9.npy", RECORD.shape)
 
@@ -178,7 +184,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 def test_features_that_cannot_be_stored_leave_no_file(tmp_path: Path) -> None:
     path = RECORD.path_of(tmp_path, "v_1")
     with pytest.raises(InputError, match="exceed the range of float16"):
-        write_features(path, some() * 1e6, RECORD)
+        write_features(path, random_features() * 1e6, RECORD)
     with pytest.raises(InputError, match=r"have shape \(6, 8\), but features.json states \(7, 8\)"):
-        write_features(path, some()[1:], RECORD)
+        write_features(path, random_features()[1:], RECORD)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Features of every layer, and their cache."""
+"""Features of every layer and their cache."""
 
 import logging
 from collections import Counter
@@ -30,7 +30,7 @@ def model(randomise: Callable[[GPDiT], GPDiT]) -> GPDiT:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Five videos of noise: the fourth is too short for five frames at stride three, the third is not a video."""
+    """Five files: the third is not a video, and the fourth is too short for five frames at stride three."""
     folder = tmp_path_factory.mktemp("videos")
     numbers = torch.Generator().manual_seed(0)
     paths = [folder / f"{number}.mp4" for number in range(5)]
@@ -44,7 +44,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def features_of_one(model: GPDiT, path: Path, frame_numbers: list[int]) -> Tensor:
-    """The features of one video, (L + 1, D), layer by layer."""
+    """Return the features of one video, (L + 1, D), layer by layer."""
     pixels = read_clip(path, frame_numbers[-1] + 1, 1, SIZE)[frame_numbers]
     latents = CODEC.encode(pixels[None])
     clean = (latents - CODEC.mean.view(16, 1, 1)) / CODEC.std.view(16, 1, 1)
@@ -56,10 +56,10 @@ def extract(model: GPDiT, videos: list[Path], **options: Any) -> LayerFeatures:
     return extract_layer_features(model, CODEC, videos, SIZE, **{"frames": 5, "batch_size": 2, "workers": 1, **options})
 
 
-def test_features_are_those_of_each_video_features_of_one(
+def test_features_equal_those_of_each_video_alone(
     model: GPDiT, videos: list[Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_features.log.parent, "propagate", True)  # the command line turns it off
+    monkeypatch.setattr(layer_features.log.parent, "propagate", True)  # the command line disables it
     with caplog.at_level(logging.WARNING, logger=layer_features.log.name):
         result = extract(model, videos)
     assert "2.mp4" in caplog.text
@@ -67,8 +67,8 @@ def test_features_are_those_of_each_video_features_of_one(
     assert result.num_resampled == 1
     assert result.features.shape == (4, 3, 24)
     assert result.features.dtype == np.float32
-    middles = ([0, 3, 6, 9, 12], [1, 4, 7, 10, 13], [0, 2, 4, 5, 7], [0, 3, 6, 9, 12])
-    expected = torch.stack([features_of_one(model, *pair) for pair in zip(result.paths, middles, strict=True)])
+    frame_numbers = ([0, 3, 6, 9, 12], [1, 4, 7, 10, 13], [0, 2, 4, 5, 7], [0, 3, 6, 9, 12])
+    expected = torch.stack([features_of_one(model, *pair) for pair in zip(result.paths, frame_numbers, strict=True)])
     torch.testing.assert_close(torch.from_numpy(result.features).double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -85,13 +85,13 @@ def test_a_stopped_run_resumes_from_the_cache(
     read: Counter[str] = Counter()
     limit = 10
 
-    def counted(path: Path, *arguments: Any, **options: Any) -> Tensor:
+    def counting_read_clip(path: Path, *arguments: Any, **options: Any) -> Tensor:
         if len(read) == limit:
             raise KeyboardInterrupt
         read[path.stem] += 1
         return read_clip(path, *arguments, **options)
 
-    monkeypatch.setattr(layer_features, "read_clip", counted)
+    monkeypatch.setattr(layer_features, "read_clip", counting_read_clip)
     monkeypatch.setattr(layer_features, "VIDEOS_PER_FILE", 2)
     uncached = extract(model, videos)
     assert uncached.paths == [videos[number] for number in (0, 1, 3, 4)]
@@ -110,7 +110,7 @@ def test_a_stopped_run_resumes_from_the_cache(
     limit = 10
     assert (extract(model, videos, cache=tmp_path).features == uncached.features).all()
     assert not read
-    extract(model, videos, cache=tmp_path, stride=2)  # another clip
+    extract(model, videos, cache=tmp_path, stride=2)  # another stride
     assert len(read) == 5
     read.clear()
     other = randomise(GPDiT(model.config)).eval()

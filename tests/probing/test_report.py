@@ -13,7 +13,7 @@ from gpdit_lightning.probing.splits import LabelledVideo
 
 
 def videos_in(folder: Path) -> list[LabelledVideo]:
-    """Seven videos: three train class a and one b, one tests a and two b."""
+    """Write seven videos: three of class a and one of b for training, one of a and two of b for testing."""
     videos = []
     for number, (label, split) in enumerate(zip("aaababb", ["train"] * 4 + ["test"] * 3, strict=True)):
         path = folder / label / f"{number}.avi"
@@ -39,11 +39,11 @@ def test_the_protocol_counts_the_videos(result: ProbeResult) -> None:
 
 
 def test_the_hash_depends_on_the_videos_but_not_on_their_folder(tmp_path: Path) -> None:
-    here, there = videos_in(tmp_path / "here"), videos_in(tmp_path / "there")
-    assert videos_sha256(here) == videos_sha256(there[::-1])
-    there[0].path.write_bytes(b"longer")
-    changes = [there, here[1:], [here[0]._replace(group="9"), *here[1:]]]
-    assert len({videos_sha256(videos) for videos in (here, *changes)}) == 4
+    first, copy = videos_in(tmp_path / "first"), videos_in(tmp_path / "copy")
+    assert videos_sha256(first) == videos_sha256(copy[::-1])
+    copy[0].path.write_bytes(b"longer")
+    changed = [copy, first[1:], [first[0]._replace(group="9"), *first[1:]]]
+    assert len({videos_sha256(videos) for videos in (first, *changed)}) == 4
 
 
 def test_json_and_table_contain_every_layer_and_the_protocol(result: ProbeResult, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_json_and_table_contain_every_layer_and_the_protocol(result: ProbeResult
         assert phrase in text
 
 
-def test_several_checkpoints_are_also_plotted_over_steps(result: ProbeResult, tmp_path: Path) -> None:
+def test_several_checkpoints_add_a_panel_over_steps(result: ProbeResult, tmp_path: Path) -> None:
     plot_probe([result], tmp_path / "one.png")
     plot_probe([result, replace(result, step=1000, identity="other")], tmp_path / "two.png")
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:

@@ -1,4 +1,4 @@
-"""Training and test videos of a probe."""
+"""Division of videos into training and test videos of a probe."""
 
 import logging
 from pathlib import Path
@@ -29,13 +29,13 @@ def groups_of(videos: list[LabelledVideo], split: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("split", "first", "last"), [(1, 1, 7), (2, 8, 14), (3, 15, 21)])
-def test_ucf_101_holds_out_seven_groups_of_each_class(split: int, first: int, last: int) -> None:
-    found = split_by_ucf_groups(VIDEOS, split)
-    assert [video.path for video in found] == VIDEOS
-    assert {video.label for video in found} == set(CLASSES)
+def test_ucf_101_tests_on_seven_groups_of_each_class(split: int, first: int, last: int) -> None:
+    labelled = split_by_ucf_groups(VIDEOS, split)
+    assert [video.path for video in labelled] == VIDEOS
+    assert {video.label for video in labelled} == set(CLASSES)
     expected = {f"v_{label}_g{group:02d}" for label in CLASSES for group in range(first, last + 1)}
-    assert groups_of(found, "test") == expected
-    assert len(groups_of(found, "train")) == 2 * 18
+    assert groups_of(labelled, "test") == expected
+    assert len(groups_of(labelled, "train")) == 2 * 18
 
 
 def test_lists_give_the_published_split(
@@ -49,7 +49,7 @@ def test_lists_give_the_published_split(
         lines[video.split].append(f"{folder.get(video.label, video.label)}/{video.path.name}{number}\r\n")
     for split, names in lines.items():
         (tmp_path / split).write_text("\n".join(names))
-    monkeypatch.setattr(splits.log.parent, "propagate", True)  # the command line switches it off
+    monkeypatch.setattr(splits.log.parent, "propagate", True)  # the command line disables it
     with caplog.at_level(logging.WARNING, logger=splits.log.name):
         by_list = split_by_lists([*VIDEOS, Path("ucf/Archery/other.avi")], tmp_path / "train", tmp_path / "test")
     renamed = [video._replace(label=folder.get(video.label, video.label)) for video in by_name]
@@ -58,30 +58,42 @@ def test_lists_give_the_published_split(
     assert "g09_c07" in caplog.text
 
 
-def test_folders_give_splits_with_groups_by_a_pattern() -> None:
+def test_folders_give_the_split_and_a_pattern_the_groups() -> None:
     videos = [Path(f"set/{split}/{label}/{label}-{person}-{take}.mp4") for split, person in
               (("train", "ann"), ("test", "bob"), ("test", "eve")) for label in "ab" for take in (1, 2)]  # fmt: skip
-    found = split_by_folders(videos, r"-(\w+)-")
-    assert found[0] == (videos[0], "a", "ann", "train")
-    assert groups_of(found, "test") == {"bob", "eve"}
+    labelled = split_by_folders(videos, r"-(\w+)-")
+    assert labelled[0] == (videos[0], "a", "ann", "train")
+    assert groups_of(labelled, "test") == {"bob", "eve"}
     assert len(groups_of(split_by_folders(videos, ".+"), "test")) == 8
 
 
-def train(label: str, group: str = "1") -> LabelledVideo:
+def train_video(label: str, group: str = "1") -> LabelledVideo:
     return LabelledVideo(Path(), label, group, "train")
 
 
-def held_out(label: str, group: str = "2") -> LabelledVideo:
+def held_out_video(label: str, group: str = "2") -> LabelledVideo:
     return LabelledVideo(Path(), label, group, "test")
 
 
 @pytest.mark.parametrize(
     ("videos", "message"),
     [
-        ([train("a"), held_out("a"), held_out("a", "3")], "have 1 classes, but a classifier needs two"),
-        ([train("a"), train("b"), held_out("a")], "have 1 groups, but a confidence interval needs two"),
-        ([train("a"), train("b"), held_out("a"), held_out("c", "3")], "Class 'c' has test videos only"),
-        ([train("a"), train("b"), held_out("a"), held_out("b", "1")], "Group '1' has training and test videos"),
+        (
+            [train_video("a"), held_out_video("a"), held_out_video("a", "3")],
+            "number of training classes is 1, but a classifier needs 2",
+        ),
+        (
+            [train_video("a"), train_video("b"), held_out_video("a")],
+            "number of test groups is 1, but a confidence interval needs 2",
+        ),
+        (
+            [train_video("a"), train_video("b"), held_out_video("a"), held_out_video("c", "3")],
+            "Class 'c' has test videos only",
+        ),
+        (
+            [train_video("a"), train_video("b"), held_out_video("a"), held_out_video("b", "1")],
+            "Group '1' has training and test videos",
+        ),
     ],
 )
 def test_unusable_splits_are_refused(videos: list[LabelledVideo], message: str) -> None:
