@@ -1,10 +1,10 @@
-"""The batch plan: which samples make up the global batch of an optimizer step, as a pure function of (seed, step).
+"""The batch plan: the samples of each optimizer step's global batch, as a pure function of (seed, step).
 
-The plan has no state. To resume is to start at a later step; the order is the same at every world size; at every
+The plan has no state. To resume is to start at a later step. The order is the same at every world size, and in every
 micro-batch all ranks have the same shape and the same number of clips with context.
 
-An example: images of two sizes, in shards of 3, 2 and 4, and clips that are cut to 3 latent frames. Samples of one
-size are a bucket, and a micro-batch comes from one bucket:
+Example: images of two sizes, in shards of 3 and 2 samples (wide) and of 4 (high), and clips cut to 3 latent frames, in
+a shard of 10. The samples of one size form a bucket; each micro-batch is drawn from one bucket:
 
     >>> wide, high = PlannedBucket((3, 2), (1,), height=4, width=8), PlannedBucket((4,), (1,), height=8, width=4)
     >>> images = PlannedSource("images", (wide, high), batch_size=4, micro_batches=2)
@@ -15,12 +15,12 @@ size are a bucket, and a micro-batch comes from one bucket:
     images 0 [4, 1] [0, 1]
     images 1 [0, 2] [2, 3]
     videos 0 [3, 1, 5, 2] [4, 5, 6, 7]
-    >>> shares = [batch.share(rank, world_size=2) for rank in (0, 1)]  # of the clips
+    >>> shares = [batch.share(rank, world_size=2) for rank in (0, 1)]  # the last micro-batch, divided among two ranks
     >>> [(share.samples.tolist(), share.context.tolist()) for share in shares]
     [([3, 1], [True, False]), ([5, 2], [True, False])]
 
-Samples are numbered through the shards of their bucket, and their places through the global batch of the step. Half of
-the clips of each rank have lost their context.
+Samples are numbered through the shards of their bucket, places through the global batch of the step. With
+`context_dropout=0.5` half of the clips of each rank have no context.
 """
 
 import math
@@ -38,15 +38,15 @@ LossFrames = Literal["all", "targets"]
 
 
 def noisy_frames(source: str, loss_frames: LossFrames, frames: int) -> tuple[int, ...] | None:
-    """The positions of the frames that have noise and loss in clips of `frames` latent frames; None: all.
+    """Return the positions of the frames with noise and loss in clips of `frames` latent frames; None for all frames.
 
     Args:
-        source: the name of the clips' source.
-        loss_frames: `targets`: every second frame, as in a sequence (source, target, source, target, ...).
-        frames: F.
+        source: name of the source of the clips.
+        loss_frames: `targets` selects every second frame, the targets of (source, target, source, target, ...).
+        frames: F, latent frames of a clip.
 
     Raises:
-        InputError: targets are requested where there are none.
+        InputError: targets are requested, but the source has none.
     """
     if loss_frames == "all":
         return None
@@ -62,12 +62,13 @@ def noisy_frames(source: str, loss_frames: LossFrames, frames: int) -> tuple[int
 
 @dataclass(frozen=True)
 class PlannedBucket:
-    """Samples of a source that have one height and width and are cut to the same lengths, as the plan sees them.
+    """Counts and shape of a bucket: samples of a source with one height and width that are cut to the same lengths.
 
     Attributes:
-        counts: samples of each of its shards, at least 1.
-        lengths: the numbers of latent frames that its samples are cut to, each in equally many micro-batches.
-        height, width: of a latent frame, in latent pixels.
+        counts: samples of each shard, at least 1.
+        lengths: numbers of latent frames that samples are cut to, each in equally many micro-batches.
+        height: height of a latent frame, in latent pixels.
+        width: width of a latent frame, in latent pixels.
     """
 
     counts: tuple[int, ...]
@@ -78,17 +79,17 @@ class PlannedBucket:
 
 @dataclass(frozen=True)
 class PlannedSource:
-    """A source of samples, as the plan and the estimates of memory and FLOPs see it.
+    """A source of samples, as input of the plan and of the estimates of memory and FLOPs.
 
     Attributes:
-        name: for logs and messages.
-        buckets: each micro-batch comes from one of them.
-        batch_size: samples per optimizer step over all ranks; 0 where `tokens` sets the batch.
-        tokens: tokens per optimizer step over all ranks, from which each length of a bucket gets the number of samples
-            that comes closest from below.
-        micro_batches: equal parts into which that batch is cut, each of one shape.
-        weight: of the mean loss over this source's batch, relative to the other sources'.
-        shuffle_window: samples of a bucket that are shuffled together: those of whole shards, about this many.
+        name: name for logs and messages.
+        buckets: buckets of the source; each micro-batch is drawn from one of them.
+        batch_size: samples per optimizer step over all ranks; 0 if `tokens` is used instead.
+        tokens: tokens per optimizer step over all ranks. Each length of a bucket has the largest number of samples
+            within this budget.
+        micro_batches: micro-batches per optimizer step, each of one shape.
+        weight: weight of this source's mean loss, relative to the other sources.
+        shuffle_window: approximate number of samples of a bucket, in whole shards, that are shuffled together.
         loss_frames: the frames with noise and loss.
         patch_size: side of the square patch of latent pixels that is one token.
     """
@@ -104,14 +105,21 @@ class PlannedSource:
     patch_size: int = 2
 
     def noisy_frames(self, frames: int) -> tuple[int, ...] | None:
-        """The positions of the frames with noise and loss in clips of `frames` latent frames; None: all."""
+        """Return the positions of the frames with noise and loss in clips of `frames` latent frames; None for all."""
         return noisy_frames(self.name, self.loss_frames, frames)
 
     def micro_batch_size(self, frames: int, height: int, width: int, max_ranks: int) -> int:
-        """Samples of a micro-batch over all ranks, a multiple of `max_ranks`.
+        """Return the samples of a micro-batch over all ranks, a multiple of `max_ranks`.
+
+        Args:
+            frames: latent frames of a sample.
+            height: height in latent pixels.
+            width: width in latent pixels.
+            max_ranks: equal parts of the micro-batch.
 
         Raises:
-            InputError: the batch cannot be divided so, or the tokens are too few for one sample on each rank.
+            InputError: the batch size is not a multiple of micro_batches x max_ranks, or the token budget is too small
+                for one sample on each rank.
         """
         parts = self.micro_batches * max_ranks
         if parts < 1 or self.batch_size % parts:
@@ -121,27 +129,27 @@ class PlannedSource:
             )
         if self.batch_size:
             return self.batch_size // self.micro_batches
-        pixels, pixels_of_budget = parts * frames * height * width, self.tokens * self.patch_size**2
-        if pixels_of_budget < pixels:
+        pixels, pixel_budget = parts * frames * height * width, self.tokens * self.patch_size**2
+        if pixel_budget < pixels:
             raise InputError(
                 f"data.{self.name}.tokens is {self.tokens}, too few for one sample of {frames}x{height}x{width} latent "
                 f"pixels in each of {self.micro_batches} micro-batches on each of {max_ranks} ranks: give at least "
                 f"{math.ceil(pixels / self.patch_size**2)}, or lower micro_batches or max_ranks."
             )
-        return pixels_of_budget // pixels * max_ranks
+        return pixel_budget // pixels * max_ranks
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples that go through the network together, all of one shape.
+    """Samples of one forward and backward pass, all of one shape.
 
     Attributes:
         source: index of the source in the plan.
         bucket: index of the bucket in the source.
         samples: (n,) indices into the bucket.
-        places: (n,) place of each sample in the global batch of the optimizer step: the key of its noise.
+        places: (n,) place of each sample in the global batch of the optimizer step, which keys its noise.
         context: (n,) whether the sample keeps its context.
-        weight: factor of this micro-batch's mean loss; the factors of an optimizer step sum to 1.
+        weight: factor of the mean loss of this micro-batch; the factors of an optimizer step sum to 1.
         frames: latent frames to keep from the start of every sample.
     """
 
@@ -154,7 +162,7 @@ class MicroBatch:
     frames: int
 
     def share(self, rank: int, world_size: int) -> "MicroBatch":
-        """The equal slice of one rank, with the samples that keep their context first."""
+        """Return the equal share of one rank, samples with context first."""
         size = len(self.samples) // world_size
         places = np.arange(rank * size, (rank + 1) * size)
         places = places[np.argsort(~self.context[places], kind="stable")]
@@ -163,21 +171,21 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole training order over a list of sources.
+    """The order of training over a list of sources.
 
-    Each source keeps its own epochs: all samples of a bucket are used once, in a new order, before any is used again,
-    and what does not fill a micro-batch carries over to the next epoch. Sources therefore mix in the exact proportion
-    of their batches.
+    Each bucket has its epochs: all samples are used once, in a new order, before any is repeated, and a remainder that
+    does not fill a micro-batch carries over to the next epoch. So sources mix in the exact proportion of their batch
+    sizes.
 
     Attributes:
-        sources: what is mixed.
-        seed: of every order.
-        context_dropout: fraction of clips that lose their context, held exactly over time.
-        max_ranks: equal parts of every micro-batch that are alike in shape and number of contexts; world sizes that
-            divide it all see the same order.
+        sources: the sources of the mixture.
+        seed: seed of all random orders.
+        context_dropout: fraction of clips without context; running counts are exact up to one clip per part.
+        max_ranks: equal parts of every micro-batch, alike in shape and in the number of clips with context. The order
+            is the same at every world size that divides it.
 
     Raises:
-        InputError: batches that cannot be cut as asked, or a source without samples.
+        InputError: a setting is out of range, a batch cannot be divided, or a source has no samples.
     """
 
     sources: tuple[PlannedSource, ...]
@@ -192,7 +200,7 @@ class Plan:
             raise InputError(f"context_dropout is {self.context_dropout}; it must lie between 0 and 1.")
         for source in self.sources:
             if not source.buckets:
-                raise InputError(f"the source '{source.name}' holds no samples: prepare some, or set its batch_size 0.")
+                raise InputError(f"the source '{source.name}' holds no samples: prepare some, or set its batch_size to 0.")
             if (source.batch_size > 0) == (source.tokens > 0):
                 raise InputError(
                     f"data.{source.name} has batch_size = {source.batch_size} and tokens = {source.tokens}: give one "
@@ -205,10 +213,10 @@ class Plan:
                     f"data.{source.name}.shuffle_window is {source.shuffle_window}; it must be at least 1 sample."
                 )
             shapes = [(max(bucket.lengths), bucket.height, bucket.width) for bucket in source.buckets]
-            source.micro_batch_size(*max(shapes, key=math.prod), self.max_ranks)  # raises if it cannot be divided so
+            source.micro_batch_size(*max(shapes, key=math.prod), self.max_ranks)  # raises if it cannot be divided
 
     def __getstate__(self) -> dict[str, Any]:
-        # Cached properties are computed again where they are needed.
+        # Without the cached properties, which the receiver computes again.
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
@@ -217,7 +225,7 @@ class Plan:
         return sum(source.micro_batches for source in self.sources)
 
     def micro_batch(self, number: int) -> MicroBatch:
-        """Micro-batch `number` of the run, counted over all optimizer steps from 0."""
+        """Return micro-batch `number` of the run, counted over all optimizer steps from 0."""
         step, within = divmod(number, self.micro_batches_per_step)
         index = first_place = 0
         while within >= self.sources[index].micro_batches:
@@ -225,9 +233,9 @@ class Plan:
             first_place += self.sources[index].micro_batches * self._orders[index].largest
             index += 1
         source, order = self.sources[index], self._orders[index]
-        bucket, turns = order.at(step * source.micro_batches + within)
-        cuts = [other.cut(turn) for other, turn in zip(order.buckets, turns, strict=True)]
-        length, position = cuts[bucket]
+        bucket, counts = order.locate(step * source.micro_batches + within)
+        next_batches = [other.locate(count) for other, count in zip(order.buckets, counts, strict=True)]
+        length, position = next_batches[bucket]
         size = order.buckets[bucket].sizes[length]
         return MicroBatch(
             source=index,
@@ -235,29 +243,29 @@ class Plan:
             samples=order.buckets[bucket].samples(position, size),
             # As if every micro-batch had the largest size, so that no two samples of a step have the same place.
             places=first_place + within * order.largest + np.arange(size),
-            context=self._context(sum(given for _, given in cuts), size),
+            context=self._context(sum(samples for _, samples in next_batches), size),
             weight=source.weight / sum(s.weight for s in self.sources) / source.micro_batches,
             frames=source.buckets[bucket].lengths[length],
         )
 
     def shards_ahead(self, number: int) -> list[tuple[int, int, int]]:
-        """The shards to fetch for micro-batch `number` and those after it, soonest needed first.
+        """Return the shards to fetch for micro-batch `number` and later ones, in the order in which they are needed.
 
         Returns:
-            (source, bucket, shard) of all shards in the current window of each bucket and in its next one: no other
-            shard is read before a bucket reaches the window after that.
+            (source, bucket, shard) of all shards in the current window and the next window of each bucket. No other
+            shard is read before a bucket reaches the window after these.
         """
         step, within = divmod(number, self.micro_batches_per_step)
         windows = []
         for index, (source, order) in enumerate(zip(self.sources, self._orders, strict=True)):
-            _, turns = order.at(step * source.micro_batches + min(max(within, 0), source.micro_batches))
+            _, counts = order.locate(step * source.micro_batches + min(max(within, 0), source.micro_batches))
             within -= source.micro_batches
             steps_per_epoch = float(order.micro_batches_per_epoch / source.micro_batches)
-            for bucket, (samples, turn) in enumerate(zip(order.buckets, turns, strict=True)):
-                _, position = samples.cut(turn)
-                for begins, shards in islice(samples.windows_from(position), 2):
-                    needed = max(0, begins - position) / len(samples) * steps_per_epoch  # in so many steps
-                    windows.append((needed, [(index, bucket, shard) for shard in shards]))
+            for bucket, (bucket_order, count) in enumerate(zip(order.buckets, counts, strict=True)):
+                _, position = bucket_order.locate(count)
+                for start, shards in islice(bucket_order.windows_from(position), 2):
+                    steps_until_start = max(0, start - position) / len(bucket_order) * steps_per_epoch
+                    windows.append((steps_until_start, [(index, bucket, shard) for shard in shards]))
         windows.sort(key=lambda window: window[0])
         return list(dict.fromkeys(shard for _, shards in windows for shard in shards))
 
@@ -269,21 +277,21 @@ class Plan:
             for number, bucket in enumerate(source.buckets):
                 shapes = [(frames, bucket.height, bucket.width) for frames in bucket.lengths]
                 sizes = [source.micro_batch_size(*shape, self.max_ranks) for shape in shapes]
-                word = index << 32 | number  # a generator has no room for both
-                buckets.append(BucketOrder(self.seed, word, bucket.counts, sizes, source.shuffle_window))
+                bucket_id = index << 32 | number  # one integer, since a generator's key has no place for two
+                buckets.append(BucketOrder(self.seed, bucket_id, bucket.counts, sizes, source.shuffle_window))
             orders.append(SourceOrder(self.seed, index, buckets))
         return orders
 
-    def _context(self, given: int, size: int) -> np.ndarray:
-        """Which samples of a micro-batch keep their context: the same number in each of the `max_ranks` parts.
+    def _context(self, samples_before: int, size: int) -> np.ndarray:
+        """Return (size,) whether each sample keeps its context: equally many in each of the `max_ranks` parts.
 
-        The samples are in random order already, so the last ones of a part lose it; fractions carry over to the next
+        The last samples of a part lose it, since samples are in random order already. Fractions carry over to the next
         micro-batch.
 
         Args:
-            given: samples of the source in earlier micro-batches.
-            size: its samples.
+            samples_before: samples of the source in earlier micro-batches.
+            size: samples of this micro-batch.
         """
-        before, part = given // self.max_ranks, size // self.max_ranks
+        before, part = samples_before // self.max_ranks, size // self.max_ranks
         dropped = math.floor((before + part) * self.context_dropout) - math.floor(before * self.context_dropout)
         return np.arange(size) % part < part - dropped

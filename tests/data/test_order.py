@@ -1,4 +1,4 @@
-"""Streams of samples and turns of buckets, against slow references that walk from the start."""
+"""Streams of samples and sequences of buckets, against sequential reference implementations."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,6 @@ from gpdit_lightning.data import order as order_module
 from gpdit_lightning.data.order import BucketOrder, SourceOrder
 
 SHARDS = [(7,), (1, 1, 1), (5, 3, 8, 2, 6, 4), (3,) * 40, (50, 1, 1, 20)]
-COUNTS = [(7,), (1, 1, 1), (10, 4, 9), (37, 64, 1)]
 
 
 def bucket_order(shards: Sequence[int], sizes: Sequence[int] = (1,), window: int = 10, seed: int = 0) -> BucketOrder:
@@ -21,12 +20,13 @@ def bucket_order(shards: Sequence[int], sizes: Sequence[int] = (1,), window: int
 
 
 def source_order(counts: Sequence[int], sizes: Sequence[int]) -> SourceOrder:
-    """Buckets of one shard each."""
-    return SourceOrder(3, 1, [BucketOrder(3, word, (count,), sizes, 10**6) for word, count in enumerate(counts)])
+    """Return the order of a source whose buckets have one shard each."""
+    buckets = [BucketOrder(3, bucket_id, (count,), sizes, 10**6) for bucket_id, count in enumerate(counts)]
+    return SourceOrder(3, 1, buckets)
 
 
-def slow_windows(order: BucketOrder, shards: Sequence[int]) -> Iterator[list[int]]:
-    """The shards of one window after another, by walking through each epoch's shards: each begins in its window."""
+def reference_windows(order: BucketOrder, shards: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the shards of each window: a shard belongs to the window in which it starts."""
     samples, number = sum(shards), 1
     while samples > number * order.window:
         number += 1
@@ -45,26 +45,26 @@ def samples_of(shard: int, shards: Sequence[int]) -> range:
     return range(first, first + shards[shard])
 
 
-def slow_rounds(counts: Sequence[int], sizes: Sequence[int], rounds: int) -> Iterator[Counter[int]]:
-    """How many micro-batches each bucket gives in each round, by walking: what does not fill one is kept for later."""
-    kept = [Fraction()] * len(counts)
+def reference_rounds(counts: Sequence[int], sizes: Sequence[int], rounds: int) -> Iterator[Counter[int]]:
+    """Yield the micro-batches of each bucket in each round; a remainder carries over to the next round."""
+    remainder = [Fraction()] * len(counts)
     mean = Fraction(sum(sizes), len(sizes))
     while True:
-        given: Counter[int] = Counter()
+        counts_of_round: Counter[int] = Counter()
         for bucket, count in enumerate(counts):
-            number, kept[bucket] = divmod(kept[bucket] + Fraction(count, rounds), mean)
-            given[bucket] = int(number)
-        yield +given
+            number, remainder[bucket] = divmod(remainder[bucket] + Fraction(count, rounds), mean)
+            counts_of_round[bucket] = int(number)
+        yield +counts_of_round
 
 
-# A bucket's stream
+# The stream of a bucket
 
 
 @pytest.mark.parametrize(("shards", "window"), [(SHARDS[1], 1), (SHARDS[2], 4), (SHARDS[3], 10), (SHARDS[4], 1000)])
-def test_the_stream_goes_through_window_after_window(shards: tuple[int, ...], window: int) -> None:
+def test_the_stream_contains_one_window_after_another(shards: tuple[int, ...], window: int) -> None:
     order, position = bucket_order(shards, window=window), 0
-    for of_window in islice(slow_windows(order, shards), 50):
-        expected = sorted(sample for shard in of_window for sample in samples_of(shard, shards))
+    for window_shards in islice(reference_windows(order, shards), 50):
+        expected = sorted(sample for shard in window_shards for sample in samples_of(shard, shards))
         assert sorted(order.samples(position, len(expected))) == expected
         assert len(expected) < window + max(shards)
         position += len(expected)
@@ -77,13 +77,13 @@ def test_an_epoch_has_every_sample_once(shards: tuple[int, ...], window: int) ->
         assert sorted(order.samples(epoch * samples, samples)) == list(range(samples))
 
 
-def test_any_stretch_is_a_part_of_the_whole() -> None:
+def test_samples_from_any_position_are_a_slice_of_the_stream() -> None:
     whole = bucket_order(SHARDS[2]).samples(0, 300)
     for position, size in ((0, 1), (7, 30), (27, 5), (55, 200), (299, 1), (20, 61)):
         assert bucket_order(SHARDS[2]).samples(position, size).tolist() == whole[position : position + size].tolist()
 
 
-def test_a_bucket_that_fits_a_window_is_shuffled_whole_and_others_in_equal_parts() -> None:
+def test_windows_have_equal_sizes_and_a_small_bucket_is_one_window() -> None:
     shards = (10,) * 10
     order = bucket_order(shards, window=100)
     assert len(order.epoch(0).windows) == 2
@@ -93,34 +93,34 @@ def test_a_bucket_that_fits_a_window_is_shuffled_whole_and_others_in_equal_parts
         assert np.diff(bucket_order(shards, window=window).epoch(0).window_starts).tolist() == sizes
 
 
-def test_epochs_windows_and_buckets_have_orders_of_their_own() -> None:
+def test_orders_differ_between_epochs_windows_and_buckets() -> None:
     order = bucket_order((6,) * 8, window=12)
     assert len({tuple(order.epoch(epoch).shards) for epoch in range(20)}) == 20
-    within = [order.permuted(epoch, window) - 12 * window for epoch in range(5) for window in range(4)]
+    within = [order.window_order(epoch, window) - 12 * window for epoch in range(5) for window in range(4)]
     assert len({tuple(positions) for positions in within}) == 20
-    others = [BucketOrder(seed, word, (20,), (1,), 50).samples(0, 20) for seed in (0, 1) for word in (0, 1)]
+    others = [BucketOrder(seed, bucket_id, (20,), (1,), 50).samples(0, 20) for seed in (0, 1) for bucket_id in (0, 1)]
     assert len({tuple(samples) for samples in others}) == 4
 
 
 @pytest.mark.parametrize("shards", SHARDS[1:4])
-def test_windows_from_any_position_on(shards: tuple[int, ...]) -> None:
-    """By the place of each sample in the stream, over three epochs."""
+def test_windows_from_any_position(shards: tuple[int, ...]) -> None:
+    """Over all positions of three epochs."""
     order = bucket_order(shards)
-    begins, position = [], 0
-    for window in islice(slow_windows(order, shards), 200):
-        begins.append((position, window))
+    starts, position = [], 0
+    for window in islice(reference_windows(order, shards), 200):
+        starts.append((position, window))
         position += sum(shards[shard] for shard in window)
     for place in range(3 * sum(shards)):
-        current = max(number for number, (begin, _) in enumerate(begins) if begin <= place)
-        assert list(islice(order.windows_from(place), 4)) == begins[current : current + 4]
+        current = max(number for number, (start, _) in enumerate(starts) if start <= place)
+        assert list(islice(order.windows_from(place), 4)) == starts[current : current + 4]
 
 
 @pytest.mark.parametrize("sizes", [(3,), (1, 5, 5, 3, 2)])
-def test_micro_batches_follow_one_another_and_sizes_take_turns(sizes: tuple[int, ...]) -> None:
+def test_micro_batches_are_contiguous_and_use_every_size_equally_often(sizes: tuple[int, ...]) -> None:
     order, position, found = bucket_order((9,), sizes), 0, []
-    for turn in range(20 * len(sizes)):
-        place, begins = order.cut(turn)
-        assert begins == position
+    for number in range(20 * len(sizes)):
+        place, start = order.locate(number)
+        assert start == position
         position += sizes[place]
         found.append(place)
     cycles = [tuple(found[first : first + len(sizes)]) for first in range(0, len(found), len(sizes))]
@@ -128,57 +128,65 @@ def test_micro_batches_follow_one_another_and_sizes_take_turns(sizes: tuple[int,
     assert len(set(cycles)) > 1 or len(sizes) == 1
 
 
-def test_far_positions_are_found_without_walking() -> None:
+def test_distant_positions_are_found_directly() -> None:
     order = bucket_order((10_000,) * 500, (8, 4), window=65_536)
-    place, position = order.cut(10**12 + 1)
+    place, position = order.locate(10**12 + 1)
     assert position - 6 * 10**12 == (8, 4)[1 - place]
     samples = order.samples(position, 8)
     (_, now), (_, later) = islice(order.windows_from(position), 2)
     assert set(samples // 10_000) <= {*now, *later}
 
 
-# The turns of a source's buckets
+# The sequence of the buckets of a source
 
 
-@pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize(("sizes", "largest_round"), [((3,), 10**6), ((4, 4), 5), ((8, 4, 2), 1)])
-def test_buckets_take_turns_as_walking_through_the_rounds_gives(
-    counts: tuple[int, ...], sizes: tuple[int, ...], largest_round: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("counts", "sizes", "max_round"),
+    [
+        ((7,), (3,), 10**6),
+        ((1, 1, 1), (4, 4), 5),
+        ((10, 4, 9), (8, 4, 2), 1),
+        ((37, 64, 1), (8, 4, 2), 5),
+        ((37, 64, 1), (3,), 1),
+    ],
+)
+def test_buckets_of_micro_batches_match_the_reference(
+    counts: tuple[int, ...], sizes: tuple[int, ...], max_round: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(order_module, "LARGEST_ROUND", largest_round)
+    monkeypatch.setattr(order_module, "MAX_ROUND", max_round)
     rounds, numbers = 1, counting()
-    while Fraction(sum(counts) * len(sizes), sum(sizes) * rounds) > largest_round:
+    while Fraction(sum(counts) * len(sizes), sum(sizes) * rounds) > max_round:
         rounds += 1
-    order, turns = source_order(counts, sizes), [0] * len(counts)
-    for given in islice(slow_rounds(counts, sizes, rounds), 40):
+    order, counts_before = source_order(counts, sizes), [0] * len(counts)
+    for expected in islice(reference_rounds(counts, sizes, rounds), 40):
         found: Counter[int] = Counter()
-        for number in islice(numbers, given.total()):
-            bucket, before = order.at(number)
-            assert before == turns
+        for number in islice(numbers, expected.total()):
+            bucket, before = order.locate(number)
+            assert before == counts_before
             found[bucket] += 1
-            turns[bucket] += 1
-        assert found == given
+            counts_before[bucket] += 1
+        assert found == expected
 
 
 def test_buckets_are_mixed_within_a_round() -> None:
     order = source_order((100, 100), (2,))
-    first_half = Counter(order.at(number)[0] for number in range(50))
+    first_half = Counter(order.locate(number)[0] for number in range(50))
     assert min(first_half[0], first_half[1]) > 10
 
 
-def test_rounds_are_as_long_as_they_may_be_and_end_with_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(order_module, "LARGEST_ROUND", 30)
+def test_an_epoch_is_divided_into_equal_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order_module, "MAX_ROUND", 30)
     order = source_order((120, 80), (2,))  # 100 micro-batches: four rounds
-    assert [order.shuffled(number).tolist().count(0) for number in range(5)] == [15] * 5
-    assert [len(order.shuffled(number)) for number in range(5)] == [25] * 5
-    assert order.at(100) == (order.at(100)[0], [60, 40])
-    assert len({tuple(order.shuffled(number)) for number in range(8)}) == 8
+    assert [order.round_order(number).tolist().count(0) for number in range(5)] == [15] * 5
+    assert [len(order.round_order(number)) for number in range(5)] == [25] * 5
+    assert order.locate(100) == (order.locate(100)[0], [60, 40])
+    assert len({tuple(order.round_order(number)) for number in range(8)}) == 8
 
 
-def test_far_micro_batches_are_found_without_walking() -> None:
+def test_distant_micro_batches_are_found_directly() -> None:
     counts, size = (123_456, 7, 1), 8
-    bucket, turns = source_order(counts, (size,)).at(10**12)
-    assert sum(turns) == 10**12
-    for count, given in zip(counts, turns, strict=True):
-        assert abs(given - 10**12 * count // sum(counts)) < 65_536
+    bucket, before = source_order(counts, (size,)).locate(10**12)
+    assert sum(before) == 10**12
+    for count, number in zip(counts, before, strict=True):
+        assert abs(number - 10**12 * count // sum(counts)) < 65_536
     assert 0 <= bucket < 3

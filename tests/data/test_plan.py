@@ -37,7 +37,7 @@ def mixture(seed: int = 0, dropout: float = 0.25, max_ranks: int = 8, window: in
 
 
 def budget(max_ranks: int = 8, window: int = 12) -> Plan:
-    """640 tokens of images and 768 of videos a step; at 4 tokens a frame and 8 ranks, 32 clips of 1 frame or 8 of 3."""
+    """640 tokens of images and 768 of videos per step: with 4 tokens per frame and 8 ranks, 32 clips of 1 frame or 8 of 3."""
     images = PlannedSource("images", (bucket(50), bucket(9, 12, height=8)), tokens=640, shuffle_window=window)
     short, long = (bucket(5, 8, 8, lengths=(1, 2)), bucket(7, 7, 7, 7, lengths=(1, 2, 3)))
     videos = PlannedSource("videos", (short, long), tokens=768, micro_batches=6, weight=2.0, shuffle_window=window)
@@ -64,16 +64,16 @@ def test_a_micro_batch_depends_on_its_number_alone(make: Callable[..., Plan]) ->
 
 
 @PLANS
-def test_a_plan_travels_without_what_it_remembers(make: Callable[..., Plan]) -> None:
+def test_a_pickled_plan_has_no_caches(make: Callable[..., Plan]) -> None:
     plan = make()
-    fresh = pickle.dumps(plan)
-    used = plan.micro_batch(33)
-    assert pickle.dumps(plan) == fresh
-    assert same(pickle.loads(fresh).micro_batch(33), used)
+    pickled = pickle.dumps(plan)
+    expected = plan.micro_batch(33)
+    assert pickle.dumps(plan) == pickled
+    assert same(pickle.loads(pickled).micro_batch(33), expected)
 
 
-def test_the_order_is_pinned() -> None:
-    """Runs resume on other machines and with other versions of numpy only while these numbers stay."""
+def test_the_order_is_that_of_earlier_versions() -> None:
+    """Recorded numbers: a run resumes exactly on another machine or numpy version only if they are reproduced."""
     plan = mixture(seed=3, window=10)
     assert [(batch.source, batch.bucket) for batch in map(plan.micro_batch, range(5))] == [
         *[(0, 1), (0, 0)],
@@ -85,7 +85,7 @@ def test_the_order_is_pinned() -> None:
     assert lengths == [(1, 2), (0, 1), (1, 1), (1, 3), (1, 1), (0, 2)]
 
 
-def test_every_length_comes_equally_often_and_belongs_to_the_micro_batch() -> None:
+def test_every_length_is_used_equally_often() -> None:
     buckets = (bucket(40, lengths=(5, 6, 7, 8, 9, 10, 11, 12)), bucket(24, lengths=(5, 6)))
     plan = Plan((PlannedSource("videos", buckets, 4),), seed=1, max_ranks=2)
     batches = [plan.micro_batch(number) for number in range(1600)]
@@ -106,7 +106,7 @@ def test_the_seed_changes_the_order() -> None:
 
 
 def used_by_bucket(plan: Plan, source: int, micro_batches: int) -> dict[int, list[int]]:
-    """The samples of each of a source's buckets in the order in which a plan uses them."""
+    """Return the samples of each bucket of a source in the order of their use."""
     used: dict[int, list[int]] = {bucket: [] for bucket in range(len(plan.sources[source].buckets))}
     for number in range(micro_batches):
         batch = plan.micro_batch(number)
@@ -116,7 +116,7 @@ def used_by_bucket(plan: Plan, source: int, micro_batches: int) -> dict[int, lis
 
 
 def assert_epochs(used: list[int], count: int) -> None:
-    """Every sample is used once before any is used again."""
+    """Assert that every sample is used once before any is repeated."""
     assert len(used) // count > 1
     for epoch in range(len(used) // count):
         assert sorted(used[epoch * count : (epoch + 1) * count]) == list(range(count))
@@ -124,18 +124,18 @@ def assert_epochs(used: list[int], count: int) -> None:
 
 
 @pytest.mark.parametrize(("counts", "size"), zip(BUCKETS, (3, 4, 1, 4), strict=True))
-def test_every_sample_is_used_once_before_any_is_used_again(counts: tuple[int, ...], size: int) -> None:
+def test_every_sample_is_used_once_before_any_is_repeated(counts: tuple[int, ...], size: int) -> None:
     used = used_by_bucket(one_source(counts, size), 0, 4 * sum(counts))
     for number, count in enumerate(counts):
         assert_epochs(used[number], count)
 
 
 @PLANS
-@pytest.mark.parametrize(("window", "largest_round"), [(1, 65_536), (10, 2), (1000, 65_536)])
-def test_so_it_is_with_windows_rounds_and_token_budgets(
-    make: Callable[..., Plan], window: int, largest_round: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("window", "max_round"), [(1, 65_536), (10, 2), (1000, 65_536)])
+def test_every_sample_is_used_once_with_windows_rounds_and_token_budgets(
+    make: Callable[..., Plan], window: int, max_round: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(order_module, "LARGEST_ROUND", largest_round)
+    monkeypatch.setattr(order_module, "MAX_ROUND", max_round)
     for source in (0, 1):
         plan = make(window=window)
         used = used_by_bucket(plan, source, 150)
@@ -144,12 +144,11 @@ def test_so_it_is_with_windows_rounds_and_token_budgets(
 
 
 @PLANS
-@pytest.mark.parametrize("largest_round", [2])
 def test_buckets_are_used_in_proportion_to_their_samples(
-    make: Callable[..., Plan], largest_round: int, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to what a bucket keeps for a later micro-batch, and a round."""
-    monkeypatch.setattr(order_module, "LARGEST_ROUND", largest_round)
+    """Up to the samples of a round and the remainders of the buckets."""
+    monkeypatch.setattr(order_module, "MAX_ROUND", 2)
     plan = make()
     for source, planned in enumerate(plan.sources):
         counts = [sum(bucket.counts) for bucket in planned.buckets]
@@ -160,13 +159,13 @@ def test_buckets_are_used_in_proportion_to_their_samples(
                 assert abs(len(used[number]) - total * count / sum(counts)) < 150
 
 
-def test_every_epoch_has_an_order_of_its_own() -> None:
+def test_orders_of_epochs_differ() -> None:
     plan = one_source((20,), 20)
     orders = {tuple(plan.micro_batch(epoch).samples) for epoch in range(10)}
     assert len(orders) == 10
 
 
-def test_sources_mix_exactly_as_their_batch_sizes_say() -> None:
+def test_every_step_has_the_configured_mixture() -> None:
     plan = mixture()
     assert plan.micro_batches_per_step == 5
     for step in range(20):
@@ -175,7 +174,7 @@ def test_sources_mix_exactly_as_their_batch_sizes_say() -> None:
         assert [len(batch.samples) for batch in batches] == [16, 16, 8, 8, 8]
 
 
-def test_a_source_keeps_its_order_whatever_it_is_mixed_with() -> None:
+def test_the_order_of_a_source_is_independent_of_other_sources() -> None:
     images, _ = mixture().sources
     alone = Plan((images,), context_dropout=0.25, max_ranks=8)
     mixed = mixture()
@@ -185,27 +184,27 @@ def test_a_source_keeps_its_order_whatever_it_is_mixed_with() -> None:
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 0.5)])
-def test_weights_of_a_step_sum_to_one_in_the_proportion_asked(weights: tuple[float, float]) -> None:
+def test_weights_of_a_step_are_proportional_and_sum_to_one(weights: tuple[float, float]) -> None:
     images = PlannedSource("images", (bucket(9),), batch_size=8, micro_batches=4, weight=weights[0])
     videos = PlannedSource("videos", (bucket(9),), batch_size=6, micro_batches=2, weight=weights[1])
     plan = Plan((images, videos))
     for step in range(3):
         batches = [plan.micro_batch(6 * step + within) for within in range(6)]
         assert sum(batch.weight for batch in batches) == pytest.approx(1)
-        of_images = sum(batch.weight for batch in batches if batch.source == 0)
-        assert of_images == pytest.approx(weights[0] / sum(weights))
+        image_weight = sum(batch.weight for batch in batches if batch.source == 0)
+        assert image_weight == pytest.approx(weights[0] / sum(weights))
         assert len({batch.weight for batch in batches if batch.source == 1}) == 1
 
 
-def test_places_of_a_step_are_all_different() -> None:
+def test_places_of_a_step_are_unique() -> None:
     plan = mixture()
     for step in range(3):
         places = np.concatenate([plan.micro_batch(5 * step + within).places for within in range(5)])
         assert np.array_equal(places, np.arange(32 + 24))
 
 
-def test_places_under_a_token_budget_are_those_of_the_largest_batches() -> None:
-    """160 images, then six times 32 clips: what is not filled stays free."""
+def test_places_under_a_token_budget_reserve_the_largest_micro_batches() -> None:
+    """160 places for images, then six times 32 for clips; smaller micro-batches leave places unused."""
     plan = budget()
     for step in range(20):
         batches = [plan.micro_batch(7 * step + within) for within in range(7)]
@@ -218,7 +217,7 @@ def test_places_under_a_token_budget_are_those_of_the_largest_batches() -> None:
 
 @PLANS
 @pytest.mark.parametrize("world_size", [1, 4, 8])
-def test_the_shares_of_all_ranks_are_the_global_batch_in_its_order(make: Callable[..., Plan], world_size: int) -> None:
+def test_shares_of_all_ranks_are_the_whole_micro_batch(make: Callable[..., Plan], world_size: int) -> None:
     plan = make()
     for number in range(35):
         whole = plan.micro_batch(number)
@@ -239,21 +238,29 @@ def test_the_shares_of_all_ranks_are_the_global_batch_in_its_order(make: Callabl
             )
 
 
-@pytest.mark.parametrize(("dropout", "max_ranks"), [(0.0, 1), (0.1, 4), (1 / 3, 1), (0.9, 4), (1.0, 1)])
-@pytest.mark.parametrize("batch", [{"batch_size": 20}, {"tokens": 240}])
-def test_context_dropout_is_exact_over_any_window(dropout: float, max_ranks: int, batch: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("dropout", "max_ranks", "batch"),
+    [
+        (0.0, 1, {"tokens": 240}),
+        (0.1, 4, {"batch_size": 20}),
+        (1 / 3, 1, {"tokens": 240}),
+        (0.9, 4, {"tokens": 240}),
+        (1.0, 1, {"batch_size": 20}),
+    ],
+)
+def test_context_dropout_is_exact_over_any_interval(dropout: float, max_ranks: int, batch: dict[str, int]) -> None:
     buckets = (bucket(50, lengths=(1, 2, 3)), bucket(31, lengths=(1, 2)))
     plan = Plan((PlannedSource("videos", buckets, **batch),), 0, dropout, max_ranks)  # type: ignore[arg-type]
     contexts = [plan.micro_batch(number).context for number in range(200)]
     dropped = np.cumsum([0, *(int((~context).sum()) for context in contexts)])
-    given = np.cumsum([0, *(len(context) for context in contexts)])
+    total = np.cumsum([0, *(len(context) for context in contexts)])
     assert len({len(context) for context in contexts}) == (3 if "tokens" in batch else 1)
     for start in (0, 1, 7, 100):
         for stop in (start + 1, start + 10, 200):
-            assert abs(dropped[stop] - dropped[start] - dropout * (given[stop] - given[start])) < max_ranks + 1e-9
+            assert abs(dropped[stop] - dropped[start] - dropout * (total[stop] - total[start])) < max_ranks + 1e-9
 
 
-def test_every_sample_loses_its_context_now_and_then() -> None:
+def test_context_dropout_reaches_every_sample() -> None:
     plan = one_source((12,), 4, dropout=0.25)
     without = {int(s) for b in map(plan.micro_batch, range(150)) for s in b.samples[~b.context]}
     assert without == set(range(12))
@@ -266,7 +273,7 @@ def test_a_bucket_smaller_than_a_micro_batch_repeats_its_samples() -> None:
     assert Counter(used) == {0: 4, 1: 4, 2: 4}
 
 
-def test_a_small_bucket_waits_until_it_fills_a_micro_batch() -> None:
+def test_samples_of_a_small_bucket_accumulate_over_epochs() -> None:
     buckets = [one_source((8, 1), 4).micro_batch(number).bucket for number in range(9)]
     assert buckets[:6] == [0] * 6
     assert sorted(buckets[6:]) == [0, 0, 1]
@@ -276,24 +283,24 @@ def test_a_small_bucket_waits_until_it_fills_a_micro_batch() -> None:
 
 
 @pytest.mark.parametrize(("max_ranks", "micro_batches"), [(1, 1), (2, 3), (8, 2)])
-def test_each_length_comes_closest_to_its_tokens_from_below(max_ranks: int, micro_batches: int) -> None:
+def test_each_length_has_the_most_samples_within_the_token_budget(max_ranks: int, micro_batches: int) -> None:
     lengths, tokens = (1, 2, 3, 7), 1000
     buckets = (bucket(30, lengths=lengths), bucket(50, lengths=lengths, height=6))
     source = PlannedSource("videos", buckets, tokens=tokens, micro_batches=micro_batches)
     plan, found = Plan((source,), max_ranks=max_ranks), set()
     for batch in map(plan.micro_batch, range(200)):
-        of_sample = Fraction(batch.frames * buckets[batch.bucket].height * buckets[batch.bucket].width, 4)
+        tokens_of_sample = Fraction(batch.frames * buckets[batch.bucket].height * buckets[batch.bucket].width, 4)
         assert len(batch.samples) % max_ranks == 0
-        assert len(batch.samples) * of_sample <= Fraction(tokens, micro_batches)
-        assert (len(batch.samples) + max_ranks) * of_sample > Fraction(tokens, micro_batches)
+        assert len(batch.samples) * tokens_of_sample <= Fraction(tokens, micro_batches)
+        assert (len(batch.samples) + max_ranks) * tokens_of_sample > Fraction(tokens, micro_batches)
         found.add((batch.bucket, batch.frames))
     assert found == {(number, frames) for number in (0, 1) for frames in lengths}
 
 
-def test_one_length_under_a_budget_is_a_batch_size() -> None:
-    given = {"counts": (9, 9), "lengths": (2,), "height": 4, "width": 4}
+def test_a_token_budget_with_one_length_equals_a_batch_size() -> None:
+    fields = {"counts": (9, 9), "lengths": (2,), "height": 4, "width": 4}
     by_tokens, by_size = (
-        Plan((PlannedSource("videos", (PlannedBucket(**given),), micro_batches=3, **batch),), max_ranks=2)  # type: ignore[arg-type]
+        Plan((PlannedSource("videos", (PlannedBucket(**fields),), micro_batches=3, **batch),), max_ranks=2)  # type: ignore[arg-type]
         for batch in ({"tokens": 103}, {"batch_size": 12})
     )
     assert all(same(by_tokens.micro_batch(number), by_size.micro_batch(number)) for number in range(40))
@@ -310,18 +317,18 @@ def test_larger_patches_make_fewer_tokens() -> None:
     assert [source.micro_batch_size(1, 8, 8, max_ranks=2) for source in (small, large)] == [4, 16]
 
 
-def test_the_example_in_the_documentation_of_the_plan() -> None:
+def test_the_example_in_the_docstring() -> None:
     results = doctest.testmod(plan_module)
     assert results.attempted > 4
     assert results.failed == 0
 
 
-# What to fetch ahead
+# Prefetching
 
 
 @PLANS
 @pytest.mark.parametrize(("window", "number"), [(1, 6), (10, 0), (10, 33), (25, 92), (1000, 1)])
-def test_the_shards_ahead_are_all_that_is_read_before_the_window_after_next(
+def test_shards_ahead_are_those_of_the_current_and_next_windows(
     make: Callable[..., Plan], window: int, number: int
 ) -> None:
     plan = make(window=window)
@@ -330,43 +337,43 @@ def test_the_shards_ahead_are_all_that_is_read_before_the_window_after_next(
     for source, planned in enumerate(plan.sources):
         before, later = (used_by_bucket(plan, source, end) for end in (number, number + 250))
         for place, counts in enumerate(bucket.counts for bucket in planned.buckets):
-            position, own = len(before[place]), [shard for s, b, shard in ahead if (s, b) == (source, place)]
+            position, listed = len(before[place]), [shard for s, b, shard in ahead if (s, b) == (source, place)]
             stream = plan._orders[source].buckets[place]
-            (_, now), (_, then), (after_next, _) = islice(stream.windows_from(position), 3)
-            assert own == list(dict.fromkeys(now + then))
+            (_, current), (_, following), (after_next, _) = islice(stream.windows_from(position), 3)
+            assert listed == list(dict.fromkeys(current + following))
             assert after_next <= len(later[place])
             samples = later[place][position:after_next]
-            assert set(np.repeat(np.arange(len(counts)), counts)[samples]) <= set(own)
+            assert set(np.repeat(np.arange(len(counts)), counts)[samples]) <= set(listed)
 
 
-def test_the_shards_ahead_come_in_the_order_in_which_they_are_needed() -> None:
-    """First what the buckets stand in; then, of windows of one shard each, the one that begins soonest."""
+def test_shards_ahead_are_in_the_order_of_their_use() -> None:
+    """First the current shards; then, with windows of one shard, the next window that starts soonest."""
     plan = Plan((PlannedSource("images", (bucket(*[10] * 6), bucket(*[30] * 2)), 1, shuffle_window=1),))
     small, large = plan._orders[0].buckets
-    soonest = Counter[int]()
+    first_buckets = Counter[int]()
     for number in range(400):
         first, second, *others = plan.shards_ahead(number)
-        _, turns = plan._orders[0].at(number)
-        now = [next(stream.windows_from(turn))[1] for stream, turn in zip((small, large), turns, strict=True)]
-        assert [first, second] == [(0, 0, *now[0]), (0, 1, *now[1])]
-        left = [10 - turns[0] % 10, 30 - turns[1] % 30]
-        if len(others) == 2 and left[0] != left[1]:  # else a bucket's next window is its present one
+        _, counts = plan._orders[0].locate(number)
+        current = [next(stream.windows_from(count))[1] for stream, count in zip((small, large), counts, strict=True)]
+        assert [first, second] == [(0, 0, *current[0]), (0, 1, *current[1])]
+        left = [10 - counts[0] % 10, 30 - counts[1] % 30]
+        if len(others) == 2 and left[0] != left[1]:  # otherwise the next window of a bucket is its current one
             assert [bucket for _, bucket, _ in others] == ([0, 1] if left[0] < left[1] else [1, 0])
-            soonest[others[0][1]] += 1
-    assert min(soonest[0], soonest[1]) > 5
+            first_buckets[others[0][1]] += 1
+    assert min(first_buckets[0], first_buckets[1]) > 5
 
 
-def test_the_shards_ahead_are_found_without_permuting_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_ahead_need_no_permutation_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("samples are permuted")
 
-    monkeypatch.setattr(BucketOrder, "_permuted", fail)
+    monkeypatch.setattr(BucketOrder, "_window_order", fail)
     with pytest.raises(AssertionError, match="samples are permuted"):
         mixture().micro_batch(7)
     assert mixture(window=10).shards_ahead(7)
 
 
-# What is refused
+# Invalid settings
 
 
 def videos(buckets: tuple[PlannedBucket, ...] = (bucket(5),), batch_size: int = 4, **settings: Any) -> PlannedSource:
@@ -395,8 +402,6 @@ def videos(buckets: tuple[PlannedBucket, ...] = (bucket(5),), batch_size: int = 
         (None, {}, "no source of data is in use"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(
-    source: PlannedSource | None, settings: dict[str, float], message: str
-) -> None:
+def test_invalid_settings_are_rejected(source: PlannedSource | None, settings: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Plan((source,) if source else (), **settings)  # type: ignore[arg-type]
