@@ -1,4 +1,4 @@
-"""From the plan to tensors: a rank's share of a micro-batch, read, whitened and paired with its noise."""
+"""Batches of tensors: reads and whitens a rank's share of a planned micro-batch and draws its noise."""
 
 import dataclasses
 import logging
@@ -32,21 +32,21 @@ NoiseLevels = Literal["frame", "clip"]
 class LatentBatch:
     """One rank's share of a micro-batch.
 
-    Its noisy rows are K copies of every clip: the copies of the clips with context, copy after copy, then those of the
+    It has K noisy rows for every clip: K copies of all clips with context, one copy after another, then K copies of all
     clips without.
 
     Attributes:
-        latents: (B, F, C, H, W) whitened, float32; the clips with context come first.
+        latents: (B, F, C, H, W) whitened, float32; clips with context come first.
         noise: (K * B, S, C, H, W) standard Gaussian, for the S frames of each noisy row that have noise and loss.
-        t: (K * B, S) their noise levels in [0, 1).
-        context: B', how many clips keep their context.
-        weight: of this micro-batch's mean loss; the weights of an optimizer step sum to 1.
-        source: which source it came from.
-        keys: the samples' keys, for messages.
-        damaged: names of the samples that could not be read and were replaced.
-        labels: (K * B,) the class of each noisy row, int64; -1 where there is none or it was dropped. None where
-            training takes no labels.
-        frames: the positions of the S frames in the clips; None: all, S = F.
+        t: (K * B, S) noise levels in [0, 1).
+        context: B', the number of clips with context.
+        weight: weight of the mean loss of this micro-batch; the weights of an optimizer step sum to 1.
+        source: name of the source.
+        keys: keys of the samples, for messages.
+        damaged: names of damaged samples that were replaced.
+        labels: (K * B,) class of each noisy row, int64; -1 if the clip has none or it was dropped. None if training
+            does not use labels.
+        frames: positions of the S frames in the clips; None for all, S = F.
     """
 
     latents: Tensor
@@ -62,29 +62,29 @@ class LatentBatch:
 
     @property
     def draws(self) -> int:
-        """K, the noisy copies of every clip."""
+        """K, the number of noisy copies of every clip."""
         return len(self.noise) // len(self.latents)
 
     @property
     def clip_of_row(self) -> Tensor:
-        """(K * B,) the clip that each noisy row is a copy of; with one copy each, 0 to B - 1."""
+        """(K * B,) The index of the clip of each noisy row; 0 to B - 1 if K is 1."""
         clips = torch.arange(len(self.latents), device=self.latents.device)
         return torch.cat((clips[: self.context].repeat(self.draws), clips[self.context :].repeat(self.draws)))
 
     def pin_memory(self) -> "LatentBatch":
-        """The loader calls this where batches go to a GPU."""
+        """Return the batch in pinned memory; called by the loader if batches are moved to a GPU."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return dataclasses.replace(self, **pinned)
 
 
-class Read(NamedTuple):
-    """A sample as it was read.
+class LoadedSample(NamedTuple):
+    """A sample read from a shard.
 
     Attributes:
-        latents: (F, C, H, W) raw, in float16.
-        metadata: what was written with it.
-        damaged: names of the samples whose place it takes; mostly empty.
+        latents: (F, C, H, W) raw, float16.
+        metadata: metadata of the sample.
+        damaged: names of the damaged samples that it replaces; usually empty.
     """
 
     latents: np.ndarray
@@ -93,14 +93,14 @@ class Read(NamedTuple):
 
 
 class Bucket:
-    """All samples of a source that have one height and width and are read at the same lengths, over shards.
+    """The shards of all samples of a source with one height and width that are cut to the same lengths.
 
-    It holds no more than the shards' entries: a bucket may have tens of thousands.
+    It holds only the entries of the shards, of which there may be tens of thousands.
 
     Args:
-        shards: each with the manifest that lists it.
-        lengths: the numbers of latent frames that samples are cut to.
-        cache: where copies of shards that lie elsewhere are kept.
+        shards: shards, each with the manifest that lists it.
+        lengths: numbers of latent frames that samples are cut to.
+        cache: cache for copies of remote shards.
     """
 
     def __init__(
@@ -117,28 +117,28 @@ class Bucket:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Samples of each shard."""
+        """The samples of each shard."""
         return tuple(entry.count for _, entry in self.shards)
 
     @property
     def planned(self) -> PlannedBucket:
-        """The bucket as the batch plan takes it."""
+        """The bucket as an input of the batch plan."""
         return PlannedBucket(self.counts, self.lengths, self.height, self.width)
 
     @property
     def frames(self) -> int:
-        """Latent frames of its longest samples."""
+        """The largest number of latent frames that samples are cut to."""
         return max(self.lengths)
 
-    def read(self, sample: int, frames: int | None = None) -> Read:
-        """The first latent frames of a sample; a damaged sample is replaced by the next healthy one of its shard.
+    def read(self, sample: int, frames: int | None = None) -> LoadedSample:
+        """Read the first latent frames of a sample; a damaged one is replaced by the next intact sample of its shard.
 
         Args:
-            sample: its number in the bucket.
-            frames: how many to keep; the longest when not given.
+            sample: number of the sample in the bucket.
+            frames: number of latent frames; None for the largest.
 
         Raises:
-            InputError: no sample of the shard is healthy.
+            InputError: no sample of the shard is intact.
         """
         shard = bisect_right(self.starts, sample) - 1
         reader, first = _reader(*self.shards[shard], self.cache), sample - self.starts[shard]
@@ -149,42 +149,44 @@ class Bucket:
                 latents, metadata = reader.read(number, frames or self.frames)
             except DamagedSampleError as error:
                 damaged.append(f"sample {number} of {reader.path}")
-                _warn_once(f"{error} The next healthy sample of the shard takes its place.")
+                _warn_once(f"{error} It is replaced by the next intact sample of the shard.")
                 continue
-            return Read(latents, metadata, tuple(damaged))
-        raise InputError(f"{reader.path} has no healthy sample left: copy it again or prepare it again.")
+            return LoadedSample(latents, metadata, tuple(damaged))
+        raise InputError(f"{reader.path} has no intact sample: copy it again or prepare it again.")
 
 
 @lru_cache(maxsize=128)
 def _reader(directory: Folder, entry: ShardEntry, cache: ShardCache | None) -> ShardReader:
-    """A shard's reader; each keeps two files open, so a process has a limited number of them."""
+    """Return the reader of a shard; cached in a limited number, since each keeps two files open."""
     return ShardReader(directory, entry, cache)
 
 
 @cache
 def _warn_once(message: str) -> None:
-    """A sample that stays damaged comes again in every epoch; a process tells of it once."""
+    """Log a warning once per process: a damaged sample is read again in every epoch."""
     log.warning("%s", message)
 
 
 class LatentDataset(Dataset[LatentBatch]):
-    """Micro-batch number -> :class:`LatentBatch` of this rank; the same for every worker and at every call.
+    """Map-style dataset from the number of a micro-batch to this rank's :class:`LatentBatch`, the same in every worker.
 
     Args:
-        plan: the order.
-        buckets: for each source of the plan, its buckets.
-        mean, std: (C,) the codec's whitening constants.
+        plan: the batch plan.
+        buckets: the buckets of each source of the plan.
+        mean: (C,) whitening constants of the codec.
+        std: (C,) whitening constants of the codec.
         noise_levels: one level per frame, or one per clip.
-        purpose: which of the plan's random streams gives the noise.
-        rank, world_size: the slice to take.
-        noise_draws: K, noisy copies of every clip, the first with the noise and the levels that it has alone; an image
-            stays single, since it has no clean stream that copies could share.
-        cache: where copies of shards that lie elsewhere are brought before they are needed.
-        classes: the names of labels, a class for each; without any, batches have no labels.
+        purpose: the random stream of the noise, a constant of `randomness.py`.
+        rank: rank of this process.
+        world_size: number of ranks.
+        noise_draws: K, noisy copies of every clip; the first has the same noise and levels as with K = 1. An image
+            always has one, since it has no clean stream that copies could share.
+        cache: cache for copies of remote shards, which are prefetched.
+        classes: names of the labels, in the order of the classes; if empty, batches have no labels.
         label_dropout: fraction of noisy rows whose label is dropped, for guidance.
 
     Raises:
-        InputError: a number of ranks that does not divide the plan, or no noisy copies.
+        InputError: `noise_draws` is below 1, or the number of ranks does not divide `plan.max_ranks`.
     """
 
     def __init__(
@@ -215,73 +217,91 @@ class LatentDataset(Dataset[LatentBatch]):
         self.noise_levels, self.purpose = noise_levels, purpose
         self.rank, self.world_size, self.noise_draws = rank, world_size, noise_draws
         self.cache = cache
-        self.class_of, self.label_dropout = {name: place for place, name in enumerate(classes)}, label_dropout
-        self._coming: list[tuple[int, int, int]] = []
+        self.class_indices = {name: index for index, name in enumerate(classes)}
+        self.label_dropout = label_dropout
+        self._prefetched: list[tuple[int, int, int]] = []
 
     def __getitem__(self, number: int) -> LatentBatch:
-        self._fetch_ahead(number)
+        self._prefetch(number)
         micro_batch = self.plan.micro_batch(number).share(self.rank, self.world_size)
+        step = number // self.plan.micro_batches_per_step
         source = self.plan.sources[micro_batch.source]
         bucket = self.buckets[micro_batch.source][micro_batch.bucket]
-        reads = [bucket.read(int(sample), micro_batch.frames) for sample in micro_batch.samples]
-        latents = (torch.from_numpy(np.stack([read.latents for read in reads])).float() - self.mean) / self.std
-        step = number // self.plan.micro_batches_per_step
+        samples = [bucket.read(int(sample), micro_batch.frames) for sample in micro_batch.samples]
+        latents = (torch.from_numpy(np.stack([sample.latents for sample in samples])).float() - self.mean) / self.std
         context = int(micro_batch.context.sum())
-        draws = self.noise_draws if latents.shape[1] > 1 else 1
+        draws = self.noise_draws if micro_batch.frames > 1 else 1
         frames = source.noisy_frames(micro_batch.frames)
-        noisy = len(frames) if frames else micro_batch.frames
-        generators = [generator(self.plan.seed, self.purpose, step, int(place)) for place in micro_batch.places]
-        noise, levels = [], []
-        for group in (generators[:context], generators[context:]):
-            for numbers in group * draws:
-                noise.append(numbers.standard_normal((noisy, *latents.shape[2:]), dtype=np.float32))
-                level = numbers.random(noisy if self.noise_levels == "frame" else 1, dtype=np.float32)
-                levels.append(np.broadcast_to(level, noisy))
+        noisy_shape = (len(frames) if frames else micro_batch.frames, *latents.shape[2:])
+        noise, levels = self._noise_and_levels(step, micro_batch.places, context, draws, noisy_shape)
         return LatentBatch(
             latents=latents,
-            noise=torch.from_numpy(np.stack(noise)),
-            t=torch.from_numpy(np.stack(levels)),
+            noise=noise,
+            t=levels,
             context=context,
             weight=micro_batch.weight,
             source=source.name,
-            keys=[str(read.metadata["key"]) for read in reads],
-            damaged=list(dict.fromkeys(name for read in reads for name in read.damaged)),
-            labels=self._labels(reads, step, micro_batch.places, context, draws) if self.class_of else None,
+            keys=[str(sample.metadata["key"]) for sample in samples],
+            damaged=list(dict.fromkeys(name for sample in samples for name in sample.damaged)),
+            labels=self._labels(samples, step, micro_batch.places, context, draws) if self.class_indices else None,
             frames=frames,
         )
 
-    def _labels(self, reads: Sequence[Read], step: int, places: np.ndarray, context: int, draws: int) -> Tensor:
-        """(K * B,) the classes of the noisy rows; every copy of a clip keeps or loses its label by itself."""
-        classes = [self._class_of(read.metadata) for read in reads]
-        drawn = [generator(self.plan.seed, LABEL_DROPOUT, step, int(place)).random(draws) for place in places]
-        kept = np.where(np.transpose(drawn) < self.label_dropout, -1, classes)  # (K, B)
-        return torch.from_numpy(np.concatenate((kept[:, :context].ravel(), kept[:, context:].ravel())))
+    def _noise_and_levels(
+        self, step: int, places: np.ndarray, context: int, draws: int, shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Draw the noise (K * B, S, C, H, W) and the noise levels (K * B, S) of the noisy rows.
 
-    def _class_of(self, metadata: dict[str, Any]) -> int:
+        Args:
+            step: optimizer step.
+            places: (B,) places of the clips in the global batch.
+            context: B', the number of clips with context, which come first.
+            draws: K, noisy copies of every clip.
+            shape: (S, C, H, W) of each row.
+        """
+        generators = [generator(self.plan.seed, self.purpose, step, int(place)) for place in places]
+        noise, levels = [], []
+        for group in (generators[:context], generators[context:]):
+            for clip_generator in group * draws:
+                noise.append(clip_generator.standard_normal(shape, dtype=np.float32))
+                level = clip_generator.random(shape[0] if self.noise_levels == "frame" else 1, dtype=np.float32)
+                levels.append(np.broadcast_to(level, shape[0]))
+        return torch.from_numpy(np.stack(noise)), torch.from_numpy(np.stack(levels))
+
+    def _labels(
+        self, samples: Sequence[LoadedSample], step: int, places: np.ndarray, context: int, draws: int
+    ) -> Tensor:
+        """Return the classes (K * B,) of the noisy rows; labels are dropped independently for every copy of a clip."""
+        classes = [self._class_index(sample.metadata) for sample in samples]
+        drawn = [generator(self.plan.seed, LABEL_DROPOUT, step, int(place)).random(draws) for place in places]
+        labels = np.where(np.transpose(drawn) < self.label_dropout, -1, classes)  # (K, B)
+        return torch.from_numpy(np.concatenate((labels[:, :context].ravel(), labels[:, context:].ravel())))
+
+    def _class_index(self, metadata: dict[str, Any]) -> int:
         label = metadata.get("label")
         if label is None:
             return -1
-        if label not in self.class_of:
+        if label not in self.class_indices:
             raise InputError(
                 f"the sample {metadata['key']} has the label {label!r}, which no manifest of the data lists: "
                 f"{PREPARE_AGAIN}."
             )
-        return self.class_of[label]
+        return self.class_indices[label]
 
-    def _fetch_ahead(self, number: int) -> None:
-        """Let the shards come that the next micro-batches need; one process of each rank does for all."""
+    def _prefetch(self, number: int) -> None:
+        """Prefetch the remote shards of this and the next windows; only in the first worker of each rank."""
         worker = get_worker_info()
         if self.cache is None or (worker is not None and worker.id > 0):
             return
-        coming = self.plan.shards_ahead(number)
-        if coming != self._coming:  # a bucket came to another window
-            self._coming = coming
-            shards = (self.buckets[source][bucket].shards[shard] for source, bucket, shard in coming)
+        ahead = self.plan.shards_ahead(number)
+        if ahead != self._prefetched:  # a bucket has reached its next window
+            self._prefetched = ahead
+            shards = (self.buckets[source][bucket].shards[shard] for source, bucket, shard in ahead)
             self.cache.prefetch([file for shard in shards for file in ShardReader(*shard, self.cache).files])
 
 
-class NumbersFrom(Sampler[int]):
-    """The numbers `start` to `stop - 1`, with the length counted from 0: a run resumes inside one long epoch."""
+class RangeSampler(Sampler[int]):
+    """Yields `start` to `stop - 1`; its length is `stop`, since a resumed run continues inside one long epoch."""
 
     def __init__(self, start: int, stop: int) -> None:
         self.start, self.stop = start, stop
@@ -294,14 +314,14 @@ class NumbersFrom(Sampler[int]):
 
 
 class TimedLoader(DataLoader[LatentBatch]):
-    """A loader that measures how long its user waits.
+    """A loader that measures how long training waits for each batch.
 
     Attributes:
-        asked: `time.perf_counter()` when the latest batch was asked for.
-        waited: seconds from then until it was there.
+        request_time: `time.perf_counter()` when the latest batch was requested.
+        wait_seconds: seconds until that batch was available.
     """
 
-    asked = waited = 0.0
+    request_time = wait_seconds = 0.0
 
     def __iter__(self) -> Any:
         with signals_delayed():
@@ -309,8 +329,8 @@ class TimedLoader(DataLoader[LatentBatch]):
         return self._timed(batches)
 
     def _timed(self, batches: Iterator[LatentBatch]) -> Iterator[LatentBatch]:
-        self.asked = time.perf_counter()
+        self.request_time = time.perf_counter()
         for batch in batches:
-            self.waited = time.perf_counter() - self.asked
+            self.wait_seconds = time.perf_counter() - self.request_time
             yield batch
-            self.asked = time.perf_counter()
+            self.request_time = time.perf_counter()

@@ -1,15 +1,15 @@
-"""Local copies of remote files: whole, proven, bounded in their total size, shared by all processes of a machine.
+"""Local cache of remote files, verified by hash, bounded in size and shared by all processes of a machine.
 
-A copy is named by its sha256, so runs and manifests that mean the same bytes share it without knowing of each other.
+A copy is named by its sha256, so runs and manifests that refer to the same bytes share it.
 
-    CACHE/ab/ab12...                 a copy; its time of change is the time of its last use
-    CACHE/ab/ab12....TOKEN.partial   what is being downloaded, at its full size from the start
-    CACHE/locks/ab1                  held by the one thread that downloads a file whose name begins so
-    CACHE/locks/room                 held while files are counted, and while one takes its name
+    CACHE/ab/ab12...                 a copy; its modification time is the time of its last use
+    CACHE/ab/ab12....TOKEN.partial   a download in progress, at its full size from the start
+    CACHE/locks/ab1                  lock of the thread that downloads a file whose hash starts with ab1
+    CACHE/locks/capacity             lock for counting and evicting copies, and for renaming a download to its copy
 
-Lock files are never removed, as whoever has opened one by then would hold what no other finds. So they are few, and now
-and then a download waits for another that it has nothing to do with. Where a file system knows no locks, a file may be
-downloaded twice, and for moments the copies may take more space than they should.
+Lock files are never removed: a process that has opened one before its removal would hold a lock that no other process
+sees. Their number is limited by the three digits, so a download occasionally waits for an unrelated one. On file
+systems without locks, a file may be downloaded twice, and copies may briefly exceed the size limit.
 """
 
 import errno
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from gpdit_lightning.data.remote import FailedDownloadError, RemoteFile, remote_blocks
+from gpdit_lightning.data.remote import FailedDownloadError, RemoteFile, read_blocks
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import flush, process_lock, sha256_of
 
@@ -34,40 +34,40 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PARTIAL = ".partial"
-PAUSES = (1.0, 4.0)  # seconds before the second and the third attempt at a download
-POLL = 0.05  # seconds between two looks at what others do
-FRESH = 10.0  # seconds within which a copy's last use is not noted again
-ABANDONED = 60.0  # seconds without a write after which a partial file has no writer, where locks cannot tell
-THREADS = 2  # that download ahead of use, in each process
-OPENINGS = 10  # times a copy is fetched that others evict before it is opened
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RETRY_DELAYS = (1.0, 4.0)  # seconds before the second and the third attempt at a download
+POLL_INTERVAL = 0.05  # seconds between two attempts to get a lock or space
+USE_TIME_RESOLUTION = 10.0  # seconds; the time of last use is not updated more often
+ABANDONED_AFTER = 60.0  # seconds without a write after which a partial file counts as abandoned, without locks
+PREFETCH_THREADS = 2  # per process
+MAX_OPEN_ATTEMPTS = 10  # times a copy is fetched if other processes evict it before it is opened
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Where copies of remote shards are kept; sources on this machine need none."""
+    """Location and size of the cache of remote shards; sources on this machine do not use it."""
 
     directory: str = "~/.cache/gpdit_lightning/shards"
     """Folder on a local disk; several runs may share it."""
     gib: float = 100.0
-    """Most space the copies take together, in GiB; what was used least recently makes room."""
+    """Most space for copies, in GiB; the least recently used ones are evicted."""
 
     def open(self) -> "ShardCache":
-        """The cache; raises as `ShardCache`."""
+        """Open the cache; raises as `ShardCache`."""
         return ShardCache(Path(self.directory).expanduser(), self.gib)
 
 
 class ShardCache:
-    """Copies of remote files in one folder. Any number of processes and threads may use it at once.
+    """Cache of remote files in one folder. Any number of processes and threads may use it at once.
 
-    It may be pickled and forked: what belongs to one process is made there, at first use.
+    It may be pickled and forked: threads are started in each process at first use.
 
     Args:
-        directory: the folder, on a local disk; made when it is not there.
-        gib: most space for copies and running downloads, in GiB.
+        directory: folder on a local disk; created if it does not exist.
+        gib: most space for copies and downloads in progress, in GiB.
 
     Raises:
-        InputError: a bound that is not positive, or a folder that cannot be made.
+        InputError: the limit is not positive, or the folder cannot be created.
     """
 
     def __init__(self, directory: Path, gib: float) -> None:
@@ -77,8 +77,8 @@ class ShardCache:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"{directory} cannot be a folder for copies of shards ({error.strerror}): give data.cache.directory "
-                "another."
+                f"{directory} cannot be a folder for copies of shards ({error.strerror}): set data.cache.directory to "
+                "another folder."
             ) from None
         self.directory, self.limit = directory, int(gib * 2**30)
         self._prefetcher: _Prefetcher | None = None
@@ -87,133 +87,120 @@ class ShardCache:
         return self.__dict__ | {"_prefetcher": None}
 
     def fetch(self, file: RemoteFile) -> Path:
-        """The local copy of a file, downloaded if it is not there, by this process or by another that is at it.
+        """Return the local copy of a file; download it first, or wait for the process that is downloading it.
 
-        Others may evict it at any time: open it at once, or through `use`. Once open, it stays readable.
+        Other processes may evict the copy at any time: open it at once, or use `use`. An open file stays readable.
 
         Raises:
-            InputError: the file cannot be read or is not what it should be, at three attempts; it is larger than the
-                cache; the disk is full; the folder cannot be written.
+            InputError: three attempts to download the file failed, it is larger than the cache, the disk is full, or
+                the folder is not writable.
         """
         return self._fetch(file, wait=True)
 
     def use(self, file: RemoteFile, read: Callable[[Path], T]) -> T:
-        """What `read` makes of the local copy, which is fetched again should it be gone before `read` opens it.
+        """Return `read(path)` of the local copy, which is fetched again if it was evicted before `read` opened it.
 
         Raises:
-            InputError: as `fetch`; or others evict the copy again and again, so the cache is too small for them all.
+            InputError: as `fetch`; or the copy was evicted repeatedly, so the cache is too small for its readers.
         """
-        for _ in range(OPENINGS):
+        for _ in range(MAX_OPEN_ATTEMPTS):
             path = self.fetch(file)
             try:
                 return read(path)
             except FileNotFoundError:
                 continue
         raise InputError(
-            f"{file.url} was evicted from {self.directory} {OPENINGS} times before it could be opened: raise "
-            "data.cache.gib, which is too small for so many readers."
+            f"{file.url} was evicted from {self.directory} {MAX_OPEN_ATTEMPTS} times before it could be opened: raise "
+            "data.cache.gib, which is too small for the number of readers."
         )
 
-    def drop_if_damaged(self, file: RemoteFile) -> bool:
-        """Remove the copy if its bytes are not, or no longer, what they should be; returns whether it was removed."""
+    def remove_if_damaged(self, file: RemoteFile) -> bool:
+        """Remove the copy of a file if its hash is wrong or it cannot be read; return whether it was removed."""
         path = self._path(file)
         try:
             if sha256_of(path) == file.sha256:
                 return False
         except FileNotFoundError:
             return False
-        except OSError:  # the disk cannot read it back
+        except OSError:  # a read error of the disk
             pass
         log.warning("The copy of %s at %s is damaged and will be fetched again.", file.url, path)
         path.unlink(missing_ok=True)
         return True
 
     def prefetch(self, files: Sequence[RemoteFile]) -> None:
-        """Bring files in the background, in this order, behind those asked for earlier; returns at once.
+        """Download files in the background, in this order, after those requested earlier; returns at once.
 
-        Asking again for the same files costs next to nothing. Failures are left to the reader that needs the file, and
-        what another process is bringing is left to it. Ask for less than the cache holds, or the files that come last
-        evict those that are needed first.
+        Requests for files that are present or already requested are cheap. Failures are left to the reader that needs
+        the file, and files that another process is downloading are skipped. The files should fit into the cache
+        together; otherwise the last ones evict those that are needed first.
         """
-        missing = [file for file in files if not _used(self._path(file))]
+        missing = [file for file in files if not _exists_and_touch(self._path(file))]
         if not missing:
             return
-        if self._prefetcher is None or self._prefetcher.process != os.getpid():  # threads stay behind at a fork
+        if self._prefetcher is None or self._prefetcher.process != os.getpid():  # a fork does not copy threads
             self._prefetcher = _Prefetcher(lambda file: self._fetch(file, wait=False))
         self._prefetcher.add(missing)
 
     def _path(self, file: RemoteFile) -> Path:
         return self.directory / file.sha256[:2] / file.sha256
 
-    def _lock_of(self, path: Path) -> Path:
-        """The lock file of a copy or of a partial file."""
+    def _lock_path(self, path: Path) -> Path:
+        """Return the lock file of a copy or of a partial file."""
         return self.directory / "locks" / path.name[:3]
 
     def _fetch(self, file: RemoteFile, wait: bool) -> Path:
-        """`fetch`; without `wait`, a BlockingIOError where another thread of any process downloads the file."""
+        """Fetch as `fetch`; without `wait`, raise BlockingIOError if another thread or process downloads the file."""
         path = self._path(file)
-        if not _used(path):
-            with self._writing(file), _held(self._lock_of(path), wait) as alone:
+        if not _exists_and_touch(path):
+            with self._explain_write_errors(file), _exclusive_lock(self._lock_path(path), wait) as locked:
                 for partial in path.parent.glob(f"{path.name}.*{PARTIAL}"):
-                    _remove_leftover(partial, alone)
-                if not path.exists():  # else another was at it until now
+                    _remove_abandoned(partial, locked)
+                if not path.exists():  # it exists if another process finished it while this one waited for the lock
                     self._download(file, path)
         return path
 
     @contextmanager
-    def _writing(self, file: RemoteFile) -> Iterator[None]:
-        """Say what is wrong with the folder when the block cannot write there."""
+    def _explain_write_errors(self, file: RemoteFile) -> Iterator[None]:
+        """Convert an OSError of writing a copy to an InputError that names the folder and the cure."""
         try:
             yield
         except BlockingIOError:
             raise
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in DISK_FULL_ERRORS:
                 raise InputError(
-                    f"{self.directory} has no room left for {file.url} ({error.strerror}): free space on that disk, "
-                    "lower data.cache.gib, or give data.cache.directory a folder on another."
+                    f"{self.directory} has no space left for {file.url} ({error.strerror}): free space on that disk, "
+                    "lower data.cache.gib, or set data.cache.directory to a folder on another disk."
                 ) from None
             raise InputError(
-                f"{self.directory} takes no copy of {file.url} ({error}): give data.cache.directory a folder that can "
-                "be written."
+                f"A copy of {file.url} cannot be written to {self.directory} ({error}): set data.cache.directory to a "
+                "writable folder."
             ) from None
 
     def _download(self, file: RemoteFile, path: Path) -> None:
-        for pause in PAUSES:
+        """Download a file, with repeated attempts."""
+        for delay in RETRY_DELAYS:
             try:
-                return self._attempt(file, path)
+                return self._attempt_download(file, path)
             except FailedDownloadError as error:
-                if not threading.main_thread().is_alive():  # the program is ending, and fsspec has closed connections
+                if not threading.main_thread().is_alive():  # the program is exiting, and fsspec has closed connections
                     raise
-                log.warning("%s Trying again in %g s.", error, pause)
-                time.sleep(pause)
-        return self._attempt(file, path)
+                log.warning("%s Trying again in %g s.", error, delay)
+                time.sleep(delay)
+        return self._attempt_download(file, path)
 
-    def _attempt(self, file: RemoteFile, path: Path) -> None:
+    def _attempt_download(self, file: RemoteFile, path: Path) -> None:
+        """Download a file to a partial file, verify it, and rename it to `path`."""
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
-        digest, size = hashlib.sha256(), 0
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("wb") as copy:
-                self._reserve(copy, file, file.bytes or 0)
-                for block in remote_blocks(file.url):
-                    copy.write(block)
-                    digest.update(block)
-                    size += len(block)
-                    if file.bytes is not None and size > file.bytes:
-                        break  # wrong, and there may be no end of it
-                if file.bytes is None:
-                    self._reserve(copy, file, size)
-            if (size, digest.hexdigest()) != (file.bytes or size, file.sha256):
-                raise FailedDownloadError(
-                    f"{file.url} came as {size} bytes with sha256 {digest.hexdigest()} instead of "
-                    f"{file.bytes or size} with {file.sha256}: copy the folder there again or prepare the data again."
-                )
+            self._write_partial(file, partial)
             try:
                 flush(partial)
-                with self._room():  # who counts the files must not meet this one by neither name
+                with self._capacity_lock():  # otherwise a process that counts the files could miss both names
                     partial.replace(path)
-            except FileNotFoundError:  # without locks, a download that hangs looks abandoned
+            except FileNotFoundError:  # without locks, a download that stalls looks abandoned
                 raise FailedDownloadError(
                     f"The copy of {file.url} was removed from {self.directory} while it was written: leave that folder "
                     "to the cache."
@@ -221,33 +208,60 @@ class ShardCache:
         finally:
             partial.unlink(missing_ok=True)
 
+    def _write_partial(self, file: RemoteFile, partial: Path) -> None:
+        """Write the content of a remote file to `partial`.
+
+        Raises:
+            FailedDownloadError: the content has another size or hash.
+        """
+        digest, size = hashlib.sha256(), 0
+        with partial.open("wb") as copy:
+            self._reserve(copy, file, file.bytes or 0)
+            for block in read_blocks(file.url):
+                copy.write(block)
+                digest.update(block)
+                size += len(block)
+                if file.bytes is not None and size > file.bytes:
+                    break  # already wrong, and the stream may be endless
+            if file.bytes is None:
+                self._reserve(copy, file, size)
+        if (size, digest.hexdigest()) != (file.bytes or size, file.sha256):
+            raise FailedDownloadError(
+                f"{file.url} has {size} bytes with sha256 {digest.hexdigest()} instead of {file.bytes or size} with "
+                f"{file.sha256}: copy the folder there again or prepare the data again."
+            )
+
     def _reserve(self, copy: BinaryIO, file: RemoteFile, size: int) -> None:
-        """Give a partial file its full size, so that it counts before its bytes come, once there is room for it."""
+        """Wait until `size` bytes fit, then extend a partial file to that size, so that it is counted from the start.
+
+        Raises:
+            InputError: the file is larger than the cache.
+        """
         if size > self.limit:
             raise InputError(
-                f"{file.url} has {size} bytes, more than all of {self.directory} may hold: raise data.cache.gib above "
+                f"{file.url} has {size} bytes, more than the limit of {self.directory}: raise data.cache.gib above "
                 f"{size / 2**30:.3g}."
             )
         while True:
-            with self._room():
-                if self._make_room(size - os.fstat(copy.fileno()).st_size):
+            with self._capacity_lock():
+                if self._evict_for(size - os.fstat(copy.fileno()).st_size):
                     copy.truncate(size)
                     return
-            time.sleep(POLL)  # until others have finished what they download
+            time.sleep(POLL_INTERVAL)  # until other downloads have finished
 
-    def _room(self) -> AbstractContextManager[bool]:
-        return _held(self.directory / "locks" / "room")
+    def _capacity_lock(self) -> AbstractContextManager[bool]:
+        return _exclusive_lock(self.directory / "locks" / "capacity")
 
-    def _make_room(self, needed: int) -> bool:
-        """Remove what was used least recently until `needed` bytes more fit; False while downloads take the room."""
+    def _evict_for(self, needed: int) -> bool:
+        """Evict least recently used copies until `needed` more bytes fit; return False if downloads take the space."""
         copies, total = [], needed
         for path in self.directory.glob("??/*"):
             if path.suffix == PARTIAL:
-                with suppress(BlockingIOError), _held(self._lock_of(path), wait=False) as alone:
-                    _remove_leftover(path, alone)
+                with suppress(BlockingIOError), _exclusive_lock(self._lock_path(path), wait=False) as locked:
+                    _remove_abandoned(path, locked)
             try:
                 status = path.stat()
-            except FileNotFoundError:  # removed, or given its name, meanwhile
+            except FileNotFoundError:  # removed or renamed in the meantime
                 continue
             total += status.st_size
             if not path.suffix:
@@ -263,100 +277,101 @@ class ShardCache:
 
 
 class _Prefetcher:
-    """Daemon threads of one process that bring files until none is left; then they end.
+    """Daemon threads of one process that download files until the queue is empty, then end.
 
     Args:
-        bring: downloads one file; whatever it raises is ignored.
+        fetch: downloads one file; its exceptions are logged and ignored.
     """
 
-    def __init__(self, bring: Callable[[RemoteFile], object]) -> None:
-        self.bring, self.process = bring, os.getpid()
-        self._waiting: dict[str, RemoteFile] = {}  # by sha256, in the order they were asked for
+    def __init__(self, fetch: Callable[[RemoteFile], object]) -> None:
+        self.fetch, self.process = fetch, os.getpid()
+        self._queue: dict[str, RemoteFile] = {}  # by sha256, in the order of the requests
         self._threads = 0
         self._lock = threading.Lock()
 
     def add(self, files: Sequence[RemoteFile]) -> None:
-        """Bring these too, behind the others."""
+        """Append files to the queue."""
         with self._lock:
             for file in files:
-                self._waiting.setdefault(file.sha256, file)
-            for _ in range(min(THREADS - self._threads, len(self._waiting))):
+                self._queue.setdefault(file.sha256, file)
+            for _ in range(min(PREFETCH_THREADS - self._threads, len(self._queue))):
                 threading.Thread(target=self._work, daemon=True).start()
                 self._threads += 1
 
     def _work(self) -> None:
         while (file := self._next()) is not None:
             try:
-                self.bring(file)
+                self.fetch(file)
             except Exception as error:
-                log.debug("%s is not brought ahead of use: %s", file.url, error)
+                log.debug("%s was not prefetched: %s", file.url, error)
 
     def _next(self) -> RemoteFile | None:
         with self._lock:
-            if self._waiting:
-                return self._waiting.pop(next(iter(self._waiting)))
+            if self._queue:
+                return self._queue.pop(next(iter(self._queue)))
             self._threads -= 1
             return None
 
 
-def _used(path: Path) -> bool:
-    """Whether a copy is there; if so, its use is noted, though not at every sample."""
+def _exists_and_touch(path: Path) -> bool:
+    """Return whether a copy exists, and update the time of its last use if that is not recent."""
     try:
-        if time.time() - path.stat().st_mtime > FRESH:
+        if time.time() - path.stat().st_mtime > USE_TIME_RESOLUTION:
             os.utime(path)
-    except OSError:  # whatever is wrong with the folder shows when it is written
+    except OSError:  # other errors of the folder are reported when it is written to
         return False
     return True
 
 
-def _remove_leftover(partial: Path, alone: bool) -> None:
-    """Remove a partial file whose writer is gone.
+def _remove_abandoned(partial: Path, locked: bool) -> None:
+    """Remove a partial file whose writer has died.
 
     Args:
-        partial: the file.
-        alone: whether its lock is really held here, so that it has no writer; else it is left for a while.
+        partial: the partial file.
+        locked: whether this thread holds its lock, so that it has no writer. Otherwise its age decides.
     """
     with suppress(FileNotFoundError):
-        if alone or time.time() - partial.stat().st_mtime > ABANDONED:
+        if locked or time.time() - partial.stat().st_mtime > ABANDONED_AFTER:
             partial.unlink()
 
 
 @contextmanager
-def _held(lock: Path, wait: bool = True) -> Iterator[bool]:
+def _exclusive_lock(lock: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a lock file against all other threads of all processes.
 
     Yields:
-        Whether it really is held: on a file system that knows no locks it is not.
+        Whether the lock is held; False on a file system without locks.
 
     Raises:
-        BlockingIOError: another holds it, and `wait` is False.
+        BlockingIOError: another thread or process holds it, and `wait` is False.
     """
     with ExitStack() as stack:
         while True:
             try:
-                really = stack.enter_context(_held_by_one_thread(lock))
+                locked = stack.enter_context(_thread_lock(lock))
                 break
             except BlockingIOError:
                 if not wait:
                     raise
-                # Not left to the kernel: it takes two processes, threads of which wait for each other's locks, for a
-                # deadlock, and knows nothing of threads that go on.
-                time.sleep(POLL)
-        yield really
+                # Polling instead of a blocking lock: the kernel detects deadlocks between processes, and reports one
+                # if threads of two processes wait for each other, although other threads would release the locks.
+                time.sleep(POLL_INTERVAL)
+        yield locked
 
 
-_holders: dict[Path, object] = {}  # lock files that this process holds
-os.register_at_fork(after_in_child=_holders.clear)  # the threads that hold them stay behind
+_lock_owners: dict[Path, object] = {}  # by the lock files that threads of this process hold
+os.register_at_fork(after_in_child=_lock_owners.clear)  # a fork does not copy the threads that hold them
 
 
 @contextmanager
-def _held_by_one_thread(lock: Path) -> Iterator[bool]:
-    # A record lock belongs to the process, and is lost when any thread of it closes the file: so only one may open it.
+def _thread_lock(lock: Path) -> Iterator[bool]:
+    """Hold a lock file as `process_lock`, and against other threads of this process too."""
+    # A record lock belongs to the process and is lost when any of its threads closes the file: only one may open it.
     thread = object()
-    if _holders.setdefault(lock, thread) is not thread:  # one step, which needs no lock that a fork could tear apart
+    if _lock_owners.setdefault(lock, thread) is not thread:  # atomic; a mutex could stay locked in a forked child
         raise BlockingIOError(f"{lock} is held by another thread")
     try:
-        with process_lock(lock) as really:
-            yield really
+        with process_lock(lock) as locked:
+            yield locked
     finally:
-        _holders.pop(lock, None)
+        _lock_owners.pop(lock, None)

@@ -1,4 +1,4 @@
-"""The batch plan as a LightningDataModule: sources from the recipe, the position from the trainer's step."""
+"""LightningDataModule of the batch plan; its position in the data is the trainer's step."""
 
 import dataclasses
 from collections import defaultdict
@@ -9,7 +9,7 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NoiseLevels, NumbersFrom, TimedLoader
+from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NoiseLevels, RangeSampler, TimedLoader
 from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.manifest import Manifest, Split
 from gpdit_lightning.data.plan import Plan
@@ -24,31 +24,31 @@ LOCAL_CACHE = CacheConfig()
 
 
 class LatentDataModule(LightningDataModule):
-    """Batches of latents in the order of the plan, from the trainer's current step on.
+    """Batches of latents in the order of the plan, starting at the trainer's current step.
 
     Args:
         images: still images (latents of one frame).
-        videos: clips.
-        sequences: images that belong together, each encoded alone, as the frames of a clip (GPDiT, section 5.4).
-        seed: of the order, the noise and the noise levels; the batch of a step depends on it and on no earlier step.
+        videos: video clips.
+        sequences: related images, each encoded alone, as the frames of a clip (GPDiT, section 5.4).
+        seed: seed of the order, the noise and the noise levels; the batch of a step is a function of seed and step.
         context_dropout: fraction of clips that are trained without context, for guidance.
         noise_levels: `frame` draws a level t for each latent frame, `clip` one for the whole clip.
         noise_draws: noisy copies of every training clip that share its clean stream; images have one.
         labels: whether batches contain the classes of their samples, on which a backbone with `classes` is conditioned.
         label_dropout: fraction of noisy rows that are trained without their label, for guidance.
-        patch_size: side of the square patch of latent pixels that is one token of the backbone; a recipe takes it from
-            the backbone. It matters for sources with `tokens`.
-        max_ranks: the most ranks this run may use; every divisor of it gives the same order.
+        patch_size: side of the square patch of latent pixels that is one token of the backbone; recipes link it to the
+            backbone. It is used for sources with `tokens`.
+        max_ranks: the most ranks that this run may use; the order is the same for every divisor of it.
         workers: loader processes per rank; 0 loads in the training process.
-        cache: where copies of remote shards, as of s3://bucket/latents, are kept.
-        validation_batches: batches (of the training size) per validation, from the held-out sources.
+        cache: cache for copies of remote shards, such as those of s3://bucket/latents.
+        validation_batches: validation steps of the training batch size, from the held-out sources.
 
     Attributes:
-        classes: the names of the labels in the order of the manifests, by which batches number them; empty without
-            `labels`.
+        classes: names of the labels in the order of the manifests, which is the order of the classes in batches; empty
+            without `labels`.
 
     Raises:
-        InputError: an option, a manifest, or the combination of them cannot be used.
+        InputError: an option, a manifest, or a combination of them is invalid.
     """
 
     def __init__(
@@ -97,19 +97,19 @@ class LatentDataModule(LightningDataModule):
         remote = any(not isinstance(manifest.directory, Path) for manifest in self._all_manifests)
         self.cache = cache.open() if remote else None
         self.buckets = {split: self._buckets_of(split) for split in ("train", "validation")}
-        self.plan = self._planned("train", context_dropout, max_ranks)
-        self._check_cache()
+        self.plan = self._make_plan("train", context_dropout, max_ranks)
+        self._check_cache_size()
         has_validation = bool(self.buckets["validation"])
-        self.validation_plan = self._planned("validation", 0.0, max_ranks) if has_validation else None
+        self.validation_plan = self._make_plan("validation", 0.0, max_ranks) if has_validation else None
 
     @property
     def micro_batches_per_step(self) -> int:
-        """Gradient accumulation that the trainer must use."""
+        """The gradient accumulation that the trainer must use."""
         return self.plan.micro_batches_per_step
 
     @property
     def geometry(self) -> ClipGeometry:
-        """The clips that are trained on."""
+        """The stride, frame sizes and length of the training clips."""
         name = next(name for name in ("videos", "sequences", "images") if name in self.manifests)
         preparation = self.manifests[name][0].preparation
         factor = self.codec.spatial_factor
@@ -119,57 +119,60 @@ class LatentDataModule(LightningDataModule):
         return ClipGeometry(preparation.get("stride", 1), tuple(sizes), longest)
 
     def train_dataloader(self) -> DataLoader[LatentBatch]:
-        """The rest of the run, from the trainer's current step on, as one epoch."""
+        """Return a loader of the rest of the run, from the trainer's current step, as one epoch."""
         assert self.trainer is not None
         per_step = self.micro_batches_per_step
         steps = self.trainer.max_steps if self.trainer.max_steps > 0 else 2**40
         return self._loader("train", self.plan, TRAIN_NOISE, self.trainer.global_step * per_step, steps * per_step)
 
     def val_dataloader(self) -> DataLoader[LatentBatch] | list[Any]:
-        """The same batches with the same noise at every validation; none if no source was held out."""
+        """Return a loader of the same batches with the same noise at every call; empty if nothing was held out."""
         if self.validation_plan is None or self.validation_batches < 1:
             return []
         stop = self.validation_batches * self.validation_plan.micro_batches_per_step
         return self._loader("validation", self.validation_plan, VALIDATION_NOISE, 0, stop)
 
     def test_dataloader(self) -> DataLoader[LatentBatch] | list[Any]:
-        """The validation batches."""
+        """Return a loader of the validation batches."""
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the data order depends on, and what generation needs of the data."""
-        state = {"order": self._order(), "codec": self.codec.to_dict(), "geometry": self.geometry.to_dict()}
+        """Return the settings that determine the order, and the codec, geometry and classes for generation."""
+        state = {"order": self._order_settings(), "codec": self.codec.to_dict(), "geometry": self.geometry.to_dict()}
         return state | ({"classes": list(self.classes)} if self.labels else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a checkpoint was trained with this data in this order; the position is the trainer's step.
+        """Check that a checkpoint was trained on this data in this order; the position is the trainer's step.
 
         Raises:
             InputError: the data, the mixture or the batches changed.
         """
-        order, saved = self._order(), state_dict["order"]
+        order, saved = self._order_settings(), state_dict["order"]
         changes = [
             f"{name} = {saved.get(name, 'none')} and the recipe has {order.get(name, 'none')}"
             for name in sorted(order.keys() | saved.keys())
             if order.get(name) != saved.get(name)
         ]
         if changes:
-            kept = "".join(f" (the data before they were extended are {path})" for path in self._kept_manifests(saved))
+            manifests = "".join(
+                f" (the manifest before the data were extended is {path})" for path in self._previous_manifests(saved)
+            )
             raise InputError(
                 f"the checkpoint was trained with {'; with '.join(changes)}; so its data order cannot continue: "
-                f"restore the old values{kept}, or start a new run folder from its weights (--run_dir NEW "
+                f"restore the old values{manifests}, or start a new run folder from its weights (--run_dir NEW "
                 "--model.init_args.initial_weights OLD_RUN_DIR)."
             )
 
-    def _kept_manifests(self, saved: dict[str, Any]) -> Iterator[Path]:
-        """The manifests of a checkpoint's data that preparation kept when it added to the data."""
+    def _previous_manifests(self, saved: dict[str, Any]) -> Iterator[Path]:
+        """Yield the manifests of a checkpoint that preparation kept when the data were extended."""
         for name, manifests in self.manifests.items():
             for manifest, fingerprint in zip(manifests, saved.get(f"data.{name}.manifests", ()), strict=False):
                 path = manifest.directory / f"manifest-{fingerprint}.json"
                 if isinstance(path, Path) and path.exists():
                     yield path
 
-    def _order(self) -> dict[str, Any]:
+    def _order_settings(self) -> dict[str, Any]:
+        """Return all settings that the order of the data and the noise depend on, by their names in a recipe."""
         order: dict[str, Any] = {
             "data.seed": self.seed,
             "data.context_dropout": self.plan.context_dropout,
@@ -181,9 +184,9 @@ class LatentDataModule(LightningDataModule):
             order |= {"data.labels": list(self.classes), "data.label_dropout": self.label_dropout}
         for name, config in self.configs.items():
             for setting, value in dataclasses.asdict(config).items():
-                if (setting, value) != ("loss_frames", "all"):  # which checkpoints leave out
+                if (setting, value) != ("loss_frames", "all"):  # checkpoints do not record this default
                     order[f"data.{name}.{setting}"] = value
-            # The shards may move; their content may not change.
+            # The content of the shards, not their location.
             order[f"data.{name}.manifests"] = [manifest.fingerprint()[:16] for manifest in self.manifests[name]]
         return order
 
@@ -191,8 +194,8 @@ class LatentDataModule(LightningDataModule):
     def _all_manifests(self) -> list[Manifest]:
         return [manifest for manifests in self.manifests.values() for manifest in manifests]
 
-    def _check_cache(self) -> None:
-        """Refuse a cache that has no room for the shards of the current and the next windows."""
+    def _check_cache_size(self) -> None:
+        """Raise InputError if the shards of the current and next windows do not fit into the cache."""
         if self.cache is None:
             return
         sources = [self.buckets["train"][source.name] for source in self.plan.sources]
@@ -211,7 +214,7 @@ class LatentDataModule(LightningDataModule):
                 if kinds and KINDS[name] not in kinds:
                     fitting = " or ".join(f"data.{source}" for source, kind in KINDS.items() if kind in kinds)
                     raise InputError(
-                        f"data.{name}.manifests names {manifest.path}, which holds {' and '.join(sorted(kinds))} "
+                        f"data.{name}.manifests names {manifest.path}, which has {' and '.join(sorted(kinds))} "
                         f"samples: give it to {fitting}."
                     )
 
@@ -238,7 +241,7 @@ class LatentDataModule(LightningDataModule):
         return classes
 
     def _buckets_of(self, split: Split) -> dict[str, list[Bucket]]:
-        """For each source, its buckets: one for the shards that have one height and width and give the same lengths."""
+        """Return the buckets of each source: shards with the same height, width and clip lengths form one bucket."""
         buckets: dict[str, list[Bucket]] = {}
         for name in self.configs:
             shards = defaultdict(list)
@@ -249,11 +252,13 @@ class LatentDataModule(LightningDataModule):
                         lengths = self.configs[name].clip_lengths(name, frames, str(manifest.path))
                         shards[lengths, height, width].append((manifest, entry))
             if shards:
-                buckets[name] = [Bucket(same, lengths, self.cache) for (lengths, _, _), same in sorted(shards.items())]
+                buckets[name] = [
+                    Bucket(group, lengths, self.cache) for (lengths, _, _), group in sorted(shards.items())
+                ]
         return buckets
 
-    def _planned(self, split: Split, context_dropout: float, max_ranks: int) -> Plan:
-        """The plan over a split; sources without held-out samples are not validated."""
+    def _make_plan(self, split: Split, context_dropout: float, max_ranks: int) -> Plan:
+        """Return the plan of a split; the validation plan leaves out sources without held-out samples."""
         sources = []
         for name, config in self.configs.items():
             buckets = self.buckets[split].get(name, [])
@@ -280,7 +285,7 @@ class LatentDataModule(LightningDataModule):
         return TimedLoader(
             dataset,
             batch_size=None,
-            sampler=NumbersFrom(start, stop),
+            sampler=RangeSampler(start, stop),
             num_workers=self.workers,
             worker_init_fn=ignore_signals,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",

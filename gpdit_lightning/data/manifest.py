@@ -1,4 +1,4 @@
-"""The manifest: what a folder of latent shards holds, in one schema for writer and reader."""
+"""The manifest: the description of a folder of latent shards, with one schema for writer and reader."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from upath import UPath
 
-from gpdit_lightning.data.remote import remote_blocks
+from gpdit_lightning.data.remote import read_blocks
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.schema import COUNT, LIST, OBJECT, SHA256, SIZE, TEXT, Constraint, check, one_of
@@ -18,9 +18,9 @@ FORMAT = "gpdit_lightning-shards-2"
 FILE_NAME = "manifest.json"
 SKIPPED_NAME = "skipped.jsonl"
 
-Folder = Path | UPath  # on this machine, or anywhere else that fsspec reads
+Folder = Path | UPath  # a local path, or any other that fsspec reads
 Split = Literal["train", "validation"]
-Kind = Literal["image", "video", "sequence"]  # a sequence: images, each encoded alone, stacked as frames
+Kind = Literal["image", "video", "sequence"]  # a sequence is images, each encoded alone, stacked as frames
 
 PREPARE_AGAIN = "prepare the data again with `python -m gpdit_lightning prepare`"
 FOUR_SIZES = Constraint(
@@ -51,24 +51,24 @@ SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard: a tar of samples that all have one latent shape."""
+    """One shard: a tar of samples with one latent shape."""
 
     path: str
     """The tar, relative to the manifest's folder."""
     index: str
-    """Its byte index, relative to the manifest's folder (see `data/shards.py`)."""
+    """The byte index of the tar, relative to the manifest's folder (see `data/shards.py`)."""
     split: Split
     kind: Kind
     shape: tuple[int, int, int, int]
-    """Latent frames, channels, height, width of every sample."""
+    """(F, C, h, w) of every sample."""
     count: int
-    """Samples in the shard."""
+    """Number of samples."""
     bytes: int
     """Size of the tar."""
     sha256: str
-    """Of the tar, in hexadecimal digits."""
+    """Hash of the tar, in hexadecimal digits."""
     index_sha256: str
-    """Of the index."""
+    """Hash of the index."""
 
 
 @dataclass(frozen=True)
@@ -76,39 +76,39 @@ class Manifest:
     """The description of a folder of shards, saved as `manifest.json` inside it."""
 
     directory: Folder
-    """The folder that holds the shards; known from where the manifest lies, never written into it."""
+    """The folder of the shards. It is not stored in the file: `load` sets it to the folder of the manifest."""
     codec: CodecSpec
-    """The codec that made the latents, with the constants that whiten them."""
+    """The codec of the latents, with the constants that whiten them."""
     shards: tuple[ShardEntry, ...]
     preparation: dict[str, Any] = field(default_factory=dict)
-    """The options the shards were made with, for people and for reuse."""
+    """The options of the preparation."""
     validation: dict[str, Any] = field(default_factory=dict)
     """How sources were held out (by source, never by clip) and how many sources each split has."""
     labels: tuple[str, ...] = ()
-    """The label names, sorted; a sample's label is its place in this list. Empty where samples have none."""
+    """The sorted names of all labels of the samples; empty if no sample has a label."""
     skipped: int = 0
-    """Sources, or parts of one, that could not be used; `skipped.jsonl` beside the manifest names each."""
+    """Number of sources, or parts of sources, that could not be used; `skipped.jsonl` lists them."""
 
     @property
     def path(self) -> Folder:
-        """The manifest's own file."""
+        """The path of the manifest itself."""
         return self.directory / FILE_NAME
 
     def of_split(self, split: Split) -> tuple[ShardEntry, ...]:
-        """The shards of one split, in the manifest's order."""
+        """Return the shards of one split, in the order of the manifest."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def fingerprint(self) -> str:
-        """A sha256 that changes when any latent or the codec changes, and with nothing else."""
+        """Return a sha256 that depends on the latents and the codec, and on nothing else."""
         identity = [self.codec.fingerprint, *(shard.sha256 for shard in self.shards)]
         return hashlib.sha256("\n".join(identity).encode()).hexdigest()
 
     def save(self) -> None:
-        """Write `manifest.json` in `directory`, whole or not at all.
+        """Write `manifest.json` atomically to `directory`.
 
         Raises:
-            InputError: when the content breaks the schema, so that nothing is written that `load` would refuse; or
-                when the folder is not on this machine.
+            InputError: the content does not match the schema, so that `load` would reject the file; or the folder is
+                not on this machine.
         """
         if not isinstance(self.path, Path):
             raise InputError(f"{self.path} is not on this machine: prepare in a local folder and copy it there.")
@@ -122,23 +122,22 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | Folder, check_files: bool = True) -> "Manifest":
-        """Read a manifest and check that every shard is there at its full size.
+        """Read a manifest and check that every shard exists and has its full size.
 
-        A folder may lie anywhere that fsspec reads, as in "s3://bucket/latents". Its shards are checked when they are
-        fetched, since asking for the size of each may take a request for each.
+        The folder may be at any address that fsspec reads, such as "s3://bucket/latents". Remote shards are checked
+        when they are fetched, since their sizes may take one request per shard.
 
         Args:
             path: the folder, or a manifest in it.
-            check_files: look at the shards' files.
+            check_files: whether to check the shards of a local folder.
 
         Raises:
-            InputError: for a missing or broken manifest, an unknown format, a missing field, a missing shard, or a
-                shard whose size is not the one that was written (cut off in a copy, or changed); for a folder
-                elsewhere also when it cannot be reached.
+            InputError: the manifest is missing, unreachable or broken, has an unknown format or an invalid field, or a
+                shard is missing or has another size (truncated in a copy, or changed).
         """
-        path = _located(path)
+        path = _manifest_path(path)
         try:
-            text = path.read_bytes() if isinstance(path, Path) else b"".join(remote_blocks(str(path)))
+            text = path.read_bytes() if isinstance(path, Path) else b"".join(read_blocks(str(path)))
             content = json.loads(text)
         except InputError:
             raise
@@ -148,47 +147,47 @@ class Manifest:
                 "sequences by `prepare-pairs`."
             ) from None
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} is no readable JSON ({error}): {PREPARE_AGAIN}.") from None
+            raise InputError(f"{path} is not readable JSON ({error}): {PREPARE_AGAIN}.") from None
         manifest = _parse(content, path)
         if isinstance(path, Path) and check_files:
             for shard in manifest.shards:
-                manifest._check_file(shard, path.parent)
+                manifest._check_files(shard, path.parent)
         return manifest
 
-    def _check_file(self, shard: ShardEntry, directory: Path) -> None:
-        path = directory / shard.path
-        for needed in (path, directory / shard.index):
-            if not needed.is_file():
-                raise InputError(f"{needed} is missing though {self.path} lists it: copy it again or {PREPARE_AGAIN}.")
-        if (size := path.stat().st_size) != shard.bytes:
+    def _check_files(self, shard: ShardEntry, directory: Path) -> None:
+        tar, index = directory / shard.path, directory / shard.index
+        for file in (tar, index):
+            if not file.is_file():
+                raise InputError(f"{file} is missing though {self.path} lists it: copy it again or {PREPARE_AGAIN}.")
+        if (size := tar.stat().st_size) != shard.bytes:
             raise InputError(
-                f"{path} has {size} bytes where {self.path} says {shard.bytes}, so it was cut off or changed: "
+                f"{tar} has {size} bytes where {self.path} records {shard.bytes}, so it was truncated or changed: "
                 f"copy it again or {PREPARE_AGAIN}."
             )
 
 
-def _located(path: str | Folder) -> Folder:
-    """The manifest's file, of a manifest given as its folder or as the file."""
+def _manifest_path(path: str | Folder) -> Folder:
+    """Return the path of a manifest that is given as its folder or as the file."""
     try:
         if isinstance(path, str):
             path = UPath(path) if "://" in path else Path(path)
         return path if path.suffix == ".json" else path / FILE_NAME
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path} is no address of a folder ({error}): give one that fsspec knows.") from None
+        raise InputError(f"{path} is not an address of a folder ({error}): give one that fsspec supports.") from None
 
 
 def _parse(content: Any, path: Folder) -> Manifest:
-    """JSON content as a `Manifest`; every departure from the schema is an `InputError` that names the field."""
-    found = check(content, OBJECT, "", str(path), PREPARE_AGAIN).get("format")
-    if found != FORMAT:
-        raise InputError(f"{path} has format {found!r} and this version reads {FORMAT!r}: {PREPARE_AGAIN}.")
+    """Parse and validate the JSON content of a manifest; an `InputError` names the first invalid field."""
+    file_format = check(content, OBJECT, "", str(path), PREPARE_AGAIN).get("format")
+    if file_format != FORMAT:
+        raise InputError(f"{path} has format {file_format!r} and this version reads {FORMAT!r}: {PREPARE_AGAIN}.")
     check(content, SCHEMA, "", str(path), PREPARE_AGAIN)
-    _refuse_unknown(content, SCHEMA, "", path)
+    _check_no_unknown_fields(content, SCHEMA, "", path)
     codec = CodecSpec.from_dict(content["codec"], str(path), PREPARE_AGAIN)
     return Manifest(
         directory=path.parent,
         codec=codec,
-        shards=tuple(_parse_shard(entry, place, codec, path) for place, entry in enumerate(content["shards"])),
+        shards=tuple(_parse_shard(entry, number, codec, path) for number, entry in enumerate(content["shards"])),
         preparation=content["preparation"],
         validation=content["validation"],
         labels=tuple(content["labels"]),
@@ -196,10 +195,10 @@ def _parse(content: Any, path: Folder) -> Manifest:
     )
 
 
-def _parse_shard(entry: Any, place: int, codec: CodecSpec, path: Folder) -> ShardEntry:
-    name = f"shards[{place}]"
+def _parse_shard(entry: Any, number: int, codec: CodecSpec, path: Folder) -> ShardEntry:
+    name = f"shards[{number}]"
     check(entry, SHARD_SCHEMA, name, str(path), PREPARE_AGAIN)
-    _refuse_unknown(entry, SHARD_SCHEMA, f"{name}.", path)
+    _check_no_unknown_fields(entry, SHARD_SCHEMA, f"{name}.", path)
     for field_name in ("path", "index"):
         relative = PurePosixPath(entry[field_name])
         if relative.is_absolute() or ".." in relative.parts or not relative.name:
@@ -216,7 +215,7 @@ def _parse_shard(entry: Any, place: int, codec: CodecSpec, path: Folder) -> Shar
     return ShardEntry(**entry | {"shape": shape})
 
 
-def _refuse_unknown(content: dict[str, Any], schema: dict[str, Any], prefix: str, path: Folder) -> None:
+def _check_no_unknown_fields(content: dict[str, Any], schema: dict[str, Any], prefix: str, path: Folder) -> None:
     for name in content:
         if name not in schema:
             raise InputError(f"{path} has the unknown field {prefix}{name}: remove it or {PREPARE_AGAIN}.")

@@ -200,7 +200,9 @@ class Plan:
             raise InputError(f"context_dropout is {self.context_dropout}; it must lie between 0 and 1.")
         for source in self.sources:
             if not source.buckets:
-                raise InputError(f"the source '{source.name}' holds no samples: prepare some, or set its batch_size to 0.")
+                raise InputError(
+                    f"the source '{source.name}' holds no samples: prepare some, or set its batch_size to 0."
+                )
             if (source.batch_size > 0) == (source.tokens > 0):
                 raise InputError(
                     f"data.{source.name} has batch_size = {source.batch_size} and tokens = {source.tokens}: give one "

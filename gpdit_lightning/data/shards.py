@@ -1,7 +1,7 @@
-"""Shards: WebDataset tars of latents with a byte index beside each, read sample by sample.
+"""Reading of shards: WebDataset tars of latents, each with a byte index, so that any sample is read directly.
 
-A sample is two files of the tar, `KEY.latent.npy` (float16, the codec's raw latents, (F, C, h, w)) and `KEY.json`. The
-tars are plain WebDataset; the index is only there so that a sample can be reached without walking through its shard.
+A sample is two members of the tar, `KEY.latent.npy` (float16, the codec's raw latents, (F, C, h, w)) and `KEY.json`.
+The tars are plain WebDataset; the index only avoids walking through a tar to find a sample.
 """
 
 import io
@@ -30,37 +30,37 @@ Shape = tuple[int, int, int, int]
 
 LATENT_ENDING = "latent.npy"
 METADATA_ENDING = "json"
-# Columns of a byte index; behind them stands a checksum for each latent frame, since a clip may be read in part.
+# First columns of a byte index; a checksum of each latent frame follows, since clips may be read in part.
 INDEX_COLUMNS = ("latent_offset", "json_offset", "json_size", "json_checksum")
-INFINITE = np.uint16(0x7C00)  # the exponent of float16 values that are not finite
-MOST_METADATA = 2**24  # bytes that are read of a sample's metadata, whatever a damaged index says
+EXPONENT_MASK = np.uint16(0x7C00)  # all exponent bits of a float16: set if the value is not finite
+MAX_METADATA_BYTES = 2**24  # limit on reading a sample's metadata, in case of a damaged index
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class DamagedSampleError(InputError):
-    """One sample of a shard cannot be used; its neighbours may be whole."""
+    """A sample of a shard is damaged; other samples of the shard may be intact."""
 
 
 class ShardReader:
     """Reads the samples of one shard by number.
 
-    It opens its files at the first sample. It may be forked and pickled.
+    It opens its files when the first sample is read. It may be forked and pickled.
 
     Args:
-        directory: the manifest's folder, on this machine or elsewhere.
-        entry: the shard's entry in the manifest.
-        cache: where copies of shards that lie elsewhere are kept.
+        directory: folder of the manifest, local or remote.
+        entry: entry of the shard in the manifest.
+        cache: cache for copies of remote shards.
 
     Raises:
-        InputError: the folder is not on this machine, and there is no cache.
+        InputError: the folder is remote, and there is no cache.
     """
 
     def __init__(self, directory: Folder, entry: ShardEntry, cache: ShardCache | None = None) -> None:
         self.path, self.index_path, self.entry = directory / entry.path, directory / entry.index, entry
-        self._tar = _source(self.path, entry.sha256, entry.bytes)
-        self._index_source = _source(self.index_path, entry.index_sha256)
+        self._tar = _path_or_remote_file(self.path, entry.sha256, entry.bytes)
+        self._index_file = _path_or_remote_file(self.index_path, entry.index_sha256)
         self._cache = cache
-        self._file: io.FileIO | None = None
+        self._tar_file: io.FileIO | None = None
         self._index: np.ndarray | None = None
         if cache is None and self.files:
             raise InputError(f"{self.path} is not on this machine: give data.cache.directory a folder for copies.")
@@ -69,40 +69,40 @@ class ShardReader:
         return self.entry.count
 
     def __getstate__(self) -> dict[str, Any]:
-        # A mapped array would travel as its full content, an open file not at all.
-        return self.__dict__ | {"_file": None, "_index": None}
+        # An open file cannot be pickled, and a memory map would be pickled with its content.
+        return self.__dict__ | {"_tar_file": None, "_index": None}
 
     @property
     def files(self) -> tuple[RemoteFile, ...]:
-        """What `ShardCache.prefetch` can bring before samples are read; nothing where the shard is on this machine."""
-        return tuple(source for source in (self._index_source, self._tar) if isinstance(source, RemoteFile))
+        """The remote files of the shard, for `ShardCache.prefetch`; empty for a local shard."""
+        return tuple(file for file in (self._index_file, self._tar) if isinstance(file, RemoteFile))
 
     def read(self, number: int, frames: int | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        """One sample.
+        """Read and verify one sample.
 
         Args:
             number: 0 to `len(self) - 1`.
-            frames: keep only this many latent frames, from the start: a causal codec makes these the latents of the
-                shorter clip, which no other part of a clip is.
+            frames: number of latent frames to read, from the start; None for all. Since the codec is causal, they are
+                the latents of the shorter clip.
 
         Returns:
             The raw latents (F, C, h, w) in float16, and the metadata.
 
         Raises:
-            DamagedSampleError: when the sample is not what was written.
-            InputError: when the index is unusable, `frames` is more than the shard has, or a shard that lies elsewhere
-                cannot be fetched.
+            DamagedSampleError: the sample differs from what was written.
+            InputError: the index is unusable, the shard has fewer frames, or a remote shard cannot be fetched.
         """
         if not 0 <= number < self.entry.count:
             raise IndexError(f"sample {number} of {self.entry.count}")
         if frames is not None and not 1 <= frames <= self.entry.shape[0]:
             raise InputError(
-                f"{self.path} has {self.entry.shape[0]} latent frames and {frames} were asked for: ask for fewer."
+                f"{self.path} has {self.entry.shape[0]} latent frames and {frames} were requested: request 1 to "
+                f"{self.entry.shape[0]}."
             )
         try:
             return self._read(number, frames)
         except InputError:
-            if not self._dropped_damaged_copies():
+            if not self._remove_damaged_copies():
                 raise
         return self._read(number, frames)  # from new copies
 
@@ -112,23 +112,23 @@ class ShardReader:
         header, shape = npy_header(self.entry.shape), (len(checksums), *self.entry.shape[1:])
         latent_size = len(header) + 2 * math.prod(shape)
         try:
-            with self._opened() as file:
-                # No seeking: a forked process shares the position in the file.
+            with self._open_tar() as file:
+                # pread instead of seek and read: forked processes share the position in the file.
                 latent_bytes = os.pread(file.fileno(), latent_size, latent_offset)
-                text = os.pread(file.fileno(), min(json_size, MOST_METADATA), json_offset)
+                text = os.pread(file.fileno(), min(json_size, MAX_METADATA_BYTES), json_offset)
         except InputError:
             raise
-        except (OSError, ValueError) as error:  # ValueError: a size below 0
+        except (OSError, ValueError) as error:  # ValueError: a negative size
             raise self._damaged(number, str(error)) from None
         if len(latent_bytes) != latent_size:
-            raise self._damaged(number, "the file ends before it does")
-        # Compared instead of parsed: whatever else a header may say is refused.
+            raise self._damaged(number, "the file ends inside it")
+        # The header is compared and never parsed, so that any other header is rejected.
         if not latent_bytes.startswith(header):
-            raise self._damaged(number, f"no float16 array {self.entry.shape} stands there")
+            raise self._damaged(number, f"it is not a float16 array {self.entry.shape}")
         latent = np.frombuffer(latent_bytes, np.float16, offset=len(header)).reshape(shape)
         if [checksum(frame.data) for frame in latent] != checksums or checksum(text) != json_checksum:
             raise self._damaged(number, "its checksum differs")
-        if (latent.view(np.uint16) & INFINITE).max() == INFINITE:
+        if (latent.view(np.uint16) & EXPONENT_MASK).max() == EXPONENT_MASK:
             raise self._damaged(number, "it has values that are not finite")
         try:
             return latent, json.loads(text.decode())
@@ -141,32 +141,33 @@ class ShardReader:
         if self._index is None:
             shape = (self.entry.count, len(INDEX_COLUMNS) + self.entry.shape[0])
             try:
-                self._index = self._use(self._index_source, partial(_mapped, shape=shape))
+                self._index = self._with_local_path(self._index_file, partial(_map_index, shape=shape))
             except InputError:
                 raise
             except (OSError, ValueError) as error:
-                raise InputError(f"{self.index_path} is no readable index ({error}): {PREPARE_AGAIN}.") from None
+                raise InputError(f"{self.index_path} is not a readable index ({error}): {PREPARE_AGAIN}.") from None
         return self._index
 
-    def _opened(self) -> AbstractContextManager[io.FileIO]:
-        """The shard; one on this machine stays open, while the cache must learn of every use of a copy."""
+    def _open_tar(self) -> AbstractContextManager[io.FileIO]:
+        """Open the tar. A local tar stays open; a cached copy is opened at each read, which updates its time of use."""
         if isinstance(self._tar, RemoteFile):
-            return self._use(self._tar, _open)
-        self._file = self._file or _open(self._tar)
-        return nullcontext(self._file)
+            return self._with_local_path(self._tar, _open_unbuffered)
+        self._tar_file = self._tar_file or _open_unbuffered(self._tar)
+        return nullcontext(self._tar_file)
 
-    def _use(self, source: Path | RemoteFile, read: Callable[[Path], T]) -> T:
-        if isinstance(source, Path):
-            return read(source)
+    def _with_local_path(self, file: Path | RemoteFile, read: Callable[[Path], T]) -> T:
+        """Return `read(path)` of a local file, or of the cached copy of a remote one."""
+        if isinstance(file, Path):
+            return read(file)
         assert self._cache is not None
-        return self._cache.use(source, read)
+        return self._cache.use(file, read)
 
-    def _dropped_damaged_copies(self) -> bool:
-        """Whether a copy in the cache is not what was written; then it is gone, to be fetched again."""
-        dropped = [self._cache is not None and self._cache.drop_if_damaged(file) for file in self.files]
-        if any(dropped):
+    def _remove_damaged_copies(self) -> bool:
+        """Remove damaged copies from the cache, so that they are fetched again; return whether there were any."""
+        removed = [self._cache is not None and self._cache.remove_if_damaged(file) for file in self.files]
+        if any(removed):
             self._index = None
-        return any(dropped)
+        return any(removed)
 
     def _damaged(self, number: int, reason: str) -> DamagedSampleError:
         return DamagedSampleError(
@@ -174,36 +175,35 @@ class ShardReader:
         )
 
 
-def _source(path: Folder, sha256: str, size: int | None = None) -> Path | RemoteFile:
-    """Where a file is read from: itself if it is on this machine, else a copy."""
+def _path_or_remote_file(path: Folder, sha256: str, size: int | None = None) -> Path | RemoteFile:
     return path if isinstance(path, Path) else RemoteFile(str(path), sha256, size)
 
 
-def _open(path: Path) -> io.FileIO:
+def _open_unbuffered(path: Path) -> io.FileIO:
     return path.open("rb", buffering=0)
 
 
-def _mapped(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """The index at a path; a ValueError where it is another array, or none."""
+def _map_index(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Map an index into memory; raise ValueError if the file is not an int64 array of this shape."""
     header = npy_header(shape, "<i8")
     with path.open("rb") as file:
         if file.read(len(header)) != header:
-            raise ValueError(f"no int64 array {shape} stands there")
+            raise ValueError(f"it is not an int64 array {shape}")
     return np.memmap(path, np.int64, "r", len(header), shape)
 
 
 def checksum(content: bytes | memoryview) -> int:
-    """63 bits that change with the content: as many as an index, of signed numbers, has room for."""
+    """Return 63 bits of an xxh3 hash, which fit into the signed integers of an index."""
     return xxh3_64_intdigest(content) >> 1
 
 
 def index_path(shard: Path) -> Path:
-    """Where the byte index of a shard lies."""
+    """Return the path of the byte index of a shard."""
     return shard.with_suffix(".index.npy")
 
 
-def described(path: Path, split: Split, kind: Kind, shape: Shape, count: int) -> ShardEntry:
-    """The entry of a complete shard for the manifest."""
+def shard_entry(path: Path, split: Split, kind: Kind, shape: Shape, count: int) -> ShardEntry:
+    """Return the manifest's entry of a complete shard; reads and hashes its files."""
     index = index_path(path)
     return ShardEntry(
         path=path.name,
@@ -219,48 +219,69 @@ def described(path: Path, split: Split, kind: Kind, shape: Shape, count: int) ->
 
 
 @lru_cache(maxsize=64)
-def npy_header(shape: tuple[int, ...], values: str = "<f2") -> bytes:
-    """What an `.npy` file of such values (float16, or "<i8": int64) in this shape begins with."""
+def npy_header(shape: tuple[int, ...], dtype: str = "<f2") -> bytes:
+    """Return the header of an `.npy` file of float16 (or, with "<i8", int64) values in a shape."""
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": values, "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
     return file.getvalue()
 
 
-def index_of(path: Path, shape: Shape) -> np.ndarray:
-    """The byte index of a tar: int64 (samples, 4 + F), in the tar's order.
+def build_index(path: Path, shape: Shape) -> np.ndarray:
+    """Build the byte index of a tar.
+
+    Args:
+        path: the tar.
+        shape: (F, C, h, w) of its samples.
+
+    Returns:
+        int64 (samples, 4 + F), in the order of the tar.
 
     Raises:
-        InputError: the tar is broken, or has a member that no shard of this library has: another name or ending, a
-            path, a link.
+        InputError: the tar is broken, or has a member that does not belong to a shard: another name or ending, a path,
+            a link, or a repeated name.
     """
-    header, frame_size = npy_header(shape), 2 * math.prod(shape[1:])
-    rows: dict[str, dict[str, list[int]]] = {}
+    samples: dict[str, dict[str, list[int]]] = {}  # key -> ending -> offset and further columns
     try:
         size = path.stat().st_size
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             for member in tar:
-                key, _, ending = member.name.partition(".")
-                known = ending in (LATENT_ENDING, METADATA_ENDING) and KEY_PATTERN.fullmatch(key) and member.isreg()
-                if not 0 <= member.size <= size - member.offset_data:  # below 0, tarfile would go back, round for ever
-                    raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes, and the file ends before")
-                if not known or ending in rows.setdefault(key, {}):
+                if not 0 <= member.size <= size - member.offset_data:  # tarfile would loop forever at a negative size
+                    raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes, beyond the end of the file")
+                key, ending = _key_and_ending(member)
+                if not key or ending in samples.setdefault(key, {}):
                     raise InputError(
-                        f"{path} holds {member.name!r}, which is no part of a shard of latents: do not use this file, "
-                        f"and {PREPARE_AGAIN}."
+                        f"{path} contains {member.name!r}, which does not belong to a shard of latents: do not use "
+                        f"this file, and {PREPARE_AGAIN}."
                     )
                 file.seek(member.offset_data)
                 content = file.read(member.size)
                 if ending == METADATA_ENDING:
-                    rows[key][ending] = [member.offset_data, member.size, checksum(content)]
+                    columns = [member.size, checksum(content)]
                 else:
-                    starts = range(len(header), len(header) + shape[0] * frame_size, frame_size)
-                    checksums = [checksum(content[start : start + frame_size]) for start in starts]
-                    rows[key][ending] = [member.offset_data, *checksums]
-        table = [[row[LATENT_ENDING][0], *row[METADATA_ENDING], *row[LATENT_ENDING][1:]] for row in rows.values()]
+                    columns = _frame_checksums(content, shape)
+                samples[key][ending] = [member.offset_data, *columns]
+        rows = []
+        for members in samples.values():
+            latent_offset, *frame_checksums = members[LATENT_ENDING]
+            rows.append([latent_offset, *members[METADATA_ENDING], *frame_checksums])
     except InputError:
         raise
     except KeyError as error:
         raise InputError(f"{path} has a sample without its {error}: copy it again or {PREPARE_AGAIN}.") from None
-    except Exception as error:  # tarfile has no error of its own for many kinds of damage
-        raise InputError(f"{path} is no readable tar ({error}): copy it again or {PREPARE_AGAIN}.") from None
-    return np.array(table, dtype=np.int64).reshape(-1, len(INDEX_COLUMNS) + shape[0])
+    except Exception as error:  # tarfile raises unrelated exceptions for many kinds of damage
+        raise InputError(f"{path} is not a readable tar ({error}): copy it again or {PREPARE_AGAIN}.") from None
+    return np.array(rows, dtype=np.int64).reshape(-1, len(INDEX_COLUMNS) + shape[0])
+
+
+def _key_and_ending(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Return the sample key and the ending of a member's name; the key is empty if it is no member of a shard."""
+    key, _, ending = member.name.partition(".")
+    valid = ending in (LATENT_ENDING, METADATA_ENDING) and KEY_PATTERN.fullmatch(key) and member.isreg()
+    return key if valid else "", ending
+
+
+def _frame_checksums(content: bytes, shape: Shape) -> list[int]:
+    """Return the checksum of each latent frame in the bytes of an `.npy` file."""
+    start, frame_bytes = len(npy_header(shape)), 2 * math.prod(shape[1:])
+    offsets = range(start, start + shape[0] * frame_bytes, frame_bytes)
+    return [checksum(content[offset : offset + frame_bytes]) for offset in offsets]

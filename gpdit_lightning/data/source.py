@@ -1,4 +1,4 @@
-"""A source of data in a recipe: its options, and the clip lengths that they give."""
+"""Options of a data source in a recipe, and the clip lengths that follow from them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,60 +7,67 @@ from gpdit_lightning.data.manifest import Kind
 from gpdit_lightning.data.plan import LossFrames, PlannedBucket, PlannedSource, noisy_frames
 from gpdit_lightning.errors import InputError
 
-# The sources of a recipe, and the kind of samples that each takes from its manifests.
+# The sources of a recipe, and the kind of samples that each uses from its manifests.
 KINDS: dict[str, Kind] = {"images": "image", "videos": "video", "sequences": "sequence"}
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of samples in the mixture."""
+    """One source of samples in the training mixture."""
 
     manifests: list[str] = field(default_factory=list)
     """Folders made by `prepare`, for sequences by `prepare-pairs`; or their manifest.json."""
     batch_size: int = 0
-    """Samples per optimizer step over all ranks; a source with neither batch_size nor tokens, or without manifests, is
-    left out."""
+    """Samples per optimizer step over all ranks. A source with neither batch_size nor tokens, or without manifests, is
+    not used."""
     micro_batches: int = 1
-    """Equal parts into which that batch is cut, one forward and backward pass each: more parts, less memory."""
+    """Micro-batches into which that batch is divided, one forward and backward pass each; more need less memory."""
     frames: int = 0
-    """Most latent frames taken from the start of each sample; 0 takes all."""
+    """Most latent frames used from the start of each sample; 0 for all."""
     least_frames: int = 0
-    """Above 0, micro-batches vary in length: each number of latent frames from here to `frames` equally often."""
+    """Above 0, the length varies between micro-batches: each number of latent frames from this to `frames` is used
+    equally often."""
     weight: float = 1.0
-    """Weight of this source's mean loss relative to the other sources'."""
+    """Weight of this source's mean loss, relative to the other sources."""
     tokens: int = 0
-    """Above 0, instead of batch_size: tokens per optimizer step over all ranks, where a clip of F latent frames of
-    h x w has F x h x w / patch_size^2. Each shape, and each length of clips, then has the number of samples that comes
-    closest from below."""
+    """Above 0, replaces batch_size: tokens per optimizer step over all ranks. A clip of F latent frames of h x w has
+    F x h x w / patch_size^2 tokens; each shape and clip length has the largest number of samples within the budget."""
     shuffle_window: int = 65_536
-    """Samples that are shuffled together: the samples of whole shards, about this many. Reading stays within them."""
+    """Approximate number of samples, in whole shards, that are shuffled together; reads stay within them."""
     loss_frames: LossFrames = "all"
-    """The frames with a loss: `all`, or of sequences (source, target, source, target, ...) the `targets` only, given
-    all frames before them."""
+    """Frames with a loss: `all`; or, for sequences (source, target, source, target, ...), the `targets` only, each
+    conditioned on all frames before it."""
 
     @property
     def used(self) -> bool:
-        """Whether training uses the source."""
+        """Whether the source is used."""
         return bool(self.manifests) and max(self.batch_size, self.tokens) > 0
 
     def check(self, name: str) -> None:
-        """Raise InputError for a negative option of the source with this name."""
+        """Check that no option is negative.
+
+        Args:
+            name: name of the source, for the message.
+
+        Raises:
+            InputError: an option is negative.
+        """
         for option in ("batch_size", "tokens", "frames", "least_frames"):
             if getattr(self, option) < 0:
                 raise InputError(f"data.{name}.{option} is {getattr(self, option)}; it must not be negative.")
 
     def clip_lengths(self, name: str, available: int, owner: str) -> tuple[int, ...]:
-        """The numbers of latent frames that samples are cut to.
+        """Return the numbers of latent frames that samples of a length are cut to.
 
-        A fixed length must be available in full; where lengths vary, short samples give the short ones.
+        Samples must have a fixed length in full. If lengths vary, short samples are used for the short lengths.
 
         Args:
-            name: of the source.
+            name: name of the source.
             available: latent frames of the samples.
-            owner: what has the samples, for messages.
+            owner: manifest of the samples, for messages.
 
         Raises:
-            InputError: the samples are too short, or have no frames for a loss on targets.
+            InputError: the samples are too short, or a loss on targets is requested and there are none.
         """
         most = self.frames or available
         least = self.least_frames or most
@@ -78,7 +85,7 @@ class SourceConfig:
         return tuple(range(least, min(most, available) + 1))
 
     def planned(self, name: str, buckets: Iterable[PlannedBucket], patch_size: int) -> PlannedSource:
-        """The source as the batch plan takes it."""
+        """Return the source as an input of the batch plan."""
         return PlannedSource(
             name=name,
             buckets=tuple(buckets),

@@ -28,7 +28,7 @@ def signals_delayed() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return
     received: list[int] = []
-    wakeup_fd = signal.set_wakeup_fd(-1)  # the signal is raised again below, which must not count as another one
+    wakeup_fd = signal.set_wakeup_fd(-1)  # the signal is raised again below, which must not be counted as another one
     handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in SIGNALS}
     try:
         yield
@@ -42,14 +42,14 @@ def signals_delayed() -> Iterator[None]:
 
 
 def ignore_signals(worker: int) -> None:
-    """A `worker_init_fn`: ignore SIGINT, and SIGTERM unless the main process sends it to end this worker.
+    """Ignore SIGINT, and SIGTERM from any process but the main process; a `worker_init_fn`.
 
     A terminal and a scheduler signal all processes of a run, but the main process may need more batches to finish its
-    step. It ends a worker through the loader's queue or by SIGTERM; the loader ends a worker whose main process has
-    disappeared. macOS has no `sigwaitinfo`, which gives the sender of a signal; there every SIGTERM ends the worker.
+    step. It ends a worker through the loader's queue or by SIGTERM. The loader ends workers whose main process
+    died. macOS has no `sigwaitinfo`, which gives the sender of a signal; there every SIGTERM ends the worker.
 
     Args:
-        worker: its number.
+        worker: number of the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

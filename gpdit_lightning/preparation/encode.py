@@ -14,7 +14,7 @@ from tqdm import tqdm
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
-from gpdit_lightning.data.shards import Shape, ShardReader, described, index_of
+from gpdit_lightning.data.shards import Shape, ShardReader, build_index, shard_entry
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.clips import Clip, EncodedClip, EndOfFile, Item, SampleId, SkippedInput
@@ -131,7 +131,7 @@ class PartEncoder:
             case Clip():
                 bucket = item.split, self._files[item.file].kind, self._codec.latent_shape(item.pixels.shape)
                 self._pending[bucket].append(item)
-                if len(self._pending[bucket]) == min(self._batch_size, self._writer.room(*bucket)):
+                if len(self._pending[bucket]) == min(self._batch_size, self._writer.remaining(*bucket)):
                     self._encode(bucket)
             case EncodedClip():
                 self._record_sample(item.file, item.id.source, self._stored[item.id])
@@ -215,8 +215,8 @@ def _shard_entry(path: Path, channels: int) -> ShardEntry:
     name = _parse_name(path)
     assert name is not None
     shape = (int(name["frames"]), channels, int(name["height"]), int(name["width"]))
-    index = index_of(path, shape)
-    entry = described(path, name["split"], name["kind"], shape, len(index))  # type: ignore[arg-type]
+    index = build_index(path, shape)
+    entry = shard_entry(path, name["split"], name["kind"], shape, len(index))  # type: ignore[arg-type]
     if not np.array_equal(index, ShardReader(path.parent, entry).index):
         raise InputError(f"{path} does not match its index: delete it and run the same command again.")
     return entry

@@ -128,8 +128,8 @@ def test_without_the_data_position_it_would_differ(
     """The twin: a loader that starts over after a resume ends elsewhere, so the test above can fail."""
     from gpdit_lightning.data import datamodule
 
-    from_zero = datamodule.NumbersFrom
-    monkeypatch.setattr(datamodule, "NumbersFrom", lambda start, stop: from_zero(0, stop))
+    from_zero = datamodule.RangeSampler
+    monkeypatch.setattr(datamodule, "RangeSampler", lambda start, stop: from_zero(0, stop))
     run_dir = tmp_path / "run"
     left_at(run_dir, whole, 3)
     assert fit(tmp_path / "recipe.yaml", recipe(tiny_shards, run_dir)) == 0

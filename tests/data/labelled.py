@@ -1,4 +1,4 @@
-"""Shards of labelled samples, for tests."""
+"""Writes shards of labelled samples, for tests."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,12 +14,13 @@ Samples = Iterable[tuple[str | None, np.ndarray]]
 
 
 def write_labelled(directory: Path, labels: Sequence[str], train: Samples, validation: Samples = ()) -> Manifest:
-    """Shards of 5, and the manifest that lists the labels.
+    """Write shards of 5 samples and the manifest.
 
     Args:
-        directory: for all of it.
-        labels: what the manifest lists.
-        train, validation: label or None, and raw latents (F, C, h, w), of each sample; images where F is 1.
+        directory: folder of the shards and the manifest.
+        labels: labels of the manifest.
+        train: label or None, and raw latents (F, C, h, w), of each sample; an image if F is 1.
+        validation: the held-out samples, likewise.
     """
     split: Split
     with ShardSetWriter(directory, shard_size=5) as writer:

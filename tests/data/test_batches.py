@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gpdit_lightning.data import batches as batches_module
-from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NumbersFrom
+from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, RangeSampler
 from gpdit_lightning.data.cache import ShardCache
 from gpdit_lightning.data.manifest import Manifest, ShardEntry
 from gpdit_lightning.data.plan import LossFrames, Plan, PlannedBucket, PlannedSource
@@ -54,7 +54,7 @@ def dataset(
 
 
 def by_key_and_noise(batches: list[LatentBatch]) -> list[tuple[str, bytes, bytes, bytes, bool]]:
-    """The noisy rows of batches without their order."""
+    """Return the noisy rows of batches, sorted."""
     return sorted(
         (b.keys[i], *(x.numpy().tobytes() for x in (b.latents[i], b.noise[row], b.t[row])), i < b.context)
         for b in batches
@@ -67,19 +67,19 @@ def same(first: LatentBatch, second: LatentBatch) -> bool:
     return tensors and (first.keys, first.context, first.weight) == (second.keys, second.context, second.weight)
 
 
-def test_latents_are_whitened_with_the_codecs_constants(manifest: Manifest) -> None:
+def test_latents_are_whitened(manifest: Manifest) -> None:
     batch = dataset(manifest)[3]
     assert batch.latents.shape == batch.noise.shape == (4, 3, 4, 4, 4)
     assert batch.latents.dtype == torch.float32
     bucket = bucket_of(manifest)
-    raw = {read.metadata["key"]: read.latents for read in map(bucket.read, range(len(bucket)))}
+    raw = {sample.metadata["key"]: sample.latents for sample in map(bucket.read, range(len(bucket)))}
     for latents, key in zip(batch.latents, batch.keys, strict=True):
         for channel in range(4):
             expected = (raw[key][:, channel].astype(np.float32) - MEAN[channel]) / STD[channel]
             np.testing.assert_allclose(latents[:, channel].numpy(), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_bucket_numbers_its_samples_over_its_shards(manifest: Manifest) -> None:
+def test_samples_of_a_bucket_are_numbered_through_its_shards(manifest: Manifest) -> None:
     bucket = bucket_of(manifest)
     assert len(bucket) == 11
     keys = [bucket.read(sample).metadata["key"] for sample in range(11)]
@@ -88,19 +88,19 @@ def test_a_bucket_numbers_its_samples_over_its_shards(manifest: Manifest) -> Non
     ]
 
 
-def test_a_shorter_clip_is_the_beginning_of_the_long_one(manifest: Manifest) -> None:
+def test_a_shorter_clip_is_the_beginning_of_the_longer_one(manifest: Manifest) -> None:
     long, short = dataset(manifest)[0], dataset(manifest, frames=2)[0]
     assert short.latents.shape == (4, 2, 4, 4, 4)
     assert torch.equal(short.latents, long.latents[:, :2])
 
 
-def test_a_batch_says_what_it_is(manifest: Manifest) -> None:
+def test_source_weight_and_context_of_a_batch(manifest: Manifest) -> None:
     batch = dataset(manifest)[1]
     assert (batch.source, batch.weight, batch.context) == ("videos", 0.5, 2)
     assert batch.t.shape == (4, 3)
 
 
-def test_asking_again_gives_the_same_batch(manifest: Manifest) -> None:
+def test_a_batch_is_a_function_of_its_number(manifest: Manifest) -> None:
     batches = dataset(manifest)
     later = batches[9]
     assert same(dataset(manifest)[9], later)
@@ -109,7 +109,7 @@ def test_asking_again_gives_the_same_batch(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize("noise_draws", [1, 3])
-def test_two_ranks_together_have_the_samples_noise_and_levels_of_one(manifest: Manifest, noise_draws: int) -> None:
+def test_two_ranks_together_have_the_batch_of_one_rank(manifest: Manifest, noise_draws: int) -> None:
     for number in range(8):
         whole = dataset(manifest, noise_draws=noise_draws)[number]
         shares = [dataset(manifest, rank, world_size=2, noise_draws=noise_draws)[number] for rank in range(2)]
@@ -119,7 +119,7 @@ def test_two_ranks_together_have_the_samples_noise_and_levels_of_one(manifest: M
         assert [share.weight for share in shares] == [whole.weight] * 2
 
 
-def test_the_clips_with_context_come_first(manifest: Manifest) -> None:
+def test_clips_with_context_come_first(manifest: Manifest) -> None:
     batches = dataset(manifest)
     mixed = 0
     for number in range(8):
@@ -136,14 +136,14 @@ def test_noise_is_keyed_on_seed_step_and_place(manifest: Manifest) -> None:
     batches = dataset(manifest)
     first = batches[0].noise
     step = torch.cat([batches[0].noise, batches[1].noise])
-    assert len({noise.numpy().tobytes() for noise in step}) == 8  # every place of a step has noise of its own
+    assert len({noise.numpy().tobytes() for noise in step}) == 8  # the noise of every place of a step is different
     assert not torch.equal(dataset(manifest, seed=1)[0].noise, first)
     assert not torch.equal(batches[2].noise, first)  # the same places in the next step
     assert not torch.equal(dataset(manifest, purpose=VALIDATION_NOISE)[0].noise, first)
 
 
 @pytest.mark.parametrize("noise_levels", ["frame", "clip"])
-def test_copies_of_a_clip_have_noise_and_levels_of_their_own(manifest: Manifest, noise_levels: str) -> None:
+def test_copies_of_a_clip_have_different_noise_and_levels(manifest: Manifest, noise_levels: str) -> None:
     batch = dataset(manifest, noise_draws=3, noise_levels=noise_levels)[1]
     assert batch.latents.shape == (4, 3, 4, 4, 4)
     assert batch.noise.shape == (12, 3, 4, 4, 4)
@@ -155,7 +155,7 @@ def test_copies_of_a_clip_have_noise_and_levels_of_their_own(manifest: Manifest,
 
 
 @pytest.mark.parametrize("noise_levels", ["frame", "clip"])
-def test_the_first_copy_is_the_only_one_of_a_single_draw(manifest: Manifest, noise_levels: str) -> None:
+def test_the_first_copy_is_that_of_a_single_draw(manifest: Manifest, noise_levels: str) -> None:
     for number in range(4):
         single = dataset(manifest, noise_levels=noise_levels)[number]
         batch = dataset(manifest, noise_levels=noise_levels, noise_draws=3)[number]
@@ -171,7 +171,7 @@ def test_an_image_has_one_copy(manifest: Manifest) -> None:
     assert same(dataset(manifest, frames=1, noise_draws=3)[0], dataset(manifest, frames=1)[0])
 
 
-def test_no_copies_are_refused(manifest: Manifest) -> None:
+def test_zero_noise_draws_are_rejected(manifest: Manifest) -> None:
     with pytest.raises(InputError, match=r"data\.noise_draws is 0; it must be at least 1"):
         dataset(manifest, noise_draws=0)
 
@@ -190,7 +190,7 @@ def test_accumulation_changes_neither_noise_nor_levels(manifest: Manifest) -> No
     assert step(1) == step(2) == step(8)
 
 
-def test_noise_levels_of_a_clip_are_equal_or_free(manifest: Manifest) -> None:
+def test_noise_levels_per_frame_and_per_clip(manifest: Manifest) -> None:
     per_frame, per_clip = dataset(manifest)[0], dataset(manifest, noise_levels="clip")[0]
     assert all(len(set(levels)) == 3 for levels in per_frame.t.tolist())
     assert all(len(set(levels)) == 1 for levels in per_clip.t.tolist())
@@ -210,25 +210,25 @@ def test_noise_is_standard_gaussian_and_levels_are_uniform(manifest: Manifest) -
     assert abs(t.mean().item() - 0.5) < 4 * (1 / 12 / t.numel()) ** 0.5
     assert (torch.histc(t, 4, 0, 1) / t.numel() - 0.25).abs().max() < 0.05
     flat = noise.flatten(1)
-    neighbours = (flat[1:] * flat[:-1]).mean().item()  # of clips at neighbouring places
-    assert abs(neighbours) < 4 / flat[1:].numel() ** 0.5
-    assert abs((noise[:, 1:] * noise[:, :-1]).mean().item()) < 4 / noise[:, 1:].numel() ** 0.5  # of frames
+    correlation = (flat[1:] * flat[:-1]).mean().item()  # between clips at neighbouring places
+    assert abs(correlation) < 4 / flat[1:].numel() ** 0.5
+    assert abs((noise[:, 1:] * noise[:, :-1]).mean().item()) < 4 / noise[:, 1:].numel() ** 0.5  # between frames
 
 
 @pytest.mark.parametrize(("damaged", "replacement"), [((1,), 2), ((4,), 0), ((3, 4), 0)])
-def test_a_damaged_sample_is_replaced_by_the_next_healthy_one_and_named(
+def test_a_damaged_sample_is_replaced_by_the_next_intact_one(
     manifest: Manifest, caplog: pytest.LogCaptureFixture, damaged: tuple[int, ...], replacement: int
 ) -> None:
     names = tuple(damage(manifest, shard=1, number=number) for number in damaged)
     with caplog.at_level(logging.WARNING):
-        read = bucket_of(manifest).read(5 + damaged[0])
-    assert read.metadata["key"] == f"train-video-3x4x4-00001-{replacement:06d}"
-    assert read.damaged == names
+        sample = bucket_of(manifest).read(5 + damaged[0])
+    assert sample.metadata["key"] == f"train-video-3x4x4-00001-{replacement:06d}"
+    assert sample.damaged == names
     assert len(caplog.messages) == len(damaged)
     for number, message in zip(damaged, caplog.messages, strict=True):
         assert f"Sample {number} of" in message
         assert "train-video-3x4x4-00001.tar is damaged (its checksum differs)" in message
-        assert "next healthy sample" in message
+        assert "replaced by the next intact sample" in message
 
 
 def test_a_process_warns_of_a_damaged_sample_once(manifest: Manifest, caplog: pytest.LogCaptureFixture) -> None:
@@ -239,7 +239,7 @@ def test_a_process_warns_of_a_damaged_sample_once(manifest: Manifest, caplog: py
     assert len(caplog.messages) == 1
 
 
-def test_a_batch_names_the_samples_that_were_replaced_in_it(manifest: Manifest) -> None:
+def test_a_batch_lists_its_damaged_samples(manifest: Manifest) -> None:
     """Two samples of an epoch are damaged; it has 11, in three micro-batches of 4."""
     expected = {damage(manifest, shard, number) for shard, number in ((0, 1), (1, 4))}
     batches = [dataset(manifest)[number] for number in range(12)]
@@ -251,7 +251,7 @@ def test_a_batch_names_the_samples_that_were_replaced_in_it(manifest: Manifest) 
     assert not all(batch.damaged for batch in batches)
 
 
-def test_a_replacement_keeps_the_noise_of_the_place(manifest: Manifest) -> None:
+def test_a_replacement_keeps_the_noise_of_its_place(manifest: Manifest) -> None:
     before = dataset(manifest)[0]
     assert before.damaged == []
     place = next(i for i, key in enumerate(before.keys) if "-00002-" not in key)  # that shard has one sample
@@ -265,32 +265,32 @@ def test_a_replacement_keeps_the_noise_of_the_place(manifest: Manifest) -> None:
     assert torch.equal(after.latents[others], before.latents[others])
 
 
-def test_a_shard_without_a_healthy_sample_ends_the_run(manifest: Manifest) -> None:
+def test_a_shard_without_an_intact_sample_is_an_error(manifest: Manifest) -> None:
     damage(manifest, shard=2, number=0)
-    with pytest.raises(InputError, match=r"00002\.tar has no healthy sample left: copy it again or prepare it again"):
+    with pytest.raises(InputError, match=r"00002\.tar has no intact sample: copy it again or prepare it again"):
         bucket_of(manifest).read(10)
 
 
-def test_ranks_that_do_not_divide_the_plan_are_refused(manifest: Manifest) -> None:
+def test_ranks_that_do_not_divide_max_ranks_are_rejected(manifest: Manifest) -> None:
     with pytest.raises(InputError, match=r"3 ranks do not divide data\.max_ranks = 2"):
         dataset(manifest, world_size=3)
 
 
-def test_numbers_begin_at_the_start_and_count_from_zero() -> None:
-    numbers = NumbersFrom(3, 7)
+def test_range_sampler() -> None:
+    numbers = RangeSampler(3, 7)
     assert list(numbers) == [3, 4, 5, 6]
     assert list(numbers) == [3, 4, 5, 6]
     assert len(numbers) == 7
 
 
-def test_a_loader_process_gives_the_same_batches(manifest: Manifest) -> None:
+def test_loader_processes_give_the_same_batches(manifest: Manifest) -> None:
     batches = dataset(manifest)
-    loader = DataLoader(batches, batch_size=None, sampler=NumbersFrom(2, 6), num_workers=2)
+    loader = DataLoader(batches, batch_size=None, sampler=RangeSampler(2, 6), num_workers=2)
     for number, batch in zip(range(2, 6), loader, strict=True):
         assert same(batch, batches[number])
 
 
-# A loss on targets only
+# Loss on targets
 
 TARGETS: dict[str, Any] = {"frames": 6, "source": "sequences", "loss_frames": "targets"}
 
@@ -317,7 +317,7 @@ def test_only_targets_have_noise(sequences: Manifest, noise_levels: str, draws: 
     assert batch.keys == everything.keys
 
 
-def test_two_ranks_together_have_the_targets_of_one(sequences: Manifest) -> None:
+def test_two_ranks_together_have_the_targets_of_one_rank(sequences: Manifest) -> None:
     for number in range(4):
         whole = dataset(sequences, noise_draws=2, **TARGETS)[number]
         shares = [dataset(sequences, rank, world_size=2, noise_draws=2, **TARGETS)[number] for rank in range(2)]
@@ -325,10 +325,10 @@ def test_two_ranks_together_have_the_targets_of_one(sequences: Manifest) -> None
         assert {share.frames for share in shares} == {(1, 3, 5)}
 
 
-def test_targets_stay_where_they_are_on_the_way_to_a_device(
+def test_frame_positions_stay_a_tuple_when_a_batch_moves_to_a_device(
     sequences: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)  # which needs a GPU
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)  # pinning needs a GPU
     (batch,) = DataLoader(dataset(sequences, **TARGETS), batch_size=None, sampler=[1], num_workers=1)
     moved = move_data_to_device(batch.pin_memory(), torch.device("meta"))
     assert moved.noise.device.type == "meta"
@@ -338,41 +338,41 @@ def test_targets_stay_where_they_are_on_the_way_to_a_device(
 # Many shards
 
 
-def test_a_process_keeps_few_of_many_shards_open(
+def test_the_number_of_open_shards_is_limited(
     tmp_path: Path, write_shards: Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[str] = []
+    opened: list[str] = []
 
-    class Counted(ShardReader):
+    class RecordingReader(ShardReader):
         def __init__(self, directory: Path, entry: ShardEntry, cache: ShardCache | None) -> None:
             super().__init__(directory, entry, cache)
-            made.append(entry.path)
+            opened.append(entry.path)
 
-    monkeypatch.setattr(batches_module, "ShardReader", Counted)
+    monkeypatch.setattr(batches_module, "ShardReader", RecordingReader)
     bucket = bucket_of(write_shards(tmp_path, {("train", "video", (3, 4, 4)): 200}, shard_size=1))
     for _ in range(2):
         for sample in range(100):
             bucket.read(sample)
-    assert len(made) == 100
+    assert len(opened) == 100
     for sample in range(200):
         bucket.read(sample)
     assert batches_module._reader.cache_info().currsize == 128
     bucket.read(0)
-    assert made.count(bucket.shards[0][1].path) == 2
+    assert opened.count(bucket.shards[0][1].path) == 2
 
 
-def test_a_bucket_travels_without_what_it_has_open(manifest: Manifest) -> None:
+def test_a_pickled_bucket_has_no_open_files(manifest: Manifest) -> None:
     bucket = bucket_of(manifest)
-    fresh = pickle.dumps(bucket)
-    read = bucket.read(7)
-    assert pickle.dumps(bucket) == fresh
-    assert np.array_equal(pickle.loads(fresh).read(7).latents, read.latents)
+    pickled = pickle.dumps(bucket)
+    sample = bucket.read(7)
+    assert pickle.dumps(bucket) == pickled
+    assert np.array_equal(pickle.loads(pickled).read(7).latents, sample.latents)
 
 
 def test_shards_of_several_lengths_share_a_bucket(tmp_path: Path, write_shards: Shards) -> None:
     counts = {("train", "video", (frames, 4, 4)): 3 for frames in (3, 5, 12)}
     bucket = bucket_of(write_shards(tmp_path, counts))
-    reads = [bucket.read(sample) for sample in range(9)]
-    assert {read.latents.shape for read in reads} == {(3, 4, 4, 4)}
-    assert {read.metadata["key"].split("-")[2] for read in reads} == {"3x4x4", "5x4x4", "12x4x4"}
+    samples = [bucket.read(number) for number in range(9)]
+    assert {sample.latents.shape for sample in samples} == {(3, 4, 4, 4)}
+    assert {sample.metadata["key"].split("-")[2] for sample in samples} == {"3x4x4", "5x4x4", "12x4x4"}
     assert bucket.counts == (3, 3, 3)

@@ -41,14 +41,14 @@ fork = multiprocessing.get_context("fork")
 
 
 class Server:
-    """Serves bytes over HTTP, counts what is asked for, and fails as it is told.
+    """HTTP server that counts downloads and simulates faults.
 
     Attributes:
-        files: what lies at each path.
-        faults: for each path, what goes wrong with its next downloads, one after another.
-        gets: downloads of each path.
-        order: the paths in the order of their downloads.
-        go_on: a download that hangs in the middle waits for it.
+        files: the content at each path.
+        faults: the faults of the next downloads of each path, in order.
+        gets: number of downloads of each path.
+        order: paths in the order of their downloads.
+        resume: event that downloads with the fault "hangs" wait for.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Server:
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.gets: Counter[str] = Counter()
         self.order: list[str] = []
-        self.go_on = threading.Event()
+        self.resume = threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -85,7 +85,7 @@ class Server:
                     content += b"more"
                 elif fault == "empty":
                     content = b""
-                if fault != "short":  # cut off by a server that does not say how much there is
+                if fault != "short":  # truncated, by a server that does not send the length
                     self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 if send:
@@ -93,31 +93,31 @@ class Server:
                     self.wfile.write(content[:half])
                     self.wfile.flush()
                     if fault == "hangs":
-                        server.go_on.wait(20)
+                        server.resume.wait(20)
                     if fault not in ("torn", "short"):
                         self.wfile.write(content[half:])
 
-        class Quiet(ThreadingHTTPServer):
+        class QuietServer(ThreadingHTTPServer):
             daemon_threads = True
             request_queue_size = 64
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                pass  # a client that was killed
+                pass  # of clients that were killed
 
-        self.http = Quiet(("127.0.0.1", 0), Handler)
+        self.http = QuietServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.http.server_address[1]}"
 
-    def offer(self, name: str, size: int = 20_000, *faults: str) -> RemoteFile:
+    def add(self, name: str, size: int = 20_000, *faults: str) -> RemoteFile:
         content = random.Random(name).randbytes(size)
         self.files[f"/{name}"] = content
         self.faults[f"/{name}"] = list(faults)
         return RemoteFile(f"{self.url}/{name}", hashlib.sha256(content).hexdigest(), size)
 
-    def offer_folder(self, folder: Path) -> str:
+    def add_folder(self, folder: Path) -> str:
         for path in folder.iterdir():
             self.files[f"/{folder.name}/{path.name}"] = path.read_bytes()
         return f"{self.url}/{folder.name}"
@@ -127,15 +127,15 @@ class Server:
 def server() -> Iterator[Server]:
     server = Server()
     yield server
-    server.go_on.set()
+    server.resume.set()
     server.http.shutdown()
     server.http.server_close()
 
 
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "PAUSES", (0.01, 0.02))
-    monkeypatch.setattr(cache_module, "POLL", 0.01)
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "RETRY_DELAYS", (0.01, 0.02))
+    monkeypatch.setattr(cache_module, "POLL_INTERVAL", 0.01)
 
 
 @pytest.fixture
@@ -148,19 +148,19 @@ def content_of(server: Server, file: RemoteFile) -> bytes:
 
 
 def copies(cache: ShardCache) -> set[str]:
-    """The names of all that lies in a cache but locks."""
+    """Return the names of all files of a cache except locks."""
     return {path.name for path in cache.directory.glob("??/*")}
 
 
-def wait_until(what: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 20
-    while not what():
-        assert time.monotonic() < end, "it did not come about"
+    while not condition():
+        assert time.monotonic() < end, "the condition was not met in time"
         time.sleep(0.005)
 
 
-def begin(target: Callable[..., Any], *arguments: Any) -> Any:
-    """A forked process that has started; it dies with this one."""
+def start(target: Callable[..., Any], *arguments: Any) -> Any:
+    """Start a forked process that ends with this one."""
     process = fork.Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
@@ -172,15 +172,17 @@ def age(path: Path, seconds: float) -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("protocol", ["http", "file", "memory"])
-def test_a_file_is_fetched_once(server: Server, cache: ShardCache, tmp_path: Path, protocol: str, known: bool) -> None:
-    file = server.offer("a.tar", 300_000)
+def test_a_file_is_downloaded_once(
+    server: Server, cache: ShardCache, tmp_path: Path, protocol: str, known: bool
+) -> None:
+    file = server.add("a.tar", 300_000)
     content = content_of(server, file)
     if protocol == "file":
         (tmp_path / "a.tar").write_bytes(content)
         file = replace(file, url=f"file://{tmp_path}/a.tar")
     elif protocol == "memory":
-        fsspec.filesystem("memory").pipe("/there/a.tar", content)
-        file = replace(file, url="memory://there/a.tar")
+        fsspec.filesystem("memory").pipe("/folder/a.tar", content)
+        file = replace(file, url="memory://folder/a.tar")
     if not known:
         file = replace(file, bytes=None)
     assert cache.fetch(file).read_bytes() == content
@@ -189,8 +191,8 @@ def test_a_file_is_fetched_once(server: Server, cache: ShardCache, tmp_path: Pat
     assert copies(cache) == {file.sha256}
 
 
-def test_the_same_bytes_at_two_addresses_are_one_copy(server: Server, cache: ShardCache) -> None:
-    file = server.offer("a.tar")
+def test_the_same_bytes_at_two_addresses_share_a_copy(server: Server, cache: ShardCache) -> None:
+    file = server.add("a.tar")
     server.files["/b.tar"] = server.files["/a.tar"]
     assert cache.fetch(file) == cache.fetch(replace(file, url=f"{server.url}/b.tar"))
     assert server.gets == {"/a.tar": 1}
@@ -200,17 +202,17 @@ def test_the_same_bytes_at_two_addresses_are_one_copy(server: Server, cache: Sha
     ("fault", "message"),
     [
         ("torn", "cannot be read"),
-        ("short", "came as 10000 bytes with sha256"),
-        ("empty", "came as 0 bytes"),
-        ("long", "came as 20004 bytes"),
-        ("wrong", "came as 20000 bytes with sha256"),
+        ("short", "has 10000 bytes with sha256"),
+        ("empty", "has 0 bytes"),
+        ("long", "has 20004 bytes"),
+        ("wrong", "has 20000 bytes with sha256"),
         ("refused", "cannot be read.*503"),
     ],
 )
-def test_a_download_that_went_wrong_is_made_again(
+def test_a_failed_download_is_repeated(
     server: Server, cache: ShardCache, caplog: pytest.LogCaptureFixture, fault: str, message: str
 ) -> None:
-    file = server.offer("a.tar", 20_000, fault)
+    file = server.add("a.tar", 20_000, fault)
     with caplog.at_level(logging.WARNING):
         assert cache.fetch(file).read_bytes() == content_of(server, file)
     (record,) = caplog.records
@@ -218,47 +220,47 @@ def test_a_download_that_went_wrong_is_made_again(
     assert copies(cache) == {file.sha256}
 
 
-def test_what_stays_wrong_is_told_with_both_sizes_and_hashes(server: Server, cache: ShardCache) -> None:
-    file = server.offer("a.tar", 20_000, *["short"] * 3)
+def test_a_persistent_mismatch_is_reported_with_both_sizes_and_hashes(server: Server, cache: ShardCache) -> None:
+    file = server.add("a.tar", 20_000, *["short"] * 3)
     half = hashlib.sha256(content_of(server, file)[:10_000]).hexdigest()
     with pytest.raises(
         InputError,
-        match=rf"^{file.url} came as 10000 bytes with sha256 {half} instead of 20000 with {file.sha256}: copy",
+        match=rf"^{file.url} has 10000 bytes with sha256 {half} instead of 20000 with {file.sha256}: copy",
     ):
         cache.fetch(file)
     assert server.gets == {"/a.tar": 3}
     assert copies(cache) == set()
-    assert cache.fetch(file).read_bytes() == content_of(server, file)  # the server has come to itself
+    assert cache.fetch(file).read_bytes() == content_of(server, file)  # the server has no more faults
 
 
-def test_what_cannot_be_reached_is_named(server: Server, cache: ShardCache) -> None:
-    file = server.offer("a.tar")
-    with pytest.raises(InputError, match=rf"^{server.url}/gone.tar does not exist: look at the address"):
-        cache.fetch(replace(file, url=f"{server.url}/gone.tar"))
-    with pytest.raises(InputError, match=r"^http://127.0.0.1:9/a.tar cannot be read \(Client\w+: .*\): look at"):
+def test_an_unreachable_file_is_reported(server: Server, cache: ShardCache) -> None:
+    file = server.add("a.tar")
+    with pytest.raises(InputError, match=rf"^{server.url}/missing.tar does not exist: check the address"):
+        cache.fetch(replace(file, url=f"{server.url}/missing.tar"))
+    with pytest.raises(InputError, match=r"^http://127.0.0.1:9/a.tar cannot be read \(Client\w+: .*\): check"):
         cache.fetch(replace(file, url="http://127.0.0.1:9/a.tar"))
     assert copies(cache) == set()
 
 
 @pytest.mark.parametrize(("processes", "locks"), [(2, True), (4, True), (4, False)])
-def test_processes_that_need_a_file_at_once_download_it_once(
+def test_concurrent_processes_download_a_file_once(
     server: Server, cache: ShardCache, monkeypatch: pytest.MonkeyPatch, processes: int, locks: bool
 ) -> None:
     if not locks:  # as on some network file systems
 
-        def unknown(*arguments: Any) -> None:
+        def fail(*arguments: Any) -> None:
             raise OSError(errno.ENOLCK, "No locks available")
 
-        monkeypatch.setattr("fcntl.lockf", unknown)
-    files = [server.offer(f"{number}.tar", 400_000) for number in range(6)]
-    together = fork.Barrier(processes)
+        monkeypatch.setattr("fcntl.lockf", fail)
+    files = [server.add(f"{number}.tar", 400_000) for number in range(6)]
+    barrier = fork.Barrier(processes)
 
     def read(seed: int) -> None:
-        together.wait()
+        barrier.wait()
         for file in random.Random(seed).sample(files, len(files)):
             assert sha256_of(cache.fetch(file)) == file.sha256
 
-    readers = [begin(read, seed) for seed in range(processes)]
+    readers = [start(read, seed) for seed in range(processes)]
     for reader in readers:
         reader.join(20)
     assert [reader.exitcode for reader in readers] == [0] * processes
@@ -267,30 +269,30 @@ def test_processes_that_need_a_file_at_once_download_it_once(
         assert server.gets == {f"/{number}.tar": 1 for number in range(6)}
 
 
-def test_threads_of_a_process_download_a_file_once(server: Server, cache: ShardCache) -> None:
-    file = server.offer("a.tar", 20_000, "hangs")
-    found: list[bytes] = []
+def test_concurrent_threads_download_a_file_once(server: Server, cache: ShardCache) -> None:
+    file = server.add("a.tar", 20_000, "hangs")
+    contents: list[bytes] = []
     threads = [
-        # Each with a cache of its own, as the loaders of training and validation have.
-        threading.Thread(target=lambda: found.append(ShardCache(cache.directory, 1).fetch(file).read_bytes()))
+        # Each with a separate cache object, like the loaders of training and validation.
+        threading.Thread(target=lambda: contents.append(ShardCache(cache.directory, 1).fetch(file).read_bytes()))
         for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     wait_until(lambda: server.gets["/a.tar"] == 1)
     time.sleep(0.1)
-    server.go_on.set()
+    server.resume.set()
     for thread in threads:
         thread.join(20)
-    assert found == [content_of(server, file)] * 4
+    assert contents == [content_of(server, file)] * 4
     assert server.gets == {"/a.tar": 1}
 
 
-def test_who_waits_takes_over_from_a_process_that_is_killed(server: Server, cache: ShardCache) -> None:
-    file = server.offer("a.tar", 300_000, "hangs")
-    killed = begin(cache.fetch, file)
+def test_a_waiting_process_takes_over_from_a_killed_one(server: Server, cache: ShardCache) -> None:
+    file = server.add("a.tar", 300_000, "hangs")
+    killed = start(cache.fetch, file)
     wait_until(lambda: any(name.endswith(".partial") for name in copies(cache)))
-    waiting = begin(cache.fetch, file)
+    waiting = start(cache.fetch, file)
     time.sleep(0.1)
     assert waiting.is_alive()
     killed.kill()
@@ -300,21 +302,23 @@ def test_who_waits_takes_over_from_a_process_that_is_killed(server: Server, cach
     assert cache.fetch(file).read_bytes() == content_of(server, file)
 
 
-def test_what_a_killed_process_leaves_is_removed(server: Server, cache: ShardCache) -> None:
-    killed = begin(cache.fetch, server.offer("a.tar", 300_000, "hangs"))
+def test_partial_files_of_killed_processes_are_removed(server: Server, cache: ShardCache) -> None:
+    killed = start(cache.fetch, server.add("a.tar", 300_000, "hangs"))
     wait_until(lambda: server.gets["/a.tar"] == 1)
     killed.kill()
     killed.join()
     assert [path.stat().st_size for path in cache.directory.glob("??/*.partial")] == [300_000]
-    file = server.offer("b.tar")
+    file = server.add("b.tar")
     cache.fetch(file)
     assert copies(cache) == {file.sha256}
 
 
-def test_a_leftover_of_the_very_file_does_not_take_its_room(server: Server, tmp_path: Path) -> None:
+def test_a_partial_file_of_the_same_download_is_removed_before_space_is_reserved(
+    server: Server, tmp_path: Path
+) -> None:
     cache = ShardCache(tmp_path, gib=50_000 / 2**30)
-    file = server.offer("a.tar", 30_000, "hangs")
-    killed = begin(cache.fetch, file)
+    file = server.add("a.tar", 30_000, "hangs")
+    killed = start(cache.fetch, file)
     wait_until(lambda: server.gets["/a.tar"] == 1)
     killed.kill()
     killed.join()
@@ -322,23 +326,23 @@ def test_a_leftover_of_the_very_file_does_not_take_its_room(server: Server, tmp_
     assert copies(cache) == {file.sha256}
 
 
-def test_a_download_that_runs_is_never_taken_for_a_leftover(server: Server, cache: ShardCache) -> None:
-    file = server.offer("a.tar", 20_000, "hangs")
-    slow = begin(cache.fetch, file)
+def test_a_running_download_is_not_removed_as_abandoned(server: Server, cache: ShardCache) -> None:
+    file = server.add("a.tar", 20_000, "hangs")
+    slow = start(cache.fetch, file)
     wait_until(lambda: any(name.endswith(".partial") for name in copies(cache)))
     (partial,) = cache.directory.rglob("*.partial")
     age(partial, 100)
-    cache.fetch(server.offer("b.tar"))
+    cache.fetch(server.add("b.tar"))
     assert partial.exists()
-    server.go_on.set()
+    server.resume.set()
     slow.join(20)
     assert slow.exitcode == 0
     assert server.gets["/a.tar"] == 1
 
 
-def test_what_was_used_least_recently_makes_room(server: Server, tmp_path: Path) -> None:
+def test_least_recently_used_copies_are_evicted(server: Server, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, gib=70_000 / 2**30)
-    first, second, third, fourth = (server.offer(name) for name in "abcd")
+    first, second, third, fourth = (server.add(name) for name in "abcd")
     for seconds, file in ((300, first), (200, second), (100, third)):
         age(cache.fetch(file), seconds)
     cache.fetch(first)  # used again
@@ -346,16 +350,16 @@ def test_what_was_used_least_recently_makes_room(server: Server, tmp_path: Path)
     assert copies(cache) == {first.sha256, third.sha256, fourth.sha256}
     cache.fetch(replace(second, bytes=None))  # of unknown size
     assert copies(cache) == {first.sha256, second.sha256, fourth.sha256}
-    with pytest.raises(InputError, match=r"/e has 80000 bytes, more than all of .* may hold: raise data\.cache\.gib"):
-        cache.fetch(server.offer("e", 80_000))
-    with pytest.raises(InputError, match=r"/e has 80000 bytes, more than all of"):
-        cache.fetch(replace(server.offer("e", 80_000), bytes=None))
-    assert copies(cache) == {first.sha256, second.sha256, fourth.sha256}  # nothing made room in vain
+    with pytest.raises(InputError, match=r"/e has 80000 bytes, more than the limit of .*: raise data\.cache\.gib"):
+        cache.fetch(server.add("e", 80_000))
+    with pytest.raises(InputError, match=r"/e has 80000 bytes, more than the limit of"):
+        cache.fetch(replace(server.add("e", 80_000), bytes=None))
+    assert copies(cache) == {first.sha256, second.sha256, fourth.sha256}  # nothing was evicted for it
 
 
-def test_processes_that_read_more_than_fits_get_the_right_bytes(tmp_path: Path) -> None:
-    size, held = 50_000, 5
-    cache = ShardCache(tmp_path / "cache", gib=(held * size + 1) / 2**30)
+def test_concurrent_readers_of_more_files_than_fit_get_the_right_bytes(tmp_path: Path) -> None:
+    size, capacity = 50_000, 5
+    cache = ShardCache(tmp_path / "cache", gib=(capacity * size + 1) / 2**30)
     files = []
     for number in range(12):
         content = random.Random(number).randbytes(size)
@@ -369,11 +373,11 @@ def test_processes_that_read_more_than_fits_get_the_right_bytes(tmp_path: Path) 
             file = numbers.choice(files)
             assert hashlib.sha256(cache.use(file, Path.read_bytes)).hexdigest() == file.sha256
 
-    readers = [begin(read, seed) for seed in range(4)]
+    readers = [start(read, seed) for seed in range(4)]
     most = 0
     while any(reader.is_alive() for reader in readers):
-        # While this process holds the lock, files are removed at most.
-        with suppress(BlockingIOError), process_lock(cache.directory / "locks" / "room"):
+        # While this process holds the lock, files may be removed but not added.
+        with suppress(BlockingIOError), process_lock(cache.directory / "locks" / "capacity"):
             total = 0
             for path in cache.directory.glob("??/*"):
                 with suppress(FileNotFoundError):
@@ -381,26 +385,26 @@ def test_processes_that_read_more_than_fits_get_the_right_bytes(tmp_path: Path) 
             most = max(most, total)
         time.sleep(0.002)
     assert [reader.exitcode for reader in readers] == [0] * 4
-    assert most == held * size  # never more, and all that is allowed
+    assert most == capacity * size  # the limit is used in full and never exceeded
 
 
-def test_downloads_wait_for_the_room_that_others_take(server: Server, tmp_path: Path) -> None:
+def test_downloads_wait_for_space_that_other_downloads_use(server: Server, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, gib=50_000 / 2**30)
-    first, second = server.offer("a", 30_000, "hangs"), server.offer("b", 30_000)
+    first, second = server.add("a", 30_000, "hangs"), server.add("b", 30_000)
     cache.prefetch([first])
     wait_until(lambda: server.gets["/a"] == 1)
     waiting = threading.Thread(target=cache.fetch, args=(second,))
     waiting.start()
     time.sleep(0.1)
     assert server.gets["/b"] == 0
-    server.go_on.set()
+    server.resume.set()
     waiting.join(20)
     assert copies(cache) == {second.sha256}
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_full_disk_is_told_and_nothing_stays_of_the_file(server: Server, cache: ShardCache, known: bool) -> None:
-    small, large = server.offer("a"), server.offer("b", 300_000)
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(server: Server, cache: ShardCache, known: bool) -> None:
+    small, large = server.add("a"), server.add("b", 300_000)
     large = large if known else replace(large, bytes=None)
     answers = fork.Queue()
 
@@ -412,33 +416,35 @@ def test_a_full_disk_is_told_and_nothing_stays_of_the_file(server: Server, cache
         except InputError as error:
             answers.put(str(error))
 
-    process = begin(fetch)
+    process = start(fetch)
     process.join(20)
     assert process.exitcode == 0
     message = answers.get(timeout=5)
-    assert message.startswith(f"{cache.directory} has no room left for {large.url} (File too large): free space")
+    assert message.startswith(f"{cache.directory} has no space left for {large.url} (File too large): free space")
     assert "data.cache.gib" in message
     assert copies(cache) == {small.sha256}
 
 
-def test_an_unusable_folder_is_named(server: Server, tmp_path: Path) -> None:
-    file = server.offer("a")
+def test_an_unusable_folder_is_reported(server: Server, tmp_path: Path) -> None:
+    file = server.add("a")
     (tmp_path / "taken").write_text("")
     for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
         with pytest.raises(
-            InputError, match=r"taken.* cannot be a folder for copies of shards \(.*\): give data\.cache"
+            InputError, match=r"taken.* cannot be a folder for copies of shards \(.*\): set data\.cache"
         ):
             ShardCache(folder, gib=1)
     cache = ShardCache(tmp_path / "cache", gib=1)
     (cache.directory / file.sha256[:2]).write_text("")
-    with pytest.raises(InputError, match=r"cache takes no copy of http.*: give data\.cache\.directory"):
+    with pytest.raises(
+        InputError, match=r"A copy of http.* cannot be written to .*cache .*: set data\.cache\.directory"
+    ):
         cache.fetch(file)
     for gib in (0, -1, float("nan")):
         with pytest.raises(InputError, match=r"data\.cache\.gib is .*; it must be above 0"):
             ShardCache(tmp_path / "cache", gib)
 
 
-def test_the_recipe_opens_a_cache_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_cache_is_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     cache = CacheConfig(gib=2).open()
     assert cache.directory == tmp_path / ".cache" / "gpdit_lightning" / "shards"
@@ -446,8 +452,8 @@ def test_the_recipe_opens_a_cache_below_the_home_folder(tmp_path: Path, monkeypa
     assert cache.limit == 2 * 2**30
 
 
-def test_a_file_that_is_evicted_before_it_is_opened_is_fetched_again(server: Server, cache: ShardCache) -> None:
-    file = server.offer("a")
+def test_a_copy_that_is_evicted_before_it_is_opened_is_fetched_again(server: Server, cache: ShardCache) -> None:
+    file = server.add("a")
     evictions = [True, True, False]
 
     def read(path: Path) -> bytes:
@@ -462,8 +468,8 @@ def test_a_file_that_is_evicted_before_it_is_opened_is_fetched_again(server: Ser
         cache.use(file, read)
 
 
-def test_files_are_brought_before_they_are_read(server: Server, cache: ShardCache) -> None:
-    files = [server.offer(f"{number}", 20_000) for number in range(8)]
+def test_prefetched_files_are_not_downloaded_again(server: Server, cache: ShardCache) -> None:
+    files = [server.add(f"{number}", 20_000) for number in range(8)]
     cache.prefetch(files[:5])
     cache.prefetch(files)
     cache.prefetch(files)
@@ -473,43 +479,43 @@ def test_files_are_brought_before_they_are_read(server: Server, cache: ShardCach
     assert set(server.gets.values()) == {1}
 
 
-def test_files_are_brought_in_the_order_asked_for(
+def test_files_are_prefetched_in_the_order_of_the_requests(
     server: Server, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "THREADS", 1)
-    files = [server.offer(f"{number}") for number in (3, 1, 2, 0)]
+    monkeypatch.setattr(cache_module, "PREFETCH_THREADS", 1)
+    files = [server.add(f"{number}") for number in (3, 1, 2, 0)]
     cache.prefetch(files[:2])
     cache.prefetch([files[1], files[3], files[2]])
     wait_until(lambda: copies(cache) == {file.sha256 for file in files})
     assert server.order == ["/3", "/1", "/0", "/2"]
 
 
-def test_what_cannot_be_brought_is_left_to_the_reader(server: Server, cache: ShardCache) -> None:
-    bad, good = server.offer("bad"), server.offer("good")
+def test_errors_of_prefetching_are_left_to_the_reader(server: Server, cache: ShardCache) -> None:
+    bad, good = server.add("bad"), server.add("good")
     del server.files["/bad"]
     cache.prefetch([bad, good])
     wait_until(lambda: good.sha256 in copies(cache))
     with pytest.raises(InputError, match="/bad does not exist"):
         cache.fetch(bad)
-    server.offer("bad")
+    server.add("bad")
     cache.prefetch([bad])
     wait_until(lambda: copies(cache) == {good.sha256, bad.sha256})
 
 
-def test_what_another_process_downloads_is_not_waited_for(server: Server, cache: ShardCache) -> None:
-    slow, quick = server.offer("slow", 20_000, "hangs"), [server.offer(f"{number}") for number in range(3)]
-    other = begin(cache.fetch, slow)
+def test_prefetching_skips_files_that_another_process_downloads(server: Server, cache: ShardCache) -> None:
+    slow, quick = server.add("slow", 20_000, "hangs"), [server.add(f"{number}") for number in range(3)]
+    other = start(cache.fetch, slow)
     wait_until(lambda: server.gets["/slow"] == 1)
     cache.prefetch([slow, *quick])
     wait_until(lambda: {file.sha256 for file in quick} <= copies(cache))
-    server.go_on.set()
+    server.resume.set()
     other.join(20)
     assert other.exitcode == 0
     assert server.gets["/slow"] == 1
 
 
-def test_a_program_ends_while_files_are_brought(server: Server, cache: ShardCache) -> None:
-    server.offer("a.tar", 20_000, "hangs")
+def test_a_program_can_exit_while_files_are_prefetched(server: Server, cache: ShardCache) -> None:
+    server.add("a.tar", 20_000, "hangs")
     program = (
         "import sys, time; from pathlib import Path; from gpdit_lightning.data.cache import ShardCache\n"
         "from gpdit_lightning.data.remote import RemoteFile\n"
@@ -525,21 +531,21 @@ def test_a_program_ends_while_files_are_brought(server: Server, cache: ShardCach
 
 
 @pytest.mark.timeout(60)
-def test_a_cache_travels_to_other_processes(server: Server, cache: ShardCache) -> None:
-    files = [server.offer(f"{number}", 20_000, "hangs" if number < 2 else "") for number in range(5)]
+def test_a_cache_can_be_forked_and_pickled(server: Server, cache: ShardCache) -> None:
+    files = [server.add(f"{number}", 20_000, "hangs" if number < 2 else "") for number in range(5)]
     cache.prefetch(files[:3])
-    wait_until(lambda: server.gets["/0"] == server.gets["/1"] == 1)  # both threads are at work, the third file waits
+    wait_until(lambda: server.gets["/0"] == server.gets["/1"] == 1)  # both threads are busy, the third file is queued
     assert len(pickle.dumps(cache)) < 500
 
-    def use(cache: ShardCache, own: RemoteFile) -> None:
-        cache.prefetch([own])
-        wait_until(lambda: own.sha256 in copies(cache))
-        # Still being downloaded, by a thread that was not forked.
+    def use(cache: ShardCache, file: RemoteFile) -> None:
+        cache.prefetch([file])
+        wait_until(lambda: file.sha256 in copies(cache))
+        # Still being downloaded by a thread of the parent, which was not forked.
         assert sha256_of(cache.fetch(files[0])) == files[0].sha256
 
-    processes = [begin(use, cache, files[3]), begin(use, pickle.loads(pickle.dumps(cache)), files[4])]
+    processes = [start(use, cache, files[3]), start(use, pickle.loads(pickle.dumps(cache)), files[4])]
     wait_until(lambda: {files[3].sha256, files[4].sha256} <= copies(cache))
-    server.go_on.set()
+    server.resume.set()
     for process in processes:
         process.join(20)
         assert process.exitcode == 0
@@ -547,62 +553,58 @@ def test_a_cache_travels_to_other_processes(server: Server, cache: ShardCache) -
     assert set(server.gets.values()) == {1}
 
 
-def test_a_fork_leaves_the_connections_of_its_parent_alone(server: Server, cache: ShardCache) -> None:
-    """A filesystem that the child's collector took would close them in the event loop that both share."""
-    cache.fetch(server.offer("a"))
+def test_a_forked_process_does_not_close_connections_of_its_parent(server: Server, cache: ShardCache) -> None:
+    """A filesystem object that the child frees would close them in the event loop that both share."""
+    cache.fetch(server.add("a"))
     for _ in range(3):
-        sync(get_loop(), asyncio.sleep, 0)  # fsspec's thread forgets the file it read last
+        sync(get_loop(), asyncio.sleep, 0)  # fsspec's thread drops its reference to the last file
 
     def collect() -> None:
         gc.collect()
-        os._exit(not any(isinstance(thing, HTTPFileSystem) for thing in gc.get_objects()))
+        os._exit(not any(isinstance(instance, HTTPFileSystem) for instance in gc.get_objects()))
 
-    process = begin(collect)
+    process = start(collect)
     process.join(20)
     assert process.exitcode == 0
-    cache.fetch(server.offer("b"))
+    cache.fetch(server.add("b"))
 
 
 @pytest.fixture
 def remote(server: Server, write_shards: Callable[..., Manifest], tmp_path: Path) -> tuple[Manifest, str]:
-    """A manifest on this machine, and the address at which the server has the same folder."""
+    """A local manifest, and the address of a remote copy of its folder."""
     counts = {("train", "video", (3, 4, 4)): 6, ("validation", "image", (1, 4, 4)): 2}
     manifest = write_shards(tmp_path / "latents", counts, shard_size=4)
-    return manifest, server.offer_folder(tmp_path / "latents")
+    return manifest, server.add_folder(tmp_path / "latents")
 
 
-def test_samples_from_elsewhere_are_those_of_the_folder(
-    server: Server, cache: ShardCache, remote: tuple[Manifest, str]
-) -> None:
+def test_remote_samples_equal_local_ones(server: Server, cache: ShardCache, remote: tuple[Manifest, str]) -> None:
     local, url = remote
-    there = Manifest.load(url)
-    assert there.directory == UPath(url)
-    assert replace(there, directory=local.directory) == local
-    assert there.fingerprint() == local.fingerprint()
+    remote_manifest = Manifest.load(url)
+    assert remote_manifest.directory == UPath(url)
+    assert replace(remote_manifest, directory=local.directory) == local
+    assert remote_manifest.fingerprint() == local.fingerprint()
     assert sum(server.gets.values()) == 1  # no request for each shard
     for entry in local.shards:
-        ours, theirs = ShardReader(local.directory, entry), ShardReader(there.directory, entry, cache)
-        assert len(pickle.dumps(theirs)) < 2000
-        for reader in (theirs, pickle.loads(pickle.dumps(theirs))):
+        local_reader = ShardReader(local.directory, entry)
+        remote_reader = ShardReader(remote_manifest.directory, entry, cache)
+        assert len(pickle.dumps(remote_reader)) < 2000
+        for reader in (remote_reader, pickle.loads(pickle.dumps(remote_reader))):
             for number in range(entry.count):
-                assert np.array_equal(ours.read(number, 1)[0], reader.read(number, 1)[0])
-                assert ours.read(number)[1] == reader.read(number)[1]
-        assert ours.files == ()
-        assert all(path.read_bytes() == content_of(server, file) for file, path in zip(
-            theirs.files, map(cache.fetch, theirs.files), strict=True))  # fmt: skip
+                assert np.array_equal(local_reader.read(number, 1)[0], reader.read(number, 1)[0])
+                assert local_reader.read(number)[1] == reader.read(number)[1]
+        assert local_reader.files == ()
+        assert all(cache.fetch(file).read_bytes() == content_of(server, file) for file in remote_reader.files)
     assert set(server.gets.values()) == {1}
     assert ShardReader(local.directory, local.shards[0], cache).files == ()
 
 
-def test_a_shard_elsewhere_needs_a_cache(remote: tuple[Manifest, str]) -> None:
+def test_a_remote_shard_needs_a_cache(remote: tuple[Manifest, str]) -> None:
     manifest = Manifest.load(remote[1])
     with pytest.raises(InputError, match=r"\.tar is not on this machine: give data\.cache\.directory a folder"):
         ShardReader(manifest.directory, manifest.shards[0])
 
 
-def test_a_reader_whose_files_were_evicted_fetches_them_again(
-    server: Server, cache: ShardCache, remote: tuple[Manifest, str]
-) -> None:
+def test_a_reader_fetches_evicted_files_again(server: Server, cache: ShardCache, remote: tuple[Manifest, str]) -> None:
     local, url = remote
     reader = ShardReader(UPath(url), local.shards[0], cache)
     expected = ShardReader(local.directory, local.shards[0]).read(1)[0]
@@ -614,7 +616,7 @@ def test_a_reader_whose_files_were_evicted_fetches_them_again(
 
 @pytest.mark.parametrize("mapped", [True, False])
 @pytest.mark.parametrize("part", [0, 1])
-def test_a_copy_that_the_disk_damaged_is_fetched_again(
+def test_a_damaged_copy_is_fetched_again(
     server: Server,
     cache: ShardCache,
     remote: tuple[Manifest, str],
@@ -638,7 +640,7 @@ def test_a_copy_that_the_disk_damaged_is_fetched_again(
     assert sum(server.gets.values()) == 3
 
 
-def test_a_sample_that_is_damaged_at_its_source_is_named(
+def test_a_sample_that_is_damaged_at_its_source_is_reported(
     server: Server, cache: ShardCache, remote: tuple[Manifest, str]
 ) -> None:
     local, url = remote
@@ -655,7 +657,7 @@ def test_a_sample_that_is_damaged_at_its_source_is_named(
     assert set(server.gets.values()) == {1}
 
 
-def test_a_shard_that_is_gone_is_no_damaged_sample(
+def test_a_missing_shard_is_not_a_damaged_sample(
     server: Server, cache: ShardCache, remote: tuple[Manifest, str]
 ) -> None:
     local, url = remote

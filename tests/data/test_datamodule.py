@@ -29,13 +29,15 @@ def source(*folders: Path, batch_size: int = 4, **settings: Any) -> SourceConfig
 
 
 def module(shards: Path, **settings: Any) -> LatentDataModule:
-    """4 images and 2 clips in each step, in 3 micro-batches."""
+    """Return a module with 4 images and 2 clips per step, in 3 micro-batches."""
     images, videos = source(shards, micro_batches=2), source(shards, batch_size=2)
     return LatentDataModule(**{"images": images, "videos": videos} | settings)
 
 
-def at(data: LatentDataModule, step: int = 0, max_steps: int = 10, rank: int = 0, ranks: int = 1) -> LatentDataModule:
-    """The module as a trainer that stands at `step` sees it."""
+def at_step(
+    data: LatentDataModule, step: int = 0, max_steps: int = 10, rank: int = 0, ranks: int = 1
+) -> LatentDataModule:
+    """Attach the module to a trainer whose current step is `step`."""
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_step=step, max_steps=max_steps, global_rank=rank, world_size=ranks, strategy=strategy
@@ -51,7 +53,7 @@ def contents(loader: DataLoader[LatentBatch], count: int) -> list[tuple[Any, ...
 
 
 def test_a_step_has_the_batches_of_both_sources(tiny_shards: Path) -> None:
-    data = at(module(tiny_shards))
+    data = at_step(module(tiny_shards))
     assert data.micro_batches_per_step == 3
     batches = list(islice(data.train_dataloader(), 3))
     assert [(b.source, len(b.keys), b.weight) for b in batches] == [("images", 2, 0.25)] * 2 + [("videos", 2, 0.5)]
@@ -60,30 +62,33 @@ def test_a_step_has_the_batches_of_both_sources(tiny_shards: Path) -> None:
 
 
 def test_the_loader_starts_at_the_trainers_step(tiny_shards: Path) -> None:
-    whole = contents(at(module(tiny_shards)).train_dataloader(), 30)
+    whole = contents(at_step(module(tiny_shards)).train_dataloader(), 30)
     assert len(whole) == 30
-    resumed = at(module(tiny_shards), step=7).train_dataloader()
+    resumed = at_step(module(tiny_shards), step=7).train_dataloader()
     assert contents(resumed, 30) == whole[7 * 3 :]
     assert len(resumed) == 30
 
 
-def test_a_run_without_an_end_has_batches_without_an_end(tiny_shards: Path) -> None:
-    endless = at(module(tiny_shards), step=10**6, max_steps=-1).train_dataloader()
+def test_a_run_without_max_steps_has_endless_batches(tiny_shards: Path) -> None:
+    endless = at_step(module(tiny_shards), step=10**6, max_steps=-1).train_dataloader()
     assert len(contents(endless, 2)) == 2
     assert len(endless) > 10**9
 
 
-def test_loader_processes_change_nothing(tiny_shards: Path) -> None:
-    alone, helped = (at(module(tiny_shards, workers=workers), step=2).train_dataloader() for workers in (0, 2))
-    assert helped.num_workers == 2
-    assert contents(helped, 24) == contents(alone, 24)
+def test_batches_are_independent_of_the_number_of_workers(tiny_shards: Path) -> None:
+    in_process, with_workers = (
+        at_step(module(tiny_shards, workers=workers), step=2).train_dataloader() for workers in (0, 2)
+    )
+    assert with_workers.num_workers == 2
+    assert contents(with_workers, 24) == contents(in_process, 24)
 
 
-def test_ranks_share_every_micro_batch(tiny_shards: Path) -> None:
+def test_ranks_divide_every_micro_batch(tiny_shards: Path) -> None:
     settings: dict[str, Any] = {"max_ranks": 2, "context_dropout": 0.5}
-    whole = list(islice(at(module(tiny_shards, **settings)).train_dataloader(), 12))
+    whole = list(islice(at_step(module(tiny_shards, **settings)).train_dataloader(), 12))
     shares = [
-        list(islice(at(module(tiny_shards, **settings), rank=rank, ranks=2).train_dataloader(), 12)) for rank in (0, 1)
+        list(islice(at_step(module(tiny_shards, **settings), rank=rank, ranks=2).train_dataloader(), 12))
+        for rank in (0, 1)
     ]
     for batch, first, second in zip(whole, *shares, strict=True):
         assert sorted(batch.keys) == sorted(first.keys + second.keys)
@@ -91,36 +96,36 @@ def test_ranks_share_every_micro_batch(tiny_shards: Path) -> None:
         assert first.context == second.context == batch.context / 2
 
 
-def test_validation_is_the_same_every_time_and_held_out(tiny_shards: Path) -> None:
+def test_validation_batches_are_held_out_and_always_the_same(tiny_shards: Path) -> None:
     data = module(tiny_shards, validation_batches=2)
-    first, later = (list(at(data, step=step).val_dataloader()) for step in (0, 9))
+    first, later = (list(at_step(data, step=step).val_dataloader()) for step in (0, 9))
     assert len(first) == 2 * 3
     for before, after in zip(first, later, strict=True):
         assert before.keys == after.keys
         assert torch.equal(before.noise, after.noise)
         assert torch.equal(before.t, after.t)
     assert all(key.startswith("validation-") for batch in first for key in batch.keys)
-    assert all(batch.context == len(batch.keys) for batch in first)  # no clip loses its context
-    training = next(iter(at(data).train_dataloader()))
+    assert all(batch.context == len(batch.keys) for batch in first)  # all clips have context
+    training = next(iter(at_step(data).train_dataloader()))
     assert not torch.equal(training.noise, first[0].noise)
 
 
-def test_there_is_no_validation_without_held_out_samples(tmp_path: Path, write_shards: Shards) -> None:
+def test_no_validation_without_held_out_samples(tmp_path: Path, write_shards: Shards) -> None:
     folder = write_shards(tmp_path, {VIDEO: 3}).directory
-    assert at(LatentDataModule(videos=source(folder))).val_dataloader() == []
+    assert at_step(LatentDataModule(videos=source(folder))).val_dataloader() == []
 
 
-def test_validation_can_be_turned_off(tiny_shards: Path) -> None:
-    assert at(module(tiny_shards, validation_batches=0)).val_dataloader() == []
+def test_validation_can_be_disabled(tiny_shards: Path) -> None:
+    assert at_step(module(tiny_shards, validation_batches=0)).val_dataloader() == []
 
 
-def test_a_source_takes_only_its_kind(tiny_shards: Path) -> None:
-    data = at(LatentDataModule(videos=source(tiny_shards, batch_size=11), context_dropout=0.0))
+def test_a_source_uses_only_samples_of_its_kind(tiny_shards: Path) -> None:
+    data = at_step(LatentDataModule(videos=source(tiny_shards, batch_size=11), context_dropout=0.0))
     (batch,) = islice(data.train_dataloader(), 1)
     assert sorted(batch.keys) == [f"train-video-3x8x8-0000{n // 5}-{n % 5:06d}" for n in range(11)]
 
 
-def test_several_manifests_and_shapes_of_a_source_are_pooled_by_shape(tmp_path: Path, write_shards: Shards) -> None:
+def test_shards_of_several_manifests_are_grouped_by_shape(tmp_path: Path, write_shards: Shards) -> None:
     first = write_shards(tmp_path / "a", {VIDEO: 3, ("train", "video", (3, 4, 8)): 2}).directory
     second = write_shards(tmp_path / "b", {VIDEO: 4}).directory
     data = LatentDataModule(videos=source(first, second, batch_size=1))
@@ -128,8 +133,8 @@ def test_several_manifests_and_shapes_of_a_source_are_pooled_by_shape(tmp_path: 
     assert data.geometry.sizes == ((32, 64), (64, 64))
 
 
-def test_shards_that_give_the_same_lengths_share_a_bucket(tmp_path: Path, write_shards: Shards) -> None:
-    """Those of 5 to 8 frames; of 2 and 3 there are too few."""
+def test_shards_with_the_same_clip_lengths_share_a_bucket(tmp_path: Path, write_shards: Shards) -> None:
+    """For clips of 5, 6 and 8 latent frames."""
     counts = {("train", "video", (frames, 8, 8)): 3 for frames in (5, 6, 8)}
     folder = write_shards(tmp_path, counts | {("train", "video", (6, 4, 4)): 2}).directory
 
@@ -144,35 +149,35 @@ def test_shards_that_give_the_same_lengths_share_a_bucket(tmp_path: Path, write_
     }
 
 
-def test_a_token_budget_gives_each_shape_and_length_a_size_of_its_own(tmp_path: Path, write_shards: Shards) -> None:
-    """At 16 tokens a frame of 8x8 and 8 of 4x8."""
+def test_micro_batch_sizes_under_a_token_budget(tmp_path: Path, write_shards: Shards) -> None:
+    """A frame of 8x8 has 16 tokens, a frame of 4x8 has 8."""
     shapes = [(frames, height, 8) for frames in (2, 3) for height in (4, 8)]
     folder = write_shards(tmp_path, {("train", "video", shape): 40 for shape in shapes}).directory
     clips = source(folder, batch_size=0, tokens=200, frames=3, least_frames=1)
-    data = at(LatentDataModule(images=source(), videos=clips, max_ranks=2), max_steps=200)
+    data = at_step(LatentDataModule(images=source(), videos=clips, max_ranks=2), max_steps=200)
     found = {tuple(batch.latents.shape[i] for i in (1, 3, 0)) for batch in data.train_dataloader()}
     assert found == {(1, 4, 24), (2, 4, 12), (3, 4, 8), (1, 8, 12), (2, 8, 6), (3, 8, 4)}
     with pytest.raises(InputError, match=r"data\.videos\.tokens is 200, too few for one sample of 3x8x8 latent pixels"):
         LatentDataModule(videos=clips, max_ranks=8)
 
 
-def test_a_batch_in_samples_and_in_tokens_is_refused(tiny_shards: Path) -> None:
+def test_batch_size_and_tokens_together_are_rejected(tiny_shards: Path) -> None:
     with pytest.raises(InputError, match=r"data\.videos has batch_size = 4 and tokens = 90: give one of them"):
         LatentDataModule(videos=source(tiny_shards, tokens=90))
 
 
-def test_what_is_read_at_a_time_stays_within_a_window(tmp_path: Path, write_shards: Shards) -> None:
+def test_reads_stay_within_a_window(tmp_path: Path, write_shards: Shards) -> None:
     folder = write_shards(tmp_path, {VIDEO: 60}).directory  # shards of 5
-    data = at(LatentDataModule(videos=source(folder, batch_size=1, shuffle_window=15)), max_steps=60)
+    data = at_step(LatentDataModule(videos=source(folder, batch_size=1, shuffle_window=15)), max_steps=60)
     shards = [batch.keys[0].split("-")[-2] for batch in data.train_dataloader()]
     windows = [set(shards[first : first + 15]) for first in range(0, 60, 15)]
     assert all(len(window) == 3 for window in windows)
     assert len(set.union(*windows)) == 12
-    data = at(LatentDataModule(videos=source(folder, batch_size=1)), max_steps=60)
+    data = at_step(LatentDataModule(videos=source(folder, batch_size=1)), max_steps=60)
     assert len({batch.keys[0].split("-")[-2] for batch in islice(data.train_dataloader(), 30)}) > 8
 
 
-def test_codecs_that_differ_are_refused_by_name(tmp_path: Path, write_shards: Shards) -> None:
+def test_different_codecs_are_rejected(tmp_path: Path, write_shards: Shards) -> None:
     images = write_shards(tmp_path / "images", {IMAGE: 3}).directory
     videos = write_shards(tmp_path / "videos", {VIDEO: 3}, codec=replace(TINY_CODEC, fingerprint="f" * 16)).directory
     with pytest.raises(InputError, match="fingerprint '0123456789abcdef' and 'ffffffffffffffff'") as caught:
@@ -182,7 +187,7 @@ def test_codecs_that_differ_are_refused_by_name(tmp_path: Path, write_shards: Sh
 
 
 @pytest.mark.parametrize("field", ["mean", "std"])
-def test_whitening_constants_that_differ_are_refused(tmp_path: Path, write_shards: Shards, field: str) -> None:
+def test_different_whitening_constants_are_rejected(tmp_path: Path, write_shards: Shards, field: str) -> None:
     first = write_shards(tmp_path / "a", {VIDEO: 3}).directory
     other: dict[str, Any] = {field: (1.0, 1.0, 1.0, 3.0)}
     second = write_shards(tmp_path / "b", {VIDEO: 3}, codec=replace(TINY_CODEC, **other)).directory
@@ -190,7 +195,7 @@ def test_whitening_constants_that_differ_are_refused(tmp_path: Path, write_shard
         LatentDataModule(videos=source(first, second))
 
 
-def test_more_frames_than_the_shards_have_are_refused(tiny_shards: Path) -> None:
+def test_more_frames_than_the_shards_have_are_rejected(tiny_shards: Path) -> None:
     with pytest.raises(InputError, match=r"data\.videos takes 4 latent frames .*, but .*manifest\.json has .* 3"):
         LatentDataModule(videos=source(tiny_shards, frames=4))
     with pytest.raises(InputError, match=r"data\.videos takes 4 latent frames"):
@@ -199,17 +204,17 @@ def test_more_frames_than_the_shards_have_are_refused(tiny_shards: Path) -> None
         LatentDataModule(videos=source(tiny_shards, frames=2, least_frames=3))
 
 
-def test_fewer_frames_keep_the_beginning(tiny_shards: Path) -> None:
-    data = at(LatentDataModule(videos=source(tiny_shards, frames=2)))
+def test_shorter_clips_are_cut_at_the_end(tiny_shards: Path) -> None:
+    data = at_step(LatentDataModule(videos=source(tiny_shards, frames=2)))
     assert next(iter(data.train_dataloader())).latents.shape == (4, 2, 4, 8, 8)
     assert data.geometry.frames == 2
 
 
-def test_lengths_vary_and_short_samples_give_the_short_ones(tmp_path: Path, write_shards: Shards) -> None:
-    """Length and samples of a batch are the plan's: the same for every loader; each length equally often."""
+def test_varying_lengths_with_short_samples(tmp_path: Path, write_shards: Shards) -> None:
+    """Each length is used equally often, and the batches are the same with and without workers."""
     folder = write_shards(tmp_path, {VIDEO: 6, ("train", "video", (5, 8, 8)): 6, ("validation", "video", (5, 8, 8)): 3})
     clips = source(folder.directory, batch_size=2, frames=4, least_frames=2)
-    data = at(LatentDataModule(videos=clips), max_steps=1000)
+    data = at_step(LatentDataModule(videos=clips), max_steps=1000)
     batches = list(islice(data.train_dataloader(), 90))
     by_bucket: dict[str, list[int]] = {"3x8x8": [], "5x8x8": []}
     for batch in batches:
@@ -219,7 +224,9 @@ def test_lengths_vary_and_short_samples_give_the_short_ones(tmp_path: Path, writ
         assert set(counts) == set(range(2, longest + 1))
         assert max(counts.values()) - min(counts.values()) <= 1
         assert by_bucket[bucket][: longest - 1] != by_bucket[bucket][longest - 1 : 2 * (longest - 1)] or longest == 3
-    again = list(islice(at(LatentDataModule(videos=clips, workers=2), step=40, max_steps=1000).train_dataloader(), 3))
+    again = list(
+        islice(at_step(LatentDataModule(videos=clips, workers=2), step=40, max_steps=1000).train_dataloader(), 3)
+    )
     for batch, same in zip(batches[40:], again, strict=False):
         assert torch.equal(batch.latents, same.latents)
     assert data.geometry.frames == 4
@@ -227,19 +234,19 @@ def test_lengths_vary_and_short_samples_give_the_short_ones(tmp_path: Path, writ
     assert set(validation) <= {2, 3, 4}
 
 
-def test_sequences_are_a_source_of_their_own(tmp_path: Path, write_shards: Shards) -> None:
+def test_sequences_are_a_separate_source(tmp_path: Path, write_shards: Shards) -> None:
     folder = write_shards(tmp_path, {VIDEO: 3, ("train", "sequence", (6, 8, 8)): 4}).directory
-    data = at(LatentDataModule(sequences=source(folder, batch_size=4)))
+    data = at_step(LatentDataModule(sequences=source(folder, batch_size=4)))
     batch = next(iter(data.train_dataloader()))
     assert batch.source == "sequences"
     assert batch.latents.shape == (4, 6, 4, 8, 8)
     assert all("-sequence-" in key for key in batch.keys)
 
 
-def test_only_targets_are_trained_on_and_validated(tmp_path: Path, write_shards: Shards) -> None:
+def test_loss_frames_apply_to_training_and_validation(tmp_path: Path, write_shards: Shards) -> None:
     counts = {(split, "sequence", (6, 8, 8)): 4 for split in ("train", "validation")}
     folder = write_shards(tmp_path, counts | {IMAGE: 4, ("validation", "image", (1, 8, 8)): 4}).directory
-    data = at(LatentDataModule(images=source(folder), sequences=source(folder, loss_frames="targets")))
+    data = at_step(LatentDataModule(images=source(folder), sequences=source(folder, loss_frames="targets")))
     for loader in (data.train_dataloader(), data.val_dataloader()):
         images, sequences = islice(loader, 2)
         assert (images.frames, images.noise.shape) == (None, (4, 1, 4, 8, 8))
@@ -255,7 +262,7 @@ def test_only_targets_are_trained_on_and_validated(tmp_path: Path, write_shards:
         ("sequences", {"least_frames": 1}, r"has none: take at least 2 frames of each, or set it to all"),
     ],
 )
-def test_where_there_are_no_targets_they_are_refused(
+def test_a_loss_on_targets_without_targets_is_rejected(
     tmp_path: Path, write_shards: Shards, name: str, settings: dict[str, int], message: str
 ) -> None:
     folder = write_shards(tmp_path, {IMAGE: 3, VIDEO: 3, ("train", "sequence", (2, 8, 8)): 3}).directory
@@ -276,58 +283,58 @@ def test_a_checkpoint_resumes_only_with_the_same_loss_frames(tmp_path: Path, wri
         everything.load_state_dict(targets.state_dict())
 
 
-def test_a_source_without_manifests_is_left_out(tiny_shards: Path) -> None:
-    """So that an overlay can set batch sizes of sources which a recipe does not use."""
+def test_a_source_without_manifests_is_not_used(tiny_shards: Path) -> None:
+    """An overlay may set batch sizes of sources that a recipe does not use."""
     data = LatentDataModule(images=source(), videos=source(tiny_shards))
     assert [planned.name for planned in data.plan.sources] == ["videos"]
 
 
-def test_a_manifest_without_samples_of_the_kind_is_refused(tmp_path: Path, write_shards: Shards) -> None:
+def test_a_source_without_training_samples_is_rejected(tmp_path: Path, write_shards: Shards) -> None:
     folder = write_shards(tmp_path, {IMAGE: 3, ("validation", "video", (3, 8, 8)): 2}).directory
     with pytest.raises(InputError, match="the source 'videos' holds no samples"):
         LatentDataModule(videos=source(folder))
 
 
-def test_each_manifest_holds_samples_of_its_source(tmp_path: Path, write_shards: Shards) -> None:
-    pictures = write_shards(tmp_path / "pictures", {IMAGE: 3}).directory
+def test_a_manifest_without_samples_of_the_kind_is_rejected(tmp_path: Path, write_shards: Shards) -> None:
+    images = write_shards(tmp_path / "images", {IMAGE: 3}).directory
     videos = write_shards(tmp_path / "videos", {("train", "video", (3, 8, 8)): 4}).directory
-    cure = r"data\.videos\.manifests names .*pictures/manifest\.json, which holds image samples: give it to data.images"
+    cure = r"data\.videos\.manifests names .*images/manifest\.json, which has image samples: give it to data.images"
     with pytest.raises(InputError, match=cure):
-        LatentDataModule(videos=source(videos, pictures))
+        LatentDataModule(videos=source(videos, images))
 
 
-def test_no_source_at_all_is_refused(tiny_shards: Path) -> None:
+def test_no_source_is_rejected(tiny_shards: Path) -> None:
     for unused in ({}, {"images": source(tiny_shards, batch_size=0)}, {"images": source()}):
         with pytest.raises(InputError, match=r"give data\.images, data\.videos or data\.sequences the manifests"):
             LatentDataModule(**unused)
 
 
-def test_noise_draws_multiply_training_clips_alone(tiny_shards: Path) -> None:
-    data = at(module(tiny_shards, noise_draws=3))
+def test_noise_draws_apply_to_training_clips_only(tiny_shards: Path) -> None:
+    data = at_step(module(tiny_shards, noise_draws=3))
     images, _, videos = islice(data.train_dataloader(), 3)
     assert (len(images.latents), len(images.noise)) == (2, 2)
     assert (len(videos.latents), len(videos.noise)) == (2, 6)
     assert all(len(batch.noise) == len(batch.latents) for batch in data.val_dataloader())
-    single = next(islice(at(module(tiny_shards)).train_dataloader(), 2, None))
+    single = next(islice(at_step(module(tiny_shards)).train_dataloader(), 2, None))
     assert torch.equal(videos.noise[: videos.context], single.noise[: single.context])
     with pytest.raises(InputError, match=r"data\.noise_draws is 0"):
         module(tiny_shards, noise_draws=0)
 
 
-def test_a_negative_seed_is_refused(tiny_shards: Path) -> None:
+def test_a_negative_seed_is_rejected(tiny_shards: Path) -> None:
     with pytest.raises(InputError, match=r"data\.seed is -1"):
         module(tiny_shards, seed=-1)
 
 
-def test_geometry_is_that_of_the_clips(tiny_shards: Path) -> None:
+def test_geometry_of_the_clips(tiny_shards: Path) -> None:
     assert module(tiny_shards).geometry == ClipGeometry(stride=3, sizes=((64, 64),), frames=3)
     assert LatentDataModule(images=source(tiny_shards)).geometry.frames == 1
 
 
-def test_its_own_state_is_accepted_wherever_the_shards_lie(tmp_path: Path, write_shards: Shards) -> None:
-    here, there = (write_shards(tmp_path / name, {VIDEO: 3}).directory for name in ("here", "there"))
-    state = LatentDataModule(videos=source(here)).state_dict()
-    LatentDataModule(videos=source(there)).load_state_dict(state)
+def test_a_state_is_accepted_after_the_shards_moved(tmp_path: Path, write_shards: Shards) -> None:
+    first, second = (write_shards(tmp_path / name, {VIDEO: 3}).directory for name in ("first", "second"))
+    state = LatentDataModule(videos=source(first)).state_dict()
+    LatentDataModule(videos=source(second)).load_state_dict(state)
     assert str(tmp_path) not in repr(state)
 
 
@@ -341,7 +348,7 @@ def test_its_own_state_is_accepted_wherever_the_shards_lie(tmp_path: Path, write
         ({"noise_draws": 2}, r"data\.noise_draws = 1"),
     ],
 )
-def test_another_order_is_refused_by_name(tiny_shards: Path, change: dict[str, Any], setting: str) -> None:
+def test_a_state_with_another_order_is_rejected(tiny_shards: Path, change: dict[str, Any], setting: str) -> None:
     with pytest.raises(InputError, match=f"was trained with {setting}"):
         module(tiny_shards, **change).load_state_dict(module(tiny_shards).state_dict())
 
@@ -358,13 +365,15 @@ def test_another_order_is_refused_by_name(tiny_shards: Path, change: dict[str, A
         ({"shuffle_window": 5}, r"data\.videos\.shuffle_window = 65536 and the recipe has 5"),
     ],
 )
-def test_another_mixture_is_refused_by_name(tiny_shards: Path, change: dict[str, Any], setting: str) -> None:
+def test_a_state_with_another_mixture_is_rejected(tiny_shards: Path, change: dict[str, Any], setting: str) -> None:
     changed = module(tiny_shards, videos=source(tiny_shards, **{"batch_size": 2} | change))
     with pytest.raises(InputError, match=f"was trained with {setting}"):
         changed.load_state_dict(module(tiny_shards).state_dict())
 
 
-def test_other_data_and_other_sources_are_refused(tiny_shards: Path, tmp_path: Path, write_shards: Shards) -> None:
+def test_a_state_with_other_data_or_sources_is_rejected(
+    tiny_shards: Path, tmp_path: Path, write_shards: Shards
+) -> None:
     state = module(tiny_shards).state_dict()
     other = write_shards(tmp_path, {VIDEO: 3}).directory
     with pytest.raises(InputError, match=r"data\.videos\.manifests"):
@@ -373,42 +382,40 @@ def test_other_data_and_other_sources_are_refused(tiny_shards: Path, tmp_path: P
         LatentDataModule(videos=source(tiny_shards, batch_size=2)).load_state_dict(state)
 
 
-def test_data_that_were_extended_are_refused_with_the_manifest_to_go_on_with(
-    tmp_path: Path, write_shards: Shards
-) -> None:
+def test_extended_data_are_rejected_with_the_manifest_to_continue_with(tmp_path: Path, write_shards: Shards) -> None:
     folder = write_shards(tmp_path, {VIDEO: 3}).directory
     before = Manifest.load(folder)
     state = LatentDataModule(videos=source(folder)).state_dict()
     kept = before.path.rename(folder / f"manifest-{before.fingerprint()[:16]}.json")
     write_shards(tmp_path, {VIDEO: 3, ("train", "video", (3, 4, 4)): 2})
-    with pytest.raises(InputError, match=rf"restore the old values \(the data before they were extended are {kept}\)"):
+    with pytest.raises(
+        InputError, match=rf"restore the old values \(the manifest before the data were extended is {kept}\)"
+    ):
         LatentDataModule(videos=source(folder)).load_state_dict(state)
     LatentDataModule(videos=source(kept)).load_state_dict(state)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shards_that_lie_elsewhere_give_the_same_batches(tmp_path: Path, tiny_shards: Path, workers: int) -> None:
-    elsewhere = f"file://{tiny_shards}"
+def test_remote_shards_give_the_same_batches(tmp_path: Path, tiny_shards: Path, workers: int) -> None:
     cache = CacheConfig(str(tmp_path / "cache"), gib=0.01)
 
-    def of(place: str, **settings: Any) -> LatentDataModule:
-        images, videos = SourceConfig([place], 4, micro_batches=2), SourceConfig([place], 2)
-        return at(LatentDataModule(images, videos, **settings))
+    def module_of(folder: str, **settings: Any) -> LatentDataModule:
+        images, videos = SourceConfig([folder], 4, micro_batches=2), SourceConfig([folder], 2)
+        return at_step(LatentDataModule(images, videos, **settings))
 
-    remote = of(elsewhere, cache=cache, workers=workers)
-    assert contents(remote.train_dataloader(), 30) == contents(of(str(tiny_shards)).train_dataloader(), 30)
-    assert contents(remote.val_dataloader(), 12) == contents(of(str(tiny_shards)).val_dataloader(), 12)
-    assert remote.state_dict()["order"] == of(str(tiny_shards)).state_dict()["order"]
+    remote, local = module_of(f"file://{tiny_shards}", cache=cache, workers=workers), module_of(str(tiny_shards))
+    assert contents(remote.train_dataloader(), 30) == contents(local.train_dataloader(), 30)
+    assert contents(remote.val_dataloader(), 12) == contents(local.val_dataloader(), 12)
+    assert remote.state_dict()["order"] == local.state_dict()["order"]
     copies = [path for path in (tmp_path / "cache").glob("??/*") if not path.suffix]
     assert len(copies) == len(list(tiny_shards.glob("*-*.*"))), "each tar and index once"
 
 
-def test_shards_come_before_they_are_needed(tmp_path: Path, write_shards: Shards) -> None:
-    """Those of the window that is read, and of the next one, and no others."""
+def test_shards_of_the_current_and_next_windows_are_prefetched(tmp_path: Path, write_shards: Shards) -> None:
     folder = write_shards(tmp_path / "shards", {VIDEO: 100}).directory
     cache = CacheConfig(str(tmp_path / "cache"), gib=0.01)
     videos = SourceConfig([f"file://{folder}"], batch_size=2, shuffle_window=25)
-    batches = iter(at(LatentDataModule(videos=videos, cache=cache)).train_dataloader())
+    batches = iter(at_step(LatentDataModule(videos=videos, cache=cache)).train_dataloader())
     next(batches)
     copies = 0
     for _ in range(200):  # up to ten seconds
@@ -419,7 +426,7 @@ def test_shards_come_before_they_are_needed(tmp_path: Path, write_shards: Shards
     assert copies == 2 * 2 * 5, "tars and indices of two windows of five shards"
 
 
-def test_a_cache_that_is_too_small_is_refused_and_none_is_made_without_need(tmp_path: Path, tiny_shards: Path) -> None:
+def test_a_cache_is_created_only_for_remote_shards_and_must_be_large_enough(tmp_path: Path, tiny_shards: Path) -> None:
     cache = CacheConfig(str(tmp_path / "cache"), gib=1e-5)
     with pytest.raises(InputError, match=r"data\.cache\.gib is 1e-05, but the shards .* take \S+: raise it"):
         LatentDataModule(videos=SourceConfig([f"file://{tiny_shards}"], 2), cache=cache)

@@ -1,4 +1,4 @@
-"""From the labels of samples to the classes of noisy rows."""
+"""Labels of samples and classes of noisy rows."""
 
 from itertools import islice
 from pathlib import Path
@@ -27,13 +27,13 @@ def latent(frames: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images and clips of 2 latent frames, of three classes and without a label in turn. Do not change it."""
+    """Images and clips of 2 latent frames with three labels and without a label. Do not change them."""
     of_each = [(label, latent(frames)) for frames in (1, 2) for label in (*CLASSES, None)]
     return write_labelled(tmp_path_factory.mktemp("labelled"), CLASSES, 3 * of_each, of_each).directory
 
 
 def data_of(*shards: Path, step: int = 0, rank: int = 0, ranks: int = 1, **settings: Any) -> LatentDataModule:
-    """8 images and 8 clips in each step, in two micro-batches each, as a trainer sees them that stands at `step`."""
+    """Return a module with 8 images and 8 clips per step, in two micro-batches each, at step `step` of a trainer."""
     source = SourceConfig([str(folder) for folder in shards], batch_size=8, micro_batches=2)
     data = LatentDataModule(**{"images": source, "videos": source, "labels": True, "max_ranks": 2} | settings)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
@@ -51,7 +51,7 @@ def labels_of(batch: LatentBatch) -> Tensor:
 
 
 def rows(loader: DataLoader[LatentBatch], count: int) -> list[list[tuple[str, bytes, int]]]:
-    """Of some batches the noisy rows without their order: key, noise and class."""
+    """Return the key, noise and class of the noisy rows of each batch, sorted."""
     return [
         sorted(
             (batch.keys[clip], noise.numpy().tobytes(), label)
@@ -64,10 +64,10 @@ def rows(loader: DataLoader[LatentBatch], count: int) -> list[list[tuple[str, by
 
 
 def classes_of(data: LatentDataModule) -> dict[str, int]:
-    """What was written with each sample, by its key."""
+    """Return the class of each sample by its key."""
     buckets = [bucket for split in data.buckets.values() for source in split.values() for bucket in source]
-    found = [bucket.read(sample).metadata for bucket in buckets for sample in range(len(bucket))]
-    return {known["key"]: CLASSES.index(known["label"]) if "label" in known else -1 for known in found}
+    metadata = [bucket.read(sample).metadata for bucket in buckets for sample in range(len(bucket))]
+    return {entry["key"]: CLASSES.index(entry["label"]) if "label" in entry else -1 for entry in metadata}
 
 
 @pytest.mark.parametrize("noise_draws", [1, 3])
@@ -79,8 +79,8 @@ def test_every_noisy_row_has_the_class_of_its_clip(shards: Path, noise_draws: in
     assert all(label == expected[key] for key, _, label in found)
 
 
-def test_a_fraction_of_the_labels_is_dropped_copy_by_copy(shards: Path) -> None:
-    """Over 1500 images and 1500 clips in two copies, three quarters of them with labels; all clips have context."""
+def test_labels_of_copies_are_dropped_independently(shards: Path) -> None:
+    """Over 1500 images and 1500 clips in two copies, three quarters of them with labels."""
     data = data_of(shards, label_dropout=0.3, noise_draws=2, context_dropout=0.0)
     expected = classes_of(data)
     dropped: dict[str, list[Tensor]] = {"images": [], "videos": []}
@@ -95,7 +95,7 @@ def test_a_fraction_of_the_labels_is_dropped_copy_by_copy(shards: Path) -> None:
         assert abs(values.mean().item() - mean) < 4 * (mean * (1 - mean) / len(values)) ** 0.5
 
 
-def test_what_drops_depends_on_seed_step_and_place_alone(shards: Path) -> None:
+def test_label_dropout_is_independent_of_workers_and_resuming(shards: Path) -> None:
     settings: dict[str, Any] = {"label_dropout": 0.5, "noise_draws": 2}
     found = rows(data_of(shards, **settings).train_dataloader(), 40)
     assert rows(data_of(shards, **settings).train_dataloader(), 40) == found
@@ -103,34 +103,34 @@ def test_what_drops_depends_on_seed_step_and_place_alone(shards: Path) -> None:
     assert rows(data_of(shards, **settings, step=7).train_dataloader(), 12) == found[28:]
 
 
-def test_seed_and_step_choose_what_drops(tmp_path: Path) -> None:
-    """Of 8 images of one class in each step."""
+def test_label_dropout_depends_on_seed_and_step(tmp_path: Path) -> None:
+    """With 8 images of one class per step."""
     write_labelled(tmp_path, ["run"], [("run", latent(1))] * 8)
 
     def dropped(seed: int) -> list[tuple[int, ...]]:
         data = data_of(tmp_path, videos=SourceConfig(), label_dropout=0.5, seed=seed)
         return [tuple(labels_of(batch).tolist()) for batch in islice(data.train_dataloader(), 12)]
 
-    assert len(set(dropped(0))) > 6  # of the 16 there are
+    assert len(set(dropped(0))) > 6  # of 2^4 possible patterns per micro-batch
     assert dropped(0) != dropped(1)
 
 
-def test_two_ranks_together_drop_what_one_drops(shards: Path) -> None:
+def test_label_dropout_is_independent_of_the_number_of_ranks(shards: Path) -> None:
     settings: dict[str, Any] = {"label_dropout": 0.5, "context_dropout": 0.5, "noise_draws": 2}
     whole = rows(data_of(shards, **settings).train_dataloader(), 40)
     shares = [rows(data_of(shards, **settings, rank=rank, ranks=2).train_dataloader(), 40) for rank in (0, 1)]
     assert [sorted(first + second) for first, second in zip(*shares, strict=True)] == whole
 
 
-def test_the_first_copy_keeps_the_label_that_it_keeps_alone(shards: Path) -> None:
+def test_the_label_of_the_first_copy_is_that_of_a_single_draw(shards: Path) -> None:
     loaders = (data_of(shards, label_dropout=0.5, noise_draws=draws).train_dataloader() for draws in (1, 3))
-    for alone, copies in islice(zip(*loaders, strict=True), 20):
+    for single, copies in islice(zip(*loaders, strict=True), 20):
         clips = copies.clip_of_row.tolist()
-        first = [clips.index(clip) for clip in range(len(alone.keys))]
-        assert torch.equal(labels_of(copies)[first], labels_of(alone))
+        first = [clips.index(clip) for clip in range(len(single.keys))]
+        assert torch.equal(labels_of(copies)[first], labels_of(single))
 
 
-def test_labels_change_nothing_else(shards: Path) -> None:
+def test_labels_do_not_change_other_random_numbers(shards: Path) -> None:
     def others(**settings: Any) -> list[tuple[Any, ...]]:
         batches = islice(data_of(shards, **settings).train_dataloader(), 20)
         return [
@@ -141,7 +141,7 @@ def test_labels_change_nothing_else(shards: Path) -> None:
     assert next(iter(data_of(shards, labels=False).train_dataloader())).labels is None
 
 
-def test_validation_keeps_every_label(shards: Path) -> None:
+def test_validation_drops_no_labels(shards: Path) -> None:
     data = data_of(shards, label_dropout=1.0)
     expected = classes_of(data)
     held_out = [row for batch in rows(data.val_dataloader(), 8) for row in batch]
@@ -150,7 +150,7 @@ def test_validation_keeps_every_label(shards: Path) -> None:
     assert {label for batch in rows(data.train_dataloader(), 8) for *_, label in batch} == {-1}
 
 
-def test_labels_go_where_the_batch_goes(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_move_with_the_batch(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_labels, without = (next(iter(data_of(shards, labels=labels).train_dataloader())) for labels in (True, False))
     assert labels_of(move_data_to_device(with_labels, torch.device("meta"))).device.type == "meta"
     assert move_data_to_device(without, torch.device("meta")).labels is None
@@ -162,7 +162,7 @@ def test_labels_go_where_the_batch_goes(shards: Path, monkeypatch: pytest.Monkey
     assert (pinned.keys, pinned.context, without.pin_memory().labels) == (with_labels.keys, with_labels.context, None)
 
 
-def test_a_replacement_has_its_own_label(tmp_path: Path) -> None:
+def test_a_replaced_sample_has_the_label_of_its_replacement(tmp_path: Path) -> None:
     manifest = write_labelled(tmp_path, CLASSES, [(name, latent(1)) for name in CLASSES])
     damage(manifest, shard=0, number=1)
     data = data_of(tmp_path, videos=SourceConfig(), label_dropout=0.0, max_ranks=1)
@@ -172,7 +172,7 @@ def test_a_replacement_has_its_own_label(tmp_path: Path) -> None:
         assert labels_of(batch).tolist() == [int(key[-6:]) for key in batch.keys]
 
 
-def test_a_label_that_no_manifest_lists_ends_the_run(tmp_path: Path) -> None:
+def test_a_label_that_no_manifest_lists_is_an_error(tmp_path: Path) -> None:
     write_labelled(tmp_path, CLASSES, [(name, latent(1)) for name in ("run", "fly")])
     data = data_of(tmp_path, videos=SourceConfig(), max_ranks=1)
     with pytest.raises(
@@ -181,11 +181,11 @@ def test_a_label_that_no_manifest_lists_ends_the_run(tmp_path: Path) -> None:
         next(iter(data.train_dataloader()))
 
 
-# The names
+# Class names
 
 
-def test_classes_are_those_of_all_manifests_in_their_order(tmp_path: Path) -> None:
-    """A sample's class is that of its name, whatever its place in its own manifest."""
+def test_classes_are_the_labels_of_all_manifests_in_order(tmp_path: Path) -> None:
+    """The class of a sample follows from its label, not from the position of the label in its manifest."""
     first, second = tmp_path / "first", tmp_path / "second"
     write_labelled(first, ["swim", "run"], [(name, latent(1)) for name in ("swim", "run")])
     write_labelled(second, ["jump", "run"], [(name, latent(1)) for name in ("jump", "run")])
@@ -197,7 +197,7 @@ def test_classes_are_those_of_all_manifests_in_their_order(tmp_path: Path) -> No
     assert data_of(first, labels=False, videos=SourceConfig()).classes == ()
 
 
-def test_data_without_labels_are_refused(tiny_shards: Path) -> None:
+def test_data_without_labels_are_rejected(tiny_shards: Path) -> None:
     with pytest.raises(
         InputError, match=r"data\.labels is true, but .*prepare the data with --labels or --annotations"
     ):
@@ -205,12 +205,12 @@ def test_data_without_labels_are_refused(tiny_shards: Path) -> None:
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.1])
-def test_a_fraction_that_is_none_is_refused(shards: Path, dropout: float) -> None:
+def test_an_invalid_label_dropout_is_rejected(shards: Path, dropout: float) -> None:
     with pytest.raises(InputError, match=rf"data\.label_dropout is {dropout}; it must lie between 0 and 1"):
         data_of(shards, label_dropout=dropout)
 
 
-def test_a_run_goes_on_with_its_own_labels_alone(shards: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_only_with_the_same_labels(shards: Path, tmp_path: Path) -> None:
     with_labels, without = data_of(shards).state_dict(), data_of(shards, labels=False).state_dict()
     assert with_labels["classes"] == list(CLASSES)
     assert without.keys() == {"order", "codec", "geometry"}

@@ -37,23 +37,23 @@ def manifest(tmp_path: Path) -> Manifest:
     return manifest
 
 
-def test_what_is_saved_is_what_is_loaded(manifest: Manifest) -> None:
+def test_a_saved_manifest_is_loaded_unchanged(manifest: Manifest) -> None:
     assert Manifest.load(manifest.directory) == manifest
     assert Manifest.load(manifest.path) == manifest
     assert Manifest.load(str(manifest.path)).shards[0].shape == (2, 4, 3, 3)
     assert not list(manifest.directory.glob("*.partial"))
 
 
-def test_no_path_of_the_machine_is_in_the_file(manifest: Manifest) -> None:
+def test_the_file_contains_no_absolute_path(manifest: Manifest) -> None:
     assert str(manifest.directory) not in manifest.path.read_text()
 
 
-def test_splits_are_told_apart(manifest: Manifest) -> None:
+def test_shards_of_each_split(manifest: Manifest) -> None:
     assert [shard.count for shard in manifest.of_split("train")] == [2, 1]
     assert [shard.kind for shard in manifest.of_split("validation")] == ["image"]
 
 
-def test_the_fingerprint_follows_latents_and_codec_only(manifest: Manifest) -> None:
+def test_the_fingerprint_depends_on_latents_and_codec_only(manifest: Manifest) -> None:
     first = manifest.shards[0]
     other_latents = replace(manifest, shards=(replace(first, sha256="0" * 64), *manifest.shards[1:]))
     other_codec = replace(manifest, codec=replace(CODEC, fingerprint="f" * 16))
@@ -61,14 +61,14 @@ def test_the_fingerprint_follows_latents_and_codec_only(manifest: Manifest) -> N
     assert replace(manifest, preparation={}, labels=()).fingerprint() == manifest.fingerprint()
 
 
-def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
+def test_a_missing_manifest_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere/manifest\.json does not exist: give a folder made by"):
         Manifest.load(tmp_path / "nowhere")
 
 
-def test_broken_json_is_named(manifest: Manifest) -> None:
+def test_broken_json_is_reported(manifest: Manifest) -> None:
     manifest.path.write_text(manifest.path.read_text()[:100])
-    with pytest.raises(InputError, match=r"manifest\.json is no readable JSON"):
+    with pytest.raises(InputError, match=r"manifest\.json is not readable JSON"):
         Manifest.load(manifest.directory)
 
 
@@ -95,14 +95,16 @@ def test_broken_json_is_named(manifest: Manifest) -> None:
         (["shards", 0, "bytes"], 1.5, r"shards\[0\].bytes = 1.5"),
         (["shards", 0, "path"], "../x.tar", "is outside the manifest's folder"),
         (["shards", 0, "index"], "/x.npy", "is outside the manifest's folder"),
-        (["shards", 0, "bytes"], 7, r"has 10240 bytes where .*manifest\.json says 7, so it was cut off or changed"),
+        (
+            ["shards", 0, "bytes"],
+            7,
+            r"has 10240 bytes where .*manifest\.json records 7, so it was truncated",
+        ),
         (["shards", 0, "path"], "gone.tar", r"gone\.tar is missing though"),
         (["shards", 0, "index"], "gone.npy", r"gone\.npy is missing though"),
     ],
 )
-def test_every_departure_from_the_schema_is_named(
-    manifest: Manifest, place: list[Any], value: Any, message: str
-) -> None:
+def test_invalid_fields_are_reported_by_name(manifest: Manifest, place: list[Any], value: Any, message: str) -> None:
     content = json.loads(manifest.path.read_text())
     *parents, last = place
     inner = content
@@ -117,14 +119,14 @@ def test_every_departure_from_the_schema_is_named(
         Manifest.load(manifest.directory)
 
 
-def test_a_shard_that_was_cut_off_is_named(manifest: Manifest) -> None:
+def test_a_truncated_shard_is_reported(manifest: Manifest) -> None:
     tar = manifest.directory / manifest.shards[0].path
     tar.write_bytes(tar.read_bytes()[:-512])
     with pytest.raises(InputError, match=rf"{tar.name} has \d+ bytes where"):
         Manifest.load(manifest.directory)
 
 
-def test_nothing_is_saved_that_would_not_load(manifest: Manifest) -> None:
+def test_an_invalid_manifest_is_not_saved(manifest: Manifest) -> None:
     before = manifest.path.read_text()
     with pytest.raises(InputError, match=r"codec\.mean"):
         replace(manifest, codec=replace(CODEC, mean=(0.0,))).save()
@@ -134,42 +136,42 @@ def test_nothing_is_saved_that_would_not_load(manifest: Manifest) -> None:
 
 
 @pytest.fixture
-def elsewhere(manifest: Manifest) -> str:
-    """The address of a copy of the folder without its shards, which are not asked for until they are read."""
-    fsspec.filesystem("memory").pipe("/elsewhere/latents/manifest.json", manifest.path.read_bytes())
-    return "memory://elsewhere/latents"
+def remote_address(manifest: Manifest) -> str:
+    """Return the address of a remote copy of the manifest; its shards are not read."""
+    fsspec.filesystem("memory").pipe("/remote/latents/manifest.json", manifest.path.read_bytes())
+    return "memory://remote/latents"
 
 
-def test_a_folder_elsewhere_is_loaded_by_its_address(manifest: Manifest, elsewhere: str) -> None:
-    for address in (elsewhere, f"{elsewhere}/", f"{elsewhere}/manifest.json", UPath(elsewhere)):
+def test_a_remote_manifest_is_loaded_by_its_address(manifest: Manifest, remote_address: str) -> None:
+    for address in (remote_address, f"{remote_address}/", f"{remote_address}/manifest.json", UPath(remote_address)):
         loaded = Manifest.load(address)
-        assert loaded.directory == UPath(elsewhere)
-        assert str(loaded.path) == f"{elsewhere}/manifest.json"
+        assert loaded.directory == UPath(remote_address)
+        assert str(loaded.path) == f"{remote_address}/manifest.json"
         assert replace(loaded, directory=manifest.directory) == manifest
     assert Manifest.load(f"file://{manifest.directory}").shards == manifest.shards
 
 
-def test_what_is_wrong_with_a_folder_elsewhere_is_named(manifest: Manifest, elsewhere: str) -> None:
-    fsspec.filesystem("memory").pipe("/elsewhere/cut/manifest.json", manifest.path.read_bytes()[:100])
-    fsspec.filesystem("memory").pipe("/elsewhere/old/manifest.json", b'{"format": "x"}')
+def test_errors_of_remote_manifests_are_reported(manifest: Manifest, remote_address: str) -> None:
+    fsspec.filesystem("memory").pipe("/remote/cut/manifest.json", manifest.path.read_bytes()[:100])
+    fsspec.filesystem("memory").pipe("/remote/old/manifest.json", b'{"format": "x"}')
     for address, message in {
-        "memory://elsewhere/nowhere": r"memory://elsewhere/nowhere/manifest\.json does not exist: look at the address",
-        "memory://elsewhere/cut": r"memory://elsewhere/cut/manifest\.json is no readable JSON \(.*\): prepare",
-        "memory://elsewhere/old": r"memory://elsewhere/old/manifest\.json has format 'x'",
+        "memory://remote/nowhere": r"memory://remote/nowhere/manifest\.json does not exist: check the address",
+        "memory://remote/cut": r"memory://remote/cut/manifest\.json is not readable JSON \(.*\): prepare",
+        "memory://remote/old": r"memory://remote/old/manifest\.json has format 'x'",
         "http://127.0.0.1:9/latents": r"http://127\.0\.0\.1:9/latents/manifest\.json cannot be read \(ClientConnector",
-        "nowhere://latents": r"nowhere://latents is no address of a folder \(.*\): give one that fsspec knows",
-        "simplecache::http://latents": r"simplecache::http://latents is no address of a folder",
+        "nowhere://latents": r"nowhere://latents is not an address of a folder \(.*\): give one that fsspec supports",
+        "simplecache::http://latents": r"simplecache::http://latents is not an address of a folder",
     }.items():
         with pytest.raises(InputError, match=f"^{message}"):
             Manifest.load(address)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed")
-def test_a_protocol_that_needs_another_package_names_it() -> None:
+def test_a_protocol_without_its_package_is_reported() -> None:
     with pytest.raises(InputError, match=r"^s3://bucket/latents/manifest\.json needs a package .*s3fs.*: install it"):
         Manifest.load("s3://bucket/latents")
 
 
-def test_nothing_is_saved_elsewhere(elsewhere: str) -> None:
+def test_a_remote_manifest_is_not_saved(remote_address: str) -> None:
     with pytest.raises(InputError, match=r"manifest\.json is not on this machine: prepare in a local folder"):
-        Manifest.load(elsewhere).save()
+        Manifest.load(remote_address).save()

@@ -37,7 +37,7 @@ def mixture(seed: int = 0, dropout: float = 0.25, max_ranks: int = 8, window: in
 
 
 def budget(max_ranks: int = 8, window: int = 12) -> Plan:
-    """640 tokens of images and 768 of videos per step: with 4 tokens per frame and 8 ranks, 32 clips of 1 frame or 8 of 3."""
+    """640 tokens of images and 768 of videos per step; at 8 ranks a micro-batch has 32 clips of 1 frame or 8 of 3."""
     images = PlannedSource("images", (bucket(50), bucket(9, 12, height=8)), tokens=640, shuffle_window=window)
     short, long = (bucket(5, 8, 8, lengths=(1, 2)), bucket(7, 7, 7, 7, lengths=(1, 2, 3)))
     videos = PlannedSource("videos", (short, long), tokens=768, micro_batches=6, weight=2.0, shuffle_window=window)

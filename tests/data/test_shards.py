@@ -13,7 +13,7 @@ import webdataset
 
 from gpdit_lightning.data.manifest import ShardEntry
 from gpdit_lightning.data.shard_writer import ShardSetWriter, ShardWriter
-from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, checksum, index_of
+from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, build_index, checksum
 from gpdit_lightning.errors import InputError
 
 SHAPE = (3, 4, 2, 5)
@@ -31,7 +31,7 @@ def write(directory: Path, count: int = 4) -> ShardEntry:
 
 
 class Bomb:
-    """Runs code where it is unpickled."""
+    """Ends the test run if it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return pytest.exit, ("a member was unpickled", 1)
@@ -43,7 +43,7 @@ def overwrite(path: Path, offset: int, content: bytes) -> None:
         file.write(content)
 
 
-def test_samples_come_back_in_half_precision(tmp_path: Path) -> None:
+def test_samples_are_read_in_half_precision(tmp_path: Path) -> None:
     reader = ShardReader(tmp_path, write(tmp_path))
     assert len(reader) == 4
     for number in (2, 0, 3, 1):
@@ -57,11 +57,11 @@ def test_samples_come_back_in_half_precision(tmp_path: Path) -> None:
         }
 
 
-def test_frames_keeps_the_beginning(tmp_path: Path) -> None:
+def test_frames_reads_the_first_latent_frames(tmp_path: Path) -> None:
     reader = ShardReader(tmp_path, write(tmp_path))
     assert np.array_equal(reader.read(1, frames=2)[0], latent(1).astype(np.float16)[:2])
     for frames in (0, 4):
-        with pytest.raises(InputError, match=f"has 3 latent frames and {frames} were asked for"):
+        with pytest.raises(InputError, match=f"has 3 latent frames and {frames} were requested"):
             reader.read(1, frames=frames)
     with pytest.raises(IndexError):
         reader.read(4)
@@ -69,7 +69,7 @@ def test_frames_keeps_the_beginning(tmp_path: Path) -> None:
         reader.read(-1)
 
 
-def test_a_plain_webdataset_reads_the_shard(tmp_path: Path) -> None:
+def test_webdataset_reads_a_shard(tmp_path: Path) -> None:
     entry = write(tmp_path)
     samples = list(webdataset.WebDataset(str(tmp_path / entry.path), shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == [f"sample-{number}" for number in range(4)]
@@ -90,13 +90,13 @@ def test_a_shard_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "train-video", "train", "video", SHAPE)
     writer.write("a", latent(0), {})
     assert [path.name for path in tmp_path.iterdir()] == ["train-video.tar.partial"]
-    writer.abandon()
+    writer.discard()
     assert list(tmp_path.iterdir()) == []
     write(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train-video.index.npy", "train-video.tar"]
 
 
-def test_wrong_samples_are_refused_and_leave_no_trace(tmp_path: Path) -> None:
+def test_invalid_samples_are_rejected_and_not_written(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "x", "train", "video", SHAPE)
     with pytest.raises(InputError, match=r"key 'a\.b'"):
         writer.write("a.b", latent(0), {})
@@ -109,7 +109,7 @@ def test_wrong_samples_are_refused_and_leave_no_trace(tmp_path: Path) -> None:
     assert writer.close().count == 1
 
 
-def test_a_set_opens_one_shard_for_each_split_kind_and_shape(tmp_path: Path) -> None:
+def test_a_set_writes_separate_shards_for_each_split_kind_and_shape(tmp_path: Path) -> None:
     with ShardSetWriter(tmp_path, shard_size=2) as writer:
         for number in range(5):
             writer.write("train", "video", latent(number), {})
@@ -130,7 +130,7 @@ def test_a_set_opens_one_shard_for_each_split_kind_and_shape(tmp_path: Path) -> 
     assert len(list(tmp_path.iterdir())) == 10
 
 
-def test_an_exception_leaves_no_unfinished_shard(tmp_path: Path) -> None:
+def test_an_exception_leaves_no_incomplete_shard(tmp_path: Path) -> None:
     def interrupted() -> None:
         with ShardSetWriter(tmp_path) as writer:
             writer.write("train", "video", latent(0), {})
@@ -141,7 +141,7 @@ def test_an_exception_leaves_no_unfinished_shard(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_flipped_bit_damages_one_sample_only(tmp_path: Path) -> None:
+def test_a_flipped_bit_damages_only_its_sample(tmp_path: Path) -> None:
     entry = write(tmp_path)
     reader = ShardReader(tmp_path, entry)
     offset = int(reader.index[2, 0]) + 200
@@ -162,7 +162,7 @@ def test_broken_metadata_damages_the_sample(tmp_path: Path) -> None:
         reader.read(0)
 
 
-def test_a_cut_or_missing_tar_damages_what_is_gone(tmp_path: Path) -> None:
+def test_a_truncated_or_missing_tar_damages_the_missing_samples(tmp_path: Path) -> None:
     entry = write(tmp_path)
     reader = ShardReader(tmp_path, entry)
     path = tmp_path / entry.path
@@ -178,16 +178,16 @@ def test_a_cut_or_missing_tar_damages_what_is_gone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.zeros(SHAPE, np.float32), "no float16 array"),
-        (np.zeros((3, 2, 4, 5), np.float16), r"no float16 array \(3, 4, 2, 5\)"),
-        (np.asfortranarray(np.zeros(SHAPE, np.float16)), "no float16 array"),
+        (np.zeros(SHAPE, np.float32), "it is not a float16 array"),
+        (np.zeros((3, 2, 4, 5), np.float16), r"it is not a float16 array \(3, 4, 2, 5\)"),
+        (np.asfortranarray(np.zeros(SHAPE, np.float16)), "it is not a float16 array"),
         (np.full(SHAPE, np.nan, np.float16), "not finite"),
         (np.full(SHAPE, -np.inf, np.float16), "not finite"),
-        (np.array([Bomb() for _ in range(math.prod(SHAPE))], dtype=object).reshape(SHAPE), "no float16 array"),
+        (np.array([Bomb() for _ in range(math.prod(SHAPE))], dtype=object).reshape(SHAPE), "it is not a float16 array"),
     ],
 )
-def test_latents_of_the_wrong_sort_are_refused(tmp_path: Path, values: np.ndarray, message: str) -> None:
-    """Whatever a foreign writer put there, with checksums that agree; and nothing is unpickled."""
+def test_unexpected_arrays_are_rejected(tmp_path: Path, values: np.ndarray, message: str) -> None:
+    """Even if their checksums match; and nothing is unpickled."""
     buffer = io.BytesIO()
     np.save(buffer, values, allow_pickle=True)
     content = buffer.getvalue()
@@ -210,7 +210,7 @@ def test_latents_of_the_wrong_sort_are_refused(tmp_path: Path, values: np.ndarra
         ("sample-0.json", "file"),
     ],
 )
-def test_a_tar_with_anything_else_in_it_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+def test_a_tar_with_other_members_is_rejected(tmp_path: Path, name: str, kind: str) -> None:
     entry = write(tmp_path, count=2)
     content = pickle.dumps(Bomb())
     with tarfile.open(tmp_path / entry.path, "a") as tar:
@@ -219,24 +219,24 @@ def test_a_tar_with_anything_else_in_it_is_refused(tmp_path: Path, name: str, ki
             member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
         member.size = 0 if kind == "link" else len(content)
         tar.addfile(member, io.BytesIO(content))
-    with pytest.raises(InputError, match=r"which is no part of a shard of latents: do not use this file"):
-        index_of(tmp_path / entry.path, SHAPE)
+    with pytest.raises(InputError, match=r"which does not belong to a shard of latents: do not use this file"):
+        build_index(tmp_path / entry.path, SHAPE)
     assert np.array_equal(ShardReader(tmp_path, entry).read(1)[0], latent(1).astype(np.float16))
 
 
 @pytest.mark.parametrize("frames", [1, 2])
-def test_damage_behind_the_frames_that_are_read_does_no_harm(tmp_path: Path, frames: int) -> None:
+def test_damage_after_the_frames_that_are_read_is_ignored(tmp_path: Path, frames: int) -> None:
     entry = write(tmp_path)
     reader = ShardReader(tmp_path, entry)
-    behind = int(reader.index[2, 0]) + 128 + frames * math.prod(SHAPE[1:]) * 2
-    overwrite(tmp_path / entry.path, behind, b"\xff\xff\xff")
+    after = int(reader.index[2, 0]) + 128 + frames * math.prod(SHAPE[1:]) * 2
+    overwrite(tmp_path / entry.path, after, b"\xff\xff\xff")
     assert np.array_equal(reader.read(2, frames)[0], latent(2).astype(np.float16)[:frames])
     with pytest.raises(DamagedSampleError):
         reader.read(2, frames + 1)
 
 
 @pytest.mark.parametrize("content", [np.zeros((3, 7), np.int64), np.zeros((4, 7), np.float64), b"no array", None])
-def test_an_unusable_index_is_named(tmp_path: Path, content: Any) -> None:
+def test_an_invalid_index_is_reported(tmp_path: Path, content: Any) -> None:
     entry = write(tmp_path)
     index = tmp_path / entry.index
     if content is None:
@@ -249,7 +249,7 @@ def test_an_unusable_index_is_named(tmp_path: Path, content: Any) -> None:
         ShardReader(tmp_path, entry).read(0)
 
 
-def test_a_reader_travels_to_other_processes_without_its_index(tmp_path: Path) -> None:
+def test_a_pickled_reader_does_not_contain_its_index(tmp_path: Path) -> None:
     reader = ShardReader(tmp_path, write(tmp_path, count=200))
     expected = [reader.read(number)[0] for number in range(20)]
     assert len(pickle.dumps(reader)) < 1000

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gpdit_lightning.data.manifest import FILE_NAME, PREPARE_AGAIN, SKIPPED_NAME, Manifest, ShardEntry
-from gpdit_lightning.data.shards import ShardReader, index_of
+from gpdit_lightning.data.shards import ShardReader, build_index
 from gpdit_lightning.devices import available_cores
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
@@ -56,7 +56,7 @@ def verify_shard(directory: Path, entry: ShardEntry) -> list[str]:
         return faults
     tar_index: np.ndarray | None = None
     try:
-        tar_index = index_of(path, entry.shape)
+        tar_index = build_index(path, entry.shape)
     except InputError as error:
         faults.append(str(error))
     if index_faults:  # the positions of the samples cannot be trusted

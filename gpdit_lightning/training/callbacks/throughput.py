@@ -38,8 +38,8 @@ class Throughput:
         self.tokens += batch.t.numel() * height * width // self.config.patch_size**2
         shape = PassShape(clips, batch.context, frames, height, width, batch.draws, batch.frames)
         self.flops += sum(training_flops(self.config, shape).values())
-        self.seconds += time.perf_counter() - loader.asked
-        self.waited += loader.waited
+        self.seconds += time.perf_counter() - loader.request_time
+        self.waited += loader.wait_seconds
 
     def rates(self, trainer: Trainer) -> dict[str, float]:
         """The rates since the last call, named as in `MetricsLogger`; a collective operation of all ranks."""

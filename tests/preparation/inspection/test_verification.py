@@ -12,7 +12,7 @@ import pytest
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shard_writer import ShardSetWriter
-from gpdit_lightning.data.shards import described, index_path
+from gpdit_lightning.data.shards import index_path, shard_entry
 from gpdit_lightning.preparation.inspection import unlisted_files, verify
 from tests.preparation.inspection.prepared import BUCKET, flip_bit, latent_offset
 
@@ -58,7 +58,7 @@ def test_the_lost_samples_of_a_truncated_tar_are_reported(copy: Path) -> None:
     tar.write_bytes(tar.read_bytes()[: latent_offset(copy, BUCKET, 2) + 100])
     size, broken, *samples = faults(copy)
     assert "(truncated or changed)" in size
-    assert "no readable tar" in broken
+    assert "not a readable tar" in broken
     count = len(np.load(copy / f"{BUCKET}.index.npy"))
     assert [f"Sample {number} of" in sample for number, sample in enumerate(samples, 2)] == [True] * (count - 2)
 
@@ -95,7 +95,7 @@ def test_an_added_member_is_reported(copy: Path) -> None:
     tar = copy / f"{BUCKET}.tar"
     with tarfile.open(tar, "a") as file:
         file.addfile(tarfile.TarInfo("evil.py"), io.BytesIO())
-    assert "holds 'evil.py', which is no part of a shard of latents" in "\n".join(faults(copy))
+    assert "contains 'evil.py', which does not belong to a shard of latents" in "\n".join(faults(copy))
 
 
 def test_faults_are_found_in_shards_that_match_their_manifest(copy: Path) -> None:
@@ -105,20 +105,22 @@ def test_faults_are_found_in_shards_that_match_their_manifest(copy: Path) -> Non
     for path in (entry.path, entry.index):
         (copy / path).rename(copy / path.replace("-00000.", "-00007."))
     renamed = copy / f"{BUCKET[:-1]}7.tar"
-    replace(manifest, shards=(described(renamed, entry.split, entry.kind, entry.shape, entry.count),)).save()
+    replace(manifest, shards=(shard_entry(renamed, entry.split, entry.kind, entry.shape, entry.count),)).save()
     assert f"has the key '{BUCKET}-000000' instead of '{renamed.stem}-000000'" in faults(copy)[0]
 
     renamed.rename(copy / entry.path)
     index = np.load(copy / f"{renamed.stem}.index.npy")
     index[[0, 1]] = index[[1, 0]]
     np.save(index_path(copy / entry.path), index)
-    replace(manifest, shards=(described(copy / entry.path, entry.split, entry.kind, entry.shape, entry.count),)).save()
+    replace(
+        manifest, shards=(shard_entry(copy / entry.path, entry.split, entry.kind, entry.shape, entry.count),)
+    ).save()
     assert f"Sample 0 of {copy / entry.path} has the key '{BUCKET}-000001'" in faults(copy)[0]
 
     index[[0, 1]] = index[[1, 0]]
     np.save(index_path(copy / entry.path), index[:-1])
     replace(
-        manifest, shards=(described(copy / entry.path, entry.split, entry.kind, entry.shape, entry.count - 1),)
+        manifest, shards=(shard_entry(copy / entry.path, entry.split, entry.kind, entry.shape, entry.count - 1),)
     ).save()
     assert f"{entry.path} contains other samples than its index {copy / entry.index}" in faults(copy)[0]
 

@@ -140,7 +140,7 @@ def trainer_of(world_size: int, others: Tensor) -> Any:
 
 def test_ranks_work_side_by_side_and_the_slowest_loader_counts(clock: Clock, tiny_config: GPDiTConfig) -> None:
     window = Throughput(tiny_config)
-    loader: Any = SimpleNamespace(asked=0.0, waited=1.0)
+    loader: Any = SimpleNamespace(request_time=0.0, wait_seconds=1.0)
     clock.now = 10.0
     window.add(batch_of(2), loader, ends_step=True)
     figures = window.rates(trainer_of(4, others=torch.tensor([0.5, 1e6])))
@@ -157,13 +157,13 @@ def test_ranks_work_side_by_side_and_the_slowest_loader_counts(clock: Clock, tin
 def test_noisy_copies_are_tokens_and_flops_but_no_clips(clock: Clock, tiny_config: GPDiTConfig) -> None:
     window = Throughput(tiny_config)
     clock.now = 1.0
-    window.add(batch_of(4, draws=3, context=2), SimpleNamespace(asked=0.0, waited=0.0), ends_step=True)  # type: ignore[arg-type]
+    window.add(batch_of(4, draws=3, context=2), SimpleNamespace(request_time=0.0, wait_seconds=0.0), ends_step=True)  # type: ignore[arg-type]
     assert (window.clips, window.tokens) == (4, 3 * 4 * 48)
     assert window.flops == sum(training_flops(tiny_config, PassShape(4, 2, 3, 8, 8, draws=3)).values())
 
 
 def test_tokens_and_flops_are_those_of_the_frames_that_are_noisy(clock: Clock, tiny_config: GPDiTConfig) -> None:
-    window, loader = Throughput(tiny_config), SimpleNamespace(asked=0.0, waited=0.0)
+    window, loader = Throughput(tiny_config), SimpleNamespace(request_time=0.0, wait_seconds=0.0)
     window.add(batch_of(4, draws=2, context=3, frames=(1,)), loader, ends_step=True)  # type: ignore[arg-type]
     assert (window.clips, window.tokens) == (4, 2 * 4 * 16)
     assert window.flops == sum(training_flops(tiny_config, PassShape(4, 3, 3, 8, 8, 2, (1,))).values())
@@ -189,8 +189,8 @@ def test_a_loader_measures_what_it_lets_wait(workers: int) -> None:
     assert len(multiprocessing.active_children()) == workers  # they begin to read at once
     for place, number in enumerate(iterator):
         assert number == place
-        assert loader.asked + loader.waited <= time.perf_counter()
-        waits.append(loader.waited)
+        assert loader.request_time + loader.wait_seconds <= time.perf_counter()
+        waits.append(loader.wait_seconds)
         time.sleep(0.2)
     assert len(waits) == 3
     if workers == 0:
