@@ -1,6 +1,7 @@
 """`sample` with every kind of context and option, compared with latents that the library generates."""
 
 import json
+import re
 import shutil
 import tarfile
 from dataclasses import replace
@@ -281,3 +282,11 @@ def test_invalid_input_is_refused_in_one_sentence_and_writes_nothing(
     for word in words:
         assert word in sentence
     assert not list(tmp_path.iterdir())
+
+
+def test_python_example_of_the_documentation_runs(place: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+    example = next(block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "rollout" in block)
+    names: dict[str, Any] = {}
+    exec(example.replace("runs/demo/stage3_long_video", str(place / "of2")), names)
+    assert names["frame"].shape == (2, 16, 8, 8)

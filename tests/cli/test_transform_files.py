@@ -331,3 +331,14 @@ def test_invalid_input_is_refused_in_one_sentence_and_writes_nothing(
 def test_unknown_task_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(place, "--source", place / "sources", "--task=depth") == 2
     assert "There is no task 'depth': give one of pairs, grayscale, " in capsys.readouterr().err
+
+
+def test_python_example_of_the_documentation_runs(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+    example = next(block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "transform" in block)
+    for seed, name in enumerate(("PAIRS/source/1", "PAIRS/source/2", "PAIRS/target/1", "PAIRS/target/2", "a", "b")):
+        save(tmp_path / f"{name}.png", seed)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example.replace("runs/demo/stage4_few_shot", str(place / "model")), names)
+    assert names["targets"].shape == (2, 3, *names["size"])
