@@ -1,4 +1,4 @@
-"""`python -m gpdit_lightning prepare-pairs` as a script: encode pairs of images as few-shot sequences."""
+"""Script for `python -m gpdit_lightning prepare-pairs`: encode pairs of images as few-shot sequences."""
 
 import sys
 

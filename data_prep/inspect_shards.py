@@ -1,4 +1,4 @@
-"""`python -m gpdit_lightning inspect` as a script: look into a folder of latent shards."""
+"""Script for `python -m gpdit_lightning inspect`: inspect a folder of latent shards."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m gpdit_lightning prepare` as a script: encode videos, images and tars of images as latent shards."""
+"""Script for `python -m gpdit_lightning prepare`: encode videos, images and tars of images as latent shards."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`inspect`: what a folder of shards holds, whether it is intact, how it looks, what became of an input file."""
+"""`inspect`: overview, verification, contact sheet and explanation of prepared data."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from gpdit_lightning.preparation.inspection import explain, overview, unlisted_f
 
 
 def inspect(options: InspectOptions) -> int:
-    """Print what the options request, by default an overview; returns the exit status, 1 if --verify found a fault."""
-    if options.verify and not print_faults(options.folder, options.workers):
+    """Print what the options request, by default an overview; return the exit status, 1 if --verify found a fault."""
+    if options.verify and not report_faults(options.folder, options.workers):
         return 1
     if options.show is not None:
         manifest = Manifest.load(options.folder)
@@ -31,8 +31,8 @@ def inspect(options: InspectOptions) -> int:
     return 0
 
 
-def print_faults(folder: Path, workers: int | None) -> bool:
-    """Print every fault and a summary; returns whether there was none."""
+def report_faults(folder: Path, workers: int | None) -> bool:
+    """Print every fault and a summary; return whether there was none."""
     manifest, faults = Manifest.load(folder, check_files=False), 0
     for fault in verify(manifest, workers):
         tqdm.write(fault)

@@ -4,16 +4,16 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation import prepare, summary
 
-CLIP_FRAMES = 5  # latent frames of a clip that the recipes below read
+CLIP_FRAMES = 5  # latent frames per clip in the recipes below
 
 
 def run(options: PrepareOptions) -> None:
-    """Prepare, and print what the folder holds and the next command."""
+    """Run the preparation, and print a summary and the next command."""
     manifest = prepare(options)
     if manifest is None:
         print(
-            f"Other processes still encode for {options.out}; the last of them writes the manifest. If one was killed, "
-            "run this command again."
+            f"Other processes are still encoding for {options.out}; the last of them writes the manifest. If one was "
+            "killed, run this command again."
         )
         return
     print(summary(manifest))
@@ -21,7 +21,7 @@ def run(options: PrepareOptions) -> None:
 
 
 def next_command(manifest: Manifest) -> str:
-    """A command that trains on the shards, from random weights."""
+    """Return a command that trains on the shards from random weights."""
     kinds = {shard.kind for shard in manifest.shards}
     if kinds == {"image"}:
         words = ["--config gpdit:stage1_image_warmup"]
@@ -29,7 +29,7 @@ def next_command(manifest: Manifest) -> str:
         words = ["--config gpdit:ucf101_b", f"--run_dir runs/{manifest.directory.absolute().name}"]
     else:
         words = ["--config gpdit:stage2_mixed", "--model.init_args.initial_weights ''"]
-    if manifest.codec.name == "pca":  # on a laptop
+    if manifest.codec.name == "pca":  # for a laptop
         words.insert(1, "--config gpdit:size/tiny")
     words += [f"--data.{kind}s.manifests \"['{manifest.directory}']\"" for kind in sorted(kinds)]
     shortest = min((shard.shape[0] for shard in manifest.shards if shard.kind == "video"), default=CLIP_FRAMES)

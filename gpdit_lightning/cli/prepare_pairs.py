@@ -5,15 +5,15 @@ from gpdit_lightning.preparation import prepare_pairs, summary
 
 
 def run(options: PreparePairsOptions) -> None:
-    """Prepare, and print what the folder holds and the next command."""
+    """Run the preparation, and print a summary and the next command."""
     print(summary(prepare_pairs(options)))
     print(f"next: {next_command(options)}")
 
 
 def next_command(options: PreparePairsOptions) -> str:
-    """The command that trains on the sequences."""
+    """Return the command that trains on the sequences."""
     recipe = "gpdit:stage4_few_shot"
-    if options.codec == "pca":  # on a laptop, where a task is learned after the warm-up of copying images
+    if options.codec == "pca":  # for a laptop: a warm-up that copies images, then the task
         run_dir = f"runs/tiny/few_shot_{options.out.absolute().name}"
         task = f"gpdit:few_shot/grayscale --run_dir {run_dir}"
         recipe = "gpdit:few_shot/warmup" if options.task == "copy" else task

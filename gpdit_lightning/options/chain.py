@@ -9,5 +9,5 @@ from gpdit_lightning.options.shared import RecipeOptions
 class ChainOptions(RecipeOptions):
     """Chain.
 
-    The first file of `config` lists the recipes of its `stages`; overlays and overrides apply to each stage.
+    The first file of `config` lists the recipes of the stages, as `stages`. Overlays and overrides apply to each stage.
     """

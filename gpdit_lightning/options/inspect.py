@@ -12,24 +12,24 @@ class InspectionOptions:
     """Inspection."""
 
     folder: Path
-    """A folder of shards, or its manifest.json; --folder may be left out."""
+    """Folder of shards, or its manifest.json; may also be the first argument, without --folder."""
     samples: int = 512
-    """Samples over which the mean and standard deviation of the latents are measured."""
+    """Number of samples for the mean and standard deviation of the latents."""
     verify: bool = False
-    """Read every byte and every sample, and name each fault; the exit status is 1 if there is one."""
+    """Read every byte and every sample, and report each fault; the exit status is 1 if there is one."""
     workers: int | None = None
     """Processes for --verify; by default one per core."""
     show: int | None = None
     """Decode this many samples, of all shapes, to a PNG."""
     out: Path = Path("sheet.png")
-    """The PNG that --show writes."""
+    """PNG that --show writes."""
     codec_source: str | None = None
-    """For --show: where the codec's weights are now, if they moved since the data were prepared."""
+    """For --show: current location of the codec's weights, if they were moved after the preparation."""
     codec: str | None = None
-    """For --show: the import path of the codec's class, where the data were prepared with a custom one."""
+    """For --show: import path of the codec's class, if the data were prepared with a custom one."""
     why: str | None = None
-    """Explain which samples an input file gave, and why: its path, its name or the end of its name, or TAR/KEY for an
-    image in a tar."""
+    """Explain how an input file was prepared, or why it was skipped. Specify its path, its name or the end of its name;
+    TAR/KEY for an image in a tar."""
 
 
 @dataclass(frozen=True, kw_only=True)

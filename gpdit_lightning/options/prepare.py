@@ -9,8 +9,8 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import DeviceOptions, check_at_least
 
 INTERLEAVED_FILES = 16
-"""Input files that are read in turn. The order of samples depends on this number, and on no number of processes."""
-SHORTEST_CLIP = 17  # pixel frames; GPDiT, section 5.1: long video has 17 to 45 frames
+"""Number of input files that are read in turn. It determines the order of samples, for any number of processes."""
+SHORTEST_CLIP = 17  # pixel frames; long videos have 17 to 45 frames (GPDiT, section 5.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class CodecOptions(DeviceOptions):
     """wan (the WanVAE, as in the paper), pca (needs no download), or the import path of a codec class
     (docs/extending.md)."""
     codec_source: str | None = None
-    """The codec's weights: a folder or hub name (wan), a file (pca); by default the codec's own."""
+    """Weights of the codec: a folder or hub name for wan, a file for pca; by default its standard weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,16 @@ class InputOptions:
     videos: Sequence[Path] = ()
     """Folders that are searched for videos recursively, single files, or .txt lists with one path per line."""
     images: Sequence[Path] = ()
-    """Images, given like --videos."""
+    """Images, specified like --videos."""
     image_tars: Sequence[str] = ()
     """WebDataset tars of images as img2dataset writes them (.jpg, .png or .webp with .txt and .json): folders, files or
-    patterns such as 'laion/{00000..00127}.tar'; captions are kept."""
+    patterns such as 'laion/{00000..00127}.tar'. Captions are stored."""
     annotations: Sequence[Path] = ()
     """Files with captions, labels and splits: UCF-101's trainlist01.txt, testlist01.txt and classInd.txt; MSR-VTT's
-    videodatainfo.json; .jsonl, .csv or .tsv with source, caption, label, split. If they name training files, files that
-    they do not name are left out."""
+    videodatainfo.json; .jsonl, .csv or .tsv with source, caption, label, split. If they list training files, unlisted
+    files are left out."""
     labels: bool = False
-    """Store the name of a file's folder as its label."""
+    """Use the name of the folder of each file as its label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +66,15 @@ class HoldOutOptions(ValidationOptions):
     """Validation."""
 
     validation_videos: Sequence[Path] = ()
-    """Videos that are all held out, given like --videos."""
+    """Videos that are used for validation only, specified like --videos."""
     validation_images: Sequence[Path] = ()
-    """Images that are all held out, given like --videos."""
+    """Images that are used for validation only, specified like --videos."""
     validation_fraction: float = 0.05
-    """Fraction of the input files that is held out, by a hash of their path, unless --validation_videos,
-    --validation_images or annotations decide."""
+    """Fraction of the input files to hold out, chosen by a hash of their names; without effect if --validation_videos,
+    --validation_images or --annotations determine the split."""
     source_pattern: str | None = None
-    r"""Regular expression for the part of a path that names the recording, if a recording was cut into several files:
-    these are then held out together. UCF-101: v_\w+_g\d+"""
+    r"""Regular expression for the part of a file name that identifies the recording, if several files come from one
+    recording: they are then in the same split. UCF-101: v_\w+_g\d+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,27 +82,27 @@ class ClipOptions:
     """Clips."""
 
     stride: int = 3
-    """Use every stride-th frame of a video; the paper uses every third."""
+    """Use every stride-th frame of a video (paper: 3)."""
     clip_frames: int = 45
-    """Frames of a full clip, 1 + 4k; training shortens clips as needed."""
+    """Frames of a full clip, 1 + 4k (paper: at most 45); training shortens clips as needed."""
     least_clip_frames: int | None = None
-    """Keep the rest of a video or shot as a shorter clip if it has at least this many frames, 1 + 4k; by default the
-    paper's 17, or clip_frames if that is less."""
+    """Minimum frames, 1 + 4k, of a shorter clip from the remaining frames of a video or shot; by default 17 (as in the
+    paper), or clip_frames if that is less."""
     clip_step: int | None = None
-    """Frames from the start of a clip to the start of the next; below clip_frames clips overlap. By default
-    clip_frames."""
+    """Frames from the start of a clip to the start of the next; clips overlap if it is less than clip_frames, which is
+    the default."""
     clips_per_video: int | None = None
-    """Use only the first clips of each video, this many; by default all."""
+    """Maximum number of clips per video, from its beginning; by default all."""
     avoid_cuts: bool = False
-    """Let no clip cross a hard cut; needs PySceneDetect (pip install -e '.[shots]')."""
+    """Make no clip that crosses a hard cut; needs PySceneDetect (pip install -e '.[shots]')."""
     video_sizes: Sequence[str] = ("192x320",)
-    """HEIGHTxWIDTH in pixels; each video is scaled and cropped to the size with the closest aspect ratio."""
+    """HEIGHTxWIDTH in pixels. Each video is scaled and cropped to the size with the closest aspect ratio."""
     image_sizes: Sequence[str] = ("256x256", "192x320", "320x192")
     """The same for images."""
 
     @property
     def shortest_clip(self) -> int:
-        """Frames of the shortest clip to keep."""
+        """Minimum frames of a clip."""
         return min(SHORTEST_CLIP, self.clip_frames) if self.least_clip_frames is None else self.least_clip_frames
 
     @property
@@ -116,14 +116,14 @@ class ShardOptions:
     """Output."""
 
     out: Path
-    """Folder for the shards and manifest.json; if it holds shards already, new input files are added."""
+    """Folder for the shards and manifest.json. New input files are added to existing shards."""
     shard_size: int = 1000
-    """Most samples in one shard."""
+    """Maximum number of samples per shard."""
     part_size: int = 1000
-    """Input files in a part, which one process encodes into separate shards: this many videos, 16 times as many images,
-    or a 64th as many tars. Lower it if there are fewer parts than GPUs."""
+    """Number of videos in a part, which one process encodes into separate shards; parts of images have 16 times as many
+    files, parts of tars a 64th. Lower it if there are fewer parts than GPUs."""
     retry_skipped: bool = False
-    """Try again to use the input files that earlier runs skipped."""
+    """Retry the input files that earlier runs skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +131,9 @@ class ProcessOptions(DeviceOptions):
     """Computation."""
 
     workers: int | None = None
-    """Decoding processes beside the codec, at most 16; 0 decodes in the same process; by default one per core."""
+    """Decoding processes, at most 16; 0 decodes in the main process; by default one per core."""
     batch_size: int = 4
-    """Clips, or images, that are encoded at once."""
+    """Clips or images per encoding batch."""
     ray: bool = False
     """Encode on a Ray cluster (RAY_ADDRESS, else this machine), one process per GPU; needs Ray (pip install -e
     '.[ray]')."""

@@ -13,15 +13,15 @@ class PairInputOptions:
     """Images."""
 
     task: str = "pairs"
-    """pairs: both images of each pair are given. Or both are made from one image: grayscale (to grayscale),
-    colourisation (the reverse), edges (to Canny edges), edges_to_image (the reverse), sketch (to a pencil drawing),
-    copy (no change: a warm-up). edges and sketch need OpenCV (pip install -e '.[edges]')."""
+    """pairs: existing pairs. The other tasks make both images of a pair from one image: grayscale (image to grayscale),
+    colourisation (the reverse), edges (image to Canny edges), edges_to_image (the reverse), sketch (image to pencil
+    drawing), copy (unchanged, for a warm-up). edges and sketch need OpenCV (pip install -e '.[edges]')."""
     sources: Path | None = None
-    """Folder of the source images, or of the images from which a task makes both sides; not searched recursively."""
+    """Folder of the source images, or of the images from which a task makes pairs; not searched recursively."""
     targets: Path | None = None
-    """For --task pairs: folder of the target images, with the names and sizes of their sources."""
+    """For --task pairs: folder of the target images, which have the names and sizes of their sources."""
     pairs_in: Path | None = None
-    """For --task pairs, instead of --sources and --targets: a folder that holds the folders source and target."""
+    """For --task pairs, instead of --sources and --targets: folder that contains the folders source and target."""
     size: str = "256x256"
     """HEIGHTxWIDTH in pixels to which every image is scaled and cropped."""
 
@@ -31,13 +31,13 @@ class SequenceOptions:
     """Sequences."""
 
     pairs: int = 40
-    """Most pairs from which training sequences are drawn (paper: 40)."""
+    """Maximum number of pairs from which training sequences are drawn (paper: 40)."""
     sequences: int = 20
-    """Training sequences (paper: 20)."""
+    """Number of training sequences (paper: 20)."""
     pairs_per_sequence: int = 3
-    """Pairs in a sequence (paper: 3, six frames)."""
+    """Pairs per sequence (paper: 3, which are six frames)."""
     seed: int = 0
-    """Seed of the held-out images and of the drawing of pairs."""
+    """Seed of the choice of held-out images and of the sequences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,13 @@ class PairValidationOptions(ValidationOptions):
     """Validation."""
 
     validation_fraction: float = 0.1
-    """Fraction of the images that is held out, at least one, by a hash of their pixels and the seed: the same images in
-    every task, and when others are added. The other image of a pair is held out with it. 0 holds out none."""
+    """Fraction of the images to hold out, at least one, chosen by a hash of their pixels and the seed: the same images
+    for every task, also after others are added. Both images of a pair are held out. 0 holds out none."""
     source_pattern: str | None = None
-    r"""Regular expression for the part of a file's name that names the recording, if images are frames of videos: the
-    frames of a recording are then held out together, by a hash of that part. Example: clip\d+"""
+    r"""Regular expression for the part of a file name that identifies the recording, if images are video frames: the
+    frames of one recording are then in the same split. Example: clip\d+"""
     held_out_pairs: int = 4
-    """Most held-out pairs to use; each ends one validation sequence, whose other pairs are training pairs."""
+    """Maximum number of validation sequences. Each ends with a held-out pair, after training pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,6 @@ class PreparePairsOptions(PairInputOptions, SequenceOptions, PairValidationOptio
         check_at_least(self, pairs=1, sequences=1, pairs_per_sequence=1, held_out_pairs=0, seed=0)
         if self.pairs < self.pairs_per_sequence:
             raise InputError(
-                f"--pairs is {self.pairs} but a sequence has {self.pairs_per_sequence}: give more --pairs or fewer "
+                f"--pairs is {self.pairs} but a sequence has {self.pairs_per_sequence}: raise --pairs or lower "
                 "--pairs_per_sequence."
             )

@@ -9,4 +9,4 @@ class RecipesOptions:
     """Recipes."""
 
     out: Path | None = None
-    """Copy all shipped recipes to this folder, to be edited; without it they are listed."""
+    """Folder to which all shipped recipes are copied, for editing; without it they are listed."""

@@ -218,7 +218,7 @@ def test_both_folders_of_pairs_may_be_in_one_folder(options: PreparePairsOptions
         ({"targets": None}, "but got --sources: correct these"),
         ({"sources": None, "targets": None}, "but got none of them"),
         ({"pairs_in": Path()}, "but got --sources and --targets and --pairs_in"),
-        ({"pairs": 2}, "pairs is 2 but a sequence has 3: give more --pairs"),
+        ({"pairs": 2}, "pairs is 2 but a sequence has 3: raise --pairs"),
         ({"seed": -1}, "seed is -1: give at least 0"),
         ({"source_pattern": "("}, "source_pattern '[(]' is not a regular expression"),
         ({"size": "18x24"}, "18x24|18 by 24"),

@@ -320,7 +320,7 @@ def test_a_process_that_ends_first_says_who_writes_the_manifest(
     prepare_until(0, options)
     with locked_elsewhere(options.out / "preparation" / "part-00001.lock"):
         assert main(["prepare", *arguments(options)]) == 0
-        assert f"Other processes still encode for {options.out}" in capsys.readouterr().out
+        assert f"Other processes are still encoding for {options.out}" in capsys.readouterr().out
         assert not (options.out / "manifest.json").exists()
     assert prepared(options)
 
