@@ -1,4 +1,4 @@
-"""Estimates of what a recipe takes, without running it."""
+"""Estimates of the memory, FLOPs and duration of a recipe."""
 
 import re
 from collections.abc import Callable
@@ -22,7 +22,7 @@ STAGE2 = f"--config={RECIPES / 'stage2_mixed.yaml'}"
 
 @pytest.fixture
 def mixed(write_shards: Callable[..., Manifest], tmp_path: Path) -> Path:
-    """A recipe that mixes images of two sizes with clips of two lengths."""
+    """Recipe with images of two sizes and clips of two lengths."""
     counts = {("train", "image", (1, 8, 8)): 8, ("train", "image", (1, 8, 12)): 8, ("train", "video", (3, 8, 8)): 16}
     shards = write_shards(tmp_path / "shards", counts).directory
     backbone = {"size": "tiny", "layers": 2, "latent_channels": 4}
@@ -51,7 +51,7 @@ def test_prepared_data_give_the_shapes(mixed: Path, capsys: pytest.CaptureFixtur
     assert "for 500 steps" in text
 
 
-def test_a_loss_on_targets_only_takes_fewer_flops(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_on_targets_needs_fewer_flops(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = f"--config={RECIPES / 'stage4_few_shot.yaml'}"
     assert [source.loss_frames for source in read_recipe([recipe]).run.sources] == ["targets"]
     assert main(["estimate", recipe]) == main(["estimate", recipe, "--data.sequences.loss_frames=all"]) == 0
@@ -61,8 +61,8 @@ def test_a_loss_on_targets_only_takes_fewer_flops(capsys: pytest.CaptureFixture[
     assert targets / everything == pytest.approx(8 / 11, abs=0.01)
 
 
-def test_a_token_budget_gives_each_shape_a_batch_size(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Images of 16 and 24 tokens are in micro-batches of six and four; there are equally many images of both."""
+def test_a_token_budget_sets_the_batch_size_of_each_shape(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images of 16 and 24 tokens form micro-batches of six and four; both are equally frequent."""
     options = [f"--config={mixed}"]
     for name, tokens in (("images", 96), ("videos", 768)):
         options += [f"--data.{name}.batch_size=0", f"--data.{name}.tokens={tokens}"]
@@ -78,7 +78,7 @@ def test_a_token_budget_gives_each_shape_a_batch_size(mixed: Path, capsys: pytes
     assert "data.videos.tokens is 100, too few for one sample" in capsys.readouterr().err
 
 
-def test_gpdit_h_is_estimated_without_building_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_estimate_of_gpdit_h(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", STAGE2, "--trainer.strategy=auto", "--gpus", "64"]) == 0
     text = capsys.readouterr().out
     assert "2,284,305,984 parameters" in text
@@ -90,7 +90,7 @@ def test_gpdit_h_is_estimated_without_building_it(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    ("given", "selected"),
+    ("setting", "option"),
     [
         ("auto", "auto"),
         ("ddp_find_unused_parameters_false", "auto"),
@@ -112,36 +112,36 @@ def test_gpdit_h_is_estimated_without_building_it(capsys: pytest.CaptureFixture[
         ),
     ],
 )  # fmt: skip
-def test_which_strategy_a_setting_selects(given: Any, selected: str) -> None:
-    assert strategy_of(given).option == selected
+def test_a_setting_selects_a_strategy(setting: Any, option: str) -> None:
+    assert strategy_of(setting).option == option
 
 
 def test_the_proposed_options_make_the_recipe_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    whole = [STAGE2, "--trainer.strategy=auto", "--model.init_args.backbone.activation_checkpointing=false"]
+    arguments = [STAGE2, "--trainer.strategy=auto", "--model.init_args.backbone.activation_checkpointing=false"]
     for gpus, capacity in ((8, 80), (64, 40), (1, 24)):
-        run = read_recipe(whole, gpus).run
-        wanted = nearest_that_fits(run, capacity * GIB)
-        assert wanted is not None
-        options = overrides(run, wanted).split()
-        assert read_recipe([*whole, *options], gpus).run == wanted
-        assert main(["estimate", *whole, *options, f"--gpus={gpus}", f"--gpu_memory={capacity}"]) == 0
+        run = read_recipe(arguments, gpus).run
+        nearest = nearest_that_fits(run, capacity * GIB)
+        assert nearest is not None
+        options = overrides(run, nearest).split()
+        assert read_recipe([*arguments, *options], gpus).run == nearest
+        assert main(["estimate", *arguments, *options, f"--gpus={gpus}", f"--gpu_memory={capacity}"]) == 0
         assert "The recipe fits" in capsys.readouterr().out
 
 
-def test_more_gpus_are_proposed_beside_offloading(capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_gpus_are_proposed_as_an_alternative_to_offloading(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", STAGE2, "--trainer.strategy=auto", "--gpu_memory", "24"]) == 0
     text = capsys.readouterr().out
     assert "zero2_offload\nWithout offloading, with" in text
     assert "GiB on each of 4 GPUs:\n  " in text
 
 
-def test_a_recipe_that_no_setting_makes_fit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_may_not_fit_with_any_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", STAGE2, "--gpu_memory", "1"]) == 0
     assert "No setting makes it fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--gpus=3"], "3 GPUs do not divide data.max_ranks = 64"),
         (["--gpu=K20"], "--gpu is K20, whose peak FLOP/s are unknown"),
@@ -158,18 +158,18 @@ def test_a_recipe_that_no_setting_makes_fit(capsys: pytest.CaptureFixture[str]) 
         (["--gpu_memroy", "80"], "did you mean 'gpu_memory'"),
     ],
 )
-def test_a_mistake_gets_one_sentence(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_one_sentence(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", STAGE2, *options]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert words in error
+    assert message in error
 
 
-def test_samples_that_are_too_short(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_that_are_too_short_are_refused(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", f"--config={mixed}", "--data.videos.frames=5", "--data.videos.least_frames=5"]) == 2
     assert "data.videos takes 5 latent frames of each sample, but the data has samples of 3" in capsys.readouterr().err
 
 
-def test_from_python_it_takes_a_record(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_and_the_command_line_give_the_same_estimate(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     estimate(EstimateOptions(config=[str(mixed)], overrides=["--trainer.max_steps=7"], gpus=2))
     printed = capsys.readouterr().out
     assert main(["estimate", "-c", str(mixed), "--trainer.max_steps", "7", "--gpus", "2"]) == 0

@@ -30,7 +30,7 @@ from tests.cli.sampling import CODEC, stripes
 from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
 
 VIDEOS, CHUNKS = 6, 3
-FRAMES = 10  # of a clip, the fewest that I3D takes: 5 of context, 5 to generate
+FRAMES = 10  # of a clip, the minimum of I3D: 5 of context, 5 generated
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def network_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Network
 
 @pytest.fixture(scope="module")
 def command(place: Path, folder: Path, network_files: dict[str, NetworkOptions]) -> list[str]:
-    """The options of an evaluation of three chunks with all networks, without --out."""
-    settings = {
+    """Options of an evaluation in three chunks with all networks, without --out."""
+    options = {
         "checkpoint": place / "of2",
         "videos": folder,
         "data": "stripes",
@@ -66,10 +66,11 @@ def command(place: Path, folder: Path, network_files: dict[str, NetworkOptions])
         "video_network.path": network_files["ScriptedI3D"].path,
         "image_network.path": network_files["ScriptedInception"].path,
     }
-    return [f"--{name}={value}" for name, value in settings.items()]
+    return [f"--{name}={value}" for name, value in options.items()]
 
 
 def without(command: list[str], *names: str) -> list[str]:
+    """Return the command without the options whose names begin with these."""
     return [option for option in command if not option.startswith(tuple(f"--{name}" for name in names))]
 
 
@@ -77,15 +78,15 @@ def evaluate(command: list[str], out: Path, *options: str) -> int:
     return main(["evaluate", *command, f"--out={out}", *options])
 
 
-def results(out: Path) -> str:
-    """The report without its date."""
+def report_without_date(out: Path) -> str:
+    """Return the text of the report without its date."""
     report = json.loads((out / "results.json").read_text())
     return (out / "results.json").read_text().replace(report["date"], "")
 
 
 @pytest.fixture(scope="module")
 def finished(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an evaluation by one uninterrupted process. Do not change it."""
+    """Folder of an evaluation by one uninterrupted process. Do not change it."""
     out = tmp_path_factory.mktemp("finished")
     assert evaluate(command, out) == 0
     return out
@@ -93,13 +94,13 @@ def finished(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the verb logs; its logger does not propagate to pytest's."""
+    """Messages that the verb logs; its logger does not propagate to that of pytest."""
     verb.log.addHandler(caplog.handler)
     yield caplog
     verb.log.removeHandler(caplog.handler)
 
 
-def test_scores_are_those_of_the_librarys_continuations(
+def test_scores_are_those_of_continuations_by_the_library(
     command: list[str], place: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate(command, tmp_path) == 0
@@ -108,14 +109,15 @@ def test_scores_are_those_of_the_librarys_continuations(
     assert list(report.self_checks) == ["fvd", "fid"]
     assert report.references["the truth"]["fvd"].mean == pytest.approx(0, abs=1e-6)
     trained = load_trained_model(place / "of2")
-    assert trained.classes  # a class-conditional model continues without a class
+    assert trained.classes  # a class-conditional model, evaluated without classes
     expected = []
     for number in range(VIDEOS):
-        truth = read_clip(folder / f"{number}.mp4", FRAMES, 1, (32, 32))
+        ground_truth = read_clip(folder / f"{number}.mp4", FRAMES, 1, (32, 32))
         config = GenerationConfig(RotationSampler(2), Guidance(1.5))
         seeds = [noise_seed(f"{number}.mp4", 0)]
-        video = continue_video(trained.backbone, CODEC, truth[None, :5], FRAMES - 5, config, ClipInputs(seeds)).pixels
-        expected.append(psnr(video[:, 5:], truth[None, 5:]).item())
+        context = ground_truth[None, :5]
+        video = continue_video(trained.backbone, CODEC, context, FRAMES - 5, config, ClipInputs(seeds)).pixels
+        expected.append(psnr(video[:, 5:], ground_truth[None, 5:]).item())
     assert report.scores["psnr"].mean == pytest.approx(sum(expected) / VIDEOS, abs=0.02)
 
     protocol = report.protocol
@@ -124,15 +126,15 @@ def test_scores_are_those_of_the_librarys_continuations(
     assert (protocol.sampler, protocol.steps, protocol.guidance) == ("rotation", 2, Guidance(1.5))
     assert protocol.networks.keys() == {"video", "image"}
     assert (tmp_path / "self_checks.png").is_file()
-    whole, printed = (tmp_path / "results.md").read_text(), capsys.readouterr().out
-    assert "## Protocol" in whole
-    assert "## Comparison with the paper" in whole
-    assert printed.startswith(whole.split("\n## ")[0])
+    markdown, printed = (tmp_path / "results.md").read_text(), capsys.readouterr().out
+    assert "## Protocol" in markdown
+    assert "## Comparison with the paper" in markdown
+    assert printed.startswith(markdown.split("\n## ")[0])
     assert "## " not in printed
     assert str(tmp_path / "results.md") in printed
 
 
-def test_processes_share_the_chunks_and_the_last_one_writes_the_report(
+def test_chunks_are_distributed_over_processes_and_the_last_one_writes_the_report(
     command: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -140,14 +142,14 @@ def test_processes_share_the_chunks_and_the_last_one_writes_the_report(
         assert not (tmp_path / "results.json").exists()
         monkeypatch.setenv("RANK", str(rank))
         assert evaluate(command, tmp_path) == 0
-    assert results(tmp_path) == results(finished)
+    assert report_without_date(tmp_path) == report_without_date(finished)
 
 
 def test_two_processes_at_once_give_the_same_report(
     command: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    context = multiprocessing.get_context("fork")  # so that they need not import again
+    context = multiprocessing.get_context("fork")  # a fork needs no second import
     processes = []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
@@ -156,30 +158,30 @@ def test_two_processes_at_once_give_the_same_report(
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    assert results(tmp_path) == results(finished)
+    assert report_without_date(tmp_path) == report_without_date(finished)
 
 
-def test_a_killed_process_resumes(
+def test_an_interrupted_evaluation_resumes(
     command: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
 
-        def killed(*chunk: Any) -> None:
+        def write_one_chunk(*chunk: Any) -> None:
             write_chunk(*chunk)
             raise KeyboardInterrupt
 
         write_chunk = verb.write_chunk
-        patch.setattr(verb, "write_chunk", killed)
+        patch.setattr(verb, "write_chunk", write_one_chunk)
         assert evaluate(command, tmp_path) == 130
-    (done,) = (tmp_path / "chunks").iterdir()
-    before = done.stat()
+    (written,) = (tmp_path / "chunks").iterdir()
+    before = written.stat()
     assert evaluate(command, tmp_path) == 0
-    assert (done.stat().st_ino, done.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert (written.stat().st_ino, written.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert len(list((tmp_path / "chunks").iterdir())) == CHUNKS
-    assert results(tmp_path) == results(finished)
+    assert report_without_date(tmp_path) == report_without_date(finished)
 
 
-def test_a_finished_evaluation_is_printed_again(
+def test_a_finished_evaluation_is_printed_without_computing(
     command: list[str], finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("evaluate_chunk", "make_report"):
@@ -195,7 +197,7 @@ def test_a_deleted_chunk_and_the_report_are_computed_again(command: list[str], f
     chunk.unlink()
     (tmp_path / "out" / "results.json").write_text("old")
     assert evaluate(command, tmp_path / "out") == 0
-    assert results(tmp_path / "out") == results(finished)
+    assert report_without_date(tmp_path / "out") == report_without_date(finished)
     assert all(torch.equal(values, expected[key]) for key, values in load_file(chunk).items())
 
 
@@ -213,22 +215,22 @@ def test_seeds_give_a_mean_and_a_deviation(command: list[str], finished: Path, t
     assert both["fvd"].deviation > 0
 
 
-def test_videos_are_kept_beside_the_ground_truth(command: list[str], folder: Path, tmp_path: Path) -> None:
+def test_continuations_and_ground_truth_are_kept(command: list[str], folder: Path, tmp_path: Path) -> None:
     assert evaluate(command, tmp_path, "--keep_videos=2", "--seeds", "0", "4") == 0
-    shown = tmp_path / "videos"
-    kept = sorted(path.relative_to(shown) for path in shown.rglob("*.mp4"))
+    folder_of_kept = tmp_path / "videos"
+    kept = sorted(path.relative_to(folder_of_kept) for path in folder_of_kept.rglob("*.mp4"))
     assert [path.parent.name for path in kept] == ["seed_0"] * 2 + ["seed_4"] * 2 + ["truth"] * 2
     assert len({path.name for path in kept}) == 2
     for path in kept:
-        video = read_video(shown / path).float()
-        truth = read_clip(folder / path.name, FRAMES, 1, (32, 32)).float()
-        assert video.shape == truth.shape
-        known = FRAMES if path.parent.name == "truth" else 5
-        assert (video[:known] - truth[:known]).abs().mean() < 8
-        assert known == FRAMES or (video[5:] - truth[5:]).abs().mean() > 8
+        video = read_video(folder_of_kept / path).float()
+        ground_truth = read_clip(folder / path.name, FRAMES, 1, (32, 32)).float()
+        assert video.shape == ground_truth.shape
+        given = FRAMES if path.parent.name == "truth" else 5
+        assert (video[:given] - ground_truth[:given]).abs().mean() < 8
+        assert given == FRAMES or (video[5:] - ground_truth[5:]).abs().mean() > 8
 
 
-def test_without_networks_their_scores_are_left_out(
+def test_scores_without_a_network_are_left_out(
     command: list[str], network_files: dict[str, NetworkOptions], tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     def scores(*options: str, leave_out: tuple[str, ...]) -> set[str]:
@@ -255,20 +257,21 @@ def test_the_window_is_that_of_training_by_default(
     for number in range(2):
         write_video(tmp_path / f"{number}.mp4", stripes(number)[:18], 24)
     options = [f"--videos={tmp_path}", "--count=2", "--context_frames=13", "--self_check_videos=0"]
-    assert evaluate(command, tmp_path / "trained", *options) == 0
-    assert Report.load(tmp_path / "trained" / "results.json").protocol.window == 4
+    assert evaluate(command, tmp_path / "default", *options) == 0
+    assert Report.load(tmp_path / "default" / "results.json").protocol.window == 4
     assert "scores may be worse" not in messages.text
-    assert evaluate(command, tmp_path / "more", *options, "--window=5") == 0
+    assert evaluate(command, tmp_path / "larger", *options, "--window=5") == 0
     assert "--window is 5 latent frames, but in training frames attended to at most 4" in messages.text
 
 
-def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+def error_message(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the only line with an error."""
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
 
 
 @pytest.mark.parametrize(
-    ("option", "words"),
+    ("option", "message"),
     [
         ("--guidance=2", "another guidance.context (1.5, not 2.0)"),
         ("--seeds=1", "another seeds ([0], not [1])"),
@@ -276,19 +279,19 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         ("--chunk=4", "another chunk (2, not 4)"),
     ],
 )
-def test_a_folder_holds_one_evaluation(
-    command: list[str], finished: Path, capsys: pytest.CaptureFixture[str], option: str, words: str
+def test_a_folder_with_other_settings_is_refused(
+    command: list[str], finished: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
 ) -> None:
-    before = results(finished)
+    before = report_without_date(finished)
     assert evaluate(command, finished, option) == 2
-    message = sentence(capsys)
-    assert words in message
-    assert message.endswith("give another --out, or remove that folder.")
-    assert results(finished) == before
+    error = error_message(capsys)
+    assert message in error
+    assert error.endswith("give another --out, or remove that folder.")
+    assert report_without_date(finished) == before
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ("--count=7", "have 6 videos of at least 10 frames"),
         ("--count=1", "--count is 1: give at least 2"),
@@ -310,15 +313,15 @@ def test_a_folder_holds_one_evaluation(
         ("--device=gpu", "The device 'gpu' cannot be used"),
     ],
 )
-def test_a_mistake_gets_one_sentence_and_nothing_is_written(
-    command: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, words: str
+def test_an_error_is_one_sentence_and_nothing_is_written(
+    command: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
 ) -> None:
     if "SEVERAL" in options:
         model = GPDiT.from_pretrained(place / "of2")
         model.facts = replace(model.facts, geometry=replace(model.facts.geometry, sizes=((32, 32), (48, 48))))
         model.save_pretrained(tmp_path / "several")
     assert evaluate(command, tmp_path / "out", options.replace("SEVERAL", str(tmp_path / "several"))) == 2
-    assert words in sentence(capsys)
+    assert message in error_message(capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -327,17 +330,17 @@ def test_a_classifier_needs_an_image_network(
 ) -> None:
     classifier = f"--classifier.path={network_files['ScriptedClassifier'].path}"
     assert evaluate(without(command, "image_network"), tmp_path, classifier) == 2
-    assert "a classifier is given without an image_network: give both" in sentence(capsys)
+    assert "a classifier is given without an image_network: give both" in error_message(capsys)
 
 
-def test_a_damaged_chunk_is_named(
+def test_a_damaged_chunk_is_an_error_that_names_it(
     command: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(finished, tmp_path / "out")
     chunk = tmp_path / "out" / "chunks" / "000002.safetensors"
     chunk.write_bytes(chunk.read_bytes()[:-1])
     assert evaluate(command, tmp_path / "out") == 2
-    assert f"{chunk} is damaged" in sentence(capsys)
+    assert f"{chunk} is damaged" in error_message(capsys)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +351,7 @@ def test_a_damaged_chunk_is_named(
         ("long", {"data": "MovieGenBench", "context_frames": 13, "generated_frames": 16, "stride": 4}),
     ],
 )
-def test_recipes_are_those_of_the_paper(recipe: str, expected: dict[str, Any]) -> None:
+def test_recipes_have_the_settings_of_the_paper(recipe: str, expected: dict[str, Any]) -> None:
     options = parse("evaluate", "", EvaluateOptions, ["--config", f"gpdit:eval_{recipe}"])
     expected |= {
         "guidance": 1.2,

@@ -1,4 +1,4 @@
-"""`features` on video files, against the features of the whole model, pooled in loops."""
+"""`features` on video files, compared with features of the whole model, pooled in loops."""
 
 import pickle
 import shutil
@@ -31,8 +31,11 @@ CODEC = load_codec("pca")
 
 @pytest.fixture(scope="module")
 def work(place: Path, tmp_path_factory: pytest.TempPathFactory, randomise: Callable[[GPDiT], GPDiT]) -> Path:
-    """A `model` of three blocks, trained on 17 frames of 32x32 at stride 3, and another of `two_sizes`; `videos` of 60
-    frames, one in a folder, with a `broken` one and a `short` one of 12 frames."""
+    """Folder with models and videos.
+
+    `model` has three blocks and the geometry of 17 frames of 32x32 at stride 3; `two_sizes` has two sizes. `videos`
+    contains three videos of 60 frames; `damaged` contains also one that is not a video and one of 12 frames.
+    """
     work = tmp_path_factory.mktemp("features")
     trained = load_trained_model(place / "of2").backbone
     model = randomise(GPDiT(trained.config.replaced(layers=3)))
@@ -44,31 +47,29 @@ def work(place: Path, tmp_path_factory: pytest.TempPathFactory, randomise: Calla
         (work / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
         write_video(work / "videos" / f"{name}.mp4", stripes(number), 24)
     shutil.copytree(work / "videos", work / "damaged")
-    (work / "damaged/broken.mp4").write_bytes(b"no video")
+    (work / "damaged/unreadable.mp4").write_bytes(b"no video")
     write_video(work / "damaged/short.mp4", stripes(3)[:12], 24)
     return work
 
 
 def extract(work: Path, out: Path, *options: Any, videos: str = "videos", model: str = "model") -> None:
-    basic = ["--checkpoint", work / model, "--videos", work / videos, "--out", out, "--layer=2", "--workers=0"]
-    run("features", [str(option) for option in (*basic, *options)])
+    arguments = ["--checkpoint", work / model, "--videos", work / videos, "--out", out, "--layer=2", "--workers=0"]
+    run("features", [str(option) for option in (*arguments, *options)])
 
 
 def expected(work: Path, name: str, frames: int = 17, stride: int = 3, temporal_tokens: int = 5) -> torch.Tensor:
-    """The features of one video by the whole model, in loops."""
+    """Compute the features of one video by the whole model, in loops."""
     clip = read_clip(work / "videos" / f"{name}.mp4", frames, stride, (32, 32), centred=True, resample_short=True)
     latents = (CODEC.encode(clip[None]) - CODEC.mean[:, None, None]) / CODEC.std[:, None, None]
     with torch.no_grad():
-        found = load_trained_model(work / "model").backbone.features(latents, [2])[2][0].double()
-    rows = [found[frame].mean(0) for frame in range(len(found))]
-    rows += [torch.zeros(found.shape[-1])] * (temporal_tokens - len(found))
-    rows += [found[:, place].mean(0) for place in range(found.shape[1])]
+        features = load_trained_model(work / "model").backbone.features(latents, [2])[2][0].double()
+    rows = [features[frame].mean(0) for frame in range(len(features))]
+    rows += [torch.zeros(features.shape[-1])] * (temporal_tokens - len(features))
+    rows += [features[:, token].mean(0) for token in range(features.shape[1])]
     return torch.stack([row.double() for row in rows])
 
 
-def test_features_are_those_of_the_layer_and_the_loader_finds_them(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_features_are_those_of_the_layer(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     extract(work, tmp_path, "--batch_size=2")
     data = VideoFeatures(tmp_path, layer=2, frames=17, stride=3, size="32x32", weights="ema")
     assert set(data.names) == {"a", "jump/b", "jump/c.1"}
@@ -81,15 +82,15 @@ def test_features_are_those_of_the_layer_and_the_loader_finds_them(
 
 def test_a_recipe_gives_options_and_the_command_line_overrides_them(work: Path, tmp_path: Path) -> None:
     settings = {"layer": 1, "frames": 9, "stride": 0, "temporal_tokens": 7, "format": "pickle", "workers": 0}
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "features.yaml").write_text(yaml.safe_dump(settings))
     out = tmp_path / "out"
-    given = [f"--config={tmp_path / 'own.yaml'}", "--checkpoint", work / "model", "--videos", work / "videos"]
+    given = [f"--config={tmp_path / 'features.yaml'}", "--checkpoint", work / "model", "--videos", work / "videos"]
     run("features", [str(word) for word in (*given, "--out", out, "--layer=2")])
     with (out / "jump/b.pkl").open("rb") as file:
         values = pickle.load(file)
     assert values.dtype == np.float16
-    wanted = expected(work, "jump/b", frames=9, stride=1000, temporal_tokens=7)
-    np.testing.assert_allclose(values, wanted, rtol=2e-3, atol=2e-3)
+    reference = expected(work, "jump/b", frames=9, stride=1000, temporal_tokens=7)
+    np.testing.assert_allclose(values, reference, rtol=2e-3, atol=2e-3)
     assert not values[3:7].any()
 
 
@@ -99,7 +100,7 @@ def test_the_recipe_is_that_of_section_a_2() -> None:
     assert (options.layer, options.format) == (18, "pickle")
     assert options.size is not None
     rows, columns = (side // 16 for side in parse_size(options.size))
-    assert options.temporal_tokens + rows * columns == 100 + 256  # what Video-ChatGPT's loader expects
+    assert options.temporal_tokens + rows * columns == 100 + 256  # tokens that Video-ChatGPT expects
 
 
 def test_videos_that_cannot_be_read_are_named_and_skipped(
@@ -109,9 +110,9 @@ def test_videos_that_cannot_be_read_are_named_and_skipped(
     try:
         extract(work, tmp_path / "out", videos="damaged")
         assert "3 of them are new, and 2 videos were skipped" in capsys.readouterr().out
-        assert sum("broken.mp4" in line or "short.mp4 has 12" in line for line in set(caplog.messages)) == 2
-        with pytest.raises(InputError, match=r"None of the 1 videos in .*broken.mp4 could be read"):
-            extract(work, tmp_path / "none", videos="damaged/broken.mp4")
+        assert sum("unreadable.mp4" in line or "short.mp4 has 12" in line for line in set(caplog.messages)) == 2
+        with pytest.raises(InputError, match=r"None of the 1 videos in .*unreadable.mp4 could be read"):
+            extract(work, tmp_path / "none", videos="damaged/unreadable.mp4")
     finally:
         verb.log.removeHandler(caplog.handler)
 
@@ -120,7 +121,7 @@ def test_existing_features_are_not_computed_again(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     extract(work, tmp_path)
-    whole = {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")}
+    written = {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")}
     (tmp_path / "a.npy").write_bytes(b"kept")
     (tmp_path / "jump/b.npy").unlink()
     capsys.readouterr()
@@ -128,35 +129,35 @@ def test_existing_features_are_not_computed_again(
     printed = capsys.readouterr().out
     assert "features of 3 videos" in printed
     assert "1 of them are new" in printed
-    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")} == whole | {"a.npy": b"kept"}
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.npy")} == written | {"a.npy": b"kept"}
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--layer=1"], "has layer 2, but 1 is expected"),
         (["--format=pickle"], "has format 'npy', but 'pickle'"),
         (["--checkpoint", "OTHER"], "has fingerprint "),
     ],
 )
-def test_a_folder_holds_features_of_one_kind(
-    work: Path, tmp_path: Path, options: list[str], words: str, randomise: Callable[[GPDiT], GPDiT]
+def test_a_folder_with_other_features_is_refused(
+    work: Path, tmp_path: Path, options: list[str], message: str, randomise: Callable[[GPDiT], GPDiT]
 ) -> None:
-    record_of_first = tmp_path / "out" / "features.json"
+    record = tmp_path / "out" / "features.json"
     extract(work, tmp_path / "out")
-    before = record_of_first.read_bytes()
+    before = record.read_bytes()
     if "OTHER" in options:
         other = load_trained_model(work / "model").backbone
         with torch.no_grad():
             other.blocks[1].mlp.down.weight[0, 0] += 1e-3
         other.save_pretrained(tmp_path / "other")
         options = ["--checkpoint", str(tmp_path / "other")]
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         extract(work, tmp_path / "out", *options)
-    assert record_of_first.read_bytes() == before
+    assert record.read_bytes() == before
 
 
-def test_blocks_that_are_not_run_do_not_matter(work: Path, tmp_path: Path) -> None:
+def test_blocks_that_are_not_run_have_no_effect(work: Path, tmp_path: Path) -> None:
     other = load_trained_model(work / "model").backbone
     with torch.no_grad():
         other.blocks[2].mlp.down.weight.zero_()
@@ -167,14 +168,14 @@ def test_blocks_that_are_not_run_do_not_matter(work: Path, tmp_path: Path) -> No
     assert (tmp_path / "a/a.npy").read_bytes() == (tmp_path / "b/a.npy").read_bytes()
 
 
-def test_the_codec_stays_float32_under_bf16(work: Path, tmp_path: Path) -> None:
+def test_the_codec_computes_in_float32_under_bf16(work: Path, tmp_path: Path) -> None:
     extract(work, tmp_path, "--precision=bf16", videos="videos/a.mp4")
     difference = (VideoFeatures(tmp_path, precision="bf16")["a"].double() - expected(work, "a")).abs().mean()
     assert 0 < difference < 0.02 * expected(work, "a").abs().mean()
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--layer=4"], "Layer 4 does not exist: give a number from 1 to 3"),
         (["--frames=16"], "16 pixel frames are not 1 . 4 k"),
@@ -191,9 +192,9 @@ def test_the_codec_stays_float32_under_bf16(work: Path, tmp_path: Path) -> None:
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_a_mistake_gets_one_sentence(work: Path, tmp_path: Path, options: list[str], words: str) -> None:
+def test_an_error_leaves_no_folder(work: Path, tmp_path: Path, options: list[str], message: str) -> None:
     (work / "stray.npy").touch()
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         extract(work, tmp_path / "out", *(option.replace("WORK", str(work)) for option in options))
     assert not (tmp_path / "out").exists()
 

@@ -39,7 +39,7 @@ def probe(*options: Any) -> None:
 
 
 def evaluation_of(checkpoint: Path, **scores: float) -> Report:
-    """A possible report of `evaluate` on an exported folder."""
+    """Return a report as `evaluate` writes it for an exported folder."""
     protocol = Protocol(
         data="toys", choice="all", split_sha256="0", videos=2, context_frames=1, generated_frames=4, fvd_frames="all",
         size=(32, 32), stride=1, resize="none", sampler="rotation", steps=2, guidance=Guidance(),
@@ -50,7 +50,7 @@ def evaluation_of(checkpoint: Path, **scores: float) -> Report:
     return Report(protocol, {name: Score.of([value]) for name, value in scores.items()})
 
 
-def test_two_models_are_probed_at_every_layer(
+def test_every_layer_of_two_models_is_probed(
     place: Path, ucf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints = [place / "of2", place / "of"]
@@ -68,23 +68,23 @@ def test_two_models_are_probed_at_every_layer(
         assert protocol["regularisation"] == "C = 0.1"
     text = (tmp_path / "out" / "probe.md").read_text()
     assert text in capsys.readouterr().out
-    with Image.open(tmp_path / "out" / "probe.png") as drawn:
-        assert drawn.width > 3 * drawn.height  # layers, steps and FVD side by side
+    with Image.open(tmp_path / "out" / "probe.png") as image:
+        assert image.width > 3 * image.height  # three panels: layers, steps and FVD
 
-    kept = set((tmp_path / "out" / "features").iterdir())
+    cached = set((tmp_path / "out" / "features").iterdir())
     probe(*arguments, "--split", 1)
-    assert set((tmp_path / "out" / "features").iterdir()) == kept
+    assert set((tmp_path / "out" / "features").iterdir()) == cached
     protocol = json.loads((tmp_path / "out" / "probe.json").read_text())["results"][0]["protocol"]
     assert protocol["regularisation"].startswith("best C of 0.0001,")
 
 
 def test_evaluations_of_different_protocols_are_refused(place: Path, ucf: Path, tmp_path: Path) -> None:
-    one, other = evaluation_of(place / "of", fvd=300.0), evaluation_of(place / "of2", fvd=200.0)
-    write_report(one, tmp_path / "one")
-    write_report(replace(other, protocol=replace(other.protocol, stride=3)), tmp_path / "other")
+    first, second = evaluation_of(place / "of", fvd=300.0), evaluation_of(place / "of2", fvd=200.0)
+    write_report(first, tmp_path / "first")
+    write_report(replace(second, protocol=replace(second.protocol, stride=3)), tmp_path / "second")
     arguments = ["--checkpoint", place / "of", "--videos", ucf, "--out", tmp_path / "out", "--evaluations"]
-    paths = [tmp_path / name / "results.json" for name in ("one", "other")]
-    with pytest.raises(InputError, match=r"one/results.json and .*other/results.json differ in stride \(1, not 3\)"):
+    paths = [tmp_path / name / "results.json" for name in ("first", "second")]
+    with pytest.raises(InputError, match=r"first/results.json and .*second/results.json differ in stride \(1, not 3\)"):
         probe(*arguments, *paths)
     with pytest.raises(InputError, match="evaluate the same checkpoint: give one of them"):
         probe(*arguments, paths[0], paths[0])
@@ -110,11 +110,11 @@ def test_lists_and_folders_give_the_same_split(place: Path, ucf: Path, tmp_path:
         "--out",
         tmp_path,
     ]
-    found = []
-    for division in (["--split", "folders"], ["--train_list", tmp_path / "train", "--test_list", tmp_path / "test"]):
-        probe(*arguments, *division)
-        found.append(json.loads((tmp_path / "probe.json").read_text())["results"][0])
-    folders, lists = found
+    results = []
+    for split in (["--split", "folders"], ["--train_list", tmp_path / "train", "--test_list", tmp_path / "test"]):
+        probe(*arguments, *split)
+        results.append(json.loads((tmp_path / "probe.json").read_text())["results"][0])
+    folders, lists = results
     assert folders["layers"] == lists["layers"]
     assert folders["protocol"]["data_sha256"] == lists["protocol"]["data_sha256"]
     assert (folders["protocol"]["split"], lists["protocol"]["split"]) == (
@@ -124,7 +124,7 @@ def test_lists_and_folders_give_the_same_split(place: Path, ucf: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--split", 3], "number of test groups is 0"),
         (["--split", 1, "--train_list", "a", "--test_list", "b"], "both --split 1 and lists of videos are given"),
@@ -138,8 +138,8 @@ def test_lists_and_folders_give_the_same_split(place: Path, ucf: Path, tmp_path:
         (["--checkpoint", "/nowhere"], "there is no checkpoint at /nowhere"),
     ],
 )
-def test_a_mistake_gets_one_sentence(place: Path, ucf: Path, tmp_path: Path, options: list[Any], words: str) -> None:
+def test_invalid_options_are_an_error(place: Path, ucf: Path, tmp_path: Path, options: list[Any], message: str) -> None:
     write_report(evaluation_of(place / "of", fid=30.0), tmp_path)
     given = [tmp_path / "results.json" if option == "WITHOUT_FVD" else option for option in options]
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         probe("--checkpoint", place / "of2", "--videos", ucf, "--out", tmp_path, *given)
