@@ -174,7 +174,7 @@ class Denoiser:
     def __call__(self, noisy: Tensor, theta: Tensor) -> Tensor:
         """Return the velocity (B, C, H, W) at `noisy` (B, C, H, W) and `theta` (B,)."""
         clips, guidance = len(noisy), self.config.guidance
-        # Reading the angle makes the host wait for the GPU.
+        # `at_all_levels` comes first, since reading the angle makes the host wait for the GPU.
         guided = guidance.at_all_levels or guidance.applies_at(theta[0].item(), self.config.sampler.schedule)
         over_label = guided and self.null_condition is not None
         over_context = guided and guidance.context != 1 and self._has_context

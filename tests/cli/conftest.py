@@ -10,8 +10,8 @@ from tests.cli import sampling
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory, randomise: Callable[[GPDiT], GPDiT]) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory, randomise: Callable[[GPDiT], GPDiT]) -> Path:
     """The folder of `sampling.make_sampling_folder`. Do not change it."""
-    place = tmp_path_factory.mktemp("sample")
-    sampling.make_sampling_folder(place, randomise)
-    return place
+    workspace = tmp_path_factory.mktemp("sample")
+    sampling.make_sampling_folder(workspace, randomise)
+    return workspace

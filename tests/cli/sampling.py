@@ -39,60 +39,60 @@ def stripe_context(number: int, first: int, frames: int) -> Tensor:
     return stripes(number)[first::3, ..., 8:40][:frames].contiguous()
 
 
-def make_sampling_folder(place: Path, randomise: Callable[[GPDiT], GPDiT]) -> None:
+def make_sampling_folder(workspace: Path, randomise: Callable[[GPDiT], GPDiT]) -> None:
     """Write contexts and models into a folder.
 
     The contexts are `videos/LABEL/NUMBER.mp4` and their `latents`, `movie.gif`, `still.png` and `frames`. The models
     are a `run` of one step, and with random weights `of2`, `of` and, without labels, `unlabelled`.
     """
     for number, label in enumerate(LABELS):
-        (place / "videos" / label).mkdir(parents=True)
-        write_video(place / "videos" / label / f"{number}.mp4", stripes(number), 24)
+        (workspace / "videos" / label).mkdir(parents=True)
+        write_video(workspace / "videos" / label / f"{number}.mp4", stripes(number), 24)
     images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in stripes(2)]
-    images[0].save(place / "movie.gif", save_all=True, append_images=images[1:], duration=100)
-    images[57].save(place / "still.png")
-    (place / "frames").mkdir()
+    images[0].save(workspace / "movie.gif", save_all=True, append_images=images[1:], duration=100)
+    images[57].save(workspace / "still.png")
+    (workspace / "frames").mkdir()
     for number, image in enumerate(images):
-        image.save(place / "frames" / f"{number}.png")
-    sources: dict[str, Any] = {"videos": [place / "videos"], "labels": True, "validation_fraction": 0}
-    prepare(PrepareOptions(out=place / "latents", codec="pca", video_sizes=["32x32"], workers=0, **sources))
+        image.save(workspace / "frames" / f"{number}.png")
+    sources: dict[str, Any] = {"videos": [workspace / "videos"], "labels": True, "validation_fraction": 0}
+    prepare(PrepareOptions(out=workspace / "latents", codec="pca", video_sizes=["32x32"], workers=0, **sources))
     backbone = {"size": "tiny", "layers": 1, "width": 24, "heads": 2, "mlp_width": 48, "classes": len(LABELS)}
     recipe: dict[str, Any] = {
-        "run_dir": str(place / "run"),
+        "run_dir": str(workspace / "run"),
         "model": {"class_path": "GPDiTStage", "init_args": {"backbone": backbone}},
-        "data": {"videos": {"manifests": [str(place / "latents")], "batch_size": 1}, "labels": True},
+        "data": {"videos": {"manifests": [str(workspace / "latents")], "batch_size": 1}, "labels": True},
         "trainer": {"accelerator": "cpu", "max_steps": 1, "enable_progress_bar": False, "enable_model_summary": False},
     }
-    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["fit", "--config", str(place / "recipe.yaml")]) == 0
+    (workspace / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "--config", str(workspace / "recipe.yaml")]) == 0
     # After one step the output layer is almost 0, so that frames would hardly depend on anything.
-    trained = load_trained_model(place / "run").backbone
+    trained = load_trained_model(workspace / "run").backbone
     changes: dict[str, dict[str, Any]] = {"of2": {}, "of": {"attention": "of"}, "unlabelled": {"classes": 0}}
     for name, changed in changes.items():
         model = randomise(GPDiT(trained.config.replaced(**changed)))
         model.facts = trained.facts if model.config.classes else replace(trained.facts, classes=())
-        model.save_pretrained(place / name)
+        model.save_pretrained(workspace / name)
 
 
-def sample(place: Path, out: Path, *options: Any, context: str | None = VIDEO, model: str = "of2") -> int:
+def sample(workspace: Path, out: Path, *options: Any, context: str | None = VIDEO, model: str = "of2") -> int:
     """Run `sample` with two steps and further options, and return its exit status."""
-    contexts = ["--context", place / context] if context else []
-    basic = ["--checkpoint", place / model, *contexts, "--out", out, "--steps=2"]
+    contexts = ["--context", workspace / context] if context else []
+    basic = ["--checkpoint", workspace / model, *contexts, "--out", out, "--steps=2"]
     return main(["sample", *map(str, [*basic, *options])])
 
 
 def expected_latents(
-    place: Path, known: Tensor, frames: int, model: str = "of2", label: int = NO_LABEL, **settings: Any
+    workspace: Path, context: Tensor, frames: int, model: str = "of2", label: int = NO_LABEL, **settings: Any
 ) -> Tensor:
     """Return the latents (k, C, h, w) of a context, and those that the library generates after them."""
-    trained = load_trained_model(place / model)
+    trained = load_trained_model(workspace / model)
     config = replace(GenerationConfig(RotationSampler(2), window=LATENT_FRAMES - 1), **settings)
     if config.autocast_dtype:
         cast_linear_weights(trained.backbone, config.autocast_dtype)
     pieces = stream_video(
-        trained.backbone, CODEC, known[None], frames, config, ClipInputs(condition=torch.tensor([label]))
+        trained.backbone, CODEC, context[None], frames, config, ClipInputs(condition=torch.tensor([label]))
     )
-    return torch.cat([known, *(piece.latents[0] for piece in pieces)])
+    return torch.cat([context, *(piece.latents[0] for piece in pieces)])
 
 
 def latents(path: Path) -> Tensor:

@@ -22,18 +22,18 @@ def draw(folder: Path, count: int, seed: int) -> None:
         image.save(folder / f"{number}.png")
 
 
-def train(place: Path, tasks: Sequence[str], steps: int) -> None:
-    """Write images into `known` and `unseen`, and train a model in `run` on pairs that the tasks make from `known`."""
-    draw(place / "known", 120, seed=0)
-    draw(place / "unseen", 16, seed=1)
-    options = {"sources": place / "known", "pairs": 120, "sequences": 300, "size": "16x16", "codec": "pca"}
+def train(workspace: Path, tasks: Sequence[str], steps: int) -> None:
+    """Write images into `training` and `held_out`, and train a model in `run` on pairs made from `training`."""
+    draw(workspace / "training", 120, seed=0)
+    draw(workspace / "held_out", 16, seed=1)
+    options = {"sources": workspace / "training", "pairs": 120, "sequences": 300, "size": "16x16", "codec": "pca"}
     for task in tasks:
-        prepare_pairs(PreparePairsOptions(out=place / task, task=task, device="cpu", **options))
+        prepare_pairs(PreparePairsOptions(out=workspace / task, task=task, device="cpu", **options))
     backbone = {"size": "tiny", "layers": 2, "width": 64, "heads": 2, "mlp_width": 128}
     optimizer = {"learning_rate": 5e-3, "warmup_steps": 20, "decay": "cosine"}
-    manifests = [str(place / task) for task in tasks]
+    manifests = [str(workspace / task) for task in tasks]
     recipe = {
-        "run_dir": str(place / "run"),
+        "run_dir": str(workspace / "run"),
         "model": {"class_path": "FewShotStage", "init_args": {"backbone": backbone, "optimizer": optimizer}},
         "data": {
             "sequences": {"manifests": manifests, "batch_size": 8, "loss_frames": "targets"},
@@ -45,17 +45,17 @@ def train(place: Path, tasks: Sequence[str], steps: int) -> None:
         "ema": {"decay": 0.9},
         "preview": {"every_steps": 0},
     }
-    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["fit", "--config", str(place / "recipe.yaml")]) == 0
+    (workspace / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "--config", str(workspace / "recipe.yaml")]) == 0
 
 
-def errors_of(place: Path, capsys: pytest.CaptureFixture[str], *tasks: str) -> tuple[float, float]:
-    """Return the mean squared errors of `transform` and of copying the source on `unseen`."""
+def errors_of(workspace: Path, capsys: pytest.CaptureFixture[str], *tasks: str) -> tuple[float, float]:
+    """Return the mean squared errors of `transform` and of copying the source on `held_out`."""
     capsys.readouterr()
-    places = {"checkpoint": "run", "examples": "known", "source": "unseen", "out": "results"}
-    arguments = [f"--{name}={place / where}" for name, where in places.items()]
+    places = {"checkpoint": "run", "examples": "training", "source": "held_out", "out": "results"}
+    arguments = [f"--{name}={workspace / where}" for name, where in places.items()]
     assert main(["transform", *arguments, *tasks, "--steps", "8"]) == 0
-    assert len(list((place / "results").iterdir())) == 16
+    assert len(list((workspace / "results").iterdir())) == 16
     printed = capsys.readouterr().out
     ours, copied = map(float, re.search(r"images: ([\d.]+); .* source: ([\d.]+)", printed).groups())
     return ours, copied

@@ -44,56 +44,62 @@ def assert_equal_up_to_rounding(first: dict[str, Tensor], second: dict[str, Tens
         assert (frames.int() - second[name].int()).abs().max() <= 1, name
 
 
-@pytest.mark.parametrize(("known", "frames"), [(5, 12), (13, 16)])
 @pytest.mark.parametrize(
-    ("context", "number", "rate"),
-    [(VIDEO, 1, Fraction(8)), ("movie.gif", 2, Fraction(10, 3)), ("frames", 2, Fraction(8))],
+    ("context", "number", "rate", "context_frames", "frames"),
+    [
+        (VIDEO, 1, Fraction(8), 5, 12),
+        (VIDEO, 1, Fraction(8), 13, 16),
+        ("movie.gif", 2, Fraction(10, 3), 13, 16),
+        ("frames", 2, Fraction(8), 5, 12),
+    ],
 )
 def test_video_is_continued_at_its_rate(
-    place: Path, tmp_path: Path, context: str, number: int, rate: Fraction, known: int, frames: int
+    workspace: Path, tmp_path: Path, context: str, number: int, rate: Fraction, context_frames: int, frames: int
 ) -> None:
-    options = [f"--context_frames={known}"] if known != 13 else []  # 13 is the default
+    options = [f"--context_frames={context_frames}"] if context_frames != 13 else []  # 13 is the default
     formats = ["--formats", "mp4", "safetensors"]
-    assert sample(place, tmp_path / "out.mp4", f"--frames={frames}", *options, *formats, context=context) == 0
+    assert sample(workspace, tmp_path / "out.mp4", f"--frames={frames}", *options, *formats, context=context) == 0
     shown, raw = read_video(tmp_path / "out.mp4"), latents(tmp_path / "out.safetensors")
-    assert shown.shape == (known + frames, 3, 32, 32)
+    assert shown.shape == (context_frames + frames, 3, 32, 32)
     assert video_info(tmp_path / "out.mp4").fps == rate
-    assert looks_like(shown[:known], stripe_context(number, 60 - 3 * known, known))  # the end of the video
-    assert looks_like(shown[known:], decoded(tmp_path / "out.safetensors")[known:])
-    assert shown[known:].float().std() > 10
-    assert_near(raw, expected_latents(place, raw[: 1 + known // 4], frames))
+    assert looks_like(
+        shown[:context_frames], stripe_context(number, 60 - 3 * context_frames, context_frames)
+    )  # the end of the video
+    assert looks_like(shown[context_frames:], decoded(tmp_path / "out.safetensors")[context_frames:])
+    assert shown[context_frames:].float().std() > 10
+    assert_near(raw, expected_latents(workspace, raw[: 1 + context_frames // 4], frames))
 
 
-def test_context_begins_at_start(place: Path, tmp_path: Path) -> None:
-    assert sample(place, tmp_path / "out.mp4", "--frames=1", "--context_frames=5", "--start=0.5") == 0
+def test_context_begins_at_start(workspace: Path, tmp_path: Path) -> None:
+    assert sample(workspace, tmp_path / "out.mp4", "--frames=1", "--context_frames=5", "--start=0.5") == 0
     assert looks_like(read_video(tmp_path / "out.mp4")[:5], stripe_context(1, 12, 5))
 
 
-def test_image_is_continued(place: Path, tmp_path: Path) -> None:
-    assert sample(place, tmp_path / "out.safetensors", "--frames=8", "--fps=30", context="still.png") == 0
+def test_image_is_continued(workspace: Path, tmp_path: Path) -> None:
+    assert sample(workspace, tmp_path / "out.safetensors", "--frames=8", "--fps=30", context="still.png") == 0
     raw = latents(tmp_path / "out.safetensors")
     assert_near(raw[:1], CODEC.encode(stripe_context(2, 57, 1)[None])[0])
-    assert_near(raw, expected_latents(place, raw[:1], 8))
+    assert_near(raw, expected_latents(workspace, raw[:1], 8))
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert file.metadata() == {"fps": "10", "context_frames": "1"}
 
 
-def test_video_is_generated_without_a_context(place: Path, tmp_path: Path) -> None:
+def test_video_is_generated_without_a_context(workspace: Path, tmp_path: Path) -> None:
     formats = ["--formats", "mp4", "safetensors"]
-    assert sample(place, tmp_path / "out", "--frames=9", *formats, context=None) == 0
+    assert sample(workspace, tmp_path / "out", "--frames=9", *formats, context=None) == 0
     raw = latents(tmp_path / "out" / "sample.safetensors")
-    assert_near(raw, expected_latents(place, torch.empty(0, 16, 4, 4), 9))
+    assert_near(raw, expected_latents(workspace, torch.empty(0, 16, 4, 4), 9))
     assert looks_like(read_video(tmp_path / "out" / "sample.mp4"), decoded(tmp_path / "out" / "sample.safetensors"))
     assert len(raw) == 3
 
 
-def test_samples_of_a_shard_are_continued_by_number_by_key_or_all_together(place: Path, tmp_path: Path) -> None:
-    tar = tar_of(place / "latents")
+def test_samples_of_a_shard_are_continued_by_number_by_key_or_all_together(workspace: Path, tmp_path: Path) -> None:
+    tar = tar_of(workspace / "latents")
     options = ["--frames=6", "--formats", "safetensors"]
-    assert sample(place, tmp_path / "all", *options, context=str(tar)) == 0
+    assert sample(workspace, tmp_path / "all", *options, context=str(tar)) == 0
     for number, (key, raw) in enumerate(stored(tar).items()):
         for name in (str(number), key):
-            assert sample(place, tmp_path / name, *options, context=f"{tar}#{name}") == 0
+            assert sample(workspace, tmp_path / name, *options, context=f"{tar}#{name}") == 0
         by_number, by_key, in_batch = (
             latents(tmp_path / folder / f"{key}.safetensors") for folder in (str(number), key, "all")
         )
@@ -103,14 +109,20 @@ def test_samples_of_a_shard_are_continued_by_number_by_key_or_all_together(place
         assert_near(by_number, in_batch)
 
 
-def test_video_is_independent_of_batch_composition(place: Path, tmp_path: Path) -> None:
-    shard = tar_of(place / "latents")
-    contexts = [place / "videos/jump/0.mp4", place / "still.png", place / VIDEO, f"{shard}#0", place / "movie.gif"]
+def test_video_is_independent_of_batch_composition(workspace: Path, tmp_path: Path) -> None:
+    shard = tar_of(workspace / "latents")
+    contexts = [
+        workspace / "videos/jump/0.mp4",
+        workspace / "still.png",
+        workspace / VIDEO,
+        f"{shard}#0",
+        workspace / "movie.gif",
+    ]
     names = ["0", "still", "1", next(iter(stored(shard))), "movie"]
     options = ["--frames=8", "--context_frames=5", "--guidance=1.5", "--formats", "safetensors"]
 
     def run(name: str, *more: str, part: slice = slice(None)) -> dict[str, Tensor]:
-        assert sample(place, tmp_path / name, *options, *more, "--context", *contexts[part], context=None) == 0
+        assert sample(workspace, tmp_path / name, *options, *more, "--context", *contexts[part], context=None) == 0
         return {path.stem: decoded(path) for path in (tmp_path / name).iterdir()}
 
     one_by_one = run("1", "--batch_size=1")
@@ -121,13 +133,13 @@ def test_video_is_independent_of_batch_composition(place: Path, tmp_path: Path) 
     assert_equal_up_to_rounding(run("fewer", part=slice(2, None)), {name: one_by_one[name] for name in names[2:]})
 
 
-def test_samples_have_consecutive_seeds(place: Path, tmp_path: Path) -> None:
+def test_samples_have_consecutive_seeds(workspace: Path, tmp_path: Path) -> None:
     options = ["--frames=8", "--formats", "safetensors", "--sampler=stochastic"]
-    assert sample(place, tmp_path, *options, "--samples=3", "--seed=5") == 0
+    assert sample(workspace, tmp_path, *options, "--samples=3", "--seed=5") == 0
     three = {path.stem: decoded(path) for path in tmp_path.iterdir()}
     alone = {}
     for seed in (5, 6, 7):
-        assert sample(place, tmp_path / str(seed), *options, f"--seed={seed}") == 0
+        assert sample(workspace, tmp_path / str(seed), *options, f"--seed={seed}") == 0
         alone[f"1-seed{seed}"] = decoded(tmp_path / str(seed) / "1.safetensors")
     assert_equal_up_to_rounding(three, alone)
     first, second = alone["1-seed5"].float(), alone["1-seed6"].float()
@@ -150,75 +162,77 @@ def test_samples_have_consecutive_seeds(place: Path, tmp_path: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
-def test_option_sets_the_rollout(place: Path, tmp_path: Path, options: list[str], settings: Any) -> None:
-    assert sample(place, tmp_path / "out.safetensors", *options) == 0
+def test_option_sets_the_rollout(workspace: Path, tmp_path: Path, options: list[str], settings: Any) -> None:
+    assert sample(workspace, tmp_path / "out.safetensors", *options) == 0
     raw = latents(tmp_path / "out.safetensors")
-    assert_near(raw, expected_latents(place, raw[:4], 16, **settings))
-    assert not torch.equal(raw, expected_latents(place, raw[:4], 16))
+    assert_near(raw, expected_latents(workspace, raw[:4], 16, **settings))
+    assert not torch.equal(raw, expected_latents(workspace, raw[:4], 16))
 
 
-def test_of_without_a_cache(place: Path, tmp_path: Path) -> None:
-    assert sample(place, tmp_path / "out.safetensors", "--no_cache", "--guidance=2", model="of") == 0
+def test_of_without_a_cache(workspace: Path, tmp_path: Path) -> None:
+    assert sample(workspace, tmp_path / "out.safetensors", "--no_cache", "--guidance=2", model="of") == 0
     raw = latents(tmp_path / "out.safetensors")
     for cached in (True, False):
-        expected = expected_latents(place, raw[:4], 16, "of", guidance=Guidance(2.0), use_cache=cached)
+        expected = expected_latents(workspace, raw[:4], 16, "of", guidance=Guidance(2.0), use_cache=cached)
         assert_near(raw, expected)
 
 
 def test_window_longer_than_in_training_causes_a_warning(
-    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     verb.log.addHandler(caplog.handler)
     try:
         for options, warns in ((["--window=4"], False), (["--window=3", "--sinks=2"], True)):
             caplog.clear()
-            assert sample(place, tmp_path / "out.png", "--frames=8", *options) == 0
+            assert sample(workspace, tmp_path / "out.png", "--frames=8", *options) == 0
             assert ("up to 5 others (--window and --sinks), but in training to at most 4" in caplog.text) == warns
     finally:
         verb.log.removeHandler(caplog.handler)
 
 
-def test_label_is_given_by_name_by_number_or_by_the_shard(place: Path, tmp_path: Path) -> None:
-    shard = tar_of(place / "latents")
+def test_label_is_given_by_name_by_number_or_by_the_shard(workspace: Path, tmp_path: Path) -> None:
+    shard = tar_of(workspace / "latents")
     with tarfile.open(shard) as file:
         recorded = {key: json.load(file.extractfile(f"{key}.json"))["label"] for key in stored(shard)}  # type: ignore[arg-type]
     assert set(recorded.values()) == set(LABELS)
-    known = {key: raw[:4] for key, raw in stored(shard).items()}
+    context_latents = {key: raw[:4] for key, raw in stored(shard).items()}
 
     def run(*more: str, context: str = str(shard), model: str = "of2") -> dict[str, Tensor]:
         out = tmp_path / "out"
-        assert sample(place, out, "--frames=4", "--formats", "safetensors", *more, context=context, model=model) == 0
+        assert (
+            sample(workspace, out, "--frames=4", "--formats", "safetensors", *more, context=context, model=model) == 0
+        )
         return {path.stem: latents(path) for path in out.iterdir()}
 
     for key, raw in run().items():
-        assert_near(raw, expected_latents(place, known[key], 4, label=LABELS.index(recorded[key])))
+        assert_near(raw, expected_latents(workspace, context_latents[key], 4, label=LABELS.index(recorded[key])))
     for number, label in enumerate(LABELS):
         by_name, by_number = run(f"--label={label}"), run(f"--label={number}")
         for key, raw in by_name.items():
             assert torch.equal(raw, by_number[key])
-            assert_near(raw, expected_latents(place, known[key], 4, label=number))
-            assert not torch.allclose(raw, expected_latents(place, known[key], 4), atol=0.1)
+            assert_near(raw, expected_latents(workspace, context_latents[key], 4, label=number))
+            assert not torch.allclose(raw, expected_latents(workspace, context_latents[key], 4), atol=0.1)
 
 
-def test_run_and_its_exports_generate_the_same(place: Path, tmp_path: Path) -> None:
+def test_run_and_its_exports_generate_the_same(workspace: Path, tmp_path: Path) -> None:
     for name, options in (("float32", []), ("bfloat16", ["--dtype=bfloat16"])):
-        assert main(["export", "--checkpoint", str(place / "run"), "--out", str(tmp_path / name), *options]) == 0
+        assert main(["export", "--checkpoint", str(workspace / "run"), "--out", str(tmp_path / name), *options]) == 0
     results = {}
-    for model in (place / "run", tmp_path / "float32", tmp_path / "bfloat16"):
+    for model in (workspace / "run", tmp_path / "float32", tmp_path / "bfloat16"):
         out = tmp_path / f"{model.name}.safetensors"
-        assert sample(place, out, "--label=run", model=str(model)) == 0
+        assert sample(workspace, out, "--label=run", model=str(model)) == 0
         results[model.name] = latents(out)
     assert torch.equal(results["run"], results["float32"])
     torch.testing.assert_close(results["bfloat16"], results["run"], rtol=0.05, atol=0.1)
 
 
 @pytest.fixture
-def other_codec(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other_codec(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `weights` of a codec that is not the checkpoint's, and `latents` whose manifest names another."""
     folder = tmp_path_factory.mktemp("other")
     weights = load_file(SHIPPED_WEIGHTS)
     save_file(weights | {"centre": weights["centre"] + 0.1}, folder / "weights")
-    shutil.copytree(place / "latents", folder / "latents")
+    shutil.copytree(workspace / "latents", folder / "latents")
     manifest = Manifest.load(folder / "latents")
     replace(manifest, codec=replace(manifest.codec, fingerprint="0" * 16)).save()
     return folder
@@ -229,7 +243,6 @@ def other_codec(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("--context_frames=33", ["1.mp4 has 20 frames", "needs 33"]),
         ("--context_frames=4", ["4 pixel frames", "take 1 or 5"]),
-        ("--context_frames=0", ["0 pixel frames", "take 1 or 5"]),
         ("--context nowhere.mp4", ["nowhere.mp4 does not exist"]),
         ("--context latents/manifest.json", ["manifest.json is not a readable video"]),
         ("--checkpoint nowhere", ["no checkpoint at nowhere"]),
@@ -247,7 +260,6 @@ def other_codec(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--window=0", ["window is 0"]),
         ("--sinks=-1", ["sinks is -1"]),
         ("--guidance=nan", ["guidance is nan; it must be a number"]),
-        ("--label_guidance=inf", ["label_guidance is inf; it must be a number"]),
         ("--guidance_levels 0.9 0.1", ["from 0.9 to 0.1"]),
         ("--label=walk", ["'walk'", "give one of jump, run"]),
         ("--label=2", ["'2'", "give one of jump, run"]),
@@ -267,15 +279,15 @@ def other_codec(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_invalid_input_is_refused_in_one_sentence_and_writes_nothing(
     options: str,
     words: list[str],
-    place: Path,
+    workspace: Path,
     other_codec: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(place)
-    options = options.replace("OTHER", str(other_codec)).replace("SHARD", tar_of(place / "latents").name)
-    assert sample(place, tmp_path / "out.mp4", *options.split()) == 2
+    monkeypatch.chdir(workspace)
+    options = options.replace("OTHER", str(other_codec)).replace("SHARD", tar_of(workspace / "latents").name)
+    assert sample(workspace, tmp_path / "out.mp4", *options.split()) == 2
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert sentence.endswith(".")
     assert ". " not in sentence
@@ -284,9 +296,9 @@ def test_invalid_input_is_refused_in_one_sentence_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_python_example_of_the_documentation_runs(place: Path) -> None:
+def test_python_example_of_the_documentation_runs(workspace: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
     example = next(block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "rollout" in block)
     names: dict[str, Any] = {}
-    exec(example.replace("runs/demo/stage3_long_video", str(place / "of2")), names)
+    exec(example.replace("runs/demo/stage3_long_video", str(workspace / "of2")), names)
     assert names["frame"].shape == (2, 16, 8, 8)

@@ -43,11 +43,11 @@ print(status, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     ],
 )
 def test_every_format_is_written_with_the_permissions_of_the_umask(
-    place: Path, tmp_path: Path, out: str, formats: list[str], files: set[str], capsys: pytest.CaptureFixture[str]
+    workspace: Path, tmp_path: Path, out: str, formats: list[str], files: set[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = os.umask(0o027)
     try:
-        assert sample(place, tmp_path / out, "--frames=3", *(["--formats", *formats] if formats else [])) == 0
+        assert sample(workspace, tmp_path / out, "--frames=3", *(["--formats", *formats] if formats else [])) == 0
     finally:
         os.umask(before)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")} == files
@@ -61,10 +61,10 @@ def test_every_format_is_written_with_the_permissions_of_the_umask(
                 assert image.width >= 96
 
 
-def test_borders_and_ground_truth_beside_the_video(place: Path, tmp_path: Path) -> None:
+def test_borders_and_ground_truth_beside_the_video(workspace: Path, tmp_path: Path) -> None:
     options = ["--frames=8", "--context_frames=5", "--start=0", "--side_by_side"]
-    assert sample(place, tmp_path / "plain.mp4", *options) == 0
-    assert sample(place, tmp_path / "marked.mp4", *options, "--mark") == 0
+    assert sample(workspace, tmp_path / "plain.mp4", *options) == 0
+    assert sample(workspace, tmp_path / "marked.mp4", *options, "--mark") == 0
     plain, marked = read_video(tmp_path / "plain.mp4"), read_video(tmp_path / "marked.mp4")
     assert plain.shape == marked.shape == (13, 3, 32, 64)
     assert looks_like(plain[..., 32:], stripe_context(1, 0, 13))
@@ -74,9 +74,17 @@ def test_borders_and_ground_truth_beside_the_video(place: Path, tmp_path: Path) 
         assert marked[number, :, 8:24, 1].float().mean(dim=1).tolist() == pytest.approx(colour, abs=15)
 
 
-def test_ctrl_c_keeps_the_frames_so_far_as_a_playable_video(place: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_frames_so_far_as_a_playable_video(workspace: Path, tmp_path: Path) -> None:
     options = ["--formats", "mp4", "png", "safetensors", "--seed=3"]
-    names = ["--checkpoint", place / "of2", "--context", place / VIDEO, "--out", tmp_path / "long.mp4", "--steps=2"]
+    names = [
+        "--checkpoint",
+        workspace / "of2",
+        "--context",
+        workspace / VIDEO,
+        "--out",
+        tmp_path / "long.mp4",
+        "--steps=2",
+    ]
     command = [sys.executable, "-m", "gpdit_lightning", "sample", *map(str, names), *options, "--frames=100000"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -102,12 +110,12 @@ def test_ctrl_c_keeps_the_frames_so_far_as_a_playable_video(place: Path, tmp_pat
     assert looks_like(shown, decoded(tmp_path / "long.safetensors"))
     with Image.open(tmp_path / "long.png") as strip:
         assert strip.height >= 96
-    assert sample(place, tmp_path / "short.safetensors", "--frames=4", "--seed=3") == 0
+    assert sample(workspace, tmp_path / "short.safetensors", "--frames=4", "--seed=3") == 0
     assert_near(latents(tmp_path / "long.safetensors")[:5], latents(tmp_path / "short.safetensors"))
 
 
 def test_ctrl_c_between_frames_keeps_all_videos_of_the_batch(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: Any, **options: Any) -> Iterator[GeneratedFrames]:
         pieces = stream_video(*arguments, **options)
@@ -116,13 +124,13 @@ def test_ctrl_c_between_frames_keeps_all_videos_of_the_batch(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(verb, "stream_video", interrupted)
-    assert sample(place, tmp_path, "--frames=16", "--samples=3", "--batch_size=2", "--formats", "mp4") == 130
+    assert sample(workspace, tmp_path, "--frames=16", "--samples=3", "--batch_size=2", "--formats", "mp4") == 130
     assert {path.name for path in tmp_path.iterdir()} == {"1-seed0.mp4", "1-seed1.mp4"}
     assert [len(read_video(path)) for path in tmp_path.iterdir()] == [13 + 8, 13 + 8]
 
 
 def test_ctrl_c_during_writing_takes_effect_after_the_frames_of_all_videos(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = VideoOutput.write
 
@@ -133,26 +141,26 @@ def test_ctrl_c_during_writing_takes_effect_after_the_frames_of_all_videos(
 
     monkeypatch.setattr(VideoOutput, "write", interrupted)
     before = signal.getsignal(signal.SIGINT)
-    assert sample(place, tmp_path, "--samples=2", "--formats", "mp4", "safetensors") == 130
+    assert sample(workspace, tmp_path, "--samples=2", "--formats", "mp4", "safetensors") == 130
     assert signal.getsignal(signal.SIGINT) is before
     assert [len(read_video(path)) for path in tmp_path.glob("*.mp4")] == [13 + 4, 13 + 4]
     assert [len(latents(path)) for path in tmp_path.glob("*.safetensors")] == [5, 5]
 
 
-def test_failed_write_leaves_no_file(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_no_file(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: VideoOutput, pixels: Tensor, latents: Tensor | None = None) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(VideoOutput, "write", full)
-    assert sample(place, tmp_path / "out.mp4") == 2
+    assert sample(workspace, tmp_path / "out.mp4") == 2
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_frames(place: Path, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_frames(workspace: Path, tmp_path: Path) -> None:
     peaks = []
     for frames in (300, 3000):
-        names = ["--checkpoint", place / "of2", "--context", place / VIDEO, "--out", tmp_path / "out.mp4"]
+        names = ["--checkpoint", workspace / "of2", "--context", workspace / VIDEO, "--out", tmp_path / "out.mp4"]
         command = [sys.executable, "-m", "gpdit_lightning", "sample", *map(str, names), "--steps=1"]
         ran = subprocess.run(
             [sys.executable, "-c", PEAK, *command, f"--frames={frames}"],

@@ -39,7 +39,7 @@ def save(path: Path, seed: int, height: int = 40, width: int = 64) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(
+def workspace(
     tmp_path_factory: pytest.TempPathFactory,
     write_shards: Callable[..., Manifest],
     randomise: Callable[[GPDiT], GPDiT],
@@ -50,40 +50,40 @@ def place(
     their `truths`, `single` images, a `run` of one step on sequences of three pairs, and the same architecture with
     random weights as `model`, and as `of_videos` if trained on videos and images.
     """
-    place = tmp_path_factory.mktemp("transform")
+    workspace = tmp_path_factory.mktemp("transform")
     for number in (2, 10, 11):
-        save(place / f"pairs/source/p{number}.png", number)
-        save(place / f"pairs/target/p{number}.jpg", 20 + number)
+        save(workspace / f"pairs/source/p{number}.png", number)
+        save(workspace / f"pairs/target/p{number}.jpg", 20 + number)
     for name, seed, sides in (("a", 40, (40, 64)), ("b", 41, (64, 40)), ("c", 42, (50, 80)), ("d", 43, (40, 64))):
-        save(place / f"sources/{name}.png", seed, *sides)
-        save(place / f"truths/{name}.png", 10 + seed, *sides)
-        save(place / f"single/{name}.png", 20 + seed, *sides)
+        save(workspace / f"sources/{name}.png", seed, *sides)
+        save(workspace / f"truths/{name}.png", 10 + seed, *sides)
+        save(workspace / f"single/{name}.png", 20 + seed, *sides)
     counts = {("train", "sequence", (6, 4, 6)): 2, ("train", "sequence", (6, 6, 4)): 2}
-    write_shards(place / "shards", counts, codec=CODEC.spec())
+    write_shards(workspace / "shards", counts, codec=CODEC.spec())
     recipe: dict[str, Any] = {
-        "run_dir": str(place / "run"),
+        "run_dir": str(workspace / "run"),
         "model": {
             "class_path": "FewShotStage",
             "init_args": {"backbone": {"size": "tiny", "layers": 2, "width": 24, "heads": 2, "mlp_width": 48}},
         },
-        "data": {"sequences": {"manifests": [str(place / "shards")], "batch_size": 1}},
+        "data": {"sequences": {"manifests": [str(workspace / "shards")], "batch_size": 1}},
         "trainer": {"accelerator": "cpu", "max_steps": 1, "enable_progress_bar": False, "enable_model_summary": False},
     }
-    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["fit", "--config", str(place / "recipe.yaml")]) == 0
+    (workspace / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "--config", str(workspace / "recipe.yaml")]) == 0
     # After one step the output layer is almost 0, so that results would hardly depend on anything.
-    trained = load_trained_model(place / "run").backbone
+    trained = load_trained_model(workspace / "run").backbone
     model = randomise(GPDiT(trained.config))
     model.facts = trained.facts
-    model.save_pretrained(place / "model")
+    model.save_pretrained(workspace / "model")
     model.facts = replace(trained.facts, data={"data.videos.manifests": [], "data.images.manifests": []})
-    model.save_pretrained(place / "of_videos")
-    return place
+    model.save_pretrained(workspace / "of_videos")
+    return workspace
 
 
-def run(place: Path, *options: Any) -> int:
+def run(workspace: Path, *options: Any) -> int:
     """Run `transform` with two steps and further options, which override earlier ones; return its exit status."""
-    basic = ["--checkpoint", place / "model", "--examples", place / "pairs", "--steps=2"]
+    basic = ["--checkpoint", workspace / "model", "--examples", workspace / "pairs", "--steps=2"]
     return main(["transform", *map(str, [*basic, *options])])
 
 
@@ -92,15 +92,15 @@ def read(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     return (image if size is None else resize_and_crop(image, size))[0]
 
 
-def expected(place: Path, examples: list[tuple[Tensor, Tensor]], source: Tensor, seed: int = 0) -> Tensor:
+def expected(workspace: Path, examples: list[tuple[Tensor, Tensor]], source: Tensor, seed: int = 0) -> Tensor:
     """Transform one source with the function of the library."""
-    model = load_trained_model(place / "model").backbone
+    model = load_trained_model(workspace / "model").backbone
     return transform(model, CODEC, examples, source[None], GenerationConfig(RotationSampler(2)), seeds=seed)[0]
 
 
-def first_pairs(place: Path, count: int, size: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+def first_pairs(workspace: Path, count: int, size: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
     return [
-        (read(place / f"pairs/source/p{number}.png", size), read(place / f"pairs/target/p{number}.jpg", size))
+        (read(workspace / f"pairs/source/p{number}.png", size), read(workspace / f"pairs/target/p{number}.jpg", size))
         for number in (2, 10, 11)[:count]
     ]
 
@@ -128,29 +128,29 @@ def expected_cell(image: Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("options", "count"), [([], 2), (["--pairs=1", "--seed=3"], 1)])
-def test_one_image_is_transformed(place: Path, tmp_path: Path, options: list[str], count: int) -> None:
+def test_one_image_is_transformed(workspace: Path, tmp_path: Path, options: list[str], count: int) -> None:
     out = tmp_path / "new" / "out.png"
-    assert run(place, "--source", place / "sources/a.png", "--out", out, *options) == 0
-    source = read(place / "sources/a.png", WIDE)
-    target = expected(place, first_pairs(place, count, WIDE), source, seed=3 if options else 0)
+    assert run(workspace, "--source", workspace / "sources/a.png", "--out", out, *options) == 0
+    source = read(workspace / "sources/a.png", WIDE)
+    target = expected(workspace, first_pairs(workspace, count, WIDE), source, seed=3 if options else 0)
     assert nearly_equal(read(out), target)
     assert {path.name for path in out.parent.iterdir()} == {"out.png", "out_sheet.png"}
 
 
 def test_folder_of_images_of_several_sizes_is_transformed_in_any_batch(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    truths = ["--truth", place / "truths"]
-    assert run(place, "--source", place / "sources", "--out", tmp_path / "out", "--batch_size=2", *truths) == 0
+    truths = ["--truth", workspace / "truths"]
+    assert run(workspace, "--source", workspace / "sources", "--out", tmp_path / "out", "--batch_size=2", *truths) == 0
     printed = capsys.readouterr().out
-    others = [place / f"sources/{name}.png" for name in "dbca"]
-    assert run(place, "--source", *others, "--out", tmp_path / "alone", "--batch_size=1") == 0
+    others = [workspace / f"sources/{name}.png" for name in "dbca"]
+    assert run(workspace, "--source", *others, "--out", tmp_path / "alone", "--batch_size=1") == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.png" for name in "abcd"}
     errors, copied = [], []
     for row, (name, size) in enumerate(zip("abcd", (WIDE, TALL, WIDE, WIDE), strict=True)):
-        examples, source = first_pairs(place, 2, size), read(place / f"sources/{name}.png", size)
-        truth, result = read(place / f"truths/{name}.png", size), read(tmp_path / f"out/{name}.png")
-        assert nearly_equal(result, expected(place, examples, source))
+        examples, source = first_pairs(workspace, 2, size), read(workspace / f"sources/{name}.png", size)
+        truth, result = read(workspace / f"truths/{name}.png", size), read(tmp_path / f"out/{name}.png")
+        assert nearly_equal(result, expected(workspace, examples, source))
         assert nearly_equal(result, read(tmp_path / f"alone/{name}.png"))
         images = [*(image for pair in examples for image in pair), source, result, truth]
         for column, image in enumerate(images):
@@ -167,14 +167,17 @@ def test_folder_of_images_of_several_sizes_is_transformed_in_any_batch(
 
 
 def test_task_makes_examples_source_and_ground_truth_from_single_images(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, sheet = tmp_path / "out.png", tmp_path / "sheets" / "rows.png"
-    options = ["--task=colourisation", "--examples", place / "single", "--sheet", sheet]
-    assert run(place, "--source", place / "sources/a.png", "--out", out, *options) == 0
-    images = [read(path, WIDE) for path in (place / "single/a.png", place / "single/b.png", place / "sources/a.png")]
+    options = ["--task=colourisation", "--examples", workspace / "single", "--sheet", sheet]
+    assert run(workspace, "--source", workspace / "sources/a.png", "--out", out, *options) == 0
+    images = [
+        read(path, WIDE)
+        for path in (workspace / "single/a.png", workspace / "single/b.png", workspace / "sources/a.png")
+    ]
     (a, b, truth), (grey_a, grey_b, source) = images, (grayscale(image[None])[0] for image in images)
-    assert nearly_equal(read(out), expected(place, [(grey_a, a), (grey_b, b)], source))
+    assert nearly_equal(read(out), expected(workspace, [(grey_a, a), (grey_b, b)], source))
     ours, copied = ((image.double() - truth).square().mean() for image in (read(out), source))
     error = f"on 1 image: {ours:.1f}; of copying the source: {copied:.1f}"
     assert error in capsys.readouterr().out
@@ -182,48 +185,48 @@ def test_task_makes_examples_source_and_ground_truth_from_single_images(
     assert not (tmp_path / "out_sheet.png").exists()
 
 
-def test_examples_may_have_another_task_than_the_sources(place: Path, tmp_path: Path) -> None:
-    image = read(place / "sources/a.png", WIDE)
-    single = [read(place / f"single/{name}.png", WIDE) for name in "ab"]
+def test_examples_may_have_another_task_than_the_sources(workspace: Path, tmp_path: Path) -> None:
+    image = read(workspace / "sources/a.png", WIDE)
+    single = [read(workspace / f"single/{name}.png", WIDE) for name in "ab"]
     grey, grey_single = grayscale(image[None])[0], [grayscale(other[None])[0] for other in single]
     to_colour, to_grey = list(zip(grey_single, single, strict=True)), list(zip(single, grey_single, strict=True))
     for name, options, examples, source in (
         ("single", ["--task=grayscale", "--examples_task=colourisation"], to_colour, image),
-        ("pairs", ["--task=colourisation", "--examples_task=pairs"], first_pairs(place, 2, WIDE), grey),
+        ("pairs", ["--task=colourisation", "--examples_task=pairs"], first_pairs(workspace, 2, WIDE), grey),
         ("single", ["--examples_task=grayscale"], to_grey, image),
     ):
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
-        options = ["--examples", place / name, "--out", out, *options]
-        assert run(place, "--source", place / "sources/a.png", *options) == 0
-        assert nearly_equal(read(out), expected(place, examples, source))
+        options = ["--examples", workspace / name, "--out", out, *options]
+        assert run(workspace, "--source", workspace / "sources/a.png", *options) == 0
+        assert nearly_equal(read(out), expected(workspace, examples, source))
 
 
-def test_examples_change_the_result(place: Path, tmp_path: Path) -> None:
+def test_examples_change_the_result(workspace: Path, tmp_path: Path) -> None:
     for name, target in (("before", 22), ("after", 99)):
         for number in (2, 10):
             save(tmp_path / f"{name}/sources/p{number}.png", number)
             save(tmp_path / f"{name}/targets/p{number}.png", target)
         examples = ["--examples", tmp_path / name, "--out", tmp_path / f"{name}.png"]
-        assert run(place, "--source", place / "sources/a.png", *examples) == 0
+        assert run(workspace, "--source", workspace / "sources/a.png", *examples) == 0
     before, after = (read(tmp_path / f"{name}.png").float() for name in ("before", "after"))
     assert (before - after).abs().mean() > 1
 
 
-def test_sources_of_one_name_get_different_files(place: Path, tmp_path: Path) -> None:
-    sources = [place / "sources/a.png", place / "single/a.png"]
-    assert run(place, "--source", *sources, "--out", tmp_path / "out") == 0
+def test_sources_of_one_name_get_different_files(workspace: Path, tmp_path: Path) -> None:
+    sources = [workspace / "sources/a.png", workspace / "single/a.png"]
+    assert run(workspace, "--source", *sources, "--out", tmp_path / "out") == 0
     for name, source in zip(("a", "a-2"), sources, strict=True):
         assert nearly_equal(
-            read(tmp_path / f"out/{name}.png"), expected(place, first_pairs(place, 2, WIDE), read(source, WIDE))
+            read(tmp_path / f"out/{name}.png"), expected(workspace, first_pairs(workspace, 2, WIDE), read(source, WIDE))
         )
 
 
 def test_default_sheet_has_the_name_of_the_current_folder(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "results").mkdir()
     monkeypatch.chdir(tmp_path / "results")
-    assert run(place, "--source", place / "sources/a.png", place / "sources/b.png", "--out", ".") == 0
+    assert run(workspace, "--source", workspace / "sources/a.png", workspace / "sources/b.png", "--out", ".") == 0
     assert {path.name for path in Path().iterdir()} == {"a.png", "b.png", "results_sheet.png"}
 
 
@@ -231,7 +234,7 @@ def test_default_sheet_has_the_name_of_the_current_folder(
 def test_write_error_is_reported_in_one_sentence(
     writer: str,
     option: str,
-    place: Path,
+    workspace: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -240,19 +243,19 @@ def test_write_error_is_reported_in_one_sentence(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(verb, writer, refuse)
-    assert run(place, "--source", place / "sources/a.png", "--out", tmp_path / "out.png") == 2
+    assert run(workspace, "--source", workspace / "sources/a.png", "--out", tmp_path / "out.png") == 2
     assert f"cannot be written (Input/output error): correct that, or give another {option}." in capsys.readouterr().err
 
 
-def test_unusual_examples_cause_warnings(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = place / "pairs/source/p2.png"
+def test_unusual_examples_cause_warnings(workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = workspace / "pairs/source/p2.png"
     verb.log.addHandler(caplog.handler)
     try:
-        assert run(place, "--source", place / "sources/a.png", "--out", tmp_path / "out.png") == 0
-        other_task = ["--examples", place / "single", "--examples_task=grayscale"]
-        assert run(place, "--source", place / "single/a.png", "--out", tmp_path / "out.png", *other_task) == 0
+        assert run(workspace, "--source", workspace / "sources/a.png", "--out", tmp_path / "out.png") == 0
+        other_task = ["--examples", workspace / "single", "--examples_task=grayscale"]
+        assert run(workspace, "--source", workspace / "single/a.png", "--out", tmp_path / "out.png", *other_task) == 0
         assert "warning" not in caplog.text
-        assert run(place, "--source", source, "--out", tmp_path / "out.png", "--pairs=3") == 0
+        assert run(workspace, "--source", source, "--out", tmp_path / "out.png", "--pairs=3") == 0
     finally:
         verb.log.removeHandler(caplog.handler)
     assert "--pairs is 3, but training gave at most 2" in caplog.text
@@ -264,81 +267,87 @@ def test_unusual_examples_cause_warnings(place: Path, tmp_path: Path, caplog: py
     [
         (["--pairs=4"], ["pairs contains 3 examples for --pairs 4"]),
         (["--pairs=0"], ["--pairs is 0"]),
-        (["--examples=PLACE/single"], ["single does not contain the folders source and target", "--task"]),
-        (["--examples=PLACE/single", "--task=copy", "--examples_task=pairs"], ["give another --examples_task"]),
-        (["--examples=PLACE/pairs", "--task=copy"], ["pairs contains pairs", "give --examples_task pairs"]),
-        (["--examples=PLACE/nowhere", "--task=grayscale"], ["nowhere does not exist"]),
-        (["--examples=PLACE/lonely"], ["source/2.png has no counterpart named 2"]),
-        (["--examples=PLACE/left_over"], ["target/2.png has no counterpart named 2"]),
-        (["--examples=PLACE/unequal"], ["target/1.png is 40x60", "source/1.png is 40x64"]),
-        (["--source", "PLACE/sources/a.png", "PLACE/broken/x.png"], ["x.png is not a readable image"]),
-        (["--source", "PLACE/nowhere.png"], ["nowhere.png does not exist"]),
-        (["--source", "PLACE/shards"], ["shards has no images"]),
-        (["--source", "PLACE/sources", "--out=OUT/out.png"], ["out.png is one file for 4 sources"]),
-        (["--source", "PLACE/sources/a.png", "--out=OUT/out.jpg"], ["out.jpg, but images are written as PNG"]),
-        (["--source", "PLACE/sources/a.png", "--sheet=OUT/sheet"], ["--sheet is", "name it sheet.png"]),
-        (["--source", "PLACE/sources/a.png", "--sheet=OUT/out/a.png"], ["Two images", "one file"]),
-        (["--source", "PLACE/sources/a.png", "--out=PLACE/sources"], ["a.png is an input and would be overwritten"]),
+        (["--examples=WORKSPACE/single"], ["single does not contain the folders source and target", "--task"]),
+        (["--examples=WORKSPACE/single", "--task=copy", "--examples_task=pairs"], ["give another --examples_task"]),
+        (["--examples=WORKSPACE/pairs", "--task=copy"], ["pairs contains pairs", "give --examples_task pairs"]),
+        (["--examples=WORKSPACE/nowhere", "--task=grayscale"], ["nowhere does not exist"]),
+        (["--examples=WORKSPACE/lonely"], ["source/2.png has no counterpart named 2"]),
+        (["--examples=WORKSPACE/left_over"], ["target/2.png has no counterpart named 2"]),
+        (["--examples=WORKSPACE/unequal"], ["target/1.png is 40x60", "source/1.png is 40x64"]),
+        (["--source", "WORKSPACE/sources/a.png", "WORKSPACE/broken/x.png"], ["x.png is not a readable image"]),
+        (["--source", "WORKSPACE/nowhere.png"], ["nowhere.png does not exist"]),
+        (["--source", "WORKSPACE/shards"], ["shards has no images"]),
+        (["--source", "WORKSPACE/sources", "--out=OUT/out.png"], ["out.png is one file for 4 sources"]),
+        (["--source", "WORKSPACE/sources/a.png", "--out=OUT/out.jpg"], ["out.jpg, but images are written as PNG"]),
+        (["--source", "WORKSPACE/sources/a.png", "--sheet=OUT/sheet"], ["--sheet is", "name it sheet.png"]),
+        (["--source", "WORKSPACE/sources/a.png", "--sheet=OUT/out/a.png"], ["Two images", "one file"]),
         (
-            ["--source", "PLACE/sources/a.png", "--out=PLACE/recipe.yaml/out.png"],
+            ["--source", "WORKSPACE/sources/a.png", "--out=WORKSPACE/sources"],
+            ["a.png is an input and would be overwritten"],
+        ),
+        (
+            ["--source", "WORKSPACE/sources/a.png", "--out=WORKSPACE/recipe.yaml/out.png"],
             ["is not a writable folder"],
         ),
-        (["--source", "PLACE/sources/a.png", "--sheet=PLACE/recipe.yaml/a.png"], ["give another --sheet"]),
-        (["--source", "PLACE/sources/a.png", f"--out=OUT/{'a' * 251}.png"], ["(File name too long)", "another --out"]),
+        (["--source", "WORKSPACE/sources/a.png", "--sheet=WORKSPACE/recipe.yaml/a.png"], ["give another --sheet"]),
         (
-            ["--source", "PLACE/sources/a.png", "PLACE/single/a.png", "--truth=PLACE/truths"],
+            ["--source", "WORKSPACE/sources/a.png", f"--out=OUT/{'a' * 251}.png"],
+            ["(File name too long)", "another --out"],
+        ),
+        (
+            ["--source", "WORKSPACE/sources/a.png", "WORKSPACE/single/a.png", "--truth=WORKSPACE/truths"],
             ["sources/a.png and", "single/a.png differ only"],
         ),
-        (["--truth=PLACE/truths/a.png"], ["a.png is one image for 4 sources"]),
+        (["--truth=WORKSPACE/truths/a.png"], ["a.png is one image for 4 sources"]),
         (
-            ["--truth=PLACE/single", "--task=edges", "--examples=PLACE/single"],
+            ["--truth=WORKSPACE/single", "--task=edges", "--examples=WORKSPACE/single"],
             ["edges makes the ground truth itself"],
         ),
-        (["--truth=PLACE/pairs/source"], ["a.png has no counterpart named a in"]),
+        (["--truth=WORKSPACE/pairs/source"], ["a.png has no counterpart named a in"]),
         (["--size=32x32"], ["--size is 32x32", "32x48, 48x32"]),
-        (["--checkpoint=PLACE/of_videos"], ["of_videos was trained on videos and images, not on sequences"]),
+        (["--checkpoint=WORKSPACE/of_videos"], ["of_videos was trained on videos and images, not on sequences"]),
         (["--batch_size=0"], ["--batch_size is 0"]),
-        (["--seed=-1"], ["--seed is -1"]),
-        (["--steps=0"], ["at least 1"]),
         (["--device=cuda:99"], ["'cuda:99' cannot be used"]),
     ],
     ids=lambda value: " ".join(value)[:60],
 )
 def test_invalid_input_is_refused_in_one_sentence_and_writes_nothing(
-    options: list[str], words: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], words: list[str], workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if not (place / "broken").exists():
-        save(place / "unequal/source/1.png", 1)
-        save(place / "unequal/target/1.png", 2, width=60)
+    if not (workspace / "broken").exists():
+        save(workspace / "unequal/source/1.png", 1)
+        save(workspace / "unequal/target/1.png", 2, width=60)
         for path in ("lonely/source/1.png", "lonely/source/2.png", "lonely/target/1.png", "unequal/source/2.png"):
-            save(place / path, 3)
-        save(place / "unequal/target/2.png", 3)
+            save(workspace / path, 3)
+        save(workspace / "unequal/target/2.png", 3)
         for path in ("left_over/source/1.png", "left_over/target/1.png", "left_over/target/2.png"):
-            save(place / path, 3)
-        save(place / "broken/x.png", 3)
-        (place / "broken/x.png").write_bytes(b"not an image")
-    before = sorted(place.rglob("*"))
-    options = [option.replace("PLACE", str(place)).replace("OUT", str(tmp_path)) for option in options]
-    source = [] if "--source" in options else ["--source", place / "sources"]
-    assert run(place, "--out", tmp_path / "out", *source, *options) == 2
+            save(workspace / path, 3)
+        save(workspace / "broken/x.png", 3)
+        (workspace / "broken/x.png").write_bytes(b"not an image")
+    before = sorted(workspace.rglob("*"))
+    options = [option.replace("WORKSPACE", str(workspace)).replace("OUT", str(tmp_path)) for option in options]
+    source = [] if "--source" in options else ["--source", workspace / "sources"]
+    assert run(workspace, "--out", tmp_path / "out", *source, *options) == 2
     (message,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     for word in words:
         assert word in message
     assert list(tmp_path.iterdir()) == []
-    assert sorted(place.rglob("*")) == before
+    assert sorted(workspace.rglob("*")) == before
 
 
-def test_unknown_task_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(place, "--source", place / "sources", "--task=depth") == 2
+def test_unknown_task_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(workspace, "--source", workspace / "sources", "--task=depth") == 2
     assert "There is no task 'depth': give one of pairs, grayscale, " in capsys.readouterr().err
 
 
-def test_python_example_of_the_documentation_runs(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_example_of_the_documentation_runs(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
     example = next(block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "transform" in block)
     for seed, name in enumerate(("PAIRS/source/1", "PAIRS/source/2", "PAIRS/target/1", "PAIRS/target/2", "a", "b")):
         save(tmp_path / f"{name}.png", seed)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(example.replace("runs/demo/stage4_few_shot", str(place / "model")), names)
+    exec(example.replace("runs/demo/stage4_few_shot", str(workspace / "model")), names)
     assert names["targets"].shape == (2, 3, *names["size"])

@@ -53,54 +53,55 @@ def reference_rollout(
 ) -> Tensor:
     """Generate each frame with forward passes of the oracle over all frames so far, of which the last frame is used."""
     guidance, weights = guidance or Guidance(), model.state_dict()
-    known = context
+    so_far = context
     for frame in range(context.shape[1], context.shape[1] + frames):
         x = torch.stack([frame_noise(seed, frame, context.shape[2:]) for seed in range(len(context))]).to(context)
 
-        def velocity(noisy: Tensor, theta: float, label: Tensor | None, clean: bool, known: Tensor = known) -> Tensor:
+        def velocity(noisy: Tensor, theta: float, label: Tensor | None, clean: bool, so_far: Tensor = so_far) -> Tensor:
             # The values of unused inputs, which must not influence the result.
-            unused_noisy, unused_clean = torch.full_like(known, -9.0), torch.full_like(noisy, 9.0)[:, None]
-            angles = torch.full((len(noisy), known.shape[1] + 1), theta, dtype=torch.float64)
-            all_clean = torch.cat([known, unused_clean], dim=1) if clean else None
+            unused_noisy, unused_clean = torch.full_like(so_far, -9.0), torch.full_like(noisy, 9.0)[:, None]
+            angles = torch.full((len(noisy), so_far.shape[1] + 1), theta, dtype=torch.float64)
+            all_clean = torch.cat([so_far, unused_clean], dim=1) if clean else None
             all_noisy = torch.cat([unused_noisy, noisy[:, None]], dim=1)
             return oracle.forward(weights, model.config, all_noisy, angles, all_clean, 1, label, window)[:, -1]
 
         angles = sampler.angles(torch.float64).tolist()
         for theta, next_theta in pairwise(angles):
-            v = full = velocity(x, theta, condition, known.shape[1] > 0)
+            v = full = velocity(x, theta, condition, so_far.shape[1] > 0)
             if guidance.least_level * torch.pi / 2 <= theta <= guidance.most_level * torch.pi / 2:
                 v = v + (guidance.context - 1) * (full - velocity(x, theta, condition, False))
-                v = v + (guidance.label - 1) * (full - velocity(x, theta, None, known.shape[1] > 0))
+                v = v + (guidance.label - 1) * (full - velocity(x, theta, None, so_far.shape[1] > 0))
             step = torch.tensor(theta - next_theta, dtype=torch.float64)
             x = step.cos() * x - step.sin() * v
-        known = torch.cat([known, x[:, None]], dim=1)
-    return known[:, context.shape[1] :]
+        so_far = torch.cat([so_far, x[:, None]], dim=1)
+    return so_far[:, context.shape[1] :]
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
-@pytest.mark.parametrize("known", [0, 1, 3])
-def test_rollout_equals_reference(model: GPDiT, known: int, cached: bool) -> None:
-    context = random_context(2, known)
+@pytest.mark.parametrize("context_frames", [0, 1, 3])
+def test_rollout_equals_reference(model: GPDiT, context_frames: int, cached: bool) -> None:
+    context = random_context(2, context_frames)
     generated = generate(model, context, frames=3, use_cache=cached)
     assert generated.shape == (2, 3, 3, 4, 6)
     assert generated.std() > 0.1
     assert_near(generated, reference_rollout(model, context, frames=3))
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (2, 0), (2, 1), (1, 2), (3, 2)])
-@pytest.mark.parametrize("known", [0, 1, 6])
-def test_rolling_window_equals_masked_reference(model: GPDiT, known: int, window: int, sinks: int) -> None:
+@pytest.mark.parametrize(
+    ("context_frames", "window", "sinks"), [(0, 2, 0), (0, 1, 2), (1, 2, 1), (6, 1, 0), (6, 1, 2), (6, 3, 2)]
+)
+def test_rolling_window_equals_masked_reference(model: GPDiT, context_frames: int, window: int, sinks: int) -> None:
     """Includes contexts longer than the window, and rollouts longer than the ring buffer of the cache."""
-    context = random_context(1, known)
+    context = random_context(1, context_frames)
     generated = generate(model, context, frames=7, window=window, sinks=sinks)
     assert_near(generated, reference_rollout(model, context, 7, (window, sinks)))
     assert not torch.allclose(generated, generate(model, context, frames=7))
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(2, 0), (1, 2)])
-@pytest.mark.parametrize("known", [0, 5])
-def test_of_gives_the_same_result_without_a_cache(window: int, sinks: int, known: int) -> None:
-    model, context = toy_model(attention="of").eval(), random_context(2, known)
+@pytest.mark.parametrize("context_frames", [0, 5])
+def test_of_gives_the_same_result_without_a_cache(window: int, sinks: int, context_frames: int) -> None:
+    model, context = toy_model(attention="of").eval(), random_context(2, context_frames)
     with_cache = generate(model, context, frames=5, window=window, sinks=sinks)
     assert_near(generate(model, context, frames=5, window=window, sinks=sinks, use_cache=False), with_cache)
 
@@ -111,23 +112,24 @@ def test_window_as_long_as_the_video_changes_nothing(model: GPDiT) -> None:
     assert torch.equal(generate(model, context, 4, window=3, sinks=2), generate(model, context, 4))
 
 
-@pytest.mark.parametrize("known", [0, 2])
 @pytest.mark.parametrize(
-    "guidance",
+    ("context_frames", "guidance"),
     [
-        Guidance(context=2.0),
-        Guidance(label=3.0),
-        Guidance(context=1.2, label=2.0),
-        Guidance(context=2.0, label=0.5, least_level=0.5, most_level=0.8),
+        (0, Guidance(context=2.0)),
+        (0, Guidance(context=1.2, label=2.0)),
+        (2, Guidance(context=2.0)),
+        (2, Guidance(label=3.0)),
+        (2, Guidance(context=1.2, label=2.0)),
+        (2, Guidance(context=2.0, label=0.5, least_level=0.5, most_level=0.8)),
     ],
-    ids=["context", "label", "both", "levels"],
+    ids=["0-context", "0-both", "context", "label", "both", "levels"],
 )
-def test_guidance_equals_reference(labelled: GPDiT, known: int, guidance: Guidance) -> None:
-    context, labels = random_context(2, known), torch.tensor([2, 0])
+def test_guidance_equals_reference(labelled: GPDiT, context_frames: int, guidance: Guidance) -> None:
+    context, labels = random_context(2, context_frames), torch.tensor([2, 0])
     sampler = RotationSampler(steps=3)  # without shift, so that some levels lie in the guided range
     generated = generate(labelled, context, 2, condition=labels, guidance=guidance, sampler=sampler)
     assert_near(generated, reference_rollout(labelled, context, 2, None, guidance, labels, sampler))
-    if known or guidance.label != 1:
+    if context_frames or guidance.label != 1:
         assert not torch.allclose(generated, generate(labelled, context, 2, condition=labels, sampler=sampler))
 
 

@@ -52,22 +52,22 @@ def joined(pieces: Sequence[GeneratedFrames]) -> tuple[Tensor, Tensor]:
     return torch.cat([piece.pixels for piece in pieces], dim=1), torch.cat([piece.latents for piece in pieces], dim=1)
 
 
-@pytest.mark.parametrize(("known", "frames"), [(1, 1), (1, 8), (5, 3), (5, 4), (9, 5)])
+@pytest.mark.parametrize(("context_frames", "frames"), [(1, 1), (1, 8), (5, 3), (5, 4), (9, 5)])
 def test_requested_number_of_frames_follows_the_unchanged_context(
-    model: GPDiT, codec: Codec, known: int, frames: int
+    model: GPDiT, codec: Codec, context_frames: int, frames: int
 ) -> None:
-    context = pixels(frames=known)
+    context = pixels(frames=context_frames)
     video = continue_video(model, codec, context, frames, CONFIG)
-    latent_frames = 1 + (known - 1) // 4 + -(-frames // 4)
-    assert video.pixels.shape == (2, known + frames, 3, 32, 48)
+    latent_frames = 1 + (context_frames - 1) // 4 + -(-frames // 4)
+    assert video.pixels.shape == (2, context_frames + frames, 3, 32, 48)
     assert video.pixels.dtype == torch.uint8
     assert video.latents.shape == (2, latent_frames, 16, 4, 6)
-    assert torch.equal(video.pixels[:, :known], context)
+    assert torch.equal(video.pixels[:, :context_frames], context)
 
 
-@pytest.mark.parametrize("known", [0, 1, 3])
-def test_stream_equals_the_decoded_rollout(model: GPDiT, codec: Codec, known: int) -> None:
-    context, frames = latents(codec, known), 12 + (known == 0)
+@pytest.mark.parametrize("context_frames", [0, 1, 3])
+def test_stream_equals_the_decoded_rollout(model: GPDiT, codec: Codec, context_frames: int) -> None:
+    context, frames = latents(codec, context_frames), 12 + (context_frames == 0)
     shown, latent_frames = joined(list(stream_video(model, codec, context, frames, CONFIG, ClipInputs([7, 3]))))
     mean, std = codec.mean[:, None, None], codec.std[:, None, None]
     generated = torch.stack(
@@ -81,29 +81,29 @@ def test_stream_equals_the_decoded_rollout(model: GPDiT, codec: Codec, known: in
 
 
 def test_continued_video_is_the_context_and_the_stream(model: GPDiT, codec: Codec) -> None:
-    context, known = pixels(), latents(codec, 2)
+    context, context_latents = pixels(), latents(codec, 2)
     inputs = ClipInputs(5, torch.tensor([2, 0]), torch.tensor([1, 1]))
     config = GenerationConfig(RotationSampler(STEPS), Guidance(label=2.0))
     video = continue_video(model, codec, context, 10, config, inputs)
-    shown, latent_frames = joined(list(stream_video(model, codec, known, 10, config, inputs)))
+    shown, latent_frames = joined(list(stream_video(model, codec, context_latents, 10, config, inputs)))
     assert torch.equal(video.pixels, torch.cat([context, shown], dim=1))
-    assert torch.equal(video.latents, torch.cat([known, latent_frames], dim=1))
+    assert torch.equal(video.latents, torch.cat([context_latents, latent_frames], dim=1))
     for name, other in (("condition", [0, 0]), ("null_condition", [-1, -1]), ("seeds", 6)):
         changed = replace(inputs, **{name: torch.tensor(other) if isinstance(other, list) else other})
         assert not torch.allclose(continue_video(model, codec, context, 10, config, changed).latents, video.latents)
 
 
 @pytest.mark.parametrize(
-    ("known", "frames", "lengths"),
+    ("context_frames", "frames", "lengths"),
     [(2, 8, [4, 4]), (2, 6, [4, 2]), (0, 1, [1]), (0, 5, [1, 4]), (0, 7, [1, 4, 2]), (1, 0, []), (0, 0, [])],
 )
 def test_surplus_frames_of_the_last_latent_frame_are_dropped(
-    model: GPDiT, codec: Codec, known: int, frames: int, lengths: list[int]
+    model: GPDiT, codec: Codec, context_frames: int, frames: int, lengths: list[int]
 ) -> None:
-    pieces = list(stream_video(model, codec, latents(codec, known), frames, CONFIG))
+    pieces = list(stream_video(model, codec, latents(codec, context_frames), frames, CONFIG))
     assert [piece.pixels.shape for piece in pieces] == [(2, length, 3, 32, 48) for length in lengths]
     assert [piece.latents.shape for piece in pieces] == [(2, 1, 16, 4, 6)] * len(lengths)
-    whole = list(stream_video(model, codec, latents(codec, known), 13, CONFIG))
+    whole = list(stream_video(model, codec, latents(codec, context_frames), 13, CONFIG))
     for piece, long in zip(pieces, whole, strict=False):
         assert torch.equal(piece.pixels, long.pixels[:, : piece.pixels.shape[1]])
         assert torch.equal(piece.latents, long.latents)
@@ -149,7 +149,7 @@ def test_mismatched_context_is_refused(model: GPDiT, codec: Codec, context: Tens
         continue_video(model, codec, context, 4, CONFIG)
 
 
-@pytest.mark.parametrize("known", [0, 1])
-def test_latents_of_another_codec_are_refused(model: GPDiT, codec: Codec, known: int) -> None:
+@pytest.mark.parametrize("context_frames", [0, 1])
+def test_latents_of_another_codec_are_refused(model: GPDiT, codec: Codec, context_frames: int) -> None:
     with pytest.raises(InputError, match=r"takes \(B, F, 16, h, w\)"):
-        next(stream_video(model, codec, latents(codec, known, channels=4), 4, CONFIG))
+        next(stream_video(model, codec, latents(codec, context_frames, channels=4), 4, CONFIG))
