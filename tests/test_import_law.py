@@ -18,7 +18,7 @@ ALLOWED = {
     "diffusion": set(),
     "media": set(),
     "data": set(),
-    "codecs": {"media"},  # fit_pca reads images and videos
+    "codecs": {"media"},  # fitting_clips.py reads images and videos
     "estimation": {"model", "data"},
     "checkpoints": {"model", "diffusion"},
     "preparation": {"codecs", "data", "media", "options"},

@@ -1,4 +1,4 @@
-"""Codecs: uint8 pixels to latents and back."""
+"""Codecs between uint8 pixels and latents."""
 
 from gpdit_lightning.codecs.base import Codec, fingerprint_of
 from gpdit_lightning.codecs.loading import (

@@ -1,7 +1,8 @@
-"""What every codec is: pixels to latents and back, causal in time, with constants that whiten its latents.
+"""Interface of codecs: causal encoders and decoders between pixels and latents, with whitening constants.
 
-T pixel frames make F latent frames: the first covers one pixel frame and each later one `temporal_factor`, so that
-T = 1 + temporal_factor (F - 1) (GPDiT, section 5.1: the WanVAE's geometry). H x W pixels make h x w latent pixels.
+T pixel frames are encoded to F latent frames: the first covers one pixel frame and each later one `temporal_factor`, so
+that T = 1 + temporal_factor (F - 1) (GPDiT, section 5.1: the WanVAE's geometry). A frame of H x W pixels has h x w
+latent pixels.
 """
 
 import hashlib
@@ -17,22 +18,23 @@ from gpdit_lightning.specs import CodecSpec, LatentGrid
 
 
 class Codec(LatentGrid, ABC):
-    """Turns uint8 pixels into float32 latents and back.
+    """Encodes uint8 pixels to float32 latents and decodes them.
 
-    A custom codec is a subclass that sets the attributes below, `name` and `device` excepted, and defines `load`, `to`,
-    `encode_values` and `decode_frame`. It must be causal: a latent frame depends on no later pixel frame. Commands take
-    its import path, or a name given by :func:`~gpdit_lightning.codecs.register_codec` (docs/extending.md).
+    A custom codec is a subclass that sets the attributes below except `name` and `device`, and defines `load`, `to`,
+    `encode_values` and `decode_frame`. It must be causal: a latent frame depends on no later pixel frame. Commands
+    accept its import path, or a name registered by :func:`~gpdit_lightning.codecs.register_codec` (docs/extending.md).
 
     Attributes:
-        name: its registered name, else the import path of the class; manifests and checkpoints record it.
-        source: the folder, file or hub name that the weights came from; None for weights that ship with the package.
+        name: registered name, or else the import path of the class; recorded in manifests and checkpoints.
+        source: folder, file or hub name of the weights; None for weights that ship with the package.
         latent_channels: C.
         spatial_factor: pixels along one side of a latent pixel.
-        temporal_factor: pixel frames of each latent frame after the first.
-        mean, std: float32 (C,), constants of the codec over all its latents, never of a data set; `(latents - mean) /
-            std` is white.
-        fingerprint: 16 hexadecimal digits that change with the weights, as :func:`fingerprint_of` computes them.
-        device: where `encode` and `decode` compute.
+        temporal_factor: pixel frames in each latent frame after the first.
+        mean: (C,) float32. The whitened latents are (latents - mean) / std; both are constants of the codec, not of a
+            data set.
+        std: (C,) float32.
+        fingerprint: 16 hexadecimal digits of a hash of the weights, as computed by :func:`fingerprint_of`.
+        device: device of `encode` and `decode`.
     """
 
     name: ClassVar[str]
@@ -49,77 +51,80 @@ class Codec(LatentGrid, ABC):
     @classmethod
     @abstractmethod
     def load(cls, source: str | None = None) -> Self:
-        """Read the weights.
+        """Load the codec.
 
         Args:
-            source: a folder, a file or a hub name, as the codec defines it; None for its default.
+            source: folder, file or hub name of the weights, as the codec defines it; None for its default.
 
         Raises:
-            InputError: the weights are not found, or are not of this codec.
+            InputError: the weights are not found, or belong to another codec.
         """
 
     @abstractmethod
     def to(self, device: str | torch.device) -> Self:
-        """Move the weights and set `device`; returns the codec itself."""
+        """Move the weights and set `device`; return the codec itself."""
 
     @abstractmethod
     def encode_values(self, values: Tensor) -> Tensor:
-        """Values in [-1, 1] (B, T, 3, H, W), float32 on `device`, to raw latents (B, F, C, h, w)."""
+        """Encode values in [-1, 1] (B, T, 3, H, W), float32 on `device`, to raw latents (B, F, C, h, w)."""
 
     @abstractmethod
     def decode_frame(self, latent: Tensor, first: bool, state: list[Any]) -> Tensor:
-        """The next latent frame (B, C, h, w) of a video to values around [-1, 1] (B, t, 3, H, W).
+        """Decode the next latent frame of a video.
 
         Args:
-            latent: raw, float32, on `device`.
-            first: whether it is the first of the video; then t = 1, otherwise t = temporal_factor.
-            state: what the codec keeps of the earlier frames of this video, to read and change; empty at the first.
+            latent: (B, C, h, w) raw, float32, on `device`.
+            first: whether it is the first of the video.
+            state: state of the decoder of this video, which the codec may read and change; empty at the first frame.
+
+        Returns:
+            Values around [-1, 1], (B, t, 3, H, W); t is 1 at the first frame and temporal_factor later.
         """
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels to raw latents, on `device`.
+        """Encode pixels to raw latents, on `device`.
 
         Args:
             pixels: uint8 (B, T, 3, H, W), T = 1 + temporal_factor k.
 
         Returns:
-            float32 (B, F, C, h, w), not whitened. The first latent frames of a clip depend on its beginning only.
+            float32 (B, F, C, h, w), not whitened. A latent frame depends on no later pixel frame.
 
         Raises:
-            InputError: for another dtype or shape, or T, H or W that the codec's factors do not allow.
+            InputError: the dtype or shape is invalid, or the factors of the codec do not fit T, H or W.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[2] != 3:
             raise InputError(
                 f"The pixels are {pixels.dtype} {tuple(pixels.shape)} where a codec takes torch.uint8 (B, T, 3, H, W): "
-                f"convert them."
+                "convert them."
             )
         self.latent_frames(pixels.shape[1])
         self.check_frame_size(*pixels.shape[3:])
         return self.encode_values(pixels.to(self.device, torch.float32) / 127.5 - 1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw latents (B, F, C, h, w) to uint8 pixels (B, T, 3, H, W), on `device`.
+        """Decode raw latents (B, F, C, h, w) to uint8 pixels (B, T, 3, H, W), on `device`.
 
         Raises:
-            InputError: for another number of axes or channels.
+            InputError: the number of axes or channels is wrong.
         """
         return self.decoder()(latents)
 
     def decoder(self) -> "StreamingDecoder":
-        """A decoder for videos that are too long for memory: it takes their latents in pieces."""
+        """Return a decoder that takes latents in pieces, for videos that are too long for memory."""
         return StreamingDecoder(self)
 
     def whitened(self, raw: Tensor) -> Tensor:
-        """Raw latents (..., C, h, w) as a model takes them: mean 0 and deviation 1 in each channel; on their device."""
+        """Whiten raw latents (..., C, h, w), on their device, to mean 0 and standard deviation 1 in each channel."""
         return (raw - self.mean.to(raw.device)[:, None, None]) / self.std.to(raw.device)[:, None, None]
 
     def unwhitened(self, white: Tensor) -> Tensor:
-        """A model's latents (..., C, h, w) as raw latents, on their device."""
+        """Convert whitened latents (..., C, h, w) to raw ones, on their device."""
         return white * self.std.to(white.device)[:, None, None] + self.mean.to(white.device)[:, None, None]
 
     def spec(self) -> CodecSpec:
-        """What manifests and checkpoints record of this codec."""
+        """Return the record of this codec for manifests and checkpoints."""
         return CodecSpec(
             name=self.name,
             source=self.source,
@@ -133,9 +138,9 @@ class Codec(LatentGrid, ABC):
 
 
 class StreamingDecoder:
-    """Decodes the raw latents of the same clips piece after piece; together the pixels are those of `Codec.decode`.
+    """Decodes raw latents of clips in consecutive pieces, with the same result as `Codec.decode` of the whole.
 
-    Its state does not grow, and several decoders of one codec do not affect each other.
+    Its state has constant size, and several decoders of one codec are independent.
 
     Args:
         codec: the codec of the latents.
@@ -144,18 +149,17 @@ class StreamingDecoder:
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
         self._state: list[Any] = []
-        self._frames = 0  # latent frames so far
+        self._frames = 0  # latent frames decoded so far
         self._clips: tuple[int, int, int] | None = None  # (B, h, w)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        """The next latent frames (B, F, C, h, w) to their uint8 pixels (B, T, 3, H, W), on the codec's device.
+        """Decode the next latent frames (B, F, C, h, w) to uint8 pixels (B, T, 3, H, W), on the codec's device.
 
-        T = temporal_factor F, but the first latent frame of the clips has one pixel frame. F may be 0.
+        The first latent frame of the clips has one pixel frame, later ones temporal_factor. F may be 0.
 
         Raises:
-            InputError: for another number of axes or channels, or another number or size of clips than in the first
-                call.
+            InputError: the number of axes or channels is wrong, or B, h or w differ from the first call.
         """
         codec = self._codec
         if latents.ndim != 5 or latents.shape[2] != codec.latent_channels:
@@ -168,7 +172,7 @@ class StreamingDecoder:
         if self._clips != (B, h, w):
             raise InputError(
                 f"The latents have (B, h, w) = {(B, h, w)} where the decoder's first had {self._clips}: give it the "
-                f"next frames of the same clips, or use a new decoder."
+                "next frames of the same clips, or use a new decoder."
             )
         lengths = [codec.temporal_factor if number else 1 for number in range(self._frames, self._frames + F)]
         size = h * codec.spatial_factor, w * codec.spatial_factor
@@ -181,7 +185,7 @@ class StreamingDecoder:
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits of a sha256 over named weights: names, shapes and float32 values."""
+    """Return 16 hexadecimal digits of a sha256 over the names, shapes and float32 values of weights."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         values = tensors[name].detach().to("cpu", torch.float32).contiguous()

@@ -1,4 +1,4 @@
-"""From a codec's name, as a user or a file gives it, to the codec."""
+"""Loading of codecs by the name that a user gives or a file records."""
 
 import torch
 
@@ -13,14 +13,14 @@ CODECS: dict[str, type[Codec]] = {}
 
 
 class CodecNotAllowedError(InputError):
-    """A file names a codec by an import path that the user has not named."""
+    """A file names a codec by an import path, and the user has not named that codec."""
 
 
 def register_codec(name: str, codec: type[Codec]) -> None:
-    """Give a codec a name for commands and files; one at an import path can be used without this.
+    """Register a name of a codec for commands and files; without a name, its import path can be used.
 
     Raises:
-        InputError: another codec has this name.
+        InputError: the name belongs to another codec.
     """
     if CODECS.setdefault(name, codec) is not codec:
         raise InputError(f"a codec '{name}' is registered already: register yours under another name.")
@@ -32,13 +32,14 @@ register_codec("wan", WanCodec)
 
 
 def load_codec(name: str, source: str | None = None, device: str | torch.device = "cpu") -> Codec:
-    """Load the codec that the user names.
+    """Load a codec by its name.
 
     Args:
         name: `pca`, `wan` (the WanVAE), another registered name, or the import path of a subclass of :class:`Codec`,
             whose module is imported.
-        source: where the weights are; None for the codec's default: the shipped file (`pca`), the hub (`wan`).
-        device: where it computes.
+        source: folder, file or hub name of the weights; None for the default: the shipped file (`pca`), the hub
+            (`wan`).
+        device: device of the codec.
 
     Raises:
         InputError: the name is unknown, or the weights are not available.
@@ -54,18 +55,18 @@ def load_codec_from_spec(
     codec: str | None = None,
     option: str = "--codec",
 ) -> Codec:
-    """Load the codec that a manifest or checkpoint records, and check that it is the one that was used.
+    """Load the codec that a manifest or checkpoint records, and check that its weights are the recorded ones.
 
-    A file must not choose code to import, since it may come from anybody. So a codec that is recorded by its import
-    path is loaded only where the user names it too.
+    A file must not choose code to import, since it may come from an untrusted source. So a codec that is recorded by
+    its import path is loaded only if the user names it too.
 
     Args:
-        spec: what the manifest or checkpoint records.
-        device: where it computes.
-        source: where its weights are now; None for where they were then.
+        spec: the record in the manifest or checkpoint.
+        device: device of the codec.
+        source: folder, file or hub name of the weights, if they were moved; None for the recorded one.
         owner: the manifest or checkpoint, for messages.
-        codec: the name or import path that the user gives; None for the recorded one.
-        option: how the user gives it, for messages.
+        codec: the name or import path given by the user; None for the recorded one.
+        option: the option that `codec` was given by, for messages.
 
     Raises:
         CodecNotAllowedError: an import path is recorded, and `codec` is None.

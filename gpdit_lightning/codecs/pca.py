@@ -1,8 +1,8 @@
-"""The codec `pca`: linear, with weights of some tens of kilobytes that ship with the package.
+"""The codec `pca`: a linear codec whose weights (62 KB) ship with the package.
 
-A latent frame holds the first 16 principal components of each block of 4x8x8 pixels; the first frame's blocks are
-1x8x8. Both sets of components are orthonormal, so encoding and decoding are a projection: no other linear code of 16
-numbers reproduces the images it was fitted on better. `fit_pca.py` makes the weights.
+A latent frame is the first 16 principal components of each block of 4x8x8 pixels; the blocks of the first frame are
+1x8x8. Both sets of components are orthonormal, so encoding followed by decoding is a projection, which has the least
+squared error on the fitted images of all linear codes of 16 numbers per block. `fit_pca.py` computes the weights.
 """
 
 from pathlib import Path
@@ -19,9 +19,9 @@ from gpdit_lightning.errors import InputError
 SHIPPED_WEIGHTS = Path(__file__).with_name("pca.safetensors")
 COMPONENTS = 16
 BLOCK = 8  # pixels along a side
-GROUP = 4  # pixel frames of a latent frame after the first
-# Four equal frames have twice the norm of one: with this gain, a still video has the same latents in the first latent
-# frame and in the second.
+GROUP = 4  # pixel frames in each latent frame after the first
+# Four equal frames have twice the norm of one: with this gain, the first latent frame of a still video equals the later
+# ones.
 FIRST_FRAME_GAIN = GROUP**0.5
 WEIGHT_SHAPES = {
     "first_components": (COMPONENTS, 1 * 3 * BLOCK * BLOCK),
@@ -33,12 +33,12 @@ WEIGHT_SHAPES = {
 
 
 class PcaCodec(Codec):
-    """16 principal components of pixel blocks.
+    """Codec of 16 principal components of pixel blocks.
 
     Args:
         weights: `first_components` (16, 192) and `later_components` (16, 768), orthonormal rows over blocks flattened
             from (frames, colours, rows, columns); `centre` (3,), the mean colour in [-1, 1]; `mean` and `std` (16,).
-        source: the file they came from; None for the shipped ones.
+        source: file of the weights; None for the shipped ones.
     """
 
     latent_channels, spatial_factor, temporal_factor = COMPONENTS, BLOCK, GROUP
@@ -51,7 +51,7 @@ class PcaCodec(Codec):
 
     @classmethod
     def load(cls, source: str | None = None) -> Self:
-        """Read weights: the shipped ones, or a file made by `python -m gpdit_lightning.codecs.fit_pca`.
+        """Load the shipped weights, or a file written by `python -m gpdit_lightning.codecs.fit_pca`.
 
         Raises:
             InputError: the file is missing, or is not a weights file of this codec.
@@ -63,18 +63,18 @@ class PcaCodec(Codec):
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is not a readable weights file of the codec 'pca' ({error}): {cure}.") from None
         if {name: tuple(values.shape) for name, values in weights.items()} != WEIGHT_SHAPES:
-            raise InputError(f"{path} does not hold the tensors of the codec 'pca': {cure}.")
+            raise InputError(f"{path} does not contain the tensors of the codec 'pca': {cure}.")
         return cls(weights, source)
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the weights; returns the codec itself."""
+        """Move the weights; return the codec itself."""
         self.device = torch.device(device)
         self.weights = {name: values.to(self.device) for name, values in self.weights.items()}
         return self
 
     def encode_values(self, values: Tensor) -> Tensor:
         """Project the blocks of the frames onto the components."""
-        # On a CPU in float64: rounded to float32, the result depends neither on the number of threads nor on the batch.
+        # In float64 on a CPU, so that the result in float32 depends neither on the number of threads nor on the batch.
         precision = torch.float64 if self.device.type == "cpu" else torch.float32
         values = (values - self._centre).to(precision)
         first_components, later_components = (
@@ -85,7 +85,7 @@ class PcaCodec(Codec):
         return torch.cat([first, later], dim=1).permute(0, 1, 4, 2, 3).float().contiguous()
 
     def decode_frame(self, latent: Tensor, first: bool, state: list[Any]) -> Tensor:
-        """Sum the components of each block; nothing is kept in the state."""
+        """Sum the components of each block; the state is not used."""
         latent = latent.permute(0, 2, 3, 1)[:, None]
         if first:
             return pixels_of(latent / FIRST_FRAME_GAIN @ self.weights["first_components"], 1) + self._centre
@@ -97,7 +97,7 @@ class PcaCodec(Codec):
 
 
 def blocks_of(values: Tensor, group: int) -> Tensor:
-    """Frames (B, F * group, 3, h * 8, w * 8) cut into blocks (B, F, h, w, group * 3 * 8 * 8)."""
+    """Cut frames (B, F * group, 3, h * 8, w * 8) into blocks (B, F, h, w, group * 3 * 8 * 8)."""
     B, T, _, H, W = values.shape
     F, h, w = T // group, H // BLOCK, W // BLOCK
     values = values.reshape(B, F, group, 3, h, BLOCK, w, BLOCK)
@@ -105,7 +105,7 @@ def blocks_of(values: Tensor, group: int) -> Tensor:
 
 
 def pixels_of(blocks: Tensor, group: int) -> Tensor:
-    """The inverse of `blocks_of`."""
+    """Return the frames of blocks; the inverse of `blocks_of`."""
     B, F, h, w, _ = blocks.shape
     blocks = blocks.reshape(B, F, h, w, group, 3, BLOCK, BLOCK).permute(0, 1, 4, 5, 2, 6, 3, 7)
     return blocks.reshape(B, F * group, 3, h * BLOCK, w * BLOCK)

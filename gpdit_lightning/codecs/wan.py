@@ -1,4 +1,4 @@
-"""The codec `wan`: the WanVAE that GPDiT uses (section 5.1), as diffusers' `AutoencoderKLWan`, posterior mode."""
+"""The codec `wan`: the WanVAE that GPDiT uses (section 5.1), by diffusers' `AutoencoderKLWan`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
 DEFAULT_SOURCE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-SUBFOLDER = "vae"  # where a whole pipeline's folder keeps its autoencoder
+SUBFOLDER = "vae"  # of the autoencoder in the folder of a diffusers pipeline
 
 
 class WanCodec(Codec):
-    """The WanVAE.
+    """The WanVAE; latents are the mode of the posterior.
 
     Args:
-        autoencoder: the network; moved to evaluation mode and float32.
-        source: the folder or hub name it came from.
+        autoencoder: the network; it is set to evaluation mode and converted to float32.
+        source: folder or hub name of the weights.
 
     Raises:
-        InputError: the autoencoder does not shrink space by 8x8 and time by 4 without patches, or it has no whitening
-            constants.
+        InputError: the autoencoder does not reduce space by 8x8 and time by 4 without patches, or does not have one
+            pair of whitening constants for each channel.
     """
 
     latent_channels, spatial_factor, temporal_factor = 16, 8, 4
@@ -36,9 +36,9 @@ class WanCodec(Codec):
         factors = (patch * 2 ** len(autoencoder.temperal_downsample), 2 ** sum(autoencoder.temperal_downsample))
         if (*factors, patch) != (self.spatial_factor, self.temporal_factor, 1):
             raise InputError(
-                f"The WanVAE of {source} shrinks space {factors[0]} times and time {factors[1]} times, by patches of "
+                f"The WanVAE of {source} reduces space {factors[0]} times and time {factors[1]} times, by patches of "
                 f"{patch} pixels, where this library needs {self.spatial_factor}, {self.temporal_factor} and 1: use "
-                f"the VAE of Wan 2.1."
+                "the VAE of Wan 2.1."
             )
         self.autoencoder = autoencoder.eval().requires_grad_(False).float()
         self.source = source
@@ -54,10 +54,10 @@ class WanCodec(Codec):
 
     @classmethod
     def load(cls, source: str | None = None) -> Self:
-        """Load the WanVAE from a folder or the hub; its weights or those in the subfolder `vae`, safetensors only.
+        """Load the WanVAE from a folder or the hub, or from the subfolder `vae` of either; safetensors only.
 
         Raises:
-            InputError: it is neither a folder nor available from the hub.
+            InputError: the source is neither a folder nor available from the hub.
         """
         source = source or DEFAULT_SOURCE
         folder = Path(source).expanduser()
@@ -80,23 +80,23 @@ class WanCodec(Codec):
                 return cls(autoencoder, source)
         raise InputError(
             f"The WanVAE {source!r} could not be loaded ({str(reason).strip().splitlines()[0]}): download it and give "
-            f"its folder."
+            "its folder."
         )
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the weights; returns the codec itself."""
+        """Move the weights; return the codec itself."""
         self.device = torch.device(device)
         self.autoencoder.to(self.device)
         return self
 
     def encode_values(self, values: Tensor) -> Tensor:
-        """The mode of the posterior."""
+        """Return the mode of the posterior."""
         posterior = self.autoencoder.encode(values.transpose(1, 2)).latent_dist  # diffusers: channels before frames
         return posterior.mode().transpose(1, 2).contiguous()
 
     def decode_frame(self, latent: Tensor, first: bool, state: list[Any]) -> Tensor:
-        """Run the decoder; the state is the inputs of its causal convolutions that later frames need."""
-        # As diffusers' `AutoencoderKLWan._decode` does for each frame, but there the state belongs to the network.
+        """Decode one frame; the state is the cached inputs of the causal convolutions."""
+        # Like one iteration of diffusers' `AutoencoderKLWan._decode`, which keeps the state in the network instead.
         decoder = self.autoencoder.decoder
         if first:
             state += [None] * sum(isinstance(layer, nn.Conv3d) for layer in decoder.modules())

@@ -1,4 +1,4 @@
-"""A codec is found by a registered name or an import path, and a file alone never chooses code to import."""
+"""Loading of codecs by registered names and import paths."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ PATH = "tests.codecs.test_loading.Custom"
 
 
 class Custom(PcaCodec):
-    """A codec of a user."""
+    """A custom codec."""
 
 
 def test_a_custom_codec_is_recorded_by_its_import_path() -> None:
@@ -37,7 +37,7 @@ def test_a_file_does_not_choose_code_to_import() -> None:
         load_codec_from_spec(spec, codec="some_package.Evil")
 
 
-def test_a_codec_that_the_user_names_must_be_the_recorded_one() -> None:
+def test_the_codec_of_the_user_must_be_the_recorded_one() -> None:
     with pytest.raises(InputError, match=r"are of different codecs \(name 'tests\.codecs\.test_loading\.Custom' and"):
         load_codec_from_spec(load_codec(PATH).spec(), codec="pca")
 
@@ -52,6 +52,6 @@ def test_a_registered_name_needs_no_import_path(monkeypatch: pytest.MonkeyPatch)
     assert (PcaCodec.name, WanCodec.name) == ("pca", "wan")
 
 
-def test_an_unknown_name_is_refused() -> None:
+def test_an_unknown_name_is_rejected() -> None:
     with pytest.raises(InputError, match=r"codec 'pcs' is not known \(did you mean 'pca'\?\): choose one of pca, wan"):
         load_codec("pcs")

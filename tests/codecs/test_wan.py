@@ -11,7 +11,7 @@ from gpdit_lightning.errors import InputError
 
 @pytest.fixture(scope="module")
 def autoencoder() -> Any:
-    """The real class with small random weights."""
+    """The class of diffusers with small random weights."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     return diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1)
@@ -21,7 +21,7 @@ def random_clip(frames: int) -> torch.Tensor:
     return torch.randint(0, 256, (1, frames, 3, 16, 24), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
-def test_a_clip_goes_there_and_back(autoencoder: Any) -> None:
+def test_shapes_of_encoding_and_decoding(autoencoder: Any) -> None:
     codec = WanCodec(autoencoder)
     latents = codec.encode(random_clip(9))
     assert latents.shape == (1, 3, 16, 2, 3)
@@ -31,16 +31,16 @@ def test_a_clip_goes_there_and_back(autoencoder: Any) -> None:
     assert pixels.dtype == torch.uint8
 
 
-def test_latents_are_the_posterior_mode_of_pixels_in_minus_one_to_one(autoencoder: Any) -> None:
+def test_latents_are_the_posterior_mode(autoencoder: Any) -> None:
     clip = random_clip(5)
     with torch.no_grad():
-        moments = autoencoder.encode(clip.permute(0, 2, 1, 3, 4).float() / 127.5 - 1).latent_dist
+        posterior = autoencoder.encode(clip.permute(0, 2, 1, 3, 4).float() / 127.5 - 1).latent_dist
     codec = WanCodec(autoencoder)
-    torch.testing.assert_close(codec.encode(clip), moments.mean.permute(0, 2, 1, 3, 4))
+    torch.testing.assert_close(codec.encode(clip), posterior.mean.permute(0, 2, 1, 3, 4))
     assert torch.equal(codec.encode(clip), codec.encode(clip))
 
 
-def test_later_frames_do_not_reach_earlier_latents(autoencoder: Any) -> None:
+def test_encoding_is_causal(autoencoder: Any) -> None:
     codec = WanCodec(autoencoder)
     clip = random_clip(13)
     torch.testing.assert_close(codec.encode(clip)[:, :2], codec.encode(clip[:, :5]), atol=1e-5, rtol=0)
@@ -51,7 +51,7 @@ def random_latents(frames: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_what_is_decoded_is_what_the_network_decodes_at_once(residual: bool) -> None:
+def test_decoding_equals_that_of_the_network(residual: bool) -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     autoencoder = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1, is_residual=residual)
@@ -61,37 +61,39 @@ def test_what_is_decoded_is_what_the_network_decodes_at_once(residual: bool) -> 
         values = autoencoder.decode(latents.transpose(1, 2)).sample.transpose(1, 2)
     expected = ((values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     assert pixels.shape == expected.shape == (2, 13, 3, 16, 24)
-    assert (pixels.int() - expected.int()).abs().max() <= 1  # one product over all frames there, one for each here
+    assert (
+        pixels.int() - expected.int()
+    ).abs().max() <= 1  # the network multiplies all frames at once, which rounds differently
     assert (pixels == expected).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("pieces", [(5,), (1, 1, 1, 1, 1), (2, 0, 3), (0, 4, 1)])
-def test_pieces_are_decoded_to_what_the_whole_is(autoencoder: Any, pieces: tuple[int, ...]) -> None:
+def test_streaming_decoding_equals_decoding_at_once(autoencoder: Any, pieces: tuple[int, ...]) -> None:
     codec, latents = WanCodec(autoencoder), random_latents(5)
     decoder = codec.decoder()
     assert torch.equal(torch.cat([decoder(piece) for piece in latents.split(pieces, 1)], dim=1), codec.decode(latents))
 
 
-def test_decoders_that_take_turns_do_not_meet(autoencoder: Any) -> None:
+def test_interleaved_decoders_are_independent(autoencoder: Any) -> None:
     codec, videos = WanCodec(autoencoder), [random_latents(4, seed) for seed in (0, 1)]
     decoders = [codec.decoder() for _ in videos]
     pieces: list[list[torch.Tensor]] = [[], []]
     for frames in (slice(0, 1), slice(1, 3), slice(3, 4)):
         for parts, decoder, latents in zip(pieces, decoders, videos, strict=True):
             parts.append(decoder(latents[:, frames]))
-            codec.encode(random_clip(5))  # the network's own features are in use meanwhile
+            codec.encode(random_clip(5))  # overwrites the features that the network itself caches
     for parts, latents in zip(pieces, videos, strict=True):
         assert torch.equal(torch.cat(parts, dim=1), codec.decode(latents))
 
 
-def test_what_a_decoder_keeps_does_not_grow(autoencoder: Any) -> None:
+def test_the_state_of_a_decoder_has_constant_size(autoencoder: Any) -> None:
     decoder = WanCodec(autoencoder).decoder()
     sizes = []
     for latent in random_latents(5).requires_grad_().split(1, dim=1):
         decoder(latent)
-        kept = [feature for feature in decoder._state if isinstance(feature, torch.Tensor)]
-        assert not any(feature.requires_grad for feature in kept)
-        sizes.append(sum(feature.untyped_storage().nbytes() for feature in kept))
+        features = [feature for feature in decoder._state if isinstance(feature, torch.Tensor)]
+        assert not any(feature.requires_grad for feature in features)
+        sizes.append(sum(feature.untyped_storage().nbytes() for feature in features))
     assert 0 < sizes[0] < sizes[2] == sizes[3] == sizes[4]
 
 
@@ -104,7 +106,7 @@ def test_the_whitening_constants_are_the_published_ones(autoencoder: Any) -> Non
 
 
 @pytest.mark.parametrize("subfolder", ["", "vae"])
-def test_it_loads_from_a_folder_and_from_its_spec(autoencoder: Any, tmp_path: Path, subfolder: str) -> None:
+def test_loading_from_a_folder_and_from_a_spec(autoencoder: Any, tmp_path: Path, subfolder: str) -> None:
     autoencoder.save_pretrained(tmp_path / subfolder)
     codec = load_codec("wan", str(tmp_path))
     assert torch.equal(codec.encode(random_clip(5)), WanCodec(autoencoder).encode(random_clip(5)))
@@ -114,7 +116,7 @@ def test_it_loads_from_a_folder_and_from_its_spec(autoencoder: Any, tmp_path: Pa
         load_codec_from_spec(replace(codec.spec(), fingerprint="0" * 16))
 
 
-def test_a_missing_or_empty_folder_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_empty_folder_is_reported(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     with pytest.raises(InputError, match="absent does not exist: give an existing folder or a hub name"):
         load_codec("wan", str(tmp_path / "absent"))
@@ -122,11 +124,11 @@ def test_a_missing_or_empty_folder_is_named(tmp_path: Path) -> None:
         load_codec("wan", str(tmp_path))
 
 
-def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     diffusers = pytest.importorskip("diffusers")
 
     def unreachable(*args: Any, **options: Any) -> None:
-        assert options["use_safetensors"]  # nothing is ever unpickled
+        assert options["use_safetensors"]  # no pickled weights are loaded
         raise OSError("We couldn't connect\nto the hub")
 
     monkeypatch.setattr(diffusers.AutoencoderKLWan, "from_pretrained", unreachable)
@@ -134,11 +136,11 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Monkey
         load_codec("wan", "owner/model")
 
 
-def test_another_geometry_is_refused() -> None:
+def test_other_compression_factors_are_rejected() -> None:
     diffusers = pytest.importorskip("diffusers")
-    flat = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1, temperal_downsample=[False, False, True])
+    half_rate = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1, temperal_downsample=[False, False, True])
     with pytest.raises(InputError, match="time 2 times"):
-        WanCodec(flat, "somewhere")
+        WanCodec(half_rate, "somewhere")
     patched = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1, in_channels=12, out_channels=12, patch_size=2)
     with pytest.raises(InputError, match=r"space 16 times .* by patches of 2 pixels"):
         WanCodec(patched, "Wan 2.2")
