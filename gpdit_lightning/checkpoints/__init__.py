@@ -1,1 +1,1 @@
-"""Checkpoints and exported models: how they lie on disk, and how they are written and opened."""
+"""Formats of checkpoints and exported models, and functions that write and open them."""

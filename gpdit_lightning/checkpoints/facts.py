@@ -1,4 +1,4 @@
-"""What a checkpoint or an exported folder records of the training of its weights, in one schema for both."""
+"""The record of the training of some weights, with one schema for checkpoints and exported folders."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,40 +16,40 @@ EXPORT_AGAIN = "export the model again"
 
 @dataclass(frozen=True)
 class Origin:
-    """The weights that a stage started from; every checkpoint of the stage records it."""
+    """The initial weights of a stage, as recorded in every checkpoint of the stage."""
 
     path: str
-    """As the recipe named it."""
+    """Their path in the recipe."""
     step: int
     """Optimizer steps that they were trained for."""
     sha256: str
-    """Identifies them: of the checkpoint or the exported folder."""
+    """Hash of the checkpoint or exported folder, which identifies them."""
 
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What is known of the training of some weights; None, or empty, where it is not known.
+    """The record of the training of some weights; None, or empty, for each fact that is not recorded.
 
-    A checkpoint knows everything but, where training began at random, the origin.
+    A checkpoint records all of them, except the origin if training started from random weights.
     """
 
     weights: WeightsKind | None = None
-    """Which of the checkpoint's weights these are: averaged (`ema`) or last trained (`raw`)."""
+    """Which weights of the checkpoint these are: averaged (`ema`) or last trained (`raw`)."""
     step: int | None = None
     """Optimizer steps trained."""
     stage: str | None = None
-    """The class of the stage that trained them."""
+    """Name of the class of the training stage."""
     origin: dict[str, Any] | None = None
-    """`path`, `step` and `sha256` of the weights that the stage began with."""
+    """`path`, `step` and `sha256` of the initial weights of the stage."""
     schedule: NoiseSchedule | None = None
     codec: CodecSpec | None = None
-    """Of the latents that they were trained on."""
+    """Codec of the training latents."""
     geometry: ClipGeometry | None = None
-    """Of the training clips."""
+    """Stride, frame sizes and length of the training clips."""
     classes: tuple[str, ...] = ()
-    """The names of the classes, by the numbers that `GPDiT.forward` takes as conditions."""
+    """Names of the classes, in the order of the numbers that `GPDiT.forward` takes as conditions."""
     data: dict[str, Any] = field(default_factory=dict)
-    """What the order of the training data depends on."""
+    """The settings that the order of the training data depends on."""
     lightning_version: str | None = None
 
     SCHEMA: ClassVar[dict[str, Any]] = {
@@ -67,14 +67,14 @@ class TrainingFacts:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], file: str) -> Self:
-        """The facts that a file records; it may hold other fields too.
+        """Parse and validate the facts in a file; other fields are ignored.
 
         Args:
-            content: of the file.
-            file: its path, for messages.
+            content: content of the file.
+            file: path of the file, for messages.
 
         Raises:
-            InputError: a field is of the wrong kind.
+            InputError: a field is of the wrong type.
         """
         facts = {
             name: check(content[name], cls.SCHEMA[name], name, file, EXPORT_AGAIN)
@@ -93,7 +93,7 @@ class TrainingFacts:
         return cls(**facts | {"classes": tuple(facts.get("classes", ()))})
 
     def to_dict(self) -> dict[str, Any]:
-        """What is known, as JSON values."""
+        """Return the facts that are recorded, as JSON values."""
         facts = {name: getattr(self, name) for name in self.SCHEMA} | {
             "schedule": self.schedule and asdict(self.schedule),
             "codec": self.codec and self.codec.to_dict(),

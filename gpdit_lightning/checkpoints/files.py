@@ -1,14 +1,14 @@
 """Training checkpoints on disk: finding, reading, publishing and removing them.
 
-A run folder holds
+A run folder contains
 
-    checkpoints/step-N.ckpt/training.ckpt      what torch saves: weights, optimizer, what the parts of the run keep
-    checkpoints/step-N.ckpt/ema.safetensors    the averaged weights, where there are some
-    checkpoints/step-N.ckpt.complete           its completion mark: the size and sha256 of each file
-    checkpoints/last.ckpt                      a link to the newest
+    checkpoints/step-N.ckpt/training.ckpt      written by torch.save: weights, optimizer, states of callbacks and data
+    checkpoints/step-N.ckpt/ema.safetensors    averaged weights, if there are any
+    checkpoints/step-N.ckpt.complete           completion mark: the size and sha256 of each file
+    checkpoints/last.ckpt                      link to the newest checkpoint
 
-The mark is written when all files are on disk, so a checkpoint with a mark is complete, or was damaged later. Reading
-unpickles nothing but tensors and plain values.
+The mark is written when all files are on disk, so a checkpoint with a mark was complete at that time; later damage
+shows as a difference from the mark. Only tensors and plain values are unpickled.
 """
 
 import hashlib
@@ -41,9 +41,9 @@ class Checkpoint:
     """A training checkpoint.
 
     Attributes:
-        path: its folder.
-        content: what `training.ckpt` holds, with the averaged weights in `content["ema"]["weights"]`; tensors are
-            mapped into memory.
+        path: folder of the checkpoint.
+        content: content of `training.ckpt`, with the averaged weights in `content["ema"]["weights"]`; tensors are
+            memory-mapped.
     """
 
     path: Path
@@ -51,22 +51,22 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps trained."""
+        """The number of optimizer steps trained."""
         return int(self.content["global_step"])
 
     @property
     def origin(self) -> Origin | None:
-        """The weights that training started from; None if these were random."""
+        """The weights from which training started; None if they were random."""
         saved = self.content["gpdit"]["origin"]
         return Origin(**saved) if saved else None
 
     @property
     def config(self) -> Any:
-        """What should be the `GPDiTConfig.to_dict()` of its backbone."""
+        """The `GPDiTConfig.to_dict()` of the backbone, not validated."""
         return self.content["gpdit"].get("backbone")
 
     def backbone_weights(self, kind: WeightsKind = "ema") -> dict[str, Tensor]:
-        """The backbone's state dict: averaged weights (`ema`; trained ones where there is no average) or trained."""
+        """Return the backbone's state dict: averaged (`ema`; trained if there is no average) or trained (`raw`)."""
         weights = self.content["state_dict"]
         if kind == "ema" and "ema" in self.content:
             weights = weights | self.content["ema"]["weights"]
@@ -74,7 +74,7 @@ class Checkpoint:
         return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
     def facts(self, kind: WeightsKind) -> dict[str, Any]:
-        """What it records of the training of its weights, as `TrainingFacts.from_dict` takes it."""
+        """Return the record of the training, not validated, as input of `TrainingFacts.from_dict`."""
         stage, data = self.content["gpdit"], self.content["LatentDataModule"]
         facts = {
             "weights": kind if "ema" in self.content else "raw",
@@ -92,29 +92,29 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, verify: bool = False) -> Checkpoint:
-    """The checkpoint that a path refers to; arguments and errors as of :func:`find_checkpoint`.
+    """Open the checkpoint that a path refers to, with the arguments of :func:`find_checkpoint`.
 
     Raises:
-        InputError: also if it cannot be read, or is not a checkpoint of this library.
+        InputError: as :func:`find_checkpoint`, or the file cannot be read or is not a checkpoint of this library.
     """
-    found = find_checkpoint(path, verify)
-    return Checkpoint(found, read_content(found))
+    folder = find_checkpoint(path, verify)
+    return Checkpoint(folder, read_content(folder))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of the checkpoint that a path refers to; see :func:`open_checkpoint`."""
+    """Return the content of the checkpoint that a path refers to, as :func:`open_checkpoint`."""
     return open_checkpoint(path).content
 
 
 def find_checkpoint(path: str | Path, verify: bool = False) -> Path:
-    """The folder of the checkpoint that a path refers to: the path itself, or the last complete one of a run folder.
+    """Return the folder of the checkpoint that a path refers to: itself, or the last complete one of a run folder.
 
     Args:
-        path: a checkpoint, which may be a copy anywhere, its `training.ckpt`, or a run folder.
-        verify: whether to hash its files, where there is a mark, instead of comparing only their sizes.
+        path: a checkpoint, possibly copied out of its run folder, its `training.ckpt`, or a run folder.
+        verify: whether to compare the hashes of its files with its mark, and not only their sizes.
 
     Raises:
-        InputError: there is none, or its files differ from what its mark records.
+        InputError: there is no checkpoint, or its files differ from its mark.
     """
     path = Path(path)
     if path.name == TRAINING and path.is_file():
@@ -128,23 +128,23 @@ def find_checkpoint(path: str | Path, verify: bool = False) -> Path:
         path = path.parent / path.readlink()
     damage = damage_of(path, verify) if mark_path(path).exists() else ""
     if damage:
-        raise InputError(f"{path} is not a complete checkpoint ({damage}): use another one of the run.")
+        raise InputError(f"{path} is not a complete checkpoint ({damage}): use another checkpoint of the run.")
     return path
 
 
 def read_content(folder: Path, mapped: bool = True) -> dict[str, Any]:
-    """The content of a checkpoint; objects other than tensors and plain values are refused.
+    """Read a checkpoint; objects other than tensors and plain values are rejected.
 
     Args:
-        folder: the checkpoint.
-        mapped: whether its tensors are mapped into memory, which processes share, instead of read.
+        folder: folder of the checkpoint.
+        mapped: whether to memory-map the tensors, which processes then share, instead of reading them.
 
     Raises:
-        InputError: a file is missing, truncated, or of another kind.
+        InputError: a file is missing, truncated or of another type.
     """
-    path, cure = folder / TRAINING, "use another one of the run"
+    path, cure = folder / TRAINING, "use another checkpoint of the run"
     if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is not a complete checkpoint (truncated, or of another kind): {cure}.")
+        raise InputError(f"{path} is not a complete checkpoint (truncated, or of another type): {cure}.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -162,26 +162,26 @@ def read_content(folder: Path, mapped: bool = True) -> dict[str, Any]:
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of a step."""
+    """Return the path of the checkpoint of a step."""
     return run_dir / "checkpoints" / f"step-{step}.ckpt"
 
 
 def mark_path(path: Path) -> Path:
-    """The completion mark of a checkpoint."""
+    """Return the path of the completion mark of a checkpoint."""
     return path.with_name(f"{path.name}.complete")
 
 
 def publish_checkpoint(path: Path) -> None:
-    """Publish the checkpoint that was built at `partial_path(path)`, as the last one of its run.
+    """Publish the checkpoint at `partial_path(path)` as the last one of its run.
 
-    At any moment during this, so also after a kill, `last_checkpoint` finds a complete checkpoint.
+    If the process is killed at any moment, `last_checkpoint` still finds a complete checkpoint.
     """
     partial = partial_path(path)
     files = {}
     for file in sorted(file for file in (partial, *partial.rglob("*")) if file.is_file()):
         name = (path / file.relative_to(partial)).relative_to(path.parent)
         files[name.as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-    remove_checkpoint(path)  # a run that resumed from an earlier step writes this one again
+    remove_checkpoint(path)  # it exists if the run resumed from an earlier step
     publish(path)
     with atomic_write(mark_path(path)) as mark:
         mark.write_text(json.dumps({"step": _step_of(path), "files": files}, indent=2), encoding="utf-8")
@@ -193,7 +193,7 @@ def publish_checkpoint(path: Path) -> None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint if it exists; what a kill leaves of it has a name that `remove_leftovers` removes."""
+    """Remove a checkpoint if it exists; after a kill, `remove_leftovers` removes the rest."""
     discarded = partial_path(path.with_name(f"{path.name}.discarded"))
     if path.exists():
         remove(discarded)
@@ -203,7 +203,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with its content, if it exists."""
+    """Remove a file, a link, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -213,13 +213,13 @@ def remove(path: Path) -> None:
 def prune(newest: Path, keep_last: int, keep_every_steps: int) -> None:
     """Remove old checkpoints of a run.
 
-    Checkpoints of later steps, left over where a run resumed from an earlier one, stay until the run passes them. A
-    checkpoint without a mark is neither counted nor removed.
+    If a run resumed from an earlier step, checkpoints of later steps stay until the run passes them. Checkpoints
+    without a mark are neither counted nor removed.
 
     Args:
-        newest: the checkpoint that was just published.
-        keep_last: how many to keep, including the newest.
-        keep_every_steps: keep also those whose step is a multiple of it; 0: none.
+        newest: the checkpoint that was published last.
+        keep_last: number of checkpoints to keep, including the newest.
+        keep_every_steps: checkpoints whose step is a multiple of this are kept too; 0 for none.
     """
     marked = [path for path in _by_step(newest.parent) if mark_path(path).exists()]
     earlier = [path for path in marked if _step_of(path) < _step_of(newest)]
@@ -229,9 +229,9 @@ def prune(newest: Path, keep_last: int, keep_every_steps: int) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left half written or half removed; no process may be writing in the folder.
+    """Remove incomplete files of a killed run; no process may be writing to the folder.
 
-    A checkpoint without a mark stays, since a user may have copied it there.
+    A checkpoint without a mark is kept, since a user may have copied it there.
     """
     for path in folder.glob("*.partial"):
         log.info("%s is incomplete and is removed.", path)
@@ -239,18 +239,18 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def unmark_damaged(folder: Path, after: int) -> None:
-    """Remove the marks of damaged checkpoints of steps above `after`, so that pruning does not count them."""
+    """Rename the marks of damaged checkpoints of steps above `after`, so that pruning does not count them."""
     for path in _by_step(folder):
         if _step_of(path) > after and mark_path(path).exists() and damage_of(path, verify=True):
             mark_path(path).replace(mark_path(path).with_suffix(".torn"))
 
 
 def damage_of(path: Path, verify: bool = False) -> str:
-    """How a checkpoint differs from what its mark records, in words; empty if it does not.
+    """Return the difference of a checkpoint from its mark, in words; empty if there is none.
 
     Args:
         path: the checkpoint, not a link to it.
-        verify: whether to hash its files, instead of comparing only their sizes.
+        verify: whether to compare the hashes of its files, and not only their sizes.
     """
     try:
         files = json.loads(mark_path(path).read_text(encoding="utf-8"))["files"]
@@ -271,7 +271,7 @@ def damage_of(path: Path, verify: bool = False) -> str:
 
 
 def checkpoint_sha256(path: Path) -> str:
-    """A sha256 that identifies a checkpoint: over the hashes of its files, from its mark if it has one."""
+    """Return a sha256 over the hashes of a checkpoint's files, which are read from its mark if it has one."""
     if mark_path(path).exists():
         files = json.loads(mark_path(path).read_text(encoding="utf-8"))["files"]
         digests = [entry["sha256"] for entry in files.values()]
@@ -281,17 +281,17 @@ def checkpoint_sha256(path: Path) -> str:
 
 
 def last_checkpoint(run_dir: Path, verify: bool = False) -> Path | None:
-    """The checkpoint to resume from: the target of `last.ckpt` or, if that is damaged, the newest complete one.
+    """Return the checkpoint to resume from: the target of `last.ckpt` or, if that is damaged, the newest complete one.
 
     Args:
         run_dir: the run folder.
-        verify: whether to hash files, instead of comparing only their sizes.
+        verify: whether to compare the hashes of files, and not only their sizes.
 
     Returns:
         The path of the checkpoint, not of the link; None if there is no checkpoint yet.
 
     Raises:
-        InputError: there are checkpoints, and none is complete.
+        InputError: there are checkpoints, but none is complete.
     """
     folder = run_dir / "checkpoints"
     candidates = [path for path in _by_step(folder) if mark_path(path).exists()]
@@ -309,7 +309,7 @@ def last_checkpoint(run_dir: Path, verify: bool = False) -> Path | None:
         incomplete.append(f"{path} is not complete ({damage})")
     if incomplete:
         raise InputError(
-            f"{'; '.join(incomplete)}; no other checkpoint is left: restore a copy of one with its mark, or move "
+            f"{'; '.join(incomplete)}; there is no other checkpoint: restore a copy of one with its mark, or move "
             f"{folder} away to start again."
         )
     return None
@@ -320,6 +320,6 @@ def _step_of(path: Path) -> int:
 
 
 def _by_step(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, marked or not, newest first."""
+    """Return the checkpoints in a folder, with or without a mark, newest first."""
     paths = [path for path in folder.glob("step-*.ckpt") if path.stem.removeprefix("step-").isdecimal()]
     return sorted(paths, key=_step_of, reverse=True)

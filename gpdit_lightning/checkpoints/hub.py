@@ -1,4 +1,4 @@
-"""The backbone that can be loaded from and saved to a folder or the Hugging Face hub."""
+"""The backbone with loading from, and saving to, a folder or the Hugging Face hub."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -15,16 +15,15 @@ from gpdit_lightning.model import GPDiT, GPDiTConfig
 class HubGPDiT(GPDiT, ModelHubMixin):
     """The backbone with `from_pretrained`, `save_pretrained` and `push_to_hub`; `gpdit_lightning.GPDiT` is this class.
 
-    The network itself, :class:`gpdit_lightning.model.GPDiT`, needs torch alone. `save_pretrained` and `push_to_hub` are
-    the mixin's; weights.py documents the files they write. `PyTorchModelHubMixin` is not used: it opens pickled weights
-    where it finds no others.
+    The network itself, :class:`gpdit_lightning.model.GPDiT`, depends on torch only. `save_pretrained` and `push_to_hub`
+    are inherited from the mixin; weights.py documents the files that they write. `PyTorchModelHubMixin` is not used,
+    since it loads pickled weights if there are no others.
 
     Args:
         config: the architecture.
 
     Attributes:
-        facts: what is known of the training of the weights. `from_pretrained` reads it from the folder,
-            `save_pretrained` writes it there.
+        facts: record of the training of the weights; read by `from_pretrained` and written by `save_pretrained`.
     """
 
     def __init__(self, config: GPDiTConfig) -> None:
@@ -33,10 +32,10 @@ class HubGPDiT(GPDiT, ModelHubMixin):
 
     @classmethod
     def from_weights(cls, weights: Weights) -> Self:
-        """A model in evaluation mode whose parameters are these tensors themselves, not copies.
+        """Return a model in evaluation mode whose parameters are these tensors, without a copy.
 
         Raises:
-            InputError: tensors that do not fit their architecture.
+            InputError: the tensors do not fit the architecture.
         """
         with torch.device("meta"):
             model = cls(weights.config)
@@ -48,16 +47,16 @@ class HubGPDiT(GPDiT, ModelHubMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, map_location: str | torch.device = "cpu", **hub: Any
     ) -> Self:
-        """A model in evaluation mode from a folder that `export` or `save_pretrained` wrote, or from the hub.
+        """Load a model in evaluation mode from a folder written by `export` or `save_pretrained`, or from the hub.
 
         Args:
             pretrained_model_name_or_path: the folder, or a name on the hub like `user/model`.
-            map_location: the device of the model.
+            map_location: device of the model.
             hub: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as in huggingface_hub's
                 `snapshot_download`.
 
         Raises:
-            InputError: neither a folder nor found on the hub, or damaged files.
+            InputError: there is no such folder or model on the hub, or its files are damaged.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():

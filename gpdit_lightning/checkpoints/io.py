@@ -1,4 +1,4 @@
-"""How Lightning writes and reads a checkpoint's folder (see files.py for what it holds)."""
+"""Lightning's interface for writing and reading the folder of a checkpoint (see files.py for its format)."""
 
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from gpdit_lightning.checkpoints.files import AVERAGE, TRAINING, read_content
 
 
 class FolderCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint straight to its files; Lightning's own holds all of it in memory a second time."""
+    """Writes a checkpoint directly to its files; Lightning's class makes another copy of it in memory."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write the folder.
 
         Raises:
-            OSError: the file system's own error, where torch reports a position in the file instead.
+            OSError: the error of the file system, instead of torch's error, which gives only a position in the file.
         """
         folder = Path(path)
         folder.mkdir(parents=True)
@@ -30,7 +30,9 @@ class FolderCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
             if average is not None:
                 save_file({name: weight.contiguous() for name, weight in average["weights"].items()}, folder / AVERAGE)
-                (folder / AVERAGE).chmod((folder / TRAINING).stat().st_mode)  # safetensors lets its owner alone read it
+                (folder / AVERAGE).chmod(
+                    (folder / TRAINING).stat().st_mode
+                )  # safetensors makes it readable by its owner only
         except (RuntimeError, SafetensorError) as error:
             reason: BaseException | None = error
             while reason is not None and not isinstance(reason, OSError):
@@ -40,5 +42,5 @@ class FolderCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The content, read into host memory: the folder may be removed while training continues from it."""
+        """Read the content into host memory, without mapping: the folder may be removed while training continues."""
         return read_content(Path(path), mapped=False)

@@ -1,4 +1,4 @@
-"""Opening a model from any path that holds one: a checkpoint, a run folder or an exported folder."""
+"""Opening of models from a checkpoint, a run folder or an exported folder."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,30 +17,30 @@ from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a path is an exported folder, perhaps an incomplete one."""
+    """Return whether a path is an exported folder, possibly incomplete."""
     return (path / CONFIG).is_file() or (path / WEIGHTS).is_file()
 
 
 def find_weights(path: str | Path) -> Path:
-    """The exported folder at a path, or the checkpoint that it refers to; raises as :func:`find_checkpoint`."""
+    """Return the exported folder at a path, or the checkpoint that the path refers to, as :func:`find_checkpoint`."""
     return Path(path) if is_exported(Path(path)) else find_checkpoint(path)
 
 
 def sha256_of_weights(path: Path) -> str:
-    """A sha256 that identifies the weights of a checkpoint or an exported folder, as `find_weights` returns them."""
+    """Return a sha256 that identifies the weights of a checkpoint or exported folder, as given by `find_weights`."""
     return sha256_of(path / WEIGHTS) if is_exported(path) else checkpoint_sha256(path)
 
 
 def open_weights(path: str | Path, kind: WeightsKind = "ema", verify: bool = False) -> Weights:
-    """Open weights; nothing is copied, and no object is unpickled.
+    """Open weights without copying tensors or unpickling other objects.
 
     Args:
-        path: a checkpoint, a run folder (its last checkpoint), or a folder that `export` or `save_pretrained` made.
-        kind: averaged weights (`ema`; trained ones where there is no average) or trained ones (`raw`).
-        verify: whether to hash the files of a checkpoint, instead of comparing only their sizes with its mark.
+        path: a checkpoint, a run folder (its last checkpoint), or a folder written by `export` or `save_pretrained`.
+        kind: averaged weights (`ema`; the trained ones if there is no average) or trained weights (`raw`).
+        verify: whether to compare the hashes of a checkpoint's files with its mark, and not only their sizes.
 
     Raises:
-        InputError: it cannot be read, or has only averaged weights where trained ones are requested.
+        InputError: the files cannot be read, or trained weights are requested from a folder of averaged ones.
     """
     if is_exported(Path(path)):
         weights = read_exported(Path(path))
@@ -55,17 +55,17 @@ def open_weights(path: str | Path, kind: WeightsKind = "ema", verify: bool = Fal
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model ready to generate, with what its checkpoint records of its training.
+    """A model for generation, with the record of its training.
 
     Attributes:
-        backbone: in evaluation mode; on a CPU its parameters are mapped from the file.
+        backbone: the network in evaluation mode; on a CPU its parameters are mapped from the file.
         path: the checkpoint or exported folder that it was read from.
-        weights: which weights these are; a run without averaged ones has trained ones only.
-        schedule: from noise levels to angles.
-        codec: of the latents that it was trained on.
-        geometry: of its training clips.
+        weights: averaged (`ema`) or trained (`raw`) weights; a run without an average has trained ones only.
+        schedule: noise schedule, from noise levels to angles.
+        codec: codec of the training latents.
+        geometry: stride, frame sizes and length of the training clips.
         step: optimizer steps trained.
-        classes: the names of the classes that it takes as conditions, by their numbers; empty if it takes none.
+        classes: names of the classes on which it can be conditioned, in the order of their numbers; may be empty.
     """
 
     backbone: HubGPDiT
@@ -79,35 +79,35 @@ class TrainedModel:
 
     @cached_property
     def sha256(self) -> str:
-        """Identifies the checkpoint or exported folder."""
+        """The hash that identifies the checkpoint or exported folder."""
         return sha256_of_weights(self.path)
 
 
 def load_trained_model(
     path: str | Path, device: torch.device | str = "cpu", weights: WeightsKind = "ema"
 ) -> TrainedModel:
-    """Open weights for generation.
+    """Load a model for generation.
 
     Args:
-        path: as of :func:`open_weights`.
-        device: for the model.
+        path: as in :func:`open_weights`.
+        device: device of the model.
         weights: averaged (`ema`) or trained (`raw`).
 
     Raises:
-        InputError: as :func:`open_weights`, or what they were trained on is not recorded.
+        InputError: as :func:`open_weights`, or the record of the training is incomplete.
     """
-    found = open_weights(path, weights)
-    facts = found.facts
+    opened = open_weights(path, weights)
+    facts = opened.facts
     if facts.schedule is None or facts.codec is None or facts.geometry is None or facts.step is None:
-        unknown = [name for name in ("schedule", "codec", "geometry", "step") if getattr(facts, name) is None]
+        missing = [name for name in ("schedule", "codec", "geometry", "step") if getattr(facts, name) is None]
         raise InputError(
-            f"{path} does not record with which {', '.join(unknown)} its weights were trained, so it cannot generate: "
-            "export it from a checkpoint."
+            f"{path} does not record the {', '.join(missing)} of its training, so it cannot generate: export it from a "
+            "checkpoint."
         )
-    assert found.path is not None
+    assert opened.path is not None
     return TrainedModel(
-        backbone=HubGPDiT.from_weights(found).to(device),
-        path=found.path,
+        backbone=HubGPDiT.from_weights(opened).to(device),
+        path=opened.path,
         weights=facts.weights or weights,
         schedule=facts.schedule,
         codec=facts.codec,

@@ -1,11 +1,11 @@
-"""Weights of a GPDiT with what is known of them, and the exported folder in which they are shared.
+"""Weights of a GPDiT with the record of their training, and the format of exported models.
 
-The folder holds `model.safetensors`, `config.json` and the model card, `README.md`. Nothing else in it is read, and
-neither of the first two can carry code. `config.json` is plain JSON:
+An exported folder contains `model.safetensors`, `config.json` and the model card, `README.md`. Other files are never
+read, and neither of the first two can contain code. `config.json` is plain JSON:
 
-    format, library_version, dtype   how it was written
-    config                           the architecture: `GPDiTConfig.to_dict()`
-    and the fields of `TrainingFacts` that are known
+    format, library_version, dtype   format of the folder, version of its writer, data type of the weights
+    config                           architecture: `GPDiTConfig.to_dict()`
+    weights, step, stage, ...        the recorded fields of `TrainingFacts`
 """
 
 import json
@@ -34,13 +34,13 @@ FORMAT = "gpdit_lightning-model-1"
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a GPDiT and what is known of them.
+    """Weights of a GPDiT with the record of their training.
 
     Attributes:
-        tensors: the state dict of a GPDiT; mapped from its file, so that only what is used is read.
+        tensors: state dict of a GPDiT; memory-mapped, so that only tensors in use are read.
         config: the architecture.
-        facts: what is known of the training of the weights.
-        path: the checkpoint or exported folder that they were read from; None for those of a model in memory.
+        facts: record of the training.
+        path: the checkpoint or exported folder that they were read from; None for a model in memory.
     """
 
     tensors: dict[str, Tensor]
@@ -52,17 +52,17 @@ class Weights:
     def checked(
         cls, tensors: dict[str, Tensor], config: Any, facts: Mapping[str, Any], path: Path, file: str | None = None
     ) -> Self:
-        """Weights out of files that may hold anything.
+        """Validate the content of files and return it as `Weights`.
 
         Args:
-            tensors: named weights; `load_into` checks them.
-            config: what should be a `GPDiTConfig.to_dict()`.
-            facts: the fields of `TrainingFacts`, among others.
+            tensors: named weights; they are checked by `load_into`.
+            config: a `GPDiTConfig.to_dict()`, not validated.
+            facts: the fields of `TrainingFacts`, not validated; other fields are ignored.
             path: the checkpoint or exported folder.
-            file: the file that `config` and `facts` are from, for messages; `path` if not given.
+            file: the file of `config` and `facts`, for messages; None for `path`.
 
         Raises:
-            InputError: a field is missing or of the wrong kind.
+            InputError: a field is missing or of the wrong type.
         """
         file = file or str(path)
         known = TrainingFacts.from_dict(facts, file)
@@ -72,7 +72,7 @@ class Weights:
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
         if architecture.attention_backend not in BUILT_IN:
-            # An import path or a name of another process: a file of weights must not choose code to import.
+            # An import path or a name registered elsewhere: a file of weights must not choose code to import.
             architecture = architecture.replaced(attention_backend="auto")
         if known.classes and len(known.classes) != architecture.classes:
             raise InputError(
@@ -85,24 +85,24 @@ class Weights:
         """Copy the tensors into a model or, with `assign`, make them its parameters without a copy.
 
         Raises:
-            InputError: a tensor is missing, unknown, of another shape, or not of floating-point numbers.
+            InputError: a tensor is missing, unknown, of another shape, or not of a floating-point type.
         """
-        wanted = {name: f"shape {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()}
-        given = {name: _described(tensor) for name, tensor in self.tensors.items()}
-        for name in (*wanted, *given):
-            if wanted.get(name) != given.get(name):
+        expected = {name: f"shape {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()}
+        actual = {name: _shape_text(tensor) for name, tensor in self.tensors.items()}
+        for name in (*expected, *actual):
+            if expected.get(name) != actual.get(name):
                 raise InputError(
-                    f"{self.path or 'the model'} has {given.get(name, 'nothing')} as {name} where its architecture has "
-                    f"{wanted.get(name, 'nothing')}: {EXPORT_AGAIN}."
+                    f"{self.path or 'the model'} has {actual.get(name, 'nothing')} as {name} where its architecture "
+                    f"has {expected.get(name, 'nothing')}: {EXPORT_AGAIN}."
                 )
         model.load_state_dict(self.tensors, assign=assign)
 
 
 def read_exported(folder: Path) -> Weights:
-    """The weights in an exported folder, mapped from their file.
+    """Open the weights in an exported folder, memory-mapped.
 
     Raises:
-        InputError: a file is missing, truncated, or of another kind.
+        InputError: a file is missing, truncated or of another type.
     """
     path, config_path = folder / WEIGHTS, folder / CONFIG
     cure = f"{EXPORT_AGAIN}, or copy or download all of its folder"
@@ -111,7 +111,7 @@ def read_exported(folder: Path) -> Weights:
     except FileNotFoundError:
         raise InputError(f"{config_path} does not exist: {cure}.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{config_path} is no readable JSON ({error}): {cure}.") from None
+        raise InputError(f"{config_path} is not readable JSON ({error}): {cure}.") from None
     file_format = content.get("format") if isinstance(content, dict) else None
     if file_format != FORMAT:
         raise InputError(f"{config_path} has format {file_format!r} and this version reads {FORMAT!r}: {cure}.")
@@ -125,20 +125,20 @@ def read_exported(folder: Path) -> Weights:
 
 
 def write_exported(folder: Path, weights: Weights) -> None:
-    """Write the files of an exported folder, each completely or not at all; an existing card is kept.
+    """Write the files of an exported folder, each atomically; an existing card is kept.
 
     Raises:
-        InputError: the disk has no room.
+        InputError: the weights cannot be written, usually because the disk is full.
     """
     with atomic_write(folder / CONFIG) as path:
         path.write_text(config_json(weights), encoding="utf-8")
     with atomic_write(folder / WEIGHTS) as path:
         try:
-            # Contiguous tensors, as nearly all are, are written without a copy.
+            # `contiguous` copies only the few tensors that are not contiguous already.
             save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, path)
         except SafetensorError as error:
             raise InputError(f"{folder / WEIGHTS} cannot be written ({error}): free some disk space.") from None
-        shutil.copymode(folder / CONFIG, path)  # safetensors lets its owner alone read it
+        shutil.copymode(folder / CONFIG, path)  # safetensors makes it readable by its owner only
     if not (folder / CARD).exists():
         parameters = sum(tensor.numel() for tensor in weights.tensors.values())
         with atomic_write(folder / CARD) as path:
@@ -146,9 +146,9 @@ def write_exported(folder: Path, weights: Weights) -> None:
 
 
 def config_json(weights: Weights) -> str:
-    """The text of `config.json`, without the settings of how the model was executed, such as `compile`."""
-    shared = GPDiTConfig.preset(weights.config.size, **weights.config.architecture())
-    head = {"format": FORMAT, "library_version": __version__, "dtype": _dtype(weights), "config": shared.to_dict()}
+    """Return the text of `config.json`, without settings of execution such as `compile`."""
+    config = GPDiTConfig.preset(weights.config.size, **weights.config.architecture())
+    head = {"format": FORMAT, "library_version": __version__, "dtype": _dtype(weights), "config": config.to_dict()}
     return json.dumps(head | weights.facts.to_dict(), indent=2) + "\n"
 
 
@@ -156,7 +156,7 @@ def _dtype(weights: Weights) -> str:
     return str(next(iter(weights.tensors.values())).dtype).removeprefix("torch.")
 
 
-def _described(tensor: Any) -> str:
+def _shape_text(tensor: Any) -> str:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         return "something other than floating-point numbers"
     return f"shape {tuple(tensor.shape)}"

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent, whatever happens while it is written."""
+"""Checkpoints on disk, also after kills and damage."""
 
 import json
 import logging
@@ -34,13 +34,13 @@ def save(run_dir: Path, step: int) -> Path:
 
 
 def build(path: Path, content: str) -> None:
-    """The files of a checkpoint that is not published yet."""
+    """Write the files of a checkpoint without publishing it."""
     partial_path(path).mkdir(parents=True)
     for name in FILES:
         (partial_path(path) / name).write_text(f"{content}, {name}")
 
 
-def a_file_of(path: Path) -> Path:
+def average_file(path: Path) -> Path:
     return path / FILES[1]
 
 
@@ -49,14 +49,14 @@ def steps_in(run_dir: Path) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting for the disk changes nothing that a test could see, and takes long."""
+def skip_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushing to disk is slow and has no effect that a test could observe."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(autouse=True)
-def show_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line, if a test before used it, keeps the messages from pytest's `caplog`."""
+def propagate_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier test of the command line may have turned propagation off, which `caplog` needs."""
     monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "propagate", True)
 
 
@@ -74,7 +74,7 @@ def test_the_mark_records_sizes_and_hashes(tmp_path: Path) -> None:
     assert damage_of(path, verify=True) == ""
 
 
-def test_the_last_one_is_found_after_the_run_folder_moved(tmp_path: Path) -> None:
+def test_the_last_checkpoint_is_found_after_the_run_folder_moved(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path / "run", step)
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -83,8 +83,8 @@ def test_the_last_one_is_found_after_the_run_folder_moved(tmp_path: Path) -> Non
     assert last_checkpoint(tmp_path / "moved", verify=True) == link.with_name("step-2.ckpt")
 
 
-def test_a_run_resumes_from_the_checkpoint_that_the_link_names(tmp_path: Path) -> None:
-    """It writes the later checkpoints again as it passes their steps."""
+def test_a_run_resumes_from_the_target_of_the_link(tmp_path: Path) -> None:
+    """Later checkpoints are replaced as the run passes their steps."""
     for step in (2, 4, 6):
         save(tmp_path, step)
     link = tmp_path / "checkpoints" / LAST
@@ -101,17 +101,17 @@ def test_a_run_resumes_from_the_checkpoint_that_the_link_names(tmp_path: Path) -
 
 
 def truncate(path: Path) -> None:
-    a_file_of(path).write_text("st")
+    average_file(path).write_text("st")
 
 
 def flip(path: Path) -> None:
-    content = bytearray(a_file_of(path).read_bytes())
+    content = bytearray(average_file(path).read_bytes())
     content[-1] ^= 1
-    a_file_of(path).write_bytes(content)
+    average_file(path).write_bytes(content)
 
 
 def lose_a_file(path: Path) -> None:
-    a_file_of(path).unlink()
+    average_file(path).unlink()
 
 
 def lose_the_mark(path: Path) -> None:
@@ -131,34 +131,34 @@ DAMAGE: list[tuple[Callable[[Path], None], str, bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "words", "verify"), DAMAGE)
+@pytest.mark.parametrize(("damage", "message", "verify"), DAMAGE)
 def test_a_damaged_checkpoint_is_skipped(
-    tmp_path: Path, damage: Callable[[Path], None], words: str, verify: bool, caplog: Any
+    tmp_path: Path, damage: Callable[[Path], None], message: str, verify: bool, caplog: Any
 ) -> None:
-    for step in (8, 9, 10):  # in this order by number, not by name
+    for step in (8, 9, 10):  # sorted by number, not by name
         save(tmp_path, step)
     damage(checkpoint_path(tmp_path, 10))
     assert last_checkpoint(tmp_path, verify) == checkpoint_path(tmp_path, 9)
     assert len(caplog.messages) == 1
     assert f"{checkpoint_path(tmp_path, 10)} is not complete" in caplog.text
-    assert words in caplog.text
+    assert message in caplog.text
     assert f"using {checkpoint_path(tmp_path, 9)}" in caplog.text
 
 
-def test_only_hashing_notices_a_flipped_bit(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_detected_by_hashing_only(tmp_path: Path) -> None:
     save(tmp_path, 1)
     flip(save(tmp_path, 2))
     assert last_checkpoint(tmp_path) == checkpoint_path(tmp_path, 2)
     assert last_checkpoint(tmp_path, verify=True) == checkpoint_path(tmp_path, 1)
 
 
-@pytest.mark.parametrize(("damage", "words", "verify"), DAMAGE)
-def test_without_a_complete_checkpoint_it_is_an_error(
-    tmp_path: Path, damage: Callable[[Path], None], words: str, verify: bool
+@pytest.mark.parametrize(("damage", "message", "verify"), DAMAGE)
+def test_damage_of_the_only_checkpoint_is_an_error(
+    tmp_path: Path, damage: Callable[[Path], None], message: str, verify: bool
 ) -> None:
-    """Starting again silently would discard a run that a copy of the checkpoint could restore."""
+    """A silent restart would lose a run that could be resumed from a copy of the checkpoint."""
     damage(save(tmp_path, 3))
-    with pytest.raises(InputError, match=words) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         last_checkpoint(tmp_path, verify)
     assert str(checkpoint_path(tmp_path, 3)) in str(caught.value)
 
@@ -177,41 +177,41 @@ def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) is None
 
 
-# Killed at any moment
+# Kills at any moment
 
 
 class Kill:
-    """Ends the process before the n-th call that changes what is on disk."""
+    """Ends the process before the n-th call that changes the disk."""
 
     def __init__(self, after: int) -> None:
-        self.left = after
+        self.remaining = after
 
-    def installed(self) -> None:
+    def install(self) -> None:
         for name in ("fsync", "replace", "unlink", "symlink", "rmdir"):
-            setattr(os, name, self.before(getattr(os, name)))
+            setattr(os, name, self.wrap(getattr(os, name)))
 
-    def before(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def killing(*arguments: Any, **options: Any) -> Any:
-            if self.left == 0:
+    def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            if self.remaining == 0:
                 os._exit(9)
-            self.left -= 1
+            self.remaining -= 1
             return call(*arguments, **options)
 
-        return killing
+        return wrapped
 
 
 def killed_while(work: Callable[[], Any], after: int) -> bool:
-    """Run `work` in a copy of this process; whether it was killed."""
+    """Run `work` in a forked process; return whether it was killed."""
     child = os.fork()
     if child == 0:
-        Kill(after).installed()
+        Kill(after).install()
         work()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
-def test_after_a_kill_at_any_moment_there_is_a_complete_checkpoint(tmp_path: Path) -> None:
-    """While the third is saved and the first removed, the link and the marks name the second or the third."""
+def test_a_complete_checkpoint_exists_after_a_kill_at_any_moment(tmp_path: Path) -> None:
+    """While the third is saved and the first removed, `last_checkpoint` is the second or the third."""
 
     def work() -> None:
         prune(save(tmp_path / str(after), 3), keep_last=2, keep_every_steps=0)
@@ -231,7 +231,7 @@ def test_after_a_kill_at_any_moment_there_is_a_complete_checkpoint(tmp_path: Pat
         remove_leftovers(run_dir / "checkpoints")
         assert last_checkpoint(run_dir, verify=True) == last
         unmarked = [path for path in (run_dir / "checkpoints").glob("step-*.ckpt") if not mark_path(path).exists()]
-        assert {path.stem for path in unmarked} <= {"step-3"}, after  # which the run writes again
+        assert {path.stem for path in unmarked} <= {"step-3"}, after  # the resumed run saves it again
         assert not list((run_dir / "checkpoints").glob("*.partial"))
         work()
         assert (steps_in(run_dir), last_checkpoint(run_dir, verify=True)) == ([2, 3], checkpoint_path(run_dir, 3))
@@ -241,7 +241,7 @@ def test_after_a_kill_at_any_moment_there_is_a_complete_checkpoint(tmp_path: Pat
     assert {2, 3} == set(found)
 
 
-def test_after_a_kill_during_the_first_save_the_run_can_save_again(tmp_path: Path) -> None:
+def test_the_first_checkpoint_can_be_saved_again_after_a_kill(tmp_path: Path) -> None:
     killed, after, found = True, 0, []
     while killed:
         run_dir = tmp_path / str(after)
@@ -255,14 +255,14 @@ def test_after_a_kill_during_the_first_save_the_run_can_save_again(tmp_path: Pat
     assert found[-1] == checkpoint_path(run_dir, 1)
 
 
-# Removing old ones
+# Removing checkpoints
 
 
 @pytest.mark.parametrize(
     ("keep_last", "milestones", "kept"),
     [(1, 0, [10]), (2, 0, [9, 10]), (3, 4, [4, 8, 9, 10]), (1, 5, [5, 10]), (20, 0, list(range(1, 11)))],
 )
-def test_the_last_ones_and_milestones_are_kept(
+def test_pruning_keeps_the_last_checkpoints_and_milestones(
     tmp_path: Path, keep_last: int, milestones: int, kept: list[int]
 ) -> None:
     for step in range(1, 11):
@@ -277,9 +277,9 @@ def test_leftovers_of_a_killed_run_are_removed_and_logged(tmp_path: Path, caplog
     build(checkpoint_path(tmp_path, 2), "half")
     checkpoint_path(tmp_path, 3).write_text("not marked")
     notes = tmp_path / "checkpoints/notes.txt"
-    notes.write_text("mine")
+    notes.write_text("notes")
     remove_leftovers(tmp_path / "checkpoints")
-    copied = checkpoint_path(tmp_path, 3)  # perhaps a user put it there
+    copied = checkpoint_path(tmp_path, 3)  # possibly by a user
     assert set(whole.parent.iterdir()) == {whole, mark_path(whole), whole.with_name(LAST), notes, copied}
     assert "step-2.ckpt.partial is incomplete" in caplog.text
     assert last_checkpoint(tmp_path, verify=True) == whole

@@ -1,4 +1,4 @@
-"""A model as a folder: what the mixin writes, and what is never opened."""
+"""Export of models to folders and the hub, and loading of valid, damaged and malicious folders."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ from gpdit_lightning.errors import InputError
 
 Randomise = Callable[[GPDiT], GPDiT]
 
-KNOWN: dict[str, Any] = {
+FACTS: dict[str, Any] = {
     "weights": "ema",
     "step": 1200,
     "stage": "MixedStage",
@@ -63,8 +63,8 @@ def model(tiny_config: GPDiTConfig, randomise: Randomise) -> GPDiT:
 
 @pytest.fixture
 def folder(model: GPDiT, tmp_path: Path) -> Path:
-    """What is known of a trained model, and its weights."""
-    model.facts = TrainingFacts.from_dict(KNOWN, "config.json")
+    """The exported folder of a model with all facts of its training."""
+    model.facts = TrainingFacts.from_dict(FACTS, "config.json")
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -82,7 +82,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (folder / "config.json").write_text(json.dumps(content))
 
 
-def test_a_model_comes_back_as_it_was(model: GPDiT, tmp_path: Path) -> None:
+def test_a_saved_model_is_loaded_unchanged(model: GPDiT, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "README.md"}
     again = GPDiT.from_pretrained(tmp_path)
@@ -94,23 +94,23 @@ def test_a_model_comes_back_as_it_was(model: GPDiT, tmp_path: Path) -> None:
         assert name == same_name
         assert torch.equal(value, saved)
     assert torch.equal(velocity(again), velocity(model))
-    assert "Nothing is known of their training" in (tmp_path / "README.md").read_text()
+    assert "Their training is not recorded" in (tmp_path / "README.md").read_text()
 
 
-def test_what_is_known_of_the_weights_travels_with_them(folder: Path, tmp_path: Path) -> None:
+def test_facts_are_saved_and_loaded(folder: Path, tmp_path: Path) -> None:
     again = GPDiT.from_pretrained(str(folder))
-    assert again.facts.to_dict() == KNOWN
+    assert again.facts.to_dict() == FACTS
     again.save_pretrained(tmp_path / "again")
     for name in ("config.json", "README.md", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_model_may_be_saved_over_the_file_that_it_is_mapped_from(folder: Path) -> None:
+def test_a_model_can_overwrite_the_file_that_it_is_mapped_from(folder: Path) -> None:
     model = GPDiT.from_pretrained(folder)
     before = velocity(model)
     with torch.no_grad():
         model.output.bias.add_(1)
-    assert torch.equal(velocity(GPDiT.from_pretrained(folder)), before)  # the file stays as it was
+    assert torch.equal(velocity(GPDiT.from_pretrained(folder)), before)  # the file is unchanged
     model.save_pretrained(folder)
     assert not torch.equal(velocity(model), before)
     assert torch.equal(velocity(GPDiT.from_pretrained(folder)), velocity(model))
@@ -122,11 +122,11 @@ def test_the_config_is_plain_json(folder: Path, model: GPDiT) -> None:
     assert head["format"] == "gpdit_lightning-model-1"
     assert head["dtype"] == "float32"
     assert GPDiTConfig.preset(**head["config"]) == model.config
-    assert content == KNOWN
+    assert content == FACTS
     assert content.keys() == TrainingFacts.SCHEMA.keys()
 
 
-def test_how_a_model_was_executed_stays_behind(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
+def test_settings_of_execution_are_not_saved(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
     config = tiny_config.replaced(attention_backend="xformers", compile=True, activation_checkpointing=True)
     GPDiT(config).save_pretrained(tmp_path)
     assert GPDiT.from_pretrained(tmp_path).config == tiny_config
@@ -139,21 +139,21 @@ def test_a_file_of_weights_cannot_choose_code_to_import(folder: Path) -> None:
     assert GPDiT.from_pretrained(folder).config.attention_backend == "auto"
 
 
-def test_the_card_says_what_is_known(folder: Path) -> None:
+def test_the_content_of_the_card(folder: Path) -> None:
     card = ModelCard((folder / "README.md").read_text())
     assert card.data.library_name == "gpdit_lightning"
-    for words in (
+    for text in (
         "averaged (EMA) weights after 1,200 optimizer steps of MixedStage",
         "runs/before",
         "| width | `16` |",
-        "one of 2 classes, in `config.json` by their numbers: `run`, `jump`.",
+        "one of 2 classes, listed in `config.json` by their numbers: `run`, `jump`.",
     ):
-        assert words in card.text
-    for words in ('"0123456789abcdef"', "[2.0, 0.5, 4.0, 1.0]", "sample --checkpoint", "from_pretrained", "License"):
-        assert words in card.text
+        assert text in card.text
+    for text in ('"0123456789abcdef"', "[2.0, 0.5, 4.0, 1.0]", "sample --checkpoint", "from_pretrained", "License"):
+        assert text in card.text
 
 
-def test_the_card_names_some_of_many_classes(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
+def test_the_card_abbreviates_a_long_list_of_classes(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
     model = GPDiT(tiny_config.replaced(classes=40))
     names = [f"class {number}" for number in range(40)]
     model.facts = TrainingFacts(classes=tuple(names), data={"data.labels": names})
@@ -167,13 +167,13 @@ def test_the_card_names_some_of_many_classes(tiny_config: GPDiTConfig, tmp_path:
     assert "class 20" not in card
 
 
-def test_a_folder_from_before_classes(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
+def test_a_folder_without_the_fields_of_conditions(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
     GPDiT(tiny_config).save_pretrained(tmp_path / "old")
     edit(tmp_path / "old", lambda content: [content["config"].pop(name) for name in ("classes", "text_width")])
     assert GPDiT.from_pretrained(tmp_path / "old").config == tiny_config
 
 
-def test_tensors_in_another_layout_are_written_in_order(model: GPDiT, tmp_path: Path) -> None:
+def test_non_contiguous_tensors_are_saved(model: GPDiT, tmp_path: Path) -> None:
     before = velocity(model)
     model.output.weight.data = model.output.weight.data.T.contiguous().T
     model.save_pretrained(tmp_path)
@@ -182,15 +182,15 @@ def test_tensors_in_another_layout_are_written_in_order(model: GPDiT, tmp_path: 
     assert torch.equal(velocity(GPDiT.from_pretrained(tmp_path)), before)
 
 
-def test_a_model_may_be_copied(model: GPDiT) -> None:
+def test_a_model_can_be_copied_and_pickled(model: GPDiT) -> None:
     assert torch.equal(velocity(copy.deepcopy(model)), velocity(model))
     assert torch.equal(velocity(pickle.loads(pickle.dumps(model))), velocity(model))
 
 
-def test_what_is_pushed_to_the_hub_is_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_hub_uploads_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed = {}
 
-    class PretendHub:
+    class FakeHub:
         def __init__(self, token: str | None) -> None: ...
 
         def create_repo(self, repo_id: str, **_: Any) -> SimpleNamespace:
@@ -200,13 +200,13 @@ def test_what_is_pushed_to_the_hub_is_the_folder(folder: Path, monkeypatch: pyte
             pushed.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
             return "https://hub"
 
-    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", PretendHub)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", FakeHub)
     assert GPDiT.from_pretrained(folder).push_to_hub("someone/gpdit") == "https://hub"
     assert pushed == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_model_of_the_hub(folder: Path, model: GPDiT, tmp_path: Path) -> None:
-    """As huggingface_hub keeps it, without asking the network."""
+def test_loading_from_the_hub(folder: Path, model: GPDiT, tmp_path: Path) -> None:
+    """From the cache of huggingface_hub, without network access."""
     cache = tmp_path / "hub" / "models--someone--gpdit"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("0" * 40)
@@ -218,12 +218,12 @@ def test_a_model_of_the_hub(folder: Path, model: GPDiT, tmp_path: Path) -> None:
         GPDiT.from_pretrained("someone/other", **options)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="gone is neither a folder nor a model that the hub"):
-        GPDiT.from_pretrained(tmp_path / "gone")
+def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="missing is neither a folder nor a model that the hub"):
+        GPDiT.from_pretrained(tmp_path / "missing")
 
 
-# What may be wrong
+# Invalid folders
 
 
 def test_pickled_weights_are_not_opened(folder: Path, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_pickled_weights_are_not_opened(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
-def test_torn_weights(folder: Path, kept: float) -> None:
+def test_truncated_weights_are_rejected(folder: Path, kept: float) -> None:
     path = folder / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
@@ -251,7 +251,7 @@ def test_torn_weights(folder: Path, kept: float) -> None:
 
 
 @pytest.mark.parametrize("header", [b"\xff" * 8, b"\x00" * 8, b"\x08" + b"\x00" * 7 + b"[[[[[[[[", b"\x80\x02c"])
-def test_a_header_that_lies(folder: Path, header: bytes) -> None:
+def test_an_invalid_header_is_rejected(folder: Path, header: bytes) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(header + path.read_bytes()[len(header) :])
     with pytest.raises(InputError, match=r"model\.safetensors is not a complete safetensors file"):
@@ -259,20 +259,20 @@ def test_a_header_that_lies(folder: Path, header: bytes) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff", "[]", "3", "{}", '{"format": "other"}'])
-def test_a_config_that_is_none(folder: Path, text: str) -> None:
+def test_an_invalid_config_is_rejected(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(InputError, match=r"config\.json (is no readable JSON|has format)"):
+    with pytest.raises(InputError, match=r"config\.json (is not readable JSON|has format)"):
         GPDiT.from_pretrained(folder)
 
 
-def test_a_config_that_is_not_there(folder: Path) -> None:
+def test_a_missing_config_is_reported(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json does not exist"):
         GPDiT.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value", "message"),
     [
         ("config", None, "config = None; it must be an object"),
         ("config", {"size": "tiny", "hooks": "os.system"}, "GPDiTConfig has no field 'hooks'"),
@@ -286,11 +286,11 @@ def test_a_config_that_is_not_there(folder: Path) -> None:
         ("step", -1, "step = -1; it must be a non-negative integer"),
         ("codec", "pca", "codec = 'pca'; it must be an object"),
         ("codec", {"name": "pca"}, "lacks the field codec.source"),
-        ("codec", KNOWN["codec"] | {"source": 3}, "codec.source = 3; it must be a string or null"),
-        ("codec", KNOWN["codec"] | {"mean": 0.5}, "codec.mean = 0.5; it must be a non-empty list"),
-        ("codec", KNOWN["codec"] | {"std": [1.0, math.nan]}, "codec.std[1] = nan; it must be a finite number"),
-        ("geometry", KNOWN["geometry"] | {"stride": 0}, "geometry.stride = 0; it must be a positive integer"),
-        ("geometry", KNOWN["geometry"] | {"sizes": [[]]}, "geometry.sizes[0] = []; it must be a non-empty list"),
+        ("codec", FACTS["codec"] | {"source": 3}, "codec.source = 3; it must be a string or null"),
+        ("codec", FACTS["codec"] | {"mean": 0.5}, "codec.mean = 0.5; it must be a non-empty list"),
+        ("codec", FACTS["codec"] | {"std": [1.0, math.nan]}, "codec.std[1] = nan; it must be a finite number"),
+        ("geometry", FACTS["geometry"] | {"stride": 0}, "geometry.stride = 0; it must be a positive integer"),
+        ("geometry", FACTS["geometry"] | {"sizes": [[]]}, "geometry.sizes[0] = []; it must be a non-empty list"),
         ("schedule", {"name": "cosine", "shift": "2"}, "schedule.shift = '2'; it must be a finite number"),
         ("origin", {"path": "a"}, "lacks the field origin.step"),
         ("classes", [], "classes = []; it must be a non-empty list"),
@@ -298,39 +298,39 @@ def test_a_config_that_is_not_there(folder: Path) -> None:
         ("classes", ["run"], "names 1 classes where its architecture has 2: export the model again"),
     ],
 )
-def test_a_field_of_the_wrong_kind_is_named(folder: Path, name: str, value: Any, words: str) -> None:
+def test_a_field_of_the_wrong_type_is_reported(folder: Path, name: str, value: Any, message: str) -> None:
     edit(folder, lambda content: content.update({name: value}))
     with pytest.raises(InputError) as caught:
         GPDiT.from_pretrained(folder)
     assert str(folder / "config.json") in str(caught.value)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_unknown_fields_are_left_alone(folder: Path) -> None:
+def test_unknown_fields_are_ignored(folder: Path) -> None:
     edit(folder, lambda content: content.update(auto_map={"AutoModel": "evil.Model"}))
-    assert GPDiT.from_pretrained(folder).facts.to_dict() == KNOWN
+    assert GPDiT.from_pretrained(folder).facts.to_dict() == FACTS
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("field", "value", "message"),
     [
         ("layers", 3, "has nothing as blocks.2."),
         ("layers", 1, "as blocks.1."),
         ("mlp_width", 32, "where its architecture has shape (32, 16)"),
     ],
 )
-def test_a_config_of_another_size_than_the_weights(folder: Path, field: str, value: int, words: str) -> None:
+def test_a_config_that_does_not_fit_the_weights_is_rejected(folder: Path, field: str, value: int, message: str) -> None:
     edit(folder, lambda content: content["config"].update({field: value}))
     with pytest.raises(InputError) as caught:
         GPDiT.from_pretrained(folder)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_tensors_that_are_no_weights(folder: Path, model: GPDiT) -> None:
+def test_tensors_that_are_not_weights_are_rejected(folder: Path, model: GPDiT) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"output.bias": tensors["output.bias"].long()}, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"something other than floating-point numbers as output\.bias"):
         GPDiT.from_pretrained(folder)
-    odd: dict[str, Any] = {"output.bias": "text"}
+    invalid: dict[str, Any] = {"output.bias": "text"}
     with pytest.raises(InputError, match=r"something other than floating-point numbers as output\.bias"):
-        Weights(tensors | odd, model.config, TrainingFacts()).load_into(model)
+        Weights(tensors | invalid, model.config, TrainingFacts()).load_into(model)

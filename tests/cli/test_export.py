@@ -112,7 +112,7 @@ def test_class_names_are_exported(tiny_config: GPDiTConfig, fit: Fit, tmp_path: 
     assert load_trained_model(tmp_path / "model").classes == load_trained_model(tmp_path / "run").classes
     assert GPDiT.from_pretrained(tmp_path / "model").facts.classes == ("run", "jump")
     assert (
-        "one of 2 classes, in `config.json` by their numbers: `run`, `jump`."
+        "one of 2 classes, listed in `config.json` by their numbers: `run`, `jump`."
         in (tmp_path / "model/README.md").read_text()
     )
 
@@ -212,7 +212,7 @@ def test_stage_refuses_an_export_of_another_codec(
 
 def test_untrained_model_has_no_training_facts(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
     GPDiT(tiny_config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="does not record with which schedule, codec, geometry, step its weights were"):
+    with pytest.raises(InputError, match="does not record the schedule, codec, geometry, step of its training"):
         load_trained_model(tmp_path)
     stage = GPDiTStage(tiny_config, initial_weights=str(tmp_path))  # a stage can start from it
     stage.configure_model()

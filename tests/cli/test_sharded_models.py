@@ -138,7 +138,7 @@ def test_a_changed_byte(trained: Path, damaged: Path, tmp_path: Path, capsys: py
     assert begin_from(last, trained, tmp_path / "none") == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: {last} is not a complete checkpoint (step-6.ckpt/training.ckpt has another sha256 than when it was "
-        "written): use another one of the run."
+        "written): use another checkpoint of the run."
     )
 
 

@@ -148,4 +148,4 @@ def test_damaged_checkpoints(
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "step-6.ckpt/training.ckpt has 1000 bytes instead of" in message
-    assert "no other checkpoint is left" in message
+    assert "there is no other checkpoint" in message
