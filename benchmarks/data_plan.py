@@ -123,8 +123,8 @@ def fraction_of_equal_pairs(values: np.ndarray) -> float:
 def print_start_times(shards: int, samples: int) -> None:
     """Print a table of times and memory for each of `STEPS`."""
     print(f"{shards * samples:,} images in {shards:,} shards of {len(SHAPES)} shapes")
-    heads = ["manifest, s", "first, ms", "ahead, ms", "next, us", "MiB", "process, s"]
-    print(" " * 14 + "".join(head.rjust(13) for head in heads))
+    headings = ["manifest, s", "first, ms", "ahead, ms", "next, us", "MiB", "process, s"]
+    print(" " * 14 + "".join(heading.rjust(13) for heading in headings))
     with tempfile.TemporaryDirectory() as folder:
         write_manifest(Path(folder), shards, samples)
         for step in STEPS:
@@ -137,8 +137,8 @@ def print_start_times(shards: int, samples: int) -> None:
 def print_shuffle_quality(shards: int, samples: int) -> None:
     """Print a table of the shuffle quality for several windows."""
     print(f"\n{shards * samples:,} clips in {shards:,} shards, {SAMPLED_BATCH_SIZE} per batch")
-    heads = ["GiB per window", "shards per batch", "pairs, same shard", "same recording"]
-    print("window".ljust(18) + "".join(head.rjust(20) for head in heads))
+    headings = ["GiB per window", "shards per batch", "pairs, same shard", "same recording"]
+    print("window".ljust(18) + "".join(heading.rjust(20) for heading in headings))
     for name, window in (
         ("one shard", samples),
         ("16 shards", 16 * samples),

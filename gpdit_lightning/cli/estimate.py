@@ -261,8 +261,8 @@ def memory_table(run: RunSettings, capacity: float) -> str:
 
     Activations and totals are given without and with activation checkpointing.
     """
-    heads = (*MEMORY_PARTS, "activations", "checkpointed", "total", "checkpointed")
-    lines = ["GiB on each GPU".ljust(19) + "".join(name.rjust(14) for name in heads)]
+    headings = (*MEMORY_PARTS, "activations", "checkpointed", "total", "checkpointed")
+    lines = ["GiB per GPU".ljust(19) + "".join(name.rjust(14) for name in headings)]
     lines += [memory_row(run, strategy, capacity) for strategy in STRATEGIES]
     lines.append(
         f"The total includes the larger of step and activations, and {ALLOWANCE / GIB:.0f} GiB for CUDA, NCCL and "

@@ -27,7 +27,7 @@ from gpdit_lightning.evaluation.chunks import (
     seed_variant,
     split_into_chunks,
 )
-from gpdit_lightning.evaluation.networks import open_image_network, open_video_network
+from gpdit_lightning.evaluation.networks import load_image_network, load_video_network
 from gpdit_lightning.evaluation.report import Protocol, library_versions
 from gpdit_lightning.evaluation.report_text import TABLES, plot_self_checks, write_report
 from gpdit_lightning.evaluation.scores import make_report
@@ -60,7 +60,7 @@ def evaluate(options: EvaluateOptions) -> None:
     # Cheap checks come before gigabytes of weights are loaded.
     checkpoint = find_weights(options.checkpoint)
     find_videos(options.videos)
-    networks = open_networks(options, device)
+    networks = load_networks(options, device)
     trained = load_trained_model(checkpoint, device, options.weights)
     codec = load_codec_of(trained, options)
     settings = make_settings(options, trained, codec, networks)
@@ -111,14 +111,14 @@ def write_and_print_report(
         print(f"{scores}\nProtocol, self-checks and the paper's scores: {out / TABLES}")
 
 
-def open_networks(options: EvaluateOptions, device: torch.device) -> MetricNetworks:
-    """Open the networks of the scores; a warning names the scores that are left out for lack of a network.
+def load_networks(options: EvaluateOptions, device: torch.device) -> MetricNetworks:
+    """Load the networks of the scores; a warning names the scores that are left out for lack of a network.
 
     Raises:
-        InputError: a network cannot be opened.
+        InputError: a network cannot be loaded.
     """
-    video = open_video_network(options.video_network, device) if options.video_network else None
-    image = open_image_network(options.image_network, device, options.classifier) if options.image_network else None
+    video = load_video_network(options.video_network, device) if options.video_network else None
+    image = load_image_network(options.image_network, device, options.classifier) if options.image_network else None
     if video is None:
         log.warning("warning: no video_network is given, so FVD, precision and recall are left out")
     if image is None:

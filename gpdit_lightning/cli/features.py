@@ -19,7 +19,7 @@ from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.data.workers import ignore_signals, signals_delayed
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.evaluation.videos import find_videos, read_clip
+from gpdit_lightning.evaluation.videos import find_named_videos, read_clip
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.features import FeaturesOptions
@@ -59,16 +59,14 @@ def videos_by_name(paths: Sequence[str]) -> dict[str, Path]:
         InputError: there are no videos, or two of them have the same name.
     """
     videos: dict[str, Path] = {}
-    for root in paths:
-        for path in find_videos([root]):
-            inside = path.relative_to(root) if path != Path(root) else Path(path.name)
-            name = inside.with_suffix("").as_posix()
-            if name in videos:
-                raise InputError(
-                    f"{videos[name]} and {path} would both be written as {name}: give the folder above both, or rename "
-                    "one of them."
-                )
-            videos[name] = path
+    for relative, path in find_named_videos(paths):
+        name = relative.with_suffix("").as_posix()
+        if name in videos:
+            raise InputError(
+                f"{videos[name]} and {path} would both be written as {name}: give the folder above both, or rename one "
+                "of them."
+            )
+        videos[name] = path
     return videos
 
 

@@ -41,7 +41,7 @@ VIDEO_NETWORKS: dict[str, Callable[..., nn.Module]] = {"i3d": load_i3d}
 IMAGE_NETWORKS: dict[str, Callable[..., nn.Module]] = {"inception": load_inception}
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"torchscript": load_classifier}
 
-# Example on which a network is tested when it is opened.
+# Example on which a network is tested after loading.
 EXAMPLE = torch.arange(3 * 32 * 32).mul(37).remainder(256).to(torch.uint8).reshape(1, 3, 32, 32)
 
 
@@ -55,8 +55,8 @@ class LoadedNetwork(NamedTuple):
     remedy: str
 
 
-def open_video_network(options: NetworkOptions, device: str | torch.device = "cpu") -> "VideoNetwork":
-    """Open a network for FVD, in any form that the docstring of this module lists.
+def load_video_network(options: NetworkOptions, device: str | torch.device = "cpu") -> "VideoNetwork":
+    """Load a network for FVD, in any form that the docstring of this module lists.
 
     Raises:
         InputError: the file is missing, has another sha256 or contains another network, or the class cannot be used.
@@ -64,10 +64,10 @@ def open_video_network(options: NetworkOptions, device: str | torch.device = "cp
     return VideoNetwork(_load("video", options, VIDEO_NETWORKS), device)
 
 
-def open_image_network(
+def load_image_network(
     options: NetworkOptions, device: str | torch.device = "cpu", classifier: NetworkOptions | None = None
 ) -> "ImageNetwork":
-    """Open a network for FID and IS, in any form that the docstring of this module lists.
+    """Load a network for FID and IS, in any form that the docstring of this module lists.
 
     Args:
         options: of the network.
@@ -75,17 +75,17 @@ def open_image_network(
         classifier: of a network whose class probabilities replace those of the image network.
 
     Raises:
-        InputError: as :func:`open_video_network`.
+        InputError: as :func:`load_video_network`.
     """
-    classes = None if classifier is None else open_classifier(classifier, device)
+    classes = None if classifier is None else load_image_classifier(classifier, device)
     return ImageNetwork(_load("image", options, IMAGE_NETWORKS), device, classes)
 
 
-def open_classifier(options: NetworkOptions, device: str | torch.device = "cpu") -> "ImageClassifier":
-    """Open a network for IS alone, in any form that the docstring of this module lists.
+def load_image_classifier(options: NetworkOptions, device: str | torch.device = "cpu") -> "ImageClassifier":
+    """Load a network for IS only, in any form that the docstring of this module lists.
 
     Raises:
-        InputError: as :func:`open_video_network`.
+        InputError: as :func:`load_video_network`.
     """
     return ImageClassifier(_load("classifier", options, CLASSIFIERS), device)
 
@@ -165,7 +165,7 @@ class MetricNetwork(nn.Module):
 
 
 class VideoNetwork(MetricNetwork):
-    """Features of whole videos; see :func:`open_video_network`.
+    """Features of whole videos; see :func:`load_video_network`.
 
     Attributes:
         num_features: n, 400 for I3D.
@@ -205,7 +205,7 @@ class VideoNetwork(MetricNetwork):
 
 
 class ImageClassifier(MetricNetwork):
-    """Class probabilities of images; see :func:`open_classifier`.
+    """Class probabilities of images; see :func:`load_image_classifier`.
 
     Attributes:
         num_classes: number of classes.
@@ -233,7 +233,7 @@ class ImageClassifier(MetricNetwork):
 
 
 class ImageNetwork(MetricNetwork):
-    """Features of images, and class probabilities if available; see :func:`open_image_network`.
+    """Features of images, and class probabilities if available; see :func:`load_image_network`.
 
     Attributes:
         num_features: n, 2048 for Inception-v3.

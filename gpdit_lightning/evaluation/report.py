@@ -94,8 +94,8 @@ class Score:
 
     def __str__(self) -> str:
         decimals = 1 if abs(self.mean) >= 100 else 2 if abs(self.mean) >= 10 else 3
-        shown = f"{self.mean:.{decimals}f}"
-        return shown if self.deviation is None else f"{shown} ± {self.deviation:.{decimals}f}"
+        mean = f"{self.mean:.{decimals}f}"
+        return mean if self.deviation is None else f"{mean} ± {self.deviation:.{decimals}f}"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -50,13 +50,12 @@ def select_videos(paths: Sequence[str | Path], count: int, seed: int, frames: in
         InputError: there are too few videos, or two with the same name; also as :func:`find_videos`.
     """
     videos: dict[str, Path] = {}
-    for root in paths:
-        for path in find_videos([root]):
-            name = path.name if path == Path(root) else path.relative_to(root).as_posix()
-            if videos.setdefault(name, path) is not path:
-                raise InputError(
-                    f"{videos[name]} and {path} have the same name: give a folder above both, or leave one out."
-                )
+    for relative, path in find_named_videos(paths):
+        name = relative.as_posix()
+        if videos.setdefault(name, path) is not path:
+            raise InputError(
+                f"{videos[name]} and {path} have the same name: give a folder above both, or leave one out."
+            )
     selected: dict[str, Path] = {}
     rejected = 0
     names = sorted(videos, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
@@ -102,6 +101,13 @@ def find_videos(paths: Sequence[str | Path]) -> list[Path]:
             raise InputError(f"{path} contains no videos ({', '.join(VIDEO_EXTENSIONS)}): give another folder.")
         videos += sorted(inside, key=lambda video: (video.parent, natural_sort_key(video)))
     return videos
+
+
+def find_named_videos(paths: Sequence[str | Path]) -> Iterator[tuple[Path, Path]]:
+    """Yield the path of each video relative to the given folder, and its full path; raises as :func:`find_videos`."""
+    for root in map(Path, paths):
+        for path in find_videos([root]):
+            yield (Path(path.name) if path == root else path.relative_to(root)), path
 
 
 def clip_frame_indices(

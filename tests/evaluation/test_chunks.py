@@ -22,7 +22,7 @@ from gpdit_lightning.evaluation.chunks import (
     split_into_chunks,
 )
 from gpdit_lightning.evaluation.metrics import psnr, ssim
-from gpdit_lightning.evaluation.networks import open_image_network, open_video_network
+from gpdit_lightning.evaluation.networks import load_image_network, load_video_network
 from gpdit_lightning.evaluation.self_checks import add_noise, gaussian_blur
 from gpdit_lightning.evaluation.videos import Selection, has_frames, read_clip
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
@@ -67,7 +67,7 @@ def model(randomise: Callable[[GPDiT], GPDiT]) -> GPDiT:
 @pytest.fixture(scope="module")
 def networks(folder: Path) -> MetricNetworks:
     return MetricNetworks(
-        open_video_network(saved(ScriptedI3D(), folder)), open_image_network(saved(ScriptedInception(), folder))
+        load_video_network(saved(ScriptedI3D(), folder)), load_image_network(saved(ScriptedInception(), folder))
     )
 
 

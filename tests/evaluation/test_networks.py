@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.inception import resize_as_tensorflow
-from gpdit_lightning.evaluation.networks import open_classifier, open_image_network, open_video_network
+from gpdit_lightning.evaluation.networks import load_image_classifier, load_image_network, load_video_network
 from gpdit_lightning.files import sha256_of
 from gpdit_lightning.options.evaluate import NetworkOptions
 from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
@@ -49,7 +49,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def test_a_video_script_returns_features_with_its_preprocessing(save) -> None:
     file = save(ScriptedI3D())
-    network = open_video_network(file)
+    network = load_video_network(file)
     videos = random_pixels(2, 11, 3, 8, 6)
     exact = videos.double().numpy()
     expected = np.concatenate([exact.mean((1, 3, 4)), exact[:, 0].mean((2, 3))], 1)
@@ -59,7 +59,7 @@ def test_a_video_script_returns_features_with_its_preprocessing(save) -> None:
 
 def test_features_and_probabilities_of_one_file_take_one_pass(save) -> None:
     module = ScriptedInception()
-    network = open_image_network(save(module))
+    network = load_image_network(save(module))
     pixels = random_pixels(5, 3, 7, 9)
     values = pixels.double().numpy() / 255
     expected = np.concatenate([values.mean((2, 3)), values[:, :, 0, 0]], 1)
@@ -75,7 +75,7 @@ def test_features_and_probabilities_of_one_file_take_one_pass(save) -> None:
 
 def test_probabilities_that_do_not_follow_from_the_features_take_a_second_pass(save) -> None:
     module = ScriptedInception(temperature=0.1)
-    network = open_image_network(save(module))
+    network = load_image_network(save(module))
     pixels = random_pixels(5, 3, 7, 9)
     features, probabilities = network.features_and_probabilities(pixels)
     expected = softmax(10 * features.double().numpy() @ module.output.weight.detach().double().numpy().T)
@@ -99,7 +99,7 @@ def test_images_are_resized_as_in_tensorflow_1(height: int, width: int) -> None:
 
 
 def test_a_plain_network_receives_normalised_images_of_299_pixels_and_has_no_classes(save) -> None:
-    network = open_image_network(save(ScriptedPlain()))
+    network = load_image_network(save(ScriptedPlain()))
     pixels = random_pixels(2, 3, 40, 30)
     features, probabilities = network.features_and_probabilities(pixels)
     expected = (resize_as_tensorflow(pixels, 299)[:, :, ::50, ::70] - 128) / 128
@@ -111,7 +111,7 @@ def test_a_plain_network_receives_normalised_images_of_299_pixels_and_has_no_cla
 
 @pytest.mark.parametrize("image", [ScriptedPlain, ScriptedInception])
 def test_a_classifier_replaces_the_probabilities_of_the_network(image: type[nn.Module], save) -> None:
-    network = open_image_network(save(image()), classifier=save(ScriptedClassifier()))
+    network = load_image_network(save(image()), classifier=save(ScriptedClassifier()))
     pixels = random_pixels(4, 3, 16, 16)
     features, probabilities = network.features_and_probabilities(pixels)
     assert torch.equal(features, network(pixels))
@@ -124,13 +124,13 @@ def test_a_classifier_replaces_the_probabilities_of_the_network(image: type[nn.M
 def test_a_file_with_features_and_classes_can_be_the_classifier(save) -> None:
     file = save(ScriptedInception())
     pixels = random_pixels(4, 3, 16, 16)
-    _, expected = open_image_network(file).features_and_probabilities(pixels)
-    torch.testing.assert_close(open_classifier(file)(pixels), expected)
+    _, expected = load_image_network(file).features_and_probabilities(pixels)
+    torch.testing.assert_close(load_image_classifier(file)(pixels), expected)
 
 
 def test_the_record_of_a_network_identifies_its_file(save) -> None:
     file, classifier = save(ScriptedPlain()), save(ScriptedClassifier())
-    network = open_image_network(file, classifier=classifier)
+    network = load_image_network(file, classifier=classifier)
     assert (network.record.file, network.record.sha256, network.record.name) == (
         "ScriptedPlain.pt",
         file.sha256,
@@ -142,19 +142,19 @@ def test_the_record_of_a_network_identifies_its_file(save) -> None:
 
 
 def test_the_record_marks_a_script_with_another_sha256(save) -> None:
-    for network in (open_video_network(save(ScriptedI3D())), open_image_network(save(ScriptedInception()))):
+    for network in (load_video_network(save(ScriptedI3D())), load_image_network(save(ScriptedInception()))):
         assert network.record.name.endswith(", not the published file")
 
 
 def test_the_error_for_a_missing_file_gives_its_url(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere.pt is not a file on this machine: .*https://"):
-        open_image_network(NetworkOptions(path=str(tmp_path / "nowhere.pt")))
+        load_image_network(NetworkOptions(path=str(tmp_path / "nowhere.pt")))
 
 
 def test_the_sha256_is_verified_before_the_file_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "network.pt").write_bytes(b"no network")
     with pytest.raises(InputError, match=f"sha256 {sha256_of(tmp_path / 'network.pt')}, but {'0' * 64} is expected"):
-        open_video_network(NetworkOptions(path=str(tmp_path / "network.pt"), sha256="0" * 64))
+        load_video_network(NetworkOptions(path=str(tmp_path / "network.pt"), sha256="0" * 64))
 
 
 class FolderOnUnpickling:
@@ -167,33 +167,33 @@ class FolderOnUnpickling:
 
 def test_a_pickle_is_refused_without_unpickling(tmp_path: Path) -> None:
     torch.save(FolderOnUnpickling(tmp_path / "executed"), tmp_path / "network.pt")
-    for opener in (open_video_network, open_image_network, open_classifier):
+    for load in (load_video_network, load_image_network, load_image_classifier):
         with pytest.raises(InputError, match=r"network.pt is not a TorchScript"):
-            opener(NetworkOptions(path=str(tmp_path / "network.pt")))
+            load(NetworkOptions(path=str(tmp_path / "network.pt")))
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(
-    ("opener", "module", "message"),
+    ("load", "module", "message"),
     [
-        (open_video_network, ScriptedInception, r"another network, since its forward takes \(img, return_fea"),
-        (open_video_network, ScriptedPlain, r"another network, since its forward takes \(x\)"),
-        (open_image_network, ScriptedI3D, r"another network, since its forward takes \(x, rescale"),
-        (open_classifier, ScriptedI3D, "is another network"),
-        (open_image_network, Pair, r"returns tuple, but float32 \(1, n\) is expected"),
-        (open_image_network, Flat, r"returns torch.float32 \(1,\), but"),
-        (open_image_network, Broken, "not finite"),
-        (open_classifier, Pair, "could not compute on an example"),
-        (open_classifier, Broken, "could not compute on an example"),
+        (load_video_network, ScriptedInception, r"another network, since its forward takes \(img, return_fea"),
+        (load_video_network, ScriptedPlain, r"another network, since its forward takes \(x\)"),
+        (load_image_network, ScriptedI3D, r"another network, since its forward takes \(x, rescale"),
+        (load_image_classifier, ScriptedI3D, "is another network"),
+        (load_image_network, Pair, r"returns tuple, but float32 \(1, n\) is expected"),
+        (load_image_network, Flat, r"returns torch.float32 \(1,\), but"),
+        (load_image_network, Broken, "not finite"),
+        (load_image_classifier, Pair, "could not compute on an example"),
+        (load_image_classifier, Broken, "could not compute on an example"),
     ],
 )
-def test_a_network_with_another_interface_is_refused(opener, module: type[nn.Module], message: str, save) -> None:
+def test_a_network_with_another_interface_is_refused(load, module: type[nn.Module], message: str, save) -> None:
     with pytest.raises(InputError, match=f"{module.__name__}.pt.*{message}"):
-        opener(save(module()))
+        load(save(module()))
 
 
 def test_pixels_of_another_type_or_shape_are_refused(save) -> None:
-    video, image = open_video_network(save(ScriptedI3D())), open_image_network(save(ScriptedInception()))
+    video, image = load_video_network(save(ScriptedI3D())), load_image_network(save(ScriptedInception()))
     with pytest.raises(InputError, match=r"9 frames, but I3D.* takes at least 10"):
         video(random_pixels(1, 9, 3, 8, 8))
     with pytest.raises(InputError, match=r"\(10, 3, 8, 8\), but the video network takes torch.uint8 \(B, T, 3, H, W\)"):
@@ -241,13 +241,13 @@ def custom(network: type[nn.Module], **options: Any) -> NetworkOptions:
 
 def test_a_custom_class_serves_in_every_role() -> None:
     options, pixels = custom(MeanColours, arguments={"scale": 2.0}), random_pixels(4, 3, 8, 8)
-    image, classifier = open_image_network(options), open_classifier(options)
+    image, classifier = load_image_network(options), load_image_classifier(options)
     expected = 2 * pixels.double().mean((2, 3))
     features, probabilities = image.features_and_probabilities(pixels)
     assert probabilities is not None
     torch.testing.assert_close(features.double(), expected)
     torch.testing.assert_close(probabilities, classifier(pixels))
-    video = open_video_network(options)
+    video = load_video_network(options)
     torch.testing.assert_close(video(pixels[None, :3]).double(), expected[:1])
     with pytest.raises(InputError, match=r"2 frames, but mean colours.* takes at least 3"):
         video(pixels[None, :2])
@@ -255,15 +255,15 @@ def test_a_custom_class_serves_in_every_role() -> None:
 
 def test_the_record_of_a_custom_network_identifies_its_weights(tmp_path: Path) -> None:
     first, same, other = (
-        open_video_network(custom(MeanColours, arguments={"scale": scale})).record for scale in (1.0, 1.0, 2.0)
+        load_video_network(custom(MeanColours, arguments={"scale": scale})).record for scale in (1.0, 1.0, 2.0)
     )
     assert first == same
     assert first.sha256 != other.sha256
     assert other.name == "mean colours (scale=2.0)"
     assert other.file.endswith("test_networks.MeanColours")
-    assert open_video_network(custom(WithoutWeights)).record.sha256 == ""
+    assert load_video_network(custom(WithoutWeights)).record.sha256 == ""
     (tmp_path / "weights.bin").write_bytes(b"weights")
-    of_file = open_video_network(custom(MeanColours, path=str(tmp_path / "weights.bin")))
+    of_file = load_video_network(custom(MeanColours, path=str(tmp_path / "weights.bin")))
     assert of_file.network.path == tmp_path / "weights.bin"
     assert (of_file.record.file, of_file.record.sha256) == ("weights.bin", sha256_of(tmp_path / "weights.bin"))
 
@@ -279,4 +279,4 @@ def test_the_record_of_a_custom_network_identifies_its_weights(tmp_path: Path) -
 )
 def test_unusable_options_are_refused(options: NetworkOptions, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        open_video_network(options)
+        load_video_network(options)

@@ -63,8 +63,8 @@ def test_a_report_survives_the_round_trip_through_json(report: Report, tmp_path:
     content = json.loads(report.to_json())
     assert content["scores"]["fvd"] == {"mean": 212.0, "deviation": pytest.approx(8**0.5), "per_seed": [210.0, 214.0]}
     assert content["protocol"]["guidance"]["context"] == 2.0
-    alone = replace(report, scores={"fvd": Score.of([3.0])})
-    assert Report.from_json(alone.to_json()).scores["fvd"].deviation is None
+    single_seed = replace(report, scores={"fvd": Score.of([3.0])})
+    assert Report.from_json(single_seed.to_json()).scores["fvd"].deviation is None
 
 
 def test_numbers_that_json_lacks_are_refused(report: Report) -> None:
@@ -151,10 +151,10 @@ def test_the_comparison_contains_the_scores_of_the_paper_and_of_the_report(repor
     assert cells(text, "GPDiT-B-OF2") == [["GPDiT-B-OF2", "80M", "Frame-AR", "214", f"{protocol} 2.0"]]
     assert cells(text, "PixelDance") == [["PixelDance", "10M", "1.5B", "49.4", "243", "42.1", "12 frames from 5"]]
     assert cells(text, "FAR") == [["FAR", "130M", "Frame-AR", "194", "not stated"]]
-    ours = "9,000 videos, 12 frames from 5, guidance 2"
+    protocol_of_report = "9,000 videos, 12 frames from 5, guidance 2"
     assert cells(text, "`step-400000`") == [
-        ["`step-400000`", "-", "-", "-", "212.0 ± 2.8", "61.24 ± 0.01", ours],
-        ["`step-400000`", "-", "-", "212.0 ± 2.8", ours],
+        ["`step-400000`", "-", "-", "-", "212.0 ± 2.8", "61.24 ± 0.01", protocol_of_report],
+        ["`step-400000`", "-", "-", "212.0 ± 2.8", protocol_of_report],
     ]
     assert "9,000 videos, not 10,000; guidance 2, not 1.2. The paper does not state" in text
     assert "9,000 videos, not 10,000. The paper does not state" in text

@@ -114,9 +114,9 @@ def test_scores_equal_an_independent_implementation(results: Results, tmp_path: 
     for label, variant in ((GROUND_TRUTH, "truth"), (CODEC, "codec"), (REPEATED, "repeated")):
         scores = {name: score.mean for name, score in report.references[label].items()}
         assert scores == pytest.approx(expected(results, variant), rel=1e-8, abs=1e-6)
-    truth = report.references[GROUND_TRUTH]
-    assert (truth["precision"].mean, truth["recall"].mean) == (1, 1)
-    assert 0 <= truth["fid"].mean < 1e-8 > truth["fvd"].mean
+    perfect = report.references[GROUND_TRUTH]
+    assert (perfect["precision"].mean, perfect["recall"].mean) == (1, 1)
+    assert 0 <= perfect["fid"].mean < 1e-8 > perfect["fvd"].mean
     assert not warnings_of(report)
 
 
@@ -125,17 +125,17 @@ def test_self_checks_compare_halves_and_distorted_ground_truth(results: Results,
     second = np.array([hashlib.sha256(name.encode()).digest()[0] % 2 == 1 for name in NAMES])
     assert list(report.self_checks) == ["fvd", "fid"]
     for name, quantity in (("fvd", "video"), ("fid", "image")):
-        truth, checks = results[f"truth/{quantity}"], report.self_checks[name]
+        ground_truth, checks = results[f"truth/{quantity}"], report.self_checks[name]
 
         def flat(values: np.ndarray) -> np.ndarray:
             return values.reshape(-1, values.shape[-1])
 
         assert checks.itself == pytest.approx(0, abs=1e-8)
-        assert checks.halves == pytest.approx(frechet(flat(truth[~second]), flat(truth[second])))
+        assert checks.halves == pytest.approx(frechet(flat(ground_truth[~second]), flat(ground_truth[second])))
         for kind, distances in checks.by_distortion.items():
             for level, distance in distances:
                 other = results[f"{kind} {level:g}/{quantity}"]
-                assert distance == pytest.approx(frechet(flat(truth[:CHECKED]), flat(other)))
+                assert distance == pytest.approx(frechet(flat(ground_truth[:CHECKED]), flat(other)))
         assert checks.passed
 
 
