@@ -17,11 +17,11 @@ class Verb(NamedTuple):
     """A verb of the command line.
 
     Attributes:
-        function: what does the work, as `module:name` in this package. It takes the verb's record of options; of a verb
-            without a record, its arguments.
-        summary: one line for the list of verbs; opens the verb's own help.
-        record: the options, as `module:name` in `gpdit_lightning.options`; empty where the options are those of a
-            training recipe.
+        function: the function that the verb calls, as `module:name` in this package. It takes the verb's record of
+            options or, for a verb without a record, the verb and its arguments.
+        summary: one line for the list of verbs and for the verb's help.
+        record: the dataclass of the options, as `module:name` in `gpdit_lightning.options`; empty if the options are
+            those of a training recipe.
     """
 
     function: str
@@ -79,12 +79,12 @@ VERBS = {
 # Errors of the file system that a user can correct.
 CORRECTABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
-# Lightning advertises its services, names accelerators that it does not find, and the seed whenever it reads a recipe.
-NOT_SHOWN = ("litlogger", "GPU available: False", "TPU available: False", "Seed set to")
+# Messages of Lightning that are not shown: advertisements, absent accelerators, the seed at every reading of a recipe.
+HIDDEN_MESSAGES = ("litlogger", "GPU available: False", "TPU available: False", "Seed set to")
 
 
 def usage() -> str:
-    """All verbs, a line each."""
+    """Return the help of the command: one line for each verb."""
     lines = [f"  {name:<15}{verb.summary}" for name, verb in VERBS.items()]
     return (
         "usage: python -m gpdit_lightning VERB [options]\n\n"
@@ -97,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the verb that the first word names.
 
     Returns:
-        the exit status: 0; 1 where a verb found faults; 2 for an error that the user can correct, after one sentence;
-        130 after Ctrl-C.
+        the exit status: 0; 1 if `inspect` found faults; 2 after the one-sentence message of an error that the user can
+        correct; 130 after Ctrl-C.
     """
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help", "help"):
@@ -109,20 +109,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
-        proposed = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(VERBS)}."
-        print(f"error: there is no verb '{name}': {proposed}", file=sys.stderr)
+        advice = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(VERBS)}."
+        print(f"error: there is no verb '{name}': {advice}", file=sys.stderr)
         return 2
     _show_log()
     try:
         return run(name, rest)
     except InputError as error:
-        print(f"{_rank()}error: {error}", file=sys.stderr)
+        print(f"{_rank_prefix()}error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in CORRECTABLE:
             raise
         path = error.filename or "a file that is being written"
-        print(f"{_rank()}error: {path}: {error.strerror}: make room or choose another place.", file=sys.stderr)
+        print(
+            f"{_rank_prefix()}error: {path}: {error.strerror}: free some space, or choose another location.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
@@ -130,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
-    """Parse the options of a verb, then import and call the function that does the work; returns the exit status."""
+    """Parse the options of a verb, then import and call its function; return the exit status."""
     verb = VERBS[name]
     record = record_of(name)
     if record is None:
@@ -139,43 +142,50 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
             print_help(name)
             return 0
-        _imported(f"gpdit_lightning.cli.{verb.function}")(name, arguments)
+        _import(f"gpdit_lightning.cli.{verb.function}")(name, arguments)
         return 0
     from gpdit_lightning.cli.parsing import parse
 
     options = parse(name, verb.summary, record, arguments)
-    return _imported(f"gpdit_lightning.cli.{verb.function}")(options) or 0
+    return _import(f"gpdit_lightning.cli.{verb.function}")(options) or 0
 
 
 def record_of(name: str) -> type[Any] | None:
-    """The record of a verb's options; None if they are those of a training recipe."""
+    """Return the dataclass of a verb's options; None if they are those of a training recipe."""
     record = VERBS[name].record
-    return _imported(f"gpdit_lightning.options.{record}") if record else None
+    return _import(f"gpdit_lightning.options.{record}") if record else None
 
 
-def _imported(place: str) -> Any:
-    module, _, name = place.partition(":")
+def _import(path: str) -> Any:
+    """Import `module:name`."""
+    module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def _show_log() -> None:
-    """Show this library's messages as plain lines; other libraries keep their own handlers.
+    """Print this library's log messages as plain lines; other libraries keep their handlers.
 
-    Where several processes train, the first reports for all of them; the others only warn.
+    The first rank prints messages from level INFO, the others from level WARNING.
     """
     log = logging.getLogger("gpdit_lightning")
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(f"{_rank()}%(message)s"))
+        handler.setFormatter(logging.Formatter(f"{_rank_prefix()}%(message)s"))
         log.addHandler(handler)
-        log.setLevel(logging.WARNING if _rank() else logging.INFO)
+        log.setLevel(logging.WARNING if _rank_prefix() else logging.INFO)
         log.propagate = False
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(lambda record: not any(words in record.getMessage() for words in NOT_SHOWN))
+        logging.getLogger(name).addFilter(
+            lambda record: not any(text in record.getMessage() for text in HIDDEN_MESSAGES)
+        )
 
 
-def _rank() -> str:
-    """A prefix that names the rank, except on the first."""
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in HIDDEN_MESSAGES)
+
+
+def _rank_prefix() -> str:
+    """Return a prefix for messages that names the rank; empty on the first rank."""
     names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, Lightning's launcher and srun
     rank = next((os.environ[name] for name in names if name in os.environ), "0")
     return "" if rank == "0" else f"[rank {rank}] "

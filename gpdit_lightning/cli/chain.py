@@ -1,4 +1,4 @@
-"""`chain`: train the stages of a chain in turn, each from the averaged weights of the one before."""
+"""`chain`: train the stages of a chain in turn, each from the averaged weights of its predecessor."""
 
 import gc
 import os
@@ -21,16 +21,17 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.chain import ChainOptions
 from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
+from gpdit_lightning.training.internals import launched_processes
 
 
 class Stage(NamedTuple):
     """One stage of a chain.
 
     Attributes:
-        name: for messages.
-        arguments: of `fit`.
+        name: its number and run folder, for messages.
+        arguments: the arguments of `fit`.
         run_dir: its run folder.
-        steps: optimizer steps that it is to train.
+        steps: its number of optimizer steps.
     """
 
     name: str
@@ -43,8 +44,8 @@ def chain(options: ChainOptions) -> None:
     """Train the stages that are not finished.
 
     Raises:
-        InputError: no chain, a stage that cannot be trained, or one that began from other weights than its
-            predecessor's; all of it before anything is trained.
+        InputError: the file is no chain, a recipe is invalid, or a stage began from other weights than its
+            predecessor's; raised before any stage is trained.
     """
     stages = read_stages(options.config, options.overrides)
     states = [read_state(stage) for stage in stages]
@@ -58,7 +59,7 @@ def chain(options: ChainOptions) -> None:
         trainer = fit.run("fit", stage.arguments)
         if is_launched(trainer):
             return
-        if trainer.global_step < stage.steps:  # by trainer.max_time
+        if trainer.global_step < stage.steps:  # ended by trainer.max_time
             print_once(f"{stage.name}: ended at step {trainer.global_step} of {stage.steps}; the same command resumes")
             return
         if stage is not stages[-1]:
@@ -66,15 +67,19 @@ def chain(options: ChainOptions) -> None:
 
 
 def read_stages(configs: Sequence[str], others: Sequence[str]) -> list[Stage]:
-    """The stages of a chain file with overlays and further options, each beginning where the one before ends.
+    """Return the stages of a chain, each with the run folder of its predecessor as initial weights.
+
+    Args:
+        configs: the chain file, then overlays that apply to each stage.
+        others: further options that apply to each stage.
 
     Raises:
-        InputError: a recipe that cannot be used, or data that do not exist.
+        InputError: a recipe is invalid, or its data do not exist.
     """
     chain, *overlays = map(recipe_path, configs)
     recipes = stages_of(chain)
     stages: list[Stage] = []
-    for place, recipe in enumerate(recipes, start=1):
+    for number, recipe in enumerate(recipes, start=1):
         arguments = [f"--config={path}" for path in (recipe, *overlays)] + list(others)
         if stages:
             arguments.append(f"--model.init_args.initial_weights={stages[-1].run_dir}")
@@ -83,8 +88,8 @@ def read_stages(configs: Sequence[str], others: Sequence[str]) -> list[Stage]:
             for manifest in settings.data[name].manifests:
                 Manifest.load(manifest)
         if settings.trainer.max_steps < 1:
-            raise InputError(f"{recipe}: trainer.max_steps is {settings.trainer.max_steps}: a chain needs a last step.")
-        name = f"stage {place} of {len(recipes)}, {settings.run_dir}"
+            raise InputError(f"{recipe}: trainer.max_steps is {settings.trainer.max_steps}: set a number of steps.")
+        name = f"stage {number} of {len(recipes)}, {settings.run_dir}"
         stages.append(Stage(name, arguments, settings.run_dir, settings.trainer.max_steps))
     return stages
 
@@ -93,8 +98,8 @@ class StageState(NamedTuple):
     """The state of a stage's run.
 
     Attributes:
-        last: its last complete checkpoint; None if it has not begun.
-        step: the optimizer step of that one; 0 without.
+        last: the last complete checkpoint; None if there is none.
+        step: the optimizer step of `last`; 0 if there is none.
     """
 
     last: Path | None
@@ -108,26 +113,26 @@ def read_state(stage: Stage) -> StageState:
 
 
 def check(stages: Sequence[Stage], states: Sequence[StageState]) -> None:
-    """Check that every stage that has begun did so from its predecessor's current weights, which will not change.
+    """Check that every stage that has begun started from the final weights of its predecessor.
 
     Raises:
-        InputError: the weights differ, or would after this command.
+        InputError: it started from other weights, or its predecessor is not finished.
     """
     for (stage, (last, step)), (following, (begun, _)) in pairwise(zip(stages, states, strict=True)):
         if begun is None:
             continue
         origin = open_checkpoint(begun).origin
-        remedy = f"remove {following.run_dir} to train that stage again"
+        cure = f"remove {following.run_dir} to train that stage again"
         if origin is None or last is None or origin.sha256 != checkpoint_sha256(last):
-            began = f"from the weights of {origin.path} (step {origin.step})" if origin else "at random"
+            began = f"from the weights of {origin.path} (step {origin.step})" if origin else "from random weights"
             raise InputError(
-                f"{following.run_dir} began {began}, which are not the current ones of {stage.run_dir} (step {step}): "
-                f"{remedy}, or restore those weights."
+                f"{following.run_dir} began {began}, not from the current weights of {stage.run_dir} (step {step}): "
+                f"{cure}, or restore those weights."
             )
         if step < stage.steps:
             raise InputError(
                 f"{stage.run_dir} is at step {step} of {stage.steps}, but {following.run_dir} has begun from it: "
-                f"{remedy}, or set trainer.max_steps to {step}."
+                f"{cure}, or set trainer.max_steps to {step}."
             )
 
 
@@ -138,7 +143,11 @@ def print_once(message: str) -> None:
 
 
 def stages_of(chain: Path) -> list[Path]:
-    """The recipes that a chain names, relative to its file; raises `InputError` if it names none."""
+    """Return the recipes that a chain lists, relative to its file.
+
+    Raises:
+        InputError: it lists none.
+    """
     stages = read_yaml(chain).get("stages")
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, str) for stage in stages):
         raise InputError(
@@ -148,26 +157,31 @@ def stages_of(chain: Path) -> list[Path]:
 
 
 def is_launched(trainer: Trainer) -> bool:
-    """Whether Lightning launched this process for the stage only, so that it ends with it."""
+    """Return whether Lightning launched this process for the current stage: it must end with the stage."""
     return launches_ranks(trainer) and trainer.local_rank > 0
 
 
 def launches_ranks(trainer: Trainer) -> bool:
-    """Whether Lightning launches the other ranks by itself; under torchrun or SLURM they exist already, and stay."""
+    """Return whether Lightning launches the other ranks; torchrun or SLURM start them before, and keep them."""
     return isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
 
 
 def release(trainer: Trainer, command: Sequence[str], environment: dict[str, str]) -> None:
     """Free the resources of a finished stage.
 
-    Where Lightning launches the other ranks, it launches them anew for each stage, because stages may differ in their
-    number of devices. Then the first rank must be in the same state as they are (DeepSpeed numbers parameters
-    consecutively over models): the command replaces this process.
+    If Lightning launches the other ranks, it launches new ones for each stage, because stages may differ in their
+    number of devices. The first rank must then be in the same state as the new ranks (DeepSpeed numbers parameters
+    consecutively over models), so the process replaces itself by the same command.
+
+    Args:
+        trainer: the trainer of the stage.
+        command: the verb and its arguments.
+        environment: the environment in which the command was started.
     """
     if launches_ranks(trainer) and torch.distributed.is_initialized():
-        for process in getattr(trainer.strategy.launcher, "procs", []):
+        for process in launched_processes(trainer.strategy) or []:
             process.wait()
-        shut_down_process_group()  # whose sockets would stay open
+        shut_down_process_group()  # its sockets would stay open
         sys.stdout.flush()
         sys.stderr.flush()
         os.execve(sys.executable, [sys.executable, "-m", "gpdit_lightning", *command], environment)

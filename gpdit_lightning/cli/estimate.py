@@ -30,7 +30,7 @@ from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.options.estimate import EstimateOptions
 from gpdit_lightning.specs import LatentGrid
-from gpdit_lightning.training.strategies import LIGHTNING_NAMES
+from gpdit_lightning.training.strategies import ZERO_NAMES
 
 GIB = 2**30
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "average", "buffers", "step")  # columns of the table
@@ -120,7 +120,7 @@ def strategy_of(setting: Any) -> ShardingStrategy:
         chosen = setting.init_args
         return next(s for s in STRATEGIES if s.deepspeed and (s.stage, s.offload) == (chosen.stage, chosen.offload))
     given = setting.class_path.rpartition(".")[2] if isinstance(setting, Namespace) else setting
-    name = LIGHTNING_NAMES.get(given, given.lower())
+    name = ZERO_NAMES.get(given, given.lower())
     offered = {strategy.option: strategy for strategy in STRATEGIES if strategy.option}
     if name.startswith("ddp"):
         return offered["auto"]

@@ -1,4 +1,4 @@
-"""`fit`, `validate` and `test`: a LightningCLI over recipes, with a run folder from which the same command resumes."""
+"""`fit`, `validate` and `test`: a LightningCLI for recipes; the same command resumes a run from its folder."""
 
 import logging
 import threading
@@ -47,20 +47,20 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 NEVER = 2**40  # optimizer steps
 
-# Warnings that do not apply to a run here.
-WARNINGS = (
+# Warnings that do not apply to the runs of this library.
+IGNORED_WARNINGS = (
     ".*resuming from a checkpoint that ended before the epoch ended.*",  # an epoch is the whole run
     ".*does not have many workers.*",
     ".*smaller than the logging interval.*",
-    ".*across ranks is zero.*",  # there may be nothing to validate on
-    ".*treespec, LeafSpec.*",  # about Lightning's use of torch
-    ".*sync_dist=True.*",  # logged values are reduced already
+    ".*across ranks is zero.*",  # the data may have no held-out samples
+    ".*treespec, LeafSpec.*",  # concerns Lightning's use of torch
+    ".*sync_dist=True.*",  # logged values are already reduced over ranks
     "LightningCLI's args parameter is intended to run from within Python.*",
 )
 
 
 class SaveRecipe(Callback):
-    """Writes the resolved recipe to the run folder once training has accepted it, and logs what is trained.
+    """Write the resolved recipe to the run folder when training starts, and log the number of parameters.
 
     Args:
         text: the YAML.
@@ -70,7 +70,7 @@ class SaveRecipe(Callback):
         self.text = text
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Everything is restored and checked by now."""
+        """Write and log; by now the run is restored and checked."""
         if not trainer.is_global_zero:
             return
         with atomic_write(Path(trainer.default_root_dir) / "config.yaml") as path:
@@ -86,29 +86,29 @@ class SaveRecipe(Callback):
 
 
 def patch_size_of(model: Any) -> int:
-    """The patch size of a stage's backbone, from its options; the default where a stage has no such option."""
+    """Return the patch size of a stage's backbone; the default if the stage has no such option."""
     options = getattr(model, "init_args", Namespace())
     return int(options.get("backbone.patch_size", GPDiTConfig().patch_size))
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI whose trainer writes to a run folder and accumulates gradients as the data's plan says.
+    """LightningCLI whose trainer writes to a run folder and accumulates gradients according to the batch plan.
 
     Attributes:
-        resumed: the checkpoint that the run resumes from; None if it has none yet.
+        resumed: the checkpoint from which the run resumes; None for a new run.
     """
 
     resumed: Path | None
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The trainer without the settings that a run fixes, the stage and the data."""
+        """Add the options of the trainer (without those that a run fixes), the stage and the data."""
         assert isinstance(parser, TrainingParser)
         parser.add_trainer_options()
         parser.add_lightning_class_args(GPDiTStage, "model", subclass_mode=True)
         parser.add_lightning_class_args(LatentDataModule, "data")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Folders, the validation interval, and the callbacks that recipes configure."""
+        """Add the folders, the validation interval, and the callbacks that recipes configure."""
         parser.add_argument("--base", type=str | list[str], default=[], help="Recipes that this one builds on.")
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs, as ${runs} in recipes.")
         parser.add_argument("--latents", type=str, default="latents", help="Folder of all latents, as ${latents}.")
@@ -125,7 +125,7 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments("model", "data.patch_size", compute_fn=patch_size_of)
 
     def instantiate_trainer(self, **_: Any) -> Trainer:
-        """The recipe's trainer, with its run folder and the callbacks that every run has."""
+        """Construct the recipe's trainer, with the run folder and the callbacks of every run."""
         register_strategies()
         given, run_dir = dict(self.config_init["trainer"]), Path(self.config_init["run_dir"])
         validate_every_steps = self.config_init["validate_every_steps"]
@@ -151,7 +151,7 @@ class RecipeCLI(LightningCLI):
             raise InputError(f"the trainer cannot be set up with these settings: {_on_one_line(error)}") from None
 
     def _callbacks(self, given: dict[str, Any]) -> list[Callback]:
-        """The callbacks of a run in their order; Lightning moves checkpoint callbacks to the end.
+        """Return the callbacks of a run in their order; Lightning moves checkpoint callbacks to the end.
 
         Args:
             given: the trainer's settings in the recipe.
@@ -172,9 +172,9 @@ class RecipeCLI(LightningCLI):
         ]
 
     def _recipe_text(self) -> str:
-        """The resolved recipe as YAML: complete by itself, and usable with another `--run_dir`."""
+        """Return the resolved recipe as YAML: it needs no other file and can be used with another `--run_dir`."""
         recipe = self.config.clone()
-        recipe.base = []  # contained in it already
+        recipe.base = []  # already merged
         for spec in logger_specs(recipe.trainer.logger):
             save_dir = str(spec.init_args.get("save_dir") if spec.get("init_args") else "")
             if Path(save_dir).is_relative_to(recipe.run_dir):
@@ -183,26 +183,26 @@ class RecipeCLI(LightningCLI):
 
 
 class ParsedRecipe(RecipeCLI):
-    """A recipe that is parsed and checked, without constructing anything from it."""
+    """Parses and checks a recipe, and constructs nothing from it."""
 
     def instantiate_classes(self) -> None:
         """Construct nothing."""
 
 
 class ParserOnly(RecipeCLI):
-    """The parser of a recipe; nothing is parsed."""
+    """Builds the parser of recipes, and parses nothing."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Hand the parser out, before it has read anything."""
+        """Raise ParserBuilt with the parser: LightningCLI does not return it."""
         raise ParserBuilt(parser)
 
 
 class ParserBuilt(Exception):  # noqa: N818
-    """Carries the parser as its argument."""
+    """Contains the parser as its argument."""
 
 
 def recipe_parser() -> LightningArgumentParser:
-    """The parser of recipes, for their help."""
+    """Return the parser of recipes, from which their help is made."""
     try:
         _command_line(ParserOnly, "fit", [])
     except ParserBuilt as built:
@@ -211,25 +211,25 @@ def recipe_parser() -> LightningArgumentParser:
 
 
 def parse(verb: str, arguments: Sequence[str]) -> Namespace:
-    """A resolved recipe.
+    """Return a resolved recipe.
 
     Args:
-        verb: names the command in messages.
-        arguments: of the command line, behind the verb.
+        verb: the name of the command, for messages.
+        arguments: the command line after the verb.
 
     Raises:
-        InputError: a recipe that cannot be used.
+        InputError: the recipe is invalid.
     """
     return _command_line(ParsedRecipe, verb, arguments).config
 
 
 def build(verb: str, arguments: Sequence[str]) -> RecipeCLI:
-    """A recipe with its model, data and trainer; arguments and errors as of :func:`parse`."""
+    """Construct a recipe's model, data and trainer; arguments and errors as in :func:`parse`."""
     return _command_line(RecipeCLI, verb, arguments)
 
 
 def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) -> RecipeCLI:
-    for message in WARNINGS:
+    for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     try:
         return kind(
@@ -247,9 +247,9 @@ def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) ->
         )
     except omegaconf.errors.OmegaConfBaseException as error:
         raise InputError(f"an interpolation in the recipe cannot be resolved: {str(error).splitlines()[0]}") from None
-    except ModuleNotFoundError as error:  # of a logger whose package is optional
+    except ModuleNotFoundError as error:  # a logger whose package is optional
         raise InputError(f"a class in the recipe needs a missing package: {_on_one_line(error)}") from None
-    except ValueError as error:  # a value that its class refuses, wrapped by jsonargparse
+    except ValueError as error:  # from the constructor of a class in the recipe, wrapped by jsonargparse
         if isinstance(error, InputError) or "Does not validate" not in str(error):
             raise
         raise InputError(PREFIX + relevant_part(str(error))) from None
@@ -261,10 +261,10 @@ def _on_one_line(error: Exception) -> str:
 
 @contextmanager
 def lock_run_folder(trainer: Trainer) -> Iterator[None]:
-    """Hold the lock of a run folder, so that one process at a time writes to it.
+    """Hold the lock of a run folder: only one process at a time may write to it.
 
     Raises:
-        InputError: another process trains there.
+        InputError: another process holds the lock.
     """
     with ExitStack() as stack:
         if trainer.is_global_zero:
@@ -276,21 +276,17 @@ def lock_run_folder(trainer: Trainer) -> Iterator[None]:
                     "--run_dir."
                 ) from None
             except OSError:
-                pass  # a folder that cannot be written to: RunCheckpoint reports it on all ranks
+                pass  # the folder is not writable: RunCheckpoint reports this on all ranks
         yield
 
 
 @contextmanager
 def report_file_errors(trainer: Trainer) -> Iterator[None]:
-    """Report a file of the run that could not be written or read, with the checkpoint that remains.
-
-    Raises:
-        InputError: instead of an OSError.
-    """
+    """Replace an OSError by an InputError that names the file and the last complete checkpoint."""
     previous = threading.excepthook
 
     def ignore_file_errors(failure: threading.ExceptHookArgs) -> None:
-        # TensorBoard writes in a thread; its errors are raised again where the next scalar is logged.
+        # TensorBoard writes in a thread; its errors are raised again when the next scalar is logged.
         if not issubclass(failure.exc_type, OSError):
             previous(failure)
 
@@ -308,10 +304,10 @@ def report_file_errors(trainer: Trainer) -> Iterator[None]:
 
 
 def run(verb: str, arguments: Sequence[str]) -> Trainer:
-    """Train, or evaluate a run's last checkpoint; returns the trainer that did."""
+    """Train, or evaluate a run's last checkpoint; return the trainer."""
     cli = build(verb, arguments)
     if cli.resumed is not None:
-        cli.model.initial_weights = ""  # the run has its own weights; the initial ones may be gone
+        cli.model.initial_weights = ""  # replaced by the checkpoint's; their file may have been removed
     if verb == "fit":
         _fit(cli)
     else:
@@ -335,8 +331,8 @@ def _evaluate(cli: RecipeCLI, verb: str) -> None:
     trainer = cli.trainer
     if cli.resumed is None:
         raise InputError(f"{trainer.default_root_dir} holds no checkpoint to {verb}: `fit` first, or give --run_dir.")
-    trainer.loggers = []  # the logs are those of the training; the results are printed
+    trainer.loggers = []  # the logs of the run are for training; the results are printed
     getattr(trainer, verb)(cli.model, cli.datamodule, ckpt_path=cli.resumed, weights_only=True, verbose=False)
-    if trainer.is_global_zero:  # the results are those of all ranks
+    if trainer.is_global_zero:  # the results are means over all ranks
         for name, value in sorted(trainer.callback_metrics.items()):
             print(f"{name:<20}{float(value):.5f}")

@@ -1,8 +1,7 @@
 """The help of `fit`, `validate` and `test`: a checked-in text, since their parser imports torch and Lightning.
 
-    python -m gpdit_lightning.cli.fit_help          write fit_help.txt anew, after an option has changed
-
-A test compares the text with the parser.
+After an option has changed, `python -m gpdit_lightning.cli.fit_help` writes fit_help.txt again. A test compares the
+text with the parser.
 """
 
 import argparse
@@ -36,7 +35,7 @@ TITLES = {
     "preview.": "Previews",
     "checkpoint.": "Checkpoints",
 }
-SAID_ABOVE = {"help", "config", "print_config", "base"}
+IN_HEAD = {"help", "config", "print_config", "base"}
 
 
 def print_help(verb: str) -> None:
@@ -45,7 +44,7 @@ def print_help(verb: str) -> None:
 
 
 def rendered() -> str:
-    """The help, made from the parser of `fit` and from the classes that a recipe's model consists of."""
+    """Return the help, made from the parser of `fit` and the constructor of a stage."""
     from gpdit_lightning.cli.fit import recipe_parser
     from gpdit_lightning.stages import GPDiTStage
 
@@ -64,19 +63,19 @@ def rendered() -> str:
 
 
 def is_shown(action: argparse.Action) -> bool:
-    """Whether an action is an option by itself: not hidden, not a whole group, and not explained above."""
+    """Return whether an action is an option by itself: not hidden, not a whole group, and not explained in HEAD."""
     hidden = action.help == argparse.SUPPRESS or action.default == argparse.SUPPRESS
-    return bool(action.option_strings) and not hidden and action.dest not in SAID_ABOVE
+    return bool(action.option_strings) and not hidden and action.dest not in IN_HEAD
 
 
 def paragraph(action: argparse.Action) -> str:
-    """An option with its value, its explanation and its default."""
+    """Return the help of one option: its name and value, its explanation and its default."""
     choices = literal_choices(getattr(action, "_typehint", None))
     value = "{" + ",".join(choices) + "}" if choices else action.dest.split(".")[-1].upper()
     default = action.default
-    said = isinstance(default, bool | int | float | str) and default != ""
+    has_default = isinstance(default, bool | int | float | str) and default != ""
     explanation = re.sub(r" Default: ``.*?``\.?", "", " ".join((action.help or "").split())).replace("``", "'")
-    explanation += f" (default: {default})" if said else ""
+    explanation += f" (default: {default})" if has_default else ""
     text = textwrap.fill(explanation, 110, initial_indent=INDENT, subsequent_indent=INDENT)
     return f"  --{action.dest} {value}" + (f"\n{text}" if explanation else "")
 

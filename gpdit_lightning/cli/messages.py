@@ -1,4 +1,4 @@
-"""What jsonargparse prints, for people: help without Python's types, errors of one sentence."""
+"""Readable output of jsonargparse: help without Python's types, errors in one sentence."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ PREFIX = "the recipe or the command line cannot be used: "
 
 
 class OptionHelp(DefaultHelpFormatter):
-    """Help with choices and defaults, and without Python's names of types."""
+    """Formats help with choices and defaults, and without Python's types."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
         super().__init__(prog, max_help_position=28, width=110, **settings)
@@ -25,7 +25,7 @@ class OptionHelp(DefaultHelpFormatter):
         nested = nested_record(getattr(action, "_typehint", None))
         if nested is not None:
             fields = ", ".join(field.name for field in dataclasses.fields(nested))
-            text += f" FIELD is one of {fields} (explained by --{action.dest}.help)."
+            text += f" FIELD is one of {fields}; see --{action.dest}.help."
         if action.required:
             return f"{text} (required)"
         if not hasattr(action, "_typehint") or default is None or isinstance(default, bool) or default in ((), []):
@@ -33,7 +33,7 @@ class OptionHelp(DefaultHelpFormatter):
         return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
 
     def add_argument(self, action: argparse.Action) -> None:
-        """List an option, except for those that only show help."""
+        """Add an option to the help, unless it is `--NAME.help`."""
         if not action.dest.endswith(".help"):
             super().add_argument(action)
 
@@ -52,55 +52,56 @@ class OptionHelp(DefaultHelpFormatter):
 
 
 def nested_record(hint: Any) -> Any:
-    """The record where a field takes one, or None; None for any other field."""
+    """Return the dataclass if a field may be a nested record, or None."""
     return next((option for option in (hint, *get_args(hint)) if dataclasses.is_dataclass(option)), None)
 
 
 def literal_choices(hint: Any) -> list[str]:
-    """The values of a Literal, anywhere inside a type."""
+    """Return the values of all Literals inside a type."""
     if get_origin(hint) is Literal:
         return [str(choice) for choice in get_args(hint)]
     return [choice for part in get_args(hint) for choice in literal_choices(part)]
 
 
-def explained(message: str, known: Iterable[str]) -> str:
-    """A parser's message as one sentence.
+def one_sentence(message: str, known: Iterable[str]) -> str:
+    """Return an error message of jsonargparse as one sentence.
 
     Args:
-        message: of jsonargparse.
-        known: the options that exist, of which the nearest is proposed for an unknown one.
+        message: the message.
+        known: the existing options; the nearest one is proposed for an unknown option.
     """
     sentence = relevant_part(message)
-    if PREFIX in message:  # the parser of a part has explained it already
+    if PREFIX in message:  # the parser of a part of the recipe has already done it
         return PREFIX + sentence
     unknown = re.search(r"unrecognized arguments: -*([\w.]+)|ption '([\w.]+)'", sentence)
     if sentence.startswith("unrecognized arguments: ") and not sentence.startswith("unrecognized arguments: -"):
-        sentence += "; every option begins with --, and files of options are named by --config."
+        sentence += "; every option begins with --, and files of options are given by --config."
     elif unknown:
         group = re.search(r"Group '([\w.]+)'", sentence)
         key = (f"{group[1]}." if group else "") + (unknown[1] or unknown[2])
         nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-        sentence += f"; did you mean '{nearest[0]}'?" if nearest else "; see --help for the options that exist."
+        sentence += f"; did you mean '{nearest[0]}'?" if nearest else "; see --help for all options."
     return PREFIX + sentence
 
 
 def relevant_part(message: str) -> str:
-    """The part of a jsonargparse message that a person needs.
+    """Return the relevant part of a jsonargparse message.
 
-    Of a value that may have several types jsonargparse reports why it is none of them; that it is not None is left out.
+    If a value may have several types, jsonargparse gives a reason for each type that does not fit; the reason for None
+    is left out.
     """
     reasons: list[str] = []
     for line in message.splitlines():
         if line.strip().startswith("- "):
             reasons.append(line.strip()[2:])
-        elif reasons and line.startswith("      "):  # a reason of several lines
+        elif reasons and line.startswith("      "):  # continues the reason
             reasons[-1] += f" {line.strip()}"
     relevant = [line for line in reasons if "NoneType" not in line]
     key = re.match(r'Parser key "([\w.]+)":', message)
     value = re.search(r"(?:Given value|Got value): (.*)", message)
     reasons_or_last_line = relevant or [message.split("\n  ")[-1]]
     expected = [re.match(r"Expected an? (.*?)(?:\. Got value: .*)?$", reason) for reason in reasons_or_last_line]
-    kinds = [in_words(match[1]) for match in expected if match]
+    kinds = [type_in_words(match[1]) for match in expected if match]
     if key and value and len(kinds) == len(expected):
         unquoted = f"'{value[1]}'" in message and "value type: <class 'str'>" not in message
         return f"{key[1]} is {value[1]}; it must be {' or '.join(kinds)}{', in quotes' if unquoted else ''}."
@@ -112,8 +113,8 @@ def relevant_part(message: str) -> str:
     return sentence.replace(PREFIX, "")
 
 
-def in_words(kind: str) -> str:
-    """A type, as jsonargparse names it, in words."""
+def type_in_words(kind: str) -> str:
+    """Return a type, as jsonargparse prints it, in words."""
     if "Sequence" in kind or "list" in kind:
         return "a list"
     choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)

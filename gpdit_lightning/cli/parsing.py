@@ -1,4 +1,4 @@
-"""From a command line, and the YAML files that it names, to a record of options."""
+"""Parsing of a command line, and of its YAML files, into a record of options."""
 
 import argparse
 import dataclasses
@@ -7,8 +7,8 @@ from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from gpdit_lightning.cli.arguments import normalised, recipe_arguments
-from gpdit_lightning.cli.messages import OptionHelp, explained
+from gpdit_lightning.cli.arguments import normalized, recipe_arguments
+from gpdit_lightning.cli.messages import OptionHelp, one_sentence
 from gpdit_lightning.cli.recipe_files import with_bases
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import RecipeOptions
@@ -22,40 +22,40 @@ Record = TypeVar("Record")
 
 
 def parse(verb: str, description: str, record: type[Record], arguments: Sequence[str]) -> Record:
-    """The options of a verb.
+    """Return the options of a verb.
 
-    Beside `--name value` the command line may say `--switch` and `--no_switch` for an option that is true or false, and
-    `--names a b c` for one that takes a list. `--config FILE` gives options as YAML; later ones override earlier ones.
-    Where the record is one of :class:`RecipeOptions`, `--config` names recipes instead, and every option that is not
-    the record's own overrides them.
+    A command line may contain `--name value`, `--switch` and `--no_switch` for a boolean, and `--names a b c` for a
+    list. `--config FILE` gives options as YAML; later ones override earlier ones. If the record is a subclass of
+    :class:`RecipeOptions`, `--config` gives recipes instead, and options that are not fields of the record override
+    them.
 
     Args:
-        verb: names the command in messages.
-        description: opens the help.
+        verb: the name of the command, for messages.
+        description: the first sentence of the help.
         record: a dataclass of `gpdit_lightning.options`.
-        arguments: of the command line, behind the verb.
+        arguments: the command line after the verb.
 
     Raises:
-        InputError: options that cannot be used, in one sentence.
+        InputError: an option is unknown or invalid.
         SystemExit: after `--help` or `--print_config`.
     """
     parser, recipe = parser_of(verb, description, record), dict[str, list[str]]()
     if issubclass(record, RecipeOptions):
-        own, recipe["config"], recipe["overrides"] = recipe_arguments(arguments, own_names(record))
+        of_verb, recipe["config"], recipe["overrides"] = recipe_arguments(arguments, option_names(record))
     else:
-        own = with_bases(arguments)
-    values = parser.instantiate(parser.parse_args(normalised(own, record)))
-    given = {name: values[name] for name in own_names(record)} | recipe
+        of_verb = with_bases(arguments)
+    values = parser.instantiate(parser.parse_args(normalized(of_verb, record)))
+    given = {name: values[name] for name in option_names(record)} | recipe
     return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def parser_of(verb: str, description: str, record: type[Any]) -> "OptionParser":
-    """The parser of a verb: a group for each record that its own inherits from, in their order."""
+    """Return the parser of a verb, with a group of options for each base class of its record."""
     takes_recipe = issubclass(record, RecipeOptions)
     parser = OptionParser(
         prog=f"{COMMAND} {verb}",
         usage=f"{COMMAND} {verb} [options]{' [options of fit]' if takes_recipe else ''}",
-        description=f"{description} The items of a list are separated by blanks.",
+        description=f"{description} Separate the items of a list by spaces.",
         formatter_class=OptionHelp,
         parser_mode="omegaconf+",
     )
@@ -74,37 +74,37 @@ def parser_of(verb: str, description: str, record: type[Any]) -> "OptionParser":
     return parser
 
 
-def own_names(record: type[Any]) -> list[str]:
-    """The names of a record's fields, without those of a recipe."""
+def option_names(record: type[Any]) -> list[str]:
+    """Return the names of a record's fields, without those of :class:`RecipeOptions`."""
     of_recipe = {field.name for field in dataclasses.fields(RecipeOptions)} if issubclass(record, RecipeOptions) else ()
     return [field.name for field in dataclasses.fields(record) if field.name not in of_recipe]
 
 
 def add_record(parser: ArgumentParser, record: type[Any]) -> None:
-    """Add the fields of a record, each under the title of the class that declares it; equal titles share a group."""
+    """Add the fields of a record, grouped by the title (the first line of the docstring) of their class."""
     fields = {field.name for field in dataclasses.fields(record)}
-    names = set(own_names(record))
+    names = set(option_names(record))
     groups: dict[str, set[str]] = {}
     for declaring in (*record.__mro__[1:], record):
         if dataclasses.is_dataclass(declaring):
             title = (declaring.__doc__ or "").splitlines()[0].rstrip(".")
             groups.setdefault(title, set()).update(names & vars(declaring).get("__annotations__", {}).keys())
     required = {field.name for field in dataclasses.fields(record) if is_required(field)}
-    for title, own in groups.items():
-        if own:
+    for title, members in groups.items():
+        if members:
             group = parser.add_argument_group(title)
-            for some in (own & required, own - required):
-                group.add_class_arguments(record, as_group=False, skip=fields - some)
+            for part in (members & required, members - required):
+                group.add_class_arguments(record, as_group=False, skip=fields - part)
 
 
 def is_required(field: dataclasses.Field[Any]) -> bool:
-    """Whether a field has no default."""
+    """Return whether a field has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 class OptionParser(ArgumentParser):
-    """A parser whose errors are InputErrors of one sentence, with the nearest option that exists."""
+    """A parser whose errors are InputErrors in one sentence; they propose the nearest option for an unknown one."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise InputError instead of printing the usage."""
-        raise InputError(explained(message, [action.dest for action in self._actions]))
+        raise InputError(one_sentence(message, [action.dest for action in self._actions]))

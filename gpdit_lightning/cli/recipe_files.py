@@ -1,4 +1,4 @@
-"""Recipes as files: YAML that builds on other YAML, the recipes that ship with the package among them."""
+"""Recipe files: YAML that builds on other YAML; recipes that ship with the package."""
 
 import difflib
 from collections.abc import Sequence
@@ -13,50 +13,49 @@ SHIPPED = "gpdit:"  # `gpdit:stage2_mixed` is the shipped recipe stage2_mixed.ya
 
 
 def recipes_folder() -> Path:
-    """The folder of the shipped recipes: inside an installed package, beside the package in a clone."""
+    """Return the folder of the shipped recipes: inside an installed package, or beside the package in a clone."""
     package = Path(__file__).parents[1]
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def recipe_path(name: str | Path) -> Path:
-    """The file that a recipe's name means.
+    """Return the file of a recipe.
 
     Args:
-        name: a path, or `gpdit:` and the name of a shipped recipe: its path among these, or its last part where only
-            one ends so (`gpdit:size/tiny`, `gpdit:tiny`).
+        name: a path, or `gpdit:` and the name of a shipped recipe: its path without `.yaml`, or the last part of the
+            path if no other recipe has the same one (`gpdit:size/tiny`, `gpdit:tiny`).
 
     Raises:
-        InputError: no shipped recipe, or several, have that name.
+        InputError: no shipped recipe has this name, or several have.
     """
     name = str(name)
     if not name.startswith(SHIPPED):
         return Path(name)
-    wanted = name.removeprefix(SHIPPED).removesuffix(".yaml")
+    key = name.removeprefix(SHIPPED).removesuffix(".yaml")
     shipped = {path.relative_to(recipes_folder()).with_suffix("").as_posix(): path for path in shipped_recipes()}
-    if wanted in shipped:
-        return shipped[wanted]
-    same = [key for key in shipped if key.endswith(f"/{wanted}")]
-    if len(same) == 1:
-        return shipped[same[0]]
-    near = same or difflib.get_close_matches(wanted, [*shipped, *(key.split("/")[-1] for key in shipped)], 3, 0.5)
-    proposed = f"did you mean {' or '.join(SHIPPED + key for key in near)}?" if near else ""
-    listed = "`python -m gpdit_lightning recipes` lists all."
-    raise InputError(f"{name} names no shipped recipe: {proposed or 'give another name;'} {listed}")
+    if key in shipped:
+        return shipped[key]
+    matches = [path for path in shipped if path.endswith(f"/{key}")]
+    if len(matches) == 1:
+        return shipped[matches[0]]
+    near = matches or difflib.get_close_matches(key, [*shipped, *(path.split("/")[-1] for path in shipped)], 3, 0.5)
+    advice = f"did you mean {' or '.join(SHIPPED + path for path in near)}?" if near else "give another name;"
+    raise InputError(f"{name} names no shipped recipe: {advice} `python -m gpdit_lightning recipes` lists all.")
 
 
 def shipped_recipes() -> list[Path]:
-    """The files of all shipped recipes."""
+    """Return the files of all shipped recipes."""
     return sorted(recipes_folder().rglob("*.yaml"))
 
 
 def with_bases(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments in which every `--config FILE` is preceded by the recipes that FILE names as its `base`.
+    """Return command-line arguments with the bases of every `--config FILE` inserted before it.
 
-    Later files override earlier ones field by field, so a recipe holds only what is its own.
+    The bases are the recipes in the field `base` of FILE. Later files override earlier ones field by field.
 
     Raises:
-        InputError: `--config` without a file, a base that does not exist, or recipes that are each other's base.
+        InputError: `--config` has no file, a base does not exist, or a recipe is a base of itself.
     """
     expanded: list[str] = []
     given = iter(arguments)
@@ -67,7 +66,7 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
             continue
         file = value if equals else next(given, "")
         if not file:
-            raise InputError("--config names no file: give one, such as --config gpdit:stage2_mixed.")
+            raise InputError("--config has no file: give one, such as --config gpdit:stage2_mixed.")
         path = recipe_path(file)
         expanded += [f"--config={part}" for part in _chain_of_bases(path, ())]
     return expanded
@@ -87,7 +86,7 @@ def _chain_of_bases(path: Path, above: tuple[Path, ...]) -> list[Path]:
 
 
 def read_yaml(path: Path, needed_by: Path | None = None) -> dict[str, Any]:
-    """The fields of a YAML file.
+    """Return the fields of a YAML file.
 
     Raises:
         InputError: the file does not exist, is not YAML, or has no fields.
@@ -101,5 +100,5 @@ def read_yaml(path: Path, needed_by: Path | None = None) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML ({' '.join(str(error).split())}): correct it.") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no fields: a recipe has lines like `run_dir: runs/mine`.")
+        raise InputError(f"{path} has no fields: a recipe has lines like `run_dir: runs/mine`.")
     return content

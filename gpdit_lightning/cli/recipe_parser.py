@@ -1,4 +1,4 @@
-"""The parser of training recipes: Lightning's, with errors of one sentence."""
+"""The parser of training recipes: Lightning's, with errors in one sentence."""
 
 import dataclasses
 from typing import NoReturn
@@ -6,25 +6,25 @@ from typing import NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from gpdit_lightning.cli import VERBS, record_of
-from gpdit_lightning.cli.messages import explained
-from gpdit_lightning.cli.parsing import own_names
+from gpdit_lightning.cli.messages import one_sentence
+from gpdit_lightning.cli.parsing import option_names
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.training.optimizer import OptimizerConfig
 
-# The fields of a model's parts are options of a nested parser, which this one does not list.
+# The fields of these records are options of a nested parser, so they are not among `_actions`.
 NESTED_OPTIONS = {"backbone": GPDiTConfig, "schedule": NoiseSchedule, "optimizer": OptimizerConfig}
 
 
 class RecipeParser(LightningArgumentParser):
-    """A parser whose errors are InputErrors of one sentence, with the nearest option that exists."""
+    """A parser whose errors are InputErrors in one sentence; they propose the nearest option for an unknown one."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise InputError instead of printing the usage."""
         known = [action.dest for action in self._actions]
         verb = self.prog.split()[-1]
-        record = record_of(verb) if verb in VERBS else None  # `estimate` has options beside those of a recipe
-        known += own_names(record) if record else []
+        record = record_of(verb) if verb in VERBS else None  # `estimate` has options besides those of a recipe
+        known += option_names(record) if record else []
         known += [f"{name}.{f.name}" for name, options in NESTED_OPTIONS.items() for f in dataclasses.fields(options)]
-        raise InputError(explained(message, known))
+        raise InputError(one_sentence(message, known))

@@ -1,4 +1,4 @@
-"""`recipes`: the recipes that ship with the package."""
+"""`recipes`: list or copy the recipes that ship with the package."""
 
 import shutil
 

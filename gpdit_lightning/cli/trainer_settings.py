@@ -1,4 +1,4 @@
-"""The settings of Lightning's trainer in a recipe: which are offered, and what a run makes of them."""
+"""The settings of Lightning's trainer in a recipe: which of them are options, and their conversion for the trainer."""
 
 import argparse
 import inspect
@@ -16,7 +16,7 @@ from gpdit_lightning.cli.recipe_parser import RecipeParser
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import import_object
 from gpdit_lightning.training.loggers import place_in_run_folder, run_folder_logger
-from gpdit_lightning.training.strategies import LIGHTNING_NAMES
+from gpdit_lightning.training.strategies import ZERO_NAMES
 
 # Defaults that differ from Lightning's.
 DEFAULTS: dict[str, Any] = {
@@ -26,17 +26,19 @@ DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,  # its FLOPs do not include this model's attention
 }
 
-# Settings that a run fixes, since others would contradict the batch plan or the run folder; with what to use instead.
+# Settings that a run fixes, since other values would contradict the batch plan or the run folder: value and advice.
 FIXED: dict[str, tuple[Any, str]] = {
     "check_val_every_n_epoch": (None, "set validate_every_steps, in optimizer steps"),  # an epoch is the whole run
     "enable_checkpointing": (True, "set checkpoint.every_steps"),
     "use_distributed_sampler": (False, "leave it out, since the batch plan divides each batch among the ranks"),
 }
+# Settings that a recipe cannot set, and advice.
 REPLACED: dict[str, str] = {name: instead for name, (_, instead) in FIXED.items()} | {
     "accumulate_grad_batches": "set micro_batches of data.images, data.videos or data.sequences",
     "barebones": "leave it out",
     "default_root_dir": "set run_dir",
     "fast_dev_run": "set trainer.max_steps, and a run_dir for the trial",
+    "limit_predict_batches": "leave it out, since no verb predicts",
     "limit_train_batches": "set trainer.max_steps, since a step has all batches of its plan",
     "max_epochs": "set trainer.max_steps",
     "min_epochs": "set trainer.max_steps",
@@ -44,18 +46,22 @@ REPLACED: dict[str, str] = {name: instead for name, (_, instead) in FIXED.items(
     "reload_dataloaders_every_n_epochs": "leave it out, since an epoch is the whole run",
     "val_check_interval": "set validate_every_steps, in optimizer steps",
 }
-# The config.yaml of an earlier run lists them with their defaults, which were these, or Lightning's.
+# Values of REPLACED settings in the config.yaml of earlier runs; the other settings have Lightning's defaults there.
 EARLIER_DEFAULTS = {"check_val_every_n_epoch": None, "use_distributed_sampler": False}
 LIGHTNING_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Trainer).parameters.items()}
 
 HELP = {
+    "trainer.strategy": "auto (DDP if there are several devices), ddp, zero2, zero3, zero2_offload, zero3_offload, "
+    "fsdp2, or another strategy of Lightning.",
     "trainer.logger": "A logger, or a list of loggers. By default TensorBoard in the run folder; false: none. A logger "
-    "that has a save_dir writes to the run folder unless it is given.",
-    "trainer.callbacks": "Callbacks that run after those of the library, in their order.",
+    "writes to the run folder unless its save_dir is given.",
+    "trainer.callbacks": "Callbacks that run after those of the library, in this order.",
+    "trainer.max_steps": "Optimizer steps of the run.",
+    "trainer.max_time": "Stop after this time, as DD:HH:MM:SS; the same command resumes.",
 }
 NO_RECIPE = (
     "no recipe is given: type python -m gpdit_lightning {} --config gpdit:stage2_mixed, or the path of a recipe "
-    "(`python -m gpdit_lightning recipes` lists those that ship)."
+    "(`python -m gpdit_lightning recipes` lists the shipped ones)."
 )
 
 
@@ -63,7 +69,7 @@ class TrainingParser(RecipeParser):
     """The parser of `fit`, `validate` and `test`."""
 
     def add_trainer_options(self) -> None:
-        """Offer the settings of Lightning's trainer that a recipe may use."""
+        """Add the settings of Lightning's trainer that a recipe may use as options."""
         self.add_class_arguments(
             Trainer, "trainer", instantiate=False, fail_untyped=False, sub_configs=True, skip=set(REPLACED)
         )
@@ -75,9 +81,9 @@ class TrainingParser(RecipeParser):
             action.help = HELP.get(action.dest, action.help)
 
     def validate(self, cfg: Namespace, *arguments: Any, **options: Any) -> None:
-        """Also check settings that are not offered, and fill in where loggers write."""
+        """Validate, refuse settings that a recipe cannot set, and set the folders of loggers."""
         trainer = cfg.get("trainer")
-        if isinstance(trainer, Namespace):  # the parser of a part of the recipe has none
+        if isinstance(trainer, Namespace):  # the parser of a part of a recipe has none
             remove_replaced(trainer)
             for spec in logger_specs(trainer.get("logger")):
                 if cfg.get("run_dir") is not None and spec.get("init_args") is not None:
@@ -86,7 +92,7 @@ class TrainingParser(RecipeParser):
         super().validate(cfg, *arguments, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise InputError instead of printing the usage; one that says so where there is no recipe."""
+        """Raise InputError instead of printing the usage; with advice if there is no recipe, or none with a stage."""
         if re.search(r"arguments are required: .*\bmodel\b", message):
             verb = self.prog.split()[-1]
             if not any(re.match(r"(--config|-c)\b", argument) for argument in self.args):
@@ -96,7 +102,7 @@ class TrainingParser(RecipeParser):
 
 
 def remove_replaced(trainer: Namespace) -> None:
-    """Remove settings that a run fixes.
+    """Remove the settings that a recipe cannot set.
 
     Raises:
         InputError: one has a value other than its default.
@@ -111,18 +117,18 @@ def remove_replaced(trainer: Namespace) -> None:
 
 
 def logger_specs(setting: Any) -> Iterator[Namespace]:
-    """The loggers that `trainer.logger` names, by `class_path` and `init_args`."""
+    """Yield the specifications (`class_path`, `init_args`) of the loggers in `trainer.logger`."""
     for spec in setting if isinstance(setting, list) else [setting]:
         if isinstance(spec, Namespace) and "class_path" in spec:
             yield spec
 
 
 def loggers_of(setting: Any, run_dir: Path) -> list[Logger]:
-    """The loggers of a run.
+    """Return the loggers of a run.
 
     Args:
-        setting: `trainer.logger` of the recipe, with its loggers constructed: one, several, false for none, or None
-            (and true) for TensorBoard in the run folder.
+        setting: `trainer.logger` of the recipe: a logger, or several; false: none; None or true: TensorBoard in the
+            run folder.
         run_dir: the run folder.
     """
     if setting is None or setting is True:
@@ -133,25 +139,23 @@ def loggers_of(setting: Any, run_dir: Path) -> list[Logger]:
 
 
 def callbacks_of(setting: Callback | Iterable[Callback] | None) -> list[Callback]:
-    """The callbacks that a recipe names, in their order."""
+    """Return the callbacks of a recipe in their order."""
     if setting is None:
         return []
     return [setting] if isinstance(setting, Callback) else list(setting)
 
 
 def strategy_of(setting: Any) -> Any:
-    """The strategy of a run: ours for DeepSpeed, others as they are.
+    """Return the strategy of a run: Lightning's names for DeepSpeed select :class:`ZeRO`, others are unchanged.
 
     Raises:
-        InputError: one of Lightning's names for DeepSpeed that has no counterpart.
+        InputError: the name of a DeepSpeed strategy that :class:`ZeRO` does not replace.
     """
     if not isinstance(setting, str) or not setting.startswith("deepspeed"):
         return setting
-    if setting not in LIGHTNING_NAMES:
-        raise InputError(
-            f"trainer.strategy is {setting}: use one of {', '.join(dict.fromkeys(LIGHTNING_NAMES.values()))}."
-        )
-    return LIGHTNING_NAMES[setting]
+    if setting not in ZERO_NAMES:
+        raise InputError(f"trainer.strategy is {setting}: use one of {', '.join(dict.fromkeys(ZERO_NAMES.values()))}.")
+    return ZERO_NAMES[setting]
 
 
 def check_interval(name: str, value: int | None, least: int) -> None:

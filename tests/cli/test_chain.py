@@ -177,14 +177,16 @@ def test_a_stage_that_began_from_other_weights_is_refused_before_anything_is_tra
     assert main(["fit", f"--config={tmp_path / 'ImageWarmupStage.yaml'}", f"--runs={runs}", "--data.seed=9"]) == 0
     assert main(command) == 2
     message = capsys.readouterr().err
-    assert f"{mixed} began from the weights of {first} (step {STEPS}), which are not the current ones" in message
+    assert f"{mixed} began from the weights of {first} (step {STEPS}), not from the current weights" in message
 
     shutil.rmtree(long)
     stage = ["fit", f"--config={tmp_path / 'LongVideoStage.yaml'}", f"--runs={runs}", "--trainer.max_steps=1"]
     assert main(stage) == 0
     shutil.rmtree(mixed)
     assert main(command) == 2
-    assert f"{long} began at random, which are not the current ones of {mixed} (step 0)" in capsys.readouterr().err
+    assert (
+        f"{long} began from random weights, not from the current weights of {mixed} (step 0)" in capsys.readouterr().err
+    )
 
 
 def test_a_stage_that_runs_out_of_time_ends_the_chain(
@@ -195,7 +197,7 @@ def test_a_stage_that_runs_out_of_time_ends_the_chain(
     assert re.search(rf"stage 1 of 4, .*: ended at step \d of {STEPS}; the same command", capsys.readouterr().out)
     assert not (tmp_path / "runs" / "MixedStage").exists()
     assert main([*command, "--trainer.max_steps=-1"]) == 2
-    assert "ImageWarmupStage.yaml: trainer.max_steps is -1: a chain needs a last step." in capsys.readouterr().err
+    assert "ImageWarmupStage.yaml: trainer.max_steps is -1: set a number of steps." in capsys.readouterr().err
     assert main(command) == 0
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from gpdit_lightning.cli import VERBS, main, record_of
-from gpdit_lightning.cli.parsing import is_required, own_names, parse
+from gpdit_lightning.cli.parsing import is_required, option_names, parse
 from gpdit_lightning.options.shared import RecipeOptions
 
 WITH_RECORD = [verb for verb in VERBS if record_of(verb)]
@@ -50,7 +50,7 @@ def test_help_imports_nothing_that_takes_long() -> None:
 def test_help_explains_every_option(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, verb, "--help")
     record = record_of(verb)
-    for name in own_names(record):
+    for name in option_names(record):
         (entry,) = re.findall(rf"\n  --{name}\b(.*?)(?=\n  --|\n\n|\Z)", text, flags=re.DOTALL)
         assert len(entry.split()) > 4, entry
     for noise in ("type:", "null", "NoneType", "Sequence[", "%(default)s", "==SUPPRESS=="):

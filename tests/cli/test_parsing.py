@@ -99,7 +99,7 @@ def test_what_is_printed_is_a_config_of_the_same_options(tmp_path: Path, capsys:
         (["here", "--seeds", "x"], ["seeds", "x"]),
         (["here", "--mark=perhaps"], ["mark is perhaps", "true or false"]),
         ([], ["--place is missing"]),
-        (["--config"], ["--config names no file"]),
+        (["--config"], ["--config has no file"]),
         (["here", "--network.pool", "x", "--network.path", "f"], ["pool is x", "a whole number"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml cannot be read"]),
         (["--config", "gpdit:stage2_mixd"], ["did you mean gpdit:stage2_mixed"]),

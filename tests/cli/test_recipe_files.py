@@ -45,8 +45,8 @@ def test_recipes_that_are_each_others_base(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a: [1", r"broken\.yaml is not valid YAML \("),
-        ("- 1", r"broken\.yaml holds no fields"),
-        ("", "holds no fields"),
+        ("- 1", r"broken\.yaml has no fields"),
+        ("", "has no fields"),
     ],
 )
 def test_files_that_are_no_recipes(tmp_path: Path, text: str, message: str) -> None:

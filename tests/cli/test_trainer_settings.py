@@ -33,6 +33,7 @@ OTHER_VALUES = {
     "default_root_dir": "elsewhere",
     "enable_checkpointing": "false",
     "fast_dev_run": "true",
+    "limit_predict_batches": 2,
     "limit_train_batches": 2,
     "max_epochs": 3,
     "min_epochs": 3,

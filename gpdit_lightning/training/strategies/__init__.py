@@ -5,9 +5,9 @@ from lightning.pytorch.strategies import StrategyRegistry
 from gpdit_lightning.training.strategies.fsdp import FSDP2
 from gpdit_lightning.training.strategies.zero import ZeRO
 
-# Lightning's names for DeepSpeed select its own strategy, which divides accumulated gradients twice: the command line
-# replaces them by ours.
-LIGHTNING_NAMES = {
+# Lightning's names for DeepSpeed select its DeepSpeedStrategy, which divides accumulated gradients twice. The command
+# line replaces them by these names of ZeRO.
+ZERO_NAMES = {
     "deepspeed": "zero2",
     "deepspeed_stage_2": "zero2",
     "deepspeed_stage_2_offload": "zero2_offload",
@@ -17,10 +17,10 @@ LIGHTNING_NAMES = {
 
 
 def register_strategies() -> None:
-    """Make `zero2`, `zero3`, `zero2_offload`, `zero3_offload` and `fsdp2` values of `trainer.strategy`.
+    """Register `zero2`, `zero3`, `zero2_offload`, `zero3_offload` and `fsdp2` as values of a trainer's `strategy`.
 
-    The command line calls this before it builds a trainer. Code that builds its own `lightning.Trainer` calls it, or
-    passes an instance of `ZeRO` or `FSDP2`.
+    The command line calls this. Code that constructs a `lightning.Trainer` must call it before, or pass an instance of
+    `ZeRO` or `FSDP2`.
     """
     for stage in (2, 3):
         name, description = f"zero{stage}", f"DeepSpeed ZeRO-{stage}"
