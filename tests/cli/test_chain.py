@@ -1,4 +1,4 @@
-"""Stage after stage, each from the averaged weights of the one before, interrupted anywhere."""
+"""Chains: each stage starts from the averaged weights of its predecessor, after any interruption."""
 
 import os
 import re
@@ -81,10 +81,10 @@ def assert_same_ends(one: Path, other: Path) -> None:
                 assert torch.equal(value, counterpart[name]), name
 
 
-def test_each_stage_begins_with_the_average_of_the_one_before(
+def test_each_stage_starts_from_the_average_of_its_predecessor(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A learning rate of nothing leaves every later stage where its predecessor's average stood."""
+    """With a learning rate of almost zero the weights of a stage remain the average of its predecessor."""
     frozen = tmp_path / "frozen.yaml"
     frozen.write_text("model: {init_args: {optimizer: {learning_rate: 1.0e-12}}}")
     runs = tmp_path / "runs"
@@ -114,8 +114,8 @@ def test_each_stage_begins_with_the_average_of_the_one_before(
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_as_if_it_had_not_been(chain: Path, tmp_path: Path) -> None:
-    assert main(["chain", "--config", str(chain), f"--runs={tmp_path / 'whole'}"]) == 0
+def test_a_chain_that_is_killed_twice_ends_bit_equal(chain: Path, tmp_path: Path) -> None:
+    assert main(["chain", "--config", str(chain), f"--runs={tmp_path / 'uninterrupted'}"]) == 0
     command = [
         sys.executable,
         "-m",
@@ -135,12 +135,12 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(chain: Path, tmp_p
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert main(["chain", "--config", str(chain), f"--runs={tmp_path / 'killed'}"]) == 0
-    assert_same_ends(tmp_path / "killed", tmp_path / "whole")
+    assert_same_ends(tmp_path / "killed", tmp_path / "uninterrupted")
 
 
 @pytest.mark.slow
-def test_stages_with_other_numbers_of_ranks(chain: Path, tmp_path: Path) -> None:
-    """Lightning's own processes are launched anew for each stage: two ranks, two ranks, one, one."""
+def test_stages_may_differ_in_their_number_of_ranks(chain: Path, tmp_path: Path) -> None:
+    """Lightning launches new processes for each stage: two ranks, two ranks, one, one."""
     for stage in ("ImageWarmupStage", "MixedStage"):
         path = tmp_path / f"{stage}.yaml"
         recipe = yaml.safe_load(path.read_text())
@@ -159,7 +159,7 @@ def test_stages_with_other_numbers_of_ranks(chain: Path, tmp_path: Path) -> None
 def test_a_stage_that_began_from_other_weights_is_refused_before_anything_is_trained(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its predecessor would go on, did go on, was trained anew, or never was one; the step alone does not tell."""
+    """Its predecessor would be trained further, was trained again, or was not its origin."""
     runs = tmp_path / "runs"
     command = ["chain", "--config", str(chain), f"--runs={runs}"]
     assert main(command) == 0
@@ -189,7 +189,7 @@ def test_a_stage_that_began_from_other_weights_is_refused_before_anything_is_tra
     )
 
 
-def test_a_stage_that_runs_out_of_time_ends_the_chain(
+def test_a_chain_ends_with_a_stage_that_reaches_its_time_limit(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["chain", "-c", str(chain), f"--runs={tmp_path / 'runs'}"]
@@ -201,7 +201,7 @@ def test_a_stage_that_runs_out_of_time_ends_the_chain(
     assert main(command) == 0
 
 
-def test_what_later_stages_lack_is_said_before_the_first_is_trained(
+def test_missing_data_and_recipes_are_reported_before_training(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["chain", "-c", str(chain), f"--runs={tmp_path / 'runs'}"]
@@ -216,8 +216,10 @@ def test_what_later_stages_lack_is_said_before_the_first_is_trained(
     assert not (tmp_path / "runs").exists()
 
 
-def test_damaged_weights_are_not_handed_on(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A byte that changed in the only checkpoint of the stage before, whose size is right."""
+def test_a_stage_does_not_start_from_damaged_weights(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A changed byte in the only checkpoint of its predecessor."""
     assert main(["fit", f"--config={tmp_path / 'ImageWarmupStage.yaml'}", f"--runs={tmp_path / 'runs'}"]) == 0
     damaged = damage_last_of(tmp_path / "runs" / "ImageWarmupStage")
     for other in damaged.parent.glob("step-*.ckpt"):
@@ -236,7 +238,7 @@ def damage_last_of(run_dir: Path) -> Path:
     return damaged
 
 
-def test_a_stage_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
+def test_a_stage_with_a_damaged_last_checkpoint_resumes_from_the_previous_one(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = tmp_path / "runs"
@@ -258,12 +260,14 @@ def test_a_stage_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
 
 
 @pytest.mark.parametrize("text", ["stages: []", "stages: one.yaml", "run_dir: x"])
-def test_a_file_that_is_no_chain(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_a_list_of_stages_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "no.yaml").write_text(text)
     assert main(["chain", "--config", str(tmp_path / "no.yaml")]) == 2
     assert "no.yaml is not a chain" in capsys.readouterr().err
 
 
-def test_a_wrong_option_is_one_of_fit(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_option_gets_the_nearest_option_of_fit(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chain", "--config", str(chain), "--trainer.max_stepz=3"]) == 2
     assert "did you mean 'trainer.max_steps'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The checked-in help of `fit` is that of its parser, and is printed without importing torch."""
+"""The checked-in help of `fit` is up to date, and is printed without importing torch."""
 
 import subprocess
 import sys
@@ -6,12 +6,12 @@ import sys
 from gpdit_lightning.cli.fit_help import HELP, rendered
 
 
-def test_the_text_is_that_of_the_parser() -> None:
+def test_the_text_is_up_to_date() -> None:
     text = HELP.read_text(encoding="utf-8")
     assert text == rendered(), "an option changed: python -m gpdit_lightning.cli.fit_help"
 
 
-def test_help_needs_no_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     code = (
         "import sys; from gpdit_lightning.cli import main; status = main(['validate', '--help']); "
         "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules); sys.exit(status)"

@@ -1,4 +1,4 @@
-"""`trainer.logger` and `trainer.callbacks` of a recipe: what it names is what runs, and what config.yaml records."""
+"""`trainer.logger` and `trainer.callbacks` of a recipe are used by the run and recorded in its config.yaml."""
 
 import csv
 import importlib.util
@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from gpdit_lightning.cli import main
-from tests.cli.test_resume import curves, fit, left_at, recipe
+from tests.cli.test_resume import fit, logged_scalars, make_interrupted_run, recipe
 from tests.training.callbacks.test_previews import make_shards
 
-# A module of a user's own.
+# A module with a custom logger and a custom callback.
 PARTS = '''
 import json
 from pathlib import Path
@@ -80,23 +80,25 @@ def saved_trainer(run_dir: Path) -> dict[str, Any]:
 
 
 def test_a_csv_logger_replaces_tensorboard_and_is_continued_after_a_kill(tiny_shards: Path, tmp_path: Path) -> None:
-    """Rows that were logged after the last checkpoint are logged again, and are in the file once."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert fit(tmp_path / "recipe.yaml", with_trainer(tiny_shards, whole, logger={"class_path": "CSVLogger"})) == 0
-    assert not (whole / "tensorboard").exists()
-    rows = csv_rows(whole / "csv" / "metrics.csv")
+    """Rows that were logged after the last checkpoint are logged again, and the file contains them once."""
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    assert (
+        fit(tmp_path / "recipe.yaml", with_trainer(tiny_shards, uninterrupted, logger={"class_path": "CSVLogger"})) == 0
+    )
+    assert not (uninterrupted / "tensorboard").exists()
+    rows = csv_rows(uninterrupted / "csv" / "metrics.csv")
     assert [row["step"] for row in rows] == ["1", "2", "2", "3", "4", "4", "5", "6", "6"]  # validated at even steps
 
-    left_at(killed, whole, 3)
+    make_interrupted_run(killed, uninterrupted, 3)
     (killed / "csv").mkdir()
-    shutil.copy(whole / "csv" / "metrics.csv", killed / "csv")
+    shutil.copy(uninterrupted / "csv" / "metrics.csv", killed / "csv")
     assert fit(tmp_path / "recipe.yaml", with_trainer(tiny_shards, killed, logger={"class_path": "CSVLogger"})) == 0
     assert csv_rows(killed / "csv" / "metrics.csv") == rows
 
 
 @pytest.mark.usefixtures("parts")
-def test_a_list_of_loggers_and_its_record(tmp_path: Path) -> None:
-    """TensorBoard beside a custom logger, both with the previews, in the folder of the run."""
+def test_several_loggers_get_scalars_and_previews_and_are_recorded(tmp_path: Path) -> None:
+    """TensorBoard and a custom logger, both in the run folder; config.yaml can be used with another run folder."""
     loggers = [{"class_path": "TensorBoardLogger"}, {"class_path": "logger_parts.Lines"}]
     settings = with_trainer(Path(make_shards(tmp_path / "shards")), tmp_path / "run", logger=loggers, max_steps=2)
     settings["model"]["init_args"]["backbone"] |= {"latent_channels": 16}
@@ -107,7 +109,7 @@ def test_a_list_of_loggers_and_its_record(tmp_path: Path) -> None:
     assert images == [[2, "sample/strip", "step-000002.png"]]
     assert [2, ["sample/video", str(tmp_path / "run" / "previews" / "step-000002.gif")]] in lines
     assert [step for step, content in lines if "train/loss" in content] == [1, 2]
-    assert {"train/loss", "sample/rollout_error"} <= curves(tmp_path / "run").keys()
+    assert {"train/loss", "sample/rollout_error"} <= logged_scalars(tmp_path / "run").keys()
 
     saved = saved_trainer(tmp_path / "run")["logger"]
     assert [logger["init_args"]["save_dir"] for logger in saved] == ["${run_dir}", "${run_dir}"]
@@ -137,7 +139,7 @@ def test_a_logger_whose_package_is_missing(
 
 @pytest.mark.usefixtures("parts")
 def test_callbacks_run_in_the_order_of_the_recipe(tiny_shards: Path, tmp_path: Path) -> None:
-    """After those of the library, but before checkpoints; a progress bar of the recipe replaces ours."""
+    """After those of the library and before checkpoints; a progress bar of the recipe replaces the default one."""
     callbacks = [{"class_path": "logger_parts.Order", "init_args": {"name": name}} for name in ("first", "second")]
     callbacks.insert(1, {"class_path": "TQDMProgressBar"})
     settings = with_trainer(tiny_shards, tmp_path / "run", callbacks=callbacks, max_steps=1, enable_progress_bar=None)

@@ -13,7 +13,7 @@ def write(folder: Path, **files: str) -> None:
         (folder / f"{name}.yaml").write_text(text)
 
 
-def test_bases_come_before_what_builds_on_them(tmp_path: Path) -> None:
+def test_bases_come_before_the_recipes_that_name_them(tmp_path: Path) -> None:
     (tmp_path / "size").mkdir()
     write(tmp_path, ground="x: 1", stage="base: [ground.yaml, size/big.yaml]", own="base: stage.yaml", overlay="x: 2")
     write(tmp_path / "size", big="base: ../ground.yaml")
@@ -35,7 +35,7 @@ def test_bases_come_before_what_builds_on_them(tmp_path: Path) -> None:
     ]
 
 
-def test_recipes_that_are_each_others_base(tmp_path: Path) -> None:
+def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
     write(tmp_path, one="base: two.yaml", two="base: one.yaml")
     with pytest.raises(InputError, match=r"one\.yaml is its own base: remove it from the `base` of .*two\.yaml"):
         with_bases(["--config", str(tmp_path / "one.yaml")])
@@ -49,7 +49,7 @@ def test_recipes_that_are_each_others_base(tmp_path: Path) -> None:
         ("", "has no fields"),
     ],
 )
-def test_files_that_are_no_recipes(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
     write(tmp_path, broken=text)
     with pytest.raises(InputError, match=message):
         read_yaml(tmp_path / "broken.yaml")

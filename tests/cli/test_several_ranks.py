@@ -1,4 +1,4 @@
-"""Two processes on gloo: exact among themselves, and in the same order as one process."""
+"""Two ranks on gloo: bit-equal after a resume, and with the data order of one rank."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from lightning import Callback
 
 
 class Recorder(Callback):
-    """Writes what each rank trains on, and the threads that it has when it ends."""
+    """Writes the samples of each rank, and its threads at exit."""
 
     def __init__(self, path):
         self.path = path
@@ -53,7 +53,7 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(
     folder: Path, shards: Path, recorder: Path, ranks: int, log: str, steps: int = STEPS, strategy: str = "ddp"
 ) -> "subprocess.Popen[str]":
-    """The command in `folder`, writing what its ranks see to `folder/log-RANK`."""
+    """Start `fit` in `folder`; its ranks write their samples to `folder/log-RANK`."""
     recipe: dict[str, Any] = {
         "run_dir": str(folder / "run"),
         "model": {
@@ -104,8 +104,8 @@ def finish(process: "subprocess.Popen[str]") -> None:
     assert process.returncode == 0, errors
 
 
-def seen(folder: Path, log: str) -> dict[tuple[int, int], tuple[int, list[Any]]]:
-    """(step, micro-batch) -> clips with context, and the samples with their noise and levels, over all ranks."""
+def recorded_samples(folder: Path, log: str) -> dict[tuple[int, int], tuple[int, list[Any]]]:
+    """Return, for each (step, micro-batch), the clips with context and the samples with their noise, over all ranks."""
     found: dict[tuple[int, int], tuple[int, list[Any]]] = {}
     for path in folder.glob(f"{log}-*"):
         for line in path.read_text().splitlines():
@@ -115,7 +115,7 @@ def seen(folder: Path, log: str) -> dict[tuple[int, int], tuple[int, list[Any]]]
     return found
 
 
-def curves(run_dir: Path) -> dict[str, dict[int, float]]:
+def logged_scalars(run_dir: Path) -> dict[str, dict[int, float]]:
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("perf/")]
@@ -125,32 +125,32 @@ def curves(run_dir: Path) -> dict[str, dict[int, float]]:
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     checkpoint = read_checkpoint(run_dir)
     assert checkpoint["global_step"] == STEPS
-    moments = {
+    optimizer_state = {
         f"{place}.{name}": value
         for place, state in checkpoint["optimizer_states"][0]["state"].items()
         for name, value in state.items()
     }
     average = {f"ema.{name}": value for name, value in checkpoint["ema"]["weights"].items()}
-    return {name: value.clone() for name, value in (checkpoint["state_dict"] | average | moments).items()}
+    return {name: value.clone() for name, value in (checkpoint["state_dict"] | average | optimizer_state).items()}
 
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_shards: Path, recorder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("one") / "whole"
-    finish(train(folder, tiny_shards, recorder, 1, "whole"))
+    folder = tmp_path_factory.mktemp("one") / "uninterrupted"
+    finish(train(folder, tiny_shards, recorder, 1, "uninterrupted"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_shards: Path, recorder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two") / "whole"
-    finish(train(folder, tiny_shards, recorder, 2, "whole"))
+    folder = tmp_path_factory.mktemp("two") / "uninterrupted"
+    finish(train(folder, tiny_shards, recorder, 2, "uninterrupted"))
     return folder
 
 
-def gone_back(folder: Path, whole: Path, step: int) -> None:
-    """A copy of a run folder as it was after a step."""
-    shutil.copytree(whole / "run", folder / "run", symlinks=True)
+def copy_run_at_step(folder: Path, uninterrupted: Path, step: int) -> None:
+    """Copy a run folder without the checkpoints after a step."""
+    shutil.copytree(uninterrupted / "run", folder / "run", symlinks=True)
     for path in (folder / "run" / "checkpoints").glob("step-*"):
         if int(path.name.split("-")[1].split(".")[0]) > step:
             remove(path)
@@ -160,55 +160,55 @@ def gone_back(folder: Path, whole: Path, step: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
-def test_ranks_end_after_the_threads_of_their_process_group(two_ranks: Path) -> None:
-    """One that still lets go of a tensor while Python shuts down aborts the process."""
+def test_ranks_exit_without_threads_of_their_process_group(two_ranks: Path) -> None:
+    """A thread that releases a tensor while Python shuts down aborts the process."""
     for rank in (0, 1):
-        names = (two_ranks / f"whole.threads-{rank}").read_text()
+        names = (two_ranks / f"uninterrupted.threads-{rank}").read_text()
         assert "python" in names, names
         assert "gloo" not in names, names
 
 
-def test_two_ranks_train_as_one_does(one_rank: Path, two_ranks: Path) -> None:
-    """The same samples in the same steps with the same noise; sums in another order leave rounding alone."""
-    assert seen(one_rank, "whole") == seen(two_ranks, "whole")
-    assert len(seen(one_rank, "whole")) == STEPS * 3
+def test_two_ranks_train_like_one(one_rank: Path, two_ranks: Path) -> None:
+    """The same samples, steps and noise; results differ by rounding."""
+    assert recorded_samples(one_rank, "uninterrupted") == recorded_samples(two_ranks, "uninterrupted")
+    assert len(recorded_samples(one_rank, "uninterrupted")) == STEPS * 3
     expected = weights(one_rank / "run")
     for name, value in weights(two_ranks / "run").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
-    assert curves(one_rank / "run").keys() == curves(two_ranks / "run").keys()
-    for tag, values in curves(one_rank / "run").items():
-        assert curves(two_ranks / "run")[tag] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
+    assert logged_scalars(one_rank / "run").keys() == logged_scalars(two_ranks / "run").keys()
+    for tag, values in logged_scalars(one_rank / "run").items():
+        assert logged_scalars(two_ranks / "run")[tag] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_another_number_of_ranks_goes_on_in_the_same_order(
+def test_a_run_resumes_with_another_number_of_ranks_in_the_same_order(
     before: int, after: int, one_rank: Path, two_ranks: Path, tiny_shards: Path, recorder: Path, tmp_path: Path
 ) -> None:
-    whole = {1: one_rank, 2: two_ranks}[before]
-    gone_back(tmp_path, whole, 2)
+    uninterrupted = {1: one_rank, 2: two_ranks}[before]
+    copy_run_at_step(tmp_path, uninterrupted, 2)
     finish(train(tmp_path, tiny_shards, recorder, after, "rest"))
-    rest = {at: samples for at, samples in seen(whole, "whole").items() if at[0] >= 2}
-    assert seen(tmp_path, "rest") == rest
-    expected = weights(whole / "run")
+    rest = {at: samples for at, samples in recorded_samples(uninterrupted, "uninterrupted").items() if at[0] >= 2}
+    assert recorded_samples(tmp_path, "rest") == rest
+    expected = weights(uninterrupted / "run")
     for name, value in weights(tmp_path / "run").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_two_ranks_killed_without_warning_end_bit_for_bit_as_if_they_had_not_been(
+def test_two_ranks_that_are_killed_resume_and_end_bit_equal(
     two_ranks: Path, tiny_shards: Path, recorder: Path, tmp_path: Path
 ) -> None:
-    """Rank zero is killed with -9; rank one ends by itself; the same command goes on."""
+    """Rank 0 is killed, and rank 1 ends by itself."""
     process = train(tmp_path, tiny_shards, recorder, 2, "killed")
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoints" / "step-2.ckpt").exists() and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)  # its pipe stays open as long as any of its processes lives
+    process.communicate(timeout=60)  # ends when all of its processes have closed the pipe
     finish(train(tmp_path, tiny_shards, recorder, 2, "rest"))
     expected = weights(two_ranks / "run")
     found = weights(tmp_path / "run")
     assert found.keys() == expected.keys()
     for name, value in found.items():
         assert torch.equal(value, expected[name]), name
-    assert curves(tmp_path / "run") == curves(two_ranks / "run")
+    assert logged_scalars(tmp_path / "run") == logged_scalars(two_ranks / "run")

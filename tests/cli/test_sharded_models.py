@@ -1,4 +1,4 @@
-"""What two processes train under ZeRO and FSDP2 is validated, continued, shared and trained further like any other."""
+"""Checkpoints of ZeRO and FSDP2 on two processes are validated, sampled, exported and trained further as usual."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from gpdit_lightning.cli import main
 from gpdit_lightning.media.video import write_video
 from tests.cli.test_chain import damage_last_of
 from tests.cli.test_export import assert_same, export, tensors_of
-from tests.cli.test_resume import STEPS, curves, recipe
-from tests.cli.test_sharded_runs import command, needs_deepspeed
+from tests.cli.test_resume import STEPS, logged_scalars, recipe
+from tests.cli.test_sharded_runs import needs_deepspeed, run_verb
 from tests.training.callbacks.test_previews import make_shards, moving
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ LAST, BEFORE = STEPS, STEPS - 2  # the steps of the two checkpoints
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a codec that makes pictures of them."""
+    """Shards with a codec that can decode them."""
     return Path(make_shards(tmp_path_factory.mktemp("shards")))
 
 
@@ -49,7 +49,7 @@ def trained(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pyte
     settings["trainer"] |= {"devices": 2, "strategy": strategy, "precision": precision}
     settings["checkpoint"] = {"every_steps": 2, "keep_last": 2}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    command("fit", f"--config={folder / 'recipe.yaml'}")
+    run_verb("fit", f"--config={folder / 'recipe.yaml'}")
     return folder
 
 
@@ -67,12 +67,12 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(printed: str) -> list[float]:
-    """What `validate` printed as val/loss."""
+    """Return the values of val/loss that `validate` printed."""
     return [float(line.split()[1]) for line in printed.splitlines() if line.startswith("val/loss ")]
 
 
 def begin_from(weights: Path, trained: Path, run_dir: Path) -> int:
-    """A step of a next stage, on one process; too small to be one."""
+    """Train a step of a following stage on one process, with a learning rate of almost zero."""
     rate = "--model.init_args.optimizer={learning_rate: 1.0e-12}"
     begin = (f"--model.init_args.initial_weights={weights}", f"--run_dir={run_dir}", "--trainer.max_steps=1")
     return main(["fit", f"--config={trained / 'recipe.yaml'}", *ALONE, rate, *begin])
@@ -96,28 +96,28 @@ def test_the_exported_weights_are_those_of_the_checkpoint(kind: str, trained: Pa
     assert_same(dict(GPDiT.from_pretrained(tmp_path / "model").state_dict()), expected)
 
 
-def test_a_video_is_continued_alike_from_the_run_its_checkpoint_and_its_export(
+def test_a_run_its_checkpoint_and_its_export_generate_the_same_video(
     trained: Path, video: Path, tmp_path: Path
 ) -> None:
     run, model = trained / "run", tmp_path / "model"
     assert export(run, model) == 0
-    pictures = set()
+    images = set()
     for checkpoint in (run, checkpoint_path(run, LAST), model):
         assert sample(checkpoint, video, tmp_path / "out.mp4") == 0
-        pictures.add((tmp_path / "out.png").read_bytes())
-    assert len(pictures) == 1
+        images.add((tmp_path / "out.png").read_bytes())
+    assert len(images) == 1
 
 
-def test_validation_says_what_the_training_said(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On two processes and on one, once; in bf16 ranks round weights, where one process rounds what it multiplies."""
-    loss = curves(trained / "run")["val/loss"][LAST]
-    assert losses(command("validate", f"--config={trained / 'recipe.yaml'}")) == pytest.approx([loss], abs=2e-5)
+def test_validate_prints_the_loss_that_training_logged(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On two processes and on one; in bf16 sharded ranks round weights, and one process rounds factors of products."""
+    loss = logged_scalars(trained / "run")["val/loss"][LAST]
+    assert losses(run_verb("validate", f"--config={trained / 'recipe.yaml'}")) == pytest.approx([loss], abs=2e-5)
     assert main(["validate", f"--config={trained / 'recipe.yaml'}", *ALONE]) == 0
     assert losses(capsys.readouterr().out) == pytest.approx([loss], rel=2e-4)
 
 
 @pytest.mark.parametrize("place", ["run", f"run/checkpoints/step-{LAST}.ckpt"])
-def test_a_next_stage_begins_with_the_average(place: str, trained: Path, tmp_path: Path) -> None:
+def test_the_next_stage_starts_from_the_average(place: str, trained: Path, tmp_path: Path) -> None:
     weights, last = trained / place, checkpoint_path(trained / "run", LAST)
     assert begin_from(weights, trained, tmp_path / "next") == 0
     begun = read_checkpoint(tmp_path / "next")
@@ -126,9 +126,11 @@ def test_a_next_stage_begins_with_the_average(place: str, trained: Path, tmp_pat
         torch.testing.assert_close(begun["state_dict"][name], average, rtol=0, atol=1e-9)
 
 
-def test_a_changed_byte(trained: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The checkpoint before the damaged one is taken; the damaged one, asked for by name, is refused."""
-    loss = curves(trained / "run")["val/loss"][BEFORE]
+def test_a_checkpoint_with_a_changed_byte_is_refused_or_replaced_by_the_previous_one(
+    trained: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run folder gives the previous checkpoint; the path of the damaged one is refused."""
+    loss = logged_scalars(trained / "run")["val/loss"][BEFORE]
     last = damage_last_of(damaged)
     assert main(["validate", f"--config={trained / 'recipe.yaml'}", *ALONE, f"--run_dir={damaged}"]) == 0
     assert losses(capsys.readouterr().out) == pytest.approx([loss], rel=2e-4)
@@ -142,7 +144,7 @@ def test_a_changed_byte(trained: Path, damaged: Path, tmp_path: Path, capsys: py
     )
 
 
-def test_a_checkpoint_that_was_cut_off(
+def test_a_truncated_checkpoint_is_refused_or_replaced_by_the_previous_one(
     damaged: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     last, model = checkpoint_path(damaged, LAST), tmp_path / "model"

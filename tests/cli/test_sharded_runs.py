@@ -1,4 +1,4 @@
-"""ZeRO and FSDP2 by one word of a recipe, on two processes, among runs that know nothing of them."""
+"""ZeRO and FSDP2 on two processes: resumed by and from other strategies, refused settings, chains."""
 
 import importlib.util
 import os
@@ -18,14 +18,23 @@ from gpdit_lightning.cli import fit, main
 from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.strategies.zero import ZeRO
 from tests.cli.test_resume import assert_same, recipe
-from tests.cli.test_several_ranks import curves, finish, gone_back, one_rank, recorder, seen, train, weights
+from tests.cli.test_several_ranks import (
+    copy_run_at_step,
+    finish,
+    logged_scalars,
+    one_rank,
+    recorded_samples,
+    recorder,
+    train,
+    weights,
+)
 
 __all__ = ["one_rank", "recorder"]  # fixtures
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 WITH_ZERO2, WITH_ZERO3 = (pytest.param(name, marks=needs_deepspeed) for name in ("zero2", "zero3"))
 CLASS_OF_ZERO = "gpdit_lightning.training.strategies.zero.ZeRO"
-HALF_OF_CUDA = {  # on a CPU Lightning makes bf16-mixed of 16-mixed
+HALF_OF_CUDA = {  # on a CPU Lightning replaces 16-mixed by bf16-mixed
     "class_path": "lightning.pytorch.plugins.MixedPrecision", "init_args": {"precision": "16-mixed", "device": "cuda"}
 }  # fmt: skip
 HEAD_ALONE = """
@@ -39,8 +48,8 @@ class HeadAlone(GPDiTStage):
 """
 
 
-def command(*arguments: str) -> str:
-    """What a verb prints that ends well."""
+def run_verb(*arguments: str) -> str:
+    """Run a verb that must succeed; return its output."""
     done = subprocess.run(
         [sys.executable, "-m", "gpdit_lightning", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
@@ -51,7 +60,7 @@ def command(*arguments: str) -> str:
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """For runs in the process of the tests: Lightning writes ranks into the environment, even for one."""
+    """Restores the environment, into which Lightning writes ranks, and the process group."""
     before = dict(os.environ)
     yield
     shut_down_process_group()
@@ -60,35 +69,37 @@ def one_process() -> Iterator[None]:
 
 
 def assert_follows(folder: Path, log: str, step: int, one_rank: Path) -> None:
-    """The samples and the noise of every step from `step` on, and the end, are those of the run on one rank."""
-    assert seen(folder, log) == {at: samples for at, samples in seen(one_rank, "whole").items() if at[0] >= step}
+    """The samples and noise of all steps from `step` on, and the result, are those of the run on one rank."""
+    assert recorded_samples(folder, log) == {
+        at: samples for at, samples in recorded_samples(one_rank, "uninterrupted").items() if at[0] >= step
+    }
     found, expected = weights(folder / "run"), weights(one_rank / "run")
     assert found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
-    for tag, values in curves(one_rank / "run").items():
-        assert curves(folder / "run")[tag] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
+    for tag, values in logged_scalars(one_rank / "run").items():
+        assert logged_scalars(folder / "run")[tag] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
 
 
 @pytest.mark.parametrize("strategy", [WITH_ZERO3, pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_two_ranks_go_on_where_one_process_stopped(
+def test_two_sharded_ranks_resume_a_run_of_one_process(
     strategy: str, one_rank: Path, tiny_shards: Path, recorder: Path, tmp_path: Path
 ) -> None:
-    gone_back(tmp_path, one_rank, 2)
+    copy_run_at_step(tmp_path, one_rank, 2)
     finish(train(tmp_path, tiny_shards, recorder, 2, "rest", strategy=strategy))
     assert_follows(tmp_path, "rest", 2, one_rank)
 
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_a_run_changes_its_strategy_and_number_of_ranks_again_and_again(
+def test_a_run_changes_its_strategy_and_number_of_ranks(
     one_rank: Path, tiny_shards: Path, recorder: Path, tmp_path: Path
 ) -> None:
     before = tmp_path
     for step, strategy, ranks in ((0, "fsdp2", 2), (1, "auto", 1), (2, "zero3", 2), (4, "ddp", 2), (5, "zero2", 2)):
         folder = tmp_path / strategy
         if step:
-            gone_back(folder, before, step)
+            copy_run_at_step(folder, before, step)
         finish(train(folder, tiny_shards, recorder, ranks, "rest", strategy=strategy))
         assert_follows(folder, "rest", step, one_rank)
         before = folder
@@ -131,7 +142,7 @@ def test_a_run_changes_its_strategy_and_number_of_ranks_again_and_again(
         ),
     ],
 )
-def test_what_they_do_not_do_is_one_sentence(
+def test_unsupported_settings_are_refused(
     settings: dict[str, Any], sentence: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = recipe(tiny_shards, tmp_path / "run")
@@ -143,7 +154,7 @@ def test_what_they_do_not_do_is_one_sentence(
 
 @needs_deepspeed
 @pytest.mark.usefixtures("one_process")
-def test_zero3_does_not_compile(tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero3_refuses_compiled_blocks(tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = recipe(tiny_shards, tmp_path / "run")
     given["model"]["init_args"]["backbone"]["compile"] = True
     given["trainer"] |= {"devices": 1, "strategy": "zero3"}
@@ -187,40 +198,40 @@ def test_frozen_parameters_are_refused(
         ("deepspeed_stage_3_offload", 3, True),
     ],
 )
-def test_the_names_of_lightning_mean_our_strategies(
+def test_lightnings_names_for_deepspeed_select_zero(
     name: str, stage: int, offload: bool, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    """Its own one divides accumulated gradients twice."""
+    """Lightning's DeepSpeedStrategy divides accumulated gradients twice."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tiny_shards, tmp_path / "run")))
     arguments = [f"--config={tmp_path / 'recipe.yaml'}", "--trainer.devices=1", f"--trainer.strategy={name}"]
     strategy = fit.build("fit", arguments).trainer.strategy
     assert isinstance(strategy, ZeRO)
     assert strategy.stage == stage
     assert isinstance(strategy.config, dict)
-    spread = strategy.config["zero_optimization"]
-    assert (spread["stage"], "offload_optimizer" in spread) == (stage, offload)
-    assert ("offload_param" in spread) == (offload and stage == 3)
+    config = strategy.config["zero_optimization"]
+    assert (config["stage"], "offload_optimizer" in config) == (stage, offload)
+    assert ("offload_param" in config) == (offload and stage == 3)
 
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_each_stage_of_a_chain_ends_as_it_would_by_itself(tiny_shards: Path, tmp_path: Path) -> None:
-    """Nothing that a strategy leaves in a process reaches the next stage."""
+def test_each_stage_of_a_chain_equals_a_run_of_its_own(tiny_shards: Path, tmp_path: Path) -> None:
+    """A strategy leaves nothing in the process that changes the next stage."""
     strategies = ("zero3", "fsdp2", "zero2", "ddp", "zero3")
     recipes = []
-    for place, strategy in enumerate(strategies):
-        given = recipe(tiny_shards, Path(f"${{runs}}/{place}"), max_ranks=2)
+    for number, strategy in enumerate(strategies):
+        given = recipe(tiny_shards, Path(f"${{runs}}/{number}"), max_ranks=2)
         given["trainer"] |= {"devices": 2, "strategy": strategy, "max_steps": 2}
-        (tmp_path / f"{place}.yaml").write_text(yaml.safe_dump(given))
-        recipes.append(f"{place}.yaml")
+        (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(given))
+        recipes.append(f"{number}.yaml")
     (tmp_path / "chain.yaml").write_text(yaml.safe_dump({"stages": recipes}))
     chain = ("chain", f"--config={tmp_path / 'chain.yaml'}", f"--runs={tmp_path / 'chain'}")
-    command(*chain)
-    for place in range(1, len(strategies)):
-        stage, before = tmp_path / "chain" / str(place), tmp_path / "chain" / str(place - 1)
+    run_verb(*chain)
+    for number in range(1, len(strategies)):
+        stage, before = tmp_path / "chain" / str(number), tmp_path / "chain" / str(number - 1)
         sha256 = sha256_of_weights(before / "checkpoints" / LAST)
         assert read_checkpoint(stage)["gpdit"]["origin"] == {"path": str(before), "step": 2, "sha256": sha256}
         begin = f"--model.init_args.initial_weights={before}"
-        command("fit", f"--config={tmp_path / f'{place}.yaml'}", f"--runs={tmp_path / 'alone'}", begin)
-        assert_same(read_checkpoint(stage), read_checkpoint(tmp_path / "alone" / str(place)))
-    assert command(*chain).count("finished at step 2") == len(strategies)
+        run_verb("fit", f"--config={tmp_path / f'{number}.yaml'}", f"--runs={tmp_path / 'alone'}", begin)
+        assert_same(read_checkpoint(stage), read_checkpoint(tmp_path / "alone" / str(number)))
+    assert run_verb(*chain).count("finished at step 2") == len(strategies)

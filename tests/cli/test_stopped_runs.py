@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or fail, as processes: what they say, how they end, and that they go on from there."""
+"""Processes that are stopped, killed or fail: their messages and exit statuses, and that the same command resumes."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ import yaml
 
 from gpdit_lightning.checkpoints.files import last_checkpoint, read_checkpoint
 from gpdit_lightning.cli import main
-from tests.cli.test_resume import assert_same, curves, fit, recipe
+from tests.cli.test_resume import assert_same, fit, logged_scalars, recipe
 
 # Callbacks for `trainer.callbacks`, in a module that the processes find on PYTHONPATH.
 CALLBACKS = '''
@@ -32,8 +32,8 @@ from lightning import Callback
 from gpdit_lightning.errors import InputError
 
 
-class At(Callback):
-    """At an optimizer step, on a rank: sleep or fail. The file `reached` says that it is there."""
+class PauseAt(Callback):
+    """Creates the file REACHED at an optimizer step on a rank, then sleeps or fails."""
 
     def __init__(self, step: int, rank: int = 0, sleep: float = 0.0, fail: bool = False) -> None:
         self.step, self.rank, self.sleep, self.fail = step, rank, sleep, fail
@@ -48,8 +48,8 @@ class At(Callback):
                 raise InputError(f"rank {self.rank} of the test fails here.")
 
 
-class BadDisk(Callback):
-    """Saving breaks half-way through the file: the disk is full, or so slow that it never ends."""
+class FailingDisk(Callback):
+    """Writes half of a checkpoint; then the disk is full, or the write never ends."""
 
     def __init__(self, step: int, full: bool = False) -> None:
         self.step, self.full, self.save = step, full, None
@@ -72,11 +72,11 @@ class BadDisk(Callback):
 
 
 class Run:
-    """`fit` in processes of its own; what they print goes to a file.
+    """`fit` in separate processes, with its output in a file.
 
     Attributes:
         run_dir: the run folder.
-        settings: the recipe, without what is done to this run.
+        settings: the recipe, without the callback that disturbs the run.
     """
 
     def __init__(self, folder: Path, shards: Path) -> None:
@@ -116,10 +116,10 @@ class Run:
         try:
             return self.process.wait(within)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"it goes on: {self.printed}")
+            pytest.fail(f"the process has not ended: {self.printed}")
 
-    def alive(self) -> list[int]:
-        """Processes of this run, by the marker in their environment."""
+    def running_processes(self) -> list[int]:
+        """Return the ids of the processes of this run, by the marker in their environment."""
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -127,14 +127,14 @@ class Run:
                     found.append(int(process.name))
         return found
 
-    def are_gone(self, within: float) -> bool:
+    def has_ended(self, within: float) -> bool:
         deadline = time.monotonic() + within
-        while self.alive() and time.monotonic() < deadline:
+        while self.running_processes() and time.monotonic() < deadline:
             time.sleep(0.05)
-        return not self.alive()
+        return not self.running_processes()
 
     def resume(self) -> int:
-        time.sleep(1)  # TensorBoard orders event files by the second they were begun in
+        time.sleep(1)  # TensorBoard orders event files by the second in their names
         return fit(self.folder / "recipe.yaml", self.settings)
 
 
@@ -145,30 +145,32 @@ TWO_RANKS = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.max_ranks=
 def run(tiny_shards: Path, tmp_path: Path) -> Iterator[Run]:
     run = Run(tmp_path, tiny_shards)
     yield run
-    for process in run.alive():
+    for process in run.running_processes():
         os.kill(process, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of an uninterrupted run."""
-    directory = tmp_path_factory.mktemp("whole")
+    directory = tmp_path_factory.mktemp("uninterrupted")
     assert fit(directory / "recipe.yaml", recipe(tiny_shards, directory / "run")) == 0
     return directory / "run"
 
 
-def assert_ended_alike(run_dir: Path, whole: Path) -> None:
-    """Weights, moments, and all curves from the first step to the last."""
-    assert_same(read_checkpoint(run_dir), read_checkpoint(whole))
-    assert curves(run_dir) == curves(whole)
+def assert_same_result(run_dir: Path, uninterrupted: Path) -> None:
+    """Weights, optimizer state, and the logged scalars of all steps."""
+    assert_same(read_checkpoint(run_dir), read_checkpoint(uninterrupted))
+    assert logged_scalars(run_dir) == logged_scalars(uninterrupted)
 
 
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
-def test_a_signal_to_all_processes(run: Run, whole: Path, number: int, status: int) -> None:
-    """As a terminal and a scheduler send it; the loader's processes get it too. Step 4 is validated after it."""
-    run.start("At", "--data.workers=2", step=3, sleep=1.5)
+def test_a_signal_to_all_processes_stops_the_run_after_the_step(
+    run: Run, uninterrupted: Path, number: int, status: int
+) -> None:
+    """As a terminal and a scheduler send it, to the loader's processes too. A validation comes after step 4."""
+    run.start("PauseAt", "--data.workers=2", step=3, sleep=1.5)
     run.wait_until(run.reached.exists)
     os.killpg(run.process.pid, number)
     assert run.status(within=60) == status
@@ -176,14 +178,14 @@ def test_a_signal_to_all_processes(run: Run, whole: Path, number: int, status: i
     assert "stopped at step 4, which is saved: the same command resumes." in run.printed
     assert "Traceback" not in run.printed
     assert last_checkpoint(run.run_dir, verify=True) == run.run_dir / "checkpoints/step-4.ckpt"
-    assert run.are_gone(within=10)
+    assert run.has_ended(within=10)
     assert run.resume() == 0
-    assert_ended_alike(run.run_dir, whole)
+    assert_same_result(run.run_dir, uninterrupted)
 
 
-def test_a_second_signal_ends_two_ranks_at_once(run: Run) -> None:
-    """While the first one waits for the other, deep in a reduction; a scheduler may know this process alone."""
-    run.start("At", *TWO_RANKS, step=1, rank=1, sleep=600)
+def test_a_second_signal_ends_both_ranks_at_once(run: Run) -> None:
+    """While the first rank, which alone receives the signals, waits for the other in a reduction."""
+    run.start("PauseAt", *TWO_RANKS, step=1, rank=1, sleep=600)
     run.wait_until(run.reached.exists)
     time.sleep(1)
     run.process.terminate()
@@ -191,24 +193,25 @@ def test_a_second_signal_ends_two_ranks_at_once(run: Run) -> None:
     run.process.terminate()
     assert run.status(within=5) == 143
     assert last_checkpoint(run.run_dir, verify=True) == run.run_dir / "checkpoints/step-1.ckpt"
-    assert run.are_gone(within=10)
+    assert run.has_ended(within=10)
 
 
-def test_a_signal_to_the_first_of_two_ranks(run: Run) -> None:
-    """Both finish the same step."""
-    run.start("At", *TWO_RANKS, step=2, sleep=1.0)
+def test_a_signal_to_the_first_rank_stops_both_after_the_same_step(run: Run) -> None:
+    run.start("PauseAt", *TWO_RANKS, step=2, sleep=1.0)
     run.wait_until(run.reached.exists)
     run.process.terminate()
     assert run.status(within=60) == 143
-    assert run.are_gone(within=30)
+    assert run.has_ended(within=30)
     assert last_checkpoint(run.run_dir, verify=True) == run.run_dir / "checkpoints/step-3.ckpt"
     assert run.printed.count("stopped at step 3") == 1
     assert "Traceback" not in run.printed
 
 
-def test_killed_in_the_middle_of_writing(run: Run, whole: Path) -> None:
-    """kill -9, then the same command; the validation of step 4, whose save it was, is repeated."""
-    run.start("BadDisk", step=3)
+def test_a_run_that_is_killed_while_it_writes_a_checkpoint_resumes_from_the_previous_one(
+    run: Run, uninterrupted: Path
+) -> None:
+    """The validation of step 4, which was being saved, is repeated."""
+    run.start("FailingDisk", step=3)
     run.wait_until(run.reached.exists)
     os.killpg(run.process.pid, signal.SIGKILL)
     run.process.wait()
@@ -217,16 +220,15 @@ def test_killed_in_the_middle_of_writing(run: Run, whole: Path) -> None:
     assert last_checkpoint(run.run_dir, verify=True) == half.with_name("step-3.ckpt")
     assert run.resume() == 0
     assert not half.exists()
-    assert_ended_alike(run.run_dir, whole)
+    assert_same_result(run.run_dir, uninterrupted)
 
 
-def test_a_full_disk(
-    run: Run, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_full_disk_is_reported_and_the_run_resumes(
+    run: Run, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Status 2 and one sentence; with room again, the same command goes on."""
     monkeypatch.syspath_prepend(run.folder)
     trainer = run.settings["trainer"] | {
-        "callbacks": [{"class_path": "events.BadDisk", "init_args": {"step": 3, "full": True}}]
+        "callbacks": [{"class_path": "events.FailingDisk", "init_args": {"step": 3, "full": True}}]
     }
     assert fit(run.folder / "recipe.yaml", run.settings | {"trainer": trainer}) == 2
     message = capsys.readouterr().err.splitlines()[-1]
@@ -234,30 +236,30 @@ def test_a_full_disk(
     assert "(No space left on device): check that there is free space" in message
     assert "step-3.ckpt is complete and the same command resumes from it" in message
     assert run.resume() == 0
-    assert_ended_alike(run.run_dir, whole)
+    assert_same_result(run.run_dir, uninterrupted)
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_one_rank_fails(run: Run, rank: int) -> None:
-    """The other one waits for it in a reduction, and still ends."""
-    run.start("At", *TWO_RANKS, step=2, rank=rank, fail=True)
+def test_all_ranks_end_when_one_fails(run: Run, rank: int) -> None:
+    """The other rank waits in a reduction."""
+    run.start("PauseAt", *TWO_RANKS, step=2, rank=rank, fail=True)
     assert run.status(within=60) != 0
     assert f"{'[rank 1] ' if rank else ''}error: rank {rank} of the test fails here." in run.printed
     assert "Traceback" not in run.printed
-    assert run.are_gone(within=10)
+    assert run.has_ended(within=10)
 
 
 @pytest.mark.slow
-def test_the_first_rank_is_killed_while_the_second_still_starts(run: Run) -> None:
-    """Before there is a connection that could break."""
-    run.start("At", *TWO_RANKS, step=0)
-    run.wait_until(lambda: len(run.alive()) == 2)
+def test_the_second_rank_ends_if_the_first_is_killed_at_the_start(run: Run) -> None:
+    """Before the ranks are connected."""
+    run.start("PauseAt", *TWO_RANKS, step=0)
+    run.wait_until(lambda: len(run.running_processes()) == 2)
     run.process.send_signal(signal.SIGKILL)
     assert run.status(within=10) == -signal.SIGKILL
-    assert run.are_gone(within=60)  # it learns of it when it has imported everything
+    assert run.has_ended(within=60)  # it checks after its imports
 
 
-def test_a_run_folder_that_cannot_be_written(
+def test_a_run_folder_that_cannot_be_created(
     tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a file").write_text("")
