@@ -73,7 +73,7 @@ def test_examples_select_one_of_two_tasks(tmp_path: Path, capsys: pytest.Capture
         right, _ = errors_of(tmp_path, capsys, f"--task={task}")
         wrong, _ = errors_of(tmp_path, capsys, f"--task={task}", f"--examples_task={other}")
         assert right < wrong / 2, f"{task}: {right} {wrong}"
-    few_shot_examples.main([f"--checkpoint={tmp_path / 'run'}", f"--images={tmp_path / 'unseen'}", "--draws=3"])
+    few_shot_examples.main([f"--checkpoint={tmp_path / 'run'}", f"--images={tmp_path / 'held_out'}", "--draws=3"])
     rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[4:]]
     medians = {(task, examples): float(median) for task, examples, median, *_ in rows}
     assert medians["grayscale", "grayscale"] < medians["grayscale", "sketch"] / 2
