@@ -31,7 +31,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "demo": Verb(
-        "demo:demo", "Draw moving images, train a small model on them and show what it generates.", "demo:DemoOptions"
+        "demo:demo", "Train a small model on synthetic videos within minutes, and generate with it.", "demo:DemoOptions"
     ),
     "fit": Verb("fit:run", "Train from a recipe; the same command resumes."),
     "chain": Verb(
@@ -40,7 +40,9 @@ VERBS = {
     "validate": Verb("fit:run", "Evaluate a run's last checkpoint on the held-out sources."),
     "test": Verb("fit:run", "The same as validate, logged as test/loss."),
     "sample": Verb(
-        "sample:sample", "Continue videos with a trained model, or generate them from nothing.", "sample:SampleOptions"
+        "sample:sample",
+        "Continue videos with a trained model, or generate them from noise alone.",
+        "sample:SampleOptions",
     ),
     "transform": Verb(
         "transform:transform", "Transform images as a few example pairs show.", "transform:TransformOptions"
@@ -63,7 +65,7 @@ VERBS = {
         "Estimate the memory, FLOPs and days of a recipe, and the nearest one that fits.",
         "estimate:EstimateOptions",
     ),
-    "export": Verb("export:export", "Write the model of a checkpoint as a folder to share.", "export:ExportOptions"),
+    "export": Verb("export:export", "Write the model of a checkpoint to a folder for sharing.", "export:ExportOptions"),
     "prepare": Verb(
         "prepare:run", "Encode videos, images and tars of images as latent shards.", "prepare:PrepareOptions"
     ),
