@@ -28,9 +28,9 @@ class ExampleOptions:
     """Another task for the examples only (`pairs` for a folder of pairs), to see what the examples contribute; by
     default --task, or pairs without it."""
     pairs: int | None = None
-    """Number of examples, the first by name; by default one less than in a training sequence."""
+    """Number of examples, the first in natural order; by default the pairs of a training sequence less one."""
     truth: Path | None = None
-    """The true target, or a folder of the true targets of all sources, with the same names."""
+    """The ground truth: an image, or a folder of images with the names of the sources."""
     size: str | None = None
     """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the closest in aspect."""
 

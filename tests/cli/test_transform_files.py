@@ -176,8 +176,8 @@ def test_task_makes_examples_source_and_ground_truth_from_single_images(
         read(path, WIDE)
         for path in (workspace / "single/a.png", workspace / "single/b.png", workspace / "sources/a.png")
     ]
-    (a, b, truth), (grey_a, grey_b, source) = images, (grayscale(image[None])[0] for image in images)
-    assert nearly_equal(read(out), expected(workspace, [(grey_a, a), (grey_b, b)], source))
+    (a, b, truth), (gray_a, gray_b, source) = images, (grayscale(image[None])[0] for image in images)
+    assert nearly_equal(read(out), expected(workspace, [(gray_a, a), (gray_b, b)], source))
     ours, copied = ((image.double() - truth).square().mean() for image in (read(out), source))
     error = f"on 1 image: {ours:.1f}; of copying the source: {copied:.1f}"
     assert error in capsys.readouterr().out
@@ -188,12 +188,12 @@ def test_task_makes_examples_source_and_ground_truth_from_single_images(
 def test_examples_may_have_another_task_than_the_sources(workspace: Path, tmp_path: Path) -> None:
     image = read(workspace / "sources/a.png", WIDE)
     single = [read(workspace / f"single/{name}.png", WIDE) for name in "ab"]
-    grey, grey_single = grayscale(image[None])[0], [grayscale(other[None])[0] for other in single]
-    to_colour, to_grey = list(zip(grey_single, single, strict=True)), list(zip(single, grey_single, strict=True))
+    gray, gray_single = grayscale(image[None])[0], [grayscale(other[None])[0] for other in single]
+    to_colour, to_gray = list(zip(gray_single, single, strict=True)), list(zip(single, gray_single, strict=True))
     for name, options, examples, source in (
         ("single", ["--task=grayscale", "--examples_task=colourisation"], to_colour, image),
-        ("pairs", ["--task=colourisation", "--examples_task=pairs"], first_pairs(workspace, 2, WIDE), grey),
-        ("single", ["--examples_task=grayscale"], to_grey, image),
+        ("pairs", ["--task=colourisation", "--examples_task=pairs"], first_pairs(workspace, 2, WIDE), gray),
+        ("single", ["--examples_task=grayscale"], to_gray, image),
     ):
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
         options = ["--examples", workspace / name, "--out", out, *options]

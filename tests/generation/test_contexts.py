@@ -25,7 +25,7 @@ from gpdit_lightning.media.video import write_video
 from gpdit_lightning.preparation import PrepareOptions, prepare
 from tests.data.damage import damage
 
-STEP = 6  # grey levels from frame to frame: more than what H.264 changes
+STEP = 6  # gray levels from frame to frame: more than what H.264 changes
 FRAMES = 40
 SETTINGS = ContextSettings(frames=5, stride=3, sizes=((32, 32), (32, 48)))
 
@@ -35,7 +35,7 @@ def codec() -> Codec:
     return load_codec("pca")
 
 
-def grey_steps(frames: int = FRAMES, height: int = 32, width: int = 48) -> Tensor:
+def gray_steps(frames: int = FRAMES, height: int = 32, width: int = 48) -> Tensor:
     """Frame i has the gray level 6 i, from which `numbers` computes i."""
     return (torch.arange(frames) * STEP).byte().view(-1, 1, 1, 1).expand(-1, 3, height, width).contiguous()
 
@@ -45,7 +45,7 @@ def numbers(frames: Tensor) -> list[int]:
 
 
 def draw(folder: Path, names: dict[str, int], size: tuple[int, int] = (48, 32)) -> Path:
-    """Write images of the gray levels of `grey_steps` into a folder."""
+    """Write images of the gray levels of `gray_steps` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, number in names.items():
         Image.new("RGB", size, (number * STEP,) * 3).save(folder / name)
@@ -59,7 +59,7 @@ def read_one(source: Path, codec: Codec, **changes: Any) -> VideoContext:
 
 @pytest.mark.parametrize("fps", [Fraction(24), Fraction(30000, 1001), Fraction(10)])
 def test_context_begins_at_start_and_is_followed_by_ground_truth(fps: Fraction, tmp_path: Path, codec: Codec) -> None:
-    write_video(tmp_path / "steps.mp4", grey_steps(), fps)
+    write_video(tmp_path / "steps.mp4", gray_steps(), fps)
     context = read_one(tmp_path / "steps.mp4", codec, start=float(7 / fps), ground_truth_frames=4)
     assert numbers(context.pixels) == [7, 10, 13, 16, 19]
     assert numbers(context.ground_truth) == [22, 25, 28, 31]
@@ -71,14 +71,14 @@ def test_context_begins_at_start_and_is_followed_by_ground_truth(fps: Fraction, 
 
 
 def test_without_start_the_context_is_the_end_of_the_video(tmp_path: Path, codec: Codec) -> None:
-    write_video(tmp_path / "steps.mp4", grey_steps(), 24)
+    write_video(tmp_path / "steps.mp4", gray_steps(), 24)
     context = read_one(tmp_path / "steps.mp4", codec, ground_truth_frames=4)
     assert numbers(context.pixels) == [27, 30, 33, 36, 39]
     assert context.ground_truth.shape == (0, 3, 32, 48)
 
 
 def test_gif_is_read_as_a_video(tmp_path: Path, codec: Codec) -> None:
-    images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in grey_steps(20)]
+    images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in gray_steps(20)]
     images[0].save(tmp_path / "steps.gif", save_all=True, append_images=images[1:], duration=100)
     context = read_one(tmp_path / "steps.gif", codec, start=0.2, ground_truth_frames=1)
     assert (numbers(context.pixels), numbers(context.ground_truth)) == ([2, 5, 8, 11, 14], [17])
@@ -91,7 +91,7 @@ def test_images_of_a_folder_are_frames_in_natural_order(tmp_path: Path, codec: C
     context = read_one(folder, codec, start=0.5, ground_truth_frames=2, fps=12)
     assert (numbers(context.pixels), numbers(context.ground_truth)) == ([6, 9, 12, 15, 18], [21, 24])
     assert (context.name, context.fps) == ("frames", Fraction(4))
-    assert torch.equal(context.pixels, grey_steps()[6:21:3])  # images are lossless
+    assert torch.equal(context.pixels, gray_steps()[6:21:3])  # images are lossless
     # Frames that the context does not need are not decoded.
     (folder / "f24.png").write_text("broken")
     context = read_one(folder, codec)
@@ -110,31 +110,31 @@ def test_image_is_one_context_frame(tmp_path: Path, codec: Codec) -> None:
 
 def test_videos_of_a_folder_are_read_in_natural_order(tmp_path: Path, codec: Codec) -> None:
     for name, first in (("v10", 20), ("v2", 10), (".v3", 0)):
-        write_video(tmp_path / f"{name}.mp4", grey_steps()[first:], 24)
+        write_video(tmp_path / f"{name}.mp4", gray_steps()[first:], 24)
     (tmp_path / "deeper").mkdir()
-    write_video(tmp_path / "deeper" / "v1.mp4", grey_steps(), 24)
+    write_video(tmp_path / "deeper" / "v1.mp4", gray_steps(), 24)
     found = read_contexts([str(tmp_path)], dataclasses.replace(SETTINGS, start=0.0), codec)
     assert [(context.name, numbers(context.pixels)[0]) for context in found] == [("v2", 10), ("v10", 20)]
 
 
 def test_names_are_unique_and_valid_file_names(tmp_path: Path, codec: Codec) -> None:
-    places = ["a/b.png", "a/b-2.png", "c/b.png", "c/b.png", "c/so: what?.png", "c/?.png", f"c/{'ü' * 70}.png"]
-    for place in places:
-        draw((tmp_path / place).parent, {Path(place).name: 1})
-    found = read_contexts([str(tmp_path / place) for place in places], SETTINGS, codec)
+    sources = ["a/b.png", "a/b-2.png", "c/b.png", "c/b.png", "c/so: what?.png", "c/?.png", f"c/{'ü' * 70}.png"]
+    for source in sources:
+        draw((tmp_path / source).parent, {Path(source).name: 1})
+    found = read_contexts([str(tmp_path / source) for source in sources], SETTINGS, codec)
     assert [context.name for context in found] == ["b", "b-2", "b-3", "b-4", "so-what", "context", "ü" * 56]
 
 
 def test_frames_are_scaled_to_the_size_closest_in_aspect(tmp_path: Path, codec: Codec) -> None:
     for height, width, size in ((64, 60, (32, 32)), (30, 50, (32, 48))):
-        write_video(tmp_path / "a.mp4", grey_steps(20, height, width), 24)
+        write_video(tmp_path / "a.mp4", gray_steps(20, height, width), 24)
         assert read_one(tmp_path / "a.mp4", codec).pixels.shape == (5, 3, *size)
 
 
 def test_large_frames_are_in_memory_one_at_a_time(
     tmp_path: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_video(tmp_path / "long.mp4", grey_steps(1), 24)
+    write_video(tmp_path / "long.mp4", gray_steps(1), 24)
     alive: list[weakref.ref[Tensor]] = []
 
     def frames(*_: Any) -> Iterator[Tensor]:
@@ -310,12 +310,12 @@ def test_unusable_sample_is_refused(
 def unusable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files and folders that cannot be contexts."""
     folder = tmp_path_factory.mktemp("unusable")
-    write_video(folder / "short.mp4", grey_steps(20), 24)
+    write_video(folder / "short.mp4", gray_steps(20), 24)
     (folder / "text.mp4").write_text("not a video")
     (folder / "text.png").write_text("not an image")
     draw(folder / "still", {"still.png": 1})
     draw(folder / "both", {"a.png": 1})
-    write_video(folder / "both" / "b.mp4", grey_steps(2), 24)
+    write_video(folder / "both" / "b.mp4", gray_steps(2), 24)
     (folder / "empty").mkdir()
     draw(folder / "few", {f"{number}.png": number for number in range(4)})
     return folder

@@ -18,12 +18,12 @@ from gpdit_lightning.generation.outputs import FORMATS, VideoOutput, output_path
 from gpdit_lightning.media.images import write_strip
 from gpdit_lightning.media.video import read_video, video_info
 
-STEP = 6  # grey levels from frame to frame: more than what H.264 changes
+STEP = 6  # gray levels from frame to frame: more than what H.264 changes
 FPS = Fraction(10000, 1001)
 ORANGE, SILVER = (255, 165, 0), (192, 192, 192)
 
 
-def grey(numbers: Sequence[int], size: tuple[int, int] = (32, 48)) -> Tensor:
+def gray_frames(numbers: Sequence[int], size: tuple[int, int] = (32, 48)) -> Tensor:
     """Frame number i has the gray level 6 i, from which `numbers` computes i."""
     return (torch.tensor(numbers) * STEP).byte().view(-1, 1, 1, 1).expand(-1, 3, *size).contiguous()
 
@@ -32,8 +32,10 @@ def numbers(frames: Tensor) -> list[int]:
     return [round(value / STEP) for value in frames.float().mean(dim=(1, 2, 3)).tolist()]
 
 
-def make_context(frames: Sequence[int], truth: Sequence[int] = (), latents: Tensor | None = None) -> VideoContext:
-    return VideoContext("clip", grey(frames), grey(truth), FPS, latents)
+def make_context(
+    frames: Sequence[int], ground_truth: Sequence[int] = (), latents: Tensor | None = None
+) -> VideoContext:
+    return VideoContext("clip", gray_frames(frames), gray_frames(ground_truth), FPS, latents)
 
 
 def make_output(
@@ -50,7 +52,7 @@ def latents_of(first: int, frames: int) -> Tensor:
 def test_mp4_contains_context_and_pieces_of_any_size(tmp_path: Path) -> None:
     with make_output(tmp_path / "a" / "b" / "v1.5", ["mp4"], make_context([0, 1, 2]), frames=20) as output:
         for piece in ([3], [4, 5, 6, 7], [], [8, 9]):
-            output.write(grey(piece))
+            output.write(gray_frames(piece))
         assert output.frames_written == 7
         assert output.files == []
     path = tmp_path / "a" / "b" / "v1.5.mp4"
@@ -60,10 +62,10 @@ def test_mp4_contains_context_and_pieces_of_any_size(tmp_path: Path) -> None:
 
 
 def test_surplus_frames_are_dropped(tmp_path: Path) -> None:
-    with make_output(tmp_path / "v", FORMATS, make_context([0], truth=[21, 22]), frames=6) as output:
-        output.write(grey([1, 2, 3, 4]), latents_of(0, 2))  # the first is that of the context
-        output.write(grey([5, 6, 7, 8]), latents_of(2, 1))
-        output.write(grey([9, 10, 11, 12]), latents_of(3, 1))
+    with make_output(tmp_path / "v", FORMATS, make_context([0], ground_truth=[21, 22]), frames=6) as output:
+        output.write(gray_frames([1, 2, 3, 4]), latents_of(0, 2))  # the first is that of the context
+        output.write(gray_frames([5, 6, 7, 8]), latents_of(2, 1))
+        output.write(gray_frames([9, 10, 11, 12]), latents_of(3, 1))
     assert output.frames_written == 6
     assert numbers(read_video(tmp_path / "v.mp4")) == [0, 1, 2, 3, 4, 5, 6]
     with Image.open(tmp_path / "v.gif") as animation:
@@ -71,15 +73,15 @@ def test_surplus_frames_are_dropped(tmp_path: Path) -> None:
     with safe_open(tmp_path / "v.safetensors", "pt") as file:
         assert file.get_tensor("latents")[:, 0, 0, 0].tolist() == [0, 1, 2]
     with make_output(tmp_path / "w", ["safetensors"], make_context([]), frames=6) as output:
-        output.write(grey(range(13)), latents_of(0, 4))  # all frames in one piece
+        output.write(gray_frames(range(13)), latents_of(0, 4))  # all frames in one piece
     with safe_open(tmp_path / "w.safetensors", "pt") as file:
         assert file.get_tensor("latents")[:, 0, 0, 0].tolist() == [0, 1, 2]  # with 1 + 4 + 4 frames
 
 
 def test_borders_distinguish_context_and_generated_frames(tmp_path: Path) -> None:
-    context = make_context([10], truth=[11])
+    context = make_context([10], ground_truth=[11])
     with make_output(tmp_path / "v", ["mp4"], context, frames=2, mark=True, beside=True) as output:
-        output.write(grey([20, 21]))
+        output.write(gray_frames([20, 21]))
     shown = read_video(tmp_path / "v.mp4").float()
     assert shown.shape == (3, 3, 32, 96)
     for frame, half, colour, inside in (
@@ -96,37 +98,39 @@ def test_borders_distinguish_context_and_generated_frames(tmp_path: Path) -> Non
 
 
 def test_side_by_side_without_borders(tmp_path: Path) -> None:
-    with make_output(tmp_path / "v", ["mp4"], make_context([10], truth=[11]), frames=2, beside=True) as output:
-        output.write(grey([20]))
-        output.write(grey([21]))
+    with make_output(tmp_path / "v", ["mp4"], make_context([10], ground_truth=[11]), frames=2, beside=True) as output:
+        output.write(gray_frames([20]))
+        output.write(gray_frames([21]))
     shown = read_video(tmp_path / "v.mp4")
     assert numbers(shown[..., :46]) == [10, 20, 21]
     assert numbers(shown[..., 50:]) == [10, 11, 0]
 
 
 def test_strip_equals_that_of_the_whole_video(tmp_path: Path) -> None:
-    context = make_context([0, 1, 2], truth=[3, 4, 5, 6, 7])
+    context = make_context([0, 1, 2], ground_truth=[3, 4, 5, 6, 7])
     with make_output(tmp_path / "v", ["png"], context, frames=30) as output:
         for first in range(10, 40, 4):
-            output.write(grey(range(first, first + 4)))
-    rows = {"generated": grey([0, 1, 2, *range(10, 40)]), "ground truth": grey(range(8))}
+            output.write(gray_frames(range(first, first + 4)))
+    rows = {"generated": gray_frames([0, 1, 2, *range(10, 40)]), "ground truth": gray_frames(range(8))}
     write_strip(tmp_path / "expected.png", rows, context=3)
     assert (tmp_path / "v.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
 def test_strip_of_an_incomplete_video_shows_its_frames(tmp_path: Path) -> None:
     # A strip of 31 frames shows every second one.
-    with make_output(tmp_path / "v", ["png"], make_context([30], truth=[7]), frames=30) as output:
-        output.write(grey([31, 32, 33]))
-    rows = {"generated": grey([30, 32]), "ground truth": grey([30])}
+    with make_output(tmp_path / "v", ["png"], make_context([30], ground_truth=[7]), frames=30) as output:
+        output.write(gray_frames([31, 32, 33]))
+    rows = {"generated": gray_frames([30, 32]), "ground truth": gray_frames([30])}
     write_strip(tmp_path / "expected.png", rows, context=1, frame_numbers=[0, 2])
     assert (tmp_path / "v.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
-@pytest.mark.parametrize(("truth", "wide"), [([7, 8, 9], True), ([7, 8], True), ([7], False), ([], False)])
-def test_gif_shows_ground_truth_of_at_least_the_same_length(truth: list[int], wide: bool, tmp_path: Path) -> None:
-    with make_output(tmp_path / "v", ["gif"], make_context([0, 1], truth), frames=9) as output:
-        output.write(grey([2, 3]))
+@pytest.mark.parametrize(("ground_truth", "wide"), [([7, 8, 9], True), ([7, 8], True), ([7], False), ([], False)])
+def test_gif_shows_ground_truth_of_at_least_the_same_length(
+    ground_truth: list[int], wide: bool, tmp_path: Path
+) -> None:
+    with make_output(tmp_path / "v", ["gif"], make_context([0, 1], ground_truth), frames=9) as output:
+        output.write(gray_frames([2, 3]))
     with Image.open(tmp_path / "v.gif") as animation:
         assert animation.n_frames == 4  # type: ignore[attr-defined]
         assert animation.info["duration"] == 100
@@ -142,7 +146,7 @@ def test_latents_are_stored_raw_with_metadata(tmp_path: Path) -> None:
     context = make_context(range(5), latents=latents_of(0, 2).float())
     with make_output(tmp_path / "v", ["safetensors"], context, frames=8) as output:
         for latent in (2, 3):
-            output.write(grey(range(4)), latents_of(latent, 1))
+            output.write(gray_frames(range(4)), latents_of(latent, 1))
     with safe_open(tmp_path / "v.safetensors", "pt") as file:
         assert list(file.keys()) == ["latents"]
         assert file.get_tensor("latents").dtype == torch.float32
@@ -153,13 +157,13 @@ def test_latents_are_stored_raw_with_metadata(tmp_path: Path) -> None:
         make_output(tmp_path / "w", ["safetensors"], context, frames=8) as output,
         pytest.raises(InputError, match=r"w\.safetensors stores latents: give those of the frames"),
     ):
-        output.write(grey([1]))
+        output.write(gray_frames([1]))
 
 
 def test_output_without_a_context(tmp_path: Path) -> None:
     with make_output(tmp_path / "v", FORMATS, make_context([]), frames=5, mark=True, beside=True) as output:
-        output.write(grey([5]), latents_of(0, 1))
-        output.write(grey([6, 7, 8, 9]), latents_of(1, 1))
+        output.write(gray_frames([5]), latents_of(0, 1))
+        output.write(gray_frames([6, 7, 8, 9]), latents_of(1, 1))
     assert output.files == [tmp_path / f"v.{ending}" for ending in FORMATS]
     shown = read_video(tmp_path / "v.mp4")
     assert numbers(shown[..., 4:28, 4:44]) == [5, 6, 7, 8, 9]
@@ -170,7 +174,7 @@ def test_output_without_a_context(tmp_path: Path) -> None:
 
 def test_output_without_frames_writes_no_files(tmp_path: Path) -> None:
     with make_output(tmp_path / "v", FORMATS, make_context([]), frames=5) as output:
-        output.write(grey([]), latents_of(0, 0)[:0])
+        output.write(gray_frames([]), latents_of(0, 0)[:0])
     assert output.files == []
     assert list(tmp_path.iterdir()) == []
 
@@ -178,7 +182,7 @@ def test_output_without_frames_writes_no_files(tmp_path: Path) -> None:
 def test_frames_before_an_interruption_are_kept(tmp_path: Path) -> None:
     with make_output(tmp_path / "v", FORMATS, make_context([0, 1]), frames=400) as output:
         try:
-            output.write(grey([2, 3]), latents_of(0, 2))
+            output.write(gray_frames([2, 3]), latents_of(0, 2))
             raise KeyboardInterrupt
         except KeyboardInterrupt:
             pass
@@ -196,8 +200,8 @@ def test_exception_keeps_existing_files(tmp_path: Path) -> None:
 
     def fail() -> None:
         with make_output(tmp_path / "v", FORMATS, make_context([0, 1]), frames=9) as output:
-            output.write(grey([2, 3]), latents_of(0, 2))
-            output.write(grey([4, 5], size=(16, 16)), latents_of(2, 1))
+            output.write(gray_frames([2, 3]), latents_of(0, 2))
+            output.write(gray_frames([4, 5], size=(16, 16)), latents_of(2, 1))
 
     with pytest.raises(InputError, match="later ones 16x16"):
         fail()

@@ -32,14 +32,14 @@ def test_grayscale_is_bit_equal_to_pillow() -> None:
 
 def test_edge_of_a_step_is_one_white_line() -> None:
     for height in (51, 150):
-        found = edges(step(height))
-        assert found.dtype == torch.uint8
-        assert found.shape == (1, 3, 12, 16)
-        assert torch.equal(found, found[:, :1].expand(1, 3, 12, 16))
-        (columns,) = found[0, 0, 5].nonzero(as_tuple=True)
+        result = edges(step(height))
+        assert result.dtype == torch.uint8
+        assert result.shape == (1, 3, 12, 16)
+        assert torch.equal(result, result[:, :1].expand(1, 3, 12, 16))
+        (columns,) = result[0, 0, 5].nonzero(as_tuple=True)
         assert columns.tolist() in ([7], [8])
-        assert (found[0, 0, :, columns] == 255).all()
-        assert (found == 255).sum() == 3 * 12
+        assert (result[0, 0, :, columns] == 255).all()
+        assert (result == 255).sum() == 3 * 12
 
 
 def test_weak_steps_are_edges_only_if_they_continue_strong_ones() -> None:
@@ -47,9 +47,9 @@ def test_weak_steps_are_edges_only_if_they_continue_strong_ones() -> None:
     assert not edges(step(50)).any()
     assert not edges(step(0)).any()
     for height, rows in ((50, 24), (20, 12)):
-        found = edges(torch.cat((step(150), step(height)), dim=2))[0, 0, :, 7:9]
-        assert found.any(dim=1)[:rows].sum() >= rows - 2
-        assert not found[rows + 2 :].any()
+        result = edges(torch.cat((step(150), step(height)), dim=2))[0, 0, :, 7:9]
+        assert result.any(dim=1)[:rows].sum() >= rows - 2
+        assert not result[rows + 2 :].any()
 
 
 def test_sketch_is_luma_divided_by_its_blur() -> None:

@@ -77,9 +77,9 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
 
 
 def test_grayscale_and_transparent_images_become_rgb(tmp_path: Path) -> None:
-    Image.new("L", (8, 8), 77).save(tmp_path / "grey.png")
+    Image.new("L", (8, 8), 77).save(tmp_path / "gray.png")
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert read_image(tmp_path / "grey.png")[0, :, 0, 0].tolist() == [77, 77, 77]
+    assert read_image(tmp_path / "gray.png")[0, :, 0, 0].tolist() == [77, 77, 77]
     assert read_image(tmp_path / "clear.png")[0, :, 0, 0].tolist() == [255, 255, 255]
 
 
@@ -98,9 +98,9 @@ def test_16_bit_grayscale_is_scaled_and_32_bit_refused(tmp_path: Path) -> None:
     ):
         mode = "I;16B" if order == ">" else "I;16"
         Image.frombytes(mode, (4, 2), levels.astype(f"{order}u2").tobytes()).save(tmp_path / name, **options)
-        wanted = np.rot90(expected, -1) if options else expected
+        rotated = np.rot90(expected, -1) if options else expected
         for channel in read_image(tmp_path / name)[0]:
-            assert np.array_equal(channel, wanted)
+            assert np.array_equal(channel, rotated)
     Image.fromarray(np.arange(256, dtype=np.uint16)[None] * 257).save(tmp_path / "wide.png", transparency=5 * 257)
     exact = np.arange(256)
     exact[5] = 255
@@ -206,7 +206,7 @@ def test_border_covers_only_the_edges() -> None:
 def test_animation_shows_all_frames_and_marks_the_context(tmp_path: Path) -> None:
     left = (torch.arange(2 * 4).view(2, 4, 1, 1, 1) * 10).expand(2, 4, 3, 16, 16).to(torch.uint8)
     right = 200 - left
-    write_animation(tmp_path / "a.gif", {"prediction": left, "truth": right}, fps=25 / 3, context=2)
+    write_animation(tmp_path / "a.gif", {"prediction": left, "ground truth": right}, fps=25 / 3, context=2)
     with Image.open(tmp_path / "a.gif") as animation:
         assert animation.n_frames == 4  # type: ignore[attr-defined]
         assert animation.info["loop"] == 0  # endless
@@ -218,8 +218,8 @@ def test_animation_shows_all_frames_and_marks_the_context(tmp_path: Path) -> Non
             assert np.abs(below[50] - (4 + number) * 10).max() <= 2
             assert np.abs(below[150] - (200 - (4 + number) * 10)).max() <= 2
             assert np.abs(page[-12 - 96 - 48, 50] - number * 10).max() <= 2
-            is_grey = np.ptp(border) < 5
-            assert is_grey == (number < 2)
+            is_gray = np.ptp(border) < 5
+            assert is_gray == (number < 2)
             assert (page[:40] < 100).any()  # the labels
     with pytest.raises(InputError, match="no frames"):
         write_animation(tmp_path / "none.gif", {"prediction": left[:, :0]}, fps=8)

@@ -19,7 +19,7 @@ from gpdit_lightning.media.video import (
 )
 
 
-def grey_steps(frames: int, height: int = 48, width: int = 64) -> torch.Tensor:
+def gray_steps(frames: int, height: int = 48, width: int = 64) -> torch.Tensor:
     """Frame i has the gray level 10 i, from which `numbers` computes i."""
     return (torch.arange(frames, dtype=torch.uint8) * 10).view(-1, 1, 1, 1).expand(-1, 3, height, width).contiguous()
 
@@ -30,7 +30,7 @@ def numbers(frames: torch.Tensor) -> list[int]:
 
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
-    write_video(tmp_path / "steps.mp4", grey_steps(20), fps=Fraction(30000, 1001))
+    write_video(tmp_path / "steps.mp4", gray_steps(20), fps=Fraction(30000, 1001))
     return tmp_path / "steps.mp4"
 
 
@@ -83,8 +83,8 @@ def test_rotation_of_a_video_is_applied(tmp_path: Path, matrix: tuple[int, ...],
     content = bytearray(path.read_bytes())
     # ISO 14496-12, track header, version 0: the matrix begins 44 bytes after the start of the box's name.
     a, b, c, d = (value << 16 for value in matrix)
-    place = content.index(b"tkhd") + 4 + 40
-    content[place : place + 20] = struct.pack(">5i", a, b, 0, c, d)
+    offset = content.index(b"tkhd") + 4 + 40
+    content[offset : offset + 20] = struct.pack(">5i", a, b, 0, c, d)
     path.write_bytes(content)
 
     frame = next(iterate_frames(path))
@@ -115,9 +115,9 @@ def test_invalid_range_of_frames_is_refused(video: Path) -> None:
 
 def test_odd_sides_and_no_frames_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="47x64 and mp4 needs even sides"):
-        write_video(tmp_path / "a.mp4", grey_steps(2, 47), 8)
+        write_video(tmp_path / "a.mp4", gray_steps(2, 47), 8)
     with pytest.raises(InputError, match="write at least one"):
-        write_video(tmp_path / "a.mp4", grey_steps(0), 8)
+        write_video(tmp_path / "a.mp4", gray_steps(0), 8)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -130,7 +130,7 @@ def write_pieces(path: Path, pieces: Iterable[torch.Tensor], fps: Fraction | flo
 @pytest.mark.parametrize("pieces", [(20,), (1,) * 20, (0, 3, 0, 17), (19, 1)])
 def test_video_written_in_pieces_equals_one_written_at_once(video: Path, pieces: tuple[int, ...]) -> None:
     path = video.with_name("pieces.mp4")
-    write_pieces(path, grey_steps(20).split(pieces), Fraction(30000, 1001))
+    write_pieces(path, gray_steps(20).split(pieces), Fraction(30000, 1001))
     assert video_info(path) == video_info(video)
     assert numbers(read_video(path)) == list(range(20))
 
@@ -166,10 +166,10 @@ def test_exception_while_writing_keeps_the_existing_file(video: Path, frames: in
 @pytest.mark.parametrize(
     ("pieces", "message"),
     [
-        ([grey_steps(2), grey_steps(2, 48, 66)], r"a\.mp4 are 48x64 and later ones 48x66"),
-        ([grey_steps(2), grey_steps(2).float()], r"torch\.float32 \(2, 3, 48, 64\)"),
-        ([grey_steps(2)[0]], r"\(3, 48, 64\)"),
-        ([grey_steps(0), grey_steps(0)], "write at least one"),
+        ([gray_steps(2), gray_steps(2, 48, 66)], r"a\.mp4 are 48x64 and later ones 48x66"),
+        ([gray_steps(2), gray_steps(2).float()], r"torch\.float32 \(2, 3, 48, 64\)"),
+        ([gray_steps(2)[0]], r"\(3, 48, 64\)"),
+        ([gray_steps(0), gray_steps(0)], "write at least one"),
         ([], "write at least one"),
     ],
 )
