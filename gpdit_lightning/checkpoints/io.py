@@ -30,9 +30,8 @@ class FolderCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
             if average is not None:
                 save_file({name: weight.contiguous() for name, weight in average["weights"].items()}, folder / AVERAGE)
-                (folder / AVERAGE).chmod(
-                    (folder / TRAINING).stat().st_mode
-                )  # safetensors makes it readable by its owner only
+                # safetensors makes the file readable by its owner only.
+                (folder / AVERAGE).chmod((folder / TRAINING).stat().st_mode)
         except (RuntimeError, SafetensorError) as error:
             reason: BaseException | None = error
             while reason is not None and not isinstance(reason, OSError):

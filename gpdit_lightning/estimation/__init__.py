@@ -1,1 +1,1 @@
-"""What training costs, computed before it runs: FLOPs, memory, and the nearest settings that fit."""
+"""Estimates of FLOPs and memory of a training run, and of the nearest settings that fit."""

@@ -1,4 +1,4 @@
-"""Floating-point operations of the backbone, computed from its configuration, for MFU and estimates."""
+"""Floating-point operations of the backbone as a function of its configuration, for MFU and estimates."""
 
 import re
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from gpdit_lightning.model import GPDiTConfig
 
-# Dense bf16 FLOP/s of a GPU with float32 accumulation, from the manufacturers' data sheets, without sparsity.
-# The first entry whose words all appear in the device's name is used.
+# Dense bf16 FLOP/s with float32 accumulation, without sparsity, from the manufacturers' data sheets. The first entry
+# whose words all appear in the name of the device is used.
 PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2250e12),
     ("H100 PCIe", 756e12),
@@ -34,16 +34,17 @@ class PassShape:
     clips: int
     """B."""
     context_clips: int
-    """B', how many of them have context."""
+    """B', clips with context."""
     frames: int
     """F, latent frames."""
     height: int
-    """Of a latent frame, in latent pixels."""
+    """Height of a latent frame, in latent pixels."""
     width: int
+    """Width of a latent frame, in latent pixels."""
     draws: int = 1
     """K, noisy copies of every clip, which share its clean stream."""
     noisy_frames: Sequence[int] | None = None
-    """The positions of the noisy frames; None: all F."""
+    """Positions of the noisy frames; None for all F."""
 
     @property
     def noisy(self) -> Sequence[int]:
@@ -52,26 +53,26 @@ class PassShape:
 
     @property
     def clean_frames(self) -> int:
-        """The clean frames of a clip with context; one without a later noisy frame is not computed."""
+        """The number of clean frames of a clip with context; those without a later noisy frame are not computed."""
         return self.noisy[-1]
 
     def tokens(self, config: GPDiTConfig) -> int:
-        """Tokens of a frame."""
+        """Return the tokens of a frame."""
         return (self.height // config.patch_size) * (self.width // config.patch_size)
 
     def noisy_tokens(self, config: GPDiTConfig) -> int:
-        """Tokens of all noisy frames."""
+        """Return the tokens of all noisy frames."""
         return self.draws * self.clips * len(self.noisy) * self.tokens(config)
 
     def clean_tokens(self, config: GPDiTConfig) -> int:
-        """Tokens of all clean frames."""
+        """Return the tokens of all clean frames."""
         return self.context_clips * self.clean_frames * self.tokens(config)
 
 
 def forward_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
-    """FLOPs of one `GPDiT.forward`; a multiply-add counts as two, and norms, rotations and softmax as none.
+    """Return the FLOPs of one `GPDiT.forward`; a multiply-add counts as two, and norms, rotations and softmax as none.
 
-    A model with `classes` has one more token per noisy row, its label, whose embedding is a lookup.
+    A model with `classes` has one more token per noisy row, its label; the embedding of a label takes no FLOPs.
 
     Returns:
         FLOPs by part: `embedding`, `attention_projections`, `attention_products`, `mlp` and `output`.
@@ -80,16 +81,16 @@ def forward_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
     tokens, noisy_tokens, clean_tokens = shape.tokens(config), shape.noisy_tokens(config), shape.clean_tokens(config)
     patch_values = config.latent_channels * config.patch_size**2
     prefix_tokens = draws * clips if config.classes else 0
-    # In the last block the prefix and the clean tokens have keys and values only.
+    # In the last block, prefix and clean tokens have keys and values only.
     packed = prefix_tokens + clean_tokens + noisy_tokens
     query_tokens = (config.layers - 1) * packed + noisy_tokens
     key_value_tokens = config.layers * packed
 
     clean_pairs = {"of2": clean_frames * (clean_frames + 1) // 2, "of": clean_frames}[config.attention]
-    key_frames = sum(frame + 1 for frame in shape.noisy)  # of each noisy frame: the clean ones before it, and itself
+    key_frames = sum(frame + 1 for frame in shape.noisy)  # a noisy frame attends to earlier clean frames and to itself
     noisy_pairs = draws * (context_clips * key_frames + (clips - context_clips) * len(shape.noisy))
     frame_pairs = (config.layers - 1) * context_clips * clean_pairs + config.layers * noisy_pairs
-    # A label's token attends to itself, and all noisy tokens of its row attend to it.
+    # The token of a label attends to itself, and all noisy tokens of its row attend to it.
     label_pairs = (config.layers - 1) * prefix_tokens + config.layers * (noisy_tokens if config.classes else 0)
 
     multiply_adds = {
@@ -103,15 +104,15 @@ def forward_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
 
 
 def training_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
-    """FLOPs of one forward and backward pass by part: three times those of the forward pass, as usual for MFU.
+    """Return the FLOPs of one forward and backward pass by part: three times the forward pass, as is usual for MFU.
 
-    Recomputation (activation checkpointing, or inside an attention kernel) is not counted.
+    Recomputation (by activation checkpointing or inside an attention kernel) is not counted.
     """
     return {part: 3 * count for part, count in forward_flops(config, shape).items()}
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by the name PyTorch gives it; None if it is not in the table."""
+    """Return the dense bf16 FLOP/s of a GPU by its name in PyTorch; None if it is not in the table."""
     words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
     for name, peak in PEAK_BF16_FLOPS:
         if words.issuperset(name.lower().split()):

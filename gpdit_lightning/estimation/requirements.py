@@ -1,4 +1,4 @@
-"""What a run needs, computed before it starts: FLOPs per step, memory on each GPU, the nearest settings that fit."""
+"""Requirements of a run: FLOPs per step, memory on each GPU, and the nearest settings that fit."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -21,19 +21,21 @@ from gpdit_lightning.estimation.memory import (
 )
 from gpdit_lightning.model import GPDiTConfig
 
-# CUDA's context, NCCL's and cuBLAS's workspaces, and what the allocator cannot use, in bytes. Assumed, not measured.
+# Bytes of CUDA's context, the workspaces of NCCL and cuBLAS, and fragmentation. Assumed, not measured.
 ALLOWANCE = 2 * 2**30
 
 PRECISIONS = {"bf16-mixed": AUTOCAST, "32-true": FLOAT32, "32": FLOAT32}
 
 
 class MicroBatchShape(NamedTuple):
-    """The latent shape of some micro-batches of a source.
+    """A shape of micro-batches of a source.
 
     Attributes:
-        frames, height, width: F, h and w.
-        samples: of a micro-batch over all ranks.
-        fraction: of the source's micro-batches that have this shape.
+        frames: F, latent frames.
+        height: height of a latent frame.
+        width: width of a latent frame.
+        samples: samples of a micro-batch over all ranks.
+        fraction: fraction of the source's micro-batches with this shape.
     """
 
     frames: int
@@ -45,15 +47,15 @@ class MicroBatchShape(NamedTuple):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings of a run that its memory and FLOPs depend on.
+    """The settings of a run on which its memory and FLOPs depend.
 
     Raises:
-        InputError: batches that cannot be divided into micro-batches, or among the GPUs.
+        InputError: batches cannot be divided into micro-batches, or ranks among the GPUs.
     """
 
     backbone: GPDiTConfig
     precision: str
-    """As of `trainer.precision`, one of `PRECISIONS`."""
+    """Value of `trainer.precision`, one of `PRECISIONS`."""
     strategy: ShardingStrategy
     gpus: int
     max_ranks: int
@@ -63,7 +65,7 @@ class RunSettings:
     sources: tuple[PlannedSource, ...]
 
     def __post_init__(self) -> None:
-        Plan(self.sources, 0, self.context_dropout, self.max_ranks)  # raises for batches that cannot be divided
+        Plan(self.sources, 0, self.context_dropout, self.max_ranks)  # raises if batches cannot be divided
         if self.gpus < 1 or self.max_ranks % self.gpus:
             raise InputError(
                 f"{self.gpus} GPUs do not divide data.max_ranks = {self.max_ranks}: choose --gpus that do, or set "
@@ -72,12 +74,12 @@ class RunSettings:
 
     @property
     def bytes_per_value(self) -> BytesPerValue:
-        """Bytes of the values in its products: of bf16 weights where they are sharded, of autocast elsewhere."""
+        """The bytes per value: `bf16-mixed` means bf16 weights if they are sharded, autocast otherwise."""
         precision = PRECISIONS[self.precision]
         return BF16 if self.strategy.stage and precision == AUTOCAST else precision
 
     def micro_batch_shapes(self, source: PlannedSource) -> tuple[MicroBatchShape, ...]:
-        """The shapes of a source's micro-batches: one for each bucket and each of its lengths."""
+        """Return the shapes of a source's micro-batches, one for each bucket and clip length."""
         shapes = []
         for bucket in source.buckets:
             h, w = bucket.height, bucket.width
@@ -90,28 +92,28 @@ class RunSettings:
 
 
 def step_flops(run: RunSettings) -> dict[str, float]:
-    """FLOPs of an optimizer step by part, over all GPUs: the mean over shapes and dropped contexts."""
+    """Return the FLOPs of an optimizer step by part, over all GPUs, averaged over shapes and context dropout."""
     total: Counter[str] = Counter()
     for source in run.sources:
         for shape in run.micro_batch_shapes(source):
             clips = source.micro_batches * shape.samples
-            for context, share in ((clips, 1 - run.context_dropout), (0, run.context_dropout)):
+            for context, fraction in ((clips, 1 - run.context_dropout), (0, run.context_dropout)):
                 flops = training_flops(run.backbone, pass_shape(run, source, shape, clips, context))
-                total.update({part: shape.fraction * share * count for part, count in flops.items()})
+                total.update({part: shape.fraction * fraction * count for part, count in flops.items()})
     return dict(total)
 
 
 def pass_shape(
     run: RunSettings, source: PlannedSource, shape: MicroBatchShape, clips: int, context_clips: int
 ) -> PassShape:
-    """The forward pass over clips of a source, some of which have context."""
+    """Return the shape of a forward pass over `clips` clips of a source, `context_clips` of them with context."""
     draws = run.noise_draws if shape.frames > 1 else 1
     noisy_frames = source.noisy_frames(shape.frames)
     return PassShape(clips, context_clips, shape.frames, shape.height, shape.width, draws, noisy_frames)
 
 
 def largest_activation_bytes(run: RunSettings, source: PlannedSource) -> int:
-    """Bytes of the activations of a source's largest micro-batch on one GPU."""
+    """Return the bytes of the activations of a source's largest micro-batch on one GPU."""
     needed, parts = [], run.max_ranks // run.gpus
     for shape in run.micro_batch_shapes(source):
         samples = shape.samples // run.max_ranks
@@ -122,9 +124,9 @@ def largest_activation_bytes(run: RunSettings, source: PlannedSource) -> int:
 
 
 def memory(run: RunSettings) -> dict[str, int]:
-    """Bytes on each GPU by part, their `total`, and `host_memory`, which a rank holds beside them.
+    """Return the bytes on each GPU by part, their `total`, and the additional `host_memory` of a rank.
 
-    The optimizer takes its step when the activations are freed: only the larger of the two counts.
+    The total includes the larger of `step` and `activations`: activations are freed before the optimizer step.
     """
     held = held_bytes(run.backbone, run.strategy, run.bytes_per_value, run.gpus)
     step = step_bytes(run.backbone, run.strategy, run.gpus)
@@ -134,9 +136,9 @@ def memory(run: RunSettings) -> dict[str, int]:
 
 
 def with_smaller_micro_batches(run: RunSettings) -> Iterator[RunSettings]:
-    """The run itself, then the same with more and smaller micro-batches of the source with the largest activations.
+    """Yield the run, then variants with more and smaller micro-batches of the source with the largest activations.
 
-    Where each of `max_ranks` ranks has one sample of them, `max_ranks` falls to the number of GPUs.
+    When each of `max_ranks` ranks has one sample of that source, `max_ranks` is lowered to the number of GPUs.
     """
     yield run
     while True:
@@ -144,9 +146,9 @@ def with_smaller_micro_batches(run: RunSettings) -> Iterator[RunSettings]:
         shapes = run.micro_batch_shapes(replace(largest, micro_batches=1))
         samples = min(shape.samples for shape in shapes) // run.max_ranks
         counts = range(largest.micro_batches + 1, samples + 1)
-        more = [count for count in counts if largest.tokens or samples % count == 0]
-        if more:
-            sources = tuple(replace(s, micro_batches=more[0]) if s is largest else s for s in run.sources)
+        next_count = next((count for count in counts if largest.tokens or samples % count == 0), None)
+        if next_count:
+            sources = tuple(replace(s, micro_batches=next_count) if s is largest else s for s in run.sources)
             run = replace(run, sources=sources)
             yield run
         elif run.max_ranks > run.gpus:
@@ -156,10 +158,10 @@ def with_smaller_micro_batches(run: RunSettings) -> Iterator[RunSettings]:
 
 
 def nearest_that_fits(run: RunSettings, capacity: float) -> RunSettings | None:
-    """The cheapest change of settings with which each GPU needs at most `capacity` bytes; None if there is none.
+    """Return the cheapest change of settings with which each GPU needs at most `capacity` bytes; None if none suffices.
 
-    In the order of their costs: more micro-batches (smaller products), activation checkpointing (a third more time),
-    ZeRO-2 and ZeRO-3 (communication), their offloading (much slower). FSDP2 is proposed only where the run uses it.
+    Changes in the order of their costs: more micro-batches (smaller products), activation checkpointing (a third more
+    time), ZeRO-2 and ZeRO-3 (communication), offloading (much slower). FSDP2 is proposed only if the run uses it.
     """
     proposed = sorted((s for s in STRATEGIES if s.option and s.deepspeed), key=lambda s: (s.offload, s.stage))
     for strategy in dict.fromkeys((run.strategy, *proposed)):
@@ -172,7 +174,7 @@ def nearest_that_fits(run: RunSettings, capacity: float) -> RunSettings | None:
 
 
 def least_gpus_that_fit(run: RunSettings, capacity: float) -> RunSettings | None:
-    """The same on the least number of GPUs, not fewer than the run's, on which nothing is offloaded; or None."""
+    """Return the run on the least number of GPUs, not fewer than it has, that suffices without offloading; or None."""
     for gpus in range(run.gpus, run.max_ranks + 1):
         if run.max_ranks % gpus == 0:
             fitting = nearest_that_fits(replace(run, gpus=gpus), capacity)
@@ -182,7 +184,7 @@ def least_gpus_that_fit(run: RunSettings, capacity: float) -> RunSettings | None
 
 
 def overrides(run: RunSettings, other: RunSettings) -> str:
-    """The options of `fit` that turn one run into another."""
+    """Return the options of `fit` that change one run into another."""
     options = []
     for source, changed in zip(run.sources, other.sources, strict=True):
         if source.micro_batches != changed.micro_batches:

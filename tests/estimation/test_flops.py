@@ -1,4 +1,4 @@
-"""The computed FLOPs against torch's counter of the products that are executed."""
+"""Computed FLOPs against torch's counter of executed products."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpdit_lightning.estimation.flops import PassShape, forward_flops, peak_bf16_flops, training_flops
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 
-# Fields of the architecture, and a pass. The count is a polynomial: each of its terms is in some of these.
+# Fields of the configuration, and a pass. The count is a polynomial; these cases contain each of its terms.
 CASES: list[tuple[dict[str, Any], PassShape]] = [
     ({"attention": "of2"}, PassShape(2, 2, 5, 24, 40)),
     ({"attention": "of"}, PassShape(2, 2, 5, 24, 40)),
@@ -31,7 +31,7 @@ CASES: list[tuple[dict[str, Any], PassShape]] = [
 
 
 def meta_batch(config: GPDiTConfig, shape: PassShape) -> list[Tensor]:
-    """noisy, theta, clean."""
+    """Return the inputs noisy, theta and clean of a pass, without memory."""
     rows, noisy = shape.draws * shape.clips, len(shape.noisy)
 
     def latents(*sizes: int) -> Tensor:
@@ -48,7 +48,7 @@ def run(model: GPDiT, shape: PassShape, labels: Tensor | None = None) -> Tensor:
 
 
 def measured(config: GPDiTConfig, call: Callable[[GPDiT], Any]) -> dict[str, int]:
-    """FLOPs of a call by the parts of `forward_flops`: attention products are bmm, the others by module."""
+    """Count the FLOPs of a call by the parts of `forward_flops`: bmm for attention products, the others by module."""
     with torch.device("meta"):
         model = GPDiT(config)
     counter = FlopCounterMode(display=False, depth=10)
@@ -74,17 +74,17 @@ def measured(config: GPDiTConfig, call: Callable[[GPDiT], Any]) -> dict[str, int
 
 
 @pytest.mark.parametrize(("fields", "shape"), CASES, ids=str)
-def test_forward_by_part(fields: dict[str, Any], shape: PassShape) -> None:
+def test_forward_flops_by_part(fields: dict[str, Any], shape: PassShape) -> None:
     config = GPDiTConfig(**{"size": "tiny", "layers": 3} | fields)
     assert measured(config, lambda model: run(model, shape)) == forward_flops(config, shape)
-    if config.classes:  # without labels a token says that there is none, which is as much work
+    if config.classes:  # without labels, each row has a token for no label instead, at the same cost
         labels = torch.zeros(shape.draws * shape.clips, device="meta", dtype=torch.int64)
         assert measured(config, lambda model: run(model, shape, labels)) == forward_flops(config, shape)
 
 
 @pytest.mark.parametrize(("fields", "shape"), [CASES[2], CASES[9]], ids=str)
-def test_training_is_three_forwards(fields: dict[str, Any], shape: PassShape) -> None:
-    """Exactly, when the gradient of the latents is computed too."""
+def test_training_flops_are_three_times_the_forward_flops(fields: dict[str, Any], shape: PassShape) -> None:
+    """Exactly, if the gradient of the latents is computed too."""
     config = GPDiTConfig(**{"size": "tiny", "layers": 3} | fields)
     counter = FlopCounterMode(display=False)
     with torch.device("meta"):
@@ -95,8 +95,8 @@ def test_training_is_three_forwards(fields: dict[str, Any], shape: PassShape) ->
     assert training_flops(config, shape).keys() == forward_flops(config, shape).keys()
 
 
-def test_a_loss_on_targets_only_saves_the_noisy_sources() -> None:
-    """Of three pairs: five clean and three noisy frames instead of five and six."""
+def test_flops_saved_by_a_loss_on_targets() -> None:
+    """For three pairs: five clean and three noisy frames instead of five and six."""
     everything, targets = (
         sum(forward_flops(GPDiTConfig.preset("H"), PassShape(4, 4, 6, 32, 32, noisy_frames=frames)).values())
         for frames in (None, (1, 3, 5))
@@ -105,15 +105,15 @@ def test_a_loss_on_targets_only_saves_the_noisy_sources() -> None:
 
 
 @pytest.mark.parametrize(("draws", "saved"), [(2, 0.22), (4, 0.33)])
-def test_noisy_copies_share_the_cost_of_the_clean_stream(draws: int, saved: float) -> None:
-    """Per supervised frame of H at five frames: from 9/5 clean and noisy frames to (4 / K + 5) / 5."""
+def test_flops_saved_by_sharing_the_clean_stream(draws: int, saved: float) -> None:
+    """Per supervised frame of H at five frames: (4 / K + 5) / 5 clean and noisy frames instead of 9/5."""
     config = GPDiTConfig.preset("H")
     once, several = (sum(forward_flops(config, PassShape(4, 4, 5, 24, 40, k)).values()) / k for k in (1, draws))
     assert 1 - several / once == pytest.approx(saved, abs=0.01)
 
 
-def test_attention_is_a_small_part_of_h_at_five_frames() -> None:
-    """The share that docs and design rest on: a few per cent at 240 tokens a frame."""
+def test_attention_products_are_a_small_part_of_h_at_five_frames() -> None:
+    """A few per cent at 240 tokens per frame, as the documentation states."""
     flops = forward_flops(GPDiTConfig.preset("H"), PassShape(4, 4, frames=5, height=24, width=40))
     assert 0.02 < flops["attention_products"] / sum(flops.values()) < 0.08
 
@@ -133,5 +133,5 @@ def test_attention_is_a_small_part_of_h_at_five_frames() -> None:
         ("cpu", None),
     ],
 )
-def test_peak_by_device_name(name: str, peak: float | None) -> None:
+def test_peak_flops_by_device_name(name: str, peak: float | None) -> None:
     assert peak_bf16_flops(name) == peak

@@ -1,4 +1,4 @@
-"""The computed bytes against those that autograd keeps."""
+"""Computed bytes against those that autograd saves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ from tests.estimation.memory_runs import LiveBytes, storages_of
 
 Shape = tuple[int, int, int, int, int, int, tuple[int, ...] | None]
 
-# B, B', F, h, w, K, the noisy frames
+# B, B', F, h, w, K, positions of the noisy frames
 SHAPES: list[Shape] = [
     (2, 2, 3, 16, 16, 1, None),
     (2, 1, 3, 16, 16, 2, None),
@@ -36,7 +36,7 @@ SHAPES: list[Shape] = [
 
 
 class FusedNorm(torch.autograd.Function):
-    """Keeps what CUDA's keeps (_fused_rms_norm in torch's derivatives.yaml): input, weight, one number per row."""
+    """Saves the tensors of CUDA's kernel (_fused_rms_norm in torch's derivatives.yaml): input, weight, row scales."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -47,13 +47,13 @@ class FusedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        normed, inner = (x * scale).to(x.dtype), gradient * weight
-        through = (inner - normed * (inner * normed).mean(-1, keepdim=True)) * scale.to(x.dtype)
-        return through, (gradient * normed).flatten(0, -2).sum(0), None
+        normed, weighted = (x * scale).to(x.dtype), gradient * weight
+        input_gradient = (weighted - normed * (weighted * normed).mean(-1, keepdim=True)) * scale.to(x.dtype)
+        return input_gradient, (gradient * normed).flatten(0, -2).sum(0), None
 
 
 @pytest.fixture(autouse=True)
-def norms_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_fused_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight, eps))
 
 
@@ -72,7 +72,7 @@ def forward(config: GPDiTConfig, shape: Shape, precision: BytesPerValue) -> tupl
     clean = torch.randn(context, frames, config.latent_channels, height, width) if context else None
 
     def run() -> Tensor:
-        # As Lightning's MixedPrecision does it: without the cache.
+        # Without the cache, like Lightning's MixedPrecision.
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == AUTOCAST, cache_enabled=False):
             return model(noisy, theta, clean, draws=draws, frames=noisy_frames)
 
@@ -80,18 +80,18 @@ def forward(config: GPDiTConfig, shape: Shape, precision: BytesPerValue) -> tupl
 
 
 def saved_bytes(config: GPDiTConfig, shape: Shape, precision: BytesPerValue) -> int:
-    """Bytes that autograd keeps after a forward pass, parameters excepted."""
+    """Return the bytes that autograd saves in a forward pass, without parameters."""
     model, run = forward(config, shape, precision)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    found: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = run()  # noqa: F841  (the graph must live)
-    return sum(count for key, count in found.items() if key not in parameters)
+        result = run()  # noqa: F841  (keeps the graph alive)
+    return sum(count for key, count in saved.items() if key not in parameters)
 
 
 @pytest.mark.parametrize(
@@ -107,29 +107,29 @@ def saved_bytes(config: GPDiTConfig, shape: Shape, precision: BytesPerValue) -> 
         (SHAPES[4], BF16, "of", True),
     ],
 )
-def test_what_one_more_block_keeps(shape: Shape, precision: BytesPerValue, variant: str, checkpointing: bool) -> None:
+def test_bytes_saved_by_one_block(shape: Shape, precision: BytesPerValue, variant: str, checkpointing: bool) -> None:
     configs = [
         GPDiTConfig(size="tiny", layers=layers, attention=variant, activation_checkpointing=checkpointing)
         for layers in (2, 3)
     ]
-    expected, found = (
+    expected, measured = (
         count(configs[1], shape, precision) - count(configs[0], shape, precision)
         for count in (expected_bytes, saved_bytes)
     )
-    assert found == pytest.approx(expected, rel=0.01)
+    assert measured == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize(
     "fields", [{"width": 384, "heads": 4, "mlp_width": 768}, {"time_site": "branch_inverse"}, {"classes": 3}]
 )
 @pytest.mark.parametrize("shape", [(2, 1, 3, 16, 12, 1, None), (2, 2, 6, 16, 12, 1, (1, 3, 5))])
-def test_what_a_block_keeps_in_other_architectures(shape: Shape, fields: dict[str, Any]) -> None:
+def test_bytes_saved_by_one_block_of_other_architectures(shape: Shape, fields: dict[str, Any]) -> None:
     configs = [GPDiTConfig(size="tiny", layers=layers, **fields) for layers in (2, 3)]
-    expected, found = (
+    expected, measured = (
         count(configs[1], shape, AUTOCAST) - count(configs[0], shape, AUTOCAST)
         for count in (expected_bytes, saved_bytes)
     )
-    assert found == pytest.approx(expected, rel=0.01)
+    assert measured == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -145,10 +145,10 @@ def test_what_a_block_keeps_in_other_architectures(shape: Shape, fields: dict[st
         (SHAPES[4], BF16, 10, False),
     ],
 )
-def test_the_peak_of_forward_and_backward(
+def test_peak_of_forward_and_backward(
     shape: Shape, precision: BytesPerValue, classes: int, checkpointing: bool
 ) -> None:
-    """Of a second micro-batch, to whose gradients it adds."""
+    """Of the second micro-batch, whose gradients are added to those of the first."""
     config = GPDiTConfig(size="tiny", classes=classes, activation_checkpointing=checkpointing)
     model, run = forward(config, shape, precision)
     run().sum().backward()
@@ -167,15 +167,15 @@ def test_parameter_count(size: str, fields: dict[str, int]) -> None:
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_what_each_strategy_shards() -> None:
-    """ZeRO (arXiv:1910.02054, section 3): 16 bytes per parameter; each stage divides more of them by the ranks."""
+def test_bytes_per_parameter_of_each_strategy() -> None:
+    """ZeRO (arXiv:1910.02054, section 3): each stage divides more of 16 bytes per parameter by the number of ranks."""
     config, ranks = GPDiTConfig.preset("H"), 64
     count = parameter_count(config)
     held = {s.option: held_bytes(config, s, BF16, ranks) for s in STRATEGIES}
     names = ("weights", "gradients", "optimizer")
     total = {option: sum(parts[name] for name in names) / count for option, parts in held.items()}
     assert total[""] == pytest.approx(2 + 2 + 12 / ranks)
-    assert total["zero2"] == pytest.approx(2 + 16 / ranks)  # our gradients are float32
+    assert total["zero2"] == pytest.approx(2 + 16 / ranks)  # gradients are accumulated in float32
     assert total["zero3"] == pytest.approx(18 / ranks)
     assert total["fsdp2"] == pytest.approx(16 / ranks)
     assert held["zero3_offload"]["host_memory"] == pytest.approx((18 + 4) / ranks * count)

@@ -1,4 +1,4 @@
-"""What a run is estimated to need, against the FLOPs of its micro-batches and the bytes of real runs."""
+"""Estimated FLOPs and memory of runs, against counted FLOPs and measured bytes."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ GIB = 2**30
 
 
 def bucket(*lengths: int, width: int = 8) -> PlannedBucket:
-    """Eight samples of each length."""
+    """Return a bucket with eight samples for each length."""
     return PlannedBucket((8 * len(lengths),), lengths, 8, width)
 
 
@@ -57,7 +57,7 @@ MIXED = RunSettings(
         PlannedSource("videos", (bucket(2, 3),), batch_size=8, micro_batches=2),
     ),
 )
-COUNTED = RunSettings(
+MEASURED = RunSettings(
     backbone=memory_runs.CONFIG,
     precision="bf16-mixed",
     strategy=BY_OPTION["auto"],
@@ -78,7 +78,7 @@ COUNTED = RunSettings(
 PRECISIONS = ("32-true", "bf16-mixed")
 CASES = [(option, precision) for option in ("auto", "zero2", "zero3", "fsdp2") for precision in PRECISIONS]
 H = replace(
-    COUNTED,
+    MEASURED,
     backbone=GPDiTConfig.preset("H", activation_checkpointing=True),
     max_ranks=64,
     sources=(PlannedSource("videos", (PlannedBucket((64,), (5,), 24, 40),), batch_size=64),),
@@ -86,10 +86,10 @@ H = replace(
 
 
 @pytest.mark.parametrize(("batch", "classes"), [({"batch_size": 8}, 0), ({"tokens": 768}, 0), ({"tokens": 768}, 10)])
-def test_flops_of_a_mixed_step_are_those_of_its_micro_batches(
+def test_step_flops_equal_those_of_the_micro_batches(
     batch: dict[str, int], classes: int, write_shards: Callable[..., Manifest], tmp_path: Path
 ) -> None:
-    """The forward passes of four steps, in which every size and length comes equally often, as torch counts them."""
+    """Counted by torch over four steps, in which every size and length is used equally often."""
     images, videos = MIXED.sources
     backbone = MIXED.backbone.replaced(classes=classes)
     run = replace(MIXED, backbone=backbone, sources=(images, replace(videos, **{"batch_size": 0} | batch)))
@@ -118,8 +118,8 @@ def test_flops_of_a_mixed_step_are_those_of_its_micro_batches(
     assert sum(step_flops(run).values()) == pytest.approx(3 * counter.get_total_flops() / steps, rel=1e-9)
 
 
-def test_a_loss_on_targets_alone_is_less_work() -> None:
-    """On the average half of the four sequences have context; of each part of two at least one has."""
+def test_requirements_of_a_loss_on_targets() -> None:
+    """Half of the four sequences have context on average, and at least one in each part of two."""
     sequences = PlannedSource("sequences", (bucket(6),), batch_size=4, loss_frames="targets")
     run = replace(MIXED, sources=(sequences,))
     flops = [training_flops(run.backbone, PassShape(4, context, 6, 8, 8, 2, (1, 3, 5))) for context in (4, 0)]
@@ -137,62 +137,62 @@ def images(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module")
-def counted(images: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with its bytes for each run and rank."""
+def measured(images: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file of measured bytes for each run and rank."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    folder = tmp_path_factory.mktemp("counted")
+    folder = tmp_path_factory.mktemp("measured")
     runs = [{"name": "-".join(case), "strategy": case[0], "precision": case[1], "shards": images} for case in CASES]
     (folder / "runs.json").write_text(json.dumps(runs))
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, memory_runs.__file__, str(folder)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     return folder
 
 
-def assert_as_counted(run: RunSettings, found: dict[str, int]) -> None:
-    """Every part on this rank, and the most that a micro-batch and an optimizer step took."""
+def assert_matches(run: RunSettings, measured: dict[str, int]) -> None:
+    """Compare the estimate with measured bytes: every part, and the peaks of the backward pass and optimizer step."""
     needed = memory(run)
     for part in ("weights", "optimizer", "average"):
-        assert found[part] == pytest.approx(needed[part], rel=0.01), part
-    # In float32 ZeRO-2 keeps whole the gradients of a matrix that the ranks share.
+        assert measured[part] == pytest.approx(needed[part], rel=0.01), part
+    # In float32, ZeRO-2 keeps the full gradient of a matrix that is divided between ranks.
     matrix = 4 * run.backbone.width * run.backbone.mlp_width
     shared = matrix if run.strategy.option == "zero2" and run.precision == "32-true" else 0
-    assert found["gradients"] == pytest.approx(needed["gradients"], rel=0.01, abs=shared)
-    # Buckets that stay after the backward pass.
+    assert measured["gradients"] == pytest.approx(needed["gradients"], rel=0.01, abs=shared)
+    # Buckets that are not freed after the backward pass.
     buckets = {"zero3": 4 * memory_runs.BUCKET, "auto": needed["buffers"]}.get(run.strategy.option, 0)
-    assert found["others"] == pytest.approx(buckets, rel=0.01, abs=1e5)
+    assert measured["others"] == pytest.approx(buckets, rel=0.01, abs=1e5)
     parts = sum(needed[part] for part in ("weights", "gradients", "optimizer", "average"))
-    buffers = needed["buffers"] if run.strategy.stage else 0  # Python learns of DDP's when they are reduced
-    assert found["backward"] == pytest.approx(parts + buffers + needed["activations"], rel=0.05)
-    assert found["step"] == pytest.approx(parts + buckets + needed["step"], rel=0.02)
+    buffers = needed["buffers"] if run.strategy.stage else 0  # the collector lists DDP's only after the reduction
+    assert measured["backward"] == pytest.approx(parts + buffers + needed["activations"], rel=0.05)
+    assert measured["step"] == pytest.approx(parts + buckets + needed["step"], rel=0.02)
 
 
 @pytest.mark.parametrize("rank", range(memory_runs.RANKS))
 @pytest.mark.parametrize(("option", "precision"), CASES)
-def test_what_each_of_two_ranks_holds(
-    option: str, precision: str, rank: int, counted: Path, monkeypatch: pytest.MonkeyPatch
+def test_memory_of_each_of_two_ranks(
+    option: str, precision: str, rank: int, measured: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_module, "REDUCE_BUCKET", memory_runs.BUCKET)
-    found = json.loads((counted / f"{option}-{precision}-{rank}.json").read_text())
-    run = replace(COUNTED, gpus=memory_runs.RANKS, strategy=BY_OPTION[option], precision=precision)
-    assert_as_counted(run, found)
+    bytes_of_rank = json.loads((measured / f"{option}-{precision}-{rank}.json").read_text())
+    run = replace(MEASURED, gpus=memory_runs.RANKS, strategy=BY_OPTION[option], precision=precision)
+    assert_matches(run, bytes_of_rank)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_one_process_holds(precision: str, images: str) -> None:
-    found, _ = memory_runs.train({"shards": images, "precision": precision}, "auto", 1)
-    assert_as_counted(replace(COUNTED, precision=precision), found)
+def test_memory_of_one_process(precision: str, images: str) -> None:
+    measured, _ = memory_runs.train({"shards": images, "precision": precision}, "auto", 1)
+    assert_matches(replace(MEASURED, precision=precision), measured)
 
 
-def test_gpus_must_divide_the_ranks_of_the_plan() -> None:
+def test_gpus_must_divide_max_ranks() -> None:
     with pytest.raises(InputError, match=r"3 GPUs do not divide data\.max_ranks = 64"):
         replace(H, gpus=3)
 
 
-def test_the_larger_of_step_and_activations_counts() -> None:
+def test_the_total_includes_the_larger_of_step_and_activations() -> None:
     needed = memory(H)
     held = sum(needed[part] for part in ("weights", "gradients", "optimizer", "average", "buffers"))
     assert needed["total"] - held == max(needed["step"], needed["activations"]) + 2 * GIB
@@ -208,17 +208,17 @@ def test_the_larger_of_step_and_activations_counts() -> None:
         ({"gpus": 1}, 24, "--trainer.strategy=zero2_offload"),
     ],
 )
-def test_the_nearest_setting(fields: dict[str, Any], capacity: float, expected: str) -> None:
+def test_the_nearest_settings_that_fit(fields: dict[str, Any], capacity: float, expected: str) -> None:
     run = replace(H, **fields)
-    wanted = nearest_that_fits(run, capacity * GIB)
+    proposed = nearest_that_fits(run, capacity * GIB)
     assert memory(run)["total"] > capacity * GIB
-    assert wanted is not None
-    assert memory(wanted)["total"] <= capacity * GIB
-    assert expected in overrides(run, wanted)
+    assert proposed is not None
+    assert memory(proposed)["total"] <= capacity * GIB
+    assert expected in overrides(run, proposed)
 
 
-def test_a_token_budget_is_cut_until_a_rank_has_one_clip_of_the_longest() -> None:
-    """At 16 tokens a frame each of two ranks has 384: 24, 12 and 8 clips of one, two and three frames."""
+def test_a_token_budget_is_divided_down_to_one_longest_clip_per_rank() -> None:
+    """With 16 tokens per frame, 768 tokens are 48, 24 and 16 clips of one, two and three frames on two ranks."""
     run = replace(MIXED, gpus=2, sources=(PlannedSource("videos", (bucket(1, 2, 3),), tokens=768),))
     candidates = list(with_smaller_micro_batches(run))
     assert [candidate.sources[0].micro_batches for candidate in candidates] == list(range(1, 9))
@@ -233,18 +233,18 @@ def test_a_token_budget_is_cut_until_a_rank_has_one_clip_of_the_longest() -> Non
 def test_fsdp2_is_kept_and_never_proposed() -> None:
     for gpus in (1, 8, 64):
         for capacity in (6, 8, 12, 24, 40, 62, 80):
-            wanted = nearest_that_fits(replace(H, gpus=gpus), capacity * GIB)
-            assert wanted is None or wanted.strategy.option != "fsdp2"
-    own = replace(H, gpus=8, strategy=BY_OPTION["fsdp2"])
-    wanted = nearest_that_fits(own, 20 * GIB)
-    assert wanted is not None
-    assert wanted.strategy == own.strategy
+            proposed = nearest_that_fits(replace(H, gpus=gpus), capacity * GIB)
+            assert proposed is None or proposed.strategy.option != "fsdp2"
+    fsdp_run = replace(H, gpus=8, strategy=BY_OPTION["fsdp2"])
+    proposed = nearest_that_fits(fsdp_run, 20 * GIB)
+    assert proposed is not None
+    assert proposed.strategy == fsdp_run.strategy
 
 
-def test_more_gpus_instead_of_offloading() -> None:
-    wanted = least_gpus_that_fit(H, 24 * GIB)
-    assert wanted is not None
-    assert wanted.gpus > 1
-    assert not wanted.strategy.offload
-    fewer = nearest_that_fits(replace(H, gpus=wanted.gpus // 2), 24 * GIB)
+def test_least_gpus_without_offloading() -> None:
+    proposed = least_gpus_that_fit(H, 24 * GIB)
+    assert proposed is not None
+    assert proposed.gpus > 1
+    assert not proposed.strategy.offload
+    fewer = nearest_that_fits(replace(H, gpus=proposed.gpus // 2), 24 * GIB)
     assert fewer is None or fewer.strategy.offload
