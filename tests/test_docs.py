@@ -1,4 +1,4 @@
-"""What the documents say of curves is what a run logs, and what they link is there."""
+"""The documents explain every logged tag, and their links are valid."""
 
 import re
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from gpdit_lightning.data.manifest import Manifest
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-ON_A_GPU_ALONE = {"perf/mfu"}
+GPU_ONLY = {"perf/mfu"}
 
 
 def explained_tags() -> set[str]:
-    """The tags in the first columns of the tables of docs/monitoring.md."""
+    """Return the tags in the first columns of the tables of docs/monitoring.md."""
     text = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
     tables = text.split("## Every tag")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`.*?) \|", tables, flags=re.MULTILINE)
@@ -27,7 +27,7 @@ def explained_tags() -> set[str]:
 
 @pytest.fixture(scope="module")
 def logged_tags(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """All tags of a run with every source, validation and previews, in which every rise of the gradient is a spike."""
+    """All tags of a run with all sources, validation, previews and gradient spikes."""
     folder = tmp_path_factory.mktemp("logged")
     counts = {
         (split, kind, shape): 4
@@ -61,16 +61,16 @@ def logged_tags(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.
     return {tag for kind in ("scalars", "images", "tensors") for tag in events.Tags()[kind]}
 
 
-def test_every_tag_of_a_run_is_explained(logged_tags: set[str]) -> None:
+def test_every_logged_tag_is_explained(logged_tags: set[str]) -> None:
     assert logged_tags - explained_tags() == set()
 
 
-def test_every_tag_that_is_explained_is_logged(logged_tags: set[str]) -> None:
-    assert explained_tags() - logged_tags == ON_A_GPU_ALONE
+def test_every_explained_tag_is_logged(logged_tags: set[str]) -> None:
+    assert explained_tags() - logged_tags == GPU_ONLY
 
 
 @pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
-def test_links_and_pictures_are_there(document: Path) -> None:
+def test_links_and_images_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     headings = {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in text.splitlines()}
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
@@ -79,7 +79,7 @@ def test_links_and_pictures_are_there(document: Path) -> None:
         assert path or heading in headings, target
 
 
-def test_every_picture_is_shown_somewhere() -> None:
+def test_every_image_is_used() -> None:
     texts = "".join(path.read_text(encoding="utf-8") for path in (*DOCS, ROOT / "README.md"))
-    for picture in (ROOT / "docs" / "images").iterdir():
-        assert f"images/{picture.name})" in texts, picture.name
+    for image in (ROOT / "docs" / "images").iterdir():
+        assert f"images/{image.name})" in texts, image.name

@@ -1,4 +1,4 @@
-"""docs/extending.md works as it is written: its files are written, its commands run, and each part is used."""
+"""The examples of docs/extending.md work: its files are written, its commands run, and each part is used."""
 
 import importlib
 import json
@@ -24,7 +24,7 @@ BLOCK = re.compile(r"```(python|yaml|bash)\n(.*?)```", re.DOTALL)
 
 
 def follow(text: str) -> None:
-    """Write the files and run the commands of a part of the page, in the current folder."""
+    """Write the files and run the commands of a section, in the current folder."""
     for kind, content in BLOCK.findall(text):
         if kind == "bash":
             for line in content.replace("\\\n", " ").splitlines():
@@ -39,7 +39,7 @@ def follow(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a few videos and images, and what the page prepares in it before its first section."""
+    """A folder with a few videos and images, and the files and data from the beginning of the page."""
     folder = tmp_path_factory.mktemp("extending")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def count_calls(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[int]]:
-    """`count_calls(module, name)`: the calls of a function of the page, after its file was written."""
+    """Return a function `count(module, name)` that counts the calls of a function of the page."""
 
     def count(module: str, name: str) -> list[int]:
         importlib.invalidate_caches()
@@ -80,7 +80,7 @@ def count_calls(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
 
 
 def split_at_commands(section: str) -> tuple[str, str]:
-    """The files and the commands of a section."""
+    """Return the files and the commands of a section."""
     blocks = [match[0] for match in BLOCK.finditer(SECTIONS[section])]
     files = [block for block in blocks if not block.startswith("```bash")]
     return "\n".join(files), "\n".join(block for block in blocks if block.startswith("```bash"))
@@ -88,7 +88,7 @@ def split_at_commands(section: str) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def stage(folder: Path) -> Path:
-    """The run folder that the first section trains; later ones use its checkpoint."""
+    """The run folder of the first section, whose checkpoint later sections use."""
     follow(SECTIONS["A stage"])
     return folder / "runs" / "stage"
 

@@ -1,4 +1,4 @@
-"""The wheel works where there is no clone: it holds the recipes, and every verb is there."""
+"""The wheel works without a clone: it contains the recipes and all verbs."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's content, built from the source distribution, as that is built from the sources."""
+    """Content of the wheel that is built from the source distribution."""
     folder = tmp_path_factory.mktemp("packaging")
     ignored = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", "runs", "latents", ".venv*")
     shutil.copytree(ROOT, folder / "clone", ignore=ignored)
@@ -41,23 +41,23 @@ def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
     )
 
 
-def test_the_wheel_holds_what_the_package_reads(installed: Path) -> None:
+def test_the_wheel_contains_all_data_files(installed: Path) -> None:
     package = ROOT / "gpdit_lightning"
-    wanted = {path: path.relative_to(ROOT) for name in ("*.safetensors", "py.typed") for path in package.rglob(name)}
-    wanted |= {path: Path("gpdit_lightning", path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")}
-    for source, place in wanted.items():
-        assert (installed / place).read_bytes() == source.read_bytes(), place
+    expected = {path: path.relative_to(ROOT) for name in ("*.safetensors", "py.typed") for path in package.rglob(name)}
+    expected |= {path: Path("gpdit_lightning", path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")}
+    for source, path in expected.items():
+        assert (installed / path).read_bytes() == source.read_bytes(), path
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"gpdit_lightning"}
 
 
-def test_shipped_recipes_are_listed_copied_and_named_without_a_clone(installed: Path, tmp_path: Path) -> None:
+def test_shipped_recipes_can_be_listed_copied_and_used(installed: Path, tmp_path: Path) -> None:
     listed = run(installed, tmp_path, "recipes")
     assert "gpdit:stage2_mixed" in listed.stdout, listed.stderr
     assert run(installed, tmp_path, "recipes", "--out", "mine").returncode == 0
-    by_word, by_path = (
+    by_name, by_path = (
         run(installed, tmp_path, "fit", "--config", name, "--print_config")
         for name in ("gpdit:stage2_mixed", "mine/stage2_mixed.yaml")
     )
-    assert "class_path: gpdit_lightning.stages.MixedStage" in by_word.stdout, by_word.stderr
-    assert "max_steps: 200000" in by_word.stdout
-    assert len(by_word.stdout.splitlines()) == len(by_path.stdout.splitlines())
+    assert "class_path: gpdit_lightning.stages.MixedStage" in by_name.stdout, by_name.stderr
+    assert "max_steps: 200000" in by_name.stdout
+    assert len(by_name.stdout.splitlines()) == len(by_path.stdout.splitlines())

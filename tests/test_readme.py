@@ -1,7 +1,7 @@
-"""The commands in README, docs and the heads of recipes are accepted by the command line, and their files exist.
+"""The command line accepts the commands in README, docs and heads of recipes, and their files exist.
 
-Nothing is run: the options are parsed. In a command, words like MODEL or MY_VIDEOS stand for a user's files, and
-RECIPE.yaml for a recipe.
+Options are parsed, but nothing is run. In the commands, words like MODEL or MY_VIDEOS are placeholders for files of a
+user, and RECIPE.yaml for a recipe.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ VERB_OF_SCRIPT = {
 FOLDERS = ("recipes/", "data_prep/", "constraints/")
 
 
-def code_of(document: Path) -> Iterator[str]:
-    """The code in a document: blocks in backticks or indented, and commands inside sentences; of a recipe its head."""
+def code_in(document: Path) -> Iterator[str]:
+    """Yield the code in a document: code blocks, indented and inline code; of a recipe, the indented comments."""
     text = document.read_text(encoding="utf-8")
     if document.suffix == ".yaml":
         yield "\n".join(re.findall(r"^#   +(.*)", text, flags=re.MULTILINE))
@@ -45,11 +45,11 @@ def code_of(document: Path) -> Iterator[str]:
     yield from re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     yield "\n".join(re.findall(r"^    (.*)", text, flags=re.MULTILINE))
-    for sentence_part in re.findall(r"`([^`]+)`", text):
-        yield " ".join(sentence_part.split())
+    for inline in re.findall(r"`([^`]+)`", text):
+        yield " ".join(inline.split())
 
 
-def words_of(line: str) -> list[str]:
+def split_words(line: str) -> list[str]:
     try:
         return shlex.split(line, comments=True)
     except ValueError:  # a sentence with an apostrophe
@@ -57,27 +57,27 @@ def words_of(line: str) -> list[str]:
 
 
 def commands_in(document: Path) -> Iterator[list[str]]:
-    """The commands of this package in a document, each as its words from the verb or script on."""
-    for code in code_of(document):
+    """Yield the commands of this package in a document, as lists of words that begin with the verb."""
+    for code in code_in(document):
         code = code.replace("\\\n", " ")
         for name, value in re.findall(r"^for (\w+) in (\w+)", code, flags=re.MULTILINE):
             code = code.replace(f"${name}", value)
         for line in code.splitlines():
-            words = words_of(line)
-            for place, word in enumerate(words):
-                module = word == "gpdit_lightning" and (place == 0 or words[place - 1] in ("-m", "&&"))
-                script = word in VERB_OF_SCRIPT and place and words[place - 1] != "-m"
-                if script:
-                    yield [VERB_OF_SCRIPT[word], *words[place + 1 :]]
-                elif module and words[place + 1 :] and not words[place + 1].startswith("VERB"):
-                    yield words[place + 1 :]
+            words = split_words(line)
+            for i, word in enumerate(words):
+                is_module = word == "gpdit_lightning" and (i == 0 or words[i - 1] in ("-m", "&&"))
+                is_script = word in VERB_OF_SCRIPT and i and words[i - 1] != "-m"
+                if is_script:
+                    yield [VERB_OF_SCRIPT[word], *words[i + 1 :]]
+                elif is_module and words[i + 1 :] and not words[i + 1].startswith("VERB"):
+                    yield words[i + 1 :]
 
 
 COMMANDS = sorted({tuple(command): None for path in (*DOCUMENTS, *RECIPES) for command in commands_in(path)})
 
 
-def check(verb: str, arguments: list[str]) -> None:
-    """Parse the options of a verb as the command line does; raises InputError for one that it refuses."""
+def parse_options(verb: str, arguments: list[str]) -> None:
+    """Parse the options of a verb as the command line does; raises InputError for invalid ones."""
     record = record_of(verb)
     if record is not None:
         options = parse(verb, "", record, arguments)
@@ -91,7 +91,7 @@ def check(verb: str, arguments: list[str]) -> None:
         fit.parse(verb, arguments)
 
 
-def test_there_are_commands_of_most_verbs() -> None:
+def test_most_verbs_occur() -> None:
     assert {command[0] for command in COMMANDS} >= {"fit", "chain", "sample", "transform", "evaluate", "probe"}
 
 
@@ -106,40 +106,40 @@ def test_the_command_line_accepts(command: tuple[str, ...], monkeypatch: pytest.
             assert Path(path).is_file(), path
     if arguments:
         with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):  # --help, --print_config
-            check(verb, arguments)
+            parse_options(verb, arguments)
 
 
 @pytest.mark.parametrize(
     "command", ["fit --config recipes/stage2_mixed.yaml --trainer.max_stepz 3", "export --out x", "estimate --gpus x"]
 )
-def test_a_wrong_command_would_be_found(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_command_would_be_found(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     verb, *arguments = command.split()
     with pytest.raises(InputError):
-        check(verb, arguments)
+        parse_options(verb, arguments)
 
 
-def test_it_opens_with_two_command_lines() -> None:
+def test_readme_begins_with_the_commands_for_demo_and_tests() -> None:
     demo, test = (block.strip() for block in BASH_BLOCKS[:2])
     assert "\n" not in demo + test
     assert demo.endswith("python -m gpdit_lightning demo")
     assert test.endswith("pytest -n 2")
 
 
-def test_ci_types_the_same() -> None:
+def test_ci_runs_the_same_commands() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     install, test = BASH_BLOCKS[1].strip().split(" && ")[-2:]
     assert install.replace("pip install", "pip install -q") in script
     assert re.search(rf"^ *{test}$", script, flags=re.MULTILINE)
 
 
-def test_benchmarks_that_are_named_exist() -> None:
+def test_benchmarks_in_commands_exist() -> None:
     for document in DOCUMENTS:
         for name in re.findall(r"python -m benchmarks\.(\w+)", document.read_text(encoding="utf-8")):
             assert (ROOT / "benchmarks" / f"{name}.py").is_file(), f"{document.name}: {name}"
 
 
-def test_the_links_lead_somewhere() -> None:
+def test_links_are_valid() -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).is_file(), target
 
