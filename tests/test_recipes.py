@@ -1,4 +1,4 @@
-"""Every recipe can be built and trains; the paper's numbers are the paper's."""
+"""Every recipe can be built and trained, has a complete head, and has the numbers of the paper."""
 
 import re
 from collections.abc import Callable
@@ -29,7 +29,7 @@ WHOLE = [
 OF_THE_PAPER = [path for path in WHOLE if path.parent == RECIPES]
 BASES = {RECIPES / "base.yaml", RECIPES / "size" / "h.yaml", RECIPES / "demo" / "digits.yaml"}
 TINY = RECIPES / "size" / "tiny.yaml"
-# Of other verbs than `fit`, which have tests of their own.
+# Recipes of other verbs than `fit`, which are tested with their verbs.
 EVALUATIONS = {path for path in CONTENTS if path.name.startswith("eval_")}
 VIDEO_CHATGPT = RECIPES / "video_chatgpt.yaml"
 LABELS = RECIPES / "labels" / "ucf101.yaml"
@@ -52,7 +52,7 @@ def settings_of(*paths: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, A
 
 @pytest.fixture(scope="module")
 def shards(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What every recipe's sources can be read from: clips of 3 and 12 latent frames, images, sequences."""
+    """Shards for every source of every recipe: clips of 7 and 12 latent frames, images, sequences."""
     counts = {
         (split, kind, (frames, 8, 8)): 4
         for split in ("train", "validation")
@@ -61,7 +61,7 @@ def shards(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.TempP
     return write_shards(tmp_path_factory.mktemp("shards"), counts).directory
 
 
-def test_these_are_the_recipes() -> None:
+def test_list_of_recipes() -> None:
     assert {name_of(path) for path in EVALUATIONS} == {"eval_ucf101.yaml", "eval_msrvtt.yaml", "eval_long.yaml"}
     assert {name_of(path) for path in WHOLE} >= {
         "stage1_image_warmup.yaml",
@@ -72,43 +72,31 @@ def test_these_are_the_recipes() -> None:
         "demo/stage3_long_video.yaml",
         "debug/overfit_one_clip.yaml",
     }
-    assert set(CONTENTS) == {
-        *WHOLE,
-        *CHAINS,
-        *BASES,
-        TINY,
-        LABELS,
-        VIDEO_CHATGPT,
-        *EVALUATIONS,
-        *(RECIPES / "size" / f"{name}.yaml" for name in ("b",)),
-    }
+    others = {*CHAINS, *BASES, *EVALUATIONS, TINY, LABELS, VIDEO_CHATGPT, RECIPES / "size" / "b.yaml"}
+    assert set(CONTENTS) == {*WHOLE, *others}
 
 
-@pytest.mark.parametrize("path", [path for path in CONTENTS if path not in BASES], ids=name_of)
-def test_the_head_says_command_and_hardware(path: Path) -> None:
+@pytest.mark.parametrize("path", CONTENTS, ids=name_of)
+def test_head_is_complete(path: Path) -> None:
+    """A title of one sentence, commands, hardware, figures with their origin, and the settings of the paper."""
     head = head_of(path)
+    assert head.partition("\n")[0].endswith(".")
+    for file in re.findall(r"--config (recipes/[\w/]+\.yaml)", head):
+        assert (RECIPES.parent / file).is_file(), file
+    if path in BASES:
+        return
     assert "python -m gpdit_lightning" in head
     assert "Hardware:" in head
-    for command in re.findall(r"--config (recipes/[\w/]+\.yaml)", head):
-        assert (RECIPES.parent / command).is_file(), command
-
-
-@pytest.mark.parametrize("path", [path for path in CONTENTS if path not in BASES], ids=name_of)
-def test_the_head_says_where_its_figures_come_from(path: Path) -> None:
-    entries = dict(re.findall(r"^# (Memory|Time|Expect): (.+(?:\n#   .+)*)", head_of(path), re.MULTILINE))
+    entries = dict(re.findall(r"^# (Memory|Time|Expect): (.+(?:\n#   .+)*)", head, re.MULTILINE))
     for name in ("Memory", "Time"):
         assert re.search(r"\d.*\((measured|estimated)\b", entries[name], re.DOTALL), name
     if re.search(r"\d", entries["Expect"]):
         assert re.search(r"\(measured\b|the paper reports|not run", entries["Expect"])
-
-
-@pytest.mark.parametrize("path", OF_THE_PAPER, ids=name_of)
-def test_the_head_says_what_the_paper_gives(path: Path) -> None:
-    assert "\n# From the paper:" in head_of(path)
+    assert path not in OF_THE_PAPER or "\n# From the paper:" in head
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=name_of)
-def test_the_backbone_can_be_built(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_backbone_can_be_built(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings_of(path, capsys=capsys)["model"]["init_args"]["backbone"]
     with torch.device("meta"):
         model = GPDiT(GPDiTConfig(**config))
@@ -119,26 +107,26 @@ def test_the_backbone_can_be_built(path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("overlay", ["b", "tiny"])
 @pytest.mark.parametrize("path", OF_THE_PAPER, ids=name_of)
-def test_an_overlay_fits_any_recipe(path: Path, overlay: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It changes size, batches and folders, and neither the sources nor what the stage is."""
+def test_overlays_change_size_and_batches_only(path: Path, overlay: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stage and sources are unchanged; the run folder gets a prefix."""
     whole = settings_of(path, capsys=capsys)
     small = settings_of(path, RECIPES / "size" / f"{overlay}.yaml", capsys=capsys)
     assert small["model"]["init_args"]["backbone"]["size"] == {"b": "B", "tiny": "tiny"}[overlay]
     assert small["model"]["class_path"] == whole["model"]["class_path"]
     assert small["run_dir"] == whole["run_dir"].replace("runs/", f"runs/{overlay}/")
     for name in ("images", "videos", "sequences"):
-        mine, theirs = small["data"][name], whole["data"][name]
-        assert bool(mine["manifests"]) == bool(theirs["manifests"])
-        if overlay == "b" and mine["manifests"]:
-            assert mine["batch_size"] == theirs["batch_size"]
-        assert mine["batch_size"] % (mine["micro_batches"] * small["data"]["max_ranks"]) == 0
+        source, original = small["data"][name], whole["data"][name]
+        assert bool(source["manifests"]) == bool(original["manifests"])
+        if overlay == "b" and source["manifests"]:
+            assert source["batch_size"] == original["batch_size"]
+        assert source["batch_size"] % (source["micro_batches"] * small["data"]["max_ranks"]) == 0
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=name_of)
-def test_it_trains_one_step_at_tiny_size(
+def test_recipe_trains_one_step_at_tiny_size(
     path: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The recipe as it stands, on tiny shards; only what needs hardware or real data is replaced."""
+    """Only settings that require hardware or real data are replaced."""
     arguments = ["--config", str(path)] + (["--config", str(TINY)] if path.parent == RECIPES else [])
     for source in ("laion", "video", "few_shot", "ucf101", "copy", "grayscale", "many_grayscale", "many_sketch"):
         (tmp_path / "latents").mkdir(exist_ok=True)
@@ -150,7 +138,7 @@ def test_it_trains_one_step_at_tiny_size(
         "--model.init_args.initial_weights=",
         "--model.init_args.backbone.latent_channels=4",
         "--model.init_args.backbone.layers=1",
-        "--preview.every_steps=0",  # the shards are random numbers of no real codec
+        "--preview.every_steps=0",  # the shards are random, so no codec can decode them
         "--trainer.max_steps=1",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
@@ -160,11 +148,11 @@ def test_it_trains_one_step_at_tiny_size(
     assert main(["fit", *arguments]) == 0
     assert read_checkpoint(tmp_path / "run")["global_step"] == 1
     capsys.readouterr()
-    saved = settings_of(tmp_path / "run" / "config.yaml", capsys=capsys)  # a recipe by itself, wherever it lies
+    saved = settings_of(tmp_path / "run" / "config.yaml", capsys=capsys)  # a complete recipe without its bases
     assert saved["run_dir"] == str(tmp_path / "run")
 
 
-def test_a_benchmark_model_can_be_told_labels(tmp_path: Path) -> None:
+def test_the_overlay_for_labels_trains_a_conditional_model(tmp_path: Path) -> None:
     names = [f"class {number}" for number in range(101)]
     clips = [(name, np.zeros((5, 4, 8, 8))) for name in names[:8]]
     write_labelled(tmp_path / "ucf101", names, clips)
@@ -186,7 +174,7 @@ def test_a_benchmark_model_can_be_told_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=name_of)
-def test_a_chain_names_recipes_that_begin_where_the_one_before_ended(
+def test_each_stage_of_a_chain_starts_from_the_run_folder_of_its_predecessor(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     predecessor = ""
@@ -196,7 +184,7 @@ def test_a_chain_names_recipes_that_begin_where_the_one_before_ended(
         predecessor = settings["run_dir"]
 
 
-# Section 5.1 of the paper, as far as it gives numbers: recipe -> what --print_config must show.
+# Numbers of section 5.1 of the paper: recipe -> settings in the output of --print_config.
 PAPER: dict[str, dict[str, Any]] = {
     "stage1_image_warmup": {
         "model.class_path": "ImageWarmupStage",
@@ -241,7 +229,7 @@ PAPER: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_numbers_are_those_of_section_5_1(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_are_those_of_section_5_1(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = settings_of(RECIPES / f"{name}.yaml", capsys=capsys)
     for key, expected in PAPER[name].items():
         value: Any = recipe
@@ -250,4 +238,4 @@ def test_the_numbers_are_those_of_section_5_1(name: str, capsys: pytest.CaptureF
         assert (value.rsplit(".", 1)[-1] if key == "model.class_path" else value) == expected, key
     optimizer = recipe["model"]["init_args"]["optimizer"]
     assert optimizer["weight_decay"] == 0  # "Adam"
-    assert optimizer["decay"] == "constant"  # no schedule is mentioned
+    assert optimizer["decay"] == "constant"  # the paper mentions no schedule
