@@ -1,3 +1,5 @@
+"""Annotation files: formats, errors, and lookup of input files."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ VIDEODATAINFO = {
 
 
 def read(folder: Path, *contents: str | bytes) -> Annotations:
-    """The annotations of files with these contents, named `0`, `1`, ..., since names do not matter."""
+    """Read annotations from files with these contents; the names are `0`, `1`, ..., since only the content matters."""
     paths = [folder / str(number) for number in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -38,41 +40,43 @@ def lines(*values: Any) -> str:
     return "".join(json.dumps(value) + "\n" for value in values)
 
 
-def test_the_lists_of_ucf_101_give_splits_labels_and_the_order_of_classes(tmp_path: Path) -> None:
-    found = read(tmp_path, TRAIN, TEST, CLASSES)
-    assert found.get("Archery/v_Archery_g08_c01.avi") == Annotation(label="Archery", split="train")
-    assert found.get("Archery/v_Archery_g01_c01.avi") == Annotation(label="Archery", split="validation")
-    assert found.get("v_ApplyEyeMakeup_g01_c01.mp4") == Annotation(label="ApplyEyeMakeup", split="validation")
-    assert found.get("Archery/v_Archery_g25_c07.avi") == Annotation()
-    assert found.labels == ("ApplyEyeMakeup", "ApplyLipstick", "Archery")
+def test_ucf101_lists_contain_splits_labels_and_class_numbers(tmp_path: Path) -> None:
+    annotations = read(tmp_path, TRAIN, TEST, CLASSES)
+    assert annotations.get("Archery/v_Archery_g08_c01.avi") == Annotation(label="Archery", split="train")
+    assert annotations.get("Archery/v_Archery_g01_c01.avi") == Annotation(label="Archery", split="validation")
+    assert annotations.get("v_ApplyEyeMakeup_g01_c01.mp4") == Annotation(label="ApplyEyeMakeup", split="validation")
+    assert annotations.get("Archery/v_Archery_g25_c07.avi") == Annotation()
+    assert annotations.labels == ("ApplyEyeMakeup", "ApplyLipstick", "Archery")
 
 
-def test_class_numbers_alone_give_labels_only(tmp_path: Path) -> None:
-    found = read(tmp_path, "10 b\n9 a\n")
-    assert found.labels == ("a", "b")
-    assert found.get("a") == Annotation()
+def test_class_numbers_without_files(tmp_path: Path) -> None:
+    annotations = read(tmp_path, "10 b\n9 a\n")
+    assert annotations.labels == ("a", "b")
+    assert annotations.get("a") == Annotation()
 
 
-def test_a_folder_is_a_label_only_if_a_list_numbers_it(tmp_path: Path) -> None:
-    found = read(tmp_path, "clips/one.mp4\nclips/two words.MP4\n")
-    assert found.get("clips/two words.MP4") == Annotation(split="validation")
-    assert found.labels == ()
+def test_a_folder_without_class_number_is_not_a_label(tmp_path: Path) -> None:
+    annotations = read(tmp_path, "clips/one.mp4\nclips/two words.MP4\n")
+    assert annotations.get("clips/two words.MP4") == Annotation(split="validation")
+    assert annotations.labels == ()
 
 
 @pytest.mark.parametrize("other", ["1 Archery\n", "2 ApplyEyeMakeup\n"], ids=["one_number", "one_name"])
-def test_class_numbers_of_two_data_sets_are_refused(tmp_path: Path, other: str) -> None:
+def test_contradicting_class_numbers_are_refused(tmp_path: Path, other: str) -> None:
     with pytest.raises(InputError, match=r"The class numbers in .* differ"):
         read(tmp_path, CLASSES, other)
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_the_json_of_msr_vtt_gives_captions_in_order_and_splits(tmp_path: Path, indent: int | None) -> None:
-    found = read(tmp_path, json.dumps(VIDEODATAINFO, indent=indent))
-    assert found.get("TrainValVideo/video0.mp4") == Annotation(("a car is shown", "a man is driving"), split="train")
-    assert found.get("video6513.mp4") == Annotation(("ein Fußballspiel",), split="validation")
-    assert found.get("video7010.mp4") == Annotation(split="validation")
-    assert found.get("video1.mp4") == Annotation()
-    assert found.labels == ()
+def test_msr_vtt_captions_are_in_order_of_sen_id(tmp_path: Path, indent: int | None) -> None:
+    annotations = read(tmp_path, json.dumps(VIDEODATAINFO, indent=indent))
+    assert annotations.get("TrainValVideo/video0.mp4") == Annotation(
+        ("a car is shown", "a man is driving"), split="train"
+    )
+    assert annotations.get("video6513.mp4") == Annotation(("ein Fußballspiel",), split="validation")
+    assert annotations.get("video7010.mp4") == Annotation(split="validation")
+    assert annotations.get("video1.mp4") == Annotation()
+    assert annotations.labels == ()
 
 
 @pytest.mark.parametrize(
@@ -84,13 +88,13 @@ def test_the_json_of_msr_vtt_gives_captions_in_order_and_splits(tmp_path: Path, 
         ({"sentences": [{"video_id": "video0", "sen_id": 1, "caption": 7}]}, "the caption 7"),
     ],
 )
-def test_json_without_the_fields_of_msr_vtt_is_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+def test_invalid_msr_vtt_fields_are_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=rf"0 does not have the fields of MSR-VTT's videodatainfo\.json \(.*{named}"):
         read(tmp_path, json.dumps(VIDEODATAINFO | change))
 
 
-def test_json_lines_may_give_any_of_the_fields(tmp_path: Path) -> None:
-    found = read(
+def test_json_lines_with_optional_fields(tmp_path: Path) -> None:
+    annotations = read(
         tmp_path,
         lines(
             {"source": "a/x.mp4", "caption": "one ", "label": "ball", "split": "validation"},
@@ -100,10 +104,10 @@ def test_json_lines_may_give_any_of_the_fields(tmp_path: Path) -> None:
         )
         + "\n",
     )
-    assert found.get("a/x.mp4") == Annotation(("one",), "ball", "validation")
-    assert found.get("y.mp4") == Annotation(("two", "three", "four"))
-    assert found.get("z.mp4") == Annotation()
-    assert found.labels == ()
+    assert annotations.get("a/x.mp4") == Annotation(("one",), "ball", "validation")
+    assert annotations.get("y.mp4") == Annotation(("two", "three", "four"))
+    assert annotations.get("z.mp4") == Annotation()
+    assert annotations.labels == ()
 
 
 @pytest.mark.parametrize(
@@ -114,10 +118,10 @@ def test_json_lines_may_give_any_of_the_fields(tmp_path: Path) -> None:
     ],
     ids=["csv", "tsv"],
 )  # fmt: skip
-def test_tables_have_a_header(tmp_path: Path, content: str, delimiter: str) -> None:
-    found = read(tmp_path, "\ufeff" + content)
-    assert found.get("a.mp4") == Annotation(("red, and\nblue",), split="train")
-    assert found.get("b.mp4") == Annotation()
+def test_csv_and_tsv(tmp_path: Path, content: str, delimiter: str) -> None:
+    annotations = read(tmp_path, "\ufeff" + content)
+    assert annotations.get("a.mp4") == Annotation(("red, and\nblue",), split="train")
+    assert annotations.get("b.mp4") == Annotation()
 
 
 @pytest.mark.parametrize(
@@ -155,18 +159,18 @@ def test_tables_have_a_header(tmp_path: Path, content: str, delimiter: str) -> N
         ("a,b\n".encode("utf-16"), "line 1 is not UTF-8"),
     ],
 )
-def test_an_error_names_the_file_and_the_line(tmp_path: Path, content: str | bytes, message: str) -> None:
+def test_errors_contain_file_and_line(tmp_path: Path, content: str | bytes, message: str) -> None:
     with pytest.raises(InputError, match=f"{tmp_path}/0 .*{message}"):
         read(tmp_path, content)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.txt cannot be read"):
         read_annotations([tmp_path / "absent.txt"])
 
 
-def test_a_full_name_precedes_a_path_without_extension_which_precedes_a_stem(tmp_path: Path) -> None:
-    found = read(
+def test_lookup_by_full_name_then_path_without_extension_then_stem(tmp_path: Path) -> None:
+    annotations = read(
         tmp_path,
         lines(
             {"source": "a/x.mp4", "caption": "whole"},
@@ -184,36 +188,35 @@ def test_a_full_name_precedes_a_path_without_extension_which_precedes_a_stem(tmp
         "elsewhere/y.MKV": "stem",
         "clip.2.mp4": "second",
     }.items():
-        assert found.get(name).captions == (caption,)
+        assert annotations.get(name).captions == (caption,)
     for name in ("a/x.mkv", "d/x.mp4", "clip.mp4", "z.mp4"):  # ambiguous, or in no entry
-        assert found.get(name) == Annotation()
+        assert annotations.get(name) == Annotation()
 
 
-def test_files_are_merged_whichever_names_they_use(tmp_path: Path) -> None:
-    found = read(
+def test_files_with_different_forms_of_a_name_are_merged(tmp_path: Path) -> None:
+    annotations = read(
         tmp_path,
         TRAIN,
         lines({"source": "v_Archery_g08_c01", "caption": "an archer", "split": "train"}),
         "source,caption\nArchery/v_Archery_g08_c01.avi,a bow\n",
     )
-    assert found.get("Archery/v_Archery_g08_c01.avi") == Annotation(("an archer", "a bow"), "Archery", "train")
+    assert annotations.get("Archery/v_Archery_g08_c01.avi") == Annotation(("an archer", "a bow"), "Archery", "train")
 
 
-def test_a_contradiction_between_files_names_both(tmp_path: Path) -> None:
+def test_contradiction_between_files(tmp_path: Path) -> None:
     name = "Archery/v_Archery_g08_c01.avi"
-    found = read(tmp_path, TEST, TRAIN, lines({"source": name, "split": "validation"}))
-    assert found.get("Archery/v_Archery_g01_c01.avi").split == "validation"
+    annotations = read(tmp_path, TEST, TRAIN, lines({"source": name, "split": "validation"}))
+    assert annotations.get("Archery/v_Archery_g01_c01.avi").split == "validation"
     with pytest.raises(
         InputError, match=f"/2 has 'validation' as split of '{name}', but .*/1 has 'train': correct or omit"
     ):
-        found.get(name)
+        annotations.get(name)
 
 
-def test_a_contradiction_within_a_file_names_its_line(tmp_path: Path) -> None:
+def test_contradiction_within_a_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="/0 line 2 has 'b' as label of 'x', but an earlier line has 'a': remove one"):
         read(tmp_path, lines({"source": "x", "label": "a"}, {"source": "x", "label": "b"}))
 
 
 def test_without_files_annotations_are_empty() -> None:
-    found = read_annotations([])
-    assert found.get("a.mp4") == Annotation()
+    assert read_annotations([]).get("a.mp4") == Annotation()

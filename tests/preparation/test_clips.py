@@ -1,4 +1,4 @@
-"""How frames are cut into clips, written out in frame numbers."""
+"""Cutting of frames into clips, with expected frame numbers written out."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +46,7 @@ def run(start: int, length: int) -> tuple[int, list[int]]:
         (18, [run(0, 9), run(9, 9)]),
     ],
 )
-def test_clips_are_consecutive_and_the_rest_has_1_plus_4_k_frames(count: int, expected: list[Any]) -> None:
+def test_clips_are_consecutive_and_the_last_has_1_plus_4_k_frames(count: int, expected: list[Any]) -> None:
     assert cut(count) == expected
 
 
@@ -54,17 +54,17 @@ def test_clips_are_consecutive_and_the_rest_has_1_plus_4_k_frames(count: int, ex
     ("count", "expected"),
     [
         (9, [run(0, 9)]),
-        (10, [run(0, 9)]),  # the rest, 6 frames cut to 5, is in the first clip
+        (10, [run(0, 9)]),  # the 6 remaining frames, cut to 5, are all in the first clip
         (13, [run(0, 9), run(4, 9)]),
         (15, [run(0, 9), run(4, 9)]),
         (17, [run(0, 9), run(4, 9), run(8, 9)]),
     ],
 )
-def test_clips_overlap_at_a_clip_step_below_their_length(count: int, expected: list[Any]) -> None:
+def test_a_clip_step_below_the_length_makes_overlapping_clips(count: int, expected: list[Any]) -> None:
     assert cut(count, clip_step=4) == expected
 
 
-def test_the_rest_of_overlapping_clips_needs_frames_that_are_in_no_clip() -> None:
+def test_the_last_overlapping_clip_must_contain_new_frames() -> None:
     assert cut(22, clip_step=7) == [run(0, 9), run(7, 9), run(14, 5)]
     assert cut(20, clip_step=7) == [run(0, 9), run(7, 9), run(14, 5)]
     assert cut(18, clip_step=7) == [run(0, 9), run(7, 9)]
@@ -81,7 +81,7 @@ def test_no_clip_crosses_a_cut() -> None:
     assert cut(20, cuts=(11,), clip_step=12) == [run(0, 9), run(11, 9)]
 
 
-def test_first_frames_are_numbered_in_the_video() -> None:
+def test_frame_numbers_count_frames_of_the_video() -> None:
     assert cut(12, stride=3) == [(0, list(range(9))), (27, [9])]
 
 
@@ -104,7 +104,7 @@ def items(path: Path, **settings: Any) -> list[Any]:
     return list(ClipReader(options(video_sizes=["48x64"], **settings), FACTOR).items(0, file))
 
 
-def test_with_avoid_cuts_clips_end_at_cuts(film: Path) -> None:
+def test_avoid_cuts(film: Path) -> None:
     pytest.importorskip("scenedetect", reason="the extra `shots` is not installed")
     clips = [item for item in items(film, avoid_cuts=True, least_clip_frames=5) if isinstance(item, Clip)]
     assert [(clip.metadata["first_frame"], len(clip.pixels)) for clip in clips] == [(0, 9), (10, 5), (17, 9)]
@@ -112,11 +112,11 @@ def test_with_avoid_cuts_clips_end_at_cuts(film: Path) -> None:
         assert (clip.pixels.float() - clip.pixels[:1].float()).abs().mean() < 3, "all frames of a shot are equal"
     strided = [item for item in items(film, avoid_cuts=True, stride=2, clip_frames=5) if isinstance(item, Clip)]
     assert [(clip.metadata["first_frame"], len(clip.pixels)) for clip in strided] == [(0, 5), (17, 5)]
-    over_cuts = [item for item in items(film, least_clip_frames=5) if isinstance(item, Clip)]
-    assert [clip.metadata["first_frame"] for clip in over_cuts] == [0, 9, 18, 27]
+    across_cuts = [item for item in items(film, least_clip_frames=5) if isinstance(item, Clip)]
+    assert [clip.metadata["first_frame"] for clip in across_cuts] == [0, 9, 18, 27]
 
 
-def test_metadata_of_a_clip(film: Path) -> None:
+def test_clip_metadata(film: Path) -> None:
     clip, *_ = items(film)
     assert clip.metadata == {
         "source": "film.mp4",
@@ -129,7 +129,7 @@ def test_metadata_of_a_clip(film: Path) -> None:
     }
 
 
-def test_a_video_that_is_too_short_is_skipped_with_the_reason(film: Path) -> None:
+def test_a_video_that_is_too_short_is_skipped(film: Path) -> None:
     pytest.importorskip("scenedetect", reason="the extra `shots` is not installed")
     skipped, end = items(film, clip_frames=45, least_clip_frames=33)
     assert isinstance(skipped, SkippedInput)

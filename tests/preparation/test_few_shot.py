@@ -1,3 +1,5 @@
+"""Preparation of image pairs as few-shot sequences."""
+
 import shutil
 import sys
 from dataclasses import replace
@@ -23,7 +25,7 @@ PAIRS = 9
 
 @pytest.fixture
 def options(tmp_path: Path) -> PreparePairsOptions:
-    """Existing pairs; 2 of the held-out ones are used for validation."""
+    """Options for existing pairs, with two validation sequences."""
     numbers = np.random.default_rng(0)
     for folder in ("colour", "grayscale"):
         (tmp_path / folder).mkdir()
@@ -45,8 +47,8 @@ def options(tmp_path: Path) -> PreparePairsOptions:
     )
 
 
-def of_task(options: PreparePairsOptions, task: str) -> PreparePairsOptions:
-    """The same sources for a built-in task, into another folder."""
+def with_task(options: PreparePairsOptions, task: str) -> PreparePairsOptions:
+    """Return options for a built-in task on the same sources, with another output folder."""
     return replace(options, task=task, targets=None, out=options.out.with_name(task))
 
 
@@ -60,7 +62,7 @@ def samples(manifest: Manifest) -> list[tuple[str, np.ndarray, list[str]]]:
     return found
 
 
-def test_sequences_are_pairs_of_images_each_encoded_alone(options: PreparePairsOptions) -> None:
+def test_each_image_of_a_sequence_is_encoded_alone(options: PreparePairsOptions) -> None:
     manifest = prepare_pairs(options)
     assert manifest == Manifest.load(options.out)
     assert {entry.kind for entry in manifest.shards} == {"sequence"}
@@ -69,7 +71,7 @@ def test_sequences_are_pairs_of_images_each_encoded_alone(options: PreparePairsO
     assert [split for split, *_ in found].count("train") == 5
     for _, latents, names in found:
         assert latents.shape == (6, 16, 2, 3)
-        assert len(set(names)) == 3  # no pair twice
+        assert len(set(names)) == 3  # distinct pairs
         for i, name in enumerate(names):
             for frame, path in (
                 (2 * i, options.sources / name),
@@ -80,8 +82,8 @@ def test_sequences_are_pairs_of_images_each_encoded_alone(options: PreparePairsO
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_built_in_task_makes_both_sides_from_one_image(options: PreparePairsOptions, task: str) -> None:
-    manifest = prepare_pairs(of_task(options, task))
+def test_built_in_tasks(options: PreparePairsOptions, task: str) -> None:
+    manifest = prepare_pairs(with_task(options, task))
     assert manifest.preparation["task_parameters"] == TASKS[task].parameters
     codec = load_codec("pca")
     for _, latents, names in samples(manifest):
@@ -90,7 +92,7 @@ def test_a_built_in_task_makes_both_sides_from_one_image(options: PreparePairsOp
             assert np.abs(latents[2 * i : 2 * i + 2] - codec.encode(pixels).numpy()[:, 0]).max() < 0.02
 
 
-def test_held_out_pairs_end_the_validation_sequences_and_are_in_no_other(options: PreparePairsOptions) -> None:
+def test_only_the_last_pair_of_a_validation_sequence_is_held_out(options: PreparePairsOptions) -> None:
     manifest = prepare_pairs(options)
     found = samples(manifest)
     training = {name for split, _, names in found if split == "train" for name in names}
@@ -105,7 +107,7 @@ def test_held_out_pairs_end_the_validation_sequences_and_are_in_no_other(options
 
 
 def test_the_manifest_lists_every_held_out_file(options: PreparePairsOptions, tmp_path: Path) -> None:
-    """Also those that are not used, and duplicates; folders of one name with files of one name are distinguished."""
+    """It includes unused files and duplicates, and distinguishes equal names in folders of equal names."""
     for side, folder in (("a", options.sources), ("b", options.targets)):
         (tmp_path / side / "train").mkdir(parents=True)
         for path in folder.iterdir():
@@ -113,24 +115,24 @@ def test_the_manifest_lists_every_held_out_file(options: PreparePairsOptions, tm
     moved = replace(options, sources=tmp_path / "a/train", targets=tmp_path / "b/train", held_out_pairs=1, sequences=50)
     manifest = prepare_pairs(moved)
     used = {name for split, _, names in samples(manifest) if split == "train" for name in names}
-    never = {f"p{i}.png" for i in range(PAIRS)} - used
-    assert len(never) > manifest.validation["validation_sources"] == 1
-    expected = [f"{side}/train/{name}" for side in "ab" for name in sorted(never)]
+    unused = {f"p{i}.png" for i in range(PAIRS)} - used
+    assert len(unused) > manifest.validation["validation_sources"] == 1
+    expected = [f"{side}/train/{name}" for side in "ab" for name in sorted(unused)]
     assert manifest.validation["held_out"] == expected
     for side in "ab":
-        shutil.copy(tmp_path / side / "train" / min(never), tmp_path / side / "train" / "q.png")
+        shutil.copy(tmp_path / side / "train" / min(unused), tmp_path / side / "train" / "q.png")
     again = prepare_pairs(replace(moved, out=tmp_path / "again"))
     assert again.validation["held_out"] == sorted([*expected, "a/train/q.png", "b/train/q.png"])
 
 
-def test_every_task_holds_out_the_same_images(options: PreparePairsOptions) -> None:
-    found = [prepare_pairs(of_task(options, task)).validation for task in ("grayscale", "colourisation")]
+def test_all_tasks_hold_out_the_same_images(options: PreparePairsOptions) -> None:
+    found = [prepare_pairs(with_task(options, task)).validation for task in ("grayscale", "colourisation")]
     assert found[0] == found[1]
     assert found[0]["held_out"]
 
 
-def test_training_mixes_the_sequences_of_several_tasks(options: PreparePairsOptions) -> None:
-    manifests = [prepare_pairs(of_task(options, task)) for task in ("grayscale", "colourisation")]
+def test_training_on_several_tasks_uses_all_of_their_sequences(options: PreparePairsOptions) -> None:
+    manifests = [prepare_pairs(with_task(options, task)) for task in ("grayscale", "colourisation")]
     data = LatentDataModule(
         sequences=SourceConfig([str(manifest.directory) for manifest in manifests], batch_size=10), context_dropout=0.0
     )
@@ -145,27 +147,27 @@ def test_training_mixes_the_sequences_of_several_tasks(options: PreparePairsOpti
     latents = [sample for manifest in manifests for split, sample, _ in samples(manifest) if split == "train"]
     distances = np.abs(batch.latents.numpy()[:, None] - [(sample - mean) / std for sample in latents]).max((2, 3, 4, 5))
     assert distances.min(axis=1).max() < 1e-3
-    assert sorted(distances.argmin(axis=1)) == list(range(10))  # each of the five sequences of both tasks
+    assert sorted(distances.argmin(axis=1)) == list(range(10))  # five sequences of each task
 
 
-def test_the_defaults_are_those_of_the_paper() -> None:
+def test_defaults_are_those_of_the_paper() -> None:
     defaults = PreparePairsOptions(out=Path())
     assert (defaults.sequences, defaults.pairs_per_sequence, defaults.pairs) == (20, 3, 40)
 
 
-def test_training_pairs_are_limited(options: PreparePairsOptions) -> None:
+def test_the_number_of_training_pairs_is_limited(options: PreparePairsOptions) -> None:
     manifest = prepare_pairs(replace(options, pairs=3, sequences=8, validation_fraction=0))
     assert len({name for _, _, names in samples(manifest) for name in names}) == 3
     assert manifest.validation["validation_sources"] == 0
     assert manifest.validation["held_out"] == []
 
 
-def test_only_pairs_that_occur_in_training_sequences_count_as_trained_on(options: PreparePairsOptions) -> None:
+def test_train_sources_counts_pairs_in_training_sequences(options: PreparePairsOptions) -> None:
     manifest = prepare_pairs(replace(options, sequences=1))
     assert manifest.validation["train_sources"] == 3  # of 6 that are not held out
 
 
-def test_an_existing_result_is_reused_and_another_one_refused(
+def test_an_existing_result_is_reused_or_refused(
     options: PreparePairsOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = prepare_pairs(options)
@@ -174,15 +176,15 @@ def test_an_existing_result_is_reused_and_another_one_refused(
     with pytest.raises(InputError, match=r"contains shards of other options \(sequences\)"):
         prepare_pairs(replace(options, sequences=6))
     with pytest.raises(InputError, match=r"contains shards of other options \(task\)"):
-        prepare_pairs(replace(of_task(options, "grayscale"), out=options.out))
+        prepare_pairs(replace(with_task(options, "grayscale"), out=options.out))
     again = prepare_pairs(replace(options, out=options.out.with_name("again")))
     assert [entry.sha256 for entry in again.shards] == [entry.sha256 for entry in first.shards]
     other = prepare_pairs(replace(options, seed=1, out=options.out.with_name("other")))
     assert other.fingerprint() != first.fingerprint()
 
 
-def test_a_changed_image_of_the_same_name_and_size_is_noticed(options: PreparePairsOptions) -> None:
-    """One level changes, so that the pair may move to the other split as well."""
+def test_a_changed_image_of_the_same_name_and_size_is_detected(options: PreparePairsOptions) -> None:
+    """One gray level changes, which may also move the pair to the other split."""
     used = prepare_pairs(options)
     name = samples(used)[0][2][0]
     path = options.sources / name
@@ -193,7 +195,7 @@ def test_a_changed_image_of_the_same_name_and_size_is_noticed(options: PreparePa
         prepare_pairs(options)
 
 
-def test_both_folders_of_pairs_may_be_in_one_folder(options: PreparePairsOptions, tmp_path: Path) -> None:
+def test_pairs_in_gives_the_same_as_sources_and_targets(options: PreparePairsOptions, tmp_path: Path) -> None:
     expected = samples(prepare_pairs(options))
     (tmp_path / "task").mkdir()
     options.sources.rename(tmp_path / "task" / "source")
@@ -226,7 +228,7 @@ def test_both_folders_of_pairs_may_be_in_one_folder(options: PreparePairsOptions
         ({"out": Path(__file__) / "new"}, r"new cannot be written, since .*test_few_shot\.py is not a writable folder"),
     ],
 )
-def test_unusable_options_are_refused_before_an_image_is_read(
+def test_invalid_options_are_refused_before_an_image_is_read(
     options: PreparePairsOptions, changes: dict[str, object], message: str
 ) -> None:
     for path in options.sources.iterdir():
@@ -243,10 +245,10 @@ def test_missing_opencv_is_reported_before_an_image_is_read(
     for path in options.sources.iterdir():
         path.write_text("not an image")
     with pytest.raises(InputError, match=r"OpenCV.*pip install"):
-        prepare_pairs(of_task(options, "sketch"))
+        prepare_pairs(with_task(options, "sketch"))
 
 
-def test_too_few_pairs_are_reported_with_the_reason(options: PreparePairsOptions) -> None:
+def test_too_few_pairs_are_refused_with_the_reason(options: PreparePairsOptions) -> None:
     for i in range(3, PAIRS):
         (options.sources / f"p{i}.png").unlink()
         (options.targets / f"p{i}.jpg").unlink()
@@ -273,8 +275,8 @@ def test_fewer_pairs_than_allowed_are_reported(
     assert f"drawn from {PAIRS} pairs; --pairs allows 40\n" in capsys.readouterr().out
 
 
-def test_frames_of_one_recording_are_held_out_together(options: PreparePairsOptions) -> None:
-    """Each name begins with that of one of three recordings."""
+def test_frames_of_a_recording_are_held_out_together(options: PreparePairsOptions) -> None:
+    """Each file name begins with the name of one of three recordings."""
     for path in (*options.sources.iterdir(), *options.targets.iterdir()):
         path.rename(path.with_name(f"clip{int(path.stem[1:]) // 3}_{path.name}"))
     manifest = prepare_pairs(replace(options, source_pattern=r"clip\d+", validation_fraction=0.01))

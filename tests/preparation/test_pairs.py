@@ -1,4 +1,4 @@
-"""Finding image pairs, and holding some out by their content."""
+"""Finding and splitting of image pairs."""
 
 import itertools
 import shutil
@@ -30,7 +30,7 @@ def write_images(folder: Path, count: int, first: int = 0, size: tuple[int, int]
 
 
 def pair(source: int, target: int) -> Pair:
-    """A pair of images whose hashes are these hundredths."""
+    """Return a pair of images whose hashes, as fractions of 1, are these hundredths."""
     return Pair(*(image(number, number) for number in (source, target)))
 
 
@@ -47,21 +47,17 @@ def names(pairs: list[Pair]) -> set[str]:
 
 
 def test_images_below_the_fraction_are_held_out_with_all_connected_pairs() -> None:
-    chained = [
-        pair(80, 60),
-        pair(60, 40),
-        pair(40, 5),
-    ]  # 5 is held out, and the others with it
-    pairs = [pair(70, 50), pair(30, 90), pair(9, 99), pair(11, 98), *chained]
+    connected = [pair(80, 60), pair(60, 40), pair(40, 5)]  # image 5 is held out, and so are the others
+    pairs = [pair(70, 50), pair(30, 90), pair(9, 99), pair(11, 98), *connected]
     for shuffled in itertools.islice(itertools.permutations(pairs), 0, None, 97):
         training, held_out = split_pairs(shuffled, 0.1)
         assert numbers(training) == [("11", "98"), ("30", "90"), ("70", "50")]
         assert numbers(held_out) == [("40", "5"), ("60", "40"), ("80", "60"), ("9", "99")]
 
 
-def test_images_of_one_recording_are_held_out_together_by_the_hash_of_the_recording() -> None:
-    """1 and 2 have low content hashes, but not their recording; the recording of 82 to 85 is below the fraction; 86 is
-    paired with 85 and of another recording."""
+def test_images_are_held_out_by_the_hash_of_their_recording() -> None:
+    """Images 1 and 2 have low content hashes, but their recording has not. The recording of 82 to 85 is below the
+    fraction. Image 86 has another recording and is paired with 85."""
     alone = [image(1, 50), image(2, 50), *(image(number, 5) for number in (82, 83, 84, 85))]
     pairs = [Pair(one, one) for one in (*alone, image(95, 60))] + [Pair(image(85, 5), image(86, 70))]
     for shuffled in itertools.islice(itertools.permutations(pairs), 0, None, 997):
@@ -70,14 +66,14 @@ def test_images_of_one_recording_are_held_out_together_by_the_hash_of_the_record
         assert set(numbers(held_out)) == {(n, n) for n in ("82", "83", "84", "85")} | {("85", "86")}
 
 
-def test_at_least_one_is_held_out_unless_the_fraction_is_0() -> None:
+def test_at_least_one_pair_is_held_out_unless_the_fraction_is_0() -> None:
     pairs = [pair(30, 30), pair(20, 20), pair(40, 40)]
     assert numbers(split_pairs(pairs, 0.01)[1]) == [("20", "20")]
     assert split_pairs(pairs, 0.0)[1] == []
     assert split_pairs([], 0.1) == ([], [])
 
 
-def test_files_with_equal_pixels_count_once(tmp_path: Path) -> None:
+def test_duplicates_by_pixels_are_dropped(tmp_path: Path) -> None:
     folder = write_images(tmp_path, 12)
     before = split_pairs(pairs_from_folder(folder, seed=0), 0.3)
     for place in range(12):
@@ -87,7 +83,7 @@ def test_files_with_equal_pixels_count_once(tmp_path: Path) -> None:
     assert split_pairs(pairs_from_folder(folder, seed=0), 0.3) == before
 
 
-def test_frames_of_one_recording_are_in_one_split(tmp_path: Path) -> None:
+def test_frames_of_a_recording_are_in_the_same_split(tmp_path: Path) -> None:
     folder = write_images(tmp_path, 40)
     for place in range(40):
         (folder / f"p{place}.png").rename(folder / f"clip{place // 5}_{place}.png")
@@ -97,10 +93,10 @@ def test_frames_of_one_recording_are_in_one_split(tmp_path: Path) -> None:
     ]
     assert not splits[0] & splits[1]
     assert splits[0] | splits[1] == {f"clip{number}" for number in range(8)}
-    assert 1 <= len(splits[1]) <= 5  # 2.4 of 8 on average; by the lowest content hash of five frames it would be 6.7
+    assert 1 <= len(splits[1]) <= 5  # 2.4 of 8 on average; with the lowest content hash of five frames it would be 6.7
 
 
-def test_splits_do_not_change_when_images_are_added_or_renamed(tmp_path: Path) -> None:
+def test_splits_are_stable_when_images_are_added_or_renamed(tmp_path: Path) -> None:
     training, held_out = split_pairs(pairs_from_folder(write_images(tmp_path / "few", 20), seed=0), 0.3)
     assert len(held_out) > 1
     more = write_images(tmp_path / "more", 60)
@@ -116,7 +112,7 @@ def test_splits_do_not_change_when_images_are_added_or_renamed(tmp_path: Path) -
     assert {f"p{99 - number}.png" for number in renamed} == names(held_out)
 
 
-def test_existing_pairs_are_held_out_alike_in_both_directions_and_with_their_images(tmp_path: Path) -> None:
+def test_the_split_is_independent_of_direction_and_task(tmp_path: Path) -> None:
     sources, targets = write_images(tmp_path / "source", 20), write_images(tmp_path / "raw", 20, first=50)
     for place in range(20):
         (targets / f"p{place + 50}.png").rename(targets / f"p{place}.png")
@@ -128,7 +124,7 @@ def test_existing_pairs_are_held_out_alike_in_both_directions_and_with_their_ima
     assert alone <= {pair.source.path.name for pair in held_out}
 
 
-def test_folders_of_pairs_are_found_by_name(tmp_path: Path) -> None:
+def test_pair_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not contain the folders source and target"):
         pair_folders(tmp_path)
     (tmp_path / "sources").mkdir()
@@ -139,19 +135,19 @@ def test_folders_of_pairs_are_found_by_name(tmp_path: Path) -> None:
     assert pair_folders(tmp_path) == (tmp_path / "sources", tmp_path / "targets")
 
 
-def test_hidden_files_and_folders_are_not_images(tmp_path: Path) -> None:
+def test_hidden_files_and_folders_are_ignored(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "a", 1)
-    (folder / "._p0.png").write_text("written by macOS")
+    (folder / "._p0.png").write_text("metadata file of macOS")
     (folder / "b.png").mkdir()
     assert images_in(folder) == [folder / "p0.png"]
-    for place, words in ((tmp_path / "nowhere", "does not exist"), (folder / "p0.png", "is not a folder")):
-        with pytest.raises(InputError, match=f"{place.name} {words}: give a folder"):
-            images_in(place)
+    for path, reason in ((tmp_path / "missing", "does not exist"), (folder / "p0.png", "is not a folder")):
+        with pytest.raises(InputError, match=f"{path.name} {reason}: give a folder"):
+            images_in(path)
     with pytest.raises(InputError, match=r"b\.png has no images: give"):
         images_in(folder / "b.png")
 
 
-def test_names_match_in_any_unicode_normal_form(tmp_path: Path) -> None:
+def test_names_match_in_different_unicode_normal_forms(tmp_path: Path) -> None:
     for folder, name in (("a", "caf\u00e9"), ("b", "cafe\u0301")):
         write_images(tmp_path / folder, 1)
         (tmp_path / folder / "p0.png").rename(tmp_path / folder / f"{name}.png")
@@ -159,7 +155,7 @@ def test_names_match_in_any_unicode_normal_form(tmp_path: Path) -> None:
     assert (first.parent.name, second.parent.name) == ("a", "b")
 
 
-def test_an_error_names_what_cannot_be_paired(tmp_path: Path) -> None:
+def test_errors_of_unmatched_and_unreadable_images(tmp_path: Path) -> None:
     sources, targets = write_images(tmp_path / "a", 5), write_images(tmp_path / "b", 5)
     write_images(targets, 1, size=(5, 4))
     with pytest.raises(InputError, match=r"a/p0\.png is 4x6 .*counterpart .*b/p0\.png is 4x5: give both the same"):

@@ -1,3 +1,5 @@
+"""Preparation of videos, images and tars."""
+
 import io
 import json
 from collections.abc import Iterator
@@ -72,7 +74,7 @@ def skipped(manifest: Manifest) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
-def test_videos_are_cut_into_consecutive_clips(options: PrepareOptions, videos: Path) -> None:
+def test_videos_become_consecutive_clips(options: PrepareOptions, videos: Path) -> None:
     manifest = prepared(options)
     assert manifest == Manifest.load(options.out)
     codec = load_codec("pca")
@@ -99,8 +101,8 @@ def test_stride_and_clips_per_video(options: PrepareOptions, videos: Path) -> No
     assert np.abs(found[0][1] - load_codec("pca").encode(pixels[None])[0].numpy()).max() < 0.02
 
 
-def test_the_rest_of_a_video_is_a_shorter_clip_if_it_is_long_enough(options: PrepareOptions, videos: Path) -> None:
-    """12 frames in clips of 9: three are left, and one of them (1 + 4k) can be kept; in clips of 5, one of two."""
+def test_remaining_frames_are_a_shorter_clip(options: PrepareOptions, videos: Path) -> None:
+    """12 frames in clips of 9 leave three frames, of which 1 = 1 + 4k can be kept if clips may be that short."""
     kept = samples(prepared(replace(options, clip_frames=9, least_clip_frames=1)))
     assert (
         sorted((latents.shape[0], metadata["first_frame"]) for _, latents, metadata in kept)
@@ -117,7 +119,7 @@ def test_the_rest_of_a_video_is_a_shorter_clip_if_it_is_long_enough(options: Pre
         prepare(replace(options, least_clip_frames=9, out=options.out.with_name("out4")))
 
 
-def test_input_files_are_held_out_as_a_whole(options: PrepareOptions) -> None:
+def test_all_clips_of_a_file_are_in_the_same_split(options: PrepareOptions) -> None:
     manifest = prepared(replace(options, validation_fraction=0.4))
     splits = {split: {m["source"] for s, _, m in samples(manifest) if s == split} for split in ("train", "validation")}
     assert splits["train"]
@@ -140,7 +142,7 @@ def test_a_new_file_does_not_change_the_splits_of_others(options: PrepareOptions
     assert len(after) == len(before) + 1
 
 
-def test_files_of_one_recording_are_in_one_split(options: PrepareOptions) -> None:
+def test_files_of_a_recording_are_in_the_same_split(options: PrepareOptions) -> None:
     manifest = prepared(replace(options, source_pattern=r"v_\d+", validation_fraction=0.3))
     recordings = {
         split: {metadata["source"].split("/")[1][:3] for s, _, metadata in samples(manifest) if s == split}
@@ -157,7 +159,7 @@ def test_each_split_gets_a_file_unless_the_fraction_is_0(options: PrepareOptions
     assert (validation["train_sources"], validation["validation_sources"]) == (6 - expected, expected)
 
 
-def test_a_held_out_folder_is_the_only_validation(options: PrepareOptions, videos: Path) -> None:
+def test_a_held_out_folder_replaces_the_fraction(options: PrepareOptions, videos: Path) -> None:
     manifest = prepare(
         replace(options, videos=[videos / "dog"], validation_videos=[videos / "ball"], validation_fraction=0.9)
     )
@@ -176,17 +178,17 @@ def test_images_are_scaled_to_the_closest_size(options: PrepareOptions, tmp_path
     assert shapes == {"wide.png": (1, 16, 2, 2), "square.png": (1, 16, 2, 2), "tall.png": (1, 16, 3, 2)}
     assert {shard.kind for shard in manifest.shards} == {"image", "video"}
     image = next(latents for _, latents, m in samples(manifest) if m["source"] == "square.png")
-    colour = load_codec("pca").decode(torch.tensor(image)[None])[0, 0].float().mean(dim=(1, 2))
-    torch.testing.assert_close(colour, torch.tensor([200.0, 100.0, 50.0]), atol=8, rtol=0)
+    color = load_codec("pca").decode(torch.tensor(image)[None])[0, 0].float().mean(dim=(1, 2))
+    torch.testing.assert_close(color, torch.tensor([200.0, 100.0, 50.0]), atol=8, rtol=0)
 
 
-def test_labels_are_the_names_of_folders(options: PrepareOptions) -> None:
+def test_labels_are_folder_names(options: PrepareOptions) -> None:
     manifest = prepared(replace(options, labels=True))
     assert manifest.labels == ("ball", "dog")
     assert all(metadata["label"] == metadata["source"].split("/")[0] for _, _, metadata in samples(manifest))
 
 
-def test_broken_and_short_files_are_skipped_and_named(options: PrepareOptions, videos: Path) -> None:
+def test_broken_and_short_files_are_skipped_and_listed(options: PrepareOptions, videos: Path) -> None:
     (videos / "broken.mp4").write_bytes(b"not a video at all")
     make_video(videos / "short.mp4", frames=4)
     manifest = prepared(options)
@@ -199,7 +201,7 @@ def test_broken_and_short_files_are_skipped_and_named(options: PrepareOptions, v
     assert "broken.mp4" in summary(manifest)
 
 
-def test_clips_before_the_damage_of_a_video_are_used(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_before_damage_in_a_video_are_used(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaking(path: Path, stride: int, threads: int) -> Iterator[torch.Tensor]:
         yield from iterate_frames(path, 0, stride, 7)
         raise InputError(f"{path} is broken.")
@@ -222,7 +224,7 @@ def test_an_unexpected_exception_skips_one_file_only(options: PrepareOptions, mo
     assert sum(shard.count for shard in manifest.shards) == 10
 
 
-def test_the_same_input_files_give_the_same_bytes(options: PrepareOptions) -> None:
+def test_output_is_deterministic(options: PrepareOptions) -> None:
     first = prepared(options)
     second = prepared(replace(options, out=options.out.with_name("out2")))
     assert [shard.sha256 for shard in first.shards] == [shard.sha256 for shard in second.shards]
@@ -251,12 +253,12 @@ def test_a_finished_folder_is_reused_and_never_overwritten(
 
 def test_shards_without_records_are_refused(options: PrepareOptions) -> None:
     options.out.mkdir()
-    (options.out / "train-video-2x2x3-00000-00000.tar").write_text("who knows")
+    (options.out / "train-video-2x2x3-00000-00000.tar").write_text("unknown content")
     with pytest.raises(InputError, match=r"00000-00000\.tar was not written by this command"):
         prepare(options)
 
 
-def test_the_folder_holds_the_listed_files_and_the_records(options: PrepareOptions) -> None:
+def test_the_output_folder_contains_listed_files_and_records(options: PrepareOptions) -> None:
     options.out.mkdir()
     (options.out / "notes.txt").write_text("mine")
     manifest = prepared(options)
@@ -267,9 +269,7 @@ def test_the_folder_holds_the_listed_files_and_the_records(options: PrepareOptio
     assert records == {"options.json", "part-00000.sources.jsonl", "part-00000.json", "lock"}
 
 
-def test_latents_too_large_for_half_precision_are_skipped(
-    options: PrepareOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_latents_that_overflow_float16_are_skipped(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = load_codec("pca")
     encode = codec.encode
     monkeypatch.setattr(codec, "encode", lambda pixels: encode(pixels) * 1e6)
@@ -281,7 +281,7 @@ def test_latents_too_large_for_half_precision_are_skipped(
     assert sum(shard.count for shard in prepared(options).shards) == 12
 
 
-def test_a_list_names_files_relative_to_its_folder(options: PrepareOptions, videos: Path) -> None:
+def test_paths_in_a_list_are_relative_to_its_folder(options: PrepareOptions, videos: Path) -> None:
     (videos / "list.txt").write_text("dog/v_0_c0.mp4\n\nball/v_0_c1.mp4\n")
     manifest = prepared(replace(options, videos=[videos / "list.txt"], labels=True))
     assert {metadata["source"] for _, _, metadata in samples(manifest)} == {"dog/v_0_c0.mp4", "ball/v_0_c1.mp4"}
@@ -291,7 +291,7 @@ def test_a_list_names_files_relative_to_its_folder(options: PrepareOptions, vide
         prepare(replace(options, videos=[videos / "list.txt"], out=options.out.with_name("out2")))
 
 
-def test_an_error_names_the_unusable_option(options: PrepareOptions, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(options: PrepareOptions, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for change, message in (
         ({"videos": []}, "There are no input files"),
@@ -313,7 +313,7 @@ def test_an_error_names_the_unusable_option(options: PrepareOptions, tmp_path: P
 
 
 def make_tar(path: Path, keys: range, damaged: int | None = None) -> None:
-    """A tar as img2dataset writes it: images, captions and json."""
+    """Write a tar as img2dataset does: images, captions and JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with TarWriter(str(path)) as tar:
         for key in keys:
@@ -330,7 +330,7 @@ def make_tar(path: Path, keys: range, damaged: int | None = None) -> None:
             tar.write({"__key__": f"{key:09d}", "jpg": content, "txt": f"image {key}", "json": fields})
 
 
-def test_tars_of_images_as_img2dataset_writes_them(options: PrepareOptions, tmp_path: Path) -> None:
+def test_tars_of_img2dataset(options: PrepareOptions, tmp_path: Path) -> None:
     laion = tmp_path / "laion"
     for number in range(3):
         make_tar(laion / f"{number:05d}.tar", range(number * 10, number * 10 + 10), damaged=17)
@@ -359,7 +359,7 @@ def test_tars_of_images_as_img2dataset_writes_them(options: PrepareOptions, tmp_
         prepare(replace(tars, image_tars=[f"{laion}/{{00000..00003}}.tar"]))
 
 
-def test_the_lists_of_ucf_101_decide_splits_and_the_order_of_classes(options: PrepareOptions, tmp_path: Path) -> None:
+def test_ucf101_lists_determine_splits_and_class_numbers(options: PrepareOptions, tmp_path: Path) -> None:
     (tmp_path / "trainlist01.txt").write_text("dog/v_0_c0.mp4 2\nball/v_0_c1.mp4 1\nball/v_1_c3.mp4 1\n")
     (tmp_path / "testlist01.txt").write_text("dog/v_1_c2.mp4\n")
     (tmp_path / "classInd.txt").write_text("1 ball\n2 dog\n3 zebra\n")
@@ -381,7 +381,7 @@ def test_the_lists_of_ucf_101_decide_splits_and_the_order_of_classes(options: Pr
     assert held_out_only.validation["train_sources"] == 5
 
 
-def test_the_captions_of_msr_vtt_are_stored(options: PrepareOptions, tmp_path: Path, videos: Path) -> None:
+def test_msr_vtt_captions_are_stored(options: PrepareOptions, tmp_path: Path, videos: Path) -> None:
     content = {
         "videos": [
             {"video_id": path.stem, "split": "test" if path.parent.name == "dog" else "train", "category": 1}

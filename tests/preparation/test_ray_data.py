@@ -1,3 +1,5 @@
+"""Preparation on a Ray cluster gives the same shards."""
+
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +29,12 @@ def options(tmp_path: Path) -> PrepareOptions:
     )
 
 
-def test_ray_writes_the_same_shards_and_finishes_what_another_process_began(options: PrepareOptions) -> None:
+def test_ray_finishes_a_preparation_with_the_same_shards(options: PrepareOptions) -> None:
     without_ray = prepare(options)
     assert without_ray is not None
     records = Records(options.out)
     assert len(records.parts) == 3
-    # One part is finished, as by a process that was killed then.
+    # One part is finished, as if a process had been killed afterwards.
     by_ray = replace(options, out=options.out.with_name("by_ray"), ray=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[prepare.__module__], "_write_manifest", lambda *_: None)

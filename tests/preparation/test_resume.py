@@ -1,4 +1,4 @@
-"""A preparation that is interrupted, extended, or shared by several processes neither loses nor duplicates samples."""
+"""Interrupting, extending or dividing a preparation neither loses nor duplicates samples."""
 
 import fcntl
 import json
@@ -39,7 +39,7 @@ def draw(path: Path, frames: int, height: int = 16) -> None:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 videos of 4 to 15 frames, wide and tall, and a file that is none."""
+    """40 videos of 4 to 15 frames, wide and tall, and a file that is not a video."""
     folder = tmp_path_factory.mktemp("videos")
     for number in range(40):
         draw(folder / f"{number % 3}" / f"m{number}.mp4", frames=4 + number * 7 % 12, height=16 if number % 4 else 48)
@@ -53,7 +53,7 @@ def options(tmp_path: Path, videos: Path) -> PrepareOptions:
 
 
 def options_for(out: Path, videos: Path) -> PrepareOptions:
-    """Shards of 4 samples, encoded 3 at a time, in parts of 25 videos."""
+    """Return options for shards of 4 samples, batches of 3 and parts of 25 videos."""
     return PrepareOptions(
         out=out,
         videos=[videos],
@@ -73,7 +73,7 @@ def options_for(out: Path, videos: Path) -> PrepareOptions:
 
 @pytest.fixture(scope="module")
 def uninterrupted(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """What an uninterrupted run of one process makes with `options`."""
+    """Result of an uninterrupted run of one process with `options`."""
     return prepared(options_for(tmp_path_factory.mktemp("uninterrupted") / "out", videos))
 
 
@@ -84,22 +84,23 @@ def prepared(options: PrepareOptions) -> Manifest:
 
 
 def identities(manifest: Manifest) -> list[tuple[Any, ...]]:
-    """Split, source and first frame of every sample, in the order of shards."""
-    found = []
+    """Return split, source and first frame of every sample, in the order of the shards."""
+    samples = []
     for entry in manifest.shards:
         reader = ShardReader(manifest.directory, entry)
         for number in range(entry.count):
             metadata = reader.read(number)[1]
-            found.append((entry.split, metadata["source"], metadata["first_frame"]))
-    return found
+            samples.append((entry.split, metadata["source"], metadata["first_frame"]))
+    return samples
 
 
-def tars(out: Path) -> dict[str, int]:
+def modification_times(out: Path) -> dict[str, int]:
+    """Return the modification time of each tar."""
     return {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
 
 
 def arguments(options: PrepareOptions) -> list[str]:
-    """The arguments of the command line for these options."""
+    """Return the command-line arguments for these options."""
     names = ("codec", "stride", "clip_frames", "least_clip_frames", "validation_fraction", "shard_size", "part_size")
     values = {name: [str(getattr(options, name))] for name in ("out", "batch_size", "workers", "device", *names)}
     values |= {name: [str(value) for value in getattr(options, name)] for name in ("videos", "video_sizes")}
@@ -118,7 +119,7 @@ def start(options: PrepareOptions, **environment: str) -> subprocess.Popen[str]:
 
 
 def interrupt_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the codec raise KeyboardInterrupt when it has encoded this many batches."""
+    """Make the codec raise KeyboardInterrupt after this many batches."""
     codec = load_codec("pca")
     encode, encoded = codec.encode, Counter[str]()
 
@@ -133,7 +134,7 @@ def interrupt_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def prepare_until(batches: int, options: PrepareOptions) -> None:
-    """Interrupt a preparation after this many batches."""
+    """Run a preparation that is interrupted after this many batches."""
     with pytest.MonkeyPatch.context() as patch:
         interrupt_after(batches, patch)
         with pytest.raises(KeyboardInterrupt):
@@ -142,7 +143,7 @@ def prepare_until(batches: int, options: PrepareOptions) -> None:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_order_of_items_does_not_depend_on_the_number_of_processes(videos: Path, options: PrepareOptions) -> None:
-    """More files than are interleaved, of very different lengths."""
+    """There are more files than are interleaved, with different lengths."""
     paths = sorted(videos.rglob("*.mp4"))
     files = [InputFile(path, path.name, "video", "train", path.stat().st_size) for path in paths]
     sequences = []
@@ -159,27 +160,27 @@ def test_shards_do_not_depend_on_the_number_of_processes(options: PrepareOptions
 
 
 @pytest.mark.parametrize("batches", [0, 5, 13, 20])
-def test_an_interrupted_run_ends_with_the_same_shards(
-    options: PrepareOptions, uninterrupted: Manifest, batches: int
-) -> None:
+def test_a_resumed_run_writes_the_same_shards(options: PrepareOptions, uninterrupted: Manifest, batches: int) -> None:
     prepare_until(batches, options)
     assert not (options.out / "manifest.json").exists()
-    before = tars(options.out)
+    before = modification_times(options.out)
     names = {shard.path for shard in uninterrupted.shards}
     assert before.keys() < names
     assert bool(before) == (batches > 4)
     assert prepared(options).shards == uninterrupted.shards
-    assert {name: time for name, time in tars(options.out).items() if name in before} == before, "were written again"
+    assert {name: time for name, time in modification_times(options.out).items() if name in before} == before, (
+        "shards were rewritten"
+    )
 
 
-def test_a_run_that_is_interrupted_repeatedly_finishes(options: PrepareOptions, uninterrupted: Manifest) -> None:
+def test_a_repeatedly_interrupted_run_finishes(options: PrepareOptions, uninterrupted: Manifest) -> None:
     for _ in range(3):
         prepare_until(14, options)
     assert prepared(options).shards == uninterrupted.shards
 
 
 def test_a_killed_process_leaves_only_complete_shards(options: PrepareOptions, uninterrupted: Manifest) -> None:
-    """kill -9 at random moments."""
+    """The process receives SIGKILL at random times."""
     generator = np.random.default_rng(0)
     names = {shard.path for shard in uninterrupted.shards}
     before: dict[str, int] = {}
@@ -192,7 +193,7 @@ def test_a_killed_process_leaves_only_complete_shards(options: PrepareOptions, u
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        after = tars(options.out)
+        after = modification_times(options.out)
         assert {name: after.get(name) for name in before} == before
         assert after.keys() <= names
         before = after
@@ -200,7 +201,7 @@ def test_a_killed_process_leaves_only_complete_shards(options: PrepareOptions, u
     assert not list(options.out.rglob("*.partial"))
 
 
-def test_ctrl_c_ends_with_one_line(
+def test_ctrl_c_prints_one_line(
     options: PrepareOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupt_after(3, monkeypatch)
@@ -208,18 +209,18 @@ def test_ctrl_c_ends_with_one_line(
     assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped."
 
 
-def test_a_damaged_shard_of_an_interrupted_run_is_named(options: PrepareOptions, uninterrupted: Manifest) -> None:
+def test_a_damaged_shard_of_an_interrupted_run_is_reported(options: PrepareOptions, uninterrupted: Manifest) -> None:
     prepare_until(9, options)
     shard = min(options.out.glob("*.tar"))
     intact = shard.read_bytes()
     latents, metadata = np.load(shard.with_suffix(".index.npy"))[0, :2]
-    for offset in (10, int(latents) + 200, int(metadata) + 5):  # in the name of a member, and in its content
+    for offset in (10, int(latents) + 200, int(metadata) + 5):  # in the name of a member, latents and metadata
         content = bytearray(intact)
         content[offset] ^= 1
         shard.write_bytes(content)
         with pytest.raises(InputError, match=rf"{shard.name} .*(does not match its index: delete it|readable tar)"):
             prepare(options)
-    shard.unlink()  # its samples are encoded again, into a shard of another number
+    shard.unlink()  # its samples are encoded again into another shard
     assert Counter(identities(prepared(options))) == Counter(identities(uninterrupted))
 
 
@@ -234,13 +235,14 @@ def test_new_videos_are_added_to_existing_shards(options: PrepareOptions, videos
     copy(sorted(videos.rglob("*.mp4"))[:20])
     growing = replace(options, videos=[folder], labels=True)
     first = prepared(growing)
-    before = tars(options.out)
+    before = modification_times(options.out)
     copy(sorted(videos.rglob("*.mp4")))
     draw(folder / "0a" / "new.mp4", frames=7)
     second = prepared(growing)
     assert set(first.shards) < set(second.shards)
-    assert {name: time for name, time in tars(options.out).items() if name in before} == before
-    assert second.labels[: len(first.labels)] == first.labels, "a label is its position in the list"
+    after = modification_times(options.out)
+    assert {name: after[name] for name in before} == before
+    assert second.labels[: len(first.labels)] == first.labels, "the position of a label is its class number"
     assert "0a" in second.labels
     assert max(Counter(identities(second)).values()) == 1
     splits = {source: split for split, source, _ in identities(first)}
@@ -252,7 +254,7 @@ def test_new_videos_are_added_to_existing_shards(options: PrepareOptions, videos
     assert prepared(growing) == second
 
 
-def test_a_skipped_file_is_tried_again_when_it_changes(options: PrepareOptions, tmp_path: Path) -> None:
+def test_a_skipped_file_is_retried_when_it_changes(options: PrepareOptions, tmp_path: Path) -> None:
     folder = tmp_path / "repaired"
     for number in range(3):
         draw(folder / f"{number}.mp4", frames=6)
@@ -267,8 +269,8 @@ def test_a_skipped_file_is_tried_again_when_it_changes(options: PrepareOptions, 
     assert {source for _, source, _ in identities(second)} == {"0.mp4", "1.mp4", "2.mp4"}
 
 
-def test_skipped_files_are_tried_again_on_request(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a file server was down."""
+def test_skipped_files_are_retried_on_request(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example, after a failure of the file server."""
 
     def fail(*_: Any) -> None:
         raise InputError("the server is down")
@@ -284,8 +286,8 @@ def test_skipped_files_are_tried_again_on_request(options: PrepareOptions, monke
     assert again.skipped == 1
 
 
-def test_several_processes_share_the_work(options: PrepareOptions, uninterrupted: Manifest) -> None:
-    """A rank of two, as torchrun sets it, and a process without a rank."""
+def test_several_processes_divide_the_work(options: PrepareOptions, uninterrupted: Manifest) -> None:
+    """One process is rank 1 of 2, as set by torchrun; the other has no rank."""
     processes = [start(options, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1"), start(options)]
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
@@ -295,7 +297,7 @@ def test_several_processes_share_the_work(options: PrepareOptions, uninterrupted
 
 @contextmanager
 def locked_elsewhere(path: Path) -> Iterator[None]:
-    """Hold a lock in another process, since a process does not exclude itself."""
+    """Hold a lock in another process, since record locks do not exclude the same process."""
     path.touch()
     ready, done = os.pipe(), os.pipe()
     if (child := os.fork()) == 0:
@@ -314,7 +316,7 @@ def locked_elsewhere(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def test_a_process_that_ends_first_says_who_writes_the_manifest(
+def test_a_process_that_ends_before_others_writes_no_manifest(
     options: PrepareOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare_until(0, options)
@@ -326,7 +328,7 @@ def test_a_process_that_ends_first_says_who_writes_the_manifest(
 
 
 def test_a_full_disk_is_reported_and_complete_shards_are_kept(options: PrepareOptions, uninterrupted: Manifest) -> None:
-    """A limit on the size of files stands for a full disk."""
+    """A limit on file sizes simulates a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))
     try:
@@ -339,7 +341,7 @@ def test_a_full_disk_is_reported_and_complete_shards_are_kept(options: PrepareOp
     assert prepared(options).shards == uninterrupted.shards
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(options: PrepareOptions, tmp_path: Path) -> None:
+def test_an_output_folder_that_is_not_writable_is_reported(options: PrepareOptions, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(InputError, match=r"file.* cannot be written to \(.*\): give another --out"):
         prepare(replace(options, out=tmp_path / "file" / "out"))

@@ -1,3 +1,5 @@
+"""Detection of cuts."""
+
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +17,13 @@ HEIGHT, WIDTH = 90, 120
 
 
 def texture(seed: int, height: int, width: int) -> Tensor:
-    """A smooth coloured image, uint8 (3, height, width)."""
+    """Return a smooth color image, uint8 (3, height, width)."""
     coarse = torch.rand(1, 3, height // 12, width // 12, generator=torch.Generator().manual_seed(seed))
     return (F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)[0] * 255).to(torch.uint8)
 
 
 def shot(seed: int, frames: int, speed: int = 1) -> Tensor:
-    """A camera that moves `speed` pixels per frame over a texture: uint8 (frames, 3, HEIGHT, WIDTH)."""
+    """Film a texture with a camera that moves `speed` pixels per frame: uint8 (frames, 3, HEIGHT, WIDTH)."""
     image = texture(seed, HEIGHT, WIDTH + speed * frames)
     return torch.stack([image[..., speed * frame :][..., :WIDTH] for frame in range(frames)])
 
@@ -36,50 +38,50 @@ def _needs_scenedetect(request: pytest.FixtureRequest) -> None:
         pytest.importorskip("scenedetect")
 
 
-def test_the_frames_that_begin_a_shot_are_found(tmp_path: Path) -> None:
+def test_cuts_of_a_video_file(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", torch.cat([shot(0, 12), shot(1, 7), shot(2, 20), shot(3, 9)]), fps=24)
     assert find_cuts(tmp_path / "a.mp4") == [12, 19, 39]
 
 
-def test_every_frame_is_given_back_in_order() -> None:
+def test_all_frames_are_returned_in_order() -> None:
     for length in (0, 1, 2, 3, 8):
         frames = list(shot(0, 8)[:length])
-        again = list(mark_cuts(frames))
-        assert [id(frame) for frame, _ in again] == [id(frame) for frame in frames]
-        assert not any(begins_shot for _, begins_shot in again)
+        marked = list(mark_cuts(frames))
+        assert [id(frame) for frame, _ in marked] == [id(frame) for frame in frames]
+        assert not any(begins_shot for _, begins_shot in marked)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (2, 2), (3, 1)])
-def test_a_cut_is_found_near_the_ends_too(before: int, after: int) -> None:
+def test_cuts_near_the_ends(before: int, after: int) -> None:
     assert cuts(torch.cat([shot(0, before), shot(1, after)])) == [before]
 
 
-def test_both_cuts_of_a_short_shot_are_found() -> None:
+def test_both_cuts_of_a_short_shot() -> None:
     assert cuts(torch.cat([shot(0, 10), shot(1, 5), shot(2, 10)])) == [10, 15]
 
 
 @pytest.mark.parametrize("speed", [0, 6])
-def test_a_moving_camera_is_no_cut(speed: int) -> None:
+def test_camera_motion_is_not_a_cut(speed: int) -> None:
     assert cuts(shot(0, 30, speed)) == []
 
 
-def test_neither_a_fade_nor_a_dissolve_is_a_cut() -> None:
+def test_fades_and_dissolves_are_not_cuts() -> None:
     weights = torch.linspace(0, 1, 24).view(-1, 1, 1, 1)
     first, second = shot(0, 24).float(), shot(1, 24).float()
     assert cuts((first * (1 - 0.95 * weights)).to(torch.uint8)) == []
     assert cuts((first * (1 - weights) + second * weights).to(torch.uint8)) == []
 
 
-def test_a_cut_between_dark_images_is_found() -> None:
+def test_cut_between_dark_images() -> None:
     assert cuts(torch.cat([shot(0, 10), shot(1, 10)]) // 3) == [10]
 
 
-def test_large_frames_give_the_cuts_of_small_ones() -> None:
+def test_large_frames_are_downscaled() -> None:
     frames = F.interpolate(torch.cat([shot(0, 6), shot(1, 6)]), (540, 720), mode="bilinear")
     assert cuts(frames) == [6]
 
 
-def test_frames_before_an_error_are_given_except_two() -> None:
+def test_the_last_two_frames_before_an_error_are_lost() -> None:
     def breaking() -> Iterator[Tensor]:
         yield from shot(0, 6)
         raise InputError("broken midway")
@@ -91,7 +93,7 @@ def test_frames_before_an_error_are_given_except_two() -> None:
         next(marked)
 
 
-def test_three_frames_are_in_memory() -> None:
+def test_at_most_three_frames_are_in_memory() -> None:
     taken = 0
 
     def frames() -> Iterator[Tensor]:
@@ -100,18 +102,18 @@ def test_three_frames_are_in_memory() -> None:
             taken += 1
             yield frame
 
-    for given, _ in enumerate(mark_cuts(frames()), start=1):
-        assert taken - given <= 2
+    for returned, _ in enumerate(mark_cuts(frames()), start=1):
+        assert taken - returned <= 2
 
 
-def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scenedetect", None)
     for use in (check_available, lambda: next(mark_cuts([]))):
         with pytest.raises(InputError, match=r"PySceneDetect.* cannot be imported .*pip install -e '\.\[shots\]'"):
             use()
 
 
-def test_cuts_of_real_videos_are_those_that_scenedetect_finds(assets: Path) -> None:
+def test_cuts_of_real_videos_equal_those_of_scenedetect(assets: Path) -> None:
     from scenedetect import AdaptiveDetector, detect
 
     path = assets / "videos" / "misc" / "bikes.mp4"
@@ -120,5 +122,5 @@ def test_cuts_of_real_videos_are_those_that_scenedetect_finds(assets: Path) -> N
     assert len(expected) > 3
     assert find_cuts(path) == expected
     assert find_cuts(assets / "videos" / "misc" / "01_dog.mp4") == []
-    # Horses of one race, then of another on the same track: similar colours.
+    # Two horse races on the same track: similar colors on both sides of the cut.
     assert find_cuts(assets / "videos" / "ucf101_6class" / "HorseRace" / "v_HorseRace_g16_c05.avi") == [184]

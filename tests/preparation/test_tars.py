@@ -1,3 +1,5 @@
+"""Reading of images from tars."""
+
 import io
 import json
 import pickle
@@ -17,14 +19,14 @@ from gpdit_lightning.preparation.tars import TarSample, expand_pattern, iterate_
 
 
 def encoded(value: int = 0, kind: str = "JPEG", **options: Any) -> bytes:
-    """A grey image of 12 x 8."""
+    """Encode a gray image of 12 x 8 pixels."""
     file = io.BytesIO()
     Image.new("RGB", (8, 12), (value, value, value)).save(file, kind, **options)
     return file.getvalue()
 
 
 def write(path: Path, *members: tuple[str | tarfile.TarInfo, bytes]) -> Path:
-    """A tar of these members, in order."""
+    """Write a tar of these members, in order."""
     with tarfile.open(path, "w") as tar:
         for member, content in members:
             info = tarfile.TarInfo(member) if isinstance(member, str) else member
@@ -44,13 +46,13 @@ def read(path: Path) -> list[TarSample]:
 
 
 def intact(samples: list[TarSample]) -> list[str]:
-    """The keys of the samples without a problem."""
+    """Return the keys of the samples without a problem."""
     return [sample.key for sample in samples if sample.pixels is not None and sample.problem is None]
 
 
 @pytest.fixture
 def laion(tmp_path: Path) -> Path:
-    """Six samples as img2dataset writes them."""
+    """A tar of six samples, as img2dataset writes them."""
     path = tmp_path / "00000.tar"
     with TarWriter(str(path), encoder=False) as tar:
         for number in range(6):
@@ -66,11 +68,11 @@ def laion(tmp_path: Path) -> Path:
     return path
 
 
-def test_samples_are_those_that_webdataset_finds(laion: Path) -> None:
+def test_samples_equal_those_of_webdataset(laion: Path) -> None:
     expected = list(WebDataset(str(laion), shardshuffle=False))
-    found = read(laion)
-    assert intact(found) == [sample["__key__"] for sample in expected] == [f"{number:09d}" for number in range(6)]
-    for number, (sample, raw) in enumerate(zip(found, expected, strict=True)):
+    samples = read(laion)
+    assert intact(samples) == [sample["__key__"] for sample in expected] == [f"{number:09d}" for number in range(6)]
+    for number, (sample, raw) in enumerate(zip(samples, expected, strict=True)):
         assert sample.pixels is not None
         assert sample.pixels.dtype == torch.uint8
         assert sample.pixels.shape == (1, 3, 12, 8)
@@ -79,7 +81,7 @@ def test_samples_are_those_that_webdataset_finds(laion: Path) -> None:
         assert sample.metadata == {"caption": raw["txt"].decode(), "url": f"https://x/{number}"}
 
 
-def test_the_caption_is_the_text_or_else_that_of_the_json(tmp_path: Path) -> None:
+def test_captions_from_text_take_precedence_over_json(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.tar",
         ("0.jpg", encoded()),
@@ -92,14 +94,14 @@ def test_the_caption_is_the_text_or_else_that_of_the_json(tmp_path: Path) -> Non
         ("2.json", b'{"caption": " ", "width": 3}'),
         ("3.jpg", encoded()),
     )
-    found = read(path)
-    assert intact(found) == ["0", "1", "2", "3"]
-    assert [sample.metadata for sample in found] == [{"caption": "of text"}, {"caption": "è"}, {}, {}]
+    samples = read(path)
+    assert intact(samples) == ["0", "1", "2", "3"]
+    assert [sample.metadata for sample in samples] == [{"caption": "of text"}, {"caption": "è"}, {}, {}]
 
 
-def test_images_are_turned_upright_and_transparency_becomes_white(tmp_path: Path) -> None:
+def test_orientation_and_transparency(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
+    exif[0x0112] = 6  # rotate clockwise
     clear = io.BytesIO()
     Image.new("RGBA", (8, 12), (0, 0, 0, 0)).save(clear, "PNG")
     path = write(tmp_path / "a.tar", ("0.jpg", encoded(exif=exif)), ("1.png", clear.getvalue()))
@@ -110,10 +112,10 @@ def test_images_are_turned_upright_and_transparency_becomes_white(tmp_path: Path
     assert (white == 255).all()
 
 
-def test_no_other_member_is_read(tmp_path: Path) -> None:
+def test_other_members_are_not_read(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
-            return (Path.touch, (tmp_path / "sprung",))
+            return (Path.touch, (tmp_path / "executed",))
 
     trap = pickle.dumps(Trap())
     endings = ("pickle", "pyd", "pth", "pt", "npy", "ten", "cls", "jpg.pyd", "seg.png")
@@ -123,12 +125,12 @@ def test_no_other_member_is_read(tmp_path: Path) -> None:
         ("README", trap),
         ("._0.jpg", trap),
     ]
-    found = read(write(tmp_path / "a.tar", *members, ("folder/1.jpg", encoded())))
-    assert intact(found) == ["0", "folder/1"]
-    assert len(found) == 2
-    assert not (tmp_path / "sprung").exists()
-    pickle.loads(trap)
-    assert (tmp_path / "sprung").exists()
+    samples = read(write(tmp_path / "a.tar", *members, ("folder/1.jpg", encoded())))
+    assert intact(samples) == ["0", "folder/1"]
+    assert len(samples) == 2
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(trap)  # would have created the file
+    assert (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(
@@ -147,16 +149,16 @@ def test_no_other_member_is_read(tmp_path: Path) -> None:
     ],
     ids=lambda member: f"{member.name} {member.type.decode()}",
 )
-def test_unsafe_members_are_refused_and_named(tmp_path: Path, member: tarfile.TarInfo) -> None:
+def test_unsafe_members_are_refused(tmp_path: Path, member: tarfile.TarInfo) -> None:
     path = write(tmp_path / "a.tar", ("./", b""), ("0.jpg", encoded()), (member, b""), ("2.jpg", encoded()))
-    found = read(path)
-    assert intact(found) == ["0", "2"]
-    assert found[1].pixels is None
-    assert found[1].problem is not None
-    assert f"{path} has a member '{member.name}' " in found[1].problem
+    samples = read(path)
+    assert intact(samples) == ["0", "2"]
+    assert samples[1].pixels is None
+    assert samples[1].problem is not None
+    assert f"{path} has a member '{member.name}' " in samples[1].problem
 
 
-def test_a_sparse_member_of_any_size_takes_no_memory(tmp_path: Path) -> None:
+def test_a_sparse_member_is_not_read(tmp_path: Path) -> None:
     info = special("1.jpg", tarfile.REGTYPE)
     info.pax_headers = {
         "GNU.sparse.major": "0",
@@ -164,12 +166,12 @@ def test_a_sparse_member_of_any_size_takes_no_memory(tmp_path: Path) -> None:
         "GNU.sparse.map": "0,0",
         "GNU.sparse.size": str(2**50),
     }
-    found = read(write(tmp_path / "a.tar", ("0.jpg", encoded()), (info, b""), ("2.jpg", encoded())))
-    assert intact(found) == ["0", "2"]
-    assert "not a regular file" in str(found[1].problem)
+    samples = read(write(tmp_path / "a.tar", ("0.jpg", encoded()), (info, b""), ("2.jpg", encoded())))
+    assert intact(samples) == ["0", "2"]
+    assert "not a regular file" in str(samples[1].problem)
 
 
-def test_an_unreadable_caption_leaves_the_rest_of_its_sample(tmp_path: Path) -> None:
+def test_an_unreadable_caption_does_not_discard_the_image(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.tar",
         ("0.jpg", encoded()),
@@ -185,17 +187,17 @@ def test_an_unreadable_caption_leaves_the_rest_of_its_sample(tmp_path: Path) -> 
         ("4.jpg", encoded()),
         ("4.json", b"[" * 100_000),
     )
-    found = read(path)
-    assert all(sample.pixels is not None for sample in found)
-    captions = [sample.metadata.get("caption") for sample in found]
+    samples = read(path)
+    assert all(sample.pixels is not None for sample in samples)
+    captions = [sample.metadata.get("caption") for sample in samples]
     assert captions == ["of text", "of json", None, None, None]
-    for sample, name in zip(found, ("0.json", "1.txt", "2.json", "3.json", "4.json"), strict=True):
+    for sample, name in zip(samples, ("0.json", "1.txt", "2.json", "3.json", "4.json"), strict=True):
         assert f"{name} of {path} cannot be read" in str(sample.problem)
 
 
-def test_images_that_cannot_be_decoded_are_named(tmp_path: Path) -> None:
+def test_unreadable_images_are_reported(tmp_path: Path) -> None:
     bomb = bytearray(encoded(kind="BMP"))
-    bomb[18:26] = (60_000).to_bytes(4, "little") * 2  # its header's width and height, 10 GB in memory
+    bomb[18:26] = (60_000).to_bytes(4, "little") * 2  # width and height in the header, for 10 GB of pixels
     path = write(
         tmp_path / "a.tar",
         ("0.jpg", b"not an image"),
@@ -206,17 +208,17 @@ def test_images_that_cannot_be_decoded_are_named(tmp_path: Path) -> None:
         ("5.txt", b"without an image"),
         ("6.jpg", encoded()),
     )
-    found = read(path)
-    assert intact(found) == ["6"]
-    assert all(sample.pixels is None for sample in found[:-1])
-    for sample in (*found[:3], found[4]):
+    samples = read(path)
+    assert intact(samples) == ["6"]
+    assert all(sample.pixels is None for sample in samples[:-1])
+    for sample in (*samples[:3], samples[4]):
         assert f"{sample.key}.jpg of {path} is not a readable image (" in str(sample.problem)
-    assert f"3.bmp of {path} is too large to read safely (" in str(found[3].problem)
-    assert "at 0x" not in "".join(str(sample.problem) for sample in found)
-    assert "has no image for the key '5'" in str(found[5].problem)
+    assert f"3.bmp of {path} is too large to read safely (" in str(samples[3].problem)
+    assert "at 0x" not in "".join(str(sample.problem) for sample in samples)
+    assert "has no image for the key '5'" in str(samples[5].problem)
 
 
-def test_a_second_image_or_sample_of_one_key_is_named(tmp_path: Path) -> None:
+def test_duplicates_are_reported(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.tar",
         ("0.jpg", encoded(10)),
@@ -237,7 +239,7 @@ def test_a_second_image_or_sample_of_one_key_is_named(tmp_path: Path) -> None:
     assert "has several samples with the key '0' ('0.jpg')" in str(again.problem)
 
 
-def test_a_tar_that_is_truncated_anywhere_gives_the_samples_before(laion: Path) -> None:
+def test_samples_before_a_truncation_are_read(laion: Path) -> None:
     whole = laion.read_bytes()
     end = len(whole.rstrip(b"\0")) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE
     for size in range(0, end + 1, 100):
@@ -250,24 +252,24 @@ def test_a_tar_that_is_truncated_anywhere_gives_the_samples_before(laion: Path) 
     assert len(intact(read(laion))) == 6
 
 
-def test_damage_in_the_middle_of_a_tar_is_reported(laion: Path) -> None:
+def test_damage_in_the_middle_is_reported(laion: Path) -> None:
     with tarfile.open(laion) as tar:
         offset = tar.getmember("000000003.png" if "000000003.png" in tar.getnames() else "000000003.jpg").offset
     content = bytearray(laion.read_bytes())
     content[offset + 20] ^= 0xFF
     laion.write_bytes(content)
-    found = read(laion)
-    assert intact(found) == ["000000000", "000000001"]  # the sample before the break might have had more members
-    assert "is broken after 2 samples (the end-of-archive block is missing)" in str(found[-1].problem)
+    samples = read(laion)
+    assert intact(samples) == ["000000000", "000000001"]  # members of the sample before the damage may be missing
+    assert "is broken after 2 samples (the end-of-archive block is missing)" in str(samples[-1].problem)
 
 
 @pytest.mark.parametrize("size", [b"\xff" * 11 + b"\x00", b"\x80" + b"\xff" * 11], ids=["negative", "huge"])
-def test_an_impossible_size_ends_the_tar(tmp_path: Path, size: bytes) -> None:
+def test_an_invalid_member_size_ends_the_tar(tmp_path: Path, size: bytes) -> None:
     path = write(tmp_path / "a.tar", ("0.jpg", encoded()), ("1.jpg", encoded()), ("2.jpg", encoded()))
     with tarfile.open(path) as tar:
         offset = tar.getmember("1.jpg").offset
     content = bytearray(path.read_bytes())
-    content[offset + 124 : offset + 136] = size  # the field of the header, in base 256
+    content[offset + 124 : offset + 136] = size  # the size field of the header, in base 256
     header = content[offset : offset + 512]
     header[148:156] = b" " * 8
     content[offset + 148 : offset + 156] = f"{sum(header):06o}\0 ".encode()
@@ -276,7 +278,7 @@ def test_an_impossible_size_ends_the_tar(tmp_path: Path, size: bytes) -> None:
     assert "is broken after 0 samples ('1.jpg' has" in str(last.problem)
 
 
-def test_a_file_that_is_not_a_tar_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tar_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"no tar" * 1000)
     for name in ("a.tar", "absent.tar"):
         (last,) = read(tmp_path / name)
@@ -290,7 +292,7 @@ def test_one_image_is_decoded_at_a_time(laion: Path, monkeypatch: pytest.MonkeyP
         assert len(decoded) == number
 
 
-def test_patterns_folders_and_files_are_expanded(tmp_path: Path) -> None:
+def test_expansion_of_patterns_folders_and_files(tmp_path: Path) -> None:
     for name in ("0003.tar", "0001.tar", "0002.tar", "deep/0000.tar", "{x}.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -307,7 +309,7 @@ def test_patterns_folders_and_files_are_expanded(tmp_path: Path) -> None:
     assert names("{x}.tar") == ["{x}.tar"]
 
 
-def test_a_pattern_without_tars_is_refused(tmp_path: Path) -> None:
+def test_errors_of_expansion(tmp_path: Path) -> None:
     (tmp_path / "0001.tar").touch()
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"0000\.tar does not exist \(2 of the 3 paths of .* are missing\)"):
