@@ -27,7 +27,7 @@ def resolve(name: str, registry: Mapping[str, T], kind: str, base: type | None =
     if not is_import_path(name):
         raise InputError(
             f"{kind} '{name}' is not known{did_you_mean(name, registry)}: choose one of {', '.join(registry)}, or give "
-            "the import path of your own (package.module.name)."
+            "an import path (package.module.name)."
         )
     imported = import_object(name, kind)
     if base is None and not callable(imported):

@@ -32,7 +32,7 @@ def test_resolve_an_import_path() -> None:
     ("name", "base", "message"),
     [
         ("rotaton", None, r"sampler 'rotaton' is not known \(did you mean 'rotation'\?\): choose one of rotation, tan"),
-        ("xyz", None, r"sampler 'xyz' is not known: choose .*, or give the import path of your own"),
+        ("xyz", None, r"sampler 'xyz' is not known: choose .*, or give an import path"),
         ("no_such_module.Ordered", None, r"'no_such_module.Ordered' cannot be imported \(No module named 'no_such_m"),
         ("needs_more.Ordered", None, "No module named 'a_package_that_does_not_exist'"),
         ("user_module.Orderd", None, r"user_module.py\) has no 'Orderd' \(did you mean 'Ordered'\?\)"),

@@ -11,11 +11,11 @@ import torch
 import yaml
 
 from gpdit_lightning import GPDiT, GPDiTConfig
-from gpdit_lightning.checkpoints.files import read_checkpoint
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli.chain import stages_of
 from gpdit_lightning.data.manifest import Manifest
+from tests.checkpoints.content import read_checkpoint
 from tests.data.labelled import write_labelled
 
 RECIPES = Path(__file__).parents[1] / "recipes"

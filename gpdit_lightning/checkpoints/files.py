@@ -101,11 +101,6 @@ def open_checkpoint(path: str | Path, verify: bool = False) -> Checkpoint:
     return Checkpoint(folder, read_content(folder))
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return the content of the checkpoint that a path refers to, as :func:`open_checkpoint`."""
-    return open_checkpoint(path).content
-
-
 def find_checkpoint(path: str | Path, verify: bool = False) -> Path:
     """Return the folder of the checkpoint that a path refers to: itself, or the last complete one of a run folder.
 

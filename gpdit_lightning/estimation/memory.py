@@ -186,13 +186,13 @@ def _bytes_inside_block(config: GPDiTConfig, shape: PassShape, precision: BytesP
     """
     noisy = shape.noisy_tokens(config)
     packed = shape.clean_tokens(config) + noisy
-    # A noisy frame i > 0 with context attends to concatenated copies of the keys of i clean frames and of its own.
+    # A noisy frame i > 0 with context attends to concatenated copies of the keys of i clean frames and of itself.
     joined_frames = sum(frame + 1 for frame in shape.noisy if frame)
     joined = shape.draws * shape.context_clips * joined_frames * shape.tokens(config)
     # Other noisy frames attend to their own rotated keys and, with a condition, to a copy of their values behind those
     # of the condition. Both are computed and saved for all noisy frames together.
-    own = noisy if 0 in shape.noisy or shape.context_clips < shape.clips else 0
-    copied = own if config.classes or config.text_width else 0
+    own_keys = noisy if 0 in shape.noisy or shape.context_clips < shape.clips else 0
+    copied_values = own_keys if config.classes or config.text_width else 0
     cast = precision.weight != precision.product
     products = config.width * (
         packed  # input of the key-value projection
@@ -200,9 +200,9 @@ def _bytes_inside_block(config: GPDiTConfig, shape: PassShape, precision: BytesP
         + 2 * packed  # projected keys and values
         + (0 if cast else queries)  # projected queries, saved by their norm (the keys are counted already)
         + queries  # rotated queries
-        + (queries - noisy + own)  # rotated keys of clean and of noisy frames
+        + (queries - noisy + own_keys)  # rotated keys of clean and of noisy frames
         + 2 * joined
-        + copied
+        + copied_values
         + 2 * queries  # result of attention, and its packed copy for the output projection
         + queries  # input of the MLP
     )

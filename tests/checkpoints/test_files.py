@@ -216,7 +216,7 @@ def test_a_complete_checkpoint_exists_after_a_kill_at_any_moment(tmp_path: Path)
     def work() -> None:
         prune(save(tmp_path / str(after), 3), keep_last=2, keep_every_steps=0)
 
-    found = []
+    last_steps = []
     killed, after = True, 0
     while killed:
         run_dir = tmp_path / str(after)
@@ -227,7 +227,7 @@ def test_a_complete_checkpoint_exists_after_a_kill_at_any_moment(tmp_path: Path)
         assert damage_of(link.resolve(), verify=True) == "", after
         last = last_checkpoint(run_dir, verify=True)
         assert last == link.with_name(str(link.readlink()))
-        found.append(int(last.stem[5:]))
+        last_steps.append(int(last.stem[5:]))
         remove_leftovers(run_dir / "checkpoints")
         assert last_checkpoint(run_dir, verify=True) == last
         unmarked = [path for path in (run_dir / "checkpoints").glob("step-*.ckpt") if not mark_path(path).exists()]
@@ -236,23 +236,23 @@ def test_a_complete_checkpoint_exists_after_a_kill_at_any_moment(tmp_path: Path)
         work()
         assert (steps_in(run_dir), last_checkpoint(run_dir, verify=True)) == ([2, 3], checkpoint_path(run_dir, 3))
         after += 1
-    assert len(found) > 10
-    assert found == sorted(found)
-    assert {2, 3} == set(found)
+    assert len(last_steps) > 10
+    assert last_steps == sorted(last_steps)
+    assert {2, 3} == set(last_steps)
 
 
 def test_the_first_checkpoint_can_be_saved_again_after_a_kill(tmp_path: Path) -> None:
-    killed, after, found = True, 0, []
+    killed, after, last_paths = True, 0, []
     while killed:
         run_dir = tmp_path / str(after)
         killed = killed_while(partial(save, run_dir, 1), after)
-        found.append(last_checkpoint(run_dir, verify=True))
+        last_paths.append(last_checkpoint(run_dir, verify=True))
         if (run_dir / "checkpoints").exists():
             remove_leftovers(run_dir / "checkpoints")
         assert save(run_dir, 1) == last_checkpoint(run_dir, verify=True)
         after += 1
-    assert found[0] is None
-    assert found[-1] == checkpoint_path(run_dir, 1)
+    assert last_paths[0] is None
+    assert last_paths[-1] == checkpoint_path(run_dir, 1)
 
 
 # Removing checkpoints

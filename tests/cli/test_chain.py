@@ -15,10 +15,11 @@ import pytest
 import torch
 import yaml
 
-from gpdit_lightning.checkpoints.files import LAST, last_checkpoint, read_checkpoint
+from gpdit_lightning.checkpoints.files import LAST, last_checkpoint
 from gpdit_lightning.checkpoints.reading import sha256_of_weights
 from gpdit_lightning.cli import main
 from gpdit_lightning.data.manifest import Manifest
+from tests.checkpoints.content import read_checkpoint
 
 BACKBONE = {"size": "tiny", "layers": 1, "width": 24, "heads": 2, "mlp_width": 48, "latent_channels": 4}
 STEPS = 4

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.checkpoints.facts import Origin
-from gpdit_lightning.checkpoints.files import read_checkpoint
 from gpdit_lightning.checkpoints.reading import load_trained_model, open_weights
 from gpdit_lightning.cli import main
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
@@ -26,6 +25,7 @@ from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from tests.checkpoints.content import read_checkpoint
 from tests.conftest import TINY_CODEC
 from tests.data.labelled import write_labelled
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from gpdit_lightning.checkpoints.files import last_checkpoint, read_checkpoint
+from gpdit_lightning.checkpoints.files import last_checkpoint
+from tests.checkpoints.content import read_checkpoint
 from tests.cli.test_resume import STEPS, recipe
 from tests.cli.test_stopped_runs import CALLBACKS
 

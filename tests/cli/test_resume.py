@@ -15,8 +15,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpdit_lightning.checkpoints.files import read_checkpoint
 from gpdit_lightning.cli import main
+from tests.checkpoints.content import read_checkpoint
 from tests.conftest import TINY_CODEC
 
 STEPS = 6

@@ -15,7 +15,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpdit_lightning.checkpoints.files import read_checkpoint, remove
+from gpdit_lightning.checkpoints.files import remove
+from tests.checkpoints.content import read_checkpoint
 
 STEPS = 6
 RECORDER = '''

@@ -12,11 +12,12 @@ import pytest
 import torch
 import yaml
 
-from gpdit_lightning.checkpoints.files import LAST, read_checkpoint
+from gpdit_lightning.checkpoints.files import LAST
 from gpdit_lightning.checkpoints.reading import sha256_of_weights
 from gpdit_lightning.cli import fit, main
 from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.strategies.zero import ZeRO
+from tests.checkpoints.content import read_checkpoint
 from tests.cli.test_resume import assert_same, recipe
 from tests.cli.test_several_ranks import (
     copy_run_at_step,

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from gpdit_lightning.checkpoints.files import last_checkpoint, read_checkpoint
+from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.cli import main
+from tests.checkpoints.content import read_checkpoint
 from tests.cli.test_resume import assert_same, fit, logged_scalars, recipe
 
 # Callbacks for `trainer.callbacks`, in a module that the processes find on PYTHONPATH.

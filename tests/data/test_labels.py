@@ -85,10 +85,10 @@ def test_labels_of_copies_are_dropped_independently(shards: Path) -> None:
     expected = classes_of(data)
     dropped: dict[str, list[Tensor]] = {"images": [], "videos": []}
     for batch in islice(data.train_dataloader(), 750):
-        wanted = torch.tensor([expected[key] for key in batch.keys])
+        classes = torch.tensor([expected[key] for key in batch.keys])
         found = labels_of(batch).view(batch.draws, -1)
-        assert ((found == wanted) | (found == -1)).all()
-        dropped[batch.source].append((found < 0)[:, wanted >= 0].double())
+        assert ((found == classes) | (found == -1)).all()
+        dropped[batch.source].append((found < 0)[:, classes >= 0].double())
     images, (first, second) = torch.cat(dropped["images"], 1)[0], torch.cat(dropped["videos"], 1)
     for values, mean in ((images, 0.3), (first, 0.3), (second, 0.3), (first * second, 0.3**2)):
         assert len(values) > 1000

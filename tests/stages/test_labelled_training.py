@@ -11,7 +11,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from gpdit_lightning import GPDiT, GPDiTConfig
-from gpdit_lightning.checkpoints.files import read_checkpoint
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
@@ -20,6 +19,7 @@ from gpdit_lightning.stages import GPDiTStage, ImageWarmupStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from tests.checkpoints.content import read_checkpoint
 from tests.conftest import TINY_CODEC
 from tests.data.labelled import write_labelled
 

@@ -8,13 +8,13 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from gpdit_lightning import GPDiTConfig
-from gpdit_lightning.checkpoints.files import read_checkpoint
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from tests.checkpoints.content import read_checkpoint
 
 Fit = Callable[..., Trainer]
 Weights = dict[str, Tensor]

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from gpdit_lightning import GPDiTConfig
-from gpdit_lightning.checkpoints.files import read_checkpoint
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest
@@ -29,6 +28,7 @@ from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.health import DamagedDataError, Health, NonFiniteError
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from tests.checkpoints.content import read_checkpoint
 from tests.data.damage import damage
 
 Fit = Callable[..., Trainer]

@@ -11,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from gpdit_lightning import GPDiTConfig
-from gpdit_lightning.checkpoints.files import read_checkpoint
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.diffusion import QuartileLoss, velocity_loss
@@ -21,6 +20,7 @@ from gpdit_lightning.training.callbacks.health import Health
 from gpdit_lightning.training.callbacks.metrics import LossTable, MetricsLogger
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from tests.checkpoints.content import read_checkpoint
 from tests.data.damage import damage
 
 Fit = Callable[..., Trainer]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gpdit_lightning import GPDiTConfig
-from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint, read_checkpoint
+from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
 from gpdit_lightning.checkpoints.io import FolderCheckpointIO
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
@@ -30,6 +30,7 @@ from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.callbacks.stopping import SIGNALS
 from gpdit_lightning.training.optimizer import OptimizerConfig
+from tests.checkpoints.content import read_checkpoint
 
 Fit = Callable[..., Trainer]
 

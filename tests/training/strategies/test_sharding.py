@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gpdit_lightning.checkpoints.files import read_checkpoint
+from tests.checkpoints.content import read_checkpoint
 from tests.training.callbacks.test_previews import make_shards
 from tests.training.strategies import sharded_runs
 

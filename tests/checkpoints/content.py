@@ -1,0 +1,11 @@
+"""Reads the content of checkpoints, for tests."""
+
+from pathlib import Path
+from typing import Any
+
+from gpdit_lightning.checkpoints.files import open_checkpoint
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return the content of the checkpoint that a path refers to."""
+    return open_checkpoint(path).content
