@@ -1,4 +1,4 @@
-"""Shared by all tests."""
+"""Fixtures of all tests."""
 
 import math
 import signal
@@ -18,12 +18,12 @@ from gpdit_lightning.data.manifest import Kind, Manifest, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.specs import CodecSpec
 
-# Two OpenMP threads that wait for each other make small tests slower by an order of magnitude on a busy machine.
+# On a busy machine, synchronization of OpenMP threads makes small tests slower by an order of magnitude.
 torch.set_num_threads(1)
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 
-# Exact in binary, and far from 0 and 1, so that a forgotten whitening shows.
+# Exact in binary, and far from 0 and 1, so that missing whitening is detected.
 TINY_CODEC = CodecSpec(
     "pca", None, 4, 8, 4, mean=(0.5, -0.25, 2.0, 0.0), std=(2.0, 0.5, 4.0, 1.0), fingerprint="0123456789abcdef"
 )
@@ -31,13 +31,13 @@ TINY_CODEC = CodecSpec(
 Counts = Mapping[tuple[Split, Kind, tuple[int, int, int]], int]
 
 
-# A job in the background ignores Ctrl-C, and so would the processes that tests start and interrupt.
+# A background job ignores SIGINT, and processes that tests start and interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """Real videos and images for tests; a test that asks for them is skipped where they are absent."""
+    """The folder of real videos and images; tests that use it are skipped if it does not exist."""
     if not ASSETS.is_dir():
         pytest.skip("the shared test assets are not on this machine")
     return ASSETS
@@ -58,13 +58,13 @@ def _write_shards(directory: Path, counts: Counts, shard_size: int = 5, codec: C
 
 @pytest.fixture(scope="session")
 def write_shards() -> Callable[..., Manifest]:
-    """`write_shards(directory, {(split, kind, (F, h, w)): count}, shard_size, codec)`: random latents."""
+    """`write_shards(directory, {(split, kind, (F, h, w)): count}, shard_size, codec)` writes random latents."""
     return _write_shards
 
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images and clips of 3 latent frames, 4 channels of 8x8, with held-out ones, in shards of 5. Do not change it."""
+    """Images and clips of 3 latent frames, 4 channels of 8x8, some held out, in shards of 5. Do not change them."""
     counts: Counts = {
         ("train", "image", (1, 8, 8)): 12,
         ("train", "video", (3, 8, 8)): 11,
@@ -82,7 +82,7 @@ def tiny_config() -> GPDiTConfig:
 
 @pytest.fixture(scope="session")
 def randomise() -> Callable[[GPDiT], GPDiT]:
-    """`randomise(model)`: random numbers in every parameter, as a fresh model's zero output layer hides mistakes."""
+    """`randomise(model)` sets all parameters randomly, since the zero output layer of a new model hides errors."""
 
     def run(model: GPDiT) -> GPDiT:
         generator = torch.Generator().manual_seed(7)
@@ -130,5 +130,5 @@ def _fit(
 
 @pytest.fixture(scope="session")
 def fit() -> Callable[..., Trainer]:
-    """`fit(stage, data, folder, max_steps, callbacks, resume_from, trainer settings)`: a run as the CLI sets it up."""
+    """`fit(stage, data, folder, max_steps, callbacks, resume_from, **settings)` trains as the command line does."""
     return _fit

@@ -119,7 +119,7 @@ def find_checkpoint(path: str | Path, verify: bool = False) -> Path:
         if last is None:
             raise InputError(f"there is no checkpoint at {path}: give a step-N.ckpt or a run folder that has some.")
         return last
-    if path.is_symlink():  # as `last.ckpt` is: the mark is beside the link's target
+    if path.is_symlink():  # such as `last.ckpt`: the mark is beside the target of the link
         path = path.parent / path.readlink()
     damage = damage_of(path, verify) if mark_path(path).exists() else ""
     if damage:

@@ -223,7 +223,7 @@ class Plan:
 
     @cached_property
     def micro_batches_per_step(self) -> int:
-        """Micro-batches of one optimizer step: the gradient accumulation of the trainer."""
+        """The number of micro-batches per optimizer step, which is the gradient accumulation of the trainer."""
         return sum(source.micro_batches for source in self.sources)
 
     def micro_batch(self, number: int) -> MicroBatch:

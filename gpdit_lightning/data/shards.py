@@ -274,7 +274,7 @@ def build_index(path: Path, shape: Shape) -> np.ndarray:
 
 
 def _key_and_ending(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Return the sample key and the ending of a member's name; the key is empty if it is no member of a shard."""
+    """Return the sample key and ending of a member's name; the key is empty if the member is not part of a shard."""
     key, _, ending = member.name.partition(".")
     valid = ending in (LATENT_ENDING, METADATA_ENDING) and KEY_PATTERN.fullmatch(key) and member.isreg()
     return key if valid else "", ending
