@@ -17,9 +17,9 @@ HELP = Path(__file__).with_name("fit_help.txt")
 
 HEAD = """usage: python -m gpdit_lightning VERB --config RECIPE [--config OVERLAY ...] [options]
 
-VERB is fit, validate or test. Options override the recipe; `--trainer.max_steps 10` is {trainer: {max_steps: 10}} in
-YAML.
---print_config prints the resolved recipe. Recipes that ship: python -m gpdit_lightning recipes.
+VERB is fit, validate or test. Options override the recipe; `--trainer.max_steps 10` corresponds to the YAML
+{trainer: {max_steps: 10}}.
+--print_config prints the resolved recipe. `python -m gpdit_lightning recipes` lists the recipes that ship.
 """
 
 INDENT = " " * 8
@@ -29,6 +29,7 @@ TITLES = {
     "model.init_args.schedule.": "Noise schedule",
     "model.init_args.optimizer.": "Optimizer",
     "model": "Stage",
+    "data.SOURCE.": "Data sources (SOURCE is images, videos or sequences)",
     "data.": "Data",
     "health.": "Health",
     "ema.": "Average of the weights",
@@ -53,13 +54,13 @@ def rendered() -> str:
     stage.add_class_arguments(GPDiTStage, "model.init_args")
     groups = [*parser._action_groups[1:], *stage._action_groups[2:]]
     actions = [action for group in groups for action in group._group_actions if is_shown(action)]
-    sections: dict[str, list[str]] = {}
+    sections: dict[str, dict[str, None]] = {}  # the options of all sources are equal, and are listed once
     for action in actions:
-        title = next((title for prefix, title in TITLES.items() if action.dest.startswith(prefix)), "Run")
-        sections.setdefault(title, []).append(paragraph(action))
-    return (
-        "\n".join([HEAD, *("\n".join([f"{title}:", *texts, ""]) for title, texts in sections.items())]).rstrip() + "\n"
-    )
+        name = re.sub(r"^data\.(images|videos|sequences)\.", "data.SOURCE.", action.dest)
+        title = next((title for prefix, title in TITLES.items() if name.startswith(prefix)), "Run")
+        sections.setdefault(title, {})[paragraph(name, action)] = None
+    texts = ("\n".join([f"{title}:", *paragraphs, ""]) for title, paragraphs in sections.items())
+    return "\n".join([HEAD, *texts]).rstrip() + "\n"
 
 
 def is_shown(action: argparse.Action) -> bool:
@@ -68,16 +69,17 @@ def is_shown(action: argparse.Action) -> bool:
     return bool(action.option_strings) and not hidden and action.dest not in IN_HEAD
 
 
-def paragraph(action: argparse.Action) -> str:
+def paragraph(name: str, action: argparse.Action) -> str:
     """Return the help of one option: its name and value, its explanation and its default."""
     choices = literal_choices(getattr(action, "_typehint", None))
-    value = "{" + ",".join(choices) + "}" if choices else action.dest.split(".")[-1].upper()
+    value = "{" + ",".join(choices) + "}" if choices else name.split(".")[-1].upper()
     default = action.default
     has_default = isinstance(default, bool | int | float | str) and default != ""
     explanation = re.sub(r" Default: ``.*?``\.?", "", " ".join((action.help or "").split())).replace("``", "'")
+    explanation = explanation[:1].upper() + explanation[1:]
     explanation += f" (default: {default})" if has_default else ""
     text = textwrap.fill(explanation, 110, initial_indent=INDENT, subsequent_indent=INDENT)
-    return f"  --{action.dest} {value}" + (f"\n{text}" if explanation else "")
+    return f"  --{name} {value}" + (f"\n{text}" if explanation else "")
 
 
 if __name__ == "__main__":

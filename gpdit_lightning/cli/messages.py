@@ -57,10 +57,11 @@ def nested_record(hint: Any) -> Any:
 
 
 def literal_choices(hint: Any) -> list[str]:
-    """Return the values of all Literals inside a type."""
+    """Return the distinct values of all Literals inside a type; true and false too if it also includes bool."""
     if get_origin(hint) is Literal:
         return [str(choice) for choice in get_args(hint)]
-    return [choice for part in get_args(hint) for choice in literal_choices(part)]
+    choices = [choice for part in get_args(hint) for choice in literal_choices(part)]
+    return list(dict.fromkeys(["true", "false", *choices] if choices and bool in get_args(hint) else choices))
 
 
 def one_sentence(message: str, known: Iterable[str]) -> str:

@@ -39,25 +39,50 @@ REPLACED: dict[str, str] = {name: instead for name, (_, instead) in FIXED.items(
     "default_root_dir": "set run_dir",
     "fast_dev_run": "set trainer.max_steps, and a run_dir for the trial",
     "limit_predict_batches": "leave it out, since no verb predicts",
+    "enable_autolog_hparams": "leave it out, since config.yaml records the settings",
     "limit_train_batches": "set trainer.max_steps, since a step has all batches of its plan",
     "max_epochs": "set trainer.max_steps",
     "min_epochs": "set trainer.max_steps",
+    "model_registry": "leave it out; to publish a model use the verb export",
     "overfit_batches": "build on the recipe gpdit:debug/overfit_one_clip",
     "reload_dataloaders_every_n_epochs": "leave it out, since an epoch is the whole run",
+    "sync_batchnorm": "leave it out, since the model has no batch normalization",
     "val_check_interval": "set validate_every_steps, in optimizer steps",
 }
 # Values of REPLACED settings in the config.yaml of earlier runs; the other settings have Lightning's defaults there.
 EARLIER_DEFAULTS = {"check_val_every_n_epoch": None, "use_distributed_sampler": False}
 LIGHTNING_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Trainer).parameters.items()}
 
+# Help texts that replace those of Lightning.
 HELP = {
-    "trainer.strategy": "auto (DDP if there are several devices), ddp, zero2, zero3, zero2_offload, zero3_offload, "
-    "fsdp2, or another strategy of Lightning.",
+    "seed_everything": "Seed of the global random number generators, for the initial weights; true for a random one.",
+    "model": "Class of the stage, such as MixedStage, or its import path; --model.init_args.NAME gives its arguments.",
+    "trainer.accelerator": "Accelerator: auto, cpu, gpu, mps, or another accelerator of Lightning.",
+    "trainer.strategy": "Strategy: auto (DDP if there are several devices), ddp, zero2, zero3, zero2_offload, "
+    "zero3_offload, fsdp2, or another strategy of Lightning.",
+    "trainer.devices": "Number of devices per node; auto for all; or a list of device numbers.",
+    "trainer.num_nodes": "Number of nodes.",
+    "trainer.precision": "Precision of training; bf16-mixed and 16-mixed keep float32 weights. By default 32-true.",
     "trainer.logger": "A logger, or a list of loggers. By default TensorBoard in the run folder; false: none. A logger "
     "writes to the run folder unless its save_dir is given.",
     "trainer.callbacks": "Callbacks that run after those of the library, in this order.",
     "trainer.max_steps": "Optimizer steps of the run.",
+    "trainer.min_steps": "Minimum number of optimizer steps before a callback may stop the run.",
     "trainer.max_time": "Stop after this time, as DD:HH:MM:SS; the same command resumes.",
+    "trainer.limit_val_batches": "Number (int) or fraction (float) of the validation batches to use; by default all.",
+    "trainer.limit_test_batches": "The same for `test`.",
+    "trainer.num_sanity_val_steps": "Validation batches before training, as a test; -1 for all.",
+    "trainer.log_every_n_steps": "Optimizer steps between logged values.",
+    "trainer.enable_progress_bar": "Show the progress; by default true.",
+    "trainer.enable_model_summary": "Print the layers and parameters of the model.",
+    "trainer.gradient_clip_val": "Maximum gradient norm, or value; by default gradients are not clipped.",
+    "trainer.gradient_clip_algorithm": "Clip by norm or by value; by default norm.",
+    "trainer.deterministic": "Use deterministic algorithms of PyTorch; warn: where they exist. By default false.",
+    "trainer.benchmark": "Let cuDNN select the fastest algorithms by timing; by default false.",
+    "trainer.inference_mode": "Use torch.inference_mode, instead of torch.no_grad, in validation.",
+    "trainer.profiler": "Profiler: simple, advanced, pytorch, or another profiler of Lightning; by default none.",
+    "trainer.detect_anomaly": "Find the operation that produces a NaN in the backward pass; slow.",
+    "trainer.plugins": "Plugins of Lightning.",
 }
 NO_RECIPE = (
     "no recipe is given: type python -m gpdit_lightning {} --config gpdit:stage2_mixed, or the path of a recipe "

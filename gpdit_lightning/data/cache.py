@@ -50,7 +50,7 @@ class CacheConfig:
     directory: str = "~/.cache/gpdit_lightning/shards"
     """Folder on a local disk; several runs may share it."""
     gib: float = 100.0
-    """Most space for copies, in GiB; the least recently used ones are evicted."""
+    """Maximum space for copies, in GiB; the least recently used ones are evicted."""
 
     def open(self) -> "ShardCache":
         """Open the cache; raises as `ShardCache`."""

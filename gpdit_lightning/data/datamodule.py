@@ -38,7 +38,7 @@ class LatentDataModule(LightningDataModule):
         label_dropout: fraction of noisy rows that are trained without their label, for guidance.
         patch_size: side of the square patch of latent pixels that is one token of the backbone; recipes link it to the
             backbone. It is used for sources with `tokens`.
-        max_ranks: the most ranks that this run may use; the order is the same for every divisor of it.
+        max_ranks: maximum number of ranks of this run; the order is the same for every divisor of it.
         workers: loader processes per rank; 0 loads in the training process.
         cache: cache for copies of remote shards, such as those of s3://bucket/latents.
         validation_batches: validation steps of the training batch size, from the held-out sources.

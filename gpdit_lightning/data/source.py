@@ -23,7 +23,7 @@ class SourceConfig:
     micro_batches: int = 1
     """Micro-batches into which that batch is divided, one forward and backward pass each; more need less memory."""
     frames: int = 0
-    """Most latent frames used from the start of each sample; 0 for all."""
+    """Maximum number of latent frames from the start of each sample; 0 for all."""
     least_frames: int = 0
     """Above 0, the length varies between micro-batches: each number of latent frames from this to `frames` is used
     equally often."""

@@ -18,4 +18,4 @@ def test_help_does_not_import_torch() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.startswith("usage: python -m gpdit_lightning validate --config")
-    assert "--data.videos" in shown
+    assert "--data.SOURCE.batch_size" in shown

@@ -31,14 +31,17 @@ OTHER_VALUES = {
     "barebones": "true",
     "check_val_every_n_epoch": 2,
     "default_root_dir": "elsewhere",
+    "enable_autolog_hparams": "false",
     "enable_checkpointing": "false",
     "fast_dev_run": "true",
     "limit_predict_batches": 2,
     "limit_train_batches": 2,
     "max_epochs": 3,
     "min_epochs": 3,
+    "model_registry": "mine",
     "overfit_batches": 1,
     "reload_dataloaders_every_n_epochs": 1,
+    "sync_batchnorm": "true",
     "val_check_interval": 10,
 }
 

@@ -20,8 +20,8 @@ class EMA(Callback):
     tensor per trainable parameter or, under ZeRO and FSDP2, per shard of this rank.
 
     Args:
-        decay: of the average per optimizer step; it starts lower, at (1 + n) / (10 + n) after n updates, so that the
-            average forgets the initial weights.
+        decay: decay of the average per optimizer step; at most (1 + n) / (10 + n) after n updates, so that the initial
+            weights are forgotten.
         validate: whether validation uses the average instead of the training weights.
     """
 

@@ -43,11 +43,11 @@ class Health(Callback):
     This callback comes before those that average, log and save.
 
     Args:
-        max_skips: how many consecutive optimizer steps may be skipped because loss or gradient is not finite; one more
-            stops the run. 0 stops at the first.
-        spike_factor: a gradient norm above this multiple of the mean norm is logged with its samples; 0 logs none.
+        max_skips: maximum number of consecutive optimizer steps that are skipped because loss or gradient is not
+            finite; one more stops the run.
+        spike_factor: multiple of the mean gradient norm above which the samples of a step are logged; 0 for none.
         spike_window: optimizer steps of the exponential moving average of the norm, and before the first spike.
-        max_damaged_samples: how many training samples may be damaged, and replaced; one more stops the run.
+        max_damaged_samples: maximum number of damaged training samples, which are replaced; one more stops the run.
 
     Attributes:
         gradient_norm: of the last optimizer step, before clipping; the mean over ranks, equal on all of them in DDP.

@@ -42,12 +42,12 @@ class Preview(Callback):
     generated from the others; without these, images from nothing. Previews do not change the training.
 
     Args:
-        every_steps: optimizer steps between previews; there is one at trainer.max_steps too; 0 makes none.
-        clips: how many clips, evenly spaced among the held-out ones that have the most frames: some of each data set.
-        context_frames: latent frames that are given; 2 of a video are 5 pixel frames.
-        sampler_steps: network calls for each generated latent frame.
-        codec_source: folder, file or hub name of the codec's weights; empty: as recorded when the data were made.
-        codec: import path of the codec's class, where the data were prepared with a custom one.
+        every_steps: optimizer steps between previews, which are also made at the last step; 0 for none.
+        clips: number of clips, evenly spaced among the longest held-out clips, from every data set.
+        context_frames: latent frames of context; 2 latent frames of a video are 5 pixel frames.
+        sampler_steps: sampler steps per latent frame.
+        codec_source: folder, file or hub name of the codec's weights; empty: as recorded in the prepared data.
+        codec: import path of the codec's class, if the data were prepared with a custom one.
     """
 
     def __init__(

@@ -33,10 +33,10 @@ class RunCheckpoint(Checkpoint):
     that resumes has nothing of that step left to do.
 
     Args:
-        every_steps: optimizer steps between checkpoints; the end of the training and milestones are saved too.
-        every_minutes: minutes after which one is saved in between; 0 saves by steps alone.
-        keep_last: how many checkpoints are kept.
-        keep_every_steps: milestones: every checkpoint at a multiple of this step is kept permanently; 0 keeps none.
+        every_steps: optimizer steps between checkpoints; milestones and the end of training are saved too.
+        every_minutes: maximum minutes between checkpoints; 0 for no limit.
+        keep_last: number of latest checkpoints to keep.
+        keep_every_steps: optimizer steps between milestones, which are kept permanently; 0 for none.
     """
 
     def __init__(
