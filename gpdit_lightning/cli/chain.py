@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from gpdit_lightning.options.chain import ChainOptions
 from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.internals import launched_processes
 
+PRINT_CONFIG = "--print_config"
+
 
 class Stage(NamedTuple):
     """One stage of a chain.
@@ -32,12 +35,14 @@ class Stage(NamedTuple):
         arguments: the arguments of `fit`.
         run_dir: its run folder.
         steps: its number of optimizer steps.
+        manifests: the paths of its data.
     """
 
     name: str
     arguments: list[str]
     run_dir: str
     steps: int
+    manifests: list[str]
 
 
 def chain(options: ChainOptions) -> None:
@@ -47,7 +52,12 @@ def chain(options: ChainOptions) -> None:
         InputError: the file is no chain, a recipe is invalid, or a stage began from other weights than its
             predecessor's; raised before any stage is trained.
     """
-    stages = read_stages(options.config, options.overrides)
+    printing = [word for word in options.overrides if word.startswith(PRINT_CONFIG)]
+    stages = read_stages(options.config, [word for word in options.overrides if word not in printing])
+    if printing:
+        print_recipes(stages, printing)
+        return
+    check_data(stages)
     states = [read_state(stage) for stage in stages]
     check(stages, states)
     environment = dict(os.environ)
@@ -74,7 +84,7 @@ def read_stages(configs: Sequence[str], others: Sequence[str]) -> list[Stage]:
         others: further options that apply to each stage.
 
     Raises:
-        InputError: a recipe is invalid, or its data do not exist.
+        InputError: a recipe is invalid.
     """
     chain, *overlays = map(recipe_path, configs)
     recipes = stages_of(chain)
@@ -84,14 +94,32 @@ def read_stages(configs: Sequence[str], others: Sequence[str]) -> list[Stage]:
         if stages:
             arguments.append(f"--model.init_args.initial_weights={stages[-1].run_dir}")
         settings = fit.parse("fit", arguments)
-        for name in ("images", "videos", "sequences"):
-            for manifest in settings.data[name].manifests:
-                Manifest.load(manifest)
+        manifests = [path for name in ("images", "videos", "sequences") for path in settings.data[name].manifests]
         if settings.trainer.max_steps < 1:
             raise InputError(f"{recipe}: trainer.max_steps is {settings.trainer.max_steps}: set a number of steps.")
         name = f"stage {number} of {len(recipes)}, {settings.run_dir}"
-        stages.append(Stage(name, arguments, settings.run_dir, settings.trainer.max_steps))
+        stages.append(Stage(name, arguments, settings.run_dir, settings.trainer.max_steps, manifests))
     return stages
+
+
+def print_recipes(stages: Sequence[Stage], words: Sequence[str]) -> None:
+    """Print the resolved recipe of each stage, as YAML documents.
+
+    Args:
+        stages: the stages.
+        words: the `--print_config` option of the command line.
+    """
+    for stage in stages:
+        print("---")
+        with suppress(SystemExit):  # raised after printing
+            fit.parse("fit", [*stage.arguments, *words])
+
+
+def check_data(stages: Sequence[Stage]) -> None:
+    """Raise `InputError` unless the data of all stages exist."""
+    for stage in stages:
+        for manifest in stage.manifests:
+            Manifest.load(manifest)
 
 
 class StageState(NamedTuple):

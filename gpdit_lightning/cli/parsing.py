@@ -3,11 +3,11 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from gpdit_lightning.cli.arguments import normalized, recipe_arguments
+from gpdit_lightning.cli.arguments import item_type, normalized, recipe_arguments
 from gpdit_lightning.cli.messages import OptionHelp, one_sentence
 from gpdit_lightning.cli.recipe_files import with_bases
 from gpdit_lightning.errors import InputError
@@ -52,10 +52,13 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
 def parser_of(verb: str, description: str, record: type[Any]) -> "OptionParser":
     """Return the parser of a verb, with a group of options for each base class of its record."""
     takes_recipe = issubclass(record, RecipeOptions)
+    positional = getattr(record, "POSITIONAL", "").upper()
+    hints = get_type_hints(record)
+    takes_list = any(item_type(hints[name]) is not None for name in option_names(record))
     parser = OptionParser(
         prog=f"{COMMAND} {verb}",
-        usage=f"{COMMAND} {verb} [options]{' [options of fit]' if takes_recipe else ''}",
-        description=f"{description} Separate the items of a list by spaces.",
+        usage=f"{COMMAND} {verb}{positional and f' {positional}'} [options]{takes_recipe * ' [options of fit]'}",
+        description=description + takes_list * " Separate the items of a list by spaces.",
         formatter_class=OptionHelp,
         parser_mode="omegaconf+",
     )

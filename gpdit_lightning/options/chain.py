@@ -1,6 +1,7 @@
 """Options of `chain`."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from gpdit_lightning.options.shared import RecipeOptions
 
@@ -11,3 +12,5 @@ class ChainOptions(RecipeOptions):
 
     The first file of `config` lists the recipes of the stages, as `stages`. Overlays and overrides apply to each stage.
     """
+
+    EXAMPLE: ClassVar[str] = "gpdit:chain_gpdit_h"

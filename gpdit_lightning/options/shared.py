@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from gpdit_lightning.errors import InputError
 
@@ -89,6 +89,8 @@ class BatchedSamplerOptions(SamplerOptions):
 class RecipeOptions:
     """Recipe."""
 
+    EXAMPLE: ClassVar[str] = "gpdit:stage2_mixed"
+
     config: Sequence[str]
     """A recipe, then overlays; later ones override."""
     overrides: Sequence[str] = ()
@@ -97,8 +99,8 @@ class RecipeOptions:
     def __post_init__(self) -> None:
         if not self.config:
             raise InputError(
-                "no recipe is given: name one, such as --config gpdit:stage2_mixed (`python -m gpdit_lightning "
-                "recipes` lists all)."
+                f"no recipe is given: give one, such as --config {self.EXAMPLE} (`python -m gpdit_lightning recipes` "
+                "lists all)."
             )
 
     @property

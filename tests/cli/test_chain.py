@@ -272,3 +272,12 @@ def test_a_file_without_a_list_of_stages_is_refused(
 def test_an_unknown_option_gets_the_nearest_option_of_fit(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chain", "--config", str(chain), "--trainer.max_stepz=3"]) == 2
     assert "did you mean 'trainer.max_steps'" in capsys.readouterr().err
+
+
+def test_print_config_prints_the_recipe_of_each_stage(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chain", f"--config={chain}", "--runs=elsewhere", "--latents=none", "--print_config"]) == 0
+    recipes = list(yaml.safe_load_all(capsys.readouterr().out))
+    names = ["ImageWarmupStage", "MixedStage", "LongVideoStage", "FewShotStage"]
+    assert [recipe["run_dir"] for recipe in recipes] == [f"elsewhere/{name}" for name in names]
+    origins = [recipe["model"]["init_args"]["initial_weights"] for recipe in recipes]
+    assert origins == ["", *(f"elsewhere/{name}" for name in names[:-1])]

@@ -11,7 +11,9 @@ import pytest
 
 from gpdit_lightning.cli import VERBS, main, record_of
 from gpdit_lightning.cli.parsing import is_required, option_names, parse
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import RecipeOptions
+from gpdit_lightning.version import __version__
 
 WITH_RECORD = [verb for verb in VERBS if record_of(verb)]
 SLOW_TO_IMPORT = {"torch", "lightning", "numpy", "av", "PIL", "sklearn", "matplotlib"}
@@ -64,3 +66,28 @@ def test_a_printed_config_gives_the_same_options(verb: str, capsys: pytest.Captu
     (tmp_path / "printed.yaml").write_text(shown(capsys, verb, *given, "--print_config"))
     printed = parse(verb, "", record, [f"--config={tmp_path / 'printed.yaml'}"])
     assert printed == parse(verb, "", record, given)
+
+
+def test_misspelled_verbs_and_options_are_corrected(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in VERBS:
+        assert main([f"{verb}z"]) == 2
+        assert capsys.readouterr().err == f"error: there is no verb '{verb}z': did you mean '{verb}'?\n"
+    for verb in WITH_RECORD:
+        record = record_of(verb)
+        if not issubclass(record, RecipeOptions):  # else unknown options belong to the recipe
+            for name in option_names(record):
+                with pytest.raises(InputError, match=rf"--{name}z.*; did you mean '{name}'\?$"):
+                    parse(verb, "", record, [*least_arguments(record), f"--{name}z", "1"])
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "chain", "estimate"])
+def test_a_missing_recipe_is_reported_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no recipe is given: ")
+    assert f"--config gpdit:{'chain_gpdit_h' if verb == 'chain' else 'stage2_mixed'}" in error
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gpdit_lightning {__version__}\n"

@@ -161,7 +161,7 @@ def test_unusable_options_are_refused_in_one_sentence(
 
 @pytest.mark.parametrize(
     ("script", "verb"),
-    [("shard_latents", "prepare"), ("build_few_shot", "prepare-pairs"), ("inspect_shards", "inspect")],
+    [("shard_latents", "prepare"), ("build_few_shot", "prepare-pairs"), ("inspect_shards", "inspect FOLDER")],
 )
 def test_a_script_is_its_verb(
     script: str, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
