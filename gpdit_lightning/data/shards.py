@@ -63,7 +63,7 @@ class ShardReader:
         self._tar_file: io.FileIO | None = None
         self._index: np.ndarray | None = None
         if cache is None and self.files:
-            raise InputError(f"{self.path} is not on this machine: give data.cache.directory a folder for copies.")
+            raise InputError(f"{self.path} is not on this machine: set data.cache.directory to a folder for copies.")
 
     def __len__(self) -> int:
         return self.entry.count

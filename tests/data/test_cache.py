@@ -600,7 +600,7 @@ def test_remote_samples_equal_local_ones(server: Server, cache: ShardCache, remo
 
 def test_a_remote_shard_needs_a_cache(remote: tuple[Manifest, str]) -> None:
     manifest = Manifest.load(remote[1])
-    with pytest.raises(InputError, match=r"\.tar is not on this machine: give data\.cache\.directory a folder"):
+    with pytest.raises(InputError, match=r"\.tar is not on this machine: set data\.cache\.directory to a folder"):
         ShardReader(manifest.directory, manifest.shards[0])
 
 
