@@ -165,7 +165,7 @@ def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, c
         )
     previous = Manifest.load(options.out) if (options.out / FILE_NAME).exists() else None
     used = {split: sum(result.used[split] for result in results) for split in get_args(Split)}
-    input_options = {name: [Path(place).name for place in getattr(options, name)] for name in INPUT_OPTIONS}
+    input_options = {name: [Path(path).name for path in getattr(options, name)] for name in INPUT_OPTIONS}
     manifest = Manifest(
         directory=options.out,
         codec=codec.spec(),

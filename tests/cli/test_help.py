@@ -1,6 +1,8 @@
 """Every verb with a record of options: `--help` is fast and lists all options; `--print_config` can be read back."""
 
 import dataclasses
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -91,3 +93,11 @@ def test_a_missing_recipe_is_reported_with_an_example(verb: str, capsys: pytest.
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"gpdit_lightning {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", WITH_RECORD)
+def test_each_verb_is_a_function_of_its_record(verb: str) -> None:
+    module, _, name = VERBS[verb].function.partition(":")
+    function = getattr(importlib.import_module(f"gpdit_lightning.cli.{module}"), name)
+    (argument,) = inspect.signature(function).parameters.values()
+    assert get_type_hints(function)[argument.name] is record_of(verb)

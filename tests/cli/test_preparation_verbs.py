@@ -1,4 +1,4 @@
-"""`prepare`, `prepare-pairs`, `inspect`, and the scripts in data_prep."""
+"""The verbs `prepare`, `prepare-pairs` and `inspect`, and the scripts in data_prep."""
 
 import re
 import runpy
@@ -64,7 +64,7 @@ def test_the_next_command_trains_on_videos(
     words = ["--videos", "videos", "--stride", "1", "--clip_frames", "5", "--validation_fraction", "0.4"]
     words += ["--images", "images"] if with_images else []
     sizes = ["--video_sizes", "16x16", "--image_sizes", "16x16"]
-    assert main(["prepare", *words, *sizes, "--codec", "pca", "--workers", "0", "--out", "mine"]) == 0
+    assert main(["prepare", *words, *sizes, "--codec", "pca", "--workers", "0", "--out", "latents"]) == 0
     command = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
     python, module, package, *words = shlex.split(command)
     assert [python, module, package] == ["python", "-m", "gpdit_lightning"]
@@ -88,9 +88,7 @@ def test_prepare_pairs_prints_a_table_and_the_next_command(
     )
 
 
-def test_inspect_shows_verifies_decodes_and_explains(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, sheet = tmp_path / "out", tmp_path / "sheet.png"
     prepare(images, out)
     capsys.readouterr()
@@ -110,7 +108,7 @@ def test_inspect_shows_verifies_decodes_and_explains(
     assert "3.png: image of" in text
 
 
-def test_inspect_ends_with_status_1_after_naming_all_faults(
+def test_inspect_reports_all_faults_with_exit_status_1(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -128,7 +126,7 @@ def test_inspect_ends_with_status_1_after_naming_all_faults(
 
 
 @pytest.mark.parametrize("words", [[], ["--verify"], ["--show", "3"], ["--why", "a.mp4"]])
-def test_inspect_of_a_folder_without_shards_is_an_error(
+def test_inspect_refuses_a_folder_without_shards(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     assert main(["inspect", str(tmp_path), *words]) == 2
@@ -150,7 +148,7 @@ def test_inspect_of_a_folder_without_shards_is_an_error(
         (["inspect", "x", "--verfy"], "did you mean 'verify'?"),
     ],
 )
-def test_unusable_options_are_refused_in_one_sentence(
+def test_invalid_options_are_refused_in_one_sentence(
     capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     assert main(words) == 2
@@ -163,7 +161,7 @@ def test_unusable_options_are_refused_in_one_sentence(
     ("script", "verb"),
     [("shard_latents", "prepare"), ("build_few_shot", "prepare-pairs"), ("inspect_shards", "inspect FOLDER")],
 )
-def test_a_script_is_its_verb(
+def test_a_script_runs_its_verb(
     script: str, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])

@@ -53,13 +53,13 @@ def with_task(options: PreparePairsOptions, task: str) -> PreparePairsOptions:
 
 
 def samples(manifest: Manifest) -> list[tuple[str, np.ndarray, list[str]]]:
-    found = []
+    stored = []
     for entry in manifest.shards:
         for number in range(entry.count):
             latents, metadata = ShardReader(manifest.directory, entry).read(number)
             assert metadata["task"] == manifest.preparation["task"]
-            found.append((entry.split, latents, metadata["source"].split()))
-    return found
+            stored.append((entry.split, latents, metadata["source"].split()))
+    return stored
 
 
 def test_each_image_of_a_sequence_is_encoded_alone(options: PreparePairsOptions) -> None:
@@ -67,9 +67,9 @@ def test_each_image_of_a_sequence_is_encoded_alone(options: PreparePairsOptions)
     assert manifest == Manifest.load(options.out)
     assert {entry.kind for entry in manifest.shards} == {"sequence"}
     codec = load_codec("pca")
-    found = samples(manifest)
-    assert [split for split, *_ in found].count("train") == 5
-    for _, latents, names in found:
+    stored = samples(manifest)
+    assert [split for split, *_ in stored].count("train") == 5
+    for _, latents, names in stored:
         assert latents.shape == (6, 16, 2, 3)
         assert len(set(names)) == 3  # distinct pairs
         for i, name in enumerate(names):
@@ -94,9 +94,9 @@ def test_built_in_tasks(options: PreparePairsOptions, task: str) -> None:
 
 def test_only_the_last_pair_of_a_validation_sequence_is_held_out(options: PreparePairsOptions) -> None:
     manifest = prepare_pairs(options)
-    found = samples(manifest)
-    training = {name for split, _, names in found if split == "train" for name in names}
-    validation = [names for split, _, names in found if split == "validation"]
+    stored = samples(manifest)
+    training = {name for split, _, names in stored if split == "train" for name in names}
+    validation = [names for split, _, names in stored if split == "validation"]
     assert len(validation) == 2
     held_out = {names[-1] for names in validation}
     assert len(held_out) == 2
@@ -126,9 +126,9 @@ def test_the_manifest_lists_every_held_out_file(options: PreparePairsOptions, tm
 
 
 def test_all_tasks_hold_out_the_same_images(options: PreparePairsOptions) -> None:
-    found = [prepare_pairs(with_task(options, task)).validation for task in ("grayscale", "colourisation")]
-    assert found[0] == found[1]
-    assert found[0]["held_out"]
+    validations = [prepare_pairs(with_task(options, task)).validation for task in ("grayscale", "colourisation")]
+    assert validations[0] == validations[1]
+    assert validations[0]["held_out"]
 
 
 def test_training_on_several_tasks_uses_all_of_their_sequences(options: PreparePairsOptions) -> None:
@@ -252,10 +252,10 @@ def test_too_few_pairs_are_refused_with_the_reason(options: PreparePairsOptions)
     for i in range(3, PAIRS):
         (options.sources / f"p{i}.png").unlink()
         (options.targets / f"p{i}.jpg").unlink()
-    places = ".*colour and .*grayscale"
-    with pytest.raises(InputError, match=f"has 4 different pairs, but {places} contain only 3: add images"):
+    folders = ".*colour and .*grayscale"
+    with pytest.raises(InputError, match=f"has 4 different pairs, but {folders} contain only 3: add images"):
         prepare_pairs(replace(options, pairs_per_sequence=4))
-    message = rf"^Holding out \d of the 3 different pairs in {places} leaves \d for training, .* 3: add images, or"
+    message = rf"^Holding out \d of the 3 different pairs in {folders} leaves \d for training, .* 3: add images, or"
     with pytest.raises(InputError, match=message):
         prepare_pairs(options)
     for i in (1, 2):

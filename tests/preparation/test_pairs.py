@@ -23,9 +23,9 @@ from gpdit_lightning.preparation.pairs import (
 
 def write_images(folder: Path, count: int, first: int = 0, size: tuple[int, int] = (6, 4)) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for place in range(first, first + count):
-        pixels = np.random.default_rng(place).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"p{place}.png")
+    for i in range(first, first + count):
+        pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"p{i}.png")
     return folder
 
 
@@ -35,7 +35,7 @@ def pair(source: int, target: int) -> Pair:
 
 
 def image(number: int, recording: int) -> PairImage:
-    return PairImage(Path(f"{number}.png"), *(f"{place * 16**64 // 100:064x}" for place in (number, recording)))
+    return PairImage(Path(f"{number}.png"), *(f"{i * 16**64 // 100:064x}" for i in (number, recording)))
 
 
 def numbers(pairs: list[Pair]) -> list[tuple[str, str]]:
@@ -76,17 +76,17 @@ def test_at_least_one_pair_is_held_out_unless_the_fraction_is_0() -> None:
 def test_duplicates_by_pixels_are_dropped(tmp_path: Path) -> None:
     folder = write_images(tmp_path, 12)
     before = split_pairs(pairs_from_folder(folder, seed=0), 0.3)
-    for place in range(12):
-        shutil.copy(folder / f"p{place}.png", folder / f"q{place}.png")
-        with Image.open(folder / f"p{place}.png") as file:
-            file.save(folder / f"r{place}.bmp")
+    for i in range(12):
+        shutil.copy(folder / f"p{i}.png", folder / f"q{i}.png")
+        with Image.open(folder / f"p{i}.png") as file:
+            file.save(folder / f"r{i}.bmp")
     assert split_pairs(pairs_from_folder(folder, seed=0), 0.3) == before
 
 
 def test_frames_of_a_recording_are_in_the_same_split(tmp_path: Path) -> None:
     folder = write_images(tmp_path, 40)
-    for place in range(40):
-        (folder / f"p{place}.png").rename(folder / f"clip{place // 5}_{place}.png")
+    for i in range(40):
+        (folder / f"p{i}.png").rename(folder / f"clip{i // 5}_{i}.png")
     splits = [
         {name.partition("_")[0] for name in names(split)}
         for split in split_pairs(pairs_from_folder(folder, seed=0, pattern=r"clip\d+"), 0.3)
@@ -100,12 +100,12 @@ def test_splits_are_stable_when_images_are_added_or_renamed(tmp_path: Path) -> N
     training, held_out = split_pairs(pairs_from_folder(write_images(tmp_path / "few", 20), seed=0), 0.3)
     assert len(held_out) > 1
     more = write_images(tmp_path / "more", 60)
-    found = split_pairs(pairs_from_folder(more, seed=0), 0.3)
-    assert names(training) <= names(found[0])
-    assert names(held_out) <= names(found[1])
-    assert names(split_pairs(pairs_from_folder(more, seed=1), 0.3)[1]) != names(found[1])
-    for place in range(20):
-        (tmp_path / "few" / f"p{place}.png").rename(tmp_path / "few" / f"{99 - place}.png")
+    splits_of_more = split_pairs(pairs_from_folder(more, seed=0), 0.3)
+    assert names(training) <= names(splits_of_more[0])
+    assert names(held_out) <= names(splits_of_more[1])
+    assert names(split_pairs(pairs_from_folder(more, seed=1), 0.3)[1]) != names(splits_of_more[1])
+    for i in range(20):
+        (tmp_path / "few" / f"p{i}.png").rename(tmp_path / "few" / f"{99 - i}.png")
     renamed = {
         int(name.removesuffix(".png")) for name in names(split_pairs(pairs_from_folder(tmp_path / "few", 0), 0.3)[1])
     }
@@ -114,8 +114,8 @@ def test_splits_are_stable_when_images_are_added_or_renamed(tmp_path: Path) -> N
 
 def test_the_split_is_independent_of_direction_and_task(tmp_path: Path) -> None:
     sources, targets = write_images(tmp_path / "source", 20), write_images(tmp_path / "raw", 20, first=50)
-    for place in range(20):
-        (targets / f"p{place + 50}.png").rename(targets / f"p{place}.png")
+    for i in range(20):
+        (targets / f"p{i + 50}.png").rename(targets / f"p{i}.png")
     _, held_out = split_pairs(pairs_from_folders(sources, targets, seed=0), 0.2)
     _, back = split_pairs(pairs_from_folders(targets, sources, seed=0), 0.2)
     assert held_out == [Pair(target, source) for source, target in back]

@@ -79,9 +79,9 @@ def test_videos_become_consecutive_clips(options: PrepareOptions, videos: Path) 
     assert manifest == Manifest.load(options.out)
     codec = load_codec("pca")
     assert manifest.codec == codec.spec()
-    found = samples(manifest)
-    assert len(found) == 12  # two clips of 5 frames from each of six videos
-    for _, latents, metadata in found:
+    stored = samples(manifest)
+    assert len(stored) == 12  # two clips of 5 frames from each of six videos
+    for _, latents, metadata in stored:
         assert metadata["fps"] == 24
         assert metadata["pixel_size"] == [16, 24]
         assert metadata["first_frame"] in (0, 5)
@@ -91,14 +91,14 @@ def test_videos_become_consecutive_clips(options: PrepareOptions, videos: Path) 
 
 
 def test_stride_and_clips_per_video(options: PrepareOptions, videos: Path) -> None:
-    found = samples(prepared(replace(options, stride=2, clips_per_video=1)))
-    assert len(found) == 6
-    assert {(metadata["stride"], metadata["first_frame"]) for _, _, metadata in found} == {(2, 0)}
+    stored = samples(prepared(replace(options, stride=2, clips_per_video=1)))
+    assert len(stored) == 6
+    assert {(metadata["stride"], metadata["first_frame"]) for _, _, metadata in stored} == {(2, 0)}
     again = samples(prepared(replace(options, stride=1, clips_per_video=1, out=options.out.with_name("out2"))))
     assert len(again) == 6
-    source = found[0][2]["source"]
+    source = stored[0][2]["source"]
     pixels = resize_and_crop(read_video(videos / source, stride=2, max_frames=5), (16, 24))
-    assert np.abs(found[0][1] - load_codec("pca").encode(pixels[None])[0].numpy()).max() < 0.02
+    assert np.abs(stored[0][1] - load_codec("pca").encode(pixels[None])[0].numpy()).max() < 0.02
 
 
 def test_remaining_frames_are_a_shorter_clip(options: PrepareOptions, videos: Path) -> None:
@@ -336,15 +336,15 @@ def test_tars_of_img2dataset(options: PrepareOptions, tmp_path: Path) -> None:
         make_tar(laion / f"{number:05d}.tar", range(number * 10, number * 10 + 10), damaged=17)
     tars = replace(options, videos=[], image_tars=[f"{laion}/{{00000..00001}}.tar"], validation_fraction=0.3)
     manifest = prepared(tars)
-    found = {metadata["source"]: (split, latents.shape, metadata) for split, latents, metadata in samples(manifest)}
-    assert len(found) == 19
-    _, shape, metadata = found["00001.tar/000000012"]
+    stored = {metadata["source"]: (split, latents.shape, metadata) for split, latents, metadata in samples(manifest)}
+    assert len(stored) == 19
+    _, shape, metadata = stored["00001.tar/000000012"]
     assert shape == (1, 16, 2, 2)
     assert metadata["caption"] == "image 12"
     assert metadata["url"] == "http://images/12"
     assert [entry["source"] for entry in skipped(manifest)] == ["00001.tar/000000017"]
-    assert {shape for _, shape, _ in found.values()} == {(1, 16, 2, 2), (1, 16, 3, 2)}
-    validation = {source for source, (split, _, _) in found.items() if split == "validation"}
+    assert {shape for _, shape, _ in stored.values()} == {(1, 16, 2, 2), (1, 16, 3, 2)}
+    validation = {source for source, (split, _, _) in stored.items() if split == "validation"}
     assert 2 <= len(validation) <= 10, "images are held out one by one"
     assert manifest.validation["validation_sources"] == len(validation)
 
@@ -365,8 +365,8 @@ def test_ucf101_lists_determine_splits_and_class_numbers(options: PrepareOptions
     (tmp_path / "classInd.txt").write_text("1 ball\n2 dog\n3 zebra\n")
     lists = [tmp_path / name for name in ("trainlist01.txt", "testlist01.txt", "classInd.txt")]
     manifest = prepared(replace(options, annotations=lists))
-    found = {metadata["source"]: (split, metadata["label"]) for split, _, metadata in samples(manifest)}
-    assert found == {
+    stored = {metadata["source"]: (split, metadata["label"]) for split, _, metadata in samples(manifest)}
+    assert stored == {
         "dog/v_0_c0.mp4": ("train", "dog"),
         "ball/v_0_c1.mp4": ("train", "ball"),
         "ball/v_1_c3.mp4": ("train", "ball"),
@@ -395,9 +395,9 @@ def test_msr_vtt_captions_are_stored(options: PrepareOptions, tmp_path: Path, vi
     }
     (tmp_path / "videodatainfo.json").write_text(json.dumps(content))
     manifest = prepared(replace(options, annotations=[tmp_path / "videodatainfo.json"]))
-    found = {metadata["source"]: (split, metadata) for split, _, metadata in samples(manifest)}
-    assert {source.split("/")[0] for source, (split, _) in found.items() if split == "validation"} == {"dog"}
-    assert found["dog/v_0_c0.mp4"][1]["caption"] == "it runs"
-    assert found["dog/v_0_c0.mp4"][1]["captions"] == ["it runs", "a dog"]
-    assert found["ball/v_0_c1.mp4"][1]["caption"] == "a ball"
-    assert "caption" not in found["ball/v_1_c3.mp4"][1]
+    stored = {metadata["source"]: (split, metadata) for split, _, metadata in samples(manifest)}
+    assert {source.split("/")[0] for source, (split, _) in stored.items() if split == "validation"} == {"dog"}
+    assert stored["dog/v_0_c0.mp4"][1]["caption"] == "it runs"
+    assert stored["dog/v_0_c0.mp4"][1]["captions"] == ["it runs", "a dog"]
+    assert stored["ball/v_0_c1.mp4"][1]["caption"] == "a ball"
+    assert "caption" not in stored["ball/v_1_c3.mp4"][1]

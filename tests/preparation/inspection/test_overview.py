@@ -21,11 +21,9 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     root = tmp_path_factory.mktemp("photographs")
     (root / "images").mkdir()
     for number, photograph in enumerate(load_sample_images().images):
-        for place in range(12):
-            top, left = place // 4 * 140, place % 4 * 160
-            Image.fromarray(photograph[top : top + 140, left : left + 140]).save(
-                root / "images" / f"{number}_{place}.png"
-            )
+        for i in range(12):
+            top, left = i // 4 * 140, i % 4 * 160
+            Image.fromarray(photograph[top : top + 140, left : left + 140]).save(root / "images" / f"{number}_{i}.png")
     return prepared(root, videos=(), images=[root / "images"], image_sizes=["64x64"])
 
 

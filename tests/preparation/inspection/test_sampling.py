@@ -12,7 +12,7 @@ def test_samples_are_evenly_spaced() -> None:
     shards = [shard(count) for count in (5, 1, 14)]
     everything = [(entry, number) for entry in shards for number in range(entry.count)]
     assert evenly_spaced(shards, 20) == evenly_spaced(shards, 99) == everything
-    assert evenly_spaced(shards, 4) == [everything[place] for place in (2, 7, 12, 17)]
+    assert evenly_spaced(shards, 4) == [everything[i] for i in (2, 7, 12, 17)]
     assert evenly_spaced([], 4) == []
 
 

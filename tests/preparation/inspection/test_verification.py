@@ -31,10 +31,10 @@ def test_intact_shards_have_no_faults(intact: Manifest) -> None:
 def test_a_flipped_bit_in_latents_or_metadata_is_reported_with_its_sample(copy: Path, column: int) -> None:
     tar = copy / f"{BUCKET}.tar"
     flip_bit(tar, int(np.load(copy / f"{BUCKET}.index.npy")[2, column]) + 140 * (1 - column))
-    found = faults(copy)
-    assert len(found) == 2
-    assert f"{tar} has another sha256 than in the manifest" in found[0]
-    assert f"Sample 2 of {tar} is damaged (its checksum differs): copy the shard again or prepare" in found[1]
+    messages = faults(copy)
+    assert len(messages) == 2
+    assert f"{tar} has another sha256 than in the manifest" in messages[0]
+    assert f"Sample 2 of {tar} is damaged (its checksum differs): copy the shard again or prepare" in messages[1]
 
 
 @pytest.mark.parametrize("offset", [3, 60, -1])
@@ -71,9 +71,9 @@ def test_more_than_ten_lost_samples_are_counted(tmp_path: Path) -> None:
     Manifest(tmp_path, load_codec("pca").spec(), shards).save()
     tar = tmp_path / shards[0].path
     tar.write_bytes(tar.read_bytes()[:600])
-    found = faults(tmp_path)
-    assert sum("Sample" in fault for fault in found) == 10
-    assert f"{tar} has 4 more samples with faults" in found[-1]
+    messages = faults(tmp_path)
+    assert sum("Sample" in fault for fault in messages) == 10
+    assert f"{tar} has 4 more samples with faults" in messages[-1]
 
 
 def test_a_replaced_shard_is_reported(copy: Path) -> None:
@@ -85,10 +85,10 @@ def test_a_replaced_shard_is_reported(copy: Path) -> None:
             writer.write("train", "video", np.full(entry.shape, number), {"source": "other"})
         writer.close()
     (copy / entry.path).write_bytes((copy / entry.path).read_bytes().ljust(len(content), b"\0")[: len(content)])
-    found = faults(copy)
-    assert len(found) == 2
-    assert f"{entry.path} has another sha256" in found[0]
-    assert f"{entry.index} has another sha256" in found[1]
+    messages = faults(copy)
+    assert len(messages) == 2
+    assert f"{entry.path} has another sha256" in messages[0]
+    assert f"{entry.index} has another sha256" in messages[1]
 
 
 def test_an_added_member_is_reported(copy: Path) -> None:
