@@ -77,7 +77,8 @@ def paragraph(name: str, action: argparse.Action) -> str:
     has_default = isinstance(default, bool | int | float | str) and default != ""
     explanation = re.sub(r" Default: ``.*?``\.?", "", " ".join((action.help or "").split())).replace("``", "'")
     explanation = explanation[:1].upper() + explanation[1:]
-    explanation += f" (default: {default})" if has_default else ""
+    shown = str(default).lower() if isinstance(default, bool) else default
+    explanation += f" (default: {shown})" if has_default else ""
     text = textwrap.fill(explanation, 110, initial_indent=INDENT, subsequent_indent=INDENT)
     return f"  --{name} {value}" + (f"\n{text}" if explanation else "")
 

@@ -28,9 +28,10 @@ class OptionHelp(DefaultHelpFormatter):
             text += f" FIELD is one of {fields}; see --{action.dest}.help."
         if action.required:
             return f"{text} (required)"
-        if not hasattr(action, "_typehint") or default is None or isinstance(default, bool) or default in ((), []):
+        if not hasattr(action, "_typehint") or default is None or default in ((), []):
             return text
-        return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+        values = default if isinstance(default, tuple) else (default,)
+        return f"{text} (default: {' '.join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)})"
 
     def add_argument(self, action: argparse.Action) -> None:
         """Add an option to the help, unless it is `--NAME.help`."""

@@ -58,7 +58,7 @@ class InputOptions:
     videodatainfo.json; .jsonl, .csv or .tsv with source, caption, label, split. If they list training files, unlisted
     files are left out."""
     labels: bool = False
-    """Use the name of the folder of each file as its label."""
+    """Label each file with the name of its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import closest_size, parse_size, read_image, resize_and_crop
 from gpdit_lightning.media.video import iterate_frames, video_info
 from gpdit_lightning.options.prepare import PrepareOptions
-from gpdit_lightning.preparation.input_files import InputFile, choose_split_by_hash
+from gpdit_lightning.preparation.input_files import InputFile, is_held_out
 from gpdit_lightning.preparation.shots import mark_cuts
 from gpdit_lightning.preparation.tars import iterate_samples
 
@@ -136,8 +136,7 @@ class ClipReader:
             if (id := SampleId(name, None)) in self.encoded:
                 yield EncodedClip(index, id)
             else:
-                split = choose_split_by_hash(name, self.options.validation_fraction).split
-                assert split is not None
+                split: Split = "validation" if is_held_out(name, self.options.validation_fraction) else "train"
                 yield self._clip_of_image(index, split, sample.pixels, {"source": name} | sample.metadata)
 
     def _clip_of_image(self, index: int, split: Split, pixels: Tensor, metadata: dict[str, Any]) -> Clip:
@@ -168,7 +167,7 @@ class ClipReader:
                 if clips == options.clips_per_video:
                     break
         except InputError as error:
-            raise InputError(f"{error} Its first {clips} clips were used." if clips else str(error)) from None
+            raise InputError(f"{error} The clips before were used ({clips})." if clips else str(error)) from None
         if not clips:
             uncut = " without a cut" if options.avoid_cuts else ""
             raise InputError(

@@ -210,7 +210,7 @@ def test_clips_before_damage_in_a_video_are_used(options: PrepareOptions, monkey
     manifest = prepared(options)
     assert {metadata["first_frame"] for _, _, metadata in samples(manifest)} == {0}
     assert len(skipped(manifest)) == 6
-    assert skipped(manifest)[0]["reason"].endswith("is broken. Its first 1 clips were used.")
+    assert skipped(manifest)[0]["reason"].endswith("is broken. The clips before were used (1).")
 
 
 def test_an_unexpected_exception_skips_one_file_only(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
