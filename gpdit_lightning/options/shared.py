@@ -97,6 +97,8 @@ class RecipeOptions:
     """Options of `fit` that override the recipe, such as `--trainer.max_steps=10`."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.config, str):
+            raise InputError(f"config is {self.config!r}: give a list of recipes, such as [{self.config!r}].")
         if not self.config:
             raise InputError(
                 f"no recipe is given: give one, such as --config {self.EXAMPLE} (`python -m gpdit_lightning recipes` "

@@ -159,3 +159,8 @@ def test_help_of_a_verb_with_a_recipe(capsys: pytest.CaptureFixture[str]) -> Non
     assert "fit --help" in text
     assert "--overrides" not in text
     assert "--sizes+" not in text
+
+
+def test_a_recipe_in_python_is_an_item_of_a_list() -> None:
+    with pytest.raises(InputError, match=r"config is 'a.yaml': give a list of recipes, such as \['a.yaml'\]"):
+        WithRecipe(config="a.yaml")
