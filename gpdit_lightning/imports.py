@@ -1,8 +1,10 @@
-"""Lookup of codecs, samplers and other replaceable parts by a registered name or an import path."""
+"""Lookup of codecs, samplers and other replaceable parts by a registered name or an import path, and their errors."""
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from gpdit_lightning.errors import InputError
@@ -45,14 +47,12 @@ def is_import_path(name: str) -> bool:
 def import_object(path: str, kind: str) -> Any:
     """Import the object at an import path.
 
-    Other errors that the module raises while it is imported keep their traceback.
-
     Args:
         path: the module, a dot, and the name of the object in it.
         kind: what the object is, for messages.
 
     Raises:
-        InputError: the module, a module that it imports, or the object in it is not found.
+        InputError: the module cannot be imported, or the object in it is not found.
     """
     module_path, _, attribute = path.rpartition(".")
     try:
@@ -61,13 +61,61 @@ def import_object(path: str, kind: str) -> Any:
         raise InputError(
             f"{kind} '{path}' cannot be imported ({error}): install its package, or add its folder to PYTHONPATH."
         ) from error
+    except Exception as error:  # the module may raise anything
+        summary = error_summary(error, module_path)
+        raise InputError(f"{kind} '{path}' cannot be imported ({summary}): correct the module.") from error
     if not hasattr(module, attribute):
         public = [name for name in vars(module) if not name.startswith("_")]
+        file = getattr(module, "__file__", None) or "built in, or a folder without __init__.py"
         raise InputError(
-            f"{kind} '{path}' does not exist: module {module_path} ({getattr(module, '__file__', 'built in')}) has no "
-            f"'{attribute}'{did_you_mean(attribute, public)}."
+            f"{kind} '{path}' does not exist: module {module_path} ({file}) has no '{attribute}'"
+            f"{did_you_mean(attribute, public)}."
         )
     return getattr(module, attribute)
+
+
+def import_path(part: Any) -> str:
+    """Return the import path of a class or function, or of the class of any other object."""
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def error_summary(error: BaseException, module: str) -> str:
+    """Return type and message of an error on one line, with the last line of a package that it passed through.
+
+    Args:
+        error: the error.
+        module: a module of that package.
+    """
+    message = " ".join(str(error).split())
+    package = module.partition(".")[0]
+    lines = [
+        f" in {frame.f_code.co_filename}, line {line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == package
+    ]
+    return type(error).__name__ + (f": {message}" if message else "") + (lines[-1] if lines else "")
+
+
+@contextmanager
+def report_custom_errors(kind: str, path: str, expected: str) -> Iterator[None]:
+    """Replace an error of a custom part by an InputError in one sentence that names the part.
+
+    An InputError and a lack of memory are not replaced.
+
+    Args:
+        kind: what the part is, and which of its functions is called: "sampler", "the method `encode` of codec".
+        path: the import path of the part.
+        expected: a clause that describes a correct part: "it must have ...".
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # custom code may raise anything
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
+        raise InputError(f"{kind} '{path}' failed ({error_summary(error, path)}): {expected}.") from error
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

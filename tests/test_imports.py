@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.imports import did_you_mean, resolve
+from gpdit_lightning.imports import did_you_mean, import_path, report_custom_errors, resolve
 
 REGISTRY = {"rotation": dict, "tangent": list}
 
@@ -15,6 +16,7 @@ def _user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules on the import path."""
     (tmp_path / "user_module.py").write_text("class Ordered(dict): pass\nNUMBER = 3\n", encoding="utf-8")
     (tmp_path / "broken_module.py").write_text("1 / 0\n", encoding="utf-8")
+    (tmp_path / "invalid_module.py").write_text("def f(:\n", encoding="utf-8")
     (tmp_path / "needs_more.py").write_text("import a_package_that_does_not_exist\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -47,9 +49,31 @@ def test_unresolvable_names_are_reported(name: str, base: type | None, message: 
         resolve(name, REGISTRY, "sampler", base)
 
 
-def test_an_error_inside_the_module_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        resolve("broken_module.Ordered", REGISTRY, "sampler")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "broken_module.Ordered",
+            r"cannot be imported \(ZeroDivisionError: division by zero in .*_module.py, line 1\)",
+        ),
+        ("invalid_module.Ordered", r"cannot be imported \(SyntaxError: .*invalid_module.py, line 1\)"),
+    ],
+)
+def test_an_error_inside_the_module_is_reported_with_its_line(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        resolve(name, REGISTRY, "sampler")
+
+
+def test_errors_of_custom_code_are_reported_in_one_sentence() -> None:
+    def fail(error: Exception) -> None:
+        with report_custom_errors("sampler", import_path(test_did_you_mean), "it must not fail"):
+            raise error
+
+    with pytest.raises(InputError, match=r"test_did_you_mean' failed \(TypeError: a b in .*, line \d+\): it m"):
+        fail(TypeError("a\nb"))
+    for error in (InputError("x"), MemoryError("x"), torch.OutOfMemoryError("x")):
+        with pytest.raises(type(error), match=r"^x$"):
+            fail(error)
 
 
 def test_did_you_mean() -> None:
