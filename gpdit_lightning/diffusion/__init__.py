@@ -1,4 +1,4 @@
-"""Diffusion: noising as a rotation, noise levels, the velocity loss, samplers, guidance. Needs torch alone."""
+"""Diffusion: noising as a rotation, noise levels, the velocity loss, samplers, guidance. Needs only torch."""
 
 from gpdit_lightning.diffusion.guidance import Guidance
 from gpdit_lightning.diffusion.loss import QuartileLoss, VelocityLoss, velocity_loss

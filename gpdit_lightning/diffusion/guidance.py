@@ -19,19 +19,18 @@ class Guidance:
     unconditional + scale * (conditional - unconditional).
 
     Raises:
-        InputError: a scale that is not finite, or levels that are not a range within [0, 1].
+        InputError: a scale is not finite, or the levels are not a range within [0, 1].
     """
 
     context: float = 1.0
-    """Scale of the frames before; 1 is no guidance. Any other value adds a noisy frame without context to each network
-    call."""
+    """Scale of the context; 1: no guidance. Any other value adds a noisy frame without context to each network call."""
     label: float = 1.0
-    """Scale of the class label or text; 1 is no guidance. Any other value adds a noisy frame without it."""
+    """Scale of the class label or text; 1: no guidance. Any other value adds a noisy frame without it."""
     least_level: float = 0.0
     """The lowest noise level t at which guidance is applied; it has little effect at low levels (Kynkäänniemi et al.,
     2024)."""
     most_level: float = 1.0
-    """The highest noise level t at which guidance is applied; at high levels it reduces variety (the same)."""
+    """The highest noise level t at which guidance is applied; at high levels it reduces diversity (the same paper)."""
 
     def __post_init__(self) -> None:
         for name in ("context", "label"):
@@ -47,22 +46,22 @@ class Guidance:
 
     @property
     def at_all_levels(self) -> bool:
-        """Whether guidance is applied at all noise levels."""
+        """Return whether guidance is applied at all noise levels."""
         return (self.least_level, self.most_level) == (0, 1)
 
     def applies_at(self, theta: float, schedule: NoiseSchedule) -> bool:
-        """Whether guidance is applied at the angle `theta` of a schedule."""
+        """Return whether guidance is applied at the angle `theta` of a schedule."""
         levels = torch.tensor([self.least_level, self.most_level], dtype=torch.float64, device="cpu")
         lowest, highest = schedule.theta(levels).tolist()
-        return lowest - 1e-6 <= theta <= highest + 1e-6  # angles come in float32
+        return lowest - 1e-6 <= theta <= highest + 1e-6  # angles are in float32
 
     def combine(self, conditioned: Tensor, without_label: Tensor | None, without_context: Tensor | None) -> Tensor:
-        """The guided velocity from the model's velocities (B, ...).
+        """Compute the guided velocity from the model's velocities (B, ...).
 
         Args:
             conditioned: with all conditions.
-            without_label: without the label or text; None if it is not guided over.
-            without_context: without the frames before; None if they are not guided over.
+            without_label: without the label or text; None without guidance over it.
+            without_context: without the context; None without guidance over it.
         """
         guided = conditioned
         if without_label is not None:

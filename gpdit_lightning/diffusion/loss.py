@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class QuartileLoss(NamedTuple):
-    """Squared errors by quarter of the range of noise levels, as sums and counts that batches and ranks can add.
+    """Squared errors by quarter of the range of noise levels, as sums and counts to be added over batches and ranks.
 
     Attributes:
         sums: (4,) mean squared errors, summed over frames; entry k has t in [k/4, (k+1)/4), the last one t = 1 too.
@@ -19,12 +19,12 @@ class QuartileLoss(NamedTuple):
 
 
 class VelocityLoss(NamedTuple):
-    """The objective, and the same detached by noise level and by clip.
+    """The objective, and its detached parts by noise level and by clip.
 
     Attributes:
-        mean: the scalar to minimise.
-        quartiles: by noise level.
-        per_clip: (B,) mean over each row of the batch: a noisy copy of a clip is a row of its own.
+        mean: the scalar to minimize.
+        quartiles: the loss by noise level.
+        per_clip: (B,) mean over each row of the batch; each noisy copy of a clip is a row.
     """
 
     mean: Tensor
@@ -33,7 +33,7 @@ class VelocityLoss(NamedTuple):
 
 
 def velocity_loss(prediction: Tensor, velocity: Tensor, t: Tensor) -> VelocityLoss:
-    """Mean squared error of the velocity, in float32 or better.
+    """Compute the mean squared error of the velocity, in float32 or better.
 
     Args:
         prediction, velocity: (B, F, C, H, W).

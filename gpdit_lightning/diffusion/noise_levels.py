@@ -15,14 +15,14 @@ class NoiseSchedule:
     """The function from noise levels to angles. Checkpoints and exported models store its two fields.
 
     Raises:
-        InputError: an unknown name or a shift that is not positive.
+        InputError: the name is unknown, or the shift is not positive.
     """
 
     name: Literal["cosine"] = "cosine"
     """cosine: theta = t pi/2, so that sqrt(alpha_t) = cos(t pi/2)."""
     shift: float = 1.0
-    """Resolution shift s: tan(theta') = s tan(theta). Above 1, more of the range of t is strong noise, as large frames
-    need."""
+    """Resolution shift s: tan(theta') = s tan(theta). Above 1 more of the range of t is strong noise, for large
+    frames."""
 
     def __post_init__(self) -> None:
         if self.name != "cosine":
@@ -31,7 +31,7 @@ class NoiseSchedule:
             raise InputError(f"schedule shift is {self.shift}; it must be positive (1 leaves the schedule as it is).")
 
     def theta(self, t: Tensor) -> Tensor:
-        """Angles in radians of noise levels `t` in [0, 1]; 0 and 1 map to 0 and pi/2 exactly."""
+        """Return the angles in radians of noise levels `t` in [0, 1]; 0 and 1 map to 0 and pi/2 exactly."""
         theta = t * (math.pi / 2)
         if self.shift == 1.0:
             return theta

@@ -35,12 +35,12 @@ def rotate_to(x0: Tensor, eps: Tensor, theta: Tensor) -> NoisySample:
 
 
 def x0_from(noisy: Tensor, velocity: Tensor, theta: Tensor) -> Tensor:
-    """The clean latents that a velocity implies: the first row of R(theta)^-1."""
+    """Return the clean latents that a velocity implies: the first row of R(theta)^-1."""
     cos, sin = _cos_sin(theta, noisy)
     return cos * noisy - sin * velocity
 
 
 def noise_from(noisy: Tensor, velocity: Tensor, theta: Tensor) -> Tensor:
-    """The noise that a velocity implies: the second row of R(theta)^-1."""
+    """Return the noise that a velocity implies: the second row of R(theta)^-1."""
     cos, sin = _cos_sin(theta, noisy)
     return sin * noisy + cos * velocity

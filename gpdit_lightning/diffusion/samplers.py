@@ -1,7 +1,7 @@
-"""From pure noise to data: solvers over decreasing angles, behind one interface.
+"""Samplers: solvers from pure noise to data over decreasing angles, with one interface.
 
-In the letters of the papers alpha = cos(theta), sigma = sin(theta) and lambda = log(alpha / sigma) = -log tan(theta):
-minus infinity at pure noise, infinity at clean data. Coefficients are Python floats, whatever the dtype.
+In the notation of the papers alpha = cos(theta), sigma = sin(theta) and lambda = log(alpha / sigma) = -log tan(theta):
+minus infinity at pure noise, infinity at clean data. Coefficients are Python floats for every dtype.
 """
 
 import math
@@ -20,7 +20,7 @@ from gpdit_lightning.imports import resolve
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(noisy (B, ...), theta (B,)) -> velocity (B, ...)."""
 FreshNoise = Callable[[int], Tensor]
-"""The number of a step, from 0 -> standard Gaussian noise shaped like the sample."""
+"""number of a step, from 0 -> standard Gaussian noise with the shape of the sample."""
 VelocityAt = Callable[[Tensor, float], Tensor]
 """(noisy (B, ...), one theta for all clips) -> velocity (B, ...)."""
 
@@ -29,15 +29,15 @@ VelocityAt = Callable[[Tensor, float], Tensor]
 class Sampler(ABC):
     """Solves d noisy / d theta = velocity, or a random process of the same marginals, from theta = pi/2 to 0.
 
-    A custom sampler is a frozen dataclass that inherits from this class and defines `solve`. Its import path, or a name
-    given by :func:`register_sampler`, can be used wherever a sampler is named.
+    A custom sampler is a frozen dataclass that inherits from this class and defines `solve`. Options accept its import
+    path, or a name registered by :func:`register_sampler`.
 
     Raises:
         InputError: fewer than one step.
     """
 
     steps: int = 25
-    """Number of steps, one network call each."""
+    """Number of steps, with one network call each."""
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
     """Maps the steps, which are evenly spaced in t, to theta."""
 
@@ -46,27 +46,27 @@ class Sampler(ABC):
             raise InputError(f"the number of sampler steps is {self.steps}; it must be at least 1.")
 
     def angles(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The angles from pi/2 to 0 between which the steps lie: (steps + 1,) radians, on the CPU."""
+        """Return the angles between the steps, from pi/2 to 0: (steps + 1,) radians, on the CPU."""
         t = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64, device="cpu")  # MPS has no float64
         return self.schedule.theta(t).to(dtype)
 
     def sample(self, velocity: Velocity, noise: Tensor, fresh_noise: FreshNoise | None = None) -> Tensor:
-        """From `noise` (B, ...) to data of the same shape and dtype, over `angles()`; arguments as in `integrate`."""
+        """Integrate from `noise` (B, ...) to data of the same shape and dtype over `angles()`; see `integrate`."""
         return self.integrate(velocity, noise, self.angles(torch.float64).tolist(), fresh_noise)
 
     def integrate(
         self, velocity: Velocity, noise: Tensor, angles: Sequence[float], fresh_noise: FreshNoise | None = None
     ) -> Tensor:
-        """From the sample at the first of the decreasing `angles` to that at the last, of the same shape and dtype.
+        """Integrate from the sample at the first angle to the sample at the last, of the same shape and dtype.
 
         Args:
             velocity: the network, called once per step, with angles in float32 or better.
-            noise: (B, ...), standard Gaussian where the angles begin at pi/2.
-            angles: in radians.
+            noise: (B, ...), the sample at the first angle; standard Gaussian at pi/2.
+            angles: decreasing, in radians.
             fresh_noise: for stochastic samplers, called once per step that adds noise.
 
         Raises:
-            InputError: a stochastic sampler without `fresh_noise`.
+            InputError: a stochastic sampler has no `fresh_noise`.
         """
         precise = torch.promote_types(noise.dtype, torch.float32)
 
@@ -77,12 +77,12 @@ class Sampler(ABC):
 
     @abstractmethod
     def solve(self, velocity: VelocityAt, x: Tensor, angles: Sequence[float], fresh: FreshNoise | None) -> Tensor:
-        """The steps of the method.
+        """Run the steps of the method.
 
         Args:
             velocity: the network at one angle.
             x: (B, ...), the sample at the first angle.
-            angles: in radians, decreasing; each step goes from one to the next.
+            angles: decreasing, in radians; each step is from one angle to the next.
             fresh: noise for stochastic methods.
 
         Returns:
@@ -91,7 +91,7 @@ class Sampler(ABC):
 
 
 def _rotate(x: Tensor, velocity: Tensor, angle: float) -> Tensor:
-    """The rotation by `angle` towards clean data: a step of DDIM, and by the whole of theta the implied x0."""
+    """Rotate by `angle` towards clean data: a step of DDIM; by theta, the implied x0."""
     return math.cos(angle) * x - math.sin(angle) * velocity
 
 
@@ -99,8 +99,8 @@ def _rotate(x: Tensor, velocity: Tensor, angle: float) -> Tensor:
 class RotationSampler(Sampler):
     """DDIM (Song et al., 2021, equation 12 without noise): a step by the angle d is cos(d) noisy - sin(d) velocity.
 
-    The default, for continuations that their context nearly determines: exact where x0 is certain. Where x0 is
-    uncertain it shrinks the spread: unit Gaussian data are scaled by cos(pi / (2 steps))^steps. The error decreases as
+    The default, for continuations that their context nearly determines: exact if x0 is certain. If x0 is uncertain, it
+    reduces the variance: unit Gaussian data are scaled by cos(pi / (2 steps))^steps. The error decreases as
     1 / steps.
     """
 
@@ -115,8 +115,8 @@ class RotationSampler(Sampler):
 class TangentSampler(Sampler):
     """Euler's method in theta: a step by the angle d is noisy - d velocity.
 
-    For data where x0 is uncertain and the spread of the samples matters: exact for unit Gaussian data, whose optimal
-    velocity is zero. Everywhere else, certain x0 included, the error decreases as 1 / steps.
+    For data with uncertain x0, if the variance of the samples matters: exact for unit Gaussian data, whose optimal
+    velocity is zero. For all other data, also with certain x0, the error decreases as 1 / steps.
     """
 
     def solve(self, velocity: VelocityAt, x: Tensor, angles: Sequence[float], fresh: FreshNoise | None) -> Tensor:
@@ -130,8 +130,8 @@ class TangentSampler(Sampler):
 class AdamsSampler(Sampler):
     """The two-step method of Adams and Bashforth in theta: the velocity is linear in theta through its last two values.
 
-    For few network calls with a trained network, whose velocity changes smoothly with theta: there 8 of its steps came
-    as close to the flow as 25 rotations (docs/generation.md). Its first step is Euler's. The error decreases as
+    For few network calls with a trained network, whose velocity changes smoothly with theta: 8 of its steps came as
+    close to the flow as 25 rotations (docs/generation.md). Its first step is Euler's. The error decreases as
     1 / steps^2.
     """
 
@@ -159,9 +159,9 @@ def _half_log_snr(theta: float) -> float:
 class DPMSolver2M(Sampler):
     """DPM-Solver++ (2M) (Lu et al., 2022, algorithm 2): x0 is linear in lambda through its last two values.
 
-    For few network calls: exact, like the rotation, where x0 is certain, and elsewhere closer to the flow; for data of
-    two Gaussians 10 steps come closer than 25 rotations. Where lambda is infinite its steps are rotations: the first
-    two from pure noise and the last to clean data. The error decreases as 1 / steps^2 over even steps in lambda, and as
+    For few network calls: exact, like the rotation, if x0 is certain, and otherwise closer to the flow; for data of two
+    Gaussians 10 steps come closer than 25 rotations. Steps at infinite lambda are rotations: the first two from pure
+    noise and the last to clean data. The error decreases as 1 / steps^2 over even steps in lambda, and as
     log(steps) / steps^2 over even steps in t, which are long in lambda near both ends.
     """
 
@@ -183,13 +183,13 @@ class DPMSolver2M(Sampler):
 
 @dataclass(frozen=True)
 class StochasticSampler(Sampler):
-    """DDIM with fresh noise in place of a part of the implied one (Song et al., 2021, equations 12 and 16).
+    """DDIM with fresh noise in place of a part of the implied noise (Song et al., 2021, equations 12 and 16).
 
     For many steps and an imperfect network: replacing noise removes the errors of earlier steps (Karras et al., 2022,
-    section 4). Exact where x0 is certain. The error of the distribution decreases as 1 / steps.
+    section 4). Exact if x0 is certain. The error of the distribution decreases as 1 / steps.
 
     Raises:
-        InputError: `eta` outside [0, 1].
+        InputError: `eta` is outside [0, 1].
     """
 
     eta: float = 1.0
@@ -228,10 +228,10 @@ BUILT_IN = tuple(SAMPLERS)
 
 
 def register_sampler(name: str, sampler: type[Sampler]) -> None:
-    """Give a custom sampler a name for commands and recipes; one at an import path can be used without this.
+    """Register a custom sampler under a name for commands; an import path needs no registration.
 
     Raises:
-        InputError: the name of a built-in sampler.
+        InputError: the name is that of a built-in sampler.
     """
     if name in BUILT_IN:
         raise InputError(f"sampler '{name}' is built in: register yours under another name.")
@@ -239,9 +239,10 @@ def register_sampler(name: str, sampler: type[Sampler]) -> None:
 
 
 def make_sampler(name: str, steps: int, schedule: NoiseSchedule) -> Sampler:
-    """The sampler with a name in `SAMPLERS`, or of the class at an import path such as `my_package.MySampler`.
+    """Return the sampler with a name in `SAMPLERS`, or of the class at an import path such as `my_package.MySampler`.
 
     Raises:
-        InputError: neither a known name nor the import path of a subclass of :class:`Sampler`; fewer than one step.
+        InputError: the name is neither known nor the import path of a subclass of :class:`Sampler`, or there is fewer
+            than one step.
     """
     return resolve(name, SAMPLERS, "sampler", base=Sampler)(steps, schedule)

@@ -12,7 +12,7 @@ from gpdit_lightning.model.streams import Streams
 
 
 def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """`norm(x)` in the precision of its weight: under autocast `x` is a product in bf16, and positions come next."""
+    """Return `norm(x)` in the precision of its weight; under autocast `x` is in bf16, too coarse for RoPE."""
     return norm(x.to(norm.weight.dtype))
 
 
@@ -31,9 +31,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """RMSNorm, attention with QK-norm, RMSNorm, MLP; rotation time conditioning where the adaLN of a DiT would be.
+    """RMSNorm, attention with QK-norm, RMSNorm, MLP, with rotation time conditioning in place of DiT's adaLN.
 
-    The query projection is separate from the key-value projection, since some tokens need no query.
+    The query projection is separate from the key-value projection, since some tokens have no query.
     """
 
     def __init__(self, config: GPDiTConfig) -> None:
@@ -56,9 +56,9 @@ class Block(nn.Module):
 
         Args:
             x: (packed tokens, D).
-            streams: the pass these tokens belong to.
-            num_kv_only: how many tokens, the first ones, give keys and values only and leave the stream: in the last
-                block the prefix and the clean tokens, whose output is not used.
+            streams: the description of the pass.
+            num_kv_only: number of tokens, the first ones, of which only keys and values are computed, and which are
+                dropped: in the last block the prefix and the clean tokens, whose output is not used.
             layer_cache: this block's cache.
 
         Returns:
@@ -75,7 +75,7 @@ class Block(nn.Module):
         return x + rotation.at_branch_output(self.mlp(h))
 
     def write_cache(self, x: Tensor, streams: Streams, layer_cache: LayerCache) -> None:
-        """Append the clean tokens' keys and values to this block's cache and compute nothing else."""
+        """Append the keys and values of the clean tokens to this block's cache, and compute nothing else."""
         h = streams.rotation.at_branch_input(self.attention_norm(streams.rotation.at_block(x)))
         layer_cache.update(streams.clean_kv(*self._key_value(h)))
 
@@ -99,11 +99,11 @@ def _compiled() -> Callable[..., Tensor]:
 def run_compiled_block(
     block: nn.Module, x: Tensor, streams: Streams, num_kv_only: int = 0, layer_cache: LayerCache | None = None
 ) -> Tensor:
-    """:func:`run_block` by `torch.compile`: one graph for each shape of a pass, which all blocks and models share.
+    """:func:`run_block` compiled by `torch.compile`: one graph for each shape of a pass, for all blocks and models.
 
-    Images and videos, clip lengths, numbers of contexts, inner blocks and the last: more shapes than torch's limit of
-    8, from which on it would run eagerly. DDP's optimizer is off, since it would split the graphs for DDP's buckets,
-    which blocks are small enough for. Both hold for this call alone.
+    Images and videos, clip lengths, numbers of contexts, inner blocks and the last block have more shapes than torch's
+    limit of 8 graphs, beyond which it would run eagerly. DDP's optimizer is disabled, since it would split the graphs
+    at DDP's buckets; a block is small enough without it. Both settings apply to this call only.
     """
     with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024, optimize_ddp=False):
         return _compiled()(block, x, streams, num_kv_only, layer_cache)

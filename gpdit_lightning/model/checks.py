@@ -1,4 +1,4 @@
-"""What a user may give to the methods of a GPDiT: every check of an argument, in one place.
+"""Checks of the arguments of GPDiT's methods.
 
 Shapes: B clips, F latent frames, C channels, H x W latent pixels.
 """
@@ -15,7 +15,7 @@ from gpdit_lightning.model.prefix import NO_LABEL
 
 
 def check_latents(config: GPDiTConfig, latents: Tensor) -> None:
-    """Raise InputError unless latents are (B, F, C, H, W), not empty, and divide into patches."""
+    """Raise InputError unless latents are (B, F, C, H, W), not empty, and divisible into patches."""
     shape, patch = tuple(latents.shape), config.patch_size
     if len(shape) != 5 or shape[2] != config.latent_channels:
         raise InputError(
@@ -31,23 +31,23 @@ def check_latents(config: GPDiTConfig, latents: Tensor) -> None:
 
 
 def check_takes_conditions(config: GPDiTConfig, condition: Tensor | None) -> None:
-    """Raise InputError if there is a condition, but the model was built without."""
+    """Raise InputError if there is a condition, but the model has neither `classes` nor `text_width`."""
     if condition is not None and not (config.classes or config.text_width):
-        raise InputError("this GPDiT was built without a condition: leave `condition` at None.")
+        raise InputError("this GPDiT has neither classes nor text_width: leave `condition` at None.")
 
 
 def check_condition(config: GPDiTConfig, condition: Tensor | None, rows: int) -> None:
-    """Raise InputError unless a condition is what the model takes, for each of `rows` noisy clips."""
+    """Raise InputError unless a condition has the form that the model takes, for each of `rows` noisy clips."""
     check_takes_conditions(config, condition)
     if config.text_width:
         if condition is None or condition.shape[::2] != (rows, config.text_width) or condition.ndim != 3:
             raise InputError(
                 f"the condition is {None if condition is None else tuple(condition.shape)}; this model takes text "
-                f"embeddings (B, L, {config.text_width}) with B = {rows}, those of an empty text where there is none."
+                f"embeddings (B, L, {config.text_width}) with B = {rows}, those of an empty text for none."
             )
     elif condition is not None:
         wrong = condition.shape != (rows,) or condition.is_floating_point()
-        # On a GPU the range is not checked: reading the values would wait for all work before.
+        # On a GPU the range is not checked: reading the values would synchronize with it.
         if wrong or (condition.device.type == "cpu" and not -1 <= condition.min() <= condition.max() < config.classes):
             raise InputError(
                 f"the condition is {condition.tolist()}; this model takes a class from 0 to {config.classes - 1}, or "
@@ -64,14 +64,14 @@ def check_forward(
     draws: int,
     frames: Sequence[int] | None,
 ) -> None:
-    """Raise InputError unless these are arguments of `GPDiT.forward`."""
+    """Raise InputError unless these are valid arguments of `GPDiT.forward`."""
     check_latents(config, noisy)
     check_condition(config, condition, len(noisy))
     if theta.shape != noisy.shape[:2]:
         raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B, F) = {tuple(noisy.shape[:2])}.")
     if frames is not None and (len(frames) != noisy.shape[1] or any(b <= a for a, b in pairwise((-1, *frames)))):
         raise InputError(
-            f"frames are {tuple(frames)} for {noisy.shape[1]} noisy ones: give the position of each, rising from 0."
+            f"frames are {tuple(frames)} for {noisy.shape[1]} noisy ones: give as many increasing positions."
         )
     if draws < 1:
         raise InputError(f"draws is {draws}; it must be at least 1.")
@@ -103,7 +103,7 @@ def check_denoise(
     draws: int,
     without_context: int,
 ) -> None:
-    """Raise InputError unless these are arguments of `GPDiT.denoise`, but for `noisy`: (R, 1, C, H, W)."""
+    """Raise InputError unless these are valid arguments of `GPDiT.denoise`, where `noisy` is (R, 1, C, H, W)."""
     check_latents(config, noisy)
     check_condition(config, condition, len(noisy))
     if theta.shape != noisy.shape[:1]:
@@ -122,15 +122,15 @@ def check_denoise(
 
 
 def check_cache(cache: KVCache, clips: int, latents: Tensor, new_frames: int) -> None:
-    """Raise InputError unless a cache is for `clips` clips like `latents` and one pass can append `new_frames`."""
+    """Raise InputError unless a cache fits `clips` clips of the size of `latents`, and has room for `new_frames`."""
     height, width = latents.shape[-2:]
     if (clips, height, width) != (cache.batch_size, cache.height, cache.width):
         raise InputError(
-            f"the cache holds {cache.batch_size} clips of {cache.height}x{cache.width} latent pixels, but {clips} of "
-            f"{height}x{width} were given: make one with model.new_cache for these sizes."
+            f"the cache is for {cache.batch_size} clips of {cache.height}x{cache.width} latent pixels, but {clips} of "
+            f"{height}x{width} were given: create one with model.new_cache for these sizes."
         )
     if new_frames > cache.max_new_frames:
         raise InputError(
-            f"the cache has room for {cache.max_frames} frames and holds {cache.stored_frames()}: no {new_frames} more "
-            "fit at once; make it with a larger max_frames, or append fewer at a time."
+            f"the cache has a capacity of {cache.max_frames} frames and contains {cache.stored_frames()}: {new_frames} "
+            "more do not fit; create it with a larger max_frames, or append fewer at a time."
         )

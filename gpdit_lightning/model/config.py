@@ -1,4 +1,4 @@
-"""The architecture of a GPDiT as a record: what a checkpoint stores and what two checkpoints must agree on."""
+"""Configuration of a GPDiT: its architecture, which checkpoints store, and its execution."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -15,10 +15,10 @@ SIZES: dict[str, dict[str, int]] = {
     "H": {"layers": 24, "width": 2816, "mlp_width": 11264, "heads": 22},
 }
 
-# Fields that say how the network is executed, not which function it computes: two checkpoints may differ in them.
+# Fields that change how the network is executed, but not the function that it computes.
 EXECUTION_FIELDS = ("attention_backend", "activation_checkpointing", "compile")
 
-# The types of values that a field of this type accepts: a record may come from a file that holds anything.
+# Accepted types of values for each type of field; values may come from a file.
 PLAIN_TYPES: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float), bool: (bool,)}
 
 
@@ -27,49 +27,49 @@ class GPDiTConfig:
     """Architecture and execution options of a :class:`~gpdit_lightning.GPDiT`.
 
     Raises:
-        InputError: an unknown size or option, a value of the wrong type, or widths that cannot be split into heads,
-            channel pairs and RoPE axes.
+        InputError: an option is unknown, a value has the wrong type, or the widths cannot be split into heads, channel
+            pairs and RoPE axes.
     """
 
     size: str = "B"
     """Named size that sets `layers`, `width`, `mlp_width` and `heads` where they are 0: tiny, B (85M) or H (2.28B)."""
     layers: int = 0
-    """Number of transformer blocks; 0 takes the size's."""
+    """Number of transformer blocks; 0: as `size`."""
     width: int = 0
-    """Hidden width D; 0 takes the size's."""
+    """Hidden width D; 0: as `size`."""
     mlp_width: int = 0
-    """Width of the hidden layer of each MLP; 0 takes the size's."""
+    """Width of the hidden layer of each MLP; 0: as `size`."""
     heads: int = 0
-    """Attention heads; the head width is width / heads; 0 takes the size's."""
+    """Attention heads; the head width is width / heads; 0: as `size`."""
     latent_channels: int = 16
     """Channels C of a latent frame (16 for WanVAE)."""
     patch_size: int = 2
     """Side of the square patch of latent pixels that becomes one token."""
     attention: AttentionVariant = "of2"
-    """The clean frames that a clean frame attends to: of2 = itself and all before it (GPDiT 4.1.1), of = itself only
-    (4.1.2)."""
+    """The clean frames that a clean frame attends to: of2 = itself and all previous ones (GPDiT 4.1.1), of = itself
+    only (4.1.2)."""
     time_site: TimeSite = "branch"
     """Where hidden channel pairs are rotated by -theta (GPDiT 4.2): branch = inputs of attention, MLP and output layer;
     branch_inverse = the same, undone at the branch outputs; input = once after the patch embedding;
     residual = the residual stream before every block; none = never."""
     rope_lengths: tuple[int, int, int] = (32, 32, 32)
-    """Longest extent (frames, rows, columns), in tokens, that sets the RoPE bases (ACDiT 4.2); a part of the
-    architecture, never read from an input."""
+    """Maximum extent (frames, rows, columns), in tokens, that determines the RoPE bases (ACDiT 4.2); part of the
+    architecture, independent of inputs."""
     classes: int = 0
-    """Number of class labels that the model is conditioned on, by a token that noisy frames attend to; 0: none."""
+    """Number of class labels; a label is a condition by a token that noisy frames attend to; 0: none."""
     text_width: int = 0
-    """Width of text embeddings that the model is conditioned on, by such tokens; 0: none."""
+    """Width of text embeddings; a text is a condition by tokens that noisy frames attend to; 0: none."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     attention_backend: str = "auto"
-    """Operator that computes attention: auto = xformers on CUDA where it is installed, else PyTorch's SDPA; sdpa;
+    """Operator that computes attention: auto = xformers on CUDA if it is installed, else PyTorch's SDPA; sdpa;
     xformers; a registered name; or the import path of a callable (query, key, value) -> output, see
     model/attention/backends.py."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations: less memory, a third more time."""
+    """Recompute each block in the backward pass instead of storing its activations: less memory, a third more time."""
     compile: bool = False
-    """Train with blocks compiled by torch.compile; about a minute for every new shape of a batch at its first step.
-    Validation and generation are not compiled. On the CPU it needs a C++ compiler."""
+    """Train with blocks compiled by torch.compile, which takes about a minute for every new shape of a batch. Validation
+    and generation are not compiled. On the CPU it needs a C++ compiler."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -109,10 +109,12 @@ class GPDiTConfig:
 
     @classmethod
     def preset(cls, size: str = "B", **overrides: Any) -> "GPDiTConfig":
-        """The configuration of a named size, with any field overridden; `preset(**config.to_dict())` restores one.
+        """Return the configuration of a named size, with any field overridden.
+
+        `preset(**config.to_dict())` restores a configuration.
 
         Raises:
-            InputError: `size` or a field is not known.
+            InputError: `size` or a field is unknown.
         """
         known = {field.name for field in fields(cls)}
         for name in overrides:
@@ -122,24 +124,24 @@ class GPDiTConfig:
 
     @property
     def head_width(self) -> int:
-        """Channels of one attention head."""
+        """Return the number of channels of one attention head."""
         return self.width // self.heads
 
     @property
     def rope_widths(self) -> tuple[int, int, int]:
-        """Head channels given to the (frame, row, column) axes: even, a third each, the remainder to the frame axis."""
+        """Return the head channels of the (frame, row, column) axes: even, a third each, the rest to frames."""
         side = 2 * (self.head_width // 6)
         return self.head_width - 2 * side, side, side
 
     def architecture(self) -> dict[str, Any]:
-        """The fields that two sets of weights must share to be the same function."""
+        """Return the fields that determine the function of the network, given its weights."""
         ignored = ("size", *EXECUTION_FIELDS)
         return {name: value for name, value in asdict(self).items() if name not in ignored}
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as values that JSON can hold; `GPDiTConfig(**d)` restores the configuration."""
+        """Return all fields as JSON values; `GPDiTConfig(**d)` restores the configuration."""
         return asdict(self) | {"rope_lengths": list(self.rope_lengths)}
 
     def replaced(self, **overrides: Any) -> "GPDiTConfig":
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return replace(self, **overrides)

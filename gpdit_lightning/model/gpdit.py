@@ -36,7 +36,7 @@ class GPDiT(nn.Module):
         config: the architecture.
 
     Raises:
-        InputError: an attention backend that does not exist.
+        InputError: the attention backend does not exist.
     """
 
     def __init__(self, config: GPDiTConfig) -> None:
@@ -81,22 +81,22 @@ class GPDiT(nn.Module):
         Args:
             noisy: (B, F, C, H, W).
             theta: (B, F) radians, one angle per noisy frame.
-            clean: (B', F, C, H, W), the whole clip where `frames` names some, with K * B' <= B: the first K * B' noisy
-                clips have context, the rest have none; None: no clip has. No frame attends to the last clean frame,
-                which is not computed.
-            condition: for a model with `classes` or `text_width`, what each noisy clip shows, whether or not it has
-                context: (B,) class numbers, -1 for none (as is None), or (B, L, text width) embeddings by any text
-                encoder, those of an empty text for none. Only noisy frames attend to it.
-            draws: K, how many noisy clips share the context of one clean clip, whose stream is computed once: noisy
-                clip k * B' + b is the k-th copy of clean clip b.
-            frames: the positions of the noisy frames in the clip, rising, where only some of them are wanted; None: all
-                from the first on. Clean frames after the last of them are not computed.
+            clean: (B', F, C, H, W), with `frames` the whole clip. The first K * B' <= B noisy clips have context, the
+                others have none; None: no clip has context. No frame attends to the last clean frame, so it is not
+                computed.
+            condition: condition of each noisy clip, with or without context, for a model with `classes` or
+                `text_width`: (B,) class numbers, -1 for none (None: none for all clips), or (B, L, text width)
+                embeddings of any text encoder, those of the empty text for none. Only noisy frames attend to it.
+            draws: K, number of noisy clips that share one clean clip as context, whose stream is computed once: noisy
+                clip k * B' + b is copy k of clean clip b.
+            frames: increasing positions of the noisy frames in the clip; None: 0 to F - 1. Clean frames after the last
+                of them are not computed.
 
         Returns:
             velocity (B, F, C, H, W).
 
         Raises:
-            InputError: shapes that do not fit the architecture or each other.
+            InputError: the shapes do not fit the architecture or each other.
         """
         check_forward(self.config, noisy, theta, clean, condition, draws, frames)
         frames = tuple(range(noisy.shape[1]) if frames is None else frames)
@@ -121,13 +121,16 @@ class GPDiT(nn.Module):
         context_lengths: tuple[int, ...] = (),
         draws: int = 1,
     ) -> tuple[Tensor, Streams]:
-        """Tokens (packed tokens, D) of the prefix, of all clean frames and of all noisy frames, and their description.
+        """Embed the prefix, all clean frames and all noisy frames as packed tokens, and describe their streams.
 
         Args:
             clean, noisy, theta, condition, draws: as in :meth:`forward`.
             first_frame: the position of the first clean frame.
             noisy_frames: the positions of the noisy frames.
-            context_lengths: how many frames of the context each of them attends to, from the first.
+            context_lengths: for each noisy frame, the number of context frames that it attends to, from the first.
+
+        Returns:
+            tokens (packed tokens, D), and the streams of the pass.
         """
         given = [latents for latents in (clean, noisy) if latents is not None]
         patches = torch.cat([patchify(latents, self.config.patch_size).flatten(0, 2) for latents in given])
@@ -142,7 +145,7 @@ class GPDiT(nn.Module):
         return streams.rotation.at_input(x), streams
 
     def _run_block(self, block: nn.Module, x: Tensor, streams: Streams, num_kv_only: int = 0) -> Tensor:
-        """One block; in training, compiled or recomputed in the backward pass if the configuration says so."""
+        """Run one block; in training, compiled or with activation checkpointing if the configuration requires it."""
         if not torch.is_grad_enabled():
             return block(x, streams, num_kv_only)
         run = run_compiled_block if self.config.compile else run_block
@@ -151,25 +154,24 @@ class GPDiT(nn.Module):
         return run(block, x, streams, num_kv_only)
 
     def head(self, x: Tensor, streams: Streams) -> Tensor:
-        """The velocity (B, F, C, H, W) from the noisy tokens (B * F * N, D), the only ones left."""
+        """Compute the velocity (B, F, C, H, W) from the noisy tokens (B * F * N, D)."""
         h = streams.rotation.at_branch_input(self.output_norm(x))
         patches = self.output(h).view(*streams.noisy_shape, streams.tokens, -1)
         return unpatchify(patches, self.config.patch_size, streams.rows, streams.columns)
 
     def features(self, clean: Tensor, layers: Iterable[int], condition: Tensor | None = None) -> dict[int, Tensor]:
-        """The residual stream of the clean stream, without time rotation (GPDiT, section 5.3).
+        """Return features: the residual stream of clean frames, without time rotation (GPDiT, section 5.3).
 
         Args:
             clean: (B, F, C, H, W).
-            layers: after which blocks, 1-based; 0 is the patch embedding.
-            condition: accepted so that all methods have one interface; without effect, since clean frames do not attend
-                to it.
+            layers: numbers of the blocks after which the stream is returned, from 1; 0 is the patch embedding.
+            condition: has no effect, since clean frames do not attend to it; all methods have this argument.
 
         Returns:
-            for each layer (B, F, N, D), unnormalised; blocks above the highest layer are not run.
+            for each layer (B, F, N, D), not normalized; blocks after the highest layer are not run.
 
         Raises:
-            InputError: a layer that does not exist, or shapes that do not fit.
+            InputError: a layer does not exist, or the shapes do not fit the architecture.
         """
         layers = set(layers)
         check_latents(self.config, clean)
@@ -185,16 +187,17 @@ class GPDiT(nn.Module):
         return features
 
     def new_cache(self, batch_size: int, max_frames: int, height: int, width: int, sinks: int | None = None) -> KVCache:
-        """An empty cache for `batch_size` clips of latent frames of `height` x `width` pixels.
+        """Return an empty cache for `batch_size` clips.
 
         Args:
             batch_size: B.
-            max_frames: its capacity, in latent frames.
-            height, width: of a latent frame, in latent pixels.
-            sinks: with a number, the cache rolls when it is full: it keeps so many first frames and the latest others.
+            max_frames: capacity in latent frames.
+            height, width: size of a latent frame, in latent pixels.
+            sinks: number of first frames that a full cache keeps, with the latest frames; None: a full cache accepts no
+                more frames.
 
         Raises:
-            InputError: a rolling cache without capacity for a window.
+            InputError: a rolling cache has no capacity for a window.
         """
         weight = self.patch_embedding.weight
         dtype = weight.dtype
@@ -209,11 +212,10 @@ class GPDiT(nn.Module):
         Args:
             cache: from :meth:`new_cache`.
             clean: (B, k, C, H, W), the frames that follow those in the cache.
-            condition: accepted so that all methods have one interface; without effect, since clean frames do not attend
-                to it.
+            condition: has no effect, since clean frames do not attend to it; all methods have this argument.
 
         Raises:
-            InputError: shapes that do not fit, or no capacity left in a cache that does not roll.
+            InputError: the shapes do not fit, or a cache that does not roll is full.
         """
         if clean.ndim == 5 and clean.shape[1] == 0:
             return
@@ -242,24 +244,24 @@ class GPDiT(nn.Module):
         without_context: int = 0,
         compiled: bool = False,
     ) -> Tensor:
-        """Predict the velocity of the next frame given the frames in the cache, and those in `clean` after them.
+        """Predict the velocity of the next frame given the frames in the cache and then those in `clean`.
 
         Args:
             noisy: (R, C, H, W).
             theta: (R,) radians.
-            cache: the clean frames before. Only `clean` changes it; None or empty: no context.
+            cache: the previous clean frames, changed only by `clean`; None or empty: no context.
             condition: as in :meth:`forward`, for each of the R rows.
-            clean: (B, k, C, H, W), the clean frames right before this one. With a cache they are appended to it in the
-                same pass, which saves `extend`; without one they are the whole context (GPDiT, section 4.1.2).
-            draws: K, how many rows share the context of a clip: row k * B + b has that of clip b.
-            without_context: how many further rows have none, the last ones: R = K * B + without_context.
-            compiled: run blocks compiled by torch.compile; where the cache rolls, four graphs serve all frames.
+            clean: (B, k, C, H, W), the clean frames immediately before this frame. With a cache they are appended to it
+                in the same pass, as by `extend`; without a cache they are the whole context (GPDiT, section 4.1.2).
+            draws: K, number of rows that share the context of a clip: row k * B + b has that of clip b.
+            without_context: number of further rows, the last ones, that have no context: R = K * B + without_context.
+            compiled: use blocks compiled by torch.compile; with a rolling cache, four graphs are used for all frames.
 
         Returns:
-            velocity (R, C, H, W), equal to this frame's of :meth:`forward`.
+            velocity (R, C, H, W), equal to that of this frame in :meth:`forward`.
 
         Raises:
-            InputError: shapes that do not fit, or no capacity left in a cache that does not roll.
+            InputError: the shapes do not fit, or a cache that does not roll is full.
         """
         noisy = noisy[:, None]
         check_denoise(self.config, noisy, theta, cache, condition, clean, draws, without_context)

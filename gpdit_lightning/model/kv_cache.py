@@ -1,4 +1,4 @@
-"""Keys and values of the clean frames so far: what makes frame-by-frame generation linear (GPDiT, section 4.1.1)."""
+"""Cache of the keys and values of previous clean frames, for generation in linear time (GPDiT, section 4.1.1)."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from gpdit_lightning.model.positions import shift_frames
 
 
 class LayerCache(NamedTuple):
-    """The cache of one block, during a pass.
+    """The cache of one block during a pass.
 
     Attributes:
-        key, value: (B, capacity in tokens, heads, head width); the keys have their positions.
-        slots: (new tokens,) where the clean tokens of this pass are written; None if it has none.
-        length: tokens in the cache, the new ones included.
+        key, value: (B, capacity in tokens, heads, head width); RoPE is already applied to the keys.
+        slots: (new tokens,) indices at which the clean tokens of this pass are written; None if it has none.
+        length: number of tokens in the cache, with the new ones.
     """
 
     key: Tensor
@@ -27,7 +27,7 @@ class LayerCache(NamedTuple):
     length: int
 
     def update(self, new: KV | None) -> KV | None:
-        """Write the keys and values of this pass's clean frames; return those of all frames, None if there are none.
+        """Write the keys and values of this pass's clean frames; return those of all frames, or None if there are none.
 
         Args:
             new: each (B, new tokens, heads, head width); None if the pass has no clean frames.
@@ -41,27 +41,27 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Preallocated keys and values per block; made by :meth:`GPDiT.new_cache`, filled by `extend` and `denoise`.
+    """Preallocated keys and values of all blocks; :meth:`GPDiT.new_cache` creates it, `extend` and `denoise` fill it.
 
     A rolling cache keeps the first frames of the video (the sinks) and its latest ones (the window): a new frame
     overwrites the oldest of the window, so that memory and time per frame stay constant. Attention does not depend on
-    the order of the keys. Positions are relative, and the sinks are shifted so that they always come right before the
-    window: no query is further from a key than the cache is long (attention sinks: Xiao et al., 2023, section 3.2).
+    the order of the keys. Positions are relative, and the sinks are shifted so that they always immediately precede the
+    window: no distance exceeds the length of the cache (attention sinks: Xiao et al., 2023, section 3.2).
 
     Args:
         config: the architecture.
-        batch_size: B, clips generated side by side.
-        max_frames: its capacity, in latent frames.
-        height, width: of a latent frame, in latent pixels.
-        device, dtype: of the buffers.
-        sinks: how many of the first frames stay when the cache rolls; None: it does not roll, and refuses more than
+        batch_size: B, number of clips.
+        max_frames: capacity in latent frames.
+        height, width: size of a latent frame, in latent pixels.
+        device, dtype: device and precision of the buffers.
+        sinks: number of first frames that a rolling cache keeps; None: the cache does not roll, and refuses more than
             `max_frames`.
 
     Attributes:
-        frames: clean frames appended so far: the position of the next one.
+        frames: number of clean frames appended so far, which is the position of the next one.
 
     Raises:
-        InputError: no capacity for a window of at least one frame.
+        InputError: there is no capacity for a window of at least one frame.
     """
 
     def __init__(
@@ -86,20 +86,20 @@ class KVCache:
         self.tokens = (height // config.patch_size) * (width // config.patch_size)
         shape = (config.layers, 2, batch_size, max_frames * self.tokens, config.heads, config.head_width)
         self._buffer = torch.empty(shape, device=device, dtype=dtype)
-        self._sink_keys: Tensor | None = None  # as first written: shifted from there, rounding errors do not add up
+        self._sink_keys: Tensor | None = None  # at their original positions, from which all shifts start
 
     @property
     def max_new_frames(self) -> int:
-        """How many frames one pass can append: all that there is capacity for; once a cache rolls, one."""
+        """Return the number of frames that one pass can append: the free capacity, or one if the cache rolls."""
         free = self.max_frames - self.frames
         return free if self.sinks is None else max(free, 1)
 
     def stored_frames(self, new_frames: int = 0) -> int:
-        """How many frames it stores once `new_frames` more are appended."""
+        """Return the number of frames in the cache after `new_frames` more are appended."""
         return min(self.frames + new_frames, self.max_frames)
 
     def layer_caches(self, new_frames: int) -> Iterator[LayerCache]:
-        """The cache of each block, ready for `new_frames` clean frames; the caller then adds them to `frames`."""
+        """Yield the cache of each block for a pass with `new_frames` clean frames; the caller adds them to `frames`."""
         slots = None
         if new_frames:
             self._shift_sinks(new_frames)
@@ -113,7 +113,7 @@ class KVCache:
             yield LayerCache(key, value, slots, self.stored_frames(new_frames) * self.tokens)
 
     def _shift_sinks(self, new_frames: int) -> None:
-        """Move the sinks right before the window that ends with the new frames."""
+        """Move the sinks to the positions before the window that ends with the new frames."""
         shift = self.frames + new_frames - self.max_frames
         if not self.sinks or shift <= 0:
             return

@@ -12,25 +12,28 @@ from gpdit_lightning.model.time_conditioning import rotate_pairs
 
 
 def rope_base(length: int) -> float:
-    """Base b_j of the axis whose longest extent is `length` tokens: 100 ceil(8 L_j / (100 pi)) (ACDiT, section 4.2)."""
+    """Return the base of an axis with a maximum extent of L tokens: 100 ceil(8 L / (100 pi)) (ACDiT, section 4.2)."""
     return 100.0 * math.ceil(8 * length / (100 * math.pi))
 
 
 def axis_angles(length: int, width: int, positions: Sequence[int]) -> Tensor:
-    """Rotation angles m * b^(-2(i-1)/d) of positions m (ACDiT, equation 4): (positions, width / 2), float64 on the CPU.
+    """Return the rotation angles m * b^(-2(i-1)/d) of positions m (ACDiT, equation 4).
 
     Args:
-        length: the longest extent of the axis, in tokens.
-        width: d, the channels of a head that this axis has.
+        length: the maximum extent of the axis, in tokens.
+        width: d, the number of head channels of this axis.
         positions: m, in tokens.
+
+    Returns:
+        (positions, width / 2) in float64 on the CPU.
     """
-    with torch.device("cpu"):  # whatever the default device is: MPS has no float64
+    with torch.device("cpu"):  # not the default device: MPS has no float64
         frequencies = rope_base(length) ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
         return torch.tensor(positions, dtype=torch.float64)[:, None] * frequencies
 
 
 def shift_frames(config: GPDiTConfig, keys: Tensor, frames: int) -> Tensor:
-    """Keys (..., head width) that have their positions already, moved `frames` frames later."""
+    """Move keys (..., head width), to which RoPE is already applied, by `frames` frames."""
     precise = torch.promote_types(keys.dtype, torch.float32)
     angles = torch.zeros(config.head_width // 2, dtype=torch.float64, device="cpu")
     angles[: config.rope_widths[0] // 2] = axis_angles(config.rope_lengths[0], config.rope_widths[0], [frames])[0]
@@ -39,15 +42,15 @@ def shift_frames(config: GPDiTConfig, keys: Tensor, frames: int) -> Tensor:
 
 
 class Rope:
-    """Cosines and sines for the tokens of some frames, each `rows` x `columns` tokens.
+    """Cosines and sines of RoPE for the tokens of some frames, shared by all blocks of a pass.
 
-    Shared by all blocks of a pass. Angles are computed in float64 on the CPU and rounded once to `dtype`.
+    Angles are computed in float64 on the CPU and rounded once to `dtype`.
 
     Args:
         config: the architecture.
         frames: the positions of the frames.
         rows, columns: tokens of a frame.
-        device, dtype: of the table.
+        device, dtype: device and precision of the table.
     """
 
     def __init__(
@@ -74,16 +77,16 @@ class Rope:
         self.cos, self.sin = (table.to(dtype).to(device)[:, None] for table in (angles.cos(), angles.sin()))
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rotate queries or keys (B, tokens, heads, head width) of the first frames, then round them to `dtype`."""
+        """Rotate queries or keys (B, tokens, heads, head width) of the first frames, and round them to `dtype`."""
         tokens = x.shape[1]
         return rotate_pairs(x, self.cos[:tokens], self.sin[:tokens]).to(dtype)
 
     def at_first_tokens(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of keys for each frame, all of them rotated to the position of the frame's first token.
+        """Rotate a copy of keys for each frame, all of them to the position of the frame's first token.
 
         Args:
             x: (B, tokens, heads, head width).
-            dtype: of the result.
+            dtype: precision of the result.
 
         Returns:
             (B, frames, tokens, heads, head width).
@@ -92,7 +95,7 @@ class Rope:
 
 
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a table made in a preview serves training too
+@torch.inference_mode(False)  # training also uses tables that a preview has created
 def rope_table(
     config: GPDiTConfig,
     frames: Sequence[int],
@@ -101,5 +104,5 @@ def rope_table(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Rope:
-    """A :class:`Rope` that is made once for all passes with these positions, such as the steps that denoise a frame."""
+    """Return a cached :class:`Rope`: all sampler steps of a frame have the same positions."""
     return Rope(config, frames, rows, columns, device, dtype)

@@ -9,10 +9,10 @@ NO_LABEL = -1
 
 
 class Prefix(nn.Module):
-    """Tokens that say what a clip shows: one for a class label, or those of a text that any encoder has embedded.
+    """Tokens of the condition of a clip: one for a class label, or those of a text embedded by any encoder.
 
     Args:
-        config: with `classes` or `text_width`.
+        config: an architecture with `classes` or `text_width`.
     """
 
     def __init__(self, config: GPDiTConfig) -> None:
@@ -20,15 +20,16 @@ class Prefix(nn.Module):
         self.classes = config.classes
         self.embedding: nn.Module
         if config.classes:
-            self.embedding = nn.Embedding(config.classes + 1, config.width)  # the last one stands for no label
+            self.embedding = nn.Embedding(config.classes + 1, config.width)  # the last one is for no label
         else:
             self.embedding = nn.Linear(config.text_width, config.width)
 
     def forward(self, condition: Tensor | None, rows: int) -> Tensor:
-        """The tokens (R, L, D) of R rows.
+        """Return the tokens (R, L, D) of R rows.
 
         Args:
-            condition: (R,) class numbers, `NO_LABEL` for none, as is None; or (R, L, text width) embeddings.
+            condition: (R,) class numbers, `NO_LABEL` for none (None: none for all rows); or (R, L, text width)
+                embeddings.
             rows: R.
         """
         weight = self.embedding.weight

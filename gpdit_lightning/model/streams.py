@@ -1,4 +1,4 @@
-"""One pass through the backbone as its blocks need it: how tokens are packed, their positions, and their attention."""
+"""Description of a pass through the backbone: how tokens are packed, their positions, and their attention."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -24,24 +24,24 @@ from gpdit_lightning.model.time_conditioning import TimeRotation
 class Streams:
     """The streams of a pass, packed as one list of tokens: the prefix, then all clean tokens, then all noisy ones.
 
-    Packing runs every Linear once per block whatever the mixture of clips with and without context, and keeps each
-    stream a contiguous view.
+    With packed tokens every Linear runs once per block for clips with and without context, and each stream is a
+    contiguous view.
 
     The prefix is a condition such as a class label: a few tokens for each noisy row, which attend to each other. The
-    noisy frames of the row attend to them, at the position of the frame's first token. Clean frames do not, so that one
-    context serves all labels and none, and a cache stays valid when the label changes.
+    noisy frames of the row attend to them, at the position of the frame's first token. Clean frames do not, so that the
+    same context can be used with all labels and none, and a cache stays valid when the label changes.
 
     Attributes:
         variant: `of2` or `of`.
-        operator: computes one unmasked attention call.
+        operator: computes attention without a mask.
         rows, columns: tokens of a frame.
         prefix_shape: (noisy rows, prefix tokens); (0, 0) if there is no condition.
         clean_shape: (B', clean frames); (0, 0) if there is no clean stream.
         noisy_shape: (noisy rows, noisy frames); (0, 0) if there is no noisy stream.
-        context_lengths: for each noisy frame, how many frames of the context it attends to, from the first.
+        context_lengths: for each noisy frame, the number of context frames that it attends to, from the first.
         clean_rope, noisy_rope: the positions of the streams' frames.
         rotation: the time conditioning of every packed token.
-        draws: K, noisy rows that share the context of a clip.
+        draws: K, number of noisy rows that share the context of a clip.
     """
 
     variant: AttentionVariant
@@ -59,30 +59,33 @@ class Streams:
 
     @property
     def tokens(self) -> int:
-        """N, tokens per frame."""
+        """Return N, the number of tokens per frame."""
         return self.rows * self.columns
 
     @property
     def noisy_start(self) -> int:
-        """Number of packed tokens before the noisy ones."""
+        """Return the number of packed tokens before the noisy ones."""
         clips, frames = self.clean_shape
         return self._prefix_tokens + clips * frames * self.tokens
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer_cache: LayerCache | None = None) -> Tensor:
-        """Frame-causal attention of a block over packed tokens, shaped like `query`, in the precision of `value`.
+        """Compute frame-causal attention over packed tokens.
 
         Args:
             query: (query tokens, heads, head width): of all packed tokens, or of the noisy ones only.
             key, value: (packed tokens, heads, head width).
             layer_cache: the block's cache, if there is one; the clean frames of the pass are appended to it.
+
+        Returns:
+            the shape of `query`, in the precision of `value`.
         """
         new = self.clean_kv(key, value)
         context = new if layer_cache is None else layer_cache.update(new)
         outputs, clean, noisy = [], None, None
         all_have_queries, dtype = len(query) == len(key), value.dtype
         if self.prefix_shape[0] and all_have_queries:
-            # All prefix tokens have one position, so that rotations by it would cancel. Copied: the backward pass would
-            # keep all tokens for a view of a few.
+            # Prefix tokens have the same position, so RoPE would cancel. They are copied, since for a view of them the
+            # backward pass would store all tokens.
             prefix = (self._prefix(x).to(dtype, copy=True) for x in (query, key, value))
             outputs.append(self.operator(*prefix).flatten(0, 1))
         if new is not None and all_have_queries:
@@ -95,13 +98,13 @@ class Streams:
         return torch.cat(outputs + [out.flatten(0, 1) for out in attended if out is not None])
 
     def clean_kv(self, key: Tensor, value: Tensor) -> KV | None:
-        """Keys, with their positions, and values of the clean frames out of packed ones; None if there are none."""
+        """Return the keys, with RoPE, and values of the clean frames; None if there are none."""
         if not self.clean_shape[0]:
             return None
         return KV(self.clean_rope(self._clean(key), value.dtype), self._clean(value))
 
     def _noisy_kv(self, key: Tensor, value: Tensor) -> KV:
-        """The keys and values of each noisy frame: those of its row's prefix, then its own."""
+        """Return the keys and values of each noisy frame: those of the prefix of its row, then those of the frame."""
         own_key, own_value = self.noisy_rope(self._noisy(key), value.dtype), self._noisy(value)
         if not self.prefix_shape[0]:
             return KV(own_key, own_value)
@@ -138,18 +141,18 @@ def describe_streams(
     context_lengths: tuple[int, ...],
     draws: int,
 ) -> Streams:
-    """The description of a pass.
+    """Describe a pass.
 
     Args:
         config: the architecture.
-        x: (packed tokens, D); those that belong to no frame are the prefix.
+        x: (packed tokens, D); tokens that belong to no frame are the prefix.
         clean: (B', F', C, H, W) or None.
         noisy: (B, F, C, H, W) or None.
-        theta: (B, F) radians, where there are noisy frames.
+        theta: (B, F) radians if there are noisy frames, else None.
         first_frame: the position of the first clean frame.
         noisy_frames: the positions of the noisy frames.
-        context_lengths: for each noisy frame, how many frames of the context it attends to, from the first.
-        draws: K, noisy rows that share the context of a clip.
+        context_lengths: for each noisy frame, the number of context frames that it attends to, from the first.
+        draws: K, number of noisy rows that share the context of a clip.
     """
     some = clean if clean is not None else noisy
     assert some is not None

@@ -9,8 +9,8 @@ from gpdit_lightning.model.config import TimeSite
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the channel pairs of `x` (..., D) counter-clockwise; `cos`, `sin` broadcast against (..., D / 2).
 
-    Channel k is paired with channel k + D/2: another order than neighbours, the same family of functions, and
-    contiguous memory. Computed in the precision of `cos` and returned in that of `x`.
+    Channel k is paired with channel k + D/2, which is contiguous in memory; pairs of neighbouring channels would give
+    the same family of functions. Computed in the precision of `cos`, returned in that of `x`.
     """
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
@@ -19,12 +19,12 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class TimeRotation:
     """The time conditioning of one pass: the hidden channel pairs of each token rotate by -theta of its frame.
 
-    GPDiT (4.2) describes noising as a rotation by theta of (x0, eps), which the network undoes inside. Clean tokens
-    have theta = 0 and pass unchanged. `config.time_site` decides which of the four methods rotate.
+    In GPDiT (4.2) noising is a rotation of (x0, eps) by theta, and the network rotates its hidden channels back. Clean
+    tokens have theta = 0 and are unchanged. `config.time_site` determines which of the four methods rotate.
 
     Args:
         theta: (tokens,) radians, one per token of the packed sequence.
-        site: where to rotate, see :class:`~gpdit_lightning.GPDiTConfig`.
+        site: see :class:`~gpdit_lightning.GPDiTConfig`.
         dtype: precision of cosines and sines.
     """
 
@@ -38,19 +38,19 @@ class TimeRotation:
         return rotate_pairs(x, self.cos[-len(x) :], -self.sin[-len(x) :])
 
     def at_input(self, x: Tensor) -> Tensor:
-        """After the patch embedding."""
+        """Rotate after the patch embedding."""
         return self._by_minus_theta(x) if self.site == "input" else x
 
     def at_block(self, x: Tensor) -> Tensor:
-        """On the residual stream, before a block."""
+        """Rotate the residual stream before a block."""
         return self._by_minus_theta(x) if self.site == "residual" else x
 
     def at_branch_input(self, x: Tensor) -> Tensor:
-        """After the norm of attention, MLP and output layer, where DiT scales and shifts."""
+        """Rotate after the norm of attention, MLP and output layer, where DiT scales and shifts."""
         return self._by_minus_theta(x) if self.site in ("branch", "branch_inverse") else x
 
     def at_branch_output(self, x: Tensor) -> Tensor:
-        """Before a branch is added to the residual stream."""
+        """Rotate back before a branch is added to the residual stream."""
         if self.site != "branch_inverse":
             return x
         return rotate_pairs(x, self.cos[-len(x) :], self.sin[-len(x) :])

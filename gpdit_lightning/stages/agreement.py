@@ -1,4 +1,4 @@
-"""What must agree before a stage trains: its sources, data, backbone, initial weights, checkpoint and ranks."""
+"""Checks before a stage trains: sources, data, backbone, initial weights, checkpoint and ranks must agree."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,11 +14,11 @@ from gpdit_lightning.model import GPDiTConfig
 
 
 def check_sources(stage: str, required: Sequence[str], used: Sequence[str]) -> None:
-    """Raise `InputError` unless a recipe uses the sources that a stage trains on; none required allows any."""
+    """Raise `InputError` unless a recipe uses the sources that a stage requires; an empty `required` allows any."""
     if required and set(used) != set(required):
-        wanted, given = (" and ".join(f"data.{name}" for name in names) for names in (required, used))
+        expected, given = (" and ".join(f"data.{name}" for name in names) for names in (required, used))
         raise InputError(
-            f"{stage} trains on {wanted}, but the recipe uses {given}: give manifests and a batch_size to exactly "
+            f"{stage} trains on {expected}, but the recipe uses {given}: give manifests and a batch_size to exactly "
             "those, or use GPDiTStage, which takes any."
         )
 
@@ -36,18 +36,18 @@ def check_number_of_classes(of_backbone: int, of_data: int) -> None:
 
 
 def check_architecture(saved: dict[str, Any], config: GPDiTConfig, where: str | Path) -> None:
-    """Raise `InputError`, naming the first field that differs, unless saved weights have this architecture."""
+    """Raise `InputError`, with the first field that differs, unless saved weights have this architecture."""
     ours, theirs = config.architecture(), GPDiTConfig.preset(**saved).architecture()
     for name, value in ours.items():
         if theirs[name] != value:
             raise InputError(
-                f"{where} holds a model with {name} = {theirs[name]}, but this one has {value}: use the recipe it was "
-                "trained with, or another checkpoint."
+                f"{where} is of a model with {name} = {theirs[name]}, but this one has {value}: use the recipe of its "
+                "training, or another checkpoint."
             )
 
 
 def check_classes(saved: Sequence[str], ours: Sequence[str], where: str | Path) -> None:
-    """Raise `InputError`, naming the first that differs, unless weights were trained on the classes of the data."""
+    """Raise `InputError`, with the first class that differs, unless weights were trained on the classes of the data."""
     for number, (theirs, name) in enumerate(zip(saved, ours, strict=True)):
         if theirs != name:
             raise InputError(
@@ -60,9 +60,9 @@ def check_checkpoint(saved: dict[str, Any], config: GPDiTConfig, schedule: Noise
     """Raise `InputError` unless a run's last checkpoint has the recipe's architecture and noise schedule.
 
     Args:
-        saved: what `GPDiTStage.on_save_checkpoint` recorded.
-        config: of the recipe's backbone.
-        schedule: of the recipe.
+        saved: the record of `GPDiTStage.on_save_checkpoint`.
+        config: the architecture in the recipe.
+        schedule: the noise schedule in the recipe.
     """
     check_architecture(saved["backbone"], config, "the run's last checkpoint")
     if saved["schedule"] != asdict(schedule):
@@ -74,11 +74,11 @@ def check_checkpoint(saved: dict[str, Any], config: GPDiTConfig, schedule: Noise
 
 
 def check_ranks(trainer: Trainer, initial_weights: str | None) -> None:
-    """Check that all ranks start from the same state: each looked for its files itself, as its node sees them.
+    """Check that all ranks start from the same state: each rank finds its files on its node.
 
     Args:
-        trainer: with its state restored.
-        initial_weights: sha256 of the weights that this rank started from; None: random ones.
+        trainer: the trainer, with its state restored.
+        initial_weights: sha256 of the initial weights of this rank; None: random weights.
 
     Raises:
         InputError: a rank is at another step than the first, or has other initial weights.

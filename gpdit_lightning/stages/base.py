@@ -1,4 +1,4 @@
-"""What every stage does: noise a batch, predict its velocity, minimize the loss."""
+"""The base class of stages: noise a batch, predict its velocity, minimize the loss."""
 
 import logging
 from dataclasses import asdict
@@ -30,14 +30,14 @@ class GPDiTStage(LightningModule):
     by default. A subclass may restrict the sources (`SOURCES`) or replace the `objective`.
 
     Attributes:
-        SOURCES: the sources that a stage trains on, all of them and no others; empty: any.
+        SOURCES: the sources on which the stage trains, all of them and no others; empty: any.
 
     Args:
         backbone: the architecture.
         schedule: from noise levels to angles.
         optimizer: AdamW and its schedule.
-        initial_weights: checkpoint, run folder or exported folder whose (averaged) weights training starts from; empty:
-            random weights. A run that resumes uses its own last checkpoint instead.
+        initial_weights: checkpoint, run folder or exported folder with the (averaged) weights from which training
+            starts; empty: random weights. A run that resumes uses its last checkpoint instead.
     """
 
     SOURCES: ClassVar[tuple[str, ...]] = ()
@@ -57,7 +57,7 @@ class GPDiTStage(LightningModule):
         self.backbone: GPDiT
 
     def configure_model(self) -> None:
-        """Build the backbone. Lightning calls this where the strategy wants it built."""
+        """Build the backbone. Lightning calls this in the context of the strategy."""
         if "backbone" in self._modules:
             return
         self.backbone = GPDiT(self.config)
@@ -68,7 +68,7 @@ class GPDiTStage(LightningModule):
     # --- the objective
 
     def objective(self, batch: LatentBatch) -> VelocityLoss:
-        """Velocity loss of a batch (GPDiT, equation 3), the mean over its noisy frames."""
+        """Compute the velocity loss of a batch (GPDiT, equation 3), the mean over its noisy frames."""
         latents, frames = batch.latents, batch.frames
         if frames is not None:
             # Stacked views: indexing with a list would copy the list to the GPU and synchronize.
@@ -79,13 +79,13 @@ class GPDiTStage(LightningModule):
         return velocity_loss(prediction, sample.velocity, batch.t)
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
-        """One micro-batch. Its weight includes its share of the step, so Lightning's division is undone."""
+        """Compute the loss of a micro-batch, weighted by its share of the step, so Lightning's division is undone."""
         loss = self.objective(batch)
         share = batch.weight * self.trainer.accumulate_grad_batches
         return {"loss": loss.mean * share, "quartiles": loss.quartiles, "per_clip": loss.per_clip}
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
-        """The same objective on held-out clips with fixed noise."""
+        """Compute the same objective on held-out clips with fixed noise."""
         with torch.no_grad():
             loss = self.objective(batch)
         return {"loss": loss.mean, "quartiles": loss.quartiles, "per_clip": loss.per_clip}
@@ -97,7 +97,7 @@ class GPDiTStage(LightningModule):
     # --- the optimizer
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the trainable parameters; its schedule advances per optimizer step."""
+        """Return AdamW over the trainable parameters, and its schedule, which advances per optimizer step."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer, scheduler = build_optimizer(trainable, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -108,15 +108,15 @@ class GPDiTStage(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, unless `Health` removed the gradients: torch cannot clip an empty list by value."""
+        """Clip the gradients, unless `Health` has removed them: torch cannot clip an empty list by value."""
         if any(parameter.grad is not None for parameter in self.parameters()):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    # --- what must agree, and what a checkpoint records
+    # --- checks and checkpoints
 
     @property
     def data(self) -> LatentDataModule:
-        """The data that the trainer trains on."""
+        """Return the data of the trainer."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, LatentDataModule)
         return data
@@ -141,7 +141,7 @@ class GPDiTStage(LightningModule):
             log.info("%s", change)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record what the weights are weights of."""
+        """Record the stage, the architecture, the noise schedule and the origin of the weights."""
         checkpoint["gpdit"] = {
             "stage": type(self).__name__,
             "backbone": self.config.to_dict(),

@@ -1,4 +1,4 @@
-"""The weights that a stage starts from, and the record of where they came from."""
+"""Initial weights of a stage, and the record of their origin."""
 
 import logging
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ SAME_CODEC = "prepare the data with the codec of the weights, or start from othe
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """What is known of weights that were loaded into a backbone.
+    """The recorded facts of weights that were loaded into a backbone.
 
     Attributes:
-        origin: where they came from.
-        codec: the codec whose latents they were trained on; None if unknown.
-        classes: names of the classes they were trained with; empty without classes.
+        origin: their file, its optimizer step and sha256.
+        codec: the codec of the latents on which they were trained; None if unknown.
+        classes: names of the classes on which they were trained; empty without classes.
     """
 
     origin: Origin
@@ -38,10 +38,10 @@ class InitialWeights:
 
         Args:
             path: a checkpoint, a run folder (its last checkpoint) or an exported folder.
-            backbone: of the same architecture.
+            backbone: a backbone of the same architecture.
 
         Raises:
-            InputError: nothing is found there, a file is damaged, or the architecture is another one.
+            InputError: the path does not exist, a file is damaged, or the architecture differs.
         """
         if not Path(path).exists():
             raise InputError(

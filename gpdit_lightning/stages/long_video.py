@@ -10,10 +10,10 @@ class LongVideoStage(GPDiTStage):
     SOURCES = ("videos",)
 
     def on_fit_start(self) -> None:
-        """Also require clips of more than one length: the stage mixes short and long ones.
+        """Also require clips of more than one length.
 
         Raises:
-            InputError: as the base class, or all clips have the same length.
+            InputError: as in the base class, or all clips have the same length.
         """
         super().on_fit_start()
         lengths = {length for bucket in self.data.buckets["train"]["videos"] for length in bucket.lengths}

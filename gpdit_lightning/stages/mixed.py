@@ -4,6 +4,6 @@ from gpdit_lightning.stages.base import GPDiTStage
 
 
 class MixedStage(GPDiTStage):
-    """Mixed image-video training: the model learns motion and keeps what it learned from single images."""
+    """Mixed image-video training: the model learns motion and retains its quality on single images."""
 
     SOURCES = ("images", "videos")

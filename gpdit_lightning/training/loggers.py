@@ -1,8 +1,8 @@
-"""Loggers of a run: where they write, how a resumed run continues their logs, and how they get images and text.
+"""Loggers of a run: their folders, the continuation of their logs in a resumed run, images and text.
 
-Any logger of Lightning, or a custom subclass of `lightning.pytorch.loggers.Logger`, works: it gets the scalars through
-`log_metrics`. It also gets the previews if it has a method `log_image(key, images, step)`; `images` is a list of paths
-of PNG or GIF files. TensorBoard and MLflow have no such method and get them in their own way.
+Any subclass of `lightning.pytorch.loggers.Logger` can be used. It receives scalars through `log_metrics`, and previews
+through `log_image(key, images, step)` if it has this method; `images` is a list of paths of PNG or GIF files.
+TensorBoard and MLflow have no such method; previews are logged to them in other ways.
 """
 
 import csv
@@ -17,26 +17,25 @@ from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-# Loggers whose files are read by path have one fixed folder in the run folder, so that a resumed run continues them;
-# Lightning's default is a new folder `version_N` at every start.
+# Folders in the run folder, the same for a resumed run; Lightning's default is a new folder `version_N` at every start.
 FOLDERS: dict[type[Logger], str] = {TensorBoardLogger: "tensorboard", CSVLogger: "csv"}
 
 
 def run_folder_logger(run_dir: Path) -> TensorBoardLogger:
-    """The logger of a recipe that names none: TensorBoard, in `tensorboard/` of the run folder."""
+    """Return the default logger of a recipe: TensorBoard, in `tensorboard/` of the run folder."""
     return TensorBoardLogger(run_dir, name="", version=FOLDERS[TensorBoardLogger])
 
 
 def place_in_run_folder(kind: type[Logger], given: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Constructor arguments that make a logger write to the run folder, unless it names a folder of its own.
+    """Return constructor arguments that make a logger write to the run folder, unless its folder is given.
 
     Args:
         kind: class of the logger.
-        given: its constructor arguments, with defaults; None for a required one that is missing.
+        given: its constructor arguments, with defaults; None for a required argument that is missing.
         run_dir: the run folder.
 
     Returns:
-        The arguments to replace. None if the class has no `save_dir`, or it is given.
+        the arguments to replace; none if the class has no `save_dir`, or it is given.
     """
     if "save_dir" not in given:
         return {}
@@ -52,7 +51,7 @@ def place_in_run_folder(kind: type[Logger], given: Mapping[str, Any], run_dir: P
 
 
 def _default_of(kind: type, parameter: str) -> Any:
-    """The default of a constructor's parameter, which a subclass may hand on as a keyword; None if it has none."""
+    """Return the default of a constructor's parameter, also of a base class; None if there is none."""
     for constructor in (vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)):
         found = inspect.signature(constructor).parameters.get(parameter)
         if found is not None:
@@ -61,14 +60,14 @@ def _default_of(kind: type, parameter: str) -> Any:
 
 
 def continue_logs(loggers: Iterable[Logger], step: int) -> None:
-    """Before a run starts: drop what an earlier process logged after the step that this one resumes from.
+    """Drop the records of an earlier process after the step from which this run resumes, and which it logs again.
 
-    The resumed run logs these steps again. TensorBoard and CSV files are handled; other loggers decide by themselves.
-    Lightning opens the loggers first of all, so this comes before `trainer.fit`.
+    TensorBoard and CSV files are handled; other loggers are left unchanged. Call this before `trainer.fit`, which opens
+    the loggers.
 
     Args:
-        loggers: of the first rank.
-        step: optimizer step that the run resumes from; 0 for a new run.
+        loggers: the loggers of the first rank.
+        step: the optimizer step from which the run resumes; 0 for a new run.
     """
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -84,9 +83,9 @@ def hide_later_events(logger: TensorBoardLogger, step: int) -> None:
 
 
 def keep_earlier_rows(logger: CSVLogger, step: int) -> None:
-    """Keep the rows of metrics.csv up to a step; Lightning's writer removes the file when it opens a folder."""
+    """Keep the rows of metrics.csv up to a step; Lightning's writer would remove the file."""
     path = Path(logger.log_dir) / "metrics.csv"
-    backup = path.with_name("metrics.csv.partial")  # left by a process that was killed in here: complete, so used
+    backup = path.with_name("metrics.csv.partial")  # complete; left by a process that was killed here
     if path.exists() and not backup.exists():
         path.replace(backup)
     if not backup.exists():
@@ -102,7 +101,7 @@ def keep_earlier_rows(logger: CSVLogger, step: int) -> None:
 
 
 def log_images(loggers: Iterable[Logger], images: Mapping[str, Path], step: int) -> None:
-    """Give PNG and GIF files, by their tags, to every logger that takes images."""
+    """Log PNG and GIF files by their tags to every logger that accepts images."""
     for logger in loggers:
         for tag, path in images.items():
             _log_image(logger, tag, path, step)
@@ -126,7 +125,7 @@ def _log_image(logger: Logger, tag: str, path: Path, step: int) -> None:
 
 
 def log_text(loggers: Iterable[Logger], tag: str, text: str, step: int) -> None:
-    """Give a text to TensorBoard, the only logger of Lightning with a place for one at a step."""
+    """Log a text to TensorBoard, the only logger of Lightning that accepts a text at a step."""
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(tag, text, step)

@@ -15,16 +15,16 @@ from gpdit_lightning.errors import InputError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule. GPDiT (5.1) names Adam and the learning rates; the other values are ours."""
+    """AdamW and its schedule. Adam and the learning rates are those of GPDiT (5.1); the other values are ours."""
 
     learning_rate: float = 1e-4
     """Peak learning rate (GPDiT 5.1: 1e-4; 2e-5 for long video)."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the first and second moment of the gradient."""
+    """Decay rates of the first and second moments of the gradient."""
     eps: float = 1e-8
     """Added to the square root of the second moment."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; at 0 AdamW is the paper's Adam."""
+    """Decoupled weight decay; with 0 AdamW is the paper's Adam."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly; the first step has 1 / warmup_steps of the peak."""
     decay: Literal["constant", "cosine", "wsd"] = "constant"
@@ -61,7 +61,7 @@ class OptimizerConfig:
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, max_steps: int) -> float:
-    """Learning rate at an optimizer step relative to the peak."""
+    """Return the learning rate at an optimizer step, relative to the peak."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.decay == "constant":
@@ -76,12 +76,12 @@ def learning_rate_factor(step: int, config: OptimizerConfig, max_steps: int) -> 
 
 
 def apply_config(config: OptimizerConfig, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> list[str]:
-    """Replace the settings that an optimizer was restored with by those of a recipe.
+    """Replace the restored settings of an optimizer by those of a recipe.
 
-    The learning rate is computed again: bit for bit the same where the recipe did not change.
+    The learning rate is computed again; it is bit-equal if the recipe did not change.
 
     Returns:
-        A sentence for each setting that changed.
+        a sentence for each setting that changed.
     """
     settings = {
         "initial_lr": config.learning_rate,
@@ -99,17 +99,17 @@ def apply_config(config: OptimizerConfig, optimizer: torch.optim.Optimizer, sche
         group |= settings
         group["lr"] = config.learning_rate * scheduler.lr_lambdas[0](scheduler.last_epoch)
     scheduler.base_lrs = [config.learning_rate] * len(optimizer.param_groups)
-    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what `get_last_lr` returns
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # the result of `get_last_lr`
     return changed
 
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig, max_steps: int
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW over `parameters` and its schedule, which advances once per optimizer step.
+    """Return AdamW over `parameters` and its schedule, which advances once per optimizer step.
 
     Raises:
-        InputError: a decay in a run without an end, or a decay longer than the run.
+        InputError: the schedule decays but the run has no end, or the decay does not fit into the run.
     """
     if config.decay != "constant" and max_steps <= 0:
         raise InputError(f"optimizer.decay is {config.decay} but the run has no end: set trainer.max_steps.")

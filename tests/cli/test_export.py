@@ -195,7 +195,7 @@ def test_stage_starts_from_an_exported_folder(
     fit(stage, data, tmp_path / "run", 1, [EMA(), RunCheckpoint()])
     assert export(tmp_path / "run", tmp_path / "next") == 0
     assert json.loads((tmp_path / "next/config.json").read_text())["origin"] == asdict(stage.origin)
-    with pytest.raises(InputError, match="holds a model with layers = 2, but this one has 3"):
+    with pytest.raises(InputError, match="is of a model with layers = 2, but this one has 3"):
         GPDiTStage(tiny_config.replaced(layers=3), initial_weights=str(exported)).configure_model()
 
 

@@ -242,7 +242,7 @@ def test_noise_depends_on_seed_frame_and_draw_only() -> None:
         ({"seeds": -1}, "at least 0"),
         ({"frames": None}, "give it a window"),
         ({"guidance": Guidance(label=2.0)}, "over a label needs a label"),
-        ({"condition": torch.tensor([0, 1])}, "built without a condition"),
+        ({"condition": torch.tensor([0, 1])}, "has neither classes nor text_width"),
     ],
 )
 def test_invalid_input_is_refused(options: dict[str, Any], message: str) -> None:

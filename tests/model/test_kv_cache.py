@@ -270,13 +270,13 @@ def test_clean_frames_that_denoise_cannot_append_are_refused() -> None:
     model.extend(rolling, clean[:, :2])
     for cache, given, message in (
         (full, clean[:, 2:], "no 1 more fit"),
-        (rolling, clean[:, :2], "no 2 more fit at once"),
+        (rolling, clean[:, :2], "2 more do not fit"),
         (rolling, clean[:1, 2:], "clean has shape"),
         (None, clean[:, :2, :, :2], "clean has shape"),
     ):
         with pytest.raises(InputError, match=message):
             model.denoise(noisy[:, 2], theta[:, 2], cache, clean=given)
-    with pytest.raises(InputError, match="the cache holds 2 clips"):
+    with pytest.raises(InputError, match="the cache is for 2 clips"):
         model.denoise(noisy[:1, 2], theta[:1, 2], full)
-    with pytest.raises(InputError, match="the cache holds 2 clips"):
+    with pytest.raises(InputError, match="the cache is for 2 clips"):
         model.denoise(noisy[:, 2], theta[:, 2], full, without_context=1)

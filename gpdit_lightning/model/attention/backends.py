@@ -1,4 +1,4 @@
-"""The operators that compute one unmasked attention call: PyTorch's SDPA, xformers, and a user's own.
+"""Operators that compute attention without a mask: PyTorch's SDPA, xformers, and custom ones.
 
 An operator takes query (batch, M, heads, head width) and key and value (batch, N, heads, head width), all of one dtype,
 and returns softmax(query key^T / sqrt(head width)) value, shaped like the query. This is the layout of xformers.
@@ -40,20 +40,20 @@ def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return load_xformers_operator()(query, key, value)
 
 
-# What `GPDiTConfig.attention_backend` may name, besides import paths. None: one of the others, depending on the device.
+# Values of `GPDiTConfig.attention_backend`, besides import paths. None: one of the others, depending on the device.
 BACKENDS: dict[str, AttentionOperator | None] = {"auto": None, "sdpa": sdpa, "xformers": xformers}
 BUILT_IN = tuple(BACKENDS)
 
 
 def register_attention_backend(name: str, operator: AttentionOperator) -> None:
-    """Give a custom operator a name for `attention_backend`; one at an import path can be used without this.
+    """Register a custom operator under a name for `attention_backend`; an import path needs no registration.
 
     Args:
-        name: any but those of the built-in backends.
-        operator: see the head of this module. Training needs one that autograd can differentiate.
+        name: a name other than those of the built-in backends.
+        operator: see the docstring of this module. For training it must be differentiable by autograd.
 
     Raises:
-        InputError: the name of a built-in backend.
+        InputError: the name is that of a built-in backend.
     """
     if name in BUILT_IN:
         raise InputError(f"attention backend '{name}' is built in: register yours under another name.")
@@ -62,23 +62,23 @@ def register_attention_backend(name: str, operator: AttentionOperator) -> None:
 
 
 def find_backend(name: str) -> AttentionOperator | None:
-    """The operator with a name or at an import path; None for `auto`.
+    """Return the operator with a name or at an import path; None for `auto`.
 
     Raises:
-        InputError: neither a known name nor the import path of a callable.
+        InputError: the name is neither known nor the import path of a callable.
     """
     return resolve(name, BACKENDS, "attention_backend")
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
-    """The precision of queries, keys and values that are projected from hidden states: autocast's where it is on."""
+    """Return the precision of queries, keys and values of hidden states `x`: that of autocast if it is enabled."""
     kind = x.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors have no autocast
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
 def why_not_xformers(device_type: str, dtype: torch.dtype, head_width: int) -> str | None:
-    """The reason why xformers cannot be used, found by one tiny forward and backward call; None if it can."""
+    """Return the reason why xformers cannot be used, by a small trial call; None if it can."""
     if device_type != "cuda":
         return f"xformers has no kernels for {device_type}"
     if dtype == torch.float64:
@@ -89,7 +89,7 @@ def why_not_xformers(device_type: str, dtype: torch.dtype, head_width: int) -> s
         with torch.inference_mode(False), torch.enable_grad():
             probe = torch.zeros(1, 8, 1, head_width, device=device_type, dtype=dtype, requires_grad=True)
             xformers(probe, probe, probe).sum().backward()
-    except Exception as error:  # whatever a build for another torch or GPU may raise
+    except Exception as error:  # a build for another torch or GPU may raise anything
         reason = str(error).strip().partition("\n")[0]
         return f"xformers failed a trial call: {type(error).__name__}: {reason}"
     return None
@@ -97,20 +97,20 @@ def why_not_xformers(device_type: str, dtype: torch.dtype, head_width: int) -> s
 
 @lru_cache(maxsize=8)
 def select_backend(requested: str, device_type: str, dtype: torch.dtype, head_width: int = 128) -> AttentionOperator:
-    """The operator for a device, precision and head width, chosen once per process and named in one log line.
+    """Return the operator for a device, precision and head width; chosen and logged once per process.
 
     Args:
-        requested: `auto` (xformers where it can be used, else SDPA), `sdpa`, `xformers`, a registered name, or the
-            import path of an operator.
+        requested: `auto` (xformers if it can be used, else SDPA), `sdpa`, `xformers`, a registered name, or the import
+            path of an operator.
         device_type: `cpu`, `cuda`, ...
         dtype: precision of queries, keys and values (`attention_dtype`).
-        head_width: of queries, keys and values; by default that of the H model.
+        head_width: width of queries, keys and values; by default that of the H model.
 
     Raises:
-        InputError: the request is unknown, or it is xformers, which is not installed.
+        InputError: the backend is unknown, or xformers is requested and not installed.
     """
     if requested == "xformers" and importlib.util.find_spec("xformers") is None:
-        raise InputError("attention_backend is xformers, which is not installed: `pip install xformers` or take auto.")
+        raise InputError("attention_backend is xformers, which is not installed: `pip install xformers` or use auto.")
     operator = find_backend(requested)
     name, reason = requested, "requested"
     if operator is None:

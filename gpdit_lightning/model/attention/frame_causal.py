@@ -1,4 +1,4 @@
-"""Frame-causal attention over the two streams, computing only what the mask allows (GPDiT, section 4.1)."""
+"""Frame-causal attention over the two streams, without computing masked scores (GPDiT, section 4.1)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,9 +12,9 @@ from gpdit_lightning.model.config import AttentionVariant
 
 
 class QKV(NamedTuple):
-    """The query blocks of one stream with their own keys and values: each (B, blocks * N, heads, head width).
+    """Queries, keys and values of the blocks of one stream: each (B, blocks * N, heads, head width).
 
-    Every block may have the same number of keys and values in addition: those of a prefix that only it attends to.
+    Every block may have additional keys and values, equally many, of a prefix to which only this block attends.
     """
 
     query: Tensor
@@ -23,7 +23,7 @@ class QKV(NamedTuple):
 
 
 class KV(NamedTuple):
-    """Keys and values of the context blocks, from the first frame on: each (B', blocks * N, heads, head width)."""
+    """Keys and values of the context blocks, from the first frame: each (B', blocks * N, heads, head width)."""
 
     key: Tensor
     value: Tensor
@@ -39,17 +39,21 @@ def frame_causal_attention(
     context_lengths: Sequence[int] | None = None,
     draws: int = 1,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Attention output of the clean and of the noisy stream, each shaped like its query.
+    """Compute the attention of the clean and of the noisy stream.
 
     Args:
-        operator: computes one unmasked call.
+        operator: computes attention without a mask.
         variant: `of2` or `of`.
         tokens: N, tokens per block.
-        context: keys and values of the context, the last blocks of which are those of `clean`. None: no clip has any.
+        context: keys and values of the context; its last blocks are those of `clean`. None: no clip has context.
         clean: the clean blocks that have queries (B' clips), or None.
         noisy: the noisy blocks (at least K * B' rows, those with context first), or None.
-        context_lengths: for each noisy block, how many context blocks it attends to, from the first; None: 0, 1, 2, ...
-        draws: K, rows that share the context of a clip; row k * B' + b has that of clip b.
+        context_lengths: for each noisy block, the number of context blocks that it attends to, from the first; None:
+            0, 1, 2, ...
+        draws: K, number of rows that share the context of a clip; row k * B' + b has that of clip b.
+
+    Returns:
+        the outputs of the clean and of the noisy stream, each with the shape of its queries, or None.
     """
     rows_with_context = draws * len(context.key) if context else 0
     if noisy is None or not rows_with_context:
@@ -84,7 +88,7 @@ def _attend(operator: AttentionOperator, segment: Segment, tokens: int, context:
     """Execute one segment: (B, query blocks * N, heads, head width)."""
     blocks, all_blocks = segment.stop - segment.start, stream.query.shape[1] // tokens
     query, key, value = (x.unflatten(1, (all_blocks, -1))[:, segment.start : segment.stop] for x in stream)
-    key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may have been made in another precision
+    key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may have another precision
     if segment.context_blocks == 0:
         folded = (x.flatten(0, 1) for x in (query, key, value))
         return operator(*folded).unflatten(0, (-1, blocks)).flatten(1, 2)
@@ -97,6 +101,6 @@ def _attend(operator: AttentionOperator, segment: Segment, tokens: int, context:
 
 
 def _concatenate(context: Tensor, own: Tensor) -> Tensor:
-    """Put the context (B', tokens, heads, head width) before the keys or values of each of its K * B' rows."""
+    """Concatenate the context (B', tokens, heads, head width) with the keys or values of each of its K * B' rows."""
     own = own.unflatten(0, (-1, len(context)))
     return torch.cat((context.expand(len(own), *context.shape), own), dim=2).flatten(0, 1)

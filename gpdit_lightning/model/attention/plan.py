@@ -19,8 +19,8 @@ class Segment:
         stream: the stream of the query blocks.
         start: the first query block, counted among the blocks of the stream that have queries.
         stop: one past the last query block.
-        context_blocks: how many blocks of the context, from the first, every query block attends to.
-        own_keys: each query block also attends to its own keys (several blocks fold into the batch).
+        context_blocks: number of context blocks, from the first, that every query block attends to.
+        own_keys: whether each query block also attends to its own keys (several blocks fold into the batch).
     """
 
     stream: Literal["clean", "noisy"]
@@ -33,19 +33,19 @@ class Segment:
 def attention_plan(
     variant: AttentionVariant, context_blocks: int, clean_queries: int, context_lengths: Sequence[int]
 ) -> tuple[Segment, ...]:
-    """The segments of a forward pass for clips that have context; together they cover each query block once.
+    """Return the segments of a forward pass for clips that have context; they cover each query block once.
 
     Args:
         variant: `of2` or `of`, see :class:`~gpdit_lightning.GPDiTConfig`.
-        context_blocks: the number of blocks in the context.
-        clean_queries: how many of them, the last ones, have queries too.
-        context_lengths: for each noisy block, how many blocks of the context it attends to, from the first.
+        context_blocks: number of blocks in the context.
+        clean_queries: number of these blocks, the last ones, that also have queries.
+        context_lengths: for each noisy block, the number of context blocks that it attends to, from the first.
     """
     segments = []
     if clean_queries and variant == "of":
         segments.append(Segment("clean", 0, clean_queries, context_blocks=0, own_keys=True))
     elif clean_queries:
-        # A clean block's own keys are the last of the context that it attends to: one slice, nothing to concatenate.
+        # The keys of a clean block are the last ones of the context that it attends to: a slice, without concatenation.
         first = context_blocks - clean_queries
         segments += [Segment("clean", j, j + 1, first + j + 1, own_keys=False) for j in range(clean_queries)]
     segments += [Segment("noisy", i, i + 1, length, own_keys=True) for i, length in enumerate(context_lengths)]

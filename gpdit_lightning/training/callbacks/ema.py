@@ -14,10 +14,10 @@ from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 
 
 class EMA(Callback):
-    """Keeps the average, validates with it, and saves it in every checkpoint under `ema`.
+    """Exponential moving average of the weights, used for validation and saved in every checkpoint under `ema`.
 
-    Lightning's own weight averaging copies the whole module and is lost under DeepSpeed; this one holds one float32
-    tensor per trainable parameter or, under ZeRO and FSDP2, per shard of this rank.
+    It holds one float32 tensor per trainable parameter or, under ZeRO and FSDP2, per shard of this rank. Lightning's
+    weight averaging copies the whole module, and the copy is lost under DeepSpeed.
 
     Args:
         decay: decay of the average per optimizer step; at most (1 + n) / (10 + n) after n updates, so that the initial
@@ -44,7 +44,7 @@ class EMA(Callback):
         self.average = {name: self.average[name].to(p.device) for name, p in _trainable(pl_module)}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step of a resumed run, which Lightning restores only after `on_fit_start`."""
+        """Store the step of a resumed run, which Lightning restores after `on_fit_start`."""
         self._last_step = trainer.global_step
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ class EMA(Callback):
     @contextmanager
     @torch.no_grad()
     def averaged(self, pl_module: LightningModule) -> Iterator[None]:
-        """Give the module its averaged weights during a block; without an average, change nothing."""
+        """Use the averaged weights in the module during a block; without an average, change nothing."""
         if not self.average:
             yield
             return
@@ -77,7 +77,7 @@ class EMA(Callback):
             _refresh(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the module its averaged weights."""
+        """Use the averaged weights."""
         if self.validate:
             self._validating.enter_context(self.averaged(pl_module))
 
@@ -95,7 +95,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def distance(self, pl_module: LightningModule) -> float:
-        """Norm of weights minus average, relative to the norm of the weights; a collective operation of all ranks."""
+        """Return |weights - average| / |weights|. A collective operation: all ranks must call it."""
         difference, size = [], []
         for name, parameter in _trainable(pl_module):  # one by one: a second copy of all weights might not fit
             weight = parameter.float()
@@ -114,13 +114,13 @@ class EMA(Callback):
         checkpoint["ema"] = {"weights": weights, "updates": self.updates}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the average from a checkpoint."""
+        """Restore the average from a checkpoint."""
         self.average = dict(checkpoint["ema"]["weights"])
         self.updates = checkpoint["ema"]["updates"]
 
 
 def _trainable(module: LightningModule) -> list[tuple[str, Tensor]]:
-    """The trainable parameters or, where they are sharded, this rank's float32 shard of each."""
+    """Return the trainable parameters by name or, if they are sharded, this rank's float32 shard of each."""
     sharded = sharded_strategy_of(module)
     if sharded is not None:
         return list(sharded.master_weights().items())
@@ -128,7 +128,7 @@ def _trainable(module: LightningModule) -> list[tuple[str, Tensor]]:
 
 
 def _refresh(module: LightningModule) -> None:
-    """Bring the weights that the model computes with up to date, where they are not the trainable ones."""
+    """Update the weights that the model computes with, if they are copies of sharded master weights."""
     sharded = sharded_strategy_of(module)
     if sharded is not None:
         sharded.refresh_weights()

@@ -1,4 +1,4 @@
-"""Skips steps whose loss or gradient is not finite, counts damaged samples, and logs gradient spikes."""
+"""Checks of the training: non-finite losses and gradients, damaged samples, gradient spikes."""
 
 import logging
 import math
@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# How many samples a message names.
+# The number of samples that a message lists.
 MAX_NON_FINITE, MAX_SPIKING, MAX_DAMAGED = 16, 4, 4
 
 
 class NonFiniteError(InputError):
-    """Loss or gradient is infinite or not a number in more consecutive steps than allowed."""
+    """The loss or gradient is infinite or NaN in more consecutive steps than allowed."""
 
 
 class DamagedDataError(InputError):
@@ -31,16 +31,16 @@ class DamagedDataError(InputError):
 
 
 class Health(Callback):
-    """Checks loss and gradient of every optimizer step before it is applied, with one read from the device.
+    """Checks the loss and the gradient of every optimizer step before it is applied, with one transfer from the device.
 
     A step whose loss or gradient is not finite is skipped: weights and optimizer state stay unchanged, while the step
-    count, the data, the learning rate and the average advance. In fp16 the gradient scaler skips such steps itself, as
-    often as it needs to find its scale; they are left to it.
+    count, the data, the learning rate and the average advance. In fp16 the gradient scaler skips such steps until it
+    has found its scale; this callback does not count them.
 
-    The loader replaces a training sample that cannot be read (see `data/batches.py`). Here the distinct ones of the run
-    are counted over all ranks; too many of them stop the run.
+    The loader replaces a training sample that cannot be read (see `data/batches.py`). This callback counts the distinct
+    damaged samples over all ranks, and stops the run if there are too many.
 
-    This callback comes before those that average, log and save.
+    It must come before the callbacks that average, log and save.
 
     Args:
         max_skips: maximum number of consecutive optimizer steps that are skipped because loss or gradient is not
@@ -50,12 +50,13 @@ class Health(Callback):
         max_damaged_samples: maximum number of damaged training samples, which are replaced; one more stops the run.
 
     Attributes:
-        gradient_norm: of the last optimizer step, before clipping; the mean over ranks, equal on all of them in DDP.
-        mean_norm: moving average of the gradient norms; a spike enters as `spike_factor` times the average before it.
-        spikes: of the run so far.
+        gradient_norm: gradient norm of the last optimizer step before clipping, as the mean over ranks; in DDP all
+            ranks have the same.
+        mean_norm: moving average of the gradient norms; a spike counts as `spike_factor` times the previous average.
+        spikes: number of spikes of the run.
         skipped: whether the last optimizer step was skipped.
-        skipped_steps: optimizer steps skipped in the run so far.
-        damaged: names of the damaged training samples of the run so far, on all ranks.
+        skipped_steps: number of skipped optimizer steps of the run.
+        damaged: names of the damaged training samples of the run, over all ranks.
     """
 
     def __init__(
@@ -76,22 +77,22 @@ class Health(Callback):
         self.skipped = False
         self.damaged: list[str] = []
         self._finite_steps = self._consecutive_skips = 0
-        # Of the current optimizer step, on the device: read only when something is wrong.
-        self._losses: list[Tensor] = []  # each micro-batch's contribution to the objective
+        # Of the current optimizer step, on the device: read only if a step is skipped or has a spike.
+        self._losses: list[Tensor] = []  # of each micro-batch, with its weight in the objective
         self._clips: list[tuple[list[str], Tensor, Tensor]] = []  # each micro-batch's keys, clip_of_row, loss by row
         self._measured = False
         self._newly_damaged: list[str] = []  # of the current optimizer step, on this rank
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Collect the samples of a micro-batch that are damaged and not counted yet."""
+        """Collect the damaged samples of a micro-batch that are not counted yet."""
         self._newly_damaged += [name for name in batch.damaged if name not in self.damaged]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Collect a micro-batch's contribution to the objective."""
+        """Collect the weighted loss of a micro-batch."""
         self._losses.append(loss.detach())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Measure loss and gradient; skip the step if one of them is not finite.
+        """Measure the loss and the gradient, and skip the step if one of them is not finite.
 
         Raises:
             DamagedDataError: too many samples are damaged; the step is not applied.
@@ -103,7 +104,7 @@ class Health(Callback):
             norm = sharded.gradient_norm()
         loss = torch.stack(self._losses).sum()
         measured = torch.stack([norm.to(loss), loss, torch.full_like(loss, len(self._newly_damaged))])
-        # The mean over ranks, so that all of them decide the same: each has its own loss and its own samples.
+        # Ranks have different losses and samples; with the mean all of them make the same decision.
         self.gradient_norm, mean_loss, newly_damaged = trainer.strategy.reduce(measured, reduce_op="mean").tolist()
         if newly_damaged:
             self._count_damaged(trainer)
@@ -112,7 +113,7 @@ class Health(Callback):
         if self.skipped and sharded is not None:
             sharded.skip_step()
         elif self.skipped:
-            optimizer.zero_grad()  # to None: the optimizer skips such parameters, and their state
+            optimizer.zero_grad()  # to None: the optimizer skips parameters without a gradient, and their state
         self._losses, self._measured = [], True
 
     def on_train_batch_end(
@@ -172,7 +173,7 @@ class Health(Callback):
         norm, bound = self.gradient_norm, self.spike_factor * self.mean_norm
         if self._finite_steps >= self.spike_window and norm > bound:
             self._log_spike(trainer)
-            norm = bound  # one spike must not hide the next, but a norm that stays high becomes the mean
+            norm = bound  # so that one spike does not hide the next; a norm that stays high becomes the mean
         self._finite_steps += 1
         self.mean_norm += (norm - self.mean_norm) / min(self._finite_steps, self.spike_window)
 
@@ -191,14 +192,14 @@ class Health(Callback):
             log_text(trainer.loggers, "health/spike", message, trainer.global_step)
 
     def _losses_by_key(self, trainer: Trainer) -> list[tuple[str, float]]:
-        """Key and loss of every noisy clip of the optimizer step, over all ranks."""
+        """Return the key and the loss of every noisy clip of the optimizer step, over all ranks."""
         losses: list[tuple[str, float]] = []
         for keys, clip_of_row, per_row in self._clips:
             losses += zip((keys[clip] for clip in clip_of_row.tolist()), per_row.tolist(), strict=True)
         return _gather(trainer, losses)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to report the same spikes, skips and damage as an uninterrupted one."""
+        """Return the counters, so that a resumed run reports the same as an uninterrupted one."""
         return {
             "usual_norm": self.mean_norm,
             "finite_steps": self._finite_steps,
@@ -209,16 +210,16 @@ class Health(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore the counters."""
         self.mean_norm, self._finite_steps = state_dict["usual_norm"], state_dict["finite_steps"]
         self.spikes, self.skipped_steps = state_dict["spikes"], state_dict["skipped_steps"]
         self._consecutive_skips, self.damaged = state_dict["skipped_in_a_row"], state_dict["damaged"]
 
 
-def _gather(trainer: Trainer, own: list[T]) -> list[T]:
-    """The items of all ranks, in the order of the ranks."""
+def _gather(trainer: Trainer, items: list[T]) -> list[T]:
+    """Return the items of all ranks, in the order of the ranks."""
     if trainer.world_size == 1:
-        return own
+        return items
     of_ranks: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(of_ranks, own)
+    torch.distributed.all_gather_object(of_ranks, items)
     return [item for of_rank in of_ranks for item in of_rank]

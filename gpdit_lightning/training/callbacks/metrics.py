@@ -1,4 +1,4 @@
-"""The scalars that a run logs: losses by source and noise level, gradient, learning rate, EMA, health, throughput."""
+"""Logged scalars of a run: losses by source and noise level, gradient, learning rate, EMA, health, throughput."""
 
 import math
 from typing import Any
@@ -22,8 +22,8 @@ SUM, COUNT = 0, 1
 class LossTable:
     """Running sums of the loss by source and quartile of the noise level.
 
-    Sums and counts are added over micro-batches, ranks and interruptions; means are taken last. They are float64, or
-    float32 on MPS devices, which have no float64.
+    Sums and counts are added over micro-batches, ranks and interruptions, and divided last. They are float64, or
+    float32 on MPS, which has no float64.
     """
 
     def __init__(self) -> None:
@@ -39,9 +39,10 @@ class LossTable:
         self.weights[source] = self.weights.get(source, 0.0) + weight
 
     def means(self, trainer: Trainer) -> dict[str, float]:
-        """`loss`, `loss_q1` to `loss_q4` and, with several sources, `loss_SOURCE`, over all ranks; resets the sums.
+        """Return `loss`, `loss_q1` to `loss_q4` and, with several sources, `loss_SOURCE`, over all ranks.
 
-        `loss` weighs the sources as the objective does; the quartiles pool all frames.
+        `loss` weights the sources as in the objective; the quartiles are means over the frames of all sources. Resets
+        the sums.
         """
         names = sorted(self.rows)
         if not names:
@@ -62,24 +63,24 @@ class LossTable:
 
 
 class MetricsLogger(Callback):
-    """Logs, every few optimizer steps, the means over the steps since the last log, against the optimizer step.
+    """Logs the means over the steps since the last log, every `every_steps` optimizer steps.
 
     Tags:
 
     - `train/loss`, `train/loss_q1..q4`, `train/loss_SOURCE`, without skipped steps; `val/loss...` likewise;
-    - `train/grad_norm`: without skipped steps; `train/lr`: of the last step;
-    - `train/ema_distance`: norm of weights minus average, relative to the norm of the weights;
-    - `health/skipped_steps`, `health/spikes`, `data/damaged_samples`: of the run so far;
-    - `perf/steps_per_s`, `perf/clips_per_s`, `perf/tokens_per_s`: over all ranks; tokens are those of noisy frames;
-    - `perf/tflops_per_s`: of the model, on each device, recomputation not counted; `perf/mfu`: that relative to the
-      device's peak in bf16, where it is known;
-    - `perf/data_wait`: fraction of the time spent waiting for the loader, on the rank where it is largest;
-    - `perf/peak_memory_gib`: since the start of the process, on the rank where it is largest.
+    - `train/grad_norm`, without skipped steps; `train/lr`, of the last step;
+    - `train/ema_distance`: |weights - average| / |weights|;
+    - `health/skipped_steps`, `health/spikes`, `data/damaged_samples`: since the start of the run;
+    - `perf/steps_per_s`, `perf/clips_per_s`, `perf/tokens_per_s` (tokens of noisy frames): over all ranks;
+    - `perf/tflops_per_s`: FLOPs of the model per device, without recomputation; `perf/mfu`: their ratio to the device's
+      peak in bf16, if it is known;
+    - `perf/data_wait`: fraction of the time spent waiting for the loader, maximum over ranks;
+    - `perf/peak_memory_gib`: since the start of the process, maximum over ranks.
 
     Args:
-        health: measures the gradient; comes before this callback.
-        ema: the average; comes before this callback.
-        config: of the backbone, to count tokens and FLOPs.
+        health: measures the gradient; must come before this callback.
+        ema: the average; must come before this callback.
+        config: architecture of the backbone, to count tokens and FLOPs.
         every_steps: optimizer steps between logs.
     """
 
@@ -88,24 +89,24 @@ class MetricsLogger(Callback):
         self.train, self.validation = LossTable(), LossTable()
         self.throughput = Throughput(config)
         self.learning_rate = 0.0
-        self.norms = 0.0, 0  # their sum, and of how many steps
+        self.norms = 0.0, 0  # sum of the gradient norms, and their number
         self._step_losses: list[tuple[str, float, QuartileLoss]] = []
         self._last_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step of a resumed run, and measure peak memory from here."""
+        """Store the step of a resumed run, and reset the peak memory."""
         self._last_step = trainer.global_step
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Note the learning rate of the step, before the schedule advances."""
+        """Store the learning rate of the step, before the schedule advances."""
         self.learning_rate = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add a micro-batch; log when an optimizer step ends a window."""
+        """Add a micro-batch, and log after the last one of `every_steps` optimizer steps."""
         step = trainer.global_step
         ends_step, self._last_step = step != self._last_step, step
         ends_window = ends_step and step % self.every_steps == 0
@@ -117,7 +118,7 @@ class MetricsLogger(Callback):
                 for losses in self._step_losses:
                     self.train.add(*losses)
             self._step_losses = []
-        # Reading the means waits for the device, so its work is finished before the time is taken.
+        # Reading the means waits for the device, so the time below includes its work.
         means = self.train.means(trainer) if ends_window else {}
         loader = trainer.train_dataloader
         assert isinstance(loader, TimedLoader)
@@ -167,14 +168,14 @@ class MetricsLogger(Callback):
             _log_scalars(trainer, pl_module, scalars, "test/loss")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the sums since the last log, over all ranks: an interrupted curve equals an uninterrupted one."""
-        # A clone, since a reduction is in place.
+        """Save the sums since the last log, over all ranks, so that a resumed run logs the same values."""
+        # A clone, since the reduction is in place.
         reduce = trainer.strategy.reduce
         rows = {name: reduce(row.clone(), reduce_op="sum").cpu() for name, row in self.train.rows.items()}
         checkpoint["curves"] = {"rows": rows, "weights": dict(self.train.weights), "norms": self.norms}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the sums, on the first rank alone, so that they count once."""
+        """Restore the sums on the first rank, and zeros on the others."""
         sums = checkpoint["curves"]
         kept = 1.0 if trainer.is_global_zero else 0.0
         device = trainer.strategy.root_device
@@ -184,7 +185,7 @@ class MetricsLogger(Callback):
 
 
 def _log_scalars(trainer: Trainer, module: LightningModule, scalars: dict[str, float], in_progress_bar: str) -> None:
-    """Log against the optimizer step; Lightning's own count differs when gradients accumulate."""
+    """Log with the optimizer step as x axis; Lightning would count micro-batches."""
     for logger in trainer.loggers:
         logger.log_metrics(scalars, step=trainer.global_step)
     for name, value in scalars.items():

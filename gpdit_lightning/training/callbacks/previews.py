@@ -1,4 +1,4 @@
-"""Previews: the same clips, continued from the same noise during training, beside the ground truth."""
+"""Previews: a few clips, continued from fixed noise at intervals during training, next to the ground truth."""
 
 import logging
 from contextlib import nullcontext
@@ -27,19 +27,20 @@ from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 
 log = logging.getLogger(__name__)
 
-STRIP_COLUMNS = 9  # every second frame of the paper's 17
-DEFAULT_FRAME_RATE = 8.0  # frames per second, about the paper's: every third of 24
+STRIP_COLUMNS = 9  # every second of 17 frames, as in the paper's figures
+DEFAULT_FRAME_RATE = 8.0  # frames per second: every third frame of 24, as in the paper
 NO_PREVIEWS = "--preview.every_steps 0 for no previews"
 
 
 class Preview(Callback):
-    """Continues a few held-out clips with the averaged weights, every so many steps, always from the same noise.
+    """Continues a few held-out clips with the averaged weights at intervals, always from the same noise.
 
-    Writes `previews/step-N.png` (a strip) and `.gif` (generated beside true) in the run folder, and logs them as
-    `sample/strip` and `sample/video` to every logger that takes images, with `sample/rollout_error`, the mean squared
-    error of the generated pixels in 8-bit levels, and `sample/rollout_error_ratio`, its ratio to the error of repeating
-    the last context frame: below 1 the model has learned motion. Without videos, the last frame of sequences is
-    generated from the others; without these, images from nothing. Previews do not change the training.
+    Writes `previews/step-N.png` (a strip of frames) and `.gif` (prediction and ground truth) to the run folder, and
+    logs them as `sample/strip` and `sample/video` to every logger that accepts images. Also logs
+    `sample/rollout_error`, the mean squared error of the generated pixels in 8-bit levels, and
+    `sample/rollout_error_ratio`, its ratio to the error of repeating the last context frame: below 1 the model has
+    learned motion. If the data have no videos, the last frame of sequences is generated from the others; if they have
+    no sequences either, images are generated without context. Previews do not change the training.
 
     Args:
         every_steps: optimizer steps between previews, which are also made at the last step; 0 for none.
@@ -71,10 +72,10 @@ class Preview(Callback):
         self._last_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the clips and open the codec; on every rank, so that all of them stop where one must.
+        """Read the clips and load the codec, on every rank: if one rank cannot, all ranks stop.
 
         Raises:
-            InputError: the clips are too short for the context, or the codec's weights are not found.
+            InputError: the clips are too short for the context, or the codec cannot be loaded.
         """
         if self.every_steps == 0:
             return
@@ -84,21 +85,21 @@ class Preview(Callback):
         self._codec = self._open_codec(data.codec)
         if self._selected.split == "train" and trainer.is_global_zero:
             log.warning(
-                "no samples of data.%s are held out: the previews show training samples.", self._selected.source
+                "no samples of data.%s are held out: the previews are of training samples.", self._selected.source
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step of a resumed run: its preview is written already."""
+        """Store the step of a resumed run: its preview has been written."""
         self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Make a preview when an optimizer step completes an interval, on one rank while the others wait."""
+        """Make a preview at the end of an interval, on the first rank while the others wait."""
         step = trainer.global_step
         if self.every_steps == 0 or step == self._last_step:
             return
         self._last_step = step
         if step % self.every_steps == 0 or step == trainer.max_steps:
-            # Where weights are sharded, all ranks compute: each holds a part of every layer.
+            # If the weights are sharded, all ranks compute: each holds a part of every layer.
             if trainer.is_global_zero or sharded_strategy_of(pl_module) is not None:
                 latents = self._generate(trainer, pl_module)
                 if trainer.is_global_zero:
@@ -106,7 +107,7 @@ class Preview(Callback):
             trainer.strategy.barrier()
 
     def _open_codec(self, spec: CodecSpec) -> Codec:
-        """The codec of the data, on the CPU."""
+        """Load the codec of the data, on the CPU."""
         source = self.codec_source or spec.source
         try:
             with torch.random.fork_rng(devices=[]):  # a network is initialized at random before its weights are loaded
@@ -121,7 +122,7 @@ class Preview(Callback):
             ) from None
 
     def _generate(self, trainer: Trainer, module: LightningModule) -> Tensor:
-        """The selected clips' raw latents, all after the context generated by the averaged weights: (B, F, C, H, W)."""
+        """Generate the frames after the context with the averaged weights; return raw latents (B, F, C, H, W)."""
         backbone, schedule = module.backbone, module.schedule
         assert isinstance(backbone, GPDiT)
         assert isinstance(schedule, NoiseSchedule)
@@ -140,7 +141,7 @@ class Preview(Callback):
     def _write(self, trainer: Trainer, module: LightningModule, latents: Tensor) -> None:
         """Decode generated latents (B, F, C, H, W), measure the error, write the files and log."""
         clips = self._selected
-        # Between previews the codec is in host memory: the accelerator's memory is for training.
+        # Between previews the codec is in host memory, to leave the accelerator's memory to the training.
         codec = self._codec.to(module.device)
         prediction = decode(codec, latents, clips.independent_frames)
         truth = decode(codec, clips.latents, clips.independent_frames)
@@ -175,12 +176,12 @@ class PreviewClips:
     """The clips that all previews of a run continue.
 
     Attributes:
-        source, split: where in the data they are.
+        source, split: the source and the split of the data to which they belong.
         latents: (B, F, C, H, W) float32, raw.
-        context: latent frames that are given; 0 generates from nothing.
-        independent_frames: each latent frame is one image, encoded alone (sequences and images), not four of a video.
+        context: number of latent frames of context.
+        independent_frames: whether each latent frame is one image, encoded alone (sequences and images).
         fps: pixel frames per second.
-        seed: of the noise.
+        seed: seed of the noise.
     """
 
     source: str
@@ -193,12 +194,12 @@ class PreviewClips:
 
 
 def select_clips(data: LatentDataModule, clips: int, context_frames: int) -> PreviewClips:
-    """Held-out clips from the bucket with the most frames; of sequences where there are no videos, else of images.
+    """Select held-out videos from the bucket with the most frames; sequences if there are no videos, else images.
 
-    They are evenly spaced, so that some come from each of several data sets, which follow one another in a bucket.
+    They are evenly spaced: a bucket may contain several data sets in succession.
 
     Raises:
-        InputError: videos that have no frames after the context.
+        InputError: the videos have no frames after the context.
     """
     source = next(name for name in ("videos", "sequences", "images") if name in data.buckets["train"])
     split: Split = "validation" if source in data.buckets["validation"] else "train"
@@ -209,7 +210,7 @@ def select_clips(data: LatentDataModule, clips: int, context_frames: int) -> Pre
             f"frames: leave at least one to be generated, or give {NO_PREVIEWS}."
         )
     count = min(clips, len(bucket))
-    reads = [bucket.read(place * len(bucket) // count) for place in range(count)]
+    reads = [bucket.read(number * len(bucket) // count) for number in range(count)]
     return PreviewClips(
         source=source,
         split=split,
@@ -222,14 +223,14 @@ def select_clips(data: LatentDataModule, clips: int, context_frames: int) -> Pre
 
 
 def frame_rate(metadata: dict[str, Any]) -> float:
-    """Frames per second of a clip at the stride that it was taken with; a default where it was not recorded."""
+    """Return the frames per second of a clip, given its stride; a default if they were not recorded."""
     return metadata["fps"] / metadata["stride"] if {"fps", "stride"} <= metadata.keys() else DEFAULT_FRAME_RATE
 
 
 def decode(codec: Codec, latents: Tensor, independent_frames: bool) -> Tensor:
-    """Raw latents (B, F, C, H, W) to uint8 pixels (B, T, 3, height, width) on the CPU, one clip at a time for memory.
+    """Decode raw latents (B, F, C, H, W) to uint8 pixels (B, T, 3, height, width) on the CPU, clip by clip.
 
-    Frames that were encoded alone are decoded alone, and T = F.
+    Independent frames are decoded one by one, and T = F.
     """
     if independent_frames:
         return torch.stack([codec.decode(clip[:, None])[:, 0].cpu() for clip in latents])
@@ -237,14 +238,14 @@ def decode(codec: Codec, latents: Tensor, independent_frames: bool) -> Tensor:
 
 
 def rollout_error(prediction: Tensor, truth: Tensor, context: int) -> dict[str, float]:
-    """Mean squared error of the generated frames in 8-bit levels, and its ratio to that of repeating the last frame.
+    """Compute the mean squared error of the generated frames, and its ratio to that of repeating the last frame.
 
     Args:
         prediction, truth: (B, T, 3, H, W) uint8.
-        context: pixel frames that were given, at least 1.
+        context: number of pixel frames of context, at least 1.
 
     Returns:
-        `sample/rollout_error`, and `sample/rollout_error_ratio` unless nothing moves.
+        `sample/rollout_error` in 8-bit levels, and `sample/rollout_error_ratio` unless the true frames are all equal.
     """
     future, last = truth[:, context:].float(), truth[:, context - 1 : context].float()
     error = (prediction[:, context:].float() - future).square().mean().item()

@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 
 class StepProgress(ProgressBar):
-    """One line: optimizer steps done and to do, time left, the latest training and validation loss.
+    """Shows optimizer steps, remaining time, and the latest training and validation losses in one line.
 
-    Lightning's bars count the micro-batches of an epoch; here an epoch is the whole run, and a step may be many
+    Lightning's bars count the micro-batches of an epoch. Here an epoch is the whole run, and a step may have many
     micro-batches.
     """
 
@@ -21,7 +21,7 @@ class StepProgress(ProgressBar):
         self._enabled = True
 
     def disable(self) -> None:
-        """Called by Lightning on every rank but the first."""
+        """Hide the bar; Lightning calls this on every rank except the first."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -37,12 +37,12 @@ class StepProgress(ProgressBar):
             initial=trainer.global_step,
             total=trainer.max_steps if trainer.max_steps > 0 else None,
             disable=not self._enabled,
-            mininterval=0.1 if interactive else 15,  # seconds: a log file gets a line now and then
+            mininterval=0.1 if interactive else 15,  # seconds; in a log file every update is a line
             dynamic_ncols=interactive,
         )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Advance to the trainer's step, which changes with the last micro-batch of a step."""
+        """Advance to the trainer's step."""
         if self._bar is None:
             return
         losses = {
@@ -57,5 +57,5 @@ class StepProgress(ProgressBar):
             self._bar.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the bar, so that the error message starts on a line of its own."""
+        """Close the bar, so that the error message starts on a new line."""
         self.on_train_end(trainer, pl_module)

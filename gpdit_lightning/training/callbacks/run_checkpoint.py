@@ -1,4 +1,4 @@
-"""When a run saves checkpoints, and how it stops at a signal."""
+"""Saving of checkpoints during a run, and stopping at a signal."""
 
 import time
 from contextlib import suppress
@@ -27,10 +27,10 @@ from gpdit_lightning.training.internals import disable_signal_handlers, validati
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves checkpoints in the run folder, and ends the training after SIGTERM or SIGINT once it has saved.
+    """Saves checkpoints in the run folder; after SIGTERM or SIGINT saves one and ends the training.
 
-    A checkpoint is saved only after a whole optimizer step and after the validation that is due at this step, so a run
-    that resumes has nothing of that step left to do.
+    A checkpoint is saved after a whole optimizer step and its validation, if there is one, so a resumed run has nothing
+    of that step to repeat.
 
     Args:
         every_steps: optimizer steps between checkpoints; milestones and the end of training are saved too.
@@ -57,13 +57,13 @@ class RunCheckpoint(Checkpoint):
         self._saved_at = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write checkpoints as folders, unless the recipe names another format; disable Lightning's signal handlers."""
+        """Write checkpoints as folders unless the recipe has a CheckpointIO; disable Lightning's signal handlers."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = FolderCheckpointIO()
         disable_signal_handlers(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove what a killed run left incomplete, and check that checkpoints can be written.
+        """Remove incomplete files of a killed run, and check that checkpoints can be written.
 
         Raises:
             InputError: the folder cannot be written.
@@ -84,18 +84,18 @@ class RunCheckpoint(Checkpoint):
         self._signals.install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the step that the run resumes from as saved."""
+        """Treat the step from which the run resumes as saved."""
         self._finished_step, self._saved_at = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:
             unmark_damaged(checkpoint_path(Path(trainer.default_root_dir), 0).parent, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Finish the optimizer step, if this was its last micro-batch and no validation follows."""
+        """Finish the optimizer step after its last micro-batch, unless a validation follows."""
         if trainer.global_step != self._finished_step and not validation_follows(trainer):
             self._finish_step(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish the optimizer step, if the validation came after it."""
+        """Finish the optimizer step after its validation."""
         if not trainer.sanity_checking and trainer.global_step != self._finished_step:
             self._finish_step(trainer)
 
@@ -118,7 +118,7 @@ class RunCheckpoint(Checkpoint):
             raise Stopped(step, signum, trainer.is_global_zero)
 
     def _agree_on_stop_and_save(self, trainer: Trainer) -> tuple[int, bool]:
-        """A stop signal that any rank received (or 0), and whether `every_minutes` are over on the first rank."""
+        """Return the signal that any rank received (or 0), and whether `every_minutes` are over on the first rank."""
         minutes = (time.monotonic() - self._saved_at) / 60
         interval_is_over = trainer.is_global_zero and 0 < self.every_minutes <= minutes
         values = [self._signals.received, int(interval_is_over)]
@@ -134,7 +134,7 @@ class RunCheckpoint(Checkpoint):
             try:
                 trainer.save_checkpoint(partial_path(path), weights_only=False)
             except OSError:
-                trainer.strategy.barrier()  # the one at the end of save_checkpoint, where the other ranks wait
+                trainer.strategy.barrier()  # the other ranks wait at the end of save_checkpoint
                 raise
             if trainer.is_global_zero:
                 for logger in trainer.loggers:
@@ -153,22 +153,22 @@ class RunCheckpoint(Checkpoint):
 
 
 def resume_advice(run_dir: Path) -> str:
-    """For messages: from which checkpoint a run that failed can resume."""
+    """Return a phrase for messages: the checkpoint from which a failed run can resume."""
     last = last_checkpoint(run_dir)
     return f"{last.name} is complete and the same command resumes from it" if last else "there is no checkpoint yet"
 
 
 def _fail_on_all_ranks(trainer: Trainer, failure: str) -> None:
-    """End all ranks if the first one failed, so that none waits for it.
+    """End all ranks if the first one failed.
 
     Args:
-        trainer: of this rank.
+        trainer: the trainer of this rank.
         failure: the first rank's message; empty if nothing failed.
 
     Raises:
         InputError: on the first rank.
-        SystemExit: on the others, with status 0, since Lightning's launcher kills the first rank if another one ends in
-            any other way.
+        SystemExit: on the others, with status 0, since Lightning's launcher kills the first rank if another one ends
+            with any other status.
     """
     failure = trainer.strategy.broadcast(failure)
     if failure:

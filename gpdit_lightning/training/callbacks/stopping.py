@@ -1,4 +1,4 @@
-"""How a training run handles SIGTERM and SIGINT, and how all ranks end when one does."""
+"""Handling of SIGTERM and SIGINT during training, and of the end of other ranks."""
 
 import atexit
 import ctypes
@@ -21,17 +21,17 @@ from lightning import Trainer
 from gpdit_lightning.training.internals import launched_processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LAUNCHER = "GPDIT_LIGHTNING_LAUNCHER"  # environment variable: id of the process that launched the other ranks
+LAUNCHER = "GPDIT_LIGHTNING_LAUNCHER"  # environment variable: the id of the process that launched the other ranks
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Stopped(SystemExit):
-    """All ranks leave the training after an optimizer step that is saved.
+    """Ends the training on all ranks after an optimizer step that is saved.
 
     Args:
         step: the optimizer step.
         signum: the signal that was received. The first rank's exit status is 128 plus its number, as in a shell; that
-            of the others is 0, since Lightning's launcher kills the first rank when another one ends in any other way.
+            of the others is 0, since Lightning's launcher kills the first rank if another one ends with any other.
         first_rank: whether this is the first rank.
     """
 
@@ -41,19 +41,19 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """Records the first SIGTERM or SIGINT, for a loop that polls `received`; the next one ends the process at once.
+    """Records the first SIGTERM or SIGINT for a loop that polls `received`; the second one ends the process at once.
 
     Args:
         announce: whether to print on stderr that the first one was received.
 
     Attributes:
-        received: the signal's number; 0 before.
+        received: the number of the first signal; 0 before.
     """
 
     def __init__(self, announce: bool) -> None:
         self.announce = announce
         self.received = 0
-        self._wakeup_fd = -1  # Python writes the numbers of signals to it
+        self._wakeup_fd = -1  # Python writes the number of each signal to it
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
@@ -61,7 +61,7 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             return
         self._previous_handlers = {number: signal.signal(number, self._record) for number in SIGNALS}
-        # Python runs handlers in the main thread, which may wait for a kernel or a rank forever; a thread runs anyway.
+        # Python runs handlers in the main thread, which may be blocked by a kernel or another rank; this thread is not.
         reading_end, self._wakeup_fd = os.pipe()
         os.set_blocking(self._wakeup_fd, False)
         signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
@@ -81,7 +81,7 @@ class StopSignals:
         self.received = self.received or signum
 
     def _listen(self, reading_end: int) -> None:
-        """Read the numbers of signals as they arrive, until `restore` closes the other end."""
+        """Read the numbers of signals until `restore` closes the other end."""
         is_first = True
         while number := os.read(reading_end, 1):
             if number[0] not in SIGNALS:
@@ -89,7 +89,7 @@ class StopSignals:
             if not is_first:
                 os._exit(128 + number[0])
             is_first = False
-            # `timeout` and schedulers signal a process and then its group: these count as one signal.
+            # `timeout` and schedulers signal a process and then its group: this counts as one signal.
             while select.select([reading_end], [], [], 0.1)[0] and os.read(reading_end, 64):
                 pass
             if self.announce:
@@ -100,17 +100,17 @@ class StopSignals:
 
 @contextmanager
 def end_ranks_together(trainer: Trainer) -> Iterator[None]:
-    """Around `trainer.fit`: when the first rank ends, in whatever way, the other ranks of this machine end too.
+    """End the other ranks of this machine when the first rank ends for any reason; wrap `trainer.fit` in it.
 
-    If another rank fails while the first waits for it, the first one ends within 5 seconds.
+    If another rank fails while the first one waits for it, the first one ends within 5 seconds.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C before the training began; Lightning raises SystemExit(1) instead.
-        SystemExit: with the status of the other rank that failed first.
+        KeyboardInterrupt: Ctrl-C before the training has started; Lightning raises SystemExit(1) instead.
+        SystemExit: another rank failed; with its exit status.
     """
     launcher = os.environ.get(LAUNCHER) if os.environ.get("LOCAL_RANK", "0") != "0" else None
     if launcher and sys.platform == "linux":
-        # A first rank that is killed cannot tell the others, so the kernel does.
+        # The kernel kills this rank when the first one is killed.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(launcher):
             raise SystemExit(f"the process that launched this rank ({launcher}) has ended.")
@@ -126,7 +126,7 @@ def end_ranks_together(trainer: Trainer) -> Iterator[None]:
     except BaseException as error:
         processes = launched_processes(trainer.strategy)
         if processes is not None:
-            may_be_lost_connection = isinstance(error, RuntimeError)  # what torch raises when another rank is gone
+            may_be_lost_connection = isinstance(error, RuntimeError)  # as torch raises when another rank has ended
             failed = _kill_other_ranks(processes, patience=5.0 if may_be_lost_connection else 0.0)
             if failed and may_be_lost_connection:
                 rank, status = failed[0]
@@ -142,9 +142,10 @@ def end_ranks_together(trainer: Trainer) -> Iterator[None]:
 def shut_down_process_group() -> None:
     """Destroy torch's process group, if there is one, and let its threads end.
 
-    A gloo thread that still holds a tensor when Python shuts down aborts the process after all its work is done. It
-    ends with the last reference to the group. A trainer is in a reference cycle with one, so garbage is collected here;
-    DeepSpeed keeps others, so the thread also gets 0.1 s to release its tensor. Lightning does this for NCCL alone.
+    A gloo thread that still holds a tensor when Python shuts down aborts the process. The thread ends with the last
+    reference to the group. A trainer is part of a reference cycle with such a reference, so garbage is collected here;
+    DeepSpeed keeps other references, so the thread gets 0.1 s to release its tensor. Lightning destroys the group for
+    NCCL only.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -156,14 +157,14 @@ def _kill_other_ranks(launched: list[Popen[bytes]], patience: float) -> list[tup
     """Kill the ranks that the first one launched.
 
     Args:
-        launched: the launcher's list of them, which is emptied.
-        patience: seconds to wait for one that is failing: it closes its connections before its process ends.
+        launched: the launcher's list of their processes, which is emptied.
+        patience: seconds to wait for the failure of one, since a rank closes its connections before its process ends.
 
     Returns:
-        (rank on this machine, exit status) of those that had failed by themselves.
+        (rank on this machine, exit status) of the ranks that had failed before.
     """
     processes = list(launched)
-    launched.clear()  # otherwise the launcher takes their end for a failure and kills this process
+    launched.clear()  # otherwise the launcher treats their end as a failure and kills this process
     deadline = time.monotonic() + patience
     while not any(process.poll() for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""How fast a run is: throughput, FLOPs, the share of time spent waiting for data, and memory."""
+"""Measurement of a run: throughput, FLOPs, time spent waiting for data, and memory."""
 
 import resource
 import sys
@@ -13,13 +13,13 @@ from gpdit_lightning.model import GPDiTConfig
 
 
 class Throughput:
-    """Work and time of the optimizer steps since the last call of `rates`.
+    """Counts the work and the time of the optimizer steps since the last call of `rates`.
 
-    A micro-batch lasts from the moment it is requested from the loader to the end of its step, so validation,
-    checkpoints and previews between two of them are not counted.
+    The time of a micro-batch is from its request to the loader until the end of its step. Validation, checkpoints and
+    previews are not included.
 
     Args:
-        config: of the backbone, to count tokens and FLOPs.
+        config: architecture of the backbone, to count tokens and FLOPs.
     """
 
     def __init__(self, config: GPDiTConfig) -> None:
@@ -31,7 +31,7 @@ class Throughput:
         self.seconds = self.waited = 0.0
 
     def add(self, batch: LatentBatch, loader: TimedLoader, ends_step: bool) -> None:
-        """Add a micro-batch that ends now."""
+        """Add a micro-batch at its end."""
         clips, frames, _, height, width = batch.latents.shape
         self.steps += ends_step
         self.clips += clips
@@ -42,10 +42,10 @@ class Throughput:
         self.waited += loader.wait_seconds
 
     def rates(self, trainer: Trainer) -> dict[str, float]:
-        """The rates since the last call, named as in `MetricsLogger`; a collective operation of all ranks."""
+        """Return the rates since the last call, named as in `MetricsLogger`; all ranks must call it."""
         device = trainer.strategy.root_device
-        own = torch.tensor([self.waited / self.seconds, peak_memory_gib(device)], device=device)
-        data_wait, peak_memory = trainer.strategy.reduce(own, reduce_op="max").tolist()
+        of_rank = torch.tensor([self.waited / self.seconds, peak_memory_gib(device)], device=device)
+        data_wait, peak_memory = trainer.strategy.reduce(of_rank, reduce_op="max").tolist()
         flops_per_s = self.flops / self.seconds
         rates = {
             "steps_per_s": self.steps / self.seconds,
@@ -63,7 +63,7 @@ class Throughput:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory in GiB: allocated for tensors on a CUDA device; elsewhere, resident memory of the process."""
+    """Return the peak memory in GiB: of tensors on a CUDA device; elsewhere, the resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux

@@ -27,7 +27,7 @@ BACKBONE_METHODS, BLOCK_METHODS = ("features", "new_cache", "extend", "denoise")
 
 
 class FSDPPrecision(Precision):
-    """Without Lightning's autocast: `fully_shard` gathers weights in the precision to compute with.
+    """Precision plugin without autocast: `fully_shard` gathers weights in the precision of the computation.
 
     Args:
         precision: `32-true` or `bf16-mixed`.
@@ -43,11 +43,11 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
 
     Each rank keeps a shard of every parameter in float32, with its gradient, optimizer state and average; a block's
     weights are gathered, in bf16 with bf16-mixed, while the block computes. Unlike Lightning's ModelParallelStrategy it
-    shards the model itself, and a checkpoint is the file that one process would write. It also runs on the CPU, by
-    gloo: for tests.
+    shards the model itself, and a checkpoint is the file that one process would write. It also runs on the CPU with
+    gloo, for tests.
 
     Args:
-        options: of Lightning's ModelParallelStrategy, except its sizes.
+        options: arguments of Lightning's ModelParallelStrategy, except its sizes.
     """
 
     PRECISION = FSDPPrecision
@@ -58,7 +58,7 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
         self.parameter_groups = []
 
     def setup_environment(self) -> None:
-        """Join the other ranks.
+        """Connect to the other ranks.
 
         Raises:
             InputError: gradient clipping by value.
@@ -83,7 +83,7 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
             self.replicate_model()
             return
         self.require_all_trainable(module)
-        # The velocity is a view, but nothing is written to it.
+        # The output of the backbone is a view, but nothing is written to it.
         warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
         for part in module.modules():
             if isinstance(part, GPDiT):
@@ -95,7 +95,7 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
         self.parameter_groups = [[names[parameter] for parameter in group["params"]] for group in groups]
 
     def _shard(self, backbone: GPDiT) -> None:
-        """Shard each block by itself, so that one is gathered at a time, and the modules around the blocks together."""
+        """Shard each block alone, so that one at a time is gathered, and the other modules of the backbone together."""
         mesh = self.device_mesh["data_parallel"]
         policy = MixedPrecisionPolicy(
             param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -110,27 +110,27 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
 
     @property
     def inner_optimizer(self) -> Optimizer:
-        """torch's optimizer over distributed parameters."""
+        """Return torch's optimizer over distributed parameters."""
         return self.optimizers[0]
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Gradients are reduced after each micro-batch, since each rank keeps only its shard of them."""
+        """Do nothing: gradients are reduced after each micro-batch, since each rank keeps only its shard of them."""
         yield
 
     def gradient_norm(self) -> Tensor:
-        """Norm of the gradient over all ranks before clipping: a scalar."""
+        """Return the norm of the gradient, as in the base class."""
         assert self.lightning_module is not None
         gradients = [parameter.grad for parameter in self.lightning_module.parameters() if parameter.grad is not None]
         local = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
         return self.reduce(torch.nn.utils.get_total_norm(local).square(), reduce_op="sum").sqrt()
 
     def skip_step(self) -> None:
-        """Remove the gradients: the optimizer skips parameters without one, and their state."""
+        """Remove the gradients: the optimizer skips parameters without a gradient, and their state."""
         self.inner_optimizer.zero_grad()
 
     def refresh_weights(self) -> None:
-        """Free weights that are still gathered with their old values."""
+        """Free gathered weights, which have their old values."""
         assert self.lightning_module is not None
         for module in self.lightning_module.modules():
             if isinstance(module, FSDPModule):
@@ -143,7 +143,7 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
 
 
 def _shard_of(parameter: Tensor) -> ParameterShard:
-    """This rank's shard of a distributed parameter: consecutive rows of it."""
+    """Return this rank's shard of a distributed parameter: consecutive rows."""
     assert isinstance(parameter, DTensor)
     ranks, rank = parameter.device_mesh.size(), parameter.device_mesh.get_local_rank()
     first_row = min(math.ceil(parameter.shape[0] / ranks) * rank, parameter.shape[0])  # as torch.chunk splits

@@ -1,4 +1,4 @@
-"""What ZeRO and FSDP2 have in common: ranks keep shards of the parameters, a checkpoint is that of one process."""
+"""Common base of ZeRO and FSDP2: ranks keep shards of the parameters; a checkpoint is that of one process."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -26,11 +26,11 @@ class ParameterShard:
     """The elements of one parameter that this rank keeps in float32 and updates.
 
     Attributes:
-        shape: of the full parameter.
+        shape: shape of the full parameter.
         start: index of the shard's first element in the flattened parameter.
-        size: number of its elements; 0 where other ranks keep all of them.
-        storage: the tensor that the optimizer updates and has state for: with ZeRO a flat one that holds shards of many
-            parameters, with FSDP2 the distributed parameter itself.
+        size: number of its elements; 0 if other ranks keep all of them.
+        storage: the tensor that the optimizer updates: with ZeRO a flat tensor that contains shards of many parameters,
+            with FSDP2 the distributed parameter itself.
         offset: index of the shard's first element in this rank's data of `storage`.
     """
 
@@ -41,25 +41,25 @@ class ParameterShard:
     offset: int
 
     def in_storage(self, values: Tensor) -> Tensor:
-        """The shard (size,) of `storage`, or of optimizer state with the same layout; a view."""
+        """Return the shard (size,) of `storage`, or of optimizer state with the same layout, as a view."""
         local = values.to_local() if isinstance(values, DTensor) else values
         return local.detach().view(-1).narrow(0, self.offset, self.size)
 
     def in_full(self, values: Tensor) -> Tensor:
-        """The shard (size,) of the full parameter, or of full optimizer state or a full average of it; a view."""
+        """Return the shard (size,) of the full parameter, or of its full optimizer state or average, as a view."""
         return values.detach().flatten().narrow(0, self.start, self.size)
 
 
 class ShardedStrategy(ParallelStrategy):
     """Shards weights, gradients and optimizer state across ranks.
 
-    A checkpoint is what one process would write, in float32, so that any number of ranks with any strategy resumes
-    from it, and nothing in it is unpickled. The first rank gathers it, tensor by tensor, in host memory. Every rank
-    builds the full model in host memory before it is sharded.
+    A checkpoint is the one that a single process would write, in float32: any number of ranks with any strategy can
+    resume from it, without unpickling. The first rank gathers it in host memory, tensor by tensor. Every rank builds
+    the full model in host memory before it is sharded.
 
     Attributes:
-        PRECISION: the plugin that casts inputs and weights, constructed with the name of a precision.
-        shards: this rank's shard of every parameter, by name; empty until training is set up.
+        PRECISION: class of the precision plugin, constructed with the name of a precision.
+        shards: this rank's shard of every parameter by name; empty before the setup of training.
         parameter_groups: names of the parameters in the optimizer's groups.
     """
 
@@ -70,39 +70,39 @@ class ShardedStrategy(ParallelStrategy):
     @property
     @abstractmethod
     def inner_optimizer(self) -> Optimizer:
-        """torch's optimizer over the shards' storage."""
+        """Return torch's optimizer over the shards' storage."""
 
     @abstractmethod
     def refresh_weights(self) -> None:
-        """After `master_weights()` were written to: bring the weights that the model computes with up to date."""
+        """Copy the master weights, after they were changed, to the weights that the model computes with."""
 
     @abstractmethod
     def gradient_norm(self) -> Tensor:
-        """Norm of the gradient over all ranks before clipping, after the step's last micro-batch: a scalar.
+        """Return the norm of the gradient over all ranks before clipping: a scalar.
 
-        A collective operation: all ranks call it.
+        Call it after the last micro-batch of a step. A collective operation: all ranks must call it.
         """
 
     @abstractmethod
     def skip_step(self) -> None:
-        """Make the current optimizer step leave weights and optimizer state unchanged; all ranks call it."""
+        """Make the current optimizer step leave weights and optimizer state unchanged; all ranks must call it."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of the weights that the model computes with."""
+        """Return the precision of the weights that the model computes with."""
         return torch.float32 if self.precision_plugin.precision == "32-true" else torch.bfloat16
 
     @property
     def precision_plugin(self) -> Precision:
-        """Of the class `PRECISION`: float32 or bf16-mixed; setting another raises `InputError`."""
+        """Return the plugin, a `PRECISION`. Its setter raises `InputError` unless it is 32-true or bf16-mixed."""
         return super().precision_plugin
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if plugin is not None and plugin.precision not in ("32-true", "bf16-mixed"):
             raise InputError(f"trainer.precision is {plugin.precision}: with ZeRO or FSDP2 use bf16-mixed or 32-true.")
-        own = None if plugin is None else self.PRECISION(plugin.precision)
-        Strategy.precision_plugin.fset(self, own)  # type: ignore[attr-defined]
+        converted = None if plugin is None else self.PRECISION(plugin.precision)
+        Strategy.precision_plugin.fset(self, converted)  # type: ignore[attr-defined]
 
     def require_all_trainable(self, module: LightningModule) -> None:
         """Raise `InputError` if a parameter is frozen."""
@@ -113,7 +113,7 @@ class ShardedStrategy(ParallelStrategy):
             )
 
     def replicate_model(self) -> None:
-        """For evaluation: give each rank the full model, in the precision that it is trained in."""
+        """For evaluation: keep the full model on each rank, in the precision of training."""
         assert self.lightning_module is not None
         for parameter in self.lightning_module.parameters():
             parameter.data = parameter.data.to(self.compute_dtype)
@@ -123,11 +123,11 @@ class ShardedStrategy(ParallelStrategy):
     # --- the float32 weights
 
     def master_weights(self) -> dict[str, Tensor]:
-        """This rank's shard (size,) of every parameter in float32: views of what the optimizer updates."""
+        """Return this rank's shard (size,) of every parameter in float32, as views of the optimizer's tensors."""
         return {name: shard.in_storage(shard.storage) for name, shard in self.shards.items()}
 
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Full tensors, in the first rank's host memory, from all ranks' shards (size,); empty on the other ranks."""
+        """Gather the shards (size,) of all ranks as full tensors in host memory on the first rank; others get none."""
         gathered = {}
         for name, values in shards.items():
             shard = self.shards[name]
@@ -142,21 +142,21 @@ class ShardedStrategy(ParallelStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """The model loads its weights before it is sharded."""
+        """Return False: the model loads its weights before it is sharded."""
         return False
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """The optimizer's state is in the checkpoint, as in any other run."""
+        """Return True: the checkpoint contains the optimizer state, as in any other run."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
-        """The model's state in float32, on the first rank."""
+        """Return the model's state in float32, on the first rank."""
         assert self.lightning_module is not None
         return self.lightning_module.state_dict() | self.gather(self.master_weights())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state dict of torch's optimizer over full parameters, on the first rank."""
+        """Return the state dict of torch's optimizer for full parameters, on the first rank."""
         inner = self.inner_optimizer
         state: dict[int, dict[str, Any]] = {}
         for number, name in self._numbered_parameters():
@@ -190,15 +190,15 @@ class ShardedStrategy(ParallelStrategy):
             group.update({key: value for key, value in settings.items() if key != "params"})
 
     def _numbered_parameters(self) -> Iterator[tuple[int, str]]:
-        """Number and name of every parameter, as an optimizer's state dict numbers them."""
+        """Yield the number of every parameter in an optimizer's state dict, and its name."""
         return enumerate(name for names in self.parameter_groups for name in names)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write the files, on the first rank."""
+        """Write the files on the first rank."""
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Map the files into memory, shared by the ranks of a machine: each reads the shards that it needs."""
+        """Map the files into memory, which the ranks of a machine share; each rank reads the shards that it needs."""
         return read_content(Path(checkpoint_path))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -207,7 +207,7 @@ class ShardedStrategy(ParallelStrategy):
 
 
 def sharded_strategy_of(module: LightningModule) -> ShardedStrategy | None:
-    """The strategy that shards a module's weights across ranks; None where every rank holds all of them."""
+    """Return the strategy that shards a module's weights across ranks, or None if every rank holds all of them."""
     trainer = attached_trainer(module)
     strategy = trainer.strategy if trainer is not None else None
     return strategy if isinstance(strategy, ShardedStrategy) and strategy.shards else None

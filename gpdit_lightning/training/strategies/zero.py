@@ -24,7 +24,7 @@ from gpdit_lightning.training.strategies.sharding import ParameterShard, Sharded
 
 
 class ZeROPrecision(DeepSpeedPrecision):
-    """DeepSpeed's, but latents, noise and noise levels stay in float32: the backbone casts what it embeds."""
+    """DeepSpeed's precision plugin without casts of inputs: latents, noise and noise levels stay in float32."""
 
     def convert_input(self, data: Any) -> Any:
         """Return a batch unchanged."""
@@ -34,18 +34,18 @@ class ZeROPrecision(DeepSpeedPrecision):
 class ZeRO(ShardedStrategy, DeepSpeedStrategy):
     """Trains with DeepSpeed's ZeRO: `zero2`, `zero3`, `zero2_offload` or `zero3_offload` as `trainer.strategy`.
 
-    Unlike Lightning's own strategy for DeepSpeed:
+    Differences from Lightning's DeepSpeedStrategy:
 
-    - accumulated gradients are divided once, not twice, and callbacks see optimizer steps as in any other run;
+    - accumulated gradients are divided once, not twice, and callbacks are called as in any other run;
     - bf16-mixed means weights in bf16, and master weights, optimizer state and the reduction of gradients in float32;
       the master weights are initialized with the given weights, not with those rounded to bf16;
     - a checkpoint is the file that one process would write;
-    - it also runs on the CPU, by gloo: for tests.
+    - it also runs on the CPU with gloo, for tests.
 
     Args:
         stage: 2 shards optimizer state, master weights and gradients; 3 also the weights.
-        offload: keep what is sharded in host memory, and run the optimizer there.
-        options: of Lightning's DeepSpeedStrategy.
+        offload: keep the sharded tensors in host memory, and run the optimizer on the CPU.
+        options: arguments of Lightning's DeepSpeedStrategy.
     """
 
     PRECISION = ZeROPrecision
@@ -69,12 +69,12 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """This rank's device; DeepSpeed needs an index for the CPU too."""
+        """Return this rank's device; DeepSpeed needs an index for the CPU too."""
         device = super().root_device
         return torch.device("cpu", 0) if device.type == "cpu" else device
 
     def setup_environment(self) -> None:
-        """Join the other ranks, also on the CPU, which Lightning refuses here.
+        """Connect to the other ranks, also on the CPU, which Lightning refuses.
 
         Raises:
             InputError: a stage other than 2 or 3, an accelerator other than CUDA or the CPU, or gradient clipping by
@@ -90,7 +90,7 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
-        """As in Lightning, but also on the CPU, and again in a process whose earlier run has left its ranks."""
+        """As in Lightning, but also on the CPU, and again after an earlier run in this process."""
         warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated")  # raised inside DeepSpeed
         internals.prepare_deepspeed(on_cpu=self.root_device.type == "cpu")
         reset_seed()
@@ -99,7 +99,7 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Build the full model: it draws and loads its weights as in any other run, and is sharded afterwards."""
+        """Build the full model: it is initialized as in any other run, and sharded afterwards."""
         yield
 
     # --- training
@@ -120,13 +120,13 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
         self.require_all_trainable(module)
         if self.stage == 3 and any(part.config.compile for part in module.modules() if isinstance(part, GPDiT)):
             raise InputError(
-                "backbone.compile is true, but ZeRO-3 gathers weights in hooks, which torch.compile would trace again "
-                "and again: set it to false, or use zero2, fsdp2 or ddp."
+                "backbone.compile is true, but ZeRO-3 gathers weights in hooks, which torch.compile would trace at "
+                "every call: set it to false, or use zero2, fsdp2 or ddp."
             )
         super().setup(trainer)
 
     def init_deepspeed(self) -> None:
-        """Set up DeepSpeed for training only, and without Lightning's advice on clipping."""
+        """Initialize DeepSpeed for training, without Lightning's warning about gradient clipping."""
         assert self.model is not None
         self._initialize_deepspeed_train(self.model)
 
@@ -163,36 +163,33 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
 
     @property
     def zero_optimizer(self) -> Any:
-        """DeepSpeed's optimizer, which wraps torch's."""
+        """Return DeepSpeed's optimizer, which wraps torch's."""
         return self.deepspeed_engine.optimizer
 
     @property
     def inner_optimizer(self) -> Optimizer:
-        """torch's optimizer over flat tensors that hold shards of many parameters."""
+        """Return torch's optimizer over flat tensors that contain shards of many parameters."""
         return self.zero_optimizer.optimizer
 
     @property
     def handles_gradient_accumulation(self) -> bool:
-        """False: Lightning counts micro-batches and `backward` marks the last one, so callbacks see optimizer steps."""
+        """Return False: Lightning counts micro-batches, and `backward` marks the last one for DeepSpeed."""
         return False
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Gradients are reduced after each micro-batch, since each rank keeps only its shard of them."""
+        """Do nothing: gradients are reduced after each micro-batch, since each rank keeps only its shard of them."""
         yield
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """A micro-batch's backward pass; Lightning has already divided its loss by the accumulation."""
+        """Run a micro-batch's backward pass; Lightning has already divided its loss by the number of micro-batches."""
         assert self.lightning_module is not None
         is_last = internals.is_last_micro_batch(self.lightning_module.trainer)
         self.deepspeed_engine.set_gradient_accumulation_boundary(is_last)
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def gradient_norm(self) -> Tensor:
-        """Norm of the gradient over all ranks before clipping, after the step's last micro-batch: a scalar.
-
-        Infinite where the gradient is not finite. All ranks must call it.
-        """
+        """Return the norm of the gradient, as in the base class; infinite if the gradient is not finite."""
         norm = internals.zero3_gradient_norm if self.zero_stage_3 else internals.zero2_gradient_norm
         return norm(self.zero_optimizer)
 
@@ -201,7 +198,7 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
         self._restore_norm = internals.skip_zero_step(self.zero_optimizer, self.root_device)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """The last micro-batch and the step, unless `skip_step` was called in between."""
+        """Run the last micro-batch and, unless `skip_step` was called, the optimizer step."""
         result = super().optimizer_step(optimizer, closure, *args, **kwargs)
         if self._restore_norm is not None:
             self._restore_norm()
@@ -209,7 +206,7 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
         return result
 
     def teardown(self) -> None:
-        """Release what DeepSpeed holds in hooks and globals: another stage may follow in this process."""
+        """Release DeepSpeed's hooks and global references: another stage may follow in this process."""
         super().teardown()
         if self.shards:
             self.deepspeed_engine.destroy()

@@ -533,7 +533,7 @@ def test_another_architecture_is_refused_by_the_field_that_differs(
     stage = stage_of(other, initial_weights=str(run[0]))
     with pytest.raises(InputError) as caught:
         stage.configure_model()
-    assert f"{run[0]} holds a model with {field} = {theirs}, but this one has {value}" in str(caught.value)
+    assert f"{run[0]} is of a model with {field} = {theirs}, but this one has {value}" in str(caught.value)
 
 
 def test_how_a_model_is_executed_may_differ(tiny_config: GPDiTConfig) -> None:
