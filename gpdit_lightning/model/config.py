@@ -68,8 +68,8 @@ class GPDiTConfig:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations: less memory, a third more time."""
     compile: bool = False
-    """Train with blocks compiled by torch.compile, which takes about a minute for every new shape of a batch. Validation
-    and generation are not compiled. On the CPU it needs a C++ compiler."""
+    """Train with blocks compiled by torch.compile, about a minute for every new shape of a batch. Validation and
+    generation are not compiled. On the CPU it needs a C++ compiler."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -20,7 +20,7 @@ def test_two_conditions_add_up() -> None:
     torch.testing.assert_close(guided, both + 2.0 * (both - without_label) + 0.5 * (both - without_context))
 
 
-def test_without_velocities_to_compare_nothing_changes() -> None:
+def test_without_other_velocities_the_velocity_is_unchanged() -> None:
     assert torch.equal(Guidance(context=9.0, label=9.0).combine(torch.ones(2), None, None), torch.ones(2))
 
 
@@ -49,6 +49,6 @@ def test_all_levels_by_default() -> None:
         ({"least_level": -0.1}, "from -0.1 to 1.0 is not a range"),
     ],
 )
-def test_scales_and_levels_that_are_refused(fields: dict[str, float], message: str) -> None:
+def test_invalid_scales_and_levels_are_refused(fields: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Guidance(**fields)

@@ -66,7 +66,7 @@ def test_two_steps_with_the_exact_velocity_are_one_step() -> None:
     torch.testing.assert_close(twice, once, rtol=0, atol=1e-14)
 
 
-def test_angles_belong_to_the_leading_dimensions() -> None:
+def test_angles_broadcast_over_the_trailing_dimensions() -> None:
     x0, eps = pair(2, 3, 4, 4, 4)
     theta = torch.arange(6, dtype=torch.float64).reshape(2, 3) / 5
     noisy = rotate_to(x0, eps, theta).noisy
@@ -77,7 +77,7 @@ def test_angles_belong_to_the_leading_dimensions() -> None:
             torch.testing.assert_close(alone, noisy[clip, frame])
 
 
-def test_latents_keep_their_type_whatever_the_angles_have() -> None:
+def test_latents_keep_their_dtype() -> None:
     x0, eps = (values.to(torch.bfloat16) for values in pair(2, 1, 2, 2))
     sample = rotate_to(x0, eps, torch.tensor([0.1, 1.5], dtype=torch.float32))
     assert sample.noisy.dtype == sample.velocity.dtype == torch.bfloat16

@@ -149,7 +149,7 @@ def test_certain_data_are_reproduced_exactly(name: str) -> None:
             torch.testing.assert_close(sampled, torch.full_like(NOISE, 1.7), rtol=0, atol=1e-13)
 
 
-def test_dpm2m_is_the_rotation_where_all_steps_have_an_end_of_infinite_lambda() -> None:
+def test_dpm2m_with_up_to_three_steps_is_the_rotation() -> None:
     for steps in (1, 2, 3):
         expected = RotationSampler(steps).sample(TWO_BUMPS.velocity, NOISE)
         sampled = DPMSolver2M(steps).sample(TWO_BUMPS.velocity, NOISE)
@@ -207,7 +207,7 @@ def test_adams_is_of_second_order(data: Mixture, schedule: NoiseSchedule) -> Non
     assert abs(order(steps, errors) - 2) < 0.15
 
 
-def test_adams_is_exact_where_the_velocity_is_a_straight_line_in_theta() -> None:
+def test_adams_is_exact_for_a_velocity_linear_in_theta() -> None:
     """But for its first step, which is Euler's, whatever the lengths of the steps: the integral of theta is known."""
     angles = [1.5, 1.4, 1.1, 0.3, 0.0]
     end = AdamsSampler().integrate(lambda x, theta: theta[:, None].expand_as(x), NOISE, angles)
@@ -247,7 +247,7 @@ def test_adams_in_8_steps_is_closer_than_rotation_in_25() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_any_usual_number_of_steps_gives_the_distribution_of_the_data(name: str) -> None:
+def test_samples_have_the_distribution_of_the_data(name: str) -> None:
     noise = even_quantiles(5000)
     exact = TWO_BUMPS.quantile(torch.special.ndtr(noise))
     for steps in (4, 8, 25, 50):
@@ -416,6 +416,6 @@ def test_a_custom_sampler_by_its_import_path_and_by_a_registered_name(monkeypatc
         (lambda: StochasticSampler().sample(TWO_BUMPS.velocity, NOISE), "give fresh_noise"),
     ],
 )
-def test_what_cannot_run_is_refused(make: Callable[[], Any], message: str) -> None:
+def test_invalid_samplers_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()

@@ -18,7 +18,7 @@ def test_the_loss_is_the_mean_squared_error() -> None:
     assert velocity_loss(velocity, velocity, t)[0] == 0
 
 
-def test_quartiles_hold_their_frames_and_the_last_holds_pure_noise() -> None:
+def test_quartiles_contain_their_frames_and_the_last_one_pure_noise() -> None:
     t = torch.tensor([[0.0, 0.2499, 0.25, 0.4999], [0.5, 0.7499, 0.75, 1.0]])
     errors = torch.tensor([[1.0, 2.0, 4.0, 8.0], [16.0, 32.0, 64.0, 128.0]], dtype=torch.float64)
     prediction = errors.sqrt()[..., None, None, None].expand(2, 4, 2, 3, 3)
@@ -34,7 +34,7 @@ def test_empty_quartiles_are_zero() -> None:
     assert quartiles.sums[[0, 1, 3]].tolist() == [0, 0, 0]
 
 
-def test_quartiles_of_a_batch_are_those_of_its_parts_added_up() -> None:
+def test_quartiles_of_parts_add_up_to_those_of_the_batch() -> None:
     prediction, velocity, t = batch(clips=6)
     loss, whole, _ = velocity_loss(prediction, velocity, t)
     parts = [velocity_loss(prediction[part], velocity[part], t[part])[1] for part in (slice(0, 1), slice(1, 6))]
@@ -64,13 +64,13 @@ def test_the_gradient_agrees_with_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("frames", [1, 4])
-def test_every_frame_weighs_the_same(frames: int) -> None:
+def test_every_frame_has_the_same_weight(frames: int) -> None:
     prediction, velocity, t = batch(frames=frames)
     per_frame = (prediction - velocity).square().mean(dim=(2, 3, 4))
     torch.testing.assert_close(velocity_loss(prediction, velocity, t)[0], per_frame.mean())
 
 
-def test_each_clip_has_its_own_mean() -> None:
+def test_per_clip_is_the_mean_of_each_clip() -> None:
     prediction, velocity, t = batch(clips=5)
     loss, _, per_clip = velocity_loss(prediction.requires_grad_(), velocity, t)
     assert not per_clip.requires_grad

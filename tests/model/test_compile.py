@@ -83,7 +83,7 @@ def test_many_shapes_are_all_compiled() -> None:
 
 @pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("_backend", ["aot_eager"], indirect=True)
-def test_compiled_calls_leave_torchs_switches_alone() -> None:
+def test_compiled_calls_do_not_change_torchs_settings() -> None:
     """The limit of graphs and DDP's optimizer concern everything else that a process compiles."""
     before = torch._dynamo.config.get_config_copy()
     model = toy_model(layers=1, compile=True).float()

@@ -38,7 +38,7 @@ def test_preset_names_unknown_fields() -> None:
         GPDiTConfig.preset("L")
 
 
-def test_a_size_sets_what_is_zero() -> None:
+def test_a_size_sets_the_fields_that_are_zero() -> None:
     config = GPDiTConfig.preset("B", layers=3)
     assert (config.layers, config.width, config.mlp_width, config.heads) == (3, 768, 3072, 12)
     assert config == GPDiTConfig(size="B", layers=3)

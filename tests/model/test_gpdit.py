@@ -89,7 +89,7 @@ def test_a_model_without_conditions_refuses_one() -> None:
             call()
 
 
-def test_features_shapes_and_meaning() -> None:
+def test_features_are_the_residual_stream_after_each_block() -> None:
     model = toy_model(layers=3)
     _, _, clean = toy_batch(2, frames=4)
     features = model.features(clean, layers=[3, 0, 1, 1])
@@ -131,7 +131,7 @@ def test_a_clip_shorter_than_its_noisy_frames_is_refused() -> None:
         toy_model()(noisy, theta, clean, frames=(1, 4))
 
 
-def test_no_parameter_sits_on_the_root() -> None:
+def test_the_root_module_has_no_parameters() -> None:
     model = toy_model()
     assert not list(model.named_parameters(recurse=False))
     assert not list(model.named_buffers(recurse=False))

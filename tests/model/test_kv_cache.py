@@ -45,7 +45,7 @@ def test_at_every_time_site(site: str) -> None:
     rollout(toy_model(time_site=site), toy_batch(2, frames=FRAMES), [1, 2, 1])
 
 
-def test_first_frame_needs_no_cache(model: GPDiT) -> None:
+def test_the_first_frame_is_denoised_without_a_cache(model: GPDiT) -> None:
     noisy, theta, clean = toy_batch(2, frames=FRAMES)
     with torch.no_grad():
         expected = model(noisy, theta, clean)[:, 0]
@@ -103,7 +103,7 @@ def test_denoise_gradients_equal_those_of_the_full_forward(model: GPDiT) -> None
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
-def test_cached_under_autocast_is_close_to_full(model: GPDiT) -> None:
+def test_cached_passes_under_autocast_are_close_to_the_full_forward(model: GPDiT) -> None:
     model = model.float()
     noisy, theta, clean = (x.float() for x in toy_batch(2, frames=FRAMES))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -116,7 +116,7 @@ def test_cached_under_autocast_is_close_to_full(model: GPDiT) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
-def test_a_cache_can_be_used_in_another_precision_than_it_was_made_in(model: GPDiT) -> None:
+def test_a_cache_can_be_used_in_another_precision(model: GPDiT) -> None:
     model = model.float()
     noisy, theta, clean = (x.float() for x in toy_batch(2, frames=FRAMES))
     with torch.no_grad():
@@ -132,8 +132,8 @@ def test_a_cache_can_be_used_in_another_precision_than_it_was_made_in(model: GPD
 @pytest.mark.parametrize(
     ("clean", "match"),
     [
-        (torch.zeros(2, 6, 3, 4, 6), "room for 5 frames and holds 0"),
-        (torch.zeros(1, 1, 3, 4, 6), "holds 2 clips of 4x6"),
+        (torch.zeros(2, 6, 3, 4, 6), "capacity of 5 frames and contains 0: 6 more do not fit"),
+        (torch.zeros(1, 1, 3, 4, 6), "is for 2 clips of 4x6"),
         (torch.zeros(3, 1, 3, 4, 6), "3 of 4x6 were given"),
         (torch.zeros(2, 1, 3, 6, 4), "2 of 6x4 were given"),
         (torch.zeros(2, 1, 4, 4, 6), "C = 3"),
@@ -161,7 +161,7 @@ def test_more_frames_than_the_capacity_are_refused() -> None:
     model, (_, _, clean) = toy_model(), toy_batch(2, frames=FRAMES)
     cache = model.new_cache(2, FRAMES, 4, 6)
     model.extend(cache, clean[:, :4])
-    with pytest.raises(InputError, match="room for 5 frames and holds 4: no 2 more fit"):
+    with pytest.raises(InputError, match="capacity of 5 frames and contains 4: 2 more do not fit"):
         model.extend(cache, clean[:, :2])
     model.extend(cache, clean[:, 4:])
     with pytest.raises(InputError, match="max_frames"):
@@ -172,7 +172,7 @@ def test_more_frames_than_the_capacity_are_refused() -> None:
 @pytest.mark.parametrize(
     ("shape", "theta_shape", "match"),
     [
-        ((1, 3, 4, 6), (1,), "holds 2 clips"),
+        ((1, 3, 4, 6), (1,), "is for 2 clips"),
         ((2, 3, 6, 4), (2,), "2 of 6x4 were given"),
         ((2, 3, 4, 6), (2, 1), "theta has shape"),
         ((2, 3, 4, 6), (1,), "theta has shape"),
@@ -269,7 +269,7 @@ def test_clean_frames_that_denoise_cannot_append_are_refused() -> None:
     model.extend(full, clean[:, :2])
     model.extend(rolling, clean[:, :2])
     for cache, given, message in (
-        (full, clean[:, 2:], "no 1 more fit"),
+        (full, clean[:, 2:], "1 more do not fit"),
         (rolling, clean[:, :2], "2 more do not fit"),
         (rolling, clean[:1, 2:], "clean has shape"),
         (None, clean[:, :2, :, :2], "clean has shape"),

@@ -55,7 +55,7 @@ def test_only_products_are_in_bfloat16(variant: str) -> None:
     assert operators.names <= PRODUCTS | POINTWISE | CASTS_AND_MOVES
 
 
-def test_norms_take_and_give_float32() -> None:
+def test_norms_have_float32_inputs_and_outputs() -> None:
     model, norms = toy_model().float(), []
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
@@ -65,7 +65,7 @@ def test_norms_take_and_give_float32() -> None:
     assert set(norms) == {(torch.float32, torch.float32)}
 
 
-def test_blocks_take_and_give_float32() -> None:
+def test_blocks_have_float32_inputs_and_outputs() -> None:
     model, streams = toy_model().float(), []
     for block in model.blocks:
         block.register_forward_hook(lambda module, inputs, output: streams.append((inputs[0].dtype, output.dtype)))

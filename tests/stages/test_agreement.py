@@ -25,7 +25,7 @@ class OtherRank:
 
 
 @pytest.mark.parametrize(("step", "weights"), [(2, "a"), (4, "b"), (4, None), (4, "a")])
-def test_ranks_that_would_train_on_different_weights_stop(step: int, weights: str | None) -> None:
+def test_ranks_with_different_initial_weights_are_refused(step: int, weights: str | None) -> None:
     trainer: Any = SimpleNamespace(strategy=OtherRank(), global_step=step, world_size=2)
     if (step, weights) == (4, "a"):
         check_ranks(trainer, weights)

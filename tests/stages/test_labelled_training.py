@@ -65,7 +65,7 @@ class Trained(Callback):
         self.held_out.append(batch)
 
 
-def test_the_model_learns_what_a_label_means(fit: Fit, config: GPDiTConfig, shards: Path, tmp_path: Path) -> None:
+def test_the_model_learns_labels(fit: Fit, config: GPDiTConfig, shards: Path, tmp_path: Path) -> None:
     """What a picture was is hard to tell where it is mostly noise, unless one is told."""
     torch.manual_seed(0)
     stage = ImageWarmupStage(config, optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10))
@@ -93,7 +93,7 @@ def test_the_model_learns_what_a_label_means(fit: Fit, config: GPDiTConfig, shar
         (3, True, r"takes 3 classes, but the data has 2: set model\.init_args\.backbone\.classes to 2\."),
     ],
 )
-def test_backbone_and_data_must_have_as_many_classes(
+def test_backbone_and_data_must_have_the_same_number_of_classes(
     fit: Fit, tiny_config: GPDiTConfig, shards: Path, tmp_path: Path, classes: int, labels: bool, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -110,7 +110,7 @@ def run(fit: Fit, config: GPDiTConfig, shards: Path, tmp_path_factory: pytest.Te
     return folder
 
 
-def test_a_checkpoint_knows_the_names_of_the_classes(run: Path) -> None:
+def test_a_checkpoint_records_the_names_of_the_classes(run: Path) -> None:
     assert read_checkpoint(run)["LatentDataModule"]["classes"] == ["bright", "dark"]
     trained = load_trained_model(run)
     assert trained.classes == ("bright", "dark")
@@ -118,7 +118,7 @@ def test_a_checkpoint_knows_the_names_of_the_classes(run: Path) -> None:
     assert trained.backbone.config.classes == 2
 
 
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(
+def test_a_resumed_run_with_labels_ends_bit_equal(
     run: Path, fit: Fit, config: GPDiTConfig, shards: Path, tmp_path: Path
 ) -> None:
     data = data_of(shards, label_dropout=0.5)
@@ -132,7 +132,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(
 
 
 @pytest.mark.parametrize("names", [("dark", "bright"), ("bright", "dim")])
-def test_a_stage_begins_with_weights_for_the_same_classes_alone(
+def test_initial_weights_must_have_the_same_classes(
     run: Path, fit: Fit, config: GPDiTConfig, shards: Path, tmp_path: Path, names: tuple[str, str]
 ) -> None:
     callbacks = [EMA(), RunCheckpoint()]
@@ -145,7 +145,7 @@ def test_a_stage_begins_with_weights_for_the_same_classes_alone(
         fit(GPDiTStage(config, initial_weights=str(run)), data_of(other), tmp_path / "third", 1)
 
 
-def test_weights_that_know_no_names_may_be_begun_with(
+def test_initial_weights_without_class_names_are_accepted(
     fit: Fit, config: GPDiTConfig, shards: Path, tmp_path: Path
 ) -> None:
     GPDiT(config).save_pretrained(tmp_path / "model")

@@ -43,7 +43,7 @@ def test_the_loss_is_the_mean_over_single_draws(
 
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("context", [0, 1, 3])
-def test_the_loss_on_some_frames_is_theirs_among_all(
+def test_the_loss_on_some_frames_equals_their_loss_in_a_pass_over_all_frames(
     randomise: Callable[[GPDiT], GPDiT], tiny_config: GPDiTConfig, context: int, draws: int
 ) -> None:
     """The velocities of a pass over all noisy frames, of which the others do not count."""

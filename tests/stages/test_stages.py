@@ -92,7 +92,7 @@ def gradient_of(model: GPDiT, loss: Tensor) -> Tensor:
         ({"batch_size": 6, "micro_batches": 2, "weight": 3.0}, {"batch_size": 4, "weight": 1.0}, 0.75),
     ],
 )
-def test_mixed_training_weighs_images_and_videos_as_asked(
+def test_mixed_training_weights_images_and_videos_by_their_settings(
     fit: Fit,
     randomise: Randomise,
     tiny_config: GPDiTConfig,
@@ -114,7 +114,7 @@ def test_mixed_training_weighs_images_and_videos_as_asked(
 
 
 @pytest.mark.parametrize("source", ["images", "videos"])
-def test_one_source_alone_has_the_mean_of_its_batch(
+def test_the_loss_of_a_single_source_is_the_mean_of_its_batch(
     fit: Fit, randomise: Randomise, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path, source: str
 ) -> None:
     stage, found = stage_of(GPDiTStage, tiny_config, randomise), Gradients()
@@ -125,7 +125,7 @@ def test_one_source_alone_has_the_mean_of_its_batch(
 
 
 @pytest.mark.parametrize("context", [0, 1, 3])
-def test_clips_without_context_are_denoised_from_nothing(
+def test_the_objective_of_clips_with_and_without_context(
     randomise: Randomise, tiny_config: GPDiTConfig, context: int
 ) -> None:
     stage = stage_of(GPDiTStage, tiny_config, randomise)
@@ -168,7 +168,7 @@ def test_context_changes_the_prediction(randomise: Randomise, tiny_config: GPDiT
         (FewShotStage, ["videos"], r"trains on data\.sequences, but the recipe uses data\.videos:"),
     ],
 )
-def test_a_stage_trains_on_its_own_sources(
+def test_a_stage_refuses_other_sources(
     fit: Fit,
     tiny_config: GPDiTConfig,
     tiny_shards: Path,
@@ -182,7 +182,7 @@ def test_a_stage_trains_on_its_own_sources(
         fit(stage(tiny_config), data_of(tiny_shards, **given), tmp_path, max_steps=1)
 
 
-def test_the_long_stage_sees_every_length(
+def test_the_long_video_stage_trains_on_every_length(
     fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
 ) -> None:
     found = Gradients()
@@ -209,7 +209,7 @@ def test_training_lowers_the_loss(fit: Fit, tiny_config: GPDiTConfig, tiny_shard
     assert sum(losses.found[-20:]) < 0.9 * sum(losses.found[:20])
 
 
-def test_a_checkpoint_says_what_its_weights_are(tiny_config: GPDiTConfig) -> None:
+def test_a_checkpoint_records_the_facts_of_its_weights(tiny_config: GPDiTConfig) -> None:
     checkpoint: dict[str, Any] = {}
     MixedStage(tiny_config, NoiseSchedule(shift=3.0)).on_save_checkpoint(checkpoint)
     assert checkpoint["gpdit"]["stage"] == "MixedStage"

@@ -52,7 +52,7 @@ def log_steps(logger: Logger, *steps: int) -> None:
 
 
 @pytest.mark.parametrize("killed_while_copying", [False, True])
-def test_rows_up_to_the_step_stay(tmp_path: Path, killed_while_copying: bool) -> None:
+def test_csv_rows_after_the_step_are_removed(tmp_path: Path, killed_while_copying: bool) -> None:
     def logger() -> CSVLogger:
         return CSVLogger(tmp_path, name="", version="csv")
 
@@ -112,7 +112,7 @@ class LikeMLflow(MLFlowLogger):
         self.made.append((run_id, path, artifact_path))
 
 
-def test_images_go_to_every_logger_that_takes_them(tmp_path: Path) -> None:
+def test_images_are_logged_to_every_logger_that_accepts_them(tmp_path: Path) -> None:
     strip, video = tmp_path / "a.png", tmp_path / "a.gif"
     for path in (strip, video):
         Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(path)

@@ -12,7 +12,7 @@ def factors(config: OptimizerConfig, steps: range, max_steps: int = 100) -> list
     return [learning_rate_factor(step, config, max_steps) for step in steps]
 
 
-def test_constant_without_warmup_is_the_peak_throughout() -> None:
+def test_constant_without_warmup_is_the_peak() -> None:
     assert factors(OptimizerConfig(), range(0, 1000, 50), max_steps=-1) == [1.0] * 20
 
 
@@ -32,7 +32,7 @@ def test_cosine_falls_along_half_a_wave_after_the_warmup() -> None:
     assert learning_rate_factor(150, config, 100) == 0
 
 
-def test_wsd_stays_after_the_warmup_and_falls_linearly_at_the_end() -> None:
+def test_wsd_is_constant_after_the_warmup_and_falls_linearly_at_the_end() -> None:
     config = OptimizerConfig(warmup_steps=20, decay="wsd", decay_steps=10)
     assert factors(config, range(20)) == [(step + 1) / 20 for step in range(20)]
     assert factors(config, range(20, 91)) == [1.0] * 71
@@ -47,7 +47,7 @@ def test_wsd_may_have_no_stable_part() -> None:
 
 
 @pytest.mark.parametrize("decay", ["cosine", "wsd"])
-def test_a_floor_is_where_the_decay_ends(decay: Literal["cosine", "wsd"]) -> None:
+def test_a_decay_ends_at_the_final_fraction(decay: Literal["cosine", "wsd"]) -> None:
     bare, floored = (
         OptimizerConfig(warmup_steps=5, decay=decay, decay_steps=30, final_learning_rate_fraction=floor)
         for floor in (0.0, 0.1)
@@ -59,7 +59,7 @@ def test_a_floor_is_where_the_decay_ends(decay: Literal["cosine", "wsd"]) -> Non
 
 
 @pytest.mark.parametrize("interrupted", [1, 3, 5, 7])
-def test_a_decay_goes_on_after_an_interruption(interrupted: int) -> None:
+def test_a_resumed_schedule_continues_its_decay(interrupted: int) -> None:
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=2, decay="wsd", decay_steps=4)
 
     def steps(number: int, saved: tuple[Any, Any] | None = None) -> tuple[list[float], tuple[Any, Any]]:
@@ -81,7 +81,7 @@ def test_a_decay_goes_on_after_an_interruption(interrupted: int) -> None:
     assert unbroken == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05, 0.025])
 
 
-def test_a_stable_part_can_begin_a_longer_run() -> None:
+def test_a_longer_wsd_run_has_the_same_stable_part() -> None:
     config = OptimizerConfig(decay="wsd", decay_steps=10)
     assert factors(config, range(90), max_steps=100) == factors(config, range(90), max_steps=1000)
 
@@ -91,7 +91,7 @@ def test_a_warmup_longer_than_the_run_is_only_a_warmup() -> None:
     assert factors(config, range(100)) == [(step + 1) / 200 for step in range(100)]
 
 
-def test_the_schedule_drives_the_optimiser() -> None:
+def test_the_schedule_sets_the_learning_rate_of_the_optimizer() -> None:
     parameter = torch.nn.Parameter(torch.zeros(()))
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=2, decay="cosine")
     optimizer, schedule = build_optimizer([parameter], config, max_steps=6)
@@ -146,7 +146,7 @@ def test_a_negative_warmup_is_refused() -> None:
         ({"final_learning_rate_fraction": 1.1}, r"optimizer\.final_learning_rate_fraction is 1\.1"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         OptimizerConfig(**settings)
 

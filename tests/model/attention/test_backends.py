@@ -161,9 +161,7 @@ def test_cached_generation_uses_the_operator(operator: ReferenceOperator) -> Non
 
 
 @pytest.mark.parametrize(("variant", "cache_in_autocast"), [("of2", False), ("of", True)])
-def test_the_operator_gets_no_mixed_precisions(
-    operator: ReferenceOperator, variant: str, cache_in_autocast: bool
-) -> None:
+def test_the_operator_gets_one_precision(operator: ReferenceOperator, variant: str, cache_in_autocast: bool) -> None:
     model = toy_model(attention=variant, attention_backend="xformers").float()
     noisy, theta, clean = (x.float() for x in toy_batch(3, 2, frames=3))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cache_in_autocast):
@@ -228,7 +226,7 @@ def test_a_requested_backend(caplog: pytest.LogCaptureFixture, operator: Referen
     assert line == f"attention backend: {requested} (requested)"
 
 
-def test_auto_takes_xformers_on_cuda(
+def test_auto_selects_xformers_on_cuda(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, operator: ReferenceOperator
 ) -> None:
     on_cpu_instead(monkeypatch)
@@ -267,7 +265,7 @@ def test_the_trial_has_the_precision_and_the_head_width_of_attention(
         ("cuda", torch.float64, "xformers has no float64 kernels"),
     ],
 )
-def test_auto_takes_sdpa_where_xformers_cannot_be_used(
+def test_auto_selects_sdpa_if_xformers_cannot_be_used(
     caplog: pytest.LogCaptureFixture, operator: ReferenceOperator, device_type: str, dtype: torch.dtype, reason: str
 ) -> None:
     chosen, line = choice(caplog, "auto", device_type, dtype)

@@ -54,7 +54,7 @@ def test_forward(variant: str, frames: int) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_in_the_last_block_only_noisy_frames_have_queries(variant: str) -> None:
+def test_the_last_block_has_queries_of_noisy_frames_only(variant: str) -> None:
     frames = 5
     plan = attention_plan(variant, frames - 1, clean_queries=0, context_lengths=range(frames))
     queries = stream("noisy", 0, frames)
@@ -90,7 +90,7 @@ def test_no_clip_with_context_means_no_segments() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("clips", "context_clips", "frames"), [(3, 1, 5), (2, 2, 2), (2, 2, 1), (2, 0, 5)])
-def test_nothing_is_computed_beyond_the_mask(variant: str, clips: int, context_clips: int, frames: int) -> None:
+def test_masked_scores_are_not_computed(variant: str, clips: int, context_clips: int, frames: int) -> None:
     """FLOPs of the products as they run, against the pairs of tokens in the dense mask."""
     layers, tokens, patch_values = 3, 6, 12
     config = toy_config(attention=variant, layers=layers)

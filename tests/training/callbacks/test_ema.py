@@ -93,9 +93,7 @@ def test_the_average_follows_its_recurrence_over_optimizer_steps(
     assert moved
 
 
-def test_the_average_is_in_float32_and_apart_from_the_weights(
-    fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path
-) -> None:
+def test_the_average_is_a_float32_copy(fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path) -> None:
     ema = EMA()
     fit(stage, data, tmp_path, max_steps=1, callbacks=[ema], precision="bf16-true")
     assert {parameter.dtype for parameter in stage.parameters()} == {torch.bfloat16}
@@ -103,7 +101,7 @@ def test_the_average_is_in_float32_and_apart_from_the_weights(
     assert not {p.data_ptr() for p in stage.parameters()} & {v.data_ptr() for v in ema.average.values()}
 
 
-def test_frozen_parameters_are_left_out(fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path) -> None:
+def test_frozen_parameters_have_no_average(fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path) -> None:
     stage.configure_model()
     stage.backbone.patch_embedding.requires_grad_(False)
     ema = EMA()
@@ -114,7 +112,7 @@ def test_frozen_parameters_are_left_out(fit: Fit, stage: GPDiTStage, data: Laten
 
 
 @pytest.mark.parametrize("validate", [True, False])
-def test_validation_sees_the_average_and_gives_the_weights_back(
+def test_validation_uses_the_average_and_restores_the_weights(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path, validate: bool
 ) -> None:
     ema, history = EMA(0.5, validate), WeightHistory()
@@ -133,7 +131,7 @@ def test_validation_sees_the_average_and_gives_the_weights_back(
     assert same(weights_of(stage), history.after[-1][1])
 
 
-def test_the_average_is_in_the_module_inside_its_block_alone(
+def test_averaged_replaces_the_weights_during_the_block_only(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path
 ) -> None:
     ema = EMA(0.5)
@@ -151,7 +149,7 @@ def test_the_average_is_in_the_module_inside_its_block_alone(
         assert same(weights_of(stage), trained)
 
 
-def test_a_checkpoint_holds_the_average(fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path) -> None:
+def test_a_checkpoint_contains_the_average(fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path) -> None:
     ema = EMA(0.5)
     fit(stage, data, tmp_path, max_steps=3, callbacks=[ema, RunCheckpoint()])
     saved = read_checkpoint(tmp_path)["ema"]
@@ -159,7 +157,7 @@ def test_a_checkpoint_holds_the_average(fit: Fit, stage: GPDiTStage, data: Laten
     assert same(saved["weights"], ema.average)
 
 
-def test_a_resumed_average_is_that_of_an_unbroken_run(
+def test_a_resumed_average_equals_that_of_an_uninterrupted_run(
     fit: Fit, data: LatentDataModule, tiny_shards: Path, tiny_config: GPDiTConfig, tmp_path: Path
 ) -> None:
     def run(folder: Path, max_steps: int, resume_from: Path | None = None) -> tuple[EMA, Weights]:

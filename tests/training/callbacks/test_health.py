@@ -131,7 +131,7 @@ def stage(tiny_config: GPDiTConfig) -> GPDiTStage:
 
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("micro_batch", [2, 3])
-def test_a_broken_clip_is_named_and_stops_the_run_before_the_weights_move(
+def test_a_non_finite_loss_names_its_clip_and_stops_the_run_before_the_update(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path, value: float, micro_batch: int
 ) -> None:
     history, plant = History(), Plant(value, micro_batch)
@@ -150,7 +150,7 @@ def test_a_broken_clip_is_named_and_stops_the_run_before_the_weights_move(
 
 @pytest.mark.parametrize("value", [NAN, -INF])
 @pytest.mark.parametrize("micro_batch", [2, 3])
-def test_where_only_the_gradient_is_broken_all_samples_of_the_step_are_named(
+def test_a_non_finite_gradient_names_all_samples_of_the_step(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path, value: float, micro_batch: int
 ) -> None:
     history = History()
@@ -173,7 +173,7 @@ class InfiniteStage(GPDiTStage):
         return loss._replace(mean=loss.mean + INF)
 
 
-def test_a_loss_that_overflows_alone_is_found(
+def test_an_infinite_loss_with_finite_gradients_is_detected(
     fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
 ) -> None:
     data, history = LatentDataModule(videos=SourceConfig([str(tiny_shards)], batch_size=4)), History()
@@ -184,7 +184,7 @@ def test_a_loss_that_overflows_alone_is_found(
     assert named(str(caught.value)) == history.keys[1][1:2]
 
 
-def test_a_long_list_of_samples_is_cut(fit: Fit, stage: GPDiTStage, write_shards: Any, tmp_path: Path) -> None:
+def test_a_long_list_of_samples_is_shortened(fit: Fit, stage: GPDiTStage, write_shards: Any, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", {("train", "video", (1, 2, 2)): 20}).directory
     data = LatentDataModule(videos=SourceConfig([str(shards)], batch_size=20))
     with pytest.raises(NonFiniteError, match=r"\w \.\.\.; inspect them") as caught:
@@ -193,7 +193,7 @@ def test_a_long_list_of_samples_is_cut(fit: Fit, stage: GPDiTStage, write_shards
 
 
 @pytest.mark.parametrize(("row", "key"), [(0, "a"), (1, "a"), (2, "b"), (3, "c"), (4, "b"), (5, "c")])
-def test_noisy_copies_belong_to_their_clips(row: int, key: str) -> None:
+def test_losses_of_noisy_copies_have_the_keys_of_their_clips(row: int, key: str) -> None:
     """Two copies of a clip with context, then twice the two without."""
     latents, losses = torch.zeros(3, 2, 4, 2, 2), torch.ones(6)
     batch = LatentBatch(latents, torch.zeros(6, 2, 4, 2, 2), torch.zeros(6, 2), 1, 1.0, "videos", ["a", "b", "c"])
@@ -206,13 +206,13 @@ def test_noisy_copies_belong_to_their_clips(row: int, key: str) -> None:
     assert named(str(caught.value)) == [key]
 
 
-def test_the_command_line_may_show_it_as_one_sentence() -> None:
+def test_errors_of_health_are_input_errors() -> None:
     assert issubclass(NonFiniteError, InputError)
     assert issubclass(DamagedDataError, InputError)
 
 
 @pytest.mark.timeout(60)
-def test_every_rank_names_the_samples_of_all(fit: Fit, stage: GPDiTStage, tiny_shards: Path, tmp_path: Path) -> None:
+def test_a_rank_names_the_samples_of_all_ranks(fit: Fit, stage: GPDiTStage, tiny_shards: Path, tmp_path: Path) -> None:
     if torch.cuda.is_initialized():
         pytest.skip("a process that uses CUDA cannot fork")
 
@@ -237,7 +237,7 @@ def test_every_rank_names_the_samples_of_all(fit: Fit, stage: GPDiTStage, tiny_s
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_a_step_left_out_moves_nothing_but_the_count_and_the_schedule(
+def test_a_skipped_step_changes_only_the_step_count_and_the_schedule(
     fit: Fit,
     stage: GPDiTStage,
     data: LatentDataModule,
@@ -274,7 +274,7 @@ def test_a_step_left_out_moves_nothing_but_the_count_and_the_schedule(
     ]
 
 
-def test_too_many_steps_in_a_row_stop_the_run(
+def test_too_many_consecutive_skips_stop_the_run(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path
 ) -> None:
     health, history, plant = Health(max_skips=2), History(), Plant(NAN, 2, 4, 6)
@@ -286,7 +286,7 @@ def test_too_many_steps_in_a_row_stop_the_run(
     assert health.skipped_steps == 3
 
 
-def test_steps_left_out_count_on_after_an_interruption(
+def test_skipped_steps_are_counted_across_a_resume(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tiny_config: GPDiTConfig, tmp_path: Path
 ) -> None:
     fit(stage, data, tmp_path, 3, [Health(max_skips=2), Plant(NAN, 2, 4), EMA(), RunCheckpoint()])
@@ -304,7 +304,7 @@ def test_steps_left_out_count_on_after_an_interruption(
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
-def test_overflow_in_fp16_is_left_to_the_gradient_scaler(
+def test_overflow_in_fp16_is_handled_by_the_gradient_scaler(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path
 ) -> None:
     health, history = Health(spike_window=1), History()
@@ -351,7 +351,7 @@ def damaged(fit: Fit, tiny_config: GPDiTConfig, write_shards: Callable[..., Mani
     return Damaged(fit, tiny_config, write_shards(tmp_path / "shards", {("train", "video", (2, 4, 4)): 12}))
 
 
-def test_a_run_goes_on_without_as_many_samples_as_it_may(
+def test_a_run_tolerates_the_maximum_number_of_damaged_samples(
     damaged: Damaged, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -363,7 +363,7 @@ def test_a_run_goes_on_without_as_many_samples_as_it_may(
     assert all(name in messages[-1] for name in damaged.names)
 
 
-def test_one_more_stops_it_before_the_weights_move(damaged: Damaged, tmp_path: Path) -> None:
+def test_one_more_damaged_sample_stops_the_run_before_the_update(damaged: Damaged, tmp_path: Path) -> None:
     history, health = History(), Health(max_damaged_samples=3)
     with pytest.raises(DamagedDataError, match=r"samples: 4, more than health\.max_damaged_samples = 3 \(sample"):
         damaged.run(tmp_path, 9, health, history)
@@ -376,7 +376,7 @@ def test_one_more_stops_it_before_the_weights_move(damaged: Damaged, tmp_path: P
     assert set(health.damaged) == damaged.names
 
 
-def test_the_message_names_the_first_and_the_cure(damaged: Damaged, tmp_path: Path) -> None:
+def test_the_message_names_the_first_damaged_samples_and_the_cure(damaged: Damaged, tmp_path: Path) -> None:
     health = Health(max_damaged_samples=0)
     with pytest.raises(InputError, match="copy their shards again, or allow more") as caught:
         damaged.run(tmp_path, 9, health)
@@ -384,7 +384,7 @@ def test_the_message_names_the_first_and_the_cure(damaged: Damaged, tmp_path: Pa
     assert all(name in str(caught.value) for name in health.damaged)
 
 
-def test_the_count_goes_on_after_an_interruption(damaged: Damaged, tmp_path: Path) -> None:
+def test_damaged_samples_are_counted_across_a_resume(damaged: Damaged, tmp_path: Path) -> None:
     unbroken = damaged.run(tmp_path / "unbroken", 4, Health())
     damaged.run(tmp_path / "broken", 1, Health())
     resumed = damaged.run(tmp_path / "broken", 4, Health(), resume=True)
@@ -393,7 +393,7 @@ def test_the_count_goes_on_after_an_interruption(damaged: Damaged, tmp_path: Pat
 
 
 @pytest.mark.timeout(60)
-def test_all_ranks_count_what_each_of_them_finds_and_stop_together(damaged: Damaged, tmp_path: Path) -> None:
+def test_damaged_samples_are_counted_over_ranks_and_stop_all_of_them(damaged: Damaged, tmp_path: Path) -> None:
     if torch.cuda.is_initialized():
         pytest.skip("a process that uses CUDA cannot fork")
     alone = tmp_path / "alone"
@@ -422,7 +422,7 @@ def test_all_ranks_count_what_each_of_them_finds_and_stop_together(damaged: Dama
 # Norms
 
 
-def test_a_healthy_run_keeps_the_norm_before_clipping(
+def test_the_gradient_norm_is_measured_before_clipping(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path
 ) -> None:
     health, norms = Health(), GradientNorms()
@@ -432,7 +432,7 @@ def test_a_healthy_run_keeps_the_norm_before_clipping(
     assert health.gradient_norm == pytest.approx(norms.norms[-1], rel=1e-5)
 
 
-def test_the_mean_norm_is_the_mean_at_first_and_forgets_later(
+def test_the_mean_norm_is_a_mean_and_later_an_exponential_average(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path
 ) -> None:
     health, norms = Health(spike_window=3, spike_factor=1e9), GradientNorms()
@@ -477,7 +477,7 @@ def spikes(fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path) -> Spikes:
     return Spikes(fit, tiny_config, LatentDataModule(videos=videos))
 
 
-def test_a_spike_is_told_with_the_clip_that_stands_out(
+def test_a_spike_is_logged_with_the_clip_of_the_largest_loss(
     spikes: Spikes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The one in step 3 comes too early to be told from what is usual."""
@@ -493,7 +493,7 @@ def test_a_spike_is_told_with_the_clip_that_stands_out(
     assert messages[0].count("(") == 4  # of eight
 
 
-def test_a_resumed_run_tells_the_same_spikes(spikes: Spikes, tmp_path: Path) -> None:
+def test_a_resumed_run_logs_the_same_spikes(spikes: Spikes, tmp_path: Path) -> None:
     """Interrupted after step 3: a mean begun anew would be too young in step 6."""
     unbroken, _ = spikes.run(tmp_path / "unbroken", 8)
     spikes.run(tmp_path / "broken", 3)
@@ -503,13 +503,13 @@ def test_a_resumed_run_tells_the_same_spikes(spikes: Spikes, tmp_path: Path) -> 
     assert texts(tmp_path / "broken") == texts(tmp_path / "unbroken")
 
 
-def test_spikes_can_be_turned_off(spikes: Spikes, tmp_path: Path) -> None:
+def test_spike_factor_zero_logs_no_spikes(spikes: Spikes, tmp_path: Path) -> None:
     health, _ = spikes.run(tmp_path, 6, spike_factor=0)
     assert health.spikes == 0
     assert texts(tmp_path) == {}
 
 
-def test_a_spike_hides_no_other_and_a_lasting_norm_becomes_the_usual_one() -> None:
+def test_a_spike_does_not_hide_the_next_and_a_lasting_norm_becomes_the_mean() -> None:
     health = Health(spike_factor=2, spike_window=10)
     health._losses_by_key = lambda trainer: []  # type: ignore[method-assign]
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", enable_progress_bar=False)
@@ -557,20 +557,20 @@ def watched(reads: Reads, **options: Any) -> Health:
     return health
 
 
-def test_the_count_of_reads_can_fail() -> None:
+def test_the_counter_detects_reads() -> None:
     reads, tensor = Reads(), torch.tensor(2.0)
     with reads:
         _ = (float(tensor), tensor.item(), tensor.tolist(), bool(tensor > 1), tensor.cpu(), torch.equal(tensor, tensor))
     assert len(reads.names) == 6
 
 
-def test_a_step_reads_the_device_once(fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path) -> None:
+def test_a_step_reads_from_the_device_once(fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path) -> None:
     reads = Reads()
     fit(stage, data, tmp_path, 5, [watched(reads, spike_window=2)])
     assert reads.names == ["tolist"] * 5
 
 
-def test_counting_damaged_samples_reads_no_more(damaged: Damaged, tmp_path: Path) -> None:
+def test_counting_damaged_samples_adds_no_read(damaged: Damaged, tmp_path: Path) -> None:
     reads = Reads()
     assert damaged.run(tmp_path, 5, watched(reads)).damaged
     assert reads.names == ["tolist"] * 5
@@ -589,6 +589,6 @@ def test_counting_damaged_samples_reads_no_more(damaged: Damaged, tmp_path: Path
         ({"max_damaged_samples": -1}, r"health\.max_damaged_samples is -1"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Health(**settings)

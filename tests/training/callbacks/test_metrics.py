@@ -51,7 +51,7 @@ def random_loss(clips: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 # LossTable
 
 
-def test_micro_batches_add_up_to_one_big_batch() -> None:
+def test_micro_batches_give_the_means_of_one_batch() -> None:
     prediction, velocity, t = random_loss(12, seed=0)
     table = LossTable()
     for part in (slice(0, 4), slice(4, 8), slice(8, 12)):
@@ -65,7 +65,7 @@ def test_micro_batches_add_up_to_one_big_batch() -> None:
         assert means[f"loss_q{number + 1}"] == pytest.approx(expected)
 
 
-def test_float32_parts_are_added_in_float64() -> None:
+def test_float32_losses_are_added_in_float64() -> None:
     table = LossTable()
     for _ in range(3):
         table.add("videos", 1.0, QuartileLoss(torch.full((4,), 1e8), torch.full((4,), 1.0)))
@@ -73,7 +73,7 @@ def test_float32_parts_are_added_in_float64() -> None:
     assert table.rows["videos"][0, 0].item() == 3e8 + 3
 
 
-def test_sources_weigh_as_in_the_objective() -> None:
+def test_sources_have_their_weights_in_the_objective() -> None:
     images, videos = (velocity_loss(*random_loss(clips, seed)) for clips, seed in ((8, 1), (3, 2)))
     table = LossTable()
     table.add("images", 0.2, images[1])
@@ -86,7 +86,7 @@ def test_sources_weigh_as_in_the_objective() -> None:
     assert means["loss_q1"] == pytest.approx(float(pooled[0]))
 
 
-def test_ranks_add_up_to_one_big_batch() -> None:
+def test_ranks_give_the_means_of_one_batch() -> None:
     prediction, velocity, t = random_loss(8, seed=3)
     tables = [LossTable(), LossTable()]
     for table, part in zip(tables, (slice(0, 4), slice(4, 8)), strict=True):
@@ -102,14 +102,14 @@ def test_a_quartile_without_frames_has_no_mean() -> None:
     assert table.means(trainer_of()).keys() == {"loss", "loss_q2"}
 
 
-def test_means_are_given_once() -> None:
+def test_means_reset_the_sums() -> None:
     table = LossTable()
     table.add("videos", 1.0, velocity_loss(*random_loss(2, seed=5))[1])
     assert table.means(trainer_of())
     assert table.means(trainer_of()) == {}
 
 
-def test_an_interrupted_window_goes_on(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
+def test_sums_are_restored_from_a_checkpoint(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
     losses = [velocity_loss(*random_loss(2, seed))[1] for seed in range(4)]
     unbroken, before, after = (curves_of(tiny_config) for _ in range(3))
     for loss in losses:
@@ -125,7 +125,7 @@ def test_an_interrupted_window_goes_on(tiny_config: GPDiTConfig, tmp_path: Path)
     assert after.train.means(trainer_of()) == unbroken.train.means(trainer_of())
 
 
-def test_an_interrupted_window_counts_once_over_ranks(tiny_config: GPDiTConfig) -> None:
+def test_restored_sums_count_once_over_ranks(tiny_config: GPDiTConfig) -> None:
     losses = [velocity_loss(*random_loss(2, seed))[1] for seed in range(2)]
     ranks = [curves_of(tiny_config) for _ in losses]
     for rank, loss in zip(ranks, losses, strict=True):
@@ -208,7 +208,7 @@ def mixed_stage(config: GPDiTConfig) -> MixedStage:
     return MixedStage(config, optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=4))
 
 
-def test_curves_stand_against_optimizer_steps(
+def test_scalars_are_logged_by_optimizer_step(
     fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
 ) -> None:
     record, scalars = run(fit, mixed_stage(tiny_config), mixed_data(tiny_shards), tmp_path, max_steps=8)
@@ -238,7 +238,7 @@ def test_curves_stand_against_optimizer_steps(
     assert tokens_per_clip == pytest.approx((4 * 16 + 4 * 48) / 8, rel=1e-5)
 
 
-def test_curves_of_a_resumed_run_are_those_of_an_unbroken_one(
+def test_a_resumed_run_logs_the_same_scalars(
     fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
 ) -> None:
     """Interrupted after step 3, in the middle of a window of 2 steps."""
@@ -264,7 +264,7 @@ class Break(Callback):
             batch.latents[0, 0] = float("nan")
 
 
-def test_steps_left_out_are_counted_and_their_losses_are_not(
+def test_skipped_steps_are_counted_and_their_losses_excluded(
     fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
 ) -> None:
     """Step 3 is one of two in its window, steps 5 and 6 fill theirs."""
@@ -277,7 +277,7 @@ def test_steps_left_out_are_counted_and_their_losses_are_not(
     assert scalars["train/loss"][8] == pytest.approx((record.losses[7] + record.losses[8]) / 2, rel=1e-5)
 
 
-def test_damaged_samples_are_counted_once_each(
+def test_each_damaged_sample_counts_once(
     fit: Fit, tiny_config: GPDiTConfig, write_shards: Callable[..., Manifest], tmp_path: Path
 ) -> None:
     """Two of six images and one of seven clips; every sample comes again within eight steps."""
@@ -299,7 +299,7 @@ def test_damaged_samples_are_counted_once_each(
     assert sum(map(len, found)) > 3
 
 
-def test_the_distance_of_the_average_is_over_all_weights_together(
+def test_the_distance_of_the_average_is_over_all_weights(
     fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
 ) -> None:
     stage = mixed_stage(tiny_config)

@@ -157,7 +157,7 @@ class Borders(Callback):
         self.normal.append(training and not any(p.is_inference() for p in pl_module.parameters()))
 
 
-def test_pictures_and_errors_are_there_for_their_steps(fit: Fit, shards: str, tmp_path: Path) -> None:
+def test_previews_and_errors_are_written_at_their_steps(fit: Fit, shards: str, tmp_path: Path) -> None:
     preview = Preview(every_steps=2, clips=2, sampler_steps=2)
     fit(stage_of(), data_of(shards), tmp_path, 5, [EMA(), preview], logger=logger_of(tmp_path))
     steps = [2, 4, 5]  # 5 is the last
@@ -179,7 +179,7 @@ def test_pictures_and_errors_are_there_for_their_steps(fit: Fit, shards: str, tm
 
 
 @pytest.mark.parametrize("source", ["videos", "sequences"])
-def test_a_perfect_model_makes_no_error(fit: Fit, codec: Codec, shards: str, tmp_path: Path, source: str) -> None:
+def test_a_perfect_prediction_has_no_error(fit: Fit, codec: Codec, shards: str, tmp_path: Path, source: str) -> None:
     data = data_of(shards, source)
     puppet = Puppet(held_out(data, source, 3), codec)
     preview = Preview(every_steps=1, clips=3, sampler_steps=3)
@@ -201,7 +201,7 @@ def test_a_model_that_repeats_the_last_frame_has_ratio_one(fit: Fit, codec: Code
     assert scalar_of(tmp_path, "rollout_error") > 100
 
 
-def test_the_error_is_of_the_generated_independent_frames() -> None:
+def test_the_error_is_that_of_the_generated_frames() -> None:
     truth = torch.zeros(2, 5, 3, 4, 4, dtype=torch.uint8)
     truth[:, 1], truth[:, 2], truth[:, 3], truth[:, 4] = 10, 10, 14, 20
     prediction = truth.clone()
@@ -212,7 +212,7 @@ def test_the_error_is_of_the_generated_independent_frames() -> None:
     assert rollout_error(truth, truth[:, :1].expand_as(truth), 3).keys() == {"sample/rollout_error"}  # nothing moves
 
 
-def test_training_goes_on_as_without_previews(fit: Fit, shards: str, tmp_path: Path) -> None:
+def test_previews_do_not_change_the_training(fit: Fit, shards: str, tmp_path: Path) -> None:
     def run(every_steps: int) -> tuple[dict[str, Tensor], list[Any], list[bool]]:
         stage, borders = stage_of(), Borders()
         random.seed(0)
@@ -231,7 +231,7 @@ def test_training_goes_on_as_without_previews(fit: Fit, shards: str, tmp_path: P
     assert normal == [True] * 8
 
 
-def test_the_average_generates_from_fixed_noise_as_in_training(
+def test_previews_use_the_average_fixed_noise_and_the_precision_of_training(
     fit: Fit, codec: Codec, shards: str, tmp_path: Path
 ) -> None:
     data, ema = data_of(shards), EMA(0.5)
@@ -249,7 +249,7 @@ def test_the_average_generates_from_fixed_noise_as_in_training(
         assert torch.equal(puppet.asked[place]["noisy"], puppet.asked[8 + place]["noisy"])
 
 
-def test_images_come_from_nothing(fit: Fit, shards: str, tmp_path: Path) -> None:
+def test_images_are_generated_without_context(fit: Fit, shards: str, tmp_path: Path) -> None:
     preview = Preview(every_steps=2, clips=3, sampler_steps=2)
     fit(stage_of(), data_of(shards, "images"), tmp_path, 2, [preview], logger=logger_of(tmp_path))
     assert made(tmp_path).keys() == {"step-000002.png"}
@@ -259,7 +259,7 @@ def test_images_come_from_nothing(fit: Fit, shards: str, tmp_path: Path) -> None
         assert 96 < strip.height < 2 * 96  # no row of truth
 
 
-def test_videos_come_before_sequences_and_these_before_images(shards: str) -> None:
+def test_previews_prefer_videos_then_sequences_then_images(shards: str) -> None:
     config = SourceConfig([shards], batch_size=4)
     everything = LatentDataModule(images=config, videos=config, sequences=config)
     stills = LatentDataModule(images=config, sequences=config)
@@ -268,7 +268,7 @@ def test_videos_come_before_sequences_and_these_before_images(shards: str) -> No
     assert (clips.source, clips.split, clips.context, clips.independent_frames) == ("sequences", "validation", 3, True)
 
 
-def test_the_longest_clips_are_shown(write_shards: Callable[..., Manifest], tmp_path: Path) -> None:
+def test_the_longest_clips_are_selected(write_shards: Callable[..., Manifest], tmp_path: Path) -> None:
     held_out = {("validation", "video", shape): 3 for shape in ((2, 8, 8), (4, 4, 4), (3, 8, 8))}
     manifest = write_shards(tmp_path, {("train", "video", (3, 8, 8)): 4} | held_out)
     data = LatentDataModule(videos=SourceConfig([str(manifest.directory)], batch_size=2, least_frames=2, frames=4))
@@ -277,7 +277,7 @@ def test_the_longest_clips_are_shown(write_shards: Callable[..., Manifest], tmp_
     assert clips.fps == 8  # these do not say
 
 
-def test_each_of_several_data_sets_is_shown(write_shards: Callable[..., Manifest], tmp_path: Path) -> None:
+def test_clips_of_each_data_set_are_selected(write_shards: Callable[..., Manifest], tmp_path: Path) -> None:
     tasks = []
     for task, count in (("grayscale", 4), ("sketch", 3)):
         held_out = {("validation", "sequence", (10, 8, 8)): count}
@@ -289,7 +289,7 @@ def test_each_of_several_data_sets_is_shown(write_shards: Callable[..., Manifest
         assert np.array_equal(clip, bucket.read(number).latents)
 
 
-def test_no_picture_of_a_long_sequence_is_left_out(fit: Fit, tmp_path: Path) -> None:
+def test_all_images_of_a_long_sequence_are_in_the_strip(fit: Fit, tmp_path: Path) -> None:
     shards = make_shards(tmp_path / "shards", length=12)
     preview = Preview(every_steps=2, clips=1, sampler_steps=1)
     fit(stage_of(), data_of(shards, "sequences"), tmp_path, 2, [preview])
@@ -297,7 +297,7 @@ def test_no_picture_of_a_long_sequence_is_left_out(fit: Fit, tmp_path: Path) -> 
         assert strip.width > 12 * 96
 
 
-def test_without_held_out_clips_training_clips_are_shown(
+def test_training_clips_are_selected_if_none_are_held_out(
     fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = data_of(make_shards(tmp_path / "shards", ("train",)))
@@ -324,7 +324,7 @@ def test_a_context_without_a_frame_to_generate_is_refused(fit: Fit, shards: str,
 
 
 @pytest.mark.parametrize("option", ["every_steps", "clips", "context_frames", "sampler_steps"])
-def test_numbers_without_sense_are_refused(option: str) -> None:
+def test_invalid_numbers_are_refused(option: str) -> None:
     with pytest.raises(InputError, match=rf"preview\.{option} is -1; it must be"):
         Preview(**{option: -1})
 

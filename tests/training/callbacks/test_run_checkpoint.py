@@ -133,7 +133,7 @@ def own_signals() -> Iterator[None]:
 # When
 
 
-def test_a_run_leaves_its_last_checkpoint_and_the_milestones(run: tuple[Path, GPDiTStage, EMA]) -> None:
+def test_a_run_keeps_its_last_checkpoints_and_the_milestones(run: tuple[Path, GPDiTStage, EMA]) -> None:
     names = {path.name for path in (run[0] / "checkpoints").iterdir()}
     assert names == {"last.ckpt"} | {f"step-{n}.ckpt{mark}" for n in (2, 4, 5) for mark in ("", ".complete")}
     assert read_checkpoint(run[0])["global_step"] == 5
@@ -142,13 +142,13 @@ def test_a_run_leaves_its_last_checkpoint_and_the_milestones(run: tuple[Path, GP
     assert last_checkpoint(run[0], verify=True) == run[0] / "checkpoints/step-5.ckpt"
 
 
-def test_every_interval_and_the_end_are_saved_once(tmp_path: Path) -> None:
+def test_each_interval_and_the_last_step_are_saved_once(tmp_path: Path) -> None:
     trainer = PretendTrainer(tmp_path)
     trainer.train(RunCheckpoint(every_steps=4), steps=10, accumulated=3)
     assert trainer.saves == [4, 8, 10]
 
 
-def test_milestones_are_saved_too(tmp_path: Path) -> None:
+def test_milestones_are_saved(tmp_path: Path) -> None:
     trainer = PretendTrainer(tmp_path)
     trainer.train(RunCheckpoint(every_steps=4, keep_last=1, keep_every_steps=3), steps=10)
     assert trainer.saves == [3, 4, 6, 8, 9, 10]
@@ -157,7 +157,7 @@ def test_milestones_are_saved_too(tmp_path: Path) -> None:
     }
 
 
-def test_a_training_that_is_told_to_stop_is_saved(tmp_path: Path) -> None:
+def test_a_training_that_stops_early_is_saved(tmp_path: Path) -> None:
     """By trainer.max_time, for one."""
     trainer, checkpoint = PretendTrainer(tmp_path), RunCheckpoint(every_steps=100)
     trainer.train(checkpoint, steps=2)
@@ -166,7 +166,7 @@ def test_a_training_that_is_told_to_stop_is_saved(tmp_path: Path) -> None:
     assert trainer.saves == [3]
 
 
-def test_time_is_counted_from_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minutes_count_from_the_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = PretendTrainer(tmp_path)
     # A step takes a minute.
     monkeypatch.setattr(
@@ -179,7 +179,7 @@ def test_time_is_counted_from_the_last_save(tmp_path: Path, monkeypatch: pytest.
     assert trainer.saves == [5]
 
 
-def test_other_ranks_follow_the_first_ranks_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_save_by_the_clock_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One small reduction a step, with the same outcome everywhere."""
     trainer = PretendTrainer(tmp_path)
     trainer.world_size, trainer.is_global_zero = 2, False
@@ -210,7 +210,7 @@ def test_a_validation_within_a_step_saves_nothing(tmp_path: Path) -> None:
     assert trainer.events == ["validation", "save 1", "validation", "validation", "save 2"]
 
 
-def test_a_resumed_run_does_not_save_again_what_it_began_from(tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_save_its_first_step_again(tmp_path: Path) -> None:
     trainer = PretendTrainer(tmp_path)
     trainer.global_step = 4
     trainer.train(RunCheckpoint(every_steps=2), steps=2, accumulated=2)
@@ -220,7 +220,7 @@ def test_a_resumed_run_does_not_save_again_what_it_began_from(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("setting", "value"), [("every_steps", 0), ("every_minutes", -1), ("keep_last", 0), ("keep_every_steps", -5)]
 )
-def test_intervals_that_make_no_sense_are_refused(setting: str, value: int) -> None:
+def test_invalid_intervals_are_refused(setting: str, value: int) -> None:
     with pytest.raises(InputError, match=rf"checkpoint\.{setting} is {value}; it must be at least"):
         RunCheckpoint(**{setting: value})
 
@@ -239,7 +239,7 @@ class Validations(Callback):
 
 
 @pytest.mark.parametrize("stood_at", [1, 2, 4])
-def test_validations_and_saves_of_a_real_trainer(
+def test_validations_come_before_saves_and_are_not_repeated(
     tiny_shards: Path, tiny_config: GPDiTConfig, fit: Fit, tmp_path: Path, stood_at: int
 ) -> None:
     """Every second step, before it is saved; a resumed run neither repeats nor leaves out a validation."""
@@ -259,7 +259,7 @@ def test_validations_and_saves_of_a_real_trainer(
 # Where it cannot be written
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     trainer, checkpoint = PretendTrainer(tmp_path), RunCheckpoint(every_steps=1)
     trainer.train(checkpoint, steps=2)
     before = set((tmp_path / "checkpoints").iterdir())
@@ -278,7 +278,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "symlink"])
-def test_a_disk_that_fails_later_leaves_the_checkpoint_before(
+def test_a_failure_of_the_mark_or_the_link_leaves_the_previous_checkpoint(
     tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the mark or the link."""
@@ -299,14 +299,14 @@ def test_a_disk_that_fails_later_leaves_the_checkpoint_before(
     assert last_checkpoint(tmp_path, verify=True) == tmp_path / "checkpoints/step-4.ckpt"
 
 
-def test_the_first_checkpoint_that_fails_says_there_is_none(tmp_path: Path) -> None:
+def test_a_failure_of_the_first_checkpoint_reports_that_there_is_none(tmp_path: Path) -> None:
     trainer = PretendTrainer(tmp_path)
     trainer.breaks = True
     with pytest.raises(InputError, match="there is no checkpoint yet"):
         trainer.train(RunCheckpoint(every_steps=1), steps=1)
 
 
-def test_other_ranks_leave_in_peace_when_the_first_cannot_write(tmp_path: Path) -> None:
+def test_other_ranks_exit_with_status_zero_if_the_first_cannot_write(tmp_path: Path) -> None:
     """Another status of theirs would make Lightning's launcher kill the first rank before it can say why."""
     trainer = PretendTrainer(tmp_path)
     trainer.is_global_zero = False
@@ -317,14 +317,14 @@ def test_other_ranks_leave_in_peace_when_the_first_cannot_write(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("place", ["a file", "/proc/nowhere"])
-def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path: Path, place: str) -> None:
+def test_a_folder_that_is_not_writable_is_reported_before_training(tmp_path: Path, place: str) -> None:
     (tmp_path / "a file").write_text("")
     run_dir = tmp_path / place
     with pytest.raises(InputError, match=f"no checkpoint can be saved in {run_dir}/checkpoints"):
         PretendTrainer(run_dir).train(RunCheckpoint(), steps=1)
 
 
-def test_torch_says_what_the_disk_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_save_raises_the_error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpdit_lightning.checkpoints.io.TRAINING", "/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
         FolderCheckpointIO().save_checkpoint({"weight": torch.zeros(100_000)}, tmp_path / "full")
@@ -343,7 +343,7 @@ class SmallDisk(Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def test_a_real_save_that_breaks_and_the_run_that_goes_on(
+def test_a_run_resumes_after_a_save_that_failed(
     run: tuple[Path, GPDiTStage, EMA], tiny_shards: Path, tiny_config: GPDiTConfig, fit: Fit, tmp_path: Path
 ) -> None:
     """It ends as an unbroken one."""
@@ -364,7 +364,7 @@ def test_a_real_save_that_breaks_and_the_run_that_goes_on(
 # Resuming
 
 
-def test_a_resumed_run_ends_as_an_unbroken_one(
+def test_a_resumed_run_ends_bit_equal(
     run: tuple[Path, GPDiTStage, EMA], tiny_shards: Path, tiny_config: GPDiTConfig, fit: Fit, tmp_path: Path
 ) -> None:
     resumed, ema = stage_of(tiny_config), EMA(0.5)
@@ -391,7 +391,7 @@ def test_resuming_with_another_architecture_is_refused(
 # Reading
 
 
-def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "gone.ckpt", tmp_path):
         with pytest.raises(InputError, match="there is no checkpoint at"):
             read_checkpoint(path)
@@ -399,14 +399,14 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("name", ["training.ckpt", "ema.safetensors"])
-def test_a_torn_file_is_refused(checkpoint: Path, name: str, kept: float) -> None:
+def test_a_truncated_file_is_refused(checkpoint: Path, name: str, kept: float) -> None:
     content = (checkpoint / name).read_bytes()
     (checkpoint / name).write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(InputError, match=rf"copy\.ckpt/{name} is not a complete"):
         read_checkpoint(checkpoint)
 
 
-def test_a_missing_file_is_named(checkpoint: Path) -> None:
+def test_a_missing_file_is_refused(checkpoint: Path) -> None:
     assert read_checkpoint(checkpoint / "training.ckpt")["global_step"] == 5  # its folder is meant
     (checkpoint / "ema.safetensors").unlink()
     with pytest.raises(InputError, match=r"copy\.ckpt/ema\.safetensors is not a complete"):
@@ -416,7 +416,7 @@ def test_a_missing_file_is_named(checkpoint: Path) -> None:
         read_checkpoint(checkpoint)
 
 
-def test_other_tools_read_the_average(run: tuple[Path, GPDiTStage, EMA]) -> None:
+def test_the_average_is_readable_by_safetensors(run: tuple[Path, GPDiTStage, EMA]) -> None:
     """In float32, whole, without torch's pickle."""
     found = load_file(run[0] / "checkpoints/last.ckpt/ema.safetensors")
     assert_same(found, run[2].average)
@@ -424,7 +424,7 @@ def test_other_tools_read_the_average(run: tuple[Path, GPDiTStage, EMA]) -> None
 
 
 @pytest.mark.parametrize("name", ["training.ckpt", "ema.safetensors"])
-def test_a_file_that_is_not_what_its_mark_says_is_refused(
+def test_a_file_that_differs_from_its_completion_mark_is_refused(
     name: str, run: tuple[Path, GPDiTStage, EMA], tmp_path: Path
 ) -> None:
     """A copy alone is read; with its mark, it must agree."""
@@ -487,7 +487,7 @@ def test_a_malicious_pickle_is_not_executed(tmp_path: Path) -> None:
 # The model in it
 
 
-def test_the_average_is_loaded_unless_the_trained_weights_are_asked_for(run: tuple[Path, GPDiTStage, EMA]) -> None:
+def test_the_average_is_loaded_unless_the_trained_weights_are_requested(run: tuple[Path, GPDiTStage, EMA]) -> None:
     folder, stage, ema = run
     averaged, trained = load_trained_model(folder), load_trained_model(folder, weights="raw")
     assert_same(dict(trained.backbone.named_parameters()), dict(stage.backbone.named_parameters()))
@@ -496,7 +496,7 @@ def test_the_average_is_loaded_unless_the_trained_weights_are_asked_for(run: tup
     assert not torch.equal(parameter, dict(trained.backbone.named_parameters())[name])
 
 
-def test_a_trained_model_knows_its_data(run: tuple[Path, GPDiTStage, EMA], tiny_shards: Path) -> None:
+def test_a_trained_model_has_the_facts_of_its_data(run: tuple[Path, GPDiTStage, EMA], tiny_shards: Path) -> None:
     folder, stage, _ = run
     model = load_trained_model(folder)
     data = data_of(tiny_shards)
@@ -514,7 +514,7 @@ def test_without_an_average_the_trained_weights_are_loaded(checkpoint: Path) -> 
     load_trained_model(checkpoint)
 
 
-def test_a_stage_begins_with_the_averaged_weights_of_another_run(
+def test_a_stage_starts_from_the_averaged_weights_of_another_run(
     run: tuple[Path, GPDiTStage, EMA], tiny_config: GPDiTConfig
 ) -> None:
     next_stage = stage_of(tiny_config.replaced(activation_checkpointing=True), initial_weights=str(run[0]))
@@ -525,7 +525,7 @@ def test_a_stage_begins_with_the_averaged_weights_of_another_run(
 @pytest.mark.parametrize(
     ("field", "value"), [("layers", 3), ("attention", "of"), ("time_site", "input"), ("rope_lengths", (32, 32, 16))]
 )
-def test_another_architecture_is_refused_by_the_field_that_differs(
+def test_another_architecture_is_refused_with_the_field_that_differs(
     run: tuple[Path, GPDiTStage, EMA], tiny_config: GPDiTConfig, field: str, value: Any
 ) -> None:
     other = tiny_config.replaced(**{field: value})
@@ -536,7 +536,7 @@ def test_another_architecture_is_refused_by_the_field_that_differs(
     assert f"{run[0]} is of a model with {field} = {theirs}, but this one has {value}" in str(caught.value)
 
 
-def test_how_a_model_is_executed_may_differ(tiny_config: GPDiTConfig) -> None:
+def test_execution_options_may_differ(tiny_config: GPDiTConfig) -> None:
     saved = dataclasses.asdict(tiny_config) | {"activation_checkpointing": True, "attention_backend": "sdpa"}
     check_architecture(saved, tiny_config, "here")
 

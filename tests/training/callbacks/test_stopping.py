@@ -52,7 +52,7 @@ def said_within(seconds: float, words: str, capfd: Any) -> bool:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_is_remembered_and_the_second_ends_the_process(
+def test_the_first_signal_is_recorded_and_the_second_ends_the_process(
     signals: StopSignals, exits: list[int], number: signal.Signals, capfd: Any
 ) -> None:
     assert signals.received == 0
@@ -66,7 +66,7 @@ def test_the_first_signal_is_remembered_and_the_second_ends_the_process(
     assert signals.received == number
 
 
-def test_arrivals_at_the_same_moment_are_one(signals: StopSignals, exits: list[int], capfd: Any) -> None:
+def test_signals_at_the_same_time_count_once(signals: StopSignals, exits: list[int], capfd: Any) -> None:
     """`timeout` signals a process and then its group."""
     for _ in range(3):
         signal.raise_signal(signal.SIGTERM)
@@ -74,7 +74,7 @@ def test_arrivals_at_the_same_moment_are_one(signals: StopSignals, exits: list[i
     assert exits == []
 
 
-def test_other_signals_are_not_taken_for_one(signals: StopSignals, exits: list[int], capfd: Any) -> None:
+def test_other_signals_are_ignored(signals: StopSignals, exits: list[int], capfd: Any) -> None:
     """As when a loader process ends."""
     before = signal.signal(signal.SIGCHLD, lambda *_: None)
     for _ in range(3):
@@ -97,7 +97,7 @@ class SignalAt(Callback):
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("validate_every", [2, 3])
-def test_a_signal_ends_the_training_when_its_step_is_saved(
+def test_a_signal_ends_the_training_after_its_step_is_saved(
     tiny_shards: Path,
     tiny_config: GPDiTConfig,
     fit: Callable[..., Trainer],

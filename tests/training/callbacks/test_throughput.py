@@ -89,7 +89,7 @@ class Written:
         monkeypatch.setattr("gpdit_lightning.training.callbacks.metrics._log_scalars", write)
 
 
-def test_figures_are_those_of_training_alone(
+def test_rates_exclude_validation_and_checkpoints(
     fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three micro-batches in a step: 4 images of 16 tokens, twice 2 clips of 48 of which one in all has no context."""
@@ -138,7 +138,7 @@ def trainer_of(world_size: int, others: Tensor) -> Any:
     return SimpleNamespace(strategy=strategy, world_size=world_size)
 
 
-def test_ranks_work_side_by_side_and_the_slowest_loader_counts(clock: Clock, tiny_config: GPDiTConfig) -> None:
+def test_rates_are_sums_and_the_data_wait_the_maximum_over_ranks(clock: Clock, tiny_config: GPDiTConfig) -> None:
     window = Throughput(tiny_config)
     loader: Any = SimpleNamespace(request_time=0.0, wait_seconds=1.0)
     clock.now = 10.0
@@ -154,7 +154,7 @@ def test_ranks_work_side_by_side_and_the_slowest_loader_counts(clock: Clock, tin
     assert "mfu" not in figures
 
 
-def test_noisy_copies_are_tokens_and_flops_but_no_clips(clock: Clock, tiny_config: GPDiTConfig) -> None:
+def test_noisy_copies_count_as_tokens_and_flops_but_not_as_clips(clock: Clock, tiny_config: GPDiTConfig) -> None:
     window = Throughput(tiny_config)
     clock.now = 1.0
     window.add(batch_of(4, draws=3, context=2), SimpleNamespace(request_time=0.0, wait_seconds=0.0), ends_step=True)  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ def test_noisy_copies_are_tokens_and_flops_but_no_clips(clock: Clock, tiny_confi
     assert window.flops == sum(training_flops(tiny_config, PassShape(4, 2, 3, 8, 8, draws=3)).values())
 
 
-def test_tokens_and_flops_are_those_of_the_frames_that_are_noisy(clock: Clock, tiny_config: GPDiTConfig) -> None:
+def test_tokens_and_flops_count_noisy_frames(clock: Clock, tiny_config: GPDiTConfig) -> None:
     window, loader = Throughput(tiny_config), SimpleNamespace(request_time=0.0, wait_seconds=0.0)
     window.add(batch_of(4, draws=2, context=3, frames=(1,)), loader, ends_step=True)  # type: ignore[arg-type]
     assert (window.clips, window.tokens) == (4, 2 * 4 * 16)
@@ -182,7 +182,7 @@ class Sleepy(torch.utils.data.Dataset[int]):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_loader_measures_what_it_lets_wait(workers: int) -> None:
+def test_a_loader_measures_waiting_times(workers: int) -> None:
     """Loading in the process takes as long as reading; a worker has read while the user was busy."""
     loader = TimedLoader(Sleepy(), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
     waits, iterator = [], iter(loader)

@@ -150,7 +150,7 @@ def assert_goes_on(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALIKE)
-def test_two_ranks_train_as_one_process_does(name: str, folder: Path, shards: str, tmp_path: Path) -> None:
+def test_two_ranks_train_like_one_process(name: str, folder: Path, shards: str, tmp_path: Path) -> None:
     """Losses, gradient norms, clipping, steps left out, weights, moments, averages, validation, features, rollouts."""
     sharded_runs.train(tmp_path, RUNS[name] | {"name": name, "shards": shards}, "auto", 1)
     assert_as_one_process(folder, tmp_path, name)
@@ -162,12 +162,12 @@ def test_two_ranks_train_as_one_process_does(name: str, folder: Path, shards: st
 
 
 @pytest.mark.parametrize("name", ["zero3", "bf16", "fsdp2"])
-def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(name: str, folder: Path) -> None:
+def test_a_resumed_sharded_run_ends_bit_equal(name: str, folder: Path) -> None:
     assert_goes_on(folder, name)
 
 
 @pytest.mark.parametrize("name", ["bf16", "fsdp2-bf16"])
-def test_bf16_keeps_masters_moments_average_and_reduction_in_float32(name: str, folder: Path) -> None:
+def test_bf16_keeps_master_weights_optimizer_state_average_and_reduction_in_float32(name: str, folder: Path) -> None:
     mine, exact = seen(folder, name), seen(folder, "zero3")
     assert mine["gradients"] == ["torch.float32"]
     assert mine["dtypes"] == [["torch.bfloat16"], ["torch.float32"], "torch.float32"]
@@ -178,7 +178,7 @@ def test_bf16_keeps_masters_moments_average_and_reduction_in_float32(name: str, 
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp2"])
-def test_one_process_goes_on_from_the_checkpoint_of_two(name: str, folder: Path, shards: str, tmp_path: Path) -> None:
+def test_one_process_resumes_from_the_checkpoint_of_two(name: str, folder: Path, shards: str, tmp_path: Path) -> None:
     resume = str(folder / name / "checkpoints" / "step-2.ckpt")
     sharded_runs.train(tmp_path, RUNS[name] | {"name": name, "shards": shards, "resume": resume}, "auto", 1)
     whole = saved(folder, name)
@@ -188,7 +188,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(name: str, folder: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_RUNS)
-def test_every_stage_optimiser_and_accumulation(name: str, slow_folder: Path, shards: str, tmp_path: Path) -> None:
+def test_every_stage_optimizer_and_accumulation(name: str, slow_folder: Path, shards: str, tmp_path: Path) -> None:
     sharded_runs.train(tmp_path, SLOW_RUNS[name] | {"name": name, "shards": shards}, "auto", 1)
     assert_as_one_process(slow_folder, tmp_path, name)
 
