@@ -330,7 +330,7 @@ def _fit(cli: RecipeCLI) -> None:
 def _evaluate(cli: RecipeCLI, verb: str) -> None:
     trainer = cli.trainer
     if cli.resumed is None:
-        raise InputError(f"{trainer.default_root_dir} holds no checkpoint to {verb}: `fit` first, or give --run_dir.")
+        raise InputError(f"{trainer.default_root_dir} has no checkpoint to {verb}: run `fit` first, or give --run_dir.")
     trainer.loggers = []  # the logs of the run are for training; the results are printed
     getattr(trainer, verb)(cli.model, cli.datamodule, ckpt_path=cli.resumed, weights_only=True, verbose=False)
     if trainer.is_global_zero:  # the results are means over all ranks

@@ -74,7 +74,7 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
 
 def _chain_of_bases(path: Path, above: tuple[Path, ...]) -> list[Path]:
     if path in above:
-        raise InputError(f"{path} is its own base: remove it from the `base` of {above[-1]}.")
+        raise InputError(f"{path} is a base of itself: remove it from the `base` of {above[-1]}.")
     bases = read_yaml(path, needed_by=above[-1] if above else None).get("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):

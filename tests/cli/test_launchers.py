@@ -80,7 +80,7 @@ def test_both_launchers_train_the_same(start: Callable[..., list["subprocess.Pop
 def test_a_scheduler_ends_its_job_and_starts_it_again(
     launcher: str, start: Callable[..., list["subprocess.Popen[str]"]], tmp_path: Path
 ) -> None:
-    """SIGTERM to every task (torchrun passes it on to its own): a step is finished and saved, and the job goes on."""
+    """SIGTERM to every task (torchrun forwards it to its processes): the step is saved, and the job resumes."""
     processes = start(launcher, sleep=1.5)
     deadline = time.monotonic() + 120
     while not (tmp_path / "reached").exists() and time.monotonic() < deadline:

@@ -15,12 +15,12 @@ def write(folder: Path, **files: str) -> None:
 
 def test_bases_come_before_the_recipes_that_name_them(tmp_path: Path) -> None:
     (tmp_path / "size").mkdir()
-    write(tmp_path, ground="x: 1", stage="base: [ground.yaml, size/big.yaml]", own="base: stage.yaml", overlay="x: 2")
+    write(tmp_path, ground="x: 1", stage="base: [ground.yaml, size/big.yaml]", mine="base: stage.yaml", overlay="x: 2")
     write(tmp_path / "size", big="base: ../ground.yaml")
     arguments = [
         "--trainer.max_steps=3",
         "--config",
-        str(tmp_path / "own.yaml"),
+        str(tmp_path / "mine.yaml"),
         f"--config={tmp_path / 'overlay.yaml'}",
     ]
     names = [argument.replace(str(tmp_path), "") for argument in with_bases(arguments)]
@@ -30,14 +30,14 @@ def test_bases_come_before_the_recipes_that_name_them(tmp_path: Path) -> None:
         "--config=/size/../ground.yaml",
         "--config=/size/big.yaml",
         "--config=/stage.yaml",
-        "--config=/own.yaml",
+        "--config=/mine.yaml",
         "--config=/overlay.yaml",
     ]
 
 
 def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
     write(tmp_path, one="base: two.yaml", two="base: one.yaml")
-    with pytest.raises(InputError, match=r"one\.yaml is its own base: remove it from the `base` of .*two\.yaml"):
+    with pytest.raises(InputError, match=r"one\.yaml is a base of itself: remove it from the `base` of .*two\.yaml"):
         with_bases(["--config", str(tmp_path / "one.yaml")])
 
 
@@ -56,6 +56,6 @@ def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, text: str, messa
 
 
 def test_a_missing_base_is_named_with_the_recipe_that_needs_it(tmp_path: Path) -> None:
-    write(tmp_path, own="base: gone.yaml")
-    with pytest.raises(InputError, match=r"gone\.yaml \(the base of .*own\.yaml\) cannot be read"):
-        with_bases([f"--config={tmp_path / 'own.yaml'}"])
+    write(tmp_path, mine="base: gone.yaml")
+    with pytest.raises(InputError, match=r"gone\.yaml \(the base of .*mine\.yaml\) cannot be read"):
+        with_bases([f"--config={tmp_path / 'mine.yaml'}"])

@@ -83,12 +83,12 @@ TWO_BUMPS = Mixture([0.35, 0.65], [-0.6, 0.8], [0.7, 0.4])
 
 
 def even_quantiles(count: int) -> Tensor:
-    """Standard Gaussian values that stand for as many equal parts of its mass: (count, 1)."""
+    """Quantiles of the standard Gaussian at equal parts of its mass: (count, 1)."""
     return torch.special.ndtri((torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count)
 
 
 def shuffled(noise: Tensor, seed: int = 0) -> Callable[[int], Tensor]:
-    """Fresh noise made of the same values in an order drawn anew, which is less random than Gaussian draws."""
+    """Fresh noise: the same values in another random order, which has less variance than Gaussian draws."""
     generator = torch.Generator().manual_seed(seed)
     return lambda number: noise[torch.randperm(len(noise), generator=generator)]
 
@@ -208,7 +208,7 @@ def test_adams_is_of_second_order(data: Mixture, schedule: NoiseSchedule) -> Non
 
 
 def test_adams_is_exact_for_a_velocity_linear_in_theta() -> None:
-    """But for its first step, which is Euler's, whatever the lengths of the steps: the integral of theta is known."""
+    """For all step sizes, except for its first step, which is Euler's: the integral of theta is known."""
     angles = [1.5, 1.4, 1.1, 0.3, 0.0]
     end = AdamsSampler().integrate(lambda x, theta: theta[:, None].expand_as(x), NOISE, angles)
     first = (1.5 - 1.4) * 1.5
@@ -387,7 +387,7 @@ def test_samplers_are_made_by_name() -> None:
 
 @dataclass(frozen=True)
 class OneJump(Sampler):
-    """A custom sampler: the implied x0 at the first angle, whatever the number of steps."""
+    """A custom sampler: the implied x0 at the first angle, for every number of steps."""
 
     def solve(self, velocity: VelocityAt, x: Tensor, angles: Sequence[float], fresh: FreshNoise | None) -> Tensor:
         return math.cos(angles[0]) * x - math.sin(angles[0]) * velocity(x, angles[0])

@@ -32,7 +32,7 @@ def forward(
 
     Args:
         condition: (B,) class numbers, -1 for none, or (B, L, text width).
-        window: what a rolling cache keeps of the context.
+        window: the context that a rolling cache keeps.
     """
     clips_with_context = 0 if clean is None else draws * len(clean)
     outputs = []

@@ -1,4 +1,4 @@
-"""Compiled blocks compute what eager ones do, and are compiled no more often than they must be."""
+"""Compiled blocks equal eager ones, and are compiled only once per shape."""
 
 import functools
 import shutil
@@ -36,7 +36,7 @@ def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def graphs() -> int:
-    """How many were compiled, none of them interrupted."""
+    """Return the number of graphs, none of which has a graph break."""
     assert not counters["graph_break"]
     return counters["stats"]["unique_graphs"]
 
@@ -74,7 +74,7 @@ def test_training_compiled_and_all_else_eager() -> None:
 @pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("_backend", ["eager"], indirect=True)
 def test_many_shapes_are_all_compiled() -> None:
-    """Torch's own limit is eight graphs; beyond it blocks would run eagerly."""
+    """Beyond torch's limit of eight graphs blocks would run eagerly."""
     model = toy_model(layers=1, compile=True).float()
     for width in range(2, 20, 2):
         model(*(x.float() for x in toy_batch(1, 0, frames=1, width=width)))

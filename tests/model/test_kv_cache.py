@@ -187,7 +187,7 @@ def test_noisy_frames_that_do_not_fit(shape: tuple[int, ...], theta_shape: tuple
 
 
 def test_the_frame_after_a_full_cache_can_be_denoised(model: GPDiT) -> None:
-    """A noisy frame takes no capacity."""
+    """A noisy frame needs no capacity."""
     noisy, theta, clean = toy_batch(2, frames=FRAMES)
     with torch.no_grad():
         expected = model(noisy, theta, clean)[:, 4]
@@ -221,7 +221,7 @@ def test_extend_and_denoise_append_the_same(model: GPDiT, frames: int, sinks: in
 
 
 def test_shifting_sinks_does_not_accumulate_rounding_errors() -> None:
-    """In float32: as if they had been shifted once, from where they were written."""
+    """In float32: the sinks equal those that are shifted once from their original positions."""
     frames, model = 40, toy_model(layers=3).float()
     _, _, clean = toy_batch(1, frames=1)
     cache = rolled(model, clean.float().expand(-1, frames, -1, -1, -1), 2, 1, by_denoise=False)

@@ -1,4 +1,4 @@
-"""Several noisy copies of a clip against one clean stream equal as many passes, each with a clean stream of its own."""
+"""Several noisy copies of a clip against one clean stream equal separate passes."""
 
 import pytest
 import torch

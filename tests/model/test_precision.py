@@ -21,7 +21,7 @@ CASTS_AND_MOVES = {
 
 
 class OperatorsInBfloat16(TorchDispatchMode):
-    """Collects the names of the operators that give bfloat16."""
+    """Collects the names of the operators whose results are in bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()

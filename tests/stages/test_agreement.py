@@ -1,4 +1,4 @@
-"""What must agree before a stage trains."""
+"""Checks before a stage trains."""
 
 from types import SimpleNamespace
 from typing import Any

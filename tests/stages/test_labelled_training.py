@@ -1,4 +1,4 @@
-"""Stages that train on labels: who is told what, who must agree, and that it is learned."""
+"""Training on labels: they are learned, dropped, recorded and checked."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ NAMES = ("bright", "dark")
 
 
 def images(count: int, names: Sequence[str] = NAMES) -> list[tuple[str | None, np.ndarray]]:
-    """Pictures of one shade, alternately 1 above and 1 below the codec's mean, in its units, with some noise."""
+    """Uniform images, alternately 1 above and 1 below the codec's mean, in its units, with some noise."""
     numbers = np.random.default_rng(0)
     mean, std = (np.reshape(values, (4, 1, 1)) for values in (TINY_CODEC.mean, TINY_CODEC.std))
     shades = [1 - 2 * (place % 2) + 0.3 * numbers.normal(size=(1, 4, 4, 4)) for place in range(count)]
@@ -37,7 +37,7 @@ def images(count: int, names: Sequence[str] = NAMES) -> list[tuple[str | None, n
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bright and dark pictures. Do not change it."""
+    """Bright and dark images. Do not change it."""
     return write_labelled(tmp_path_factory.mktemp("shades"), NAMES, images(40), images(16)).directory
 
 
@@ -52,7 +52,7 @@ def data_of(*shards: Path, labels: bool = True, **settings: Any) -> LatentDataMo
 
 
 class Trained(Callback):
-    """Keeps what validation saw, and the labels of every step."""
+    """Records the validation batches, and the labels of every step."""
 
     def __init__(self) -> None:
         self.held_out: list[LatentBatch] = []
@@ -66,7 +66,7 @@ class Trained(Callback):
 
 
 def test_the_model_learns_labels(fit: Fit, config: GPDiTConfig, shards: Path, tmp_path: Path) -> None:
-    """What a picture was is hard to tell where it is mostly noise, unless one is told."""
+    """At high noise levels the label determines which of the two images it is."""
     torch.manual_seed(0)
     stage = ImageWarmupStage(config, optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10))
     found = Trained()

@@ -1,4 +1,4 @@
-"""The loss of a stage with several noisy copies of every clip, and on some frames alone, from ordinary batches."""
+"""The loss of a stage with several noisy copies of every clip, and with loss on some frames only."""
 
 import math
 from collections.abc import Callable
@@ -27,8 +27,8 @@ def test_the_loss_is_the_mean_over_single_draws(
     labels = torch.tensor([0, -1, 2, 1, 1, 0])
 
     def batch(rows: list[int]) -> LatentBatch:
-        told = labels[rows] if classes else None
-        return LatentBatch(latents, noise[rows], t[rows], context, 1.0, "videos", ["a", "b", "c"], labels=told)
+        given = labels[rows] if classes else None
+        return LatentBatch(latents, noise[rows], t[rows], context, 1.0, "videos", ["a", "b", "c"], labels=given)
 
     both = batch(list(range(6)))
     loss = stage.objective(both)
@@ -46,7 +46,7 @@ def test_the_loss_is_the_mean_over_single_draws(
 def test_the_loss_on_some_frames_equals_their_loss_in_a_pass_over_all_frames(
     randomise: Callable[[GPDiT], GPDiT], tiny_config: GPDiTConfig, context: int, draws: int
 ) -> None:
-    """The velocities of a pass over all noisy frames, of which the others do not count."""
+    """Compared with a pass over all noisy frames."""
     stage = GPDiTStage(tiny_config)
     stage.configure_model()
     randomise(stage.backbone)

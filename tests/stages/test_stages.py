@@ -23,7 +23,7 @@ SHIFT = 2.0
 
 
 class Gradients(Callback):
-    """Keeps the gradient and the batches of the last optimizer step."""
+    """Records the gradient and the batches of the last optimizer step."""
 
     def __init__(self) -> None:
         self.batches: list[LatentBatch] = []
@@ -37,7 +37,7 @@ class Gradients(Callback):
 
 
 class Losses(Callback):
-    """Keeps the mean loss of every micro-batch."""
+    """Records the mean loss of every micro-batch."""
 
     def __init__(self) -> None:
         self.found: list[float] = []
@@ -47,7 +47,7 @@ class Losses(Callback):
 
 
 def stage_of(kind: type[GPDiTStage], config: GPDiTConfig, randomise: Randomise) -> GPDiTStage:
-    """A float64 stage whose rate is so small that its weights can be taken for the initial ones."""
+    """A float64 stage with a learning rate so small that its weights stay the initial ones."""
     stage = kind(config, NoiseSchedule(shift=SHIFT), OptimizerConfig(learning_rate=1e-30))
     stage.configure_model()
     randomise(stage.backbone)
@@ -102,7 +102,7 @@ def test_mixed_training_weights_images_and_videos_by_their_settings(
     videos: dict[str, Any],
     share_of_images: float,
 ) -> None:
-    """However the batches are cut, and whatever their sizes: the gradient is that of the two weighted means."""
+    """The gradient is that of the two weighted means for all sizes and numbers of micro-batches."""
     stage, found = stage_of(MixedStage, tiny_config, randomise), Gradients()
     data = data_of(tiny_shards, images, videos, context_dropout=0.25)
     fit(stage, data, tmp_path, max_steps=1, callbacks=[found], precision="64-true")

@@ -1,4 +1,4 @@
-"""Where loggers write, what a resumed run keeps of their files, and how they get images."""
+"""Loggers: their folders, their files after a resume, and images."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +15,8 @@ from gpdit_lightning.training.loggers import hide_later_events, keep_earlier_row
 RUN = Path("runs/one")
 
 
-class HandsOn(CSVLogger):
-    """Has the parameters of its base, which it does not list."""
+class WithKeywords(CSVLogger):
+    """Has the parameters of its base class as keywords."""
 
     def __init__(self, extra: int = 1, **options: Any) -> None:
         super().__init__(**options)
@@ -32,7 +32,7 @@ class HandsOn(CSVLogger):
             {"save_dir": str(RUN), "name": "", "version": "csv"},
         ),
         (CSVLogger, {"save_dir": None, "name": "mine", "version": 3}, {"save_dir": str(RUN)}),
-        (HandsOn, {"save_dir": None}, {"save_dir": str(RUN), "name": "", "version": "csv"}),
+        (WithKeywords, {"save_dir": None}, {"save_dir": str(RUN), "name": "", "version": "csv"}),
         (CSVLogger, {"save_dir": "elsewhere"}, {}),
         (WandbLogger, {"save_dir": "."}, {"save_dir": str(RUN)}),
         (MLFlowLogger, {"save_dir": "./mlruns"}, {"save_dir": str(RUN / "mlruns")}),
@@ -81,7 +81,7 @@ def test_events_after_the_step_are_superseded(tmp_path: Path) -> None:
 
 
 class Calls:
-    """Notes the calls of any method."""
+    """Records the calls of any method."""
 
     def __init__(self, **attributes: Any) -> None:
         self.made: list[tuple[Any, ...]] = []
@@ -97,7 +97,7 @@ class CallsWithVideo(Calls):
 
 
 class LikeMLflow(MLFlowLogger):
-    """Without a server, and without the package."""
+    """MLflow's logger without a server and without the package."""
 
     run_id = "run"
 

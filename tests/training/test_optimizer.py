@@ -74,11 +74,11 @@ def test_a_resumed_schedule_continues_its_decay(interrupted: int) -> None:
             schedule.step()
         return rates, (optimizer.state_dict(), schedule.state_dict())
 
-    unbroken, _ = steps(8)
+    uninterrupted, _ = steps(8)
     before, saved = steps(interrupted)
     after, _ = steps(8 - interrupted, saved)
-    assert before + after == unbroken
-    assert unbroken == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05, 0.025])
+    assert before + after == uninterrupted
+    assert uninterrupted == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05, 0.025])
 
 
 def test_a_longer_wsd_run_has_the_same_stable_part() -> None:

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, in float32, beside the training weights."""
+"""Exponential moving average of the weights, in float32."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

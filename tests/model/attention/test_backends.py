@@ -307,7 +307,7 @@ CUSTOM_CALLS = []
 
 
 def custom_operator(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """An operator of a user's own."""
+    """A custom operator."""
     CUSTOM_CALLS.append(query.shape)
     return ReferenceOperator()(query, key, value)
 

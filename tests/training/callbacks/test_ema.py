@@ -21,7 +21,7 @@ Weights = dict[str, Tensor]
 
 
 class WeightHistory(Callback):
-    """Keeps the weights before the run, after every micro-batch, and at the borders of validation."""
+    """Records the weights before the run, after every micro-batch, and before and after validation."""
 
     def __init__(self) -> None:
         self.after: list[tuple[int, Weights]] = []
@@ -167,12 +167,12 @@ def test_a_resumed_average_equals_that_of_an_uninterrupted_run(
         fit(fresh, data, folder, max_steps, [ema, RunCheckpoint()], resume_from)
         return ema, weights_of(fresh)
 
-    unbroken, weights = run(tmp_path / "unbroken", 5)
+    uninterrupted, weights = run(tmp_path / "uninterrupted", 5)
     run(tmp_path / "broken", 2)
     resumed, resumed_weights = run(tmp_path / "broken", 5, tmp_path / "broken/checkpoints/last.ckpt")
     assert same(resumed_weights, weights)
-    assert resumed.updates == unbroken.updates == 5
-    assert same(resumed.average, unbroken.average)
+    assert resumed.updates == uninterrupted.updates == 5
+    assert same(resumed.average, uninterrupted.average)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])

@@ -39,12 +39,12 @@ MICRO_BATCHES = 2
 
 
 class History(Callback):
-    """Keeps what each optimizer step was made of, and weights and moments before each and after the last."""
+    """Records the samples of each optimizer step, and weights and optimizer state before each and after the last."""
 
     def __init__(self) -> None:
         self.keys: list[list[str]] = []
         self.weights: list[Tensor] = []
-        self.moments: list[list[Tensor]] = []
+        self.optimizer_state: list[list[Tensor]] = []
         self.rates: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,13 +59,13 @@ class History(Callback):
 
     def note_state(self) -> None:
         self.weights.append(torch.nn.utils.parameters_to_vector(self.module.parameters()).detach().clone())
-        self.moments.append([m.clone() for state in self.optimizer.state.values() for m in state.values()])
+        self.optimizer_state.append([m.clone() for state in self.optimizer.state.values() for m in state.values()])
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self.rates.append(optimizer.param_groups[0]["lr"])
 
     def same_state(self, one: int, other: int) -> bool:
-        mine, theirs = ([self.weights[place], *self.moments[place]] for place in (one, other))
+        mine, theirs = ([self.weights[place], *self.optimizer_state[place]] for place in (one, other))
         return len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
 
 
@@ -83,7 +83,7 @@ class Plant(Callback):
 
 
 class BreakGradient(Callback):
-    """Puts a value into one gradient after a micro-batch's backward pass."""
+    """Changes a value of one gradient after a micro-batch's backward pass."""
 
     def __init__(self, number: int, value: float) -> None:
         self.number, self.value = number, value
@@ -97,7 +97,7 @@ class BreakGradient(Callback):
 
 
 class GradientNorms(Callback):
-    """Keeps the norm of each optimizer step's gradient, and the same after clipping."""
+    """Records the gradient norm of each optimizer step before and after clipping."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
@@ -108,7 +108,7 @@ class GradientNorms(Callback):
 
 
 def named(message: str) -> list[str]:
-    """The samples that a message of a step left out names."""
+    """Return the samples in the message of a skipped step."""
     found = re.search(r"for the samples ([\w, -]+)", message)
     assert found
     return found[1].strip().split(", ")
@@ -216,7 +216,7 @@ def test_a_rank_names_the_samples_of_all_ranks(fit: Fit, stage: GPDiTStage, tiny
     if torch.cuda.is_initialized():
         pytest.skip("a process that uses CUDA cannot fork")
 
-    class Told(Health):
+    class RecordedHealth(Health):
         def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:  # type: ignore[override]
             try:
                 super().on_train_batch_end(trainer, *arguments)
@@ -228,12 +228,12 @@ def test_a_rank_names_the_samples_of_all_ranks(fit: Fit, stage: GPDiTStage, tiny
     data = LatentDataModule(videos=SourceConfig([str(tiny_shards)], batch_size=4), max_ranks=2)
     plant = Plant(NAN, 1, rank=1)
     with pytest.raises(Exception, match="optimizer step 2 was skipped"):
-        fit(stage, data, tmp_path, 3, [Told(), plant], devices=2, strategy="ddp_fork")
+        fit(stage, data, tmp_path, 3, [RecordedHealth(), plant], devices=2, strategy="ddp_fork")
     (first,), (second, key) = ((tmp_path / f"rank-{rank}").read_text().splitlines() for rank in (0, 1))
     assert named(first) == named(second) == [key]
 
 
-# Steps left out
+# Skipped steps
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
@@ -245,7 +245,7 @@ def test_a_skipped_step_changes_only_the_step_count_and_the_schedule(
     caplog: pytest.LogCaptureFixture,
     algorithm: str,
 ) -> None:
-    """Steps 1, 3, 4 and 6 are broken: never more than two in a row."""
+    """Steps 1, 3, 4 and 6 are broken: at most two are consecutive."""
     health, history, plant, ema = Health(max_skips=2), History(), Plant(NAN, 0, 5, 6, 10), EMA(0.5)
     with caplog.at_level(logging.WARNING):
         trainer = fit(
@@ -260,7 +260,7 @@ def test_a_skipped_step_changes_only_the_step_count_and_the_schedule(
     history.note_state()
     assert trainer.global_step == 7
     assert torch.equal(history.weights[1], history.weights[0])
-    assert history.moments[1] == []
+    assert history.optimizer_state[1] == []
     left_out = [step for step in range(2, 8) if history.same_state(step, step - 1)]
     assert left_out == [3, 4, 6]
     assert history.rates == pytest.approx([LEARNING_RATE * min(1, (step + 1) / 5) for step in range(7)])
@@ -385,10 +385,10 @@ def test_the_message_names_the_first_damaged_samples_and_the_cure(damaged: Damag
 
 
 def test_damaged_samples_are_counted_across_a_resume(damaged: Damaged, tmp_path: Path) -> None:
-    unbroken = damaged.run(tmp_path / "unbroken", 4, Health())
+    uninterrupted = damaged.run(tmp_path / "uninterrupted", 4, Health())
     damaged.run(tmp_path / "broken", 1, Health())
     resumed = damaged.run(tmp_path / "broken", 4, Health(), resume=True)
-    assert resumed.state_dict() == unbroken.state_dict()
+    assert resumed.state_dict() == uninterrupted.state_dict()
     assert set(resumed.damaged) == damaged.names
 
 
@@ -400,19 +400,19 @@ def test_damaged_samples_are_counted_over_ranks_and_stop_all_of_them(damaged: Da
     with pytest.raises(DamagedDataError):
         damaged.run(alone, 9, Health(max_damaged_samples=2))
 
-    class Told(Health):
+    class RecordedHealth(Health):
         def on_before_optimizer_step(self, trainer: Trainer, *arguments: Any) -> None:  # type: ignore[override]
             own = list(self._newly_damaged)
             try:
                 super().on_before_optimizer_step(trainer, *arguments)
             except DamagedDataError as error:
-                told = [trainer.global_step, str(error), self.damaged, own]
-                (tmp_path / f"rank-{trainer.global_rank}").write_text(json.dumps(told))
+                logged = [trainer.global_step, str(error), self.damaged, own]
+                (tmp_path / f"rank-{trainer.global_rank}").write_text(json.dumps(logged))
                 trainer.strategy.barrier()  # the first rank to die takes the other with it
                 raise
 
     with pytest.raises(Exception, match=r"more than health\.max_damaged_samples = 2"):
-        damaged.run(tmp_path / "two", 9, Told(max_damaged_samples=2), devices=2, strategy="ddp_fork")
+        damaged.run(tmp_path / "two", 9, RecordedHealth(max_damaged_samples=2), devices=2, strategy="ddp_fork")
     (*first, own), (*second, other) = (json.loads((tmp_path / f"rank-{rank}").read_text()) for rank in (0, 1))
     assert first == second
     assert own != other
@@ -453,7 +453,7 @@ def texts(folder: Path) -> dict[int, str]:
 
 
 class Spikes:
-    """Runs of the same training with planted spikes in steps 3 and 6; the usual norm is of 4 steps."""
+    """Runs of the same training with planted spikes in steps 3 and 6; the mean norm is over 4 steps."""
 
     def __init__(self, fit: Fit, config: GPDiTConfig, data: LatentDataModule) -> None:
         self.fit, self.config, self.data = fit, config, data
@@ -480,27 +480,27 @@ def spikes(fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path) -> Spikes:
 def test_a_spike_is_logged_with_the_clip_of_the_largest_loss(
     spikes: Spikes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The one in step 3 comes too early to be told from what is usual."""
+    """The one in step 3 comes before the window of the mean is full."""
     with caplog.at_level(logging.WARNING):
         health, keys = spikes.run(tmp_path, 8)
     messages = [record.getMessage() for record in caplog.records if "gradient norm" in record.getMessage()]
     assert texts(tmp_path) == {6: messages[0]}
     assert len(messages) == health.spikes == 1
-    told = re.search(r"step 6 .* norm of ([\d.e+]+) where the mean is ([\d.e+]+);.*losses: ([^ ]+) \(", messages[0])
-    assert told
-    assert float(told[1]) > 5 * float(told[2])
-    assert told[3] == keys[1]
+    logged = re.search(r"step 6 .* norm of ([\d.e+]+) where the mean is ([\d.e+]+);.*losses: ([^ ]+) \(", messages[0])
+    assert logged
+    assert float(logged[1]) > 5 * float(logged[2])
+    assert logged[3] == keys[1]
     assert messages[0].count("(") == 4  # of eight
 
 
 def test_a_resumed_run_logs_the_same_spikes(spikes: Spikes, tmp_path: Path) -> None:
-    """Interrupted after step 3: a mean begun anew would be too young in step 6."""
-    unbroken, _ = spikes.run(tmp_path / "unbroken", 8)
+    """Interrupted after step 3: a mean that starts over would have no full window in step 6."""
+    uninterrupted, _ = spikes.run(tmp_path / "uninterrupted", 8)
     spikes.run(tmp_path / "broken", 3)
     resumed, _ = spikes.run(tmp_path / "broken", 8, tmp_path / "broken/checkpoints/last.ckpt")
-    assert resumed.state_dict() == unbroken.state_dict()
+    assert resumed.state_dict() == uninterrupted.state_dict()
     assert resumed.spikes == 1
-    assert texts(tmp_path / "broken") == texts(tmp_path / "unbroken")
+    assert texts(tmp_path / "broken") == texts(tmp_path / "uninterrupted")
 
 
 def test_spike_factor_zero_logs_no_spikes(spikes: Spikes, tmp_path: Path) -> None:
@@ -525,7 +525,7 @@ def test_a_spike_does_not_hide_the_next_and_a_lasting_norm_becomes_the_mean() ->
 
 
 class Reads(TorchFunctionMode):
-    """Counts what makes the host wait for a tensor's values."""
+    """Counts operations that wait for the values of a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -542,7 +542,7 @@ class Reads(TorchFunctionMode):
 
 
 def watched(reads: Reads, **options: Any) -> Health:
-    """A Health that reads under the eyes of `reads`."""
+    """A Health whose reads are counted by `reads`."""
 
     def under(hook: Callable[..., None]) -> Callable[..., None]:
         def run(*arguments: Any) -> None:

@@ -111,9 +111,9 @@ def test_means_reset_the_sums() -> None:
 
 def test_sums_are_restored_from_a_checkpoint(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
     losses = [velocity_loss(*random_loss(2, seed))[1] for seed in range(4)]
-    unbroken, before, after = (curves_of(tiny_config) for _ in range(3))
+    uninterrupted, before, after = (curves_of(tiny_config) for _ in range(3))
     for loss in losses:
-        unbroken.train.add("videos", 0.5, loss)
+        uninterrupted.train.add("videos", 0.5, loss)
     for loss in losses[:2]:
         before.train.add("videos", 0.5, loss)
     checkpoint: dict[str, Any] = {}
@@ -122,7 +122,7 @@ def test_sums_are_restored_from_a_checkpoint(tiny_config: GPDiTConfig, tmp_path:
     after.on_load_checkpoint(trainer_of(), None, torch.load(tmp_path / "state", weights_only=True))  # type: ignore[arg-type]
     for loss in losses[2:]:
         after.train.add("videos", 0.5, loss)
-    assert after.train.means(trainer_of()) == unbroken.train.means(trainer_of())
+    assert after.train.means(trainer_of()) == uninterrupted.train.means(trainer_of())
 
 
 def test_restored_sums_count_once_over_ranks(tiny_config: GPDiTConfig) -> None:
@@ -142,11 +142,11 @@ def test_restored_sums_count_once_over_ranks(tiny_config: GPDiTConfig) -> None:
     assert torch.equal(resumed[0].train.rows["videos"] + resumed[1].train.rows["videos"], expected)
 
 
-# What stands in TensorBoard
+# Scalars in TensorBoard
 
 
 class StepRecord(Callback):
-    """The objective of every optimizer step and the norm of its gradient, from the outside."""
+    """Records the objective and the gradient norm of every optimizer step, independently of MetricsLogger."""
 
     def __init__(self) -> None:
         self.losses: dict[int, float] = {}
@@ -154,7 +154,7 @@ class StepRecord(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
-        if gradients:  # none in a step that is left out
+        if gradients:  # none in a skipped step
             self.norms[trainer.global_step + 1] = torch.cat(gradients).norm().item()
 
     def on_train_batch_end(
@@ -183,7 +183,7 @@ def run(
     max_skips: int = 0,
     first: Sequence[Callback] = (),
 ) -> tuple[StepRecord, Scalars]:
-    """Train with curves; the record from outside, and what TensorBoard reads back."""
+    """Train with MetricsLogger; return the independent record, and the scalars in TensorBoard."""
     health, ema, record = Health(max_skips), EMA(0.9), StepRecord()
     callbacks = [*first, health, ema, MetricsLogger(health, ema, stage.config, every_steps), record, RunCheckpoint()]
     fit(
@@ -242,15 +242,17 @@ def test_a_resumed_run_logs_the_same_scalars(
     fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
 ) -> None:
     """Interrupted after step 3, in the middle of a window of 2 steps."""
-    _, unbroken = run(fit, mixed_stage(tiny_config), mixed_data(tiny_shards), tmp_path / "unbroken", max_steps=6)
+    _, uninterrupted = run(
+        fit, mixed_stage(tiny_config), mixed_data(tiny_shards), tmp_path / "uninterrupted", max_steps=6
+    )
     run(fit, mixed_stage(tiny_config), mixed_data(tiny_shards), tmp_path / "broken", max_steps=3)
     last = tmp_path / "broken/checkpoints/last.ckpt"
     _, resumed = run(
         fit, mixed_stage(tiny_config), mixed_data(tiny_shards), tmp_path / "broken", max_steps=6, resume_from=last
     )
-    for tag in unbroken:
+    for tag in uninterrupted:
         if not tag.startswith("perf/"):
-            assert resumed[tag] == unbroken[tag], tag
+            assert resumed[tag] == uninterrupted[tag], tag
 
 
 class Break(Callback):

@@ -115,13 +115,13 @@ def scalar_of(folder: Path, name: str) -> float:
     return events_of(folder).Scalars(f"sample/{name}")[-1].value
 
 
-class Puppet(GPDiT):
-    """Generates the latents it is told to, and notes the conditions it is asked under."""
+class FixedOutput(GPDiT):
+    """Generates given latents, and records the arguments and the state of each call."""
 
     def __init__(self, target: Tensor, codec: Codec) -> None:
         super().__init__(CONFIG)
         self.target = (target - codec.mean[:, None, None]) / codec.std[:, None, None]
-        self.asked: list[dict[str, Any]] = []
+        self.calls: list[dict[str, Any]] = []
 
     def denoise(
         self,
@@ -139,7 +139,7 @@ class Puppet(GPDiT):
             self.extend(cache, clean)
         weights = {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
         autocast = torch.is_autocast_enabled("cpu")
-        self.asked.append(
+        self.calls.append(
             {"frame": cache.frames, "training": self.training, "autocast": autocast, "weights": weights, "noisy": noisy}
         )
         angle = theta[:, None, None, None]
@@ -147,7 +147,7 @@ class Puppet(GPDiT):
 
 
 class Borders(Callback):
-    """The state of the module before each micro-batch."""
+    """Records the state of the module before each micro-batch."""
 
     def __init__(self) -> None:
         self.normal: list[bool] = []
@@ -169,8 +169,8 @@ def test_previews_and_errors_are_written_at_their_steps(fit: Fit, shards: str, t
         assert logged.keys() == {name for name in files if name.endswith(ending)}
         for name, event in logged.items():
             assert event.encoded_image_string == files[name]
-            with Image.open(tmp_path / "previews" / name) as picture:
-                assert picture.size == (event.width, event.height)
+            with Image.open(tmp_path / "previews" / name) as image:
+                assert image.size == (event.width, event.height)
     for tag in ("sample/rollout_error", "sample/rollout_error_ratio"):
         assert [event.step for event in events.Scalars(tag)] == steps
     with Image.open(tmp_path / "previews/step-000005.gif") as animation:
@@ -181,14 +181,14 @@ def test_previews_and_errors_are_written_at_their_steps(fit: Fit, shards: str, t
 @pytest.mark.parametrize("source", ["videos", "sequences"])
 def test_a_perfect_prediction_has_no_error(fit: Fit, codec: Codec, shards: str, tmp_path: Path, source: str) -> None:
     data = data_of(shards, source)
-    puppet = Puppet(held_out(data, source, 3), codec)
+    model = FixedOutput(held_out(data, source, 3), codec)
     preview = Preview(every_steps=1, clips=3, sampler_steps=3)
-    fit(stage_of(puppet), data, tmp_path, 1, [preview], logger=logger_of(tmp_path))
+    fit(stage_of(model), data, tmp_path, 1, [preview], logger=logger_of(tmp_path))
     assert scalar_of(tmp_path, "rollout_error") < 0.1  # a few values are rounded to the other side
     assert scalar_of(tmp_path, "rollout_error_ratio") < 1e-3
     context = {"videos": 2, "sequences": STILLS - 1}[source]
-    assert {asked["frame"] for asked in puppet.asked} == {context}
-    assert len(puppet.asked) == 3
+    assert {call["frame"] for call in model.calls} == {context}
+    assert len(model.calls) == 3
 
 
 def test_a_model_that_repeats_the_last_frame_has_ratio_one(fit: Fit, codec: Codec, shards: str, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_model_that_repeats_the_last_frame_has_ratio_one(fit: Fit, codec: Code
     pixels = codec.decode(held_out(data, "videos", 4))
     pixels[:, 5:] = pixels[:, 4:5]
     preview = Preview(every_steps=1, sampler_steps=3)
-    fit(stage_of(Puppet(codec.encode(pixels), codec)), data, tmp_path, 1, [preview], logger=logger_of(tmp_path))
+    fit(stage_of(FixedOutput(codec.encode(pixels), codec)), data, tmp_path, 1, [preview], logger=logger_of(tmp_path))
     assert scalar_of(tmp_path, "rollout_error_ratio") == pytest.approx(1, abs=0.1)
     assert scalar_of(tmp_path, "rollout_error") > 100
 
@@ -235,18 +235,18 @@ def test_previews_use_the_average_fixed_noise_and_the_precision_of_training(
     fit: Fit, codec: Codec, shards: str, tmp_path: Path
 ) -> None:
     data, ema = data_of(shards), EMA(0.5)
-    puppet = Puppet(held_out(data, "videos", 4), codec)
-    stage = stage_of(puppet)
+    model = FixedOutput(held_out(data, "videos", 4), codec)
+    stage = stage_of(model)
     preview = Preview(every_steps=1, context_frames=1, sampler_steps=2)
     fit(stage, data, tmp_path, 3, [ema, preview], precision="bf16-mixed")
-    assert [asked["frame"] for asked in puppet.asked] == [1, 1, 2, 2] * 3
-    assert all(asked["autocast"] and not asked["training"] for asked in puppet.asked)
-    for name, weight in puppet.asked[-1]["weights"].items():
+    assert [call["frame"] for call in model.calls] == [1, 1, 2, 2] * 3
+    assert all(call["autocast"] and not call["training"] for call in model.calls)
+    for name, weight in model.calls[-1]["weights"].items():
         assert torch.equal(weight, ema.average[f"backbone.{name}"])
     trained = dict(stage.backbone.named_parameters())
-    assert not all(torch.equal(weight, trained[name]) for name, weight in puppet.asked[-1]["weights"].items())
+    assert not all(torch.equal(weight, trained[name]) for name, weight in model.calls[-1]["weights"].items())
     for place in (0, 2):
-        assert torch.equal(puppet.asked[place]["noisy"], puppet.asked[8 + place]["noisy"])
+        assert torch.equal(model.calls[place]["noisy"], model.calls[8 + place]["noisy"])
 
 
 def test_images_are_generated_without_context(fit: Fit, shards: str, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_the_longest_clips_are_selected(write_shards: Callable[..., Manifest], t
     data = LatentDataModule(videos=SourceConfig([str(manifest.directory)], batch_size=2, least_frames=2, frames=4))
     clips = select_clips(data, clips=8, context_frames=3)
     assert clips.latents.shape == (3, 4, 4, 4, 4)  # all three there are
-    assert clips.fps == 8  # these do not say
+    assert clips.fps == 8  # not recorded in these clips
 
 
 def test_clips_of_each_data_set_are_selected(write_shards: Callable[..., Manifest], tmp_path: Path) -> None:
@@ -334,11 +334,11 @@ def test_a_resumed_run_makes_the_same_previews(fit: Fit, shards: str, tmp_path: 
         preview = Preview(every_steps=2, clips=2, sampler_steps=2)
         fit(stage_of(), data_of(shards), folder, max_steps, [EMA(0.9), preview, RunCheckpoint()], resume_from)
 
-    run(tmp_path / "unbroken", 4)
+    run(tmp_path / "uninterrupted", 4)
     run(tmp_path / "broken", 2)
     for path in (tmp_path / "broken/previews").iterdir():
         path.unlink()
     run(tmp_path / "broken", 4, tmp_path / "broken/checkpoints/last.ckpt")
-    whole, resumed = made(tmp_path / "unbroken"), made(tmp_path / "broken")
+    whole, resumed = made(tmp_path / "uninterrupted"), made(tmp_path / "broken")
     assert resumed.keys() == {"step-000004.png", "step-000004.gif"}  # that of step 2 was made already
     assert all(whole[name] == content for name, content in resumed.items())

@@ -59,7 +59,7 @@ def run(
 
 @pytest.fixture
 def checkpoint(run: tuple[Path, GPDiTStage, EMA], tmp_path: Path) -> Path:
-    """A copy of the run's last checkpoint, to be spoiled."""
+    """A copy of the run's last checkpoint, for tests that damage it."""
     copy = tmp_path / "copy.ckpt"
     shutil.copytree(run[0] / "checkpoints/last.ckpt", copy)
     return copy
@@ -73,7 +73,7 @@ def edited(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 
 
 class PretendTrainer(SimpleNamespace):
-    """A trainer that saves its step in a file; with `breaks` the disk is full half-way through the file."""
+    """A trainer that saves its step in a file; with `breaks` the disk is full after half of the file."""
 
     def __init__(self, folder: Path, validate_every: int = 0) -> None:
         strategy = SimpleNamespace(barrier=lambda: self.events.append("barrier"), broadcast=lambda failure: failure)
@@ -123,7 +123,7 @@ class PretendTrainer(SimpleNamespace):
 
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
-    """A pretended training has no Lightning that puts back the handlers."""
+    """Restores the handlers, as Lightning would."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in handlers.items():
@@ -180,7 +180,7 @@ def test_minutes_count_from_the_last_save(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_all_ranks_save_by_the_clock_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One small reduction a step, with the same outcome everywhere."""
+    """By one small reduction per step."""
     trainer = PretendTrainer(tmp_path)
     trainer.world_size, trainer.is_global_zero = 2, False
     (tmp_path / "checkpoints").mkdir()  # by the first rank
@@ -226,7 +226,7 @@ def test_invalid_intervals_are_refused(setting: str, value: int) -> None:
 
 
 class Validations(Callback):
-    """Notes at which steps the run was validated and saved."""
+    """Records the steps at which the run was validated and saved."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -244,15 +244,15 @@ def test_validations_come_before_saves_and_are_not_repeated(
 ) -> None:
     """Every second step, before it is saved; a resumed run neither repeats nor leaves out a validation."""
     settings = {"val_check_interval": 4, "limit_val_batches": 1}  # of two micro-batches a step
-    unbroken, after = Validations(), Validations()
+    uninterrupted, after = Validations(), Validations()
     every = RunCheckpoint(every_steps=1, keep_every_steps=1)
-    fit(stage_of(tiny_config), data_of(tiny_shards), tmp_path / "a", 5, [unbroken, EMA(), every], **settings)
+    fit(stage_of(tiny_config), data_of(tiny_shards), tmp_path / "a", 5, [uninterrupted, EMA(), every], **settings)
     saves = [f"saved {step}" for step in range(1, 6)]
-    assert unbroken.events == [*saves[:1], "validated 2", *saves[1:3], "validated 4", *saves[3:]]
+    assert uninterrupted.events == [*saves[:1], "validated 2", *saves[1:3], "validated 4", *saves[3:]]
     start = tmp_path / f"a/checkpoints/step-{stood_at}.ckpt"
     callbacks = [after, EMA(), RunCheckpoint(every_steps=1)]
     fit(stage_of(tiny_config), data_of(tiny_shards), tmp_path / "b", 5, callbacks, start, **settings)
-    assert after.events == unbroken.events[unbroken.events.index(f"saved {stood_at}") + 1 :]
+    assert after.events == uninterrupted.events[uninterrupted.events.index(f"saved {stood_at}") + 1 :]
     assert_same(read_checkpoint(tmp_path / "b")["state_dict"], read_checkpoint(tmp_path / "a")["state_dict"])
 
 
@@ -281,7 +281,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
 def test_a_failure_of_the_mark_or_the_link_leaves_the_previous_checkpoint(
     tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the mark or the link."""
+    """When it writes the completion mark or the link."""
     trainer, checkpoint = PretendTrainer(tmp_path), RunCheckpoint(every_steps=1)
     trainer.train(checkpoint, steps=2)
 
@@ -307,7 +307,7 @@ def test_a_failure_of_the_first_checkpoint_reports_that_there_is_none(tmp_path: 
 
 
 def test_other_ranks_exit_with_status_zero_if_the_first_cannot_write(tmp_path: Path) -> None:
-    """Another status of theirs would make Lightning's launcher kill the first rank before it can say why."""
+    """With another status Lightning's launcher would kill the first rank before it prints its message."""
     trainer = PretendTrainer(tmp_path)
     trainer.is_global_zero = False
     trainer.strategy.broadcast = lambda failure: "the disk is full"
@@ -346,7 +346,7 @@ class SmallDisk(Callback):
 def test_a_run_resumes_after_a_save_that_failed(
     run: tuple[Path, GPDiTStage, EMA], tiny_shards: Path, tiny_config: GPDiTConfig, fit: Fit, tmp_path: Path
 ) -> None:
-    """It ends as an unbroken one."""
+    """It ends like an uninterrupted run."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     callbacks = [SmallDisk(3), EMA(0.5), RunCheckpoint(every_steps=1)]
     try:
@@ -371,13 +371,13 @@ def test_a_resumed_run_ends_bit_equal(
     start = run[0] / "checkpoints/step-2.ckpt"
     trainer = fit(resumed, data_of(tiny_shards), tmp_path, 5, [ema, RunCheckpoint()], start)
     assert trainer.global_step == 5
-    unbroken = read_checkpoint(run[0])
+    uninterrupted = read_checkpoint(run[0])
     again = read_checkpoint(tmp_path)
-    assert_same(again["state_dict"], unbroken["state_dict"])
-    assert_same(again["ema"]["weights"], unbroken["ema"]["weights"])
-    assert again["optimizer_states"][0]["param_groups"] == unbroken["optimizer_states"][0]["param_groups"]
-    for number, moments in unbroken["optimizer_states"][0]["state"].items():
-        assert_same(again["optimizer_states"][0]["state"][number], moments)
+    assert_same(again["state_dict"], uninterrupted["state_dict"])
+    assert_same(again["ema"]["weights"], uninterrupted["ema"]["weights"])
+    assert again["optimizer_states"][0]["param_groups"] == uninterrupted["optimizer_states"][0]["param_groups"]
+    for number, state in uninterrupted["optimizer_states"][0]["state"].items():
+        assert_same(again["optimizer_states"][0]["state"][number], state)
 
 
 def test_resuming_with_another_architecture_is_refused(
@@ -417,7 +417,7 @@ def test_a_missing_file_is_refused(checkpoint: Path) -> None:
 
 
 def test_the_average_is_readable_by_safetensors(run: tuple[Path, GPDiTStage, EMA]) -> None:
-    """In float32, whole, without torch's pickle."""
+    """In float32 and complete."""
     found = load_file(run[0] / "checkpoints/last.ckpt/ema.safetensors")
     assert_same(found, run[2].average)
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
@@ -427,7 +427,7 @@ def test_the_average_is_readable_by_safetensors(run: tuple[Path, GPDiTStage, EMA
 def test_a_file_that_differs_from_its_completion_mark_is_refused(
     name: str, run: tuple[Path, GPDiTStage, EMA], tmp_path: Path
 ) -> None:
-    """A copy alone is read; with its mark, it must agree."""
+    """A copy without a mark is read."""
     shutil.copytree(run[0] / "checkpoints" / "step-5.ckpt", tmp_path / "step-5.ckpt")
     shutil.copy(run[0] / "checkpoints" / "step-5.ckpt.complete", tmp_path)
     read_checkpoint(tmp_path / "step-5.ckpt")

@@ -1,4 +1,4 @@
-"""The first signal is remembered for the end of the step; for whole processes see tests/cli/test_stopped_runs.py."""
+"""Recording of stop signals until the end of the step; for whole processes see tests/cli/test_stopped_runs.py."""
 
 import os
 import signal
@@ -37,18 +37,18 @@ def signals() -> Iterator[StopSignals]:
 
 @pytest.fixture
 def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The statuses with which the process would have ended at once."""
+    """The exit statuses of `os._exit`, which does not end the process."""
     statuses: list[int] = []
     monkeypatch.setattr(os, "_exit", statuses.append)
     return statuses
 
 
-def said_within(seconds: float, words: str, capfd: Any) -> bool:
-    said, deadline = "", time.monotonic() + seconds
-    while words not in said and time.monotonic() < deadline:
+def printed_within(seconds: float, text: str, capfd: Any) -> bool:
+    printed, deadline = "", time.monotonic() + seconds
+    while text not in printed and time.monotonic() < deadline:
         time.sleep(0.01)
-        said += capfd.readouterr().err
-    return words in said
+        printed += capfd.readouterr().err
+    return text in printed
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -58,7 +58,7 @@ def test_the_first_signal_is_recorded_and_the_second_ends_the_process(
     assert signals.received == 0
     os.kill(os.getpid(), number)
     assert signals.received == number
-    assert said_within(10, f"{number.name}: finishing the step and saving; a second signal stops at once", capfd)
+    assert printed_within(10, f"{number.name}: finishing the step and saving; a second signal stops at once", capfd)
     assert exits == []
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.5)
@@ -70,7 +70,7 @@ def test_signals_at_the_same_time_count_once(signals: StopSignals, exits: list[i
     """`timeout` signals a process and then its group."""
     for _ in range(3):
         signal.raise_signal(signal.SIGTERM)
-    assert said_within(10, "a second signal", capfd)
+    assert printed_within(10, "a second signal", capfd)
     assert exits == []
 
 
@@ -105,7 +105,7 @@ def test_a_signal_ends_the_training_after_its_step_is_saved(
     number: signal.Signals,
     validate_every: int,
 ) -> None:
-    """After the validation of that step too; then signals mean what they meant before."""
+    """After the validation of that step; then the previous handlers are restored."""
     before = [signal.getsignal(other) for other in SIGNALS]
     assert signal.set_wakeup_fd(-1) == -1
     data = LatentDataModule(videos=SourceConfig([str(tiny_shards)], batch_size=4, micro_batches=2))

@@ -29,7 +29,7 @@ TRAINING, ELSEWHERE = 5.0, 1000.0  # seconds
 
 
 class Clock:
-    """A clock that stands still unless something moves it."""
+    """A clock that advances only by `now`."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -78,7 +78,7 @@ class SlowCheckpoint(Callback):
 
 
 class Written:
-    """A logger in the trainer's place: scalars by step."""
+    """A logger that stores scalars by step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.scalars: dict[int, dict[str, float]] = {}
@@ -128,11 +128,11 @@ def batch_of(clips: int, draws: int = 1, context: int = 0, frames: tuple[int, ..
 
 
 def trainer_of(world_size: int, others: Tensor) -> Any:
-    """A trainer among ranks of which another measured `others`."""
+    """A trainer of several ranks, one of which measured `others`."""
 
-    def reduce(own: Tensor, reduce_op: str) -> Tensor:
+    def reduce(values: Tensor, reduce_op: str) -> Tensor:
         assert reduce_op == "max"
-        return torch.maximum(own, others)
+        return torch.maximum(values, others)
 
     strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
     return SimpleNamespace(strategy=strategy, world_size=world_size)
@@ -183,7 +183,7 @@ class Sleepy(torch.utils.data.Dataset[int]):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_measures_waiting_times(workers: int) -> None:
-    """Loading in the process takes as long as reading; a worker has read while the user was busy."""
+    """Without workers a request waits for the reading; a worker reads between requests."""
     loader = TimedLoader(Sleepy(), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
     waits, iterator = [], iter(loader)
     assert len(multiprocessing.active_children()) == workers  # they begin to read at once
@@ -195,7 +195,7 @@ def test_a_loader_measures_waiting_times(workers: int) -> None:
     assert len(waits) == 3
     if workers == 0:
         assert min(waits) >= 0.03
-    assert min(waits[1:]) < 0.2  # the user's own time is not in it
+    assert min(waits[1:]) < 0.2  # without the time between requests
     if workers == 1:
         assert min(waits[1:]) < 0.03
 

@@ -1,4 +1,4 @@
-"""Runs for test_sharding.py, several in one launch: python sharded_runs.py FOLDER, which holds runs.json."""
+"""Runs for test_sharding.py, several in one launch: python sharded_runs.py FOLDER, which contains runs.json."""
 
 import gc
 import json
@@ -29,7 +29,7 @@ from gpdit_lightning.training.strategies.zero import ZeRO
 
 
 class Stage(GPDiTStage):
-    """Trains with SGD, which unlike AdamW shows the size of a gradient, or on losses that are broken on one rank."""
+    """Trains with SGD, which unlike AdamW depends on the scale of a gradient, or with non-finite losses on one rank."""
 
     def __init__(self, run: dict[str, Any], latent_channels: int) -> None:
         config = GPDiTConfig(
@@ -67,7 +67,7 @@ class Stage(GPDiTStage):
 
 
 class Record(Callback):
-    """Keeps what can be seen of a run from outside."""
+    """Records losses, norms, validation, precisions and results of a run."""
 
     def __init__(self, health: Health, ema: EMA) -> None:
         self.health, self.ema = health, ema
@@ -86,7 +86,7 @@ class Record(Callback):
             gradients = sharding.zero_optimizer.averaged_gradients[0]
         else:
             gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-        if gradients:  # those of a step that is left out are gone
+        if gradients:  # a skipped step has none
             self.seen["gradients"] = sorted({str(gradient.dtype) for gradient in gradients})
 
     def on_train_batch_end(
@@ -128,7 +128,7 @@ def mean(trainer: Trainer, value: torch.Tensor) -> float:
 
 
 def train(folder: Path, run: dict[str, Any], strategy: str, devices: int) -> None:
-    """Train as `run` says in `folder/NAME`, and write what was seen to `seen.pt` in it."""
+    """Train a run in `folder/NAME`, and write its record to `seen.pt` there."""
     torch.manual_seed(0)
     images, videos = run["micro_batches"]
     ranks = run.get("ranks", 2)

@@ -1,4 +1,4 @@
-"""ZeRO and FSDP2 on several processes do what one process does: gloo on the CPU, several runs in each launch."""
+"""ZeRO and FSDP2 on several processes equal one process: gloo on the CPU, several runs per launch."""
 
 import importlib.util
 import json
@@ -118,7 +118,7 @@ def saved(folder: Path, name: str, step: int = 4) -> dict[str, Any]:
 
 
 def assert_as_one_process(found: Path, one: Path, name: str) -> None:
-    """Sums in another order leave rounding alone."""
+    """Results differ by rounding, since sums have another order."""
     mine, other = seen(found, name), seen(one, name)
     assert mine.pop("dtypes") == [["torch.float32"], ["torch.float32"], "torch.float32"]
     mine.pop("gradients", None)
@@ -136,7 +136,7 @@ def assert_as_one_process(found: Path, one: Path, name: str) -> None:
 
 
 def assert_goes_on(folder: Path, name: str) -> None:
-    """The rest of a run is, bit for bit, what the uninterrupted run did."""
+    """The rest of a run is bit-equal to that of the uninterrupted run."""
     whole, rest = seen(folder, name), seen(folder, f"{name}-rest")
     per_step = len(whole["losses"]) // 4
     assert rest["losses"] == whole["losses"][2 * per_step :]
@@ -151,13 +151,13 @@ def assert_goes_on(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_two_ranks_train_like_one_process(name: str, folder: Path, shards: str, tmp_path: Path) -> None:
-    """Losses, gradient norms, clipping, steps left out, weights, moments, averages, validation, features, rollouts."""
+    """Losses, gradient norms, clipping, skips, weights, optimizer state, averages, validation, features, rollouts."""
     sharded_runs.train(tmp_path, RUNS[name] | {"name": name, "shards": shards}, "auto", 1)
     assert_as_one_process(folder, tmp_path, name)
     assert seen(folder, name)["skipped"] == ("broken" in name)
     assert min(seen(folder, name)["norms"]) > CLIP
-    for picture in (tmp_path / name / "previews").glob("*.png"):
-        mine, other = (np.asarray(Image.open(at / name / "previews" / picture.name)) for at in (folder, tmp_path))
+    for image in (tmp_path / name / "previews").glob("*.png"):
+        mine, other = (np.asarray(Image.open(at / name / "previews" / image.name)) for at in (folder, tmp_path))
         assert np.abs(mine.astype(int) - other).max() <= 2
 
 
