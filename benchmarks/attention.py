@@ -75,7 +75,7 @@ def time_both(variant: AttentionVariant, frames: int, device: str, repeats: int)
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each computation")
     parser.add_argument("--frames", type=int, nargs="+", default=[5, 12], help="numbers of latent frames of the clip")
     options = parser.parse_args()

@@ -154,7 +154,7 @@ def print_shuffle_quality(shards: int, samples: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the two tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--shards", type=int, default=20_000, help="shards of images")
     parser.add_argument("--samples", type=int, default=10_000, help="images per shard")
     parser.add_argument("--clip_shards", type=int, default=2_000, help="shards of clips, for the shuffle quality")

@@ -29,7 +29,9 @@ def error(result: Tensor, target: Tensor) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table as Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.few_shot_examples", description=__doc__)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="python -m benchmarks.few_shot_examples", description=__doc__
+    )
     parser.add_argument("--checkpoint", default="runs/tiny/few_shot_two_tasks", help="model of the few-shot stage")
     parser.add_argument("--images", required=True, type=Path, help="folder of at least 10 images")
     parser.add_argument(

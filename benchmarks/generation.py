@@ -157,6 +157,7 @@ def decoding_speed(codec: WanCodec | PcaCodec, size: Size, device: torch.device)
 def option_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m benchmarks.generation",
         description=(__doc__ or "").partition("\n\n")[2],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -351,6 +351,7 @@ def smoke_test() -> CheckConfig:
 def option_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     options = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m benchmarks.gpu_check",
         description="Compare the attention operators with a float64 reference on this GPU, and time a training step of "
         "GPDiT-B and of GPDiT-H.",

@@ -36,7 +36,7 @@ def seconds_of_pass(model: GPDiT, clips: int, frames: int, height: int, width: i
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--size", default="B", help="size of the backbone: tiny, B or H")
     parser.add_argument("--layers", type=int, default=0, help="number of blocks; 0: as in the preset of the size")
     parser.add_argument("--clips", type=int, default=1, help="clips per batch, without noisy copies")

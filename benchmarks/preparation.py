@@ -98,7 +98,9 @@ def compare(options: PrepareOptions) -> float:
 
 def option_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--videos", type=Path, help="folder of videos to use instead of generated ones")
     parser.add_argument("--count", type=int, default=32, help="number of videos to generate")
     parser.add_argument("--seconds", type=int, default=12, help="length of each generated video in seconds")

@@ -92,7 +92,9 @@ def training_pass(size: str, batch_size: int) -> Callable[[], int]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Print the table; return the rates in bytes per second."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clips", type=int, default=8000, help="clips to write and read; 8000 take 1.2 GiB")
     parser.add_argument("--batch_size", type=int, default=8, help="clips per batch")
     parser.add_argument("--size", default="B", help="size of the trained backbone: tiny, B or H")

@@ -33,7 +33,7 @@ def held_out(folder: str, clips: int, mean: Tensor, std: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table as Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.samplers", description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog="python -m benchmarks.samplers", description=__doc__)
     parser.add_argument("--checkpoint", default="runs/demo/stage3_long_video", help="model trained on videos")
     parser.add_argument("--data", default="runs/demo/latents/video", help="shards with held-out videos")
     parser.add_argument("--clips", type=int, default=16, help="number of held-out clips")

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import DefaultHelpFormatter
@@ -65,7 +65,7 @@ def literal_choices(hint: Any) -> list[str]:
     return list(dict.fromkeys(["true", "false", *choices] if choices and bool in get_args(hint) else choices))
 
 
-def one_sentence(message: str, known: Iterable[str]) -> str:
+def one_sentence(message: str, known: Sequence[str]) -> str:
     """Return an error message of jsonargparse as one sentence.
 
     Args:
@@ -81,7 +81,8 @@ def one_sentence(message: str, known: Iterable[str]) -> str:
     elif unknown:
         group = re.search(r"Group '([\w.]+)'", sentence)
         key = (f"{group[1]}." if group else "") + (unknown[1] or unknown[2])
-        nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+        abbreviated = sorted((name for name in known if name.startswith(key)), key=len)
+        nearest = abbreviated or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         sentence += f"; did you mean '{nearest[0]}'?" if nearest else "; see --help for all options."
     return PREFIX + sentence
 

@@ -61,6 +61,7 @@ def parser_of(verb: str, description: str, record: type[Any]) -> "OptionParser":
         description=description + takes_list * " Separate the items of a list by spaces.",
         formatter_class=OptionHelp,
         parser_mode="omegaconf+",
+        allow_abbrev=False,
     )
     if takes_recipe:
         parser.add_argument("-c", "--config", metavar="RECIPE", help="A recipe, then overlays; later ones override.")

@@ -1,7 +1,7 @@
 """The parser of training recipes: Lightning's, with errors in one sentence."""
 
 import dataclasses
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -18,7 +18,13 @@ NESTED_OPTIONS = {"backbone": GPDiTConfig, "schedule": NoiseSchedule, "optimizer
 
 
 class RecipeParser(LightningArgumentParser):
-    """A parser whose errors are InputErrors in one sentence; they propose the nearest option for an unknown one."""
+    """A parser whose errors are InputErrors in one sentence; they propose the nearest option for an unknown one.
+
+    Abbreviated option names are unknown.
+    """
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **settings: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise InputError instead of printing the usage."""

@@ -100,7 +100,9 @@ def _second_moment(blocks: Tensor) -> Tensor:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", nargs="+", type=Path, default=[], help="folders of images to fit on")
     parser.add_argument("--videos", nargs="+", type=Path, default=[], help="folders of videos to fit on")
     parser.add_argument("--out", type=Path, required=True, help="the weights file to write (.safetensors)")

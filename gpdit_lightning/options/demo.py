@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpdit_lightning.options.shared import check_at_least
+from gpdit_lightning.options.shared import OptionRecord, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoOptions:
+class DemoOptions(OptionRecord):
     """Demo."""
 
     videos: Path | None = None
@@ -18,4 +18,5 @@ class DemoOptions:
     """Optimizer steps of each stage; by default those of the recipes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least(self, max_steps=1)

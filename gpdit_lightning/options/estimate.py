@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.options.shared import RecipeOptions, check_at_least
+from gpdit_lightning.options.shared import OptionRecord, RecipeOptions, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class HardwareOptions:
+class HardwareOptions(OptionRecord):
     """Hardware."""
 
     gpus: int = 1
@@ -22,7 +22,7 @@ class HardwareOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SizeOptions:
+class SizeOptions(OptionRecord):
     """Data."""
 
     image_sizes: Sequence[str] | None = None

@@ -9,6 +9,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import (
     CheckpointOptions,
     LoadingOptions,
+    OptionRecord,
     SamplerOptions,
     VideoOptions,
     check_at_least,
@@ -66,7 +67,7 @@ class ContinuationOptions(SamplerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
+class ScoreOptions(OptionRecord):
     """Scores."""
 
     video_network: NetworkOptions | None = None
@@ -83,7 +84,7 @@ class ScoreOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOutputOptions:
+class EvaluationOutputOptions(OptionRecord):
     """Output."""
 
     out: Path
@@ -93,7 +94,7 @@ class EvaluationOutputOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkOptions:
+class ChunkOptions(OptionRecord):
     """Computation."""
 
     chunk: int = 16
@@ -114,6 +115,7 @@ class EvaluateOptions(
     """Evaluate."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least(self, count=2, context_frames=1, generated_frames=1, stride=1, steps=1, window=1)
         check_at_least(self, self_check_videos=0, keep_videos=0, chunk=1)
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):

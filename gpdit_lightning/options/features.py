@@ -8,6 +8,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import (
     CheckpointOptions,
     LoadingOptions,
+    OptionRecord,
     PrecisionOptions,
     VideoOptions,
     check_at_least,
@@ -38,7 +39,7 @@ class ClipOptions(VideoOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureBatchOptions:
+class FeatureBatchOptions(OptionRecord):
     """Computation."""
 
     batch_size: int = 4
@@ -48,7 +49,7 @@ class FeatureBatchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureFileOptions:
+class FeatureFileOptions(OptionRecord):
     """Output."""
 
     out: Path
@@ -66,6 +67,7 @@ class FeaturesOptions(
     """Features."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least(self, layer=1, frames=1, batch_size=1, workers=0, temporal_tokens=0)
         if self.stride is not None and self.stride < 0:
             raise InputError(

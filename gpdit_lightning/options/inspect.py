@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from gpdit_lightning.options.shared import DeviceOptions, check_at_least
+from gpdit_lightning.options.shared import DeviceOptions, OptionRecord, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectionOptions:
+class InspectionOptions(OptionRecord):
     """Inspection."""
 
     folder: Path
@@ -39,4 +39,5 @@ class InspectOptions(InspectionOptions, DeviceOptions):
     POSITIONAL: ClassVar[str] = "folder"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least(self, samples=1, workers=1, show=1)

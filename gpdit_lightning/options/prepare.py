@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.options.shared import DeviceOptions, check_at_least
+from gpdit_lightning.options.shared import DeviceOptions, OptionRecord, check_at_least
 
 INTERLEAVED_FILES = 16
 """Number of input files that are read in turn. It determines the order of samples, for any number of processes."""
@@ -25,13 +25,14 @@ class CodecOptions(DeviceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationOptions:
+class ValidationOptions(OptionRecord):
     """Validation."""
 
     validation_fraction: float
     source_pattern: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.validation_fraction < 1:
             raise InputError(f"--validation_fraction is {self.validation_fraction}: give at least 0 and less than 1.")
         try:
@@ -43,7 +44,7 @@ class ValidationOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputOptions:
+class InputOptions(OptionRecord):
     """Input files."""
 
     videos: Sequence[Path] = ()
@@ -78,7 +79,7 @@ class HoldOutOptions(ValidationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipOptions:
+class ClipOptions(OptionRecord):
     """Clips."""
 
     stride: int = 3
@@ -112,7 +113,7 @@ class ClipOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardOptions:
+class ShardOptions(OptionRecord):
     """Output."""
 
     out: Path

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.prepare import CodecOptions, ValidationOptions
-from gpdit_lightning.options.shared import check_at_least
+from gpdit_lightning.options.shared import OptionRecord, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairInputOptions:
+class PairInputOptions(OptionRecord):
     """Images."""
 
     task: str = "pairs"
@@ -27,7 +27,7 @@ class PairInputOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceOptions:
+class SequenceOptions(OptionRecord):
     """Sequences."""
 
     pairs: int = 40
@@ -55,7 +55,7 @@ class PairValidationOptions(ValidationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairOutputOptions:
+class PairOutputOptions(OptionRecord):
     """Output."""
 
     out: Path

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.options.shared import LoadingOptions, VideoOptions, check_at_least
+from gpdit_lightning.options.shared import LoadingOptions, OptionRecord, VideoOptions, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelsOptions:
+class ModelsOptions(OptionRecord):
     """Model."""
 
     checkpoint: Sequence[str]
@@ -46,7 +46,7 @@ class LabelledVideoOptions(VideoOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierOptions:
+class ClassifierOptions(OptionRecord):
     """Classifier."""
 
     regularisation: Literal["auto"] | float = "auto"
@@ -55,7 +55,7 @@ class ClassifierOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeBatchOptions:
+class ProbeBatchOptions(OptionRecord):
     """Computation."""
 
     batch_size: int = 8
@@ -65,7 +65,7 @@ class ProbeBatchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeOutputOptions:
+class ProbeOutputOptions(OptionRecord):
     """Output."""
 
     out: Path
@@ -79,6 +79,7 @@ class ProbeOptions(
     """Probe."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least(self, frames=1, stride=1, batch_size=1, workers=1)
         if (self.train_list is None) != (self.test_list is None):
             raise InputError("only one list of videos is given: give both --train_list and --test_list.")

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpdit_lightning.options.shared import OptionRecord
+
 
 @dataclass(frozen=True, kw_only=True)
-class RecipesOptions:
+class RecipesOptions(OptionRecord):
     """Recipes."""
 
     out: Path | None = None

@@ -9,6 +9,7 @@ from gpdit_lightning.options.shared import (
     BatchedSamplerOptions,
     CheckpointOptions,
     LoadingOptions,
+    OptionRecord,
     check_at_least,
 )
 
@@ -16,7 +17,7 @@ VideoFormat = Literal["mp4", "gif", "png", "safetensors"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextOptions:
+class ContextOptions(OptionRecord):
     """Context."""
 
     context: Sequence[str] = ()
@@ -55,7 +56,7 @@ class RolloutOptions(BatchedSamplerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputOptions:
+class OutputOptions(OptionRecord):
     """Output."""
 
     out: Path = Path("sample.mp4")

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from gpdit_lightning.errors import InputError
 
@@ -15,8 +16,26 @@ def check_at_least(options: Any, **limits: int) -> None:
             raise InputError(f"--{name} is {value}: give at least {limit}.")
 
 
+class OptionRecord:
+    """Base of the records of options; converts strings to paths, and single paths and strings to tuples of one."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value, types = getattr(self, name), (hint, *get_args(hint))
+            takes_paths = Sequence[Path] in types
+            if isinstance(value, str | Path) and (takes_paths or Sequence[str] in types):
+                self._set(name, (Path(value) if takes_paths else value,))
+            elif isinstance(value, str) and Path in types:
+                self._set(name, Path(value))
+            elif isinstance(value, Sequence) and takes_paths:
+                self._set(name, tuple(map(Path, value)))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the records are frozen
+
+
 @dataclass(frozen=True, kw_only=True)
-class WeightsOptions:
+class WeightsOptions(OptionRecord):
     """Model."""
 
     weights: Literal["ema", "raw"] = "ema"
@@ -32,7 +51,7 @@ class CheckpointOptions(WeightsOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceOptions:
+class DeviceOptions(OptionRecord):
     """Computation."""
 
     device: str = "auto"
@@ -51,7 +70,7 @@ class LoadingOptions(WeightsOptions, DeviceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionOptions:
+class PrecisionOptions(OptionRecord):
     """Computation."""
 
     precision: Literal["auto", "32", "bf16"] = "auto"
@@ -82,11 +101,12 @@ class BatchedSamplerOptions(SamplerOptions):
     """Number of results that are generated at the same time."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least(self, seed=0, batch_size=1, steps=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeOptions:
+class RecipeOptions(OptionRecord):
     """Recipe."""
 
     EXAMPLE: ClassVar[str] = "gpdit:stage2_mixed"
@@ -97,8 +117,7 @@ class RecipeOptions:
     """Options of `fit` that override the recipe, such as `--trainer.max_steps=10`."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.config, str):
-            raise InputError(f"config is {self.config!r}: give a list of recipes, such as [{self.config!r}].")
+        super().__post_init__()
         if not self.config:
             raise InputError(
                 f"no recipe is given: give one, such as --config {self.EXAMPLE} (`python -m gpdit_lightning recipes` "
@@ -112,7 +131,7 @@ class RecipeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoOptions:
+class VideoOptions(OptionRecord):
     """Videos."""
 
     videos: Sequence[str]

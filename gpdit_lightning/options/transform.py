@@ -8,12 +8,13 @@ from gpdit_lightning.options.shared import (
     BatchedSamplerOptions,
     CheckpointOptions,
     LoadingOptions,
+    OptionRecord,
     check_at_least,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExampleOptions:
+class ExampleOptions(OptionRecord):
     """Examples and sources."""
 
     examples: Path
@@ -36,7 +37,7 @@ class ExampleOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputOptions:
+class OutputOptions(OptionRecord):
     """Output."""
 
     out: Path = Path("transformed.png")

@@ -70,6 +70,16 @@ def test_a_printed_config_gives_the_same_options(verb: str, capsys: pytest.Captu
     assert printed == parse(verb, "", record, given)
 
 
+def test_abbreviated_options_are_refused() -> None:
+    for verb in WITH_RECORD:
+        record = record_of(verb)
+        names = option_names(record)
+        if not issubclass(record, RecipeOptions):  # else unknown options belong to the recipe
+            for abbreviation in {name[:-1] for name in names} - set(names):
+                with pytest.raises(InputError, match=rf"--{abbreviation}.*; did you mean '{abbreviation}"):
+                    parse(verb, "", record, [*least_arguments(record), f"--{abbreviation}", "1"])
+
+
 def test_misspelled_verbs_and_options_are_corrected(capsys: pytest.CaptureFixture[str]) -> None:
     for verb in VERBS:
         assert main([f"{verb}z"]) == 2

@@ -161,6 +161,5 @@ def test_help_of_a_verb_with_a_recipe(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--sizes+" not in text
 
 
-def test_a_recipe_in_python_is_an_item_of_a_list() -> None:
-    with pytest.raises(InputError, match=r"config is 'a.yaml': give a list of recipes, such as \['a.yaml'\]"):
-        WithRecipe(config="a.yaml")
+def test_a_single_recipe_in_python_is_a_list_of_one() -> None:
+    assert WithRecipe(config="a.yaml").fit_arguments == ["--config=a.yaml"]

@@ -172,7 +172,9 @@ def differences(ours: dict[str, Any], recorded: dict[str, Any], exact: bool) -> 
 
 def main() -> int:
     """The command; returns 1 if a curve moved."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--file", type=Path, default=RECORDED)
