@@ -2,6 +2,8 @@
 
 import difflib
 import importlib
+import pkgutil
+import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,7 +61,8 @@ def import_object(path: str, kind: str) -> Any:
         module = importlib.import_module(module_path)
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{kind} '{path}' cannot be imported ({error}): install its package, or add its folder to PYTHONPATH."
+            f"{kind} '{path}' cannot be imported ({error}{_similar_module(error.name or '')}): install its package, or "
+            "add its folder to PYTHONPATH."
         ) from error
     except Exception as error:  # the module may raise anything
         summary = error_summary(error, module_path)
@@ -72,6 +75,13 @@ def import_object(path: str, kind: str) -> Any:
             f"{did_you_mean(attribute, public)}."
         )
     return getattr(module, attribute)
+
+
+def _similar_module(name: str) -> str:
+    """Return ` (did you mean 'x'?)` for a missing module of a package that has a module with a similar name."""
+    package, _, last = name.rpartition(".")
+    folders = getattr(sys.modules.get(package), "__path__", [])
+    return did_you_mean(last, [module.name for module in pkgutil.iter_modules(folders)])
 
 
 def import_path(part: Any) -> str:

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
+from gpdit_lightning.cli.class_errors import check_classes, check_constructors
 from gpdit_lightning.cli.messages import PREFIX, relevant_part
 from gpdit_lightning.cli.recipe_files import with_bases
 from gpdit_lightning.cli.trainer_settings import (
@@ -53,6 +54,7 @@ IGNORED_WARNINGS = (
     ".*does not have many workers.*",
     ".*smaller than the logging interval.*",
     ".*across ranks is zero.*",  # the data may have no held-out samples
+    "(?s).*Dump of a value that does not round-trip.*",
     ".*treespec, LeafSpec.*",  # concerns Lightning's use of torch
     ".*sync_dist=True.*",  # logged values are already reduced over ranks
     "LightningCLI's args parameter is intended to run from within Python.*",
@@ -123,6 +125,19 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(Preview, "preview")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("model", "data.patch_size", compute_fn=patch_size_of)
+
+    def instantiate_classes(self) -> None:
+        """Construct the classes of the recipe.
+
+        Raises:
+            InputError: the arguments of one are invalid.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, ImportError) as error:
+            if not isinstance(error, InputError):
+                check_constructors(self.config)
+            raise
 
     def instantiate_trainer(self, **_: Any) -> Trainer:
         """Construct the recipe's trainer, with the run folder and the callbacks of every run."""
@@ -245,6 +260,10 @@ def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) ->
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+    except InputError as error:
+        if PREFIX in str(error):
+            check_classes(with_bases(arguments))
+        raise
     except omegaconf.errors.OmegaConfBaseException as error:
         raise InputError(f"an interpolation in the recipe cannot be resolved: {str(error).splitlines()[0]}") from None
     except ModuleNotFoundError as error:  # a logger whose package is optional

@@ -99,7 +99,8 @@ def relevant_part(message: str) -> str:
             reasons.append(line.strip()[2:])
         elif reasons and line.startswith("      "):  # continues the reason
             reasons[-1] += f" {line.strip()}"
-    relevant = [line for line in reasons if "NoneType" not in line]
+    no_cause = ("Expected a path but", "Does not validate against")
+    relevant = [line for line in reasons if "NoneType" not in line and not line.startswith(no_cause)]
     key = re.match(r'Parser key "([\w.]+)":', message)
     value = re.search(r"(?:Given value|Got value): (.*)", message)
     reasons_or_last_line = relevant or [message.split("\n  ")[-1]]
@@ -118,7 +119,7 @@ def relevant_part(message: str) -> str:
 
 def type_in_words(kind: str) -> str:
     """Return a type, as jsonargparse prints it, in words."""
-    if "Sequence" in kind or "list" in kind:
+    if any(name in kind for name in ("Sequence", "list", "tuple")):
         return "a list"
     choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
     if choices:

@@ -11,10 +11,11 @@ from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from gpdit_lightning.cli.recipe_parser import RecipeParser
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.imports import import_object
+from gpdit_lightning.imports import did_you_mean, import_object, is_import_path, resolve
 from gpdit_lightning.training.loggers import place_in_run_folder, run_folder_logger
 from gpdit_lightning.training.strategies import ZERO_NAMES
 
@@ -171,16 +172,29 @@ def callbacks_of(setting: Callback | Iterable[Callback] | None) -> list[Callback
 
 
 def strategy_of(setting: Any) -> Any:
-    """Return the strategy of a run: Lightning's names for DeepSpeed select :class:`ZeRO`, others are unchanged.
+    """Return the strategy of a run, as Lightning's trainer takes it.
+
+    Args:
+        setting: `trainer.strategy` of the recipe: a strategy, a registered name, or the import path of a class that
+            needs no arguments. Lightning's names for DeepSpeed select :class:`ZeRO`.
 
     Raises:
-        InputError: the name of a DeepSpeed strategy that :class:`ZeRO` does not replace.
+        InputError: a name or class that is not found, or a DeepSpeed strategy that :class:`ZeRO` does not replace.
     """
-    if not isinstance(setting, str) or not setting.startswith("deepspeed"):
+    if not isinstance(setting, str):
         return setting
-    if setting not in ZERO_NAMES:
+    name = setting.lower()  # as Lightning does
+    if name in ZERO_NAMES:
+        return ZERO_NAMES[name]
+    names = ["auto", *(name for name in StrategyRegistry.available_strategies() if not name.startswith("deepspeed"))]
+    if name.startswith("deepspeed"):
         raise InputError(f"trainer.strategy is {setting}: use one of {', '.join(dict.fromkeys(ZERO_NAMES.values()))}.")
-    return ZERO_NAMES[setting]
+    if is_import_path(setting):
+        return resolve(setting, {}, "trainer.strategy", Strategy)()
+    if name not in names:
+        cure = did_you_mean(name, names) or ": see fit --help, or give the import path of a Strategy subclass"
+        raise InputError(f"trainer.strategy '{setting}' is not known{cure}.")
+    return name
 
 
 def check_interval(name: str, value: int | None, least: int) -> None:

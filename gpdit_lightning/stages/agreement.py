@@ -11,6 +11,18 @@ from lightning import Trainer
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.training.optimizer import OptimizerConfig
+
+
+def check_annotated(stage: str, **arguments: Any) -> None:
+    """Raise `InputError` if a recipe's options arrive as a dict: the stage's constructor does not annotate them."""
+    kinds = {"backbone": GPDiTConfig, "schedule": NoiseSchedule, "optimizer": OptimizerConfig}
+    for name, value in arguments.items():
+        if not isinstance(value, kinds[name]):
+            raise InputError(
+                f"model.init_args.{name} is of type {type(value).__name__}: in the constructor of {stage} annotate the "
+                f"parameter as `{name}: {kinds[name].__name__}`, or pass it on with **options."
+            )
 
 
 def check_sources(stage: str, required: Sequence[str], used: Sequence[str]) -> None:

@@ -13,7 +13,13 @@ from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, velocity_loss
 from gpdit_lightning.model import GPDiT, GPDiTConfig
-from gpdit_lightning.stages.agreement import check_checkpoint, check_number_of_classes, check_ranks, check_sources
+from gpdit_lightning.stages.agreement import (
+    check_annotated,
+    check_checkpoint,
+    check_number_of_classes,
+    check_ranks,
+    check_sources,
+)
 from gpdit_lightning.stages.initial_weights import InitialWeights
 from gpdit_lightning.training.optimizer import OptimizerConfig, apply_config, build_optimizer
 
@@ -50,6 +56,7 @@ class GPDiTStage(LightningModule):
         initial_weights: str = "",
     ) -> None:
         super().__init__()
+        check_annotated(type(self).__name__, backbone=backbone, schedule=schedule, optimizer=optimizer)
         self.config, self.schedule, self.optimizer_config = backbone, schedule, optimizer
         self.initial_weights = initial_weights
         self.loaded_weights: InitialWeights | None = None

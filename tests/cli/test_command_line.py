@@ -44,7 +44,7 @@ def backbone(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (backbone(layerz=3), ["layerz", "did you mean 'backbone.layers'"]),
+        (backbone(layerz=3), ["layerz", "did you mean 'model.init_args.backbone.layers'"]),
         (backbone(size="XXL"), ["size 'XXL' is not known", "tiny, B, H"]),
         (backbone(heads=12), ["head width 2", "RoPE"]),
         (backbone(attention="of3"), ["of3"]),
@@ -68,7 +68,7 @@ def backbone(**fields: Any) -> dict[str, Any]:
             ["trainer.log_every_n_steps is 0: give a number of optimizer steps, at least 1"],
         ),
         ({"trainer": {"log_every_n_steps": None}}, ["trainer.log_every_n_steps is None"]),
-        ({"trainer": {"strategy": "ddpp"}}, ["the trainer cannot be set up", "ddpp"]),
+        ({"trainer": {"strategy": "ddpp"}}, ["trainer.strategy 'ddpp' is not known (did you mean 'ddp'?)"]),
         ({"validate_every_steps": -3}, ["validate_every_steps is -3", "at least 0"]),
         ({"data": {"workers": -1}}, ["data.workers is -1"]),
         ({"data": {"videos": {"frames": -3}}}, ["data.videos.frames is -3"]),
@@ -76,7 +76,6 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"base": 3}, ["the `base` of", "is 3"]),
         ({"base": "nowhere.yaml"}, ["nowhere.yaml (the base of", "cannot be read"]),
         ({"base": "recipe.yaml"}, ["recipe.yaml is its own base"]),
-        ({"model": {"class_path": "NoSuchStage"}}, ["NoSuchStage"]),
         ({"checkpoint": {"every_steps": 0}}, ["checkpoint.every_steps is 0"]),
         ({"ema": {"decay": 1.5}}, ["ema.decay is 1.5"]),
     ],

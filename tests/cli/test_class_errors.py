@@ -1,0 +1,143 @@
+"""An error in a class of a recipe, or in its arguments, is one sentence with the option, the value and the cure."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gpdit_lightning.cli import main
+from tests.cli.test_resume import recipe
+
+PARTS = """
+from lightning import Callback
+from lightning.pytorch.loggers.logger import Logger
+
+from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.stages import GPDiTStage
+
+
+class Huber(GPDiTStage):
+    def __init__(self, *args, delta: float, **options) -> None:
+        super().__init__(*args, **options)
+
+
+class Strict(GPDiTStage):
+    def __init__(self, *args, delta: float = 1.0, **options) -> None:
+        raise ValueError("delta must be positive")
+
+
+class Untyped(GPDiTStage):
+    def __init__(self, backbone, scale: float = 1.0) -> None:
+        super().__init__(backbone)
+
+
+class Counter(Callback):
+    def __init__(self, name: str, every: int = 1) -> None:
+        pass
+
+
+class Incomplete(Logger):
+    pass
+
+
+class Plain:
+    pass
+
+
+number = 3
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "recipe_parts").mkdir()
+    for name, text in {"__init__": "", "good": PARTS, "wrong": "def (", "needy": "import no_such_package"}.items():
+        (folder / "recipe_parts" / f"{name}.py").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the message of `fit`, which is the only line on stderr."""
+    assert main(["fit", *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+CLASSES = [
+    ("good.Hubr", "does not exist: module recipe_parts.good"),
+    ("good.Hubr", "(did you mean 'Huber'?)"),
+    ("god.Huber", "cannot be imported (No module named 'recipe_parts.god' (did you mean 'good'?))"),
+    ("wrong.Huber", "cannot be imported (SyntaxError: invalid syntax (wrong.py, line 1))"),
+    ("needy.Huber", "cannot be imported (No module named 'no_such_package')"),
+    ("good.Plain", "is not a subclass of"),
+    ("good.number", "is not a subclass of"),
+]
+
+
+@pytest.mark.parametrize(("path", "words"), CLASSES, ids=lambda value: value[:20])
+@pytest.mark.parametrize("option", ["model", "trainer.logger", "trainer.callbacks", "trainer.strategy"])
+def test_a_class_that_cannot_be_used(
+    path: str, words: str, option: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the command line and in YAML, there as an item of a list if the option takes one."""
+    path = f"recipe_parts.{path}"
+    settings, file = recipe(tiny_shards, tmp_path / "run"), tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    error = error_of([f"--config={file}", f"--{option}", path], capsys)
+    assert error.startswith(f"error: {option} '{path}'")
+    assert words in error
+    spec = {"class_path": path}
+    if option == "model":
+        settings["model"]["class_path"] = path
+    else:
+        settings["trainer"][option.split(".")[1]] = spec if option == "trainer.strategy" else [spec]
+    file.write_text(yaml.safe_dump(settings))
+    error = error_of([f"--config={file}"], capsys)
+    assert error.startswith(f"error: {option}{'[0]' if option in ('trainer.logger', 'trainer.callbacks') else ''} ")
+    assert words in error
+
+
+HUBER, COUNTER = "recipe_parts.good.Huber", "recipe_parts.good.Counter"
+ARGUMENTS = [
+    (["--model", HUBER], f"model.init_args.delta is missing: {HUBER} requires it."),
+    (["--model", HUBER, "--model.init_args.dleta=1"], f"model.init_args.dleta is not an argument of {HUBER} (did you"),
+    (["--model", HUBER, "--model.delta=x"], "model.init_args.delta is x; it must be a number."),
+    (["--model.clas_path", HUBER], "model.init_args.clas_path is not an argument of"),
+    (["--model", "MixdStage"], "model 'MixdStage' is not known (did you mean 'MixedStage'?)."),
+    (["--model", "recipe_parts.good.Strict"], "Strict' cannot be constructed (ValueError: delta must be positive in "),
+    (["--model", "recipe_parts.good.Untyped"], "annotate the parameter as `backbone: GPDiTConfig`"),
+    (["--trainer.callbacks+", COUNTER], f"trainer.callbacks[0].init_args.name is missing: {COUNTER} requires it."),
+    (
+        ["--trainer.callbacks", f'[{{"class_path": "{COUNTER}", "init_args": {{"name": "n", "every": "e"}}}}]'],
+        "trainer.callbacks[0].init_args.every is e; it must be a whole number.",
+    ),
+    (["--trainer.logger", "recipe_parts.good.Incomplete"], "is an abstract class: define log_hyperparams, log_metrics"),
+    (["--trainer.logger=CSVLogger", "--trainer.logger.save_dr=x"], "trainer.logger.init_args.save_dr is not"),
+    (["--trainer.plugins", "recipe_parts.good.No"], "Problem with given class_path 'recipe_parts.good.No'"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), ARGUMENTS, ids=lambda value: str(value)[:60])
+def test_an_argument_that_cannot_be_used(
+    options: list[str], words: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(tiny_shards, tmp_path / "run")))
+    assert words in error_of([f"--config={file}", *options], capsys)
+
+
+def test_arguments_that_a_later_class_does_not_take_are_dropped(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message concerns another option: the earlier argument `delta` is not an error."""
+    settings, file = recipe(tiny_shards, tmp_path / "run"), tmp_path / "recipe.yaml"
+    settings["model"] |= {"class_path": HUBER}
+    settings["model"]["init_args"]["delta"] = 1.0
+    file.write_text(yaml.safe_dump(settings))
+    arguments = [f"--config={file}", "--model=MixedStage", "--trainer.max_steps=many"]
+    assert "trainer.max_steps is many; it must be a whole number" in error_of(arguments, capsys)
