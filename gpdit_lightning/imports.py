@@ -2,11 +2,13 @@
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, TypeVar
 
 from gpdit_lightning.errors import InputError
@@ -67,6 +69,10 @@ def import_object(path: str, kind: str) -> Any:
     except Exception as error:  # the module may raise anything
         summary = error_summary(error, module_path)
         raise InputError(f"{kind} '{path}' cannot be imported ({summary}): correct the module.") from error
+    if isinstance(getattr(module, attribute, None), ModuleType | None) and _is_module(path):
+        raise InputError(
+            f"{kind} '{path}' is a module: give the import path of a class or function in it, such as {path}.NAME."
+        )
     if not hasattr(module, attribute):
         public = [name for name in vars(module) if not name.startswith("_")]
         file = getattr(module, "__file__", None) or "built in, or a folder without __init__.py"
@@ -126,6 +132,13 @@ def report_custom_errors(kind: str, path: str, expected: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
         raise InputError(f"{kind} '{path}' failed ({error_summary(error, path)}): {expected}.") from error
+
+
+def _is_module(path: str) -> bool:
+    try:
+        return importlib.util.find_spec(path) is not None
+    except ModuleNotFoundError:  # its parent is a module without submodules
+        return False
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

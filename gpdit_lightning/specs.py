@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.imports import is_import_path
 from gpdit_lightning.schema import NUMBER, SIZE, TEXT, TEXT_OR_NULL, check
 
 
@@ -99,6 +100,11 @@ class CodecSpec(LatentGrid):
         "std": [NUMBER],
         "fingerprint": TEXT,
     }
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the name is an import path, which the user must give too: a file must not choose code to import."""
+        return is_import_path(self.name)
 
     @classmethod
     def from_dict(cls, content: Any, file: str, cure: str) -> Self:

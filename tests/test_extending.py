@@ -140,17 +140,42 @@ def test_a_metric_network(folder: Path) -> None:
 def test_a_codec(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     follow(SECTIONS["A codec"])
     path = "my_parts.codecs.BlockMeans"
-    assert json.loads((folder / "latents" / "means" / "manifest.json").read_text())["codec"]["name"] == path
-    assert open_weights(folder / "runs" / "codec").facts.codec.name == path
+    recorded = json.loads((folder / "latents" / "means" / "manifest.json").read_text())["codec"]
+    assert (recorded["name"], recorded["source"]) == (path, "gain=2")
+    assert open_weights(folder / "runs" / "codec").facts.codec.to_dict() == recorded
     assert list((folder / "runs" / "codec" / "previews").glob("*.png"))
     assert (folder / "means.mp4").is_file()
-    capsys.readouterr()
-    sample = ["--checkpoint=runs/codec", "--context=MY_VIDEOS/0.mp4", "--frames=4", "--out=refused.mp4"]
-    assert main(["sample", *sample]) == 2
-    assert (
-        f"a file must not choose code to import: if you trust that class, give --codec {path}"
-        in capsys.readouterr().err
-    )
+    next_command = re.search(r"^next: python -m gpdit_lightning (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert next_command
+    small = ["--config=gpdit:size/tiny", "--trainer.max_steps=1", "--data.videos.batch_size=2"]
+    assert main([*shlex.split(next_command[1]), *small, "--preview.sampler_steps=1"]) == 0
+    assert list((folder / "runs" / "means" / "previews").glob("*.png"))
+
+    assert main(["export", "--checkpoint=runs/codec", "--out=exported"]) == 0
+    assert f"sample --checkpoint exported --codec {path} --context VIDEO.mp4" in capsys.readouterr().out
+    assert f"sample --checkpoint MODEL --codec {path} --context" in (folder / "exported" / "README.md").read_text()
+
+    prepare = BLOCK.findall(SECTIONS["A codec"])[1][1].replace("\\\n", " ").splitlines()[0]
+    for command, message in (
+        (
+            prepare.replace("gain=2", "gain=3"),
+            "are of different codecs (std (1.0, 1.0, 1.0) and (1.5, 1.5, 1.5)): give",
+        ),
+        (
+            prepare.replace("--codec_source gain=2", ""),
+            "are of different codecs (std (1.0, 1.0, 1.0) and (0.5, 0.5, 0.5",
+        ),
+        (
+            "python -m gpdit_lightning fit --config recipe.yaml --data.videos.manifests [latents/means]",
+            "takes latents of 16 channels, but the data have 3: give --model.init_args.backbone.latent_channels 3",
+        ),
+        (
+            "python -m gpdit_lightning sample --checkpoint=runs/codec --context=MY_VIDEOS/0.mp4 --out=refused.mp4",
+            f"a file must not choose code to import: if you trust that class, give --codec {path}",
+        ),
+    ):
+        assert main(shlex.split(command)[3:]) == 2
+        assert message in capsys.readouterr().err
     assert not (folder / "refused.mp4").exists()
 
 

@@ -18,11 +18,22 @@ def _user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_module.py").write_text("1 / 0\n", encoding="utf-8")
     (tmp_path / "invalid_module.py").write_text("def f(:\n", encoding="utf-8")
     (tmp_path / "needs_more.py").write_text("import a_package_that_does_not_exist\n", encoding="utf-8")
+    (tmp_path / "user_folder").mkdir()
+    (tmp_path / "user_package").mkdir()
+    (tmp_path / "user_package" / "__init__.py").write_text(
+        "from user_package.ordered import ordered\n", encoding="utf-8"
+    )
+    (tmp_path / "user_package" / "ordered.py").write_text("class ordered(dict): pass\n", encoding="utf-8")
+    (tmp_path / "user_folder" / "parts.py").write_text("class Ordered(dict): pass\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
 
 
 def test_resolve_a_registered_name() -> None:
     assert resolve("tangent", REGISTRY, "sampler") is list
+
+
+def test_a_class_may_have_the_name_of_its_module() -> None:
+    assert resolve("user_package.ordered", REGISTRY, "sampler", base=dict).__module__ == "user_package.ordered"
 
 
 def test_resolve_an_import_path() -> None:
@@ -42,6 +53,7 @@ def test_resolve_an_import_path() -> None:
         ("user_module.NUMBER", dict, "is not a subclass of builtins.dict"),
         ("user_module.Ordered", list, "is not a subclass of builtins.list"),
         ("user_module..Ordered", None, "is not known"),
+        ("user_folder.parts", dict, r"is a module: give the import path .*, such as user_folder\.parts\.NAME\.$"),
     ],
 )
 def test_unresolvable_names_are_reported(name: str, base: type | None, message: str) -> None:

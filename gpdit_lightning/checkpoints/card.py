@@ -57,7 +57,8 @@ def model_card(config: GPDiTConfig, facts: TrainingFacts, parameters: int, dtype
     known = facts.to_dict()
     sections = [HEAD, _summary(facts, parameters, dtype), IN_PYTHON]
     if facts.codec and facts.geometry and facts.schedule:
-        sections.append(ON_COMMAND_LINE)
+        option = f"--codec {facts.codec.name} " if facts.codec.is_custom else ""
+        sections.append(ON_COMMAND_LINE.replace("--context", f"{option}--context"))
     if facts.classes:
         sections += ["## Classes", _classes(facts.classes)]
     sections += ["## Architecture", _table("field", {"size": config.size, **config.architecture()})]

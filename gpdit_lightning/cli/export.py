@@ -25,9 +25,11 @@ def export(options: ExportOptions) -> None:
     weights = Weights(model.state_dict(), model.config, model.facts)
     write_folder(weights, options.out.resolve())
     kind = "averaged" if model.facts.weights == "ema" else "trained"
+    codec = model.facts.codec
+    codec_option = f" --codec {codec.name}" if codec is not None and codec.is_custom else ""
     print(
         f"{options.out}: the {kind} weights of step {model.facts.step}; to continue a video with them: "
-        f"python -m gpdit_lightning sample --checkpoint {options.out} --context VIDEO.mp4"
+        f"python -m gpdit_lightning sample --checkpoint {options.out}{codec_option} --context VIDEO.mp4"
     )
 
 

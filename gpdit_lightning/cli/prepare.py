@@ -1,8 +1,10 @@
 """`prepare`: encode videos, images and tars of images as latent shards."""
 
 from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation import prepare, summary
+from gpdit_lightning.specs import CodecSpec
 
 CLIP_FRAMES = 5  # latent frames per clip in the recipes below
 
@@ -35,4 +37,14 @@ def next_command(manifest: Manifest) -> str:
     shortest = min((shard.shape[0] for shard in manifest.shards if shard.kind == "video"), default=CLIP_FRAMES)
     if shortest < CLIP_FRAMES:
         words.append(f"--data.videos.frames {shortest}")
+    words += codec_options(manifest.codec)
     return f"python -m gpdit_lightning fit {' '.join(words)}"
+
+
+def codec_options(codec: CodecSpec) -> list[str]:
+    """Return the options of `fit` that latents of this codec need."""
+    channels = codec.latent_channels
+    words = (
+        [f"--model.init_args.backbone.latent_channels {channels}"] if channels != GPDiTConfig.latent_channels else []
+    )
+    return [*words, f"--preview.codec {codec.name}"] if codec.is_custom else words

@@ -4,6 +4,7 @@ from gpdit_lightning.codecs.base import Codec, fingerprint_of
 from gpdit_lightning.codecs.loading import (
     CODECS,
     CodecNotAllowedError,
+    find_codec,
     load_codec,
     load_codec_from_spec,
     register_codec,
@@ -17,6 +18,7 @@ __all__ = [
     "CodecNotAllowedError",
     "PcaCodec",
     "WanCodec",
+    "find_codec",
     "fingerprint_of",
     "load_codec",
     "load_codec_from_spec",

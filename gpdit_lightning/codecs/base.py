@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.imports import import_path
 from gpdit_lightning.specs import CodecSpec, LatentGrid
 
 
 class Codec(LatentGrid, ABC):
     """Encodes uint8 pixels to float32 latents and decodes them.
 
-    A custom codec is a subclass that sets the attributes below except `name` and `device`, and defines `load`, `to`,
-    `encode_values` and `decode_frame`. It must be causal: a latent frame depends on no later pixel frame. Commands
-    accept its import path, or a name registered by :func:`~gpdit_lightning.codecs.register_codec` (docs/extending.md).
+    A custom codec is a subclass that defines `load`, `to`, `encode_values` and `decode_frame`, and sets the attributes
+    below except `name`, which is set automatically, and the optional `default_source` and `trial_size`. It must be
+    causal: a latent frame depends on no later pixel frame. Commands accept its import path, or a name registered by
+    :func:`~gpdit_lightning.codecs.register_codec` (docs/extending.md).
 
     Attributes:
         name: registered name, or else the import path of the class; recorded in manifests and checkpoints.
@@ -35,6 +37,9 @@ class Codec(LatentGrid, ABC):
         std: (C,) float32.
         fingerprint: 16 hexadecimal digits of a hash of the weights, as computed by :func:`fingerprint_of`.
         device: device of `encode` and `decode`.
+        default_source: the `source` of a codec that is loaded without one.
+        trial_size: (H, W) in pixels of the clips with which a custom codec is checked when it is loaded; None for 4 x 6
+            latent pixels.
     """
 
     name: ClassVar[str]
@@ -43,10 +48,12 @@ class Codec(LatentGrid, ABC):
     std: Tensor
     fingerprint: str
     device: torch.device = torch.device("cpu")
+    default_source: ClassVar[str | None] = None
+    trial_size: tuple[int, int] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.name = f"{cls.__module__}.{cls.__qualname__}"
+        cls.name = import_path(cls)
 
     @classmethod
     @abstractmethod
@@ -92,7 +99,8 @@ class Codec(LatentGrid, ABC):
             float32 (B, F, C, h, w), not whitened. A latent frame depends on no later pixel frame.
 
         Raises:
-            InputError: the dtype or shape is invalid, or the factors of the codec do not fit T, H or W.
+            InputError: the dtype or shape is invalid, the factors of the codec do not fit T, H or W, or the result of
+                `encode_values` has another type or shape than it must have.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[2] != 3:
             raise InputError(
@@ -101,7 +109,9 @@ class Codec(LatentGrid, ABC):
             )
         self.latent_frames(pixels.shape[1])
         self.check_frame_size(*pixels.shape[3:])
-        return self.encode_values(pixels.to(self.device, torch.float32) / 127.5 - 1)
+        latents = self.encode_values(pixels.to(self.device, torch.float32) / 127.5 - 1)
+        shape = len(pixels), *self.latent_shape(pixels.shape[1:])
+        return check_result(self, "encode_values", latents, shape, "(B, F, C, h, w)")
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode raw latents (B, F, C, h, w) to uint8 pixels (B, T, 3, H, W), on `device`.
@@ -159,7 +169,8 @@ class StreamingDecoder:
         The first latent frame of the clips has one pixel frame, later ones temporal_factor. F may be 0.
 
         Raises:
-            InputError: the number of axes or channels is wrong, or B, h or w differ from the first call.
+            InputError: the number of axes or channels is wrong, B, h or w differ from the first call, or the result of
+                `decode_frame` has another type or shape than it must have.
         """
         codec = self._codec
         if latents.ndim != 5 or latents.shape[2] != codec.latent_channels:
@@ -178,10 +189,56 @@ class StreamingDecoder:
         size = h * codec.spatial_factor, w * codec.spatial_factor
         pixels = torch.empty(B, sum(lengths), 3, *size, dtype=torch.uint8, device=codec.device)
         for latent, frames in zip(latents.unbind(1), pixels.split(lengths, dim=1), strict=True):
-            values = codec.decode_frame(latent.to(codec.device, torch.float32), self._frames == 0, self._state)
+            values = self.decode_frame(latent)
             frames.copy_(((values + 1) * 127.5).round().clamp(0, 255))
-            self._frames += 1
         return pixels
+
+    def decode_frame(self, latent: Tensor) -> Tensor:
+        """Decode the next latent frame (B, C, h, w) to values around [-1, 1], (B, t, 3, H, W), on the codec's device.
+
+        Raises:
+            InputError: the result of the codec's `decode_frame` has another type or shape than it must have.
+        """
+        codec, first = self._codec, self._frames == 0
+        values = codec.decode_frame(latent.to(codec.device, torch.float32), first, self._state)
+        size = (side * codec.spatial_factor for side in latent.shape[-2:])
+        shape = len(latent), 1 if first else codec.temporal_factor, 3, *size
+        self._frames += 1
+        return check_result(codec, "decode_frame", values, shape, "(B, t, 3, H, W)")
+
+
+def check_result(codec: Codec, method: str, result: Any, shape: tuple[int, ...], letters: str) -> Tensor:
+    """Return the result of a method of a codec.
+
+    Args:
+        codec: the codec.
+        method: the name of its method.
+        result: what the method returned.
+        shape: the shape that the result must have.
+        letters: the names of its axes, for the message.
+
+    Raises:
+        InputError: the result is not a float32 tensor of this shape on the codec's device.
+    """
+    if not isinstance(result, Tensor):
+        returned = describe(result)
+    elif (tuple(result.shape), result.dtype, result.device.type) != (shape, torch.float32, codec.device.type):
+        returned = f"{describe(result)} on {result.device}"
+    else:
+        return result
+    raise InputError(
+        f"{import_path(codec)}.{method} returned {returned}; it must return a torch.float32 tensor {letters} "
+        f"of shape {shape} on {codec.device}."
+    )
+
+
+def describe(value: Any) -> str:
+    """Return the kind of a value, for messages: a tensor's dtype and shape, a plain value, or else the type."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if value is None or isinstance(value, str | int | float):
+        return repr(value)
+    return f"an object of type {type(value).__name__}"
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:

@@ -2,14 +2,16 @@
 
 import torch
 
-from gpdit_lightning.codecs.base import Codec
+from gpdit_lightning.codecs.base import Codec, describe
+from gpdit_lightning.codecs.custom import load_custom_codec
 from gpdit_lightning.codecs.pca import PcaCodec
 from gpdit_lightning.codecs.wan import WanCodec
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.imports import is_import_path, resolve
+from gpdit_lightning.imports import resolve
 from gpdit_lightning.specs import CodecSpec
 
 CODECS: dict[str, type[Codec]] = {}
+BUILT_IN: tuple[type[Codec], ...] = (PcaCodec, WanCodec)
 
 
 class CodecNotAllowedError(InputError):
@@ -20,8 +22,12 @@ def register_codec(name: str, codec: type[Codec]) -> None:
     """Register a name of a codec for commands and files; without a name, its import path can be used.
 
     Raises:
-        InputError: the name belongs to another codec.
+        InputError: the name belongs to another codec, or the class is not a subclass of :class:`Codec`.
     """
+    if not (isinstance(codec, type) and issubclass(codec, Codec)):
+        raise InputError(
+            f"the codec '{name}' is {describe(codec)}; it must be a subclass of gpdit_lightning.codecs.Codec."
+        )
     if CODECS.setdefault(name, codec) is not codec:
         raise InputError(f"a codec '{name}' is registered already: register yours under another name.")
     codec.name = name
@@ -42,9 +48,18 @@ def load_codec(name: str, source: str | None = None, device: str | torch.device 
         device: device of the codec.
 
     Raises:
-        InputError: the name is unknown, or the weights are not available.
+        InputError: the name is unknown, the weights are not available, or a custom codec breaks a rule of
+            :class:`Codec`.
     """
-    return resolve(name, CODECS, "codec", base=Codec).load(source).to(device)
+    codec_class = find_codec(name)
+    if codec_class in BUILT_IN:
+        return codec_class.load(source).to(device)
+    return load_custom_codec(codec_class, source, device)
+
+
+def find_codec(name: str) -> type[Codec]:
+    """Return the class of a codec; argument and errors as in :func:`load_codec`."""
+    return resolve(name, CODECS, "codec", base=Codec)
 
 
 def load_codec_from_spec(
@@ -72,7 +87,7 @@ def load_codec_from_spec(
         CodecNotAllowedError: an import path is recorded, and `codec` is None.
         InputError: as `load_codec`, or the weights or constants differ from the spec's.
     """
-    if codec is None and spec.name not in CODECS and is_import_path(spec.name):
+    if codec is None and spec.name not in CODECS and spec.is_custom:
         raise CodecNotAllowedError(
             f"{owner} records the custom codec {spec.name}, and a file must not choose code to import: if you trust "
             f"that class, give {option} {spec.name}."

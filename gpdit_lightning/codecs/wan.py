@@ -29,6 +29,7 @@ class WanCodec(Codec):
     """
 
     latent_channels, spatial_factor, temporal_factor = 16, 8, 4
+    default_source = DEFAULT_SOURCE
 
     def __init__(self, autoencoder: "AutoencoderKLWan", source: str | None = None) -> None:
         config = autoencoder.config

@@ -85,10 +85,11 @@ class ClipOptions(OptionRecord):
     stride: int = 3
     """Use every stride-th frame of a video (paper: 3)."""
     clip_frames: int = 45
-    """Frames of a full clip, 1 + 4k (paper: at most 45); training shortens clips as needed."""
+    """Frames of a full clip, 1 + 4k (paper: at most 45), or 1 + k times the temporal factor of a custom codec; training
+    shortens clips as needed."""
     least_clip_frames: int | None = None
-    """Minimum frames, 1 + 4k, of a shorter clip from the remaining frames of a video or shot; by default 17 (as in the
-    paper), or clip_frames if that is less."""
+    """Minimum frames, of the same form, of a shorter clip from the remaining frames of a video or shot; by default 17
+    (as in the paper), or clip_frames if that is less."""
     clip_step: int | None = None
     """Frames from the start of a clip to the start of the next; clips overlap if it is less than clip_frames, which is
     the default."""

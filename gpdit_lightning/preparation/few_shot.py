@@ -22,6 +22,8 @@ from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, TASKS, ImageTask, 
 from gpdit_lightning.media.images import Size, parse_size, read_image, resize_and_crop
 from gpdit_lightning.options.prepare_pairs import PreparePairsOptions
 from gpdit_lightning.preparation.pairs import Pair, pair_folders, pairs_from_folder, pairs_from_folders, split_pairs
+from gpdit_lightning.preparation.records import USE_ANOTHER_FOLDER
+from gpdit_lightning.specs import CodecSpec
 
 INPUT_OPTIONS = ("sources", "targets", "pairs_in")
 # Options that determine the sequences, in the order in which they are hashed.
@@ -62,7 +64,7 @@ def prepare_pairs(options: PreparePairsOptions) -> Manifest:
     pairs = _split_and_limit(all_pairs, options)
     preparation = _describe_preparation(options, task, [*pairs.training, *pairs.held_out])
     if (options.out / FILE_NAME).exists():
-        return _existing_manifest(options.out, preparation)
+        return _existing_manifest(options.out, preparation, codec.spec())
     latents = _encode(pairs, task, size, codec)
     training, validation = _draw_sequences(pairs, options)
     shards = _write_shards(options.out, {"train": training, "validation": validation}, latents, task, size)
@@ -177,15 +179,16 @@ def _describe_preparation(options: PreparePairsOptions, task: ImageTask, pairs: 
     return values | {"inputs_sha256": hashlib.sha256(json.dumps(identity).encode()).hexdigest()}
 
 
-def _existing_manifest(out: Path, preparation: dict[str, Any]) -> Manifest:
+def _existing_manifest(out: Path, preparation: dict[str, Any], codec: CodecSpec) -> Manifest:
     """Return the manifest of the output folder; raises InputError if it was prepared differently."""
     manifest = Manifest.load(out)
     if manifest.preparation == preparation:
+        manifest.codec.check_same(codec, str(manifest.path), "this preparation", USE_ANOTHER_FOLDER)
         print(f"{manifest.path} already contains the result of these options.")
         return manifest
     differing = [name for name in preparation if manifest.preparation.get(name) != preparation[name]]
     first = next((name for name in differing if name != "inputs_sha256"), "the images")
-    raise InputError(f"{out} contains shards of other options ({first}): give another --out or delete that folder.")
+    raise InputError(f"{out} contains shards of other options ({first}): {USE_ANOTHER_FOLDER}.")
 
 
 def _encode(pairs: SplitPairs, task: ImageTask, size: Size, codec: Codec) -> dict[Pair, np.ndarray]:

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
-from gpdit_lightning.codecs import Codec
+from gpdit_lightning.codecs import Codec, find_codec
 from gpdit_lightning.data.manifest import FILE_NAME, SKIPPED_NAME, Manifest, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
@@ -100,6 +100,9 @@ def _existing_manifest(options: PrepareOptions, records: Records, inputs: Inputs
     if records.unfinished_parts or _files_to_encode(options, records, inputs):
         return None
     manifest = Manifest.load(options.out)
+    source = options.codec_source or find_codec(options.codec).default_source
+    if source != manifest.codec.source:  # the same weights may lie elsewhere now
+        records.check_codec(load_checked_codec(options).spec())
     print(f"{manifest.path} already covers all of these input files.")
     return manifest
 

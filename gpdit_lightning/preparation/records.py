@@ -131,7 +131,7 @@ class Records:
         """
         if self._options_path.exists():
             self.check_options(options)
-            self._check_codec(codec)
+            self.check_codec(codec)
             return
         if shard := next(self.out.glob("*.tar"), None):
             raise InputError(f"{shard} was not written by this command: give another --out.")
@@ -149,7 +149,8 @@ class Records:
                     f"{USE_ANOTHER_FOLDER}."
                 )
 
-    def _check_codec(self, codec: CodecSpec) -> None:
+    def check_codec(self, codec: CodecSpec) -> None:
+        """Raise InputError if the recorded codec is another one."""
         recorded = CodecSpec.from_dict(_read(self._options_path)["codec"], str(self._options_path), USE_ANOTHER_FOLDER)
         recorded.check_same(codec, f"the shards of {self.out}", "this preparation", USE_ANOTHER_FOLDER)
 

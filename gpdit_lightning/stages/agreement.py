@@ -35,6 +35,15 @@ def check_sources(stage: str, required: Sequence[str], used: Sequence[str]) -> N
         )
 
 
+def check_latent_channels(of_backbone: int, of_data: int) -> None:
+    """Raise `InputError` unless a backbone has the channels of the latents of the data."""
+    if of_backbone != of_data:
+        raise InputError(
+            f"the backbone takes latents of {of_backbone} channels, but the data have {of_data}: give "
+            f"--model.init_args.backbone.latent_channels {of_data}, or data of another codec."
+        )
+
+
 def check_number_of_classes(of_backbone: int, of_data: int) -> None:
     """Raise `InputError` unless a backbone has an embedding for each class of the data."""
     if of_backbone == of_data:

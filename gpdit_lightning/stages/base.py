@@ -16,6 +16,7 @@ from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.stages.agreement import (
     check_annotated,
     check_checkpoint,
+    check_latent_channels,
     check_number_of_classes,
     check_ranks,
     check_sources,
@@ -128,10 +129,14 @@ class GPDiTStage(LightningModule):
         assert isinstance(data, LatentDataModule)
         return data
 
-    def on_fit_start(self) -> None:
-        """Raise `InputError` if the data do not fit the stage, its backbone or its initial weights."""
+    def setup(self, stage: str) -> None:
+        """Raise `InputError` if the data do not fit the stage or its backbone, which is not built yet."""
         check_sources(type(self).__name__, self.SOURCES, [source.name for source in self.data.plan.sources])
+        check_latent_channels(self.config.latent_channels, self.data.codec.latent_channels)
         check_number_of_classes(self.config.classes, len(self.data.classes))
+
+    def on_fit_start(self) -> None:
+        """Raise `InputError` if the data do not fit the initial weights."""
         if self.loaded_weights is not None:
             self.loaded_weights.check_data(self.data)
 

@@ -178,6 +178,13 @@ def test_an_existing_result_is_reused_or_refused(
     with pytest.raises(InputError, match=r"contains shards of other options \(task\)"):
         prepare_pairs(replace(with_task(options, "grayscale"), out=options.out))
     again = prepare_pairs(replace(options, out=options.out.with_name("again")))
+    replace(
+        again, codec=replace(again.codec, fingerprint="0" * 16)
+    ).save()  # as if the weights of the codec had changed
+    with pytest.raises(
+        InputError, match=r"again/manifest\.json and this preparation are of different codecs \(fingerp"
+    ):
+        prepare_pairs(replace(options, out=options.out.with_name("again")))
     assert [entry.sha256 for entry in again.shards] == [entry.sha256 for entry in first.shards]
     other = prepare_pairs(replace(options, seed=1, out=options.out.with_name("other")))
     assert other.fingerprint() != first.fingerprint()

@@ -215,3 +215,13 @@ def test_a_checkpoint_records_the_facts_of_its_weights(tiny_config: GPDiTConfig)
     assert checkpoint["gpdit"]["stage"] == "MixedStage"
     assert GPDiTConfig(**checkpoint["gpdit"]["backbone"]) == tiny_config
     assert NoiseSchedule(**checkpoint["gpdit"]["schedule"]) == NoiseSchedule(shift=3.0)
+
+
+def test_data_of_another_number_of_channels_are_refused_before_the_backbone_is_built(
+    tiny_shards: Path, tiny_config: GPDiTConfig, fit: Fit, tmp_path: Path
+) -> None:
+    stage = GPDiTStage(tiny_config.replaced(latent_channels=16))
+    data = LatentDataModule(images=SourceConfig([str(tiny_shards)], batch_size=2))
+    with pytest.raises(InputError, match=r"16 channels, but the data have 4: give --model\.init_args\..*_channels 4,"):
+        fit(stage, data, tmp_path, 1)
+    assert "backbone" not in stage._modules

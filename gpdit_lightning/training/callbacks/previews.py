@@ -113,9 +113,9 @@ class Preview(Callback):
             with torch.random.fork_rng(devices=[]):  # a network is initialized at random before its weights are loaded
                 codec, option = self.codec or None, "--preview.codec"
                 return load_codec_from_spec(spec, "cpu", source, "The training data", codec, option)
-        except CodecNotAllowedError:
-            raise
         except InputError as error:
+            if self.codec or isinstance(error, CodecNotAllowedError):
+                raise
             raise InputError(
                 f"the previews need the codec {spec.name!r}, which cannot be loaded from {source or 'the package'} "
                 f"({str(error).rstrip('.')}): give --preview.codec_source PATH, or {NO_PREVIEWS}."
