@@ -26,7 +26,7 @@ def resolve(name: str, registry: Mapping[str, T], kind: str, base: type | None =
         base: the class that an object at an import path must be a subclass of; None: it only has to be callable.
 
     Raises:
-        InputError: the name is not registered, the import path does not exist, or its object is of another type.
+        InputError: the name is not registered, the import path does not exist, or its object is unsuitable.
     """
     if name in registry:
         return registry[name]
@@ -36,11 +36,23 @@ def resolve(name: str, registry: Mapping[str, T], kind: str, base: type | None =
             "an import path (package.module.name)."
         )
     imported = import_object(name, kind)
-    if base is None and not callable(imported):
-        raise InputError(f"{kind} '{name}' is of type {type(imported).__name__}; it must be callable.")
-    if base is not None and not (isinstance(imported, type) and issubclass(imported, base)):
-        raise InputError(f"{kind} '{name}' is not a subclass of {base.__module__}.{base.__qualname__}.")
+    check_part(imported, name, kind, base)
     return imported
+
+
+def check_part(part: Any, name: str, kind: str, base: type | None) -> None:
+    """Check that a custom part is callable, or is a complete subclass; arguments as in :func:`resolve`.
+
+    Raises:
+        InputError: it is of another type, or does not define an abstract method.
+    """
+    if base is None and not callable(part):
+        raise InputError(f"{kind} '{name}' is of type {type(part).__name__}; it must be callable.")
+    if base is not None and not (isinstance(part, type) and issubclass(part, base)):
+        raise InputError(f"{kind} '{name}' is not a subclass of {import_path(base)}.")
+    missing = ", ".join(sorted(getattr(part, "__abstractmethods__", ())))
+    if missing:
+        raise InputError(f"{kind} '{name}' does not define {missing}, which {import_path(base or part)} requires.")
 
 
 def is_import_path(name: str) -> bool:
@@ -111,6 +123,13 @@ def error_summary(error: BaseException, module: str) -> str:
         if str(frame.f_globals.get("__name__")).partition(".")[0] == package
     ]
     return type(error).__name__ + (f": {message}" if message else "") + (lines[-1] if lines else "")
+
+
+def value_summary(value: Any) -> str:
+    """Return dtype, shape and device of a tensor, or the type of any other value, for messages."""
+    if hasattr(value, "dtype") and hasattr(value, "device"):
+        return f"{value.dtype} {tuple(value.shape)} on {value.device}"
+    return type(value).__name__
 
 
 @contextmanager

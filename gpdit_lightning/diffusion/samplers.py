@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpdit_lightning.diffusion.noise_levels import NoiseSchedule
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.imports import resolve
+from gpdit_lightning.imports import check_part, import_path, report_custom_errors, resolve, value_summary
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(noisy (B, ...), theta (B,)) -> velocity (B, ...)."""
@@ -23,6 +23,12 @@ FreshNoise = Callable[[int], Tensor]
 """number of a step, from 0 -> standard Gaussian noise with the shape of the sample."""
 VelocityAt = Callable[[Tensor, float], Tensor]
 """(noisy (B, ...), one theta for all clips) -> velocity (B, ...)."""
+
+SOLVE = (
+    "its method solve(velocity, x, angles, fresh) must return a tensor with the shape, dtype and device of x; "
+    "velocity(x, angle) is the network and fresh(step number) is noise"
+)
+"""Description of a custom sampler's method, for messages."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,28 @@ class Sampler(ABC):
             fresh_noise: for stochastic samplers, called once per step that adds noise.
 
         Raises:
-            InputError: a stochastic sampler has no `fresh_noise`.
+            InputError: a stochastic sampler has no `fresh_noise`, or a custom sampler fails or returns a tensor of
+                another shape, dtype or device.
         """
         precise = torch.promote_types(noise.dtype, torch.float32)
 
         def velocity_at(x: Tensor, theta: float) -> Tensor:
+            if x.shape != noise.shape:
+                raise InputError(
+                    f"sampler '{import_path(self)}' calls velocity(x, angle) with x of shape {tuple(x.shape)}: keep "
+                    f"the shape {tuple(noise.shape)} of the noise."
+                )
             return velocity(x, x.new_full((x.shape[0],), theta, dtype=precise)).to(x.dtype)
 
-        return self.solve(velocity_at, noise, angles, fresh_noise)
+        if type(self).__module__ == __name__:
+            return self.solve(velocity_at, noise, angles, fresh_noise)
+        path = import_path(self)
+        with report_custom_errors("sampler", path, SOLVE):
+            result = self.solve(velocity_at, noise, angles, fresh_noise)
+        expected, actual = value_summary(noise), value_summary(result)
+        if actual != expected:
+            raise InputError(f"sampler '{path}' returns {actual} for noise of {expected}: {SOLVE}.")
+        return result
 
     @abstractmethod
     def solve(self, velocity: VelocityAt, x: Tensor, angles: Sequence[float], fresh: FreshNoise | None) -> Tensor:
@@ -228,13 +248,14 @@ BUILT_IN = tuple(SAMPLERS)
 
 
 def register_sampler(name: str, sampler: type[Sampler]) -> None:
-    """Register a custom sampler under a name for commands; an import path needs no registration.
+    """Register a custom sampler under a name for options in this process; an import path needs no registration.
 
     Raises:
-        InputError: the name is that of a built-in sampler.
+        InputError: the name is that of a built-in sampler, or the class is no complete subclass of :class:`Sampler`.
     """
     if name in BUILT_IN:
         raise InputError(f"sampler '{name}' is built in: register yours under another name.")
+    check_part(sampler, name, "sampler", Sampler)
     SAMPLERS[name] = sampler
 
 
@@ -242,7 +263,11 @@ def make_sampler(name: str, steps: int, schedule: NoiseSchedule) -> Sampler:
     """Return the sampler with a name in `SAMPLERS`, or of the class at an import path such as `my_package.MySampler`.
 
     Raises:
-        InputError: the name is neither known nor the import path of a subclass of :class:`Sampler`, or there is fewer
-            than one step.
+        InputError: the name is neither known nor the import path of a subclass of :class:`Sampler`, the class cannot be
+            constructed from steps and schedule, or there is fewer than one step.
     """
-    return resolve(name, SAMPLERS, "sampler", base=Sampler)(steps, schedule)
+    kind = resolve(name, SAMPLERS, "sampler", base=Sampler)
+    with report_custom_errors(
+        "sampler", import_path(kind), "it is called with (steps, schedule); give its other fields defaults"
+    ):
+        return kind(steps, schedule)

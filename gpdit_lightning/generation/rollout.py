@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gpdit_lightning.diffusion import Guidance, RotationSampler, Sampler
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.imports import import_path
 from gpdit_lightning.model import NO_LABEL, GPDiT, KVCache
 from gpdit_lightning.randomness import GENERATION_NOISE, generator
 
@@ -122,6 +123,34 @@ def cast_linear_weights(model: GPDiT, dtype: torch.dtype) -> None:
         for module in block.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
+
+
+def check_finite(latents: Tensor, sampler: Sampler) -> None:
+    """Check that generated latents are finite. The host waits for them, so call it where it does so anyway.
+
+    Raises:
+        InputError: a value is not finite.
+    """
+    if not latents.isfinite().all():
+        raise InputError(
+            f"Generated latents are not finite, because of sampler '{import_path(sampler)}' or the weights of the "
+            "model: use another sampler or checkpoint."
+        )
+
+
+def check_sampler(sampler: Sampler, clips: int, *shape: int) -> None:
+    """Run a sampler once without a network on the CPU, so that a faulty custom one is found before it is needed.
+
+    Args:
+        sampler: the sampler.
+        clips: number of clips, B.
+        shape: (C, H, W) of a latent frame.
+
+    Raises:
+        InputError: the sampler fails, or its result has another shape or dtype or is not finite.
+    """
+    noise = partial(_batch_noise, torch.empty(clips, 0, *shape), range(clips), 0)
+    check_finite(sampler.sample(lambda noisy, _: noisy / 2, noise(), noise), sampler)
 
 
 def frame_noise(seed: int, frame: int, shape: Sequence[int], draw: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation.rollout import DEFAULT_CONFIG, ClipInputs, GenerationConfig, rollout
+from gpdit_lightning.generation.rollout import DEFAULT_CONFIG, ClipInputs, GenerationConfig, check_finite, rollout
 from gpdit_lightning.model import GPDiT
 
 
@@ -57,4 +57,6 @@ def transform(
     context = torch.cat((example_latents.expand(len(sources), *example_latents.shape), source_latents[:, None]), dim=1)
     seed_per_source = seeds if isinstance(seeds, Sequence) else [seeds] * len(sources)
     (target,) = rollout(model, context, 1, config, ClipInputs(seeds=seed_per_source))
-    return codec.decode(codec.unwhitened(target)[:, None])[:, 0].cpu()
+    targets = codec.decode(codec.unwhitened(target)[:, None])[:, 0].cpu()
+    check_finite(target, config.sampler)
+    return targets

@@ -12,7 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpdit_lightning.codecs import Codec
-from gpdit_lightning.generation.rollout import DEFAULT_CONFIG, DEFAULT_INPUTS, ClipInputs, GenerationConfig, rollout
+from gpdit_lightning.generation.rollout import (
+    DEFAULT_CONFIG,
+    DEFAULT_INPUTS,
+    ClipInputs,
+    GenerationConfig,
+    check_finite,
+    rollout,
+)
 from gpdit_lightning.model import GPDiT
 
 
@@ -60,7 +67,8 @@ def stream_video(
         config, inputs: as for :func:`rollout`.
 
     Raises:
-        InputError: as :func:`rollout`, or the latents do not match the codec or the model.
+        InputError: as :func:`rollout`, the latents do not match the codec or the model, or generated ones are not
+            finite.
     """
     context = context.to(next(model.parameters()).device)
     decode = codec.decoder()
@@ -71,7 +79,9 @@ def stream_video(
         raw = codec.unwhitened(latent)[:, None]
         pixels = decode(raw)[:, :remaining]
         remaining -= pixels.shape[1]
-        yield GeneratedFrames(pixels.cpu(), raw.cpu())
+        generated = GeneratedFrames(pixels.cpu(), raw.cpu())
+        check_finite(generated.latents, config.sampler)
+        yield generated
 
 
 def num_latent_frames(codec: Codec, context_frames: int, frames: int) -> int:

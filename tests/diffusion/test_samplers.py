@@ -403,9 +403,50 @@ def test_a_custom_sampler_by_its_import_path_and_by_a_registered_name(monkeypatc
         torch.testing.assert_close(sampler.sample(TWO_BUMPS.velocity, NOISE), expected)
 
 
+class WithoutSolve(Sampler):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithRequiredField(OneJump):
+    order: int
+
+
+def sampler_returning(function: Callable[..., Any]) -> Sampler:
+    """A custom sampler whose `solve` is a function of velocity, x, angles and fresh."""
+    return type("Faulty", (Sampler,), {"solve": lambda self, *arguments: function(*arguments)})()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda velocity, x, angles, fresh: None, r"returns NoneType for noise of torch.float64 \(11, 1\) on cpu"),
+        (lambda velocity, x, angles, fresh: x[:5], r"returns torch.float64 \(5, 1\) on cpu for noise of"),
+        (lambda velocity, x, angles, fresh: x.float(), r"returns torch.float32 \(11, 1\)"),
+        (lambda velocity, x, angles, fresh: x.to("meta"), r"returns .* on meta for"),
+        (lambda velocity, x, angles: x, r"failed \(TypeError: .*takes 3 .*\): its method solve"),
+        (lambda velocity, x, angles, fresh: x / len(0), r"failed \(TypeError: .*fresh\(step number\) is noise"),
+        (lambda velocity, x, angles, fresh: velocity(x[:5], 1.0), r"x of shape \(5, 1\): keep the shape \(11, 1\)"),
+    ],
+)
+def test_faults_of_a_custom_sampler_are_reported_with_its_import_path(function: Any, message: str) -> None:
+    with pytest.raises(InputError, match=rf"^sampler '\S*Faulty' .*{message}"):
+        sampler_returning(function).sample(TWO_BUMPS.velocity, NOISE, shuffled(NOISE))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: make_sampler(f"{__name__}.WithoutSolve", 5, NoiseSchedule()),
+            "does not define solve, which",
+        ),
+        (lambda: register_sampler("mine", WithoutSolve), "sampler 'mine' does not define solve"),
+        (lambda: register_sampler("mine", OneJump()), "sampler 'mine' is not a subclass of .*Sampler"),  # type: ignore[arg-type]
+        (
+            lambda: make_sampler(f"{__name__}.WithRequiredField", 5, NoiseSchedule()),
+            "WithRequiredField' failed .*'order'.* give its other fields defaults",
+        ),
         (lambda: RotationSampler(steps=0), "number of sampler steps is 0"),
         (lambda: StochasticSampler(steps=-3), "number of sampler steps is -3"),
         (lambda: make_sampler("heun", 5, NoiseSchedule()), "'heun' is not known: choose one of rotation, tangent"),

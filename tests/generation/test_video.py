@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.codecs import Codec, load_codec
-from gpdit_lightning.diffusion import Guidance, RotationSampler
+from gpdit_lightning.diffusion import Guidance, RotationSampler, Sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import (
     ClipInputs,
@@ -20,6 +20,7 @@ from gpdit_lightning.generation import (
     continue_video,
     rollout,
     stream_video,
+    transform,
 )
 
 STEPS = 2
@@ -63,6 +64,19 @@ def test_requested_number_of_frames_follows_the_unchanged_context(
     assert video.pixels.dtype == torch.uint8
     assert video.latents.shape == (2, latent_frames, 16, 4, 6)
     assert torch.equal(video.pixels[:, :context_frames], context)
+
+
+class NotFinite(Sampler):
+    def solve(self, velocity: Any, x: Tensor, angles: Sequence[float], fresh: Any) -> Tensor:
+        return x / 0
+
+
+def test_latents_that_are_not_finite_are_refused(model: GPDiT, codec: Codec) -> None:
+    config = replace(CONFIG, sampler=NotFinite())
+    with pytest.raises(InputError, match=r"not finite, because of sampler '.*NotFinite' or the weights"):
+        continue_video(model, codec, pixels(), 4, config)
+    with pytest.raises(InputError, match="not finite"):
+        transform(model, codec, [], pixels()[:, 0], config)
 
 
 @pytest.mark.parametrize("context_frames", [0, 1, 3])

@@ -6,6 +6,7 @@ and returns softmax(query key^T / sqrt(head width)) value, shaped like the query
 
 import importlib.util
 import logging
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.imports import resolve
+from gpdit_lightning.imports import check_part, report_custom_errors, resolve, value_summary
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,14 @@ def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 BACKENDS: dict[str, AttentionOperator | None] = {"auto": None, "sdpa": sdpa, "xformers": xformers}
 BUILT_IN = tuple(BACKENDS)
 
+CONTRACT = (
+    "give a function of query (batch, M, heads, head width), key and value (batch, N, heads, head width) that returns "
+    "softmax(query key^T / sqrt(head width)) value with shape, dtype and device of the query"
+)
+"""Description of a custom operator, for messages."""
+TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
+"""Largest relative error (Frobenius norm) in the trial call; that of other dtypes, 1e-2, allows TF32."""
+
 
 def register_attention_backend(name: str, operator: AttentionOperator) -> None:
     """Register a custom operator under a name for `attention_backend`; an import path needs no registration.
@@ -57,17 +66,29 @@ def register_attention_backend(name: str, operator: AttentionOperator) -> None:
     """
     if name in BUILT_IN:
         raise InputError(f"attention backend '{name}' is built in: register yours under another name.")
+    check_is_function(operator, name)
     BACKENDS[name] = operator
-    select_backend.cache_clear()
+    find_and_log.cache_clear()
+    check_operator.cache_clear()
 
 
 def find_backend(name: str) -> AttentionOperator | None:
     """Return the operator with a name or at an import path; None for `auto`.
 
     Raises:
-        InputError: the name is neither known nor the import path of a callable.
+        InputError: the name is neither known nor the import path of a function.
     """
-    return resolve(name, BACKENDS, "attention_backend")
+    operator = resolve(name, BACKENDS, "attention_backend")
+    if name not in BUILT_IN:
+        check_is_function(operator, name)
+    return operator
+
+
+def check_is_function(operator: Any, name: str) -> None:
+    """Raise InputError for an operator that cannot be called, or that is a class."""
+    check_part(operator, name, "attention_backend", base=None)
+    if isinstance(operator, type):
+        raise InputError(f"attention_backend '{name}' is a class: {CONTRACT}.")
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
@@ -96,19 +117,57 @@ def why_not_xformers(device_type: str, dtype: torch.dtype, head_width: int) -> s
 
 
 @lru_cache(maxsize=8)
-def select_backend(requested: str, device_type: str, dtype: torch.dtype, head_width: int = 128) -> AttentionOperator:
-    """Return the operator for a device, precision and head width; chosen and logged once per process.
+def check_operator(
+    name: str, operator: AttentionOperator, device_type: str, dtype: torch.dtype, head_width: int, gradient: bool
+) -> None:
+    """Compare a custom operator with SDPA in a small trial call; made once per process for the same arguments.
+
+    The numbers of queries and keys differ, so that an operator that attends over another axis fails.
 
     Args:
-        requested: `auto` (xformers if it can be used, else SDPA), `sdpa`, `xformers`, a registered name, or the import
-            path of an operator.
-        device_type: `cpu`, `cuda`, ...
-        dtype: precision of queries, keys and values (`attention_dtype`).
-        head_width: width of queries, keys and values; by default that of the H model.
+        name: a registered name or import path.
+        operator: the operator.
+        device_type, dtype, head_width: as for :func:`select_backend`.
+        gradient: also compare the gradients.
 
     Raises:
-        InputError: the backend is unknown, or xformers is requested and not installed.
+        InputError: the operator fails, or its result has another type, shape, dtype or device, or differs.
     """
+    generator, (queries, keys) = torch.Generator().manual_seed(0), (8, 24)
+    probes = [
+        torch.randn(3, tokens, 2, head_width, generator=generator).to(device_type, dtype).requires_grad_(gradient)
+        for tokens in (queries, keys, keys)
+    ]
+    expected = sdpa(*probes)
+    with report_custom_errors("attention_backend", name, CONTRACT):
+        result = operator(*probes)
+        if value_summary(result) != value_summary(expected):
+            raise InputError(
+                f"attention_backend '{name}' returns {value_summary(result)} for queries of {value_summary(probes[0])} "
+                f"and {keys} keys: {CONTRACT}."
+            )
+        compared = {"result": [(expected, result)]}
+        if gradient:
+            if not result.requires_grad:
+                raise InputError(f"attention_backend '{name}' returns a result without a gradient: {CONTRACT}.")
+            weights = probes[0].detach().flip(0)
+            of_sdpa, of_operator = (
+                torch.autograd.grad(output, probes, weights, materialize_grads=True) for output in (expected, result)
+            )
+            compared["gradient"] = list(zip(of_sdpa, of_operator, strict=True))
+    for what, pairs in compared.items():
+        error = max(((actual - right).float().norm() / right.float().norm()).item() for right, actual in pairs)
+        if not error <= TOLERANCES.get(dtype, 1e-2):  # NaN included
+            fault = f"differs from SDPA's by {error:.1%}" if math.isfinite(error) else "is not finite"
+            raise InputError(
+                f"attention_backend '{name}' has a {what} that {fault} in a trial call with {queries} queries and "
+                f"{keys} keys: {CONTRACT}."
+            )
+
+
+@lru_cache(maxsize=8)
+def find_and_log(requested: str, device_type: str, dtype: torch.dtype, head_width: int) -> AttentionOperator:
+    """Find a backend and log it, once per process for the same arguments, which are those of `select_backend`."""
     if requested == "xformers" and importlib.util.find_spec("xformers") is None:
         raise InputError("attention_backend is xformers, which is not installed: `pip install xformers` or use auto.")
     operator = find_backend(requested)
@@ -118,4 +177,23 @@ def select_backend(requested: str, device_type: str, dtype: torch.dtype, head_wi
         operator, name = (sdpa, "sdpa") if obstacle else (xformers, "xformers")
         reason = obstacle or "CUDA device with xformers installed"
     log.info("attention backend: %s (%s)", name, reason)
+    return operator
+
+
+def select_backend(requested: str, device_type: str, dtype: torch.dtype, head_width: int = 128) -> AttentionOperator:
+    """Return the operator for a device, precision and head width; chosen, tested and logged once per process.
+
+    Args:
+        requested: `auto` (xformers if it can be used, else SDPA), `sdpa`, `xformers`, a registered name, or the import
+            path of an operator.
+        device_type: `cpu`, `cuda`, ...
+        dtype: precision of queries, keys and values (`attention_dtype`).
+        head_width: width of queries, keys and values; by default that of the H model.
+
+    Raises:
+        InputError: the backend is unknown, xformers is requested and not installed, or a custom operator fails.
+    """
+    operator = find_and_log(requested, device_type, dtype, head_width)
+    if requested not in BUILT_IN and device_type != "meta":
+        check_operator(requested, operator, device_type, dtype, head_width, torch.is_grad_enabled())
     return operator

@@ -15,9 +15,10 @@ from torch import Tensor
 from gpdit_lightning.codecs import Codec, CodecNotAllowedError, load_codec_from_spec
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.data.manifest import Split
-from gpdit_lightning.diffusion import NoiseSchedule, RotationSampler
+from gpdit_lightning.diffusion import NoiseSchedule, Sampler, make_sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, rollout
+from gpdit_lightning.generation.rollout import check_sampler
 from gpdit_lightning.media.images import write_animation, write_strip
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.specs import CodecSpec
@@ -46,6 +47,7 @@ class Preview(Callback):
         every_steps: optimizer steps between previews, which are also made at the last step; 0 for none.
         clips: number of clips, evenly spaced among the longest held-out clips, from every data set.
         context_frames: latent frames of context; 2 latent frames of a video are 5 pixel frames.
+        sampler: rotation, tangent, adams, dpm2m, stochastic, a registered name, or the import path of a class.
         sampler_steps: sampler steps per latent frame.
         codec_source: folder, file or hub name of the codec's weights; empty: as recorded in the prepared data.
         codec: import path of the codec's class, if the data were prepared with a custom one.
@@ -56,6 +58,7 @@ class Preview(Callback):
         every_steps: int = 0,
         clips: int = 4,
         context_frames: int = 2,
+        sampler: str = "rotation",
         sampler_steps: int = 25,
         codec_source: str = "",
         codec: str = "",
@@ -66,16 +69,17 @@ class Preview(Callback):
             if value < 1:
                 raise InputError(f"preview.{name} is {value}; it must be at least 1, or give {NO_PREVIEWS}.")
         self.every_steps, self.clips, self.context_frames = every_steps, clips, context_frames
-        self.sampler_steps, self.codec_source, self.codec = sampler_steps, codec_source, codec
+        self.sampler, self.sampler_steps, self.codec_source, self.codec = sampler, sampler_steps, codec_source, codec
         self._selected: PreviewClips
+        self._sampler: Sampler
         self._codec: Codec
         self._last_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the clips and load the codec, on every rank: if one rank cannot, all ranks stop.
+        """Read the clips, load the codec and test the sampler, on every rank: if one rank cannot, all ranks stop.
 
         Raises:
-            InputError: the clips are too short for the context, or the codec cannot be loaded.
+            InputError: the clips are too short for the context, the codec cannot be loaded, or the sampler fails.
         """
         if self.every_steps == 0:
             return
@@ -83,6 +87,10 @@ class Preview(Callback):
         assert isinstance(data, LatentDataModule)
         self._selected = select_clips(data, self.clips, self.context_frames)
         self._codec = self._open_codec(data.codec)
+        schedule = pl_module.schedule
+        assert isinstance(schedule, NoiseSchedule)
+        self._sampler = make_sampler(self.sampler, self.sampler_steps, schedule)
+        check_sampler(self._sampler, *self._selected.latents[:, 0].shape)
         if self._selected.split == "train" and trainer.is_global_zero:
             log.warning(
                 "no samples of data.%s are held out: the previews are of training samples.", self._selected.source
@@ -123,12 +131,11 @@ class Preview(Callback):
 
     def _generate(self, trainer: Trainer, module: LightningModule) -> Tensor:
         """Generate the frames after the context with the averaged weights; return raw latents (B, F, C, H, W)."""
-        backbone, schedule = module.backbone, module.schedule
+        backbone = module.backbone
         assert isinstance(backbone, GPDiT)
-        assert isinstance(schedule, NoiseSchedule)
         clips = self._selected
         context = self._codec.whitened(clips.latents[:, : clips.context].to(module.device))
-        config = GenerationConfig(RotationSampler(self.sampler_steps, schedule=schedule))
+        config = GenerationConfig(self._sampler)
         ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)  # type: ignore[attr-defined]
         was_training = backbone.training
         backbone.eval()
@@ -146,6 +153,12 @@ class Preview(Callback):
         prediction = decode(codec, latents, clips.independent_frames)
         truth = decode(codec, clips.latents, clips.independent_frames)
         codec.to("cpu")
+        if not latents.isfinite().all():  # the decoded frames are on the CPU, so that the host does not wait again
+            log.warning(
+                "the preview of step %d is not finite, because of sampler '%s' or the weights",
+                trainer.global_step,
+                self.sampler,
+            )
         context = clips.context if clips.independent_frames else codec.pixel_frames(clips.context)
 
         path = Path(trainer.default_root_dir) / "previews" / f"step-{trainer.global_step:06d}"

@@ -51,10 +51,10 @@ class ReferenceOperator:
 
 @pytest.fixture(autouse=True)
 def _fresh_choice() -> Iterator[None]:
-    """`select_backend` caches its choices for the whole process."""
-    backends.select_backend.cache_clear()
+    """Choices are cached for the whole process."""
+    backends.find_and_log.cache_clear()
     yield
-    backends.select_backend.cache_clear()
+    backends.find_and_log.cache_clear()
 
 
 @pytest.fixture
@@ -327,9 +327,9 @@ def test_a_custom_operator_by_its_import_path_and_by_a_registered_name(
         assert_near(model(*toy_batch()), expected)
         assert CUSTOM_CALLS
         assert model.config.to_dict()["attention_backend"] == name  # what the user wrote
-        backends.select_backend.cache_clear()
+        backends.find_and_log.cache_clear()
         caplog.clear()
-        assert choice(caplog, name) == (custom_operator, f"attention backend: {name} (requested)")
+        assert choice(caplog, name, "cpu", torch.float32) == (custom_operator, f"attention backend: {name} (requested)")
     with pytest.raises(InputError, match="attention backend 'sdpa' is built in"):
         register_attention_backend("sdpa", custom_operator)
 
@@ -349,6 +349,49 @@ def test_a_custom_operator_by_its_import_path_and_by_a_registered_name(
 def test_unknown_names_are_refused_when_the_model_is_built(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         toy_model(attention_backend=name)
+
+
+FAULTY_OPERATORS: dict[str, tuple[Any, str]] = {
+    "none": (lambda query, key, value: None, r"returns NoneType for queries of torch.float32 \(3, 8, 2, 16\) on cpu"),
+    "swapped_result": (lambda *qkv: backends.sdpa(*qkv).transpose(1, 2), r"returns torch.float32 \(3, 2, 8, 16\)"),
+    "of_torch": (
+        torch.nn.functional.scaled_dot_product_attention,
+        r"failed \(RuntimeError: .* give a function of query",
+    ),
+    "identity": (lambda query, key, value: query, "result that differs from SDPA's by"),
+    "double": (lambda *qkv: backends.sdpa(*qkv).double(), "returns torch.float64"),
+    "two_arguments": (lambda query, key: query, r"failed \(TypeError: .*takes 2 positional"),
+    "without_scale": (lambda query, key, value: backends.sdpa(4 * query, key, value), "result that differs"),
+    "not_finite": (lambda *qkv: backends.sdpa(*qkv) / 0, "result that is not finite"),
+    "detached": (lambda *qkv: backends.sdpa(*qkv).detach(), "returns a result without a gradient"),
+    "detached_key": (lambda q, k, v: backends.sdpa(q, k.detach(), v), "gradient that differs from SDPA's by 100.0%"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY_OPERATORS)
+def test_faults_of_a_custom_operator_are_found_by_a_trial_call(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    operator, message = FAULTY_OPERATORS[name]
+    monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
+    register_attention_backend(name, operator)
+    with pytest.raises(InputError, match=rf"^attention_backend '{name}' .*{message}"):
+        backends.select_backend(name, "cpu", torch.float32, 16)
+    if name.startswith("detached"):
+        with torch.no_grad():
+            assert backends.select_backend(name, "cpu", torch.float32, 16) is operator
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_correct_operator_passes_the_trial_call(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
+    register_attention_backend("correct", ReferenceOperator())
+    for head_width in (8, 128):
+        backends.select_backend("correct", "cpu", dtype, head_width)
+    backends.select_backend("correct", "meta", dtype)
+
+
+def test_a_class_is_no_operator() -> None:
+    with pytest.raises(InputError, match=r"attention_backend 'torch.nn.Linear' is a class: give a function of query"):
+        toy_model(attention_backend="torch.nn.Linear")
 
 
 def test_sdpa_is_plain_attention() -> None:

@@ -1,5 +1,6 @@
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gpdit_lightning.codecs.pca import SHIPPED_WEIGHTS
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
+from gpdit_lightning.diffusion import Sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model.kv_cache import KVCache
 from gpdit_lightning.stages import GPDiTStage
@@ -247,6 +249,42 @@ def test_previews_use_the_average_fixed_noise_and_the_precision_of_training(
     assert not all(torch.equal(weight, trained[name]) for name, weight in model.calls[-1]["weights"].items())
     for place in (0, 2):
         assert torch.equal(model.calls[place]["noisy"], model.calls[8 + place]["noisy"])
+
+
+class Constant(Sampler):
+    """A custom sampler without network calls."""
+
+    value = 0.5
+
+    def solve(self, velocity: Any, x: Tensor, angles: Sequence[float], fresh: Any) -> Tensor:
+        return torch.full_like(x, self.value)
+
+
+class NotFinite(Constant):
+    value = math.nan
+
+
+def test_previews_use_the_given_sampler(fit: Fit, shards: str, tmp_path: Path) -> None:
+    for name in ("rotation", f"{__name__}.Constant"):
+        preview = Preview(every_steps=1, clips=1, sampler=name, sampler_steps=2)
+        fit(stage_of(), data_of(shards), tmp_path / name, 1, [preview])
+    assert made(tmp_path / "rotation") != made(tmp_path / f"{__name__}.Constant")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rotaton", r"sampler 'rotaton' is not known \(did you mean 'rotation'"),
+        (f"{__name__}.NotFinite", "not finite, because of sampler '.*NotFinite'"),
+    ],
+)
+def test_a_faulty_sampler_stops_the_run_before_it_trains(
+    fit: Fit, shards: str, tmp_path: Path, name: str, message: str
+) -> None:
+    stage = stage_of()
+    with pytest.raises(InputError, match=message):
+        fit(stage, data_of(shards), tmp_path, 1, [Preview(every_steps=1, sampler=name)])
+    assert stage.trainer.global_step == 0
 
 
 def test_images_are_generated_without_context(fit: Fit, shards: str, tmp_path: Path) -> None:
