@@ -8,13 +8,14 @@ latent pixels.
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.imports import import_path
+from gpdit_lightning.imports import import_path, report_custom_errors
 from gpdit_lightning.specs import CodecSpec, LatentGrid
 
 
@@ -109,7 +110,9 @@ class Codec(LatentGrid, ABC):
             )
         self.latent_frames(pixels.shape[1])
         self.check_frame_size(*pixels.shape[3:])
-        latents = self.encode_values(pixels.to(self.device, torch.float32) / 127.5 - 1)
+        values = pixels.to(self.device, torch.float32) / 127.5 - 1
+        with report_errors(type(self), "encode_values", f"it must encode values of shape {tuple(values.shape)}"):
+            latents = self.encode_values(values)
         shape = len(pixels), *self.latent_shape(pixels.shape[1:])
         return check_result(self, "encode_values", latents, shape, "(B, F, C, h, w)")
 
@@ -200,11 +203,26 @@ class StreamingDecoder:
             InputError: the result of the codec's `decode_frame` has another type or shape than it must have.
         """
         codec, first = self._codec, self._frames == 0
-        values = codec.decode_frame(latent.to(codec.device, torch.float32), first, self._state)
+        latent = latent.to(codec.device, torch.float32)
+        with report_errors(type(codec), "decode_frame", f"it must decode latents of shape {tuple(latent.shape)}"):
+            values = codec.decode_frame(latent, first, self._state)
         size = (side * codec.spatial_factor for side in latent.shape[-2:])
         shape = len(latent), 1 if first else codec.temporal_factor, 3, *size
         self._frames += 1
         return check_result(codec, "decode_frame", values, shape, "(B, t, 3, H, W)")
+
+
+def report_errors(codec_class: type[Codec], member: str, expected: str) -> AbstractContextManager[None]:
+    """Return a context that reports errors of a custom codec in one sentence; those of built-in codecs are bugs.
+
+    Args:
+        codec_class: class of the codec.
+        member: the method or property that is used in the context.
+        expected: a clause that describes a correct one: "it must ...".
+    """
+    if codec_class.__module__.startswith("gpdit_lightning."):
+        return nullcontext()
+    return report_custom_errors(f"`{member}` of codec", import_path(codec_class), expected)
 
 
 def check_result(codec: Codec, method: str, result: Any, shape: tuple[int, ...], letters: str) -> Tensor:

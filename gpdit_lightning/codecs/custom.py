@@ -1,15 +1,14 @@
 """Loading of custom codecs: every rule of :class:`~gpdit_lightning.codecs.Codec` is checked before a codec is used."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpdit_lightning.codecs.base import Codec, StreamingDecoder, describe
+from gpdit_lightning.codecs.base import Codec, StreamingDecoder, describe, report_errors
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.imports import import_path, report_custom_errors
+from gpdit_lightning.imports import import_path
 
 TRIAL_FRAMES = 3  # latent frames
 TRIAL_SIZE = 4, 6  # latent pixels; they differ, so that swapped axes are found
@@ -37,13 +36,13 @@ def load_custom_codec(codec_class: type[Codec], source: str | None, device: str 
         raise InputError(
             f"the codec {path} does not define {' and '.join(missing)}: a codec must define these methods of `Codec`."
         )
-    with _report_errors(codec_class, "load", f"it must load the codec from the source {source!r}"):
+    with report_errors(codec_class, "load", f"it must load the codec from the source {source!r}"):
         codec = codec_class.load(source)
     if not isinstance(codec, codec_class):
         raise InputError(
             f"{path}.load({source!r}) returned {describe(codec)}; it must return an instance of the class."
         )
-    with _report_errors(codec_class, "to", f"it must move the codec to {device}"):
+    with report_errors(codec_class, "to", f"it must move the codec to {device}"):
         moved = codec.to(device)
     if moved is not codec:
         raise InputError(f"{path}.to({str(device)!r}) returned {describe(moved)}; it must return the codec itself.")
@@ -91,7 +90,7 @@ def _check_attributes(codec: Codec, source: str | None, device: torch.device) ->
     }
     path = import_path(codec)
     for name, (is_valid, expected) in rules.items():
-        with _report_errors(type(codec), name, f"it must be {expected}"):
+        with report_errors(type(codec), name, f"it must be {expected}"):
             value = getattr(codec, name, MISSING)
         if value is MISSING:
             raise InputError(f"{path} does not set the attribute `{name}`; it must be {expected}.")
@@ -137,8 +136,7 @@ def _trial_clips(codec: Codec) -> Tensor:
 
 def _encode(codec: Codec, pixels: Tensor) -> Tensor:
     """Encode clips; raise InputError if that fails or the latents are not finite."""
-    with _report_errors(type(codec), "encode_values", f"it must encode values of shape {tuple(pixels.shape)}"):
-        latents = codec.encode(pixels)
+    latents = codec.encode(pixels)
     if not latents.isfinite().all():
         raise InputError(
             f"{import_path(codec)}.encode_values returned latents that are not finite for values in [-1, 1]; "
@@ -157,17 +155,10 @@ def _decode(codec: Codec, clips: Sequence[Tensor]) -> list[Tensor]:
     pieces: list[list[Tensor]] = [[] for _ in clips]
     for frame in range(clips[0].shape[1]):
         for decoder, clip, values in zip(decoders, clips, pieces, strict=True):
-            latent = clip[:, frame]
-            with _report_errors(type(codec), "decode_frame", f"it must decode latents of shape {tuple(latent.shape)}"):
-                values.append(decoder.decode_frame(latent))
+            values.append(decoder.decode_frame(clip[:, frame]))
             if not values[-1].isfinite().all():
                 raise InputError(
                     f"{import_path(codec)}.decode_frame returned values that are not finite for latents that "
                     "`encode_values` returned; they must be finite."
                 )
     return [torch.cat(values, dim=1) for values in pieces]
-
-
-def _report_errors(codec_class: type[Codec], member: str, expected: str) -> AbstractContextManager[None]:
-    """Return a context that reports the errors of a method or property of a codec in one sentence."""
-    return report_custom_errors(f"`{member}` of codec", import_path(codec_class), expected)

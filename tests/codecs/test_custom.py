@@ -244,6 +244,11 @@ def test_a_fault_at_another_size_is_reported_when_it_occurs(monkeypatch: pytest.
     codec = load(with_method("encode_values", encode_values), monkeypatch)
     with pytest.raises(InputError, match=r"shape \(1, 1, 3, 4, 6\) on cpu; it must .* of shape \(1, 1, 3, 4, 8\)"):
         codec.encode(torch.zeros(1, 1, 3, 16, 32, dtype=torch.uint8))
+    monkeypatch.setattr(type(codec), "decode_frame", fail)
+    with pytest.raises(
+        InputError, match=r"RuntimeError.*of another size .*: it must decode latents of shape \(1, 3, 4, 4\)"
+    ):
+        codec.decode(torch.zeros(1, 1, 3, 4, 4))
 
 
 def test_built_in_codecs_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
