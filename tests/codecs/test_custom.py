@@ -171,7 +171,7 @@ FAULTS = [
     (changed("encode_values", fail), "it must encode values of shape (2, 5, 3, 16, 24)."),
     (
         changed("encode_values", lambda latents: latents + latents.mean(1, True)),
-        "for the first 1 frames of a clip of 5",
+        "for a clip of 5 frames than for that clip cut to length 1;",
     ),
     (changed("encode_values", lambda latents: latents + latents.roll(-1, 1)), "must not depend on later pixel frames"),
     (changed("encode_values", lambda latents: latents + latents.roll(1, 0)), "or other clips."),
