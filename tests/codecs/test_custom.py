@@ -171,10 +171,13 @@ FAULTS = [
     (changed("encode_values", fail), "it must encode values of shape (2, 5, 3, 16, 24)."),
     (
         changed("encode_values", lambda latents: latents + latents.mean(1, True)),
-        "for a clip of 5 frames than for that clip cut to length 1;",
+        "for a clip of 5 frames than for the clip cut to length 1;",
     ),
-    (changed("encode_values", lambda latents: latents + latents.roll(-1, 1)), "must not depend on later pixel frames"),
-    (changed("encode_values", lambda latents: latents + latents.roll(1, 0)), "or other clips."),
+    (
+        changed("encode_values", lambda latents: latents + latents.roll(-1, 1)),
+        "must depend neither on later pixel frames",
+    ),
+    (changed("encode_values", lambda latents: latents + latents.roll(1, 0)), "nor on other clips."),
     (changed("encode_values", lambda latents: latents + torch.randn_like(latents)), "it must be deterministic"),
     (changed("encode_values", torch.Tensor.squeeze), "of shape (3, 4, 6) on cpu; it must return"),
     (changed("decode_frame", lambda frames: None), DECODED.format("None", 1)),
