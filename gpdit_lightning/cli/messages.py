@@ -125,4 +125,5 @@ def type_in_words(kind: str) -> str:
     if choices:
         return f"one of {choices[1].replace(chr(39), '')}"
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
+    words["dict"] = "names with values, such as {width: 8}"
     return words.get(kind.removeprefix("<class '").removesuffix("'>"), kind)

@@ -47,20 +47,21 @@ def network_error(role: str, path: Path | str, reason: str) -> InputError:
     return InputError(f"The {role} network {path} {reason}: {REMEDIES[role]}.")
 
 
-def verify_file(role: str, path: str, sha256: str | None) -> tuple[Path, str]:
+def verify_file(role: str, path: str, sha256: str | None, remedy: str) -> tuple[Path, str]:
     """Verify the file of a network; return its path and its sha256.
 
     Args:
-        role: one of `REMEDIES`.
+        role: of the network, for messages.
         path: of the file.
         sha256: expected value; None accepts any file.
+        remedy: what the message about a missing file advises.
 
     Raises:
         InputError: the file is missing, or has another sha256.
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise network_error(role, file, "is not a file on this machine")
+        raise InputError(f"The {role} network {file} is not a file on this machine: {remedy}.")
     actual = sha256_of(file)
     if sha256 is not None and sha256.strip().lower() != actual:
         raise InputError(

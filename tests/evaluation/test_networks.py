@@ -180,8 +180,8 @@ def test_a_pickle_is_refused_without_unpickling(tmp_path: Path) -> None:
         (load_video_network, ScriptedPlain, r"another network, since its forward takes \(x\)"),
         (load_image_network, ScriptedI3D, r"another network, since its forward takes \(x, rescale"),
         (load_image_classifier, ScriptedI3D, "is another network"),
-        (load_image_network, Pair, r"returns tuple, but float32 \(1, n\) is expected"),
-        (load_image_network, Flat, r"returns torch.float32 \(1,\), but"),
+        (load_image_network, Pair, r"returns tuple for pixels \(1, 3, 32, 32\), but float32 \(1, n\) is expected"),
+        (load_image_network, Flat, r"returns torch.float32 \(1,\) on cpu for"),
         (load_image_network, Broken, "not finite"),
         (load_image_classifier, Pair, "could not compute on an example"),
         (load_image_classifier, Broken, "could not compute on an example"),
@@ -235,6 +235,55 @@ class WithoutWeights(nn.Module):
         return features if self.integers else features.float()
 
 
+class NotAModule:
+    """A class that is no `nn.Module`."""
+
+
+class WithoutSuper(nn.Module):
+    def __init__(self) -> None:
+        self.layer = nn.Linear(2, 2)
+
+
+class WithNumberedName(WithoutWeights):
+    name = 3
+
+
+class OneRow(WithoutWeights):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels).mean(0, keepdim=True)
+
+
+class ReturnsNothing(nn.Module):
+    def forward(self, pixels: Tensor) -> None:
+        pass
+
+
+class LogitsAsProbabilities(MeanColours):
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        return self(pixels)
+
+    def features_and_probabilities(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self(pixels), self.probabilities(pixels)
+
+
+class OneOutput(MeanColours):
+    def features_and_probabilities(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self(pixels)  # type: ignore[return-value]
+
+
+class TakesVideos(WithoutWeights):
+    def forward(self, pixels: Tensor) -> Tensor:
+        clips, frames, *_, width = pixels.unflatten(4, (-1, 1)).shape
+        return torch.zeros(clips, frames * width)
+
+
+class BatchOfThree(WithoutWeights):
+    """Merges the last two rows of larger batches than the example."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels)[:2]
+
+
 def custom(network: type[nn.Module], **options: Any) -> NetworkOptions:
     return NetworkOptions(kind=f"{network.__module__}.{network.__qualname__}", **options)
 
@@ -274,9 +323,50 @@ def test_the_record_of_a_custom_network_identifies_its_weights(tmp_path: Path) -
         (NetworkOptions(), "The video network has no path: give I3D's weights"),
         (NetworkOptions(kind="i3"), r"video network 'i3' is not known \(did you mean 'i3d'\?\)"),
         (NetworkOptions(kind="nowhere.Network"), "'nowhere.Network' cannot be imported"),
-        (custom(WithoutWeights, arguments={"integers": True}), r"WithoutWeights returns torch.uint8 \(1, 2\), but flo"),
+        (custom(WithoutWeights, arguments={"integers": True}), r"WithoutWeights returns torch.uint8 \(2, 2\) on cpu"),
+        (NetworkOptions(path="x", kind="i3d", arguments={"a": 1}), "x is not a file .*: give I3D's weights"),
+        (custom(MeanColours, path="x"), "x is not a file on this machine: give its file of weights"),
+        (custom(MeanColours, arguments={"scales": 1}), "MeanColours' failed .*'scales'.*`arguments` must be those"),
+        (custom(NotAModule), r"NotAModule' is not a subclass of torch\.nn\.modules\.module\.Module"),
+        (custom(random_pixels), "random_pixels' is not a subclass of"),  # type: ignore[arg-type]
+        (custom(WithoutSuper), r"WithoutSuper' failed \(AttributeError"),
+        (custom(WithNumberedName), "WithNumberedName' has name = 3: it must be text"),
+        (
+            custom(OneRow),
+            r"OneRow returns torch.float32 \(1, 2\) on cpu for pixels \(2, 1, 3, 32, 32\), but float32 \(2, n",
+        ),
+        (custom(ReturnsNothing), r"returns NoneType for .*: it must map uint8 \(B, T, 3, H, W\) to finite float32"),
     ],
 )
 def test_unusable_options_are_refused(options: NetworkOptions, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_video_network(options)
+
+
+@pytest.mark.parametrize(
+    ("load", "network", "message"),
+    [
+        (
+            load_image_classifier,
+            WithoutWeights,
+            "WithoutWeights has no method probabilities: its",
+        ),
+        (load_image_classifier, LogitsAsProbabilities, "do not sum to one: its method probabilities must map"),
+        (load_image_network, LogitsAsProbabilities, "do not sum to one"),
+        (load_image_network, OneOutput, "returns torch.float32 .*, but a tuple of 2 tensors is expected"),
+        (
+            load_image_network,
+            TakesVideos,
+            r"TakesVideos' failed \(.*test_networks.py, line \d+\): it must map uint8",
+        ),
+    ],
+)
+def test_faults_of_custom_image_networks_are_reported(load: Any, network: type[nn.Module], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(custom(network))
+
+
+def test_the_number_of_rows_is_checked_at_each_call() -> None:
+    network = load_image_network(custom(BatchOfThree))
+    with pytest.raises(InputError, match=r"returns torch.float32 \(2, 2\) .*, but float32 \(3, n\) is expected"):
+        network(random_pixels(3, 3, 8, 8))
