@@ -113,9 +113,9 @@ def _check_trial(codec: Codec) -> None:
         alone, whole = _encode(codec, prefix), latents[:1, :frames]
         if (alone - whole).square().mean().sqrt() > CAUSAL_TOLERANCE * whole.square().mean().sqrt():
             raise InputError(
-                f"{path}.encode_values returned other first latents for a clip of {pixels.shape[1]} frames than for the "
-                f"clip cut to length {prefix.shape[1]}; it must be deterministic, and a latent frame must depend neither "
-                "on later pixel frames nor on other clips."
+                f"{path}.encode_values returned other first latents for a clip of {pixels.shape[1]} frames than for "
+                f"the clip cut to length {prefix.shape[1]}; it must be deterministic, and a latent frame must depend "
+                "neither on later pixel frames nor on other clips."
             )
     together, in_turns = _decode(codec, [latents])[0], torch.cat(_decode(codec, latents.split(1)))
     if (together - in_turns).abs().mean() > DECODING_TOLERANCE:
