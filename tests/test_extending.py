@@ -128,13 +128,15 @@ def test_a_sampler(folder: Path, count_calls: Callable[[str, str], list[int]]) -
     follow(commands)
     assert calls[0] > 0
     assert (folder / "midpoint.mp4").is_file()
+    assert list((folder / "runs" / "sampler" / "previews").glob("*.png"))
 
 
 @pytest.mark.usefixtures("stage")
 def test_a_metric_network(folder: Path) -> None:
     follow(SECTIONS["A metric network"])
     report = next((folder / "evaluations" / "mine").glob("*.json")).read_text()
-    assert "my_parts.metrics.RandomProjection" in report
+    for text in ("my_parts.metrics.RandomProjection", "mean color", '"is"', '"fid"', '"fvd"'):
+        assert text in report
 
 
 def test_a_codec(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
