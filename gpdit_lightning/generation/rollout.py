@@ -218,7 +218,6 @@ class Denoiser:
                 None if self.condition is None else torch.cat([c for c in conditions if c is not None]),
                 self.clean,
                 draws=2 if over_label else 1,
-                without_context=clips if over_context else 0,
                 compiled=self.config.compile,
             ).split(clips)
         if self.cache is not None:

@@ -30,15 +30,10 @@ def check_latents(config: GPDiTConfig, latents: Tensor) -> None:
         )
 
 
-def check_takes_conditions(config: GPDiTConfig, condition: Tensor | None) -> None:
-    """Raise InputError if there is a condition, but the model has neither `classes` nor `text_width`."""
-    if condition is not None and not (config.classes or config.text_width):
-        raise InputError("this GPDiT has neither classes nor text_width: leave `condition` at None.")
-
-
 def check_condition(config: GPDiTConfig, condition: Tensor | None, rows: int) -> None:
     """Raise InputError unless a condition has the form that the model takes, for each of `rows` noisy clips."""
-    check_takes_conditions(config, condition)
+    if condition is not None and not (config.classes or config.text_width):
+        raise InputError("this GPDiT has neither classes nor text_width: leave `condition` at None.")
     if config.text_width:
         if condition is None or condition.shape[::2] != (rows, config.text_width) or condition.ndim != 3:
             raise InputError(
@@ -53,6 +48,12 @@ def check_condition(config: GPDiTConfig, condition: Tensor | None, rows: int) ->
                 f"the condition is {condition.tolist()}; this model takes a class from 0 to {config.classes - 1}, or "
                 f"{NO_LABEL} for none, for each of {rows} clips."
             )
+
+
+def check_draws(draws: int) -> None:
+    """Raise InputError unless the number of noisy rows for each clip is positive."""
+    if draws < 1:
+        raise InputError(f"draws is {draws}; it must be at least 1.")
 
 
 def check_forward(
@@ -73,8 +74,7 @@ def check_forward(
         raise InputError(
             f"frames are {tuple(frames)} for {noisy.shape[1]} noisy ones: give as many increasing positions."
         )
-    if draws < 1:
-        raise InputError(f"draws is {draws}; it must be at least 1.")
+    check_draws(draws)
     if clean is None:
         return
     length = clean.shape[1] if clean.ndim == 5 else 0
@@ -86,11 +86,22 @@ def check_forward(
         )
 
 
-def check_layers(config: GPDiTConfig, layers: Iterable[int]) -> None:
-    """Raise InputError unless all layers exist."""
+def check_features(config: GPDiTConfig, clean: Tensor, layers: Iterable[int], condition: Tensor | None) -> None:
+    """Raise InputError unless these are valid arguments of `GPDiT.features`."""
+    check_latents(config, clean)
+    if condition is not None:
+        check_condition(config, condition, len(clean))
     for layer in layers:
         if not 0 <= layer <= config.layers:
             raise InputError(f"layer {layer} does not exist: choose from 0 (patch embedding) to {config.layers}.")
+
+
+def check_extend(config: GPDiTConfig, cache: KVCache, clean: Tensor, condition: Tensor | None) -> None:
+    """Raise InputError unless these are valid arguments of `GPDiT.extend`, where `clean` has frames."""
+    check_latents(config, clean)
+    if condition is not None:
+        check_condition(config, condition, len(clean))
+    check_cache(cache, len(clean), clean, new_frames=clean.shape[1] if cache.sinks is None else 0)
 
 
 def check_denoise(
@@ -101,24 +112,30 @@ def check_denoise(
     condition: Tensor | None,
     clean: Tensor | None,
     draws: int,
-    without_context: int,
 ) -> None:
     """Raise InputError unless these are valid arguments of `GPDiT.denoise`, where `noisy` is (R, 1, C, H, W)."""
     check_latents(config, noisy)
     check_condition(config, condition, len(noisy))
     if theta.shape != noisy.shape[:1]:
         raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B,) = ({noisy.shape[0]},).")
-    clips, remainder = divmod(len(noisy) - without_context, draws)
+    check_draws(draws)
+    clips, new_frames = 0, 0
     if clean is not None:
         check_latents(config, clean)
-        if (len(clean), remainder, *clean.shape[-2:]) != (clips, 0, *noisy.shape[-2:]):
+        clips, new_frames = clean.shape[:2]
+        if clean.shape[2:] != noisy.shape[2:]:
             raise InputError(
                 f"clean has shape {tuple(clean.shape)} and noisy {tuple(noisy[:, 0].shape)}; clean must be "
-                f"(B, k, C, H, W) and noisy (draws * B + without_context, C, H, W) with draws = {draws} and "
-                f"without_context = {without_context}."
+                "(B, k, C, H, W) and noisy (R, C, H, W), with equal C, H and W."
             )
     if cache is not None:
-        check_cache(cache, clips, noisy, new_frames=clean.shape[1] if clean is not None else 0)
+        clips = cache.batch_size if clean is None else clips
+        check_cache(cache, clips, noisy, new_frames)
+    if len(noisy) < draws * clips:
+        raise InputError(
+            f"noisy has {len(noisy)} rows, fewer than draws * B = {draws} * {clips}: give `draws` rows for each of the "
+            "B clips that have context, and after them any number of rows without context."
+        )
 
 
 def check_cache(cache: KVCache, clips: int, latents: Tensor, new_frames: int) -> None:

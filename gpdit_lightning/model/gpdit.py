@@ -3,27 +3,27 @@
 Shapes: B clips, F latent frames, C channels, H x W latent pixels, N tokens per frame, D hidden width.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpdit_lightning.model.attention import find_backend
+from gpdit_lightning.model.attention import attention_dtype, find_backend
 from gpdit_lightning.model.block import Block, run_block, run_compiled_block
 from gpdit_lightning.model.checks import (
-    check_cache,
     check_denoise,
+    check_extend,
+    check_features,
     check_forward,
-    check_latents,
-    check_layers,
-    check_takes_conditions,
 )
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.model.kv_cache import KVCache
 from gpdit_lightning.model.patches import patchify, unpatchify
 from gpdit_lightning.model.prefix import Prefix
-from gpdit_lightning.model.streams import Streams, describe_streams
+from gpdit_lightning.model.streams import FrameLayout, Streams, describe_streams
 
 
 class GPDiT(nn.Module):
@@ -102,32 +102,24 @@ class GPDiT(nn.Module):
         frames = tuple(range(noisy.shape[1]) if frames is None else frames)
         # Frame i attends to the i clean frames before it.
         clean = clean[:, : frames[-1]] if clean is not None and len(clean) and frames[-1] else None
-        x, streams = self.embed(
-            clean, noisy, theta, condition, noisy_frames=frames, context_lengths=frames, draws=draws
-        )
-        for block in self.blocks[:-1]:
-            x = self._run_block(block, x, streams)
-        x = self._run_block(self.blocks[-1], x, streams, num_kv_only=streams.noisy_start)
+        layout = FrameLayout(noisy_frames=frames, context_lengths=frames, draws=draws)
+        x, streams = self.embed(layout, clean, noisy, theta, condition)
+        x = self._run_blocks(x, streams)
         return self.head(x, streams).to(noisy.dtype)
 
     def embed(
         self,
+        layout: FrameLayout,
         clean: Tensor | None = None,
         noisy: Tensor | None = None,
         theta: Tensor | None = None,
         condition: Tensor | None = None,
-        first_frame: int = 0,
-        noisy_frames: tuple[int, ...] = (),
-        context_lengths: tuple[int, ...] = (),
-        draws: int = 1,
     ) -> tuple[Tensor, Streams]:
         """Embed the prefix, all clean frames and all noisy frames as packed tokens, and describe their streams.
 
         Args:
-            clean, noisy, theta, condition, draws: as in :meth:`forward`.
-            first_frame: the position of the first clean frame.
-            noisy_frames: the positions of the noisy frames.
-            context_lengths: for each noisy frame, the number of context frames that it attends to, from the first.
+            layout: the positions of the frames.
+            clean, noisy, theta, condition: as in :meth:`forward`.
 
         Returns:
             tokens (packed tokens, D), and the streams of the pass.
@@ -137,21 +129,43 @@ class GPDiT(nn.Module):
         # In the precision of the weights: under autocast the residual stream stays in float32.
         dtype = self.patch_embedding.weight.dtype
         x = self.patch_embedding(patches.to(dtype)).to(dtype)
+        prefix = None
         if noisy is not None and self.prefix is not None:
-            x = torch.cat((self.prefix(condition, len(noisy)).flatten(0, 1).to(dtype), x))
-        streams = describe_streams(
-            self.config, x, clean, noisy, theta, first_frame, noisy_frames, context_lengths, draws
-        )
+            prefix = self.prefix(condition, len(noisy))
+            x = torch.cat((prefix.flatten(0, 1).to(dtype), x))
+        streams = describe_streams(self.config, layout, x, prefix, clean, noisy, theta)
         return streams.rotation.at_input(x), streams
 
-    def _run_block(self, block: nn.Module, x: Tensor, streams: Streams, num_kv_only: int = 0) -> Tensor:
-        """Run one block; in training, compiled or with activation checkpointing if the configuration requires it."""
-        if not torch.is_grad_enabled():
-            return block(x, streams, num_kv_only)
+    def _run_blocks(
+        self,
+        x: Tensor,
+        streams: Streams,
+        layers: Iterable[int] | None = None,
+        cache: KVCache | None = None,
+        run: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """Run blocks on the packed residual stream; the last block of the network drops all tokens but the noisy ones.
+
+        Args:
+            x: (packed tokens, D).
+            streams: the description of the pass.
+            layers: numbers of the blocks, from 0; None: all blocks.
+            cache: previous clean frames, to which the blocks append those of the pass.
+            run: function that runs one block; None: the one for training if gradients are enabled.
+        """
+        if run is None:
+            run = self._training_run() if torch.is_grad_enabled() else run_block
+        last = self.config.layers - 1
+        for layer in range(self.config.layers) if layers is None else layers:
+            num_kv_only = streams.noisy_start if layer == last and streams.noisy_shape[0] else 0
+            layer_cache = cache.layer_cache(layer) if cache is not None else None
+            x = run(self.blocks[layer], x, streams, num_kv_only, layer_cache)
+        return x
+
+    def _training_run(self) -> Callable[..., Tensor]:
+        """Return the function that runs one block in training, with compilation and checkpointing as configured."""
         run = run_compiled_block if self.config.compile else run_block
-        if self.config.activation_checkpointing:
-            return checkpoint(run, block, x, streams, num_kv_only, use_reentrant=False)
-        return run(block, x, streams, num_kv_only)
+        return partial(checkpoint, run, use_reentrant=False) if self.config.activation_checkpointing else run
 
     def head(self, x: Tensor, streams: Streams) -> Tensor:
         """Compute the velocity (B, F, C, H, W) from the noisy tokens (B * F * N, D)."""
@@ -165,25 +179,22 @@ class GPDiT(nn.Module):
         Args:
             clean: (B, F, C, H, W).
             layers: numbers of the blocks after which the stream is returned, from 1; 0 is the patch embedding.
-            condition: has no effect, since clean frames do not attend to it; all methods have this argument.
+            condition: as in :meth:`forward`, for each of the B clips. It is checked, but has no effect, since clean
+                frames do not attend to it; all methods have this argument.
 
         Returns:
             for each layer (B, F, N, D), not normalized; blocks after the highest layer are not run.
 
         Raises:
-            InputError: a layer does not exist, or the shapes do not fit the architecture.
+            InputError: a layer does not exist, or the shapes or the condition do not fit the architecture.
         """
-        layers = set(layers)
-        check_latents(self.config, clean)
-        check_takes_conditions(self.config, condition)
-        check_layers(self.config, layers)
-        x, streams = self.embed(clean)
-        shape = (*clean.shape[:2], streams.tokens, self.config.width)
-        features = {0: x.view(shape)} if 0 in layers else {}
-        for layer, block in enumerate(self.blocks[: max(layers, default=0)], start=1):
-            x = self._run_block(block, x, streams)
-            if layer in layers:
-                features[layer] = x.view(shape)
+        layers = sorted(set(layers))
+        check_features(self.config, clean, layers, condition)
+        x, streams = self.embed(FrameLayout(), clean)
+        features = {}
+        for previous, layer in pairwise((0, *layers)):
+            x = self._run_blocks(x, streams, range(previous, layer))
+            features[layer] = x.view(*clean.shape[:2], streams.tokens, self.config.width)
         return features
 
     def new_cache(self, batch_size: int, max_frames: int, height: int, width: int, sinks: int | None = None) -> KVCache:
@@ -200,9 +211,7 @@ class GPDiT(nn.Module):
             InputError: a rolling cache has no capacity for a window.
         """
         weight = self.patch_embedding.weight
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
+        dtype = attention_dtype(weight)
         return KVCache(self.config, batch_size, max_frames, height, width, weight.device, dtype, sinks)
 
     @torch.no_grad()
@@ -212,26 +221,23 @@ class GPDiT(nn.Module):
         Args:
             cache: from :meth:`new_cache`.
             clean: (B, k, C, H, W), the frames that follow those in the cache.
-            condition: has no effect, since clean frames do not attend to it; all methods have this argument.
+            condition: as in :meth:`features`: checked, but without effect.
 
         Raises:
-            InputError: the shapes do not fit, or a cache that does not roll is full.
+            InputError: the shapes or the condition do not fit, or a cache that does not roll is full.
         """
         if clean.ndim == 5 and clean.shape[1] == 0:
             return
-        check_latents(self.config, clean)
-        check_takes_conditions(self.config, condition)
-        check_cache(cache, len(clean), clean, new_frames=clean.shape[1] if cache.sinks is None else 0)
-        *inner_blocks, last_block = self.blocks
+        check_extend(self.config, cache, clean, condition)
+        last, last_block = self.config.layers - 1, self.blocks[-1]
         assert isinstance(last_block, Block)
         while clean.shape[1]:
             new, clean = clean[:, : cache.max_new_frames], clean[:, cache.max_new_frames :]
-            x, streams = self.embed(new, first_frame=cache.frames)
-            *inner_caches, last_cache = cache.layer_caches(new.shape[1])
-            for block, layer_cache in zip(inner_blocks, inner_caches, strict=True):
-                x = block(x, streams, layer_cache=layer_cache)
-            last_block.write_cache(x, streams, last_cache)
-            cache.frames += new.shape[1]
+            cache.begin_pass(new.shape[1])
+            x, streams = self.embed(FrameLayout(cache.frames), new)
+            x = self._run_blocks(x, streams, range(last), cache)
+            last_block.write_cache(x, streams, cache.layer_cache(last))
+            cache.end_pass()
 
     def denoise(
         self,
@@ -241,20 +247,18 @@ class GPDiT(nn.Module):
         condition: Tensor | None = None,
         clean: Tensor | None = None,
         draws: int = 1,
-        without_context: int = 0,
         compiled: bool = False,
     ) -> Tensor:
         """Predict the velocity of the next frame given the frames in the cache and then those in `clean`.
 
         Args:
-            noisy: (R, C, H, W).
+            noisy: (R, C, H, W), with R at least K * B. Rows after the first K * B have no context.
             theta: (R,) radians.
-            cache: the previous clean frames, changed only by `clean`; None or empty: no context.
+            cache: the previous clean frames of B clips, changed only by `clean`; None or empty: no context.
             condition: as in :meth:`forward`, for each of the R rows.
             clean: (B, k, C, H, W), the clean frames immediately before this frame. With a cache they are appended to it
                 in the same pass, as by `extend`; without a cache they are the whole context (GPDiT, section 4.1.2).
             draws: K, number of rows that share the context of a clip: row k * B + b has that of clip b.
-            without_context: number of further rows, the last ones, that have no context: R = K * B + without_context.
             compiled: use blocks compiled by torch.compile; with a rolling cache, four graphs are used for all frames.
 
         Returns:
@@ -264,18 +268,15 @@ class GPDiT(nn.Module):
             InputError: the shapes do not fit, or a cache that does not roll is full.
         """
         noisy = noisy[:, None]
-        check_denoise(self.config, noisy, theta, cache, condition, clean, draws, without_context)
+        check_denoise(self.config, noisy, theta, cache, condition, clean, draws)
         new_frames = clean.shape[1] if clean is not None else 0
-        first = cache.frames if cache is not None else 0
-        context_length = cache.stored_frames(new_frames) if cache is not None else new_frames
-        layer_caches = cache.layer_caches(new_frames) if cache is not None else [None] * self.config.layers
-        x, streams = self.embed(
-            clean, noisy, theta[:, None], condition, first, (first + new_frames,), (context_length,), draws
-        )
-        run = run_compiled_block if compiled else run_block
-        for block, layer_cache in zip(self.blocks, layer_caches, strict=True):
-            num_kv_only = streams.noisy_start if block is self.blocks[-1] else 0
-            x = run(block, x, streams, num_kv_only, layer_cache)
+        first, context_length = 0, new_frames
         if cache is not None:
-            cache.frames += new_frames
+            first, context_length = cache.frames, cache.stored_frames(new_frames)
+            cache.begin_pass(new_frames)
+        layout = FrameLayout(first, (first + new_frames,), (context_length,), draws)
+        x, streams = self.embed(layout, clean, noisy, theta[:, None], condition)
+        x = self._run_blocks(x, streams, cache=cache, run=run_compiled_block if compiled else run_block)
+        if cache is not None:
+            cache.end_pass()
         return self.head(x, streams).to(noisy.dtype)[:, 0]

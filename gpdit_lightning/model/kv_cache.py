@@ -1,6 +1,5 @@
 """Cache of the keys and values of previous clean frames, for generation in linear time (GPDiT, section 4.1.1)."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,6 +41,8 @@ class LayerCache(NamedTuple):
 
 class KVCache:
     """Preallocated keys and values of all blocks; :meth:`GPDiT.new_cache` creates it, `extend` and `denoise` fill it.
+
+    A pass calls `begin_pass`, gives each block its `layer_cache`, and ends with `end_pass`.
 
     A rolling cache keeps the first frames of the video (the sinks) and its latest ones (the window): a new frame
     overwrites the oldest of the window, so that memory and time per frame stay constant. Attention does not depend on
@@ -87,6 +88,8 @@ class KVCache:
         shape = (config.layers, 2, batch_size, max_frames * self.tokens, config.heads, config.head_width)
         self._buffer = torch.empty(shape, device=device, dtype=dtype)
         self._sink_keys: Tensor | None = None  # at their original positions, from which all shifts start
+        self._new_frames = 0  # of the current pass, as are the slots
+        self._slots: Tensor | None = None
 
     @property
     def max_new_frames(self) -> int:
@@ -98,19 +101,28 @@ class KVCache:
         """Return the number of frames in the cache after `new_frames` more are appended."""
         return min(self.frames + new_frames, self.max_frames)
 
-    def layer_caches(self, new_frames: int) -> Iterator[LayerCache]:
-        """Yield the cache of each block for a pass with `new_frames` clean frames; the caller adds them to `frames`."""
-        slots = None
-        if new_frames:
-            self._shift_sinks(new_frames)
-            first = self.frames
-            if self.sinks is not None and first >= self.max_frames:
-                first = self.sinks + (first - self.sinks) % (self.max_frames - self.sinks)
-            slots = torch.arange(
-                first * self.tokens, (first + new_frames) * self.tokens, device=self._buffer.device, dtype=torch.long
-            )
-        for key, value in self._buffer:
-            yield LayerCache(key, value, slots, self.stored_frames(new_frames) * self.tokens)
+    def begin_pass(self, new_frames: int) -> None:
+        """Prepare a pass with `new_frames` clean frames: shift the sinks, and choose the slots of the new tokens."""
+        self._new_frames, self._slots = new_frames, None
+        if not new_frames:
+            return
+        self._shift_sinks(new_frames)
+        first = self.frames
+        if self.sinks is not None and first >= self.max_frames:
+            first = self.sinks + (first - self.sinks) % (self.max_frames - self.sinks)
+        self._slots = torch.arange(
+            first * self.tokens, (first + new_frames) * self.tokens, device=self._buffer.device, dtype=torch.long
+        )
+
+    def layer_cache(self, layer: int) -> LayerCache:
+        """Return the cache of block `layer`, from 0, during a pass."""
+        key, value = self._buffer[layer]
+        return LayerCache(key, value, self._slots, self.stored_frames(self._new_frames) * self.tokens)
+
+    def end_pass(self) -> None:
+        """Count the clean frames of the pass, after all blocks have appended them."""
+        self.frames += self._new_frames
+        self._new_frames, self._slots = 0, None
 
     def _shift_sinks(self, new_frames: int) -> None:
         """Move the sinks to the positions before the window that ends with the new frames."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,22 @@ from gpdit_lightning.model.config import AttentionVariant, GPDiTConfig
 from gpdit_lightning.model.kv_cache import LayerCache
 from gpdit_lightning.model.positions import Rope, rope_table
 from gpdit_lightning.model.time_conditioning import TimeRotation
+
+
+class FrameLayout(NamedTuple):
+    """Positions of the frames of a pass, and the context of its noisy frames.
+
+    Attributes:
+        first_frame: the position of the first clean frame.
+        noisy_frames: the positions of the noisy frames.
+        context_lengths: for each noisy frame, the number of context frames that it attends to, from the first.
+        draws: K, number of noisy rows that share the context of a clip.
+    """
+
+    first_frame: int = 0
+    noisy_frames: tuple[int, ...] = ()
+    context_lengths: tuple[int, ...] = ()
+    draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -132,36 +149,29 @@ class Streams:
 
 def describe_streams(
     config: GPDiTConfig,
+    layout: FrameLayout,
     x: Tensor,
+    prefix: Tensor | None,
     clean: Tensor | None,
     noisy: Tensor | None,
     theta: Tensor | None,
-    first_frame: int,
-    noisy_frames: tuple[int, ...],
-    context_lengths: tuple[int, ...],
-    draws: int,
 ) -> Streams:
     """Describe a pass.
 
     Args:
         config: the architecture.
-        x: (packed tokens, D); tokens that belong to no frame are the prefix.
+        layout: the positions of the frames.
+        x: (packed tokens, D).
+        prefix: (B, prefix tokens, D) or None.
         clean: (B', F', C, H, W) or None.
         noisy: (B, F, C, H, W) or None.
         theta: (B, F) radians if there are noisy frames, else None.
-        first_frame: the position of the first clean frame.
-        noisy_frames: the positions of the noisy frames.
-        context_lengths: for each noisy frame, the number of context frames that it attends to, from the first.
-        draws: K, number of noisy rows that share the context of a clip.
     """
     some = clean if clean is not None else noisy
     assert some is not None
     rows, columns = (side // config.patch_size for side in some.shape[-2:])
     precise = torch.float64 if some.dtype == torch.float64 else torch.float32
-    clean_shape = (clean.shape[0], clean.shape[1]) if clean is not None else (0, 0)
-    noisy_shape = (noisy.shape[0], noisy.shape[1]) if noisy is not None else (0, 0)
-    frames = clean_shape[0] * clean_shape[1] + noisy_shape[0] * noisy_shape[1]
-    prefix_tokens = len(x) - frames * rows * columns
+    clean_shape = _stream_shape(clean)
     angles = torch.zeros(len(x), device=x.device, dtype=precise)
     if theta is not None:
         per_token = theta.to(precise).flatten().repeat_interleave(rows * columns)
@@ -172,12 +182,16 @@ def describe_streams(
         operator=select_backend(config.attention_backend, x.device.type, attention_dtype(x), config.head_width),
         rows=rows,
         columns=columns,
-        prefix_shape=(noisy_shape[0], prefix_tokens // noisy_shape[0]) if prefix_tokens else (0, 0),
+        prefix_shape=_stream_shape(prefix),
         clean_shape=clean_shape,
-        noisy_shape=noisy_shape,
-        context_lengths=context_lengths,
-        clean_rope=table(frames=range(first_frame, first_frame + clean_shape[1])),
-        noisy_rope=table(frames=noisy_frames),
+        noisy_shape=_stream_shape(noisy),
+        context_lengths=layout.context_lengths,
+        clean_rope=table(frames=range(layout.first_frame, layout.first_frame + clean_shape[1])),
+        noisy_rope=table(frames=layout.noisy_frames),
         rotation=TimeRotation(angles, config.time_site, precise),
-        draws=draws,
+        draws=layout.draws,
     )
+
+
+def _stream_shape(stream: Tensor | None) -> tuple[int, int]:
+    return (stream.shape[0], stream.shape[1]) if stream is not None else (0, 0)

@@ -135,20 +135,20 @@ def test_guidance_equals_reference(labelled: GPDiT, context_frames: int, guidanc
 
 def test_guidance_adds_one_noisy_frame_per_clip_without_history(model: GPDiT, monkeypatch: pytest.MonkeyPatch) -> None:
     """It does so only at the guided noise levels."""
-    calls: list[tuple[int, int, int]] = []
+    calls: list[tuple[int, int]] = []
     denoise = model.denoise
 
-    def recorded(noisy: Tensor, *arguments: Any, without_context: int = 0, **options: Any) -> Tensor:
+    def recorded(noisy: Tensor, *arguments: Any, **options: Any) -> Tensor:
         clean = arguments[3]
-        calls.append((len(noisy), without_context, 0 if clean is None else clean.shape[1]))
-        return denoise(noisy, *arguments, without_context=without_context, **options)
+        calls.append((len(noisy), 0 if clean is None else clean.shape[1]))
+        return denoise(noisy, *arguments, **options)
 
     monkeypatch.setattr(model, "denoise", recorded)
     guidance = Guidance(context=2.0, least_level=0.4, most_level=0.7)
     sampler = RotationSampler(steps=4)  # at levels 1, 3/4, 1/2 and 1/4
     generate(model, random_context(2, 3), 2, guidance=guidance, sampler=sampler)
     # The preceding clean frame is an input of the first pass of each frame only.
-    assert calls == [(2, 0, 1), (2, 0, 0), (4, 2, 0), (2, 0, 0)] * 2
+    assert calls == [(2, 1), (2, 0), (4, 0), (2, 0)] * 2
 
 
 def test_every_label_changes_the_frames(labelled: GPDiT) -> None:

@@ -89,6 +89,32 @@ def test_a_model_without_conditions_refuses_one() -> None:
             call()
 
 
+@pytest.mark.parametrize("label", [[0, 2], [0], [0.0, 1.0]], ids=["unknown class", "too few", "no integers"])
+def test_every_method_checks_labels(label: list[float]) -> None:
+    """Labels have no effect on clean frames, but a wrong one is an error there too."""
+    model, (noisy, theta, clean) = toy_model(classes=2), toy_batch()
+    cache, labels = model.new_cache(2, 4, 4, 6), torch.tensor(label)
+    for call in (
+        lambda: model(noisy, theta, clean, condition=labels),
+        lambda: model.features(clean, [1], condition=labels),
+        lambda: model.extend(cache, clean, condition=labels),
+        lambda: model.denoise(noisy[:, 0], theta[:, 0], cache, condition=labels),
+    ):
+        with pytest.raises(InputError, match="this model takes a class from 0 to 1, or -1 for none, for each of 2"):
+            call()
+
+
+def test_every_method_runs_on_meta_tensors() -> None:
+    with torch.device("meta"):
+        model = GPDiT(toy_config(classes=2))
+        noisy, theta = torch.empty(2, 3, 3, 4, 6), torch.empty(2, 3)
+        assert model(noisy, theta, noisy).shape == noisy.shape
+        assert model.features(noisy, [2])[2].shape == (2, 3, 6, 40)
+        cache = model.new_cache(2, 2, 4, 6, sinks=1)
+        model.extend(cache, noisy)
+        assert model.denoise(noisy[:, 0], theta[:, 0], cache, clean=noisy[:, :1]).shape == (2, 3, 4, 6)
+
+
 def test_features_are_the_residual_stream_after_each_block() -> None:
     model = toy_model(layers=3)
     _, _, clean = toy_batch(2, frames=4)

@@ -172,7 +172,7 @@ def test_more_frames_than_the_capacity_are_refused() -> None:
 @pytest.mark.parametrize(
     ("shape", "theta_shape", "match"),
     [
-        ((1, 3, 4, 6), (1,), "is for 2 clips"),
+        ((1, 3, 4, 6), (1,), "noisy has 1 rows, fewer than draws \\* B = 1 \\* 2"),
         ((2, 3, 6, 4), (2,), "2 of 6x4 were given"),
         ((2, 3, 4, 6), (2, 1), "theta has shape"),
         ((2, 3, 4, 6), (1,), "theta has shape"),
@@ -241,10 +241,13 @@ def test_rows_share_a_context_or_have_none(model: GPDiT) -> None:
     model.extend(cache, clean[:, :1])
     # Without a cache all frames before are given.
     for cache_or_none, before in ((cache, clean[:, 1:2]), (None, clean[:, :2])):
-        velocity = model.denoise(noisy[:, 2], theta[:, 2], cache_or_none, clean=before, draws=2, without_context=2)
+        velocity = model.denoise(noisy[:, 2], theta[:, 2], cache_or_none, clean=before, draws=2)
         assert_near(velocity, expected)
     assert cache.frames == 2
-    assert_near(model.denoise(noisy[:, 2], theta[:, 2], cache, draws=2, without_context=2), expected)
+    assert_near(model.denoise(noisy[:, 2], theta[:, 2], cache, draws=2), expected)
+    # Any number of rows may be without context.
+    for rows in (4, 5):
+        assert_near(model.denoise(noisy[:rows, 2], theta[:rows, 2], cache, draws=2), expected[:rows])
 
 
 def test_a_rolling_cache_does_not_grow() -> None:
@@ -271,12 +274,19 @@ def test_clean_frames_that_denoise_cannot_append_are_refused() -> None:
     for cache, given, message in (
         (full, clean[:, 2:], "1 more do not fit"),
         (rolling, clean[:, :2], "2 more do not fit"),
-        (rolling, clean[:1, 2:], "clean has shape"),
+        (rolling, clean[:1, 2:], "the cache is for 2 clips of 4x6 latent pixels, but 1 of"),
         (None, clean[:, :2, :, :2], "clean has shape"),
     ):
         with pytest.raises(InputError, match=message):
             model.denoise(noisy[:, 2], theta[:, 2], cache, clean=given)
-    with pytest.raises(InputError, match="the cache is for 2 clips"):
-        model.denoise(noisy[:1, 2], theta[:1, 2], full)
-    with pytest.raises(InputError, match="the cache is for 2 clips"):
-        model.denoise(noisy[:, 2], theta[:, 2], full, without_context=1)
+
+
+def test_draws_that_do_not_fit_the_rows_are_refused() -> None:
+    model, (noisy, theta, clean) = toy_model(), toy_batch(3, 2, frames=3)
+    cache = model.new_cache(2, 2, 4, 6)
+    for context in ({"cache": cache}, {"clean": clean[:, :2]}, {"cache": cache, "clean": clean[:, :1]}):
+        with pytest.raises(InputError, match="draws is 0; it must be at least 1"):
+            model.denoise(noisy[:, 2], theta[:, 2], **context, draws=0)
+        with pytest.raises(InputError, match=r"noisy has 3 rows, fewer than draws \* B = 2 \* 2"):
+            model.denoise(noisy[:, 2], theta[:, 2], **context, draws=2)
+    assert cache.frames == 0

@@ -142,7 +142,7 @@ def test_cached_steps_compute_only_the_new_frame(variant: str) -> None:
     counter = FlopCounterMode(display=False)
     guided = torch.cat((noisy, noisy))[:, 3]
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model.denoise(guided, torch.cat((theta, theta))[:, 3], rolling, clean=clean[:, 3:], without_context=2)
+        model.denoise(guided, torch.cat((theta, theta))[:, 3], rolling, clean=clean[:, 3:])
     attention["both"] = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
 
     pair = 2 * 4 * 6 * 6 * model.config.width  # one pair of blocks, two clips

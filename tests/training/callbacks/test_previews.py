@@ -133,7 +133,6 @@ class FixedOutput(GPDiT):
         condition: Tensor | None = None,
         clean: Tensor | None = None,
         draws: int = 1,
-        without_context: int = 0,
         compiled: bool = False,
     ) -> Tensor:
         assert cache is not None
