@@ -3,7 +3,7 @@
 from gpdit_lightning.diffusion.guidance import Guidance
 from gpdit_lightning.diffusion.loss import QuartileLoss, VelocityLoss, velocity_loss
 from gpdit_lightning.diffusion.noise_levels import NoiseSchedule
-from gpdit_lightning.diffusion.rotation import NoisySample, noise_from, rotate_to, x0_from
+from gpdit_lightning.diffusion.rotation import NoisySample, rotate_back, rotate_to
 from gpdit_lightning.diffusion.samplers import (
     SAMPLERS,
     AdamsSampler,
@@ -34,9 +34,8 @@ __all__ = [
     "Velocity",
     "VelocityLoss",
     "make_sampler",
-    "noise_from",
     "register_sampler",
+    "rotate_back",
     "rotate_to",
     "velocity_loss",
-    "x0_from",
 ]

@@ -4,6 +4,7 @@ All angles are radians and have the leading dimensions of the latents: theta (B,
 theta (B,) to a single frame (B, C, H, W).
 """
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,24 +24,16 @@ class NoisySample(NamedTuple):
     theta: Tensor
 
 
-def _cos_sin(theta: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    theta = theta.reshape(theta.shape + (1,) * (like.ndim - theta.ndim))
-    return theta.cos().to(like.dtype), theta.sin().to(like.dtype)
-
-
 def rotate_to(x0: Tensor, eps: Tensor, theta: Tensor) -> NoisySample:
     """Rotate clean latents towards noise: the forward process R(theta) (x0, eps) of GPDiT, section 4.2."""
-    cos, sin = _cos_sin(theta, x0)
+    per_frame = theta.reshape(theta.shape + (1,) * (x0.ndim - theta.ndim))
+    cos, sin = per_frame.cos().to(x0.dtype), per_frame.sin().to(x0.dtype)
     return NoisySample(cos * x0 + sin * eps, cos * eps - sin * x0, theta)
 
 
-def x0_from(noisy: Tensor, velocity: Tensor, theta: Tensor) -> Tensor:
-    """Return the clean latents that a velocity implies: the first row of R(theta)^-1."""
-    cos, sin = _cos_sin(theta, noisy)
-    return cos * noisy - sin * velocity
+def rotate_back(noisy: Tensor, velocity: Tensor, angle: float) -> Tensor:
+    """Rotate noisy latents by `angle` towards clean data.
 
-
-def noise_from(noisy: Tensor, velocity: Tensor, theta: Tensor) -> Tensor:
-    """Return the noise that a velocity implies: the second row of R(theta)^-1."""
-    cos, sin = _cos_sin(theta, noisy)
-    return sin * noisy + cos * velocity
+    This is a step of DDIM. With the angle theta of the latents it returns the implied x0, the first row of R(theta)^-1.
+    """
+    return math.cos(angle) * noisy - math.sin(angle) * velocity

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.diffusion.noise_levels import NoiseSchedule
+from gpdit_lightning.diffusion.rotation import rotate_back
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import check_part, import_path, report_custom_errors, resolve, value_summary
 
@@ -110,11 +111,6 @@ class Sampler(ABC):
         """
 
 
-def _rotate(x: Tensor, velocity: Tensor, angle: float) -> Tensor:
-    """Rotate by `angle` towards clean data: a step of DDIM; by theta, the implied x0."""
-    return math.cos(angle) * x - math.sin(angle) * velocity
-
-
 @dataclass(frozen=True)
 class RotationSampler(Sampler):
     """DDIM (Song et al., 2021, equation 12 without noise): a step by the angle d is cos(d) noisy - sin(d) velocity.
@@ -126,8 +122,8 @@ class RotationSampler(Sampler):
 
     def solve(self, velocity: VelocityAt, x: Tensor, angles: Sequence[float], fresh: FreshNoise | None) -> Tensor:
         """x <- cos(d) x - sin(d) velocity."""
-        for theta, following in pairwise(angles):
-            x = _rotate(x, velocity(x, theta), theta - following)
+        for theta, theta_next in pairwise(angles):
+            x = rotate_back(x, velocity(x, theta), theta - theta_next)
         return x
 
 
@@ -141,8 +137,8 @@ class TangentSampler(Sampler):
 
     def solve(self, velocity: VelocityAt, x: Tensor, angles: Sequence[float], fresh: FreshNoise | None) -> Tensor:
         """x <- x - d velocity."""
-        for theta, following in pairwise(angles):
-            x = x - (theta - following) * velocity(x, theta)
+        for theta, theta_next in pairwise(angles):
+            x = x - (theta - theta_next) * velocity(x, theta)
         return x
 
 
@@ -159,8 +155,8 @@ class AdamsSampler(Sampler):
         """x <- x - d velocity - d^2 / (2 d_last) (velocity - velocity_last)."""
         last_v: Tensor | None = None
         last_step = math.inf
-        for theta, following in pairwise(angles):
-            step, v = theta - following, velocity(x, theta)
+        for theta, theta_next in pairwise(angles):
+            step, v = theta - theta_next, velocity(x, theta)
             x = x - step * v
             if last_v is not None:
                 x = x - step * step / (2 * last_step) * (v - last_v)
@@ -189,13 +185,13 @@ class DPMSolver2M(Sampler):
         """x <- sigma' / sigma x + alpha' (1 - exp(-h)) (x0 + h / (2 h_last) (x0 - x0_last)), h the step in lambda."""
         last_x0: Tensor | None = None
         last_stride = math.inf
-        for theta, following in pairwise(angles):
-            stride = _half_log_snr(following) - _half_log_snr(theta)
+        for theta, theta_next in pairwise(angles):
+            stride = _half_log_snr(theta_next) - _half_log_snr(theta)
             # alpha' (1 - exp(-h)) in a form that is finite at both ends.
-            weight = math.sin(theta - following) / math.sin(theta)
-            x0 = _rotate(x, velocity(x, theta), theta)
-            x = math.sin(following) / math.sin(theta) * x + weight * x0
-            if last_x0 is not None and following > 0:
+            weight = math.sin(theta - theta_next) / math.sin(theta)
+            x0 = rotate_back(x, velocity(x, theta), theta)
+            x = math.sin(theta_next) / math.sin(theta) * x + weight * x0
+            if last_x0 is not None and theta_next > 0:
                 x = x + weight * stride / (2 * last_stride) * (x0 - last_x0)
             last_x0, last_stride = x0, stride
         return x
@@ -224,13 +220,13 @@ class StochasticSampler(Sampler):
         """x <- the rotation, with a part of the implied noise replaced by fresh noise."""
         if self.eta > 0 and fresh is None:
             raise InputError("the stochastic sampler adds noise at every step: give fresh_noise, or set eta to 0.")
-        for number, (theta, following) in enumerate(pairwise(angles)):
-            ratio = math.tan(following) / math.tan(theta)
-            sigma, share = math.sin(following), self.eta * math.sqrt(1 - ratio**2)
+        for number, (theta, theta_next) in enumerate(pairwise(angles)):
+            ratio = math.tan(theta_next) / math.tan(theta)
+            sigma, share = math.sin(theta_next), self.eta * math.sqrt(1 - ratio**2)
             # The implied noise is sin(theta) x + cos(theta) velocity.
             removed = sigma * (1 - math.sqrt(1 - share**2))
-            x_weight = math.cos(theta - following) - removed * math.sin(theta)
-            velocity_weight = math.sin(theta - following) + removed * math.cos(theta)
+            x_weight = math.cos(theta - theta_next) - removed * math.sin(theta)
+            velocity_weight = math.sin(theta - theta_next) + removed * math.cos(theta)
             x = x_weight * x - velocity_weight * velocity(x, theta)
             if fresh is not None and sigma * share > 0:
                 x = x + sigma * share * fresh(number).to(x)

@@ -99,7 +99,6 @@ def apply_config(config: OptimizerConfig, optimizer: torch.optim.Optimizer, sche
         group |= settings
         group["lr"] = config.learning_rate * scheduler.lr_lambdas[0](scheduler.last_epoch)
     scheduler.base_lrs = [config.learning_rate] * len(optimizer.param_groups)
-    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # the result of `get_last_lr`
     return changed
 
 
