@@ -101,7 +101,13 @@ def shuffle_quality(shards: int, samples: int, shuffle_window: int) -> dict[str,
         micro-batch that come from the `same_shard` and from the `same_recording`.
     """
     bucket = PlannedBucket((samples,) * shards, (5,), 24, 40)
-    plan = Plan((PlannedSource("videos", (bucket,), SAMPLED_BATCH_SIZE, shuffle_window=shuffle_window),))
+    plan = Plan(
+        (
+            PlannedSource(
+                "videos", (bucket,), SourceConfig(batch_size=SAMPLED_BATCH_SIZE, shuffle_window=shuffle_window)
+            ),
+        )
+    )
     windows = BucketOrder(plan.seed, 0, bucket.counts, (SAMPLED_BATCH_SIZE,), shuffle_window).windows_from(0)
     batches = shards * samples // SAMPLED_BATCH_SIZE
     sampled = [plan.micro_batch(n).samples for n in range(0, batches, max(1, batches // SAMPLED_BATCHES))]

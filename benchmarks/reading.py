@@ -29,6 +29,7 @@ from gpdit_lightning.data.batches import Bucket, LatentDataset
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.plan import Plan, PlannedSource
 from gpdit_lightning.data.shard_writer import ShardSetWriter
+from gpdit_lightning.data.source import SourceConfig
 from gpdit_lightning.randomness import TRAIN_NOISE
 from gpdit_lightning.specs import CodecSpec
 
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_shards(Path(folder), given.clips)
         bucket = Bucket([(manifest, entry) for entry in manifest.shards], [SHAPE[0]])
-        plan = Plan((PlannedSource("videos", (bucket.planned,), given.batch_size),))
+        plan = Plan((PlannedSource("videos", (bucket.planned,), SourceConfig(batch_size=given.batch_size)),))
         mean, std = manifest.codec.mean, manifest.codec.std
         dataset = LatentDataset(plan, [[bucket]], mean, std, "frame", TRAIN_NOISE)
         whole_batches = given.clips // given.batch_size

@@ -20,11 +20,11 @@ B = ["--model.init_args.backbone.size=B", "--model.init_args.backbone.activation
 
 def cell(run: RunSettings) -> str:
     """Return the GiB per GPU, and in parentheses the micro-batches per step if those of the recipe do not fit."""
-    before = sum(source.micro_batches for source in run.sources)
+    before = sum(source.config.micro_batches for source in run.sources)
     for candidate in with_smaller_micro_batches(run):
         needed = memory(candidate)["total"]
         if needed <= CAPACITY:
-            micro_batches = sum(source.micro_batches for source in candidate.sources)
+            micro_batches = sum(source.config.micro_batches for source in candidate.sources)
             return f"{needed / GIB:.0f}" + (f" ({micro_batches})" if micro_batches > before else "")
     return "no"
 

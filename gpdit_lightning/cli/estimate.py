@@ -190,9 +190,11 @@ def read_sources(
         patch_size: latent pixels along one side of a token.
 
     Raises:
-        InputError: samples are too short, or the loss is restricted to targets but the source has none.
+        InputError: an option is invalid, or samples are too short.
     """
     used = {name: SourceConfig(**vars(getattr(data, name))) for name in KINDS}
+    for name, source in used.items():
+        source.check(name)
     used = {name: source for name, source in used.items() if source.used}
     manifests = {name: [] if sizes.get(name) else prepared_manifests(s.manifests) for name, s in used.items()}
     grid = next((prepared[0].codec for prepared in manifests.values() if prepared), AssumedGrid())
@@ -206,7 +208,7 @@ def read_sources(
             PlannedBucket((count,), source.clip_lengths(name, frames, "the data"), height, width)
             for (frames, height, width), count in samples.items()
         ]
-        sources.append(source.planned(name, buckets, patch_size))
+        sources.append(PlannedSource(name, tuple(buckets), source, patch_size))
     return tuple(sources), grid, frozenset(name for name in used if not manifests[name])
 
 
@@ -240,8 +242,8 @@ def model_and_data(recipe: EstimatedRecipe) -> str:
         shapes = run.micro_batch_shapes(source)
         sizes = {f"{shape.height * spatial_factor}x{shape.width * spatial_factor}" for shape in shapes}
         lengths = value_range([shape.frames for shape in shapes])
-        lengths += ", loss on targets only" if source.loss_frames == "targets" else ""
-        batch = f"{source.tokens:,} tokens" if source.tokens else f"{source.batch_size}"
+        lengths += ", loss on targets only" if source.config.loss_frames == "targets" else ""
+        batch = f"{source.config.tokens:,} tokens" if source.config.tokens else f"{source.config.batch_size}"
         clips = value_range([shape.samples // run.gpus for shape in shapes])
         lines.append(
             f"{source.name}: {batch} per step, {clips} per micro-batch and GPU, latent frames {lengths}, "

@@ -231,9 +231,9 @@ class LatentDataset(Dataset[LatentBatch]):
         latents = (torch.from_numpy(np.stack([sample.latents for sample in samples])).float() - self.mean) / self.std
         context = int(micro_batch.context.sum())
         draws = self.noise_draws if micro_batch.frames > 1 else 1
-        frames = source.noisy_frames(micro_batch.frames)
+        frames = source.config.noisy_frames(micro_batch.frames)
         noisy_shape = (len(frames) if frames else micro_batch.frames, *latents.shape[2:])
-        noise, levels = self._noise_and_levels(step, micro_batch.places, context, draws, noisy_shape)
+        noise, levels = self._noise_and_levels(step, micro_batch.positions, context, draws, noisy_shape)
         return LatentBatch(
             latents=latents,
             noise=noise,
@@ -243,23 +243,23 @@ class LatentDataset(Dataset[LatentBatch]):
             source=source.name,
             keys=[str(sample.metadata["key"]) for sample in samples],
             damaged=list(dict.fromkeys(name for sample in samples for name in sample.damaged)),
-            labels=self._labels(samples, step, micro_batch.places, context, draws) if self.class_indices else None,
+            labels=self._labels(samples, step, micro_batch.positions, context, draws) if self.class_indices else None,
             frames=frames,
         )
 
     def _noise_and_levels(
-        self, step: int, places: np.ndarray, context: int, draws: int, shape: tuple[int, ...]
+        self, step: int, positions: np.ndarray, context: int, draws: int, shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
         """Draw the noise (K * B, S, C, H, W) and the noise levels (K * B, S) of the noisy rows.
 
         Args:
             step: optimizer step.
-            places: (B,) places of the clips in the global batch.
+            positions: (B,) positions of the clips in the global batch.
             context: B', the number of clips with context, which come first.
             draws: K, noisy copies of every clip.
             shape: (S, C, H, W) of each row.
         """
-        generators = [generator(self.plan.seed, self.purpose, step, int(place)) for place in places]
+        generators = [generator(self.plan.seed, self.purpose, step, int(position)) for position in positions]
         noise, levels = [], []
         for group in (generators[:context], generators[context:]):
             for clip_generator in group * draws:
@@ -269,11 +269,11 @@ class LatentDataset(Dataset[LatentBatch]):
         return torch.from_numpy(np.stack(noise)), torch.from_numpy(np.stack(levels))
 
     def _labels(
-        self, samples: Sequence[LoadedSample], step: int, places: np.ndarray, context: int, draws: int
+        self, samples: Sequence[LoadedSample], step: int, positions: np.ndarray, context: int, draws: int
     ) -> Tensor:
         """Return the classes (K * B,) of the noisy rows; labels are dropped independently for every copy of a clip."""
         classes = [self._class_index(sample.metadata) for sample in samples]
-        drawn = [generator(self.plan.seed, LABEL_DROPOUT, step, int(place)).random(draws) for place in places]
+        drawn = [generator(self.plan.seed, LABEL_DROPOUT, step, int(position)).random(draws) for position in positions]
         labels = np.where(np.transpose(drawn) < self.label_dropout, -1, classes)  # (K, B)
         return torch.from_numpy(np.concatenate((labels[:, :context].ravel(), labels[:, context:].ravel())))
 

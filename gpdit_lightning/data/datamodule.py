@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NoiseLevels, RangeSampler, TimedLoader
 from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.manifest import Manifest, Split
-from gpdit_lightning.data.plan import Plan
+from gpdit_lightning.data.plan import Plan, PlannedSource
 from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.data.workers import ignore_signals
 from gpdit_lightning.errors import InputError
@@ -263,7 +263,8 @@ class LatentDataModule(LightningDataModule):
         for name, config in self.configs.items():
             buckets = self.buckets[split].get(name, [])
             if buckets or split == "train":
-                sources.append(config.planned(name, (bucket.planned for bucket in buckets), self.patch_size))
+                planned = tuple(bucket.planned for bucket in buckets)
+                sources.append(PlannedSource(name, planned, config, self.patch_size))
         return Plan(tuple(sources), self.seed, context_dropout, max_ranks)
 
     def _loader(self, split: Split, plan: Plan, purpose: int, start: int, stop: int) -> DataLoader[LatentBatch]:

@@ -73,18 +73,18 @@ class BucketOrder:
         Args:
             number: index of a micro-batch among those of this bucket, from 0.
         """
-        cycle, place = divmod(number, len(self.sizes))
+        cycle, index = divmod(number, len(self.sizes))
         lengths = self.length_order(cycle)
-        return lengths[place], cycle * sum(self.sizes) + sum(self.sizes[length] for length in lengths[:place])
+        return lengths[index], cycle * sum(self.sizes) + sum(self.sizes[length] for length in lengths[:index])
 
     def samples(self, position: int, size: int) -> np.ndarray:
         """Return `size` samples from a position of the stream on, as (size,) numbers through the shards as given."""
         parts = []
         while size:
-            number, place = divmod(position, len(self))
+            number, offset = divmod(position, len(self))
             epoch = self.epoch(number)
-            window = epoch.window_at(place)
-            skipped = place - int(epoch.window_starts[window])
+            window = epoch.window_at(offset)
+            skipped = offset - int(epoch.window_starts[window])
             part = self.window_order(number, window)[skipped : skipped + size]
             shard = np.searchsorted(epoch.starts, part, side="right") - 1
             parts.append(part - epoch.starts[shard] + self.shard_starts[epoch.shards[shard]])
@@ -93,10 +93,10 @@ class BucketOrder:
 
     def windows_from(self, position: int) -> Iterator[tuple[int, list[int]]]:
         """Yield the window at a stream position and all later ones: the first position of each, and its shards."""
-        first, place = divmod(position, len(self))
+        first, offset = divmod(position, len(self))
         for number in count(first):
             epoch = self.epoch(number)
-            for window in range(epoch.window_at(place) if number == first else 0, len(epoch.windows) - 1):
+            for window in range(epoch.window_at(offset) if number == first else 0, len(epoch.windows) - 1):
                 begin, end = epoch.windows[window : window + 2]
                 yield number * len(self) + int(epoch.window_starts[window]), epoch.shards[begin:end].tolist()
 
@@ -146,15 +146,15 @@ class SourceOrder:
 
     def locate(self, number: int) -> tuple[int, list[int]]:
         """Return the bucket of micro-batch `number` of the source, and the earlier micro-batches of each bucket."""
-        # Up to the start of round r there are at most r * micro_batches_per_round micro-batches, and fewer than one
-        # less for each bucket.
+        # With m micro-batches per round and B buckets: before round r bucket b has had floor(r * ratio_b)
+        # micro-batches, so the sum lies in (r m - B, r m]; bisect the rounds in that range.
         low = int(number // self.micro_batches_per_round)
         high = int((number + len(self.buckets)) // self.micro_batches_per_round) + 1
         current = low - 1 + bisect_right(range(low, high), number, key=lambda other: sum(self._counts_before(other)))
         counts, buckets = self._counts_before(current), self.round_order(current)
-        place = number - sum(counts)
-        within = np.bincount(buckets[:place], minlength=len(counts)).tolist()
-        return int(buckets[place]), [before + more for before, more in zip(counts, within, strict=True)]
+        index = number - sum(counts)
+        within = np.bincount(buckets[:index], minlength=len(counts)).tolist()
+        return int(buckets[index]), [before + more for before, more in zip(counts, within, strict=True)]
 
     def _counts_before(self, round_number: int) -> list[int]:
         """Return the number of micro-batches of each bucket before a round."""

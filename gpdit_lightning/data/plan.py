@@ -7,11 +7,11 @@ Example: images of two sizes, in shards of 3 and 2 samples (wide) and of 4 (high
 a shard of 10. The samples of one size form a bucket; each micro-batch is drawn from one bucket:
 
     >>> wide, high = PlannedBucket((3, 2), (1,), height=4, width=8), PlannedBucket((4,), (1,), height=8, width=4)
-    >>> images = PlannedSource("images", (wide, high), batch_size=4, micro_batches=2)
-    >>> videos = PlannedSource("videos", (PlannedBucket((10,), (3,), 4, 4),), batch_size=4)
+    >>> images = PlannedSource("images", (wide, high), SourceConfig(batch_size=4, micro_batches=2))
+    >>> videos = PlannedSource("videos", (PlannedBucket((10,), (3,), 4, 4),), SourceConfig(batch_size=4))
     >>> plan = Plan((images, videos), seed=0, context_dropout=0.5, max_ranks=2)
     >>> for batch in map(plan.micro_batch, range(plan.micro_batches_per_step)):  # of step 0
-    ...     print(plan.sources[batch.source].name, batch.bucket, batch.samples.tolist(), batch.places.tolist())
+    ...     print(plan.sources[batch.source].name, batch.bucket, batch.samples.tolist(), batch.positions.tolist())
     images 0 [4, 1] [0, 1]
     images 1 [0, 2] [2, 3]
     videos 0 [3, 1, 5, 2] [4, 5, 6, 7]
@@ -19,7 +19,7 @@ a shard of 10. The samples of one size form a bucket; each micro-batch is drawn 
     >>> [(share.samples.tolist(), share.context.tolist()) for share in shares]
     [([3, 1], [True, False]), ([5, 2], [True, False])]
 
-Samples are numbered through the shards of their bucket, places through the global batch of the step. With
+Samples are numbered through the shards of their bucket, positions through the global batch of the step. With
 `context_dropout=0.5` half of the clips of each rank have no context.
 """
 
@@ -27,37 +27,13 @@ import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from gpdit_lightning.data.order import BucketOrder, SourceOrder
+from gpdit_lightning.data.source import SourceConfig
 from gpdit_lightning.errors import InputError
-
-LossFrames = Literal["all", "targets"]
-
-
-def noisy_frames(source: str, loss_frames: LossFrames, frames: int) -> tuple[int, ...] | None:
-    """Return the positions of the frames with noise and loss in clips of `frames` latent frames; None for all frames.
-
-    Args:
-        source: name of the source of the clips.
-        loss_frames: `targets` selects every second frame, the targets of (source, target, source, target, ...).
-        frames: F, latent frames of a clip.
-
-    Raises:
-        InputError: targets are requested, but the source has none.
-    """
-    if loss_frames == "all":
-        return None
-    if source != "sequences":
-        raise InputError(f"data.{source}.loss_frames is targets, which only data.sequences has: set it to all.")
-    if frames < 2:
-        raise InputError(
-            "data.sequences.loss_frames is targets, but a sequence of one latent frame has none: take at least 2 "
-            "frames of each, or set it to all."
-        )
-    return tuple(range(1, frames, 2))
 
 
 @dataclass(frozen=True)
@@ -84,29 +60,14 @@ class PlannedSource:
     Attributes:
         name: name for logs and messages.
         buckets: buckets of the source; each micro-batch is drawn from one of them.
-        batch_size: samples per optimizer step over all ranks; 0 if `tokens` is used instead.
-        tokens: tokens per optimizer step over all ranks. Each length of a bucket has the largest number of samples
-            within this budget.
-        micro_batches: micro-batches per optimizer step, each of one shape.
-        weight: weight of this source's mean loss, relative to the other sources.
-        shuffle_window: approximate number of samples of a bucket, in whole shards, that are shuffled together.
-        loss_frames: the frames with noise and loss.
+        config: its options in the recipe.
         patch_size: side of the square patch of latent pixels that is one token.
     """
 
     name: str
     buckets: tuple[PlannedBucket, ...]
-    batch_size: int = 0
-    tokens: int = 0
-    micro_batches: int = 1
-    weight: float = 1.0
-    shuffle_window: int = 65_536
-    loss_frames: LossFrames = "all"
+    config: SourceConfig
     patch_size: int = 2
-
-    def noisy_frames(self, frames: int) -> tuple[int, ...] | None:
-        """Return the positions of the frames with noise and loss in clips of `frames` latent frames; None for all."""
-        return noisy_frames(self.name, self.loss_frames, frames)
 
     def micro_batch_size(self, frames: int, height: int, width: int, max_ranks: int) -> int:
         """Return the samples of a micro-batch over all ranks, a multiple of `max_ranks`.
@@ -121,20 +82,21 @@ class PlannedSource:
             InputError: the batch size is not a multiple of micro_batches x max_ranks, or the token budget is too small
                 for one sample on each rank.
         """
-        parts = self.micro_batches * max_ranks
-        if parts < 1 or self.batch_size % parts:
+        config = self.config
+        parts = config.micro_batches * max_ranks
+        if config.batch_size % parts:
             raise InputError(
-                f"the batch of {self.batch_size} {self.name} cannot be divided into {self.micro_batches} micro-batches "
-                f"for {max_ranks} ranks: make it a multiple of micro_batches x max_ranks."
+                f"data.{self.name}.batch_size is {config.batch_size}, which is no multiple of micro_batches x "
+                f"data.max_ranks = {config.micro_batches} x {max_ranks}: make it a multiple, or lower one of these."
             )
-        if self.batch_size:
-            return self.batch_size // self.micro_batches
-        pixels, pixel_budget = parts * frames * height * width, self.tokens * self.patch_size**2
+        if config.batch_size:
+            return config.batch_size // config.micro_batches
+        pixels, pixel_budget = parts * frames * height * width, config.tokens * self.patch_size**2
         if pixel_budget < pixels:
             raise InputError(
-                f"data.{self.name}.tokens is {self.tokens}, too few for one sample of {frames}x{height}x{width} latent "
-                f"pixels in each of {self.micro_batches} micro-batches on each of {max_ranks} ranks: give at least "
-                f"{math.ceil(pixels / self.patch_size**2)}, or lower micro_batches or max_ranks."
+                f"data.{self.name}.tokens is {config.tokens}, too few for one sample of {frames}x{height}x{width} "
+                f"latent pixels in each of {config.micro_batches} micro-batches on each of {max_ranks} ranks: give at "
+                f"least {math.ceil(pixels / self.patch_size**2)}, or lower micro_batches or max_ranks."
             )
         return pixel_budget // pixels * max_ranks
 
@@ -147,7 +109,7 @@ class MicroBatch:
         source: index of the source in the plan.
         bucket: index of the bucket in the source.
         samples: (n,) indices into the bucket.
-        places: (n,) place of each sample in the global batch of the optimizer step, which keys its noise.
+        positions: (n,) position of each sample in the global batch of the optimizer step, which keys its noise.
         context: (n,) whether the sample keeps its context.
         weight: factor of the mean loss of this micro-batch; the factors of an optimizer step sum to 1.
         frames: latent frames to keep from the start of every sample.
@@ -156,7 +118,7 @@ class MicroBatch:
     source: int
     bucket: int
     samples: np.ndarray
-    places: np.ndarray
+    positions: np.ndarray
     context: np.ndarray
     weight: float
     frames: int
@@ -164,9 +126,11 @@ class MicroBatch:
     def share(self, rank: int, world_size: int) -> "MicroBatch":
         """Return the equal share of one rank, samples with context first."""
         size = len(self.samples) // world_size
-        places = np.arange(rank * size, (rank + 1) * size)
-        places = places[np.argsort(~self.context[places], kind="stable")]
-        return replace(self, samples=self.samples[places], places=self.places[places], context=self.context[places])
+        chosen = np.arange(rank * size, (rank + 1) * size)
+        chosen = chosen[np.argsort(~self.context[chosen], kind="stable")]
+        return replace(
+            self, samples=self.samples[chosen], positions=self.positions[chosen], context=self.context[chosen]
+        )
 
 
 @dataclass(frozen=True)
@@ -180,7 +144,8 @@ class Plan:
     Attributes:
         sources: the sources of the mixture.
         seed: seed of all random orders.
-        context_dropout: fraction of clips without context; running counts are exact up to one clip per part.
+        context_dropout: fraction of clips without context; the number dropped so
+            far differs from the exact fraction by less than one clip per part.
         max_ranks: equal parts of every micro-batch, alike in shape and in the number of clips with context. The order
             is the same at every world size that divides it.
 
@@ -203,17 +168,20 @@ class Plan:
                 raise InputError(
                     f"the source '{source.name}' holds no samples: prepare some, or set its batch_size to 0."
                 )
-            if (source.batch_size > 0) == (source.tokens > 0):
+            config = source.config
+            if (config.batch_size > 0) == (config.tokens > 0):
                 raise InputError(
-                    f"data.{source.name} has batch_size = {source.batch_size} and tokens = {source.tokens}: give one "
+                    f"data.{source.name} has batch_size = {config.batch_size} and tokens = {config.tokens}: give one "
                     "of them, and 0 for the other."
                 )
-            if not source.weight > 0:
-                raise InputError(f"the weight of '{source.name}' is {source.weight}; it must be positive.")
-            if source.shuffle_window < 1:
+            if not config.weight > 0:
+                raise InputError(f"data.{source.name}.weight is {config.weight}; it must be positive.")
+            if config.shuffle_window < 1:
                 raise InputError(
-                    f"data.{source.name}.shuffle_window is {source.shuffle_window}; it must be at least 1 sample."
+                    f"data.{source.name}.shuffle_window is {config.shuffle_window}; it must be at least 1 sample."
                 )
+            if config.micro_batches < 1:
+                raise InputError(f"data.{source.name}.micro_batches is {config.micro_batches}; it must be at least 1.")
             shapes = [(max(bucket.lengths), bucket.height, bucket.width) for bucket in source.buckets]
             source.micro_batch_size(*max(shapes, key=math.prod), self.max_ranks)  # raises if it cannot be divided
 
@@ -224,18 +192,18 @@ class Plan:
     @cached_property
     def micro_batches_per_step(self) -> int:
         """The number of micro-batches per optimizer step, which is the gradient accumulation of the trainer."""
-        return sum(source.micro_batches for source in self.sources)
+        return sum(source.config.micro_batches for source in self.sources)
 
     def micro_batch(self, number: int) -> MicroBatch:
         """Return micro-batch `number` of the run, counted over all optimizer steps from 0."""
         step, within = divmod(number, self.micro_batches_per_step)
-        index = first_place = 0
-        while within >= self.sources[index].micro_batches:
-            within -= self.sources[index].micro_batches
-            first_place += self.sources[index].micro_batches * self._orders[index].largest
+        index = first_position = 0
+        while within >= self.sources[index].config.micro_batches:
+            within -= self.sources[index].config.micro_batches
+            first_position += self.sources[index].config.micro_batches * self._orders[index].largest
             index += 1
         source, order = self.sources[index], self._orders[index]
-        bucket, counts = order.locate(step * source.micro_batches + within)
+        bucket, counts = order.locate(step * source.config.micro_batches + within)
         next_batches = [other.locate(count) for other, count in zip(order.buckets, counts, strict=True)]
         length, position = next_batches[bucket]
         size = order.buckets[bucket].sizes[length]
@@ -243,10 +211,10 @@ class Plan:
             source=index,
             bucket=bucket,
             samples=order.buckets[bucket].samples(position, size),
-            # As if every micro-batch had the largest size, so that no two samples of a step have the same place.
-            places=first_place + within * order.largest + np.arange(size),
+            # Positions are reserved for the largest micro-batch, so that they are unique within a step.
+            positions=first_position + within * order.largest + np.arange(size),
             context=self._context(sum(samples for _, samples in next_batches), size),
-            weight=source.weight / sum(s.weight for s in self.sources) / source.micro_batches,
+            weight=source.config.weight / sum(s.config.weight for s in self.sources) / source.config.micro_batches,
             frames=source.buckets[bucket].lengths[length],
         )
 
@@ -260,9 +228,11 @@ class Plan:
         step, within = divmod(number, self.micro_batches_per_step)
         windows = []
         for index, (source, order) in enumerate(zip(self.sources, self._orders, strict=True)):
-            _, counts = order.locate(step * source.micro_batches + min(max(within, 0), source.micro_batches))
-            within -= source.micro_batches
-            steps_per_epoch = float(order.micro_batches_per_epoch / source.micro_batches)
+            _, counts = order.locate(
+                step * source.config.micro_batches + min(max(within, 0), source.config.micro_batches)
+            )
+            within -= source.config.micro_batches
+            steps_per_epoch = float(order.micro_batches_per_epoch / source.config.micro_batches)
             for bucket, (bucket_order, count) in enumerate(zip(order.buckets, counts, strict=True)):
                 _, position = bucket_order.locate(count)
                 for start, shards in islice(bucket_order.windows_from(position), 2):
@@ -279,8 +249,8 @@ class Plan:
             for number, bucket in enumerate(source.buckets):
                 shapes = [(frames, bucket.height, bucket.width) for frames in bucket.lengths]
                 sizes = [source.micro_batch_size(*shape, self.max_ranks) for shape in shapes]
-                bucket_id = index << 32 | number  # one integer, since a generator's key has no place for two
-                buckets.append(BucketOrder(self.seed, bucket_id, bucket.counts, sizes, source.shuffle_window))
+                bucket_id = index << 32 | number  # one integer, since a generator's key has room for one only
+                buckets.append(BucketOrder(self.seed, bucket_id, bucket.counts, sizes, source.config.shuffle_window))
             orders.append(SourceOrder(self.seed, index, buckets))
         return orders
 

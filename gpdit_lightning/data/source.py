@@ -1,11 +1,12 @@
-"""Options of a data source in a recipe, and the clip lengths that follow from them."""
+"""Options of a data source in a recipe, and the clip lengths and noisy frames that follow from them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from gpdit_lightning.data.manifest import Kind
-from gpdit_lightning.data.plan import LossFrames, PlannedBucket, PlannedSource, noisy_frames
 from gpdit_lightning.errors import InputError
+
+LossFrames = Literal["all", "targets"]
 
 # The sources of a recipe, and the kind of samples that each uses from its manifests.
 KINDS: dict[str, Kind] = {"images": "image", "videos": "video", "sequences": "sequence"}
@@ -44,17 +45,19 @@ class SourceConfig:
         return bool(self.manifests) and max(self.batch_size, self.tokens) > 0
 
     def check(self, name: str) -> None:
-        """Check that no option is negative.
+        """Check the options that do not depend on the samples.
 
         Args:
-            name: name of the source, for the message.
+            name: name of the source.
 
         Raises:
-            InputError: an option is negative.
+            InputError: an option is negative, or a loss on targets is requested from a source that has none.
         """
         for option in ("batch_size", "tokens", "frames", "least_frames"):
             if getattr(self, option) < 0:
                 raise InputError(f"data.{name}.{option} is {getattr(self, option)}; it must not be negative.")
+        if self.loss_frames == "targets" and name != "sequences":
+            raise InputError(f"data.{name}.loss_frames is targets, which only data.sequences has: set it to all.")
 
     def clip_lengths(self, name: str, available: int, owner: str) -> tuple[int, ...]:
         """Return the numbers of latent frames that samples of a length are cut to.
@@ -67,7 +70,7 @@ class SourceConfig:
             owner: manifest of the samples, for messages.
 
         Raises:
-            InputError: the samples are too short, or a loss on targets is requested and there are none.
+            InputError: the samples are too short, also for a loss on targets.
         """
         most = self.frames or available
         least = self.least_frames or most
@@ -81,19 +84,16 @@ class SourceConfig:
                 f"data.{name} takes {least} latent frames of each sample, but {owner} has samples of {available}: "
                 "prepare longer clips, or take fewer frames."
             )
-        noisy_frames(name, self.loss_frames, least)
+        if self.loss_frames == "targets" and least < 2:
+            raise InputError(
+                f"data.{name}.loss_frames is targets, but a sequence of one latent frame has none: take at least 2 "
+                "frames of each, or set it to all."
+            )
         return tuple(range(least, min(most, available) + 1))
 
-    def planned(self, name: str, buckets: Iterable[PlannedBucket], patch_size: int) -> PlannedSource:
-        """Return the source as an input of the batch plan."""
-        return PlannedSource(
-            name=name,
-            buckets=tuple(buckets),
-            batch_size=self.batch_size,
-            tokens=self.tokens,
-            micro_batches=self.micro_batches,
-            weight=self.weight,
-            shuffle_window=self.shuffle_window,
-            loss_frames=self.loss_frames,
-            patch_size=patch_size,
-        )
+    def noisy_frames(self, frames: int) -> tuple[int, ...] | None:
+        """Return the positions of the frames with noise and loss in clips of `frames` latent frames; None for all.
+
+        The targets are every second frame.
+        """
+        return tuple(range(1, frames, 2)) if self.loss_frames == "targets" else None

@@ -96,7 +96,7 @@ def step_flops(run: RunSettings) -> dict[str, float]:
     total: Counter[str] = Counter()
     for source in run.sources:
         for shape in run.micro_batch_shapes(source):
-            clips = source.micro_batches * shape.samples
+            clips = source.config.micro_batches * shape.samples
             for context, fraction in ((clips, 1 - run.context_dropout), (0, run.context_dropout)):
                 flops = training_flops(run.backbone, pass_shape(run, source, shape, clips, context))
                 total.update({part: shape.fraction * fraction * count for part, count in flops.items()})
@@ -108,7 +108,7 @@ def pass_shape(
 ) -> PassShape:
     """Return the shape of a forward pass over `clips` clips of a source, `context_clips` of them with context."""
     draws = run.noise_draws if shape.frames > 1 else 1
-    noisy_frames = source.noisy_frames(shape.frames)
+    noisy_frames = source.config.noisy_frames(shape.frames)
     return PassShape(clips, context_clips, shape.frames, shape.height, shape.width, draws, noisy_frames)
 
 
@@ -135,6 +135,10 @@ def memory(run: RunSettings) -> dict[str, int]:
     return held | {"step": step, "activations": activations, "total": total}
 
 
+def _with_micro_batches(source: PlannedSource, micro_batches: int) -> PlannedSource:
+    return replace(source, config=replace(source.config, micro_batches=micro_batches))
+
+
 def with_smaller_micro_batches(run: RunSettings) -> Iterator[RunSettings]:
     """Yield the run, then variants with more and smaller micro-batches of the source with the largest activations.
 
@@ -143,12 +147,12 @@ def with_smaller_micro_batches(run: RunSettings) -> Iterator[RunSettings]:
     yield run
     while True:
         largest = max(run.sources, key=lambda source: largest_activation_bytes(run, source))
-        shapes = run.micro_batch_shapes(replace(largest, micro_batches=1))
+        shapes = run.micro_batch_shapes(_with_micro_batches(largest, 1))
         samples = min(shape.samples for shape in shapes) // run.max_ranks
-        counts = range(largest.micro_batches + 1, samples + 1)
-        next_count = next((count for count in counts if largest.tokens or samples % count == 0), None)
+        counts = range(largest.config.micro_batches + 1, samples + 1)
+        next_count = next((count for count in counts if largest.config.tokens or samples % count == 0), None)
         if next_count:
-            sources = tuple(replace(s, micro_batches=next_count) if s is largest else s for s in run.sources)
+            sources = tuple(_with_micro_batches(s, next_count) if s is largest else s for s in run.sources)
             run = replace(run, sources=sources)
             yield run
         elif run.max_ranks > run.gpus:
@@ -187,8 +191,8 @@ def overrides(run: RunSettings, other: RunSettings) -> str:
     """Return the options of `fit` that change one run into another."""
     options = []
     for source, changed in zip(run.sources, other.sources, strict=True):
-        if source.micro_batches != changed.micro_batches:
-            options.append(f"--data.{source.name}.micro_batches={changed.micro_batches}")
+        if source.config.micro_batches != changed.config.micro_batches:
+            options.append(f"--data.{source.name}.micro_batches={changed.config.micro_batches}")
     if run.max_ranks != other.max_ranks:
         options.append(f"--data.max_ranks={other.max_ranks}")
     if run.backbone.activation_checkpointing != other.backbone.activation_checkpointing:

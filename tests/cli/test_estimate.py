@@ -53,7 +53,7 @@ def test_prepared_data_give_the_shapes(mixed: Path, capsys: pytest.CaptureFixtur
 
 def test_a_loss_on_targets_needs_fewer_flops(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = f"--config={RECIPES / 'stage4_few_shot.yaml'}"
-    assert [source.loss_frames for source in read_recipe([recipe]).run.sources] == ["targets"]
+    assert [source.config.loss_frames for source in read_recipe([recipe]).run.sources] == ["targets"]
     assert main(["estimate", recipe]) == main(["estimate", recipe, "--data.sequences.loss_frames=all"]) == 0
     text = capsys.readouterr().out
     assert text.count("latent frames 6, loss on targets only, 256x256") == 1
@@ -151,7 +151,7 @@ def test_a_recipe_may_not_fit_with_any_setting(capsys: pytest.CaptureFixture[str
         (["--video_sizes", "100x100"], "multiples of 16 pixels"),
         (["--trainer.strategy=fsdp"], "trainer.strategy is fsdp"),
         (["--trainer.precision=16-mixed"], "trainer.precision is 16-mixed"),
-        (["--data.images.micro_batches=7"], "cannot be divided into 7"),
+        (["--data.images.micro_batches=7"], "which is no multiple of micro_batches x data.max_ranks = 7 x"),
         (["--data.images.batch_size=0", "--data.videos.batch_size=0"], "no source of data"),
         (["--data.videos.loss_frames=targets"], "data.videos.loss_frames is targets, which only data.sequences has"),
         (["--data.image.batch_size=1"], "did you mean 'data.images.batch_size'"),

@@ -15,8 +15,9 @@ from gpdit_lightning.data import batches as batches_module
 from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, RangeSampler
 from gpdit_lightning.data.cache import ShardCache
 from gpdit_lightning.data.manifest import Manifest, ShardEntry
-from gpdit_lightning.data.plan import LossFrames, Plan, PlannedBucket, PlannedSource
+from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
 from gpdit_lightning.data.shards import ShardReader
+from gpdit_lightning.data.source import LossFrames, SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import TRAIN_NOISE, VALIDATION_NOISE
 from tests.data.damage import damage
@@ -47,7 +48,7 @@ def dataset(
 ) -> LatentDataset:
     """Steps of 2 micro-batches of 4 clips, a quarter of them without context."""
     planned = PlannedBucket((5, 5, 1), (frames,), 4, 4)
-    sources = (PlannedSource(source, (planned,), 8, micro_batches=2, loss_frames=loss_frames),)
+    sources = (PlannedSource(source, (planned,), SourceConfig(batch_size=8, micro_batches=2, loss_frames=loss_frames)),)
     plan = Plan(sources, seed, context_dropout=0.25, max_ranks=2)
     options: dict[str, Any] = {"noise_levels": "frame", "purpose": TRAIN_NOISE} | settings
     return LatentDataset(plan, [[bucket_of(manifest, frames)]], MEAN, STD, rank=rank, world_size=world_size, **options)
@@ -138,7 +139,7 @@ def test_noise_is_keyed_on_seed_step_and_place(manifest: Manifest) -> None:
     step = torch.cat([batches[0].noise, batches[1].noise])
     assert len({noise.numpy().tobytes() for noise in step}) == 8  # the noise of every place of a step is different
     assert not torch.equal(dataset(manifest, seed=1)[0].noise, first)
-    assert not torch.equal(batches[2].noise, first)  # the same places in the next step
+    assert not torch.equal(batches[2].noise, first)  # the same positions in the next step
     assert not torch.equal(dataset(manifest, purpose=VALIDATION_NOISE)[0].noise, first)
 
 
@@ -179,7 +180,10 @@ def test_zero_noise_draws_are_rejected(manifest: Manifest) -> None:
 def test_accumulation_changes_neither_noise_nor_levels(manifest: Manifest) -> None:
     def step(micro_batches: int) -> tuple[set[bytes], set[bytes]]:
         planned = PlannedBucket((5, 5, 1), (3,), 4, 4)
-        plan = Plan((PlannedSource("videos", (planned,), 8, micro_batches=micro_batches),), context_dropout=0.0)
+        plan = Plan(
+            (PlannedSource("videos", (planned,), SourceConfig(batch_size=8, micro_batches=micro_batches)),),
+            context_dropout=0.0,
+        )
         batches = LatentDataset(plan, [[bucket_of(manifest)]], MEAN, STD, "frame", TRAIN_NOISE)
         drawn = [batches[micro_batches * 3 + within] for within in range(micro_batches)]
         return (
@@ -210,7 +214,7 @@ def test_noise_is_standard_gaussian_and_levels_are_uniform(manifest: Manifest) -
     assert abs(t.mean().item() - 0.5) < 4 * (1 / 12 / t.numel()) ** 0.5
     assert (torch.histc(t, 4, 0, 1) / t.numel() - 0.25).abs().max() < 0.05
     flat = noise.flatten(1)
-    correlation = (flat[1:] * flat[:-1]).mean().item()  # between clips at neighbouring places
+    correlation = (flat[1:] * flat[:-1]).mean().item()  # between clips at neighbouring positions
     assert abs(correlation) < 4 / flat[1:].numel() ** 0.5
     assert abs((noise[:, 1:] * noise[:, :-1]).mean().item()) < 4 / noise[:, 1:].numel() ** 0.5  # between frames
 

@@ -12,7 +12,8 @@ import pytest
 from gpdit_lightning.data import order as order_module
 from gpdit_lightning.data import plan as plan_module
 from gpdit_lightning.data.order import BucketOrder
-from gpdit_lightning.data.plan import MicroBatch, Plan, PlannedBucket, PlannedSource, noisy_frames
+from gpdit_lightning.data.plan import MicroBatch, Plan, PlannedBucket, PlannedSource
+from gpdit_lightning.data.source import SourceConfig
 from gpdit_lightning.errors import InputError
 
 BUCKETS = [(7,), (1, 1, 1), (10, 4, 9), (37, 64, 1)]
@@ -23,24 +24,34 @@ def bucket(*counts: int, lengths: tuple[int, ...] = (1,), height: int = 4) -> Pl
 
 
 def one_source(counts: tuple[int, ...], size: int, seed: int = 0, dropout: float = 0.0, max_ranks: int = 1) -> Plan:
-    return Plan((PlannedSource("videos", tuple(map(bucket, counts)), size),), seed, dropout, max_ranks)
+    return Plan(
+        (PlannedSource("videos", tuple(map(bucket, counts)), SourceConfig(batch_size=size)),), seed, dropout, max_ranks
+    )
 
 
 def mixture(seed: int = 0, dropout: float = 0.25, max_ranks: int = 8, window: int = 65_536) -> Plan:
     images = PlannedSource(
-        "images", (bucket(20, 20, 10), bucket(21)), batch_size=32, micro_batches=2, shuffle_window=window
+        "images",
+        (bucket(20, 20, 10), bucket(21)),
+        SourceConfig(batch_size=32, micro_batches=2, shuffle_window=window),
     )
     videos = PlannedSource(
-        "videos", (bucket(13), bucket(9, 9, 9, 3), bucket(5)), batch_size=24, micro_batches=3, shuffle_window=window
+        "videos",
+        (bucket(13), bucket(9, 9, 9, 3), bucket(5)),
+        SourceConfig(batch_size=24, micro_batches=3, shuffle_window=window),
     )
     return Plan((images, videos), seed, dropout, max_ranks)
 
 
 def budget(max_ranks: int = 8, window: int = 12) -> Plan:
     """640 tokens of images and 768 of videos per step; at 8 ranks a micro-batch has 32 clips of 1 frame or 8 of 3."""
-    images = PlannedSource("images", (bucket(50), bucket(9, 12, height=8)), tokens=640, shuffle_window=window)
+    images = PlannedSource(
+        "images", (bucket(50), bucket(9, 12, height=8)), SourceConfig(tokens=640, shuffle_window=window)
+    )
     short, long = (bucket(5, 8, 8, lengths=(1, 2)), bucket(7, 7, 7, 7, lengths=(1, 2, 3)))
-    videos = PlannedSource("videos", (short, long), tokens=768, micro_batches=6, weight=2.0, shuffle_window=window)
+    videos = PlannedSource(
+        "videos", (short, long), SourceConfig(tokens=768, micro_batches=6, weight=2.0, shuffle_window=window)
+    )
     return Plan((images, videos), seed=1, context_dropout=0.25, max_ranks=max_ranks)
 
 
@@ -48,7 +59,7 @@ PLANS = pytest.mark.parametrize("make", [mixture, budget])
 
 
 def same(first: MicroBatch, second: MicroBatch) -> bool:
-    arrays = ("samples", "places", "context")
+    arrays = ("samples", "positions", "context")
     return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in arrays) and (
         (first.source, first.bucket, first.weight, first.frames)
         == (second.source, second.bucket, second.weight, second.frames)
@@ -87,7 +98,7 @@ def test_the_order_is_that_of_earlier_versions() -> None:
 
 def test_every_length_is_used_equally_often() -> None:
     buckets = (bucket(40, lengths=(5, 6, 7, 8, 9, 10, 11, 12)), bucket(24, lengths=(5, 6)))
-    plan = Plan((PlannedSource("videos", buckets, 4),), seed=1, max_ranks=2)
+    plan = Plan((PlannedSource("videos", buckets, SourceConfig(batch_size=4)),), seed=1, max_ranks=2)
     batches = [plan.micro_batch(number) for number in range(1600)]
     for number, planned in enumerate(buckets):
         found, cycle = [batch.frames for batch in batches if batch.bucket == number], len(planned.lengths)
@@ -96,7 +107,7 @@ def test_every_length_is_used_equally_often() -> None:
         assert found[:8] != found[8:16]
     assert all(same(plan.micro_batch(number), batches[number]) for number in (1500, 3, 77))
     assert {batches[3].share(rank, 2).frames for rank in (0, 1)} == {batches[3].frames}
-    whole = Plan((PlannedSource("videos", (bucket(40), bucket(24)), 4),), seed=1, max_ranks=2)
+    whole = Plan((PlannedSource("videos", (bucket(40), bucket(24)), SourceConfig(batch_size=4)),), seed=1, max_ranks=2)
     assert whole.micro_batch(9).samples.tolist() == batches[9].samples.tolist()
 
 
@@ -185,8 +196,8 @@ def test_the_order_of_a_source_is_independent_of_other_sources() -> None:
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 0.5)])
 def test_weights_of_a_step_are_proportional_and_sum_to_one(weights: tuple[float, float]) -> None:
-    images = PlannedSource("images", (bucket(9),), batch_size=8, micro_batches=4, weight=weights[0])
-    videos = PlannedSource("videos", (bucket(9),), batch_size=6, micro_batches=2, weight=weights[1])
+    images = PlannedSource("images", (bucket(9),), SourceConfig(batch_size=8, micro_batches=4, weight=weights[0]))
+    videos = PlannedSource("videos", (bucket(9),), SourceConfig(batch_size=6, micro_batches=2, weight=weights[1]))
     plan = Plan((images, videos))
     for step in range(3):
         batches = [plan.micro_batch(6 * step + within) for within in range(6)]
@@ -196,23 +207,23 @@ def test_weights_of_a_step_are_proportional_and_sum_to_one(weights: tuple[float,
         assert len({batch.weight for batch in batches if batch.source == 1}) == 1
 
 
-def test_places_of_a_step_are_unique() -> None:
+def test_positions_of_a_step_are_unique() -> None:
     plan = mixture()
     for step in range(3):
-        places = np.concatenate([plan.micro_batch(5 * step + within).places for within in range(5)])
-        assert np.array_equal(places, np.arange(32 + 24))
+        positions = np.concatenate([plan.micro_batch(5 * step + within).positions for within in range(5)])
+        assert np.array_equal(positions, np.arange(32 + 24))
 
 
-def test_places_under_a_token_budget_reserve_the_largest_micro_batches() -> None:
-    """160 places for images, then six times 32 for clips; smaller micro-batches leave places unused."""
+def test_positions_under_a_token_budget_reserve_the_largest_micro_batches() -> None:
+    """160 positions for images, then six times 32 for clips; smaller micro-batches leave positions unused."""
     plan = budget()
     for step in range(20):
         batches = [plan.micro_batch(7 * step + within) for within in range(7)]
         firsts = [0, *(160 + 32 * within for within in range(6))]
         for batch, first in zip(batches, firsts, strict=True):
-            assert np.array_equal(batch.places, first + np.arange(len(batch.samples)))
-        places = np.concatenate([batch.places for batch in batches])
-        assert len(set(places.tolist())) == len(places)
+            assert np.array_equal(batch.positions, first + np.arange(len(batch.samples)))
+        positions = np.concatenate([batch.positions for batch in batches])
+        assert len(set(positions.tolist())) == len(positions)
 
 
 @PLANS
@@ -226,9 +237,9 @@ def test_shares_of_all_ranks_are_the_whole_micro_batch(make: Callable[..., Plan]
         found = [
             (int(place), int(sample), bool(context))
             for share in shares
-            for place, sample, context in sorted(zip(share.places, share.samples, share.context, strict=True))
+            for place, sample, context in sorted(zip(share.positions, share.samples, share.context, strict=True))
         ]
-        assert found == list(zip(whole.places, whole.samples, whole.context, strict=True))
+        assert found == list(zip(whole.positions, whole.samples, whole.context, strict=True))
         for share in shares:
             assert len(share.samples) == size
             assert share.context.sum() == shares[0].context.sum()
@@ -250,7 +261,7 @@ def test_shares_of_all_ranks_are_the_whole_micro_batch(make: Callable[..., Plan]
 )
 def test_context_dropout_is_exact_over_any_interval(dropout: float, max_ranks: int, batch: dict[str, int]) -> None:
     buckets = (bucket(50, lengths=(1, 2, 3)), bucket(31, lengths=(1, 2)))
-    plan = Plan((PlannedSource("videos", buckets, **batch),), 0, dropout, max_ranks)  # type: ignore[arg-type]
+    plan = Plan((PlannedSource("videos", buckets, SourceConfig(**batch)),), 0, dropout, max_ranks)  # type: ignore[arg-type]
     contexts = [plan.micro_batch(number).context for number in range(200)]
     dropped = np.cumsum([0, *(int((~context).sum()) for context in contexts)])
     total = np.cumsum([0, *(len(context) for context in contexts)])
@@ -286,7 +297,7 @@ def test_samples_of_a_small_bucket_accumulate_over_epochs() -> None:
 def test_each_length_has_the_most_samples_within_the_token_budget(max_ranks: int, micro_batches: int) -> None:
     lengths, tokens = (1, 2, 3, 7), 1000
     buckets = (bucket(30, lengths=lengths), bucket(50, lengths=lengths, height=6))
-    source = PlannedSource("videos", buckets, tokens=tokens, micro_batches=micro_batches)
+    source = PlannedSource("videos", buckets, SourceConfig(tokens=tokens, micro_batches=micro_batches))
     plan, found = Plan((source,), max_ranks=max_ranks), set()
     for batch in map(plan.micro_batch, range(200)):
         tokens_of_sample = Fraction(batch.frames * buckets[batch.bucket].height * buckets[batch.bucket].width, 4)
@@ -300,7 +311,9 @@ def test_each_length_has_the_most_samples_within_the_token_budget(max_ranks: int
 def test_a_token_budget_with_one_length_equals_a_batch_size() -> None:
     fields = {"counts": (9, 9), "lengths": (2,), "height": 4, "width": 4}
     by_tokens, by_size = (
-        Plan((PlannedSource("videos", (PlannedBucket(**fields),), micro_batches=3, **batch),), max_ranks=2)  # type: ignore[arg-type]
+        Plan(
+            (PlannedSource("videos", (PlannedBucket(**fields),), SourceConfig(micro_batches=3, **batch)),), max_ranks=2
+        )  # type: ignore[arg-type]
         for batch in ({"tokens": 103}, {"batch_size": 12})
     )
     assert all(same(by_tokens.micro_batch(number), by_size.micro_batch(number)) for number in range(40))
@@ -308,12 +321,12 @@ def test_a_token_budget_with_one_length_equals_a_batch_size() -> None:
 
 @pytest.mark.parametrize(("frames", "targets"), [(2, (1,)), (5, (1, 3)), (6, (1, 3, 5))])
 def test_every_second_frame_is_a_target(frames: int, targets: tuple[int, ...]) -> None:
-    assert noisy_frames("sequences", "targets", frames) == targets
-    assert noisy_frames("sequences", "all", frames) is None
+    assert SourceConfig(loss_frames="targets").noisy_frames(frames) == targets
+    assert SourceConfig().noisy_frames(frames) is None
 
 
 def test_larger_patches_make_fewer_tokens() -> None:
-    small, large = (PlannedSource("videos", (bucket(9),), tokens=64, patch_size=size) for size in (2, 4))
+    small, large = (PlannedSource("videos", (bucket(9),), SourceConfig(tokens=64), size) for size in (2, 4))
     assert [source.micro_batch_size(1, 8, 8, max_ranks=2) for source in (small, large)] == [4, 16]
 
 
@@ -348,7 +361,9 @@ def test_shards_ahead_are_those_of_the_current_and_next_windows(
 
 def test_shards_ahead_are_in_the_order_of_their_use() -> None:
     """First the current shards; then, with windows of one shard, the next window that starts soonest."""
-    plan = Plan((PlannedSource("images", (bucket(*[10] * 6), bucket(*[30] * 2)), 1, shuffle_window=1),))
+    plan = Plan(
+        (PlannedSource("images", (bucket(*[10] * 6), bucket(*[30] * 2)), SourceConfig(batch_size=1, shuffle_window=1)),)
+    )
     small, large = plan._orders[0].buckets
     first_buckets = Counter[int]()
     for number in range(400):
@@ -377,17 +392,21 @@ def test_shards_ahead_need_no_permutation_of_samples(monkeypatch: pytest.MonkeyP
 
 
 def videos(buckets: tuple[PlannedBucket, ...] = (bucket(5),), batch_size: int = 4, **settings: Any) -> PlannedSource:
-    return PlannedSource("videos", buckets, batch_size, **settings)
+    return PlannedSource("videos", buckets, SourceConfig(batch_size=batch_size, **settings))
 
 
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [
         (videos(()), {}, "the source 'videos' holds no samples"),
-        (videos(micro_batches=3), {}, "batch of 4 videos cannot be divided into 3 micro-batches"),
-        (videos(micro_batches=0), {}, "cannot be divided into 0 micro-batches"),
-        (videos(), {"max_ranks": 8}, "for 8 ranks: make it a multiple"),
-        (videos(weight=0.0), {}, "the weight of 'videos' is 0.0; it must be positive"),
+        (
+            videos(micro_batches=3),
+            {},
+            "batch_size is 4, which is no multiple of micro_batches x data.max_ranks = 3 x 1: make it",
+        ),
+        (videos(micro_batches=0), {}, r"data\.videos\.micro_batches is 0; it must be at least 1"),
+        (videos(), {"max_ranks": 8}, "= 1 x 8: make it a multiple, or lower one of these"),
+        (videos(weight=0.0), {}, r"data\.videos\.weight is 0\.0; it must be positive"),
         (videos(shuffle_window=0), {}, r"data\.videos\.shuffle_window is 0; it must be at least 1"),
         (videos(tokens=100), {}, r"data\.videos has batch_size = 4 and tokens = 100: give one of them"),
         (videos(batch_size=0), {}, r"data\.videos has batch_size = 0 and tokens = 0: give one of them"),

@@ -53,8 +53,8 @@ MIXED = RunSettings(
     noise_draws=2,
     max_steps=1,
     sources=(
-        PlannedSource("images", (bucket(1), bucket(1, width=12)), batch_size=4),
-        PlannedSource("videos", (bucket(2, 3),), batch_size=8, micro_batches=2),
+        PlannedSource("images", (bucket(1), bucket(1, width=12)), SourceConfig(batch_size=4)),
+        PlannedSource("videos", (bucket(2, 3),), SourceConfig(batch_size=8, micro_batches=2)),
     ),
 )
 MEASURED = RunSettings(
@@ -70,8 +70,9 @@ MEASURED = RunSettings(
         PlannedSource(
             "images",
             (bucket(1),),
-            batch_size=memory_runs.MICRO_BATCHES * memory_runs.RANKS,
-            micro_batches=memory_runs.MICRO_BATCHES,
+            SourceConfig(
+                batch_size=memory_runs.MICRO_BATCHES * memory_runs.RANKS, micro_batches=memory_runs.MICRO_BATCHES
+            ),
         ),
     ),
 )
@@ -81,7 +82,7 @@ H = replace(
     MEASURED,
     backbone=GPDiTConfig.preset("H", activation_checkpointing=True),
     max_ranks=64,
-    sources=(PlannedSource("videos", (PlannedBucket((64,), (5,), 24, 40),), batch_size=64),),
+    sources=(PlannedSource("videos", (PlannedBucket((64,), (5,), 24, 40),), SourceConfig(batch_size=64)),),
 )
 
 
@@ -92,7 +93,11 @@ def test_step_flops_equal_those_of_the_micro_batches(
     """Counted by torch over four steps, in which every size and length is used equally often."""
     images, videos = MIXED.sources
     backbone = MIXED.backbone.replaced(classes=classes)
-    run = replace(MIXED, backbone=backbone, sources=(images, replace(videos, **{"batch_size": 0} | batch)))
+    run = replace(
+        MIXED,
+        backbone=backbone,
+        sources=(images, replace(videos, config=replace(videos.config, **{"batch_size": 0} | batch))),
+    )
     counts = {("train", "image", (1, 8, 8)): 8, ("train", "image", (1, 8, 12)): 8, ("train", "video", (3, 8, 8)): 16}
     shards = [str(write_shards(tmp_path, counts).directory)]
     data = LatentDataModule(
@@ -120,14 +125,14 @@ def test_step_flops_equal_those_of_the_micro_batches(
 
 def test_requirements_of_a_loss_on_targets() -> None:
     """Half of the four sequences have context on average, and at least one in each part of two."""
-    sequences = PlannedSource("sequences", (bucket(6),), batch_size=4, loss_frames="targets")
+    sequences = PlannedSource("sequences", (bucket(6),), SourceConfig(batch_size=4, loss_frames="targets"))
     run = replace(MIXED, sources=(sequences,))
     flops = [training_flops(run.backbone, PassShape(4, context, 6, 8, 8, 2, (1, 3, 5))) for context in (4, 0)]
     assert step_flops(run) == {part: sum(counts[part] for counts in flops) / 2 for part in flops[0]}
     assert memory(run)["activations"] == activation_bytes(
         run.backbone, PassShape(4, 2, 6, 8, 8, 2, (1, 3, 5)), run.bytes_per_value
     )
-    everything = replace(run, sources=(replace(sequences, loss_frames="all"),))
+    everything = replace(run, sources=(replace(sequences, config=SourceConfig(batch_size=4)),))
     assert memory(run)["activations"] < memory(everything)["activations"]
 
 
@@ -219,9 +224,9 @@ def test_the_nearest_settings_that_fit(fields: dict[str, Any], capacity: float, 
 
 def test_a_token_budget_is_divided_down_to_one_longest_clip_per_rank() -> None:
     """With 16 tokens per frame, 768 tokens are 48, 24 and 16 clips of one, two and three frames on two ranks."""
-    run = replace(MIXED, gpus=2, sources=(PlannedSource("videos", (bucket(1, 2, 3),), tokens=768),))
+    run = replace(MIXED, gpus=2, sources=(PlannedSource("videos", (bucket(1, 2, 3),), SourceConfig(tokens=768)),))
     candidates = list(with_smaller_micro_batches(run))
-    assert [candidate.sources[0].micro_batches for candidate in candidates] == list(range(1, 9))
+    assert [candidate.sources[0].config.micro_batches for candidate in candidates] == list(range(1, 9))
     needed = [memory(candidate)["activations"] for candidate in candidates]
     assert needed == sorted(needed, reverse=True)
     ends = candidates[0], candidates[-1]
