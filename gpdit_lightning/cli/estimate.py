@@ -18,7 +18,7 @@ from gpdit_lightning.estimation.flops import PEAK_BF16_FLOPS, peak_bf16_flops
 from gpdit_lightning.estimation.memory import STRATEGIES, ShardingStrategy, parameter_count
 from gpdit_lightning.estimation.requirements import (
     ALLOWANCE,
-    PRECISIONS,
+    BYTES_OF_PRECISION,
     RunSettings,
     least_gpus_that_fit,
     memory,
@@ -33,6 +33,8 @@ from gpdit_lightning.specs import LatentGrid
 from gpdit_lightning.training.strategies import ZERO_NAMES
 
 GIB = 2**30
+FLOP_UNITS = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
+TIME_UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "average", "buffers", "step")  # columns of the table
 
 # Assumed where no data are prepared: the sizes of the paper in pixels (GPDiT, section 5.1) in equal shares and, unless
@@ -96,14 +98,14 @@ def read_recipe(
     """
     settings = fit.parse("estimate", arguments)
     data, precision = settings.data, str(settings.trainer.precision or "32-true")
-    if precision not in PRECISIONS:
+    if precision not in BYTES_OF_PRECISION:
         raise InputError(f"trainer.precision is {precision}; estimate supports bf16-mixed and 32-true.")
     backbone = GPDiTConfig(**vars(settings.model.init_args.backbone))
     sources, grid, assumed = read_sources(data, sizes or {}, backbone.patch_size)
     run = RunSettings(
         backbone=backbone,
         precision=precision,
-        strategy=strategy_of(settings.trainer.strategy),
+        strategy=sharding_strategy(settings.trainer.strategy),
         gpus=gpus,
         max_ranks=data.max_ranks,
         context_dropout=data.context_dropout,
@@ -114,14 +116,14 @@ def read_recipe(
     return EstimatedRecipe(run, grid, assumed)
 
 
-def strategy_of(setting: Any) -> ShardingStrategy:
+def sharding_strategy(setting: Any) -> ShardingStrategy:
     """Return the strategy that `trainer.strategy` selects; raises `InputError` if estimates do not support it."""
     if isinstance(setting, Namespace) and setting.class_path.endswith(".ZeRO"):
         chosen = setting.init_args
         return next(s for s in STRATEGIES if s.deepspeed and (s.stage, s.offload) == (chosen.stage, chosen.offload))
     given = setting.class_path.rpartition(".")[2] if isinstance(setting, Namespace) else setting
     name = ZERO_NAMES.get(given, given.lower())
-    offered = {strategy.option: strategy for strategy in STRATEGIES if strategy.option}
+    offered = {strategy.option: strategy for strategy in STRATEGIES}
     if name.startswith("ddp"):
         return offered["auto"]
     if name not in offered:
@@ -318,9 +320,21 @@ def compute(run: RunSettings, peak: float, mfu: float) -> str:
     seconds = total / (run.gpus * peak * mfu)
     recomputed = ", and a third more to recompute activations" if run.backbone.activation_checkpointing else ""
     shares = ", ".join(f"{name.replace('_', ' ')} {count / total:.1%}" for name, count in parts.items())
-    days = f", {run.max_steps * seconds / 86400:.2g} days for {run.max_steps:,} steps" if run.max_steps > 0 else ""
+    run_time = f", and {run.max_steps:,} steps {duration(run.max_steps * seconds)}" if run.max_steps > 0 else ""
     return (
-        f"An optimizer step is {total / 1e15:.3g} PFLOP, {total / run.gpus / 1e15:.3g} on each GPU{recomputed}:\n"
+        f"An optimizer step takes {flops(total)}, {flops(total / run.gpus)} per GPU{recomputed}:\n"
         f"  {shares}\n"
-        f"At {mfu:.0%} of {peak / 1e12:.0f} TFLOP/s a step takes {seconds:.3g} s{days}."
+        f"At {mfu:.0%} of {peak / 1e12:.0f} TFLOP/s a step takes {duration(seconds)}{run_time}."
     )
+
+
+def flops(count: float) -> str:
+    """Return a number of floating-point operations in the largest unit that leaves at least 1."""
+    unit, size = next(((unit, size) for unit, size in FLOP_UNITS if count >= size), FLOP_UNITS[-1])
+    return f"{count / size:.3g} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in the largest unit that leaves at least 1."""
+    unit, size = next(((unit, size) for unit, size in TIME_UNITS if seconds >= size), TIME_UNITS[-1])
+    return f"{seconds / size:.3g} {unit}"

@@ -143,7 +143,7 @@ def make_settings(
         raise InputError(
             f"{options.checkpoint} is conditioned on text, but the videos have no text: give another checkpoint."
         )
-    codec.latent_frames(options.context_frames)  # raises if it is not 1 + 4k
+    codec.latent_frames(options.context_frames)  # raises if the codec cannot encode so many
     settings = EvaluationSettings(
         context_frames=options.context_frames,
         generated_frames=options.generated_frames,

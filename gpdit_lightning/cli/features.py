@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
-from gpdit_lightning.cli.generating import PRECISIONS, load_codec_of, selected_precision, trained_size
+from gpdit_lightning.cli.generating import AUTOCAST_DTYPES, load_codec_of, selected_precision, trained_size
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.data.workers import ignore_signals, signals_delayed
@@ -175,7 +175,7 @@ def extract(
 ) -> int:
     """Write the features of videos; return the number of videos that could not be read."""
     backbone, skipped = trained.backbone, 0
-    autocast_dtype = PRECISIONS[record.precision]
+    autocast_dtype = AUTOCAST_DTYPES[record.precision]
     if autocast_dtype is not None:
         cast_linear_weights(backbone, autocast_dtype)
     clips = Clips(videos, record)
@@ -213,7 +213,7 @@ def features_of_clips(pixels: Tensor, trained: TrainedModel, codec: Codec, recor
     Returns:
         float32 (B, temporal tokens + N, D).
     """
-    device, autocast_dtype = next(trained.backbone.parameters()).device, PRECISIONS[record.precision]
+    device, autocast_dtype = next(trained.backbone.parameters()).device, AUTOCAST_DTYPES[record.precision]
     latents = codec.whitened(codec.encode(pixels).to(device))
     with nullcontext() if autocast_dtype is None else torch.autocast(device.type, dtype=autocast_dtype):
         return pooled_features(trained.backbone, latents, record.temporal_tokens)

@@ -14,7 +14,7 @@ from gpdit_lightning.generation import GenerationConfig
 from gpdit_lightning.media.images import Size, parse_size
 from gpdit_lightning.options.shared import LoadingOptions, PrecisionOptions, SamplerOptions
 
-PRECISIONS = {"32": None, "bf16": torch.bfloat16}
+AUTOCAST_DTYPES = {"32": None, "bf16": torch.bfloat16}
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ def generation_config(
     return GenerationConfig(
         sampler=make_sampler(options.sampler, options.steps, trained.schedule),
         guidance=Guidance(options.guidance, label_guidance, *options.guidance_levels),
-        autocast_dtype=PRECISIONS[selected_precision(options, trained)],
+        autocast_dtype=AUTOCAST_DTYPES[selected_precision(options, trained)],
         **rest,
     )
 

@@ -205,8 +205,9 @@ def class_number(label: str | None, context: VideoContext, trained: TrainedModel
         return classes.index(label)
     if label.isdecimal() and int(label) < len(classes):
         return int(label)
-    cure = f"give one of {', '.join(classes)}" if classes else "it was trained without labels: leave --label out"
-    raise InputError(f"--label is {label!r}, with which the checkpoint was not trained: {cure}.")
+    if not classes:
+        raise InputError(f"--label is {label!r}, but the checkpoint was trained without labels: leave --label out.")
+    raise InputError(f"--label is {label!r}, which is no class of the checkpoint: give one of {', '.join(classes)}.")
 
 
 def generate(

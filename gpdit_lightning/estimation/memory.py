@@ -35,9 +35,9 @@ class ShardingStrategy:
 
     Attributes:
         name: name for reports.
-        option: value of `trainer.strategy`; empty if this library does not offer the strategy.
-        stage: stage as in ZeRO. 0: nothing is sharded; 1: optimizer state, float32 master weights and averaged
-            weights; 2: also gradients; 3: also weights.
+        option: value of `trainer.strategy`.
+        stage: stage as in ZeRO. 0: nothing is sharded; 2: optimizer state, float32 master weights, averaged weights and
+            gradients; 3: also weights.
         deepspeed: whether DeepSpeed shards. Its weights have the precision of the products, beside float32 master
             weights; torch shards float32 weights and casts them when it gathers them.
         offload: whether sharded tensors are kept in host memory.
@@ -52,7 +52,6 @@ class ShardingStrategy:
 
 STRATEGIES = (
     ShardingStrategy("DDP", "auto"),
-    ShardingStrategy("ZeRO-1", "", stage=1, deepspeed=True),
     ShardingStrategy("ZeRO-2", "zero2", stage=2, deepspeed=True),
     ShardingStrategy("ZeRO-2, offloaded", "zero2_offload", stage=2, deepspeed=True, offload=True),
     ShardingStrategy("ZeRO-3", "zero3", stage=3, deepspeed=True),
@@ -83,7 +82,7 @@ def held_bytes(config: GPDiTConfig, strategy: ShardingStrategy, precision: Bytes
     """Return the bytes of persistent tensors on each GPU, and of those in a rank's host memory.
 
     Adam's state is two values per parameter. DeepSpeed shards the state, the float32 master weights and the averaged
-    weights; from stage 2 on each rank accumulates float32 gradients of its shard only (`training/strategies/zero.py`).
+    weights; each rank accumulates float32 gradients of its shard only (`training/strategies/zero.py`).
     FSDP2 shards the same tensors but has no master weights, since its weights are float32
     (`training/strategies/fsdp.py`). Buffers are counted at their largest size.
 
@@ -109,7 +108,7 @@ def held_bytes(config: GPDiTConfig, strategy: ShardingStrategy, precision: Bytes
         return held | {"buffers": gathered, "host_memory": 0}
     held = {
         "weights": full // ranks if strategy.stage == 3 else full,
-        "gradients": shard if strategy.stage >= 2 else full,
+        "gradients": shard,
         "optimizer": 3 * shard,
         "average": shard,
     }

@@ -24,7 +24,7 @@ from gpdit_lightning.model import GPDiTConfig
 # Bytes of CUDA's context, the workspaces of NCCL and cuBLAS, and fragmentation. Assumed, not measured.
 ALLOWANCE = 2 * 2**30
 
-PRECISIONS = {"bf16-mixed": AUTOCAST, "32-true": FLOAT32, "32": FLOAT32}
+BYTES_OF_PRECISION = {"bf16-mixed": AUTOCAST, "32-true": FLOAT32, "32": FLOAT32}
 
 
 class MicroBatchShape(NamedTuple):
@@ -55,7 +55,7 @@ class RunSettings:
 
     backbone: GPDiTConfig
     precision: str
-    """Value of `trainer.precision`, one of `PRECISIONS`."""
+    """Value of `trainer.precision`, one of `BYTES_OF_PRECISION`."""
     strategy: ShardingStrategy
     gpus: int
     max_ranks: int
@@ -75,7 +75,7 @@ class RunSettings:
     @property
     def bytes_per_value(self) -> BytesPerValue:
         """The bytes per value: `bf16-mixed` means bf16 weights if they are sharded, autocast otherwise."""
-        precision = PRECISIONS[self.precision]
+        precision = BYTES_OF_PRECISION[self.precision]
         return BF16 if self.strategy.stage and precision == AUTOCAST else precision
 
     def micro_batch_shapes(self, source: PlannedSource) -> tuple[MicroBatchShape, ...]:
@@ -167,7 +167,7 @@ def nearest_that_fits(run: RunSettings, capacity: float) -> RunSettings | None:
     Changes in the order of their costs: more micro-batches (smaller products), activation checkpointing (a third more
     time), ZeRO-2 and ZeRO-3 (communication), offloading (much slower). FSDP2 is proposed only if the run uses it.
     """
-    proposed = sorted((s for s in STRATEGIES if s.option and s.deepspeed), key=lambda s: (s.offload, s.stage))
+    proposed = sorted((s for s in STRATEGIES if s.deepspeed), key=lambda s: (s.offload, s.stage))
     for strategy in dict.fromkeys((run.strategy, *proposed)):
         for checkpointing in sorted({run.backbone.activation_checkpointing, True}):
             backbone = run.backbone.replaced(activation_checkpointing=checkpointing)

@@ -48,7 +48,7 @@ class DataSetOptions(VideoOptions):
     selection_seed: int = 0
     """Seed of the random selection of videos, by a hash of their names."""
     context_frames: int = 5
-    """Pixel frames of context, 1 + 4k (GPDiT: 5)."""
+    """Pixel frames of context (GPDiT: 5), 1 + k times the temporal factor of the codec, which is 4 for wan and pca."""
     generated_frames: int = 12
     """Pixel frames to generate (GPDiT: 12)."""
     stride: int | None = None

@@ -31,7 +31,8 @@ class ClipOptions(VideoOptions):
     """Videos."""
 
     frames: int | None = None
-    """Pixel frames of the clip of each video, 1 + 4k; by default the length of the longest training clips."""
+    """Pixel frames of the clip of each video, 1 + k times the temporal factor of the codec; by default those of the
+    longest training clips."""
     stride: int | None = None
     """Video frames from one frame of the clip to the next. The clip is the middle of its video; short videos are
     sampled more densely. 0 spaces the frames evenly over the whole video, as in Video-ChatGPT. By default the stride of

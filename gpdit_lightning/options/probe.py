@@ -38,7 +38,7 @@ class LabelledVideoOptions(VideoOptions):
     Videos of the same group (one recording, one person) are dependent. '.+' makes each video a group; by default the
     groups of UCF-101."""
     frames: int = 13
-    """Pixel frames of the clip in the middle of each video, 1 + 4k."""
+    """Pixel frames of the clip in the middle of each video, 1 + k times the temporal factor of the codec."""
     stride: int = 3
     """Video frames from one frame of the clip to the next; shorter videos are sampled more densely."""
     size: str | None = None

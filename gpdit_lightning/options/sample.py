@@ -24,7 +24,8 @@ class ContextOptions(OptionRecord):
     """Videos, GIFs, images, folders of frames or of videos, and shards of latents (SHARD.tar, or one sample of it:
     SHARD.tar#NUMBER or SHARD.tar#KEY); without a context, a video is generated from noise alone."""
     context_frames: int | None = None
-    """Pixel frames of a context, 1 + 4k; by default those of the training clips less one latent frame."""
+    """Pixel frames of a context, 1 + k times the temporal factor of the codec; by default those of the training clips
+    less one latent frame."""
     start: float | None = None
     """Time in seconds at which a context begins; by default the context is the end of its video."""
     fps: float | None = None
@@ -56,7 +57,7 @@ class RolloutOptions(BatchedSamplerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputOptions(OptionRecord):
+class VideoOutputOptions(OptionRecord):
     """Output."""
 
     out: Path = Path("sample.mp4")
@@ -70,7 +71,7 @@ class OutputOptions(OptionRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(CheckpointOptions, LoadingOptions, ContextOptions, RolloutOptions, OutputOptions):
+class SampleOptions(CheckpointOptions, LoadingOptions, ContextOptions, RolloutOptions, VideoOutputOptions):
     """Sample."""
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ class ExampleOptions(OptionRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputOptions(OptionRecord):
+class ImageOutputOptions(OptionRecord):
     """Output."""
 
     out: Path = Path("transformed.png")
@@ -48,7 +48,7 @@ class OutputOptions(OptionRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformOptions(CheckpointOptions, LoadingOptions, ExampleOptions, BatchedSamplerOptions, OutputOptions):
+class TransformOptions(CheckpointOptions, LoadingOptions, ExampleOptions, BatchedSamplerOptions, ImageOutputOptions):
     """Transform."""
 
     def __post_init__(self) -> None:

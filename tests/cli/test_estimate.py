@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import Namespace
 
 from gpdit_lightning.cli import main
-from gpdit_lightning.cli.estimate import GIB, estimate, read_recipe, strategy_of
+from gpdit_lightning.cli.estimate import GIB, estimate, read_recipe, sharding_strategy
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.requirements import nearest_that_fits, overrides
@@ -48,7 +48,7 @@ def test_prepared_data_give_the_shapes(mixed: Path, capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     assert "images: 4 per step, 2 per micro-batch and GPU, latent frames 1, 64x64, 64x96 (as prepared)" in text
     assert "videos: 8 per step, 2 per micro-batch and GPU, latent frames 2 to 3, 64x64 (as prepared)" in text
-    assert "for 500 steps" in text
+    assert "and 500 steps" in text
 
 
 def test_a_loss_on_targets_needs_fewer_flops(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +57,7 @@ def test_a_loss_on_targets_needs_fewer_flops(capsys: pytest.CaptureFixture[str])
     assert main(["estimate", recipe]) == main(["estimate", recipe, "--data.sequences.loss_frames=all"]) == 0
     text = capsys.readouterr().out
     assert text.count("latent frames 6, loss on targets only, 256x256") == 1
-    targets, everything = map(float, re.findall(r"An optimizer step is (\S+) PFLOP", text))
+    targets, everything = map(float, re.findall(r"An optimizer step takes (\S+) TFLOP", text))
     assert targets / everything == pytest.approx(8 / 11, abs=0.01)
 
 
@@ -84,7 +84,7 @@ def test_the_estimate_of_gpdit_h(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2,284,305,984 parameters" in text
     assert "256x256, 320x192 (assumed)" in text
     assert re.search(r"The recipe fits: it needs \d+\.\d of 80 GiB", text)
-    assert re.search(r"\n> DDP .* fits\n.*ZeRO-1", text)
+    assert re.search(r"\n> DDP .* fits\n.*ZeRO-2", text)
     assert re.search(r"\n  FSDP2 .* fits\n", text)
     assert "a third more to recompute" in text
 
@@ -113,7 +113,7 @@ def test_the_estimate_of_gpdit_h(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )  # fmt: skip
 def test_a_setting_selects_a_strategy(setting: Any, option: str) -> None:
-    assert strategy_of(setting).option == option
+    assert sharding_strategy(setting).option == option
 
 
 def test_the_proposed_options_make_the_recipe_fit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +174,6 @@ def test_python_and_the_command_line_give_the_same_estimate(mixed: Path, capsys:
     printed = capsys.readouterr().out
     assert main(["estimate", "-c", str(mixed), "--trainer.max_steps", "7", "--gpus", "2"]) == 0
     assert capsys.readouterr().out == printed
-    assert "for 7 steps" in printed
+    assert "and 7 steps" in printed
     with pytest.raises(InputError, match="no recipe is given"):
         EstimateOptions(config=[])

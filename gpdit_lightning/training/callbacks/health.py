@@ -160,14 +160,15 @@ class Health(Callback):
         keys = list(dict.fromkeys(not_finite or [key for key, _ in losses]))
         samples = ", ".join(keys[:MAX_NON_FINITE]) + (" ..." if len(keys) > MAX_NON_FINITE else "")
         quantity = "the loss" if not_finite else "the gradient (but no loss)"
-        event = f"optimizer step {trainer.global_step} was skipped: {quantity} is not finite for the samples {samples}"
+        event = f"{quantity} is not finite for the samples {samples}"
         if self._consecutive_skips > self.max_skips:
             raise NonFiniteError(
-                f"{event}; inspect them, or resume from the last checkpoint with a lower learning rate or with "
-                f"health.max_skips above {self.max_skips}."
+                f"training stopped at optimizer step {trainer.global_step}: {event}; inspect them, or resume from the "
+                f"last checkpoint with a lower learning rate or with health.max_skips above {self.max_skips}."
             )
         if trainer.is_global_zero:
-            log.warning("%s (%d consecutive; health.max_skips: %d).", event, self._consecutive_skips, self.max_skips)
+            message = "optimizer step %d was skipped: %s (%d consecutive; health.max_skips: %d)."
+            log.warning(message, trainer.global_step, event, self._consecutive_skips, self.max_skips)
 
     def _update_mean_norm(self, trainer: Trainer) -> None:
         norm, bound = self.gradient_norm, self.spike_factor * self.mean_norm

@@ -135,7 +135,7 @@ def test_a_non_finite_loss_names_its_clip_and_stops_the_run_before_the_update(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path, value: float, micro_batch: int
 ) -> None:
     history, plant = History(), Plant(value, micro_batch)
-    with pytest.raises(NonFiniteError, match="optimizer step 2 was skipped: the loss is not finite") as caught:
+    with pytest.raises(NonFiniteError, match="stopped at optimizer step 2: the loss is not finite") as caught:
         fit(stage, data, tmp_path, 4, [Health(), history, plant, EMA(), RunCheckpoint(every_steps=1)])
     history.note_state()
     assert not torch.equal(history.weights[1], history.weights[0])  # the first step was taken
@@ -154,7 +154,7 @@ def test_a_non_finite_gradient_names_all_samples_of_the_step(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path, value: float, micro_batch: int
 ) -> None:
     history = History()
-    with pytest.raises(NonFiniteError, match="optimizer step 2 was skipped: the gradient \\(but no") as caught:
+    with pytest.raises(NonFiniteError, match="stopped at optimizer step 2: the gradient \\(but no") as caught:
         fit(stage, data, tmp_path, 4, [Health(), history, BreakGradient(micro_batch, value)])
     history.note_state()
     assert history.same_state(2, 1)
@@ -177,7 +177,7 @@ def test_an_infinite_loss_with_finite_gradients_is_detected(
     fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
 ) -> None:
     data, history = LatentDataModule(videos=SourceConfig([str(tiny_shards)], batch_size=4)), History()
-    with pytest.raises(NonFiniteError, match="optimizer step 2 was skipped: the loss is not finite") as caught:
+    with pytest.raises(NonFiniteError, match="stopped at optimizer step 2: the loss is not finite") as caught:
         fit(InfiniteStage(tiny_config), data, tmp_path, 4, [Health(), history])
     history.note_state()
     assert history.same_state(2, 1)
@@ -227,7 +227,7 @@ def test_a_rank_names_the_samples_of_all_ranks(fit: Fit, stage: GPDiTStage, tiny
 
     data = LatentDataModule(videos=SourceConfig([str(tiny_shards)], batch_size=4), max_ranks=2)
     plant = Plant(NAN, 1, rank=1)
-    with pytest.raises(Exception, match="optimizer step 2 was skipped"):
+    with pytest.raises(Exception, match="stopped at optimizer step 2"):
         fit(stage, data, tmp_path, 3, [RecordedHealth(), plant], devices=2, strategy="ddp_fork")
     (first,), (second, key) = ((tmp_path / f"rank-{rank}").read_text().splitlines() for rank in (0, 1))
     assert named(first) == named(second) == [key]
@@ -278,7 +278,7 @@ def test_too_many_consecutive_skips_stop_the_run(
     fit: Fit, stage: GPDiTStage, data: LatentDataModule, tmp_path: Path
 ) -> None:
     health, history, plant = Health(max_skips=2), History(), Plant(NAN, 2, 4, 6)
-    with pytest.raises(NonFiniteError, match=r"optimizer step 4 .* health\.max_skips above 2") as caught:
+    with pytest.raises(NonFiniteError, match=r"optimizer step 4: .* health\.max_skips above 2") as caught:
         fit(stage, data, tmp_path, 9, [health, history, plant])
     history.note_state()
     assert named(str(caught.value)) == plant.keys[2:]
@@ -291,7 +291,7 @@ def test_skipped_steps_are_counted_across_a_resume(
 ) -> None:
     fit(stage, data, tmp_path, 3, [Health(max_skips=2), Plant(NAN, 2, 4), EMA(), RunCheckpoint()])
     resumed = Health(max_skips=2)
-    with pytest.raises(NonFiniteError, match="optimizer step 4 was skipped"):
+    with pytest.raises(NonFiniteError, match="stopped at optimizer step 4"):
         fit(
             GPDiTStage(tiny_config, optimizer=OptimizerConfig(LEARNING_RATE, warmup_steps=5)),
             data,
