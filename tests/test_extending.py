@@ -94,9 +94,9 @@ def stage(folder: Path) -> Path:
 
 
 def test_a_stage(stage: Path, folder: Path) -> None:
-    assert open_weights(stage).facts.stage == "ScaledLossStage"
+    assert open_weights(stage).facts.stage == "HuberStage"
     recipe = yaml.safe_load((folder / "runs" / "stage" / "config.yaml").read_text())
-    assert recipe["model"]["init_args"]["scale"] == 0.5
+    assert recipe["model"]["init_args"]["delta"] == 0.5
 
 
 def test_a_callback(folder: Path) -> None:

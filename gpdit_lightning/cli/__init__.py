@@ -5,6 +5,8 @@ import errno
 import importlib
 import logging
 import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -100,8 +102,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         the exit status: 0; 1 if `inspect` found faults; 2 after the one-sentence message of an error that the user can
-        correct; 130 after Ctrl-C.
+        correct; 130 after Ctrl-C; 141 if the reader of the output has ended, as in `... | head`.
     """
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _redirect_closed_output():
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())
@@ -132,6 +146,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130
+
+
+def _redirect_closed_output() -> bool:
+    """Redirect standard outputs without a reader to nowhere, since Python flushes them at exit.
+
+    Returns:
+        whether there is one.
+    """
+    closed = False
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            closed = True
+    return closed
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -177,9 +207,7 @@ def _show_log() -> None:
         log.setLevel(logging.WARNING if _rank_prefix() else logging.INFO)
         log.propagate = False
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(
-            lambda record: not any(text in record.getMessage() for text in HIDDEN_MESSAGES)
-        )
+        logging.getLogger(name).addFilter(_is_shown)
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

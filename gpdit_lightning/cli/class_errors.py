@@ -201,21 +201,16 @@ def resolve_class(path: Any, option: str, base: type) -> type:
     """Return the class at an import path, or the imported subclass of this name.
 
     Raises:
-        InputError: there is none, or it is not a subclass of `base`, or an abstract one.
+        InputError: there is none, it is not a subclass of `base`, or it is abstract.
     """
     if not isinstance(path, str):
         raise InputError(f"{option} is {path!r}; it must be the import path of a {base.__name__} subclass.")
-    known = {kind.__name__: kind for kind in subclasses(base)}
+    known = {kind.__name__: kind for kind in subclasses(base) if not inspect.isabstract(kind)}
     if path not in known and not is_import_path(path):
-        cure = (
-            did_you_mean(path, known) or f": give the import path (package.module.name) of a {base.__name__} subclass"
-        )
+        advice = f": give the import path (package.module.name) of a subclass of {base.__name__}"
+        cure = did_you_mean(path, known) or advice
         raise InputError(f"{option} '{path}' is not known{cure}.")
-    kind: type = resolve(path, known, option, base)
-    if inspect.isabstract(kind):
-        missing = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
-        raise InputError(f"{option} '{path}' is an abstract class: define {missing} in it, or give a subclass.")
-    return kind
+    return resolve(path, known, option, base)
 
 
 def subclasses(base: type) -> list[type]:

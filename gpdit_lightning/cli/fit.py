@@ -1,7 +1,9 @@
 """`fit`, `validate` and `test`: a LightningCLI for recipes; the same command resumes a run from its folder."""
 
 import logging
+import re
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
+from gpdit_lightning.cli import CORRECTABLE
 from gpdit_lightning.cli.class_errors import check_classes, check_constructors
 from gpdit_lightning.cli.messages import PREFIX, relevant_part
 from gpdit_lightning.cli.recipe_files import with_bases
@@ -31,6 +34,7 @@ from gpdit_lightning.cli.trainer_settings import (
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, process_lock
+from gpdit_lightning.imports import error_summary, import_path
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
@@ -164,6 +168,14 @@ class RecipeCLI(LightningCLI):
             if isinstance(error, InputError):
                 raise
             raise InputError(f"the trainer cannot be set up with these settings: {_on_one_line(error)}") from None
+        except RuntimeError as error:
+            repeated = re.search(r"more than one stateful callback of type `(\w+)`", str(error))
+            if not repeated:
+                raise
+            raise InputError(
+                f"trainer.callbacks has several callbacks of the class {repeated[1]}, whose states have one name in "
+                "checkpoints: override its property `state_key`, such that it depends on the arguments."
+            ) from None
 
     def _callbacks(self, given: dict[str, Any]) -> list[Callback]:
         """Return the callbacks of a run in their order; Lightning moves checkpoint callbacks to the end.
@@ -299,6 +311,22 @@ def lock_run_folder(trainer: Trainer) -> Iterator[None]:
         yield
 
 
+def custom_part_of(error: Exception, trainer: Trainer) -> Any:
+    """Return the logger, custom callback or custom stage whose method raised an error; None if none of them did."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    custom = [
+        part
+        for part in (*callbacks, trainer.lightning_module)
+        if type(part).__module__.partition(".")[0] != "gpdit_lightning"
+    ]
+    parts = [*trainer.loggers, *custom]
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        caller = frame.f_locals.get("self")
+        if any(caller is part for part in parts):
+            return caller
+    return None
+
+
 @contextmanager
 def report_file_errors(trainer: Trainer) -> Iterator[None]:
     """Replace an OSError by an InputError that names the file and the last complete checkpoint."""
@@ -312,8 +340,14 @@ def report_file_errors(trainer: Trainer) -> Iterator[None]:
     threading.excepthook = ignore_file_errors
     try:
         yield
+    except BrokenPipeError:  # of the standard output, see cli/__init__.py
+        raise
     except OSError as error:
         run_dir = Path(trainer.default_root_dir)
+        part = custom_part_of(error, trainer)
+        if part is not None and error.filename is None and error.errno not in CORRECTABLE:
+            summary = error_summary(error, type(part).__module__)
+            raise InputError(f"{import_path(part)} failed ({summary}); {resume_advice(run_dir)}.") from error
         raise InputError(
             f"{error.filename or f'a file in {run_dir}'} could not be written or read ({error.strerror or error}): "
             f"check that it exists, with free space and permission to write; {resume_advice(run_dir)}."
@@ -350,6 +384,10 @@ def _evaluate(cli: RecipeCLI, verb: str) -> None:
     trainer = cli.trainer
     if cli.resumed is None:
         raise InputError(f"{trainer.default_root_dir} has no checkpoint to {verb}: run `fit` first, or give --run_dir.")
+    if cli.datamodule.validation_batches < 1:
+        raise InputError(f"there is nothing to {verb}: data.validation_batches is 0; give a number of batches.")
+    if cli.datamodule.validation_plan is None:
+        raise InputError(f"there is nothing to {verb}: no samples of the data are held out (see `prepare --help`).")
     trainer.loggers = []  # the logs of the run are for training; the results are printed
     getattr(trainer, verb)(cli.model, cli.datamodule, ckpt_path=cli.resumed, weights_only=True, verbose=False)
     if trainer.is_global_zero:  # the results are means over all ranks

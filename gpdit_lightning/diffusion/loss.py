@@ -1,6 +1,6 @@
 """The velocity loss (GPDiT, equation 3), in total and by noise level."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -31,6 +31,20 @@ class VelocityLoss(NamedTuple):
     quartiles: QuartileLoss
     per_clip: Tensor
 
+    @classmethod
+    def from_frames(cls, per_frame: Tensor, t: Tensor) -> Self:
+        """Return the mean over all frames, and its parts.
+
+        Args:
+            per_frame: (B, F) loss of each frame.
+            t: (B, F) noise levels in [0, 1].
+        """
+        quartile = (t * 4).long().clamp(0, 3).flatten()
+        values = per_frame.detach().flatten()
+        sums = values.new_zeros(4).index_add_(0, quartile, values)
+        counts = values.new_zeros(4).index_add_(0, quartile, torch.ones_like(values))
+        return cls(per_frame.mean(), QuartileLoss(sums, counts), per_frame.detach().mean(dim=1))
+
 
 def velocity_loss(prediction: Tensor, velocity: Tensor, t: Tensor) -> VelocityLoss:
     """Compute the mean squared error of the velocity, in float32 or better.
@@ -41,8 +55,4 @@ def velocity_loss(prediction: Tensor, velocity: Tensor, t: Tensor) -> VelocityLo
     """
     precise = torch.promote_types(prediction.dtype, torch.float32)
     per_frame = (prediction.to(precise) - velocity.to(precise)).square().mean(dim=(2, 3, 4))
-    quartile = (t * 4).long().clamp(0, 3).flatten()
-    errors = per_frame.detach().flatten()
-    sums = errors.new_zeros(4).index_add_(0, quartile, errors)
-    counts = errors.new_zeros(4).index_add_(0, quartile, torch.ones_like(errors))
-    return VelocityLoss(per_frame.mean(), QuartileLoss(sums, counts), per_frame.detach().mean(dim=1))
+    return VelocityLoss.from_frames(per_frame, t)

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from torch import Tensor
 
-from gpdit_lightning.diffusion import NoiseSchedule
+from gpdit_lightning.data.batches import LatentBatch
+from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.training.optimizer import OptimizerConfig
@@ -92,6 +94,56 @@ def check_checkpoint(saved: dict[str, Any], config: GPDiTConfig, schedule: Noise
             f"{asdict(schedule)}: restore the old one, or start a new run folder from its weights (--run_dir NEW "
             "--model.init_args.initial_weights OLD)."
         )
+
+
+def check_stage(saved: str, stage: str, run_dir: str | Path) -> None:
+    """Raise `InputError` if a run would resume with another stage, whose objective may be another one.
+
+    Args:
+        saved: name of the stage that wrote the checkpoint.
+        stage: name of the stage in the recipe.
+        run_dir: the run folder.
+    """
+    if saved != stage:
+        raise InputError(
+            f"{run_dir} was trained with {saved}, but `model` of the recipe is {stage}: restore the old one, or start "
+            f"a new run folder from its weights (--run_dir NEW --model.init_args.initial_weights {run_dir})."
+        )
+
+
+def check_loss(loss: Any, stage: str, batch: LatentBatch) -> VelocityLoss:
+    """Return the result of `objective`.
+
+    Args:
+        loss: the result.
+        stage: name of the stage, for messages.
+        batch: the argument of `objective`.
+
+    Raises:
+        InputError: it is no VelocityLoss, a part of it has another shape, or `mean` has no gradient in training.
+    """
+    if not isinstance(loss, VelocityLoss):
+        raise InputError(f"{stage}.objective returned {type(loss).__name__}; it must return a VelocityLoss.")
+    rows = len(batch.noise)
+    parts = {
+        "mean": (loss.mean, ()),
+        "quartiles.sums": (getattr(loss.quartiles, "sums", None), (4,)),
+        "quartiles.counts": (getattr(loss.quartiles, "counts", None), (4,)),
+        "per_clip": (loss.per_clip, (rows,)),
+    }
+    for name, (value, shape) in parts.items():
+        if not isinstance(value, Tensor) or value.shape != shape:
+            form = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(
+                f"{stage}.objective returned a VelocityLoss whose {name} is {form}; it must be a tensor of shape "
+                f"{shape}: VelocityLoss.from_frames(per_frame, batch.t) makes one from the loss of each frame."
+            )
+    if torch.is_grad_enabled() and not loss.mean.requires_grad:
+        raise InputError(
+            f"{stage}.objective returned a VelocityLoss whose mean has no gradient: compute it from the result of "
+            "predict(batch) without detach(), item() or no_grad()."
+        )
+    return loss
 
 
 def check_ranks(trainer: Trainer, initial_weights: str | None) -> None:

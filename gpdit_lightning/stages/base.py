@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gpdit_lightning.checkpoints.facts import Origin
@@ -17,9 +19,11 @@ from gpdit_lightning.stages.agreement import (
     check_annotated,
     check_checkpoint,
     check_latent_channels,
+    check_loss,
     check_number_of_classes,
     check_ranks,
     check_sources,
+    check_stage,
 )
 from gpdit_lightning.stages.initial_weights import InitialWeights
 from gpdit_lightning.training.optimizer import OptimizerConfig, apply_config, build_optimizer
@@ -77,6 +81,11 @@ class GPDiTStage(LightningModule):
 
     def objective(self, batch: LatentBatch) -> VelocityLoss:
         """Compute the velocity loss of a batch (GPDiT, equation 3), the mean over its noisy frames."""
+        prediction, velocity = self.predict(batch)
+        return velocity_loss(prediction, velocity, batch.t)
+
+    def predict(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
+        """Return the predicted and the true velocity of the noisy frames of a batch, both (K * B, S, C, H, W)."""
         latents, frames = batch.latents, batch.frames
         if frames is not None:
             # Stacked views: indexing with a list would copy the list to the GPU and synchronize.
@@ -84,18 +93,18 @@ class GPDiTStage(LightningModule):
         sample = rotate_to(latents[batch.clip_of_row], batch.noise, self.schedule.theta(batch.t))
         clean = batch.latents[: batch.context] if batch.context else None
         prediction = self.backbone(sample.noisy, sample.theta, clean, batch.labels, batch.draws, frames)
-        return velocity_loss(prediction, sample.velocity, batch.t)
+        return prediction, sample.velocity
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss of a micro-batch, weighted by its share of the step, so Lightning's division is undone."""
-        loss = self.objective(batch)
+        loss = check_loss(self.objective(batch), type(self).__name__, batch)
         share = batch.weight * self.trainer.accumulate_grad_batches
         return {"loss": loss.mean * share, "quartiles": loss.quartiles, "per_clip": loss.per_clip}
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the same objective on held-out clips with fixed noise."""
         with torch.no_grad():
-            loss = self.objective(batch)
+            loss = check_loss(self.objective(batch), type(self).__name__, batch)
         return {"loss": loss.mean, "quartiles": loss.quartiles, "per_clip": loss.per_clip}
 
     def test_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
@@ -162,7 +171,9 @@ class GPDiTStage(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise `InputError` if the checkpoint has another architecture or noise schedule."""
+        """Raise `InputError` if the checkpoint has another architecture, noise schedule or, in training, stage."""
         saved = checkpoint["gpdit"]
         check_checkpoint(saved, self.config, self.schedule)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_stage(saved["stage"], type(self).__name__, self.trainer.default_root_dir)
         self.origin = Origin(**saved["origin"]) if saved["origin"] else None

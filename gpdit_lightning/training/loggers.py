@@ -17,6 +17,9 @@ from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.imports import import_path
+
 # Folders in the run folder, the same for a resumed run; Lightning's default is a new folder `version_N` at every start.
 FOLDERS: dict[type[Logger], str] = {TensorBoardLogger: "tensorboard", CSVLogger: "csv"}
 
@@ -105,6 +108,20 @@ def log_images(loggers: Iterable[Logger], images: Mapping[str, Path], step: int)
     for logger in loggers:
         for tag, path in images.items():
             _log_image(logger, tag, path, step)
+
+
+def check_image_methods(loggers: Iterable[Logger]) -> None:
+    """Raise `InputError` if a logger's `log_image` or `log_video` cannot be called as :func:`log_images` calls it."""
+    for logger in loggers:
+        for name in ("log_image", "log_video"):
+            try:
+                if hasattr(logger, name):
+                    inspect.signature(getattr(logger, name)).bind("sample/strip", ["strip.png"], step=1)
+            except TypeError as error:
+                raise InputError(
+                    f"the method {name} of {import_path(logger)} cannot receive previews ({error}): it is called as "
+                    f"{name}(key, paths, step=step), where paths is a list of str."
+                ) from None
 
 
 def _log_image(logger: Logger, tag: str, path: Path, step: int) -> None:

@@ -41,6 +41,21 @@ class Incomplete(Logger):
     pass
 
 
+class Stateful(Callback):
+    def state_dict(self):
+        return {"count": 1}
+
+
+class Offline(Logger):
+    name, version = "offline", ""
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        raise ConnectionRefusedError(111, "Connection refused")
+
+
 class Plain:
     pass
 
@@ -116,7 +131,7 @@ ARGUMENTS = [
         ["--trainer.callbacks", f'[{{"class_path": "{COUNTER}", "init_args": {{"name": "n", "every": "e"}}}}]'],
         "trainer.callbacks[0].init_args.every is e; it must be a whole number.",
     ),
-    (["--trainer.logger", "recipe_parts.good.Incomplete"], "is an abstract class: define log_hyperparams, log_metrics"),
+    (["--trainer.logger", "recipe_parts.good.Incomplete"], "does not define log_hyperparams, log_metrics"),
     (["--trainer.logger=CSVLogger", "--trainer.logger.save_dr=x"], "trainer.logger.init_args.save_dr is not"),
     (["--trainer.plugins", "recipe_parts.good.No"], "Problem with given class_path 'recipe_parts.good.No'"),
 ]
@@ -141,3 +156,44 @@ def test_arguments_that_a_later_class_does_not_take_are_dropped(
     file.write_text(yaml.safe_dump(settings))
     arguments = [f"--config={file}", "--model=MixedStage", "--trainer.max_steps=many"]
     assert "trainer.max_steps is many; it must be a whole number" in error_of(arguments, capsys)
+
+
+def test_a_run_cannot_resume_with_another_stage(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Validation of the run with another stage is possible, where there is something to validate."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(tiny_shards, tmp_path / "run")))
+    arguments = [f"--config={file}", "--trainer.max_steps=1"]
+    assert main(["fit", *arguments]) == 0
+    other = [*arguments, "--model", HUBER, "--model.init_args.delta=1"]
+    capsys.readouterr()
+    assert main(["fit", *other]) == 2
+    assert "was trained with MixedStage, but `model` of the recipe is Huber" in capsys.readouterr().err
+    assert main(["validate", *other]) == 0
+    assert "val/loss" in capsys.readouterr().out
+    assert main(["validate", *arguments, "--data.validation_batches=0"]) == 2
+    assert "there is nothing to validate: data.validation_batches is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--trainer.logger", "recipe_parts.good.Offline"], "good.Offline failed (ConnectionRefusedError: "),
+        (
+            ["--trainer.callbacks", '[{"class_path": "recipe_parts.good.Stateful"}, {"class_path": "recipe_parts.good.'
+             'Stateful"}]'],
+            "several callbacks of the class Stateful, whose states have one name",
+        ),
+    ],
+)  # fmt: skip
+def test_an_error_of_a_logger_or_callback(
+    options: list[str], words: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A connection that a logger loses is not reported as an error of the disk."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(tiny_shards, tmp_path / "run")))
+    assert main(["fit", f"--config={file}", "--trainer.log_every_n_steps=1", *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert words in error
+    assert "free space" not in error

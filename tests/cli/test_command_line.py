@@ -1,5 +1,8 @@
 """Every mistake of a user's gets one sentence and a non-zero exit."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +78,7 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"model": {"init_args": {"optimizer": {"learning_rate": float("inf")}}}}, ["learning_rate is inf"]),
         ({"base": 3}, ["the `base` of", "is 3"]),
         ({"base": "nowhere.yaml"}, ["nowhere.yaml (the base of", "cannot be read"]),
-        ({"base": "recipe.yaml"}, ["recipe.yaml is its own base"]),
+        ({"base": "recipe.yaml"}, ["recipe.yaml is a base of itself"]),
         ({"checkpoint": {"every_steps": 0}}, ["checkpoint.every_steps is 0"]),
         ({"ema": {"decay": 1.5}}, ["ema.decay is 1.5"]),
     ],
@@ -108,7 +111,7 @@ def test_a_recipe_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> Non
         ("trainer.max_stepz", "trainer.max_steps"),
         ("trainer.max_step", "trainer.max_steps"),
         ("model.init_args.initial_w", "initial_weights"),
-        ("model.init_args.backbone.laye", "backbone.layers"),
+        ("model.init_args.backbone.laye", "model.init_args.backbone.layers"),
     ],
 )
 def test_unknown_and_abbreviated_options_on_the_command_line(
@@ -122,7 +125,7 @@ def test_validate_without_a_run(recipe: dict[str, Any], tmp_path: Path, capsys: 
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     assert main(["validate", "--config", str(path)]) == 2
-    assert "holds no checkpoint" in capsys.readouterr().err
+    assert "has no checkpoint" in capsys.readouterr().err
 
 
 def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,3 +192,15 @@ def test_sample_from_a_bad_checkpoint(
     message = capsys.readouterr().err
     assert words in message
     assert str(path) in message
+
+
+@pytest.mark.parametrize("verb", [["--help"], ["recipes"], ["fit", "--help"], ["sample", "--help"]], ids=" ".join)
+def test_output_without_a_reader_ends_quietly(verb: list[str]) -> None:
+    """As in `python -m gpdit_lightning recipes | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "gpdit_lightning", *verb]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert ended.stderr == ""
+    assert ended.returncode in (0, 141)  # 0: argparse has ignored the error

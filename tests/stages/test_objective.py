@@ -1,14 +1,19 @@
 """The loss of a stage with several noisy copies of every clip, and with loss on some frames only."""
 
 import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.data.batches import LatentBatch
+from gpdit_lightning.diffusion import VelocityLoss
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.stages import GPDiTStage
+from gpdit_lightning.stages.agreement import check_loss
 
 
 @pytest.mark.parametrize("classes", [0, 3])
@@ -67,3 +72,34 @@ def test_the_loss_on_some_frames_equals_their_loss_in_a_pass_over_all_frames(
     torch.testing.assert_close(loss.per_clip, errors[:, places].mean(dim=1).detach())
     torch.testing.assert_close(loss.mean, errors[:, places].mean())
     assert loss.quartiles.counts.sum() == 3 * draws * 3
+
+
+VALID = VelocityLoss.from_frames(torch.ones(2, 3, requires_grad=True), torch.rand(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (VALID.mean, "returned Tensor; it must return a VelocityLoss"),
+        (None, "returned NoneType; it must return a VelocityLoss"),
+        (tuple(VALID), "returned tuple; it must return a VelocityLoss"),
+        (VALID._replace(mean=VALID.mean.repeat(2)), "mean is (2,); it must be a tensor of shape ()"),
+        (VALID._replace(mean=1.0), "mean is float; it must be a tensor"),
+        (VALID._replace(quartiles=None), "quartiles.sums is NoneType; it must be a tensor of shape (4,)"),
+        (VALID._replace(per_clip=torch.ones(3)), "per_clip is (3,); it must be a tensor of shape (2,)"),
+        (VALID._replace(mean=VALID.mean.detach()), "mean has no gradient"),
+    ],
+)
+def test_the_result_of_a_custom_objective_is_checked(loss: Any, words: str) -> None:
+    latents = torch.zeros(2, 3, 1, 1, 1)
+    batch = LatentBatch(latents, latents, torch.zeros(2, 3), 0, 1.0, "videos", ["a", "b"])
+    with pytest.raises(InputError, match=re.escape(words)):
+        check_loss(loss, "MyStage", batch)
+
+
+def test_a_validation_loss_needs_no_gradient() -> None:
+    latents = torch.zeros(2, 3, 1, 1, 1)
+    batch = LatentBatch(latents, latents, torch.zeros(2, 3), 0, 1.0, "videos", ["a", "b"])
+    loss = VALID._replace(mean=VALID.mean.detach())
+    with torch.no_grad():
+        assert check_loss(loss, "MyStage", batch) is loss

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,7 +10,14 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpdit_lightning.training.loggers import hide_later_events, keep_earlier_rows, log_images, place_in_run_folder
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.training.loggers import (
+    check_image_methods,
+    hide_later_events,
+    keep_earlier_rows,
+    log_images,
+    place_in_run_folder,
+)
 
 RUN = Path("runs/one")
 
@@ -131,3 +138,14 @@ def test_images_are_logged_to_every_logger_that_accepts_them(tmp_path: Path) -> 
         "strip": (5, 6, 4), "video": (5, 6, 4)
     }  # fmt: skip
     assert shown["video"].encoded_image_string == video.read_bytes()
+
+
+class WithoutStep:
+    def log_image(self, key: str, images: list[str]) -> None:
+        """Accept no step."""
+
+
+def test_a_logger_that_cannot_receive_previews_is_refused() -> None:
+    check_image_methods(cast(Any, [Calls(), CallsWithVideo(), LikeMLflow()]))
+    with pytest.raises(InputError, match=r"log_image of .*WithoutStep .*called as log_image\(key, paths, step=step\)"):
+        check_image_methods(cast(Any, [WithoutStep()]))

@@ -23,7 +23,7 @@ from gpdit_lightning.media.images import write_animation, write_strip
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.training.callbacks.ema import EMA
-from gpdit_lightning.training.loggers import log_images
+from gpdit_lightning.training.loggers import check_image_methods, log_images
 from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class Preview(Callback):
         """
         if self.every_steps == 0:
             return
+        check_image_methods(trainer.loggers)
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, LatentDataModule)
         self._selected = select_clips(data, self.clips, self.context_frames)
