@@ -150,7 +150,11 @@ def check_sampler(sampler: Sampler, clips: int, *shape: int) -> None:
         InputError: the sampler fails, or its result has another shape or dtype or is not finite.
     """
     noise = partial(_batch_noise, torch.empty(clips, 0, *shape), range(clips), 0)
-    check_finite(sampler.sample(lambda noisy, _: noisy / 2, noise(), noise), sampler)
+    if not sampler.sample(lambda noisy, _: noisy / 2, noise(), noise).isfinite().all():
+        raise InputError(
+            f"sampler '{import_path(sampler)}' returns values that are not finite in a trial call without the network: "
+            "correct its method solve."
+        )
 
 
 def frame_noise(seed: int, frame: int, shape: Sequence[int], draw: int = 0) -> Tensor:

@@ -50,10 +50,10 @@ def network_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Network
 
 
 @pytest.fixture(scope="module")
-def command(place: Path, folder: Path, network_files: dict[str, NetworkOptions]) -> list[str]:
+def command(workspace: Path, folder: Path, network_files: dict[str, NetworkOptions]) -> list[str]:
     """Options of an evaluation in three chunks with all networks, without --out."""
     options = {
-        "checkpoint": place / "of2",
+        "checkpoint": workspace / "of2",
         "videos": folder,
         "data": "stripes",
         "count": VIDEOS,
@@ -101,14 +101,14 @@ def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixt
 
 
 def test_scores_are_those_of_continuations_by_the_library(
-    command: list[str], place: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], workspace: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate(command, tmp_path) == 0
     report = Report.load(tmp_path / "results.json")
     assert list(report.scores) == ["fid", "is", "fvd", "precision", "recall", "psnr", "ssim"]
     assert list(report.self_checks) == ["fvd", "fid"]
     assert report.references["the truth"]["fvd"].mean == pytest.approx(0, abs=1e-6)
-    trained = load_trained_model(place / "of2")
+    trained = load_trained_model(workspace / "of2")
     assert trained.classes  # a class-conditional model, evaluated without classes
     expected = []
     for number in range(VIDEOS):
@@ -314,10 +314,10 @@ def test_a_folder_with_other_settings_is_refused(
     ],
 )
 def test_an_error_is_one_sentence_and_nothing_is_written(
-    command: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+    command: list[str], workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
 ) -> None:
     if "SEVERAL" in options:
-        model = GPDiT.from_pretrained(place / "of2")
+        model = GPDiT.from_pretrained(workspace / "of2")
         model.facts = replace(model.facts, geometry=replace(model.facts.geometry, sizes=((32, 32), (48, 48))))
         model.save_pretrained(tmp_path / "several")
     assert evaluate(command, tmp_path / "out", options.replace("SEVERAL", str(tmp_path / "several"))) == 2

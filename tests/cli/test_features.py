@@ -30,14 +30,14 @@ CODEC = load_codec("pca")
 
 
 @pytest.fixture(scope="module")
-def work(place: Path, tmp_path_factory: pytest.TempPathFactory, randomise: Callable[[GPDiT], GPDiT]) -> Path:
+def work(workspace: Path, tmp_path_factory: pytest.TempPathFactory, randomise: Callable[[GPDiT], GPDiT]) -> Path:
     """Folder with models and videos.
 
     `model` has three blocks and the geometry of 17 frames of 32x32 at stride 3; `two_sizes` has two sizes. `videos`
     contains three videos of 60 frames; `damaged` contains also one that is not a video and one of 12 frames.
     """
     work = tmp_path_factory.mktemp("features")
-    trained = load_trained_model(place / "of2").backbone
+    trained = load_trained_model(workspace / "of2").backbone
     model = randomise(GPDiT(trained.config.replaced(layers=3)))
     model.facts = trained.facts
     model.save_pretrained(work / "model")

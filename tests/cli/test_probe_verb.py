@@ -51,10 +51,10 @@ def evaluation_of(checkpoint: Path, **scores: float) -> Report:
 
 
 def test_every_layer_of_two_models_is_probed(
-    place: Path, ucf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, ucf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoints = [place / "of2", place / "of"]
-    write_report(evaluation_of(place / "of", fvd=300.0), tmp_path)
+    checkpoints = [workspace / "of2", workspace / "of"]
+    write_report(evaluation_of(workspace / "of", fvd=300.0), tmp_path)
     arguments = ["--checkpoint", *checkpoints, "--videos", ucf, ucf / "Dark", "--out", tmp_path / "out"]
     probe(*arguments, "--evaluations", tmp_path / "results.json", "--regularisation", 0.1)
     results = json.loads((tmp_path / "out" / "probe.json").read_text())["results"]
@@ -78,11 +78,11 @@ def test_every_layer_of_two_models_is_probed(
     assert protocol["regularisation"].startswith("best C of 0.0001,")
 
 
-def test_evaluations_of_different_protocols_are_refused(place: Path, ucf: Path, tmp_path: Path) -> None:
-    first, second = evaluation_of(place / "of", fvd=300.0), evaluation_of(place / "of2", fvd=200.0)
+def test_evaluations_of_different_protocols_are_refused(workspace: Path, ucf: Path, tmp_path: Path) -> None:
+    first, second = evaluation_of(workspace / "of", fvd=300.0), evaluation_of(workspace / "of2", fvd=200.0)
     write_report(first, tmp_path / "first")
     write_report(replace(second, protocol=replace(second.protocol, stride=3)), tmp_path / "second")
-    arguments = ["--checkpoint", place / "of", "--videos", ucf, "--out", tmp_path / "out", "--evaluations"]
+    arguments = ["--checkpoint", workspace / "of", "--videos", ucf, "--out", tmp_path / "out", "--evaluations"]
     paths = [tmp_path / name / "results.json" for name in ("first", "second")]
     with pytest.raises(InputError, match=r"first/results.json and .*second/results.json differ in stride \(1, not 3\)"):
         probe(*arguments, *paths)
@@ -90,7 +90,7 @@ def test_evaluations_of_different_protocols_are_refused(place: Path, ucf: Path, 
         probe(*arguments, paths[0], paths[0])
 
 
-def test_lists_and_folders_give_the_same_split(place: Path, ucf: Path, tmp_path: Path) -> None:
+def test_lists_and_folders_give_the_same_split(workspace: Path, ucf: Path, tmp_path: Path) -> None:
     names = {"train": [], "test": []}
     for number, path in enumerate(sorted(ucf.rglob("*.avi"))):
         split = "train" if number % 5 < 3 else "test"
@@ -102,7 +102,7 @@ def test_lists_and_folders_give_the_same_split(place: Path, ucf: Path, tmp_path:
         (tmp_path / split).write_text("\n".join(lines))
     arguments = [
         "--checkpoint",
-        place / "of2",
+        workspace / "of2",
         "--videos",
         tmp_path / "set",
         "--group_pattern",
@@ -138,8 +138,10 @@ def test_lists_and_folders_give_the_same_split(place: Path, ucf: Path, tmp_path:
         (["--checkpoint", "/nowhere"], "there is no checkpoint at /nowhere"),
     ],
 )
-def test_invalid_options_are_an_error(place: Path, ucf: Path, tmp_path: Path, options: list[Any], message: str) -> None:
-    write_report(evaluation_of(place / "of", fid=30.0), tmp_path)
+def test_invalid_options_are_an_error(
+    workspace: Path, ucf: Path, tmp_path: Path, options: list[Any], message: str
+) -> None:
+    write_report(evaluation_of(workspace / "of", fid=30.0), tmp_path)
     given = [tmp_path / "results.json" if option == "WITHOUT_FVD" else option for option in options]
     with pytest.raises(InputError, match=message):
-        probe("--checkpoint", place / "of2", "--videos", ucf, "--out", tmp_path, *given)
+        probe("--checkpoint", workspace / "of2", "--videos", ucf, "--out", tmp_path, *given)

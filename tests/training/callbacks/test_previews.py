@@ -274,7 +274,7 @@ def test_previews_use_the_given_sampler(fit: Fit, shards: str, tmp_path: Path) -
     ("name", "message"),
     [
         ("rotaton", r"sampler 'rotaton' is not known \(did you mean 'rotation'"),
-        (f"{__name__}.NotFinite", "not finite, because of sampler '.*NotFinite'"),
+        (f"{__name__}.NotFinite", "sampler '.*NotFinite' returns values that are not finite in a trial call"),
     ],
 )
 def test_a_faulty_sampler_stops_the_run_before_it_trains(
