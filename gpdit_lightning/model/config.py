@@ -15,6 +15,9 @@ SIZES: dict[str, dict[str, int]] = {
     "H": {"layers": 24, "width": 2816, "mlp_width": 11264, "heads": 22},
 }
 
+SIZE_FIELDS = ("layers", "width", "mlp_width", "heads")
+CUSTOM_SIZE = "custom"
+
 # Fields that change how the network is executed, but not the function that it computes.
 EXECUTION_FIELDS = ("attention_backend", "activation_checkpointing", "compile")
 
@@ -32,7 +35,8 @@ class GPDiTConfig:
     """
 
     size: str = "B"
-    """Named size that sets `layers`, `width`, `mlp_width` and `heads` where they are 0: tiny, B (85M) or H (2.28B)."""
+    """Named size that sets `layers`, `width`, `mlp_width` and `heads` where they are 0: tiny, B (85M) or H (2.28B). If
+    the four are those of no named size, it becomes custom."""
     layers: int = 0
     """Number of transformer blocks; 0: as `size`."""
     width: int = 0
@@ -76,11 +80,13 @@ class GPDiTConfig:
             value, allowed = getattr(self, field.name), PLAIN_TYPES.get(field.type)
             if allowed and type(value) not in allowed:
                 raise InputError(f"{field.name} is {value!r}; it must be of type {allowed[-1].__name__}.")
-        if self.size not in SIZES:
+        if self.size not in (*SIZES, CUSTOM_SIZE):
             raise InputError(f"size '{self.size}' is not known: choose one of {', '.join(SIZES)}.")
-        for name, value in SIZES[self.size].items():
+        for name, value in SIZES.get(self.size, {}).items():
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
+        values = {name: getattr(self, name) for name in SIZE_FIELDS}
+        object.__setattr__(self, "size", next((size for size in SIZES if SIZES[size] == values), CUSTOM_SIZE))
         lengths = tuple(self.rope_lengths) if isinstance(self.rope_lengths, list | tuple) else ()
         if [type(length) for length in lengths] != [int] * 3 or min(lengths) < 1:
             raise InputError(f"rope_lengths is {self.rope_lengths}; it must be three positive numbers of tokens.")
@@ -89,7 +95,7 @@ class GPDiTConfig:
             choices = get_args(kind)
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} '{getattr(self, name)}' is not known: choose one of {', '.join(choices)}.")
-        for name in ("layers", "width", "mlp_width", "heads", "latent_channels", "patch_size"):
+        for name in (*SIZE_FIELDS, "latent_channels", "patch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("classes", "text_width"):
@@ -143,5 +149,7 @@ class GPDiTConfig:
         return asdict(self) | {"rope_lengths": list(self.rope_lengths)}
 
     def replaced(self, **overrides: Any) -> "GPDiTConfig":
-        """Return a copy with some fields changed."""
+        """Return a copy with some fields changed; a new `size` sets its four fields, unless they are given too."""
+        if "size" in overrides:
+            overrides = dict.fromkeys(SIZE_FIELDS, 0) | overrides
         return replace(self, **overrides)

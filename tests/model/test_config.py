@@ -44,6 +44,22 @@ def test_a_size_sets_the_fields_that_are_zero() -> None:
     assert config == GPDiTConfig(size="B", layers=3)
 
 
+def test_the_size_is_that_of_its_four_fields() -> None:
+    tiny = GPDiTConfig.preset("tiny", classes=3)
+    assert tiny.replaced(size="H") == GPDiTConfig.preset("H", classes=3)
+    assert tiny.replaced(size="H", layers=2) == GPDiTConfig.preset("H", classes=3, layers=2)
+    assert GPDiTConfig(**{**GPDiTConfig.preset("B").to_dict(), "size": "tiny"}).size == "B"
+
+    smaller = tiny.replaced(layers=2)
+    assert smaller.size == "custom"
+    assert smaller.replaced(layers=4) == tiny
+    # Stored configurations, also of earlier versions, in which the size remained the one of the recipe.
+    assert GPDiTConfig.preset(**smaller.to_dict()) == smaller
+    assert GPDiTConfig.preset(**smaller.to_dict() | {"size": "tiny"}) == smaller
+    with pytest.raises(InputError, match="layers is 0; it must be at least 1"):
+        GPDiTConfig(size="custom", width=48)
+
+
 def test_head_channels_are_divided_among_three_axes() -> None:
     for head_width, expected in ((6, (2, 2, 2)), (20, (8, 6, 6)), (64, (24, 20, 20)), (128, (44, 42, 42))):
         assert GPDiTConfig(size="tiny", width=2 * head_width, heads=2).rope_widths == expected

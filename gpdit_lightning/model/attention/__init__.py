@@ -1,4 +1,4 @@
-"""Frame-causal attention: which blocks attend to which (`plan`), operators (`backends`), and both (`frame_causal`)."""
+"""Frame-causal attention: which frames attend to which (`plan`), operators (`backends`), and both (`frame_causal`)."""
 
 from gpdit_lightning.model.attention.backends import (
     AttentionOperator,

@@ -12,9 +12,9 @@ from gpdit_lightning.model.config import AttentionVariant
 
 
 class QKV(NamedTuple):
-    """Queries, keys and values of the blocks of one stream: each (B, blocks * N, heads, head width).
+    """Queries, keys and values of the frames of one stream: each (B, frames * N, heads, head width).
 
-    Every block may have additional keys and values, equally many, of a prefix to which only this block attends.
+    Every frame may have additional keys and values, equally many, of a prefix to which only this frame attends.
     """
 
     query: Tensor
@@ -23,7 +23,7 @@ class QKV(NamedTuple):
 
 
 class KV(NamedTuple):
-    """Keys and values of the context blocks, from the first frame: each (B', blocks * N, heads, head width)."""
+    """Keys and values of the context frames, from the first frame: each (B', frames * N, heads, head width)."""
 
     key: Tensor
     value: Tensor
@@ -44,11 +44,11 @@ def frame_causal_attention(
     Args:
         operator: computes attention without a mask.
         variant: `of2` or `of`.
-        tokens: N, tokens per block.
-        context: keys and values of the context; its last blocks are those of `clean`. None: no clip has context.
-        clean: the clean blocks that have queries (B' clips), or None.
-        noisy: the noisy blocks (at least K * B' rows, those with context first), or None.
-        context_lengths: for each noisy block, the number of context blocks that it attends to, from the first; None:
+        tokens: N, tokens per frame.
+        context: keys and values of the context; its last frames are those of `clean`. None: no clip has context.
+        clean: the clean frames that have queries (B' clips), or None.
+        noisy: the noisy frames (at least K * B' rows, those with context first), or None.
+        context_lengths: for each noisy frame, the number of context frames that it attends to, from the first; None:
             0, 1, 2, ...
         draws: K, number of rows that share the context of a clip; row k * B' + b has that of clip b.
 
@@ -62,7 +62,7 @@ def frame_causal_attention(
         context_lengths = range(noisy.query.shape[1] // tokens)
     plan = attention_plan(
         variant,
-        context_blocks=context.key.shape[1] // tokens if context else 0,
+        context_frames=context.key.shape[1] // tokens if context else 0,
         clean_queries=clean.query.shape[1] // tokens if clean else 0,
         context_lengths=context_lengths,
     )
@@ -77,24 +77,24 @@ def frame_causal_attention(
         return clean_out, None
     noisy_rows = [torch.cat(outputs["noisy"], dim=1)] if rows_with_context else []
     if rows_with_context < len(noisy.query):
-        # Rows without context: every block attends to itself alone.
+        # Rows without context: every frame attends to itself alone.
         without_context = QKV(*(x[rows_with_context:] for x in noisy))
-        all_blocks = Segment("noisy", 0, without_context.query.shape[1] // tokens, context_blocks=0, own_keys=True)
-        noisy_rows.append(_attend(operator, all_blocks, tokens, None, without_context))
+        all_frames = Segment("noisy", 0, without_context.query.shape[1] // tokens, context_frames=0, own_keys=True)
+        noisy_rows.append(_attend(operator, all_frames, tokens, None, without_context))
     return clean_out, torch.cat(noisy_rows) if len(noisy_rows) > 1 else noisy_rows[0]
 
 
 def _attend(operator: AttentionOperator, segment: Segment, tokens: int, context: KV | None, stream: QKV) -> Tensor:
-    """Execute one segment: (B, query blocks * N, heads, head width)."""
-    blocks, all_blocks = segment.stop - segment.start, stream.query.shape[1] // tokens
-    query, key, value = (x.unflatten(1, (all_blocks, -1))[:, segment.start : segment.stop] for x in stream)
+    """Execute one segment: (B, query frames * N, heads, head width)."""
+    frames, all_frames = segment.stop - segment.start, stream.query.shape[1] // tokens
+    query, key, value = (x.unflatten(1, (all_frames, -1))[:, segment.start : segment.stop] for x in stream)
     key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may have another precision
-    if segment.context_blocks == 0:
+    if segment.context_frames == 0:
         folded = (x.flatten(0, 1) for x in (query, key, value))
-        return operator(*folded).unflatten(0, (-1, blocks)).flatten(1, 2)
+        return operator(*folded).unflatten(0, (-1, frames)).flatten(1, 2)
     query, key, value = (x.flatten(1, 2) for x in (query, key, value))
     assert context is not None
-    context_key, context_value = (x[:, : segment.context_blocks * tokens].to(query.dtype) for x in context)
+    context_key, context_value = (x[:, : segment.context_frames * tokens].to(query.dtype) for x in context)
     if not segment.own_keys:
         return operator(query, context_key, context_value)
     return operator(query, _concatenate(context_key, key), _concatenate(context_value, value))

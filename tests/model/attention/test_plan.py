@@ -15,18 +15,18 @@ VARIANTS = ("of2", "of")
 
 
 def pairs(plan: tuple[Segment, ...], cached: int) -> Counter[tuple[oracle.Block, oracle.Block]]:
-    """How often each (query block, key block) is computed; `cached` frames were cached before the clean queries."""
+    """How often each (query frame, key frame) is computed; `cached` frames were cached before the clean queries."""
     computed: Counter[tuple[oracle.Block, oracle.Block]] = Counter()
     for segment in plan:
-        for block in range(segment.start, segment.stop):
-            query = (segment.stream, cached + block)
-            computed.update((query, ("clean", j)) for j in range(segment.context_blocks))
+        for frame in range(segment.start, segment.stop):
+            query = (segment.stream, cached + frame)
+            computed.update((query, ("clean", j)) for j in range(segment.context_frames))
             computed.update([(query, query)] if segment.own_keys else [])
     return computed
 
 
 def allowed(variant: str, queries: list[oracle.Block], keys: list[oracle.Block]) -> Counter:
-    """The dense rule over blocks."""
+    """The dense rule over frames."""
     return Counter((query, key) for query in queries for key in keys if oracle.attends(variant, query, key))
 
 
@@ -36,7 +36,7 @@ def stream(name: str, start: int, stop: int) -> list[oracle.Block]:
 
 def assert_each_query_once(plan: tuple[Segment, ...], clean: int, noisy: int) -> None:
     """And in order: the outputs are concatenated in the order of the plan."""
-    queries = [(segment.stream, block) for segment in plan for block in range(segment.start, segment.stop)]
+    queries = [(segment.stream, frame) for segment in plan for frame in range(segment.start, segment.stop)]
     assert queries == stream("clean", 0, clean) + stream("noisy", 0, noisy)
 
 
@@ -145,7 +145,7 @@ def test_cached_steps_compute_only_the_new_frame(variant: str) -> None:
         model.denoise(guided, torch.cat((theta, theta))[:, 3], rolling, clean=clean[:, 3:])
     attention["both"] = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
 
-    pair = 2 * 4 * 6 * 6 * model.config.width  # one pair of blocks, two clips
+    pair = 2 * 4 * 6 * 6 * model.config.width  # one pair of frames, two clips
     assert attention["extend"] == 2 * pair * {"of2": 3, "of": 1}[variant]  # the last layer only gives keys and values
     assert attention["denoise"] == 3 * pair * 4
     # The clean frame, the noisy one after a full window of 3, and its copy that attends to itself alone.
