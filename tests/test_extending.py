@@ -94,7 +94,7 @@ def stage(folder: Path) -> Path:
 
 
 def test_a_stage(stage: Path, folder: Path) -> None:
-    assert open_weights(stage).facts.stage == "HuberStage"
+    assert open_weights(stage).weights.facts.stage == "HuberStage"
     recipe = yaml.safe_load((folder / "runs" / "stage" / "config.yaml").read_text())
     assert recipe["model"]["init_args"]["delta"] == 0.5
 
@@ -144,7 +144,7 @@ def test_a_codec(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = "my_parts.codecs.BlockMeans"
     recorded = json.loads((folder / "latents" / "means" / "manifest.json").read_text())["codec"]
     assert (recorded["name"], recorded["source"]) == (path, "gain=2")
-    assert open_weights(folder / "runs" / "codec").facts.codec.to_dict() == recorded
+    assert open_weights(folder / "runs" / "codec").weights.facts.codec.to_dict() == recorded
     assert list((folder / "runs" / "codec" / "previews").glob("*.png"))
     assert (folder / "means.mp4").is_file()
     next_command = re.search(r"^next: python -m gpdit_lightning (.*)$", capsys.readouterr().out, re.MULTILINE)

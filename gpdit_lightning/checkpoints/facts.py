@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.schema import COUNT, NUMBER, OBJECT, TEXT, check, one_of
+from gpdit_lightning.schema import COUNT, NUMBER, OBJECT, TEXT, TEXT_OR_NULL, check, one_of
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
 WeightsKind = Literal["ema", "raw"]
@@ -22,8 +22,21 @@ class Origin:
     """Their path in the recipe."""
     step: int
     """Optimizer steps that they were trained for."""
-    sha256: str
-    """Hash of the checkpoint or exported folder, which identifies them."""
+    sha256: str | None = None
+    """Hash of the checkpoint or exported folder, which identifies them; None if it is not recorded."""
+
+    SCHEMA: ClassVar[dict[str, Any]] = {"path": TEXT, "step": COUNT}
+
+    @classmethod
+    def from_dict(cls, content: Any, file: str, cure: str) -> Self:
+        """Parse and validate the record in a file, from its field `origin`; otherwise as `CodecSpec.from_dict`."""
+        check(content, cls.SCHEMA, "origin", file, cure)
+        sha256 = check(content.get("sha256"), TEXT_OR_NULL, "origin.sha256", file, cure)
+        return cls(content["path"], content["step"], sha256)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON values."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -39,8 +52,8 @@ class TrainingFacts:
     """Optimizer steps trained."""
     stage: str | None = None
     """Name of the class of the training stage."""
-    origin: dict[str, Any] | None = None
-    """`path`, `step` and `sha256` of the initial weights of the stage."""
+    origin: Origin | None = None
+    """The initial weights of the stage."""
     schedule: NoiseSchedule | None = None
     codec: CodecSpec | None = None
     """Codec of the training latents."""
@@ -56,7 +69,7 @@ class TrainingFacts:
         "weights": one_of("ema", "raw"),
         "step": COUNT,
         "stage": TEXT,
-        "origin": {"path": TEXT, "step": COUNT},
+        "origin": Origin.SCHEMA,
         "schedule": {"name": TEXT, "shift": NUMBER},
         "codec": CodecSpec.SCHEMA,
         "geometry": ClipGeometry.SCHEMA,
@@ -81,6 +94,8 @@ class TrainingFacts:
             for name in cls.SCHEMA
             if name in content
         }
+        if "origin" in facts:
+            facts["origin"] = Origin.from_dict(facts["origin"], file, EXPORT_AGAIN)
         if "schedule" in facts:
             try:
                 facts["schedule"] = NoiseSchedule(**facts["schedule"])
@@ -95,6 +110,7 @@ class TrainingFacts:
     def to_dict(self) -> dict[str, Any]:
         """Return the facts that are recorded, as JSON values."""
         facts = {name: getattr(self, name) for name in self.SCHEMA} | {
+            "origin": self.origin and self.origin.to_dict(),
             "schedule": self.schedule and asdict(self.schedule),
             "codec": self.codec and self.codec.to_dict(),
             "geometry": self.geometry and self.geometry.to_dict(),

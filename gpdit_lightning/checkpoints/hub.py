@@ -6,8 +6,9 @@ from typing import Any, Self
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 
+from gpdit_lightning.checkpoints.exported import CONFIG, WEIGHTS, read_exported, write_exported
 from gpdit_lightning.checkpoints.facts import TrainingFacts
-from gpdit_lightning.checkpoints.weights import CONFIG, WEIGHTS, Weights, read_exported, write_exported
+from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 
@@ -16,7 +17,7 @@ class HubGPDiT(GPDiT, ModelHubMixin):
     """The backbone with `from_pretrained`, `save_pretrained` and `push_to_hub`; `gpdit_lightning.GPDiT` is this class.
 
     The network itself, :class:`gpdit_lightning.model.GPDiT`, depends on torch only. `save_pretrained` and `push_to_hub`
-    are inherited from the mixin; weights.py documents the files that they write. `PyTorchModelHubMixin` is not used,
+    are inherited from the mixin; exported.py documents the files that they write. `PyTorchModelHubMixin` is not used,
     since it loads pickled weights if there are no others.
 
     Args:

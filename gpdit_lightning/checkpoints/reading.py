@@ -3,22 +3,26 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from gpdit_lightning.checkpoints.exported import WEIGHTS, is_exported, read_exported
 from gpdit_lightning.checkpoints.facts import WeightsKind
 from gpdit_lightning.checkpoints.files import checkpoint_sha256, find_checkpoint, open_checkpoint
 from gpdit_lightning.checkpoints.hub import HubGPDiT
-from gpdit_lightning.checkpoints.weights import CONFIG, WEIGHTS, Weights, read_exported
+from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
 
-def is_exported(path: Path) -> bool:
-    """Return whether a path is an exported folder, possibly incomplete."""
-    return (path / CONFIG).is_file() or (path / WEIGHTS).is_file()
+class OpenedWeights(NamedTuple):
+    """Weights, and the checkpoint or exported folder that they were read from."""
+
+    weights: Weights
+    path: Path
 
 
 def find_weights(path: str | Path) -> Path:
@@ -31,7 +35,7 @@ def sha256_of_weights(path: Path) -> str:
     return sha256_of(path / WEIGHTS) if is_exported(path) else checkpoint_sha256(path)
 
 
-def open_weights(path: str | Path, kind: WeightsKind = "ema", verify: bool = False) -> Weights:
+def open_weights(path: str | Path, kind: WeightsKind = "ema", verify: bool = False) -> OpenedWeights:
     """Open weights without copying tensors or unpickling other objects.
 
     Args:
@@ -42,15 +46,15 @@ def open_weights(path: str | Path, kind: WeightsKind = "ema", verify: bool = Fal
     Raises:
         InputError: the files cannot be read, or trained weights are requested from a folder of averaged ones.
     """
-    if is_exported(Path(path)):
-        weights = read_exported(Path(path))
+    folder = Path(path)
+    if is_exported(folder):
+        weights = read_exported(folder)
         if kind == "raw" and weights.facts.weights == "ema":
             raise InputError(f"{path} has averaged weights only: use those, or export again with --weights raw.")
-        return weights
+        return OpenedWeights(weights, folder)
     checkpoint = open_checkpoint(path, verify)
-    return Weights.checked(
-        checkpoint.backbone_weights(kind), checkpoint.config, checkpoint.facts(kind), checkpoint.path
-    )
+    tensors, facts = checkpoint.backbone_weights(kind), checkpoint.facts(kind)
+    return OpenedWeights(Weights.checked(tensors, checkpoint.config, facts, str(checkpoint.path)), checkpoint.path)
 
 
 @dataclass(frozen=True)
@@ -97,16 +101,15 @@ def load_trained_model(
         InputError: as :func:`open_weights`, or the record of the training is incomplete.
     """
     opened = open_weights(path, weights)
-    facts = opened.facts
+    facts = opened.weights.facts
     if facts.schedule is None or facts.codec is None or facts.geometry is None or facts.step is None:
         missing = [name for name in ("schedule", "codec", "geometry", "step") if getattr(facts, name) is None]
         raise InputError(
             f"{path} does not record the {', '.join(missing)} of its training, so it cannot generate: export it from a "
             "checkpoint."
         )
-    assert opened.path is not None
     return TrainedModel(
-        backbone=HubGPDiT.from_weights(opened).to(device),
+        backbone=HubGPDiT.from_weights(opened.weights).to(device),
         path=opened.path,
         weights=facts.weights or weights,
         schedule=facts.schedule,

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from gpdit_lightning.checkpoints.exported import CARD, CONFIG, WEIGHTS, config_json, write_exported
 from gpdit_lightning.checkpoints.files import remove
 from gpdit_lightning.checkpoints.reading import load_trained_model
-from gpdit_lightning.checkpoints.weights import CARD, CONFIG, WEIGHTS, Weights, config_json, write_exported
+from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import partial_path, publish
 from gpdit_lightning.options.export import ExportOptions

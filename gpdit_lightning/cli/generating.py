@@ -19,14 +19,19 @@ AUTOCAST_DTYPES = {"32": None, "bf16": torch.bfloat16}
 T = TypeVar("T")
 
 
-def load_codec_of(trained: TrainedModel, options: LoadingOptions) -> Codec:
+def load_codec_of(trained: TrainedModel, options: LoadingOptions, owner: str = "the checkpoint") -> Codec:
     """Load the codec of a model to the model's device.
+
+    Args:
+        trained: the model.
+        options: the user's codec and its weights, if given.
+        owner: name of the model, for messages.
 
     Raises:
         InputError: the codec's weights are unavailable.
     """
-    device, path = next(trained.backbone.parameters()).device, str(trained.path)
-    return load_codec_from_spec(trained.codec, device, options.codec_source, owner=path, codec=options.codec)
+    device = next(trained.backbone.parameters()).device
+    return load_codec_from_spec(trained.codec, device, options.codec_source, owner, options.codec)
 
 
 def generation_config(

@@ -111,7 +111,7 @@ def probe_checkpoint(
         options: of the verb.
     """
     trained = load_trained_model(checkpoint, available_device(options.device), options.weights)
-    codec = load_codec_of(trained, options)
+    codec = load_codec_of(trained, options, str(checkpoint))
     size = trained_sizes(options.size, trained)[0]
     regularisation = None if options.regularisation == "auto" else options.regularisation
     features = extract_layer_features(

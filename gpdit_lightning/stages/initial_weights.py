@@ -48,11 +48,10 @@ class InitialWeights:
                 f"model.init_args.initial_weights is {path}, which does not exist: train that stage first (`chain` "
                 "trains all stages), or start from random weights with --model.init_args.initial_weights=''."
             )
-        weights = open_weights(path, verify=True)
-        assert weights.path is not None
+        weights, folder = open_weights(path, verify=True)
         check_architecture(weights.config.to_dict(), backbone.config, path)
         weights.load_into(backbone)
-        origin = Origin(path, weights.facts.step or 0, sha256_of_weights(weights.path))
+        origin = Origin(path, weights.facts.step or 0, sha256_of_weights(folder))
         kind = "averaged" if weights.facts.weights == "ema" else "trained"
         log.info("training starts from the %s weights of %s (step %d)", kind, path, origin.step)
         return cls(origin, weights.facts.codec, weights.facts.classes)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig
-from gpdit_lightning.checkpoints.facts import TrainingFacts
+from gpdit_lightning.checkpoints.facts import Origin, TrainingFacts
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError
 
@@ -27,7 +27,7 @@ FACTS: dict[str, Any] = {
     "weights": "ema",
     "step": 1200,
     "stage": "MixedStage",
-    "origin": {"path": "runs/before", "step": 7},
+    "origin": {"path": "runs/before", "step": 7, "sha256": "0" * 64},
     "schedule": {"name": "cosine", "shift": 2.0},
     "codec": {
         "name": "pca",
@@ -293,6 +293,7 @@ def test_a_missing_config_is_reported(folder: Path) -> None:
         ("geometry", FACTS["geometry"] | {"sizes": [[]]}, "geometry.sizes[0] = []; it must be a non-empty list"),
         ("schedule", {"name": "cosine", "shift": "2"}, "schedule.shift = '2'; it must be a finite number"),
         ("origin", {"path": "a"}, "lacks the field origin.step"),
+        ("origin", FACTS["origin"] | {"sha256": 3}, "origin.sha256 = 3; it must be a string or null"),
         ("classes", [], "classes = []; it must be a non-empty list"),
         ("classes", ["run", 2], "classes[1] = 2; it must be a string"),
         ("classes", ["run"], "names 1 classes where its architecture has 2: export the model again"),
@@ -304,6 +305,11 @@ def test_a_field_of_the_wrong_type_is_reported(folder: Path, name: str, value: A
         GPDiT.from_pretrained(folder)
     assert str(folder / "config.json") in str(caught.value)
     assert message in str(caught.value)
+
+
+def test_an_origin_without_a_hash_is_read(folder: Path) -> None:
+    edit(folder, lambda content: content["origin"].pop("sha256"))
+    assert GPDiT.from_pretrained(folder).facts.origin == Origin("runs/before", 7)
 
 
 def test_unknown_fields_are_ignored(folder: Path) -> None:

@@ -123,7 +123,7 @@ def test_raw_weights_are_exported_on_request(run: Path, exported: Path, tmp_path
     assert_same(tensors_of(tmp_path / "raw"), dict(raw.state_dict()))
     assert not torch.equal(velocity(raw), velocity(load_trained_model(exported).backbone))
     for kind in ("ema", "raw"):  # an export without averaged weights is opened with its raw weights
-        assert open_weights(tmp_path / "raw", kind).facts.weights == "raw"
+        assert open_weights(tmp_path / "raw", kind).weights.facts.weights == "raw"
     with pytest.raises(InputError, match=r"model has averaged weights only: use those, or export again with"):
         load_trained_model(exported, weights="raw")
 
@@ -178,7 +178,7 @@ def test_failed_export_leaves_no_files(run: Path, tmp_path: Path, monkeypatch: p
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device", "model.safetensors")
 
-    monkeypatch.setattr("gpdit_lightning.checkpoints.weights.save_file", fail)
+    monkeypatch.setattr("gpdit_lightning.checkpoints.exported.save_file", fail)
     assert export(run, tmp_path / "model") == 2
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,92 @@
+"""Exported models on disk: reading and writing of their folders.
+
+An exported folder contains `model.safetensors`, `config.json` and the model card, `README.md`. Other files are never
+read, and neither of the first two can contain code. `config.json` is plain JSON:
+
+    format, library_version, dtype   format of the folder, version of its writer, data type of the weights
+    config                           architecture: `GPDiTConfig.to_dict()`
+    weights, step, stage, ...        the recorded fields of `TrainingFacts`
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from gpdit_lightning.checkpoints.card import model_card
+from gpdit_lightning.checkpoints.facts import EXPORT_AGAIN
+from gpdit_lightning.checkpoints.weights import Weights
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import atomic_write
+from gpdit_lightning.model.config import GPDiTConfig
+from gpdit_lightning.version import __version__
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FORMAT = "gpdit_lightning-model-1"
+
+
+def is_exported(path: Path) -> bool:
+    """Return whether a path is an exported folder, possibly incomplete."""
+    return (path / CONFIG).is_file() or (path / WEIGHTS).is_file()
+
+
+def read_exported(folder: Path) -> Weights:
+    """Open the weights in an exported folder, memory-mapped.
+
+    Raises:
+        InputError: a file is missing, truncated or of another type.
+    """
+    path, config_path = folder / WEIGHTS, folder / CONFIG
+    cure = f"{EXPORT_AGAIN}, or copy or download all of its folder"
+    try:
+        content = json.loads(config_path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{config_path} does not exist: {cure}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{config_path} is not readable JSON ({error}): {cure}.") from None
+    file_format = content.get("format") if isinstance(content, dict) else None
+    if file_format != FORMAT:
+        raise InputError(f"{config_path} has format {file_format!r} and this version reads {FORMAT!r}: {cure}.")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist, and weights in other files are not opened: {cure}.")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is not a complete safetensors file ({error}): {cure}.") from None
+    weights = Weights.checked(tensors, content.get("config"), content, str(config_path))
+    return replace(weights, owner=str(path))
+
+
+def write_exported(folder: Path, weights: Weights) -> None:
+    """Write the files of an exported folder, each atomically; an existing card is kept.
+
+    Raises:
+        InputError: the weights cannot be written, usually because the disk is full.
+    """
+    with atomic_write(folder / CONFIG) as path:
+        path.write_text(config_json(weights), encoding="utf-8")
+    with atomic_write(folder / WEIGHTS) as path:
+        try:
+            # `contiguous` copies only the few tensors that are not contiguous already.
+            save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, path)
+        except SafetensorError as error:
+            raise InputError(f"{folder / WEIGHTS} cannot be written ({error}): free some disk space.") from None
+        shutil.copymode(folder / CONFIG, path)  # safetensors makes it readable by its owner only
+    if not (folder / CARD).exists():
+        parameters = sum(tensor.numel() for tensor in weights.tensors.values())
+        with atomic_write(folder / CARD) as path:
+            path.write_text(model_card(weights.config, weights.facts, parameters, _dtype(weights)), encoding="utf-8")
+
+
+def config_json(weights: Weights) -> str:
+    """Return the text of `config.json`, without settings of execution such as `compile`."""
+    config = GPDiTConfig.preset(weights.config.size, **weights.config.architecture())
+    head = {"format": FORMAT, "library_version": __version__, "dtype": _dtype(weights), "config": config.to_dict()}
+    return json.dumps(head | weights.facts.to_dict(), indent=2) + "\n"
+
+
+def _dtype(weights: Weights) -> str:
+    return str(next(iter(weights.tensors.values())).dtype).removeprefix("torch.")
