@@ -214,6 +214,7 @@ class Denoiser:
         conditions = [self.condition]
         conditions += [self.null_condition] if over_label else []
         conditions += [self.condition] if over_context else []
+        # The last rows, for guidance over the context, are more than `draws` per clip: they have no context.
         with self._autocast(noisy):
             velocities = self.model.denoise(
                 noisy.repeat(len(conditions), 1, 1, 1),

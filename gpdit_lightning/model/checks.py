@@ -133,8 +133,8 @@ def check_denoise(
         check_cache(cache, clips, noisy, new_frames)
     if len(noisy) < draws * clips:
         raise InputError(
-            f"noisy has {len(noisy)} rows, fewer than draws * B = {draws} * {clips}: give `draws` rows for each of the "
-            "B clips that have context, and after them any number of rows without context."
+            f"the rows of noisy are {len(noisy)}, fewer than draws * B = {draws} * {clips}: give `draws` rows for each "
+            "of the B clips that have context, and after them any number of rows without context."
         )
 
 

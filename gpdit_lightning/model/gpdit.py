@@ -259,7 +259,8 @@ class GPDiT(nn.Module):
             clean: (B, k, C, H, W), the clean frames immediately before this frame. With a cache they are appended to it
                 in the same pass, as by `extend`; without a cache they are the whole context (GPDiT, section 4.1.2).
             draws: K, number of rows that share the context of a clip: row k * B + b has that of clip b.
-            compiled: use blocks compiled by torch.compile; with a rolling cache, four graphs are used for all frames.
+            compiled: use blocks compiled by torch.compile, whatever `config.compile`, which concerns training; with a
+                rolling cache, four graphs are used for all frames.
 
         Returns:
             velocity (R, C, H, W), equal to that of this frame in :meth:`forward`.

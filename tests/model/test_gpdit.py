@@ -75,32 +75,27 @@ def test_empty_latents() -> None:
             toy_model()(torch.zeros(shape).double(), torch.zeros(shape[:2]).double())
 
 
-def test_a_model_without_conditions_refuses_one() -> None:
-    model, (noisy, theta, clean) = toy_model(), toy_batch()
-    label = torch.zeros(2)
-    cache = model.new_cache(2, 4, 4, 6)
-    for call in (
-        lambda: model(noisy, theta, clean, condition=label),
-        lambda: model.features(clean, [1], condition=label),
-        lambda: model.extend(cache, clean, condition=label),
-        lambda: model.denoise(noisy[:, 0], theta[:, 0], cache, condition=label),
-    ):
-        with pytest.raises(InputError, match="condition"):
-            call()
-
-
-@pytest.mark.parametrize("label", [[0, 2], [0], [0.0, 1.0]], ids=["unknown class", "too few", "no integers"])
-def test_every_method_checks_labels(label: list[float]) -> None:
-    """Labels have no effect on clean frames, but a wrong one is an error there too."""
-    model, (noisy, theta, clean) = toy_model(classes=2), toy_batch()
-    cache, labels = model.new_cache(2, 4, 4, 6), torch.tensor(label)
+@pytest.mark.parametrize(
+    ("classes", "condition", "match"),
+    [
+        (0, [0, 0], "leave `condition` at None"),
+        (2, [0, 2], "this model takes a class from 0 to 1, or -1 for none, for each of 2 clips"),
+        (2, [0], "for each of 2 clips"),
+        (2, [0.0, 1.0], "the condition is .*takes a class"),
+    ],
+    ids=["model without classes", "unknown class", "too few", "no integers"],
+)
+def test_every_method_checks_the_condition(classes: int, condition: list[float], match: str) -> None:
+    """It has no effect on clean frames, but a wrong one is an error there too."""
+    model, (noisy, theta, clean) = toy_model(classes=classes), toy_batch()
+    cache, labels = model.new_cache(2, 4, 4, 6), torch.tensor(condition)
     for call in (
         lambda: model(noisy, theta, clean, condition=labels),
         lambda: model.features(clean, [1], condition=labels),
         lambda: model.extend(cache, clean, condition=labels),
         lambda: model.denoise(noisy[:, 0], theta[:, 0], cache, condition=labels),
     ):
-        with pytest.raises(InputError, match="this model takes a class from 0 to 1, or -1 for none, for each of 2"):
+        with pytest.raises(InputError, match=match):
             call()
 
 

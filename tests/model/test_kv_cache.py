@@ -172,7 +172,7 @@ def test_more_frames_than_the_capacity_are_refused() -> None:
 @pytest.mark.parametrize(
     ("shape", "theta_shape", "match"),
     [
-        ((1, 3, 4, 6), (1,), "noisy has 1 rows, fewer than draws \\* B = 1 \\* 2"),
+        ((1, 3, 4, 6), (1,), "the rows of noisy are 1, fewer than draws \\* B = 1 \\* 2"),
         ((2, 3, 6, 4), (2,), "2 of 6x4 were given"),
         ((2, 3, 4, 6), (2, 1), "theta has shape"),
         ((2, 3, 4, 6), (1,), "theta has shape"),
@@ -287,6 +287,6 @@ def test_draws_that_do_not_fit_the_rows_are_refused() -> None:
     for context in ({"cache": cache}, {"clean": clean[:, :2]}, {"cache": cache, "clean": clean[:, :1]}):
         with pytest.raises(InputError, match="draws is 0; it must be at least 1"):
             model.denoise(noisy[:, 2], theta[:, 2], **context, draws=0)
-        with pytest.raises(InputError, match=r"noisy has 3 rows, fewer than draws \* B = 2 \* 2"):
+        with pytest.raises(InputError, match=r"the rows of noisy are 3, fewer than draws \* B = 2 \* 2"):
             model.denoise(noisy[:, 2], theta[:, 2], **context, draws=2)
     assert cache.frames == 0
