@@ -62,16 +62,11 @@ class ClassSpec:
         given = value if isinstance(value, Mapping) else {"class_path": value}
         for name in given:
             if name not in SPEC_FIELDS:
-                cure = (
-                    did_you_mean(name, SPEC_FIELDS) or f": an argument of the class is {self.option}.init_args.{name}"
-                )
+                cure = did_you_mean(name, SPEC_FIELDS) or f": write {self.option}.init_args.{name}"
                 raise InputError(f"{self.option}.{name} is not an option{cure}.")
         if "class_path" in given and not has_interpolation(given["class_path"]):
             kind = resolve_class(given["class_path"], self.option, self.base)
-            if self.kind not in (
-                None,
-                kind,
-            ):  # as jsonargparse: an argument that the new class does not take is dropped
+            if self.kind not in (None, kind):  # jsonargparse drops arguments that the new class does not take
                 accepted = argument_names(kind)
                 self.arguments = {name: value for name, value in self.arguments.items() if name in accepted}
             self.kind = kind
