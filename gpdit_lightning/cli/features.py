@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -96,7 +96,7 @@ def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec) -
         stride=geometry.stride if options.stride is None else options.stride,
         size=f"{size[0]}x{size[1]}",
         precision=selected_precision(options, trained),
-        codec=f"{codec.name} {codec.fingerprint}",
+        codec=codec.spec(),
         weights=trained.weights,  # a run may have no EMA weights
         step=trained.step,
         fingerprint=fingerprint_of(backbone.state_dict()),
@@ -134,7 +134,7 @@ def create_or_resume(out: Path, record: FeatureRecord) -> None:
         InputError: the folder contains other features.
     """
     if (out / RECORD).exists():
-        FeatureRecord.load(out).check(asdict(record), out)
+        FeatureRecord.load(out).check(vars(record), out)
     elif any(out.rglob(f"*{SUFFIXES[record.format]}")):
         raise InputError(f"{out} contains {SUFFIXES[record.format]} files but no {RECORD}: give another --out.")
     else:

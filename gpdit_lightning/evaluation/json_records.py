@@ -1,7 +1,7 @@
 """Loading of dataclasses from JSON. A missing field, an unknown field or a value of another type is an error."""
 
 import json
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -52,12 +52,13 @@ def convert(annotation: Any, value: Any, name: str, remedy: str) -> Any:
     """
     origin, parts = get_origin(annotation), get_args(annotation)
     if is_dataclass(annotation) and isinstance(value, dict):
-        hints = get_type_hints(annotation)
+        all_hints = get_type_hints(annotation)
+        hints = {field.name: all_hints[field.name] for field in fields(annotation)}
         for field in sorted(value.keys() ^ hints.keys()):
             problem = "lacks the field" if field in hints else "has the unknown field"
             raise InputError(f"{name} {problem} {field!r}: {remedy}.")
-        fields = {field: convert(hints[field], value[field], f"{name}, {field}", remedy) for field in hints}
-        return annotation(**fields)  # type: ignore[operator]
+        converted = {field: convert(hints[field], value[field], f"{name}, {field}", remedy) for field in hints}
+        return annotation(**converted)  # type: ignore[operator]
     if origin is dict and isinstance(value, dict):
         return {key: convert(parts[1], entry, f"{name}, {key}", remedy) for key, entry in value.items()}
     if origin is tuple and isinstance(value, list):

@@ -28,6 +28,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.json_records import load_record
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.video import natural_sort_key
+from gpdit_lightning.specs import CodecSpec
 
 RECORD = "features.json"
 SUFFIXES = {"npy": ".npy", "pickle": ".pkl"}  # by format
@@ -79,8 +80,7 @@ class FeatureRecord:
     """HEIGHTxWIDTH in pixels."""
     precision: str
     """Precision of matrix products: 32 or bf16."""
-    codec: str
-    """Name and fingerprint of the codec."""
+    codec: CodecSpec
     weights: str
     """EMA weights (ema) or last trained weights (raw)."""
     step: int
@@ -110,15 +110,14 @@ class FeatureRecord:
         Raises:
             InputError: a field has another value, or does not exist.
         """
-        fields = asdict(self)
+        fields, path = asdict(self), Path(folder) / RECORD
         for name, value in expected.items():
             if name not in fields:
                 raise InputError(f"{RECORD} has no field {name!r}: give one of {', '.join(fields)}.")
-            if fields[name] != value:
-                raise InputError(
-                    f"{Path(folder) / RECORD} has {name} {fields[name]!r}, but {value!r} is expected: use "
-                    "another folder."
-                )
+            if isinstance(value, CodecSpec):
+                self.codec.check_same(value, str(path), "the expected features", "use another folder")
+            elif fields[name] != value:
+                raise InputError(f"{path} has {name} {fields[name]!r}, but {value!r} is expected: use another folder.")
 
     @property
     def shape(self) -> tuple[int, int]:

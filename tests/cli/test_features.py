@@ -74,7 +74,7 @@ def test_features_are_those_of_the_layer(work: Path, tmp_path: Path, capsys: pyt
     data = VideoFeatures(tmp_path, layer=2, frames=17, stride=3, size="32x32", weights="ema")
     assert set(data.names) == {"a", "jump/b", "jump/c.1"}
     assert data.record.shape == (5 + 4, 24)
-    assert data.record.codec == f"pca {CODEC.fingerprint}"
+    assert data.record.codec == CODEC.spec()
     for name in data.names:
         torch.testing.assert_close(data[name].double(), expected(work, name), rtol=2e-3, atol=2e-3)
     assert "features of 3 videos, 9 tokens of width 24 each; 3 of them are new, and 0" in capsys.readouterr().out

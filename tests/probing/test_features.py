@@ -4,7 +4,7 @@ import io
 import json
 import pickle
 import pickletools
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from gpdit_lightning.probing.features import (
     spatio_temporal,
     write_features,
 )
+from gpdit_lightning.specs import CodecSpec
 
+CODEC = CodecSpec("pca", None, 1, 8, 4, (0.0,), (1.0,), "0123456789abcdef")
 RECORD = FeatureRecord(
     format="npy",
     layer=2,
@@ -31,7 +33,7 @@ RECORD = FeatureRecord(
     stride=3,
     size="32x32",
     precision="32",
-    codec="pca 0123456789abcdef",
+    codec=CODEC,
     weights="ema",
     step=1,
     fingerprint="fedcba9876543210",
@@ -118,6 +120,9 @@ def test_features_of_another_model_are_refused(tmp_path: Path) -> None:
         VideoFeatures(tmp_path, layer=18)
     with pytest.raises(InputError, match="has no field 'layers'"):
         VideoFeatures(tmp_path, layers=2)
+    VideoFeatures(tmp_path, codec=replace(CODEC, source="moved"))
+    with pytest.raises(InputError, match=r"features\.json and the expected features are of different codecs \(fingerp"):
+        VideoFeatures(tmp_path, codec=replace(CODEC, fingerprint="0" * 16))
 
 
 def test_unusable_folders_are_refused(tmp_path: Path) -> None:
@@ -137,8 +142,12 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
         ("{", "is not valid JSON"),
         ("[]", r"is \[\], which is not a value"),
         (json.dumps({"layer": 2}), "lacks the field 'architecture'"),
-        (json.dumps({**vars(RECORD), "layer": True}), "layer is True"),
-        (json.dumps({**vars(RECORD), "format": "zip"}), "format is 'zip'"),
+        (json.dumps({**asdict(RECORD), "layer": True}), "layer is True"),
+        (json.dumps({**asdict(RECORD), "format": "zip"}), "format is 'zip'"),
+        (
+            json.dumps({**asdict(RECORD), "codec": "pca 0123456789abcdef"}),
+            "codec is 'pca 0123456789abcdef', which is not",
+        ),
     ],
 )
 def test_an_invalid_record_is_refused(tmp_path: Path, content: str, message: str) -> None:
