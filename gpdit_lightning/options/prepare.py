@@ -58,18 +58,30 @@ class InputOptions(OptionRecord):
     """Files with captions, labels and splits: UCF-101's trainlist01.txt, testlist01.txt and classInd.txt; MSR-VTT's
     videodatainfo.json; .jsonl, .csv or .tsv with source, caption, label, split. If they list training files, unlisted
     files are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions(OptionRecord):
+    """Input files."""
+
     labels: bool = False
     """Label each file with the name of its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class HoldOutOptions(ValidationOptions):
+class HeldOutInputOptions(OptionRecord):
     """Validation."""
 
     validation_videos: Sequence[Path] = ()
     """Videos that are used for validation only, specified like --videos."""
     validation_images: Sequence[Path] = ()
     """Images that are used for validation only, specified like --videos."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOutOptions(HeldOutInputOptions, ValidationOptions):
+    """Validation."""
+
     validation_fraction: float = 0.05
     """Fraction of the input files to hold out, chosen by a hash of their names; without effect if --validation_videos,
     --validation_images or --annotations determine the split."""
@@ -114,18 +126,24 @@ class ClipOptions(OptionRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardOptions(OptionRecord):
+class OutputOptions(OptionRecord):
     """Output."""
 
     out: Path
     """Folder for the shards and manifest.json. New input files are added to existing shards."""
+    retry_skipped: bool = False
+    """Retry the input files that earlier runs skipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions(OptionRecord):
+    """Output."""
+
     shard_size: int = 1000
     """Maximum number of samples per shard."""
     part_size: int = 1000
     """Number of videos in a part, which one process encodes into separate shards; parts of images have 16 times as many
     files, parts of tars a 64th. Lower it if there are fewer parts than GPUs."""
-    retry_skipped: bool = False
-    """Retry the input files that earlier runs skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +160,16 @@ class ProcessOptions(DeviceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareOptions(InputOptions, ShardOptions, ClipOptions, HoldOutOptions, CodecOptions, ProcessOptions):
+class PrepareOptions(
+    LabelOptions,
+    InputOptions,
+    OutputOptions,
+    ShardOptions,
+    ClipOptions,
+    HoldOutOptions,
+    CodecOptions,
+    ProcessOptions,
+):
     """Prepare."""
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Options that several verbs share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -14,6 +14,11 @@ def check_at_least(options: Any, **limits: int) -> None:
         value = getattr(options, name)
         if value is not None and value < limit:
             raise InputError(f"--{name} is {value}: give at least {limit}.")
+
+
+def names_of(*records: type[Any]) -> tuple[str, ...]:
+    """Return the names of all options of some records."""
+    return tuple(field.name for record in records for field in fields(record))
 
 
 class OptionRecord:

@@ -105,12 +105,12 @@ class ClipReader:
             file: the input file.
         """
         try:
-            if file.kind == "video":
+            if file.format == "video":
                 yield from self._clips_of_video(index, file)
-            elif file.split is None:
+            elif file.format == "tar":
                 yield from self._images_of_tar(index, file)
             else:
-                yield from self._image(index, file, file.split)
+                yield from self._image(index, file)
         except InputError as error:
             yield SkippedInput(index, file.name, str(error))
         except Exception as error:  # for a damaged file a library may raise any exception
@@ -118,13 +118,14 @@ class ClipReader:
             yield SkippedInput(index, file.name, reason)
         yield EndOfFile(index)
 
-    def _image(self, index: int, file: InputFile, split: Split) -> Iterator[Item]:
+    def _image(self, index: int, file: InputFile) -> Iterator[Item]:
+        assert file.split is not None
         id = SampleId(file.name, None)
         if id in self.encoded:
             yield EncodedClip(index, id)
         else:
             metadata = {"source": file.name} | file.annotation
-            yield self._clip_of_image(index, split, read_image(file.path), metadata)
+            yield self._clip_of_image(index, file.split, read_image(file.path), metadata)
 
     def _images_of_tar(self, index: int, tar: InputFile) -> Iterator[Item]:
         for sample in iterate_samples(tar.path):
@@ -213,23 +214,25 @@ def cut_clips(frames: Iterator[Frame], options: PrepareOptions, temporal_factor:
         temporal_factor: pixel frames per latent frame of the codec, after the first frame.
     """
     window: list[Frame] = []
-    used = 0  # frames at the start of the window that are already in a clip; if negative, frames still to drop
+    used = 0  # frames at the start of the window that are already in a clip
+    to_drop = 0  # frames between the last clip and the start of the next
 
     def rest() -> Iterator[list[Frame]]:
         length = len(window) - (len(window) - 1) % temporal_factor
-        if length > max(used, 0):
+        if length > used:
             yield window[:length]
 
     for frame in frames:
         if frame.begins_shot:
             yield from rest()
-            window, used = [], 0
-        if used < 0:
-            used += 1
+            window, used, to_drop = [], 0, 0
+        if to_drop:
+            to_drop -= 1
             continue
         window.append(frame)
         if len(window) == options.clip_frames:
             yield window
             window = window[options.frames_between_starts :]
-            used = options.clip_frames - options.frames_between_starts
+            used = len(window)
+            to_drop = max(0, options.frames_between_starts - options.clip_frames)
     yield from rest()

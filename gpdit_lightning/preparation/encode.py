@@ -28,7 +28,8 @@ SHARD_NAME = re.compile(
 )
 REFRESH_SECONDS = 0.5  # between changes of the text of the progress bar
 
-Bucket = tuple[Split, Kind, Shape]
+ShardType = tuple[Split, Kind, Shape]
+"""Properties that all samples of a shard share."""
 
 
 class Progress:
@@ -119,7 +120,7 @@ class PartEncoder:
     ) -> None:
         self._files, self._batch_size, self._codec = files, batch_size, codec
         self._stored, self._writer, self._progress = stored, writer, progress
-        self._pending: dict[Bucket, list[Clip]] = defaultdict(list)
+        self._pending: dict[ShardType, list[Clip]] = defaultdict(list)
         self._used: dict[str, StoredSample] = {}  # the last sample of each video or image
         self._files_with_samples: set[int] = set()
         self._labels: set[str] = set()
@@ -129,10 +130,10 @@ class PartEncoder:
         """Add an item of `read_clips`, and encode its batch if that is full."""
         match item:
             case Clip():
-                bucket = item.split, self._files[item.file].kind, self._codec.latent_shape(item.pixels.shape)
-                self._pending[bucket].append(item)
-                if len(self._pending[bucket]) == min(self._batch_size, self._writer.remaining(*bucket)):
-                    self._encode(bucket)
+                shard_type = item.split, self._files[item.file].kind, self._codec.latent_shape(item.pixels.shape)
+                self._pending[shard_type].append(item)
+                if len(self._pending[shard_type]) == min(self._batch_size, self._writer.remaining(*shard_type)):
+                    self._encode(shard_type)
             case EncodedClip():
                 self._record_sample(item.file, item.id.source, self._stored[item.id])
             case SkippedInput():
@@ -142,8 +143,8 @@ class PartEncoder:
 
     def encode_remaining(self) -> None:
         """Encode the batches that are not full."""
-        for bucket in list(self._pending):
-            self._encode(bucket)
+        for shard_type in list(self._pending):
+            self._encode(shard_type)
 
     def result(self, shards: tuple[ShardEntry, ...]) -> PartResult:
         """Return the result of the part, whose shards are `shards`."""
@@ -157,9 +158,9 @@ class PartEncoder:
             without_samples=tuple(unused),
         )
 
-    def _encode(self, bucket: Bucket) -> None:
-        split, kind, _ = bucket
-        clips = self._pending.pop(bucket)
+    def _encode(self, shard_type: ShardType) -> None:
+        split, kind, _ = shard_type
+        clips = self._pending.pop(shard_type)
         latents = self._codec.encode(torch.stack([clip.pixels for clip in clips])).cpu().numpy()
         for clip, latent in zip(clips, latents, strict=True):
             name = clip.metadata["source"]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gpdit_lightning.data.manifest import Kind, Split
 from gpdit_lightning.errors import InputError
@@ -16,7 +16,9 @@ from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.annotations import Annotations, read_annotations
 from gpdit_lightning.preparation.tars import expand_pattern
 
-EXTENSIONS: dict[Kind, tuple[str, ...]] = {"video": VIDEO_EXTENSIONS, "image": IMAGE_EXTENSIONS}
+FileFormat = Literal["video", "image", "tar"]
+
+EXTENSIONS: dict[FileFormat, tuple[str, ...]] = {"video": VIDEO_EXTENSIONS, "image": IMAGE_EXTENSIONS}
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,7 @@ class InputFile:
     name: str
     """Name of the file in metadata, records and reports: its path relative to the folder in which it was found. For a
     file of --validation_videos or --validation_images it begins with the name of that folder."""
-    kind: Kind
-    """For a tar of images, "image"."""
+    format: FileFormat
     split: Split | None
     """None for a tar, whose images have a split each."""
     bytes: int
@@ -37,6 +38,11 @@ class InputFile:
     """Reason for the split."""
     captions: tuple[str, ...] = ()
     label: str | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """Kind of the samples."""
+        return "video" if self.format == "video" else "image"
 
     @property
     def path_hash(self) -> str:
@@ -91,22 +97,22 @@ def find_inputs(options: PrepareOptions, recorded: Mapping[str, Split | None] | 
     _add_files(inputs, "video", options.videos, options.validation_videos, options, recorded or {})
     _add_files(inputs, "image", options.images, options.validation_images, options, recorded or {})
     for path, name in (file for pattern in options.image_tars for file in _find_tars(pattern)):
-        inputs.files.append(InputFile(path, name, "image", None, path.stat().st_size))
+        inputs.files.append(InputFile(path, name, "tar", None, path.stat().st_size))
     _check_unique(inputs.files)
     return inputs
 
 
 def _add_files(
     inputs: Inputs,
-    kind: Kind,
+    file_format: FileFormat,
     paths: Sequence[Path],
     held_out_paths: Sequence[Path],
     options: PrepareOptions,
     recorded: Mapping[str, Split | None],
 ) -> None:
     """Add the videos, or the images, to the inputs."""
-    files = [file for path in paths for file in _find_files(path, kind)]
-    held_out = [file for path in held_out_paths for file in _find_held_out_files(path, kind)]
+    files = [file for path in paths for file in _find_files(path, file_format)]
+    held_out = [file for path in held_out_paths for file in _find_held_out_files(path, file_format)]
     fraction = None if held_out_paths else options.validation_fraction
     names = [name for _, name in files]
     splits = _choose_splits(names, fraction, options.source_pattern, inputs.annotations, recorded)
@@ -119,7 +125,7 @@ def _add_files(
         annotation = inputs.annotations.get(name)
         label = annotation.label or (path.parent.name if options.labels else None)
         size = path.stat().st_size
-        inputs.files.append(InputFile(path, name, kind, split, size, reason, annotation.captions, label))
+        inputs.files.append(InputFile(path, name, file_format, split, size, reason, annotation.captions, label))
 
 
 def hash_path(path: Path) -> str:
@@ -146,8 +152,8 @@ def recording_of(name: str, pattern: str | None) -> str:
     return match.group() if match else name
 
 
-def _find_files(path: Path, kind: Kind) -> list[tuple[Path, str]]:
-    """Find the files of a kind in a folder or list, or a single file.
+def _find_files(path: Path, file_format: FileFormat) -> list[tuple[Path, str]]:
+    """Find the files of a format in a folder or list, or a single file.
 
     Returns:
         The path of each file, and its path relative to the folder.
@@ -156,25 +162,25 @@ def _find_files(path: Path, kind: Kind) -> list[tuple[Path, str]]:
         InputError: the path does not exist, or the folder or list contains no files.
     """
     if path.is_dir():
-        extensions = EXTENSIONS[kind]
+        extensions = EXTENSIONS[file_format]
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
         if not files:
-            raise InputError(f"{path} has no {kind} files ({', '.join(extensions)}): give another folder.")
+            raise InputError(f"{path} has no {file_format} files ({', '.join(extensions)}): give another folder.")
         return [(file, file.relative_to(path).as_posix()) for file in files]
     if not path.is_file():
-        raise InputError(f"{path} does not exist: give a folder, a file or a .txt list of {kind}s.")
+        raise InputError(f"{path} does not exist: give a folder, a file or a .txt list of {file_format}s.")
     if path.suffix.lower() != ".txt":
         return [(path, path.name)]
     return _read_file_list(path)
 
 
-def _find_held_out_files(path: Path, kind: Kind) -> list[tuple[Path, str]]:
+def _find_held_out_files(path: Path, file_format: FileFormat) -> list[tuple[Path, str]]:
     """Find files as `_find_files` does; their names begin with that of the folder.
 
     (File names often occur in both the training and the validation folder of a data set.)
     """
     prefix = f"{path.name}/" if path.is_dir() else ""
-    return [(file, prefix + name) for file, name in _find_files(path, kind)]
+    return [(file, prefix + name) for file, name in _find_files(path, file_format)]
 
 
 def _read_file_list(path: Path) -> list[tuple[Path, str]]:

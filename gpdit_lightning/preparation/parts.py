@@ -35,7 +35,10 @@ def encode_parts(options: PrepareOptions, records: Records, files: Iterable[Inpu
     rank, ranks, local_rank = rank_of_process()
     parts = records.unfinished_parts
     if rank == 0 and len(parts) < ranks:
-        print(f"{len(parts)} parts for {ranks} processes: lower --part_size so that every process has a part.")
+        print(
+            f"only {len(parts)} parts for {ranks} processes, so {ranks - len(parts)} processes are idle: lower "
+            "--part_size before the next preparation."
+        )
     by_name = {file.name: file for file in files}
     total = sum(len(records.files_of_part(part)) for part in parts)
     progress = Progress(math.ceil(total / ranks), hidden=local_rank > 0)

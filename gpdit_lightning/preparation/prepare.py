@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,15 +19,22 @@ from gpdit_lightning.data.manifest import FILE_NAME, SKIPPED_NAME, Manifest, Spl
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import parse_size
-from gpdit_lightning.options.prepare import PrepareOptions
+from gpdit_lightning.options.prepare import (
+    HeldOutInputOptions,
+    InputOptions,
+    OutputOptions,
+    PrepareOptions,
+    ProcessOptions,
+)
+from gpdit_lightning.options.shared import names_of
 from gpdit_lightning.preparation import shots
-from gpdit_lightning.preparation.input_files import InputFile, Inputs, find_inputs
+from gpdit_lightning.preparation.input_files import FileFormat, InputFile, Inputs, find_inputs
 from gpdit_lightning.preparation.parts import encode_parts, load_checked_codec
 from gpdit_lightning.preparation.records import PartResult, Records
 
-# Options that do not determine the content of a sample.
-INPUT_OPTIONS = ("videos", "images", "image_tars", "validation_videos", "validation_images", "annotations")
-RUN_OPTIONS = ("out", "codec_source", "device", "batch_size", "workers", "ray", "retry_skipped")
+# Options that do not determine the content of a sample; the weights of the codec may be moved.
+INPUT_OPTIONS = names_of(InputOptions, HeldOutInputOptions)
+RUN_OPTIONS = (*names_of(OutputOptions, ProcessOptions), "codec_source")
 IMAGES_PER_VIDEO, VIDEOS_PER_TAR = 16, 64  # `part_size` is a number of videos: part sizes of the other formats
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
@@ -144,17 +150,13 @@ def _files_to_encode(options: PrepareOptions, records: Records, inputs: Inputs) 
 
 def _add_parts(options: PrepareOptions, records: Records, files: list[InputFile]) -> None:
     """Divide files into parts, each with files of one format: videos, images or tars."""
-    sizes = {
+    sizes: dict[FileFormat, int] = {
         "video": options.part_size,
         "image": options.part_size * IMAGES_PER_VIDEO,
         "tar": max(1, options.part_size // VIDEOS_PER_TAR),
     }
-
-    def format_of(file: InputFile) -> int:
-        return list(sizes).index("tar" if file.split is None else file.kind)
-
-    for number, group in groupby(sorted(files, key=format_of), key=format_of):
-        records.add_parts(list(group), list(sizes.values())[number])
+    for file_format, size in sizes.items():
+        records.add_parts([file for file in files if file.format == file_format], size)
 
 
 def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, codec: Codec) -> Manifest:

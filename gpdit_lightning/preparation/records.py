@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, process_lock
-from gpdit_lightning.preparation.input_files import InputFile
+from gpdit_lightning.preparation.input_files import FileFormat, InputFile
 from gpdit_lightning.specs import CodecSpec
 
 FOLDER_NAME = "preparation"
@@ -47,14 +47,21 @@ class PartResult:
 
 @dataclass(frozen=True)
 class RecordedFile:
-    """Record of an input file, with the fields of `InputFile`."""
+    """Record of an input file."""
 
     name: str
     kind: Kind
+    """Kind of its samples."""
     split: Split | None
+    """None for a tar of images."""
     bytes: int
     path_hash: str
     reason: str
+
+    @property
+    def format(self) -> FileFormat:
+        """The format of the file."""
+        return "tar" if self.split is None else "video" if self.kind == "video" else "image"
 
     @classmethod
     def from_input_file(cls, file: InputFile) -> "RecordedFile":
@@ -80,7 +87,7 @@ class RecordedFile:
             current: current input file of this name; if None, reading the returned file reports that it is missing.
         """
         if current is None:
-            return InputFile(Path(self.name), self.name, self.kind, self.split, self.bytes)
+            return InputFile(Path(self.name), self.name, self.format, self.split, self.bytes)
         return replace(current, split=self.split, reason=self.reason)
 
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from gpdit_lightning.data.manifest import SKIPPED_NAME, Kind, Manifest, Split
+from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest, Split
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.prepare import PrepareOptions
@@ -18,6 +18,7 @@ from gpdit_lightning.preparation.input_files import (
     IN_HELD_OUT_FOLDER,
     IN_NO_HELD_OUT_FOLDER,
     SAME_RECORDING,
+    FileFormat,
     InputFile,
     SplitChoice,
     choose_split_by_hash,
@@ -35,7 +36,7 @@ class Subject(NamedTuple):
 
     name: str
     """Name of the input file; TAR/KEY for an image in a tar."""
-    kind: Kind
+    format: FileFormat
     split: Split | None
     """None for a tar and its images."""
     reason: str
@@ -107,18 +108,18 @@ class Explainer:
 
     def _describe_recorded(self, match: Match, file: RecordedFile) -> Iterator[str]:
         query_path, key = match.interpretation
-        kind = file.kind if file.split else "image in a tar" if key else "tar"
-        yield f"{match.name}: {kind} of {file.bytes} bytes, in part {match.part}"
+        description = "image in a tar" if key else file.format
+        yield f"{match.name}: {description} of {file.bytes} bytes, in part {match.part}"
         if match.interpretation.size not in (None, file.bytes):
             yield f"the file now has {match.interpretation.size} bytes, so it is not the file that was encoded"
         if not self.records.is_finished(match.part):
             yield "its part is not finished: run the same `prepare` command again to finish it"
             return
         result = self.records.result(match.part)
-        sources = _SampleSources(match.name, with_images=file.split is None and not key)
+        sources = _SampleSources(match.name, with_images=file.format == "tar" and not key)
         samples, unreadable = self._samples_of(result, sources, file.split)
         path = query_path if match.interpretation.size == file.bytes else self._find(file)
-        subject = Subject(match.name, file.kind, file.split, file.reason, key, path)
+        subject = Subject(match.name, file.format, file.split, file.reason, key, path)
         yield from self._describe_preparation(subject, samples)
         yield from dict.fromkeys(unreadable)  # a damaged index gives the same message for all its samples
         yield from (f"skipped: {entry['reason']}" for entry in result.skipped if entry["source"] in sources)
@@ -171,13 +172,15 @@ class Explainer:
                 )
             elif isinstance(item, SkippedInput):
                 reasons.append(f"skipped: {item.reason}")
-        yield from self._describe_preparation(Subject(file.name, file.kind, file.split, file.reason, "", path), samples)
+        yield from self._describe_preparation(
+            Subject(file.name, file.format, file.split, file.reason, "", path), samples
+        )
         yield from reasons
 
     def _describe_preparation(self, subject: Subject, samples: Sequence[Sample]) -> Iterator[str]:
         """Yield the lines that recorded and new files have in common."""
         fraction = self.options.validation_fraction
-        if subject.split is None and not subject.key:
+        if subject.format == "tar" and not subject.key:
             counts = Counter((sample.split, "x".join(map(str, sample.pixel_size))) for sample in samples)
             yield f"split: each image is held out if the hash of its name is below the fraction {fraction:g}"
             yield f"samples: {len(samples)}"
@@ -191,14 +194,14 @@ class Explainer:
         yield f"samples: {len(samples)}"
         for sample in samples:
             shape = "x".join(map(str, sample.shape))
-            frames = f", {sample.frames} frames from frame {sample.first_frame}" if subject.kind == "video" else ""
+            frames = f", {sample.frames} frames from frame {sample.first_frame}" if subject.format == "video" else ""
             yield f"  {sample.location}latents {shape}{frames}"
 
     def _describe_size(self, subject: Subject, samples: Sequence[Sample]) -> Iterator[str]:
         if subject.path is not None:
             with suppress(InputError):  # an unreadable file is reported as skipped
-                yield f"size: {explain_size(subject.path, subject.kind, subject.key, self.options)}"
-                if subject.kind == "video":
+                yield f"size: {explain_size(subject.path, subject.format, subject.key, self.options)}"
+                if subject.format == "video":
                     factor = self.codec.temporal_factor
                     yield f"frames: {explain_frames(subject.path, samples, self.options, factor)}"
         elif samples:
@@ -219,23 +222,24 @@ class Explainer:
         """Return the input file that `prepare` would find at this path; None for a file of an unsupported format."""
         size, extension = path.stat().st_size, path.suffix.lower()
         if extension == ".tar":
-            return InputFile(path, _name_below(path, self.inputs["image_tars"]) or path.name, "image", None, size)
-        kind = next((kind for kind, extensions in EXTENSIONS.items() if extension in extensions), None)
-        if kind is None:
+            return InputFile(path, _name_below(path, self.inputs["image_tars"]) or path.name, "tar", None, size)
+        formats = (name for name, extensions in EXTENSIONS.items() if extension in extensions)
+        file_format = next(formats, None)
+        if file_format is None:
             return None
-        held_out_name = _name_below(path, self.inputs[f"validation_{kind}s"], with_folder=True)
-        name = held_out_name or _name_below(path, self.inputs[f"{kind}s"]) or path.name
-        choice = IN_HELD_OUT_FOLDER if held_out_name else self._choose_split(name, kind)
-        return InputFile(path, name, kind, choice.split, size, choice.reason)
+        held_out_name = _name_below(path, self.inputs[f"validation_{file_format}s"], with_folder=True)
+        name = held_out_name or _name_below(path, self.inputs[f"{file_format}s"]) or path.name
+        choice = IN_HELD_OUT_FOLDER if held_out_name else self._choose_split(name, file_format)
+        return InputFile(path, name, file_format, choice.split, size, choice.reason)
 
-    def _choose_split(self, name: str, kind: Kind) -> SplitChoice:
+    def _choose_split(self, name: str, file_format: FileFormat) -> SplitChoice:
         """Choose the split of a new file of this name that is in no held-out folder."""
         pattern = self.options.source_pattern
         recording = recording_of(name, pattern)
         for file in self.records.files:
             if file.split and recording_of(file.name, pattern) == recording:
                 return SplitChoice(file.split, SAME_RECORDING)
-        if self.inputs[f"validation_{kind}s"]:
+        if self.inputs[f"validation_{file_format}s"]:
             return IN_NO_HELD_OUT_FOLDER
         return choose_split_by_hash(recording, self.options.validation_fraction)
 

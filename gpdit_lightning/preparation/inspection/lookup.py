@@ -52,7 +52,7 @@ def look_up(query: str, records: Records, skipped: Sequence[str]) -> Match | Non
     matches: dict[tuple[int, int], dict[str, Match]] = defaultdict(dict)
     for part in records.parts:
         for file in records.files_of_part(part):
-            for matcher in matchers if file.split is None else matchers[:1]:
+            for matcher in matchers if file.format == "tar" else matchers[:1]:
                 if rank := matcher.rank(file.name, file.path_hash, file.bytes):
                     key = matcher.interpretation.key
                     name = f"{file.name}/{key}" if key else file.name

@@ -15,7 +15,7 @@ MAX_LABELS_SHOWN = 5
 
 
 def overview(manifest: Manifest, samples: int = 512) -> str:
-    """Describe a folder: samples by bucket, input files, skipped inputs, labels, codec, statistics of the latents.
+    """Describe a folder: numbers of samples, input files, skipped inputs, labels, codec, statistics of the latents.
 
     Args:
         manifest: manifest of the folder.

@@ -6,13 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from gpdit_lightning.data.manifest import Kind, Split
+from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.data.shards import Shape
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image
 from gpdit_lightning.media.video import iterate_frames, video_info
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.clips import DECODER_THREADS
+from gpdit_lightning.preparation.input_files import FileFormat
 from gpdit_lightning.preparation.tars import iterate_samples
 
 
@@ -30,10 +31,10 @@ class Sample(NamedTuple):
     """Shape of the latents."""
 
 
-def explain_size(path: Path, kind: Kind, key: str, options: PrepareOptions) -> str:
+def explain_size(path: Path, file_format: FileFormat, key: str, options: PrepareOptions) -> str:
     """Compare the size of a file, or of the image with this key in a tar, with the sizes that can be chosen."""
-    height, width = _pixel_size(path, kind, key)
-    sizes = [parse_size(text) for text in (options.video_sizes if kind == "video" else options.image_sizes)]
+    height, width = _pixel_size(path, file_format, key)
+    sizes = [parse_size(text) for text in (options.video_sizes if file_format == "video" else options.image_sizes)]
     chosen = closest_size(height, width, sizes)
 
     def distance(size: Size) -> float:
@@ -71,8 +72,8 @@ def explain_frames(path: Path, samples: Sequence[Sample], options: PrepareOption
     return f"{counts}, {left} left over, since a clip has {lengths}"
 
 
-def _pixel_size(path: Path, kind: Kind, key: str) -> Size:
-    if kind == "video":
+def _pixel_size(path: Path, file_format: FileFormat, key: str) -> Size:
+    if file_format == "video":
         info = video_info(path, DECODER_THREADS)
         return info.height, info.width
     if key:

@@ -22,16 +22,16 @@ def evenly_spaced(shards: Sequence[ShardEntry], max_count: int) -> list[tuple[Sh
 
 
 def balanced(shards: Sequence[ShardEntry], count: int) -> list[tuple[ShardEntry, int]]:
-    """Select `count` samples, equally many from each bucket (kind, shape and split) if it has enough."""
-    buckets: dict[tuple[Any, ...], list[ShardEntry]] = defaultdict(list)
+    """Select `count` samples, equally many from each group of one kind, shape and split, if it has enough."""
+    groups: dict[tuple[Any, ...], list[ShardEntry]] = defaultdict(list)
     for entry in shards:
-        buckets[entry.kind, entry.shape, entry.split].append(entry)
-    remaining = {bucket: sum(entry.count for entry in entries) for bucket, entries in sorted(buckets.items())}
+        groups[entry.kind, entry.shape, entry.split].append(entry)
+    remaining = {group: sum(entry.count for entry in entries) for group, entries in sorted(groups.items())}
     shares: Counter[tuple[Any, ...]] = Counter()
     while remaining and shares.total() < count:
-        for bucket in list(remaining)[: count - shares.total()]:
-            shares[bucket] += 1
-            remaining[bucket] -= 1
-            if not remaining[bucket]:
-                del remaining[bucket]
-    return [sample for bucket, share in shares.items() for sample in evenly_spaced(buckets[bucket], share)]
+        for group in list(remaining)[: count - shares.total()]:
+            shares[group] += 1
+            remaining[group] -= 1
+            if not remaining[group]:
+                del remaining[group]
+    return [sample for group, share in shares.items() for sample in evenly_spaced(groups[group], share)]

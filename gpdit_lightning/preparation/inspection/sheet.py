@@ -21,7 +21,7 @@ MAX_CAPTION_LENGTH = 60  # characters
 
 
 def write_sheet(path: Path, manifest: Manifest, count: int, codec: Codec) -> list[str]:
-    """Write a PNG with one row of frames per sample; the samples are evenly spaced over buckets and their shards.
+    """Write a PNG with one row of frames per sample; the samples are chosen by :func:`balanced`.
 
     Args:
         path: path of the PNG.

@@ -13,7 +13,7 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.media.video import write_video
 from gpdit_lightning.preparation import PrepareOptions, prepare
 
-BUCKET = "train-video-2x2x3-00000-00000"
+SHARD = "train-video-2x2x3-00000-00000"
 
 
 def draw_video(path: Path, frames: int = 12, height: int = 32, width: int = 48) -> Path:

@@ -14,7 +14,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation import PreparePairsOptions, prepare_pairs
 from gpdit_lightning.preparation.inspection import explain, overview, unlisted_files, verify, write_sheet
 from gpdit_lightning.preparation.records import Records
-from tests.preparation.inspection.prepared import BUCKET, draw_tar, draw_video, prepared
+from tests.preparation.inspection.prepared import SHARD, draw_tar, draw_video, prepared
 
 
 def lines(manifest: Manifest, file: str | Path) -> dict[str, str]:
@@ -35,7 +35,7 @@ def test_explain_a_training_video(intact: Manifest, videos: Path) -> None:
     assert shown["samples"] == "2"
     clips = {key: text for key, text in shown.items() if key.startswith("train-")}
     assert list(clips.values()) == [f"latents 2x16x2x3, 5 frames from frame {first}" for first in (0, 5)]
-    assert all(re.fullmatch(rf"{BUCKET}-\d{{6}} of {BUCKET}.tar", key) for key in clips)
+    assert all(re.fullmatch(rf"{SHARD}-\d{{6}} of {SHARD}.tar", key) for key in clips)
 
 
 def test_explain_a_held_out_file(intact: Manifest) -> None:

@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.preparation.inspection import overview
-from tests.preparation.inspection.prepared import BUCKET, flip_bit, latent_offset, prepared
+from tests.preparation.inspection.prepared import SHARD, flip_bit, latent_offset, prepared
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def test_a_few_unusual_channels_give_no_warning(photographs: Manifest) -> None:
 
 
 def test_damaged_samples_are_listed_and_left_out(copy: Path) -> None:
-    flip_bit(copy / f"{BUCKET}.tar", latent_offset(copy, BUCKET, 1))
+    flip_bit(copy / f"{SHARD}.tar", latent_offset(copy, SHARD, 1))
     text = overview(Manifest.load(copy))
-    assert f"Sample 1 of {copy / BUCKET}.tar is damaged" in text
+    assert f"Sample 1 of {copy / SHARD}.tar is damaged" in text
     total = sum(entry.count for entry in Manifest.load(copy).of_split("train"))
     assert f"over {total - 1} of {total} samples" in text

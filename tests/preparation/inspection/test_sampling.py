@@ -16,7 +16,7 @@ def test_samples_are_evenly_spaced() -> None:
     assert evenly_spaced([], 4) == []
 
 
-def test_buckets_with_enough_samples_have_equal_shares() -> None:
+def test_groups_with_enough_samples_have_equal_shares() -> None:
     shards = [shard(2, "image"), shard(30, "video"), shard(9, "sequence")]
     picked = balanced(shards, 12)
     assert [sum(entry.kind == kind for entry, _ in picked) for kind in ("image", "video", "sequence")] == [2, 5, 5]

@@ -14,7 +14,7 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.data.shards import index_path, shard_entry
 from gpdit_lightning.preparation.inspection import unlisted_files, verify
-from tests.preparation.inspection.prepared import BUCKET, flip_bit, latent_offset
+from tests.preparation.inspection.prepared import SHARD, flip_bit, latent_offset
 
 
 def faults(folder: Path) -> list[str]:
@@ -29,8 +29,8 @@ def test_intact_shards_have_no_faults(intact: Manifest) -> None:
 
 @pytest.mark.parametrize("column", [0, 1])
 def test_a_flipped_bit_in_latents_or_metadata_is_reported_with_its_sample(copy: Path, column: int) -> None:
-    tar = copy / f"{BUCKET}.tar"
-    flip_bit(tar, int(np.load(copy / f"{BUCKET}.index.npy")[2, column]) + 140 * (1 - column))
+    tar = copy / f"{SHARD}.tar"
+    flip_bit(tar, int(np.load(copy / f"{SHARD}.index.npy")[2, column]) + 140 * (1 - column))
     messages = faults(copy)
     assert len(messages) == 2
     assert f"{tar} has another sha256 than in the manifest" in messages[0]
@@ -39,27 +39,27 @@ def test_a_flipped_bit_in_latents_or_metadata_is_reported_with_its_sample(copy: 
 
 @pytest.mark.parametrize("offset", [3, 60, -1])
 def test_a_flipped_bit_in_an_index_is_reported(copy: Path, offset: int) -> None:
-    index = copy / f"{BUCKET}.index.npy"
+    index = copy / f"{SHARD}.index.npy"
     flip_bit(index, offset)
     (fault,) = faults(copy)
     assert f"{index} has another sha256" in fault
 
 
 def test_missing_files_are_reported(copy: Path) -> None:
-    (copy / f"{BUCKET}.index.npy").unlink()
+    (copy / f"{SHARD}.index.npy").unlink()
     (copy / "train-video-2x3x2-00000-00000.tar").unlink()
     first, second = faults(copy)
-    assert f"{BUCKET}.index.npy is missing" in first
+    assert f"{SHARD}.index.npy is missing" in first
     assert "train-video-2x3x2-00000-00000.tar is missing" in second
 
 
 def test_the_lost_samples_of_a_truncated_tar_are_reported(copy: Path) -> None:
-    tar = copy / f"{BUCKET}.tar"
-    tar.write_bytes(tar.read_bytes()[: latent_offset(copy, BUCKET, 2) + 100])
+    tar = copy / f"{SHARD}.tar"
+    tar.write_bytes(tar.read_bytes()[: latent_offset(copy, SHARD, 2) + 100])
     size, broken, *samples = faults(copy)
     assert "(truncated or changed)" in size
     assert "not a readable tar" in broken
-    count = len(np.load(copy / f"{BUCKET}.index.npy"))
+    count = len(np.load(copy / f"{SHARD}.index.npy"))
     assert [f"Sample {number} of" in sample for number, sample in enumerate(samples, 2)] == [True] * (count - 2)
 
 
@@ -78,7 +78,7 @@ def test_more_than_ten_lost_samples_are_counted(tmp_path: Path) -> None:
 
 def test_a_replaced_shard_is_reported(copy: Path) -> None:
     """The replacement is intact and has the same names, number of samples and size."""
-    entry = next(entry for entry in Manifest.load(copy).shards if entry.path == f"{BUCKET}.tar")
+    entry = next(entry for entry in Manifest.load(copy).shards if entry.path == f"{SHARD}.tar")
     content = (copy / entry.path).read_bytes()
     with ShardSetWriter(copy, part=0) as writer:
         for number in range(entry.count):
@@ -92,7 +92,7 @@ def test_a_replaced_shard_is_reported(copy: Path) -> None:
 
 
 def test_an_added_member_is_reported(copy: Path) -> None:
-    tar = copy / f"{BUCKET}.tar"
+    tar = copy / f"{SHARD}.tar"
     with tarfile.open(tar, "a") as file:
         file.addfile(tarfile.TarInfo("evil.py"), io.BytesIO())
     assert "contains 'evil.py', which does not belong to a shard of latents" in "\n".join(faults(copy))
@@ -101,12 +101,12 @@ def test_an_added_member_is_reported(copy: Path) -> None:
 def test_faults_are_found_in_shards_that_match_their_manifest(copy: Path) -> None:
     """A renamed shard, or one with another index, with a manifest written for it."""
     manifest = Manifest.load(copy)
-    entry = next(entry for entry in manifest.shards if entry.path == f"{BUCKET}.tar")
+    entry = next(entry for entry in manifest.shards if entry.path == f"{SHARD}.tar")
     for path in (entry.path, entry.index):
         (copy / path).rename(copy / path.replace("-00000.", "-00007."))
-    renamed = copy / f"{BUCKET[:-1]}7.tar"
+    renamed = copy / f"{SHARD[:-1]}7.tar"
     replace(manifest, shards=(shard_entry(renamed, entry.split, entry.kind, entry.shape, entry.count),)).save()
-    assert f"has the key '{BUCKET}-000000' instead of '{renamed.stem}-000000'" in faults(copy)[0]
+    assert f"has the key '{SHARD}-000000' instead of '{renamed.stem}-000000'" in faults(copy)[0]
 
     renamed.rename(copy / entry.path)
     index = np.load(copy / f"{renamed.stem}.index.npy")
@@ -115,7 +115,7 @@ def test_faults_are_found_in_shards_that_match_their_manifest(copy: Path) -> Non
     replace(
         manifest, shards=(shard_entry(copy / entry.path, entry.split, entry.kind, entry.shape, entry.count),)
     ).save()
-    assert f"Sample 0 of {copy / entry.path} has the key '{BUCKET}-000001'" in faults(copy)[0]
+    assert f"Sample 0 of {copy / entry.path} has the key '{SHARD}-000001'" in faults(copy)[0]
 
     index[[0, 1]] = index[[1, 0]]
     np.save(index_path(copy / entry.path), index[:-1])
