@@ -10,6 +10,8 @@ from pathlib import Path
 
 from gpdit_lightning.errors import InputError
 
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def partial_path(path: Path) -> Path:
     """Return the path at which `path` is written before it is complete; readers ignore it.

@@ -16,7 +16,6 @@ from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.cli.generating import AUTOCAST_DTYPES, load_codec_of, selected_precision, trained_size
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
-from gpdit_lightning.data.workers import ignore_signals, signals_delayed
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import find_named_videos, read_clip
@@ -25,6 +24,7 @@ from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing.encoder import first_layers, pooled_features
 from gpdit_lightning.probing.features import RECORD, SUFFIXES, FeatureRecord, write_features
+from gpdit_lightning.signals import ignore_signals, signals_delayed
 
 log = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 import logging
 import math
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -26,10 +26,10 @@ from gpdit_lightning.media.images import IMAGE_EXTENSIONS
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.options.sample import SampleOptions
+from gpdit_lightning.signals import signals_delayed
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MAX_GROUND_TRUTH = 96  # frames of ground truth for a strip or GIF, all of which are held in memory
 
 
@@ -234,7 +234,7 @@ def generate(
                     job.output.write(job.context.pixels[:0], latents)
             inputs = ClipInputs([job.seed for job in batch], labels)
             for piece in stream_video(trained.backbone, codec, context, frames, config, inputs):
-                with defer_interrupts():
+                with signals_delayed():  # so that all videos of a batch have the same frames
                     for output, pixels, latents in zip(outputs, piece.pixels, piece.latents, strict=True):
                         output.write(pixels, latents)
                 bar.update(piece.pixels.shape[0] * piece.pixels.shape[1])
@@ -255,17 +255,3 @@ def context_latents(context: VideoContext, codec: Codec) -> Tensor:
         return codec.encode(context.pixels[None])
     height, width = (side // codec.spatial_factor for side in context.pixels.shape[-2:])
     return torch.zeros((1, 0, codec.latent_channels, height, width), device=codec.device)
-
-
-@contextmanager
-def defer_interrupts() -> Iterator[None]:
-    """Delay SIGINT and SIGTERM until the block has ended, so that all videos of a batch get the same frames."""
-    received: list[int] = []
-    handlers = {name: signal.signal(name, lambda number, _: received.append(number)) for name in SIGNALS}
-    try:
-        yield
-    finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
-    for number in received[:1]:
-        signal.raise_signal(number)

@@ -17,6 +17,7 @@ from torch import Tensor
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import import_path, report_custom_errors
 from gpdit_lightning.specs import CodecSpec, LatentGrid
+from gpdit_lightning.whitening import unwhitened, whitened
 
 
 class Codec(LatentGrid, ABC):
@@ -130,11 +131,11 @@ class Codec(LatentGrid, ABC):
 
     def whitened(self, raw: Tensor) -> Tensor:
         """Whiten raw latents (..., C, h, w), on their device, to mean 0 and standard deviation 1 in each channel."""
-        return (raw - self.mean.to(raw.device)[:, None, None]) / self.std.to(raw.device)[:, None, None]
+        return whitened(raw, self.mean, self.std)
 
     def unwhitened(self, white: Tensor) -> Tensor:
         """Convert whitened latents (..., C, h, w) to raw ones, on their device."""
-        return white * self.std.to(white.device)[:, None, None] + self.mean.to(white.device)[:, None, None]
+        return unwhitened(white, self.mean, self.std)
 
     def spec(self) -> CodecSpec:
         """Return the record of this codec for manifests and checkpoints."""

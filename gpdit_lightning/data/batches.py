@@ -19,9 +19,10 @@ from gpdit_lightning.data.cache import ShardCache
 from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Manifest, ShardEntry
 from gpdit_lightning.data.plan import Plan, PlannedBucket
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
-from gpdit_lightning.data.workers import signals_delayed
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import LABEL_DROPOUT, generator
+from gpdit_lightning.signals import signals_delayed
+from gpdit_lightning.whitening import whitened
 
 log = logging.getLogger(__name__)
 
@@ -212,8 +213,8 @@ class LatentDataset(Dataset[LatentBatch]):
                 "number of ranks (it is part of the order: choose it once per run)."
             )
         self.plan, self.buckets = plan, buckets
-        self.mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
-        self.std = torch.tensor(std, dtype=torch.float32)[:, None, None]
+        self.mean = torch.tensor(mean, dtype=torch.float32)
+        self.std = torch.tensor(std, dtype=torch.float32)
         self.noise_levels, self.purpose = noise_levels, purpose
         self.rank, self.world_size, self.noise_draws = rank, world_size, noise_draws
         self.cache = cache
@@ -228,7 +229,8 @@ class LatentDataset(Dataset[LatentBatch]):
         source = self.plan.sources[micro_batch.source]
         bucket = self.buckets[micro_batch.source][micro_batch.bucket]
         samples = [bucket.read(int(sample), micro_batch.frames) for sample in micro_batch.samples]
-        latents = (torch.from_numpy(np.stack([sample.latents for sample in samples])).float() - self.mean) / self.std
+        raw = torch.from_numpy(np.stack([sample.latents for sample in samples])).float()
+        latents = whitened(raw, self.mean, self.std)
         context = int(micro_batch.context.sum())
         draws = self.noise_draws if micro_batch.frames > 1 else 1
         frames = source.config.noisy_frames(micro_batch.frames)

@@ -12,7 +12,6 @@ sees. Their number is limited by the three digits, so a download occasionally wa
 systems without locks, a file may be downloaded twice, and copies may briefly exceed the size limit.
 """
 
-import errno
 import hashlib
 import logging
 import os
@@ -27,7 +26,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from gpdit_lightning.data.remote import FailedDownloadError, RemoteFile, read_blocks
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import flush, process_lock, sha256_of
+from gpdit_lightning.files import DISK_FULL_ERRORS, flush, process_lock, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,6 @@ USE_TIME_RESOLUTION = 10.0  # seconds; the time of last use is not updated more 
 ABANDONED_AFTER = 60.0  # seconds without a write after which a partial file counts as abandoned, without locks
 PREFETCH_THREADS = 2  # per process
 MAX_OPEN_ATTEMPTS = 10  # times a copy is fetched if other processes evict it before it is opened
-DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)

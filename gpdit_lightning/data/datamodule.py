@@ -14,9 +14,9 @@ from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.manifest import Manifest, Split
 from gpdit_lightning.data.plan import Plan, PlannedSource
 from gpdit_lightning.data.source import KINDS, SourceConfig
-from gpdit_lightning.data.workers import ignore_signals
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import TRAIN_NOISE, VALIDATION_NOISE
+from gpdit_lightning.signals import ignore_signals
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
 UNUSED = SourceConfig()

@@ -85,7 +85,8 @@ class Manifest:
     validation: dict[str, Any] = field(default_factory=dict)
     """How sources were held out (by source, never by clip) and how many sources each split has."""
     labels: tuple[str, ...] = ()
-    """The sorted names of all labels of the samples; empty if no sample has a label."""
+    """Names of the labels, which are the classes in this order; empty if no sample has a label. New labels follow those
+    of an earlier preparation."""
     skipped: int = 0
     """Number of sources, or parts of sources, that could not be used; `skipped.jsonl` lists them."""
 

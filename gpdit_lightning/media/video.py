@@ -86,18 +86,6 @@ def iterate_frames(
             yield _rgb_pixels(frame, *size)
 
 
-def read_video(path: str | Path, start: int = 0, stride: int = 1, max_frames: int | None = None) -> Tensor:
-    """Read frames as one tensor, uint8 (T, 3, H, W); arguments and errors as for `iterate_frames`.
-
-    Raises:
-        InputError: also if there are no frames in the range.
-    """
-    frames = list(iterate_frames(path, start, stride, max_frames))
-    if not frames:
-        raise InputError(f"{path} has no frames from number {start} on: start earlier.")
-    return torch.stack(frames)
-
-
 def iterate_images(
     folder: str | Path, start: int = 0, stride: int = 1, max_frames: int | None = None
 ) -> Iterator[Tensor]:

@@ -5,11 +5,11 @@ from collections.abc import Set as AbstractSet
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from gpdit_lightning.data.workers import ignore_signals, signals_delayed
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.prepare import INTERLEAVED_FILES, PrepareOptions
 from gpdit_lightning.preparation.clips import ClipReader, EndOfFile, Item, SampleId
 from gpdit_lightning.preparation.input_files import InputFile
+from gpdit_lightning.signals import ignore_signals, signals_delayed
 
 
 class InterleavedFiles(IterableDataset[Item | None]):

@@ -17,7 +17,7 @@ from typing import Any, get_args
 from gpdit_lightning.codecs import Codec, find_codec
 from gpdit_lightning.data.manifest import FILE_NAME, SKIPPED_NAME, Manifest, Split
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import DISK_FULL_ERRORS, atomic_write
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.prepare import (
     HeldOutInputOptions,
@@ -36,7 +36,6 @@ from gpdit_lightning.preparation.records import PartResult, Records
 INPUT_OPTIONS = names_of(InputOptions, HeldOutInputOptions)
 RUN_OPTIONS = (*names_of(OutputOptions, ProcessOptions), "codec_source")
 IMAGES_PER_VIDEO, VIDEOS_PER_TAR = 16, 64  # `part_size` is a number of videos: part sizes of the other formats
-DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 

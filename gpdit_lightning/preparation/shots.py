@@ -2,13 +2,11 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.video import iterate_frames
 
 MAX_WIDTH = 256  # PySceneDetect scales wider frames down to this width, for which its thresholds are tuned
 
@@ -22,15 +20,6 @@ def check_available() -> None:
         raise InputError(
             f"PySceneDetect, which detects cuts, cannot be imported ({error}): pip install -e '.[shots]'."
         ) from None
-
-
-def find_cuts(path: str | Path) -> list[int]:
-    """Return the numbers of the frames that begin a new shot, counted from 0; never 0 itself.
-
-    Raises:
-        InputError: PySceneDetect is not installed, or the video is missing or damaged.
-    """
-    return [number for number, (_, begins_shot) in enumerate(mark_cuts(iterate_frames(path))) if begins_shot]
 
 
 def mark_cuts(frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:

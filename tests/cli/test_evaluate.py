@@ -24,10 +24,11 @@ from gpdit_lightning.evaluation.metrics import psnr
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
-from gpdit_lightning.media.video import read_video, write_video
+from gpdit_lightning.media.video import write_video
 from gpdit_lightning.options.evaluate import EvaluateOptions, NetworkOptions
 from tests.cli.sampling import CODEC, stripes
 from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
+from tests.media.videos import read_video
 
 VIDEOS, CHUNKS = 6, 3
 FRAMES = 10  # of a clip, the minimum of I3D: 5 of context, 5 generated

@@ -20,7 +20,7 @@ from gpdit_lightning.cli import sample as verb
 from gpdit_lightning.codecs.pca import SHIPPED_WEIGHTS
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.diffusion import SAMPLERS, Guidance
-from gpdit_lightning.media.video import read_video, video_info
+from gpdit_lightning.media.video import video_info
 from tests.cli.sampling import (
     CODEC,
     LABELS,
@@ -35,6 +35,7 @@ from tests.cli.sampling import (
     stripe_context,
 )
 from tests.generation.test_contexts import stored, tar_of
+from tests.media.videos import read_video
 
 
 def assert_equal_up_to_rounding(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:

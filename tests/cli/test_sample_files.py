@@ -18,8 +18,8 @@ from torch import Tensor
 from gpdit_lightning.cli import sample as verb
 from gpdit_lightning.generation import GeneratedFrames, stream_video
 from gpdit_lightning.generation.outputs import VideoOutput
-from gpdit_lightning.media.video import read_video
 from tests.cli.sampling import VIDEO, assert_near, decoded, latents, looks_like, sample, stripe_context
+from tests.media.videos import read_video
 
 ORANGE, SILVER = (255, 165, 0), (192, 192, 192)
 # Prints the exit status and the peak memory of a child process. The peak of a child begins with that of its parent,

@@ -10,7 +10,7 @@ from gpdit_lightning.codecs.fitting_clips import shipped_clips
 from gpdit_lightning.codecs.pca import WEIGHT_SHAPES, blocks_of, pixels_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import resize_and_crop
-from gpdit_lightning.media.video import read_video
+from tests.media.videos import read_video
 
 UCF = Path(__file__).parents[3] / "shared" / "assets" / "videos" / "ucf101_6class"
 

@@ -16,7 +16,8 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.generation.outputs import FORMATS, VideoOutput, output_paths
 from gpdit_lightning.media.images import write_strip
-from gpdit_lightning.media.video import read_video, video_info
+from gpdit_lightning.media.video import video_info
+from tests.media.videos import read_video
 
 STEP = 6  # gray levels from frame to frame: more than what H.264 changes
 FPS = Fraction(10000, 1001)

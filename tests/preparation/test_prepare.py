@@ -18,8 +18,9 @@ from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import resize_and_crop
-from gpdit_lightning.media.video import iterate_frames, read_video, video_info, write_video
+from gpdit_lightning.media.video import iterate_frames, video_info, write_video
 from gpdit_lightning.preparation import PrepareOptions, clips, parts, prepare, summary
+from tests.media.videos import read_video
 
 
 def make_video(path: Path, frames: int = 12, height: int = 32, width: int = 48) -> None:

@@ -1,7 +1,7 @@
 """Detection of cuts."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.video import write_video
-from gpdit_lightning.preparation.shots import check_available, find_cuts, mark_cuts
+from gpdit_lightning.media.video import iterate_frames, write_video
+from gpdit_lightning.preparation.shots import check_available, mark_cuts
 
 HEIGHT, WIDTH = 90, 120
 
@@ -28,7 +28,7 @@ def shot(seed: int, frames: int, speed: int = 1) -> Tensor:
     return torch.stack([image[..., speed * frame :][..., :WIDTH] for frame in range(frames)])
 
 
-def cuts(frames: Tensor) -> list[int]:
+def cuts(frames: Iterable[Tensor]) -> list[int]:
     return [number for number, (_, begins_shot) in enumerate(mark_cuts(frames)) if begins_shot]
 
 
@@ -40,7 +40,7 @@ def _needs_scenedetect(request: pytest.FixtureRequest) -> None:
 
 def test_cuts_of_a_video_file(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", torch.cat([shot(0, 12), shot(1, 7), shot(2, 20), shot(3, 9)]), fps=24)
-    assert find_cuts(tmp_path / "a.mp4") == [12, 19, 39]
+    assert cuts(iterate_frames(tmp_path / "a.mp4")) == [12, 19, 39]
 
 
 def test_all_frames_are_returned_in_order() -> None:
@@ -120,7 +120,7 @@ def test_cuts_of_real_videos_equal_those_of_scenedetect(assets: Path) -> None:
     scenes = detect(str(path), AdaptiveDetector(min_scene_len=1))
     expected = [begin.frame_num for begin, _ in scenes[1:]]
     assert len(expected) > 3
-    assert find_cuts(path) == expected
-    assert find_cuts(assets / "videos" / "misc" / "01_dog.mp4") == []
+    assert cuts(iterate_frames(path)) == expected
+    assert cuts(iterate_frames(assets / "videos" / "misc" / "01_dog.mp4")) == []
     # Two horse races on the same track: similar colors on both sides of the cut.
-    assert find_cuts(assets / "videos" / "ucf101_6class" / "HorseRace" / "v_HorseRace_g16_c05.avi") == [184]
+    assert cuts(iterate_frames(assets / "videos" / "ucf101_6class" / "HorseRace" / "v_HorseRace_g16_c05.avi")) == [184]

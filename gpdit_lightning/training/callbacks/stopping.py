@@ -18,9 +18,9 @@ from typing import Any
 import torch.distributed
 from lightning import Trainer
 
+from gpdit_lightning.signals import SIGNALS
 from gpdit_lightning.training.internals import launched_processes
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LAUNCHER = "GPDIT_LIGHTNING_LAUNCHER"  # environment variable: the id of the process that launched the other ranks
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -24,11 +24,11 @@ from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.signals import SIGNALS
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.stages.agreement import check_architecture
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
-from gpdit_lightning.training.callbacks.stopping import SIGNALS
 from gpdit_lightning.training.optimizer import OptimizerConfig
 from tests.checkpoints.content import read_checkpoint
 

@@ -13,10 +13,11 @@ from lightning import Callback, LightningModule, Trainer
 from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
+from gpdit_lightning.signals import SIGNALS
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
-from gpdit_lightning.training.callbacks.stopping import SIGNALS, Stopped, StopSignals
+from gpdit_lightning.training.callbacks.stopping import Stopped, StopSignals
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from gpdit_lightning.data.workers import SIGNALS, ignore_signals, signals_delayed
+from gpdit_lightning.signals import SIGNALS, ignore_signals, signals_delayed
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs signal.sigwaitinfo")
 

@@ -1,4 +1,4 @@
-"""Signals and the worker processes of data loaders: the main process alone decides when to stop."""
+"""SIGINT and SIGTERM: delayed in the main process, and ignored in the worker processes of data loaders."""
 
 import multiprocessing
 import os
@@ -15,8 +15,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def signals_delayed() -> Iterator[None]:
     """Delay SIGINT and SIGTERM to the end of the block, in this process and in processes that it starts.
 
-    Wrap the start of worker processes in it: an exception that is raised during a fork is lost, and a signal would end
-    a new process before :func:`ignore_signals` runs in it. New processes inherit the blocked signals.
+    Wrap work in it that must not be interrupted, and the start of worker processes: an exception that is raised during
+    a fork is lost, and a signal would end a new process before :func:`ignore_signals` runs in it. New processes inherit
+    the blocked signals.
     """
     if multiprocessing.get_start_method() == "spawn":  # as on macOS
         resource_tracker.ensure_running()  # otherwise the first new process starts it, which unblocks these signals
