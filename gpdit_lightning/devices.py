@@ -39,5 +39,5 @@ def available_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"The device {name!r} cannot be used ({str(error).splitlines()[0]}): try cpu or cuda."
+            f"the device {name!r} cannot be used ({str(error).splitlines()[0]}): try cpu or cuda."
         ) from None

@@ -67,7 +67,7 @@ class LatentGrid:
         for side, size in (("height", height), ("width", width)):
             if size % self.spatial_factor:
                 raise InputError(
-                    f"The {side} {size} of {height}x{width} pixels is not a multiple of {self.spatial_factor}: crop or "
+                    f"the {side} {size} of {height}x{width} pixels is not a multiple of {self.spatial_factor}: crop or "
                     f"resize to {max(1, size // self.spatial_factor) * self.spatial_factor}."
                 )
 

@@ -48,5 +48,5 @@ def test_shapes_of_pixels_and_latents() -> None:
     assert TINY_CODEC.pixel_frames(3) == 9
     with pytest.raises(InputError, match="8 pixel frames are not 1 \\+ 4 k: take 5 or 9"):
         TINY_CODEC.latent_frames(8)
-    with pytest.raises(InputError, match="The width 50 of 48x50 pixels is not a multiple of 8: crop or resize to 48"):
+    with pytest.raises(InputError, match="the width 50 of 48x50 pixels is not a multiple of 8: crop or resize to 48"):
         TINY_CODEC.check_frame_size(48, 50)

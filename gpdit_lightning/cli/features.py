@@ -44,7 +44,7 @@ def features(options: FeaturesOptions) -> None:
     missing = {name: path for name, path in videos.items() if not record.path_of(options.out, name).exists()}
     skipped = extract(missing, trained, codec, record, options)
     if skipped == len(videos):
-        raise InputError(f"None of the {skipped} videos in {' '.join(options.videos)} could be read: give others.")
+        raise InputError(f"none of the {skipped} videos in {' '.join(options.videos)} could be read: give others.")
     tokens, width = record.shape
     print(
         f"{options.out}: features of {len(videos) - skipped} videos, {tokens} tokens of width {width} each; "

@@ -232,7 +232,7 @@ def result_paths(out: Path, sheet: Path | None, sources: Sequence[Path]) -> tupl
     out_name = os.path.basename(os.path.abspath(out)).removesuffix(".png")  # abspath, since --out may be "."
     sheet = sheet or out.parent / f"{out_name}_sheet.png"
     if len({*results, sheet}) <= len(results):
-        raise InputError(f"Two images would be written to one file in {out}: rename a source or the --sheet.")
+        raise InputError(f"two images would be written to one file in {out}: rename a source or the --sheet.")
     for path in results:
         check_writable(path)
     check_writable(sheet, "--sheet")

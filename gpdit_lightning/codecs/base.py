@@ -106,7 +106,7 @@ class Codec(LatentGrid, ABC):
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[2] != 3:
             raise InputError(
-                f"The pixels are {pixels.dtype} {tuple(pixels.shape)} where a codec takes torch.uint8 (B, T, 3, H, W): "
+                f"the pixels are {pixels.dtype} {tuple(pixels.shape)} where a codec takes torch.uint8 (B, T, 3, H, W): "
                 "convert them."
             )
         self.latent_frames(pixels.shape[1])
@@ -179,14 +179,14 @@ class StreamingDecoder:
         codec = self._codec
         if latents.ndim != 5 or latents.shape[2] != codec.latent_channels:
             raise InputError(
-                f"The latents have shape {tuple(latents.shape)} where codec {codec.name!r} takes "
+                f"the latents have shape {tuple(latents.shape)} where codec {codec.name!r} takes "
                 f"(B, F, {codec.latent_channels}, h, w): give it latents of that codec."
             )
         B, F, _, h, w = latents.shape
         self._clips = self._clips or (B, h, w)
         if self._clips != (B, h, w):
             raise InputError(
-                f"The latents have (B, h, w) = {(B, h, w)} where the decoder's first had {self._clips}: give it the "
+                f"the latents have (B, h, w) = {(B, h, w)} where the decoder's first had {self._clips}: give it the "
                 "next frames of the same clips, or use a new decoder."
             )
         lengths = [codec.temporal_factor if number else 1 for number in range(self._frames, self._frames + F)]

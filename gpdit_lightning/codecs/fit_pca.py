@@ -31,7 +31,7 @@ def fit(clips: Sequence[Tensor]) -> PcaCodec:
         InputError: there are no clips.
     """
     if not clips:
-        raise InputError("There are no clips to fit the codec 'pca' on: give folders of images or videos.")
+        raise InputError("there are no clips to fit the codec 'pca' on: give folders of images or videos.")
     centre = torch.stack([_values(clip).mean(dim=(0, 2, 3)).double() for clip in clips]).mean(dim=0).float()
     first_size, later_size = WEIGHT_SHAPES["first_components"][1], WEIGHT_SHAPES["later_components"][1]
     first_second_moment = torch.zeros(first_size, first_size, dtype=torch.float64)

@@ -66,7 +66,7 @@ def load_codec_from_spec(
     spec: CodecSpec,
     device: str | torch.device = "cpu",
     source: str | None = None,
-    owner: str = "The manifest",
+    owner: str = "the manifest",
     codec: str | None = None,
     option: str = "--codec",
 ) -> Codec:

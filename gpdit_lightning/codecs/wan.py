@@ -37,7 +37,7 @@ class WanCodec(Codec):
         factors = (patch * 2 ** len(autoencoder.temperal_downsample), 2 ** sum(autoencoder.temperal_downsample))
         if (*factors, patch) != (self.spatial_factor, self.temporal_factor, 1):
             raise InputError(
-                f"The WanVAE of {source} reduces space {factors[0]} times and time {factors[1]} times, by patches of "
+                f"the WanVAE of {source} reduces space {factors[0]} times and time {factors[1]} times, by patches of "
                 f"{patch} pixels, where this library needs {self.spatial_factor}, {self.temporal_factor} and 1: use "
                 "the VAE of Wan 2.1."
             )
@@ -48,7 +48,7 @@ class WanCodec(Codec):
         self.std = torch.tensor(config.latents_std, dtype=torch.float32)
         if self.mean.shape != (config.z_dim,) or self.std.shape != (config.z_dim,):
             raise InputError(
-                f"The WanVAE of {source} has {config.z_dim} latent channels but latents_mean and latents_std of "
+                f"the WanVAE of {source} has {config.z_dim} latent channels but latents_mean and latents_std of "
                 f"{len(self.mean)} and {len(self.std)}: correct its config.json."
             )
         self.fingerprint = fingerprint_of(autoencoder.state_dict())
@@ -66,7 +66,7 @@ class WanCodec(Codec):
             has_subfolder = (folder / SUBFOLDER / "config.json").is_file()
             locations = [(str(folder), SUBFOLDER if has_subfolder else None)]
         elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-            raise InputError(f"The WanVAE folder {source} does not exist: give an existing folder or a hub name.")
+            raise InputError(f"the WanVAE folder {source} does not exist: give an existing folder or a hub name.")
         else:
             locations = [(source, SUBFOLDER), (source, None)]
         from diffusers import AutoencoderKLWan  # slow to import
@@ -80,7 +80,7 @@ class WanCodec(Codec):
             else:
                 return cls(autoencoder, source)
         raise InputError(
-            f"The WanVAE {source!r} could not be loaded ({str(reason).strip().splitlines()[0]}): download it and give "
+            f"the WanVAE {source!r} could not be loaded ({str(reason).strip().splitlines()[0]}): download it and give "
             "its folder."
         )
 

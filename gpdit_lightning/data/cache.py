@@ -122,7 +122,7 @@ class ShardCache:
             return False
         except OSError:  # a read error of the disk
             pass
-        log.warning("The copy of %s at %s is damaged and will be fetched again.", file.url, path)
+        log.warning("the copy of %s at %s is damaged and will be fetched again.", file.url, path)
         path.unlink(missing_ok=True)
         return True
 
@@ -172,7 +172,7 @@ class ShardCache:
                     "lower data.cache.gib, or set data.cache.directory to a folder on another disk."
                 ) from None
             raise InputError(
-                f"A copy of {file.url} cannot be written to {self.directory} ({error}): set data.cache.directory to a "
+                f"a copy of {file.url} cannot be written to {self.directory} ({error}): set data.cache.directory to a "
                 "writable folder."
             ) from None
 
@@ -200,7 +200,7 @@ class ShardCache:
                     partial.replace(path)
             except FileNotFoundError:  # without locks, a download that stalls looks abandoned
                 raise FailedDownloadError(
-                    f"The copy of {file.url} was removed from {self.directory} while it was written: leave that folder "
+                    f"the copy of {file.url} was removed from {self.directory} while it was written: leave that folder "
                     "to the cache."
                 ) from None
         finally:

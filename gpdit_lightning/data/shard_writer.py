@@ -60,16 +60,16 @@ class ShardWriter:
             InputError: the key is invalid, the shape differs from the shard's, or a value is not finite in float16.
         """
         if not KEY_PATTERN.fullmatch(key):
-            raise InputError(f"The sample key {key!r} may contain only letters, digits, '_' and '-': rename it.")
+            raise InputError(f"the sample key {key!r} may contain only letters, digits, '_' and '-': rename it.")
         if latent.shape != self.shape:
             raise InputError(
-                f"Sample {key} has shape {latent.shape} where its shard has {self.shape}: write it to another shard."
+                f"sample {key} has shape {latent.shape} where its shard has {self.shape}: write it to another shard."
             )
         with np.errstate(over="ignore"):
             half = np.ascontiguousarray(latent, dtype=np.float16)
         if not np.isfinite(half).all():
             raise InputError(
-                f"The latents of {metadata.get('source', key)} are not finite in float16 (largest magnitude "
+                f"the latents of {metadata.get('source', key)} are not finite in float16 (largest magnitude "
                 f"{np.abs(latent).max():.3g}): check the source and the codec's weights."
             )
         array = io.BytesIO()

@@ -171,7 +171,7 @@ class ShardReader:
 
     def _damaged(self, number: int, reason: str) -> DamagedSampleError:
         return DamagedSampleError(
-            f"Sample {number} of {self.path} is damaged ({reason}): copy the shard again or {PREPARE_AGAIN}."
+            f"sample {number} of {self.path} is damaged ({reason}): copy the shard again or {PREPARE_AGAIN}."
         )
 
 

@@ -200,7 +200,7 @@ class I3D(nn.Module):
             InputError: the videos have fewer than 10 frames.
         """
         if videos.shape[1] < MIN_FRAMES:
-            raise InputError(f"The videos have {videos.shape[1]} frames, but I3D takes at least {MIN_FRAMES}.")
+            raise InputError(f"the videos have {videos.shape[1]} frames, but I3D takes at least {MIN_FRAMES}.")
         x = self.layers(preprocess(videos).transpose(1, 2))
         return self.head(F.avg_pool3d(x, (2, 7, 7), stride=1)).mean((2, 3, 4))
 

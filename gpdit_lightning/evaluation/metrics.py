@@ -54,7 +54,7 @@ class _Gaussian(NamedTuple):
         mean, covariance = _float64(mean), _float64(covariance)
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise InputError(
-                "The features contain values that are not finite: check the weights and precision of the networks."
+                "the features contain values that are not finite: check the weights and precision of the networks."
             )
         values, vectors = torch.linalg.eigh(covariance)
         nonzero = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
@@ -115,7 +115,7 @@ class FrechetDistance(FrechetInceptionDistance):
     def _gaussian(self, kind: str) -> _Gaussian:
         count = int(getattr(self, f"{kind}_features_num_samples"))
         if count < 2:
-            raise InputError(f"A Frechet distance needs 2 samples, but there are {count}: evaluate on more videos.")
+            raise InputError(f"a Frechet distance needs 2 samples, but there are {count}: evaluate on more videos.")
         mean = getattr(self, f"{kind}_features_sum") / count
         squares = getattr(self, f"{kind}_features_cov_sum")
         return _Gaussian.from_moments(mean, (squares - count * mean.outer(mean)) / (count - 1))
@@ -150,7 +150,7 @@ def inception_score(probabilities: Tensor, splits: int = 10, seed: int = 0) -> t
     """
     if not 1 <= splits <= len(probabilities):
         raise InputError(
-            f"An Inception Score in {splits} splits needs at least {splits} samples, but there are "
+            f"an Inception Score in {splits} splits needs at least {splits} samples, but there are "
             f"{len(probabilities)}: evaluate on more videos."
         )
     logits = probabilities.cpu().double().clamp(min=torch.finfo(torch.float64).tiny).log()  # 0 log 0 is 0
@@ -211,7 +211,7 @@ def ssim(videos: Tensor, ground_truth: Tensor) -> Tensor:
     height, width = ground_truth.shape[-2:]
     if min(height, width) < SSIM_WINDOW:
         raise InputError(
-            f"The frames are {height}x{width}, smaller than SSIM's window: use at least {SSIM_WINDOW}x{SSIM_WINDOW}."
+            f"the frames are {height}x{width}, smaller than SSIM's window: use at least {SSIM_WINDOW}x{SSIM_WINDOW}."
         )
     margin = SSIM_WINDOW // 2
     scores = []
@@ -227,7 +227,7 @@ def ssim(videos: Tensor, ground_truth: Tensor) -> Tensor:
 def _check_shapes(videos: Tensor, ground_truth: Tensor) -> None:
     if videos.shape != ground_truth.shape:
         raise InputError(
-            f"Videos of shape {tuple(videos.shape)} cannot be compared with a ground truth of shape "
+            f"videos of shape {tuple(videos.shape)} cannot be compared with a ground truth of shape "
             f"{tuple(ground_truth.shape)}: give both the same size and number of frames."
         )
 
@@ -255,7 +255,7 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
     samples = min(len(real), len(generated))
     if samples <= neighbours:
         raise InputError(
-            f"Precision and recall with {neighbours} neighbours need {neighbours + 1} samples, but there are "
+            f"precision and recall with {neighbours} neighbours need {neighbours + 1} samples, but there are "
             f"{samples}: evaluate on more videos."
         )
     real, generated = _float64(real), _float64(generated)

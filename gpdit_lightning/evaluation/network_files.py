@@ -44,7 +44,7 @@ REMEDIES = {
 
 def network_error(role: str, path: Path | str, reason: str) -> InputError:
     """Return the error for a file that cannot be used as the network of a role."""
-    return InputError(f"The {role} network {path} {reason}: {REMEDIES[role]}.")
+    return InputError(f"the {role} network {path} {reason}: {REMEDIES[role]}.")
 
 
 def verify_file(role: str, path: str, sha256: str | None, remedy: str) -> tuple[Path, str]:
@@ -61,11 +61,11 @@ def verify_file(role: str, path: str, sha256: str | None, remedy: str) -> tuple[
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise InputError(f"The {role} network {file} is not a file on this machine: {remedy}.")
+        raise InputError(f"the {role} network {file} is not a file on this machine: {remedy}.")
     actual = sha256_of(file)
     if sha256 is not None and sha256.strip().lower() != actual:
         raise InputError(
-            f"The {role} network {file} has sha256 {actual}, but {sha256} is expected: download it again, or correct "
+            f"the {role} network {file} has sha256 {actual}, but {sha256} is expected: download it again, or correct "
             "the sha256."
         )
     return file, actual

@@ -116,9 +116,9 @@ def _load(role: str, options: NetworkOptions, registry: Mapping[str, Callable[..
         module, fingerprint = _construct(role, kind, factory, arguments)
         sha256 = sha256 or fingerprint
     elif options.path is None:
-        raise InputError(f"The {role} network has no path: {REMEDIES[role]}.")
+        raise InputError(f"the {role} network has no path: {REMEDIES[role]}.")
     elif options.arguments:
-        raise InputError(f"The {role} network {kind} takes no arguments: leave them out, or give a custom class.")
+        raise InputError(f"the {role} network {kind} takes no arguments: leave them out, or give a custom class.")
     else:
         module = factory(**arguments)
     name = getattr(module, "name", kind)
@@ -140,7 +140,7 @@ def _construct(
         InputError: the constructor fails, or an attribute has another type.
     """
     expected = "`arguments` must be those of its constructor, which also receives `path` if a path is given"
-    with report_custom_errors(f"The {role} network", kind, expected):
+    with report_custom_errors(f"the {role} network", kind, expected):
         module = factory(**arguments)
         weights = module.state_dict()
         fingerprint = fingerprint_of(weights) if weights else ""
@@ -148,7 +148,7 @@ def _construct(
         value = getattr(module, name, None)
         if value is not None and (not isinstance(value, expected_type) or value == 0):
             words = "text" if expected_type is str else "a whole number, at least 1"
-            raise InputError(f"The {role} network '{kind}' has {name} = {value!r}: it must be {words}.")
+            raise InputError(f"the {role} network '{kind}' has {name} = {value!r}: it must be {words}.")
     return module, fingerprint
 
 
@@ -179,7 +179,7 @@ class MetricNetwork(nn.Module):
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != len(self.axes.split()) or pixels.shape[-3] != 3:
             raise InputError(
-                f"The pixels are {pixels.dtype} {tuple(pixels.shape)}, but the {self.role} network takes torch.uint8 "
+                f"the pixels are {pixels.dtype} {tuple(pixels.shape)}, but the {self.role} network takes torch.uint8 "
                 f"({self.axes}): convert them."
             )
         # By default cuDNN computes float32 convolutions in TF32, which keeps 10 of the 23 mantissa bits.
@@ -229,10 +229,10 @@ class MetricNetwork(nn.Module):
         """Replace errors of a custom network by InputErrors."""
         if not self._is_custom:
             return nullcontext()
-        return report_custom_errors(f"The {self.role} network", self._origin, self._remedy)
+        return report_custom_errors(f"the {self.role} network", self._origin, self._remedy)
 
     def _error(self, reason: str) -> InputError:
-        return InputError(f"The {self.role} network {self._origin} {reason}: {self._remedy}.")
+        return InputError(f"the {self.role} network {self._origin} {reason}: {self._remedy}.")
 
 
 class VideoNetwork(MetricNetwork):
@@ -270,7 +270,7 @@ class VideoNetwork(MetricNetwork):
         """Raise `InputError` for videos of fewer than `min_frames` frames."""
         if frames < self.min_frames:
             raise InputError(
-                f"The videos have {frames} frames, but {self.record.name} takes at least {self.min_frames}: use "
+                f"the videos have {frames} frames, but {self.record.name} takes at least {self.min_frames}: use "
                 "longer clips, or include the context."
             )
 

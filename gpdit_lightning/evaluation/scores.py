@@ -185,7 +185,7 @@ def frechet_distances(
         metric = metric or FrechetDistance(features.shape[1], reset_real_features=False)
         metric.update(features, real=True)
     if metric is None:
-        raise InputError("There are no samples for a Frechet distance: evaluate on more videos.")
+        raise InputError("there are no samples for a Frechet distance: evaluate on more videos.")
     distances = {}
     for name, parts in others.items():
         metric.reset()

@@ -241,7 +241,7 @@ def _find_in_manifest(path: Path) -> tuple[Manifest, ShardReader]:
                 if folder / entry.path == path.absolute():
                     return manifest, ShardReader(folder, entry)
     raise InputError(
-        f"No {FILE_NAME} in the folder of {path} or the two above lists this shard: copy the one it was made with."
+        f"no {FILE_NAME} in the folder of {path} or the two above lists this shard: copy the one it was made with."
     )
 
 
@@ -263,7 +263,7 @@ def _read_sample(reader: ShardReader, number: int, settings: ContextSettings, co
     values, metadata = reader.read(number, min(context_frames + later_frames, reader.entry.shape[0]))
     if is_video and (stride := metadata.get("stride", 1)) != settings.stride:
         raise InputError(
-            f"Sample {number} of {reader.path} has stride {stride}, but the checkpoint was trained at stride "
+            f"sample {number} of {reader.path} has stride {stride}, but the checkpoint was trained at stride "
             f"{settings.stride}: give samples of that stride."
         )
     latents = torch.from_numpy(values.astype(np.float32))

@@ -35,7 +35,7 @@ def output_paths(path_without_extension: Path, formats: Sequence[str]) -> dict[s
         InputError: no format, an unknown one, or a file that cannot be written.
     """
     if not formats or not set(formats) <= set(FORMATS):
-        raise InputError(f"The formats are {', '.join(formats) or 'none'}: choose from {', '.join(FORMATS)}.")
+        raise InputError(f"the formats are {', '.join(formats) or 'none'}: choose from {', '.join(FORMATS)}.")
     paths = {name: path_without_extension.with_name(f"{path_without_extension.name}.{name}") for name in formats}
     for path in paths.values():
         check_writable(path)

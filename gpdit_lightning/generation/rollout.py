@@ -47,9 +47,9 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
-            raise InputError(f"The window is {self.window} latent frames: give at least 1.")
+            raise InputError(f"the window is {self.window} latent frames: give at least 1.")
         if self.sinks < 0:
-            raise InputError(f"The number of sinks is {self.sinks}: give 0 or more.")
+            raise InputError(f"the number of sinks is {self.sinks}: give 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ClipInputs:
         """
         seeds = range(self.seeds, self.seeds + clips) if isinstance(self.seeds, int) else self.seeds
         if len(seeds) != clips or min(seeds, default=0) < 0:
-            raise InputError(f"The seeds are {list(seeds)} for {clips} clips: give one seed per clip, at least 0.")
+            raise InputError(f"the seeds are {list(seeds)} for {clips} clips: give one seed per clip, at least 0.")
         return seeds
 
 
@@ -133,7 +133,7 @@ def check_finite(latents: Tensor, sampler: Sampler) -> None:
     """
     if not latents.isfinite().all():
         raise InputError(
-            f"Generated latents are not finite, because of sampler '{import_path(sampler)}' or the weights of the "
+            f"generated latents are not finite, because of sampler '{import_path(sampler)}' or the weights of the "
             "model: use another sampler or checkpoint."
         )
 
@@ -186,13 +186,13 @@ class Denoiser:
         self.condition = inputs.condition
         self.null_condition = _null_condition(model, config.guidance.label, inputs)
         if frames is None and config.window is None:
-            raise InputError("An endless rollout would keep all frames in memory: give it a window.")
+            raise InputError("an endless rollout would keep all frames in memory: give it a window.")
         # The last generated frame is not attended to by any other.
         history = None if frames is None else max(context_frames + frames - 1, 1)
         self.visible = _visible_frames(config, history)
         if self.visible is not None and not config.use_cache and model.config.attention == "of2":
             raise InputError(
-                f"Without a cache an of2 model must attend to all frames, but the window is {config.window}: generate "
+                f"without a cache an of2 model must attend to all frames, but the window is {config.window}: generate "
                 "with the cache, generate fewer frames, or use a model with `of` attention."
             )
         self.cache: KVCache | None = None
@@ -276,11 +276,11 @@ def _null_condition(model: GPDiT, scale: float, inputs: ClipInputs) -> Tensor | 
     if scale == 1:
         return None
     if inputs.condition is None:
-        raise InputError(f"Guidance of {scale} over a label needs a label: give a condition, or scale 1.")
+        raise InputError(f"guidance of {scale} over a label needs a label: give a condition, or scale 1.")
     if inputs.null_condition is not None:
         return inputs.null_condition
     if model.config.text_width:
-        raise InputError("Guidance over a text needs the embeddings of an empty text: give them as null_condition.")
+        raise InputError("guidance over a text needs the embeddings of an empty text: give them as null_condition.")
     return torch.full_like(inputs.condition, NO_LABEL)
 
 

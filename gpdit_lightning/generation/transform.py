@@ -40,14 +40,14 @@ def transform(
         InputError: no sources, examples of another size or not in pairs, or as `Codec.encode` and :func:`rollout`.
     """
     if sources.ndim != 4 or len(sources) == 0:
-        raise InputError(f"The sources have shape {tuple(sources.shape)}: give images (B, 3, H, W), at least one.")
+        raise InputError(f"the sources have shape {tuple(sources.shape)}: give images (B, 3, H, W), at least one.")
     if any(len(pair) != 2 for pair in examples):
-        raise InputError("An example is not a pair: give a source and its target.")
+        raise InputError("an example is not a pair: give a source and its target.")
     example_images = [image for pair in examples for image in pair]
     for image in example_images:
         if image.shape != sources.shape[1:]:
             raise InputError(
-                f"An example has shape {tuple(image.shape)} and a source {tuple(sources.shape[1:])}: scale and crop "
+                f"an example has shape {tuple(image.shape)} and a source {tuple(sources.shape[1:])}: scale and crop "
                 "all images to one size."
             )
     device = next(model.parameters()).device

@@ -101,7 +101,7 @@ def closest_size(height: int, width: int, sizes: Sequence[Size]) -> Size:
         InputError: `sizes` is empty.
     """
     if not sizes:
-        raise InputError("No sizes are configured: give at least one, such as 256x256.")
+        raise InputError("no sizes are configured: give at least one, such as 256x256.")
     return min(sizes, key=lambda size: abs(math.log(height / width) - math.log(size[0] / size[1])))
 
 
@@ -113,7 +113,7 @@ def parse_size(text: str) -> Size:
     """
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"The size {text!r} is not HEIGHTxWIDTH in pixels: write it like 192x320.")
+        raise InputError(f"the size {text!r} is not HEIGHTxWIDTH in pixels: write it like 192x320.")
     return int(parts[0]), int(parts[1])
 
 
@@ -162,7 +162,7 @@ def write_strip(
         InputError: no rows, a row without frames, or a row with more frames than `frame_numbers`.
     """
     if not rows or any(len(frames) == 0 for frames in rows.values()):
-        raise InputError(f"There are no frames to write to {path}: give every row at least one.")
+        raise InputError(f"there are no frames to write to {path}: give every row at least one.")
     longest = max(len(frames) for frames in rows.values())
     if frame_numbers is None:
         frame_numbers = strip_frame_numbers(longest, columns)
@@ -233,7 +233,7 @@ def write_animation(
         InputError: no columns, or a column without clips or frames.
     """
     if not columns or any(0 in clips.shape for clips in columns.values()):
-        raise InputError(f"There are no frames to write to {path}: give every column at least one clip.")
+        raise InputError(f"there are no frames to write to {path}: give every column at least one clip.")
     first = next(iter(columns.values()))
     cell_width, cell_height = _cell_size(first, min_side)
     border, head = 6, 48

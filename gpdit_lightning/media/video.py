@@ -165,7 +165,7 @@ class VideoWriter:
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise InputError(
-                f"The frames for {self._path} are {pixels.dtype} {tuple(pixels.shape)}, not uint8 (T, 3, H, W): "
+                f"the frames for {self._path} are {pixels.dtype} {tuple(pixels.shape)}, not uint8 (T, 3, H, W): "
                 "convert them."
             )
         if len(pixels) == 0:
@@ -173,14 +173,14 @@ class VideoWriter:
         height, width = pixels.shape[2:]
         if height % 2 or width % 2:
             raise InputError(
-                f"The frames for {self._path} are {height}x{width} and mp4 needs even sides: crop one row or column."
+                f"the frames for {self._path} are {height}x{width} and mp4 needs even sides: crop one row or column."
             )
         if self._stream is None:
             self._stream = self._container.add_stream("libx264", self._rate, options={"crf": "12"})
             self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         if (self._stream.height, self._stream.width) != (height, width):
             raise InputError(
-                f"The frames for {self._path} are {self._stream.height}x{self._stream.width} and later ones "
+                f"the frames for {self._path} are {self._stream.height}x{self._stream.width} and later ones "
                 f"{height}x{width}: give all of them one size."
             )
         # PyAV 18.1 would make frames contiguous and convert them itself, but then every second file differs by a few
@@ -195,7 +195,7 @@ class VideoWriter:
         with atomic_write(self._path) as temporary, av.open(str(temporary), "w", format="mp4") as self._container:
             yield
             if self._stream is None:
-                raise InputError(f"There are no frames for {self._path}: write at least one.")
+                raise InputError(f"there are no frames for {self._path}: write at least one.")
             self._container.mux(self._stream.encode())
 
 

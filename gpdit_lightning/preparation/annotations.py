@@ -138,7 +138,7 @@ def read_annotations(paths: Sequence[Path]) -> Annotations:
     for (number, name), (other_number, other) in combinations(classes, 2):
         if number == other_number or name == other:
             raise InputError(
-                f"The class numbers in {', '.join(map(str, paths))} differ ({number} {name}, {other_number} {other}): "
+                f"the class numbers in {', '.join(map(str, paths))} differ ({number} {name}, {other_number} {other}): "
                 "give lists of one data set."
             )
     labels = tuple(name for _, name in classes)

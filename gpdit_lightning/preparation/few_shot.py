@@ -102,12 +102,12 @@ def check_options(options: PreparePairsOptions) -> None:
     if task is not EXISTING_PAIRS:
         if given != ["sources"]:
             raise InputError(
-                f"The task {task.name} makes both images of a pair from one image: give --sources only, or --task "
+                f"the task {task.name} makes both images of a pair from one image: give --sources only, or --task "
                 f"{EXISTING_PAIRS.name} for existing pairs."
             )
     elif given not in (["sources", "targets"], ["pairs_in"]):
         raise InputError(
-            f"The task {task.name} needs either --sources and --targets, or --pairs_in, but got "
+            f"the task {task.name} needs either --sources and --targets, or --pairs_in, but got "
             f"{' and '.join(f'--{name}' for name in given) or 'none of them'}: correct these options, or give a --task "
             f"that makes pairs ({', '.join(TASKS)})."
         )
@@ -117,7 +117,7 @@ def find_task(name: str) -> ImageTask:
     """Return the task of this name; raises InputError if there is none."""
     tasks = {EXISTING_PAIRS.name: EXISTING_PAIRS} | TASKS
     if name not in tasks:
-        raise InputError(f"There is no task {name!r}: give one of {', '.join(tasks)}.")
+        raise InputError(f"there is no task {name!r}: give one of {', '.join(tasks)}.")
     return tasks[name]
 
 
@@ -152,7 +152,7 @@ def _too_few_pairs(options: PreparePairsOptions, training: int, held_out: Sequen
     inputs = " and ".join(str(getattr(options, name)) for name in INPUT_OPTIONS if getattr(options, name) is not None)
     if total < needed:
         return InputError(
-            f"A sequence has {needed} different pairs, but {inputs} contain only {total}: add images, or lower "
+            f"a sequence has {needed} different pairs, but {inputs} contain only {total}: add images, or lower "
             "--pairs_per_sequence."
         )
     contents = [hash for pair in held_out for hash in set(pair.content_hashes)]
@@ -163,7 +163,7 @@ def _too_few_pairs(options: PreparePairsOptions, training: int, held_out: Sequen
     else:
         reason, cure = "", "add images, or lower --validation_fraction (0 holds out none)"
     return InputError(
-        f"Holding out {len(held_out)} of the {total} different pairs in {inputs}{reason} leaves {training} for "
+        f"holding out {len(held_out)} of the {total} different pairs in {inputs}{reason} leaves {training} for "
         f"training, but a sequence has {needed}: {cure}."
     )
 

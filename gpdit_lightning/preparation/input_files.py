@@ -92,7 +92,7 @@ def find_inputs(options: PrepareOptions, recorded: Mapping[str, Split | None] | 
         InputError: there are no files, a path does not exist, or two files have the same name.
     """
     if not options.videos and not options.images and not options.image_tars:
-        raise InputError("There are no input files: give --videos, --images or --image_tars.")
+        raise InputError("there are no input files: give --videos, --images or --image_tars.")
     inputs = Inputs([], [], read_annotations(options.annotations))
     _add_files(inputs, "video", options.videos, options.validation_videos, options, recorded or {})
     _add_files(inputs, "image", options.images, options.validation_images, options, recorded or {})
@@ -187,10 +187,10 @@ def _read_file_list(path: Path) -> list[tuple[Path, str]]:
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     files = [path.parent / line for line in lines if line]
     if not files:
-        raise InputError(f"The list {path} is empty: write one path per line.")
+        raise InputError(f"the list {path} is empty: write one path per line.")
     for file in files:
         if not file.is_file():
-            raise InputError(f"The list {path} contains {file}, which does not exist: correct that line.")
+            raise InputError(f"the list {path} contains {file}, which does not exist: correct that line.")
     return [
         (file, file.relative_to(path.parent).as_posix() if file.is_relative_to(path.parent) else file.name)
         for file in files

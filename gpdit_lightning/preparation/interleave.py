@@ -82,7 +82,7 @@ def read_clips(
             raise
         names = ", ".join(files[index].name for index in _current_files(len(files), ended))
         raise InputError(
-            f"A decoding process was killed while reading one of these files: {names}. If memory or shared memory ran "
+            f"a decoding process was killed while reading one of these files: {names}. If memory or shared memory ran "
             "out, run the same command with fewer --workers; otherwise remove the file that FFmpeg cannot decode."
         ) from None
 

@@ -165,7 +165,7 @@ def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, c
     if not any(result.shards for result in results):
         shutil.rmtree(records.folder)  # so that the next run retries the files
         raise InputError(
-            f"None of the {len(inputs.files)} input files could be used. The first reason: {skipped[0]['reason']}"
+            f"none of the {len(inputs.files)} input files could be used. The first reason: {skipped[0]['reason']}"
         )
     previous = Manifest.load(options.out) if (options.out / FILE_NAME).exists() else None
     used = {split: sum(result.used[split] for result in results) for split in get_args(Split)}

@@ -156,10 +156,10 @@ def write_features(path: Path, features: Tensor, record: FeatureRecord) -> None:
     values = features.detach().to("cpu", torch.float16).numpy()
     if values.shape != record.shape:
         raise InputError(
-            f"The features for {path} have shape {values.shape}, but {RECORD} states {record.shape}: correct one."
+            f"the features for {path} have shape {values.shape}, but {RECORD} states {record.shape}: correct one."
         )
     if not np.isfinite(values).all():
-        raise InputError(f"The features for {path} exceed the range of float16: use another layer.")
+        raise InputError(f"the features for {path} exceed the range of float16: use another layer.")
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         if record.format == "pickle":
             PortablePickler(file).dump(values)

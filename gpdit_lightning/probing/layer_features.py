@@ -109,7 +109,7 @@ def extract_layer_features(
         videos[VIDEOS_PER_FILE * number + index] for number, block in enumerate(blocks) for index in block.indices
     ]
     if not readable:
-        raise InputError(f"None of the {len(videos)} videos can be read: give others.")
+        raise InputError(f"none of the {len(videos)} videos can be read: give others.")
     features = torch.cat([block.features for block in blocks]).numpy()
     return LayerFeatures(features, readable, sum(block.num_resampled for block in blocks))
 

@@ -70,7 +70,7 @@ def fit_probe(
     label, fewest = min(counts.items(), key=lambda item: item[1])
     if fewest < 2:
         raise InputError(
-            f"Class {label!r} has one group of training videos, too few to select the regularisation by "
+            f"class {label!r} has one group of training videos, too few to select the regularisation by "
             "cross-validation: give --regularisation a number."
         )
     search = GridSearchCV(

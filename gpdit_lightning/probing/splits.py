@@ -119,17 +119,17 @@ def check_splits(videos: Iterable[LabelledVideo]) -> None:
         groups[video.split].add(video.group)
     if len(labels["train"]) < 2:
         raise InputError(
-            f"The number of training classes is {len(labels['train'])}, but a classifier needs 2: give more videos."
+            f"the number of training classes is {len(labels['train'])}, but a classifier needs 2: give more videos."
         )
     if len(groups["test"]) < 2:
         raise InputError(
-            f"The number of test groups is {len(groups['test'])}, but a confidence interval needs 2: give more videos, "
+            f"the number of test groups is {len(groups['test'])}, but a confidence interval needs 2: give more videos, "
             "or another split."
         )
     if unknown := labels["test"] - labels["train"]:
-        raise InputError(f"Class {min(unknown)!r} has test videos only: give training videos of it, or leave it out.")
+        raise InputError(f"class {min(unknown)!r} has test videos only: give training videos of it, or leave it out.")
     if shared := groups["train"] & groups["test"]:
-        raise InputError(f"Group {min(shared)!r} has training and test videos: put whole groups into one split.")
+        raise InputError(f"group {min(shared)!r} has training and test videos: put whole groups into one split.")
 
 
 def _read_list(file: Path) -> list[Path]:
@@ -161,7 +161,7 @@ def _group(path: Path, pattern: str) -> str:
         raise InputError(f"--group_pattern {pattern!r} is not a regular expression ({error}): correct it.") from None
     if match is None:
         raise InputError(
-            f"The name of {path} does not match the group pattern {pattern!r}: give another --group_pattern, or '.+' "
+            f"the name of {path} does not match the group pattern {pattern!r}: give another --group_pattern, or '.+' "
             "if the videos are independent."
         )
     return match[1] if match.re.groups else match[0]

@@ -111,7 +111,7 @@ def test_videos_that_cannot_be_read_are_named_and_skipped(
         extract(work, tmp_path / "out", videos="damaged")
         assert "3 of them are new, and 2 videos were skipped" in capsys.readouterr().out
         assert sum("unreadable.mp4" in line or "short.mp4 has 12" in line for line in set(caplog.messages)) == 2
-        with pytest.raises(InputError, match=r"None of the 1 videos in .*unreadable.mp4 could be read"):
+        with pytest.raises(InputError, match=r"none of the 1 videos in .*unreadable.mp4 could be read"):
             extract(work, tmp_path / "none", videos="damaged/unreadable.mp4")
     finally:
         verb.log.removeHandler(caplog.handler)
@@ -177,7 +177,7 @@ def test_the_codec_computes_in_float32_under_bf16(work: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--layer=4"], "Layer 4 does not exist: give a number from 1 to 3"),
+        (["--layer=4"], "layer 4 does not exist: give a number from 1 to 3"),
         (["--frames=16"], "16 pixel frames are not 1 . 4 k"),
         (["--frames=129"], "--frames is 129, but the model has positions for 125"),
         (["--stride=-1"], "--stride is -1"),

@@ -280,7 +280,7 @@ def test_unusual_examples_cause_warnings(workspace: Path, tmp_path: Path, caplog
         (["--source", "WORKSPACE/sources", "--out=OUT/out.png"], ["out.png is one file for 4 sources"]),
         (["--source", "WORKSPACE/sources/a.png", "--out=OUT/out.jpg"], ["out.jpg, but images are written as PNG"]),
         (["--source", "WORKSPACE/sources/a.png", "--sheet=OUT/sheet"], ["--sheet is", "name it sheet.png"]),
-        (["--source", "WORKSPACE/sources/a.png", "--sheet=OUT/out/a.png"], ["Two images", "one file"]),
+        (["--source", "WORKSPACE/sources/a.png", "--sheet=OUT/out/a.png"], ["two images", "one file"]),
         (
             ["--source", "WORKSPACE/sources/a.png", "--out=WORKSPACE/sources"],
             ["a.png is an input and would be overwritten"],
@@ -337,7 +337,7 @@ def test_invalid_input_is_refused_in_one_sentence_and_writes_nothing(
 
 def test_unknown_task_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(workspace, "--source", workspace / "sources", "--task=depth") == 2
-    assert "There is no task 'depth': give one of pairs, grayscale, " in capsys.readouterr().err
+    assert "there is no task 'depth': give one of pairs, grayscale, " in capsys.readouterr().err
 
 
 def test_python_example_of_the_documentation_runs(

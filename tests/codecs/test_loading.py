@@ -31,7 +31,7 @@ def test_a_custom_codec_is_recorded_by_its_import_path() -> None:
 
 def test_a_file_does_not_choose_code_to_import() -> None:
     spec = replace(load_codec("pca").spec(), name="some_package.Evil")
-    with pytest.raises(CodecNotAllowedError, match=r"^The manifest records the custom codec some_package\.Evil, and a"):
+    with pytest.raises(CodecNotAllowedError, match=r"^the manifest records the custom codec some_package\.Evil, and a"):
         load_codec_from_spec(spec)
     with pytest.raises(InputError, match=r"codec 'some_package\.Evil' cannot be imported"):  # the user names it
         load_codec_from_spec(spec, codec="some_package.Evil")

@@ -230,7 +230,7 @@ def test_a_damaged_sample_is_replaced_by_the_next_intact_one(
     assert sample.damaged == names
     assert len(caplog.messages) == len(damaged)
     for number, message in zip(damaged, caplog.messages, strict=True):
-        assert f"Sample {number} of" in message
+        assert f"sample {number} of" in message
         assert "train-video-3x4x4-00001.tar is damaged (its checksum differs)" in message
         assert "replaced by the next intact sample" in message
 

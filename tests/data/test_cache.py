@@ -436,7 +436,7 @@ def test_an_unusable_folder_is_reported(server: Server, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", gib=1)
     (cache.directory / file.sha256[:2]).write_text("")
     with pytest.raises(
-        InputError, match=r"A copy of http.* cannot be written to .*cache .*: set data\.cache\.directory"
+        InputError, match=r"a copy of http.* cannot be written to .*cache .*: set data\.cache\.directory"
     ):
         cache.fetch(file)
     for gib in (0, -1, float("nan")):
@@ -634,7 +634,7 @@ def test_a_damaged_copy_is_fetched_again(
     with caplog.at_level(logging.WARNING):
         assert np.array_equal(reader.read(2)[0], ShardReader(local.directory, local.shards[0]).read(2)[0])
     assert [record.getMessage() for record in caplog.records] == [
-        f"The copy of {reader.files[part].url} at {path} is damaged and will be fetched again."
+        f"the copy of {reader.files[part].url} at {path} is damaged and will be fetched again."
     ]
     assert server.gets[reader.files[part].url.removeprefix(server.url)] == 2
     assert sum(server.gets.values()) == 3
@@ -651,7 +651,7 @@ def test_a_sample_that_is_damaged_at_its_source_is_reported(
     server.files[f"/latents/{entry.path}"] = bytes(content)
     entry = replace(entry, sha256=hashlib.sha256(content).hexdigest())
     reader = ShardReader(UPath(url), entry, cache)
-    with pytest.raises(DamagedSampleError, match=rf"Sample 2 of {url}/.*\.tar is damaged \(its checksum differs\)"):
+    with pytest.raises(DamagedSampleError, match=rf"sample 2 of {url}/.*\.tar is damaged \(its checksum differs\)"):
         reader.read(2)
     assert np.array_equal(reader.read(1)[0], ShardReader(local.directory, local.shards[0]).read(1)[0])
     assert set(server.gets.values()) == {1}

@@ -115,7 +115,7 @@ def test_real_features_are_kept_for_several_comparisons() -> None:
 
 
 def test_too_few_samples_give_an_error_or_a_warning() -> None:
-    with pytest.raises(InputError, match="A Frechet distance needs 2 samples"):
+    with pytest.raises(InputError, match="a Frechet distance needs 2 samples"):
         metric_of(features(1, 4, seed=0), features(9, 4, seed=0)).compute()
     with pytest.raises(InputError, match="not finite"):
         metric_of(features(9, 4, seed=0) / 0, features(9, 4, seed=0)).compute()
@@ -221,7 +221,7 @@ def test_scores_of_a_video_are_independent_of_batch_composition(clips: tuple[Ten
 def test_videos_of_another_shape_or_below_the_window_are_refused(clips: tuple[Tensor, Tensor]) -> None:
     videos, ground_truth = clips
     for metric in (psnr, ssim):
-        with pytest.raises(InputError, match=r"Videos of shape \(2, 3, 3, 14, 16\) cannot be compared"):
+        with pytest.raises(InputError, match=r"videos of shape \(2, 3, 3, 14, 16\) cannot be compared"):
             metric(videos[..., :16], ground_truth)
     with pytest.raises(InputError, match="frames are 14x10, smaller than SSIM's window"):
         ssim(videos[..., :10], ground_truth[..., :10])

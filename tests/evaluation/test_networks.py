@@ -320,7 +320,7 @@ def test_the_record_of_a_custom_network_identifies_its_weights(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (NetworkOptions(), "The video network has no path: give I3D's weights"),
+        (NetworkOptions(), "the video network has no path: give I3D's weights"),
         (NetworkOptions(kind="i3"), r"video network 'i3' is not known \(did you mean 'i3d'\?\)"),
         (NetworkOptions(kind="nowhere.Network"), "'nowhere.Network' cannot be imported"),
         (custom(WithoutWeights, arguments={"integers": True}), r"WithoutWeights returns torch.uint8 \(2, 2\) on cpu"),

@@ -260,7 +260,7 @@ def test_damaged_sample_is_named_and_others_can_be_read(shards: Path, tmp_path: 
     damage(manifest, index, 1)
     assert len(read_one(Path(f"{tar_of(folder)}#0"), codec).pixels) == 5
     for name in ("#1", ""):
-        with pytest.raises(InputError, match=r"Sample 1 of .*\.tar is damaged \(its checksum differs\)"):
+        with pytest.raises(InputError, match=r"sample 1 of .*\.tar is damaged \(its checksum differs\)"):
             read_contexts([f"{tar_of(folder)}{name}"], SETTINGS, codec)
 
 
@@ -276,7 +276,7 @@ def test_latents_of_another_codec_are_refused(shards: Path, tmp_path: Path, code
 
 def test_shard_without_manifest_is_refused(shards: Path, tmp_path: Path, codec: Codec) -> None:
     (tmp_path / tar_of(shards).name).write_bytes(tar_of(shards).read_bytes())
-    with pytest.raises(InputError, match=r"No manifest\.json in the folder of .*\.tar or the two above lists this"):
+    with pytest.raises(InputError, match=r"no manifest\.json in the folder of .*\.tar or the two above lists this"):
         read_one(Path(f"{tar_of(tmp_path)}#0"), codec)
 
 
@@ -293,7 +293,7 @@ def test_shard_of_sequences_is_refused(write_shards: Callable[..., Manifest], tm
         ("#-1", {}, "has no sample '-1'"),
         ("#train-video-000000", {}, "has no sample 'train-video-000000'"),
         ("#", {}, "has no sample ''"),
-        ("#0", {"stride": 2}, r"Sample 0 of .*\.tar has stride 3, but the checkpoint was trained at stride 2"),
+        ("#0", {"stride": 2}, r"sample 0 of .*\.tar has stride 3, but the checkpoint was trained at stride 2"),
         ("#0", {"sizes": ((32, 48), (64, 64))}, "samples of 32x32 pixels, .* trained on 32x48, 64x64: give others"),
         ("", {"frames": 21}, "has 17 frames at stride 3, but the context needs 21: give a longer video or fewer"),
         ("#0", {"start": 1.0}, "has no frame at 1 s: give --start for videos only"),

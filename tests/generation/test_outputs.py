@@ -225,9 +225,9 @@ def test_only_latents_and_frames_of_the_strip_stay_in_memory(tmp_path: Path) -> 
 
 
 def test_output_paths_are_checked_first(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="The formats are mp4, webm: choose from mp4, gif, png, safetensors"):
+    with pytest.raises(InputError, match="the formats are mp4, webm: choose from mp4, gif, png, safetensors"):
         output_paths(tmp_path / "v", ["mp4", "webm"])
-    with pytest.raises(InputError, match="The formats are none"):
+    with pytest.raises(InputError, match="the formats are none"):
         output_paths(tmp_path / "v", [])
     assert output_paths(tmp_path / "new" / "a.b", ["gif"]) == {"gif": tmp_path / "new" / "a.b.gif"}
     assert list(tmp_path.iterdir()) == []

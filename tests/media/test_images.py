@@ -35,7 +35,7 @@ def test_closest_size_is_chosen_by_aspect_and_ties_by_order() -> None:
         assert closest_size(height, width, PAPER_SIZES) == expected
     assert closest_size(100, 100, [(192, 320), (320, 192)]) == (192, 320)
     assert closest_size(100, 100, [(320, 192), (192, 320)]) == (320, 192)
-    with pytest.raises(InputError, match="No sizes"):
+    with pytest.raises(InputError, match="no sizes"):
         closest_size(1, 1, [])
 
 

@@ -63,7 +63,7 @@ def test_a_folder_without_class_number_is_not_a_label(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", ["1 Archery\n", "2 ApplyEyeMakeup\n"], ids=["one_number", "one_name"])
 def test_contradicting_class_numbers_are_refused(tmp_path: Path, other: str) -> None:
-    with pytest.raises(InputError, match=r"The class numbers in .* differ"):
+    with pytest.raises(InputError, match=r"the class numbers in .* differ"):
         read(tmp_path, CLASSES, other)
 
 

@@ -222,7 +222,7 @@ def test_pairs_in_gives_the_same_as_sources_and_targets(options: PreparePairsOpt
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0: give at least 0"),
         ({"size": "16"}, "'16' is not HEIGHTxWIDTH"),
         ({"task": "depth"}, "no task 'depth': give one of pairs, grayscale, colourisation, edges, edges_to_image"),
-        ({"task": "edges"}, "The task edges makes both images .*: give --sources only"),
+        ({"task": "edges"}, "the task edges makes both images .*: give --sources only"),
         ({"task": "edges", "targets": None, "sources": None}, "give --sources only"),
         ({"targets": None}, "but got --sources: correct these"),
         ({"sources": None, "targets": None}, "but got none of them"),
@@ -262,12 +262,12 @@ def test_too_few_pairs_are_refused_with_the_reason(options: PreparePairsOptions)
     folders = ".*colour and .*grayscale"
     with pytest.raises(InputError, match=f"has 4 different pairs, but {folders} contain only 3: add images"):
         prepare_pairs(replace(options, pairs_per_sequence=4))
-    message = rf"^Holding out \d of the 3 different pairs in {folders} leaves \d for training, .* 3: add images, or"
+    message = rf"^holding out \d of the 3 different pairs in {folders} leaves \d for training, .* 3: add images, or"
     with pytest.raises(InputError, match=message):
         prepare_pairs(options)
     for i in (1, 2):
         shutil.copy(options.targets / "p0.jpg", options.targets / f"p{i}.jpg")
-    message = r"Holding out 3 of the 3 .* share an image .* leaves 0 .*: add pairs that share none, or .* 0\.$"
+    message = r"holding out 3 of the 3 .* share an image .* leaves 0 .*: add pairs that share none, or .* 0\.$"
     with pytest.raises(InputError, match=message):
         prepare_pairs(options)
     assert prepare_pairs(replace(options, validation_fraction=0)).validation["train_sources"] == 3

@@ -275,7 +275,7 @@ def test_latents_that_overflow_float16_are_skipped(options: PrepareOptions, monk
     encode = codec.encode
     monkeypatch.setattr(codec, "encode", lambda pixels: encode(pixels) * 1e6)
     monkeypatch.setattr(parts, "load_codec", lambda *_: codec)
-    with pytest.raises(InputError, match=r"None of the 6 input files could .*first reason: .*not finite in float16"):
+    with pytest.raises(InputError, match=r"none of the 6 input files could .*first reason: .*not finite in float16"):
         prepare(options)
     assert not (options.out / "manifest.json").exists()
     monkeypatch.undo()
@@ -295,7 +295,7 @@ def test_paths_in_a_list_are_relative_to_its_folder(options: PrepareOptions, vid
 def test_invalid_options_are_refused(options: PrepareOptions, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for change, message in (
-        ({"videos": []}, "There are no input files"),
+        ({"videos": []}, "there are no input files"),
         ({"videos": [tmp_path / "empty"]}, "empty has no video files"),
         ({"videos": [tmp_path / "gone"]}, "gone does not exist"),
         ({"clip_frames": 6}, r"6 pixel frames are not 1 \+ 4 k: take 5 or 9"),

@@ -276,7 +276,7 @@ def test_skipped_files_are_retried_on_request(options: PrepareOptions, monkeypat
         raise InputError("the server is down")
 
     monkeypatch.setattr(clips, "video_info", fail)
-    with pytest.raises(InputError, match=r"None of the 41 input files .*\. The first reason: the server is down"):
+    with pytest.raises(InputError, match=r"none of the 41 input files .*\. The first reason: the server is down"):
         prepare(options)
     monkeypatch.undo()
     first = prepared(options)
@@ -349,7 +349,7 @@ def test_an_output_folder_that_is_not_writable_is_reported(options: PrepareOptio
 
 def test_a_killed_decoding_process_is_reported(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clips, "video_info", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(InputError, match=r"A decoding process was killed while reading .*\.mp4.*fewer --workers"):
+    with pytest.raises(InputError, match=r"a decoding process was killed while reading .*\.mp4.*fewer --workers"):
         prepare(replace(options, workers=2))
     monkeypatch.undo()
     assert prepared(options)

@@ -109,5 +109,5 @@ def test_the_backbone_may_be_in_bfloat16(backbone: GPDiT, latents: Tensor) -> No
 
 @pytest.mark.parametrize("layers", [0, 5])
 def test_a_layer_that_does_not_exist_is_refused(backbone: GPDiT, layers: int) -> None:
-    with pytest.raises(InputError, match=f"Layer {layers} does not exist: give a number from 1 to 4"):
+    with pytest.raises(InputError, match=f"layer {layers} does not exist: give a number from 1 to 4"):
         VideoEncoder(backbone, layers, 7)

@@ -60,7 +60,7 @@ def test_regularisation_is_selected_over_whole_groups() -> None:
     assert probe.validation < 0.8
     singles = [str(number) for number in range(200)]
     assert fit_probe(points, labels, singles, points).validation == 1
-    with pytest.raises(InputError, match="Class 'b' has one group of training videos"):
+    with pytest.raises(InputError, match="class 'b' has one group of training videos"):
         fit_probe(points[:30], ["a"] * 20 + ["b"] * 10, groups[:30], points)
 
 
@@ -101,7 +101,7 @@ def test_each_layer_is_scored_on_the_readable_test_videos() -> None:
     assert uninformative.interval[0] < uninformative.accuracy < uninformative.interval[1]
     assert uninformative.accuracy < 0.75
     train = [video for video in videos if video.split == "train"]
-    with pytest.raises(InputError, match="The number of test groups is 0"):
+    with pytest.raises(InputError, match="the number of test groups is 0"):
         probe_layers(readable, train)
 
 

@@ -88,11 +88,11 @@ def held_out_video(label: str, group: str = "2") -> LabelledVideo:
         ),
         (
             [train_video("a"), train_video("b"), held_out_video("a"), held_out_video("c", "3")],
-            "Class 'c' has test videos only",
+            "class 'c' has test videos only",
         ),
         (
             [train_video("a"), train_video("b"), held_out_video("a"), held_out_video("b", "1")],
-            "Group '1' has training and test videos",
+            "group '1' has training and test videos",
         ),
     ],
 )

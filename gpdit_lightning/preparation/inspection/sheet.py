@@ -45,7 +45,7 @@ def write_sheet(path: Path, manifest: Manifest, count: int, codec: Codec) -> lis
         else:
             rows[_title(metadata)] = _scale_to_row(_decode(codec, entry.kind, latent))
     if not rows:
-        raise InputError(f"No sample of {manifest.directory} can be shown. The first reason: {damaged[0]}")
+        raise InputError(f"no sample of {manifest.directory} can be shown. The first reason: {damaged[0]}")
     max_width = max(frames.shape[3] for frames in rows.values())
     write_strip(path, {title: _pad(frames, max_width) for title, frames in rows.items()}, columns=COLUMNS)
     return damaged

@@ -93,7 +93,7 @@ def _verify_samples(reader: ShardReader) -> Iterator[str]:
             continue
         key = f"{reader.path.stem}-{number:06d}"
         if metadata.get("key") != key:
-            yield f"Sample {number} of {reader.path} has the key {metadata.get('key')!r} instead of {key!r}: {CURE}"
+            yield f"sample {number} of {reader.path} has the key {metadata.get('key')!r} instead of {key!r}: {CURE}"
 
 
 def unlisted_files(manifest: Manifest) -> list[str]:

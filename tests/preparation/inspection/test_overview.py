@@ -54,6 +54,6 @@ def test_a_few_unusual_channels_give_no_warning(photographs: Manifest) -> None:
 def test_damaged_samples_are_listed_and_left_out(copy: Path) -> None:
     flip_bit(copy / f"{SHARD}.tar", latent_offset(copy, SHARD, 1))
     text = overview(Manifest.load(copy))
-    assert f"Sample 1 of {copy / SHARD}.tar is damaged" in text
+    assert f"sample 1 of {copy / SHARD}.tar is damaged" in text
     total = sum(entry.count for entry in Manifest.load(copy).of_split("train"))
     assert f"over {total - 1} of {total} samples" in text

@@ -30,8 +30,8 @@ def test_damaged_samples_are_skipped_on_a_sheet(copy: Path, tmp_path: Path) -> N
     codec, total = load_codec("pca"), sum(entry.count for entry in Manifest.load(copy).shards)
     flip_bit(copy / f"{SHARD}.tar", latent_offset(copy, SHARD, 1))
     (damaged,) = write_sheet(tmp_path / "sheet.png", Manifest.load(copy), total, codec)
-    assert f"Sample 1 of {copy / SHARD}.tar" in damaged
+    assert f"sample 1 of {copy / SHARD}.tar" in damaged
     for tar in copy.glob("*.tar"):
         tar.write_bytes(bytes(tar.stat().st_size))
-    with pytest.raises(InputError, match=r"No sample of .* can be shown\. The first reason: Sample"):
+    with pytest.raises(InputError, match=r"no sample of .* can be shown\. The first reason: sample"):
         write_sheet(tmp_path / "sheet.png", Manifest.load(copy), total, codec)
