@@ -1,17 +1,20 @@
 """Rank, device and CPU cores of this process."""
 
 import os
-
-import torch
+from typing import TYPE_CHECKING
 
 from gpdit_lightning.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+
 
 def rank_of_process() -> tuple[int, int, int]:
-    """Return rank, number of ranks and rank on this machine, as set by torchrun or SLURM's srun."""
+    """Return rank, number of ranks and rank on this machine, as set by torchrun, srun or Lightning's launcher."""
     for rank, ranks, local_rank in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_RANK"),  # Lightning, on one machine
     ):
         if rank in os.environ and ranks in os.environ:
             return int(os.environ[rank]), int(os.environ[ranks]), int(os.environ.get(local_rank, 0))
@@ -25,12 +28,14 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def available_device(name: str) -> torch.device:
+def available_device(name: str) -> "torch.device":
     """Return the device with a name; for `cuda`, and for `auto` on a machine with GPUs, the GPU of this rank.
 
     Raises:
         InputError: the device is unavailable.
     """
+    import torch  # imported late: the command line needs only the rank
+
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", rank_of_process()[2] % torch.cuda.device_count())
     if name == "auto":

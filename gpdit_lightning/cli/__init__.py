@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from gpdit_lightning.devices import rank_of_process
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.version import __version__
 
@@ -19,28 +20,28 @@ class Verb(NamedTuple):
     """A verb of the command line.
 
     Attributes:
-        function: the function that the verb calls, as `module:name` in this package. It takes the verb's record of
-            options or, for a verb without a record, the verb and its arguments.
+        function: the function that the verb calls with its record of options, as `module:name` in this package.
         summary: one line for the list of verbs and for the verb's help.
-        record: the dataclass of the options, as `module:name` in `gpdit_lightning.options`; empty if the options are
-            those of a training recipe.
+        record: the dataclass of the options, as `module:name` in `gpdit_lightning.options`.
     """
 
     function: str
     summary: str
-    record: str = ""
+    record: str
 
+
+RECIPE = "shared:RecipeOptions"  # of the verbs whose options are those of a training recipe
 
 VERBS = {
     "demo": Verb(
         "demo:demo", "Train a small model on synthetic videos within minutes, and generate with it.", "demo:DemoOptions"
     ),
-    "fit": Verb("fit:run", "Train from a recipe; the same command resumes."),
+    "fit": Verb("fit:fit", "Train from a recipe; the same command resumes.", RECIPE),
     "chain": Verb(
         "chain:chain", "Train the stages of a chain in turn; the same command resumes.", "chain:ChainOptions"
     ),
-    "validate": Verb("fit:run", "Evaluate a run's last checkpoint on the held-out sources."),
-    "test": Verb("fit:run", "The same as validate, logged as test/loss."),
+    "validate": Verb("fit:validate", "Evaluate a run's last checkpoint on the held-out sources.", RECIPE),
+    "test": Verb("fit:test", "The same as validate, logged as test/loss.", RECIPE),
     "sample": Verb(
         "sample:sample",
         "Continue videos with a trained model, or generate them from noise alone.",
@@ -167,25 +168,21 @@ def _redirect_closed_output() -> bool:
 def run(name: str, arguments: Sequence[str]) -> int:
     """Parse the options of a verb, then import and call its function; return the exit status."""
     verb = VERBS[name]
-    record = record_of(name)
-    if record is None:
-        if {"-h", "--help"} & set(arguments):
-            from gpdit_lightning.cli.fit_help import print_help
+    if verb.record == RECIPE and {"-h", "--help"} & set(arguments):
+        from gpdit_lightning.cli.fit_help import print_help
 
-            print_help(name)
-            return 0
-        _import(f"gpdit_lightning.cli.{verb.function}")(name, arguments)
+        print_help(name)
         return 0
     from gpdit_lightning.cli.parsing import parse
 
-    options = parse(name, verb.summary, record, arguments)
-    return _import(f"gpdit_lightning.cli.{verb.function}")(options) or 0
+    options = parse(name, verb.summary, record_of(name), arguments)
+    result = _import(f"gpdit_lightning.cli.{verb.function}")(options)
+    return result if isinstance(result, int) else 0
 
 
-def record_of(name: str) -> type[Any] | None:
-    """Return the dataclass of a verb's options; None if they are those of a training recipe."""
-    record = VERBS[name].record
-    return _import(f"gpdit_lightning.options.{record}") if record else None
+def record_of(name: str) -> type[Any]:
+    """Return the dataclass of a verb's options."""
+    return _import(f"gpdit_lightning.options.{VERBS[name].record}")
 
 
 def _import(path: str) -> Any:
@@ -216,6 +213,5 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 def _rank_prefix() -> str:
     """Return a prefix for messages that names the rank; empty on the first rank."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, Lightning's launcher and srun
-    rank = next((os.environ[name] for name in names if name in os.environ), "0")
-    return "" if rank == "0" else f"[rank {rank}] "
+    rank, _, _ = rank_of_process()
+    return f"[rank {rank}] " if rank else ""

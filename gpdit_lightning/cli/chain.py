@@ -21,6 +21,7 @@ from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.chain import ChainOptions
+from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.internals import launched_processes
 
@@ -32,14 +33,14 @@ class Stage(NamedTuple):
 
     Attributes:
         name: its number and run folder, for messages.
-        arguments: the arguments of `fit`.
+        recipe: the options of `fit`.
         run_dir: its run folder.
         steps: its number of optimizer steps.
         manifests: the paths of its data.
     """
 
     name: str
-    arguments: list[str]
+    recipe: RecipeOptions
     run_dir: str
     steps: int
     manifests: list[str]
@@ -66,7 +67,7 @@ def chain(options: ChainOptions) -> None:
             print_once(f"{stage.name}: finished at step {step}")
             continue
         print_once(f"{stage.name}: {f'resumes from step {step}' if step else 'begins'}")
-        trainer = fit.run("fit", stage.arguments)
+        trainer = fit.fit(stage.recipe)
         if is_launched(trainer):
             return
         if trainer.global_step < stage.steps:  # ended by trainer.max_time
@@ -90,15 +91,14 @@ def read_stages(configs: Sequence[str], others: Sequence[str]) -> list[Stage]:
     recipes = stages_of(chain)
     stages: list[Stage] = []
     for number, recipe in enumerate(recipes, start=1):
-        arguments = [f"--config={path}" for path in (recipe, *overlays)] + list(others)
-        if stages:
-            arguments.append(f"--model.init_args.initial_weights={stages[-1].run_dir}")
-        settings = fit.parse("fit", arguments)
+        weights = [f"--model.init_args.initial_weights={stages[-1].run_dir}"] if stages else []
+        options = RecipeOptions(config=[str(path) for path in (recipe, *overlays)], overrides=[*others, *weights])
+        settings = fit.parse("fit", options.fit_arguments)
         manifests = [path for name in ("images", "videos", "sequences") for path in settings.data[name].manifests]
         if settings.trainer.max_steps < 1:
             raise InputError(f"{recipe}: trainer.max_steps is {settings.trainer.max_steps}: set a number of steps.")
         name = f"stage {number} of {len(recipes)}, {settings.run_dir}"
-        stages.append(Stage(name, arguments, settings.run_dir, settings.trainer.max_steps, manifests))
+        stages.append(Stage(name, options, settings.run_dir, settings.trainer.max_steps, manifests))
     return stages
 
 
@@ -112,7 +112,7 @@ def print_recipes(stages: Sequence[Stage], words: Sequence[str]) -> None:
     for stage in stages:
         print("---")
         with suppress(SystemExit):  # raised after printing
-            fit.parse("fit", [*stage.arguments, *words])
+            fit.parse("fit", [*stage.recipe.fit_arguments, *words])
 
 
 def check_data(stages: Sequence[Stage]) -> None:

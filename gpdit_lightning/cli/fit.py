@@ -36,6 +36,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, process_lock
 from gpdit_lightning.imports import error_summary, import_path
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.health import Health
@@ -220,21 +221,16 @@ class ParserOnly(RecipeCLI):
     """Builds the parser of recipes, and parses nothing."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Raise ParserBuilt with the parser: LightningCLI does not return it."""
-        raise ParserBuilt(parser)
+        """Leave the configuration empty."""
+        self.config = Namespace(seed_everything=False)
 
-
-class ParserBuilt(Exception):  # noqa: N818
-    """Contains the parser as its argument."""
+    def instantiate_classes(self) -> None:
+        """Construct nothing."""
 
 
 def recipe_parser() -> LightningArgumentParser:
     """Return the parser of recipes, from which their help is made."""
-    try:
-        _command_line(ParserOnly, "fit", [])
-    except ParserBuilt as built:
-        return built.args[0]
-    raise AssertionError("unreachable")
+    return _command_line(ParserOnly, "fit", []).parser
 
 
 def parse(verb: str, arguments: Sequence[str]) -> Namespace:
@@ -252,7 +248,10 @@ def parse(verb: str, arguments: Sequence[str]) -> Namespace:
 
 def build(verb: str, arguments: Sequence[str]) -> RecipeCLI:
     """Construct a recipe's model, data and trainer; arguments and errors as in :func:`parse`."""
-    return _command_line(RecipeCLI, verb, arguments)
+    cli = _command_line(RecipeCLI, verb, arguments)
+    if cli.resumed is not None:
+        cli.model.initial_weights = ""  # replaced by the checkpoint's; their file may have been removed
+    return cli
 
 
 def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) -> RecipeCLI:
@@ -356,19 +355,13 @@ def report_file_errors(trainer: Trainer) -> Iterator[None]:
         threading.excepthook = previous
 
 
-def run(verb: str, arguments: Sequence[str]) -> Trainer:
-    """Train, or evaluate a run's last checkpoint; return the trainer."""
-    cli = build(verb, arguments)
-    if cli.resumed is not None:
-        cli.model.initial_weights = ""  # replaced by the checkpoint's; their file may have been removed
-    if verb == "fit":
-        _fit(cli)
-    else:
-        _evaluate(cli, verb)
-    return cli.trainer
+def fit(options: RecipeOptions) -> Trainer:
+    """Train, from the run's last checkpoint if there is one; return the trainer.
 
-
-def _fit(cli: RecipeCLI) -> None:
+    Raises:
+        InputError: the recipe is invalid, or its data, initial weights or last checkpoint cannot be used.
+    """
+    cli = build("fit", options.fit_arguments)
     trainer = cli.trainer
     with lock_run_folder(trainer), end_ranks_together(trainer), report_file_errors(trainer):
         if trainer.is_global_zero:
@@ -378,9 +371,25 @@ def _fit(cli: RecipeCLI) -> None:
         step, folder = trainer.global_step, f"{trainer.default_root_dir}/checkpoints"
         was_finished = cli.resumed is not None and cli.resumed.name == f"step-{step}.ckpt"
         print(f"{'already ' * was_finished}finished at step {step}: {folder}/last.ckpt")
+    return trainer
 
 
-def _evaluate(cli: RecipeCLI, verb: str) -> None:
+def validate(options: RecipeOptions) -> Trainer:
+    """Evaluate a run's last checkpoint on the held-out sources, print the results and return the trainer.
+
+    Raises:
+        InputError: as :func:`fit`, or the run has no checkpoint, or nothing is held out.
+    """
+    return _evaluate("validate", options)
+
+
+def test(options: RecipeOptions) -> Trainer:
+    """Do as :func:`validate`; results are named `test/...`."""
+    return _evaluate("test", options)
+
+
+def _evaluate(verb: str, options: RecipeOptions) -> Trainer:
+    cli = build(verb, options.fit_arguments)
     trainer = cli.trainer
     if cli.resumed is None:
         raise InputError(f"{trainer.default_root_dir} has no checkpoint to {verb}: run `fit` first, or give --run_dir.")
@@ -393,3 +402,4 @@ def _evaluate(cli: RecipeCLI, verb: str) -> None:
     if trainer.is_global_zero:  # the results are means over all ranks
         for name, value in sorted(trainer.callback_metrics.items()):
             print(f"{name:<20}{float(value):.5f}")
+    return trainer

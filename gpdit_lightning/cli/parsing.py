@@ -2,14 +2,15 @@
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from gpdit_lightning.cli.arguments import item_type, normalized, recipe_arguments
 from gpdit_lightning.cli.messages import OptionHelp, one_sentence
-from gpdit_lightning.cli.recipe_files import with_bases
+from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path, with_bases
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import RecipeOptions
 
@@ -26,8 +27,8 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
 
     A command line may contain `--name value`, `--switch` and `--no_switch` for a boolean, and `--names a b c` for a
     list. `--config FILE` gives options as YAML; later ones override earlier ones. If the record is a subclass of
-    :class:`RecipeOptions`, `--config` gives recipes instead, and options that are not fields of the record override
-    them.
+    :class:`RecipeOptions`, `--config` gives recipes, which may also contain options of the verb; options on the command
+    line that are not fields of the record override the recipe.
 
     Args:
         verb: the name of the command, for messages.
@@ -42,11 +43,22 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
     parser, recipe = parser_of(verb, description, record), dict[str, list[str]]()
     if issubclass(record, RecipeOptions):
         of_verb, recipe["config"], recipe["overrides"] = recipe_arguments(arguments, option_names(record))
+        of_verb = [*_options_in_files(recipe["config"], record), *of_verb]
     else:
         of_verb = with_bases(arguments)
     values = parser.instantiate(parser.parse_args(normalized(of_verb, record)))
+    if any(word.startswith("--print_config") for word in recipe.get("overrides", ())):
+        options = Namespace({name: values[name] for name in option_names(record)})
+        print(parser.dump(options, skip_none=False) if options else "", end="")  # the recipe's follow
     given = {name: values[name] for name in option_names(record)} | recipe
     return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def _options_in_files(recipes: Sequence[str], record: type[Any]) -> list[str]:
+    """Return the options of a verb in recipe files as words of a command line; those of later files come later."""
+    files = [read_yaml(recipe_path(name)) for name in recipes] if option_names(record) else []
+    given = [(name, file[name]) for file in files for name in option_names(record) if file.get(name) is not None]
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given]
 
 
 def parser_of(verb: str, description: str, record: type[Any]) -> "OptionParser":

@@ -26,11 +26,14 @@ class RecipeParser(LightningArgumentParser):
     def __init__(self, *args: Any, allow_abbrev: bool = False, **settings: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **settings)
 
+    @property
+    def verb_options(self) -> list[str]:
+        """The options of the verb itself, such as those of `estimate`, which recipe files may contain."""
+        verb = self.prog.split()[-1]
+        return option_names(record_of(verb)) if verb in VERBS else []
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise InputError instead of printing the usage."""
-        known = [action.dest for action in self._actions]
-        verb = self.prog.split()[-1]
-        record = record_of(verb) if verb in VERBS else None  # `estimate` has options besides those of a recipe
-        known += option_names(record) if record else []
+        known = [action.dest for action in self._actions] + self.verb_options
         known += [f"{name}.{f.name}" for name, options in NESTED_OPTIONS.items() for f in dataclasses.fields(options)]
         raise InputError(one_sentence(message, known))

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from gpdit_lightning.cli.recipe_parser import RecipeParser
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import did_you_mean, import_object, is_import_path, resolve
+from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.training.loggers import place_in_run_folder, run_folder_logger
 from gpdit_lightning.training.strategies import ZERO_NAMES
 
@@ -85,10 +86,6 @@ HELP = {
     "trainer.detect_anomaly": "Find the operation that produces a NaN in the backward pass; slow.",
     "trainer.plugins": "Plugins of Lightning.",
 }
-NO_RECIPE = (
-    "no recipe is given: type python -m gpdit_lightning {} --config gpdit:stage2_mixed, or the path of a recipe "
-    "(`python -m gpdit_lightning recipes` lists the shipped ones)."
-)
 
 
 class TrainingParser(RecipeParser):
@@ -103,11 +100,15 @@ class TrainingParser(RecipeParser):
         for name, instead in REPLACED.items():  # parsed, so that `validate` can refuse them
             # With help=SUPPRESS jsonargparse would drop given values where it resolves interpolations.
             self.add_argument(f"--trainer.{name}", type=Any, default=argparse.SUPPRESS, help=f"Not used: {instead}.")
+        for name in self.verb_options:  # parsed by cli/parsing.py; `validate` removes them
+            self.add_argument(f"--{name}", type=Any, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         for action in self._actions:
             action.help = HELP.get(action.dest, action.help)
 
     def validate(self, cfg: Namespace, *arguments: Any, **options: Any) -> None:
         """Validate, refuse settings that a recipe cannot set, and set the folders of loggers."""
+        for name in self.verb_options:
+            cfg.pop(name, None)
         trainer = cfg.get("trainer")
         if isinstance(trainer, Namespace):  # the parser of a part of a recipe has none
             remove_replaced(trainer)
@@ -120,9 +121,8 @@ class TrainingParser(RecipeParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise InputError instead of printing the usage; with advice if there is no recipe, or none with a stage."""
         if re.search(r"arguments are required: .*\bmodel\b", message):
-            verb = self.prog.split()[-1]
             if not any(re.match(r"(--config|-c)\b", argument) for argument in self.args):
-                raise InputError(NO_RECIPE.format(verb))
+                raise RecipeOptions.no_recipe()
             raise InputError("the recipe names no stage: set `model` to one, such as MixedStage, or build on a recipe.")
         super().error(message, ex)
 

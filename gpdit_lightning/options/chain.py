@@ -14,3 +14,8 @@ class ChainOptions(RecipeOptions):
     """
 
     EXAMPLE: ClassVar[str] = "gpdit:chain_gpdit_h"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.config:
+            raise self.no_recipe()

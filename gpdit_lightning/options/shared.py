@@ -1,6 +1,7 @@
 """Options that several verbs share."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
@@ -118,16 +119,23 @@ class RecipeOptions(OptionRecord):
 
     config: Sequence[str]
     """A recipe, then overlays; later ones override."""
-    overrides: Sequence[str] = ()
-    """Options of `fit` that override the recipe, such as `--trainer.max_steps=10`."""
+    overrides: Mapping[str, Any] | Sequence[str] = ()
+    """Options that override the recipe: {"trainer.max_steps": 10}, or words of a command line."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.config:
-            raise InputError(
-                f"no recipe is given: give one, such as --config {self.EXAMPLE} (`python -m gpdit_lightning recipes` "
-                "lists all)."
-            )
+        if isinstance(self.overrides, Mapping):
+            self._set("overrides", tuple(f"--{name}={json.dumps(value)}" for name, value in self.overrides.items()))
+        if not self.config and not self.overrides:
+            raise self.no_recipe()
+
+    @classmethod
+    def no_recipe(cls) -> InputError:
+        """Return the error for a missing recipe."""
+        return InputError(
+            f"no recipe is given: give one, such as --config {cls.EXAMPLE} (`python -m gpdit_lightning recipes` lists "
+            "all)."
+        )
 
     @property
     def fit_arguments(self) -> list[str]:

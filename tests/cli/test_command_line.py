@@ -59,7 +59,7 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"data": {"videos": {"manifests": ["/nowhere"]}}}, ["/nowhere", "gpdit_lightning prepare"]),
         ({"data": {"videos": {"manifests": []}}}, ["no source of data", "data.videos", "manifests"]),
         ({"data": {"videos": {"batch_size": 0}}}, ["no source of data"]),
-        ({"data": {"videos": {"batch_size": 3, "micro_batches": 2}}}, ["3 videos", "micro_batches"]),
+        ({"data": {"videos": {"batch_size": 3, "micro_batches": 2}}}, ["data.videos.batch_size is 3", "micro_batches"]),
         ({"trainer": {"accumulate_grad_batches": 3}}, ["accumulate_grad_batches is 3", "micro_batches"]),
         ({"model": {"class_path": "MixedStage"}}, ["trains on data.images and data.videos", "uses data.videos"]),
         ({"model": {"init_args": {"initial_weights": "/nowhere"}}}, ["/nowhere", "chain", "initial_weights=''"]),

@@ -177,3 +177,14 @@ def test_python_and_the_command_line_give_the_same_estimate(mixed: Path, capsys:
     assert "and 7 steps" in printed
     with pytest.raises(InputError, match="no recipe is given"):
         EstimateOptions(config=[])
+
+
+def test_recipe_files_may_contain_options_of_the_verb(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "mixed.yaml").write_text(f"base: {RECIPES / 'stage4_few_shot.yaml'}\ngpus: 2\ngpu: A100\n")
+    with pytest.raises(SystemExit):
+        main(["estimate", f"--config={tmp_path / 'mixed.yaml'}", "--mfu=0.5", "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert main(["estimate", f"--config={tmp_path / 'printed.yaml'}"]) == 0
+    text = capsys.readouterr().out
+    assert "GPUs: 2\n" in text
+    assert "At 50% of 312 TFLOP/s" in text
