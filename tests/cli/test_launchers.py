@@ -35,7 +35,7 @@ def start(tiny_shards: Path, tmp_path: Path) -> Callable[..., list["subprocess.P
         settings = recipe(tiny_shards, tmp_path / "run", max_ranks=2)
         settings["trainer"] |= {"devices": 2, "strategy": "ddp"}
         if sleep:
-            at = {"class_path": "events.At", "init_args": {"step": 3, "sleep": sleep}}
+            at = {"class_path": "events.PauseAt", "init_args": {"step": 3, "sleep": sleep}}
             settings["trainer"]["callbacks"] = [at]
         (tmp_path / "events.py").write_text(CALLBACKS)
         path = tmp_path / "recipe.yaml"

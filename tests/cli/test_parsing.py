@@ -137,8 +137,11 @@ class WithRecipe(RecipeOptions):
     """Check first."""
 
 
-def test_what_is_not_a_records_own_option_overrides_the_recipe() -> None:
-    words = ["-c", "a.yaml", "--sizes", "1x1", "2x2", "--trainer.max_steps", "5", "--config=b.yaml", "--check"]
+def test_what_is_not_a_records_own_option_overrides_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("run_dir: runs/a\ndevices: 3\n")
+    Path("b.yaml").write_text("check: true\n")
+    words = ["-c", "a.yaml", "--sizes", "1x1", "2x2", "--trainer.max_steps", "5", "--config=b.yaml"]
     words += ["--data.seed=1", "--devices", "2", "--print_config"]
     options = parse("verb", "Do something.", WithRecipe, words)
     assert options == WithRecipe(
