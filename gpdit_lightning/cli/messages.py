@@ -75,16 +75,24 @@ def one_sentence(message: str, known: Sequence[str]) -> str:
     sentence = relevant_part(message)
     if PREFIX in message:  # the parser of a part of the recipe has already done it
         return PREFIX + sentence
-    unknown = re.search(r"unrecognized arguments: -*([\w.]+)|ption '([\w.]+)'", sentence)
-    if sentence.startswith("unrecognized arguments: ") and not sentence.startswith("unrecognized arguments: -"):
-        sentence += "; every option begins with --, and files of options are given by --config."
-    elif unknown:
+    word = re.match(r"unrecognized arguments: (\S+)", sentence)
+    if word and not word[1].startswith("-"):
+        return f"'{word[1]}' is not an option: every option begins with --, and files of options are given by --config."
+    if word:
+        key = word[1].lstrip("-").partition("=")[0]
+        return f"--{key} is not an option" + nearest_option(key, known, "--{}")
+    unknown = re.search(r"ption '([\w.]+)'", sentence)
+    if unknown:
         group = re.search(r"Group '([\w.]+)'", sentence)
-        key = (f"{group[1]}." if group else "") + (unknown[1] or unknown[2])
-        abbreviated = sorted((name for name in known if name.startswith(key)), key=len)
-        nearest = abbreviated or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        sentence += f"; did you mean '{nearest[0]}'?" if nearest else "; see --help for all options."
+        sentence += nearest_option((f"{group[1]}." if group else "") + unknown[1], known, "'{}'")
     return PREFIX + sentence
+
+
+def nearest_option(key: str, known: Sequence[str], form: str) -> str:
+    """Return the end of a sentence about an unknown option: the nearest existing one, in a form such as `--{}`."""
+    abbreviated = sorted((name for name in known if name.startswith(key)), key=len)
+    nearest = abbreviated or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {form.format(nearest[0])}?" if nearest else "; see --help for all options."
 
 
 def relevant_part(message: str) -> str:
@@ -119,6 +127,9 @@ def relevant_part(message: str) -> str:
 
 def type_in_words(kind: str) -> str:
     """Return a type, as jsonargparse prints it, in words."""
+    pair = re.fullmatch(r"tuple with (\d+) elements", kind)
+    if pair:
+        return f"a list of {pair[1]} values"
     if any(name in kind for name in ("Sequence", "list", "tuple")):
         return "a list"
     choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from gpdit_lightning.cli.arguments import item_type, normalized, recipe_arguments
-from gpdit_lightning.cli.messages import OptionHelp, one_sentence
+from gpdit_lightning.cli.messages import PREFIX, OptionHelp, one_sentence
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path, with_bases
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import RecipeOptions
@@ -123,4 +123,4 @@ class OptionParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise InputError instead of printing the usage."""
-        raise InputError(one_sentence(message, [action.dest for action in self._actions]))
+        raise InputError(one_sentence(message, [action.dest for action in self._actions]).removeprefix(PREFIX))

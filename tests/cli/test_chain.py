@@ -271,7 +271,7 @@ def test_a_file_without_a_list_of_stages_is_refused(
 
 def test_an_unknown_option_gets_the_nearest_option_of_fit(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chain", "--config", str(chain), "--trainer.max_stepz=3"]) == 2
-    assert "did you mean 'trainer.max_steps'" in capsys.readouterr().err
+    assert "did you mean --trainer.max_steps?" in capsys.readouterr().err
 
 
 def test_print_config_prints_the_recipe_of_each_stage(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:

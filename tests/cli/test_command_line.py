@@ -108,17 +108,17 @@ def test_a_recipe_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("option", "nearest"),
     [
-        ("trainer.max_stepz", "trainer.max_steps"),
-        ("trainer.max_step", "trainer.max_steps"),
-        ("model.init_args.initial_w", "initial_weights"),
-        ("model.init_args.backbone.laye", "model.init_args.backbone.layers"),
+        ("trainer.max_stepz", "--trainer.max_steps"),
+        ("trainer.max_step", "--trainer.max_steps"),
+        ("model.init_args.initial_w", "'initial_weights'"),
+        ("model.init_args.backbone.laye", "'model.init_args.backbone.layers'"),
     ],
 )
 def test_unknown_and_abbreviated_options_on_the_command_line(
     option: str, nearest: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", "--config", "gpdit:debug/overfit_one_clip", f"--{option}", "3"]) == 2
-    assert f"did you mean '{nearest}'" in capsys.readouterr().err
+    assert f"did you mean {nearest}?" in capsys.readouterr().err
 
 
 def test_validate_without_a_run(recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

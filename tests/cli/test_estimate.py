@@ -154,8 +154,8 @@ def test_a_recipe_may_not_fit_with_any_setting(capsys: pytest.CaptureFixture[str
         (["--data.images.micro_batches=7"], "which is no multiple of micro_batches x data.max_ranks = 7 x"),
         (["--data.images.batch_size=0", "--data.videos.batch_size=0"], "no source of data"),
         (["--data.videos.loss_frames=targets"], "data.videos.loss_frames is targets, which only data.sequences has"),
-        (["--data.image.batch_size=1"], "did you mean 'data.images.batch_size'"),
-        (["--gpu_memroy", "80"], "did you mean 'gpu_memory'"),
+        (["--data.image.batch_size=1"], "did you mean --data.images.batch_size"),
+        (["--gpu_memroy", "80"], "did you mean --gpu_memory"),
     ],
 )
 def test_an_error_is_one_sentence(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

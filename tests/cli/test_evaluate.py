@@ -309,7 +309,7 @@ def test_a_folder_with_other_settings_is_refused(
         ("--size=64x64", "--size is 64x64, but the checkpoint was trained on 32x32"),
         ("--video_network.path=/nowhere", "the video network /nowhere is not a file"),
         ("--video_network.sha256=00", "but 00 is expected"),
-        ("--guidance_scale=2", "did you mean 'guidance"),
+        ("--guidance_scale=2", "did you mean --guidance"),
         ("--sampler=best", "best"),
         ("--device=gpu", "the device 'gpu' cannot be used"),
     ],

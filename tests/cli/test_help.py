@@ -75,7 +75,7 @@ def test_abbreviated_options_are_refused() -> None:
         names = option_names(record)
         if not issubclass(record, RecipeOptions):  # else unknown options belong to the recipe
             for abbreviation in {name[:-1] for name in names} - set(names):
-                with pytest.raises(InputError, match=rf"--{abbreviation}.*; did you mean '{abbreviation}"):
+                with pytest.raises(InputError, match=rf"--{abbreviation}.*; did you mean --{abbreviation}"):
                     parse(verb, "", record, [*least_arguments(record), f"--{abbreviation}", "1"])
 
 
@@ -87,7 +87,7 @@ def test_misspelled_verbs_and_options_are_corrected(capsys: pytest.CaptureFixtur
         record = record_of(verb)
         if not issubclass(record, RecipeOptions):  # else unknown options belong to the recipe
             for name in option_names(record):
-                with pytest.raises(InputError, match=rf"--{name}z.*; did you mean '{name}'\?$"):
+                with pytest.raises(InputError, match=rf"--{name}z.*; did you mean --{name}\?$"):
                     parse(verb, "", record, [*least_arguments(record), f"--{name}z", "1"])
 
 

@@ -93,8 +93,8 @@ def test_what_is_printed_is_a_config_of_the_same_options(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["here", "--nmaes", "a"], ["--nmaes", "did you mean 'names'?"]),
-        (["here", "there"], ["unrecognized arguments: there", "every option begins with --"]),
+        (["here", "--nmaes", "a"], ["--nmaes", "did you mean --names?"]),
+        (["here", "there"], ["'there' is not an option: every option begins with --"]),
         (["here", "--kind", "slwo"], ["kind is slwo", "one of fast, slow"]),
         (["here", "--seeds", "x"], ["seeds", "x"]),
         (["here", "--mark=perhaps"], ["mark is perhaps", "true or false"]),

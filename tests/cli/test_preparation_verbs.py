@@ -145,7 +145,7 @@ def test_inspect_refuses_a_folder_without_shards(
         (["inspect"], "folder is missing"),
         (["inspect", "x", "--show", "0"], "--show is 0: give at least 1"),
         (["inspect", "x", "--samples", "0"], "--samples is 0: give at least 1"),
-        (["inspect", "x", "--verfy"], "did you mean 'verify'?"),
+        (["inspect", "x", "--verfy"], "did you mean --verify?"),
     ],
 )
 def test_invalid_options_are_refused_in_one_sentence(
