@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from gpdit_lightning.devices import rank_of_process
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import DISK_FULL_ERRORS
 from gpdit_lightning.version import __version__
 
 
@@ -82,7 +83,7 @@ VERBS = {
 }
 
 # Errors of the file system that a user can correct.
-CORRECTABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+CORRECTABLE = (*DISK_FULL_ERRORS, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 # Messages of Lightning that are not shown: advertisements, absent accelerators, the seed at every reading of a recipe.
 HIDDEN_MESSAGES = ("litlogger", "GPU available: False", "TPU available: False", "Seed set to")

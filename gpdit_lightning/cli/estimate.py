@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jsonargparse import Namespace
 
 from gpdit_lightning.cli import fit
+from gpdit_lightning.cli.trainer_settings import strategy_of
 from gpdit_lightning.codecs import WanCodec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.plan import PlannedBucket, PlannedSource
@@ -30,7 +31,7 @@ from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.options.estimate import EstimateOptions
 from gpdit_lightning.specs import LatentGrid
-from gpdit_lightning.training.strategies import ZERO_NAMES
+from gpdit_lightning.training.strategies import register_strategies
 
 GIB = 2**30
 FLOP_UNITS = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
@@ -121,8 +122,12 @@ def sharding_strategy(setting: Any) -> ShardingStrategy:
     if isinstance(setting, Namespace) and setting.class_path.endswith(".ZeRO"):
         chosen = setting.init_args
         return next(s for s in STRATEGIES if s.deepspeed and (s.stage, s.offload) == (chosen.stage, chosen.offload))
-    given = setting.class_path.rpartition(".")[2] if isinstance(setting, Namespace) else setting
-    name = ZERO_NAMES.get(given, given.lower())
+    if isinstance(setting, Namespace):
+        given = setting.class_path.rpartition(".")[2]
+    else:
+        register_strategies()
+        given = strategy_of(setting)
+    name = given.lower()
     offered = {strategy.option: strategy for strategy in STRATEGIES}
     if name.startswith("ddp"):
         return offered["auto"]

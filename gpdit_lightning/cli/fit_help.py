@@ -36,6 +36,8 @@ TITLES = {
     "preview.": "Previews",
     "checkpoint.": "Checkpoints",
 }
+# Shown instead of all values that Lightning accepts: ZeRO and FSDP2 refuse others, and pure half precision diverges.
+CHOICES = {"trainer.precision": ["32-true", "bf16-mixed", "16-mixed"]}
 IN_HEAD = {"help", "config", "print_config", "base"}
 
 
@@ -71,7 +73,7 @@ def is_shown(action: argparse.Action) -> bool:
 
 def paragraph(name: str, action: argparse.Action) -> str:
     """Return the help of one option: its name and value, its explanation and its default."""
-    choices = literal_choices(getattr(action, "_typehint", None))
+    choices = CHOICES.get(name) or literal_choices(getattr(action, "_typehint", None))
     value = "{" + ",".join(choices) + "}" if choices else name.split(".")[-1].upper()
     default = action.default
     has_default = isinstance(default, bool | int | float | str) and default != ""
