@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from gpdit_lightning.cli import VERBS, fit, record_of
+from gpdit_lightning.cli import VERBS, record_of
 from gpdit_lightning.cli.chain import stages_of
 from gpdit_lightning.cli.parsing import parse
+from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.cli.recipe_files import recipe_path
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.chain import ChainOptions
@@ -78,17 +79,13 @@ COMMANDS = sorted({tuple(command): None for path in (*DOCUMENTS, *RECIPES) for c
 
 def parse_options(verb: str, arguments: list[str]) -> None:
     """Parse the options of a verb as the command line does; raises InputError for invalid ones."""
-    record = record_of(verb)
-    if record is not None:
-        options = parse(verb, "", record, arguments)
-        if isinstance(options, ChainOptions):
-            chain, *overlays = options.config
-            for recipe in stages_of(recipe_path(chain)):
-                fit.parse("fit", [*(f"--config={path}" for path in (recipe, *overlays)), *options.overrides])
-        elif isinstance(options, RecipeOptions):
-            fit.parse(verb, options.fit_arguments)
-    elif "--help" not in arguments:
-        fit.parse(verb, arguments)
+    options = parse(verb, "", record_of(verb), arguments)
+    if isinstance(options, ChainOptions):
+        chain, *overlays = options.config
+        for recipe in stages_of(recipe_path(chain)):
+            parse_recipe("fit", [*(f"--config={path}" for path in (recipe, *overlays)), *options.overrides])
+    elif isinstance(options, RecipeOptions):
+        parse_recipe(verb, options.fit_arguments)
 
 
 def test_most_verbs_occur() -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gpdit_lightning.checkpoints.files import checkpoint_sha256, last_checkpoint, open_checkpoint
 from gpdit_lightning.cli import fit
+from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
@@ -93,7 +94,7 @@ def read_stages(configs: Sequence[str], others: Sequence[str]) -> list[Stage]:
     for number, recipe in enumerate(recipes, start=1):
         weights = [f"--model.init_args.initial_weights={stages[-1].run_dir}"] if stages else []
         options = RecipeOptions(config=[str(path) for path in (recipe, *overlays)], overrides=[*others, *weights])
-        settings = fit.parse("fit", options.fit_arguments)
+        settings = parse_recipe("fit", options.fit_arguments)
         manifests = [path for name in ("images", "videos", "sequences") for path in settings.data[name].manifests]
         if settings.trainer.max_steps < 1:
             raise InputError(f"{recipe}: trainer.max_steps is {settings.trainer.max_steps}: set a number of steps.")
@@ -112,7 +113,7 @@ def print_recipes(stages: Sequence[Stage], words: Sequence[str]) -> None:
     for stage in stages:
         print("---")
         with suppress(SystemExit):  # raised after printing
-            fit.parse("fit", [*stage.recipe.fit_arguments, *words])
+            parse_recipe("fit", [*stage.recipe.fit_arguments, *words])
 
 
 def check_data(stages: Sequence[Stage]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
-from gpdit_lightning.cli import fit
+from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.cli.trainer_settings import strategy_of
 from gpdit_lightning.codecs import WanCodec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
@@ -31,7 +31,6 @@ from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.options.estimate import EstimateOptions
 from gpdit_lightning.specs import LatentGrid
-from gpdit_lightning.training.strategies import register_strategies
 
 GIB = 2**30
 FLOP_UNITS = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
@@ -97,7 +96,7 @@ def read_recipe(
     Raises:
         InputError: the recipe cannot be used, or `estimate` does not support its precision or strategy.
     """
-    settings = fit.parse("estimate", arguments)
+    settings = parse_recipe("estimate", arguments)
     data, precision = settings.data, str(settings.trainer.precision or "32-true")
     if precision not in BYTES_OF_PRECISION:
         raise InputError(f"trainer.precision is {precision}; estimate supports bf16-mixed and 32-true.")
@@ -122,11 +121,7 @@ def sharding_strategy(setting: Any) -> ShardingStrategy:
     if isinstance(setting, Namespace) and setting.class_path.endswith(".ZeRO"):
         chosen = setting.init_args
         return next(s for s in STRATEGIES if s.deepspeed and (s.stage, s.offload) == (chosen.stage, chosen.offload))
-    if isinstance(setting, Namespace):
-        given = setting.class_path.rpartition(".")[2]
-    else:
-        register_strategies()
-        given = strategy_of(setting)
+    given = setting.class_path.rpartition(".")[2] if isinstance(setting, Namespace) else strategy_of(setting)
     name = given.lower()
     offered = {strategy.option: strategy for strategy in STRATEGIES}
     if name.startswith("ddp"):

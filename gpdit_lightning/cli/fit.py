@@ -1,292 +1,27 @@
-"""`fit`, `validate` and `test`: a LightningCLI for recipes; the same command resumes a run from its folder."""
+"""`fit`, `validate` and `test`: train from a recipe, or evaluate; the same command resumes a run from its folder."""
 
-import logging
-import re
 import threading
 import traceback
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import omegaconf
-from jsonargparse import Namespace
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
 
-from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
+from gpdit_lightning.checkpoints.files import open_checkpoint
 from gpdit_lightning.cli import CORRECTABLE
-from gpdit_lightning.cli.class_errors import check_classes, check_constructors
-from gpdit_lightning.cli.messages import PREFIX, relevant_part
-from gpdit_lightning.cli.recipe_files import with_bases
-from gpdit_lightning.cli.trainer_settings import (
-    FIXED,
-    TrainingParser,
-    callbacks_of,
-    check_interval,
-    logger_specs,
-    loggers_of,
-    strategy_of,
-)
-from gpdit_lightning.data.datamodule import LatentDataModule
+from gpdit_lightning.cli.recipe_cli import build_recipe
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, process_lock
+from gpdit_lightning.files import process_lock
 from gpdit_lightning.imports import error_summary, import_path
-from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.options.shared import RecipeOptions
-from gpdit_lightning.stages import GPDiTStage
-from gpdit_lightning.training.callbacks.ema import EMA
-from gpdit_lightning.training.callbacks.health import Health
-from gpdit_lightning.training.callbacks.metrics import MetricsLogger
-from gpdit_lightning.training.callbacks.previews import Preview
-from gpdit_lightning.training.callbacks.progress import StepProgress
-from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint, resume_advice
+from gpdit_lightning.training.callbacks.run_checkpoint import resume_advice
 from gpdit_lightning.training.callbacks.stopping import end_ranks_together
 from gpdit_lightning.training.loggers import continue_logs
-from gpdit_lightning.training.strategies import register_strategies
-
-log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-NEVER = 2**40  # optimizer steps
-
-# Warnings that do not apply to the runs of this library.
-IGNORED_WARNINGS = (
-    ".*resuming from a checkpoint that ended before the epoch ended.*",  # an epoch is the whole run
-    ".*does not have many workers.*",
-    ".*smaller than the logging interval.*",
-    ".*across ranks is zero.*",  # the data may have no held-out samples
-    "(?s).*Dump of a value that does not round-trip.*",
-    ".*treespec, LeafSpec.*",  # concerns Lightning's use of torch
-    ".*sync_dist=True.*",  # logged values are already reduced over ranks
-    "LightningCLI's args parameter is intended to run from within Python.*",
-)
-
-
-class SaveRecipe(Callback):
-    """Write the resolved recipe to the run folder when training starts, and log the number of parameters.
-
-    Args:
-        text: the YAML.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and log; by now the run is restored and checked."""
-        if not trainer.is_global_zero:
-            return
-        with atomic_write(Path(trainer.default_root_dir) / "config.yaml") as path:
-            path.write_text(self.text, encoding="utf-8")
-        parameters = sum(parameter.numel() for parameter in pl_module.parameters())
-        log.info("%s trains %.1fM parameters", type(pl_module).__name__, parameters / 1e6)
-        if trainer.world_size > 1:
-            log.info(
-                "%d ranks train; only rank 0 writes checkpoints, logs and previews, to %s",
-                trainer.world_size,
-                trainer.default_root_dir,
-            )
-
-
-def patch_size_of(model: Any) -> int:
-    """Return the patch size of a stage's backbone; the default if the stage has no such option."""
-    options = getattr(model, "init_args", Namespace())
-    return int(options.get("backbone.patch_size", GPDiTConfig().patch_size))
-
-
-class RecipeCLI(LightningCLI):
-    """LightningCLI whose trainer writes to a run folder and accumulates gradients according to the batch plan.
-
-    Attributes:
-        resumed: the checkpoint from which the run resumes; None for a new run.
-    """
-
-    resumed: Path | None
-
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of the trainer (without those that a run fixes), the stage and the data."""
-        assert isinstance(parser, TrainingParser)
-        parser.add_trainer_options()
-        parser.add_lightning_class_args(GPDiTStage, "model", subclass_mode=True)
-        parser.add_lightning_class_args(LatentDataModule, "data")
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the folders, the validation interval, and the callbacks that recipes configure."""
-        parser.add_argument("--base", type=str | list[str], default=[], help="Recipes that this one builds on.")
-        parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs, as ${runs} in recipes.")
-        parser.add_argument("--latents", type=str, default="latents", help="Folder of all latents, as ${latents}.")
-        parser.add_argument(
-            "--run_dir", type=str, default="${runs}/default", help="Folder that this run writes everything to."
-        )
-        parser.add_argument(
-            "--validate_every_steps", type=int, default=0, help="Optimizer steps between validations; 0: none."
-        )
-        parser.add_lightning_class_args(Health, "health")
-        parser.add_lightning_class_args(EMA, "ema")
-        parser.add_lightning_class_args(Preview, "preview")
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.link_arguments("model", "data.patch_size", compute_fn=patch_size_of)
-
-    def instantiate_classes(self) -> None:
-        """Construct the classes of the recipe.
-
-        Raises:
-            InputError: the arguments of one are invalid.
-        """
-        try:
-            super().instantiate_classes()
-        except (ValueError, ImportError) as error:
-            if not isinstance(error, InputError):
-                check_constructors(self.config)
-            raise
-
-    def instantiate_trainer(self, **_: Any) -> Trainer:
-        """Construct the recipe's trainer, with the run folder and the callbacks of every run."""
-        register_strategies()
-        given, run_dir = dict(self.config_init["trainer"]), Path(self.config_init["run_dir"])
-        validate_every_steps = self.config_init["validate_every_steps"]
-        check_interval("validate_every_steps", validate_every_steps, least=0)
-        check_interval("trainer.log_every_n_steps", given["log_every_n_steps"], least=1)
-        strategy = strategy_of(given["strategy"])
-        self.resumed = last_checkpoint(run_dir, verify=True)
-        per_step = self.datamodule.micro_batches_per_step
-        settings = given | {
-            **{name: value for name, (value, _) in FIXED.items()},
-            "accumulate_grad_batches": per_step,
-            "callbacks": self._callbacks(given),
-            "default_root_dir": str(run_dir),
-            "logger": loggers_of(given["logger"], run_dir),
-            "strategy": strategy,
-            "val_check_interval": (validate_every_steps or NEVER) * per_step,  # Lightning counts micro-batches
-        }
-        try:
-            return Trainer(**settings)
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"the trainer cannot be set up with these settings: {_on_one_line(error)}") from None
-        except RuntimeError as error:
-            repeated = re.search(r"more than one stateful callback of type `(\w+)`", str(error))
-            if not repeated:
-                raise
-            raise InputError(
-                f"trainer.callbacks has several callbacks of the class {repeated[1]}, whose states have one name in "
-                "checkpoints: override its property `state_key`, such that it depends on the arguments."
-            ) from None
-
-    def _callbacks(self, given: dict[str, Any]) -> list[Callback]:
-        """Return the callbacks of a run in their order; Lightning moves checkpoint callbacks to the end.
-
-        Args:
-            given: the trainer's settings in the recipe.
-        """
-        health, ema = self.config_init["health"], self.config_init["ema"]
-        from_recipe = callbacks_of(given["callbacks"])
-        shows_progress = given["enable_progress_bar"] is not False
-        has_progress_bar = any(isinstance(callback, ProgressBar) for callback in from_recipe)
-        return [
-            health,
-            ema,
-            MetricsLogger(health, ema, self.model.config, given["log_every_n_steps"]),
-            self.config_init["preview"],
-            self.config_init["checkpoint"],
-            SaveRecipe(self._recipe_text()),
-            *([StepProgress()] if shows_progress and not has_progress_bar else []),
-            *from_recipe,
-        ]
-
-    def _recipe_text(self) -> str:
-        """Return the resolved recipe as YAML: it needs no other file and can be used with another `--run_dir`."""
-        recipe = self.config.clone()
-        recipe.base = []  # already merged
-        for spec in logger_specs(recipe.trainer.logger):
-            save_dir = str(spec.init_args.get("save_dir") if spec.get("init_args") else "")
-            if Path(save_dir).is_relative_to(recipe.run_dir):
-                spec.init_args.save_dir = "${run_dir}" + save_dir.removeprefix(recipe.run_dir)
-        return self.parser.dump(recipe, skip_none=False, skip_validation=True)
-
-
-class ParsedRecipe(RecipeCLI):
-    """Parses and checks a recipe, and constructs nothing from it."""
-
-    def instantiate_classes(self) -> None:
-        """Construct nothing."""
-
-
-class ParserOnly(RecipeCLI):
-    """Builds the parser of recipes, and parses nothing."""
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Leave the configuration empty."""
-        self.config = Namespace(seed_everything=False)
-
-    def instantiate_classes(self) -> None:
-        """Construct nothing."""
-
-
-def recipe_parser() -> LightningArgumentParser:
-    """Return the parser of recipes, from which their help is made."""
-    return _command_line(ParserOnly, "fit", []).parser
-
-
-def parse(verb: str, arguments: Sequence[str]) -> Namespace:
-    """Return a resolved recipe.
-
-    Args:
-        verb: the name of the command, for messages.
-        arguments: the command line after the verb.
-
-    Raises:
-        InputError: the recipe is invalid.
-    """
-    return _command_line(ParsedRecipe, verb, arguments).config
-
-
-def build(verb: str, arguments: Sequence[str]) -> RecipeCLI:
-    """Construct a recipe's model, data and trainer; arguments and errors as in :func:`parse`."""
-    cli = _command_line(RecipeCLI, verb, arguments)
-    if cli.resumed is not None:
-        cli.model.initial_weights = ""  # replaced by the checkpoint's; their file may have been removed
-    return cli
-
-
-def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) -> RecipeCLI:
-    for message in IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    try:
-        return kind(
-            GPDiTStage,
-            LatentDataModule,
-            subclass_mode_model=True,
-            save_config_callback=None,
-            seed_everything_default=0,
-            parser_class=TrainingParser,
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": f"python -m gpdit_lightning {verb}"},
-            args=with_bases(arguments),
-            run=False,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
-    except InputError as error:
-        if PREFIX in str(error):
-            check_classes(with_bases(arguments))
-        raise
-    except omegaconf.errors.OmegaConfBaseException as error:
-        raise InputError(f"an interpolation in the recipe cannot be resolved: {str(error).splitlines()[0]}") from None
-    except ModuleNotFoundError as error:  # a logger whose package is optional
-        raise InputError(f"a class in the recipe needs a missing package: {_on_one_line(error)}") from None
-    except ValueError as error:  # from the constructor of a class in the recipe, wrapped by jsonargparse
-        if isinstance(error, InputError) or "Does not validate" not in str(error):
-            raise
-        raise InputError(PREFIX + relevant_part(str(error))) from None
-
-
-def _on_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 @contextmanager
@@ -361,7 +96,7 @@ def fit(options: RecipeOptions) -> Trainer:
     Raises:
         InputError: the recipe is invalid, or its data, initial weights or last checkpoint cannot be used.
     """
-    cli = build("fit", options.fit_arguments)
+    cli = build_recipe("fit", options.fit_arguments)
     trainer = cli.trainer
     with lock_run_folder(trainer), end_ranks_together(trainer), report_file_errors(trainer):
         if trainer.is_global_zero:
@@ -389,7 +124,7 @@ def test(options: RecipeOptions) -> Trainer:
 
 
 def _evaluate(verb: str, options: RecipeOptions) -> Trainer:
-    cli = build(verb, options.fit_arguments)
+    cli = build_recipe(verb, options.fit_arguments)
     trainer = cli.trainer
     if cli.resumed is None:
         raise InputError(f"{trainer.default_root_dir} has no checkpoint to {verb}: run `fit` first, or give --run_dir.")

@@ -48,7 +48,7 @@ def print_help(verb: str) -> None:
 
 def rendered() -> str:
     """Return the help, made from the parser of `fit` and the constructor of a stage."""
-    from gpdit_lightning.cli.fit import recipe_parser
+    from gpdit_lightning.cli.recipe_cli import recipe_parser
     from gpdit_lightning.stages import GPDiTStage
 
     parser = recipe_parser()

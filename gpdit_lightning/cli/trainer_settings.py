@@ -18,7 +18,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import did_you_mean, import_object, is_import_path, resolve
 from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.training.loggers import place_in_run_folder, run_folder_logger
-from gpdit_lightning.training.strategies import ZERO_NAMES
+from gpdit_lightning.training.strategies import ZERO_NAMES, register_strategies
 
 # Defaults that differ from Lightning's.
 DEFAULTS: dict[str, Any] = {
@@ -183,6 +183,7 @@ def strategy_of(setting: Any) -> Any:
     """
     if not isinstance(setting, str):
         return setting
+    register_strategies()
     name = setting.lower()  # as Lightning does
     if name in ZERO_NAMES:
         return ZERO_NAMES[name]

@@ -69,7 +69,7 @@ def test_both_launchers_train_the_same(start: Callable[..., list["subprocess.Pop
         printed = [process.communicate(timeout=300)[0] for process in processes]
         assert [process.returncode for process in processes] == [0] * len(processes), printed
         assert "".join(printed).count(f"finished at step {STEPS}") == 1
-        assert "".join(printed).count("trains 0.0M parameters") == 1
+        assert "".join(printed).count(" parameters\n") == 1
         weights[launcher] = read_checkpoint(tmp_path / "run")["state_dict"]
         (tmp_path / "run").rename(tmp_path / launcher)
     for name, value in weights["torchrun"].items():

@@ -14,7 +14,8 @@ import yaml
 
 from gpdit_lightning.checkpoints.files import LAST
 from gpdit_lightning.checkpoints.reading import sha256_of_weights
-from gpdit_lightning.cli import fit, main
+from gpdit_lightning.cli import main
+from gpdit_lightning.cli.recipe_cli import build_recipe
 from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.strategies.zero import ZeRO
 from tests.checkpoints.content import read_checkpoint
@@ -205,7 +206,7 @@ def test_lightnings_names_for_deepspeed_select_zero(
     """Lightning's DeepSpeedStrategy divides accumulated gradients twice."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tiny_shards, tmp_path / "run")))
     arguments = [f"--config={tmp_path / 'recipe.yaml'}", "--trainer.devices=1", f"--trainer.strategy={name}"]
-    strategy = fit.build("fit", arguments).trainer.strategy
+    strategy = build_recipe("fit", arguments).trainer.strategy
     assert isinstance(strategy, ZeRO)
     assert strategy.stage == stage
     assert isinstance(strategy.config, dict)

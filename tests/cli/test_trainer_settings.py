@@ -11,7 +11,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from gpdit_lightning.cli.fit import parse
+from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.cli.trainer_settings import (
     EARLIER_DEFAULTS,
     FIXED,
@@ -49,7 +49,7 @@ OTHER_VALUES = {
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_a_setting_that_a_run_fixes_is_refused_with_its_replacement(name: str) -> None:
     with pytest.raises(InputError, match=f"^trainer.{name} is .*, which a recipe cannot set: ") as caught:
-        parse("fit", [*RECIPE, f"--trainer.{name}={OTHER_VALUES[name]}"])
+        parse_recipe("fit", [*RECIPE, f"--trainer.{name}={OTHER_VALUES[name]}"])
     assert str(caught.value).endswith(f"{REPLACED[name]}.")
 
 
@@ -60,7 +60,7 @@ def test_defaults_of_fixed_settings_are_accepted_and_not_recorded(tmp_path: Path
     as_yaml = {None: "null", True: "true", False: "false"}
     lines = [f"  {name}: {as_yaml.get(value, value)}" for name, value in values.items()]
     overlay.write_text("\n".join(["trainer:", *lines]))
-    settings = parse("fit", [*RECIPE, f"--config={overlay}"])
+    settings = parse_recipe("fit", [*RECIPE, f"--config={overlay}"])
     assert not set(REPLACED) & set(vars(settings.trainer))
 
 
