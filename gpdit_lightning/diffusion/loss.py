@@ -5,6 +5,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from gpdit_lightning.errors import InputError
+
 
 class QuartileLoss(NamedTuple):
     """Squared errors by quarter of the range of noise levels, as sums and counts to be added over batches and ranks.
@@ -38,7 +40,15 @@ class VelocityLoss(NamedTuple):
         Args:
             per_frame: (B, F) loss of each frame.
             t: (B, F) noise levels in [0, 1].
+
+        Raises:
+            InputError: the shapes differ.
         """
+        if per_frame.shape != t.shape:
+            raise InputError(
+                f"the loss per frame has shape {tuple(per_frame.shape)}; it must have that of the noise levels, "
+                f"{tuple(t.shape)} (noisy rows, frames)."
+            )
         quartile = (t * 4).long().clamp(0, 3).flatten()
         values = per_frame.detach().flatten()
         sums = values.new_zeros(4).index_add_(0, quartile, values)

@@ -176,4 +176,6 @@ class GPDiTStage(LightningModule):
         check_checkpoint(saved, self.config, self.schedule)
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_stage(saved["stage"], type(self).__name__, self.trainer.default_root_dir)
+        elif saved["stage"] != type(self).__name__ and self.trainer.is_global_zero:
+            log.warning("the run was trained with %s; this loss is that of %s", saved["stage"], type(self).__name__)
         self.origin = Origin(**saved["origin"]) if saved["origin"] else None

@@ -1,5 +1,6 @@
 """An error in a class of a recipe, or in its arguments, is one sentence with the option, the value and the cure."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,11 @@ def test_arguments_that_a_later_class_does_not_take_are_dropped(
 
 
 def test_a_run_cannot_resume_with_another_stage(
-    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Validation of the run with another stage is possible, where there is something to validate."""
     file = tmp_path / "recipe.yaml"
@@ -170,8 +175,10 @@ def test_a_run_cannot_resume_with_another_stage(
     capsys.readouterr()
     assert main(["fit", *other]) == 2
     assert "was trained with MixedStage, but `model` of the recipe is Huber" in capsys.readouterr().err
+    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "handlers", [caplog.handler])
     assert main(["validate", *other]) == 0
     assert "val/loss" in capsys.readouterr().out
+    assert "the run was trained with MixedStage; this loss is that of Huber" in caplog.messages
     assert main(["validate", *arguments, "--data.validation_batches=0"]) == 2
     assert "there is nothing to validate: data.validation_batches is 0" in capsys.readouterr().err
 

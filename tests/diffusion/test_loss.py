@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpdit_lightning.diffusion import velocity_loss
+from gpdit_lightning.diffusion import VelocityLoss, velocity_loss
+from gpdit_lightning.errors import InputError
 
 
 def batch(clips: int = 4, frames: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,3 +80,10 @@ def test_per_clip_is_the_mean_of_each_clip() -> None:
             per_clip[clip], torch.nn.functional.mse_loss(prediction[clip], velocity[clip]).detach()
         )
     torch.testing.assert_close(per_clip.mean(), loss.detach())
+
+
+def test_a_loss_of_another_shape_is_refused() -> None:
+    """A mean over all axes but the first, for example."""
+    *_, t = batch()
+    with pytest.raises(InputError, match=r"has shape \(4,\); it must have that of the noise levels, \(4, 3\)"):
+        VelocityLoss.from_frames(torch.zeros(4), t)
