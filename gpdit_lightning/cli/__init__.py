@@ -82,6 +82,9 @@ VERBS = {
     "recipes": Verb("recipes:recipes", "List the shipped recipes, or copy them to edit.", "recipes:RecipesOptions"),
 }
 
+# Names that other libraries use for verbs.
+OTHER_NAMES = {"train": "fit", "generate": "sample"}
+
 # Errors of the file system that a user can correct.
 CORRECTABLE = (*DISK_FULL_ERRORS, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
@@ -126,7 +129,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(f"gpdit_lightning {__version__}")
         return 0
     if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
+        names = difflib.get_close_matches(name, [*VERBS, *OTHER_NAMES], n=1, cutoff=0.5)
+        near = [OTHER_NAMES.get(other, other) for other in names]
         advice = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(VERBS)}."
         print(f"error: there is no verb '{name}': {advice}", file=sys.stderr)
         return 2

@@ -39,7 +39,8 @@ def recipe_path(name: str | Path) -> Path:
     matches = [path for path in shipped if path.endswith(f"/{key}")]
     if len(matches) == 1:
         return shipped[matches[0]]
-    near = matches or difflib.get_close_matches(key, [*shipped, *(path.split("/")[-1] for path in shipped)], 3, 0.5)
+    names = dict.fromkeys([*shipped, *(path.split("/")[-1] for path in shipped)])
+    near = matches or difflib.get_close_matches(key, names, 3, 0.5)
     advice = f"did you mean {' or '.join(SHIPPED + path for path in near)}?" if near else "give another name;"
     raise InputError(f"{name} names no shipped recipe: {advice} `python -m gpdit_lightning recipes` lists all.")
 
