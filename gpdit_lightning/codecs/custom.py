@@ -136,7 +136,12 @@ def _trial_clips(codec: Codec) -> Tensor:
 
 def _encode(codec: Codec, pixels: Tensor) -> Tensor:
     """Encode clips; raise InputError if that fails or the latents are not finite."""
-    latents = codec.encode(pixels)
+    try:
+        latents = codec.encode(pixels)
+    except InputError as error:
+        if error.__cause__ is None or codec.trial_size is not None:  # not an error in its code, or its own size
+            raise
+        raise InputError(f"{error} If it needs frames of another size, set its `trial_size`.") from error
     if not latents.isfinite().all():
         raise InputError(
             f"{import_path(codec)}.encode_values returned latents that are not finite for values in [-1, 1]; "

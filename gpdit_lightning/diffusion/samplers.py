@@ -34,7 +34,7 @@ SOLVE = (
 
 @dataclass(frozen=True)
 class Sampler(ABC):
-    """Solves d noisy / d theta = velocity, or a random process of the same marginals, from theta = pi/2 to 0.
+    """Solves d noisy / d theta = velocity, or a random process of the same marginals, from pure noise to theta = 0.
 
     A custom sampler is a frozen dataclass that inherits from this class and defines `solve`. Options accept its import
     path, or a name registered by :func:`register_sampler`.
@@ -53,7 +53,7 @@ class Sampler(ABC):
             raise InputError(f"the number of sampler steps is {self.steps}; it must be at least 1.")
 
     def angles(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the angles between the steps, from pi/2 to 0: (steps + 1,) radians, on the CPU."""
+        """Return the angles between the steps, from that of t = 1 to 0: (steps + 1,) radians, on the CPU."""
         t = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64, device="cpu")  # MPS has no float64
         return self.schedule.theta(t).to(dtype)
 
@@ -68,7 +68,7 @@ class Sampler(ABC):
 
         Args:
             velocity: the network, called once per step, with angles in float32 or better.
-            noise: (B, ...), the sample at the first angle; standard Gaussian at pi/2.
+            noise: (B, ...), the sample at the first angle; standard Gaussian at that of t = 1.
             angles: decreasing, in radians.
             fresh_noise: for stochastic samplers, called once per step that adds noise.
 

@@ -220,6 +220,8 @@ def test_the_size_of_the_trial_can_be_set(monkeypatch: pytest.MonkeyPatch) -> No
         return Correct.encode_values(self, values)
 
     load(subclass({"encode_values": encode_values, "trial_size": (32, 32)}), monkeypatch)
+    with pytest.raises(InputError, match=r"If it needs frames of another size, set its `trial_size`\.$"):
+        load(subclass({"encode_values": encode_values}), monkeypatch)
 
 
 def test_a_codec_can_be_a_module(monkeypatch: pytest.MonkeyPatch) -> None:

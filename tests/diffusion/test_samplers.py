@@ -38,6 +38,7 @@ from gpdit_lightning.errors import InputError
 
 NOISE = torch.linspace(-2.5, 2.5, 11, dtype=torch.float64)[:, None]
 SCHEDULES = [NoiseSchedule(), NoiseSchedule(shift=3.0)]
+LINEAR = NoiseSchedule("linear")  # begins below pi/2
 
 
 class Mixture(NamedTuple):
@@ -122,7 +123,7 @@ def test_the_optimal_velocity_is_the_regression_on_the_noisy_value() -> None:
 # What is exact.
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, LINEAR])
 def test_tangent_steps_reproduce_unit_gaussian_data_exactly(schedule: NoiseSchedule) -> None:
     for steps in (1, 25):
         assert torch.equal(TangentSampler(steps, schedule).sample(gaussian(0, 1).velocity, NOISE), NOISE)
@@ -143,7 +144,7 @@ def test_rotation_steps_shrink_unit_gaussian_data_by_a_known_factor() -> None:
 @pytest.mark.parametrize("name", ["rotation", "dpm2m", "stochastic"])
 def test_certain_data_are_reproduced_exactly(name: str) -> None:
     for steps in (1, 2, 3, 25):
-        for schedule in SCHEDULES:
+        for schedule in (*SCHEDULES, LINEAR):
             sampler = make_sampler(name, steps, schedule)
             sampled = sampler.sample(gaussian(1.7, 0).velocity, NOISE, shuffled(NOISE))
             torch.testing.assert_close(sampled, torch.full_like(NOISE, 1.7), rtol=0, atol=1e-13)
@@ -189,6 +190,13 @@ PROBLEMS = pytest.mark.parametrize(
     ("data", "schedule"),
     [(gaussian(1.3, 0.3), SCHEDULES[0]), (gaussian(-0.7, 1.8), SCHEDULES[1]), (TWO_BUMPS, SCHEDULES[1])],
 )
+
+
+@pytest.mark.parametrize(("name", "limit"), [("rotation", 1e-2), ("tangent", 1e-2), ("adams", 1e-4), ("dpm2m", 1e-3)])
+def test_the_flow_from_the_first_angle_of_the_linear_schedule(name: str, limit: float) -> None:
+    sampler = make_sampler(name, 512, LINEAR)
+    exact = TWO_BUMPS.quantile(TWO_BUMPS.cumulative(NOISE, sampler.angles(torch.float64)[0].item()))
+    assert (sampler.sample(TWO_BUMPS.velocity, NOISE) - exact).abs().mean() < limit
 
 
 @PROBLEMS

@@ -11,7 +11,6 @@ import torch.distributed
 from lightning import Trainer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -75,13 +74,10 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
         Raises:
             InputError: a parameter is frozen.
         """
-        module, accelerator = self.lightning_module, self.accelerator
-        assert module is not None
-        assert accelerator is not None
-        if trainer.state.fn != TrainerFn.FITTING:
-            accelerator.setup(trainer)
-            self.replicate_model()
+        if self.setup_for_evaluation(trainer):
             return
+        module = self.lightning_module
+        assert module is not None
         self.require_all_trainable(module)
         # The output of the backbone is a view, but nothing is written to it.
         warnings.filterwarnings("ignore", message=".*returned a view tensor.*")

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -112,13 +113,22 @@ class ShardedStrategy(ParallelStrategy):
                 f"ZeRO and FSDP2 train all parameters, but {frozen[0]} is frozen: use trainer.strategy ddp."
             )
 
-    def replicate_model(self) -> None:
-        """For evaluation: keep the full model on each rank, in the precision of training."""
+    def setup_for_evaluation(self, trainer: Trainer) -> bool:
+        """Keep the full model on each rank, in the precision of training, if the trainer does not train.
+
+        Returns:
+            whether it does not train.
+        """
+        if trainer.state.fn == TrainerFn.FITTING:
+            return False
+        assert self.accelerator is not None
         assert self.lightning_module is not None
+        self.accelerator.setup(trainer)
         for parameter in self.lightning_module.parameters():
             parameter.data = parameter.data.to(self.compute_dtype)
         self.model = self.lightning_module.to(self.root_device)
         self.barrier()
+        return True
 
     # --- the float32 weights
 

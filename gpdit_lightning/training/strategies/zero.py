@@ -12,7 +12,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import LRSchedulerTypeUnion
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -110,13 +109,10 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
         Raises:
             InputError: a parameter is frozen, or ZeRO-3 is to shard compiled blocks.
         """
-        module, accelerator = self.lightning_module, self.accelerator
-        assert module is not None
-        assert accelerator is not None
-        if trainer.state.fn != TrainerFn.FITTING:
-            accelerator.setup(trainer)
-            self.replicate_model()
+        if self.setup_for_evaluation(trainer):
             return
+        module = self.lightning_module
+        assert module is not None
         self.require_all_trainable(module)
         if self.stage == 3 and any(part.config.compile for part in module.modules() if isinstance(part, GPDiT)):
             raise InputError(
