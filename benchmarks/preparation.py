@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gpdit_lightning.codecs import Codec, load_codec
 from gpdit_lightning.devices import available_device
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, list_input_files, prepare
 from gpdit_lightning.preparation.clips import Clip
 from gpdit_lightning.preparation.interleave import read_clips

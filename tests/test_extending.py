@@ -16,7 +16,7 @@ from PIL import Image
 
 from gpdit_lightning.checkpoints.reading import open_weights
 from gpdit_lightning.cli import main
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## ([\w ]+)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))

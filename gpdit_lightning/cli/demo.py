@@ -22,7 +22,8 @@ from gpdit_lightning.files import atomic_write
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.generation.contexts import ContextSettings, read_contexts
 from gpdit_lightning.media.images import parse_size, resize_and_crop, write_strip
-from gpdit_lightning.media.video import iterate_frames, write_video
+from gpdit_lightning.media.video import iterate_frames
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.chain import ChainOptions
 from gpdit_lightning.options.demo import DemoOptions
 from gpdit_lightning.preparation import (

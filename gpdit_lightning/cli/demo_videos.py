@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 
 SIZE = 64  # side of a frame in pixels
 DIGIT = 32  # side of a digit in pixels

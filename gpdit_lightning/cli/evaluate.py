@@ -34,7 +34,7 @@ from gpdit_lightning.evaluation.scores import make_report
 from gpdit_lightning.evaluation.videos import Selection, find_videos, select_videos
 from gpdit_lightning.files import process_lock
 from gpdit_lightning.generation import cast_linear_weights
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.evaluate import EvaluateOptions
 
 log = logging.getLogger(__name__)

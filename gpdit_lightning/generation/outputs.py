@@ -22,7 +22,7 @@ from gpdit_lightning.media.images import (
     write_animation,
     write_strip,
 )
-from gpdit_lightning.media.video import VideoWriter
+from gpdit_lightning.media.video_writer import VideoWriter
 from gpdit_lightning.options.sample import VideoFormat
 
 FORMATS: tuple[VideoFormat, ...] = get_args(VideoFormat)

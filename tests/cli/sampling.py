@@ -17,7 +17,7 @@ from gpdit_lightning.cli import main
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.diffusion import RotationSampler
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, cast_linear_weights, stream_video
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.preparation import PrepareOptions, prepare
 

@@ -11,7 +11,8 @@ import yaml
 
 from gpdit_lightning.cli import demo, demo_videos, main
 from gpdit_lightning.cli.recipe_files import recipe_path
-from gpdit_lightning.media.video import video_info, write_video
+from gpdit_lightning.media.video import video_info
+from gpdit_lightning.media.video_writer import write_video
 
 STAGES = ("stage1_image_warmup", "stage2_mixed", "stage3_long_video", "stage4_few_shot")
 

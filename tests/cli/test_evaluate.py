@@ -24,7 +24,7 @@ from gpdit_lightning.evaluation.metrics import psnr
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.evaluate import EvaluateOptions, NetworkOptions
 from tests.cli.sampling import CODEC, stripes
 from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved

@@ -21,7 +21,7 @@ from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.media.images import parse_size
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing.features import FeatureRecord, VideoFeatures
 from tests.cli.sampling import stripes

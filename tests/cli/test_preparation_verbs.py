@@ -13,7 +13,7 @@ from PIL import Image
 
 from gpdit_lightning.cli import main
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 
 SCRIPTS = Path(__file__).parents[2] / "data_prep"
 

@@ -15,7 +15,7 @@ from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Protocol, Report, Score
 from gpdit_lightning.evaluation.report_text import write_report
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 
 GROUPS = (7, 1, 8, 2, 9)  # split 1 holds out 1, 2 and 7
 

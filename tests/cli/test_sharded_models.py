@@ -13,7 +13,7 @@ from gpdit_lightning import GPDiT
 from gpdit_lightning.checkpoints.files import AVERAGE, checkpoint_path
 from gpdit_lightning.checkpoints.reading import sha256_of_weights
 from gpdit_lightning.cli import main
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 from tests.checkpoints.content import read_checkpoint
 from tests.cli.test_chain import damage_last_of
 from tests.cli.test_export import assert_same, export, tensors_of

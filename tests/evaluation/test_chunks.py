@@ -26,7 +26,7 @@ from gpdit_lightning.evaluation.networks import load_image_network, load_video_n
 from gpdit_lightning.evaluation.self_checks import add_noise, gaussian_blur
 from gpdit_lightning.evaluation.videos import Selection, has_frames, read_clip
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 from tests.evaluation.scripted import ScriptedI3D, ScriptedInception, saved
 
 CODEC = load_codec("pca")

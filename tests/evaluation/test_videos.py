@@ -7,7 +7,7 @@ import torch
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import clip_frame_indices, find_videos, read_clip, select_videos
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 
 
 @pytest.fixture

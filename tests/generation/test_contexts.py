@@ -21,7 +21,7 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import contexts
 from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, read_contexts
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, prepare
 from tests.data.damage import damage
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions
 from gpdit_lightning.preparation.clips import Clip, ClipReader, EndOfFile, Frame, SkippedInput, cut_clips
 from gpdit_lightning.preparation.input_files import InputFile

@@ -18,7 +18,8 @@ from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import resize_and_crop
-from gpdit_lightning.media.video import iterate_frames, video_info, write_video
+from gpdit_lightning.media.video import iterate_frames, video_info
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, clips, parts, prepare, summary
 from tests.media.videos import read_video
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, prepare
 from gpdit_lightning.preparation.records import Records
 

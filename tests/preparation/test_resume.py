@@ -24,7 +24,7 @@ from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, clips, parts, prepare
 from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.preparation.interleave import read_clips

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.video import iterate_frames, write_video
+from gpdit_lightning.media.video import iterate_frames
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation.shots import check_available, mark_cuts
 
 HEIGHT, WIDTH = 90, 120

@@ -15,7 +15,7 @@ from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import read_clip
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.probing import layer_features
 from gpdit_lightning.probing.layer_features import LayerFeatures, extract_layer_features
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.media.video import write_video
+from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, prepare
 
 SHARD = "train-video-2x2x3-00000-00000"
