@@ -1,4 +1,4 @@
-"""The velocity loss (GPDiT, equation 3), in total and by noise level."""
+"""The velocity loss (GPDiT, equation 3 with the target of section 4.2), in total and by noise level."""
 
 from typing import NamedTuple, Self
 

@@ -33,7 +33,9 @@ class GenerationConfig:
     """Classifier-free guidance over the context and over the label or text."""
     window: int | None = None
     """Number of preceding clean latent frames that a new frame attends to; None: all. In training it is at most the
-    number of latent frames of a clip less one. With a window, memory and time per frame do not grow with the video."""
+    number of latent frames of a clip less one. With a window, memory and time per frame do not grow with the video.
+    With `of2` attention a clean frame attends to this many clean frames too, itself included: to one earlier frame
+    less than a new frame does."""
     sinks: int = 0
     """Number of latent frames from the beginning of the video that stay visible besides the window (StreamingLLM)."""
     use_cache: bool = True

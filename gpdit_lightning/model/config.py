@@ -51,10 +51,11 @@ class GPDiTConfig:
     """Side of the square patch of latent pixels that becomes one token."""
     attention: AttentionVariant = "of2"
     """The clean frames that a clean frame attends to: of2 = itself and all previous ones (GPDiT 4.1.1), of = itself
-    only (4.1.2)."""
+    only (4.1.2). For H at 240 tokens per frame, of saves 0.9 % of the training FLOPs at 5 latent frames and 3 % at 12:
+    23 % and 37 % of the attention products, which are a small part of the whole."""
     time_site: TimeSite = "branch"
-    """Where hidden channel pairs are rotated by -theta (GPDiT 4.2): branch = inputs of attention, MLP and output layer;
-    branch_inverse = the same, undone at the branch outputs; input = once after the patch embedding;
+    """Where hidden channel pairs are rotated by theta (GPDiT 4.2, "for each block"): branch = inputs of attention, MLP
+    and output layer; branch_inverse = the same, undone at the branch outputs; input = once after the patch embedding;
     residual = the residual stream before every block; none = never."""
     rope_lengths: tuple[int, int, int] = (32, 32, 32)
     """Maximum extent (frames, rows, columns), in tokens, that determines the RoPE bases (ACDiT 4.2); part of the

@@ -17,10 +17,14 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class TimeRotation:
-    """The time conditioning of one pass: the hidden channel pairs of each token rotate by -theta of its frame.
+    """The time conditioning of one pass: R(theta) of its frame multiplies each hidden channel pair of a token.
 
-    In GPDiT (4.2) noising is a rotation of (x0, eps) by theta, and the network rotates its hidden channels back. Clean
-    tokens have theta = 0 and are unchanged. `config.time_site` determines which of the four methods rotate.
+    R(theta) = [[cos theta, sin theta], [-sin theta, cos theta]] is the matrix of GPDiT, section 4.2, with which noising
+    rotates (x0, eps). The paper applies the reverse rotation, R(theta)^-1, to the hidden states. The two signs give the
+    same family of functions: exchanging the channels of all pairs turns one into the other, and the weights before and
+    after absorb this permutation. The sign here must not change, since trained weights depend on it.
+
+    Clean tokens have theta = 0 and are unchanged. `config.time_site` determines which of the four methods rotate.
 
     Args:
         theta: (tokens,) radians, one per token of the packed sequence.
@@ -33,24 +37,24 @@ class TimeRotation:
         self.cos = theta.cos().to(dtype)[:, None]
         self.sin = theta.sin().to(dtype)[:, None]
 
-    def _by_minus_theta(self, x: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor) -> Tensor:
         # The last block drops the clean tokens, which come first: its noisy tokens are the tail of the table.
         return rotate_pairs(x, self.cos[-len(x) :], -self.sin[-len(x) :])
 
     def at_input(self, x: Tensor) -> Tensor:
         """Rotate after the patch embedding."""
-        return self._by_minus_theta(x) if self.site == "input" else x
+        return self._rotate(x) if self.site == "input" else x
 
     def at_block(self, x: Tensor) -> Tensor:
         """Rotate the residual stream before a block."""
-        return self._by_minus_theta(x) if self.site == "residual" else x
+        return self._rotate(x) if self.site == "residual" else x
 
     def at_branch_input(self, x: Tensor) -> Tensor:
         """Rotate after the norm of attention, MLP and output layer, where DiT scales and shifts."""
-        return self._by_minus_theta(x) if self.site in ("branch", "branch_inverse") else x
+        return self._rotate(x) if self.site in ("branch", "branch_inverse") else x
 
     def at_branch_output(self, x: Tensor) -> Tensor:
-        """Rotate back before a branch is added to the residual stream."""
+        """Rotate by R(theta)^-1 before a branch is added to the residual stream."""
         if self.site != "branch_inverse":
             return x
         return rotate_pairs(x, self.cos[-len(x) :], self.sin[-len(x) :])

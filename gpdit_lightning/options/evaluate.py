@@ -63,7 +63,8 @@ class ContinuationOptions(SamplerOptions):
     """Seeds of the noise. All videos are continued once per seed; scores are reported as mean and standard deviation
     over seeds."""
     window: int | None = None
-    """Number of latent frames before it that a frame attends to; by default as in training."""
+    """Number of latent frames before it that a frame attends to; by default as in training. In an of2 model a clean
+    frame of the context attends to this many too, itself included."""
 
 
 @dataclass(frozen=True, kw_only=True)

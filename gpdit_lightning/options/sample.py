@@ -47,7 +47,8 @@ class RolloutOptions(BatchedSamplerOptions):
     label_guidance: float = 1.0
     """Guidance scale over the label; 1 is no guidance."""
     window: int | None = None
-    """Number of preceding latent frames that a new frame attends to; by default as many as in training."""
+    """Number of preceding latent frames that a new frame attends to; by default as many as in training. In an of2 model
+    a clean frame of the context attends to this many too, itself included."""
     sinks: int = 0
     """Number of latent frames from the beginning of the video that stay visible besides the window."""
     cache: bool = True

@@ -1,4 +1,4 @@
-"""One LightningModule per training stage of GPDiT (section 5.1), all subclasses of `GPDiTStage`."""
+"""One LightningModule per training stage of GPDiT (sections 5.1 and 5.4), all subclasses of `GPDiTStage`."""
 
 from gpdit_lightning.stages.base import GPDiTStage
 from gpdit_lightning.stages.few_shot import FewShotStage

@@ -80,7 +80,10 @@ class GPDiTStage(LightningModule):
     # --- the objective
 
     def objective(self, batch: LatentBatch) -> VelocityLoss:
-        """Compute the velocity loss of a batch (GPDiT, equation 3), the mean over its noisy frames."""
+        """Compute the velocity loss of a batch, the mean over its noisy frames.
+
+        It is equation 3 of GPDiT with the target of section 4.2, the companion of the noisy frame, in place of epsilon.
+        """
         prediction, velocity = self.predict(batch)
         return velocity_loss(prediction, velocity, batch.t)
 

@@ -119,6 +119,26 @@ def test_attention_products_are_a_small_part_of_h_at_five_frames() -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "frames", "side", "of_all", "of_attention"),
+    [
+        ("H", 5, (24, 40), 0.009, 0.23),
+        ("H", 12, (24, 40), 0.030, 0.37),
+        ("B", 5, (32, 32), 0.030, 0.23),
+    ],
+)
+def test_flops_saved_by_lightweight_attention(
+    size: str, frames: int, side: tuple[int, int], of_all: float, of_attention: float
+) -> None:
+    """The fractions that the recipes and documents state where they offer `of`."""
+    of2, of = (
+        training_flops(GPDiTConfig.preset(size, attention=variant), PassShape(4, 4, frames, *side))
+        for variant in ("of2", "of")
+    )
+    assert 1 - sum(of.values()) / sum(of2.values()) == pytest.approx(of_all, abs=5e-4)
+    assert 1 - of["attention_products"] / of2["attention_products"] == pytest.approx(of_attention, abs=5e-3)
+
+
+@pytest.mark.parametrize(
     ("name", "peak"),
     [
         ("NVIDIA H200", 989e12),

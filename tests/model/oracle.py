@@ -234,7 +234,7 @@ def rotate_by_positions(x: Tensor, positions: list[Position], config: GPDiTConfi
 
 
 def rotate_by_theta(x: Tensor, angle: Tensor, config: GPDiTConfig, where: str) -> Tensor:
-    """Rotate all channel pairs by -theta of their frame, if the configured site is `where` (back at branch outputs)."""
+    """R(theta) times each channel pair (GPDiT, 4.2) if the site is `where`; R(theta)^-1 at branch outputs."""
     sites = {"branch": ("branch", "branch_inverse"), "branch output": ("branch_inverse",)}
     if config.time_site not in sites.get(where, (where,)):
         return x
