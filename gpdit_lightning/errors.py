@@ -7,3 +7,19 @@ class InputError(ValueError):
     The command line prints the message without a traceback and exits with status 2. Any other exception is a bug and
     keeps its traceback.
     """
+
+
+class TransientError(InputError):
+    """An input that could not be read for a reason that may pass, such as an I/O error or a time-out.
+
+    The input may be intact, so the message does not call it damaged.
+
+    Attributes:
+        retried: whether several attempts have failed.
+    """
+
+    retried = False
+
+
+class ResourceError(TransientError):
+    """An input that could not be read because memory, open files or disk space ran out, as would be others after it."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.retries import retried, transient_error
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # The formats that are read, whatever the file's extension. Pillow reads more, but runs Ghostscript for EPS files.
@@ -25,6 +26,7 @@ CONTEXT_COLOUR, GENERATED_COLOUR = "silver", "orange"
 Size = tuple[int, int]
 
 
+@retried
 def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Tensor:
     """Read an image as uint8 (1, 3, H, W), rotated by its EXIF orientation, with transparent areas in white.
 
@@ -36,6 +38,7 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Tensor:
 
     Raises:
         InputError: the file is missing, not an image, damaged, 32-bit grayscale, or too large for Pillow.
+        TransientError: three attempts to read it failed for a reason other than its content.
     """
     name = name or str(file)
     try:
@@ -63,7 +66,8 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Tensor:
         raise InputError(f"{name} is too large to read safely ({reason}): scale it down.") from None
     except Exception as error:  # damaged files raise OSError, ValueError, SyntaxError, TypeError or struct.error
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise InputError(f"{name} is not a readable image ({reason}): replace or remove it.") from None
+        damaged = InputError(f"{name} is not a readable image ({reason}): replace or remove it.")
+        raise transient_error(error, name) or damaged from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
 
 

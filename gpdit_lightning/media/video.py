@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
+from gpdit_lightning.retries import retried, retried_iterator, transient_error
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif")
 
@@ -37,6 +38,7 @@ class VideoInfo:
     frames: int | None
 
 
+@retried
 def video_info(path: str | Path, threads: int = 0) -> VideoInfo:
     """Read a video's header and first frame.
 
@@ -46,6 +48,7 @@ def video_info(path: str | Path, threads: int = 0) -> VideoInfo:
 
     Raises:
         InputError: the file is missing, not a video, or without frames or frame rate.
+        TransientError: three attempts to read it failed for a reason other than its content.
     """
     with _open_video_stream(path, threads) as stream:
         frame = next(stream.container.decode(stream), None)
@@ -58,6 +61,7 @@ def video_info(path: str | Path, threads: int = 0) -> VideoInfo:
         return VideoInfo(Fraction(fps), height, width, stream.frames or None)
 
 
+@retried_iterator
 def iterate_frames(
     path: str | Path, start: int = 0, stride: int = 1, max_frames: int | None = None, threads: int = 0
 ) -> Iterator[Tensor]:
@@ -76,6 +80,7 @@ def iterate_frames(
 
     Raises:
         InputError: the file is missing or not a video, or it is damaged; then after the frames before the damage.
+        TransientError: three attempts to read it failed for a reason other than its content.
     """
     with _open_video_stream(path, threads) as stream:
         size: tuple[int, int] | None = None
@@ -132,9 +137,9 @@ def _select(frames: Iterator[T], start: int, stride: int, max_frames: int | None
 @contextmanager
 def _open_video_stream(path: str | Path, threads: int) -> Iterator["av.VideoStream"]:
     """Open the first video stream of a file; FFmpeg's errors inside the block become `InputError`."""
-    if not Path(path).is_file():
-        raise InputError(f"{path} does not exist: give the path of a video.")
     try:
+        if not Path(path).is_file():
+            raise InputError(f"{path} does not exist: give the path of a video.")
         with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InputError(f"{path} contains no video: replace or remove it.")
@@ -143,7 +148,11 @@ def _open_video_stream(path: str | Path, threads: int) -> Iterator["av.VideoStre
             if stream.codec_context is not None:  # None for a truncated mp4
                 stream.codec_context.thread_count = threads
             yield stream
-    except (av.FFmpegError, OSError) as error:
+    except Exception as error:
+        if transient := transient_error(error, path):
+            raise transient from None
+        if not isinstance(error, (av.FFmpegError, OSError)):
+            raise
         raise InputError(f"{path} is not a readable video ({error.strerror or error}): replace or remove it.") from None
 
 

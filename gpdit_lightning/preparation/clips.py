@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.data.manifest import Split
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, ResourceError, TransientError
 from gpdit_lightning.media.images import closest_size, parse_size, read_image, resize_and_crop
 from gpdit_lightning.media.video import iterate_frames, video_info
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.input_files import InputFile, is_held_out
 from gpdit_lightning.preparation.shots import mark_cuts
 from gpdit_lightning.preparation.tars import iterate_samples
+from gpdit_lightning.retries import retried_iterator, transient_error
 
 DECODER_THREADS = 1  # with several threads, decoding a damaged video is not deterministic
 
@@ -61,6 +62,8 @@ class SkippedInput:
     file: int
     name: str
     reason: str
+    retry: bool = False
+    """Whether the next preparation reads it again, since the reason may pass."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,27 @@ class ClipReader:
         Args:
             index: index of the file, stored in the items.
             file: the input file.
+
+        Raises:
+            ResourceError: memory, open files or disk space ran out.
+            TransientError: samples of the file were yielded, and reading the rest failed for a reason that may pass.
         """
+        has_samples = False
+        try:
+            for item in self._samples(index, file):
+                has_samples |= isinstance(item, Clip | EncodedClip)
+                yield item
+        except TransientError as error:
+            if has_samples or isinstance(error, ResourceError):
+                raise
+            yield SkippedInput(index, file.name, str(error), retry=True)
+        except InputError as error:
+            yield SkippedInput(index, file.name, str(error))
+        yield EndOfFile(index)
+
+    @retried_iterator
+    def _samples(self, index: int, file: InputFile) -> Iterator[Item]:
+        """Yield the clips of a file; raises nothing but InputError."""
         try:
             if file.format == "video":
                 yield from self._clips_of_video(index, file)
@@ -111,12 +134,13 @@ class ClipReader:
                 yield from self._images_of_tar(index, file)
             else:
                 yield from self._image(index, file)
-        except InputError as error:
-            yield SkippedInput(index, file.name, str(error))
         except Exception as error:  # for a damaged file a library may raise any exception
-            reason = f"{file.path} could not be used ({type(error).__name__}: {error}): replace or remove it."
-            yield SkippedInput(index, file.name, reason)
-        yield EndOfFile(index)
+            transient = transient_error(error, file.path) or _changed_error(file)
+            if transient or isinstance(error, InputError):
+                raise transient or error from None
+            raise InputError(
+                f"{file.path} could not be used ({type(error).__name__}: {error}): replace or remove it."
+            ) from None
 
     def _image(self, index: int, file: InputFile) -> Iterator[Item]:
         assert file.split is not None
@@ -167,6 +191,8 @@ class ClipReader:
                 clips += 1
                 if clips == options.clips_per_video:
                     break
+        except TransientError:
+            raise
         except InputError as error:
             raise InputError(f"{error} The clips before were used ({clips})." if clips else str(error)) from None
         if not clips:
@@ -188,6 +214,20 @@ class ClipReader:
             shot_start = number if begins_shot else shot_start
             if (number - shot_start) % stride == 0:
                 yield Frame(number, pixels, begins_shot)
+
+
+def _changed_error(file: InputFile) -> TransientError | None:
+    """Return an error if the size of a file has changed since it was listed, so that it was read while incomplete."""
+    try:
+        size = file.path.stat().st_size
+    except OSError:
+        return None
+    if size == file.bytes:
+        return None
+    return TransientError(
+        f"{file.path} had {file.bytes} bytes when it was listed and has {size} now: run the same command again when "
+        "the file is complete."
+    )
 
 
 class _CountedFrames(Iterator[Frame]):

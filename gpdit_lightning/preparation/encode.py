@@ -5,7 +5,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ class PartEncoder:
         self._used: dict[str, StoredSample] = {}  # the last sample of each video or image
         self._files_with_samples: set[int] = set()
         self._labels: set[str] = set()
-        self._skipped: list[dict[str, str]] = []
+        self._skipped: list[dict[str, Any]] = []
 
     def add(self, item: Item) -> None:
         """Add an item of `read_clips`, and encode its batch if that is full."""
@@ -137,7 +137,7 @@ class PartEncoder:
             case EncodedClip():
                 self._record_sample(item.file, item.id.source, self._stored[item.id])
             case SkippedInput():
-                self._skip(item.name, item.reason)
+                self._skip(item.name, item.reason, item.retry)
             case EndOfFile():
                 self._progress.add(files=1)
 
@@ -178,8 +178,8 @@ class PartEncoder:
         if sample.label is not None:
             self._labels.add(sample.label)
 
-    def _skip(self, name: str, reason: str) -> None:
-        self._skipped.append({"source": name, "reason": reason})
+    def _skip(self, name: str, reason: str, retry: bool = False) -> None:
+        self._skipped.append({"source": name, "reason": reason} | ({"retry": True} if retry else {}))
         self._progress.add(skipped=1)
 
 

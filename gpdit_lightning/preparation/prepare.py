@@ -125,7 +125,10 @@ def _files_to_encode(options: PrepareOptions, records: Records, inputs: Inputs) 
     Raises:
         InputError: an encoded file has changed, or has another name now.
     """
-    without_samples = {name for result in records.results.values() for name in result.without_samples}
+    latest, without_samples, to_retry = records.latest_parts, set(), set()
+    for part, result in records.results.items():
+        without_samples |= {name for name in result.without_samples if latest[name] == part}
+        to_retry |= {entry["source"] for entry in result.skipped if entry.get("retry")}
     recorded = {file.name: file for file in records.files}
     names = {file.path_hash: file.name for file in recorded.values()}
     new = []
@@ -137,7 +140,8 @@ def _files_to_encode(options: PrepareOptions, records: Records, inputs: Inputs) 
                 f"{file.path} is already in {options.out}, as {names[file.path_hash]}: specify the same folder as "
                 "before, or a list in that folder."
             )
-        if before is None or (file.name in without_samples and (changed or options.retry_skipped)):
+        retry = options.retry_skipped or file.name in to_retry
+        if before is None or (file.name in without_samples and (changed or retry)):
             new.append(file)
         elif changed:
             raise InputError(
@@ -201,9 +205,9 @@ def _label_names(previous: Manifest | None, inputs: Inputs, results: list[PartRe
     return (*labels, *sorted(sample_labels.difference(labels))) if sample_labels else ()
 
 
-def _skipped_inputs(records: Records) -> Iterator[dict[str, str]]:
+def _skipped_inputs(records: Records) -> Iterator[dict[str, Any]]:
     """Yield `{"source", "reason"}` of every skipped input, except for files that a later part retried."""
-    latest = {file.name: part for part in records.parts for file in records.files_of_part(part)}
+    latest = records.latest_parts
     for part, result in records.results.items():
         retried = {name for name in result.without_samples if latest[name] != part}
         for entry in result.skipped:

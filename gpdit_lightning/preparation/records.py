@@ -39,8 +39,9 @@ class PartResult:
     """Number of videos and images with samples, by split."""
     labels: tuple[str, ...]
     """Labels of the samples, sorted."""
-    skipped: tuple[dict[str, str], ...]
-    """`{"source", "reason"}` of every input file, or image in a tar, that could not be used."""
+    skipped: tuple[dict[str, Any], ...]
+    """`{"source", "reason"}` of every input file, or image in a tar, that could not be used; with `"retry": true` if
+    the next preparation reads it again, since the reason may pass."""
     without_samples: tuple[str, ...]
     """Names of the input files that have no samples."""
 
@@ -124,6 +125,11 @@ class Records:
     def files(self) -> list[RecordedFile]:
         """All recorded input files, in the order of the parts."""
         return [file for part in self.parts for file in self.files_of_part(part)]
+
+    @property
+    def latest_parts(self) -> dict[str, int]:
+        """The number of the last part of each input file, by name: a file that is retried is in several parts."""
+        return {file.name: part for part in self.parts for file in self.files_of_part(part)}
 
     @property
     def results(self) -> dict[int, PartResult]:

@@ -18,8 +18,9 @@ from braceexpand import braceexpand
 from torch import Tensor
 from webdataset.tariterators import base_plus_ext
 
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
+from gpdit_lightning.retries import transient_error
 
 # Role of a member in its sample, by extension. Other members are not read.
 ROLES = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {".txt": "text", ".json": "json"}
@@ -79,6 +80,9 @@ def iterate_samples(path: Path) -> Iterator[TarSample]:
 
     A fault is reported as a sample with a `problem`, and the iteration continues. A broken tar ends with such a sample;
     the sample before it is omitted, because members of it may be missing.
+
+    Raises:
+        TransientError: the tar cannot be read for a reason other than its content.
     """
     keys: set[str] = set()
     try:
@@ -106,7 +110,12 @@ def _find_tars(path: Path) -> list[Path]:
 
 
 def _members(path: Path) -> Iterator[Member]:
-    """Yield the members that belong to samples; raises `tarfile.ReadError`, and nothing else, if the tar is broken."""
+    """Yield the members that belong to samples.
+
+    Raises:
+        tarfile.ReadError: the tar is broken.
+        TransientError: it cannot be read for another reason.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -127,7 +136,7 @@ def _members(path: Path) -> Iterator[Member]:
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("the end-of-archive block is missing")
     except Exception as error:  # for many kinds of damage tarfile raises arbitrary exceptions
-        raise tarfile.ReadError(str(error)) from None
+        raise transient_error(error, path) or tarfile.ReadError(str(error)) from None
 
 
 def _check_safety(path: Path, info: tarfile.TarInfo) -> str | None:
@@ -154,6 +163,8 @@ def _build_sample(path: Path, key: str, members: Sequence[Member]) -> TarSample:
         image = by_role["image"]
         try:
             pixels = read_image(io.BytesIO(image.content), f"{image.name} of {path}")
+        except TransientError:
+            raise
         except InputError as error:
             problems.append(str(error))
     else:

@@ -1,6 +1,8 @@
 """Interrupting, extending or dividing a preparation neither loses nor duplicates samples."""
 
+import errno
 import fcntl
+import itertools
 import json
 import os
 import resource
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpdit_lightning import retries
 from gpdit_lightning.cli import main
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest
@@ -284,6 +287,67 @@ def test_skipped_files_are_retried_on_request(options: PrepareOptions, monkeypat
     again = prepared(replace(options, retry_skipped=True))
     assert again.shards == first.shards
     assert again.skipped == 1
+
+
+def test_a_file_that_could_not_be_read_is_retried_by_the_next_run(
+    options: PrepareOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading address 0 of a process's memory is a genuine EIO of the kernel; the next run finds the file complete."""
+    monkeypatch.setattr(retries, "RETRY_DELAYS", (0.0, 0.0))
+    folder = tmp_path / "videos"
+    for number in range(3):
+        draw(folder / f"{number}.mp4", frames=6)
+    link, content = folder / "1.mp4", (folder / "1.mp4").read_bytes()
+    size = link.stat().st_size
+    link.unlink()
+    link.symlink_to("/proc/self/mem")
+    first = prepared(replace(options, videos=[folder]))
+    (entry,) = [json.loads(line) for line in (first.directory / SKIPPED_NAME).open()]
+    assert entry["retry"] is True
+    assert "could not be read (Input/output error)" in entry["reason"]
+    assert "replace or remove" not in entry["reason"]
+    link.unlink()
+    link.write_bytes(content)
+    assert link.stat().st_size == size
+    for _ in range(2):
+        second = prepared(replace(options, videos=[folder]))
+        assert {source for _, source, _ in identities(second)} == {"0.mp4", "1.mp4", "2.mp4"}
+        assert max(Counter(identities(second)).values()) == 1
+        assert second.skipped == 0
+    assert prepared(replace(options, videos=[folder], retry_skipped=True)).shards == second.shards
+
+
+def test_a_file_that_grows_while_it_is_read_is_not_called_damaged(options: PrepareOptions, tmp_path: Path) -> None:
+    """A copy in progress: the file is complete for the next run."""
+    folder = tmp_path / "videos"
+    for number in range(3):
+        draw(folder / f"{number}.mp4", frames=6)
+    growing, content = folder / "1.mp4", (folder / "1.mp4").read_bytes()
+    file = InputFile(growing, "1.mp4", "video", "train", len(content))
+    growing.write_bytes(content[:500])
+    items = list(clips.ClipReader(options, 4).items(0, file))
+    assert [type(item) for item in items] == [clips.SkippedInput, clips.EndOfFile]
+    assert items[0].retry
+    assert f"had {len(content)} bytes when it was listed and has 500 now" in items[0].reason
+
+
+@pytest.mark.parametrize("failure", ["memory", "disk"])
+def test_a_failure_amid_a_file_ends_the_run_which_resumes(
+    options: PrepareOptions, uninterrupted: Manifest, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    monkeypatch.setattr(retries, "RETRY_DELAYS", (0.0, 0.0))
+    resize, calls = clips.resize_and_crop, itertools.count()
+
+    def fail(*args: Any) -> Any:
+        if next(calls) > 60:
+            raise MemoryError if failure == "memory" else OSError(errno.EIO, "Input/output error")
+        return resize(*args)
+
+    monkeypatch.setattr(clips, "resize_and_crop", fail)
+    with pytest.raises(InputError, match=f"could not be read.*({failure}|Input).*run the same command again"):
+        prepare(options)
+    monkeypatch.undo()
+    assert prepared(options).shards == uninterrupted.shards
 
 
 def test_several_processes_divide_the_work(options: PrepareOptions, uninterrupted: Manifest) -> None:

@@ -1,0 +1,148 @@
+"""Failures of the machine are not called damage of a file, and reading is attempted again."""
+
+import errno
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from PIL import Image
+
+from gpdit_lightning import retries
+from gpdit_lightning.errors import InputError, ResourceError, TransientError
+from gpdit_lightning.media.images import read_image
+from gpdit_lightning.media.video import iterate_frames, video_info
+from gpdit_lightning.media.video_writer import write_video
+from gpdit_lightning.retries import retried, retried_iterator, transient_error
+
+
+@pytest.fixture(autouse=True)
+def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "RETRY_DELAYS", (0.0, 0.0))
+
+
+def allocation_error() -> RuntimeError:
+    """Return what torch raises if memory runs out."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**62, dtype=torch.uint8)
+    return caught.value
+
+
+def ffmpeg_error(number: int) -> BaseException:
+    with pytest.raises(av.FFmpegError) as caught:
+        av.error.err_check(-number)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (allocation_error, ResourceError),
+        (MemoryError, ResourceError),
+        (lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), ResourceError),
+        (lambda: OSError(errno.EMFILE, os.strerror(errno.EMFILE)), ResourceError),
+        (lambda: ffmpeg_error(errno.ENFILE), ResourceError),
+        (lambda: ffmpeg_error(errno.ENOMEM), TransientError),
+        (lambda: ffmpeg_error(errno.EIO), TransientError),
+        (lambda: ffmpeg_error(errno.ETIMEDOUT), TransientError),
+        (lambda: OSError(errno.ESTALE, os.strerror(errno.ESTALE)), TransientError),
+        (lambda: InterruptedError(errno.EINTR, os.strerror(errno.EINTR)), TransientError),
+        (ConnectionResetError, TransientError),
+        (TimeoutError, TransientError),
+        (lambda: av.error.InvalidDataError(1094995529, "Invalid data found"), type(None)),
+        (lambda: OSError("image file is truncated (3 bytes not processed)"), type(None)),
+        (lambda: RuntimeError("shape '[2]' is invalid for input of size 3"), type(None)),
+    ],
+)
+def test_causes_outside_a_file_are_recognized(make: Callable[[], BaseException], expected: type) -> None:
+    error = transient_error(make(), "a.mp4")
+    assert type(error) is expected
+    if error is not None:
+        assert "a.mp4 could not be read" in str(error)
+        assert "run the same command again." in str(error)
+        assert "damaged" not in str(error)
+        assert "replace" not in str(error)
+
+
+def failing(times: int, error: BaseException, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that raises an error at its first calls."""
+    calls = iter(range(times))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls, None) is not None:
+            raise error
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_images_and_videos_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    write_video(tmp_path / "a.mp4", torch.zeros(3, 3, 16, 16, dtype=torch.uint8), 8)
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", failing(2, error, Image.open))
+    assert read_image(tmp_path / "a.png")[0, :, 0, 0].tolist() == [255, 0, 0]
+    monkeypatch.setattr(av, "open", failing(2, error, av.open))
+    assert video_info(tmp_path / "a.mp4").frames == 3
+    monkeypatch.setattr(av, "open", failing(2, error, av.open))
+    assert len(list(iterate_frames(tmp_path / "a.mp4"))) == 3
+    monkeypatch.setattr(av, "open", failing(3, error, av.open))
+    with pytest.raises(TransientError, match="could not be read"):
+        video_info(tmp_path / "a.mp4")
+
+
+def test_a_disk_that_fails_is_not_called_damage(tmp_path: Path) -> None:
+    """Reading address 0 of a process's memory is a genuine EIO of the kernel."""
+    for name, read in {
+        "a.png": read_image,
+        "a.mp4": video_info,
+        "b.mp4": lambda path: list(iterate_frames(path)),
+    }.items():
+        (tmp_path / name).symlink_to("/proc/self/mem")
+        with pytest.raises(TransientError, match=r"could not be read \(Input/output error\): check its disk"):
+            read(tmp_path / name)
+
+
+def test_damage_is_still_called_damage(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(content, "PNG")
+    (tmp_path / "a.png").write_bytes(content.getvalue()[:300])
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    for read, name in ((read_image, "a.png"), (video_info, "a.mp4")):
+        with pytest.raises(InputError, match="replace or remove it") as caught:
+            read(tmp_path / name)
+        assert not isinstance(caught.value, TransientError)
+
+
+def test_an_iterator_continues_after_its_last_item() -> None:
+    attempts: list[int] = []
+
+    @retried_iterator
+    def count() -> Iterator[int]:
+        attempts.append(0)
+        for number in range(6):
+            if number == 2 * len(attempts):
+                raise TransientError("interrupted")
+            yield number
+
+    assert list(count()) == [0, 1, 2, 3, 4, 5]
+    assert len(attempts) == 3
+
+
+def test_attempts_are_bounded_also_where_both_caller_and_callee_repeat_them() -> None:
+    calls: list[int] = []
+
+    @retried
+    def inner() -> None:
+        calls.append(0)
+        raise TransientError("the disk fails")
+
+    with pytest.raises(TransientError):
+        retried(inner)()
+    assert len(calls) == 3
