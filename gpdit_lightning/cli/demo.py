@@ -21,7 +21,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.generation.contexts import ContextSettings, read_contexts
-from gpdit_lightning.media.images import parse_size, resize_and_crop, write_strip
+from gpdit_lightning.media.images import parse_size, write_strip
 from gpdit_lightning.media.video import iterate_frames
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.chain import ChainOptions
@@ -107,7 +107,7 @@ def write_images(directory: Path, videos: Sequence[InputFile]) -> None:
             except InputError:
                 continue  # reported by the preparation
             for path, frame in zip(paths, frames, strict=False):
-                pixels = resize_and_crop(frame[None], parse_size(FRAME_SIZE))[0]
+                pixels = frame.resized(parse_size(FRAME_SIZE))
                 with atomic_write(path) as temporary:
                     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image, resize_and_crop
+from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS, iterate_frames
 
 FRAMES = 17
@@ -134,7 +134,7 @@ def folder_clips(images: list[Path], videos: list[Path]) -> Iterator[Tensor]:
         for _ in range(CLIPS_PER_IMAGE):
             yield camera_clip([image], generator)
     for path in _files(videos, VIDEO_EXTENSIONS):
-        frames = [resize_and_crop(frame[None], (SIZE, SIZE)) for frame in iterate_frames(path)]
+        frames = [frame.resized((SIZE, SIZE))[None] for frame in iterate_frames(path)]
         for start in range(0, len(frames) - FRAMES + 1, FRAMES):
             yield torch.cat(frames[start : start + FRAMES])
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import Size, resize_and_crop
-from gpdit_lightning.media.video import VIDEO_EXTENSIONS, iterate_frames, natural_sort_key, video_info
+from gpdit_lightning.media.images import Size
+from gpdit_lightning.media.video import VIDEO_EXTENSIONS, count_frames, iterate_frames, natural_sort_key, video_info
 
 
 class Selection(NamedTuple):
@@ -155,7 +155,7 @@ def read_clip(
     indices = clip_frame_indices(length, frames, stride, centred, resample_short)
     clip = _read_frames(path, indices, size)
     if len(clip) < len(indices):  # the video is shorter than assumed, or than its header states
-        length = _count_frames(path)
+        length = count_frames(path, threads=1)
         indices = clip_frame_indices(length, frames, stride, centred, resample_short)
         clip = _read_frames(path, indices, size)
     if not clip:
@@ -175,16 +175,12 @@ def _read_frames(path: Path, indices: Sequence[int], size: Size) -> list[Tensor]
     stride = steps.pop() if len(steps) == 1 else 1
     requested, max_frames = set(indices), (indices[-1] - indices[0]) // stride + 1
     return [
-        resize_and_crop(pixels[None], size)[0]
-        for index, pixels in enumerate(iterate_frames(path, indices[0], stride, max_frames, threads=1))
-        if indices[0] + index * stride in requested
+        frame.resized(size)
+        for frame in iterate_frames(path, indices[0], stride, max_frames, threads=1)
+        if frame.number in requested
     ]
 
 
 def _num_frames(path: Path) -> int:
     """Return the number of frames by the header, or by counting if the header does not state it."""
-    return video_info(path, threads=1).frames or _count_frames(path)
-
-
-def _count_frames(path: Path) -> int:
-    return sum(1 for _ in iterate_frames(path, threads=1))
+    return video_info(path, threads=1).frames or count_frames(path, threads=1)

@@ -155,13 +155,27 @@ def _read_folder(folder: Path, settings: ContextSettings) -> Iterator[VideoConte
     if not videos and not images:
         raise InputError(f"{folder} contains no videos and no images: give another folder, or a shard as PATH.tar.")
     if images:
-        yield _read_clip(folder, partial(iterate_images, folder), settings.source_fps(), settings, len(images))
+        read = partial(_read_images, folder, settings.sizes)
+        yield _read_clip(folder, read, settings.source_fps(), settings, len(images))
     for path in videos:
         yield _read_video(path, settings)
 
 
 def _read_video(path: Path, settings: ContextSettings) -> VideoContext:
-    return _read_clip(path, partial(iterate_frames, path), video_info(path).fps, settings)
+    info = video_info(path)
+    size = closest_size(info.height, info.width, settings.sizes)
+    return _read_clip(path, partial(_read_frames, path, size), info.fps, settings)
+
+
+def _read_frames(path: Path, size: Size, start: int, stride: int, max_frames: int | None) -> Iterator[Tensor]:
+    """Read frames of a video at a size, one at a time, so that only one large frame is in memory."""
+    return (frame.resized(size) for frame in iterate_frames(path, start, stride, max_frames))
+
+
+def _read_images(
+    folder: Path, sizes: Sequence[Size], start: int, stride: int, max_frames: int | None
+) -> Iterator[Tensor]:
+    return _resized(iterate_images(folder, start, stride, max_frames), sizes)
 
 
 def _read_clip(
@@ -175,7 +189,7 @@ def _read_clip(
 
     Args:
         path: the video or the folder of frames.
-        read: takes start, stride and max_frames, and returns frames (3, H, W).
+        read: takes start, stride and max_frames, and returns frames (3, H, W) of one of the sizes.
         fps: frames per second before the stride.
         settings: frames, stride, sizes and start.
         count: number of frames if it is known, to skip frames before the last ones without decoding them.
@@ -183,10 +197,10 @@ def _read_clip(
     needed, stride = settings.frames, settings.stride
     if settings.start is None:
         first = max(0, math.ceil(count / stride) - needed) * stride
-        frames = deque(_resized(read(first, stride, None), settings.sizes), maxlen=needed)
+        frames = deque(read(first, stride, None), maxlen=needed)
     else:
         later = read(round(settings.start * fps), stride, needed + settings.ground_truth_frames)
-        frames = deque(_resized(later, settings.sizes))
+        frames = deque(later)
         if not frames:
             raise InputError(f"--start {settings.start:g} is after the end of {path}: give an earlier time.")
     if len(frames) < needed:

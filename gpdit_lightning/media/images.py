@@ -56,8 +56,7 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Tensor:
             if upright.mode.startswith("I;16"):
                 upright = _to_8_bits(upright)
             if upright.has_transparency_data:
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+                upright = on_white(upright.convert("RGBA"))
             pixels = np.array(upright.convert("RGB"))
     except InputError:
         raise
@@ -79,19 +78,26 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled)
 
 
-def resize_and_crop(pixels: Tensor, size: Size) -> Tensor:
+def on_white(image: Image.Image) -> Image.Image:
+    """Return an RGBA image over a white background, as RGB."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def resize_and_crop(pixels: Tensor, size: Size, pixel_aspect: float = 1.0) -> Tensor:
     """Scale frames to cover `size`, keeping their aspect ratio, and crop the centre (GPDiT, section 5.1).
 
     Args:
         pixels: uint8 (T, 3, H, W).
         size: height and width of the result.
+        pixel_aspect: width over height of a pixel of `pixels`; the pixels of the result are square.
 
     Returns:
         uint8 (T, 3, height, width).
     """
     height, width = pixels.shape[-2:]
-    scale = max(size[0] / height, size[1] / width)
-    scaled = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    shown_width = width * pixel_aspect
+    scale = max(size[0] / height, size[1] / shown_width)
+    scaled = max(size[0], round(height * scale)), max(size[1], round(shown_width * scale))
     if scaled != (height, width):
         pixels = F.interpolate(pixels, scaled, mode="bicubic", antialias=True, align_corners=False)
     top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2

@@ -1,8 +1,8 @@
-"""Videos: reading files and folders of frames one frame at a time (PyAV)."""
+"""Videos: files and folders of frames, read one frame at a time as a player shows them (PyAV)."""
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -14,12 +14,42 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
+from gpdit_lightning.media.containers import VIDEO_EXTENSIONS, VideoStream, is_video, open_video
+from gpdit_lightning.media.display import Display, square_width
+from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, read_image, resize_and_crop
 from gpdit_lightning.retries import retried, retried_iterator, transient_error
 
-VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif")
+__all__ = [
+    "VIDEO_EXTENSIONS",
+    "DamagedVideoError",
+    "VideoFrame",
+    "VideoInfo",
+    "count_frames",
+    "is_video",
+    "iterate_frames",
+    "iterate_images",
+    "natural_sort_key",
+    "video_info",
+]
+
+# Time stamps that jump by more seconds belong to another recording in the same file, as in ffplay.
+LONGEST_STEP, LONGEST_STEP_OF_BROADCASTS = 3600, 10
 
 T = TypeVar("T")
+
+
+class DamagedVideoError(InputError):
+    """A frame that FFmpeg could not decode intact.
+
+    Args:
+        path: the video.
+        frame: number of the frame, from 0.
+        reason: what FFmpeg reports.
+    """
+
+    def __init__(self, path: Path, frame: int, reason: str) -> None:
+        super().__init__(f"{path} is damaged at frame {frame} ({reason}): replace or remove it.")
+        self.frame = frame
 
 
 @dataclass(frozen=True)
@@ -27,15 +57,45 @@ class VideoInfo:
     """Properties of a video from its header and first frame.
 
     Attributes:
-        fps: frames per second.
-        height, width: of the frames after rotation.
+        fps: frames per second by the header; the frames' times may be uneven.
+        height, width: of the frames as they are displayed, upright and with square pixels.
         frames: number of frames; None if the header lacks it.
+        duration: seconds; None if the header lacks it.
     """
 
     fps: Fraction
     height: int
     width: int
     frames: int | None
+    duration: float | None
+
+
+@dataclass(frozen=True)
+class VideoFrame:
+    """A frame of a video.
+
+    Attributes:
+        number: index in the video, from 0.
+        time: seconds after the first frame, by the time stamps of the file.
+        stored: uint8 RGB (3, H, W), upright, with pixels that need not be square.
+        pixel_aspect: displayed width over displayed height of a stored pixel.
+        displayed_size: height and width of the video's first frame as it is displayed.
+    """
+
+    number: int
+    time: float
+    stored: Tensor
+    pixel_aspect: Fraction
+    displayed_size: Size
+
+    @property
+    def pixels(self) -> Tensor:
+        """The frame as it is displayed, uint8 RGB (3, *displayed_size)."""
+        return self.resized(self.displayed_size)
+
+    def resized(self, size: Size) -> Tensor:
+        """Return the frame scaled, once, to cover a size and cropped at the centre: uint8 RGB (3, *size)."""
+        return resize_and_crop(self.stored[None], size, float(self.pixel_aspect))[0]
 
 
 @retried
@@ -43,32 +103,33 @@ def video_info(path: str | Path, threads: int = 0) -> VideoInfo:
     """Read a video's header and first frame.
 
     Args:
-        path: any video that FFmpeg reads, or a GIF.
+        path: any file that FFmpeg reads as a video.
         threads: decoder threads; 0 lets FFmpeg choose.
 
     Raises:
-        InputError: the file is missing, not a video, or without frames or frame rate.
+        InputError: the file is missing, not a video, or without frames or frame rate, or its display is not supported.
         TransientError: three attempts to read it failed for a reason other than its content.
     """
-    with _open_video_stream(path, threads) as stream:
-        frame = next(stream.container.decode(stream), None)
+    with open_video(path, threads) as video:
+        frame = next(_displayed_frames(video, 0, 1, 1), None)
         if frame is None:
             raise InputError(f"{path} contains no frames: replace or remove it.")
+        stream = video.stream
         fps = stream.average_rate or stream.guessed_rate
         if not fps:
             raise InputError(f"{path} has no frame rate: convert it to mp4.")
-        height, width = _rgb_pixels(frame, frame.width, frame.height).shape[1:]
-        return VideoInfo(Fraction(fps), height, width, stream.frames or None)
+        duration = None if stream.duration is None else float(stream.duration * stream.time_base)
+        return VideoInfo(Fraction(fps), *frame.displayed_size, _frames_by_header(video), duration)
 
 
 @retried_iterator
 def iterate_frames(
     path: str | Path, start: int = 0, stride: int = 1, max_frames: int | None = None, threads: int = 0
-) -> Iterator[Tensor]:
-    """Read the frames of a video, with one of them in memory at a time.
+) -> Iterator[VideoFrame]:
+    """Read the frames of a video as a player shows them, with one of them in memory at a time.
 
     Args:
-        path: any video that FFmpeg reads, or a GIF.
+        path: any file that FFmpeg reads as a video.
         start: number of the first frame to return, from 0.
         stride: distance between the frames to return (GPDiT: 3, section 5.1).
         max_frames: maximum number of frames to return; None for all.
@@ -76,17 +137,30 @@ def iterate_frames(
             it.
 
     Yields:
-        uint8 RGB (3, H, W), with the video's rotation applied. Frames of another size are scaled to that of the first.
+        The frames, upright, by their colour tags and over white. Frames are not scaled until `VideoFrame.pixels` or
+        `VideoFrame.resized` is called.
 
     Raises:
-        InputError: the file is missing or not a video, or it is damaged; then after the frames before the damage.
+        InputError: the file is missing or not a video, or its display is not supported.
+        DamagedVideoError: the video is damaged; after the frames before the damage.
         TransientError: three attempts to read it failed for a reason other than its content.
     """
-    with _open_video_stream(path, threads) as stream:
-        size: tuple[int, int] | None = None
-        for frame in _select(stream.container.decode(stream), start, stride, max_frames):
-            size = size or (frame.width, frame.height)
-            yield _rgb_pixels(frame, *size)
+    with open_video(path, threads) as video:
+        yield from _displayed_frames(video, start, stride, max_frames)
+
+
+@retried
+def count_frames(path: str | Path, threads: int = 0) -> int:
+    """Decode a video and return the number of its frames; of a damaged one, those before the damage.
+
+    Raises:
+        InputError: the file is missing or not a video.
+    """
+    count = 0
+    with suppress(DamagedVideoError), open_video(path, threads) as video:
+        for _ in _decoded_frames(video):
+            count += 1
+    return count
 
 
 def iterate_images(
@@ -134,29 +208,119 @@ def _select(frames: Iterator[T], start: int, stride: int, max_frames: int | None
     return islice(frames, start, None if max_frames is None else start + max_frames * stride, stride)
 
 
-@contextmanager
-def _open_video_stream(path: str | Path, threads: int) -> Iterator["av.VideoStream"]:
-    """Open the first video stream of a file; FFmpeg's errors inside the block become `InputError`."""
-    try:
-        if not Path(path).is_file():
-            raise InputError(f"{path} does not exist: give the path of a video.")
-        with av.open(str(path), metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise InputError(f"{path} contains no video: replace or remove it.")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            if stream.codec_context is not None:  # None for a truncated mp4
-                stream.codec_context.thread_count = threads
-            yield stream
-    except Exception as error:
-        if transient := transient_error(error, path):
-            raise transient from None
-        if not isinstance(error, (av.FFmpegError, OSError)):
-            raise
-        raise InputError(f"{path} is not a readable video ({error.strerror or error}): replace or remove it.") from None
+@dataclass(frozen=True)
+class _DecodedFrame:
+    """A frame as it is stored."""
+
+    number: int
+    time: Fraction
+    frame: "av.VideoFrame"
+    pixel_aspect: Fraction
 
 
-def _rgb_pixels(frame: "av.VideoFrame", width: int, height: int) -> Tensor:
-    """Scale a decoded frame, then apply its rotation: uint8 RGB (3, H, W)."""
-    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height)).permute(2, 0, 1)
-    return pixels.rot90(round(frame.rotation / 90), (1, 2)).contiguous()
+def _displayed_frames(video: VideoStream, start: int, stride: int, max_frames: int | None) -> Iterator[VideoFrame]:
+    display = Display(str(video.path))
+    size: Size | None = None
+    for decoded in _select(_decoded_frames(video), start, stride, max_frames):
+        pixels, aspect = display.convert(decoded.frame, decoded.pixel_aspect)
+        size = size or (pixels.shape[1], square_width(pixels.shape[2], aspect))
+        yield VideoFrame(decoded.number, float(decoded.time), pixels, aspect, size)
+
+
+def _decoded_frames(video: VideoStream) -> Iterator[_DecodedFrame]:
+    """Decode a video up to the first damaged frame."""
+    clock, aspect, number = _Clock(video), _PixelAspect(video), 0
+    for packet in video.container.demux(video.stream):
+        if packet.is_corrupt:
+            raise DamagedVideoError(video.path, number, "incomplete data")
+        try:
+            frames = video.decoder.decode(packet)
+        except av.FFmpegError as error:
+            damaged = DamagedVideoError(video.path, number, error.strerror or str(error))
+            raise transient_error(error, video.path) or damaged from None
+        aspect.update(packet.pts)
+        for frame in frames:
+            if frame.is_corrupt:
+                raise DamagedVideoError(video.path, number, "FFmpeg marks it as corrupt")
+            yield _DecodedFrame(number, clock.time(frame), frame, aspect.of(frame))
+            number += 1
+
+
+class _Clock:
+    """Presentation times of the frames of a video, in seconds after the first one and strictly increasing.
+
+    Args:
+        video: the video.
+    """
+
+    def __init__(self, video: VideoStream) -> None:
+        rate = video.stream.average_rate or video.stream.guessed_rate
+        self._period = 1 / Fraction(rate) if rate else Fraction(1, 25)
+        self._tick = video.stream.time_base or Fraction(1, 90000)
+        broadcast = video.container.format.flags & av.format.Flags.ts_discont.value
+        self._longest_step = LONGEST_STEP_OF_BROADCASTS if broadcast else LONGEST_STEP
+        self._offset: Fraction | None = None
+        self._last: Fraction | None = None
+
+    def time(self, frame: "av.VideoFrame") -> Fraction:
+        """Return the time of the next frame.
+
+        A frame without a time stamp follows the one before by the average period, and so does the first frame after a
+        jump of the time stamps. A frame whose time stamp is not later than the one before follows it by one tick.
+        """
+        stamp = None if frame.pts is None else frame.pts * (frame.time_base or self._tick)
+        if self._last is None:
+            self._last = Fraction(0)
+            self._offset = stamp
+            return self._last
+        time = self._last + self._period
+        if stamp is not None and self._offset is None:
+            self._offset = stamp - time
+        elif stamp is not None and self._offset is not None:
+            if abs(stamp - self._offset - self._last) > self._longest_step:
+                self._offset = stamp - time
+            else:
+                time = max(stamp - self._offset, self._last + self._tick)
+        self._last = time
+        return time
+
+
+class _PixelAspect:
+    """Sample aspect ratio of the frames of a video, by the rules of FFmpeg's `av_guess_sample_aspect_ratio`.
+
+    The container's ratio precedes that of the codec, which may change within the video.
+
+    Args:
+        video: the video.
+    """
+
+    def __init__(self, video: VideoStream) -> None:
+        self._decoder = video.decoder
+        self._current = self._first = video.stream.codec_context.sample_aspect_ratio
+        self._guess = video.stream.sample_aspect_ratio
+        self._changes: list[tuple[int, Fraction | None]] = []
+
+    def update(self, pts: int | None) -> None:
+        """Record a change in the packet with this time stamp, which has just been decoded."""
+        ratio = self._decoder.sample_aspect_ratio or self._current
+        if ratio != self._current and pts is not None:
+            self._changes.append((pts, ratio))
+            self._current = ratio
+
+    def of(self, frame: "av.VideoFrame") -> Fraction:
+        """Return the ratio of a frame."""
+        if self._guess != self._first:
+            return self._guess or Fraction(1)
+        ratio = self._first
+        for pts, changed in self._changes:
+            if frame.pts is not None and frame.pts >= pts:
+                ratio = changed
+        return ratio or Fraction(1)
+
+
+def _frames_by_header(video: VideoStream) -> int | None:
+    """Return the number of frames that the header states, without those that an edit list leaves out."""
+    frames = video.stream.frames
+    if frames and "mp4" in video.container.format.name:
+        frames = min(frames, sum(not entry.is_discard for entry in video.stream.index_entries))
+    return frames or None

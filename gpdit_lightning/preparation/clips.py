@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.errors import InputError, ResourceError, TransientError
-from gpdit_lightning.media.images import closest_size, parse_size, read_image, resize_and_crop
+from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image, resize_and_crop
 from gpdit_lightning.media.video import iterate_frames, video_info
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.input_files import InputFile, is_held_out
@@ -77,10 +77,12 @@ Item = Clip | EncodedClip | SkippedInput | EndOfFile
 
 
 class Frame(NamedTuple):
-    """A frame of a video."""
+    """A frame of a video, at the size to encode."""
 
     number: int
     """Index in the video, from 0."""
+    time: float
+    """Seconds after the first frame of the video."""
     pixels: Tensor
     """uint8 (3, H, W)."""
     begins_shot: bool
@@ -176,7 +178,7 @@ class ClipReader:
         size = closest_size(info.height, info.width, [parse_size(text) for text in options.video_sizes])
         metadata: dict[str, Any] = {"source": file.name} | file.annotation
         metadata |= {"fps": float(info.fps), "stride": options.stride, "pixel_size": list(size)}
-        frames = _CountedFrames(self._selected_frames(file))
+        frames = _CountedFrames(self._selected_frames(file, size))
         clips = 0
         try:
             for clip in cut_clips(frames, options, self.temporal_factor):
@@ -186,7 +188,7 @@ class ClipReader:
                 if id in self.encoded:
                     yield EncodedClip(index, id)
                 else:
-                    pixels = torch.cat([resize_and_crop(frame.pixels[None], size) for frame in clip])
+                    pixels = torch.stack([frame.pixels for frame in clip])
                     yield Clip(index, file.split, pixels, metadata | {"first_frame": id.first_frame})
                 clips += 1
                 if clips == options.clips_per_video:
@@ -202,18 +204,20 @@ class ClipReader:
                 f"{options.shortest_clip}{uncut}: lower --stride or --least_clip_frames."
             )
 
-    def _selected_frames(self, file: InputFile) -> Iterator[Frame]:
+    def _selected_frames(self, file: InputFile, size: Size) -> Iterator[Frame]:
         """Yield every `stride`-th frame; with `avoid_cuts` the count restarts at the first frame of each shot."""
         stride = self.options.stride
         if not self.options.avoid_cuts:
-            for i, pixels in enumerate(iterate_frames(file.path, stride=stride, threads=DECODER_THREADS)):
-                yield Frame(i * stride, pixels, False)
+            for frame in iterate_frames(file.path, stride=stride, threads=DECODER_THREADS):
+                yield Frame(frame.number, frame.time, frame.resized(size), False)
             return
         shot_start = 0
-        for number, (pixels, begins_shot) in enumerate(mark_cuts(iterate_frames(file.path, threads=DECODER_THREADS))):
-            shot_start = number if begins_shot else shot_start
-            if (number - shot_start) % stride == 0:
-                yield Frame(number, pixels, begins_shot)
+        frames = iterate_frames(file.path, threads=DECODER_THREADS)
+        resized = ((frame.pixels, Frame(frame.number, frame.time, frame.resized(size), False)) for frame in frames)
+        for item, begins_shot in mark_cuts(resized):
+            shot_start = item.number if begins_shot else shot_start
+            if (item.number - shot_start) % stride == 0:
+                yield item._replace(begins_shot=begins_shot)
 
 
 def _changed_error(file: InputFile) -> TransientError | None:

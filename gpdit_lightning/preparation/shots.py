@@ -2,11 +2,14 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
+
+T = TypeVar("T")
 
 MAX_WIDTH = 256  # PySceneDetect scales wider frames down to this width, for which its thresholds are tuned
 
@@ -22,8 +25,8 @@ def check_available() -> None:
         ) from None
 
 
-def mark_cuts(frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-    """Yield every frame, and whether it begins a new shot. At most three frames are in memory at a time.
+def mark_cuts(frames: Iterable[tuple[Tensor, T]]) -> Iterator[tuple[T, bool]]:
+    """Yield the item of every frame, and whether the frame begins a new shot. One frame is in memory at a time.
 
     The difference between a frame and the one before is compared with the differences around it (PySceneDetect's
     AdaptiveDetector with its defaults, except that a shot may have a single frame). Therefore fast camera motion is not
@@ -32,7 +35,8 @@ def mark_cuts(frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
     last two frames before it are lost.
 
     Args:
-        frames: uint8 RGB (3, H, W), every frame of a video in order, all of one size.
+        frames: every frame of a video in order, uint8 RGB (3, H, W), all of one size, each with
+            an item to yield for it.
 
     Raises:
         InputError: PySceneDetect is not installed.
@@ -45,24 +49,26 @@ def mark_cuts(frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
     detector = AdaptiveDetector(min_scene_len=0)
     processed = 0
 
-    def delayed_decision(frame: Tensor) -> bool:
-        """Pass a frame to the detector; return whether the frame `window_width` before it begins a shot."""
+    def delayed_decision(image: np.ndarray) -> bool:
+        """Pass an image to the detector; return whether the frame `window_width` before it begins a shot."""
         nonlocal processed
         processed += 1
-        return bool(detector.process_frame(FrameTimecode(processed, fps=1.0), _downscaled(frame)))
+        return bool(detector.process_frame(FrameTimecode(processed, fps=1.0), image))
 
-    undecided: deque[Tensor] = deque()
-    for number, frame in enumerate(frames):
+    undecided: deque[T] = deque()
+    image = np.empty(0)
+    for number, (frame, item) in enumerate(frames):
+        image = _downscaled(frame)
         if number == 0:
             # The detector makes no decision on a frame without neighbours, but clips cut from longer videos often begin
             # or end with a frame of another shot. So the first frame is passed twice, and the last one three times.
-            delayed_decision(frame)
-        begins_shot = delayed_decision(frame)
-        undecided.append(frame)
+            delayed_decision(image)
+        begins_shot = delayed_decision(image)
+        undecided.append(item)
         if len(undecided) > detector.window_width:
             yield undecided.popleft(), begins_shot
     while undecided:
-        begins_shot = delayed_decision(undecided[-1])
+        begins_shot = delayed_decision(image)
         yield undecided.popleft(), begins_shot
 
 

@@ -21,6 +21,7 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import contexts
 from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, read_contexts
+from gpdit_lightning.media.video import VideoFrame
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, prepare
 from tests.data.damage import damage
@@ -137,12 +138,12 @@ def test_large_frames_are_in_memory_one_at_a_time(
     write_video(tmp_path / "long.mp4", gray_steps(1), 24)
     alive: list[weakref.ref[Tensor]] = []
 
-    def frames(*_: Any) -> Iterator[Tensor]:
-        for _ in range(50):
+    def frames(*_: Any) -> Iterator[VideoFrame]:
+        for number in range(50):
             frame = torch.zeros(3, 64, 64, dtype=torch.uint8)
             alive.append(weakref.ref(frame))
             assert sum(reference() is not None for reference in alive) <= 2
-            yield frame
+            yield VideoFrame(number, number / 24, frame, Fraction(1), (64, 64))
 
     monkeypatch.setattr(contexts, "iterate_frames", frames)
     assert len(read_one(tmp_path / "long.mp4", codec).pixels) == 5

@@ -31,7 +31,7 @@ def test_video_info(video: Path) -> None:
 def test_frames_are_selected_by_start_stride_and_max_frames(
     video: Path, start: int, stride: int, max_frames: int | None, expected: list[int]
 ) -> None:
-    frames = list(iterate_frames(video, start, stride, max_frames))
+    frames = [frame.pixels for frame in iterate_frames(video, start, stride, max_frames)]
     assert (numbers(torch.stack(frames)) if frames else []) == expected
 
 
@@ -60,7 +60,7 @@ def test_rotation_of_a_video_is_applied(tmp_path: Path, matrix: tuple[int, ...],
     content[offset : offset + 20] = struct.pack(">5i", a, b, 0, c, d)
     path.write_bytes(content)
 
-    frame = next(iterate_frames(path))
+    frame = next(iterate_frames(path)).pixels
     expected = (3, 48, 64) if matrix[0] else (3, 64, 48)
     assert frame.shape == expected
     assert frame[0, corner[0], corner[1]] > 200

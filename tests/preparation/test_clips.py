@@ -21,7 +21,7 @@ def options(**settings: Any) -> PrepareOptions:
 
 def frames(count: int, stride: int = 1, cuts: tuple[int, ...] = ()) -> Iterator[Frame]:
     for i in range(count):
-        yield Frame(i * stride, torch.full((3, 1, 1), i, dtype=torch.uint8), i in cuts)
+        yield Frame(i * stride, i * stride / 24, torch.full((3, 1, 1), i, dtype=torch.uint8), i in cuts)
 
 
 def cut(count: int, cuts: tuple[int, ...] = (), stride: int = 1, **settings: Any) -> list[tuple[int, list[int]]]:

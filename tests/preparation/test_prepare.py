@@ -18,7 +18,7 @@ from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import resize_and_crop
-from gpdit_lightning.media.video import iterate_frames, video_info
+from gpdit_lightning.media.video import VideoFrame, iterate_frames, video_info
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, clips, parts, prepare, summary
 from tests.media.videos import read_video
@@ -204,7 +204,7 @@ def test_broken_and_short_files_are_skipped_and_listed(options: PrepareOptions, 
 
 
 def test_clips_before_damage_in_a_video_are_used(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaking(path: Path, stride: int, threads: int) -> Iterator[torch.Tensor]:
+    def breaking(path: Path, stride: int, threads: int) -> Iterator[VideoFrame]:
         yield from iterate_frames(path, 0, stride, 7)
         raise InputError(f"{path} is broken.")
 

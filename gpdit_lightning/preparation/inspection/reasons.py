@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.data.shards import Shape
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image
-from gpdit_lightning.media.video import iterate_frames, video_info
+from gpdit_lightning.media.video import count_frames, video_info
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.clips import DECODER_THREADS
 from gpdit_lightning.preparation.input_files import FileFormat
@@ -49,7 +48,7 @@ def explain_size(path: Path, file_format: FileFormat, key: str, options: Prepare
 
 def explain_frames(path: Path, samples: Sequence[Sample], options: PrepareOptions, temporal_factor: int) -> str:
     """Count the frames of a video and those in clips, with the reason why the others are not."""
-    count = _frame_count(path)
+    count = count_frames(path, DECODER_THREADS)
     used = {
         sample.first_frame + frame * options.stride
         for sample in samples
@@ -83,11 +82,3 @@ def _pixel_size(path: Path, file_format: FileFormat, key: str) -> Size:
     if pixels is None:
         raise InputError(f"{path} has no readable image {key!r}")
     return pixels.shape[2], pixels.shape[3]
-
-
-def _frame_count(path: Path) -> int:
-    count = 0
-    with suppress(InputError):  # of a damaged video the frames before the damage are counted
-        for _ in iterate_frames(path, threads=DECODER_THREADS):
-            count += 1
-    return count

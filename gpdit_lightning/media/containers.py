@@ -1,0 +1,104 @@
+"""Video files as FFmpeg reads them: which files are videos, and the one stream of a file that a player shows."""
+
+import mimetypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+from av.codec.context import ThreadType
+from av.stream import Disposition
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.images import IMAGE_EXTENSIONS
+from gpdit_lightning.retries import transient_error
+
+# Extensions in common use of the formats that FFmpeg reads, without those of sound, subtitles and still images.
+VIDEO_EXTENSIONS = (
+    *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif"),
+    *(".3g2", ".3gp", ".amv", ".apng", ".asf", ".av1", ".dav", ".dif", ".divx", ".dv", ".f4v", ".flc", ".fli", ".gxf"),
+    *(".264", ".265", ".266", ".h261", ".h263", ".h264", ".h265", ".hevc", ".ismv", ".ivf", ".jpgv", ".m1v", ".m2p"),
+    *(".m2t", ".m2ts", ".m2v", ".mj2", ".mjpeg", ".mjpg", ".mk3d", ".mod", ".mp4v", ".mpe", ".mpv", ".mts", ".mxf"),
+    *(".nsv", ".nut", ".obu", ".ogm", ".ogv", ".ogx", ".qt", ".rm", ".rmvb", ".roq", ".swf", ".tod", ".tp", ".trp"),
+    *(".vc1", ".vob", ".vro", ".vvc", ".wm", ".wtv", ".xvid", ".y4m"),
+)
+# FFmpeg would show these files as images of text.
+TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")
+# Decoders that read the transparency of WebM, which FFmpeg's default decoders ignore.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+@dataclass(frozen=True)
+class VideoStream:
+    """The stream of an open file that a player shows, and its decoder."""
+
+    path: Path
+    container: "av.container.InputContainer"
+    stream: "av.VideoStream"
+    decoder: "av.VideoCodecContext"
+
+
+def is_video(path: Path) -> bool:
+    """Return whether a file is a video, by its extension; a file with an unknown one is opened.
+
+    A file that cannot be opened counts as a video if its extension is in `VIDEO_EXTENSIONS`.
+    """
+    suffix = path.suffix.lower()
+    if suffix in VIDEO_EXTENSIONS:
+        return True
+    if suffix in IMAGE_EXTENSIONS or mimetypes.MimeTypes().guess_type(f"file{suffix}")[0]:
+        return False  # another kind of file, such as the captions beside each video
+    try:
+        with open_video(path) as video:
+            return not video.container.format.name.endswith("_pipe")  # still images
+    except InputError:
+        return False
+
+
+@contextmanager
+def open_video(path: str | Path, threads: int = 0) -> Iterator[VideoStream]:
+    """Open the stream of a file that a player shows; errors of FFmpeg inside the block become `InputError`.
+
+    Args:
+        path: any file that FFmpeg reads as a video.
+        threads: decoder threads; 0 lets FFmpeg choose.
+
+    Raises:
+        InputError: the file is missing, not a video, or its video has no decoder.
+        TransientError: it could not be read for a reason other than its content.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: give the path of a video.")
+        # Without "file:" FFmpeg would take the text before a colon in the name for a protocol.
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
+            stream = _shown_stream(path, container)
+            decoder = stream.codec_context
+            if alpha_decoder := stream.metadata.get("alpha_mode") == "1" and ALPHA_DECODERS.get(decoder.name):
+                decoder = av.VideoCodecContext.create(alpha_decoder, "r")
+                decoder.extradata = stream.codec_context.extradata
+            decoder.thread_type = ThreadType.AUTO
+            decoder.thread_count = threads
+            yield VideoStream(path, container, stream, decoder)
+    except Exception as error:
+        if transient := transient_error(error, path):
+            raise transient from None
+        if not isinstance(error, (av.FFmpegError, OSError)):
+            raise
+        raise InputError(f"{path} is not a readable video ({error.strerror or error}): replace or remove it.") from None
+
+
+def _shown_stream(path: Path, container: "av.container.InputContainer") -> "av.VideoStream":
+    """Return the stream that FFmpeg's players show, but never a cover image."""
+    if container.format.name in TEXT_FORMATS or not container.streams.video:
+        raise InputError(f"{path} contains no video: replace or remove it.")
+    films = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not films:
+        raise InputError(f"{path} contains a cover image but no video: remove it.")
+    best = container.streams.best("video")
+    stream = best if best in films else films[0]
+    if stream.codec_context is None:  # also for a truncated mp4
+        raise InputError(f"{path} is not a readable video (FFmpeg has no decoder for it): replace or remove it.")
+    return stream

@@ -1,0 +1,157 @@
+"""Decoded frames as they are displayed: colours, transparency, orientation, pixel aspect."""
+
+import math
+import struct
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+from av.sidedata.sidedata import Type as SideDataType
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+from torch import Tensor
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.hdr import TRANSFER_HLG, TRANSFER_PQ, tone_mapped
+from gpdit_lightning.media.images import on_white
+
+# Codes of ITU-T H.273, which FFmpeg uses too.
+MATRIX_RGB, MATRIX_UNSPECIFIED, MATRIX_RESERVED = 0, 2, 3
+MATRIX_BT709, MATRIX_BT601, MATRIX_BT2020 = 1, 6, 9
+CONVERTIBLE_MATRICES = (1, 4, 5, 6, 7, 9)  # BT.709, FCC, BT.601 (625 and 525 lines), SMPTE 240M, BT.2020
+TRANSFER_UNSPECIFIED = 2
+HD_LINES = 720  # players take untagged video for BT.709 from this number of lines on, else for BT.601
+
+ROTATION_TOLERANCE = 1.0  # degrees, as in ffplay
+MAX_SIDE = 32767  # pixels of a displayed frame; more is an error in the file
+
+
+class Orientation(NamedTuple):
+    """What to do with the stored rows and columns, in this order."""
+
+    transpose: bool
+    flip_rows: bool
+    flip_columns: bool
+
+
+class DisplayedPixels(NamedTuple):
+    """Pixels of a frame as it is displayed, before they are made square.
+
+    Attributes:
+        pixels: uint8 RGB (3, H, W), upright.
+        pixel_aspect: displayed width over displayed height of a pixel.
+    """
+
+    pixels: Tensor
+    pixel_aspect: Fraction
+
+
+class Display:
+    """Converter of the decoded frames of one video.
+
+    Args:
+        name: the video's name in errors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._reformatter = VideoReformatter()
+
+    def convert(self, frame: "av.VideoFrame", pixel_aspect: Fraction) -> DisplayedPixels:
+        """Convert a frame.
+
+        Args:
+            frame: as decoded.
+            pixel_aspect: of the stored pixels.
+
+        Raises:
+            InputError: the colours or the rotation are not supported.
+        """
+        matrix = display_matrix(frame)
+        orientation = orientation_of(matrix, self._name) if matrix else Orientation(False, False, False)
+        if frame.color_trc in (TRANSFER_PQ, TRANSFER_HLG):
+            pixels = tone_mapped(self._rgb(frame, "rgb48le"), frame.color_trc, frame.color_primaries)
+        elif has_alpha(frame):
+            image = on_white(Image.fromarray(self._rgb(frame, "rgba")))
+            pixels = torch.from_numpy(np.array(image))
+        else:
+            pixels = torch.from_numpy(self._rgb(frame, "rgb24"))
+        pixels = pixels.permute(2, 1, 0) if orientation.transpose else pixels.permute(2, 0, 1)
+        flipped = [axis for axis, flip in ((1, orientation.flip_rows), (2, orientation.flip_columns)) if flip]
+        pixels = pixels.flip(flipped).contiguous() if flipped else pixels.contiguous()
+        return DisplayedPixels(pixels, 1 / pixel_aspect if orientation.transpose else pixel_aspect)
+
+    def _rgb(self, frame: "av.VideoFrame", pixel_format: str) -> np.ndarray:
+        """Convert a frame to packed RGB (H, W, C) by its matrix and range."""
+        converted = self._reformatter.reformat(frame, format=pixel_format, src_colorspace=self._matrix(frame))
+        array: np.ndarray = converted.to_ndarray()
+        return array
+
+    def _matrix(self, frame: "av.VideoFrame") -> int | None:
+        """Return the matrix to assume; None for the one of the frame."""
+        if not is_yuv(frame) or frame.colorspace in CONVERTIBLE_MATRICES:
+            return None
+        if frame.colorspace not in (MATRIX_RGB, MATRIX_UNSPECIFIED, MATRIX_RESERVED):
+            raise InputError(
+                f"{self._name} has the colour matrix {frame.colorspace} of ITU-T H.273, which is not supported: "
+                "convert it to BT.709."
+            )
+        if frame.color_trc in (TRANSFER_PQ, TRANSFER_HLG):
+            return MATRIX_BT2020
+        return MATRIX_BT709 if frame.height >= HD_LINES else None
+
+
+def square_width(width: int, pixel_aspect: Fraction) -> int:
+    """Return the width at which a frame has square pixels at an unchanged height, as players show it."""
+    return max(1, round(width * pixel_aspect))
+
+
+def has_alpha(frame: "av.VideoFrame") -> bool:
+    """Return whether a frame may have transparent pixels."""
+    return frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
+
+
+def is_yuv(frame: "av.VideoFrame") -> bool:
+    """Return whether a frame has luma and chroma."""
+    return not (frame.format.is_rgb or frame.format.has_palette) and any(c.is_chroma for c in frame.format.components)
+
+
+def orientation_of(matrix: Sequence[float], name: str) -> Orientation:
+    """Return the orientation that a display matrix describes.
+
+    A stored pixel at column x and row y is displayed in the direction (a x + c y, b x + d y) (ISO 14496-12, 6.2.2;
+    libavutil/display.h). As in ffplay, an angle is rounded to the multiple of 90 degrees within one degree.
+
+    Args:
+        matrix: the numbers a, b, u, c, d, and others that are ignored.
+        name: the video's name in errors.
+
+    Raises:
+        InputError: the matrix rotates by another angle.
+    """
+    a, b, _, c, d = matrix[:5]
+    if a * d == b * c:
+        return Orientation(False, False, False)  # not a rotation; players ignore it
+    transpose = abs(b) > abs(a)
+    angles = [math.degrees(math.atan2(b, a)), math.degrees(math.atan2(c, d))]
+    if any(abs(angle - 90 * round(angle / 90)) > ROTATION_TOLERANCE for angle in angles):
+        raise InputError(
+            f"{name} is displayed rotated by {angles[0]:.1f} degrees, and only multiples of 90 are supported: convert "
+            "it with the rotation applied."
+        )
+    across, down = (c, b) if transpose else (a, d)
+    return Orientation(transpose, flip_rows=down < 0, flip_columns=across < 0)
+
+
+def display_matrix(frame: "av.VideoFrame") -> Sequence[float] | None:
+    """Return the first display matrix of a frame, from the container or the codec; None if there is none."""
+    try:
+        # Several may exist; ffplay uses the first one too.
+        data = next((data for data in frame.side_data if data.type == SideDataType.DISPLAYMATRIX), None)
+    except ValueError:  # the frame has a kind of side data that PyAV lacks
+        angle = math.radians(-frame.rotation)
+        return [math.cos(angle), math.sin(angle), 0, -math.sin(angle), math.cos(angle)]
+    return None if data is None else struct.unpack("=9i", bytes(data))
