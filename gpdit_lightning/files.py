@@ -1,5 +1,6 @@
-"""Atomic writes, locks and hashes of files."""
+"""Atomic writes, locks, hashes and lines of files."""
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -11,6 +12,14 @@ from pathlib import Path
 from gpdit_lightning.errors import InputError
 
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# Marks at the beginning of files in encodings other than UTF-8; that of UTF-32 begins with that of UTF-16.
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def partial_path(path: Path) -> Path:
@@ -110,3 +119,31 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_lines(path: Path, expected: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a UTF-8 file, each with its line break, and their numbers from 1.
+
+    Only a line feed ends a line, since file names and captions may contain other separators, such as U+2028. A byte
+    order mark is removed.
+
+    Args:
+        path: the file.
+        expected: the files that may be given, for the message.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8.
+    """
+    number = 1
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                encodings = (name for mark, name in BYTE_ORDER_MARKS.items() if number == 1 and line.startswith(mark))
+                encoding = next(encodings, "UTF-16 without a byte order mark" if b"\0" in line else None)
+                if encoding:
+                    raise InputError(f"{path} line {number} is not UTF-8 (it is {encoding}): save the file as UTF-8.")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} line {number} is not UTF-8 ({error.reason}): save the file as UTF-8.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): {expected}.") from None

@@ -16,7 +16,7 @@ from gpdit_lightning.specs import CodecSpec
 
 FORMAT = "gpdit_lightning-shards-2"
 FILE_NAME = "manifest.json"
-SKIPPED_NAME = "skipped.jsonl"
+SKIPPED_NAME, NOTES_NAME = "skipped.jsonl", "notes.jsonl"
 
 Folder = Path | UPath  # a local path, or any other that fsspec reads
 Split = Literal["train", "validation"]
@@ -83,12 +83,13 @@ class Manifest:
     preparation: dict[str, Any] = field(default_factory=dict)
     """The options of the preparation."""
     validation: dict[str, Any] = field(default_factory=dict)
-    """How sources were held out (by source, never by clip) and how many sources each split has."""
+    """How sources were held out (by source, never by clip), what of them was hashed, and how many each split has."""
     labels: tuple[str, ...] = ()
     """Names of the labels, which are the classes in this order; empty if no sample has a label. New labels follow those
     of an earlier preparation."""
     skipped: int = 0
-    """Number of sources, or parts of sources, that could not be used; `skipped.jsonl` lists them."""
+    """Number of sources that could not be used, which `skipped.jsonl` lists. Those that were used in part, or under
+    another name, are listed in `notes.jsonl` instead."""
 
     @property
     def path(self) -> Folder:

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, get_args
 
 from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import read_lines
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 
@@ -55,11 +57,16 @@ class Table:
     is_ucf101_list: bool = False
 
     def get(self, name: str) -> Annotation:
-        """Return the annotation of an input file, by its name, else its path without extension, else its stem."""
+        """Return the annotation of an input file, by its name, else its path without extension, else its stem.
+
+        The extension of the input file may be any, for example that of an unusual container.
+        """
         if name in self.entries:
             return self.entries[name]
-        entry = self._by_path.get(_without_extension(name)) or self._by_stem.get(_stem(name))
-        return self.entries[entry] if entry else Annotation()
+        for path in dict.fromkeys((_without_extension(name), _without_any_extension(name))):
+            if entry := self._by_path.get(path) or self._by_stem.get(path.rpartition("/")[2]):
+                return self.entries[entry]
+        return Annotation()
 
     def add(self, line: int, name: str, annotation: Annotation) -> None:
         """Add the annotation of a line.
@@ -165,7 +172,7 @@ def _read_table(path: Path) -> Table:
 def _read_ucf101_list(path: Path, pattern: re.Pattern[str], split: Split | None) -> Table:
     table = Table(path, is_ucf101_list=True)
     for number, line in _read_lines(path):
-        if not line.strip():
+        if not line.strip() or line.startswith("#"):
             continue
         match = pattern.fullmatch(line.strip())
         if not match:
@@ -227,7 +234,7 @@ def _build_table(path: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> Tabl
 def _read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the line number and the object of each line of a JSON lines file."""
     for number, line in _read_lines(path):
-        if not line.strip():
+        if not line.strip() or line.startswith("#"):
             continue
         try:
             values = json.loads(line)
@@ -240,8 +247,15 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the line number and the cells of each row of a CSV or TSV file below its header, without empty cells."""
+    line_number = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal line_number
+        for line_number, line in _read_lines(path):  # noqa: B007
+            yield line
+
     # Without `strict` an unclosed quote would silently join all lines up to the next quote to one cell.
-    reader = csv.reader((line for _, line in _read_lines(path)), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] = []
     try:
         for row in filter(None, reader):
@@ -252,9 +266,9 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]
             elif len(row) != len(header):
                 raise csv.Error(f"{len(row)} cells under a header of {len(header)}")
             else:
-                yield reader.line_num, {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
+                yield line_number, {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
     except csv.Error as error:
-        raise InputError(f"{path} line {reader.line_num} is not a row of the table ({error}): correct it.") from None
+        raise InputError(f"{path} line {line_number} is not a row of the table ({error}): correct it.") from None
 
 
 def _parse_row(path: Path, line: int, values: dict[str, Any]) -> tuple[str, Annotation]:
@@ -282,16 +296,15 @@ def _parse_row(path: Path, line: int, values: dict[str, Any]) -> tuple[str, Anno
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a file with their numbers from 1; raises InputError if it is not UTF-8 text."""
-    number = 1
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): {SUPPORTED}.") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} line {number} is not UTF-8 ({error.reason}): save it as UTF-8.") from None
+    """Yield the numbers from 1 and the lines of a file, without the comments (lines that begin with "#") at its head.
+
+    Later lines may be rows of a table whose first cell begins with "#".
+    """
+    first = True
+    for number, line in read_lines(path, SUPPORTED):
+        first = first and (not line.strip() or line.startswith("#"))
+        if not first:
+            yield number, line
 
 
 def _find_conflict(earlier: Annotation, later: Annotation) -> tuple[str, str, str] | None:
@@ -316,12 +329,17 @@ def _by_short_name(names: Iterable[str], shorten: Callable[[str], str]) -> dict[
 
 
 def _without_extension(name: str) -> str:
+    """Return a name without an extension of videos or images, in Unicode form NFC, since systems use several forms."""
     start, _, extension = name.rpartition(".")
-    return start if f".{extension.lower()}" in EXTENSIONS else name
+    return unicodedata.normalize("NFC", start if f".{extension.lower()}" in EXTENSIONS else name)
+
+
+def _without_any_extension(name: str) -> str:
+    return unicodedata.normalize("NFC", PurePosixPath(name).with_suffix("").as_posix())
 
 
 def _stem(name: str) -> str:
-    return _without_extension(name.rpartition("/")[2])
+    return _without_extension(name).rpartition("/")[2]
 
 
 def _folder(name: str) -> str:

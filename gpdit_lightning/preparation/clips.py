@@ -57,7 +57,16 @@ class EncodedClip:
 
 @dataclass(frozen=True)
 class SkippedInput:
-    """An input file, the rest of an input file, or an image in a tar that cannot be used."""
+    """An input file, or an image in a tar, that cannot be used."""
+
+    file: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """A remark on an input file, or an image in a tar, that is used: a part of it could not be."""
 
     file: int
     name: str
@@ -73,7 +82,7 @@ class EndOfFile:
     file: int
 
 
-Item = Clip | EncodedClip | SkippedInput | EndOfFile
+Item = Clip | EncodedClip | SkippedInput | Note | EndOfFile
 
 
 class Frame(NamedTuple):
@@ -157,13 +166,14 @@ class ClipReader:
         for sample in iterate_samples(tar.path):
             name = f"{tar.name}/{sample.key}"
             if sample.problem:
-                yield SkippedInput(index, name, sample.problem)
+                yield (SkippedInput if sample.pixels is None else Note)(index, name, sample.problem)
             if sample.pixels is None:
                 continue
             if (id := SampleId(name, None)) in self.encoded:
                 yield EncodedClip(index, id)
             else:
-                split: Split = "validation" if is_held_out(name, self.options.validation_fraction) else "train"
+                hashed = name if tar.hashed == "name" else sample.sha256
+                split: Split = "validation" if is_held_out(hashed, self.options.validation_fraction) else "train"
                 yield self._clip_of_image(index, split, sample.pixels, {"source": name} | sample.metadata)
 
     def _clip_of_image(self, index: int, split: Split, pixels: Tensor, metadata: dict[str, Any]) -> Clip:
@@ -196,7 +206,9 @@ class ClipReader:
         except TransientError:
             raise
         except InputError as error:
-            raise InputError(f"{error} The clips before were used ({clips})." if clips else str(error)) from None
+            if not clips:
+                raise
+            yield Note(index, file.name, f"{error} The clips before were used ({clips}).")
         if not clips:
             uncut = " without a cut" if options.avoid_cuts else ""
             raise InputError(

@@ -16,8 +16,10 @@ from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.data.shards import Shape, ShardReader, build_index, shard_entry
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.finding import LeftOut
+from gpdit_lightning.names import as_text
 from gpdit_lightning.options.prepare import PrepareOptions
-from gpdit_lightning.preparation.clips import Clip, EncodedClip, EndOfFile, Item, SampleId, SkippedInput
+from gpdit_lightning.preparation.clips import Clip, EncodedClip, EndOfFile, Item, Note, SampleId, SkippedInput
 from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.preparation.interleave import read_clips
 from gpdit_lightning.preparation.records import PartResult
@@ -124,7 +126,8 @@ class PartEncoder:
         self._used: dict[str, StoredSample] = {}  # the last sample of each video or image
         self._files_with_samples: set[int] = set()
         self._labels: set[str] = set()
-        self._skipped: list[dict[str, Any]] = []
+        self._skipped: list[LeftOut] = []
+        self._notes: list[LeftOut] = []
 
     def add(self, item: Item) -> None:
         """Add an item of `read_clips`, and encode its batch if that is full."""
@@ -138,6 +141,8 @@ class PartEncoder:
                 self._record_sample(item.file, item.id.source, self._stored[item.id])
             case SkippedInput():
                 self._skip(item.name, item.reason, item.retry)
+            case Note():
+                self._notes.append(LeftOut(item.name, as_text(item.reason)))
             case EndOfFile():
                 self._progress.add(files=1)
 
@@ -155,6 +160,7 @@ class PartEncoder:
             used={split: by_split[split] for split in get_args(Split)},
             labels=tuple(sorted(self._labels)),
             skipped=tuple(self._skipped),
+            notes=tuple(self._notes),
             without_samples=tuple(unused),
         )
 
@@ -179,7 +185,7 @@ class PartEncoder:
             self._labels.add(sample.label)
 
     def _skip(self, name: str, reason: str, retry: bool = False) -> None:
-        self._skipped.append({"source": name, "reason": reason} | ({"retry": True} if retry else {}))
+        self._skipped.append(LeftOut(name, as_text(reason), retry))
         self._progress.add(skipped=1)
 
 

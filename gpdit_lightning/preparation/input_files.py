@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,19 @@ from typing import Any, Literal, NamedTuple
 
 from gpdit_lightning.data.manifest import Kind, Split
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import IMAGE_EXTENSIONS
-from gpdit_lightning.media.video import VIDEO_EXTENSIONS
+from gpdit_lightning.media.finding import FoundFile, LeftOut, Medium, find_media
+from gpdit_lightning.names import as_text
 from gpdit_lightning.options.prepare import PrepareOptions
-from gpdit_lightning.preparation.annotations import Annotations, read_annotations
-from gpdit_lightning.preparation.tars import expand_pattern
+from gpdit_lightning.preparation.annotations import Annotation, Annotations, read_annotations
+from gpdit_lightning.preparation.tars import find_tars
 
 FileFormat = Literal["video", "image", "tar"]
+HashedValue = Literal["name", "bytes"]
+"""What is hashed to hold out the images of a tar: TAR/KEY, or the bytes of the image file."""
 
-EXTENSIONS: dict[FileFormat, tuple[str, ...]] = {"video": VIDEO_EXTENSIONS, "image": IMAGE_EXTENSIONS}
+MIN_HELD_OUT = 4
+"""Minimum number of held-out recordings, if they are at most a quarter of all. Otherwise it is a quarter, at least one,
+since a validation loss over one or two recordings says little about others."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class InputFile:
     """Reason for the split."""
     captions: tuple[str, ...] = ()
     label: str | None = None
+    hashed: HashedValue = "bytes"
+    """For a tar: what is hashed to hold out its images. Data sets of older versions use the names."""
 
     @property
     def kind(self) -> Kind:
@@ -64,9 +71,22 @@ class Inputs(NamedTuple):
     """Input files and their annotations."""
 
     files: list[InputFile]
-    excluded: list[dict[str, str]]
-    """`{"source", "reason"}` of every file that the annotations exclude."""
+    excluded: list[LeftOut]
+    """Files that cannot be used, and files that the annotations exclude."""
+    notes: list[LeftOut]
+    """Files that are used under another name, and summaries of the files that are neither videos nor images."""
     annotations: Annotations
+
+
+class Candidate(NamedTuple):
+    """A file that was found."""
+
+    path: Path
+    name: str
+    format: FileFormat
+    held_out: bool
+    """Whether it is in a held-out folder."""
+    status: os.stat_result
 
 
 class SplitChoice(NamedTuple):
@@ -84,6 +104,8 @@ SAME_RECORDING = "files of the same recording were prepared before"
 def find_inputs(options: PrepareOptions, recorded: Mapping[str, Split | None] | None = None) -> Inputs:
     """Find every file to encode, in a fixed order, and choose its split.
 
+    A file, links to it, and the same file found by several options are one recording, which is encoded once.
+
     Args:
         options: options that specify the files and the validation split.
         recorded: splits by file name that an earlier run chose; they are kept.
@@ -93,56 +115,124 @@ def find_inputs(options: PrepareOptions, recorded: Mapping[str, Split | None] | 
     """
     if not options.videos and not options.images and not options.image_tars:
         raise InputError("there are no input files: give --videos, --images or --image_tars.")
-    inputs = Inputs([], [], read_annotations(options.annotations))
-    _add_files(inputs, "video", options.videos, options.validation_videos, options, recorded or {})
-    _add_files(inputs, "image", options.images, options.validation_images, options, recorded or {})
-    for path, name in (file for pattern in options.image_tars for file in _find_tars(pattern)):
-        inputs.files.append(InputFile(path, name, "tar", None, path.stat().st_size))
-    _check_unique(inputs.files)
+    inputs, recorded = Inputs([], [], [], read_annotations(options.annotations)), recorded or {}
+    candidates = _without_repeated(_find_candidates(options, inputs), inputs, recorded)
+    _check_names(candidates)
+    for medium in ("video", "image"):
+        of_medium = [candidate for candidate in candidates if candidate.format == medium]
+        held_out = {candidate.name for candidate in of_medium if candidate.held_out}
+        has_folders = bool(options.validation_videos if medium == "video" else options.validation_images)
+        names = [candidate.name for candidate in of_medium if not candidate.held_out]
+        fraction = None if has_folders else options.validation_fraction
+        splits = choose_splits(names, fraction, options.source_pattern, inputs.annotations, recorded)
+        splits |= dict.fromkeys(held_out, IN_HELD_OUT_FOLDER)
+        for candidate in of_medium:
+            _add_file(candidate, splits[candidate.name], inputs, options.labels)
+    for path, name, _, _, status in (candidate for candidate in candidates if candidate.format == "tar"):
+        inputs.files.append(InputFile(path, name, "tar", None, status.st_size))
     return inputs
 
 
-def _add_files(
-    inputs: Inputs,
-    file_format: FileFormat,
-    paths: Sequence[Path],
-    held_out_paths: Sequence[Path],
-    options: PrepareOptions,
-    recorded: Mapping[str, Split | None],
-) -> None:
-    """Add the videos, or the images, to the inputs."""
-    files = [file for path in paths for file in _find_files(path, file_format)]
-    held_out = [file for path in held_out_paths for file in _find_held_out_files(path, file_format)]
-    fraction = None if held_out_paths else options.validation_fraction
-    names = [name for _, name in files]
-    splits = _choose_splits(names, fraction, options.source_pattern, inputs.annotations, recorded)
-    splits |= {name: IN_HELD_OUT_FOLDER for _, name in held_out}
-    for path, name in files + held_out:
-        split, reason = splits[name]
-        if split is None:
-            inputs.excluded.append({"source": name, "reason": reason})
-            continue
-        annotation = inputs.annotations.get(name)
-        label = annotation.label or (path.parent.name if options.labels else None)
-        size = path.stat().st_size
-        inputs.files.append(InputFile(path, name, file_format, split, size, reason, annotation.captions, label))
+def _find_candidates(options: PrepareOptions, inputs: Inputs) -> list[Candidate]:
+    """Return the files that the options specify, and add everything else in the folders to `inputs`."""
+    groups: tuple[tuple[Medium, Sequence[Path], bool], ...] = (
+        ("video", options.videos, False),
+        ("video", options.validation_videos, True),
+        ("image", options.images, False),
+        ("image", options.validation_images, True),
+    )
+    found: list[tuple[FoundFile, FileFormat, bool]] = []
+    for medium, paths, held_out in groups:
+        for path in paths:
+            findings = find_media(path, medium)
+            folder = as_text(path.name or os.path.basename(os.path.abspath(path)))
+            # File names often occur in both the training and the validation folder of a data set.
+            prefix = f"{folder}/" if held_out and path.is_dir() else ""
+            found += [(FoundFile(file, prefix + name), medium, held_out) for file, name in findings.files]
+            inputs.excluded.extend(LeftOut(prefix + name, f"it {reason}") for name, reason, _ in findings.unusable)
+            inputs.notes.extend(LeftOut(prefix + name, f"it {reason}") for name, reason, _ in findings.repeated)
+            if others := findings.describe_others():
+                inputs.notes.append(LeftOut(folder, others))
+    for pattern in options.image_tars:
+        tars, unusable = find_tars(pattern)
+        found += [(file, "tar", False) for file in tars]
+        inputs.excluded.extend(LeftOut(name, f"it {reason}") for name, reason, _ in unusable)
+    candidates = []
+    for (path, name), file_format, held_out in found:
+        try:
+            candidates.append(Candidate(path, name, file_format, held_out, path.stat()))
+        except OSError as error:  # removed since it was found
+            inputs.excluded.append(LeftOut(name, f"it cannot be read ({error.strerror})"))
+    return candidates
+
+
+def _without_repeated(
+    candidates: Sequence[Candidate], inputs: Inputs, recorded: Mapping[str, Split | None]
+) -> list[Candidate]:
+    """Return each file once, though links to it or several options may give it several names; note the other names.
+
+    Names that an earlier run recorded are kept. Otherwise the name is that in a held-out folder, if there is one, else
+    one that the annotations contain, preferably for validation, else that of the file instead of a link, else the
+    first. So neither a held-out file nor a link to it is trained on.
+    """
+    by_file: dict[tuple[int, int | Path], list[Candidate]] = defaultdict(list)
+    for candidate in candidates:  # some network file systems have no inodes
+        by_file[candidate.status.st_dev, candidate.status.st_ino or candidate.path].append(candidate)
+    kept: set[int] = set()
+    for same in by_file.values():
+        before = {candidate.name: candidate for candidate in same if candidate.name in recorded}
+        chosen = list(before.values()) or [same[0]]
+        if len(same) > 1 and not before:
+            chosen = [min(same, key=lambda candidate: _rank_of_name(candidate, inputs.annotations))]
+        kept |= set(map(id, chosen))
+        for candidate in same:
+            if candidate.name not in {choice.name for choice in chosen}:
+                reason = f"it is the same file as {chosen[0].name} and is used under that name"
+                inputs.notes.append(LeftOut(candidate.name, reason))
+    return [candidate for candidate in candidates if id(candidate) in kept]
+
+
+def _rank_of_name(candidate: Candidate, annotations: Annotations) -> tuple[bool, ...]:
+    """Return a key that sorts the names of one file by preference; see `_without_repeated`."""
+    annotation = annotations.get(candidate.name)
+    is_link = os.path.realpath(candidate.path) != os.path.abspath(candidate.path)
+    return not candidate.held_out, annotation.split != "validation", annotation == Annotation(), is_link
+
+
+def _add_file(candidate: Candidate, choice: SplitChoice, inputs: Inputs, label_by_folder: bool) -> None:
+    """Add a video or an image to the inputs, with its annotation."""
+    path, name, file_format, _, status = candidate
+    if choice.split is None:
+        inputs.excluded.append(LeftOut(name, choice.reason))
+        return
+    annotation = inputs.annotations.get(name)
+    label = annotation.label or (as_text(path.absolute().parent.name) if label_by_folder else None)
+    inputs.files.append(
+        InputFile(path, name, file_format, choice.split, status.st_size, choice.reason, annotation.captions, label)
+    )
 
 
 def hash_path(path: Path) -> str:
     """Return 16 hexadecimal digits that identify the absolute path."""
-    return hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
+    return hashlib.sha256(as_text(os.path.abspath(path)).encode()).hexdigest()[:16]
 
 
-def is_held_out(recording: str, fraction: float) -> bool:
-    """Return whether a recording is held out, by a hash of its name, so that new files change no earlier choice."""
-    return _unit_hash(recording) < fraction
+def is_held_out(hashed: str, fraction: float) -> bool:
+    """Return whether a recording is held out, by a hash of its name or content: new files change no earlier choice."""
+    return _unit_hash(hashed) < fraction
 
 
-def choose_split_by_hash(recording: str, fraction: float) -> SplitChoice:
-    """Choose the split of a recording by a hash of its name."""
-    held_out = is_held_out(recording, fraction)
+def choose_split_by_hash(hashed: str, fraction: float, description: str | None = None) -> SplitChoice:
+    """Choose the split of a recording by a hash.
+
+    Args:
+        hashed: what is hashed: the name of the recording, or another value that identifies it.
+        fraction: fraction of recordings to hold out.
+        description: what the value is, for the reason; None for the value itself.
+    """
+    held_out = is_held_out(hashed, fraction)
     relation = "below" if held_out else "not below"
-    reason = f"the hash of {recording} is {_unit_hash(recording):.4f}, {relation} the fraction {fraction:g}"
+    reason = f"the hash of {description or hashed} is {_unit_hash(hashed):.4f}, {relation} the fraction {fraction:g}"
     return SplitChoice("validation" if held_out else "train", reason)
 
 
@@ -152,59 +242,7 @@ def recording_of(name: str, pattern: str | None) -> str:
     return match.group() if match else name
 
 
-def _find_files(path: Path, file_format: FileFormat) -> list[tuple[Path, str]]:
-    """Find the files of a format in a folder or list, or a single file.
-
-    Returns:
-        The path of each file, and its path relative to the folder.
-
-    Raises:
-        InputError: the path does not exist, or the folder or list contains no files.
-    """
-    if path.is_dir():
-        extensions = EXTENSIONS[file_format]
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
-        if not files:
-            raise InputError(f"{path} has no {file_format} files ({', '.join(extensions)}): give another folder.")
-        return [(file, file.relative_to(path).as_posix()) for file in files]
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: give a folder, a file or a .txt list of {file_format}s.")
-    if path.suffix.lower() != ".txt":
-        return [(path, path.name)]
-    return _read_file_list(path)
-
-
-def _find_held_out_files(path: Path, file_format: FileFormat) -> list[tuple[Path, str]]:
-    """Find files as `_find_files` does; their names begin with that of the folder.
-
-    (File names often occur in both the training and the validation folder of a data set.)
-    """
-    prefix = f"{path.name}/" if path.is_dir() else ""
-    return [(file, prefix + name) for file, name in _find_files(path, file_format)]
-
-
-def _read_file_list(path: Path) -> list[tuple[Path, str]]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    files = [path.parent / line for line in lines if line]
-    if not files:
-        raise InputError(f"the list {path} is empty: write one path per line.")
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"the list {path} contains {file}, which does not exist: correct that line.")
-    return [
-        (file, file.relative_to(path.parent).as_posix() if file.is_relative_to(path.parent) else file.name)
-        for file in files
-    ]
-
-
-def _find_tars(pattern: str) -> list[tuple[Path, str]]:
-    """Return the tars that match a pattern, and the path of each relative to the fixed part of the pattern."""
-    files = expand_pattern(pattern)
-    root = Path(pattern) if Path(pattern).is_dir() else Path(pattern.partition("{")[0] + "*").parent
-    return [(path, path.relative_to(root).as_posix()) for path in files]
-
-
-def _choose_splits(
+def choose_splits(
     names: Sequence[str],
     fraction: float | None,
     pattern: str | None,
@@ -234,7 +272,8 @@ def _choose_splits(
     if fraction is None:
         chosen |= dict.fromkeys(new, IN_NO_HELD_OUT_FOLDER)
     else:
-        chosen |= _split_recordings(new, fraction, each_split=not recorded)
+        before = [chosen[recording].split for recording in set(recordings.values()) & chosen.keys()]
+        chosen |= _split_recordings(new, fraction, before.count("train"), before.count("validation"))
     return {name: chosen[recordings[name]] for name in names}
 
 
@@ -251,36 +290,47 @@ def _split_by_annotations(
     return {name: choice._replace(split=recorded.get(name) or choice.split) for name, choice in chosen.items()}
 
 
-def _split_recordings(recordings: Sequence[str], fraction: float, each_split: bool) -> dict[str, SplitChoice]:
-    """Choose the splits of recordings, sorted by hash; with `each_split`, each split gets one if there are two."""
-    count = sum(is_held_out(recording, fraction) for recording in recordings)
-    if fraction > 0 and each_split and len(recordings) > 1:
-        count = min(max(1, count), len(recordings) - 1)
+def _split_recordings(
+    recordings: Sequence[str], fraction: float, training_before: int, held_out_before: int
+) -> dict[str, SplitChoice]:
+    """Choose the splits of new recordings, in the order of their hashes.
+
+    At least `MIN_HELD_OUT` of all recordings are held out, or as many as a quarter if that is less, and one recording
+    is for training, unless the fraction is 0 or there is only one recording.
+
+    Args:
+        recordings: names of the new recordings, sorted by hash.
+        fraction: fraction of recordings to hold out.
+        training_before, held_out_before: numbers of recordings whose split an earlier run chose.
+    """
+    total = len(recordings) + training_before + held_out_before
+    minimum = min(MIN_HELD_OUT, max(1, total // 4)) if fraction > 0 and total > 1 else 0
+    count = max(sum(is_held_out(recording, fraction) for recording in recordings), minimum - held_out_before)
+    if not training_before and total > 1:
+        count = min(count, len(recordings) - 1)
     chosen = {}
     for i, recording in enumerate(recordings):
         choice = choose_split_by_hash(recording, fraction)
         split: Split = "validation" if i < count else "train"
         if split != choice.split:
-            choice = SplitChoice(split, f"{choice.reason}, but each split gets at least one input file")
+            rule = f"at least {minimum} of {total} recordings are held out"
+            rule = rule if split == "validation" else "at least one recording is for training"
+            choice = SplitChoice(split, f"{choice.reason}, but {rule}")
         chosen[recording] = choice
     return chosen
 
 
-def _unit_hash(name: str) -> float:
-    """Return a number in [0, 1) that depends on the name only."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+def _unit_hash(text: str) -> float:
+    """Return a number in [0, 1) that depends on the text only."""
+    return int.from_bytes(hashlib.sha256(as_text(text).encode()).digest()[:8]) / 2**64
 
 
-def _check_unique(files: Sequence[InputFile]) -> None:
-    """Raise InputError if a file occurs twice, or if two files have the same name."""
+def _check_names(candidates: Sequence[Candidate]) -> None:
+    """Raise InputError if two files have the same name."""
     by_name: dict[str, Path] = {}
-    path_hashes: set[str] = set()
-    for file in files:
-        if file.path_hash in path_hashes:
-            raise InputError(f"{file.path} is given twice: give folders and lists without common files.")
-        path_hashes.add(file.path_hash)
-        if (other := by_name.setdefault(file.name, file.path)) is not file.path:
+    for candidate in candidates:
+        if (other := by_name.setdefault(candidate.name, candidate.path)) is not candidate.path:
             raise InputError(
-                f"{other} and {file.path} would both have the name {file.name}: give a folder that contains both, so "
-                "that their names differ."
+                f"{other} and {candidate.path} would both have the name {candidate.name}: give a folder that contains "
+                "both, so that their names differ."
             )

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from gpdit_lightning.codecs import Codec, find_codec
-from gpdit_lightning.data.manifest import FILE_NAME, SKIPPED_NAME, Manifest, Split
+from gpdit_lightning.data.manifest import FILE_NAME, NOTES_NAME, SKIPPED_NAME, Manifest, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import DISK_FULL_ERRORS, atomic_write
+from gpdit_lightning.media.finding import LeftOut
 from gpdit_lightning.media.images import parse_size
+from gpdit_lightning.names import as_text
 from gpdit_lightning.options.prepare import (
     HeldOutInputOptions,
     InputOptions,
@@ -128,7 +130,7 @@ def _files_to_encode(options: PrepareOptions, records: Records, inputs: Inputs) 
     latest, without_samples, to_retry = records.latest_parts, set(), set()
     for part, result in records.results.items():
         without_samples |= {name for name in result.without_samples if latest[name] == part}
-        to_retry |= {entry["source"] for entry in result.skipped if entry.get("retry")}
+        to_retry |= {entry.source for entry in result.skipped if entry.retry}
     recorded = {file.name: file for file in records.files}
     names = {file.path_hash: file.name for file in recorded.values()}
     new = []
@@ -165,15 +167,16 @@ def _add_parts(options: PrepareOptions, records: Records, files: list[InputFile]
 def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, codec: Codec) -> Manifest:
     """Write the manifest of all parts, and keep the previous one under the name of its fingerprint."""
     results = list(records.results.values())
-    skipped = [*inputs.excluded, *_skipped_inputs(records)]
+    skipped = [*inputs.excluded, *_of_latest_attempts(records, "skipped")]
+    notes = [*inputs.notes, *_of_latest_attempts(records, "notes")]
     if not any(result.shards for result in results):
         shutil.rmtree(records.folder)  # so that the next run retries the files
         raise InputError(
-            f"none of the {len(inputs.files)} input files could be used. The first reason: {skipped[0]['reason']}"
+            f"none of the {len(inputs.files)} input files could be used. The first reason: {skipped[0].reason}"
         )
     previous = Manifest.load(options.out) if (options.out / FILE_NAME).exists() else None
     used = {split: sum(result.used[split] for result in results) for split in get_args(Split)}
-    input_options = {name: [Path(path).name for path in getattr(options, name)] for name in INPUT_OPTIONS}
+    input_options = {name: [as_text(Path(path).name) for path in getattr(options, name)] for name in INPUT_OPTIONS}
     manifest = Manifest(
         directory=options.out,
         codec=codec.spec(),
@@ -183,6 +186,7 @@ def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, c
             "held_out_by": "source",
             "fraction": options.validation_fraction,
             "source_pattern": options.source_pattern,
+            "hashed": _hashed_values(records),
             "train_sources": used["train"],
             "validation_sources": used["validation"],
         },
@@ -191,9 +195,10 @@ def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, c
     )
     if previous is not None and previous.shards != manifest.shards:
         shutil.copyfile(options.out / FILE_NAME, options.out / f"manifest-{previous.fingerprint()[:16]}.json")
-    with atomic_write(options.out / SKIPPED_NAME) as temporary:
-        lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
-        temporary.write_text("".join(lines), encoding="utf-8")
+    for name, entries in ((SKIPPED_NAME, skipped), (NOTES_NAME, notes)):
+        with atomic_write(options.out / name) as temporary:
+            lines = (json.dumps(entry.to_json(), ensure_ascii=False) + "\n" for entry in entries)
+            temporary.write_text("".join(lines), encoding="utf-8")
     manifest.save()
     return manifest
 
@@ -205,14 +210,24 @@ def _label_names(previous: Manifest | None, inputs: Inputs, results: list[PartRe
     return (*labels, *sorted(sample_labels.difference(labels))) if sample_labels else ()
 
 
-def _skipped_inputs(records: Records) -> Iterator[dict[str, Any]]:
-    """Yield `{"source", "reason"}` of every skipped input, except for files that a later part retried."""
+def _hashed_values(records: Records) -> dict[str, str]:
+    """Return what is hashed for the choice of held-out files and images, by kind of input."""
+    description = {"files": "name, or the match of source_pattern in it"}
+    tars = sorted({file.hashed for file in records.files if file.format == "tar"})
+    if tars:
+        names = {"bytes": "bytes of the image file", "name": "TAR/KEY (tars of an older version)"}
+        description["images in tars"] = ", ".join(names[value] for value in tars)
+    return description
+
+
+def _of_latest_attempts(records: Records, name: Literal["skipped", "notes"]) -> Iterator[LeftOut]:
+    """Yield the skipped inputs, or the notes, of all parts, except for files that a later part retried."""
     latest = records.latest_parts
     for part, result in records.results.items():
-        retried = {name for name in result.without_samples if latest[name] != part}
-        for entry in result.skipped:
-            tar, _, _ = entry["source"].rpartition("/")  # if the source is an image in a tar
-            if entry["source"] not in retried and tar not in retried:
+        retried = {file for file in result.without_samples if latest[file] != part}
+        for entry in getattr(result, name):
+            tar, _, _ = entry.source.rpartition("/")  # if the source is an image in a tar
+            if entry.source not in retried and tar not in retried:
                 yield entry
 
 

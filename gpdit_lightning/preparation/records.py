@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, process_lock
-from gpdit_lightning.preparation.input_files import FileFormat, InputFile
+from gpdit_lightning.media.finding import LeftOut
+from gpdit_lightning.preparation.input_files import FileFormat, HashedValue, InputFile
 from gpdit_lightning.specs import CodecSpec
 
 FOLDER_NAME = "preparation"
@@ -39,9 +40,10 @@ class PartResult:
     """Number of videos and images with samples, by split."""
     labels: tuple[str, ...]
     """Labels of the samples, sorted."""
-    skipped: tuple[dict[str, Any], ...]
-    """`{"source", "reason"}` of every input file, or image in a tar, that could not be used; with `"retry": true` if
-    the next preparation reads it again, since the reason may pass."""
+    skipped: tuple[LeftOut, ...]
+    """Every input file, or image in a tar, that could not be used."""
+    notes: tuple[LeftOut, ...]
+    """Remarks on input files and images that were used. Records of older versions have them among the skipped ones."""
     without_samples: tuple[str, ...]
     """Names of the input files that have no samples."""
 
@@ -58,6 +60,8 @@ class RecordedFile:
     bytes: int
     path_hash: str
     reason: str
+    hashed: HashedValue = "name"
+    """For a tar: what is hashed to hold out its images. Records of older versions lack it."""
 
     @property
     def format(self) -> FileFormat:
@@ -67,7 +71,7 @@ class RecordedFile:
     @classmethod
     def from_input_file(cls, file: InputFile) -> "RecordedFile":
         """Return the record of an input file."""
-        return cls(file.name, file.kind, file.split, file.bytes, file.path_hash, file.reason)
+        return cls(file.name, file.kind, file.split, file.bytes, file.path_hash, file.reason, file.hashed)
 
     @classmethod
     def from_json(cls, line: str) -> "RecordedFile":
@@ -79,6 +83,8 @@ class RecordedFile:
         """Return the line of `part-*.sources.jsonl` for this file."""
         values = asdict(self)
         values["place"] = values.pop("path_hash")
+        if self.split is not None:  # the splits of videos and single images are recorded
+            del values["hashed"]
         return json.dumps(values, ensure_ascii=False)
 
     def input_file(self, current: InputFile | None) -> InputFile:
@@ -88,8 +94,8 @@ class RecordedFile:
             current: current input file of this name; if None, reading the returned file reports that it is missing.
         """
         if current is None:
-            return InputFile(Path(self.name), self.name, self.format, self.split, self.bytes)
-        return replace(current, split=self.split, reason=self.reason)
+            return InputFile(Path(self.name), self.name, self.format, self.split, self.bytes, hashed=self.hashed)
+        return replace(current, split=self.split, reason=self.reason, hashed=self.hashed)
 
 
 class PartLock(NamedTuple):
@@ -192,13 +198,15 @@ class Records:
             shards=tuple(entries),
             used=content["used"],
             labels=tuple(content["labels"]),
-            skipped=tuple(content["skipped"]),
+            skipped=tuple(LeftOut(**entry) for entry in content["skipped"]),
+            notes=tuple(LeftOut(**entry) for entry in content.get("notes", ())),
             without_samples=tuple(content["lost"]),
         )
 
     def record_result(self, part: int, result: PartResult) -> None:
         """Record the result of a part whose shards are all complete."""
         values = asdict(result)
+        values |= {name: [entry.to_json() for entry in getattr(result, name)] for name in ("skipped", "notes")}
         values["lost"] = values.pop("without_samples")
         with atomic_write(self._result_path(part)) as temporary:
             temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")

@@ -2,15 +2,20 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
-from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest
+from gpdit_lightning.data.manifest import NOTES_NAME, SKIPPED_NAME, Manifest
+from gpdit_lightning.media.finding import LeftOut
+from gpdit_lightning.names import printable
+from gpdit_lightning.preparation.input_files import MIN_HELD_OUT
 
-SKIPPED_SHOWN = 10
+MAX_SHOWN = 10  # skipped inputs, and notes
 
 
 def summary(manifest: Manifest) -> str:
-    """Return a table by kind, latent shape and split, the number of input files per split, and the skipped inputs."""
+    """Return a table by kind, latent shape and split, the input files per split, the skipped inputs and the notes."""
     totals: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for shard in manifest.shards:
         row = totals[shard.kind, "x".join(map(str, shard.shape)), shard.split]
@@ -19,16 +24,31 @@ def summary(manifest: Manifest) -> str:
     lines = [f"{'kind':<8} {'latents FxCxhxw':<16} {'split':<11} {'shards':>6} {'samples':>8} {'MB':>9}"]
     for (kind, shape, split), (shards, count, size) in sorted(totals.items()):
         lines.append(f"{kind:<8} {shape:<16} {split:<11} {shards:>6} {count:>8} {size / 1e6:>9.1f}")
-    sources = "pairs" if any(shard.kind == "sequence" for shard in manifest.shards) else "input files"
-    lines.append(
-        f"{sources}: {manifest.validation['train_sources']} for training, "
-        f"{manifest.validation['validation_sources']} held out for validation"
-    )
+    of_pairs = any(shard.kind == "sequence" for shard in manifest.shards)
+    training, held_out = (manifest.validation[f"{split}_sources"] for split in ("train", "validation"))
+    few = " (few for a validation loss: hold out more)" if not of_pairs and 0 < held_out < MIN_HELD_OUT else ""
+    sources = "pairs" if of_pairs else "input files"
+    lines.append(f"{sources}: {training} for training, {held_out} held out for validation{few}")
+    assert isinstance(manifest.directory, Path)
+    skipped, notes = (manifest.directory / name for name in (SKIPPED_NAME, NOTES_NAME))
     if manifest.skipped:
-        report = manifest.directory / SKIPPED_NAME
-        lines.append(f"skipped: {manifest.skipped} (full list: {report})")
-        if report.exists():  # a copy of the shards may lack it
-            with report.open(encoding="utf-8") as file:
-                entries = map(json.loads, islice(file, SKIPPED_SHOWN))
-                lines += [f"  {entry['source']}: {entry['reason']}" for entry in entries]
-    return "\n".join(lines)
+        lines += [f"skipped: {manifest.skipped} (full list: {skipped})", *_first_entries(skipped)]
+    if number := _count_lines(notes):
+        lines += [f"notes: {number} (full list: {notes})", *_first_entries(notes)]
+    return "\n".join(map(printable, lines))
+
+
+def read_left_out(path: Path) -> Iterator[LeftOut]:
+    """Yield the entries of `skipped.jsonl` or `notes.jsonl`; none if the file does not exist, as in a partial copy."""
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                yield LeftOut(**json.loads(line))
+
+
+def _first_entries(path: Path) -> list[str]:
+    return [f"  {entry.source}: {entry.reason}" for entry in islice(read_left_out(path), MAX_SHOWN)]
+
+
+def _count_lines(path: Path) -> int:
+    return sum(1 for _ in path.open("rb")) if path.exists() else 0

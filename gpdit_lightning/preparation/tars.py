@@ -5,6 +5,7 @@ path component. webdataset's own reader is not used, because it treats a broken 
 links silently, and decodes members that are not needed.
 """
 
+import hashlib
 import io
 import json
 import tarfile
@@ -19,7 +20,9 @@ from torch import Tensor
 from webdataset.tariterators import base_plus_ext
 
 from gpdit_lightning.errors import InputError, TransientError
+from gpdit_lightning.media.finding import FolderSearch, FoundFile, LeftOut
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
+from gpdit_lightning.names import as_text
 from gpdit_lightning.retries import transient_error
 
 # Role of a member in its sample, by extension. Other members are not read.
@@ -37,6 +40,8 @@ class TarSample:
     """uint8 (1, 3, H, W); None if there is no usable image."""
     metadata: dict[str, Any]
     """`caption` and `url`, if available."""
+    sha256: str
+    """Hash of the bytes of the image file, in hexadecimal digits; empty if there is none."""
     problem: str | None
     """The parts of the sample that are unusable, and why; None if there are none. The image may still be usable."""
 
@@ -52,12 +57,12 @@ class Member(NamedTuple):
     problem: str | None
 
 
-def expand_pattern(pattern: str) -> list[Path]:
-    """Return the tars that match a pattern, in the order of the pattern.
+def find_tars(pattern: str) -> tuple[list[FoundFile], list[LeftOut]]:
+    """Return the tars that match a pattern, in the order of the pattern, and the files and folders left out.
 
     Args:
         pattern: a tar, a folder that is searched for tars recursively, or either with braces, such as
-            `laion/{00000..00012}.tar`.
+            `laion/{00000..00012}.tar`. The names of the tars are relative to the part before the braces.
 
     Raises:
         InputError: braces are unbalanced, a tar is missing, or a folder contains no tar.
@@ -72,7 +77,20 @@ def expand_pattern(pattern: str) -> list[Path]:
             f"{missing[0]} does not exist ({len(missing)} of the {len(paths)} paths of {pattern!r} are missing): "
             "download it or correct the pattern."
         )
-    return [tar for path in paths for tar in _find_tars(path)]
+    root = Path(pattern) if Path(pattern).is_dir() else Path(pattern.partition("{")[0] + "*").parent
+    tars: list[Path] = []
+    unusable: list[LeftOut] = []
+    for path in paths:
+        if not path.is_dir():
+            tars.append(path)
+            continue
+        search = FolderSearch(path)
+        inside = sorted(file for file in search.files if file.suffix.lower() == ".tar")
+        if not inside:
+            raise InputError(f"{path} has no .tar files: give another folder.")
+        tars += inside
+        unusable += search.findings.unusable
+    return [FoundFile(path, as_text(path.relative_to(root).as_posix())) for path in tars], unusable
 
 
 def iterate_samples(path: Path) -> Iterator[TarSample]:
@@ -91,22 +109,13 @@ def iterate_samples(path: Path) -> Iterator[TarSample]:
             if key in keys:
                 names = ", ".join(repr(member.name) for member in members)
                 problem = f"{path} has several samples with the key {key!r} ({names}): only the first was used."
-                yield TarSample(key, None, {}, problem)
+                yield TarSample(key, None, {}, "", problem)
             else:
                 keys.add(key)
                 yield _build_sample(path, key, members)
     except tarfile.ReadError as error:
         problem = f"{path} is broken after {len(keys)} samples ({error}): copy or download it again."
-        yield TarSample(path.name, None, {}, problem)
-
-
-def _find_tars(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    tars = sorted(tar for tar in path.rglob("*.tar") if tar.is_file())
-    if not tars:
-        raise InputError(f"{path} has no .tar files: give another folder.")
-    return tars
+        yield TarSample(as_text(path.name), None, {}, "", problem)
 
 
 def _members(path: Path) -> Iterator[Member]:
@@ -124,14 +133,15 @@ def _members(path: Path) -> Iterator[Member]:
                 # With a negative size tarfile would move backwards and loop forever.
                 if info.size < 0 or (not problem and info.offset_data + info.size > size):
                     raise tarfile.ReadError(f"{info.name!r} has {info.size} bytes, and the file ends before")
-                key, extension = base_plus_ext(info.name)
+                name = as_text(info.name)
+                key, extension = base_plus_ext(name)
                 role = ROLES.get(f".{extension}".lower())
                 content = b""
                 if role and not problem:
                     file.seek(info.offset_data)
                     content = file.read(info.size)
                 if problem or (key and not info.isdir()):
-                    yield Member(info.name, key or info.name, role, content, problem)
+                    yield Member(name, key or name, role, content, problem)
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("the end-of-archive block is missing")
@@ -178,7 +188,8 @@ def _build_sample(path: Path, key: str, members: Sequence[Member]) -> TarSample:
                 problems.append(
                     f"{by_role[role].name} of {path} cannot be read ({error}): the rest of the sample was used."
                 )
-    return TarSample(key, pixels, metadata, " ".join(problems) or None)
+    sha256 = "" if pixels is None else hashlib.sha256(by_role["image"].content).hexdigest()
+    return TarSample(key, pixels, metadata, sha256, " ".join(problems) or None)
 
 
 def _json_metadata(content: bytes) -> dict[str, str]:

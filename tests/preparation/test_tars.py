@@ -15,7 +15,7 @@ from webdataset import TarWriter, WebDataset
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation import tars
-from gpdit_lightning.preparation.tars import TarSample, expand_pattern, iterate_samples
+from gpdit_lightning.preparation.tars import TarSample, find_tars, iterate_samples
 
 
 def encoded(value: int = 0, kind: str = "JPEG", **options: Any) -> bytes:
@@ -299,7 +299,7 @@ def test_expansion_of_patterns_folders_and_files(tmp_path: Path) -> None:
     (tmp_path / "0001_stats.json").touch()
 
     def names(pattern: str) -> list[str]:
-        return [path.relative_to(tmp_path).as_posix() for path in expand_pattern(f"{tmp_path}/{pattern}")]
+        return [path.relative_to(tmp_path).as_posix() for path, _ in find_tars(f"{tmp_path}/{pattern}")[0]]
 
     assert names("0002.tar") == ["0002.tar"]
     assert names("{0001..0003}.tar") == ["0001.tar", "0002.tar", "0003.tar"]
@@ -313,10 +313,10 @@ def test_errors_of_expansion(tmp_path: Path) -> None:
     (tmp_path / "0001.tar").touch()
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"0000\.tar does not exist \(2 of the 3 paths of .* are missing\)"):
-        expand_pattern(f"{tmp_path}/{{0000..0002}}.tar")
+        find_tars(f"{tmp_path}/{{0000..0002}}.tar")
     with pytest.raises(InputError, match=r"absent\.tar does not exist"):
-        expand_pattern(f"{tmp_path}/absent.tar")
+        find_tars(f"{tmp_path}/absent.tar")
     with pytest.raises(InputError, match="unbalanced braces"):
-        expand_pattern(f"{tmp_path}/{{0000..0002.tar")
+        find_tars(f"{tmp_path}/{{0000..0002.tar")
     with pytest.raises(InputError, match=r"empty has no \.tar files"):
-        expand_pattern(f"{tmp_path}/empty")
+        find_tars(f"{tmp_path}/empty")

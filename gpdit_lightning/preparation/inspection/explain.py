@@ -1,34 +1,39 @@
 """Explanation of how an input file was prepared: its split, size, frames and samples, or why it was skipped."""
 
-import json
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest, Split
+from gpdit_lightning.data.manifest import NOTES_NAME, SKIPPED_NAME, Manifest, Split
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.finding import LeftOut, medium_of
+from gpdit_lightning.names import as_text, from_text, printable
 from gpdit_lightning.options.prepare import PrepareOptions
-from gpdit_lightning.preparation.clips import Clip, ClipReader, SkippedInput
+from gpdit_lightning.preparation.annotations import Annotations
+from gpdit_lightning.preparation.clips import Clip, ClipReader, Note, SkippedInput
 from gpdit_lightning.preparation.input_files import (
-    EXTENSIONS,
     IN_HELD_OUT_FOLDER,
-    IN_NO_HELD_OUT_FOLDER,
-    SAME_RECORDING,
     FileFormat,
+    HashedValue,
     InputFile,
     SplitChoice,
     choose_split_by_hash,
+    choose_splits,
     hash_path,
-    recording_of,
 )
 from gpdit_lightning.preparation.inspection.lookup import Match, look_up
 from gpdit_lightning.preparation.inspection.reasons import Sample, explain_frames, explain_size
 from gpdit_lightning.preparation.prepare import INPUT_OPTIONS
 from gpdit_lightning.preparation.records import FOLDER_NAME, PartResult, RecordedFile, Records
+from gpdit_lightning.preparation.summary import read_left_out
+from gpdit_lightning.preparation.tars import iterate_samples
+
+HASHED_IN_WORDS: dict[HashedValue, str] = {"name": "its name", "bytes": "its bytes"}
 
 
 class Subject(NamedTuple):
@@ -45,6 +50,8 @@ class Subject(NamedTuple):
     """Key of an image in its tar; else empty."""
     path: Path | None
     """None if the location of the file is unknown."""
+    hashed: HashedValue
+    """What is hashed to hold out the images of a tar."""
 
 
 def explain(manifest: Manifest, query: str) -> str:
@@ -62,7 +69,7 @@ def explain(manifest: Manifest, query: str) -> str:
     Raises:
         InputError: the folder has no records of its input files, or `query` matches several of them.
     """
-    return "\n".join(Explainer(manifest).lines(query))
+    return "\n".join(map(printable, Explainer(manifest).lines(query)))
 
 
 class Explainer:
@@ -92,19 +99,15 @@ class Explainer:
 
     def lines(self, query: str) -> Iterator[str]:
         """Yield the lines about the file that matches `query`; raises InputError if several files match."""
-        skipped = self._skipped()
-        match = look_up(query, self.records, [entry["source"] for entry in skipped])
+        skipped, notes = (list(read_left_out(self.folder / name)) for name in (SKIPPED_NAME, NOTES_NAME))
+        match = look_up(query, self.records, [entry.source for entry in (*skipped, *notes)])
         if match is None:
-            yield from self._describe_new(Path(query))
+            yield from self._describe_new(Path(query if os.path.exists(query) else from_text(query)))
         elif match.file is None:
             yield f"{match.name} is in no part"
-            yield from (f"skipped: {entry['reason']}" for entry in skipped if entry["source"] == match.name)
+            yield from _remarks(skipped, notes, (match.name,))
         else:
             yield from self._describe_recorded(match, match.file)
-
-    def _skipped(self) -> list[dict[str, str]]:
-        path = self.folder / SKIPPED_NAME
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def _describe_recorded(self, match: Match, file: RecordedFile) -> Iterator[str]:
         query_path, key = match.interpretation
@@ -119,10 +122,10 @@ class Explainer:
         sources = _SampleSources(match.name, with_images=file.format == "tar" and not key)
         samples, unreadable = self._samples_of(result, sources, file.split)
         path = query_path if match.interpretation.size == file.bytes else self._find(file)
-        subject = Subject(match.name, file.format, file.split, file.reason, key, path)
+        subject = Subject(match.name, file.format, file.split, file.reason, key, path, file.hashed)
         yield from self._describe_preparation(subject, samples)
         yield from dict.fromkeys(unreadable)  # a damaged index gives the same message for all its samples
-        yield from (f"skipped: {entry['reason']}" for entry in result.skipped if entry["source"] in sources)
+        yield from _remarks(result.skipped, result.notes, sources)
 
     def _samples_of(
         self, result: PartResult, sources: "_SampleSources", split: Split | None
@@ -172,8 +175,10 @@ class Explainer:
                 )
             elif isinstance(item, SkippedInput):
                 reasons.append(f"skipped: {item.reason}")
+            elif isinstance(item, Note):
+                reasons.append(f"note: {item.reason}")
         yield from self._describe_preparation(
-            Subject(file.name, file.format, file.split, file.reason, "", path), samples
+            Subject(file.name, file.format, file.split, file.reason, "", path, file.hashed), samples
         )
         yield from reasons
 
@@ -182,20 +187,34 @@ class Explainer:
         fraction = self.options.validation_fraction
         if subject.format == "tar" and not subject.key:
             counts = Counter((sample.split, "x".join(map(str, sample.pixel_size))) for sample in samples)
-            yield f"split: each image is held out if the hash of its name is below the fraction {fraction:g}"
+            hashed = HASHED_IN_WORDS[subject.hashed]
+            yield f"split: each image is held out if the hash of {hashed} is below the fraction {fraction:g}"
             yield f"samples: {len(samples)}"
             yield from (f"  {count} of {size} pixels for {split}" for (split, size), count in sorted(counts.items()))
             return
         split, reason = subject.split, subject.reason
         if split is None:
-            split, reason = choose_split_by_hash(subject.name, fraction)
-        yield f"split: {split}, since {reason}"
+            split, reason = self._choose_split_of_image(subject, samples)
+        if split is not None:
+            yield f"split: {split}, since {reason}"
         yield from self._describe_size(subject, samples)
         yield f"samples: {len(samples)}"
         for sample in samples:
             shape = "x".join(map(str, sample.shape))
             frames = f", {sample.frames} frames from frame {sample.first_frame}" if subject.format == "video" else ""
             yield f"  {sample.location}latents {shape}{frames}"
+
+    def _choose_split_of_image(self, subject: Subject, samples: Sequence[Sample]) -> SplitChoice:
+        """Return the split of an image in a tar, None if it is unknown, since the image was skipped or moved."""
+        fraction = self.options.validation_fraction
+        if subject.hashed == "name":
+            return choose_split_by_hash(subject.name, fraction)
+        if subject.path is not None:
+            hashes = (image.sha256 for image in iterate_samples(subject.path) if image.key == subject.key)
+            if sha256 := next(hashes, ""):
+                return choose_split_by_hash(sha256, fraction, "its bytes")
+        split = samples[0].split if samples else None
+        return SplitChoice(split, "a hash of its bytes decides")
 
     def _describe_size(self, subject: Subject, samples: Sequence[Sample]) -> Iterator[str]:
         if subject.path is not None:
@@ -220,28 +239,23 @@ class Explainer:
 
     def _as_input_file(self, path: Path) -> InputFile | None:
         """Return the input file that `prepare` would find at this path; None for a file of an unsupported format."""
-        size, extension = path.stat().st_size, path.suffix.lower()
-        if extension == ".tar":
-            return InputFile(path, _name_below(path, self.inputs["image_tars"]) or path.name, "tar", None, size)
-        formats = (name for name, extensions in EXTENSIONS.items() if extension in extensions)
-        file_format = next(formats, None)
-        if file_format is None:
+        size = path.stat().st_size
+        if path.suffix.lower() == ".tar":
+            name = _name_below(path, self.inputs["image_tars"]) or as_text(path.name)
+            return InputFile(path, name, "tar", None, size)
+        medium = medium_of(path)
+        if medium is None:
             return None
-        held_out_name = _name_below(path, self.inputs[f"validation_{file_format}s"], with_folder=True)
-        name = held_out_name or _name_below(path, self.inputs[f"{file_format}s"]) or path.name
-        choice = IN_HELD_OUT_FOLDER if held_out_name else self._choose_split(name, file_format)
-        return InputFile(path, name, file_format, choice.split, size, choice.reason)
+        held_out_name = _name_below(path, self.inputs[f"validation_{medium}s"], with_folder=True)
+        name = held_out_name or _name_below(path, self.inputs[f"{medium}s"]) or as_text(path.name)
+        choice = IN_HELD_OUT_FOLDER if held_out_name else self._choose_split(name, medium)
+        return InputFile(path, name, medium, choice.split, size, choice.reason)
 
     def _choose_split(self, name: str, file_format: FileFormat) -> SplitChoice:
         """Choose the split of a new file of this name that is in no held-out folder."""
-        pattern = self.options.source_pattern
-        recording = recording_of(name, pattern)
-        for file in self.records.files:
-            if file.split and recording_of(file.name, pattern) == recording:
-                return SplitChoice(file.split, SAME_RECORDING)
-        if self.inputs[f"validation_{file_format}s"]:
-            return IN_NO_HELD_OUT_FOLDER
-        return choose_split_by_hash(recording, self.options.validation_fraction)
+        recorded = {file.name: file.split for file in self.records.files if file.format == file_format}
+        fraction = None if self.inputs[f"validation_{file_format}s"] else self.options.validation_fraction
+        return choose_splits([*recorded, name], fraction, self.options.source_pattern, Annotations(), recorded)[name]
 
 
 class _SampleSources:
@@ -250,8 +264,15 @@ class _SampleSources:
     def __init__(self, name: str, with_images: bool) -> None:
         self.name, self.with_images = name, with_images
 
-    def __contains__(self, source: str) -> bool:
+    def __contains__(self, source: object) -> bool:
+        assert isinstance(source, str)
         return source == self.name or (self.with_images and source.startswith(f"{self.name}/"))
+
+
+def _remarks(skipped: Iterable[LeftOut], notes: Iterable[LeftOut], sources: Container[str]) -> Iterator[str]:
+    """Yield the reasons and notes about some sources."""
+    yield from (f"skipped: {entry.reason}" for entry in skipped if entry.source in sources)
+    yield from (f"note: {entry.reason}" for entry in notes if entry.source in sources)
 
 
 def _name_below(path: Path, folders: Iterable[str], with_folder: bool = False) -> str | None:
@@ -262,7 +283,7 @@ def _name_below(path: Path, folders: Iterable[str], with_folder: bool = False) -
         folders: names of folders.
         with_folder: whether the result begins with the name of the folder.
     """
-    parts = path.absolute().parts
+    parts = tuple(map(as_text, path.absolute().parts))
     for folder in folders:
         if folder in parts[:-1]:
             return "/".join(parts[parts.index(folder) + (0 if with_folder else 1) :])

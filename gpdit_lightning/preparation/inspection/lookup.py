@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.names import as_text
 from gpdit_lightning.preparation.input_files import hash_path
 from gpdit_lightning.preparation.records import RecordedFile, Records
 
@@ -42,7 +43,7 @@ def look_up(query: str, records: Records, skipped: Sequence[str]) -> Match | Non
     Args:
         query: a path; a name as in records and metadata, or the end of a name; TAR/KEY for an image in a tar.
         records: records of the preparation.
-        skipped: names of skipped inputs, some of which are in no part.
+        skipped: names of inputs that were skipped or noted, some of which are in no part.
 
     Raises:
         InputError: several files match equally well.
@@ -86,12 +87,14 @@ class _Matcher:
 
     def __init__(self, interpretation: Interpretation) -> None:
         self.interpretation = interpretation
-        self._text, self._absolute = interpretation.path.as_posix(), os.path.abspath(interpretation.path)
-        self._path_hash, self._size = hash_path(interpretation.path), interpretation.size
+        path = interpretation.path
+        self._text, self._absolute = as_text(path.as_posix()), as_text(os.path.abspath(path))
+        self._path_hashes = {hash_path(path), hash_path(Path(os.path.realpath(path)))}  # the path may be a link
+        self._size = interpretation.size
 
     def rank(self, name: str, path_hash: str | None = None, size: int | None = None) -> tuple[int, int] | None:
         """Rank how well a file matches, lower is better; None if it does not match."""
-        if path_hash == self._path_hash:
+        if path_hash in self._path_hashes:
             return 0, 0
         if name == self._text:
             return 1, 0

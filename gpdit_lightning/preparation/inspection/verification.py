@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gpdit_lightning.data.manifest import FILE_NAME, PREPARE_AGAIN, SKIPPED_NAME, Manifest, ShardEntry
+from gpdit_lightning.data.manifest import FILE_NAME, NOTES_NAME, PREPARE_AGAIN, SKIPPED_NAME, Manifest, ShardEntry
 from gpdit_lightning.data.shards import ShardReader, build_index
 from gpdit_lightning.devices import available_cores
 from gpdit_lightning.errors import InputError
@@ -101,7 +101,7 @@ def unlisted_files(manifest: Manifest) -> list[str]:
     directory = manifest.directory
     assert isinstance(directory, Path)
     records = Records(directory)
-    listed = {FILE_NAME, SKIPPED_NAME, FOLDER_NAME}
+    listed = {FILE_NAME, SKIPPED_NAME, NOTES_NAME, FOLDER_NAME}
     for path in directory.glob("manifest-*.json"):
         if shards := _listed_files(path):
             listed |= {path.name, *shards}

@@ -1,0 +1,46 @@
+"""Names of files as text that JSON can store and terminals can print.
+
+A file name is any sequence of bytes. Python represents bytes that are not UTF-8 as lone surrogates, which UTF-8 text
+cannot contain.
+"""
+
+import codecs
+import os
+import re
+from pathlib import PurePath
+
+ESCAPING = "gpdit_lightning.escaping"
+"""Error handler for encoding: characters that the encoding lacks are written as escapes."""
+
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # controls, line separators, surrogates
+ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
+
+
+def as_text(name: str | PurePath) -> str:
+    r"""Return a name as valid Unicode: bytes that are not UTF-8 are written as \xHH, all else is unchanged."""
+    return os.fspath(name).encode("utf-8", ESCAPING).decode()
+
+
+def from_text(text: str) -> str:
+    r"""Return the name that `as_text` writes as this text: each \xHH from \x80 on is the byte HH."""
+    return ESCAPED_BYTE.sub(lambda match: chr(0xDC00 + int(match[1], 16)), text)
+
+
+def printable(text: str) -> str:
+    r"""Return text on one line: line breaks, other control characters and invalid Unicode are written as escapes."""
+    return UNPRINTABLE.sub(lambda match: _escape(match[0]), text)
+
+
+def _escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def _escape_unencodable(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_escape, error.object[error.start : error.end])), error.end
+
+
+codecs.register_error(ESCAPING, _escape_unencodable)
