@@ -16,6 +16,7 @@ from gpdit_lightning.files import read_lines
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, IMAGE_FORMATS
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS, is_video
 from gpdit_lightning.names import as_text, from_text
+from gpdit_lightning.retries import retried, transient_error
 
 Medium = Literal["video", "image"]
 
@@ -169,9 +170,8 @@ class FolderSearch:
                 self.findings.repeated.append(LeftOut(self._name(folder), self._searched[identity]))
                 return
             self._searched[identity] = f"is the same folder as {self._name(folder)}, under which its files are found"
-            with os.scandir(folder) as iterator:
-                entries = sorted(iterator, key=lambda entry: entry.name)
-        except OSError as error:
+            entries = _entries(folder)
+        except PermissionError as error:
             reason = f"is a folder that cannot be read ({error.strerror}): check its permissions"
             self.findings.unusable.append(LeftOut(self._name(folder), reason))
             return
@@ -197,6 +197,18 @@ class FolderSearch:
 
     def _name(self, path: Path) -> str:
         return as_text(path.relative_to(self.root).as_posix() if path != self.root else path)
+
+
+@retried
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder, sorted by name; raises TransientError if the disk or the network fails."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise (transient_error(error, folder) or error) from None
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
@@ -250,10 +262,7 @@ def find_media(path: Path, medium: Medium) -> Findings:
         findings = search_folder(path, medium)
         if not findings.files:
             reasons = "".join(f"; {sentence}" for sentence in findings.describe_left_out())
-            raise InputError(
-                f"{path} has no {medium} files ({', '.join(EXTENSIONS[medium])}, or others with such content): give "
-                f"another folder{reasons}."
-            )
+            raise InputError(f"{path} has no {medium} files: give another folder{reasons}.")
         return findings
     if not path.is_file():
         problem = "is not a regular file" if path.exists() else "does not exist"

@@ -62,6 +62,8 @@ class SkippedInput:
     file: int
     name: str
     reason: str
+    retry: bool = False
+    """Whether the next preparation reads it again, since the reason may pass."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,6 @@ class Note:
     file: int
     name: str
     reason: str
-    retry: bool = False
-    """Whether the next preparation reads it again, since the reason may pass."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from gpdit_lightning.codecs import load_codec
-from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest
+from gpdit_lightning.data.manifest import NOTES_NAME, SKIPPED_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import resize_and_crop
@@ -71,9 +71,18 @@ def samples(manifest: Manifest) -> list[tuple[str, np.ndarray, dict]]:
 
 
 def skipped(manifest: Manifest) -> list[dict[str, str]]:
-    lines = (manifest.directory / SKIPPED_NAME).read_text(encoding="utf-8").splitlines()
-    assert manifest.skipped == len(lines)
-    return [json.loads(line) for line in lines]
+    entries = read_json_lines(manifest.directory / SKIPPED_NAME)
+    assert manifest.skipped == len(entries)
+    return entries
+
+
+def notes(manifest: Manifest) -> list[dict[str, str]]:
+    return read_json_lines(manifest.directory / NOTES_NAME)
+
+
+def read_json_lines(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def test_videos_become_consecutive_clips(options: PrepareOptions, videos: Path) -> None:
@@ -167,8 +176,11 @@ def test_a_held_out_folder_replaces_the_fraction(options: PrepareOptions, videos
     )
     assert (manifest.validation["train_sources"], manifest.validation["validation_sources"]) == (3, 3)
     assert {m["source"].split("/")[0] for split, _, m in samples(manifest) if split == "validation"} == {"ball"}
-    with pytest.raises(InputError, match=r"\.mp4 is given twice"):
-        prepare(replace(options, validation_videos=[videos / "ball"], out=options.out.with_name("out2")))
+    both = prepared(replace(options, validation_videos=[videos / "ball"], out=options.out.with_name("out2")))
+    assert {(split, m["source"].split("/")[0]) for split, _, m in samples(both)} == {
+        ("train", "dog"),
+        ("validation", "ball"),
+    }
 
 
 def test_images_are_scaled_to_the_closest_size(options: PrepareOptions, tmp_path: Path) -> None:
@@ -211,8 +223,10 @@ def test_clips_before_damage_in_a_video_are_used(options: PrepareOptions, monkey
     monkeypatch.setattr(clips, "iterate_frames", breaking)
     manifest = prepared(options)
     assert {metadata["first_frame"] for _, _, metadata in samples(manifest)} == {0}
-    assert len(skipped(manifest)) == 6
-    assert skipped(manifest)[0]["reason"].endswith("is broken. The clips before were used (1).")
+    assert skipped(manifest) == []
+    assert len(notes(manifest)) == 6
+    assert notes(manifest)[0]["reason"].endswith("is broken. The clips before were used (1).")
+    assert "notes: 6 (full list:" in summary(manifest)
 
 
 def test_an_unexpected_exception_skips_one_file_only(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +279,7 @@ def test_the_output_folder_contains_listed_files_and_records(options: PrepareOpt
     (options.out / "notes.txt").write_text("mine")
     manifest = prepared(options)
     listed = {name for shard in manifest.shards for name in (shard.path, shard.index)}
-    others = {"manifest.json", "skipped.jsonl", "preparation", "notes.txt"}
+    others = {"manifest.json", "skipped.jsonl", "notes.jsonl", "preparation", "notes.txt"}
     assert {path.name for path in options.out.iterdir()} == listed | others
     records = {path.name for path in (options.out / "preparation").iterdir()}
     assert records == {"options.json", "part-00000.sources.jsonl", "part-00000.json", "lock"}
@@ -289,7 +303,7 @@ def test_paths_in_a_list_are_relative_to_its_folder(options: PrepareOptions, vid
     assert {metadata["source"] for _, _, metadata in samples(manifest)} == {"dog/v_0_c0.mp4", "ball/v_0_c1.mp4"}
     assert manifest.labels == ("ball", "dog")
     (videos / "list.txt").write_text("gone.mp4\n")
-    with pytest.raises(InputError, match=r"list\.txt contains .*gone\.mp4, which does not exist"):
+    with pytest.raises(InputError, match=r"list\.txt contains .*gone\.mp4 in line 1, which does not exist"):
         prepare(replace(options, videos=[videos / "list.txt"], out=options.out.with_name("out2")))
 
 

@@ -1,7 +1,9 @@
 """Explanations of how an input file was prepared."""
 
+import hashlib
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation import PreparePairsOptions, prepare_pairs
+from gpdit_lightning.preparation.input_files import choose_split_by_hash
 from gpdit_lightning.preparation.inspection import explain, overview, unlisted_files, verify, write_sheet
 from gpdit_lightning.preparation.records import Records
 from tests.preparation.inspection.prepared import SHARD, draw_tar, draw_video, prepared
@@ -64,7 +67,12 @@ def test_the_unique_end_of_a_name_is_accepted(intact: Manifest, videos: Path) ->
 def test_explain_an_image_of_a_tar(intact: Manifest, videos: Path) -> None:
     shown = lines(intact, "00000.tar/0001")
     assert shown["00000.tar/0001"].startswith("image in a tar of")
-    assert shown["split"] == "train, since the hash of 00000.tar/0001 is 0.5942, not below the fraction 0.2"
+    with tarfile.open(videos.parent / "tars" / "00000.tar") as tar_file:
+        content = tar_file.extractfile("0001.png")
+        assert content is not None
+        split, reason = choose_split_by_hash(hashlib.sha256(content.read()).hexdigest(), 0.2, "its bytes")
+    assert shown["split"] == f"{split}, since {reason}"
+    assert re.fullmatch(r"the hash of its bytes is 0\.\d{4}, (not )?below the fraction 0\.2", reason)
     assert shown["size"].startswith("20x28 pixels; distances in log aspect ratio: 16x16 0.336 (chosen)")
     assert shown["samples"] == "1"
     assert lines(intact, videos.parent / "tars" / "00000.tar" / "0001.png") == shown
@@ -72,7 +80,9 @@ def test_explain_an_image_of_a_tar(intact: Manifest, videos: Path) -> None:
         assert "0002.png of" in lines(intact, name)["skipped"]
     tar = lines(intact, "00000.tar")
     assert tar["samples"] == "3"
-    assert "3 of 16x16 pixels for train" in tar
+    assert tar["split"] == "each image is held out if the hash of its bytes is below the fraction 0.2"
+    counts = [int(key.partition(" of 16x16 pixels for ")[0]) for key in tar if "of 16x16 pixels for" in key]
+    assert sum(counts) == 3
     assert lines(intact, "00000.tar/0009")["samples"] == "0"
 
 
@@ -116,7 +126,7 @@ def test_reasons_with_a_pattern_for_recordings(tmp_path: Path, names: list[str])
     manifest = prepared(tmp_path, source_pattern=r"v_\d", validation_fraction=0.01, clips_per_video=1, stride=2)
     splits = [lines(manifest, name)["split"] for name in names]
     assert all(re.search(r"the hash of v_\d is 0\.\d+, not below the fraction 0.01", text) for text in splits)
-    assert sum(text.endswith("but each split gets at least one input file") for text in splits) == 2
+    assert sum(text.endswith("but at least 1 of 2 recordings are held out") for text in splits) == 2
     frames = lines(manifest, names[0])["frames"]
     assert frames == "25, 13 of them at stride 2: 5 in clips, 8 left over, since --clips_per_video is 1"
     new = draw_video(tmp_path / "videos" / "v_0_c9.mp4", frames=6)
