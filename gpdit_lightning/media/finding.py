@@ -1,5 +1,6 @@
 """Search of folders and lists for videos and images: the same rules for every command."""
 
+import mimetypes
 import os
 import unicodedata
 from collections import defaultdict, deque
@@ -13,8 +14,8 @@ from PIL import Image
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_lines
+from gpdit_lightning.media.containers import VIDEO_EXTENSIONS, is_video
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, IMAGE_FORMATS
-from gpdit_lightning.media.video import VIDEO_EXTENSIONS, is_video
 from gpdit_lightning.names import as_text, from_text
 from gpdit_lightning.retries import retried, transient_error
 
@@ -27,6 +28,7 @@ COMPANIONS = {
     *(".srt", ".vtt", ".ass", ".url", ".ini", ".db", ".py", ".sh", ".npy", ".npz", ".pkl", ".pt", ".pth", ".parquet"),
     *(".safetensors", ".tar", ".zip", ".gz", ".mp3", ".wav", ".m4a", ".flac", ".aac", ".opus"),
 }
+MIME_TYPES = mimetypes.MimeTypes()  # the same on every machine, unlike those of `mimetypes.guess_type`
 LIST_EXTENSION = ".txt"
 MAX_SHOWN = 5  # unusable files in a message
 
@@ -92,6 +94,11 @@ def medium_of(path: Path) -> Medium | None:
     return "image" if is_image(path) else "video" if is_video(path) else None
 
 
+def _is_known_kind(extension: str) -> bool:
+    """Return whether files of an extension are known not to be videos or images that can be read."""
+    return extension in COMPANIONS or MIME_TYPES.guess_type(f"file{extension}")[0] is not None
+
+
 def is_image(path: Path) -> bool:
     """Return whether the header of a file is that of an image in a supported format."""
     try:
@@ -118,16 +125,13 @@ def search_folder(folder: Path, medium: Medium, recursive: bool = True) -> Findi
     names: dict[str, Path] = {}
     for path in sorted(search.files):
         name, extension = as_text(path.relative_to(folder).as_posix()), path.suffix.lower()
-        if extension not in EXTENSIONS[medium]:
-            is_other = extension in COMPANIONS or any(extension in group for group in EXTENSIONS.values())
-            found = None if is_other else medium_of(path)
-            if is_other or found:
-                if found != medium:
-                    findings.others[extension or "without extension"].append(name)
-                    continue
-            else:
-                findings.unusable.append(LeftOut(name, f"is not a readable {medium} (unknown content)"))
-                continue
+        found = medium_of(path)
+        if found is None and not _is_known_kind(extension):
+            findings.unusable.append(LeftOut(name, f"is not a readable {medium} (unknown content)"))
+            continue
+        if found != medium:
+            findings.others[extension or "without extension"].append(name)
+            continue
         if names.setdefault(name, path) is not path:  # a name that contains an escape
             findings.unusable.append(LeftOut(name, "has the same name as another file, as text: rename it"))
         else:

@@ -98,15 +98,6 @@ class VideoFrame:
         return resize_and_crop(self.stored[None], size, float(self.pixel_aspect))[0]
 
 
-def is_video(path: Path) -> bool:
-    """Return whether FFmpeg finds a video stream in a file."""
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            return bool(container.streams.video)
-    except (av.FFmpegError, OSError):
-        return False
-
-
 @retried
 def video_info(path: str | Path, threads: int = 0) -> VideoInfo:
     """Read a video's header and first frame.
