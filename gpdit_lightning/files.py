@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gpdit_lightning.errors import InputError
 
+MAX_NAME_BYTES = 255  # of a file name, on most file systems
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Marks at the beginning of files in encodings other than UTF-8; that of UTF-32 begins with that of UTF-16.
@@ -25,9 +26,13 @@ BYTE_ORDER_MARKS = {
 def partial_path(path: Path) -> Path:
     """Return the path at which `path` is written before it is complete; readers ignore it.
 
-    It is in the same folder, so that renaming it to `path` is atomic.
+    It is in the same folder, so that renaming it to `path` is atomic. Its name is that of `path` with the ending
+    ".partial", or a hash with that ending where this is too long for a file name.
     """
-    return path.with_name(f"{path.name}.partial")
+    name = f"{path.name}.partial"
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        name = f"{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.partial"
+    return path.with_name(name)
 
 
 def check_writable(path: Path, option: str = "--out", is_folder: bool = False) -> None:
@@ -48,12 +53,13 @@ def check_writable(path: Path, option: str = "--out", is_folder: bool = False) -
         raise InputError(f"{path} cannot be written, since {folder} is not a writable folder: give another {option}.")
     if not is_folder and os.path.isdir(path):
         raise InputError(f"{path} cannot be written, since it is a folder: give another {option}.")
-    try:
-        os.lstat(partial_path(path))
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): give another {option}.") from None
+    for name in (path, partial_path(path)):
+        try:
+            os.lstat(name)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}): give another {option}.") from None
 
 
 def publish(path: Path) -> None:

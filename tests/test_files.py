@@ -25,6 +25,17 @@ def test_atomic_write_creates_folders_and_replaces_a_file(tmp_path: Path) -> Non
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["a" * 255, "\N{SNOWMAN}" * 85])
+def test_atomic_write_of_the_longest_names(tmp_path: Path, name: str) -> None:
+    check_writable(tmp_path / name)
+    for content in ("first", "second"):
+        with atomic_write(tmp_path / name) as partial:
+            partial.write_text(content)
+            assert partial.suffix == ".partial"
+        assert (tmp_path / name).read_text() == content
+    assert os.listdir(tmp_path) == [name]
+
+
 def test_atomic_write_changes_nothing_after_an_exception(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("before")
@@ -102,7 +113,7 @@ def test_check_writable_names_path_reason_and_option(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written, since it is a folder: give another --sheet"):
         check_writable(tmp_path, "--sheet")
     with pytest.raises(InputError, match=r"cannot be written \(File name too long\): give another --out"):
-        check_writable(tmp_path / ("a" * 255))
+        check_writable(tmp_path / ("a" * 256))
 
 
 def test_sha256_of(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_borders_distinguish_context_and_generated_frames(tmp_path: Path) -> Non
         (2, 1, (0, 0, 0), 0),
     ):
         part = shown[frame, :, :, 48 * half : 48 * half + 48]
-        assert part[:, 12:20, 1].mean(dim=1).tolist() == pytest.approx(colour, abs=12)  # 4:2:0 blurs
+        assert part[:, 12:20, 2].mean(dim=1).tolist() == pytest.approx(colour, abs=12)  # 4:2:0 blurs
         assert part[:, 8:24, 8:40].mean(dim=(1, 2)).tolist() == pytest.approx([inside * STEP] * 3, abs=3)
 
 
