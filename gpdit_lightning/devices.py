@@ -1,4 +1,4 @@
-"""Rank, device and CPU cores of this process."""
+"""Rank, device and CPU cores of this process, and the devices of tensors."""
 
 import os
 from typing import TYPE_CHECKING
@@ -7,6 +7,7 @@ from gpdit_lightning.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 def rank_of_process() -> tuple[int, int, int]:
@@ -46,3 +47,21 @@ def available_device(name: str) -> "torch.device":
         raise InputError(
             f"the device {name!r} cannot be used ({str(error).splitlines()[0]}): try cpu or cuda."
         ) from None
+
+
+def check_device(device: "torch.device", owner: str, **tensors: "Tensor | None") -> None:
+    """Check that tensors are on a device; None is accepted.
+
+    Args:
+        device: where they must be.
+        owner: what is on that device, for the message: "the model".
+        tensors: by the names of the arguments.
+
+    Raises:
+        InputError: a tensor is on another device.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise InputError(
+                f"{name} is on {tensor.device}, but {owner} is on {device}: move it with {name}.to({str(device)!r})."
+            )

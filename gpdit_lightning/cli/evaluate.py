@@ -1,12 +1,14 @@
 """`evaluate`: continue the videos of a data set and score the continuations (GPDiT, section 5.2)."""
 
+import hashlib
+import json
 import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +38,13 @@ from gpdit_lightning.files import process_lock
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.evaluate import EvaluateOptions
+from gpdit_lightning.preparation.annotations import Annotations, read_annotations
 
 log = logging.getLogger(__name__)
 
 CHUNKS, VIDEOS, LOCK = "chunks", "videos", ".lock"
 FPS = 8  # of kept videos
+MAX_CLASSES = 10  # that a message lists
 # Fields of the protocol that do not affect the results of a chunk: chunks with different values may be combined.
 FIELDS_WITHOUT_EFFECT = {"checkpoint", "hardware"}
 
@@ -60,20 +64,22 @@ def evaluate(options: EvaluateOptions) -> None:
     # Cheap checks come before gigabytes of weights are loaded.
     checkpoint = find_weights(options.checkpoint)
     find_videos(options.videos)
+    annotations = read_annotations(options.annotations)
     networks = load_networks(options, device)
     trained = load_trained_model(checkpoint, device, options.weights)
     codec = load_codec_of(trained, options)
     settings = make_settings(options, trained, codec, networks)
     span = 1 + (settings.frames - 1) * settings.stride
     selection = select_videos(options.videos, options.count, options.selection_seed, span, progress=rank == 0)
-    protocol = make_protocol(options, settings, trained, selection, networks)
+    labels = find_labels(selection, annotations, trained, options) if uses_labels(options, trained) else None
+    protocol = make_protocol(options, settings, trained, selection, networks, labels)
     if settings.generation.autocast_dtype is not None:
         cast_linear_weights(trained.backbone, settings.generation.autocast_dtype)
 
     chunk_settings = {name: value for name, value in asdict(protocol).items() if name not in FIELDS_WITHOUT_EFFECT}
     chunk_settings |= {name: getattr(options, name) for name in ("chunk", "self_check_videos")}
     ChunkFiles(sorted((options.out / CHUNKS).glob("*.safetensors")), chunk_settings)  # raises if settings differ
-    chunks = split_into_chunks(selection, options.chunk)
+    chunks = split_into_chunks(selection, options.chunk, labels and labels.classes)
     files = {chunk: options.out / CHUNKS / f"{chunk.start:06d}.safetensors" for chunk in chunks}
     missing = [chunk for chunk in chunks[rank::ranks] if not files[chunk].exists()]
     if missing:
@@ -111,6 +117,56 @@ def write_and_print_report(
         print(f"{scores}\nProtocol, self-checks and the paper's scores: {out / TABLES}")
 
 
+class VideoLabels(NamedTuple):
+    """The labels of the videos of a selection.
+
+    Attributes:
+        classes: class number of each video.
+        description: how they were found, for the report.
+    """
+
+    classes: tuple[int, ...]
+    description: str
+
+
+def uses_labels(options: EvaluateOptions, trained: TrainedModel) -> bool:
+    """Return whether continuations are conditioned on labels.
+
+    Raises:
+        InputError: the options need labels, but the model was trained without them.
+    """
+    if not trained.classes and (options.annotations or options.label_guidance != 1):
+        option = "--annotations" if options.annotations else "--label_guidance"
+        raise InputError(f"{options.checkpoint} was trained without labels: leave {option} out.")
+    return bool(trained.classes) and options.labels
+
+
+def find_labels(
+    selection: Selection, annotations: Annotations, trained: TrainedModel, options: EvaluateOptions
+) -> VideoLabels:
+    """Return the labels of the selected videos: those of the annotations, else the names of their folders.
+
+    Raises:
+        InputError: a label is no class of the model.
+    """
+    classes, sources = [], set()
+    for name, path in zip(selection.names, selection.paths, strict=True):
+        annotated = annotations.get(name).label
+        label = annotated or path.absolute().parent.name
+        source = "annotations" if annotated else "names of folders"
+        if label not in trained.classes:
+            known = ", ".join(trained.classes[:MAX_CLASSES]) + (", ..." if len(trained.classes) > MAX_CLASSES else "")
+            raise InputError(
+                f"{path} has the label {label!r} by the {source}, which is no class of {options.checkpoint} ({known}): "
+                "give its label by --annotations, or --no_labels to score without labels."
+            )
+        classes.append(trained.classes.index(label))
+        sources.add(source)
+    sha256 = hashlib.sha256(json.dumps([trained.classes[number] for number in classes]).encode()).hexdigest()
+    description = f"of each video, from {' and '.join(sorted(sources))}; sha256 of them in order `{sha256}`"
+    return VideoLabels(tuple(classes), description)
+
+
 def load_networks(options: EvaluateOptions, device: torch.device) -> MetricNetworks:
     """Load the networks of the scores; a warning names the scores that are left out for lack of a network.
 
@@ -143,14 +199,22 @@ def make_settings(
         raise InputError(
             f"{options.checkpoint} is conditioned on text, but the videos have no text: give another checkpoint."
         )
-    codec.latent_frames(options.context_frames)  # raises if the codec cannot encode so many
+    if options.context_frames:
+        codec.latent_frames(options.context_frames)  # raises if the codec cannot encode so many
+    elif networks.video is None and networks.image is None:
+        raise InputError(
+            "--context_frames is 0, so frames cannot be compared with real ones: give a video_network or an "
+            "image_network."
+        )
     settings = EvaluationSettings(
         context_frames=options.context_frames,
         generated_frames=options.generated_frames,
         stride=options.stride or trained.geometry.stride,
         size=trained_size(options.size, trained, options.checkpoint),
         seeds=tuple(options.seeds),
-        generation=generation_config(options, trained, window=selected_window(options, trained)),
+        generation=generation_config(
+            options, trained, options.label_guidance, window=selected_window(options, trained)
+        ),
         fvd_includes_context=options.fvd_frames == "all",
         self_check_videos=options.self_check_videos,
     )
@@ -178,6 +242,7 @@ def make_protocol(
     trained: TrainedModel,
     selection: Selection,
     networks: MetricNetworks,
+    labels: VideoLabels | None,
 ) -> Protocol:
     """Return everything that the scores depend on, for the report."""
     roles = {
@@ -214,6 +279,7 @@ def make_protocol(
         networks={role: network.record for role, network in roles.items() if network is not None},
         versions=library_versions(),
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        labels=labels and labels.description,
     )
 
 

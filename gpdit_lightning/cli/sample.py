@@ -22,6 +22,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, cast_linear_weights, stream_video
 from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, read_contexts
 from gpdit_lightning.generation.outputs import FORMATS, VideoOutput
+from gpdit_lightning.generation.video import encode_context
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 from gpdit_lightning.model import NO_LABEL
@@ -251,7 +252,4 @@ def context_latents(context: VideoContext, codec: Codec) -> Tensor:
     """Return the raw latents of a context, (1, k, C, h, w)."""
     if context.latents is not None:
         return context.latents[None].to(codec.device)
-    if len(context.pixels):
-        return codec.encode(context.pixels[None])
-    height, width = (side // codec.spatial_factor for side in context.pixels.shape[-2:])
-    return torch.zeros((1, 0, codec.latent_channels, height, width), device=codec.device)
+    return encode_context(codec, context.pixels[None])

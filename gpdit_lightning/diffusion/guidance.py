@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpdit_lightning.devices import check_device
 from gpdit_lightning.diffusion.noise_levels import NoiseSchedule
 from gpdit_lightning.errors import InputError
 
@@ -62,7 +63,12 @@ class Guidance:
             conditioned: with all conditions.
             without_label: without the label or text; None without guidance over it.
             without_context: without the context; None without guidance over it.
+
+        Raises:
+            InputError: the velocities are on several devices.
         """
+        others = {"without_label": without_label, "without_context": without_context}
+        check_device(conditioned.device, "conditioned", **others)
         guided = conditioned
         if without_label is not None:
             guided = guided + (self.label - 1) * (conditioned - without_label)

@@ -5,6 +5,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from gpdit_lightning.devices import check_device
 from gpdit_lightning.errors import InputError
 
 
@@ -42,8 +43,9 @@ class VelocityLoss(NamedTuple):
             t: (B, F) noise levels in [0, 1].
 
         Raises:
-            InputError: the shapes differ.
+            InputError: the shapes or the devices differ.
         """
+        check_device(per_frame.device, "the loss per frame", t=t)
         if per_frame.shape != t.shape:
             raise InputError(
                 f"the loss per frame has shape {tuple(per_frame.shape)}; it must have that of the noise levels, "
@@ -62,7 +64,11 @@ def velocity_loss(prediction: Tensor, velocity: Tensor, t: Tensor) -> VelocityLo
     Args:
         prediction, velocity: (B, F, C, H, W).
         t: (B, F) noise levels in [0, 1].
+
+    Raises:
+        InputError: the tensors are on several devices.
     """
+    check_device(prediction.device, "the prediction", velocity=velocity)
     precise = torch.promote_types(prediction.dtype, torch.float32)
     per_frame = (prediction.to(precise) - velocity.to(precise)).square().mean(dim=(2, 3, 4))
     return VelocityLoss.from_frames(per_frame, t)

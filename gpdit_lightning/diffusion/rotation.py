@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from gpdit_lightning.devices import check_device
+
 
 class NoisySample(NamedTuple):
     """The input of the network and its training target.
@@ -25,7 +27,12 @@ class NoisySample(NamedTuple):
 
 
 def rotate_to(x0: Tensor, eps: Tensor, theta: Tensor) -> NoisySample:
-    """Rotate clean latents towards noise: the forward process R(theta) (x0, eps) of GPDiT, section 4.2."""
+    """Rotate clean latents towards noise: the forward process R(theta) (x0, eps) of GPDiT, section 4.2.
+
+    Raises:
+        InputError: noise or angles are on another device than the latents.
+    """
+    check_device(x0.device, "x0", eps=eps, theta=theta)
     per_frame = theta.reshape(theta.shape + (1,) * (x0.ndim - theta.ndim))
     cos, sin = per_frame.cos().to(x0.dtype), per_frame.sin().to(x0.dtype)
     return NoisySample(cos * x0 + sin * eps, cos * eps - sin * x0, theta)
@@ -35,5 +42,9 @@ def rotate_back(noisy: Tensor, velocity: Tensor, angle: float) -> Tensor:
     """Rotate noisy latents by `angle` towards clean data.
 
     This is a step of DDIM. With the angle theta of the latents it returns the implied x0, the first row of R(theta)^-1.
+
+    Raises:
+        InputError: the velocity is on another device than the latents.
     """
+    check_device(noisy.device, "noisy", velocity=velocity)
     return math.cos(angle) * noisy - math.sin(angle) * velocity

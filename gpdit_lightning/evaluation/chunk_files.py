@@ -80,6 +80,10 @@ class ChunkFiles:
                     videos, values = file.get_slice(other).get_shape()[0], file.get_slice(key)
                     yield values[:videos] if position is None else values[:videos, position]
 
+    def has_variant(self, variant: str) -> bool:
+        """Whether any chunk contains this variant of its videos."""
+        return any(key.startswith(f"{variant}/") for key in self.keys)
+
     def has(self, variant: str, quantity: str) -> bool:
         """Whether any chunk contains this quantity of this variant."""
         return f"{variant}/{quantity}" in self.keys

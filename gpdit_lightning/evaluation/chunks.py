@@ -8,7 +8,7 @@ Shapes: B videos, T pixel frames of a clip, T' generated frames, n features, k c
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -86,17 +86,30 @@ class Chunk(NamedTuple):
     Attributes:
         start: index of the first video in the selection.
         names, paths: of the videos, as in the selection.
+        classes: class number of each video, on which its continuation is conditioned; None without labels.
     """
 
     start: int
     names: tuple[str, ...]
     paths: tuple[Path, ...]
+    classes: tuple[int, ...] | None = None
 
 
-def split_into_chunks(selection: Selection, size: int) -> list[Chunk]:
-    """Divide a selection into chunks of `size` videos; the last one may be smaller."""
+def split_into_chunks(selection: Selection, size: int, classes: tuple[int, ...] | None = None) -> list[Chunk]:
+    """Divide a selection into chunks of `size` videos; the last one may be smaller.
+
+    Args:
+        selection: all videos.
+        size: videos of a chunk.
+        classes: class number of each video of the selection, or None.
+    """
     return [
-        Chunk(start, selection.names[start : start + size], selection.paths[start : start + size])
+        Chunk(
+            start,
+            selection.names[start : start + size],
+            selection.paths[start : start + size],
+            None if classes is None else classes[start : start + size],
+        )
         for start in range(0, len(selection.names), size)
     ]
 
@@ -130,7 +143,8 @@ def evaluate_chunk(
     names, results = list(clips), dict[str, Tensor]()
     if names:
         ground_truth = torch.stack(list(clips.values()))
-        for variant, videos in video_variants(chunk.start, names, ground_truth, settings, model, codec):
+        inputs = continuation_inputs(chunk, names, settings)
+        for variant, videos in video_variants(chunk.start, names, ground_truth, settings, model, codec, inputs):
             on_variant(variant, names[: len(videos)], videos)
             for quantity, values in measure(videos, ground_truth[: len(videos)], settings, networks).items():
                 results[f"{variant}/{quantity}"] = values
@@ -156,16 +170,34 @@ def read_clips(chunk: Chunk, settings: EvaluationSettings) -> dict[str, Tensor]:
     return clips
 
 
+def continuation_inputs(chunk: Chunk, names: Sequence[str], settings: EvaluationSettings) -> dict[int, ClipInputs]:
+    """Return the seeds of the noise and the classes of some videos of a chunk, by seed of the evaluation."""
+    condition = None
+    if chunk.classes is not None:
+        class_of = dict(zip(chunk.names, chunk.classes, strict=True))
+        condition = torch.tensor([class_of[name] for name in names])
+    return {seed: ClipInputs([noise_seed(name, seed) for name in names], condition) for seed in settings.seeds}
+
+
 def video_variants(
-    start: int, names: Sequence[str], ground_truth: Tensor, settings: EvaluationSettings, model: GPDiT, codec: Codec
+    start: int,
+    names: Sequence[str],
+    ground_truth: Tensor,
+    settings: EvaluationSettings,
+    model: GPDiT,
+    codec: Codec,
+    inputs: Mapping[int, ClipInputs],
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the ground truth, two references, the continuations of the model, and the distorted ground truth.
+
+    Without context there is no last context frame, so one reference is left out.
 
     Args:
         start: index of the first video in the selection.
         names: of the videos.
         ground_truth: uint8 (B, T, 3, H, W).
         settings, model, codec: as for :func:`evaluate_chunk`.
+        inputs: from :func:`continuation_inputs`.
 
     Yields:
         the name of a variant, and uint8 (B, T, 3, H, W). Distorted variants may have fewer videos.
@@ -174,10 +206,11 @@ def video_variants(
     yield GROUND_TRUTH, ground_truth
     reconstruction = reconstruct(codec, ground_truth)
     yield CODEC, torch.cat((context, reconstruction[:, settings.context_frames :]), dim=1)
-    yield REPEATED, torch.cat((context, context[:, -1:].expand(-1, settings.generated_frames, -1, -1, -1)), dim=1)
+    if settings.context_frames:
+        yield REPEATED, torch.cat((context, context[:, -1:].expand(-1, settings.generated_frames, -1, -1, -1)), dim=1)
     for seed in settings.seeds:
-        inputs = ClipInputs([noise_seed(name, seed) for name in names])
-        generated = continue_video(model, codec, context, settings.generated_frames, settings.generation, inputs)
+        frames = settings.generated_frames
+        generated = continue_video(model, codec, context, frames, settings.generation, inputs[seed])
         yield seed_variant(seed), generated.pixels
     to_distort = ground_truth[: max(0, settings.self_check_videos - start)]
     if len(to_distort):
@@ -214,8 +247,8 @@ def measure(
 
     Returns:
         `video` (B, n), features of clips; and of the generated frames only: `image` (B, T', n), features; `classes`
-        (B, T', k), probabilities; `psnr` and `ssim` (B,). All are float32 on the CPU. Keys without a network are
-        missing.
+        (B, T', k), probabilities; `psnr` and `ssim` (B,), if there is a context, since videos from noise alone do not
+        correspond to real ones. All are float32 on the CPU. Keys without a network are missing.
     """
     generated, reference = (clips[:, settings.context_frames :] for clips in (videos, ground_truth))
     results: dict[str, Tensor] = {}
@@ -227,5 +260,6 @@ def measure(
         results["image"] = features.unflatten(0, generated.shape[:2])
         if probabilities is not None:
             results["classes"] = probabilities.unflatten(0, generated.shape[:2])
-    results |= {"psnr": psnr(generated, reference), "ssim": ssim(generated, reference)}
+    if settings.context_frames:
+        results |= {"psnr": psnr(generated, reference), "ssim": ssim(generated, reference)}
     return {name: values.float().cpu().contiguous() for name, values in results.items()}

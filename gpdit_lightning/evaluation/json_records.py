@@ -1,7 +1,10 @@
-"""Loading of dataclasses from JSON. A missing field, an unknown field or a value of another type is an error."""
+"""Loading of dataclasses from JSON.
+
+An unknown field, a value of another type, or the absence of a field without a default is an error.
+"""
 
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -54,10 +57,11 @@ def convert(annotation: Any, value: Any, name: str, remedy: str) -> Any:
     if is_dataclass(annotation) and isinstance(value, dict):
         all_hints = get_type_hints(annotation)
         hints = {field.name: all_hints[field.name] for field in fields(annotation)}
-        for field in sorted(value.keys() ^ hints.keys()):
+        optional = {field.name for field in fields(annotation) if field.default is not MISSING}
+        for field in sorted(value.keys() - hints.keys() | hints.keys() - optional - value.keys()):
             problem = "lacks the field" if field in hints else "has the unknown field"
             raise InputError(f"{name} {problem} {field!r}: {remedy}.")
-        converted = {field: convert(hints[field], value[field], f"{name}, {field}", remedy) for field in hints}
+        converted = {field: convert(hints[field], value[field], f"{name}, {field}", remedy) for field in value}
         return annotation(**converted)  # type: ignore[operator]
     if origin is dict and isinstance(value, dict):
         return {key: convert(parts[1], entry, f"{name}, {key}", remedy) for key, entry in value.items()}

@@ -34,12 +34,13 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
     1.5e-4, the error with the roots of S1^1/2 S2 S1^1/2 is 7e-5, and the error of this method is 5e-13.
 
     Args:
-        mean_1, mean_2: (d,).
-        cov_1, cov_2: (d, d), symmetric.
+        mean_1, mean_2: (d,), on any device.
+        cov_1, cov_2: (d, d), symmetric, on any device.
 
     Raises:
         InputError: a value is not finite.
     """
+    cov_1, mean_2, cov_2 = (moment.to(mean_1.device) for moment in (cov_1, mean_2, cov_2))
     return _distance(_Gaussian.from_moments(mean_1, cov_1), _Gaussian.from_moments(mean_2, cov_2))
 
 
@@ -172,15 +173,16 @@ def psnr(videos: Tensor, ground_truth: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio in dB: the mean over the frames of each video, each at most `MAX_PSNR`.
 
     Args:
-        videos, ground_truth: uint8 (B, T, 3, H, W).
+        videos, ground_truth: uint8 (B, T, 3, H, W), on any device.
 
     Returns:
-        float32 (B,).
+        float32 (B,), on the device of `videos`.
 
     Raises:
         InputError: the shapes differ.
     """
     _check_shapes(videos, ground_truth)
+    ground_truth = ground_truth.to(videos.device)
     # One video at a time, so that its score is independent of batch composition to the last bit.
     return torch.stack(
         [
@@ -199,15 +201,16 @@ def ssim(videos: Tensor, ground_truth: Tensor) -> Tensor:
     The window lies inside the frame at all positions.
 
     Args:
-        videos, ground_truth: uint8 (B, T, 3, H, W).
+        videos, ground_truth: uint8 (B, T, 3, H, W), on any device.
 
     Returns:
-        float32 (B,).
+        float32 (B,), on the device of `videos`.
 
     Raises:
         InputError: the shapes differ, or frames are smaller than `SSIM_WINDOW`.
     """
     _check_shapes(videos, ground_truth)
+    ground_truth = ground_truth.to(videos.device)
     height, width = ground_truth.shape[-2:]
     if min(height, width) < SSIM_WINDOW:
         raise InputError(
@@ -245,8 +248,8 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
     and recall is the fraction of real samples in the manifold of the generated ones.
 
     Args:
-        real: (N, d) features.
-        generated: (M, d).
+        real: (N, d) features, on any device.
+        generated: (M, d), on any device.
         neighbours: k.
 
     Raises:
@@ -258,7 +261,7 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
             f"precision and recall with {neighbours} neighbours need {neighbours + 1} samples, but there are "
             f"{samples}: evaluate on more videos."
         )
-    real, generated = _float64(real), _float64(generated)
+    real, generated = _float64(real), _float64(generated.to(real.device))
     centre = real.mean(dim=0)  # centring reduces the rounding error of the distances
     real, generated = real - centre, generated - centre
     return _fraction_covered(generated, real, neighbours), _fraction_covered(real, generated, neighbours)

@@ -76,6 +76,8 @@ class Protocol:
     """By role: video, image, classifier."""
     versions: dict[str, str]
     hardware: str
+    labels: str | None = None
+    """How the label of each video, on which its continuation is conditioned, was found; None without labels."""
 
 
 @dataclass(frozen=True)

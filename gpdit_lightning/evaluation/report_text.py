@@ -54,7 +54,7 @@ def score_table(report: Report) -> str:
     settings = {
         "data": protocol.data,
         "videos": f"{protocol.videos:,}",
-        "frames": f"{protocol.generated_frames} from {protocol.context_frames}",
+        "frames": f"{protocol.generated_frames} from {_context(protocol)}",
         "FVD of": f"{protocol.fvd_frames} frames",
         "size": f"{protocol.size[0]}x{protocol.size[1]}",
         "stride": str(protocol.stride),
@@ -77,9 +77,10 @@ def protocol_sentences(protocol: Protocol, date: str) -> list[str]:
     return [
         f"Videos: {protocol.videos:,} of {protocol.data}, {protocol.choice}; sha256 of their names "
         f"`{protocol.split_sha256}`.",
-        f"Frames: {protocol.generated_frames} generated from {protocol.context_frames}, stride {protocol.stride}, "
+        f"Frames: {protocol.generated_frames} generated from {_context(protocol)}, stride {protocol.stride}, "
         f"{protocol.size[0]}x{protocol.size[1]} pixels, {protocol.resize}. FVD, precision and recall are computed from "
         f"{fvd_input}, other scores from generated frames.",
+        f"Labels: {protocol.labels or 'none'}.",
         f"Sampler: {protocol.sampler}, {protocol.steps} steps, {schedule.name} schedule with shift {schedule.shift:g}; "
         f"guidance {guidance.context:g} over the context, {guidance.label:g} over the label{levels}; a frame attends "
         f"to {visible} latent frames before it; precision {protocol.precision}.",
@@ -143,6 +144,8 @@ def _differences(protocol: Protocol, table: PaperTable) -> Iterator[str]:
         yield f"{protocol.videos:,} videos, not {table.videos:,}"
     if (protocol.generated_frames, protocol.context_frames) != PAPER_FRAMES:
         yield f"{_frame_counts(protocol)}, not {PAPER_FRAMES[0]} from {PAPER_FRAMES[1]}"
+    if protocol.labels:
+        yield "conditioned on labels"
     if protocol.guidance.context != table.guidance:
         yield f"guidance {protocol.guidance.context:g}, not {table.guidance:g}"
 
@@ -152,7 +155,11 @@ def _normalised(name: str) -> str:
 
 
 def _frame_counts(protocol: Protocol) -> str:
-    return f"{protocol.generated_frames} frames from {protocol.context_frames}"
+    return f"{protocol.generated_frames} frames from {_context(protocol)}"
+
+
+def _context(protocol: Protocol) -> str:
+    return str(protocol.context_frames or "noise alone")
 
 
 def plot_self_checks(report: Report, path: Path) -> None:

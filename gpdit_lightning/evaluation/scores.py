@@ -5,6 +5,7 @@ Shapes: B videos of a chunk, T' generated frames, n features.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -52,7 +53,8 @@ def make_report(files: ChunkFiles, protocol: Protocol, unreadable: Iterable[str]
     if len(files.names) < 2:
         raise InputError(f"{len(files.names)} videos could be read, but scores need at least 2: add videos.")
     seeds = [seed_variant(seed) for seed in protocol.seeds]
-    variants, checked = [*seeds, *REFERENCES], checked_distances(files)
+    references = {variant: label for variant, label in REFERENCES.items() if files.has_variant(variant)}
+    variants, checked = [*seeds, *references], checked_distances(files)
     distances_per_variant = (num_positions(files) if files.has(GROUND_TRUTH, "image") else 0) + files.has(
         GROUND_TRUTH, "video"
     )
@@ -65,7 +67,7 @@ def make_report(files: ChunkFiles, protocol: Protocol, unreadable: Iterable[str]
         scores={name: Score.of([scores[seed][name] for seed in seeds]) for name in scores[seeds[0]]},
         references={
             label: {name: Score.of([value]) for name, value in scores[variant].items()}
-            for variant, label in REFERENCES.items()
+            for variant, label in references.items()
         },
         self_checks=self_checks,
         warnings=tuple(report_warnings(files, self_checks, unreadable)),
@@ -113,7 +115,7 @@ def compute_scores(
                 scores[variant] |= {"precision": precision, "recall": recall}
     for variant in variants:
         if variant != GROUND_TRUTH:
-            for quantity in ("psnr", "ssim"):
+            for quantity in filter(partial(files.has, variant), ("psnr", "ssim")):
                 scores[variant][quantity] = all_values(files, variant, quantity).double().mean().item()
     return scores
 

@@ -16,6 +16,7 @@ from gpdit_lightning.diffusion import Guidance, RotationSampler, Sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import import_path
 from gpdit_lightning.model import NO_LABEL, GPDiT, KVCache
+from gpdit_lightning.model.checks import check_condition
 from gpdit_lightning.randomness import GENERATION_NOISE, generator
 
 
@@ -62,7 +63,7 @@ class ClipInputs:
     """Seed of each clip's noise; a number s gives clip b the seed s + b. The noise is independent of batch
     composition."""
     condition: Tensor | None = None
-    """(B,) class numbers or (B, L, text width) text embeddings, for a model that is conditioned on them."""
+    """(B,) class numbers or (B, L, text width) text embeddings, on any device, for a model conditioned on them."""
     null_condition: Tensor | None = None
     """(B, L, text width) embeddings of an empty text, for guidance over a text; classes have a null class."""
 
@@ -94,17 +95,18 @@ def rollout(
 
     Args:
         model: in evaluation mode.
-        context: (B, k, C, H, W) whitened latents; k = 0 generates from noise alone.
+        context: (B, k, C, H, W) whitened latents on any device; k = 0 generates from noise alone.
         frames: number of latent frames to generate; None for an endless rollout, which needs a window.
         config: sampler, guidance, window, and how to compute.
         inputs: seeds and conditions of the clips.
 
     Yields:
-        (B, C, H, W) whitened latents.
+        (B, C, H, W) whitened latents, on the device of the model.
 
     Raises:
         InputError: seeds, window or condition do not match the other arguments.
     """
+    context = context.to(model.device)
     clips, context_frames = context.shape[:2]
     seeds = inputs.seed_per_clip(clips)
     denoiser = Denoiser(model, context, frames, config, inputs)
@@ -173,7 +175,7 @@ class Denoiser:
     """Guided velocity of the next frame given the frames before it: the function that a sampler integrates.
 
     Args:
-        model, context, frames, config, inputs: as for :func:`rollout`.
+        model, context, frames, config, inputs: as for :func:`rollout`; the context is on the device of the model.
 
     Raises:
         InputError: a window that an `of2` model cannot use without a cache, no window for an endless rollout, or
@@ -185,8 +187,7 @@ class Denoiser:
     ) -> None:
         context_frames = context.shape[1]
         self.model, self.config = model, config
-        self.condition = inputs.condition
-        self.null_condition = _null_condition(model, config.guidance.label, inputs)
+        self.condition, self.null_condition = _conditions(model, config.guidance.label, inputs, len(context))
         if frames is None and config.window is None:
             raise InputError("an endless rollout would keep all frames in memory: give it a window.")
         # The last generated frame is not attended to by any other.
@@ -269,21 +270,25 @@ class Denoiser:
         return torch.autocast(like.device.type, dtype=self.config.autocast_dtype)
 
 
-def _null_condition(model: GPDiT, scale: float, inputs: ClipInputs) -> Tensor | None:
-    """Return the null condition of guidance over the label or text; None without such guidance.
+def _conditions(model: GPDiT, scale: float, inputs: ClipInputs, clips: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return the condition and, for guidance over the label or text, the null condition, on the device of the model.
 
     Raises:
-        InputError: the condition, or the null condition of a text, is missing.
+        InputError: the condition does not fit the model, or it or the null condition of a text is missing.
     """
+    # Here, where class numbers may still be on the CPU, their range is checked without a wait for the GPU.
+    check_condition(model.config, inputs.condition, clips)
+    null = inputs.null_condition
     if scale == 1:
-        return None
-    if inputs.condition is None:
+        null = None
+    elif inputs.condition is None:
         raise InputError(f"guidance of {scale} over a label needs a label: give a condition, or scale 1.")
-    if inputs.null_condition is not None:
-        return inputs.null_condition
-    if model.config.text_width:
+    elif null is None and model.config.text_width:
         raise InputError("guidance over a text needs the embeddings of an empty text: give them as null_condition.")
-    return torch.full_like(inputs.condition, NO_LABEL)
+    elif null is None:
+        null = torch.full_like(inputs.condition, NO_LABEL)
+    condition, null = (given if given is None else given.to(model.device) for given in (inputs.condition, null))
+    return condition, null
 
 
 def _visible_frames(config: GenerationConfig, history: int | None) -> int | None:

@@ -28,7 +28,7 @@ def transform(
         model: in evaluation mode, trained on such sequences.
         codec: the codec whose latents the model was trained on.
         examples: (source, target) pairs of uint8 (3, H, W), the same for all sources (GPDiT: two).
-        sources: uint8 (B, 3, H, W).
+        sources: uint8 (B, 3, H, W) on any device.
         config: as for :func:`rollout`, with the noise schedule of training.
         seeds: seed of the noise of each source. A number is the seed of all sources, so that results are independent of
             batch composition.
@@ -50,9 +50,8 @@ def transform(
                 f"an example has shape {tuple(image.shape)} and a source {tuple(sources.shape[1:])}: scale and crop "
                 "all images to one size."
             )
-    device = next(model.parameters()).device
     images = torch.stack([image.to(codec.device) for image in (*example_images, *sources)])
-    latents = codec.whitened(codec.encode(images[:, None])[:, 0].to(device))
+    latents = codec.whitened(codec.encode(images[:, None])[:, 0].to(model.device))
     example_latents, source_latents = latents.split((len(example_images), len(sources)))
     context = torch.cat((example_latents.expand(len(sources), *example_latents.shape), source_latents[:, None]), dim=1)
     seed_per_source = seeds if isinstance(seeds, Sequence) else [seeds] * len(sources)

@@ -62,7 +62,7 @@ def stream_video(
     Args:
         model: in evaluation mode.
         codec: the codec whose latents the model was trained on.
-        context: (B, k, C, h, w) raw latents; k = 0 generates from noise alone.
+        context: (B, k, C, h, w) raw latents on any device; k = 0 generates from noise alone.
         frames: number of pixel frames to generate; surplus frames of the last latent frame are dropped.
         config, inputs: as for :func:`rollout`.
 
@@ -70,7 +70,7 @@ def stream_video(
         InputError: as :func:`rollout`, the latents do not match the codec or the model, or generated ones are not
             finite.
     """
-    context = context.to(next(model.parameters()).device)
+    context = context.to(model.device)
     decode = codec.decoder()
     decode(context)
     remaining = frames
@@ -90,6 +90,15 @@ def num_latent_frames(codec: Codec, context_frames: int, frames: int) -> int:
     return first + math.ceil((frames - first) / codec.temporal_factor)
 
 
+def encode_context(codec: Codec, pixels: Tensor) -> Tensor:
+    """Encode (B, T, 3, H, W) uint8 as `Codec.encode`; without frames, return latents without frames."""
+    if pixels.ndim != 5 or pixels.shape[1]:
+        return codec.encode(pixels)
+    codec.check_frame_size(*pixels.shape[3:])
+    height, width = (side // codec.spatial_factor for side in pixels.shape[3:])
+    return torch.zeros((len(pixels), 0, codec.latent_channels, height, width), device=codec.device)
+
+
 def continue_video(
     model: GPDiT,
     codec: Codec,
@@ -105,8 +114,8 @@ def continue_video(
     Args:
         model: in evaluation mode.
         codec: the codec whose latents the model was trained on.
-        context: (B, T, 3, H, W) uint8 at the stride of the training clips; T is 1 plus a multiple of the codec's
-            temporal factor.
+        context: (B, T, 3, H, W) uint8 on any device, at the stride of the training clips; T is 1 plus a multiple of the
+            codec's temporal factor, or 0 to generate from noise alone.
         frames: number of pixel frames to generate.
         config, inputs: as for :func:`rollout`.
         progress: show a progress bar over latent frames.
@@ -114,7 +123,7 @@ def continue_video(
     Raises:
         InputError: as :func:`rollout`, or T or the frame size does not match the codec or the model.
     """
-    latents = codec.encode(context)
+    latents = encode_context(codec, context)
     generated = tqdm(
         stream_video(model, codec, latents, frames, config, inputs),
         total=num_latent_frames(codec, latents.shape[1], frames),

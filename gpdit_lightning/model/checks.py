@@ -139,8 +139,13 @@ def check_denoise(
 
 
 def check_cache(cache: KVCache, clips: int, latents: Tensor, new_frames: int) -> None:
-    """Raise InputError unless a cache fits `clips` clips of the size of `latents`, and has room for `new_frames`."""
+    """Raise InputError unless a cache fits device and size of `latents` and `clips`, and has room for `new_frames`."""
     height, width = latents.shape[-2:]
+    if cache.device != latents.device:
+        raise InputError(
+            f"the cache is on {cache.device}, but the latents are on {latents.device}: create one with model.new_cache "
+            "after the model was moved."
+        )
     if (clips, height, width) != (cache.batch_size, cache.height, cache.width):
         raise InputError(
             f"the cache is for {cache.batch_size} clips of {cache.height}x{cache.width} latent pixels, but {clips} of "

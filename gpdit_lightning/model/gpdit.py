@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gpdit_lightning.devices import check_device
 from gpdit_lightning.model.attention import attention_dtype, find_backend
 from gpdit_lightning.model.block import Block, run_block, run_compiled_block
 from gpdit_lightning.model.checks import (
@@ -32,6 +33,9 @@ class GPDiT(nn.Module):
     No parameter sits directly on this module: DeepSpeed ZeRO-3 gathers those of submodules in any method, but the
     root's only in `forward`.
 
+    All methods take latents and caches on the device of the weights. Angles and conditions may be on any device; on
+    another one they are copied at each call.
+
     Args:
         config: the architecture.
 
@@ -50,6 +54,11 @@ class GPDiT(nn.Module):
         self.output_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.output = nn.Linear(config.width, patch_values)
         self.reset_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.patch_embedding.weight.device
 
     def reset_parameters(self) -> None:
         """Xavier weights, zero biases, a zero output layer (as DiT), and branches scaled by 1 / sqrt(2 layers)."""
@@ -96,8 +105,10 @@ class GPDiT(nn.Module):
             velocity (B, F, C, H, W).
 
         Raises:
-            InputError: the shapes do not fit the architecture or each other.
+            InputError: the shapes do not fit the architecture or each other, or the latents are on another device than
+                the weights.
         """
+        check_device(self.device, "the model", noisy=noisy, clean=clean)
         check_forward(self.config, noisy, theta, clean, condition, draws, frames)
         frames = tuple(range(noisy.shape[1]) if frames is None else frames)
         # Frame i attends to the i clean frames before it.
@@ -186,8 +197,10 @@ class GPDiT(nn.Module):
             for each layer (B, F, N, D), not normalized; blocks after the highest layer are not run.
 
         Raises:
-            InputError: a layer does not exist, or the shapes or the condition do not fit the architecture.
+            InputError: a layer does not exist, the shapes or the condition do not fit the architecture, or the latents
+                are on another device than the weights.
         """
+        check_device(self.device, "the model", clean=clean)
         layers = sorted(set(layers))
         check_features(self.config, clean, layers, condition)
         x, streams = self.embed(FrameLayout(), clean)
@@ -210,9 +223,8 @@ class GPDiT(nn.Module):
         Raises:
             InputError: a rolling cache has no capacity for a window.
         """
-        weight = self.patch_embedding.weight
-        dtype = attention_dtype(weight)
-        return KVCache(self.config, batch_size, max_frames, height, width, weight.device, dtype, sinks)
+        dtype = attention_dtype(self.patch_embedding.weight)
+        return KVCache(self.config, batch_size, max_frames, height, width, self.device, dtype, sinks)
 
     @torch.no_grad()
     def extend(self, cache: KVCache, clean: Tensor, condition: Tensor | None = None) -> None:
@@ -224,8 +236,10 @@ class GPDiT(nn.Module):
             condition: as in :meth:`features`: checked, but without effect.
 
         Raises:
-            InputError: the shapes or the condition do not fit, or a cache that does not roll is full.
+            InputError: the shapes or the condition do not fit, a cache that does not roll is full, or the latents or
+                the cache are on another device than the weights.
         """
+        check_device(self.device, "the model", clean=clean)
         if clean.ndim == 5 and clean.shape[1] == 0:
             return
         check_extend(self.config, cache, clean, condition)
@@ -266,8 +280,10 @@ class GPDiT(nn.Module):
             velocity (R, C, H, W), equal to that of this frame in :meth:`forward`.
 
         Raises:
-            InputError: the shapes do not fit, or a cache that does not roll is full.
+            InputError: the shapes do not fit, a cache that does not roll is full, or the latents or the cache are on
+                another device than the weights.
         """
+        check_device(self.device, "the model", noisy=noisy, clean=clean)
         noisy = noisy[:, None]
         check_denoise(self.config, noisy, theta, cache, condition, clean, draws)
         new_frames = clean.shape[1] if clean is not None else 0

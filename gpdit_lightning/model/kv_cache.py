@@ -92,6 +92,11 @@ class KVCache:
         self._slots: Tensor | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Return the device of the buffers."""
+        return self._buffer.device
+
+    @property
     def max_new_frames(self) -> int:
         """Return the number of frames that one pass can append: the free capacity, or one if the cache rolls."""
         free = self.max_frames - self.frames
@@ -111,7 +116,7 @@ class KVCache:
         if self.sinks is not None and first >= self.max_frames:
             first = self.sinks + (first - self.sinks) % (self.max_frames - self.sinks)
         self._slots = torch.arange(
-            first * self.tokens, (first + new_frames) * self.tokens, device=self._buffer.device, dtype=torch.long
+            first * self.tokens, (first + new_frames) * self.tokens, device=self.device, dtype=torch.long
         )
 
     def layer_cache(self, layer: int) -> LayerCache:

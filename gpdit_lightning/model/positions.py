@@ -94,7 +94,8 @@ class Rope:
         return rotate_pairs(x[:, None], self.cos[:: self.tokens, None], self.sin[:: self.tokens, None]).to(dtype)
 
 
-@lru_cache(maxsize=16)
+# Enough for both streams of every clip length and frame size: the copy of a table to a GPU makes the host wait.
+@lru_cache(maxsize=64)
 @torch.inference_mode(False)  # training also uses tables that a preview has created
 def rope_table(
     config: GPDiTConfig,

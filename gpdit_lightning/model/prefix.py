@@ -29,7 +29,7 @@ class Prefix(nn.Module):
 
         Args:
             condition: (R,) class numbers, `NO_LABEL` for none (None: none for all rows); or (R, L, text width)
-                embeddings.
+                embeddings. On any device.
             rows: R.
         """
         weight = self.embedding.weight
@@ -39,4 +39,5 @@ class Prefix(nn.Module):
             return self.embedding(condition.to(weight))
         if condition is None:
             condition = torch.full((rows,), NO_LABEL, device=weight.device)
+        condition = condition.to(weight.device)
         return self.embedding(torch.where(condition < 0, self.classes, condition))[:, None]

@@ -174,7 +174,7 @@ def describe_streams(
     clean_shape = _stream_shape(clean)
     angles = torch.zeros(len(x), device=x.device, dtype=precise)
     if theta is not None:
-        per_token = theta.to(precise).flatten().repeat_interleave(rows * columns)
+        per_token = theta.to(x.device, precise).flatten().repeat_interleave(rows * columns)
         angles[len(x) - len(per_token) :] = per_token
     table = partial(rope_table, config, rows=rows, columns=columns, device=x.device, dtype=precise)
     return Streams(

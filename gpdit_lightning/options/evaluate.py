@@ -8,6 +8,7 @@ from typing import Any, Literal
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import (
     CheckpointOptions,
+    LabelGuidanceOptions,
     LoadingOptions,
     OptionRecord,
     SamplerOptions,
@@ -47,8 +48,14 @@ class DataSetOptions(VideoOptions):
     """Number of videos to continue (GPDiT: 10,000 of UCF-101, 7,000 of MSR-VTT)."""
     selection_seed: int = 0
     """Seed of the random selection of videos, by a hash of their names."""
+    labels: bool = True
+    """Condition a model that was trained with labels on the label of each video: the one that --annotations gives, else
+    the name of its folder. --no_labels scores such a model without labels."""
+    annotations: Sequence[Path] = ()
+    """Files with the labels of the videos, in the formats that `prepare` accepts."""
     context_frames: int = 5
-    """Pixel frames of context (GPDiT: 5), 1 + k times the temporal factor of the codec, which is 4 for wan and pca."""
+    """Pixel frames of context (GPDiT: 5), 1 + k times the temporal factor of the codec, which is 4 for wan and pca; 0
+    generates each video from noise alone."""
     generated_frames: int = 12
     """Pixel frames to generate (GPDiT: 12)."""
     stride: int | None = None
@@ -56,7 +63,7 @@ class DataSetOptions(VideoOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContinuationOptions(SamplerOptions):
+class ContinuationOptions(LabelGuidanceOptions, SamplerOptions):
     """Generation."""
 
     seeds: Sequence[int] = (0,)
@@ -117,9 +124,13 @@ class EvaluateOptions(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, count=2, context_frames=1, generated_frames=1, stride=1, steps=1, window=1)
+        check_at_least(self, count=2, context_frames=0, generated_frames=1, stride=1, steps=1, window=1)
         check_at_least(self, self_check_videos=0, keep_videos=0, chunk=1)
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds are {list(self.seeds)}: give one or more different numbers, each at least 0.")
+        if not self.labels and self.label_guidance != 1:
+            raise InputError(
+                f"--label_guidance is {self.label_guidance} without labels: leave --no_labels or --label_guidance out."
+            )
         if self.classifier is not None and self.image_network is None:
             raise InputError("a classifier is given without an image_network: give both, since IS requires both.")

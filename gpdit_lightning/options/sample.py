@@ -8,6 +8,7 @@ from typing import Literal
 from gpdit_lightning.options.shared import (
     BatchedSamplerOptions,
     CheckpointOptions,
+    LabelGuidanceOptions,
     LoadingOptions,
     OptionRecord,
     check_at_least,
@@ -37,15 +38,13 @@ class ContextOptions(OptionRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutOptions(BatchedSamplerOptions):
+class RolloutOptions(LabelGuidanceOptions, BatchedSamplerOptions):
     """Generation."""
 
     frames: int = 16
     """Pixel frames to generate."""
     samples: int = 1
     """Videos per context, with consecutive seeds."""
-    label_guidance: float = 1.0
-    """Guidance scale over the label; 1 is no guidance."""
     window: int | None = None
     """Number of preceding latent frames that a new frame attends to; by default as many as in training. In an of2 model
     a clean frame of the context attends to this many too, itself included."""

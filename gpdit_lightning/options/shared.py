@@ -98,6 +98,14 @@ class SamplerOptions(PrecisionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelGuidanceOptions(OptionRecord):
+    """Generation."""
+
+    label_guidance: float = 1.0
+    """Guidance scale over the label; 1 is no guidance."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchedSamplerOptions(SamplerOptions):
     """Generation."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from gpdit_lightning import GPDiT
 from gpdit_lightning.checkpoints.reading import load_trained_model
@@ -26,7 +27,7 @@ from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.evaluate import EvaluateOptions, NetworkOptions
-from tests.cli.sampling import CODEC, stripes
+from tests.cli.sampling import CODEC, LABELS, stripes
 from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedInception, ScriptedPlain, saved
 from tests.media.videos import read_video
 
@@ -52,7 +53,7 @@ def network_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Network
 
 @pytest.fixture(scope="module")
 def command(workspace: Path, folder: Path, network_files: dict[str, NetworkOptions]) -> list[str]:
-    """Options of an evaluation in three chunks with all networks, without --out."""
+    """Options of an evaluation in three chunks with all networks and without labels, without --out."""
     options = {
         "checkpoint": workspace / "of2",
         "videos": folder,
@@ -67,7 +68,7 @@ def command(workspace: Path, folder: Path, network_files: dict[str, NetworkOptio
         "video_network.path": network_files["ScriptedI3D"].path,
         "image_network.path": network_files["ScriptedInception"].path,
     }
-    return [f"--{name}={value}" for name, value in options.items()]
+    return [*(f"--{name}={value}" for name, value in options.items()), "--no_labels"]
 
 
 def without(command: list[str], *names: str) -> list[str]:
@@ -110,7 +111,7 @@ def test_scores_are_those_of_continuations_by_the_library(
     assert list(report.self_checks) == ["fvd", "fid"]
     assert report.references["the truth"]["fvd"].mean == pytest.approx(0, abs=1e-6)
     trained = load_trained_model(workspace / "of2")
-    assert trained.classes  # a class-conditional model, evaluated without classes
+    assert trained.classes  # a class-conditional model, evaluated without labels
     expected = []
     for number in range(VIDEOS):
         ground_truth = read_clip(folder / f"{number}.mp4", FRAMES, 1, (32, 32))
@@ -133,6 +134,101 @@ def test_scores_are_those_of_continuations_by_the_library(
     assert printed.startswith(markdown.split("\n## ")[0])
     assert "## " not in printed
     assert str(tmp_path / "results.md") in printed
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos in the folders of their classes."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for number in range(VIDEOS):
+        write_video(folder / LABELS[number % 2] / f"{number}.mp4", stripes(number)[:FRAMES], 24)
+    return folder
+
+
+def expected_videos(workspace: Path, labelled: Path, names: list[str], classes: list[int], context: int) -> Tensor:
+    """Return the continuations of videos by calls of the library: (B, T, 3, H, W)."""
+    clips = torch.stack([read_clip(labelled / name, FRAMES, 1, (32, 32)) for name in names])
+    config = GenerationConfig(RotationSampler(2), Guidance(1.5, 3.0), window=4)
+    inputs = ClipInputs([noise_seed(name, 0) for name in names], torch.tensor(classes))
+    backbone = load_trained_model(workspace / "of2").backbone
+    return continue_video(backbone, CODEC, clips[:, :context], FRAMES - context, config, inputs).pixels
+
+
+@pytest.mark.parametrize("context", [0, 5])
+def test_continuations_are_conditioned_on_the_label_of_each_video(
+    command: list[str], workspace: Path, labelled: Path, tmp_path: Path, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the names of folders and, for one video, by annotations; with a context or from noise alone."""
+    (tmp_path / "labels.csv").write_text(f"source,label\njump/0.mp4,{LABELS[1]}\n")
+    written: dict[str, Tensor] = {}
+
+    def keep(path: Path, video: Tensor, fps: float) -> None:
+        if path.parents[1].name == "seed_0":
+            written[f"{path.parent.name}/{path.name}"] = video
+
+    monkeypatch.setattr(verb, "write_video", keep)
+    options = [f"--videos={labelled}", f"--context_frames={context}", f"--generated_frames={FRAMES - context}"]
+    options += [f"--annotations={tmp_path / 'labels.csv'}", "--label_guidance=3", f"--keep_videos={VIDEOS}"]
+    assert evaluate(without(command, "no_labels"), tmp_path / "out", *options) == 0
+
+    names = sorted(written)
+    assert names == ["jump/0.mp4", "jump/2.mp4", "jump/4.mp4", "run/1.mp4", "run/3.mp4", "run/5.mp4"]
+    videos = torch.stack([written[name] for name in names]).float()
+    expected = expected_videos(workspace, labelled, names, [1, 0, 0, 1, 1, 1], context).float()
+    assert (videos - expected).abs().mean() < 0.1
+    wrong = expected_videos(workspace, labelled, names, [0, 1, 1, 0, 0, 0], context).float()
+    assert (wrong - expected)[:, context:].abs().mean() > 1
+
+    report = Report.load(tmp_path / "out" / "results.json")
+    assert "from annotations and names of folders; sha256" in report.protocol.labels
+    assert report.protocol.guidance.label == 3.0
+    markdown = (tmp_path / "out" / "results.md").read_text()
+    assert "Labels: of each video" in markdown
+    assert "guidance 1.5 over the context, 3 over the label" in markdown
+    of_frames = {"psnr", "ssim"} if context else set()
+    assert set(report.scores) == {"fid", "is", "fvd", "precision", "recall"} | of_frames
+    assert ("the last given frame repeated" in report.references) == bool(context)
+    assert f"{FRAMES - context} frames from {context or 'noise alone'}" in markdown.splitlines()[0]
+
+
+def test_a_report_without_the_field_of_labels_is_read(finished: Path) -> None:
+    content = json.loads((finished / "results.json").read_text())
+    assert content["protocol"].pop("labels") is None
+    assert Report.from_json(json.dumps(content)) == Report.load(finished / "results.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--videos=FLAT"], ".mp4 has the label 'FLAT' by the names of folders, which is no class of"),
+        (["--videos=FLAT"], "(jump, run): give its label by --annotations, or --no_labels to score without labels"),
+        (["--annotations=LIST"], "has the label 'swim' by the annotations, which is no class of"),
+        (["--checkpoint=UNLABELLED", "--annotations=LIST"], "was trained without labels: leave --annotations out"),
+        (["--checkpoint=UNLABELLED", "--label_guidance=2"], "was trained without labels: leave --label_guidance out"),
+        (["--no_labels", "--label_guidance=2"], "--label_guidance is 2.0 without labels"),
+        (["--context_frames=0", "NO NETWORKS"], "--context_frames is 0, so frames cannot be compared with real ones"),
+        (["--context_frames=-1"], "--context_frames is -1: give at least 0"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_refused(
+    command: list[str],
+    workspace: Path,
+    folder: Path,
+    labelled: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "labels.csv").write_text("source,label\n" + "".join(f"{number}.mp4,swim\n" for number in range(VIDEOS)))
+    names = {"FLAT": str(folder), "LIST": str(tmp_path / "labels.csv"), "UNLABELLED": str(workspace / "unlabelled")}
+    left_out = ["no_labels"] + ["video_network", "image_network"] * ("NO NETWORKS" in options)
+    given = [f"--videos={labelled}", *options]
+    for name, value in names.items():
+        given, message = [option.replace(name, value) for option in given], message.replace(name, folder.name)
+    assert evaluate(without(command, *left_out), tmp_path / "out", *(o for o in given if o != "NO NETWORKS")) == 2
+    assert message in error_message(capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_chunks_are_distributed_over_processes_and_the_last_one_writes_the_report(

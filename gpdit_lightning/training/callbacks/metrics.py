@@ -14,6 +14,7 @@ from gpdit_lightning.diffusion import QuartileLoss
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.health import Health
+from gpdit_lightning.training.callbacks.progress import StepProgress
 from gpdit_lightning.training.callbacks.throughput import Throughput
 
 SUM, COUNT = 0, 1
@@ -188,5 +189,9 @@ def _log_scalars(trainer: Trainer, module: LightningModule, scalars: dict[str, f
     """Log with the optimizer step as x axis; Lightning would count micro-batches."""
     for logger in trainer.loggers:
         logger.log_metrics(scalars, step=trainer.global_step)
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, StepProgress):
+        bar.show(in_progress_bar, scalars[in_progress_bar])
     for name, value in scalars.items():
-        module.log(name, value, prog_bar=name == in_progress_bar, logger=False, rank_zero_only=True)
+        prog_bar = name == in_progress_bar and not isinstance(bar, StepProgress)
+        module.log(name, value, prog_bar=prog_bar, logger=False, rank_zero_only=True)

@@ -12,13 +12,19 @@ class StepProgress(ProgressBar):
     """Shows optimizer steps, remaining time, and the latest training and validation losses in one line.
 
     Lightning's bars count the micro-batches of an epoch. Here an epoch is the whole run, and a step may have many
-    micro-batches.
+    micro-batches. Lightning reads every value that is logged with `prog_bar=True` from the device at each micro-batch,
+    so the losses are passed to `show` instead.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._bar: tqdm | None = None
         self._enabled = True
+        self._shown: dict[str, float] = {}
+
+    def show(self, name: str, value: float) -> None:
+        """Show a value from the next micro-batch on."""
+        self._shown[name] = value
 
     def disable(self) -> None:
         """Hide the bar; Lightning calls this on every rank except the first."""
@@ -45,10 +51,9 @@ class StepProgress(ProgressBar):
         """Advance to the trainer's step."""
         if self._bar is None:
             return
-        losses = {
-            name: f"{value:.4f}" for name, value in trainer.progress_bar_metrics.items() if isinstance(value, float)
-        }
-        self._bar.set_postfix(losses, refresh=False)
+        values = self._shown | trainer.progress_bar_metrics  # those that a custom stage or callback logs
+        texts = {name: f"{value:.4f}" for name, value in values.items() if isinstance(value, float)}
+        self._bar.set_postfix(texts, refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
