@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.containers import VIDEO_EXTENSIONS, VideoStream, is_video, open_video
+from gpdit_lightning.media.deinterlacing import DecodedFrame, deinterlaced
 from gpdit_lightning.media.display import Display, square_width
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, read_image, resize_and_crop
 from gpdit_lightning.retries import retried, retried_iterator, transient_error
@@ -118,8 +119,8 @@ def video_info(path: str | Path, threads: int = 0) -> VideoInfo:
         fps = stream.average_rate or stream.guessed_rate
         if not fps:
             raise InputError(f"{path} has no frame rate: convert it to mp4.")
-        duration = None if stream.duration is None else float(stream.duration * stream.time_base)
-        return VideoInfo(Fraction(fps), *frame.displayed_size, _frames_by_header(video), duration)
+        height, width = frame.displayed_size
+        return VideoInfo(Fraction(fps), height, width, _frames_by_header(video), _duration_by_header(video))
 
 
 @retried_iterator
@@ -208,26 +209,16 @@ def _select(frames: Iterator[T], start: int, stride: int, max_frames: int | None
     return islice(frames, start, None if max_frames is None else start + max_frames * stride, stride)
 
 
-@dataclass(frozen=True)
-class _DecodedFrame:
-    """A frame as it is stored."""
-
-    number: int
-    time: Fraction
-    frame: "av.VideoFrame"
-    pixel_aspect: Fraction
-
-
 def _displayed_frames(video: VideoStream, start: int, stride: int, max_frames: int | None) -> Iterator[VideoFrame]:
     display = Display(str(video.path))
     size: Size | None = None
-    for decoded in _select(_decoded_frames(video), start, stride, max_frames):
+    for decoded in _select(deinterlaced(_decoded_frames(video)), start, stride, max_frames):
         pixels, aspect = display.convert(decoded.frame, decoded.pixel_aspect)
         size = size or (pixels.shape[1], square_width(pixels.shape[2], aspect))
         yield VideoFrame(decoded.number, float(decoded.time), pixels, aspect, size)
 
 
-def _decoded_frames(video: VideoStream) -> Iterator[_DecodedFrame]:
+def _decoded_frames(video: VideoStream) -> Iterator[DecodedFrame]:
     """Decode a video up to the first damaged frame."""
     clock, aspect, number = _Clock(video), _PixelAspect(video), 0
     for packet in video.container.demux(video.stream):
@@ -242,7 +233,7 @@ def _decoded_frames(video: VideoStream) -> Iterator[_DecodedFrame]:
         for frame in frames:
             if frame.is_corrupt:
                 raise DamagedVideoError(video.path, number, "FFmpeg marks it as corrupt")
-            yield _DecodedFrame(number, clock.time(frame), frame, aspect.of(frame))
+            yield DecodedFrame(number, clock.time(frame), frame, aspect.of(frame))
             number += 1
 
 
@@ -324,3 +315,10 @@ def _frames_by_header(video: VideoStream) -> int | None:
     if frames and "mp4" in video.container.format.name:
         frames = min(frames, sum(not entry.is_discard for entry in video.stream.index_entries))
     return frames or None
+
+
+def _duration_by_header(video: VideoStream) -> float | None:
+    """Return the duration in seconds that the header states for the video, or for the file."""
+    if video.stream.duration is not None and video.stream.time_base:
+        return float(video.stream.duration * video.stream.time_base)
+    return video.container.duration / av.time_base if video.container.duration else None
