@@ -27,6 +27,8 @@ VIDEO_EXTENSIONS = (
 TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")
 # Decoders that read the transparency of WebM, which FFmpeg's default decoders ignore.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+# Checks of damage that cost little. FFmpeg's further checks reject intact files of careless encoders.
+DETECTION = {"err_detect": "crccheck+bitstream+buffer"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def open_video(path: str | Path, threads: int = 0) -> Iterator[VideoStream]:
             if alpha_decoder := stream.metadata.get("alpha_mode") == "1" and ALPHA_DECODERS.get(decoder.name):
                 decoder = av.VideoCodecContext.create(alpha_decoder, "r")
                 decoder.extradata = stream.codec_context.extradata
+            decoder.options = DETECTION
+            decoder.copy_opaque = True  # a frame carries the `opaque` of its packet
             decoder.thread_type = ThreadType.AUTO
             decoder.thread_count = threads
             yield VideoStream(path, container, stream, decoder)

@@ -3,29 +3,12 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import replace
 
 import av
 
 from gpdit_lightning.errors import InputError
-
-
-@dataclass(frozen=True)
-class DecodedFrame:
-    """A frame as it is stored.
-
-    Attributes:
-        number: index in the video, from 0.
-        time: seconds after the first frame.
-        frame: the decoded frame.
-        pixel_aspect: displayed width over displayed height of a pixel.
-    """
-
-    number: int
-    time: Fraction
-    frame: "av.VideoFrame"
-    pixel_aspect: Fraction
+from gpdit_lightning.media.decoding import DecodedFrame
 
 
 def deinterlaced(frames: Iterable[DecodedFrame]) -> Iterator[DecodedFrame]:

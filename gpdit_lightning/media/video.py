@@ -15,10 +15,11 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.containers import VIDEO_EXTENSIONS, VideoStream, is_video, open_video
-from gpdit_lightning.media.deinterlacing import DecodedFrame, deinterlaced
+from gpdit_lightning.media.decoding import DamagedVideoError, decoded_frames
+from gpdit_lightning.media.deinterlacing import deinterlaced
 from gpdit_lightning.media.display import Display, square_width
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, read_image, resize_and_crop
-from gpdit_lightning.retries import retried, retried_iterator, transient_error
+from gpdit_lightning.retries import retried, retried_iterator
 
 __all__ = [
     "VIDEO_EXTENSIONS",
@@ -33,24 +34,7 @@ __all__ = [
     "video_info",
 ]
 
-# Time stamps that jump by more seconds belong to another recording in the same file, as in ffplay.
-LONGEST_STEP, LONGEST_STEP_OF_BROADCASTS = 3600, 10
-
 T = TypeVar("T")
-
-
-class DamagedVideoError(InputError):
-    """A frame that FFmpeg could not decode intact.
-
-    Args:
-        path: the video.
-        frame: number of the frame, from 0.
-        reason: what FFmpeg reports.
-    """
-
-    def __init__(self, path: Path, frame: int, reason: str) -> None:
-        super().__init__(f"{path} is damaged at frame {frame} ({reason}): replace or remove it.")
-        self.frame = frame
 
 
 @dataclass(frozen=True)
@@ -159,7 +143,7 @@ def count_frames(path: str | Path, threads: int = 0) -> int:
     """
     count = 0
     with suppress(DamagedVideoError), open_video(path, threads) as video:
-        for _ in _decoded_frames(video):
+        for _ in decoded_frames(video):
             count += 1
     return count
 
@@ -212,101 +196,10 @@ def _select(frames: Iterator[T], start: int, stride: int, max_frames: int | None
 def _displayed_frames(video: VideoStream, start: int, stride: int, max_frames: int | None) -> Iterator[VideoFrame]:
     display = Display(str(video.path))
     size: Size | None = None
-    for decoded in _select(deinterlaced(_decoded_frames(video)), start, stride, max_frames):
+    for decoded in _select(deinterlaced(decoded_frames(video)), start, stride, max_frames):
         pixels, aspect = display.convert(decoded.frame, decoded.pixel_aspect)
         size = size or (pixels.shape[1], square_width(pixels.shape[2], aspect))
         yield VideoFrame(decoded.number, float(decoded.time), pixels, aspect, size)
-
-
-def _decoded_frames(video: VideoStream) -> Iterator[DecodedFrame]:
-    """Decode a video up to the first damaged frame."""
-    clock, aspect, number = _Clock(video), _PixelAspect(video), 0
-    for packet in video.container.demux(video.stream):
-        if packet.is_corrupt:
-            raise DamagedVideoError(video.path, number, "incomplete data")
-        try:
-            frames = video.decoder.decode(packet)
-        except av.FFmpegError as error:
-            damaged = DamagedVideoError(video.path, number, error.strerror or str(error))
-            raise transient_error(error, video.path) or damaged from None
-        aspect.update(packet.pts)
-        for frame in frames:
-            if frame.is_corrupt:
-                raise DamagedVideoError(video.path, number, "FFmpeg marks it as corrupt")
-            yield DecodedFrame(number, clock.time(frame), frame, aspect.of(frame))
-            number += 1
-
-
-class _Clock:
-    """Presentation times of the frames of a video, in seconds after the first one and strictly increasing.
-
-    Args:
-        video: the video.
-    """
-
-    def __init__(self, video: VideoStream) -> None:
-        rate = video.stream.average_rate or video.stream.guessed_rate
-        self._period = 1 / Fraction(rate) if rate else Fraction(1, 25)
-        self._tick = video.stream.time_base or Fraction(1, 90000)
-        broadcast = video.container.format.flags & av.format.Flags.ts_discont.value
-        self._longest_step = LONGEST_STEP_OF_BROADCASTS if broadcast else LONGEST_STEP
-        self._offset: Fraction | None = None
-        self._last: Fraction | None = None
-
-    def time(self, frame: "av.VideoFrame") -> Fraction:
-        """Return the time of the next frame.
-
-        A frame without a time stamp follows the one before by the average period, and so does the first frame after a
-        jump of the time stamps. A frame whose time stamp is not later than the one before follows it by one tick.
-        """
-        stamp = None if frame.pts is None else frame.pts * (frame.time_base or self._tick)
-        if self._last is None:
-            self._last = Fraction(0)
-            self._offset = stamp
-            return self._last
-        time = self._last + self._period
-        if stamp is not None and self._offset is None:
-            self._offset = stamp - time
-        elif stamp is not None and self._offset is not None:
-            if abs(stamp - self._offset - self._last) > self._longest_step:
-                self._offset = stamp - time
-            else:
-                time = max(stamp - self._offset, self._last + self._tick)
-        self._last = time
-        return time
-
-
-class _PixelAspect:
-    """Sample aspect ratio of the frames of a video, by the rules of FFmpeg's `av_guess_sample_aspect_ratio`.
-
-    The container's ratio precedes that of the codec, which may change within the video.
-
-    Args:
-        video: the video.
-    """
-
-    def __init__(self, video: VideoStream) -> None:
-        self._decoder = video.decoder
-        self._current = self._first = video.stream.codec_context.sample_aspect_ratio
-        self._guess = video.stream.sample_aspect_ratio
-        self._changes: list[tuple[int, Fraction | None]] = []
-
-    def update(self, pts: int | None) -> None:
-        """Record a change in the packet with this time stamp, which has just been decoded."""
-        ratio = self._decoder.sample_aspect_ratio or self._current
-        if ratio != self._current and pts is not None:
-            self._changes.append((pts, ratio))
-            self._current = ratio
-
-    def of(self, frame: "av.VideoFrame") -> Fraction:
-        """Return the ratio of a frame."""
-        if self._guess != self._first:
-            return self._guess or Fraction(1)
-        ratio = self._first
-        for pts, changed in self._changes:
-            if frame.pts is not None and frame.pts >= pts:
-                ratio = changed
-        return ratio or Fraction(1)
 
 
 def _frames_by_header(video: VideoStream) -> int | None:

@@ -1,0 +1,258 @@
+"""Decoding of a video up to its first damaged frame: frames as they are stored, with their times."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import av.logging
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.containers import VideoStream
+from gpdit_lightning.retries import transient_error
+
+# Time stamps that jump by more seconds belong to another recording in the same file, as in ffplay.
+LONGEST_STEP, LONGEST_STEP_OF_BROADCASTS = 3600, 10
+
+
+class DamagedVideoError(InputError):
+    """A frame that FFmpeg could not decode intact.
+
+    Args:
+        path: the video.
+        frame: number of the frame, from 0.
+        reason: what FFmpeg reports.
+    """
+
+    def __init__(self, path: Path, frame: int, reason: str) -> None:
+        super().__init__(f"{path} is damaged at frame {frame} ({reason}): replace or remove it.")
+        self.frame = frame
+
+
+@dataclass(frozen=True)
+class DecodedFrame:
+    """A frame as it is stored.
+
+    Attributes:
+        number: index in the video, from 0.
+        time: seconds after the first frame.
+        frame: the decoded frame.
+        pixel_aspect: displayed width over displayed height of a pixel.
+    """
+
+    number: int
+    time: Fraction
+    frame: "av.VideoFrame"
+    pixel_aspect: Fraction
+
+
+def decoded_frames(video: VideoStream) -> Iterator[DecodedFrame]:
+    """Decode a video up to the first frame that may be damaged.
+
+    FFmpeg marks the frames that it had to repair, but not those that were predicted from them, and these may be
+    displayed earlier. So the intact frames end at the first one that was decoded after a sign of damage.
+
+    Raises:
+        DamagedVideoError: after the intact frames.
+    """
+    damage, clock, aspect, numbers = _Damage(), _Clock(video), _PixelAspect(video), count()
+    undecided: deque[av.VideoFrame] = deque()
+
+    def decided(delay: int) -> Iterator[DecodedFrame]:
+        while len(undecided) > delay:
+            frame, number = undecided.popleft(), next(numbers)
+            if damage.reaches(frame):
+                raise DamagedVideoError(video.path, number, damage.reason)
+            yield DecodedFrame(number, clock.time(frame), frame, aspect.of(frame))
+
+    for frame in _frames(video, damage, aspect):
+        undecided.append(frame)
+        # Frames predicted from a marked one are displayed before it by at most the decoder's delay.
+        yield from decided(video.decoder.reorder_depth)
+    yield from decided(0)
+    if damage.reason:
+        raise DamagedVideoError(video.path, next(numbers), damage.reason)
+
+
+def _frames(video: VideoStream, damage: "_Damage", aspect: "_PixelAspect") -> Iterator["av.VideoFrame"]:
+    """Decode all packets, and record signs of damage."""
+    packets = video.container.demux(video.stream)
+    position, pts = -1, None
+    while True:
+        with _ffmpeg_errors() as messages:
+            packet = next(packets, None)
+        if messages:  # the end of the packet before was not where the next one begins
+            damage.record(_Sign(position, pts, messages[0]))
+        if packet is None:
+            return
+        position, pts = position + 1, packet.pts
+        packet.opaque = position
+        if packet.is_corrupt:
+            damage.record(_Sign(position, pts, "incomplete data"))
+        with _ffmpeg_errors() as messages:
+            frames = _decode(video, packet, messages)
+        if messages:
+            # With several threads, later packets were decoded before the error was reported.
+            damage.record(_Sign(position + 1 - max(1, video.decoder.thread_count), pts, messages[0]))
+        aspect.update(pts)
+        for frame in frames:
+            if frame.is_corrupt:
+                damage.record(_Sign(frame.opaque, frame.pts, "FFmpeg marks it as corrupt"))
+            damage.begin(frame)
+            yield frame
+
+
+def _decode(video: VideoStream, packet: "av.Packet", messages: list[str]) -> list["av.VideoFrame"]:
+    """Decode a packet; an error is added to the messages."""
+    try:
+        return video.decoder.decode(packet)
+    except av.FFmpegError as error:
+        if transient := transient_error(error, video.path):
+            raise transient from None
+        messages.append(error.strerror or str(error))
+        return []
+
+
+@contextmanager
+def _ffmpeg_errors() -> Iterator[list[str]]:
+    """Collect FFmpeg's messages at level ERROR within the block: the only sign of damage with some decoders."""
+    messages: list[str] = []
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture(local=False) as logged:
+            yield messages
+    finally:
+        av.logging.set_level(level)
+        messages[:0] = [message.partition("\n")[0] for _, _, message in logged]
+
+
+class _Sign(NamedTuple):
+    """A sign of damage.
+
+    Attributes:
+        position: of the packet in the order of decoding.
+        pts: presentation time stamp of the packet.
+        reason: what FFmpeg reports.
+    """
+
+    position: int | None
+    pts: int | None
+    reason: str
+
+    def affects(self, frame: "av.VideoFrame") -> bool:
+        """Return whether a frame was decoded from the packet or later, or is displayed later."""
+        decoded_later = None not in (self.position, frame.opaque) and frame.opaque >= self.position
+        displayed_later = None not in (self.pts, frame.pts) and frame.pts >= self.pts
+        return decoded_later or displayed_later
+
+
+class _Damage:
+    """The signs of damage in a video."""
+
+    def __init__(self) -> None:
+        self._signs: list[_Sign] = []
+        self._has_begun = False
+
+    @property
+    def reason(self) -> str:
+        """What FFmpeg reports first; empty as long as there is no sign of damage."""
+        return self._signs[0].reason if self._signs else ""
+
+    def record(self, sign: _Sign) -> None:
+        """Add a sign of damage."""
+        self._signs.append(sign)
+
+    def begin(self, frame: "av.VideoFrame") -> None:
+        """Drop the signs before the first frame, since the beginning of a cut video refers to packets it lacks."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._signs = [sign for sign in self._signs if not _precedes(sign, frame)]
+
+    def reaches(self, frame: "av.VideoFrame") -> bool:
+        """Return whether a frame may be damaged."""
+        return any(sign.affects(frame) for sign in self._signs)
+
+
+def _precedes(sign: _Sign, frame: "av.VideoFrame") -> bool:
+    """Return whether a sign belongs to a packet that is decoded or displayed before a frame."""
+    decoded_earlier = None not in (sign.position, frame.opaque) and sign.position < frame.opaque
+    displayed_earlier = None not in (sign.pts, frame.pts) and sign.pts < frame.pts
+    return decoded_earlier or displayed_earlier
+
+
+class _Clock:
+    """Presentation times of the frames of a video, in seconds after the first one and strictly increasing.
+
+    Args:
+        video: the video.
+    """
+
+    def __init__(self, video: VideoStream) -> None:
+        rate = video.stream.average_rate or video.stream.guessed_rate
+        self._period = 1 / Fraction(rate) if rate else Fraction(1, 25)
+        self._tick = video.stream.time_base or Fraction(1, 90000)
+        broadcast = video.container.format.flags & av.format.Flags.ts_discont.value
+        self._longest_step = LONGEST_STEP_OF_BROADCASTS if broadcast else LONGEST_STEP
+        self._offset: Fraction | None = None
+        self._last: Fraction | None = None
+
+    def time(self, frame: "av.VideoFrame") -> Fraction:
+        """Return the time of the next frame.
+
+        A frame without a time stamp follows the one before by the average period, and so does the first frame after a
+        jump of the time stamps. A frame whose time stamp is not later than the one before follows it by one tick.
+        """
+        stamp = None if frame.pts is None else frame.pts * (frame.time_base or self._tick)
+        if self._last is None:
+            self._last = Fraction(0)
+            self._offset = stamp
+            return self._last
+        time = self._last + self._period
+        if stamp is not None and self._offset is None:
+            self._offset = stamp - time
+        elif stamp is not None and self._offset is not None:
+            if abs(stamp - self._offset - self._last) > self._longest_step:
+                self._offset = stamp - time
+            else:
+                time = max(stamp - self._offset, self._last + self._tick)
+        self._last = time
+        return time
+
+
+class _PixelAspect:
+    """Sample aspect ratio of the frames of a video, by the rules of FFmpeg's `av_guess_sample_aspect_ratio`.
+
+    The container's ratio precedes that of the codec, which may change within the video.
+
+    Args:
+        video: the video.
+    """
+
+    def __init__(self, video: VideoStream) -> None:
+        self._decoder = video.decoder
+        self._current = self._first = video.stream.codec_context.sample_aspect_ratio
+        self._guess = video.stream.sample_aspect_ratio
+        self._changes: list[tuple[int, Fraction | None]] = []
+
+    def update(self, pts: int | None) -> None:
+        """Record a change in the packet with this time stamp, which has just been decoded."""
+        ratio = self._decoder.sample_aspect_ratio or self._current
+        if ratio != self._current and pts is not None:
+            self._changes.append((pts, ratio))
+            self._current = ratio
+
+    def of(self, frame: "av.VideoFrame") -> Fraction:
+        """Return the ratio of a frame."""
+        if self._guess != self._first:
+            return self._guess or Fraction(1)
+        ratio = self._first
+        for pts, changed in self._changes:
+            if frame.pts is not None and frame.pts >= pts:
+                ratio = changed
+        return ratio or Fraction(1)
