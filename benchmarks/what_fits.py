@@ -15,16 +15,16 @@ CAPACITY = 80 * GIB
 GPUS = (1, 8, 32, 64)
 OFFERED = [strategy for strategy in STRATEGIES if strategy.option]
 STAGES = ("stage1_image_warmup", "stage2_mixed", "stage3_long_video", "stage4_few_shot")
-B = ["--model.init_args.backbone.size=B", "--model.init_args.backbone.activation_checkpointing=false"]
+B = ["--config=recipes/size/b.yaml"]  # for one GPU
 
 
 def cell(run: RunSettings) -> str:
     """Return the GiB per GPU, and in parentheses the micro-batches per step if those of the recipe do not fit."""
-    before = sum(source.config.micro_batches for source in run.sources)
+    before = run.plan.micro_batches_per_step
     for candidate in with_smaller_micro_batches(run):
         needed = memory(candidate)["total"]
         if needed <= CAPACITY:
-            micro_batches = sum(source.config.micro_batches for source in candidate.sources)
+            micro_batches = candidate.plan.micro_batches_per_step
             return f"{needed / GIB:.0f}" + (f" ({micro_batches})" if micro_batches > before else "")
     return "no"
 

@@ -25,6 +25,7 @@ from gpdit_lightning.estimation.requirements import (
     memory,
     nearest_that_fits,
     overrides,
+    source_flops,
     step_flops,
 )
 from gpdit_lightning.media.images import parse_size
@@ -112,6 +113,7 @@ def read_recipe(
         noise_draws=data.noise_draws,
         max_steps=settings.trainer.max_steps,
         sources=sources,
+        sampling=data.sampling,
     )
     return EstimatedRecipe(run, grid, assumed)
 
@@ -240,15 +242,16 @@ def model_and_data(recipe: EstimatedRecipe) -> str:
         f"{parameter_count(run.backbone):,} parameters ({run.backbone.size}, {run.backbone.attention}), "
         f"{run.precision}, GPUs: {run.gpus}"
     ]
-    for source in run.sources:
+    for source, share in zip(run.sources, run.plan.step_shares, strict=True):
         shapes = run.micro_batch_shapes(source)
         sizes = {f"{shape.height * spatial_factor}x{shape.width * spatial_factor}" for shape in shapes}
         lengths = value_range([shape.frames for shape in shapes])
         lengths += ", loss on targets only" if source.config.loss_frames == "targets" else ""
         batch = f"{source.config.tokens:,} tokens" if source.config.tokens else f"{source.config.batch_size}"
         clips = value_range([shape.samples // run.gpus for shape in shapes])
+        steps = f", in {share} of the steps" if share < 1 else ""
         lines.append(
-            f"{source.name}: {batch} per step, {clips} per micro-batch and GPU, latent frames {lengths}, "
+            f"{source.name}: {batch} per step{steps}, {clips} per micro-batch and GPU, latent frames {lengths}, "
             f"{', '.join(sorted(sizes))} ({'assumed' if source.name in recipe.assumed else 'as prepared'})"
         )
     return "\n".join(lines)
@@ -314,15 +317,20 @@ def what_fits(run: RunSettings, capacity: float) -> str:
 
 
 def compute(run: RunSettings, peak: float, mfu: float) -> str:
-    """Return sentences on the FLOPs of an optimizer step by part, and on the duration of a step and of the run."""
+    """Return sentences on the FLOPs of an optimizer step by part, and on the duration of a step and of the run.
+
+    They are means over the steps if the sources alternate.
+    """
     parts = step_flops(run)
     total = sum(parts.values())
+    of_sources = [f"{source.name}: {flops(sum(source_flops(run, source).values()))}" for source in run.sources]
+    average = f" on average ({', '.join(of_sources)})" if min(run.plan.step_shares) < 1 else ""
     seconds = total / (run.gpus * peak * mfu)
     recomputed = ", and a third more to recompute activations" if run.backbone.activation_checkpointing else ""
     shares = ", ".join(f"{name.replace('_', ' ')} {count / total:.1%}" for name, count in parts.items())
     run_time = f", and {run.max_steps:,} steps {duration(run.max_steps * seconds)}" if run.max_steps > 0 else ""
     return (
-        f"An optimizer step takes {flops(total)}, {flops(total / run.gpus)} per GPU{recomputed}:\n"
+        f"An optimizer step takes {flops(total)}{average}, {flops(total / run.gpus)} per GPU{recomputed}:\n"
         f"  {shares}\n"
         f"At {mfu:.0%} of {peak / 1e12:.0f} TFLOP/s a step takes {duration(seconds)}{run_time}."
     )

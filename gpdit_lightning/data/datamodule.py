@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NoiseLevels, RangeSampler, TimedLoader
 from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.manifest import Manifest, Split
-from gpdit_lightning.data.plan import Plan, PlannedSource
+from gpdit_lightning.data.plan import Plan, PlannedSource, Sampling
 from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import TRAIN_NOISE, VALIDATION_NOISE
@@ -21,6 +21,8 @@ from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
 UNUSED = SourceConfig()
 LOCAL_CACHE = CacheConfig()
+# Settings that checkpoints of earlier versions do not record, with the only value that they could have.
+EARLIER_SETTINGS = {"data.sampling": "joint"}
 
 
 class LatentDataModule(LightningDataModule):
@@ -30,6 +32,9 @@ class LatentDataModule(LightningDataModule):
         images: still images (latents of one frame).
         videos: video clips.
         sequences: related images, each encoded alone, as the frames of a clip (GPDiT, section 5.4).
+        sampling: how several sources share the optimizer steps. `joint` takes a batch of each in every step and weights
+            their mean losses by the sources' `weight`; `alternate` takes a step's batch from one source, which has a
+            fraction of the steps that is proportional to its `weight`. Validation is joint.
         seed: seed of the order, the noise and the noise levels; the batch of a step is a function of seed and step.
         context_dropout: fraction of clips that are trained without context, for guidance.
         noise_levels: `frame` draws a level t for each latent frame, `clip` one for the whole clip.
@@ -56,6 +61,7 @@ class LatentDataModule(LightningDataModule):
         images: SourceConfig = UNUSED,
         videos: SourceConfig = UNUSED,
         sequences: SourceConfig = UNUSED,
+        sampling: Sampling = "joint",
         seed: int = 0,
         context_dropout: float = 0.1,
         noise_levels: NoiseLevels = "frame",
@@ -97,10 +103,10 @@ class LatentDataModule(LightningDataModule):
         remote = any(not isinstance(manifest.directory, Path) for manifest in self._all_manifests)
         self.cache = cache.open() if remote else None
         self.buckets = {split: self._buckets_of(split) for split in ("train", "validation")}
-        self.plan = self._make_plan("train", context_dropout, max_ranks)
+        self.plan = self._make_plan("train", context_dropout, max_ranks, sampling)
         self._check_cache_size()
         has_validation = bool(self.buckets["validation"])
-        self.validation_plan = self._make_plan("validation", 0.0, max_ranks) if has_validation else None
+        self.validation_plan = self._make_plan("validation", 0.0, max_ranks, "joint") if has_validation else None
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -147,7 +153,7 @@ class LatentDataModule(LightningDataModule):
         Raises:
             InputError: the data, the mixture or the batches changed.
         """
-        order, saved = self._order_settings(), state_dict["order"]
+        order, saved = self._order_settings(), EARLIER_SETTINGS | state_dict["order"]
         changes = [
             f"{name} = {saved.get(name, 'none')} and the recipe has {order.get(name, 'none')}"
             for name in sorted(order.keys() | saved.keys())
@@ -174,6 +180,7 @@ class LatentDataModule(LightningDataModule):
     def _order_settings(self) -> dict[str, Any]:
         """Return all settings that the order of the data and the noise depend on, by their names in a recipe."""
         order: dict[str, Any] = {
+            "data.sampling": self.plan.sampling,
             "data.seed": self.seed,
             "data.context_dropout": self.plan.context_dropout,
             "data.noise_levels": self.noise_levels,
@@ -257,7 +264,7 @@ class LatentDataModule(LightningDataModule):
                 ]
         return buckets
 
-    def _make_plan(self, split: Split, context_dropout: float, max_ranks: int) -> Plan:
+    def _make_plan(self, split: Split, context_dropout: float, max_ranks: int, sampling: Sampling) -> Plan:
         """Return the plan of a split; the validation plan leaves out sources without held-out samples."""
         sources = []
         for name, config in self.configs.items():
@@ -265,7 +272,7 @@ class LatentDataModule(LightningDataModule):
             if buckets or split == "train":
                 planned = tuple(bucket.planned for bucket in buckets)
                 sources.append(PlannedSource(name, planned, config, self.patch_size))
-        return Plan(tuple(sources), self.seed, context_dropout, max_ranks)
+        return Plan(tuple(sources), self.seed, context_dropout, max_ranks, sampling)
 
     def _loader(self, split: Split, plan: Plan, purpose: int, start: int, stop: int) -> DataLoader[LatentBatch]:
         assert self.trainer is not None

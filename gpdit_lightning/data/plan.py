@@ -21,19 +21,31 @@ a shard of 10. The samples of one size form a bucket; each micro-batch is drawn 
 
 Samples are numbered through the shards of their bucket, positions through the global batch of the step. With
 `context_dropout=0.5` half of the clips of each rank have no context.
+
+With `sampling="alternate"` an optimizer step uses one source. Weights of 2 and 1 give images two steps of three; the
+order of the samples within a source is the same as above:
+
+    >>> weighted = (replace(images, config=replace(images.config, weight=2.0, micro_batches=1)), videos)
+    >>> plan = Plan(weighted, seed=0, context_dropout=0.5, max_ranks=2, sampling="alternate")
+    >>> [plan.sources[batch.source].name for batch in map(plan.micro_batch, range(6))]
+    ['images', 'images', 'videos', 'images', 'images', 'videos']
 """
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from functools import cached_property
-from itertools import islice
-from typing import Any
+from itertools import accumulate, islice
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from gpdit_lightning.data.order import BucketOrder, SourceOrder
 from gpdit_lightning.data.source import SourceConfig
 from gpdit_lightning.errors import InputError
+
+Sampling = Literal["joint", "alternate"]
 
 
 @dataclass(frozen=True)
@@ -138,8 +150,9 @@ class Plan:
     """The order of training over a list of sources.
 
     Each bucket has its epochs: all samples are used once, in a new order, before any is repeated, and a remainder that
-    does not fill a micro-batch carries over to the next epoch. So sources mix in the exact proportion of their batch
-    sizes.
+    does not fill a micro-batch carries over to the next epoch. So sources mix in exact proportions: `joint` sampling
+    takes a batch of every source in each optimizer step, and `alternate` takes all micro-batches of a step from one
+    source, which has a fraction of the steps that is proportional to its weight.
 
     Attributes:
         sources: the sources of the mixture.
@@ -148,15 +161,18 @@ class Plan:
             far differs from the exact fraction by less than one clip per part.
         max_ranks: equal parts of every micro-batch, alike in shape and in the number of clips with context. The order
             is the same at every world size that divides it.
+        sampling: how the sources share the optimizer steps.
 
     Raises:
-        InputError: a setting is out of range, a batch cannot be divided, or a source has no samples.
+        InputError: a setting is out of range, a batch cannot be divided, a source has no samples, or alternating
+            sources have different numbers of micro-batches.
     """
 
     sources: tuple[PlannedSource, ...]
     seed: int = 0
     context_dropout: float = 0.1
     max_ranks: int = 1
+    sampling: Sampling = "joint"
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -174,8 +190,8 @@ class Plan:
                     f"data.{source.name} has batch_size = {config.batch_size} and tokens = {config.tokens}: give one "
                     "of them, and 0 for the other."
                 )
-            if not config.weight > 0:
-                raise InputError(f"data.{source.name}.weight is {config.weight}; it must be positive.")
+            if not 0 < config.weight < math.inf:
+                raise InputError(f"data.{source.name}.weight is {config.weight}; it must be positive and finite.")
             if config.shuffle_window < 1:
                 raise InputError(
                     f"data.{source.name}.shuffle_window is {config.shuffle_window}; it must be at least 1 sample."
@@ -184,6 +200,17 @@ class Plan:
                 raise InputError(f"data.{source.name}.micro_batches is {config.micro_batches}; it must be at least 1.")
             shapes = [(max(bucket.lengths), bucket.height, bucket.width) for bucket in source.buckets]
             source.micro_batch_size(*max(shapes, key=math.prod), self.max_ranks)  # raises if it cannot be divided
+        self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        if self.sampling not in get_args(Sampling):
+            raise InputError(f"data.sampling is {self.sampling}: choose one of {', '.join(get_args(Sampling))}.")
+        if self.sampling == "alternate" and len({source.config.micro_batches for source in self.sources}) > 1:
+            given = " and ".join(f"data.{s.name}.micro_batches = {s.config.micro_batches}" for s in self.sources)
+            raise InputError(
+                f"data.sampling is alternate, where all optimizer steps have the same number of micro-batches, but the "
+                f"recipe has {given}: give all sources the same number, or set data.sampling to joint."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the cached properties, which the receiver computes again.
@@ -192,18 +219,30 @@ class Plan:
     @cached_property
     def micro_batches_per_step(self) -> int:
         """The number of micro-batches per optimizer step, which is the gradient accumulation of the trainer."""
+        if self.sampling == "alternate":
+            return self.sources[0].config.micro_batches
         return sum(source.config.micro_batches for source in self.sources)
+
+    @cached_property
+    def step_shares(self) -> tuple[Fraction, ...]:
+        """The fraction of the optimizer steps that use each source."""
+        if self.sampling == "joint":
+            return (Fraction(1),) * len(self.sources)
+        return tuple(weight / sum(self._weights) for weight in self._weights)
+
+    @cached_property
+    def _weights(self) -> tuple[Fraction, ...]:
+        """The weights of the sources as written in decimal, so that 0.1 is exactly a tenth."""
+        return tuple(Fraction(str(source.config.weight)) for source in self.sources)
 
     def micro_batch(self, number: int) -> MicroBatch:
         """Return micro-batch `number` of the run, counted over all optimizer steps from 0."""
-        step, within = divmod(number, self.micro_batches_per_step)
-        index = first_position = 0
-        while within >= self.sources[index].config.micro_batches:
-            within -= self.sources[index].config.micro_batches
-            first_position += self.sources[index].config.micro_batches * self._orders[index].largest
-            index += 1
+        index, earlier = self._locate(number)
         source, order = self.sources[index], self._orders[index]
-        bucket, counts = order.locate(step * source.config.micro_batches + within)
+        within = earlier[index] % source.config.micro_batches
+        reserved = zip(self.sources[:index], self._orders[:index], strict=True)
+        first_position = sum(other.config.micro_batches * other_order.largest for other, other_order in reserved)
+        bucket, counts = order.locate(earlier[index])
         next_batches = [other.locate(count) for other, count in zip(order.buckets, counts, strict=True)]
         length, position = next_batches[bucket]
         size = order.buckets[bucket].sizes[length]
@@ -214,7 +253,7 @@ class Plan:
             # Positions are reserved for the largest micro-batch, so that they are unique within a step.
             positions=first_position + within * order.largest + np.arange(size),
             context=self._context(sum(samples for _, samples in next_batches), size),
-            weight=source.config.weight / sum(s.config.weight for s in self.sources) / source.config.micro_batches,
+            weight=self._weight_in_step(source) / source.config.micro_batches,
             frames=source.buckets[bucket].lengths[length],
         )
 
@@ -225,14 +264,12 @@ class Plan:
             (source, bucket, shard) of all shards in the current window and the next window of each bucket. No other
             shard is read before a bucket reaches the window after these.
         """
-        step, within = divmod(number, self.micro_batches_per_step)
+        _, earlier = self._locate(number)
         windows = []
         for index, (source, order) in enumerate(zip(self.sources, self._orders, strict=True)):
-            _, counts = order.locate(
-                step * source.config.micro_batches + min(max(within, 0), source.config.micro_batches)
-            )
-            within -= source.config.micro_batches
-            steps_per_epoch = float(order.micro_batches_per_epoch / source.config.micro_batches)
+            _, counts = order.locate(earlier[index])
+            per_step = source.config.micro_batches * self.step_shares[index]
+            steps_per_epoch = float(order.micro_batches_per_epoch / per_step)
             for bucket, (bucket_order, count) in enumerate(zip(order.buckets, counts, strict=True)):
                 _, position = bucket_order.locate(count)
                 for start, shards in islice(bucket_order.windows_from(position), 2):
@@ -240,6 +277,41 @@ class Plan:
                     windows.append((steps_until_start, [(index, bucket, shard) for shard in shards]))
         windows.sort(key=lambda window: window[0])
         return list(dict.fromkeys(shard for _, shards in windows for shard in shards))
+
+    def _weight_in_step(self, source: PlannedSource) -> float:
+        """Return the weight of a source's mean loss in the loss of an optimizer step that uses it."""
+        if self.sampling == "alternate":
+            return 1.0
+        return source.config.weight / sum(other.config.weight for other in self.sources)
+
+    def _locate(self, number: int) -> tuple[int, list[int]]:
+        """Return the source of micro-batch `number`, and the number of earlier micro-batches of each source."""
+        step, within = divmod(number, self.micro_batches_per_step)
+        if self.sampling == "alternate":
+            index, steps = self._source_of_step(step)
+            earlier = [count * self.micro_batches_per_step for count in steps]
+            earlier[index] += within
+            return index, earlier
+        sizes = [source.config.micro_batches for source in self.sources]
+        ends = list(accumulate(sizes))
+        earlier = [step * size + min(max(within - end + size, 0), size) for size, end in zip(sizes, ends, strict=True)]
+        return bisect_right(ends, within), earlier
+
+    def _source_of_step(self, step: int) -> tuple[int, list[int]]:
+        """Return the source of an optimizer step of alternating sources, and the number of earlier steps of each.
+
+        The first source has the steps at which ceil(step x share) increases. The second divides the remaining steps in
+        the same way, and so on. So if the weights are proportional to integers with the sum n, each source has exactly
+        its number of steps in any n consecutive ones.
+        """
+        index, counts, remaining = len(self.sources), [], sum(self._weights)
+        for number, weight in enumerate(self._weights):
+            share = weight / remaining
+            counts.append(math.ceil(step * share))
+            if math.ceil((step + 1) * share) > counts[-1]:
+                index = min(index, number)
+            step, remaining = step - counts[-1], remaining - weight
+        return index, counts
 
     @cached_property
     def _orders(self) -> list[SourceOrder]:

@@ -19,8 +19,8 @@ class SourceConfig:
     manifests: list[str] = field(default_factory=list)
     """Folders made by `prepare`, for sequences by `prepare-pairs`; or their manifest.json."""
     batch_size: int = 0
-    """Samples per optimizer step over all ranks. A source with neither batch_size nor tokens, or without manifests, is
-    not used."""
+    """Samples per optimizer step that uses the source, over all ranks. A source with neither batch_size nor tokens, or
+    without manifests, is not used."""
     micro_batches: int = 1
     """Micro-batches into which that batch is divided, one forward and backward pass each; more need less memory."""
     frames: int = 0
@@ -29,10 +29,12 @@ class SourceConfig:
     """Above 0, the length varies between micro-batches: each number of latent frames from this to `frames` is used
     equally often."""
     weight: float = 1.0
-    """Weight of this source's mean loss, relative to the other sources."""
+    """Weight relative to the other sources: of the source's mean loss in each step if data.sampling is joint, of the
+    number of its steps if it is alternate."""
     tokens: int = 0
-    """Above 0, replaces batch_size: tokens per optimizer step over all ranks. A clip of F latent frames of h x w has
-    F x h x w / patch_size^2 tokens; each shape and clip length has the largest number of samples within the budget."""
+    """Above 0, replaces batch_size: tokens per optimizer step that uses the source, over all ranks. A clip of F latent
+    frames of h x w has F x h x w / patch_size^2 tokens; each shape and clip length has the largest number of samples
+    within the budget."""
     shuffle_window: int = 65_536
     """Approximate number of samples, in whole shards, that are shuffled together; reads stay within them."""
     loss_frames: LossFrames = "all"

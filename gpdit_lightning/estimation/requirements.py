@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from gpdit_lightning.data.plan import Plan, PlannedSource
+from gpdit_lightning.data.plan import Plan, PlannedSource, Sampling
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.flops import PassShape, training_flops
 from gpdit_lightning.estimation.memory import (
@@ -63,14 +63,20 @@ class RunSettings:
     noise_draws: int
     max_steps: int
     sources: tuple[PlannedSource, ...]
+    sampling: Sampling = "joint"
 
     def __post_init__(self) -> None:
-        Plan(self.sources, 0, self.context_dropout, self.max_ranks)  # raises if batches cannot be divided
+        _ = self.plan  # raises if batches cannot be divided
         if self.gpus < 1 or self.max_ranks % self.gpus:
             raise InputError(
                 f"{self.gpus} GPUs do not divide data.max_ranks = {self.max_ranks}: choose --gpus that do, or set "
                 "data.max_ranks to a multiple of them."
             )
+
+    @property
+    def plan(self) -> Plan:
+        """The batch plan of the run."""
+        return Plan(self.sources, 0, self.context_dropout, self.max_ranks, self.sampling)
 
     @property
     def bytes_per_value(self) -> BytesPerValue:
@@ -92,14 +98,24 @@ class RunSettings:
 
 
 def step_flops(run: RunSettings) -> dict[str, float]:
-    """Return the FLOPs of an optimizer step by part, over all GPUs, averaged over shapes and context dropout."""
+    """Return the FLOPs of an optimizer step by part, over all GPUs: the mean over the steps of alternating sources."""
     total: Counter[str] = Counter()
-    for source in run.sources:
-        for shape in run.micro_batch_shapes(source):
-            clips = source.config.micro_batches * shape.samples
-            for context, fraction in ((clips, 1 - run.context_dropout), (0, run.context_dropout)):
-                flops = training_flops(run.backbone, pass_shape(run, source, shape, clips, context))
-                total.update({part: shape.fraction * fraction * count for part, count in flops.items()})
+    for source, share in zip(run.sources, run.plan.step_shares, strict=True):
+        total.update({part: float(share) * count for part, count in source_flops(run, source).items()})
+    return dict(total)
+
+
+def source_flops(run: RunSettings, source: PlannedSource) -> dict[str, float]:
+    """Return the FLOPs of a source in an optimizer step that uses it, by part, over all GPUs.
+
+    They are averaged over shapes and context dropout.
+    """
+    total: Counter[str] = Counter()
+    for shape in run.micro_batch_shapes(source):
+        clips = source.config.micro_batches * shape.samples
+        for context, fraction in ((clips, 1 - run.context_dropout), (0, run.context_dropout)):
+            flops = training_flops(run.backbone, pass_shape(run, source, shape, clips, context))
+            total.update({part: shape.fraction * fraction * count for part, count in flops.items()})
     return dict(total)
 
 
@@ -139,20 +155,27 @@ def _with_micro_batches(source: PlannedSource, micro_batches: int) -> PlannedSou
     return replace(source, config=replace(source.config, micro_batches=micro_batches))
 
 
+def _samples(run: RunSettings, source: PlannedSource) -> int:
+    """Return the least number of samples of a source in an optimizer step for each of `max_ranks` ranks."""
+    return min(shape.samples for shape in run.micro_batch_shapes(_with_micro_batches(source, 1))) // run.max_ranks
+
+
 def with_smaller_micro_batches(run: RunSettings) -> Iterator[RunSettings]:
     """Yield the run, then variants with more and smaller micro-batches of the source with the largest activations.
 
-    When each of `max_ranks` ranks has one sample of that source, `max_ranks` is lowered to the number of GPUs.
+    Alternating sources all have the same number. When each of `max_ranks` ranks has one sample of a source, `max_ranks`
+    is lowered to the number of GPUs.
     """
     yield run
     while True:
         largest = max(run.sources, key=lambda source: largest_activation_bytes(run, source))
-        shapes = run.micro_batch_shapes(_with_micro_batches(largest, 1))
-        samples = min(shape.samples for shape in shapes) // run.max_ranks
-        counts = range(largest.config.micro_batches + 1, samples + 1)
-        next_count = next((count for count in counts if largest.config.tokens or samples % count == 0), None)
+        changed = run.sources if run.sampling == "alternate" else (largest,)
+        counts = range(largest.config.micro_batches + 1, min(_samples(run, source) for source in changed) + 1)
+        next_count = next(
+            (n for n in counts if all(s.config.tokens or _samples(run, s) % n == 0 for s in changed)), None
+        )
         if next_count:
-            sources = tuple(_with_micro_batches(s, next_count) if s is largest else s for s in run.sources)
+            sources = tuple(_with_micro_batches(s, next_count) if s in changed else s for s in run.sources)
             run = replace(run, sources=sources)
             yield run
         elif run.max_ranks > run.gpus:

@@ -37,8 +37,10 @@ DEFAULT_OPTIMIZER = OptimizerConfig()
 class GPDiTStage(LightningModule):
     """Trains a GPDiT on any sources: images, videos, sequences, or several of them.
 
-    Every optimizer step takes a batch of each source; the sources' mean losses are weighted by their `weight`, equally
-    by default. A subclass may restrict the sources (`SOURCES`) or replace the `objective`.
+    By default, every optimizer step takes a batch of each source, and their mean losses are weighted by the sources'
+    `weight`. With `data.sampling: alternate`, a step takes a batch of one source, and each source has a fraction of the
+    steps that is proportional to its `weight`. A subclass may restrict the sources (`SOURCES`) or replace the
+    `objective`.
 
     Attributes:
         SOURCES: the sources on which the stage trains, all of them and no others; empty: any.

@@ -1,4 +1,4 @@
-"""Stage 2: images and videos in every optimizer step (GPDiT, section 5.1)."""
+"""Stage 2: images and videos, jointly in every optimizer step or alternating between steps (GPDiT, section 5.1)."""
 
 from gpdit_lightning.stages.base import GPDiTStage
 

@@ -13,7 +13,7 @@ from gpdit_lightning.cli import main
 from gpdit_lightning.cli.estimate import GIB, estimate, read_recipe, sharding_strategy
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.estimation.requirements import nearest_that_fits, overrides
+from gpdit_lightning.estimation.requirements import memory, nearest_that_fits, overrides, source_flops, step_flops
 from gpdit_lightning.options.estimate import EstimateOptions
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -49,6 +49,26 @@ def test_prepared_data_give_the_shapes(mixed: Path, capsys: pytest.CaptureFixtur
     assert "images: 4 per step, 2 per micro-batch and GPU, latent frames 1, 64x64, 64x96 (as prepared)" in text
     assert "videos: 8 per step, 2 per micro-batch and GPU, latent frames 2 to 3, 64x64 (as prepared)" in text
     assert "and 500 steps" in text
+
+
+def test_a_step_of_alternating_sources_takes_the_mean_of_their_flops(
+    mixed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With weights of 3 and 1, images have three of four steps."""
+    options = ["--data.images.micro_batches=2", "--data.images.weight=3", "--trainer.max_steps=9"]
+    joint, alternate = (
+        read_recipe([f"--config={mixed}", *options, f"--data.sampling={sampling}"]).run
+        for sampling in ("joint", "alternate")
+    )
+    images, videos = (sum(source_flops(joint, source).values()) for source in joint.sources)
+    assert sum(step_flops(joint).values()) == pytest.approx(images + videos)
+    assert sum(step_flops(alternate).values()) == pytest.approx(0.75 * images + 0.25 * videos)
+    assert memory(joint) == memory(alternate)
+    assert main(["estimate", f"--config={mixed}", *options, "--data.sampling=alternate"]) == 0
+    text = capsys.readouterr().out
+    assert "images: 4 per step, in 3/4 of the steps, 2 per micro-batch and GPU" in text
+    assert "videos: 8 per step, in 1/4 of the steps, 4 per micro-batch and GPU" in text
+    assert re.search(r"takes \S+ [MG]FLOP on average \(images: \S+ [MG]FLOP, videos: \S+ [MG]FLOP\), ", text)
 
 
 def test_a_loss_on_targets_needs_fewer_flops(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,8 +136,10 @@ def test_a_setting_selects_a_strategy(setting: Any, option: str) -> None:
     assert sharding_strategy(setting).option == option
 
 
-def test_the_proposed_options_make_the_recipe_fit(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("sampling", ["joint", "alternate"])
+def test_the_proposed_options_make_the_recipe_fit(sampling: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [STAGE2, "--trainer.strategy=auto", "--model.init_args.backbone.activation_checkpointing=false"]
+    arguments.append(f"--data.sampling={sampling}")
     for gpus, capacity in ((8, 80), (64, 40), (1, 24)):
         run = read_recipe(arguments, gpus).run
         nearest = nearest_that_fits(run, capacity * GIB)

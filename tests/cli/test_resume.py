@@ -123,6 +123,22 @@ def test_a_run_that_resumes_at_a_step_ends_bit_equal(
         assert after_step(mine.get(tag, {}), step) == after_step(values, step), tag
 
 
+def test_alternating_sources_resume_within_a_cycle(tiny_shards: Path, tmp_path: Path) -> None:
+    """After step 3, an image step, in the middle of a logged interval."""
+    images = {"manifests": [str(tiny_shards)], "batch_size": 4, "micro_batches": 2}
+    whole, resumed = (
+        recipe(tiny_shards, tmp_path / name, images=images, sampling="alternate") for name in ("whole", "resumed")
+    )
+    assert fit(tmp_path / "recipe.yaml", whole) == 0
+    make_interrupted_run(tmp_path / "resumed", tmp_path / "whole", 3)
+    assert fit(tmp_path / "recipe.yaml", resumed) == 0
+    last = "checkpoints/last.ckpt"
+    assert_same(read_checkpoint(tmp_path / "resumed" / last), read_checkpoint(tmp_path / "whole" / last))
+    theirs, mine = logged_scalars(tmp_path / "whole"), logged_scalars(tmp_path / "resumed")
+    assert theirs["train/loss_images"].keys() == theirs["train/loss_videos"].keys() == {4}
+    assert mine == {tag: after_step(values, 3) for tag, values in theirs.items()}
+
+
 def test_a_loader_that_starts_over_at_a_resume_gives_another_result(
     uninterrupted: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

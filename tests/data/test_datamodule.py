@@ -110,6 +110,41 @@ def test_validation_batches_are_held_out_and_always_the_same(tiny_shards: Path) 
     assert not torch.equal(training.noise, first[0].noise)
 
 
+def alternating(shards: Path, **settings: Any) -> LatentDataModule:
+    """Return a module with a step of 4 images, then a step of 2 clips, each in 2 micro-batches."""
+    videos = source(shards, batch_size=2, micro_batches=2)
+    return module(shards, videos=videos, sampling="alternate", **settings)
+
+
+def test_alternating_sources_take_turns_and_resume_within_a_cycle(tiny_shards: Path) -> None:
+    data = at_step(alternating(tiny_shards))
+    assert data.micro_batches_per_step == 2
+    whole = contents(data.train_dataloader(), 20)
+    assert [source for source, *_ in whole] == ["images", "images", "videos", "videos"] * 5
+    assert {weight for _, _, _, weight, *_ in whole} == {0.5}
+    assert contents(at_step(alternating(tiny_shards), step=3).train_dataloader(), 20) == whole[3 * 2 :]
+
+
+def test_validation_is_joint_whatever_the_sampling_is(tiny_shards: Path) -> None:
+    alternate = at_step(alternating(tiny_shards))
+    joint = at_step(module(tiny_shards, videos=source(tiny_shards, batch_size=2, micro_batches=2)))
+    expected = contents(joint.val_dataloader(), 16)
+    assert [source for source, *_ in expected] == ["images", "images", "videos", "videos"] * 4
+    assert contents(alternate.val_dataloader(), 16) == expected
+
+
+def test_a_checkpoint_of_another_sampling_is_refused(tiny_shards: Path) -> None:
+    joint, alternate = module(tiny_shards, videos=source(tiny_shards, micro_batches=2)), alternating(tiny_shards)
+    saved = joint.state_dict()
+    del saved["order"]["data.sampling"]  # as in checkpoints of earlier versions, whose sampling was joint
+    joint.load_state_dict(saved)
+    alternate.load_state_dict(alternate.state_dict())
+    with pytest.raises(InputError, match=r"trained with data\.sampling = joint and the recipe has alternate"):
+        alternating(tiny_shards, seed=0).load_state_dict(
+            saved | {"order": alternate.state_dict()["order"] | {"data.sampling": "joint"}}
+        )
+
+
 def test_no_validation_without_held_out_samples(tmp_path: Path, write_shards: Shards) -> None:
     folder = write_shards(tmp_path, {VIDEO: 3}).directory
     assert at_step(LatentDataModule(videos=source(folder))).val_dataloader() == []

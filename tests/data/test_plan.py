@@ -2,6 +2,7 @@ import doctest
 import pickle
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from gpdit_lightning.data import order as order_module
 from gpdit_lightning.data import plan as plan_module
 from gpdit_lightning.data.order import BucketOrder
-from gpdit_lightning.data.plan import MicroBatch, Plan, PlannedBucket, PlannedSource
+from gpdit_lightning.data.plan import MicroBatch, Plan, PlannedBucket, PlannedSource, Sampling
 from gpdit_lightning.data.source import SourceConfig
 from gpdit_lightning.errors import InputError
 
@@ -55,7 +56,18 @@ def budget(max_ranks: int = 8, window: int = 12) -> Plan:
     return Plan((images, videos), seed=1, context_dropout=0.25, max_ranks=max_ranks)
 
 
-PLANS = pytest.mark.parametrize("make", [mixture, budget])
+def alternating(max_ranks: int = 8, window: int = 12) -> Plan:
+    """Two micro-batches in every step: of images in two of five steps, else of clips within a budget of tokens."""
+    images, videos = budget(max_ranks, window).sources
+    configs = (
+        replace(images.config, tokens=0, batch_size=32, micro_batches=2, weight=0.2),
+        replace(videos.config, micro_batches=2, weight=0.3),
+    )
+    sources = tuple(replace(s, config=config) for s, config in zip((images, videos), configs, strict=True))
+    return Plan(sources, seed=1, context_dropout=0.25, max_ranks=max_ranks, sampling="alternate")
+
+
+PLANS = pytest.mark.parametrize("make", [mixture, budget, alternating])
 
 
 def same(first: MicroBatch, second: MicroBatch) -> bool:
@@ -205,6 +217,60 @@ def test_weights_of_a_step_are_proportional_and_sum_to_one(weights: tuple[float,
         image_weight = sum(batch.weight for batch in batches if batch.source == 0)
         assert image_weight == pytest.approx(weights[0] / sum(weights))
         assert len({batch.weight for batch in batches if batch.source == 1}) == 1
+
+
+def weighted(*weights: float, sampling: Sampling = "alternate") -> Plan:
+    """A plan of several sources with 12 samples and micro-batches of 2, one in each step."""
+    sources = [
+        PlannedSource(str(number), (bucket(7), bucket(5)), SourceConfig(batch_size=2, weight=weight))
+        for number, weight in enumerate(weights)
+    ]
+    return Plan(tuple(sources), seed=2, context_dropout=0.25, sampling=sampling)
+
+
+@pytest.mark.parametrize(
+    ("weights", "steps"),
+    [((1.0, 1.0), (1, 1)), ((2.0, 1.0), (2, 1)), ((0.3, 0.7), (3, 7)), ((1.0, 2.0, 4.0), (1, 2, 4)), ((5.0,), (1,))],
+)
+def test_alternating_sources_have_their_exact_share_of_every_cycle(
+    weights: tuple[float, ...], steps: tuple[int, ...]
+) -> None:
+    """Also from any step that is not the first of a cycle, and with no long run of one source."""
+    plan, cycle = weighted(*weights), sum(steps)
+    assert plan.step_shares == tuple(Fraction(count, cycle) for count in steps)
+    found = [plan.micro_batch(number).source for number in range(4 * cycle)]
+    for first in range(3 * cycle):
+        assert Counter(found[first : first + cycle]) == Counter({n: count for n, count in enumerate(steps) if count})
+    for number in range(4 * cycle):  # the first source is never a whole step away from its share
+        assert abs(found[:number].count(0) - Fraction(number * steps[0], cycle)) < 1
+    assert [plan.micro_batch(10**9 * cycle + number).source for number in range(cycle)] == found[:cycle]
+
+
+def test_a_step_of_alternating_sources_has_one_source_and_the_weight_one() -> None:
+    plan = alternating()
+    assert plan.micro_batches_per_step == 2
+    found = []
+    for step in range(10):
+        batches = [plan.micro_batch(2 * step + within) for within in range(2)]
+        assert [batch.weight for batch in batches] == [0.5, 0.5]
+        assert len({batch.source for batch in batches}) == 1
+        positions = np.concatenate([batch.positions for batch in batches])
+        assert len(set(positions.tolist())) == len(positions)
+        found.append(batches[0].source)
+    assert found == [0, 1, 0, 1, 1] * 2
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 3.0, 2.0)])
+def test_the_samples_of_a_source_are_those_of_joint_sampling_in_the_same_order(weights: tuple[float, ...]) -> None:
+    joint, alternate = weighted(*weights, sampling="joint"), weighted(*weights)
+    for source in range(len(weights)):
+        in_joint, in_alternate = (
+            [batch for batch in map(plan.micro_batch, range(60)) if batch.source == source]
+            for plan in (joint, alternate)
+        )
+        assert min(len(in_joint), len(in_alternate)) >= 10
+        for one, other in zip(in_joint, in_alternate, strict=False):
+            assert same(replace(one, weight=1.0), other)
 
 
 def test_positions_of_a_step_are_unique() -> None:
@@ -407,6 +473,8 @@ def videos(buckets: tuple[PlannedBucket, ...] = (bucket(5),), batch_size: int = 
         (videos(micro_batches=0), {}, r"data\.videos\.micro_batches is 0; it must be at least 1"),
         (videos(), {"max_ranks": 8}, "= 1 x 8: make it a multiple, or lower one of these"),
         (videos(weight=0.0), {}, r"data\.videos\.weight is 0\.0; it must be positive"),
+        (videos(weight=float("inf")), {}, r"data\.videos\.weight is inf; it must be positive and finite"),
+        (videos(), {"sampling": "random"}, "data.sampling is random: choose one of joint, alternate"),
         (videos(shuffle_window=0), {}, r"data\.videos\.shuffle_window is 0; it must be at least 1"),
         (videos(tokens=100), {}, r"data\.videos has batch_size = 4 and tokens = 100: give one of them"),
         (videos(batch_size=0), {}, r"data\.videos has batch_size = 0 and tokens = 0: give one of them"),
@@ -424,3 +492,12 @@ def videos(buckets: tuple[PlannedBucket, ...] = (bucket(5),), batch_size: int = 
 def test_invalid_settings_are_rejected(source: PlannedSource | None, settings: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Plan((source,) if source else (), **settings)  # type: ignore[arg-type]
+
+
+def test_alternating_sources_with_different_numbers_of_micro_batches_are_refused() -> None:
+    sources = mixture().sources
+    with pytest.raises(
+        InputError,
+        match=r"data\.images\.micro_batches = 2 and data\.videos\.micro_batches = 3: give all sources the same number",
+    ):
+        Plan(sources, max_ranks=8, sampling="alternate")

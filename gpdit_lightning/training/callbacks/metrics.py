@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gpdit_lightning.data.batches import TimedLoader
+from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import QuartileLoss
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.training.callbacks.ema import EMA
@@ -25,9 +26,13 @@ class LossTable:
 
     Sums and counts are added over micro-batches, ranks and interruptions, and divided last. They are float64, or
     float32 on MPS, which has no float64.
+
+    Attributes:
+        several_sources: whether the run has several sources. If they alternate, few steps may contain one of them only.
     """
 
     def __init__(self) -> None:
+        self.several_sources = False
         self.rows: dict[str, Tensor] = {}  # source -> (2, 4) sums and counts by quartile
         self.weights: dict[str, float] = {}  # source -> sum of its micro-batches' weights in the objective
 
@@ -42,8 +47,8 @@ class LossTable:
     def means(self, trainer: Trainer) -> dict[str, float]:
         """Return `loss`, `loss_q1` to `loss_q4` and, with several sources, `loss_SOURCE`, over all ranks.
 
-        `loss` weights the sources as in the objective; the quartiles are means over the frames of all sources. Resets
-        the sums.
+        `loss` weights the sources as in the objectives of the steps; the quartiles are means over the frames of all
+        sources. Resets the sums.
         """
         names = sorted(self.rows)
         if not names:
@@ -57,7 +62,7 @@ class LossTable:
         for quartile in range(4):
             if pooled[COUNT, quartile] > 0:
                 means[f"loss_q{quartile + 1}"] = float(pooled[SUM, quartile] / pooled[COUNT, quartile])
-        if len(names) > 1:
+        if self.several_sources or len(names) > 1:
             means |= {f"loss_{name}": mean for name, mean in per_source.items()}
         self.rows, self.weights = {}, {}
         return means
@@ -97,6 +102,9 @@ class MetricsLogger(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the step of a resumed run, and reset the peak memory."""
         self._last_step = trainer.global_step
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, LatentDataModule)
+        self.train.several_sources = len(data.plan.sources) > 1
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
 

@@ -238,6 +238,23 @@ def test_scalars_are_logged_by_optimizer_step(
     assert tokens_per_clip == pytest.approx((4 * 16 + 4 * 48) / 8, rel=1e-5)
 
 
+def test_alternating_sources_have_a_curve_each(
+    fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """Also if a window of steps has one of them only."""
+    sources = [SourceConfig([str(tiny_shards)], batch_size=4, micro_batches=2) for _ in range(2)]
+    data = LatentDataModule(*sources, sampling="alternate", validation_batches=1)
+    record, scalars = run(fit, mixed_stage(tiny_config), data, tmp_path, max_steps=4, every_steps=1)
+    assert {name: list(scalars[f"train/loss_{name}"]) for name in ("images", "videos")} == {
+        "images": [1, 3],
+        "videos": [2, 4],
+    }
+    for step, name in enumerate(("images", "videos") * 2, start=1):
+        assert scalars["train/loss"][step] == scalars[f"train/loss_{name}"][step]
+        assert scalars["train/loss"][step] == pytest.approx(record.losses[step], rel=1e-5)
+    assert scalars["val/loss"].keys() == scalars["val/loss_images"].keys() == scalars["val/loss_videos"].keys() == {4}
+
+
 def test_a_resumed_run_logs_the_same_scalars(
     fit: Fit, tiny_config: GPDiTConfig, tiny_shards: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,71 @@
+"""The estimates in the heads of recipes and in docs/scaling.md are those of `estimate`."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from benchmarks import what_fits
+from gpdit_lightning.cli.estimate import GIB, read_recipe
+from gpdit_lightning.estimation.requirements import RunSettings, memory, step_flops
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ("stage1_image_warmup", "stage2_mixed", "stage3_long_video", "stage4_few_shot", "ucf101_b")
+STAGES = RECIPES[:4]
+SECONDS = {"hour": 3600, "minute": 60}
+
+
+def head_of(recipe: str) -> str:
+    """Return the comments at the top of a recipe as one line."""
+    text = (ROOT / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    return " ".join(re.sub(r"^#\s*", "", line) for line in text.splitlines() if line.startswith("#"))
+
+
+def as_stated(value: float, text: str) -> str:
+    """Return a number with as many decimals as a text has."""
+    return f"{value:.{len(text.partition('.')[2])}f}"
+
+
+def seconds_on_h100(run: RunSettings) -> float:
+    return run.max_steps * sum(step_flops(run).values()) / (run.gpus * 989e12 * 0.4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_head_of_a_recipe_has_the_memory_and_time_of_its_command(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    head = head_of(recipe)
+    stated = re.search(r"Memory: ([\d.]+) GiB per GPU.*?\(estimated: python -m gpdit_lightning estimate ([^;)]+)", head)
+    assert stated
+    command = shlex.split(stated[2])
+    sizes = {"videos": [command[command.index("--video_sizes") + 1]]} if "--video_sizes" in command else {}
+    run = read_recipe(command[-2:], int(command[command.index("--gpus") + 1]), sizes).run
+    assert as_stated(memory(run)["total"] / GIB, stated[1]) == stated[1]
+    time = re.search(r"Time: (?:at least )?([\d.]+) (hour|minute)s? on (\w+) H100.*?([\d.]+) PFLOP per step", head)
+    assert time
+    assert time[3].replace("one", "1") == str(run.gpus)
+    assert as_stated(seconds_on_h100(run) / SECONDS[time[2]], time[1]) == time[1]
+    assert f"{sum(step_flops(run).values()) / 1e15:.2g}" == time[4]
+
+
+def test_the_head_of_the_overlay_for_one_gpu_has_the_memory_and_time_of_every_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = [read_recipe([f"--config=recipes/{stage}.yaml", "--config=recipes/size/b.yaml"]).run for stage in STAGES]
+    gib = [f"{memory(run)['total'] / GIB:.0f}" for run in runs]
+    assert f"Memory: {', '.join(gib[:3])} and {gib[3]} GiB for the four stages" in head_of("size/b")
+    hours = [f"{seconds_on_h100(run) / 3600:.0f}" for run in runs[:3]]
+    assert f"Time: {', '.join(hours)} hours and {seconds_on_h100(runs[3]):.0f} s" in head_of("size/b")
+
+
+def test_the_table_of_what_fits_is_up_to_date(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    what_fits.main()
+    assert capsys.readouterr().out in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), (
+        "an estimate changed: python -m benchmarks.what_fits"
+    )
