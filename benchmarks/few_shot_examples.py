@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     codec = load_codec_from_spec(trained.codec)
     config = GenerationConfig(RotationSampler(options.steps, schedule=trained.schedule))
     height, width = trained.geometry.sizes[0]
-    images = [resize_and_crop(read_image(path), (height, width)) for path in images_in(options.images)]
+    images = [resize_and_crop(read_image(path), (height, width)) for path, _ in images_in(options.images)]
     example_images, source_images = images[: len(images) // 2], torch.cat(images[len(images) // 2 :])
 
     print(

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
@@ -59,8 +59,8 @@ def videos_by_name(paths: Sequence[str]) -> dict[str, Path]:
         InputError: there are no videos, or two of them have the same name.
     """
     videos: dict[str, Path] = {}
-    for relative, path in find_named_videos(paths):
-        name = relative.with_suffix("").as_posix()
+    for path, name_with_suffix in find_named_videos(paths):
+        name = PurePosixPath(name_with_suffix).with_suffix("").as_posix()
         if name in videos:
             raise InputError(
                 f"{videos[name]} and {path} would both be written as {name}: give the folder above both, or rename one "

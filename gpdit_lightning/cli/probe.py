@@ -14,6 +14,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import find_videos
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.names import as_text
 from gpdit_lightning.options.probe import ProbeOptions
 from gpdit_lightning.probing.layer_features import extract_layer_features
 from gpdit_lightning.probing.probe import probe_layers
@@ -57,7 +58,7 @@ def probe(options: ProbeOptions) -> None:
             log.warning("warning: %s evaluates none of these checkpoints, so the figure does not include it", path)
     write_json(results, options.out / "probe.json")
     with atomic_write(options.out / "probe.md") as temporary:
-        temporary.write_text(markdown(results))
+        temporary.write_text(markdown(results), encoding="utf-8")
     plot_probe(results, options.out / "probe.png", evaluations)
     print(f"{markdown(results)}\n{options.out / 'probe.json'}, probe.md, probe.png")
 
@@ -140,7 +141,7 @@ def probe_checkpoint(
             left_out=len(videos) - len(used),
             num_resampled=features.num_resampled,
             regularisation=regularisation,
-            data=", ".join(options.videos),
+            data=as_text(", ".join(options.videos)),
             split=split,
             frames=options.frames,
             stride=options.stride,

@@ -21,9 +21,11 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, check_writable
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.generation import transform as generate_targets
+from gpdit_lightning.media.finding import FoundFile
 from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, ImageTask, make_pair
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, closest_size, resize_and_crop, write_sheet
 from gpdit_lightning.media.video import natural_sort_key
+from gpdit_lightning.names import as_text
 from gpdit_lightning.options.transform import TransformOptions
 from gpdit_lightning.preparation.few_shot import find_task
 from gpdit_lightning.preparation.pairs import (
@@ -137,7 +139,8 @@ def example_paths(options: TransformOptions, count: int, task: ImageTask) -> Seq
     paths: Sequence[Sequence[Path]]
     if task is EXISTING_PAIRS:
         other = "another" if options.examples_task else "--task or"
-        pairs = match_by_name(*pair_folders(folder, f"give {other} --examples_task for single images"))
+        folders = pair_folders(folder, f"give {other} --examples_task for single images")
+        pairs = [(source.path, target.path) for source, target in match_by_name(*folders, recursive=False)]
         paths = sorted(pairs, key=lambda pair: natural_sort_key(pair[0]))
     elif find_pair_folders(folder):
         raise InputError(
@@ -160,7 +163,9 @@ def image_paths(source: str) -> list[Path]:
     path = Path(source)
     if not path.exists():
         raise InputError(f"{source} does not exist: give an image or a folder of images.")
-    return sorted(images_in(path), key=natural_sort_key) if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    return sorted((image.path for image in images_in(path, recursive=False)), key=natural_sort_key)
 
 
 def plan_jobs(
@@ -203,7 +208,8 @@ def with_ground_truth(sources: Sequence[Path], ground_truth: Path | None, task: 
     if task is not EXISTING_PAIRS:
         raise InputError(f"--task {task.name} makes the ground truth itself: leave --truth {ground_truth} out.")
     if ground_truth.is_dir():
-        return match_in_folder(sources, ground_truth)
+        files = [FoundFile(path, as_text(path.name)) for path in sources]
+        return [(source.path, target.path) for source, target in match_in_folder(files, ground_truth)]
     if len(sources) > 1:
         raise InputError(f"--truth {ground_truth} is one image for {len(sources)} sources: give a folder of images.")
     return [(sources[0], *image_paths(str(ground_truth)))]

@@ -1,5 +1,6 @@
 """Clips for fitting the codec `pca`: synthetic motion over images, and cut videos."""
 
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
-from gpdit_lightning.media.video import VIDEO_EXTENSIONS, iterate_frames
+from gpdit_lightning.media.finding import FoundFile, Medium, find_media, without_repeated
+from gpdit_lightning.media.images import read_image
+from gpdit_lightning.media.video import iterate_frames
+
+log = logging.getLogger(__name__)
 
 FRAMES = 17
 SIZE = 128  # pixels along a side of a clip
@@ -129,15 +133,22 @@ def _log_uniform(low: float, high: float, generator: torch.Generator) -> float:
 def folder_clips(images: list[Path], videos: list[Path]) -> Iterator[Tensor]:
     """Yield four camera clips of every image and the consecutive clips of every video, uint8 (17, 3, 128, 128)."""
     generator = torch.Generator().manual_seed(SEED)
-    for path in _files(images, IMAGE_EXTENSIONS):
+    for path in _files(images, "image"):
         image = read_image(path)[0].float() / 255
         for _ in range(CLIPS_PER_IMAGE):
             yield camera_clip([image], generator)
-    for path in _files(videos, VIDEO_EXTENSIONS):
+    for path in _files(videos, "video"):
         frames = [frame.resized((SIZE, SIZE))[None] for frame in iterate_frames(path)]
         for start in range(0, len(frames) - FRAMES + 1, FRAMES):
             yield torch.cat(frames[start : start + FRAMES])
 
 
-def _files(folders: list[Path], extensions: tuple[str, ...]) -> list[Path]:
-    return sorted(path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in extensions)
+def _files(paths: list[Path], medium: Medium) -> list[Path]:
+    """Return the files of folders, lists and single files; the log names those that are left out."""
+    files: list[FoundFile] = []
+    for path in paths:
+        findings = find_media(path, medium)
+        files += findings.files
+        for sentence in findings.describe_left_out():
+            log.info("%s: %s", path, sentence)
+    return sorted(path for path, _ in without_repeated(files)[0])

@@ -1,8 +1,8 @@
 """Finding and selecting videos, and reading one clip of each."""
 
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.finding import FoundFile, find_media, without_repeated
 from gpdit_lightning.media.images import Size
-from gpdit_lightning.media.video import VIDEO_EXTENSIONS, count_frames, iterate_frames, natural_sort_key, video_info
+from gpdit_lightning.media.video import count_frames, iterate_frames, natural_sort_key, video_info
+
+log = logging.getLogger(__name__)
 
 
 class Selection(NamedTuple):
@@ -50,8 +53,7 @@ def select_videos(paths: Sequence[str | Path], count: int, seed: int, frames: in
         InputError: there are too few videos, or two with the same name; also as :func:`find_videos`.
     """
     videos: dict[str, Path] = {}
-    for relative, path in find_named_videos(paths):
-        name = relative.as_posix()
+    for path, name in find_named_videos(paths):
         if videos.setdefault(name, path) is not path:
             raise InputError(
                 f"{videos[name]} and {path} have the same name: give a folder above both, or leave one out."
@@ -83,31 +85,30 @@ def has_frames(path: Path, frames: int) -> bool:
 
 
 def find_videos(paths: Sequence[str | Path]) -> list[Path]:
-    """Return given videos and the videos in given folders at any depth, in the order of the arguments and of the names.
+    """Return the paths of the videos of :func:`find_named_videos`."""
+    return [path for path, _ in find_named_videos(paths)]
+
+
+def find_named_videos(paths: Sequence[str | Path]) -> list[FoundFile]:
+    """Return given videos, and the videos in given folders at any depth and in .txt lists, with their names.
+
+    They are in the order of the arguments and in natural order within each. A file and links to it are one video. The
+    log names the files that are left out.
 
     Raises:
         InputError: a path does not exist or contains no videos.
     """
-    videos: list[Path] = []
+    videos: list[FoundFile] = []
     for path in map(Path, paths):
-        if path.is_file():
-            videos.append(path)
-            continue
-        if not path.is_dir():
-            raise InputError(f"{path} does not exist on this machine: give videos or folders of videos.")
-        files = [Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names]
-        inside = [file for file in files if file.suffix.lower() in VIDEO_EXTENSIONS and not file.name.startswith(".")]
-        if not inside:
-            raise InputError(f"{path} contains no videos ({', '.join(VIDEO_EXTENSIONS)}): give another folder.")
-        videos += sorted(inside, key=lambda video: (video.parent, natural_sort_key(video)))
-    return videos
-
-
-def find_named_videos(paths: Sequence[str | Path]) -> Iterator[tuple[Path, Path]]:
-    """Yield the path of each video relative to the given folder, and its full path; raises as :func:`find_videos`."""
-    for root in map(Path, paths):
-        for path in find_videos([root]):
-            yield (Path(path.name) if path == root else path.relative_to(root)), path
+        findings = find_media(path, "video")
+        videos += sorted(findings.files, key=lambda video: (video.path.parent, natural_sort_key(video.path)))
+        for sentence in findings.describe_left_out():
+            log.info("%s: %s", path, sentence)
+    distinct, repeated = without_repeated(videos)
+    if repeated:
+        name, reason, _ = repeated[0]
+        log.info("%d other names of the same videos are not used: %s, for example, %s", len(repeated), name, reason)
+    return distinct
 
 
 def clip_frame_indices(

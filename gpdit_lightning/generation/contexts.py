@@ -3,6 +3,7 @@
 They are read as the training clips of the model were, with the same stride and sizes.
 """
 
+import logging
 import math
 import os
 import re
@@ -21,8 +22,11 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, closest_size, read_image, resize_and_crop
-from gpdit_lightning.media.video import VIDEO_EXTENSIONS, iterate_frames, iterate_images, natural_sort_key, video_info
+from gpdit_lightning.media.finding import medium_of, search_folder
+from gpdit_lightning.media.images import Size, closest_size, read_image, resize_and_crop
+from gpdit_lightning.media.video import iterate_frames, iterate_images, natural_sort_key, video_info
+
+log = logging.getLogger(__name__)
 
 DEFAULT_FPS = 24  # of images, which have no frame rate
 SHARD_EXTENSION = ".tar"
@@ -126,7 +130,7 @@ def _read_source(
 ) -> Iterator[VideoContext]:
     path = Path(source)
     shard, _, sample = source.rpartition("#")
-    if shard.endswith(SHARD_EXTENSION):
+    if shard.endswith(SHARD_EXTENSION) and not path.exists():
         reader = open_shard(Path(shard))
         yield _read_sample(reader, _sample_number(sample, reader), settings, codec)
     elif not os.path.exists(path):
@@ -137,23 +141,29 @@ def _read_source(
             yield _read_sample(reader, number, settings, codec)
     elif path.is_dir():
         yield from _read_folder(path, settings)
-    elif path.suffix.lower() in IMAGE_EXTENSIONS:
+    elif medium_of(path) == "image":
         yield _read_still_image(path, settings)
     else:
         yield _read_video(path, settings)
 
 
 def _read_folder(folder: Path, settings: ContextSettings) -> Iterator[VideoContext]:
-    files = sorted(folder.glob("[!.]*"), key=natural_sort_key)
-    videos = [path for path in files if path.suffix.lower() in VIDEO_EXTENSIONS]
-    images = [path for path in files if path.suffix.lower() in IMAGE_EXTENSIONS]
+    of_videos, of_images = (search_folder(folder, medium, recursive=False) for medium in ("video", "image"))
+    videos = sorted((path for path, _ in of_videos.files), key=natural_sort_key)
+    images = [path for path, _ in of_images.files]
     if videos and images:
         raise InputError(
             f"{folder} contains both videos ({videos[0].name}) and images ({images[0].name}): give a folder of "
             "videos, or of the frames of one video."
         )
+    left_out = (of_images if images else of_videos).describe_left_out()
     if not videos and not images:
-        raise InputError(f"{folder} contains no videos and no images: give another folder, or a shard as PATH.tar.")
+        reasons = "".join(f"; {sentence}" for sentence in left_out)
+        raise InputError(
+            f"{folder} contains no videos and no images: give another folder, or a shard as PATH.tar{reasons}."
+        )
+    for sentence in left_out:
+        log.info("%s: %s", folder, sentence)
     if images:
         read = partial(_read_images, folder, settings.sizes)
         yield _read_clip(folder, read, settings.source_fps(), settings, len(images))

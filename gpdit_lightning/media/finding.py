@@ -4,7 +4,7 @@ import mimetypes
 import os
 import unicodedata
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,7 +175,7 @@ class FolderSearch:
                 return
             self._searched[identity] = f"is the same folder as {self._name(folder)}, under which its files are found"
             entries = _entries(folder)
-        except PermissionError as error:
+        except OSError as error:
             reason = f"is a folder that cannot be read ({error.strerror}): check its permissions"
             self.findings.unusable.append(LeftOut(self._name(folder), reason))
             return
@@ -218,6 +218,41 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _identity(status: os.stat_result) -> tuple[int, int]:
     """Return device and inode, which are equal for a file or folder and the links to it."""
     return status.st_dev, status.st_ino
+
+
+def without_repeated(files: Sequence[FoundFile]) -> tuple[list[FoundFile], list[LeftOut]]:
+    """Return each file once, and the other names of files, with the reason.
+
+    The name of a file precedes those of links to it; among equal ones the first precedes.
+    """
+    by_file: dict[tuple[int, int | Path], list[FoundFile]] = defaultdict(list)
+    for file in files:
+        by_file[identity_of(file.path)].append(file)
+    kept = {same[0] if len(same) == 1 else min(same, key=lambda file: is_link(file.path)) for same in by_file.values()}
+    repeated = [
+        LeftOut(file.name, f"is the same file as {other.name} and is used under that name")
+        for same in by_file.values()
+        for other in kept.intersection(same)
+        for file in same
+        if file not in kept
+    ]
+    return [file for file in dict.fromkeys(files) if file in kept], repeated
+
+
+def identity_of(path: Path, status: os.stat_result | None = None) -> tuple[int, int | Path]:
+    """Return device and inode of a file, which links to it share; on file systems without inodes, the real path.
+
+    Args:
+        path: the file.
+        status: its status; None to read it.
+    """
+    status = status or path.stat()
+    return status.st_dev, status.st_ino or Path(os.path.realpath(path))
+
+
+def is_link(path: Path) -> bool:
+    """Return whether a part of a path is a symbolic link."""
+    return os.path.realpath(path) != os.path.abspath(path)
 
 
 def read_file_list(path: Path) -> list[FoundFile]:

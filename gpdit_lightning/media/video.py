@@ -18,6 +18,7 @@ from gpdit_lightning.media.containers import VIDEO_EXTENSIONS, VideoStream, is_v
 from gpdit_lightning.media.decoding import DamagedVideoError, decoded_frames
 from gpdit_lightning.media.deinterlacing import deinterlaced
 from gpdit_lightning.media.display import Display, square_width
+from gpdit_lightning.media.finding import search_folder
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, read_image, resize_and_crop
 from gpdit_lightning.retries import retried, retried_iterator
 
@@ -153,8 +154,8 @@ def iterate_images(
 ) -> Iterator[Tensor]:
     """Read the images of a folder, sorted by `natural_sort_key`, as the frames of a video.
 
-    One image is in memory at a time. Hidden files and files that are not images are ignored. Arguments as for
-    `iterate_frames`.
+    One image is in memory at a time. Hidden files, subfolders and files that are not images are ignored. Arguments as
+    for `iterate_frames`.
 
     Yields:
         uint8 RGB (3, H, W), with EXIF rotation applied.
@@ -162,7 +163,7 @@ def iterate_images(
     Raises:
         InputError: the folder contains no images, or an image is damaged or differs from the first in size.
     """
-    paths = [path for path in Path(folder).glob("[!.]*") if path.suffix.lower() in IMAGE_EXTENSIONS]
+    paths = [path for path, _ in search_folder(Path(folder), "image", recursive=False).files]
     if not paths:
         raise InputError(f"{folder} contains no images: give a folder with {', '.join(IMAGE_EXTENSIONS)} files.")
     first: tuple[Path, torch.Size] | None = None

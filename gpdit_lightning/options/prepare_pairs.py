@@ -17,9 +17,10 @@ class PairInputOptions(OptionRecord):
     colourisation (the reverse), edges (image to Canny edges), edges_to_image (the reverse), sketch (image to pencil
     drawing), copy (unchanged, for a warm-up). edges and sketch need OpenCV (pip install -e '.[edges]')."""
     sources: Path | None = None
-    """Folder of the source images, or of the images from which a task makes pairs; not searched recursively."""
+    """Folder of the source images, or of the images from which a task makes pairs; searched recursively."""
     targets: Path | None = None
-    """For --task pairs: folder of the target images, which have the names and sizes of their sources."""
+    """For --task pairs: folder of the target images, which have the sizes of their sources, and the same paths in their
+    folder, up to the extension."""
     pairs_in: Path | None = None
     """For --task pairs, instead of --sources and --targets: folder that contains the folders source and target."""
     size: str = "256x256"

@@ -20,6 +20,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import check_writable
 from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, TASKS, ImageTask, make_pair
 from gpdit_lightning.media.images import Size, parse_size, read_image, resize_and_crop
+from gpdit_lightning.names import as_text
 from gpdit_lightning.options.prepare_pairs import PreparePairsOptions
 from gpdit_lightning.preparation.pairs import Pair, pair_folders, pairs_from_folder, pairs_from_folders, split_pairs
 from gpdit_lightning.preparation.records import USE_ANOTHER_FOLDER
@@ -171,11 +172,11 @@ def _too_few_pairs(options: PreparePairsOptions, training: int, held_out: Sequen
 def _describe_preparation(options: PreparePairsOptions, task: ImageTask, pairs: Sequence[Pair]) -> dict[str, Any]:
     """Return the options that determine the sequences, and a sha256 of them and of all image names and pixels."""
     values = {name: getattr(options, name) for name in SEQUENCE_OPTIONS}
-    values |= {name: Path(values[name]).name for name in INPUT_OPTIONS if values[name] is not None}
+    values |= {name: as_text(Path(values[name]).name) for name in INPUT_OPTIONS if values[name] is not None}
     if not options.source_pattern:
         del values["source_pattern"]
     values["task_parameters"] = dict(task.parameters)
-    identity = [values, [[image.path.name, image.content_hash] for pair in pairs for image in pair]]
+    identity = [values, [[image.name, image.content_hash] for pair in pairs for image in pair]]
     return values | {"inputs_sha256": hashlib.sha256(json.dumps(identity).encode()).hexdigest()}
 
 
@@ -225,7 +226,7 @@ def _write_shards(
     _remove_leftovers(out)
     with ShardSetWriter(out) as writer:
         for split, pairs_of_sequence in ((split, pairs) for split, of_split in sequences.items() for pairs in of_split):
-            names = " ".join(pair.source.path.name for pair in pairs_of_sequence)
+            names = " ".join(pair.source.name for pair in pairs_of_sequence)
             metadata = {"source": names, "task": task.name, "pixel_size": list(size)}
             stacked = np.concatenate([latents[pair] for pair in pairs_of_sequence])
             writer.write(split, "sequence", stacked, metadata)
@@ -255,4 +256,4 @@ def _shortest_distinct_paths(paths: Iterable[Path]) -> list[str]:
     length = 2
     while len({path.parts[-length:] for path in files}) < len(files):
         length += 1
-    return sorted("/".join(path.parts[-length:]) for path in files)
+    return sorted(as_text("/".join(path.parts[-length:])) for path in files)

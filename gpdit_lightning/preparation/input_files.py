@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from gpdit_lightning.data.manifest import Kind, Split
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.finding import FoundFile, LeftOut, Medium, find_media
+from gpdit_lightning.media.finding import FoundFile, LeftOut, Medium, find_media, identity_of, is_link
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.annotations import Annotation, Annotations, read_annotations
@@ -176,8 +176,8 @@ def _without_repeated(
     first. So neither a held-out file nor a link to it is trained on.
     """
     by_file: dict[tuple[int, int | Path], list[Candidate]] = defaultdict(list)
-    for candidate in candidates:  # some network file systems have no inodes
-        by_file[candidate.status.st_dev, candidate.status.st_ino or candidate.path].append(candidate)
+    for candidate in candidates:
+        by_file[identity_of(candidate.path, candidate.status)].append(candidate)
     kept: set[int] = set()
     for same in by_file.values():
         before = {candidate.name: candidate for candidate in same if candidate.name in recorded}
@@ -195,8 +195,8 @@ def _without_repeated(
 def _rank_of_name(candidate: Candidate, annotations: Annotations) -> tuple[bool, ...]:
     """Return a key that sorts the names of one file by preference; see `_without_repeated`."""
     annotation = annotations.get(candidate.name)
-    is_link = os.path.realpath(candidate.path) != os.path.abspath(candidate.path)
-    return not candidate.held_out, annotation.split != "validation", annotation == Annotation(), is_link
+    is_unlisted = annotation == Annotation()
+    return not candidate.held_out, annotation.split != "validation", is_unlisted, is_link(candidate.path)
 
 
 def _add_file(candidate: Candidate, choice: SplitChoice, inputs: Inputs, label_by_folder: bool) -> None:

@@ -1,17 +1,22 @@
 """Image pairs of few-shot sequences: finding them, and splitting them into training and held-out pairs by content."""
 
 import hashlib
+import logging
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.finding import FoundFile, search_folder
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
 from gpdit_lightning.preparation.input_files import recording_of
+
+log = logging.getLogger(__name__)
 
 FOLDER_NAMES = (("source", "target"), ("sources", "targets"))
 
@@ -24,6 +29,8 @@ class PairImage(NamedTuple):
     """Hash of the seed and the pixels: equal for files with equal pixels."""
     recording_hash: str
     """Hash of the seed and the part of the name that identifies the recording; without a pattern, `content_hash`."""
+    name: str
+    """Path relative to the folder that was searched."""
 
 
 class Pair(NamedTuple):
@@ -63,26 +70,26 @@ def pair_folders(folder: Path, alternative: str = "give --sources and --targets"
 
 
 def pairs_from_folder(folder: Path, seed: int, pattern: str | None = None) -> list[Pair]:
-    """Return a pair for each image of a folder, with the image on both sides.
+    """Return a pair for each image of a folder and its subfolders, with the image on both sides.
 
     Raises:
         InputError: the folder has no images, or an image is unreadable.
     """
-    paths = tqdm(images_in(folder), desc="reading", unit=" images", disable=None)
-    images = [hash_image(path, read_image(path), seed, pattern) for path in paths]
+    files = tqdm(images_in(folder), desc="reading", unit=" images", disable=None)
+    images = [hash_image(file, read_image(file.path), seed, pattern) for file in files]
     return [Pair(image, image) for image in images]
 
 
 def pairs_from_folders(sources: Path, targets: Path, seed: int, pattern: str | None = None) -> list[Pair]:
-    """Return the images of two folders, paired by name without extension.
+    """Return the images of two folders and their subfolders, paired by relative path without extension.
 
     Raises:
         InputError: an image has no counterpart or is unreadable, or the images of a pair differ in size.
     """
     pairs = []
-    for paths in tqdm(match_by_name(sources, targets), desc="reading", unit=" pairs", disable=None):
-        images = zip(paths, read_pair(paths), strict=True)
-        pairs.append(Pair(*(hash_image(path, pixels, seed, pattern) for path, pixels in images)))
+    for files in tqdm(match_by_name(sources, targets), desc="reading", unit=" pairs", disable=None):
+        images = zip(files, read_pair([file.path for file in files]), strict=True)
+        pairs.append(Pair(*(hash_image(file, pixels, seed, pattern) for file, pixels in images)))
     return pairs
 
 
@@ -130,46 +137,71 @@ def _lowest_recordings(pairs: Sequence[Pair]) -> dict[str, str]:
     return lowest
 
 
-def images_in(folder: Path) -> list[Path]:
-    """Return the images of a folder, sorted by name and without hidden files; raises InputError if there are none."""
+def images_in(folder: Path, recursive: bool = True) -> list[FoundFile]:
+    """Return the images of a folder, sorted by path; the log names the files that are left out.
+
+    Args:
+        folder: the folder.
+        recursive: whether to search subfolders.
+
+    Raises:
+        InputError: the folder does not exist or has no images.
+    """
     extensions = ", ".join(IMAGE_EXTENSIONS)
     if not folder.is_dir():
         reason = "is not a folder" if folder.exists() else "does not exist"
         raise InputError(f"{folder} {reason}: give a folder of {extensions} files.")
-    paths = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".") and path.is_file()
-    ]
-    if not paths:
-        raise InputError(f"{folder} has no images: give a folder of {extensions} files.")
-    return paths
+    findings = search_folder(folder, "image", recursive)
+    left_out = findings.describe_left_out()
+    if not findings.files:
+        reasons = "".join(f"; {sentence}" for sentence in left_out)
+        raise InputError(f"{folder} has no images: give a folder of {extensions} files{reasons}.")
+    for sentence in left_out:
+        log.info("%s: %s", folder, sentence)
+    return findings.files
 
 
-def match_by_name(sources: Path, targets: Path) -> list[tuple[Path, Path]]:
-    """Match the images of two folders by name without extension, in the order of the sources' names.
+def match_by_name(sources: Path, targets: Path, recursive: bool = True) -> list[tuple[FoundFile, FoundFile]]:
+    """Match the images of two folders by relative path without extension, in the order of the sources.
+
+    Args:
+        sources, targets: the folders.
+        recursive: whether to search subfolders.
 
     Raises:
         InputError: a folder has no images or two images of the same name, or an image has no counterpart.
     """
-    match_in_folder(images_in(targets), sources)
-    return match_in_folder(images_in(sources), targets)
+    of_sources, of_targets = images_in(sources, recursive), images_in(targets, recursive)
+    _match(of_targets, of_sources, sources)
+    return _match(of_sources, of_targets, targets)
 
 
-def match_in_folder(images: Iterable[Path], folder: Path) -> list[tuple[Path, Path]]:
+def match_in_folder(images: Iterable[FoundFile], folder: Path) -> list[tuple[FoundFile, FoundFile]]:
     """Match each image with the image of the same name, without extension, in a folder.
 
-    The folder may contain other images.
+    The folder may contain other images. Its subfolders are not searched.
 
     Raises:
         InputError: an image has no counterpart, or two images have the same name.
     """
-    candidates = _by_stem(images_in(folder))
+    return _match(images, images_in(folder, recursive=False), folder)
+
+
+def _match(
+    images: Iterable[FoundFile], candidates: Iterable[FoundFile], folder: Path
+) -> list[tuple[FoundFile, FoundFile]]:
+    """Match each image with the candidate of the same name, else with the only one whose name is the same in NFC."""
+    by_name = _by_name_without_extension(candidates)
+    by_normal_form: dict[str, list[FoundFile]] = defaultdict(list)
+    for name, file in by_name.items():
+        by_normal_form[unicodedata.normalize("NFC", name)].append(file)
     pairs = []
-    for stem, path in _by_stem(images).items():
-        if stem not in candidates:
-            raise InputError(f"{path} has no counterpart named {stem} in {folder}: add it or remove the image.")
-        pairs.append((path, candidates[stem]))
+    for name, image in _by_name_without_extension(images).items():
+        similar = by_normal_form[unicodedata.normalize("NFC", name)]
+        counterpart = by_name.get(name) or (similar[0] if len(similar) == 1 else None)
+        if counterpart is None:
+            raise InputError(f"{image.path} has no counterpart named {name} in {folder}: add it or remove the image.")
+        pairs.append((image, counterpart))
     return pairs
 
 
@@ -185,29 +217,32 @@ def read_pair(paths: Sequence[Path]) -> list[Tensor]:
     return images
 
 
-def hash_image(path: Path, pixels: Tensor, seed: int, pattern: str | None = None) -> PairImage:
+def hash_image(file: FoundFile, pixels: Tensor, seed: int, pattern: str | None = None) -> PairImage:
     """Compute the hashes of an image.
 
     Args:
-        path: path of the file.
+        file: the file.
         pixels: uint8 (1, 3, H, W).
         seed: seed of the choice of held-out images.
         pattern: regular expression for the part of the file name that identifies the recording; without it every image
             is a separate recording.
     """
+    path, name = file
     content = hashlib.sha256(f"{seed} {list(pixels.shape)} ".encode() + pixels.numpy().tobytes()).hexdigest()
     if not pattern:
-        return PairImage(path, content, content)
-    return PairImage(path, content, hashlib.sha256(f"{seed} {recording_of(path.name, pattern)}".encode()).hexdigest())
+        return PairImage(path, content, content, name)
+    recording = hashlib.sha256(f"{seed} {recording_of(name, pattern)}".encode()).hexdigest()
+    return PairImage(path, content, recording, name)
 
 
-def _by_stem(images: Iterable[Path]) -> dict[str, Path]:
-    """Return images by name without extension, in Unicode form NFC; raises InputError if two have the same name."""
-    paths: dict[str, Path] = {}
-    for path in images:
-        if (other := paths.setdefault(unicodedata.normalize("NFC", path.stem), path)) is not path:
-            raise InputError(f"{other} and {path} differ only in their extensions: rename or remove one of them.")
-    return paths
+def _by_name_without_extension(images: Iterable[FoundFile]) -> dict[str, FoundFile]:
+    """Return images by name without extension; raises InputError if two have the same one."""
+    by_name: dict[str, FoundFile] = {}
+    for image in images:
+        name = PurePosixPath(image.name).with_suffix("").as_posix()
+        if (other := by_name.setdefault(name, image)) is not image:
+            raise InputError(f"{other.path} and {image.path} differ only in their extensions: rename or remove one.")
+    return by_name
 
 
 def _size_text(pixels: Tensor) -> str:

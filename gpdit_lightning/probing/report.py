@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gpdit_lightning.evaluation.report import Report, library_versions
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import Size
+from gpdit_lightning.names import as_text
 from gpdit_lightning.probing.probe import C_GRID, FOLDS, RESAMPLES, LayerScore
 from gpdit_lightning.probing.splits import LabelledVideo
 
@@ -107,7 +108,8 @@ def make_protocol(
 def videos_sha256(videos: Sequence[LabelledVideo]) -> str:
     """Return the sha256 of sorted lines `SPLIT CLASS GROUP NAME BYTES`, which is independent of the videos' folder."""
     lines = sorted(
-        f"{video.split} {video.label} {video.group} {video.path.name} {video.path.stat().st_size}\n" for video in videos
+        f"{video.split} {video.label} {video.group} {as_text(video.path.name)} {video.path.stat().st_size}\n"
+        for video in videos
     )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

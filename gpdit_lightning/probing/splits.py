@@ -2,11 +2,15 @@
 
 import logging
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import read_lines
+from gpdit_lightning.names import as_text
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +37,7 @@ def split_by_ucf_groups(videos: Iterable[Path], split: int) -> list[LabelledVide
         InputError: a file name has another form, or two videos have the same name; also as :func:`check_splits`.
     """
     labelled = []
-    for path in _by_key(videos).values():
+    for path in _by_name(videos).values():
         name = re.fullmatch(UCF_NAME, path.stem)
         if name is None:
             raise InputError(
@@ -41,7 +45,7 @@ def split_by_ucf_groups(videos: Iterable[Path], split: int) -> list[LabelledVide
                 "--test_list, or --split folders with videos in train/CLASS and test/CLASS."
             )
         is_test = int(name[3]) in UCF_TEST_GROUPS[split]
-        labelled.append(LabelledVideo(path, name[2], name[1], "test" if is_test else "train"))
+        labelled.append(LabelledVideo(path, as_text(name[2]), as_text(name[1]), "test" if is_test else "train"))
     check_splits(labelled)
     return labelled
 
@@ -62,23 +66,23 @@ def split_by_lists(
         InputError: a list cannot be read or lists none of the videos, a video is listed twice, two videos have the same
             name, or a file name has no group; also as :func:`check_splits`.
     """
-    paths = _by_key(videos)
+    paths = _by_name(videos)
+    by_folded_name = _unique_by_folded_name(paths)
     labelled: dict[str, LabelledVideo] = {}
     lists: tuple[tuple[Split, Path], ...] = (("train", train_list), ("test", test_list))
     for split, file in lists:
-        names = _read_list(file)
-        missing = [name for name in names if _key(name) not in paths]
+        names = [(name, _find(_name(name), paths, by_folded_name)) for name in _read_list(file)]
+        missing = [name for name, found in names if found is None]
         if len(missing) == len(names):
             raise InputError(f"{file} lists {len(names)} videos, but --videos has none of them: give those videos.")
         if missing:
             log.warning("warning: %d of %d videos in %s do not exist: %s", len(missing), len(names), file, missing[0])
-        for name in names:
-            key = _key(name)
-            if key in labelled:
+        for name, found in names:
+            if found in labelled:
                 raise InputError(f"{name} is listed twice in {train_list} and {test_list}: list it once.")
-            if key in paths:
-                group = _group(paths[key], group_pattern)
-                labelled[key] = LabelledVideo(paths[key], name.parent.name, group, split)
+            if found is not None:
+                group = _group(paths[found], group_pattern)
+                labelled[found] = LabelledVideo(paths[found], name.parent.name, group, split)
     check_splits(labelled.values())
     return list(labelled.values())
 
@@ -96,7 +100,7 @@ def split_by_folders(videos: Iterable[Path], group_pattern: str = UCF_NAME) -> l
     """
     labelled = []
     for path in videos:
-        split, label = path.parent.parent.name, path.parent.name
+        split, label = path.parent.parent.name, as_text(path.parent.name)
         if split not in ("train", "test"):
             raise InputError(f"{path} is not in a folder train/CLASS or test/CLASS: move it into one.")
         group = _group(path, group_pattern)
@@ -133,25 +137,40 @@ def check_splits(videos: Iterable[LabelledVideo]) -> None:
 
 
 def _read_list(file: Path) -> list[Path]:
-    """Return the names in a list, without class numbers."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"{file} cannot be read ({error}): give a text file with lines CLASS/FILE.") from None
-    return [Path(re.sub(r"\s+\d+$", "", line.strip())) for line in lines if line.strip()]
+    """Return the names in a list, without class numbers, empty lines and comments (lines that begin with "#")."""
+    lines = [line.strip() for _, line in read_lines(file, "give a text file with lines CLASS/FILE")]
+    return [Path(re.sub(r"\s+\d+$", "", line)) for line in lines if line and not line.startswith("#")]
 
 
-def _by_key(videos: Iterable[Path]) -> dict[str, Path]:
+def _by_name(videos: Iterable[Path]) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     for path in videos:
-        if paths.setdefault(_key(path), path) != path:
-            raise InputError(f"{paths[_key(path)]} and {path} have the same name: leave one out.")
+        if paths.setdefault(_name(path), path) != path:
+            raise InputError(f"{paths[_name(path)]} and {path} have the same name: leave one out.")
     return paths
 
 
-def _key(path: Path) -> str:
-    """Return the key of a video in lists and folders. Case is ignored: UCF-101 spells HandstandPushups in two ways."""
-    return f"{path.parent.name}/{path.name}".casefold()
+def _name(path: Path) -> str:
+    """Return the name of a video in lists and folders."""
+    return as_text(f"{path.parent.name}/{path.name}")
+
+
+def _find(name: str, names: Container[str], by_folded_name: Mapping[str, str]) -> str | None:
+    """Return the name of a listed video as it is spelled in `names`; None if there is no such video."""
+    return name if name in names else by_folded_name.get(_folded(name))
+
+
+def _unique_by_folded_name(names: Iterable[str]) -> dict[str, str]:
+    """Return a dictionary from folded name to name, without those that several names share."""
+    by_folded_name: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_folded_name[_folded(name)].append(name)
+    return {folded: same[0] for folded, same in by_folded_name.items() if len(same) == 1}
+
+
+def _folded(name: str) -> str:
+    """Return a name without case (UCF-101 spells HandstandPushups in two ways), in Unicode form NFC."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _group(path: Path, pattern: str) -> str:
@@ -164,4 +183,4 @@ def _group(path: Path, pattern: str) -> str:
             f"the name of {path} does not match the group pattern {pattern!r}: give another --group_pattern, or '.+' "
             "if the videos are independent."
         )
-    return match[1] if match.re.groups else match[0]
+    return as_text(match[1] if match.re.groups else match[0])

@@ -1,5 +1,6 @@
 """Selection of videos and reading of clips."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_videos_are_found_at_any_depth_in_order(video: Path) -> None:
     with pytest.raises(InputError, match="nowhere does not exist"):
         find_videos([video.parent / "nowhere"])
     (video.parent / "empty").mkdir()
-    with pytest.raises(InputError, match="empty contains no videos"):
+    with pytest.raises(InputError, match="empty has no video files"):
         find_videos([video.parent / "empty"])
 
 
@@ -97,5 +98,9 @@ def test_too_few_long_enough_videos_are_refused(video: Path) -> None:
     assert select_videos([folder], 1, 0, frames=11).names == ("ramp.mp4",)
     with pytest.raises(InputError, match="have 0 videos of at least 12 frames, and 2 that are shorter or damaged, but"):
         select_videos([folder], 1, 0, frames=12)
+    assert select_videos([folder, video], 1, 0, frames=11).names == ("ramp.mp4",)  # the same file twice
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        shutil.copy(video, folder / name)
     with pytest.raises(InputError, match="have the same name"):
-        select_videos([folder, video], 1, 0, frames=11)
+        select_videos([folder / "one", folder / "two"], 1, 0, frames=11)

@@ -35,7 +35,7 @@ def pair(source: int, target: int) -> Pair:
 
 
 def image(number: int, recording: int) -> PairImage:
-    return PairImage(Path(f"{number}.png"), *(f"{i * 16**64 // 100:064x}" for i in (number, recording)))
+    return PairImage(Path(f"{number}.png"), *(f"{i * 16**64 // 100:064x}" for i in (number, recording)), "")
 
 
 def numbers(pairs: list[Pair]) -> list[tuple[str, str]]:
@@ -139,7 +139,7 @@ def test_hidden_files_and_folders_are_ignored(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "a", 1)
     (folder / "._p0.png").write_text("metadata file of macOS")
     (folder / "b.png").mkdir()
-    assert images_in(folder) == [folder / "p0.png"]
+    assert images_in(folder) == [(folder / "p0.png", "p0.png")]
     for path, reason in ((tmp_path / "missing", "does not exist"), (folder / "p0.png", "is not a folder")):
         with pytest.raises(InputError, match=f"{path.name} {reason}: give a folder"):
             images_in(path)
@@ -152,7 +152,7 @@ def test_names_match_in_different_unicode_normal_forms(tmp_path: Path) -> None:
         write_images(tmp_path / folder, 1)
         (tmp_path / folder / "p0.png").rename(tmp_path / folder / f"{name}.png")
     ((first, second),) = match_by_name(tmp_path / "a", tmp_path / "b")
-    assert (first.parent.name, second.parent.name) == ("a", "b")
+    assert (first.path.parent.name, second.path.parent.name) == ("a", "b")
 
 
 def test_errors_of_unmatched_and_unreadable_images(tmp_path: Path) -> None:
