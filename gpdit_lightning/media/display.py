@@ -10,7 +10,7 @@ import av
 import numpy as np
 import torch
 from av.sidedata.sidedata import Type as SideDataType
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import ColorRange, VideoReformatter
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +24,8 @@ MATRIX_BT709, MATRIX_BT601, MATRIX_BT2020 = 1, 6, 9
 CONVERTIBLE_MATRICES = (1, 4, 5, 6, 7, 9)  # BT.709, FCC, BT.601 (625 and 525 lines), SMPTE 240M, BT.2020
 TRANSFER_UNSPECIFIED = 2
 HD_LINES = 720  # players take untagged video for BT.709 from this number of lines on, else for BT.601
+# Levels of limited range (16 to 235) in full range, for gray video, which FFmpeg converts as if it had full range.
+FULL_RANGE = ((np.arange(256) - 16) * (255 / 219)).round().clip(0, 255).astype(np.uint8)
 
 ROTATION_TOLERANCE = 1.0  # degrees, as in ffplay
 MAX_SIDE = 32767  # pixels of a displayed frame; more is an error in the file
@@ -78,7 +80,9 @@ class Display:
             image = on_white(Image.fromarray(self._rgb(frame, "rgba")))
             pixels = torch.from_numpy(np.array(image))
         else:
-            pixels = torch.from_numpy(self._rgb(frame, "rgb24"))
+            rgb = self._rgb(frame, "rgb24")
+            limited_gray = frame.format.name.startswith("gray") and frame.color_range == ColorRange.MPEG
+            pixels = torch.from_numpy(FULL_RANGE[rgb] if limited_gray else rgb)
         pixels = pixels.permute(2, 1, 0) if orientation.transpose else pixels.permute(2, 0, 1)
         flipped = [axis for axis, flip in ((1, orientation.flip_rows), (2, orientation.flip_columns)) if flip]
         pixels = pixels.flip(flipped).contiguous() if flipped else pixels.contiguous()
