@@ -27,6 +27,7 @@ __all__ = [
     "DamagedVideoError",
     "VideoFrame",
     "VideoInfo",
+    "check_intact",
     "count_frames",
     "is_video",
     "iterate_frames",
@@ -133,6 +134,14 @@ def iterate_frames(
     """
     with open_video(path, threads) as video:
         yield from _displayed_frames(video, start, stride, max_frames)
+
+
+@retried
+def check_intact(path: str | Path, threads: int = 0) -> None:
+    """Decode a video; raises as :func:`iterate_frames`."""
+    with open_video(path, threads) as video:
+        for _ in decoded_frames(video):
+            pass
 
 
 @retried

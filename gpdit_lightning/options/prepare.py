@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import DeviceOptions, OptionRecord, check_at_least
@@ -107,6 +108,9 @@ class ClipOptions(OptionRecord):
     the default."""
     clips_per_video: int | None = None
     """Maximum number of clips per video, from its beginning; by default all."""
+    damaged_videos: Literal["cut", "drop"] = "cut"
+    """cut: use the frames of a damaged video before the damage. drop: use no frame of it; each video is then decoded
+    twice."""
     avoid_cuts: bool = False
     """Make no clip that crosses a hard cut; needs PySceneDetect (pip install -e '.[shots]')."""
     video_sizes: Sequence[str] = ("192x320",)

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.errors import InputError, ResourceError, TransientError
 from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image, resize_and_crop
-from gpdit_lightning.media.video import iterate_frames, video_info
+from gpdit_lightning.media.video import DamagedVideoError, VideoFrame, check_intact, iterate_frames, video_info
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.input_files import InputFile, is_held_out
 from gpdit_lightning.preparation.shots import mark_cuts
@@ -188,27 +188,27 @@ class ClipReader:
         size = closest_size(info.height, info.width, [parse_size(text) for text in options.video_sizes])
         metadata: dict[str, Any] = {"source": file.name} | file.annotation
         metadata |= {"fps": float(info.fps), "stride": options.stride, "pixel_size": list(size)}
-        frames = _CountedFrames(self._selected_frames(file, size))
+        if options.damaged_videos == "drop":
+            check_intact(file.path, DECODER_THREADS)
+        intact = _IntactFrames(iterate_frames(file.path, stride=self._decoded_stride, threads=DECODER_THREADS))
+        frames = _CountedFrames(self._selected_frames(intact, size))
         clips = 0
-        try:
-            for clip in cut_clips(frames, options, self.temporal_factor):
-                if len(clip) < options.shortest_clip:
-                    continue
-                id = SampleId(file.name, clip[0].number)
-                if id in self.encoded:
-                    yield EncodedClip(index, id)
-                else:
-                    pixels = torch.stack([frame.pixels for frame in clip])
-                    yield Clip(index, file.split, pixels, metadata | {"first_frame": id.first_frame})
-                clips += 1
-                if clips == options.clips_per_video:
-                    break
-        except TransientError:
-            raise
-        except InputError as error:
+        for clip in cut_clips(frames, options, self.temporal_factor):
+            if len(clip) < options.shortest_clip:
+                continue
+            id = SampleId(file.name, clip[0].number)
+            if id in self.encoded:
+                yield EncodedClip(index, id)
+            else:
+                pixels = torch.stack([frame.pixels for frame in clip])
+                yield Clip(index, file.split, pixels, metadata | {"first_frame": id.first_frame})
+            clips += 1
+            if clips == options.clips_per_video:
+                break
+        if intact.error:
             if not clips:
-                raise
-            yield Note(index, file.name, f"{error} The clips before were used ({clips}).")
+                raise intact.error
+            yield Note(index, file.name, f"{intact.error} The clips before were used ({clips}).")
         if not clips:
             uncut = " without a cut" if options.avoid_cuts else ""
             raise InputError(
@@ -216,19 +216,26 @@ class ClipReader:
                 f"{options.shortest_clip}{uncut}: lower --stride or --least_clip_frames."
             )
 
-    def _selected_frames(self, file: InputFile, size: Size) -> Iterator[Frame]:
-        """Yield every `stride`-th frame; with `avoid_cuts` the count restarts at the first frame of each shot."""
-        stride = self.options.stride
+    @property
+    def _decoded_stride(self) -> int:
+        return 1 if self.options.avoid_cuts else self.options.stride
+
+    def _selected_frames(self, frames: Iterator[VideoFrame], size: Size) -> Iterator[Frame]:
+        """Yield every `stride`-th frame; with `avoid_cuts` the count restarts at the first frame of each shot.
+
+        Args:
+            frames: every `_decoded_stride`-th frame of a video.
+            size: height and width of the results.
+        """
         if not self.options.avoid_cuts:
-            for frame in iterate_frames(file.path, stride=stride, threads=DECODER_THREADS):
+            for frame in frames:
                 yield Frame(frame.number, frame.time, frame.resized(size), False)
             return
         shot_start = 0
-        frames = iterate_frames(file.path, threads=DECODER_THREADS)
         resized = ((frame.pixels, Frame(frame.number, frame.time, frame.resized(size), False)) for frame in frames)
         for item, begins_shot in mark_cuts(resized):
             shot_start = item.number if begins_shot else shot_start
-            if (item.number - shot_start) % stride == 0:
+            if (item.number - shot_start) % self.options.stride == 0:
                 yield item._replace(begins_shot=begins_shot)
 
 
@@ -244,6 +251,25 @@ def _changed_error(file: InputFile) -> TransientError | None:
         f"{file.path} had {file.bytes} bytes when it was listed and has {size} now: run the same command again when "
         "the file is complete."
     )
+
+
+class _IntactFrames(Iterator[VideoFrame]):
+    """Iterator over the frames of a video that ends, without an exception, before the first damaged one.
+
+    Attributes:
+        error: the damage; None if there is none so far.
+    """
+
+    def __init__(self, frames: Iterator[VideoFrame]) -> None:
+        self._frames = frames
+        self.error: DamagedVideoError | None = None
+
+    def __next__(self) -> VideoFrame:
+        try:
+            return next(self._frames)
+        except DamagedVideoError as error:
+            self.error = error
+            raise StopIteration from None
 
 
 class _CountedFrames(Iterator[Frame]):

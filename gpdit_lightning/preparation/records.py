@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, process_lock
 from gpdit_lightning.media.finding import LeftOut
+from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.input_files import FileFormat, HashedValue, InputFile
 from gpdit_lightning.specs import CodecSpec
 
@@ -161,10 +162,12 @@ class Records:
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise InputError if the recorded options differ."""
         recorded = _read(self._options_path)["options"]
+        defaults = {field.name: field.default for field in fields(PrepareOptions)}  # of options added since then
         for name, value in json.loads(json.dumps(options)).items():
-            if recorded.get(name) != value:
+            before = recorded.get(name, defaults[name])
+            if before != value:
                 raise InputError(
-                    f"{self.out} contains shards of other options ({name} was {recorded.get(name)} and is {value}): "
+                    f"{self.out} contains shards of other options ({name} was {before} and is {value}): "
                     f"{USE_ANOTHER_FOLDER}."
                 )
 

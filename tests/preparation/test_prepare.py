@@ -18,7 +18,7 @@ from gpdit_lightning.data.manifest import NOTES_NAME, SKIPPED_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import resize_and_crop
-from gpdit_lightning.media.video import VideoFrame, iterate_frames, video_info
+from gpdit_lightning.media.video import DamagedVideoError, VideoFrame, iterate_frames, video_info
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, clips, parts, prepare, summary
 from tests.media.videos import read_video
@@ -218,14 +218,15 @@ def test_broken_and_short_files_are_skipped_and_listed(options: PrepareOptions, 
 def test_clips_before_damage_in_a_video_are_used(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaking(path: Path, stride: int, threads: int) -> Iterator[VideoFrame]:
         yield from iterate_frames(path, 0, stride, 7)
-        raise InputError(f"{path} is broken.")
+        raise DamagedVideoError(path, 7, "broken")
 
     monkeypatch.setattr(clips, "iterate_frames", breaking)
     manifest = prepared(options)
     assert {metadata["first_frame"] for _, _, metadata in samples(manifest)} == {0}
     assert skipped(manifest) == []
     assert len(notes(manifest)) == 6
-    assert notes(manifest)[0]["reason"].endswith("is broken. The clips before were used (1).")
+    reason = "is damaged at frame 7 (broken): replace or remove it. The clips before were used (1)."
+    assert notes(manifest)[0]["reason"].endswith(reason)
     assert "notes: 6 (full list:" in summary(manifest)
 
 

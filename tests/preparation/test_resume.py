@@ -27,6 +27,7 @@ from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import SKIPPED_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.media import video
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, clips, parts, prepare
 from gpdit_lightning.preparation.input_files import InputFile
@@ -336,14 +337,14 @@ def test_a_failure_amid_a_file_ends_the_run_which_resumes(
     options: PrepareOptions, uninterrupted: Manifest, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
     monkeypatch.setattr(retries, "RETRY_DELAYS", (0.0, 0.0))
-    resize, calls = clips.resize_and_crop, itertools.count()
+    resize, calls = video.resize_and_crop, itertools.count()
 
     def fail(*args: Any) -> Any:
         if next(calls) > 60:
             raise MemoryError if failure == "memory" else OSError(errno.EIO, "Input/output error")
         return resize(*args)
 
-    monkeypatch.setattr(clips, "resize_and_crop", fail)
+    monkeypatch.setattr(video, "resize_and_crop", fail)
     with pytest.raises(InputError, match=f"could not be read.*({failure}|Input).*run the same command again"):
         prepare(options)
     monkeypatch.undo()
