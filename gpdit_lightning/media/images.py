@@ -14,27 +14,34 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.media.image_colours import to_srgb
 from gpdit_lightning.retries import retried, transient_error
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 # The formats that are read, whatever the file's extension. Pillow reads more, but runs Ghostscript for EPS files.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
+# Also those of common images that Pillow cannot read: a search finds them, so that each is reported.
+SEARCHED_EXTENSIONS = (*IMAGE_EXTENSIONS, ".heic", ".heif", ".hif", ".jxl")
 
 # Border colours of context frames and of generated frames.
 CONTEXT_COLOUR, GENERATED_COLOUR = "silver", "orange"
+
+MAX_EXCESS = 8  # scaled pixels per pixel of the cropped result, above which only the region of the result is scaled
 
 Size = tuple[int, int]
 
 
 @retried
-def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Tensor:
-    """Read an image as uint8 (1, 3, H, W), rotated by its EXIF orientation, with transparent areas in white.
+def read_image(file: str | Path | BinaryIO, name: str | None = None, remarks: list[str] | None = None) -> Tensor:
+    """Read an image as uint8 (1, 3, H, W) in sRGB, rotated by its EXIF orientation, with transparent areas in white.
 
-    16-bit grayscale is scaled to 8 bits, 65535 to 255.
+    Colours are converted by the file's ICC profile (:func:`to_srgb`). 16-bit grayscale is scaled to 8 bits, 65535 to
+    255. Of an animation or a file with several pages, the first image is read.
 
     Args:
         file: a path or an open binary file.
         name: the image's name in errors, for an open file.
+        remarks: gets a sentence if the file contains more images than the one that is read.
 
     Raises:
         InputError: the file is missing, not an image, damaged, 32-bit grayscale, or too large for Pillow.
@@ -47,35 +54,43 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Tensor:
             warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
             Image.open(file, formats=IMAGE_FORMATS) as image,
         ):
+            frames = getattr(image, "n_frames", 1)
+            if remarks is not None and frames > 1 and image.format != "MPO":  # which adds previews to a photo
+                remarks.append(f"It contains {frames} images, of which the first was used.")
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("I", "F"):
                 raise InputError(
                     f"{name} is 32-bit grayscale, whose black and white levels are not defined: convert it to 8 or 16 "
                     "bits, with black at 0 and white at the maximum."
                 )
-            if upright.mode.startswith("I;16"):
-                upright = _to_8_bits(upright)
-            if upright.has_transparency_data:
-                upright = on_white(upright.convert("RGBA"))
-            pixels = np.array(upright.convert("RGB"))
+            upright = to_srgb(upright)
+            pixels = np.array(on_white(upright) if upright.mode == "RGBA" else upright)
     except InputError:
         raise
     except Image.DecompressionBombError as error:
         reason = str(error).partition(",")[0]
         raise InputError(f"{name} is too large to read safely ({reason}): scale it down.") from None
     except Exception as error:  # damaged files raise OSError, ValueError, SyntaxError, TypeError or struct.error
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
-        damaged = InputError(f"{name} is not a readable image ({reason}): replace or remove it.")
+        reason, cure = str(error), "replace or remove it"
+        if isinstance(error, UnidentifiedImageError):
+            unsupported = _unsupported_format(file)
+            reason = f"{unsupported} is not supported" if unsupported else "unknown format"
+            cure = "convert it to PNG or JPEG" if unsupported else cure
+        damaged = InputError(f"{name} is not a readable image ({reason}): {cure}.")
         raise transient_error(error, name) or damaged from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grayscale to 8 bits, the exact inverse of multiplying by 257. Pillow would clip values at 255."""
-    levels = np.array(image).astype(np.int32)
-    scaled = ((levels + 128) // 257).astype(np.uint8)
-    scaled[levels == image.info.get("transparency", -1)] = 255  # a PNG may declare one gray level transparent
-    return Image.fromarray(scaled)
+def _unsupported_format(file: str | Path | BinaryIO) -> str | None:
+    """Return the name of a common image format that Pillow cannot read, by the first bytes of a file."""
+    if isinstance(file, (str, Path)):
+        with open(file, "rb") as opened:
+            return _unsupported_format(opened)
+    file.seek(0)
+    start = file.read(12)
+    if start[4:12] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"):
+        return "HEIF"
+    return "JPEG XL" if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")) else None
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -85,6 +100,8 @@ def on_white(image: Image.Image) -> Image.Image:
 
 def resize_and_crop(pixels: Tensor, size: Size, pixel_aspect: float = 1.0) -> Tensor:
     """Scale frames to cover `size`, keeping their aspect ratio, and crop the centre (GPDiT, section 5.1).
+
+    Memory is bounded by the input and the result, whatever the aspect ratios.
 
     Args:
         pixels: uint8 (T, 3, H, W).
@@ -98,10 +115,27 @@ def resize_and_crop(pixels: Tensor, size: Size, pixel_aspect: float = 1.0) -> Te
     shown_width = width * pixel_aspect
     scale = max(size[0] / height, size[1] / shown_width)
     scaled = max(size[0], round(height * scale)), max(size[1], round(shown_width * scale))
+    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
+    if scaled[0] * scaled[1] > MAX_EXCESS * size[0] * size[1]:  # 1x60000 pixels would become 256x15,360,000
+        steps = width / scaled[1], height / scaled[0]
+        box = left * steps[0], top * steps[1], (left + size[1]) * steps[0], (top + size[0]) * steps[1]
+        return _resize_region(pixels, box, size)
     if scaled != (height, width):
         pixels = F.interpolate(pixels, scaled, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
     return pixels[..., top : top + size[0], left : left + size[1]].contiguous()
+
+
+def _resize_region(pixels: Tensor, box: tuple[float, float, float, float], size: Size) -> Tensor:
+    """Scale a region of frames with Pillow's bicubic filter, which needs no memory for the rest of the scaled frames.
+
+    Args:
+        pixels: uint8 (T, 3, H, W).
+        box: left, top, right and bottom of the region, in pixels.
+        size: height and width of the result.
+    """
+    images = [Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()) for frame in pixels]
+    regions = [np.array(image.resize(size[::-1], Image.Resampling.BICUBIC, box)) for image in images]
+    return torch.from_numpy(np.stack(regions)).permute(0, 3, 1, 2).contiguous().to(pixels.device)
 
 
 def closest_size(height: int, width: int, sizes: Sequence[Size]) -> Size:
