@@ -11,7 +11,7 @@ from av.codec.context import ThreadType
 from av.stream import Disposition
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import IMAGE_EXTENSIONS
+from gpdit_lightning.media.images import SEARCHED_EXTENSIONS
 from gpdit_lightning.retries import transient_error
 
 # Extensions in common use of the formats that FFmpeg reads, without those of sound, subtitles and still images.
@@ -49,7 +49,7 @@ def is_video(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix in VIDEO_EXTENSIONS:
         return True
-    if suffix in IMAGE_EXTENSIONS or mimetypes.MimeTypes().guess_type(f"file{suffix}")[0]:
+    if suffix in SEARCHED_EXTENSIONS or mimetypes.MimeTypes().guess_type(f"file{suffix}")[0]:
         return False  # another kind of file, such as the captions beside each video
     try:
         with open_video(path) as video:

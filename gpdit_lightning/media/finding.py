@@ -15,13 +15,13 @@ from PIL import Image
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_lines
 from gpdit_lightning.media.containers import VIDEO_EXTENSIONS, is_video
-from gpdit_lightning.media.images import IMAGE_EXTENSIONS, IMAGE_FORMATS
+from gpdit_lightning.media.images import IMAGE_FORMATS, SEARCHED_EXTENSIONS
 from gpdit_lightning.names import as_text, from_text
 from gpdit_lightning.retries import retried, transient_error
 
 Medium = Literal["video", "image"]
 
-EXTENSIONS: dict[Medium, tuple[str, ...]] = {"video": VIDEO_EXTENSIONS, "image": IMAGE_EXTENSIONS}
+EXTENSIONS: dict[Medium, tuple[str, ...]] = {"video": VIDEO_EXTENSIONS, "image": SEARCHED_EXTENSIONS}
 # Extensions of files that often accompany videos and images. These files are counted, but not opened.
 COMPANIONS = {
     *(".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf", ".log", ".nfo"),

@@ -56,7 +56,7 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None, remarks: li
         ):
             frames = getattr(image, "n_frames", 1)
             if remarks is not None and frames > 1 and image.format != "MPO":  # which adds previews to a photo
-                remarks.append(f"It contains {frames} images, of which the first was used.")
+                remarks.append(f"{name} contains {frames} images, of which the first was used.")
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("I", "F"):
                 raise InputError(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_lines
-from gpdit_lightning.media.images import IMAGE_EXTENSIONS
+from gpdit_lightning.media.images import SEARCHED_EXTENSIONS
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 
 FIELDS = ("source", "caption", "label", "split")
@@ -27,7 +27,7 @@ SUPPORTED = (
 SPLITS: tuple[Split, ...] = get_args(Split)
 MSR_VTT_SPLITS: dict[str, Split] = {"train": "train", "validate": "validation", "test": "validation"}
 
-EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
+EXTENSIONS = (*VIDEO_EXTENSIONS, *SEARCHED_EXTENSIONS)
 FILE = rf"(?P<name>\S.*(?:{'|'.join(map(re.escape, EXTENSIONS))}))"
 # The lines of UCF-101's trainlist, testlist and classInd, and the split of the files in each.
 UCF101_LISTS: tuple[tuple[re.Pattern[str], Split | None], ...] = (

@@ -160,7 +160,10 @@ class ClipReader:
             yield EncodedClip(index, id)
         else:
             metadata = {"source": file.name} | file.annotation
-            yield self._clip_of_image(index, file.split, read_image(file.path), metadata)
+            remarks: list[str] = []
+            yield self._clip_of_image(index, file.split, read_image(file.path, remarks=remarks), metadata)
+            for remark in remarks:
+                yield Note(index, file.name, remark)
 
     def _images_of_tar(self, index: int, tar: InputFile) -> Iterator[Item]:
         for sample in iterate_samples(tar.path):

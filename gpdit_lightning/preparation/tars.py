@@ -21,12 +21,12 @@ from webdataset.tariterators import base_plus_ext
 
 from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.media.finding import FolderSearch, FoundFile, LeftOut
-from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
+from gpdit_lightning.media.images import SEARCHED_EXTENSIONS, read_image
 from gpdit_lightning.names import as_text
 from gpdit_lightning.retries import transient_error
 
 # Role of a member in its sample, by extension. Other members are not read.
-ROLES = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {".txt": "text", ".json": "json"}
+ROLES = dict.fromkeys(SEARCHED_EXTENSIONS, "image") | {".txt": "text", ".json": "json"}
 JSON_FIELDS = ("caption", "url")  # the fields of img2dataset's json that are kept
 
 
@@ -172,7 +172,7 @@ def _build_sample(path: Path, key: str, members: Sequence[Member]) -> TarSample:
     if "image" in by_role:
         image = by_role["image"]
         try:
-            pixels = read_image(io.BytesIO(image.content), f"{image.name} of {path}")
+            pixels = read_image(io.BytesIO(image.content), f"{image.name} of {path}", remarks=problems)
         except TransientError:
             raise
         except InputError as error:

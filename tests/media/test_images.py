@@ -1,4 +1,5 @@
 import io
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,31 @@ def test_crop_is_the_scaled_centre(height: int, width: int) -> None:
     assert columns.mean().item() == pytest.approx(width - 1, abs=2 / scale)  # the crop is centred
     slopes = (columns[20] - columns[3]) / 17
     assert slopes.item() == pytest.approx(2 / scale, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(40, 1000, (64, 64)), (40, 1001, (64, 64)), (300, 7, (96, 160)), (900, 61, (48, 64)), (1, 99, (16, 16))],
+)
+def test_extreme_aspect_ratios_are_scaled_as_others(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int, size: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(2, 3, max(1, height // 4), max(1, width // 4), generator=generator)
+    pixels = torch.nn.functional.interpolate(255 * coarse, (height, width), mode="bilinear").byte()
+    region = resize_and_crop(pixels, size).int()
+    monkeypatch.setattr("gpdit_lightning.media.images.MAX_EXCESS", 1e9)
+    difference = (region - resize_and_crop(pixels, size).int()).abs()
+    assert difference.max() <= 2
+    assert difference.float().mean() < 0.3
+
+
+def test_memory_of_scaling_is_bounded_by_input_and_result() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for height, width in ((1, 60000), (60000, 1), (2, 30000)):
+        result = resize_and_crop(torch.full((1, 3, height, width), 77, dtype=torch.uint8), (256, 256))
+        assert (result == 77).all()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB; the scaled image has 11 GB
 
 
 def test_downscaling_is_antialiased() -> None:
@@ -144,6 +170,40 @@ def test_image_is_read_from_an_open_file(tmp_path: Path) -> None:
         read_image(io.BytesIO(b"text"), "c.jpg")
 
 
+def test_first_of_several_images_is_read_and_the_others_are_remarked(tmp_path: Path) -> None:
+    pages = [Image.new("RGB", (8, 8), colour) for colour in ((200, 30, 30), (30, 200, 30), (30, 30, 200))]
+    for name, options in (("a.tif", {}), ("a.png", {}), ("a.webp", {"lossless": True}), ("a.avif", {})):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:], **options)
+        remarks: list[str] = []
+        assert read_image(tmp_path / name, remarks=remarks)[0, :, 0, 0].tolist() == pytest.approx([200, 30, 30], abs=3)
+        assert remarks == [f"{tmp_path / name} contains 3 images, of which the first was used."]
+    pages[0].save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=pages[1:])  # a photo with previews
+    remarks = []
+    assert read_image(tmp_path / "phone.jpg", remarks=remarks)[0, :, 0, 0].tolist() == pytest.approx(
+        [200, 30, 30], abs=3
+    )
+    assert remarks == []
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "kind"),
+    [
+        ("a.heic", b"\0\0\0\x18ftypheic", "HEIF"),
+        ("a.heif", b"\0\0\0\x18ftypmif1", "HEIF"),
+        ("photo.jpg", b"\0\0\0\x18ftypheix", "HEIF"),
+        ("a.jxl", b"\xff\x0a", "JPEG XL"),
+        ("b.jxl", b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+    ],
+)
+def test_formats_that_cannot_be_read_are_named(tmp_path: Path, name: str, start: bytes, kind: str) -> None:
+    (tmp_path / name).write_bytes(start + bytes(range(256)))
+    message = rf"{name} is not a readable image \({kind} is not supported\): convert it to PNG or JPEG\.$"
+    with pytest.raises(InputError, match=message):
+        read_image(tmp_path / name)
+    with pytest.raises(InputError, match=message):
+        read_image(io.BytesIO((tmp_path / name).read_bytes()), f"b.tar/{name}")
+
+
 def test_strip_shows_every_row_enlarged(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     videos = {
@@ -201,6 +261,30 @@ def test_border_covers_only_the_edges() -> None:
     assert (result[..., edge] == torch.tensor([255, 165, 0])[:, None]).all()
     assert torch.equal(with_border(pixels, "orange", border=0), pixels)
     assert CONTEXT_COLOUR != GENERATED_COLOUR
+
+
+def test_colours_of_strips_and_animations(tmp_path: Path) -> None:
+    """A GIF has 256 colours per frame: flat areas are exact, others have an error of a few levels and no cast."""
+    patches = torch.tensor(((200, 30, 30), (30, 200, 30), (30, 30, 200), (235, 235, 235)), dtype=torch.uint8)
+    flat = patches.T.repeat_interleave(24, dim=1)[:, None].expand(3, 96, 96)
+    smooth = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    smooth = 80 + 80 * torch.nn.functional.interpolate(smooth[None], (96, 96), mode="bilinear")[0]
+    frames = torch.stack((flat, smooth.byte()))
+    write_animation(tmp_path / "a.gif", {"": frames[None]}, fps=8)
+    write_strip(tmp_path / "a.png", {"": frames})
+    with Image.open(tmp_path / "a.gif") as animation, Image.open(tmp_path / "a.png") as strip:
+        shown = [np.array(animation.convert("RGB"))[48 : 48 + 96, 6 : 6 + 96]]
+        animation.seek(1)
+        shown.append(np.array(animation.convert("RGB"))[48 : 48 + 96, 6 : 6 + 96])
+        sheet = np.array(strip.convert("RGB"))
+    assert np.array_equal(shown[0], flat.permute(1, 2, 0))
+    error = shown[1].astype(float) - frames[1].permute(1, 2, 0).numpy()
+    assert np.abs(error).mean() < 4
+    assert np.abs(error.mean(axis=(0, 1))).max() < 0.5
+    rows = [row for row in range(len(sheet)) if (sheet[row] == (200, 30, 30)).all(axis=-1).any()]
+    assert len(rows) == 96
+    for colour in patches:
+        assert (sheet[rows[48]] == colour.numpy()).all(axis=-1).sum() == 24
 
 
 def test_animation_shows_all_frames_and_marks_the_context(tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def test_a_file_that_is_not_a_tar_is_reported(tmp_path: Path) -> None:
 
 def test_one_image_is_decoded_at_a_time(laion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    monkeypatch.setattr(tars, "read_image", lambda file, name: decoded.append(name))
+    monkeypatch.setattr(tars, "read_image", lambda file, name, remarks: decoded.append(name))
     for number, _ in enumerate(iterate_samples(laion), start=1):
         assert len(decoded) == number
 
