@@ -149,6 +149,13 @@ def _main(arguments: Sequence[str] | None) -> int:
             file=sys.stderr,
         )
         return 2
+    except RuntimeError as error:
+        from gpdit_lightning.workers import worker_error
+
+        if (ended := worker_error(error)) is None:
+            raise
+        print(f"{_rank_prefix()}error: {ended}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -17,14 +17,14 @@ from gpdit_lightning.cli.generating import AUTOCAST_DTYPES, load_codec_of, selec
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.devices import available_device
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, ResourceError
 from gpdit_lightning.evaluation.videos import find_named_videos, read_clip
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing.encoder import first_layers, pooled_features
 from gpdit_lightning.probing.features import RECORD, SUFFIXES, FeatureRecord, write_features
-from gpdit_lightning.signals import ignore_signals, signals_delayed
+from gpdit_lightning.workers import WorkerLoader
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +141,8 @@ def create_or_resume(out: Path, record: FeatureRecord) -> None:
         record.save(out)
 
 
-class Clips(Dataset[tuple[str, Tensor | str]]):
-    """The clip of each video, or the reason why it cannot be read, with the name of the video.
+class Clips(Dataset[list[tuple[str, Tensor | str]]]):
+    """Batches of the clip of each video, or the reason why it cannot be read, with the name of the video.
 
     Args:
         videos: paths by name.
@@ -156,12 +156,16 @@ class Clips(Dataset[tuple[str, Tensor | str]]):
         """Number of videos."""
         return len(self.videos)
 
-    def __getitem__(self, number: int) -> tuple[str, Tensor | str]:
-        """Return a name with the clip, uint8 (T, 3, H, W), or with an error message."""
-        name, path = self.videos[number]
+    def __getitem__(self, numbers: Sequence[int]) -> list[tuple[str, Tensor | str]]:
+        """Return the names of videos with their clips, uint8 (T, 3, H, W), or with error messages."""
+        return [self._read(*self.videos[number]) for number in numbers]
+
+    def _read(self, name: str, path: Path) -> tuple[str, Tensor | str]:
         try:
             clip = read_clip(path, self.record.frames, self.record.stride, self.size, centred=True, resample_short=True)
             return name, clip
+        except ResourceError:  # other videos would fail too
+            raise
         except InputError as error:
             return name, str(error)
 
@@ -179,16 +183,13 @@ def extract(
     if autocast_dtype is not None:
         cast_linear_weights(backbone, autocast_dtype)
     clips = Clips(videos, record)
-    loader = DataLoader(
-        clips, options.batch_size, num_workers=options.workers, collate_fn=list, worker_init_fn=ignore_signals
-    )
-    with signals_delayed():
-        batches = iter(loader)  # starts the workers
+    numbers = BatchSampler(range(len(clips)), options.batch_size, drop_last=False)
+    loader = WorkerLoader(clips, options.workers, sampler=numbers)
     with (
         tqdm(total=len(clips), unit=" videos", desc="features") as bar,
         logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]),
     ):
-        for batch in batches:
+        for batch in loader:
             readable = {name: clip for name, clip in batch if isinstance(clip, Tensor)}
             for reason in (clip for _, clip in batch if isinstance(clip, str)):
                 log.warning("skipped: %s", reason)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from gpdit_lightning.data.cache import ShardCache
 from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Manifest, ShardEntry
@@ -21,8 +21,8 @@ from gpdit_lightning.data.plan import Plan, PlannedBucket
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import LABEL_DROPOUT, generator
-from gpdit_lightning.signals import signals_delayed
 from gpdit_lightning.whitening import whitened
+from gpdit_lightning.workers import WorkerLoader
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +315,7 @@ class RangeSampler(Sampler[int]):
         return self.stop
 
 
-class TimedLoader(DataLoader[LatentBatch]):
+class TimedLoader(WorkerLoader[LatentBatch]):
     """A loader that measures how long training waits for each batch.
 
     Attributes:
@@ -326,9 +326,7 @@ class TimedLoader(DataLoader[LatentBatch]):
     request_time = wait_seconds = 0.0
 
     def __iter__(self) -> Any:
-        with signals_delayed():
-            batches = super().__iter__()  # starts the workers
-        return self._timed(batches)
+        return self._timed(super().__iter__())
 
     def _timed(self, batches: Iterator[LatentBatch]) -> Iterator[LatentBatch]:
         self.request_time = time.perf_counter()

@@ -16,7 +16,6 @@ from gpdit_lightning.data.plan import Plan, PlannedSource, Sampling
 from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import TRAIN_NOISE, VALIDATION_NOISE
-from gpdit_lightning.signals import ignore_signals
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
 UNUSED = SourceConfig()
@@ -292,9 +291,7 @@ class LatentDataModule(LightningDataModule):
         )
         return TimedLoader(
             dataset,
-            batch_size=None,
+            self.workers,
             sampler=RangeSampler(start, stop),
-            num_workers=self.workers,
-            worker_init_fn=ignore_signals,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.prepare import INTERLEAVED_FILES, PrepareOptions
 from gpdit_lightning.preparation.clips import ClipReader, EndOfFile, Item, SampleId
 from gpdit_lightning.preparation.input_files import InputFile
-from gpdit_lightning.signals import ignore_signals, signals_delayed
+from gpdit_lightning.workers import EndedWorkerError, WorkerLoader
 
 
 class InterleavedFiles(IterableDataset[Item | None]):
@@ -60,30 +60,21 @@ def read_clips(
         encoded: samples that are already in complete shards.
 
     Raises:
-        InputError: a decoding process was killed.
+        InputError: a worker process failed or was killed.
     """
-    loader: DataLoader[Item | None] = DataLoader(
-        InterleavedFiles(files, ClipReader(options, temporal_factor, encoded)),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=ignore_signals if workers else None,
-    )
+    interleaved = InterleavedFiles(files, ClipReader(options, temporal_factor, encoded))
+    loader: WorkerLoader[Item | None] = WorkerLoader(interleaved, workers)
     ended: set[int] = set()
     try:
-        with signals_delayed():
-            items = iter(loader)  # starts the processes
-        for item in items:
+        for item in loader:
             if isinstance(item, EndOfFile):
                 ended.add(item.file)
             if item is not None:
                 yield item
-    except RuntimeError as error:  # raised by a DataLoader when one of its processes has died
-        if "DataLoader worker" not in str(error):
-            raise
+    except EndedWorkerError as error:
         names = ", ".join(files[index].name for index in _current_files(len(files), ended))
         raise InputError(
-            f"a decoding process was killed while reading one of these files: {names}. If memory or shared memory ran "
-            "out, run the same command with fewer --workers; otherwise remove the file that FFmpeg cannot decode."
+            f"{error} It was reading one of these files: {names}. If one of them ends it every time, remove that file."
         ) from None
 
 

@@ -184,7 +184,7 @@ class Sleepy(torch.utils.data.Dataset[int]):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_measures_waiting_times(workers: int) -> None:
     """Without workers a request waits for the reading; a worker reads between requests."""
-    loader = TimedLoader(Sleepy(), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+    loader = TimedLoader(Sleepy(), num_workers=workers)  # type: ignore[arg-type]
     waits, iterator = [], iter(loader)
     assert len(multiprocessing.active_children()) == workers  # they begin to read at once
     for place, number in enumerate(iterator):

@@ -1,0 +1,217 @@
+"""Data loaders whose worker processes need no shared memory, and whose failures end in one sentence.
+
+torch sends a tensor from a worker to the main process in a file in /dev/shm. If that is full (a container has 64 MB by
+default), or memory or open files run out, the thread of the worker that sends items prints a traceback and drops the
+item, for which the main process waits forever. Here a tensor is sent in a file in memory that belongs to no file system
+(`memfd_create`), and every exception of that thread is sent to the main process instead of the item.
+"""
+
+import copy
+import errno
+import multiprocessing
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from multiprocessing.context import BaseContext
+from multiprocessing.queues import Queue
+from multiprocessing.reduction import DupFd, ForkingPickler
+from signal import strsignal
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.retries import transient_error
+from gpdit_lightning.signals import ignore_signals, signals_delayed
+
+T = TypeVar("T")
+
+INLINE_BYTES = 1024  # tensors up to this size are sent within the message of their item
+CURE = "use fewer workers, or free memory, and run the same command again."
+FILES_CURE = "raise the limit of open files (ulimit -n), and run the same command again."
+ITEM = "an item of a worker process"
+
+
+class EndedWorkerError(InputError):
+    """A worker process was killed or ended unexpectedly."""
+
+
+class WorkerLoader(DataLoader[T]):
+    """A DataLoader of single items whose iteration raises `InputError` if a worker fails, and never waits for it.
+
+    Args:
+        dataset: the dataset; an `InputError` that it raises is raised here with the same message.
+        num_workers: number of worker processes; 0 reads in this process.
+        settings: other arguments of DataLoader.
+    """
+
+    def __init__(self, dataset: Dataset[T], num_workers: int = 0, **settings: Any) -> None:
+        if num_workers:
+            settings |= {"multiprocessing_context": _worker_context(), "worker_init_fn": _prepare_worker}
+        guarded = _GuardedStream(dataset) if isinstance(dataset, IterableDataset) else _GuardedItems(dataset)
+        super().__init__(guarded, batch_size=None, num_workers=num_workers, **settings)
+
+    def __iter__(self) -> Any:
+        try:
+            with signals_delayed():
+                items = super().__iter__()  # starts the workers
+        except OSError as error:  # no memory for a process, or no space in /dev/shm for a semaphore
+            raise InputError(
+                f"{self.num_workers} worker processes could not be started ({error.strerror or error}): {CURE}"
+            ) from None
+        return self._checked(items)
+
+    def _checked(self, items: Iterator[Any]) -> Iterator[T]:
+        try:
+            for item in items:
+                if isinstance(item, _Failure):
+                    raise item.error
+                yield item
+        except (RuntimeError, OSError) as error:
+            codes = [worker.exitcode for worker in getattr(items, "_workers", ()) if worker.exitcode]
+            raise worker_error(error, codes) or transient_error(error, ITEM) or error from None
+
+
+def worker_error(error: BaseException, exit_codes: Iterable[int] = ()) -> EndedWorkerError | None:
+    """Return the error to raise if an exception arises from the end of a worker process; else None.
+
+    torch raises it from the handler of SIGCHLD, so wherever the main process is, or at the next request of an item.
+
+    Args:
+        error: the exception.
+        exit_codes: of the workers that have ended, if they are known: the negative number of a signal, or a status.
+    """
+    text = f"{error} {error.__cause__}"
+    if "Communication with the workers is no longer possible" in text:
+        return EndedWorkerError(
+            f"an item of a worker process could not be received (too many open files): {FILES_CURE}"
+        )
+    if "DataLoader worker" not in text and "Pin memory thread" not in text:
+        return None
+    named = re.search(r"killed by signal: ([^.]*)\.", text)
+    name = named[1] if named else next((strsignal(-code) for code in exit_codes if code < 0), None)
+    how = f"was killed by the signal {name}" if name else "ended unexpectedly"
+    hint = {
+        "Killed": ", as the system does if memory runs out",
+        "Bus error": ", as if a file was truncated or its disk failed while it was read",
+    }.get(name or "", "")
+    return EndedWorkerError(f"a worker process that reads data {how}{hint}: {CURE}")
+
+
+class _Failure:
+    """An error of a worker, sent in place of an item."""
+
+    def __init__(self, error: InputError) -> None:
+        self.error = error
+
+
+class _GuardedItems(Dataset[Any]):
+    """A map-style dataset that returns an InputError, or a failure of the machine, as a `_Failure`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            return _failure_of(error)
+
+
+class _GuardedStream(IterableDataset[Any]):
+    """The same for an iterable dataset."""
+
+    def __init__(self, dataset: IterableDataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.dataset
+        except Exception as error:
+            yield _failure_of(error)
+
+
+def _failure_of(error: Exception) -> _Failure:
+    """Return an exception that a user can correct as a `_Failure`; raise any other one again."""
+    known = error if isinstance(error, InputError) else transient_error(error, ITEM)
+    if known is None:
+        raise error
+    return _Failure(known)
+
+
+class _ItemQueue(Queue):
+    """A queue that reports the exceptions of the thread which sends the items of a worker."""
+
+    def _on_queue_feeder_error(self, e: Exception, obj: Any) -> None:
+        """Send an exception in place of the item that could not be sent; this is a hook of multiprocessing.
+
+        Args:
+            e: the exception.
+            obj: (number, item), or its bytes if these could not be written.
+        """
+        if isinstance(e, BrokenPipeError):  # the main process has ended
+            os._exit(1)
+        if get_worker_info() is None or not isinstance(obj, tuple) or isinstance(obj[1], _Failure):
+            traceback.print_exception(e)
+            os._exit(1)  # nothing can be sent
+        reason = " ".join((getattr(e, "strerror", None) or str(e) or "memory ran out").split())
+        cure = FILES_CURE if getattr(e, "errno", None) in (errno.EMFILE, errno.ENFILE) else CURE
+        message = f"a worker process could not send an item to the main process ({reason}): {cure}"
+        self.put((obj[0], _Failure(InputError(message))))
+
+
+def _worker_context() -> BaseContext:
+    """Return the default context of multiprocessing, with queues that report errors."""
+    context = copy.copy(multiprocessing.get_context())
+    context.Queue = lambda maxsize=0: _ItemQueue(maxsize, ctx=context)  # type: ignore[method-assign]
+    return context
+
+
+def _prepare_worker(worker: int) -> None:
+    """Ignore signals, and send tensors without /dev/shm; a `worker_init_fn`."""
+    ignore_signals(worker)
+    if sys.platform == "linux":
+        ForkingPickler.register(Tensor, _reduce_tensor)
+
+
+def _reduce_tensor(tensor: Tensor) -> Any:
+    """Pickle a tensor of a worker as a descriptor of a file in memory that contains its values."""
+    values = memoryview(_bytes_of(tensor.contiguous()))
+    if len(values) <= INLINE_BYTES:
+        return _tensor_of_bytes, (values.tobytes(), tensor.dtype, tensor.shape)
+    file, written = os.memfd_create("tensor"), 0
+    try:
+        while written < len(values):
+            written += os.write(file, values[written:])
+        return _tensor_of_file, (DupFd(file), tensor.dtype, tensor.shape)
+    finally:
+        os.close(file)
+
+
+def _tensor_of_bytes(values: bytes, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    memoryview(_bytes_of(tensor))[:] = values
+    return tensor
+
+
+def _tensor_of_file(descriptor: Any, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    values, count, file = memoryview(_bytes_of(tensor)), 0, descriptor.detach()
+    try:
+        while count < len(values):
+            count += os.preadv(file, [values[count:]], count)
+    finally:
+        os.close(file)
+    return tensor
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """Return the memory of a contiguous tensor as a NumPy array of bytes."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,164 @@
+"""Whatever fails in a worker process, or while it sends an item, ends the iteration with one sentence."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from gpdit_lightning.errors import InputError, ResourceError
+from gpdit_lightning.workers import EndedWorkerError, WorkerLoader, worker_error
+
+ROOT = Path(__file__).parents[1]
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs memfd_create")
+
+
+class Items(Dataset[tuple[int, Tensor]]):
+    """Six tensors of 2 MiB; `act` is called in the worker before item 3 is returned."""
+
+    def __init__(self, act: Callable[[], Any] = lambda: None) -> None:
+        self.act = act
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, number: int) -> tuple[int, Tensor]:
+        if number == 3:
+            self.act()
+        return number, torch.full((2**19,), float(number))
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        yield 1
+        raise InputError("b.mp4 is no video: remove it.")
+
+
+def read(dataset: Any, workers: int = 2) -> list[Any]:
+    return list(WorkerLoader(dataset, workers, sampler=range(len(dataset))))
+
+
+def limit_open_files() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))  # only 0, 1 and 2
+
+
+def fail(error: BaseException) -> Callable[..., Any]:
+    def call(*_: Any) -> Any:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.int64])
+def test_items_arrive_in_order_with_their_values(workers: int, dtype: torch.dtype) -> None:
+    class Shapes(Items):
+        def __getitem__(self, number: int) -> Any:
+            size = [(), (0, 3), (7,), (30, 40), (999, 3)][number % 5]
+            return {"strided": torch.full(size, number, dtype=dtype), "view": torch.arange(3000).view(50, 60).T[::2]}
+
+    items = read(Shapes(), workers)
+    for number, item in enumerate(items):
+        torch.testing.assert_close(item["strided"], Shapes()[number]["strided"], rtol=0, atol=0)
+        assert torch.equal(item["view"], torch.arange(3000).view(50, 60).T[::2])
+        item["strided"].add_(1)  # writable
+
+
+@linux_only
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+@pytest.mark.parametrize("size", ["64k", "4k"])
+def test_shared_memory_smaller_than_an_item_suffices_or_is_named(size: str) -> None:
+    """With 64 KB items of 2 MiB arrive; with one page there is no space for the semaphores of the queues."""
+    script = (
+        "from tests.test_workers import *\n"
+        "try:\n"
+        "    assert [(n, float(t.sum())) for n, t in read(Items())] == [(n, n * 2**19) for n in range(6)]\n"
+        "    print('read')\n"
+        "except InputError as error:\n"
+        "    print(error)\n"
+    )
+    mounted = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {sys.executable} -c "$0"'
+    result = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", mounted, script], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    if "unshare" in result.stderr or "mount" in result.stderr:
+        pytest.skip(f"no mount namespaces: {result.stderr}")
+    expected = {"64k": "read\n", "4k": "2 worker processes could not be started (No space left on device): use fewer"}
+    assert result.stdout.startswith(expected[size]), result
+
+
+@linux_only
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (MemoryError(), "memory ran out"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't allocate memory"),
+    ],
+)
+def test_an_item_that_cannot_be_sent_ends_the_iteration(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, cause: str
+) -> None:
+    monkeypatch.setattr(os, "memfd_create", fail(error))
+    with pytest.raises(InputError, match=f"could not send an item to the main process .*{cause}.*: use fewer workers"):
+        read(Items())
+
+
+@linux_only
+def test_too_many_open_files_in_a_worker_are_named() -> None:
+    with pytest.raises(
+        InputError, match=r"could not send an item to the main process \(Too many open files\): raise the limit"
+    ):
+        read(Items(limit_open_files))
+
+
+def test_items_that_cannot_be_pickled_end_the_iteration() -> None:
+    class Lambdas(Items):
+        def __getitem__(self, number: int) -> Any:
+            return lambda: number
+
+    with pytest.raises(InputError, match=r"could not send an item to the main process .*pickle"):
+        read(Lambdas())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_input_error_keeps_its_message(workers: int) -> None:
+    with pytest.raises(InputError, match=r"^a.mp4 is no video: remove it\.$"):
+        read(Items(fail(InputError("a.mp4 is no video: remove it."))), workers)
+    with pytest.raises(InputError, match=r"^b.mp4 is no video: remove it\.$"):
+        list(WorkerLoader(Stream(), workers))
+    with pytest.raises(ResourceError, match="memory ran out"):
+        read(Items(fail(MemoryError())), workers)
+    with pytest.raises(KeyError):
+        read(Items(fail(KeyError("a bug"))), workers)
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGKILL, "Killed.*memory"), (signal.SIGBUS, "Bus error"), (signal.SIGSEGV, "Segm")]
+)
+def test_a_killed_worker_ends_the_iteration(number: int, name: str) -> None:
+    def die() -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.kill(os.getpid(), number)
+
+    with pytest.raises(EndedWorkerError, match=f"was killed by the signal {name}"):
+        read(Items(die))
+
+
+def test_a_worker_that_exits_ends_the_iteration() -> None:
+    with pytest.raises(EndedWorkerError, match="ended unexpectedly"):
+        read(Items(lambda: os._exit(3)))
+
+
+def test_other_errors_are_not_attributed_to_workers() -> None:
+    assert worker_error(RuntimeError("shape '[2]' is invalid")) is None
