@@ -45,7 +45,7 @@ class Weights:
         known = TrainingFacts.from_dict(facts, file)
         check(config, OBJECT, "config", file, EXPORT_AGAIN)
         try:
-            architecture = GPDiTConfig.preset(**config)
+            architecture = GPDiTConfig.from_dict(config)
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
         if architecture.attention_backend not in BUILT_IN:

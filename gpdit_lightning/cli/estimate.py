@@ -332,7 +332,7 @@ def compute(run: RunSettings, peak: float, mfu: float) -> str:
     return (
         f"An optimizer step takes {flops(total)}{average}, {flops(total / run.gpus)} per GPU{recomputed}:\n"
         f"  {shares}\n"
-        f"At {mfu:.0%} of {peak / 1e12:.0f} TFLOP/s a step takes {duration(seconds)}{run_time}."
+        f"At {mfu:.0%} of {peak / 1e12:.0f} TFLOP/s (dense bf16) a step takes {duration(seconds)}{run_time}."
     )
 
 

@@ -1,5 +1,6 @@
 """Configuration of a GPDiT: its architecture, which checkpoints store, and its execution."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -30,13 +31,13 @@ class GPDiTConfig:
     """Architecture and execution options of a :class:`~gpdit_lightning.GPDiT`.
 
     Raises:
-        InputError: an option is unknown, a value has the wrong type, or the widths cannot be split into heads, channel
-            pairs and RoPE axes.
+        InputError: an option is unknown, a value has the wrong type, the size contradicts its fields, or the widths
+            cannot be split into heads, channel pairs and RoPE axes.
     """
 
     size: str = "B"
     """Named size that sets `layers`, `width`, `mlp_width` and `heads` where they are 0: tiny, B (85M) or H (2.28B). If
-    the four are those of no named size, it becomes custom."""
+    the four are those of no named size, it becomes custom; if they are those of another one, they are refused."""
     layers: int = 0
     """Number of transformer blocks; 0: as `size`."""
     width: int = 0
@@ -63,7 +64,8 @@ class GPDiTConfig:
     classes: int = 0
     """Number of class labels; a label is a condition by a token that noisy frames attend to; 0: none."""
     text_width: int = 0
-    """Width of text embeddings; a text is a condition by tokens that noisy frames attend to; 0: none."""
+    """Width of text embeddings; a text is a condition by tokens that noisy frames attend to; 0: none. No stage trains
+    on texts yet, and training refuses it."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     attention_backend: str = "auto"
@@ -87,7 +89,13 @@ class GPDiTConfig:
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
         values = {name: getattr(self, name) for name in SIZE_FIELDS}
-        object.__setattr__(self, "size", next((size for size in SIZES if SIZES[size] == values), CUSTOM_SIZE))
+        of_fields = next((size for size in SIZES if SIZES[size] == values), CUSTOM_SIZE)
+        if CUSTOM_SIZE not in (self.size, of_fields) and self.size != of_fields:
+            raise InputError(
+                f"size is {self.size}, but {', '.join(SIZE_FIELDS)} are those of {of_fields}: leave them at 0 (in "
+                f"Python: config.replaced(size='{self.size}')), or give size {of_fields}."
+            )
+        object.__setattr__(self, "size", of_fields)
         lengths = tuple(self.rope_lengths) if isinstance(self.rope_lengths, list | tuple) else ()
         if [type(length) for length in lengths] != [int] * 3 or min(lengths) < 1:
             raise InputError(f"rope_lengths is {self.rope_lengths}; it must be three positive numbers of tokens.")
@@ -118,16 +126,26 @@ class GPDiTConfig:
     def preset(cls, size: str = "B", **overrides: Any) -> "GPDiTConfig":
         """Return the configuration of a named size, with any field overridden.
 
-        `preset(**config.to_dict())` restores a configuration.
-
         Raises:
-            InputError: `size` or a field is unknown.
+            InputError: `size` or a field is unknown, or the fields are those of another size.
         """
         known = {field.name for field in fields(cls)}
         for name in overrides:
             if name not in known:
                 raise InputError(f"GPDiTConfig has no field '{name}': the fields are {', '.join(sorted(known))}.")
         return cls(size=size, **overrides)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "GPDiTConfig":
+        """Return the configuration that `to_dict` stored, also by an earlier version.
+
+        Earlier versions stored the name of the recipe's size, whatever the fields were; the fields determine the size.
+
+        Raises:
+            InputError: a field is unknown or its value is not valid.
+        """
+        complete = all(stored.get(name) for name in SIZE_FIELDS)
+        return cls.preset(**{**stored, "size": CUSTOM_SIZE} if complete else stored)
 
     @property
     def head_width(self) -> int:
@@ -146,11 +164,14 @@ class GPDiTConfig:
         return {name: value for name, value in asdict(self).items() if name not in ignored}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as JSON values; `GPDiTConfig(**d)` restores the configuration."""
+        """Return all fields as JSON values; `GPDiTConfig.from_dict` restores the configuration."""
         return asdict(self) | {"rope_lengths": list(self.rope_lengths)}
 
     def replaced(self, **overrides: Any) -> "GPDiTConfig":
-        """Return a copy with some fields changed; a new `size` sets its four fields, unless they are given too."""
+        """Return a copy with some fields changed; a new `size` sets its four fields, unless they are given too.
+
+        `dataclasses.replace` keeps the four fields: it refuses to replace one named size by another.
+        """
         if "size" in overrides:
             overrides = dict.fromkeys(SIZE_FIELDS, 0) | overrides
         return replace(self, **overrides)

@@ -14,7 +14,7 @@ class HardwareOptions(OptionRecord):
     gpus: int = 1
     """Number of GPUs over which the batch is distributed."""
     gpu: str = "H100"
-    """Model of the GPUs, which determines the peak FLOP/s: H100, H200, A100, ..."""
+    """Model of the GPUs, which determines the peak FLOP/s (dense bf16, without sparsity): H100, H200, A100, ..."""
     gpu_memory: float = 80
     """GiB of memory per GPU."""
     mfu: float = 0.4

@@ -37,6 +37,15 @@ def check_sources(stage: str, required: Sequence[str], used: Sequence[str]) -> N
         )
 
 
+def check_no_texts(text_width: int) -> None:
+    """Raise `InputError` if a backbone is conditioned on texts, for which batches have no embeddings."""
+    if text_width:
+        raise InputError(
+            f"model.init_args.backbone.text_width is {text_width}, but training on texts is not implemented: set it to "
+            "0."
+        )
+
+
 def check_latent_channels(of_backbone: int, of_data: int) -> None:
     """Raise `InputError` unless a backbone has the channels of the latents of the data."""
     if of_backbone != of_data:
@@ -60,7 +69,7 @@ def check_number_of_classes(of_backbone: int, of_data: int) -> None:
 
 def check_architecture(saved: dict[str, Any], config: GPDiTConfig, where: str | Path) -> None:
     """Raise `InputError`, with the first field that differs, unless saved weights have this architecture."""
-    ours, theirs = config.architecture(), GPDiTConfig.preset(**saved).architecture()
+    ours, theirs = config.architecture(), GPDiTConfig.from_dict(saved).architecture()
     for name, value in ours.items():
         if theirs[name] != value:
             raise InputError(

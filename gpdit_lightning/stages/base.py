@@ -20,6 +20,7 @@ from gpdit_lightning.stages.agreement import (
     check_checkpoint,
     check_latent_channels,
     check_loss,
+    check_no_texts,
     check_number_of_classes,
     check_ranks,
     check_sources,
@@ -146,6 +147,7 @@ class GPDiTStage(LightningModule):
     def setup(self, stage: str) -> None:
         """Raise `InputError` if the data do not fit the stage or its backbone, which is not built yet."""
         check_sources(type(self).__name__, self.SOURCES, [source.name for source in self.data.plan.sources])
+        check_no_texts(self.config.text_width)
         check_latent_channels(self.config.latent_channels, self.data.codec.latent_channels)
         check_number_of_classes(self.config.classes, len(self.data.classes))
 

@@ -1,5 +1,7 @@
 """The configuration: sizes, errors, what counts as architecture."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,16 +50,34 @@ def test_the_size_is_that_of_its_four_fields() -> None:
     tiny = GPDiTConfig.preset("tiny", classes=3)
     assert tiny.replaced(size="H") == GPDiTConfig.preset("H", classes=3)
     assert tiny.replaced(size="H", layers=2) == GPDiTConfig.preset("H", classes=3, layers=2)
-    assert GPDiTConfig(**{**GPDiTConfig.preset("B").to_dict(), "size": "tiny"}).size == "B"
+    assert GPDiTConfig.preset("B").replaced(size="H") == GPDiTConfig.preset("H")
+    assert GPDiTConfig.preset("B").replaced(size="H").width == 2816
 
     smaller = tiny.replaced(layers=2)
     assert smaller.size == "custom"
     assert smaller.replaced(layers=4) == tiny
     # Stored configurations, also of earlier versions, in which the size remained the one of the recipe.
-    assert GPDiTConfig.preset(**smaller.to_dict()) == smaller
-    assert GPDiTConfig.preset(**smaller.to_dict() | {"size": "tiny"}) == smaller
+    for config in (smaller, tiny):
+        for size in (config.size, "tiny", "B"):
+            assert GPDiTConfig.from_dict(config.to_dict() | {"size": size}) == config
     with pytest.raises(InputError, match="layers is 0; it must be at least 1"):
         GPDiTConfig(size="custom", width=48)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: dataclasses.replace(GPDiTConfig.preset("B"), size="H"),
+        lambda: GPDiTConfig(**{**GPDiTConfig.preset("B").to_dict(), "size": "H"}),
+        lambda: GPDiTConfig.preset(**{**GPDiTConfig.preset("B", classes=3).to_dict(), "size": "H"}),
+        lambda: GPDiTConfig.preset("tiny").replaced(size="H", layers=12, width=768, mlp_width=3072, heads=12),
+    ],
+)
+def test_a_size_with_the_fields_of_another_one_is_refused(make: Callable[[], GPDiTConfig]) -> None:
+    with pytest.raises(
+        InputError, match=r"size is H, but layers, width, mlp_width, heads are those of B: leave them at 0"
+    ):
+        make()
 
 
 def test_head_channels_are_divided_among_three_axes() -> None:

@@ -217,6 +217,18 @@ def test_a_checkpoint_records_the_facts_of_its_weights(tiny_config: GPDiTConfig)
     assert NoiseSchedule(**checkpoint["gpdit"]["schedule"]) == NoiseSchedule(shift=3.0)
 
 
+def test_a_backbone_for_texts_cannot_be_trained(
+    tiny_shards: Path, tiny_config: GPDiTConfig, fit: Fit, tmp_path: Path
+) -> None:
+    stage = GPDiTStage(tiny_config.replaced(text_width=5))
+    data = LatentDataModule(images=SourceConfig([str(tiny_shards)], batch_size=2))
+    with pytest.raises(
+        InputError, match=r"backbone\.text_width is 5, but training on texts is not implemented: set it"
+    ):
+        fit(stage, data, tmp_path, 1)
+    assert "backbone" not in stage._modules
+
+
 def test_data_of_another_number_of_channels_are_refused_before_the_backbone_is_built(
     tiny_shards: Path, tiny_config: GPDiTConfig, fit: Fit, tmp_path: Path
 ) -> None:
