@@ -99,7 +99,7 @@ def _frames(video: VideoStream, damage: "_Damage", aspect: "_PixelAspect") -> It
         if messages:
             # With several threads, later packets were decoded before the error was reported.
             damage.record(_Sign(position + 1 - max(1, video.decoder.thread_count), pts, messages[0]))
-        aspect.update(pts)
+        aspect.update(position)
         for frame in frames:
             if frame.is_corrupt:
                 damage.record(_Sign(frame.opaque, frame.pts, "FFmpeg marks it as corrupt"))
@@ -199,30 +199,34 @@ class _Clock:
         self._tick = video.stream.time_base or Fraction(1, 90000)
         broadcast = video.container.format.flags & av.format.Flags.ts_discont.value
         self._longest_step = LONGEST_STEP_OF_BROADCASTS if broadcast else LONGEST_STEP
-        self._offset: Fraction | None = None
-        self._last: Fraction | None = None
+        self._stamp: Fraction | None = None
+        self._offset = Fraction(0)
+        self._time: Fraction | None = None
 
     def time(self, frame: "av.VideoFrame") -> Fraction:
         """Return the time of the next frame.
 
         A frame without a time stamp follows the one before by the average period, and so does the first frame after a
-        jump of the time stamps. A frame whose time stamp is not later than the one before follows it by one tick.
+        jump of the time stamps. A frame whose time stamp is not later than that of the frame before follows it by one
+        tick.
         """
         stamp = None if frame.pts is None else frame.pts * (frame.time_base or self._tick)
-        if self._last is None:
-            self._last = Fraction(0)
-            self._offset = stamp
-            return self._last
-        time = self._last + self._period
-        if stamp is not None and self._offset is None:
-            self._offset = stamp - time
-        elif stamp is not None and self._offset is not None:
-            if abs(stamp - self._offset - self._last) > self._longest_step:
+        if self._time is None:
+            time = Fraction(0)
+        elif stamp is None or self._stamp is None or self._is_jump(stamp - self._stamp):
+            time = self._time + self._period
+        else:
+            time = max(stamp - self._offset, self._time + self._tick)
+        if stamp is not None:
+            if self._stamp is None or self._is_jump(stamp - self._stamp):
                 self._offset = stamp - time
-            else:
-                time = max(stamp - self._offset, self._last + self._tick)
-        self._last = time
+            self._stamp = stamp
+        self._time = time
         return time
+
+    def _is_jump(self, step: Fraction) -> bool:
+        """Return whether the time stamps begin anew; small steps back are errors in the order of frames."""
+        return not -2 * self._period <= step <= self._longest_step
 
 
 class _PixelAspect:
@@ -240,11 +244,11 @@ class _PixelAspect:
         self._guess = video.stream.sample_aspect_ratio
         self._changes: list[tuple[int, Fraction | None]] = []
 
-    def update(self, pts: int | None) -> None:
-        """Record a change in the packet with this time stamp, which has just been decoded."""
+    def update(self, position: int) -> None:
+        """Record a change in the packet at this position in the order of decoding, which has just been decoded."""
         ratio = self._decoder.sample_aspect_ratio or self._current
-        if ratio != self._current and pts is not None:
-            self._changes.append((pts, ratio))
+        if ratio != self._current:
+            self._changes.append((position, ratio))
             self._current = ratio
 
     def of(self, frame: "av.VideoFrame") -> Fraction:
@@ -252,7 +256,7 @@ class _PixelAspect:
         if self._guess != self._first:
             return self._guess or Fraction(1)
         ratio = self._first
-        for pts, changed in self._changes:
-            if frame.pts is not None and frame.pts >= pts:
+        for position, changed in self._changes:
+            if frame.opaque is not None and frame.opaque >= position:
                 ratio = changed
         return ratio or Fraction(1)
