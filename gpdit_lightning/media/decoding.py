@@ -1,7 +1,9 @@
 """Decoding of a video up to its first damaged frame: frames as they are stored, with their times."""
 
+import math
+import struct
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,6 +13,7 @@ from typing import NamedTuple
 
 import av
 import av.logging
+from av.sidedata.sidedata import Type as SideDataType
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.containers import VideoStream
@@ -43,12 +46,14 @@ class DecodedFrame:
         time: seconds after the first frame.
         frame: the decoded frame.
         pixel_aspect: displayed width over displayed height of a pixel.
+        display_matrix: rotation and flips, as in ISO 14496-12; None if there are none.
     """
 
     number: int
     time: Fraction
     frame: "av.VideoFrame"
     pixel_aspect: Fraction
+    display_matrix: Sequence[float] | None
 
 
 def decoded_frames(video: VideoStream) -> Iterator[DecodedFrame]:
@@ -61,14 +66,17 @@ def decoded_frames(video: VideoStream) -> Iterator[DecodedFrame]:
         DamagedVideoError: after the intact frames.
     """
     damage, clock, aspect, numbers = _Damage(), _Clock(video), _PixelAspect(video), count()
+    matrix: Sequence[float] | None = None
     undecided: deque[av.VideoFrame] = deque()
 
     def decided(delay: int) -> Iterator[DecodedFrame]:
+        nonlocal matrix
         while len(undecided) > delay:
             frame, number = undecided.popleft(), next(numbers)
             if damage.reaches(frame):
                 raise DamagedVideoError(video.path, number, damage.reason)
-            yield DecodedFrame(number, clock.time(frame), frame, aspect.of(frame))
+            matrix = _display_matrix(frame) or matrix  # a codec may store it with key frames only
+            yield DecodedFrame(number, clock.time(frame), frame, aspect.of(frame), matrix)
 
     for frame in _frames(video, damage, aspect):
         undecided.append(frame)
@@ -260,3 +268,14 @@ class _PixelAspect:
             if frame.opaque is not None and frame.opaque >= position:
                 ratio = changed
         return ratio or Fraction(1)
+
+
+def _display_matrix(frame: "av.VideoFrame") -> Sequence[float] | None:
+    """Return the first display matrix of a frame, from the container or the codec; None if there is none."""
+    try:
+        # Several may exist; ffplay uses the first one too.
+        data = next((data for data in frame.side_data if data.type == SideDataType.DISPLAYMATRIX), None)
+    except ValueError:  # the frame has a kind of side data that PyAV lacks
+        angle = math.radians(-frame.rotation)
+        return [math.cos(angle), math.sin(angle), 0, -math.sin(angle), math.cos(angle)]
+    return None if data is None else struct.unpack("=9i", bytes(data))

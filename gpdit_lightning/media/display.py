@@ -1,7 +1,6 @@
 """Decoded frames as they are displayed: colours, transparency, orientation, pixel aspect."""
 
 import math
-import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -9,12 +8,12 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import ColorRange, VideoReformatter
 from PIL import Image
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.decoding import DecodedFrame
 from gpdit_lightning.media.hdr import TRANSFER_HLG, TRANSFER_PQ, tone_mapped
 from gpdit_lightning.media.images import on_white
 
@@ -62,18 +61,13 @@ class Display:
         self._name = name
         self._reformatter = VideoReformatter()
 
-    def convert(self, frame: "av.VideoFrame", pixel_aspect: Fraction) -> DisplayedPixels:
+    def convert(self, decoded: DecodedFrame) -> DisplayedPixels:
         """Convert a frame.
 
-        Args:
-            frame: as decoded.
-            pixel_aspect: of the stored pixels.
-
         Raises:
-            InputError: the colours or the rotation are not supported.
+            InputError: the colours, the rotation or the pixel aspect are not supported.
         """
-        matrix = display_matrix(frame)
-        orientation = orientation_of(matrix, self._name) if matrix else Orientation(False, False, False)
+        frame, orientation = decoded.frame, orientation_of(decoded.display_matrix, self._name)
         if frame.color_trc in (TRANSFER_PQ, TRANSFER_HLG):
             pixels = tone_mapped(self._rgb(frame, "rgb48le"), frame.color_trc, frame.color_primaries)
         elif has_alpha(frame):
@@ -86,7 +80,10 @@ class Display:
         pixels = pixels.permute(2, 1, 0) if orientation.transpose else pixels.permute(2, 0, 1)
         flipped = [axis for axis, flip in ((1, orientation.flip_rows), (2, orientation.flip_columns)) if flip]
         pixels = pixels.flip(flipped).contiguous() if flipped else pixels.contiguous()
-        return DisplayedPixels(pixels, 1 / pixel_aspect if orientation.transpose else pixel_aspect)
+        aspect = 1 / decoded.pixel_aspect if orientation.transpose else decoded.pixel_aspect
+        if square_width(pixels.shape[2], aspect) > MAX_SIDE:
+            raise InputError(f"{self._name} has the sample aspect ratio {decoded.pixel_aspect}: correct it.")
+        return DisplayedPixels(pixels, aspect)
 
     def _rgb(self, frame: "av.VideoFrame", pixel_format: str) -> np.ndarray:
         """Convert a frame to packed RGB (H, W, C) by its matrix and range."""
@@ -123,8 +120,8 @@ def is_yuv(frame: "av.VideoFrame") -> bool:
     return not (frame.format.is_rgb or frame.format.has_palette) and any(c.is_chroma for c in frame.format.components)
 
 
-def orientation_of(matrix: Sequence[float], name: str) -> Orientation:
-    """Return the orientation that a display matrix describes.
+def orientation_of(matrix: Sequence[float] | None, name: str) -> Orientation:
+    """Return the orientation that a display matrix describes; without a matrix nothing is turned or flipped.
 
     A stored pixel at column x and row y is displayed in the direction (a x + c y, b x + d y) (ISO 14496-12, 6.2.2;
     libavutil/display.h). As in ffplay, an angle is rounded to the multiple of 90 degrees within one degree.
@@ -136,7 +133,7 @@ def orientation_of(matrix: Sequence[float], name: str) -> Orientation:
     Raises:
         InputError: the matrix rotates by another angle.
     """
-    a, b, _, c, d = matrix[:5]
+    a, b, _, c, d = matrix[:5] if matrix else (1, 0, 0, 0, 1)
     if a * d == b * c:
         return Orientation(False, False, False)  # not a rotation; players ignore it
     transpose = abs(b) > abs(a)
@@ -148,14 +145,3 @@ def orientation_of(matrix: Sequence[float], name: str) -> Orientation:
         )
     across, down = (c, b) if transpose else (a, d)
     return Orientation(transpose, flip_rows=down < 0, flip_columns=across < 0)
-
-
-def display_matrix(frame: "av.VideoFrame") -> Sequence[float] | None:
-    """Return the first display matrix of a frame, from the container or the codec; None if there is none."""
-    try:
-        # Several may exist; ffplay uses the first one too.
-        data = next((data for data in frame.side_data if data.type == SideDataType.DISPLAYMATRIX), None)
-    except ValueError:  # the frame has a kind of side data that PyAV lacks
-        angle = math.radians(-frame.rotation)
-        return [math.cos(angle), math.sin(angle), 0, -math.sin(angle), math.cos(angle)]
-    return None if data is None else struct.unpack("=9i", bytes(data))

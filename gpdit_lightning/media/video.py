@@ -207,7 +207,7 @@ def _displayed_frames(video: VideoStream, start: int, stride: int, max_frames: i
     display = Display(str(video.path))
     size: Size | None = None
     for decoded in _select(deinterlaced(decoded_frames(video)), start, stride, max_frames):
-        pixels, aspect = display.convert(decoded.frame, decoded.pixel_aspect)
+        pixels, aspect = display.convert(decoded)
         size = size or (pixels.shape[1], square_width(pixels.shape[2], aspect))
         yield VideoFrame(decoded.number, float(decoded.time), pixels, aspect, size)
 
