@@ -78,8 +78,9 @@ def open_video(path: str | Path, threads: int = 0) -> Iterator[VideoStream]:
         with av.open(f"file:{path}", metadata_errors="replace") as container:
             stream = _shown_stream(path, container)
             decoder = stream.codec_context
-            if alpha_decoder := stream.metadata.get("alpha_mode") == "1" and ALPHA_DECODERS.get(decoder.name):
-                decoder = av.VideoCodecContext.create(alpha_decoder, "r")
+            has_alpha = any(tag.lower() == "alpha_mode" and value == "1" for tag, value in stream.metadata.items())
+            if has_alpha and decoder.name in ALPHA_DECODERS:
+                decoder = av.VideoCodecContext.create(ALPHA_DECODERS[decoder.name], "r")
                 decoder.extradata = stream.codec_context.extradata
             decoder.options = DETECTION
             decoder.copy_opaque = True  # a frame carries the `opaque` of its packet
