@@ -20,6 +20,7 @@ TO_BT709 = {
     PRIMARIES_BT2020: ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)),
     PRIMARIES_DISPLAY_P3: ((1.2249, -0.2249, 0.0), (-0.0421, 1.0421, 0.0), (-0.0196, -0.0786, 1.0983)),
 }
+BLOCK_PIXELS = 2**18  # converted at a time, to bound memory
 LUMINANCE = (0.2627, 0.6780, 0.0593)  # of the primaries of BT.2020
 
 
@@ -37,7 +38,13 @@ def tone_mapped(signal: np.ndarray, transfer: int, primaries: int) -> Tensor:
     Returns:
         uint8 (H, W, 3).
     """
-    light = _to_light(transfer)[torch.from_numpy(signal.astype(np.int32))]
+    rows = max(1, BLOCK_PIXELS // signal.shape[1])
+    blocks = [signal[start : start + rows] for start in range(0, len(signal), rows)]
+    return torch.cat([_tone_mapped(torch.from_numpy(block.astype(np.int32)), transfer, primaries) for block in blocks])
+
+
+def _tone_mapped(signal: Tensor, transfer: int, primaries: int) -> Tensor:
+    light = _to_light(transfer)[signal]
     if transfer == TRANSFER_HLG:  # BT.2100, table 5: the OOTF with a system gamma of 1.2
         luminance = (light @ torch.tensor(LUMINANCE)).clamp(min=1e-6)
         light = light * (luminance**0.2)[..., None] * (PEAK / REFERENCE_WHITE)
