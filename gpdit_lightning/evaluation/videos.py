@@ -156,7 +156,7 @@ def read_clip(
     indices = clip_frame_indices(length, frames, stride, centred, resample_short)
     clip = _read_frames(path, indices, size)
     if len(clip) < len(indices):  # the video is shorter than assumed, or than its header states
-        length = count_frames(path, threads=1)
+        length = count_frames(path)
         indices = clip_frame_indices(length, frames, stride, centred, resample_short)
         clip = _read_frames(path, indices, size)
     if not clip:
@@ -177,11 +177,11 @@ def _read_frames(path: Path, indices: Sequence[int], size: Size) -> list[Tensor]
     requested, max_frames = set(indices), (indices[-1] - indices[0]) // stride + 1
     return [
         frame.resized(size)
-        for frame in iterate_frames(path, indices[0], stride, max_frames, threads=1)
+        for frame in iterate_frames(path, indices[0], stride, max_frames)
         if frame.number in requested
     ]
 
 
 def _num_frames(path: Path) -> int:
     """Return the number of frames by the header, or by counting if the header does not state it."""
-    return video_info(path, threads=1).frames or count_frames(path, threads=1)
+    return video_info(path).frames or count_frames(path)

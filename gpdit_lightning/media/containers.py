@@ -1,5 +1,6 @@
 """Video files as FFmpeg reads them: which files are videos, and the one stream of a file that a player shows."""
 
+import logging
 import mimetypes
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import av
-from av.codec.context import ThreadType
+import av.logging
 from av.stream import Disposition
 
 from gpdit_lightning.errors import InputError
@@ -29,6 +30,11 @@ TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Checks of damage that cost little. FFmpeg's further checks reject intact files of careless encoders.
 DETECTION = {"err_detect": "crccheck+bitstream+buffer"}
+
+# For some decoders FFmpeg's messages are the only sign of damage. Outside `ffmpeg_errors` they go to Python's logging.
+av.logging.set_level(av.logging.ERROR)
+av.logging.set_skip_repeated(False)
+logging.getLogger("libav").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,22 @@ def is_video(path: Path) -> bool:
 
 
 @contextmanager
-def open_video(path: str | Path, threads: int = 0) -> Iterator[VideoStream]:
+def ffmpeg_errors() -> Iterator[list[str]]:
+    """Collect FFmpeg's messages at level ERROR within the block, except those of FFmpeg's threads, in a list."""
+    messages: list[str] = []
+    with av.logging.Capture() as logged:
+        try:
+            yield messages
+        finally:
+            messages[:0] = [message.partition("\n")[0] for _, _, message in logged]
+
+
+@contextmanager
+def open_video(path: str | Path) -> Iterator[VideoStream]:
     """Open the stream of a file that a player shows; errors of FFmpeg inside the block become `InputError`.
 
     Args:
         path: any file that FFmpeg reads as a video.
-        threads: decoder threads; 0 lets FFmpeg choose.
 
     Raises:
         InputError: the file is missing, not a video, or its video has no decoder.
@@ -74,8 +90,10 @@ def open_video(path: str | Path, threads: int = 0) -> Iterator[VideoStream]:
     try:
         if not path.is_file():
             raise InputError(f"{path} does not exist: give the path of a video.")
-        # Without "file:" FFmpeg would take the text before a colon in the name for a protocol.
-        with av.open(f"file:{path}", metadata_errors="replace") as container:
+        with ffmpeg_errors():
+            # Without "file:" FFmpeg would take the text before a colon in the name for a protocol.
+            opened = av.open(f"file:{path}", metadata_errors="replace")
+        with opened as container:
             stream = _shown_stream(path, container)
             decoder = stream.codec_context
             has_alpha = any(tag.lower() == "alpha_mode" and value == "1" for tag, value in stream.metadata.items())
@@ -84,8 +102,8 @@ def open_video(path: str | Path, threads: int = 0) -> Iterator[VideoStream]:
                 decoder.extradata = stream.codec_context.extradata
             decoder.options = DETECTION
             decoder.copy_opaque = True  # a frame carries the `opaque` of its packet
-            decoder.thread_type = ThreadType.AUTO
-            decoder.thread_count = threads
+            # With several threads, the frames that can be read from a damaged video would vary from run to run.
+            decoder.thread_count = 1
             yield VideoStream(path, container, stream, decoder)
     except Exception as error:
         if transient := transient_error(error, path):

@@ -4,7 +4,6 @@ import math
 import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import count
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
-import av.logging
 from av.sidedata.sidedata import Type as SideDataType
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.containers import VideoStream
+from gpdit_lightning.media.containers import VideoStream, ffmpeg_errors
 from gpdit_lightning.retries import transient_error
 
 # Time stamps that jump by more seconds belong to another recording in the same file, as in ffplay.
@@ -92,7 +90,7 @@ def _frames(video: VideoStream, damage: "_Damage", aspect: "_PixelAspect") -> It
     packets = video.container.demux(video.stream)
     position, pts = -1, None
     while True:
-        with _ffmpeg_errors() as messages:
+        with ffmpeg_errors() as messages:
             packet = next(packets, None)
         if messages:  # the end of the packet before was not where the next one begins
             damage.record(_Sign(position, pts, messages[0]))
@@ -102,11 +100,10 @@ def _frames(video: VideoStream, damage: "_Damage", aspect: "_PixelAspect") -> It
         packet.opaque = position
         if packet.is_corrupt:
             damage.record(_Sign(position, pts, "incomplete data"))
-        with _ffmpeg_errors() as messages:
+        with ffmpeg_errors() as messages:
             frames = _decode(video, packet, messages)
         if messages:
-            # With several threads, later packets were decoded before the error was reported.
-            damage.record(_Sign(position + 1 - max(1, video.decoder.thread_count), pts, messages[0]))
+            damage.record(_Sign(position, pts, messages[0]))
         aspect.update(position)
         for frame in frames:
             if frame.is_corrupt:
@@ -124,20 +121,6 @@ def _decode(video: VideoStream, packet: "av.Packet", messages: list[str]) -> lis
             raise transient from None
         messages.append(error.strerror or str(error))
         return []
-
-
-@contextmanager
-def _ffmpeg_errors() -> Iterator[list[str]]:
-    """Collect FFmpeg's messages at level ERROR within the block: the only sign of damage with some decoders."""
-    messages: list[str] = []
-    level = av.logging.get_level()
-    av.logging.set_level(av.logging.ERROR)
-    try:
-        with av.logging.Capture(local=False) as logged:
-            yield messages
-    finally:
-        av.logging.set_level(level)
-        messages[:0] = [message.partition("\n")[0] for _, _, message in logged]
 
 
 class _Sign(NamedTuple):

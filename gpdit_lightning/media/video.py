@@ -86,18 +86,17 @@ class VideoFrame:
 
 
 @retried
-def video_info(path: str | Path, threads: int = 0) -> VideoInfo:
+def video_info(path: str | Path) -> VideoInfo:
     """Read a video's header and first frame.
 
     Args:
         path: any file that FFmpeg reads as a video.
-        threads: decoder threads; 0 lets FFmpeg choose.
 
     Raises:
         InputError: the file is missing, not a video, or without frames or frame rate, or its display is not supported.
         TransientError: three attempts to read it failed for a reason other than its content.
     """
-    with open_video(path, threads) as video:
+    with open_video(path) as video:
         frame = next(_displayed_frames(video, 0, 1, 1), None)
         if frame is None:
             raise InputError(f"{path} contains no frames: replace or remove it.")
@@ -111,7 +110,7 @@ def video_info(path: str | Path, threads: int = 0) -> VideoInfo:
 
 @retried_iterator
 def iterate_frames(
-    path: str | Path, start: int = 0, stride: int = 1, max_frames: int | None = None, threads: int = 0
+    path: str | Path, start: int = 0, stride: int = 1, max_frames: int | None = None
 ) -> Iterator[VideoFrame]:
     """Read the frames of a video as a player shows them, with one of them in memory at a time.
 
@@ -120,8 +119,6 @@ def iterate_frames(
         start: number of the first frame to return, from 0.
         stride: distance between the frames to return (GPDiT: 3, section 5.1).
         max_frames: maximum number of frames to return; None for all.
-        threads: decoder threads; 0 lets FFmpeg choose. The frames that can be read from a damaged video may depend on
-            it.
 
     Yields:
         The frames, upright, by their colour tags and over white. Frames are not scaled until `VideoFrame.pixels` or
@@ -132,27 +129,27 @@ def iterate_frames(
         DamagedVideoError: the video is damaged; after the frames before the damage.
         TransientError: three attempts to read it failed for a reason other than its content.
     """
-    with open_video(path, threads) as video:
+    with open_video(path) as video:
         yield from _displayed_frames(video, start, stride, max_frames)
 
 
 @retried
-def check_intact(path: str | Path, threads: int = 0) -> None:
+def check_intact(path: str | Path) -> None:
     """Decode a video; raises as :func:`iterate_frames`."""
-    with open_video(path, threads) as video:
+    with open_video(path) as video:
         for _ in decoded_frames(video):
             pass
 
 
 @retried
-def count_frames(path: str | Path, threads: int = 0) -> int:
+def count_frames(path: str | Path) -> int:
     """Decode a video and return the number of its frames; of a damaged one, those before the damage.
 
     Raises:
         InputError: the file is missing or not a video.
     """
     count = 0
-    with suppress(DamagedVideoError), open_video(path, threads) as video:
+    with suppress(DamagedVideoError), open_video(path) as video:
         for _ in decoded_frames(video):
             count += 1
     return count

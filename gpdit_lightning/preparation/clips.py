@@ -18,8 +18,6 @@ from gpdit_lightning.preparation.shots import mark_cuts
 from gpdit_lightning.preparation.tars import iterate_samples
 from gpdit_lightning.retries import retried_iterator, transient_error
 
-DECODER_THREADS = 1  # with several threads, decoding a damaged video is not deterministic
-
 
 class SampleId(NamedTuple):
     """Identity of a sample within a data set."""
@@ -187,13 +185,13 @@ class ClipReader:
     def _clips_of_video(self, index: int, file: InputFile) -> Iterator[Item]:
         assert file.split is not None
         options = self.options
-        info = video_info(file.path, DECODER_THREADS)
+        info = video_info(file.path)
         size = closest_size(info.height, info.width, [parse_size(text) for text in options.video_sizes])
         metadata: dict[str, Any] = {"source": file.name} | file.annotation
         metadata |= {"fps": float(info.fps), "stride": options.stride, "pixel_size": list(size)}
         if options.damaged_videos == "drop":
-            check_intact(file.path, DECODER_THREADS)
-        intact = _IntactFrames(iterate_frames(file.path, stride=self._decoded_stride, threads=DECODER_THREADS))
+            check_intact(file.path)
+        intact = _IntactFrames(iterate_frames(file.path, stride=self._decoded_stride))
         frames = _CountedFrames(self._selected_frames(intact, size))
         clips = 0
         for clip in cut_clips(frames, options, self.temporal_factor):

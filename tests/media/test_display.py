@@ -74,7 +74,7 @@ def test_pixel_aspect_and_size_may_change_within_a_video(tmp_path: Path) -> None
         encode(tmp_path / "a.h264", [rgb_frame(disk(*size, float(aspect), 16))] * 5, aspect=aspect)
         pieces.append((tmp_path / "a.h264").read_bytes())
     (tmp_path / "a.h264").write_bytes(b"".join(pieces))
-    frames = list(iterate_frames(tmp_path / "a.h264", threads=1))
+    frames = list(iterate_frames(tmp_path / "a.h264"))
     assert [frame.pixel_aspect for frame in frames] == [2] * 5 + [1] * 5 + [Fraction(1, 2)] * 5
     assert {frame.pixels.shape for frame in frames} == {(3, 96, 256)}
     for frame in frames:

@@ -216,7 +216,7 @@ def test_broken_and_short_files_are_skipped_and_listed(options: PrepareOptions, 
 
 
 def test_clips_before_damage_in_a_video_are_used(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaking(path: Path, stride: int, threads: int) -> Iterator[VideoFrame]:
+    def breaking(path: Path, stride: int) -> Iterator[VideoFrame]:
         yield from iterate_frames(path, 0, stride, 7)
         raise DamagedVideoError(path, 7, "broken")
 
@@ -231,8 +231,8 @@ def test_clips_before_damage_in_a_video_are_used(options: PrepareOptions, monkey
 
 
 def test_an_unexpected_exception_skips_one_file_only(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    def raising(path: Path, threads: int) -> Any:
-        return 1 / 0 if path.name == "v_1_c3.mp4" else video_info(path, threads)
+    def raising(path: Path) -> Any:
+        return 1 / 0 if path.name == "v_1_c3.mp4" else video_info(path)
 
     monkeypatch.setattr(clips, "video_info", raising)
     manifest = prepared(options)

@@ -11,7 +11,6 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image
 from gpdit_lightning.media.video import count_frames, video_info
 from gpdit_lightning.options.prepare import PrepareOptions
-from gpdit_lightning.preparation.clips import DECODER_THREADS
 from gpdit_lightning.preparation.input_files import FileFormat
 from gpdit_lightning.preparation.tars import iterate_samples
 
@@ -48,7 +47,7 @@ def explain_size(path: Path, file_format: FileFormat, key: str, options: Prepare
 
 def explain_frames(path: Path, samples: Sequence[Sample], options: PrepareOptions, temporal_factor: int) -> str:
     """Count the frames of a video and those in clips, with the reason why the others are not."""
-    count = count_frames(path, DECODER_THREADS)
+    count = count_frames(path)
     used = {
         sample.first_frame + frame * options.stride
         for sample in samples
@@ -73,7 +72,7 @@ def explain_frames(path: Path, samples: Sequence[Sample], options: PrepareOption
 
 def _pixel_size(path: Path, file_format: FileFormat, key: str) -> Size:
     if file_format == "video":
-        info = video_info(path, DECODER_THREADS)
+        info = video_info(path)
         return info.height, info.width
     if key:
         pixels = next((sample.pixels for sample in iterate_samples(path) if sample.key == key), None)
