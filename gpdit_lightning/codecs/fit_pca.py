@@ -22,10 +22,10 @@ from gpdit_lightning.files import atomic_write
 
 
 def fit(clips: Sequence[Tensor]) -> PcaCodec:
-    """Fit the codec with the least squared error on `clips` of all linear codes of 16 numbers per block.
+    """Fit the codec, on the CPU, with the least squared error on `clips` of all linear codes of 16 numbers per block.
 
     Args:
-        clips: uint8 (T, 3, H, W) with T = 1 + 4k, k >= 1.
+        clips: uint8 (T, 3, H, W) with T = 1 + 4k, k >= 1, on any device.
 
     Raises:
         InputError: there are no clips.
@@ -85,12 +85,13 @@ def whitening(codec: PcaCodec, clips: Iterable[Tensor]) -> dict[str, Tensor]:
 
 def psnr(codec: PcaCodec, clips: Iterable[Tensor]) -> float:
     """Return the peak signal-to-noise ratio in dB of decoded clips, from the mean squared error over all pixels."""
-    errors = [(codec.decode(codec.encode(clip[None]))[0].float() - clip).square().mean() for clip in clips]
+    decoded = ((codec.decode(codec.encode(clip[None]))[0].float(), clip) for clip in clips)
+    errors = [(result - clip.to(result.device)).square().mean() for result, clip in decoded]
     return float(10 * (255**2 / torch.stack(errors).mean()).log10())
 
 
 def _values(clip: Tensor) -> Tensor:
-    return clip.float() / 127.5 - 1
+    return clip.cpu().float() / 127.5 - 1
 
 
 def _second_moment(blocks: Tensor) -> Tensor:

@@ -1,0 +1,157 @@
+"""Training on the simulated device; run by tests/device/test_on_sim.py."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning import Trainer
+
+from gpdit_lightning.cli.fit import fit, validate
+from gpdit_lightning.codecs import load_codec
+from gpdit_lightning.data.batches import LatentBatch
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shard_writer import ShardSetWriter
+from gpdit_lightning.diffusion import VelocityLoss
+from gpdit_lightning.options.shared import RecipeOptions
+from gpdit_lightning.stages import ImageWarmupStage
+from gpdit_lightning.training.callbacks.health import NonFiniteError
+from tests.device.accelerator import SimStrategy, Waits
+
+LOG_EVERY, SAVE_EVERY, STEPS = 3, 4, 6  # steps 2 and 5 log, validate and save nothing, and 5 follows steps that do
+CODEC = load_codec("pca")
+SOURCE = {"batch_size": 4}
+STAGES: dict[str, dict[str, Any]] = {
+    "ImageWarmupStage": {"images": SOURCE | {"micro_batches": 2}},
+    "MixedStage": {"images": SOURCE | {"weight": 0.5}, "videos": SOURCE | {"frames": 3}},
+    "alternating MixedStage": {"images": SOURCE, "videos": SOURCE | {"frames": 3}, "sampling": "alternate"},
+    "LongVideoStage": {"videos": SOURCE | {"least_frames": 2}, "noise_draws": 2},
+    "FewShotStage": {"sequences": SOURCE | {"loss_frames": "targets"}},
+}
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labelled latents of all kinds, some held out."""
+    folder = tmp_path_factory.mktemp("latents")
+    numbers = np.random.default_rng(0)
+    with ShardSetWriter(folder, 5) as writer:
+        for split, count in (("train", 9), ("validation", 3)):
+            for kind, frames in (("image", 1), ("video", 5), ("video", 3), ("sequence", 6)):
+                for place in range(count):
+                    latent = numbers.normal(size=(frames, CODEC.latent_channels, 4, 4))
+                    metadata = {"source": f"{split}-{kind}-{frames}-{place}", "label": "ab"[place % 2]}
+                    writer.write(split, kind, latent, metadata)
+        shards = writer.close()
+    manifest = Manifest(
+        folder, CODEC.spec(), shards, {"stride": 3}, validation={"held_out_by": "source"}, labels=("a", "b")
+    )
+    manifest.save()
+    return folder
+
+
+def run(latents: Path, run_dir: Path, stage: str, **trainer: Any) -> Trainer:
+    """Train a small model of a stage with everything that a recipe may use, and return the trainer."""
+    sources = STAGES.get(stage, {"images": SOURCE})  # custom stages train on images
+    content: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "seed_everything": 3,
+        "model": {
+            "class_path": stage.split()[-1],
+            "init_args": {
+                "backbone": {
+                    "size": "tiny",
+                    "layers": 2,
+                    "width": 24,
+                    "heads": 2,
+                    "mlp_width": 48,
+                    "classes": 2,
+                    "activation_checkpointing": stage == "MixedStage",
+                },
+                "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+            },
+        },
+        "data": {
+            "max_ranks": 2,
+            "context_dropout": 0.25,
+            "labels": True,
+            "validation_batches": 1,
+            **{
+                name: {"manifests": [str(latents)], **value} if isinstance(value, dict) else value
+                for name, value in sources.items()
+            },
+        },
+        "trainer": {
+            "accelerator": "sim",
+            "strategy": f"{SimStrategy.__module__}.SimStrategy",
+            "callbacks": [{"class_path": f"{Waits.__module__}.Waits"}],
+            "max_steps": STEPS,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": LOG_EVERY,
+            **trainer,
+        },
+        "validate_every_steps": SAVE_EVERY,
+        "ema": {"decay": 0.5},
+        "checkpoint": {"every_steps": SAVE_EVERY},
+        "preview": {"every_steps": SAVE_EVERY, "clips": 1, "sampler_steps": 1, "context_frames": 1},
+    }
+    path = run_dir.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(content))
+    return fit(RecipeOptions(config=[str(path)]))
+
+
+def waits_of(trainer: Trainer) -> dict[int, Counter[str]]:
+    """Return the waits of each optimizer step."""
+    (callback,) = [callback for callback in trainer.callbacks if isinstance(callback, Waits)]
+    return callback.of_step
+
+
+def causes(waits: Counter[str]) -> list[str]:
+    """Return the causes of waits without the numbers of lines, once for each wait."""
+    return sorted(cause.rpartition(":")[0] for cause in waits.elements())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_waits_once_per_step(latents: Path, tmp_path: Path, stage: str) -> None:
+    """For the loss and the gradient, which are checked before the step is applied."""
+    trainer = run(latents, tmp_path / "run", stage)
+    assert {"train/loss", "val/loss"} <= trainer.callback_metrics.keys()
+    assert all(metric.isfinite() for metric in trainer.callback_metrics.values())
+    assert len(list((tmp_path / "run" / "previews").glob("*.png"))) == 2
+    waits = waits_of(trainer)
+    for step in (2, 5):
+        # A clip length that was not used before needs a table of positions.
+        others = [cause for cause in causes(waits[step]) if cause != "copy to the device at model/positions.py"]
+        assert others == ["tolist at callbacks/health.py"]
+    assert "copy to the CPU at callbacks/metrics.py" in causes(waits[LOG_EVERY])
+
+
+def test_a_run_resumes_and_is_validated(latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = run(latents, tmp_path / "whole", "ImageWarmupStage")
+    run(latents, tmp_path / "run", "ImageWarmupStage", max_steps=SAVE_EVERY)
+    resumed = run(latents, tmp_path / "run", "ImageWarmupStage")
+    assert sorted(waits_of(resumed)) == [5, 6]
+    assert "tolist at callbacks/health.py" in causes(waits_of(resumed)[5])
+    for name, weight in whole.lightning_module.state_dict().items():
+        torch.testing.assert_close(resumed.lightning_module.state_dict()[name], weight, rtol=0, atol=0)
+    capsys.readouterr()
+    validate(RecipeOptions(config=[str(tmp_path / "run.yaml")]))
+    assert "val/loss" in capsys.readouterr().out
+
+
+class DivergingStage(ImageWarmupStage):
+    """A stage whose loss is not a number at the third optimizer step."""
+
+    def objective(self, batch: LatentBatch) -> VelocityLoss:
+        """Return the loss of the batch, or NaN."""
+        loss = super().objective(batch)
+        return loss._replace(mean=loss.mean * math.nan) if self.trainer.global_step == 2 else loss
+
+
+def test_a_loss_that_is_not_finite_stops_its_own_step(latents: Path, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"training stopped at optimizer step 3: the (loss|gradient)"):
+        run(latents, tmp_path / "run", f"{__name__}.DivergingStage")
