@@ -1,14 +1,115 @@
-"""SIGINT and SIGTERM: delayed in the main process, and ignored in the worker processes of data loaders."""
+"""SIGINT and SIGTERM: received or delayed in the main process, and ignored in the worker processes of data loaders."""
 
 import multiprocessing
 import os
+import select
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+RAISES_WITHIN, ENDS_WITHIN = 5.0, 30.0  # seconds
+
+
+class SignalListener:
+    """A thread that learns of signals at once, also while the main thread is blocked, where Python runs no handler.
+
+    Further signals after the first one end the process at once, except those within 0.1 s, since `timeout` and
+    schedulers signal a process and then its group.
+
+    Args:
+        numbers: the signals.
+        on_first: called in the thread with the number of the first signal.
+    """
+
+    def __init__(self, numbers: Collection[int], on_first: Callable[[int], None]) -> None:
+        self.numbers, self.on_first = numbers, on_first
+        self._wakeup_fd = self._previous_fd = -1  # Python writes the number of each signal to it
+        self._resent = 0
+
+    def start(self) -> None:
+        """Start the thread; call it in the main thread."""
+        reading_end, self._wakeup_fd = os.pipe()
+        os.set_blocking(self._wakeup_fd, False)
+        self._previous_fd = signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reading_end,), daemon=True).start()
+
+    def close(self) -> None:
+        """End the thread, if it was started; call it in the main thread."""
+        if self._wakeup_fd >= 0:
+            signal.set_wakeup_fd(self._previous_fd, warn_on_full_buffer=False)
+            os.close(self._wakeup_fd)
+            self._wakeup_fd = -1
+
+    def resend(self, number: int) -> None:
+        """Send a signal to the main thread, so that a blocking call returns and the handler runs; it is not counted."""
+        self._resent += 1
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+    def _listen(self, reading_end: int) -> None:
+        is_first = True
+        while number := os.read(reading_end, 1):
+            if number[0] not in self.numbers:
+                continue
+            if not is_first and self._resent:
+                self._resent -= 1
+                continue
+            if not is_first:
+                os._exit(128 + number[0])
+            is_first = False
+            while select.select([reading_end], [], [], 0.1)[0] and os.read(reading_end, 64):
+                pass
+            self.on_first(number[0])
+        os.close(reading_end)
+
+
+class Termination:
+    """Context manager in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does.
+
+    If the main thread is blocked and cannot raise it within `RAISES_WITHIN` seconds, or does not leave the block within
+    `ENDS_WITHIN`, a line is printed and the process ends with status 143. The context manager has no effect outside the
+    main thread, or if SIGTERM is already handled or ignored.
+
+    Args:
+        line: the line.
+
+    Attributes:
+        received: whether SIGTERM was received.
+    """
+
+    def __init__(self, line: str) -> None:
+        self.line, self.received = line, False
+        self._listener = SignalListener((signal.SIGTERM,), self._set_deadlines)
+
+    def __enter__(self) -> Self:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            self._listener.start()
+            signal.signal(signal.SIGTERM, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if signal.getsignal(signal.SIGTERM) == self._interrupt:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._listener.close()
+
+    def _interrupt(self, *_: object) -> None:
+        self.received = True
+        raise KeyboardInterrupt
+
+    def _set_deadlines(self, number: int) -> None:
+        for seconds, is_over in ((RAISES_WITHIN, lambda: not self.received), (ENDS_WITHIN, lambda: True)):
+            timer = threading.Timer(seconds, self._exit, (number, is_over))
+            timer.daemon = True
+            timer.start()
+
+    def _exit(self, number: int, is_over: Callable[[], bool]) -> None:
+        if is_over():
+            os.write(2, f"{self.line}\n".encode())
+            os._exit(128 + number)
 
 
 @contextmanager
@@ -57,6 +158,7 @@ def ignore_signals(worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_at_sigterm_of_parent, daemon=True).start()
     else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 

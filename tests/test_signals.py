@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from gpdit_lightning.signals import SIGNALS, ignore_signals, signals_delayed
+from gpdit_lightning import cli
+from gpdit_lightning.cli import VERBS, main
+from gpdit_lightning.signals import SIGNALS, Termination, ignore_signals, signals_delayed
 
+ROOT = Path(__file__).parents[1]
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs signal.sigwaitinfo")
 
 
@@ -132,3 +135,64 @@ def test_a_delayed_signal_is_handled_once_and_the_handlers_are_restored() -> Non
     assert received == [signal.SIGTERM]
     signal.raise_signal(signal.SIGTERM)
     assert received == [signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(("number", "status", "line"), [(15, 143, "stopped by SIGTERM"), (2, 130, "stopped")])
+def test_a_signal_ends_every_verb_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, verb: str, number: int, status: int, line: str
+) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr(cli, "run", lambda *_: signal.raise_signal(number))
+    assert main([verb]) == status
+    kept = VERBS[verb].when_stopped
+    assert capsys.readouterr().err == f"{line}{f': {kept}' if kept else ''}.\n"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+@linux_only
+@pytest.mark.parametrize("verb", ["fit", "sample"])
+def test_sigterm_during_imports_ends_a_process_with_one_line(verb: str) -> None:
+    command = [sys.executable, "-m", "gpdit_lightning", verb, "--config", "gpdit:demo/stage1_image_warmup"]
+    if verb == "sample":
+        command = [*command[:4], "--checkpoint", "none", "--out", "none.mp4"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+    process.terminate()
+    _, printed = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert printed == f"stopped by SIGTERM{': the same command resumes' if verb == 'fit' else ''}.\n"
+
+
+@linux_only
+@pytest.mark.parametrize(
+    "blocked",
+    [
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {15}); print(flush=True); ctypes.CDLL(None).sleep(60)",
+        "print(flush=True)\n    try: time.sleep(60)\n    except: time.sleep(60)",  # as code that ignores all exceptions
+    ],
+)
+def test_sigterm_ends_a_process_whose_main_thread_is_blocked(blocked: str) -> None:
+    script = (
+        "import ctypes, signal, time\nfrom gpdit_lightning import signals\n"
+        f"signals.RAISES_WITHIN, signals.ENDS_WITHIN = 0.2, 0.6\nwith signals.Termination('stopped.'):\n    {blocked}"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=-1, stderr=-1, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.terminate()
+    _, printed = process.communicate(timeout=30)
+    assert (process.returncode, printed) == (143, "stopped.\n")
+
+
+def test_a_handler_of_sigterm_is_not_replaced() -> None:
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    with Termination("stopped."):
+        signal.raise_signal(signal.SIGTERM)
+    assert received == [signal.SIGTERM]

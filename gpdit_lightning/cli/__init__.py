@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from gpdit_lightning.devices import rank_of_process
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import DISK_FULL_ERRORS
+from gpdit_lightning.signals import Termination
 from gpdit_lightning.version import __version__
 
 
@@ -24,22 +25,28 @@ class Verb(NamedTuple):
         function: the function that the verb calls with its record of options, as `module:name` in this package.
         summary: one line for the list of verbs and for the verb's help.
         record: the dataclass of the options, as `module:name` in `gpdit_lightning.options`.
+        when_stopped: what a stopped command has kept, for its last line.
     """
 
     function: str
     summary: str
     record: str
+    when_stopped: str = ""
 
 
+RESUMES = "the same command resumes"
 RECIPE = "shared:RecipeOptions"  # of the verbs whose options are those of a training recipe
 
 VERBS = {
     "demo": Verb(
-        "demo:demo", "Train a small model on synthetic videos within minutes, and generate with it.", "demo:DemoOptions"
+        "demo:demo",
+        "Train a small model on synthetic videos within minutes, and generate with it.",
+        "demo:DemoOptions",
+        RESUMES,
     ),
-    "fit": Verb("fit:fit", "Train from a recipe; the same command resumes.", RECIPE),
+    "fit": Verb("fit:fit", "Train from a recipe; the same command resumes.", RECIPE, RESUMES),
     "chain": Verb(
-        "chain:chain", "Train the stages of a chain in turn; the same command resumes.", "chain:ChainOptions"
+        "chain:chain", "Train the stages of a chain in turn; the same command resumes.", "chain:ChainOptions", RESUMES
     ),
     "validate": Verb("fit:validate", "Evaluate a run's last checkpoint on the held-out sources.", RECIPE),
     "test": Verb("fit:test", "The same as validate, logged as test/loss.", RECIPE),
@@ -55,14 +62,19 @@ VERBS = {
         "evaluate:evaluate",
         "Continue the videos of a data set and compute FVD, FID, IS, precision, recall, PSNR, SSIM.",
         "evaluate:EvaluateOptions",
+        f"complete chunks are kept, and {RESUMES}",
     ),
     "probe": Verb(
         "probe:probe",
         "Measure how well each layer's features predict a video's class, by a linear probe.",
         "probe:ProbeOptions",
+        f"computed features are kept, and {RESUMES}",
     ),
     "features": Verb(
-        "features:features", "Write the features of videos for another model to train on.", "features:FeaturesOptions"
+        "features:features",
+        "Write the features of videos for another model to train on.",
+        "features:FeaturesOptions",
+        f"written features are kept, and {RESUMES}",
     ),
     "estimate": Verb(
         "estimate:estimate",
@@ -71,7 +83,10 @@ VERBS = {
     ),
     "export": Verb("export:export", "Write the model of a checkpoint to a folder for sharing.", "export:ExportOptions"),
     "prepare": Verb(
-        "prepare:run", "Encode videos, images and tars of images as latent shards.", "prepare:PrepareOptions"
+        "prepare:run",
+        "Encode videos, images and tars of images as latent shards.",
+        "prepare:PrepareOptions",
+        f"complete shards are kept, and {RESUMES}",
     ),
     "prepare-pairs": Verb(
         "prepare_pairs:run", "Encode pairs of images as few-shot sequences.", "prepare_pairs:PreparePairsOptions"
@@ -107,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         the exit status: 0; 1 if `inspect` found faults; 2 after the one-sentence message of an error that the user can
-        correct; 130 after Ctrl-C; 141 if the reader of the output has ended, as in `... | head`.
+        correct; 130 after Ctrl-C; 143 after SIGTERM; 141 if the reader of the output has ended, as in `... | head`.
     """
     try:
         try:
@@ -135,8 +150,11 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(f"error: there is no verb '{name}': {advice}", file=sys.stderr)
         return 2
     _show_log()
+    kept = f": {VERBS[name].when_stopped}." if VERBS[name].when_stopped else "."
+    termination = Termination(f"{_rank_prefix()}stopped by SIGTERM{kept}")
     try:
-        return run(name, rest)
+        with termination:
+            return run(name, rest)
     except InputError as error:
         print(f"{_rank_prefix()}error: {error}", file=sys.stderr)
         return 2
@@ -157,8 +175,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(f"{_rank_prefix()}error: {ended}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
-        return 130
+        print(termination.line if termination.received else f"stopped{kept}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if termination.received else signal.SIGINT)
 
 
 def _redirect_closed_output() -> bool:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -47,7 +46,6 @@ def sample(options: SampleOptions) -> None:
     jobs = plan_videos(options, trained, codec)
     longest = max(len(job.context.pixels) for job in jobs) + options.frames
     check_visible_frames(config, codec.temporal_factor, longest, trained)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM, too, keeps the frames so far
     if config.autocast_dtype is not None:
         cast_linear_weights(trained.backbone, config.autocast_dtype)
 

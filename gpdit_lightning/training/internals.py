@@ -51,6 +51,11 @@ def is_last_micro_batch(trainer: Trainer) -> bool:
     return not trainer.fit_loop._should_accumulate()
 
 
+def is_between_steps(trainer: Trainer) -> bool:
+    """Return whether no micro-batch of the next optimizer step was computed, while the next one is requested."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
+
+
 def launched_processes(strategy: Strategy) -> list[Popen[bytes]] | None:
     """Return the processes that Lightning launched for the other ranks of this machine; None if it launches none.
 

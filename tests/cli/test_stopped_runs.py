@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from pathlib import Path
 import torch
 from lightning import Callback
 
+from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 
 
@@ -69,6 +71,22 @@ class FailingDisk(Callback):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         Path(os.environ["REACHED"]).touch()
         time.sleep(600)
+
+
+class StuckDisk(Callback):
+    """Reads of shards never return from a micro-batch on, as those of a file server that does not respond."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch:
+            ShardReader.read = self.hang
+
+    def hang(self, *_):
+        Path(os.environ["REACHED"]).touch()
+        while True:
+            time.sleep(600)
 '''
 
 
@@ -180,6 +198,34 @@ def test_a_signal_to_all_processes_stops_the_run_after_the_step(
     assert "Traceback" not in run.printed
     assert last_checkpoint(run.run_dir, verify=True) == run.run_dir / "checkpoints/step-4.ckpt"
     assert run.has_ended(within=10)
+    assert run.resume() == 0
+    assert_same_result(run.run_dir, uninterrupted)
+
+
+@pytest.mark.parametrize(("batch", "saved"), [(8, True), (10, False)])
+def test_sigterm_ends_a_run_that_waits_for_data(run: Run, uninterrupted: Path, batch: int, saved: bool) -> None:
+    """Step 3 ends with micro-batch 8. It is saved unless a part of step 4 was computed; step 2 was saved before."""
+    run.start("StuckDisk", "--checkpoint.every_steps=2", "--checkpoint.keep_every_steps=2", batch=batch)
+    run.wait_until(run.reached.exists)
+    run.process.terminate()
+    assert run.status(within=30) == 143
+    state = "is saved" if saved else "is not saved, while it waited for data"
+    assert run.printed.endswith(f"stopped at step 3, which {state}: the same command resumes.\n")
+    assert last_checkpoint(run.run_dir, verify=True) == run.run_dir / f"checkpoints/step-{3 if saved else 2}.ckpt"
+    assert run.resume() == 0
+    assert_same_result(run.run_dir, uninterrupted)
+
+
+def test_a_killed_worker_ends_the_run_with_one_sentence(run: Run, uninterrupted: Path) -> None:
+    run.start("PauseAt", "--data.workers=2", step=2, sleep=2.0)
+    run.wait_until(run.reached.exists)
+    workers = [process for process in run.running_processes() if process != run.process.pid]
+    os.kill(workers[0], signal.SIGKILL)
+    assert run.status(within=60) == 2
+    assert re.search(
+        r"error: a worker process .* was killed by the signal Killed, .* run the same command again\.\n$", run.printed
+    )
+    assert "Traceback" not in run.printed
     assert run.resume() == 0
     assert_same_result(run.run_dir, uninterrupted)
 

@@ -33,6 +33,8 @@ from gpdit_lightning.preparation import PrepareOptions, clips, parts, prepare
 from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.preparation.interleave import read_clips
 
+STOPPED = "stopped: complete shards are kept, and the same command resumes."
+
 
 def draw(path: Path, frames: int, height: int = 16) -> None:
     pixels = np.random.default_rng(sum(map(ord, path.name))).integers(0, 255, (1, 3, height, 24), dtype=np.uint8)
@@ -210,7 +212,7 @@ def test_ctrl_c_prints_one_line(
 ) -> None:
     interrupt_after(3, monkeypatch)
     assert main(["prepare", *arguments(options)]) == 130
-    assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped."
+    assert capsys.readouterr().err.strip().splitlines()[-1] == STOPPED
 
 
 def test_a_damaged_shard_of_an_interrupted_run_is_reported(options: PrepareOptions, uninterrupted: Manifest) -> None:

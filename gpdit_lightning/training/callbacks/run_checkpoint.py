@@ -23,7 +23,11 @@ from gpdit_lightning.checkpoints.io import FolderCheckpointIO
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import partial_path
 from gpdit_lightning.training.callbacks.stopping import Stopped, StopSignals
-from gpdit_lightning.training.internals import disable_signal_handlers, validation_follows
+from gpdit_lightning.training.internals import disable_signal_handlers, is_between_steps, validation_follows
+
+# Seconds that training may wait for data after a signal, before it ends without the next step. If several ranks train,
+# the steps since the last checkpoint are then lost.
+PATIENCE_ALONE, PATIENCE = 3.0, 20.0
 
 
 class RunCheckpoint(Checkpoint):
@@ -52,8 +56,8 @@ class RunCheckpoint(Checkpoint):
                 raise InputError(f"checkpoint.{name} is {value}; it must be at least {least}.")
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
-        self._signals = StopSignals(announce=False)
-        self._finished_step = 0
+        self._signals: StopSignals | None = None
+        self._finished_step = self._saved_step = 0
         self._saved_at = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -80,12 +84,18 @@ class RunCheckpoint(Checkpoint):
             except OSError as error:
                 failure = f"no checkpoint can be saved in {folder} ({error.strerror}): choose another --run_dir."
         _fail_on_all_ranks(trainer, failure)
-        self._signals = StopSignals(announce=trainer.is_global_zero)
+        self._signals = StopSignals(
+            announce=trainer.is_global_zero,
+            patience=PATIENCE_ALONE if trainer.world_size == 1 else PATIENCE,
+            waits=lambda: bool(getattr(trainer.train_dataloader, "waiting", False)),
+            give_up=lambda signum: Stopped(trainer.global_step, signum, trainer.is_global_zero, saved=False),
+        )
         self._signals.install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Treat the step from which the run resumes as saved."""
-        self._finished_step, self._saved_at = trainer.global_step, time.monotonic()
+        self._finished_step = self._saved_step = trainer.global_step
+        self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             unmark_damaged(checkpoint_path(Path(trainer.default_root_dir), 0).parent, trainer.global_step)
 
@@ -101,11 +111,23 @@ class RunCheckpoint(Checkpoint):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the signal handlers."""
-        self._signals.restore()
+        if self._signals is not None:
+            self._signals.restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the signal handlers."""
-        self._signals.restore()
+        """Restore the signal handlers; save the last step if training was stopped while it waited for data.
+
+        It is not saved if several ranks train, since the others are not at the same point, or if a part of the next
+        step was computed.
+        """
+        if self._signals is not None:
+            self._signals.restore()
+        if isinstance(exception, Stopped) and not exception.saved:
+            step = trainer.global_step
+            exception.saved = step == self._saved_step
+            if not exception.saved and trainer.world_size == 1 and is_between_steps(trainer):
+                self._save(trainer, step)
+                exception.saved = True
 
     def _finish_step(self, trainer: Trainer) -> None:
         step = self._finished_step = trainer.global_step
@@ -121,7 +143,7 @@ class RunCheckpoint(Checkpoint):
         """Return the signal that any rank received (or 0), and whether `every_minutes` are over on the first rank."""
         minutes = (time.monotonic() - self._saved_at) / 60
         interval_is_over = trainer.is_global_zero and 0 < self.every_minutes <= minutes
-        values = [self._signals.received, int(interval_is_over)]
+        values = [self._signals.received if self._signals else 0, int(interval_is_over)]
         if trainer.world_size > 1:
             on_device = torch.tensor(values, device=trainer.strategy.root_device)
             values = trainer.strategy.reduce(on_device, reduce_op="max").tolist()
@@ -149,7 +171,7 @@ class RunCheckpoint(Checkpoint):
                 f"there is free space and permission to write; {resume_advice(path.parent.parent)}."
             )
         _fail_on_all_ranks(trainer, failure)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), step
 
 
 def resume_advice(run_dir: Path) -> str:

@@ -4,12 +4,11 @@ import atexit
 import ctypes
 import gc
 import os
-import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from subprocess import Popen
 from types import FrameType
@@ -18,42 +17,53 @@ from typing import Any
 import torch.distributed
 from lightning import Trainer
 
-from gpdit_lightning.signals import SIGNALS
+from gpdit_lightning.signals import SIGNALS, SignalListener
 from gpdit_lightning.training.internals import launched_processes
 
 LAUNCHER = "GPDIT_LIGHTNING_LAUNCHER"  # environment variable: the id of the process that launched the other ranks
+POLL_SECONDS = 0.25  # between two looks at whether training waits for data
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Stopped(SystemExit):
-    """Ends the training on all ranks after an optimizer step that is saved.
+    """Ends the training on all ranks after an optimizer step.
 
     Args:
         step: the optimizer step.
         signum: the signal that was received. The first rank's exit status is 128 plus its number, as in a shell; that
             of the others is 0, since Lightning's launcher kills the first rank if another one ends with any other.
         first_rank: whether this is the first rank.
+        saved: whether the step is saved.
     """
 
-    def __init__(self, step: int, signum: int, first_rank: bool) -> None:
+    def __init__(self, step: int, signum: int, first_rank: bool, saved: bool = True) -> None:
         super().__init__(128 + signum if first_rank else 0)
-        self.step, self.first_rank = step, first_rank
+        self.step, self.first_rank, self.saved = step, first_rank, saved
 
 
 class StopSignals:
     """Records the first SIGTERM or SIGINT for a loop that polls `received`; the second one ends the process at once.
 
+    A loop that waits for data does not poll: if it does so for `patience` seconds after the signal, an exception is
+    raised in it.
+
     Args:
         announce: whether to print on stderr that the first one was received.
+        patience: seconds to wait for data.
+        waits: returns whether the loop waits for data.
+        give_up: returns the exception to raise, for the number of the signal.
 
     Attributes:
         received: the number of the first signal; 0 before.
     """
 
-    def __init__(self, announce: bool) -> None:
-        self.announce = announce
+    def __init__(
+        self, announce: bool, patience: float, waits: Callable[[], bool], give_up: Callable[[int], BaseException]
+    ) -> None:
+        self.announce, self.patience, self.waits, self.give_up = announce, patience, waits, give_up
         self.received = 0
-        self._wakeup_fd = -1  # Python writes the number of each signal to it
+        self._gives_up = False
+        self._listener = SignalListener(SIGNALS, self._announce)
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
@@ -61,41 +71,37 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             return
         self._previous_handlers = {number: signal.signal(number, self._record) for number in SIGNALS}
-        # Python runs handlers in the main thread, which may be blocked by a kernel or another rank; this thread is not.
-        reading_end, self._wakeup_fd = os.pipe()
-        os.set_blocking(self._wakeup_fd, False)
-        signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(reading_end,), daemon=True).start()
+        self._listener.start()
 
     def restore(self) -> None:
         """Restore the handlers that were installed before."""
-        if self._wakeup_fd < 0:
-            return
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(-1)
-        os.close(self._wakeup_fd)
-        self._wakeup_fd = -1
+        if self._previous_handlers:
+            for number, handler in self._previous_handlers.items():
+                signal.signal(number, handler)
+            self._previous_handlers = {}
+            self._listener.close()
 
     def _record(self, signum: int, frame: FrameType | None) -> None:
         self.received = self.received or signum
+        if self._gives_up and self.waits():
+            self._gives_up = False
+            raise self.give_up(self.received)
 
-    def _listen(self, reading_end: int) -> None:
-        """Read the numbers of signals until `restore` closes the other end."""
-        is_first = True
-        while number := os.read(reading_end, 1):
-            if number[0] not in SIGNALS:
-                continue
-            if not is_first:
-                os._exit(128 + number[0])
-            is_first = False
-            # `timeout` and schedulers signal a process and then its group: this counts as one signal.
-            while select.select([reading_end], [], [], 0.1)[0] and os.read(reading_end, 64):
-                pass
-            if self.announce:
-                name = signal.Signals(number[0]).name
-                print(f"\n{name}: finishing the step and saving; a second signal stops at once", file=sys.stderr)
-        os.close(reading_end)
+    def _announce(self, number: int) -> None:
+        if self.announce:
+            name = signal.Signals(number).name
+            print(f"\n{name}: finishing the step and saving; a second signal stops at once", file=sys.stderr)
+        threading.Thread(target=self._watch, args=(number,), daemon=True).start()
+
+    def _watch(self, number: int) -> None:
+        """Interrupt the loop when it has waited for data for `patience` seconds without a pause."""
+        waited = 0.0
+        while self._previous_handlers:
+            waited = waited + POLL_SECONDS if self.waits() else 0.0
+            if waited >= self.patience:
+                self._gives_up, waited = True, 0.0
+                self._listener.resend(number)
+            time.sleep(POLL_SECONDS)
 
 
 @contextmanager
@@ -121,7 +127,8 @@ def end_ranks_together(trainer: Trainer) -> Iterator[None]:
         yield
     except Stopped as stop:
         if stop.first_rank:
-            print(f"stopped at step {stop.step}, which is saved: the same command resumes.", file=sys.stderr)
+            saved = "which is saved" if stop.saved else "which is not saved, while it waited for data"
+            print(f"stopped at step {stop.step}, {saved}: the same command resumes.", file=sys.stderr)
         raise
     except BaseException as error:
         processes = launched_processes(trainer.strategy)

@@ -30,7 +30,7 @@ def own_signals() -> Iterator[None]:
 
 @pytest.fixture
 def signals() -> Iterator[StopSignals]:
-    signals = StopSignals(announce=True)
+    signals = StopSignals(True, 0.5, lambda: False, lambda number: Stopped(0, number, True))
     signals.install()
     yield signals
     signals.restore()
