@@ -29,6 +29,7 @@ from gpdit_lightning.evaluation.chunks import (
     seed_variant,
     split_into_chunks,
 )
+from gpdit_lightning.evaluation.network_files import missing_scores
 from gpdit_lightning.evaluation.networks import load_image_network, load_video_network
 from gpdit_lightning.evaluation.report import Protocol, library_versions
 from gpdit_lightning.evaluation.report_text import TABLES, plot_self_checks, write_report
@@ -175,14 +176,9 @@ def load_networks(options: EvaluateOptions, device: torch.device) -> MetricNetwo
     """
     video = load_video_network(options.video_network, device) if options.video_network else None
     image = load_image_network(options.image_network, device, options.classifier) if options.image_network else None
-    if video is None:
-        log.warning("warning: no video_network is given, so FVD, precision and recall are left out")
-    if image is None:
-        log.warning("warning: no image_network is given, so FID and IS are left out")
-    elif not image.has_classes:
-        log.warning(
-            "warning: no class probabilities: the image_network has none and no classifier is given, so IS is left out"
-        )
+    roles = {role for role, network in (("video", video), ("image", image)) if network is not None}
+    for sentence in missing_scores(roles, image is not None and image.has_classes):
+        log.warning("warning: %s", sentence)
     return MetricNetworks(video, image)
 
 

@@ -1,5 +1,6 @@
 """Verification and loading of files of published networks. The sha256 is verified first, and nothing is unpickled."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,11 +36,31 @@ Interface = Literal["I3D", "Inception", "one input"]
 """Kind of network in a TorchScript, recognised by the arguments of its forward."""
 
 REMEDIES = {
-    "video": f"give I3D's weights as .safetensors, or i3d_torchscript.pt from {I3D_URL}",
-    "image": f"give inception-2015-12-05.pt from {INCEPTION_URL}",
+    "video": f"give I3D's weights as .safetensors, or i3d_torchscript.pt from {I3D_URL} (sha256 {I3D_SHA256})",
+    "image": f"give inception-2015-12-05.pt from {INCEPTION_URL} (sha256 {INCEPTION_SHA256})",
     "classifier": "give a TorchScript that takes uint8 (N, 3, H, W) and returns logits (N, classes)",
 }
 """What error messages advise, by the role of the network."""
+
+
+def missing_scores(roles: Container[str], has_classes: bool) -> list[str]:
+    """Return a sentence about the scores that cannot be computed for lack of each network, and where to get it.
+
+    Args:
+        roles: of the networks that are given.
+        has_classes: whether class probabilities are available.
+    """
+    sentences = []
+    if "video" not in roles:
+        sentences.append(f"FVD, precision and recall are missing without --video_network.path: {REMEDIES['video']}.")
+    if "image" not in roles:
+        sentences.append(f"FID and IS are missing without --image_network.path: {REMEDIES['image']}.")
+    elif not has_classes:
+        sentences.append(
+            "IS is missing, since the image network returns no class probabilities: "
+            f"{REMEDIES['image']}, or --classifier.path."
+        )
+    return sentences
 
 
 def network_error(role: str, path: Path | str, reason: str) -> InputError:

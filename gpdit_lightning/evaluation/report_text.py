@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from gpdit_lightning.evaluation.network_files import NetworkRecord
+from gpdit_lightning.evaluation.network_files import NetworkRecord, missing_scores
 from gpdit_lightning.evaluation.paper_results import NOT_STATED, PAPER_FRAMES, PAPER_TABLES, PaperTable
 from gpdit_lightning.evaluation.report import HEADINGS, Protocol, Report, Score
 from gpdit_lightning.evaluation.self_checks import SelfChecks
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.names import printable
 
 RESULTS, TABLES = "results.json", "results.md"
 # The FID of the self-checks is computed over all generated frames; the FID score is a mean over their positions.
@@ -24,13 +25,15 @@ def write_report(report: Report, folder: Path) -> None:
     """Write `results.json` and then `results.md`."""
     for name, text in ((RESULTS, report.to_json()), (TABLES, to_markdown(report))):
         with atomic_write(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # for names that are not UTF-8
 
 
 def to_markdown(report: Report) -> str:
-    """Return the table of scores, the warnings, the protocol, the self-checks and the comparison with the paper."""
+    """Return the missing scores, the table of scores, warnings, protocol, self-checks and comparison with the paper."""
     protocol = report.protocol
-    sections = [f"# {protocol.data}: {_frame_counts(protocol)}", score_table(report)]
+    sections = [f"# {protocol.data}: {_frame_counts(protocol)}"]
+    sections += [f"**Missing:** {sentence}" for sentence in missing_scores(protocol.networks, "is" in report.scores)]
+    sections.append(score_table(report))
     sections += [f"**Warning:** {warning}" for warning in report.warnings]
     sections += ["## Protocol", "\n".join(f"- {line}" for line in protocol_sentences(protocol, report.date))]
     if report.self_checks:
@@ -39,9 +42,14 @@ def to_markdown(report: Report) -> str:
 
 
 def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(headings), *map(list, rows)]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (headings, *rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _code(path: str) -> str:
+    """Return a path as code in Markdown, on one line."""
+    return f"`{printable(path)}`"
 
 
 def _cells(scores: Mapping[str, Score], names: Iterable[str]) -> list[str]:
@@ -55,14 +63,14 @@ def score_table(report: Report) -> str:
         "data": protocol.data,
         "videos": f"{protocol.videos:,}",
         "frames": f"{protocol.generated_frames} from {_context(protocol)}",
-        "FVD of": f"{protocol.fvd_frames} frames",
+        **({"FVD of": f"{protocol.fvd_frames} frames"} if "fvd" in report.scores else {}),
         "size": f"{protocol.size[0]}x{protocol.size[1]}",
         "stride": str(protocol.stride),
         "sampler": f"{protocol.sampler}, {protocol.steps} steps",
         "guidance": f"{protocol.guidance.context:g}",
         "seeds": str(len(protocol.seeds)),
     }
-    rows = [[f"`{protocol.checkpoint}`", *_cells(report.scores, report.scores), *settings.values()]]
+    rows = [[_code(protocol.checkpoint), *_cells(report.scores, report.scores), *settings.values()]]
     for name, scores in report.references.items():
         rows.append([REFERENCE_LABELS.get(name, name), *_cells(scores, report.scores), *[""] * len(settings)])
     return _table(["", *(HEADINGS[name] for name in report.scores), *settings], rows)
@@ -72,20 +80,24 @@ def protocol_sentences(protocol: Protocol, date: str) -> list[str]:
     """Return the protocol in sentences."""
     guidance, schedule = protocol.guidance, protocol.schedule
     levels = "" if guidance.at_all_levels else f" at noise levels {guidance.least_level:g} to {guidance.most_level:g}"
-    fvd_input = "context and generated frames" if protocol.fvd_frames == "all" else "generated frames"
+    inputs = "Scores are computed from generated frames."
+    if "video" in protocol.networks and protocol.fvd_frames == "all":
+        inputs = (
+            "FVD, precision and recall are computed from context and generated frames, other scores from generated "
+            "frames."
+        )
     visible = "all" if protocol.window is None else f"the latest {protocol.window}"
     return [
         f"Videos: {protocol.videos:,} of {protocol.data}, {protocol.choice}; sha256 of their names "
         f"`{protocol.split_sha256}`.",
         f"Frames: {protocol.generated_frames} generated from {_context(protocol)}, stride {protocol.stride}, "
-        f"{protocol.size[0]}x{protocol.size[1]} pixels, {protocol.resize}. FVD, precision and recall are computed from "
-        f"{fvd_input}, other scores from generated frames.",
+        f"{protocol.size[0]}x{protocol.size[1]} pixels, {protocol.resize}. {inputs}",
         f"Labels: {protocol.labels or 'none'}.",
         f"Sampler: {protocol.sampler}, {protocol.steps} steps, {schedule.name} schedule with shift {schedule.shift:g}; "
         f"guidance {guidance.context:g} over the context, {guidance.label:g} over the label{levels}; a frame attends "
         f"to {visible} latent frames before it; precision {protocol.precision}.",
         f"Seeds: {', '.join(map(str, protocol.seeds))}; ± is the sample standard deviation over them.",
-        f"Weights: `{protocol.checkpoint}` ({protocol.weights}, step {protocol.step:,}), sha256 "
+        f"Weights: {_code(protocol.checkpoint)} ({protocol.weights}, step {protocol.step:,}), sha256 "
         f"`{protocol.checkpoint_sha256}`; codec {protocol.codec}, sha256 `{protocol.codec_sha256}`.",
         *(
             f"Network, {role}: {network.name} (`{network.file}`, {_sha256(network)}); {network.preprocessing}."
@@ -116,18 +128,22 @@ def self_check_table(self_checks: Mapping[str, SelfChecks]) -> str:
 def paper_comparison(report: Report) -> str:
     """Return the tables of the paper for this data set, or all of them, each with a row of this report.
 
-    The differences from the protocol of the paper are listed below each table.
+    The differences from the protocol of the paper are listed below each table. Tables without a score of this report
+    are left out.
     """
     protocol = report.protocol
     our_protocol = f"{protocol.videos:,} videos, {_frame_counts(protocol)}, guidance {protocol.guidance.context:g}"
     sections = []
     same_data = [table for table in PAPER_TABLES if _normalised(table.data) in _normalised(protocol.data)]
-    for table in same_data or PAPER_TABLES:
+    tables = [table for table in same_data or PAPER_TABLES if report.scores.keys() & set(table.columns)]
+    if not tables:
+        return "The scores of the paper's tables are FID, FVD and IS; this report has none of those for these data."
+    for table in tables:
         rows = [
             [method, *cells, table.protocol if method.startswith("GPDiT") else table.protocol_of_others]
             for method, cells in table.rows.items()
         ]
-        rows.append([f"`{protocol.checkpoint}`", *_cells(report.scores, table.columns), our_protocol])
+        rows.append([_code(protocol.checkpoint), *_cells(report.scores, table.columns), our_protocol])
         differences = "; ".join(_differences(protocol, table)) or "none in what the paper states"
         sections += [
             f"### {table.title}",

@@ -1,6 +1,8 @@
 """The report of an evaluation: JSON, tables, comparison with the paper, and figure."""
 
 import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from gpdit_lightning.diffusion import Guidance, NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.network_files import NetworkRecord
 from gpdit_lightning.evaluation.report import Protocol, Report, Score, library_versions
-from gpdit_lightning.evaluation.report_text import paper_comparison, plot_self_checks, write_report
+from gpdit_lightning.evaluation.report_text import paper_comparison, plot_self_checks, to_markdown, write_report
 from gpdit_lightning.evaluation.self_checks import check_distances
 
 RISING = ((8.0, 1.0), (16.0, 20.5))
@@ -134,6 +136,52 @@ def test_the_tables_contain_scores_and_protocol(report: Report, tmp_path: Path) 
         "| FVD | 20 | 0 | 30 | 1 | 20.5 | 2 | 1 | the distance at blur 2 is 1, not larger than 2 at blur 1 |",
     ):
         assert message in text
+
+
+def with_scores(report: Report, networks: dict[str, NetworkRecord], *names: str) -> Report:
+    """Return the report of an evaluation with other networks, whose scores are 1."""
+    return replace(
+        report,
+        protocol=replace(report.protocol, networks=networks),
+        scores={name: Score.of([1.0]) for name in names},
+        references={},
+        self_checks={},
+    )
+
+
+def test_missing_networks_are_named_first(report: Report) -> None:
+    network = NetworkRecord("net", "net.pt", "0789", "none")
+    text = to_markdown(with_scores(report, {}, "psnr", "ssim"))
+    lines = text.splitlines()
+    assert re.match(
+        r"\*\*Missing:\*\* FVD, precision and recall are missing without --video_network\.path: give I3D's weights as "
+        r"\.safetensors, or i3d_torchscript\.pt from https://\S+ \(sha256 [0-9a-f]{64}\)\.$",
+        lines[2],
+    )
+    assert re.match(
+        r"\*\*Missing:\*\* FID and IS are missing without --image_network\.path: give inception-2015-12-05\.pt from "
+        r"https://\S+ \(sha256 [0-9a-f]{64}\)\.$",
+        lines[4],
+    )
+    assert lines[6].startswith("|  | PSNR")
+    assert "MagicVideo" not in text
+    assert "Scores are computed from generated frames." in text
+
+    text = to_markdown(with_scores(report, {"image": network}, "fid"))
+    assert text.count("**Missing:**") == 2
+    assert "FVD of" not in text
+    assert "Table 2, zero-shot on UCF-101" in text
+    assert "Table 3" not in text  # which has FVD only
+
+    assert "Missing" not in to_markdown(with_scores(report, {"image": network, "video": network}, "fid", "is", "fvd"))
+
+
+def test_checkpoint_of_any_name(report: Report, tmp_path: Path) -> None:
+    protocol = replace(report.protocol, checkpoint=os.fsdecode(b"caf\xe9|a\nb"))
+    write_report(replace(report, protocol=protocol), tmp_path)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| `caf\\xe9\\|a\\nb` | 212.0" in text
+    assert Report.load(tmp_path / "results.json").protocol.checkpoint == protocol.checkpoint
 
 
 def cells(text: str, method: str) -> list[list[str]]:

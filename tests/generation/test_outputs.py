@@ -1,4 +1,5 @@
 import gc
+import os
 import re
 import weakref
 from collections.abc import Sequence
@@ -10,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.generation.outputs import FORMATS, VideoOutput, output_paths
-from gpdit_lightning.media.images import write_strip
+from gpdit_lightning.media.images import read_image, write_strip
 from gpdit_lightning.media.video import video_info
 from tests.media.videos import read_video
 
@@ -238,3 +240,14 @@ def test_output_paths_are_checked_first(tmp_path: Path) -> None:
     no_folder = re.escape(f"since {tmp_path / 'file'} is not a writable folder")
     with pytest.raises(InputError, match=no_folder):
         output_paths(tmp_path / "file" / "v", ["mp4"])
+
+
+@pytest.mark.parametrize("name", ["clip:1", "%03d", "-v", os.fsdecode(b"caf\xe9"), "a\u2028b\nc", "\N{SNOWMAN}" * 80])
+def test_files_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with make_output(Path(name), FORMATS, make_context([10]), frames=2) as output:
+        output.write(gray_frames([20, 21]), latents_of(0, 2))
+    assert output.files == [Path(f"{name}.{extension}") for extension in FORMATS]
+    assert set(os.listdir()) == {str(file) for file in output.files}
+    assert read_image(f"{name}.png").shape[1] == 3
+    assert "latents" in load(Path(f"{name}.safetensors").read_bytes())
