@@ -1,7 +1,7 @@
 """Functions that the verbs with a trained model share: codec, generation settings, sizes and batches."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -92,9 +92,15 @@ def listed(sizes: Sequence[Size]) -> str:
     return ", ".join(f"{height}x{width}" for height, width in sizes)
 
 
-def batches_by_shape(items: Sequence[T], batch_size: int, shape_of: Callable[[T], torch.Size]) -> list[list[T]]:
-    """Divide items into batches of at most `batch_size` items of one shape, otherwise in their order."""
-    groups: dict[torch.Size, list[T]] = defaultdict(list)
+def batches_by_shape(items: Sequence[T], batch_size: int, shape_of: Callable[[T], Hashable]) -> list[list[T]]:
+    """Divide items into batches of at most `batch_size` items of one shape, otherwise in their order.
+
+    Args:
+        items: the items.
+        batch_size: maximum number of items of a batch.
+        shape_of: returns the shape of an item, or all that must be equal within a batch.
+    """
+    groups: dict[Hashable, list[T]] = defaultdict(list)
     for item in items:
         groups[shape_of(item)].append(item)
     return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]

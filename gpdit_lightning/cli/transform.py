@@ -2,10 +2,12 @@
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.cli.generating import batches_by_shape, generation_config, load_codec_of, trained_sizes
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, check_writable
+from gpdit_lightning.files import MAX_NAME_BYTES, atomic_write, check_writable, sha256_of
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.generation import transform as generate_targets
 from gpdit_lightning.media.finding import FoundFile
@@ -42,8 +44,10 @@ log = logging.getLogger(__name__)
 MAX_SHEET_ROWS = 64  # of up to 256 pixels each, since many viewers cannot open larger images
 MAX_TITLE_LENGTH = 40  # characters
 
-Examples = Mapping[Size, Sequence[tuple[Tensor, Tensor]]]
-"""For each size the (source, target) pairs, uint8 (3, H, W)."""
+ExamplePaths = tuple[Path, ...]
+"""Source and target of an example, or the image from which a task makes both."""
+Examples = Mapping[tuple[ExamplePaths, Size], tuple[Tensor, Tensor]]
+"""Source and target of each example at each size, uint8 (3, H, W)."""
 
 
 def transform(options: TransformOptions) -> None:
@@ -58,9 +62,10 @@ def transform(options: TransformOptions) -> None:
     codec = load_codec_of(trained, options)
     check_trained_on_sequences(trained, options.checkpoint)
     config = generation_config(options, trained)
-    paths = example_paths(options, number_of_examples(options.pairs, trained), examples_task)
-    jobs, sheet = plan_jobs(options, trained_sizes(options.size, trained), task, paths)
-    examples = read_examples({job.size for job in jobs}, paths, examples_task)
+    candidates = example_paths(options.examples, options.examples_task, examples_task)
+    count = number_of_examples(options.pairs, trained)
+    jobs, sheet = plan_jobs(options, trained_sizes(options.size, trained), task, candidates, count)
+    examples = read_examples(jobs, examples_task)
     if config.autocast_dtype is not None:
         cast_linear_weights(trained.backbone, config.autocast_dtype)
 
@@ -69,9 +74,9 @@ def transform(options: TransformOptions) -> None:
         tqdm(total=len(jobs), unit=" images", desc="generating") as bar,
         logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]),
     ):
-        for batch in batches_by_shape(jobs, options.batch_size, lambda job: job.images[0].shape):
+        for batch in batches_by_shape(jobs, options.batch_size, lambda job: (job.images[0].shape, job.examples)):
             sources = torch.stack([job.images[0] for job in batch])
-            pairs = examples[batch[0].size]
+            pairs = [examples[paths, batch[0].size] for paths in batch[0].examples]
             targets = generate_targets(trained.backbone, codec, pairs, sources, config, seeds=options.seed)
             for job, image in zip(batch, targets, strict=True):
                 with explain_write_errors(job.out, "--out"), atomic_write(job.out) as path:
@@ -93,11 +98,13 @@ class Job:
         name: its title in the sheet.
         images: the source and, if it is known, the true target: uint8 (3, H, W), of a size of training.
         out: the file of the result.
+        examples: paths of the examples.
     """
 
     name: str
     images: list[Tensor]
     out: Path
+    examples: tuple[ExamplePaths, ...]
 
     @property
     def size(self) -> Size:
@@ -129,29 +136,62 @@ def number_of_examples(requested: int | None, trained: TrainedModel) -> int:
     return requested
 
 
-def example_paths(options: TransformOptions, count: int, task: ImageTask) -> Sequence[Sequence[Path]]:
-    """Return the first `count` examples: source and target, or one image from which the task makes both.
+def example_paths(folder: Path, given_task: str | None, task: ImageTask) -> list[ExamplePaths]:
+    """Return all examples of a folder in natural order.
+
+    Args:
+        folder: a folder of images, or of the folders `source` and `target`.
+        given_task: the option --examples_task.
+        task: the task of the examples.
 
     Raises:
-        InputError: too few examples, an image without counterpart, or pairs where images are needed and vice versa.
+        InputError: an image without counterpart, or pairs where images are needed and vice versa.
     """
-    folder = options.examples
-    paths: Sequence[Sequence[Path]]
     if task is EXISTING_PAIRS:
-        other = "another" if options.examples_task else "--task or"
+        other = "another" if given_task else "--task or"
         folders = pair_folders(folder, f"give {other} --examples_task for single images")
         pairs = [(source.path, target.path) for source, target in match_by_name(*folders, recursive=False)]
-        paths = sorted(pairs, key=lambda pair: natural_sort_key(pair[0]))
-    elif find_pair_folders(folder):
+        return sorted(pairs, key=lambda pair: natural_sort_key(pair[0]))
+    if find_pair_folders(folder):
         raise InputError(
             f"{folder} contains pairs, but the task {task.name} makes its pairs from single images: give "
             f"--examples_task {EXISTING_PAIRS.name}, or a folder of images."
         )
-    else:
-        paths = [(path,) for path in image_paths(str(folder))]
-    if len(paths) < count:
-        raise InputError(f"{folder} contains {len(paths)} examples for --pairs {count}: add some, or lower --pairs.")
-    return paths[:count]
+    return [(path,) for path in image_paths(str(folder))]
+
+
+def choose_examples(
+    candidates: Sequence[ExamplePaths], source: Path, count: int, folder: Path, hash_of: Callable[[Path], str]
+) -> tuple[ExamplePaths, ...]:
+    """Return the first `count` examples that do not contain the image to transform, or a copy of it.
+
+    Args:
+        candidates: all examples.
+        source: the image to transform.
+        count: number of examples.
+        folder: the folder of the examples, for the message.
+        hash_of: returns a hash of the content of a file.
+
+    Raises:
+        InputError: there are too few.
+    """
+    content = hash_of(source)
+    others = (paths for paths in candidates if content not in map(hash_of, paths))
+    chosen = tuple(islice(others, count))
+    if len(chosen) < count:
+        other = f" other than {source}" if len(chosen) < len(candidates) else ""
+        raise InputError(
+            f"{folder} contains {len(chosen)} examples{other} for --pairs {count}: add some, or lower --pairs."
+        )
+    return chosen
+
+
+def hash_content(path: Path) -> str:
+    """Return the sha256 of a file; raises `InputError` if it cannot be read."""
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): correct that, or leave it out.") from None
 
 
 def image_paths(source: str) -> list[Path]:
@@ -169,31 +209,37 @@ def image_paths(source: str) -> list[Path]:
 
 
 def plan_jobs(
-    options: TransformOptions, sizes: Sequence[Size], task: ImageTask, examples: Sequence[Sequence[Path]]
+    options: TransformOptions, sizes: Sequence[Size], task: ImageTask, candidates: Sequence[ExamplePaths], count: int
 ) -> tuple[list[Job], Path]:
     """Read the sources; return a job for each, and the path of the sheet.
 
+    Args:
+        options: give the sources, true targets and outputs.
+        sizes: sizes of training.
+        task: the task of the sources.
+        candidates: all examples.
+        count: number of examples of each source.
+
     Raises:
-        InputError: a source, a true target or an output cannot be used.
+        InputError: a source, a true target or an output cannot be used, or there are too few examples.
     """
     sources = [path for source in options.source for path in image_paths(source)]
     inputs = with_ground_truth(sources, options.truth, task)
     results, sheet = result_paths(options.out, options.sheet, sources)
-    read = {path.resolve() for paths in (*examples, *inputs) for path in paths}
+    hash_of = cache(hash_content)
+    chosen = [choose_examples(candidates, path, count, options.examples, hash_of) for path in sources]
+    read = {
+        path.resolve() for paths in (*inputs, *(paths for examples in chosen for paths in examples)) for path in paths
+    }
     for path in (*results, sheet):
         if path.resolve() in read:
             raise InputError(f"{path} is an input and would be overwritten by a result: give another --out or --sheet.")
-    if options.examples_task in (None, task.name):
-        example_sources = {path.resolve() for path, *_ in examples}
-        for path in sources:
-            if path.resolve() in example_sources:
-                log.warning("warning: %s is also an example: the model is given its target", path)
     jobs = []
-    for paths, out in zip(inputs, results, strict=True):
+    for paths, out, examples in zip(inputs, results, chosen, strict=True):
         images = read_pair(paths)
         height, width = images[0].shape[-2:]
         scaled = scaled_pair(images, closest_size(height, width, sizes), task)
-        jobs.append(Job(paths[0].stem[:MAX_TITLE_LENGTH], scaled, out))
+        jobs.append(Job(paths[0].stem[:MAX_TITLE_LENGTH], scaled, out, examples))
     return jobs, sheet
 
 
@@ -236,6 +282,8 @@ def result_paths(out: Path, sheet: Path | None, sources: Sequence[Path]) -> tupl
             name = path.stem if names[path.stem] == 1 else f"{path.stem}-{names[path.stem]}"
             results.append(out / f"{name}.png")
     out_name = os.path.basename(os.path.abspath(out)).removesuffix(".png")  # abspath, since --out may be "."
+    while len(os.fsencode(f"{out_name}_sheet.png")) > MAX_NAME_BYTES:
+        out_name = out_name[:-1]
     sheet = sheet or out.parent / f"{out_name}_sheet.png"
     if len({*results, sheet}) <= len(results):
         raise InputError(f"two images would be written to one file in {out}: rename a source or the --sheet.")
@@ -271,23 +319,29 @@ def scaled_pair(images: Sequence[Tensor], size: Size, task: ImageTask) -> list[T
     return [image[0] for image in (scaled if task is EXISTING_PAIRS else make_pair(task, scaled[0]))]
 
 
-def read_examples(sizes: Iterable[Size], examples: Sequence[Sequence[Path]], task: ImageTask) -> Examples:
-    """Read the examples and scale them to each size."""
-    images = [read_pair(paths) for paths in examples]
-    pairs: dict[Size, list[tuple[Tensor, Tensor]]] = {}
-    for size in sizes:
-        pairs[size] = [(source, target) for source, target in (scaled_pair(pair, size, task) for pair in images)]
-    return pairs
+def read_examples(jobs: Sequence[Job], task: ImageTask) -> Examples:
+    """Read the examples of all jobs, and scale them to each size at which they are used."""
+    sizes: dict[ExamplePaths, set[Size]] = defaultdict(set)
+    for job in jobs:
+        for paths in job.examples:
+            sizes[paths].add(job.size)
+    examples: dict[tuple[ExamplePaths, Size], tuple[Tensor, Tensor]] = {}
+    for paths in sizes:
+        images = read_pair(paths)
+        for size in sizes[paths]:
+            source, target = scaled_pair(images, size, task)
+            examples[paths, size] = source, target
+    return examples
 
 
 def draw_sheet(path: Path, jobs: Sequence[Job], results: Mapping[Path, Tensor], examples: Examples) -> None:
     """Write a PNG with a row per source: examples, source, result, and ground truth if it is known."""
-    num_examples = len(next(iter(examples.values())))
+    num_examples = len(jobs[0].examples)
     titles = [f"{name} {number}" for number in range(1, 1 + num_examples) for name in ("source", "target")]
     rows = []
     for job in jobs:
         source, *ground_truth = job.images
-        example_images = [image for pair in examples[job.size] for image in pair]
+        example_images = [image for paths in job.examples for image in examples[paths, job.size]]
         rows.append((job.name, [*example_images, source, results[job.out], *ground_truth]))
     ground_truth_titles = ["ground truth"] * (len(jobs[0].images) - 1)
     write_sheet(path, [*titles, "source", "result", *ground_truth_titles], rows, context_columns=len(titles))

@@ -30,6 +30,21 @@ class LabelledVideo(NamedTuple):
     split: Split
 
 
+class SplitRule(NamedTuple):
+    """How videos were divided, for the messages of :func:`check_splits`."""
+
+    reason: str
+    """In parentheses; may be empty."""
+    to_train: str
+    """How to get training videos."""
+    to_test: str
+    """How to get test videos."""
+
+
+UNKNOWN_RULE = SplitRule("", "add training videos", "add test videos")
+FOLDERS_RULE = SplitRule("", "add folders train/CLASS with videos", "add folders test/CLASS with videos")
+
+
 def split_by_ucf_groups(videos: Iterable[Path], split: int) -> list[LabelledVideo]:
     """Divide videos by the published split 1, 2 or 3 of UCF-101, by the file names `v_CLASS_gGROUP_cCLIP.avi`.
 
@@ -46,7 +61,12 @@ def split_by_ucf_groups(videos: Iterable[Path], split: int) -> list[LabelledVide
             )
         is_test = int(name[3]) in UCF_TEST_GROUPS[split]
         labelled.append(LabelledVideo(path, as_text(name[2]), as_text(name[1]), "test" if is_test else "train"))
-    check_splits(labelled)
+    tested = UCF_TEST_GROUPS[split]
+    reason = f" (UCF-101's split {split} tests on the groups g{tested[0]:02d} to g{tested[-1]:02d})"
+    others = ", or give another --split"
+    check_splits(
+        labelled, SplitRule(reason, f"add videos of other groups{others}", f"add videos of these groups{others}")
+    )
     return labelled
 
 
@@ -105,35 +125,53 @@ def split_by_folders(videos: Iterable[Path], group_pattern: str = UCF_NAME) -> l
             raise InputError(f"{path} is not in a folder train/CLASS or test/CLASS: move it into one.")
         group = _group(path, group_pattern)
         labelled.append(LabelledVideo(path, label, group, "train" if split == "train" else "test"))
-    check_splits(labelled)
+    check_splits(labelled, FOLDERS_RULE)
     return labelled
 
 
-def check_splits(videos: Iterable[LabelledVideo]) -> None:
+def check_splits(videos: Iterable[LabelledVideo], rule: SplitRule = UNKNOWN_RULE) -> None:
     """Check that a classifier can be trained and tested.
 
+    Args:
+        videos: the videos.
+        rule: how they were divided, for the messages.
+
     Raises:
-        InputError: there are fewer than two training classes or test groups, a test class has no training videos, or a
-            group is in both splits.
+        InputError: there are no training or no test videos, fewer than two training classes or test groups, a test
+            class has no training videos, or a group is in both splits.
     """
-    labels: dict[Split, set[str]] = {"train": set(), "test": set()}
-    groups: dict[Split, set[str]] = {"train": set(), "test": set()}
+    by_split: dict[Split, list[LabelledVideo]] = {"train": [], "test": []}
     for video in videos:
-        labels[video.split].add(video.label)
-        groups[video.split].add(video.group)
-    if len(labels["train"]) < 2:
+        by_split[video.split].append(video)
+    train, test = by_split["train"], by_split["test"]
+    if not train and not test:
+        raise InputError("there are no videos to train and test a classifier on: give some.")
+    if not train:
         raise InputError(
-            f"the number of training classes is {len(labels['train'])}, but a classifier needs 2: give more videos."
+            f"all videos ({len(test)}) are test videos{rule.reason}, and none are left to train on: {rule.to_train}."
         )
-    if len(groups["test"]) < 2:
+    if not test:
         raise InputError(
-            f"the number of test groups is {len(groups['test'])}, but a confidence interval needs 2: give more videos, "
-            "or another split."
+            f"all videos ({len(train)}) are training videos{rule.reason}, and none are left to test on: {rule.to_test}."
         )
-    if unknown := labels["test"] - labels["train"]:
+    classes = {video.label for video in train}
+    unknown = {video.label for video in test} - classes
+    if len(classes) < 2:
+        others = f" ({min(unknown)!r} has test videos only)" if unknown else ""
+        raise InputError(
+            f"all training videos ({len(train)}) are of the class {min(classes)!r}{others}, but a classifier needs two "
+            "classes: add training videos of another class."
+        )
+    if unknown:
         raise InputError(f"class {min(unknown)!r} has test videos only: give training videos of it, or leave it out.")
-    if shared := groups["train"] & groups["test"]:
+    groups = {video.group for video in test}
+    if shared := {video.group for video in train} & groups:
         raise InputError(f"group {min(shared)!r} has training and test videos: put whole groups into one split.")
+    if len(groups) < 2:
+        raise InputError(
+            f"all test videos ({len(test)}) are of the group {min(groups)!r}, but a confidence interval needs two "
+            "groups: add test videos of another group, or give another --group_pattern or split."
+        )
 
 
 def _read_list(file: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -247,25 +248,50 @@ def test_write_error_is_reported_in_one_sentence(
     assert f"cannot be written (Input/output error): correct that, or give another {option}." in capsys.readouterr().err
 
 
+def test_examples_of_an_image_do_not_contain_it(workspace: Path, tmp_path: Path) -> None:
+    """Neither under its own name nor as a copy; each source of a folder has other examples."""
+    numbers = (2, 10, 11)
+    folder = workspace / "pairs"
+    pairs = {
+        number: (read(folder / f"source/p{number}.png", WIDE), read(folder / f"target/p{number}.jpg", WIDE))
+        for number in numbers
+    }
+    (tmp_path / "in").mkdir()
+    shutil.copy(folder / "source/p2.png", tmp_path / "in/copy.png")
+    (tmp_path / "in/link.png").symlink_to(folder / "source/p10.png")
+    shutil.copy(folder / "target/p2.jpg", tmp_path / "in/target.jpg")
+    shutil.copy(workspace / "sources/a.png", tmp_path / "in/other.png")
+    assert run(workspace, "--source", tmp_path / "in", "--out", tmp_path / "out") == 0
+    for name, chosen in (
+        ("copy.png", (10, 11)),
+        ("link.png", (2, 11)),
+        ("target.jpg", (10, 11)),
+        ("other.png", (2, 10)),
+    ):
+        result = expected(workspace, [pairs[number] for number in chosen], read(tmp_path / "in" / name, WIDE))
+        assert nearly_equal(read((tmp_path / "out" / name).with_suffix(".png")), result)
+
+
 def test_unusual_examples_cause_warnings(workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = workspace / "pairs/source/p2.png"
     verb.log.addHandler(caplog.handler)
     try:
         assert run(workspace, "--source", workspace / "sources/a.png", "--out", tmp_path / "out.png") == 0
-        other_task = ["--examples", workspace / "single", "--examples_task=grayscale"]
-        assert run(workspace, "--source", workspace / "single/a.png", "--out", tmp_path / "out.png", *other_task) == 0
         assert "warning" not in caplog.text
-        assert run(workspace, "--source", source, "--out", tmp_path / "out.png", "--pairs=3") == 0
+        source = ["--source", workspace / "sources/a.png"]
+        assert run(workspace, *source, "--out", tmp_path / "out.png", "--pairs=3") == 0
     finally:
         verb.log.removeHandler(caplog.handler)
     assert "--pairs is 3, but training gave at most 2" in caplog.text
-    assert f"{source} is also an example" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--pairs=4"], ["pairs contains 3 examples for --pairs 4"]),
+        (
+            ["--pairs=3", "--source", "WORKSPACE/pairs/source/p2.png"],
+            ["pairs contains 2 examples other than", "source/p2.png for --pairs 3"],
+        ),
         (["--pairs=0"], ["--pairs is 0"]),
         (["--examples=WORKSPACE/single"], ["single does not contain the folders source and target", "--task"]),
         (["--examples=WORKSPACE/single", "--task=copy", "--examples_task=pairs"], ["give another --examples_task"]),
@@ -291,7 +317,7 @@ def test_unusual_examples_cause_warnings(workspace: Path, tmp_path: Path, caplog
         ),
         (["--source", "WORKSPACE/sources/a.png", "--sheet=WORKSPACE/recipe.yaml/a.png"], ["give another --sheet"]),
         (
-            ["--source", "WORKSPACE/sources/a.png", f"--out=OUT/{'a' * 251}.png"],
+            ["--source", "WORKSPACE/sources/a.png", f"--out=OUT/{'a' * 252}.png"],
             ["(File name too long)", "another --out"],
         ),
         (

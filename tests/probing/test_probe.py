@@ -101,7 +101,7 @@ def test_each_layer_is_scored_on_the_readable_test_videos() -> None:
     assert uninformative.interval[0] < uninformative.accuracy < uninformative.interval[1]
     assert uninformative.accuracy < 0.75
     train = [video for video in videos if video.split == "train"]
-    with pytest.raises(InputError, match="the number of test groups is 0"):
+    with pytest.raises(InputError, match="are training videos, and none are left to test on: add test videos"):
         probe_layers(readable, train)
 
 

@@ -80,11 +80,11 @@ def held_out_video(label: str, group: str = "2") -> LabelledVideo:
     [
         (
             [train_video("a"), held_out_video("a"), held_out_video("a", "3")],
-            "number of training classes is 1, but a classifier needs 2",
+            "all training videos \\(1\\) are of the class 'a', but a classifier needs two classes",
         ),
         (
             [train_video("a"), train_video("b"), held_out_video("a")],
-            "number of test groups is 1, but a confidence interval needs 2",
+            "all test videos \\(1\\) are of the group '2', but a confidence interval needs two groups",
         ),
         (
             [train_video("a"), train_video("b"), held_out_video("a"), held_out_video("c", "3")],
@@ -99,6 +99,48 @@ def held_out_video(label: str, group: str = "2") -> LabelledVideo:
 def test_unusable_splits_are_refused(videos: list[LabelledVideo], message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_splits(videos)
+
+
+@pytest.mark.parametrize(
+    ("split", "groups", "message"),
+    [
+        (
+            1,
+            range(1, 8),
+            r"all videos \(14\) are test videos \(UCF-101's split 1 tests on the groups g01 to g07\), and none are "
+            r"left to train on: add videos of other groups, or give another --split\.$",
+        ),
+        (2, range(9, 12), r"all videos \(6\) are test videos \(UCF-101's split 2 tests on the groups g08 to g14\)"),
+        (
+            3,
+            range(1, 8),
+            r"all videos \(14\) are training videos \(UCF-101's split 3 tests on the groups g15 to g21\), and none are "
+            r"left to test on: add videos of these groups, or give another --split\.$",
+        ),
+    ],
+)
+def test_groups_of_one_split_only_are_named_as_the_cause(split: int, groups: range, message: str) -> None:
+    videos = [Path(f"ucf/{label}/v_{label}_g{group:02d}_c01.avi") for label in CLASSES for group in groups]
+    with pytest.raises(InputError, match=message):
+        split_by_ucf_groups(videos, split)
+
+
+def test_one_folder_or_class_only_is_named_as_the_cause() -> None:
+    def videos(*folders: str) -> list[Path]:
+        return [Path(f"set/{folder}/v_x_g{number:02d}_c01.avi") for folder in folders for number in (1, 2, 3)]
+
+    for folders, message in (
+        (
+            ("test/a", "test/b"),
+            r"all videos \(6\) are test videos, and none are left to train on: add folders train/CLASS",
+        ),
+        (("train/a", "train/b"), r"all videos \(6\) are training videos, .* to test on: add folders test/CLASS"),
+        (("train/a", "test/a"), r"all training videos \(3\) are of the class 'a', but a classifier needs two classes"),
+        (("train/a", "test/b"), r"of the class 'a' \('b' has test videos only\), but"),
+        ((), "there are no videos"),
+    ):
+        with pytest.raises(InputError, match=message):
+            split_by_folders(videos(*folders), ".+")
 
 
 def test_unusable_names_are_refused(tmp_path: Path) -> None:
