@@ -18,7 +18,7 @@ class BytesPerValue(NamedTuple):
     """Bytes per value, by use.
 
     Attributes:
-        weight: bytes in weights and gradients, and in the residual stream and the norms, which have the weights' dtype.
+        weight: bytes in the weights that the model computes with, and in their gradients.
         product: bytes in the inputs and outputs of matrix products and attention.
     """
 
@@ -27,6 +27,7 @@ class BytesPerValue(NamedTuple):
 
 
 AUTOCAST, BF16, FLOAT32 = BytesPerValue(4, 2), BytesPerValue(2, 2), BytesPerValue(4, 4)
+STREAM_BYTES = 4  # per value of the residual stream and the norms: float32 in every precision (`model/precision.py`)
 
 
 @dataclass(frozen=True)
@@ -162,15 +163,15 @@ def activation_bytes(config: GPDiTConfig, shape: PassShape, precision: BytesPerV
     noisy = shape.noisy_tokens(config)
     packed = shape.clean_tokens(config) + noisy
     patch_values = config.latent_channels * config.patch_size**2
-    inputs = config.layers * config.width * packed * precision.weight + patch_values * packed * precision.product
+    inputs = config.layers * config.width * packed * STREAM_BYTES + patch_values * packed * precision.product
     inner = _bytes_inside_block(config, shape, precision, queries=packed) if config.layers > 1 else 0
     last = _bytes_inside_block(config, shape, precision, queries=noisy)
     # In the backward pass of an MLP: gradients of the hidden layer, of two residual streams and of the first weights.
-    mlp_gradients = config.mlp_width * precision.product + 2 * config.width * precision.weight
+    mlp_gradients = config.mlp_width * precision.product + 2 * config.width * STREAM_BYTES
     first_weights = config.width * config.mlp_width * precision.weight
     if config.activation_checkpointing:
         return inputs + max(inner, last) + packed * mlp_gradients + first_weights
-    output = noisy * config.width * (precision.weight + precision.product)
+    output = noisy * config.width * (STREAM_BYTES + precision.product)
     return inputs + (config.layers - 1) * inner + last + output + noisy * mlp_gradients + first_weights
 
 
@@ -192,12 +193,11 @@ def _bytes_inside_block(config: GPDiTConfig, shape: PassShape, precision: BytesP
     # of the condition. Both are computed and saved for all noisy frames together.
     own_keys = noisy if 0 in shape.noisy or shape.context_clips < shape.clips else 0
     copied_values = own_keys if config.classes or config.text_width else 0
-    cast = precision.weight != precision.product
+    casts_stream, casts_weights = precision.product != STREAM_BYTES, precision.product != precision.weight
     products = config.width * (
-        packed  # input of the key-value projection
-        + (queries if cast else 0)  # input of the query projection: the same tensor, but cast again
+        packed  # input of the projections to keys, values and queries
         + 2 * packed  # projected keys and values
-        + (0 if cast else queries)  # projected queries, saved by their norm (the keys are counted already)
+        + (0 if casts_stream else queries)  # projected queries, saved by their norm (the keys are counted already)
         + queries  # rotated queries
         + (queries - noisy + own_keys)  # rotated keys of clean and of noisy frames
         + 2 * joined
@@ -206,8 +206,8 @@ def _bytes_inside_block(config: GPDiTConfig, shape: PassShape, precision: BytesP
         + queries  # input of the MLP
     )
     products += config.mlp_width * 2 * queries  # before and after GELU
-    products += _products_of_block(config) if cast else 0  # cast weights, which Lightning's autocast does not cache
+    products += _products_of_block(config) if casts_weights else 0  # which Lightning's autocast does not cache
     stream = config.width * queries  # between attention and MLP
-    stream += config.width * (packed + queries) if cast else 0  # keys and queries in the precision of the norms
+    stream += config.width * (packed + queries) if casts_stream else 0  # keys and queries as inputs of their norms
     rows = config.heads * (packed + 2 * queries)  # float32 numbers of the norms of keys and queries, and of attention
-    return precision.product * products + precision.weight * stream + 4 * rows
+    return precision.product * products + STREAM_BYTES * stream + 4 * rows

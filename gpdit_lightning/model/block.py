@@ -8,12 +8,8 @@ from torch import Tensor, nn
 
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.model.kv_cache import LayerCache
+from gpdit_lightning.model.precision import RMSNorm
 from gpdit_lightning.model.streams import Streams
-
-
-def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """Return `norm(x)` in the precision of its weight; under autocast `x` is in bf16, too coarse for RoPE."""
-    return norm(x.to(norm.weight.dtype))
 
 
 class MLP(nn.Module):
@@ -40,13 +36,13 @@ class Block(nn.Module):
         super().__init__()
         self.heads = config.heads
         width, eps = config.width, config.norm_eps
-        self.attention_norm = nn.RMSNorm(width, eps=eps)
+        self.attention_norm = RMSNorm(width, eps=eps)
         self.query = nn.Linear(width, width, bias=False)
         self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.query_norm = nn.RMSNorm(config.head_width, eps=eps)
-        self.key_norm = nn.RMSNorm(config.head_width, eps=eps)
+        self.query_norm = RMSNorm(config.head_width, eps=eps)
+        self.key_norm = RMSNorm(config.head_width, eps=eps)
         self.attention_output = nn.Linear(width, width, bias=False)
-        self.mlp_norm = nn.RMSNorm(width, eps=eps)
+        self.mlp_norm = RMSNorm(width, eps=eps)
         self.mlp = MLP(width, config.mlp_width)
 
     def forward(
@@ -66,22 +62,22 @@ class Block(nn.Module):
         """
         rotation = streams.rotation
         x = rotation.at_block(x)
-        h = rotation.at_branch_input(self.attention_norm(x))
+        h = streams.product_input(self.attention_norm(x))
         key, value = self._key_value(h)
-        query = normed(self.query_norm, self.query(h[num_kv_only:]).unflatten(-1, (self.heads, -1)))
+        query = self.query_norm(self.query(h[num_kv_only:]).unflatten(-1, (self.heads, -1)))
         attended = streams.attend(query, key, value, layer_cache).flatten(-2)
         x = x[num_kv_only:] + rotation.at_branch_output(self.attention_output(attended))
-        h = rotation.at_branch_input(self.mlp_norm(x))
+        h = streams.product_input(self.mlp_norm(x))
         return x + rotation.at_branch_output(self.mlp(h))
 
     def write_cache(self, x: Tensor, streams: Streams, layer_cache: LayerCache) -> None:
         """Append the keys and values of the clean tokens to this block's cache, and compute nothing else."""
-        h = streams.rotation.at_branch_input(self.attention_norm(streams.rotation.at_block(x)))
+        h = streams.product_input(self.attention_norm(streams.rotation.at_block(x)))
         layer_cache.update(streams.clean_kv(*self._key_value(h)))
 
     def _key_value(self, h: Tensor) -> tuple[Tensor, Tensor]:
         key, value = self.key_value(h).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-        return normed(self.key_norm, key), value
+        return self.key_norm(key), value
 
 
 def run_block(

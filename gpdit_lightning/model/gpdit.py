@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpdit_lightning.devices import check_device
-from gpdit_lightning.model.attention import attention_dtype, find_backend
+from gpdit_lightning.model.attention import find_backend
 from gpdit_lightning.model.block import Block, run_block, run_compiled_block
 from gpdit_lightning.model.checks import (
     check_denoise,
@@ -23,6 +23,7 @@ from gpdit_lightning.model.checks import (
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.model.kv_cache import KVCache
 from gpdit_lightning.model.patches import patchify, unpatchify
+from gpdit_lightning.model.precision import RMSNorm, product_dtype, stream_dtype
 from gpdit_lightning.model.prefix import Prefix
 from gpdit_lightning.model.streams import FrameLayout, Streams, describe_streams
 
@@ -51,7 +52,7 @@ class GPDiT(nn.Module):
         self.patch_embedding = nn.Linear(patch_values, config.width)
         self.prefix = Prefix(config) if config.classes or config.text_width else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.output_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.output_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.output = nn.Linear(config.width, patch_values)
         self.reset_parameters()
 
@@ -137,14 +138,13 @@ class GPDiT(nn.Module):
         """
         given = [latents for latents in (clean, noisy) if latents is not None]
         patches = torch.cat([patchify(latents, self.config.patch_size).flatten(0, 2) for latents in given])
-        # In the precision of the weights: under autocast the residual stream stays in float32.
-        dtype = self.patch_embedding.weight.dtype
-        x = self.patch_embedding(patches.to(dtype)).to(dtype)
+        dtype, products = stream_dtype(self.patch_embedding.weight), product_dtype(self.patch_embedding.weight)
+        x = self.patch_embedding(patches.to(products)).to(dtype)
         prefix = None
         if noisy is not None and self.prefix is not None:
             prefix = self.prefix(condition, len(noisy))
             x = torch.cat((prefix.flatten(0, 1).to(dtype), x))
-        streams = describe_streams(self.config, layout, x, prefix, clean, noisy, theta)
+        streams = describe_streams(self.config, layout, x, products, prefix, clean, noisy, theta)
         return streams.rotation.at_input(x), streams
 
     def _run_blocks(
@@ -180,7 +180,7 @@ class GPDiT(nn.Module):
 
     def head(self, x: Tensor, streams: Streams) -> Tensor:
         """Compute the velocity (B, F, C, H, W) from the noisy tokens (B * F * N, D)."""
-        h = streams.rotation.at_branch_input(self.output_norm(x))
+        h = streams.product_input(self.output_norm(x))
         patches = self.output(h).view(*streams.noisy_shape, streams.tokens, -1)
         return unpatchify(patches, self.config.patch_size, streams.rows, streams.columns)
 
@@ -223,7 +223,7 @@ class GPDiT(nn.Module):
         Raises:
             InputError: a rolling cache has no capacity for a window.
         """
-        dtype = attention_dtype(self.patch_embedding.weight)
+        dtype = product_dtype(self.patch_embedding.weight)
         return KVCache(self.config, batch_size, max_frames, height, width, self.device, dtype, sinks)
 
     @torch.no_grad()

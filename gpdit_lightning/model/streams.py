@@ -11,7 +11,6 @@ from gpdit_lightning.model.attention import (
     KV,
     QKV,
     AttentionOperator,
-    attention_dtype,
     frame_causal_attention,
     select_backend,
 )
@@ -59,6 +58,7 @@ class Streams:
         clean_rope, noisy_rope: the positions of the streams' frames.
         rotation: the time conditioning of every packed token.
         draws: K, number of noisy rows that share the context of a clip.
+        product_dtype: precision of matrix products and attention.
     """
 
     variant: AttentionVariant
@@ -73,6 +73,7 @@ class Streams:
     noisy_rope: Rope
     rotation: TimeRotation
     draws: int
+    product_dtype: torch.dtype
 
     @property
     def tokens(self) -> int:
@@ -84,6 +85,10 @@ class Streams:
         """Return the number of packed tokens before the noisy ones."""
         clips, frames = self.clean_shape
         return self._prefix_tokens + clips * frames * self.tokens
+
+    def product_input(self, normed: Tensor) -> Tensor:
+        """Return the input of a product: the output of a norm, with time conditioning, in the products' precision."""
+        return self.rotation.at_branch_input(normed).to(self.product_dtype)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer_cache: LayerCache | None = None) -> Tensor:
         """Compute frame-causal attention over packed tokens.
@@ -151,6 +156,7 @@ def describe_streams(
     config: GPDiTConfig,
     layout: FrameLayout,
     x: Tensor,
+    product_dtype: torch.dtype,
     prefix: Tensor | None,
     clean: Tensor | None,
     noisy: Tensor | None,
@@ -161,7 +167,8 @@ def describe_streams(
     Args:
         config: the architecture.
         layout: the positions of the frames.
-        x: (packed tokens, D).
+        x: (packed tokens, D), in the precision of the residual stream, which rotations have too.
+        product_dtype: precision of matrix products and attention.
         prefix: (B, prefix tokens, D) or None.
         clean: (B', F', C, H, W) or None.
         noisy: (B, F, C, H, W) or None.
@@ -170,16 +177,15 @@ def describe_streams(
     some = clean if clean is not None else noisy
     assert some is not None
     rows, columns = (side // config.patch_size for side in some.shape[-2:])
-    precise = torch.float64 if some.dtype == torch.float64 else torch.float32
     clean_shape = _stream_shape(clean)
-    angles = torch.zeros(len(x), device=x.device, dtype=precise)
+    angles = torch.zeros(len(x), device=x.device, dtype=x.dtype)
     if theta is not None:
-        per_token = theta.to(x.device, precise).flatten().repeat_interleave(rows * columns)
+        per_token = theta.to(x.device, x.dtype).flatten().repeat_interleave(rows * columns)
         angles[len(x) - len(per_token) :] = per_token
-    table = partial(rope_table, config, rows=rows, columns=columns, device=x.device, dtype=precise)
+    table = partial(rope_table, config, rows=rows, columns=columns, device=x.device, dtype=x.dtype)
     return Streams(
         variant=config.attention,
-        operator=select_backend(config.attention_backend, x.device.type, attention_dtype(x), config.head_width),
+        operator=select_backend(config.attention_backend, x.device.type, product_dtype, config.head_width),
         rows=rows,
         columns=columns,
         prefix_shape=_stream_shape(prefix),
@@ -188,8 +194,9 @@ def describe_streams(
         context_lengths=layout.context_lengths,
         clean_rope=table(frames=range(layout.first_frame, layout.first_frame + clean_shape[1])),
         noisy_rope=table(frames=layout.noisy_frames),
-        rotation=TimeRotation(angles, config.time_site, precise),
+        rotation=TimeRotation(angles, config.time_site),
         draws=layout.draws,
+        product_dtype=product_dtype,
     )
 
 

@@ -29,13 +29,12 @@ class TimeRotation:
     Args:
         theta: (tokens,) radians, one per token of the packed sequence.
         site: see :class:`~gpdit_lightning.GPDiTConfig`.
-        dtype: precision of cosines and sines.
     """
 
-    def __init__(self, theta: Tensor, site: TimeSite, dtype: torch.dtype) -> None:
+    def __init__(self, theta: Tensor, site: TimeSite) -> None:
         self.site = site
-        self.cos = theta.cos().to(dtype)[:, None]
-        self.sin = theta.sin().to(dtype)[:, None]
+        self.cos = theta.cos()[:, None]
+        self.sin = theta.sin()[:, None]
 
     def _rotate(self, x: Tensor) -> Tensor:
         # The last block drops the clean tokens, which come first: its noisy tokens are the tail of the table.
@@ -57,4 +56,4 @@ class TimeRotation:
         """Rotate by R(theta)^-1 before a branch is added to the residual stream."""
         if self.site != "branch_inverse":
             return x
-        return rotate_pairs(x, self.cos[-len(x) :], self.sin[-len(x) :])
+        return rotate_pairs(x.to(self.cos.dtype), self.cos[-len(x) :], self.sin[-len(x) :])

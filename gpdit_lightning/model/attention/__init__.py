@@ -2,7 +2,6 @@
 
 from gpdit_lightning.model.attention.backends import (
     AttentionOperator,
-    attention_dtype,
     find_backend,
     register_attention_backend,
     select_backend,
@@ -15,7 +14,6 @@ __all__ = [
     "QKV",
     "AttentionOperator",
     "Segment",
-    "attention_dtype",
     "attention_plan",
     "find_backend",
     "frame_causal_attention",

@@ -91,13 +91,6 @@ def check_is_function(operator: Any, name: str) -> None:
         raise InputError(f"attention_backend '{name}' is a class: {CONTRACT}.")
 
 
-def attention_dtype(x: Tensor) -> torch.dtype:
-    """Return the precision of queries, keys and values of hidden states `x`: that of autocast if it is enabled."""
-    kind = x.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors have no autocast
-    return torch.get_autocast_dtype(kind) if casts else x.dtype
-
-
 def why_not_xformers(device_type: str, dtype: torch.dtype, head_width: int) -> str | None:
     """Return the reason why xformers cannot be used, by a small trial call; None if it can."""
     if device_type != "cuda":
@@ -187,7 +180,7 @@ def select_backend(requested: str, device_type: str, dtype: torch.dtype, head_wi
         requested: `auto` (xformers if it can be used, else SDPA), `sdpa`, `xformers`, a registered name, or the import
             path of an operator.
         device_type: `cpu`, `cuda`, ...
-        dtype: precision of queries, keys and values (`attention_dtype`).
+        dtype: precision of queries, keys and values (`product_dtype` of `model/precision.py`).
         head_width: width of queries, keys and values; by default that of the H model.
 
     Raises:

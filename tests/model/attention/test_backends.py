@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpdit_lightning import GPDiT, InputError
 from gpdit_lightning.model.attention import backends, register_attention_backend
+from gpdit_lightning.model.precision import product_dtype
 from tests.model import oracle
 from tests.model.toys import assert_near, toy_batch, toy_config, toy_model
 
@@ -254,7 +255,7 @@ def test_the_trial_has_the_precision_and_the_head_width_of_attention(
     model.bfloat16()(*batch)
     width = model.config.head_width
     assert requests == [(torch.float32, width), (torch.bfloat16, width), (torch.bfloat16, width)]
-    assert backends.attention_dtype(torch.empty(1, device="meta")) == torch.float32
+    assert product_dtype(torch.empty(1, device="meta")) == torch.float32
 
 
 @pytest.mark.parametrize(

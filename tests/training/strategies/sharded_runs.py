@@ -26,6 +26,7 @@ from gpdit_lightning.training.optimizer import OptimizerConfig
 from gpdit_lightning.training.strategies import register_strategies
 from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 from gpdit_lightning.training.strategies.zero import ZeRO
+from tests.model.dtypes import Dtypes, record_dtypes
 
 
 class Stage(GPDiTStage):
@@ -71,10 +72,12 @@ class Record(Callback):
 
     def __init__(self, health: Health, ema: EMA) -> None:
         self.health, self.ema = health, ema
-        self.seen: dict[str, list[Any]] = {"losses": [], "norms": [], "distances": [], "validation": [], "dtypes": []}
+        self.seen: dict[str, Any] = {"losses": [], "norms": [], "distances": [], "validation": [], "dtypes": []}
         self.tensors: dict[str, Any] = {}
+        self.precisions: Dtypes = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Stage) -> None:
+        self.precisions = record_dtypes(pl_module.backbone)
         state = trainer.strategy.lightning_module_state_dict()
         self.tensors["first"] = {name: values.clone() for name, values in state.items()}
 
@@ -92,6 +95,7 @@ class Record(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.precisions.setdefault("loss", set()).add(str(outputs["loss"].dtype).removeprefix("torch."))
         self.seen["losses"].append(mean(trainer, outputs["loss"].detach()))
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.seen["norms"].append(self.health.gradient_norm)
@@ -102,6 +106,7 @@ class Record(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Stage) -> None:
         """Features and a rollout of the averaged weights, which all ranks compute together."""
+        self.seen["precisions"] = {name: sorted(dtypes) for name, dtypes in self.precisions.items()}
         backbone = pl_module.backbone.eval()
         clip = torch.randn(2, 3, backbone.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(1))
         with self.ema.averaged(pl_module):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from tests.checkpoints.content import read_checkpoint
+from tests.model.dtypes import MIXED_BF16
 from tests.training.callbacks.test_previews import make_shards
 from tests.training.strategies import sharded_runs
 
@@ -30,12 +31,14 @@ RUNS: dict[str, Run] = {
     "zero2-broken": {"strategy": "zero2", "optimizer": "adamw", "broken_loss": 5, **MIXED},
     "zero3-broken": {"strategy": "zero3", "optimizer": "sgd", "broken_loss": 6, **MIXED},
     "zero3-rest": {"strategy": "zero3", "optimizer": "adamw", "resume": "zero3", **MIXED},
-    "bf16": {"strategy": "zero2", "optimizer": "adamw", "precision": "bf16-mixed", **MIXED},
+    "bf16": {"strategy": "zero2", "optimizer": "adamw", "precision": "bf16-mixed", "previews": True, **MIXED},
     "bf16-rest": {"strategy": "zero2", "optimizer": "adamw", "precision": "bf16-mixed", "resume": "bf16", **MIXED},
     "fsdp2": {"strategy": "fsdp2", "optimizer": "adamw", "previews": True, "recompute": True, **MIXED},
     "fsdp2-broken": {"strategy": "fsdp2", "optimizer": "sgd", "broken_loss": 5, **MIXED},
     "fsdp2-rest": {"strategy": "fsdp2", "optimizer": "adamw", "resume": "fsdp2", **MIXED},
-    "fsdp2-bf16": {"strategy": "fsdp2", "optimizer": "adamw", "precision": "bf16-mixed", **MIXED},
+    "fsdp2-bf16": {"strategy": "fsdp2", "optimizer": "adamw", "precision": "bf16-mixed", "recompute": True, **MIXED},
+    "zero3-bf16": {"strategy": "zero3", "optimizer": "adamw", "precision": "bf16-mixed", **MIXED},
+    "ddp-bf16": {"strategy": "ddp", "optimizer": "adamw", "precision": "bf16-mixed", **MIXED},
 }
 ALIKE = ["zero2", "zero3", "fsdp2", "zero2-broken", "zero3-broken", "fsdp2-broken"]  # those that one process does too
 SLOW_RUNS: dict[str, Run] = {
@@ -122,6 +125,7 @@ def assert_as_one_process(found: Path, one: Path, name: str) -> None:
     mine, other = seen(found, name), seen(one, name)
     assert mine.pop("dtypes") == [["torch.float32"], ["torch.float32"], "torch.float32"]
     mine.pop("gradients", None)
+    assert mine.pop("precisions") == other.pop("precisions")
     for what, values in mine.items():
         if what == "norms" and "zero" in name:  # whose norm of a broken gradient is infinite
             other[what] = [norm if math.isfinite(norm) else math.inf for norm in other[what]]
@@ -175,6 +179,25 @@ def test_bf16_keeps_master_weights_optimizer_state_average_and_reduction_in_floa
     assert mine["losses"] != exact["losses"]
     assert mine["losses"] == pytest.approx(exact["losses"], rel=0.02)
     assert mine["norms"] == pytest.approx(exact["norms"], rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def bf16_in_one_process(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder, run = tmp_path_factory.mktemp("one"), RUNS["ddp-bf16"] | {"name": "one", "shards": shards}
+    sharded_runs.train(folder, run, "auto", 1)
+    return seen(folder, "one")
+
+
+@pytest.mark.parametrize("name", ["ddp-bf16", "bf16", "zero3-bf16", "fsdp2-bf16"])
+def test_bf16_is_the_same_under_every_strategy(name: str, folder: Path, bf16_in_one_process: Run) -> None:
+    """In training, validation and previews. ZeRO and FSDP2 have equal losses, since both compute with bf16 weights."""
+    mine, one, zero2 = seen(folder, name), bf16_in_one_process, seen(folder, "bf16")
+    expected = MIXED_BF16 | {"loss": {"float32"}}
+    assert {what: set(dtypes) for what, dtypes in mine["precisions"].items()} == expected
+    assert mine["precisions"] == one["precisions"]
+    assert mine["losses"] == pytest.approx(one["losses"], rel=5e-4)
+    if name != "ddp-bf16":
+        assert mine["losses"] == pytest.approx(zero2["losses"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp2"])
