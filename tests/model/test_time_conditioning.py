@@ -26,7 +26,7 @@ def test_each_site_multiplies_channel_pairs_by_r_of_theta(
     site: TimeSite, rotating: set[str], rotating_back: set[str]
 ) -> None:
     """R(theta) = [[cos, sin], [-sin, cos]], as printed in GPDiT, section 4.2."""
-    rotation = TimeRotation(THETA, site, torch.float64)
+    rotation = TimeRotation(THETA, site)
     for method in ("at_input", "at_block", "at_branch_input", "at_branch_output"):
         expected = ROTATED if method in rotating else ROTATED_BACK if method in rotating_back else X.tolist()
         result = getattr(rotation, method)(X)
@@ -37,5 +37,5 @@ def test_each_site_multiplies_channel_pairs_by_r_of_theta(
 def test_exchanging_the_channels_of_each_pair_reverses_the_rotation() -> None:
     """So the paper's R(theta)^-1 gives the same family of functions: weights absorb the exchange."""
     exchanged = X.roll(2, dims=1)
-    forwards, backwards = (TimeRotation(sign * THETA, "branch", torch.float64) for sign in (1, -1))
+    forwards, backwards = (TimeRotation(sign * THETA, "branch") for sign in (1, -1))
     torch.testing.assert_close(forwards.at_branch_input(exchanged).roll(2, dims=1), backwards.at_branch_input(X))
