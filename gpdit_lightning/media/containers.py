@@ -26,8 +26,9 @@ VIDEO_EXTENSIONS = (
 )
 # FFmpeg would show these files as images of text.
 TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")
-# Decoders that read the transparency of WebM, which FFmpeg's default decoders ignore.
-ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+# Decoders that read the transparency of WebM, which FFmpeg's default decoders ignore. The one of VP9 also detects most
+# damage; the default one detects little.
+VPX_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Checks of damage that cost little. FFmpeg's further checks reject intact files of careless encoders.
 DETECTION = {"err_detect": "crccheck+bitstream+buffer"}
 
@@ -95,11 +96,7 @@ def open_video(path: str | Path) -> Iterator[VideoStream]:
             opened = av.open(f"file:{path}", metadata_errors="replace")
         with opened as container:
             stream = _shown_stream(path, container)
-            decoder = stream.codec_context
-            has_alpha = any(tag.lower() == "alpha_mode" and value == "1" for tag, value in stream.metadata.items())
-            if has_alpha and decoder.name in ALPHA_DECODERS:
-                decoder = av.VideoCodecContext.create(ALPHA_DECODERS[decoder.name], "r")
-                decoder.extradata = stream.codec_context.extradata
+            decoder = _decoder(stream)
             decoder.options = DETECTION
             decoder.copy_opaque = True  # a frame carries the `opaque` of its packet
             # With several threads, the frames that can be read from a damaged video would vary from run to run.
@@ -125,3 +122,14 @@ def _shown_stream(path: Path, container: "av.container.InputContainer") -> "av.V
     if stream.codec_context is None:  # also for a truncated mp4
         raise InputError(f"{path} is not a readable video (FFmpeg has no decoder for it): replace or remove it.")
     return stream
+
+
+def _decoder(stream: "av.VideoStream") -> "av.VideoCodecContext":
+    default: av.VideoCodecContext = stream.codec_context
+    has_alpha = any(tag.lower() == "alpha_mode" and value == "1" for tag, value in stream.metadata.items())
+    has_8_bits = default.format is not None and default.format.components[0].bits == 8  # all that libvpx may support
+    if default.name not in VPX_DECODERS or not has_8_bits or not (has_alpha or default.name == "vp9"):
+        return default
+    decoder = av.VideoCodecContext.create(VPX_DECODERS[default.name], "r")
+    decoder.extradata = default.extradata
+    return decoder
