@@ -187,9 +187,9 @@ class _Clock:
     def __init__(self, video: VideoStream) -> None:
         rate = video.stream.average_rate or video.stream.guessed_rate
         self._period = 1 / Fraction(rate) if rate else Fraction(1, 25)
-        self._tick = video.stream.time_base or Fraction(1, 90000)
         broadcast = video.container.format.flags & av.format.Flags.ts_discont.value
         self._longest_step = LONGEST_STEP_OF_BROADCASTS if broadcast else LONGEST_STEP
+        self._time_base = video.stream.time_base or Fraction(1, 90000)
         self._stamp: Fraction | None = None
         self._offset = Fraction(0)
         self._time: Fraction | None = None
@@ -198,16 +198,16 @@ class _Clock:
         """Return the time of the next frame.
 
         A frame without a time stamp follows the one before by the average period, and so does the first frame after a
-        jump of the time stamps. A frame whose time stamp is not later than that of the frame before follows it by one
-        tick.
+        jump of the time stamps. A frame whose time stamp is not later than that of the frame before follows it by a
+        thousandth of that period.
         """
-        stamp = None if frame.pts is None else frame.pts * (frame.time_base or self._tick)
+        stamp = None if frame.pts is None else frame.pts * (frame.time_base or self._time_base)
         if self._time is None:
             time = Fraction(0)
         elif stamp is None or self._stamp is None or self._is_jump(stamp - self._stamp):
             time = self._time + self._period
         else:
-            time = max(stamp - self._offset, self._time + self._tick)
+            time = max(stamp - self._offset, self._time + self._period / 1000)
         if stamp is not None:
             if self._stamp is None or self._is_jump(stamp - self._stamp):
                 self._offset = stamp - time

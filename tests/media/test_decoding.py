@@ -1,20 +1,20 @@
 """Decoding: damaged videos, times, and beginnings that refer to what was cut away."""
 
 from collections.abc import Callable
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import av
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpdit_lightning.media.video import (
-    DamagedVideoError,
-    check_intact,
-    count_frames,
-    iterate_frames,
-)
-from tests.media.encoding import encode, moving_texture, rgb_frame
+from gpdit_lightning.media.containers import open_video
+from gpdit_lightning.media.decoding import _Clock
+from gpdit_lightning.media.video import DamagedVideoError, check_intact, count_frames, iterate_frames, video_info
+from tests.media.encoding import FPS, encode, moving_texture, rgb_frame
 from tests.media.videos import read_video
 
 FRAMES, KEYFRAMES = 40, 15
@@ -94,3 +94,80 @@ def test_frames_end_before_the_first_damaged_one(
         assert largest_difference(frame, expected) < 6
     with pytest.raises(DamagedVideoError):
         check_intact(path)
+
+
+def test_damage_of_vp9_is_detected(tmp_path: Path) -> None:
+    path = tmp_path / "a.webm"
+    encode_texture(path, "libvpx-vp9", {"b": "300k", "deadline": "realtime", "cpu-used": "8"})
+    rewrite(path, lambda number, content: content[: len(content) // 2] if number == 20 else content)
+    frames, error = frames_before_damage(path)
+    assert error is not None
+    assert len(frames) == 20
+
+
+def test_a_video_cut_before_a_key_frame_begins_with_the_first_complete_frame(tmp_path: Path) -> None:
+    path = tmp_path / "a.ts"
+    encode_texture(path, "libx264", {"crf": "20", "bf": "2"})
+    intact = read_video(path)
+    rewrite(path, lambda number, content: None if number < KEYFRAMES // 2 else content)
+    frames, error = frames_before_damage(path)
+    assert error is None
+    assert torch.equal(torch.stack(frames), intact[-len(frames) :])
+    assert len(frames) == FRAMES - KEYFRAMES
+    assert next(iterate_frames(path)).time == 0
+
+
+@pytest.mark.parametrize(
+    ("stamps", "expected"),
+    [
+        ([0, 1, 2, 5, 6, 10], [0, 1, 2, 5, 6, 10]),
+        ([100, 101, 103, 104], [0, 1, 3, 4]),
+        ([0, 1, 1, 2, 3], [0, 1, 1, 2, 3]),
+        ([0, 1, 3, 2, 4], [0, 1, 3, 3, 4]),
+        ([100, 101, 102, 0, 1, 2], [0, 1, 2, 3, 4, 5]),
+        ([0, 1, None, 3, 4], [0, 1, 2, 3, 4]),
+        ([None, None, 2, 3], [0, 1, 2, 3]),
+        ([0, 1, 10**6, 10**6 + 2], [0, 1, 2, 4]),
+    ],
+    ids=["uneven", "late_start", "repeated", "out_of_order", "new_start", "missing", "missing_first", "jump"],
+)
+def test_times_follow_the_time_stamps(tmp_path: Path, stamps: list[int | None], expected: list[int]) -> None:
+    encode(tmp_path / "a.avi", [rgb_frame(torch.zeros(3, 16, 16, dtype=torch.uint8)) for _ in range(9)], "mpeg4")
+    with open_video(tmp_path / "a.avi") as video:
+        clock = _Clock(video)
+        times = []
+        for stamp in stamps:
+            frame = av.VideoFrame(16, 16)
+            frame.pts, frame.time_base = (None if stamp is None else 10 * stamp), Fraction(1, 10 * FPS)
+            times.append(clock.time(frame))
+    assert [float(time) * FPS for time in times] == pytest.approx(expected, abs=0.1)
+    assert all(later > earlier for earlier, later in pairwise(times))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi"])
+def test_times_of_files(tmp_path: Path, name: str) -> None:
+    stamps = [0, 1, 2, 4, 5, 9, 10, 11] if name != "a.avi" else list(range(8))
+    frames = [rgb_frame(pixels) for pixels in moving_texture(8)]
+    codec = "mpeg4" if name == "a.avi" else "libx264"
+    encode(tmp_path / name, frames, codec, {"bf": "2"}, times=[7 + stamp for stamp in stamps])
+    frames_read = list(iterate_frames(tmp_path / name))
+    assert [frame.number for frame in frames_read] == list(range(8))
+    assert [frame.time for frame in frames_read] == pytest.approx([stamp / FPS for stamp in stamps], abs=0.002)
+    every_third = list(iterate_frames(tmp_path / name, start=1, stride=3))
+    assert [frame.time for frame in every_third] == [frames_read[number].time for number in (1, 4, 7)]
+
+
+def test_edit_list_shortens_a_video(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    encode(path, [rgb_frame(pixels) for pixels in moving_texture(24)], "libx264", {"bf": "0", "g": "12"})
+    intact = read_video(path)
+    content = bytearray(path.read_bytes())
+    media_time = content.index(b"elst") + 4 + 12  # version, flags, count, duration, then the start in the media
+    timescale = int.from_bytes(content[content.index(b"mdhd") + 16 :][:4], "big")
+    content[media_time : media_time + 4] = (5 * timescale // FPS).to_bytes(4, "big")
+    path.write_bytes(content)
+    frames = list(iterate_frames(path))
+    assert torch.equal(torch.stack([frame.pixels for frame in frames]), intact[5:])
+    assert [frame.number for frame in frames[:2]] == [0, 1]
+    assert frames[0].time == 0
+    assert video_info(path).frames == count_frames(path) == 19
