@@ -3,6 +3,7 @@
 import difflib
 import errno
 import importlib
+import io
 import logging
 import os
 import select
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from gpdit_lightning.devices import rank_of_process
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import DISK_FULL_ERRORS
+from gpdit_lightning.names import ESCAPING, printable
 from gpdit_lightning.signals import Termination
 from gpdit_lightning.version import __version__
 
@@ -150,33 +152,39 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(f"error: there is no verb '{name}': {advice}", file=sys.stderr)
         return 2
     _show_log()
+    _accept_any_name()
     kept = f": {VERBS[name].when_stopped}." if VERBS[name].when_stopped else "."
     termination = Termination(f"{_rank_prefix()}stopped by SIGTERM{kept}")
     try:
         with termination:
             return run(name, rest)
     except InputError as error:
-        print(f"{_rank_prefix()}error: {error}", file=sys.stderr)
+        print(f"{_rank_prefix()}error: {printable(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in CORRECTABLE:
             raise
         path = error.filename or "a file that is being written"
-        print(
-            f"{_rank_prefix()}error: {path}: {error.strerror}: free some space, or choose another location.",
-            file=sys.stderr,
-        )
+        message = f"{path}: {error.strerror}: free some space, or choose another location."
+        print(f"{_rank_prefix()}error: {printable(message)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         from gpdit_lightning.workers import worker_error
 
         if (ended := worker_error(error)) is None:
             raise
-        print(f"{_rank_prefix()}error: {ended}", file=sys.stderr)
+        print(f"{_rank_prefix()}error: {printable(str(ended))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(termination.line if termination.received else f"stopped{kept}", file=sys.stderr)
         return 128 + (signal.SIGTERM if termination.received else signal.SIGINT)
+
+
+def _accept_any_name() -> None:
+    """Print names of files that the terminal cannot show with escapes, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPING)
 
 
 def _redirect_closed_output() -> bool:
@@ -229,12 +237,20 @@ def _show_log() -> None:
     log = logging.getLogger("gpdit_lightning")
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(f"{_rank_prefix()}%(message)s"))
+        handler.setFormatter(_OneLine(f"{_rank_prefix()}%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.WARNING if _rank_prefix() else logging.INFO)
         log.propagate = False
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_shown)
+
+
+class _OneLine(logging.Formatter):
+    """Formatter of messages on one line, whatever the names of files in them."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """Return the message without its traceback."""
+        return printable(super().formatMessage(record))
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

@@ -2,6 +2,7 @@
 
 import collections.abc
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def recipe_arguments(arguments: Sequence[str], verb_options: Sequence[str]) -> t
     return of_verb, config, overrides
 
 
-def normalized(arguments: Sequence[str], record: type[Any]) -> list[str]:
+def normalized(arguments: Sequence[str], record: type[Any], names: "LiteralNames | None" = None) -> list[str]:
     """Return command-line arguments in the form that jsonargparse parses.
 
     Lists become YAML, switches get a value, and the first word without an option becomes the value of the record's
@@ -41,18 +42,23 @@ def normalized(arguments: Sequence[str], record: type[Any]) -> list[str]:
     Args:
         arguments: the command line after the verb.
         record: the dataclass of the options.
+        names: gets the names of files that YAML would change, if not None.
     """
     hints = get_type_hints(record)
     switches = {name for name, hint in hints.items() if hint is bool}
     lists = {name: item for name, hint in hints.items() if (item := item_type(hint)) is not None}
     positional = getattr(record, "POSITIONAL", None)
     words, result = list(arguments), list[str]()
+
+    def encoded(value: str, hint: Any) -> str:
+        return value if names is None or not {str, Path} & {hint, *get_args(hint)} else names.encode(value)
+
     while words:
         word = words.pop(0)
         option, equals, value = word.partition("=")
         name = option.removeprefix("--")
-        if positional and not word.startswith("-"):
-            result.append(f"--{positional}={word}")
+        if positional and not is_option(word):
+            result.append(f"--{positional}={encoded(word, hints[positional])}")
             positional = None
         elif name == option or name not in hints:
             negated = name.removeprefix("no_")
@@ -61,14 +67,48 @@ def normalized(arguments: Sequence[str], record: type[Any]) -> list[str]:
             else:  # an option of a nested record, or an unknown one, with the value that follows
                 result += [word, *([words.pop(0)] if name != option and not equals and words else [])]
         elif name in lists:
-            result.append(f"{option}={yaml_list([value] if equals else pop_values(words), lists[name])}")
+            items = [value] if equals else pop_values(words)
+            if not is_yaml_list(items):
+                items = [encoded(item, lists[name]) for item in items]
+            result.append(f"{option}={yaml_list(items, lists[name])}")
         elif equals:
-            result.append(word)
+            result.append(f"{option}={encoded(value, hints[name])}")
         elif name in switches:
             result.append(f"{option}={words.pop(0) if words and words[0] in ('true', 'false') else 'true'}")
         else:
-            result.append(f"{option}={words.pop(0)}" if words else word)
+            result.append(f"{option}={encoded(words.pop(0), hints[name])}" if words else word)
     return result
+
+
+class LiteralNames:
+    """Values that YAML or OmegaConf would change or reject, such as `&a` or names that are not UTF-8.
+
+    They are replaced by placeholders before jsonargparse parses the command line, and restored afterwards.
+    """
+
+    UNCHANGED = re.compile(r"[\w./+-][\w ./:=@%+,*()#-]*")
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+
+    def encode(self, value: str) -> str:
+        """Return a value, or its placeholder."""
+        if self.UNCHANGED.fullmatch(value):
+            return value
+        placeholder = f"literal-name-{len(self._values)}"
+        self._values[placeholder] = value
+        return placeholder
+
+    def decode(self, value: Any) -> Any:
+        """Return a parsed value with the placeholders replaced by what they stand for."""
+        if isinstance(value, list | tuple):
+            return type(value)(map(self.decode, value))
+        return type(value)(self._values[str(value)]) if str(value) in self._values else value
+
+
+def is_option(word: str) -> bool:
+    """Return whether a word is an option and neither a negative number nor a file whose name begins with a dash."""
+    return re.match(r"--?[A-Za-z]", word) is not None and (word.startswith("--") or not os.path.lexists(word))
 
 
 def item_type(hint: Any) -> Any:
@@ -80,16 +120,21 @@ def item_type(hint: Any) -> Any:
 
 
 def pop_values(words: list[str]) -> list[str]:
-    """Remove and return the words before the next option; negative numbers are values, not options."""
-    end = next((i for i, word in enumerate(words) if re.match(r"--?[A-Za-z]", word)), len(words))
+    """Remove and return the words before the next option."""
+    end = next((i for i, word in enumerate(words) if is_option(word)), len(words))
     values = words[:end]
     del words[:end]
     return values
 
 
+def is_yaml_list(values: Sequence[str]) -> bool:
+    """Return whether words are a single word that is a YAML list, and not the name of a file."""
+    return len(values) == 1 and values[0][:1] + values[0][-1:] == "[]" and not os.path.lexists(values[0])
+
+
 def yaml_list(values: Sequence[str], item: Any) -> str:
     """Return words as a YAML list; a single word that already is a YAML list is unchanged."""
-    if len(values) == 1 and values[0].startswith("[") and values[0].endswith("]"):
+    if is_yaml_list(values):
         return values[0]
     quoted = item in (str, Path)
     return "[" + ", ".join(json.dumps(value) if quoted else value for value in values) + "]"

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
-from gpdit_lightning.cli.arguments import item_type, normalized, recipe_arguments
+from gpdit_lightning.cli.arguments import LiteralNames, item_type, normalized, recipe_arguments
 from gpdit_lightning.cli.messages import PREFIX, OptionHelp, one_sentence
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path, with_bases
 from gpdit_lightning.errors import InputError
@@ -46,11 +46,14 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
         of_verb = [*_options_in_files(recipe["config"], record), *of_verb]
     else:
         of_verb = with_bases(arguments)
-    values = parser.instantiate(parser.parse_args(normalized(of_verb, record)))
+    # The values of a recipe may be interpolations, and those of a printed configuration are shown as they are.
+    is_literal = not issubclass(record, RecipeOptions) and not any(word.startswith("--print") for word in of_verb)
+    names = LiteralNames() if is_literal else None
+    values = parser.instantiate(parser.parse_args(normalized(of_verb, record, names)))
     if any(word.startswith("--print_config") for word in recipe.get("overrides", ())):
         options = Namespace({name: values[name] for name in option_names(record)})
         print(parser.dump(options, skip_none=False) if options else "", end="")  # the recipe's follow
-    given = {name: values[name] for name in option_names(record)} | recipe
+    given = {name: names.decode(values[name]) if names else values[name] for name in option_names(record)} | recipe
     return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 

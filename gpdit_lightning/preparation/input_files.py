@@ -295,8 +295,8 @@ def _split_recordings(
 ) -> dict[str, SplitChoice]:
     """Choose the splits of new recordings, in the order of their hashes.
 
-    At least `MIN_HELD_OUT` of all recordings are held out, or as many as a quarter if that is less, and one recording
-    is for training, unless the fraction is 0 or there is only one recording.
+    At least `MIN_HELD_OUT` of all recordings are held out, or as many as a quarter if that is less, unless the fraction
+    is 0. At least one recording is for training.
 
     Args:
         recordings: names of the new recordings, sorted by hash.
@@ -306,8 +306,8 @@ def _split_recordings(
     total = len(recordings) + training_before + held_out_before
     minimum = min(MIN_HELD_OUT, max(1, total // 4)) if fraction > 0 and total > 1 else 0
     count = max(sum(is_held_out(recording, fraction) for recording in recordings), minimum - held_out_before)
-    if not training_before and total > 1:
-        count = min(count, len(recordings) - 1)
+    if not training_before:
+        count = max(0, min(count, len(recordings) - 1))
     chosen = {}
     for i, recording in enumerate(recordings):
         choice = choose_split_by_hash(recording, fraction)

@@ -10,6 +10,8 @@ import yaml
 
 from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.options.inspect import InspectOptions
+from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.options.shared import RecipeOptions
 
 
@@ -166,3 +168,33 @@ def test_help_of_a_verb_with_a_recipe(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_single_recipe_in_python_is_a_list_of_one() -> None:
     assert WithRecipe(config="a.yaml").fit_arguments == ["--config=a.yaml"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("o: {1}", "123", "true", "1e3", "[x]", "[1,2]", "a#b", "'q'", "-dash", "~", "*", "!x", "&a", "@f", "?", "|"),
+        *(
+            "caf\udce9",
+            "a\u2028b",
+            "a\nb",
+            "{a: b}",
+            "key=value",
+            "=",
+            "${x}",
+            "2026-11-29",
+            " lead ",
+            "\x1b[31m",
+            "%03d",
+        ),
+    ],
+)
+def test_any_name_of_a_file_is_an_option_value(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).touch()
+    words = ["--videos", "other", name, "--out", name]
+    options = parse("prepare", "", PrepareOptions, words)
+    assert (options.videos, options.out) == ((Path("other"), Path(name)), Path(name))
+    assert parse("prepare", "", PrepareOptions, ["--videos", name, "--out=x"]).videos == (Path(name),)
+    inspection = parse("inspect", "", InspectOptions, [name, "--why", name])
+    assert (inspection.folder, inspection.why) == (Path(name), name)

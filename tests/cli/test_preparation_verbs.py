@@ -1,5 +1,6 @@
 """The verbs `prepare`, `prepare-pairs` and `inspect`, and the scripts in data_prep."""
 
+import io
 import re
 import runpy
 import shlex
@@ -169,3 +170,16 @@ def test_a_script_runs_its_verb(
         runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
     assert ended.value.code in (0, None)
     assert capsys.readouterr().out.startswith(f"usage: python -m gpdit_lightning {verb} [options]")
+
+
+def test_names_that_a_terminal_cannot_show_are_printed_with_escapes(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (images / "broken.png").rename(images / "caf\udce9\n\u65e5.png")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert prepare(images, tmp_path / "out") == 0
+    assert prepare(images, tmp_path / "out") == 0
+    main(["inspect", str(tmp_path / "out"), "--why", str(images / "caf\udce9\n\u65e5.png")])
+    text = terminal.buffer.getvalue().decode("latin-1")
+    assert text.count(r"caf\xe9\n\u65e5.png is not a readable image") == 3  # in both summaries, and by --why

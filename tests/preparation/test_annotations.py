@@ -164,6 +164,28 @@ def test_errors_contain_file_and_line(tmp_path: Path, content: str | bytes, mess
         read(tmp_path, content)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeff# comment\n\nsource,label\na.mp4,x\n#b.mp4,y\n",
+        '# comment\n{"source": "a.mp4", "label": "x"}\n# comment\n{"source": "#b.mp4", "label": "y"}\n',
+        "# comment\r\nsource\tlabel\r\n'a'.mp4\tz\r\na.mp4\tx\r\n#b.mp4\ty\r\n",
+    ],
+)
+def test_comments_are_ignored_and_names_may_begin_like_them(tmp_path: Path, content: str) -> None:
+    annotations = read(tmp_path, content)
+    assert [annotations.get(name).label for name in ("a.mp4", "#b.mp4")] == ["x", "y"]
+
+
+def test_names_match_in_another_unicode_form_or_container(tmp_path: Path) -> None:
+    annotations = read(tmp_path, "# names\nsource,label\ncaf\u00e9\u2028.mp4,x\nclip.1,y\ncaf\\xe9,z\n")
+    assert annotations.get("cafe\u0301\u2028.mp4").label == "x"
+    assert annotations.get("deep/clip.1.unusual").label == "y"
+    assert annotations.get(r"caf\xe9.mkv").label == "z"
+    ucf = read(tmp_path, "# list\r\n" + TRAIN)
+    assert ucf.get("Archery/v_Archery_g08_c01.avi").split == "train"
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.txt cannot be read"):
         read_annotations([tmp_path / "absent.txt"])

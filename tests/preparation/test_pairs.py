@@ -147,6 +147,37 @@ def test_hidden_files_and_folders_are_ignored(tmp_path: Path) -> None:
         images_in(folder / "b.png")
 
 
+def test_subfolders_are_searched_and_matched_by_relative_path(tmp_path: Path) -> None:
+    for folder in ("source", "target"):
+        write_images(tmp_path / folder / "a", 2)
+        write_images(tmp_path / folder / "b" / "deep", 1)
+    (tmp_path / "target" / "a" / "p1.png").rename(tmp_path / "target" / "a" / "p1.bmp")
+    pairs = pairs_from_folders(*pair_folders(tmp_path), seed=0)
+    assert [(pair.source.name, pair.target.name) for pair in pairs] == [
+        ("a/p0.png", "a/p0.png"),
+        ("a/p1.png", "a/p1.bmp"),
+        ("b/deep/p0.png", "b/deep/p0.png"),
+    ]
+    assert [pair.source.name for pair in pairs_from_folder(tmp_path / "source", seed=0)] == [
+        pair.source.name for pair in pairs
+    ]
+    (tmp_path / "target" / "b" / "deep" / "p0.png").rename(tmp_path / "target" / "b" / "p0.png")
+    with pytest.raises(InputError, match=r"target/b/p0\.png has no counterpart named b/p0 in .*source"):
+        pairs_from_folders(*pair_folders(tmp_path), seed=0)
+
+
+def test_names_in_two_normal_forms_are_two_images(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        for number, name in enumerate(("caf\u00e9", "cafe\u0301")):
+            write_images(tmp_path / folder, 1, first=number)
+            (tmp_path / folder / f"p{number}.png").rename(tmp_path / folder / f"{name}.png")
+    matched = match_by_name(tmp_path / "a", tmp_path / "b")
+    assert [(source.name, target.name) for source, target in matched] == [
+        ("cafe\u0301.png", "cafe\u0301.png"),
+        ("caf\u00e9.png", "caf\u00e9.png"),
+    ]
+
+
 def test_names_match_in_different_unicode_normal_forms(tmp_path: Path) -> None:
     for folder, name in (("a", "caf\u00e9"), ("b", "cafe\u0301")):
         write_images(tmp_path / folder, 1)

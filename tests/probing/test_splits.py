@@ -58,6 +58,23 @@ def test_lists_give_the_published_split(
     assert "g09_c07" in caplog.text
 
 
+def test_names_that_differ_in_case_are_different_videos(tmp_path: Path) -> None:
+    names = ["Cat/A_g1.avi", "Cat/a_g1.avi", "Dog/d_g1.avi", "Dog/e_g2.avi", "Dog/caf\udce9_g2.avi"]
+    (tmp_path / "train").write_text("\ufeff# training\r\ncat/A_g1.avi 1\r\nDog/D_G1.avi 2\r\nCat/A_g1.avi 1\r\n")
+    (tmp_path / "test").write_text("Cat/a_g1.avi\nDog/e_g2.avi\nDog/caf\\xe9_g2.avi\n")
+    labelled = split_by_lists(map(Path, names), tmp_path / "train", tmp_path / "test", r"(.)_g\d")
+    assert [(str(video.path), video.split) for video in labelled] == [
+        ("Dog/d_g1.avi", "train"),  # cat/A_g1.avi may be either of two files
+        ("Cat/A_g1.avi", "train"),
+        ("Cat/a_g1.avi", "test"),
+        ("Dog/e_g2.avi", "test"),
+        ("Dog/caf\udce9_g2.avi", "test"),
+    ]
+    (tmp_path / "test").write_bytes("Dog/e_g2.avi".encode("utf-16"))
+    with pytest.raises(InputError, match=r"test line 1 is not UTF-8 \(it is UTF-16\): save"):
+        split_by_lists(map(Path, names), tmp_path / "train", tmp_path / "test", ".+")
+
+
 def test_folders_give_the_split_and_a_pattern_the_groups() -> None:
     videos = [Path(f"set/{split}/{label}/{label}-{person}-{take}.mp4") for split, person in
               (("train", "ann"), ("test", "bob"), ("test", "eve")) for label in "ab" for take in (1, 2)]  # fmt: skip

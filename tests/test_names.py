@@ -1,0 +1,27 @@
+"""Names of files as text."""
+
+import pytest
+
+from gpdit_lightning.names import ESCAPING, as_text, from_text, printable
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "shown"),
+    [
+        ("日本 é.mp4", "日本 é.mp4", "日本 é.mp4"),
+        ("caf\udce9.mp4", r"caf\xe9.mp4", r"caf\xe9.mp4"),
+        ("a\u2028b\nc\x1b[31m\x85.mp4", "a\u2028b\nc\x1b[31m\x85.mp4", r"a\u2028b\nc\x1b[31m\x85.mp4"),
+        ("back\\slash", "back\\slash", "back\\slash"),
+        ("\ud800", r"\ud800", r"\ud800"),
+    ],
+)
+def test_names_become_valid_text_and_one_printed_line(name: str, text: str, shown: str) -> None:
+    assert as_text(name) == text
+    assert as_text(name).encode()
+    assert printable(name) == shown
+
+
+def test_the_bytes_of_a_name_are_restored_from_its_text() -> None:
+    name = "caf\udce9 \udcff 日.mp4"
+    assert from_text(as_text(name)) == name
+    assert "日 caf\udce9".encode("latin-1", ESCAPING) == rb"\u65e5 caf\xe9"
