@@ -20,8 +20,7 @@ from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.training.callbacks.run_checkpoint import resume_advice
 from gpdit_lightning.training.callbacks.stopping import end_ranks_together
 from gpdit_lightning.training.loggers import continue_logs
-
-LOCK = ".lock"
+from gpdit_lightning.training.run_folder import LOCK, RunFolderFiles, restored_without_a_step
 
 
 @contextmanager
@@ -93,14 +92,23 @@ def report_file_errors(trainer: Trainer) -> Iterator[None]:
 def fit(options: RecipeOptions) -> Trainer:
     """Train, from the run's last checkpoint if there is one; return the trainer.
 
+    A training that fails before its first step leaves the run folder as it was.
+
     Raises:
         InputError: the recipe is invalid, or its data, initial weights or last checkpoint cannot be used.
     """
     cli = build_recipe("fit", options.fit_arguments)
     trainer = cli.trainer
-    with lock_run_folder(trainer), end_ranks_together(trainer), report_file_errors(trainer):
+    step = open_checkpoint(cli.resumed).step if cli.resumed else 0
+    files = RunFolderFiles(Path(trainer.default_root_dir))
+    with (
+        lock_run_folder(trainer),
+        restored_without_a_step(trainer, files, step),
+        end_ranks_together(trainer),
+        report_file_errors(trainer),
+    ):
         if trainer.is_global_zero:
-            continue_logs(trainer.loggers, open_checkpoint(cli.resumed).step if cli.resumed else 0)
+            continue_logs(trainer.loggers, step)
         trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resumed, weights_only=True)
     if trainer.is_global_zero:
         step, folder = trainer.global_step, f"{trainer.default_root_dir}/checkpoints"

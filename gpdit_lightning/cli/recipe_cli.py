@@ -38,6 +38,7 @@ from gpdit_lightning.training.callbacks.metrics import MetricsLogger
 from gpdit_lightning.training.callbacks.previews import Preview
 from gpdit_lightning.training.callbacks.progress import StepProgress
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
+from gpdit_lightning.training.run_folder import RECIPE
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class SaveRecipe(Callback):
         """Write and log; by now the run is restored and checked."""
         if not trainer.is_global_zero:
             return
-        with atomic_write(Path(trainer.default_root_dir) / "config.yaml") as path:
+        with atomic_write(Path(trainer.default_root_dir) / RECIPE) as path:
             path.write_text(self.text, encoding="utf-8")
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         log.info("%s trains %s parameters", type(pl_module).__name__, f"{parameters:,}")
