@@ -70,7 +70,7 @@ def sketch(pixels: Tensor) -> Tensor:
     """Return a pencil sketch: the luma divided by its Gaussian blur.
 
     The result is white where both are equal, and black where both are 0. It replaces the style transfers of the paper
-    (section 5.1), which the paper does not define.
+    (sections 5.1 and 5.4), whose image pairs are not published.
 
     Args:
         pixels: uint8 (T, 3, H, W), red first.
