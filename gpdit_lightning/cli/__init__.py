@@ -151,29 +151,30 @@ def _main(arguments: Sequence[str] | None) -> int:
         advice = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(VERBS)}."
         print(f"error: there is no verb '{name}': {advice}", file=sys.stderr)
         return 2
-    _show_log()
+    rank = _rank_prefix()  # read here, since Lightning removes WORLD_SIZE from the environment after an error
+    _show_log(rank)
     _accept_any_name()
     kept = f": {VERBS[name].when_stopped}." if VERBS[name].when_stopped else "."
-    termination = Termination(f"{_rank_prefix()}stopped by SIGTERM{kept}")
+    termination = Termination(f"{rank}stopped by SIGTERM{kept}")
     try:
         with termination:
             return run(name, rest)
     except InputError as error:
-        print(f"{_rank_prefix()}error: {printable(str(error))}", file=sys.stderr)
+        print(f"{rank}error: {printable(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in CORRECTABLE:
             raise
         path = error.filename or "a file that is being written"
         message = f"{path}: {error.strerror}: free some space, or choose another location."
-        print(f"{_rank_prefix()}error: {printable(message)}", file=sys.stderr)
+        print(f"{rank}error: {printable(message)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         from gpdit_lightning.workers import worker_error
 
         if (ended := worker_error(error)) is None:
             raise
-        print(f"{_rank_prefix()}error: {printable(str(ended))}", file=sys.stderr)
+        print(f"{rank}error: {printable(str(ended))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(termination.line if termination.received else f"stopped{kept}", file=sys.stderr)
@@ -229,17 +230,20 @@ def _import(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _show_log() -> None:
+def _show_log(rank: str) -> None:
     """Print this library's log messages as plain lines; other libraries keep their handlers.
 
     The first rank prints messages from level INFO, the others from level WARNING.
+
+    Args:
+        rank: prefix of the lines; empty on the first rank.
     """
     log = logging.getLogger("gpdit_lightning")
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(_OneLine(f"{_rank_prefix()}%(message)s"))
+        handler.setFormatter(_OneLine(f"{rank}%(message)s"))
         log.addHandler(handler)
-        log.setLevel(logging.WARNING if _rank_prefix() else logging.INFO)
+        log.setLevel(logging.WARNING if rank else logging.INFO)
         log.propagate = False
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_shown)
