@@ -6,8 +6,7 @@ A tensor on `sim` is in host memory, but behaves like one on a GPU:
   pointwise operation, and CPU tensors may index a tensor of the device.
 - A generator of the CPU cannot draw numbers on the device, and `numpy()` fails.
 - Everything for which the host waits until a GPU has finished its work is recorded with the line that caused it:
-  reading a value, copies to the CPU, results whose shape depends on values, and copies to the device, unless
-  `non_blocking`.
+  reading a value, results whose shape depends on values, and copies between the devices, unless `non_blocking`.
 - Random numbers that are drawn on the device are recorded too, since they depend on the device.
 
 `enable()` changes torch for the whole process, so use it in a process of its own. Built on torch's experimental
@@ -52,7 +51,8 @@ class Record:
 
     Attributes:
         waits: number of times that the host waited, by cause and line, such as "read at stages/base.py:90".
-        copies: number of copies to the device with `non_blocking`, by line; they do not wait if the source is pinned.
+        copies: number of copies between the devices with `non_blocking`, by line; those to the device do not wait if
+            the source is pinned.
         random: number of operations that drew random numbers on the device, by name and line.
     """
 
@@ -209,10 +209,8 @@ def _note_copy(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Non
         source, to_sim = args[0], isinstance(args[1], SimTensor)
         non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
     from_sim = isinstance(source, SimTensor)
-    if from_sim and not to_sim:
-        _note("waits", "copy to the CPU")
-    elif to_sim and not from_sim and source.numel():
-        _note("copies" if non_blocking else "waits", "copy to the device")
+    if from_sim != to_sim and source.numel():
+        _note("copies" if non_blocking else "waits", f"copy to the {'device' if to_sim else 'CPU'}")
 
 
 def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

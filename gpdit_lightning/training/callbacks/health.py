@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.training.loggers import log_text
+from gpdit_lightning.training.reduction import reduce_over_ranks
 from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,8 @@ class Health(Callback):
         loss = torch.stack(self._losses).sum()
         measured = torch.stack([norm.to(loss), loss, torch.full_like(loss, len(self._newly_damaged))])
         # Ranks have different losses and samples; with the mean all of them make the same decision.
-        self.gradient_norm, mean_loss, newly_damaged = trainer.strategy.reduce(measured, reduce_op="mean").tolist()
+        mean = reduce_over_ranks(measured, "sum") / trainer.world_size
+        self.gradient_norm, mean_loss, newly_damaged = mean.tolist()
         if newly_damaged:
             self._count_damaged(trainer)
         scaler = getattr(trainer.precision_plugin, "scaler", None)

@@ -5,7 +5,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
@@ -24,6 +23,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import partial_path
 from gpdit_lightning.training.callbacks.stopping import Stopped, StopSignals
 from gpdit_lightning.training.internals import disable_signal_handlers, is_between_steps, validation_follows
+from gpdit_lightning.training.reduction import DelayedMaximum
 
 # Seconds that training may wait for data after a signal, before it ends without the next step. If several ranks train,
 # the steps since the last checkpoint are then lost.
@@ -140,13 +140,15 @@ class RunCheckpoint(Checkpoint):
             raise Stopped(step, signum, trainer.is_global_zero)
 
     def _agree_on_stop_and_save(self, trainer: Trainer) -> tuple[int, bool]:
-        """Return the signal that any rank received (or 0), and whether `every_minutes` are over on the first rank."""
+        """Return the signal that any rank received (or 0), and whether `every_minutes` are over on the first rank.
+
+        With several ranks on GPUs this is the state at the end of the previous step.
+        """
         minutes = (time.monotonic() - self._saved_at) / 60
         interval_is_over = trainer.is_global_zero and 0 < self.every_minutes <= minutes
         values = [self._signals.received if self._signals else 0, int(interval_is_over)]
         if trainer.world_size > 1:
-            on_device = torch.tensor(values, device=trainer.strategy.root_device)
-            values = trainer.strategy.reduce(on_device, reduce_op="max").tolist()
+            values = self._agreement.exchange(values, trainer.strategy.root_device)
         return values[0], bool(values[1])
 
     def _save(self, trainer: Trainer, step: int) -> None:
@@ -171,6 +173,7 @@ class RunCheckpoint(Checkpoint):
                 f"there is free space and permission to write; {resume_advice(path.parent.parent)}."
             )
         _fail_on_all_ranks(trainer, failure)
+        self._agreement = DelayedMaximum()  # `every_minutes`, requested before this save, begins again
         self._saved_at, self._saved_step = time.monotonic(), step
 
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.training import internals
+from gpdit_lightning.training.reduction import reduce_over_ranks
 from gpdit_lightning.training.strategies.sharding import ParameterShard, ShardedStrategy
 
 # Methods besides `forward` for which a module's weights must be gathered.
@@ -119,7 +120,7 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
         assert self.lightning_module is not None
         gradients = [parameter.grad for parameter in self.lightning_module.parameters() if parameter.grad is not None]
         local = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
-        return self.reduce(torch.nn.utils.get_total_norm(local).square(), reduce_op="sum").sqrt()
+        return reduce_over_ranks(torch.nn.utils.get_total_norm(local).square(), "sum").sqrt()
 
     def skip_step(self) -> None:
         """Remove the gradients: the optimizer skips parameters without a gradient, and their state."""

@@ -19,8 +19,12 @@ from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.diffusion import VelocityLoss
 from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.stages import ImageWarmupStage
+from gpdit_lightning.training import reduction
+from gpdit_lightning.training.callbacks import run_checkpoint
 from gpdit_lightning.training.callbacks.health import NonFiniteError
 from tests.device.accelerator import SimStrategy, Waits
+from tests.device.simulated import recording
+from tests.training.callbacks.test_run_checkpoint import PretendTrainer
 
 LOG_EVERY, SAVE_EVERY, STEPS = 3, 4, 6  # steps 2 and 5 log, validate and save nothing, and 5 follows steps that do
 CODEC = load_codec("pca")
@@ -155,3 +159,40 @@ class DivergingStage(ImageWarmupStage):
 def test_a_loss_that_is_not_finite_stops_its_own_step(latents: Path, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"training stopped at optimizer step 3: the (loss|gradient)"):
         run(latents, tmp_path / "run", f"{__name__}.DivergingStage")
+
+
+class Event:
+    """Stands for torch's events, which the simulated device lacks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.recorded = False
+
+    def record(self) -> None:
+        """Mark the event."""
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        """Check that the event was marked."""
+        assert self.recorded
+
+
+def test_ranks_agree_on_a_stop_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maxima over ranks, here this rank and one with (0, 1), are known one step later."""
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(reduction, "reduce_over_ranks", lambda mine, operation: torch.maximum(mine, other_rank))
+    other_rank = torch.tensor([0, 1]).to("sim")
+    agreement, device = reduction.DelayedMaximum(), torch.device("sim", 0)
+    with recording() as record:
+        results = [agreement.exchange(values, device) for values in ([0, 0], [15, 0], [0, 0])]
+    assert results == [[0, 0], [0, 1], [15, 1]]
+    assert not record.waits
+
+
+def test_ranks_save_once_per_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a minute."""
+    trainer = PretendTrainer(tmp_path)
+    trainer.world_size, trainer.strategy.root_device = 2, torch.device("sim", 0)
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(run_checkpoint.time, "monotonic", lambda: 60.0 * trainer.global_step)
+    trainer.train(run_checkpoint.RunCheckpoint(every_steps=100, every_minutes=3), steps=9)
+    assert trainer.saves == [4, 8]

@@ -187,7 +187,10 @@ def test_all_ranks_save_by_the_clock_of_the_first(tmp_path: Path, monkeypatch: p
     (tmp_path / "checkpoints").mkdir()  # by the first rank
     first_rank = torch.tensor([0, 0])
     trainer.strategy.root_device = torch.device("cpu")
-    trainer.strategy.reduce = lambda mine, reduce_op: {"max": torch.maximum}[reduce_op](mine, first_rank)
+    monkeypatch.setattr(
+        "gpdit_lightning.training.reduction.reduce_over_ranks",
+        lambda mine, operation: {"max": torch.maximum}[operation](mine, first_rank),
+    )
     monkeypatch.setattr(
         "gpdit_lightning.training.callbacks.run_checkpoint.time.monotonic", lambda: 600.0 * trainer.global_step
     )
