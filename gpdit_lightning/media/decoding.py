@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 from av.sidedata.sidedata import Type as SideDataType
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.containers import VideoStream, ffmpeg_errors
@@ -64,17 +65,15 @@ def decoded_frames(video: VideoStream) -> Iterator[DecodedFrame]:
         DamagedVideoError: after the intact frames.
     """
     damage, clock, aspect, numbers = _Damage(), _Clock(video), _PixelAspect(video), count()
-    matrix: Sequence[float] | None = None
+    matrix = _DisplayMatrix()
     undecided: deque[av.VideoFrame] = deque()
 
     def decided(delay: int) -> Iterator[DecodedFrame]:
-        nonlocal matrix
         while len(undecided) > delay:
             frame, number = undecided.popleft(), next(numbers)
             if damage.reaches(frame):
                 raise DamagedVideoError(video.path, number, damage.reason)
-            matrix = _display_matrix(frame) or matrix  # a codec may store it with key frames only
-            yield DecodedFrame(number, clock.time(frame), frame, aspect.of(frame), matrix)
+            yield DecodedFrame(number, clock.time(frame), frame, aspect.of(frame), matrix.of(frame))
 
     for frame in _frames(video, damage, aspect):
         undecided.append(frame)
@@ -253,11 +252,31 @@ class _PixelAspect:
         return ratio or Fraction(1)
 
 
-def _display_matrix(frame: "av.VideoFrame") -> Sequence[float] | None:
-    """Return the first display matrix of a frame, from the container or the codec; None if there is none."""
+class _DisplayMatrix:
+    """Display matrix of the frames of a video, from the container or the codec.
+
+    A codec may store it with key frames only; it holds for the frames after them.
+    """
+
+    def __init__(self) -> None:
+        self._rotation: int | None = None
+        self._matrix: Sequence[float] | None = None
+
+    def of(self, frame: "av.VideoFrame") -> Sequence[float] | None:
+        """Return the matrix of a frame; None if there is none."""
+        if self._rotation is None or frame.rotation not in (0, self._rotation):
+            self._rotation = frame.rotation
+            self._matrix = _read_display_matrix(frame)
+        return self._matrix
+
+
+def _read_display_matrix(frame: "av.VideoFrame") -> Sequence[float] | None:
+    # `side_data` makes a reference cycle of the frame, so that it would stay in memory. The copy is small.
+    copy = VideoReformatter().reformat(frame, 16, 16, "gray", Colorspace.ITU709, interpolation=Interpolation.POINT)
     try:
-        # Several may exist; ffplay uses the first one too.
-        data = next((data for data in frame.side_data if data.type == SideDataType.DISPLAYMATRIX), None)
+        side_data: Any = copy.side_data  # a sequence, unlike its type
+        # Several matrices may exist; ffplay uses the first one too.
+        data = next((data for data in side_data if data.type == SideDataType.DISPLAYMATRIX), None)
     except ValueError:  # the frame has a kind of side data that PyAV lacks
         angle = math.radians(-frame.rotation)
         return [math.cos(angle), math.sin(angle), 0, -math.sin(angle), math.cos(angle)]

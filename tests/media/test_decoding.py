@@ -1,5 +1,6 @@
 """Decoding: damaged videos, times, and beginnings that refer to what was cut away."""
 
+import gc
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
@@ -171,3 +172,17 @@ def test_edit_list_shortens_a_video(tmp_path: Path) -> None:
     assert [frame.number for frame in frames[:2]] == [0, 1]
     assert frames[0].time == 0
     assert video_info(path).frames == count_frames(path) == 19
+
+
+def test_decoded_frames_are_freed_without_garbage_collection(tmp_path: Path) -> None:
+    encode_texture(tmp_path / "a.mp4", "libx264", {"bf": "0", "refs": "1"})
+    gc.collect()
+    gc.disable()
+    try:
+        frames = iterate_frames(tmp_path / "a.mp4")
+        for _ in range(30):
+            next(frames)
+        large = [item for item in gc.get_objects() if isinstance(item, av.VideoFrame) and item.width == 128]
+        assert 1 <= len(large) <= 3
+    finally:
+        gc.enable()
