@@ -57,6 +57,7 @@ class RunCheckpoint(Checkpoint):
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
         self._signals: StopSignals | None = None
+        self._agreement = DelayedMaximum()
         self._finished_step = self._saved_step = 0
         self._saved_at = 0.0
 
@@ -96,6 +97,7 @@ class RunCheckpoint(Checkpoint):
         """Treat the step from which the run resumes as saved."""
         self._finished_step = self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
+        self._agreement = DelayedMaximum()
         if trainer.is_global_zero:
             unmark_damaged(checkpoint_path(Path(trainer.default_root_dir), 0).parent, trainer.global_step)
 
