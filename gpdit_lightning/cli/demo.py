@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.cli.chain import chain
@@ -35,6 +34,7 @@ from gpdit_lightning.preparation import (
     summary,
 )
 from gpdit_lightning.preparation.input_files import InputFile
+from gpdit_lightning.progress import progress_bar
 
 VIDEOS, HELD_OUT_VIDEOS, SEED = 1200, 64, 0
 FRAME_SIZE = "64x64"
@@ -98,7 +98,7 @@ def video_options(run_dir: Path, videos: Path | None) -> PrepareOptions:
 def write_images(directory: Path, videos: Sequence[InputFile]) -> None:
     """Write the first frames of every video as PNG files, in a folder per split; enough for all pairs."""
     per_video = math.ceil((PAIRS + HELD_OUT_PAIRS) / len(videos))
-    for video in tqdm(videos, desc="images", unit="video", leave=False):
+    for video in progress_bar(videos, desc="images", unit="video", leave=False):
         stem = video.name.replace("/", "-").replace(".", "-")
         paths = [directory / str(video.split) / f"{stem}-{number}.png" for number in range(per_video)]
         if not all(path.exists() for path in paths):
@@ -218,7 +218,7 @@ def continue_clips(model: TrainedModel, codec: Codec, clips: Tensor) -> Tensor:
     """Continue the first CONTEXT frames of clips (B, T, 3, H, W) to their length."""
     config = GenerationConfig(RotationSampler(SAMPLER_STEPS, schedule=model.schedule))
     frames = clips.shape[1] - CONTEXT
-    batches = tqdm(clips.split(SAMPLING_BATCH), desc="generating", unit="batch", leave=False)
+    batches = progress_bar(clips.split(SAMPLING_BATCH), desc="generating", unit="batch", leave=False)
     videos = [
         continue_video(
             model.backbone, codec, batch[:, :CONTEXT], frames, config, ClipInputs(SEED + SAMPLING_BATCH * number)

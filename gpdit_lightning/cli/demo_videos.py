@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from gpdit_lightning.media.video_writer import write_video
+from gpdit_lightning.progress import progress_bar
 
 SIZE = 64  # side of a frame in pixels
 DIGIT = 32  # side of a digit in pixels
@@ -53,7 +53,7 @@ def write_videos(directory: Path, count: int, held_out: bool, seed: int) -> None
     """Write `count` mp4 files; held-out ones show other digits on other paths. Existing files are kept."""
     digits = load_digits()
     digits = digits[-HELD_OUT_DIGITS:] if held_out else digits[:-HELD_OUT_DIGITS]
-    for number in tqdm(range(count), desc=f"drawing {directory.name}", unit="video", leave=False):
+    for number in progress_bar(range(count), desc=f"drawing {directory.name}", unit="video", leave=False):
         path = directory / f"digit_{number:04d}.mp4"
         if path.exists():
             continue

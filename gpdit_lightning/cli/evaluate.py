@@ -40,6 +40,7 @@ from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.evaluate import EvaluateOptions
 from gpdit_lightning.preparation.annotations import Annotations, read_annotations
+from gpdit_lightning.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def evaluate(options: EvaluateOptions) -> None:
     if missing:
         (options.out / TABLES).unlink(missing_ok=True)
     on_variant = video_writer(options.out / VIDEOS, options.keep_videos, settings, selection.names)
-    with progress_bar(missing, hidden=rank > 0) as bar:
+    with videos_bar(missing, hidden=rank > 0) as bar:
         for chunk in missing:
             results = evaluate_chunk(chunk, settings, trained.backbone, codec, networks, on_variant)
             write_chunk(files[chunk], *results, chunk_settings)
@@ -97,10 +98,10 @@ def evaluate(options: EvaluateOptions) -> None:
     write_and_print_report(options.out, list(files.values()), chunk_settings, protocol, selection)
 
 
-def progress_bar(chunks: Sequence[Chunk], hidden: bool) -> "tqdm[Any]":
+def videos_bar(chunks: Sequence[Chunk], hidden: bool) -> "tqdm[Any]":
     """Return a progress bar over the videos of chunks."""
     total = sum(len(chunk.names) for chunk in chunks)
-    return tqdm(total=total, desc="generating", unit=" videos", disable=hidden)
+    return progress_bar(total=total, desc="generating", unit=" videos", disable=hidden)
 
 
 def write_and_print_report(

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
@@ -24,6 +23,7 @@ from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing.encoder import first_layers, pooled_features
 from gpdit_lightning.probing.features import RECORD, SUFFIXES, FeatureRecord, write_features
+from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.workers import WorkerLoader
 
 log = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def extract(
     numbers = BatchSampler(range(len(clips)), options.batch_size, drop_last=False)
     loader = WorkerLoader(clips, options.workers, sampler=numbers)
     with (
-        tqdm(total=len(clips), unit=" videos", desc="features") as bar,
+        progress_bar(total=len(clips), unit=" videos", desc="features") as bar,
         logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]),
     ):
         for batch in loader:

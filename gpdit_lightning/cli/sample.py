@@ -26,6 +26,7 @@ from gpdit_lightning.media.images import IMAGE_EXTENSIONS
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.options.sample import SampleOptions
+from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.signals import signals_delayed
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def sample(options: SampleOptions) -> None:
 
     log.info("%d x %d frames with the weights of step %d", len(jobs), options.frames, trained.step)
     with (
-        tqdm(total=len(jobs) * options.frames, unit=" frames", desc="generating") as bar,
+        progress_bar(total=len(jobs) * options.frames, unit=" frames", desc="generating") as bar,
         logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]),
     ):
         for batch in batches_by_shape(jobs, options.batch_size, lambda job: job.context.pixels.shape):

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
@@ -38,6 +37,7 @@ from gpdit_lightning.preparation.pairs import (
     pair_folders,
     read_pair,
 )
+from gpdit_lightning.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def transform(options: TransformOptions) -> None:
 
     results: dict[Path, Tensor] = {}
     with (
-        tqdm(total=len(jobs), unit=" images", desc="generating") as bar,
+        progress_bar(total=len(jobs), unit=" images", desc="generating") as bar,
         logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]),
     ):
         for batch in batches_by_shape(jobs, options.batch_size, lambda job: (job.images[0].shape, job.examples)):

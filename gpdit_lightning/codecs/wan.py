@@ -1,5 +1,6 @@
 """The codec `wan`: the WanVAE that GPDiT uses (section 5.1), by diffusers' `AutoencoderKLWan`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
 DEFAULT_SOURCE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+HUB_TIMEOUT = 10.0  # seconds
 SUBFOLDER = "vae"  # of the autoencoder in the folder of a diffusers pipeline
 
 
@@ -64,25 +66,17 @@ class WanCodec(Codec):
         folder = Path(source).expanduser()
         if folder.is_dir():
             has_subfolder = (folder / SUBFOLDER / "config.json").is_file()
-            locations = [(str(folder), SUBFOLDER if has_subfolder else None)]
+            autoencoder, reason = _from_pretrained(str(folder), (SUBFOLDER if has_subfolder else None,))
         elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
             raise InputError(f"the WanVAE folder {source} does not exist: give an existing folder or a hub name.")
         else:
-            locations = [(source, SUBFOLDER), (source, None)]
-        from diffusers import AutoencoderKLWan  # slow to import
-
-        reason: Exception | None = None
-        for location, subfolder in locations:
-            try:
-                autoencoder = AutoencoderKLWan.from_pretrained(location, subfolder=subfolder, use_safetensors=True)
-            except (OSError, ValueError, RuntimeError) as error:
-                reason = error
-            else:
-                return cls(autoencoder, source)
-        raise InputError(
-            f"the WanVAE {source!r} could not be loaded ({str(reason).strip().splitlines()[0]}): download it and give "
-            "its folder."
-        )
+            autoencoder, reason = _from_hub(source)
+        if autoencoder is None:
+            raise InputError(
+                f"the WanVAE {source!r} could not be loaded ({reason}): download it where there is a network and give "
+                "its folder as --codec_source, or use the codec that is part of this package, --codec pca."
+            )
+        return cls(autoencoder, source)
 
     def to(self, device: str | torch.device) -> Self:
         """Move the weights; return the codec itself."""
@@ -103,3 +97,45 @@ class WanCodec(Codec):
             state += [None] * sum(isinstance(layer, nn.Conv3d) for layer in decoder.modules())
         inputs = self.autoencoder.post_quant_conv(latent[:, :, None])
         return decoder(inputs, feat_cache=state, feat_idx=[0], first_chunk=first).transpose(1, 2)
+
+
+def _from_hub(source: str) -> tuple["AutoencoderKLWan | None", str]:
+    """Load the network from the local cache of the hub, else from the hub; return it, or None and the reason.
+
+    The hub is requested once before the download, because without a network each request of the download is repeated
+    for half a minute.
+    """
+    from huggingface_hub import HfApi  # takes half a second to import
+
+    autoencoder, _ = _from_pretrained(source, (SUBFOLDER, None), local_files_only=True)
+    if autoencoder is not None:
+        return autoencoder, ""
+    try:
+        HfApi().model_info(source, timeout=HUB_TIMEOUT)
+    except Exception as error:  # of the HTTP library that the installed release of huggingface_hub uses
+        return None, f"the hub: {_first_line_of(error)}"
+    return _from_pretrained(source, (SUBFOLDER, None))
+
+
+def _from_pretrained(
+    location: str, subfolders: Sequence[str | None], **settings: Any
+) -> tuple["AutoencoderKLWan | None", str]:
+    """Load the network from the first of the subfolders that has it; return it, or None and the reason."""
+    from diffusers import AutoencoderKLWan  # slow to import
+
+    reason = ""
+    for subfolder in subfolders:
+        try:
+            autoencoder = AutoencoderKLWan.from_pretrained(
+                location, subfolder=subfolder, use_safetensors=True, **settings
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = _first_line_of(error)
+        else:
+            return autoencoder, ""
+    return None, reason
+
+
+def _first_line_of(error: Exception) -> str:
+    """Return the first line of an error's message; its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,6 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunk_files import ChunkFiles
@@ -24,6 +23,7 @@ from gpdit_lightning.evaluation.self_checks import (
     assign_halves,
     check_distances,
 )
+from gpdit_lightning.progress import progress_bar
 
 IS_SPLITS = 10
 NEIGHBOURS = 3  # k of precision and recall
@@ -59,7 +59,7 @@ def make_report(files: ChunkFiles, protocol: Protocol, unreadable: Iterable[str]
         GROUND_TRUTH, "video"
     )
     total = distances_per_variant * len(variants) + DISTANCES_PER_CHECK * len(checked)
-    with tqdm(total=total, desc="scoring", unit=" distances") as bar:
+    with progress_bar(total=total, desc="scoring", unit=" distances") as bar:
         scores = compute_scores(files, variants, bar.update)
         self_checks = {name: run_self_checks(files, quantity, bar.update) for name, quantity in checked.items()}
     return Report(

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.finding import FoundFile, find_media, without_repeated
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.media.video import count_frames, iterate_frames, natural_sort_key, video_info
+from gpdit_lightning.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def select_videos(paths: Sequence[str | Path], count: int, seed: int, frames: in
     selected: dict[str, Path] = {}
     rejected = 0
     names = sorted(videos, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-    for name in tqdm(names, desc="selecting", unit=" videos", disable=not progress, leave=False):
+    for name in progress_bar(names, desc="selecting", unit=" videos", disable=not progress, leave=False):
         if len(selected) == count:
             break
         if has_frames(videos[name], frames):

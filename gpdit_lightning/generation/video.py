@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.generation.rollout import (
@@ -21,6 +20,7 @@ from gpdit_lightning.generation.rollout import (
     rollout,
 )
 from gpdit_lightning.model import GPDiT
+from gpdit_lightning.progress import progress_bar
 
 
 class GeneratedFrames(NamedTuple):
@@ -124,7 +124,7 @@ def continue_video(
         InputError: as :func:`rollout`, or T or the frame size does not match the codec or the model.
     """
     latents = encode_context(codec, context)
-    generated = tqdm(
+    generated = progress_bar(
         stream_video(model, codec, latents, frames, config, inputs),
         total=num_latent_frames(codec, latents.shape[1], frames),
         desc="generating",

@@ -28,6 +28,7 @@ from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.model import GPDiT
+from gpdit_lightning.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def extract_layer_features(
     blocks: list[_FeatureBlock] = []
     with (
         ThreadPoolExecutor(workers) as readers,
-        tqdm(total=len(videos), desc="features", unit=" videos", disable=not progress) as bar,
+        progress_bar(total=len(videos), desc="features", unit=" videos", disable=not progress) as bar,
     ):
         for start in range(0, len(videos), VIDEOS_PER_FILE):
             paths = videos[start : start + VIDEOS_PER_FILE]

@@ -14,11 +14,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tqdm import tqdm
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.probing.layer_features import LayerFeatures
 from gpdit_lightning.probing.splits import LabelledVideo, check_splits
+from gpdit_lightning.progress import progress_bar
 
 # Inverse strengths of the penalty among which cross-validation selects. The paper states none.
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -145,7 +145,9 @@ def probe_layers(
     labels, groups = [video.label for video in train], [video.group for video in train]
     test_labels, test_groups = np.array([video.label for video in test]), [video.group for video in test]
     scores = []
-    for layer in tqdm(range(layer_features.features.shape[1]), desc="probes", unit=" layers", disable=not progress):
+    for layer in progress_bar(
+        range(layer_features.features.shape[1]), desc="probes", unit=" layers", disable=not progress
+    ):
         features = layer_features.features[:, layer]
         probe = fit_probe(features[train_rows], labels, groups, features[test_rows], regularisation)
         correct = probe.predictions == test_labels

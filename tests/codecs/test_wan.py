@@ -124,16 +124,36 @@ def test_a_missing_or_empty_folder_is_reported(tmp_path: Path) -> None:
         load_codec("wan", str(tmp_path))
 
 
-def test_an_unreachable_hub_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    diffusers = pytest.importorskip("diffusers")
+def test_an_unreachable_hub_is_reported_at_once_with_both_cures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The download is not attempted: without a network each of its requests is repeated for half a minute."""
+    diffusers, hub = pytest.importorskip("diffusers"), pytest.importorskip("huggingface_hub")
 
-    def unreachable(*args: Any, **options: Any) -> None:
-        assert options["use_safetensors"]  # no pickled weights are loaded
-        raise OSError("We couldn't connect\nto the hub")
+    def unreachable(*args: Any, timeout: float, **_: Any) -> None:
+        assert timeout <= 10
+        raise ConnectionError("We couldn't connect\nto the hub")
 
-    monkeypatch.setattr(diffusers.AutoencoderKLWan, "from_pretrained", unreachable)
-    with pytest.raises(InputError, match=r"'owner/model' could not be loaded \(We couldn't connect\): download it"):
+    def from_pretrained(*args: Any, use_safetensors: bool, local_files_only: bool, **_: Any) -> None:
+        assert use_safetensors  # no pickled weights are loaded
+        assert local_files_only
+        raise OSError("it is not in the local cache")
+
+    monkeypatch.setattr(hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(diffusers.AutoencoderKLWan, "from_pretrained", from_pretrained)
+    cause = r"'owner/model' could not be loaded \(the hub: We couldn't connect\): download it"
+    with pytest.raises(InputError, match=f"{cause} .* --codec_source, or use .* --codec pca"):
         load_codec("wan", "owner/model")
+
+
+def test_weights_in_the_local_cache_need_no_network(monkeypatch: pytest.MonkeyPatch, autoencoder: Any) -> None:
+    diffusers, hub = pytest.importorskip("diffusers"), pytest.importorskip("huggingface_hub")
+
+    def from_pretrained(*args: Any, local_files_only: bool = False, **_: Any) -> Any:
+        assert local_files_only
+        return autoencoder
+
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: pytest.fail("the hub is requested"))
+    monkeypatch.setattr(diffusers.AutoencoderKLWan, "from_pretrained", from_pretrained)
+    assert load_codec("wan", "owner/model").fingerprint == WanCodec(autoencoder).fingerprint
 
 
 def test_other_compression_factors_are_rejected() -> None:

@@ -7,6 +7,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from gpdit_lightning.progress import progress_bar
+
 
 class StepProgress(ProgressBar):
     """Shows optimizer steps, remaining time, and the latest training and validation losses in one line.
@@ -36,15 +38,13 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar at the current step."""
-        interactive = sys.stderr.isatty()
-        self._bar = tqdm(
+        self._bar = progress_bar(
             desc="training",
             unit="step",
             initial=trainer.global_step,
             total=trainer.max_steps if trainer.max_steps > 0 else None,
             disable=not self._enabled,
-            mininterval=0.1 if interactive else 15,  # seconds; in a log file every update is a line
-            dynamic_ncols=interactive,
+            dynamic_ncols=sys.stderr.isatty(),
         )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
