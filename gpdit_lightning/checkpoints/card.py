@@ -65,7 +65,7 @@ def model_card(config: GPDiTConfig, facts: TrainingFacts, parameters: int, dtype
     if facts.codec:
         text = "Latents of this codec, whitened by its constants: `(latents - mean) / std` in each channel."
         sections += ["## Latents", text, _table("codec", known["codec"])]
-    names = ("stage", "step", "schedule", "geometry", "origin", "lightning_version")
+    names = ("stage", "step", "schedule", "geometry", "origin", "validation", "lightning_version")
     training = {name: known[name] for name in names if name in known}
     if training:
         sections += ["## Training", _table("fact", training)]

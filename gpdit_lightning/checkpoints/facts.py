@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.schema import COUNT, NUMBER, OBJECT, TEXT, TEXT_OR_NULL, check, one_of
+from gpdit_lightning.schema import COUNT, NUMBER, NUMBER_OR_NULL, OBJECT, TEXT, TEXT_OR_NULL, check, one_of
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
 WeightsKind = Literal["ema", "raw"]
@@ -40,6 +40,33 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class ValidationLoss:
+    """The last validation of a run before a checkpoint."""
+
+    step: int
+    """Optimizer steps trained."""
+    quarters: dict[str, tuple[float | None, ...]]
+    """For each source the mean velocity loss in each quarter of the noise levels, [0, 1/4) to [3/4, 1]; None for a
+    quarter without frames."""
+
+    SCHEMA: ClassVar[dict[str, Any]] = {"step": COUNT, "quarters": OBJECT}
+
+    @classmethod
+    def from_dict(cls, content: Any, file: str, cure: str) -> Self:
+        """Parse and validate the record in a file, from its field `validation`; otherwise as `CodecSpec.from_dict`."""
+        check(content, cls.SCHEMA, "validation", file, cure)
+        for source, losses in content["quarters"].items():
+            name = f"validation.quarters.{source}"
+            if len(check(losses, [NUMBER_OR_NULL], name, file, cure)) != 4:
+                raise InputError(f"{file} has {len(losses)} numbers in {name}, one is needed for each quarter: {cure}.")
+        return cls(content["step"], {source: tuple(losses) for source, losses in content["quarters"].items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON values."""
+        return {"step": self.step, "quarters": {source: list(losses) for source, losses in self.quarters.items()}}
+
+
+@dataclass(frozen=True)
 class TrainingFacts:
     """The record of the training of some weights; None, or empty, for each fact that is not recorded.
 
@@ -63,6 +90,7 @@ class TrainingFacts:
     """Names of the classes, in the order of the numbers that `GPDiT.forward` takes as conditions."""
     data: dict[str, Any] = field(default_factory=dict)
     """The settings that the order of the training data depends on."""
+    validation: ValidationLoss | None = None
     lightning_version: str | None = None
 
     SCHEMA: ClassVar[dict[str, Any]] = {
@@ -75,6 +103,7 @@ class TrainingFacts:
         "geometry": ClipGeometry.SCHEMA,
         "classes": [TEXT],
         "data": OBJECT,
+        "validation": ValidationLoss.SCHEMA,
         "lightning_version": TEXT,
     }
 
@@ -105,6 +134,8 @@ class TrainingFacts:
             facts["codec"] = CodecSpec.from_dict(facts["codec"], file, EXPORT_AGAIN)
         if "geometry" in facts:
             facts["geometry"] = ClipGeometry.from_dict(facts["geometry"], file, EXPORT_AGAIN)
+        if "validation" in facts:
+            facts["validation"] = ValidationLoss.from_dict(facts["validation"], file, EXPORT_AGAIN)
         return cls(**facts | {"classes": tuple(facts.get("classes", ()))})
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,6 +145,7 @@ class TrainingFacts:
             "schedule": self.schedule and asdict(self.schedule),
             "codec": self.codec and self.codec.to_dict(),
             "geometry": self.geometry and self.geometry.to_dict(),
+            "validation": self.validation and self.validation.to_dict(),
             "classes": list(self.classes),
         }
         return {name: value for name, value in facts.items() if value not in (None, [], {})}

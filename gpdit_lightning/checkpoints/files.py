@@ -86,6 +86,7 @@ class Checkpoint:
             "geometry": data.get("geometry"),
             "classes": data.get("classes"),
             "data": data.get("order"),
+            "validation": self.content.get("validation"),
             "lightning_version": self.content.get("pytorch-lightning_version"),
         }
         return {name: value for name, value in facts.items() if value is not None}

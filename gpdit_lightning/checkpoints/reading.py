@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from gpdit_lightning.checkpoints.exported import WEIGHTS, is_exported, read_exported
-from gpdit_lightning.checkpoints.facts import WeightsKind
+from gpdit_lightning.checkpoints.facts import ValidationLoss, WeightsKind
 from gpdit_lightning.checkpoints.files import checkpoint_sha256, find_checkpoint, open_checkpoint
 from gpdit_lightning.checkpoints.hub import HubGPDiT
 from gpdit_lightning.checkpoints.weights import Weights
@@ -70,6 +70,7 @@ class TrainedModel:
         geometry: stride, frame sizes and length of the training clips.
         step: optimizer steps trained.
         classes: names of the classes on which it can be conditioned, in the order of their numbers; may be empty.
+        validation: its loss on held-out data; None if it is not recorded.
     """
 
     backbone: HubGPDiT
@@ -80,6 +81,7 @@ class TrainedModel:
     geometry: ClipGeometry
     step: int
     classes: tuple[str, ...] = ()
+    validation: ValidationLoss | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -117,4 +119,5 @@ def load_trained_model(
         geometry=facts.geometry,
         step=facts.step,
         classes=facts.classes,
+        validation=facts.validation,
     )

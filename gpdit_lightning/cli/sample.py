@@ -19,6 +19,7 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, cast_linear_weights, stream_video
+from gpdit_lightning.generation.context_loss import UNLIKE_TRAINING, relative_loss
 from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, read_contexts
 from gpdit_lightning.generation.outputs import FORMATS, VideoOutput
 from gpdit_lightning.generation.video import encode_context
@@ -31,6 +32,7 @@ from gpdit_lightning.signals import signals_delayed
 
 log = logging.getLogger(__name__)
 
+MAX_NAMED_CONTEXTS = 3  # in the warning about contexts that are unlike the training data
 MAX_GROUND_TRUTH = 96  # frames of ground truth for a strip or GIF, all of which are held in memory
 
 
@@ -105,12 +107,17 @@ def check_visible_frames(config: GenerationConfig, temporal_factor: int, frames:
 
 @dataclass(frozen=True)
 class VideoJob:
-    """One video to generate: its context, seed of the noise, class number, and output files."""
+    """One video to generate: its context, seed of the noise, class number, and output files.
+
+    Attributes:
+        is_first: whether it is the first video of its context.
+    """
 
     context: VideoContext
     seed: int
     label: int
     output: VideoOutput
+    is_first: bool
 
 
 def plan_videos(options: SampleOptions, trained: TrainedModel, codec: Codec) -> list[VideoJob]:
@@ -140,7 +147,7 @@ def plan_videos(options: SampleOptions, trained: TrainedModel, codec: Codec) -> 
                 mark=options.mark,
                 side_by_side=options.side_by_side,
             )
-            jobs.append(VideoJob(context, seed, label, output))
+            jobs.append(VideoJob(context, seed, label, output, is_first=seed == options.seed))
     return jobs
 
 
@@ -232,6 +239,7 @@ def generate(
             for job, latents in zip(batch, context.cpu(), strict=True):
                 if job.context.latents is None:
                     job.output.write(job.context.pixels[:0], latents)
+            warn_of_unlike_contexts(batch, codec.whitened(context), trained, config)
             inputs = ClipInputs([job.seed for job in batch], labels)
             for piece in stream_video(trained.backbone, codec, context, frames, config, inputs):
                 with signals_delayed():  # so that all videos of a batch have the same frames
@@ -245,6 +253,33 @@ def generate(
             bar.write(f"{output.frames_written} frames: {', '.join(str(path) for path in output.files)}")
     if interrupted:
         raise KeyboardInterrupt
+
+
+def warn_of_unlike_contexts(
+    batch: Sequence[VideoJob], context: Tensor, trained: TrainedModel, config: GenerationConfig
+) -> None:
+    """Warn, in one line, of contexts that are unlike the training data of the model.
+
+    Args:
+        batch: videos to generate; a context is checked for the first of its videos.
+        context: (B, k, C, h, w) whitened latents.
+        trained: the model.
+        config: gives the precision.
+    """
+    unlike = []
+    for job, latents in zip(batch, context.to(trained.backbone.device), strict=True):
+        label = job.label if trained.classes else None
+        loss = relative_loss(trained, latents, label, config.autocast_dtype) if job.is_first else None
+        if loss is not None and loss > UNLIKE_TRAINING:
+            unlike.append(f"{job.context.name} (velocity loss {loss:.1f} times the validation loss)")
+    if unlike:
+        shown = ", ".join(unlike[:MAX_NAMED_CONTEXTS])
+        more = f" and {len(unlike) - MAX_NAMED_CONTEXTS} more" if len(unlike) > MAX_NAMED_CONTEXTS else ""
+        log.warning(
+            "warning: contexts are unlike the training data, so that results may be poor: %s%s",
+            shown,
+            more,
+        )
 
 
 def context_latents(context: VideoContext, codec: Codec) -> Tensor:

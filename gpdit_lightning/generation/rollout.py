@@ -129,6 +129,11 @@ def cast_linear_weights(model: GPDiT, dtype: torch.dtype) -> None:
                 module.to(dtype)
 
 
+def autocast(like: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Return a context that computes matrix products in `dtype` on the device of a tensor; None changes nothing."""
+    return nullcontext() if dtype is None else torch.autocast(like.device.type, dtype=dtype)
+
+
 def check_finite(latents: Tensor, sampler: Sampler) -> None:
     """Check that generated latents are finite. The host waits for them, so call it where it does so anyway.
 
@@ -218,7 +223,7 @@ class Denoiser:
         conditions += [self.null_condition] if over_label else []
         conditions += [self.condition] if over_context else []
         # The last rows, for guidance over the context, are more than `draws` per clip: they have no context.
-        with self._autocast(noisy):
+        with autocast(noisy, self.config.autocast_dtype):
             velocities = self.model.denoise(
                 noisy.repeat(len(conditions), 1, 1, 1),
                 theta.repeat(len(conditions)),
@@ -248,7 +253,7 @@ class Denoiser:
         clips, context_frames, _, height, width = context.shape
         frames, sinks = (self.visible, self.config.sinks) if self.visible is not None else (history, None)
         assert frames is not None  # an endless rollout has a window
-        with self._autocast(context):
+        with autocast(context, self.config.autocast_dtype):
             cache = self.model.new_cache(clips, frames, height, width, sinks)
             self.model.extend(cache, context[:, :-1])
         self.cache = cache
@@ -263,11 +268,6 @@ class Denoiser:
         if self.clean is not None and self.visible is not None and self.clean.shape[1] > self.visible:
             sinks, window = self.clean[:, : self.config.sinks], self.clean[:, -(self.visible - self.config.sinks) :]
             self.clean = torch.cat((sinks, window), dim=1)
-
-    def _autocast(self, like: Tensor) -> AbstractContextManager[object]:
-        if self.config.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(like.device.type, dtype=self.config.autocast_dtype)
 
 
 def _conditions(model: GPDiT, scale: float, inputs: ClipInputs, clips: int) -> tuple[Tensor | None, Tensor | None]:

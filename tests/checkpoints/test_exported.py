@@ -42,6 +42,7 @@ FACTS: dict[str, Any] = {
     "geometry": {"stride": 3, "sizes": [[64, 64]], "frames": 3},
     "classes": ["run", "jump"],
     "data": {"data.seed": 0, "data.labels": ["run", "jump"], "data.videos.manifests": ["0123456789abcdef"]},
+    "validation": {"step": 1100, "quarters": {"images": [0.5, 0.25, 0.25, 1.0], "videos": [0.5, 0.25, None, 1.0]}},
     "lightning_version": "2.6.6",
 }
 
@@ -289,6 +290,13 @@ def test_a_missing_config_is_reported(folder: Path) -> None:
         ("codec", FACTS["codec"] | {"source": 3}, "codec.source = 3; it must be a string or null"),
         ("codec", FACTS["codec"] | {"mean": 0.5}, "codec.mean = 0.5; it must be a non-empty list"),
         ("codec", FACTS["codec"] | {"std": [1.0, math.nan]}, "codec.std[1] = nan; it must be a finite number"),
+        ("validation", {"step": 1}, "lacks the field validation.quarters"),
+        (
+            "validation",
+            {"step": 1, "quarters": {"videos": [0.5, "a", 1, 1]}},
+            "validation.quarters.videos[1] = 'a'; it",
+        ),
+        ("validation", {"step": 1, "quarters": {"videos": [0.5]}}, "has 1 numbers in validation.quarters.videos"),
         ("geometry", FACTS["geometry"] | {"stride": 0}, "geometry.stride = 0; it must be a positive integer"),
         ("geometry", FACTS["geometry"] | {"sizes": [[]]}, "geometry.sizes[0] = []; it must be a non-empty list"),
         ("schedule", {"name": "cosine", "shift": "2"}, "schedule.shift = '2'; it must be a finite number"),

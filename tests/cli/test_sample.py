@@ -15,12 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpdit_lightning.checkpoints.facts import ValidationLoss
+from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli import sample as verb
 from gpdit_lightning.codecs.pca import SHIPPED_WEIGHTS
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.diffusion import SAMPLERS, Guidance
+from gpdit_lightning.generation.context_loss import UNLIKE_TRAINING, relative_loss
 from gpdit_lightning.media.video import video_info
+from gpdit_lightning.media.video_writer import write_video
 from tests.cli.sampling import (
     CODEC,
     LABELS,
@@ -303,3 +307,40 @@ def test_python_example_of_the_documentation_runs(workspace: Path) -> None:
     names: dict[str, Any] = {}
     exec(example.replace("runs/demo/stage3_long_video", str(workspace / "of2")), names)
     assert names["frame"].shape == (2, 16, 8, 8)
+
+
+def test_contexts_unlike_the_training_data_are_named(
+    workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Relative to the validation loss in the exported model; the generated frames do not depend on it."""
+    trained = load_trained_model(workspace / "unlabelled")
+    gray = torch.full((60, 3, 32, 48), 100, dtype=torch.uint8)
+    write_video(tmp_path / "gray.mp4", gray, 24)
+    measured = replace(trained, validation=ValidationLoss(1, {"videos": (1.0,) * 4}))
+    contexts = {"gray": gray[:13, ..., 8:40], "1": stripe_context(1, 21, 13)}
+    losses = {
+        name: relative_loss(measured, CODEC.whitened(CODEC.encode(pixels[None]))[0])
+        for name, pixels in contexts.items()
+    }
+    between = (losses["1"] + losses["gray"]) / (2 * UNLIKE_TRAINING)
+    assert losses["1"] > 1.05 * losses["gray"]
+    warnings = {}
+    verb.log.addHandler(caplog.handler)
+    try:
+        for name, reference in (("unknown", None), ("large", losses["1"]), ("between", between)):
+            validation = reference and ValidationLoss(1, {"videos": (reference,) * 4})
+            trained.backbone.facts = replace(trained.backbone.facts, validation=validation)
+            trained.backbone.save_pretrained(tmp_path / name)
+            caplog.clear()
+            options = ["--frames=4", "--samples=2", "--formats=safetensors", "--context", tmp_path / "gray.mp4"]
+            assert sample(workspace, tmp_path / f"{name}_out", *options, workspace / VIDEO, model=tmp_path / name) == 0
+            warnings[name] = {line for line in caplog.messages if "unlike the training data" in line}
+    finally:
+        verb.log.removeHandler(caplog.handler)
+    assert warnings["unknown"] == warnings["large"] == set()
+    (warning,) = warnings["between"]
+    assert warning.endswith(f"may be poor: 1 (velocity loss {losses['1'] / between:.1f} times the validation loss)")
+    before, after = (sorted((tmp_path / name).iterdir()) for name in ("unknown_out", "between_out"))
+    assert len(before) == 4
+    for first, second in zip(before, after, strict=True):
+        assert_near(latents(first), latents(second))

@@ -29,12 +29,14 @@ class LossTable:
 
     Attributes:
         several_sources: whether the run has several sources. If they alternate, few steps may contain one of them only.
+        quarters: for each source the means by quartile that the last call of `means` computed; None without frames.
     """
 
     def __init__(self) -> None:
         self.several_sources = False
         self.rows: dict[str, Tensor] = {}  # source -> (2, 4) sums and counts by quartile
         self.weights: dict[str, float] = {}  # source -> sum of its micro-batches' weights in the objective
+        self.quarters: dict[str, list[float | None]] = {}
 
     def add(self, source: str, weight: float, quartiles: QuartileLoss) -> None:
         """Add one micro-batch."""
@@ -58,6 +60,10 @@ class LossTable:
         total = sum(self.weights.values())
         per_source = {name: float(row[SUM].sum() / row[COUNT].sum()) for name, row in zip(names, table, strict=True)}
         means = {"loss": sum(self.weights[name] / total * mean for name, mean in per_source.items())}
+        self.quarters = {
+            name: [value / count if count else None for value, count in zip(*row.tolist(), strict=True)]
+            for name, row in zip(names, table, strict=True)
+        }
         pooled = table.sum(dim=0)
         for quartile in range(4):
             if pooled[COUNT, quartile] > 0:
@@ -98,6 +104,7 @@ class MetricsLogger(Callback):
         self.norms = 0.0, 0  # sum of the gradient norms, and their number
         self._step_losses: list[tuple[str, float, QuartileLoss]] = []
         self._last_step = -1
+        self._validation: dict[str, Any] = {}  # the record of the last validation, as `ValidationLoss.to_dict`
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the step of a resumed run, and reset the peak memory."""
@@ -161,9 +168,10 @@ class MetricsLogger(Callback):
         self.validation.add(batch.source, batch.weight, outputs["quartiles"])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the validation means; the sanity check before training is not logged."""
+        """Log and record the validation means, but not those of the sanity check before training."""
         scalars = {f"val/{name}": mean for name, mean in self.validation.means(trainer).items()}
         if scalars and not trainer.sanity_checking:
+            self._validation = {"step": trainer.global_step, "quarters": self.validation.quarters}
             _log_scalars(trainer, pl_module, scalars, "val/loss")
 
     def on_test_batch_end(self, *arguments: Any, **options: Any) -> None:
@@ -177,14 +185,17 @@ class MetricsLogger(Callback):
             _log_scalars(trainer, pl_module, scalars, "test/loss")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the sums since the last log, over all ranks, so that a resumed run logs the same values."""
+        """Save the last validation, and the sums since the last log, over all ranks, for the logs of a resumed run."""
+        if self._validation:
+            checkpoint["validation"] = self._validation
         # A clone, since the reduction is in place.
         reduce = trainer.strategy.reduce
         rows = {name: reduce(row.clone(), reduce_op="sum").cpu() for name, row in self.train.rows.items()}
         checkpoint["curves"] = {"rows": rows, "weights": dict(self.train.weights), "norms": self.norms}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the sums on the first rank, and zeros on the others."""
+        """Restore the last validation, and the sums on the first rank; those of the others are zeros."""
+        self._validation = checkpoint.get("validation", {})
         sums = checkpoint["curves"]
         kept = 1.0 if trainer.is_global_zero else 0.0
         device = trainer.strategy.root_device

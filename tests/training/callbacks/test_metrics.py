@@ -102,6 +102,19 @@ def test_a_quartile_without_frames_has_no_mean() -> None:
     assert table.means(trainer_of()).keys() == {"loss", "loss_q2"}
 
 
+def test_quarters_are_the_means_of_each_source() -> None:
+    losses = {"images": velocity_loss(*random_loss(3, seed=6))[1], "videos": velocity_loss(*random_loss(2, seed=7))[1]}
+    both = LossTable()
+    for source, loss in losses.items():
+        both.add(source, 1.0, loss)
+    both.means(trainer_of())
+    for source, loss in losses.items():
+        alone = LossTable()
+        alone.add(source, 1.0, loss)
+        means = alone.means(trainer_of())
+        assert both.quarters[source] == [means.get(f"loss_q{number}") for number in (1, 2, 3, 4)]
+
+
 def test_means_reset_the_sums() -> None:
     table = LossTable()
     table.add("videos", 1.0, velocity_loss(*random_loss(2, seed=5))[1])
@@ -233,6 +246,12 @@ def test_scalars_are_logged_by_optimizer_step(
         assert 0 < scalars["perf/data_wait"][step] < 1
         assert scalars["perf/peak_memory_gib"][step] > 0
     assert scalars["train/lr"][8] == pytest.approx(0.01)
+    validation = read_checkpoint(tmp_path)["validation"]
+    assert validation["step"] == 8
+    for source, quarters in validation["quarters"].items():
+        assert len(quarters) == 4
+        present = [loss for loss in quarters if loss is not None]
+        assert min(present) <= scalars[f"val/loss_{source}"][8] <= max(present)
     # 4 images of 16 tokens and 4 clips of 48
     tokens_per_clip = scalars["perf/tokens_per_s"][8] / scalars["perf/clips_per_s"][8]
     assert tokens_per_clip == pytest.approx((4 * 16 + 4 * 48) / 8, rel=1e-5)
