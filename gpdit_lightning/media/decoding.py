@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
-from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from gpdit_lightning.errors import InputError
@@ -271,13 +270,21 @@ class _DisplayMatrix:
 
 
 def _read_display_matrix(frame: "av.VideoFrame") -> Sequence[float] | None:
-    # `side_data` makes a reference cycle of the frame, so that it would stay in memory. The copy is small.
-    copy = VideoReformatter().reformat(frame, 16, 16, "gray", Colorspace.ITU709, interpolation=Interpolation.POINT)
     try:
-        side_data: Any = copy.side_data  # a sequence, unlike its type
-        # Several matrices may exist; ffplay uses the first one too.
-        data = next((data for data in side_data if data.type == SideDataType.DISPLAYMATRIX), None)
-    except ValueError:  # the frame has a kind of side data that PyAV lacks
+        data = read_side_data(frame).get("DISPLAYMATRIX")
+    except ValueError:
         angle = math.radians(-frame.rotation)
         return [math.cos(angle), math.sin(angle), 0, -math.sin(angle), math.cos(angle)]
-    return None if data is None else struct.unpack("=9i", bytes(data))
+    return None if data is None else struct.unpack("=9i", data)
+
+
+def read_side_data(frame: "av.VideoFrame") -> dict[str, bytes]:
+    """Return the side data of a frame by type; of several of one type the first, as in ffplay.
+
+    Raises:
+        ValueError: the frame has a type of side data that PyAV lacks.
+    """
+    # `side_data` makes a reference cycle of a frame, so that the frame would stay in memory. The copy is small.
+    copy = VideoReformatter().reformat(frame, 16, 16, "gray", Colorspace.ITU709, interpolation=Interpolation.POINT)
+    side_data: Any = copy.side_data  # a sequence, unlike its type
+    return {data.type.name: bytes(data) for data in reversed(list(side_data))}

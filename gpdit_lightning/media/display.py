@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.decoding import DecodedFrame
+from gpdit_lightning.media.decoding import DecodedFrame, read_side_data
 from gpdit_lightning.media.hdr import TRANSFER_HLG, TRANSFER_PQ, tone_mapped
 from gpdit_lightning.media.images import on_white
 
@@ -102,6 +103,10 @@ class Display:
             )
         if frame.color_trc in (TRANSFER_PQ, TRANSFER_HLG):
             return MATRIX_BT2020
+        if frame.format.components[0].bits > 8 and has_dolby_vision(frame):
+            raise InputError(
+                f"{self._name} has the colours of Dolby Vision profile 5, which are not supported: convert it."
+            )
         return MATRIX_BT709 if frame.height >= HD_LINES else None
 
 
@@ -113,6 +118,13 @@ def square_width(width: int, pixel_aspect: Fraction) -> int:
 def has_alpha(frame: "av.VideoFrame") -> bool:
     """Return whether a frame may have transparent pixels."""
     return frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
+
+
+def has_dolby_vision(frame: "av.VideoFrame") -> bool:
+    """Return whether a frame has metadata of Dolby Vision; with untagged colours they are those of its profile 5."""
+    with suppress(ValueError):
+        return any(name.startswith("DOVI") for name in read_side_data(frame))
+    return False
 
 
 def is_yuv(frame: "av.VideoFrame") -> bool:

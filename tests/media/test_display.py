@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.media import display
 from gpdit_lightning.media.images import on_white
 from gpdit_lightning.media.video import iterate_frames, video_info
 from tests.media.encoding import FULL, LIMITED, encode, moving_texture, plane_frame, rgb_frame
@@ -209,6 +210,14 @@ def test_unsupported_matrix_is_named(tmp_path: Path) -> None:
     frame = plane_frame("yuv420p", [np.full((64, 64), 128)] * 3)
     encode(tmp_path / "a.mkv", [frame], "ffv1", tags=(8, LIMITED))
     with pytest.raises(InputError, match=r"a\.mkv has the colour matrix 8 of ITU-T H\.273, .*: convert it to BT\.709"):
+        video_info(tmp_path / "a.mkv")
+
+
+def test_dolby_vision_without_tags_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode(tmp_path / "a.mkv", [plane_frame("yuv420p10le", [np.full((64, 64), 512)] * 3)], "ffv1")
+    video_info(tmp_path / "a.mkv")
+    monkeypatch.setattr(display, "read_side_data", lambda _: {"DOVI_RPU_BUFFER": b""})
+    with pytest.raises(InputError, match=r"a\.mkv has the colours of Dolby Vision profile 5"):
         video_info(tmp_path / "a.mkv")
 
 
