@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from gpdit_lightning.media.images import resize_and_crop
 from gpdit_lightning.media.video import DamagedVideoError, VideoFrame, iterate_frames, video_info
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, clips, parts, prepare, summary
+from tests.media.encoding import encode, moving_texture, rgb_frame
 from tests.media.videos import read_video
 
 
@@ -228,6 +230,47 @@ def test_clips_before_damage_in_a_video_are_used(options: PrepareOptions, monkey
     reason = "is damaged at frame 7 (broken): replace or remove it. The clips before were used (1)."
     assert notes(manifest)[0]["reason"].endswith(reason)
     assert "notes: 6 (full list:" in summary(manifest)
+
+
+@pytest.mark.parametrize("avoid_cuts", [False, True])
+def test_damaged_videos_are_cut_or_dropped(options: PrepareOptions, tmp_path: Path, avoid_cuts: bool) -> None:
+    if avoid_cuts:
+        pytest.importorskip("scenedetect")
+    path = tmp_path / "damaged" / "a.avi"
+    path.parent.mkdir()
+    encode(path, [rgb_frame(pixels) for pixels in moving_texture(40)], "mpeg4", {"b": "600000", "g": "10", "bf": "0"})
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][26]
+        position, size = packet.pos + 8, packet.size  # after the header of the chunk
+    content = bytearray(path.read_bytes())
+    content[position + size // 2 : position + size // 2 + 40] = b"\xaa" * 40
+    path.write_bytes(content)
+
+    options = replace(options, videos=[path.parent], clip_frames=17, least_clip_frames=5, avoid_cuts=avoid_cuts)
+    cut = prepared(options)
+    assert sorted((m["first_frame"], len(latents)) for _, latents, m in samples(cut)) == [(0, 5), (17, 3)]
+    reason = notes(cut)[0]["reason"]
+    assert "a.avi is damaged at frame 26 (" in reason
+    assert reason.endswith("The clips before were used (2).")
+    assert skipped(cut) == []
+    with pytest.raises(InputError, match=r"other options \(damaged_videos was cut and is drop\)"):
+        prepare(replace(options, damaged_videos="drop"))
+
+    make_video(path.with_name("intact.mp4"), frames=17)
+    dropped = prepared(replace(options, damaged_videos="drop", out=tmp_path / "dropped"))
+    assert {metadata["source"] for _, _, metadata in samples(dropped)} == {"intact.mp4"}
+    assert "a.avi is damaged at frame 26 (" in skipped(dropped)[0]["reason"]
+
+
+def test_options_that_were_not_recorded_had_their_defaults(options: PrepareOptions) -> None:
+    first = prepared(options)
+    path = options.out / "preparation" / "options.json"
+    content = json.loads(path.read_text())
+    del content["options"]["damaged_videos"]
+    path.write_text(json.dumps(content))
+    assert prepared(options) == first
+    with pytest.raises(InputError, match=r"other options \(damaged_videos was cut and is drop\)"):
+        prepare(replace(options, damaged_videos="drop"))
 
 
 def test_an_unexpected_exception_skips_one_file_only(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
