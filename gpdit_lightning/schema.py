@@ -30,6 +30,7 @@ COUNT = Constraint("a non-negative integer", lambda value: type(value) is int an
 SIZE = Constraint("a positive integer", lambda value: type(value) is int and value >= 1)
 NUMBER = Constraint("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value))
 NUMBER_OR_NULL = Constraint("a finite number or null", lambda value: value is None or NUMBER.accepts(value))
+POSITIVE_NUMBER = Constraint("a positive number", lambda value: NUMBER.accepts(value) and value > 0)
 OBJECT = Constraint("an object", lambda value: isinstance(value, dict))
 LIST = Constraint("a list", lambda value: isinstance(value, list))
 SHA256 = Constraint(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import is_import_path
-from gpdit_lightning.schema import NUMBER, SIZE, TEXT, TEXT_OR_NULL, check
+from gpdit_lightning.schema import NUMBER, POSITIVE_NUMBER, SIZE, TEXT, TEXT_OR_NULL, check
 
 
 class LatentGrid:
@@ -168,6 +168,8 @@ class ClipGeometry:
     """Heights and widths in pixels."""
     frames: int
     """Latent frames of the longest clips."""
+    fps: float | None = None
+    """Frames per second to which videos were resampled before the stride; None if they were not."""
 
     SCHEMA: ClassVar[dict[str, Any]] = {"stride": SIZE, "sizes": [[SIZE]], "frames": SIZE}
 
@@ -179,8 +181,14 @@ class ClipGeometry:
             if len(size) != 2:
                 raise InputError(f"{file} has {size!r} in geometry.sizes, which is not [height, width]: {cure}.")
         sizes = tuple((height, width) for height, width in content["sizes"])
-        return cls(content["stride"], sizes, content["frames"])
+        fps = content.get("fps")
+        if fps is not None:
+            check(content, {"fps": POSITIVE_NUMBER}, "geometry", file, cure)
+        return cls(content["stride"], sizes, content["frames"], fps)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON values."""
-        return asdict(self) | {"sizes": [list(size) for size in self.sizes]}
+        content = asdict(self) | {"sizes": [list(size) for size in self.sizes]}
+        if self.fps is None:  # as in files of versions without resampling
+            del content["fps"]
+        return content

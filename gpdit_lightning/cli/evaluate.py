@@ -72,7 +72,7 @@ def evaluate(options: EvaluateOptions) -> None:
     codec = load_codec_of(trained, options)
     settings = make_settings(options, trained, codec, networks)
     span = 1 + (settings.frames - 1) * settings.stride
-    selection = select_videos(options.videos, options.count, options.selection_seed, span, progress=rank == 0)
+    selection = select_videos(options.videos, options.count, options.selection_seed, span, rank == 0, settings.fps)
     labels = find_labels(selection, annotations, trained, options) if uses_labels(options, trained) else None
     protocol = make_protocol(options, settings, trained, selection, networks, labels)
     if settings.generation.autocast_dtype is not None:
@@ -214,6 +214,7 @@ def make_settings(
         ),
         fvd_includes_context=options.fvd_frames == "all",
         self_check_videos=options.self_check_videos,
+        fps=trained.geometry.fps,
     )
     if networks.video is not None:
         networks.video.check_frames(settings.frames if settings.fvd_includes_context else settings.generated_frames)
@@ -259,6 +260,7 @@ def make_protocol(
         fvd_frames=options.fvd_frames,
         size=settings.size,
         stride=settings.stride,
+        fps=settings.fps,
         resize="short side scaled, then cropped at the centre",
         sampler=options.sampler,
         steps=options.steps,

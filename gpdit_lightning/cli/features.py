@@ -94,6 +94,7 @@ def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec) -
         spatial_tokens=height * width // backbone.config.patch_size**2,
         frames=frames,
         stride=geometry.stride if options.stride is None else options.stride,
+        fps=geometry.fps,
         size=f"{size[0]}x{size[1]}",
         precision=selected_precision(options, trained),
         codec=codec.spec(),
@@ -162,7 +163,8 @@ class Clips(Dataset[list[tuple[str, Tensor | str]]]):
 
     def _read(self, name: str, path: Path) -> tuple[str, Tensor | str]:
         try:
-            clip = read_clip(path, self.record.frames, self.record.stride, self.size, centred=True, resample_short=True)
+            record = self.record
+            clip = read_clip(path, record.frames, record.stride, self.size, True, resample_short=True, fps=record.fps)
             return name, clip
         except ResourceError:  # other videos would fail too
             raise

@@ -126,6 +126,7 @@ def probe_checkpoint(
         workers=options.workers,
         cache=options.out / "features",
         progress=True,
+        fps=trained.geometry.fps,
     )
     readable = set(features.paths)
     used = [video for video in videos if video.path in readable]
@@ -145,6 +146,7 @@ def probe_checkpoint(
             split=split,
             frames=options.frames,
             stride=options.stride,
+            fps=trained.geometry.fps,
             size=size,
         ),
     )

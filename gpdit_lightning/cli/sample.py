@@ -185,6 +185,7 @@ def context_settings(options: SampleOptions, trained: TrainedModel, codec: Codec
         ground_truth_frames=options.frames if options.side_by_side else min(options.frames, MAX_GROUND_TRUTH),
         start=options.start,
         fps=options.fps,
+        video_fps=trained.geometry.fps,
     )
 
 

@@ -114,14 +114,14 @@ class LatentDataModule(LightningDataModule):
 
     @property
     def geometry(self) -> ClipGeometry:
-        """The stride, frame sizes and length of the training clips."""
+        """The stride, frame sizes, length and rate of the training clips."""
         name = next(name for name in ("videos", "sequences", "images") if name in self.manifests)
         preparation = self.manifests[name][0].preparation
         factor = self.codec.spatial_factor
         shapes = {(b.frames, b.height, b.width) for source in self.buckets["train"].values() for b in source}
         longest = max(frames for frames, *_ in shapes)
         sizes = sorted((height * factor, width * factor) for frames, height, width in shapes if frames == longest)
-        return ClipGeometry(preparation.get("stride", 1), tuple(sizes), longest)
+        return ClipGeometry(preparation.get("stride", 1), tuple(sizes), longest, preparation.get("fps"))
 
     def train_dataloader(self) -> DataLoader[LatentBatch]:
         """Return a loader of the rest of the run, from the trainer's current step, as one epoch."""

@@ -52,6 +52,7 @@ class EvaluationSettings:
         fvd_includes_context: whether the video network's input includes the context frames, which are the same in
             ground truth and continuation.
         self_check_videos: number of videos, from the first of the selection, whose ground truth is also distorted.
+        fps: frames per second to which videos are resampled, as for :func:`videos.read_clip`.
     """
 
     context_frames: int
@@ -62,6 +63,7 @@ class EvaluationSettings:
     generation: GenerationConfig
     fvd_includes_context: bool = True
     self_check_videos: int = 0
+    fps: float | None = None
 
     @property
     def frames(self) -> int:
@@ -70,7 +72,7 @@ class EvaluationSettings:
 
     def read_clip(self, path: Path) -> Tensor:
         """Return the clip at the beginning of a video, uint8 (T, 3, H, W); raises as :func:`videos.read_clip`."""
-        return read_clip(path, self.frames, self.stride, self.size)
+        return read_clip(path, self.frames, self.stride, self.size, fps=self.fps)
 
 
 class MetricNetworks(NamedTuple):

@@ -78,6 +78,8 @@ class Protocol:
     hardware: str
     labels: str | None = None
     """How the label of each video, on which its continuation is conditioned, was found; None without labels."""
+    fps: float | None = None
+    """Frames per second to which videos were resampled before the stride; None if they were not."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from gpdit_lightning.evaluation.network_files import NetworkRecord, missing_scor
 from gpdit_lightning.evaluation.paper_results import NOT_STATED, PAPER_FRAMES, PAPER_TABLES, PaperTable
 from gpdit_lightning.evaluation.report import HEADINGS, Protocol, Report, Score
 from gpdit_lightning.evaluation.self_checks import SelfChecks
+from gpdit_lightning.evaluation.videos import stride_text
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.names import printable
 
@@ -65,7 +66,7 @@ def score_table(report: Report) -> str:
         "frames": f"{protocol.generated_frames} from {_context(protocol)}",
         **({"FVD of": f"{protocol.fvd_frames} frames"} if "fvd" in report.scores else {}),
         "size": f"{protocol.size[0]}x{protocol.size[1]}",
-        "stride": str(protocol.stride),
+        "stride": stride_text(protocol.stride, protocol.fps),
         "sampler": f"{protocol.sampler}, {protocol.steps} steps",
         "guidance": f"{protocol.guidance.context:g}",
         "seeds": str(len(protocol.seeds)),
@@ -90,7 +91,8 @@ def protocol_sentences(protocol: Protocol, date: str) -> list[str]:
     return [
         f"Videos: {protocol.videos:,} of {protocol.data}, {protocol.choice}; sha256 of their names "
         f"`{protocol.split_sha256}`.",
-        f"Frames: {protocol.generated_frames} generated from {_context(protocol)}, stride {protocol.stride}, "
+        f"Frames: {protocol.generated_frames} generated from {_context(protocol)}, "
+        f"stride {stride_text(protocol.stride, protocol.fps)}, "
         f"{protocol.size[0]}x{protocol.size[1]} pixels, {protocol.resize}. {inputs}",
         f"Labels: {protocol.labels or 'none'}.",
         f"Sampler: {protocol.sampler}, {protocol.steps} steps, {schedule.name} schedule with shift {schedule.shift:g}; "

@@ -37,7 +37,14 @@ class Selection(NamedTuple):
         return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
 
 
-def select_videos(paths: Sequence[str | Path], count: int, seed: int, frames: int, progress: bool = False) -> Selection:
+def select_videos(
+    paths: Sequence[str | Path],
+    count: int,
+    seed: int,
+    frames: int,
+    progress: bool = False,
+    fps: float | None = None,
+) -> Selection:
     """Order videos by a hash of their names, and select the first ones that are long enough.
 
     The selection depends on the names, the lengths and the seed only.
@@ -48,6 +55,7 @@ def select_videos(paths: Sequence[str | Path], count: int, seed: int, frames: in
         seed: of the hash.
         frames: minimum number of frames of a video, by its header.
         progress: show a progress bar.
+        fps: as for :func:`read_clip`.
 
     Raises:
         InputError: there are too few videos, or two with the same name; also as :func:`find_videos`.
@@ -64,7 +72,7 @@ def select_videos(paths: Sequence[str | Path], count: int, seed: int, frames: in
     for name in progress_bar(names, desc="selecting", unit=" videos", disable=not progress, leave=False):
         if len(selected) == count:
             break
-        if has_frames(videos[name], frames):
+        if has_frames(videos[name], frames, fps):
             selected[name] = videos[name]
         else:
             rejected += 1
@@ -76,10 +84,15 @@ def select_videos(paths: Sequence[str | Path], count: int, seed: int, frames: in
     return Selection(tuple(selected), tuple(selected.values()))
 
 
-def has_frames(path: Path, frames: int) -> bool:
+def stride_text(stride: int, fps: float | None) -> str:
+    """Describe in a report how the frames of clips are counted: the stride, and the rate if videos were resampled."""
+    return str(stride) if fps is None else f"{stride} after resampling to {fps:g} frames per second"
+
+
+def has_frames(path: Path, frames: int, fps: float | None = None) -> bool:
     """Whether a video has at least this number of frames; they are counted if the header does not state it."""
     try:
-        return _num_frames(path) >= frames
+        return _num_frames(path, fps) >= frames
     except InputError:
         return False
 
@@ -136,7 +149,13 @@ def clip_frame_indices(
 
 
 def read_clip(
-    path: Path, frames: int, stride: int, size: Size, centred: bool = False, resample_short: bool = False
+    path: Path,
+    frames: int,
+    stride: int,
+    size: Size,
+    centred: bool = False,
+    resample_short: bool = False,
+    fps: float | None = None,
 ) -> Tensor:
     """Read the clip of a video; frames are scaled to cover a size and cropped at the centre.
 
@@ -144,6 +163,8 @@ def read_clip(
         path: of the video.
         frames, stride, centred, resample_short: as for :func:`clip_frame_indices`.
         size: (height, width) in pixels.
+        fps: frames per second to which the video is resampled in time before its frames are counted, as the training
+            clips were; None to count the frames as they are stored.
 
     Returns:
         uint8 (T, 3, H, W), T = `frames`.
@@ -152,13 +173,13 @@ def read_clip(
         InputError: the video is unreadable or too short.
     """
     at_beginning = stride and not centred and not resample_short
-    length = 1 + (frames - 1) * stride if at_beginning else _num_frames(path)
+    length = 1 + (frames - 1) * stride if at_beginning else _num_frames(path, fps)
     indices = clip_frame_indices(length, frames, stride, centred, resample_short)
-    clip = _read_frames(path, indices, size)
+    clip = _read_frames(path, indices, size, fps)
     if len(clip) < len(indices):  # the video is shorter than assumed, or than its header states
-        length = count_frames(path)
+        length = count_frames(path, fps)
         indices = clip_frame_indices(length, frames, stride, centred, resample_short)
-        clip = _read_frames(path, indices, size)
+        clip = _read_frames(path, indices, size, fps)
     if not clip:
         needed = frames if resample_short or not stride else 1 + (frames - 1) * stride
         raise InputError(
@@ -168,7 +189,7 @@ def read_clip(
     return torch.stack(clip)
 
 
-def _read_frames(path: Path, indices: Sequence[int], size: Size) -> list[Tensor]:
+def _read_frames(path: Path, indices: Sequence[int], size: Size, fps: float | None) -> list[Tensor]:
     """Return the frames of increasing indices, each uint8 (3, H, W) of the size; fewer if the video ends earlier."""
     if not indices:
         return []
@@ -177,11 +198,11 @@ def _read_frames(path: Path, indices: Sequence[int], size: Size) -> list[Tensor]
     requested, max_frames = set(indices), (indices[-1] - indices[0]) // stride + 1
     return [
         frame.resized(size)
-        for frame in iterate_frames(path, indices[0], stride, max_frames)
+        for frame in iterate_frames(path, indices[0], stride, max_frames, fps)
         if frame.number in requested
     ]
 
 
-def _num_frames(path: Path) -> int:
+def _num_frames(path: Path, fps: float | None) -> int:
     """Return the number of frames by the header, or by counting if the header does not state it."""
-    return video_info(path).frames or count_frames(path)
+    return (video_info(path).frames if fps is None else None) or count_frames(path, fps)

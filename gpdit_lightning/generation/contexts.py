@@ -7,12 +7,13 @@ import logging
 import math
 import os
 import re
-from collections import deque
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,15 @@ from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.finding import medium_of, search_folder
 from gpdit_lightning.media.images import Size, closest_size, read_image, resize_and_crop
-from gpdit_lightning.media.video import iterate_frames, iterate_images, natural_sort_key, video_info
+from gpdit_lightning.media.timing import fps_of_clip, frame_rate, uneven_intervals
+from gpdit_lightning.media.video import (
+    count_frames,
+    frame_number_at,
+    iterate_frames,
+    iterate_images,
+    natural_sort_key,
+    video_info,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +52,11 @@ class ContextSettings:
         stride: distance between the frames of a video that are used.
         sizes: possible (height, width); each context takes the one closest in aspect ratio.
         ground_truth_frames: maximum number of frames after the context to read as ground truth.
-        start: time in seconds at which the context begins. None: the context ends at the end of the video, and there is
-            no ground truth.
+        start: time in seconds, by the time stamps of the video, at which the context begins. None: the context ends at
+            the last frame of the video, and there is no ground truth.
         fps: frames per second of images; None for `DEFAULT_FPS`.
+        video_fps: frames per second to which videos are resampled in time before the stride counts, as the training
+            clips were; None to count the frames as they are stored.
 
     Raises:
         InputError: `start` is negative or not finite, or `fps` is not positive and finite.
@@ -57,6 +68,7 @@ class ContextSettings:
     ground_truth_frames: int = 0
     start: float | None = None
     fps: float | None = None
+    video_fps: float | None = None
 
     def __post_init__(self) -> None:
         if self.start is not None and not 0 <= self.start < math.inf:
@@ -66,8 +78,7 @@ class ContextSettings:
 
     def source_fps(self, recorded: float | None = None) -> Fraction:
         """Return the frames per second of a source before the stride: the recorded rate if there is one, else `fps`."""
-        # limit_denominator restores exact rates from rounded ones: 30000/1001 from 29.97002997002997.
-        return Fraction(recorded or self.fps or DEFAULT_FPS).limit_denominator(65535)
+        return frame_rate(recorded or self.fps or DEFAULT_FPS)
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,7 @@ def _read_source(
     elif medium_of(path) == "image":
         yield _read_still_image(path, settings)
     else:
-        yield _read_video(path, settings)
+        yield _read_clip(_VideoFile(path, settings), settings)
 
 
 def _read_folder(folder: Path, settings: ContextSettings) -> Iterator[VideoContext]:
@@ -165,59 +176,109 @@ def _read_folder(folder: Path, settings: ContextSettings) -> Iterator[VideoConte
     for sentence in left_out:
         log.info("%s: %s", folder, sentence)
     if images:
-        read = partial(_read_images, folder, settings.sizes)
-        yield _read_clip(folder, read, settings.source_fps(), settings, len(images))
+        yield _read_clip(_ImageFolder(folder, len(images), settings), settings)
     for path in videos:
-        yield _read_video(path, settings)
+        yield _read_clip(_VideoFile(path, settings), settings)
 
 
-def _read_video(path: Path, settings: ContextSettings) -> VideoContext:
-    info = video_info(path)
-    size = closest_size(info.height, info.width, settings.sizes)
-    return _read_clip(path, partial(_read_frames, path, size), info.fps, settings)
+class _TimedFrame(NamedTuple):
+    """A frame, uint8 (3, H, W) of one of the sizes, and the time in seconds at which it is shown."""
+
+    time: float
+    pixels: Tensor
 
 
-def _read_frames(path: Path, size: Size, start: int, stride: int, max_frames: int | None) -> Iterator[Tensor]:
-    """Read frames of a video at a size, one at a time, so that only one large frame is in memory."""
-    return (frame.resized(size) for frame in iterate_frames(path, start, stride, max_frames))
+class _Frames(ABC):
+    """The frames of a video file or of a folder of images.
 
-
-def _read_images(
-    folder: Path, sizes: Sequence[Size], start: int, stride: int, max_frames: int | None
-) -> Iterator[Tensor]:
-    return _resized(iterate_images(folder, start, stride, max_frames), sizes)
-
-
-def _read_clip(
-    path: Path,
-    read: Callable[[int, int, int | None], Iterable[Tensor]],
-    fps: Fraction,
-    settings: ContextSettings,
-    count: int = 0,
-) -> VideoContext:
-    """Read the context from the frames of a video.
-
-    Args:
-        path: the video or the folder of frames.
-        read: takes start, stride and max_frames, and returns frames (3, H, W) of one of the sizes.
-        fps: frames per second before the stride.
-        settings: frames, stride, sizes and start.
-        count: number of frames if it is known, to skip frames before the last ones without decoding them.
+    Attributes:
+        path: the file or folder.
+        name: name of the context.
+        fps: average frames per second.
     """
+
+    path: Path
+    name: str
+    fps: Fraction
+
+    @abstractmethod
+    def read(self, start: int, stride: int, max_frames: int | None) -> Iterator[_TimedFrame]:
+        """Yield frames at the size of the context, with one large frame in memory at a time."""
+
+    @abstractmethod
+    def count(self) -> int:
+        """Return the number of frames."""
+
+    @abstractmethod
+    def number_at(self, time: float) -> int | None:
+        """Return the number of the frame whose time is closest; None if the time is after the end."""
+
+
+class _VideoFile(_Frames):
+    """The frames of a video, which are resampled in time if those of the training clips were."""
+
+    def __init__(self, path: Path, settings: ContextSettings) -> None:
+        info = video_info(path)
+        self.path, self.name, self._resampled_fps = path, path.stem, settings.video_fps
+        self.fps = info.fps if self._resampled_fps is None else frame_rate(self._resampled_fps)
+        self._size = closest_size(info.height, info.width, settings.sizes)
+
+    def read(self, start: int, stride: int, max_frames: int | None) -> Iterator[_TimedFrame]:
+        frames = iterate_frames(self.path, start, stride, max_frames, self._resampled_fps)
+        return (_TimedFrame(frame.time, frame.resized(self._size)) for frame in frames)
+
+    def count(self) -> int:
+        return count_frames(self.path, self._resampled_fps)
+
+    def number_at(self, time: float) -> int | None:
+        return frame_number_at(self.path, time, self._resampled_fps)
+
+
+class _ImageFolder(_Frames):
+    """The images of a folder as frames at a constant rate."""
+
+    def __init__(self, path: Path, count: int, settings: ContextSettings) -> None:
+        self.path, self.name, self.fps = path, os.path.basename(os.path.abspath(path)), settings.source_fps()
+        self._count, self._sizes = count, settings.sizes
+
+    def read(self, start: int, stride: int, max_frames: int | None) -> Iterator[_TimedFrame]:
+        images = _resized(iterate_images(self.path, start, stride, max_frames), self._sizes)
+        return (_TimedFrame(float((start + i * stride) / self.fps), image) for i, image in enumerate(images))
+
+    def count(self) -> int:
+        return self._count
+
+    def number_at(self, time: float) -> int | None:
+        number = round(Fraction(time) * self.fps)
+        return number if number < self._count else None
+
+
+def _read_clip(source: _Frames, settings: ContextSettings) -> VideoContext:
+    """Read the context from the frames of a video: from `settings.start`, or up to the last frame."""
     needed, stride = settings.frames, settings.stride
     if settings.start is None:
-        first = max(0, math.ceil(count / stride) - needed) * stride
-        frames = deque(read(first, stride, None), maxlen=needed)
+        count = source.count()
+        first = count - 1 - (needed - 1) * stride
+        if first < 0:
+            raise _too_short_error(source.path, math.ceil(count / stride), settings)
+        frames = list(source.read(first, stride, None))
     else:
-        later = read(round(settings.start * fps), stride, needed + settings.ground_truth_frames)
-        frames = deque(later)
-        if not frames:
-            raise InputError(f"--start {settings.start:g} is after the end of {path}: give an earlier time.")
+        number = source.number_at(settings.start)
+        if number is None:
+            raise InputError(f"--start {settings.start:g} is after the end of {source.path}: give an earlier time.")
+        frames = list(source.read(number, stride, needed + settings.ground_truth_frames))
     if len(frames) < needed:
-        raise _too_short_error(path, len(frames), settings)
-    pixels = torch.stack(list(frames))
-    name = os.path.basename(os.path.abspath(path)) if path.is_dir() else path.stem
-    return VideoContext(_name_for_files(name), pixels[:needed], pixels[needed:], fps / stride)
+        raise _too_short_error(source.path, len(frames), settings)
+    times = [frame.time for frame in frames[:needed]]
+    if uneven := uneven_intervals(times):
+        log.warning(
+            "warning: the intervals between the frames of the context of %s are uneven (%.3g to %.3g s)",
+            source.path,
+            *uneven,
+        )
+    pixels = torch.stack([frame.pixels for frame in frames])
+    fps = fps_of_clip(times, stride, source.fps) / stride
+    return VideoContext(_name_for_files(source.name), pixels[:needed], pixels[needed:], fps)
 
 
 def _read_still_image(path: Path, settings: ContextSettings) -> VideoContext:

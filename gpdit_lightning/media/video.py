@@ -20,6 +20,7 @@ from gpdit_lightning.media.deinterlacing import deinterlaced
 from gpdit_lightning.media.display import Display, square_width
 from gpdit_lightning.media.finding import search_folder
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, read_image, resize_and_crop
+from gpdit_lightning.media.timing import frame_rate, resampled
 from gpdit_lightning.retries import retried, retried_iterator
 
 __all__ = [
@@ -97,7 +98,7 @@ def video_info(path: str | Path) -> VideoInfo:
         TransientError: three attempts to read it failed for a reason other than its content.
     """
     with open_video(path) as video:
-        frame = next(_displayed_frames(video, 0, 1, 1), None)
+        frame = next(_displayed_frames(video), None)
         if frame is None:
             raise InputError(f"{path} contains no frames: replace or remove it.")
         stream = video.stream
@@ -110,7 +111,7 @@ def video_info(path: str | Path) -> VideoInfo:
 
 @retried_iterator
 def iterate_frames(
-    path: str | Path, start: int = 0, stride: int = 1, max_frames: int | None = None
+    path: str | Path, start: int = 0, stride: int = 1, max_frames: int | None = None, fps: float | None = None
 ) -> Iterator[VideoFrame]:
     """Read the frames of a video as a player shows them, with one of them in memory at a time.
 
@@ -119,6 +120,8 @@ def iterate_frames(
         start: number of the first frame to return, from 0.
         stride: distance between the frames to return (GPDiT: 3, section 5.1).
         max_frames: maximum number of frames to return; None for all.
+        fps: frames per second to which the video is resampled in time, before frames are counted; None for the frames
+            as they are stored.
 
     Yields:
         The frames, upright, by their colour tags and over white. Frames are not scaled until `VideoFrame.pixels` or
@@ -130,7 +133,7 @@ def iterate_frames(
         TransientError: three attempts to read it failed for a reason other than its content.
     """
     with open_video(path) as video:
-        yield from _displayed_frames(video, start, stride, max_frames)
+        yield from _displayed_frames(video, start, stride, max_frames, fps)
 
 
 @retried
@@ -142,17 +145,46 @@ def check_intact(path: str | Path) -> None:
 
 
 @retried
-def count_frames(path: str | Path) -> int:
+def count_frames(path: str | Path, fps: float | None = None) -> int:
     """Decode a video and return the number of its frames; of a damaged one, those before the damage.
+
+    Args:
+        path: any file that FFmpeg reads as a video.
+        fps: as for :func:`iterate_frames`.
 
     Raises:
         InputError: the file is missing or not a video.
     """
     count = 0
     with suppress(DamagedVideoError), open_video(path) as video:
-        for _ in decoded_frames(video):
+        frames = decoded_frames(video)
+        for _ in frames if fps is None else resampled(frames, frame_rate(fps)):
             count += 1
     return count
+
+
+@retried
+def frame_number_at(path: str | Path, time: float, fps: float | None = None) -> int | None:
+    """Return the number of the frame whose time is closest; None if the time is after the end of the video.
+
+    The last frame is shown as long as the one before.
+
+    Args:
+        path: any file that FFmpeg reads as a video.
+        time: seconds after the first frame, by the time stamps of the file.
+        fps: as for :func:`iterate_frames`.
+
+    Raises:
+        InputError: as :func:`iterate_frames`.
+    """
+    last, number, interval = Fraction(0), None, Fraction(0)
+    with open_video(path) as video:
+        frames = decoded_frames(video)
+        for frame in frames if fps is None else resampled(frames, frame_rate(fps)):
+            if frame.time >= time:
+                return number if number is not None and time - last < frame.time - time else frame.number
+            last, number, interval = frame.time, frame.number, frame.time - last
+    return number if time < last + interval / 2 else None
 
 
 def iterate_images(
@@ -200,10 +232,15 @@ def _select(frames: Iterator[T], start: int, stride: int, max_frames: int | None
     return islice(frames, start, None if max_frames is None else start + max_frames * stride, stride)
 
 
-def _displayed_frames(video: VideoStream, start: int, stride: int, max_frames: int | None) -> Iterator[VideoFrame]:
+def _displayed_frames(
+    video: VideoStream, start: int = 0, stride: int = 1, max_frames: int | None = None, fps: float | None = None
+) -> Iterator[VideoFrame]:
     display = Display(str(video.path))
     size: Size | None = None
-    for decoded in _select(deinterlaced(decoded_frames(video)), start, stride, max_frames):
+    frames = deinterlaced(decoded_frames(video))
+    # Frames are resampled and selected before they are converted, which takes longer.
+    frames = frames if fps is None else resampled(frames, frame_rate(fps))
+    for decoded in _select(frames, start, stride, max_frames):
         pixels, aspect = display.convert(decoded)
         size = size or (pixels.shape[1], square_width(pixels.shape[2], aspect))
         yield VideoFrame(decoded.number, float(decoded.time), pixels, aspect, size)

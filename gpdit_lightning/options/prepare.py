@@ -1,5 +1,6 @@
 """Options of `prepare`."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,7 +97,10 @@ class ClipOptions(OptionRecord):
     """Clips."""
 
     stride: int = 3
-    """Use every stride-th frame of a video (paper: 3)."""
+    """Use every stride-th frame of a video (paper: 3); frames are counted as they are stored, or after --fps."""
+    fps: float | None = None
+    """Resample videos in time to this number of frames per second, by the time stamps of the frames, before the stride
+    counts. By default clips with uneven intervals between frames are used as they are and listed in notes.jsonl."""
     clip_frames: int = 45
     """Frames of a full clip, 1 + 4k (paper: at most 45), or 1 + k times the temporal factor of a custom codec; training
     shortens clips as needed."""
@@ -180,6 +184,8 @@ class PrepareOptions(
         super().__post_init__()
         check_at_least(self, stride=1, clip_frames=1, shard_size=1, part_size=1, batch_size=1, workers=0)
         check_at_least(self, clips_per_video=1, clip_step=1)
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise InputError(f"--fps is {self.fps}: give frames per second, above 0.")
         if not 1 <= self.shortest_clip <= self.clip_frames:
             raise InputError(
                 f"--least_clip_frames is {self.least_clip_frames} and --clip_frames {self.clip_frames}: give from 1 to "

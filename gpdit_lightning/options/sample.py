@@ -28,7 +28,7 @@ class ContextOptions(OptionRecord):
     """Pixel frames of a context, 1 + k times the temporal factor of the codec; by default those of the training clips
     less one latent frame."""
     start: float | None = None
-    """Time in seconds at which a context begins; by default the context is the end of its video."""
+    """Time in seconds, by the video's time stamps, at which a context begins; by default it ends at the last frame."""
     fps: float | None = None
     """Frames per second of images and folders of frames; by default 24."""
     size: str | None = None

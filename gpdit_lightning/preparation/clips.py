@@ -11,6 +11,7 @@ from torch import Tensor
 from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.errors import InputError, ResourceError, TransientError
 from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image, resize_and_crop
+from gpdit_lightning.media.timing import fps_of_clip, frame_rate, uneven_intervals
 from gpdit_lightning.media.video import DamagedVideoError, VideoFrame, check_intact, iterate_frames, video_info
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.input_files import InputFile, is_held_out
@@ -188,21 +189,24 @@ class ClipReader:
         info = video_info(file.path)
         size = closest_size(info.height, info.width, [parse_size(text) for text in options.video_sizes])
         metadata: dict[str, Any] = {"source": file.name} | file.annotation
-        metadata |= {"fps": float(info.fps), "stride": options.stride, "pixel_size": list(size)}
+        average = info.fps if options.fps is None else frame_rate(options.fps)
+        metadata |= {"fps": float(average), "stride": options.stride, "pixel_size": list(size)}
         if options.damaged_videos == "drop":
             check_intact(file.path)
-        intact = _IntactFrames(iterate_frames(file.path, stride=self._decoded_stride))
+        intact = _IntactFrames(iterate_frames(file.path, stride=self._decoded_stride, fps=options.fps))
         frames = _CountedFrames(self._selected_frames(intact, size))
-        clips = 0
+        clips, uneven = 0, list[tuple[float, float]]()
         for clip in cut_clips(frames, options, self.temporal_factor):
             if len(clip) < options.shortest_clip:
                 continue
-            id = SampleId(file.name, clip[0].number)
+            id, times = SampleId(file.name, clip[0].number), [frame.time for frame in clip]
+            uneven += filter(None, [uneven_intervals(times)])
             if id in self.encoded:
                 yield EncodedClip(index, id)
             else:
                 pixels = torch.stack([frame.pixels for frame in clip])
-                yield Clip(index, file.split, pixels, metadata | {"first_frame": id.first_frame})
+                fps = float(fps_of_clip(times, options.stride, average))
+                yield Clip(index, file.split, pixels, metadata | {"fps": fps, "first_frame": id.first_frame})
             clips += 1
             if clips == options.clips_per_video:
                 break
@@ -210,6 +214,14 @@ class ClipReader:
             if not clips:
                 raise intact.error
             yield Note(index, file.name, f"{intact.error} The clips before were used ({clips}).")
+        if uneven:
+            shortest, longest = min(low for low, _ in uneven), max(high for _, high in uneven)
+            yield Note(
+                index,
+                file.name,
+                f"{file.path} has uneven intervals between the frames of {len(uneven)} of its {clips} clips "
+                f"({shortest:.3g} to {longest:.3g} s), which were used: --fps resamples videos in time.",
+            )
         if not clips:
             uncut = " without a cut" if options.avoid_cuts else ""
             raise InputError(

@@ -89,6 +89,8 @@ class FeatureRecord:
     """Hash of the weights of the layers that were run, 16 hexadecimal digits."""
     architecture: dict[str, Any]
     """`GPDiTConfig.architecture()` of these layers."""
+    fps: float | None = None
+    """Frames per second to which videos were resampled before the stride; None if they were not."""
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -61,6 +61,7 @@ def extract_layer_features(
     workers: int = 2,
     cache: Path | None = None,
     progress: bool = False,
+    fps: float | None = None,
 ) -> LayerFeatures:
     """Compute the features of every layer in one pass (GPDiT, section 5.3).
 
@@ -78,6 +79,7 @@ def extract_layer_features(
         workers: threads that read videos.
         cache: folder for the features, from which a stopped run resumes.
         progress: show a progress bar over videos.
+        fps: frames per second to which videos are resampled; see :func:`gpdit_lightning.evaluation.videos.read_clip`.
 
     Raises:
         InputError: codec or model do not accept `frames` or `size`, or no video can be read.
@@ -86,8 +88,9 @@ def extract_layer_features(
     codec.check_frame_size(*size)
     # The name of a file in the cache is a hash of everything that its content depends on.
     weights = fingerprint_of(model.state_dict()) if cache else None
-    settings = [model.config.architecture(), weights, codec.fingerprint, frames, stride, size]
-    read = partial(_read, frames=frames, stride=stride, size=size)
+    settings: list[Any] = [model.config.architecture(), weights, codec.fingerprint, frames, stride, size]
+    settings += [] if fps is None else [fps]
+    read = partial(_read, frames=frames, stride=stride, size=size, fps=fps)
     blocks: list[_FeatureBlock] = []
     with (
         ThreadPoolExecutor(workers) as readers,
@@ -168,10 +171,11 @@ class _FeatureBlock(NamedTuple):
             save_file({"features": self.features}, temporary, metadata={"notes": json.dumps(metadata)})
 
 
-def _read(path: Path, frames: int, stride: int, size: Size) -> _Clip:
+def _read(path: Path, frames: int, stride: int, size: Size, fps: float | None) -> _Clip:
     for resample in (False, True):
         try:
-            return _Clip(read_clip(path, frames, stride, size, centred=True, resample_short=resample), resample)
+            clip = read_clip(path, frames, stride, size, centred=True, resample_short=resample, fps=fps)
+            return _Clip(clip, resample)
         except InputError as error:
             message = str(error)
     return _Clip(None, error=message)

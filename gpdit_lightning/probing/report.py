@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpdit_lightning.evaluation.report import Report, library_versions
+from gpdit_lightning.evaluation.videos import stride_text
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.names import as_text
@@ -49,6 +50,8 @@ class ProbeProtocol:
     interval: str
     """How confidence intervals were computed."""
     versions: dict[str, str]
+    fps: float | None = None
+    """Frames per second to which videos were resampled before the stride; None if they were not."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,8 @@ def _section(result: ProbeResult) -> str:
         f"- {protocol.data}, {protocol.split}: {protocol.train_videos} training videos, {protocol.test_videos} test "
         f"videos in {protocol.test_groups} groups, {protocol.classes} classes; {protocol.left_out} unreadable videos "
         f"left out; sha256 {protocol.data_sha256[:16]}",
-        f"- {protocol.frames} frames at stride {protocol.stride} from the middle of each video ({protocol.squeezed} "
-        f"short videos sampled more densely), {height}x{width} pixels, codec {result.codec}",
+        f"- {protocol.frames} frames at stride {stride_text(protocol.stride, protocol.fps)} from the middle of each "
+        f"video ({protocol.squeezed} short videos sampled more densely), {height}x{width} pixels, codec {result.codec}",
         f"- clean stream only, theta = 0, mean over frames and tokens; {result.weights} weights, sha256 "
         f"{result.identity[:16]}",
         f"- logistic regression on standardised features; {protocol.regularisation}",

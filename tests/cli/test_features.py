@@ -185,7 +185,7 @@ def test_the_codec_computes_in_float32_under_bf16(work: Path, tmp_path: Path) ->
         (["--temporal_tokens=4"], "--temporal_tokens is 4 for 5 latent frames"),
         (["--size=32x40"], "--size is 32x40, but the checkpoint was trained on 32x32"),
         (["--checkpoint", "WORK/two_sizes"], "two_sizes was trained on 32x32, 32x48: choose one of them by --size"),
-        (["--videos", "WORK/videos/jump", "WORK/videos/jump"], "would both be written as b: give the folder above"),
+        (["--videos", "WORK/videos/jump", "WORK/copy"], "would both be written as b: give the folder above"),
         (["--videos", "WORK/nowhere"], "nowhere does not exist"),
         (["--layer=0"], "--layer is 0: give at least 1"),
         (["--out", "WORK"], "contains .npy files but no features.json"),
@@ -194,6 +194,7 @@ def test_the_codec_computes_in_float32_under_bf16(work: Path, tmp_path: Path) ->
 )
 def test_an_error_leaves_no_folder(work: Path, tmp_path: Path, options: list[str], message: str) -> None:
     (work / "stray.npy").touch()
+    shutil.copytree(work / "videos" / "jump", work / "copy", dirs_exist_ok=True)
     with pytest.raises(InputError, match=message):
         extract(work, tmp_path / "out", *(option.replace("WORK", str(work)) for option in options))
     assert not (tmp_path / "out").exists()

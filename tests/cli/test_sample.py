@@ -67,9 +67,8 @@ def test_video_is_continued_at_its_rate(
     shown, raw = read_video(tmp_path / "out.mp4"), latents(tmp_path / "out.safetensors")
     assert shown.shape == (context_frames + frames, 3, 32, 32)
     assert video_info(tmp_path / "out.mp4").fps == rate
-    assert looks_like(
-        shown[:context_frames], stripe_context(number, 60 - 3 * context_frames, context_frames)
-    )  # the end of the video
+    first = 59 - 3 * (context_frames - 1)  # so that the context ends at the last of 60 frames
+    assert looks_like(shown[:context_frames], stripe_context(number, first, context_frames))
     assert looks_like(shown[context_frames:], decoded(tmp_path / "out.safetensors")[context_frames:])
     assert shown[context_frames:].float().std() > 10
     assert_near(raw, expected_latents(workspace, raw[: 1 + context_frames // 4], frames))

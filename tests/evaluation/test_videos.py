@@ -9,6 +9,7 @@ import torch
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.videos import clip_frame_indices, find_videos, read_clip, select_videos
 from gpdit_lightning.media.video_writer import write_video
+from tests.media.timed import gray_numbers, write_timed
 
 
 @pytest.fixture
@@ -52,6 +53,15 @@ def test_a_clip_consists_of_the_frames_of_its_indices(video: Path) -> None:
     assert frame_numbers(read_clip(video, 3, 2, (16, 16), centred=True)) == [3, 5, 7]
     assert frame_numbers(read_clip(video, 5, 4, (16, 16), resample_short=True)) == [0, 2, 5, 8, 10]
     assert frame_numbers(read_clip(video, 1, 4, (16, 16), centred=True)) == [5]
+
+
+def test_clips_of_resampled_videos_are_counted_in_resampled_frames(tmp_path: Path) -> None:
+    path = write_timed(tmp_path / "video.mp4", [number / 10 for number in range(10)] + [1 + n / 30 for n in range(20)])
+    assert gray_numbers(read_clip(path, 4, 4, (16, 16), fps=10)) == [0, 4, 8, 16]
+    assert gray_numbers(read_clip(path, 3, 2, (16, 16), centred=True, fps=10)) == [6, 8, 10]
+    assert select_videos([path], 1, 0, frames=17, fps=10).names == ("video.mp4",)
+    with pytest.raises(InputError, match="have 0 videos of at least 18 frames"):
+        select_videos([path], 1, 0, frames=18, fps=10)
 
 
 def test_a_video_that_is_too_short_is_an_error_that_names_it(video: Path) -> None:

@@ -25,6 +25,7 @@ from gpdit_lightning.media.video import VideoFrame
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, prepare
 from tests.data.damage import damage
+from tests.media.timed import gray_numbers, write_timed
 
 STEP = 6  # gray levels from frame to frame: more than what H.264 changes
 FRAMES = 40
@@ -76,6 +77,43 @@ def test_without_start_the_context_is_the_end_of_the_video(tmp_path: Path, codec
     context = read_one(tmp_path / "steps.mp4", codec, ground_truth_frames=4)
     assert numbers(context.pixels) == [27, 30, 33, 36, 39]
     assert context.ground_truth.shape == (0, 3, 32, 48)
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(38, [25, 28, 31, 34, 37]), (39, [26, 29, 32, 35, 38])])
+def test_without_start_the_last_frame_of_the_video_is_in_the_context(
+    tmp_path: Path, codec: Codec, frames: int, expected: list[int]
+) -> None:
+    write_video(tmp_path / "steps.mp4", gray_steps(frames), 24)
+    assert numbers(read_one(tmp_path / "steps.mp4", codec).pixels) == expected
+    draw(tmp_path / "frames", {f"f{number}.png": number for number in range(frames)})
+    assert numbers(read_one(tmp_path / "frames", codec).pixels) == expected
+    write_video(tmp_path / "short.mp4", gray_steps(12), 24)
+    with pytest.raises(InputError, match=r"short\.mp4 has 4 frames at stride 3, but the context needs 5"):
+        read_one(tmp_path / "short.mp4", codec)
+
+
+def test_seconds_are_those_of_the_time_stamps(
+    tmp_path: Path, codec: Codec, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A video of 10 frames per second for one second, then of 30."""
+    times = [number / 10 for number in range(10)] + [1 + number / 30 for number in range(30)]
+    path = write_timed(tmp_path / "video.mp4", times)
+    monkeypatch.setattr(contexts.log.parent, "propagate", True)  # the command line disables it
+    context = read_one(path, codec, start=1.1)
+    assert gray_numbers(context.pixels) == [13, 16, 19, 22, 25]
+    assert context.fps == 10
+    assert "uneven" not in caplog.text
+    slow = read_one(path, codec, start=0.2, stride=1)
+    assert (gray_numbers(slow.pixels), slow.fps) == ([2, 3, 4, 5, 6], 10)
+    uneven = read_one(path, codec, start=0.6)
+    assert gray_numbers(uneven.pixels) == [6, 9, 12, 15, 18]
+    assert float(uneven.fps) == pytest.approx(4 / (times[18] - times[6]), rel=1e-3)
+    assert "video.mp4 are uneven (0.1 to 0.3 s)" in caplog.text
+    resampled = read_one(path, codec, start=0.6, video_fps=10.0, stride=2)
+    assert (gray_numbers(resampled.pixels), resampled.fps) == ([6, 8, 10, 16, 22], 5)
+    assert gray_numbers(read_one(path, codec, video_fps=10.0, stride=1).pixels) == [25, 28, 31, 34, 37]
+    with pytest.raises(InputError, match=r"--start 2 is after the end of"):
+        read_one(path, codec, start=2.0)
 
 
 def test_gif_is_read_as_a_video(tmp_path: Path, codec: Codec) -> None:
@@ -138,16 +176,17 @@ def test_large_frames_are_in_memory_one_at_a_time(
     write_video(tmp_path / "long.mp4", gray_steps(1), 24)
     alive: list[weakref.ref[Tensor]] = []
 
-    def frames(*_: Any) -> Iterator[VideoFrame]:
-        for number in range(50):
+    def frames(path: Path, start: int, *_: Any) -> Iterator[VideoFrame]:
+        for number in range(start, 50):
             frame = torch.zeros(3, 64, 64, dtype=torch.uint8)
             alive.append(weakref.ref(frame))
             assert sum(reference() is not None for reference in alive) <= 2
             yield VideoFrame(number, number / 24, frame, Fraction(1), (64, 64))
 
     monkeypatch.setattr(contexts, "iterate_frames", frames)
-    assert len(read_one(tmp_path / "long.mp4", codec).pixels) == 5
-    assert len(alive) == 50
+    monkeypatch.setattr(contexts, "count_frames", lambda *_: 50)
+    assert len(read_one(tmp_path / "long.mp4", codec, frames=33, stride=1).pixels) == 33
+    assert len(alive) == 33
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions
-from gpdit_lightning.preparation.clips import Clip, ClipReader, EndOfFile, Frame, SkippedInput, cut_clips
+from gpdit_lightning.preparation.clips import Clip, ClipReader, EndOfFile, Frame, Note, SkippedInput, cut_clips
 from gpdit_lightning.preparation.input_files import InputFile
+from tests.media.timed import gray_numbers, write_timed
 
 FACTOR = 4
 
@@ -137,3 +139,42 @@ def test_a_video_that_is_too_short_is_skipped(film: Path) -> None:
     assert "has 32 frames at stride 1 but a clip needs 33:" in skipped.reason
     skipped, _ = items(film, clip_frames=45, least_clip_frames=17, avoid_cuts=True)
     assert "has 32 frames at stride 1 but a clip needs 17 without a cut" in skipped.reason
+
+
+TWO_RATES = [number / 10 for number in range(10)] + [1 + number / 30 for number in range(30)]
+
+
+def prepared_clips(path: Path, **options: Any) -> tuple[list[Clip], list[str]]:
+    """Return the clips of a video, and the notes on it."""
+    settings = {"stride": 3, "clip_frames": 5, "video_sizes": ["32x32"], "out": path.parent, "codec": "pca"}
+    file = InputFile(path, path.name, "video", "train", path.stat().st_size)
+    items = list(ClipReader(PrepareOptions(**settings | options), 4).items(0, file))
+    return [item for item in items if isinstance(item, Clip)], [item.reason for item in items if isinstance(item, Note)]
+
+
+def test_the_rate_of_a_clip_is_that_of_its_time_stamps_and_uneven_clips_are_noted(tmp_path: Path) -> None:
+    path = write_timed(tmp_path / "video.mp4", TWO_RATES)
+    read, notes = prepared_clips(path)
+    assert [gray_numbers(clip.pixels) for clip in read] == [[0, 3, 6, 9, 12], [15, 18, 21, 24, 27]]
+    span = TWO_RATES[12] - TWO_RATES[0]
+    assert [clip.metadata["fps"] for clip in read] == pytest.approx([12 / span, 30], rel=1e-4)
+    assert [clip.metadata["stride"] for clip in read] == [3, 3]
+    (note,) = notes
+    assert "has uneven intervals between the frames of 1 of its 2 clips (0.167 to 0.3 s), which were used" in note
+    even = write_timed(tmp_path / "even.mkv", [number * 1001 / 30000 for number in range(30)])
+    read, notes = prepared_clips(even)
+    assert ([clip.metadata["first_frame"] for clip in read], notes) == ([0, 15], [])
+    assert [clip.metadata["fps"] for clip in read] == pytest.approx([29.97, 29.97], rel=2e-3)  # milliseconds
+
+
+def test_videos_are_resampled_in_time_on_request(tmp_path: Path) -> None:
+    read, notes = prepared_clips(write_timed(tmp_path / "video.mp4", TWO_RATES), fps=10.0, stride=2)
+    assert [gray_numbers(clip.pixels) for clip in read] == [[0, 2, 4, 6, 8], [10, 16, 22, 28, 34]]
+    assert [(clip.metadata["fps"], clip.metadata["stride"], clip.metadata["first_frame"]) for clip in read] == [
+        (10, 2, 0),
+        (10, 2, 10),
+    ]
+    assert notes == []
+    for fps in (0.0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match=r"--fps is .*: give frames per second, above 0"):
+            prepared_clips(tmp_path / "video.mp4", fps=fps)

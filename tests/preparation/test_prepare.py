@@ -218,7 +218,7 @@ def test_broken_and_short_files_are_skipped_and_listed(options: PrepareOptions, 
 
 
 def test_clips_before_damage_in_a_video_are_used(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaking(path: Path, stride: int) -> Iterator[VideoFrame]:
+    def breaking(path: Path, stride: int, fps: None) -> Iterator[VideoFrame]:
         yield from iterate_frames(path, 0, stride, 7)
         raise DamagedVideoError(path, 7, "broken")
 

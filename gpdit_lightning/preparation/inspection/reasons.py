@@ -47,7 +47,7 @@ def explain_size(path: Path, file_format: FileFormat, key: str, options: Prepare
 
 def explain_frames(path: Path, samples: Sequence[Sample], options: PrepareOptions, temporal_factor: int) -> str:
     """Count the frames of a video and those in clips, with the reason why the others are not."""
-    count = count_frames(path)
+    count = count_frames(path, options.fps)
     used = {
         sample.first_frame + frame * options.stride
         for sample in samples
@@ -57,7 +57,8 @@ def explain_frames(path: Path, samples: Sequence[Sample], options: PrepareOption
     if options.avoid_cuts:  # each shot has a first frame and left-over frames
         return f"{count}, {len(used)} of them in clips, which have stride {options.stride} and end at cuts"
     at_stride = math.ceil(count / options.stride)
-    counts = f"{count}, {at_stride} of them at stride {options.stride}: {len(used)} in clips"
+    rate = f" at {options.fps:g} per second" if options.fps else ""
+    counts = f"{count}{rate}, {at_stride} of them at stride {options.stride}: {len(used)} in clips"
     if not (left := at_stride - len(used)):
         return counts
     if len(samples) == options.clips_per_video:
