@@ -31,6 +31,7 @@ CURES: dict[int | None, str] = {
     errno.ENOMEM: "free memory, or use fewer workers",
     errno.EACCES: "change its permissions",
 }
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|(can't|cannot|unable to) allocate", re.IGNORECASE)
 
 
@@ -47,6 +48,8 @@ def transient_error(error: BaseException, name: object) -> TransientError | None
     if isinstance(error, TransientError):
         return error
     number = getattr(error, "errno", None)
+    if in_rust := RUST_ERROR.search(str(error)):  # of safetensors
+        number = int(in_rust[1])
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     no_memory = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
     if no_memory or (isinstance(error, MemoryError) and number is None):

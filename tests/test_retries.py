@@ -11,9 +11,14 @@ import av
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from gpdit_lightning import retries
+from gpdit_lightning.checkpoints.exported import read_exported
+from gpdit_lightning.checkpoints.files import damage_of, read_content
+from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError, ResourceError, TransientError
+from gpdit_lightning.evaluation.videos import has_frames
 from gpdit_lightning.media.images import read_image
 from gpdit_lightning.media.video import iterate_frames, video_info
 from gpdit_lightning.media.video_writer import write_video
@@ -146,3 +151,24 @@ def test_attempts_are_bounded_also_where_both_caller_and_callee_repeat_them() ->
     with pytest.raises(TransientError):
         retried(inner)()
     assert len(calls) == 3
+
+
+def test_readers_of_other_files_do_not_call_a_failed_disk_damage(tmp_path: Path) -> None:
+    """Of checkpoints, exported models, JSON and videos of an evaluation, which would be left out of it."""
+    memory, folder = Path("/proc/self/mem"), tmp_path / "step-1.ckpt"
+    folder.mkdir()
+    for name in ("training.ckpt", "config.json", "model.safetensors", "manifest.json", "a.mp4", "a.npy"):
+        (folder / name).symlink_to(memory)
+    (tmp_path / "step-1.ckpt.complete").symlink_to(memory)
+    for read in (
+        lambda: read_content(folder),
+        lambda: damage_of(folder),
+        lambda: read_exported(folder),
+        lambda: Manifest.load(folder),
+        lambda: has_frames(folder / "a.mp4", 1),
+    ):
+        with pytest.raises(TransientError, match=r"could not be read .*Input/output error"):
+            read()
+    rust = SafetensorError("I/O error: Input/output error (os error 5)")
+    assert isinstance(transient_error(rust, "a.safetensors"), TransientError)
+    assert transient_error(SafetensorError("HeaderTooSmall"), "a.safetensors") is None

@@ -22,6 +22,7 @@ from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.model.config import GPDiTConfig
+from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -33,6 +34,7 @@ def is_exported(path: Path) -> bool:
     return (path / CONFIG).is_file() or (path / WEIGHTS).is_file()
 
 
+@retried
 def read_exported(folder: Path) -> Weights:
     """Open the weights in an exported folder, memory-mapped.
 
@@ -46,7 +48,8 @@ def read_exported(folder: Path) -> Weights:
     except FileNotFoundError:
         raise InputError(f"{config_path} does not exist: {cure}.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{config_path} is not readable JSON ({error}): {cure}.") from None
+        damaged = InputError(f"{config_path} is not readable JSON ({error}): {cure}.")
+        raise transient_error(error, config_path) or damaged from None
     file_format = content.get("format") if isinstance(content, dict) else None
     if file_format != FORMAT:
         raise InputError(f"{config_path} has format {file_format!r} and this version reads {FORMAT!r}: {cure}.")
@@ -55,7 +58,8 @@ def read_exported(folder: Path) -> Weights:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is not a complete safetensors file ({error}): {cure}.") from None
+        damaged = InputError(f"{path} is not a complete safetensors file ({error}): {cure}.")
+        raise transient_error(error, path) or damaged from None
     weights = Weights.checked(tensors, content.get("config"), content, str(config_path))
     return replace(weights, owner=str(path))
 

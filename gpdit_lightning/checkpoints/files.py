@@ -29,6 +29,7 @@ from torch import Tensor
 from gpdit_lightning.checkpoints.facts import Origin, WeightsKind
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, flush, partial_path, publish, sha256_of
+from gpdit_lightning.retries import retried, transient_error
 
 LAST = "last.ckpt"
 TRAINING, AVERAGE = "training.ckpt", "ema.safetensors"
@@ -128,6 +129,7 @@ def find_checkpoint(path: str | Path, verify: bool = False) -> Path:
     return path
 
 
+@retried
 def read_content(folder: Path, mapped: bool = True) -> dict[str, Any]:
     """Read a checkpoint; objects other than tensors and plain values are rejected.
 
@@ -137,14 +139,18 @@ def read_content(folder: Path, mapped: bool = True) -> dict[str, Any]:
 
     Raises:
         InputError: a file is missing, truncated or of another type.
+        TransientError: three attempts to read a file failed for a reason other than its content.
     """
     path, cure = folder / TRAINING, "use another checkpoint of the run"
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is not a complete checkpoint (truncated, or of another type): {cure}.")
     try:
+        with path.open("rb") as file:
+            file.read(1)  # an error of the disk is raised here, which is_zipfile would ignore
+            if not zipfile.is_zipfile(file):
+                raise EOFError("truncated, or of another type")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}): {cure}.") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        damaged = InputError(f"{path} is not a complete checkpoint ({str(error).splitlines()[0]}): {cure}.")
+        raise transient_error(error, path) or damaged from None
     required = ("state_dict", "gpdit", "LatentDataModule")
     if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in required):
         raise InputError(f"{path} is not a checkpoint of gpdit_lightning: give one that `fit` wrote.")
@@ -152,7 +158,8 @@ def read_content(folder: Path, mapped: bool = True) -> dict[str, Any]:
         try:
             average = load_file(folder / AVERAGE)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{folder / AVERAGE} is not a complete safetensors file ({error}): {cure}.") from None
+            damaged = InputError(f"{folder / AVERAGE} is not a complete safetensors file ({error}): {cure}.")
+            raise transient_error(error, folder / AVERAGE) or damaged from None
         content["ema"]["weights"] = average if mapped else {name: value.clone() for name, value in average.items()}
     return content
 
@@ -241,13 +248,24 @@ def unmark_damaged(folder: Path, after: int) -> None:
             mark_path(path).replace(mark_path(path).with_suffix(".torn"))
 
 
+@retried
 def damage_of(path: Path, verify: bool = False) -> str:
     """Return the difference of a checkpoint from its mark, in words; empty if there is none.
 
     Args:
         path: the checkpoint, not a link to it.
         verify: whether to compare the hashes of its files, and not only their sizes.
+
+    Raises:
+        TransientError: three attempts to read a file failed for a reason other than its content.
     """
+    try:
+        return _difference_from_mark(path, verify)
+    except OSError as error:
+        raise transient_error(error, error.filename or path) or error from None
+
+
+def _difference_from_mark(path: Path, verify: bool) -> str:
     try:
         files = json.loads(mark_path(path).read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}

@@ -122,7 +122,7 @@ class ShardCache:
             return False
         except OSError:  # a read error of the disk
             pass
-        log.warning("the copy of %s at %s is damaged and will be fetched again.", file.url, path)
+        log.warning("the copy of %s at %s is damaged or cannot be read, and will be fetched again.", file.url, path)
         path.unlink(missing_ok=True)
         return True
 

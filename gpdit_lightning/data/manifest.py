@@ -11,6 +11,7 @@ from upath import UPath
 from gpdit_lightning.data.remote import read_blocks
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.retries import transient_error
 from gpdit_lightning.schema import COUNT, LIST, OBJECT, SHA256, SIZE, TEXT, Constraint, check, one_of
 from gpdit_lightning.specs import CodecSpec
 
@@ -149,7 +150,8 @@ class Manifest:
                 "sequences by `prepare-pairs`."
             ) from None
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} is not readable JSON ({error}): {PREPARE_AGAIN}.") from None
+            damaged = InputError(f"{path} is not readable JSON ({error}): {PREPARE_AGAIN}.")
+            raise transient_error(error, path) or damaged from None
         manifest = _parse(content, path)
         if isinstance(path, Path) and check_files:
             for shard in manifest.shards:

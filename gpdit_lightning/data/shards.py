@@ -4,6 +4,7 @@ A sample is two members of the tar, `KEY.latent.npy` (float16, the codec's raw l
 The tars are plain WebDataset; the index only avoids walking through a tar to find a sample.
 """
 
+import errno
 import io
 import json
 import math
@@ -24,6 +25,7 @@ from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Kind, ShardEntr
 from gpdit_lightning.data.remote import RemoteFile
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
+from gpdit_lightning.retries import retried, transient_error
 
 T = TypeVar("T")
 Shape = tuple[int, int, int, int]
@@ -91,6 +93,7 @@ class ShardReader:
         Raises:
             DamagedSampleError: the sample differs from what was written.
             InputError: the index is unusable, the shard has fewer frames, or a remote shard cannot be fetched.
+            TransientError: three attempts to read a file failed for a reason other than its content.
         """
         if not 0 <= number < self.entry.count:
             raise IndexError(f"sample {number} of {self.entry.count}")
@@ -106,6 +109,7 @@ class ShardReader:
                 raise
         return self._read(number, frames)  # from new copies
 
+    @retried
     def _read(self, number: int, frames: int | None) -> tuple[np.ndarray, dict[str, Any]]:
         latent_offset, json_offset, json_size, json_checksum, *checksums = self.index[number].tolist()
         checksums = checksums[:frames]
@@ -113,13 +117,13 @@ class ShardReader:
         latent_size = len(header) + 2 * math.prod(shape)
         try:
             with self._open_tar() as file:
-                # pread instead of seek and read: forked processes share the position in the file.
-                latent_bytes = os.pread(file.fileno(), latent_size, latent_offset)
-                text = os.pread(file.fileno(), min(json_size, MAX_METADATA_BYTES), json_offset)
+                latent_bytes = _read_at(file, latent_size, latent_offset)
+                text = _read_at(file, min(json_size, MAX_METADATA_BYTES), json_offset)
         except InputError:
             raise
         except (OSError, ValueError) as error:  # ValueError: a negative size
-            raise self._damaged(number, str(error)) from None
+            self._tar_file = None  # the handle may be stale
+            raise transient_error(error, self.path) or self._damaged(number, str(error)) from None
         if len(latent_bytes) != latent_size:
             raise self._damaged(number, "the file ends inside it")
         # The header is compared and never parsed, so that any other header is rejected.
@@ -145,7 +149,8 @@ class ShardReader:
             except InputError:
                 raise
             except (OSError, ValueError) as error:
-                raise InputError(f"{self.index_path} is not a readable index ({error}): {PREPARE_AGAIN}.") from None
+                damaged = InputError(f"{self.index_path} is not a readable index ({error}): {PREPARE_AGAIN}.")
+                raise transient_error(error, self.index_path) or damaged from None
         return self._index
 
     def _open_tar(self) -> AbstractContextManager[io.FileIO]:
@@ -181,6 +186,17 @@ def _path_or_remote_file(path: Folder, sha256: str, size: int | None = None) -> 
 
 def _open_unbuffered(path: Path) -> io.FileIO:
     return path.open("rb", buffering=0)
+
+
+def _read_at(file: io.FileIO, size: int, offset: int) -> bytes:
+    """Read bytes at an offset; fewer at the end of the file."""
+    content = b""
+    # pread instead of seek and read: forked processes share the position in the file. It may return fewer bytes.
+    while len(content) < size and (more := os.pread(file.fileno(), size - len(content), offset + len(content))):
+        content += more
+    if len(content) < size and os.fstat(file.fileno()).st_size >= offset + size:
+        raise OSError(errno.EIO, "a read ended before the end of the file")
+    return content
 
 
 def _map_index(path: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -269,7 +285,8 @@ def build_index(path: Path, shape: Shape) -> np.ndarray:
     except KeyError as error:
         raise InputError(f"{path} has a sample without its {error}: copy it again or {PREPARE_AGAIN}.") from None
     except Exception as error:  # tarfile raises unrelated exceptions for many kinds of damage
-        raise InputError(f"{path} is not a readable tar ({error}): copy it again or {PREPARE_AGAIN}.") from None
+        damaged = InputError(f"{path} is not a readable tar ({error}): copy it again or {PREPARE_AGAIN}.")
+        raise transient_error(error, path) or damaged from None
     return np.array(rows, dtype=np.int64).reshape(-1, len(INDEX_COLUMNS) + shape[0])
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.retries import transient_error
 
 
 def write_chunk(path: Path, names: Sequence[str], results: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
@@ -50,8 +51,9 @@ class ChunkFiles:
                 with safe_open(path, "pt") as file:
                     names, stored = (json.loads(file.metadata()[key]) for key in ("names", "made_by"))
                     self.keys |= set(file.keys())
-            except (SafetensorError, KeyError, TypeError) as error:
-                raise InputError(f"{path} is damaged ({error}): delete it and run the same command again.") from None
+            except (OSError, SafetensorError, KeyError, TypeError) as error:
+                damaged = InputError(f"{path} is damaged ({error}): delete it and run the same command again.")
+                raise transient_error(error, path) or damaged from None
             self.names += names
             for name, wanted, found in differences(expected, stored):
                 raise InputError(

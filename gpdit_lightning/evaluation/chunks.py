@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.codecs import Codec
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.evaluation.metrics import psnr, ssim
 from gpdit_lightning.evaluation.networks import ImageNetwork, VideoNetwork
 from gpdit_lightning.evaluation.self_checks import BLUR_LEVELS, NOISE_LEVELS, add_noise, gaussian_blur
@@ -160,11 +160,14 @@ def read_clips(chunk: Chunk, settings: EvaluationSettings) -> dict[str, Tensor]:
 
     Raises:
         InputError: a file no longer exists, for example because its file system was unmounted.
+        TransientError: a file cannot be read for a reason other than its content.
     """
     clips: dict[str, Tensor] = {}
     for name, path in zip(chunk.names, chunk.paths, strict=True):
         try:
             clips[name] = settings.read_clip(path)
+        except TransientError:
+            raise
         except InputError as error:
             if not path.is_file():
                 raise

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.network_files import I3D_SHA256, PREPROCESSING_OF_FILE, load_script
+from gpdit_lightning.retries import transient_error
 
 MIN_FRAMES = 10
 SIDE = 224  # pixels along each side of the network's input
@@ -154,7 +155,8 @@ class I3D(nn.Module):
         try:
             stored = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be read as a safetensors file ({error}): {remedy}.") from None
+            damaged = InputError(f"{path} cannot be read as a safetensors file ({error}): {remedy}.")
+            raise transient_error(error, path) or damaged from None
         network = cls()
         tensors = network.flax_tensors()
         differing = sorted(tensors.keys() ^ stored.keys())

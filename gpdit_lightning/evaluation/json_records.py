@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.retries import transient_error
 
 Record = TypeVar("Record")
 
@@ -28,7 +29,7 @@ def load_record(record_type: type[Record], path: Path, remedy: str) -> Record:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): {remedy}.") from None
+        raise transient_error(error, path) or InputError(f"{path} cannot be read ({error}): {remedy}.") from None
     return record_from_json(record_type, text, str(path), remedy)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.media.finding import FoundFile, find_media, without_repeated
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.media.video import count_frames, iterate_frames, natural_sort_key, video_info
@@ -90,9 +90,15 @@ def stride_text(stride: int, fps: float | None) -> str:
 
 
 def has_frames(path: Path, frames: int, fps: float | None = None) -> bool:
-    """Whether a video has at least this number of frames; they are counted if the header does not state it."""
+    """Whether a video has at least this number of frames; they are counted if the header does not state it.
+
+    Raises:
+        TransientError: it cannot be read for a reason other than its content.
+    """
     try:
         return _num_frames(path, fps) >= frames
+    except TransientError:
+        raise
     except InputError:
         return False
 

@@ -28,6 +28,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.json_records import load_record
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.video import natural_sort_key
+from gpdit_lightning.retries import transient_error
 from gpdit_lightning.specs import CodecSpec
 
 RECORD = "features.json"
@@ -184,7 +185,8 @@ def read_features(path: Path, shape: tuple[int, int]) -> Tensor:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: write the features of its video, or leave it out.") from None
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} is not a complete .npy file ({error}): remove it and write it again.") from None
+        damaged = InputError(f"{path} is not a complete .npy file ({error}): remove it and write it again.")
+        raise transient_error(error, path) or damaged from None
     if not isinstance(values, np.ndarray) or (values.shape, values.dtype) != (shape, np.float16):
         found = f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else "several arrays"
         raise InputError(f"{path} contains {found}, but float16 {shape} is expected: remove it and write it again.")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.evaluation.videos import read_clip
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import Size
@@ -176,6 +176,8 @@ def _read(path: Path, frames: int, stride: int, size: Size, fps: float | None) -
         try:
             clip = read_clip(path, frames, stride, size, centred=True, resample_short=resample, fps=fps)
             return _Clip(clip, resample)
+        except TransientError:
+            raise
         except InputError as error:
             message = str(error)
     return _Clip(None, error=message)

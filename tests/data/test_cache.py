@@ -634,7 +634,7 @@ def test_a_damaged_copy_is_fetched_again(
     with caplog.at_level(logging.WARNING):
         assert np.array_equal(reader.read(2)[0], ShardReader(local.directory, local.shards[0]).read(2)[0])
     assert [record.getMessage() for record in caplog.records] == [
-        f"the copy of {reader.files[part].url} at {path} is damaged and will be fetched again."
+        f"the copy of {reader.files[part].url} at {path} is damaged or cannot be read, and will be fetched again."
     ]
     assert server.gets[reader.files[part].url.removeprefix(server.url)] == 2
     assert sum(server.gets.values()) == 3

@@ -1,20 +1,26 @@
+import errno
 import io
+import itertools
 import json
 import math
 import multiprocessing
+import os
 import pickle
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
 
+from gpdit_lightning import retries
+from gpdit_lightning.data.batches import Bucket
 from gpdit_lightning.data.manifest import ShardEntry
 from gpdit_lightning.data.shard_writer import ShardSetWriter, ShardWriter
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, build_index, checksum
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, TransientError
 
 SHAPE = (3, 4, 2, 5)
 
@@ -257,3 +263,45 @@ def test_a_pickled_reader_does_not_contain_its_index(tmp_path: Path) -> None:
         with multiprocessing.get_context(method).Pool(2) as pool:
             found = pool.map(reader.read, range(20))
         assert all(np.array_equal(ours, theirs) for ours, (theirs, _) in zip(expected, found, strict=True))
+
+
+def failing_pread(monkeypatch: pytest.MonkeyPatch, times: int, error: OSError) -> None:
+    """Let the first reads fail, and return at most 100 bytes from the others."""
+    pread, calls = os.pread, itertools.count()
+
+    def read(file: int, size: int, offset: int) -> bytes:
+        if next(calls) < times:
+            raise error
+        return pread(file, min(size, 100), offset)
+
+    monkeypatch.setattr(os, "pread", read)
+    monkeypatch.setattr(retries, "RETRY_DELAYS", (0.0, 0.0))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EINTR, errno.ETIMEDOUT])
+def test_a_failed_read_is_attempted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    reader = ShardReader(tmp_path, write(tmp_path))
+    expected, metadata = reader.read(1)
+    failing_pread(monkeypatch, 2, OSError(number, os.strerror(number)))
+    latents, text = reader.read(1)
+    assert np.array_equal(latents, expected)
+    assert text == metadata
+
+
+def test_a_disk_that_fails_ends_the_training_and_replaces_no_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = write(tmp_path)
+    bucket = Bucket([(SimpleNamespace(directory=tmp_path), entry)], [entry.shape[0]])  # type: ignore[list-item]
+    failing_pread(monkeypatch, 3, OSError(errno.EIO, os.strerror(errno.EIO)))
+    with pytest.raises(TransientError, match=r"\.tar could not be read \(Input/output error\): check its disk"):
+        bucket.read(1)
+    assert bucket.read(1).damaged == ()
+
+
+def test_reads_that_end_early_are_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = ShardReader(tmp_path, write(tmp_path))
+    monkeypatch.setattr(os, "pread", lambda *_: b"")
+    monkeypatch.setattr(retries, "RETRY_DELAYS", (0.0, 0.0))
+    with pytest.raises(TransientError, match="a read ended before the end of the file"):
+        reader.read(1)
