@@ -69,6 +69,7 @@ def score_table(report: Report) -> str:
         "stride": stride_text(protocol.stride, protocol.fps),
         "sampler": f"{protocol.sampler}, {protocol.steps} steps",
         "guidance": f"{protocol.guidance.context:g}",
+        **({"labels": f"guidance {protocol.guidance.label:g}"} if protocol.labels else {}),
         "seeds": str(len(protocol.seeds)),
     }
     rows = [[_code(protocol.checkpoint), *_cells(report.scores, report.scores), *settings.values()]]

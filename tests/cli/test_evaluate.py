@@ -184,6 +184,7 @@ def test_continuations_are_conditioned_on_the_label_of_each_video(
     assert report.protocol.guidance.label == 3.0
     markdown = (tmp_path / "out" / "results.md").read_text()
     assert "Labels: of each video" in markdown
+    assert "| labels |" in markdown
     assert "guidance 1.5 over the context, 3 over the label" in markdown
     of_frames = {"psnr", "ssim"} if context else set()
     assert set(report.scores) == {"fid", "is", "fvd", "precision", "recall"} | of_frames

@@ -6,6 +6,7 @@ A function either moves its arguments, with the result that it has on the CPU, o
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -188,6 +189,44 @@ def test_a_pass_of_any_shape_waits_only_once_for_its_tables() -> None:
     with recording() as record:
         pass_over_all_shapes()
     assert {cause.partition(" at ")[2].partition(":")[0] for cause in record.waits} == {"on_sim/functions.py"}
+
+
+def slow_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A custom attention operator."""
+    scores = torch.einsum("bmhd,bnhd->bhmn", query, key) / query.shape[-1] ** 0.5
+    return torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), value)
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", f"{__name__}.slow_attention"])
+def test_attention_backends_have_gradients_on_the_device(backend: str) -> None:
+    def gradient(model: GPDiT, theta: Tensor) -> Tensor:
+        noisy, clean = (latents.to(model.device) for latents in (LATENTS, OTHERS))
+        model(noisy, theta, clean).square().sum().backward()
+        return model.patch_embedding.weight.grad
+
+    check_any_device(gradient, THETA, of=lambda device: model_of(device, attention_backend=backend))
+
+
+def test_features_for_other_models_are_trained_on_the_device() -> None:
+    latents = LATENTS[:, :2]
+
+    def output(device: str) -> Tensor:
+        encoder = VideoEncoder(model_of(device), 1, 5)
+        nn.init.eye_(encoder.projection.weight)
+        nn.init.zeros_(encoder.projection.bias)
+        encoder(latents.to(device)).sum().backward()
+        return encoder.projection.weight.grad.cpu()
+
+    torch.testing.assert_close(output("sim"), output("cpu"))
+
+
+def test_a_model_on_the_device_is_saved_and_loaded(tmp_path: Path) -> None:
+    model_of("sim").save_pretrained(tmp_path)
+    for device in ("cpu", "sim"):
+        loaded = HubGPDiT.from_pretrained(tmp_path, map_location=device)
+        assert loaded.device.type == device
+        for name, weight in model_of("cpu").state_dict().items():
+            assert torch.equal(loaded.state_dict()[name].cpu(), weight)
 
 
 # --- diffusion and generation
