@@ -253,13 +253,14 @@ def test_a_rollout_waits_once_per_frame(sampler: str, settings: dict[str, Any]) 
         return torch.stack(list(rollout(model, context, 3, config, ClipInputs([3, 5], labels))), dim=1)
 
     check_any_device(frames, LATENTS[:, :2], LABELS, of=model_of)
-    model, context, labels = model_of("sim"), LATENTS[:, :2].to("sim"), LABELS.to("sim")
+    model, context = model_of("sim"), LATENTS[:, :2].to("sim")
     with recording() as record:
-        frames(model, context, labels)
+        frames(model, context, LABELS)
     assert not record.random
     tables = sum(count for cause, count in record.waits.items() if "model/positions.py" in cause)
     assert tables <= 2 * 3  # the sinks' shifts
-    assert record.waits.total() - tables == 3 * (2 if sampler == "stochastic" else 1)
+    labels = 2  # for the whole rollout: the given ones and those without a label
+    assert record.waits.total() - tables - labels == 3 * (2 if sampler == "stochastic" else 1)
 
 
 def test_a_rollout_from_noise_alone_and_in_bf16() -> None:
