@@ -32,12 +32,14 @@ def to_srgb(image: Image.Image) -> Image.Image:
     Args:
         image: of any mode of Pillow but "I" and "F".
     """
-    result = _opaque_srgb(image)
-    if image.mode.startswith("I;16") and "transparency" in image.info:  # a PNG may declare one gray level transparent
-        result.putalpha(Image.fromarray(np.array(image) != image.info["transparency"]).convert("L"))
-    elif image.has_transparency_data and not image.mode.startswith("I;16"):
-        result.putalpha(image.convert("RGBA").getchannel("A"))
-    return result
+    colours = _opaque_srgb(image)
+    if not image.has_transparency_data:
+        return colours
+    if image.mode.startswith("I;16"):  # a PNG may declare one gray level transparent
+        alpha = Image.fromarray(np.array(image) != image.info["transparency"]).convert("L")
+    else:
+        alpha = image.convert("RGBA").getchannel("A")
+    return Image.merge("RGBA", (*colours.split(), alpha))
 
 
 def _opaque_srgb(image: Image.Image) -> Image.Image:
@@ -55,7 +57,7 @@ def _opaque_srgb(image: Image.Image) -> Image.Image:
         for form in forms:
             if transform := _transform(profile, form.mode):
                 return transform.apply(form)
-    return forms[-1].convert("RGB")
+    return forms[-1] if forms[-1].mode == "RGB" else forms[-1].convert("RGB")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -49,22 +49,7 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None, remarks: li
     """
     name = name or str(file)
     try:
-        with (
-            # Pillow warns about large images, and raises an error from twice that size on.
-            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
-            Image.open(file, formats=IMAGE_FORMATS) as image,
-        ):
-            frames = getattr(image, "n_frames", 1)
-            if remarks is not None and frames > 1 and image.format != "MPO":  # which adds previews to a photo
-                remarks.append(f"{name} contains {frames} images, of which the first was used.")
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("I", "F"):
-                raise InputError(
-                    f"{name} is 32-bit grayscale, whose black and white levels are not defined: convert it to 8 or 16 "
-                    "bits, with black at 0 and white at the maximum."
-                )
-            upright = to_srgb(upright)
-            pixels = np.array(on_white(upright) if upright.mode == "RGBA" else upright)
+        pixels = _read_pixels(file, name, remarks)
     except InputError:
         raise
     except Image.DecompressionBombError as error:
@@ -79,6 +64,26 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None, remarks: li
         damaged = InputError(f"{name} is not a readable image ({reason}): {cure}.")
         raise transient_error(error, name) or damaged from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+
+
+def _read_pixels(file: str | Path | BinaryIO, name: str, remarks: list[str] | None) -> np.ndarray:
+    """Return an image as uint8 (H, W, 3); arguments as for `read_image`, errors are those of Pillow."""
+    with (
+        # Pillow warns about large images, and raises an error from twice that size on.
+        warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+        Image.open(file, formats=IMAGE_FORMATS) as image,
+    ):
+        frames = getattr(image, "n_frames", 1)
+        if remarks is not None and frames > 1 and image.format != "MPO":  # which adds previews to a photo
+            remarks.append(f"{name} contains {frames} images, of which the first was used.")
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode in ("I", "F"):
+            raise InputError(
+                f"{name} is 32-bit grayscale, whose black and white levels are not defined: convert it to 8 or 16 "
+                "bits, with black at 0 and white at the maximum."
+            )
+        colours = to_srgb(image)
+        return np.array(on_white(colours) if colours.mode == "RGBA" else colours)
 
 
 def _unsupported_format(file: str | Path | BinaryIO) -> str | None:
