@@ -49,6 +49,15 @@ def available_device(name: str) -> "torch.device":
         ) from None
 
 
+def has_bf16(device: "torch.device") -> bool:
+    """Return whether a device computes matrix products in bf16: a GPU natively, another device under autocast."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.amp.is_autocast_available(device.type)
+
+
 def check_device(device: "torch.device", owner: str, **tensors: "Tensor | None") -> None:
     """Check that tensors are on a device; None is accepted.
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from gpdit_lightning.checkpoints.facts import EXPORT_AGAIN, TrainingFacts
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.model.attention.backends import BUILT_IN
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.schema import OBJECT, check
 
@@ -48,8 +47,9 @@ class Weights:
             architecture = GPDiTConfig.from_dict(config)
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
-        if architecture.attention_backend not in BUILT_IN:
-            # An import path or a name registered elsewhere: a file of weights must not choose code to import.
+        if architecture.attention_backend not in ("auto", "sdpa"):
+            # xformers, for which this device may have no kernels (auto selects it where it can be used); an import path
+            # or a name registered elsewhere: a file of weights must not choose code to import.
             architecture = architecture.replaced(attention_backend="auto")
         if known.classes and len(known.classes) != architecture.classes:
             raise InputError(

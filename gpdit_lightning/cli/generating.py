@@ -8,6 +8,7 @@ import torch
 
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
+from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.diffusion import Guidance, make_sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import GenerationConfig
@@ -54,9 +55,16 @@ def generation_config(
 
 
 def selected_precision(options: PrecisionOptions, trained: TrainedModel) -> Literal["32", "bf16"]:
-    """Return the precision of matrix products: `auto` is bf16 for a model on CUDA, else 32."""
+    """Return the precision of matrix products: `auto` is bf16 for a model on a CUDA device that has it, else 32.
+
+    Raises:
+        InputError: bf16 is requested, and the device does not have it.
+    """
+    device = trained.backbone.device
+    if options.precision == "bf16" and not has_bf16(device):
+        raise InputError(f"--precision is bf16, which the device {device} does not support: use 32 or auto.")
     if options.precision == "auto":
-        return "bf16" if next(trained.backbone.parameters()).is_cuda else "32"
+        return "bf16" if device.type == "cuda" and has_bf16(device) else "32"
     return options.precision
 
 

@@ -23,6 +23,7 @@ from gpdit_lightning.cli.trainer_settings import (
     TrainingParser,
     callbacks_of,
     check_interval,
+    check_precision,
     logger_specs,
     loggers_of,
     strategy_of,
@@ -154,7 +155,9 @@ class RecipeCLI(LightningCLI):
             "val_check_interval": (validate_every_steps or NEVER) * per_step,  # Lightning counts micro-batches
         }
         try:
-            return Trainer(**settings)
+            trainer = Trainer(**settings)
+            check_precision(given["precision"], trainer.strategy.root_device)
+            return trainer
         except (ValueError, TypeError, MisconfigurationException) as error:
             if isinstance(error, InputError):
                 raise

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from gpdit_lightning.cli.recipe_parser import RecipeParser
+from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import did_you_mean, import_object, is_import_path, resolve
 from gpdit_lightning.options.shared import RecipeOptions
@@ -196,6 +198,27 @@ def strategy_of(setting: Any) -> Any:
         cure = did_you_mean(name, names) or ": see fit --help, or give the import path of a Strategy subclass"
         raise InputError(f"trainer.strategy '{setting}' is not known{cure}.")
     return name
+
+
+def check_precision(setting: Any, device: torch.device) -> None:
+    """Raise `InputError` if a device or the optimizer does not support the precision of a recipe.
+
+    Args:
+        setting: `trainer.precision` of the recipe; None: 32-true.
+        device: the device of the trainer. On a CPU Lightning replaces 16-mixed by bf16-mixed.
+    """
+    name = str(setting or "32-true")
+    if name == "16-true":
+        obstacle, cure = "in which the state of the optimizer underflows", "16-mixed, bf16-mixed or 32-true"
+    elif name in ("16", "16-mixed") and device.type == "cpu":
+        obstacle, cure = "which is not supported on a CPU", "bf16-mixed or 32-true"
+    elif name.startswith("bf16") and not has_bf16(device):
+        obstacle, cure = f"which the device {device} does not support", "16-mixed or 32-true"
+    elif name in ("64", "64-true") and device.type == "mps":
+        obstacle, cure = "which MPS does not support", "32-true"
+    else:
+        return
+    raise InputError(f"trainer.precision is {name}, {obstacle}: use {cure}.")
 
 
 def check_interval(name: str, value: int | None, least: int) -> None:

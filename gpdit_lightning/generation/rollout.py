@@ -16,7 +16,7 @@ from gpdit_lightning.diffusion import Guidance, RotationSampler, Sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import import_path
 from gpdit_lightning.model import NO_LABEL, GPDiT, KVCache
-from gpdit_lightning.model.checks import check_condition
+from gpdit_lightning.model.checks import check_condition, check_rollout
 from gpdit_lightning.randomness import GENERATION_NOISE, generator
 
 
@@ -25,7 +25,7 @@ class GenerationConfig:
     """How latent frames are generated.
 
     Raises:
-        InputError: a window below 1, or a negative number of sinks.
+        InputError: a window below 1, a negative number of sinks, or a data type that autocast does not have.
     """
 
     sampler: Sampler = field(default_factory=RotationSampler)
@@ -53,6 +53,8 @@ class GenerationConfig:
             raise InputError(f"the window is {self.window} latent frames: give at least 1.")
         if self.sinks < 0:
             raise InputError(f"the number of sinks is {self.sinks}: give 0 or more.")
+        if self.autocast_dtype not in (None, torch.bfloat16, torch.float16):
+            raise InputError(f"autocast_dtype is {self.autocast_dtype}: give torch.bfloat16, torch.float16 or None.")
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,10 @@ def rollout(
         (B, C, H, W) whitened latents, on the device of the model.
 
     Raises:
-        InputError: seeds, window or condition do not match the other arguments.
+        InputError: the context does not fit the model, or seeds, window or condition do not match the other arguments.
     """
     context = context.to(model.device)
+    check_rollout(model.config, context, frames)
     clips, context_frames = context.shape[:2]
     seeds = inputs.seed_per_clip(clips)
     denoiser = Denoiser(model, context, frames, config, inputs)
@@ -131,7 +134,9 @@ def cast_linear_weights(model: GPDiT, dtype: torch.dtype) -> None:
 
 def autocast(like: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """Return a context that computes matrix products in `dtype` on the device of a tensor; None changes nothing."""
-    return nullcontext() if dtype is None else torch.autocast(like.device.type, dtype=dtype)
+    if dtype is None or like.device.type == "meta":  # where nothing is computed, and autocast does not exist
+        return nullcontext()
+    return torch.autocast(like.device.type, dtype=dtype)
 
 
 def check_finite(latents: Tensor, sampler: Sampler) -> None:

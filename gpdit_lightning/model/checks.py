@@ -14,15 +14,17 @@ from gpdit_lightning.model.kv_cache import KVCache
 from gpdit_lightning.model.prefix import NO_LABEL
 
 
-def check_latents(config: GPDiTConfig, latents: Tensor) -> None:
-    """Raise InputError unless latents are (B, F, C, H, W), not empty, and divisible into patches."""
+def check_latents(config: GPDiTConfig, latents: Tensor, may_have_no_frames: bool = False) -> None:
+    """Raise InputError unless latents are floating-point (B, F, C, H, W), not empty, and divisible into patches."""
     shape, patch = tuple(latents.shape), config.patch_size
     if len(shape) != 5 or shape[2] != config.latent_channels:
         raise InputError(
             f"latents have shape {shape}; this model takes (B, F, C, H, W) with C = {config.latent_channels}."
         )
-    if 0 in shape:
+    if 0 in (shape[:1] + shape[2:] if may_have_no_frames else shape):
         raise InputError(f"latents have shape {shape}: they are empty.")
+    if not latents.is_floating_point():
+        raise InputError(f"latents have dtype {latents.dtype}; this model takes whitened floating-point latents.")
     if shape[3] % patch or shape[4] % patch:
         raise InputError(
             f"latent frames of {shape[3]}x{shape[4]} do not divide into {patch}x{patch} patches: choose a height and a "
@@ -51,9 +53,9 @@ def check_condition(config: GPDiTConfig, condition: Tensor | None, rows: int) ->
 
 
 def check_draws(draws: int) -> None:
-    """Raise InputError unless the number of noisy rows for each clip is positive."""
-    if draws < 1:
-        raise InputError(f"draws is {draws}; it must be at least 1.")
+    """Raise InputError unless the number of noisy rows for each clip is a positive integer."""
+    if not isinstance(draws, int) or draws < 1:
+        raise InputError(f"draws is {draws}; it must be an integer of at least 1.")
 
 
 def check_forward(
@@ -70,9 +72,13 @@ def check_forward(
     check_condition(config, condition, len(noisy))
     if theta.shape != noisy.shape[:2]:
         raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B, F) = {tuple(noisy.shape[:2])}.")
-    if frames is not None and (len(frames) != noisy.shape[1] or any(b <= a for a, b in pairwise((-1, *frames)))):
+    if frames is not None and (
+        len(frames) != noisy.shape[1]
+        or not all(isinstance(frame, int) for frame in frames)
+        or any(b <= a for a, b in pairwise((-1, *frames)))
+    ):
         raise InputError(
-            f"frames are {tuple(frames)} for {noisy.shape[1]} noisy ones: give as many increasing positions."
+            f"frames are {tuple(frames)} for {noisy.shape[1]} noisy ones: give as many increasing integer positions."
         )
     check_draws(draws)
     if clean is None:
@@ -101,7 +107,7 @@ def check_extend(config: GPDiTConfig, cache: KVCache, clean: Tensor, condition: 
     check_latents(config, clean)
     if condition is not None:
         check_condition(config, condition, len(clean))
-    check_cache(cache, len(clean), clean, new_frames=clean.shape[1] if cache.sinks is None else 0)
+    check_cache(config, cache, len(clean), clean, new_frames=clean.shape[1] if cache.sinks is None else 0)
 
 
 def check_denoise(
@@ -130,17 +136,40 @@ def check_denoise(
             )
     if cache is not None:
         clips = cache.batch_size if clean is None else clips
-        check_cache(cache, clips, noisy, new_frames)
-    if len(noisy) < draws * clips:
+        check_cache(config, cache, clips, noisy, new_frames)
+    if clips and (len(noisy) < draws * clips or len(noisy) % clips):
         raise InputError(
-            f"the rows of noisy are {len(noisy)}, fewer than draws * B = {draws} * {clips}: give `draws` rows for each "
-            "of the B clips that have context, and after them any number of rows without context."
+            f"noisy has {len(noisy)} rows for draws * B = {draws} * {clips} rows with context: give `draws` rows for "
+            "each of the B clips and, for guidance, after them a multiple of B rows without context."
         )
 
 
-def check_cache(cache: KVCache, clips: int, latents: Tensor, new_frames: int) -> None:
-    """Raise InputError unless a cache fits device and size of `latents` and `clips`, and has room for `new_frames`."""
+def check_rollout(config: GPDiTConfig, context: Tensor, frames: int | None) -> None:
+    """Raise InputError unless a context (B, k, C, H, W), k = 0 included, and a number of frames fit a rollout."""
+    check_latents(config, context, may_have_no_frames=True)
+    if frames is not None and (not isinstance(frames, int) or frames < 0):
+        raise InputError(f"frames is {frames}; it must be an integer of at least 0, or None for an endless rollout.")
+
+
+def check_cache_size(config: GPDiTConfig, batch_size: int, max_frames: int, height: int, width: int) -> None:
+    """Raise InputError unless a cache has a positive size, with frames that are divisible into patches."""
+    sizes, patch = (
+        {"batch_size": batch_size, "max_frames": max_frames, "height": height, "width": width},
+        config.patch_size,
+    )
+    for name, value in sizes.items():
+        least = patch if name in ("height", "width") else 1
+        if not isinstance(value, int) or value < 1 or value % least:
+            raise InputError(f"{name} of the cache is {value}; it must be a positive multiple of {least}.")
+
+
+def check_cache(config: GPDiTConfig, cache: KVCache, clips: int, latents: Tensor, new_frames: int) -> None:
+    """Raise InputError unless a cache fits model, `clips` and `latents`, and has room for `new_frames`."""
     height, width = latents.shape[-2:]
+    if cache.config.architecture() != config.architecture():
+        raise InputError(
+            "the cache is that of a model with another architecture: create one with new_cache of this model."
+        )
     if cache.device != latents.device:
         raise InputError(
             f"the cache is on {cache.device}, but the latents are on {latents.device}: create one with model.new_cache "

@@ -70,7 +70,7 @@ class GPDiTConfig:
     """Epsilon of every RMSNorm."""
     attention_backend: str = "auto"
     """Operator that computes attention: auto = xformers on CUDA if it is installed, else PyTorch's SDPA; sdpa;
-    xformers; a registered name; or the import path of a callable (query, key, value) -> output, see
+    xformers (CUDA only); a registered name; or the import path of a callable (query, key, value) -> output, see
     model/attention/backends.py."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations: less memory, a third more time."""

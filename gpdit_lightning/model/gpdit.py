@@ -15,6 +15,7 @@ from gpdit_lightning.devices import check_device
 from gpdit_lightning.model.attention import find_backend
 from gpdit_lightning.model.block import Block, run_block, run_compiled_block
 from gpdit_lightning.model.checks import (
+    check_cache_size,
     check_denoise,
     check_extend,
     check_features,
@@ -221,8 +222,10 @@ class GPDiT(nn.Module):
                 more frames.
 
         Raises:
-            InputError: a rolling cache has no capacity for a window.
+            InputError: a size is not positive or not divisible into patches, or a rolling cache has no capacity for a
+                window.
         """
+        check_cache_size(self.config, batch_size, max_frames, height, width)
         dtype = product_dtype(self.patch_embedding.weight)
         return KVCache(self.config, batch_size, max_frames, height, width, self.device, dtype, sinks)
 
@@ -266,7 +269,7 @@ class GPDiT(nn.Module):
         """Predict the velocity of the next frame given the frames in the cache and then those in `clean`.
 
         Args:
-            noisy: (R, C, H, W), with R at least K * B. Rows after the first K * B have no context.
+            noisy: (R, C, H, W), with R a multiple of B and at least K * B. Rows after the first K * B have no context.
             theta: (R,) radians.
             cache: the previous clean frames of B clips, changed only by `clean`; None or empty: no context.
             condition: as in :meth:`forward`, for each of the R rows.

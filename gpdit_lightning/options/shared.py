@@ -80,7 +80,7 @@ class PrecisionOptions(OptionRecord):
     """Computation."""
 
     precision: Literal["auto", "32", "bf16"] = "auto"
-    """Precision of matrix products; auto is bf16 on CUDA, else 32."""
+    """Precision of matrix products; auto is bf16 on GPUs of CUDA that have it, else 32."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, velocity_loss
 from gpdit_lightning.model import GPDiT, GPDiTConfig
+from gpdit_lightning.model.attention import select_backend
 from gpdit_lightning.stages.agreement import (
     check_annotated,
     check_checkpoint,
@@ -28,6 +29,7 @@ from gpdit_lightning.stages.agreement import (
 )
 from gpdit_lightning.stages.initial_weights import InitialWeights
 from gpdit_lightning.training.optimizer import OptimizerConfig, apply_config, build_optimizer
+from gpdit_lightning.training.strategies.sharding import product_dtype_of
 
 log = logging.getLogger(__name__)
 
@@ -145,11 +147,14 @@ class GPDiTStage(LightningModule):
         return data
 
     def setup(self, stage: str) -> None:
-        """Raise `InputError` if the data do not fit the stage or its backbone, which is not built yet."""
+        """Raise `InputError` if data or device do not fit the stage or its backbone, which is not built yet."""
         check_sources(type(self).__name__, self.SOURCES, [source.name for source in self.data.plan.sources])
         check_no_texts(self.config.text_width)
         check_latent_channels(self.config.latent_channels, self.data.codec.latent_channels)
         check_number_of_classes(self.config.classes, len(self.data.classes))
+        device, dtype = self.trainer.strategy.root_device, product_dtype_of(self.trainer)
+        with torch.set_grad_enabled(stage == "fit"):
+            select_backend(self.config.attention_backend, device.type, dtype, self.config.head_width)
 
     def on_fit_start(self) -> None:
         """Raise `InputError` if the data do not fit the initial weights."""

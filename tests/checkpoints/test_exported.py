@@ -133,11 +133,18 @@ def test_settings_of_execution_are_not_saved(tiny_config: GPDiTConfig, tmp_path:
     assert GPDiT.from_pretrained(tmp_path).config == tiny_config
 
 
-def test_a_file_of_weights_cannot_choose_code_to_import(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("my_package.operator", "auto"), ("xformers", "auto"), ("sdpa", "sdpa"), ("auto", "auto")]
+)
+def test_a_file_of_weights_chooses_neither_code_to_import_nor_a_backend_of_one_device(
+    folder: Path, saved: str, loaded: str
+) -> None:
     content = json.loads((folder / "config.json").read_text())
-    content["config"]["attention_backend"] = "my_package.operator"
+    content["config"]["attention_backend"] = saved
     (folder / "config.json").write_text(json.dumps(content))
-    assert GPDiT.from_pretrained(folder).config.attention_backend == "auto"
+    model = GPDiT.from_pretrained(folder)
+    assert model.config.attention_backend == loaded
+    assert velocity(model).isfinite().all()
 
 
 def test_the_content_of_the_card(folder: Path) -> None:

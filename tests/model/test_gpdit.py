@@ -142,7 +142,7 @@ def test_features_of_a_layer_that_does_not_exist(layer: int) -> None:
 @pytest.mark.parametrize("frames", [(0,), (2, 1), (-1, 2), (1, 1), (0, 1, 2)], ids=str)
 def test_frames_that_are_not_rising_positions_are_refused(frames: tuple[int, ...]) -> None:
     noisy, theta, clean = toy_batch(frames=2)
-    with pytest.raises(InputError, match="give as many increasing positions"):
+    with pytest.raises(InputError, match="give as many increasing integer positions"):
         toy_model()(noisy, theta, clean, frames=frames)
 
 

@@ -1,13 +1,18 @@
 """Frame-by-frame generation with cached keys and values equals the full forward."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, InputError
+from gpdit_lightning.diffusion import RotationSampler
+from gpdit_lightning.generation import GenerationConfig
+from gpdit_lightning.generation import rollout as generate
 from gpdit_lightning.model import KVCache
 from gpdit_lightning.model.positions import shift_frames
-from tests.model.toys import assert_near, toy_batch, toy_model
+from tests.model.toys import assert_near, toy_batch, toy_config, toy_model
 
 VARIANTS = ("of2", "of")
 FRAMES = 5
@@ -172,7 +177,7 @@ def test_more_frames_than_the_capacity_are_refused() -> None:
 @pytest.mark.parametrize(
     ("shape", "theta_shape", "match"),
     [
-        ((1, 3, 4, 6), (1,), "the rows of noisy are 1, fewer than draws \\* B = 1 \\* 2"),
+        ((1, 3, 4, 6), (1,), "noisy has 1 rows for draws \\* B = 1 \\* 2"),
         ((2, 3, 6, 4), (2,), "2 of 6x4 were given"),
         ((2, 3, 4, 6), (2, 1), "theta has shape"),
         ((2, 3, 4, 6), (1,), "theta has shape"),
@@ -245,9 +250,8 @@ def test_rows_share_a_context_or_have_none(model: GPDiT) -> None:
         assert_near(velocity, expected)
     assert cache.frames == 2
     assert_near(model.denoise(noisy[:, 2], theta[:, 2], cache, draws=2), expected)
-    # Any number of rows may be without context.
-    for rows in (4, 5):
-        assert_near(model.denoise(noisy[:rows, 2], theta[:rows, 2], cache, draws=2), expected[:rows])
+    # No row is without context.
+    assert_near(model.denoise(noisy[:4, 2], theta[:4, 2], cache, draws=2), expected[:4])
 
 
 def test_a_rolling_cache_does_not_grow() -> None:
@@ -281,12 +285,67 @@ def test_clean_frames_that_denoise_cannot_append_are_refused() -> None:
             model.denoise(noisy[:, 2], theta[:, 2], cache, clean=given)
 
 
-def test_draws_that_do_not_fit_the_rows_are_refused() -> None:
-    model, (noisy, theta, clean) = toy_model(), toy_batch(3, 2, frames=3)
+@pytest.mark.parametrize(
+    ("rows", "draws", "match"),
+    [
+        (4, 0, "draws is 0; it must be an integer of at least 1"),
+        (4, 1.5, "draws is 1.5; it must be an integer of at least 1"),
+        (3, 2, r"noisy has 3 rows for draws \* B = 2 \* 2 rows with context"),
+        (5, 2, r"noisy has 5 rows for draws \* B = 2 \* 2 rows with context"),
+        (3, 1, r"noisy has 3 rows for draws \* B = 1 \* 2 rows with context"),
+    ],
+)
+def test_draws_that_do_not_fit_the_rows_are_refused(rows: int, draws: Any, match: str) -> None:
+    model, (noisy, theta, clean) = toy_model(), toy_batch(rows, 2, frames=3)
     cache = model.new_cache(2, 2, 4, 6)
     for context in ({"cache": cache}, {"clean": clean[:, :2]}, {"cache": cache, "clean": clean[:, :1]}):
-        with pytest.raises(InputError, match="draws is 0; it must be at least 1"):
-            model.denoise(noisy[:, 2], theta[:, 2], **context, draws=0)
-        with pytest.raises(InputError, match=r"the rows of noisy are 3, fewer than draws \* B = 2 \* 2"):
-            model.denoise(noisy[:, 2], theta[:, 2], **context, draws=2)
+        with pytest.raises(InputError, match=match):
+            model.denoise(noisy[:, 2], theta[:, 2], **context, draws=draws)
     assert cache.frames == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "match"),
+    [
+        ((0, 3, 4, 6), "batch_size of the cache is 0"),
+        ((2, 0, 4, 6), "max_frames of the cache is 0"),
+        ((2, 3, 5, 6), "height of the cache is 5; it must be a positive multiple of 2"),
+        ((2, 3, 4, 0), "width of the cache is 0"),
+    ],
+)
+def test_a_cache_of_an_impossible_size_is_refused(size: tuple[int, int, int, int], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        toy_model().new_cache(*size)
+
+
+def test_the_cache_of_another_model_is_refused() -> None:
+    model, cache, (noisy, theta, clean) = toy_model(), toy_model(layers=3).new_cache(2, 3, 4, 6), toy_batch(2, frames=2)
+    for call in (lambda: model.extend(cache, clean), lambda: model.denoise(noisy[:, 0], theta[:, 0], cache)):
+        with pytest.raises(InputError, match="the cache is that of a model with another architecture"):
+            call()
+
+
+def test_latents_that_are_not_floating_point_are_refused() -> None:
+    model, (noisy, theta, _) = toy_model(), toy_batch(2, frames=2)
+    for call in (lambda: model(noisy.byte(), theta), lambda: model.features(noisy.byte(), [1])):
+        with pytest.raises(
+            InputError, match=r"latents have dtype torch\.uint8; this model takes whitened floating-point"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("sinks", [None, 1])
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
+def test_shapes_of_a_rollout_on_the_meta_device(sinks: int | None, autocast_dtype: torch.dtype | None) -> None:
+    """Without memory for weights, caches and latents, also of a model that requests xformers."""
+    with torch.device("meta"):
+        model = GPDiT(toy_config(attention_backend="xformers"))
+    cache = model.new_cache(2, 3, 4, 6, sinks)
+    assert (cache.device.type, cache._buffer.dtype) == ("meta", torch.float32)
+    clean, noisy = torch.empty(2, 2, 3, 4, 6, device="meta"), torch.empty(4, 3, 4, 6, device="meta")
+    model.extend(cache, clean)
+    assert model.denoise(noisy, torch.empty(4, device="meta"), cache, clean=clean[:, :1], draws=2).shape == noisy.shape
+    assert cache.frames == 3
+    config = GenerationConfig(RotationSampler(2), window=2, sinks=1, autocast_dtype=autocast_dtype)
+    frames = list(generate(model.eval(), clean, 4, config))
+    assert [(frame.device.type, frame.shape) for frame in frames] == [("meta", clean[:, 0].shape)] * 4

@@ -161,14 +161,14 @@ def check_operator(
 @lru_cache(maxsize=8)
 def find_and_log(requested: str, device_type: str, dtype: torch.dtype, head_width: int) -> AttentionOperator:
     """Find a backend and log it, once per process for the same arguments, which are those of `select_backend`."""
-    if requested == "xformers" and importlib.util.find_spec("xformers") is None:
-        raise InputError("attention_backend is xformers, which is not installed: `pip install xformers` or use auto.")
     operator = find_backend(requested)
     name, reason = requested, "requested"
-    if operator is None:
+    if operator is None or requested == "xformers":
         obstacle = why_not_xformers(device_type, dtype, head_width)
+        if requested == "xformers" and obstacle and device_type != "meta":  # where nothing is computed
+            raise InputError(f"attention_backend is xformers, but {obstacle}: use auto or sdpa.")
         operator, name = (sdpa, "sdpa") if obstacle else (xformers, "xformers")
-        reason = obstacle or "CUDA device with xformers installed"
+        reason = obstacle or (reason if requested == "xformers" else "CUDA device with xformers installed")
     log.info("attention backend: %s (%s)", name, reason)
     return operator
 
@@ -184,7 +184,7 @@ def select_backend(requested: str, device_type: str, dtype: torch.dtype, head_wi
         head_width: width of queries, keys and values; by default that of the H model.
 
     Raises:
-        InputError: the backend is unknown, xformers is requested and not installed, or a custom operator fails.
+        InputError: the backend is unknown, xformers is requested and cannot be used, or a custom operator fails.
     """
     operator = find_and_log(requested, device_type, dtype, head_width)
     if requested not in BUILT_IN and device_type != "meta":

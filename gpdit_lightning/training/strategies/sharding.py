@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from gpdit_lightning.checkpoints.files import read_content
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.model.precision import product_dtype
 from gpdit_lightning.training.internals import attached_trainer
 
 
@@ -214,6 +215,15 @@ class ShardedStrategy(ParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the full model, before it is sharded."""
         Strategy.load_model_state_dict(self, checkpoint, strict)
+
+
+def product_dtype_of(trainer: Trainer) -> torch.dtype:
+    """Return the precision of matrix products and attention in a trainer's steps."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ShardedStrategy):
+        return strategy.compute_dtype
+    with strategy.precision_plugin.forward_context():
+        return product_dtype(torch.empty(0, device=strategy.root_device))
 
 
 def sharded_strategy_of(module: LightningModule) -> ShardedStrategy | None:

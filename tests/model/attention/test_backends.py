@@ -66,6 +66,13 @@ def operator(monkeypatch: pytest.MonkeyPatch) -> ReferenceOperator:
     return reference
 
 
+@pytest.fixture
+def operator_on_cpu(operator: ReferenceOperator, monkeypatch: pytest.MonkeyPatch) -> ReferenceOperator:
+    """The reference as xformers' kernel for the CPU, for which the real package has none."""
+    monkeypatch.setattr(backends, "why_not_xformers", lambda *_: None)
+    return operator
+
+
 def pretend_installed(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
     real = importlib.util.find_spec
 
@@ -92,16 +99,16 @@ CASES = pytest.mark.parametrize(("clips", "context_clips", "frames"), [(3, 1, 5)
 @CASES
 @pytest.mark.parametrize("variant", ["of2", "of"])
 def test_equals_sdpa_and_the_oracle(
-    operator: ReferenceOperator, variant: str, clips: int, context_clips: int, frames: int
+    operator_on_cpu: ReferenceOperator, variant: str, clips: int, context_clips: int, frames: int
 ) -> None:
     batch = toy_batch(clips, context_clips, frames)
     config = toy_config(attention=variant)
     model = toy_model(config.replaced(attention_backend="xformers"))
     output, grads = gradients(model, batch)
-    assert operator.calls
-    calls = len(operator.calls)
+    assert operator_on_cpu.calls
+    calls = len(operator_on_cpu.calls)
     expected, expected_grads = gradients(toy_model(config.replaced(attention_backend="sdpa")), batch)
-    assert len(operator.calls) == calls  # the other model did not use it
+    assert len(operator_on_cpu.calls) == calls  # the other model did not use it
     assert_near(output, expected, 1e-12, "output")
     for (name, _), grad, expected_grad in zip(
         [("noisy", 0), ("theta", 0), ("clean", 0), *model.named_parameters()], grads, expected_grads, strict=True
@@ -134,35 +141,39 @@ def expected_calls(variant: str, clips: int, context_clips: int, frames: int, la
 
 @CASES
 @pytest.mark.parametrize("variant", ["of2", "of"])
-def test_calls(operator: ReferenceOperator, variant: str, clips: int, context_clips: int, frames: int) -> None:
+def test_calls(operator_on_cpu: ReferenceOperator, variant: str, clips: int, context_clips: int, frames: int) -> None:
     model = toy_model(attention=variant, attention_backend="xformers", layers=3)
     model(*toy_batch(clips, context_clips, frames))
-    assert sorted(operator.calls) == sorted(expected_calls(variant, clips, context_clips, frames, layers=3, tokens=6))
+    assert sorted(operator_on_cpu.calls) == sorted(
+        expected_calls(variant, clips, context_clips, frames, layers=3, tokens=6)
+    )
 
 
-def test_noisy_copies_share_keys_and_values_of_their_clip(operator: ReferenceOperator) -> None:
+def test_noisy_copies_share_keys_and_values_of_their_clip(operator_on_cpu: ReferenceOperator) -> None:
     """Two copies of one clip of two frames, and a clip without context."""
     model = toy_model(attention_backend="xformers", layers=1)
     noisy, theta, clean = toy_batch(3, 1, frames=2)
     model(noisy, theta, clean, draws=2)
     alone, first, second = [((2, 6, 2, 20), (2, key_frames * 6, 2, 20)) for key_frames in (1, 1, 2)]
-    assert sorted(operator.calls) == sorted([alone, first, second])
+    assert sorted(operator_on_cpu.calls) == sorted([alone, first, second])
 
 
-def test_cached_generation_uses_the_operator(operator: ReferenceOperator) -> None:
+def test_cached_generation_uses_the_operator(operator_on_cpu: ReferenceOperator) -> None:
     model = toy_model(attention_backend="xformers")
     noisy, theta, clean = toy_batch(frames=3)
     with torch.no_grad():
         expected = model(noisy, theta, clean)
         cache = model.new_cache(2, 3, 4, 6)
         model.extend(cache, clean[:, :2])
-        operator.calls.clear()
+        operator_on_cpu.calls.clear()
         assert_near(model.denoise(noisy[:, 2], theta[:, 2], cache), expected[:, 2])
-    assert operator.calls == [((2, 6, 2, 20), (2, 18, 2, 20))] * 2
+    assert operator_on_cpu.calls == [((2, 6, 2, 20), (2, 18, 2, 20))] * 2
 
 
 @pytest.mark.parametrize(("variant", "cache_in_autocast"), [("of2", False), ("of", True)])
-def test_the_operator_gets_one_precision(operator: ReferenceOperator, variant: str, cache_in_autocast: bool) -> None:
+def test_the_operator_gets_one_precision(
+    operator_on_cpu: ReferenceOperator, variant: str, cache_in_autocast: bool
+) -> None:
     model = toy_model(attention=variant, attention_backend="xformers").float()
     noisy, theta, clean = (x.float() for x in toy_batch(3, 2, frames=3))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cache_in_autocast):
@@ -221,7 +232,9 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
 
 @pytest.mark.parametrize("requested", ["sdpa", "xformers"])
-def test_a_requested_backend(caplog: pytest.LogCaptureFixture, operator: ReferenceOperator, requested: str) -> None:
+def test_a_requested_backend(
+    caplog: pytest.LogCaptureFixture, operator_on_cpu: ReferenceOperator, requested: str
+) -> None:
     chosen, line = choice(caplog, requested, "cpu", torch.float32)
     assert chosen is getattr(backends, requested)
     assert line == f"attention backend: {requested} (requested)"
@@ -300,8 +313,33 @@ def test_auto_after_a_trial_that_failed_without_a_message(
 
 def test_xformers_requested_but_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_installed(monkeypatch, installed=False)
-    with pytest.raises(InputError, match="not installed"):
+    with pytest.raises(
+        InputError, match="attention_backend is xformers, but xformers is not installed: use auto or sdpa"
+    ):
         backends.select_backend("xformers", "cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("device_type", "dtype", "reason"),
+    [
+        ("cpu", torch.float32, "no kernels for cpu"),
+        ("mps", torch.bfloat16, "no kernels for mps"),
+        ("cuda", torch.float64, "no float64 kernels"),
+    ],
+)
+def test_xformers_requested_where_it_cannot_be_used(
+    operator: ReferenceOperator, device_type: str, dtype: torch.dtype, reason: str
+) -> None:
+    with pytest.raises(
+        InputError, match=f"^attention_backend is xformers, but xformers has {reason}: use auto or sdpa"
+    ):
+        backends.select_backend("xformers", device_type, dtype)
+
+
+def test_a_model_that_requests_xformers_on_a_cpu_is_refused(operator: ReferenceOperator) -> None:
+    with pytest.raises(InputError, match="xformers has no kernels for cpu"):
+        toy_model(attention_backend="xformers")(*toy_batch())
+    assert not operator.calls
 
 
 CUSTOM_CALLS = []

@@ -1,0 +1,104 @@
+"""Precisions and attention backends that a device does not support are refused when a verb starts."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpdit_lightning.cli import main
+from gpdit_lightning.cli.generating import selected_precision
+from gpdit_lightning.cli.trainer_settings import check_precision
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.model.attention.backends import BACKENDS, register_attention_backend, sdpa
+from gpdit_lightning.options.shared import PrecisionOptions
+from tests.cli.test_resume import fit, recipe
+
+
+@pytest.fixture
+def without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU such as V100, on which torch emulates bf16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "message"),
+    [
+        ("16-mixed", "cpu", "16-mixed, which is not supported on a CPU: use bf16-mixed or 32-true"),
+        (16, "cpu", "16, which is not supported on a CPU: use bf16-mixed or 32-true"),
+        ("16-true", "cuda", "16-true, in which the state of the optimizer underflows: use 16-mixed, "),
+        ("bf16-mixed", "cuda:1", "bf16-mixed, which the device cuda:1 does not support: use 16-mixed or 32-true"),
+        ("64-true", "mps", "64-true, which MPS does not support: use 32-true"),
+    ],
+)
+@pytest.mark.usefixtures("without_bf16")
+def test_a_precision_that_the_device_does_not_support(setting: Any, device: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"^trainer.precision is {message}"):
+        check_precision(setting, torch.device(device))
+
+
+@pytest.mark.usefixtures("without_bf16")
+def test_precisions_that_are_supported() -> None:
+    for setting, device in ((None, "cpu"), ("bf16-mixed", "cpu"), ("64-true", "cpu"), (16, "cuda"), ("32-true", "mps")):
+        check_precision(setting, torch.device(device))
+
+
+@pytest.mark.parametrize(("native", "automatic"), [(True, "bf16"), (False, "32")])
+def test_bf16_of_generation_needs_a_device_that_has_it(
+    native: bool, automatic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    trained: Any = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cuda", 0)))
+    assert selected_precision(PrecisionOptions(), trained) == automatic
+    assert selected_precision(PrecisionOptions(precision="32"), trained) == "32"
+    if native:
+        assert selected_precision(PrecisionOptions(precision="bf16"), trained) == "bf16"
+    else:
+        with pytest.raises(InputError, match="--precision is bf16, which the device cuda:0 does not support: use 32"):
+            selected_precision(PrecisionOptions(precision="bf16"), trained)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--trainer.precision=16-mixed"], "trainer.precision is 16-mixed, which is not supported on a CPU"),
+        (
+            ["--model.init_args.backbone.attention_backend=xformers", "--trainer.precision=bf16-mixed"],
+            "attention_backend is xformers, but xformers has no kernels for cpu: use auto or sdpa.",
+        ),
+        (
+            ["--model.init_args.backbone.attention_backend=forward_only"],
+            "attention_backend 'forward_only' returns a result without a gradient",
+        ),
+    ],
+)
+def test_fit_refuses_before_the_first_step(
+    overrides: list[str], message: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("gpdit_lightning.stages.base.GPDiT", None)  # the model is not even built
+    monkeypatch.setitem(BACKENDS, "forward_only", None)
+    register_attention_backend("forward_only", forward_only)
+    assert fit(tmp_path / "recipe.yaml", recipe(tiny_shards, tmp_path / "run"), *overrides) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def forward_only(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention without a backward pass, as FlexAttention's on a CPU."""
+    with torch.no_grad():
+        return sdpa(query, key, value)
+
+
+def test_a_forward_only_backend_serves_validation(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(BACKENDS, "forward_only", None)
+    register_attention_backend("forward_only", forward_only)
+    path = tmp_path / "recipe.yaml"
+    assert fit(path, recipe(tiny_shards, tmp_path / "run"), "--trainer.max_steps=1") == 0
+    backend = "--model.init_args.backbone.attention_backend"
+    assert main(["validate", f"--config={path}", f"{backend}=forward_only"]) == 0
+    assert main(["validate", f"--config={path}", f"{backend}=xformers"]) == 2
+    assert "xformers has no kernels for cpu" in capsys.readouterr().err.splitlines()[-1]
