@@ -16,6 +16,7 @@ from gpdit_lightning.data.plan import PlannedBucket, PlannedSource
 from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.flops import PEAK_BF16_FLOPS, peak_bf16_flops
+from gpdit_lightning.estimation.loading import loaded_bytes, shared_memory_bytes
 from gpdit_lightning.estimation.memory import STRATEGIES, ShardingStrategy, parameter_count
 from gpdit_lightning.estimation.requirements import (
     ALLOWANCE,
@@ -33,7 +34,7 @@ from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.options.estimate import EstimateOptions
 from gpdit_lightning.specs import LatentGrid
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 FLOP_UNITS = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
 TIME_UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "average", "buffers", "step")  # columns of the table
@@ -77,11 +78,13 @@ class EstimatedRecipe(NamedTuple):
         run: settings from which the estimate is computed.
         grid: how pixels map to latents.
         assumed: names of the sources whose data are not prepared.
+        workers: loader processes per GPU.
     """
 
     run: RunSettings
     grid: LatentGrid
     assumed: frozenset[str]
+    workers: int
 
 
 def read_recipe(
@@ -115,7 +118,7 @@ def read_recipe(
         sources=sources,
         sampling=data.sampling,
     )
-    return EstimatedRecipe(run, grid, assumed)
+    return EstimatedRecipe(run, grid, assumed, data.workers)
 
 
 def sharding_strategy(setting: Any) -> ShardingStrategy:
@@ -254,7 +257,18 @@ def model_and_data(recipe: EstimatedRecipe) -> str:
             f"{source.name}: {batch} per step{steps}, {clips} per micro-batch and GPU, latent frames {lengths}, "
             f"{', '.join(sorted(sizes))} ({'assumed' if source.name in recipe.assumed else 'as prepared'})"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *loading(run, recipe.workers)])
+
+
+def loading(run: RunSettings, workers: int) -> list[str]:
+    """Return a line on the memory of the loader processes; none if there are none."""
+    if not workers:
+        return []
+    needed, shared = (f"{size / MIB:.1f} MiB" for size in (loaded_bytes(run, workers), shared_memory_bytes(workers)))
+    return [
+        f"loading: {workers} processes per GPU hold {needed} of batches in host memory; they need {shared} of shared "
+        "memory (/dev/shm)"
+    ]
 
 
 def value_range(numbers: Sequence[int]) -> str:

@@ -11,8 +11,12 @@ from jsonargparse import Namespace
 
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli.estimate import GIB, estimate, read_recipe, sharding_strategy
+from gpdit_lightning.data.batches import LatentDataset
+from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.source import SourceConfig
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.estimation.loading import loaded_bytes
 from gpdit_lightning.estimation.requirements import memory, nearest_that_fits, overrides, source_flops, step_flops
 from gpdit_lightning.options.estimate import EstimateOptions
 
@@ -49,6 +53,28 @@ def test_prepared_data_give_the_shapes(mixed: Path, capsys: pytest.CaptureFixtur
     assert "images: 4 per step, 2 per micro-batch and GPU, latent frames 1, 64x64, 64x96 (as prepared)" in text
     assert "videos: 8 per step, 2 per micro-batch and GPU, latent frames 2 to 3, 64x64 (as prepared)" in text
     assert "and 500 steps" in text
+
+
+def test_the_memory_of_loader_processes_is_that_of_their_batches(
+    mixed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two processes with two batches each; noise levels, of a few bytes, are not counted."""
+    settings = yaml.safe_load(mixed.read_text())["data"]
+    sources = {name: SourceConfig(**settings[name]) for name in ("images", "videos")}
+    data = LatentDataModule(**sources, max_ranks=2, noise_draws=3)
+    buckets = [data.buckets["train"][source.name] for source in data.plan.sources]
+    loaded = LatentDataset(data.plan, buckets, data.codec.mean, data.codec.std, "frame", 0, 0, 2, noise_draws=3)
+    batches = [loaded[number] for number in range(12)]
+    largest = max(4 * (batch.latents.numel() + batch.noise.numel()) for batch in batches)
+    options = [f"--config={mixed}", "--data.workers=2", "--data.noise_draws=3"]
+    assert loaded_bytes(read_recipe(options, gpus=2).run, 2) == 4 * largest
+    assert main(["estimate", *options, "--gpus=2"]) == 0
+    line = (
+        f"loading: 2 processes per GPU hold {4 * largest / 2**20:.1f} MiB of batches in host memory; they need 0.1 MiB"
+    )
+    assert line in capsys.readouterr().out
+    assert main(["estimate", f"--config={mixed}"]) == 0
+    assert "loading:" not in capsys.readouterr().out
 
 
 def test_a_step_of_alternating_sources_takes_the_mean_of_their_flops(
