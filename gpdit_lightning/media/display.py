@@ -9,20 +9,19 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.containers import VideoStream
 from gpdit_lightning.media.decoding import DecodedFrame, read_side_data
 from gpdit_lightning.media.hdr import TRANSFER_HLG, TRANSFER_PQ, tone_mapped
 from gpdit_lightning.media.images import on_white
 
 # Codes of ITU-T H.273, which FFmpeg uses too.
 MATRIX_RGB, MATRIX_UNSPECIFIED, MATRIX_RESERVED = 0, 2, 3
-MATRIX_BT709, MATRIX_BT601, MATRIX_BT2020 = 1, 6, 9
 CONVERTIBLE_MATRICES = (1, 4, 5, 6, 7, 9)  # BT.709, FCC, BT.601 (625 and 525 lines), SMPTE 240M, BT.2020
-TRANSFER_UNSPECIFIED = 2
 HD_LINES = 720  # players take untagged video for BT.709 from this number of lines on, else for BT.601
 # Levels of limited range (16 to 235) in full range, for gray video, which FFmpeg converts as if it had full range.
 FULL_RANGE = ((np.arange(256) - 16) * (255 / 219)).round().clip(0, 255).astype(np.uint8)
@@ -55,11 +54,13 @@ class Display:
     """Converter of the decoded frames of one video.
 
     Args:
-        name: the video's name in errors.
+        video: the video.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, video: VideoStream) -> None:
+        self._name = str(video.path)
+        # The fourth byte of a pixel of an uncompressed bitmap is reserved, though FFmpeg takes it for alpha.
+        self._is_opaque = video.decoder.name == "rawvideo" and video.container.format.name == "avi"
         self._reformatter = VideoReformatter()
 
     def convert(self, decoded: DecodedFrame) -> DisplayedPixels:
@@ -71,7 +72,7 @@ class Display:
         frame, orientation = decoded.frame, orientation_of(decoded.display_matrix, self._name)
         if frame.color_trc in (TRANSFER_PQ, TRANSFER_HLG):
             pixels = tone_mapped(self._rgb(frame, "rgb48le"), frame.color_trc, frame.color_primaries)
-        elif has_alpha(frame):
+        elif has_alpha(frame) and not self._is_opaque:
             image = on_white(Image.fromarray(self._rgb(frame, "rgba")))
             pixels = torch.from_numpy(np.array(image))
         else:
@@ -83,7 +84,9 @@ class Display:
         pixels = pixels.flip(flipped).contiguous() if flipped else pixels.contiguous()
         aspect = 1 / decoded.pixel_aspect if orientation.transpose else decoded.pixel_aspect
         if square_width(pixels.shape[2], aspect) > MAX_SIDE:
-            raise InputError(f"{self._name} has the sample aspect ratio {decoded.pixel_aspect}: correct it.")
+            raise InputError(
+                f"{self._name} states that its pixels are {float(decoded.pixel_aspect):g} times as wide as high: correct that."
+            )
         return DisplayedPixels(pixels, aspect)
 
     def _rgb(self, frame: "av.VideoFrame", pixel_format: str) -> np.ndarray:
@@ -92,7 +95,7 @@ class Display:
         array: np.ndarray = converted.to_ndarray()
         return array
 
-    def _matrix(self, frame: "av.VideoFrame") -> int | None:
+    def _matrix(self, frame: "av.VideoFrame") -> Colorspace | None:
         """Return the matrix to assume; None for the one of the frame."""
         if not is_yuv(frame) or frame.colorspace in CONVERTIBLE_MATRICES:
             return None
@@ -102,12 +105,12 @@ class Display:
                 "convert it to BT.709."
             )
         if frame.color_trc in (TRANSFER_PQ, TRANSFER_HLG):
-            return MATRIX_BT2020
+            return Colorspace.BT2020
         if frame.format.components[0].bits > 8 and has_dolby_vision(frame):
             raise InputError(
                 f"{self._name} has the colours of Dolby Vision profile 5, which are not supported: convert it."
             )
-        return MATRIX_BT709 if frame.height >= HD_LINES else None
+        return Colorspace.ITU709 if frame.height >= HD_LINES else Colorspace.ITU601
 
 
 def square_width(width: int, pixel_aspect: Fraction) -> int:

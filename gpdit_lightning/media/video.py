@@ -235,7 +235,7 @@ def _select(frames: Iterator[T], start: int, stride: int, max_frames: int | None
 def _displayed_frames(
     video: VideoStream, start: int = 0, stride: int = 1, max_frames: int | None = None, fps: float | None = None
 ) -> Iterator[VideoFrame]:
-    display = Display(str(video.path))
+    display = Display(video)
     size: Size | None = None
     frames = deinterlaced(decoded_frames(video))
     # Frames are resampled and selected before they are converted, which takes longer.

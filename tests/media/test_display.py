@@ -65,7 +65,7 @@ def test_container_precedes_codec_and_codec_precedes_nothing(tmp_path: Path) -> 
         if width:
             assert (video_info(path).height, video_info(path).width) == (64, width)
         else:
-            with pytest.raises(InputError, match=r"a\.mp4 has the sample aspect ratio 60000: correct it"):
+            with pytest.raises(InputError, match=r"a\.mp4 states that its pixels are 60000 times as wide as high"):
                 video_info(path)
 
 
@@ -198,6 +198,19 @@ def test_gray_levels(tmp_path: Path, tags: tuple[int, ...], scale: float, offset
     levels = patches((PATCHES[:, 0] * scale + offset).round(), 64, 96)
     encode(tmp_path / "a.mkv", [plane_frame("gray", [levels])], "ffv1", tags=tags)
     assert np.abs(patch_colours(tmp_path / "a.mkv") - PATCHES[:, :1]).max() <= 1
+
+
+@pytest.mark.parametrize("tag", [0, 3], ids=["RGB", "reserved"])
+def test_tags_that_cannot_be_true_count_as_none(tmp_path: Path, tag: int) -> None:
+    frame = plane_frame("yuv420p", patch_planes(PATCHES, 64, 96, "BT.601", False, 8))
+    encode(tmp_path / "a.mkv", [frame], "ffv1", tags=(tag, LIMITED))
+    assert np.abs(patch_colours(tmp_path / "a.mkv") - PATCHES).max() <= 3
+
+
+def test_reserved_byte_of_a_bitmap_is_not_transparency(tmp_path: Path) -> None:
+    image = torch.tensor([30, 60, 90, 0], dtype=torch.uint8)[:, None, None].expand(4, 16, 16)
+    encode(tmp_path / "a.avi", [rgb_frame(image, "bgra")], "rawvideo")
+    assert read_video(tmp_path / "a.avi")[0, :, 8, 8].tolist() == [30, 60, 90]
 
 
 def test_rgb_is_not_converted(tmp_path: Path) -> None:
