@@ -84,9 +84,8 @@ class Display:
         pixels = pixels.flip(flipped).contiguous() if flipped else pixels.contiguous()
         aspect = 1 / decoded.pixel_aspect if orientation.transpose else decoded.pixel_aspect
         if square_width(pixels.shape[2], aspect) > MAX_SIDE:
-            raise InputError(
-                f"{self._name} states that its pixels are {float(decoded.pixel_aspect):g} times as wide as high: correct that."
-            )
+            ratio = f"{float(decoded.pixel_aspect):g}"
+            raise InputError(f"{self._name} states that its pixels are {ratio} times as wide as high: correct that.")
         return DisplayedPixels(pixels, aspect)
 
     def _rgb(self, frame: "av.VideoFrame", pixel_format: str) -> np.ndarray:
