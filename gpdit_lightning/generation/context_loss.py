@@ -30,14 +30,14 @@ def relative_loss(
 
     Args:
         trained: the model.
-        context: (k, C, h, w) whitened latents, on the device of the model.
+        context: (k, C, h, w) whitened latents, on any device.
         label: class number, or `NO_LABEL`; None for a model without classes.
         autocast_dtype: as in :class:`GenerationConfig`.
 
     Returns:
         The quotient; None without a context, or if no validation loss of images (k = 1) or videos (k > 1) is recorded.
     """
-    context = context[-trained.geometry.frames :]
+    context = context[-trained.geometry.frames :].to(trained.backbone.device)
     quarters = trained.validation and trained.validation.quarters.get("images" if len(context) == 1 else "videos")
     if not len(context) or not quarters or not quarters[0]:
         return None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -42,6 +43,7 @@ from gpdit_lightning.generation import (
     stream_video,
     transform,
 )
+from gpdit_lightning.generation.context_loss import relative_loss
 from gpdit_lightning.media import image_tasks
 from gpdit_lightning.options.evaluate import NetworkOptions
 from gpdit_lightning.probing.encoder import VideoEncoder
@@ -298,6 +300,16 @@ def test_frames_are_streamed_from_latents_on_any_device() -> None:
         return torch.cat([piece.pixels for piece in pieces], dim=1)
 
     check_any_device(pixels, LATENTS[:, :2], LABELS, of=model_of)
+
+
+def test_a_context_is_compared_with_the_training_data_wherever_it_is() -> None:
+    def loss(model: GPDiT, context: Tensor) -> float | None:
+        validation = SimpleNamespace(quarters={"videos": [1.0]})
+        geometry, schedule = SimpleNamespace(frames=3), NoiseSchedule()
+        trained: Any = SimpleNamespace(backbone=model, validation=validation, geometry=geometry, schedule=schedule)
+        return relative_loss(trained, context, label=1)
+
+    check_any_device(loss, LATENTS[0], of=model_of)
 
 
 def test_images_are_transformed_wherever_they_are() -> None:
