@@ -38,6 +38,7 @@ from gpdit_lightning.evaluation.videos import Selection, find_videos, select_vid
 from gpdit_lightning.files import process_lock
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.media.video_writer import write_video
+from gpdit_lightning.names import as_text
 from gpdit_lightning.options.evaluate import EvaluateOptions
 from gpdit_lightning.preparation.annotations import Annotations, read_annotations
 from gpdit_lightning.progress import progress_bar
@@ -154,7 +155,7 @@ def find_labels(
     classes, sources = [], set()
     for name, path in zip(selection.names, selection.paths, strict=True):
         annotated = annotations.get(name).label
-        label = annotated or path.absolute().parent.name
+        label = annotated or as_text(path.absolute().parent.name)
         source = "annotations" if annotated else "names of folders"
         if label not in trained.classes:
             known = ", ".join(trained.classes[:MAX_CLASSES]) + (", ..." if len(trained.classes) > MAX_CLASSES else "")

@@ -28,6 +28,8 @@ from gpdit_lightning.workers import WorkerLoader
 
 log = logging.getLogger(__name__)
 
+MAX_NAME_BYTES = 255
+
 
 def features(options: FeaturesOptions) -> None:
     """Write the features of all videos whose files do not exist yet; a stopped command resumes.
@@ -41,15 +43,25 @@ def features(options: FeaturesOptions) -> None:
     trained = replace(trained, backbone=first_layers(trained.backbone, options.layer))
     record = make_record(options, trained, codec)
     create_or_resume(options.out, record)
-    missing = {name: path for name, path in videos.items() if not record.path_of(options.out, name).exists()}
-    skipped = extract(missing, trained, codec, record, options)
+    usable = {name: path for name, path in videos.items() if has_short_name(record.path_of(options.out, name))}
+    missing = {name: path for name, path in usable.items() if not record.path_of(options.out, name).exists()}
+    unreadable = extract(missing, trained, codec, record, options)
+    skipped = unreadable + len(videos) - len(usable)
     if skipped == len(videos):
         raise InputError(f"none of the {skipped} videos in {' '.join(options.videos)} could be read: give others.")
     tokens, width = record.shape
     print(
         f"{options.out}: features of {len(videos) - skipped} videos, {tokens} tokens of width {width} each; "
-        f"{len(missing) - skipped} of them are new, and {skipped} videos were skipped"
+        f"{len(missing) - unreadable} of them are new, and {skipped} videos were skipped"
     )
+
+
+def has_short_name(path: Path) -> bool:
+    """Return whether a file system accepts the name of a file; a warning names the file if not."""
+    is_short = len(path.name.encode()) <= MAX_NAME_BYTES
+    if not is_short:
+        log.warning("skipped: the name of %s is too long for a file: rename the video", path)
+    return is_short
 
 
 def videos_by_name(paths: Sequence[str]) -> dict[str, Path]:

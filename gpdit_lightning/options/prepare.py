@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.options.shared import DeviceOptions, OptionRecord, check_at_least
+from gpdit_lightning.options.shared import DeviceOptions, OptionRecord, check_at_least, check_is_utf8
 
 INTERLEAVED_FILES = 16
 """Number of input files that are read in turn. It determines the order of samples, for any number of processes."""
@@ -25,6 +25,10 @@ class CodecOptions(DeviceOptions):
     codec_source: str | None = None
     """Weights of the codec: a folder or hub name for wan, a file for pca; by default its standard weights."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_is_utf8(self, "codec_source", "rename it, since the manifest records it")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions(OptionRecord):
@@ -37,6 +41,7 @@ class ValidationOptions(OptionRecord):
         super().__post_init__()
         if not 0 <= self.validation_fraction < 1:
             raise InputError(f"--validation_fraction is {self.validation_fraction}: give at least 0 and less than 1.")
+        check_is_utf8(self, "source_pattern", r"write such bytes of names as in messages, for example caf\\xe9")
         try:
             re.compile(self.source_pattern or "")
         except re.error as error:

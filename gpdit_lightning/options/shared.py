@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.names import as_text
 
 
 def check_at_least(options: Any, **limits: int) -> None:
@@ -15,6 +16,13 @@ def check_at_least(options: Any, **limits: int) -> None:
         value = getattr(options, name)
         if value is not None and value < limit:
             raise InputError(f"--{name} is {value}: give at least {limit}.")
+
+
+def check_is_utf8(options: Any, name: str, cure: str) -> None:
+    """Raise an InputError if the value of an option is text with bytes that are not UTF-8."""
+    value = getattr(options, name)
+    if isinstance(value, str) and value != as_text(value):
+        raise InputError(f"--{name} is {value}, which is not UTF-8: {cure}.")
 
 
 def names_of(*records: type[Any]) -> tuple[str, ...]:

@@ -84,9 +84,7 @@ def test_prepare_pairs_prints_a_table_and_the_next_command(
     run_dir = "--run_dir runs/tiny/few_shot_grey"
     assert f"next: python -m gpdit_lightning fit --config gpdit:few_shot/grayscale {run_dir} --data.sequ" in text
     assert main(["prepare-pairs", "--sources", "nowhere", *words]) == 2
-    assert capsys.readouterr().err == (
-        "error: nowhere does not exist: give a folder of .jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff files.\n"
-    )
+    assert re.fullmatch(r"error: nowhere does not exist: give a folder of \.jpg, .* files\.\n", capsys.readouterr().err)
 
 
 def test_inspect(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
