@@ -15,6 +15,7 @@ from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli.chain import stages_of
 from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.estimation.loading import shared_memory_bytes
 from tests.checkpoints.content import read_checkpoint
 from tests.data.labelled import write_labelled
 
@@ -93,6 +94,13 @@ def test_head_is_complete(path: Path) -> None:
     if re.search(r"\d", entries["Expect"]):
         assert re.search(r"\(measured\b|the paper reports|not run", entries["Expect"])
     assert path not in OF_THE_PAPER or "\n# From the paper:" in head
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=name_of)
+def test_head_has_the_shared_memory_of_the_loader_processes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needed = shared_memory_bytes(settings_of(path, capsys=capsys)["data"]["workers"])
+    stated = f"{needed / 2**20:.1f} MiB of /dev/shm per GPU" if needed else "none"
+    assert f"\n# Shared memory: {stated} " in head_of(path)
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=name_of)
