@@ -3,6 +3,7 @@
 import logging
 import mimetypes
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,14 +67,18 @@ def is_video(path: Path) -> bool:
 
 
 @contextmanager
-def ffmpeg_errors() -> Iterator[list[str]]:
-    """Collect FFmpeg's messages at level ERROR within the block, except those of FFmpeg's threads, in a list."""
+def ffmpeg_errors(ignored: AbstractSet[str] = frozenset()) -> Iterator[list[str]]:
+    """Collect FFmpeg's messages at level ERROR within the block, except those of FFmpeg's threads, in a list.
+
+    Args:
+        ignored: names of decoders whose messages are dropped.
+    """
     messages: list[str] = []
     with av.logging.Capture() as logged:
         try:
             yield messages
         finally:
-            messages[:0] = [message.partition("\n")[0] for _, _, message in logged]
+            messages[:0] = [message.partition("\n")[0] for _, name, message in logged if name not in ignored]
 
 
 @contextmanager

@@ -86,9 +86,11 @@ def decoded_frames(video: VideoStream) -> Iterator[DecodedFrame]:
 def _frames(video: VideoStream, damage: "_Damage", aspect: "_PixelAspect") -> Iterator["av.VideoFrame"]:
     """Decode all packets, and record signs of damage."""
     packets = video.container.demux(video.stream)
+    codecs = [stream.codec_context for stream in video.container.streams if stream is not video.stream]
+    sound = {codec.name for codec in codecs if codec is not None} - {video.decoder.name}
     position, pts = -1, None
     while True:
-        with ffmpeg_errors() as messages:
+        with ffmpeg_errors(ignored=sound) as messages:
             packet = next(packets, None)
         if messages:  # the end of the packet before was not where the next one begins
             damage.record(_Sign(position, pts, messages[0]))

@@ -106,6 +106,28 @@ def test_damage_of_vp9_is_detected(tmp_path: Path) -> None:
     assert len(frames) == 20
 
 
+def test_damaged_sound_does_not_end_a_video(tmp_path: Path) -> None:
+    path = tmp_path / "a.ts"
+    with av.open(str(path), "w") as container:
+        video, sound = container.add_stream("libx264", FPS), container.add_stream("mp2", 48000)
+        video.width, video.height, video.pix_fmt = 96, 64, "yuv420p"
+        noise = torch.randint(-9000, 9000, (FRAMES, 1, 4000), generator=torch.Generator().manual_seed(0)).short()
+        for pixels, samples in zip(moving_texture(FRAMES), noise.numpy(), strict=True):
+            container.mux(video.encode(rgb_frame(pixels)))
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="stereo")
+            frame.sample_rate = 48000
+            container.mux(sound.encode(frame))
+        container.mux([*sound.encode(None), *video.encode(None)])
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        for packet in list(container.demux(audio=0))[3:-3:3]:
+            content[packet.pos + 60 : packet.pos + 90] = bytes(30)
+    path.write_bytes(content)
+    frames, error = frames_before_damage(path)
+    assert error is None
+    assert len(frames) == FRAMES
+
+
 def test_a_video_cut_before_a_key_frame_begins_with_the_first_complete_frame(tmp_path: Path) -> None:
     path = tmp_path / "a.ts"
     encode_texture(path, "libx264", {"crf": "20", "bf": "2"})
