@@ -1,7 +1,6 @@
 """The estimates in the heads of recipes and in docs/scaling.md are those of `estimate`."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ def seconds_on_h100(run: RunSettings) -> float:
     return run.max_steps * sum(step_flops(run).values()) / (run.gpus * 989e12 * 0.4)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, "labels/ucf101"])
 def test_the_head_of_a_recipe_has_the_memory_and_time_of_its_command(
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,10 +38,13 @@ def test_the_head_of_a_recipe_has_the_memory_and_time_of_its_command(
     head = head_of(recipe)
     stated = re.search(r"Memory: ([\d.]+) GiB per GPU.*?\(estimated: python -m gpdit_lightning estimate ([^;)]+)", head)
     assert stated
-    command = shlex.split(stated[2])
-    sizes = {"videos": [command[command.index("--video_sizes") + 1]]} if "--video_sizes" in command else {}
-    run = read_recipe(command[-2:], int(command[command.index("--gpus") + 1]), sizes).run
+    options = dict(re.findall(r"--(gpus|video_sizes) (\S+)", stated[2]))
+    sizes = {"videos": [options["video_sizes"]]} if "video_sizes" in options else {}
+    files = [f"--config={path}" for path in re.findall(r"--config (\S+)", stated[2])]
+    run = read_recipe(files, int(options["gpus"]), sizes).run
     assert as_stated(memory(run)["total"] / GIB, stated[1]) == stated[1]
+    if recipe not in RECIPES:
+        return  # its time is relative to that of another recipe
     time = re.search(r"Time: (?:at least )?([\d.]+) (hour|minute)s? on (\w+) H100.*?([\d.]+) PFLOP per step", head)
     assert time
     assert time[3].replace("one", "1") == str(run.gpus)
