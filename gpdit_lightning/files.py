@@ -99,6 +99,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def utf8_path(path: str | Path) -> Iterator[str]:
+    """Yield a path of an existing file to a library that reads UTF-8 paths only, such as safetensors.
+
+    For a path that is not UTF-8 it is that of an open descriptor, which is valid during the block.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield os.fspath(path)
+
+
+@contextmanager
 def process_lock(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock on a file during the block; it is released when the process ends, even by a kill.
 

@@ -20,7 +20,7 @@ from gpdit_lightning.checkpoints.card import model_card
 from gpdit_lightning.checkpoints.facts import EXPORT_AGAIN
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import atomic_write, utf8_path
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.version import __version__
@@ -56,7 +56,8 @@ def read_exported(folder: Path) -> Weights:
     if not path.is_file():
         raise InputError(f"{path} does not exist, and weights in other files are not opened: {cure}.")
     try:
-        tensors = load_file(path)
+        with utf8_path(path) as readable:
+            tensors = load_file(readable)
     except (OSError, SafetensorError) as error:
         damaged = InputError(f"{path} is not a complete safetensors file ({error}): {cure}.")
         raise transient_error(error, path) or damaged from None

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gpdit_lightning.checkpoints.facts import Origin, WeightsKind
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, flush, partial_path, publish, sha256_of
+from gpdit_lightning.files import atomic_write, flush, partial_path, publish, sha256_of, utf8_path
 from gpdit_lightning.retries import retried, transient_error
 
 LAST = "last.ckpt"
@@ -156,7 +156,8 @@ def read_content(folder: Path, mapped: bool = True) -> dict[str, Any]:
         raise InputError(f"{path} is not a checkpoint of gpdit_lightning: give one that `fit` wrote.")
     if "ema" in content:
         try:
-            average = load_file(folder / AVERAGE)
+            with utf8_path(folder / AVERAGE) as readable:
+                average = load_file(readable)
         except (OSError, SafetensorError) as error:
             damaged = InputError(f"{folder / AVERAGE} is not a complete safetensors file ({error}): {cure}.")
             raise transient_error(error, folder / AVERAGE) or damaged from None

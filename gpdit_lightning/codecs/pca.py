@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpdit_lightning.codecs.base import Codec, fingerprint_of
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import utf8_path
 
 SHIPPED_WEIGHTS = Path(__file__).with_name("pca.safetensors")
 COMPONENTS = 16
@@ -59,7 +60,8 @@ class PcaCodec(Codec):
         path = SHIPPED_WEIGHTS if source is None else Path(source)
         cure = "make one with `python -m gpdit_lightning.codecs.fit_pca --out FILE`"
         try:
-            weights = load_file(path)
+            with utf8_path(path) as readable:
+                weights = load_file(readable)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is not a readable weights file of the codec 'pca' ({error}): {cure}.") from None
         if {name: tuple(values.shape) for name, values in weights.items()} != WEIGHT_SHAPES:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import atomic_write, utf8_path
 from gpdit_lightning.retries import transient_error
 
 
@@ -48,7 +48,7 @@ class ChunkFiles:
         expected = json.loads(json.dumps(settings))
         for path in paths:
             try:
-                with safe_open(path, "pt") as file:
+                with utf8_path(path) as readable, safe_open(readable, "pt") as file:
                     names, stored = (json.loads(file.metadata()[key]) for key in ("names", "made_by"))
                     self.keys |= set(file.keys())
             except (OSError, SafetensorError, KeyError, TypeError) as error:
@@ -77,7 +77,7 @@ class ChunkFiles:
         """
         key, other = f"{variant}/{quantity}", f"{limit_to or variant}/{quantity}"
         for path in self.paths:
-            with safe_open(path, "pt") as file:
+            with utf8_path(path) as readable, safe_open(readable, "pt") as file:
                 if {key, other} <= set(file.keys()):
                     videos, values = file.get_slice(other).get_shape()[0], file.get_slice(key)
                     yield values[:videos] if position is None else values[:videos, position]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.network_files import I3D_SHA256, PREPROCESSING_OF_FILE, load_script
+from gpdit_lightning.files import utf8_path
 from gpdit_lightning.retries import transient_error
 
 MIN_FRAMES = 10
@@ -153,7 +154,8 @@ class I3D(nn.Module):
         """
         remedy = "give the I3D weights of Kinetics-400 in Flax's layout"
         try:
-            stored = load_file(path)
+            with utf8_path(path) as readable:
+                stored = load_file(readable)
         except (OSError, SafetensorError) as error:
             damaged = InputError(f"{path} cannot be read as a safetensors file ({error}): {remedy}.")
             raise transient_error(error, path) or damaged from None

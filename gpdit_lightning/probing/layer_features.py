@@ -25,7 +25,7 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.evaluation.videos import read_clip
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import atomic_write, utf8_path
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.progress import progress_bar
@@ -160,7 +160,7 @@ class _FeatureBlock(NamedTuple):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a file that :meth:`save` wrote."""
-        with safe_open(path, "pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, "pt") as file:
             metadata = json.loads(file.metadata()["notes"])
             return cls(file.get_tensor("features"), metadata["places"], metadata["squeezed"], metadata["faults"])
 
