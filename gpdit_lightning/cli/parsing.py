@@ -12,6 +12,7 @@ from gpdit_lightning.cli.arguments import LiteralNames, item_type, normalized, r
 from gpdit_lightning.cli.messages import PREFIX, OptionHelp, one_sentence
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path, with_bases
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.names import as_text
 from gpdit_lightning.options.shared import RecipeOptions
 
 # Every field's docstring becomes its help.
@@ -43,6 +44,10 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
     parser, recipe = parser_of(verb, description, record), dict[str, list[str]]()
     if issubclass(record, RecipeOptions):
         of_verb, recipe["config"], recipe["overrides"] = recipe_arguments(arguments, option_names(record))
+        if unwritable := [word for word in recipe["overrides"] if as_text(word) != word]:
+            raise InputError(
+                f"{unwritable[0]} is not UTF-8, but the files of a run record it: rename that file or folder."
+            )
         of_verb = [*_options_in_files(recipe["config"], record), *of_verb]
     else:
         of_verb = with_bases(arguments)

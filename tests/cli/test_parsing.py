@@ -1,5 +1,6 @@
 """A verb's record of options as its command line: lists, switches, YAML files, help and errors."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +155,15 @@ def test_what_is_not_a_records_own_option_overrides_the_recipe(tmp_path: Path, m
         check=True,
     )
     assert options.fit_arguments == ["--config=a.yaml", "--config=b.yaml", *options.overrides]
+
+
+def test_names_that_a_recipe_cannot_store_are_refused() -> None:
+    folder = os.fsdecode(b"runs/caf\xe9")
+    for arguments in ([f"--run_dir={folder}"], ["--run_dir", folder]):
+        with pytest.raises(
+            InputError, match="is not UTF-8, but the files of a run record it: rename that file or folder"
+        ):
+            parse("fit", "Train.", RecipeOptions, arguments)
 
 
 def test_help_of_a_verb_with_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
