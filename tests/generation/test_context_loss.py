@@ -21,6 +21,8 @@ SINES = SCHEDULE.theta(torch.tensor(NOISE_LEVELS)).sin()
 class ModelOfZeros(nn.Module):
     """Returns the velocity of latents that are 0, and records its inputs."""
 
+    device = torch.device("cpu")
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[dict[str, Any]] = []
