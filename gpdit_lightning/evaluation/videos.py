@@ -61,7 +61,7 @@ def select_videos(
         InputError: there are too few videos, or two with the same name; also as :func:`find_videos`.
     """
     videos: dict[str, Path] = {}
-    for path, name in find_named_videos(paths):
+    for path, name in find_named_videos(paths, report=False):
         if videos.setdefault(name, path) is not path:
             raise InputError(
                 f"{videos[name]} and {path} have the same name: give a folder above both, or leave one out."
@@ -108,11 +108,14 @@ def find_videos(paths: Sequence[str | Path]) -> list[Path]:
     return [path for path, _ in find_named_videos(paths)]
 
 
-def find_named_videos(paths: Sequence[str | Path]) -> list[FoundFile]:
+def find_named_videos(paths: Sequence[str | Path], report: bool = True) -> list[FoundFile]:
     """Return given videos, and the videos in given folders at any depth and in .txt lists, with their names.
 
-    They are in the order of the arguments and in natural order within each. A file and links to it are one video. The
-    log names the files that are left out.
+    They are in the order of the arguments and in natural order within each. A file and links to it are one video.
+
+    Args:
+        paths: videos, folders and lists.
+        report: whether the log names the files that are left out.
 
     Raises:
         InputError: a path does not exist or contains no videos.
@@ -121,10 +124,10 @@ def find_named_videos(paths: Sequence[str | Path]) -> list[FoundFile]:
     for path in map(Path, paths):
         findings = find_media(path, "video")
         videos += sorted(findings.files, key=lambda video: (video.path.parent, natural_sort_key(video.path)))
-        for sentence in findings.describe_left_out():
+        for sentence in findings.describe_left_out() if report else ():
             log.info("%s: %s", path, sentence)
     distinct, repeated = without_repeated(videos)
-    if repeated:
+    if repeated and report:
         name, reason, _ = repeated[0]
         log.info("%d other names of the same videos are not used: %s, for example, %s", len(repeated), name, reason)
     return distinct

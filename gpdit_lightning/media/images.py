@@ -15,6 +15,7 @@ from torch import Tensor
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.image_colours import to_srgb
+from gpdit_lightning.names import printable
 from gpdit_lightning.retries import retried, transient_error
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")
@@ -241,6 +242,7 @@ def write_sheet(
         min_side: smaller images are enlarged until their shorter side has this many pixels.
         context_columns: number of columns, from the left, whose titles are gray.
     """
+    rows = [(printable(label), images) for label, images in rows]  # labels may be names of files
     sizes = [_cell_size(image, min_side) for _, images in rows for image in images]
     cell_width, cell_height = max(width for width, _ in sizes), max(height for _, height in sizes)
     gap = 4

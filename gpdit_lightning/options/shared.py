@@ -164,6 +164,6 @@ class VideoOptions(OptionRecord):
     """Videos."""
 
     videos: Sequence[str]
-    """Videos, and folders that are searched for videos recursively."""
+    """Videos, folders that are searched for videos recursively, and .txt lists with one path per line."""
     size: str | None = None
     """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the only one."""

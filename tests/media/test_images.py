@@ -229,6 +229,13 @@ def test_strip_of_a_long_video_has_at_most_the_given_columns(tmp_path: Path) -> 
         assert 4 * 96 < sheet.width < 6 * 96
 
 
+def test_labels_may_be_any_names_of_files(tmp_path: Path) -> None:
+    frames = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
+    write_strip(tmp_path / "odd.png", {"a\nb\udce9": frames})
+    write_strip(tmp_path / "shown.png", {r"a\nb\xe9": frames})
+    assert (tmp_path / "odd.png").read_bytes() == (tmp_path / "shown.png").read_bytes()
+
+
 def test_strip_frame_numbers_are_evenly_spaced() -> None:
     assert strip_frame_numbers(100, 4) == [0, 33, 66, 99]
     assert strip_frame_numbers(3, 4) == [0, 1, 2]
