@@ -20,6 +20,9 @@ from gpdit_lightning.retries import transient_error
 # Time stamps that jump by more seconds belong to another recording in the same file, as in ffplay.
 LONGEST_STEP, LONGEST_STEP_OF_BROADCASTS = 3600, 10
 
+# Frames that wait, at most, because frames decoded before them are displayed later; H.264 and HEVC allow 16.
+MAX_DELAY = 16
+
 
 class DamagedVideoError(InputError):
     """A frame that FFmpeg could not decode intact.
@@ -63,27 +66,28 @@ def decoded_frames(video: VideoStream) -> Iterator[DecodedFrame]:
     Raises:
         DamagedVideoError: after the intact frames.
     """
-    damage, clock, aspect, numbers = _Damage(), _Clock(video), _PixelAspect(video), count()
+    damage, order, clock, aspect, numbers = _Damage(), _Order(), _Clock(video), _PixelAspect(video), count()
     matrix = _DisplayMatrix()
     undecided: deque[av.VideoFrame] = deque()
 
-    def decided(delay: int) -> Iterator[DecodedFrame]:
-        while len(undecided) > delay:
+    def decided(at_end: bool = False) -> Iterator[DecodedFrame]:
+        while undecided and (at_end or len(undecided) > MAX_DELAY or order.is_complete_before(undecided[0])):
             frame, number = undecided.popleft(), next(numbers)
             if damage.reaches(frame):
                 raise DamagedVideoError(video.path, number, damage.reason)
             yield DecodedFrame(number, clock.time(frame), frame, aspect.of(frame), matrix.of(frame))
 
-    for frame in _frames(video, damage, aspect):
+    for frame in _frames(video, damage, order, aspect):
         undecided.append(frame)
-        # Frames predicted from a marked one are displayed before it by at most the decoder's delay.
-        yield from decided(video.decoder.reorder_depth)
-    yield from decided(0)
+        yield from decided()
+    yield from decided(at_end=True)
     if damage.reason:
         raise DamagedVideoError(video.path, next(numbers), damage.reason)
 
 
-def _frames(video: VideoStream, damage: "_Damage", aspect: "_PixelAspect") -> Iterator["av.VideoFrame"]:
+def _frames(
+    video: VideoStream, damage: "_Damage", order: "_Order", aspect: "_PixelAspect"
+) -> Iterator["av.VideoFrame"]:
     """Decode all packets, and record signs of damage."""
     packets = video.container.demux(video.stream)
     codecs = [stream.codec_context for stream in video.container.streams if stream is not video.stream]
@@ -98,6 +102,7 @@ def _frames(video: VideoStream, damage: "_Damage", aspect: "_PixelAspect") -> It
             return
         position, pts = position + 1, packet.pts
         packet.opaque = position
+        order.add(position, pts)
         if packet.is_corrupt:
             damage.record(_Sign(position, pts, "incomplete data"))
         with ffmpeg_errors() as messages:
@@ -109,6 +114,7 @@ def _frames(video: VideoStream, damage: "_Damage", aspect: "_PixelAspect") -> It
             if frame.is_corrupt:
                 damage.record(_Sign(frame.opaque, frame.pts, "FFmpeg marks it as corrupt"))
             damage.begin(frame)
+            order.show(frame)
             yield frame
 
 
@@ -121,6 +127,29 @@ def _decode(video: VideoStream, packet: "av.Packet", messages: list[str]) -> lis
             raise transient from None
         messages.append(error.strerror or str(error))
         return []
+
+
+class _Order:
+    """Order of decoding and order of display, by which frames wait for marks of damage on those they depend on."""
+
+    def __init__(self) -> None:
+        self._packets: deque[tuple[int, int]] = deque(maxlen=2 * MAX_DELAY)
+        self._shown: int | None = None
+
+    def add(self, position: int, pts: int | None) -> None:
+        """Add the next packet, with its presentation time stamp."""
+        if pts is not None:
+            self._packets.append((position, pts))
+
+    def show(self, frame: "av.VideoFrame") -> None:
+        """Record that the decoder has returned a frame."""
+        self._shown = frame.pts
+
+    def is_complete_before(self, frame: "av.VideoFrame") -> bool:
+        """Return whether the decoder has returned all frames that were decoded before a frame."""
+        if frame.opaque is None or self._shown is None:
+            return False
+        return all(pts <= self._shown for position, pts in self._packets if position < frame.opaque)
 
 
 class _Sign(NamedTuple):
