@@ -26,7 +26,7 @@ X264_OPTIONS = {"crf": "12", "mbtree": "0"}
 
 
 class VideoWriter:
-    """Context manager that writes frames to an mp4 file (H.264, 4:2:0, nearly lossless) in constant memory.
+    """Context manager that writes frames to an mp4 file (H.264, 4:2:0, nearly lossless) in nearly constant memory.
 
         with VideoWriter("long.mp4", fps=8) as video:
             for pixels in pieces:
