@@ -52,12 +52,12 @@ def missing_scores(roles: Container[str], has_classes: bool) -> list[str]:
     """
     sentences = []
     if "video" not in roles:
-        sentences.append(f"FVD, precision and recall are missing without --video_network.path: {REMEDIES['video']}.")
+        sentences.append(f"FVD, precision and recall need --video_network.path: {REMEDIES['video']}.")
     if "image" not in roles:
-        sentences.append(f"FID and IS are missing without --image_network.path: {REMEDIES['image']}.")
+        sentences.append(f"FID and IS need --image_network.path: {REMEDIES['image']}.")
     elif not has_classes:
         sentences.append(
-            "IS is missing, since the image network returns no class probabilities: "
+            "IS needs class probabilities, which the image network does not return: "
             f"{REMEDIES['image']}, or --classifier.path."
         )
     return sentences

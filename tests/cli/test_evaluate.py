@@ -338,15 +338,15 @@ def test_scores_without_a_network_are_left_out(
         return set(Report.load(out / "results.json").scores) - {"psnr", "ssim"}
 
     assert scores(leave_out=("video_network",)) == {"fid", "is"}
-    assert "FVD, precision and recall are missing without --video_network.path: give I3D's weights" in messages.text
+    assert "FVD, precision and recall need --video_network.path: give I3D's weights" in messages.text
     assert scores(leave_out=("video_network", "image_network")) == set()
-    assert "FID and IS are missing without --image_network.path: give inception-2015-12-05.pt from" in messages.text
+    assert "FID and IS need --image_network.path: give inception-2015-12-05.pt from" in messages.text
     plain = f"--image_network.path={network_files['ScriptedPlain'].path}"
     assert scores(plain, leave_out=("image_network",)) == {"fid", "fvd", "precision", "recall"}
-    assert "IS is missing, since the image network returns no class probabilities" in messages.text
+    assert "IS needs class probabilities, which the image network does not return" in messages.text
     classifier = f"--classifier.path={network_files['ScriptedClassifier'].path}"
     assert "is" in scores(plain, classifier, leave_out=("image_network",))
-    assert "missing" not in messages.text
+    assert " need" not in messages.text
 
 
 def test_the_window_is_that_of_training_by_default(

@@ -154,12 +154,12 @@ def test_missing_networks_are_named_first(report: Report) -> None:
     text = to_markdown(with_scores(report, {}, "psnr", "ssim"))
     lines = text.splitlines()
     assert re.match(
-        r"\*\*Missing:\*\* FVD, precision and recall are missing without --video_network\.path: give I3D's weights as "
+        r"\*\*Missing:\*\* FVD, precision and recall need --video_network\.path: give I3D's weights as "
         r"\.safetensors, or i3d_torchscript\.pt from https://\S+ \(sha256 [0-9a-f]{64}\)\.$",
         lines[2],
     )
     assert re.match(
-        r"\*\*Missing:\*\* FID and IS are missing without --image_network\.path: give inception-2015-12-05\.pt from "
+        r"\*\*Missing:\*\* FID and IS need --image_network\.path: give inception-2015-12-05\.pt from "
         r"https://\S+ \(sha256 [0-9a-f]{64}\)\.$",
         lines[4],
     )
