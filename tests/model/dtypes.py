@@ -1,6 +1,7 @@
 """Record the precisions of a pass, to compare strategies."""
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gpdit_lightning import GPDiT
 
@@ -18,9 +19,10 @@ MIXED_BF16: Dtypes = {
 """What `bf16-mixed` means under every strategy; the loss, recorded by runs only, is in float32."""
 
 
-def record_dtypes(model: GPDiT) -> Dtypes:
-    """Return a dictionary that collects the precisions of all later passes of a model, by hooks."""
+def record_dtypes(model: GPDiT) -> tuple[Dtypes, list[RemovableHandle]]:
+    """Return a dictionary that collects the precisions of all later passes of a model, and the hooks that fill it."""
     dtypes: Dtypes = {}
+    hooks: list[RemovableHandle] = []
 
     def add(name: str, tensor: Tensor) -> None:
         dtypes.setdefault(name, set()).add(str(tensor.dtype).removeprefix("torch."))
@@ -31,7 +33,7 @@ def record_dtypes(model: GPDiT) -> Dtypes:
                 add(name_of_input, inputs[0])
             add(name_of_output, output)
 
-        module.register_forward_hook(hook)
+        hooks.append(module.register_forward_hook(hook))
 
     for name, module in model.named_modules():
         if module in set(model.blocks):
@@ -43,4 +45,4 @@ def record_dtypes(model: GPDiT) -> Dtypes:
         elif isinstance(module, nn.Linear):
             after("inputs of products", "outputs of products", module)
     after("", "velocity", model)
-    return dtypes
+    return dtypes, hooks

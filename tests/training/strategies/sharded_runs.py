@@ -77,7 +77,7 @@ class Record(Callback):
         self.precisions: Dtypes = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Stage) -> None:
-        self.precisions = record_dtypes(pl_module.backbone)
+        self.precisions, self.hooks = record_dtypes(pl_module.backbone)
         state = trainer.strategy.lightning_module_state_dict()
         self.tensors["first"] = {name: values.clone() for name, values in state.items()}
 
@@ -106,6 +106,8 @@ class Record(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Stage) -> None:
         """Features and a rollout of the averaged weights, which all ranks compute together."""
+        for hook in self.hooks:
+            hook.remove()
         self.seen["precisions"] = {name: sorted(dtypes) for name, dtypes in self.precisions.items()}
         backbone = pl_module.backbone.eval()
         clip = torch.randn(2, 3, backbone.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(1))
