@@ -4,6 +4,7 @@ import math
 import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import count
@@ -67,7 +68,7 @@ def decoded_frames(video: VideoStream) -> Iterator[DecodedFrame]:
         DamagedVideoError: after the intact frames.
     """
     damage, order, clock, aspect, numbers = _Damage(), _Order(), _Clock(video), _PixelAspect(video), count()
-    matrix = _DisplayMatrix()
+    matrix = _DisplayMatrix(video)
     undecided: deque[av.VideoFrame] = deque()
 
     def decided(at_end: bool = False) -> Iterator[DecodedFrame]:
@@ -286,18 +287,36 @@ class _DisplayMatrix:
     """Display matrix of the frames of a video, from the container or the codec.
 
     A codec may store it with key frames only; it holds for the frames after them.
+
+    Args:
+        video: the video.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, video: VideoStream) -> None:
         self._rotation: int | None = None
         self._matrix: Sequence[float] | None = None
+        self._container = _matrix_of_container(video)
 
     def of(self, frame: "av.VideoFrame") -> Sequence[float] | None:
         """Return the matrix of a frame; None if there is none."""
         if self._rotation is None or frame.rotation not in (0, self._rotation):
             self._rotation = frame.rotation
-            self._matrix = _read_display_matrix(frame)
+            self._matrix = _read_display_matrix(frame) or self._container
         return self._matrix
+
+
+def _matrix_of_container(video: VideoStream) -> Sequence[float] | None:
+    """Return the matrix that the container stores; None if the decoder adds it to the frames itself."""
+    if video.decoder is video.stream.codec_context:
+        return None
+    # Only FFmpeg's default decoder has the matrix of the container, and only its frames show the matrix.
+    with av.open(f"file:{video.path}", metadata_errors="replace") as container:
+        stream = container.streams[video.stream.index]
+        for packet in container.demux(stream):
+            with suppress(av.FFmpegError):
+                for frame in packet.decode():
+                    return _read_display_matrix(frame)
+    return None
 
 
 def _read_display_matrix(frame: "av.VideoFrame") -> Sequence[float] | None:

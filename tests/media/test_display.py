@@ -95,14 +95,17 @@ def transformed(image: Tensor, a: int, b: int, c: int, d: int) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize(("suffix", "codec"), [(".mp4", "libx264"), (".mkv", "libx264"), (".mp4", "libvpx-vp9")])
 @pytest.mark.parametrize(
     "matrix",
     [(0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)],
 )
-def test_rotations_and_flips_are_applied(tmp_path: Path, matrix: tuple[int, int, int, int], suffix: str) -> None:
+def test_rotations_and_flips_are_applied(
+    tmp_path: Path, matrix: tuple[int, int, int, int], suffix: str, codec: str
+) -> None:
     path = (tmp_path / "a").with_suffix(suffix)
-    encode(path, [rgb_frame(CORNERS.expand(3, -1, -1))] * 2, options={"crf": "1"}, matrix=matrix, aspect=Fraction(2))
+    frames = [rgb_frame(CORNERS.expand(3, -1, -1))] * 2
+    encode(path, frames, codec, {"crf": "1", "b": "0"}, matrix=matrix, aspect=Fraction(2))
     frame, expected = next(iterate_frames(path)), transformed(CORNERS, *matrix)
     assert (frame.stored[0].int() - expected.int()).abs().max() <= 8
     assert frame.pixel_aspect == (2 if matrix[0] else Fraction(1, 2))
