@@ -5,7 +5,7 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from typing import Self
@@ -110,6 +110,35 @@ class Termination:
         if is_over():
             os.write(2, f"{self.line}\n".encode())
             os._exit(128 + number)
+
+
+@contextmanager
+def exit_at_signals(lines: Mapping[int, str]) -> Iterator[None]:
+    """Print a line and end the process at a signal, with the status 128 + its number; ignored signals stay ignored.
+
+    Wrap imports in it: an exception that a signal handler raises while an extension module is initialised may be lost,
+    or replaced by an ImportError. The context manager has no effect outside the main thread.
+
+    Args:
+        lines: the line for each signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def print_and_exit(number: int, _: object) -> None:
+        os.write(2, f"{lines[number]}\n".encode())
+        os._exit(128 + number)
+
+    handlers = {number: signal.getsignal(number) for number in lines}
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in handlers:
+        signal.signal(number, print_and_exit)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -169,12 +169,28 @@ def test_sigterm_during_imports_ends_a_process_with_one_line(verb: str) -> None:
     assert printed == f"stopped by SIGTERM{': the same command resumes' if verb == 'fit' else ''}.\n"
 
 
+@pytest.mark.parametrize(
+    ("number", "line"), [(signal.SIGTERM, "stopped by SIGTERM"), (signal.SIGINT, "stopped")], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_signal_during_an_import_is_not_lost(number: signal.Signals, line: str) -> None:
+    script = (
+        "import signal, sys\nimport gpdit_lightning.cli.parsing\nfrom gpdit_lightning import cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def imported(path):\n"  # as an extension module that replaces all exceptions of its initialisation
+        f"    try: signal.raise_signal({int(number)})\n    except BaseException: raise ImportError('no module')\n"
+        "cli.parsing.parse, cli.record_of, cli._import = (lambda *_: None), (lambda _: None), imported\n"
+        "sys.exit(cli.main(['sample']))"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (process.returncode, process.stderr) == (128 + number, f"{line}.\n")
+
+
 @linux_only
 @pytest.mark.parametrize(
     "blocked",
     [
         "signal.pthread_sigmask(signal.SIG_BLOCK, {15}); print(flush=True); ctypes.CDLL(None).sleep(60)",
-        "print(flush=True)\n    try: time.sleep(60)\n    except: time.sleep(60)",  # as code that ignores all exceptions
+        "\n    try: print(flush=True); time.sleep(60)\n    except: time.sleep(60)",  # ignores all exceptions
     ],
 )
 def test_sigterm_ends_a_process_whose_main_thread_is_blocked(blocked: str) -> None:

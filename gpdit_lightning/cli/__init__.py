@@ -16,7 +16,7 @@ from gpdit_lightning.devices import rank_of_process
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import DISK_FULL_ERRORS
 from gpdit_lightning.names import ESCAPING, printable
-from gpdit_lightning.signals import Termination
+from gpdit_lightning.signals import Termination, exit_at_signals
 from gpdit_lightning.version import __version__
 
 
@@ -154,8 +154,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     rank = _rank_prefix()  # read here, since Lightning removes WORLD_SIZE from the environment after an error
     _show_log(rank)
     _accept_any_name()
-    kept = f": {VERBS[name].when_stopped}." if VERBS[name].when_stopped else "."
-    termination = Termination(f"{rank}stopped by SIGTERM{kept}")
+    lines = _lines_when_stopped(name, rank)
+    termination = Termination(lines[signal.SIGTERM])
     try:
         with termination:
             return run(name, rest)
@@ -177,8 +177,15 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(f"{rank}error: {printable(str(ended))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(termination.line if termination.received else f"stopped{kept}", file=sys.stderr)
-        return 128 + (signal.SIGTERM if termination.received else signal.SIGINT)
+        number = signal.SIGTERM if termination.received else signal.SIGINT
+        print(lines[number], file=sys.stderr)
+        return 128 + number
+
+
+def _lines_when_stopped(name: str, rank: str) -> dict[int, str]:
+    """Return the last line of a verb that a signal ends, for each signal, with the prefix of the rank."""
+    kept = f": {VERBS[name].when_stopped}." if VERBS[name].when_stopped else "."
+    return {signal.SIGINT: f"{rank}stopped{kept}", signal.SIGTERM: f"{rank}stopped by SIGTERM{kept}"}
 
 
 def _accept_any_name() -> None:
@@ -215,7 +222,9 @@ def run(name: str, arguments: Sequence[str]) -> int:
     from gpdit_lightning.cli.parsing import parse
 
     options = parse(name, verb.summary, record_of(name), arguments)
-    result = _import(f"gpdit_lightning.cli.{verb.function}")(options)
+    with exit_at_signals(_lines_when_stopped(name, _rank_prefix())):
+        function = _import(f"gpdit_lightning.cli.{verb.function}")
+    result = function(options)
     return result if isinstance(result, int) else 0
 
 
