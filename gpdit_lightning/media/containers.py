@@ -27,6 +27,8 @@ VIDEO_EXTENSIONS = (
 )
 # FFmpeg would show these files as images of text.
 TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")
+# Lists of other files, which are videos themselves.
+PLAYLIST_FORMATS = ("concat", "hls", "dash", "imf")
 # Decoders that read the transparency of WebM, which FFmpeg's default decoders ignore. The one of VP9 also detects most
 # damage; the default one detects little.
 VPX_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -117,6 +119,8 @@ def open_video(path: str | Path) -> Iterator[VideoStream]:
 
 def _shown_stream(path: Path, container: "av.container.InputContainer") -> "av.VideoStream":
     """Return the stream that FFmpeg's players show, but never a cover image."""
+    if container.format.name in PLAYLIST_FORMATS:
+        raise InputError(f"{path} is a list of other files and contains no video: use these files, and remove it.")
     if container.format.name in TEXT_FORMATS or not container.streams.video:
         raise InputError(f"{path} contains no video: replace or remove it.")
     films = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]

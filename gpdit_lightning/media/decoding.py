@@ -21,6 +21,9 @@ from gpdit_lightning.retries import transient_error
 # Time stamps that jump by more seconds belong to another recording in the same file, as in ffplay.
 LONGEST_STEP, LONGEST_STEP_OF_BROADCASTS = 3600, 10
 
+# Decoders that report the damage of a packet only when they decode the next one.
+LATE_DECODERS = ("libdav1d",)
+
 # Frames that wait, at most, because frames decoded before them are displayed later; H.264 and HEVC allow 16.
 MAX_DELAY = 16
 
@@ -70,9 +73,12 @@ def decoded_frames(video: VideoStream) -> Iterator[DecodedFrame]:
     damage, order, clock, aspect, numbers = _Damage(), _Order(), _Clock(video), _PixelAspect(video), count()
     matrix = _DisplayMatrix(video)
     undecided: deque[av.VideoFrame] = deque()
+    delay = 1 if video.decoder.name in LATE_DECODERS else 0
 
     def decided(at_end: bool = False) -> Iterator[DecodedFrame]:
-        while undecided and (at_end or len(undecided) > MAX_DELAY or order.is_complete_before(undecided[0])):
+        while len(undecided) > (0 if at_end else delay) and (
+            at_end or len(undecided) > MAX_DELAY or order.is_complete_before(undecided[0])
+        ):
             frame, number = undecided.popleft(), next(numbers)
             if damage.reaches(frame):
                 raise DamagedVideoError(video.path, number, damage.reason)
@@ -101,6 +107,7 @@ def _frames(
             damage.record(_Sign(position, pts, messages[0]))
         if packet is None:
             return
+        previous = position, pts
         position, pts = position + 1, packet.pts
         packet.opaque = position
         order.add(position, pts)
@@ -109,7 +116,8 @@ def _frames(
         with ffmpeg_errors() as messages:
             frames = _decode(video, packet, messages)
         if messages:
-            damage.record(_Sign(position, pts, messages[0]))
+            cause = previous if video.decoder.name in LATE_DECODERS else (position, pts)
+            damage.record(_Sign(cause[0], cause[1], messages[0]))
         aspect.update(position)
         for frame in frames:
             if frame.is_corrupt:
@@ -219,6 +227,8 @@ class _Clock:
         self._period = 1 / Fraction(rate) if rate else Fraction(1, 25)
         broadcast = video.container.format.flags & av.format.Flags.ts_discont.value
         self._longest_step = LONGEST_STEP_OF_BROADCASTS if broadcast else LONGEST_STEP
+        # AVI stores no presentation times, and those that FFmpeg computes are wrong for H.264 with B-frames.
+        self._stamp_name = "dts" if video.container.format.name == "avi" else "pts"
         self._time_base = video.stream.time_base or Fraction(1, 90000)
         self._stamp: Fraction | None = None
         self._offset = Fraction(0)
@@ -231,7 +241,8 @@ class _Clock:
         jump of the time stamps. A frame whose time stamp is not later than that of the frame before follows it by a
         thousandth of that period.
         """
-        stamp = None if frame.pts is None else frame.pts * (frame.time_base or self._time_base)
+        stamp = getattr(frame, self._stamp_name)
+        stamp = None if stamp is None else stamp * (frame.time_base or self._time_base)
         if self._time is None:
             time = Fraction(0)
         elif stamp is None or self._stamp is None or self._is_jump(stamp - self._stamp):

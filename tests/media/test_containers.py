@@ -57,6 +57,8 @@ def test_other_files_are_no_videos(tmp_path: Path) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "image.jpg")
     (tmp_path / "notes.txt").write_text("a text, which FFmpeg would show as an image of characters " * 100)
     (tmp_path / "notes.nfo").write_text("a text " * 100)
+    (tmp_path / "list").write_text("ffconcat version 1.0\nfile film.mp4\n")
+    encode(tmp_path / "film.mp4", [rgb_frame(torch.zeros(3, 16, 16, dtype=torch.uint8))] * 2)
     (tmp_path / "weights.bin").write_bytes(bytes(range(256)) * 1000)
     (tmp_path / "empty").write_bytes(b"")
     with av.open(str(tmp_path / "sound.wav"), "w") as container:
@@ -65,7 +67,9 @@ def test_other_files_are_no_videos(tmp_path: Path) -> None:
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
     shutil.copy(tmp_path / "sound.wav", tmp_path / "sound")
-    assert [path.name for path in sorted(tmp_path.iterdir()) if is_video(path)] == []
+    assert [path.name for path in sorted(tmp_path.iterdir()) if is_video(path)] == ["film.mp4"]
+    with pytest.raises(InputError, match="list is a list of other files and contains no video"):
+        video_info(tmp_path / "list")
     with pytest.raises(InputError, match=r"notes\.nfo contains no video"):
         video_info(tmp_path / "notes.nfo")
 

@@ -107,6 +107,21 @@ def test_damage_of_vp9_is_detected(tmp_path: Path) -> None:
     assert len(frames) == 20
 
 
+def test_damage_of_av1_ends_before_the_damaged_frame_though_it_is_reported_later(tmp_path: Path) -> None:
+    path = tmp_path / "a.webm"
+    encode_texture(path, "libsvtav1", {"crf": "30", "preset": "12"})
+    intact, content = read_video(path), bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.is_keyframe][1]
+    middle = packet.pos + packet.size // 2
+    content[middle : middle + 40] = bytes(range(215, 255))
+    path.write_bytes(content)
+    frames, error = frames_before_damage(path)
+    assert error is not None
+    assert len(frames) == round(packet.pts * packet.time_base * FPS)
+    assert max(map(largest_difference, frames, intact)) == 0
+
+
 def test_damaged_sound_does_not_end_a_video(tmp_path: Path) -> None:
     path = tmp_path / "a.ts"
     with av.open(str(path), "w") as container:
@@ -156,8 +171,8 @@ def test_a_video_cut_before_a_key_frame_begins_with_the_first_complete_frame(tmp
     ids=["uneven", "late_start", "repeated", "out_of_order", "new_start", "missing", "missing_first", "jump"],
 )
 def test_times_follow_the_time_stamps(tmp_path: Path, stamps: list[int | None], expected: list[int]) -> None:
-    encode(tmp_path / "a.avi", [rgb_frame(torch.zeros(3, 16, 16, dtype=torch.uint8)) for _ in range(9)], "mpeg4")
-    with open_video(tmp_path / "a.avi") as video:
+    encode(tmp_path / "a.mp4", [rgb_frame(torch.zeros(3, 16, 16, dtype=torch.uint8)) for _ in range(9)], "mpeg4")
+    with open_video(tmp_path / "a.mp4") as video:
         clock = _Clock(video)
         times = []
         for stamp in stamps:
@@ -168,11 +183,13 @@ def test_times_follow_the_time_stamps(tmp_path: Path, stamps: list[int | None], 
     assert all(later > earlier for earlier, later in pairwise(times))
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi"])
-def test_times_of_files(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.ts", "libx264"), ("a.avi", "libx264"), ("a.avi", "mpeg4")],
+)
+def test_times_of_files(tmp_path: Path, name: str, codec: str) -> None:
     stamps = [0, 1, 2, 4, 5, 9, 10, 11] if name != "a.avi" else list(range(8))
     frames = [rgb_frame(pixels) for pixels in moving_texture(8)]
-    codec = "mpeg4" if name == "a.avi" else "libx264"
     encode(tmp_path / name, frames, codec, {"bf": "2"}, times=[7 + stamp for stamp in stamps])
     frames_read = list(iterate_frames(tmp_path / name))
     assert [frame.number for frame in frames_read] == list(range(8))
