@@ -12,6 +12,8 @@ from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RAISES_WITHIN, ENDS_WITHIN = 5.0, 30.0  # seconds
+CLOSES_WITHIN = 1.0  # seconds
+END = 0  # written to the pipe of a listener; no signal has this number
 
 
 class SignalListener:
@@ -28,6 +30,7 @@ class SignalListener:
     def __init__(self, numbers: Collection[int], on_first: Callable[[int], None]) -> None:
         self.numbers, self.on_first = numbers, on_first
         self._wakeup_fd = self._previous_fd = -1  # Python writes the number of each signal to it
+        self._thread: threading.Thread | None = None
         self._resent = 0
 
     def start(self) -> None:
@@ -35,14 +38,17 @@ class SignalListener:
         reading_end, self._wakeup_fd = os.pipe()
         os.set_blocking(self._wakeup_fd, False)
         self._previous_fd = signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(reading_end,), daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, args=(reading_end,), daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        """End the thread, if it was started; call it in the main thread."""
-        if self._wakeup_fd >= 0:
+        """End the thread, if it was started, so that it holds no references; call it in the main thread."""
+        if self._thread is not None:
             signal.set_wakeup_fd(self._previous_fd, warn_on_full_buffer=False)
+            os.write(self._wakeup_fd, bytes([END]))  # a forked process may keep the pipe open
             os.close(self._wakeup_fd)
-            self._wakeup_fd = -1
+            self._thread.join(CLOSES_WITHIN)
+            self._wakeup_fd, self._thread = -1, None
 
     def resend(self, number: int) -> None:
         """Send a signal to the main thread, so that a blocking call returns and the handler runs; it is not counted."""
@@ -51,7 +57,7 @@ class SignalListener:
 
     def _listen(self, reading_end: int) -> None:
         is_first = True
-        while number := os.read(reading_end, 1):
+        while (number := os.read(reading_end, 1)) and number[0] != END:
             if number[0] not in self.numbers:
                 continue
             if not is_first and self._resent:
