@@ -20,7 +20,9 @@ from gpdit_lightning.media.hdr import TRANSFER_HLG, TRANSFER_PQ, tone_mapped
 from gpdit_lightning.media.images import on_white
 
 # Codes of ITU-T H.273, which FFmpeg uses too.
-MATRIX_RGB, MATRIX_UNSPECIFIED, MATRIX_RESERVED = 0, 2, 3
+COLOUR_TAGS = ("colorspace", "color_trc", "color_primaries")
+UNSPECIFIED = 2
+MATRIX_RGB, MATRIX_RESERVED = 0, 3
 CONVERTIBLE_MATRICES = (1, 4, 5, 6, 7, 9)  # BT.709, FCC, BT.601 (625 and 525 lines), SMPTE 240M, BT.2020
 HD_LINES = 720  # players take untagged video for BT.709 from this number of lines on, else for BT.601
 # Levels of limited range (16 to 235) in full range, for gray video, which FFmpeg converts as if it had full range.
@@ -62,6 +64,8 @@ class Display:
         # The fourth byte of a pixel of an uncompressed bitmap is reserved, though FFmpeg takes it for alpha.
         self._is_opaque = video.decoder.name == "rawvideo" and video.container.format.name == "avi"
         self._reformatter = VideoReformatter()
+        # Those of the container, since no frame is decoded yet.
+        self._tags = {name: getattr(video.stream.codec_context, name) for name in COLOUR_TAGS}
 
     def convert(self, decoded: DecodedFrame) -> DisplayedPixels:
         """Convert a frame.
@@ -70,6 +74,9 @@ class Display:
             InputError: the colours, the rotation or the pixel aspect are not supported.
         """
         frame, orientation = decoded.frame, orientation_of(decoded.display_matrix, self._name)
+        for name, tag in self._tags.items():
+            if getattr(frame, name) == UNSPECIFIED:
+                setattr(frame, name, tag)
         if frame.color_trc in (TRANSFER_PQ, TRANSFER_HLG):
             pixels = tone_mapped(self._rgb(frame, "rgb48le"), frame.color_trc, frame.color_primaries)
         elif has_alpha(frame) and not self._is_opaque:
@@ -98,7 +105,7 @@ class Display:
         """Return the matrix to assume; None for the one of the frame."""
         if not is_yuv(frame) or frame.colorspace in CONVERTIBLE_MATRICES:
             return None
-        if frame.colorspace not in (MATRIX_RGB, MATRIX_UNSPECIFIED, MATRIX_RESERVED):
+        if frame.colorspace not in (MATRIX_RGB, UNSPECIFIED, MATRIX_RESERVED):
             raise InputError(
                 f"{self._name} has the colour matrix {frame.colorspace} of ITU-T H.273, which is not supported: "
                 "convert it to BT.709."

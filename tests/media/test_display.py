@@ -263,6 +263,22 @@ def test_hdr_is_tone_mapped(tmp_path: Path, transfer: int) -> None:
     assert patch_colours(tmp_path / "a.mkv").min() >= 254
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.mov", "prores_ks"), ("a.webm", "libvpx-vp9")])
+def test_tags_of_the_container_complete_those_of_the_codec(tmp_path: Path, name: str, codec: str) -> None:
+    is_deep = codec == "prores_ks"
+    signal = hdr_signal(PATCHES, 18) * 255
+    planes = patch_planes(signal, 64, 96, "BT.2020", False, 10 if is_deep else 8)
+    frame = plane_frame("yuv422p10le" if is_deep else "yuv420p", planes)
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, 24, options={} if is_deep else {"crf": "4", "b": "0"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, frame.format.name
+        stream.codec_context.colorspace, stream.codec_context.color_range = 9, LIMITED
+        stream.codec_context.color_trc, stream.codec_context.color_primaries = 18, 9
+        for item in (frame, None):
+            container.mux(stream.encode(item))
+    assert np.abs(patch_colours(tmp_path / name) - PATCHES).max() <= (3 if is_deep else 12)
+
+
 @pytest.mark.parametrize(
     ("name", "codec", "pixel_format"),
     [
