@@ -7,6 +7,7 @@ from gpdit_lightning.preparation import prepare, summary
 from gpdit_lightning.specs import CodecSpec
 
 CLIP_FRAMES = 5  # latent frames per clip in the recipes below
+PREVIEW_CONTEXT = 2  # latent frames at the beginning of previews, by default
 
 
 def run(options: PrepareOptions) -> None:
@@ -37,6 +38,8 @@ def next_command(manifest: Manifest) -> str:
     shortest = min((shard.shape[0] for shard in manifest.shards if shard.kind == "video"), default=CLIP_FRAMES)
     if shortest < CLIP_FRAMES:
         words.append(f"--data.videos.frames {shortest}")
+    if shortest <= PREVIEW_CONTEXT:
+        words.append(f"--preview.context_frames {shortest - 1}" if shortest > 1 else "--preview.every_steps 0")
     words += codec_options(manifest.codec)
     return f"python -m gpdit_lightning fit {' '.join(words)}"
 
