@@ -13,6 +13,7 @@ from typing import Self
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RAISES_WITHIN, ENDS_WITHIN = 5.0, 30.0  # seconds
 CLOSES_WITHIN = 1.0  # seconds
+PARENT_CHECK_SECONDS = 1.0
 END = 0  # written to the pipe of a listener; no signal has this number
 
 
@@ -182,22 +183,26 @@ def ignore_signals(worker: int) -> None:
     """Ignore SIGINT, and SIGTERM from any process but the main process; a `worker_init_fn`.
 
     A terminal and a scheduler signal all processes of a run, but the main process may need more batches to finish its
-    step. It ends a worker through the loader's queue or by SIGTERM. The loader ends workers whose main process
-    died. macOS has no `sigwaitinfo`, which gives the sender of a signal; there every SIGTERM ends the worker.
+    step. It ends a worker through the loader's queue or by SIGTERM. A worker also ends when its main process has died,
+    even if it waits for that process to receive an item. macOS has no `sigtimedwait`, which gives the sender of a
+    signal; there every SIGTERM ends the worker.
 
     Args:
         worker: number of the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    if hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_at_sigterm_of_parent, daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-def _exit_at_sigterm_of_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _exit_with_parent(parent: int) -> None:
+    """End this process when its parent sends SIGTERM or has died."""
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK_SECONDS)
+        if received is not None and received.si_pid == parent:
+            break
     os._exit(0)

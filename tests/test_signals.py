@@ -17,7 +17,7 @@ from gpdit_lightning.cli import VERBS, main
 from gpdit_lightning.signals import SIGNALS, Termination, ignore_signals, signals_delayed
 
 ROOT = Path(__file__).parents[1]
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs signal.sigwaitinfo")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs signal.sigtimedwait")
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,30 @@ def test_a_killed_worker_ends_the_iteration(number: int, name: str) -> None:
 def test_a_worker_that_exits_ends_the_iteration() -> None:
     with pytest.raises(EndedWorkerError, match="ended unexpectedly"):
         read(Items(lambda: os._exit(3)))
+
+
+KILLED_MAIN_PROCESS = """
+import os, signal
+from gpdit_lightning.workers import WorkerLoader
+loader = WorkerLoader([bytes(2**20)] * 100, 2)  # more bytes than a pipe holds, so the workers wait while sending
+items = iter(loader._get_iterator())
+next(items)
+print(*(worker.pid for worker in items._workers), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@linux_only
+def test_workers_end_with_a_killed_main_process_while_they_send() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_MAIN_PROCESS], stdout=subprocess.PIPE, text=True, cwd=ROOT, timeout=60
+    )
+    workers = [Path("/proc", pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(worker.exists() and "State:\tZ" not in (worker / "status").read_text() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_other_errors_are_not_attributed_to_workers() -> None:
