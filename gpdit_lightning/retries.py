@@ -70,6 +70,17 @@ def transient_error(error: BaseException, name: object) -> TransientError | None
     return None
 
 
+def memory_error(error: BaseException) -> ResourceError | None:
+    """Return the error to raise if an exception of a library states that memory ran out, on any device; else None."""
+    reason = next(iter(str(error).strip().splitlines()), "")
+    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(reason)):
+        return None
+    return ResourceError(
+        f"memory ran out{f' ({reason})' if reason else ''}: use smaller batches or fewer workers, or free memory, and "
+        "run the same command again."
+    )
+
+
 def retried(read: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function such that it is called again, at most twice, after a `TransientError`."""
 

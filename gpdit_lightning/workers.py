@@ -14,6 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from multiprocessing.queues import Queue
 from multiprocessing.reduction import DupFd, ForkingPickler
@@ -33,6 +34,7 @@ T = TypeVar("T")
 INLINE_BYTES = 1024  # tensors up to this size are sent within the message of their item
 CURE = "use fewer workers, or free memory, and run the same command again."
 FILES_CURE = "raise the limit of open files (ulimit -n), and run the same command again."
+OPEN_FILES_ERRORS = (errno.EMFILE, errno.ENFILE)
 ITEM = "an item of a worker process"
 
 
@@ -56,13 +58,17 @@ class WorkerLoader(DataLoader[T]):
         super().__init__(guarded, batch_size=None, num_workers=num_workers, **settings)
 
     def __iter__(self) -> Any:
+        items: Iterator[Any]
         try:
             with signals_delayed():
                 items = super().__iter__()  # starts the workers
-        except OSError as error:  # no memory for a process, or no space in /dev/shm for a semaphore
-            raise InputError(
-                f"{self.num_workers} worker processes could not be started ({error.strerror or error}): {CURE}"
-            ) from None
+        except OSError as error:  # no memory for a process, no open file, or no space in /dev/shm for a semaphore
+            cure = FILES_CURE if error.errno in OPEN_FILES_ERRORS else CURE
+            message = f"{self.num_workers} worker processes could not be started ({error.strerror or error}): {cure}"
+            with _finalizers_silent():
+                error.__traceback__ = None  # frees torch's iterator, which is incomplete, so that its finalizer fails
+            # Raised with the first item: Lightning's teardown fails on a loader whose iteration never began.
+            items = iter([_Failure(InputError(message))])
         return self._checked(items)
 
     def _checked(self, items: Iterator[Any]) -> Iterator[T]:
@@ -100,6 +106,16 @@ def worker_error(error: BaseException, exit_codes: Iterable[int] = ()) -> EndedW
         "Bus error": ", as if a file was truncated or its disk failed while it was read",
     }.get(name or "", "")
     return EndedWorkerError(f"a worker process that reads data {how}{hint}: {CURE}")
+
+
+@contextmanager
+def _finalizers_silent() -> Iterator[None]:
+    """Do not print exceptions of finalizers."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 class _Failure:
@@ -162,7 +178,7 @@ class _ItemQueue(Queue):
             traceback.print_exception(e)
             os._exit(1)  # nothing can be sent
         reason = " ".join((getattr(e, "strerror", None) or str(e) or "memory ran out").split())
-        cure = FILES_CURE if getattr(e, "errno", None) in (errno.EMFILE, errno.ENFILE) else CURE
+        cure = FILES_CURE if getattr(e, "errno", None) in OPEN_FILES_ERRORS else CURE
         message = f"a worker process could not send an item to the main process ({reason}): {cure}"
         self.put((obj[0], _Failure(InputError(message))))
 
@@ -177,6 +193,8 @@ def _worker_context() -> BaseContext:
 def _prepare_worker(worker: int) -> None:
     """Ignore signals, and send tensors without /dev/shm; a `worker_init_fn`."""
     ignore_signals(worker)
+    # The thread that sends descriptors prints its errors by this hook; the main process reports them in one sentence.
+    sys.excepthook = lambda *_: None
     if sys.platform == "linux":
         ForkingPickler.register(Tensor, _reduce_tensor)
 

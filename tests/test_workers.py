@@ -1,6 +1,7 @@
 """Whatever fails in a worker process, or while it sends an item, ends the iteration with one sentence."""
 
 import errno
+import multiprocessing
 import os
 import resource
 import shutil
@@ -98,6 +99,19 @@ def test_the_estimated_shared_memory_suffices_for_larger_items_and_less_is_named
         pytest.skip(f"no mount namespaces: {result.stderr}")
     missing = "2 worker processes could not be started (No space left on device): use fewer workers"
     assert result.stdout.startswith("read\n" if enough else missing), result
+    assert "Traceback" not in result.stderr
+
+
+def test_workers_that_cannot_be_started_are_reported_with_the_first_item(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning's teardown replaces the error of a loader whose iteration never began."""
+    error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", fail(error))
+    items = iter(WorkerLoader(Items(), 2, sampler=range(6)))
+    with pytest.raises(InputError, match=r"2 worker processes could not be started \(Too many open files\): raise the"):
+        next(items)
+    assert "Exception ignored" not in capsys.readouterr().err
 
 
 @linux_only

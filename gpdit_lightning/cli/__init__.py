@@ -169,12 +169,13 @@ def _main(arguments: Sequence[str] | None) -> int:
         message = f"{path}: {error.strerror}: free some space, or choose another location."
         print(f"{rank}error: {printable(message)}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        from gpdit_lightning.retries import memory_error
         from gpdit_lightning.workers import worker_error
 
-        if (ended := worker_error(error)) is None:
+        if (known := worker_error(error) or memory_error(error)) is None:
             raise
-        print(f"{rank}error: {printable(str(ended))}", file=sys.stderr)
+        print(f"{rank}error: {printable(str(known))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         number = signal.SIGTERM if termination.received else signal.SIGINT

@@ -99,6 +99,8 @@ def fit(options: RecipeOptions) -> Trainer:
     """
     cli = build_recipe("fit", options.fit_arguments)
     trainer = cli.trainer
+    if trainer.max_steps == 0:
+        raise InputError("trainer.max_steps is 0: set a number of steps.")
     step = open_checkpoint(cli.resumed).step if cli.resumed else 0
     files = RunFolderFiles(Path(trainer.default_root_dir))
     with (

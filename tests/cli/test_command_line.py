@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from gpdit_lightning import cli
 from gpdit_lightning.cli import VERBS, main
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -56,6 +57,7 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"modle": {"x": 1}}, ["modle"]),
         ({"data": {"seed": "${nothing.here}"}}, ["interpolation", "nothing.here"]),
         ({"trainer": {"max_steps": "many"}}, ["trainer.max_steps", "many"]),
+        ({"trainer": {"max_steps": 0}}, ["trainer.max_steps is 0"]),
         ({"data": {"videos": {"manifests": ["/nowhere"]}}}, ["/nowhere", "gpdit_lightning prepare"]),
         ({"data": {"videos": {"manifests": []}}}, ["no source of data", "data.videos", "manifests"]),
         ({"data": {"videos": {"batch_size": 0}}}, ["no source of data"]),
@@ -128,6 +130,31 @@ def test_validate_without_a_run(recipe: dict[str, Any], tmp_path: Path, capsys: 
     assert "has no checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+            "enforce fail",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee above."), "20.00 MiB.): "),
+        (MemoryError(), "memory ran out: use smaller batches"),
+    ],
+)
+def test_a_lack_of_memory_in_the_main_process_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, reason: str
+) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "run", fail)
+    assert main(["sample"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: memory ran out")
+    assert reason in printed
+    assert printed.count("\n") == 1
+
+
 def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     shown = capsys.readouterr().out
@@ -161,7 +188,11 @@ def test_print_config_resolves_interpolation_and_overlays(capsys: pytest.Capture
 def test_help_explains_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for words in ("Samples per optimizer step over all ranks", "of the average per optimizer step", "--run_dir"):
+    for words in (
+        "Samples per optimizer step that uses the source, over all ranks",
+        "of the average per optimizer step",
+        "--run_dir",
+    ):
         assert words in shown
     with pytest.raises(SystemExit):
         main(["fit", "--model.help", "GPDiTStage"])

@@ -29,7 +29,7 @@ from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 log = logging.getLogger(__name__)
 
 STRIP_COLUMNS = 9  # every second of 17 frames, as in the paper's figures
-DEFAULT_FRAME_RATE = 8.0  # frames per second: every third frame of 24, as in the paper
+DEFAULT_FRAME_RATE = 8.0  # frames per second: every third frame, as in the paper, of 24
 NO_PREVIEWS = "--preview.every_steps 0 for no previews"
 
 
