@@ -83,7 +83,7 @@ def protocol_sentences(protocol: Protocol, date: str) -> list[str]:
     guidance, schedule = protocol.guidance, protocol.schedule
     levels = "" if guidance.at_all_levels else f" at noise levels {guidance.least_level:g} to {guidance.most_level:g}"
     inputs = "Scores are computed from generated frames."
-    if "video" in protocol.networks and protocol.fvd_frames == "all":
+    if "video" in protocol.networks and protocol.fvd_frames == "all" and protocol.context_frames:
         inputs = (
             "FVD, precision and recall are computed from context and generated frames, other scores from generated "
             "frames."

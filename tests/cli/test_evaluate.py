@@ -190,6 +190,7 @@ def test_continuations_are_conditioned_on_the_label_of_each_video(
     assert set(report.scores) == {"fid", "is", "fvd", "precision", "recall"} | of_frames
     assert ("the last given frame repeated" in report.references) == bool(context)
     assert f"{FRAMES - context} frames from {context or 'noise alone'}" in markdown.splitlines()[0]
+    assert ("are computed from context and generated frames" in markdown) == bool(context)
 
 
 def test_a_report_without_the_field_of_labels_is_read(finished: Path) -> None:
