@@ -89,9 +89,11 @@ class Termination:
 
     def __init__(self, line: str) -> None:
         self.line, self.received = line, False
+        self._is_inside = False
         self._listener = SignalListener((signal.SIGTERM,), self._set_deadlines)
 
     def __enter__(self) -> Self:
+        self._is_inside = True
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             self._listener.start()
@@ -99,6 +101,7 @@ class Termination:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_inside = False
         if signal.getsignal(signal.SIGTERM) == self._interrupt:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._listener.close()
@@ -114,7 +117,7 @@ class Termination:
             timer.start()
 
     def _exit(self, number: int, is_over: Callable[[], bool]) -> None:
-        if is_over():
+        if self._is_inside and is_over():
             os.write(2, f"{self.line}\n".encode())
             os._exit(128 + number)
 

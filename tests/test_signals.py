@@ -206,6 +206,15 @@ def test_sigterm_ends_a_process_whose_main_thread_is_blocked(blocked: str) -> No
     assert (process.returncode, printed) == (143, "stopped.\n")
 
 
+def test_a_process_that_has_left_the_block_is_not_ended() -> None:
+    script = (
+        "import signal, time\nfrom gpdit_lightning import signals\nsignals.RAISES_WITHIN = signals.ENDS_WITHIN = 0.2\n"
+        "try:\n    with signals.Termination('stopped.'): signal.raise_signal(signal.SIGTERM); time.sleep(60)\n"
+        "except KeyboardInterrupt: time.sleep(1)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60).returncode == 0
+
+
 def test_a_handler_of_sigterm_is_not_replaced() -> None:
     received: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
