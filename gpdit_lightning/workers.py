@@ -36,6 +36,7 @@ CURE = "use fewer workers, or free memory, and run the same command again."
 FILES_CURE = "raise the limit of open files (ulimit -n), and run the same command again."
 OPEN_FILES_ERRORS = (errno.EMFILE, errno.ENFILE)
 ITEM = "an item of a worker process"
+NO_THREAD = "can't start new thread"  # the message of Python's RuntimeError
 
 
 class EndedWorkerError(InputError):
@@ -62,9 +63,11 @@ class WorkerLoader(DataLoader[T]):
         try:
             with signals_delayed():
                 items = super().__iter__()  # starts the workers
-        except OSError as error:  # no memory for a process, no open file, or no space in /dev/shm for a semaphore
-            cure = FILES_CURE if error.errno in OPEN_FILES_ERRORS else CURE
-            message = f"{self.num_workers} worker processes could not be started ({error.strerror or error}): {cure}"
+        except (OSError, RuntimeError) as error:
+            # No memory for a process or thread, no open file, or no space in /dev/shm for a semaphore.
+            if isinstance(error, RuntimeError) and NO_THREAD not in str(error):
+                raise
+            message = f"{self.num_workers} worker processes could not be started {_cause_and_cure(error)}"
             with _finalizers_silent():
                 error.__traceback__ = None  # frees torch's iterator, which is incomplete, so that its finalizer fails
             # Raised with the first item: Lightning's teardown fails on a loader whose iteration never began.
@@ -96,7 +99,10 @@ def worker_error(error: BaseException, exit_codes: Iterable[int] = ()) -> EndedW
         return EndedWorkerError(
             f"an item of a worker process could not be received (too many open files): {FILES_CURE}"
         )
-    if "DataLoader worker" not in text and "Pin memory thread" not in text:
+    if NO_THREAD in text and "DataLoader worker" in text:
+        return EndedWorkerError(f"a worker process could not start a thread: {CURE}")
+    # The process number distinguishes the end of a worker from an exception that arose in it.
+    if "DataLoader worker (pid" not in text and "Pin memory thread" not in text:
         return None
     named = re.search(r"killed by signal: ([^.]*)\.", text)
     name = named[1] if named else next((strsignal(-code) for code in exit_codes if code < 0), None)
@@ -165,6 +171,15 @@ def _failure_of(error: Exception) -> _Failure:
 class _ItemQueue(Queue):
     """A queue that reports the exceptions of the thread which sends the items of a worker."""
 
+    def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Put (number, item); the first call in a worker starts the thread, or sends the error if that fails."""
+        try:
+            super().put(obj, block, timeout)
+        except RuntimeError as error:
+            if get_worker_info() is None:
+                raise
+            self._writer.send_bytes(ForkingPickler.dumps((obj[0], _unsent(error))))  # type: ignore[attr-defined]
+
     def _on_queue_feeder_error(self, e: Exception, obj: Any) -> None:
         """Send an exception in place of the item that could not be sent; this is a hook of multiprocessing.
 
@@ -177,10 +192,17 @@ class _ItemQueue(Queue):
         if get_worker_info() is None or not isinstance(obj, tuple) or isinstance(obj[1], _Failure):
             traceback.print_exception(e)
             os._exit(1)  # nothing can be sent
-        reason = " ".join((getattr(e, "strerror", None) or str(e) or "memory ran out").split())
-        cure = FILES_CURE if getattr(e, "errno", None) in OPEN_FILES_ERRORS else CURE
-        message = f"a worker process could not send an item to the main process ({reason}): {cure}"
-        self.put((obj[0], _Failure(InputError(message))))
+        self.put((obj[0], _unsent(e)))
+
+
+def _unsent(error: Exception) -> _Failure:
+    return _Failure(InputError(f"a worker process could not send an item to the main process {_cause_and_cure(error)}"))
+
+
+def _cause_and_cure(error: Exception) -> str:
+    """Return the end of a message."""
+    reason = " ".join((getattr(error, "strerror", None) or str(error) or "memory ran out").split())
+    return f"({reason}): {FILES_CURE if getattr(error, 'errno', None) in OPEN_FILES_ERRORS else CURE}"
 
 
 def _worker_context() -> BaseContext:

@@ -75,8 +75,9 @@ def send(number: int, process: Any) -> None:
 @linux_only
 @pytest.mark.parametrize("number", SIGNALS)
 def test_workers_ignore_signals_of_other_processes(number: int) -> None:
-    batches = iter(loader_of(SlowSamples()))
-    first = next(batches)
+    with signals_delayed():
+        batches = iter(loader_of(SlowSamples()))
+    first = next(batches)  # of one of the workers; the other one may be starting
     for worker in workers_of(batches):
         send(number, worker)
     assert [first, *batches] == list(range(6))

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,6 +115,27 @@ def test_workers_that_cannot_be_started_are_reported_with_the_first_item(
     assert "Exception ignored" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("thread", "message"),
+    [
+        ("", "2 worker processes could not be started"),
+        pytest.param("_exit_with_parent", "a worker process could not start a thread", marks=linux_only),
+        ("QueueFeederThread", "a worker process could not send an item to the main process"),
+    ],
+)
+def test_threads_that_cannot_be_started_are_named(monkeypatch: pytest.MonkeyPatch, thread: str, message: str) -> None:
+    main_process, start = os.getpid(), threading.Thread.start
+
+    def start_some(self: threading.Thread) -> None:
+        if thread in self.name and (os.getpid() == main_process) == (not thread):
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    with pytest.raises(InputError, match=rf"^{message}.*: use fewer workers"):
+        read(Items())
+
+
 @linux_only
 @pytest.mark.parametrize(
     ("error", "cause"),
@@ -156,8 +178,13 @@ def test_an_input_error_keeps_its_message(workers: int) -> None:
         list(WorkerLoader(Stream(), workers))
     with pytest.raises(ResourceError, match="memory ran out"):
         read(Items(fail(MemoryError())), workers)
-    with pytest.raises(KeyError):
-        read(Items(fail(KeyError("a bug"))), workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("bug", [KeyError("a bug"), RuntimeError("a bug")])
+def test_an_exception_of_the_dataset_is_not_attributed_to_the_machine(workers: int, bug: Exception) -> None:
+    with pytest.raises(type(bug), match="a bug"):
+        read(Items(fail(bug)), workers)
 
 
 @pytest.mark.parametrize(

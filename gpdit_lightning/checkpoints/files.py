@@ -150,7 +150,8 @@ def read_content(folder: Path, mapped: bool = True) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         fault = "is not a complete" if isinstance(error, (EOFError, OSError)) else "cannot be read as a"
-        damaged = InputError(f"{path} {fault} checkpoint ({str(error).splitlines()[0]}): {cure}.")
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        damaged = InputError(f"{path} {fault} checkpoint ({reason}): {cure}.")
         raise transient_error(error, path) or damaged from None
     required = ("state_dict", "gpdit", "LatentDataModule")
     if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in required):
