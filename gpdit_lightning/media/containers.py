@@ -21,10 +21,11 @@ VIDEO_EXTENSIONS = (
     *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".gif"),
     *(".3g2", ".3gp", ".amv", ".apng", ".asf", ".av1", ".dav", ".dif", ".divx", ".dv", ".f4v", ".flc", ".fli", ".gxf"),
     *(".264", ".265", ".266", ".h261", ".h263", ".h264", ".h265", ".hevc", ".ismv", ".ivf", ".jpgv", ".m1v", ".m2p"),
-    *(".m2t", ".m2ts", ".m2v", ".mj2", ".mjpeg", ".mjpg", ".mk3d", ".mod", ".mp4v", ".mpe", ".mpv", ".mts", ".mxf"),
-    *(".nsv", ".nut", ".obu", ".ogm", ".ogv", ".ogx", ".qt", ".rm", ".rmvb", ".roq", ".swf", ".tod", ".tp", ".trp"),
-    *(".vc1", ".vob", ".vro", ".vvc", ".wm", ".wtv", ".xvid", ".y4m"),
+    *(".m2t", ".m2ts", ".m2v", ".mj2", ".mjpeg", ".mjpg", ".mk3d", ".mod", ".movie", ".mp4v", ".mpe", ".mpv", ".mts"),
+    *(".mxf", ".nsv", ".nut", ".obu", ".ogm", ".ogv", ".ogx", ".qt", ".rm", ".rmvb", ".roq", ".swf", ".tod", ".tp"),
+    *(".trp", ".vc1", ".vob", ".vro", ".vvc", ".wm", ".wtv", ".xvid", ".y4m"),
 )
+MIME_TYPES = mimetypes.MimeTypes()  # the same on every machine, unlike those of `mimetypes.guess_type`
 # FFmpeg would show these files as images of text.
 TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")
 # Lists of other files, which are videos themselves.
@@ -59,7 +60,7 @@ def is_video(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix in VIDEO_EXTENSIONS:
         return True
-    if suffix in SEARCHED_EXTENSIONS or mimetypes.MimeTypes().guess_type(f"file{suffix}")[0]:
+    if suffix in SEARCHED_EXTENSIONS or MIME_TYPES.guess_type(f"file{suffix}")[0]:
         return False  # another kind of file, such as the captions beside each video
     try:
         with open_video(path) as video:

@@ -4,7 +4,8 @@ import math
 import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import count
@@ -101,7 +102,8 @@ def _frames(
     sound = {codec.name for codec in codecs if codec is not None} - {video.decoder.name}
     position, pts = -1, None
     while True:
-        with ffmpeg_errors(ignored=sound) as messages:
+        packet = av.Packet()  # makes the decoder return the remaining frames if the next packet cannot be read
+        with _problems(video, ignored=sound) as messages:
             packet = next(packets, None)
         if messages:  # the end of the packet before was not where the next one begins
             damage.record(_Sign(position, pts, messages[0]))
@@ -113,8 +115,9 @@ def _frames(
         order.add(position, pts)
         if packet.is_corrupt:
             damage.record(_Sign(position, pts, "incomplete data"))
-        with ffmpeg_errors() as messages:
-            frames = _decode(video, packet, messages)
+        frames: list[av.VideoFrame] = []
+        with _problems(video) as messages:
+            frames = video.decoder.decode(packet)
         if messages:
             cause = previous if video.decoder.name in LATE_DECODERS else (position, pts)
             damage.record(_Sign(cause[0], cause[1], messages[0]))
@@ -127,15 +130,16 @@ def _frames(
             yield frame
 
 
-def _decode(video: VideoStream, packet: "av.Packet", messages: list[str]) -> list["av.VideoFrame"]:
-    """Decode a packet; an error is added to the messages."""
-    try:
-        return video.decoder.decode(packet)
-    except av.FFmpegError as error:
-        if transient := transient_error(error, video.path):
-            raise transient from None
-        messages.append(error.strerror or str(error))
-        return []
+@contextmanager
+def _problems(video: VideoStream, ignored: AbstractSet[str] = frozenset()) -> Iterator[list[str]]:
+    """Collect FFmpeg's messages within the block as `ffmpeg_errors`, followed by the error that ended the block."""
+    with ffmpeg_errors(ignored) as messages:
+        try:
+            yield messages
+        except av.FFmpegError as error:
+            if transient := transient_error(error, video.path):
+                raise transient from None
+            messages.append(error.strerror or str(error))
 
 
 class _Order:

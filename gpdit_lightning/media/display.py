@@ -159,9 +159,9 @@ def orientation_of(matrix: Sequence[float] | None, name: str) -> Orientation:
         return Orientation(False, False, False)  # not a rotation; players ignore it
     transpose = abs(b) > abs(a)
     angles = [math.degrees(math.atan2(b, a)), math.degrees(math.atan2(c, d))]
-    if any(abs(angle - 90 * round(angle / 90)) > ROTATION_TOLERANCE for angle in angles):
+    if others := [angle for angle in angles if abs(angle - 90 * round(angle / 90)) > ROTATION_TOLERANCE]:
         raise InputError(
-            f"{name} is displayed rotated by {angles[0]:.1f} degrees, and only multiples of 90 are supported: convert "
+            f"{name} is displayed rotated by {others[0]:.1f} degrees, and only multiples of 90 are supported: convert "
             "it with the rotation applied."
         )
     across, down = (c, b) if transpose else (a, d)

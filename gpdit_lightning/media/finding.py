@@ -1,6 +1,5 @@
 """Search of folders and lists for videos and images: the same rules for every command."""
 
-import mimetypes
 import os
 import unicodedata
 from collections import defaultdict, deque
@@ -14,7 +13,7 @@ from PIL import Image
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_lines
-from gpdit_lightning.media.containers import VIDEO_EXTENSIONS, is_video
+from gpdit_lightning.media.containers import MIME_TYPES, VIDEO_EXTENSIONS, is_video
 from gpdit_lightning.media.images import IMAGE_FORMATS, SEARCHED_EXTENSIONS
 from gpdit_lightning.names import as_text, from_text
 from gpdit_lightning.retries import retried, transient_error
@@ -28,7 +27,6 @@ COMPANIONS = {
     *(".srt", ".vtt", ".ass", ".url", ".ini", ".db", ".py", ".sh", ".npy", ".npz", ".pkl", ".pt", ".pth", ".parquet"),
     *(".safetensors", ".tar", ".zip", ".gz", ".mp3", ".wav", ".m4a", ".flac", ".aac", ".opus"),
 }
-MIME_TYPES = mimetypes.MimeTypes()  # the same on every machine, unlike those of `mimetypes.guess_type`
 LIST_EXTENSION = ".txt"
 MAX_SHOWN = 5  # unusable files in a message
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.media.display import HD_LINES
+from gpdit_lightning.media.timing import frame_rate
 
-# From this height on, players assume the matrix of BT.709 for a video without tags; below it, that of BT.601.
-HD_LINES = 720
-# FFmpeg's AVColorSpace of both, by the names of its scale filter.
+# Codes of ITU-T H.273, by the names of FFmpeg's scale filter.
 MATRICES = {"bt709": 1, "smpte170m": 6}
 # crf 12 is nearly lossless. x264's macroblock tree is off, since its AVX-512 code reads memory that was never written,
 # and without assembler it depends on the timing of threads: the same frames then give different files.
@@ -49,7 +49,7 @@ class VideoWriter:
 
     def __init__(self, path: str | Path, fps: Fraction | float) -> None:
         self._path = Path(path)
-        self._rate = Fraction(fps).limit_denominator(65535)
+        self._rate = frame_rate(fps)
         self._stream: av.VideoStream | None = None
         self._frames = 0
 

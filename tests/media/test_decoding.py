@@ -1,6 +1,7 @@
 """Decoding: damaged videos, times, and beginnings that refer to what was cut away."""
 
 import gc
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
@@ -120,6 +121,19 @@ def test_damage_of_av1_ends_before_the_damaged_frame_though_it_is_reported_later
     assert error is not None
     assert len(frames) == round(packet.pts * packet.time_base * FPS)
     assert max(map(largest_difference, frames, intact)) == 0
+
+
+def test_a_container_that_cannot_be_read_further_ends_a_video_before_the_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.apng"
+    encode(path, [rgb_frame(pixels, "rgb24") for pixels in moving_texture(FRAMES)], "apng")
+    intact, content = read_video(path), bytearray(path.read_bytes())
+    twenty_first = [part.start() for part in re.finditer(b"fcTL", content)][20]
+    content[twenty_first + 8 : twenty_first + 16] = b"\xff" * 8  # width and height
+    path.write_bytes(content)
+    frames, error = frames_before_damage(path)
+    assert error is not None
+    assert 15 < len(frames) == error.frame <= 20
+    assert torch.equal(torch.stack(frames), intact[: len(frames)])
 
 
 def test_damaged_sound_does_not_end_a_video(tmp_path: Path) -> None:
