@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 INLINE_BYTES = 1024  # tensors up to this size are sent within the message of their item
 CURE = "use fewer workers, or free memory, and run the same command again."
+SEMAPHORES_CURE = "use fewer workers, or a larger /dev/shm, and run the same command again."
 FILES_CURE = "raise the limit of open files (ulimit -n), and run the same command again."
 OPEN_FILES_ERRORS = (errno.EMFILE, errno.ENFILE)
 ITEM = "an item of a worker process"
@@ -67,7 +68,8 @@ class WorkerLoader(DataLoader[T]):
             # No memory for a process or thread, no open file, or no space in /dev/shm for a semaphore.
             if isinstance(error, RuntimeError) and NO_THREAD not in str(error):
                 raise
-            message = f"{self.num_workers} worker processes could not be started {_cause_and_cure(error)}"
+            cure = SEMAPHORES_CURE if getattr(error, "errno", None) == errno.ENOSPC else CURE
+            message = f"{self.num_workers} worker processes could not be started {_cause_and_cure(error, cure)}"
             with _finalizers_silent():
                 error.__traceback__ = None  # frees torch's iterator, which is incomplete, so that its finalizer fails
             # Raised with the first item: Lightning's teardown fails on a loader whose iteration never began.
@@ -199,10 +201,10 @@ def _unsent(error: Exception) -> _Failure:
     return _Failure(InputError(f"a worker process could not send an item to the main process {_cause_and_cure(error)}"))
 
 
-def _cause_and_cure(error: Exception) -> str:
-    """Return the end of a message."""
+def _cause_and_cure(error: Exception, cure: str = CURE) -> str:
+    """Return the end of a message; the cure is another one for too many open files."""
     reason = " ".join((getattr(error, "strerror", None) or str(error) or "memory ran out").split())
-    return f"({reason}): {FILES_CURE if getattr(error, 'errno', None) in OPEN_FILES_ERRORS else CURE}"
+    return f"({reason}): {FILES_CURE if getattr(error, 'errno', None) in OPEN_FILES_ERRORS else cure}"
 
 
 def _worker_context() -> BaseContext:

@@ -98,7 +98,9 @@ def test_the_estimated_shared_memory_suffices_for_larger_items_and_less_is_named
     )
     if "unshare" in result.stderr or "mount" in result.stderr:
         pytest.skip(f"no mount namespaces: {result.stderr}")
-    missing = "2 worker processes could not be started (No space left on device): use fewer workers"
+    missing = (
+        "2 worker processes could not be started (No space left on device): use fewer workers, or a larger /dev/shm"
+    )
     assert result.stdout.startswith("read\n" if enough else missing), result
     assert "Traceback" not in result.stderr
 
