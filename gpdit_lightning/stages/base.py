@@ -28,6 +28,7 @@ from gpdit_lightning.stages.agreement import (
     check_stage,
 )
 from gpdit_lightning.stages.initial_weights import InitialWeights
+from gpdit_lightning.training.internals import end_validation_loader
 from gpdit_lightning.training.optimizer import OptimizerConfig, apply_config, build_optimizer
 from gpdit_lightning.training.strategies.sharding import product_dtype_of
 
@@ -118,6 +119,10 @@ class GPDiTStage(LightningModule):
     def test_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
         """As in validation."""
         return self.validation_step(batch, batch_idx)
+
+    def on_validation_end(self) -> None:
+        """End the loader processes of a validation within the training, with their memory."""
+        end_validation_loader(self.trainer)
 
     # --- the optimizer
 

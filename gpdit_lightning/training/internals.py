@@ -56,6 +56,14 @@ def is_between_steps(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
 
 
+def end_validation_loader(trainer: Trainer) -> None:
+    """End the loader processes of a validation within the training; Lightning would keep them until the next one."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if loop._data_fetcher is not None:
+        loop._data_fetcher.teardown()
+        loop._data_fetcher = None
+
+
 def launched_processes(strategy: Strategy) -> list[Popen[bytes]] | None:
     """Return the processes that Lightning launched for the other ranks of this machine; None if it launches none.
 

@@ -1,5 +1,6 @@
 """A run that is interrupted and resumed by the same command equals an uninterrupted one, bit for bit."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,11 +9,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
+from lightning import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpdit_lightning.cli import main
@@ -98,6 +100,24 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
             assert torch.equal(value, theirs[name]), name
+
+
+class Workers(Callback):
+    """Records the number of loader processes at every micro-batch."""
+
+    counts: ClassVar[list[int]] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.counts.append(len(multiprocessing.active_children()))
+
+
+def test_the_loader_processes_of_a_validation_end_with_it(tiny_shards: Path, tmp_path: Path) -> None:
+    """Validation comes after steps 2, 4 and 6, so that at most two loaders exist at a time."""
+    settings = recipe(tiny_shards, tmp_path / "run", workers=2)
+    settings["trainer"]["callbacks"] = [{"class_path": f"{__name__}.Workers"}]
+    Workers.counts.clear()
+    assert fit(tmp_path / "recipe.yaml", settings) == 0
+    assert Workers.counts == [2] * 3 * STEPS
 
 
 @pytest.fixture(scope="module")
