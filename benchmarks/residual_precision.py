@@ -217,9 +217,9 @@ def main() -> None:
     """Train and compare."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of the shallow model")
-    parser.add_argument("--deep-steps", type=int, default=100, help="optimizer steps of the deep model")
+    parser.add_argument("--deep_steps", type=int, default=100, help="optimizer steps of the deep model")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds of the shallow model")
-    parser.add_argument("--deep-seeds", type=int, default=2, help="number of seeds of the deep model")
+    parser.add_argument("--deep_seeds", type=int, default=2, help="number of seeds of the deep model")
     options = parser.parse_args()
     data, held_out = digit_latents(256, held_out=False), digit_latents(64, held_out=True)
     batch = batch_of(held_out, torch.Generator().manual_seed(7))

@@ -30,6 +30,11 @@ def names_of(*records: type[Any]) -> tuple[str, ...]:
     return tuple(field.name for record in records for field in fields(record))
 
 
+def _argument(value: Any) -> str:
+    """Return a value as it is written on a command line: text as it is, all else as JSON."""
+    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
+
+
 class OptionRecord:
     """Base of the records of options; converts strings to paths, and single paths and strings to tuples of one."""
 
@@ -141,7 +146,7 @@ class RecipeOptions(OptionRecord):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.overrides, Mapping):
-            self._set("overrides", tuple(f"--{name}={json.dumps(value)}" for name, value in self.overrides.items()))
+            self._set("overrides", tuple(f"--{name}={_argument(value)}" for name, value in self.overrides.items()))
         if not self.config and not self.overrides:
             raise self.no_recipe()
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from gpdit_lightning.cli.parsing import parse
+from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.inspect import InspectOptions
 from gpdit_lightning.options.prepare import PrepareOptions
@@ -155,6 +156,19 @@ def test_what_is_not_a_records_own_option_overrides_the_recipe(tmp_path: Path, m
         check=True,
     )
     assert options.fit_arguments == ["--config=a.yaml", "--config=b.yaml", *options.overrides]
+
+
+def test_values_from_python_override_the_recipe(tmp_path: Path) -> None:
+    folder = tmp_path / "it's a: run"
+    overrides = {
+        **{"run_dir": folder, "runs": str(tmp_path), "trainer.max_steps": 7, "trainer.max_time": None},
+        **{"trainer.detect_anomaly": True, "data.images.manifests": [tmp_path / "a", "b"]},
+    }
+    options = RecipeOptions(config="gpdit:stage1_image_warmup", overrides=overrides)
+    recipe = parse_recipe("fit", options.fit_arguments)
+    assert (recipe.run_dir, recipe.trainer.max_steps, recipe.trainer.max_time) == (str(folder), 7, None)
+    assert recipe.trainer.detect_anomaly is True
+    assert recipe.data.images.manifests == [f"{tmp_path}/a", "b"]
 
 
 def test_names_that_a_recipe_cannot_store_are_refused() -> None:
