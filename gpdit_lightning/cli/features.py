@@ -1,6 +1,7 @@
 """`features`: write the features of videos after a layer, in the layout of Video-ChatGPT (GPDiT, section A.2)."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,6 +19,7 @@ from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError, ResourceError
 from gpdit_lightning.evaluation.videos import find_named_videos, read_clip
+from gpdit_lightning.files import MAX_NAME_BYTES
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.features import FeaturesOptions
@@ -27,8 +29,6 @@ from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.workers import WorkerLoader
 
 log = logging.getLogger(__name__)
-
-MAX_NAME_BYTES = 255
 
 
 def features(options: FeaturesOptions) -> None:
@@ -58,7 +58,7 @@ def features(options: FeaturesOptions) -> None:
 
 def has_short_name(path: Path) -> bool:
     """Return whether a file system accepts the name of a file; a warning names the file if not."""
-    is_short = len(path.name.encode()) <= MAX_NAME_BYTES
+    is_short = len(os.fsencode(path.name)) <= MAX_NAME_BYTES
     if not is_short:
         log.warning("skipped: the name of %s is too long for a file: rename the video", path)
     return is_short

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from gpdit_lightning.codecs import Codec, find_codec
@@ -226,8 +226,8 @@ def _of_latest_attempts(records: Records, name: Literal["skipped", "notes"]) -> 
     for part, result in records.results.items():
         retried = {file for file in result.without_samples if latest[file] != part}
         for entry in getattr(result, name):
-            tar, _, _ = entry.source.rpartition("/")  # if the source is an image in a tar
-            if entry.source not in retried and tar not in retried:
+            parents = map(str, PurePosixPath(entry.source).parents)  # one is the tar if the source is an image in a tar
+            if retried.isdisjoint((entry.source, *parents)):
                 yield entry
 
 

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -290,6 +291,14 @@ def test_skipped_files_are_retried_on_request(options: PrepareOptions, monkeypat
     again = prepared(replace(options, retry_skipped=True))
     assert again.shards == first.shards
     assert again.skipped == 1
+
+
+def test_images_of_a_retried_tar_are_counted_once(options: PrepareOptions, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "broken.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("folder/image.png"))  # an empty file
+    options = replace(options, image_tars=[str(tmp_path / "broken.tar")])
+    assert prepared(options).skipped == 2  # the broken video is the other one
+    assert prepared(replace(options, retry_skipped=True)).skipped == 2
 
 
 def test_a_file_that_could_not_be_read_is_retried_by_the_next_run(
