@@ -249,7 +249,7 @@ def make_protocol(
         "image": networks.image,
         "classifier": networks.image and networks.image.classifier,
     }
-    device = next(trained.backbone.parameters()).device
+    device = trained.backbone.device
     return Protocol(
         data=options.data,
         choice="the first ones that are long enough, in the order of a hash of name and seed "

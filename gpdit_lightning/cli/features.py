@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +20,7 @@ from gpdit_lightning.errors import InputError, ResourceError
 from gpdit_lightning.evaluation.videos import find_named_videos, read_clip
 from gpdit_lightning.files import MAX_NAME_BYTES
 from gpdit_lightning.generation import cast_linear_weights
+from gpdit_lightning.generation.rollout import autocast
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing.encoder import first_layers, pooled_features
@@ -228,7 +228,6 @@ def features_of_clips(pixels: Tensor, trained: TrainedModel, codec: Codec, recor
     Returns:
         float32 (B, temporal tokens + N, D).
     """
-    device, autocast_dtype = next(trained.backbone.parameters()).device, AUTOCAST_DTYPES[record.precision]
-    latents = codec.whitened(codec.encode(pixels).to(device))
-    with nullcontext() if autocast_dtype is None else torch.autocast(device.type, dtype=autocast_dtype):
+    latents = codec.whitened(codec.encode(pixels).to(trained.backbone.device))
+    with autocast(latents, AUTOCAST_DTYPES[record.precision]):
         return pooled_features(trained.backbone, latents, record.temporal_tokens)

@@ -31,8 +31,7 @@ def load_codec_of(trained: TrainedModel, options: LoadingOptions, owner: str = "
     Raises:
         InputError: the codec's weights are unavailable.
     """
-    device = next(trained.backbone.parameters()).device
-    return load_codec_from_spec(trained.codec, device, options.codec_source, owner, options.codec)
+    return load_codec_from_spec(trained.codec, trained.backbone.device, options.codec_source, owner, options.codec)
 
 
 def generation_config(

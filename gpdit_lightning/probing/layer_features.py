@@ -186,8 +186,7 @@ def _read(path: Path, frames: int, stride: int, size: Size, fps: float | None) -
 @torch.no_grad()
 def _mean_features(model: GPDiT, codec: Codec, pixels: Tensor) -> Tensor:
     """Return averaged features of clips, uint8 (B, T, 3, H, W), as float32 (B, L + 1, D) on the CPU."""
-    device = next(model.parameters()).device
-    clean = codec.whitened(codec.encode(pixels).to(device))
+    clean = codec.whitened(codec.encode(pixels).to(model.device))
     layers = model.features(clean, range(model.config.layers + 1))
     return torch.stack([layers[layer].float().mean((1, 2)) for layer in sorted(layers)], dim=1).cpu()
 
