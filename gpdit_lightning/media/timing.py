@@ -5,6 +5,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.decoding import DamagedVideoError, DecodedFrame
 
 # Seconds: some containers, such as Matroska, round time stamps to milliseconds.
@@ -14,8 +15,15 @@ MAX_DENOMINATOR = 65535  # of frame rates
 
 
 def frame_rate(value: float | Fraction) -> Fraction:
-    """Return a frame rate as a fraction; limiting the denominator restores 30000/1001 from 29.97002997002997."""
-    return Fraction(value).limit_denominator(MAX_DENOMINATOR)
+    """Return a frame rate as a fraction; limiting the denominator restores 30000/1001 from 29.97002997002997.
+
+    Raises:
+        InputError: the rate is not positive, or too low for a fraction with this denominator.
+    """
+    rate = Fraction(value).limit_denominator(MAX_DENOMINATOR)
+    if rate <= 0:
+        raise InputError(f"the frame rate {float(value):g} is too low: give at least 0.0001 frames per second.")
+    return rate
 
 
 def resampled(frames: Iterator[DecodedFrame], fps: Fraction) -> Iterator[DecodedFrame]:

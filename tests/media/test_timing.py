@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.timing import fps_of_clip, frame_rate, uneven_intervals
 from gpdit_lightning.media.video import count_frames, frame_number_at, iterate_frames
 from tests.media.timed import gray_numbers, write_timed
@@ -31,6 +32,13 @@ def test_resampling_to_the_rate_of_a_video_changes_nothing(tmp_path: Path) -> No
     path = write_timed(tmp_path / "video.mkv", [number * 1001 / 30000 for number in range(40)])  # rounded to 1 ms
     frames = list(iterate_frames(path, fps=30000 / 1001))
     assert gray_numbers([frame.pixels for frame in frames]) == list(range(40))
+
+
+@pytest.mark.parametrize("fps", [0, -1, 1e-9])
+def test_a_rate_that_is_too_low_is_refused(tmp_path: Path, fps: float) -> None:
+    path = write_timed(tmp_path / "video.mp4", [0.0, 0.1])
+    with pytest.raises(InputError, match=rf"the frame rate {fps:g} is too low: give at least"):
+        next(iterate_frames(path, fps=fps))
 
 
 def test_resampling_repeats_frames_that_are_shown_long(tmp_path: Path) -> None:
