@@ -2,8 +2,9 @@
 
 torch sends a tensor from a worker to the main process in a file in /dev/shm. If that is full (a container has 64 MB by
 default), or memory or open files run out, the thread of the worker that sends items prints a traceback and drops the
-item, for which the main process waits forever. Here a tensor is sent in a file in memory that belongs to no file system
-(`memfd_create`), and every exception of that thread is sent to the main process instead of the item.
+item, for which the main process waits forever. Here the tensors of an item are sent in a file in memory that belongs to
+no file system (`memfd_create`), whose descriptor follows the item through the same socket, and every exception of that
+thread is sent to the main process instead of the item.
 """
 
 import copy
@@ -11,13 +12,17 @@ import errno
 import multiprocessing
 import os
 import re
+import socket
 import sys
+import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection, Pipe
 from multiprocessing.context import BaseContext
 from multiprocessing.queues import Queue
-from multiprocessing.reduction import DupFd, ForkingPickler
+from multiprocessing.reduction import ForkingPickler
 from signal import strsignal
 from typing import Any, TypeVar
 
@@ -170,8 +175,49 @@ def _failure_of(error: Exception) -> _Failure:
     return _Failure(known)
 
 
+class _Transfer(threading.local):
+    """The file with the tensors of the item that a thread sends or receives."""
+
+    file: int | None = None
+
+    def close(self) -> None:
+        file, self.file = self.file, None
+        if file is not None:
+            os.close(file)
+
+
+_transfer = _Transfer()
+
+
 class _ItemQueue(Queue):
-    """A queue that reports the exceptions of the thread which sends the items of a worker."""
+    """A queue that sends tensors in files, and reports the exceptions of the thread which sends the items of a worker.
+
+    A message is the bytes of the pickled item, and a byte with the descriptor of its file, if it has one.
+    """
+
+    _reader: Connection
+    _writer: Connection
+
+    def __init__(self, maxsize: int = 0, *, ctx: Any) -> None:
+        super().__init__(maxsize, ctx=ctx)
+        if sys.platform == "linux":  # sockets, since pipes send no descriptors
+            self._reader.close()
+            self._writer.close()
+            self._reader, self._writer = Pipe(duplex=True)
+            self._reset()
+
+    def _reset(self, after_fork: bool = False) -> None:
+        super()._reset(after_fork)  # type: ignore[misc]
+        if sys.platform == "linux":
+            # Not methods: the cycle of references would keep the sockets open.
+            self._send_bytes = partial(_send_with_file, self._writer)
+            self._recv_bytes = partial(_receive_with_file, self._reader)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        try:
+            return super().get(block, timeout)
+        finally:
+            _transfer.close()
 
     def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
         """Put (number, item); the first call in a worker starts the thread, or sends the error if that fails."""
@@ -180,7 +226,8 @@ class _ItemQueue(Queue):
         except RuntimeError as error:
             if get_worker_info() is None:
                 raise
-            self._writer.send_bytes(ForkingPickler.dumps((obj[0], _unsent(error))))  # type: ignore[attr-defined]
+            with self._wlock:  # type: ignore[attr-defined]
+                self._send_bytes(ForkingPickler.dumps((obj[0], _unsent(error))))
 
     def _on_queue_feeder_error(self, e: Exception, obj: Any) -> None:
         """Send an exception in place of the item that could not be sent; this is a hook of multiprocessing.
@@ -189,12 +236,40 @@ class _ItemQueue(Queue):
             e: the exception.
             obj: (number, item), or its bytes if these could not be written.
         """
+        _transfer.close()
         if isinstance(e, BrokenPipeError):  # the main process has ended
             os._exit(1)
         if get_worker_info() is None or not isinstance(obj, tuple) or isinstance(obj[1], _Failure):
             traceback.print_exception(e)
             os._exit(1)  # nothing can be sent
         self.put((obj[0], _unsent(e)))
+
+
+def _send_with_file(connection: Connection, message: Any) -> None:
+    try:
+        connection.send_bytes(message)
+        with _socket_of(connection) as connected:
+            socket.send_fds(connected, [b"\0"], [] if _transfer.file is None else [_transfer.file])
+    finally:
+        _transfer.close()
+
+
+def _receive_with_file(connection: Connection) -> bytes:
+    message = connection.recv_bytes()
+    with _socket_of(connection) as connected:
+        _, files, *_ = socket.recv_fds(connected, 1, 1)
+    _transfer.file = files[0] if files else None
+    return message
+
+
+@contextmanager
+def _socket_of(connection: Connection) -> Iterator[socket.socket]:
+    """Provide a socket for the descriptor of a connection, which stays open."""
+    connected = socket.socket(fileno=connection.fileno())
+    try:
+        yield connected
+    finally:
+        connected.detach()
 
 
 def _unsent(error: Exception) -> _Failure:
@@ -217,24 +292,21 @@ def _worker_context() -> BaseContext:
 def _prepare_worker(worker: int) -> None:
     """Ignore signals, and send tensors without /dev/shm; a `worker_init_fn`."""
     ignore_signals(worker)
-    # The thread that sends descriptors prints its errors by this hook; the main process reports them in one sentence.
-    sys.excepthook = lambda *_: None
     if sys.platform == "linux":
         ForkingPickler.register(Tensor, _reduce_tensor)
 
 
 def _reduce_tensor(tensor: Tensor) -> Any:
-    """Pickle a tensor of a worker as a descriptor of a file in memory that contains its values."""
+    """Pickle a tensor of a worker as the position of its values in the file of its item."""
     values = memoryview(_bytes_of(tensor.contiguous()))
     if len(values) <= INLINE_BYTES:
         return _tensor_of_bytes, (values.tobytes(), tensor.dtype, tensor.shape)
-    file, written = os.memfd_create("tensor"), 0
-    try:
-        while written < len(values):
-            written += os.write(file, values[written:])
-        return _tensor_of_file, (DupFd(file), tensor.dtype, tensor.shape)
-    finally:
-        os.close(file)
+    if _transfer.file is None:
+        _transfer.file = os.memfd_create("tensors")
+    position, written = os.lseek(_transfer.file, 0, os.SEEK_CUR), 0
+    while written < len(values):
+        written += os.write(_transfer.file, values[written:])
+    return _tensor_of_file, (position, tensor.dtype, tensor.shape)
 
 
 def _tensor_of_bytes(values: bytes, dtype: torch.dtype, shape: torch.Size) -> Tensor:
@@ -243,14 +315,13 @@ def _tensor_of_bytes(values: bytes, dtype: torch.dtype, shape: torch.Size) -> Te
     return tensor
 
 
-def _tensor_of_file(descriptor: Any, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+def _tensor_of_file(position: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    if _transfer.file is None:  # the system drops a descriptor that exceeds the limit of the process which receives it
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     tensor = torch.empty(shape, dtype=dtype)
-    values, count, file = memoryview(_bytes_of(tensor)), 0, descriptor.detach()
-    try:
-        while count < len(values):
-            count += os.preadv(file, [values[count:]], count)
-    finally:
-        os.close(file)
+    values, count = memoryview(_bytes_of(tensor)), 0
+    while count < len(values):
+        count += os.preadv(_transfer.file, [values[count:]], position + count)
     return tensor
 
 

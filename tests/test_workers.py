@@ -52,10 +52,6 @@ def read(dataset: Any, workers: int = 2) -> list[Any]:
     return list(WorkerLoader(dataset, workers, sampler=range(len(dataset))))
 
 
-def limit_open_files() -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))  # only 0, 1 and 2
-
-
 def fail(error: BaseException) -> Callable[..., Any]:
     def call(*_: Any) -> Any:
         raise error
@@ -157,10 +153,47 @@ def test_an_item_that_cannot_be_sent_ends_the_iteration(
 
 @linux_only
 def test_too_many_open_files_in_a_worker_are_named() -> None:
+    """A worker cannot make a file for item 3; item 1 is received, although it was sent before."""
+
+    def limit_open_files() -> None:
+        time.sleep(0.5)  # a thread sends item 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))  # only 0, 1 and 2
+
+    items = iter(WorkerLoader(Items(limit_open_files), 2, sampler=range(6)))
+    assert [next(items)[0] for _ in range(3)] == [0, 1, 2]
     with pytest.raises(
         InputError, match=r"could not send an item to the main process \(Too many open files\): raise the limit"
     ):
-        read(Items(limit_open_files))
+        next(items)
+
+
+@linux_only
+def test_too_many_open_files_in_the_main_process_are_named() -> None:
+    items = iter(WorkerLoader(Items(), 2, sampler=range(6)))
+    next(items)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"too many open files.*raise the limit"):
+            list(items)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@linux_only
+def test_no_descriptors_stay_open() -> None:
+    """Neither in the main process nor, as the limit shows, in the workers."""
+
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 2,) * 2)
+
+    class Many(Items):
+        def __len__(self) -> int:
+            return 200
+
+    before = len(os.listdir("/proc/self/fd"))
+    assert [number for number, _ in read(Many(few))] == list(range(200))
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_items_that_cannot_be_pickled_end_the_iteration() -> None:

@@ -287,13 +287,21 @@ def _difference_from_mark(path: Path, verify: bool) -> str:
     return ""
 
 
+@retried
 def checkpoint_sha256(path: Path) -> str:
-    """Return a sha256 over the hashes of a checkpoint's files, which are read from its mark if it has one."""
-    if mark_path(path).exists():
-        files = json.loads(mark_path(path).read_text(encoding="utf-8"))["files"]
-        digests = [entry["sha256"] for entry in files.values()]
-    else:
-        digests = [sha256_of(file) for file in path.iterdir()]
+    """Return a sha256 over the hashes of a checkpoint's files, which are read from its mark if it has one.
+
+    Raises:
+        TransientError: three attempts to read a file failed for a reason other than its content.
+    """
+    try:
+        if mark_path(path).exists():
+            files = json.loads(mark_path(path).read_text(encoding="utf-8"))["files"]
+            digests = [entry["sha256"] for entry in files.values()]
+        else:
+            digests = [sha256_of(file) for file in path.iterdir()]
+    except OSError as error:
+        raise transient_error(error, error.filename or path) or error from None
     return hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()
 
 

@@ -209,7 +209,7 @@ def check_precision(setting: Any, device: torch.device) -> None:
     """
     name = str(setting or "32-true")
     if name == "16-true":
-        obstacle, cure = "in which the state of the optimizer underflows", "16-mixed, bf16-mixed or 32-true"
+        obstacle, cure = "in which the state of the optimizer underflows", "bf16-mixed or 32-true"
     elif name in ("16", "16-mixed") and device.type == "cpu":
         obstacle, cure = "which is not supported on a CPU", "bf16-mixed or 32-true"
     elif name.startswith("bf16") and not has_bf16(device):

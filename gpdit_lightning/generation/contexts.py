@@ -23,7 +23,7 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.finding import medium_of, search_folder
+from gpdit_lightning.media.finding import medium_of, search_folder, without_repeated
 from gpdit_lightning.media.images import Size, closest_size, read_image, resize_and_crop
 from gpdit_lightning.media.timing import fps_of_clip, frame_rate, uneven_intervals
 from gpdit_lightning.media.video import (
@@ -160,7 +160,8 @@ def _read_source(
 
 def _read_folder(folder: Path, settings: ContextSettings) -> Iterator[VideoContext]:
     of_videos, of_images = (search_folder(folder, medium, recursive=False) for medium in ("video", "image"))
-    videos = sorted((path for path, _ in of_videos.files), key=natural_sort_key)
+    distinct, repeated = without_repeated(of_videos.files)
+    videos = sorted((path for path, _ in distinct), key=natural_sort_key)
     images = [path for path, _ in of_images.files]
     if videos and images:
         raise InputError(
@@ -173,7 +174,7 @@ def _read_folder(folder: Path, settings: ContextSettings) -> Iterator[VideoConte
         raise InputError(
             f"{folder} contains no videos and no images: give another folder, or a shard as PATH.tar{reasons}."
         )
-    for sentence in left_out:
+    for sentence in (*left_out, *(f"{name} {reason}" for name, reason, _ in repeated)):
         log.info("%s: %s", folder, sentence)
     if images:
         yield _read_clip(_ImageFolder(folder, len(images), settings), settings)

@@ -90,8 +90,9 @@ class HoldOutOptions(HeldOutInputOptions, ValidationOptions):
     """Validation."""
 
     validation_fraction: float = 0.05
-    """Fraction of the input files to hold out, chosen by a hash of their names; without effect if --validation_videos,
-    --validation_images or --annotations determine the split."""
+    """Fraction of the recordings to hold out, chosen by a hash of their names (for images in tars: of their bytes), and
+    at least four, or a quarter of them if that is less; without effect if --validation_videos, --validation_images or
+    --annotations determine the split."""
     source_pattern: str | None = None
     r"""Regular expression for the part of a file name that identifies the recording, if several files come from one
     recording: they are then in the same split. UCF-101: v_\w+_g\d+"""

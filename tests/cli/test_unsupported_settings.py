@@ -28,7 +28,7 @@ def without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("16-mixed", "cpu", "16-mixed, which is not supported on a CPU: use bf16-mixed or 32-true"),
         (16, "cpu", "16, which is not supported on a CPU: use bf16-mixed or 32-true"),
-        ("16-true", "cuda", "16-true, in which the state of the optimizer underflows: use 16-mixed, "),
+        ("16-true", "cuda", "16-true, in which the state of the optimizer underflows: use bf16-mixed "),
         ("bf16-mixed", "cuda:1", "bf16-mixed, which the device cuda:1 does not support: use 16-mixed or 32-true"),
         ("64-true", "mps", "64-true, which MPS does not support: use 32-true"),
     ],

@@ -156,6 +156,12 @@ def test_videos_of_a_folder_are_read_in_natural_order(tmp_path: Path, codec: Cod
     assert [(context.name, numbers(context.pixels)[0]) for context in found] == [("v2", 10), ("v10", 20)]
 
 
+def test_a_video_of_a_folder_and_a_link_to_it_are_one_context(tmp_path: Path, codec: Codec) -> None:
+    write_video(tmp_path / "b.mp4", gray_steps(), 24)
+    (tmp_path / "a.mp4").symlink_to(tmp_path / "b.mp4")
+    assert [context.name for context in read_contexts([str(tmp_path)], SETTINGS, codec)] == ["b"]
+
+
 def test_names_are_unique_and_valid_file_names(tmp_path: Path, codec: Codec) -> None:
     sources = ["a/b.png", "a/b-2.png", "c/b.png", "c/b.png", "c/so: what?.png", "c/?.png", f"c/{'ü' * 70}.png"]
     for source in sources:

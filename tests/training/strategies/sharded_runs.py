@@ -1,4 +1,4 @@
-"""Runs for test_sharding.py, several in one launch: python sharded_runs.py FOLDER, which contains runs.json."""
+"""Runs for test_sharding.py, several in one launch: python -m ...sharded_runs FOLDER, which contains runs.json."""
 
 import gc
 import json

@@ -19,6 +19,8 @@ from tests.model.dtypes import MIXED_BF16
 from tests.training.callbacks.test_previews import make_shards
 from tests.training.strategies import sharded_runs
 
+ROOT = Path(__file__).parents[3]
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 Run = dict[str, Any]
@@ -85,8 +87,8 @@ def launch(folder: Path, shards: str, runs: dict[str, Run]) -> Path:
         json.dumps([run | {"name": name, "shards": shards} for name, run in runs.items()])
     )
     done = subprocess.run(
-        [sys.executable, sharded_runs.__file__, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
+        [sys.executable, "-m", sharded_runs.__name__, str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder
