@@ -35,12 +35,16 @@ class LatentGrid:
             InputError: T is not 1 + temporal_factor k.
         """
         if pixel_frames < 1 or (pixel_frames - 1) % self.temporal_factor:
-            lower = max(0, pixel_frames - 1) // self.temporal_factor * self.temporal_factor + 1
+            lower = self.encodable_frames(max(1, pixel_frames))
             raise InputError(
                 f"{pixel_frames} pixel frames are not 1 + {self.temporal_factor} k: take {lower} or "
                 f"{lower + self.temporal_factor}."
             )
         return 1 + (pixel_frames - 1) // self.temporal_factor
+
+    def encodable_frames(self, available: int) -> int:
+        """Return the largest T = 1 + temporal_factor k that is at most `available`, which is at least 1."""
+        return available - (available - 1) % self.temporal_factor
 
     def pixel_frames(self, latent_frames: int) -> int:
         """Return T for F latent frames.

@@ -186,6 +186,7 @@ def context_settings(options: SampleOptions, trained: TrainedModel, codec: Codec
         start=options.start,
         fps=options.fps,
         video_fps=trained.geometry.fps,
+        may_be_shorter=frames is None,
     )
 
 

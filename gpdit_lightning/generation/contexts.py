@@ -22,7 +22,7 @@ from torch import Tensor
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, ResourceError
 from gpdit_lightning.media.finding import medium_of, search_folder, without_repeated
 from gpdit_lightning.media.images import Size, closest_size, read_image, resize_and_crop
 from gpdit_lightning.media.timing import fps_of_clip, frame_rate, uneven_intervals
@@ -49,6 +49,7 @@ class ContextSettings:
 
     Attributes:
         frames: pixel frames of a context, T = 1 + temporal_factor k.
+        may_be_shorter: whether a video with fewer frames gives a shorter context; otherwise it is refused.
         stride: distance between the frames of a video that are used.
         sizes: possible (height, width); each context takes the one closest in aspect ratio.
         ground_truth_frames: maximum number of frames after the context to read as ground truth.
@@ -69,6 +70,7 @@ class ContextSettings:
     start: float | None = None
     fps: float | None = None
     video_fps: float | None = None
+    may_be_shorter: bool = False
 
     def __post_init__(self) -> None:
         if self.start is not None and not 0 <= self.start < math.inf:
@@ -106,7 +108,8 @@ class VideoContext:
 def read_contexts(sources: Sequence[str], settings: ContextSettings, codec: Codec) -> list[VideoContext]:
     """Read one or more contexts from each source, in the order of the sources.
 
-    All contexts are held in memory: name single samples of large shards.
+    All contexts are held in memory: name single samples of large shards. If there are several contexts, a warning names
+    each one that cannot be used, and the others are returned.
 
     Args:
         sources: each is one of
@@ -121,44 +124,58 @@ def read_contexts(sources: Sequence[str], settings: ContextSettings, codec: Code
         codec: the model's codec, with which shards must have been made.
 
     Raises:
-        InputError: a source is missing, unreadable, damaged, too short, or does not match the training clips.
+        InputError: a source is missing or does not match the training clips, or none of the contexts can be used: they
+            are unreadable, damaged or too short.
     """
     codec.latent_frames(settings.frames)
     open_shard = cache(partial(_open_shard, settings=settings, codec=codec))
+    readers = [reader for source in sources for reader in _readers_of(source, settings, codec, open_shard)]
     contexts: dict[str, VideoContext] = {}
-    for source in sources:
-        for context in _read_source(source, settings, codec, open_shard):
-            name, number = context.name, 1
-            while name in contexts:
-                number += 1
-                name = f"{context.name}-{number}"
-            contexts[name] = replace(context, name=name)
+    for reader in readers:
+        try:
+            context = reader()
+        except ResourceError:  # others would fail too
+            raise
+        except InputError as error:
+            if len(readers) == 1:
+                raise
+            log.warning("skipped: %s", error)
+            continue
+        name, number = context.name, 1
+        while name in contexts:
+            number += 1
+            name = f"{context.name}-{number}"
+        contexts[name] = replace(context, name=name)
+    if not contexts:
+        raise InputError(f"none of the {len(readers)} contexts can be used, for the reasons above: give others.")
     return list(contexts.values())
 
 
-def _read_source(
+_Reader = Callable[[], VideoContext]
+"""Reads one context; raises `InputError` if it cannot be used."""
+
+
+def _readers_of(
     source: str, settings: ContextSettings, codec: Codec, open_shard: Callable[[Path], ShardReader]
-) -> Iterator[VideoContext]:
+) -> list[_Reader]:
     path = Path(source)
     shard, _, sample = source.rpartition("#")
     if shard.endswith(SHARD_EXTENSION) and not path.exists():
         reader = open_shard(Path(shard))
-        yield _read_sample(reader, _sample_number(sample, reader), settings, codec)
-    elif not os.path.exists(path):
+        return [partial(_read_sample, reader, _sample_number(sample, reader), settings, codec)]
+    if not os.path.exists(path):
         raise InputError(f"{source} does not exist: give a video, an image, a folder of either, or a shard.")
-    elif path.suffix == SHARD_EXTENSION:
+    if path.suffix == SHARD_EXTENSION:
         reader = open_shard(path)
-        for number in range(len(reader)):
-            yield _read_sample(reader, number, settings, codec)
-    elif path.is_dir():
-        yield from _read_folder(path, settings)
-    elif medium_of(path) == "image":
-        yield _read_still_image(path, settings)
-    else:
-        yield _read_clip(_VideoFile(path, settings), settings)
+        return [partial(_read_sample, reader, number, settings, codec) for number in range(len(reader))]
+    if path.is_dir():
+        return _readers_of_folder(path, settings, codec)
+    if medium_of(path) == "image":
+        return [partial(_read_still_image, path, settings)]
+    return [partial(_read_video, path, settings, codec)]
 
 
-def _read_folder(folder: Path, settings: ContextSettings) -> Iterator[VideoContext]:
+def _readers_of_folder(folder: Path, settings: ContextSettings, codec: Codec) -> list[_Reader]:
     of_videos, of_images = (search_folder(folder, medium, recursive=False) for medium in ("video", "image"))
     distinct, repeated = without_repeated(of_videos.files)
     videos = sorted((path for path, _ in distinct), key=natural_sort_key)
@@ -177,9 +194,8 @@ def _read_folder(folder: Path, settings: ContextSettings) -> Iterator[VideoConte
     for sentence in (*left_out, *(f"{name} {reason}" for name, reason, _ in repeated)):
         log.info("%s: %s", folder, sentence)
     if images:
-        yield _read_clip(_ImageFolder(folder, len(images), settings), settings)
-    for path in videos:
-        yield _read_clip(_VideoFile(path, settings), settings)
+        return [partial(_read_clip, _ImageFolder(folder, len(images), settings), settings, codec)]
+    return [partial(_read_video, path, settings, codec) for path in videos]
 
 
 class _TimedFrame(NamedTuple):
@@ -254,22 +270,25 @@ class _ImageFolder(_Frames):
         return number if number < self._count else None
 
 
-def _read_clip(source: _Frames, settings: ContextSettings) -> VideoContext:
+def _read_video(path: Path, settings: ContextSettings, codec: Codec) -> VideoContext:
+    return _read_clip(_VideoFile(path, settings), settings, codec)
+
+
+def _read_clip(source: _Frames, settings: ContextSettings, codec: Codec) -> VideoContext:
     """Read the context from the frames of a video: from `settings.start`, or up to the last frame."""
-    needed, stride = settings.frames, settings.stride
+    stride = settings.stride
     if settings.start is None:
         count = source.count()
-        first = count - 1 - (needed - 1) * stride
-        if first < 0:
-            raise _too_short_error(source.path, math.ceil(count / stride), settings)
-        frames = list(source.read(first, stride, None))
+        needed = _context_frames(math.ceil(count / stride), source.path, settings, codec)
+        frames = list(source.read(count - 1 - (needed - 1) * stride, stride, None))
     else:
         number = source.number_at(settings.start)
         if number is None:
             raise InputError(f"--start {settings.start:g} is after the end of {source.path}: give an earlier time.")
-        frames = list(source.read(number, stride, needed + settings.ground_truth_frames))
+        frames = list(source.read(number, stride, settings.frames + settings.ground_truth_frames))
+        needed = _context_frames(len(frames), source.path, settings, codec)
     if len(frames) < needed:
-        raise _too_short_error(source.path, len(frames), settings)
+        raise _too_short_error(source.path, len(frames), settings, codec)
     times = [frame.time for frame in frames[:needed]]
     if uneven := uneven_intervals(times):
         log.warning(
@@ -280,6 +299,28 @@ def _read_clip(source: _Frames, settings: ContextSettings) -> VideoContext:
     pixels = torch.stack([frame.pixels for frame in frames])
     fps = fps_of_clip(times, stride, source.fps) / stride
     return VideoContext(_name_for_files(source.name), pixels[:needed], pixels[needed:], fps)
+
+
+def _context_frames(available: int, path: Path, settings: ContextSettings, codec: Codec) -> int:
+    """Return the number of pixel frames of the context of a video that has `available` frames at the stride.
+
+    Raises:
+        InputError: the video is too short.
+    """
+    if available >= settings.frames:
+        return settings.frames
+    if not settings.may_be_shorter or available < 1:
+        raise _too_short_error(path, available, settings, codec)
+    frames = codec.encodable_frames(available)
+    log.info(
+        "%s has %d frames at stride %d: its context has %d frames instead of %d",
+        path,
+        available,
+        settings.stride,
+        frames,
+        settings.frames,
+    )
+    return frames
 
 
 def _read_still_image(path: Path, settings: ContextSettings) -> VideoContext:
@@ -312,8 +353,8 @@ def _open_shard(path: Path, settings: ContextSettings, codec: Codec) -> ShardRea
         raise InputError(
             f"{path} has samples of {height}x{width} pixels, but the checkpoint was trained on {sizes}: give others."
         )
-    if reader.entry.kind == "video" and codec.pixel_frames(frames) < settings.frames:
-        raise _too_short_error(path, codec.pixel_frames(frames), settings)
+    if reader.entry.kind == "video":
+        _context_frames(codec.pixel_frames(frames), path, settings, codec)
     _check_no_start(path, settings)
     return reader
 
@@ -344,7 +385,7 @@ def _sample_number(sample: str, reader: ShardReader) -> int:
 
 def _read_sample(reader: ShardReader, number: int, settings: ContextSettings, codec: Codec) -> VideoContext:
     is_video = reader.entry.kind == "video"
-    context_frames = codec.latent_frames(settings.frames) if is_video else 1
+    context_frames = min(codec.latent_frames(settings.frames), reader.entry.shape[0]) if is_video else 1
     later_frames = math.ceil(settings.ground_truth_frames / codec.temporal_factor)
     values, metadata = reader.read(number, min(context_frames + later_frames, reader.entry.shape[0]))
     if is_video and (stride := metadata.get("stride", 1)) != settings.stride:
@@ -365,11 +406,12 @@ def _read_sample(reader: ShardReader, number: int, settings: ContextSettings, co
     )
 
 
-def _too_short_error(path: Path, frames: int, settings: ContextSettings) -> InputError:
+def _too_short_error(path: Path, frames: int, settings: ContextSettings, codec: Codec) -> InputError:
     earlier = ", an earlier --start" if settings.start else ""
+    fewer = f" or at most {codec.encodable_frames(frames)} --context_frames" if frames else ""
     return InputError(
         f"{path} has {frames} frames at stride {settings.stride}, but the context needs {settings.frames}: give a "
-        f"longer video{earlier} or fewer --context_frames (1 + 4k)."
+        f"longer video{earlier}{fewer}."
     )
 
 

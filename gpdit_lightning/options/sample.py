@@ -26,7 +26,7 @@ class ContextOptions(OptionRecord):
     SHARD.tar#NUMBER or SHARD.tar#KEY); without a context, a video is generated from noise alone."""
     context_frames: int | None = None
     """Pixel frames of a context, 1 + k times the temporal factor of the codec; by default those of the training clips
-    less one latent frame."""
+    less one latent frame, or as many as a shorter video has."""
     start: float | None = None
     """Time in seconds, by the video's time stamps, at which a context begins; by default it ends at the last frame."""
     fps: float | None = None

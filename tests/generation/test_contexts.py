@@ -116,6 +116,34 @@ def test_seconds_are_those_of_the_time_stamps(
         read_one(path, codec, start=2.0)
 
 
+def test_a_context_may_be_as_short_as_its_video(shards: Path, tmp_path: Path, codec: Codec) -> None:
+    """Videos of 1, 3 and 40 frames, a folder of frames and a shard of 17 frames, where 29 frames are preferred."""
+    sources = [str(tmp_path / f"{frames}.mp4") for frames in (1, 3, 40)]
+    for source in sources:
+        write_video(source, gray_steps(int(Path(source).stem)), 24)
+    draw(tmp_path / "frames", {f"f{number}.png": number for number in range(20)})
+    sources += [str(tmp_path / "frames"), f"{tar_of(shards)}#0"]
+    settings = dataclasses.replace(SETTINGS, frames=29, may_be_shorter=True)
+    one, three, forty, folder, sample = read_contexts(sources, settings, codec)
+    assert (numbers(one.pixels), numbers(three.pixels), numbers(folder.pixels)) == ([0], [2], [7, 10, 13, 16, 19])
+    assert numbers(forty.pixels) == list(range(3, 40, 3))
+    assert (len(sample.pixels), len(sample.ground_truth)) == (17, 0)
+    from_start = read_one(Path(sources[3]), codec, start=0.0, may_be_shorter=True, frames=29, ground_truth_frames=5)
+    assert (numbers(from_start.pixels), numbers(from_start.ground_truth)) == ([0, 3, 6, 9, 12], [15, 18])
+
+
+def test_unusable_contexts_are_named_and_the_others_are_used(
+    unusable: Path, codec: Codec, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contexts.log.parent, "propagate", True)  # the command line disables it
+    sources = [str(unusable / name) for name in ("few", "text.mp4", "short.mp4", "text.png")]
+    assert [context.name for context in read_contexts(sources, SETTINGS, codec)] == ["short"]
+    assert [record.message.split(": ")[0] for record in caplog.records] == ["skipped"] * 3
+    assert "few has 2 frames at stride 3, but the context needs 5: give a longer video or at most 1" in caplog.text
+    with pytest.raises(InputError, match="none of the 2 contexts can be used, for the reasons above"):
+        read_contexts(sources[:2], SETTINGS, codec)
+
+
 def test_gif_is_read_as_a_video(tmp_path: Path, codec: Codec) -> None:
     images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in gray_steps(20)]
     images[0].save(tmp_path / "steps.gif", save_all=True, append_images=images[1:], duration=100)
@@ -305,9 +333,9 @@ def test_damaged_sample_is_named_and_others_can_be_read(shards: Path, tmp_path: 
     index = next(i for i, entry in enumerate(manifest.shards) if entry.kind == "video")
     damage(manifest, index, 1)
     assert len(read_one(Path(f"{tar_of(folder)}#0"), codec).pixels) == 5
-    for name in ("#1", ""):
-        with pytest.raises(InputError, match=r"sample 1 of .*\.tar is damaged \(its checksum differs\)"):
-            read_contexts([f"{tar_of(folder)}{name}"], SETTINGS, codec)
+    with pytest.raises(InputError, match=r"sample 1 of .*\.tar is damaged \(its checksum differs\)"):
+        read_one(Path(f"{tar_of(folder)}#1"), codec)
+    assert len(read_contexts([str(tar_of(folder))], SETTINGS, codec)) == 1
 
 
 def test_latents_of_another_codec_are_refused(shards: Path, tmp_path: Path, codec: Codec) -> None:
@@ -341,7 +369,7 @@ def test_shard_of_sequences_is_refused(write_shards: Callable[..., Manifest], tm
         ("#", {}, "has no sample ''"),
         ("#0", {"stride": 2}, r"sample 0 of .*\.tar has stride 3, but the checkpoint was trained at stride 2"),
         ("#0", {"sizes": ((32, 48), (64, 64))}, "samples of 32x32 pixels, .* trained on 32x48, 64x64: give others"),
-        ("", {"frames": 21}, "has 17 frames at stride 3, but the context needs 21: give a longer video or fewer"),
+        ("", {"frames": 21}, "has 17 frames at stride 3, but the context needs 21: give a longer video or at most 17 "),
         ("#0", {"start": 1.0}, "has no frame at 1 s: give --start for videos only"),
     ],
 )
