@@ -185,9 +185,12 @@ def test_the_overlay_for_labels_trains_a_conditional_model(tmp_path: Path) -> No
 def test_each_stage_of_a_chain_starts_from_the_run_folder_of_its_predecessor(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    predecessor = ""
-    for recipe in stages_of(path):
-        settings = settings_of(recipe, capsys=capsys)
+    """By the chain: a recipe trained alone begins from random weights."""
+    alone = [settings_of(recipe, capsys=capsys) for recipe in stages_of(path)]
+    assert [settings["model"]["init_args"]["initial_weights"] for settings in alone] == [None] * len(alone)
+    assert main(["chain", f"--config={path}", "--print_config"]) == 0
+    predecessor = None
+    for settings in yaml.safe_load_all(capsys.readouterr().out):
         assert settings["model"]["init_args"]["initial_weights"] == predecessor
         predecessor = settings["run_dir"]
 

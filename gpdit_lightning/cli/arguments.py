@@ -28,6 +28,8 @@ def recipe_arguments(arguments: Sequence[str], verb_options: Sequence[str]) -> t
             config += [value] if equals else values
         elif option in ("-h", "--help") or (option.startswith("--") and option[2:].removeprefix("no_") in verb_options):
             of_verb += [word, *values]
+        elif option == "--data_dir" and len(values) > 1:
+            overrides.append(f"{option}={yaml_list(values, str)}")
         else:
             overrides += [word, *values]
     return of_verb, config, overrides

@@ -13,6 +13,7 @@ from gpdit_lightning.cli.trainer_settings import strategy_of
 from gpdit_lightning.codecs import WanCodec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.plan import PlannedBucket, PlannedSource
+from gpdit_lightning.data.selection import no_source_error, select_sources, sources_of_run
 from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.flops import PEAK_BF16_FLOPS, peak_bf16_flops
@@ -199,10 +200,13 @@ def read_sources(
     Raises:
         InputError: an option is invalid, or samples are too short.
     """
-    used = {name: SourceConfig(**vars(getattr(data, name))) for name in KINDS}
-    for name, source in used.items():
+    configs = {name: SourceConfig(**vars(getattr(data, name))) for name in KINDS}
+    for name, source in configs.items():
         source.check(name)
-    used = {name: source for name, source in used.items() if source.used}
+    selection = select_sources(configs, data.data_dir, sources_of_run(data.sources, data.stage_sources))
+    if not selection.configs:
+        raise no_source_error(selection, data.data_dir)
+    used = selection.configs
     manifests = {name: [] if sizes.get(name) else prepared_manifests(s.manifests) for name, s in used.items()}
     grid = next((prepared[0].codec for prepared in manifests.values() if prepared), AssumedGrid())
     sources = []
@@ -212,7 +216,7 @@ def read_sources(
         else:
             samples = assumed_samples(name, source, sizes.get(name), grid, patch_size)
         buckets = [
-            PlannedBucket((count,), source.clip_lengths(name, frames, "the data"), height, width)
+            PlannedBucket((count,), source.clip_lengths(name, frames), height, width)
             for (frames, height, width), count in samples.items()
         ]
         sources.append(PlannedSource(name, tuple(buckets), source, patch_size))

@@ -1,13 +1,13 @@
 """`prepare`: encode videos, images and tars of images as latent shards."""
 
+import shlex
+
 from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.devices import available_device
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation import prepare, summary
 from gpdit_lightning.specs import CodecSpec
-
-CLIP_FRAMES = 5  # latent frames per clip in the recipes below
-PREVIEW_CONTEXT = 2  # latent frames at the beginning of previews, by default
 
 
 def run(options: PrepareOptions) -> None:
@@ -25,22 +25,11 @@ def run(options: PrepareOptions) -> None:
 
 def next_command(manifest: Manifest) -> str:
     """Return a command that trains on the shards from random weights."""
-    kinds = {shard.kind for shard in manifest.shards}
-    if kinds == {"image"}:
-        words = ["--config gpdit:stage1_image_warmup"]
-    elif kinds == {"video"}:
-        words = ["--config gpdit:ucf101_b", f"--run_dir runs/{manifest.directory.absolute().name}"]
-    else:
-        words = ["--config gpdit:stage2_mixed", "--model.init_args.initial_weights ''"]
-    if manifest.codec.name == "pca":  # for a laptop
-        words.insert(1, "--config gpdit:size/tiny")
-    words += [f"--data.{kind}s.manifests \"['{manifest.directory}']\"" for kind in sorted(kinds)]
-    shortest = min((shard.shape[0] for shard in manifest.shards if shard.kind == "video"), default=CLIP_FRAMES)
-    if shortest < CLIP_FRAMES:
-        words.append(f"--data.videos.frames {shortest}")
-    if shortest <= PREVIEW_CONTEXT:
-        words.append(f"--preview.context_frames {shortest - 1}" if shortest > 1 else "--preview.every_steps 0")
-    words += codec_options(manifest.codec)
+    images_only = {shard.kind for shard in manifest.shards} == {"image"}
+    words = [f"--config gpdit:{'stage1_image_warmup' if images_only else 'stage2_mixed'}"]
+    for_laptop = manifest.codec.name == "pca" or available_device("auto").type == "cpu"
+    words.append(f"--config gpdit:{'tiny' if for_laptop else 'b'}")
+    words += [f"--data_dir {shlex.quote(str(manifest.directory))}", *codec_options(manifest.codec)]
     return f"python -m gpdit_lightning fit {' '.join(words)}"
 
 

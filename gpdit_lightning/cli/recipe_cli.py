@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.cli.class_errors import check_classes, check_constructors
 from gpdit_lightning.cli.messages import PREFIX, relevant_part
-from gpdit_lightning.cli.recipe_files import with_bases
+from gpdit_lightning.cli.recipe_files import with_bases, without_earlier_manifests
 from gpdit_lightning.cli.trainer_settings import (
     FIXED,
     TrainingParser,
@@ -31,6 +31,7 @@ from gpdit_lightning.cli.trainer_settings import (
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.imports import import_object
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
@@ -90,6 +91,17 @@ def patch_size_of(model: Any) -> int:
     return int(options.get("backbone.patch_size", GPDiTConfig().patch_size))
 
 
+def sources_of_stage(model: Any) -> list[str]:
+    """Return the sources on which a stage trains; empty: any."""
+    path = getattr(model, "class_path", None)
+    return list(getattr(import_object(path, "model"), "SOURCES", ())) if path else []
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """Return the folders of `data_dir` as a list."""
+    return [value] if isinstance(value, str) and value else list(value or ())
+
+
 class RecipeCLI(LightningCLI):
     """LightningCLI whose trainer writes to a run folder and accumulates gradients according to the batch plan.
 
@@ -112,6 +124,13 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs, as ${runs} in recipes.")
         parser.add_argument("--latents", type=str, default="latents", help="Folder of all latents, as ${latents}.")
         parser.add_argument(
+            "--data_dir",
+            type=list[str] | None | str,
+            default=None,
+            help="Folder of `prepare` or `prepare-pairs`, or several: data of every source that the stage uses. "
+            "Replaces the manifests of earlier recipes.",
+        )
+        parser.add_argument(
             "--run_dir", type=str, default="${runs}/default", help="Folder that this run writes everything to."
         )
         parser.add_argument(
@@ -122,6 +141,8 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(Preview, "preview")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("model", "data.patch_size", compute_fn=patch_size_of)
+        parser.link_arguments("model", "data.stage_sources", compute_fn=sources_of_stage)
+        parser.link_arguments("data_dir", "data.data_dir", compute_fn=as_list)
 
     def instantiate_classes(self) -> None:
         """Construct the classes of the recipe.
@@ -243,7 +264,7 @@ def build_recipe(verb: str, arguments: Sequence[str]) -> RecipeCLI:
     """Construct a recipe's model, data and trainer; arguments and errors as in :func:`parse_recipe`."""
     cli = _command_line(RecipeCLI, verb, arguments)
     if cli.resumed is not None:
-        cli.model.initial_weights = ""  # replaced by the checkpoint's; their file may have been removed
+        cli.model.initial_weights = None  # replaced by the checkpoint's; their file may have been removed
     return cli
 
 
@@ -259,7 +280,7 @@ def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) ->
             seed_everything_default=0,
             parser_class=TrainingParser,
             parser_kwargs={"parser_mode": "omegaconf+", "prog": f"python -m gpdit_lightning {verb}"},
-            args=with_bases(arguments),
+            args=without_earlier_manifests(with_bases(arguments)),
             run=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

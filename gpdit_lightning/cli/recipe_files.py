@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from gpdit_lightning.data.source import KINDS
 from gpdit_lightning.errors import InputError
 
 SHIPPED = "gpdit:"  # `gpdit:stage2_mixed` is the shipped recipe stage2_mixed.yaml
@@ -70,6 +71,23 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
             raise InputError("--config has no file: give one, such as --config gpdit:stage2_mixed.")
         path = recipe_path(file)
         expanded += [f"--config={part}" for part in _chain_of_bases(path, ())]
+    return expanded
+
+
+def without_earlier_manifests(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which `data_dir`, in a file or as an option, removes the manifests given before it.
+
+    So `--data_dir` replaces the data of a recipe, and the manifests of a later file or option replace it in turn.
+
+    Args:
+        arguments: the result of :func:`with_bases`.
+    """
+    expanded: list[str] = []
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name == "--data_dir" or (name == "--config" and read_yaml(Path(value)).get("data_dir")):
+            expanded += [f"--data.{source}.manifests=[]" for source in KINDS]
+        expanded.append(argument)
     return expanded
 
 

@@ -1,8 +1,9 @@
 """LightningDataModule of the batch plan; its position in the data is the trainer's step."""
 
 import dataclasses
+import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, Noi
 from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.manifest import Manifest, Split
 from gpdit_lightning.data.plan import Plan, PlannedSource, Sampling
-from gpdit_lightning.data.source import KINDS, SourceConfig
+from gpdit_lightning.data.selection import and_list, load_manifest, no_source_error, select_sources, sources_of_run
+from gpdit_lightning.data.source import KINDS, SourceConfig, SourceName
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import TRAIN_NOISE, VALIDATION_NOISE
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
+
+log = logging.getLogger(__name__)
 
 UNUSED = SourceConfig()
 LOCAL_CACHE = CacheConfig()
@@ -31,6 +35,9 @@ class LatentDataModule(LightningDataModule):
         images: still images (latents of one frame).
         videos: video clips.
         sequences: related images, each encoded alone, as the frames of a clip (GPDiT, section 5.4).
+        sources: names of the sources that are used; by default those of the stage, or all if it trains on any.
+        data_dir: folders of prepared data for every source without `manifests`; recipes give it as `data_dir`.
+        stage_sources: names of the sources on which the stage trains; empty: any. Recipes link it to the stage.
         sampling: how several sources share the optimizer steps. `joint` takes a batch of each in every step and weights
             their mean losses by the sources' `weight`; `alternate` takes a step's batch from one source, which has a
             fraction of the steps that is proportional to its `weight`. Validation is joint.
@@ -60,6 +67,9 @@ class LatentDataModule(LightningDataModule):
         images: SourceConfig = UNUSED,
         videos: SourceConfig = UNUSED,
         sequences: SourceConfig = UNUSED,
+        sources: Sequence[SourceName] = (),
+        data_dir: Sequence[str] = (),
+        stage_sources: Sequence[SourceName] = (),
         sampling: Sampling = "joint",
         seed: int = 0,
         context_dropout: float = 0.1,
@@ -89,13 +99,19 @@ class LatentDataModule(LightningDataModule):
         self.seed, self.noise_levels, self.noise_draws = seed, noise_levels, noise_draws
         self.labels, self.label_dropout, self.patch_size = labels, label_dropout, patch_size
         self.workers, self.validation_batches = workers, validation_batches
-        sources = {"images": images, "videos": videos, "sequences": sequences}
-        for name, config in sources.items():
+        configs = {"images": images, "videos": videos, "sequences": sequences}
+        for name, config in configs.items():
             config.check(name)
-        self.configs = {name: config for name, config in sources.items() if config.used}
+        allowed = sources_of_run(sources, stage_sources)
+        selection = select_sources(configs, data_dir, allowed)
+        if not selection.configs:
+            raise no_source_error(selection, data_dir)
+        self.configs = selection.configs
         self.manifests = {
-            name: [Manifest.load(path) for path in config.manifests] for name, config in self.configs.items()
+            name: [load_manifest(path, f"data.{name}.manifests", self.configs) for path in config.manifests]
+            for name, config in self.configs.items()
         }
+        self._log_selection(configs, allowed, selection.left_out)
         self._check_kinds()
         self.codec = self._common_codec()
         self.classes = self._classes()
@@ -224,12 +240,19 @@ class LatentDataModule(LightningDataModule):
                         f"samples: give it to {fitting}."
                     )
 
+    def _log_selection(
+        self, configs: Mapping[str, SourceConfig], allowed: Sequence[str], left_out: Mapping[str, str]
+    ) -> None:
+        """Log a line for each source on which the stage trains but this run does not, and for unused manifests."""
+        used = and_list([f"data.{name}" for name in self.configs])
+        for name, reason in left_out.items():
+            if allowed or reason.startswith("data."):
+                log.info("training uses %s without data.%s, since %s", used, name, reason)
+        for name, config in configs.items():
+            if config.manifests and allowed and name not in allowed:
+                log.info("data.%s.manifests is not used, since this stage trains on %s", name, used)
+
     def _common_codec(self) -> CodecSpec:
-        if not self._all_manifests:
-            raise InputError(
-                "no source of data is in use: give data.images, data.videos or data.sequences the manifests of "
-                "prepared data and a batch_size (or tokens) above 0."
-            )
         first, *others = self._all_manifests
         for other in others:
             first.codec.check_same(other.codec, str(first.path), str(other.path), "prepare both with the same codec")
@@ -250,13 +273,17 @@ class LatentDataModule(LightningDataModule):
         """Return the buckets of each source: shards with the same height, width and clip lengths form one bucket."""
         buckets: dict[str, list[Bucket]] = {}
         for name in self.configs:
-            shards = defaultdict(list)
+            shards, shorter = defaultdict(list), 0
             for manifest in self.manifests[name]:
                 for entry in manifest.of_split(split):
                     if entry.kind == KINDS[name]:
                         frames, _, height, width = entry.shape
-                        lengths = self.configs[name].clip_lengths(name, frames, str(manifest.path))
+                        lengths = self.configs[name].clip_lengths(name, frames)
                         shards[lengths, height, width].append((manifest, entry))
+                        shorter += entry.count if frames < self.configs[name].shortest else 0
+            if shorter and split == "train":
+                least = self.configs[name].shortest
+                log.info("%d samples of data.%s have fewer than %d latent frames: all are used", shorter, name, least)
             if shards:
                 buckets[name] = [
                     Bucket(group, lengths, self.cache) for (lengths, _, _), group in sorted(shards.items())

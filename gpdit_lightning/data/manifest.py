@@ -50,6 +50,10 @@ SCHEMA: dict[str, Any] = {
 }
 
 
+class MissingManifestError(InputError):
+    """A folder of this machine has no manifest."""
+
+
 @dataclass(frozen=True)
 class ShardEntry:
     """One shard: a tar of samples with one latent shape."""
@@ -145,7 +149,7 @@ class Manifest:
         except InputError:
             raise
         except FileNotFoundError:
-            raise InputError(
+            raise MissingManifestError(
                 f"{path} does not exist: give a folder made by `python -m gpdit_lightning prepare`, or for "
                 "sequences by `prepare-pairs`."
             ) from None

@@ -6,6 +6,7 @@ from typing import Literal
 from gpdit_lightning.data.manifest import Kind
 from gpdit_lightning.errors import InputError
 
+SourceName = Literal["images", "videos", "sequences"]
 LossFrames = Literal["all", "targets"]
 
 # The sources of a recipe, and the kind of samples that each uses from its manifests.
@@ -24,7 +25,7 @@ class SourceConfig:
     micro_batches: int = 1
     """Micro-batches into which that batch is divided, one forward and backward pass each; more need less memory."""
     frames: int = 0
-    """Maximum number of latent frames from the start of each sample; 0 for all."""
+    """Maximum number of latent frames from the start of each sample; 0 for all. Shorter samples are used in full."""
     least_frames: int = 0
     """Above 0, the length varies between micro-batches: each number of latent frames from this to `frames` is used
     equally often."""
@@ -42,9 +43,9 @@ class SourceConfig:
     conditioned on all frames before it."""
 
     @property
-    def used(self) -> bool:
-        """Whether the source is used."""
-        return bool(self.manifests) and max(self.batch_size, self.tokens) > 0
+    def shortest(self) -> int:
+        """The least number of latent frames that samples are cut to; 0 if they are not cut."""
+        return self.least_frames or self.frames
 
     def check(self, name: str) -> None:
         """Check the options that do not depend on the samples.
@@ -61,18 +62,17 @@ class SourceConfig:
         if self.loss_frames == "targets" and name != "sequences":
             raise InputError(f"data.{name}.loss_frames is targets, which only data.sequences has: set it to all.")
 
-    def clip_lengths(self, name: str, available: int, owner: str) -> tuple[int, ...]:
+    def clip_lengths(self, name: str, available: int) -> tuple[int, ...]:
         """Return the numbers of latent frames that samples of a length are cut to.
 
-        Samples must have a fixed length in full. If lengths vary, short samples are used for the short lengths.
+        Samples that are shorter than the least length are used in full.
 
         Args:
             name: name of the source.
             available: latent frames of the samples.
-            owner: manifest of the samples, for messages.
 
         Raises:
-            InputError: the samples are too short, also for a loss on targets.
+            InputError: `least_frames` is above `frames`, or the samples are too short for a loss on targets.
         """
         most = self.frames or available
         least = self.least_frames or most
@@ -81,11 +81,7 @@ class SourceConfig:
                 f"data.{name}.least_frames is {least}, more than the {most} latent frames of the longest clips: lower "
                 "it."
             )
-        if least > available:
-            raise InputError(
-                f"data.{name} takes {least} latent frames of each sample, but {owner} has samples of {available}: "
-                "prepare longer clips, or take fewer frames."
-            )
+        least = min(least, available)
         if self.loss_frames == "targets" and least < 2:
             raise InputError(
                 f"data.{name}.loss_frames is targets, but a sequence of one latent frame has none: take at least 2 "

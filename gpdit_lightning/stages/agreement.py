@@ -27,13 +27,13 @@ def check_annotated(stage: str, **arguments: Any) -> None:
             )
 
 
-def check_sources(stage: str, required: Sequence[str], used: Sequence[str]) -> None:
-    """Raise `InputError` unless a recipe uses the sources that a stage requires; an empty `required` allows any."""
-    if required and set(used) != set(required):
-        expected, given = (" and ".join(f"data.{name}" for name in names) for names in (required, used))
+def check_sources(stage: str, expected: Sequence[str], used: Sequence[str]) -> None:
+    """Raise `InputError` if data have sources on which a stage does not train; an empty `expected` allows any."""
+    if expected and not set(used) <= set(expected):
+        of_stage, given = (" and ".join(f"data.{name}" for name in names) for names in (expected, used))
         raise InputError(
-            f"{stage} trains on {expected}, but the recipe uses {given}: give manifests and a batch_size to exactly "
-            "those, or use GPDiTStage, which takes any."
+            f"{stage} trains on {of_stage}, but the data are {given}: set data.sources to those of the stage, or use "
+            "GPDiTStage, which takes any."
         )
 
 

@@ -47,14 +47,14 @@ class GPDiTStage(LightningModule):
     `objective`.
 
     Attributes:
-        SOURCES: the sources on which the stage trains, all of them and no others; empty: any.
+        SOURCES: the sources on which the stage trains, as far as there are data, and no others; empty: any.
 
     Args:
         backbone: the architecture.
         schedule: from noise levels to angles.
         optimizer: AdamW and its schedule.
         initial_weights: checkpoint, run folder or exported folder with the (averaged) weights from which training
-            starts; empty: random weights. A run that resumes uses its last checkpoint instead.
+            starts; None: random weights. A run that resumes uses its last checkpoint instead.
     """
 
     SOURCES: ClassVar[tuple[str, ...]] = ()
@@ -64,7 +64,7 @@ class GPDiTStage(LightningModule):
         backbone: GPDiTConfig,
         schedule: NoiseSchedule = DEFAULT_SCHEDULE,
         optimizer: OptimizerConfig = DEFAULT_OPTIMIZER,
-        initial_weights: str = "",
+        initial_weights: str | None = None,
     ) -> None:
         super().__init__()
         check_annotated(type(self).__name__, backbone=backbone, schedule=schedule, optimizer=optimizer)
@@ -173,6 +173,8 @@ class GPDiTStage(LightningModule):
             InputError: the ranks are at different steps, or have different initial weights.
         """
         check_ranks(self.trainer, self.origin.sha256 if self.origin else None)
+        if self.origin is None and self.trainer.global_step == 0:
+            log.info("training begins from random weights (from others: --model.init_args.initial_weights RUN_DIR)")
         optimizer: Any = self.trainer.optimizers[0]  # under ZeRO DeepSpeed's, which `self.optimizers()` does not return
         scheduler: Any = self.lr_schedulers()
         for change in apply_config(self.optimizer_config, optimizer, scheduler):

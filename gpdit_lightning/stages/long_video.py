@@ -1,7 +1,10 @@
 """Stage 3: videos of varying length (GPDiT, section 5.1)."""
 
-from gpdit_lightning.errors import InputError
+import logging
+
 from gpdit_lightning.stages.base import GPDiTStage
+
+log = logging.getLogger(__name__)
 
 
 class LongVideoStage(GPDiTStage):
@@ -10,15 +13,12 @@ class LongVideoStage(GPDiTStage):
     SOURCES = ("videos",)
 
     def on_fit_start(self) -> None:
-        """Also require clips of more than one length.
-
-        Raises:
-            InputError: as in the base class, or all clips have the same length.
-        """
+        """Also log if all clips have the same length, as in short videos."""
         super().on_fit_start()
         lengths = {length for bucket in self.data.buckets["train"]["videos"] for length in bucket.lengths}
         if len(lengths) == 1:
-            raise InputError(
-                f"the long-video stage trains on clips of varying length, but all have {lengths.pop()} latent frames: "
-                "set data.videos.least_frames below that, or use GPDiTStage."
+            log.warning(
+                "all clips have %d latent frames, so their length does not vary: set data.videos.least_frames below "
+                "that, or prepare longer clips",
+                *lengths,
             )

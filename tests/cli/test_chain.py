@@ -280,4 +280,4 @@ def test_print_config_prints_the_recipe_of_each_stage(chain: Path, capsys: pytes
     names = ["ImageWarmupStage", "MixedStage", "LongVideoStage", "FewShotStage"]
     assert [recipe["run_dir"] for recipe in recipes] == [f"elsewhere/{name}" for name in names]
     origins = [recipe["model"]["init_args"]["initial_weights"] for recipe in recipes]
-    assert origins == ["", *(f"elsewhere/{name}" for name in names[:-1])]
+    assert origins == [None, *(f"elsewhere/{name}" for name in names[:-1])]

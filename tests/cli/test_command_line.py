@@ -59,11 +59,18 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"trainer": {"max_steps": "many"}}, ["trainer.max_steps", "many"]),
         ({"trainer": {"max_steps": 0}}, ["trainer.max_steps is 0"]),
         ({"data": {"videos": {"manifests": ["/nowhere"]}}}, ["/nowhere", "gpdit_lightning prepare"]),
-        ({"data": {"videos": {"manifests": []}}}, ["no source of data", "data.videos", "manifests"]),
+        ({"data": {"videos": {"manifests": []}}}, ["no source of data", "data.videos", "--data_dir"]),
         ({"data": {"videos": {"batch_size": 0}}}, ["no source of data"]),
         ({"data": {"videos": {"batch_size": 3, "micro_batches": 2}}}, ["data.videos.batch_size is 3", "micro_batches"]),
         ({"trainer": {"accumulate_grad_batches": 3}}, ["accumulate_grad_batches is 3", "micro_batches"]),
-        ({"model": {"class_path": "MixedStage"}}, ["trains on data.images and data.videos", "uses data.videos"]),
+        (
+            {"model": {"class_path": "FewShotStage"}},
+            ["data.sequences is not used, since it has no manifests", "prepare-pairs", "--data_dir latents/pairs"],
+        ),
+        (
+            {"data": {"sources": ["images"]}},
+            ["data.images is not used, since it has no manifests", "prepare --images", "--data_dir latents/mine"],
+        ),
         ({"model": {"init_args": {"initial_weights": "/nowhere"}}}, ["/nowhere", "chain", "initial_weights=''"]),
         ({"trainer": {"val_check_interval": 10}}, ["val_check_interval", "validate_every_steps"]),
         ({"trainer": {"limit_train_batches": 1}}, ["trainer.limit_train_batches is 1", "max_steps"]),
@@ -181,7 +188,7 @@ def test_print_config_resolves_interpolation_and_overlays(capsys: pytest.Capture
     assert config["trainer"]["gradient_clip_val"] == 1.0
     assert config["data"]["seed"] == 7
     assert config["run_dir"] == "runs/tiny/stage2_mixed"
-    assert config["model"]["init_args"]["initial_weights"] == "runs/tiny/stage1_image_warmup"
+    assert config["model"]["init_args"]["initial_weights"] is None
     assert config["data"]["videos"]["manifests"] == ["latents/tiny/video"]
 
 

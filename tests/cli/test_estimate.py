@@ -212,9 +212,24 @@ def test_an_error_is_one_sentence(options: list[str], message: str, capsys: pyte
     assert message in error
 
 
-def test_samples_that_are_too_short_are_refused(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["estimate", f"--config={mixed}", "--data.videos.frames=5", "--data.videos.least_frames=5"]) == 2
-    assert "data.videos takes 5 latent frames of each sample, but the data has samples of 3" in capsys.readouterr().err
+def test_short_samples_are_used_in_full(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", f"--config={mixed}", "--data.videos.frames=5", "--data.videos.least_frames=5"]) == 0
+    assert re.search(r"videos: .*, latent frames 3, ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("kind", "used"), [("image", "images"), ("video", "videos")])
+def test_data_dir_names_the_data_of_all_sources(
+    kind: str,
+    used: str,
+    mixed: Path,
+    write_shards: Callable[..., Manifest],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    frames = 1 if kind == "image" else 3
+    folder = write_shards(tmp_path / "one", {("train", kind, (frames, 8, 8)): 4}).directory
+    assert main(["estimate", f"--config={mixed}", f"--data_dir={folder}"]) == 0
+    assert re.findall(r"^(\w+): .*prepared", capsys.readouterr().out, re.M) == [used]
 
 
 def test_python_and_the_command_line_give_the_same_estimate(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,8 +42,8 @@ def test_prepare_prints_a_table_and_the_next_command(
     text = capsys.readouterr().out
     assert re.search(r"image +1x16x2x2 +train +1 +\d+", text)
     assert f"skipped: 1 (full list: {out / 'skipped.jsonl'})" in text
-    command = "python -m gpdit_lightning fit --config gpdit:stage1_image_warmup --config gpdit:size/tiny"
-    assert text.splitlines()[-1] == f"next: {command} --data.images.manifests \"['{out}']\""
+    command = "python -m gpdit_lightning fit --config gpdit:stage1_image_warmup --config gpdit:tiny"
+    assert text.splitlines()[-1] == f"next: {command} --data_dir {out}"
     assert prepare(images, out, "--shard_size", "3") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

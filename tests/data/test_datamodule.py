@@ -1,3 +1,4 @@
+import logging
 import shutil
 import time
 from collections import Counter
@@ -230,11 +231,17 @@ def test_different_whitening_constants_are_rejected(tmp_path: Path, write_shards
         LatentDataModule(videos=source(first, second))
 
 
-def test_more_frames_than_the_shards_have_are_rejected(tiny_shards: Path) -> None:
-    with pytest.raises(InputError, match=r"data\.videos takes 4 latent frames .*, but .*manifest\.json has .* 3"):
-        LatentDataModule(videos=source(tiny_shards, frames=4))
-    with pytest.raises(InputError, match=r"data\.videos takes 4 latent frames"):
-        LatentDataModule(videos=source(tiny_shards, frames=6, least_frames=4))
+@pytest.mark.parametrize("least_frames", [0, 4])
+def test_samples_shorter_than_the_recipe_takes_are_used_in_full(
+    tiny_shards: Path, caplog: pytest.LogCaptureFixture, least_frames: int
+) -> None:
+    caplog.set_level(logging.INFO, "gpdit_lightning")
+    data = at_step(LatentDataModule(videos=source(tiny_shards, frames=4, least_frames=least_frames)))
+    assert next(iter(data.train_dataloader())).latents.shape[:2] == (4, 3)
+    assert "of data.videos have fewer than 4 latent frames" in caplog.text
+
+
+def test_a_least_length_above_the_greatest_is_rejected(tiny_shards: Path) -> None:
     with pytest.raises(InputError, match=r"data\.videos\.least_frames is 3, more than the 2"):
         LatentDataModule(videos=source(tiny_shards, frames=2, least_frames=3))
 
@@ -339,9 +346,11 @@ def test_a_manifest_without_samples_of_the_kind_is_rejected(tmp_path: Path, writ
 
 
 def test_no_source_is_rejected(tiny_shards: Path) -> None:
-    for unused in ({}, {"images": source(tiny_shards, batch_size=0)}, {"images": source()}):
-        with pytest.raises(InputError, match=r"give data\.images, data\.videos or data\.sequences the manifests"):
+    for unused in ({}, {"images": source()}):
+        with pytest.raises(InputError, match=r"no source .*prepare --videos .* --images .*--data_dir latents/mine"):
             LatentDataModule(**unused)
+    with pytest.raises(InputError, match=r"no source .*: give data\.images a batch_size"):
+        LatentDataModule(images=source(tiny_shards, batch_size=0))
 
 
 def test_noise_draws_apply_to_training_clips_only(tiny_shards: Path) -> None:

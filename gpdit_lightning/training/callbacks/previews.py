@@ -46,7 +46,7 @@ class Preview(Callback):
     Args:
         every_steps: optimizer steps between previews, which are also made at the last step; 0 for none.
         clips: number of clips, evenly spaced among the longest held-out clips, from every data set.
-        context_frames: latent frames of context; 2 latent frames of a video are 5 pixel frames.
+        context_frames: latent frames of context, fewer in shorter videos; 2 are 5 pixel frames of a video.
         sampler: rotation, tangent, adams, dpm2m, stochastic, a registered name, or the import path of a class.
         sampler_steps: sampler steps per latent frame.
         codec_source: folder, file or hub name of the codec's weights; empty: as recorded in the prepared data.
@@ -79,7 +79,7 @@ class Preview(Callback):
         """Read the clips, load the codec and test the sampler, on every rank: if one rank cannot, all ranks stop.
 
         Raises:
-            InputError: the clips are too short for the context, the codec cannot be loaded, or the sampler fails.
+            InputError: the codec cannot be loaded, or the sampler fails.
         """
         if self.every_steps == 0:
             return
@@ -210,27 +210,21 @@ class PreviewClips:
 def select_clips(data: LatentDataModule, clips: int, context_frames: int) -> PreviewClips:
     """Select held-out videos from the bucket with the most frames; sequences if there are no videos, else images.
 
-    They are evenly spaced: a bucket may contain several data sets in succession.
-
-    Raises:
-        InputError: the videos have no frames after the context.
+    They are evenly spaced: a bucket may contain several data sets in succession. Videos that are too short for
+    `context_frames` have fewer, such that one latent frame is generated.
     """
     source = next(name for name in ("videos", "sequences", "images") if name in data.buckets["train"])
     split: Split = "validation" if source in data.buckets["validation"] else "train"
     bucket = max(data.buckets[split][source], key=lambda bucket: bucket.frames)
-    if source == "videos" and context_frames >= bucket.frames:
-        raise InputError(
-            f"preview.context_frames is {context_frames}, but the clips of data.videos have {bucket.frames} latent "
-            f"frames: leave at least one to be generated, or give {NO_PREVIEWS}."
-        )
+    independent = source != "videos" or bucket.frames == 1
     count = min(clips, len(bucket))
     reads = [bucket.read(number * len(bucket) // count) for number in range(count)]
     return PreviewClips(
         source=source,
         split=split,
         latents=torch.from_numpy(np.stack([read.latents for read in reads])).float(),
-        context=context_frames if source == "videos" else bucket.frames - 1,
-        independent_frames=source != "videos",
+        context=bucket.frames - 1 if independent else min(context_frames, bucket.frames - 1),
+        independent_frames=independent,
         fps=frame_rate(reads[0].metadata),
         seed=data.seed,
     )
