@@ -33,7 +33,9 @@ def folders(
 ) -> Path:
     """Folders of three samples: `image`, `video`, and `both`, in the working directory. `caplog` has the messages."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "handlers", [caplog.handler])
+    log = logging.getLogger("gpdit_lightning")
+    monkeypatch.setattr(log, "handlers", [logging.NullHandler()])  # the command line then leaves the logger as it is
+    monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.INFO, "gpdit_lightning")
     for name, kinds in {"image": ["image"], "video": ["video"], "both": ["image", "video"]}.items():
         write_shards(tmp_path / name, {("train", kind, SHAPES[kind]): 3 for kind in kinds})
