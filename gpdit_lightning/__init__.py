@@ -8,12 +8,17 @@ from gpdit_lightning.version import __version__
 
 if TYPE_CHECKING:
     from gpdit_lightning.checkpoints.hub import HubGPDiT as GPDiT
+    from gpdit_lightning.generation.pipeline import GPDiTPipeline
     from gpdit_lightning.model import GPDiTConfig
 
-__all__ = ["GPDiT", "GPDiTConfig", "InputError", "__version__"]
+__all__ = ["GPDiT", "GPDiTConfig", "GPDiTPipeline", "InputError", "__version__"]
 
 # Imported at first use: the command line prints its help without importing torch.
-_LAZY = {"GPDiT": ("checkpoints.hub", "HubGPDiT"), "GPDiTConfig": ("model", "GPDiTConfig")}
+_LAZY = {
+    "GPDiT": ("checkpoints.hub", "HubGPDiT"),
+    "GPDiTConfig": ("model", "GPDiTConfig"),
+    "GPDiTPipeline": ("generation.pipeline", "GPDiTPipeline"),
+}
 
 
 def __getattr__(name: str) -> Any:

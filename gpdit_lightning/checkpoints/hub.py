@@ -13,6 +13,26 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 
 
+def download(name: str, **hub: Any) -> Path:
+    """Download an exported model from the hub, unless it is in the local cache; return its folder.
+
+    Args:
+        name: its name, like `user/model`.
+        hub: as for `HubGPDiT.from_pretrained`.
+
+    Raises:
+        InputError: the hub has no such model, or it cannot be reached.
+    """
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **hub))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{name} is neither a folder nor a model that the hub provides ({reason}): give a folder that "
+            "`export` wrote, or a name on the hub."
+        ) from None
+
+
 class HubGPDiT(GPDiT, ModelHubMixin):
     """The backbone with `from_pretrained`, `save_pretrained` and `push_to_hub`; `gpdit_lightning.GPDiT` is this class.
 
@@ -61,15 +81,7 @@ class HubGPDiT(GPDiT, ModelHubMixin):
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            name = str(pretrained_model_name_or_path)
-            try:
-                folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **hub))
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise InputError(
-                    f"{name} is neither a folder nor a model that the hub provides ({reason}): give a folder that "
-                    "`export` wrote, or a name on the hub."
-                ) from None
+            folder = download(str(pretrained_model_name_or_path), **hub)
         return cls.from_weights(read_exported(folder)).to(map_location)
 
     def _save_pretrained(self, save_directory: Path) -> None:

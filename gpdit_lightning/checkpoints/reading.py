@@ -1,21 +1,24 @@
 """Opening of models from a checkpoint, a run folder or an exported folder."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from gpdit_lightning.checkpoints.exported import WEIGHTS, is_exported, read_exported
 from gpdit_lightning.checkpoints.facts import ValidationLoss, WeightsKind
 from gpdit_lightning.checkpoints.files import checkpoint_sha256, find_checkpoint, open_checkpoint
-from gpdit_lightning.checkpoints.hub import HubGPDiT
+from gpdit_lightning.checkpoints.hub import HubGPDiT, download
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class OpenedWeights(NamedTuple):
@@ -25,9 +28,24 @@ class OpenedWeights(NamedTuple):
     path: Path
 
 
+def local_path(path: str | Path, **hub: Any) -> Path:
+    """Return a path, or the folder of a model that is downloaded from the hub.
+
+    Args:
+        path: a path, or a name like `user/model`: text of this form is a name unless a folder `user` exists.
+        hub: as for `HubGPDiT.from_pretrained`.
+
+    Raises:
+        InputError: there is no such path, and the hub has no such model.
+    """
+    is_name = isinstance(path, str) and HUB_NAME.fullmatch(path) and not Path(path).parent.is_dir()
+    return download(str(path), **hub) if is_name else Path(path)
+
+
 def find_weights(path: str | Path) -> Path:
     """Return the exported folder at a path, or the checkpoint that the path refers to, as :func:`find_checkpoint`."""
-    return Path(path) if is_exported(Path(path)) else find_checkpoint(path)
+    path = local_path(path)
+    return path if is_exported(Path(path)) else find_checkpoint(path)
 
 
 def sha256_of_weights(path: Path) -> str:
@@ -90,19 +108,20 @@ class TrainedModel:
 
 
 def load_trained_model(
-    path: str | Path, device: torch.device | str = "cpu", weights: WeightsKind = "ema"
+    path: str | Path, device: torch.device | str = "cpu", weights: WeightsKind = "ema", **hub: Any
 ) -> TrainedModel:
     """Load a model for generation.
 
     Args:
-        path: as in :func:`open_weights`.
+        path: as in :func:`open_weights`, or a name on the hub like `user/model`.
         device: device of the model.
         weights: averaged (`ema`) or trained (`raw`).
+        hub: as for `HubGPDiT.from_pretrained`.
 
     Raises:
         InputError: as :func:`open_weights`, or the record of the training is incomplete.
     """
-    opened = open_weights(path, weights)
+    opened = open_weights(local_path(path, **hub), weights)
     facts = opened.weights.facts
     if facts.schedule is None or facts.codec is None or facts.geometry is None or facts.step is None:
         missing = [name for name in ("schedule", "codec", "geometry", "step") if getattr(facts, name) is None]

@@ -6,7 +6,7 @@ import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gpdit_lightning.checkpoints.reading import TrainedModel, find_weights, load_trained_model
-from gpdit_lightning.cli.generating import generation_config, load_codec_of, trained_size
-from gpdit_lightning.codecs import Codec
+from gpdit_lightning.checkpoints.reading import TrainedModel, find_weights
 from gpdit_lightning.devices import available_device, rank_of_process
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunk_files import ChunkFiles, write_chunk
@@ -36,7 +34,8 @@ from gpdit_lightning.evaluation.report_text import TABLES, plot_self_checks, wri
 from gpdit_lightning.evaluation.scores import make_report
 from gpdit_lightning.evaluation.videos import Selection, find_videos, select_videos
 from gpdit_lightning.files import process_lock
-from gpdit_lightning.generation import cast_linear_weights
+from gpdit_lightning.generation.pipeline import GPDiTPipeline, load_pipeline
+from gpdit_lightning.generation.settings import trained_size
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.evaluate import EvaluateOptions
@@ -69,15 +68,13 @@ def evaluate(options: EvaluateOptions) -> None:
     find_videos(options.videos)
     annotations = read_annotations(options.annotations)
     networks = load_networks(options, device)
-    trained = load_trained_model(checkpoint, device, options.weights)
-    codec = load_codec_of(trained, options)
-    settings = make_settings(options, trained, codec, networks)
+    pipeline = load_pipeline(replace(options, checkpoint=str(checkpoint)))
+    trained = pipeline.trained
+    settings = make_settings(options, pipeline, networks)
     span = 1 + (settings.frames - 1) * settings.stride
     selection = select_videos(options.videos, options.count, options.selection_seed, span, rank == 0, settings.fps)
     labels = find_labels(selection, annotations, trained, options) if uses_labels(options, trained) else None
     protocol = make_protocol(options, settings, trained, selection, networks, labels)
-    if settings.generation.autocast_dtype is not None:
-        cast_linear_weights(trained.backbone, settings.generation.autocast_dtype)
 
     chunk_settings = {name: value for name, value in asdict(protocol).items() if name not in FIELDS_WITHOUT_EFFECT}
     chunk_settings |= {name: getattr(options, name) for name in ("chunk", "self_check_videos")}
@@ -90,7 +87,7 @@ def evaluate(options: EvaluateOptions) -> None:
     on_variant = video_writer(options.out / VIDEOS, options.keep_videos, settings, selection.names)
     with videos_bar(missing, hidden=rank > 0) as bar:
         for chunk in missing:
-            results = evaluate_chunk(chunk, settings, trained.backbone, codec, networks, on_variant)
+            results = evaluate_chunk(chunk, settings, pipeline.model, pipeline.codec, networks, on_variant)
             write_chunk(files[chunk], *results, chunk_settings)
             bar.update(len(chunk.names))
     if not all(path.exists() for path in files.values()):
@@ -184,21 +181,20 @@ def load_networks(options: EvaluateOptions, device: torch.device) -> MetricNetwo
     return MetricNetworks(video, image)
 
 
-def make_settings(
-    options: EvaluateOptions, trained: TrainedModel, codec: Codec, networks: MetricNetworks
-) -> EvaluationSettings:
+def make_settings(options: EvaluateOptions, pipeline: GPDiTPipeline, networks: MetricNetworks) -> EvaluationSettings:
     """Return the settings that apply to every video.
 
     Raises:
         InputError: model, codec or video network cannot use the size or a number of frames, or the model is
             conditioned on text.
     """
-    if trained.backbone.config.text_width:
+    trained = pipeline.trained
+    if pipeline.model.config.text_width:
         raise InputError(
             f"{options.checkpoint} is conditioned on text, but the videos have no text: give another checkpoint."
         )
     if options.context_frames:
-        codec.latent_frames(options.context_frames)  # raises if the codec cannot encode so many
+        pipeline.codec.latent_frames(options.context_frames)  # raises if the codec cannot encode so many
     elif networks.video is None and networks.image is None:
         raise InputError(
             "--context_frames is 0, so frames cannot be compared with real ones: give a video_network or an "
@@ -210,8 +206,8 @@ def make_settings(
         stride=options.stride or trained.geometry.stride,
         size=trained_size(options.size, trained, options.checkpoint),
         seeds=tuple(options.seeds),
-        generation=generation_config(
-            options, trained, options.label_guidance, window=selected_window(options, trained)
+        generation=pipeline.generation_config(
+            options, options.label_guidance, window=selected_window(options, trained)
         ),
         fvd_includes_context=options.fvd_frames == "all",
         self_check_videos=options.self_check_videos,

@@ -12,7 +12,6 @@ from torch.utils.data import BatchSampler, Dataset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
-from gpdit_lightning.cli.generating import AUTOCAST_DTYPES, load_codec_of, selected_precision, trained_size
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.devices import available_device
@@ -21,6 +20,7 @@ from gpdit_lightning.evaluation.videos import find_named_videos, read_clip
 from gpdit_lightning.files import MAX_NAME_BYTES
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.generation.rollout import autocast
+from gpdit_lightning.generation.settings import AUTOCAST_DTYPES, load_codec_of, selected_precision, trained_size
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing.encoder import first_layers, pooled_features
@@ -108,7 +108,7 @@ def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec) -
         stride=geometry.stride if options.stride is None else options.stride,
         fps=geometry.fps,
         size=f"{size[0]}x{size[1]}",
-        precision=selected_precision(options, trained),
+        precision=selected_precision(options.precision, trained.backbone.device),
         codec=codec.spec(),
         weights=trained.weights,  # a run may have no EMA weights
         step=trained.step,

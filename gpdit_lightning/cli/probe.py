@@ -8,12 +8,12 @@ from pathlib import Path
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.checkpoints.reading import find_weights, load_trained_model
-from gpdit_lightning.cli.generating import load_codec_of, trained_sizes
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import find_videos
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.generation.settings import load_codec_of, trained_sizes
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.probe import ProbeOptions
 from gpdit_lightning.probing.layer_features import extract_layer_features

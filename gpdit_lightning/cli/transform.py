@@ -15,13 +15,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
-from gpdit_lightning.cli.generating import batches_by_shape, generation_config, load_codec_of, trained_sizes
-from gpdit_lightning.devices import available_device
+from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import MAX_NAME_BYTES, atomic_write, check_writable, sha256_of
-from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.generation import transform as generate_targets
+from gpdit_lightning.generation.pipeline import load_pipeline
+from gpdit_lightning.generation.settings import batches_by_shape, trained_sizes
 from gpdit_lightning.media.finding import FoundFile
 from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, ImageTask, make_pair
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, closest_size, resize_and_crop, write_sheet
@@ -58,16 +57,14 @@ def transform(options: TransformOptions) -> None:
     """
     task = find_task(options.task or EXISTING_PAIRS.name)
     examples_task = find_task(options.examples_task or task.name)
-    trained = load_trained_model(options.checkpoint, available_device(options.device), options.weights)
-    codec = load_codec_of(trained, options)
+    pipeline = load_pipeline(options)
+    trained = pipeline.trained
     check_trained_on_sequences(trained, options.checkpoint)
-    config = generation_config(options, trained)
+    config = pipeline.generation_config(options)
     candidates = example_paths(options.examples, options.examples_task, examples_task)
     count = number_of_examples(options.pairs, trained)
     jobs, sheet = plan_jobs(options, trained_sizes(options.size, trained), task, candidates, count)
     examples = read_examples(jobs, examples_task)
-    if config.autocast_dtype is not None:
-        cast_linear_weights(trained.backbone, config.autocast_dtype)
 
     results: dict[Path, Tensor] = {}
     with (
@@ -77,7 +74,7 @@ def transform(options: TransformOptions) -> None:
         for batch in batches_by_shape(jobs, options.batch_size, lambda job: (job.images[0].shape, job.examples)):
             sources = torch.stack([job.images[0] for job in batch])
             pairs = [examples[paths, batch[0].size] for paths in batch[0].examples]
-            targets = generate_targets(trained.backbone, codec, pairs, sources, config, seeds=options.seed)
+            targets = generate_targets(pipeline.model, pipeline.codec, pairs, sources, config, seeds=options.seed)
             for job, image in zip(batch, targets, strict=True):
                 with explain_write_errors(job.out, "--out"), atomic_write(job.out) as path:
                     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, format="PNG")

@@ -1,4 +1,4 @@
-"""Contexts of generated videos: video and image files, folders of them, and samples of shards.
+"""Contexts of generated videos: video and image files, folders of them, samples of shards, and clips in memory.
 
 They are read as the training clips of the model were, with the same stride and sizes.
 """
@@ -82,6 +82,10 @@ class ContextSettings:
         """Return the frames per second of a source before the stride: the recorded rate if there is one, else `fps`."""
         return frame_rate(recorded or self.fps or DEFAULT_FPS)
 
+    def frame_rate(self) -> Fraction:
+        """Return the frames per second of a result whose context has no recorded rate."""
+        return self.source_fps() / self.stride
+
 
 @dataclass(frozen=True)
 class VideoContext:
@@ -105,11 +109,12 @@ class VideoContext:
     label: str | None = None
 
 
-def read_contexts(sources: Sequence[str], settings: ContextSettings, codec: Codec) -> list[VideoContext]:
+def read_contexts(
+    sources: Sequence[str | Tensor], settings: ContextSettings, codec: Codec, *, skip_unusable: bool = True
+) -> list[VideoContext]:
     """Read one or more contexts from each source, in the order of the sources.
 
-    All contexts are held in memory: name single samples of large shards. If there are several contexts, a warning names
-    each one that cannot be used, and the others are returned.
+    All contexts are held in memory: name single samples of large shards.
 
     Args:
         sources: each is one of
@@ -119,13 +124,17 @@ def read_contexts(sources: Sequence[str], settings: ContextSettings, codec: Code
             - a folder of images, which are the frames of a video, in natural order,
             - a folder of videos, in natural order, without its subfolders,
             - a sample of a shard, as PATH.tar#NUMBER (from 0) or PATH.tar#KEY; its beginning is the context,
-            - a shard, PATH.tar, with all its samples.
+            - a shard, PATH.tar, with all its samples,
+            - the frames of a clip in memory, uint8 (T, 3, H, W), which are read as a folder of images is; a single
+              frame is read as an image.
         settings: frames, stride, sizes and other choices.
         codec: the model's codec, with which shards must have been made.
+        skip_unusable: whether, of several contexts, those that are unreadable, damaged or too short are skipped with a
+            warning that names each, instead of raising an error.
 
     Raises:
-        InputError: a source is missing or does not match the training clips, or none of the contexts can be used: they
-            are unreadable, damaged or too short.
+        InputError: a source is missing or does not match the training clips, a context cannot be used and is not
+            skipped, or none can be used.
     """
     codec.latent_frames(settings.frames)
     open_shard = cache(partial(_open_shard, settings=settings, codec=codec))
@@ -137,7 +146,7 @@ def read_contexts(sources: Sequence[str], settings: ContextSettings, codec: Code
         except ResourceError:  # others would fail too
             raise
         except InputError as error:
-            if len(readers) == 1:
+            if len(readers) == 1 or not skip_unusable:
                 raise
             log.warning("skipped: %s", error)
             continue
@@ -156,8 +165,10 @@ _Reader = Callable[[], VideoContext]
 
 
 def _readers_of(
-    source: str, settings: ContextSettings, codec: Codec, open_shard: Callable[[Path], ShardReader]
+    source: str | Tensor, settings: ContextSettings, codec: Codec, open_shard: Callable[[Path], ShardReader]
 ) -> list[_Reader]:
+    if isinstance(source, Tensor):
+        return [partial(_read_frames, source, settings, codec)]
     path = Path(source)
     shard, _, sample = source.rpartition("#")
     if shard.endswith(SHARD_EXTENSION) and not path.exists():
@@ -209,12 +220,12 @@ class _Frames(ABC):
     """The frames of a video file or of a folder of images.
 
     Attributes:
-        path: the file or folder.
+        path: the file or folder, or the words for a clip in memory; for messages.
         name: name of the context.
         fps: average frames per second.
     """
 
-    path: Path
+    path: Path | str
     name: str
     fps: Fraction
 
@@ -270,6 +281,25 @@ class _ImageFolder(_Frames):
         return number if number < self._count else None
 
 
+class _FramesInMemory(_Frames):
+    """The frames of a clip in memory, at a constant rate as the images of a folder."""
+
+    def __init__(self, frames: Tensor, settings: ContextSettings) -> None:
+        self.path, self.name, self.fps = "the given clip", "clip", settings.source_fps()
+        self._frames, self._sizes = frames, settings.sizes
+
+    def read(self, start: int, stride: int, max_frames: int | None) -> Iterator[_TimedFrame]:
+        frames = _resized(self._frames[start::stride][:max_frames], self._sizes)
+        return (_TimedFrame(float((start + i * stride) / self.fps), frame) for i, frame in enumerate(frames))
+
+    def count(self) -> int:
+        return len(self._frames)
+
+    def number_at(self, time: float) -> int | None:
+        number = round(Fraction(time) * self.fps)
+        return number if number < len(self._frames) else None
+
+
 def _read_video(path: Path, settings: ContextSettings, codec: Codec) -> VideoContext:
     return _read_clip(_VideoFile(path, settings), settings, codec)
 
@@ -301,7 +331,7 @@ def _read_clip(source: _Frames, settings: ContextSettings, codec: Codec) -> Vide
     return VideoContext(_name_for_files(source.name), pixels[:needed], pixels[needed:], fps)
 
 
-def _context_frames(available: int, path: Path, settings: ContextSettings, codec: Codec) -> int:
+def _context_frames(available: int, path: Path | str, settings: ContextSettings, codec: Codec) -> int:
     """Return the number of pixel frames of the context of a video that has `available` frames at the stride.
 
     Raises:
@@ -325,8 +355,21 @@ def _context_frames(available: int, path: Path, settings: ContextSettings, codec
 
 def _read_still_image(path: Path, settings: ContextSettings) -> VideoContext:
     _check_no_start(path, settings)
-    pixels = torch.stack(list(_resized(read_image(path), settings.sizes)))
-    return VideoContext(_name_for_files(path.stem), pixels, pixels[:0], settings.source_fps() / settings.stride)
+    return _still_image(_name_for_files(path.stem), read_image(path), settings)
+
+
+def _read_frames(frames: Tensor, settings: ContextSettings, codec: Codec) -> VideoContext:
+    """Read the context from a clip in memory, uint8 (T, 3, H, W)."""
+    if len(frames) > 1:
+        return _read_clip(_FramesInMemory(frames, settings), settings, codec)
+    _check_no_start("the given image", settings)
+    return _still_image("image", frames, settings)
+
+
+def _still_image(name: str, image: Tensor, settings: ContextSettings) -> VideoContext:
+    """Return the context of one frame that an image (1, 3, H, W) is."""
+    pixels = torch.stack(list(_resized(image, settings.sizes)))
+    return VideoContext(name, pixels, pixels[:0], settings.frame_rate())
 
 
 def _resized(frames: Iterable[Tensor], sizes: Sequence[Size]) -> Iterator[Tensor]:
@@ -406,7 +449,7 @@ def _read_sample(reader: ShardReader, number: int, settings: ContextSettings, co
     )
 
 
-def _too_short_error(path: Path, frames: int, settings: ContextSettings, codec: Codec) -> InputError:
+def _too_short_error(path: Path | str, frames: int, settings: ContextSettings, codec: Codec) -> InputError:
     earlier = ", an earlier --start" if settings.start else ""
     fewer = f" or at most {codec.encodable_frames(frames)} --context_frames" if frames else ""
     return InputError(
@@ -415,7 +458,7 @@ def _too_short_error(path: Path, frames: int, settings: ContextSettings, codec: 
     )
 
 
-def _check_no_start(path: Path, settings: ContextSettings) -> None:
+def _check_no_start(path: Path | str, settings: ContextSettings) -> None:
     if settings.start:
         raise InputError(f"{path} has no frame at {settings.start:g} s: give --start for videos only.")
 

@@ -17,15 +17,50 @@ from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.media.images import (
     CONTEXT_COLOUR,
     GENERATED_COLOUR,
+    IMAGE_EXTENSIONS,
     strip_frame_numbers,
     with_border,
     write_animation,
     write_strip,
 )
+from gpdit_lightning.media.video import VIDEO_EXTENSIONS
 from gpdit_lightning.media.video_writer import VideoWriter
 from gpdit_lightning.options.sample import VideoFormat
 
 FORMATS: tuple[VideoFormat, ...] = get_args(VideoFormat)
+
+
+def output_formats(out: Path, formats: Sequence[str] | None, videos: int) -> Sequence[str]:
+    """Return the formats to write: the requested ones, else that of the extension of `out`, else mp4 and png.
+
+    Args:
+        out: a file for one video, or a folder.
+        formats: the requested formats, if any.
+        videos: number of videos.
+
+    Raises:
+        InputError: `out` has the extension of a format that cannot be written, or names one file for several videos.
+    """
+    extension = out.suffix.removeprefix(".")
+    if extension not in FORMATS and out.suffix.lower() in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS):
+        extensions = ", ".join(f".{name}" for name in FORMATS)
+        raise InputError(f"--out {out} is not of a format that can be written: give a folder, or one of {extensions}.")
+    if extension in FORMATS and videos > 1:
+        raise InputError(f"--out {out} is one file, but {videos} videos are requested: give a folder.")
+    return formats or ([extension] if extension in FORMATS and extension != "mp4" else ["mp4", "png"])
+
+
+def output_path(out: Path, name: str, seed: int | None) -> Path:
+    """Return the path of a video's files without extension.
+
+    Args:
+        out: a file for one video, or a folder.
+        name: name of the context.
+        seed: seed of the video, if its context has several.
+    """
+    if out.suffix.removeprefix(".") in FORMATS:
+        return out.with_suffix("")
+    return out / (name if seed is None else f"{name}-seed{seed}")
 
 
 def output_paths(path_without_extension: Path, formats: Sequence[str]) -> dict[str, Path]:

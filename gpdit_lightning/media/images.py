@@ -77,14 +77,27 @@ def _read_pixels(file: str | Path | BinaryIO, name: str, remarks: list[str] | No
         frames = getattr(image, "n_frames", 1)
         if remarks is not None and frames > 1 and image.format != "MPO":  # which adds previews to a photo
             remarks.append(f"{name} contains {frames} images, of which the first was used.")
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode in ("I", "F"):
-            raise InputError(
-                f"{name} is 32-bit grayscale, whose black and white levels are not defined: convert it to 8 or 16 "
-                "bits, with black at 0 and white at the maximum."
-            )
-        colours = to_srgb(image)
-        return np.array(on_white(colours) if colours.mode == "RGBA" else colours)
+        return image_pixels(image, name)
+
+
+def image_pixels(image: Image.Image, name: str) -> np.ndarray:
+    """Return an image of Pillow as uint8 (H, W, 3) in sRGB, as `read_image` does.
+
+    Args:
+        image: the image, which is rotated in place by its EXIF orientation.
+        name: its name in errors.
+
+    Raises:
+        InputError: the image is 32-bit grayscale.
+    """
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode in ("I", "F"):
+        raise InputError(
+            f"{name} is 32-bit grayscale, whose black and white levels are not defined: convert it to 8 or 16 "
+            "bits, with black at 0 and white at the maximum."
+        )
+    colours = to_srgb(image)
+    return np.array(on_white(colours) if colours.mode == "RGBA" else colours)
 
 
 def _unsupported_format(file: str | Path | BinaryIO) -> str | None:

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import (
-    CheckpointOptions,
     LabelGuidanceOptions,
-    LoadingOptions,
+    ModelOptions,
     OptionRecord,
     SamplerOptions,
     VideoOptions,
@@ -112,13 +111,12 @@ class ChunkOptions(OptionRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(
-    CheckpointOptions,
+    ModelOptions,
     DataSetOptions,
     ContinuationOptions,
     ScoreOptions,
     EvaluationOutputOptions,
     ChunkOptions,
-    LoadingOptions,
 ):
     """Evaluate."""
 

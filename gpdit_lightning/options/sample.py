@@ -7,9 +7,8 @@ from typing import Literal
 
 from gpdit_lightning.options.shared import (
     BatchedSamplerOptions,
-    CheckpointOptions,
     LabelGuidanceOptions,
-    LoadingOptions,
+    ModelOptions,
     OptionRecord,
     check_at_least,
 )
@@ -24,6 +23,12 @@ class ContextOptions(OptionRecord):
     context: Sequence[str] = ()
     """Videos, GIFs, images, folders of frames or of videos, and shards of latents (SHARD.tar, or one sample of it:
     SHARD.tar#NUMBER or SHARD.tar#KEY); without a context, a video is generated from noise alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextReadingOptions(OptionRecord):
+    """Context."""
+
     context_frames: int | None = None
     """Pixel frames of a context, 1 + k times the temporal factor of the codec; by default those of the training clips
     less one latent frame, or as many as a shorter video has."""
@@ -52,6 +57,21 @@ class RolloutOptions(LabelGuidanceOptions, BatchedSamplerOptions):
     """Number of latent frames from the beginning of the video that stay visible besides the window."""
     cache: bool = True
     """Cache keys and values; --no_cache takes less memory and more time (for models with attention `of`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(ContextReadingOptions, RolloutOptions):
+    """Context."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, frames=1, samples=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions(OptionRecord):
+    """Generation."""
+
     compile: bool = False
     """Fuse blocks with torch.compile, for long videos on GPUs."""
 
@@ -71,9 +91,5 @@ class VideoOutputOptions(OptionRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(CheckpointOptions, LoadingOptions, ContextOptions, RolloutOptions, VideoOutputOptions):
+class SampleOptions(ModelOptions, GenerationOptions, ContextOptions, CompileOptions, VideoOutputOptions):
     """Sample."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(self, frames=1, samples=1)

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.names import as_text
 
+Precision = Literal["auto", "32", "bf16"]
+
 
 def check_at_least(options: Any, **limits: int) -> None:
     """Raise an InputError that names the option if a value is below its limit; None is accepted."""
@@ -92,12 +94,17 @@ class LoadingOptions(WeightsOptions, DeviceOptions):
 class PrecisionOptions(OptionRecord):
     """Computation."""
 
-    precision: Literal["auto", "32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Precision of matrix products; auto is bf16 on GPUs of CUDA that have it, else 32."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerOptions(PrecisionOptions):
+class ModelOptions(CheckpointOptions, LoadingOptions, PrecisionOptions):
+    """Model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions(OptionRecord):
     """Generation."""
 
     sampler: str = "rotation"

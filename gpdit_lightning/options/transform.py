@@ -6,8 +6,7 @@ from pathlib import Path
 
 from gpdit_lightning.options.shared import (
     BatchedSamplerOptions,
-    CheckpointOptions,
-    LoadingOptions,
+    ModelOptions,
     OptionRecord,
     check_at_least,
 )
@@ -48,7 +47,7 @@ class ImageOutputOptions(OptionRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformOptions(CheckpointOptions, LoadingOptions, ExampleOptions, BatchedSamplerOptions, ImageOutputOptions):
+class TransformOptions(ModelOptions, ExampleOptions, BatchedSamplerOptions, ImageOutputOptions):
     """Transform."""
 
     def __post_init__(self) -> None:

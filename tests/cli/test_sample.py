@@ -18,10 +18,10 @@ from torch import Tensor
 from gpdit_lightning.checkpoints.facts import ValidationLoss
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import main
-from gpdit_lightning.cli import sample as verb
 from gpdit_lightning.codecs.pca import SHIPPED_WEIGHTS
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.diffusion import SAMPLERS, Guidance
+from gpdit_lightning.generation import pipeline
 from gpdit_lightning.generation.context_loss import UNLIKE_TRAINING, relative_loss
 from gpdit_lightning.media.video import video_info
 from gpdit_lightning.media.video_writer import write_video
@@ -184,14 +184,14 @@ def test_of_without_a_cache(workspace: Path, tmp_path: Path) -> None:
 def test_window_longer_than_in_training_causes_a_warning(
     workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    verb.log.addHandler(caplog.handler)
+    pipeline.log.addHandler(caplog.handler)
     try:
         for options, warns in ((["--window=4"], False), (["--window=3", "--sinks=2"], True)):
             caplog.clear()
             assert sample(workspace, tmp_path / "out.png", "--frames=8", *options) == 0
             assert ("up to 5 others (--window and --sinks), but in training to at most 4" in caplog.text) == warns
     finally:
-        verb.log.removeHandler(caplog.handler)
+        pipeline.log.removeHandler(caplog.handler)
 
 
 def test_label_is_given_by_name_by_number_or_by_the_shard(workspace: Path, tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_contexts_unlike_the_training_data_are_named(
     between = (losses["1"] + losses["gray"]) / (2 * UNLIKE_TRAINING)
     assert losses["1"] > 1.05 * losses["gray"]
     warnings = {}
-    verb.log.addHandler(caplog.handler)
+    pipeline.log.addHandler(caplog.handler)
     try:
         for name, reference in (("unknown", None), ("large", losses["1"]), ("between", between)):
             validation = reference and ValidationLoss(1, {"videos": (reference,) * 4})
@@ -335,7 +335,7 @@ def test_contexts_unlike_the_training_data_are_named(
             assert sample(workspace, tmp_path / f"{name}_out", *options, workspace / VIDEO, model=tmp_path / name) == 0
             warnings[name] = {line for line in caplog.messages if "unlike the training data" in line}
     finally:
-        verb.log.removeHandler(caplog.handler)
+        pipeline.log.removeHandler(caplog.handler)
     assert warnings["unknown"] == warnings["large"] == set()
     (warning,) = warnings["between"]
     assert warning.endswith(f"may be poor: 1 (velocity loss {losses['1'] / between:.1f} times the validation loss)")

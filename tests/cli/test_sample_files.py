@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from gpdit_lightning.cli import sample as verb
-from gpdit_lightning.generation import GeneratedFrames, stream_video
+from gpdit_lightning.generation import GeneratedFrames, pipeline, stream_video
 from gpdit_lightning.generation.outputs import VideoOutput
 from tests.cli.sampling import VIDEO, assert_near, decoded, latents, looks_like, sample, stripe_context
 from tests.media.videos import read_video
@@ -123,7 +122,7 @@ def test_ctrl_c_between_frames_keeps_all_videos_of_the_batch(
         yield next(pieces)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verb, "stream_video", interrupted)
+    monkeypatch.setattr(pipeline, "stream_video", interrupted)
     assert sample(workspace, tmp_path, "--frames=16", "--samples=3", "--batch_size=2", "--formats", "mp4") == 130
     assert {path.name for path in tmp_path.iterdir()} == {"1-seed0.mp4", "1-seed1.mp4"}
     assert [len(read_video(path)) for path in tmp_path.iterdir()] == [13 + 8, 13 + 8]

@@ -1,7 +1,6 @@
 """Precisions and attention backends that a device does not support are refused when a verb starts."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +8,10 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.cli import main
-from gpdit_lightning.cli.generating import selected_precision
 from gpdit_lightning.cli.trainer_settings import check_precision
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.generation.settings import selected_precision
 from gpdit_lightning.model.attention.backends import BACKENDS, register_attention_backend, sdpa
-from gpdit_lightning.options.shared import PrecisionOptions
 from tests.cli.test_resume import fit, recipe
 
 
@@ -50,14 +48,14 @@ def test_bf16_of_generation_needs_a_device_that_has_it(
     native: bool, automatic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
-    trained: Any = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cuda", 0)))
-    assert selected_precision(PrecisionOptions(), trained) == automatic
-    assert selected_precision(PrecisionOptions(precision="32"), trained) == "32"
+    device = torch.device("cuda", 0)
+    assert selected_precision("auto", device) == automatic
+    assert selected_precision("32", device) == "32"
     if native:
-        assert selected_precision(PrecisionOptions(precision="bf16"), trained) == "bf16"
+        assert selected_precision("bf16", device) == "bf16"
     else:
         with pytest.raises(InputError, match="--precision is bf16, which the device cuda:0 does not support: use 32"):
-            selected_precision(PrecisionOptions(precision="bf16"), trained)
+            selected_precision("bf16", device)
 
 
 @pytest.mark.parametrize(

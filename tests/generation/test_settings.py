@@ -1,8 +1,8 @@
-"""Functions that the verbs with a trained model share."""
+"""Settings that follow from options and a trained model."""
 
 import torch
 
-from gpdit_lightning.cli.generating import batches_by_shape
+from gpdit_lightning.generation.settings import batches_by_shape
 
 
 def test_batches_have_one_shape_and_keep_the_order() -> None:

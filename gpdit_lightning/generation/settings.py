@@ -1,19 +1,17 @@
-"""Functions that the verbs with a trained model share: codec, generation settings, sizes and batches."""
+"""Settings that follow from options and a trained model: codec, sampler, precision, sizes and batches."""
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.devices import has_bf16
-from gpdit_lightning.diffusion import Guidance, make_sampler
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation import GenerationConfig
 from gpdit_lightning.media.images import Size, parse_size
-from gpdit_lightning.options.shared import LoadingOptions, PrecisionOptions, SamplerOptions
+from gpdit_lightning.options.shared import LoadingOptions, Precision
 
 AUTOCAST_DTYPES = {"32": None, "bf16": torch.bfloat16}
 
@@ -34,37 +32,17 @@ def load_codec_of(trained: TrainedModel, options: LoadingOptions, owner: str = "
     return load_codec_from_spec(trained.codec, trained.backbone.device, options.codec_source, owner, options.codec)
 
 
-def generation_config(
-    options: SamplerOptions, trained: TrainedModel, label_guidance: float = 1.0, **rest: Any
-) -> GenerationConfig:
-    """Return the generation settings of the options, with the noise schedule of the model.
-
-    Args:
-        options: sampler, guidance over the context, and precision.
-        trained: the model.
-        label_guidance: guidance scale over the label.
-        rest: further fields of the result.
-    """
-    return GenerationConfig(
-        sampler=make_sampler(options.sampler, options.steps, trained.schedule),
-        guidance=Guidance(options.guidance, label_guidance, *options.guidance_levels),
-        autocast_dtype=AUTOCAST_DTYPES[selected_precision(options, trained)],
-        **rest,
-    )
-
-
-def selected_precision(options: PrecisionOptions, trained: TrainedModel) -> Literal["32", "bf16"]:
-    """Return the precision of matrix products: `auto` is bf16 for a model on a CUDA device that has it, else 32.
+def selected_precision(precision: Precision, device: torch.device) -> Literal["32", "bf16"]:
+    """Return the precision of matrix products: `auto` is bf16 on a CUDA device that has it, else 32.
 
     Raises:
         InputError: bf16 is requested, and the device does not have it.
     """
-    device = trained.backbone.device
-    if options.precision == "bf16" and not has_bf16(device):
+    if precision == "bf16" and not has_bf16(device):
         raise InputError(f"--precision is bf16, which the device {device} does not support: use 32 or auto.")
-    if options.precision == "auto":
+    if precision == "auto":
         return "bf16" if device.type == "cuda" and has_bf16(device) else "32"
-    return options.precision
+    return precision
 
 
 def trained_sizes(size: str | None, trained: TrainedModel) -> tuple[Size, ...]:

@@ -1,0 +1,598 @@
+"""A trained model with its codec, which continues videos from files or memory: `gpdit_lightning.GPDiTPipeline`.
+
+Shapes: B clips, T pixel frames, k context frames, C channels, h x w latent pixels.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypedDict, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpdit_lightning.checkpoints.facts import WeightsKind
+from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
+from gpdit_lightning.codecs import Codec, load_codec_from_spec
+from gpdit_lightning.devices import available_device
+from gpdit_lightning.diffusion import Guidance, make_sampler
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.generation.context_loss import UNLIKE_TRAINING, relative_loss
+from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, read_contexts
+from gpdit_lightning.generation.frames import OutputType, check_output_type, clip_pixels, converted, is_frame_list
+from gpdit_lightning.generation.outputs import VideoOutput, output_formats, output_path
+from gpdit_lightning.generation.rollout import ClipInputs, GenerationConfig, cast_linear_weights
+from gpdit_lightning.generation.settings import AUTOCAST_DTYPES, batches_by_shape, selected_precision, trained_sizes
+from gpdit_lightning.generation.video import GeneratedFrames, encode_context, stream_video
+from gpdit_lightning.media.images import Size
+from gpdit_lightning.model import NO_LABEL, GPDiT
+from gpdit_lightning.options.sample import GenerationOptions
+from gpdit_lightning.options.shared import ModelOptions, Precision, SamplerOptions
+from gpdit_lightning.progress import progress_bar
+
+log = logging.getLogger(__name__)
+
+MAX_NAMED_CONTEXTS = 3  # in the warning about contexts that are unlike the training data
+
+
+class GenerationArguments(TypedDict, total=False):
+    """The arguments of a call: the options of `sample`, by the same names (`gpdit_lightning.options.sample`)."""
+
+    frames: int
+    samples: int
+    seed: int
+    batch_size: int
+    sampler: str
+    steps: int
+    guidance: float
+    guidance_levels: tuple[float, float]
+    label: str | int | None
+    label_guidance: float
+    window: int | None
+    sinks: int
+    cache: bool
+    context_frames: int | None
+    start: float | None
+    fps: float | None
+    size: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """One video to generate.
+
+    Attributes:
+        context: its beginning.
+        seed: seed of the noise.
+        label: class number, or `NO_LABEL`.
+        frames: number of pixel frames to generate.
+        sample: number of the video among those of its context.
+    """
+
+    context: VideoContext
+    seed: int
+    label: int
+    frames: int
+    sample: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What the clips of a batch have in common: the shape of the context, and the number of frames."""
+        return *self.context.pixels.shape, self.frames
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """Videos to generate, and how.
+
+    Attributes:
+        clips: in the order of their contexts; those of one context follow each other.
+        config: sampler, guidance, window, and how to compute.
+        batches: the clips, in batches of one shape.
+    """
+
+    clips: Sequence[Clip]
+    config: GenerationConfig
+    batches: Sequence[Sequence[Clip]]
+
+
+@dataclass(frozen=True)
+class StreamedFrames:
+    """The newest frames of the clips of one batch.
+
+    Attributes:
+        clips: numbers of the clips among those of the whole call, counted as in `PipelineOutput.frames`.
+        frames: the new frames of each of these clips, in the form of the output type.
+    """
+
+    clips: Sequence[int]
+    frames: list[Any]
+
+
+@dataclass(frozen=True)
+class GeneratedClip:
+    """A generated video.
+
+    Attributes:
+        clip: its context, seed and label.
+        pixels: uint8 (T, 3, H, W), the generated frames without the context.
+        latents: (F, C, h, w) raw, those of `pixels`.
+        context_latents: (k, C, h, w) raw.
+    """
+
+    clip: Clip
+    pixels: Tensor
+    latents: Tensor
+    context_latents: Tensor
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """The result of a call of :class:`GPDiTPipeline`.
+
+    Attributes:
+        frames: the generated frames of each video, without its context, in the form of the output type. The videos
+            are in the order of the contexts; the `samples` of one context follow each other.
+        videos: the same videos as tensors, with their contexts.
+        temporal_factor: pixel frames of each latent frame after the first.
+    """
+
+    frames: list[Any]
+    videos: Sequence[GeneratedClip]
+    temporal_factor: int
+
+    @property
+    def frame_rates(self) -> list[float]:
+        """Frames per second of each video."""
+        return [float(video.clip.context.fps) for video in self.videos]
+
+    def save(self, path: str | Path, *, mark: bool = False) -> list[Path]:
+        """Write the videos with their contexts, as `sample` does.
+
+        Args:
+            path: a file (.mp4, .gif, .png for a strip of frames, or .safetensors for the latents); or a folder, in
+                which each video becomes an mp4 and a strip.
+            mark: draw a border in the mp4, gray around context frames and orange around generated ones.
+
+        Returns:
+            The paths of the files.
+
+        Raises:
+            InputError: a file cannot be written, or is one file for several videos.
+        """
+        path = Path(path)
+        formats = output_formats(path, None if path.suffix != ".mp4" else ["mp4"], len(self.videos))
+        several = any(video.clip.sample for video in self.videos)
+        files = []
+        for video in self.videos:
+            clip = video.clip
+            name = output_path(path, clip.context.name, clip.seed if several else None)
+            with VideoOutput(
+                name, formats, clip.context, clip.frames, temporal_factor=self.temporal_factor, mark=mark
+            ) as output:
+                if clip.context.latents is None:
+                    output.write(video.pixels[:0], video.context_latents)
+                output.write(video.pixels, video.latents)
+            files += output.files
+        return files
+
+
+class GPDiTPipeline:
+    """Generates videos with a trained model: in one call, or as a stream of frames.
+
+        pipeline = GPDiTPipeline.from_pretrained("model")
+        video = pipeline("my_video.mp4", frames=16, seed=0)
+        video.save("out.mp4")
+
+    Args:
+        trained: the model with the record of its training.
+        codec: the codec of its latents, on the same device.
+        precision: precision of matrix products; `auto` is bf16 on GPUs of CUDA that have it, else 32.
+        compile: fuse blocks with torch.compile, for long videos on GPUs.
+
+    Attributes:
+        trained: the model with the record of its training.
+        codec: the codec.
+
+    Raises:
+        InputError: the precision is not supported by the device.
+    """
+
+    def __init__(
+        self, trained: TrainedModel, codec: Codec, *, precision: Precision = "auto", compile: bool = False
+    ) -> None:
+        self.trained, self.codec = trained, codec
+        self._precision, self._compile = precision, compile
+        self._autocast_dtype: torch.dtype | None = None
+        self._set_precision()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path,
+        *,
+        weights: WeightsKind = "ema",
+        device: str | torch.device = "auto",
+        precision: Precision = "auto",
+        codec: str | None = None,
+        codec_source: str | None = None,
+        compile: bool = False,
+        **hub: Any,
+    ) -> Self:
+        """Load a model and its codec.
+
+        Args:
+            checkpoint: a folder written by `export` or `save_pretrained`, a name on the hub like `user/model`, a run
+                folder (for its last checkpoint), or a checkpoint.
+            weights: averaged (`ema`) or last trained (`raw`) weights.
+            device: `auto` is this process's GPU if there is one, else the CPU.
+            precision: precision of matrix products; `auto` is bf16 on GPUs of CUDA that have it, else 32.
+            codec: import path of a custom codec's class, which must be given although the model records it.
+            codec_source: folder, file or hub name of the codec's weights, if they were moved.
+            compile: fuse blocks with torch.compile, for long videos on GPUs.
+            hub: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as in huggingface_hub's
+                `snapshot_download`.
+
+        Raises:
+            InputError: model or codec are not found, damaged or incomplete, or the device cannot be used.
+        """
+        place = available_device(str(device))
+        trained = load_trained_model(checkpoint, place, weights, **hub)
+        loaded = load_codec_from_spec(trained.codec, place, codec_source, "the checkpoint", codec)
+        return cls(trained, loaded, precision=precision, compile=compile)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move model and codec to a device, and return the pipeline.
+
+        Weights that were rounded to bf16 for an earlier device stay rounded.
+
+        Raises:
+            InputError: the device cannot be used, or does not support the precision.
+        """
+        place = available_device(str(device))
+        self.trained.backbone.to(place)
+        self.codec.to(place)
+        self._set_precision()
+        return self
+
+    def _set_precision(self) -> None:
+        """Choose the data type of matrix products on the present device, and round the weights to it once."""
+        if self._autocast_dtype is None:
+            self._autocast_dtype = AUTOCAST_DTYPES[selected_precision(self._precision, self.device)]
+            if self._autocast_dtype is not None:
+                cast_linear_weights(self.trained.backbone, self._autocast_dtype)
+
+    @property
+    def model(self) -> GPDiT:
+        """The network."""
+        return self.trained.backbone
+
+    @property
+    def device(self) -> torch.device:
+        """The device of model and codec."""
+        return self.trained.backbone.device
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Height and width in pixels of the training clips; a context takes the size that is closest in aspect."""
+        return self.trained.geometry.sizes
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes on which the model can be conditioned; may be empty."""
+        return self.trained.classes
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second of videos without a context, or whose context has no frame rate."""
+        return float(self._context_settings(GenerationOptions()).frame_rate())
+
+    def __call__(
+        self,
+        context: Any = None,
+        *,
+        seconds: float | None = None,
+        output_type: OutputType = "pil",
+        progress: bool = False,
+        **options: Unpack[GenerationArguments],
+    ) -> PipelineOutput:
+        """Generate the frames after a context, or after each of several contexts.
+
+        The videos are generated in batches; the result for a seed is independent of batch composition.
+
+        Args:
+            context: None to generate from noise alone; a path of a video, an image, a folder or a shard, as for
+                `sample`; or a clip in memory: an image of Pillow or a list of them, a numpy array (T, H, W, 3), or a
+                tensor (T, 3, H, W), uint8 or floats in [0, 1]; or a list of any of these. Frames are scaled and
+                cropped to the training size that is closest in aspect. A clip in memory is read as a folder of images
+                is: at `fps` (24 by default), of which frames at the stride of the training clips are used.
+            seconds: duration to generate, instead of `frames`.
+            output_type: form of the frames of a video: `pil` for a list of images of Pillow, `np` for a uint8 array
+                (T, H, W, 3), `pt` for a float32 tensor (T, 3, H, W) in [0, 1], `latent` for raw latents.
+            progress: show a progress bar over frames.
+            options: `frames` (16 by default), `samples` per context with consecutive seeds, `seed`, `sampler`,
+                `steps`, `guidance`, `label`, `label_guidance`, `window`, `sinks`, `context_frames`, `start`, `fps`,
+                `size`, `batch_size`: as for `sample`, with the same defaults (`python -m gpdit_lightning sample
+                --help`).
+
+        Raises:
+            InputError: a context or an option cannot be used.
+        """
+        check_output_type(output_type)
+        plan = self._plan_call(context, seconds, options)
+        generated: dict[Clip, GeneratedClip] = {}
+        with progress_bar(
+            total=sum(clip.frames for clip in plan.clips), unit=" frames", desc="generating", disable=not progress
+        ) as bar:
+            for batch in plan.batches:
+                latents, pieces = self.encode(batch), []
+                for piece in self.generate(batch, latents, plan.config):
+                    pieces.append(piece)
+                    bar.update(piece.pixels.shape[0] * piece.pixels.shape[1])
+                pixels, new = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
+                for clip, *tensors in zip(batch, pixels, new, latents.cpu(), strict=True):
+                    generated[clip] = GeneratedClip(clip, *tensors)
+        videos = [generated[clip] for clip in plan.clips]
+        frames = [converted(video.pixels, video.latents, output_type) for video in videos]
+        return PipelineOutput(frames, videos, self.codec.temporal_factor)
+
+    def stream(
+        self,
+        context: Any = None,
+        *,
+        seconds: float | None = None,
+        output_type: OutputType = "pil",
+        **options: Unpack[GenerationArguments],
+    ) -> Iterator[StreamedFrames]:
+        """Generate videos as a call does, and yield their new frames as soon as they are decoded.
+
+        Earlier frames are not kept, so that memory does not grow with the length of the videos. Closing the iterator
+        stops the generation. The videos of a batch advance together, one batch after another.
+
+        Args:
+            context, seconds, output_type, options: as for a call.
+
+        Returns:
+            An iterator over steps; in a step each video of a batch gets the pixel frames of one latent frame.
+
+        Raises:
+            InputError: a context or an option cannot be used.
+        """
+        check_output_type(output_type)
+        plan = self._plan_call(context, seconds, options)
+        return self._stream(plan, output_type)
+
+    def _stream(self, plan: GenerationPlan, output_type: OutputType) -> Iterator[StreamedFrames]:
+        numbers = {clip: number for number, clip in enumerate(plan.clips)}
+        for batch in plan.batches:
+            clips = [numbers[clip] for clip in batch]
+            for piece in self.generate(batch, self.encode(batch), plan.config):
+                pairs = zip(piece.pixels, piece.latents, strict=True)
+                yield StreamedFrames(clips, [converted(pixels, latents, output_type) for pixels, latents in pairs])
+
+    def _plan_call(self, context: Any, seconds: float | None, arguments: GenerationArguments) -> GenerationPlan:
+        """Return the plan of a call from Python.
+
+        Raises:
+            InputError: as for a call.
+        """
+        known = GenerationArguments.__annotations__
+        if unknown := [name for name in arguments if name not in known]:
+            raise InputError(f"a pipeline has no option {unknown[0]!r}: give some of {', '.join(known)}.")
+        if seconds is not None and "frames" in arguments:
+            raise InputError(f"both frames and seconds are given ({arguments['frames']} and {seconds}): give one.")
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise InputError(f"seconds is {seconds}: give a duration above 0.")
+        options: dict[str, Any] = dict(arguments)
+        if arguments.get("label") is not None:
+            options["label"] = str(arguments["label"])
+        return self.plan(_sources(context), GenerationOptions(**options), seconds=seconds)
+
+    def plan(
+        self,
+        sources: Sequence[str | Tensor],
+        options: GenerationOptions,
+        ground_truth_frames: int = 0,
+        seconds: float | None = None,
+    ) -> GenerationPlan:
+        """Read contexts and return the videos to generate: for each context one per seed.
+
+        Args:
+            sources: as for :func:`read_contexts`; without any, videos are generated from noise alone.
+            options: which part of the sources is read, and how videos are generated.
+            ground_truth_frames: maximum number of frames after a context to read.
+            seconds: duration of the generated frames instead of their number.
+
+        Raises:
+            InputError: an option or a context cannot be used, or the model is conditioned on texts.
+        """
+        settings = self._context_settings(options, ground_truth_frames)
+        contexts = read_contexts(sources, settings, self.codec) if sources else [_empty_context(settings)]
+        clips = []
+        for context in contexts:
+            label = class_number(options.label, context, self.trained)
+            if label == NO_LABEL and options.label_guidance != 1:
+                raise InputError(
+                    f"--label_guidance is {options.label_guidance}, but {context.name} has no label of the "
+                    "checkpoint's classes: give --label, or leave --label_guidance out."
+                )
+            frames = options.frames if seconds is None else max(1, round(seconds * context.fps))
+            for sample in range(options.samples):
+                clips.append(Clip(context, options.seed + sample, label, frames, sample))
+        config = self._rollout_config(options, max(len(clip.context.pixels) + clip.frames for clip in clips))
+        return GenerationPlan(clips, config, batches_by_shape(clips, options.batch_size, lambda clip: clip.shape))
+
+    def generation_config(self, options: SamplerOptions, label_guidance: float = 1.0, **rest: Any) -> GenerationConfig:
+        """Return the generation settings of options, with the noise schedule of the model.
+
+        Args:
+            options: sampler and guidance over the context.
+            label_guidance: guidance scale over the label.
+            rest: further fields of the result.
+        """
+        return GenerationConfig(
+            sampler=make_sampler(options.sampler, options.steps, self.trained.schedule),
+            guidance=Guidance(options.guidance, label_guidance, *options.guidance_levels),
+            autocast_dtype=self._autocast_dtype,
+            compile=self._compile,
+            **rest,
+        )
+
+    def encode(self, clips: Sequence[Clip]) -> Tensor:
+        """Return the raw latents of the contexts of a batch, (B, k, C, h, w), on the device of the codec."""
+        return torch.cat([_context_latents(clip.context, self.codec) for clip in clips])
+
+    def generate(self, clips: Sequence[Clip], latents: Tensor, config: GenerationConfig) -> Iterator[GeneratedFrames]:
+        """Generate the videos of a batch, one latent frame after another; a warning names unusual contexts.
+
+        Args:
+            clips: a batch of a plan.
+            latents: raw latents of their contexts, as returned by `encode`.
+            config: that of the plan.
+
+        Raises:
+            InputError: as :func:`stream_video`.
+        """
+        labels = torch.tensor([clip.label for clip in clips]) if self.labels else None
+        self._warn_of_unlike_contexts(clips, self.codec.whitened(latents), config)
+        inputs = ClipInputs([clip.seed for clip in clips], labels)
+        yield from stream_video(self.model, self.codec, latents, clips[0].frames, config, inputs)
+
+    def _context_settings(self, options: GenerationOptions, ground_truth_frames: int = 0) -> ContextSettings:
+        """Return how contexts are read: like the training clips unless the options say otherwise."""
+        frames, geometry = options.context_frames, self.trained.geometry
+        return ContextSettings(
+            frames=self.codec.pixel_frames(max(1, geometry.frames - 1)) if frames is None else frames,
+            stride=geometry.stride,
+            sizes=trained_sizes(options.size, self.trained),
+            ground_truth_frames=ground_truth_frames,
+            start=options.start,
+            fps=options.fps,
+            video_fps=geometry.fps,
+            may_be_shorter=frames is None,
+        )
+
+    def _rollout_config(self, options: GenerationOptions, longest: int) -> GenerationConfig:
+        """Return the rollout settings of options; the default window is the longest history of the training clips.
+
+        Args:
+            options: how videos are generated.
+            longest: pixel frames of the longest video, including its context.
+
+        Raises:
+            InputError: the model is conditioned on texts, or without a cache the window is too short.
+        """
+        if self.model.config.text_width:
+            raise InputError(
+                f"{self.trained.path} is conditioned on text embeddings, which cannot be computed here: call "
+                "gpdit_lightning.generation.rollout with them."
+            )
+        in_training = max(1, self.trained.geometry.frames - 1)
+        window = max(1, in_training - options.sinks) if options.window is None else options.window
+        config = self.generation_config(
+            options, options.label_guidance, window=window, sinks=options.sinks, use_cache=options.cache
+        )
+        visible, history = window + options.sinks, math.ceil((longest - 1) / self.codec.temporal_factor)
+        if min(visible, history) > in_training:
+            log.warning(
+                "warning: frames attend to up to %d others (--window and --sinks), but in training to at most %d: the "
+                "result may be worse",
+                min(visible, history),
+                self.trained.geometry.frames - 1,
+            )
+        if not config.use_cache and self.model.config.attention == "of2" and history > visible:
+            raise InputError(
+                f"--no_cache with an of2 model must attend to all {history} latent frames, but --window and --sinks "
+                f"allow {visible}: leave --no_cache out, raise --window, or generate fewer frames."
+            )
+        return config
+
+    def _warn_of_unlike_contexts(self, clips: Sequence[Clip], context: Tensor, config: GenerationConfig) -> None:
+        """Warn, in one line, of contexts that are unlike the training data of the model.
+
+        Args:
+            clips: videos to generate; a context is checked for the first of its videos.
+            context: (B, k, C, h, w) whitened latents.
+            config: gives the precision.
+        """
+        unlike = []
+        for clip, latents in zip(clips, context.to(self.device), strict=True):
+            label = clip.label if self.labels else None
+            loss = relative_loss(self.trained, latents, label, config.autocast_dtype) if clip.sample == 0 else None
+            if loss is not None and loss > UNLIKE_TRAINING:
+                unlike.append(f"{clip.context.name} (velocity loss {loss:.1f} times the validation loss)")
+        if unlike:
+            shown = ", ".join(unlike[:MAX_NAMED_CONTEXTS])
+            more = f" and {len(unlike) - MAX_NAMED_CONTEXTS} more" if len(unlike) > MAX_NAMED_CONTEXTS else ""
+            log.warning(
+                "warning: contexts are unlike the training data, so that results may be poor: %s%s", shown, more
+            )
+
+
+def load_pipeline(options: ModelOptions, *, compile: bool = False) -> GPDiTPipeline:
+    """Return the pipeline of the model that the options of a command name; errors as in `from_pretrained`."""
+    return GPDiTPipeline.from_pretrained(
+        options.checkpoint,
+        weights=options.weights,
+        device=options.device,
+        precision=options.precision,
+        codec=options.codec,
+        codec_source=options.codec_source,
+        compile=compile,
+    )
+
+
+def class_number(label: str | None, context: VideoContext, trained: TrainedModel) -> int:
+    """Return the number of the class to generate, or `NO_LABEL`.
+
+    Args:
+        label: name or number of a class; None for the label of the context, if the model was trained with it.
+        context: may have a label.
+        trained: the model.
+
+    Raises:
+        InputError: the model was not trained with the label.
+    """
+    classes = trained.classes
+    if label is None:
+        return classes.index(context.label) if context.label in classes else NO_LABEL
+    if label in classes:
+        return classes.index(label)
+    if label.isdecimal() and int(label) < len(classes):
+        return int(label)
+    if not classes:
+        raise InputError(f"--label is {label!r}, but the checkpoint was trained without labels: leave --label out.")
+    raise InputError(f"--label is {label!r}, which is no class of the checkpoint: give one of {', '.join(classes)}.")
+
+
+def _sources(context: Any) -> list[str | Tensor]:
+    """Return the contexts of a call as sources for :func:`read_contexts`.
+
+    Raises:
+        InputError: a context is of another type or shape than a call accepts.
+    """
+    if context is None:
+        return []
+    if isinstance(context, np.ndarray | Tensor) and context.ndim == 5:
+        context = list(context)
+    if not isinstance(context, Sequence) or isinstance(context, str) or is_frame_list(context):
+        context = [context]
+    if not context:
+        raise InputError("the list of contexts is empty: give at least one, or None to generate from noise alone.")
+    return [str(item) if isinstance(item, str | Path) else clip_pixels(item) for item in context]
+
+
+def _empty_context(settings: ContextSettings) -> VideoContext:
+    """Return a context without frames, of the first size."""
+    no_frames = torch.zeros((0, 3, *settings.sizes[0]), dtype=torch.uint8)
+    return VideoContext("sample", no_frames, no_frames, settings.frame_rate())
+
+
+def _context_latents(context: VideoContext, codec: Codec) -> Tensor:
+    """Return the raw latents of a context, (1, k, C, h, w)."""
+    if context.latents is not None:
+        return context.latents[None].to(codec.device)
+    return encode_context(codec, context.pixels[None])
