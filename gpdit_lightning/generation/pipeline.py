@@ -5,7 +5,7 @@ Shapes: B clips, T pixel frames, k context frames, C channels, h x w latent pixe
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
@@ -346,7 +346,7 @@ class GPDiTPipeline:
         seconds: float | None = None,
         output_type: OutputType = "pil",
         **options: Unpack[GenerationArguments],
-    ) -> Iterator[StreamedFrames]:
+    ) -> Generator[StreamedFrames]:
         """Generate videos as a call does, and yield their new frames as soon as they are decoded.
 
         Earlier frames are not kept, so that memory does not grow with the length of the videos. Closing the iterator
@@ -365,7 +365,7 @@ class GPDiTPipeline:
         plan = self._plan_call(context, seconds, options)
         return self._stream(plan, output_type)
 
-    def _stream(self, plan: GenerationPlan, output_type: OutputType) -> Iterator[StreamedFrames]:
+    def _stream(self, plan: GenerationPlan, output_type: OutputType) -> Generator[StreamedFrames]:
         numbers = {clip: number for number, clip in enumerate(plan.clips)}
         for batch in plan.batches:
             clips = [numbers[clip] for clip in batch]

@@ -111,7 +111,7 @@ def test_closing_a_stream_stops_it(pipeline: GPDiTPipeline, monkeypatch: pytest.
     stream = pipeline.stream(frames=10**9, steps=1)
     assert len(next(stream).frames[0]) == 1
     assert len(next(stream).frames[0]) == 4
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     with pytest.raises(StopIteration):
         next(stream)
     assert len(calls) == 2
