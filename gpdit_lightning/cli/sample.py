@@ -28,7 +28,7 @@ def sample(options: SampleOptions) -> None:
     """
     pipeline = load_pipeline(options, compile=options.compile)
     ground_truth_frames = options.frames if options.side_by_side else min(options.frames, MAX_GROUND_TRUTH)
-    plan = pipeline.plan(options.context, options, ground_truth_frames)
+    plan = pipeline.plan(options.context, options, ground_truth_frames, skip_unusable=True)
     outputs = make_outputs(options, plan, pipeline.codec.temporal_factor)
 
     log.info("%d x %d frames with the weights of step %d", len(plan.clips), options.frames, pipeline.trained.step)

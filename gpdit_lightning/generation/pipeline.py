@@ -397,6 +397,8 @@ class GPDiTPipeline:
         options: GenerationOptions,
         ground_truth_frames: int = 0,
         seconds: float | None = None,
+        *,
+        skip_unusable: bool = False,
     ) -> GenerationPlan:
         """Read contexts and return the videos to generate: for each context one per seed.
 
@@ -405,12 +407,15 @@ class GPDiTPipeline:
             options: which part of the sources is read, and how videos are generated.
             ground_truth_frames: maximum number of frames after a context to read.
             seconds: duration of the generated frames instead of their number.
+            skip_unusable: as for :func:`read_contexts`.
 
         Raises:
             InputError: an option or a context cannot be used, or the model is conditioned on texts.
         """
         settings = self._context_settings(options, ground_truth_frames)
-        contexts = read_contexts(sources, settings, self.codec) if sources else [_empty_context(settings)]
+        contexts = [_empty_context(settings)]
+        if sources:
+            contexts = read_contexts(sources, settings, self.codec, skip_unusable=skip_unusable)
         clips = []
         for context in contexts:
             label = class_number(options.label, context, self.trained)
