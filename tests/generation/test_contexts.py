@@ -136,6 +136,7 @@ def test_unusable_contexts_are_named_and_the_others_are_used(
     unusable: Path, codec: Codec, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(contexts.log.parent, "propagate", True)  # the command line disables it
+    monkeypatch.setattr(contexts.log.parent, "handlers", [])  # that an earlier test has left
     sources = [str(unusable / name) for name in ("few", "text.mp4", "short.mp4", "text.png")]
     assert [context.name for context in read_contexts(sources, SETTINGS, codec)] == ["short"]
     assert [record.message.split(": ")[0] for record in caplog.records] == ["skipped"] * 3
