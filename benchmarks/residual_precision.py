@@ -141,20 +141,20 @@ def compare_training(name: str, config: GPDiTConfig, seeds: int, data: Tensor, h
             kept = model if stream == "float32" else kept
             print(
                 f"{name:<8} seed {seed}, stream {stream or 'float32, products float32':<26}"
-                f"train/loss {results[stream][0]:.5f}   val/loss {results[stream][1]:.5f}"
+                f"loss/train {results[stream][0]:.5f}   loss/val {results[stream][1]:.5f}"
                 f"   {time.perf_counter() - start:.0f} s",
                 flush=True,
             )
         rows.append(results)
     for stream in ("bf16", None):
-        for part, kind in enumerate(("train/loss", "val/loss")):
+        for part, kind in enumerate(("loss/train", "loss/val")):
             relative = [100 * (row[stream][part] / row["float32"][part] - 1) for row in rows]
             print(
                 f"{name:<8} {kind:<10} {stream or 'all float32':<12} relative to a float32 stream: "
                 f"mean {statistics.mean(relative):+.3f} %, of each seed {', '.join(f'{x:+.3f}' for x in relative)}"
             )
         spread = statistics.stdev(row["float32"][1] for row in rows) if seeds > 1 else math.nan
-    print(f"{name:<8} val/loss between seeds (float32 stream): standard deviation {spread:.5f}", flush=True)
+    print(f"{name:<8} loss/val between seeds (float32 stream): standard deviation {spread:.5f}", flush=True)
     assert kept is not None
     return kept
 

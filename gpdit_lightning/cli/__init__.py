@@ -51,7 +51,7 @@ VERBS = {
         "chain:chain", "Train the stages of a chain in turn; the same command resumes.", "chain:ChainOptions", RESUMES
     ),
     "validate": Verb("fit:validate", "Evaluate a run's last checkpoint on the held-out sources.", RECIPE),
-    "test": Verb("fit:test", "The same as validate, logged as test/loss.", RECIPE),
+    "test": Verb("fit:test", "The same as validate, logged as loss/test.", RECIPE),
     "sample": Verb(
         "sample:sample",
         "Continue videos with a trained model, or generate them from noise alone.",
@@ -160,14 +160,14 @@ def _main(arguments: Sequence[str] | None) -> int:
         with termination:
             return run(name, rest)
     except InputError as error:
-        print(f"{rank}error: {printable(str(error))}", file=sys.stderr)
+        _print_last_line(f"{rank}error: {printable(str(error))}")
         return 2
     except OSError as error:
         if error.errno not in CORRECTABLE:
             raise
         path = error.filename or "a file that is being written"
         message = f"{path}: {error.strerror}: free some space, or choose another location."
-        print(f"{rank}error: {printable(message)}", file=sys.stderr)
+        _print_last_line(f"{rank}error: {printable(message)}")
         return 2
     except (RuntimeError, MemoryError) as error:
         from gpdit_lightning.retries import memory_error
@@ -175,12 +175,20 @@ def _main(arguments: Sequence[str] | None) -> int:
 
         if (known := worker_error(error) or memory_error(error)) is None:
             raise
-        print(f"{rank}error: {printable(str(known))}", file=sys.stderr)
+        _print_last_line(f"{rank}error: {printable(str(known))}")
         return 2
     except KeyboardInterrupt:
         number = signal.SIGTERM if termination.received else signal.SIGINT
-        print(lines[number], file=sys.stderr)
+        _print_last_line(lines[number])
         return 128 + number
+
+
+def _print_last_line(line: str) -> None:
+    """Print the last line of a verb that did not finish, below the progress bars that are still open."""
+    from gpdit_lightning.progress import close_bars
+
+    close_bars()
+    print(line, file=sys.stderr)
 
 
 def _lines_when_stopped(name: str, rank: str) -> dict[int, str]:

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.codecs import Codec
@@ -199,10 +198,7 @@ def extract(
     clips = Clips(videos, record)
     numbers = BatchSampler(range(len(clips)), options.batch_size, drop_last=False)
     loader = WorkerLoader(clips, options.workers, sampler=numbers)
-    with (
-        progress_bar(total=len(clips), unit=" videos", desc="features") as bar,
-        logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]),
-    ):
+    with progress_bar(total=len(clips), unit=" videos", desc="features") as bar:
         for batch in loader:
             readable = {name: clip for name, clip in batch if isinstance(clip, Tensor)}
             for reason in (clip for _, clip in batch if isinstance(clip, str)):

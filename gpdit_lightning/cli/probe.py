@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm.contrib.logging import logging_redirect_tqdm
-
 from gpdit_lightning.checkpoints.reading import find_weights, load_trained_model
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.errors import InputError
@@ -50,8 +48,7 @@ def probe(options: ProbeOptions) -> None:
     evaluations = read_evaluations(options.evaluations)
     checkpoints = [find_weights(checkpoint) for checkpoint in options.checkpoint]
     videos, split = split_videos(list(dict.fromkeys(find_videos(options.videos))), options)
-    with logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]):
-        results = [probe_checkpoint(checkpoint, videos, split, options) for checkpoint in checkpoints]
+    results = [probe_checkpoint(checkpoint, videos, split, options) for checkpoint in checkpoints]
     probed = {(result.identity, result.weights) for result in results}
     for path, evaluation in zip(options.evaluations, evaluations, strict=True):
         if (evaluation.protocol.checkpoint_sha256, evaluation.protocol.weights) not in probed:

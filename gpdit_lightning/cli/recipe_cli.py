@@ -40,6 +40,7 @@ from gpdit_lightning.training.callbacks.metrics import MetricsLogger
 from gpdit_lightning.training.callbacks.previews import Preview
 from gpdit_lightning.training.callbacks.progress import StepProgress
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
+from gpdit_lightning.training.loggers import log_recipe
 from gpdit_lightning.training.run_folder import RECIPE
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ IGNORED_WARNINGS = (
 
 
 class SaveRecipe(Callback):
-    """Write the resolved recipe to the run folder when training starts, and log the number of parameters.
+    """Write the resolved recipe to the run folder and the loggers when training starts, with the number of parameters.
 
     Args:
         text: the YAML.
@@ -75,6 +76,7 @@ class SaveRecipe(Callback):
             return
         with atomic_write(Path(trainer.default_root_dir) / RECIPE) as path:
             path.write_text(self.text, encoding="utf-8")
+        log_recipe(trainer.loggers, self.text, trainer.global_step)
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         log.info("%s trains %s parameters", type(pl_module).__name__, f"{parameters:,}")
         if trainer.world_size > 1:

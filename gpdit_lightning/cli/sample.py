@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from typing import NoReturn
 
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.generation.outputs import VideoOutput, output_formats, output_path
 from gpdit_lightning.generation.pipeline import Clip, GenerationPlan, GPDiTPipeline, load_pipeline
@@ -32,10 +31,7 @@ def sample(options: SampleOptions) -> None:
     outputs = make_outputs(options, plan, pipeline.codec.temporal_factor)
 
     log.info("%d x %d frames with the weights of step %d", len(plan.clips), options.frames, pipeline.trained.step)
-    with (
-        progress_bar(total=len(plan.clips) * options.frames, unit=" frames", desc="generating") as bar,
-        logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]),
-    ):
+    with progress_bar(total=len(plan.clips) * options.frames, unit=" frames", desc="generating") as bar:
         for batch in plan.batches:
             generate(batch, plan, pipeline, outputs, bar)
 

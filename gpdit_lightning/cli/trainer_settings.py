@@ -19,7 +19,7 @@ from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import did_you_mean, import_object, is_import_path, resolve
 from gpdit_lightning.options.shared import RecipeOptions
-from gpdit_lightning.training.loggers import place_in_run_folder, run_folder_logger
+from gpdit_lightning.training.loggers import RunFolderTensorBoard, place_in_run_folder
 from gpdit_lightning.training.strategies import ZERO_NAMES, register_strategies
 
 # Defaults that differ from Lightning's.
@@ -160,7 +160,7 @@ def loggers_of(setting: Any, run_dir: Path) -> list[Logger]:
         run_dir: the run folder.
     """
     if setting is None or setting is True:
-        return [run_folder_logger(run_dir)]
+        return [RunFolderTensorBoard(run_dir)]
     if isinstance(setting, Logger):
         return [setting]
     return list(setting or [])

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.errors import InputError
@@ -67,10 +66,7 @@ def transform(options: TransformOptions) -> None:
     examples = read_examples(jobs, examples_task)
 
     results: dict[Path, Tensor] = {}
-    with (
-        progress_bar(total=len(jobs), unit=" images", desc="generating") as bar,
-        logging_redirect_tqdm([logging.getLogger("gpdit_lightning")]),
-    ):
+    with progress_bar(total=len(jobs), unit=" images", desc="generating") as bar:
         for batch in batches_by_shape(jobs, options.batch_size, lambda job: (job.images[0].shape, job.examples)):
             sources = torch.stack([job.images[0] for job in batch])
             pairs = [examples[paths, batch[0].size] for paths in batch[0].examples]

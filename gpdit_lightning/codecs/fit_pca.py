@@ -6,19 +6,18 @@ components of four frames represent motion.
 """
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from gpdit_lightning.codecs.fitting_clips import SEED, folder_clips, shipped_clips
 from gpdit_lightning.codecs.pca import COMPONENTS, FIRST_FRAME_GAIN, GROUP, WEIGHT_SHAPES, PcaCodec, blocks_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.progress import progress_bar
 
 
 def fit(clips: Sequence[Tensor]) -> PcaCodec:
@@ -36,7 +35,7 @@ def fit(clips: Sequence[Tensor]) -> PcaCodec:
     first_size, later_size = WEIGHT_SHAPES["first_components"][1], WEIGHT_SHAPES["later_components"][1]
     first_second_moment = torch.zeros(first_size, first_size, dtype=torch.float64)
     later_second_moment = torch.zeros(later_size, later_size, dtype=torch.float64)
-    for clip in tqdm(clips, desc="fitting", file=sys.stderr, disable=None):
+    for clip in progress_bar(clips, desc="fitting", disable=None):
         values = (_values(clip) - centre.view(3, 1, 1))[None]
         # The first frame of every group is used as the first frame of a clip.
         first_second_moment += _second_moment(blocks_of(values[:, ::GROUP], 1))

@@ -9,7 +9,6 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
@@ -23,6 +22,7 @@ from gpdit_lightning.preparation.clips import Clip, EncodedClip, EndOfFile, Item
 from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.preparation.interleave import read_clips
 from gpdit_lightning.preparation.records import PartResult
+from gpdit_lightning.progress import progress_bar
 
 SHARD_NAME = re.compile(
     rf"(?P<split>{'|'.join(get_args(Split))})-(?P<kind>{'|'.join(get_args(Kind))})-"
@@ -44,7 +44,7 @@ class Progress:
 
     def __init__(self, files: int, hidden: bool = False) -> None:
         # With disable=None the bar is shown in a terminal only.
-        self._bar = tqdm(total=files, unit=" files", smoothing=0.05, disable=True if hidden else None)
+        self._bar = progress_bar(total=files, unit=" files", smoothing=0.05, disable=True if hidden else None)
         self._clips = self._skipped = 0
         self._start = self._shown = time.monotonic()
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gpdit_lightning.codecs import Codec, load_codec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest, ShardEntry, Split
@@ -24,6 +23,7 @@ from gpdit_lightning.names import as_text
 from gpdit_lightning.options.prepare_pairs import PreparePairsOptions
 from gpdit_lightning.preparation.pairs import Pair, pair_folders, pairs_from_folder, pairs_from_folders, split_pairs
 from gpdit_lightning.preparation.records import USE_ANOTHER_FOLDER
+from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.specs import CodecSpec
 
 INPUT_OPTIONS = ("sources", "targets", "pairs_in")
@@ -194,7 +194,7 @@ def _existing_manifest(out: Path, preparation: dict[str, Any], codec: CodecSpec)
 
 def _encode(pairs: SplitPairs, task: ImageTask, size: Size, codec: Codec) -> dict[Pair, np.ndarray]:
     """Encode each pair that is used as latents (2, C, h, w), source first."""
-    used = tqdm([*pairs.training, *pairs.held_out], desc="encoding", unit=" pairs", disable=None)
+    used = progress_bar([*pairs.training, *pairs.held_out], desc="encoding", unit=" pairs", disable=None)
     return {pair: codec.encode(_pixels_of(pair, task, size)).cpu().numpy()[:, 0] for pair in used}
 
 

@@ -9,12 +9,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from torch import Tensor
-from tqdm import tqdm
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.finding import FoundFile, search_folder
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, read_image
 from gpdit_lightning.preparation.input_files import recording_of
+from gpdit_lightning.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def pairs_from_folder(folder: Path, seed: int, pattern: str | None = None) -> li
     Raises:
         InputError: the folder has no images, or an image is unreadable.
     """
-    files = tqdm(images_in(folder), desc="reading", unit=" images", disable=None)
+    files = progress_bar(images_in(folder), desc="reading", unit=" images", disable=None)
     images = [hash_image(file, read_image(file.path), seed, pattern) for file in files]
     return [Pair(image, image) for image in images]
 
@@ -87,7 +87,7 @@ def pairs_from_folders(sources: Path, targets: Path, seed: int, pattern: str | N
         InputError: an image has no counterpart or is unreadable, or the images of a pair differ in size.
     """
     pairs = []
-    for files in tqdm(match_by_name(sources, targets), desc="reading", unit=" pairs", disable=None):
+    for files in progress_bar(match_by_name(sources, targets), desc="reading", unit=" pairs", disable=None):
         images = zip(files, read_pair([file.path for file in files]), strict=True)
         pairs.append(Pair(*(hash_image(file, pixels, seed, pattern) for file, pixels in images)))
     return pairs

@@ -1,18 +1,22 @@
-"""Loggers of a run: their folders, the continuation of their logs in a resumed run, images and text.
+"""Loggers of a run: their folders, the continuation of their logs in a resumed run, images, text and charts.
 
-Any subclass of `lightning.pytorch.loggers.Logger` can be used. It receives scalars through `log_metrics`, and previews
-through `log_image(key, images, step)` if it has this method; `images` is a list of paths of PNG or GIF files.
-TensorBoard and MLflow have no such method; previews are logged to them in other ways.
+Any subclass of `lightning.pytorch.loggers.Logger` can be used. It receives scalars through `log_metrics`, the recipe
+through `log_hyperparams`, and previews through `log_image(key, images, step)` if it has this method; `images` is a list
+of paths of PNG or GIF files. The loggers of TensorBoard, MLflow, Comet and Lightning's service have no such method;
+previews are logged to them in other ways.
 """
 
 import csv
 import inspect
+import re
+import textwrap
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
+import yaml
+from lightning.pytorch.loggers import CometLogger, CSVLogger, LitLogger, Logger, MLFlowLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -20,13 +24,44 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import import_path
 
-# Folders in the run folder, the same for a resumed run; Lightning's default is a new folder `version_N` at every start.
-FOLDERS: dict[type[Logger], str] = {TensorBoardLogger: "tensorboard", CSVLogger: "csv"}
+EVENT_FILES = "events.out.tfevents.*"
+EARLIER_EVENTS = "tensorboard"  # folder of the event files in a run folder of earlier versions
+CSV_FOLDER = "csv"
+
+# Loggers without a method `log_image` that accept images in another way.
+WITH_IMAGES = (TensorBoardLogger, MLFlowLogger, CometLogger, LitLogger)
 
 
-def run_folder_logger(run_dir: Path) -> TensorBoardLogger:
-    """Return the default logger of a recipe: TensorBoard, in `tensorboard/` of the run folder."""
-    return TensorBoardLogger(run_dir, name="", version=FOLDERS[TensorBoardLogger])
+def event_folder(run_dir: Path) -> str:
+    """Return the folder of TensorBoard's event files, relative to the run folder.
+
+    It is the run folder, since TensorBoard names a run by the folder of its event files. A run that an earlier version
+    began continues in `tensorboard/`.
+    """
+    return EARLIER_EVENTS if any((run_dir / EARLIER_EVENTS).glob(EVENT_FILES)) else ""
+
+
+def files_in_run_folder(run_dir: Path) -> Iterator[Path]:
+    """Yield the files and folders that the loggers have written to a run folder: those of TensorBoard and CSV."""
+    yield from run_dir.glob(EVENT_FILES)
+    yield from run_dir.glob(TensorBoardLogger.NAME_HPARAMS_FILE)
+    for folder in (run_dir / EARLIER_EVENTS, run_dir / CSV_FOLDER):
+        yield from (folder, *folder.rglob("*")) if folder.exists() else ()
+
+
+class RunFolderTensorBoard(TensorBoardLogger):
+    """The default logger of a recipe: TensorBoard, with its event files in the run folder.
+
+    Args:
+        run_dir: the run folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir, name="", version=event_folder(run_dir))
+
+    def save(self) -> None:
+        """Flush the events. Lightning also writes `hparams.yaml`, which `config.yaml` replaces."""
+        self.experiment.flush()
 
 
 def place_in_run_folder(kind: type[Logger], given: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -45,7 +80,8 @@ def place_in_run_folder(kind: type[Logger], given: Mapping[str, Any], run_dir: P
     default = _default_of(kind, "save_dir")
     if given["save_dir"] not in (None, default):
         return {}
-    for known, folder in FOLDERS.items():
+    # The same folder for a resumed run; Lightning's default is a new folder `version_N` at every start.
+    for known, folder in ((TensorBoardLogger, event_folder(run_dir)), (CSVLogger, CSV_FOLDER)):
         if issubclass(kind, known):
             fixed = {"name": "", "version": folder}
             left_out = {name for name in fixed if given.get(name) in (None, _default_of(kind, name))}
@@ -110,6 +146,11 @@ def log_images(loggers: Iterable[Logger], images: Mapping[str, Path], step: int)
             _log_image(logger, tag, path, step)
 
 
+def without_images(loggers: Iterable[Logger]) -> list[Logger]:
+    """Return the loggers to which :func:`log_images` logs nothing."""
+    return [logger for logger in loggers if not isinstance(logger, WITH_IMAGES) and not hasattr(logger, "log_image")]
+
+
 def check_image_methods(loggers: Iterable[Logger]) -> None:
     """Raise `InputError` if a logger's `log_image` or `log_video` cannot be called as :func:`log_images` calls it."""
     for logger in loggers:
@@ -139,6 +180,10 @@ def _log_image(logger: Logger, tag: str, path: Path, step: int) -> None:
         logger.experiment.flush()
     elif isinstance(logger, MLFlowLogger):
         logger.experiment.log_artifact(logger.run_id, str(path), artifact_path="previews")
+    elif isinstance(logger, CometLogger):
+        logger.experiment.log_image(str(path), name=tag, step=step)
+    elif isinstance(logger, LitLogger):
+        logger.log_file(str(path))
 
 
 def log_text(loggers: Iterable[Logger], tag: str, text: str, step: int) -> None:
@@ -146,3 +191,71 @@ def log_text(loggers: Iterable[Logger], tag: str, text: str, step: int) -> None:
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(tag, text, step)
+
+
+def log_recipe(loggers: Iterable[Logger], recipe: str, step: int) -> None:
+    """Log a resolved recipe: to TensorBoard as text, to the other loggers as hyperparameters.
+
+    CSV files lie next to the recipe's `config.yaml`. The settings of the loggers are left out of the hyperparameters,
+    since they may contain keys of accounts.
+
+    Args:
+        loggers: the loggers of the first rank.
+        recipe: the YAML.
+        step: the optimizer step from which the process continues.
+    """
+    content = yaml.safe_load(recipe)
+    content["trainer"].pop("logger", None)
+    log_text(loggers, "recipe", textwrap.indent(recipe, "    "), step)  # a code block of Markdown
+    for logger in loggers:
+        if isinstance(logger, MLFlowLogger) and step > 0:
+            continue  # MLflow refuses to change a parameter of a run
+        if not isinstance(logger, (TensorBoardLogger, CSVLogger)):
+            logger.log_hyperparams(content)
+
+
+def log_layout(loggers: Iterable[Logger], sources: Sequence[str]) -> None:
+    """Define the charts of TensorBoard's tab CUSTOM SCALARS.
+
+    Args:
+        loggers: the loggers of the first rank.
+        sources: names of the sources whose losses are logged; empty if the run has one source.
+    """
+    noise_levels = [f"loss_q{number}" for number in (1, 2, 3, 4)]
+    by_source = [f"loss_{source}" for source in sources]
+    charts = {
+        "Loss": {
+            "training and validation": ["loss/train", "loss/val"],
+            "training, by noise level (q1: least noise)": [f"train/{name}" for name in noise_levels],
+            "training, by source": [f"train/{name}" for name in by_source],
+        },
+        "Validation": {
+            "by noise level (q1: least noise)": [f"val/{name}" for name in noise_levels],
+            "by source": [f"val/{name}" for name in by_source],
+        },
+        "Samples": {"error of previews, relative to repeating the last frame": ["sample/rollout_error_ratio"]},
+        "Speed": {
+            "samples per second": ["system/clips_per_s"],
+            "hours left": ["system/hours_left"],
+            "fraction of time spent waiting for data": ["system/data_wait"],
+            "peak memory (GiB)": ["system/peak_memory_gib"],
+        },
+        "Health": {
+            "gradient norm": ["train/grad_norm"],
+            "learning rate": ["train/lr"],
+            "distance of the averaged weights": ["train/ema_distance"],
+            "skipped steps, spikes, damaged samples (none: no curve)": [
+                f"warnings/{name}" for name in ("skipped_steps", "spikes", "damaged_samples")
+            ],
+        },
+    }
+    # TensorBoard matches the beginnings of tags with regular expressions.
+    layout = {
+        category: {
+            title: ["Multiline", [f"{re.escape(tag)}$" for tag in tags]] for title, tags in content.items() if tags
+        }
+        for category, content in charts.items()
+    }
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_custom_scalars(layout)

@@ -8,7 +8,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpdit_lightning.files import atomic_write
-from gpdit_lightning.training.loggers import FOLDERS
+from gpdit_lightning.training.loggers import files_in_run_folder
 
 LOCK, RECIPE, CHECKPOINTS = ".lock", "config.yaml", "checkpoints"
 
@@ -45,9 +45,7 @@ class RunFolderFiles:
 
     def _paths(self) -> Iterator[Path]:
         yield from (self.run_dir / name for name in (LOCK, RECIPE, CHECKPOINTS) if (self.run_dir / name).exists())
-        for name in FOLDERS.values():
-            folder = self.run_dir / name
-            yield from (folder, *folder.rglob("*")) if folder.exists() else ()
+        yield from files_in_run_folder(self.run_dir)
 
 
 @contextmanager

@@ -177,7 +177,7 @@ def test_a_run_cannot_resume_with_another_stage(
     assert "was trained with MixedStage, but `model` of the recipe is Huber" in capsys.readouterr().err
     monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "handlers", [caplog.handler])
     assert main(["validate", *other]) == 0
-    assert "val/loss" in capsys.readouterr().out
+    assert "loss/val" in capsys.readouterr().out
     assert "the run was trained with MixedStage; this loss is that of Huber" in caplog.messages
     assert main(["validate", *arguments, "--data.validation_batches=0"]) == 2
     assert "there is nothing to validate: data.validation_batches is 0" in capsys.readouterr().err

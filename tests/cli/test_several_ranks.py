@@ -117,9 +117,9 @@ def recorded_samples(folder: Path, log: str) -> dict[tuple[int, int], tuple[int,
 
 
 def logged_scalars(run_dir: Path) -> dict[str, dict[int, float]]:
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("perf/")]
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("system/")]
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
 
 

@@ -68,8 +68,8 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(printed: str) -> list[float]:
-    """Return the values of val/loss that `validate` printed."""
-    return [float(line.split()[1]) for line in printed.splitlines() if line.startswith("val/loss ")]
+    """Return the values of loss/val that `validate` printed."""
+    return [float(line.split()[1]) for line in printed.splitlines() if line.startswith("loss/val ")]
 
 
 def begin_from(weights: Path, trained: Path, run_dir: Path) -> int:
@@ -111,7 +111,7 @@ def test_a_run_its_checkpoint_and_its_export_generate_the_same_video(
 
 def test_validate_prints_the_loss_that_training_logged(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On two processes and on one; in bf16 sharded ranks round weights, and one process rounds factors of products."""
-    loss = logged_scalars(trained / "run")["val/loss"][LAST]
+    loss = logged_scalars(trained / "run")["loss/val"][LAST]
     assert losses(run_verb("validate", f"--config={trained / 'recipe.yaml'}")) == pytest.approx([loss], abs=2e-5)
     assert main(["validate", f"--config={trained / 'recipe.yaml'}", *ALONE]) == 0
     assert losses(capsys.readouterr().out) == pytest.approx([loss], rel=2e-4)
@@ -131,7 +131,7 @@ def test_a_checkpoint_with_a_changed_byte_is_refused_or_replaced_by_the_previous
     trained: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run folder gives the previous checkpoint; the path of the damaged one is refused."""
-    loss = logged_scalars(trained / "run")["val/loss"][BEFORE]
+    loss = logged_scalars(trained / "run")["loss/val"][BEFORE]
     last = damage_last_of(damaged)
     assert main(["validate", f"--config={trained / 'recipe.yaml'}", *ALONE, f"--run_dir={damaged}"]) == 0
     assert losses(capsys.readouterr().out) == pytest.approx([loss], rel=2e-4)

@@ -74,7 +74,7 @@ def test_loggers_of_a_recipe(tmp_path: Path) -> None:
     for default in (None, True):
         (logger,) = loggers_of(default, tmp_path)
         assert isinstance(logger, TensorBoardLogger)
-        assert Path(logger.log_dir) == tmp_path / "tensorboard"
+        assert Path(logger.log_dir) == tmp_path
     first, second = CSVLogger(tmp_path), TensorBoardLogger(tmp_path)
     assert loggers_of(first, tmp_path) == [first]
     assert loggers_of([second, first], tmp_path) == [second, first]

@@ -40,7 +40,8 @@ from gpdit_lightning.specs import CodecSpec
 
 RECORDED = Path(__file__).with_name("curves.json")
 TOLERANCE = 1e-5
-TAGS = ("train/loss", "train/grad_norm", "val/loss")
+# Name in the recorded file -> tag.
+TAGS = {"train/loss": "loss/train", "train/grad_norm": "train/grad_norm", "val/loss": "loss/val"}
 STEPS = 6
 CHANNELS = 4
 CODEC = CodecSpec(
@@ -131,9 +132,9 @@ def curve(stage: str, attention: str, latents: Path, folder: Path) -> dict[str, 
     with contextlib.redirect_stdout(sys.stderr):
         assert command(["fit", f"--config={path}"]) == 0
         assert command(["export", f"--checkpoint={run_dir}", "--weights=raw", f"--out={model}"]) == 0
-    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events = EventAccumulator(str(run_dir))
     events.Reload()
-    scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in TAGS}
+    scalars = {name: [event.value for event in events.Scalars(tag)] for name, tag in TAGS.items()}
     return scalars | {"weights_sha256": weights_sha256(model / "model.safetensors")}
 
 

@@ -1,22 +1,30 @@
 """Loggers: their folders, their files after a resume, and images."""
 
+import re
+import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.training.loggers import (
+    RunFolderTensorBoard,
     check_image_methods,
     hide_later_events,
     keep_earlier_rows,
     log_images,
+    log_layout,
+    log_recipe,
     place_in_run_folder,
+    without_images,
 )
 
 RUN = Path("runs/one")
@@ -32,7 +40,7 @@ class WithKeywords(CSVLogger):
 @pytest.mark.parametrize(
     ("kind", "given", "expected"),
     [
-        (TensorBoardLogger, {"save_dir": None}, {"save_dir": str(RUN), "name": "", "version": "tensorboard"}),
+        (TensorBoardLogger, {"save_dir": None}, {"save_dir": str(RUN), "name": "", "version": ""}),
         (
             CSVLogger,
             {"save_dir": None, "name": "lightning_logs", "version": None},
@@ -82,6 +90,10 @@ def test_events_after_the_step_are_superseded(tmp_path: Path) -> None:
         hide_later_events(logger, resumed_from)
         log_steps(logger, *steps)
         logger.finalize("success")
+        for path in (tmp_path / "tensorboard").glob("events*"):  # names of one second are not in the order of time
+            path.rename(
+                path.with_name(f"events.out.tfevents.{resumed_from}{path.name.removeprefix('events.out.tfevents')}")
+            )
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
@@ -119,25 +131,110 @@ class LikeMLflow(MLFlowLogger):
         self.made.append((run_id, path, artifact_path))
 
 
-def test_images_are_logged_to_every_logger_that_accepts_them(tmp_path: Path) -> None:
+class LikeComet(CometLogger):
+    """Comet's logger without a server and without the package, with the signature of its experiment's `log_image`."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[str, str | None, int | None]] = []
+
+    @property
+    def experiment(self) -> Any:
+        return SimpleNamespace(log_image=self.record_image)
+
+    def record_image(
+        self,
+        image_data: Any,
+        name: str | None = None,
+        overwrite: bool = False,
+        image_format: str = "png",
+        image_scale: float = 1.0,
+        image_shape: tuple[int, int] | None = None,
+        image_colormap: str | None = None,
+        image_minmax: tuple[int, int] | None = None,
+        image_channels: str = "last",
+        copy_to_tmp: bool = True,
+        step: int | None = None,
+        annotations: list[Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        self.made.append((image_data, name, step))
+
+
+class LikeWandb(WandbLogger):
+    """W&B's logger without a server; the stand-in for the package only has the media types."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[dict[str, Any]] = []
+        self.config: dict[str, Any] = {}
+        media = {name: lambda path, kind=name: (kind, path) for name in ("Image", "Video")}
+        monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(**media))
+        self._prefix, self._wandb_init = "", {}
+
+    @property
+    def experiment(self) -> Any:
+        config = SimpleNamespace(update=lambda values, allow_val_change: self.config.update(values))
+        return SimpleNamespace(log=self.made.append, config=config)
+
+
+def test_images_are_logged_to_every_logger_that_accepts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strip, video = tmp_path / "a.png", tmp_path / "a.gif"
     for path in (strip, video):
         Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(path)
-    mlflow = LikeMLflow()
-    tensorboard = TensorBoardLogger(tmp_path, name="", version="tensorboard")
-    plain, like_wandb = Calls(), CallsWithVideo()
-    loggers: Any = [plain, like_wandb, mlflow, tensorboard, CSVLogger(tmp_path)]
+    mlflow, comet, wandb = LikeMLflow(), LikeComet(), LikeWandb(monkeypatch)
+    tensorboard = RunFolderTensorBoard(tmp_path)
+    plain, with_video = Calls(), CallsWithVideo()
+    csv = CSVLogger(tmp_path)
+    loggers: Any = [plain, with_video, mlflow, comet, wandb, tensorboard, csv]
     log_images(loggers, {"strip": strip, "video": video}, 5)
     assert plain.made == [("image", "strip", [str(strip)], 5), ("image", "video", [str(video)], 5)]
-    assert like_wandb.made == [("image", "strip", [str(strip)], 5), ("video", "video", [str(video)], 5)]
+    assert with_video.made == [("image", "strip", [str(strip)], 5), ("video", "video", [str(video)], 5)]
     assert mlflow.made == [("run", str(path), "previews") for path in (strip, video)]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    assert comet.made == [(str(strip), "strip", 5), (str(video), "video", 5)]
+    assert wandb.made == [
+        {"strip": [("Image", str(strip))], "trainer/global_step": 5},
+        {"video": [("Video", str(video))], "trainer/global_step": 5},
+    ]
+    assert without_images(loggers) == [csv]
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
     shown = {tag: events.Images(tag)[0] for tag in events.Tags()["images"]}
     assert {tag: (image.step, image.width, image.height) for tag, image in shown.items()} == {
         "strip": (5, 6, 4), "video": (5, 6, 4)
     }  # fmt: skip
     assert shown["video"].encoded_image_string == video.read_bytes()
+
+
+def test_the_recipe_and_the_charts_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the settings of the loggers, which may contain keys; MLflow's parameters of a resumed run are kept."""
+    wandb, tensorboard = LikeWandb(monkeypatch), RunFolderTensorBoard(tmp_path)
+    recipe = "trainer:\n  max_steps: 3\n  logger: {api_key: secret}\n"
+    log_recipe([wandb, tensorboard, LikeMLflow(), CSVLogger(tmp_path)], recipe, step=7)
+    log_layout([wandb, tensorboard], ["images", "videos"])
+    tensorboard.finalize("success")
+    assert wandb.config == {"trainer": {"max_steps": 3}}
+    assert [path.suffix for path in tmp_path.iterdir()] == [next(tmp_path.glob("events*")).suffix]  # no hparams.yaml
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (text,) = events.Tensors("recipe/text_summary")
+    assert (text.step, text.tensor_proto.string_val[0].decode()) == (7, textwrap.indent(recipe, "    "))
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["Loss", "Validation", "Samples", "Speed", "Health"]
+    patterns = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
+    assert [tag for tag in ("loss/train", "train/loss_images", "train/loss_q1") if re.match(patterns[0], tag)] == [
+        "loss/train"
+    ]
+    assert "train/loss_videos$" in patterns
+
+
+def test_a_run_of_an_earlier_version_continues_in_its_folder(tmp_path: Path) -> None:
+    assert Path(RunFolderTensorBoard(tmp_path).log_dir) == tmp_path
+    log_steps(TensorBoardLogger(tmp_path, name="", version="tensorboard"), 1)
+    resumed = RunFolderTensorBoard(tmp_path)
+    log_steps(resumed, 2)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert sorted(event.step for event in events.Scalars("loss")) == [1, 2]
+    assert place_in_run_folder(TensorBoardLogger, {"save_dir": None}, tmp_path)["version"] == "tensorboard"
 
 
 class WithoutStep:

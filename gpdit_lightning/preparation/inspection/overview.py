@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-from tqdm import tqdm
-
 from gpdit_lightning.data.manifest import Manifest, ShardEntry
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.preparation.inspection.sampling import evenly_spaced
 from gpdit_lightning.preparation.inspection.statistics import LatentStatistics, statistics_table
 from gpdit_lightning.preparation.summary import summary
+from gpdit_lightning.progress import progress_bar
 
 MAX_LABELS_SHOWN = 5
 
@@ -26,7 +25,7 @@ def overview(manifest: Manifest, samples: int = 512) -> str:
     frame_seconds: list[float] = []  # time from one frame of a clip to the next
     damaged: list[str] = []
     measured = evenly_spaced(training, samples)
-    for entry, number in tqdm(measured, desc="measuring", unit=" samples", disable=None, leave=False):
+    for entry, number in progress_bar(measured, desc="measuring", unit=" samples", disable=None, leave=False):
         try:
             latent, metadata = ShardReader(manifest.directory, entry).read(number)
         except InputError as error:

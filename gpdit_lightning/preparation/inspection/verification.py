@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from gpdit_lightning.data.manifest import FILE_NAME, NOTES_NAME, PREPARE_AGAIN, SKIPPED_NAME, Manifest, ShardEntry
 from gpdit_lightning.data.shards import ShardReader, build_index
@@ -18,6 +17,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
 from gpdit_lightning.preparation.encode import SHARD_NAME
 from gpdit_lightning.preparation.records import FOLDER_NAME, Records
+from gpdit_lightning.progress import progress_bar
 
 CURE = f"copy it again or {PREPARE_AGAIN}."
 MAX_SAMPLES_SHOWN = 10  # damaged samples per shard that are reported one by one
@@ -40,7 +40,7 @@ def verify(manifest: Manifest, workers: int | None = None) -> Iterator[str]:
     total = sum(entry.bytes for entry in manifest.shards)
     with ProcessPoolExecutor(workers or available_cores()) as pool:
         results = pool.map(partial(verify_shard, manifest.directory), manifest.shards)
-        with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=None) as bar:
+        with progress_bar(total=total, desc="verifying", unit="B", unit_scale=True, disable=None) as bar:
             for entry, faults in zip(manifest.shards, results, strict=True):
                 yield from faults
                 bar.update(entry.bytes)

@@ -192,7 +192,7 @@ class Health(Callback):
         )
         if trainer.is_global_zero:
             log.warning("%s", message)
-            log_text(trainer.loggers, "health/spike", message, trainer.global_step)
+            log_text(trainer.loggers, "warnings/spike", message, trainer.global_step)
 
     def _losses_by_key(self, trainer: Trainer) -> list[tuple[str, float]]:
         """Return the key and the loss of every noisy clip of the optimizer step, over all ranks."""

@@ -17,6 +17,7 @@ from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.health import Health
 from gpdit_lightning.training.callbacks.progress import StepProgress
 from gpdit_lightning.training.callbacks.throughput import Throughput
+from gpdit_lightning.training.loggers import log_layout
 
 SUM, COUNT = 0, 1
 
@@ -77,17 +78,22 @@ class LossTable:
 class MetricsLogger(Callback):
     """Logs the means over the steps since the last log, every `every_steps` optimizer steps.
 
+    The first step of a run is logged too, and the last one. TensorBoard sorts tags by name: the names make it show the
+    losses first, then samples and speed, and warnings last.
+
     Tags:
 
-    - `train/loss`, `train/loss_q1..q4`, `train/loss_SOURCE`, without skipped steps; `val/loss...` likewise;
+    - `loss/train`, `train/loss_q1..q4`, `train/loss_SOURCE`, without skipped steps; `loss/val` and `val/...` likewise;
     - `train/grad_norm`, without skipped steps; `train/lr`, of the last step;
     - `train/ema_distance`: |weights - average| / |weights|;
-    - `health/skipped_steps`, `health/spikes`, `data/damaged_samples`: since the start of the run;
-    - `perf/steps_per_s`, `perf/clips_per_s`, `perf/tokens_per_s` (tokens of noisy frames): over all ranks;
-    - `perf/tflops_per_s`: FLOPs of the model per device, without recomputation; `perf/mfu`: their ratio to the device's
-      peak in bf16, if it is known;
-    - `perf/data_wait`: fraction of the time spent waiting for the loader, maximum over ranks;
-    - `perf/peak_memory_gib`: since the start of the process, maximum over ranks.
+    - `system/steps_per_s`, `system/clips_per_s`, `system/tokens_per_s` (tokens of noisy frames): over all ranks;
+    - `system/tflops_per_s`: FLOPs of the model per device, without recomputation; `system/mfu`: their ratio to the
+      device's peak in bf16, if it is known;
+    - `system/data_wait`: fraction of the time spent waiting for the loader, maximum over ranks;
+    - `system/peak_memory_gib`: since the start of the process, maximum over ranks;
+    - `system/hours_left`: estimated time until the last step;
+    - `warnings/skipped_steps`, `warnings/spikes`, `warnings/damaged_samples`: since the start of the run, and only
+      where they are above 0.
 
     Args:
         health: measures the gradient; must come before this callback.
@@ -103,17 +109,21 @@ class MetricsLogger(Callback):
         self.learning_rate = 0.0
         self.norms = 0.0, 0  # sum of the gradient norms, and their number
         self._step_losses: list[tuple[str, float, QuartileLoss]] = []
+        self._start = 0  # the step from which this process continues
         self._last_step = -1
         self._validation: dict[str, Any] = {}  # the record of the last validation, as `ValidationLoss.to_dict`
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the step of a resumed run, and reset the peak memory."""
-        self._last_step = trainer.global_step
+        """Store the step of a resumed run, reset the peak memory, and describe the charts to TensorBoard."""
+        self._start = self._last_step = trainer.global_step
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, LatentDataModule)
         self.train.several_sources = len(data.plan.sources) > 1
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
+        if trainer.is_global_zero:
+            names = [source.name for source in data.plan.sources]
+            log_layout(trainer.loggers, names if self.train.several_sources else [])
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Store the learning rate of the step, before the schedule advances."""
@@ -122,10 +132,10 @@ class MetricsLogger(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add a micro-batch, and log after the last one of `every_steps` optimizer steps."""
+        """Add a micro-batch; log after the first and the last step, and after every `every_steps` optimizer steps."""
         step = trainer.global_step
         ends_step, self._last_step = step != self._last_step, step
-        ends_window = ends_step and step % self.every_steps == 0
+        ends_window = ends_step and (step % self.every_steps == 0 or step == trainer.max_steps)
         self._step_losses.append((batch.source, batch.weight, outputs["quartiles"]))
         if ends_step:
             if not self.health.skipped:
@@ -135,25 +145,41 @@ class MetricsLogger(Callback):
                     self.train.add(*losses)
             self._step_losses = []
         # Reading the means waits for the device, so the time below includes its work.
-        means = self.train.means(trainer) if ends_window else {}
+        scalars = self._training_scalars(trainer, pl_module) if ends_window or (ends_step and step == 1) else {}
         loader = trainer.train_dataloader
         assert isinstance(loader, TimedLoader)
         self.throughput.add(batch, loader, ends_step)
-        if not ends_window:
-            return
-        scalars = {f"train/{name}": mean for name, mean in means.items()}
+        if ends_window:
+            scalars |= {f"system/{name}": rate for name, rate in self.throughput.rates(trainer).items()}
+        elif ends_step and step == self._start + 1:
+            self.throughput.reset()  # the first step of a process is slow
+        if ends_step:
+            left = self._show_pace(trainer)
+            scalars |= {"system/hours_left": left / 3600} if ends_window and left is not None else {}
+        if scalars:
+            _log_scalars(trainer, pl_module, scalars, "loss/train")
+
+    def _training_scalars(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        """Return the scalars of the steps since the last call, without those of the throughput."""
+        scalars = _tags("train", self.train.means(trainer))
         total, steps = self.norms
         self.norms = 0.0, 0
         scalars |= {"train/grad_norm": total / steps} if steps else {}
-        scalars |= {
-            "train/lr": self.learning_rate,
-            "train/ema_distance": self.ema.distance(pl_module),
-            "health/skipped_steps": self.health.skipped_steps,
-            "health/spikes": self.health.spikes,
-            "data/damaged_samples": len(self.health.damaged),
+        scalars |= {"train/lr": self.learning_rate, "train/ema_distance": self.ema.distance(module)}
+        counts = {
+            "skipped_steps": self.health.skipped_steps,
+            "spikes": self.health.spikes,
+            "damaged_samples": len(self.health.damaged),
         }
-        scalars |= {f"perf/{name}": rate for name, rate in self.throughput.rates(trainer).items()}
-        _log_scalars(trainer, pl_module, scalars, "train/loss")
+        return scalars | {f"warnings/{name}": count for name, count in counts.items() if count}
+
+    def _show_pace(self, trainer: Trainer) -> float | None:
+        """Show speed and remaining time in the progress bar; return the remaining seconds, if they are known."""
+        bar, pace = trainer.progress_bar_callback, self.throughput.pace
+        left = pace.seconds_left(trainer)
+        if isinstance(bar, StepProgress):
+            bar.show_pace(pace.clips_per_s * trainer.world_size, left)
+        return left
 
     def on_validation_batch_end(
         self,
@@ -169,10 +195,10 @@ class MetricsLogger(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log and record the validation means, but not those of the sanity check before training."""
-        scalars = {f"val/{name}": mean for name, mean in self.validation.means(trainer).items()}
+        scalars = _tags("val", self.validation.means(trainer))
         if scalars and not trainer.sanity_checking:
             self._validation = {"step": trainer.global_step, "quarters": self.validation.quarters}
-            _log_scalars(trainer, pl_module, scalars, "val/loss")
+            _log_scalars(trainer, pl_module, scalars, "loss/val")
 
     def on_test_batch_end(self, *arguments: Any, **options: Any) -> None:
         """As in validation."""
@@ -180,9 +206,9 @@ class MetricsLogger(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test means."""
-        scalars = {f"test/{name}": mean for name, mean in self.validation.means(trainer).items()}
+        scalars = _tags("test", self.validation.means(trainer))
         if scalars:
-            _log_scalars(trainer, pl_module, scalars, "test/loss")
+            _log_scalars(trainer, pl_module, scalars, "loss/test")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the last validation, and the sums since the last log, over all ranks, for the logs of a resumed run."""
@@ -204,12 +230,17 @@ class MetricsLogger(Callback):
         self.norms = sums["norms"]
 
 
+def _tags(part: str, means: dict[str, float]) -> dict[str, float]:
+    """Return the means of a :class:`LossTable` by tag: `loss/PART` for the loss, `PART/loss_...` for its parts."""
+    return {f"loss/{part}" if name == "loss" else f"{part}/{name}": mean for name, mean in means.items()}
+
+
 def _log_scalars(trainer: Trainer, module: LightningModule, scalars: dict[str, float], in_progress_bar: str) -> None:
     """Log with the optimizer step as x axis; Lightning would count micro-batches."""
     for logger in trainer.loggers:
         logger.log_metrics(scalars, step=trainer.global_step)
     bar = trainer.progress_bar_callback
-    if isinstance(bar, StepProgress):
+    if isinstance(bar, StepProgress) and in_progress_bar in scalars:
         bar.show(in_progress_bar, scalars[in_progress_bar])
     for name, value in scalars.items():
         prog_bar = name == in_progress_bar and not isinstance(bar, StepProgress)

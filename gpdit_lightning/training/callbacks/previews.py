@@ -23,7 +23,7 @@ from gpdit_lightning.media.images import write_animation, write_strip
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.training.callbacks.ema import EMA
-from gpdit_lightning.training.loggers import check_image_methods, log_images
+from gpdit_lightning.training.loggers import check_image_methods, log_images, without_images
 from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ NO_PREVIEWS = "--preview.every_steps 0 for no previews"
 class Preview(Callback):
     """Continues a few held-out clips with the averaged weights at intervals, always from the same noise.
 
-    Writes `previews/step-N.png` (a strip of frames) and `.gif` (prediction and ground truth) to the run folder, and
-    logs them as `sample/strip` and `sample/video` to every logger that accepts images. Also logs
+    Writes `previews/step-N.png` (a strip of frames) and `.gif` (generated frames and ground truth) to the run folder,
+    and logs them as `sample/strip` and `sample/video` to every logger that accepts images. Also logs
     `sample/rollout_error`, the mean squared error of the generated pixels in 8-bit levels, and
     `sample/rollout_error_ratio`, its ratio to the error of repeating the last context frame: below 1 the model has
     learned motion. If the data have no videos, the last frame of sequences is generated from the others; if they have
@@ -92,6 +92,8 @@ class Preview(Callback):
         assert isinstance(schedule, NoiseSchedule)
         self._sampler = make_sampler(self.sampler, self.sampler_steps, schedule)
         check_sampler(self._sampler, *self._selected.latents[:, 0].shape)
+        for logger in without_images(trainer.loggers) if trainer.is_global_zero else ():
+            log.info("%s accepts no images: previews are files in %s", type(logger).__name__, self._folder(trainer))
         if self._selected.split == "train" and trainer.is_global_zero:
             log.warning(
                 "no samples of data.%s are held out: the previews are of training samples.", self._selected.source
@@ -114,6 +116,11 @@ class Preview(Callback):
                 if trainer.is_global_zero:
                     self._write(trainer, pl_module, latents)
             trainer.strategy.barrier()
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> Path:
+        """Return the folder of the files."""
+        return Path(trainer.default_root_dir) / "previews"
 
     def _open_codec(self, spec: CodecSpec) -> Codec:
         """Load the codec of the data, on the CPU."""
@@ -151,7 +158,7 @@ class Preview(Callback):
         clips = self._selected
         # Between previews the codec is in host memory, to leave the accelerator's memory to the training.
         codec = self._codec.to(module.device)
-        prediction = decode(codec, latents, clips.independent_frames)
+        generated = decode(codec, latents, clips.independent_frames)
         truth = decode(codec, clips.latents, clips.independent_frames)
         codec.to("cpu")
         if not latents.isfinite().all():  # the decoded frames are on the CPU, so that the host does not wait again
@@ -162,22 +169,22 @@ class Preview(Callback):
             )
         context = clips.context if clips.independent_frames else codec.pixel_frames(clips.context)
 
-        path = Path(trainer.default_root_dir) / "previews" / f"step-{trainer.global_step:06d}"
+        path = self._folder(trainer) / f"step-{trainer.global_step:06d}"
         images, scalars = {"sample/strip": path.with_suffix(".png")}, {}
         if context == 0:
-            write_strip(images["sample/strip"], {"generated": prediction[:, 0]}, columns=len(prediction))
+            write_strip(images["sample/strip"], {"generated": generated[:, 0]}, columns=len(generated))
         else:
             rows = {}
             for clip in range(len(truth)):
-                rows[f"{clip + 1} prediction"], rows[f"{clip + 1} truth"] = prediction[clip], truth[clip]
+                rows[f"{clip + 1} generated"], rows[f"{clip + 1} ground truth"] = generated[clip], truth[clip]
             # Every image of a sequence is shown: one that is left out may be an example.
             columns = truth.shape[1] if clips.independent_frames else STRIP_COLUMNS
             write_strip(images["sample/strip"], rows, columns=columns, context=context)
-            scalars = rollout_error(prediction, truth, context)
+            scalars = rollout_error(generated, truth, context)
         if not clips.independent_frames:
             images["sample/video"] = path.with_suffix(".gif")
             write_animation(
-                images["sample/video"], {"prediction": prediction, "truth": truth}, clips.fps, context=context
+                images["sample/video"], {"generated": generated, "ground truth": truth}, clips.fps, context=context
             )
         for logger in trainer.loggers:
             if scalars:
@@ -245,18 +252,18 @@ def decode(codec: Codec, latents: Tensor, independent_frames: bool) -> Tensor:
     return torch.cat([codec.decode(clip[None]).cpu() for clip in latents])
 
 
-def rollout_error(prediction: Tensor, truth: Tensor, context: int) -> dict[str, float]:
+def rollout_error(generated: Tensor, truth: Tensor, context: int) -> dict[str, float]:
     """Compute the mean squared error of the generated frames, and its ratio to that of repeating the last frame.
 
     Args:
-        prediction, truth: (B, T, 3, H, W) uint8.
+        generated, truth: (B, T, 3, H, W) uint8.
         context: number of pixel frames of context, at least 1.
 
     Returns:
         `sample/rollout_error` in 8-bit levels, and `sample/rollout_error_ratio` unless the true frames are all equal.
     """
     future, last = truth[:, context:].float(), truth[:, context - 1 : context].float()
-    error = (prediction[:, context:].float() - future).square().mean().item()
+    error = (generated[:, context:].float() - future).square().mean().item()
     repeated = (last - future).square().mean().item()
     ratio = {"sample/rollout_error_ratio": error / repeated} if repeated > 0 else {}
     return {"sample/rollout_error": error} | ratio

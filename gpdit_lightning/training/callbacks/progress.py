@@ -9,9 +9,11 @@ from tqdm import tqdm
 
 from gpdit_lightning.progress import progress_bar
 
+LABELS = {"loss/train": "loss", "loss/val": "validation loss"}  # of tags
+
 
 class StepProgress(ProgressBar):
-    """Shows optimizer steps, remaining time, and the latest training and validation losses in one line.
+    """Shows steps, the latest training and validation losses, samples per second and the remaining time in one line.
 
     Lightning's bars count the micro-batches of an epoch. Here an epoch is the whole run, and a step may have many
     micro-batches. Lightning reads every value that is logged with `prog_bar=True` from the device at each micro-batch,
@@ -23,10 +25,17 @@ class StepProgress(ProgressBar):
         self._bar: tqdm | None = None
         self._enabled = True
         self._shown: dict[str, float] = {}
+        self._pace: list[str] = []
 
-    def show(self, name: str, value: float) -> None:
+    def show(self, tag: str, value: float) -> None:
         """Show a value from the next micro-batch on."""
-        self._shown[name] = value
+        self._shown[LABELS.get(tag, tag)] = value
+
+    def show_pace(self, samples_per_s: float, seconds_left: float | None) -> None:
+        """Show the speed, over all ranks, and the remaining time, if it is known, from the next micro-batch on."""
+        self._pace = [f"{samples_per_s:.3g} samples/s"]
+        if seconds_left is not None:
+            self._pace.append(f"{tqdm.format_interval(seconds_left)} left")
 
     def disable(self) -> None:
         """Hide the bar; Lightning calls this on every rank except the first."""
@@ -38,13 +47,15 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar at the current step."""
+        has_end = trainer.max_steps > 0
+        steps = "step {n_fmt} of {total_fmt}" if has_end else "step {n_fmt}"
+        bar = "{percentage:3.0f}%|{bar}| " if has_end and sys.stderr.isatty() else ""
         self._bar = progress_bar(
             desc="training",
-            unit="step",
+            bar_format=f"{{desc}}: {bar}{steps}{{postfix}}",
             initial=trainer.global_step,
-            total=trainer.max_steps if trainer.max_steps > 0 else None,
+            total=trainer.max_steps if has_end else None,
             disable=not self._enabled,
-            dynamic_ncols=sys.stderr.isatty(),
         )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -52,8 +63,8 @@ class StepProgress(ProgressBar):
         if self._bar is None:
             return
         values = self._shown | trainer.progress_bar_metrics  # those that a custom stage or callback logs
-        texts = {name: f"{value:.4f}" for name, value in values.items() if isinstance(value, float)}
-        self._bar.set_postfix(texts, refresh=False)
+        texts = [f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float)]
+        self._bar.set_postfix_str(", ".join([*texts, *self._pace]), refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,15 +1,66 @@
-"""Measurement of a run: throughput, FLOPs, time spent waiting for data, and memory."""
+"""Measurement of a run: throughput, FLOPs, time spent waiting for data, memory, and the remaining time."""
 
+import math
 import resource
 import sys
 import time
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import Timer
 
 from gpdit_lightning.data.batches import LatentBatch, TimedLoader
 from gpdit_lightning.estimation.flops import PassShape, peak_bf16_flops, training_flops
 from gpdit_lightning.model import GPDiTConfig
+
+# The speed is averaged over the last steps, with weights that decay by e in this many steps, but not in less time.
+AVERAGED_STEPS, AVERAGED_SECONDS = 50, 60.0
+
+
+class Pace:
+    """Smoothed speed of the optimizer steps of this process, and the time that the remaining ones take.
+
+    The first step of a process is slow (compilation, memory allocation), and is left out when there is another one.
+    """
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._steps = self._seconds = self._clips = 0.0  # sums with decaying weights
+        self._began = 0.0  # end of the first step
+        self._training = 0.0  # seconds of all steps after the first one
+
+    def add(self, seconds: float, clips: int) -> None:
+        """Add a step of this rank at its end: the seconds without validation, checkpoints and previews."""
+        self._seen += 1
+        kept = max(math.exp(-1 / AVERAGED_STEPS), math.exp(-seconds / AVERAGED_SECONDS)) if self._seen > 2 else 0.0
+        self._steps = kept * self._steps + 1
+        self._seconds = kept * self._seconds + seconds
+        self._clips = kept * self._clips + clips
+        if self._seen == 1:
+            self._began = time.perf_counter()
+        else:
+            self._training += seconds
+
+    @property
+    def clips_per_s(self) -> float:
+        """Samples of this rank per second, smoothed; 0 before the first step."""
+        return self._clips / self._seconds if self._seconds else 0.0
+
+    def seconds_left(self, trainer: Trainer) -> float | None:
+        """Return the seconds until the last step, or until `trainer.max_time`; None if they cannot be estimated.
+
+        The smoothed duration of a step is used. The time between steps (validation, previews, checkpoints) is rare and
+        long: of it the mean over all steps of this process is used.
+        """
+        estimates = []
+        if trainer.max_steps > 0 and self._seen:
+            others = self._seen - 1
+            between = max(0.0, time.perf_counter() - self._began - self._training) / others if others else 0.0
+            remaining = max(0, trainer.max_steps - trainer.global_step)
+            estimates.append(remaining * (self._seconds / self._steps + between))
+        timers: list[Timer] = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        estimates += [left for timer in timers if (left := timer.time_remaining()) is not None]
+        return min(estimates, default=None)
 
 
 class Throughput:
@@ -20,13 +71,19 @@ class Throughput:
 
     Args:
         config: architecture of the backbone, to count tokens and FLOPs.
+
+    Attributes:
+        pace: the smoothed speed, which `rates` does not reset.
     """
 
     def __init__(self, config: GPDiTConfig) -> None:
         self.config = config
-        self._reset()
+        self.pace = Pace()
+        self._step_seconds, self._step_clips = 0.0, 0  # of the current optimizer step
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Forget the work and the time since the last call of `rates`."""
         self.steps = self.clips = self.tokens = self.flops = 0  # of this rank; the plan gives every rank the same
         self.seconds = self.waited = 0.0
 
@@ -38,8 +95,14 @@ class Throughput:
         self.tokens += batch.t.numel() * height * width // self.config.patch_size**2
         shape = PassShape(clips, batch.context, frames, height, width, batch.draws, batch.frames)
         self.flops += sum(training_flops(self.config, shape).values())
-        self.seconds += time.perf_counter() - loader.request_time
+        seconds = time.perf_counter() - loader.request_time
+        self.seconds += seconds
         self.waited += loader.wait_seconds
+        self._step_seconds += seconds
+        self._step_clips += clips
+        if ends_step:
+            self.pace.add(self._step_seconds, self._step_clips)
+            self._step_seconds, self._step_clips = 0.0, 0
 
     def rates(self, trainer: Trainer) -> dict[str, float]:
         """Return the rates since the last call, named as in `MetricsLogger`; all ranks must call it."""
@@ -58,7 +121,7 @@ class Throughput:
         peak = peak_bf16_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         if peak is not None:
             rates["mfu"] = flops_per_s / peak
-        self._reset()
+        self.reset()
         return rates
 
 

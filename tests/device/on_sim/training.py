@@ -123,7 +123,7 @@ def causes(waits: Counter[str]) -> list[str]:
 def test_a_stage_waits_once_per_step(latents: Path, tmp_path: Path, stage: str) -> None:
     """For the loss and the gradient, which are checked before the step is applied."""
     trainer = run(latents, tmp_path / "run", stage)
-    assert {"train/loss", "val/loss"} <= trainer.callback_metrics.keys()
+    assert {"loss/train", "loss/val"} <= trainer.callback_metrics.keys()
     assert all(metric.isfinite() for metric in trainer.callback_metrics.values())
     assert len(list((tmp_path / "run" / "previews").glob("*.png"))) == 2
     waits = waits_of(trainer)
@@ -144,7 +144,7 @@ def test_a_run_resumes_and_is_validated(latents: Path, tmp_path: Path, capsys: p
         torch.testing.assert_close(resumed.lightning_module.state_dict()[name], weight, rtol=0, atol=0)
     capsys.readouterr()
     validate(RecipeOptions(config=[str(tmp_path / "run.yaml")]))
-    assert "val/loss" in capsys.readouterr().out
+    assert "loss/val" in capsys.readouterr().out
 
 
 class DivergingStage(ImageWarmupStage):

@@ -446,7 +446,7 @@ def test_the_mean_norm_is_a_mean_and_later_an_exponential_average(
 def texts(folder: Path) -> dict[int, str]:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    tag = "health/spike/text_summary"
+    tag = "warnings/spike/text_summary"
     if tag not in events.Tags()["tensors"]:
         return {}
     return {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)}

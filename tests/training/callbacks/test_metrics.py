@@ -198,7 +198,14 @@ def run(
 ) -> tuple[StepRecord, Scalars]:
     """Train with MetricsLogger; return the independent record, and the scalars in TensorBoard."""
     health, ema, record = Health(max_skips), EMA(0.9), StepRecord()
-    callbacks = [*first, health, ema, MetricsLogger(health, ema, stage.config, every_steps), record, RunCheckpoint()]
+    callbacks = [
+        *first,
+        health,
+        ema,
+        MetricsLogger(health, ema, stage.config, every_steps),
+        record,
+        RunCheckpoint(every_steps=3),
+    ]
     fit(
         stage,
         data,
@@ -226,25 +233,26 @@ def test_scalars_are_logged_by_optimizer_step(
 ) -> None:
     record, scalars = run(fit, mixed_stage(tiny_config), mixed_data(tiny_shards), tmp_path, max_steps=8)
     losses = ["loss", "loss_images", "loss_videos", *(f"loss_q{number}" for number in (1, 2, 3, 4))]
-    wanted = {f"{group}/{name}" for group in ("train", "val") for name in losses}
-    wanted |= {"train/grad_norm", "train/lr", "train/ema_distance", "health/skipped_steps", "health/spikes"}
-    wanted |= {"data/damaged_samples"}
-    perf = ("steps_per_s", "clips_per_s", "tokens_per_s", "tflops_per_s", "data_wait", "peak_memory_gib")
-    wanted |= {f"perf/{name}" for name in perf}
+    wanted = {f"{group}/{name}" for group in ("train", "val") for name in losses[1:]} | {"loss/train", "loss/val"}
+    wanted |= {"train/grad_norm", "train/lr", "train/ema_distance"}
+    perf = ("steps_per_s", "clips_per_s", "tokens_per_s", "tflops_per_s", "data_wait", "peak_memory_gib", "hours_left")
+    wanted |= {f"system/{name}" for name in perf}
     assert scalars.keys() - {"epoch", "hp_metric"} == wanted
     for tag in wanted:
-        assert list(scalars[tag]) == ([4, 8] if tag.startswith("val/") else [2, 4, 6, 8]), tag
-    for step in (2, 4, 6, 8):
+        validated, timed = tag == "loss/val" or tag.startswith("val/"), tag.startswith("system/")
+        assert list(scalars[tag]) == ([4, 8] if validated else [2, 4, 6, 8] if timed else [1, 2, 4, 6, 8]), tag
+    assert scalars["loss/train"][1] == pytest.approx(record.losses[1], rel=1e-5)
+    assert scalars["loss/train"][2] == pytest.approx(record.losses[2], rel=1e-5)
+    for step in (4, 6, 8):
         expected = (record.losses[step - 1] + record.losses[step]) / 2
-        assert scalars["train/loss"][step] == pytest.approx(expected, rel=1e-5)
+        assert scalars["loss/train"][step] == pytest.approx(expected, rel=1e-5)
         both = scalars["train/loss_images"][step] + scalars["train/loss_videos"][step]
-        assert scalars["train/loss"][step] == pytest.approx(both / 2, rel=1e-5)
+        assert scalars["loss/train"][step] == pytest.approx(both / 2, rel=1e-5)
         assert scalars["train/grad_norm"][step] == pytest.approx((record.norms[step - 1] + record.norms[step]) / 2)
         assert scalars["train/ema_distance"][step] > 0
-        assert scalars["health/skipped_steps"][step] == scalars["health/spikes"][step] == 0
-        assert scalars["perf/tokens_per_s"][step] > scalars["perf/clips_per_s"][step] > 0
-        assert 0 < scalars["perf/data_wait"][step] < 1
-        assert scalars["perf/peak_memory_gib"][step] > 0
+        assert scalars["system/tokens_per_s"][step] > scalars["system/clips_per_s"][step] > 0
+        assert 0 < scalars["system/data_wait"][step] < 1
+        assert scalars["system/peak_memory_gib"][step] > 0
     assert scalars["train/lr"][8] == pytest.approx(0.01)
     validation = read_checkpoint(tmp_path)["validation"]
     assert validation["step"] == 8
@@ -253,7 +261,7 @@ def test_scalars_are_logged_by_optimizer_step(
         present = [loss for loss in quarters if loss is not None]
         assert min(present) <= scalars[f"val/loss_{source}"][8] <= max(present)
     # 4 images of 16 tokens and 4 clips of 48
-    tokens_per_clip = scalars["perf/tokens_per_s"][8] / scalars["perf/clips_per_s"][8]
+    tokens_per_clip = scalars["system/tokens_per_s"][8] / scalars["system/clips_per_s"][8]
     assert tokens_per_clip == pytest.approx((4 * 16 + 4 * 48) / 8, rel=1e-5)
 
 
@@ -269,9 +277,20 @@ def test_alternating_sources_have_a_curve_each(
         "videos": [2, 4],
     }
     for step, name in enumerate(("images", "videos") * 2, start=1):
-        assert scalars["train/loss"][step] == scalars[f"train/loss_{name}"][step]
-        assert scalars["train/loss"][step] == pytest.approx(record.losses[step], rel=1e-5)
-    assert scalars["val/loss"].keys() == scalars["val/loss_images"].keys() == scalars["val/loss_videos"].keys() == {4}
+        assert scalars["loss/train"][step] == scalars[f"train/loss_{name}"][step]
+        assert scalars["loss/train"][step] == pytest.approx(record.losses[step], rel=1e-5)
+    assert scalars["loss/val"].keys() == scalars["val/loss_images"].keys() == scalars["val/loss_videos"].keys() == {4}
+
+
+class FailAfter(Callback):
+    """Ends the run after a step, before the next one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("the test stops here")
 
 
 def test_a_resumed_run_logs_the_same_scalars(
@@ -281,13 +300,21 @@ def test_a_resumed_run_logs_the_same_scalars(
     _, uninterrupted = run(
         fit, mixed_stage(tiny_config), mixed_data(tiny_shards), tmp_path / "uninterrupted", max_steps=6
     )
-    run(fit, mixed_stage(tiny_config), mixed_data(tiny_shards), tmp_path / "broken", max_steps=3)
+    with pytest.raises(RuntimeError, match="the test stops here"):
+        run(
+            fit,
+            mixed_stage(tiny_config),
+            mixed_data(tiny_shards),
+            tmp_path / "broken",
+            max_steps=6,
+            first=[FailAfter(3)],
+        )
     last = tmp_path / "broken/checkpoints/last.ckpt"
     _, resumed = run(
         fit, mixed_stage(tiny_config), mixed_data(tiny_shards), tmp_path / "broken", max_steps=6, resume_from=last
     )
     for tag in uninterrupted:
-        if not tag.startswith("perf/"):
+        if not tag.startswith("system/"):
             assert resumed[tag] == uninterrupted[tag], tag
 
 
@@ -308,11 +335,11 @@ def test_skipped_steps_are_counted_and_their_losses_excluded(
     """Step 3 is one of two in its window, steps 5 and 6 fill theirs."""
     stage, data = mixed_stage(tiny_config), mixed_data(tiny_shards)
     record, scalars = run(fit, stage, data, tmp_path, max_steps=8, max_skips=2, first=[Break(3, 5, 6)])
-    assert scalars["health/skipped_steps"] == {2: 0, 4: 1, 6: 3, 8: 3}
-    assert list(scalars["train/loss"]) == list(scalars["train/grad_norm"]) == [2, 4, 8]
+    assert scalars["warnings/skipped_steps"] == {4: 1, 6: 3, 8: 3}
+    assert list(scalars["loss/train"]) == list(scalars["train/grad_norm"]) == [1, 2, 4, 8]
     assert scalars["train/grad_norm"][4] == pytest.approx(record.norms[4])
-    assert scalars["train/loss"][4] == pytest.approx(record.losses[4], rel=1e-5)
-    assert scalars["train/loss"][8] == pytest.approx((record.losses[7] + record.losses[8]) / 2, rel=1e-5)
+    assert scalars["loss/train"][4] == pytest.approx(record.losses[4], rel=1e-5)
+    assert scalars["loss/train"][8] == pytest.approx((record.losses[7] + record.losses[8]) / 2, rel=1e-5)
 
 
 def test_each_damaged_sample_counts_once(
@@ -332,7 +359,7 @@ def test_each_damaged_sample_counts_once(
     stage, data = mixed_stage(tiny_config), mixed_data(manifest.directory)
     _, scalars = run(fit, stage, data, tmp_path, max_steps=8, every_steps=1, first=[Noted()])
     expected = {step: len(set().union(*found[: 3 * step])) for step in range(1, 9)}
-    assert scalars["data/damaged_samples"] == expected
+    assert scalars["warnings/damaged_samples"] == {step: count for step, count in expected.items() if count}
     assert expected[8] == 3
     assert sum(map(len, found)) > 3
 
@@ -358,4 +385,4 @@ def test_the_validation_loss_is_that_of_the_averaged_weights(
     averaged.configure_model()
     with torch.no_grad():
         expected = sum(batch.weight * float(averaged.objective(batch)[0]) for batch in data.val_dataloader())
-    assert scalars["val/loss"][4] == pytest.approx(expected, rel=1e-5)
+    assert scalars["loss/val"][4] == pytest.approx(expected, rel=1e-5)

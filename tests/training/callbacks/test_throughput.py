@@ -102,22 +102,27 @@ def test_rates_exclude_validation_and_checkpoints(
     callbacks = [health, ema, MetricsLogger(health, ema, tiny_config, every_steps=2), SlowCheckpoint(clock)]
     fit(stage, data, tmp_path, 4, callbacks, limit_val_batches=1.0, val_check_interval=3)
     assert clock.now > 12 * ELSEWHERE
-    assert sorted(written.scalars) == [1, 2, 3, 4]  # the odd ones hold the validation alone
-    for step in (2, 4):
-        scalars = written.scalars[step]
-        reading = sum(range(1, 7)) if step == 2 else sum(range(7, 13))
-        seconds = reading + 6 * TRAINING
-        assert scalars["perf/steps_per_s"] == pytest.approx(2 / seconds)
-        assert scalars["perf/clips_per_s"] == pytest.approx(2 * 8 / seconds)
-        assert scalars["perf/tokens_per_s"] == pytest.approx(2 * (4 * 16 + 4 * 48) / seconds)
-        assert scalars["perf/data_wait"] == pytest.approx(reading / seconds)
+    assert sorted(written.scalars) == [1, 2, 3, 4]
+    assert not any(tag.startswith("system/") for step in (1, 3) for tag in written.scalars[step])
+    for step, first in ((2, 2), (4, 3)):  # the first step of a process is left out
+        scalars, steps = written.scalars[step], step - first + 1
+        reading = sum(range(3 * first - 2, 3 * step + 1))
+        seconds = reading + 3 * steps * TRAINING
+        assert scalars["system/steps_per_s"] == pytest.approx(steps / seconds)
+        assert scalars["system/clips_per_s"] == pytest.approx(steps * 8 / seconds)
+        assert scalars["system/tokens_per_s"] == pytest.approx(steps * (4 * 16 + 4 * 48) / seconds)
+        assert scalars["system/data_wait"] == pytest.approx(reading / seconds)
         flops = 0
-        for number in range((step - 2) * 3, step * 3):
+        for number in range((first - 1) * 3, step * 3):
             batch = data.trainer.train_dataloader.dataset[number]  # type: ignore[union-attr]
             clips, frames, _, height, width = batch.latents.shape
             flops += sum(training_flops(tiny_config, PassShape(clips, batch.context, frames, height, width)).values())
-        assert scalars["perf/tflops_per_s"] == pytest.approx(flops / seconds / 1e12)
-        assert scalars["perf/mfu"] == pytest.approx(flops / seconds / 1e9)
+        assert scalars["system/tflops_per_s"] == pytest.approx(flops / seconds / 1e12)
+        assert scalars["system/mfu"] == pytest.approx(flops / seconds / 1e9)
+    # After step 2: two steps like it, with validation and checkpoints. After the last step: nothing.
+    step_seconds = sum(range(4, 7)) + 3 * TRAINING + 4 * ELSEWHERE + sum(range(1, 4))  # reading validation batches
+    assert written.scalars[2]["system/hours_left"] == pytest.approx(2 * step_seconds / 3600)
+    assert written.scalars[4]["system/hours_left"] == 0
 
 
 def batch_of(clips: int, draws: int = 1, context: int = 0, frames: tuple[int, ...] | None = None) -> LatentBatch:
