@@ -3,11 +3,12 @@
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -15,11 +16,19 @@ from lightning import Trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
+from gpdit_lightning.checkpoints.facts import Origin
 from gpdit_lightning.checkpoints.files import checkpoint_sha256, last_checkpoint, open_checkpoint
 from gpdit_lightning.cli import fit
 from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path
-from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.selection import (
+    Selection,
+    and_list,
+    how_to_prepare,
+    load_manifest,
+    select_from_recipe,
+)
+from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.chain import ChainOptions
 from gpdit_lightning.options.shared import RecipeOptions
@@ -27,6 +36,22 @@ from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.internals import launched_processes
 
 PRINT_CONFIG = "--print_config"
+
+
+class StageState(NamedTuple):
+    """The state of a stage's run.
+
+    Attributes:
+        last: the last complete checkpoint; None if there is none.
+        step: the optimizer step of `last`; 0 if there is none.
+        origin: the initial weights of the run; None if they were random or if there is no checkpoint.
+        sha256: hash of `last`; None if there is none.
+    """
+
+    last: Path | None
+    step: int
+    origin: Origin | None
+    sha256: str | None
 
 
 class Stage(NamedTuple):
@@ -37,35 +62,52 @@ class Stage(NamedTuple):
         recipe: the options of `fit`.
         run_dir: its run folder.
         steps: its number of optimizer steps.
-        manifests: the paths of its data.
+        sources: the sources that it trains on, by name, with their manifests.
+        state: the state of its run.
     """
 
     name: str
     recipe: RecipeOptions
     run_dir: str
     steps: int
-    manifests: list[str]
+    sources: dict[str, SourceConfig]
+    state: StageState
+
+
+class Chain(NamedTuple):
+    """The stages of a chain for which there are data.
+
+    Attributes:
+        stages: the stages in their order.
+        notes: sentences on the stages that are left out, and on run folders other than those of the recipes.
+    """
+
+    stages: list[Stage]
+    notes: list[str]
 
 
 def chain(options: ChainOptions) -> None:
     """Train the stages that are not finished.
 
     Raises:
-        InputError: the file is no chain, a recipe is invalid, or a stage began from other weights than its
-            predecessor's; raised before any stage is trained.
+        InputError: the file is no chain, a recipe is invalid, there are no data, or a stage began from other weights
+            than its predecessor's; raised before any stage is trained.
     """
     printing = [word for word in options.overrides if word.startswith(PRINT_CONFIG)]
-    stages = read_stages(options.config, [word for word in options.overrides if word not in printing])
+    stages, notes = read_stages(options.config, [word for word in options.overrides if word not in printing])
     if printing:
-        print_recipes(stages, printing)
+        print_recipes(stages, notes, printing)
         return
-    check_data(stages)
-    states = [read_state(stage) for stage in stages]
-    check(stages, states)
+    has_other_data = check_data(stages)
+    check(stages)
+    for note in notes:
+        print_once(note)
     environment = dict(os.environ)
-    for stage, (_, step) in zip(stages, states, strict=True):
+    for stage, changed in zip(stages, has_other_data, strict=True):
+        step = stage.state.step
         if step >= stage.steps:
-            print_once(f"{stage.name}: finished at step {step}")
+            other = ", on other data (to train on these, give --runs NEW)" if changed else ""
+            print_once(f"{stage.name}: finished at step {step}{other}")
             continue
         print_once(f"{stage.name}: {f'resumes from step {step}' if step else 'begins'}")
         trainer = fit.fit(stage.recipe)
@@ -78,7 +120,7 @@ def chain(options: ChainOptions) -> None:
             release(trainer, ("chain", *options.fit_arguments), environment)
 
 
-def read_stages(configs: Sequence[str], others: Sequence[str]) -> list[Stage]:
+def read_stages(configs: Sequence[str], others: Sequence[str]) -> Chain:
     """Return the stages of a chain, each with the run folder of its predecessor as initial weights.
 
     Args:
@@ -86,77 +128,140 @@ def read_stages(configs: Sequence[str], others: Sequence[str]) -> list[Stage]:
         others: further options that apply to each stage.
 
     Raises:
-        InputError: a recipe is invalid.
+        InputError: a recipe is invalid, or there are no data for any stage.
     """
-    chain, *overlays = map(recipe_path, configs)
-    recipes = stages_of(chain)
-    stages: list[Stage] = []
+    path, *overlays = map(recipe_path, configs)
+    recipes = stages_of(path)
+    stages, notes = list[Stage](), list[str]()
     for number, recipe in enumerate(recipes, start=1):
-        weights = [f"--model.init_args.initial_weights={stages[-1].run_dir}"] if stages else []
+        before = stages[-1] if stages else None
+        weights = [f"--model.init_args.initial_weights={before.run_dir}"] if before else []
         options = RecipeOptions(config=[str(path) for path in (recipe, *overlays)], overrides=[*others, *weights])
         settings = parse_recipe("fit", options.fit_arguments)
-        manifests = [path for name in ("images", "videos", "sequences") for path in settings.data[name].manifests]
         if settings.trainer.max_steps < 1:
             raise InputError(f"{recipe}: trainer.max_steps is {settings.trainer.max_steps}: set a number of steps.")
-        name = f"stage {number} of {len(recipes)}, {settings.run_dir}"
-        stages.append(Stage(name, options, settings.run_dir, settings.trainer.max_steps, manifests))
-    return stages
+        name = f"stage {number} of {len(recipes)}"
+        selection = select_from_recipe(settings.data)
+        reason = reason_to_leave_out(selection, before.sources if before else {})
+        if reason:
+            notes.append(f"{name} ({recipe.stem}) is left out: {reason}")
+            continue
+        run_dir, state, note = run_folder_of(settings.run_dir, before)
+        if note:
+            notes.append(f"{name}: {note}")
+            options = replace(options, overrides=[*options.overrides, f"--run_dir={run_dir}"])
+        steps = settings.trainer.max_steps
+        stages.append(Stage(f"{name}, {run_dir}", options, run_dir, steps, selection.configs, state))
+    if not stages:
+        raise InputError(f"{path} has no stage with data ({'; '.join(notes)}): {how_to_prepare(KINDS)}.")
+    return Chain(stages, notes)
 
 
-def print_recipes(stages: Sequence[Stage], words: Sequence[str]) -> None:
-    """Print the resolved recipe of each stage, as YAML documents.
+def reason_to_leave_out(selection: Selection, before: Collection[str]) -> str:
+    """Return why a stage is left out; empty if it is trained.
+
+    Args:
+        selection: the sources of the stage.
+        before: names of the sources of the preceding stage that is trained.
+    """
+    reasons = "; ".join(dict.fromkeys(selection.left_out.values()))
+    if not selection.configs:
+        return f"{reasons} ({selection.cure})"
+    if selection.left_out and {*selection.configs} == {*before}:
+        return f"{reasons}, and the preceding stage trains on the {and_list(list(selection.configs))}"
+    return ""
+
+
+def run_folder_of(run_dir: str, before: Stage | None) -> tuple[str, StageState, str]:
+    """Return the run folder of a stage, its state, and a note if it is not the recipe's.
+
+    A run in the recipe's folder that began from other weights than those of the preceding stage, such as a run that
+    `fit` trained from random weights, is left as it is: the chain trains in a folder beside it.
+
+    Args:
+        run_dir: the run folder in the recipe.
+        before: the preceding stage that is trained.
+    """
+    state = read_state(run_dir)
+    origin = state.origin
+    beside = f"{run_dir}_chain"
+    in_use = last_checkpoint(Path(beside)) is not None
+    if before is None or (state.last is None and not in_use):
+        return run_dir, state, ""
+    if not in_use and origin is not None and (origin.path == before.run_dir or origin.sha256 == before.state.sha256):
+        return run_dir, state, ""
+    note = f"{run_dir} has a run that did not begin from {before.run_dir}: the chain trains in {beside}"
+    return beside, read_state(beside), note
+
+
+def print_recipes(stages: Sequence[Stage], notes: Sequence[str], words: Sequence[str]) -> None:
+    """Print the resolved recipe of each stage, as YAML documents, after the notes as comments.
 
     Args:
         stages: the stages.
+        notes: the notes of the chain.
         words: the `--print_config` option of the command line.
     """
+    for note in notes:
+        print(f"# {note}")
     for stage in stages:
         print("---")
         with suppress(SystemExit):  # raised after printing
             parse_recipe("fit", [*stage.recipe.fit_arguments, *words])
 
 
-def check_data(stages: Sequence[Stage]) -> None:
-    """Raise `InputError` unless the data of all stages exist."""
-    for stage in stages:
-        for manifest in stage.manifests:
-            Manifest.load(manifest)
+def check_data(stages: Sequence[Stage]) -> list[bool]:
+    """Check that the data of all stages exist.
 
+    Returns:
+        For each stage, whether its run was trained on other data than it has now.
 
-class StageState(NamedTuple):
-    """The state of a stage's run.
-
-    Attributes:
-        last: the last complete checkpoint; None if there is none.
-        step: the optimizer step of `last`; 0 if there is none.
+    Raises:
+        InputError: a manifest does not exist or cannot be used.
     """
+    changed = []
+    for stage in stages:
+        trained_on = data_of_checkpoint(stage.state.last) if stage.state.last else None
+        now = {}
+        for name, source in stage.sources.items():
+            option = f"data.{name}.manifests"
+            manifests = [load_manifest(path, option, stage.sources) for path in source.manifests]
+            now[option] = [manifest.fingerprint()[:16] for manifest in manifests]
+        changed.append(trained_on not in (None, now))
+    return changed
 
-    last: Path | None
-    step: int
+
+def data_of_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Return the fingerprints of the manifests that a checkpoint was trained on, by option."""
+    settings = open_checkpoint(checkpoint).facts("raw")["data"] or {}
+    return {name: value for name, value in settings.items() if name.endswith(".manifests")}
 
 
-def read_state(stage: Stage) -> StageState:
+def read_state(run_dir: str) -> StageState:
     """Find and verify the last checkpoint of a stage's run."""
-    last = last_checkpoint(Path(stage.run_dir), verify=True)
-    return StageState(last, open_checkpoint(last).step if last else 0)
+    last = last_checkpoint(Path(run_dir), verify=True)
+    if last is None:
+        return StageState(None, 0, None, None)
+    checkpoint = open_checkpoint(last)
+    return StageState(last, checkpoint.step, checkpoint.origin, checkpoint_sha256(last))
 
 
-def check(stages: Sequence[Stage], states: Sequence[StageState]) -> None:
+def check(stages: Sequence[Stage]) -> None:
     """Check that every stage that has begun started from the final weights of its predecessor.
 
     Raises:
         InputError: it started from other weights, or its predecessor is not finished.
     """
-    for (stage, (last, step)), (following, (begun, _)) in pairwise(zip(stages, states, strict=True)):
-        if begun is None:
+    for stage, following in pairwise(stages):
+        if following.state.last is None:
             continue
-        origin = open_checkpoint(begun).origin
+        origin, step = following.state.origin, stage.state.step
         cure = f"remove {following.run_dir} to train that stage again"
-        if origin is None or last is None or origin.sha256 != checkpoint_sha256(last):
+        if origin is None or stage.state.sha256 is None or origin.sha256 != stage.state.sha256:
             began = f"from the weights of {origin.path} (step {origin.step})" if origin else "from random weights"
             raise InputError(
                 f"{following.run_dir} began {began}, not from the current weights of {stage.run_dir} (step {step}): "
-                f"{cure}, or restore those weights."
+                f"{cure}, restore those weights, or give --runs NEW for a new chain."
             )
         if step < stage.steps:
             raise InputError(

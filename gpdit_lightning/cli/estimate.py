@@ -13,7 +13,7 @@ from gpdit_lightning.cli.trainer_settings import strategy_of
 from gpdit_lightning.codecs import WanCodec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.plan import PlannedBucket, PlannedSource
-from gpdit_lightning.data.selection import no_source_error, select_sources, sources_of_run
+from gpdit_lightning.data.selection import no_source_error, select_from_recipe
 from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.flops import PEAK_BF16_FLOPS, peak_bf16_flops
@@ -200,12 +200,9 @@ def read_sources(
     Raises:
         InputError: an option is invalid, or samples are too short.
     """
-    configs = {name: SourceConfig(**vars(getattr(data, name))) for name in KINDS}
-    for name, source in configs.items():
-        source.check(name)
-    selection = select_sources(configs, data.data_dir, sources_of_run(data.sources, data.stage_sources))
+    selection = select_from_recipe(data)
     if not selection.configs:
-        raise no_source_error(selection, data.data_dir)
+        raise no_source_error(selection)
     used = selection.configs
     manifests = {name: [] if sizes.get(name) else prepared_manifests(s.manifests) for name, s in used.items()}
     grid = next((prepared[0].codec for prepared in manifests.values() if prepared), AssumedGrid())

@@ -28,6 +28,22 @@ LOCAL_CACHE = CacheConfig()
 EARLIER_SETTINGS = {"data.sampling": "joint"}
 
 
+def changes_of_order(saved: Mapping[str, Any], order: Mapping[str, Any]) -> list[str]:
+    """Return the differences of two results of `LatentDataModule._order_settings`, for a message.
+
+    The settings of a source that only one of them uses count as one difference.
+    """
+    before, now = ([name for name in KINDS if f"data.{name}.manifests" in settings] for settings in (saved, order))
+    changes = [f"data.{name}, which the recipe does not use now" for name in before if name not in now]
+    changes += [f"no data.{name}, which the recipe uses now" for name in now if name not in before]
+    of_one = tuple(f"data.{name}." for name in {*before} ^ {*now})
+    return changes + [
+        f"{name} = {saved.get(name, 'none')} and the recipe has {order.get(name, 'none')}"
+        for name in sorted(order.keys() | saved.keys())
+        if order.get(name) != saved.get(name) and not name.startswith(of_one)
+    ]
+
+
 class LatentDataModule(LightningDataModule):
     """Batches of latents in the order of the plan, starting at the trainer's current step.
 
@@ -100,12 +116,10 @@ class LatentDataModule(LightningDataModule):
         self.labels, self.label_dropout, self.patch_size = labels, label_dropout, patch_size
         self.workers, self.validation_batches = workers, validation_batches
         configs = {"images": images, "videos": videos, "sequences": sequences}
-        for name, config in configs.items():
-            config.check(name)
         allowed = sources_of_run(sources, stage_sources)
         selection = select_sources(configs, data_dir, allowed)
         if not selection.configs:
-            raise no_source_error(selection, data_dir)
+            raise no_source_error(selection)
         self.configs = selection.configs
         self.manifests = {
             name: [load_manifest(path, f"data.{name}.manifests", self.configs) for path in config.manifests]
@@ -168,20 +182,17 @@ class LatentDataModule(LightningDataModule):
         Raises:
             InputError: the data, the mixture or the batches changed.
         """
-        order, saved = self._order_settings(), EARLIER_SETTINGS | state_dict["order"]
-        changes = [
-            f"{name} = {saved.get(name, 'none')} and the recipe has {order.get(name, 'none')}"
-            for name in sorted(order.keys() | saved.keys())
-            if order.get(name) != saved.get(name)
-        ]
+        saved = EARLIER_SETTINGS | state_dict["order"]
+        changes = changes_of_order(saved, self._order_settings())
         if changes:
             manifests = "".join(
                 f" (the manifest before the data were extended is {path})" for path in self._previous_manifests(saved)
             )
             raise InputError(
                 f"the checkpoint was trained with {'; with '.join(changes)}; so its data order cannot continue: "
-                f"restore the old values{manifests}, or start a new run folder from its weights (--run_dir NEW "
-                "--model.init_args.initial_weights OLD_RUN_DIR)."
+                f"restore the old values{manifests}, which are in config.yaml of the run folder, or start a new run "
+                "folder (--run_dir NEW, for a chain --runs NEW), also from its weights "
+                "(--model.init_args.initial_weights OLD_RUN_DIR)."
             )
 
     def _previous_manifests(self, saved: dict[str, Any]) -> Iterator[Path]:

@@ -1,15 +1,13 @@
 """The sources of data that a run uses: those that its stage trains on and for which there are samples."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest, MissingManifestError
 from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
-
-PREPARE_VIDEOS_OR_IMAGES = {"videos": "--videos MY_VIDEOS", "images": "--images MY_IMAGES"}
-PREPARE_PAIRS = "prepare-pairs --task grayscale --sources MY_IMAGES --out latents/pairs"
 
 
 @dataclass(frozen=True)
@@ -19,10 +17,20 @@ class Selection:
     Attributes:
         configs: the sources in use by name, each with the manifests that contain its samples.
         left_out: by name of another source on which the stage trains, why it is not used.
+        data_dir: the manifests of `data_dir`.
     """
 
     configs: dict[str, SourceConfig]
     left_out: dict[str, str]
+    data_dir: tuple[Manifest, ...] = ()
+
+    @property
+    def cure(self) -> str:
+        """How to obtain data for the sources that are left out."""
+        without_batch = [f"data.{name}" for name, reason in self.left_out.items() if reason.startswith("data.")]
+        if without_batch:
+            return f"give {and_list(without_batch, 'or')} a batch_size (or tokens) above 0"
+        return how_to_prepare(self.left_out, self.data_dir)
 
 
 def select_sources(
@@ -39,20 +47,28 @@ def select_sources(
         allowed: names of the sources that the stage trains on; empty: any.
 
     Raises:
-        InputError: a folder of `data_dir` has no manifest or a broken one.
+        InputError: an option of a source is invalid, or a folder of `data_dir` has no manifest or a broken one.
     """
-    kinds = {path: kinds_of(load_manifest(path, "data_dir", allowed or KINDS, check_files=False)) for path in data_dir}
+    shared = {path: load_manifest(path, "data_dir", allowed or KINDS, check_files=False) for path in data_dir}
     used, left_out = dict[str, SourceConfig](), dict[str, str]()
+    for name, config in configs.items():
+        config.check(name)
     for name in (name for name in KINDS if name in (allowed or KINDS)):
         config = configs[name]
-        manifests = config.manifests or [path for path in data_dir if KINDS[name] in kinds[path]]
+        manifests = config.manifests or [path for path, one in shared.items() if KINDS[name] in kinds_of(one)]
         if not manifests:
             left_out[name] = f"{and_list(data_dir)} has no {name} for training" if data_dir else "it has no manifests"
         elif not max(config.batch_size, config.tokens):
             left_out[name] = f"data.{name}.batch_size is 0"
         else:
             used[name] = replace(config, manifests=list(manifests))
-    return Selection(used, left_out)
+    return Selection(used, left_out, tuple(shared.values()))
+
+
+def select_from_recipe(data: Any) -> Selection:
+    """Select the sources of a run from the `data` of a parsed recipe; errors as in :func:`select_sources`."""
+    configs = {name: SourceConfig(**vars(getattr(data, name))) for name in KINDS}
+    return select_sources(configs, data.data_dir, sources_of_run(data.sources, data.stage_sources))
 
 
 def sources_of_run(chosen: Sequence[str], of_stage: Sequence[str]) -> tuple[str, ...]:
@@ -78,16 +94,13 @@ def kinds_of(manifest: Manifest) -> set[str]:
     return {shard.kind for shard in manifest.of_split("train")}
 
 
-def no_source_error(selection: Selection, data_dir: Sequence[str]) -> InputError:
-    """Return the error for a selection without a source, with the command that prepares data for it."""
-    with_data = [f"data.{name}" for name, reason in selection.left_out.items() if reason.startswith("data.")]
-    cure = f"give {and_list(with_data, 'or')} a batch_size (or tokens) above 0"
-    cure = cure if with_data else how_to_prepare(selection.left_out)
+def no_source_error(selection: Selection) -> InputError:
+    """Return the error for a selection without a source, with its cure."""
     reasons = "; ".join(f"data.{name} is not used, since {reason}" for name, reason in selection.left_out.items())
-    return InputError(f"no source of data is in use ({reasons}): {cure}.")
+    return InputError(f"no source of data is in use ({reasons}): {selection.cure}.")
 
 
-def load_manifest(path: str, option: str, sources: Iterable[str], check_files: bool = True) -> Manifest:
+def load_manifest(path: str, option: str, sources: Collection[str], check_files: bool = True) -> Manifest:
     """Load a manifest that an option names.
 
     Args:
@@ -107,11 +120,32 @@ def load_manifest(path: str, option: str, sources: Iterable[str], check_files: b
         raise InputError(f"{option} is {path}, which has no {FILE_NAME}: {cure}.") from None
 
 
-def how_to_prepare(sources: Iterable[str]) -> str:
-    """Return the command that prepares data for any of the sources, and the option that uses the result."""
-    inputs = [option for name, option in PREPARE_VIDEOS_OR_IMAGES.items() if name in sources]
-    words = f"prepare {' '.join(inputs)} --out latents/mine" if inputs else PREPARE_PAIRS
-    return f"make some with `python -m gpdit_lightning {words}`, then give --data_dir {words.split()[-1]}"
+def how_to_prepare(sources: Collection[str], present: Sequence[Manifest] = ()) -> str:
+    """Return the command that prepares data for any of the sources, and the option that uses the result.
+
+    Args:
+        sources: names of the sources.
+        present: manifests that the new data should match in codec and size, and that are used with them.
+    """
+    codec = [f"--codec {manifest.codec.name}" for manifest in present[:1]]
+    size = next((size_in_pixels(manifest) for manifest in present), None)
+    if "videos" in sources or "images" in sources:
+        kinds = [kind for kind in ("video", "image") if f"{kind}s" in sources]
+        out, words = f"latents/{f'{kinds[0]}s' if present else 'mine'}", ["prepare"]
+        for kind in kinds:
+            words += [f"--{kind}s MY_{kind.upper()}S", *([f"--{kind}_sizes {size}"] if size else [])]
+    else:
+        out, words = "latents/pairs", ["prepare-pairs --task grayscale --sources MY_IMAGES"]
+        words += [f"--size {size}"] if size else []
+    command = " ".join(["python -m gpdit_lightning", *words, *codec, f"--out {out}"])
+    folders = " ".join([*(str(manifest.directory) for manifest in present), out])
+    return f"make some with `{command}`, then give --data_dir {folders}"
+
+
+def size_in_pixels(manifest: Manifest) -> str:
+    """Return the size of the frames in the first shard of a manifest as HEIGHTxWIDTH."""
+    _, _, height, width = manifest.shards[0].shape
+    return f"{height * manifest.codec.spatial_factor}x{width * manifest.codec.spatial_factor}"
 
 
 def and_list(words: Sequence[str], last: str = "and") -> str:

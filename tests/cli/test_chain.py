@@ -180,14 +180,83 @@ def test_a_stage_that_began_from_other_weights_is_refused_before_anything_is_tra
     message = capsys.readouterr().err
     assert f"{mixed} began from the weights of {first} (step {STEPS}), not from the current weights" in message
 
-    shutil.rmtree(long)
-    stage = ["fit", f"--config={tmp_path / 'LongVideoStage.yaml'}", f"--runs={runs}", "--trainer.max_steps=1"]
-    assert main(stage) == 0
     shutil.rmtree(mixed)
     assert main(command) == 2
-    assert (
-        f"{long} began from random weights, not from the current weights of {mixed} (step 0)" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"{long} began from the weights of {mixed} (step {STEPS}), not from the current weights" in message
+    assert "(step 0): remove" in message
+
+
+def test_a_stage_that_was_trained_alone_is_left_as_it_is(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first stage is used, since it begins from random weights in a chain too; the chain trains others again."""
+    runs = tmp_path / "runs"
+    for name in ("ImageWarmupStage", "MixedStage"):
+        assert main(["fit", f"--config={tmp_path / name}.yaml", f"--runs={runs}"]) == 0
+    alone = {path: path.stat().st_mtime_ns for path in runs.rglob("*.ckpt")}
+    command = ["chain", f"--config={chain}", f"--runs={runs}"]
+    assert main([*command, "--trainer.max_time=00:00:00:00"]) == 0  # interrupted
+    for _ in range(2):
+        assert main(command) == 0
+    shown = capsys.readouterr().out
+    in_use = runs / "MixedStage_chain"
+    assert f"{runs / 'MixedStage'} has a run that did not begin from {runs / 'ImageWarmupStage'}: the chain" in shown
+    assert f"stage 2 of 4, {in_use}: finished at step {STEPS}\n" in shown
+    assert {path: path.stat().st_mtime_ns for path in alone} == alone
+    origins = [read_checkpoint(run)["gpdit"]["origin"]["path"] for run in (in_use, runs / "LongVideoStage")]
+    assert origins == [str(runs / "ImageWarmupStage"), str(in_use)]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "trained"),
+    [
+        (["image"], ["ImageWarmupStage"]),
+        (["video"], ["MixedStage", "LongVideoStage"]),
+        (["image", "sequence"], ["ImageWarmupStage", "FewShotStage"]),
+    ],
+)
+def test_a_chain_trains_the_stages_for_which_there_are_data(
+    kinds: list[str],
+    trained: list[str],
+    chain: Path,
+    write_shards: Callable[..., Manifest],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    frames = {"image": 1, "video": 3, "sequence": 6}
+    folders = []
+    for kind in kinds:
+        folders.append(write_shards(tmp_path / kind, {("train", kind, (frames[kind], 8, 8)): 3}).directory)
+    runs = tmp_path / "runs"
+    command = ["chain", f"--config={chain}", f"--runs={runs}", "--trainer.max_steps=1"]
+    assert main([*command, "--data_dir", *map(str, folders)]) == 0
+    assert {run.name for run in runs.iterdir()} == {*trained}
+    shown = capsys.readouterr().out
+    assert shown.count("is left out: ") == 4 - len(trained)
+    origins = [read_checkpoint(runs / name)["gpdit"]["origin"] for name in trained]
+    assert [origin and origin["path"] for origin in origins] == [None, *(str(runs / name) for name in trained[:-1])]
+    if kinds == ["video"]:
+        assert "stage 4 of 4 (FewShotStage) is left out: " in shown
+        assert f"then give --data_dir {folders[0]} latents/pairs" in shown
+
+
+def test_other_data_of_an_existing_chain_are_noticed(
+    chain: Path, write_shards: Callable[..., Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished stage says so; one that would resume is refused."""
+    other = str(write_shards(tmp_path / "other", {("train", "image", (1, 8, 8)): 9}).directory)
+    runs = f"--runs={tmp_path / 'runs'}"
+    command, alone = (
+        ["chain", f"--config={chain}", runs],
+        ["fit", f"--config={tmp_path / 'ImageWarmupStage.yaml'}", runs],
     )
+    assert main([*alone, "--trainer.max_steps=1"]) == 0
+    assert main([*command, "--data_dir", other]) == 2
+    assert "for a chain --runs NEW" in capsys.readouterr().err
+    assert main(alone) == 0
+    assert main([*command, "--data_dir", other]) == 0
+    assert f"finished at step {STEPS}, on other data (to train on these, give --runs NEW)" in capsys.readouterr().out
 
 
 def test_a_chain_ends_with_a_stage_that_reaches_its_time_limit(
@@ -210,7 +279,7 @@ def test_missing_data_and_recipes_are_reported_before_training(
     recipe["data"]["sequences"]["manifests"] = [str(tmp_path / "nowhere")]
     (tmp_path / "FewShotStage.yaml").write_text(yaml.safe_dump(recipe))
     assert main(command) == 2
-    assert "`prepare-pairs`" in capsys.readouterr().err
+    assert "prepare-pairs" in capsys.readouterr().err
     (tmp_path / "FewShotStage.yaml").unlink()
     assert main(command) == 2
     assert "FewShotStage.yaml cannot be read" in capsys.readouterr().err
