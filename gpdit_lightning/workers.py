@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -62,7 +63,10 @@ class WorkerLoader(DataLoader[T]):
         if num_workers:
             settings |= {"multiprocessing_context": _worker_context(), "worker_init_fn": _prepare_worker}
         guarded = _GuardedStream(dataset) if isinstance(dataset, IterableDataset) else _GuardedItems(dataset)
-        super().__init__(guarded, batch_size=None, num_workers=num_workers, **settings)
+        with warnings.catch_warnings():
+            # Workers that wait for disks and decoders may be more than the CPU cores.
+            warnings.filterwarnings("ignore", message=".*suggested max number of worker")
+            super().__init__(guarded, batch_size=None, num_workers=num_workers, **settings)
 
     def __iter__(self) -> Any:
         items: Iterator[Any]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 
 CHUNKS, VIDEOS, LOCK = "chunks", "videos", ".lock"
 FPS = 8  # of kept videos
+PAPER_CONTEXT, PAPER_GENERATED = 5, 12  # pixel frames (GPDiT, section 5.2)
 MAX_CLASSES = 10  # that a message lists
 # Fields of the protocol that do not affect the results of a chunk: chunks with different values may be combined.
 FIELDS_WITHOUT_EFFECT = {"checkpoint", "hardware"}
@@ -65,12 +67,12 @@ def evaluate(options: EvaluateOptions) -> None:
     device = available_device(options.device)
     # Cheap checks come before gigabytes of weights are loaded.
     checkpoint = find_weights(options.checkpoint)
-    find_videos(options.videos)
+    videos = find_videos(options.videos)
     annotations = read_annotations(options.annotations)
     networks = load_networks(options, device)
     pipeline = load_pipeline(replace(options, checkpoint=str(checkpoint)))
     trained = pipeline.trained
-    settings = make_settings(options, pipeline, networks)
+    settings = make_settings(options, pipeline, networks, videos)
     span = 1 + (settings.frames - 1) * settings.stride
     selection = select_videos(options.videos, options.count, options.selection_seed, span, rank == 0, settings.fps)
     labels = find_labels(selection, annotations, trained, options) if uses_labels(options, trained) else None
@@ -178,11 +180,21 @@ def load_networks(options: EvaluateOptions, device: torch.device) -> MetricNetwo
     roles = {role for role, network in (("video", video), ("image", image)) if network is not None}
     for sentence in missing_scores(roles, image is not None and image.has_classes):
         log.warning("warning: %s", sentence)
+    if not roles:
+        log.info("without networks the scores are PSNR and SSIM, with those of the codec alone and of a repeated frame")
     return MetricNetworks(video, image)
 
 
-def make_settings(options: EvaluateOptions, pipeline: GPDiTPipeline, networks: MetricNetworks) -> EvaluationSettings:
+def make_settings(
+    options: EvaluateOptions, pipeline: GPDiTPipeline, networks: MetricNetworks, videos: Sequence[Path]
+) -> EvaluationSettings:
     """Return the settings that apply to every video.
+
+    Args:
+        options: of the verb.
+        pipeline: the model with its codec.
+        networks: of the scores.
+        videos: paths, from whose sizes the default size is chosen.
 
     Raises:
         InputError: model, codec or video network cannot use the size or a number of frames, or the model is
@@ -193,18 +205,19 @@ def make_settings(options: EvaluateOptions, pipeline: GPDiTPipeline, networks: M
         raise InputError(
             f"{options.checkpoint} is conditioned on text, but the videos have no text: give another checkpoint."
         )
-    if options.context_frames:
-        pipeline.codec.latent_frames(options.context_frames)  # raises if the codec cannot encode so many
+    context_frames, generated_frames = clip_lengths(options, pipeline)
+    if context_frames:
+        pipeline.codec.latent_frames(context_frames)  # raises if the codec cannot encode so many
     elif networks.video is None and networks.image is None:
         raise InputError(
             "--context_frames is 0, so frames cannot be compared with real ones: give a video_network or an "
             "image_network."
         )
     settings = EvaluationSettings(
-        context_frames=options.context_frames,
-        generated_frames=options.generated_frames,
+        context_frames=context_frames,
+        generated_frames=generated_frames,
         stride=options.stride or trained.geometry.stride,
-        size=trained_size(options.size, trained, options.checkpoint),
+        size=trained_size(options.size, trained, videos),
         seeds=tuple(options.seeds),
         generation=pipeline.generation_config(
             options, options.label_guidance, window=selected_window(options, trained)
@@ -216,6 +229,27 @@ def make_settings(options: EvaluateOptions, pipeline: GPDiTPipeline, networks: M
     if networks.video is not None:
         networks.video.check_frames(settings.frames if settings.fvd_includes_context else settings.generated_frames)
     return settings
+
+
+def clip_lengths(options: EvaluateOptions, pipeline: GPDiTPipeline) -> tuple[int, int]:
+    """Return the pixel frames of context and the generated ones: those of the paper, limited to the training clips.
+
+    Raises:
+        InputError: the model was trained on single images, and the options give no lengths.
+    """
+    codec = pipeline.codec
+    in_training = codec.pixel_frames(pipeline.trained.geometry.frames)
+    context, generated = options.context_frames, options.generated_frames
+    if in_training == 1 and (context is None or generated is None):
+        raise InputError(
+            f"{options.checkpoint} was trained on single images, which have no continuation: give a model that was "
+            "trained on videos, or --context_frames and --generated_frames."
+        )
+    if context is None:
+        context = codec.encodable_frames(min(PAPER_CONTEXT, in_training - codec.temporal_factor))
+    if generated is None:
+        generated = min(PAPER_GENERATED, max(codec.temporal_factor, in_training - context))
+    return context, generated
 
 
 def selected_window(options: EvaluateOptions, trained: TrainedModel) -> int:
@@ -247,7 +281,7 @@ def make_protocol(
     }
     device = trained.backbone.device
     return Protocol(
-        data=options.data,
+        data=options.data or as_text(" ".join(os.path.basename(os.path.abspath(path)) for path in options.videos)),
         choice="the first ones that are long enough, in the order of a hash of name and seed "
         f"{options.selection_seed}; each clip is the beginning of its video",
         split_sha256=selection.sha256,

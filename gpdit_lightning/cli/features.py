@@ -22,7 +22,7 @@ from gpdit_lightning.generation.rollout import autocast
 from gpdit_lightning.generation.settings import AUTOCAST_DTYPES, load_codec_of, selected_precision, trained_size
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.features import FeaturesOptions
-from gpdit_lightning.probing.encoder import first_layers, pooled_features
+from gpdit_lightning.probing.encoder import clip_frames, first_layers, pooled_features
 from gpdit_lightning.probing.features import RECORD, SUFFIXES, FeatureRecord, write_features
 from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.workers import WorkerLoader
@@ -39,18 +39,23 @@ def features(options: FeaturesOptions) -> None:
     videos = videos_by_name(options.videos)
     trained = load_trained_model(options.checkpoint, available_device(options.device), options.weights)
     codec = load_codec_of(trained, options)
-    trained = replace(trained, backbone=first_layers(trained.backbone, options.layer))
-    record = make_record(options, trained, codec)
+    layer = options.layer if options.layer is not None else max(1, round(0.75 * trained.backbone.config.layers))
+    trained = replace(trained, backbone=first_layers(trained.backbone, layer))
+    record = make_record(options, trained, codec, list(videos.values()))
     create_or_resume(options.out, record)
     usable = {name: path for name, path in videos.items() if has_short_name(record.path_of(options.out, name))}
     missing = {name: path for name, path in usable.items() if not record.path_of(options.out, name).exists()}
     unreadable = extract(missing, trained, codec, record, options)
     skipped = unreadable + len(videos) - len(usable)
     if skipped == len(videos):
-        raise InputError(f"none of the {skipped} videos in {' '.join(options.videos)} could be read: give others.")
+        raise InputError(
+            f"none of the {skipped} videos in {' '.join(options.videos)} can be used, for the reasons above: give "
+            "others, or fewer --frames for short videos."
+        )
     tokens, width = record.shape
     print(
-        f"{options.out}: features of {len(videos) - skipped} videos, {tokens} tokens of width {width} each; "
+        f"{options.out}: features of {len(videos) - skipped} videos after layer {record.layer}, {tokens} tokens of "
+        f"width {width} each; "
         f"{len(missing) - unreadable} of them are new, and {skipped} videos were skipped"
     )
 
@@ -81,17 +86,22 @@ def videos_by_name(paths: Sequence[str]) -> dict[str, Path]:
     return videos
 
 
-def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec) -> FeatureRecord:
+def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec, videos: Sequence[Path]) -> FeatureRecord:
     """Return the record of the folder: the properties that all its features share.
+
+    Args:
+        options: of the verb.
+        trained: the first layers of the model.
+        codec: of the model.
+        videos: paths of all videos.
 
     Raises:
         InputError: the size, the number of frames or the number of temporal tokens cannot be used.
     """
     backbone, geometry = trained.backbone, trained.geometry
-    size = trained_size(options.size, trained, options.checkpoint)
-    frames = codec.pixel_frames(geometry.frames) if options.frames is None else options.frames
+    size = trained_size(options.size, trained, videos)
+    frames = clip_frames(options.frames, trained, codec)
     latent_frames, _, height, width = codec.latent_shape((frames, 3, *size))
-    check_frames(latent_frames, frames, trained, codec)
     if 0 < options.temporal_tokens < latent_frames:
         raise InputError(
             f"--temporal_tokens is {options.temporal_tokens} for {latent_frames} latent frames: give at least as many, "
@@ -99,7 +109,7 @@ def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec) -
         )
     return FeatureRecord(
         format=options.format,
-        layer=options.layer,
+        layer=backbone.config.layers,
         width=backbone.config.width,
         temporal_tokens=options.temporal_tokens or latent_frames,
         spatial_tokens=height * width // backbone.config.patch_size**2,
@@ -116,27 +126,6 @@ def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec) -
             name: list(v) if isinstance(v, tuple) else v for name, v in backbone.config.architecture().items()
         },
     )
-
-
-def check_frames(latent_frames: int, frames: int, trained: TrainedModel, codec: Codec) -> None:
-    """Warn about clips that are longer than those of training.
-
-    Args:
-        latent_frames, frames: length of a clip, in latent frames and in pixel frames.
-        trained: the model.
-        codec: of the model.
-
-    Raises:
-        InputError: the model has no positions for clips of this length.
-    """
-    longest = trained.backbone.config.rope_lengths[0]
-    if latent_frames > longest:
-        raise InputError(
-            f"--frames is {frames}, but the model has positions for {codec.pixel_frames(longest)}: give fewer."
-        )
-    if latent_frames > trained.geometry.frames:
-        trained_frames = codec.pixel_frames(trained.geometry.frames)
-        log.warning("warning: --frames is %d, but training clips had at most %d", frames, trained_frames)
 
 
 def create_or_resume(out: Path, record: FeatureRecord) -> None:

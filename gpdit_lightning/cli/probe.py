@@ -11,9 +11,10 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import find_videos
 from gpdit_lightning.files import atomic_write
-from gpdit_lightning.generation.settings import load_codec_of, trained_sizes
+from gpdit_lightning.generation.settings import load_codec_of, trained_size
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.probe import ProbeOptions
+from gpdit_lightning.probing.encoder import clip_frames
 from gpdit_lightning.probing.layer_features import extract_layer_features
 from gpdit_lightning.probing.probe import probe_layers
 from gpdit_lightning.probing.report import (
@@ -24,15 +25,17 @@ from gpdit_lightning.probing.report import (
     write_json,
 )
 from gpdit_lightning.probing.splits import (
-    UCF_NAME,
     LabelledVideo,
+    fitting_split,
     split_by_folders,
+    split_by_hash,
     split_by_lists,
     split_by_ucf_groups,
 )
 
 log = logging.getLogger(__name__)
 
+PAPER_FRAMES = 13  # pixel frames of a clip (GPDiT, section 5.3)
 # Fields of an evaluation's protocol that may differ between evaluations whose FVD are compared.
 MODEL_FIELDS = ("checkpoint", "checkpoint_sha256", "step", "weights", "hardware", "versions")
 
@@ -87,13 +90,15 @@ def read_evaluations(paths: Sequence[Path]) -> list[Report]:
 
 def split_videos(videos: Sequence[Path], options: ProbeOptions) -> tuple[list[LabelledVideo], str]:
     """Divide videos with their classes into training and test videos; return them and a description of the split."""
-    pattern = options.group_pattern or UCF_NAME
+    pattern = options.group_pattern
     if options.train_list and options.test_list:
         description = f"lists {options.train_list.name} and {options.test_list.name}"
         return split_by_lists(videos, options.train_list, options.test_list, pattern), description
-    if options.split == "folders":
+    split = options.split or fitting_split(videos)
+    if split == "folders":
         return split_by_folders(videos, pattern), "folders train and test"
-    split = options.split or 1
+    if split == "classes":
+        return split_by_hash(videos, pattern), "a quarter of the groups of each class as test videos, by a hash"
     return split_by_ucf_groups(videos, split), f"UCF-101's published split {split}"
 
 
@@ -110,15 +115,17 @@ def probe_checkpoint(
     """
     trained = load_trained_model(checkpoint, available_device(options.device), options.weights)
     codec = load_codec_of(trained, options, str(checkpoint))
-    size = trained_sizes(options.size, trained)[0]
+    size = trained_size(options.size, trained, [video.path for video in videos])
+    frames = clip_frames(options.frames, trained, codec, most=PAPER_FRAMES)
+    stride = options.stride or trained.geometry.stride
     regularisation = None if options.regularisation == "auto" else options.regularisation
     features = extract_layer_features(
         trained.backbone,
         codec,
         sorted(video.path for video in videos),  # the same order for every split, so the cached features are reused
         size,
-        frames=options.frames,
-        stride=options.stride,
+        frames=frames,
+        stride=stride,
         batch_size=options.batch_size,
         workers=options.workers,
         cache=options.out / "features",
@@ -141,8 +148,8 @@ def probe_checkpoint(
             regularisation=regularisation,
             data=as_text(", ".join(options.videos)),
             split=split,
-            frames=options.frames,
-            stride=options.stride,
+            frames=frames,
+            stride=stride,
             fps=trained.geometry.fps,
             size=size,
         ),

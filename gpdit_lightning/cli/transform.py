@@ -113,7 +113,7 @@ def check_trained_on_sequences(trained: TrainedModel, checkpoint: str) -> None:
     if kinds and "sequences" not in kinds:
         raise InputError(
             f"{checkpoint} was trained on {' and '.join(kinds)}, not on sequences of pairs: train it on some first "
-            "(recipes/stage4_few_shot.yaml)."
+            "(--config gpdit:stage4_few_shot)."
         )
 
 

@@ -59,7 +59,7 @@ def make_report(files: ChunkFiles, protocol: Protocol, unreadable: Iterable[str]
         GROUND_TRUTH, "video"
     )
     total = distances_per_variant * len(variants) + DISTANCES_PER_CHECK * len(checked)
-    with progress_bar(total=total, desc="scoring", unit=" distances") as bar:
+    with progress_bar(total=total, desc="scoring", unit=" distances", disable=not total) as bar:
         scores = compute_scores(files, variants, bar.update)
         self_checks = {name: run_self_checks(files, quantity, bar.update) for name, quantity in checked.items()}
     return Report(

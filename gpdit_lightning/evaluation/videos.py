@@ -17,6 +17,8 @@ from gpdit_lightning.media.images import Size
 from gpdit_lightning.media.video import count_frames, iterate_frames, natural_sort_key, video_info
 from gpdit_lightning.progress import progress_bar
 
+MAX_COUNT, MIN_COUNT = 10_000, 2  # videos of an evaluation by default (GPDiT, section 5.1), and the fewest
+
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +41,7 @@ class Selection(NamedTuple):
 
 def select_videos(
     paths: Sequence[str | Path],
-    count: int,
+    count: int | None,
     seed: int,
     frames: int,
     progress: bool = False,
@@ -51,7 +53,7 @@ def select_videos(
 
     Args:
         paths: folders of videos and single videos.
-        count: number of videos.
+        count: number of videos; None selects all that are long enough, at most `MAX_COUNT`.
         seed: of the hash.
         frames: minimum number of frames of a video, by its header.
         progress: show a progress bar.
@@ -70,17 +72,20 @@ def select_videos(
     rejected = 0
     names = sorted(videos, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     for name in progress_bar(names, desc="selecting", unit=" videos", disable=not progress, leave=False):
-        if len(selected) == count:
+        if len(selected) == (count or MAX_COUNT):
             break
         if has_frames(videos[name], frames, fps):
             selected[name] = videos[name]
         else:
             rejected += 1
-    if len(selected) < count:
+    if len(selected) < (count or MIN_COUNT):
+        needed = f"{count} are requested: lower the count," if count else f"an evaluation needs {MIN_COUNT}: lower"
         raise InputError(
             f"{' and '.join(map(str, paths))} have {len(selected)} videos of at least {frames} frames, and {rejected} "
-            f"that are shorter or damaged, but {count} are requested: lower the count or the stride, or add videos."
+            f"that are shorter or damaged, but {needed} --generated_frames or --stride, or add videos."
         )
+    if rejected and progress:
+        log.info("%d videos have at least %d frames; %d are shorter or damaged", len(selected), frames, rejected)
     return Selection(tuple(selected), tuple(selected.values()))
 
 
@@ -190,10 +195,13 @@ def read_clip(
         indices = clip_frame_indices(length, frames, stride, centred, resample_short)
         clip = _read_frames(path, indices, size, fps)
     if not clip:
-        needed = frames if resample_short or not stride else 1 + (frames - 1) * stride
+        if resample_short or not stride:
+            raise InputError(
+                f"{path} has {length} frames, but a clip needs {frames}: leave it out, or use fewer frames."
+            )
         raise InputError(
-            f"{path} has {length} frames, but a clip of {frames} at stride {stride} needs {needed}: leave it out, or "
-            "use fewer frames or a smaller stride."
+            f"{path} has {length} frames, but a clip of {frames} at stride {stride} needs {1 + (frames - 1) * stride}: "
+            "leave it out, or use fewer frames or a smaller stride."
         )
     return torch.stack(clip)
 

@@ -1,7 +1,10 @@
 """Settings that follow from options and a trained model: codec, sampler, precision, sizes and batches."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -10,12 +13,17 @@ from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import Size, parse_size
+from gpdit_lightning.media.images import Size, closest_size, parse_size
+from gpdit_lightning.media.video import video_info
 from gpdit_lightning.options.shared import LoadingOptions, Precision
 
 AUTOCAST_DTYPES = {"32": None, "bf16": torch.bfloat16}
 
+MAX_HEADERS = 32  # number of videos whose sizes are read to choose one of the sizes of training
+
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 def load_codec_of(trained: TrainedModel, options: LoadingOptions, owner: str = "the checkpoint") -> Codec:
@@ -60,16 +68,25 @@ def trained_sizes(size: str | None, trained: TrainedModel) -> tuple[Size, ...]:
     return (requested,)
 
 
-def trained_size(size: str | None, trained: TrainedModel, checkpoint: str) -> Size:
+def trained_size(size: str | None, trained: TrainedModel, videos: Sequence[Path]) -> Size:
     """Return the size in pixels to which all videos are scaled.
 
+    It is the requested size, or the size of training that is closest in aspect to most of the first videos.
+
     Raises:
-        InputError: the model was not trained on the requested size, or on several and none is requested.
+        InputError: the model was not trained on the requested size.
     """
     sizes = trained_sizes(size, trained)
-    if len(sizes) > 1:
-        raise InputError(f"{checkpoint} was trained on {listed(sizes)}: choose one of them by --size.")
-    return sizes[0]
+    if len(sizes) == 1:
+        return sizes[0]
+    counts = dict.fromkeys(sizes, 0)
+    for path in videos[:MAX_HEADERS]:
+        with suppress(InputError):  # reported where the video is read
+            info = video_info(path)
+            counts[closest_size(info.height, info.width, sizes)] += 1
+    chosen = max(sizes, key=counts.__getitem__)  # the first of equal ones
+    log.info("videos are scaled to %s; --size selects another size of training: %s", listed([chosen]), listed(sizes))
+    return chosen
 
 
 def listed(sizes: Sequence[Size]) -> str:

@@ -41,10 +41,11 @@ class NetworkOptions:
 class DataSetOptions(VideoOptions):
     """Videos."""
 
-    data: str
-    """Name of the data set, for the report."""
-    count: int = 10_000
-    """Number of videos to continue (GPDiT: 10,000 of UCF-101, 7,000 of MSR-VTT)."""
+    data: str | None = None
+    """Name of the data set, for the report; by default the name of the folder in --videos."""
+    count: int | None = None
+    """Number of videos to continue (GPDiT: 10,000 of UCF-101, 7,000 of MSR-VTT); by default all that are long enough,
+    at most 10,000."""
     selection_seed: int = 0
     """Seed of the random selection of videos, by a hash of their names."""
     labels: bool = True
@@ -52,11 +53,13 @@ class DataSetOptions(VideoOptions):
     the name of its folder. --no_labels scores such a model without labels."""
     annotations: Sequence[Path] = ()
     """Files with the labels of the videos, in the formats that `prepare` accepts."""
-    context_frames: int = 5
-    """Pixel frames of context (GPDiT: 5), 1 + k times the temporal factor of the codec, which is 4 for wan and pca; 0
-    generates each video from noise alone."""
-    generated_frames: int = 12
-    """Pixel frames to generate (GPDiT: 12)."""
+    context_frames: int | None = None
+    """Pixel frames of context, 1 + k times the temporal factor of the codec, which is 4 for wan and pca; 0 generates
+    each video from noise alone. By default 5, as in GPDiT, or fewer for a model that was trained on clips of at most 5
+    frames."""
+    generated_frames: int | None = None
+    """Pixel frames to generate. By default 12, as in GPDiT, or as many as follow the context in training clips that are
+    shorter."""
     stride: int | None = None
     """Video frames from one frame of a clip to the next; by default the stride of training."""
 

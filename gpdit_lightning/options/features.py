@@ -21,9 +21,9 @@ FeatureFormat = Literal["npy", "pickle"]
 class LayerOptions(CheckpointOptions):
     """Model."""
 
-    layer: int
-    """Number of blocks to run. The features are the residual stream after the last of them (GPDiT: 18 of the 24 of
-    H)."""
+    layer: int | None = None
+    """Number of blocks to run. The features are the residual stream after the last of them. By default three quarters
+    of the blocks of the model, as in GPDiT (18 of the 24 of H)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,23 +26,24 @@ class ModelsOptions(OptionRecord):
 class LabelledVideoOptions(VideoOptions):
     """Videos."""
 
-    split: Literal[1, 2, 3, "folders"] | None = None
-    """Published split of UCF-101 (1, 2 or 3), by the groups in file names, or `folders` for videos in train/CLASS and
-    test/CLASS. By default 1, unless lists are given."""
+    split: Literal[1, 2, 3, "folders", "classes"] | None = None
+    """Published split of UCF-101 (1, 2 or 3), by the groups in file names; `folders` for videos in train/CLASS and
+    test/CLASS; `classes` for videos in folders of their classes, a quarter of which are test videos, by a hash of their
+    names. By default the first of these that the names of all videos fit, unless lists are given."""
     train_list: Path | None = None
     """File with a line CLASS/FILE for each training video, like UCF-101's trainlist01.txt."""
     test_list: Path | None = None
     """File with a line CLASS/FILE for each test video."""
     group_pattern: str | None = None
     """Regular expression for the group of a video, with lists and folders: the part of the file name in parentheses.
-    Videos of the same group (one recording, one person) are dependent. '.+' makes each video a group; by default the
-    groups of UCF-101."""
-    frames: int = 13
-    """Pixel frames of the clip in the middle of each video, 1 + k times the temporal factor of the codec."""
-    stride: int = 3
-    """Video frames from one frame of the clip to the next; shorter videos are sampled more densely."""
-    size: str | None = None
-    """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the first of them."""
+    Videos of the same group (one recording, one person) are dependent, so no group is in both splits. By default the
+    groups of UCF-101 for videos with such names; every other video is a group."""
+    frames: int | None = None
+    """Pixel frames of the clip in the middle of each video, 1 + k times the temporal factor of the codec; by default
+    13, or those of training clips if these are shorter."""
+    stride: int | None = None
+    """Video frames from one frame of the clip to the next, by default the stride of training; shorter videos are
+    sampled more densely."""
 
 
 @dataclass(frozen=True, kw_only=True)

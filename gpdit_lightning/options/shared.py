@@ -178,4 +178,5 @@ class VideoOptions(OptionRecord):
     videos: Sequence[str]
     """Videos, folders that are searched for videos recursively, and .txt lists with one path per line."""
     size: str | None = None
-    """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the only one."""
+    """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the one that is closest in aspect to most of the
+    videos."""

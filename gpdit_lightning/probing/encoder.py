@@ -3,6 +3,7 @@
 Shapes: B clips, F latent frames, C channels, h x w latent pixels, N tokens per frame, D hidden width.
 """
 
+import logging
 from dataclasses import replace
 from typing import Self
 
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gpdit_lightning.checkpoints.hub import HubGPDiT
+from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.checkpoints.weights import Weights
+from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.probing.features import spatio_temporal
+
+log = logging.getLogger(__name__)
 
 
 def first_layers(backbone: HubGPDiT, layers: int) -> HubGPDiT:
@@ -36,6 +41,30 @@ def first_layers(backbone: HubGPDiT, layers: int) -> HubGPDiT:
     config = backbone.config.replaced(layers=layers, classes=0, text_width=0)
     facts = replace(backbone.facts, classes=())
     return HubGPDiT.from_weights(Weights(tensors, config, facts)).requires_grad_(False)
+
+
+def clip_frames(requested: int | None, trained: TrainedModel, codec: Codec, most: int | None = None) -> int:
+    """Return the number of pixel frames of the clips that a model encodes; warn if it is more than in training.
+
+    Args:
+        requested: the option --frames; None for the length of the longest training clips.
+        trained: the model.
+        codec: of the model.
+        most: upper limit of the default.
+
+    Raises:
+        InputError: the codec cannot encode the requested number of frames, or the model has no positions for them.
+    """
+    longest, in_training = trained.backbone.config.rope_lengths[0], codec.pixel_frames(trained.geometry.frames)
+    if requested is None:
+        return codec.encodable_frames(min(in_training, most or in_training))
+    if codec.latent_frames(requested) > longest:
+        raise InputError(
+            f"--frames is {requested}, but the model has positions for {codec.pixel_frames(longest)}: give fewer."
+        )
+    if requested > in_training:
+        log.warning("warning: --frames is %d, but training clips had at most %d", requested, in_training)
+    return requested
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
 """Videos with their classes, divided into training and test videos of a classifier."""
 
+import hashlib
 import logging
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -39,9 +40,17 @@ class SplitRule(NamedTuple):
     """How to get training videos."""
     to_test: str
     """How to get test videos."""
+    to_classes: str = "add training videos of another class"
+    """How to get classes."""
 
 
 UNKNOWN_RULE = SplitRule("", "add training videos", "add test videos")
+CLASSES_RULE = SplitRule(
+    " (a class needs three groups for a test video)",
+    "add videos to each class",
+    "add videos to the folder of each class",
+    "give a folder with a folder of videos for each class",
+)
 FOLDERS_RULE = SplitRule("", "add folders train/CLASS with videos", "add folders test/CLASS with videos")
 
 
@@ -56,8 +65,9 @@ def split_by_ucf_groups(videos: Iterable[Path], split: int) -> list[LabelledVide
         name = re.fullmatch(UCF_NAME, path.stem)
         if name is None:
             raise InputError(
-                f"{path} is not named v_CLASS_gGROUP_cCLIP like the videos of UCF-101: give --train_list and "
-                "--test_list, or --split folders with videos in train/CLASS and test/CLASS."
+                f"{path} is not named v_CLASS_gGROUP_cCLIP like the videos of UCF-101: give --split classes for videos "
+                "in folders of their classes, --split folders for train/CLASS and test/CLASS, or --train_list and "
+                "--test_list."
             )
         is_test = int(name[3]) in UCF_TEST_GROUPS[split]
         labelled.append(LabelledVideo(path, as_text(name[2]), as_text(name[1]), "test" if is_test else "train"))
@@ -70,8 +80,49 @@ def split_by_ucf_groups(videos: Iterable[Path], split: int) -> list[LabelledVide
     return labelled
 
 
+def fitting_split(videos: Sequence[Path]) -> Literal[1, "folders", "classes"]:
+    """Return the first kind of split that the names of all videos fit; see the option `split` of `probe`."""
+    if all(re.fullmatch(UCF_NAME, path.stem) for path in videos):
+        return 1
+    return "folders" if all(path.parent.parent.name in ("train", "test") for path in videos) else "classes"
+
+
+def split_by_hash(videos: Iterable[Path], group_pattern: str | None = None) -> list[LabelledVideo]:
+    """Divide videos in folders of their classes: a quarter of the groups of each class are test videos.
+
+    The groups are selected by a hash of their names, so the split is the same on every machine. At least one group of a
+    class is selected, and at least two are not, for cross-validation.
+
+    Args:
+        videos: paths CLASS/FILE.
+        group_pattern: as for :func:`split_by_folders`.
+
+    Raises:
+        InputError: two videos have the same name, or a file name has no group; also as :func:`check_splits`.
+    """
+    paths = _by_name(videos).values()
+    by_group: dict[str, list[Path]] = defaultdict(list)
+    for path in paths:
+        by_group[_group(path, group_pattern, _name(path))].append(path)
+    labels = {group: {as_text(path.parent.name) for path in members} for group, members in by_group.items()}
+    total = Counter(label for of_group in labels.values() for label in of_group)
+    tested: Counter[str] = Counter()
+    test_groups = set()
+    for group in sorted(labels, key=lambda group: hashlib.sha256(group.encode()).digest()):
+        if all(tested[label] < min(max(1, total[label] // 4), total[label] - 2) for label in labels[group]):
+            tested.update(labels[group])
+            test_groups.add(group)
+    labelled = [
+        LabelledVideo(path, as_text(path.parent.name), group, "test" if group in test_groups else "train")
+        for group, members in by_group.items()
+        for path in members
+    ]
+    check_splits(labelled, CLASSES_RULE)
+    return labelled
+
+
 def split_by_lists(
-    videos: Iterable[Path], train_list: Path, test_list: Path, group_pattern: str = UCF_NAME
+    videos: Iterable[Path], train_list: Path, test_list: Path, group_pattern: str | None = None
 ) -> list[LabelledVideo]:
     """Divide videos by two list files in the format of UCF-101: lines `CLASS/FILE`, optionally with a class number.
 
@@ -101,19 +152,20 @@ def split_by_lists(
             if found in labelled:
                 raise InputError(f"{name} is listed twice in {train_list} and {test_list}: list it once.")
             if found is not None:
-                group = _group(paths[found], group_pattern)
+                group = _group(paths[found], group_pattern, found)
                 labelled[found] = LabelledVideo(paths[found], name.parent.name, group, split)
     check_splits(labelled.values())
     return list(labelled.values())
 
 
-def split_by_folders(videos: Iterable[Path], group_pattern: str = UCF_NAME) -> list[LabelledVideo]:
+def split_by_folders(videos: Iterable[Path], group_pattern: str | None = None) -> list[LabelledVideo]:
     """Divide videos by the folders `train/CLASS` and `test/CLASS` that contain them.
 
     Args:
         videos: paths.
         group_pattern: regular expression, searched in the file name without suffix. The group of a video is the match
-            of the first parentheses, or the whole match if there are none. `.+` makes each video a group.
+            of the first parentheses, or the whole match if there are none. None: `UCF_NAME`; each video with another
+            name is a group.
 
     Raises:
         InputError: a video is in another folder, or a file name has no group; also as :func:`check_splits`.
@@ -123,7 +175,7 @@ def split_by_folders(videos: Iterable[Path], group_pattern: str = UCF_NAME) -> l
         split, label = path.parent.parent.name, as_text(path.parent.name)
         if split not in ("train", "test"):
             raise InputError(f"{path} is not in a folder train/CLASS or test/CLASS: move it into one.")
-        group = _group(path, group_pattern)
+        group = _group(path, group_pattern, f"{split}/{_name(path)}")
         labelled.append(LabelledVideo(path, label, group, "train" if split == "train" else "test"))
     check_splits(labelled, FOLDERS_RULE)
     return labelled
@@ -160,7 +212,7 @@ def check_splits(videos: Iterable[LabelledVideo], rule: SplitRule = UNKNOWN_RULE
         others = f" ({min(unknown)!r} has test videos only)" if unknown else ""
         raise InputError(
             f"all training videos ({len(train)}) are of the class {min(classes)!r}{others}, but a classifier needs two "
-            "classes: add training videos of another class."
+            f"classes: {rule.to_classes}."
         )
     if unknown:
         raise InputError(f"class {min(unknown)!r} has test videos only: give training videos of it, or leave it out.")
@@ -211,7 +263,11 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _group(path: Path, pattern: str) -> str:
+def _group(path: Path, pattern: str | None, name: str) -> str:
+    """Return the group of a video; without a pattern, its `name` if the name of the file is not that of UCF-101."""
+    if pattern is None:
+        ucf = re.search(UCF_NAME, path.stem)
+        return as_text(ucf[1]) if ucf else name
     try:
         match = re.search(pattern, path.stem)
     except re.error as error:

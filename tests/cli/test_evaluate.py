@@ -80,6 +80,13 @@ def evaluate(command: list[str], out: Path, *options: str) -> int:
     return main(["evaluate", *command, f"--out={out}", *options])
 
 
+def save_with_geometry(workspace: Path, folder: Path, **changes: Any) -> None:
+    """Save a model of the workspace that records other training clips."""
+    model = GPDiT.from_pretrained(workspace / "of2")
+    model.facts = replace(model.facts, geometry=replace(model.facts.geometry, **changes))
+    model.save_pretrained(folder)
+
+
 def report_without_date(out: Path) -> str:
     """Return the text of the report without its date."""
     report = json.loads((out / "results.json").read_text())
@@ -100,6 +107,25 @@ def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixt
     verb.log.addHandler(caplog.handler)
     yield caplog
     verb.log.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(("latent_frames", "lengths"), [(5, (5, 12)), (3, (5, 4)), (2, (1, 4))])
+def test_clips_are_those_of_the_model_and_videos_those_that_are_long_enough(
+    workspace: Path, tmp_path: Path, latent_frames: int, lengths: tuple[int, int], messages: pytest.LogCaptureFixture
+) -> None:
+    """Only model, videos and folder are given: at stride 3 the clips of the model need 49, 25 and 13 frames."""
+    save_with_geometry(workspace, tmp_path / "model", frames=latent_frames, sizes=((32, 32), (32, 48)))
+    (tmp_path / "mine").mkdir()
+    for frames in (60, 49, 25, 13, 3):
+        write_video(tmp_path / "mine" / f"{frames}.mp4", stripes(1)[:frames], 24)
+    given = [f"--checkpoint={tmp_path / 'model'}", f"--videos={tmp_path / 'mine'}", "--steps=1", "--no_labels"]
+    assert main(["evaluate", *given, f"--out={tmp_path / 'out'}"]) == 0
+    report = Report.load(tmp_path / "out" / "results.json")
+    assert (report.protocol.context_frames, report.protocol.generated_frames) == lengths
+    assert (report.protocol.data, report.protocol.size, report.protocol.stride) == ("mine", (32, 48), 3)
+    assert report.protocol.videos == {(5, 12): 2, (5, 4): 3, (1, 4): 4}[lengths]
+    assert list(report.scores) == ["psnr", "ssim"]
+    assert "without networks the scores are PSNR and SSIM" in messages.text
 
 
 def test_scores_are_those_of_continuations_by_the_library(
@@ -403,7 +429,7 @@ def test_a_folder_with_other_settings_is_refused(
         ("--seeds=[]", "--seeds are []"),
         ("--videos=/nowhere", "/nowhere does not exist"),
         ("--checkpoint=/nowhere", "there is no checkpoint at /nowhere"),
-        ("--checkpoint=SEVERAL", "several was trained on 32x32, 48x48: choose one of them by --size"),
+        ("--checkpoint=IMAGES", "images was trained on single images, which have no continuation: give a model that"),
         ("--size=64x64", "--size is 64x64, but the checkpoint was trained on 32x32"),
         ("--video_network.path=/nowhere", "the video network /nowhere is not a file"),
         ("--video_network.sha256=00", "but 00 is expected"),
@@ -415,11 +441,10 @@ def test_a_folder_with_other_settings_is_refused(
 def test_an_error_is_one_sentence_and_nothing_is_written(
     command: list[str], workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
 ) -> None:
-    if "SEVERAL" in options:
-        model = GPDiT.from_pretrained(workspace / "of2")
-        model.facts = replace(model.facts, geometry=replace(model.facts.geometry, sizes=((32, 32), (48, 48))))
-        model.save_pretrained(tmp_path / "several")
-    assert evaluate(command, tmp_path / "out", options.replace("SEVERAL", str(tmp_path / "several"))) == 2
+    if "IMAGES" in options:
+        save_with_geometry(workspace, tmp_path / "images", frames=1)
+        command = without(command, "generated_frames")
+    assert evaluate(command, tmp_path / "out", options.replace("IMAGES", str(tmp_path / "images"))) == 2
     assert message in error_message(capsys)
     assert not (tmp_path / "out").exists()
 

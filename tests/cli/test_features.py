@@ -77,7 +77,10 @@ def test_features_are_those_of_the_layer(work: Path, tmp_path: Path, capsys: pyt
     assert data.record.codec == CODEC.spec()
     for name in data.names:
         torch.testing.assert_close(data[name].double(), expected(work, name), rtol=2e-3, atol=2e-3)
-    assert "features of 3 videos, 9 tokens of width 24 each; 3 of them are new, and 0" in capsys.readouterr().out
+    assert (
+        "features of 3 videos after layer 2, 9 tokens of width 24 each; 3 of them are new, and 0"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_recipe_gives_options_and_the_command_line_overrides_them(work: Path, tmp_path: Path) -> None:
@@ -92,6 +95,14 @@ def test_a_recipe_gives_options_and_the_command_line_overrides_them(work: Path, 
     reference = expected(work, "jump/b", frames=9, stride=1000, temporal_tokens=7)
     np.testing.assert_allclose(values, reference, rtol=2e-3, atol=2e-3)
     assert not values[3:7].any()
+
+
+def test_layer_clips_and_size_are_those_of_the_model_by_default(work: Path, tmp_path: Path) -> None:
+    """Three quarters of three blocks, the clips of training, and the trained size that is closest to 32x48."""
+    arguments = ["--checkpoint", work / "two_sizes", "--videos", work / "videos", "--out", tmp_path, "--workers=0"]
+    run("features", [str(option) for option in arguments])
+    record = VideoFeatures(tmp_path).record
+    assert (record.layer, record.frames, record.stride, record.size) == (2, 17, 3, "32x48")
 
 
 def test_the_recipe_is_that_of_section_a_2() -> None:
@@ -111,7 +122,7 @@ def test_videos_that_cannot_be_read_are_named_and_skipped(
         extract(work, tmp_path / "out", videos="damaged")
         assert "3 of them are new, and 2 videos were skipped" in capsys.readouterr().out
         assert sum("unreadable.mp4" in line or "short.mp4 has 12" in line for line in set(caplog.messages)) == 2
-        with pytest.raises(InputError, match=r"none of the 1 videos in .*unreadable.mp4 could be read"):
+        with pytest.raises(InputError, match=r"none of the 1 videos in .*unreadable.mp4 can be used"):
             extract(work, tmp_path / "none", videos="damaged/unreadable.mp4")
     finally:
         verb.log.removeHandler(caplog.handler)
@@ -184,7 +195,7 @@ def test_the_codec_computes_in_float32_under_bf16(work: Path, tmp_path: Path) ->
         (["--batch_size=0"], "--batch_size is 0"),
         (["--temporal_tokens=4"], "--temporal_tokens is 4 for 5 latent frames"),
         (["--size=32x40"], "--size is 32x40, but the checkpoint was trained on 32x32"),
-        (["--checkpoint", "WORK/two_sizes"], "two_sizes was trained on 32x32, 32x48: choose one of them by --size"),
+        (["--checkpoint", "WORK/two_sizes", "--size=64x64"], "trained on 32x32, 32x48: choose one of these"),
         (["--videos", "WORK/videos/jump", "WORK/copy"], "would both be written as b: give the folder above"),
         (["--videos", "WORK/nowhere"], "nowhere does not exist"),
         (["--layer=0"], "--layer is 0: give at least 1"),

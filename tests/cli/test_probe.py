@@ -78,6 +78,21 @@ def test_every_layer_of_two_models_is_probed(
     assert protocol["regularisation"].startswith("best C of 0.0001,")
 
 
+def test_folders_of_classes_are_enough(workspace: Path, ucf: Path, tmp_path: Path) -> None:
+    """The split, the clips and the size follow from the videos and the model."""
+    for path in ucf.rglob("*.avi"):
+        copy = tmp_path / "mine" / path.parent.name / path.name.replace("_c01", "")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.symlink_to(path)
+    out = tmp_path / "out"
+    run("probe", [f"--checkpoint={workspace / 'of2'}", f"--videos={tmp_path / 'mine'}", f"--out={out}", "--frames=5"])
+    protocol = json.loads((out / "probe.json").read_text())["results"][0]["protocol"]
+    assert (protocol["train_videos"], protocol["test_videos"], protocol["classes"]) == (8, 2, 2)
+    assert (protocol["stride"], protocol["squeezed"], protocol["size"]) == (3, 10, [32, 32])
+    with pytest.raises(InputError, match=r"--frames is 205, but the model has positions for 125: give fewer"):
+        run("probe", [f"--checkpoint={workspace / 'of2'}", f"--videos={ucf}", f"--out={out}", "--frames=205"])
+
+
 def test_evaluations_of_different_protocols_are_refused(workspace: Path, ucf: Path, tmp_path: Path) -> None:
     first, second = evaluation_of(workspace / "of", fvd=300.0), evaluation_of(workspace / "of2", fvd=200.0)
     write_report(first, tmp_path / "first")

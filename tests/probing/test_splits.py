@@ -1,6 +1,7 @@
 """Division of videos into training and test videos of a probe."""
 
 import logging
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from gpdit_lightning.probing import splits
 from gpdit_lightning.probing.splits import (
     LabelledVideo,
     check_splits,
+    fitting_split,
     split_by_folders,
+    split_by_hash,
     split_by_lists,
     split_by_ucf_groups,
 )
@@ -160,6 +163,43 @@ def test_one_folder_or_class_only_is_named_as_the_cause() -> None:
             split_by_folders(videos(*folders), ".+")
 
 
+def test_a_quarter_of_the_videos_of_each_class_are_test_videos() -> None:
+    counts = {"walk": 9, "run": 4, "jump": 3, "hop": 2}
+    videos = [Path(f"mine/{label}/{number}.mp4") for label, count in counts.items() for number in range(count)]
+    assert fitting_split(videos) == "classes"
+    labelled = split_by_hash(videos)
+    assert {video.path for video in labelled} == set(videos)
+    test = Counter(video.label for video in labelled if video.split == "test")
+    assert test == {"walk": 2, "run": 1, "jump": 1}
+    moved = split_by_hash([Path("elsewhere") / Path(*path.parts[1:]) for path in reversed(videos)])
+    assert {video.group: video.split for video in moved} == {video.group: video.split for video in labelled}
+    with pytest.raises(
+        InputError, match=r"training videos \(a class needs three groups .* add videos to the folder of"
+    ):
+        split_by_hash([video for video in videos if video.stem in "01"])
+    with pytest.raises(
+        InputError, match=r"of the class 'mine', .* give a folder with a folder of videos for each class"
+    ):
+        split_by_hash([Path(f"mine/{number}.mp4") for number in range(4)])
+
+
+def test_groups_of_several_classes_are_not_divided() -> None:
+    videos = [Path(f"mine/{label}/person{number}_{take}.mp4") for label in "ab" for number in range(8) for take in "xy"]
+    labelled = split_by_hash(videos, r"(person\d+)")
+    assert len(groups_of(labelled, "test")) == 2
+    assert not groups_of(labelled, "test") & groups_of(labelled, "train")
+
+
+def test_the_split_follows_from_the_names() -> None:
+    assert fitting_split(VIDEOS) == 1
+    folders = [
+        Path(f"set/{split}/{label}/{number}.mp4") for split in ("train", "test") for label in "ab" for number in "01"
+    ]
+    assert fitting_split(folders) == "folders"
+    assert len(groups_of(split_by_folders(folders), "test")) == 4
+    assert fitting_split([*folders, *VIDEOS]) == "classes"
+
+
 def test_unusable_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cat.avi is not named v_CLASS_gGROUP_cCLIP"):
         split_by_ucf_groups([*VIDEOS, Path("cat.avi")], 1)
@@ -168,7 +208,7 @@ def test_unusable_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not in a folder train/CLASS or test/CLASS"):
         split_by_folders(VIDEOS)
     with pytest.raises(InputError, match="does not match the group pattern"):
-        split_by_folders([Path("train/a/cat.avi")])
+        split_by_folders([Path("train/a/cat.avi")], r"g(\d+)")
     with pytest.raises(InputError, match=r"is not a regular expression \(missing"):
         split_by_folders([Path("train/a/cat.avi")], "(")
     one, other = tmp_path / "one", tmp_path / "other"
