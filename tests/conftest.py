@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import math
+import os
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,9 @@ Counts = Mapping[tuple[Split, Kind, tuple[int, int, int]], int]
 
 # A background job ignores SIGINT, and processes that tests start and interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Containers often set it; without it, Python collects what it prints to a file, as for most users.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 
 @pytest.fixture(scope="session")

@@ -153,7 +153,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 2
     rank = _rank_prefix()  # read here, since Lightning removes WORLD_SIZE from the environment after an error
     _show_log(rank)
-    _accept_any_name()
+    _configure_output()
     lines = _lines_when_stopped(name, rank)
     termination = Termination(lines[signal.SIGTERM])
     try:
@@ -197,11 +197,11 @@ def _lines_when_stopped(name: str, rank: str) -> dict[int, str]:
     return {signal.SIGINT: f"{rank}stopped{kept}", signal.SIGTERM: f"{rank}stopped by SIGTERM{kept}"}
 
 
-def _accept_any_name() -> None:
-    """Print names of files that the terminal cannot show with escapes, instead of failing."""
+def _configure_output() -> None:
+    """Print names of files that the terminal cannot show with escapes, and lines in their order in files too."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=ESCAPING)
+            stream.reconfigure(errors=ESCAPING, line_buffering=True)
 
 
 def _redirect_closed_output() -> bool:
