@@ -1,7 +1,9 @@
-"""Rank, device and CPU cores of this process, and the devices of tensors."""
+"""Rank, devices, CPU cores and memory of this process, and the devices of tensors."""
 
 import os
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from gpdit_lightning.errors import InputError
 
@@ -27,6 +29,56 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux: a container or a scheduler may restrict a process to some cores
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def host_memory() -> int:
+    """Return the bytes of memory that this process may use: those of the machine, or of its container if less."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup versions 2, 1
+        try:
+            sizes.append(int(Path(limit).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # another system, or no limit
+            continue
+    return min(sizes)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices of a machine on which a model is trained.
+
+    Attributes:
+        accelerator: the devices that compute.
+        devices: number of GPUs; 1 for a CPU.
+        name: model of the GPUs, or the name of the accelerator.
+        memory: bytes of memory of each GPU; for `mps` and `cpu` those of the process.
+        cores: CPU cores of the process.
+        host_memory: bytes of host memory of the process.
+        bf16: whether the GPUs compute matrix products in bf16 natively.
+    """
+
+    accelerator: Literal["cpu", "cuda", "mps"]
+    devices: int
+    name: str
+    memory: int
+    cores: int
+    host_memory: int
+    bf16: bool
+
+
+def this_machine() -> Machine:
+    """Return the GPUs of this machine, with the least memory among them; its CPU if there are none."""
+    import torch
+
+    cores, memory = available_cores(), host_memory()
+    if torch.cuda.is_available():
+        properties = [torch.cuda.get_device_properties(device) for device in range(torch.cuda.device_count())]
+        least = min(gpu.total_memory for gpu in properties)
+        bf16 = has_bf16(torch.device("cuda"))
+        return Machine("cuda", len(properties), properties[0].name, least, cores, memory, bf16)
+    if torch.backends.mps.is_available():
+        usable = min(memory, torch.mps.recommended_max_memory())
+        return Machine("mps", 1, "mps", usable, cores, memory, bf16=False)
+    return Machine("cpu", 1, "cpu", memory, cores, memory, bf16=False)
 
 
 def available_device(name: str) -> "torch.device":

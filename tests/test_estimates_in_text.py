@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import what_fits
-from gpdit_lightning.cli.estimate import GIB, read_recipe
+from gpdit_lightning.cli.estimate import read_recipe
 from gpdit_lightning.estimation.requirements import RunSettings, memory, step_flops
+from gpdit_lightning.estimation.units import GIB
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("stage1_image_warmup", "stage2_mixed", "stage3_long_video", "stage4_few_shot", "ucf101_b")

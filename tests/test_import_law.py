@@ -35,6 +35,7 @@ ALLOWED = {
     "data": set(),
     "codecs": {"media"},  # fitting_clips.py reads images and videos
     "estimation": {"model", "data"},
+    "planning": {"model", "data", "estimation"},
     "checkpoints": {"model", "diffusion"},
     "preparation": {"codecs", "data", "media", "options"},
     "generation": {"options", "model", "diffusion", "codecs", "data", "media", "checkpoints"},

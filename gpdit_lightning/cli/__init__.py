@@ -78,6 +78,11 @@ VERBS = {
         "features:FeaturesOptions",
         f"written features are kept, and {RESUMES}",
     ),
+    "plan": Verb(
+        "plan:plan",
+        "Write a training recipe that is fitted to prepared data and to this machine.",
+        "plan:PlanOptions",
+    ),
     "estimate": Verb(
         "estimate:estimate",
         "Estimate the memory, FLOPs and days of a recipe, and the nearest one that fits.",

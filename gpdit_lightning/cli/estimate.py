@@ -12,13 +12,14 @@ from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.cli.trainer_settings import strategy_of
 from gpdit_lightning.codecs import WanCodec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
-from gpdit_lightning.data.plan import PlannedBucket, PlannedSource
+from gpdit_lightning.data.plan import PlannedSource
 from gpdit_lightning.data.selection import no_source_error, select_from_recipe
 from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.flops import PEAK_BF16_FLOPS, peak_bf16_flops
 from gpdit_lightning.estimation.loading import loaded_bytes, shared_memory_bytes
 from gpdit_lightning.estimation.memory import STRATEGIES, ShardingStrategy, parameter_count
+from gpdit_lightning.estimation.prepared import LatentShape, planned_source, prepared_samples
 from gpdit_lightning.estimation.requirements import (
     ALLOWANCE,
     BYTES_OF_PRECISION,
@@ -29,24 +30,20 @@ from gpdit_lightning.estimation.requirements import (
     overrides,
     source_flops,
     step_flops,
+    step_seconds,
 )
+from gpdit_lightning.estimation.units import GIB, MIB, duration, flops
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.options.estimate import EstimateOptions
 from gpdit_lightning.specs import LatentGrid
 
-MIB, GIB = 2**20, 2**30
-FLOP_UNITS = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
-TIME_UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "average", "buffers", "step")  # columns of the table
 
 # Assumed where no data are prepared: the sizes of the paper in pixels (GPDiT, section 5.1) in equal shares and, unless
 # the recipe sets `frames`, clips of 17 frames and sequences of three pairs.
 ASSUMED_SIZES = {"images": ["256x256", "192x320", "320x192"], "videos": ["192x320"], "sequences": ["256x256"]}
 ASSUMED_VIDEO_FRAMES, ASSUMED_SEQUENCE_FRAMES = 17, 6
-
-LatentShape = tuple[int, int, int]
-"""F, h, w."""
 
 
 def estimate(options: EstimateOptions) -> None:
@@ -55,13 +52,45 @@ def estimate(options: EstimateOptions) -> None:
     Raises:
         InputError: the recipe or an option cannot be used.
     """
-    peak = peak_bf16_flops(options.gpu)
-    if peak is None:
-        known = ", ".join(name for name, _ in PEAK_BF16_FLOPS)
-        raise InputError(f"--gpu is {options.gpu}, whose peak FLOP/s are unknown: give one of {known}.")
+    speed = Speed.given(options.tflops) if options.tflops else Speed.at_mfu(known_peak(options.gpu), options.mfu)
     sizes = {"images": options.image_sizes, "videos": options.video_sizes, "sequences": options.sequence_sizes}
     recipe = read_recipe(options.fit_arguments, options.gpus, sizes)
-    print(report(recipe, options.gpu_memory * GIB, peak, options.mfu))
+    print(report(recipe, options.gpu_memory * GIB, speed))
+
+
+def known_peak(gpu: str) -> float:
+    """Return the peak FLOP/s of a model of GPU in bf16.
+
+    Raises:
+        InputError: it is unknown.
+    """
+    peak = peak_bf16_flops(gpu)
+    if peak is None:
+        known = ", ".join(name for name, _ in PEAK_BF16_FLOPS)
+        raise InputError(f"--gpu is {gpu}, whose peak FLOP/s are unknown: give one of {known}.")
+    return peak
+
+
+class Speed(NamedTuple):
+    """The speed of training on each GPU.
+
+    Attributes:
+        flops_per_s: FLOP/s that training achieves.
+        text: how it is known, for the report.
+    """
+
+    flops_per_s: float
+    text: str
+
+    @classmethod
+    def at_mfu(cls, peak: float, mfu: float) -> "Speed":
+        """Return the speed at a fraction `mfu` of the peak FLOP/s."""
+        return cls(peak * mfu, f"{mfu:.0%} of {peak / 1e12:.0f} TFLOP/s (dense bf16)")
+
+    @classmethod
+    def given(cls, tflops: float) -> "Speed":
+        """Return a speed in TFLOP/s."""
+        return cls(tflops * 1e12, f"{tflops:g} TFLOP/s")
 
 
 class AssumedGrid(LatentGrid):
@@ -143,22 +172,6 @@ def prepared_manifests(paths: Sequence[str]) -> list[Manifest]:
     return [Manifest.load(path) for path in paths] if exist else []
 
 
-def prepared_samples(name: str, manifests: Sequence[Manifest]) -> Counter[LatentShape]:
-    """Return the number of training samples of each latent shape.
-
-    Raises:
-        InputError: there are no training samples.
-    """
-    samples: Counter[LatentShape] = Counter()
-    for manifest in manifests:
-        for shard in manifest.of_split("train"):
-            if shard.kind == KINDS[name]:
-                samples[shard.shape[0], shard.shape[2], shard.shape[3]] += shard.count
-    if not samples:
-        raise InputError(f"{manifests[0].path} contains no {name} for training: prepare some.")
-    return samples
-
-
 def assumed_samples(
     name: str, source: SourceConfig, sizes: Sequence[str] | None, grid: LatentGrid, patch_size: int
 ) -> Counter[LatentShape]:
@@ -212,29 +225,24 @@ def read_sources(
             samples = prepared_samples(name, manifests[name])
         else:
             samples = assumed_samples(name, source, sizes.get(name), grid, patch_size)
-        buckets = [
-            PlannedBucket((count,), source.clip_lengths(name, frames), height, width)
-            for (frames, height, width), count in samples.items()
-        ]
-        sources.append(PlannedSource(name, tuple(buckets), source, patch_size))
+        sources.append(planned_source(name, samples, source, patch_size))
     return tuple(sources), grid, frozenset(name for name in used if not manifests[name])
 
 
-def report(recipe: EstimatedRecipe, capacity: float, peak: float, mfu: float) -> str:
+def report(recipe: EstimatedRecipe, capacity: float, speed: Speed) -> str:
     """Return the estimate as text.
 
     Args:
         recipe: to estimate.
         capacity: memory of a GPU in bytes.
-        peak: peak FLOP/s of a GPU.
-        mfu: fraction of the peak that training is assumed to achieve.
+        speed: of a GPU.
     """
     run = recipe.run
     sections = (
         model_and_data(recipe),
         memory_table(run, capacity),
         what_fits(run, capacity),
-        compute(run, peak, mfu),
+        compute(run, speed),
     )
     return "\n\n".join(sections)
 
@@ -331,7 +339,7 @@ def what_fits(run: RunSettings, capacity: float) -> str:
     return "\n".join(lines)
 
 
-def compute(run: RunSettings, peak: float, mfu: float) -> str:
+def compute(run: RunSettings, speed: Speed) -> str:
     """Return sentences on the FLOPs of an optimizer step by part, and on the duration of a step and of the run.
 
     They are means over the steps if the sources alternate.
@@ -340,24 +348,12 @@ def compute(run: RunSettings, peak: float, mfu: float) -> str:
     total = sum(parts.values())
     of_sources = [f"{source.name}: {flops(sum(source_flops(run, source).values()))}" for source in run.sources]
     average = f" on average ({', '.join(of_sources)})" if min(run.plan.step_shares) < 1 else ""
-    seconds = total / (run.gpus * peak * mfu)
+    seconds = step_seconds(run, speed.flops_per_s)
     recomputed = ", and a third more to recompute activations" if run.backbone.activation_checkpointing else ""
     shares = ", ".join(f"{name.replace('_', ' ')} {count / total:.1%}" for name, count in parts.items())
     run_time = f", and {run.max_steps:,} steps {duration(run.max_steps * seconds)}" if run.max_steps > 0 else ""
     return (
         f"An optimizer step takes {flops(total)}{average}, {flops(total / run.gpus)} per GPU{recomputed}:\n"
         f"  {shares}\n"
-        f"At {mfu:.0%} of {peak / 1e12:.0f} TFLOP/s (dense bf16) a step takes {duration(seconds)}{run_time}."
+        f"At {speed.text} a step takes {duration(seconds)}{run_time}."
     )
-
-
-def flops(count: float) -> str:
-    """Return a number of floating-point operations in the largest unit that leaves at least 1."""
-    unit, size = next(((unit, size) for unit, size in FLOP_UNITS if count >= size), FLOP_UNITS[-1])
-    return f"{count / size:.3g} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in the largest unit that leaves at least 1."""
-    unit, size = next(((unit, size) for unit, size in TIME_UNITS if seconds >= size), TIME_UNITS[-1])
-    return f"{seconds / size:.3g} {unit}"

@@ -11,6 +11,7 @@ from gpdit_lightning.data.source import KINDS
 from gpdit_lightning.errors import InputError
 
 SHIPPED = "gpdit:"  # `gpdit:stage2_mixed` is the shipped recipe stage2_mixed.yaml
+AUTO = "gpdit:auto"  # a recipe that `fit` plans for its data
 
 
 def recipes_folder() -> Path:
@@ -33,6 +34,11 @@ def recipe_path(name: str | Path) -> Path:
     name = str(name)
     if not name.startswith(SHIPPED):
         return Path(name)
+    if name == AUTO:
+        raise InputError(
+            f"{AUTO} is a recipe of fit, validate and test only: write one with `python -m gpdit_lightning plan`, and "
+            "give its path."
+        )
     key = name.removeprefix(SHIPPED).removesuffix(".yaml")
     shipped = {path.relative_to(recipes_folder()).with_suffix("").as_posix(): path for path in shipped_recipes()}
     if key in shipped:

@@ -19,6 +19,8 @@ class HardwareOptions(OptionRecord):
     """GiB of memory per GPU."""
     mfu: float = 0.4
     """Assumed model FLOPs utilization: the fraction of the peak FLOP/s that training achieves."""
+    tflops: float | None = None
+    """TFLOP/s that training achieves on each device, if measured (perf/tflops_per_s); replaces --gpu and --mfu."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +47,5 @@ class EstimateOptions(RecipeOptions, HardwareOptions, SizeOptions):
             raise InputError(f"--gpu_memory is {self.gpu_memory}: give a number of GiB above 0.")
         if not 0 < self.mfu <= 1:
             raise InputError(f"--mfu is {self.mfu}: give a fraction above 0, at most 1.")
+        if self.tflops is not None and not self.tflops > 0:
+            raise InputError(f"--tflops is {self.tflops}: give a number above 0.")

@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import Namespace
 
 from gpdit_lightning.cli import main
-from gpdit_lightning.cli.estimate import GIB, estimate, read_recipe, sharding_strategy
+from gpdit_lightning.cli.estimate import estimate, read_recipe, sharding_strategy
 from gpdit_lightning.data.batches import LatentDataset
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.data.manifest import Manifest
@@ -18,6 +18,7 @@ from gpdit_lightning.data.source import SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.loading import loaded_bytes
 from gpdit_lightning.estimation.requirements import memory, nearest_that_fits, overrides, source_flops, step_flops
+from gpdit_lightning.estimation.units import GIB
 from gpdit_lightning.options.estimate import EstimateOptions
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -1,0 +1,111 @@
+"""A short training that measures the speed of a planned recipe."""
+
+import gc
+import time
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from gpdit_lightning.cli.recipe_cli import build_recipe
+from gpdit_lightning.data.batches import LatentBatch, TimedLoader
+from gpdit_lightning.estimation.requirements import RunSettings, step_seconds
+from gpdit_lightning.stages import GPDiTStage
+from gpdit_lightning.training.callbacks.throughput import Throughput
+
+MAX_SECONDS = 20.0  # of a trial, after the data and the model are loaded
+MAX_STEPS = 200  # of a trial
+
+
+class TrialFinishedError(Exception):
+    """The trial has measured enough."""
+
+
+class MeasureSpeed(Callback):
+    """Measures the FLOP/s of training, from the second optimizer step on, and ends the training.
+
+    Args:
+        max_seconds: duration of the training.
+
+    Attributes:
+        flops_per_s: FLOP/s; 0 if less than two steps were trained.
+    """
+
+    def __init__(self, max_seconds: float = MAX_SECONDS) -> None:
+        self.max_seconds = max_seconds
+        self.flops_per_s = 0.0
+        self._measured: Throughput
+        self._began = 0.0
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin."""
+        assert isinstance(pl_module, GPDiTStage)
+        self._measured, self._began = Throughput(pl_module.config), time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: LatentBatch, batch_idx: int
+    ) -> None:
+        """Count a micro-batch.
+
+        The device has finished a step at its end, since `Health` waits for its gradient. The first step is slower: it
+        allocates memory and loads kernels.
+
+        Raises:
+            TrialFinishedError: the time is over, or there were enough steps.
+        """
+        step = trainer.global_step
+        ends_step, is_first, self._last_step = step != self._last_step, self._last_step == 0, step
+        if not is_first:
+            loader = trainer.train_dataloader
+            assert isinstance(loader, TimedLoader)
+            self._measured.add(batch, loader, ends_step)
+            if ends_step:
+                self.flops_per_s = self._measured.flops / self._measured.seconds
+        if time.monotonic() - self._began > self.max_seconds or trainer.global_step >= MAX_STEPS:
+            raise TrialFinishedError
+
+
+def can_measure(run: RunSettings, flops_per_s: float) -> bool:
+    """Return whether a trial can measure a run on one device: it is not sharded, and three steps are short enough."""
+    return not run.strategy.stage and 3 * step_seconds(run, flops_per_s) <= MAX_SECONDS
+
+
+def measured_flops_per_s(recipe: str, run: RunSettings) -> float | None:
+    """Train a recipe for up to 20 seconds on one device, with the share of one rank, and save nothing.
+
+    Args:
+        recipe: its text.
+        run: its settings.
+
+    Returns:
+        the FLOP/s of training; None if less than two steps were trained.
+    """
+    measure = MeasureSpeed()
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "recipe.yaml")
+        path.write_text(recipe, encoding="utf-8")
+        settings = {
+            "run_dir": Path(folder, "run"),
+            "data.max_ranks": 1,
+            "validate_every_steps": 0,
+            "preview.every_steps": 0,
+            "checkpoint.every_steps": MAX_STEPS + 1,
+            "checkpoint.keep_every_steps": 0,
+            "trainer.devices": 1,
+            "trainer.num_nodes": 1,
+            "trainer.logger": "false",
+            "trainer.enable_progress_bar": "false",
+            **{f"data.{source.name}.batch_size": source.config.batch_size // run.gpus for source in run.sources},
+        }
+        arguments = [f"--config={path}", *(f"--{name}={value}" for name, value in settings.items())]
+        cli = build_recipe("fit", arguments)
+        cli.trainer.callbacks.append(measure)  # type: ignore[attr-defined]
+        with suppress(TrialFinishedError):
+            cli.trainer.fit(cli.model, cli.datamodule, weights_only=True)
+    del cli
+    gc.collect()  # frees the memory of the device, which a training in this process may need
+    return measure.flops_per_s or None

@@ -1,0 +1,53 @@
+"""Prepared samples, by latent shape, as sources of an estimate."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.plan import PlannedBucket, PlannedSource
+from gpdit_lightning.data.source import KINDS, SourceConfig
+from gpdit_lightning.errors import InputError
+
+LatentShape = tuple[int, int, int]
+"""F, h, w."""
+
+
+def prepared_samples(name: str, manifests: Sequence[Manifest]) -> Counter[LatentShape]:
+    """Return the number of training samples of each latent shape.
+
+    Args:
+        name: of the source.
+        manifests: its prepared data.
+
+    Raises:
+        InputError: there are no training samples.
+    """
+    samples: Counter[LatentShape] = Counter()
+    for manifest in manifests:
+        for shard in manifest.of_split("train"):
+            if shard.kind == KINDS[name]:
+                samples[shard.shape[0], shard.shape[2], shard.shape[3]] += shard.count
+    if not samples:
+        raise InputError(f"{manifests[0].path} contains no {name} for training: prepare some.")
+    return samples
+
+
+def planned_source(
+    name: str, samples: Mapping[LatentShape, int], config: SourceConfig, patch_size: int
+) -> PlannedSource:
+    """Return a source with a bucket for each latent shape.
+
+    Args:
+        name: of the source.
+        samples: number of samples of each shape.
+        config: options of the source.
+        patch_size: side of the square patch of latent pixels that is one token.
+
+    Raises:
+        InputError: the samples are too short for the options.
+    """
+    buckets = [
+        PlannedBucket((count,), config.clip_lengths(name, frames), height, width)
+        for (frames, height, width), count in samples.items()
+    ]
+    return PlannedSource(name, tuple(buckets), config, patch_size)

@@ -1,0 +1,98 @@
+"""The facts about prepared data from which a recipe is planned."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.selection import load_manifest
+from gpdit_lightning.data.source import KINDS
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.estimation.prepared import LatentShape
+from gpdit_lightning.specs import CodecSpec
+
+PLANNED = ("images", "videos")  # the sources of planned recipes; sequences fine-tune a trained model
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Prepared images and videos."""
+
+    folders: tuple[str, ...]
+    """Folders of manifests, as given."""
+    codec: CodecSpec
+    samples: Mapping[str, Mapping[LatentShape, int]]
+    """Number of training samples of each latent shape, by source."""
+    held_out: Mapping[str, Mapping[LatentShape, int]]
+    """The same for held-out samples."""
+    recordings: int
+    """Number of input files of the training samples; 0 if the manifests do not record it."""
+    classes: int
+    """Number of labels; 0 if the samples have none."""
+    has_sequences: bool
+    """Whether there are few-shot sequences too."""
+
+    @classmethod
+    def load(cls, folders: Sequence[str]) -> "TrainingData":
+        """Read manifests.
+
+        Raises:
+            InputError: a manifest cannot be read, there are no images or videos for training, or codecs differ.
+        """
+        manifests = [load_manifest(folder, "data_dir", PLANNED) for folder in folders]
+        first, *others = manifests
+        for other in others:
+            first.codec.check_same(other.codec, str(first.path), str(other.path), "prepare both with the same codec")
+        samples = {name: _count(manifests, name, "train") for name in PLANNED}
+        samples = {name: shapes for name, shapes in samples.items() if shapes}
+        has_sequences = any(shard.kind == "sequence" for manifest in manifests for shard in manifest.shards)
+        if not samples:
+            listed = " and ".join(str(manifest.path) for manifest in manifests)
+            cure = (
+                "few-shot sequences fine-tune a trained model, by `fit --config gpdit:stage4_few_shot "
+                "--model.init_args.initial_weights RUN`"
+                if has_sequences
+                else "prepare some with `python -m gpdit_lightning prepare`"
+            )
+            raise InputError(f"{listed} contains no images or videos for training: {cure}.")
+        return cls(
+            folders=tuple(folders),
+            codec=first.codec,
+            samples=samples,
+            held_out={name: _count(manifests, name, "validation") for name in samples},
+            recordings=sum(manifest.validation.get("train_sources", 0) for manifest in manifests),
+            classes=len(dict.fromkeys(label for manifest in manifests for label in manifest.labels)),
+            has_sequences=has_sequences,
+        )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The numbers of latent frames of the clips, also of held-out ones, in increasing order."""
+        shapes = {*self.samples.get("videos", ()), *self.held_out.get("videos", ())}
+        return tuple(sorted({frames for frames, *_ in shapes}))
+
+    @property
+    def patch_size(self) -> int:
+        """The side of a patch in latent pixels: 2, or 1 if the frames of some samples cannot be divided by 2."""
+        shapes = {shape for split in (self.samples, self.held_out) for source in split.values() for shape in source}
+        return 1 if any(height % 2 or width % 2 for _, height, width in shapes) else 2
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of all training samples."""
+        values = sum(
+            count * frames * height * width
+            for shapes in self.samples.values()
+            for (frames, height, width), count in shapes.items()
+        )
+        return values // self.patch_size**2
+
+
+def _count(manifests: Sequence[Manifest], name: str, split: str) -> Counter[LatentShape]:
+    """Return the number of samples of each latent shape in a split of a source."""
+    counts: Counter[LatentShape] = Counter()
+    for manifest in manifests:
+        for shard in manifest.shards:
+            if (shard.kind, shard.split) == (KINDS[name], split):
+                counts[shard.shape[0], shard.shape[2], shard.shape[3]] += shard.count
+    return counts
