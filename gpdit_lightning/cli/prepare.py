@@ -27,10 +27,14 @@ def next_command(manifest: Manifest) -> str:
     """Return a command that trains on the shards from random weights."""
     images_only = {shard.kind for shard in manifest.shards} == {"image"}
     words = [f"--config gpdit:{'stage1_image_warmup' if images_only else 'stage2_mixed'}"]
-    for_laptop = manifest.codec.name == "pca" or available_device("auto").type == "cpu"
-    words.append(f"--config gpdit:{'tiny' if for_laptop else 'b'}")
+    words.append(f"--config {size_overlay(manifest.codec)}")
     words += [f"--data_dir {shlex.quote(str(manifest.directory))}", *codec_options(manifest.codec)]
     return f"python -m gpdit_lightning fit {' '.join(words)}"
+
+
+def size_overlay(codec: CodecSpec) -> str:
+    """Return the overlay for the device of this machine: that of a laptop without a GPU, or for the codec `pca`."""
+    return "gpdit:tiny" if codec.name == "pca" or available_device("auto").type == "cpu" else "gpdit:b"
 
 
 def codec_options(codec: CodecSpec) -> list[str]:

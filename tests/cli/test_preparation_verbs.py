@@ -74,15 +74,18 @@ def test_the_next_command_trains_on_videos(
 
 
 def test_prepare_pairs_prints_a_table_and_the_next_command(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     (images / "broken.png").unlink()
     words = ["--task", "grayscale", "--codec", "pca", "--size", "16x16", "--out", str(tmp_path / "grey")]
     assert main(["prepare-pairs", "--sources", str(images), *words]) == 0
     text = capsys.readouterr().out
     assert re.search(r"sequence +6x16x2x2 +train +1 +20", text)
-    run_dir = "--run_dir runs/tiny/few_shot_grey"
-    assert f"next: python -m gpdit_lightning fit --config gpdit:few_shot/grayscale {run_dir} --data.sequ" in text
+    command = text.splitlines()[-2].removeprefix("next: python -m gpdit_lightning ")
+    assert f"--run_dir runs/few_shot_grey --data_dir {tmp_path / 'grey'}" in command
+    assert main([*shlex.split(command), "--trainer.max_steps", "1"]) == 0
+    capsys.readouterr()
     assert main(["prepare-pairs", "--sources", "nowhere", *words]) == 2
     assert re.fullmatch(r"error: nowhere does not exist: give a folder of \.jpg, .* files\.\n", capsys.readouterr().err)
 
