@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -24,8 +25,17 @@ def progress_bar(iterable: Iterable[Any] | None = None, **settings: Any) -> "tqd
         settings: other arguments of tqdm. With `disable=None` nothing is shown in a file or a pipe.
     """
     if sys.stderr.isatty():
-        return _TerminalBar(iterable, **{"dynamic_ncols": True} | settings)
+        return _TerminalBar(iterable, **_size() | settings)
     return _LineBar(iterable, **settings | {"mininterval": LOG_INTERVAL, "maxinterval": LOG_INTERVAL})
+
+
+def _size() -> dict[str, Any]:
+    """Return settings of tqdm for the size of the terminal; without a size, as in some containers, it shows nothing."""
+    try:
+        known = all(os.get_terminal_size(sys.stderr.fileno()))
+    except (OSError, ValueError):  # no terminal of the system
+        known = True
+    return {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
 
 
 def close_bars() -> None:

@@ -110,8 +110,15 @@ OTHER_NAMES = {"train": "fit", "generate": "sample"}
 # Errors of the file system that a user can correct.
 CORRECTABLE = (*DISK_FULL_ERRORS, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
-# Messages of Lightning that are not shown: advertisements, absent accelerators, the seed at every reading of a recipe.
-HIDDEN_MESSAGES = ("litlogger", "GPU available: False", "TPU available: False", "Seed set to")
+# Messages of Lightning that are not shown: advertisements, absent accelerators, the seed at every reading of a recipe,
+# and the end of the training, which `fit` prints with the checkpoint.
+HIDDEN_MESSAGES = (
+    "litlogger",
+    "GPU available: False",
+    "TPU available: False",
+    "Seed set to",
+    "`Trainer.fit` stopped: `max_steps",
+)
 
 
 def usage() -> str:
