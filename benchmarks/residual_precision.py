@@ -62,7 +62,7 @@ def stream_in(dtype: torch.dtype) -> Iterator[None]:
 
 def digit_latents(count: int, held_out: bool) -> Tensor:
     """Return latents (count, 3, C, 8, 8) of moving digits, with a standard deviation of 1."""
-    digits, codec = load_digits(), PcaCodec.load()
+    (digits, _), codec = load_digits(), PcaCodec.load()
     digits = digits[-HELD_OUT_DIGITS:] if held_out else digits[:-HELD_OUT_DIGITS]
     clips = []
     for number in range(count):

@@ -3,10 +3,11 @@
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,7 +21,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.generation.contexts import ContextSettings, read_contexts
-from gpdit_lightning.media.images import parse_size, write_strip
+from gpdit_lightning.media.images import animation_pages, parse_size, write_animation, write_strip
 from gpdit_lightning.media.video import iterate_frames
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.chain import ChainOptions
@@ -36,28 +37,37 @@ from gpdit_lightning.preparation import (
 from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.progress import progress_bar
 
+VERSION = 2  # of the videos and the codec: data and models of other versions do not fit
 VIDEOS, HELD_OUT_VIDEOS, SEED = 1200, 64, 0
 FRAME_SIZE = "64x64"
 CLIP, SHORTEST_CLIP = 21, 17  # frames at the training stride
 CONTEXT = 9  # context frames of a clip; the others are generated
 PAIRS, HELD_OUT_PAIRS = 40, 4
-SAMPLER_STEPS = 8
+SAMPLER_STEPS = 2  # the motion of the context determines the next frames: more steps add detail, and errors
 STRIP_CLIPS = 4  # clips in sample.png
+ANIMATED_CLIPS = 2  # clips in sample.mp4 and sample.gif
+ANIMATED_SIDE = 144  # pixels along a side of their frames
 SAMPLING_BATCH = 16  # clips
 
 
 def demo(options: DemoOptions) -> None:
     """Prepare data, train four stages, generate, and print the paths of the results."""
     run_dir = options.run_dir
+    check_run_dir(run_dir, options.videos)
     print("1/3  videos -> latents")
     videos = video_options(run_dir, options.videos)
+    if options.videos:
+        check_splits(options.videos, {str(file.split) for file in list_input_files(videos)}, "")
     manifest = prepare(videos)
     if manifest is None:
         raise InputError(f"another process prepares {videos.out}: wait for it, or give another --run_dir.")
     print(summary(manifest))
+    if options.videos:
+        long_enough = f" of {videos.stride * (SHORTEST_CLIP - 1) + 1} or more frames"
+        check_splits(options.videos, {shard.split for shard in manifest.shards}, long_enough)
     write_images(run_dir / "images", list_input_files(videos))
-    prepare(image_options(run_dir))
-    prepare_pairs(pair_options(run_dir))
+    prepare(image_options(run_dir, videos.codec))
+    prepare_pairs(pair_options(run_dir, videos.codec))
     print("2/3  training on images, images and videos, longer videos, and few-shot sequences")
     steps = [f"--trainer.max_steps={options.max_steps}"] if options.max_steps else []
     chain(ChainOptions(config=["gpdit:demo/chain"], overrides=[f"--runs={run_dir}", *steps]))
@@ -67,12 +77,53 @@ def demo(options: DemoOptions) -> None:
     shutil.copyfile(few_shot, run_dir / "few_shot.png")
     print(
         f"\nResults:\n  {run_dir}/sample.png     context, then generated frames above the ground truth\n"
-        f"  {run_dir}/sample.mp4     the first of these clips as a video: generated left, ground truth right\n"
+        f"  {run_dir}/sample.mp4     the first of these clips as a video, and {run_dir}/sample.gif\n"
         f"  {run_dir}/few_shot.png   colour to grayscale, learned from 20 sequences; the last column is generated\n"
         f"  tensorboard --logdir {run_dir}   metrics, and previews during training\n"
-        "To continue one of your videos:\n"
-        f"  python -m gpdit_lightning sample --checkpoint {run_dir}/stage3_long_video --context VIDEO --out out.mp4"
+        f"To continue {'one of your videos' if options.videos else 'another video of digits'}:\n"
+        f"  python -m gpdit_lightning sample --checkpoint {run_dir}/stage3_long_video --steps {SAMPLER_STEPS} "
+        f"--context {'VIDEO' if options.videos else run_dir / 'movies/held_out/digit_0004.mp4'} --out out.mp4"
     )
+
+
+def check_run_dir(run_dir: Path, videos: Path | None) -> None:
+    """Record in a new run folder which demo it holds.
+
+    Raises:
+        InputError: the folder holds a demo of another version, or of other videos.
+    """
+    cure = "remove that folder, or give another --run_dir"
+    record = run_dir / "demo.json"
+    demo_of_run = {"version": VERSION, "videos": str(videos.resolve()) if videos else None}
+    if record.exists():
+        found = json.loads(record.read_text(encoding="utf-8"))
+    elif any((run_dir / name).exists() for name in ("movies", "images", "latents")):
+        found = {"version": 1}
+    else:
+        with atomic_write(record) as path:
+            path.write_text(json.dumps(demo_of_run), encoding="utf-8")
+        return
+    if found["version"] != VERSION:
+        raise InputError(f"{run_dir} holds a demo that was begun by another version of this package: {cure}.")
+    if found != demo_of_run:
+        raise InputError(
+            f"{run_dir} holds the demo of {found['videos'] or 'the digits'}, not of {videos or 'the digits'}: {cure}."
+        )
+
+
+def check_splits(videos: Path, splits: Collection[str], kind: str) -> None:
+    """Raise `InputError` unless there are videos for training and held-out ones.
+
+    Args:
+        videos: the user's folder.
+        splits: the splits that have videos.
+        kind: a requirement of the videos, for the message.
+    """
+    if not {"train", "validation"} <= set(splits):
+        raise InputError(
+            f"{videos} has too few videos{kind}: the demo trains on some and continues others, so give --videos a "
+            f"folder of at least two{kind}."
+        )
 
 
 def video_options(run_dir: Path, videos: Path | None) -> PrepareOptions:
@@ -87,7 +138,7 @@ def video_options(run_dir: Path, videos: Path | None) -> PrepareOptions:
         videos=[videos],
         validation_videos=held_out,
         validation_fraction=0.2,
-        codec="pca",
+        codec="pca" if held_out == [] else "pca_digits",
         video_sizes=[FRAME_SIZE],
         clip_frames=CLIP,
         least_clip_frames=SHORTEST_CLIP,
@@ -112,20 +163,20 @@ def write_images(directory: Path, videos: Sequence[InputFile]) -> None:
                     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
 
 
-def image_options(run_dir: Path) -> PrepareOptions:
+def image_options(run_dir: Path, codec: str) -> PrepareOptions:
     """Return how to prepare the images of the first two stages."""
     images = run_dir / "images"
     return PrepareOptions(
         out=run_dir / "latents" / "laion",
         images=[images / "train"],
         validation_images=[images / "validation"],
-        codec="pca",
+        codec=codec,
         image_sizes=[FRAME_SIZE],
         batch_size=64,
     )
 
 
-def pair_options(run_dir: Path) -> PreparePairsOptions:
+def pair_options(run_dir: Path, codec: str) -> PreparePairsOptions:
     """Return how to build few-shot sequences from images of the training videos and their grayscale versions."""
     return PreparePairsOptions(
         out=run_dir / "latents" / "few_shot",
@@ -134,7 +185,7 @@ def pair_options(run_dir: Path) -> PreparePairsOptions:
         pairs=PAIRS,
         held_out_pairs=HELD_OUT_PAIRS,
         size=FRAME_SIZE,
-        codec="pca",
+        codec=codec,
     )
 
 
@@ -189,29 +240,67 @@ def evaluate(run_dir: Path, preparation: PrepareOptions) -> str:
     codec = load_codec_from_spec(model.codec, owner=str(run_dir))
     clips, rate = held_out_clips(preparation, model.geometry.stride, codec)
     generated = continue_clips(model, codec, clips)
-    write_video(run_dir / "sample.mp4", torch.cat((generated[0], clips[0]), dim=-1), rate)
+    write_animations(run_dir, generated, clips, rate)
     rows = {}
     for clip in range(min(STRIP_CLIPS, len(clips))):
         rows[f"{clip + 1} generated"], rows[f"{clip + 1} ground truth"] = generated[clip], clips[clip]
     write_strip(run_dir / "sample.png", rows, columns=clips.shape[1], context=CONTEXT)
 
-    ground_truth, last = clips[:, CONTEXT:].float(), clips[:, CONTEXT - 1 : CONTEXT].float()
-    error, copy_error = (
-        (future - ground_truth).square().mean(dim=(0, 2, 3, 4)) for future in (generated[:, CONTEXT:].float(), last)
+    error, codec_error, copy_error = (
+        squared_errors(videos, clips)
+        for videos in (generated, through_codec(codec, clips), clips[:, CONTEXT - 1 : CONTEXT])
     )
     report = {
         "clips": len(clips),
         "step": model.step,
         "ratio": float(error.mean() / copy_error.mean()),
         "error": error.tolist(),
+        "codec_error": codec_error.tolist(),
         "copy_error": copy_error.tolist(),
     }
     with atomic_write(run_dir / "report.json") as path:
         path.write_text(json.dumps(report, indent=2))
     return (
         f"mean squared error (8-bit levels) on {len(clips)} held-out clips, {CONTEXT} frames of context\n"
-        f"{error_table(error, copy_error)}"
+        f"{error_table(error, codec_error, copy_error)}\n"
+        "ratio: error relative to repeating the last context frame (0: perfect, above 1: worse than repeating); the "
+        "codec alone is the limit of every model; at +1 little has moved, so repeating is hard to beat"
     )
+
+
+def write_animations(run_dir: Path, generated: Tensor, clips: Tensor, rate: Fraction) -> None:
+    """Write `sample.mp4` and `sample.gif`: what is given, the generated clip and the ground truth, for the first clips.
+
+    Args:
+        run_dir: the folder.
+        generated, clips: (B, T, 3, H, W) uint8.
+        rate: frames per second.
+    """
+    given = clips.clone()
+    given[:, CONTEXT:] = clips[:, CONTEXT - 1 : CONTEXT]  # stands still where generation begins
+    videos = {"given": given, "generated": generated, "ground truth": clips}
+    columns = {label: video[:ANIMATED_CLIPS] for label, video in videos.items()}
+    write_animation(run_dir / "sample.gif", columns, float(rate), ANIMATED_SIDE, CONTEXT)
+    pages = animation_pages(run_dir / "sample.mp4", columns, ANIMATED_SIDE, CONTEXT)
+    pixels = torch.stack([torch.from_numpy(np.array(page)) for page in pages]).permute(0, 3, 1, 2)
+    height, width = (side // 2 * 2 for side in pixels.shape[2:])  # mp4 needs even sides
+    write_video(run_dir / "sample.mp4", pixels[..., :height, :width], rate)
+
+
+def through_codec(codec: Codec, clips: Tensor) -> Tensor:
+    """Return clips (B, T, 3, H, W) after encoding and decoding."""
+    return torch.cat([codec.decode(codec.encode(batch)) for batch in clips.split(SAMPLING_BATCH)])
+
+
+def squared_errors(videos: Tensor, clips: Tensor) -> Tensor:
+    """Return the mean squared error of each frame after the context: (T - CONTEXT,).
+
+    Args:
+        videos: (B, T, 3, H, W) uint8, or a single frame (B, 1, 3, H, W) that is repeated.
+        clips: the ground truth (B, T, 3, H, W) uint8.
+    """
+    future = videos[:, CONTEXT:] if videos.shape[1] > 1 else videos
+    return (future.float() - clips[:, CONTEXT:].float()).square().mean(dim=(0, 2, 3, 4))
 
 
 def continue_clips(model: TrainedModel, codec: Codec, clips: Tensor) -> Tensor:
@@ -228,10 +317,13 @@ def continue_clips(model: TrainedModel, codec: Codec, clips: Tensor) -> Tensor:
     return torch.cat([video.pixels for video in videos])
 
 
-def error_table(error: Tensor, copy_error: Tensor) -> str:
+def error_table(error: Tensor, codec_error: Tensor, copy_error: Tensor) -> str:
     """Return the errors of each generated frame, (T,) each, and their means as a table."""
-    rows = [(f"+{frame}", *errors) for frame, errors in enumerate(zip(error, copy_error, strict=True), start=1)]
-    rows.append(("mean", error.mean(), copy_error.mean()))
-    lines = [f"{'frame':>8}{'generated':>12}{'last frame repeated':>22}{'ratio':>8}"]
-    lines += [f"{name:>8}{ours:>12.1f}{copied:>22.1f}{ours / copied:>8.2f}" for name, ours, copied in rows]
+    errors = torch.stack((error, codec_error, copy_error), dim=1)
+    rows = [(f"+{frame}", values) for frame, values in enumerate(errors, start=1)] + [("mean", errors.mean(dim=0))]
+    lines = [f"{'frame':>8}{'generated':>12}{'codec alone':>14}{'last repeated':>16}{'ratio':>8}{'of codec alone':>16}"]
+    lines += [
+        f"{name:>8}{ours:>12.1f}{codec:>14.1f}{copied:>16.1f}{ours / copied:>8.2f}{codec / copied:>16.2f}"
+        for name, (ours, codec, copied) in rows
+    ]
     return "\n".join(lines)

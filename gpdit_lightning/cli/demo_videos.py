@@ -1,6 +1,12 @@
-"""Synthetic videos for `demo`: handwritten digits that move over a coloured background."""
+"""Synthetic videos for `demo`: handwritten digits that move over a coloured background.
+
+A video has one tint, which is added to the grey levels of the digit and of the background alike. So the colour of a
+frame is the same everywhere, and its shape is in the brightness alone, which a linear codec represents with few
+numbers.
+"""
 
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +22,20 @@ DIGIT = 32  # side of a digit in pixels
 FPS = 24
 FRAMES = 61  # per video: 21 at a stride of 3
 MIN_PATH_LENGTH = 18  # pixels between the ends of a digit's path
+BACKGROUND, INK = 0.2, 0.8  # brightness, of at most 1
+MAX_TINT = 0.15  # added to or subtracted from the red, the green and the blue of all pixels
 HELD_OUT_DIGITS = 300  # of scikit-learn's 1,797 scanned digits: the last ones appear in held-out videos only
 
 
-def load_digits() -> Tensor:
-    """Return the handwritten digits of scikit-learn, enlarged: (1797, 1, DIGIT, DIGIT) in [0, 1]."""
+@cache
+def load_digits() -> tuple[Tensor, Tensor]:
+    """Return the digits of scikit-learn, enlarged: scans (1797, 1, DIGIT, DIGIT) in [0, 1] and digits (1797,)."""
     from sklearn.datasets import load_digits as load
 
-    scans = torch.from_numpy(load().images).float()[:, None] / 16
-    return F.interpolate(scans, size=(DIGIT, DIGIT), mode="bicubic", antialias=True).clamp(0, 1)
+    data = load()
+    scans = torch.from_numpy(data.images).float()[:, None] / 16
+    enlarged = F.interpolate(scans, size=(DIGIT, DIGIT), mode="bicubic", antialias=True).clamp(0, 1)
+    return enlarged, torch.from_numpy(data.target)
 
 
 def random_path(generator: np.random.Generator) -> np.ndarray:
@@ -36,26 +47,30 @@ def random_path(generator: np.random.Generator) -> np.ndarray:
 
 
 def render(digit: Tensor, generator: np.random.Generator) -> Tensor:
-    """Return a video (FRAMES, 3, SIZE, SIZE), uint8, of a light digit (1, DIGIT, DIGIT) on a dark colour."""
+    """Return a video (FRAMES, 3, SIZE, SIZE), uint8, of a light digit (1, DIGIT, DIGIT) on a dark background."""
     x, y = torch.from_numpy(random_path(generator)).float().T
-    background = torch.from_numpy(generator.uniform(0, 0.35, 3)).float()[None, :, None, None]
-    ink = float(generator.uniform(0.75, 1.0))
+    tint = torch.from_numpy(generator.uniform(-MAX_TINT, MAX_TINT, 3)).float().view(3, 1, 1)
     # The position of each pixel on the digit in grid_sample's coordinates [-1, 1], so that motion is in subpixels.
     pixels = torch.arange(SIZE) + 0.5
     columns = (pixels[None] - x[:, None]) / DIGIT * 2 - 1
     rows = (pixels[None] - y[:, None]) / DIGIT * 2 - 1
     grid = torch.stack((columns[:, None, :].expand(-1, SIZE, -1), rows[:, :, None].expand(-1, -1, SIZE)), dim=-1)
     mask = F.grid_sample(digit.expand(FRAMES, -1, -1, -1), grid, align_corners=False)
-    return ((background + mask * (ink - background)) * 255).round().byte()
+    return ((BACKGROUND + mask * (INK - BACKGROUND) + tint) * 255).round().byte()
+
+
+def draw_video(number: int, held_out: bool, seed: int) -> tuple[Tensor, int]:
+    """Return a video (FRAMES, 3, SIZE, SIZE), uint8, and its digit; held-out ones show other scans on other paths."""
+    digits, values = load_digits()
+    digits, values = (x[-HELD_OUT_DIGITS:] if held_out else x[:-HELD_OUT_DIGITS] for x in (digits, values))
+    generator = np.random.default_rng([seed, held_out, number])
+    choice = generator.integers(len(digits))
+    return render(digits[choice], generator), int(values[choice])
 
 
 def write_videos(directory: Path, count: int, held_out: bool, seed: int) -> None:
-    """Write `count` mp4 files; held-out ones show other digits on other paths. Existing files are kept."""
-    digits = load_digits()
-    digits = digits[-HELD_OUT_DIGITS:] if held_out else digits[:-HELD_OUT_DIGITS]
+    """Write `count` mp4 files; arguments as for `draw_video`. Existing files are kept."""
     for number in progress_bar(range(count), desc=f"drawing {directory.name}", unit="video", leave=False):
         path = directory / f"digit_{number:04d}.mp4"
-        if path.exists():
-            continue
-        generator = np.random.default_rng([seed, held_out, number])
-        write_video(path, render(digits[generator.integers(len(digits))], generator), Fraction(FPS))
+        if not path.exists():
+            write_video(path, draw_video(number, held_out, seed)[0], Fraction(FPS))

@@ -259,6 +259,8 @@ def model_and_data(recipe: EstimatedRecipe) -> str:
         sizes = {f"{shape.height * spatial_factor}x{shape.width * spatial_factor}" for shape in shapes}
         lengths = value_range([shape.frames for shape in shapes])
         lengths += ", loss on targets only" if source.config.loss_frames == "targets" else ""
+        if source.config.frames_without_loss:
+            lengths += f", no loss on the first {source.config.frames_without_loss}"
         batch = f"{source.config.tokens:,} tokens" if source.config.tokens else f"{source.config.batch_size}"
         clips = value_range([shape.samples // run.gpus for shape in shapes])
         steps = f", in {share} of the steps" if share < 1 else ""

@@ -2,7 +2,8 @@
 
 Without folders it computes the weights that ship with the package, from images that may be redistributed: the two
 photographs and the handwritten digits of scikit-learn. Still images become clips by a moving camera, so that the
-components of four frames represent motion.
+components of four frames represent motion. The weights of `pca_digits` are the result of
+`--videos runs/demo/movies/train --video_size 64 --stride 3` after `demo`.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpdit_lightning.codecs.fitting_clips import SEED, folder_clips, shipped_clips
+from gpdit_lightning.codecs.fitting_clips import SEED, SIZE, folder_clips, shipped_clips
 from gpdit_lightning.codecs.pca import COMPONENTS, FIRST_FRAME_GAIN, GROUP, WEIGHT_SHAPES, PcaCodec, blocks_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
@@ -105,11 +106,15 @@ def main() -> None:
     )
     parser.add_argument("--images", nargs="+", type=Path, default=[], help="folders of images to fit on")
     parser.add_argument("--videos", nargs="+", type=Path, default=[], help="folders of videos to fit on")
+    parser.add_argument("--video_size", type=int, default=SIZE, help="side in pixels to which videos are resized")
+    parser.add_argument("--stride", type=int, default=1, help="use every stride-th frame of a video")
     parser.add_argument("--out", type=Path, required=True, help="the weights file to write (.safetensors)")
     options = parser.parse_args()
     try:
         clips = (
-            list(folder_clips(options.images, options.videos)) if options.images or options.videos else shipped_clips()
+            list(folder_clips(options.images, options.videos, options.video_size, options.stride))
+            if options.images or options.videos
+            else shipped_clips()
         )
         codec = fit(clips)
     except InputError as error:

@@ -130,15 +130,25 @@ def _log_uniform(low: float, high: float, generator: torch.Generator) -> float:
     return math.exp(_uniform(math.log(low), math.log(high), generator))
 
 
-def folder_clips(images: list[Path], videos: list[Path]) -> Iterator[Tensor]:
-    """Yield four camera clips of every image and the consecutive clips of every video, uint8 (17, 3, 128, 128)."""
+def folder_clips(images: list[Path], videos: list[Path], video_size: int = SIZE, stride: int = 1) -> Iterator[Tensor]:
+    """Yield clips of the files in folders.
+
+    Args:
+        images: folders of images, of each of which there are four camera clips.
+        videos: folders of videos, of each of which there are all consecutive clips.
+        video_size: side of the clips of videos, in pixels.
+        stride: use every stride-th frame of a video.
+
+    Yields:
+        uint8 (17, 3, 128, 128), with `video_size` in place of 128 for videos.
+    """
     generator = torch.Generator().manual_seed(SEED)
     for path in _files(images, "image"):
         image = read_image(path)[0].float() / 255
         for _ in range(CLIPS_PER_IMAGE):
             yield camera_clip([image], generator)
     for path in _files(videos, "video"):
-        frames = [frame.resized((SIZE, SIZE))[None] for frame in iterate_frames(path)]
+        frames = [frame.resized((video_size, video_size))[None] for frame in iterate_frames(path, stride=stride)]
         for start in range(0, len(frames) - FRAMES + 1, FRAMES):
             yield torch.cat(frames[start : start + FRAMES])
 

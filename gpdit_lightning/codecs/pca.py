@@ -1,12 +1,13 @@
-"""The codec `pca`: a linear codec whose weights (62 KB) ship with the package.
+"""The codecs `pca` and `pca_digits`: linear codecs whose weights (62 KB each) ship with the package.
 
 A latent frame is the first 16 principal components of each block of 4x8x8 pixels; the blocks of the first frame are
 1x8x8. Both sets of components are orthonormal, so encoding followed by decoding is a projection, which has the least
-squared error on the fitted images of all linear codes of 16 numbers per block. `fit_pca.py` computes the weights.
+squared error on the fitted images of all linear codes of 16 numbers per block. `fit_pca.py` computes the weights: those
+of `pca` from photographs and digits, those of `pca_digits` from the training videos of `demo`.
 """
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +37,9 @@ WEIGHT_SHAPES = {
 class PcaCodec(Codec):
     """Codec of 16 principal components of pixel blocks.
 
+    Attributes:
+        shipped_weights: the weights of the codec without a `source`.
+
     Args:
         weights: `first_components` (16, 192) and `later_components` (16, 768), orthonormal rows over blocks flattened
             from (frames, colours, rows, columns); `centre` (3,), the mean colour in [-1, 1]; `mean` and `std` (16,).
@@ -43,6 +47,7 @@ class PcaCodec(Codec):
     """
 
     latent_channels, spatial_factor, temporal_factor = COMPONENTS, BLOCK, GROUP
+    shipped_weights: ClassVar[Path] = SHIPPED_WEIGHTS
 
     def __init__(self, weights: dict[str, Tensor], source: str | None = None) -> None:
         self.weights = {name: weights[name].to(torch.float32) for name in WEIGHT_SHAPES}
@@ -57,15 +62,17 @@ class PcaCodec(Codec):
         Raises:
             InputError: the file is missing, or is not a weights file of this codec.
         """
-        path = SHIPPED_WEIGHTS if source is None else Path(source)
+        path = cls.shipped_weights if source is None else Path(source)
         cure = "make one with `python -m gpdit_lightning.codecs.fit_pca --out FILE`"
         try:
             with utf8_path(path) as readable:
                 weights = load_file(readable)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} is not a readable weights file of the codec 'pca' ({error}): {cure}.") from None
+            raise InputError(
+                f"{path} is not a readable weights file of the codec '{cls.name}' ({error}): {cure}."
+            ) from None
         if {name: tuple(values.shape) for name, values in weights.items()} != WEIGHT_SHAPES:
-            raise InputError(f"{path} does not contain the tensors of the codec 'pca': {cure}.")
+            raise InputError(f"{path} does not contain the tensors of the codec '{cls.name}': {cure}.")
         return cls(weights, source)
 
     def to(self, device: str | torch.device) -> Self:
@@ -96,6 +103,12 @@ class PcaCodec(Codec):
     @property
     def _centre(self) -> Tensor:
         return self.weights["centre"].view(3, 1, 1)
+
+
+class DigitsPcaCodec(PcaCodec):
+    """The same codec with the components of the videos of `demo`, for these videos only."""
+
+    shipped_weights = Path(__file__).with_name("pca_digits.safetensors")
 
 
 def blocks_of(values: Tensor, group: int) -> Tensor:

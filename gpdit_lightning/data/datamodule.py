@@ -26,6 +26,8 @@ UNUSED = SourceConfig()
 LOCAL_CACHE = CacheConfig()
 # Settings that checkpoints of earlier versions do not record, with the only value that they could have.
 EARLIER_SETTINGS = {"data.sampling": "joint"}
+# Settings of sources that checkpoints do not record.
+UNRECORDED_DEFAULTS = (("loss_frames", "all"), ("frames_without_loss", 0))
 
 
 def changes_of_order(saved: Mapping[str, Any], order: Mapping[str, Any]) -> list[str]:
@@ -217,7 +219,7 @@ class LatentDataModule(LightningDataModule):
             order |= {"data.labels": list(self.classes), "data.label_dropout": self.label_dropout}
         for name, config in self.configs.items():
             for setting, value in dataclasses.asdict(config).items():
-                if (setting, value) != ("loss_frames", "all"):  # checkpoints do not record this default
+                if (setting, value) not in UNRECORDED_DEFAULTS:
                     order[f"data.{name}.{setting}"] = value
             # The content of the shards, not their location.
             order[f"data.{name}.manifests"] = [manifest.fingerprint()[:16] for manifest in self.manifests[name]]

@@ -41,6 +41,9 @@ class SourceConfig:
     loss_frames: LossFrames = "all"
     """Frames with a loss: `all`; or, for sequences (source, target, source, target, ...), the `targets` only, each
     conditioned on all frames before it."""
+    frames_without_loss: int = 0
+    """Number of latent frames at the start of each sample that are context only, without noise and loss; 0: every frame
+    has a loss, also the first, which has no context. Faster training of models that only continue videos."""
 
     @property
     def shortest(self) -> int:
@@ -56,11 +59,16 @@ class SourceConfig:
         Raises:
             InputError: an option is negative, or a loss on targets is requested from a source that has none.
         """
-        for option in ("batch_size", "tokens", "frames", "least_frames"):
+        for option in ("batch_size", "tokens", "frames", "least_frames", "frames_without_loss"):
             if getattr(self, option) < 0:
                 raise InputError(f"data.{name}.{option} is {getattr(self, option)}; it must not be negative.")
         if self.loss_frames == "targets" and name != "sequences":
             raise InputError(f"data.{name}.loss_frames is targets, which only data.sequences has: set it to all.")
+        if self.loss_frames == "targets" and self.frames_without_loss:
+            raise InputError(
+                f"data.{name}.frames_without_loss is {self.frames_without_loss}, but loss_frames is targets: set only "
+                "one of them."
+            )
 
     def clip_lengths(self, name: str, available: int) -> tuple[int, ...]:
         """Return the numbers of latent frames that samples of a length are cut to.
@@ -87,6 +95,11 @@ class SourceConfig:
                 f"data.{name}.loss_frames is targets, but a sequence of one latent frame has none: take at least 2 "
                 "frames of each, or set it to all."
             )
+        if self.frames_without_loss >= least:
+            raise InputError(
+                f"data.{name}.frames_without_loss is {self.frames_without_loss}, but some samples have {least} latent "
+                "frames: lower it, or take more frames of each."
+            )
         return tuple(range(least, min(most, available) + 1))
 
     def noisy_frames(self, frames: int) -> tuple[int, ...] | None:
@@ -94,4 +107,6 @@ class SourceConfig:
 
         The targets are every second frame.
         """
-        return tuple(range(1, frames, 2)) if self.loss_frames == "targets" else None
+        if self.loss_frames == "targets":
+            return tuple(range(1, frames, 2))
+        return tuple(range(self.frames_without_loss, frames)) if self.frames_without_loss else None

@@ -296,6 +296,17 @@ def write_animation(
     Raises:
         InputError: no columns, or a column without clips or frames.
     """
+    pages = animation_pages(path, columns, min_side, context)
+    with atomic_write(Path(path)) as temporary:
+        pages[0].save(
+            temporary, format="GIF", save_all=True, append_images=pages[1:], duration=max(20, round(1000 / fps)), loop=0
+        )
+
+
+def animation_pages(
+    path: str | Path, columns: Mapping[str, Tensor], min_side: int = 96, context: int = 0
+) -> list[Image.Image]:
+    """Return the frames of an animation, one page per frame; arguments and errors as for `write_animation`."""
     if not columns or any(0 in clips.shape for clips in columns.values()):
         raise InputError(f"there are no frames to write to {path}: give every column at least one clip.")
     first = next(iter(columns.values()))
@@ -318,10 +329,7 @@ def write_animation(
                 frame = _enlarged(frames[number], (cell_width, cell_height))
                 page.paste(frame, (left, head + row * (cell_height + border)))
         pages.append(page)
-    with atomic_write(Path(path)) as temporary:
-        pages[0].save(
-            temporary, format="GIF", save_all=True, append_images=pages[1:], duration=max(20, round(1000 / fps)), loop=0
-        )
+    return pages
 
 
 def _cell_size(frames: Tensor, min_side: int) -> tuple[int, int]:

@@ -20,8 +20,8 @@ class CodecOptions(DeviceOptions):
     """Codec."""
 
     codec: str = "wan"
-    """wan (the WanVAE, as in the paper), pca (needs no download), or the import path of a codec class
-    (docs/extending.md)."""
+    """wan (the WanVAE, as in the paper), pca (needs no download), pca_digits (for the videos of `demo` only), or the
+    import path of a codec class (docs/extending.md)."""
     codec_source: str | None = None
     """Weights of the codec: a folder or hub name for wan, a file for pca; by default its standard weights."""
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from gpdit_lightning.cli import demo, demo_videos, main
 from gpdit_lightning.cli.recipe_files import recipe_path
+from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.media.video import video_info
 from gpdit_lightning.media.video_writer import write_video
 
@@ -29,6 +31,8 @@ def test_demo_writes_its_results_and_resumes(tmp_path: Path, capsys: pytest.Capt
     assert main(["demo", "--run_dir", str(run_dir), "--max_steps", "2"]) == 0
     printed = capsys.readouterr().out
     assert "2 held-out clips" in printed
+    assert "codec alone" in printed
+    assert Manifest.load(run_dir / "latents" / "video").codec.name == "pca_digits"
     assert str(run_dir / "sample.png") in printed
     for stage in STAGES:
         assert (run_dir / stage / "checkpoints" / "last.ckpt").is_dir()
@@ -37,16 +41,44 @@ def test_demo_writes_its_results_and_resumes(tmp_path: Path, capsys: pytest.Capt
     for name in ("sample.png", "few_shot.png"):
         assert (run_dir / name).stat().st_size > 0
     info = video_info(run_dir / "sample.mp4")
-    assert (info.height, info.width, info.fps) == (64, 128, Fraction(8))
+    with Image.open(run_dir / "sample.gif") as animation:
+        assert animation.n_frames == info.frames == demo.CLIP
+        assert min(info.height, animation.height) >= 256
+    assert info.fps == Fraction(8)
     report = json.loads((run_dir / "report.json").read_text())
     assert report["step"] == 2
     assert len(report["error"]) == len(report["copy_error"]) == demo.CLIP - demo.CONTEXT
+    assert 0 < sum(report["codec_error"]) < 0.1 * sum(report["copy_error"])
 
     times = {path: path.stat().st_mtime_ns for name in ("mp4", "tar", "ckpt") for path in run_dir.rglob(f"*.{name}")}
     del times[run_dir / "sample.mp4"]
     assert main(["demo", "--run_dir", str(run_dir), "--max_steps", "2"]) == 0
     assert capsys.readouterr().out.count("finished at step 2") == len(STAGES)
     assert times == {path: path.stat().st_mtime_ns for path in times}
+
+    videos = tmp_path / "videos"
+    assert main(["demo", "--videos", str(videos), "--run_dir", str(run_dir)]) == 2
+    assert f"{run_dir} holds the demo of the digits, not of {videos}" in capsys.readouterr().err
+
+
+def test_demo_of_an_earlier_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "movies").mkdir()
+    assert main(["demo", "--run_dir", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds a demo that was begun by another version" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["movies"]
+
+
+@pytest.mark.parametrize(("lengths", "said"), [((60,), "too few videos:"), ((60, 20), "videos of 49 or more frames")])
+def test_too_few_videos_are_refused_before_training(
+    lengths: tuple[int, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number, length in enumerate(lengths):
+        write_video(videos / f"{number}.mp4", torch.full((length, 3, 64, 64), number, dtype=torch.uint8), 30)
+    assert main(["demo", "--videos", str(videos), "--run_dir", str(tmp_path / "demo")]) == 2
+    assert f"{videos} has too few videos" in (error := capsys.readouterr().err)
+    assert said in error
 
 
 def test_demo_with_given_videos(tmp_path: Path) -> None:
@@ -65,7 +97,7 @@ def test_demo_with_given_videos(tmp_path: Path) -> None:
 
 
 def test_rendered_video_depends_on_the_seed_only() -> None:
-    digit = demo_videos.load_digits()[0]
+    digit = demo_videos.load_digits()[0][0]
     first, again, held_out = (
         demo_videos.render(digit, np.random.default_rng([0, is_held_out, 0])) for is_held_out in (False, False, True)
     )

@@ -302,6 +302,7 @@ def test_loss_frames_apply_to_training_and_validation(tmp_path: Path, write_shar
         ("images", {}, r"data\.images\.loss_frames is targets, which only data\.sequences has"),
         ("sequences", {"frames": 1}, r"data\.sequences\.loss_frames is targets, but a sequence of one latent frame"),
         ("sequences", {"least_frames": 1}, r"has none: take at least 2 frames of each, or set it to all"),
+        ("sequences", {"frames_without_loss": 1}, r"frames_without_loss is 1, but loss_frames is targets"),
     ],
 )
 def test_a_loss_on_targets_without_targets_is_rejected(
@@ -310,6 +311,21 @@ def test_a_loss_on_targets_without_targets_is_rejected(
     folder = write_shards(tmp_path, {IMAGE: 3, VIDEO: 3, ("train", "sequence", (2, 8, 8)): 3}).directory
     with pytest.raises(InputError, match=message):
         LatentDataModule(**{name: source(folder, loss_frames="targets", **settings)})  # type: ignore[arg-type]
+
+
+def test_frames_without_loss_apply_to_training_and_validation(tmp_path: Path, write_shards: Shards) -> None:
+    counts = {(split, "video", (4, 8, 8)): 4 for split in ("train", "validation")}
+    folder = write_shards(tmp_path, counts).directory
+    data = at_step(LatentDataModule(videos=source(folder, frames_without_loss=2)))
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        batch = next(iter(loader))
+        assert (batch.frames, batch.noise.shape, batch.latents.shape[1]) == ((2, 3), (4, 2, 4, 8, 8), 4)
+    before = LatentDataModule(videos=source(folder)).state_dict()
+    assert not any("frames_without_loss" in name for name in before["order"])
+    with pytest.raises(InputError, match=r"data\.videos\.frames_without_loss = none and the recipe has 2;"):
+        data.load_state_dict(before)
+    with pytest.raises(InputError, match=r"frames_without_loss is 4, but some samples have 4 latent frames"):
+        LatentDataModule(videos=source(folder, frames_without_loss=4))
 
 
 def test_a_checkpoint_resumes_only_with_the_same_loss_frames(tmp_path: Path, write_shards: Shards) -> None:

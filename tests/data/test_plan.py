@@ -391,6 +391,10 @@ def test_every_second_frame_is_a_target(frames: int, targets: tuple[int, ...]) -
     assert SourceConfig().noisy_frames(frames) is None
 
 
+def test_first_frames_can_be_context_only() -> None:
+    assert SourceConfig(frames_without_loss=2).noisy_frames(5) == (2, 3, 4)
+
+
 def test_larger_patches_make_fewer_tokens() -> None:
     small, large = (PlannedSource("videos", (bucket(9),), SourceConfig(tokens=64), size) for size in (2, 4))
     assert [source.micro_batch_size(1, 8, 8, max_ranks=2) for source in (small, large)] == [4, 16]

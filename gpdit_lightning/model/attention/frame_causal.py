@@ -66,28 +66,60 @@ def frame_causal_attention(
         clean_queries=clean.query.shape[1] // tokens if clean else 0,
         context_lengths=context_lengths,
     )
-    outputs: dict[str, list[Tensor]] = {"clean": [], "noisy": []}
-    for segment in plan:
-        stream = clean if segment.stream == "clean" else noisy
-        assert stream is not None
-        with_context = QKV(*(x[:rows_with_context] for x in stream))
-        outputs[segment.stream].append(_attend(operator, segment, tokens, context, with_context))
-    clean_out = torch.cat(outputs["clean"], dim=1) if clean else None
+    clean_out = _attend_in_segments(operator, plan, "clean", tokens, context, clean) if clean else None
     if noisy is None:
         return clean_out, None
-    noisy_rows = [torch.cat(outputs["noisy"], dim=1)] if rows_with_context else []
+    noisy_rows = []
+    if rows_with_context:
+        with_context = QKV(*(x[:rows_with_context] for x in noisy))
+        noisy_rows.append(_attend_in_segments(operator, plan, "noisy", tokens, context, with_context))
     if rows_with_context < len(noisy.query):
         # Rows without context: every frame attends to itself alone.
         without_context = QKV(*(x[rows_with_context:] for x in noisy))
         all_frames = Segment("noisy", 0, without_context.query.shape[1] // tokens, context_frames=0, own_keys=True)
-        noisy_rows.append(_attend(operator, all_frames, tokens, None, without_context))
+        noisy_rows.append(_attend_in_segments(operator, (all_frames,), "noisy", tokens, None, without_context))
     return clean_out, torch.cat(noisy_rows) if len(noisy_rows) > 1 else noisy_rows[0]
 
 
-def _attend(operator: AttentionOperator, segment: Segment, tokens: int, context: KV | None, stream: QKV) -> Tensor:
-    """Execute one segment: (B, query frames * N, heads, head width)."""
-    frames, all_frames = segment.stop - segment.start, stream.query.shape[1] // tokens
-    query, key, value = (x.unflatten(1, (all_frames, -1))[:, segment.start : segment.stop] for x in stream)
+def _attend_in_segments(
+    operator: AttentionOperator,
+    plan: Sequence[Segment],
+    stream_name: str,
+    tokens: int,
+    context: KV | None,
+    stream: QKV,
+) -> Tensor:
+    """Execute the segments of one stream, which cover its frames in order: (B, frames * N, heads, head width)."""
+    segments = [segment for segment in plan if segment.stream == stream_name]
+    frames, lengths = stream.query.shape[1] // tokens, [segment.stop - segment.start for segment in segments]
+    # One split instead of a slice per segment, whose gradient would be a mostly empty tensor of the whole stream.
+    pieces = zip(*(x.unflatten(1, (frames, -1)).split(lengths, dim=1) for x in stream), strict=True)
+    return torch.cat(
+        [_attend(operator, segment, tokens, context, *piece) for segment, piece in zip(segments, pieces, strict=True)],
+        dim=1,
+    )
+
+
+def _attend(
+    operator: AttentionOperator,
+    segment: Segment,
+    tokens: int,
+    context: KV | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    """Execute one segment.
+
+    Args:
+        operator, tokens, context: as for :func:`frame_causal_attention`.
+        segment: the segment.
+        query, key, value: (B, frames of the segment, tokens, heads, head width).
+
+    Returns:
+        (B, frames of the segment * N, heads, head width).
+    """
+    frames = segment.stop - segment.start
     key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may have another precision
     if segment.context_frames == 0:
         folded = (x.flatten(0, 1) for x in (query, key, value))
