@@ -39,6 +39,7 @@ ALLOWED = {
     "checkpoints": {"model", "diffusion"},
     "preparation": {"codecs", "data", "media", "options"},
     "generation": {"options", "model", "diffusion", "codecs", "data", "media", "checkpoints"},
+    "app": {"options", "diffusion", "media", "generation"},
     "evaluation": {"options", "model", "diffusion", "codecs", "data", "media", "checkpoints", "generation"},
     "probing": {"model", "codecs", "data", "media", "checkpoints", "evaluation"},
     "training": {"model", "diffusion", "data", "codecs", "media", "checkpoints", "estimation", "generation"},

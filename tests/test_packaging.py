@@ -43,7 +43,9 @@ def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
 
 def test_the_wheel_contains_all_data_files(installed: Path) -> None:
     package = ROOT / "gpdit_lightning"
-    expected = {path: path.relative_to(ROOT) for name in ("*.safetensors", "py.typed") for path in package.rglob(name)}
+    expected = {
+        path: path.relative_to(ROOT) for name in ("*.safetensors", "py.typed", "page/*") for path in package.rglob(name)
+    }
     expected |= {path: Path("gpdit_lightning", path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")}
     for source, path in expected.items():
         assert (installed / path).read_bytes() == source.read_bytes(), path

@@ -57,6 +57,7 @@ VERBS = {
         "Continue videos with a trained model, or generate them from noise alone.",
         "sample:SampleOptions",
     ),
+    "app": Verb("app:app", "Serve a web page on which a trained model continues videos and images.", "app:AppOptions"),
     "transform": Verb(
         "transform:transform", "Transform images as a few example pairs show.", "transform:TransformOptions"
     ),

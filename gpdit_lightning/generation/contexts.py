@@ -110,7 +110,11 @@ class VideoContext:
 
 
 def read_contexts(
-    sources: Sequence[str | Tensor], settings: ContextSettings, codec: Codec, *, skip_unusable: bool = True
+    sources: Sequence[str | Tensor | VideoContext],
+    settings: ContextSettings,
+    codec: Codec,
+    *,
+    skip_unusable: bool = True,
 ) -> list[VideoContext]:
     """Read one or more contexts from each source, in the order of the sources.
 
@@ -126,7 +130,8 @@ def read_contexts(
             - a sample of a shard, as PATH.tar#NUMBER (from 0) or PATH.tar#KEY; its beginning is the context,
             - a shard, PATH.tar, with all its samples,
             - the frames of a clip in memory, uint8 (T, 3, H, W), which are read as a folder of images is; a single
-              frame is read as an image.
+              frame is read as an image,
+            - a context that was read before.
         settings: frames, stride, sizes and other choices.
         codec: the model's codec, with which shards must have been made.
         skip_unusable: whether, of several contexts, those that are unreadable, damaged or too short are skipped with a
@@ -165,8 +170,13 @@ _Reader = Callable[[], VideoContext]
 
 
 def _readers_of(
-    source: str | Tensor, settings: ContextSettings, codec: Codec, open_shard: Callable[[Path], ShardReader]
+    source: str | Tensor | VideoContext,
+    settings: ContextSettings,
+    codec: Codec,
+    open_shard: Callable[[Path], ShardReader],
 ) -> list[_Reader]:
+    if isinstance(source, VideoContext):
+        return [lambda: source]
     if isinstance(source, Tensor):
         return [partial(_read_frames, source, settings, codec)]
     path = Path(source)

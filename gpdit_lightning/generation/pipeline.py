@@ -393,7 +393,7 @@ class GPDiTPipeline:
 
     def plan(
         self,
-        sources: Sequence[str | Tensor],
+        sources: Sequence[str | Tensor | VideoContext],
         options: GenerationOptions,
         ground_truth_frames: int = 0,
         seconds: float | None = None,
@@ -466,6 +466,17 @@ class GPDiTPipeline:
         inputs = ClipInputs([clip.seed for clip in clips], labels)
         yield from stream_video(self.model, self.codec, latents, clips[0].frames, config, inputs)
 
+    def context_loss(self, clip: Clip, latents: Tensor, config: GenerationConfig) -> float | None:
+        """Return the loss of a context relative to that of held-out data, as :func:`relative_loss`.
+
+        Args:
+            clip: the video to generate.
+            latents: whitened latents of its context, (k, C, h, w), on the device of the model.
+            config: gives the precision.
+        """
+        label = clip.label if self.labels else None
+        return relative_loss(self.trained, latents, label, config.autocast_dtype)
+
     def _context_settings(self, options: GenerationOptions, ground_truth_frames: int = 0) -> ContextSettings:
         """Return how contexts are read: like the training clips unless the options say otherwise."""
         frames, geometry = options.context_frames, self.trained.geometry
@@ -525,8 +536,7 @@ class GPDiTPipeline:
         """
         unlike = []
         for clip, latents in zip(clips, context.to(self.device), strict=True):
-            label = clip.label if self.labels else None
-            loss = relative_loss(self.trained, latents, label, config.autocast_dtype) if clip.sample == 0 else None
+            loss = self.context_loss(clip, latents, config) if clip.sample == 0 else None
             if loss is not None and loss > UNLIKE_TRAINING:
                 unlike.append(f"{clip.context.name} (velocity loss {loss:.1f} times the validation loss)")
         if unlike:

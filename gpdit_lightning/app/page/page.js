@@ -1,0 +1,428 @@
+// The page: choose a file or noise, request a video, and show its frames as they arrive.
+
+const element = (id) => document.getElementById(id);
+const form = element("settings");
+const field = (name) => form.elements.namedItem(name);
+
+const SAMPLER_HINTS = {
+  rotation: "DDIM. With few steps, uncertain frames become blurred averages.",
+  adams: "Second order: accurate with few steps, such as 8.",
+  dpm2m: "DPM-Solver++ (2M), the usual choice in the field.",
+  tangent: "Euler. Keeps the variety of the samples if there are many steps.",
+  stochastic: "Adds fresh noise in each step. Needs many steps.",
+};
+const ICONS = {
+  play: '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M3 1.5v13l11-6.5z"/></svg>',
+  pause: '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M3 2h4v12H3zM9 2h4v12H9z"/></svg>',
+};
+const HOLD_SECONDS = 0.8; // on the last frame, before the video starts again
+
+let model; // the answer of /api/model
+let source = null; // null, "noise", or the answer to an upload: {id, fps, images, still}
+let job = null; // {id, stream, total} while a video is generated
+
+// ---------------------------------------------------------------- player
+
+const player = {
+  frames: [], // images, the given ones first
+  given: 0,
+  total: 0, // frames when the video is complete
+  fps: 8,
+  time: 0, // in frames
+  playing: true,
+  isLive: false, // at the end, wait for more frames instead of starting again
+  last: 0,
+
+  load(fps) {
+    Object.assign(this, { frames: [], given: 0, total: 0, fps, time: 0, isLive: false });
+    element("strip").replaceChildren();
+  },
+
+  async add(urls, isGiven) {
+    const images = urls.map((url) => Object.assign(new Image(), { src: url, alt: "" }));
+    await Promise.all(images.map((image) => image.decode()));
+    for (const image of images) {
+      const number = this.frames.push(image) - 1;
+      image.addEventListener("click", () => this.seek(number));
+      image.classList.toggle("given", isGiven);
+      const gap = element("strip").querySelector("i");
+      if (gap) gap.replaceWith(image);
+      else element("strip").append(image);
+    }
+    if (isGiven) this.given = this.frames.length;
+    this.total = Math.max(this.total, this.frames.length);
+    this.refresh();
+  },
+
+  expect(count, aspect) {
+    this.total = this.given + count;
+    for (let number = 0; number < count; number++) {
+      const gap = document.createElement("i");
+      gap.style.aspectRatio = aspect;
+      element("strip").append(gap);
+    }
+    this.refresh();
+  },
+
+  dropGaps() {
+    for (const gap of element("strip").querySelectorAll("i")) gap.remove();
+    this.total = this.frames.length;
+    this.refresh();
+  },
+
+  refresh() {
+    const has = this.frames.length > 0;
+    show({ start: source === null, canvas: has, badge: has, timeline: has, frames: this.total > 0 });
+    const generated = this.frames.length - this.given;
+    const expected = this.total - this.given;
+    show({ "given-count": this.given > 0, "generated-count": expected > 0 });
+    element("given-count").textContent = `${this.given} given`;
+    element("generated-count").textContent = `${generated < expected ? `${generated} of ${expected}` : generated} generated`;
+    element("screen").classList.toggle("playing", has);
+    const slider = element("position");
+    slider.max = Math.max(1, this.total - 1);
+    const percent = (frames) => `${(100 * frames) / Math.max(1, this.total)}%`;
+    slider.style.setProperty("--end-given", percent(this.given));
+    slider.style.setProperty("--end-generated", percent(this.frames.length));
+    this.draw();
+  },
+
+  get number() {
+    return Math.max(0, Math.min(this.frames.length - 1, Math.floor(this.time)));
+  },
+
+  draw() {
+    const image = this.frames[this.number];
+    if (!image) return;
+    const canvas = element("canvas");
+    const scale = Math.max(1, Math.ceil(640 / Math.max(image.naturalWidth, image.naturalHeight)));
+    const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale];
+    if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+    const context = canvas.getContext("2d");
+    context.imageSmoothingQuality = "high";
+    context.drawImage(image, 0, 0, width, height);
+    const isGenerated = this.number >= this.given;
+    element("screen").classList.toggle("generated", isGenerated);
+    element("badge").textContent = isGenerated ? "generated" : "given";
+    element("position").value = this.number;
+    element("position").setAttribute("aria-valuetext", `${isGenerated ? "generated" : "given"} frame ${this.number + 1}`);
+    element("time").textContent = `frame ${this.number + 1} of ${this.total}`;
+    for (const other of element("strip").querySelectorAll(".current")) other.classList.remove("current");
+    image.classList.add("current");
+  },
+
+  seek(number) {
+    this.setPlaying(false);
+    this.time = Math.min(number, this.frames.length - 1);
+    this.draw();
+  },
+
+  setPlaying(playing) {
+    this.playing = playing;
+    element("play").innerHTML = playing ? ICONS.pause : ICONS.play;
+    element("play").setAttribute("aria-label", playing ? "Pause" : "Play");
+  },
+
+  tick(now) {
+    const seconds = Math.min(0.25, (now - this.last) / 1000);
+    this.last = now;
+    if (this.playing && this.frames.length > 1) {
+      const before = this.number;
+      this.time += seconds * this.fps;
+      if (this.isLive) this.time = Math.min(this.time, this.frames.length - 0.001);
+      else if (this.time >= this.frames.length + HOLD_SECONDS * this.fps) this.time = 0;
+      if (this.number !== before) this.draw();
+    }
+    requestAnimationFrame((next) => this.tick(next));
+  },
+};
+
+// ---------------------------------------------------------------- small helpers
+
+function show(visible) {
+  for (const [id, isVisible] of Object.entries(visible)) element(id).hidden = !isVisible;
+}
+
+function say(text, isError = false) {
+  const message = element("message");
+  message.textContent = text;
+  message.classList.toggle("error", isError);
+  message.setAttribute("role", isError ? "alert" : "status");
+  message.hidden = !text;
+}
+
+function showProgress(fraction) {
+  element("progress").hidden = fraction === null;
+  element("progress").classList.toggle("busy", fraction === undefined);
+  element("bar").style.width = fraction === undefined || fraction === null ? "" : `${100 * fraction}%`;
+}
+
+function duration(seconds) {
+  if (seconds < 1.5) return "1 second";
+  if (seconds < 90) return `${Math.round(seconds)} seconds`;
+  return `${Math.round(seconds / 60)} minutes`;
+}
+
+async function answerOf(response) {
+  const answer = await response.json().catch(() => ({}));
+  if (!response.ok) throw new Error(answer.error || `The server answered ${response.status}.`);
+  return answer;
+}
+
+async function post(path, content) {
+  let response;
+  try {
+    response = await fetch(path, { method: "POST", body: JSON.stringify(content), headers: { "Content-Type": "application/json" } });
+  } catch {
+    throw new Error("The server cannot be reached.");
+  }
+  return answerOf(response);
+}
+
+// ---------------------------------------------------------------- the source: a file or noise
+
+function upload(file, onProgress) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest(); // fetch does not report the progress of an upload
+    request.open("POST", `api/uploads?name=${encodeURIComponent(file.name)}`);
+    request.setRequestHeader("Content-Type", "application/octet-stream");
+    request.upload.onprogress = (event) => onProgress(event.loaded / event.total);
+    request.onerror = () => reject(new Error("The server cannot be reached, or refused the file."));
+    request.onload = () => {
+      const answer = JSON.parse(request.responseText || "{}");
+      if (request.status === 200) resolve(answer);
+      else reject(new Error(answer.error || `The server answered ${request.status}.`));
+    };
+    request.send(file);
+  });
+}
+
+async function useFile(file) {
+  if (!file || job || !model) return;
+  const limit = model.limits.upload;
+  if (file.size > limit * 1e6) {
+    return say(`${file.name} is larger than ${limit} MB: give a smaller file, or start the server with a larger --max_upload.`, true);
+  }
+  setBusy(true);
+  try {
+    const answer = await upload(file, (fraction) => {
+      showProgress(fraction < 1 ? fraction : undefined);
+      say(fraction < 1 ? `Sending ${file.name}…` : `Reading ${file.name}…`);
+    });
+    source = { ...answer, name: file.name };
+    show({ remark: false });
+    player.load(answer.fps);
+    await player.add(answer.images, true);
+    player.setPlaying(true);
+    const [count, seconds] = [answer.images.length, answer.images.length / answer.fps];
+    const what = count === 1 ? "The image is given." : `The last ${count} frames that the model uses (${seconds.toFixed(1)} s) are given.`;
+    say(`${what} Press “${actionName()}”.`);
+    element("results").hidden = false;
+    element("download").hidden = true;
+  } catch (error) {
+    say(error.message, true);
+  }
+  showProgress(null);
+  setBusy(false);
+}
+
+function useNoise() {
+  source = "noise";
+  player.load(model.frame_rate);
+  player.refresh();
+  refreshForm();
+  generate();
+}
+
+function forget() {
+  source = null;
+  player.load(model.frame_rate);
+  player.refresh();
+  show({ results: false, remark: false });
+  say("");
+  refreshForm();
+}
+
+// ---------------------------------------------------------------- settings
+
+function actionName() {
+  if (source === "noise") return "Generate a video";
+  if (player.frames.length > player.given) return "Continue it again";
+  return source && source.images.length === 1 ? "Continue the image" : "Continue the video";
+}
+
+function refreshForm() {
+  const fps = source && source !== "noise" ? source.fps : model.frame_rate;
+  const seconds = Number(field("seconds").value);
+  element("duration").textContent = `${seconds} s, ${Math.max(1, Math.round(seconds * fps))} frames`;
+  element("sampler-hint").textContent = SAMPLER_HINTS[field("sampler").value] || "";
+  show({ "size-field": model.sizes.length > 1 && source === "noise" });
+  show({ "label-guidance-field": field("label").value !== "" });
+  element("generate").textContent = actionName();
+  element("generate").disabled = source === null;
+}
+
+function setBusy(isBusy) {
+  for (const id of ["choose", "noise", "generate", "other"]) element(id).disabled = isBusy;
+  if (!isBusy) refreshForm();
+}
+
+function settings() {
+  const number = (name) => (field(name).value === "" ? null : Number(field(name).value));
+  return {
+    context: source === "noise" ? null : source.id,
+    seconds: number("seconds"),
+    sampler: field("sampler").value,
+    steps: number("steps"),
+    guidance: number("guidance"),
+    label: field("label").value || null,
+    label_guidance: field("label").value ? number("label_guidance") : null,
+    seed: number("seed"),
+    size: source === "noise" && model.sizes.length > 1 ? field("size").value : null,
+  };
+}
+
+function fillForm() {
+  const { initial, limits } = model;
+  const options = (select, values) => {
+    for (const value of values) select.add(new Option(value, value));
+  };
+  options(field("sampler"), model.samplers);
+  options(field("label"), model.labels);
+  options(field("size"), model.sizes);
+  Object.assign(field("seconds"), { min: Math.min(0.5, limits.seconds), max: limits.seconds });
+  Object.assign(field("steps"), { max: limits.steps });
+  Object.assign(field("guidance"), { max: limits.guidance });
+  Object.assign(field("label_guidance"), { max: limits.guidance });
+  Object.assign(field("seed"), { max: limits.seed });
+  for (const [name, value] of Object.entries(initial)) field(name).value = value;
+  show({ "label-field": model.labels.length > 0 });
+  const sizes = model.sizes.length > 3 ? `${model.sizes.length} sizes` : model.sizes.join(", ");
+  element("model").textContent = `${model.name} · ${sizes} pixels · ${Number(model.frame_rate.toFixed(2))} frames per second`;
+  element("accepted").textContent = `Videos of at most ${limits.upload_seconds} s, or images; at most ${limits.upload} MB.`;
+}
+
+// ---------------------------------------------------------------- generation
+
+async function generate() {
+  if (job || source === null || !form.reportValidity()) return;
+  if (player.frames.length > player.given && element("new-seed").checked) {
+    field("seed").value = (Number(field("seed").value) + 1) % (model.limits.seed + 1);
+  }
+  setBusy(true);
+  try {
+    const { id } = await post("api/videos", settings());
+    job = { id, stream: new EventSource(`api/videos/${id}/events`) };
+    listen(job);
+    show({ stop: true, generate: false, results: false });
+    element("stop").disabled = false;
+    show({ remark: false });
+    say("Waiting for the model…");
+    showProgress(undefined);
+  } catch (error) {
+    say(error.message, true);
+    setBusy(false);
+  }
+}
+
+function listen({ id, stream }) {
+  let done = Promise.resolve(); // events are handled in their order, though images are decoded asynchronously
+  const on = (kind, handle) =>
+    stream.addEventListener(kind, (event) => {
+      const content = JSON.parse(event.data);
+      done = done.then(() => handle(content)).catch((error) => finish(error.message, true));
+    });
+  on("queued", ({ before }) => before && say(`Waiting: ${before === 1 ? "one video is" : `${before} videos are`} generated before yours.`));
+  on("started", async (content) => {
+    job.total = content.frames;
+    player.load(content.fps);
+    if (source !== "noise") await player.add(source.images, true);
+    player.expect(content.frames, content.width / content.height);
+    player.isLive = true;
+    player.setPlaying(true);
+    say(`Generating ${content.frames} frames…`);
+  });
+  on("remark", ({ message }) => {
+    element("remark").textContent = message;
+    show({ remark: true });
+  });
+  on("frames", async ({ images, frames, seconds_left }) => {
+    await player.add(images, false);
+    element("strip").scrollTop = player.frames.at(-1).offsetTop - element("strip").offsetTop - 100;
+    showProgress(frames / job.total);
+    const left = frames < job.total ? `, about ${duration(seconds_left)} left` : "";
+    say(`Generated ${frames} of ${job.total} frames${left}.`);
+  });
+  on("done", ({ frames, seconds, stopped, video }) => {
+    const count = `${frames} frame${frames === 1 ? "" : "s"}`;
+    element("download").hidden = !video;
+    element("download").href = `api/videos/${id}.mp4`;
+    const name = source === "noise" ? "generated" : `${source.name.replace(/\.[^.]*$/, "")}-continued`;
+    element("download").download = `${name}.mp4`;
+    finish(stopped ? `Stopped after ${count}.` : `Generated ${count} in ${duration(seconds)}, with seed ${field("seed").value}.`);
+  });
+  on("failed", ({ message }) => finish(message, true));
+  stream.onerror = () => {
+    if (stream.readyState === EventSource.CLOSED) finish("The connection to the server was lost, and the video with it.", true);
+    else say("The connection was lost. Trying again…");
+  };
+}
+
+function finish(text, isError = false) {
+  job?.stream.close();
+  job = null;
+  player.isLive = false;
+  player.dropGaps();
+  if (isError && player.frames.length === player.given) element("download").hidden = true;
+  show({ stop: false, generate: true, results: source !== null });
+  showProgress(null);
+  say(text, isError);
+  setBusy(false);
+}
+
+async function stop() {
+  element("stop").disabled = true;
+  say("Stopping after the present frames…");
+  await post(`api/videos/${job.id}/stop`, {}).catch((error) => say(error.message, true));
+}
+
+// ---------------------------------------------------------------- start
+
+function connect() {
+  element("choose").addEventListener("click", () => element("file").click());
+  element("other").addEventListener("click", forget);
+  element("noise").addEventListener("click", useNoise);
+  element("file").addEventListener("change", (event) => {
+    useFile(event.target.files[0]);
+    event.target.value = "";
+  });
+  element("stop").addEventListener("click", stop);
+  element("play").addEventListener("click", () => player.setPlaying(!player.playing));
+  element("position").addEventListener("input", (event) => player.seek(Number(event.target.value)));
+  form.addEventListener("input", refreshForm);
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    generate();
+  });
+  let depth = 0; // a drag enters and leaves every element on its way
+  addEventListener("dragenter", () => show({ drop: ++depth > 0 && !job }));
+  addEventListener("dragleave", () => show({ drop: --depth > 0 }));
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    depth = 0;
+    show({ drop: false });
+    useFile(event.dataTransfer.files[0]);
+  });
+}
+
+try {
+  player.setPlaying(!matchMedia("(prefers-reduced-motion: reduce)").matches);
+  model = await answerOf(await fetch("api/model"));
+  fillForm();
+  connect();
+  refreshForm();
+  player.tick(performance.now());
+} catch (error) {
+  say(`The server cannot be reached (${error.message}).`, true);
+}

@@ -1,0 +1,25 @@
+"""`app`: a web page on which a trained model continues videos and images."""
+
+import logging
+from pathlib import Path
+
+from gpdit_lightning.app.server import ServerThread, is_loopback
+from gpdit_lightning.generation.pipeline import load_pipeline
+from gpdit_lightning.options.app import AppOptions
+
+log = logging.getLogger(__name__)
+
+
+def app(options: AppOptions) -> None:
+    """Load the model and serve the page until Ctrl-C or SIGTERM.
+
+    Raises:
+        InputError: the model cannot be used, or the server cannot listen at the address.
+        KeyboardInterrupt: on Ctrl-C and SIGTERM, after the generation was stopped and all files were deleted.
+    """
+    pipeline = load_pipeline(options, compile=options.compile)
+    with ServerThread(pipeline, options, Path(options.checkpoint).name or "model") as server:
+        log.info("the page is at %s; Ctrl-C ends the server", server.url)
+        if not is_loopback(options.host):
+            log.warning("warning: every machine that reaches this one can use the page, without a password")
+        server.wait()
