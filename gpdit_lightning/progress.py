@@ -54,7 +54,7 @@ class _TerminalBar(tqdm):
         super().__init__(*arguments, **settings)
         if not self.disable:
             if not self.open_bars:
-                self._redirection.enter_context(_messages_above_bars())
+                self._redirection.enter_context(messages_above_bars())
             self.open_bars.add(self)
 
     def close(self) -> None:
@@ -67,8 +67,14 @@ class _TerminalBar(tqdm):
 
 
 @contextmanager
-def _messages_above_bars() -> Iterator[None]:
-    """Print warnings, and the messages of every logger that writes to the console, above the bars."""
+def messages_above_bars() -> Iterator[None]:
+    """Print warnings, and the messages of every logger that writes to the console, above all bars of tqdm.
+
+    In a file or a pipe nothing is changed: there every update of a bar is a line.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
     loggers = [logging.getLogger(), *map(logging.getLogger, logging.Logger.manager.loggerDict)]
     consoles = (sys.stdout, sys.stderr)
     to_console = [

@@ -18,6 +18,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import process_lock
 from gpdit_lightning.imports import error_summary, import_path
 from gpdit_lightning.options.shared import RecipeOptions
+from gpdit_lightning.progress import messages_above_bars
 from gpdit_lightning.training.callbacks.run_checkpoint import resume_advice
 from gpdit_lightning.training.callbacks.stopping import end_ranks_together
 from gpdit_lightning.training.loggers import continue_logs
@@ -109,6 +110,7 @@ def fit(options: RecipeOptions) -> Trainer:
         restored_without_a_step(trainer, files, step),
         end_ranks_together(trainer),
         report_file_errors(trainer),
+        messages_above_bars(),  # also if the recipe names another progress bar
     ):
         if trainer.is_global_zero:
             continue_logs(trainer.loggers, step)

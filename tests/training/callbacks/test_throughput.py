@@ -21,7 +21,7 @@ from gpdit_lightning.training.callbacks import throughput
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.health import Health
 from gpdit_lightning.training.callbacks.metrics import MetricsLogger
-from gpdit_lightning.training.callbacks.throughput import Throughput, peak_memory_gib
+from gpdit_lightning.training.callbacks.throughput import Pace, Throughput, peak_memory_gib
 
 Fit = Callable[..., Trainer]
 
@@ -213,3 +213,32 @@ def test_peak_memory_is_that_of_the_process() -> None:
     peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     assert peak_memory_gib(torch.device("cpu")) == pytest.approx(peak / 2**20, rel=0.02)
     assert math.isfinite(peak)
+
+
+def trainer_at(step: int, max_steps: int = 100, callbacks: list[Any] | None = None) -> Any:
+    return SimpleNamespace(global_step=step, max_steps=max_steps, callbacks=callbacks or [])
+
+
+def add_steps(pace: Pace, clock: Clock, count: int, seconds: float, between: float = 0.0) -> None:
+    for _ in range(count):
+        clock.now += seconds + between
+        pace.add(seconds, 8)
+
+
+def test_the_time_left_follows_the_last_steps_and_includes_the_time_between_them(clock: Clock) -> None:
+    """Of a process that resumes at step 50: a slow first step, then 10 steps of 2 s, then many of 4 s."""
+    pace = Pace()
+    assert pace.seconds_left(trainer_at(50)) is None
+    add_steps(pace, clock, 1, seconds=60.0)
+    assert pace.seconds_left(trainer_at(51)) == pytest.approx(49 * 60.0)
+    add_steps(pace, clock, 10, seconds=2.0, between=1.0)
+    assert pace.seconds_left(trainer_at(61)) == pytest.approx(39 * (2.0 + 1.0))
+    assert pace.clips_per_s == pytest.approx(4.0)
+    add_steps(pace, clock, 400, seconds=4.0, between=1.0)
+    assert pace.seconds_left(trainer_at(61)) == pytest.approx(39 * (4.0 + 1.0), rel=0.01)
+    assert pace.seconds_left(trainer_at(100)) == 0
+    assert pace.seconds_left(trainer_at(61, max_steps=-1)) is None
+    timer = SimpleNamespace(time_remaining=lambda: 7.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(throughput, "Timer", SimpleNamespace)
+        assert pace.seconds_left(trainer_at(61, callbacks=[timer])) == 7.0
