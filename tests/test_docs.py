@@ -27,7 +27,7 @@ def explained_tags() -> set[str]:
 
 @pytest.fixture(scope="module")
 def logged_tags(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """All tags of a run with all sources, validation, previews and gradient spikes."""
+    """All tags of a run with all sources, validation, previews, scores and gradient spikes."""
     folder = tmp_path_factory.mktemp("logged")
     counts = {
         (split, kind, shape): 4
@@ -52,6 +52,13 @@ def logged_tags(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.
         },
         "validate_every_steps": 6,
         "preview": {"every_steps": 6, "clips": 1, "sampler_steps": 1},
+        "scores": {
+            "every_steps": 6,
+            "clips": 2,
+            "sampler_steps": 1,
+            "video_network": {"kind": "tests.evaluation.scripted.ClipColours"},
+            "image_network": {"kind": "tests.evaluation.scripted.ImageColours"},
+        },
         "health": {"spike_factor": 1.001, "spike_window": 1},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

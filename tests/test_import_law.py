@@ -42,7 +42,10 @@ ALLOWED = {
     "app": {"options", "diffusion", "media", "generation"},
     "evaluation": {"options", "model", "diffusion", "codecs", "data", "media", "checkpoints", "generation"},
     "probing": {"model", "codecs", "data", "media", "checkpoints", "evaluation"},
-    "training": {"model", "diffusion", "data", "codecs", "media", "checkpoints", "estimation", "generation"},
+    "training": {
+        *("options", "model", "diffusion", "data", "codecs", "media", "checkpoints", "estimation", "generation"),
+        "evaluation",
+    },
     "stages": {"model", "diffusion", "data", "checkpoints", "training"},
 }
 # Of the leaves, the network and the objective need three only.

@@ -34,6 +34,7 @@ TITLES = {
     "health.": "Health",
     "ema.": "Average of the weights",
     "preview.": "Previews",
+    "scores.": "Scores",
     "checkpoint.": "Checkpoints",
 }
 # Shown instead of all values that Lightning accepts: ZeRO and FSDP2 refuse others, and pure half precision diverges.

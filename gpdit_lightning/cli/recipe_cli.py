@@ -40,6 +40,7 @@ from gpdit_lightning.training.callbacks.metrics import MetricsLogger
 from gpdit_lightning.training.callbacks.previews import Preview
 from gpdit_lightning.training.callbacks.progress import StepProgress
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
+from gpdit_lightning.training.callbacks.scores import Scores
 from gpdit_lightning.training.loggers import log_recipe
 from gpdit_lightning.training.run_folder import RECIPE
 
@@ -141,8 +142,11 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(Health, "health")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Preview, "preview")
+        parser.add_lightning_class_args(Scores, "scores")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("model", "data.patch_size", compute_fn=patch_size_of)
+        for name in ("codec", "codec_source"):
+            parser.link_arguments(f"preview.{name}", f"scores.{name}")
         parser.link_arguments("model", "data.stage_sources", compute_fn=sources_of_stage)
         parser.link_arguments("data_dir", "data.data_dir", compute_fn=as_list)
 
@@ -200,15 +204,16 @@ class RecipeCLI(LightningCLI):
         Args:
             given: the trainer's settings in the recipe.
         """
-        health, ema = self.config_init["health"], self.config_init["ema"]
+        health, ema, scores = (self.config_init[name] for name in ("health", "ema", "scores"))
         from_recipe = callbacks_of(given["callbacks"])
         shows_progress = given["enable_progress_bar"] is not False
         has_progress_bar = any(isinstance(callback, ProgressBar) for callback in from_recipe)
         return [
             health,
             ema,
-            MetricsLogger(health, ema, self.model.config, given["log_every_n_steps"]),
+            MetricsLogger(health, ema, self.model.config, given["log_every_n_steps"], scores.every_steps > 0),
             self.config_init["preview"],
+            scores,
             self.config_init["checkpoint"],
             SaveRecipe(self._recipe_text()),
             *([StepProgress()] if shows_progress and not has_progress_bar else []),

@@ -44,6 +44,21 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
     return _distance(_Gaussian.from_moments(mean_1, cov_1), _Gaussian.from_moments(mean_2, cov_2))
 
 
+def frechet_distance_of_features(first: Tensor, second: Tensor) -> float:
+    """Return the squared Frechet distance of Gaussians with the moments of two sets of features.
+
+    It is :func:`frechet_distance` up to rounding. The centred features of a set of fewer samples than dimensions are a
+    factor of its covariance, so that no (d, d) matrix is decomposed.
+
+    Args:
+        first, second: (N, d) and (M, d), on any device; at least two samples each.
+
+    Raises:
+        InputError: a set has fewer than two samples, or a feature is not finite.
+    """
+    return _distance(*(_Gaussian.from_features(features) for features in (first, second.to(first.device))))
+
+
 class _Gaussian(NamedTuple):
     """Mean (d,) and factor F (d, r) of a covariance F F^T of rank r; float64."""
 
@@ -53,13 +68,32 @@ class _Gaussian(NamedTuple):
     @classmethod
     def from_moments(cls, mean: Tensor, covariance: Tensor) -> Self:
         mean, covariance = _float64(mean), _float64(covariance)
-        if not (mean.isfinite().all() and covariance.isfinite().all()):
-            raise InputError(
-                "the features contain values that are not finite: check the weights and precision of the networks."
-            )
+        _check_finite(mean, covariance)
         values, vectors = torch.linalg.eigh(covariance)
         nonzero = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
         return cls(mean, vectors[:, nonzero] * values[nonzero].sqrt())
+
+    @classmethod
+    def from_features(cls, features: Tensor) -> Self:
+        samples, dimensions = features.shape
+        _check_samples(samples)
+        features = _float64(features)
+        _check_finite(features)
+        mean = features.mean(dim=0)
+        factor = (features - mean).T / (samples - 1) ** 0.5
+        return cls(mean, factor) if samples <= dimensions else cls.from_moments(mean, factor @ factor.T)
+
+
+def _check_finite(*values: Tensor) -> None:
+    if not all(value.isfinite().all() for value in values):
+        raise InputError(
+            "the features contain values that are not finite: check the weights and precision of the networks."
+        )
+
+
+def _check_samples(count: int) -> None:
+    if count < 2:
+        raise InputError(f"a Frechet distance needs 2 samples, but there are {count}: evaluate on more videos.")
 
 
 def _distance(first: _Gaussian, second: _Gaussian) -> float:
@@ -115,8 +149,7 @@ class FrechetDistance(FrechetInceptionDistance):
 
     def _gaussian(self, kind: str) -> _Gaussian:
         count = int(getattr(self, f"{kind}_features_num_samples"))
-        if count < 2:
-            raise InputError(f"a Frechet distance needs 2 samples, but there are {count}: evaluate on more videos.")
+        _check_samples(count)
         mean = getattr(self, f"{kind}_features_sum") / count
         squares = getattr(self, f"{kind}_features_cov_sum")
         return _Gaussian.from_moments(mean, (squares - count * mean.outer(mean)) / (count - 1))
@@ -193,6 +226,25 @@ def psnr(videos: Tensor, ground_truth: Tensor) -> Tensor:
             for video, true in zip(videos, ground_truth, strict=True)
         ]
     )
+
+
+def mean_squared_error(videos: Tensor, ground_truth: Tensor) -> Tensor:
+    """Return the mean squared error of each video in 8-bit levels.
+
+    Args:
+        videos, ground_truth: uint8 (B, T, 3, H, W), on any device.
+
+    Returns:
+        float32 (B,), on the device of `videos`.
+
+    Raises:
+        InputError: the shapes differ.
+    """
+    _check_shapes(videos, ground_truth)
+    ground_truth = ground_truth.to(videos.device)
+    # One video at a time, as for the other scores.
+    pairs = zip(videos, ground_truth, strict=True)
+    return torch.stack([(video.float() - true.float()).square().mean() for video, true in pairs])
 
 
 def ssim(videos: Tensor, ground_truth: Tensor) -> Tensor:

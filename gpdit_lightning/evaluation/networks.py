@@ -170,6 +170,12 @@ class MetricNetwork(nn.Module):
         with self._report_errors():
             self.network = loaded.module.to(device).eval().requires_grad_(False)
 
+    def move_to(self, device: str | torch.device) -> None:
+        """Move the network; it computes on that device from then on."""
+        self.device = torch.device(device)
+        with self._report_errors():
+            self.network.to(device)
+
     def _compute(self, function: Callable[[Tensor], Any], pixels: Tensor, outputs: int = 1) -> Any:
         """Return the output of a function of the network, or the tuple of its outputs.
 

@@ -24,6 +24,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import import_path
 
+SCORES = "scores_vs_decoded"  # group of the tags of scores, whose ground truth is decoded from held-out latents
 EVENT_FILES = "events.out.tfevents.*"
 EARLIER_EVENTS = "tensorboard"  # folder of the event files in a run folder of earlier versions
 CSV_FOLDER = "csv"
@@ -214,13 +215,18 @@ def log_recipe(loggers: Iterable[Logger], recipe: str, step: int) -> None:
             logger.log_hyperparams(content)
 
 
-def log_layout(loggers: Iterable[Logger], sources: Sequence[str]) -> None:
+def log_layout(loggers: Iterable[Logger], sources: Sequence[str], scores: bool = False) -> None:
     """Define the charts of TensorBoard's tab CUSTOM SCALARS.
 
     Args:
         loggers: the loggers of the first rank.
         sources: names of the sources whose losses are logged; empty if the run has one source.
+        scores: whether scores are logged.
     """
+
+    def with_baseline(name: str) -> list[str]:
+        return [f"{SCORES}/{name}", f"{SCORES}/{name}_repeated"] if scores else []
+
     noise_levels = [f"loss_q{number}" for number in (1, 2, 3, 4)]
     by_source = [f"loss_{source}" for source in sources]
     charts = {
@@ -234,6 +240,14 @@ def log_layout(loggers: Iterable[Logger], sources: Sequence[str]) -> None:
             "by source": [f"val/{name}" for name in by_source],
         },
         "Samples": {"error of previews, relative to repeating the last frame": ["sample/rollout_error_ratio"]},
+        "Scores": {
+            "FVD, and that of repeating the last frame": with_baseline("fvd"),
+            "FID, and that of repeating the last frame": with_baseline("fid"),
+            "PSNR (dB), and that of repeating the last frame": with_baseline("psnr"),
+            "error of held-out clips, relative to repeating the last frame": [f"{SCORES}/rollout_error_ratio"]
+            if scores
+            else [],
+        },
         "Speed": {
             "samples per second": ["system/clips_per_s"],
             "hours left": ["system/hours_left"],
@@ -255,6 +269,7 @@ def log_layout(loggers: Iterable[Logger], sources: Sequence[str]) -> None:
             title: ["Multiline", [f"{re.escape(tag)}$" for tag in tags]] for title, tags in content.items() if tags
         }
         for category, content in charts.items()
+        if any(content.values())
     }
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):

@@ -60,3 +60,17 @@ class ScriptedClassifier(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         assert pixels.dtype == torch.uint8
         return pixels.double().mean((2, 3))
+
+
+class ClipColours(nn.Module):
+    """A custom video network: mean colours of all frames and of the last frame, for clips of any length."""
+
+    def forward(self, videos: Tensor) -> Tensor:
+        return torch.cat([videos.float().mean((1, 3, 4)), videos[:, -1].float().mean((2, 3))], 1)
+
+
+class ImageColours(nn.Module):
+    """A custom image network: mean colours."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels.float().mean((2, 3))

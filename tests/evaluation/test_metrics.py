@@ -16,8 +16,10 @@ from gpdit_lightning.evaluation.metrics import (
     FrechetDistance,
     bias_warning,
     frechet_distance,
+    frechet_distance_of_features,
     inception_score,
     mean_and_deviation,
+    mean_squared_error,
     precision_recall,
     psnr,
     ssim,
@@ -262,3 +264,22 @@ def test_mean_and_deviation_over_seeds() -> None:
     assert mean == 3.0
     assert deviation == pytest.approx(math.sqrt(7))
     assert mean_and_deviation([4.0]) == (4.0, None)
+
+
+@pytest.mark.parametrize("samples", [(5, 40), (7, 9), (50, 40)])
+def test_the_distance_of_features_is_that_of_their_moments(samples: tuple[int, int]) -> None:
+    """With fewer samples than dimensions in both sets, one of them, or none (10 dimensions)."""
+    first, second = (features(count, 10, seed=count, offset=count / 10) for count in samples)
+    expected = frechet_distance(*mean_and_covariance(first), *mean_and_covariance(second))
+    assert frechet_distance_of_features(first, second) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(InputError, match="needs 2 samples, but there are 1"):
+        frechet_distance_of_features(first[:1], second)
+    with pytest.raises(InputError, match="not finite"):
+        frechet_distance_of_features(first, second * math.inf)
+
+
+def test_the_mean_squared_error_is_that_of_each_video() -> None:
+    truth = torch.zeros(2, 3, 3, 4, 4, dtype=torch.uint8)
+    videos = truth.clone()
+    videos[0, 0], videos[1] = 6, 2
+    assert mean_squared_error(videos, truth).tolist() == [12, 4]

@@ -209,7 +209,7 @@ def test_the_recipe_and_the_charts_are_logged(tmp_path: Path, monkeypatch: pytes
     wandb, tensorboard = LikeWandb(monkeypatch), RunFolderTensorBoard(tmp_path)
     recipe = "trainer:\n  max_steps: 3\n  logger: {api_key: secret}\n"
     log_recipe([wandb, tensorboard, LikeMLflow(), CSVLogger(tmp_path)], recipe, step=7)
-    log_layout([wandb, tensorboard], ["images", "videos"])
+    log_layout([wandb, tensorboard], ["images", "videos"], scores=True)
     tensorboard.finalize("success")
     assert wandb.config == {"trainer": {"max_steps": 3}}
     assert [path.suffix for path in tmp_path.iterdir()] == [next(tmp_path.glob("events*")).suffix]  # no hparams.yaml
@@ -218,7 +218,14 @@ def test_the_recipe_and_the_charts_are_logged(tmp_path: Path, monkeypatch: pytes
     (text,) = events.Tensors("recipe/text_summary")
     assert (text.step, text.tensor_proto.string_val[0].decode()) == (7, textwrap.indent(recipe, "    "))
     layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == ["Loss", "Validation", "Samples", "Speed", "Health"]
+    assert [category.title for category in layout.category] == [
+        "Loss",
+        "Validation",
+        "Samples",
+        "Scores",
+        "Speed",
+        "Health",
+    ]
     patterns = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
     assert [tag for tag in ("loss/train", "train/loss_images", "train/loss_q1") if re.match(patterns[0], tag)] == [
         "loss/train"

@@ -100,10 +100,11 @@ class MetricsLogger(Callback):
         ema: the average; must come before this callback.
         config: architecture of the backbone, to count tokens and FLOPs.
         every_steps: optimizer steps between logs.
+        scores: whether the run logs scores, which then have charts.
     """
 
-    def __init__(self, health: Health, ema: EMA, config: GPDiTConfig, every_steps: int) -> None:
-        self.health, self.ema, self.every_steps = health, ema, every_steps
+    def __init__(self, health: Health, ema: EMA, config: GPDiTConfig, every_steps: int, scores: bool = False) -> None:
+        self.health, self.ema, self.every_steps, self.scores = health, ema, every_steps, scores
         self.train, self.validation = LossTable(), LossTable()
         self.throughput = Throughput(config)
         self.learning_rate = 0.0
@@ -123,7 +124,7 @@ class MetricsLogger(Callback):
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
         if trainer.is_global_zero:
             names = [source.name for source in data.plan.sources]
-            log_layout(trainer.loggers, names if self.train.several_sources else [])
+            log_layout(trainer.loggers, names if self.train.several_sources else [], self.scores)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Store the learning rate of the step, before the schedule advances."""
@@ -157,7 +158,7 @@ class MetricsLogger(Callback):
             left = self._show_pace(trainer)
             scalars |= {"system/hours_left": left / 3600} if ends_window and left is not None else {}
         if scalars:
-            _log_scalars(trainer, pl_module, scalars, "loss/train")
+            log_scalars(trainer, pl_module, scalars, "loss/train")
 
     def _training_scalars(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """Return the scalars of the steps since the last call, without those of the throughput."""
@@ -198,7 +199,7 @@ class MetricsLogger(Callback):
         scalars = _tags("val", self.validation.means(trainer))
         if scalars and not trainer.sanity_checking:
             self._validation = {"step": trainer.global_step, "quarters": self.validation.quarters}
-            _log_scalars(trainer, pl_module, scalars, "loss/val")
+            log_scalars(trainer, pl_module, scalars, "loss/val")
 
     def on_test_batch_end(self, *arguments: Any, **options: Any) -> None:
         """As in validation."""
@@ -208,7 +209,7 @@ class MetricsLogger(Callback):
         """Log the test means."""
         scalars = _tags("test", self.validation.means(trainer))
         if scalars:
-            _log_scalars(trainer, pl_module, scalars, "loss/test")
+            log_scalars(trainer, pl_module, scalars, "loss/test")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the last validation, and the sums since the last log, over all ranks, for the logs of a resumed run."""
@@ -235,8 +236,17 @@ def _tags(part: str, means: dict[str, float]) -> dict[str, float]:
     return {f"loss/{part}" if name == "loss" else f"{part}/{name}": mean for name, mean in means.items()}
 
 
-def _log_scalars(trainer: Trainer, module: LightningModule, scalars: dict[str, float], in_progress_bar: str) -> None:
-    """Log with the optimizer step as x axis; Lightning would count micro-batches."""
+def log_scalars(
+    trainer: Trainer, module: LightningModule, scalars: dict[str, float], in_progress_bar: str = ""
+) -> None:
+    """Log with the optimizer step as x axis; Lightning would count micro-batches.
+
+    Args:
+        trainer: gives the loggers and the step.
+        module: the stage.
+        scalars: values by tag.
+        in_progress_bar: the tag that the progress bar shows; empty: none.
+    """
     for logger in trainer.loggers:
         logger.log_metrics(scalars, step=trainer.global_step)
     bar = trainer.progress_bar_callback

@@ -1,28 +1,29 @@
 """Previews: a few clips, continued from fixed noise at intervals during training, next to the ground truth."""
 
 import logging
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from gpdit_lightning.codecs import Codec, CodecNotAllowedError, load_codec_from_spec
+from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.datamodule import LatentDataModule
-from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.diffusion import NoiseSchedule, Sampler, make_sampler
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation import ClipInputs, GenerationConfig, rollout
+from gpdit_lightning.generation import ClipInputs
 from gpdit_lightning.generation.rollout import check_sampler
 from gpdit_lightning.media.images import write_animation, write_strip
-from gpdit_lightning.model import GPDiT
-from gpdit_lightning.specs import CodecSpec
-from gpdit_lightning.training.callbacks.ema import EMA
+from gpdit_lightning.training.callbacks.held_out import (
+    HeldOutClips,
+    StepInterval,
+    averaged_backbone,
+    continue_clips,
+    decode,
+    open_codec,
+    select_clips,
+)
 from gpdit_lightning.training.loggers import check_image_methods, log_images, without_images
 from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 
@@ -49,8 +50,9 @@ class Preview(Callback):
         context_frames: latent frames of context, fewer in shorter videos; 2 are 5 pixel frames of a video.
         sampler: rotation, tangent, adams, dpm2m, stochastic, a registered name, or the import path of a class.
         sampler_steps: sampler steps per latent frame.
-        codec_source: folder, file or hub name of the codec's weights; empty: as recorded in the prepared data.
-        codec: import path of the codec's class, if the data were prepared with a custom one.
+        codec_source: folder, file or hub name of the codec's weights, also for scores; empty: as recorded in the
+            prepared data.
+        codec: import path of the codec's class, also for scores, if the data were prepared with a custom one.
     """
 
     def __init__(
@@ -70,10 +72,13 @@ class Preview(Callback):
                 raise InputError(f"preview.{name} is {value}; it must be at least 1, or give {NO_PREVIEWS}.")
         self.every_steps, self.clips, self.context_frames = every_steps, clips, context_frames
         self.sampler, self.sampler_steps, self.codec_source, self.codec = sampler, sampler_steps, codec_source, codec
-        self._selected: PreviewClips
+        self._interval = StepInterval(every_steps)
+        self._selected: HeldOutClips
+        self._latents: Tensor  # (B, F, C, H, W) float32, raw
+        self._fps: float  # pixel frames per second
+        self._seed: int
         self._sampler: Sampler
         self._codec: Codec
-        self._last_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the clips, load the codec and test the sampler, on every rank: if one rank cannot, all ranks stop.
@@ -87,11 +92,13 @@ class Preview(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, LatentDataModule)
         self._selected = select_clips(data, self.clips, self.context_frames)
-        self._codec = self._open_codec(data.codec)
+        samples = self._selected.read(0, self.clips)
+        self._latents, self._fps, self._seed = samples.latents.float(), frame_rate(samples.metadata[0]), data.seed
+        self._codec = open_codec(data.codec, self.codec_source, self.codec, "preview", "previews")
         schedule = pl_module.schedule
         assert isinstance(schedule, NoiseSchedule)
         self._sampler = make_sampler(self.sampler, self.sampler_steps, schedule)
-        check_sampler(self._sampler, *self._selected.latents[:, 0].shape)
+        check_sampler(self._sampler, *self._latents[:, 0].shape)
         for logger in without_images(trainer.loggers) if trainer.is_global_zero else ():
             log.info("%s accepts no images: previews are files in %s", type(logger).__name__, self._folder(trainer))
         if self._selected.split == "train" and trainer.is_global_zero:
@@ -101,15 +108,11 @@ class Preview(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the step of a resumed run: its preview has been written."""
-        self._last_step = trainer.global_step
+        self._interval.start(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Make a preview at the end of an interval, on the first rank while the others wait."""
-        step = trainer.global_step
-        if self.every_steps == 0 or step == self._last_step:
-            return
-        self._last_step = step
-        if step % self.every_steps == 0 or step == trainer.max_steps:
+        if self._interval.is_over(trainer):
             # If the weights are sharded, all ranks compute: each holds a part of every layer.
             if trainer.is_global_zero or sharded_strategy_of(pl_module) is not None:
                 latents = self._generate(trainer, pl_module)
@@ -122,44 +125,23 @@ class Preview(Callback):
         """Return the folder of the files."""
         return Path(trainer.default_root_dir) / "previews"
 
-    def _open_codec(self, spec: CodecSpec) -> Codec:
-        """Load the codec of the data, on the CPU."""
-        source = self.codec_source or spec.source
-        try:
-            with torch.random.fork_rng(devices=[]):  # a network is initialized at random before its weights are loaded
-                codec, option = self.codec or None, "--preview.codec"
-                return load_codec_from_spec(spec, "cpu", source, "The training data", codec, option)
-        except InputError as error:
-            if self.codec or isinstance(error, CodecNotAllowedError):
-                raise
-            raise InputError(
-                f"the previews need the codec {spec.name!r}, which cannot be loaded from {source or 'the package'} "
-                f"({str(error).rstrip('.')}): give --preview.codec_source PATH, or {NO_PREVIEWS}."
-            ) from None
-
     def _generate(self, trainer: Trainer, module: LightningModule) -> Tensor:
         """Generate the frames after the context with the averaged weights; return raw latents (B, F, C, H, W)."""
-        backbone = module.backbone
-        assert isinstance(backbone, GPDiT)
         clips = self._selected
-        context = self._codec.whitened(clips.latents[:, : clips.context].to(module.device))
-        config = GenerationConfig(self._sampler)
-        ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)  # type: ignore[attr-defined]
-        was_training = backbone.training
-        backbone.eval()
-        with ema.averaged(module) if ema else nullcontext(), trainer.precision_plugin.forward_context():
-            count = clips.latents.shape[1] - clips.context
-            frames = list(rollout(backbone, context, count, config, ClipInputs(clips.seed)))
-        backbone.train(was_training)
-        return self._codec.unwhitened(torch.cat([context, torch.stack(frames, dim=1)], dim=1))
+        context = self._latents[:, : clips.context].to(module.device)
+        with averaged_backbone(trainer, module) as backbone:
+            latents = continue_clips(
+                trainer, backbone, self._codec, context, clips.generated, self._sampler, ClipInputs(self._seed)
+            )
+        assert latents is not None
+        return latents
 
     def _write(self, trainer: Trainer, module: LightningModule, latents: Tensor) -> None:
         """Decode generated latents (B, F, C, H, W), measure the error, write the files and log."""
         clips = self._selected
         # Between previews the codec is in host memory, to leave the accelerator's memory to the training.
         codec = self._codec.to(module.device)
-        generated = decode(codec, latents, clips.independent_frames)
-        truth = decode(codec, clips.latents, clips.independent_frames)
+        generated, truth = (decode(codec, raw, clips.independent_frames).cpu() for raw in (latents, self._latents))
         codec.to("cpu")
         if not latents.isfinite().all():  # the decoded frames are on the CPU, so that the host does not wait again
             log.warning(
@@ -167,7 +149,7 @@ class Preview(Callback):
                 trainer.global_step,
                 self.sampler,
             )
-        context = clips.context if clips.independent_frames else codec.pixel_frames(clips.context)
+        context = clips.context_pixel_frames(codec)
 
         path = self._folder(trainer) / f"step-{trainer.global_step:06d}"
         images, scalars = {"sample/strip": path.with_suffix(".png")}, {}
@@ -184,7 +166,7 @@ class Preview(Callback):
         if not clips.independent_frames:
             images["sample/video"] = path.with_suffix(".gif")
             write_animation(
-                images["sample/video"], {"generated": generated, "ground truth": truth}, clips.fps, context=context
+                images["sample/video"], {"generated": generated, "ground truth": truth}, self._fps, context=context
             )
         for logger in trainer.loggers:
             if scalars:
@@ -192,64 +174,9 @@ class Preview(Callback):
         log_images(trainer.loggers, images, trainer.global_step)
 
 
-@dataclass(frozen=True)
-class PreviewClips:
-    """The clips that all previews of a run continue.
-
-    Attributes:
-        source, split: the source and the split of the data to which they belong.
-        latents: (B, F, C, H, W) float32, raw.
-        context: number of latent frames of context.
-        independent_frames: whether each latent frame is one image, encoded alone (sequences and images).
-        fps: pixel frames per second.
-        seed: seed of the noise.
-    """
-
-    source: str
-    split: Split
-    latents: Tensor
-    context: int
-    independent_frames: bool
-    fps: float
-    seed: int
-
-
-def select_clips(data: LatentDataModule, clips: int, context_frames: int) -> PreviewClips:
-    """Select held-out videos from the bucket with the most frames; sequences if there are no videos, else images.
-
-    They are evenly spaced: a bucket may contain several data sets in succession. Videos that are too short for
-    `context_frames` have fewer, such that one latent frame is generated.
-    """
-    source = next(name for name in ("videos", "sequences", "images") if name in data.buckets["train"])
-    split: Split = "validation" if source in data.buckets["validation"] else "train"
-    bucket = max(data.buckets[split][source], key=lambda bucket: bucket.frames)
-    independent = source != "videos" or bucket.frames == 1
-    count = min(clips, len(bucket))
-    reads = [bucket.read(number * len(bucket) // count) for number in range(count)]
-    return PreviewClips(
-        source=source,
-        split=split,
-        latents=torch.from_numpy(np.stack([read.latents for read in reads])).float(),
-        context=bucket.frames - 1 if independent else min(context_frames, bucket.frames - 1),
-        independent_frames=independent,
-        fps=frame_rate(reads[0].metadata),
-        seed=data.seed,
-    )
-
-
 def frame_rate(metadata: dict[str, Any]) -> float:
     """Return the frames per second of a clip, given its stride; a default if they were not recorded."""
     return metadata["fps"] / metadata["stride"] if {"fps", "stride"} <= metadata.keys() else DEFAULT_FRAME_RATE
-
-
-def decode(codec: Codec, latents: Tensor, independent_frames: bool) -> Tensor:
-    """Decode raw latents (B, F, C, H, W) to uint8 pixels (B, T, 3, height, width) on the CPU, clip by clip.
-
-    Independent frames are decoded one by one, and T = F.
-    """
-    if independent_frames:
-        return torch.stack([codec.decode(clip[:, None])[:, 0].cpu() for clip in latents])
-    return torch.cat([codec.decode(clip[None]).cpu() for clip in latents])
 
 
 def rollout_error(generated: Tensor, truth: Tensor, context: int) -> dict[str, float]:

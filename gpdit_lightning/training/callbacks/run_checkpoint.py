@@ -61,6 +61,11 @@ class RunCheckpoint(Checkpoint):
         self._finished_step = self._saved_step = 0
         self._saved_at = 0.0
 
+    @property
+    def received_signal(self) -> int:
+        """The first signal that this rank received in this run; 0 if there is none."""
+        return self._signals.received if self._signals else 0
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write checkpoints as folders unless the recipe has a CheckpointIO; disable Lightning's signal handlers."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -148,7 +153,7 @@ class RunCheckpoint(Checkpoint):
         """
         minutes = (time.monotonic() - self._saved_at) / 60
         interval_is_over = trainer.is_global_zero and 0 < self.every_minutes <= minutes
-        values = [self._signals.received if self._signals else 0, int(interval_is_over)]
+        values = [self.received_signal, int(interval_is_over)]
         if trainer.world_size > 1:
             values = self._agreement.exchange(values, trainer.strategy.root_device)
         return values[0], bool(values[1])

@@ -24,6 +24,7 @@ from gpdit_lightning.training.callbacks import run_checkpoint
 from gpdit_lightning.training.callbacks.health import NonFiniteError
 from tests.device.accelerator import SimStrategy, Waits
 from tests.device.simulated import recording
+from tests.evaluation.scripted import ClipColours
 from tests.training.callbacks.test_run_checkpoint import PretendTrainer
 
 LOG_EVERY, SAVE_EVERY, STEPS = 3, 4, 6  # steps 2 and 5 log, validate and save nothing, and 5 follows steps that do
@@ -102,6 +103,14 @@ def run(latents: Path, run_dir: Path, stage: str, **trainer: Any) -> Trainer:
         "ema": {"decay": 0.5},
         "checkpoint": {"every_steps": SAVE_EVERY},
         "preview": {"every_steps": SAVE_EVERY, "clips": 1, "sampler_steps": 1, "context_frames": 1},
+        "scores": {
+            "every_steps": SAVE_EVERY,
+            "clips": 3,
+            "chunk": 2,
+            "sampler_steps": 1,
+            "context_frames": 1,
+            "video_network": {"kind": f"{ClipColours.__module__}.ClipColours"},
+        },
     }
     path = run_dir.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(content))
@@ -124,6 +133,7 @@ def test_a_stage_waits_once_per_step(latents: Path, tmp_path: Path, stage: str) 
     """For the loss and the gradient, which are checked before the step is applied."""
     trainer = run(latents, tmp_path / "run", stage)
     assert {"loss/train", "loss/val"} <= trainer.callback_metrics.keys()
+    assert ("scores_vs_decoded/fvd" in trainer.callback_metrics) == ("videos" in STAGES[stage])
     assert all(metric.isfinite() for metric in trainer.callback_metrics.values())
     assert len(list((tmp_path / "run" / "previews").glob("*.png"))) == 2
     waits = waits_of(trainer)

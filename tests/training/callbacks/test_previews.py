@@ -25,7 +25,8 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.model.kv_cache import KVCache
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
-from gpdit_lightning.training.callbacks.previews import Preview, rollout_error, select_clips
+from gpdit_lightning.training.callbacks.held_out import select_clips
+from gpdit_lightning.training.callbacks.previews import DEFAULT_FRAME_RATE, Preview, frame_rate, rollout_error
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig
 
@@ -50,20 +51,21 @@ def make_shards(
     splits: tuple[Split, ...] = ("train", "validation"),
     source: str | None = None,
     length: int = STILLS,
+    pixel_frames: int = PIXEL_FRAMES,
 ) -> str:
     """Real encodings of the codec `pca`: in each split five images, five clips, five sequences of `length` images."""
     codec = load_codec("pca")
     with ShardSetWriter(folder) as writer:
         for number, split in enumerate(splits):
             for seed in range(5 * number, 5 * number + 5):
-                clip = moving(seed, PIXEL_FRAMES)
-                clip_data = {"source": str(seed), "fps": 30.0, "stride": 3}
+                clip = moving(seed, pixel_frames)
+                clip_data = {"source": str(seed), "fps": 30.0, "stride": 3, "label": "ab"[seed % 2]}
                 writer.write(split, "video", codec.encode(clip[None])[0].numpy(), clip_data)
                 stills = codec.encode(moving(seed, length)[:, None]).squeeze(1).numpy()
                 writer.write(split, "sequence", stills, {"source": str(seed)})
                 writer.write(split, "image", stills[:1], {"source": str(seed)})
         shards = writer.close()
-    Manifest(folder, replace(codec.spec(), source=source), shards).save()
+    Manifest(folder, replace(codec.spec(), source=source), shards, labels=("a", "b")).save()
     return str(folder)
 
 
@@ -309,9 +311,9 @@ def test_the_longest_clips_are_selected(write_shards: Callable[..., Manifest], t
     held_out = {("validation", "video", shape): 3 for shape in ((2, 8, 8), (4, 4, 4), (3, 8, 8))}
     manifest = write_shards(tmp_path, {("train", "video", (3, 8, 8)): 4} | held_out)
     data = LatentDataModule(videos=SourceConfig([str(manifest.directory)], batch_size=2, least_frames=2, frames=4))
-    clips = select_clips(data, clips=8, context_frames=3)
-    assert clips.latents.shape == (3, 4, 4, 4, 4)  # all three there are
-    assert clips.fps == 8  # not recorded in these clips
+    samples = select_clips(data, 8, 3).read(0, 8)
+    assert samples.latents.shape == (3, 4, 4, 4, 4)  # all three there are
+    assert frame_rate(samples.metadata[0]) == DEFAULT_FRAME_RATE  # not recorded in these clips
 
 
 def test_clips_of_each_data_set_are_selected(write_shards: Callable[..., Manifest], tmp_path: Path) -> None:
@@ -321,7 +323,7 @@ def test_clips_of_each_data_set_are_selected(write_shards: Callable[..., Manifes
         tasks.append(write_shards(tmp_path / task, {("train", "sequence", (10, 8, 8)): 4} | held_out))
     data = LatentDataModule(sequences=SourceConfig([str(task.directory) for task in tasks], batch_size=2))
     (bucket,) = data.buckets["validation"]["sequences"]
-    clips = select_clips(data, clips=4, context_frames=1).latents
+    clips = select_clips(data, 4, 1).read(0, 4).latents
     for clip, number in zip(clips, (0, 1, 3, 5), strict=True):
         assert np.array_equal(clip, bucket.read(number).latents)
 

@@ -16,11 +16,13 @@ from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.diffusion import RotationSampler
 from gpdit_lightning.generation import GenerationConfig, rollout
+from gpdit_lightning.options.evaluate import NetworkOptions
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.health import Health
 from gpdit_lightning.training.callbacks.previews import Preview
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
+from gpdit_lightning.training.callbacks.scores import Scores
 from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.optimizer import OptimizerConfig
 from gpdit_lightning.training.strategies import register_strategies
@@ -43,9 +45,17 @@ class Stage(GPDiTStage):
             activation_checkpointing=run.get("recompute", False),
         )
         # A large epsilon: Adam divides by the gradient's size, and would make a step of what is rounding alone.
-        optimizer = OptimizerConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.1, eps=1e-5)
+        rate = run.get("learning_rate", 0.01)
+        optimizer = OptimizerConfig(learning_rate=rate, warmup_steps=2, weight_decay=0.1, eps=1e-5)
         super().__init__(config, optimizer=optimizer)
         self.run = run
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.run.get("random_weights"):  # a new model predicts zero
+            generator = torch.Generator().manual_seed(2)
+            for parameter in self.parameters():
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
     def configure_optimizers(self) -> Any:
         return super().configure_optimizers() if self.run["optimizer"] == "adamw" else self.sgd()
@@ -149,7 +159,12 @@ def train(folder: Path, run: dict[str, Any], strategy: str, devices: int) -> Non
     stage = Stage(run, data.codec.latent_channels)
     health, ema = Health(max_skips=1), EMA(0.9)
     record = Record(health, ema)
-    previews = [Preview(every_steps=2, clips=2, context_frames=1, sampler_steps=2)] if run.get("previews") else []
+    generating: list[Callback] = []
+    if run.get("previews"):
+        generating.append(Preview(every_steps=2, clips=2, context_frames=1, sampler_steps=2))
+    if run.get("scores"):  # five clips in three chunks: in the last round one of two ranks repeats the last chunk
+        networks = {name: NetworkOptions(**options) for name, options in run["scores"].items()}
+        generating.append(Scores(every_steps=2, clips=5, chunk=2, context_frames=1, sampler_steps=2, **networks))
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -159,7 +174,7 @@ def train(folder: Path, run: dict[str, Any], strategy: str, devices: int) -> Non
         accumulate_grad_batches=data.micro_batches_per_step,
         gradient_clip_val=run.get("clip"),
         default_root_dir=str(folder / run["name"]),
-        callbacks=[health, ema, record, *previews, RunCheckpoint(every_steps=2, keep_last=2)],
+        callbacks=[health, ema, record, *generating, RunCheckpoint(every_steps=2, keep_last=2)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -170,7 +185,8 @@ def train(folder: Path, run: dict[str, Any], strategy: str, devices: int) -> Non
     )
     trainer.fit(stage, data, ckpt_path=run.get("resume"), weights_only=True)
     if trainer.is_global_zero:
-        seen = record.seen | record.tensors | {"skipped": health.skipped_steps}
+        scores = {name: float(value) for name, value in trainer.callback_metrics.items() if "decoded" in name}
+        seen = record.seen | record.tensors | {"skipped": health.skipped_steps, "scores": scores}
         torch.save(seen, folder / run["name"] / "seen.pt")
 
 

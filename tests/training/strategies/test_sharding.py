@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from PIL import Image
 
 from tests.checkpoints.content import read_checkpoint
+from tests.evaluation.scripted import ScriptedInception
+from tests.evaluation.scripted import saved as saved_network
 from tests.model.dtypes import MIXED_BF16
 from tests.training.callbacks.test_previews import make_shards
 from tests.training.strategies import sharded_runs
@@ -42,6 +45,13 @@ RUNS: dict[str, Run] = {
     "zero3-bf16": {"strategy": "zero3", "optimizer": "adamw", "precision": "bf16-mixed", **MIXED},
     "ddp-bf16": {"strategy": "ddp", "optimizer": "adamw", "precision": "bf16-mixed", **MIXED},
 }
+# Their weights do not change, so their scores must have the digits of those of one process.
+SCORED = {
+    f"scores-{strategy}": {
+        "strategy": strategy, "optimizer": "adamw", "learning_rate": 1e-30, "random_weights": True, **MIXED
+    }
+    for strategy in ("ddp", "zero3", "fsdp2")
+}  # fmt: skip
 ALIKE = ["zero2", "zero3", "fsdp2", "zero2-broken", "zero3-broken", "fsdp2-broken"]  # those that one process does too
 SLOW_RUNS: dict[str, Run] = {
     f"{strategy}-{optimizer}-{sum(parts)}": {
@@ -100,8 +110,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(tmp_path_factory.mktemp("runs"), shards, {name: dict(run) for name, run in RUNS.items()})
+def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    image = saved_network(ScriptedInception(), tmp_path_factory.mktemp("networks"))
+    return {"video_network": {"kind": "tests.evaluation.scripted.ClipColours"}, "image_network": asdict(image)}
+
+
+@pytest.fixture(scope="module")
+def folder(shards: str, networks: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    scored = {name: run | {"scores": networks} for name, run in SCORED.items()}
+    return launch(tmp_path_factory.mktemp("runs"), shards, {name: dict(run) for name, run in RUNS.items()} | scored)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +198,23 @@ def test_bf16_keeps_master_weights_optimizer_state_average_and_reduction_in_floa
     assert mine["losses"] != exact["losses"]
     assert mine["losses"] == pytest.approx(exact["losses"], rel=0.02)
     assert mine["norms"] == pytest.approx(exact["norms"], rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def scores_in_one_process(
+    shards: str, networks: dict[str, Run], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, float]:
+    folder, run = tmp_path_factory.mktemp("one"), SCORED["scores-ddp"] | {"name": "one", "shards": shards}
+    sharded_runs.train(folder, run | {"scores": networks}, "auto", 1)
+    return seen(folder, "one")["scores"]
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_ranks_that_share_the_clips_compute_the_scores_of_one_process(
+    name: str, folder: Path, scores_in_one_process: dict[str, float]
+) -> None:
+    assert len(scores_in_one_process) == 9
+    assert seen(folder, name)["scores"] == scores_in_one_process
 
 
 @pytest.fixture(scope="module")
