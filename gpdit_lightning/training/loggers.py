@@ -223,10 +223,6 @@ def log_layout(loggers: Iterable[Logger], sources: Sequence[str], scores: bool =
         sources: names of the sources whose losses are logged; empty if the run has one source.
         scores: whether scores are logged.
     """
-
-    def with_baseline(name: str) -> list[str]:
-        return [f"{SCORES}/{name}", f"{SCORES}/{name}_repeated"] if scores else []
-
     noise_levels = [f"loss_q{number}" for number in (1, 2, 3, 4)]
     by_source = [f"loss_{source}" for source in sources]
     charts = {
@@ -240,14 +236,7 @@ def log_layout(loggers: Iterable[Logger], sources: Sequence[str], scores: bool =
             "by source": [f"val/{name}" for name in by_source],
         },
         "Samples": {"error of previews, relative to repeating the last frame": ["sample/rollout_error_ratio"]},
-        "Scores": {
-            "FVD, and that of repeating the last frame": with_baseline("fvd"),
-            "FID, and that of repeating the last frame": with_baseline("fid"),
-            "PSNR (dB), and that of repeating the last frame": with_baseline("psnr"),
-            "error of held-out clips, relative to repeating the last frame": [f"{SCORES}/rollout_error_ratio"]
-            if scores
-            else [],
-        },
+        "Scores": _score_charts() if scores else {},
         "Speed": {
             "samples per second": ["system/clips_per_s"],
             "hours left": ["system/hours_left"],
@@ -269,8 +258,20 @@ def log_layout(loggers: Iterable[Logger], sources: Sequence[str], scores: bool =
             title: ["Multiline", [f"{re.escape(tag)}$" for tag in tags]] for title, tags in content.items() if tags
         }
         for category, content in charts.items()
-        if any(content.values())
+        if content
     }
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_custom_scalars(layout)
+
+
+def _score_charts() -> dict[str, list[str]]:
+    """Return the tags of the charts of scores, by title."""
+    names = {"FVD": "fvd", "FID": "fid", "PSNR (dB)": "psnr"}
+    charts = {
+        f"{title}, and that of repeating the last frame": [f"{SCORES}/{name}", f"{SCORES}/{name}_repeated"]
+        for title, name in names.items()
+    }
+    return charts | {
+        "error of the scored clips, relative to repeating the last frame": [f"{SCORES}/rollout_error_ratio"]
+    }
