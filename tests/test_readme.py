@@ -17,7 +17,7 @@ from gpdit_lightning.cli import VERBS, record_of
 from gpdit_lightning.cli.chain import stages_of
 from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.cli.recipe_cli import parse_recipe
-from gpdit_lightning.cli.recipe_files import recipe_path
+from gpdit_lightning.cli.recipe_files import AUTO, recipe_path
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.chain import ChainOptions
 from gpdit_lightning.options.shared import RecipeOptions
@@ -79,6 +79,7 @@ COMMANDS = sorted({tuple(command): None for path in (*DOCUMENTS, *RECIPES) for c
 
 def parse_options(verb: str, arguments: list[str]) -> None:
     """Parse the options of a verb as the command line does; raises InputError for invalid ones."""
+    arguments = ["gpdit:stage2_mixed" if word == AUTO else word for word in arguments]  # the data do not exist
     options = parse(verb, "", record_of(verb), arguments)
     if isinstance(options, ChainOptions):
         chain, *overlays = options.config

@@ -35,7 +35,10 @@ def plan(options: PlanOptions) -> Choice:
     run_dir = options.run_dir or default_run_dir(options.data_dir)
     choice = choose(data, machine, goal)
     if options.trial and machine == here and can_measure(choice.run, choice.speed.flops_per_s):
-        print(f"trial: training for up to {MAX_SECONDS:.0f} s to measure the speed (--no_trial to skip it)", flush=True)
+        print(
+            f"trial: training for up to {MAX_SECONDS:.0f} s to measure the speed (`plan --no_trial` omits it)",
+            flush=True,
+        )
         text = recipe_text(choice, run_dir, str(options.out))
         measured = measured_flops_per_s(text, choice.run)
         if measured:

@@ -1,8 +1,11 @@
 """A short training that measures the speed of a planned recipe."""
 
 import gc
+import logging
+import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +17,7 @@ from gpdit_lightning.cli.recipe_cli import build_recipe
 from gpdit_lightning.data.batches import LatentBatch, TimedLoader
 from gpdit_lightning.estimation.requirements import RunSettings, step_seconds
 from gpdit_lightning.stages import GPDiTStage
+from gpdit_lightning.training.callbacks.stopping import Stopped
 from gpdit_lightning.training.callbacks.throughput import Throughput
 
 MAX_SECONDS = 20.0  # of a trial, after the data and the model are loaded
@@ -74,6 +78,18 @@ def can_measure(run: RunSettings, flops_per_s: float) -> bool:
     return not run.strategy.stage and 3 * step_seconds(run, flops_per_s) <= MAX_SECONDS
 
 
+@contextmanager
+def warnings_only() -> Iterator[None]:
+    """Log warnings only: the messages of a trial would be repeated by the training."""
+    logger = logging.getLogger("gpdit_lightning")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def measured_flops_per_s(recipe: str, run: RunSettings) -> float | None:
     """Train a recipe for up to 20 seconds on one device, with the share of one rank, and save nothing.
 
@@ -85,7 +101,7 @@ def measured_flops_per_s(recipe: str, run: RunSettings) -> float | None:
         the FLOP/s of training; None if less than two steps were trained.
     """
     measure = MeasureSpeed()
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, warnings_only():
         path = Path(folder, "recipe.yaml")
         path.write_text(recipe, encoding="utf-8")
         settings = {
@@ -104,8 +120,13 @@ def measured_flops_per_s(recipe: str, run: RunSettings) -> float | None:
         arguments = [f"--config={path}", *(f"--{name}={value}" for name, value in settings.items())]
         cli = build_recipe("fit", arguments)
         cli.trainer.callbacks.append(measure)  # type: ignore[attr-defined]
-        with suppress(TrialFinishedError):
+        try:
             cli.trainer.fit(cli.model, cli.datamodule, weights_only=True)
+        except TrialFinishedError:
+            pass
+        except Stopped:
+            print("stopped in the trial: no recipe was written", file=sys.stderr)
+            raise
     del cli
     gc.collect()  # frees the memory of the device, which a training in this process may need
     return measure.flops_per_s or None
