@@ -1,5 +1,6 @@
 """`plan`: write a training recipe that is fitted to prepared data and to a machine."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,8 @@ def plan(options: PlanOptions) -> Choice:
     with atomic_write(options.out) as path:
         path.write_text(recipe_text(choice, run_dir, str(options.out)), encoding="utf-8")
     print("\n".join(summary(choice)))
-    print(f"{options.out}: read and edit it, then: python -m gpdit_lightning fit --config {options.out}")
+    command = f"python -m gpdit_lightning fit --config {shlex.quote(str(options.out))}"
+    print(f"{options.out}: read and edit it, then: {command}")
     return choice
 
 

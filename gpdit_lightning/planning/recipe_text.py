@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -94,6 +95,7 @@ def head(choice: Choice, path: str) -> Iterator[str]:
     """Yield the comments at the top: commands, data, machine, expected memory and time."""
     yield "# A recipe planned for these data and this machine (python -m gpdit_lightning plan). Edit it as you like."
     yield "#"
+    path = shlex.quote(path)
     yield f"#   python -m gpdit_lightning fit --config {path}"
     yield f"#   python -m gpdit_lightning estimate --config {path} {estimate_options(choice)}    # after an edit"
     yield "#"
