@@ -1,6 +1,7 @@
 """Rank, devices, CPU cores and memory of this process, and the devices of tensors."""
 
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -108,6 +109,15 @@ def has_bf16(device: "torch.device") -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.amp.is_autocast_available(device.type)
+
+
+def device_name(device: "torch.device") -> str:
+    """Return the name of a GPU, or "CPU" with its architecture."""
+    import torch
+
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type.upper()} ({platform.machine()})"
+    )
 
 
 def check_device(device: "torch.device", owner: str, **tensors: "Tensor | None") -> None:

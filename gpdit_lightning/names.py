@@ -1,4 +1,4 @@
-"""Names of files as text that JSON can store and terminals can print.
+"""Names of files as text that JSON can store and terminals can print, and names on the Hugging Face hub.
 
 A file name is any sequence of bytes. Python represents bytes that are not UTF-8 as lone surrogates, which UTF-8 text
 cannot contain.
@@ -7,12 +7,13 @@ cannot contain.
 import codecs
 import os
 import re
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 ESCAPING = "gpdit_lightning.escaping"
 """Error handler for encoding: characters that the encoding lacks are written as escapes."""
 
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # controls, line separators, surrogates
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
 
 
@@ -29,6 +30,11 @@ def from_text(text: str) -> str:
 def printable(text: str) -> str:
     r"""Return text on one line: line breaks, other control characters and invalid Unicode are written as escapes."""
     return UNPRINTABLE.sub(lambda match: _escape(match[0]), text)
+
+
+def is_hub_name(text: str) -> bool:
+    """Return whether a text is a name on the Hugging Face hub, like `user/model`, unless a folder `user` exists."""
+    return HUB_NAME.fullmatch(text) is not None and not Path(text).parent.is_dir()
 
 
 def _escape(character: str) -> str:

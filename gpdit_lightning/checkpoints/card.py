@@ -1,27 +1,38 @@
-"""The model card (README.md) of an exported model, with the content of `config.json` in readable form."""
+"""The model card (README.md) of an exported model: its use, sample images, scores, and the record of its training.
+
+The card contains no local paths, since exported folders are published; `config.json` keeps them.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from gpdit_lightning.checkpoints.facts import TrainingFacts
+from huggingface_hub import EvalResult, ModelCardData
+
+from gpdit_lightning.checkpoints.facts import TrainingFacts, ValidationLoss
 from gpdit_lightning.model.config import GPDiTConfig
+from gpdit_lightning.names import is_hub_name
+from gpdit_lightning.specs import CodecSpec
 
-HEAD = """---
-library_name: gpdit_lightning
-tags:
-- video-generation
-- diffusion
-- autoregressive
-- gpdit
----
+NAME = "GPDiT"
+TAGS = ["video-generation", "video-prediction", "diffusion", "autoregressive", "gpdit"]
 
-# GPDiT
+INTRODUCTION = """# GPDiT
 
 A generative pre-trained autoregressive diffusion transformer ([GPDiT](https://arxiv.org/abs/2505.07344)): it generates
 the latents of a video frame by frame, each frame denoised given the clean frames before it."""
 
-IN_PYTHON = """## Use
+IN_PYTHON = """In Python, with this folder or its name on the hub as `MODEL`:
+
+```python
+from gpdit_lightning import GPDiTPipeline
+
+pipeline = GPDiTPipeline.from_pretrained("MODEL")
+pipeline("VIDEO.mp4", frames=16, seed=0).save("out.mp4")
+```"""
+
+NETWORK_IN_PYTHON = """The network alone:
 
 ```python
 from gpdit_lightning import GPDiT
@@ -29,23 +40,67 @@ from gpdit_lightning import GPDiT
 model = GPDiT.from_pretrained("MODEL")  # this folder, or its name on the hub
 ```"""
 
-ON_COMMAND_LINE = """On the command line, with this folder as `MODEL`, to continue a video:
+ON_COMMAND_LINE = """On the command line:
 
 ```bash
 python -m gpdit_lightning sample --checkpoint MODEL --context VIDEO.mp4 --frames 16 --out out.mp4
 ```"""
 
-LICENSE = """## License and limits
+TRANSFORM = """On the command line, with this folder or its name on the hub as `MODEL`:
+
+```bash
+python -m gpdit_lightning transform --checkpoint MODEL --examples PAIRS --source IMAGE.png --out out.png
+```"""
+
+LICENSE = """## License
 
 No license is stated, since the rights to the training data are not recorded. Before publishing these weights, add a
-`license:` to the head of this file. No measure of quality is recorded either."""
+`license:` to the head of this file."""
 
 MAX_LISTED_CLASSES = 10
 
 WEIGHTS_KINDS = {"ema": "averaged (EMA)", "raw": "last trained"}
+# The task on the hub of a model trained on a source; the first one in the data counts.
+TASKS = {"videos": "video-to-video", "sequences": "image-to-image", "images": "unconditional-image-generation"}
 
 
-def model_card(config: GPDiTConfig, facts: TrainingFacts, parameters: int, dtype: str) -> str:
+@dataclass(frozen=True)
+class CardScore:
+    """A score of an evaluation.
+
+    Attributes:
+        metric: key of the metric, such as `fvd`.
+        name: the metric with its direction, such as "FVD ↓".
+        value: the mean over seeds.
+        text: the mean with its deviation.
+        data: name of the data set.
+        protocol: what was generated from what.
+    """
+
+    metric: str
+    name: str
+    value: float
+    text: str
+    data: str
+    protocol: str
+
+
+@dataclass(frozen=True)
+class CardDetails:
+    """What a card shows besides the record in the weights.
+
+    Attributes:
+        images: file name in the folder -> caption.
+        scores: scores of an evaluation.
+    """
+
+    images: Mapping[str, str] = field(default_factory=dict)
+    scores: Sequence[CardScore] = ()
+
+
+def model_card(
+    config: GPDiTConfig, facts: TrainingFacts, parameters: int, dtype: str, details: CardDetails | None = None
+) -> str:
     """Return the card in Markdown, with the YAML head that the hub reads.
 
     Args:
@@ -53,27 +108,63 @@ def model_card(config: GPDiTConfig, facts: TrainingFacts, parameters: int, dtype
         facts: the record of the training.
         parameters: number of parameters.
         dtype: data type in which they are stored.
+        details: sample images and scores.
     """
-    known = facts.to_dict()
-    sections = [HEAD, _summary(facts, parameters, dtype), IN_PYTHON]
-    if facts.codec and facts.geometry and facts.schedule:
-        option = f"--codec {facts.codec.name} " if facts.codec.is_custom else ""
-        sections.append(ON_COMMAND_LINE.replace("--context", f"{option}--context"))
+    details = details or CardDetails()
+    task = task_of(facts)
+    sections = [f"---\n{_head(task, facts, details)}\n---", INTRODUCTION, _summary(facts, parameters, dtype)]
+    sections += [f"![{caption}]({name})\n\n*{caption}*" for name, caption in details.images.items()]
+    sections += ["## Use", *_use(task, facts)]
+    if metrics := _metrics(facts, details):
+        sections += ["## Metrics", *metrics]
     if facts.classes:
         sections += ["## Classes", _classes(facts.classes)]
-    sections += ["## Architecture", _table("field", {"size": config.size, **config.architecture()})]
-    if facts.codec:
-        text = "Latents of this codec, whitened by its constants: `(latents - mean) / std` in each channel."
-        sections += ["## Latents", text, _table("codec", known["codec"])]
-    names = ("stage", "step", "schedule", "geometry", "origin", "validation", "lightning_version")
-    training = {name: known[name] for name in names if name in known}
-    if training:
-        sections += ["## Training", _table("fact", training)]
+    if training := _training(facts):
+        sections += ["## Training", _table("", training)]
     if facts.data:
         text = "The data and their order. Manifests are identified by the first 16 digits of their fingerprints."
         settings = {name: value for name, value in facts.data.items() if name != "data.labels"}  # listed above
-        sections += [text, _table("setting", settings)]
+        sections += [text, _table("setting", _as_code(settings))]
+    sections += ["## Architecture", _table("field", _as_code({"size": config.size, **config.architecture()}))]
+    if facts.codec:
+        text = "Latents of this codec, whitened by its constants: `(latents - mean) / std` in each channel."
+        sections += ["## Latents", text, _table("codec", _as_code(_codec(facts.codec)))]
     return "\n\n".join([*sections, LICENSE]) + "\n"
+
+
+def task_of(facts: TrainingFacts) -> str | None:
+    """Return the task of a model on the hub, by the data that it was trained on; None if they are not recorded."""
+    trained_on = {name.split(".")[1] for name in facts.data if name.endswith(".manifests")}
+    return next((task for source, task in TASKS.items() if source in trained_on), None)
+
+
+def _head(task: str | None, facts: TrainingFacts, details: CardDetails) -> str:
+    """Return the YAML head, with metrics in the form of a model index."""
+    results = [
+        EvalResult(
+            task_type=task or "video-to-video",
+            dataset_type=f"held-out-{source}",
+            dataset_name=f"held-out {source}",
+            metric_type="velocity_loss",
+            metric_name="Velocity loss (validation)",
+            metric_value=round(loss, 6),
+        )
+        for source, loss in (_mean_losses(facts.validation) if facts.validation else {}).items()
+    ]
+    results += [
+        EvalResult(
+            task_type=task or "video-to-video",
+            dataset_type=score.data,
+            dataset_name=f"{score.data}: {score.protocol}",
+            metric_type=score.metric,
+            metric_name=score.name,
+            metric_value=score.value,
+        )
+        for score in details.scores
+    ]
+    named: dict[str, Any] = {"model_name": NAME, "eval_results": results} if results else {}
+    tags = [*TAGS, *(["image-to-video"] if task == "video-to-video" else [])]
+    return ModelCardData(library_name="gpdit_lightning", pipeline_tag=task, tags=tags, **named).to_yaml()
 
 
 def _summary(facts: TrainingFacts, parameters: int, dtype: str) -> str:
@@ -82,6 +173,44 @@ def _summary(facts: TrainingFacts, parameters: int, dtype: str) -> str:
         return f"{size} parameters in {dtype}. Their training is not recorded."
     kind = WEIGHTS_KINDS[facts.weights or "raw"]
     return f"{size} parameters in {dtype}: the {kind} weights after {facts.step:,} optimizer steps of {facts.stage}."
+
+
+def _use(task: str | None, facts: TrainingFacts) -> list[str]:
+    """Return the commands that generate with the model, as far as its record suffices for them."""
+    if not (facts.codec and facts.geometry and facts.schedule):
+        return [NETWORK_IN_PYTHON]
+    option, argument = "", ""
+    if facts.codec.is_custom:
+        option, argument = f" --codec {facts.codec.name}", f', codec="{facts.codec.name}"'
+    if task == "image-to-image":
+        return [TRANSFORM.replace(" --examples", f"{option} --examples"), NETWORK_IN_PYTHON]
+    return [
+        IN_PYTHON.replace('"MODEL")', f'"MODEL"{argument})'),
+        ON_COMMAND_LINE.replace(" --context", f"{option} --context"),
+        NETWORK_IN_PYTHON,
+    ]
+
+
+def _metrics(facts: TrainingFacts, details: CardDetails) -> list[str]:
+    """Return the tables of the validation loss and of the scores."""
+    parts = []
+    if facts.validation:
+        rows = ["| validation | velocity loss | noise levels 0 to 1/4 | 1/4 to 1/2 | 1/2 to 3/4 | 3/4 to 1 |"]
+        rows.append("|---|---|---|---|---|---|")
+        for source, mean in _mean_losses(facts.validation).items():
+            quarters = ("-" if loss is None else f"{loss:.4f}" for loss in facts.validation.quarters[source])
+            rows.append(f"| held-out {source}, step {facts.validation.step:,} | {mean:.4f} | {' | '.join(quarters)} |")
+        parts.append("\n".join(rows))
+    if details.scores:
+        rows = [f"| {score.data}: {score.protocol} | {score.name} | {score.text} |" for score in details.scores]
+        parts.append("\n".join(["| data | score | value |", "|---|---|---|", *rows]))
+    return parts
+
+
+def _mean_losses(validation: ValidationLoss) -> dict[str, float]:
+    """Return the mean loss of each source over the quarters of the noise levels."""
+    measured = {source: [loss for loss in losses if loss is not None] for source, losses in validation.quarters.items()}
+    return {source: sum(losses) / len(losses) for source, losses in measured.items() if losses}
 
 
 def _classes(names: Sequence[str]) -> str:
@@ -94,6 +223,51 @@ def _classes(names: Sequence[str]) -> str:
     )
 
 
-def _table(first: str, rows: Mapping[str, Any]) -> str:
-    lines = [f"| {name} | `{json.dumps(value)}` |" for name, value in rows.items()]
+def _training(facts: TrainingFacts) -> dict[str, str]:
+    """Return the facts of the training as sentences, as far as they are recorded."""
+    rows = {}
+    if facts.stage:
+        rows["stage"] = facts.stage
+    if facts.step is not None:
+        rows["optimizer steps"] = f"{facts.step:,}"
+        rows["initial weights"] = "random"
+        if facts.origin:
+            sha256 = f" (sha256 `{facts.origin.sha256[:16]}`)" if facts.origin.sha256 else ""
+            rows["initial weights"] = f"of an earlier training of {facts.origin.step:,} steps{sha256}"
+    if facts.schedule:
+        rows["noise schedule"] = f"{facts.schedule.name}, shift {facts.schedule.shift:g}"
+    if facts.geometry:
+        geometry = facts.geometry
+        sizes = ", ".join(f"{height}x{width}" for height, width in geometry.sizes)
+        rate = f" of {geometry.fps:g} fps" if geometry.fps else ""
+        rows["clips"] = f"up to {geometry.frames} latent frames, at stride {geometry.stride}{rate}; {sizes} pixels"
+    for source in TASKS:
+        if size := facts.data.get(f"data.{source}.batch_size"):
+            rows[f"batch, {source}"] = f"{size} in each optimizer step"
+    for source, counts in facts.run.get("samples", {}).items():
+        rows[f"data, {source}"] = f"{counts['train']:,} samples, and {counts['validation']:,} held out"
+    if optimizer := facts.run.get("optimizer"):
+        rows["optimizer"] = "AdamW: " + ", ".join(f"{name} {value}" for name, value in optimizer.items())
+    for name in ("precision", "hardware"):
+        if name in facts.run:
+            rows[name] = str(facts.run[name])
+    if facts.lightning_version:
+        rows["Lightning"] = facts.lightning_version
+    return rows
+
+
+def _codec(codec: CodecSpec) -> dict[str, Any]:
+    """Return the record of a codec, without the path of its weights if that is not a name on the hub."""
+    record = codec.to_dict()
+    if codec.source is not None and not is_hub_name(codec.source):
+        record["source"] = "a local file or folder"
+    return record
+
+
+def _as_code(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"`{json.dumps(value)}`" for name, value in values.items()}
+
+
+def _table(first: str, rows: Mapping[str, str]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join([f"| {first} | value |", "|---|---|", *lines])

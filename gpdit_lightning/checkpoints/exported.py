@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gpdit_lightning.checkpoints.card import model_card
+from gpdit_lightning.checkpoints.card import CardDetails, model_card
 from gpdit_lightning.checkpoints.facts import EXPORT_AGAIN
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError
@@ -65,8 +65,13 @@ def read_exported(folder: Path) -> Weights:
     return replace(weights, owner=str(path))
 
 
-def write_exported(folder: Path, weights: Weights) -> None:
+def write_exported(folder: Path, weights: Weights, details: CardDetails | None = None) -> None:
     """Write the files of an exported folder, each atomically; an existing card is kept.
+
+    Args:
+        folder: the folder.
+        weights: the weights with the record of their training.
+        details: sample images, which are in the folder, and scores for the card.
 
     Raises:
         InputError: the weights cannot be written, usually because the disk is full.
@@ -83,7 +88,8 @@ def write_exported(folder: Path, weights: Weights) -> None:
     if not (folder / CARD).exists():
         parameters = sum(tensor.numel() for tensor in weights.tensors.values())
         with atomic_write(folder / CARD) as path:
-            path.write_text(model_card(weights.config, weights.facts, parameters, _dtype(weights)), encoding="utf-8")
+            card = model_card(weights.config, weights.facts, parameters, _dtype(weights), details)
+            path.write_text(card, encoding="utf-8")
 
 
 def config_json(weights: Weights) -> str:

@@ -91,6 +91,9 @@ class TrainingFacts:
     data: dict[str, Any] = field(default_factory=dict)
     """The settings that the order of the training data depends on."""
     validation: ValidationLoss | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+    """Settings and circumstances that generation does not depend on, for the model card: `optimizer`, `precision`,
+    `hardware`, and the number of `samples` of each source and split."""
     lightning_version: str | None = None
 
     SCHEMA: ClassVar[dict[str, Any]] = {
@@ -104,6 +107,7 @@ class TrainingFacts:
         "classes": [TEXT],
         "data": OBJECT,
         "validation": ValidationLoss.SCHEMA,
+        "run": OBJECT,
         "lightning_version": TEXT,
     }
 

@@ -88,6 +88,7 @@ class Checkpoint:
             "classes": data.get("classes"),
             "data": data.get("order"),
             "validation": self.content.get("validation"),
+            "run": self.content.get("run"),
             "lightning_version": self.content.get("pytorch-lightning_version"),
         }
         return {name: value for name, value in facts.items() if value is not None}

@@ -1,6 +1,5 @@
 """Opening of models from a checkpoint, a run folder or an exported folder."""
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +15,8 @@ from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
+from gpdit_lightning.names import is_hub_name
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class OpenedWeights(NamedTuple):
@@ -32,14 +30,13 @@ def local_path(path: str | Path, **hub: Any) -> Path:
     """Return a path, or the folder of a model that is downloaded from the hub.
 
     Args:
-        path: a path, or a name like `user/model`: text of this form is a name unless a folder `user` exists.
+        path: a path, or a name like `user/model`, as `is_hub_name` distinguishes them.
         hub: as for `HubGPDiT.from_pretrained`.
 
     Raises:
         InputError: there is no such path, and the hub has no such model.
     """
-    is_name = isinstance(path, str) and HUB_NAME.fullmatch(path) and not Path(path).parent.is_dir()
-    return download(str(path), **hub) if is_name else Path(path)
+    return download(path, **hub) if isinstance(path, str) and is_hub_name(path) else Path(path)
 
 
 def find_weights(path: str | Path) -> Path:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpdit_lightning.checkpoints.reading import TrainedModel, find_weights
-from gpdit_lightning.devices import available_device, rank_of_process
+from gpdit_lightning.devices import available_device, device_name, rank_of_process
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunk_files import ChunkFiles, write_chunk
 from gpdit_lightning.evaluation.chunks import (
@@ -308,7 +307,7 @@ def make_protocol(
         codec_sha256=trained.codec.fingerprint,
         networks={role: network.record for role, network in roles.items() if network is not None},
         versions=library_versions(),
-        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        hardware=device_name(device),
         labels=labels and labels.description,
     )
 

@@ -173,6 +173,13 @@ class LatentDataModule(LightningDataModule):
         """Return a loader of the validation batches."""
         return self.val_dataloader()
 
+    def number_of_samples(self) -> dict[str, dict[str, int]]:
+        """Return the number of samples of each source, for training and held out: {source: {split: count}}."""
+        return {
+            source: {split: sum(map(len, buckets.get(source, []))) for split, buckets in self.buckets.items()}
+            for source in self.buckets["train"]
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return the settings that determine the order, and the codec, geometry and classes for generation."""
         state = {"order": self._order_settings(), "codec": self.codec.to_dict(), "geometry": self.geometry.to_dict()}

@@ -443,8 +443,8 @@ def _read_sample(reader: ShardReader, number: int, settings: ContextSettings, co
     values, metadata = reader.read(number, min(context_frames + later_frames, reader.entry.shape[0]))
     if is_video and (stride := metadata.get("stride", 1)) != settings.stride:
         raise InputError(
-            f"sample {number} of {reader.path} has stride {stride}, but the checkpoint was trained at stride "
-            f"{settings.stride}: give samples of that stride."
+            f"sample {number} of {reader.path} has stride {stride}, but the context is read at stride "
+            f"{settings.stride}, by default that of training: give samples of that stride."
         )
     latents = torch.from_numpy(values.astype(np.float32))
     pixels = codec.decode(latents[None])[0].cpu()

@@ -21,7 +21,7 @@ from gpdit_lightning.devices import available_device
 from gpdit_lightning.diffusion import Guidance, make_sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.context_loss import UNLIKE_TRAINING, relative_loss
-from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, read_contexts
+from gpdit_lightning.generation.contexts import DEFAULT_FPS, ContextSettings, VideoContext, read_contexts
 from gpdit_lightning.generation.frames import OutputType, check_output_type, clip_pixels, converted, is_frame_list
 from gpdit_lightning.generation.outputs import VideoOutput, output_formats, output_path
 from gpdit_lightning.generation.rollout import ClipInputs, GenerationConfig, cast_linear_weights
@@ -57,6 +57,7 @@ class GenerationArguments(TypedDict, total=False):
     context_frames: int | None
     start: float | None
     fps: float | None
+    stride: int | None
     size: str | None
 
 
@@ -308,21 +309,34 @@ class GPDiTPipeline:
                 `sample`; or a clip in memory: an image of Pillow or a list of them, a numpy array (T, H, W, 3), or a
                 tensor (T, 3, H, W), uint8 or floats in [0, 1]; or a list of any of these. Frames are scaled and
                 cropped to the training size that is closest in aspect. A clip in memory is read as a folder of images
-                is: at `fps` (24 by default), of which frames at the stride of the training clips are used.
+                is: at `fps` (24 by default), of which frames at the stride of the training clips are used; `stride=1`
+            continues generated frames.
             seconds: duration to generate, instead of `frames`.
             output_type: form of the frames of a video: `pil` for a list of images of Pillow, `np` for a uint8 array
                 (T, H, W, 3), `pt` for a float32 tensor (T, 3, H, W) in [0, 1], `latent` for raw latents.
             progress: show a progress bar over frames.
             options: `frames` (16 by default), `samples` per context with consecutive seeds, `seed`, `sampler`,
                 `steps`, `guidance`, `label`, `label_guidance`, `window`, `sinks`, `context_frames`, `start`, `fps`,
-                `size`, `batch_size`: as for `sample`, with the same defaults (`python -m gpdit_lightning sample
-                --help`).
+                `stride`, `size`, `batch_size`: as for `sample`, with the same defaults (see its `--help`).
 
         Raises:
             InputError: a context or an option cannot be used.
         """
         check_output_type(output_type)
-        plan = self._plan_call(context, seconds, options)
+        videos = self.run(self._plan_call(context, seconds, options), progress=progress)
+        frames = [converted(video.pixels, video.latents, output_type) for video in videos]
+        return PipelineOutput(frames, videos, self.codec.temporal_factor)
+
+    def run(self, plan: GenerationPlan, *, progress: bool = False) -> list[GeneratedClip]:
+        """Generate the videos of a plan, and return them in its order.
+
+        Args:
+            plan: the videos.
+            progress: show a progress bar over frames.
+
+        Raises:
+            InputError: generated latents are not finite.
+        """
         generated: dict[Clip, GeneratedClip] = {}
         with progress_bar(
             total=sum(clip.frames for clip in plan.clips), unit=" frames", desc="generating", disable=not progress
@@ -335,9 +349,7 @@ class GPDiTPipeline:
                 pixels, new = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
                 for clip, *tensors in zip(batch, pixels, new, latents.cpu(), strict=True):
                     generated[clip] = GeneratedClip(clip, *tensors)
-        videos = [generated[clip] for clip in plan.clips]
-        frames = [converted(video.pixels, video.latents, output_type) for video in videos]
-        return PipelineOutput(frames, videos, self.codec.temporal_factor)
+        return [generated[clip] for clip in plan.clips]
 
     def stream(
         self,
@@ -480,13 +492,15 @@ class GPDiTPipeline:
     def _context_settings(self, options: GenerationOptions, ground_truth_frames: int = 0) -> ContextSettings:
         """Return how contexts are read: like the training clips unless the options say otherwise."""
         frames, geometry = options.context_frames, self.trained.geometry
+        stride = options.stride or geometry.stride
         return ContextSettings(
             frames=self.codec.pixel_frames(max(1, geometry.frames - 1)) if frames is None else frames,
-            stride=geometry.stride,
+            stride=stride,
             sizes=trained_sizes(options.size, self.trained),
             ground_truth_frames=ground_truth_frames,
             start=options.start,
-            fps=options.fps,
+            # By default the rate of the result is that of training at any stride.
+            fps=DEFAULT_FPS * stride / geometry.stride if options.fps is None else options.fps,
             video_fps=geometry.fps,
             may_be_shorter=frames is None,
         )

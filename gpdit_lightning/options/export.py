@@ -13,5 +13,10 @@ class ExportOptions(CheckpointOptions):
 
     out: Path
     """Output folder; an earlier export of the same model is replaced, except for its model card."""
+    samples: bool = True
+    """Add sample images to the card: the last preview of the run, or else continuations of held-out clips, if their
+    shards are found and the model has at most 200M parameters."""
+    evaluation: Path | None = None
+    """Folder of an evaluation of this checkpoint, whose scores the card shows; by default one in the run folder."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Data type of the weights; by default that of the checkpoint."""

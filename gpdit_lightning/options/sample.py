@@ -35,7 +35,10 @@ class ContextReadingOptions(OptionRecord):
     start: float | None = None
     """Time in seconds, by the video's time stamps, at which a context begins; by default it ends at the last frame."""
     fps: float | None = None
-    """Frames per second of images and folders of frames; by default 24."""
+    """Frames per second of images and folders of frames; by default 24, or less at a smaller --stride."""
+    stride: int | None = None
+    """Distance between the frames of a video that are used; by default that of the training clips. 1 continues
+    generated frames, which are at that stride already."""
     size: str | None = None
     """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the closest in aspect."""
     label: str | None = None
@@ -65,7 +68,7 @@ class GenerationOptions(ContextReadingOptions, RolloutOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, frames=1, samples=1)
+        check_at_least(self, frames=1, samples=1, stride=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,12 @@ FACTS: dict[str, Any] = {
     "classes": ["run", "jump"],
     "data": {"data.seed": 0, "data.labels": ["run", "jump"], "data.videos.manifests": ["0123456789abcdef"]},
     "validation": {"step": 1100, "quarters": {"images": [0.5, 0.25, 0.25, 1.0], "videos": [0.5, 0.25, None, 1.0]}},
+    "run": {
+        "optimizer": {"learning_rate": 0.001, "betas": [0.9, 0.99]},
+        "precision": "bf16-mixed",
+        "hardware": "8 x Accelerator",
+        "samples": {"videos": {"train": 5000, "validation": 40}},
+    },
     "lightning_version": "2.6.6",
 }
 
@@ -149,10 +155,21 @@ def test_a_file_of_weights_chooses_neither_code_to_import_nor_a_backend_of_one_d
 
 def test_the_content_of_the_card(folder: Path) -> None:
     card = ModelCard((folder / "README.md").read_text())
-    assert card.data.library_name == "gpdit_lightning"
+    assert (card.data.library_name, card.data.pipeline_tag) == ("gpdit_lightning", "video-to-video")
+    losses = {result.dataset_name: result.metric_value for result in card.data.eval_results or ()}
+    assert losses == {"held-out images": 0.5, "held-out videos": pytest.approx(1.75 / 3, abs=1e-6)}
+    assert "runs/before" not in card.content
     for text in (
         "averaged (EMA) weights after 1,200 optimizer steps of MixedStage",
-        "runs/before",
+        f"| initial weights | of an earlier training of 7 steps (sha256 `{'0' * 16}`) |",
+        "| noise schedule | cosine, shift 2 |",
+        "| clips | up to 3 latent frames, at stride 3; 64x64 pixels |",
+        "| data, videos | 5,000 samples, and 40 held out |",
+        "| optimizer | AdamW: learning_rate 0.001, betas [0.9, 0.99] |",
+        "| precision | bf16-mixed |",
+        "| hardware | 8 x Accelerator |",
+        "| held-out videos, step 1,100 | 0.5833 | 0.5000 | 0.2500 | - | 1.0000 |",
+        "GPDiTPipeline.from_pretrained",
         "| width | `16` |",
         "one of 2 classes, listed in `config.json` by their numbers: `run`, `jump`.",
     ):

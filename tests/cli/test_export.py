@@ -1,6 +1,7 @@
 """`export`: the exported folder, and everything that reads it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from lightning import Trainer
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,8 +21,12 @@ from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.checkpoints.facts import Origin
 from gpdit_lightning.checkpoints.reading import load_trained_model, open_weights
 from gpdit_lightning.cli import main
+from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
+from gpdit_lightning.diffusion import Guidance
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation.report import Protocol, Report, Score
+from gpdit_lightning.evaluation.report_text import write_report
 from gpdit_lightning.files import sha256_of
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
@@ -101,6 +108,68 @@ def test_config_and_card_state_the_facts_of_the_checkpoint(run: Path, exported: 
     card = (exported / "README.md").read_text()
     assert data["order"]["data.videos.manifests"][0] in card
     assert "averaged (EMA) weights after 3 optimizer steps of GPDiTStage" in card
+
+
+def test_card_shows_images_and_scores_of_the_run(
+    tiny_config: GPDiTConfig, write_shards: Callable[..., Any], fit: Fit, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    counts = {(split, "video", (5, 4, 4)): 3 for split in ("train", "validation")}
+    manifest = write_shards(tmp_path / "shards", counts, codec=load_codec("pca").spec())
+    replace(manifest, preparation={"stride": 1}).save()  # as its samples
+    shards = manifest.directory
+    run, evaluation = tmp_path / "run", tmp_path / "run" / "evaluation"
+    data = LatentDataModule(videos=SourceConfig([str(shards)], batch_size=3))
+    fit(GPDiTStage(tiny_config.replaced(latent_channels=16)), data, run, 1, [EMA(), RunCheckpoint()])
+    (run / "config.yaml").write_text(json.dumps({"data": {"videos": {"manifests": [str(shards)]}}}))
+
+    def card(name: str, *options: str, of: Path = run) -> ModelCard:
+        assert export(of, tmp_path / name, *options) == 0
+        for image in re.findall(r"!\[.*\]\((.*)\)", text := (tmp_path / name / "README.md").read_text()):
+            assert (tmp_path / name / image).is_file()
+        assert str(tmp_path) not in text
+        return ModelCard(text)
+
+    continued = card("continued")
+    assert "Held-out clips: 5 context frames, then generated frames (adams sampler, 8 steps)" in continued.text
+    assert "| data, videos | 3 samples, and 3 held out |" in continued.text
+    assert "| optimizer | AdamW: learning_rate 0.0001, betas [0.9, 0.999]" in continued.text
+    assert "| precision | 32-true |" in continued.text
+    assert "| hardware | 1 x CPU (" in continued.text
+    with Image.open(tmp_path / "continued" / "sample.gif") as animation:
+        assert animation.n_frames == 17
+    assert card("continued").content == continued.content  # the same folder again
+    assert "sample.png" in card("again", of=tmp_path / "continued").text
+
+    (run / "previews").mkdir()
+    for number in (0, 1, 2):
+        (run / "previews" / f"step-{number:06d}.png").write_text(f"strip {number}")
+    assert "Preview of step 1: generated" in card("preview").text
+    assert (tmp_path / "preview" / "sample.png").read_text() == "strip 1"
+    assert "](sample.png)" not in card("plain", "--no_samples").text
+
+    write_report(report_of(run), evaluation)
+    scored = card("scored")
+    row = "| digits: 64 videos of 32x32, 12 frames from 5; rotation sampler, 25 steps | FVD ↓ | 212.0 ± 2.8 |"
+    assert row in scored.text
+    (score,) = [result for result in scored.data.eval_results or () if result.metric_type == "fvd"]
+    assert (score.task_type, score.metric_value) == ("video-to-video", 212.0)
+    assert export(run, tmp_path / "raw", "--weights=raw", "--evaluation", str(evaluation)) == 2
+    assert "is of another checkpoint or of other weights" in capsys.readouterr().err
+    assert not (tmp_path / "raw").exists()
+
+
+def report_of(run: Path) -> Report:
+    """A report of an evaluation of the averaged weights of a run."""
+    trained = load_trained_model(run)
+    protocol = Protocol(
+        data="digits", choice="all", split_sha256="0", videos=64, context_frames=5, generated_frames=12,
+        fvd_frames="all", size=(32, 32), stride=3, resize="", sampler="rotation", steps=25, guidance=Guidance(),
+        schedule=trained.schedule, seeds=(0, 1), window=None, precision="float32", checkpoint=str(run),
+        checkpoint_sha256=trained.sha256, step=1, weights="ema", codec="pca", codec_sha256="0", networks={},
+        versions={}, hardware="",
+    )  # fmt: skip
+    return Report(protocol, {"fvd": Score.of([210.0, 214.0])})
 
 
 def test_class_names_are_exported(tiny_config: GPDiTConfig, fit: Fit, tmp_path: Path) -> None:

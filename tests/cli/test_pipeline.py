@@ -1,6 +1,7 @@
 """`GPDiTPipeline`: bit-equal to `sample`, with every form of context and of output."""
 
 import gc
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -80,6 +81,20 @@ def test_an_exported_run_is_loaded_by_its_folder_or_its_name_on_the_hub(workspac
         GPDiTPipeline.from_pretrained(tmp_path / "missing")
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/generation.md"])
+def test_examples_of_the_documents_run(
+    document: str, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / document).read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "GPDiTPipeline" in block]
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        code = block.replace("MY_VIDEO.mp4", str(workspace / VIDEO)).replace("seconds=60", "seconds=1")
+        exec(re.sub(r'from_pretrained\(".*?"\)', f"from_pretrained({str(workspace / 'of2')!r})", code), {})
+    assert looks_like(read_video(tmp_path / "out.mp4")[:13], stripe_context(1, 23, 13))
+
+
 def test_properties(pipeline: GPDiTPipeline) -> None:
     assert pipeline.frame_rate == 8.0
     assert pipeline.sizes == ((32, 32),)
@@ -148,6 +163,15 @@ def test_every_form_of_a_clip_in_memory_gives_the_same_video(workspace: Path, pi
         assert torch.equal(pixels_of(pipeline(form, **OPTIONS))[0], still[0])
     transparent = Image.new("RGBA", (48, 32), (255, 0, 0, 0))
     assert (pipeline(transparent, **OPTIONS).videos[0].clip.context.pixels == 255).all()
+
+
+def test_generated_frames_are_continued_at_their_stride(tmp_path: Path, pipeline: GPDiTPipeline) -> None:
+    first = pipeline(stripes(1), **OPTIONS)
+    first.save(tmp_path / "first.mp4")
+    for context in (first.frames[0], str(tmp_path / "first.mp4")):
+        again = pipeline(context, **OPTIONS, stride=1)
+        assert again.frame_rates == first.frame_rates == [8.0]
+        assert looks_like(again.videos[0].clip.context.pixels, pixels_of(first)[0][-5:])
 
 
 def test_output_types_hold_the_same_frames(pipeline: GPDiTPipeline) -> None:

@@ -368,7 +368,7 @@ def test_shard_of_sequences_is_refused(write_shards: Callable[..., Manifest], tm
         ("#-1", {}, "has no sample '-1'"),
         ("#train-video-000000", {}, "has no sample 'train-video-000000'"),
         ("#", {}, "has no sample ''"),
-        ("#0", {"stride": 2}, r"sample 0 of .*\.tar has stride 3, but the checkpoint was trained at stride 2"),
+        ("#0", {"stride": 2}, r"sample 0 of .*\.tar has stride 3, but the context is read at stride 2"),
         ("#0", {"sizes": ((32, 48), (64, 64))}, "samples of 32x32 pixels, .* trained on 32x48, 64x64: give others"),
         ("", {"frames": 21}, "has 17 frames at stride 3, but the context needs 21: give a longer video or at most 17 "),
         ("#0", {"start": 1.0}, "has no frame at 1 s: give --start for videos only"),

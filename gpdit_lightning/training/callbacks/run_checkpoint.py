@@ -2,6 +2,7 @@
 
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from gpdit_lightning.checkpoints.files import (
     unmark_damaged,
 )
 from gpdit_lightning.checkpoints.io import FolderCheckpointIO
+from gpdit_lightning.data.datamodule import LatentDataModule
+from gpdit_lightning.devices import device_name
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import partial_path
 from gpdit_lightning.training.callbacks.stopping import Stopped, StopSignals
 from gpdit_lightning.training.internals import disable_signal_handlers, is_between_steps, validation_follows
+from gpdit_lightning.training.optimizer import OptimizerConfig
 from gpdit_lightning.training.reduction import DelayedMaximum
 
 # Seconds that training may wait for data after a signal, before it ends without the next step. If several ranks train,
@@ -110,6 +114,19 @@ class RunCheckpoint(Checkpoint):
         """Finish the optimizer step after its last micro-batch, unless a validation follows."""
         if trainer.global_step != self._finished_step and not validation_follows(trainer):
             self._finish_step(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Record the settings and circumstances of the run that the model card states, as `TrainingFacts.run`."""
+        facts: dict[str, Any] = {
+            "precision": str(trainer.precision),
+            "hardware": f"{trainer.world_size} x {device_name(pl_module.device)}",
+        }
+        if isinstance(optimizer := getattr(pl_module, "optimizer_config", None), OptimizerConfig):
+            facts["optimizer"] = asdict(optimizer) | {"betas": list(optimizer.betas)}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, LatentDataModule):
+            facts["samples"] = data.number_of_samples()
+        checkpoint["run"] = facts
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the optimizer step after its validation."""
