@@ -121,8 +121,8 @@ class _LineBar(tqdm):
         """Do nothing: lines stay."""
 
     def close(self) -> None:
-        """Write the last state if the bar is to stay visible."""
-        if not self.disable and self.leave:
+        """Write the last state if the bar is to stay visible and has advanced since the last line."""
+        if not self.disable and self.leave and self.n != self.last_print_n:
             self.refresh()
         self.fp = io.StringIO()  # tqdm would end the line of the bar
         self.sp = lambda state: None
