@@ -84,6 +84,7 @@ def planned_machine(options: PlannedMachineOptions, here: Machine) -> Machine:
         machine,
         devices=options.gpus or machine.devices,
         name=options.gpu or machine.name,
+        bf16=machine.bf16 or options.gpu is not None,  # all known models have it
         memory=machine.memory if options.gpu_memory is None else int(options.gpu_memory * GIB),
     )
 

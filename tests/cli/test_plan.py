@@ -4,21 +4,23 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from gpdit_lightning.cli import main, plan_trial
 from gpdit_lightning.cli import plan as plan_module
 from gpdit_lightning.cli.auto_recipe import with_planned_recipe
 from gpdit_lightning.cli.estimate import read_recipe
-from gpdit_lightning.cli.plan import plan
+from gpdit_lightning.cli.plan import plan, planned_machine
 from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.devices import Machine, this_machine
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.requirements import RunSettings, memory
-from gpdit_lightning.options.plan import PlanOptions
+from gpdit_lightning.options.plan import PlannedMachineOptions, PlanOptions
 from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.planning import rules
 from gpdit_lightning.planning.rules import Choice, memory_limit
@@ -124,6 +126,8 @@ def test_options_describe_another_machine(
 
     assert machine("cpu", gpus=8) == Machine("cuda", 8, "H100", 80 * GIB, 64, 512 * GIB, bf16=True)
     assert machine("cpu", gpu="L4", gpu_memory=24.0, cores=4) == Machine("cuda", 1, "L4", 24 * GIB, 4, 64 * GIB, True)
+    old = replace(MACHINES["1x24"], name="NVIDIA GeForce GTX 1080", bf16=False)
+    assert planned_machine(PlannedMachineOptions(gpu="L4"), old) == replace(old, name="L4", bf16=True)
     assert machine("8x80", gpus=2) == replace(MACHINES["8x80"], devices=2)
     assert machine("1x24", gpus=0) == Machine("cpu", 1, "cpu", 64 * GIB, 16, 64 * GIB, bf16=False)
     with pytest.raises(InputError, match="--gpu is Foo, whose peak"):
@@ -157,6 +161,22 @@ def test_this_machine_is_described() -> None:
     machine = this_machine()
     assert machine.cores >= 1
     assert 2**28 < machine.memory <= machine.host_memory < 2**50
+
+
+def test_gpus_of_this_machine_are_described_by_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = [SimpleNamespace(name="NVIDIA A100", total_memory=gib * GIB) for gib in (80, 40)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties[device])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    machine = this_machine()
+    assert (machine.accelerator, machine.devices, machine.name) == ("cuda", 2, "NVIDIA A100")
+    assert (machine.memory, machine.bf16) == (40 * GIB, True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: GIB // 2)
+    machine = this_machine()
+    assert (machine.accelerator, machine.devices, machine.memory, machine.bf16) == ("mps", 1, GIB // 2, False)
 
 
 # The latents are random: no codec can decode them.
