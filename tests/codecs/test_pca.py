@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from gpdit_lightning.cli.demo_videos import draw_video
 from gpdit_lightning.codecs import PcaCodec, load_codec, load_codec_from_spec
 from gpdit_lightning.codecs.fit_pca import align, fit, psnr
 from gpdit_lightning.codecs.fitting_clips import shipped_clips
@@ -138,6 +139,13 @@ def test_the_shipped_weights_reproduce_real_videos(codec: PcaCodec) -> None:
     paths = sorted(path for path in UCF.rglob("*") if path.suffix in (".avi", ".mp4"))[::18]
     clips = [resize_and_crop(read_video(path, max_frames=17), (128, 128)) for path in paths]
     assert psnr(codec, clips) > 26
+
+
+def test_the_codec_of_the_demo_reproduces_held_out_videos_of_the_demo(codec: PcaCodec) -> None:
+    clips = [draw_video(number, held_out=True, seed=0)[0][::3] for number in range(4)]
+    of_demo = load_codec("pca_digits")
+    assert isinstance(of_demo, PcaCodec)
+    assert psnr(of_demo, clips) > max(33, psnr(codec, clips) + 3)
 
 
 @pytest.mark.slow
