@@ -145,7 +145,7 @@ def test_the_codec_of_the_demo_reproduces_held_out_videos_of_the_demo(codec: Pca
     clips = [draw_video(number, held_out=True, seed=0)[0][::3] for number in range(4)]
     of_demo = load_codec("pca_digits")
     assert isinstance(of_demo, PcaCodec)
-    assert psnr(of_demo, clips) > max(33, psnr(codec, clips) + 3)
+    assert psnr(of_demo, clips) > max(34, psnr(codec, clips) + 1)
 
 
 @pytest.mark.slow
