@@ -308,16 +308,16 @@ class Scores(Callback):
                 )
                 if latents is None:
                     return None
-                clips = [
-                    self._measure_clip(*clip)
-                    for clip in zip(latents.split(1), raw.split(1), strict=True)
-                    if not received_signal(trainer)  # of this rank: ranks agree below
-                ]
+                clips = []
+                for clip in zip(latents.split(1), raw.split(1), strict=True):
+                    if received_signal(trainer):  # by this rank; the ranks agree below
+                        break
+                    clips.append(self._measure_clip(*clip))
+                    bar.update(min(trainer.world_size, total - bar.n))
                 if any_rank_received_signal(trainer):
                     return None
                 for variant, of_chunks in measured.items():
                     of_chunks[number] = concatenate([clip[variant] for clip in clips])
-                bar.update(min(self.chunk * trainer.world_size, total - bar.n))
         return measured
 
     def _measure_clip(self, latents: Tensor, raw: Tensor) -> dict[str, Quantities]:
