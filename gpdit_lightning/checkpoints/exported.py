@@ -1,7 +1,8 @@
 """Exported models on disk: reading and writing of their folders.
 
-An exported folder contains `model.safetensors`, `config.json` and the model card, `README.md`. Other files are never
-read, and neither of the first two can contain code. `config.json` is plain JSON:
+An exported folder contains `model.safetensors`, `config.json` and the model card, `README.md`; and `codec.safetensors`
+if the weights of the codec are a single file of the run, such as a linear codec that was fitted on its videos. Other
+files are never read, and none of these can contain code. `config.json` is plain JSON:
 
     format, library_version, dtype   format of the folder, version of its writer, data type of the weights
     config                           architecture: `GPDiTConfig.to_dict()`
@@ -26,6 +27,7 @@ from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CODEC = "codec.safetensors"
 FORMAT = "gpdit_lightning-model-1"
 
 

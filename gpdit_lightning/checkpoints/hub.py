@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 
-from gpdit_lightning.checkpoints.exported import CONFIG, WEIGHTS, read_exported, write_exported
+from gpdit_lightning.checkpoints.exported import CODEC, CONFIG, WEIGHTS, read_exported, write_exported
 from gpdit_lightning.checkpoints.facts import TrainingFacts
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError
@@ -24,7 +24,7 @@ def download(name: str, **hub: Any) -> Path:
         InputError: the hub has no such model, or it cannot be reached.
     """
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **hub))
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, CODEC], **hub))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(

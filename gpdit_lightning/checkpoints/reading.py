@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gpdit_lightning.checkpoints.exported import WEIGHTS, is_exported, read_exported
+from gpdit_lightning.checkpoints.exported import CODEC, WEIGHTS, is_exported, read_exported
 from gpdit_lightning.checkpoints.facts import ValidationLoss, WeightsKind
 from gpdit_lightning.checkpoints.files import checkpoint_sha256, find_checkpoint, open_checkpoint
 from gpdit_lightning.checkpoints.hub import HubGPDiT, download
@@ -97,6 +97,12 @@ class TrainedModel:
     step: int
     classes: tuple[str, ...] = ()
     validation: ValidationLoss | None = None
+
+    @property
+    def codec_source(self) -> str | None:
+        """The weights of the codec: those in the exported folder if it contains some, else the recorded ones."""
+        exported = self.path / CODEC
+        return str(exported) if exported.is_file() else self.codec.source
 
     @cached_property
     def sha256(self) -> str:

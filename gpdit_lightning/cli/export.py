@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from gpdit_lightning.checkpoints.card import CardDetails, CardScore
-from gpdit_lightning.checkpoints.exported import CARD, CONFIG, WEIGHTS, config_json, write_exported
+from gpdit_lightning.checkpoints.exported import CARD, CODEC, CONFIG, WEIGHTS, config_json, write_exported
 from gpdit_lightning.checkpoints.files import remove
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.checkpoints.weights import Weights
@@ -58,6 +58,9 @@ def export(options: ExportOptions) -> None:
         run_dir = run_folder_of(trained.path)
         images = write_images(partial, trained, run_dir) if options.samples else {}
         details = CardDetails(images, scores_of(trained, options.evaluation, run_dir))
+        codec_file = Path(trained.codec_source or "")
+        if codec_file.suffix == ".safetensors" and codec_file.is_file():
+            shutil.copyfile(codec_file, partial / CODEC)
         if (out / CARD).exists():
             shutil.copy(out / CARD, partial)  # which the user may have edited
         write_exported(partial, stored, details)
@@ -76,7 +79,7 @@ def export(options: ExportOptions) -> None:
 def check_replaceable(out: Path, weights: Weights) -> None:
     """Raise `InputError` if a folder contains anything other than an export of the same model."""
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    is_export = {WEIGHTS, CONFIG, CARD} <= names <= {WEIGHTS, CONFIG, CARD, *IMAGES}
+    is_export = {WEIGHTS, CONFIG, CARD} <= names <= {WEIGHTS, CONFIG, CARD, CODEC, *IMAGES}
     if names and not (is_export and (out / CONFIG).read_bytes() == config_json(weights).encode()):
         raise InputError(f"{out} contains something other than an export of this model: choose another --out.")
 
@@ -127,7 +130,7 @@ def _write_continuations(folder: Path, trained: TrainedModel, run_dir: Path) -> 
         samples = held_out_samples(run_dir)
         if not samples:
             return {}
-        codec = load_codec_from_spec(trained.codec, owner="the checkpoint")
+        codec = load_codec_from_spec(trained.codec, source=trained.codec_source, owner="the checkpoint")
         pipeline = GPDiTPipeline(trained, codec, precision="32")
         context = max(1, min(trained.geometry.frames // 2, MAX_CONTEXT))
         frames = min(MAX_FRAMES, (trained.geometry.frames - context) * codec.temporal_factor)

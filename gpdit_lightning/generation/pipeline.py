@@ -242,7 +242,9 @@ class GPDiTPipeline:
         """
         place = available_device(str(device))
         trained = load_trained_model(checkpoint, place, weights, **hub)
-        loaded = load_codec_from_spec(trained.codec, place, codec_source, "the checkpoint", codec)
+        loaded = load_codec_from_spec(
+            trained.codec, place, codec_source or trained.codec_source, "the checkpoint", codec
+        )
         return cls(trained, loaded, precision=precision, compile=compile)
 
     def to(self, device: str | torch.device) -> Self:

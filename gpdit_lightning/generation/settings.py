@@ -37,7 +37,8 @@ def load_codec_of(trained: TrainedModel, options: LoadingOptions, owner: str = "
     Raises:
         InputError: the codec's weights are unavailable.
     """
-    return load_codec_from_spec(trained.codec, trained.backbone.device, options.codec_source, owner, options.codec)
+    source = options.codec_source or trained.codec_source
+    return load_codec_from_spec(trained.codec, trained.backbone.device, source, owner, options.codec)
 
 
 def selected_precision(precision: Precision, device: torch.device) -> Literal["32", "bf16"]:

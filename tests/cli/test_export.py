@@ -17,11 +17,12 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning import GPDiT, GPDiTConfig, GPDiTPipeline
 from gpdit_lightning.checkpoints.facts import Origin
 from gpdit_lightning.checkpoints.reading import load_trained_model, open_weights
 from gpdit_lightning.cli import main
 from gpdit_lightning.codecs import load_codec
+from gpdit_lightning.codecs.pca import SHIPPED_WEIGHTS
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.diffusion import Guidance
 from gpdit_lightning.errors import InputError
@@ -115,7 +116,9 @@ def test_card_shows_images_and_scores_of_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     counts = {(split, "video", (5, 4, 4)): 3 for split in ("train", "validation")}
-    manifest = write_shards(tmp_path / "shards", counts, codec=load_codec("pca").spec())
+    codec = tmp_path / "fitted.safetensors"
+    shutil.copyfile(SHIPPED_WEIGHTS, codec)
+    manifest = write_shards(tmp_path / "shards", counts, codec=load_codec("pca", str(codec)).spec())
     replace(manifest, preparation={"stride": 1}).save()  # as its samples
     shards = manifest.directory
     run, evaluation = tmp_path / "run", tmp_path / "run" / "evaluation"
@@ -157,6 +160,10 @@ def test_card_shows_images_and_scores_of_the_run(
     assert export(run, tmp_path / "raw", "--weights=raw", "--evaluation", str(evaluation)) == 2
     assert "is of another checkpoint or of other weights" in capsys.readouterr().err
     assert not (tmp_path / "raw").exists()
+
+    codec.unlink()  # its copies are in the exported folders
+    for name in ("continued", "again"):
+        assert len(GPDiTPipeline.from_pretrained(tmp_path / name)(frames=1, steps=1).frames[0]) == 1
 
 
 def report_of(run: Path) -> Report:
