@@ -143,7 +143,7 @@ def test_recipe_trains_one_step_at_tiny_size(
         f"--runs={tmp_path / 'runs'}",
         f"--run_dir={tmp_path / 'run'}",
         f"--latents={tmp_path / 'latents'}",
-        "--model.init_args.initial_weights=",
+        "--model.init_args.initial_weights=null",
         "--model.init_args.backbone.latent_channels=4",
         "--model.init_args.backbone.layers=1",
         "--preview.every_steps=0",  # the shards are random, so no codec can decode them

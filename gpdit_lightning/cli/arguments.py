@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from gpdit_lightning.errors import InputError
+
 
 def recipe_arguments(arguments: Sequence[str], verb_options: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Divide the arguments of a verb that reads a training recipe.
@@ -15,6 +17,9 @@ def recipe_arguments(arguments: Sequence[str], verb_options: Sequence[str]) -> t
     Args:
         arguments: the command line after the verb.
         verb_options: names of the options that belong to the verb itself.
+
+    Raises:
+        InputError: `--data_dir` has no value.
 
     Returns:
         the verb's options, the files of `--config`, and all other words, which override the recipe.
@@ -28,6 +33,8 @@ def recipe_arguments(arguments: Sequence[str], verb_options: Sequence[str]) -> t
             config += [value] if equals else values
         elif option in ("-h", "--help") or (option.startswith("--") and option[2:].removeprefix("no_") in verb_options):
             of_verb += [word, *values]
+        elif option == "--data_dir" and not equals and not values:
+            raise InputError("--data_dir has no folder: give one that `prepare` wrote, or several.")
         elif option == "--data_dir" and len(values) > 1:
             overrides.append(f"{option}={yaml_list(values, str)}")
         else:

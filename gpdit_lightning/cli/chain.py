@@ -146,6 +146,10 @@ def read_stages(configs: Sequence[str], others: Sequence[str]) -> Chain:
         if reason:
             notes.append(f"{name} ({recipe.stem}) is left out: {reason}")
             continue
+        if before and settings.run_dir == before.run_dir:
+            raise InputError(
+                f"several stages of {path} have the run folder {settings.run_dir}: give --runs, not --run_dir."
+            )
         run_dir, state, note = run_folder_of(settings.run_dir, before)
         if note:
             notes.append(f"{name}: {note}")

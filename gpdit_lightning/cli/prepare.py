@@ -29,12 +29,20 @@ def next_command(manifest: Manifest) -> str:
     words = [f"--config gpdit:{'stage1_image_warmup' if images_only else 'stage2_mixed'}"]
     words.append(f"--config {size_overlay(manifest.codec)}")
     words += [f"--data_dir {shlex.quote(str(manifest.directory))}", *codec_options(manifest.codec)]
+    words += patch_options(manifest)
     return f"python -m gpdit_lightning fit {' '.join(words)}"
 
 
 def size_overlay(codec: CodecSpec) -> str:
     """Return the overlay for the device of this machine: that of a laptop without a GPU, or for the codec `pca`."""
     return "gpdit:tiny" if codec.name == "pca" or available_device("auto").type == "cpu" else "gpdit:b"
+
+
+def patch_options(manifest: Manifest) -> list[str]:
+    """Return the option of `fit` for latent frames that do not divide into patches of the default size."""
+    sides = {side for shard in manifest.shards for side in shard.shape[2:]}
+    divides = not any(side % GPDiTConfig.patch_size for side in sides)
+    return [] if divides else ["--model.init_args.backbone.patch_size 1"]
 
 
 def codec_options(codec: CodecSpec) -> list[str]:

@@ -10,6 +10,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from gpdit_lightning.data.batches import LatentBatch
+from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
@@ -53,6 +54,19 @@ def check_latent_channels(of_backbone: int, of_data: int) -> None:
             f"the backbone takes latents of {of_backbone} channels, but the data have {of_data}: give "
             f"--model.init_args.backbone.latent_channels {of_data}, or data of another codec."
         )
+
+
+def check_patches(patch_size: int, data: LatentDataModule) -> None:
+    """Raise `InputError` unless the latent frames of the data divide into the patches of a backbone."""
+    pixels = patch_size * data.codec.spatial_factor
+    for name, buckets in data.buckets["train"].items():
+        for bucket in buckets:
+            if bucket.height % patch_size or bucket.width % patch_size:
+                raise InputError(
+                    f"the latent frames of data.{name} have {bucket.height}x{bucket.width} pixels, which do not divide "
+                    f"into patches of {patch_size}x{patch_size}: give --model.init_args.backbone.patch_size 1, or "
+                    f"prepare the data again at a height and width that are multiples of {pixels}."
+                )
 
 
 def check_number_of_classes(of_backbone: int, of_data: int) -> None:

@@ -23,6 +23,7 @@ from gpdit_lightning.stages.agreement import (
     check_loss,
     check_no_texts,
     check_number_of_classes,
+    check_patches,
     check_ranks,
     check_sources,
     check_stage,
@@ -156,6 +157,7 @@ class GPDiTStage(LightningModule):
         check_sources(type(self).__name__, self.SOURCES, [source.name for source in self.data.plan.sources])
         check_no_texts(self.config.text_width)
         check_latent_channels(self.config.latent_channels, self.data.codec.latent_channels)
+        check_patches(self.config.patch_size, self.data)
         check_number_of_classes(self.config.classes, len(self.data.classes))
         device, dtype = self.trainer.strategy.root_device, product_dtype_of(self.trainer)
         with torch.set_grad_enabled(stage == "fit"):

@@ -46,7 +46,7 @@ class InitialWeights:
         if not Path(path).exists():
             raise InputError(
                 f"model.init_args.initial_weights is {path}, which does not exist: train that stage first (`chain` "
-                "trains all stages), or start from random weights with --model.init_args.initial_weights=''."
+                "trains all stages), or start from random weights with --model.init_args.initial_weights null."
             )
         weights, folder = open_weights(path, verify=True)
         check_architecture(weights.config.to_dict(), backbone.config, path)

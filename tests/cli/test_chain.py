@@ -266,6 +266,8 @@ def test_a_chain_ends_with_a_stage_that_reaches_its_time_limit(
     assert main([*command, "--trainer.max_time=00:00:00:00"]) == 0
     assert re.search(rf"stage 1 of 4, .*: ended at step \d of {STEPS}; the same command", capsys.readouterr().out)
     assert not (tmp_path / "runs" / "MixedStage").exists()
+    assert main([*command, "--run_dir=one"]) == 2
+    assert "have the run folder one: give --runs" in capsys.readouterr().err
     assert main([*command, "--trainer.max_steps=-1"]) == 2
     assert "ImageWarmupStage.yaml: trainer.max_steps is -1: set a number of steps." in capsys.readouterr().err
     assert main(command) == 0

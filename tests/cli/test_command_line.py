@@ -71,7 +71,7 @@ def backbone(**fields: Any) -> dict[str, Any]:
             {"data": {"sources": ["images"]}},
             ["data.images is not used, since it has no manifests", "prepare --images", "--data_dir latents/mine"],
         ),
-        ({"model": {"init_args": {"initial_weights": "/nowhere"}}}, ["/nowhere", "chain", "initial_weights=''"]),
+        ({"model": {"init_args": {"initial_weights": "/nowhere"}}}, ["/nowhere", "chain", "initial_weights null"]),
         ({"trainer": {"val_check_interval": 10}}, ["val_check_interval", "validate_every_steps"]),
         ({"trainer": {"limit_train_batches": 1}}, ["trainer.limit_train_batches is 1", "max_steps"]),
         ({"trainer": {"default_root_dir": "x"}}, ["trainer.default_root_dir is x", "run_dir"]),

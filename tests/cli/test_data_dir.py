@@ -39,6 +39,7 @@ def folders(
     caplog.set_level(logging.INFO, "gpdit_lightning")
     for name, kinds in {"image": ["image"], "video": ["video"], "both": ["image", "video"]}.items():
         write_shards(tmp_path / name, {("train", kind, SHAPES[kind]): 3 for kind in kinds})
+    write_shards(tmp_path / "odd", {("train", "video", (3, 3, 4)): 3})
     return tmp_path
 
 
@@ -78,8 +79,10 @@ def test_later_manifests_replace_those_of_data_dir(folders: Path, capsys: pytest
     [
         (["--data_dir", "video"], "stage1_image_warmup", ["video has no images", "prepare --images", "--data_dir"]),
         (["--data_dir", "both"], "stage4_few_shot", ["both has no sequences", "prepare-pairs", "--data_dir"]),
-        (["--data_dir", "."], "stage2_mixed", ["has no manifest.json: give --data_dir both image video"]),
+        (["--data_dir", "."], "stage2_mixed", ["has no manifest.json: give --data_dir both image odd video"]),
         (["--data_dir", "nowhere"], "stage2_mixed", ["data_dir is nowhere", "prepare --videos"]),
+        (["--data_dir"], "stage2_mixed", ["--data_dir has no folder"]),
+        (["--data_dir", "odd"], "stage2_mixed", ["data.videos have 3x4", "backbone.patch_size 1", "multiples of 16"]),
         ([], "stage2_mixed", ["data.images.manifests is latents/tiny/laion", "prepare --videos", "--data_dir"]),
     ],
 )

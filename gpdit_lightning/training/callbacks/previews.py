@@ -50,7 +50,7 @@ class Preview(Callback):
         context_frames: latent frames of context, fewer in shorter videos; 2 are 5 pixel frames of a video.
         sampler: rotation, tangent, adams, dpm2m, stochastic, a registered name, or the import path of a class.
         sampler_steps: sampler steps per latent frame.
-        codec_source: folder, file or hub name of the codec's weights, also for scores; empty: as recorded in the
+        codec_source: folder, file or hub name of the codec's weights, also for scores; None: as recorded in the
             prepared data.
         codec: import path of the codec's class, also for scores, if the data were prepared with a custom one.
     """
@@ -62,8 +62,8 @@ class Preview(Callback):
         context_frames: int = 2,
         sampler: str = "rotation",
         sampler_steps: int = 25,
-        codec_source: str = "",
-        codec: str = "",
+        codec_source: str | None = None,
+        codec: str | None = None,
     ) -> None:
         if every_steps < 0:
             raise InputError(f"preview.every_steps is {every_steps}; it must be 0 (no previews) or more.")
