@@ -125,13 +125,13 @@ def select_clips(data: LatentDataModule, clips: int, context_frames: int) -> Hel
     )
 
 
-def open_codec(spec: CodecSpec, source: str, codec: str, option: str, purpose: str) -> Codec:
+def open_codec(spec: CodecSpec, source: str | None, codec: str | None, option: str, purpose: str) -> Codec:
     """Load the codec of the data, on the CPU.
 
     Args:
         spec: the codec, as recorded in the prepared data.
-        source: folder, file or hub name of its weights; empty: as recorded.
-        codec: import path of its class, if it is a custom one; else empty.
+        source: folder, file or hub name of its weights; None: as recorded.
+        codec: import path of its class, if it is a custom one; else None.
         option: section of the recipe whose `every_steps` is set to 0 to do without the codec, for messages.
         purpose: what needs the codec, for messages.
 

@@ -111,8 +111,8 @@ class Scores(Callback):
         sampler_steps: int = 25,
         video_network: NetworkOptions = NO_NETWORK,
         image_network: NetworkOptions = NO_NETWORK,
-        codec_source: str = "",
-        codec: str = "",
+        codec_source: str | None = None,
+        codec: str | None = None,
     ) -> None:
         if every_steps < 0:
             raise InputError(f"scores.every_steps is {every_steps}; it must be 0 (no scores) or more.")
