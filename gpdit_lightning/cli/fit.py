@@ -10,7 +10,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from gpdit_lightning.checkpoints.files import open_checkpoint
+from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
 from gpdit_lightning.cli import CORRECTABLE
 from gpdit_lightning.cli.auto_recipe import with_planned_recipe
 from gpdit_lightning.cli.recipe_cli import build_recipe
@@ -19,10 +19,12 @@ from gpdit_lightning.files import process_lock
 from gpdit_lightning.imports import error_summary, import_path
 from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.progress import messages_above_bars
+from gpdit_lightning.retries import memory_error
 from gpdit_lightning.training.callbacks.run_checkpoint import resume_advice
 from gpdit_lightning.training.callbacks.stopping import end_ranks_together
 from gpdit_lightning.training.loggers import continue_logs
 from gpdit_lightning.training.run_folder import LOCK, RunFolderFiles, restored_without_a_step
+from gpdit_lightning.workers import worker_error
 
 
 @contextmanager
@@ -91,6 +93,24 @@ def report_file_errors(trainer: Trainer) -> Iterator[None]:
         threading.excepthook = previous
 
 
+@contextmanager
+def report_memory_errors(trainer: Trainer) -> Iterator[None]:
+    """Replace an exception for lack of memory by an InputError that names the options which need less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if worker_error(error) is not None or (known := memory_error(error)) is None:
+            raise
+        run_dir = Path(trainer.default_root_dir)
+        smaller = (
+            "raise data.SOURCE.micro_batches (of images, videos or sequences) to divide a step into smaller passes"
+        )
+        if last_checkpoint(run_dir) is not None:
+            smaller += f", in a new run with --run_dir NEW --model.init_args.initial_weights {run_dir}"
+        first, _, _ = str(known).partition(": use smaller")
+        raise InputError(f"{first}: {smaller}; `estimate` computes the memory of a recipe.") from error
+
+
 def fit(options: RecipeOptions) -> Trainer:
     """Train, from the run's last checkpoint if there is one; return the trainer.
 
@@ -110,6 +130,7 @@ def fit(options: RecipeOptions) -> Trainer:
         restored_without_a_step(trainer, files, step),
         end_ranks_together(trainer),
         report_file_errors(trainer),
+        report_memory_errors(trainer),
         messages_above_bars(),  # also if the recipe names another progress bar
     ):
         if trainer.is_global_zero:

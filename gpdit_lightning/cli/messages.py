@@ -116,7 +116,9 @@ def relevant_part(message: str) -> str:
     kinds = [type_in_words(match[1]) for match in expected if match]
     if key and value and len(kinds) == len(expected):
         unquoted = f"'{value[1]}'" in message and "value type: <class 'str'>" not in message
-        return f"{key[1]} is {value[1]}; it must be {' or '.join(kinds)}{', in quotes' if unquoted else ''}."
+        as_list = f", such as \"['{value[1]}']\"" if kinds == ["a list"] and value[1][:1] not in "[{" else ""
+        quoted = ", in quotes" if unquoted else ""
+        return f"{key[1]} is {value[1]}; it must be {' or '.join(kinds)}{as_list}{quoted}."
     required = re.fullmatch(r"the following arguments are required: ([\w., -]+)", message)
     if required:
         names = [f"--{name}" for name in required[1].split(", ")]

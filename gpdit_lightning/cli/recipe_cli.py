@@ -293,6 +293,8 @@ def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) ->
             load_from_checkpoint_support=False,
         )
     except InputError as error:
+        if "Option 'stages' is not accepted" in str(error):
+            raise InputError(f"the recipe is a chain of stages: train it by `chain`, not by `{verb}`.") from None
         if PREFIX in str(error):
             check_classes(with_bases(arguments))
         raise

@@ -14,6 +14,19 @@ SHIPPED = "gpdit:"  # `gpdit:stage2_mixed` is the shipped recipe stage2_mixed.ya
 AUTO = "gpdit:auto"  # a recipe that `fit` plans for its data
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Reader of YAML that refuses a mapping with a repeated key, of which YAML's own reader uses the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; raises a YAMLError that names a repeated key with its line."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, (key, _) in enumerate(node.value):
+            if isinstance(key, yaml.ScalarNode) and key.value in names[:number] and key.value != "<<":
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {key.value!r} in line {line} is there already: keep one of the two")
+        return super().construct_mapping(node, deep)
+
+
 def recipes_folder() -> Path:
     """Return the folder of the shipped recipes: inside an installed package, or beside the package in a clone."""
     package = Path(__file__).parents[1]
@@ -117,7 +130,7 @@ def read_yaml(path: Path, needed_by: Path | None = None) -> dict[str, Any]:
         InputError: the file does not exist, is not YAML, or has no fields.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         source = f" (the base of {needed_by})" if needed_by else ""
         cure = "give the path of a recipe, or gpdit: and the name of a shipped one"

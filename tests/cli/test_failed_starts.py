@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning import Callback, Trainer
 
@@ -14,11 +15,13 @@ from tests.cli.test_resume import fit, recipe
 class Fails(Callback):
     """Fails at the first micro-batch, in the first step, or at the first event of the start."""
 
-    def __init__(self, at: str, step: int = 0) -> None:
-        self.at, self.step = at, step
+    def __init__(self, at: str, step: int = 0, memory: bool = False) -> None:
+        self.at, self.step, self.memory = at, step, memory
 
     def fail(self, at: str, trainer: Trainer) -> None:
         if (at, trainer.global_step) == (self.at, self.step):
+            if self.memory:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
             raise InputError("the test fails here.")
 
     def on_fit_start(self, trainer: Trainer, *_: Any) -> None:
@@ -90,3 +93,17 @@ def test_a_run_that_fails_later_keeps_its_files(trained: Path) -> None:
     names = content_of(trained)
     assert {"config.yaml", ".lock", "csv/metrics.csv"} <= names.keys()
     assert yaml.safe_load(names["config.yaml"])["trainer"]["max_steps"] == 6
+
+
+def test_a_lack_of_memory_names_the_options_that_need_less(tiny_shards: Path, tmp_path: Path, capsys: Any) -> None:
+    """The first run has no checkpoint; the second has one, after which micro_batches cannot change."""
+    cures = (
+        "micro_batches (of images, videos or sequences) to divide a step into smaller passes;",
+        "in a new run with",
+    )
+    for step, cure in zip((0, 3), cures, strict=True):
+        values = settings(tiny_shards, tmp_path / "run", at="batch", step=step, memory=True)
+        assert fit(tmp_path / "recipe.yaml", values | {"checkpoint": {"every_steps": 2}}) == 2
+        message = capsys.readouterr().err
+        assert "error: memory ran out (CUDA out of memory. Tried to allocate 2 GiB.): raise data.SOURCE." in message
+        assert cure in message

@@ -47,6 +47,7 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
         ("a: [1", r"broken\.yaml is not valid YAML \("),
         ("- 1", r"broken\.yaml has no fields"),
         ("", "has no fields"),
+        ("a: 1\nb: {c: 1, d: 2, c: 3}", "the key 'c' in line 2 is there already: keep one of the two"),
     ],
 )
 def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
