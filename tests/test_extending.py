@@ -151,7 +151,7 @@ def test_a_codec(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert next_command
     small = ["--config=gpdit:size/tiny", "--trainer.max_steps=1", "--data.videos.batch_size=2"]
     assert main([*shlex.split(next_command[1]), *small, "--preview.sampler_steps=1"]) == 0
-    assert list((folder / "runs" / "means" / "previews").glob("*.png"))
+    assert list((folder / "runs" / "tiny" / "stage2_mixed" / "previews").glob("*.png"))
 
     assert main(["export", "--checkpoint=runs/codec", "--out=exported"]) == 0
     assert f"sample --checkpoint exported --codec {path} --context VIDEO.mp4" in capsys.readouterr().out

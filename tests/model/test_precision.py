@@ -19,7 +19,19 @@ PRODUCTS = {"mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu"}
 POINTWISE = {"gelu"}  # between two products; computed in float32 inside, rounded as the second one's input
 CASTS_AND_MOVES = {
     *("_to_copy", "alias", "detach", "clone", "cat", "empty", "copy_", "index_copy_"),
-    *("t", "transpose", "permute", "view", "_unsafe_view", "slice", "select", "expand", "unbind", "unsqueeze"),
+    *(
+        "t",
+        "transpose",
+        "permute",
+        "view",
+        "_unsafe_view",
+        "slice",
+        "select",
+        "expand",
+        "unbind",
+        "unsqueeze",
+        "split_with_sizes",
+    ),
 }
 
 

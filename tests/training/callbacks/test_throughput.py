@@ -86,7 +86,7 @@ class Written:
         def write(trainer: Trainer, module: LightningModule, scalars: dict[str, float], _: str) -> None:
             self.scalars.setdefault(trainer.global_step, {}).update(scalars)
 
-        monkeypatch.setattr("gpdit_lightning.training.callbacks.metrics._log_scalars", write)
+        monkeypatch.setattr("gpdit_lightning.training.callbacks.metrics.log_scalars", write)
 
 
 def test_rates_exclude_validation_and_checkpoints(
