@@ -28,8 +28,9 @@ VIDEO_EXTENSIONS = (
 MIME_TYPES = mimetypes.MimeTypes()  # the same on every machine, unlike those of `mimetypes.guess_type`
 # FFmpeg would show these files as images of text.
 TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")
-# Lists of other files, which are videos themselves.
-PLAYLIST_FORMATS = ("concat", "hls", "dash", "imf")
+# Lists of other files, which are videos themselves. FFmpeg would open these files, and wait for those of a live stream.
+PLAYLIST_FORMATS = {"concat", "hls", "dash", "imf"}
+OPTIONS = {"format_whitelist": ",".join(sorted(av.formats_available - PLAYLIST_FORMATS)), "protocol_whitelist": "file"}
 # Decoders that read the transparency of WebM, which FFmpeg's default decoders ignore. The one of VP9 also detects most
 # damage; the default one detects little.
 VPX_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -95,13 +96,13 @@ def open_video(path: str | Path) -> Iterator[VideoStream]:
         InputError: the file is missing, not a video, or its video has no decoder.
         TransientError: it could not be read for a reason other than its content.
     """
-    path = Path(path)
+    path, messages = Path(path), list[str]()
     try:
         if not path.is_file():
             raise InputError(f"{path} does not exist: give the path of a video.")
-        with ffmpeg_errors():
+        with ffmpeg_errors() as messages:
             # Without "file:" FFmpeg would take the text before a colon in the name for a protocol.
-            opened = av.open(f"file:{path}", metadata_errors="replace")
+            opened = av.open(f"file:{path}", metadata_errors="replace", options=OPTIONS)
         with opened as container:
             stream = _shown_stream(path, container)
             decoder = _decoder(stream)
@@ -111,6 +112,10 @@ def open_video(path: str | Path) -> Iterator[VideoStream]:
             decoder.thread_count = 1
             yield VideoStream(path, container, stream, decoder)
     except Exception as error:
+        if any("not on whitelist" in message for message in messages):
+            raise InputError(
+                f"{path} is a list of other files and contains no video: use these files, and remove it."
+            ) from None
         if transient := transient_error(error, path):
             raise transient from None
         if not isinstance(error, (av.FFmpegError, OSError)):
@@ -120,8 +125,6 @@ def open_video(path: str | Path) -> Iterator[VideoStream]:
 
 def _shown_stream(path: Path, container: "av.container.InputContainer") -> "av.VideoStream":
     """Return the stream that FFmpeg's players show, but never a cover image."""
-    if container.format.name in PLAYLIST_FORMATS:
-        raise InputError(f"{path} is a list of other files and contains no video: use these files, and remove it.")
     if container.format.name in TEXT_FORMATS or not container.streams.video:
         raise InputError(f"{path} contains no video: replace or remove it.")
     films = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]

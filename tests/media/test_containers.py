@@ -68,8 +68,11 @@ def test_other_files_are_no_videos(tmp_path: Path) -> None:
         container.mux(stream.encode(frame))
     shutil.copy(tmp_path / "sound.wav", tmp_path / "sound")
     assert [path.name for path in sorted(tmp_path.iterdir()) if is_video(path)] == ["film.mp4"]
-    with pytest.raises(InputError, match="list is a list of other files and contains no video"):
-        video_info(tmp_path / "list")
+    # FFmpeg would wait for the next file of a live stream.
+    (tmp_path / "live.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:0.5,\nempty\n")
+    for name in ("list", "live.m3u8"):
+        with pytest.raises(InputError, match=f"{name} is a list of other files and contains no video"):
+            video_info(tmp_path / name)
     with pytest.raises(InputError, match=r"notes\.nfo contains no video"):
         video_info(tmp_path / "notes.nfo")
 
