@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.manifest import Manifest, Split
 from gpdit_lightning.data.plan import PlannedBucket, PlannedSource
 from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
@@ -22,13 +22,19 @@ def prepared_samples(name: str, manifests: Sequence[Manifest]) -> Counter[Latent
     Raises:
         InputError: there are no training samples.
     """
-    samples: Counter[LatentShape] = Counter()
-    for manifest in manifests:
-        for shard in manifest.of_split("train"):
-            if shard.kind == KINDS[name]:
-                samples[shard.shape[0], shard.shape[2], shard.shape[3]] += shard.count
+    samples = count_samples(name, manifests, "train")
     if not samples:
         raise InputError(f"{manifests[0].path} contains no {name} for training: prepare some.")
+    return samples
+
+
+def count_samples(name: str, manifests: Sequence[Manifest], split: Split) -> Counter[LatentShape]:
+    """Return the number of samples of each latent shape in a split of a source, which may be empty."""
+    samples: Counter[LatentShape] = Counter()
+    for manifest in manifests:
+        for shard in manifest.of_split(split):
+            if shard.kind == KINDS[name]:
+                samples[shard.shape[0], shard.shape[2], shard.shape[3]] += shard.count
     return samples
 
 

@@ -1,7 +1,7 @@
 """Scores of features, class probabilities and pixels, computed by torchmetrics where it provides them."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, Self
 
@@ -214,69 +214,52 @@ def psnr(videos: Tensor, ground_truth: Tensor) -> Tensor:
     Raises:
         InputError: the shapes differ.
     """
-    _check_shapes(videos, ground_truth)
-    ground_truth = ground_truth.to(videos.device)
-    # One video at a time, so that its score is independent of batch composition to the last bit.
-    return torch.stack(
-        [
-            peak_signal_noise_ratio(_float64(video), _float64(true), data_range=255.0, reduction="none", dim=(1, 2, 3))
-            .clamp(max=MAX_PSNR)
-            .mean()
-            .float()
-            for video, true in zip(videos, ground_truth, strict=True)
-        ]
+    return _score_each(videos, ground_truth, _psnr_of_video)
+
+
+def _psnr_of_video(video: Tensor, true: Tensor) -> Tensor:
+    of_frames = peak_signal_noise_ratio(
+        _float64(video), _float64(true), data_range=255.0, reduction="none", dim=(1, 2, 3)
     )
+    return of_frames.clamp(max=MAX_PSNR).mean().float()
 
 
 def mean_squared_error(videos: Tensor, ground_truth: Tensor) -> Tensor:
-    """Return the mean squared error of each video in 8-bit levels.
-
-    Args:
-        videos, ground_truth: uint8 (B, T, 3, H, W), on any device.
-
-    Returns:
-        float32 (B,), on the device of `videos`.
-
-    Raises:
-        InputError: the shapes differ.
-    """
-    _check_shapes(videos, ground_truth)
-    ground_truth = ground_truth.to(videos.device)
-    # One video at a time, as for the other scores.
-    pairs = zip(videos, ground_truth, strict=True)
-    return torch.stack([(video.float() - true.float()).square().mean() for video, true in pairs])
+    """Return the mean squared error of each video in 8-bit levels; shapes and errors as for :func:`psnr`."""
+    return _score_each(videos, ground_truth, lambda video, true: (video.float() - true.float()).square().mean())
 
 
 def ssim(videos: Tensor, ground_truth: Tensor) -> Tensor:
     """Return the structural similarity (Wang et al., 2004), averaged over frames, colours and positions of the window.
 
-    The window lies inside the frame at all positions.
-
-    Args:
-        videos, ground_truth: uint8 (B, T, 3, H, W), on any device.
-
-    Returns:
-        float32 (B,), on the device of `videos`.
+    The window lies inside the frame at all positions. Shapes are as for :func:`psnr`.
 
     Raises:
         InputError: the shapes differ, or frames are smaller than `SSIM_WINDOW`.
     """
-    _check_shapes(videos, ground_truth)
-    ground_truth = ground_truth.to(videos.device)
-    height, width = ground_truth.shape[-2:]
+    return _score_each(videos, ground_truth, _ssim_of_video)
+
+
+def _ssim_of_video(video: Tensor, true: Tensor) -> Tensor:
+    height, width = true.shape[-2:]
     if min(height, width) < SSIM_WINDOW:
         raise InputError(
             f"the frames are {height}x{width}, smaller than SSIM's window: use at least {SSIM_WINDOW}x{SSIM_WINDOW}."
         )
     margin = SSIM_WINDOW // 2
-    scores = []
-    for video, true in zip(videos, ground_truth, strict=True):
-        # All frames are the channels of one image, which is 20 times faster on a CPU.
-        image, true_image = (clip.flatten(0, 1)[None].float() for clip in (video, true))
-        _, similarity = structural_similarity_index_measure(image, true_image, data_range=255.0, return_full_image=True)
-        # The edges are left out, since torchmetrics pads them by reflection.
-        scores.append(similarity[..., margin:-margin, margin:-margin].mean())
-    return torch.stack(scores)
+    # All frames are the channels of one image, which is 20 times faster on a CPU.
+    image, true_image = (clip.flatten(0, 1)[None].float() for clip in (video, true))
+    _, similarity = structural_similarity_index_measure(image, true_image, data_range=255.0, return_full_image=True)
+    # The edges are left out, since torchmetrics pads them by reflection.
+    return similarity[..., margin:-margin, margin:-margin].mean()
+
+
+def _score_each(videos: Tensor, ground_truth: Tensor, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return the score of each video (T, 3, H, W) against its ground truth, on the device of the videos."""
+    _check_shapes(videos, ground_truth)
+    # One video at a time, so that its score is independent of batch composition to the last bit.
+    pairs = zip(videos, ground_truth.to(videos.device), strict=True)
+    return torch.stack([score(video, true) for video, true in pairs])
 
 
 def _check_shapes(videos: Tensor, ground_truth: Tensor) -> None:

@@ -1,14 +1,11 @@
 """The facts about prepared data from which a recipe is planned."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.selection import load_manifest
-from gpdit_lightning.data.source import KINDS
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.estimation.prepared import LatentShape
+from gpdit_lightning.estimation.prepared import LatentShape, count_samples
 from gpdit_lightning.specs import CodecSpec
 
 PLANNED = ("images", "videos")  # the sources of planned recipes; sequences fine-tune a trained model
@@ -43,7 +40,7 @@ class TrainingData:
         first, *others = manifests
         for other in others:
             first.codec.check_same(other.codec, str(first.path), str(other.path), "prepare both with the same codec")
-        samples = {name: _count(manifests, name, "train") for name in PLANNED}
+        samples = {name: count_samples(name, manifests, "train") for name in PLANNED}
         samples = {name: shapes for name, shapes in samples.items() if shapes}
         has_sequences = any(shard.kind == "sequence" for manifest in manifests for shard in manifest.shards)
         if not samples:
@@ -59,7 +56,7 @@ class TrainingData:
             folders=tuple(folders),
             codec=first.codec,
             samples=samples,
-            held_out={name: _count(manifests, name, "validation") for name in samples},
+            held_out={name: count_samples(name, manifests, "validation") for name in samples},
             recordings=sum(manifest.validation.get("train_sources", 0) for manifest in manifests),
             classes=len(dict.fromkeys(label for manifest in manifests for label in manifest.labels)),
             has_sequences=has_sequences,
@@ -86,13 +83,3 @@ class TrainingData:
             for (frames, height, width), count in shapes.items()
         )
         return values // self.patch_size**2
-
-
-def _count(manifests: Sequence[Manifest], name: str, split: str) -> Counter[LatentShape]:
-    """Return the number of samples of each latent shape in a split of a source."""
-    counts: Counter[LatentShape] = Counter()
-    for manifest in manifests:
-        for shard in manifest.shards:
-            if (shard.kind, shard.split) == (KINDS[name], split):
-                counts[shard.shape[0], shard.shape[2], shard.shape[3]] += shard.count
-    return counts

@@ -112,7 +112,7 @@ def test_a_measured_speed_replaces_the_expected_one() -> None:
     expected, fast = choose(DATA["videos"], machine, Goal(2)), choose(DATA["videos"], machine, Goal(2), 1e12)
     assert not expected.speed.is_measured
     assert fast.speed.is_measured
-    assert fast.seconds_per_step < 0.9 * 7200
+    assert fast.seconds <= 0.9 * 7200
     assert fast.trained_tokens > 5 * expected.trained_tokens
 
 
