@@ -104,7 +104,7 @@ def _number(
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not least <= value <= most or (whole and value != int(value)):
         raise InputError(f"{name} is {value!r}: give a {'whole ' * whole}number from {least:g} to {most:g}.")
-    return float(value) if not whole else int(value)
+    return value
 
 
 def _choice(content: Mapping[str, Any], name: str, default: str | None, choices: Any) -> str | None:

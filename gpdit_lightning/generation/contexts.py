@@ -7,13 +7,11 @@ import logging
 import math
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +21,17 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError, ResourceError
-from gpdit_lightning.media.finding import medium_of, search_folder, without_repeated
-from gpdit_lightning.media.images import Size, closest_size, read_image, resize_and_crop
-from gpdit_lightning.media.timing import fps_of_clip, frame_rate, uneven_intervals
-from gpdit_lightning.media.video import (
-    count_frames,
-    frame_number_at,
-    iterate_frames,
-    iterate_images,
-    natural_sort_key,
-    video_info,
+from gpdit_lightning.generation.frame_sources import (
+    FrameSource,
+    VideoFile,
+    frames_in_memory,
+    image_folder,
+    resized,
 )
+from gpdit_lightning.media.finding import medium_of, search_folder, without_repeated
+from gpdit_lightning.media.images import Size, read_image
+from gpdit_lightning.media.timing import fps_of_clip, frame_rate, uneven_intervals
+from gpdit_lightning.media.video import natural_sort_key
 
 log = logging.getLogger(__name__)
 
@@ -215,106 +213,16 @@ def _readers_of_folder(folder: Path, settings: ContextSettings, codec: Codec) ->
     for sentence in (*left_out, *(f"{name} {reason}" for name, reason, _ in repeated)):
         log.info("%s: %s", folder, sentence)
     if images:
-        return [partial(_read_clip, _ImageFolder(folder, len(images), settings), settings, codec)]
+        frames = image_folder(folder, len(images), settings.source_fps(), settings.sizes)
+        return [partial(_read_clip, frames, settings, codec)]
     return [partial(_read_video, path, settings, codec) for path in videos]
 
 
-class _TimedFrame(NamedTuple):
-    """A frame, uint8 (3, H, W) of one of the sizes, and the time in seconds at which it is shown."""
-
-    time: float
-    pixels: Tensor
-
-
-class _Frames(ABC):
-    """The frames of a video file or of a folder of images.
-
-    Attributes:
-        path: the file or folder, or the words for a clip in memory; for messages.
-        name: name of the context.
-        fps: average frames per second.
-    """
-
-    path: Path | str
-    name: str
-    fps: Fraction
-
-    @abstractmethod
-    def read(self, start: int, stride: int, max_frames: int | None) -> Iterator[_TimedFrame]:
-        """Yield frames at the size of the context, with one large frame in memory at a time."""
-
-    @abstractmethod
-    def count(self) -> int:
-        """Return the number of frames."""
-
-    @abstractmethod
-    def number_at(self, time: float) -> int | None:
-        """Return the number of the frame whose time is closest; None if the time is after the end."""
-
-
-class _VideoFile(_Frames):
-    """The frames of a video, which are resampled in time if those of the training clips were."""
-
-    def __init__(self, path: Path, settings: ContextSettings) -> None:
-        info = video_info(path)
-        self.path, self.name, self._resampled_fps = path, path.stem, settings.video_fps
-        self.fps = info.fps if self._resampled_fps is None else frame_rate(self._resampled_fps)
-        self._size = closest_size(info.height, info.width, settings.sizes)
-
-    def read(self, start: int, stride: int, max_frames: int | None) -> Iterator[_TimedFrame]:
-        frames = iterate_frames(self.path, start, stride, max_frames, self._resampled_fps)
-        return (_TimedFrame(frame.time, frame.resized(self._size)) for frame in frames)
-
-    def count(self) -> int:
-        return count_frames(self.path, self._resampled_fps)
-
-    def number_at(self, time: float) -> int | None:
-        return frame_number_at(self.path, time, self._resampled_fps)
-
-
-class _ImageFolder(_Frames):
-    """The images of a folder as frames at a constant rate."""
-
-    def __init__(self, path: Path, count: int, settings: ContextSettings) -> None:
-        self.path, self.name, self.fps = path, os.path.basename(os.path.abspath(path)), settings.source_fps()
-        self._count, self._sizes = count, settings.sizes
-
-    def read(self, start: int, stride: int, max_frames: int | None) -> Iterator[_TimedFrame]:
-        images = _resized(iterate_images(self.path, start, stride, max_frames), self._sizes)
-        return (_TimedFrame(float((start + i * stride) / self.fps), image) for i, image in enumerate(images))
-
-    def count(self) -> int:
-        return self._count
-
-    def number_at(self, time: float) -> int | None:
-        number = round(Fraction(time) * self.fps)
-        return number if number < self._count else None
-
-
-class _FramesInMemory(_Frames):
-    """The frames of a clip in memory, at a constant rate as the images of a folder."""
-
-    def __init__(self, frames: Tensor, settings: ContextSettings) -> None:
-        self.path, self.name, self.fps = "the given clip", "clip", settings.source_fps()
-        self._frames, self._sizes = frames, settings.sizes
-
-    def read(self, start: int, stride: int, max_frames: int | None) -> Iterator[_TimedFrame]:
-        frames = _resized(self._frames[start::stride][:max_frames], self._sizes)
-        return (_TimedFrame(float((start + i * stride) / self.fps), frame) for i, frame in enumerate(frames))
-
-    def count(self) -> int:
-        return len(self._frames)
-
-    def number_at(self, time: float) -> int | None:
-        number = round(Fraction(time) * self.fps)
-        return number if number < len(self._frames) else None
-
-
 def _read_video(path: Path, settings: ContextSettings, codec: Codec) -> VideoContext:
-    return _read_clip(_VideoFile(path, settings), settings, codec)
+    return _read_clip(VideoFile(path, settings.video_fps, settings.sizes), settings, codec)
 
 
-def _read_clip(source: _Frames, settings: ContextSettings, codec: Codec) -> VideoContext:
+def _read_clip(source: FrameSource, settings: ContextSettings, codec: Codec) -> VideoContext:
     """Read the context from the frames of a video: from `settings.start`, or up to the last frame."""
     stride = settings.stride
     if settings.start is None:
@@ -371,22 +279,15 @@ def _read_still_image(path: Path, settings: ContextSettings) -> VideoContext:
 def _read_frames(frames: Tensor, settings: ContextSettings, codec: Codec) -> VideoContext:
     """Read the context from a clip in memory, uint8 (T, 3, H, W)."""
     if len(frames) > 1:
-        return _read_clip(_FramesInMemory(frames, settings), settings, codec)
+        return _read_clip(frames_in_memory(frames, settings.source_fps(), settings.sizes), settings, codec)
     _check_no_start("the given image", settings)
     return _still_image("image", frames, settings)
 
 
 def _still_image(name: str, image: Tensor, settings: ContextSettings) -> VideoContext:
     """Return the context of one frame that an image (1, 3, H, W) is."""
-    pixels = torch.stack(list(_resized(image, settings.sizes)))
+    pixels = torch.stack(list(resized(image, settings.sizes)))
     return VideoContext(name, pixels, pixels[:0], settings.frame_rate())
-
-
-def _resized(frames: Iterable[Tensor], sizes: Sequence[Size]) -> Iterator[Tensor]:
-    """Scale and crop frames (3, H, W) one at a time, so that only one large frame is in memory."""
-    for frame in frames:
-        height, width = frame.shape[1:]
-        yield resize_and_crop(frame[None], closest_size(height, width, sizes))[0]
 
 
 def _open_shard(path: Path, settings: ContextSettings, codec: Codec) -> ShardReader:

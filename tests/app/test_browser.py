@@ -51,8 +51,7 @@ def test_a_video_is_continued_in_the_browser(client: Client, tmp_path: Path) -> 
         assert await page.js(SHOWS_A_BRIGHT_FRAME)
         assert await page.js("document.getElementById('badge').textContent") == "given"
 
-        await page.js("document.querySelector('[name=seconds]').value = 1")
-        await page.js("document.querySelector('[name=label]').value = 'run'")
+        await page.fill(seconds=1, label="run")
         await page.click("#generate")
         await page.until(f"{GENERATED} === 12 && !document.getElementById('download').hidden")
         assert "Generated 12 frames" in await page.text()
@@ -65,8 +64,7 @@ def test_a_video_is_continued_in_the_browser(client: Client, tmp_path: Path) -> 
 
         await page.resize(390, 844)
         assert not await page.js(OVERFLOWS)
-        await page.js("document.querySelector('[name=seconds]').value = 30")
-        await page.js("document.querySelector('[name=steps]').value = 100")
+        await page.fill(seconds=30, steps=100)
         await page.click("#generate")
         await page.until(f"{GENERATED} > 0 && {GENERATED} < 360 && !document.getElementById('stop').hidden")
         assert "left" in await page.text()
@@ -75,8 +73,7 @@ def test_a_video_is_continued_in_the_browser(client: Client, tmp_path: Path) -> 
         assert await page.js("document.querySelector('[name=seed]').value") == "1"
 
         await page.click("#other")
-        await page.js("document.querySelector('[name=seconds]').value = 0.5")
-        await page.js("document.querySelector('[name=steps]').value = 2")
+        await page.fill(seconds=0.5, steps=2)
         await page.click("#noise")
         await page.until(f"{GENERATED} === 6 && !document.getElementById('download').hidden")
         assert await page.js("document.querySelectorAll('#strip img.given').length") == 0

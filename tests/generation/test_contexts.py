@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import logging
 import tarfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch import Tensor
 from gpdit_lightning.codecs import Codec, load_codec
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation import contexts
+from gpdit_lightning.generation import frame_sources
 from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, read_contexts
 from gpdit_lightning.media.video import VideoFrame
 from gpdit_lightning.media.video_writer import write_video
@@ -98,7 +99,7 @@ def test_seconds_are_those_of_the_time_stamps(
     """A video of 10 frames per second for one second, then of 30."""
     times = [number / 10 for number in range(10)] + [1 + number / 30 for number in range(30)]
     path = write_timed(tmp_path / "video.mp4", times)
-    monkeypatch.setattr(contexts.log.parent, "propagate", True)  # the command line disables it
+    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "propagate", True)  # the command line disables it
     context = read_one(path, codec, start=1.1)
     assert gray_numbers(context.pixels) == [13, 16, 19, 22, 25]
     assert context.fps == 10
@@ -135,8 +136,8 @@ def test_a_context_may_be_as_short_as_its_video(shards: Path, tmp_path: Path, co
 def test_unusable_contexts_are_named_and_the_others_are_used(
     unusable: Path, codec: Codec, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contexts.log.parent, "propagate", True)  # the command line disables it
-    monkeypatch.setattr(contexts.log.parent, "handlers", [])  # that an earlier test has left
+    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "propagate", True)  # the command line disables it
+    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "handlers", [])  # that an earlier test has left
     sources = [str(unusable / name) for name in ("few", "text.mp4", "short.mp4", "text.png")]
     assert [context.name for context in read_contexts(sources, SETTINGS, codec)] == ["short"]
     assert [record.message.split(": ")[0] for record in caplog.records] == ["skipped"] * 3
@@ -218,8 +219,8 @@ def test_large_frames_are_in_memory_one_at_a_time(
             assert sum(reference() is not None for reference in alive) <= 2
             yield VideoFrame(number, number / 24, frame, Fraction(1), (64, 64))
 
-    monkeypatch.setattr(contexts, "iterate_frames", frames)
-    monkeypatch.setattr(contexts, "count_frames", lambda *_: 50)
+    monkeypatch.setattr(frame_sources, "iterate_frames", frames)
+    monkeypatch.setattr(frame_sources, "count_frames", lambda *_: 50)
     assert len(read_one(tmp_path / "long.mp4", codec, frames=33, stride=1).pixels) == 33
     assert len(alive) == 33
 

@@ -188,11 +188,7 @@ function upload(file, onProgress) {
     request.setRequestHeader("Content-Type", "application/octet-stream");
     request.upload.onprogress = (event) => onProgress(event.loaded / event.total);
     request.onerror = () => reject(new Error("The server cannot be reached, or refused the file."));
-    request.onload = () => {
-      const answer = JSON.parse(request.responseText || "{}");
-      if (request.status === 200) resolve(answer);
-      else reject(new Error(answer.error || `The server answered ${request.status}.`));
-    };
+    request.onload = () => resolve(answerOf(new Response(request.responseText, { status: request.status })));
     request.send(file);
   });
 }
@@ -314,9 +310,8 @@ async function generate() {
     const { id } = await post("api/videos", settings());
     job = { id, stream: new EventSource(`api/videos/${id}/events`) };
     listen(job);
-    show({ stop: true, generate: false, results: false });
+    show({ stop: true, generate: false, results: false, remark: false });
     element("stop").disabled = false;
-    show({ remark: false });
     say("Waiting for the model…");
     showProgress(undefined);
   } catch (error) {
