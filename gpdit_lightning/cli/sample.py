@@ -8,7 +8,8 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from gpdit_lightning.generation.outputs import VideoOutput, output_formats, output_path
-from gpdit_lightning.generation.pipeline import Clip, GenerationPlan, GPDiTPipeline, load_pipeline
+from gpdit_lightning.generation.pipeline import GPDiTPipeline, load_pipeline
+from gpdit_lightning.generation.plans import Clip, GenerationPlan
 from gpdit_lightning.options.sample import SampleOptions
 from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.signals import signals_delayed

@@ -1,6 +1,7 @@
 """Clips of frames in memory, in the forms in which Python code passes them: images of Pillow, arrays and tensors."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +20,21 @@ FORMS = (
 )
 
 
-def is_frame_list(value: Any) -> bool:
-    """Return whether a value is a non-empty list of images of Pillow: the frames of one clip."""
-    return isinstance(value, Sequence) and bool(value) and all(isinstance(item, Image.Image) for item in value)
+def sources_of(context: Any) -> list[str | Tensor]:
+    """Return the contexts of a call as a list of paths, and clips uint8 (T, 3, H, W).
+
+    Raises:
+        InputError: a context is of another type or shape than a call accepts.
+    """
+    if context is None:
+        return []
+    if isinstance(context, np.ndarray | Tensor) and context.ndim == 5:
+        context = list(context)
+    if not isinstance(context, Sequence) or isinstance(context, str) or _is_frame_list(context):
+        context = [context]
+    if not context:
+        raise InputError("the list of contexts is empty: give at least one, or None to generate from noise alone.")
+    return [str(item) if isinstance(item, str | Path) else clip_pixels(item) for item in context]
 
 
 def clip_pixels(value: Any) -> Tensor:
@@ -37,7 +50,7 @@ def clip_pixels(value: Any) -> Tensor:
     """
     if isinstance(value, Image.Image):
         value = [value]
-    if is_frame_list(value):
+    if _is_frame_list(value):
         sizes = {image.size for image in value}
         if len(sizes) > 1:
             (width, height), (other_width, other_height) = sorted(sizes)[:2]
@@ -61,6 +74,11 @@ def clip_pixels(value: Any) -> Tensor:
     else:
         raise InputError(f"a clip is an object of type {type(value).__name__}: give {FORMS}.")
     return _as_uint8(pixels if pixels.ndim == 4 else pixels[None])
+
+
+def _is_frame_list(value: Any) -> bool:
+    """Return whether a value is a non-empty list of images of Pillow: the frames of one clip."""
+    return isinstance(value, Sequence) and bool(value) and all(isinstance(item, Image.Image) for item in value)
 
 
 def _as_uint8(pixels: Tensor) -> Tensor:

@@ -6,11 +6,9 @@ Shapes: B clips, T pixel frames, k context frames, C channels, h x w latent pixe
 import logging
 import math
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,14 +19,15 @@ from gpdit_lightning.devices import available_device
 from gpdit_lightning.diffusion import Guidance, make_sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.context_loss import UNLIKE_TRAINING, relative_loss
-from gpdit_lightning.generation.contexts import DEFAULT_FPS, ContextSettings, VideoContext, read_contexts
-from gpdit_lightning.generation.frames import OutputType, check_output_type, clip_pixels, converted, is_frame_list
-from gpdit_lightning.generation.outputs import VideoOutput, output_formats, output_path
+from gpdit_lightning.generation.contexts import VideoContext
+from gpdit_lightning.generation.frames import OutputType, check_output_type, converted, sources_of
+from gpdit_lightning.generation.plans import Clip, GenerationPlan, context_settings, plan_clips, rollout_window
+from gpdit_lightning.generation.results import GeneratedClip, PipelineOutput, StreamedFrames
 from gpdit_lightning.generation.rollout import ClipInputs, GenerationConfig, cast_linear_weights
-from gpdit_lightning.generation.settings import AUTOCAST_DTYPES, batches_by_shape, selected_precision, trained_sizes
+from gpdit_lightning.generation.settings import AUTOCAST_DTYPES, batches_by_shape, selected_precision
 from gpdit_lightning.generation.video import GeneratedFrames, encode_context, stream_video
 from gpdit_lightning.media.images import Size
-from gpdit_lightning.model import NO_LABEL, GPDiT
+from gpdit_lightning.model import GPDiT
 from gpdit_lightning.options.sample import GenerationOptions
 from gpdit_lightning.options.shared import ModelOptions, Precision, SamplerOptions
 from gpdit_lightning.progress import progress_bar
@@ -59,126 +58,6 @@ class GenerationArguments(TypedDict, total=False):
     fps: float | None
     stride: int | None
     size: str | None
-
-
-@dataclass(frozen=True, eq=False)
-class Clip:
-    """One video to generate.
-
-    Attributes:
-        context: its beginning.
-        seed: seed of the noise.
-        label: class number, or `NO_LABEL`.
-        frames: number of pixel frames to generate.
-        sample: number of the video among those of its context.
-    """
-
-    context: VideoContext
-    seed: int
-    label: int
-    frames: int
-    sample: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """What the clips of a batch have in common: the shape of the context, and the number of frames."""
-        return *self.context.pixels.shape, self.frames
-
-
-@dataclass(frozen=True)
-class GenerationPlan:
-    """Videos to generate, and how.
-
-    Attributes:
-        clips: in the order of their contexts; those of one context follow each other.
-        config: sampler, guidance, window, and how to compute.
-        batches: the clips, in batches of one shape.
-    """
-
-    clips: Sequence[Clip]
-    config: GenerationConfig
-    batches: Sequence[Sequence[Clip]]
-
-
-@dataclass(frozen=True)
-class StreamedFrames:
-    """The newest frames of the clips of one batch.
-
-    Attributes:
-        clips: numbers of the clips among those of the whole call, counted as in `PipelineOutput.frames`.
-        frames: the new frames of each of these clips, in the form of the output type.
-    """
-
-    clips: Sequence[int]
-    frames: list[Any]
-
-
-@dataclass(frozen=True)
-class GeneratedClip:
-    """A generated video.
-
-    Attributes:
-        clip: its context, seed and label.
-        pixels: uint8 (T, 3, H, W), the generated frames without the context.
-        latents: (F, C, h, w) raw, those of `pixels`.
-        context_latents: (k, C, h, w) raw.
-    """
-
-    clip: Clip
-    pixels: Tensor
-    latents: Tensor
-    context_latents: Tensor
-
-
-@dataclass(frozen=True)
-class PipelineOutput:
-    """The result of a call of :class:`GPDiTPipeline`.
-
-    Attributes:
-        frames: the generated frames of each video, without its context, in the form of the output type. The videos
-            are in the order of the contexts; the `samples` of one context follow each other.
-        videos: the same videos as tensors, with their contexts.
-        temporal_factor: pixel frames of each latent frame after the first.
-    """
-
-    frames: list[Any]
-    videos: Sequence[GeneratedClip]
-    temporal_factor: int
-
-    @property
-    def frame_rates(self) -> list[float]:
-        """Frames per second of each video."""
-        return [float(video.clip.context.fps) for video in self.videos]
-
-    def save(self, path: str | Path, *, mark: bool = False) -> list[Path]:
-        """Write the videos with their contexts, as `sample` does.
-
-        Args:
-            path: a file (.mp4, .gif, .png for a strip of frames, or .safetensors for the latents); or a folder, in
-                which each video becomes an mp4 and a strip.
-            mark: draw a border in the mp4, gray around context frames and orange around generated ones.
-
-        Returns:
-            The paths of the files.
-
-        Raises:
-            InputError: a file cannot be written, or is one file for several videos.
-        """
-        path = Path(path)
-        formats = output_formats(path, None if path.suffix != ".mp4" else ["mp4"], len(self.videos))
-        several = any(video.clip.sample for video in self.videos)
-        files = []
-        for video in self.videos:
-            clip = video.clip
-            name = output_path(path, clip.context.name, clip.seed if several else None)
-            with VideoOutput(
-                name, formats, clip.context, clip.frames, temporal_factor=self.temporal_factor, mark=mark
-            ) as output:
-                if clip.context.latents is None:
-                    output.write(video.pixels[:0], video.context_latents)
-                output.write(video.pixels, video.latents)
-            files += output.files
-        return files
 
 
 class GPDiTPipeline:
@@ -291,7 +170,7 @@ class GPDiTPipeline:
     @property
     def frame_rate(self) -> float:
         """Frames per second of videos without a context, or whose context has no frame rate."""
-        return float(self._context_settings(GenerationOptions()).frame_rate())
+        return float(context_settings(GenerationOptions(), self.trained, self.codec).frame_rate())
 
     def __call__(
         self,
@@ -312,7 +191,7 @@ class GPDiTPipeline:
                 tensor (T, 3, H, W), uint8 or floats in [0, 1]; or a list of any of these. Frames are scaled and
                 cropped to the training size that is closest in aspect. A clip in memory is read as a folder of images
                 is: at `fps` (24 by default), of which frames at the stride of the training clips are used; `stride=1`
-            continues generated frames.
+                continues generated frames.
             seconds: duration to generate, instead of `frames`.
             output_type: form of the frames of a video: `pil` for a list of images of Pillow, `np` for a uint8 array
                 (T, H, W, 3), `pt` for a float32 tensor (T, 3, H, W) in [0, 1], `latent` for raw latents.
@@ -403,7 +282,7 @@ class GPDiTPipeline:
         options: dict[str, Any] = dict(arguments)
         if arguments.get("label") is not None:
             options["label"] = str(arguments["label"])
-        return self.plan(_sources(context), GenerationOptions(**options), seconds=seconds)
+        return self.plan(sources_of(context), GenerationOptions(**options), seconds=seconds)
 
     def plan(
         self,
@@ -426,22 +305,19 @@ class GPDiTPipeline:
         Raises:
             InputError: an option or a context cannot be used, or the model is conditioned on texts.
         """
-        settings = self._context_settings(options, ground_truth_frames)
-        contexts = [_empty_context(settings)]
-        if sources:
-            contexts = read_contexts(sources, settings, self.codec, skip_unusable=skip_unusable)
-        clips = []
-        for context in contexts:
-            label = class_number(options.label, context, self.trained)
-            if label == NO_LABEL and options.label_guidance != 1:
-                raise InputError(
-                    f"--label_guidance is {options.label_guidance}, but {context.name} has no label of the "
-                    "checkpoint's classes: give --label, or leave --label_guidance out."
-                )
-            frames = options.frames if seconds is None else max(1, round(seconds * context.fps))
-            for sample in range(options.samples):
-                clips.append(Clip(context, options.seed + sample, label, frames, sample))
-        config = self._rollout_config(options, max(len(clip.context.pixels) + clip.frames for clip in clips))
+        if self.model.config.text_width:
+            raise InputError(
+                f"{self.trained.path} is conditioned on text embeddings, which cannot be computed here: call "
+                "gpdit_lightning.generation.rollout with them."
+            )
+        clips = plan_clips(
+            sources, options, self.trained, self.codec, ground_truth_frames, seconds, skip_unusable=skip_unusable
+        )
+        longest = max(len(clip.context.pixels) + clip.frames for clip in clips)
+        window = rollout_window(options, self.trained, self.codec, longest)
+        config = self.generation_config(
+            options, options.label_guidance, window=window, sinks=options.sinks, use_cache=options.cache
+        )
         return GenerationPlan(clips, config, batches_by_shape(clips, options.batch_size, lambda clip: clip.shape))
 
     def generation_config(self, options: SamplerOptions, label_guidance: float = 1.0, **rest: Any) -> GenerationConfig:
@@ -491,57 +367,6 @@ class GPDiTPipeline:
         label = clip.label if self.labels else None
         return relative_loss(self.trained, latents, label, config.autocast_dtype)
 
-    def _context_settings(self, options: GenerationOptions, ground_truth_frames: int = 0) -> ContextSettings:
-        """Return how contexts are read: like the training clips unless the options say otherwise."""
-        frames, geometry = options.context_frames, self.trained.geometry
-        stride = options.stride or geometry.stride
-        return ContextSettings(
-            frames=self.codec.pixel_frames(max(1, geometry.frames - 1)) if frames is None else frames,
-            stride=stride,
-            sizes=trained_sizes(options.size, self.trained),
-            ground_truth_frames=ground_truth_frames,
-            start=options.start,
-            # By default the rate of the result is that of training at any stride.
-            fps=DEFAULT_FPS * stride / geometry.stride if options.fps is None else options.fps,
-            video_fps=geometry.fps,
-            may_be_shorter=frames is None,
-        )
-
-    def _rollout_config(self, options: GenerationOptions, longest: int) -> GenerationConfig:
-        """Return the rollout settings of options; the default window is the longest history of the training clips.
-
-        Args:
-            options: how videos are generated.
-            longest: pixel frames of the longest video, including its context.
-
-        Raises:
-            InputError: the model is conditioned on texts, or without a cache the window is too short.
-        """
-        if self.model.config.text_width:
-            raise InputError(
-                f"{self.trained.path} is conditioned on text embeddings, which cannot be computed here: call "
-                "gpdit_lightning.generation.rollout with them."
-            )
-        in_training = max(1, self.trained.geometry.frames - 1)
-        window = max(1, in_training - options.sinks) if options.window is None else options.window
-        config = self.generation_config(
-            options, options.label_guidance, window=window, sinks=options.sinks, use_cache=options.cache
-        )
-        visible, history = window + options.sinks, math.ceil((longest - 1) / self.codec.temporal_factor)
-        if min(visible, history) > in_training:
-            log.warning(
-                "warning: frames attend to up to %d others (--window and --sinks), but in training to at most %d: the "
-                "result may be worse",
-                min(visible, history),
-                self.trained.geometry.frames - 1,
-            )
-        if not config.use_cache and self.model.config.attention == "of2" and history > visible:
-            raise InputError(
-                f"--no_cache with an of2 model must attend to all {history} latent frames, but --window and --sinks "
-                f"allow {visible}: leave --no_cache out, raise --window, or generate fewer frames."
-            )
-        return config
-
     def _warn_of_unlike_contexts(self, clips: Sequence[Clip], context: Tensor, config: GenerationConfig) -> None:
         """Warn, in one line, of contexts that are unlike the training data of the model.
 
@@ -574,52 +399,6 @@ def load_pipeline(options: ModelOptions, *, compile: bool = False) -> GPDiTPipel
         codec_source=options.codec_source,
         compile=compile,
     )
-
-
-def class_number(label: str | None, context: VideoContext, trained: TrainedModel) -> int:
-    """Return the number of the class to generate, or `NO_LABEL`.
-
-    Args:
-        label: name or number of a class; None for the label of the context, if the model was trained with it.
-        context: may have a label.
-        trained: the model.
-
-    Raises:
-        InputError: the model was not trained with the label.
-    """
-    classes = trained.classes
-    if label is None:
-        return classes.index(context.label) if context.label in classes else NO_LABEL
-    if label in classes:
-        return classes.index(label)
-    if label.isdecimal() and int(label) < len(classes):
-        return int(label)
-    if not classes:
-        raise InputError(f"--label is {label!r}, but the checkpoint was trained without labels: leave --label out.")
-    raise InputError(f"--label is {label!r}, which is no class of the checkpoint: give one of {', '.join(classes)}.")
-
-
-def _sources(context: Any) -> list[str | Tensor]:
-    """Return the contexts of a call as sources for :func:`read_contexts`.
-
-    Raises:
-        InputError: a context is of another type or shape than a call accepts.
-    """
-    if context is None:
-        return []
-    if isinstance(context, np.ndarray | Tensor) and context.ndim == 5:
-        context = list(context)
-    if not isinstance(context, Sequence) or isinstance(context, str) or is_frame_list(context):
-        context = [context]
-    if not context:
-        raise InputError("the list of contexts is empty: give at least one, or None to generate from noise alone.")
-    return [str(item) if isinstance(item, str | Path) else clip_pixels(item) for item in context]
-
-
-def _empty_context(settings: ContextSettings) -> VideoContext:
-    """Return a context without frames, of the first size."""
-    no_frames = torch.zeros((0, 3, *settings.sizes[0]), dtype=torch.uint8)
-    return VideoContext("sample", no_frames, no_frames, settings.frame_rate())
 
 
 def _context_latents(context: VideoContext, codec: Codec) -> Tensor:

@@ -5,7 +5,6 @@ import base64
 import json
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -120,24 +119,29 @@ class Page:
 
 
 @asynccontextmanager
-async def open_page(executable: str, url: str) -> AsyncIterator[Page]:
-    """Start the browser, open a page at 1280x800, and end the browser at the end of the block."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [executable, *SWITCHES, f"--user-data-dir={profile}", "--remote-debugging-port=0", "about:blank"]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            try:
-                async with aiohttp.ClientSession() as session:
-                    address = await _page_address(session, Path(profile, "DevToolsActivePort"))
-                    async with session.ws_connect(address, max_msg_size=0) as socket:
-                        page = Page(socket, url)
-                        for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
-                            await page.call(f"{domain}.enable")
-                        await page.resize(1280, 800)
-                        await page.call("Page.navigate", url=url)
-                        await page.until("document.readyState === 'complete'")
-                        yield page
-            finally:
-                process.kill()
+async def open_page(executable: str, url: str, profile: Path) -> AsyncIterator[Page]:
+    """Start the browser, open a page at 1280x800, and end the browser at the end of the block.
+
+    Args:
+        executable: path of the browser.
+        url: address of the page.
+        profile: a new folder for files of the browser, whose processes may write there until shortly after the block.
+    """
+    command = [executable, *SWITCHES, f"--user-data-dir={profile}", "--remote-debugging-port=0", "about:blank"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            async with aiohttp.ClientSession() as session:
+                address = await _page_address(session, profile / "DevToolsActivePort")
+                async with session.ws_connect(address, max_msg_size=0) as socket:
+                    page = Page(socket, url)
+                    for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
+                        await page.call(f"{domain}.enable")
+                    await page.resize(1280, 800)
+                    await page.call("Page.navigate", url=url)
+                    await page.until("document.readyState === 'complete'")
+                    yield page
+        finally:
+            process.kill()
 
 
 async def _page_address(session: aiohttp.ClientSession, port_file: Path) -> str:

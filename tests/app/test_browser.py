@@ -22,12 +22,12 @@ SHOWS_A_BRIGHT_FRAME = (
 OVERFLOWS = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
 
-def browse(client: Client, use: Callable[[Page], Awaitable[None]]) -> None:
+def browse(client: Client, profile: Path, use: Callable[[Page], Awaitable[None]]) -> None:
     """Run a function with the open page, which must work without errors and without requests elsewhere."""
 
     async def run() -> None:
         assert CHROMIUM is not None
-        async with open_page(CHROMIUM, client.url) as page:
+        async with open_page(CHROMIUM, client.url, profile) as page:
             await page.until("document.getElementById('model').textContent.includes('tiny_model')")
             await use(page)
             assert page.problems == []
@@ -79,7 +79,7 @@ def test_a_video_is_continued_in_the_browser(client: Client, tmp_path: Path) -> 
         assert await page.js("document.querySelectorAll('#strip img.given').length") == 0
         assert not await page.js(OVERFLOWS)
 
-    browse(client, use)
+    browse(client, tmp_path / "profile", use)
 
 
 def test_an_unusable_file_is_named_in_the_browser(client: Client, tmp_path: Path) -> None:
@@ -94,4 +94,4 @@ def test_an_unusable_file_is_named_in_the_browser(client: Client, tmp_path: Path
         assert await page.js("document.getElementById('message').getAttribute('role')") == "alert"
         page.problems = [problem for problem in page.problems if "400 (Bad Request)" not in problem]
 
-    browse(client, use)
+    browse(client, tmp_path / "profile", use)

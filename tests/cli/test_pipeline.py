@@ -16,7 +16,8 @@ from torch import Tensor
 from gpdit_lightning import GPDiTPipeline
 from gpdit_lightning.cli import main
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation.pipeline import GenerationArguments, PipelineOutput
+from gpdit_lightning.generation.pipeline import GenerationArguments
+from gpdit_lightning.generation.results import PipelineOutput
 from gpdit_lightning.media.video import video_info
 from gpdit_lightning.options.sample import GenerationOptions
 from tests.cli.sampling import LABELS, VIDEO, latents, looks_like, sample, stripe_context, stripes

@@ -21,7 +21,7 @@ from gpdit_lightning.cli import main
 from gpdit_lightning.codecs.pca import SHIPPED_WEIGHTS
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.diffusion import SAMPLERS, Guidance
-from gpdit_lightning.generation import pipeline
+from gpdit_lightning.generation import pipeline, plans
 from gpdit_lightning.generation.context_loss import UNLIKE_TRAINING, relative_loss
 from gpdit_lightning.media.video import video_info
 from gpdit_lightning.media.video_writer import write_video
@@ -184,14 +184,14 @@ def test_of_without_a_cache(workspace: Path, tmp_path: Path) -> None:
 def test_window_longer_than_in_training_causes_a_warning(
     workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipeline.log.addHandler(caplog.handler)
+    plans.log.addHandler(caplog.handler)
     try:
         for options, warns in ((["--window=4"], False), (["--window=3", "--sinks=2"], True)):
             caplog.clear()
             assert sample(workspace, tmp_path / "out.png", "--frames=8", *options) == 0
             assert ("up to 5 others (--window and --sinks), but in training to at most 4" in caplog.text) == warns
     finally:
-        pipeline.log.removeHandler(caplog.handler)
+        plans.log.removeHandler(caplog.handler)
 
 
 def test_label_is_given_by_name_by_number_or_by_the_shard(workspace: Path, tmp_path: Path) -> None:

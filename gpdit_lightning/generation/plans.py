@@ -1,0 +1,179 @@
+"""Videos to generate: contexts, seeds, labels and lengths, from options and a trained model."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpdit_lightning.checkpoints.reading import TrainedModel
+from gpdit_lightning.codecs import Codec
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.generation.contexts import DEFAULT_FPS, ContextSettings, VideoContext, read_contexts
+from gpdit_lightning.generation.rollout import GenerationConfig
+from gpdit_lightning.generation.settings import trained_sizes
+from gpdit_lightning.model import NO_LABEL
+from gpdit_lightning.options.sample import GenerationOptions, RolloutOptions
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """One video to generate.
+
+    Attributes:
+        context: its beginning.
+        seed: seed of the noise.
+        label: class number, or `NO_LABEL`.
+        frames: number of pixel frames to generate.
+        sample: number of the video among those of its context.
+    """
+
+    context: VideoContext
+    seed: int
+    label: int
+    frames: int
+    sample: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What the clips of a batch have in common: the shape of the context, and the number of frames."""
+        return *self.context.pixels.shape, self.frames
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """Videos to generate, and how.
+
+    Attributes:
+        clips: in the order of their contexts; those of one context follow each other.
+        config: sampler, guidance, window, and how to compute.
+        batches: the clips, in batches of one shape.
+    """
+
+    clips: Sequence[Clip]
+    config: GenerationConfig
+    batches: Sequence[Sequence[Clip]]
+
+
+def plan_clips(
+    sources: Sequence[str | Tensor | VideoContext],
+    options: GenerationOptions,
+    trained: TrainedModel,
+    codec: Codec,
+    ground_truth_frames: int,
+    seconds: float | None,
+    *,
+    skip_unusable: bool,
+) -> list[Clip]:
+    """Read contexts and return the videos to generate: for each context one per seed.
+
+    Args:
+        sources: as for :func:`read_contexts`; without any, videos are generated from noise alone.
+        options: which part of the sources is read, and how many videos of what length are generated.
+        trained: the model.
+        codec: its codec.
+        ground_truth_frames: maximum number of frames after a context to read.
+        seconds: duration of the generated frames instead of their number.
+        skip_unusable: as for :func:`read_contexts`.
+
+    Raises:
+        InputError: an option or a context cannot be used.
+    """
+    settings = context_settings(options, trained, codec, ground_truth_frames)
+    contexts = [_empty_context(settings)]
+    if sources:
+        contexts = read_contexts(sources, settings, codec, skip_unusable=skip_unusable)
+    clips = []
+    for context in contexts:
+        label = class_number(options.label, context, trained)
+        if label == NO_LABEL and options.label_guidance != 1:
+            raise InputError(
+                f"--label_guidance is {options.label_guidance}, but {context.name} has no label of the "
+                "checkpoint's classes: give --label, or leave --label_guidance out."
+            )
+        frames = options.frames if seconds is None else max(1, round(seconds * context.fps))
+        for sample in range(options.samples):
+            clips.append(Clip(context, options.seed + sample, label, frames, sample))
+    return clips
+
+
+def context_settings(
+    options: GenerationOptions, trained: TrainedModel, codec: Codec, ground_truth_frames: int = 0
+) -> ContextSettings:
+    """Return how contexts are read: like the training clips unless the options say otherwise."""
+    frames, geometry = options.context_frames, trained.geometry
+    stride = options.stride or geometry.stride
+    return ContextSettings(
+        frames=codec.pixel_frames(max(1, geometry.frames - 1)) if frames is None else frames,
+        stride=stride,
+        sizes=trained_sizes(options.size, trained),
+        ground_truth_frames=ground_truth_frames,
+        start=options.start,
+        # By default the rate of the result is that of training at any stride.
+        fps=DEFAULT_FPS * stride / geometry.stride if options.fps is None else options.fps,
+        video_fps=geometry.fps,
+        may_be_shorter=frames is None,
+    )
+
+
+def class_number(label: str | None, context: VideoContext, trained: TrainedModel) -> int:
+    """Return the number of the class to generate, or `NO_LABEL`.
+
+    Args:
+        label: name or number of a class; None for the label of the context, if the model was trained with it.
+        context: may have a label.
+        trained: the model.
+
+    Raises:
+        InputError: the model was not trained with the label.
+    """
+    classes = trained.classes
+    if label is None:
+        return classes.index(context.label) if context.label in classes else NO_LABEL
+    if label in classes:
+        return classes.index(label)
+    if label.isdecimal() and int(label) < len(classes):
+        return int(label)
+    if not classes:
+        raise InputError(f"--label is {label!r}, but the checkpoint was trained without labels: leave --label out.")
+    raise InputError(f"--label is {label!r}, which is no class of the checkpoint: give one of {', '.join(classes)}.")
+
+
+def rollout_window(options: RolloutOptions, trained: TrainedModel, codec: Codec, longest: int) -> int:
+    """Return the window of options: by default the longest history of the training clips.
+
+    Args:
+        options: window, sinks and cache.
+        trained: the model.
+        codec: its codec.
+        longest: pixel frames of the longest video, including its context.
+
+    Raises:
+        InputError: without a cache the window is too short.
+    """
+    in_training = max(1, trained.geometry.frames - 1)
+    window = max(1, in_training - options.sinks) if options.window is None else options.window
+    visible, history = window + options.sinks, math.ceil((longest - 1) / codec.temporal_factor)
+    if min(visible, history) > in_training:
+        log.warning(
+            "warning: frames attend to up to %d others (--window and --sinks), but in training to at most %d: the "
+            "result may be worse",
+            min(visible, history),
+            trained.geometry.frames - 1,
+        )
+    if not options.cache and trained.backbone.config.attention == "of2" and history > visible:
+        raise InputError(
+            f"--no_cache with an of2 model must attend to all {history} latent frames, but --window and --sinks "
+            f"allow {visible}: leave --no_cache out, raise --window, or generate fewer frames."
+        )
+    return window
+
+
+def _empty_context(settings: ContextSettings) -> VideoContext:
+    """Return a context without frames, of the first size."""
+    no_frames = torch.zeros((0, 3, *settings.sizes[0]), dtype=torch.uint8)
+    return VideoContext("sample", no_frames, no_frames, settings.frame_rate())
