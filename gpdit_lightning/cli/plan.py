@@ -17,7 +17,8 @@ from gpdit_lightning.planning.rules import Choice, Goal, choose
 from gpdit_lightning.planning.training_data import TrainingData
 
 DEFAULT_HOURS = {"cpu": 2.0, "mps": 24.0, "cuda": 24.0}
-# Of GPUs that this machine does not have: model and memory as in `estimate`, and what they have on common machines.
+# Assumed of GPUs that this machine does not have: model and memory are the defaults of `estimate`, CPU cores and host
+# memory those of common machines.
 DEFAULT_GPU, DEFAULT_GPU_MEMORY, CORES_PER_GPU, HOST_MEMORY_PER_GPU = "H100", 80 * GIB, 8, 64 * GIB
 
 

@@ -48,9 +48,10 @@ TOKENS_PER_PARAMETER, MAX_EPOCHS, MAX_STEPS = 1.0, 400, 400_000
 # Tokens with a loss that a model is trained on, for each parameter: GPDiT-H has 23 in the stages 1 and 2 of the paper,
 # and 20 are compute-optimal for language models (arXiv:2203.15556).
 TRAINED_TOKENS_PER_PARAMETER = 20
-# Samples per optimizer step: those of stage 2 in the paper, times the largest of these factors with which the run has
-# the number of steps beside it. 200,000 are those of stages 1 and 2.
+# Samples per optimizer step: those of stage 2 in the paper.
 BATCH_SIZES = {"images": 256, "videos": 64}
+# Factors of these batch sizes, each with the least number of steps that a run with it must have; the largest factor
+# whose run has them is used. Stages 1 and 2 of the paper have 200,000 steps.
 WANTED_STEPS = {8: 200_000, 4: 200_000, 2: 200_000, 1: 10_000, 1 / 2: 10_000, 1 / 4: 10_000, 1 / 8: 0}
 # Latent frames of the shortest clips in the paper's stage 3: 17 pixel frames.
 SHORTEST_CLIP = 5
