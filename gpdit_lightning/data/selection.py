@@ -57,7 +57,8 @@ def select_sources(
         config = configs[name]
         manifests = config.manifests or [path for path, one in shared.items() if KINDS[name] in kinds_of(one)]
         if not manifests:
-            left_out[name] = f"{and_list(data_dir)} has no {name} for training" if data_dir else "it has no manifests"
+            missing = f"there are no {name} for training in {and_list(data_dir)}"
+            left_out[name] = missing if data_dir else "it has no manifests"
         elif not max(config.batch_size, config.tokens):
             left_out[name] = f"data.{name}.batch_size is 0"
         else:

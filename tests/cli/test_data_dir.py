@@ -54,7 +54,9 @@ def test_a_stage_trains_on_the_kinds_that_the_data_have(
     used = [name for name in ("images", "videos", "sequences") if f"data.{name}.manifests" in order]
     assert used == {"image": ["images"], "video": ["videos"], "both": ["images", "videos"]}[folder]
     other = {"image": "videos", "video": "images"}.get(folder)
-    assert shown.count(f"without data.{other}, since {folder} has no {other} for training") == (other is not None)
+    assert shown.count(f"without data.{other}, since there are no {other} for training in {folder}") == (
+        other is not None
+    )
     assert fit("--data_dir", folder, steps=3) == 0  # resumes
     assert caplog.text.count("random weights") == 1
 
@@ -77,8 +79,16 @@ def test_later_manifests_replace_those_of_data_dir(folders: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("words", "recipe", "expected"),
     [
-        (["--data_dir", "video"], "stage1_image_warmup", ["video has no images", "prepare --images", "--data_dir"]),
-        (["--data_dir", "both"], "stage4_few_shot", ["both has no sequences", "prepare-pairs", "--data_dir"]),
+        (
+            ["--data_dir", "video"],
+            "stage1_image_warmup",
+            ["no images for training in video", "prepare --images", "--data_dir"],
+        ),
+        (
+            ["--data_dir", "both"],
+            "stage4_few_shot",
+            ["no sequences for training in both", "prepare-pairs", "--data_dir"],
+        ),
         (["--data_dir", "."], "stage2_mixed", ["has no manifest.json: give --data_dir both image odd video"]),
         (["--data_dir", "nowhere"], "stage2_mixed", ["data_dir is nowhere", "prepare --videos"]),
         (["--data_dir"], "stage2_mixed", ["--data_dir has no folder"]),
