@@ -40,9 +40,9 @@ def local_path(path: str | Path, **hub: Any) -> Path:
 
 
 def find_weights(path: str | Path) -> Path:
-    """Return the exported folder at a path, or the checkpoint that the path refers to, as :func:`find_checkpoint`."""
-    path = local_path(path)
-    return path if is_exported(Path(path)) else find_checkpoint(path)
+    """Return the exported folder at a path or of a name on the hub, or a checkpoint as :func:`find_checkpoint`."""
+    local = local_path(path)
+    return local if is_exported(local) else find_checkpoint(local)
 
 
 def sha256_of_weights(path: Path) -> str:

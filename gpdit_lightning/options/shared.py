@@ -68,7 +68,7 @@ class CheckpointOptions(WeightsOptions):
     """Model."""
 
     checkpoint: str
-    """A checkpoint, a run folder (for its last checkpoint), or an exported folder."""
+    """A checkpoint, a run folder (for its last checkpoint), an exported folder, or its name on the hub (user/model)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,14 +169,18 @@ async function answerOf(response) {
   return answer;
 }
 
-async function post(path, content) {
+async function fetchJson(path, options) {
   let response;
   try {
-    response = await fetch(path, { method: "POST", body: JSON.stringify(content), headers: { "Content-Type": "application/json" } });
+    response = await fetch(path, options);
   } catch {
     throw new Error("The server cannot be reached.");
   }
   return answerOf(response);
+}
+
+function post(path, content) {
+  return fetchJson(path, { method: "POST", body: JSON.stringify(content), headers: { "Content-Type": "application/json" } });
 }
 
 // ---------------------------------------------------------------- the source: a file or noise
@@ -413,11 +417,11 @@ function connect() {
 
 try {
   player.setPlaying(!matchMedia("(prefers-reduced-motion: reduce)").matches);
-  model = await answerOf(await fetch("api/model"));
+  model = await fetchJson("api/model");
   fillForm();
   connect();
   refreshForm();
   player.tick(performance.now());
 } catch (error) {
-  say(`The server cannot be reached (${error.message}).`, true);
+  say(error.message, true);
 }
