@@ -28,8 +28,12 @@ class LatentGrid:
     spatial_factor: int
     temporal_factor: int
 
-    def latent_frames(self, pixel_frames: int) -> int:
+    def latent_frames(self, pixel_frames: int, option: str = "the number of pixel frames") -> int:
         """Return F for T pixel frames.
+
+        Args:
+            pixel_frames: T.
+            option: what sets T, for the message.
 
         Raises:
             InputError: T is not 1 + temporal_factor k.
@@ -37,7 +41,7 @@ class LatentGrid:
         if pixel_frames < 1 or (pixel_frames - 1) % self.temporal_factor:
             lower = self.encodable_frames(max(1, pixel_frames))
             raise InputError(
-                f"{pixel_frames} pixel frames are not 1 + {self.temporal_factor} k: take {lower} or "
+                f"{option} is {pixel_frames}, which is not 1 + {self.temporal_factor} k: give {lower} or "
                 f"{lower + self.temporal_factor}."
             )
         return 1 + (pixel_frames - 1) // self.temporal_factor

@@ -10,7 +10,7 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from gpdit_lightning.devices import rank_of_process
 from gpdit_lightning.errors import InputError
@@ -271,13 +271,26 @@ def _show_log(rank: str) -> None:
     """
     log = logging.getLogger("gpdit_lightning")
     if not log.handlers:
-        handler = logging.StreamHandler()
+        handler = _StandardError()
         handler.setFormatter(_OneLine(f"{rank}%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.WARNING if rank else logging.INFO)
         log.propagate = False
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_shown)
+
+
+class _StandardError(logging.StreamHandler):
+    """Handler that writes to the present `sys.stderr`, which programs that call `main` may replace between calls."""
+
+    @property
+    def stream(self) -> TextIO:
+        """The present standard error."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        """Ignore the stream of the constructor."""
 
 
 class _OneLine(logging.Formatter):

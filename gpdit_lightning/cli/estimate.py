@@ -52,13 +52,13 @@ def estimate(options: EstimateOptions) -> None:
     Raises:
         InputError: the recipe or an option cannot be used.
     """
-    speed = Speed.given(options.tflops) if options.tflops else Speed.at_mfu(known_peak(options.gpu), options.mfu)
+    speed = Speed.given(options.tflops) if options.tflops else Speed.at_mfu(peak_of_gpu(options.gpu), options.mfu)
     sizes = {"images": options.image_sizes, "videos": options.video_sizes, "sequences": options.sequence_sizes}
     recipe = read_recipe(options.fit_arguments, options.gpus, sizes)
     print(report(recipe, options.gpu_memory * GIB, speed))
 
 
-def known_peak(gpu: str) -> float:
+def peak_of_gpu(gpu: str) -> float:
     """Return the peak FLOP/s of a model of GPU in bf16.
 
     Raises:

@@ -206,7 +206,7 @@ def make_settings(
         )
     context_frames, generated_frames = clip_lengths(options, pipeline)
     if context_frames:
-        pipeline.codec.latent_frames(context_frames)  # raises if the codec cannot encode so many
+        pipeline.codec.latent_frames(context_frames, "--context_frames")  # raises if the codec cannot encode so many
     elif networks.video is None and networks.image is None:
         raise InputError(
             "--context_frames is 0, so frames cannot be compared with real ones: give a video_network or an "

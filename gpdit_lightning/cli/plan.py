@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gpdit_lightning.cli.estimate import known_peak
+from gpdit_lightning.cli.estimate import peak_of_gpu
 from gpdit_lightning.cli.plan_trial import MAX_SECONDS, can_measure, measured_flops_per_s
 from gpdit_lightning.devices import Machine, this_machine
 from gpdit_lightning.errors import InputError
@@ -80,7 +80,7 @@ def planned_machine(options: PlannedMachineOptions, here: Machine) -> Machine:
     if options.gpus == 0 or (machine.accelerator == "cpu" and not requests_gpus):
         return replace(machine, accelerator="cpu", devices=1, name="cpu", memory=host_memory, bf16=False)
     if options.gpu is not None:
-        known_peak(options.gpu)
+        peak_of_gpu(options.gpu)
     return replace(
         machine,
         devices=options.gpus or machine.devices,

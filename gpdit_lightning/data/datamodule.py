@@ -30,20 +30,37 @@ EARLIER_SETTINGS = {"data.sampling": "joint"}
 UNRECORDED_DEFAULTS = (("loss_frames", "all"), ("frames_without_loss", 0))
 
 
-def changes_of_order(saved: Mapping[str, Any], order: Mapping[str, Any]) -> list[str]:
+def changes_of_order(
+    saved: Mapping[str, Any],
+    order: Mapping[str, Any],
+    saved_folders: Mapping[str, Sequence[str]],
+    folders: Mapping[str, Sequence[str]],
+) -> list[str]:
     """Return the differences of two results of `LatentDataModule._order_settings`, for a message.
 
     The settings of a source that only one of them uses count as one difference.
+
+    Args:
+        saved, order: settings of a checkpoint and of the recipe.
+        saved_folders, folders: folders of the manifests of each, by their option.
     """
     before, now = ([name for name in KINDS if f"data.{name}.manifests" in settings] for settings in (saved, order))
     changes = [f"data.{name}, which the recipe does not use now" for name in before if name not in now]
     changes += [f"no data.{name}, which the recipe uses now" for name in now if name not in before]
     of_one = tuple(f"data.{name}." for name in {*before} ^ {*now})
     return changes + [
-        f"{name} = {saved.get(name, 'none')} and the recipe has {order.get(name, 'none')}"
+        f"{name} = {_value_text(name, saved, saved_folders)} and the recipe has {_value_text(name, order, folders)}"
         for name in sorted(order.keys() | saved.keys())
         if order.get(name) != saved.get(name) and not name.startswith(of_one)
     ]
+
+
+def _value_text(name: str, settings: Mapping[str, Any], folders: Mapping[str, Sequence[str]]) -> str:
+    """Return the value of a setting; manifests as their folders with the fingerprints."""
+    if name not in folders or name not in settings:
+        return str(settings.get(name, "none"))
+    pairs = zip(folders[name], settings[name], strict=True)
+    return ", ".join(f"{folder} (fingerprint {fingerprint})" for folder, fingerprint in pairs)
 
 
 class LatentDataModule(LightningDataModule):
@@ -181,8 +198,13 @@ class LatentDataModule(LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the settings that determine the order, and the codec, geometry and classes for generation."""
-        state = {"order": self._order_settings(), "codec": self.codec.to_dict(), "geometry": self.geometry.to_dict()}
+        """Return the settings that determine the order, the folders, and what generation needs of the data."""
+        state = {
+            "order": self._order_settings(),
+            "folders": self._folders(),
+            "codec": self.codec.to_dict(),
+            "geometry": self.geometry.to_dict(),
+        }
         return state | ({"classes": list(self.classes)} if self.labels else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -192,7 +214,8 @@ class LatentDataModule(LightningDataModule):
             InputError: the data, the mixture or the batches changed.
         """
         saved = EARLIER_SETTINGS | state_dict["order"]
-        changes = changes_of_order(saved, self._order_settings())
+        # Checkpoints of earlier versions do not record folders.
+        changes = changes_of_order(saved, self._order_settings(), state_dict.get("folders", {}), self._folders())
         if changes:
             manifests = "".join(
                 f" (the manifest before the data were extended is {path})" for path in self._previous_manifests(saved)
@@ -231,6 +254,10 @@ class LatentDataModule(LightningDataModule):
             # The content of the shards, not their location.
             order[f"data.{name}.manifests"] = [manifest.fingerprint()[:16] for manifest in self.manifests[name]]
         return order
+
+    def _folders(self) -> dict[str, list[str]]:
+        """Return the folders of the manifests of each source, by the option in a recipe."""
+        return {f"data.{name}.manifests": [str(m.directory) for m in found] for name, found in self.manifests.items()}
 
     @property
     def _all_manifests(self) -> list[Manifest]:

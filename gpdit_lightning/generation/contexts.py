@@ -139,7 +139,7 @@ def read_contexts(
         InputError: a source is missing or does not match the training clips, a context cannot be used and is not
             skipped, or none can be used.
     """
-    codec.latent_frames(settings.frames)
+    codec.latent_frames(settings.frames, "--context_frames")  # raises if the codec cannot encode so many
     open_shard = cache(partial(_open_shard, settings=settings, codec=codec))
     readers = [reader for source in sources for reader in _readers_of(source, settings, codec, open_shard)]
     contexts: dict[str, VideoContext] = {}

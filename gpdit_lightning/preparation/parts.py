@@ -16,8 +16,8 @@ from gpdit_lightning.preparation.records import Records
 def load_checked_codec(options: PrepareOptions) -> Codec:
     """Load the codec on this process's device; raises InputError if it does not support the clip lengths or sizes."""
     codec = load_codec(options.codec, options.codec_source, available_device(options.device))
-    for frames in (options.clip_frames, options.shortest_clip):
-        codec.latent_frames(frames)
+    codec.latent_frames(options.clip_frames, "--clip_frames")
+    codec.latent_frames(options.shortest_clip, "--least_clip_frames")
     for text in (*options.video_sizes, *options.image_sizes):
         codec.check_frame_size(*parse_size(text))
     return codec

@@ -58,7 +58,7 @@ def clip_frames(requested: int | None, trained: TrainedModel, codec: Codec, most
     longest, in_training = trained.backbone.config.rope_lengths[0], codec.pixel_frames(trained.geometry.frames)
     if requested is None:
         return codec.encodable_frames(min(in_training, most or in_training))
-    if codec.latent_frames(requested) > longest:
+    if codec.latent_frames(requested, "--frames") > longest:
         raise InputError(
             f"--frames is {requested}, but the model has positions for {codec.pixel_frames(longest)}: give fewer."
         )

@@ -1,5 +1,7 @@
 """Every mistake of a user's gets one sentence and a non-zero exit."""
 
+import io
+import logging
 import os
 import subprocess
 import sys
@@ -242,3 +244,15 @@ def test_output_without_a_reader_ends_quietly(verb: list[str]) -> None:
     os.close(writer)
     assert ended.stderr == ""
     assert ended.returncode in (0, 141)  # 0: argparse has ignored the error
+
+
+def test_log_messages_follow_a_replaced_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook or a test that captures the output of each call of `main`."""
+    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "handlers", [])
+    for text in ("first", "second"):
+        stream = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", stream)
+        cli._show_log("")
+        logging.getLogger("gpdit_lightning.test").info(text)
+        assert stream.getvalue() == f"{text}\n"
+        stream.close()

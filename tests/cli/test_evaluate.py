@@ -422,7 +422,7 @@ def test_a_folder_with_other_settings_is_refused(
         ("--count=1", "--count is 1: give at least 2"),
         ("--stride=3", "have 0 videos of at least 28 frames, and 6"),
         ("--window=0", "--window is 0: give at least 1"),
-        ("--context_frames=4", "4 pixel frames are not 1 + 4 k"),
+        ("--context_frames=4", "--context_frames is 4, which is not 1 + 4 k"),
         ("--generated_frames=4", "the videos have 9 frames, but I3D, Kinetics-400, TorchScript"),
         ("--fvd_frames=generated", "the videos have 5 frames, but I3D"),
         ("--seeds=[1,1]", "--seeds are [1, 1]"),

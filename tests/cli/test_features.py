@@ -189,7 +189,7 @@ def test_the_codec_computes_in_float32_under_bf16(work: Path, tmp_path: Path) ->
     ("options", "message"),
     [
         (["--layer=4"], "layer 4 does not exist: give a number from 1 to 3"),
-        (["--frames=16"], "16 pixel frames are not 1 . 4 k"),
+        (["--frames=16"], "--frames is 16, which is not 1 . 4 k"),
         (["--frames=129"], "--frames is 129, but the model has positions for 125"),
         (["--stride=-1"], "--stride is -1"),
         (["--batch_size=0"], "--batch_size is 0"),

@@ -148,7 +148,7 @@ def test_lists_and_folders_give_the_same_split(workspace: Path, ucf: Path, tmp_p
         (["--regularisation", "much"], "regularisation is much; it must be one of auto or a number"),
         (["--batch_size", 0], "--batch_size is 0: give at least 1"),
         (["--size", "64x64"], "--size is 64x64, but the checkpoint was trained on 32x32"),
-        (["--frames", 4], "4 pixel frames are not 1"),
+        (["--frames", 4], "--frames is 4, which is not 1"),
         (["--evaluations", "WITHOUT_FVD"], "has no FVD: evaluate with a video network"),
         (["--checkpoint", "/nowhere"], "there is no checkpoint at /nowhere"),
     ],

@@ -158,8 +158,11 @@ def test_the_default_fit_reproduces_the_shipped_weights(codec: PcaCodec) -> None
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (torch.zeros(1, 4, 3, 16, 16, dtype=torch.uint8), r"4 pixel frames are not 1 \+ 4 k: take 1 or 5"),
-        (torch.zeros(1, 0, 3, 16, 16, dtype=torch.uint8), "0 pixel frames"),
+        (
+            torch.zeros(1, 4, 3, 16, 16, dtype=torch.uint8),
+            r"the number of pixel frames is 4, which is not 1 \+ 4 k: give 1 or 5",
+        ),
+        (torch.zeros(1, 0, 3, 16, 16, dtype=torch.uint8), "the number of pixel frames is 0"),
         (torch.zeros(1, 5, 3, 20, 16, dtype=torch.uint8), "height 20 of 20x16 pixels is not a multiple of 8"),
         (torch.zeros(1, 5, 3, 16, 12, dtype=torch.uint8), "width 12"),
         (torch.zeros(1, 5, 3, 16, 16), "torch.float32"),

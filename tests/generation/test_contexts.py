@@ -417,7 +417,7 @@ def unusable(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("few", {}, "few has 2 frames at stride 3, but the context needs 5"),
         ("few", {"start": 9.0}, "--start 9 is after the end of .*few"),
         ("still/still.png", {"start": 2.0}, r"still\.png has no frame at 2 s"),
-        ("short.mp4", {"frames": 4}, "4 pixel frames are not 1 .*: take 1 or 5"),
+        ("short.mp4", {"frames": 4}, "--context_frames is 4, which is not 1 .*: give 1 or 5"),
     ],
 )
 def test_unusable_source_is_refused(

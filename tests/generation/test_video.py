@@ -152,7 +152,7 @@ def test_progress_bar_changes_nothing(model: GPDiT, codec: Codec, capsys: pytest
 @pytest.mark.parametrize(
     ("context", "message"),
     [
-        (pixels(frames=4), "4 pixel frames are not 1 "),
+        (pixels(frames=4), "the number of pixel frames is 4, which is not 1 "),
         (pixels(height=36), "the height 36"),
         (pixels(height=40), "do not divide into 2x2 patches"),
         (pixels().float(), "convert them"),

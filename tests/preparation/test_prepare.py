@@ -357,7 +357,7 @@ def test_invalid_options_are_refused(options: PrepareOptions, tmp_path: Path) ->
         ({"videos": []}, "there are no input files"),
         ({"videos": [tmp_path / "empty"]}, "empty has no video files"),
         ({"videos": [tmp_path / "gone"]}, "gone does not exist"),
-        ({"clip_frames": 6}, r"6 pixel frames are not 1 \+ 4 k: take 5 or 9"),
+        ({"clip_frames": 6}, r"--clip_frames is 6, which is not 1 \+ 4 k: give 5 or 9"),
         ({"stride": 0}, "stride is 0"),
         ({"clips_per_video": 0}, "clips_per_video is 0"),
         ({"video_sizes": ["12x16"]}, "height 12 of 12x16"),

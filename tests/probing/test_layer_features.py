@@ -75,7 +75,7 @@ def test_features_equal_those_of_each_video_alone(
 def test_unusable_videos_and_frames_are_refused(model: GPDiT, videos: list[Path]) -> None:
     with pytest.raises(InputError, match="none of the 1 videos can be read"):
         extract(model, videos[2:3])
-    with pytest.raises(InputError, match=r"6 pixel frames are not 1 \+ 4 k"):
+    with pytest.raises(InputError, match=r"the number of pixel frames is 6, which is not 1 \+ 4 k"):
         extract(model, videos, frames=6)
 
 
