@@ -1,4 +1,4 @@
-"""Names of files as text that JSON can store and terminals can print, and names on the Hugging Face hub.
+"""Names of files as text that JSON can store and terminals can print, names on the Hugging Face hub, and of scores.
 
 A file name is any sequence of bytes. Python represents bytes that are not UTF-8 as lone surrogates, which UTF-8 text
 cannot contain.
@@ -14,6 +14,18 @@ ESCAPING = "gpdit_lightning.escaping"
 
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # controls, line separators, surrogates
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+SCORE_NAMES = {
+    "fid": "FID ↓",
+    "is": "IS ↑",
+    "fvd": "FVD ↓",
+    "precision": "Precision ↑",
+    "recall": "Recall ↑",
+    "psnr": "PSNR ↑",
+    "ssim": "SSIM ↑",
+    "rollout_error_ratio": "Error relative to repeating the last frame ↓",
+}
+"""Names of scores with the better direction, by their keys."""
+
 ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
 
 

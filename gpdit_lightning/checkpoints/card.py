@@ -6,13 +6,14 @@ The card contains no local paths, since exported folders are published; `config.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from gpdit_lightning.checkpoints.facts import TrainingFacts, ValidationLoss
+from gpdit_lightning.checkpoints.facts import TrainingFacts, TrainingScores, ValidationLoss
 from gpdit_lightning.model.config import GPDiTConfig
-from gpdit_lightning.names import is_hub_name
+from gpdit_lightning.names import SCORE_NAMES, is_hub_name
 from gpdit_lightning.specs import CodecSpec
 
 NAME = "GPDiT"
@@ -57,6 +58,7 @@ LICENSE = """## License
 No license is stated, since the rights to the training data are not recorded. Before publishing these weights, add a
 `license:` to the head of this file."""
 
+SIGNATURE = "<!-- Written by gpdit_lightning; sha256 of the text above: "
 MAX_LISTED_CLASSES = 10
 
 WEIGHTS_KINDS = {"ema": "averaged (EMA)", "raw": "last trained"}
@@ -66,19 +68,17 @@ TASKS = {"videos": "video-to-video", "sequences": "image-to-image", "images": "u
 
 @dataclass(frozen=True)
 class CardScore:
-    """A score of an evaluation.
+    """A score of an evaluation, or one that was computed during the training.
 
     Attributes:
-        metric: key of the metric, such as `fvd`.
-        name: the metric with its direction, such as "FVD ↓".
+        metric: key of the metric in `SCORE_NAMES`.
         value: the mean over seeds.
-        text: the mean with its deviation.
+        text: the mean with its deviation or a comparison.
         data: name of the data set.
         protocol: what was generated from what.
     """
 
     metric: str
-    name: str
     value: float
     text: str
     data: str
@@ -129,7 +129,19 @@ def model_card(
     if facts.codec:
         text = "Latents of this codec, whitened by its constants: `(latents - mean) / std` in each channel."
         sections += ["## Latents", text, _table("codec", _as_code(_codec(facts.codec)))]
-    return "\n\n".join([*sections, LICENSE]) + "\n"
+    text = "\n\n".join([*sections, LICENSE]) + "\n\n"
+    return text + _signature(text)
+
+
+def is_unedited(card: str) -> bool:
+    """Return whether a card is as `model_card` returned it; cards of earlier versions count as edited."""
+    text, _, _ = card.rpartition(SIGNATURE)
+    return card == text + _signature(text)
+
+
+def _signature(text: str) -> str:
+    """Return an invisible last line that tells whether a card was edited, so that edits are not overwritten."""
+    return f"{SIGNATURE}{sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
 def task_of(facts: TrainingFacts) -> str | None:
@@ -157,10 +169,10 @@ def _head(task: str | None, facts: TrainingFacts, details: CardDetails) -> str:
             dataset_type=score.data,
             dataset_name=f"{score.data}: {score.protocol}",
             metric_type=score.metric,
-            metric_name=score.name,
+            metric_name=SCORE_NAMES[score.metric],
             metric_value=score.value,
         )
-        for score in details.scores
+        for score in (*_training_scores(facts.scores), *details.scores)
     ]
     named: dict[str, Any] = {"model_name": NAME, "eval_results": results} if results else {}
     tags = [*TAGS, *(["image-to-video"] if task == "video-to-video" else [])]
@@ -201,10 +213,29 @@ def _metrics(facts: TrainingFacts, details: CardDetails) -> list[str]:
             quarters = ("-" if loss is None else f"{loss:.4f}" for loss in facts.validation.quarters[source])
             rows.append(f"| held-out {source}, step {facts.validation.step:,} | {mean:.4f} | {' | '.join(quarters)} |")
         parts.append("\n".join(rows))
-    if details.scores:
-        rows = [f"| {score.data}: {score.protocol} | {score.name} | {score.text} |" for score in details.scores]
+    if scores := [*_training_scores(facts.scores), *details.scores]:
+        rows = [f"| {score.data}: {score.protocol} | {SCORE_NAMES[score.metric]} | {score.text} |" for score in scores]
         parts.append("\n".join(["| data | score | value |", "|---|---|---|", *rows]))
     return parts
+
+
+def _training_scores(scores: TrainingScores | None) -> list[CardScore]:
+    """Return the scores that were computed during the training, each beside that of repeating the last frame."""
+    if scores is None:
+        return []
+    frames = f"{scores.generated_frames} frames from {scores.context_frames}" if scores.context_frames else "from noise"
+    networks = "".join(f"; {SCORE_NAMES[name].split()[0]} by {network}" for name, network in scores.networks.items())
+    protocol = (
+        f"{scores.clips:,} clips decoded from latents, {frames}; {scores.sampler} sampler, {scores.sampler_steps} "
+        f"steps{networks}; computed during the training, at step {scores.step:,}"
+    )
+    listed = []
+    for name, value in scores.values.items():
+        if name in SCORE_NAMES:  # and not of the last frame, repeated
+            repeated = scores.values.get(f"{name}_repeated")
+            text = f"{value:.4g}" if repeated is None else f"{value:.4g} (of the last frame, repeated: {repeated:.4g})"
+            listed.append(CardScore(name, value, text, f"held-out {scores.source}", protocol))
+    return listed
 
 
 def _mean_losses(validation: ValidationLoss) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Exported models on disk: reading and writing of their folders.
 
 An exported folder contains `model.safetensors`, `config.json` and the model card, `README.md`; and `codec.safetensors`
-if the weights of the codec are a single file of the run, such as a linear codec that was fitted on its videos. Other
+if the weights of the codec are a single file of the run, such as a linear codec that was fitted on its videos; and the
+sample images of the card, `sample.png` and `sample.gif`, if there are any. Other
 files are never read, and none of these can contain code. `config.json` is plain JSON:
 
     format, library_version, dtype   format of the folder, version of its writer, data type of the weights
@@ -14,10 +15,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gpdit_lightning.checkpoints.card import CardDetails, model_card
+from gpdit_lightning.checkpoints.card import CardDetails, is_unedited, model_card
 from gpdit_lightning.checkpoints.facts import EXPORT_AGAIN
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError
@@ -28,6 +30,7 @@ from gpdit_lightning.version import __version__
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 CODEC = "codec.safetensors"
+STRIP, ANIMATION = IMAGES = "sample.png", "sample.gif"
 FORMAT = "gpdit_lightning-model-1"
 
 
@@ -64,11 +67,11 @@ def read_exported(folder: Path) -> Weights:
         damaged = InputError(f"{path} is not a complete safetensors file ({error}): {cure}.")
         raise transient_error(error, path) or damaged from None
     weights = Weights.checked(tensors, content.get("config"), content, str(config_path))
-    return replace(weights, owner=str(path))
+    return replace(weights, owner=str(path), folder=folder)
 
 
 def write_exported(folder: Path, weights: Weights, details: CardDetails | None = None) -> None:
-    """Write the files of an exported folder, each atomically; an existing card is kept.
+    """Write the files of an exported folder, each atomically; a card that was edited is kept.
 
     Args:
         folder: the folder.
@@ -87,11 +90,40 @@ def write_exported(folder: Path, weights: Weights, details: CardDetails | None =
         except SafetensorError as error:
             raise InputError(f"{folder / WEIGHTS} cannot be written ({error}): free some disk space.") from None
         shutil.copymode(folder / CONFIG, path)  # safetensors makes it readable by its owner only
-    if not (folder / CARD).exists():
+    if not has_edited_card(folder):
         parameters = sum(tensor.numel() for tensor in weights.tensors.values())
         with atomic_write(folder / CARD) as path:
             card = model_card(weights.config, weights.facts, parameters, _dtype(weights), details)
             path.write_text(card, encoding="utf-8")
+
+
+def has_edited_card(folder: Path) -> bool:
+    """Return whether a folder contains a card that was edited, or written by an earlier version or another program."""
+    card = folder / CARD
+    return card.exists() and not is_unedited(card.read_text(encoding="utf-8", errors="replace"))
+
+
+def contains(folder: Path, weights: Weights) -> bool:
+    """Return whether an exported folder contains exactly these weights with the same record of their training."""
+    saved = read_exported(folder)
+    return (saved.config, saved.facts) == (weights.config, weights.facts) and all(
+        value.dtype == weights.tensors[name].dtype and torch.equal(value, weights.tensors[name].cpu())
+        for name, value in saved.tensors.items()
+    )
+
+
+def copy_companions(source: Path, folder: Path, *, card: bool) -> None:
+    """Copy the weights of the codec from one exported folder to another.
+
+    Args:
+        source: an exported folder.
+        folder: the other one.
+        card: whether to copy the card with its images too, unless the other folder has an edited one.
+    """
+    names = [CODEC, *(IMAGES if card else ()), *([CARD] if card and not has_edited_card(folder) else [])]
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def config_json(weights: Weights) -> str:

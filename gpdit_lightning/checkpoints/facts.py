@@ -67,6 +67,50 @@ class ValidationLoss:
 
 
 @dataclass(frozen=True)
+class TrainingScores:
+    """The last scores of held-out clips that a run computed before a checkpoint."""
+
+    step: int
+    """Optimizer steps trained."""
+    source: str
+    """Source of the clips in the data."""
+    clips: int
+    """Number of clips."""
+    context_frames: int
+    """Pixel frames of context of each clip."""
+    generated_frames: int
+    """Pixel frames after the context."""
+    sampler: str
+    sampler_steps: int
+    """Sampler steps per latent frame."""
+    networks: dict[str, str]
+    """Name of the network of each score that has one, by the key of the score."""
+    values: dict[str, float]
+    """Scores by their keys in `names.SCORE_NAMES`, each also with `_repeated` for the last context frame, repeated."""
+
+    SCHEMA: ClassVar[dict[str, Any]] = {
+        "step": COUNT,
+        "source": TEXT,
+        "clips": COUNT,
+        "context_frames": COUNT,
+        "generated_frames": COUNT,
+        "sampler": TEXT,
+        "sampler_steps": COUNT,
+        "networks": OBJECT,
+        "values": OBJECT,
+    }
+
+    @classmethod
+    def from_dict(cls, content: Any, file: str, cure: str) -> Self:
+        """Parse and validate the record in a file, from its field `scores`; otherwise as `CodecSpec.from_dict`."""
+        check(content, cls.SCHEMA, "scores", file, cure)
+        for name, schema in (("networks", TEXT), ("values", NUMBER)):
+            for key, value in content[name].items():
+                check(value, schema, f"scores.{name}.{key}", file, cure)
+        return cls(**{name: content[name] for name in cls.SCHEMA})
+
+
+@dataclass(frozen=True)
 class TrainingFacts:
     """The record of the training of some weights; None, or empty, for each fact that is not recorded.
 
@@ -91,6 +135,7 @@ class TrainingFacts:
     data: dict[str, Any] = field(default_factory=dict)
     """The settings that the order of the training data depends on."""
     validation: ValidationLoss | None = None
+    scores: TrainingScores | None = None
     run: dict[str, Any] = field(default_factory=dict)
     """Settings and circumstances that generation does not depend on, for the model card: `optimizer`, `precision`,
     `hardware`, and the number of `samples` of each source and split."""
@@ -107,6 +152,7 @@ class TrainingFacts:
         "classes": [TEXT],
         "data": OBJECT,
         "validation": ValidationLoss.SCHEMA,
+        "scores": TrainingScores.SCHEMA,
         "run": OBJECT,
         "lightning_version": TEXT,
     }
@@ -140,6 +186,8 @@ class TrainingFacts:
             facts["geometry"] = ClipGeometry.from_dict(facts["geometry"], file, EXPORT_AGAIN)
         if "validation" in facts:
             facts["validation"] = ValidationLoss.from_dict(facts["validation"], file, EXPORT_AGAIN)
+        if "scores" in facts:
+            facts["scores"] = TrainingScores.from_dict(facts["scores"], file, EXPORT_AGAIN)
         return cls(**facts | {"classes": tuple(facts.get("classes", ()))})
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,6 +198,7 @@ class TrainingFacts:
             "codec": self.codec and self.codec.to_dict(),
             "geometry": self.geometry and self.geometry.to_dict(),
             "validation": self.validation and self.validation.to_dict(),
+            "scores": self.scores and asdict(self.scores),
             "classes": list(self.classes),
         }
         return {name: value for name, value in facts.items() if value not in (None, [], {})}

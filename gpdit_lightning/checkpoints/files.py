@@ -77,8 +77,10 @@ class Checkpoint:
     def facts(self, kind: WeightsKind) -> dict[str, Any]:
         """Return the record of the training, not validated, as input of `TrainingFacts.from_dict`."""
         stage, data = self.content["gpdit"], self.content["LatentDataModule"]
+        weights = kind if "ema" in self.content else "raw"
+        is_scored = weights == "ema" or "ema" not in self.content  # scores are of averaged weights if there are any
         facts = {
-            "weights": kind if "ema" in self.content else "raw",
+            "weights": weights,
             "step": self.content.get("global_step"),
             "stage": stage.get("stage"),
             "origin": stage.get("origin"),
@@ -88,6 +90,7 @@ class Checkpoint:
             "classes": data.get("classes"),
             "data": data.get("order"),
             "validation": self.content.get("validation"),
+            "scores": self.content.get("scores") if is_scored else None,
             "run": self.content.get("run"),
             "lightning_version": self.content.get("pytorch-lightning_version"),
         }

@@ -6,7 +6,16 @@ from typing import Any, Self
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 
-from gpdit_lightning.checkpoints.exported import CODEC, CONFIG, WEIGHTS, read_exported, write_exported
+from gpdit_lightning.checkpoints.exported import (
+    CODEC,
+    CONFIG,
+    WEIGHTS,
+    contains,
+    copy_companions,
+    is_exported,
+    read_exported,
+    write_exported,
+)
 from gpdit_lightning.checkpoints.facts import TrainingFacts
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError
@@ -45,11 +54,14 @@ class HubGPDiT(GPDiT, ModelHubMixin):
 
     Attributes:
         facts: record of the training of the weights; read by `from_pretrained` and written by `save_pretrained`.
+        folder: the exported folder from which the weights were read, if any. As long as they are unchanged,
+            `push_to_hub` and `save_pretrained` to another folder keep its card with the sample images.
     """
 
     def __init__(self, config: GPDiTConfig) -> None:
         super().__init__(config)
         self.facts = TrainingFacts()
+        self.folder: Path | None = None
 
     @classmethod
     def from_weights(cls, weights: Weights) -> Self:
@@ -61,7 +73,7 @@ class HubGPDiT(GPDiT, ModelHubMixin):
         with torch.device("meta"):
             model = cls(weights.config)
         weights.load_into(model, assign=True)
-        model.facts = weights.facts
+        model.facts, model.folder = weights.facts, weights.folder
         return model.eval()
 
     @classmethod
@@ -86,4 +98,7 @@ class HubGPDiT(GPDiT, ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Called by the mixin's `save_pretrained` and `push_to_hub`."""
-        write_exported(save_directory, Weights(self.state_dict(), self.config, self.facts))
+        weights = Weights(self.state_dict(), self.config, self.facts)
+        write_exported(save_directory, weights)
+        if self.folder is not None and is_exported(self.folder) and not save_directory.samefile(self.folder):
+            copy_companions(self.folder, save_directory, card=contains(self.folder, weights))

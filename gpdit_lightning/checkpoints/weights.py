@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -21,12 +22,14 @@ class Weights:
         config: the architecture.
         facts: record of the training.
         owner: name of their file, or `the model` if they are in memory; for messages.
+        folder: the exported folder that they were read from, if any.
     """
 
     tensors: dict[str, Tensor]
     config: GPDiTConfig
     facts: TrainingFacts
     owner: str = "the model"
+    folder: Path | None = None
 
     @classmethod
     def checked(cls, tensors: dict[str, Tensor], config: Any, facts: Mapping[str, Any], file: str) -> Self:

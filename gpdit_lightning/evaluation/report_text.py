@@ -5,11 +5,11 @@ from pathlib import Path
 
 from gpdit_lightning.evaluation.network_files import NetworkRecord, missing_scores
 from gpdit_lightning.evaluation.paper_results import NOT_STATED, PAPER_FRAMES, PAPER_TABLES, PaperTable
-from gpdit_lightning.evaluation.report import HEADINGS, Protocol, Report, Score
+from gpdit_lightning.evaluation.report import Protocol, Report, Score
 from gpdit_lightning.evaluation.self_checks import SelfChecks
 from gpdit_lightning.evaluation.videos import stride_text
 from gpdit_lightning.files import atomic_write
-from gpdit_lightning.names import printable
+from gpdit_lightning.names import SCORE_NAMES, printable
 
 RESULTS, TABLES = "results.json", "results.md"
 # The FID of the self-checks is computed over all generated frames; the FID score is a mean over their positions.
@@ -75,7 +75,7 @@ def score_table(report: Report) -> str:
     rows = [[_code(protocol.checkpoint), *_cells(report.scores, report.scores), *settings.values()]]
     for name, scores in report.references.items():
         rows.append([REFERENCE_LABELS.get(name, name), *_cells(scores, report.scores), *[""] * len(settings)])
-    return _table(["", *(HEADINGS[name] for name in report.scores), *settings], rows)
+    return _table(["", *(SCORE_NAMES[name] for name in report.scores), *settings], rows)
 
 
 def protocol_sentences(protocol: Protocol, date: str) -> list[str]:
@@ -150,7 +150,7 @@ def paper_comparison(report: Report) -> str:
         differences = "; ".join(_differences(protocol, table)) or "none in what the paper states"
         sections += [
             f"### {table.title}",
-            _table(["Method", *(HEADINGS.get(column, column) for column in table.columns), "Protocol"], rows),
+            _table(["Method", *(SCORE_NAMES.get(column, column) for column in table.columns), "Protocol"], rows),
             f"Differences from the paper: {differences}. The paper does not state {NOT_STATED}.",
         ]
     return "\n\n".join(sections)
@@ -195,7 +195,7 @@ def plot_self_checks(report: Report, path: Path) -> None:
         for axes, (kind, pairs) in zip(row, checks.by_distortion.items(), strict=True):
             axes.plot(*zip((0.0, checks.itself), *pairs, strict=True), "o-")
             axes.axhline(checks.halves, color="grey", linestyle="--", label="between halves of the ground truth")
-            axes.set(xlabel=units[kind], ylabel=HEADINGS[name].split()[0])
+            axes.set(xlabel=units[kind], ylabel=SCORE_NAMES[name].split()[0])
             axes.legend()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -15,7 +15,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunk_files import ChunkFiles
 from gpdit_lightning.evaluation.chunks import BLUR, CODEC, GROUND_TRUTH, NOISE, REPEATED, seed_variant
 from gpdit_lightning.evaluation.metrics import FrechetDistance, bias_warning, inception_score, precision_recall
-from gpdit_lightning.evaluation.report import HEADINGS, Protocol, Report, Score
+from gpdit_lightning.evaluation.report import Protocol, Report, Score
 from gpdit_lightning.evaluation.self_checks import (
     BLUR_LEVELS,
     NOISE_LEVELS,
@@ -23,6 +23,7 @@ from gpdit_lightning.evaluation.self_checks import (
     assign_halves,
     check_distances,
 )
+from gpdit_lightning.names import SCORE_NAMES
 from gpdit_lightning.progress import progress_bar
 
 IS_SPLITS = 10
@@ -77,7 +78,7 @@ def make_report(files: ChunkFiles, protocol: Protocol, unreadable: Iterable[str]
 def compute_scores(
     files: ChunkFiles, variants: Sequence[str], on_distance: Callable[[], object] = lambda: None
 ) -> dict[str, dict[str, float]]:
-    """Return the scores of variants against the ground truth, by variant and by key in `report.HEADINGS`.
+    """Return the scores of variants against the ground truth, by variant and by key in `names.SCORE_NAMES`.
 
     Scores without a network are left out. FID and IS are computed for each position of a generated frame in the clip
     and averaged, as in the paper ("the average [FID and IS] are calculated over individual frames", section 5.1).
@@ -244,7 +245,7 @@ def report_warnings(
             "manifold of the other set."
         )
     for name, quantity in CHECKED_QUANTITIES.items():
-        score = HEADINGS[name].split()[0]
+        score = SCORE_NAMES[name].split()[0]
         if files.has(GROUND_TRUTH, quantity):
             dimensions = next(files.values(GROUND_TRUTH, quantity)).shape[-1]
             if warning := bias_warning(score, videos, dimensions):

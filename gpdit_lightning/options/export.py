@@ -12,7 +12,7 @@ class ExportOptions(CheckpointOptions):
     """Output."""
 
     out: Path
-    """Output folder; an earlier export of the same model is replaced, except for its model card."""
+    """Output folder; an earlier export of the same model is replaced, unless its model card was edited."""
     samples: bool = True
     """Add sample images to the card: the last preview of the run, or else continuations of held-out clips, if their
     shards are found and the model has at most 200M parameters."""

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.checkpoints.card import CardDetails
+from gpdit_lightning.checkpoints.exported import read_exported, write_exported
 from gpdit_lightning.checkpoints.facts import Origin, TrainingFacts
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError
@@ -43,6 +45,17 @@ FACTS: dict[str, Any] = {
     "classes": ["run", "jump"],
     "data": {"data.seed": 0, "data.labels": ["run", "jump"], "data.videos.manifests": ["0123456789abcdef"]},
     "validation": {"step": 1100, "quarters": {"images": [0.5, 0.25, 0.25, 1.0], "videos": [0.5, 0.25, None, 1.0]}},
+    "scores": {
+        "step": 1000,
+        "source": "videos",
+        "clips": 64,
+        "context_frames": 5,
+        "generated_frames": 8,
+        "sampler": "adams",
+        "sampler_steps": 8,
+        "networks": {"fvd": "I3D"},
+        "values": {"fvd": 212.04, "fvd_repeated": 310.0, "rollout_error_ratio": 0.52},
+    },
     "run": {
         "optimizer": {"learning_rate": 0.001, "betas": [0.9, 0.99]},
         "precision": "bf16-mixed",
@@ -156,8 +169,18 @@ def test_a_file_of_weights_chooses_neither_code_to_import_nor_a_backend_of_one_d
 def test_the_content_of_the_card(folder: Path) -> None:
     card = ModelCard((folder / "README.md").read_text())
     assert (card.data.library_name, card.data.pipeline_tag) == ("gpdit_lightning", "video-to-video")
-    losses = {result.dataset_name: result.metric_value for result in card.data.eval_results or ()}
-    assert losses == {"held-out images": 0.5, "held-out videos": pytest.approx(1.75 / 3, abs=1e-6)}
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results or ()}
+    assert values == {
+        "Velocity loss (validation)": pytest.approx(1.75 / 3, abs=1e-6),
+        "FVD ↓": 212.04,
+        "Error relative to repeating the last frame ↓": 0.52,
+    }
+    protocol = "held-out videos: 64 clips decoded from latents, 8 frames from 5; adams sampler, 8 steps; FVD by I3D; "
+    protocol += "computed during the training, at step 1,000"
+    datasets = [result.dataset_name for result in card.data.eval_results or ()]
+    assert datasets == ["held-out images", "held-out videos", protocol, protocol]
+    assert f"| {protocol} | FVD ↓ | 212 (of the last frame, repeated: 310) |" in card.text
+    assert f"| {protocol} | Error relative to repeating the last frame ↓ | 0.52 |" in card.text
     assert "runs/before" not in card.content
     for text in (
         "averaged (EMA) weights after 1,200 optimizer steps of MixedStage",
@@ -226,8 +249,36 @@ def test_push_to_hub_uploads_the_folder(folder: Path, monkeypatch: pytest.Monkey
             return "https://hub"
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", FakeHub)
-    assert GPDiT.from_pretrained(folder).push_to_hub("someone/gpdit") == "https://hub"
+    (folder / "codec.safetensors").write_bytes(b"a codec")
+    (folder / "sample.png").write_bytes(b"an image")
+    card = (folder / "README.md").read_text().replace("## Use", "![Samples](sample.png)\n\n## Use")
+    (folder / "README.md").write_text(card)
+    model = GPDiT.from_pretrained(folder)
+    assert model.push_to_hub("someone/gpdit") == "https://hub"
     assert pushed == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert b"![Samples](sample.png)" in pushed["README.md"]
+    # Images, scores and text of the card are not those of other weights.
+    pushed.clear()
+    model.bfloat16().push_to_hub("someone/gpdit")
+    assert pushed.keys() == {"model.safetensors", "config.json", "README.md", "codec.safetensors"}
+    assert b"sample.png" not in pushed["README.md"]
+
+
+def test_a_card_is_kept_if_it_was_edited_or_the_model_is_unchanged(folder: Path, tmp_path: Path) -> None:
+    card = folder / "README.md"
+    (folder / "sample.png").write_bytes(b"an image")
+    write_exported(folder, read_exported(folder), CardDetails({"sample.png": "Samples."}))
+    assert "![Samples.](sample.png)" in (text := card.read_text())
+    model = GPDiT.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "same")
+    assert (tmp_path / "same" / "README.md").read_text() == text
+    with torch.no_grad():
+        model.output.bias.add_(1)
+    model.save_pretrained(folder)
+    assert "sample.png" not in card.read_text()
+    card.write_text("edited")
+    model.save_pretrained(folder)
+    assert card.read_text() == "edited"
 
 
 def test_loading_from_the_hub(folder: Path, model: GPDiT, tmp_path: Path) -> None:

@@ -151,6 +151,8 @@ def test_card_shows_images_and_scores_of_the_run(
     assert (tmp_path / "preview" / "sample.png").read_text() == "strip 1"
     assert "](sample.png)" not in card("plain", "--no_samples").text
 
+    assert [card("plain").text.count(image) for image in ("](sample.png)", "](sample.gif)")] == [1, 0]  # replaced
+
     write_report(report_of(run), evaluation)
     scored = card("scored")
     row = "| digits: 64 videos of 32x32, 12 frames from 5; rotation sampler, 25 steps | FVD ↓ | 212.0 ± 2.8 |"
@@ -223,16 +225,25 @@ def test_weights_are_converted_to_another_data_type(run: Path, tmp_path: Path) -
     assert_same(tensors_of(tmp_path / "float32"), {name: value.float() for name, value in rounded.items()})
 
 
-def test_second_export_replaces_the_folder_except_for_its_card(run: Path, tmp_path: Path) -> None:
+def test_second_export_replaces_the_folder_unless_its_card_was_edited(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "new" / "model"
     assert export(run, out) == 0
-    content = (out / "model.safetensors").read_bytes()
+    content, card = (out / "model.safetensors").read_bytes(), (out / "README.md").read_text()
     (out / "model.safetensors").write_bytes(content[:100])
-    (out / "README.md").write_text("---\nlicense: cc0-1.0\n---\n")
+    edited = card.replace("## Use", "## How to use")
+    assert edited != card
+    (out / "README.md").write_text(edited)
+    assert export(run, out) == 2
+    assert f"{out / 'README.md'} was edited, or written by an earlier version, and would be" in capsys.readouterr().err
+    assert (out / "README.md").read_text() == edited
+    (out / "README.md").unlink()
     (tmp_path / "new" / "model.partial").mkdir()  # left by a killed export
     assert export(run, out) == 0
     assert (out / "model.safetensors").read_bytes() == content
-    assert (out / "README.md").read_text() == "---\nlicense: cc0-1.0\n---\n"
+    assert (out / "README.md").read_text() == card
+    assert export(run, out) == 0
     assert [path.name for path in out.parent.iterdir()] == ["model"]
 
 

@@ -3,6 +3,7 @@
 Shapes: N clips in all, B clips of a chunk, F latent frames, T pixel frames, T' generated pixel frames, n features.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from gpdit_lightning.checkpoints.facts import TrainingScores
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import Sampler
@@ -113,6 +115,30 @@ class ScoreChunks:
         """Quantities of the ground truth and of the baseline, after `measure`; empty except on the first rank."""
         assert self._reference is not None
         return self._reference
+
+    def record(self, step: int, sampler: str, values: Mapping[str, float]) -> TrainingScores:
+        """Return the record of scores for a checkpoint.
+
+        Args:
+            step: optimizer steps trained.
+            sampler: name of the sampler.
+            values: the scores, as :func:`compute_clip_scores` returns them.
+        """
+        clips, networks = self._clips, self._networks
+        context = clips.context_pixel_frames(self._codec)
+        frames = clips.bucket.frames if clips.independent_frames else self._codec.pixel_frames(clips.bucket.frames)
+        named = {"fvd": networks.video, "fid": networks.image}
+        return TrainingScores(
+            step=step,
+            source=clips.source,
+            clips=len(clips.numbers),
+            context_frames=context,
+            generated_frames=frames - context,
+            sampler=sampler,
+            sampler_steps=self._sampler.steps,
+            networks={name: network.record.name for name, network in named.items() if network is not None},
+            values={name: value for name, value in values.items() if math.isfinite(value)},
+        )
 
     def _measure_chunks(self, trainer: Trainer, module: LightningModule) -> dict[str, dict[int, Quantities]] | None:
         """Continue and measure the chunks of this rank.

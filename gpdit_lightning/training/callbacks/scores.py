@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -87,6 +89,7 @@ class Scores(Callback):
         self.video_network, self.image_network = video_network, image_network
         self._interval = StepInterval(0)
         self._scored_step = -1
+        self._record: dict[str, Any] = {}  # of the last scores, as `asdict(TrainingScores)`; on the first rank only
         self._chunks: ScoreChunks
 
     # --- start of the run
@@ -185,13 +188,16 @@ class Scores(Callback):
             self._score(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]) -> None:
-        """Record the last step with scores."""
+        """Save the last step with scores, and the scores for the model card."""
         if self._scored_step >= 0:
             checkpoint["scored_step"] = self._scored_step
+        if self._record:
+            checkpoint["scores"] = self._record
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, int]) -> None:
-        """Restore the last step with scores."""
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Restore the last step with scores, and the scores."""
         self._scored_step = checkpoint.get("scored_step", -1)
+        self._record = checkpoint.get("scores", {})
 
     def _score(self, trainer: Trainer, module: LightningModule) -> None:
         """Compute and log the scores of the current weights, unless a signal is received; all ranks call it."""
@@ -205,6 +211,7 @@ class Scores(Callback):
             except InputError as error:
                 log.warning("step %d has no scores: %s", trainer.global_step, error)
                 return
+            self._record = asdict(self._chunks.record(trainer.global_step, self.sampler, scores))
             log_scalars(trainer, module, {f"{SCORES}/{name}": value for name, value in scores.items()})
 
 

@@ -15,6 +15,7 @@ from lightning import Trainer
 from torch import Tensor, nn
 
 from gpdit_lightning import GPDiT
+from gpdit_lightning.checkpoints.files import open_checkpoint
 from gpdit_lightning.codecs import Codec, load_codec
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.errors import InputError
@@ -307,3 +308,11 @@ def test_a_signal_ends_scoring_and_the_resumed_run_repeats_it(
     run(tmp_path / "broken", tmp_path / "broken/checkpoints/last.ckpt")
     assert logged(tmp_path / "broken") == logged(tmp_path / "whole")
     assert list(logged(tmp_path / "whole")["fvd"]) == [2, 4, 6]
+    record = open_checkpoint(tmp_path / "broken").facts("ema")["scores"]
+    assert record == open_checkpoint(tmp_path / "whole").facts("ema")["scores"]
+    assert open_checkpoint(tmp_path / "whole").facts("raw")["weights"] == "raw"
+    assert "scores" not in open_checkpoint(tmp_path / "whole").facts("raw")  # which are of the averaged weights
+    assert record["values"] == pytest.approx({name: values[6] for name, values in logged(tmp_path / "whole").items()})
+    assert (record["step"], record["source"], record["clips"]) == (6, "videos", 5)
+    assert (record["context_frames"], record["generated_frames"]) == (CONTEXT, PIXEL_FRAMES - CONTEXT)
+    assert record["networks"].keys() == {"fvd", "fid"}
