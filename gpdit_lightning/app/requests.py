@@ -94,6 +94,18 @@ def parse_request(
     )
 
 
+def parse_start(text: str) -> float | None:
+    """Return the time in seconds at which the given frames of an upload begin; None for an empty text.
+
+    Raises:
+        InputError: the text is not a number; its range depends on the file.
+    """
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise InputError(f"start is {text[:20]!r}: give a time in seconds.") from None
+
+
 def _number(
     content: Mapping[str, Any], name: str, default: float, least: float, most: float, *, whole: bool = False
 ) -> float:

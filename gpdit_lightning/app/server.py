@@ -4,13 +4,14 @@
 |---|---|
 | `GET /` | the page; its files are `/page.css`, `/page.js`, `/icon.svg` |
 | `GET /api/model` | what the model can do, the limits and the initial settings |
-| `POST /api/uploads?name=NAME`, body: the file | `{id, fps, images}`: the frames that were read |
+| `POST /api/uploads?name=NAME&start=SECONDS`, body: the file | `{id, fps, duration, images}`: the given frames |
 | `POST /api/videos`, body: JSON of the settings | `{id}` of a job |
 | `GET /api/videos/ID/events` | its events as they occur (server-sent events) |
 | `POST /api/videos/ID/stop` | `{}`; the frames so far are kept |
 | `GET /api/videos/ID.mp4` | the given and the generated frames |
 
-The answer after an error is `{"error": SENTENCE}`.
+The given frames of a video begin at `start`; without it they are its last ones. The answer after an error is `{"error":
+SENTENCE}`.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from gpdit_lightning.app.jobs import Job, JobQueue, as_images, sentence
-from gpdit_lightning.app.requests import describe_model, parse_request
+from gpdit_lightning.app.requests import describe_model, parse_request, parse_start
 from gpdit_lightning.app.uploads import UploadLimits, read_upload
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.contexts import VideoContext
@@ -227,6 +228,7 @@ class Server:
     async def _upload(self, request: web.Request) -> web.Response:
         """Store the file for as long as it is read, and keep the context."""
         name = printable(request.query.get("name", ""))[:MAX_NAME] or "the file"
+        start = parse_start(request.query.get("start", ""))
         self._limits.check_bytes(name, request.content_length or 0)
         async with self._uploading:
             with tempfile.TemporaryDirectory(dir=self._folder) as folder:
@@ -236,13 +238,14 @@ class Server:
                         size += len(chunk)
                         self._limits.check_bytes(name, size)
                         file.write(chunk)
-                context = await asyncio.to_thread(read_upload, path, name, self._pipeline, self._limits)
+                upload = await asyncio.to_thread(read_upload, path, name, self._pipeline, self._limits, start)
         key = secrets.token_urlsafe(16)
-        self._contexts[key] = context
+        self._contexts[key] = context = upload.context
         for oldest in list(self._contexts)[:-MAX_KEPT]:
             del self._contexts[oldest]
         images = await asyncio.to_thread(as_images, context.pixels)
-        return web.json_response({"id": key, "fps": float(context.fps), "images": images})
+        answer = {"id": key, "fps": float(context.fps), "duration": upload.duration, "images": images}
+        return web.json_response(answer)
 
     async def _request_video(self, request: web.Request) -> web.Response:
         try:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 from PIL import Image
@@ -40,8 +41,22 @@ class UploadLimits:
             )
 
 
-def read_upload(file: Path, name: str, pipeline: GPDiTPipeline, limits: UploadLimits) -> VideoContext:
-    """Read an uploaded file as a context: the last frames of a video, or an image.
+class Upload(NamedTuple):
+    """What was read from an uploaded file.
+
+    Attributes:
+        context: the given frames.
+        duration: time in seconds from the first to the last frame of the video; 0 for an image.
+    """
+
+    context: VideoContext
+    duration: float
+
+
+def read_upload(
+    file: Path, name: str, pipeline: GPDiTPipeline, limits: UploadLimits, start: float | None = None
+) -> Upload:
+    """Read an uploaded file as a context: frames of a video, or an image.
 
     A video that is too short for a context like those of training gives a shorter one.
 
@@ -50,18 +65,22 @@ def read_upload(file: Path, name: str, pipeline: GPDiTPipeline, limits: UploadLi
         name: the user's name of the file, for messages.
         pipeline: the model for which the context is read.
         limits: maximum size and duration.
+        start: time in seconds at which the context begins in a video; None for the last frames.
 
     Raises:
-        InputError: the file is neither a video nor an image, exceeds a limit, or cannot be read.
+        InputError: the file is neither a video nor an image, exceeds a limit, cannot be read, or ends before `start`.
     """
     try:
+        duration = 0.0
         if _is_image(file):
             file = file.rename(file.with_suffix(".png"))
         else:
             file = file.rename(file.with_suffix(".mp4"))
-            _check_video(file, limits)
-        (clip,) = pipeline.plan([str(file)], GenerationOptions()).clips
-        return clip.context
+            duration = _checked_duration(file, limits)
+        if start is not None and not 0 <= start <= duration:
+            raise InputError(f"start is {start:g}, but the last frame of {file} is at {duration:.2f} s: give less.")
+        (clip,) = pipeline.plan([str(file)], GenerationOptions(start=start)).clips
+        return Upload(clip.context, duration)
     except InputError as error:
         message = str(error)
         for extension in (".png", ".mp4", ""):
@@ -82,8 +101,8 @@ def _is_image(file: Path) -> bool:
     return not animated
 
 
-def _check_video(file: Path, limits: UploadLimits) -> None:
-    """Check a video without decoding it.
+def _checked_duration(file: Path, limits: UploadLimits) -> float:
+    """Check a video without decoding it, and return the time in seconds from its first to its last frame.
 
     The duration is that of the time stamps, since the header may state anything.
 
@@ -115,6 +134,7 @@ def _check_video(file: Path, limits: UploadLimits) -> None:
                         f"{file} is longer than {limits.seconds:g} seconds: give a shorter video, or start the server "
                         "with a larger --max_upload_seconds."
                     )
+            return 0.0 if first is None else last - first
     except (av.FFmpegError, OSError):
         raise InputError(
             f"{file} is neither a video nor an image that can be read: give an mp4, mov, webm, mkv, avi or GIF file, "

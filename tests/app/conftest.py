@@ -50,9 +50,9 @@ class Client:
             response = connection.getresponse()
             return response.status, response.read()
 
-    def upload(self, content: bytes, name: str = "holiday.mov") -> tuple[int, dict[str, Any]]:
+    def upload(self, content: bytes, name: str = "holiday.mov", start: str = "") -> tuple[int, dict[str, Any]]:
         """Send a file; return status and answer."""
-        status, answer = self.request("POST", f"/api/uploads?name={name}", content)
+        status, answer = self.request("POST", f"/api/uploads?name={name}&start={start}", content)
         return status, json.loads(answer)
 
     def submit(self, **settings: Any) -> tuple[int, dict[str, Any]]:

@@ -51,6 +51,17 @@ def test_a_video_is_continued_in_the_browser(client: Client, tmp_path: Path) -> 
         assert await page.js(SHOWS_A_BRIGHT_FRAME)
         assert await page.js("document.getElementById('badge').textContent") == "given"
 
+        chosen = "document.getElementById('start-time').textContent"
+        assert await page.js(chosen) == "the last ones"
+        last = await page.js("document.querySelector('#strip img.given').src")
+        for start, words in ((0.5, "from 0.5 s on"), (99, "the last ones")):  # the slider ends at the last ones
+            await page.fill(start=start)
+            await page.js("document.querySelector('[name=start]').dispatchEvent(new Event('change'))")
+            await page.until(f"{chosen} === '{words}' && !document.querySelector('[name=start]').disabled")
+            first = await page.js("document.querySelector('#strip img.given').src")
+            assert (first == last) == (start == 99)
+            assert await page.js(f"document.querySelectorAll('#strip img.given').length === {GIVEN}")
+
         await page.fill(seconds=1, label="run")
         await page.click("#generate")
         await page.until(f"{GENERATED} === 12 && !document.getElementById('download').hidden")
@@ -74,6 +85,7 @@ def test_a_video_is_continued_in_the_browser(client: Client, tmp_path: Path) -> 
 
         await page.click("#other")
         await page.fill(seconds=0.5, steps=2)
+        assert await page.js("document.getElementById('start-field').hidden")
         await page.click("#noise")
         await page.until(f"{GENERATED} === 6 && !document.getElementById('download').hidden")
         assert await page.js("document.querySelectorAll('#strip img.given').length") == 0

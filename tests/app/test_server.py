@@ -136,6 +136,26 @@ def test_a_video_is_continued_frame_by_frame_and_downloaded(client: Client, tmp_
     assert list(client.events(video, after=3)) == events[4:]
 
 
+def test_the_given_frames_begin_where_the_user_chooses(client: Client, tmp_path: Path) -> None:
+    content = video_bytes(tmp_path)
+    _, last = client.upload(content)
+    assert last["duration"] == pytest.approx(59 / 24, abs=1e-3)
+    for start, number, count in (("0", 0, GIVEN), ("0.5", 12, GIVEN), ("2.25", 54, 1)):  # and fewer near the end
+        status, given = client.upload(content, start=start)
+        assert (status, len(given["images"]), given["duration"]) == (200, count, last["duration"]), given
+        expected = wave(60)[number::2][:count].float()
+        assert (torch.stack([frame(url) for url in given["images"]]) - expected).abs().mean() < 4
+    for start, words in (
+        ("2.6", "Start is 2.6, but the last frame of holiday.mov is at 2.46 s: give less."),
+        ("-1", "Start is -1"),
+        ("nan", "Start is nan"),
+        ("soon", "Start is 'soon': give a time in seconds."),
+    ):
+        status, answer = client.upload(content, start=start)
+        assert (status, answer["error"].startswith(words)) == (400, True), answer
+    assert client.upload(png(32, 32), start="1")[0] == 400
+
+
 def test_images_short_videos_and_noise_are_continued(client: Client, tmp_path: Path) -> None:
     still = io.BytesIO()
     Image.new("RGB", (90, 60), "green").save(still, "WEBP")

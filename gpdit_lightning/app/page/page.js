@@ -18,7 +18,7 @@ const ICONS = {
 const HOLD_SECONDS = 0.8; // on the last frame, before the video starts again
 
 let model; // the answer of /api/model
-let source = null; // null, "noise", or the answer to an upload: {id, fps, images, still}
+let source = null; // null, "noise", or the answer to an upload, {id, fps, duration, images}, with {file, start}
 let job = null; // {id, stream, total} while a video is generated
 
 // ---------------------------------------------------------------- player
@@ -185,10 +185,11 @@ function post(path, content) {
 
 // ---------------------------------------------------------------- the source: a file or noise
 
-function upload(file, onProgress) {
+function upload(file, start, onProgress) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest(); // fetch does not report the progress of an upload
-    request.open("POST", `api/uploads?name=${encodeURIComponent(file.name)}`);
+    const query = new URLSearchParams(start === null ? { name: file.name } : { name: file.name, start });
+    request.open("POST", `api/uploads?${query}`);
     request.setRequestHeader("Content-Type", "application/octet-stream");
     request.upload.onprogress = (event) => onProgress(event.loaded / event.total);
     request.onerror = () => reject(new Error("The server cannot be reached, or refused the file."));
@@ -197,7 +198,8 @@ function upload(file, onProgress) {
   });
 }
 
-async function useFile(file) {
+// Send a file, and show its frames from `start` on, in seconds; null: the last ones.
+async function useFile(file, start = null) {
   if (!file || job || !model) return;
   const limit = model.limits.upload;
   if (file.size > limit * 1e6) {
@@ -205,25 +207,41 @@ async function useFile(file) {
   }
   setBusy(true);
   try {
-    const answer = await upload(file, (fraction) => {
+    const answer = await upload(file, start, (fraction) => {
       showProgress(fraction < 1 ? fraction : undefined);
       say(fraction < 1 ? `Sending ${file.name}…` : `Reading ${file.name}…`);
     });
-    source = { ...answer, name: file.name };
+    source = { ...answer, file, start };
+    if (start === null) offerStarts();
     show({ remark: false });
     player.load(answer.fps);
     await player.add(answer.images, true);
     player.setPlaying(true);
     const [count, seconds] = [answer.images.length, answer.images.length / answer.fps];
-    const what = count === 1 ? "The image is given." : `The last ${count} frames that the model uses (${seconds.toFixed(1)} s) are given.`;
+    const which = start === null ? `The last ${count} frames that the model uses` : `${count} frames from ${start.toFixed(1)} s on`;
+    const what = answer.duration === 0 ? "The image is given." : `${which} (${seconds.toFixed(1)} s) are given.`;
     say(`${what} Press “${actionName()}”.`);
     element("results").hidden = false;
     element("download").hidden = true;
   } catch (error) {
     say(error.message, true);
+    if (source) field("start").value = source.start ?? field("start").max;
   }
   showProgress(null);
   setBusy(false);
+}
+
+// The time at which the given frames begin; null for the last ones.
+function chosenStart() {
+  const slider = field("start");
+  return slider.value === slider.max ? null : Number(slider.value);
+}
+
+// Let the slider reach from the beginning of the video to its last frames, which are chosen first.
+function offerStarts() {
+  const given = (source.images.length - 1) / source.fps; // seconds from the first given frame to the last
+  const latest = Math.ceil(10 * Math.max(0, source.duration - given)) / 10;
+  Object.assign(field("start"), { max: latest, value: latest });
 }
 
 function useNoise() {
@@ -254,6 +272,8 @@ function actionName() {
 function refreshForm() {
   const fps = source && source !== "noise" ? source.fps : model.frame_rate;
   const seconds = Number(field("seconds").value);
+  show({ "start-field": source !== null && source !== "noise" && Number(field("start").max) > 0 });
+  element("start-time").textContent = chosenStart() === null ? "the last ones" : `from ${chosenStart().toFixed(1)} s on`;
   element("duration").textContent = `${seconds} s, ${Math.max(1, Math.round(seconds * fps))} frames`;
   element("sampler-hint").textContent = SAMPLER_HINTS[field("sampler").value] || "";
   show({ "size-field": model.sizes.length > 1 && source === "noise" });
@@ -264,6 +284,7 @@ function refreshForm() {
 
 function setBusy(isBusy) {
   for (const id of ["choose", "noise", "generate", "other"]) element(id).disabled = isBusy;
+  field("start").disabled = isBusy;
   if (!isBusy) refreshForm();
 }
 
@@ -356,7 +377,7 @@ function listen({ id, stream }) {
     const count = `${frames} frame${frames === 1 ? "" : "s"}`;
     element("download").hidden = !video;
     element("download").href = `api/videos/${id}.mp4`;
-    const name = source === "noise" ? "generated" : `${source.name.replace(/\.[^.]*$/, "")}-continued`;
+    const name = source === "noise" ? "generated" : `${source.file.name.replace(/\.[^.]*$/, "")}-continued`;
     element("download").download = `${name}.mp4`;
     finish(stopped ? `Stopped after ${count}.` : `Generated ${count} in ${duration(seconds)}, with seed ${field("seed").value}.`);
   });
@@ -396,6 +417,7 @@ function connect() {
     event.target.value = "";
   });
   element("stop").addEventListener("click", stop);
+  field("start").addEventListener("change", () => useFile(source.file, chosenStart()));
   element("play").addEventListener("click", () => player.setPlaying(!player.playing));
   element("position").addEventListener("input", (event) => player.seek(Number(event.target.value)));
   form.addEventListener("input", refreshForm);
