@@ -38,11 +38,14 @@ MAX_NAMED_CONTEXTS = 3  # in the warning about contexts that are unlike the trai
 
 
 class GenerationArguments(TypedDict, total=False):
-    """The arguments of a call: the options of `sample`, by the same names (`gpdit_lightning.options.sample`)."""
+    """The arguments of a call: the options of `sample`, by the same names (`gpdit_lightning.options.sample`).
+
+    `seed` may also be a list with a seed for each context.
+    """
 
     frames: int
     samples: int
-    seed: int
+    seed: int | Sequence[int]
     batch_size: int
     sampler: str
     steps: int
@@ -183,7 +186,8 @@ class GPDiTPipeline:
     ) -> PipelineOutput:
         """Generate the frames after a context, or after each of several contexts.
 
-        The videos are generated in batches; the result for a seed is independent of batch composition.
+        The videos are generated in batches; the result for a context and a seed is independent of batch composition.
+        With one seed all contexts get the same noise, so that equal contexts give equal videos.
 
         Args:
             context: None to generate from noise alone; a path of a video, an image, a folder or a shard, as for
@@ -196,9 +200,10 @@ class GPDiTPipeline:
             output_type: form of the frames of a video: `pil` for a list of images of Pillow, `np` for a uint8 array
                 (T, H, W, 3), `pt` for a float32 tensor (T, 3, H, W) in [0, 1], `latent` for raw latents.
             progress: show a progress bar over frames.
-            options: `frames` (16 by default), `samples` per context with consecutive seeds, `seed`, `sampler`,
-                `steps`, `guidance`, `label`, `label_guidance`, `window`, `sinks`, `context_frames`, `start`, `fps`,
-                `stride`, `size`, `batch_size`: as for `sample`, with the same defaults (see its `--help`).
+            options: `frames` (16 by default), `samples` per context with consecutive seeds, `seed` (one for all
+                contexts, or a list with one for each), `sampler`, `steps`, `guidance`, `label`, `label_guidance`,
+                `window`, `sinks`, `context_frames`, `start`, `fps`, `stride`, `size`, `batch_size`: as for `sample`,
+                with the same defaults (see its `--help`).
 
         Raises:
             InputError: a context or an option cannot be used.
@@ -280,9 +285,13 @@ class GPDiTPipeline:
         if seconds is not None and not 0 < seconds < math.inf:
             raise InputError(f"seconds is {seconds}: give a duration above 0.")
         options: dict[str, Any] = dict(arguments)
+        seeds = None
+        if isinstance(arguments.get("seed"), Sequence):
+            seeds = options.pop("seed")
+            options |= {"seed": min(seeds)} if seeds else {}  # the least one is checked with the options
         if arguments.get("label") is not None:
             options["label"] = str(arguments["label"])
-        return self.plan(sources_of(context), GenerationOptions(**options), seconds=seconds)
+        return self.plan(sources_of(context), GenerationOptions(**options), seconds=seconds, seeds=seeds)
 
     def plan(
         self,
@@ -291,19 +300,21 @@ class GPDiTPipeline:
         ground_truth_frames: int = 0,
         seconds: float | None = None,
         *,
+        seeds: Sequence[int] | None = None,
         skip_unusable: bool = False,
     ) -> GenerationPlan:
-        """Read contexts and return the videos to generate: for each context one per seed.
+        """Read contexts and return the videos to generate: for each context one per sample.
 
         Args:
             sources: as for :func:`read_contexts`; without any, videos are generated from noise alone.
             options: which part of the sources is read, and how videos are generated.
             ground_truth_frames: maximum number of frames after a context to read.
             seconds: duration of the generated frames instead of their number.
+            seeds: a seed for each context, instead of that of the options.
             skip_unusable: as for :func:`read_contexts`.
 
         Raises:
-            InputError: an option or a context cannot be used, or the model is conditioned on texts.
+            InputError: an option, a context or the list of seeds cannot be used, or the model is conditioned on texts.
         """
         if self.model.config.text_width:
             raise InputError(
@@ -311,7 +322,7 @@ class GPDiTPipeline:
                 "gpdit_lightning.generation.rollout with them."
             )
         clips = plan_clips(
-            sources, options, self.trained, self.codec, ground_truth_frames, seconds, skip_unusable=skip_unusable
+            sources, options, self.trained, self.codec, ground_truth_frames, seconds, seeds, skip_unusable=skip_unusable
         )
         longest = max(len(clip.context.pixels) + clip.frames for clip in clips)
         window = rollout_window(options, self.trained, self.codec, longest)

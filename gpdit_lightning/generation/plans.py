@@ -66,10 +66,11 @@ def plan_clips(
     codec: Codec,
     ground_truth_frames: int,
     seconds: float | None,
+    seeds: Sequence[int] | None,
     *,
     skip_unusable: bool,
 ) -> list[Clip]:
-    """Read contexts and return the videos to generate: for each context one per seed.
+    """Read contexts and return the videos to generate: for each context one per sample.
 
     Args:
         sources: as for :func:`read_contexts`; without any, videos are generated from noise alone.
@@ -78,17 +79,24 @@ def plan_clips(
         codec: its codec.
         ground_truth_frames: maximum number of frames after a context to read.
         seconds: duration of the generated frames instead of their number.
+        seeds: the seed of the first sample of each context; None for that of the options.
         skip_unusable: as for :func:`read_contexts`.
 
     Raises:
-        InputError: an option or a context cannot be used.
+        InputError: an option or a context cannot be used, or the number of seeds is not that of the contexts.
     """
     settings = context_settings(options, trained, codec, ground_truth_frames)
     contexts = [_empty_context(settings)]
     if sources:
         contexts = read_contexts(sources, settings, codec, skip_unusable=skip_unusable)
+    if seeds is None:
+        seeds = [options.seed] * len(contexts)
+    elif len(seeds) != len(contexts):
+        raise InputError(
+            f"seed is a list of {len(seeds)}, but there are {len(contexts)} contexts: give one number, or one for each."
+        )
     clips = []
-    for context in contexts:
+    for context, seed in zip(contexts, seeds, strict=True):
         label = class_number(options.label, context, trained)
         if label == NO_LABEL and options.label_guidance != 1:
             raise InputError(
@@ -97,7 +105,7 @@ def plan_clips(
             )
         frames = options.frames if seconds is None else max(1, round(seconds * context.fps))
         for sample in range(options.samples):
-            clips.append(Clip(context, options.seed + sample, label, frames, sample))
+            clips.append(Clip(context, seed + sample, label, frames, sample))
     return clips
 
 

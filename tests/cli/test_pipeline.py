@@ -142,6 +142,15 @@ def test_videos_are_independent_of_batch_composition(workspace: Path, pipeline: 
     assert_near(together, alone)
     assert_near(pixels_of(pipeline(contexts, **OPTIONS, samples=2, seed=5, batch_size=1)), alone)
     assert (alone[0].float() - alone[1].float()).abs().mean() > 5
+    seeds = [6, *[5] * (len(contexts) - 1)]
+    each = pixels_of(pipeline(contexts, **OPTIONS, seed=seeds))
+    assert_near(each, [alone[2 * number + (seed == 6)] for number, seed in enumerate(seeds)])
+    for wrong, message in (
+        ([1], f"seed is a list of 1, but there are {len(contexts)} contexts"),
+        ([-1, 0], "--seed is -1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pipeline(contexts, **OPTIONS, seed=wrong)
     again = pixels_of(pipeline(contexts, **OPTIONS, samples=2, seed=5))
     assert all(torch.equal(first, second) for first, second in zip(together, again, strict=True))
 
