@@ -246,7 +246,7 @@ def other_codec(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     ("options", "words"),
     [
         ("--context_frames=33", ["1.mp4 has 20 frames", "needs 33"]),
-        ("--context_frames=4", ["4 pixel frames", "take 1 or 5"]),
+        ("--context_frames=4", ["--context_frames is 4", "give 1 or 5"]),
         ("--context nowhere.mp4", ["nowhere.mp4 does not exist"]),
         ("--context latents/manifest.json", ["manifest.json is not a readable video"]),
         ("--checkpoint nowhere", ["no checkpoint at nowhere"]),
