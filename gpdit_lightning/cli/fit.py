@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
 from gpdit_lightning.cli import CORRECTABLE
-from gpdit_lightning.cli.auto_recipe import with_planned_recipe
+from gpdit_lightning.cli.auto_recipe import planned_recipe
 from gpdit_lightning.cli.recipe_cli import build_recipe
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import process_lock
@@ -119,7 +119,12 @@ def fit(options: RecipeOptions) -> Trainer:
     Raises:
         InputError: the recipe is invalid, or its data, initial weights or last checkpoint cannot be used.
     """
-    cli = build_recipe("fit", with_planned_recipe(options).fit_arguments)
+    with planned_recipe(options) as recipe:
+        return _fit(recipe)
+
+
+def _fit(options: RecipeOptions) -> Trainer:
+    cli = build_recipe("fit", options.fit_arguments)
     trainer = cli.trainer
     if trainer.max_steps == 0:
         raise InputError("trainer.max_steps is 0: set a number of steps.")
@@ -158,7 +163,8 @@ def test(options: RecipeOptions) -> Trainer:
 
 
 def _evaluate(verb: str, options: RecipeOptions) -> Trainer:
-    cli = build_recipe(verb, with_planned_recipe(options).fit_arguments)
+    with planned_recipe(options, verb) as recipe:
+        cli = build_recipe(verb, recipe.fit_arguments)
     trainer = cli.trainer
     if cli.resumed is None:
         raise InputError(f"{trainer.default_root_dir} has no checkpoint to {verb}: run `fit` first, or give --run_dir.")

@@ -1,9 +1,10 @@
 """`plan`: write a training recipe that is fitted to prepared data and to a machine."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from gpdit_lightning.cli.estimate import peak_of_gpu
 from gpdit_lightning.cli.plan_trial import MAX_SECONDS, can_measure, measured_flops_per_s
@@ -22,8 +23,12 @@ DEFAULT_HOURS = {"cpu": 2.0, "mps": 24.0, "cuda": 24.0}
 DEFAULT_GPU, DEFAULT_GPU_MEMORY, CORES_PER_GPU, HOST_MEMORY_PER_GPU = "H100", 80 * GIB, 8, 64 * GIB
 
 
-def plan(options: PlanOptions) -> Choice:
+def plan(options: PlanOptions, check: Callable[[Path], None] | None = None) -> Choice:
     """Write a recipe, print a summary of it, and return the choices.
+
+    Args:
+        options: the options.
+        check: is called with the recipe in a temporary file before the speed is measured; what it raises is passed on.
 
     Raises:
         InputError: the data cannot be used, no backbone fits, or the recipe exists.
@@ -36,12 +41,16 @@ def plan(options: PlanOptions) -> Choice:
     goal = Goal(options.hours or DEFAULT_HOURS[machine.accelerator], options.size)
     run_dir = options.run_dir or default_run_dir(options.data_dir)
     choice = choose(data, machine, goal)
+    text = recipe_text(choice, run_dir, str(options.out))
+    if check is not None:
+        with TemporaryDirectory() as folder:
+            (path := Path(folder, options.out.name)).write_text(text, encoding="utf-8")
+            check(path)
     if options.trial and machine == here and can_measure(choice.run, choice.speed.flops_per_s):
         print(
             f"trial: training for up to {MAX_SECONDS:.0f} s to measure the speed (`plan --no_trial` omits it)",
             flush=True,
         )
-        text = recipe_text(choice, run_dir, str(options.out))
         measured = measured_flops_per_s(text, choice.run)
         if measured:
             choice = choose_again(choice, measured)

@@ -12,7 +12,7 @@ import yaml
 
 from gpdit_lightning.cli import main, plan_trial
 from gpdit_lightning.cli import plan as plan_module
-from gpdit_lightning.cli.auto_recipe import with_planned_recipe
+from gpdit_lightning.cli.auto_recipe import planned_recipe
 from gpdit_lightning.cli.estimate import read_recipe
 from gpdit_lightning.cli.plan import plan, planned_machine
 from gpdit_lightning.cli.recipe_cli import parse_recipe
@@ -214,6 +214,45 @@ def test_a_planned_recipe_trains_and_resumes(
     assert averaged_weights("runs/again") == averaged_weights("runs/both")
 
 
+def test_a_failed_start_of_gpdit_auto_leaves_nothing_and_is_refused_before_the_trial(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data_dir = str(folders["both"])
+    auto = ["fit", "--config", "gpdit:auto", "--data_dir", data_dir]
+
+    def refusal(*words: str, verb: str = "fit") -> str:
+        assert main([verb, *auto[1:], *words]) == 2
+        output = capsys.readouterr()
+        assert "trial" not in output.out
+        assert not list(tmp_path.iterdir())
+        return output.err
+
+    assert "--hours is an option of `plan`, not of `fit`: write a recipe" in refusal("--hours=3")
+    assert "--trail is an option of" not in refusal("--trail=3")
+    assert "learning_rat" in refusal("--model.init_args.optimizer.learning_rat=3")
+    assert "runs/both has no checkpoint to validate: run `fit` first" in refusal(verb="validate")
+    monkeypatch.setattr(plan_trial, "MAX_STEPS", 2)
+    assert main([*auto, "--trainer.max_steps=0"]) == 2  # refused after the trial
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpdit_auto_does_not_replace_the_recipe_of_another_run(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The refusal names a command that resumes the run."""
+    monkeypatch.chdir(tmp_path)
+    data_dir = ["--data_dir", str(folders["both"])]
+    assert main(["plan", "--gpus=0", "--no_trial", *data_dir]) == 0
+    steps = [*FIT, "--run_dir=runs/both", "--trainer.max_steps=2"]
+    assert main([*steps, "--config=recipe.yaml"]) == 0
+    assert main([*steps, "--config=gpdit:auto", *data_dir]) == 2
+    error = capsys.readouterr().err
+    assert "the run in runs/both was not planned by gpdit:auto: give --config runs/both/config.yaml" in error
+    assert main([*steps, "--config=runs/both/config.yaml"]) == 0
+    assert "already finished at step 2" in capsys.readouterr().out
+
+
 def test_gpdit_auto_needs_data_and_is_planned_in_one_process(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,4 +265,5 @@ def test_gpdit_auto_needs_data_and_is_planned_in_one_process(
     monkeypatch.setenv("WORLD_SIZE", "2")
     options = RecipeOptions(config="gpdit:auto", overrides={"data_dir": [str(folders["both"])]})
     with pytest.raises(InputError, match="plans a recipe in one process, but several were started"):
-        with_planned_recipe(options)
+        with planned_recipe(options):
+            pass
