@@ -264,6 +264,8 @@ def test_gpdit_auto_needs_data_and_is_planned_in_one_process(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     options = RecipeOptions(config="gpdit:auto", overrides={"data_dir": [str(folders["both"])]})
-    with pytest.raises(InputError, match="plans a recipe in one process, but several were started"):
-        with planned_recipe(options):
-            pass
+    with (
+        pytest.raises(InputError, match="plans a recipe in one process, but several were started"),
+        planned_recipe(options),
+    ):
+        pass
