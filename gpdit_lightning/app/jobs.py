@@ -190,7 +190,7 @@ def generate(pipeline: GPDiTPipeline, job: Job, publish: Callable[..., None]) ->
 
     Args:
         pipeline: the model.
-        job: gives the request and the path of the mp4, and is asked between the frames whether to stop.
+        job: gives the request, the path of the mp4 and, between frames, whether to stop.
         publish: publishes an event; called with the arguments of `Job.publish`.
     """
     try:

@@ -1,4 +1,4 @@
-"""Requests of the page: what it may ask for, and the check of each value."""
+"""Requests of the page: their settings, and the check of each value."""
 
 from collections.abc import Mapping
 from typing import Any

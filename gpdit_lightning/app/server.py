@@ -3,7 +3,7 @@
 | request | answer |
 |---|---|
 | `GET /` | the page; its files are `/page.css`, `/page.js`, `/icon.svg` |
-| `GET /api/model` | what the model can do, the limits and the initial settings |
+| `GET /api/model` | properties of the model, the limits and the initial settings |
 | `POST /api/uploads?name=NAME&start=SECONDS`, body: the file | `{id, fps, duration, images}`: the given frames |
 | `POST /api/videos`, body: JSON of the settings | `{id}` of a job |
 | `GET /api/videos/ID/events` | its events as they occur (server-sent events) |
@@ -190,7 +190,7 @@ class Server:
         return app
 
     async def clean(self) -> None:
-        """Stop videos that nobody watches, and delete those that were not used for long."""
+        """Stop videos without a listener, and delete those that were not used for long."""
         while True:
             await asyncio.sleep(CLEANING_INTERVAL)
             now = time.monotonic()
@@ -257,7 +257,7 @@ class Server:
         return web.json_response({"id": job.id})
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
-        """Stream the events of a job; a browser that lost the connection names the last one that it has."""
+        """Stream the events of a job; a browser that connects again sends the number of the last one."""
         job = self._job(request)
         last = request.headers.get("Last-Event-ID", "")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})

@@ -140,7 +140,7 @@ def is_unedited(card: str) -> bool:
 
 
 def _signature(text: str) -> str:
-    """Return an invisible last line that tells whether a card was edited, so that edits are not overwritten."""
+    """Return the last line of a card, an HTML comment with a hash of the text above, by which edits are detected."""
     return f"{SIGNATURE}{sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 

@@ -2,8 +2,8 @@
 
 An exported folder contains `model.safetensors`, `config.json` and the model card, `README.md`; and `codec.safetensors`
 if the weights of the codec are a single file of the run, such as a linear codec that was fitted on its videos; and the
-sample images of the card, `sample.png` and `sample.gif`, if there are any. Other
-files are never read, and none of these can contain code. `config.json` is plain JSON:
+sample images of the card, `sample.png` and `sample.gif`, if there are any. Other files are never read, and none of
+these can contain code. `config.json` is plain JSON:
 
     format, library_version, dtype   format of the folder, version of its writer, data type of the weights
     config                           architecture: `GPDiTConfig.to_dict()`

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from gpdit_lightning.checkpoints.exported import ANIMATION, IMAGES, STRIP
 from gpdit_lightning.checkpoints.reading import TrainedModel
-from gpdit_lightning.codecs import load_codec_from_spec
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.generation.results import GeneratedClip
+from gpdit_lightning.generation.settings import load_codec_of
 from gpdit_lightning.media.images import write_animation, write_strip
 from gpdit_lightning.options.sample import GenerationOptions
 
@@ -97,7 +97,7 @@ def _continue_held_out_clips(trained: TrainedModel, run_dir: Path) -> Sequence[G
     samples = held_out_samples(run_dir)
     if not samples:
         return ()
-    codec = load_codec_from_spec(trained.codec, source=trained.codec_source, owner="the checkpoint")
+    codec = load_codec_of(trained)
     context = max(1, min(trained.geometry.frames // 2, MAX_CONTEXT))
     frames = min(MAX_FRAMES, (trained.geometry.frames - context) * codec.temporal_factor)
     options = GenerationOptions(context_frames=codec.pixel_frames(context), frames=frames, sampler=SAMPLER, steps=STEPS)

@@ -38,7 +38,7 @@ def features(options: FeaturesOptions) -> None:
     """
     videos = videos_by_name(options.videos)
     trained = load_trained_model(options.checkpoint, available_device(options.device), options.weights)
-    codec = load_codec_of(trained, options)
+    codec = load_codec_of(trained, options.codec, options.codec_source)
     layer = options.layer if options.layer is not None else max(1, round(0.75 * trained.backbone.config.layers))
     trained = replace(trained, backbone=first_layers(trained.backbone, layer))
     record = make_record(options, trained, codec, list(videos.values()))

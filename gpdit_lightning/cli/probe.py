@@ -114,7 +114,7 @@ def probe_checkpoint(
         options: of the verb.
     """
     trained = load_trained_model(checkpoint, available_device(options.device), options.weights)
-    codec = load_codec_of(trained, options, str(checkpoint))
+    codec = load_codec_of(trained, options.codec, options.codec_source, str(checkpoint))
     size = trained_size(options.size, trained, [video.path for video in videos])
     frames = clip_frames(options.frames, trained, codec, most=PAPER_FRAMES)
     stride = options.stride or trained.geometry.stride

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpdit_lightning.checkpoints.facts import WeightsKind
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
-from gpdit_lightning.codecs import Codec, load_codec_from_spec
+from gpdit_lightning.codecs import Codec
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.diffusion import Guidance, make_sampler
 from gpdit_lightning.errors import InputError
@@ -24,7 +24,7 @@ from gpdit_lightning.generation.frames import OutputType, check_output_type, con
 from gpdit_lightning.generation.plans import Clip, GenerationPlan, context_settings, plan_clips, rollout_window
 from gpdit_lightning.generation.results import GeneratedClip, PipelineOutput, StreamedFrames
 from gpdit_lightning.generation.rollout import ClipInputs, GenerationConfig, cast_linear_weights
-from gpdit_lightning.generation.settings import AUTOCAST_DTYPES, batches_by_shape, selected_precision
+from gpdit_lightning.generation.settings import AUTOCAST_DTYPES, batches_by_shape, load_codec_of, selected_precision
 from gpdit_lightning.generation.video import GeneratedFrames, encode_context, stream_video
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.model import GPDiT
@@ -122,11 +122,8 @@ class GPDiTPipeline:
         Raises:
             InputError: model or codec are not found, damaged or incomplete, or the device cannot be used.
         """
-        place = available_device(str(device))
-        trained = load_trained_model(checkpoint, place, weights, **hub)
-        loaded = load_codec_from_spec(
-            trained.codec, place, codec_source or trained.codec_source, "the checkpoint", codec
-        )
+        trained = load_trained_model(checkpoint, available_device(str(device)), weights, **hub)
+        loaded = load_codec_of(trained, codec, codec_source)
         return cls(trained, loaded, precision=precision, compile=compile)
 
     def to(self, device: str | torch.device) -> Self:

@@ -1,4 +1,4 @@
-"""Settings that follow from options and a trained model: codec, sampler, precision, sizes and batches."""
+"""What options and a trained model determine together: codec, precision, sizes and batches."""
 
 import logging
 from collections import defaultdict
@@ -15,7 +15,7 @@ from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import Size, closest_size, parse_size
 from gpdit_lightning.media.video import video_info
-from gpdit_lightning.options.shared import LoadingOptions, Precision
+from gpdit_lightning.options.shared import Precision
 
 AUTOCAST_DTYPES = {"32": None, "bf16": torch.bfloat16}
 
@@ -26,19 +26,21 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def load_codec_of(trained: TrainedModel, options: LoadingOptions, owner: str = "the checkpoint") -> Codec:
+def load_codec_of(
+    trained: TrainedModel, codec: str | None = None, source: str | None = None, owner: str = "the checkpoint"
+) -> Codec:
     """Load the codec of a model to the model's device.
 
     Args:
         trained: the model.
-        options: the user's codec and its weights, if given.
+        codec: import path of a custom codec's class, if the user gives it.
+        source: folder, file or hub name of the codec's weights; None for the recorded one.
         owner: name of the model, for messages.
 
     Raises:
         InputError: the codec's weights are unavailable.
     """
-    source = options.codec_source or trained.codec_source
-    return load_codec_from_spec(trained.codec, trained.backbone.device, source, owner, options.codec)
+    return load_codec_from_spec(trained.codec, trained.backbone.device, source or trained.codec_source, owner, codec)
 
 
 def selected_precision(precision: Precision, device: torch.device) -> Literal["32", "bf16"]:
