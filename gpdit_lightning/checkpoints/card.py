@@ -233,7 +233,7 @@ def _training_scores(scores: TrainingScores | None) -> list[CardScore]:
     for name, value in scores.values.items():
         if name in SCORE_NAMES:  # and not of the last frame, repeated
             repeated = scores.values.get(f"{name}_repeated")
-            text = f"{value:.4g}" if repeated is None else f"{value:.4g} (of the last frame, repeated: {repeated:.4g})"
+            text = f"{value:.4g}" if repeated is None else f"{value:.4g} (repeating the last frame: {repeated:.4g})"
             listed.append(CardScore(name, value, text, f"held-out {scores.source}", protocol))
     return listed
 

@@ -179,7 +179,7 @@ def test_the_content_of_the_card(folder: Path) -> None:
     protocol += "computed during the training, at step 1,000"
     datasets = [result.dataset_name for result in card.data.eval_results or ()]
     assert datasets == ["held-out images", "held-out videos", protocol, protocol]
-    assert f"| {protocol} | FVD ↓ | 212 (of the last frame, repeated: 310) |" in card.text
+    assert f"| {protocol} | FVD ↓ | 212 (repeating the last frame: 310) |" in card.text
     assert f"| {protocol} | Error relative to repeating the last frame ↓ | 0.52 |" in card.text
     assert "runs/before" not in card.content
     for text in (
