@@ -213,7 +213,7 @@ def test_an_invalid_label_dropout_is_rejected(shards: Path, dropout: float) -> N
 def test_a_run_resumes_only_with_the_same_labels(shards: Path, tmp_path: Path) -> None:
     with_labels, without = data_of(shards).state_dict(), data_of(shards, labels=False).state_dict()
     assert with_labels["classes"] == list(CLASSES)
-    assert without.keys() == {"order", "codec", "geometry"}
+    assert without.keys() == {"order", "folders", "codec", "geometry"}
     assert not any("label" in setting for setting in without["order"])
     data_of(shards).load_state_dict(with_labels)
     data_of(shards, labels=False, label_dropout=0.5).load_state_dict(without)
