@@ -1,5 +1,6 @@
 """Rank, devices, CPU cores and memory of this process, and the devices of tensors."""
 
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from gpdit_lightning.errors import InputError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+CGROUP = Path("/sys/fs/cgroup")  # limits of a container
 
 
 def rank_of_process() -> tuple[int, int, int]:
@@ -26,18 +30,30 @@ def rank_of_process() -> tuple[int, int, int]:
 
 
 def available_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use: those assigned to it, or the quota of its container."""
     if hasattr(os, "sched_getaffinity"):  # Linux: a container or a scheduler may restrict a process to some cores
-        return len(os.sched_getaffinity(0))
+        return min((len(os.sched_getaffinity(0)), *_cores_of_quota()))
     return os.cpu_count() or 1
+
+
+def _cores_of_quota() -> tuple[int, ...]:
+    """Return the CPU time that a container may use, in cores, rounded up; an empty tuple if it is unlimited."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup versions 2, 1
+        try:
+            quota, period = (int(n) for file in files for n in (CGROUP / file).read_text(encoding="ascii").split())
+        except (OSError, ValueError):  # another system, or no limit ("max")
+            continue
+        if quota > 0:  # -1: no limit
+            return (max(1, math.ceil(quota / period)),)
+    return ()
 
 
 def host_memory() -> int:
     """Return the bytes of memory that this process may use: those of the machine, or of its container if less."""
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup versions 2, 1
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup versions 2, 1
         try:
-            sizes.append(int(Path(limit).read_text(encoding="ascii")))
+            sizes.append(int((CGROUP / limit).read_text(encoding="ascii")))
         except (OSError, ValueError):  # another system, or no limit
             continue
     return min(sizes)

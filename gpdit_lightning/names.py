@@ -29,6 +29,11 @@ SCORE_NAMES = {
 ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with a noun, in the plural unless it is one: "1 clip", "1,024 clips"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def as_text(name: str | PurePath) -> str:
     r"""Return a name as valid Unicode: bytes that are not UTF-8 are written as \xHH, all else is unchanged."""
     return os.fspath(name).encode("utf-8", ESCAPING).decode()

@@ -63,15 +63,13 @@ class WorkerLoader(DataLoader[T]):
         if num_workers:
             settings |= {"multiprocessing_context": _worker_context(), "worker_init_fn": _prepare_worker}
         guarded = _GuardedStream(dataset) if isinstance(dataset, IterableDataset) else _GuardedItems(dataset)
-        with warnings.catch_warnings():
-            # Workers that wait for disks and decoders may be more than the CPU cores.
-            warnings.filterwarnings("ignore", message=".*suggested max number of worker")
+        with _any_number_of_workers():
             super().__init__(guarded, batch_size=None, num_workers=num_workers, **settings)
 
     def __iter__(self) -> Any:
         items: Iterator[Any]
         try:
-            with signals_delayed():
+            with signals_delayed(), _any_number_of_workers():
                 items = super().__iter__()  # starts the workers
         except (OSError, RuntimeError) as error:
             # No memory for a process or thread, no open file, or no space in /dev/shm for a semaphore.
@@ -94,6 +92,14 @@ class WorkerLoader(DataLoader[T]):
         except (RuntimeError, OSError) as error:
             codes = [worker.exitcode for worker in getattr(items, "_workers", ()) if worker.exitcode]
             raise worker_error(error, codes) or transient_error(error, ITEM) or error from None
+
+
+@contextmanager
+def _any_number_of_workers() -> Iterator[None]:
+    """Ignore torch's advice on the number: workers that wait for disks and decoders may be more than the CPU cores."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*suggested max number of worker")
+        yield
 
 
 def worker_error(error: BaseException, exit_codes: Iterable[int] = ()) -> EndedWorkerError | None:

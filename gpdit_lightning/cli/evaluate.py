@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -115,6 +116,7 @@ def write_and_print_report(
                 plot_self_checks(report, out / "self_checks.png")
             write_report(report, out)
         scores, _, _ = (out / TABLES).read_text(encoding="utf-8").partition("\n## ")
+        scores = re.sub(r"\*\*Missing:\*\* .*\n\n", "", scores)  # printed before the generation
         print(f"{scores}\nProtocol, self-checks and the paper's scores: {out / TABLES}")
 
 

@@ -24,7 +24,7 @@ from gpdit_lightning.media.finding import FoundFile
 from gpdit_lightning.media.image_tasks import EXISTING_PAIRS, ImageTask, make_pair
 from gpdit_lightning.media.images import IMAGE_EXTENSIONS, Size, closest_size, resize_and_crop, write_sheet
 from gpdit_lightning.media.video import natural_sort_key
-from gpdit_lightning.names import as_text
+from gpdit_lightning.names import as_text, counted
 from gpdit_lightning.options.transform import TransformOptions
 from gpdit_lightning.preparation.few_shot import find_task
 from gpdit_lightning.preparation.pairs import (
@@ -347,5 +347,5 @@ def comparison(jobs: Sequence[Job], results: Mapping[Path, Tensor]) -> str:
         source, target = (image.float() for image in job.images)
         errors.append([(image - target).square().mean() for image in (results[job.out].float(), source)])
     result_error, copy_error = torch.tensor(errors).mean(dim=0).tolist()
-    images = f"{len(jobs)} image{'s' * (len(jobs) > 1)}"
+    images = counted(len(jobs), "image")
     return f"mean squared error (8-bit levels) on {images}: {result_error:.1f}; of copying the source: {copy_error:.1f}"

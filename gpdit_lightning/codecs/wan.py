@@ -1,6 +1,9 @@
 """The codec `wan`: the WanVAE that GPDiT uses (section 5.1), by diffusers' `AutoencoderKLWan`."""
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -121,19 +124,34 @@ def _from_pretrained(
     location: str, subfolders: Sequence[str | None], **settings: Any
 ) -> tuple["AutoencoderKLWan | None", str]:
     """Load the network from the first of the subfolders that has it; return it, or None and the reason."""
-    from diffusers import AutoencoderKLWan  # slow to import
+    with _errors_only("xformers"):  # diffusers imports it, which prints what it lacks
+        from diffusers import AutoencoderKLWan  # slow to import
 
     reason = ""
     for subfolder in subfolders:
         try:
-            autoencoder = AutoencoderKLWan.from_pretrained(
-                location, subfolder=subfolder, use_safetensors=True, **settings
-            )
+            # Messages on packages that would save host memory, and on arguments with which diffusers calls the hub.
+            with _errors_only("diffusers"), warnings.catch_warnings(action="ignore"):
+                autoencoder = AutoencoderKLWan.from_pretrained(
+                    location, subfolder=subfolder, use_safetensors=True, **settings
+                )
         except (OSError, ValueError, RuntimeError) as error:
             reason = _first_line_of(error)
         else:
             return autoencoder, ""
     return None, reason
+
+
+@contextmanager
+def _errors_only(library: str) -> Iterator[None]:
+    """Let the logger of a library log errors only."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line_of(error: Exception) -> str:

@@ -15,6 +15,7 @@ from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.media.finding import FoundFile, find_media, without_repeated
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.media.video import count_frames, iterate_frames, natural_sort_key, video_info
+from gpdit_lightning.names import counted
 from gpdit_lightning.progress import progress_bar
 
 MAX_COUNT, MIN_COUNT = 10_000, 2  # videos of an evaluation by default (GPDiT, section 5.1), and the fewest
@@ -197,11 +198,11 @@ def read_clip(
     if not clip:
         if resample_short or not stride:
             raise InputError(
-                f"{path} has {length} frames, but a clip needs {frames}: leave it out, or use fewer frames."
+                f"{path} has {counted(length, 'frame')}, but a clip needs {frames}: leave it out, or use fewer frames."
             )
         raise InputError(
-            f"{path} has {length} frames, but a clip of {frames} at stride {stride} needs {1 + (frames - 1) * stride}: "
-            "leave it out, or use fewer frames or a smaller stride."
+            f"{path} has {counted(length, 'frame')}, but a clip of {frames} at stride {stride} needs "
+            f"{1 + (frames - 1) * stride}: leave it out, or use fewer frames or a smaller stride."
         )
     return torch.stack(clip)
 

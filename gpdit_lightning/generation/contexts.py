@@ -32,6 +32,7 @@ from gpdit_lightning.media.finding import medium_of, search_folder, without_repe
 from gpdit_lightning.media.images import Size, read_image
 from gpdit_lightning.media.timing import fps_of_clip, frame_rate, uneven_intervals
 from gpdit_lightning.media.video import natural_sort_key
+from gpdit_lightning.names import counted
 
 log = logging.getLogger(__name__)
 
@@ -213,6 +214,12 @@ def _readers_of_folder(folder: Path, settings: ContextSettings, codec: Codec) ->
     for sentence in (*left_out, *(f"{name} {reason}" for name, reason, _ in repeated)):
         log.info("%s: %s", folder, sentence)
     if images:
+        log.info(
+            "%s: its %s are the frames of one video (name images, as %s/*, for a video each)",
+            folder,
+            counted(len(images), "image"),
+            folder,
+        )
         frames = image_folder(folder, len(images), settings.source_fps(), settings.sizes)
         return [partial(_read_clip, frames, settings, codec)]
     return [partial(_read_video, path, settings, codec) for path in videos]
@@ -261,11 +268,11 @@ def _context_frames(available: int, path: Path | str, settings: ContextSettings,
         raise _too_short_error(path, available, settings, codec)
     frames = codec.encodable_frames(available)
     log.info(
-        "%s has %d frames at stride %d: its context has %d frames instead of %d",
+        "%s has %s at stride %d: its context has %s instead of %d",
         path,
-        available,
+        counted(available, "frame"),
         settings.stride,
-        frames,
+        counted(frames, "frame"),
         settings.frames,
     )
     return frames
@@ -364,8 +371,8 @@ def _too_short_error(path: Path | str, frames: int, settings: ContextSettings, c
     earlier = ", an earlier --start" if settings.start else ""
     fewer = f" or at most {codec.encodable_frames(frames)} --context_frames" if frames else ""
     return InputError(
-        f"{path} has {frames} frames at stride {settings.stride}, but the context needs {settings.frames}: give a "
-        f"longer video{earlier}{fewer}."
+        f"{path} has {counted(frames, 'frame')} at stride {settings.stride}, but the context needs "
+        f"{settings.frames}: give a longer video{earlier}{fewer}."
     )
 
 

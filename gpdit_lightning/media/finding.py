@@ -74,6 +74,15 @@ class Findings:
         counts = ", ".join(f"{len(names)} {extension}" for extension, names in by_count)
         return f"other files were left out: {counts} (the first is {by_count[0][1][0]})"
 
+    def has_others(self, medium: Medium) -> bool:
+        """Return whether the other files include videos, or images."""
+        return not self.others.keys().isdisjoint(EXTENSIONS[medium])
+
+    def forget_others(self, medium: Medium) -> None:
+        """Remove the videos, or the images, from the other files: another search uses them."""
+        for extension in self.others.keys() & set(EXTENSIONS[medium]):
+            del self.others[extension]
+
     def describe_left_out(self) -> list[str]:
         """Return sentences about everything that was left out, at most `MAX_SHOWN` of them about unusable files."""
         sentences = [f"{name} was left out: it {reason}" for name, reason, _ in self.unusable[:MAX_SHOWN]]

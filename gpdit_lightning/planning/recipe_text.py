@@ -9,6 +9,7 @@ from typing import Any
 
 from gpdit_lightning.estimation.units import GIB, duration, flops
 from gpdit_lightning.model.config import SIZE_FIELDS, SIZES
+from gpdit_lightning.names import counted
 from gpdit_lightning.planning.rules import (
     LADDER,
     LEARNING_RATE,
@@ -132,7 +133,7 @@ def warnings(choice: Choice) -> Iterator[str]:
     """Yield sentences on what a user should know before the training."""
     recordings, steps = choice.data.recordings, choice.run.max_steps
     if 0 < recordings < FEW_RECORDINGS:
-        yield f"Few data: a model memorizes {recordings} files; prepare more for a model that generalizes."
+        yield f"Few data: a model memorizes {counted(recordings, 'file')}; prepare more for a model that generalizes."
     if choice.is_bounded_by_time and steps < FEW_STEPS:
         yield f"Few steps: {steps:,} are too few for good results; give more --hours, or prepare smaller frames."
     if choice.data.has_sequences:
@@ -145,10 +146,10 @@ def source_text(choice: Choice, name: str) -> str:
     sizes = sorted({(height * factor, width * factor) for _, height, width in shapes})
     shown = ", ".join(f"{height}x{width}" for height, width in sizes[:3]) + ", ..." * (len(sizes) > 3)
     if name == "images":
-        return f"{sum(shapes.values()):,} images of {shown} pixels"
+        return f"{counted(sum(shapes.values()), 'image')} of {shown} pixels"
     lengths = sorted({frames for frames, *_ in shapes})
     latent = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-    return f"{sum(shapes.values()):,} clips of {latent} latent frames and {shown} pixels"
+    return f"{counted(sum(shapes.values()), 'clip')} of {latent} latent frames and {shown} pixels"
 
 
 def machine_text(choice: Choice) -> str:
@@ -253,7 +254,7 @@ def source_lines(choice: Choice, name: str) -> Iterator[str]:
     run = choice.run
     source = next(source for source in run.sources if source.name == name)
     config = source.config
-    epochs = f"{choice.epochs[name]:.3g} epochs of {samples_of(source):,} samples"
+    epochs = f"{choice.epochs[name]:.3g} epochs of {counted(samples_of(source), 'sample')}"
     least = min(shape.samples for shape in run.micro_batch_shapes(source)) // run.gpus
     yield entry(1, name)
     yield entry(2, "batch_size", config.batch_size, f"per optimizer step, over all devices; {epochs}")
@@ -318,7 +319,9 @@ def interval_lines(choice: Choice) -> Iterator[str]:
     held_out = sum(sum(shapes.values()) for shapes in choice.data.held_out.values())
     yield entry(1, "log_every_n_steps", min(50, part(steps, 200)), "about 200 points of each curve, or more")
     if held_out:
-        yield entry(0, "validate_every_steps", part(steps, 20), f"about 20 times, on {held_out:,} held-out samples")
+        yield entry(
+            0, "validate_every_steps", part(steps, 20), f"about 20 times, on {counted(held_out, 'held-out sample')}"
+        )
     else:
         yield entry(0, "validate_every_steps", 0, "no samples are held out (prepare --validation_fraction)")
     yield from preview_lines(choice)

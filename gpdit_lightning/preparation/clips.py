@@ -13,6 +13,7 @@ from gpdit_lightning.errors import InputError, ResourceError, TransientError
 from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image, resize_and_crop
 from gpdit_lightning.media.timing import fps_of_clip, frame_rate, uneven_intervals
 from gpdit_lightning.media.video import DamagedVideoError, VideoFrame, check_intact, iterate_frames, video_info
+from gpdit_lightning.names import counted
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.input_files import InputFile, is_held_out
 from gpdit_lightning.preparation.shots import mark_cuts
@@ -225,7 +226,7 @@ class ClipReader:
         if not clips:
             uncut = " without a cut" if options.avoid_cuts else ""
             raise InputError(
-                f"{file.path} has {frames.count} frames at stride {options.stride} but a clip needs "
+                f"{file.path} has {counted(frames.count, 'frame')} at stride {options.stride} but a clip needs "
                 f"{options.shortest_clip}{uncut}: lower --stride or --least_clip_frames."
             )
 

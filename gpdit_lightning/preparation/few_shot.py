@@ -53,9 +53,9 @@ def prepare_pairs(options: PreparePairsOptions) -> Manifest:
     If the output folder already contains the result of the same options and images, it is left unchanged.
 
     Raises:
-        InputError: options exclude each other; there are too few pairs; an image is unreadable, has no counterpart or
-            differs from it in size; OpenCV is not installed and the task needs it; or the output folder contains other
-            data or is not writable.
+        InputError: options exclude each other; there are too few pairs; an image of two folders is unreadable, has no
+            counterpart or differs from it in size; OpenCV is not installed and the task needs it; or the output folder
+            contains other data or is not writable.
     """
     check_options(options)
     task, size = find_task(options.task), parse_size(options.size)
@@ -126,8 +126,8 @@ def find_pairs(options: PreparePairsOptions) -> list[Pair]:
     """Find all pairs that the options specify.
 
     Raises:
-        InputError: a folder or image is missing or unreadable, an image has no counterpart, or the images of a pair
-            differ in size.
+        InputError: a folder is missing, an image of two folders is unreadable or has no counterpart, or the images of
+            a pair differ in size.
     """
     if options.pairs_in is not None:
         return pairs_from_folders(*pair_folders(options.pairs_in), options.seed, options.source_pattern)

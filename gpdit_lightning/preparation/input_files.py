@@ -151,8 +151,12 @@ def _find_candidates(options: PrepareOptions, inputs: Inputs) -> list[Candidate]
             found += [(FoundFile(file, prefix + name), medium, held_out) for file, name in findings.files]
             inputs.excluded.extend(LeftOut(prefix + name, f"it {reason}") for name, reason, _ in findings.unusable)
             inputs.notes.extend(LeftOut(prefix + name, f"it {reason}") for name, reason, _ in findings.repeated)
+            other: Medium = "image" if medium == "video" else "video"
+            if any(path in searched for kind, searched, _ in groups if kind == other):
+                findings.forget_others(other)
             if others := findings.describe_others():
-                inputs.notes.append(LeftOut(folder, others))
+                advice = f"; to use the {other}s too, give --{other}s {path}" if findings.has_others(other) else ""
+                inputs.notes.append(LeftOut(folder, others + as_text(advice)))
     for pattern in options.image_tars:
         tars, unusable = find_tars(pattern)
         found += [(file, "tar", False) for file in tars]

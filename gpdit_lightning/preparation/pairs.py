@@ -72,11 +72,17 @@ def pair_folders(folder: Path, alternative: str = "give --sources and --targets"
 def pairs_from_folder(folder: Path, seed: int, pattern: str | None = None) -> list[Pair]:
     """Return a pair for each image of a folder and its subfolders, with the image on both sides.
 
+    Unreadable images are skipped, and the log names them.
+
     Raises:
-        InputError: the folder has no images, or an image is unreadable.
+        InputError: the folder has no images.
     """
-    files = progress_bar(images_in(folder), desc="reading", unit=" images", disable=None)
-    images = [hash_image(file, read_image(file.path), seed, pattern) for file in files]
+    images = []
+    for file in progress_bar(images_in(folder), desc="reading", unit=" images", disable=None):
+        try:
+            images.append(hash_image(file, read_image(file.path), seed, pattern))
+        except InputError as error:
+            log.warning("skipped: %s", error)
     return [Pair(image, image) for image in images]
 
 

@@ -11,6 +11,7 @@ from gpdit_lightning.media.finding import LeftOut
 from gpdit_lightning.names import printable
 from gpdit_lightning.preparation.input_files import MIN_HELD_OUT
 
+FEW_HELD_OUT = " and not trained on (few for a validation loss: add files, or train on all by --validation_fraction 0)"
 MAX_SHOWN = 10  # skipped inputs, and notes
 
 
@@ -26,7 +27,7 @@ def summary(manifest: Manifest) -> str:
         lines.append(f"{kind:<8} {shape:<16} {split:<11} {shards:>6} {count:>8} {size / 1e6:>9.1f}")
     of_pairs = any(shard.kind == "sequence" for shard in manifest.shards)
     training, held_out = (manifest.validation[f"{split}_sources"] for split in ("train", "validation"))
-    few = " (few for a validation loss: hold out more)" if not of_pairs and 0 < held_out < MIN_HELD_OUT else ""
+    few = FEW_HELD_OUT if not of_pairs and 0 < held_out < MIN_HELD_OUT else ""
     sources = "pairs" if of_pairs else "input files"
     lines.append(f"{sources}: {training} for training, {held_out} held out for validation{few}")
     assert isinstance(manifest.directory, Path)

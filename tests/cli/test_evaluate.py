@@ -356,7 +356,11 @@ def test_continuations_and_ground_truth_are_kept(command: list[str], folder: Pat
 
 
 def test_scores_without_a_network_are_left_out(
-    command: list[str], network_files: dict[str, NetworkOptions], tmp_path: Path, messages: pytest.LogCaptureFixture
+    command: list[str],
+    network_files: dict[str, NetworkOptions],
+    tmp_path: Path,
+    messages: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def scores(*options: str, leave_out: tuple[str, ...]) -> set[str]:
         messages.clear()
@@ -365,6 +369,7 @@ def test_scores_without_a_network_are_left_out(
         return set(Report.load(out / "results.json").scores) - {"psnr", "ssim"}
 
     assert scores(leave_out=("video_network",)) == {"fid", "is"}
+    assert "need --video_network.path" not in capsys.readouterr().out  # the log names it before the generation
     assert "FVD, precision and recall need --video_network.path: give I3D's weights" in messages.text
     assert scores(leave_out=("video_network", "image_network")) == set()
     assert "FID and IS need --image_network.path: give inception-2015-12-05.pt from" in messages.text

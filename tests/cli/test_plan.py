@@ -1,5 +1,6 @@
 """`plan`: recipes for simulated machines, and one that trains."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from gpdit_lightning.cli.estimate import read_recipe
 from gpdit_lightning.cli.plan import plan, planned_machine
 from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.devices import Machine, this_machine
+from gpdit_lightning.devices import Machine, available_cores, this_machine
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.requirements import RunSettings, memory
 from gpdit_lightning.options.plan import PlannedMachineOptions, PlanOptions
@@ -161,6 +162,28 @@ def test_this_machine_is_described() -> None:
     machine = this_machine()
     assert machine.cores >= 1
     assert 2**28 < machine.memory <= machine.host_memory < 2**50
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "10000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({}, 8),
+    ],
+)
+def test_cores_are_those_of_the_quota_of_a_container(
+    files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr("gpdit_lightning.devices.CGROUP", tmp_path)
+    assert available_cores() == cores
 
 
 def test_gpus_of_this_machine_are_described_by_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:

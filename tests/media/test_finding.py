@@ -68,6 +68,10 @@ def test_a_file_is_what_it_contains_unless_its_extension_is_known(video: Path) -
     assert found.describe_others() == (
         "other files were left out: 2 .json, 1 .jpg, 1 .srt, 1 hidden, 1 without extension (the first is d.json)"
     )
+    assert found.has_others("image")
+    found.forget_others("image")
+    assert not found.has_others("image")
+    assert "jpg" not in str(found.describe_others())
     images = search_folder(folder, "image")
     assert [name for _, name in images.files] == ["picture", "thumb.jpg"]
 
