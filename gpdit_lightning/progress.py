@@ -100,6 +100,8 @@ def messages_above_bars() -> Iterator[None]:
 class _LineBar(tqdm):
     """A bar in a file or a pipe: every update is a line, so that messages between them are lines too."""
 
+    _displayed: Any = None
+
     @staticmethod
     def status_printer(file: Any) -> Any:
         """Return a function that writes a state as a line, unless it is the last one that was written."""
@@ -113,6 +115,14 @@ class _LineBar(tqdm):
                 written = state
 
         return write_line
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Write the state, unless only the elapsed time has changed: tqdm displays a bar again after each message."""
+        state = (self.n, self.desc, self.postfix)
+        if state != self._displayed:
+            self._displayed = state
+            super().display(msg, pos)
+        return True
 
     def moveto(self, n: int) -> None:
         """Do nothing: lines of several bars follow each other."""

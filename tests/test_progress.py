@@ -40,6 +40,18 @@ def test_long_bars_are_updated_in_a_file(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 3 <= sys.stderr.getvalue().count("/30 ") <= 8  # type: ignore[attr-defined]
 
 
+def test_a_message_does_not_repeat_the_line_of_a_bar_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress_bar(total=3, desc="generating") as bar:
+        for number in range(4):
+            bar.write(f"message {number}", file=sys.stderr)
+            monkeypatch.setattr(bar, "start_t", bar.start_t - 60)  # the elapsed time changes
+            bar.update(number > 0)
+    lines = sys.stderr.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line for line in lines if line.startswith("message")] == [f"message {number}" for number in range(4)]
+    assert [re.search(r"(\d)/3", line)[1] for line in lines if "/3 " in line] == ["0", "1", "2", "3"]  # type: ignore[index]
+
+
 def screen(output: str) -> list[str]:
     """Return the lines that a terminal shows: text after a carriage return replaces the line's beginning."""
     lines = []

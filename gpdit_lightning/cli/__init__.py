@@ -111,16 +111,6 @@ OTHER_NAMES = {"train": "fit", "generate": "sample"}
 # Errors of the file system that a user can correct.
 CORRECTABLE = (*DISK_FULL_ERRORS, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
-# Messages of Lightning that are not shown: advertisements, absent accelerators, the seed at every reading of a recipe,
-# and the end of the training, which `fit` prints with the checkpoint.
-HIDDEN_MESSAGES = (
-    "litlogger",
-    "GPU available: False",
-    "TPU available: False",
-    "Seed set to",
-    "`Trainer.fit` stopped: `max_steps",
-)
-
 
 def usage() -> str:
     """Return the help of the command: one line for each verb."""
@@ -276,8 +266,6 @@ def _show_log(rank: str) -> None:
         log.addHandler(handler)
         log.setLevel(logging.WARNING if rank else logging.INFO)
         log.propagate = False
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(_is_shown)
 
 
 class _StandardError(logging.StreamHandler):
@@ -299,10 +287,6 @@ class _OneLine(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """Return the message without its traceback."""
         return printable(super().formatMessage(record))
-
-
-def _is_shown(record: logging.LogRecord) -> bool:
-    return not any(text in record.getMessage() for text in HIDDEN_MESSAGES)
 
 
 def _rank_prefix() -> str:

@@ -298,7 +298,7 @@ def memory_table(run: RunSettings, capacity: float) -> str:
     lines += [memory_row(run, strategy, capacity) for strategy in STRATEGIES]
     lines.append(
         f"The total includes the larger of step and activations, and {ALLOWANCE / GIB:.0f} GiB for CUDA, NCCL and "
-        "fragmentation (assumed)."
+        "fragmentation (assumed). It does not include the codec and the networks of previews and scores."
     )
     return "\n".join(lines)
 

@@ -61,6 +61,18 @@ IGNORED_WARNINGS = (
 )
 
 
+# Messages of Lightning that are not shown: advertisements, absent accelerators, the seed at every reading of a recipe,
+# the interval of the recipe in Lightning's words, and the end of the training, which `fit` prints with the checkpoint.
+HIDDEN_MESSAGES = (
+    "litlogger",
+    "GPU available: False",
+    "TPU available: False",
+    "Seed set to",
+    "`Trainer(val_check_interval=1)` was configured",
+    "`Trainer.fit` stopped: `max_steps",
+)
+
+
 class SaveRecipe(Callback):
     """Write the resolved recipe to the run folder and the loggers when training starts, with the number of parameters.
 
@@ -278,6 +290,8 @@ def build_recipe(verb: str, arguments: Sequence[str]) -> RecipeCLI:
 def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) -> RecipeCLI:
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_is_shown)
     try:
         return kind(
             GPDiTStage,
@@ -306,6 +320,10 @@ def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) ->
         if isinstance(error, InputError) or "Does not validate" not in str(error):
             raise
         raise InputError(PREFIX + relevant_part(str(error))) from None
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in HIDDEN_MESSAGES)
 
 
 def _on_one_line(error: Exception) -> str:

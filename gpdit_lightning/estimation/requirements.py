@@ -70,7 +70,7 @@ class RunSettings:
         if self.gpus < 1 or self.max_ranks % self.gpus:
             raise InputError(
                 f"{self.gpus} GPUs do not divide data.max_ranks = {self.max_ranks}: choose --gpus that do, or set "
-                "data.max_ranks to a multiple of them."
+                f"data.max_ranks to a multiple of them (--data.max_ranks {max(1, self.gpus)})."
             )
 
     @property
