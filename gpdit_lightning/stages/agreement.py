@@ -1,6 +1,6 @@
 """Checks before a stage trains: sources, data, backbone, initial weights, checkpoint and ranks must agree."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,26 @@ def check_number_of_classes(of_backbone: int, of_data: int) -> None:
     elif of_data == 0:
         cure += ", or data.labels to true"
     raise InputError(f"the backbone takes {of_backbone} classes, but the data has {of_data}: {cure}.")
+
+
+def check_algorithm(config: OptimizerConfig, sharded: bool) -> None:
+    """Raise `InputError` if the strategy shards matrices, but the optimizer needs whole ones."""
+    if sharded and config.algorithm == "muon":
+        raise InputError(
+            "optimizer.algorithm is muon, which needs whole matrices, but the strategy shards them: set "
+            "trainer.strategy to ddp, or model.init_args.optimizer.algorithm to adamw."
+        )
+
+
+def check_optimizer_state(saved: Sequence[Mapping[str, Any]], config: OptimizerConfig) -> None:
+    """Raise `InputError` if a checkpoint has the state of another optimizer."""
+    saved_algorithm = "muon" if len(saved[0]["param_groups"]) == 2 else "adamw"
+    if saved_algorithm != config.algorithm:
+        raise InputError(
+            f"the checkpoint has the optimizer state of {saved_algorithm}, but optimizer.algorithm is "
+            f"{config.algorithm}: use the recipe of its training, or begin another run with its weights "
+            "(--model.init_args.initial_weights)."
+        )
 
 
 def check_architecture(saved: dict[str, Any], config: GPDiTConfig, where: str | Path) -> None:

@@ -17,12 +17,14 @@ from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, ve
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.model.attention import select_backend
 from gpdit_lightning.stages.agreement import (
+    check_algorithm,
     check_annotated,
     check_checkpoint,
     check_latent_channels,
     check_loss,
     check_no_texts,
     check_number_of_classes,
+    check_optimizer_state,
     check_patches,
     check_ranks,
     check_sources,
@@ -31,7 +33,7 @@ from gpdit_lightning.stages.agreement import (
 from gpdit_lightning.stages.initial_weights import InitialWeights
 from gpdit_lightning.training.internals import end_validation_loader
 from gpdit_lightning.training.optimizer import OptimizerConfig, apply_config, build_optimizer
-from gpdit_lightning.training.strategies.sharding import product_dtype_of
+from gpdit_lightning.training.strategies.sharding import product_dtype_of, sharded_strategy_of
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class GPDiTStage(LightningModule):
     Args:
         backbone: the architecture.
         schedule: from noise levels to angles.
-        optimizer: AdamW and its schedule.
+        optimizer: the optimizer and its schedule.
         initial_weights: checkpoint, run folder or exported folder with the (averaged) weights from which training
             starts; None: random weights. A run that resumes uses its last checkpoint instead.
     """
@@ -128,9 +130,12 @@ class GPDiTStage(LightningModule):
     # --- the optimizer
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW over the trainable parameters, and its schedule, which advances per optimizer step."""
+        """Return the optimizer of the trainable parameters, and its schedule, which advances per optimizer step."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer, scheduler = build_optimizer(trainable, self.optimizer_config, self.trainer.max_steps)
+        of_blocks = self.backbone.blocks.parameters()
+        matrices = [parameter for parameter in of_blocks if parameter.requires_grad and parameter.ndim == 2]
+        config, max_steps = self.optimizer_config, self.trainer.max_steps
+        optimizer, scheduler = build_optimizer(trainable, config, max_steps, matrices)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -159,6 +164,7 @@ class GPDiTStage(LightningModule):
         check_latent_channels(self.config.latent_channels, self.data.codec.latent_channels)
         check_patches(self.config.patch_size, self.data)
         check_number_of_classes(self.config.classes, len(self.data.classes))
+        check_algorithm(self.optimizer_config, sharded_strategy_of(self) is not None)
         device, dtype = self.trainer.strategy.root_device, product_dtype_of(self.trainer)
         with torch.set_grad_enabled(stage == "fit"):
             select_backend(self.config.attention_backend, device.type, dtype, self.config.head_width)
@@ -197,6 +203,7 @@ class GPDiTStage(LightningModule):
         check_checkpoint(saved, self.config, self.schedule)
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_stage(saved["stage"], type(self).__name__, self.trainer.default_root_dir)
+            check_optimizer_state(checkpoint["optimizer_states"], self.optimizer_config)
         elif saved["stage"] != type(self).__name__ and self.trainer.is_global_zero:
             log.warning("the run was trained with %s; this loss is that of %s", saved["stage"], type(self).__name__)
         self.origin = Origin(**saved["origin"]) if saved["origin"] else None

@@ -1,11 +1,19 @@
+import copy
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer, learning_rate_factor
+from gpdit_lightning.training.optimizer import (
+    OptimizerConfig,
+    apply_config,
+    build_optimizer,
+    learning_rate_factor,
+)
 
 
 def factors(config: OptimizerConfig, steps: range, max_steps: int = 100) -> list[float]:
@@ -121,6 +129,58 @@ def test_weight_decay_is_decoupled() -> None:
     parameter.grad = torch.zeros(1)
     optimizer.step()
     assert parameter.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5))
+
+
+MUON = OptimizerConfig(learning_rate=0.1, betas=(0.9, 0.99), eps=1e-6, warmup_steps=3, algorithm="muon")
+
+
+def muon_parameters() -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    return torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(4))
+
+
+def take_steps(parameters: Sequence[torch.nn.Parameter], optimizers: Sequence[Any], steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_muon_updates_the_matrices_and_adamw_all_else() -> None:
+    matrix, vector = muon_parameters()
+    optimizer, schedule = build_optimizer([vector, matrix], MUON, max_steps=-1, matrices=[matrix])
+    rates = []
+    for step in range(4):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        take_steps((matrix, vector), (optimizer, schedule), range(step, step + 1))
+    assert torch.tensor(rates).allclose(torch.tensor([0.1 / 3, 0.2 / 3, 0.1, 0.1])[:, None].expand(-1, 2))
+
+    expected = muon_parameters()
+    muon = torch.optim.Muon(expected[:1], 0.1, momentum=0.9, eps=1e-6, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(expected[1:], 0.1, betas=(0.9, 0.99), eps=1e-6, weight_decay=0)
+    schedules = [LambdaLR(o, lambda step: min(1, (step + 1) / 3)) for o in (muon, adamw)]
+    take_steps(expected, (muon, adamw, *schedules), range(4))
+    assert torch.equal(matrix, expected[0])
+    assert torch.equal(vector, expected[1])
+
+
+def test_muon_resumes() -> None:
+    """Bit-equal, with the settings of the recipe."""
+    runs = []
+    for interrupted in (False, True):
+        matrix, vector = muon_parameters()
+        optimizer, schedule = build_optimizer([matrix, vector], MUON, max_steps=-1, matrices=[matrix])
+        take_steps((matrix, vector), (optimizer, schedule), range(2))
+        if interrupted:
+            saved = copy.deepcopy((optimizer.state_dict(), schedule.state_dict()))
+            optimizer, schedule = build_optimizer([matrix, vector], MUON, max_steps=-1, matrices=[matrix])
+            optimizer.load_state_dict(saved[0])
+            schedule.load_state_dict(saved[1])
+            assert apply_config(MUON, optimizer, schedule) == []
+        take_steps((matrix, vector), (optimizer, schedule), range(2, 5))
+        runs.append((matrix, vector))
+    assert all(map(torch.equal, *runs))
 
 
 @pytest.mark.parametrize("rate", [0.0, -1e-4, math.nan])
