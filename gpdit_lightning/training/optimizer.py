@@ -111,7 +111,7 @@ class MuonAndAdamW(Optimizer):
         super().__init__([*adamw.param_groups, *muon.param_groups], {})
         self._share_state()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters; return the value of `closure`, which computes the gradients."""
         loss = None
         if closure is not None:
