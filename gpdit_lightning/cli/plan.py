@@ -28,7 +28,8 @@ def plan(options: PlanOptions, check: Callable[[Path], None] | None = None) -> C
 
     Args:
         options: the options.
-        check: is called with the recipe in a temporary file before the speed is measured; what it raises is passed on.
+        check: for a recipe that is used at once: is called with it in a temporary file before the speed is measured;
+            what it raises is passed on.
 
     Raises:
         InputError: the data cannot be used, no backbone fits, or the recipe exists.
@@ -58,7 +59,7 @@ def plan(options: PlanOptions, check: Callable[[Path], None] | None = None) -> C
         path.write_text(recipe_text(choice, run_dir, str(options.out)), encoding="utf-8")
     print("\n".join(summary(choice)))
     command = f"python -m gpdit_lightning fit --config {shlex.quote(str(options.out))}"
-    print(f"{options.out}: read and edit it, then: {command}")
+    print(f"{options.out}: " + ("the recipe, which is used now" if check else f"read and edit it, then: {command}"))
     return choice
 
 
