@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpdit_lightning.model.attention import KV, QKV, frame_causal_attention, select_backend
+from gpdit_lightning.model.attention import KV, QKV, BlockSizes, block_causal_attention, select_backend
 from gpdit_lightning.model.config import AttentionVariant
 
 HEADS, HEAD_WIDTH, TOKENS = 12, 64, 240
@@ -55,10 +55,10 @@ def time_both(variant: AttentionVariant, frames: int, device: str, repeats: int)
 
     def sliced() -> Tensor:
         streams = [(x[:, :clean], x[:, clean:]) for x in inputs]
-        outputs = frame_causal_attention(
+        outputs = block_causal_attention(
             operator,
             variant,
-            TOKENS,
+            BlockSizes.of_frames(frames, TOKENS),
             KV(streams[1][0], streams[2][0]),
             QKV(*(stream[0] for stream in streams)),
             QKV(*(stream[1] for stream in streams)),

@@ -28,7 +28,14 @@ from torch import Tensor
 from gpdit_lightning import GPDiT, GPDiTConfig, InputError
 from gpdit_lightning.estimation.flops import PassShape, peak_bf16_flops, training_flops
 from gpdit_lightning.files import atomic_write
-from gpdit_lightning.model.attention import KV, QKV, AttentionOperator, frame_causal_attention, select_backend
+from gpdit_lightning.model.attention import (
+    KV,
+    QKV,
+    AttentionOperator,
+    BlockSizes,
+    block_causal_attention,
+    select_backend,
+)
 from gpdit_lightning.model.attention.backends import sdpa, xformers
 from gpdit_lightning.model.config import AttentionVariant
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
@@ -140,7 +147,8 @@ def attention_errors(
 
     clean, noisy = random_qkv(2, check.frames - 1), random_qkv(3, check.frames)
     context = KV(clean.key, clean.value)
-    clean_out, noisy_out = frame_causal_attention(operator, variant, tokens, context, clean, noisy)
+    sizes = BlockSizes.of_frames(check.frames, tokens)
+    clean_out, noisy_out = block_causal_attention(operator, variant, sizes, context, clean, noisy)
     assert clean_out is not None
     assert noisy_out is not None
     outputs = (clean_out, noisy_out)

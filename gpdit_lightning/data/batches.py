@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -27,6 +27,14 @@ from gpdit_lightning.workers import WorkerLoader
 log = logging.getLogger(__name__)
 
 NoiseLevels = Literal["frame", "clip"]
+CountBlocks = Callable[[Sequence[int], int, int], int]
+"""(positions of frames, height, width in latent pixels) -> the number of blocks, each with a noise level. The backbone
+determines the blocks, so a stage sets this function (`LatentDataModule.count_blocks`)."""
+
+
+def count_frames(frames: Sequence[int], height: int, width: int) -> int:
+    """Return the number of blocks that are frames: a :data:`CountBlocks`."""
+    return len(frames)
 
 
 @dataclass
@@ -38,8 +46,8 @@ class LatentBatch:
 
     Attributes:
         latents: (B, F, C, H, W) whitened, float32; clips with context come first.
-        noise: (K * B, S, C, H, W) standard Gaussian, for the S frames of each noisy row that have noise and loss.
-        t: (K * B, S) noise levels in [0, 1).
+        noise: (K * B, F', C, H, W) standard Gaussian, for the F' frames of each noisy row that have noise and loss.
+        t: (K * B, S) noise levels in [0, 1) of the S blocks of these frames; S = F' if blocks are frames.
         context: B', the number of clips with context.
         weight: weight of the mean loss of this micro-batch; the weights of an optimizer step sum to 1.
         source: name of the source.
@@ -47,7 +55,7 @@ class LatentBatch:
         damaged: names of damaged samples that were replaced.
         labels: (K * B,) class of each noisy row, int64; -1 if the clip has none or it was dropped. None if training
             does not use labels.
-        frames: positions of the S frames in the clips; None for all, S = F.
+        frames: positions of the F' frames in the clips; None for all, F' = F.
     """
 
     latents: Tensor
@@ -176,15 +184,16 @@ class LatentDataset(Dataset[LatentBatch]):
         buckets: the buckets of each source of the plan.
         mean: (C,) whitening constants of the codec.
         std: (C,) whitening constants of the codec.
-        noise_levels: one level per frame, or one per clip.
+        noise_levels: one level per block, or one per clip.
         purpose: the random stream of the noise, a constant of `randomness.py`.
         rank: rank of this process.
         world_size: number of ranks.
-        noise_draws: K, noisy copies of every clip; the first has the same noise and levels as with K = 1. An image
-            always has one, since it has no clean stream that copies could share.
+        noise_draws: K, noisy copies of every clip; the first has the same noise and levels as with K = 1. A clip of one
+            block, such as an image, always has one, since it has no clean stream that copies could share.
         cache: cache for copies of remote shards, which are prefetched.
         classes: names of the labels, in the order of the classes; if empty, batches have no labels.
         label_dropout: fraction of noisy rows whose label is dropped, for guidance.
+        count_blocks: gives the number of blocks of some frames; see :data:`CountBlocks`.
 
     Raises:
         InputError: `noise_draws` is below 1, or the number of ranks does not divide `plan.max_ranks`.
@@ -204,6 +213,7 @@ class LatentDataset(Dataset[LatentBatch]):
         cache: ShardCache | None = None,
         classes: Sequence[str] = (),
         label_dropout: float = 0.0,
+        count_blocks: CountBlocks = count_frames,
     ) -> None:
         if noise_draws < 1:
             raise InputError(f"data.noise_draws is {noise_draws}; it must be at least 1.")
@@ -220,6 +230,7 @@ class LatentDataset(Dataset[LatentBatch]):
         self.cache = cache
         self.class_indices = {name: index for index, name in enumerate(classes)}
         self.label_dropout = label_dropout
+        self.count_blocks = count_blocks
         self._prefetched: list[tuple[int, int, int]] = []
 
     def __getitem__(self, number: int) -> LatentBatch:
@@ -232,10 +243,12 @@ class LatentDataset(Dataset[LatentBatch]):
         raw = torch.from_numpy(np.stack([sample.latents for sample in samples])).float()
         latents = whitened(raw, self.mean, self.std)
         context = int(micro_batch.context.sum())
-        draws = self.noise_draws if micro_batch.frames > 1 else 1
         frames = source.config.noisy_frames(micro_batch.frames)
+        height, width = latents.shape[-2:]
+        draws = self.noise_draws if self.count_blocks(range(micro_batch.frames), height, width) > 1 else 1
+        blocks = self.count_blocks(frames or range(micro_batch.frames), height, width)
         noisy_shape = (len(frames) if frames else micro_batch.frames, *latents.shape[2:])
-        noise, levels = self._noise_and_levels(step, micro_batch.positions, context, draws, noisy_shape)
+        noise, levels = self._noise_and_levels(step, micro_batch.positions, context, draws, noisy_shape, blocks)
         return LatentBatch(
             latents=latents,
             noise=noise,
@@ -250,24 +263,25 @@ class LatentDataset(Dataset[LatentBatch]):
         )
 
     def _noise_and_levels(
-        self, step: int, positions: np.ndarray, context: int, draws: int, shape: tuple[int, ...]
+        self, step: int, positions: np.ndarray, context: int, draws: int, shape: tuple[int, ...], blocks: int
     ) -> tuple[Tensor, Tensor]:
-        """Draw the noise (K * B, S, C, H, W) and the noise levels (K * B, S) of the noisy rows.
+        """Draw the noise (K * B, F, C, H, W) and the noise levels (K * B, S) of the noisy rows.
 
         Args:
             step: optimizer step.
             positions: (B,) positions of the clips in the global batch.
             context: B', the number of clips with context, which come first.
             draws: K, noisy copies of every clip.
-            shape: (S, C, H, W) of each row.
+            shape: (F, C, H, W) of each row.
+            blocks: S, the number of blocks of each row.
         """
         generators = [generator(self.plan.seed, self.purpose, step, int(position)) for position in positions]
         noise, levels = [], []
         for group in (generators[:context], generators[context:]):
             for clip_generator in group * draws:
                 noise.append(clip_generator.standard_normal(shape, dtype=np.float32))
-                level = clip_generator.random(shape[0] if self.noise_levels == "frame" else 1, dtype=np.float32)
-                levels.append(np.broadcast_to(level, shape[0]))
+                level = clip_generator.random(blocks if self.noise_levels == "frame" else 1, dtype=np.float32)
+                levels.append(np.broadcast_to(level, blocks))
         return torch.from_numpy(np.stack(noise)), torch.from_numpy(np.stack(levels))
 
     def _labels(

@@ -10,7 +10,16 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, NoiseLevels, RangeSampler, TimedLoader
+from gpdit_lightning.data.batches import (
+    Bucket,
+    CountBlocks,
+    LatentBatch,
+    LatentDataset,
+    NoiseLevels,
+    RangeSampler,
+    TimedLoader,
+    count_frames,
+)
 from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.manifest import Manifest, Split
 from gpdit_lightning.data.plan import Plan, PlannedSource, Sampling
@@ -78,8 +87,10 @@ class LatentDataModule(LightningDataModule):
             fraction of the steps that is proportional to its `weight`. Validation is joint.
         seed: seed of the order, the noise and the noise levels; the batch of a step is a function of seed and step.
         context_dropout: fraction of clips that are trained without context, for guidance.
-        noise_levels: `frame` draws a level t for each latent frame, `clip` one for the whole clip.
-        noise_draws: noisy copies of every training clip that share its clean stream; images have one.
+        noise_levels: `frame` draws a level t for each block of the backbone, by default a latent frame; `clip` one for
+            the whole clip.
+        noise_draws: noisy copies of every training clip that share its clean stream; clips of one block, such as
+            images, have one.
         labels: whether batches contain the classes of their samples, on which a backbone with `classes` is conditioned.
         label_dropout: fraction of noisy rows that are trained without their label, for guidance.
         patch_size: side of the square patch of latent pixels that is one token of the backbone; recipes link it to the
@@ -92,6 +103,7 @@ class LatentDataModule(LightningDataModule):
     Attributes:
         classes: names of the labels in the order of the manifests, which is the order of the classes in batches; empty
             without `labels`.
+        count_blocks: gives the number of blocks of some frames of a clip; the stage sets that of its backbone.
 
     Raises:
         InputError: an option, a manifest, or a combination of them is invalid.
@@ -134,6 +146,7 @@ class LatentDataModule(LightningDataModule):
         self.seed, self.noise_levels, self.noise_draws = seed, noise_levels, noise_draws
         self.labels, self.label_dropout, self.patch_size = labels, label_dropout, patch_size
         self.workers, self.validation_batches = workers, validation_batches
+        self.count_blocks: CountBlocks = count_frames
         configs = {"images": images, "videos": videos, "sequences": sequences}
         allowed = sources_of_run(sources, stage_sources)
         selection = select_sources(configs, data_dir, allowed)
@@ -362,6 +375,7 @@ class LatentDataModule(LightningDataModule):
             cache=self.cache if split == "train" else None,
             classes=self.classes,
             label_dropout=self.label_dropout if split == "train" else 0.0,
+            count_blocks=self.count_blocks,
         )
         return TimedLoader(
             dataset,

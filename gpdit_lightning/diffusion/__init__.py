@@ -3,7 +3,7 @@
 from gpdit_lightning.diffusion.guidance import Guidance
 from gpdit_lightning.diffusion.loss import QuartileLoss, VelocityLoss, velocity_loss
 from gpdit_lightning.diffusion.noise_levels import NoiseSchedule
-from gpdit_lightning.diffusion.rotation import NoisySample, rotate_back, rotate_to
+from gpdit_lightning.diffusion.rotation import NoisySample, Target, rotate_back, rotate_to, training_target, velocity_of
 from gpdit_lightning.diffusion.samplers import (
     SAMPLERS,
     AdamsSampler,
@@ -31,11 +31,14 @@ __all__ = [
     "Sampler",
     "StochasticSampler",
     "TangentSampler",
+    "Target",
     "Velocity",
     "VelocityLoss",
     "make_sampler",
     "register_sampler",
     "rotate_back",
     "rotate_to",
+    "training_target",
     "velocity_loss",
+    "velocity_of",
 ]

@@ -1,5 +1,6 @@
-"""The velocity loss (GPDiT, equation 3 with the target of section 4.2), in total and by noise level."""
+"""The loss (GPDiT, equation 3 with the target of section 4.2; ACDiT, equation 3), in total and by noise level."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
@@ -13,8 +14,8 @@ class QuartileLoss(NamedTuple):
     """Squared errors by quarter of the range of noise levels, as sums and counts to be added over batches and ranks.
 
     Attributes:
-        sums: (4,) mean squared errors, summed over frames; entry k has t in [k/4, (k+1)/4), the last one t = 1 too.
-        counts: (4,) number of frames.
+        sums: (4,) mean squared errors, summed over blocks; entry k has t in [k/4, (k+1)/4), the last one t = 1 too.
+        counts: (4,) number of blocks.
     """
 
     sums: Tensor
@@ -36,11 +37,11 @@ class VelocityLoss(NamedTuple):
 
     @classmethod
     def from_frames(cls, per_frame: Tensor, t: Tensor) -> Self:
-        """Return the mean over all frames, and its parts.
+        """Return the mean over all blocks, and its parts.
 
         Args:
-            per_frame: (B, F) loss of each frame.
-            t: (B, F) noise levels in [0, 1].
+            per_frame: (B, S) loss of each block, which is a frame unless the backbone has other blocks.
+            t: (B, S) noise levels in [0, 1].
 
         Raises:
             InputError: the shapes or the devices differ.
@@ -49,7 +50,7 @@ class VelocityLoss(NamedTuple):
         if per_frame.shape != t.shape:
             raise InputError(
                 f"the loss per frame has shape {tuple(per_frame.shape)}; it must have that of the noise levels, "
-                f"{tuple(t.shape)} (noisy rows, frames)."
+                f"{tuple(t.shape)} (noisy rows, blocks)."
             )
         quartile = (t * 4).long().clamp(0, 3).flatten()
         values = per_frame.detach().flatten()
@@ -58,17 +59,24 @@ class VelocityLoss(NamedTuple):
         return cls(per_frame.mean(), QuartileLoss(sums, counts), per_frame.detach().mean(dim=1))
 
 
-def velocity_loss(prediction: Tensor, velocity: Tensor, t: Tensor) -> VelocityLoss:
-    """Compute the mean squared error of the velocity, in float32 or better.
+def frame_mean(latents: Tensor) -> Tensor:
+    """Average latents over each frame: (B, F, C, H, W) -> (B, F)."""
+    return latents.mean(dim=(2, 3, 4))
+
+
+def velocity_loss(
+    prediction: Tensor, target: Tensor, t: Tensor, block_mean: Callable[[Tensor], Tensor] = frame_mean
+) -> VelocityLoss:
+    """Compute the mean squared error of the network's target, by default the velocity, in float32 or better.
 
     Args:
-        prediction, velocity: (B, F, C, H, W).
-        t: (B, F) noise levels in [0, 1].
+        prediction, target: (B, F, C, H, W).
+        t: (B, S) noise levels in [0, 1] of the blocks.
+        block_mean: averages latents over each block: (B, F, C, H, W) -> (B, S). By default blocks are frames.
 
     Raises:
         InputError: the tensors are on several devices.
     """
-    check_device(prediction.device, "the prediction", velocity=velocity)
+    check_device(prediction.device, "the prediction", target=target)
     precise = torch.promote_types(prediction.dtype, torch.float32)
-    per_frame = (prediction.to(precise) - velocity.to(precise)).square().mean(dim=(2, 3, 4))
-    return VelocityLoss.from_frames(per_frame, t)
+    return VelocityLoss.from_frames(block_mean((prediction.to(precise) - target.to(precise)).square()), t)

@@ -1,15 +1,19 @@
 """Noising as a rotation of (x0, eps) by an angle theta in [0, pi/2] (GPDiT, section 4.2).
 
 All angles are radians and have the leading dimensions of the latents: theta (B, F) belongs to latents (B, F, C, H, W),
-theta (B,) to a single frame (B, C, H, W).
+theta (B,) to a single frame (B, C, H, W); or they have all dimensions, and broadcast.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gpdit_lightning.devices import check_device
+
+Target = Literal["velocity", "epsilon"]
+"""What a network predicts: the companion of the noisy latents (GPDiT, section 4.2), or the noise (DDPM, ACDiT)."""
 
 
 class NoisySample(NamedTuple):
@@ -17,7 +21,7 @@ class NoisySample(NamedTuple):
 
     Attributes:
         noisy: cos(theta) x0 + sin(theta) eps.
-        velocity: -sin(theta) x0 + cos(theta) eps, the orthogonal companion: the training target.
+        velocity: -sin(theta) x0 + cos(theta) eps, the orthogonal companion: the training target, unless this is eps.
         theta: the angles.
     """
 
@@ -33,9 +37,37 @@ def rotate_to(x0: Tensor, eps: Tensor, theta: Tensor) -> NoisySample:
         InputError: noise or angles are on another device than the latents.
     """
     check_device(x0.device, "x0", eps=eps, theta=theta)
-    per_frame = theta.reshape(theta.shape + (1,) * (x0.ndim - theta.ndim))
-    cos, sin = per_frame.cos().to(x0.dtype), per_frame.sin().to(x0.dtype)
+    angles = _broadcastable(theta, x0)
+    cos, sin = angles.cos().to(x0.dtype), angles.sin().to(x0.dtype)
     return NoisySample(cos * x0 + sin * eps, cos * eps - sin * x0, theta)
+
+
+def training_target(sample: NoisySample, eps: Tensor, target: Target) -> Tensor:
+    """Return what the network is trained to predict for latents with the noise `eps`."""
+    return sample.velocity if target == "velocity" else eps
+
+
+def velocity_of(prediction: Tensor, noisy: Tensor, theta: Tensor, target: Target) -> Tensor:
+    """Return the velocity that a prediction of `target` implies: with epsilon, (eps - sin(theta) noisy) / cos(theta).
+
+    Near pure noise the quotient amplifies errors of epsilon, as in every sampler of DDPM: with the linear schedule
+    cos(theta) is at least 0.0064. It is computed in float32 or better.
+
+    Args:
+        prediction: the output of the network.
+        noisy: its input, of the same shape.
+        theta: the angles, less than pi/2 if the target is epsilon.
+        target: what the network predicts.
+    """
+    if target == "velocity":
+        return prediction
+    precise = torch.promote_types(noisy.dtype, torch.float32)
+    theta = _broadcastable(theta.to(precise), noisy)
+    return ((prediction.to(precise) - theta.sin() * noisy.to(precise)) / theta.cos()).to(prediction.dtype)
+
+
+def _broadcastable(theta: Tensor, latents: Tensor) -> Tensor:
+    return theta.reshape(theta.shape + (1,) * (latents.ndim - theta.ndim))
 
 
 def rotate_back(noisy: Tensor, velocity: Tensor, angle: float) -> Tensor:

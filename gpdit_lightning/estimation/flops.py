@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.model.attention import BlockSizes
+from gpdit_lightning.model.layout import ClipBlocks
+from gpdit_lightning.model.time_conditioning import FREQUENCIES
 
 # Dense bf16 FLOP/s with float32 accumulation, from the manufacturers' data sheets, which often print twice as much: the
 # figure with structured sparsity. The first entry whose words all appear in the name of the device is used.
@@ -63,56 +66,92 @@ class PassShape:
         """The positions of the noisy frames."""
         return range(self.frames) if self.noisy_frames is None else self.noisy_frames
 
-    @property
-    def clean_frames(self) -> int:
-        """The number of clean frames of a clip with context; those without a later noisy frame are not computed."""
-        return self.noisy[-1]
+    def blocks(self, config: GPDiTConfig) -> BlockSizes:
+        """Return the tokens of the clean and of the noisy blocks; clean blocks without a later one are not computed."""
+        clip = ClipBlocks.of(config, self.noisy, self.height, self.width)
+        layout, length = clip.layout, clip.frames
+        clean = layout.sizes(range(clip.blocks[-1]), length)
+        noisy = layout.sizes(clip.blocks, length)
+        causal_tokens = layout.frame_tokens if config.causal_in_block else None
+        return BlockSizes(clean, noisy, layout.contexts(clip.blocks, length), causal_tokens)
 
     def tokens(self, config: GPDiTConfig) -> int:
         """Return the tokens of a frame."""
         return (self.height // config.patch_size) * (self.width // config.patch_size)
 
     def noisy_tokens(self, config: GPDiTConfig) -> int:
-        """Return the tokens of all noisy frames."""
-        return self.draws * self.clips * len(self.noisy) * self.tokens(config)
+        """Return the tokens of all noisy blocks."""
+        return self.draws * self.clips * sum(self.blocks(config).noisy)
 
     def clean_tokens(self, config: GPDiTConfig) -> int:
-        """Return the tokens of all clean frames."""
-        return self.context_clips * self.clean_frames * self.tokens(config)
+        """Return the tokens of all clean blocks."""
+        return self.context_clips * sum(self.blocks(config).clean)
 
 
 def forward_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
     """Return the FLOPs of one `GPDiT.forward`; a multiply-add counts as two, and norms, rotations and softmax as none.
 
-    A model with `classes` has one more token per noisy row, its label; the embedding of a label takes no FLOPs.
+    A model with rotation and `classes` has one more token per noisy row, its label; the embedding of a label takes no
+    FLOPs.
 
     Returns:
-        FLOPs by part: `embedding`, `attention_projections`, `attention_products`, `mlp` and `output`.
+        FLOPs by part: `embedding`, `attention_projections`, `attention_products`, `mlp` and `output`; with adaLN also
+        `modulation`.
     """
-    clips, context_clips, draws, clean_frames = shape.clips, shape.context_clips, shape.draws, shape.clean_frames
-    tokens, noisy_tokens, clean_tokens = shape.tokens(config), shape.noisy_tokens(config), shape.clean_tokens(config)
+    rows, width = shape.draws * shape.clips, config.width
+    noisy_tokens, clean_tokens = shape.noisy_tokens(config), shape.clean_tokens(config)
     patch_values = config.latent_channels * config.patch_size**2
-    prefix_tokens = draws * clips if config.classes else 0
-    # In the last block, prefix and clean tokens have keys and values only.
+    has_label = config.has_prefix and config.classes > 0
+    prefix_tokens = rows if has_label else 0
+    # In the last block of the transformer, prefix and clean tokens have keys and values only.
     packed = prefix_tokens + clean_tokens + noisy_tokens
     query_tokens = (config.layers - 1) * packed + noisy_tokens
     key_value_tokens = config.layers * packed
-
-    clean_pairs = {"of2": clean_frames * (clean_frames + 1) // 2, "of": clean_frames}[config.attention]
-    key_frames = sum(frame + 1 for frame in shape.noisy)  # a noisy frame attends to earlier clean frames and to itself
-    noisy_pairs = draws * (context_clips * key_frames + (clips - context_clips) * len(shape.noisy))
-    frame_pairs = (config.layers - 1) * context_clips * clean_pairs + config.layers * noisy_pairs
+    clean_pairs, noisy_pairs = attention_pairs(config, shape)
+    pairs = (config.layers - 1) * clean_pairs + config.layers * noisy_pairs
     # The token of a label attends to itself, and all noisy tokens of its row attend to it.
-    label_pairs = (config.layers - 1) * prefix_tokens + config.layers * (noisy_tokens if config.classes else 0)
-
+    label_pairs = (config.layers - 1) * prefix_tokens + config.layers * (noisy_tokens if has_label else 0)
+    if config.factorized:  # every token attends to its frame in the additional attention of each layer
+        query_tokens_of_attention = query_tokens + config.layers * packed
+        key_value_tokens += config.layers * packed
+        pairs += config.layers * packed * shape.tokens(config)
+    else:
+        query_tokens_of_attention = query_tokens
     multiply_adds = {
-        "embedding": (clean_tokens + noisy_tokens) * patch_values * config.width,
-        "attention_projections": (query_tokens + key_value_tokens) * 2 * config.width**2,
-        "attention_products": (frame_pairs * tokens**2 + label_pairs) * 2 * config.width,
-        "mlp": query_tokens * 2 * config.width * config.mlp_width,
-        "output": noisy_tokens * config.width * patch_values,
+        "embedding": (clean_tokens + noisy_tokens) * patch_values * width,
+        "attention_projections": (query_tokens_of_attention + key_value_tokens) * 2 * width**2,
+        "attention_products": (pairs + label_pairs) * 2 * width,
+        "mlp": query_tokens * 2 * width * config.mlp_width,
+        "output": noisy_tokens * width * patch_values,
     }
+    if config.time_conditioning == "adaln":
+        embedding = FREQUENCIES * width + width**2
+        modulations = config.layers * 3 * (3 if config.factorized else 2) + 2
+        multiply_adds["modulation"] = rows * len(shape.blocks(config).noisy) * (embedding + modulations * width**2)
     return {part: 2 * count for part, count in multiply_adds.items()}
+
+
+def attention_pairs(config: GPDiTConfig, shape: PassShape) -> tuple[int, int]:
+    """Return the pairs of a query and a key in a layer, of clean and of noisy queries, without those of a label.
+
+    With factorized attention they are those along time.
+    """
+    sizes = shape.blocks(config)
+    # Along time, a frame has one token at each of its places.
+    tokens, places = (shape.tokens(config),) * 2 if config.factorized else (1, 1)
+    frame = sizes.causal_tokens
+
+    def within(size: int) -> int:
+        return size**2 if frame is None else size * (size + frame) // 2
+
+    before, clean = 0, 0
+    for size in sizes.clean:
+        clean += (size * before if config.attention == "of2" else 0) + within(size)
+        before += size
+    alone = sum(map(within, sizes.noisy))
+    to_context = sum(size * context for size, context in zip(sizes.noisy, sizes.contexts, strict=True))
+    noisy = shape.draws * (shape.context_clips * to_context + shape.clips * alone)
+    return shape.context_clips * clean * places // tokens**2, noisy * places // tokens**2
 
 
 def training_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:

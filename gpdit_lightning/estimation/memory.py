@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from gpdit_lightning.estimation.flops import PassShape
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.model.time_conditioning import FREQUENCIES
 
 # Elements of a reduce bucket of DeepSpeed (Lightning's default), and of the weights that ZeRO-3 keeps gathered at a
 # time (DeepSpeed's default of stage3_max_live_parameters).
@@ -65,18 +66,31 @@ def parameter_count(config: GPDiTConfig) -> int:
     """Return the number of parameters of a :class:`~gpdit_lightning.GPDiT`."""
     patch_values = config.latent_channels * config.patch_size**2
     ends = 2 * patch_values * config.width + config.width + patch_values
-    condition = config.classes or config.text_width
-    prefix = (condition + 1) * config.width if condition else 0  # one more: the embedding of no class, or the bias
-    return config.layers * _parameters_of_block(config) + config.width + ends + prefix
+    width, condition = config.width, config.classes or config.text_width
+    ends += (condition + 1) * width if condition else 0  # one more: the embedding of no class, or the bias
+    if config.time_conditioning == "adaln":
+        ends += (FREQUENCIES + 1) * width + (width + 1) * width + 2 * (width + 1) * width
+    return config.layers * _parameters_of_block(config) + width + ends
 
 
 def _parameters_of_block(config: GPDiTConfig) -> int:
-    return _products_of_block(config) + 2 * config.width + 2 * config.head_width
+    biases = _modulations(config) * config.width
+    norms = 2 * config.width + 2 * config.head_width
+    norms += config.width + 2 * config.head_width if config.factorized else 0
+    return _products_of_block(config) + norms + biases
 
 
 def _products_of_block(config: GPDiTConfig) -> int:
     """Return the number of weights in the matrix products of one block."""
-    return 4 * config.width**2 + 2 * config.width * config.mlp_width
+    of_attention = (8 if config.factorized else 4) * config.width**2
+    return of_attention + 2 * config.width * config.mlp_width + _modulations(config) * config.width**2
+
+
+def _modulations(config: GPDiTConfig) -> int:
+    """Return the number of shifts, scales and gates of a block with adaLN."""
+    if config.time_conditioning != "adaln":
+        return 0
+    return 9 if config.factorized else 6
 
 
 def held_bytes(config: GPDiTConfig, strategy: ShardingStrategy, precision: BytesPerValue, ranks: int) -> dict[str, int]:
@@ -186,13 +200,14 @@ def _bytes_inside_block(config: GPDiTConfig, shape: PassShape, precision: BytesP
     """
     noisy = shape.noisy_tokens(config)
     packed = shape.clean_tokens(config) + noisy
-    # A noisy frame i > 0 with context attends to concatenated copies of the keys of i clean frames and of itself.
-    joined_frames = sum(frame + 1 for frame in shape.noisy if frame)
-    joined = shape.draws * shape.context_clips * joined_frames * shape.tokens(config)
-    # Other noisy frames attend to their own rotated keys and, with a condition, to a copy of their values behind those
-    # of the condition. Both are computed and saved for all noisy frames together.
-    own_keys = noisy if 0 in shape.noisy or shape.context_clips < shape.clips else 0
-    copied_values = own_keys if config.classes or config.text_width else 0
+    blocks = shape.blocks(config)
+    # A noisy block after others with context attends to concatenated copies of their clean keys and of its own.
+    lengths = zip(blocks.noisy, blocks.contexts, strict=True)
+    joined = shape.draws * shape.context_clips * sum(size + context for size, context in lengths if context)
+    # Other noisy blocks attend to their own rotated keys and, with a condition, to a copy of their values behind those
+    # of the condition. Both are computed and saved for all noisy blocks together.
+    own_keys = noisy if 0 in blocks.contexts or shape.context_clips < shape.clips else 0
+    copied_values = own_keys if config.has_prefix else 0
     casts_stream, casts_weights = precision.product != STREAM_BYTES, precision.product != precision.weight
     products = config.width * (
         packed  # input of the projections to keys, values and queries
@@ -206,8 +221,14 @@ def _bytes_inside_block(config: GPDiTConfig, shape: PassShape, precision: BytesP
         + queries  # input of the MLP
     )
     products += config.mlp_width * 2 * queries  # before and after GELU
+    if config.time_conditioning == "adaln":
+        products += config.width * 2 * noisy  # outputs of attention and MLP, which gates multiply
     products += _products_of_block(config) if casts_weights else 0  # which Lightning's autocast does not cache
     stream = config.width * queries  # between attention and MLP
+    stream += 2 * config.width * noisy if config.time_conditioning == "adaln" else 0  # normed, which scales multiply
+    if config.factorized:  # a second attention, over all tokens
+        products += 12 * config.width * packed
+        stream += config.width * packed
     stream += config.width * (packed + queries) if casts_stream else 0  # keys and queries as inputs of their norms
     rows = config.heads * (packed + 2 * queries)  # float32 numbers of the norms of keys and queries, and of attention
     return precision.product * products + STREAM_BYTES * stream + 4 * rows

@@ -20,6 +20,7 @@ from gpdit_lightning.estimation.memory import (
     step_bytes,
 )
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.model.layout import count_blocks
 
 # Bytes of CUDA's context, the workspaces of NCCL and cuBLAS, and fragmentation. Assumed, not measured.
 ALLOWANCE = 2 * 2**30
@@ -128,7 +129,8 @@ def pass_shape(
     run: RunSettings, source: PlannedSource, shape: MicroBatchShape, clips: int, context_clips: int
 ) -> PassShape:
     """Return the shape of a forward pass over `clips` clips of a source, `context_clips` of them with context."""
-    draws = run.noise_draws if shape.frames > 1 else 1
+    one_block = count_blocks(run.backbone, range(shape.frames), shape.height, shape.width) == 1
+    draws = 1 if one_block else run.noise_draws
     noisy_frames = source.config.noisy_frames(shape.frames)
     return PassShape(clips, context_clips, shape.frames, shape.height, shape.width, draws, noisy_frames)
 

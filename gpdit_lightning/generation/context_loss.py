@@ -1,4 +1,4 @@
-"""The velocity loss of contexts relative to that of held-out data, to find contexts unlike the training data.
+"""The loss of contexts relative to that of held-out data, to find contexts unlike the training data.
 
 Shapes: k context frames, C channels, h x w latent pixels.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.checkpoints.reading import TrainedModel
-from gpdit_lightning.diffusion import rotate_to
+from gpdit_lightning.diffusion import rotate_to, training_target
 from gpdit_lightning.generation.rollout import autocast
 from gpdit_lightning.randomness import CONTEXT_NOISE, generator
 
@@ -23,7 +23,7 @@ NOISE_LEVELS = (1 / 16, 3 / 16)
 def relative_loss(
     trained: TrainedModel, context: Tensor, label: int | None = None, autocast_dtype: torch.dtype | None = None
 ) -> float | None:
-    """Return the velocity loss of a context at weak noise, relative to the validation loss of the model there.
+    """Return the loss of a context at weak noise, relative to the validation loss of the model there.
 
     The loss of the context is that of its first frame and, with more weight, its last frame given the others, with
     fixed noise. This is one network call for four noisy frames. No generator of random numbers changes its state.
@@ -35,8 +35,11 @@ def relative_loss(
         autocast_dtype: as in :class:`GenerationConfig`.
 
     Returns:
-        The quotient; None without a context, or if no validation loss of images (k = 1) or videos (k > 1) is recorded.
+        The quotient; None without a context, if no validation loss of images (k = 1) or videos (k > 1) is recorded, or
+        if the blocks of the model are not frames.
     """
+    if trained.backbone.config.block_shape != (1, 0, 0) or trained.backbone.config.first_block_frames > 1:
+        return None
     context = context[-trained.geometry.frames :].to(trained.backbone.device)
     quarters = trained.validation and trained.validation.quarters.get("images" if len(context) == 1 else "videos")
     if not len(context) or not quarters or not quarters[0]:
@@ -48,10 +51,11 @@ def relative_loss(
     sample = rotate_to(context[frames].expand(shape), noise, trained.schedule.theta(levels))
     condition = None if label is None else torch.full((len(NOISE_LEVELS),), label, device=context.device)
     with autocast(context, autocast_dtype):
-        velocity = trained.backbone(
+        prediction = trained.backbone(
             sample.noisy, sample.theta, context[None], condition, draws=len(NOISE_LEVELS), frames=frames
         )
-    losses = (velocity - sample.velocity).float().square().mean(dim=(0, 2, 3, 4)).tolist()  # one per frame
+    errors = (prediction - training_target(sample, noise, trained.backbone.config.target)).float().square()
+    losses = errors.mean(dim=(0, 2, 3, 4)).tolist()  # one per frame
     # The first frame, which is the hardest, has the weight that it has in the validation loss.
     first = 1 / trained.geometry.frames if len(frames) > 1 else 1.0
     return (first * losses[0] + (1 - first) * losses[-1]) / quarters[0]

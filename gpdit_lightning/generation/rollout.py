@@ -1,8 +1,11 @@
-"""Rollout: latent frames generated one after another, each given the clean frames before it (GPDiT, figure 2, left).
+"""Rollout: blocks of latents generated in turn, each given the clean blocks before it (GPDiT, figure 2, left).
+
+A block is a latent frame by default, and otherwise what the model's `block_shape` says.
 
 Shapes: B clips, C channels, H x W latent pixels.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,11 +15,12 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from gpdit_lightning.diffusion import Guidance, RotationSampler, Sampler
+from gpdit_lightning.diffusion import Guidance, RotationSampler, Sampler, velocity_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import import_path
-from gpdit_lightning.model import NO_LABEL, GPDiT, KVCache
+from gpdit_lightning.model import NO_LABEL, GPDiT, GPDiTConfig, KVCache
 from gpdit_lightning.model.checks import check_condition, check_rollout
+from gpdit_lightning.model.layout import BlockLayout, Part
 from gpdit_lightning.randomness import GENERATION_NOISE, generator
 
 
@@ -81,6 +85,7 @@ class ClipInputs:
         return seeds
 
 
+WHOLE_FRAME: Part = (slice(None), slice(None))
 DEFAULT_CONFIG = GenerationConfig()
 DEFAULT_INPUTS = ClipInputs()
 
@@ -93,12 +98,13 @@ def rollout(
     config: GenerationConfig = DEFAULT_CONFIG,
     inputs: ClipInputs = DEFAULT_INPUTS,
 ) -> Iterator[Tensor]:
-    """Generate latent frames after `context`, and yield each as soon as it is computed.
+    """Generate latent frames after `context`, and yield each as soon as all blocks are computed that contain it.
 
     Args:
         model: in evaluation mode.
         context: (B, k, C, H, W) whitened latents on any device; k = 0 generates from noise alone.
-        frames: number of latent frames to generate; None for an endless rollout, which needs a window.
+        frames: number of latent frames to generate; None for an endless rollout, which needs a window. A last block is
+            generated whole, and its frames after these are left out.
         config: sampler, guidance, window, and how to compute.
         inputs: seeds and conditions of the clips.
 
@@ -113,12 +119,35 @@ def rollout(
     clips, context_frames = context.shape[:2]
     seeds = inputs.seed_per_clip(clips)
     denoiser = Denoiser(model, context, frames, config, inputs)
-    numbers = count(context_frames) if frames is None else range(context_frames, context_frames + frames)
-    for number in numbers:
-        noise = partial(_batch_noise, context, seeds, number)
-        latent = config.sampler.sample(denoiser, noise(), noise)
-        yield latent
-        denoiser.append(latent)
+    layout = model.layout(*context.shape[-2:])
+    left = math.inf if frames is None else frames
+    for number in _groups(layout, context_frames, frames):
+        of_group = layout.group(number, context_frames + (frames or 0))
+        blocks = []
+        for part in layout.parts:
+            noise = partial(_batch_noise, context, seeds, of_group, part)
+            blocks.append(config.sampler.sample(denoiser, noise(), noise))
+            denoiser.append(blocks[-1])
+        latents = layout.joined(blocks)
+        yield from (latents,) if latents.ndim == 4 else latents.unbind(1)[: int(min(left, len(of_group)))]
+        left -= len(of_group)
+
+
+def _groups(layout: BlockLayout, context_frames: int, frames: int | None) -> Iterator[int]:
+    """Yield the numbers of the groups of blocks, those that share their frames, that a rollout generates.
+
+    Raises:
+        InputError: the context ends within a block, or an endless rollout would have one endless block.
+    """
+    if frames is None and not layout.frames:
+        raise InputError(
+            "an endless rollout would be one endless block (block_shape has 0 frames): give a number of frames."
+        )
+    first = len(layout.blocks_of(range(context_frames))) // layout.blocks_per_group if context_frames else 0
+    for number in count(first):
+        if frames is not None and layout.group(number, context_frames + frames).start >= context_frames + frames:
+            return
+        yield number
 
 
 def cast_linear_weights(model: GPDiT, dtype: torch.dtype) -> None:
@@ -163,7 +192,7 @@ def check_sampler(sampler: Sampler, clips: int, *shape: int) -> None:
     Raises:
         InputError: the sampler fails, or its result has another shape or dtype or is not finite.
     """
-    noise = partial(_batch_noise, torch.empty(clips, 0, *shape), range(clips), 0)
+    noise = partial(_batch_noise, torch.empty(clips, 0, *shape), range(clips), (0,), WHOLE_FRAME)
     if not sampler.sample(lambda noisy, _: noisy / 2, noise(), noise).isfinite().all():
         raise InputError(
             f"sampler '{import_path(sampler)}' returns values that are not finite in a trial call without the network: "
@@ -176,13 +205,28 @@ def frame_noise(seed: int, frame: int, shape: Sequence[int], draw: int = 0) -> T
     return torch.from_numpy(generator(seed, GENERATION_NOISE, frame, draw).standard_normal(tuple(shape), "float32"))
 
 
-def _batch_noise(context: Tensor, seeds: Sequence[int], frame: int, step: int = -1) -> Tensor:
-    """Return noise (B, C, H, W) of one frame: the initial noise (step -1) or that of a stochastic sampler's step."""
-    return torch.stack([frame_noise(seed, frame, context.shape[2:], 1 + step) for seed in seeds]).to(context)
+def _batch_noise(context: Tensor, seeds: Sequence[int], frames: Sequence[int], part: Part, step: int = -1) -> Tensor:
+    """Return noise of a block: the initial noise (step -1) or that of a stochastic sampler's step.
+
+    Args:
+        context: latents whose frame size, device and precision the noise gets.
+        seeds: seed of each clip.
+        frames: positions of the block's frames.
+        part: the rows and columns of the block.
+        step: number of the step.
+
+    Returns:
+        (B, C, H, W) if the block is a frame, else (B, f, C, h, w).
+    """
+    noise = torch.stack(
+        [torch.stack([frame_noise(seed, frame, context.shape[2:], 1 + step) for frame in frames]) for seed in seeds]
+    )
+    block = noise[..., part[0], part[1]].to(context)
+    return block[:, 0] if len(frames) == 1 and block.shape[2:] == context.shape[2:] else block
 
 
 class Denoiser:
-    """Guided velocity of the next frame given the frames before it: the function that a sampler integrates.
+    """Guided velocity of the next block given the blocks before it: the function that a sampler integrates.
 
     Args:
         model, context, frames, config, inputs: as for :func:`rollout`; the context is on the device of the model.
@@ -200,9 +244,11 @@ class Denoiser:
         self.condition, self.null_condition = _conditions(model, config.guidance.label, inputs, len(context))
         if frames is None and config.window is None:
             raise InputError("an endless rollout would keep all frames in memory: give it a window.")
-        # The last generated frame is not attended to by any other.
-        history = None if frames is None else max(context_frames + frames - 1, 1)
+        layout = model.layout(*context.shape[-2:])
+        history = None if frames is None else max(layout.context_frames(context_frames + frames), context_frames, 1)
         self.visible = _visible_frames(config, history)
+        if not config.use_cache:
+            _check_without_cache(model.config, self.visible)
         if self.visible is not None and not config.use_cache and model.config.attention == "of2":
             raise InputError(
                 f"without a cache an of2 model must attend to all frames, but the window is {config.window}: generate "
@@ -218,7 +264,7 @@ class Denoiser:
             self._drop_invisible_frames()
 
     def __call__(self, noisy: Tensor, theta: Tensor) -> Tensor:
-        """Return the velocity (B, C, H, W) at `noisy` (B, C, H, W) and `theta` (B,)."""
+        """Return the velocity at `noisy`, (B, C, H, W) if blocks are frames, else (B, f, C, h, w), and `theta` (B,)."""
         clips, guidance = len(noisy), self.config.guidance
         # `at_all_levels` comes first, since reading the angle makes the host wait for the GPU.
         guided = guidance.at_all_levels or guidance.applies_at(theta[0].item(), self.config.sampler.schedule)
@@ -229,15 +275,17 @@ class Denoiser:
         conditions += [self.condition] if over_context else []
         # The last rows, for guidance over the context, are more than `draws` per clip: they have no context.
         with autocast(noisy, self.config.autocast_dtype):
-            velocities = self.model.denoise(
-                noisy.repeat(len(conditions), 1, 1, 1),
-                theta.repeat(len(conditions)),
+            noisy, theta = torch.cat([noisy] * len(conditions)), theta.repeat(len(conditions))
+            prediction = self.model.denoise(
+                noisy,
+                theta,
                 self.cache,
                 None if self.condition is None else torch.cat([c for c in conditions if c is not None]),
                 self.clean,
                 draws=2 if over_label else 1,
                 compiled=self.config.compile,
-            ).split(clips)
+            )
+        velocities = velocity_of(prediction, noisy, theta, self.model.config.target).split(clips)
         if self.cache is not None:
             self.clean = None  # the cache contains it now
         return guidance.combine(
@@ -245,8 +293,8 @@ class Denoiser:
         )
 
     def append(self, latent: Tensor) -> None:
-        """Append a generated frame (B, C, H, W) to the context; the next network call computes its keys and values."""
-        latent = latent[:, None]
+        """Append a generated block to the context; the next network call computes its keys and values."""
+        latent = latent[:, None] if latent.ndim == 4 else latent
         if self.cache is not None or self.clean is None:
             self.clean = latent
         else:
@@ -254,25 +302,37 @@ class Denoiser:
             self._drop_invisible_frames()
 
     def _fill_cache(self, context: Tensor, history: int | None) -> None:
-        """Cache all context frames except the last, which is an input of the first network call."""
+        """Cache all context blocks except the last frames, which are an input of the first network call."""
         clips, context_frames, _, height, width = context.shape
         frames, sinks = (self.visible, self.config.sinks) if self.visible is not None else (history, None)
         assert frames is not None  # an endless rollout has a window
         with autocast(context, self.config.autocast_dtype):
             cache = self.model.new_cache(clips, frames, height, width, sinks)
-            self.model.extend(cache, context[:, :-1])
+            last = cache.layout.context_frames(context_frames)
+            self.model.extend(cache, context[:, :last])
         self.cache = cache
-        self.clean = context[:, -1:] if context_frames else None
+        self.clean = context[:, last:] if context_frames else None
 
     @property
     def _has_context(self) -> bool:
-        return self.clean is not None or (self.cache is not None and self.cache.frames > 0)
+        return self.clean is not None or (self.cache is not None and self.cache.blocks > 0)
 
     def _drop_invisible_frames(self) -> None:
         """Drop clean frames that are no longer visible; the positions of the others become consecutive."""
         if self.clean is not None and self.visible is not None and self.clean.shape[1] > self.visible:
             sinks, window = self.clean[:, : self.config.sinks], self.clean[:, -(self.visible - self.config.sinks) :]
             self.clean = torch.cat((sinks, window), dim=1)
+
+
+def _check_without_cache(config: GPDiTConfig, visible: int | None) -> None:
+    """Raise InputError unless the visible frames can be computed again at every network call."""
+    if not config.whole_frames or (
+        visible is not None and (config.block_shape[0] != 1 or config.first_block_frames > 1)
+    ):
+        raise InputError(
+            f"without a cache, blocks of block_shape {config.block_shape} cannot be generated"
+            f"{' with a window' if config.whole_frames else ''}: generate with the cache."
+        )
 
 
 def _conditions(model: GPDiT, scale: float, inputs: ClipInputs, clips: int) -> tuple[Tensor | None, Tensor | None]:

@@ -1,7 +1,7 @@
-"""One GPDiT block: frame-causal attention and an MLP on a residual stream (GPDiT, figure 2, middle)."""
+"""A block of the transformer: attention and an MLP on a residual stream (GPDiT, figure 2, middle; ACDiT, figure 4)."""
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.model.kv_cache import LayerCache
 from gpdit_lightning.model.precision import RMSNorm
 from gpdit_lightning.model.streams import Streams
+from gpdit_lightning.model.time_conditioning import Branch
 
 
 class MLP(nn.Module):
@@ -26,8 +27,8 @@ class MLP(nn.Module):
         return self.down(self.activation(self.up(x)))
 
 
-class Block(nn.Module):
-    """RMSNorm, attention with QK-norm, RMSNorm, MLP, with rotation time conditioning in place of DiT's adaLN.
+class Attention(nn.Module):
+    """RMSNorm and attention with QK-norm.
 
     The query projection is separate from the key-value projection, since some tokens have no query.
     """
@@ -42,8 +43,46 @@ class Block(nn.Module):
         self.query_norm = RMSNorm(config.head_width, eps=eps)
         self.key_norm = RMSNorm(config.head_width, eps=eps)
         self.attention_output = nn.Linear(width, width, bias=False)
-        self.mlp_norm = RMSNorm(width, eps=eps)
-        self.mlp = MLP(width, config.mlp_width)
+
+    def update(
+        self, x: Tensor, streams: Streams, time: Branch, attend: Callable[..., Tensor], num_kv_only: int = 0
+    ) -> Tensor:
+        """Return the packed residual stream x (tokens, D) with the output of the attention, less `num_kv_only` tokens.
+
+        Args:
+            x: (packed tokens, D).
+            streams: the description of the pass.
+            time: the time conditioning of this branch.
+            attend: function of queries, keys and values.
+            num_kv_only: number of tokens, the first ones, without a query.
+        """
+        h = streams.product_input(self.attention_norm(x), time)
+        key, value = self.key_values(h)
+        query = self.query_norm(self.query(h[num_kv_only:]).unflatten(-1, (self.heads, -1)))
+        attended = attend(query, key, value).flatten(-2)
+        return x[num_kv_only:] + time.at_branch_output(self.attention_output(attended))
+
+    def key_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values (tokens, heads, head width) of (tokens, D)."""
+        key, value = self.key_value(h).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        return self.key_norm(key), value
+
+
+class Block(Attention):
+    """Attention and MLP, with rotation time conditioning in place of DiT's adaLN, or with adaLN-Zero.
+
+    With `config.factorized`, an attention within frames (`spatial`) precedes that of this class, which is then along
+    time. The class is an attention, and does not contain one, since checkpoints name the weights so.
+    """
+
+    def __init__(self, config: GPDiTConfig) -> None:
+        super().__init__(config)
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp = MLP(config.width, config.mlp_width)
+        self.spatial = Attention(config) if config.factorized else None
+        self.num_branches = 3 if config.factorized else 2
+        adaln = config.time_conditioning == "adaln"
+        self.modulation = nn.Linear(config.width, 3 * self.num_branches * config.width) if adaln else None
 
     def forward(
         self, x: Tensor, streams: Streams, num_kv_only: int = 0, layer_cache: LayerCache | None = None
@@ -60,24 +99,24 @@ class Block(nn.Module):
         Returns:
             (packed tokens - num_kv_only, D).
         """
-        rotation = streams.rotation
-        x = rotation.at_block(x)
-        h = streams.product_input(self.attention_norm(x))
-        key, value = self._key_value(h)
-        query = self.query_norm(self.query(h[num_kv_only:]).unflatten(-1, (self.heads, -1)))
-        attended = streams.attend(query, key, value, layer_cache).flatten(-2)
-        x = x[num_kv_only:] + rotation.at_branch_output(self.attention_output(attended))
-        h = streams.product_input(self.mlp_norm(x))
-        return x + rotation.at_branch_output(self.mlp(h))
+        x, (attention, mlp) = self._within_frames(x, streams)
+        x = self.update(x, streams, attention, partial(streams.attend, layer_cache=layer_cache), num_kv_only)
+        h = streams.product_input(self.mlp_norm(x), mlp)
+        return x + mlp.at_branch_output(self.mlp(h))
 
     def write_cache(self, x: Tensor, streams: Streams, layer_cache: LayerCache) -> None:
         """Append the keys and values of the clean tokens to this block's cache, and compute nothing else."""
-        h = streams.product_input(self.attention_norm(streams.rotation.at_block(x)))
-        layer_cache.update(streams.clean_kv(*self._key_value(h)))
+        x, (attention, _) = self._within_frames(x, streams)
+        h = streams.product_input(self.attention_norm(x), attention)
+        layer_cache.update(streams.clean_kv(*self.key_values(h)))
 
-    def _key_value(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = self.key_value(h).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-        return self.key_norm(key), value
+    def _within_frames(self, x: Tensor, streams: Streams) -> tuple[Tensor, Sequence[Branch]]:
+        """Apply the attention within frames, if there is one; also return the conditioning of the other branches."""
+        x = streams.time.at_block(x)
+        branches = streams.time.branches(self.modulation, self.num_branches)
+        if self.spatial is not None:
+            x = self.spatial.update(x, streams, branches[0], streams.attend_within_frames)
+        return x, branches[-2:]
 
 
 def run_block(

@@ -11,6 +11,7 @@ from torch import Tensor
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.model.kv_cache import KVCache
+from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.model.prefix import NO_LABEL
 
 
@@ -70,8 +71,6 @@ def check_forward(
     """Raise InputError unless these are valid arguments of `GPDiT.forward`."""
     check_latents(config, noisy)
     check_condition(config, condition, len(noisy))
-    if theta.shape != noisy.shape[:2]:
-        raise InputError(f"theta has shape {tuple(theta.shape)}; it must be (B, F) = {tuple(noisy.shape[:2])}.")
     if frames is not None and (
         len(frames) != noisy.shape[1]
         or not all(isinstance(frame, int) for frame in frames)
@@ -80,6 +79,11 @@ def check_forward(
         raise InputError(
             f"frames are {tuple(frames)} for {noisy.shape[1]} noisy ones: give as many increasing integer positions."
         )
+    of_frames = range(noisy.shape[1]) if frames is None else frames
+    blocks = len(BlockLayout.of(config, *noisy.shape[-2:]).blocks_of(of_frames))
+    if theta.shape != (len(noisy), blocks):
+        shape = f"(B, {'F' if config.block_shape == (1, 0, 0) else 'blocks'}) = ({len(noisy)}, {blocks})"
+        raise InputError(f"theta has shape {tuple(theta.shape)}; it must be {shape}.")
     check_draws(draws)
     if clean is None:
         return
@@ -119,7 +123,7 @@ def check_denoise(
     clean: Tensor | None,
     draws: int,
 ) -> None:
-    """Raise InputError unless these are valid arguments of `GPDiT.denoise`, where `noisy` is (R, 1, C, H, W)."""
+    """Raise InputError unless these are valid arguments of `GPDiT.denoise`, where `noisy` is (R, f, C, h, w)."""
     check_latents(config, noisy)
     check_condition(config, condition, len(noisy))
     if theta.shape != noisy.shape[:1]:
@@ -129,7 +133,7 @@ def check_denoise(
     if clean is not None:
         check_latents(config, clean)
         clips, new_frames = clean.shape[:2]
-        if clean.shape[2:] != noisy.shape[2:]:
+        if config.whole_frames and clean.shape[2:] != noisy.shape[2:]:
             raise InputError(
                 f"clean has shape {tuple(clean.shape)} and noisy {tuple(noisy[:, 0].shape)}; clean must be "
                 "(B, k, C, H, W) and noisy (R, C, H, W), with equal C, H and W."
@@ -164,7 +168,7 @@ def check_cache_size(config: GPDiTConfig, batch_size: int, max_frames: int, heig
 
 
 def check_cache(config: GPDiTConfig, cache: KVCache, clips: int, latents: Tensor, new_frames: int) -> None:
-    """Raise InputError unless a cache fits model, `clips` and `latents`, and has room for `new_frames`."""
+    """Raise InputError unless a cache fits model, `clips` and `latents`, and has room for `new_frames` of them."""
     height, width = latents.shape[-2:]
     if cache.config.architecture() != config.architecture():
         raise InputError(
@@ -175,13 +179,15 @@ def check_cache(config: GPDiTConfig, cache: KVCache, clips: int, latents: Tensor
             f"the cache is on {cache.device}, but the latents are on {latents.device}: create one with model.new_cache "
             "after the model was moved."
         )
-    if (clips, height, width) != (cache.batch_size, cache.height, cache.width):
+    sizes = (cache.height, cache.width), cache.layout.block_pixels
+    if clips != cache.batch_size or (height, width) not in sizes:
         raise InputError(
             f"the cache is for {cache.batch_size} clips of {cache.height}x{cache.width} latent pixels, but {clips} of "
             f"{height}x{width} were given: create one with model.new_cache for these sizes."
         )
-    if new_frames > cache.max_new_frames:
+    new_tokens = new_frames * (height // config.patch_size) * (width // config.patch_size)
+    if new_tokens > cache.max_new_tokens:
         raise InputError(
-            f"the cache has a capacity of {cache.max_frames} frames and contains {cache.stored_frames()}: {new_frames} "
+            f"the cache has a capacity of {cache.max_frames} frames and contains {cache.frames}: {new_frames} "
             "more do not fit; create it with a larger max_frames, or append fewer at a time."
         )

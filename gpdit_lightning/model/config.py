@@ -7,17 +7,36 @@ from typing import Any, Literal, get_args
 from gpdit_lightning.errors import InputError
 
 AttentionVariant = Literal["of2", "of"]
+TimeConditioningName = Literal["rotation", "adaln"]
 TimeSite = Literal["branch", "branch_inverse", "input", "residual", "none"]
+Target = Literal["velocity", "epsilon"]
 
-# GPDiT, Table 1 (B and H); "tiny" is ours, for tests and laptops.
+# GPDiT, Table 1 (B and H); ACDiT, Table 1, whose B has the sizes of GPDiT's; "tiny" is ours, for tests and laptops.
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"layers": 4, "width": 192, "mlp_width": 768, "heads": 6},
     "B": {"layers": 12, "width": 768, "mlp_width": 3072, "heads": 12},
     "H": {"layers": 24, "width": 2816, "mlp_width": 11264, "heads": 22},
+    "acdit-l": {"layers": 24, "width": 1024, "mlp_width": 4096, "heads": 16},
+    "acdit-xl": {"layers": 28, "width": 1152, "mlp_width": 4608, "heads": 18},
+    "acdit-h": {"layers": 32, "width": 1280, "mlp_width": 5120, "heads": 20},
 }
 
 SIZE_FIELDS = ("layers", "width", "mlp_width", "heads")
 CUSTOM_SIZE = "custom"
+
+# ACDiT for images of ImageNet (section 5.1): 256x256 pixels are 32x32 latent pixels of Stable Diffusion's VAE.
+ACDIT: dict[str, Any] = {
+    "block_shape": (1, 16, 16),
+    "time_conditioning": "adaln",
+    "target": "epsilon",
+    "latent_channels": 4,
+    "patch_size": 1,
+    "classes": 1000,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "acdit-b": {"size": "B", **ACDIT},
+    **{name: {"size": name, **ACDIT} for name in ("acdit-l", "acdit-xl", "acdit-h")},
+}
 
 # Fields that change how the network is executed, but not the function that it computes.
 EXECUTION_FIELDS = ("attention_backend", "activation_checkpointing", "compile")
@@ -36,8 +55,9 @@ class GPDiTConfig:
     """
 
     size: str = "B"
-    """Named size that sets `layers`, `width`, `mlp_width` and `heads` where they are 0: tiny, B (85M) or H (2.28B). If
-    the four are those of no named size, it becomes custom; if they are those of another one, they are refused."""
+    """Named size that sets `layers`, `width`, `mlp_width` and `heads` where they are 0: tiny, B (85M), H (2.28B), or
+    acdit-l, acdit-xl, acdit-h (ACDiT, Table 1). If the four are those of no named size, it becomes custom; if they are
+    those of another one, they are refused."""
     layers: int = 0
     """Number of transformer blocks; 0: as `size`."""
     width: int = 0
@@ -50,22 +70,41 @@ class GPDiTConfig:
     """Channels C of a latent frame (16 for WanVAE)."""
     patch_size: int = 2
     """Side of the square patch of latent pixels that becomes one token."""
+    block_shape: tuple[int, int, int] = (1, 0, 0)
+    """Frames, rows and columns, in tokens, of a block, the unit of autoregression, which has one noise level; 0: as
+    many as there are. (1, 0, 0) is GPDiT, whose block is a frame; (4, 0, 0) and (1, 16, 16) are ACDiT for videos and
+    for images; (0, 0, 0) is the diffusion of the whole clip at once."""
+    first_block_frames: int = 0
+    """Frames of the first block, if it has others than the following ones; 0: it has as many. With block_shape
+    (0, 0, 0): the frames of the context, which one block of all other frames continues."""
+    causal_in_block: bool = False
+    """Whether a frame attends to no later frame of its block, as in ViD-GPT; the frames of a block are denoised
+    together in any case."""
+    factorized: bool = False
+    """Whether each block of the transformer has an attention within frames and then one along time, at each place of a
+    frame, as in ViD-GPT, in place of one attention over all tokens."""
     attention: AttentionVariant = "of2"
-    """The clean frames that a clean frame attends to: of2 = itself and all previous ones (GPDiT 4.1.1), of = itself
-    only (4.1.2). For H at 240 tokens per frame, of saves 0.9 % of the training FLOPs at 5 latent frames and 3 % at 12:
-    23 % and 37 % of the attention products, which are a small part of the whole."""
+    """The clean blocks that a clean block attends to: of2 = itself and all previous ones (GPDiT 4.1.1, ACDiT 4.1), of =
+    itself only (GPDiT 4.1.2). For H at 240 tokens per frame, of saves 0.9 % of the training FLOPs at 5 latent frames
+    and 3 % at 12: 23 % and 37 % of the attention products, which are a small part of the whole."""
+    time_conditioning: TimeConditioningName = "rotation"
+    """How noisy tokens receive theta: rotation = of hidden channel pairs, without parameters (GPDiT 4.2), see
+    `time_site`; adaln = adaLN-Zero (DiT; ACDiT 4.2), whose embedding includes the class label."""
     time_site: TimeSite = "branch"
-    """Where hidden channel pairs are rotated by theta (GPDiT 4.2, "for each block"): branch = inputs of attention, MLP
-    and output layer; branch_inverse = the same, undone at the branch outputs; input = once after the patch embedding;
-    residual = the residual stream before every block; none = never."""
+    """Where the rotation multiplies hidden channel pairs (GPDiT 4.2, "for each block"): branch = inputs of attention,
+    MLP and output layer; branch_inverse = the same, undone at the branch outputs; input = once after the patch
+    embedding; residual = the residual stream before every block; none = never."""
     rope_lengths: tuple[int, int, int] = (32, 32, 32)
     """Maximum extent (frames, rows, columns), in tokens, that determines the RoPE bases (ACDiT 4.2); part of the
     architecture, independent of inputs."""
     classes: int = 0
-    """Number of class labels; a label is a condition by a token that noisy frames attend to; 0: none."""
+    """Number of class labels; 0: none. With rotation, a label is a token that noisy frames attend to; with adaln it is
+    added to the embedding of theta."""
     text_width: int = 0
     """Width of text embeddings; a text is a condition by tokens that noisy frames attend to; 0: none. No stage trains
     on texts yet, and training refuses it."""
+    target: Target = "velocity"
+    """What the network predicts: the velocity (GPDiT 4.2), or epsilon, the noise (ACDiT, DDPM)."""
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     attention_backend: str = "auto"
@@ -96,11 +135,16 @@ class GPDiTConfig:
                 f"Python: config.replaced(size='{self.size}')), or give size {of_fields}."
             )
         object.__setattr__(self, "size", of_fields)
-        lengths = tuple(self.rope_lengths) if isinstance(self.rope_lengths, list | tuple) else ()
-        if [type(length) for length in lengths] != [int] * 3 or min(lengths) < 1:
-            raise InputError(f"rope_lengths is {self.rope_lengths}; it must be three positive numbers of tokens.")
-        object.__setattr__(self, "rope_lengths", lengths)
-        for name, kind in (("attention", AttentionVariant), ("time_site", TimeSite)):
+        self._set_triple("rope_lengths", 1, "three positive numbers of tokens")
+        self._set_triple("block_shape", 0, "three numbers (frames, rows, columns), 0 for as many as there are")
+        self._check_blocks()
+        choices_of = {
+            "attention": AttentionVariant,
+            "time_conditioning": TimeConditioningName,
+            "time_site": TimeSite,
+            "target": Target,
+        }
+        for name, kind in choices_of.items():
             choices = get_args(kind)
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} '{getattr(self, name)}' is not known: choose one of {', '.join(choices)}.")
@@ -122,9 +166,42 @@ class GPDiTConfig:
                 "channel pairs of three RoPE axes: choose an even head width of at least 6."
             )
 
+    def _set_triple(self, name: str, least: int, meaning: str) -> None:
+        value = getattr(self, name)
+        triple = tuple(value) if isinstance(value, list | tuple) else ()
+        if [type(number) for number in triple] != [int] * 3 or min(triple) < least:
+            raise InputError(f"{name} is {value}; it must be {meaning}.")
+        object.__setattr__(self, name, triple)
+
+    def _check_blocks(self) -> None:
+        """Raise InputError unless the fields that concern blocks agree."""
+        if self.first_block_frames < 0:
+            raise InputError(f"first_block_frames is {self.first_block_frames}; it must not be negative.")
+        options = {
+            "first_block_frames": self.first_block_frames,
+            "causal_in_block": self.causal_in_block,
+            "factorized": self.factorized,
+        }
+        used = [name for name, value in options.items() if value]
+        if used and not self.whole_frames:
+            raise InputError(
+                f"{' and '.join(used)} need blocks of whole frames, but block_shape is {self.block_shape}: give it 0 "
+                "rows and 0 columns."
+            )
+        if self.factorized and self.has_prefix:
+            raise InputError(
+                "factorized attention takes no condition as tokens: leave out text_width, and with classes set "
+                "time_conditioning to adaln."
+            )
+        if self.time_conditioning == "adaln" and self.time_site != "branch":
+            raise InputError(
+                f"time_site is {self.time_site}, which is an option of the rotation, but time_conditioning is adaln: "
+                "leave out one of them."
+            )
+
     @classmethod
     def preset(cls, size: str = "B", **overrides: Any) -> "GPDiTConfig":
-        """Return the configuration of a named size, with any field overridden.
+        """Return the configuration of a named size, or of acdit-b, -l, -xl or -h, with any field overridden.
 
         Raises:
             InputError: `size` or a field is unknown, or the fields are those of another size.
@@ -133,7 +210,7 @@ class GPDiTConfig:
         for name in overrides:
             if name not in known:
                 raise InputError(f"GPDiTConfig has no field '{name}': the fields are {', '.join(sorted(known))}.")
-        return cls(size=size, **overrides)
+        return cls(**({"size": size} | PRESETS.get(size, {}) | overrides))
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "GPDiTConfig":
@@ -146,6 +223,16 @@ class GPDiTConfig:
         """
         complete = all(stored.get(name) for name in SIZE_FIELDS)
         return cls.preset(**{**stored, "size": CUSTOM_SIZE} if complete else stored)
+
+    @property
+    def has_prefix(self) -> bool:
+        """Return whether a condition is tokens, to which noisy frames attend."""
+        return self.text_width > 0 or (self.classes > 0 and self.time_conditioning == "rotation")
+
+    @property
+    def whole_frames(self) -> bool:
+        """Return whether blocks are whole frames, and not parts of them."""
+        return self.block_shape[1:] == (0, 0)
 
     @property
     def head_width(self) -> int:
@@ -165,7 +252,7 @@ class GPDiTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON values; `GPDiTConfig.from_dict` restores the configuration."""
-        return asdict(self) | {"rope_lengths": list(self.rope_lengths)}
+        return asdict(self) | {name: list(getattr(self, name)) for name in ("rope_lengths", "block_shape")}
 
     def replaced(self, **overrides: Any) -> "GPDiTConfig":
         """Return a copy with some fields changed; a new `size` sets its four fields, unless they are given too.

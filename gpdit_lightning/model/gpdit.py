@@ -1,6 +1,8 @@
-"""GPDiT: a transformer that denoises each latent frame given the clean frames before it (GPDiT, section 4).
+"""GPDiT: a transformer that denoises each block of latents given the clean blocks before it (GPDiT, section 4).
 
-Shapes: B clips, F latent frames, C channels, H x W latent pixels, N tokens per frame, D hidden width.
+A block is a latent frame by default, and otherwise what `GPDiTConfig.block_shape` says (ACDiT, section 4).
+
+Shapes: B clips, F latent frames, S blocks, C channels, H x W latent pixels, N tokens per frame, D hidden width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpdit_lightning.devices import check_device
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.model.attention import find_backend
 from gpdit_lightning.model.block import Block, run_block, run_compiled_block
 from gpdit_lightning.model.checks import (
@@ -23,14 +26,22 @@ from gpdit_lightning.model.checks import (
 )
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.model.kv_cache import KVCache
+from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.model.patches import patchify, unpatchify
 from gpdit_lightning.model.precision import RMSNorm, product_dtype, stream_dtype
 from gpdit_lightning.model.prefix import Prefix
-from gpdit_lightning.model.streams import FrameLayout, Streams, describe_streams
+from gpdit_lightning.model.streams import PassLayout, Streams, describe_streams
+from gpdit_lightning.model.time_conditioning import (
+    AdaLN,
+    TimeConditioning,
+    TimeEmbedding,
+    TimeRotation,
+    Unconditioned,
+)
 
 
 class GPDiT(nn.Module):
-    """The backbone: patch embedding, blocks, output layer (GPDiT, figure 2).
+    """The backbone: patch embedding, blocks of the transformer, output layer (GPDiT, figure 2; ACDiT, figure 4).
 
     No parameter sits directly on this module: DeepSpeed ZeRO-3 gathers those of submodules in any method, but the
     root's only in `forward`.
@@ -50,9 +61,12 @@ class GPDiT(nn.Module):
         find_backend(config.attention_backend)  # an unknown name fails here, not at the first step
         self.config = config
         patch_values = config.latent_channels * config.patch_size**2
+        adaln = config.time_conditioning == "adaln"
         self.patch_embedding = nn.Linear(patch_values, config.width)
-        self.prefix = Prefix(config) if config.classes or config.text_width else None
+        self.prefix = Prefix(config) if config.has_prefix else None
+        self.time_embedding = TimeEmbedding(config) if adaln else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.output_modulation = nn.Linear(config.width, 2 * config.width) if adaln else None
         self.output_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.output = nn.Linear(config.width, patch_values)
         self.reset_parameters()
@@ -62,8 +76,19 @@ class GPDiT(nn.Module):
         """Device of the weights."""
         return self.patch_embedding.weight.device
 
+    def layout(self, height: int, width: int) -> BlockLayout:
+        """Return the blocks of clips of `height` x `width` latent pixels.
+
+        Raises:
+            InputError: the frame does not divide into blocks.
+        """
+        return BlockLayout.of(self.config, height, width)
+
     def reset_parameters(self) -> None:
-        """Xavier weights, zero biases, a zero output layer (as DiT), and branches scaled by 1 / sqrt(2 layers)."""
+        """Xavier weights, zero biases, a zero output layer (as DiT), and branches scaled by 1 / sqrt(2 layers).
+
+        The modulations of adaLN are zero (adaLN-Zero), and the embedding of theta is as in DiT.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -72,11 +97,19 @@ class GPDiT(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)  # as DiT's labels
         nn.init.zeros_(self.output.weight)
+        if self.time_embedding is not None and self.output_modulation is not None:
+            for linear in (self.time_embedding.hidden, self.time_embedding.output):
+                nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(self.output_modulation.weight)
         with torch.no_grad():
             for block in self.blocks:
                 assert isinstance(block, Block)
                 block.attention_output.weight.mul_((2 * self.config.layers) ** -0.5)
                 block.mlp.down.weight.mul_((2 * self.config.layers) ** -0.5)
+                if block.spatial is not None:
+                    block.spatial.attention_output.weight.mul_((2 * self.config.layers) ** -0.5)
+                if block.modulation is not None:
+                    nn.init.zeros_(block.modulation.weight)
 
     def forward(
         self,
@@ -87,24 +120,24 @@ class GPDiT(nn.Module):
         draws: int = 1,
         frames: Sequence[int] | None = None,
     ) -> Tensor:
-        """Predict the velocity of every noisy frame given the clean frames before it.
+        """Predict the target of every noisy block given the clean blocks before it.
 
         Args:
             noisy: (B, F, C, H, W).
-            theta: (B, F) radians, one angle per noisy frame.
+            theta: (B, S) radians, one angle per noisy block; S = F if blocks are frames.
             clean: (B', F, C, H, W), with `frames` the whole clip. The first K * B' <= B noisy clips have context, the
-                others have none; None: no clip has context. No frame attends to the last clean frame, so it is not
+                others have none; None: no clip has context. No block attends to the last clean block, so it is not
                 computed.
             condition: condition of each noisy clip, with or without context, for a model with `classes` or
                 `text_width`: (B,) class numbers, -1 for none (None: none for all clips), or (B, L, text width)
-                embeddings of any text encoder, those of the empty text for none. Only noisy frames attend to it.
+                embeddings of any text encoder, those of the empty text for none. It has no effect on clean blocks.
             draws: K, number of noisy clips that share one clean clip as context, whose stream is computed once: noisy
                 clip k * B' + b is copy k of clean clip b.
-            frames: increasing positions of the noisy frames in the clip; None: 0 to F - 1. Clean frames after the last
-                of them are not computed.
+            frames: increasing positions of the noisy frames in the clip, those of whole blocks; None: 0 to F - 1. Clean
+                frames after the last of them are not computed.
 
         Returns:
-            velocity (B, F, C, H, W).
+            the prediction (B, F, C, H, W) of `config.target`: velocity or epsilon.
 
         Raises:
             InputError: the shapes do not fit the architecture or each other, or the latents are on another device than
@@ -112,41 +145,61 @@ class GPDiT(nn.Module):
         """
         check_device(self.device, "the model", noisy=noisy, clean=clean)
         check_forward(self.config, noisy, theta, clean, condition, draws, frames)
+        layout = self.layout(*noisy.shape[-2:])
         frames = tuple(range(noisy.shape[1]) if frames is None else frames)
-        # Frame i attends to the i clean frames before it.
-        clean = clean[:, : frames[-1]] if clean is not None and len(clean) and frames[-1] else None
-        layout = FrameLayout(noisy_frames=frames, context_lengths=frames, draws=draws)
-        x, streams = self.embed(layout, clean, noisy, theta, condition)
+        blocks, length = layout.blocks_of(frames), frames[-1] + 1
+        clean_blocks = range(blocks[-1] if clean is not None and len(clean) else 0)
+        clean = (
+            clean[:, : layout.group_of(clean_blocks[-1], length).stop] if clean is not None and clean_blocks else None
+        )
+        of_pass = PassLayout(layout, length, clean_blocks, blocks, layout.contexts(blocks, length), draws)
+        x, streams = self.embed(of_pass, clean, noisy, theta, condition)
         x = self._run_blocks(x, streams)
-        return self.head(x, streams).to(noisy.dtype)
+        patches = layout.unpack(self.head(x, streams), blocks, length)
+        return unpatchify(patches, self.config.patch_size, layout.rows, layout.columns).to(noisy.dtype)
 
     def embed(
         self,
-        layout: FrameLayout,
+        layout: PassLayout,
         clean: Tensor | None = None,
         noisy: Tensor | None = None,
         theta: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> tuple[Tensor, Streams]:
-        """Embed the prefix, all clean frames and all noisy frames as packed tokens, and describe their streams.
+        """Embed the prefix, all clean blocks and all noisy blocks as packed tokens, and describe their streams.
 
         Args:
-            layout: the positions of the frames.
-            clean, noisy, theta, condition: as in :meth:`forward`.
+            layout: the blocks of the pass.
+            clean, noisy: (B, F, C, H, W), whole frames that begin with those of the blocks, or (B, f, C, h, w), one
+                block.
+            theta, condition: as in :meth:`forward`.
 
         Returns:
             tokens (packed tokens, D), and the streams of the pass.
         """
-        given = [latents for latents in (clean, noisy) if latents is not None]
-        patches = torch.cat([patchify(latents, self.config.patch_size).flatten(0, 2) for latents in given])
+        blocks = layout.layout
+        given = [
+            blocks.pack(patchify(latents, self.config.patch_size), numbers, layout.frames).flatten(0, 1)
+            for latents, numbers in ((clean, layout.clean), (noisy, layout.noisy))
+            if latents is not None
+        ]
         dtype, products = stream_dtype(self.patch_embedding.weight), product_dtype(self.patch_embedding.weight)
-        x = self.patch_embedding(patches.to(products)).to(dtype)
+        x = self.patch_embedding(torch.cat(given).to(products)).to(dtype)
         prefix = None
         if noisy is not None and self.prefix is not None:
             prefix = self.prefix(condition, len(noisy))
             x = torch.cat((prefix.flatten(0, 1).to(dtype), x))
-        streams = describe_streams(self.config, layout, x, products, prefix, clean, noisy, theta)
-        return streams.rotation.at_input(x), streams
+        clips, rows = (len(latents) if latents is not None else 0 for latents in (clean, noisy))
+        sizes = layout.sizes(self.config.causal_in_block)
+        time: TimeConditioning
+        if theta is None:
+            time = Unconditioned()
+        elif self.time_embedding is None:
+            time = TimeRotation.of_noisy(theta, sizes.noisy, x, self.config.time_site)
+        else:
+            time = AdaLN(self.time_embedding(theta.to(x.device, x.dtype), condition), sizes.noisy)
+        streams = describe_streams(self.config, layout, x, products, prefix, clips, rows, time)
+        return time.at_input(x), streams
 
     def _run_blocks(
         self,
@@ -162,14 +215,14 @@ class GPDiT(nn.Module):
             x: (packed tokens, D).
             streams: the description of the pass.
             layers: numbers of the blocks, from 0; None: all blocks.
-            cache: previous clean frames, to which the blocks append those of the pass.
+            cache: previous clean blocks, to which those of the pass are appended.
             run: function that runs one block; None: the one for training if gradients are enabled.
         """
         if run is None:
             run = self._training_run() if torch.is_grad_enabled() else run_block
         last = self.config.layers - 1
         for layer in range(self.config.layers) if layers is None else layers:
-            num_kv_only = streams.noisy_start if layer == last and streams.noisy_shape[0] else 0
+            num_kv_only = streams.noisy_start if layer == last and streams.rows else 0
             layer_cache = cache.layer_cache(layer) if cache is not None else None
             x = run(self.blocks[layer], x, streams, num_kv_only, layer_cache)
         return x
@@ -180,13 +233,12 @@ class GPDiT(nn.Module):
         return partial(checkpoint, run, use_reentrant=False) if self.config.activation_checkpointing else run
 
     def head(self, x: Tensor, streams: Streams) -> Tensor:
-        """Compute the velocity (B, F, C, H, W) from the noisy tokens (B * F * N, D)."""
-        h = streams.product_input(self.output_norm(x))
-        patches = self.output(h).view(*streams.noisy_shape, streams.tokens, -1)
-        return unpatchify(patches, self.config.patch_size, streams.rows, streams.columns)
+        """Compute the predicted patches (B, tokens, C * patch * patch) from the noisy tokens (B * tokens, D)."""
+        (time,) = streams.time.branches(self.output_modulation, 0)
+        return self.output(streams.product_input(self.output_norm(x), time)).unflatten(0, (streams.rows, -1))
 
     def features(self, clean: Tensor, layers: Iterable[int], condition: Tensor | None = None) -> dict[int, Tensor]:
-        """Return features: the residual stream of clean frames, without time rotation (GPDiT, section 5.3).
+        """Return features: the residual stream of clean frames, without time conditioning (GPDiT, section 5.3).
 
         Args:
             clean: (B, F, C, H, W).
@@ -204,11 +256,13 @@ class GPDiT(nn.Module):
         check_device(self.device, "the model", clean=clean)
         layers = sorted(set(layers))
         check_features(self.config, clean, layers, condition)
-        x, streams = self.embed(FrameLayout(), clean)
+        layout, frames = self.layout(*clean.shape[-2:]), clean.shape[1]
+        blocks = range(layout.count(frames))
+        x, streams = self.embed(PassLayout(layout, frames, clean=blocks), clean)
         features = {}
         for previous, layer in pairwise((0, *layers)):
             x = self._run_blocks(x, streams, range(previous, layer))
-            features[layer] = x.view(*clean.shape[:2], streams.tokens, self.config.width)
+            features[layer] = layout.unpack(x.unflatten(0, (len(clean), -1)), blocks, frames)
         return features
 
     def new_cache(self, batch_size: int, max_frames: int, height: int, width: int, sinks: int | None = None) -> KVCache:
@@ -222,8 +276,8 @@ class GPDiT(nn.Module):
                 more frames.
 
         Raises:
-            InputError: a size is not positive or not divisible into patches, or a rolling cache has no capacity for a
-                window.
+            InputError: a size is not positive or not divisible into patches and blocks, or a rolling cache has no
+                capacity for a window, or one that does not consist of blocks.
         """
         check_cache_size(self.config, batch_size, max_frames, height, width)
         dtype = product_dtype(self.patch_embedding.weight)
@@ -231,11 +285,12 @@ class GPDiT(nn.Module):
 
     @torch.no_grad()
     def extend(self, cache: KVCache, clean: Tensor, condition: Tensor | None = None) -> None:
-        """Append clean frames to the cache.
+        """Append clean blocks to the cache.
 
         Args:
             cache: from :meth:`new_cache`.
-            clean: (B, k, C, H, W), the frames that follow those in the cache.
+            clean: (B, k, C, H, W), the frames that follow those in the cache, of whole blocks; or (B, f, C, h, w), the
+                next block, where a block is a part of frames.
             condition: as in :meth:`features`: checked, but without effect.
 
         Raises:
@@ -249,9 +304,11 @@ class GPDiT(nn.Module):
         last, last_block = self.config.layers - 1, self.blocks[-1]
         assert isinstance(last_block, Block)
         while clean.shape[1]:
-            new, clean = clean[:, : cache.max_new_frames], clean[:, cache.max_new_frames :]
-            cache.begin_pass(new.shape[1])
-            x, streams = self.embed(FrameLayout(cache.frames), new)
+            most = clean.shape[1] if cache.sinks is None else cache.max_new_tokens // cache.tokens
+            new, clean = clean[:, :most], clean[:, most:]
+            blocks, length = cache.layout.following(cache.blocks, new.shape[1], *new.shape[-2:])
+            cache.begin_pass(len(blocks), sum(cache.layout.sizes(blocks, length)))
+            x, streams = self.embed(PassLayout(cache.layout, length, blocks), new)
             x = self._run_blocks(x, streams, range(last), cache)
             last_block.write_cache(x, streams, cache.layer_cache(last))
             cache.end_pass()
@@ -266,37 +323,53 @@ class GPDiT(nn.Module):
         draws: int = 1,
         compiled: bool = False,
     ) -> Tensor:
-        """Predict the velocity of the next frame given the frames in the cache and then those in `clean`.
+        """Predict the target of the next block given the blocks in the cache and then those in `clean`.
 
         Args:
-            noisy: (R, C, H, W), with R a multiple of B and at least K * B. Rows after the first K * B have no context.
+            noisy: (R, C, H, W) where a block is a frame, else (R, f, C, h, w), the size of the block; with R a multiple
+                of B and at least K * B. Rows after the first K * B have no context.
             theta: (R,) radians.
-            cache: the previous clean frames of B clips, changed only by `clean`; None or empty: no context.
+            cache: the previous clean blocks of B clips, changed only by `clean`; None or empty: no context.
             condition: as in :meth:`forward`, for each of the R rows.
-            clean: (B, k, C, H, W), the clean frames immediately before this frame. With a cache they are appended to it
-                in the same pass, as by `extend`; without a cache they are the whole context (GPDiT, section 4.1.2).
+            clean: (B, k, C, H, W), the clean frames immediately before this block, or a block as in :meth:`extend`.
+                With a cache they are appended to it in the same pass, as by `extend`; without a cache they are the
+                whole context (GPDiT, section 4.1.2).
             draws: K, number of rows that share the context of a clip: row k * B + b has that of clip b.
             compiled: use blocks compiled by torch.compile, whatever `config.compile`, which concerns training; with a
                 rolling cache, four graphs are used for all frames.
 
         Returns:
-            velocity (R, C, H, W), equal to that of this frame in :meth:`forward`.
+            the prediction of `config.target`, of the shape of `noisy`, equal to that of this block in :meth:`forward`.
 
         Raises:
             InputError: the shapes do not fit, a cache that does not roll is full, or the latents or the cache are on
                 another device than the weights.
         """
         check_device(self.device, "the model", noisy=noisy, clean=clean)
-        noisy = noisy[:, None]
+        one_frame = noisy.ndim == 4
+        noisy = noisy[:, None] if one_frame else noisy
         check_denoise(self.config, noisy, theta, cache, condition, clean, draws)
-        new_frames = clean.shape[1] if clean is not None else 0
-        first, context_length = 0, new_frames
+        layout = cache.layout if cache is not None else self.layout(*(clean if clean is not None else noisy).shape[-2:])
+        block, new_tokens = cache.blocks if cache is not None else 0, 0
+        new = range(block, block)
+        if clean is not None and clean.shape[1]:
+            new, length = layout.following(block, clean.shape[1], *clean.shape[-2:])
+            new_tokens = sum(layout.sizes(new, length))
+        (block, *others), length = layout.following(new.stop, noisy.shape[1], *noisy.shape[-2:])
+        if others:
+            raise InputError(
+                f"noisy has {noisy.shape[1]} frames, those of {1 + len(others)} blocks of block_shape "
+                f"{self.config.block_shape}: give one block."
+            )
+        context_tokens = new_tokens
         if cache is not None:
-            first, context_length = cache.frames, cache.stored_frames(new_frames)
-            cache.begin_pass(new_frames)
-        layout = FrameLayout(first, (first + new_frames,), (context_length,), draws)
-        x, streams = self.embed(layout, clean, noisy, theta[:, None], condition)
+            context_tokens = cache.stored_tokens(new_tokens)
+            cache.begin_pass(len(new), new_tokens)
+        of_pass = PassLayout(layout, length, new, (block,), (context_tokens,), draws)
+        x, streams = self.embed(of_pass, clean if new_tokens else None, noisy, theta[:, None], condition)
         x = self._run_blocks(x, streams, cache=cache, run=run_compiled_block if compiled else run_block)
         if cache is not None:
             cache.end_pass()
-        return self.head(x, streams).to(noisy.dtype)[:, 0]
+        patches = self.head(x, streams).unflatten(1, (noisy.shape[1], -1))
+        prediction = unpatchify(patches, self.config.patch_size, layout.block_rows, layout.block_columns)
+        return (prediction[:, 0] if one_frame else prediction).to(noisy.dtype)

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from gpdit_lightning.model.config import GPDiTConfig
+from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.model.time_conditioning import rotate_pairs
 
 
@@ -16,7 +18,7 @@ def rope_base(length: int) -> float:
     return 100.0 * math.ceil(8 * length / (100 * math.pi))
 
 
-def axis_angles(length: int, width: int, positions: Sequence[int]) -> Tensor:
+def axis_angles(length: int, width: int, positions: Sequence[int] | Tensor) -> Tensor:
     """Return the rotation angles m * b^(-2(i-1)/d) of positions m (ACDiT, equation 4).
 
     Args:
@@ -29,7 +31,7 @@ def axis_angles(length: int, width: int, positions: Sequence[int]) -> Tensor:
     """
     with torch.device("cpu"):  # not the default device: MPS has no float64
         frequencies = rope_base(length) ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        return torch.tensor(positions, dtype=torch.float64)[:, None] * frequencies
+        return torch.as_tensor(positions, dtype=torch.float64)[:, None] * frequencies
 
 
 def shift_frames(config: GPDiTConfig, keys: Tensor, frames: int) -> Tensor:
@@ -42,56 +44,53 @@ def shift_frames(config: GPDiTConfig, keys: Tensor, frames: int) -> Tensor:
 
 
 class Rope:
-    """Cosines and sines of RoPE for the tokens of some frames, shared by all blocks of a pass.
+    """Cosines and sines of RoPE for the tokens of some blocks, shared by all blocks of the transformer in a pass.
 
     Angles are computed in float64 on the CPU and rounded once to `dtype`.
 
     Args:
         config: the architecture.
-        frames: the positions of the frames.
-        rows, columns: tokens of a frame.
+        layout: the blocks of a clip.
+        blocks: the numbers of the blocks in the clip.
+        frames: latent frames of the clip.
         device, dtype: device and precision of the table.
     """
 
     def __init__(
         self,
         config: GPDiTConfig,
-        frames: Sequence[int],
-        rows: int,
-        columns: int,
+        layout: BlockLayout,
+        blocks: Sequence[int],
+        frames: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        positions = (frames, range(rows), range(columns))
-        frame, row, column = map(axis_angles, config.rope_lengths, config.rope_widths, positions)
-        angles = torch.cat(
-            [
-                frame[:, None, None].expand(-1, rows, columns, -1),
-                row[None, :, None].expand(len(frames), -1, columns, -1),
-                column[None, None, :].expand(len(frames), rows, -1, -1),
-            ],
-            dim=-1,
-        ).flatten(0, 2)
-        self.tokens = rows * columns
-        # (frames * rows * columns, 1, head width / 2)
+        places = layout.places(blocks, frames).unbind(1)
+        angles = torch.cat(list(map(axis_angles, config.rope_lengths, config.rope_widths, places)), dim=-1)
+        starts = [0, *accumulate(layout.sizes(blocks, frames))][:-1]
+        first_tokens = angles[torch.tensor(starts, dtype=torch.long, device="cpu")]
+        # (tokens, 1, head width / 2) and (blocks, 1, 1, head width / 2)
         self.cos, self.sin = (table.to(dtype).to(device)[:, None] for table in (angles.cos(), angles.sin()))
+        self.first_cos, self.first_sin = (
+            table.to(dtype).to(device)[:, None, None] for table in (first_tokens.cos(), first_tokens.sin())
+        )
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rotate queries or keys (B, tokens, heads, head width) of the first frames, and round them to `dtype`."""
+        """Rotate queries or keys (B, tokens, heads, head width) of the first tokens, and round them to `dtype`."""
         tokens = x.shape[1]
         return rotate_pairs(x, self.cos[:tokens], self.sin[:tokens]).to(dtype)
 
     def at_first_tokens(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rotate a copy of keys for each frame, all of them to the position of the frame's first token.
+        """Rotate a copy of keys for each block, all of them to the position of the block's first token.
 
         Args:
             x: (B, tokens, heads, head width).
             dtype: precision of the result.
 
         Returns:
-            (B, frames, tokens, heads, head width).
+            (B, blocks, tokens, heads, head width).
         """
-        return rotate_pairs(x[:, None], self.cos[:: self.tokens, None], self.sin[:: self.tokens, None]).to(dtype)
+        return rotate_pairs(x[:, None], self.first_cos, self.first_sin).to(dtype)
 
 
 # Enough for both streams of every clip length and frame size: the copy of a table to a GPU makes the host wait.
@@ -99,11 +98,11 @@ class Rope:
 @torch.inference_mode(False)  # training also uses tables that a preview has created
 def rope_table(
     config: GPDiTConfig,
-    frames: Sequence[int],
-    rows: int,
-    columns: int,
+    layout: BlockLayout,
+    blocks: Sequence[int],
+    frames: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Rope:
-    """Return a cached :class:`Rope`: all sampler steps of a frame have the same positions."""
-    return Rope(config, frames, rows, columns, device, dtype)
+    """Return a cached :class:`Rope`: all sampler steps of a block have the same positions."""
+    return Rope(config, layout, blocks, frames, device, dtype)

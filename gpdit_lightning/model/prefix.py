@@ -1,4 +1,4 @@
-"""Conditions other than context, as a prefix of tokens (GPDiT, section 4.2: "in the standard manner")."""
+"""Conditions other than context: class labels and texts (GPDiT, section 4.2: "in the standard manner")."""
 
 import torch
 from torch import Tensor, nn
@@ -6,6 +6,29 @@ from torch import Tensor, nn
 from gpdit_lightning.model.config import GPDiTConfig
 
 NO_LABEL = -1
+
+
+class LabelEmbedding(nn.Embedding):
+    """One vector for each class, and a last one for no label.
+
+    Args:
+        config: an architecture with `classes`.
+    """
+
+    def __init__(self, config: GPDiTConfig) -> None:
+        super().__init__(config.classes + 1, config.width)
+
+    def forward(self, condition: Tensor | None, rows: int) -> Tensor:  # type: ignore[override]
+        """Return the vectors (R, D) of R rows.
+
+        Args:
+            condition: (R,) class numbers, `NO_LABEL` for none; None: none for all rows. On any device.
+            rows: R.
+        """
+        if condition is None:
+            condition = torch.full((rows,), NO_LABEL, device=self.weight.device)
+        condition = condition.to(self.weight.device)
+        return super().forward(torch.where(condition < 0, self.num_embeddings - 1, condition))
 
 
 class Prefix(nn.Module):
@@ -17,27 +40,17 @@ class Prefix(nn.Module):
 
     def __init__(self, config: GPDiTConfig) -> None:
         super().__init__()
-        self.classes = config.classes
-        self.embedding: nn.Module
-        if config.classes:
-            self.embedding = nn.Embedding(config.classes + 1, config.width)  # the last one is for no label
-        else:
-            self.embedding = nn.Linear(config.text_width, config.width)
+        self.embedding = LabelEmbedding(config) if config.classes else nn.Linear(config.text_width, config.width)
 
     def forward(self, condition: Tensor | None, rows: int) -> Tensor:
         """Return the tokens (R, L, D) of R rows.
 
         Args:
-            condition: (R,) class numbers, `NO_LABEL` for none (None: none for all rows); or (R, L, text width)
-                embeddings. On any device.
+            condition: (R,) class numbers, as for :class:`LabelEmbedding`; or (R, L, text width) embeddings. On any
+                device.
             rows: R.
         """
-        weight = self.embedding.weight
-        assert isinstance(weight, Tensor)
-        if not self.classes:
-            assert condition is not None
-            return self.embedding(condition.to(weight))
-        if condition is None:
-            condition = torch.full((rows,), NO_LABEL, device=weight.device)
-        condition = condition.to(weight.device)
-        return self.embedding(torch.where(condition < 0, self.classes, condition))[:, None]
+        if isinstance(self.embedding, LabelEmbedding):
+            return self.embedding(condition, rows)[:, None]
+        assert condition is not None
+        return self.embedding(condition.to(self.embedding.weight))

@@ -1,5 +1,6 @@
 """Description of a pass through the backbone: how tokens are packed, their positions, and their attention."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -11,92 +12,99 @@ from gpdit_lightning.model.attention import (
     KV,
     QKV,
     AttentionOperator,
-    frame_causal_attention,
+    BlockSizes,
+    block_causal_attention,
     select_backend,
 )
 from gpdit_lightning.model.config import AttentionVariant, GPDiTConfig
 from gpdit_lightning.model.kv_cache import LayerCache
+from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.model.positions import Rope, rope_table
-from gpdit_lightning.model.time_conditioning import TimeRotation
+from gpdit_lightning.model.time_conditioning import Branch, TimeConditioning
 
 
-class FrameLayout(NamedTuple):
-    """Positions of the frames of a pass, and the context of its noisy frames.
+class PassLayout(NamedTuple):
+    """The blocks of a pass, and the context of its noisy blocks.
 
     Attributes:
-        first_frame: the position of the first clean frame.
-        noisy_frames: the positions of the noisy frames.
-        context_lengths: for each noisy frame, the number of context frames that it attends to, from the first.
+        layout: the blocks of a clip.
+        frames: latent frames of the clip.
+        clean: the numbers of the clean blocks.
+        noisy: the numbers of the noisy blocks.
+        contexts: for each noisy block, the number of context tokens that it attends to, from the first.
         draws: K, number of noisy rows that share the context of a clip.
     """
 
-    first_frame: int = 0
-    noisy_frames: tuple[int, ...] = ()
-    context_lengths: tuple[int, ...] = ()
+    layout: BlockLayout
+    frames: int
+    clean: range = range(0)
+    noisy: tuple[int, ...] = ()
+    contexts: tuple[int, ...] = ()
     draws: int = 1
+
+    def sizes(self, causal: bool) -> BlockSizes:
+        """Return the tokens of the blocks, where a frame attends to no later frame of its block if `causal`."""
+        clean, noisy = (self.layout.sizes(blocks, self.frames) for blocks in (self.clean, self.noisy))
+        return BlockSizes(clean, noisy, self.contexts, self.layout.frame_tokens if causal else None)
 
 
 @dataclass(frozen=True)
 class Streams:
     """The streams of a pass, packed as one list of tokens: the prefix, then all clean tokens, then all noisy ones.
 
-    With packed tokens every Linear runs once per block for clips with and without context, and each stream is a
-    contiguous view.
+    With packed tokens every Linear runs once per block of the transformer for clips with and without context, and each
+    stream is a contiguous view. The tokens of a clip are packed block after block.
 
     The prefix is a condition such as a class label: a few tokens for each noisy row, which attend to each other. The
-    noisy frames of the row attend to them, at the position of the frame's first token. Clean frames do not, so that the
+    noisy blocks of the row attend to them, at the position of the block's first token. Clean blocks do not, so that the
     same context can be used with all labels and none, and a cache stays valid when the label changes.
 
     Attributes:
         variant: `of2` or `of`.
         operator: computes attention without a mask.
-        rows, columns: tokens of a frame.
+        sizes: tokens of the blocks of both streams.
+        frame_tokens: N, tokens per frame.
+        factorized: whether `attend` is along time, at each place of a frame.
         prefix_shape: (noisy rows, prefix tokens); (0, 0) if there is no condition.
-        clean_shape: (B', clean frames); (0, 0) if there is no clean stream.
-        noisy_shape: (noisy rows, noisy frames); (0, 0) if there is no noisy stream.
-        context_lengths: for each noisy frame, the number of context frames that it attends to, from the first.
-        clean_rope, noisy_rope: the positions of the streams' frames.
-        rotation: the time conditioning of every packed token.
+        clips: B', number of clean clips; 0 if there is no clean stream.
+        rows: number of noisy rows; 0 if there is no noisy stream.
+        clean_rope, noisy_rope: the positions of the streams' tokens.
+        time: the time conditioning of every packed token.
         draws: K, number of noisy rows that share the context of a clip.
         product_dtype: precision of matrix products and attention.
     """
 
     variant: AttentionVariant
     operator: AttentionOperator
-    rows: int
-    columns: int
+    sizes: BlockSizes
+    frame_tokens: int
+    factorized: bool
     prefix_shape: tuple[int, int]
-    clean_shape: tuple[int, int]
-    noisy_shape: tuple[int, int]
-    context_lengths: tuple[int, ...]
+    clips: int
+    rows: int
     clean_rope: Rope
     noisy_rope: Rope
-    rotation: TimeRotation
+    time: TimeConditioning
     draws: int
     product_dtype: torch.dtype
 
     @property
-    def tokens(self) -> int:
-        """Return N, the number of tokens per frame."""
-        return self.rows * self.columns
-
-    @property
     def noisy_start(self) -> int:
         """Return the number of packed tokens before the noisy ones."""
-        clips, frames = self.clean_shape
-        return self._prefix_tokens + clips * frames * self.tokens
+        return self._prefix_tokens + self.clips * sum(self.sizes.clean)
 
-    def product_input(self, normed: Tensor) -> Tensor:
+    def product_input(self, normed: Tensor, time: Branch) -> Tensor:
         """Return the input of a product: the output of a norm, with time conditioning, in the products' precision."""
-        return self.rotation.at_branch_input(normed).to(self.product_dtype)
+        return time.at_branch_input(normed).to(self.product_dtype)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer_cache: LayerCache | None = None) -> Tensor:
-        """Compute frame-causal attention over packed tokens.
+        """Compute block-causal attention over packed tokens.
 
         Args:
             query: (query tokens, heads, head width): of all packed tokens, or of the noisy ones only.
             key, value: (packed tokens, heads, head width).
-            layer_cache: the block's cache, if there is one; the clean frames of the pass are appended to it.
+            layer_cache: the cache of the block of the transformer, if there is one; the clean blocks of the pass are
+                appended to it.
 
         Returns:
             the shape of `query`, in the precision of `value`.
@@ -112,29 +120,75 @@ class Streams:
             outputs.append(self.operator(*prefix).flatten(0, 1))
         if new is not None and all_have_queries:
             clean = QKV(self.clean_rope(self._clean(query), dtype), *new)
-        if self.noisy_shape[0]:
+        if self.rows:
             noisy = QKV(self.noisy_rope(self._noisy(query), dtype), *self._noisy_kv(key, value))
-        attended = frame_causal_attention(
-            self.operator, self.variant, self.tokens, context, clean, noisy, self.context_lengths, self.draws
-        )
+        attend = self._attend_along_time if self.factorized else block_causal_attention
+        attended = attend(self.operator, self.variant, self.sizes, context, clean, noisy, self.draws)
         return torch.cat(outputs + [out.flatten(0, 1) for out in attended if out is not None])
 
+    def attend_within_frames(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Compute the attention of every frame to itself, over packed tokens (packed tokens, heads, head width)."""
+        parts = [(self._clean, self.clean_rope)] if self.clips else []
+        parts += [(self._noisy, self.noisy_rope)] if self.rows else []
+        query, key = (torch.cat([rope(of(x), value.dtype).flatten(0, 1) for of, rope in parts]) for x in (query, key))
+        frames = QKV(*(x.unflatten(0, (-1, self.frame_tokens)) for x in (query, key, value)))
+        one_frame = BlockSizes(noisy=(self.frame_tokens,))
+        _, attended = block_causal_attention(self.operator, self.variant, one_frame, None, None, frames)
+        assert attended is not None
+        return attended.flatten(0, 1)
+
+    def _attend_along_time(
+        self,
+        operator: AttentionOperator,
+        variant: AttentionVariant,
+        sizes: BlockSizes,
+        context: KV | None,
+        clean: QKV | None,
+        noisy: QKV | None,
+        draws: int,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compute :func:`block_causal_attention` at each place of a frame, where a frame has one token."""
+
+        def fold(x: Tensor) -> Tensor:  # (B, frames * N, ...) -> (B * N, frames, ...)
+            return x.unflatten(1, (-1, self.frame_tokens)).transpose(1, 2).flatten(0, 1)
+
+        def unfold(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.unflatten(0, (-1, self.frame_tokens)).transpose(1, 2).flatten(1, 2)
+
+        by_frame = [
+            tuple(n // self.frame_tokens for n in lengths) for lengths in (sizes.clean, sizes.noisy, sizes.contexts)
+        ]
+        outputs = block_causal_attention(
+            operator,
+            variant,
+            BlockSizes(by_frame[0], by_frame[1], by_frame[2], None if sizes.causal_tokens is None else 1),
+            KV(*map(fold, context)) if context else None,
+            QKV(*map(fold, clean)) if clean else None,
+            QKV(*map(fold, noisy)) if noisy else None,
+            draws,
+        )
+        return unfold(outputs[0]), unfold(outputs[1])
+
     def clean_kv(self, key: Tensor, value: Tensor) -> KV | None:
-        """Return the keys, with RoPE, and values of the clean frames; None if there are none."""
-        if not self.clean_shape[0]:
+        """Return the keys, with RoPE, and values of the clean blocks; None if there are none."""
+        if not self.clips:
             return None
         return KV(self.clean_rope(self._clean(key), value.dtype), self._clean(value))
 
     def _noisy_kv(self, key: Tensor, value: Tensor) -> KV:
-        """Return the keys and values of each noisy frame: those of the prefix of its row, then those of the frame."""
+        """Return the keys and values of each noisy block: those of the prefix of its row, then those of the block."""
         own_key, own_value = self.noisy_rope(self._noisy(key), value.dtype), self._noisy(value)
         if not self.prefix_shape[0]:
             return KV(own_key, own_value)
-        frames = self.noisy_shape[1]
         prefix_key = self.noisy_rope.at_first_tokens(self._prefix(key), value.dtype)
-        prefix_value = self._prefix(value)[:, None].expand(-1, frames, -1, -1, -1)
+        prefix_value = self._prefix(value)[:, None].expand(-1, len(self.sizes.noisy), -1, -1, -1)
         pairs = (prefix_key, own_key), (prefix_value, own_value)
-        return KV(*(torch.cat((first, own.unflatten(1, (frames, -1))), dim=2).flatten(1, 2) for first, own in pairs))
+        return KV(*(torch.cat(list(self._interleave(*pair)), dim=1) for pair in pairs))
+
+    def _interleave(self, prefix: Tensor, own: Tensor) -> Iterator[Tensor]:
+        """Yield the prefix (R, blocks, L, ...) and the tokens (R, tokens, ...) of each block in turn."""
+        for of_block, tokens in zip(prefix.unbind(1), own.split(self.sizes.noisy, dim=1), strict=True):
+            yield from (of_block, tokens)
 
     @property
     def _prefix_tokens(self) -> int:
@@ -145,60 +199,48 @@ class Streams:
         return packed[: self._prefix_tokens].unflatten(0, self.prefix_shape)
 
     def _clean(self, packed: Tensor) -> Tensor:
-        return packed[self._prefix_tokens : self.noisy_start].unflatten(0, (self.clean_shape[0], -1))
+        return packed[self._prefix_tokens : self.noisy_start].unflatten(0, (self.clips, -1))
 
     def _noisy(self, packed: Tensor) -> Tensor:
-        count = self.noisy_shape[0] * self.noisy_shape[1] * self.tokens
-        return packed[len(packed) - count :].unflatten(0, (self.noisy_shape[0], -1))
+        count = self.rows * sum(self.sizes.noisy)
+        return packed[len(packed) - count :].unflatten(0, (self.rows, -1))
 
 
 def describe_streams(
     config: GPDiTConfig,
-    layout: FrameLayout,
+    layout: PassLayout,
     x: Tensor,
     product_dtype: torch.dtype,
     prefix: Tensor | None,
-    clean: Tensor | None,
-    noisy: Tensor | None,
-    theta: Tensor | None,
+    clips: int,
+    rows: int,
+    time: TimeConditioning,
 ) -> Streams:
     """Describe a pass.
 
     Args:
         config: the architecture.
-        layout: the positions of the frames.
+        layout: the blocks of the pass.
         x: (packed tokens, D), in the precision of the residual stream, which rotations have too.
         product_dtype: precision of matrix products and attention.
-        prefix: (B, prefix tokens, D) or None.
-        clean: (B', F', C, H, W) or None.
-        noisy: (B, F, C, H, W) or None.
-        theta: (B, F) radians if there are noisy frames, else None.
+        prefix: (rows, prefix tokens, D) or None.
+        clips: number of clean clips, or 0.
+        rows: number of noisy rows, or 0.
+        time: the time conditioning of all tokens.
     """
-    some = clean if clean is not None else noisy
-    assert some is not None
-    rows, columns = (side // config.patch_size for side in some.shape[-2:])
-    clean_shape = _stream_shape(clean)
-    angles = torch.zeros(len(x), device=x.device, dtype=x.dtype)
-    if theta is not None:
-        per_token = theta.to(x.device, x.dtype).flatten().repeat_interleave(rows * columns)
-        angles[len(x) - len(per_token) :] = per_token
-    table = partial(rope_table, config, rows=rows, columns=columns, device=x.device, dtype=x.dtype)
+    table = partial(rope_table, config, layout.layout, frames=layout.frames, device=x.device, dtype=x.dtype)
     return Streams(
         variant=config.attention,
         operator=select_backend(config.attention_backend, x.device.type, product_dtype, config.head_width),
+        sizes=layout.sizes(config.causal_in_block),
+        frame_tokens=layout.layout.frame_tokens,
+        factorized=config.factorized,
+        prefix_shape=(prefix.shape[0], prefix.shape[1]) if prefix is not None else (0, 0),
+        clips=clips,
         rows=rows,
-        columns=columns,
-        prefix_shape=_stream_shape(prefix),
-        clean_shape=clean_shape,
-        noisy_shape=_stream_shape(noisy),
-        context_lengths=layout.context_lengths,
-        clean_rope=table(frames=range(layout.first_frame, layout.first_frame + clean_shape[1])),
-        noisy_rope=table(frames=layout.noisy_frames),
-        rotation=TimeRotation(angles, config.time_site),
+        clean_rope=table(blocks=layout.clean),
+        noisy_rope=table(blocks=layout.noisy),
+        time=time,
         draws=layout.draws,
         product_dtype=product_dtype,
     )
-
-
-def _stream_shape(stream: Tensor | None) -> tuple[int, int]:
-    return (stream.shape[0], stream.shape[1]) if stream is not None else (0, 0)

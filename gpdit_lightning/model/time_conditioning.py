@@ -1,9 +1,20 @@
-"""Rotation time conditioning without parameters (GPDiT, section 4.2)."""
+"""Time conditioning: how noisy tokens receive their angle theta, by a rotation or by adaLN-Zero.
+
+`TimeRotation` and `AdaLN` have the same methods. `branches` gives the functions that a block of the transformer applies
+at the input and at the output of each of its branches (attention, MLP), and the output layer at its input.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from gpdit_lightning.model.config import TimeSite
+from gpdit_lightning.model.config import GPDiTConfig, TimeSite
+from gpdit_lightning.model.precision import product_dtype
+from gpdit_lightning.model.prefix import LabelEmbedding
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -16,6 +27,48 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
+class Branch(Protocol):
+    """The time conditioning of one branch."""
+
+    def at_branch_input(self, x: Tensor) -> Tensor:
+        """Condition the output of the branch's norm: the last tokens of the pass (tokens, D)."""
+
+    def at_branch_output(self, x: Tensor) -> Tensor:
+        """Condition the output of the branch (tokens, D) before it is added to the residual stream."""
+
+
+class TimeConditioning(Protocol):
+    """The time conditioning of a pass."""
+
+    def at_input(self, x: Tensor) -> Tensor:
+        """Condition the embedded patches."""
+
+    def at_block(self, x: Tensor) -> Tensor:
+        """Condition the residual stream before a block of the transformer."""
+
+    def branches(self, modulation: nn.Linear | None, count: int) -> Sequence[Branch]:
+        """Return the conditioning of `count` branches.
+
+        Args:
+            modulation: the layer of these branches with adaLN, whose outputs are shift, scale and gate of each; else
+                None.
+            count: number of branches; 0 for the output layer, which has one without a gate.
+        """
+
+
+class Unconditioned:
+    """No time conditioning, for a pass of clean tokens only: their theta is 0."""
+
+    def branches(self, modulation: nn.Linear | None, count: int) -> Sequence["Unconditioned"]:
+        """Return this for each branch."""
+        return (self,) * max(count, 1)
+
+    def _unchanged(self, x: Tensor) -> Tensor:
+        return x
+
+    at_input = at_block = at_branch_input = at_branch_output = _unchanged
+
+
 class TimeRotation:
     """The time conditioning of one pass: R(theta) of its frame multiplies each hidden channel pair of a token.
 
@@ -25,6 +78,7 @@ class TimeRotation:
     after absorb this permutation. The sign here must not change, since trained weights depend on it.
 
     Clean tokens have theta = 0 and are unchanged. `config.time_site` determines which of the four methods rotate.
+    All branches are conditioned alike.
 
     Args:
         theta: (tokens,) radians, one per token of the packed sequence.
@@ -36,9 +90,33 @@ class TimeRotation:
         self.cos = theta.cos()[:, None]
         self.sin = theta.sin()[:, None]
 
+    @classmethod
+    def of_noisy(cls, theta: Tensor, sizes: Sequence[int], x: Tensor, site: TimeSite) -> "TimeRotation":
+        """Return the conditioning of packed tokens of which the noisy ones are the last.
+
+        Args:
+            theta: (R, S) radians of the noisy blocks, on any device.
+            sizes: tokens of each noisy block.
+            x: (tokens, D), all packed tokens, whose device and precision the angles get.
+            site: as above.
+        """
+        theta = theta.to(x.device, x.dtype)
+        if len(set(sizes)) == 1:
+            per_token = theta.flatten().repeat_interleave(sizes[0])
+        else:
+            pieces = zip(theta.split(1, dim=1), sizes, strict=True)
+            per_token = torch.cat([angle.expand(-1, size) for angle, size in pieces], dim=1).flatten()
+        angles = torch.zeros(len(x), device=x.device, dtype=x.dtype)
+        angles[len(x) - len(per_token) :] = per_token
+        return cls(angles, site)
+
     def _rotate(self, x: Tensor) -> Tensor:
         # The last block drops the clean tokens, which come first: its noisy tokens are the tail of the table.
         return rotate_pairs(x, self.cos[-len(x) :], -self.sin[-len(x) :])
+
+    def branches(self, modulation: nn.Linear | None, count: int) -> Sequence["TimeRotation"]:
+        """Return this conditioning for each branch."""
+        return (self,) * max(count, 1)
 
     def at_input(self, x: Tensor) -> Tensor:
         """Rotate after the patch embedding."""
@@ -57,3 +135,111 @@ class TimeRotation:
         if self.site != "branch_inverse":
             return x
         return rotate_pairs(x.to(self.cos.dtype), self.cos[-len(x) :], self.sin[-len(x) :])
+
+
+FREQUENCIES, MAX_PERIOD = 256, 10_000  # of DiT's embedding of the time step
+STEPS = 1000  # the number of time steps whose range theta is scaled to
+
+
+class TimeEmbedding(nn.Module):
+    """Embedding of theta and the class label for adaLN (DiT, section 3.2; ACDiT, section 4.2).
+
+    DiT embeds the number of a DDPM step, 0 to 999. Here it is theta on the fixed scale of 1000 per pi/2. A schedule is
+    a monotone function from its steps to theta, so the embedding tells the same noise levels apart, and a network can
+    be used with another schedule than that of its training.
+
+    Args:
+        config: an architecture with `time_conditioning` adaln.
+    """
+
+    def __init__(self, config: GPDiTConfig) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(FREQUENCIES, config.width)
+        self.output = nn.Linear(config.width, config.width)
+        self.label = LabelEmbedding(config) if config.classes else None
+
+    def forward(self, theta: Tensor, condition: Tensor | None) -> Tensor:
+        """Return the embedding (R, S, D) in the precision of products, after SiLU, as all modulations take it.
+
+        Args:
+            theta: (R, S) radians, in float32 or better, on the device of the weights.
+            condition: (R,) class numbers, `NO_LABEL` for none; None: none for all rows. On any device.
+        """
+        exponents = torch.arange(FREQUENCIES // 2, device=theta.device, dtype=theta.dtype) / (FREQUENCIES // 2)
+        angles = theta[..., None] * (STEPS / (math.pi / 2)) * (-math.log(MAX_PERIOD) * exponents).exp()
+        dtype = product_dtype(self.hidden.weight)
+        embedding = self.output(F.silu(self.hidden(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))))
+        if self.label is not None:
+            embedding = embedding + self.label(condition, len(theta))[:, None].to(dtype)
+        return F.silu(embedding)
+
+
+class AdaLN:
+    """adaLN-Zero of the noisy tokens, which come last; all other tokens have shift 0, scale 0 and gate 1.
+
+    Args:
+        embedding: (R, S, D) of each noisy block, from :class:`TimeEmbedding`.
+        sizes: tokens of each noisy block.
+    """
+
+    def __init__(self, embedding: Tensor, sizes: tuple[int, ...]) -> None:
+        self.embedding = embedding
+        self.rows, self.sizes = len(embedding), sizes
+
+    def at_input(self, x: Tensor) -> Tensor:
+        """Leave the embedded patches as they are."""
+        return x
+
+    def at_block(self, x: Tensor) -> Tensor:
+        """Leave the residual stream as it is."""
+        return x
+
+    def branches(self, modulation: nn.Linear | None, count: int) -> Sequence["Modulation"]:
+        """Compute shift, scale and gate of each branch (DiT, section 3.2: adaLN-Zero)."""
+        assert modulation is not None
+        values = modulation(self.embedding)  # (R, S, 3 D count), or (R, S, 2 D)
+        if count == 0:
+            shift, scale = values.chunk(2, dim=-1)
+            return (Modulation(self, shift, scale, None),)
+        return [Modulation(self, *branch.chunk(3, dim=-1)) for branch in values.chunk(count, dim=-1)]
+
+    def apply(self, x: Tensor, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+        """Apply a function to the noisy tokens and the values of their blocks, and leave all other tokens as they are.
+
+        Args:
+            x: (tokens, D), the last tokens of the pass.
+            function: (noisy tokens, *values) -> noisy tokens; all arguments broadcast.
+            values: each (R, S, D).
+        """
+        count = self.rows * sum(self.sizes)
+        others, noisy = x.split((len(x) - count, count))
+        if len(set(self.sizes)) == 1:
+            by_block = noisy.unflatten(0, (self.rows, len(self.sizes), -1))
+            noisy = function(by_block, *(value[:, :, None].to(x.dtype) for value in values)).flatten(0, 2)
+        else:
+            pieces = [noisy.unflatten(0, (self.rows, -1)).split(self.sizes, dim=1)]
+            pieces += [value.to(x.dtype).split(1, dim=1) for value in values]
+            noisy = torch.cat([function(*piece) for piece in zip(*pieces, strict=True)], dim=1).flatten(0, 1)
+        return torch.cat((others, noisy)) if len(others) else noisy
+
+
+class Modulation:
+    """Shift, scale and gate of one branch (DiT, section 3.2).
+
+    Args:
+        blocks: the noisy blocks.
+        shift, scale: (R, S, D).
+        gate: (R, S, D); None for the output layer.
+    """
+
+    def __init__(self, blocks: AdaLN, shift: Tensor, scale: Tensor, gate: Tensor | None) -> None:
+        self.blocks, self.shift, self.scale, self.gate = blocks, shift, scale, gate
+
+    def at_branch_input(self, x: Tensor) -> Tensor:
+        """x -> x (1 + scale) + shift."""
+        return self.blocks.apply(x, lambda x, shift, scale: x * (1 + scale) + shift, self.shift, self.scale)
+
+    def at_branch_output(self, x: Tensor) -> Tensor:
+        """x -> gate x."""
+        assert self.gate is not None
+        return self.blocks.apply(x, torch.mul, self.gate)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
-from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss
+from gpdit_lightning.diffusion import NoiseSchedule, Target, VelocityLoss
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.model.layout import count_blocks
 from gpdit_lightning.training.optimizer import OptimizerConfig
 
 
@@ -67,6 +68,28 @@ def check_patches(patch_size: int, data: LatentDataModule) -> None:
                     f"into patches of {patch_size}x{patch_size}: give --model.init_args.backbone.patch_size 1, or "
                     f"prepare the data again at a height and width that are multiples of {pixels}."
                 )
+
+
+def check_blocks(config: GPDiTConfig, data: LatentDataModule) -> None:
+    """Raise `InputError` unless the clips of the data, and their frames with loss, divide into blocks of a backbone."""
+    for name, buckets in data.buckets["train"].items():
+        for bucket in buckets:
+            for length in bucket.lengths:
+                noisy = data.configs[name].noisy_frames(length)
+                try:
+                    count_blocks(config, range(length), bucket.height, bucket.width)
+                    count_blocks(config, noisy or range(length), bucket.height, bucket.width)
+                except InputError as error:
+                    raise InputError(f"data.{name}, clips of {length} latent frames: {error}") from None
+
+
+def check_target(target: Target, schedule: NoiseSchedule) -> None:
+    """Raise `InputError` if the velocity cannot be computed from the target at the strongest noise of a schedule."""
+    if target == "epsilon" and schedule.name == "cosine":
+        raise InputError(
+            "the target is epsilon, which tells nothing of x0 at the pure noise of the cosine schedule: set "
+            "model.init_args.schedule.name to linear, or backbone.target to velocity."
+        )
 
 
 def check_number_of_classes(of_backbone: int, of_data: int) -> None:
@@ -179,7 +202,7 @@ def check_loss(loss: Any, stage: str, batch: LatentBatch) -> VelocityLoss:
             form = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(
                 f"{stage}.objective returned a VelocityLoss whose {name} is {form}; it must be a tensor of shape "
-                f"{shape}: VelocityLoss.from_frames(per_frame, batch.t) makes one from the loss of each frame."
+                f"{shape}: VelocityLoss.from_frames(per_frame, batch.t) makes one from the loss of each block."
             )
     if torch.is_grad_enabled() and not loss.mean.requires_grad:
         raise InputError(

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import asdict
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +14,14 @@ from torch.optim import Optimizer
 from gpdit_lightning.checkpoints.facts import Origin
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
-from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, velocity_loss
+from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, training_target, velocity_loss
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.model.attention import select_backend
+from gpdit_lightning.model.layout import ClipBlocks, count_blocks
 from gpdit_lightning.stages.agreement import (
     check_algorithm,
     check_annotated,
+    check_blocks,
     check_checkpoint,
     check_latent_channels,
     check_loss,
@@ -29,6 +32,7 @@ from gpdit_lightning.stages.agreement import (
     check_ranks,
     check_sources,
     check_stage,
+    check_target,
 )
 from gpdit_lightning.stages.initial_weights import InitialWeights
 from gpdit_lightning.training.internals import end_validation_loader
@@ -89,23 +93,31 @@ class GPDiTStage(LightningModule):
     # --- the objective
 
     def objective(self, batch: LatentBatch) -> VelocityLoss:
-        """Compute the velocity loss of a batch, the mean over its noisy frames.
+        """Compute the loss of a batch, the mean over its noisy blocks.
 
-        It is equation 3 of GPDiT with the target of section 4.2, the companion of the noisy frame, in place of epsilon.
+        It is equation 3 of GPDiT with the target of section 4.2, the companion of the noisy frame, in place of epsilon;
+        with `backbone.target` epsilon it is that of DDPM and ACDiT.
         """
-        prediction, velocity = self.predict(batch)
-        return velocity_loss(prediction, velocity, batch.t)
+        prediction, target = self.predict(batch)
+        blocks = self.noisy_blocks(batch)
+        return velocity_loss(prediction, target, batch.t, blocks.mean)
+
+    def noisy_blocks(self, batch: LatentBatch) -> ClipBlocks:
+        """Return the blocks of the noisy frames of a batch."""
+        frames = range(batch.latents.shape[1]) if batch.frames is None else batch.frames
+        return ClipBlocks.of(self.config, frames, *batch.latents.shape[-2:])
 
     def predict(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
-        """Return the predicted and the true velocity of the noisy frames of a batch, both (K * B, S, C, H, W)."""
+        """Return the prediction and the target of the noisy frames of a batch, both (K * B, F, C, H, W)."""
         latents, frames = batch.latents, batch.frames
         if frames is not None:
             # Stacked views: indexing with a list would copy the list to the GPU and synchronize.
             latents = torch.stack([latents[:, frame] for frame in frames], dim=1)
-        sample = rotate_to(latents[batch.clip_of_row], batch.noise, self.schedule.theta(batch.t))
+        theta = self.schedule.theta(batch.t)
+        sample = rotate_to(latents[batch.clip_of_row], batch.noise, self.noisy_blocks(batch).spread(theta))
         clean = batch.latents[: batch.context] if batch.context else None
-        prediction = self.backbone(sample.noisy, sample.theta, clean, batch.labels, batch.draws, frames)
-        return prediction, sample.velocity
+        prediction = self.backbone(sample.noisy, theta, clean, batch.labels, batch.draws, frames)
+        return prediction, training_target(sample, batch.noise, self.config.target)
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss of a micro-batch, weighted by its share of the step, so Lightning's division is undone."""
@@ -164,6 +176,9 @@ class GPDiTStage(LightningModule):
         check_latent_channels(self.config.latent_channels, self.data.codec.latent_channels)
         check_patches(self.config.patch_size, self.data)
         check_number_of_classes(self.config.classes, len(self.data.classes))
+        check_blocks(self.config, self.data)
+        check_target(self.config.target, self.schedule)
+        self.data.count_blocks = partial(count_blocks, self.config)
         check_algorithm(self.optimizer_config, sharded_strategy_of(self) is not None)
         device, dtype = self.trainer.strategy.root_device, product_dtype_of(self.trainer)
         with torch.set_grad_enabled(stage == "fit"):

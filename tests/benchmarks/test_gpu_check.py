@@ -107,8 +107,8 @@ def test_the_reference_distinguishes_the_masks() -> None:
 
     assert gpu_check.attention_errors(backends.sdpa, "of2", torch.float32, 64, check)[0] < 1e-5
     with pytest.MonkeyPatch.context() as patch:
-        original = gpu_check.frame_causal_attention
-        patch.setattr(gpu_check, "frame_causal_attention", lambda op, _, *rest: original(op, "of", *rest))
+        original = gpu_check.block_causal_attention
+        patch.setattr(gpu_check, "block_causal_attention", lambda op, _, *rest: original(op, "of", *rest))
         assert gpu_check.attention_errors(backends.sdpa, "of2", torch.float32, 64, check)[0] > 0.1
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.model.positions import Rope, axis_angles, rope_base, shift_frames
 from gpdit_lightning.model.time_conditioning import rotate_pairs
 from tests.model.toys import assert_near, toy_config
@@ -21,8 +22,9 @@ def test_axis_angles() -> None:
 
 
 def rope(first_frame: int, frames: int = 3, rows: int = 2, columns: int = 3) -> Rope:
-    positions = range(first_frame, first_frame + frames)
-    return Rope(toy_config(), positions, rows, columns, torch.device("cpu"), torch.float64)
+    config, blocks = toy_config(), range(first_frame, first_frame + frames)
+    layout = BlockLayout.of(config, rows * config.patch_size, columns * config.patch_size)
+    return Rope(config, layout, blocks, first_frame + frames, torch.device("cpu"), torch.float64)
 
 
 def scores(table: Rope, query: Tensor, key: Tensor) -> Tensor:

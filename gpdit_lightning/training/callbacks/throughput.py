@@ -92,8 +92,8 @@ class Throughput:
         clips, frames, _, height, width = batch.latents.shape
         self.steps += ends_step
         self.clips += clips
-        self.tokens += batch.t.numel() * height * width // self.config.patch_size**2
         shape = PassShape(clips, batch.context, frames, height, width, batch.draws, batch.frames)
+        self.tokens += shape.noisy_tokens(self.config)
         self.flops += sum(training_flops(self.config, shape).values())
         seconds = time.perf_counter() - loader.request_time
         self.seconds += seconds

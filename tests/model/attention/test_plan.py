@@ -1,6 +1,7 @@
 """The plan covers exactly what the mask allows, and nothing more is computed."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,84 +9,89 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpdit_lightning.model.attention import Segment, attention_plan
+from gpdit_lightning.model.config import AttentionVariant
 from tests.model import oracle
 from tests.model.toys import toy_batch, toy_config, toy_model
 
 VARIANTS = ("of2", "of")
 
 
-def pairs(plan: tuple[Segment, ...], cached: int) -> Counter[tuple[oracle.Block, oracle.Block]]:
-    """How often each (query frame, key frame) is computed; `cached` frames were cached before the clean queries."""
-    computed: Counter[tuple[oracle.Block, oracle.Block]] = Counter()
+FRAME = 2  # tokens
+SIZES = ((2, 2, 2, 2), (2,), (4, 4, 4), (2, 4, 4, 6), (6, 2, 2))  # tokens of the blocks of a clip, which are frames
+
+
+def pairs(plan: tuple[Segment, ...], first_clean: int) -> Counter[tuple[tuple[str, int], tuple[str, int]]]:
+    """How often each pair of tokens, a query and a key, is computed.
+
+    Args:
+        plan: its queries follow each other.
+        first_clean: number of cached tokens before the first clean query.
+    """
+    computed: Counter[tuple[tuple[str, int], tuple[str, int]]] = Counter()
+    position = {"clean": first_clean, "noisy": 0}
+    segments_of: dict[str, list[range]] = {"clean": [], "noisy": []}
     for segment in plan:
-        for frame in range(segment.start, segment.stop):
-            query = (segment.stream, cached + frame)
-            computed.update((query, ("clean", j)) for j in range(segment.context_frames))
-            computed.update([(query, query)] if segment.own_keys else [])
+        for _ in range(segment.blocks):
+            start = position[segment.stream]
+            segments_of[segment.stream].append(range(start, start + segment.tokens))
+            position[segment.stream] += segment.tokens
+            own = segments_of[segment.stream][len(segments_of[segment.stream]) - segment.own_segments :]
+            keys = [("clean", k) for k in range(segment.context_tokens)]
+            keys += [(segment.stream, k) for tokens in own for k in tokens]
+            computed.update(((segment.stream, q), key) for q in segments_of[segment.stream][-1] for key in keys)
     return computed
 
 
-def allowed(variant: str, queries: list[oracle.Block], keys: list[oracle.Block]) -> Counter:
-    """The dense rule over frames."""
-    return Counter((query, key) for query in queries for key in keys if oracle.attends(variant, query, key))
+def allowed(
+    variant: str, sizes: Sequence[int], causal: bool, queries: dict[str, range]
+) -> Counter[tuple[tuple[str, int], tuple[str, int]]]:
+    """The dense rule over tokens: from (block, frame, stream) of the query and of the key."""
+    block_of = [block for block, size in enumerate(sizes) for _ in range(size)]
+
+    def attends(query: tuple[str, int], key: tuple[str, int]) -> bool:
+        own, other = block_of[query[1]], block_of[key[1]]
+        if own == other and query[0] == key[0]:
+            return not causal or key[1] // FRAME <= query[1] // FRAME
+        return key[0] == "clean" and other < own and (query[0] == "noisy" or variant == "of2")
+
+    tokens = [(stream, token) for stream, of_stream in queries.items() for token in of_stream]
+    keys = [(stream, token) for stream in ("clean", "noisy") for token in range(len(block_of))]
+    return Counter((query, key) for query in tokens for key in keys if attends(query, key))
 
 
-def stream(name: str, start: int, stop: int) -> list[oracle.Block]:
-    return [(name, frame) for frame in range(start, stop)]
-
-
-def assert_each_query_once(plan: tuple[Segment, ...], clean: int, noisy: int) -> None:
-    """And in order: the outputs are concatenated in the order of the plan."""
-    queries = [(segment.stream, frame) for segment in plan for frame in range(segment.start, segment.stop)]
-    assert queries == stream("clean", 0, clean) + stream("noisy", 0, noisy)
-
-
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("frames", [1, 2, 5])
-def test_forward(variant: str, frames: int) -> None:
-    context = frames - 1
-    plan = attention_plan(variant, context, clean_queries=context, context_lengths=range(frames))
-    queries = stream("clean", 0, context) + stream("noisy", 0, frames)
-    assert pairs(plan, cached=0) == allowed(variant, queries, queries)
-    assert_each_query_once(plan, context, frames)
-    noisy_pairs = frames * (frames + 1) // 2
-    clean_pairs = {"of2": frames * (frames - 1) // 2, "of": frames - 1}[variant]
-    assert pairs(plan, cached=0).total() == noisy_pairs + clean_pairs
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_pass_computes_allowed_pairs_once(sizes: tuple[int, ...], variant: AttentionVariant, causal: bool) -> None:
+    """Training; its last layer, which has no clean queries; extending a cache; and denoising the last block."""
+    total, context = sum(sizes), sum(sizes[:-1])
+    contexts = tuple(sum(sizes[:block]) for block in range(len(sizes)))
+    tokens, last = FRAME if causal else None, sizes[-1]
+
+    def check(plan: tuple[Segment, ...], clean: range, noisy: range) -> None:
+        shifted = pairs(plan, clean.start)
+        moved = noisy.start  # the noisy tokens of a plan are counted from its first noisy block
+        computed = Counter(
+            {
+                tuple((name, token + moved * (name == "noisy")) for name, token in pair): count
+                for pair, count in shifted.items()
+            }
+        )
+        assert computed == allowed(variant, sizes, causal, {"clean": clean, "noisy": noisy})
+
+    check(attention_plan(variant, context, sizes[:-1], sizes, contexts, tokens), range(context), range(total))
+    check(attention_plan(variant, context, (), sizes, contexts, tokens), range(0), range(total))
+    check(attention_plan(variant, total, (last,), (), (), tokens), range(context, total), range(0))
+    check(attention_plan(variant, context, (), (last,), (context,), tokens), range(0), range(context, total))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_last_block_has_queries_of_noisy_frames_only(variant: str) -> None:
-    frames = 5
-    plan = attention_plan(variant, frames - 1, clean_queries=0, context_lengths=range(frames))
-    queries = stream("noisy", 0, frames)
-    assert pairs(plan, cached=0) == allowed(variant, queries, stream("clean", 0, frames - 1) + queries)
-    assert_each_query_once(plan, 0, frames)
-    assert pairs(plan, cached=0).total() == frames * (frames + 1) // 2
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("cached", "new"), [(0, 4), (3, 1), (3, 5)])
-def test_extend(variant: str, cached: int, new: int) -> None:
-    plan = attention_plan(variant, cached + new, clean_queries=new, context_lengths=())
-    queries = stream("clean", cached, cached + new)
-    assert pairs(plan, cached) == allowed(variant, queries, stream("clean", 0, cached + new))
-    assert_each_query_once(plan, new, 0)
-    expected = {"of2": new * cached + new * (new + 1) // 2, "of": new}[variant]
-    assert pairs(plan, cached).total() == expected
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("cached", [0, 7])
-def test_denoise(variant: str, cached: int) -> None:
-    plan = attention_plan(variant, cached, clean_queries=0, context_lengths=[cached])
-    queries = [("noisy", cached)]
-    assert pairs(plan, cached) == allowed(variant, queries, stream("clean", 0, cached) + queries)
-    assert_each_query_once(plan, 0, 1)
-    assert pairs(plan, cached).total() == cached + 1
-
-
-def test_no_clip_with_context_means_no_segments() -> None:
-    assert attention_plan("of2", 0, clean_queries=0, context_lengths=()) == ()
+def test_equal_neighbours_that_attend_to_themselves_are_one_call() -> None:
+    assert attention_plan("of", 8, (2, 2, 4), (2, 2), (0, 0)) == (
+        Segment("clean", 2, 2, 0, 1),
+        Segment("clean", 1, 4, 0, 1),
+        Segment("noisy", 2, 2, 0, 1),
+    )
+    assert attention_plan("of2", 0, (), (), ()) == ()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -100,8 +106,8 @@ def test_masked_scores_are_not_computed(variant: str, clips: int, context_clips:
         model(*toy_batch(clips, context_clips, frames))
     counts = counter.get_flop_counts()["Global"]
 
-    clean = stream("clean", 0, frames - 1) if context_clips else []
-    noisy = stream("noisy", 0, frames)
+    clean = [("clean", frame) for frame in range(frames - 1 if context_clips else 0)]
+    noisy = [("noisy", frame) for frame in range(frames)]
     per_context_clip = {
         name: int(oracle.dense_mask(clean + noisy, variant, [tokens] * len(clean + noisy))[rows].sum())
         for name, rows in (("clean", slice(0, len(clean) * tokens)), ("noisy", slice(len(clean) * tokens, None)))
