@@ -3,7 +3,15 @@
 from gpdit_lightning.diffusion.guidance import Guidance
 from gpdit_lightning.diffusion.loss import QuartileLoss, VelocityLoss, velocity_loss
 from gpdit_lightning.diffusion.noise_levels import NoiseSchedule
-from gpdit_lightning.diffusion.rotation import NoisySample, Target, rotate_back, rotate_to, training_target, velocity_of
+from gpdit_lightning.diffusion.rotation import (
+    NoisySample,
+    Target,
+    check_target,
+    rotate_back,
+    rotate_to,
+    training_target,
+    velocity_of,
+)
 from gpdit_lightning.diffusion.samplers import (
     SAMPLERS,
     AdamsSampler,
@@ -34,6 +42,7 @@ __all__ = [
     "Target",
     "Velocity",
     "VelocityLoss",
+    "check_target",
     "make_sampler",
     "register_sampler",
     "rotate_back",

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.devices import check_device
+from gpdit_lightning.diffusion.noise_levels import NoiseSchedule
+from gpdit_lightning.errors import InputError
 
 Target = Literal["velocity", "epsilon"]
 """What a network predicts: the companion of the noisy latents (GPDiT, section 4.2), or the noise (DDPM, ACDiT)."""
@@ -40,6 +42,15 @@ def rotate_to(x0: Tensor, eps: Tensor, theta: Tensor) -> NoisySample:
     angles = _broadcastable(theta, x0)
     cos, sin = angles.cos().to(x0.dtype), angles.sin().to(x0.dtype)
     return NoisySample(cos * x0 + sin * eps, cos * eps - sin * x0, theta)
+
+
+def check_target(target: Target, schedule: NoiseSchedule) -> None:
+    """Raise `InputError` if the velocity cannot be computed from the target at the strongest noise of a schedule."""
+    if target == "epsilon" and schedule.name == "cosine":
+        raise InputError(
+            "the target is epsilon, from which x0 cannot be computed at the pure noise of the cosine schedule: set "
+            "the schedule to linear (model.init_args.schedule.name), or backbone.target to velocity."
+        )
 
 
 def training_target(sample: NoisySample, eps: Tensor, target: Target) -> Tensor:

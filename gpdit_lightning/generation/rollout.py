@@ -15,7 +15,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from gpdit_lightning.diffusion import Guidance, RotationSampler, Sampler, velocity_of
+from gpdit_lightning.diffusion import Guidance, RotationSampler, Sampler, check_target, velocity_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import import_path
 from gpdit_lightning.model import NO_LABEL, GPDiT, GPDiTConfig, KVCache
@@ -112,17 +112,19 @@ def rollout(
         (B, C, H, W) whitened latents, on the device of the model.
 
     Raises:
-        InputError: the context does not fit the model, or seeds, window or condition do not match the other arguments.
+        InputError: the context does not fit the model, seeds, window or condition do not match the other arguments, or
+            the sampler begins at a noise from which the target of the model gives no velocity.
     """
     context = context.to(model.device)
     check_rollout(model.config, context, frames)
+    check_target(model.config.target, config.sampler.schedule)
     clips, context_frames = context.shape[:2]
     seeds = inputs.seed_per_clip(clips)
-    denoiser = Denoiser(model, context, frames, config, inputs)
     layout = model.layout(*context.shape[-2:])
+    _check_blocks(layout, context_frames, frames)
+    denoiser = Denoiser(model, context, frames, config, inputs)
     left = math.inf if frames is None else frames
-    for number in _groups(layout, context_frames, frames):
-        of_group = layout.group(number, context_frames + (frames or 0))
+    for of_group in _groups(layout, context_frames, frames):
         blocks = []
         for part in layout.parts:
             noise = partial(_batch_noise, context, seeds, of_group, part)
@@ -133,21 +135,30 @@ def rollout(
         left -= len(of_group)
 
 
-def _groups(layout: BlockLayout, context_frames: int, frames: int | None) -> Iterator[int]:
-    """Yield the numbers of the groups of blocks, those that share their frames, that a rollout generates.
+def _check_blocks(layout: BlockLayout, context_frames: int, frames: int | None) -> None:
+    """Check that a rollout consists of blocks.
 
     Raises:
-        InputError: the context ends within a block, or an endless rollout would have one endless block.
+        InputError: the context does not consist of whole blocks, or an endless rollout would have one endless block.
     """
+    if context_frames:
+        layout.check_context(context_frames)
     if frames is None and not layout.frames:
         raise InputError(
             "an endless rollout would be one endless block (block_shape has 0 frames): give a number of frames."
         )
+
+
+def _groups(layout: BlockLayout, context_frames: int, frames: int | None) -> Iterator[range]:
+    """Yield the frames of each group of blocks, those that share their frames, that a rollout generates."""
+    length, end = context_frames + (frames or 0), context_frames
     first = len(layout.blocks_of(range(context_frames))) // layout.blocks_per_group if context_frames else 0
     for number in count(first):
-        if frames is not None and layout.group(number, context_frames + frames).start >= context_frames + frames:
+        if frames is not None and end >= length:
             return
-        yield number
+        group = layout.group(number, length)
+        end = group.stop
+        yield group
 
 
 def cast_linear_weights(model: GPDiT, dtype: torch.dtype) -> None:
@@ -311,7 +322,7 @@ class Denoiser:
             last = cache.layout.context_frames(context_frames)
             self.model.extend(cache, context[:, :last])
         self.cache = cache
-        self.clean = context[:, last:] if context_frames else None
+        self.clean = context[:, last:] if last < context_frames else None
 
     @property
     def _has_context(self) -> bool:

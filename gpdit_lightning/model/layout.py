@@ -208,6 +208,41 @@ class BlockLayout:
         rows = [torch.cat(list(blocks[k : k + in_row]), dim=-1) for k in range(0, len(blocks), in_row)]
         return torch.cat(rows, dim=-2) if len(blocks) > 1 else blocks[0]
 
+    def context_length(self, frames: int) -> int:
+        """Return the largest number of frames, at most `frames`, that a context can have: those of whole blocks.
+
+        It is 0 if no block follows such a context, since one block has all frames of a clip.
+        """
+        if frames < self.first_frames:
+            return 0
+        return frames - (frames - self.first_frames) % self.frames if self.frames else self.first_frames
+
+    def contexts_within(self, frames: int) -> list[int]:
+        """Return the lengths of context, in frames, after which blocks of a clip with `frames` latent frames follow."""
+        return [length for length in range(1, frames) if self.context_length(length) == length]
+
+    def check_context(self, frames: int) -> None:
+        """Check the length of a context.
+
+        Raises:
+            InputError: the context ends within a block, or no block can follow it.
+        """
+        shorter = self.context_length(frames)
+        if shorter == frames:
+            return
+        if not self.first_frames:
+            raise InputError(
+                f"the context has {frames} latent frames, but the model generates a clip as one block (block_shape has "
+                "0 frames, and first_block_frames is 0), which no context precedes: leave the context out."
+            )
+        longer = shorter + self.frames if shorter else self.first_frames
+        lengths = sorted({shorter, longer} - {0}) if self.frames else [self.first_frames]
+        raise InputError(
+            f"the context has {frames} latent frames, which are not whole blocks of the model (the first block has "
+            f"{self.first_frames} latent frames, later ones have {self.frames or 'all others'}): give a context of "
+            f"{' or '.join(map(str, lengths))} latent frames."
+        )
+
     def context_frames(self, frames: int) -> int:
         """Return the frames that precede the last blocks of a clip with `frames` latent frames, which may be cut."""
         if self.blocks_per_group > 1 or not frames:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
-from gpdit_lightning.diffusion import NoiseSchedule, Target, VelocityLoss
+from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.model.layout import count_blocks
@@ -81,15 +81,6 @@ def check_blocks(config: GPDiTConfig, data: LatentDataModule) -> None:
                     count_blocks(config, noisy or range(length), bucket.height, bucket.width)
                 except InputError as error:
                     raise InputError(f"data.{name}, clips of {length} latent frames: {error}") from None
-
-
-def check_target(target: Target, schedule: NoiseSchedule) -> None:
-    """Raise `InputError` if the velocity cannot be computed from the target at the strongest noise of a schedule."""
-    if target == "epsilon" and schedule.name == "cosine":
-        raise InputError(
-            "the target is epsilon, which tells nothing of x0 at the pure noise of the cosine schedule: set "
-            "model.init_args.schedule.name to linear, or backbone.target to velocity."
-        )
 
 
 def check_number_of_classes(of_backbone: int, of_data: int) -> None:

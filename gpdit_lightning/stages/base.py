@@ -14,7 +14,14 @@ from torch.optim import Optimizer
 from gpdit_lightning.checkpoints.facts import Origin
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
-from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss, rotate_to, training_target, velocity_loss
+from gpdit_lightning.diffusion import (
+    NoiseSchedule,
+    VelocityLoss,
+    check_target,
+    rotate_to,
+    training_target,
+    velocity_loss,
+)
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.model.attention import select_backend
 from gpdit_lightning.model.layout import ClipBlocks, count_blocks
@@ -32,7 +39,6 @@ from gpdit_lightning.stages.agreement import (
     check_ranks,
     check_sources,
     check_stage,
-    check_target,
 )
 from gpdit_lightning.stages.initial_weights import InitialWeights
 from gpdit_lightning.training.internals import end_validation_loader
