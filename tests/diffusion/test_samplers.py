@@ -32,6 +32,7 @@ from gpdit_lightning.diffusion import (
     make_sampler,
     register_sampler,
     samplers,
+    velocity_of,
 )
 from gpdit_lightning.diffusion.samplers import VelocityAt
 from gpdit_lightning.errors import InputError
@@ -333,6 +334,77 @@ def test_stochastic_steps_agree_with_diffusers(steps: int, eta: float) -> None:
         x = scheduler.step(velocity, timestep, x, eta, variance_noise=noise).prev_sample
     ours = StochasticSampler(eta=eta).integrate(TWO_BUMPS.velocity, NOISE, angles, fresh.__getitem__)
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-10)
+
+
+ALPHA_BARS = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)
+
+
+def noise_in(noisy: Tensor, theta: Tensor) -> Tensor:
+    """An untrained network's epsilon, which depends on the angle and is not linear."""
+    theta = theta[:, None]
+    return (1.3 * noisy + 0.4 * (3 * theta).cos()).tanh() * (1 + theta.sin()) + 0.1 * (2 * noisy).cos()
+
+
+def implied_velocity(noisy: Tensor, theta: Tensor) -> Tensor:
+    return velocity_of(noise_in(noisy, theta), noisy, theta, "epsilon")
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_epsilon_with_the_linear_schedule_agrees_with_ddim_at_every_step(steps: int) -> None:
+    """DDPM's schedule from its strongest noise, cos(theta) = 0.0064, where x0 is 157 times an error of epsilon."""
+    scheduler = DDIMScheduler(
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=2e-2,
+        timestep_spacing="trailing",
+        steps_offset=0,
+        set_alpha_to_one=True,
+        clip_sample=False,
+        prediction_type="epsilon",
+    )
+    scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = ALPHA_BARS, torch.ones((), dtype=torch.float64)
+    scheduler.set_timesteps(steps)
+    angles = RotationSampler(steps, LINEAR).angles(torch.float64)
+    assert angles[0].cos().item() == pytest.approx(0.00635, rel=1e-2)
+    x = NOISE
+    for step, timestep in enumerate(scheduler.timesteps):
+        x = scheduler.step(noise_in(x, angles[step].expand(len(x))), timestep, x).prev_sample
+        ours = RotationSampler(steps, LINEAR).integrate(implied_velocity, NOISE, angles[: step + 2].tolist())
+        torch.testing.assert_close(ours, x, rtol=1e-10, atol=1e-10)
+    assert torch.equal(ours, RotationSampler(steps, LINEAR).sample(implied_velocity, NOISE))
+
+
+@pytest.mark.parametrize("steps", [5, 10, 20])
+def test_epsilon_with_the_linear_schedule_agrees_with_dpm_solver_at_every_step(steps: int) -> None:
+    """In float64: the methods of the updates are called, since `step` itself rounds the sample to float32."""
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=2e-2,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+        prediction_type="epsilon",
+    )
+    scheduler.set_timesteps(steps)
+    sigmas = ((1 - ALPHA_BARS) / ALPHA_BARS).sqrt()[scheduler.timesteps]
+    torch.testing.assert_close(scheduler.sigmas[:-1].double(), sigmas, rtol=1e-4, atol=0)
+    scheduler.sigmas = torch.cat((sigmas, sigmas.new_zeros(1)))
+    angles = DPMSolver2M(steps, LINEAR).angles(torch.float64)
+    x, x0s = NOISE, list[Tensor]()
+    for step in range(steps):
+        scheduler._step_index = step
+        epsilon = noise_in(x, angles[step].expand(len(x)))
+        x0s.append(scheduler.convert_model_output(epsilon, sample=x))
+        if step in (0, steps - 1):
+            x = scheduler.dpm_solver_first_order_update(x0s[-1], sample=x)
+        else:
+            x = scheduler.multistep_dpm_solver_second_order_update(x0s[-2:], sample=x)
+        ours = DPMSolver2M(steps, LINEAR).integrate(implied_velocity, NOISE, angles[: step + 2].tolist())
+        torch.testing.assert_close(ours, x, rtol=1e-10, atol=1e-10)
+    assert torch.equal(ours, DPMSolver2M(steps, LINEAR).sample(implied_velocity, NOISE))
 
 
 # The interface.
