@@ -201,34 +201,81 @@ def _bytes_inside_block(config: GPDiTConfig, shape: PassShape, precision: BytesP
     noisy = shape.noisy_tokens(config)
     packed = shape.clean_tokens(config) + noisy
     blocks = shape.blocks(config)
-    # A noisy block after others with context attends to concatenated copies of their clean keys and of its own.
-    lengths = zip(blocks.noisy, blocks.contexts, strict=True)
-    joined = shape.draws * shape.context_clips * sum(size + context for size, context in lengths if context)
-    # Other noisy blocks attend to their own rotated keys and, with a condition, to a copy of their values behind those
-    # of the condition. Both are computed and saved for all noisy blocks together.
+    # Noisy blocks without context attend to their own rotated keys and, with a condition, to a copy of their values
+    # behind those of the condition. Both are computed and saved for all noisy blocks together.
     own_keys = noisy if 0 in blocks.contexts or shape.context_clips < shape.clips else 0
     copied_values = own_keys if config.has_prefix else 0
     casts_stream, casts_weights = precision.product != STREAM_BYTES, precision.product != precision.weight
+    if config.factorized:
+        # Attention along time has copies of its inputs in another order, and of the projected keys and values those
+        # that are cast are not saved.
+        copied_values = own_keys + queries - noisy - (2 * packed if casts_stream else 0)
     products = config.width * (
-        packed  # input of the projections to keys, values and queries
-        + 2 * packed  # projected keys and values
-        + (0 if casts_stream else queries)  # projected queries, saved by their norm (the keys are counted already)
-        + queries  # rotated queries
+        _saved_around_attention(packed, queries, precision)
         + (queries - noisy + own_keys)  # rotated keys of clean and of noisy frames
-        + 2 * joined
+        + 2 * _joined_keys(config, shape, clean_queries=queries > noisy)
         + copied_values
-        + 2 * queries  # result of attention, and its packed copy for the output projection
         + queries  # input of the MLP
     )
     products += config.mlp_width * 2 * queries  # before and after GELU
-    if config.time_conditioning == "adaln":
-        products += config.width * 2 * noisy  # outputs of attention and MLP, which gates multiply
     products += _products_of_block(config) if casts_weights else 0  # which Lightning's autocast does not cache
     stream = config.width * queries  # between attention and MLP
-    stream += 2 * config.width * noisy if config.time_conditioning == "adaln" else 0  # normed, which scales multiply
-    if config.factorized:  # a second attention, over all tokens
-        products += 12 * config.width * packed
+    norms = packed + queries  # of keys and queries
+    if config.factorized:  # attention within frames, over all tokens: also rotated keys, and the stream after it
+        products += config.width * (_saved_around_attention(packed, packed, precision) + packed)
         stream += config.width * packed
-    stream += config.width * (packed + queries) if casts_stream else 0  # keys and queries as inputs of their norms
-    rows = config.heads * (packed + 2 * queries)  # float32 numbers of the norms of keys and queries, and of attention
+        norms += 2 * packed
+    stream += config.width * norms if casts_stream else 0  # inputs of these norms
+    if config.time_conditioning == "adaln":
+        # Of all tokens of the pass, though only the noisy ones are scaled and gated: they are a view of the others.
+        within_frames = packed if config.factorized else 0
+        stream += config.width * (within_frames + packed + queries)  # normed, which scales multiply
+        products += config.width * (within_frames + 2 * queries)  # outputs of the branches, which gates multiply
+        values = shape.draws * shape.clips * len(blocks.noisy) * _modulations(config)
+        products += config.width * values  # shifts, scales and gates
+        stream += config.width * values // 3  # 1 + scale
+    # float32 numbers of the norms of keys and queries, and of attention
+    rows = config.heads * (norms + queries + (packed if config.factorized else 0))
     return precision.product * products + STREAM_BYTES * stream + 4 * rows
+
+
+def _saved_around_attention(packed: int, queries: int, precision: BytesPerValue) -> int:
+    """Return the tokens that an attention saves in the precision of products, besides its rotated keys and values.
+
+    Args:
+        packed: tokens with keys and values.
+        queries: tokens with queries.
+        precision: bytes per value.
+    """
+    return (
+        packed  # input of the projections to keys, values and queries
+        + 2 * packed  # projected keys and values
+        + (queries if precision.product == STREAM_BYTES else 0)  # projected queries, saved by their norm like the keys
+        + queries  # rotated queries
+        + 2 * queries  # result of attention, and its packed copy for the output projection
+    )
+
+
+def _joined_keys(config: GPDiTConfig, shape: PassShape, clean_queries: bool) -> int:
+    """Return the number of keys that attention concatenates, which are copies.
+
+    A noisy block after others with context attends to their clean keys and its own. If a frame attends to no later
+    frame of its block, each frame has its own copy of these, and of those of its block alone, except the first frame.
+
+    Args:
+        config: the architecture.
+        shape: shape of the pass.
+        clean_queries: whether the clean blocks have queries.
+    """
+    blocks = shape.blocks(config)
+    joined = 0
+    for size, context in zip(blocks.noisy, blocks.contexts, strict=True):
+        frame = blocks.causal_tokens or size
+        own = range(frame, size + 1, frame)  # tokens of the block to which each of its frames attends
+        with_context = sum(context + tokens for tokens in own) if context else sum(own[1:])
+        rows = shape.context_clips * with_context + (shape.clips - shape.context_clips) * sum(own[1:])
+        joined += shape.draws * rows
+    if clean_queries and config.attention == "of" and blocks.causal_tokens:
+        frame = blocks.causal_tokens
+        joined += shape.context_clips * sum(sum(range(2 * frame, size + 1, frame)) for size in blocks.clean)
+    return joined

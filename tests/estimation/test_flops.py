@@ -14,11 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpdit_lightning.estimation.flops import (
     PEAK_BF16_FLOPS,
     PassShape,
+    attention_pairs,
     forward_flops,
     peak_bf16_flops,
     training_flops,
 )
 from gpdit_lightning.model import GPDiT, GPDiTConfig
+from gpdit_lightning.model.layout import count_blocks
+from tests.model.block_oracle import Token, attends, tokens_of
+from tests.model.test_blocks import LAYOUTS
+
+ADALN = {"time_conditioning": "adaln", "classes": 10}
 
 # Fields of the configuration, and a pass. The count is a polynomial; these cases contain each of its terms.
 CASES: list[tuple[dict[str, Any], PassShape]] = [
@@ -34,18 +40,34 @@ CASES: list[tuple[dict[str, Any], PassShape]] = [
     ({"attention": "of", "classes": 10}, PassShape(2, 2, 6, 8, 12, draws=2, noisy_frames=(0, 2))),
     ({"attention": "of2"}, PassShape(2, 0, 6, 8, 12, noisy_frames=(5,))),
     ({"patch_size": 4, "latent_channels": 3, "mlp_width": 100}, PassShape(3, 2, 3, 8, 12)),
+    # Blocks of several frames, squares, one block; adaLN with labels; some noisy blocks.
+    ({"block_shape": (2, 0, 0), "classes": 10}, PassShape(3, 1, 6, 8, 12, draws=2)),
+    ({"block_shape": (2, 0, 0), "first_block_frames": 1, "attention": "of"}, PassShape(3, 2, 7, 8, 12, 2, (0, 3, 4))),
+    ({"block_shape": (2, 0, 0), "first_block_frames": 3, **ADALN}, PassShape(3, 2, 7, 8, 12, draws=2)),
+    ({"block_shape": (1, 2, 3), "patch_size": 1, **ADALN}, PassShape(3, 2, 1, 4, 6, draws=2)),
+    ({"block_shape": (2, 1, 2), "attention": "of"}, PassShape(3, 2, 4, 8, 12, noisy_frames=(2, 3))),
+    ({"block_shape": (0, 0, 0)}, PassShape(3, 2, 5, 8, 12)),
+    ({"block_shape": (0, 0, 0), "first_block_frames": 2, **ADALN}, PassShape(2, 2, 5, 8, 12, noisy_frames=(2, 3, 4))),
+    ({"block_shape": (3, 0, 0), "causal_in_block": True, "attention": "of"}, PassShape(3, 2, 6, 8, 12, draws=2)),
+    ({"block_shape": (3, 0, 0), "causal_in_block": True, "classes": 10}, PassShape(3, 2, 6, 8, 12)),
+    ({"block_shape": (2, 0, 0), "factorized": True}, PassShape(3, 2, 6, 8, 12, 2, (2, 3))),
+    (
+        {"block_shape": (3, 0, 0), "first_block_frames": 2, "factorized": True, "causal_in_block": True, **ADALN},
+        PassShape(3, 1, 5, 8, 12),
+    ),
 ]
 
 
 def meta_batch(config: GPDiTConfig, shape: PassShape) -> list[Tensor]:
     """Return the inputs noisy, theta and clean of a pass, without memory."""
     rows, noisy = shape.draws * shape.clips, len(shape.noisy)
+    blocks = count_blocks(config, shape.noisy, shape.height, shape.width)
 
     def latents(*sizes: int) -> Tensor:
         sizes = (*sizes, config.latent_channels, shape.height, shape.width)
         return torch.zeros(sizes, device="meta", requires_grad=True)
 
-    theta = torch.zeros(rows, noisy, device="meta", requires_grad=True)
+    theta = torch.zeros(rows, blocks, device="meta", requires_grad=True)
     return [latents(rows, noisy), theta, latents(shape.context_clips, shape.frames)]
 
 
@@ -68,7 +90,9 @@ def measured(config: GPDiTConfig, call: Callable[[GPDiT], Any]) -> dict[str, int
         return ops[torch.ops.aten.mm] + ops[torch.ops.aten.addmm]
 
     blocks = range(config.layers)
-    projections = ("query", "key_value", "attention_output")
+    projections = [
+        f"{attention}{name}" for attention in ("", "spatial.") for name in ("query", "key_value", "attention_output")
+    ]
     parts = {
         "embedding": linear("patch_embedding"),
         "attention_projections": sum(linear(f"blocks.{layer}.{name}") for layer in blocks for name in projections),
@@ -76,6 +100,9 @@ def measured(config: GPDiTConfig, call: Callable[[GPDiT], Any]) -> dict[str, int
         "mlp": sum(linear(f"blocks.{layer}.mlp") for layer in blocks),
         "output": linear("output"),
     }
+    if config.time_conditioning == "adaln":
+        names = ["time_embedding", "output_modulation", *(f"blocks.{layer}.modulation" for layer in blocks)]
+        parts["modulation"] = sum(map(linear, names))
     assert sum(parts.values()) == counter.get_total_flops()  # the parts are complete
     return parts
 
@@ -89,7 +116,25 @@ def test_forward_flops_by_part(fields: dict[str, Any], shape: PassShape) -> None
         assert measured(config, lambda model: run(model, shape, labels)) == forward_flops(config, shape)
 
 
-@pytest.mark.parametrize(("fields", "shape"), [CASES[2], CASES[9]], ids=str)
+@pytest.mark.parametrize("variant", ["of2", "of"])
+@pytest.mark.parametrize(("fields", "size"), LAYOUTS, ids=str)
+def test_no_masked_product_is_counted(fields: dict[str, Any], size: tuple[int, int, int], variant: str) -> None:
+    """The pairs are those that the mask allows, token by token; with factorized attention at each place of a frame."""
+    config = GPDiTConfig(size="tiny", attention=variant, **fields)
+    frames, rows, columns = size[0], size[1] // config.patch_size, size[2] // config.patch_size
+    streams = {name: tokens_of(config, name, frames, rows, columns) for name in ("clean", "noisy")}
+    last = max(token.block for token in streams["clean"])  # no block attends to it, so it is not computed
+    streams["clean"] = [token for token in streams["clean"] if token.block < last]
+
+    def counts(query: Token, key: Token) -> bool:
+        return attends(config, query, key) and not (config.factorized and query.place[1:] != key.place[1:])
+
+    keys = [key for stream in streams.values() for key in stream]
+    allowed = [sum(counts(query, key) for query in stream for key in keys) for stream in streams.values()]
+    assert list(attention_pairs(config, PassShape(1, 1, *size))) == allowed
+
+
+@pytest.mark.parametrize(("fields", "shape"), [CASES[2], CASES[9], CASES[14], CASES[-1]], ids=str)
 def test_training_flops_are_three_times_the_forward_flops(fields: dict[str, Any], shape: PassShape) -> None:
     """Exactly, if the gradient of the latents is computed too."""
     config = GPDiTConfig(**{"size": "tiny", "layers": 3} | fields)

@@ -20,6 +20,7 @@ from gpdit_lightning.estimation.memory import (
     held_bytes,
     parameter_count,
 )
+from gpdit_lightning.model.layout import count_blocks
 from tests.estimation.memory_runs import LiveBytes, storages_of
 
 Shape = tuple[int, int, int, int, int, int, tuple[int, ...] | None]
@@ -68,7 +69,8 @@ def forward(config: GPDiTConfig, shape: Shape, precision: BytesPerValue) -> tupl
     noisy_count = frames if noisy_frames is None else len(noisy_frames)
     model = GPDiT(config).to(torch.float32 if precision.weight == 4 else torch.bfloat16)
     noisy = torch.randn(draws * clips, noisy_count, config.latent_channels, height, width)
-    theta = torch.rand(draws * clips, noisy_count)
+    blocks = count_blocks(config, range(frames) if noisy_frames is None else noisy_frames, height, width)
+    theta = torch.rand(draws * clips, blocks)
     clean = torch.randn(context, frames, config.latent_channels, height, width) if context else None
 
     def run() -> Tensor:
@@ -132,24 +134,54 @@ def test_bytes_saved_by_one_block_of_other_architectures(shape: Shape, fields: d
     assert measured == pytest.approx(expected, rel=0.01)
 
 
+# Fields of the configuration, and a pass. (Of a single clip, factorized attention copies less.)
+LAYOUTS: list[tuple[dict[str, Any], Shape]] = [
+    ({"block_shape": (2, 0, 0)}, (2, 1, 4, 16, 12, 2, None)),
+    ({"block_shape": (2, 0, 0), "first_block_frames": 1}, (3, 2, 5, 16, 12, 1, (1, 2))),
+    ({"block_shape": (1, 4, 3), "patch_size": 1}, (2, 2, 1, 8, 9, 1, None)),
+    ({"block_shape": (0, 0, 0)}, (2, 2, 3, 16, 12, 1, None)),
+    ({"block_shape": (3, 0, 0), "causal_in_block": True}, (2, 1, 6, 16, 12, 1, None)),
+    ({"block_shape": (2, 0, 0), "factorized": True}, (3, 2, 6, 16, 12, 2, None)),
+    ({"block_shape": (3, 0, 0), "factorized": True, "causal_in_block": True}, (2, 2, 6, 16, 12, 1, None)),
+]
+
+
+@pytest.mark.parametrize("precision", [AUTOCAST, BF16, FLOAT32], ids=["autocast", "bf16", "float32"])
+@pytest.mark.parametrize("time", [{}, {"time_conditioning": "adaln"}], ids=["rotation", "adaln"])
+@pytest.mark.parametrize(("fields", "shape"), LAYOUTS, ids=str)
+def test_bytes_saved_by_one_block_of_other_layouts(
+    fields: dict[str, Any], shape: Shape, time: dict[str, Any], precision: BytesPerValue
+) -> None:
+    configs = [GPDiTConfig(size="tiny", layers=layers, **fields, **time) for layers in (2, 3)]
+    expected, measured = (
+        count(configs[1], shape, precision) - count(configs[0], shape, precision)
+        for count in (expected_bytes, saved_bytes)
+    )
+    assert measured == pytest.approx(expected, rel=0.01)
+
+
 @pytest.mark.parametrize(
-    ("shape", "precision", "classes", "checkpointing"),
+    ("shape", "precision", "fields", "checkpointing"),
     [
-        (SHAPES[0], AUTOCAST, 0, False),
-        (SHAPES[1], AUTOCAST, 10, False),
-        (SHAPES[2], AUTOCAST, 0, True),
-        (SHAPES[3], FLOAT32, 10, False),
-        (SHAPES[4], FLOAT32, 0, True),
-        (SHAPES[5], AUTOCAST, 0, False),
-        (SHAPES[0], BF16, 0, True),
-        (SHAPES[4], BF16, 10, False),
+        (SHAPES[0], AUTOCAST, {}, False),
+        (SHAPES[1], AUTOCAST, {"classes": 10}, False),
+        (SHAPES[2], AUTOCAST, {}, True),
+        (SHAPES[3], FLOAT32, {"classes": 10}, False),
+        (SHAPES[4], FLOAT32, {}, True),
+        (SHAPES[5], AUTOCAST, {}, False),
+        (SHAPES[0], BF16, {}, True),
+        (SHAPES[4], BF16, {"classes": 10}, False),
+        ((2, 2, 4, 16, 16, 1, None), AUTOCAST, {"block_shape": (2, 0, 0), "time_conditioning": "adaln"}, False),
+        ((2, 2, 1, 16, 16, 1, None), BF16, {"block_shape": (1, 4, 4), "time_conditioning": "adaln"}, True),
+        ((2, 2, 6, 16, 16, 1, None), FLOAT32, {"block_shape": (3, 0, 0), "causal_in_block": True}, False),
+        ((2, 2, 6, 16, 16, 1, None), AUTOCAST, {"block_shape": (3, 0, 0), "factorized": True}, False),
     ],
 )
 def test_peak_of_forward_and_backward(
-    shape: Shape, precision: BytesPerValue, classes: int, checkpointing: bool
+    shape: Shape, precision: BytesPerValue, fields: dict[str, Any], checkpointing: bool
 ) -> None:
     """Of the second micro-batch, whose gradients are added to those of the first."""
-    config = GPDiTConfig(size="tiny", classes=classes, activation_checkpointing=checkpointing)
+    config = GPDiTConfig(size="tiny", activation_checkpointing=checkpointing, **fields)
     model, run = forward(config, shape, precision)
     run().sum().backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -158,9 +190,20 @@ def test_peak_of_forward_and_backward(
     assert live.peak - live.before == pytest.approx(expected_bytes(config, shape, precision), rel=0.08)
 
 
-@pytest.mark.parametrize("fields", [{}, {"classes": 101}, {"text_width": 77}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"classes": 101},
+        {"text_width": 77},
+        {"time_conditioning": "adaln", "patch_size": 1},
+        {"time_conditioning": "adaln", "classes": 101, "factorized": True},
+        {"factorized": True, "block_shape": (4, 0, 0), "latent_channels": 4},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("size", ["tiny", "B", "H"])
-def test_parameter_count(size: str, fields: dict[str, int]) -> None:
+def test_parameter_count(size: str, fields: dict[str, Any]) -> None:
     config = GPDiTConfig.preset(size, **fields)
     with torch.device("meta"):
         model = GPDiT(config)
