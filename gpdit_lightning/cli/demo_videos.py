@@ -13,9 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from gpdit_lightning.devices import available_cores
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.progress import progress_bar
+from gpdit_lightning.workers import WorkerLoader
 
 SIZE = 64  # side of a frame in pixels
 DIGIT = 32  # side of a digit in pixels
@@ -24,6 +27,7 @@ FRAMES = 61  # per video: 21 at a stride of 3
 MIN_PATH_LENGTH = 18  # pixels between the ends of a digit's path
 BACKGROUND, INK = 0.2, 0.8  # brightness, of at most 1
 MAX_TINT = 0.15  # added to or subtracted from the red, the green and the blue of all pixels
+FEW_VIDEOS = 100  # up to so many are drawn without other processes, which take a second to start
 HELD_OUT_DIGITS = 300  # of scikit-learn's 1,797 scanned digits: the last ones appear in held-out videos only
 
 
@@ -68,9 +72,25 @@ def draw_video(number: int, held_out: bool, seed: int) -> tuple[Tensor, int]:
     return render(digits[choice], generator), int(values[choice])
 
 
-def write_videos(directory: Path, count: int, held_out: bool, seed: int) -> None:
-    """Write `count` mp4 files; arguments as for `draw_video`. Existing files are kept."""
-    for number in progress_bar(range(count), desc=f"drawing {directory.name}", unit="video", leave=False):
-        path = directory / f"digit_{number:04d}.mp4"
+class _Videos(Dataset[int]):
+    """Writes the mp4 file of a video when it is read, unless it exists."""
+
+    def __init__(self, directory: Path, count: int, held_out: bool, seed: int) -> None:
+        self.directory, self.count, self.held_out, self.seed = directory, count, held_out, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> int:
+        path = self.directory / f"digit_{number:04d}.mp4"
         if not path.exists():
-            write_video(path, draw_video(number, held_out, seed)[0], Fraction(FPS))
+            write_video(path, draw_video(number, self.held_out, self.seed)[0], Fraction(FPS))
+        return number
+
+
+def write_videos(directory: Path, count: int, held_out: bool, seed: int) -> None:
+    """Write `count` mp4 files, in one process per core; arguments as for `draw_video`. Existing files are kept."""
+    videos = _Videos(directory, count, held_out, seed)
+    written = WorkerLoader(videos, available_cores() if count > FEW_VIDEOS else 0)
+    for _ in progress_bar(written, desc=f"drawing {directory.name}", unit="video", leave=False):
+        pass
