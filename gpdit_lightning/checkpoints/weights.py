@@ -54,7 +54,7 @@ class Weights:
             # xformers, for which this device may have no kernels (auto selects it where it can be used); an import path
             # or a name registered elsewhere: a file of weights must not choose code to import.
             architecture = architecture.replaced(attention_backend="auto")
-        if known.classes and len(known.classes) != architecture.classes:
+        if len(known.classes) > architecture.classes:
             raise InputError(
                 f"{file} names {len(known.classes)} classes where its architecture has {architecture.classes}: "
                 f"{EXPORT_AGAIN}."

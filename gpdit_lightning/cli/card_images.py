@@ -15,7 +15,7 @@ from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.generation.results import GeneratedClip
-from gpdit_lightning.generation.settings import load_codec_of
+from gpdit_lightning.generation.settings import layout_of, load_codec_of
 from gpdit_lightning.media.images import write_animation, write_strip
 from gpdit_lightning.options.sample import GenerationOptions
 
@@ -98,7 +98,10 @@ def _continue_held_out_clips(trained: TrainedModel, run_dir: Path) -> Sequence[G
     if not samples:
         return ()
     codec = load_codec_of(trained)
-    context = max(1, min(trained.geometry.frames // 2, MAX_CONTEXT))
+    frames = trained.geometry.frames
+    context = layout_of(trained, codec).context_within(frames, max(1, min(frames // 2, MAX_CONTEXT)))
+    if not context:  # the model generates a clip as one block
+        return ()
     frames = min(MAX_FRAMES, (trained.geometry.frames - context) * codec.temporal_factor)
     options = GenerationOptions(context_frames=codec.pixel_frames(context), frames=frames, sampler=SAMPLER, steps=STEPS)
     pipeline = GPDiTPipeline(trained, codec, precision="32")

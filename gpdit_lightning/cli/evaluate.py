@@ -36,7 +36,8 @@ from gpdit_lightning.evaluation.scores import make_report
 from gpdit_lightning.evaluation.videos import Selection, find_videos, select_videos
 from gpdit_lightning.files import process_lock
 from gpdit_lightning.generation.pipeline import GPDiTPipeline, load_pipeline
-from gpdit_lightning.generation.settings import trained_size
+from gpdit_lightning.generation.plans import block_window, latent_frames
+from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_size
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.evaluate import EvaluateOptions
@@ -208,12 +209,13 @@ def make_settings(
         )
     context_frames, generated_frames = clip_lengths(options, pipeline)
     if context_frames:
-        pipeline.codec.latent_frames(context_frames, "--context_frames")  # raises if the codec cannot encode so many
+        check_context_frames(context_frames, layout_of(trained, pipeline.codec), pipeline.codec)
     elif networks.video is None and networks.image is None:
         raise InputError(
             "--context_frames is 0, so frames cannot be compared with real ones: give a video_network or an "
             "image_network."
         )
+    window, sinks = selected_window(options, pipeline, context_frames + generated_frames)
     settings = EvaluationSettings(
         context_frames=context_frames,
         generated_frames=generated_frames,
@@ -221,7 +223,10 @@ def make_settings(
         size=trained_size(options.size, trained, videos),
         seeds=tuple(options.seeds),
         generation=pipeline.generation_config(
-            options, options.label_guidance, window=selected_window(options, trained)
+            options,
+            options.label_guidance,
+            window=window,
+            sinks=sinks,
         ),
         fvd_includes_context=options.fvd_frames == "all",
         self_check_videos=options.self_check_videos,
@@ -238,8 +243,8 @@ def clip_lengths(options: EvaluateOptions, pipeline: GPDiTPipeline) -> tuple[int
     Raises:
         InputError: the model was trained on single images, and the options give no lengths.
     """
-    codec = pipeline.codec
-    in_training = codec.pixel_frames(pipeline.trained.geometry.frames)
+    codec, frames = pipeline.codec, pipeline.trained.geometry.frames
+    layout, in_training = layout_of(pipeline.trained, codec), codec.pixel_frames(frames)
     context, generated = options.context_frames, options.generated_frames
     if in_training == 1 and (context is None or generated is None):
         raise InputError(
@@ -247,23 +252,33 @@ def clip_lengths(options: EvaluateOptions, pipeline: GPDiTPipeline) -> tuple[int
             "trained on videos, or --context_frames and --generated_frames."
         )
     if context is None:
-        context = codec.encodable_frames(min(PAPER_CONTEXT, in_training - codec.temporal_factor))
+        wanted = codec.encodable_frames(min(PAPER_CONTEXT, in_training - codec.temporal_factor))
+        latents = layout.context_within(frames, codec.latent_frames(wanted))
+        context = codec.pixel_frames(latents) if latents else 0
     if generated is None:
-        generated = min(PAPER_GENERATED, max(codec.temporal_factor, in_training - context))
+        generated = max(codec.temporal_factor, in_training - context)
+        # A block of all frames that follow the context is as long as in training.
+        generated = min(PAPER_GENERATED, generated) if layout.frames else generated
     return context, generated
 
 
-def selected_window(options: EvaluateOptions, trained: TrainedModel) -> int:
-    """Return the number of latent frames before it that a frame attends to; warn if it is larger than in training."""
-    in_training = max(1, trained.geometry.frames - 1)
-    window = in_training if options.window is None else options.window
-    if window > in_training:
+def selected_window(options: EvaluateOptions, pipeline: GPDiTPipeline, frames: int) -> tuple[int | None, int]:
+    """Return window and sinks in latent frames, for videos of `frames` pixel frames; warn if it exceeds training.
+
+    Raises:
+        InputError: the window does not consist of blocks of the model.
+    """
+    trained, codec = pipeline.trained, pipeline.codec
+    layout, in_training = layout_of(trained, codec), trained.geometry.frames
+    window, sinks = block_window(layout, in_training, latent_frames(frames, codec), options.window)
+    most = max(1, layout.last_group(in_training).start)
+    if window is not None and window > most:
         log.warning(
             "warning: --window is %d latent frames, but in training frames attended to at most %d: scores may be worse",
             window,
-            in_training,
+            most,
         )
-    return window
+    return window, sinks
 
 
 def make_protocol(

@@ -32,6 +32,7 @@ from gpdit_lightning.media.finding import medium_of, search_folder, without_repe
 from gpdit_lightning.media.images import Size, read_image
 from gpdit_lightning.media.timing import fps_of_clip, frame_rate, uneven_intervals
 from gpdit_lightning.media.video import natural_sort_key
+from gpdit_lightning.model.layout import NO_CONTEXT, BlockLayout
 from gpdit_lightning.names import counted
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class ContextSettings:
     """How contexts are read: stride and sizes of the model's training clips, and the user's choices.
 
     Attributes:
-        frames: pixel frames of a context, T = 1 + temporal_factor k.
+        frames: pixel frames of a context, T = 1 + temporal_factor k; 0 if the model takes no context.
         may_be_shorter: whether a video with fewer frames gives a shorter context; otherwise it is refused.
         stride: distance between the frames of a video that are used.
         sizes: possible (height, width); each context takes the one closest in aspect ratio.
@@ -57,6 +58,7 @@ class ContextSettings:
         fps: frames per second of images; None for `DEFAULT_FPS`.
         video_fps: frames per second to which videos are resampled in time before the stride counts, as the training
             clips were; None to count the frames as they are stored.
+        layout: the blocks of the model, of which a context consists; None: frames.
 
     Raises:
         InputError: `start` is negative or not finite, or `fps` is not positive and finite.
@@ -70,12 +72,23 @@ class ContextSettings:
     fps: float | None = None
     video_fps: float | None = None
     may_be_shorter: bool = False
+    layout: BlockLayout | None = None
 
     def __post_init__(self) -> None:
         if self.start is not None and not 0 <= self.start < math.inf:
             raise InputError(f"--start is {self.start}: give a time in seconds, at least 0.")
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise InputError(f"--fps is {self.fps}: give frames per second, above 0.")
+
+    def encodable_frames(self, available: int, codec: Codec) -> int:
+        """Return the largest number of pixel frames, at most `available`, that a context can have; 0 if there is none.
+
+        They are those of whole blocks of the model.
+        """
+        latents = codec.latent_frames(codec.encodable_frames(available)) if available else 0
+        if self.layout is not None:
+            latents = self.layout.context_length(latents)
+        return codec.pixel_frames(latents) if latents else 0
 
     def source_fps(self, recorded: float | None = None) -> Fraction:
         """Return the frames per second of a source before the stride: the recorded rate if there is one, else `fps`."""
@@ -140,6 +153,8 @@ def read_contexts(
         InputError: a source is missing or does not match the training clips, a context cannot be used and is not
             skipped, or none can be used.
     """
+    if not settings.frames:
+        raise InputError(NO_CONTEXT)
     codec.latent_frames(settings.frames, "--context_frames")  # raises if the codec cannot encode so many
     open_shard = cache(partial(_open_shard, settings=settings, codec=codec))
     readers = [reader for source in sources for reader in _readers_of(source, settings, codec, open_shard)]
@@ -191,7 +206,7 @@ def _readers_of(
     if path.is_dir():
         return _readers_of_folder(path, settings, codec)
     if medium_of(path) == "image":
-        return [partial(_read_still_image, path, settings)]
+        return [partial(_read_still_image, path, settings, codec)]
     return [partial(_read_video, path, settings, codec)]
 
 
@@ -264,9 +279,9 @@ def _context_frames(available: int, path: Path | str, settings: ContextSettings,
     """
     if available >= settings.frames:
         return settings.frames
-    if not settings.may_be_shorter or available < 1:
+    frames = settings.encodable_frames(available, codec)
+    if not settings.may_be_shorter or not frames:
         raise _too_short_error(path, available, settings, codec)
-    frames = codec.encodable_frames(available)
     log.info(
         "%s has %s at stride %d: its context has %s instead of %d",
         path,
@@ -278,8 +293,9 @@ def _context_frames(available: int, path: Path | str, settings: ContextSettings,
     return frames
 
 
-def _read_still_image(path: Path, settings: ContextSettings) -> VideoContext:
+def _read_still_image(path: Path, settings: ContextSettings, codec: Codec) -> VideoContext:
     _check_no_start(path, settings)
+    _check_one_frame(path, settings, codec)
     return _still_image(_name_for_files(path.stem), read_image(path), settings)
 
 
@@ -288,6 +304,7 @@ def _read_frames(frames: Tensor, settings: ContextSettings, codec: Codec) -> Vid
     if len(frames) > 1:
         return _read_clip(frames_in_memory(frames, settings.source_fps(), settings.sizes), settings, codec)
     _check_no_start("the given image", settings)
+    _check_one_frame("the given image", settings, codec)
     return _still_image("image", frames, settings)
 
 
@@ -346,7 +363,12 @@ def _sample_number(sample: str, reader: ShardReader) -> int:
 
 def _read_sample(reader: ShardReader, number: int, settings: ContextSettings, codec: Codec) -> VideoContext:
     is_video = reader.entry.kind == "video"
-    context_frames = min(codec.latent_frames(settings.frames), reader.entry.shape[0]) if is_video else 1
+    context_frames = 1
+    if is_video:
+        pixel_frames = min(settings.frames, codec.pixel_frames(reader.entry.shape[0]))
+        context_frames = codec.latent_frames(settings.encodable_frames(pixel_frames, codec))
+    else:
+        _check_one_frame(f"a sample of {reader.path}", settings, codec)
     later_frames = math.ceil(settings.ground_truth_frames / codec.temporal_factor)
     values, metadata = reader.read(number, min(context_frames + later_frames, reader.entry.shape[0]))
     if is_video and (stride := metadata.get("stride", 1)) != settings.stride:
@@ -369,11 +391,22 @@ def _read_sample(reader: ShardReader, number: int, settings: ContextSettings, co
 
 def _too_short_error(path: Path | str, frames: int, settings: ContextSettings, codec: Codec) -> InputError:
     earlier = ", an earlier --start" if settings.start else ""
-    fewer = f" or at most {codec.encodable_frames(frames)} --context_frames" if frames else ""
+    most = settings.encodable_frames(frames, codec)
+    fewer = f" or at most {most} --context_frames" if most else ""
     return InputError(
         f"{path} has {counted(frames, 'frame')} at stride {settings.stride}, but the context needs "
         f"{settings.frames}: give a longer video{earlier}{fewer}."
     )
+
+
+def _check_one_frame(path: Path | str, settings: ContextSettings, codec: Codec) -> None:
+    """Raise InputError if an image, which is one frame, is no whole block of the model."""
+    if not settings.encodable_frames(1, codec):
+        assert settings.layout is not None
+        raise InputError(
+            f"{path} is one frame, but the first block of the model has {settings.layout.first_frames} latent frames "
+            f"({codec.pixel_frames(settings.layout.first_frames)} frames of a video): give a video, or no context."
+        )
 
 
 def _check_no_start(path: Path | str, settings: ContextSettings) -> None:

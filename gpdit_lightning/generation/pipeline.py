@@ -322,9 +322,9 @@ class GPDiTPipeline:
             sources, options, self.trained, self.codec, ground_truth_frames, seconds, seeds, skip_unusable=skip_unusable
         )
         longest = max(len(clip.context.pixels) + clip.frames for clip in clips)
-        window = rollout_window(options, self.trained, self.codec, longest)
+        window, sinks = rollout_window(options, self.trained, self.codec, longest)
         config = self.generation_config(
-            options, options.label_guidance, window=window, sinks=options.sinks, use_cache=options.cache
+            options, options.label_guidance, window=window, sinks=sinks, use_cache=options.cache
         )
         return GenerationPlan(clips, config, batches_by_shape(clips, options.batch_size, lambda clip: clip.shape))
 

@@ -13,8 +13,9 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.contexts import DEFAULT_FPS, ContextSettings, VideoContext, read_contexts
 from gpdit_lightning.generation.rollout import GenerationConfig
-from gpdit_lightning.generation.settings import trained_sizes
+from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_sizes
 from gpdit_lightning.model import NO_LABEL
+from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.options.sample import GenerationOptions, RolloutOptions
 
 log = logging.getLogger(__name__)
@@ -112,11 +113,21 @@ def plan_clips(
 def context_settings(
     options: GenerationOptions, trained: TrainedModel, codec: Codec, ground_truth_frames: int = 0
 ) -> ContextSettings:
-    """Return how contexts are read: like the training clips unless the options say otherwise."""
-    frames, geometry = options.context_frames, trained.geometry
+    """Return how contexts are read: like the training clips unless the options say otherwise.
+
+    Raises:
+        InputError: the options give a context that does not consist of whole blocks of the model.
+    """
+    frames, geometry, layout = options.context_frames, trained.geometry, layout_of(trained, codec)
     stride = options.stride or geometry.stride
+    # Of a clip of one block, such as an image, a video can be continued.
+    latents = layout.context_length(max(1, geometry.frames - 1)) or layout.first_frames
+    if frames is not None:
+        check_context_frames(frames, layout, codec)
+    elif latents:
+        frames = codec.pixel_frames(latents)
     return ContextSettings(
-        frames=codec.pixel_frames(max(1, geometry.frames - 1)) if frames is None else frames,
+        frames=frames or 0,
         stride=stride,
         sizes=trained_sizes(options.size, trained),
         ground_truth_frames=ground_truth_frames,
@@ -124,7 +135,8 @@ def context_settings(
         # By default the rate of the result is that of training at any stride.
         fps=DEFAULT_FPS * stride / geometry.stride if options.fps is None else options.fps,
         video_fps=geometry.fps,
-        may_be_shorter=frames is None,
+        may_be_shorter=options.context_frames is None,
+        layout=layout,
     )
 
 
@@ -151,8 +163,10 @@ def class_number(label: str | None, context: VideoContext, trained: TrainedModel
     raise InputError(f"--label is {label!r}, which is no class of the checkpoint: give one of {', '.join(classes)}.")
 
 
-def rollout_window(options: RolloutOptions, trained: TrainedModel, codec: Codec, longest: int) -> int:
-    """Return the window of options: by default the longest history of the training clips.
+def rollout_window(
+    options: RolloutOptions, trained: TrainedModel, codec: Codec, longest: int
+) -> tuple[int | None, int]:
+    """Return window and sinks of options: by default the longest history of the training clips, and no sinks.
 
     Args:
         options: window, sinks and cache.
@@ -161,24 +175,86 @@ def rollout_window(options: RolloutOptions, trained: TrainedModel, codec: Codec,
         longest: pixel frames of the longest video, including its context.
 
     Raises:
-        InputError: without a cache the window is too short.
+        InputError: window or sinks do not consist of blocks of the model, or without a cache the window is too short.
     """
-    in_training = max(1, trained.geometry.frames - 1)
-    window = max(1, in_training - options.sinks) if options.window is None else options.window
-    visible, history = window + options.sinks, math.ceil((longest - 1) / codec.temporal_factor)
-    if min(visible, history) > in_training:
+    layout, frames = layout_of(trained, codec), latent_frames(longest, codec)
+    window, sinks = block_window(layout, trained.geometry.frames, frames, options.window, options.sinks)
+    if window is None:
+        return None, sinks
+    in_training = layout.last_group(trained.geometry.frames).start
+    visible, history = window + sinks, layout.last_group(frames).start
+    if min(visible, history) > max(1, in_training):
         log.warning(
             "warning: frames attend to up to %d others (--window and --sinks), but in training to at most %d: the "
             "result may be worse",
             min(visible, history),
-            trained.geometry.frames - 1,
+            in_training,
         )
     if not options.cache and trained.backbone.config.attention == "of2" and history > visible:
         raise InputError(
             f"--no_cache with an of2 model must attend to all {history} latent frames, but --window and --sinks "
             f"allow {visible}: leave --no_cache out, raise --window, or generate fewer frames."
         )
-    return window
+    return window, sinks
+
+
+def latent_frames(pixel_frames: int, codec: Codec) -> int:
+    """Return the latent frames of a video of at least `pixel_frames`, which are at least 1."""
+    return 1 + math.ceil((pixel_frames - 1) / codec.temporal_factor)
+
+
+def block_window(
+    layout: BlockLayout, in_training: int, frames: int, window: int | None, sinks: int = 0
+) -> tuple[int | None, int]:
+    """Return a window and sinks of whole blocks, in latent frames.
+
+    The sinks of a video that is longer than the window contain its first block if that has another length than the
+    others. There is no window if blocks are parts of frames, or if one block has all frames that follow the first.
+
+    Args:
+        layout: the blocks of the model.
+        in_training: latent frames of the longest training clips.
+        frames: latent frames of the video.
+        window: --window; None for the longest history of the training clips.
+        sinks: --sinks.
+
+    Raises:
+        InputError: window or sinks do not consist of whole blocks.
+    """
+    if layout.blocks_per_group > 1 or not layout.frames:
+        of_blocks = "parts of frames" if layout.blocks_per_group > 1 else "all frames of a clip"
+        if window is not None or sinks:
+            raise InputError(
+                f"--window and --sinks need blocks of a number of frames, but those of the model are {of_blocks}: "
+                "leave them out."
+            )
+        if frames > in_training or (not layout.frames and frames != in_training):
+            log.warning(
+                "warning: the video has %d latent frames with its context, but training clips had %d, and blocks that "
+                "are %s allow no window: the result may be worse",
+                frames,
+                in_training,
+                of_blocks,
+            )
+        return None, 0
+    if sinks and layout.context_length(sinks) != sinks:
+        lengths = " or ".join(map(str, layout.contexts_near(sinks)))
+        raise InputError(f"--sinks is {sinks}, which cuts a block of the model: give {lengths}, or 0 for none.")
+    if window is not None and window % layout.frames:
+        raise InputError(
+            f"--window is {window}, which cuts a block of the model: give a multiple of {layout.frames} latent frames."
+        )
+    history = layout.last_group(in_training).start
+
+    def within_training(sinks: int) -> int:
+        return max(layout.frames, (history - sinks) // layout.frames * layout.frames)
+
+    chosen = within_training(sinks) if window is None else window
+    if not sinks and layout.first_frames != layout.frames and layout.last_group(frames).start > chosen:
+        sinks = layout.first_frames
+        log.info("the first block, of %d latent frames, stays visible: --sinks %d", sinks, sinks)
+        chosen = within_training(sinks) if window is None else window
+    return chosen, sinks
 
 
 def _empty_context(settings: ContextSettings) -> VideoContext:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -152,11 +151,8 @@ def _check_blocks(layout: BlockLayout, context_frames: int, frames: int | None) 
 def _groups(layout: BlockLayout, context_frames: int, frames: int | None) -> Iterator[range]:
     """Yield the frames of each group of blocks, those that share their frames, that a rollout generates."""
     length, end = context_frames + (frames or 0), context_frames
-    first = len(layout.blocks_of(range(context_frames))) // layout.blocks_per_group if context_frames else 0
-    for number in count(first):
-        if frames is not None and end >= length:
-            return
-        group = layout.group(number, length)
+    while frames is None or end < length:
+        group = layout.group_after(end, length)
         end = group.stop
         yield group
 

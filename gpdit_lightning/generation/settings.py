@@ -15,6 +15,7 @@ from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import Size, closest_size, parse_size
 from gpdit_lightning.media.video import video_info
+from gpdit_lightning.model.layout import NO_CONTEXT, BlockLayout
 from gpdit_lightning.options.shared import Precision
 
 AUTOCAST_DTYPES = {"32": None, "bf16": torch.bfloat16}
@@ -54,6 +55,30 @@ def selected_precision(precision: Precision, device: torch.device) -> Literal["3
     if precision == "auto":
         return "bf16" if device.type == "cuda" and has_bf16(device) else "32"
     return precision
+
+
+def layout_of(trained: TrainedModel, codec: Codec) -> BlockLayout:
+    """Return the blocks of the training clips; their frames are those of clips of any size."""
+    height, width = (side // codec.spatial_factor for side in trained.geometry.sizes[0])
+    return trained.backbone.layout(height, width)
+
+
+def check_context_frames(frames: int, layout: BlockLayout, codec: Codec) -> None:
+    """Check the option --context_frames, a number of pixel frames.
+
+    Raises:
+        InputError: the codec cannot encode so many, or they are not whole blocks of the model.
+    """
+    latents = codec.latent_frames(frames, "--context_frames")
+    if layout.context_length(latents) == latents:
+        return
+    if not layout.first_frames:
+        raise InputError(NO_CONTEXT)
+    lengths = " or ".join(str(codec.pixel_frames(length)) for length in layout.contexts_near(latents))
+    raise InputError(
+        f"--context_frames is {frames}, and its {latents} latent frames are not whole blocks of the model: give "
+        f"{lengths}."
+    )
 
 
 def trained_sizes(size: str | None, trained: TrainedModel) -> tuple[Size, ...]:

@@ -37,12 +37,20 @@ def transform(
         uint8 (B, 3, H, W), on the CPU.
 
     Raises:
-        InputError: no sources, examples of another size or not in pairs, or as `Codec.encode` and :func:`rollout`.
+        InputError: no sources, examples of another size or not in pairs, a model that cannot generate one image, or as
+            `Codec.encode` and :func:`rollout`.
     """
     if sources.ndim != 4 or len(sources) == 0:
         raise InputError(f"the sources have shape {tuple(sources.shape)}: give images (B, 3, H, W), at least one.")
     if any(len(pair) != 2 for pair in examples):
         raise InputError("an example is not a pair: give a source and its target.")
+    given = 2 * len(examples) + 1
+    layout = model.layout(*(side // codec.spatial_factor for side in sources.shape[2:]))
+    if layout.context_length(given) != given or len(layout.group_after(given, given + 1)) > 1:
+        raise InputError(
+            f"the model cannot generate one image after {given} others, since its blocks have more frames "
+            "(block_shape and first_block_frames): use a model with blocks of one frame."
+        )
     example_images = [image for pair in examples for image in pair]
     for image in example_images:
         if image.shape != sources.shape[1:]:

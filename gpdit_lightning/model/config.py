@@ -210,7 +210,7 @@ class GPDiTConfig:
         for name in overrides:
             if name not in known:
                 raise InputError(f"GPDiTConfig has no field '{name}': the fields are {', '.join(sorted(known))}.")
-        return cls(**({"size": size} | PRESETS.get(size, {}) | overrides))
+        return cls(**({"size": size} | (PRESETS.get(size, {}) if isinstance(size, str) else {}) | overrides))
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "GPDiTConfig":

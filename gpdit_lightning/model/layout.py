@@ -17,6 +17,11 @@ from torch import Tensor
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model.config import GPDiTConfig
 
+NO_CONTEXT = (
+    "the model generates a clip as one block, which no context precedes (block_shape has 0 frames, and "
+    "first_block_frames is 0): leave the context out."
+)
+
 Part = tuple[slice, slice]
 """Rows and columns of a block in its frames, in latent pixels."""
 
@@ -211,15 +216,25 @@ class BlockLayout:
     def context_length(self, frames: int) -> int:
         """Return the largest number of frames, at most `frames`, that a context can have: those of whole blocks.
 
-        It is 0 if no block follows such a context, since one block has all frames of a clip.
+        It is 0 if there is none, and always if one block has all frames of a clip.
         """
         if frames < self.first_frames:
             return 0
         return frames - (frames - self.first_frames) % self.frames if self.frames else self.first_frames
 
-    def contexts_within(self, frames: int) -> list[int]:
-        """Return the lengths of context, in frames, after which blocks of a clip with `frames` latent frames follow."""
-        return [length for length in range(1, frames) if self.context_length(length) == length]
+    def contexts_near(self, frames: int) -> tuple[int, ...]:
+        """Return the possible lengths of a context next to `frames`, of which there are at most two."""
+        shorter = self.context_length(frames)
+        longer = shorter + self.frames if shorter else self.first_frames
+        return tuple(sorted({shorter, longer} - {0}))
+
+    def context_within(self, frames: int, wanted: int) -> int:
+        """Return the length of a context in a clip of `frames` latent frames: at least `wanted` if that is possible.
+
+        It is 0 if the clip is one block.
+        """
+        lengths = [length for length in range(1, frames) if self.context_length(length) == length]
+        return next((length for length in lengths if length >= wanted), lengths[-1] if lengths else 0)
 
     def check_context(self, frames: int) -> None:
         """Check the length of a context.
@@ -227,27 +242,30 @@ class BlockLayout:
         Raises:
             InputError: the context ends within a block, or no block can follow it.
         """
-        shorter = self.context_length(frames)
-        if shorter == frames:
+        if self.context_length(frames) == frames:
             return
         if not self.first_frames:
-            raise InputError(
-                f"the context has {frames} latent frames, but the model generates a clip as one block (block_shape has "
-                "0 frames, and first_block_frames is 0), which no context precedes: leave the context out."
-            )
-        longer = shorter + self.frames if shorter else self.first_frames
-        lengths = sorted({shorter, longer} - {0}) if self.frames else [self.first_frames]
+            raise InputError(NO_CONTEXT)
         raise InputError(
             f"the context has {frames} latent frames, which are not whole blocks of the model (the first block has "
-            f"{self.first_frames} latent frames, later ones have {self.frames or 'all others'}): give a context of "
-            f"{' or '.join(map(str, lengths))} latent frames."
+            f"{self.first_frames} latent frames, a later one {self.frames or 'all others'}): give a context of "
+            f"{' or '.join(map(str, self.contexts_near(frames)))} latent frames."
         )
+
+    def group_after(self, context: int, frames: int) -> range:
+        """Return the frames of the first blocks after a context of whole blocks, in a clip of `frames` latent frames.
+
+        They are all frames of these blocks, also if the clip cuts them.
+        """
+        return self.group(1 + self._group_number(context - 1, frames) if context else 0, frames)
+
+    def last_group(self, frames: int) -> range:
+        """Return the frames of the last blocks of a clip with `frames` latent frames, which may cut them."""
+        return range(self._start(self._group_number(frames - 1, frames), frames), frames)
 
     def context_frames(self, frames: int) -> int:
         """Return the frames that precede the last blocks of a clip with `frames` latent frames, which may be cut."""
-        if self.blocks_per_group > 1 or not frames:
-            return frames
-        return self._start(self._group_number(frames - 1, frames), frames)
+        return frames if self.blocks_per_group > 1 or not frames else self.last_group(frames).start
 
 
 @dataclass(frozen=True)

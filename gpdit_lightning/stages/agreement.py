@@ -11,10 +11,11 @@ from torch import Tensor
 
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
+from gpdit_lightning.data.source import SourceConfig
 from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
-from gpdit_lightning.model.layout import count_blocks
+from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.training.optimizer import OptimizerConfig
 
 
@@ -72,20 +73,67 @@ def check_patches(patch_size: int, data: LatentDataModule) -> None:
 
 def check_blocks(config: GPDiTConfig, data: LatentDataModule) -> None:
     """Raise `InputError` unless the clips of the data, and their frames with loss, divide into blocks of a backbone."""
-    for name, buckets in data.buckets["train"].items():
-        for bucket in buckets:
-            for length in bucket.lengths:
-                noisy = data.configs[name].noisy_frames(length)
+    for buckets_of_source in data.buckets.values():
+        for name, buckets in buckets_of_source.items():
+            for bucket in buckets:
                 try:
-                    count_blocks(config, range(length), bucket.height, bucket.width)
-                    count_blocks(config, noisy or range(length), bucket.height, bucket.width)
+                    layout = BlockLayout.of(config, bucket.height, bucket.width)
                 except InputError as error:
-                    raise InputError(f"data.{name}, clips of {length} latent frames: {error}") from None
+                    raise InputError(f"data.{name}: {error}") from None
+                for length in bucket.lengths:
+                    _check_clip(name, data.configs[name], layout, length)
+
+
+def _check_clip(name: str, source: SourceConfig, layout: BlockLayout, length: int) -> None:
+    """Raise `InputError` unless clips of `length` latent frames, and their frames with loss, consist of blocks.
+
+    Args:
+        name: name of the source.
+        source: its settings.
+        layout: the blocks of the backbone.
+        length: latent frames of the clips.
+    """
+    sizes = f"the first block has {layout.first_frames or 'all'} latent frames, a later one {layout.frames or 'all'}"
+    if not _has_whole_blocks(layout, range(length)):
+        shorter = layout.context_length(length)
+        cut = f"cut longer clips by data.{name}.frames {shorter}, or " if shorter else ""
+        raise InputError(
+            f"data.{name} has clips of {length} latent frames, which do not divide into blocks of the backbone "
+            f"({sizes}): {cut}prepare clips of other lengths, or change backbone.block_shape or "
+            "backbone.first_block_frames."
+        )
+    if name == "sequences" and len(layout.last_group(length)) > 1:
+        raise InputError(
+            f"the last image of data.sequences, of {length} images, is in one block of the backbone with others, so "
+            f"that it cannot be generated from them ({sizes}): use blocks of one frame, or block_shape (0, 0, 0) with "
+            f"first_block_frames {length - 1}."
+        )
+    noisy = source.noisy_frames(length)
+    if noisy is None or _has_whole_blocks(layout, noisy):
+        return
+    if source.loss_frames == "targets":
+        raise InputError(
+            f"data.{name}.loss_frames is targets, but in sequences of {length} images a block of the backbone has "
+            f"more images than a target ({sizes}): set it to all, or use blocks of one frame."
+        )
+    least = layout.contexts_near(source.frames_without_loss)
+    raise InputError(
+        f"data.{name}.frames_without_loss is {source.frames_without_loss}, which cuts a block of the backbone "
+        f"({sizes}): give {' or '.join(map(str, least)) or 'another number'}, or 0 for a loss of all frames."
+    )
+
+
+def _has_whole_blocks(layout: BlockLayout, frames: Sequence[int]) -> bool:
+    try:
+        layout.blocks_of(frames)
+    except InputError:
+        return False
+    return True
 
 
 def check_number_of_classes(of_backbone: int, of_data: int) -> None:
-    """Raise `InputError` unless a backbone has an embedding for each class of the data."""
-    if of_backbone == of_data:
+    """Raise `InputError` unless a backbone has an embedding for each class of the data; it may have more."""
+    if of_backbone >= of_data and (of_data or not of_backbone):
         return
     cure = f"set model.init_args.backbone.classes to {of_data}"
     if of_backbone == 0:
@@ -127,8 +175,11 @@ def check_architecture(saved: dict[str, Any], config: GPDiTConfig, where: str | 
 
 
 def check_classes(saved: Sequence[str], ours: Sequence[str], where: str | Path) -> None:
-    """Raise `InputError`, with the first class that differs, unless weights were trained on the classes of the data."""
-    for number, (theirs, name) in enumerate(zip(saved, ours, strict=True)):
+    """Raise `InputError`, with the first class that differs, unless weights were trained on the classes of the data.
+
+    The data may have fewer classes, or more, for which a backbone may have further embeddings.
+    """
+    for number, (theirs, name) in enumerate(zip(saved, ours, strict=False)):
         if theirs != name:
             raise InputError(
                 f"{where} was trained with {theirs!r} as class {number}, but the data has {name!r}: give manifests "

@@ -379,7 +379,7 @@ def test_a_missing_config_is_reported(folder: Path) -> None:
         ("origin", FACTS["origin"] | {"sha256": 3}, "origin.sha256 = 3; it must be a string or null"),
         ("classes", [], "classes = []; it must be a non-empty list"),
         ("classes", ["run", 2], "classes[1] = 2; it must be a string"),
-        ("classes", ["run"], "names 1 classes where its architecture has 2: export the model again"),
+        ("classes", ["a", "b", "c"], "names 3 classes where its architecture has 2: export the model again"),
     ],
 )
 def test_a_field_of_the_wrong_type_is_reported(folder: Path, name: str, value: Any, message: str) -> None:

@@ -141,7 +141,7 @@ def test_frames_are_yielded_as_their_block_is_complete(monkeypatch: pytest.Monke
     [
         ({"block_shape": (2, 0, 0)}, 3, 2, {}, "3 latent frames, which are not whole blocks .* of 2 or 4 latent"),
         ({"block_shape": (2, 0, 0), "first_block_frames": 3}, 2, 2, {}, "give a context of 3 latent frames"),
-        ({"block_shape": (0, 0, 0)}, 2, 2, {}, "as one block .* leave the context out"),
+        ({"block_shape": (0, 0, 0)}, 2, 2, {}, "as one block, .* leave the context out"),
         ({"block_shape": (0, 0, 0), "first_block_frames": 2}, 3, 2, {}, "give a context of 2 latent frames"),
         ({"block_shape": (2, 1, 1)}, 1, 2, {}, "give a context of 2 latent frames"),
         ({"block_shape": (2, 0, 0)}, 2, 6, {"window": 3}, "a window of a multiple of 2 frames"),

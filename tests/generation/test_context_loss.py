@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.checkpoints.facts import ValidationLoss
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.diffusion import NoiseSchedule
@@ -22,6 +23,7 @@ class ModelOfZeros(nn.Module):
     """Returns the velocity of latents that are 0, and records its inputs."""
 
     device = torch.device("cpu")
+    config = GPDiTConfig()
 
     def __init__(self) -> None:
         super().__init__()

@@ -90,10 +90,10 @@ def test_the_model_learns_labels(fit: Fit, config: GPDiTConfig, shards: Path, tm
     [
         (0, True, r"takes 0 classes, but the data has 2: set .*backbone\.classes to 2, or data\.labels to false\."),
         (2, False, r"takes 2 classes, but the data has 0: set .*backbone\.classes to 0, or data\.labels to true\."),
-        (3, True, r"takes 3 classes, but the data has 2: set model\.init_args\.backbone\.classes to 2\."),
+        (1, True, r"takes 1 classes, but the data has 2: set model\.init_args\.backbone\.classes to 2\."),
     ],
 )
-def test_backbone_and_data_must_have_the_same_number_of_classes(
+def test_a_backbone_needs_an_embedding_for_each_class_of_the_data(
     fit: Fit, tiny_config: GPDiTConfig, shards: Path, tmp_path: Path, classes: int, labels: bool, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):

@@ -20,7 +20,8 @@ from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.diffusion import Sampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, rollout
-from gpdit_lightning.model import GPDiT
+from gpdit_lightning.model import GPDiT, GPDiTConfig
+from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.training.callbacks.ema import EMA
 
@@ -93,6 +94,8 @@ class HeldOutClips:
 
     def context_pixel_frames(self, codec: Codec) -> int:
         """Return the number of pixel frames of context."""
+        if self.context == 0:
+            return 0
         return self.context if self.independent_frames else codec.pixel_frames(self.context)
 
     def read(self, start: int, stop: int) -> ClipSamples:
@@ -102,7 +105,7 @@ class HeldOutClips:
         return ClipSamples(latents, [sample.metadata for sample in samples])
 
 
-def select_clips(data: LatentDataModule, clips: int, context_frames: int) -> HeldOutClips:
+def select_clips(data: LatentDataModule, clips: int, context_frames: int, config: GPDiTConfig) -> HeldOutClips:
     """Select held-out videos with the most frames; sequences if there are no videos, else images.
 
     They are evenly spaced in the largest bucket with that length: a bucket may contain several data sets in succession.
@@ -110,18 +113,21 @@ def select_clips(data: LatentDataModule, clips: int, context_frames: int) -> Hel
     Args:
         data: the data of the run.
         clips: maximum number of clips.
-        context_frames: latent frames of context of a video; short videos have fewer, such that one is generated.
+        context_frames: latent frames of context of a video, of which whole blocks are used: at least so many frames if
+            a block follows them, else as many as possible.
+        config: the architecture, which determines the blocks.
     """
     source = next(name for name in ("videos", "sequences", "images") if name in data.buckets["train"])
     split: Split = "validation" if source in data.buckets["validation"] else "train"
     bucket = max(data.buckets[split][source], key=lambda bucket: (bucket.frames, len(bucket)))
     count = min(clips, len(bucket))
+    layout = BlockLayout.of(config, bucket.height, bucket.width)
     return HeldOutClips(
         source=source,
         split=split,
         bucket=bucket,
         numbers=[number * len(bucket) // count for number in range(count)],
-        context=min(context_frames, bucket.frames - 1) if source == "videos" else bucket.frames - 1,
+        context=layout.context_within(bucket.frames, context_frames if source == "videos" else bucket.frames),
     )
 
 

@@ -15,6 +15,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import ClipInputs
 from gpdit_lightning.generation.rollout import check_sampler
 from gpdit_lightning.media.images import write_animation, write_strip
+from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.training.callbacks.held_out import (
     HeldOutClips,
     StepInterval,
@@ -42,12 +43,14 @@ class Preview(Callback):
     `sample/rollout_error`, the mean squared error of the generated pixels in 8-bit levels, and
     `sample/rollout_error_ratio`, its ratio to the error of repeating the last context frame: below 1 the model has
     learned motion. If the data have no videos, the last frame of sequences is generated from the others; if they have
-    no sequences either, images are generated without context. Previews do not change the training.
+    no sequences either, images are generated without context, as are videos that are one block of the model. Previews
+    do not change the training.
 
     Args:
         every_steps: optimizer steps between previews, which are also made at the last step; 0 for none.
         clips: number of clips, evenly spaced among the longest held-out clips, from every data set.
-        context_frames: latent frames of context, fewer in shorter videos; 2 are 5 pixel frames of a video.
+        context_frames: latent frames of context, rounded up to whole blocks of the model, fewer in shorter videos; 2
+            are 5 pixel frames of a video.
         sampler: rotation, tangent, adams, dpm2m, stochastic, a registered name, or the import path of a class.
         sampler_steps: sampler steps per latent frame.
         codec_source: folder, file or hub name of the codec's weights, also for scores; None: as recorded in the
@@ -91,12 +94,13 @@ class Preview(Callback):
         check_image_methods(trainer.loggers)
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, LatentDataModule)
-        self._selected = select_clips(data, self.clips, self.context_frames)
+        config, schedule = pl_module.config, pl_module.schedule
+        assert isinstance(config, GPDiTConfig)
+        assert isinstance(schedule, NoiseSchedule)
+        self._selected = select_clips(data, self.clips, self.context_frames, config)
         samples = self._selected.read(0, self.clips)
         self._latents, self._fps, self._seed = samples.latents.float(), frame_rate(samples.metadata[0]), data.seed
         self._codec = open_codec(data.codec, self.codec_source, self.codec, "preview", "previews")
-        schedule = pl_module.schedule
-        assert isinstance(schedule, NoiseSchedule)
         self._sampler = make_sampler(self.sampler, self.sampler_steps, schedule)
         check_sampler(self._sampler, *self._latents[:, 0].shape)
         for logger in without_images(trainer.loggers) if trainer.is_global_zero else ():
@@ -153,21 +157,20 @@ class Preview(Callback):
 
         path = self._folder(trainer) / f"step-{trainer.global_step:06d}"
         images, scalars = {"sample/strip": path.with_suffix(".png")}, {}
-        if context == 0:
+        # Without a context, the generated clips do not correspond to the true ones.
+        shown = {"generated": generated} | ({"ground truth": truth} if context else {})
+        if clips.bucket.frames == 1:
             write_strip(images["sample/strip"], {"generated": generated[:, 0]}, columns=len(generated))
         else:
-            rows = {}
-            for clip in range(len(truth)):
-                rows[f"{clip + 1} generated"], rows[f"{clip + 1} ground truth"] = generated[clip], truth[clip]
+            rows = {f"{clip + 1} {name}": shown[name][clip] for clip in range(len(truth)) for name in shown}
             # Every image of a sequence is shown: one that is left out may be an example.
             columns = truth.shape[1] if clips.independent_frames else STRIP_COLUMNS
             write_strip(images["sample/strip"], rows, columns=columns, context=context)
+        if context:
             scalars = rollout_error(generated, truth, context)
         if not clips.independent_frames:
             images["sample/video"] = path.with_suffix(".gif")
-            write_animation(
-                images["sample/video"], {"generated": generated, "ground truth": truth}, self._fps, context=context
-            )
+            write_animation(images["sample/video"], shown, self._fps, context=context)
         for logger in trainer.loggers:
             if scalars:
                 logger.log_metrics(scalars, step=trainer.global_step)

@@ -19,6 +19,7 @@ from gpdit_lightning.evaluation.clip_scores import compute_clip_scores
 from gpdit_lightning.evaluation.metrics import bias_warning
 from gpdit_lightning.evaluation.network_files import REMEDIES
 from gpdit_lightning.evaluation.networks import load_image_network, load_video_network
+from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.options.evaluate import NetworkOptions
 from gpdit_lightning.training.callbacks.held_out import HeldOutClips, StepInterval, open_codec, select_clips
 from gpdit_lightning.training.callbacks.metrics import log_scalars
@@ -41,7 +42,8 @@ class Scores(Callback):
 
     - videos: `fvd`, `fid`, `psnr`, `ssim`, each also with `_repeated`, and `rollout_error_ratio`;
     - sequences, without videos: the same for their last frame, except `fvd`;
-    - only images: `fid`, of images generated from noise alone.
+    - only images: `fid`, of images generated from noise alone;
+    - videos that are one block of the model, which have no context: `fvd` and `fid`.
 
     FVD and FID need files of networks, as for `evaluate`; without them only the other scores are computed. The ranks
     share the clips, in chunks that do not depend on the number of ranks. Scores do not change the training. After a
@@ -52,7 +54,8 @@ class Scores(Callback):
         clips: maximum number of clips, evenly spaced among the longest held-out clips. FVD and FID of different
             numbers of clips are not comparable.
         chunk: clips that are continued as one batch. The last digits of the scores depend on this number.
-        context_frames: latent frames of context, fewer in shorter videos; 2 are 5 pixel frames of a video.
+        context_frames: latent frames of context, rounded up to whole blocks of the model, fewer in shorter videos; 2
+            are 5 pixel frames of a video.
         sampler: rotation, tangent, adams, dpm2m, stochastic, a registered name, or the import path of a class.
         sampler_steps: sampler steps per latent frame.
         video_network: network for FVD; its `path` is a file on this machine.
@@ -105,9 +108,10 @@ class Scores(Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, LatentDataModule)
-        schedule = pl_module.schedule
+        config, schedule = pl_module.config, pl_module.schedule
+        assert isinstance(config, GPDiTConfig)
         assert isinstance(schedule, NoiseSchedule)
-        clips = select_clips(data, self.clips, self.context_frames)
+        clips = select_clips(data, self.clips, self.context_frames, config)
         obstacle = self._obstacle(clips)
         if obstacle:
             if trainer.is_global_zero:
@@ -132,7 +136,13 @@ class Scores(Callback):
         if len(clips.numbers) < 2:
             return f"one sample of {source} is held out, but scores need 2."
         if clips.context == 0 and self.image_network == NO_NETWORK:
-            return f"images have no score but FID, which needs scores.image_network.path: {REMEDIES['image']}."
+            if clips.independent_frames:
+                return f"images have no score but FID, which needs scores.image_network.path: {REMEDIES['image']}."
+            if self.video_network == NO_NETWORK:
+                return (
+                    "videos that are generated as one block, without context, have no scores but FVD and FID, which "
+                    f"need scores.video_network.path or scores.image_network.path: {REMEDIES['video']}."
+                )
         return ""
 
     def _load_networks(self, clips: HeldOutClips, codec: Codec) -> MetricNetworks:

@@ -302,8 +302,8 @@ def test_previews_prefer_videos_then_sequences_then_images(shards: str) -> None:
     config = SourceConfig([shards], batch_size=4)
     everything = LatentDataModule(images=config, videos=config, sequences=config)
     stills = LatentDataModule(images=config, sequences=config)
-    assert select_clips(everything, 2, 1).source == "videos"
-    clips = select_clips(stills, 2, 1)
+    assert select_clips(everything, 2, 1, CONFIG).source == "videos"
+    clips = select_clips(stills, 2, 1, CONFIG)
     assert (clips.source, clips.split, clips.context, clips.independent_frames) == ("sequences", "validation", 3, True)
 
 
@@ -311,7 +311,7 @@ def test_the_longest_clips_are_selected(write_shards: Callable[..., Manifest], t
     held_out = {("validation", "video", shape): 3 for shape in ((2, 8, 8), (4, 4, 4), (3, 8, 8))}
     manifest = write_shards(tmp_path, {("train", "video", (3, 8, 8)): 4} | held_out)
     data = LatentDataModule(videos=SourceConfig([str(manifest.directory)], batch_size=2, least_frames=2, frames=4))
-    samples = select_clips(data, 8, 3).read(0, 8)
+    samples = select_clips(data, 8, 3, CONFIG).read(0, 8)
     assert samples.latents.shape == (3, 4, 4, 4, 4)  # all three there are
     assert frame_rate(samples.metadata[0]) == DEFAULT_FRAME_RATE  # not recorded in these clips
 
@@ -323,7 +323,7 @@ def test_clips_of_each_data_set_are_selected(write_shards: Callable[..., Manifes
         tasks.append(write_shards(tmp_path / task, {("train", "sequence", (10, 8, 8)): 4} | held_out))
     data = LatentDataModule(sequences=SourceConfig([str(task.directory) for task in tasks], batch_size=2))
     (bucket,) = data.buckets["validation"]["sequences"]
-    clips = select_clips(data, 4, 1).read(0, 4).latents
+    clips = select_clips(data, 4, 1, CONFIG).read(0, 4).latents
     for clip, number in zip(clips, (0, 1, 3, 5), strict=True):
         assert np.array_equal(clip, bucket.read(number).latents)
 
@@ -359,7 +359,7 @@ def test_missing_codec_weights_stop_the_run_before_it_trains(fit: Fit, tmp_path:
 
 def test_short_videos_have_less_context(shards: str) -> None:
     for context_frames in (FRAMES, FRAMES + 1):
-        assert select_clips(data_of(shards), 1, context_frames).context == FRAMES - 1
+        assert select_clips(data_of(shards), 1, context_frames, CONFIG).context == FRAMES - 1
 
 
 @pytest.mark.parametrize("option", ["every_steps", "clips", "context_frames", "sampler_steps"])
