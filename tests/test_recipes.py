@@ -28,8 +28,9 @@ WHOLE = [
     if "class_path" in content.get("model", {}) or "demo/stage" in str(path) or path.parent.name == "few_shot"
 ]
 OF_THE_PAPER = [path for path in WHOLE if path.parent == RECIPES]
-BASES = {RECIPES / "base.yaml", RECIPES / "size" / "h.yaml", RECIPES / "demo" / "digits.yaml"}
+BASES = {RECIPES / name for name in ("base.yaml", "size/h.yaml", "demo/digits.yaml", "systems/clips.yaml")}
 TINY = RECIPES / "size" / "tiny.yaml"
+SYSTEMS = ("gpdit", "acdit_video", "acdit_image", "vidgpt", "full_sequence")
 # Recipes of other verbs than `fit`, which are tested with their verbs.
 EVALUATIONS = {path for path in CONTENTS if path.name.startswith("eval_")}
 VIDEO_CHATGPT = RECIPES / "video_chatgpt.yaml"
@@ -72,6 +73,7 @@ def test_list_of_recipes() -> None:
         "ucf101_b.yaml",
         "demo/stage3_long_video.yaml",
         "debug/overfit_one_clip.yaml",
+        *(f"systems/{name}.yaml" for name in SYSTEMS),
     }
     others = {*CHAINS, *BASES, *EVALUATIONS, TINY, LABELS, VIDEO_CHATGPT, RECIPES / "size" / "b.yaml"}
     assert set(CONTENTS) == {*WHOLE, *others}
@@ -136,7 +138,17 @@ def test_recipe_trains_one_step_at_tiny_size(
 ) -> None:
     """Only settings that require hardware or real data are replaced."""
     arguments = ["--config", str(path)] + (["--config", str(TINY)] if path.parent == RECIPES else [])
-    for source in ("laion", "video", "few_shot", "ucf101", "copy", "grayscale", "many_grayscale", "many_sketch"):
+    for source in (
+        "laion",
+        "video",
+        "few_shot",
+        "ucf101",
+        "copy",
+        "grayscale",
+        "many_grayscale",
+        "many_sketch",
+        "systems",
+    ):
         (tmp_path / "latents").mkdir(exist_ok=True)
         (tmp_path / "latents" / source).symlink_to(shards)
     arguments += [

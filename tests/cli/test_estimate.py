@@ -189,6 +189,21 @@ def test_a_recipe_may_not_fit_with_any_setting(capsys: pytest.CaptureFixture[str
     assert "No setting makes it fit" in capsys.readouterr().out
 
 
+def test_squares_of_an_image_have_a_clean_stream_and_patches_of_one_pixel(capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe has four squares of an 8x8 latent image; three of them are clean too."""
+    squares = ["--config", str(RECIPES / "systems" / "acdit_image.yaml"), "--latents=none", "--video_sizes", "64x64"]
+    run = read_recipe(squares[:-2], sizes={"videos": ["64x64"]}).run
+    (source,) = run.sources
+    flops, config = source_flops(run, source), run.backbone
+    noisy, clean = 16 * 64, 0.9 * 16 * 48  # tokens of 16 images; a tenth of them has no context
+    assert flops["embedding"] == pytest.approx(3 * 2 * (noisy + clean) * config.latent_channels * config.width)
+    assert flops["modulation"] > 0
+    assert main(["estimate", *squares]) == 0
+    assert "latent frames 1, 64x64 (assumed)" in capsys.readouterr().out
+    assert main(["estimate", *squares[:-1], "72x72"]) == 2
+    assert "do not divide into the blocks of 4x4 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
