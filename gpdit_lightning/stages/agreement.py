@@ -95,6 +95,11 @@ def _check_clip(name: str, source: SourceConfig, layout: BlockLayout, length: in
     """
     sizes = f"the first block has {layout.first_frames or 'all'} latent frames, a later one {layout.frames or 'all'}"
     if not _has_whole_blocks(layout, range(length)):
+        if name == "images":
+            raise InputError(
+                f"data.images has single frames, which are no whole block of the backbone ({sizes}): train on videos "
+                "alone (data.sources [videos]), or set backbone.first_block_frames to 1."
+            )
         shorter = layout.context_length(length)
         cut = f"cut longer clips by data.{name}.frames {shorter}, or " if shorter else ""
         raise InputError(

@@ -1,5 +1,6 @@
 """Training with blocks that are not frames: objective, data, resumption, previews, and data that do not fit."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.held_out import select_clips
 from gpdit_lightning.training.callbacks.previews import Preview
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
+from gpdit_lightning.training.callbacks.scores import Scores
 from gpdit_lightning.training.optimizer import OptimizerConfig
 from tests.checkpoints.content import read_checkpoint
 from tests.data.labelled import write_labelled
@@ -178,15 +180,15 @@ def test_worker_processes_count_blocks(fit: Fit, shards: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("fields", "source", "context", "files"),
     [
-        ({"block_shape": (2, 0, 0)}, "videos", 2, {"gif", "png"}),
-        ({"block_shape": (0, 0, 0), "first_block_frames": 3}, "videos", 3, {"gif", "png"}),
-        ({"block_shape": (0, 0, 0), **ADALN}, "videos", 0, {"gif", "png"}),
-        ({"block_shape": (1, 2, 2), **ADALN}, "images", 0, {"png"}),
+        ({"block_shape": (2, 0, 0)}, "videos", 2, ("gif", "png")),
+        ({"block_shape": (0, 0, 0), "first_block_frames": 3}, "videos", 3, ("gif", "png")),
+        ({"block_shape": (0, 0, 0), **ADALN}, "videos", 0, ("gif", "png")),
+        ({"block_shape": (1, 2, 2), **ADALN}, "images", 0, ("png",)),
     ],
     ids=str,
 )
 def test_previews(
-    fit: Fit, shards: Path, tmp_path: Path, fields: dict[str, Any], source: str, context: int, files: set[str]
+    fit: Fit, shards: Path, tmp_path: Path, fields: dict[str, Any], source: str, context: int, files: tuple[str, ...]
 ) -> None:
     """Of whole blocks after at least one frame of context, or of the whole clip if it is one block."""
     preview = Preview(every_steps=1, clips=2, context_frames=1, sampler_steps=2)
@@ -194,7 +196,7 @@ def test_previews(
     assert select_clips(data, 2, 1, config).context == context
     fit(stage_of(config), data, tmp_path, 1, [preview])
     written = list((tmp_path / "previews").iterdir())
-    assert {path.suffix[1:] for path in written} == files
+    assert {path.suffix[1:] for path in written} == set(files)
     with Image.open(tmp_path / "previews/step-000001.png") as strip:
         rows = 1 if source == "images" else 4 if context else 2
         assert rows * 96 <= strip.height < (rows + 1) * 96
@@ -203,6 +205,7 @@ def test_previews(
 @pytest.mark.parametrize(
     ("fields", "of_source", "message"),
     [
+        ({"block_shape": (2, 0, 0)}, {}, "data.images has single frames, which are no whole block"),
         (
             {"block_shape": (3, 0, 0)},
             {},
@@ -225,8 +228,9 @@ def test_previews(
 def test_data_that_do_not_divide_into_blocks_are_refused(
     fit: Fit, shards: Path, tmp_path: Path, fields: dict[str, Any], of_source: dict[str, Any], message: str
 ) -> None:
+    source = "videos" if "data.images" not in message else "images"
     with pytest.raises(InputError, match=message):
-        fit(stage_of(config_of(**fields)), data_of(shards, "videos", of_source), tmp_path, 1)
+        fit(stage_of(config_of(**fields)), data_of(shards, source, of_source), tmp_path, 1)
 
 
 def test_few_shot_sequences_need_blocks_of_one_image(
@@ -244,3 +248,28 @@ def test_few_shot_sequences_need_blocks_of_one_image(
         train({}, block_shape=(2, 0, 0))
     with pytest.raises(InputError, match=r"loss_frames is targets, .* set it to all"):
         train({"loss_frames": "targets"}, block_shape=(0, 0, 0), first_block_frames=5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "context"), [({"block_shape": (2, 0, 0)}, 5), ({"block_shape": (0, 0, 0)}, 0)], ids=str
+)
+def test_scores(
+    fit: Fit,
+    shards: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    context: int,
+) -> None:
+    """Of the frames after whole blocks; a clip that is one block has scores by networks only."""
+    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "propagate", True)  # the command line disables it
+    scores = Scores(every_steps=1, clips=3, chunk=2, context_frames=1, sampler_steps=2)
+    callbacks = [scores, EMA(), RunCheckpoint()]
+    fit(stage_of(config_of(**fields)), data_of(shards, "videos", {}), tmp_path, 1, callbacks)
+    if not context:
+        assert "no scores are computed: videos that are generated as one block" in caplog.text
+        return
+    record = read_checkpoint(tmp_path)["scores"]
+    assert (record["context_frames"], record["generated_frames"]) == (context, 13 - context)
+    assert record["values"].keys() >= {"psnr", "psnr_repeated", "rollout_error_ratio"}
