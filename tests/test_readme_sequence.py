@@ -139,6 +139,7 @@ def test_commands_run_in_sequence(installed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_every_command_runs_in_a_shell(installed: Path, tmp_path: Path) -> None:
     """All commands, the demo first, each as it is typed."""
     make_files_of_a_user(tmp_path)
