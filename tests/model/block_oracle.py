@@ -114,7 +114,9 @@ class Time:
         self.noisy = torch.tensor([token.stream == "noisy" for token in tokens])
         self.angle = torch.where(self.noisy, torch.stack(thetas), 0.0)
         if config.time_conditioning == "adaln":
-            self.embedding = torch.stack([embedding(parameters, config, theta, label) for theta in thetas])
+            by_block = {token.block: theta for token, theta in zip(tokens, thetas, strict=True)}
+            embeddings = {block: embedding(parameters, config, theta, label) for block, theta in by_block.items()}
+            self.embedding = torch.stack([embeddings[token.block] for token in tokens])
 
     def modulation(self, name: str, number: int, count: int) -> Tensor:
         """Part `number` of `count` of a modulation: (tokens, D)."""
