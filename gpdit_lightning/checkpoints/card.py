@@ -22,7 +22,7 @@ TAGS = ["video-generation", "video-prediction", "diffusion", "autoregressive", "
 INTRODUCTION = """# GPDiT
 
 A generative pre-trained autoregressive diffusion transformer ([GPDiT](https://arxiv.org/abs/2505.07344)): it generates
-the latents of a video frame by frame, each frame denoised given the clean frames before it."""
+the latents of a video {unit} by {unit}, each {unit} denoised given the clean {unit}s before it."""
 
 IN_PYTHON = """In Python, with this folder or its name on the hub as `MODEL`:
 
@@ -112,9 +112,10 @@ def model_card(
     """
     details = details or CardDetails()
     task = task_of(facts)
-    sections = [f"---\n{_head(task, facts, details)}\n---", INTRODUCTION, _summary(facts, parameters, dtype)]
+    introduction = INTRODUCTION.format(unit="frame" if config.block_shape == (1, 0, 0) else "block")
+    sections = [f"---\n{_head(task, facts, details)}\n---", introduction, _summary(facts, parameters, dtype)]
     sections += [f"![{caption}]({name})\n\n*{caption}*" for name, caption in details.images.items()]
-    sections += ["## Use", *_use(task, facts)]
+    sections += ["## Use", *_use(task, facts, config.takes_context)]
     if metrics := _metrics(facts, details):
         sections += ["## Metrics", *metrics]
     if facts.classes:
@@ -187,7 +188,7 @@ def _summary(facts: TrainingFacts, parameters: int, dtype: str) -> str:
     return f"{size} parameters in {dtype}: the {kind} weights after {facts.step:,} optimizer steps of {facts.stage}."
 
 
-def _use(task: str | None, facts: TrainingFacts) -> list[str]:
+def _use(task: str | None, facts: TrainingFacts, takes_context: bool) -> list[str]:
     """Return the commands that generate with the model, as far as its record suffices for them."""
     if not (facts.codec and facts.geometry and facts.schedule):
         return [NETWORK_IN_PYTHON]
@@ -196,11 +197,12 @@ def _use(task: str | None, facts: TrainingFacts) -> list[str]:
         option, argument = f" --codec {facts.codec.name}", f', codec="{facts.codec.name}"'
     if task == "image-to-image":
         return [TRANSFORM.replace(" --examples", f"{option} --examples"), NETWORK_IN_PYTHON]
-    return [
-        IN_PYTHON.replace('"MODEL")', f'"MODEL"{argument})'),
-        ON_COMMAND_LINE.replace(" --context", f"{option} --context"),
-        NETWORK_IN_PYTHON,
-    ]
+    in_python = IN_PYTHON.replace('"MODEL")', f'"MODEL"{argument})')
+    on_command_line = ON_COMMAND_LINE.replace(" --context", f"{option} --context")
+    if not takes_context:
+        in_python = in_python.replace('"VIDEO.mp4", ', "")
+        on_command_line = on_command_line.replace(" --context VIDEO.mp4", "")
+    return [in_python, on_command_line, NETWORK_IN_PYTHON]
 
 
 def _metrics(facts: TrainingFacts, details: CardDetails) -> list[str]:

@@ -211,9 +211,9 @@ def make_settings(
     if context_frames:
         check_context_frames(context_frames, layout_of(trained, pipeline.codec), pipeline.codec)
     elif networks.video is None and networks.image is None:
+        reason = "--context_frames is 0" if trained.backbone.config.takes_context else "the model takes no context"
         raise InputError(
-            "--context_frames is 0, so frames cannot be compared with real ones: give a video_network or an "
-            "image_network."
+            f"{reason}, so frames cannot be compared with real ones: give a video_network or an image_network."
         )
     window, sinks = selected_window(options, pipeline, context_frames + generated_frames)
     settings = EvaluationSettings(

@@ -61,9 +61,11 @@ def export(options: ExportOptions) -> None:
         remove(partial)
     kind = "averaged" if model.facts.weights == "ema" else "trained"
     codec_option = f" --codec {trained.codec.name}" if trained.codec.is_custom else ""
+    takes_context = model.config.takes_context
     print(
-        f"{options.out}: the {kind} weights of step {trained.step}; to continue a video with them: "
-        f"python -m gpdit_lightning sample --checkpoint {options.out}{codec_option} --context VIDEO.mp4"
+        f"{options.out}: the {kind} weights of step {trained.step}; to {'continue' if takes_context else 'generate'} a "
+        f"video with them: python -m gpdit_lightning sample --checkpoint {options.out}{codec_option}"
+        f"{' --context VIDEO.mp4' if takes_context else ''}"
     )
 
 

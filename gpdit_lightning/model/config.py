@@ -235,6 +235,11 @@ class GPDiTConfig:
         return self.block_shape[1:] == (0, 0)
 
     @property
+    def takes_context(self) -> bool:
+        """Return whether a clip can have a context, and is not always one block."""
+        return self.block_shape[0] > 0 or self.first_block_frames > 0
+
+    @property
     def head_width(self) -> int:
         """Return the number of channels of one attention head."""
         return self.width // self.heads

@@ -104,8 +104,8 @@ def _check_clip(name: str, source: SourceConfig, layout: BlockLayout, length: in
         cut = f"cut longer clips by data.{name}.frames {shorter}, or " if shorter else ""
         raise InputError(
             f"data.{name} has clips of {length} latent frames, which do not divide into blocks of the backbone "
-            f"({sizes}): {cut}prepare clips of other lengths, or change backbone.block_shape or "
-            "backbone.first_block_frames."
+            f"({sizes}): {cut}prepare clips of other lengths (--clip_frames and --least_clip_frames), or change "
+            "backbone.block_shape or backbone.first_block_frames."
         )
     if name == "sequences" and len(layout.last_group(length)) > 1:
         raise InputError(
