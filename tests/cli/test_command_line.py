@@ -206,7 +206,7 @@ def test_help_explains_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--model.help", "GPDiTStage"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "The clean frames that a clean frame attends to" in shown
+    assert "The clean blocks that a clean block attends to" in shown
     assert "Peak learning rate" in shown
 
 
