@@ -280,9 +280,9 @@ def _training(facts: TrainingFacts) -> dict[str, str]:
     for source, counts in facts.run.get("samples", {}).items():
         rows[f"data, {source}"] = f"{counts['train']:,} samples, and {counts['validation']:,} held out"
     if optimizer := facts.run.get("optimizer"):
-        names = {"adamw": "AdamW", "muon": "Muon and AdamW"}
+        algorithm = "Muon and AdamW" if optimizer.get("algorithm") == "muon" else "AdamW"
         settings = ", ".join(f"{name} {value}" for name, value in optimizer.items() if name != "algorithm")
-        rows["optimizer"] = f"{names[optimizer.get('algorithm', 'adamw')]}: {settings}"
+        rows["optimizer"] = f"{algorithm}: {settings}"
     for name in ("precision", "hardware"):
         if name in facts.run:
             rows[name] = str(facts.run[name])

@@ -86,6 +86,7 @@ class TrainedModel:
         step: optimizer steps trained.
         classes: names of the classes on which it can be conditioned, in the order of their numbers; may be empty.
         validation: its loss on held-out data; None if it is not recorded.
+        context_dropout: fraction of the clips that were trained without context; None if it is not recorded.
     """
 
     backbone: HubGPDiT
@@ -97,6 +98,7 @@ class TrainedModel:
     step: int
     classes: tuple[str, ...] = ()
     validation: ValidationLoss | None = None
+    context_dropout: float | None = None
 
     @property
     def codec_source(self) -> str | None:
@@ -142,4 +144,5 @@ def load_trained_model(
         step=facts.step,
         classes=facts.classes,
         validation=facts.validation,
+        context_dropout=facts.data.get("data.context_dropout"),
     )

@@ -336,6 +336,12 @@ class GPDiTPipeline:
             label_guidance: guidance scale over the label.
             rest: further fields of the result.
         """
+        if options.guidance != 1 and self.trained.context_dropout == 0:
+            log.warning(
+                "warning: --guidance %s compares with frames without context, but the model was trained with "
+                "data.context_dropout 0, so the result may be worse than with --guidance 1",
+                options.guidance,
+            )
         return GenerationConfig(
             sampler=make_sampler(options.sampler, options.steps, self.trained.schedule),
             guidance=Guidance(options.guidance, label_guidance, *options.guidance_levels),

@@ -122,9 +122,15 @@ class Streams:
             clean = QKV(self.clean_rope(self._clean(query), dtype), *new)
         if self.rows:
             noisy = QKV(self.noisy_rope(self._noisy(query), dtype), *self._noisy_kv(key, value))
-        attend = self._attend_along_time if self.factorized else block_causal_attention
-        attended = attend(self.operator, self.variant, self.sizes, context, clean, noisy, self.draws)
-        return torch.cat(outputs + [out.flatten(0, 1) for out in attended if out is not None])
+        sizes = self.sizes
+        if self.factorized:  # along time: every place of a frame is a row of the batch
+            sizes = sizes.along_time(self.frame_tokens)
+            context = KV(*map(self._fold, context)) if context else None
+            clean, noisy = (QKV(*map(self._fold, stream)) if stream else None for stream in (clean, noisy))
+        for out in block_causal_attention(self.operator, self.variant, sizes, context, clean, noisy, self.draws):
+            if out is not None:
+                outputs.append((self._unfold(out) if self.factorized else out).flatten(0, 1))
+        return torch.cat(outputs)
 
     def attend_within_frames(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute the attention of every frame to itself, over packed tokens (packed tokens, heads, head width)."""
@@ -136,38 +142,6 @@ class Streams:
         _, attended = block_causal_attention(self.operator, self.variant, one_frame, None, None, frames)
         assert attended is not None
         return attended.flatten(0, 1)
-
-    def _attend_along_time(
-        self,
-        operator: AttentionOperator,
-        variant: AttentionVariant,
-        sizes: BlockSizes,
-        context: KV | None,
-        clean: QKV | None,
-        noisy: QKV | None,
-        draws: int,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Compute :func:`block_causal_attention` at each place of a frame, where a frame has one token."""
-
-        def fold(x: Tensor) -> Tensor:  # (B, frames * N, ...) -> (B * N, frames, ...)
-            return x.unflatten(1, (-1, self.frame_tokens)).transpose(1, 2).flatten(0, 1)
-
-        def unfold(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.unflatten(0, (-1, self.frame_tokens)).transpose(1, 2).flatten(1, 2)
-
-        by_frame = [
-            tuple(n // self.frame_tokens for n in lengths) for lengths in (sizes.clean, sizes.noisy, sizes.contexts)
-        ]
-        outputs = block_causal_attention(
-            operator,
-            variant,
-            BlockSizes(by_frame[0], by_frame[1], by_frame[2], None if sizes.causal_tokens is None else 1),
-            KV(*map(fold, context)) if context else None,
-            QKV(*map(fold, clean)) if clean else None,
-            QKV(*map(fold, noisy)) if noisy else None,
-            draws,
-        )
-        return unfold(outputs[0]), unfold(outputs[1])
 
     def clean_kv(self, key: Tensor, value: Tensor) -> KV | None:
         """Return the keys, with RoPE, and values of the clean blocks; None if there are none."""
@@ -189,6 +163,14 @@ class Streams:
         """Yield the prefix (R, blocks, L, ...) and the tokens (R, tokens, ...) of each block in turn."""
         for of_block, tokens in zip(prefix.unbind(1), own.split(self.sizes.noisy, dim=1), strict=True):
             yield from (of_block, tokens)
+
+    def _fold(self, x: Tensor) -> Tensor:
+        """(B, frames * N, ...) -> (B * N, frames, ...)."""
+        return x.unflatten(1, (-1, self.frame_tokens)).transpose(1, 2).flatten(0, 1)
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        """(B * N, frames, ...) -> (B, frames * N, ...)."""
+        return x.unflatten(0, (-1, self.frame_tokens)).transpose(1, 2).flatten(1, 2)
 
     @property
     def _prefix_tokens(self) -> int:

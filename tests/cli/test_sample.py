@@ -308,6 +308,25 @@ def test_python_example_of_the_documentation_runs(workspace: Path) -> None:
     assert names["frame"].shape == (2, 16, 8, 8)
 
 
+def test_guidance_over_a_context_that_was_never_left_out_is_named(
+    workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = load_trained_model(workspace / "unlabelled")
+    pipeline.log.addHandler(caplog.handler)
+    try:
+        for dropout, guidance, warns in ((0.0, "1.5", True), (0.0, "1", False), (0.1, "1.5", False)):
+            data = trained.backbone.facts.data | {"data.context_dropout": dropout}
+            trained.backbone.facts = replace(trained.backbone.facts, data=data)
+            folder = tmp_path / f"{dropout}-{guidance}"
+            trained.backbone.save_pretrained(folder)
+            caplog.clear()
+            options = ["--frames=4", "--formats=safetensors", f"--guidance={guidance}"]
+            assert sample(workspace, tmp_path / f"{folder.name}_out", *options, model=folder) == 0
+            assert ("trained with data.context_dropout 0" in caplog.text) == warns
+    finally:
+        pipeline.log.removeHandler(caplog.handler)
+
+
 def test_contexts_unlike_the_training_data_are_named(
     workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -55,6 +55,13 @@ class BlockSizes(NamedTuple):
         """
         return cls((tokens,) * (frames - 1), (tokens,) * frames, tuple(tokens * frame for frame in range(frames)))
 
+    def along_time(self, tokens: int) -> "BlockSizes":
+        """Return the sizes at one place of a frame, where a frame of `tokens` tokens has one."""
+        clean, noisy, contexts = (
+            tuple(count // tokens for count in counts) for counts in (self.clean, self.noisy, self.contexts)
+        )
+        return BlockSizes(clean, noisy, contexts, None if self.causal_tokens is None else 1)
+
 
 def block_causal_attention(
     operator: AttentionOperator,
