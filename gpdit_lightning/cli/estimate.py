@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 
 from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.cli.trainer_settings import strategy_of
-from gpdit_lightning.codecs import WanCodec
+from gpdit_lightning.codecs import find_codec
 from gpdit_lightning.data.manifest import FILE_NAME, Manifest
 from gpdit_lightning.data.plan import PlannedSource
 from gpdit_lightning.data.selection import no_source_error, select_from_recipe
@@ -54,7 +54,7 @@ def estimate(options: EstimateOptions) -> None:
     """
     speed = Speed.given(options.tflops) if options.tflops else Speed.at_mfu(peak_of_gpu(options.gpu), options.mfu)
     sizes = {"images": options.image_sizes, "videos": options.video_sizes, "sequences": options.sequence_sizes}
-    recipe = read_recipe(options.fit_arguments, options.gpus, sizes)
+    recipe = read_recipe(options.fit_arguments, options.gpus, sizes, options.codec)
     print(report(recipe, options.gpu_memory * GIB, speed))
 
 
@@ -93,12 +93,24 @@ class Speed(NamedTuple):
         return cls(tflops * 1e12, f"{tflops:g} TFLOP/s")
 
 
-class AssumedGrid(LatentGrid):
-    """Latent grid of the paper's codec, assumed where no data are prepared."""
+def grid_of(codec: str) -> LatentGrid:
+    """Return how a codec maps pixels to latents, by its class, without loading it.
 
-    latent_channels = WanCodec.latent_channels
-    spatial_factor = WanCodec.spatial_factor
-    temporal_factor = WanCodec.temporal_factor
+    Args:
+        codec: name or import path.
+
+    Raises:
+        InputError: there is no such codec, or its class does not have the three numbers.
+    """
+    codec_class, grid = find_codec(codec), LatentGrid()
+    for name in LatentGrid.__annotations__:
+        if not isinstance(getattr(codec_class, name, None), int):
+            raise InputError(
+                f"the codec {codec} has no {name} before it is loaded: set it in its class, or prepare data and leave "
+                "out --codec."
+            )
+        setattr(grid, name, getattr(codec_class, name))
+    return grid
 
 
 class EstimatedRecipe(NamedTuple):
@@ -118,7 +130,10 @@ class EstimatedRecipe(NamedTuple):
 
 
 def read_recipe(
-    arguments: Sequence[str], gpus: int = 1, sizes: Mapping[str, Sequence[str] | None] | None = None
+    arguments: Sequence[str],
+    gpus: int = 1,
+    sizes: Mapping[str, Sequence[str] | None] | None = None,
+    codec: str = "wan",
 ) -> EstimatedRecipe:
     """Read a recipe.
 
@@ -126,6 +141,7 @@ def read_recipe(
         arguments: of `fit`.
         gpus: number of GPUs over which the batch is distributed.
         sizes: HEIGHTxWIDTH in pixels, by source; None for the sizes of its manifests, or else of the paper.
+        codec: codec of sources that are not prepared.
 
     Raises:
         InputError: the recipe cannot be used, or `estimate` does not support its precision or strategy.
@@ -135,7 +151,7 @@ def read_recipe(
     if precision not in BYTES_OF_PRECISION:
         raise InputError(f"trainer.precision is {precision}; estimate supports bf16-mixed and 32-true.")
     backbone = GPDiTConfig(**vars(settings.model.init_args.backbone))
-    sources, grid, assumed = read_sources(data, sizes or {}, backbone.patch_size)
+    sources, grid, assumed = read_sources(data, sizes or {}, codec, backbone.patch_size)
     run = RunSettings(
         backbone=backbone,
         precision=precision,
@@ -201,13 +217,14 @@ def assumed_samples(
 
 
 def read_sources(
-    data: Namespace, sizes: Mapping[str, Sequence[str] | None], patch_size: int
+    data: Namespace, sizes: Mapping[str, Sequence[str] | None], codec: str, patch_size: int
 ) -> tuple[tuple[PlannedSource, ...], LatentGrid, frozenset[str]]:
     """Return the sources of a recipe, how their pixels map to latents, and the names of those that are not prepared.
 
     Args:
         data: data settings of the recipe.
         sizes: by source, as for :func:`read_recipe`.
+        codec: codec of sources that are not prepared.
         patch_size: latent pixels along one side of a token.
 
     Raises:
@@ -218,7 +235,7 @@ def read_sources(
         raise no_source_error(selection)
     used = selection.configs
     manifests = {name: [] if sizes.get(name) else prepared_manifests(s.manifests) for name, s in used.items()}
-    grid = next((prepared[0].codec for prepared in manifests.values() if prepared), AssumedGrid())
+    grid = next((prepared[0].codec for prepared in manifests.values() if prepared), None) or grid_of(codec)
     sources = []
     for name, source in used.items():
         if manifests[name]:

@@ -10,6 +10,7 @@ from gpdit_lightning.codecs.loading import (
     register_codec,
 )
 from gpdit_lightning.codecs.pca import PcaCodec
+from gpdit_lightning.codecs.sd import SdCodec
 from gpdit_lightning.codecs.wan import WanCodec
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Codec",
     "CodecNotAllowedError",
     "PcaCodec",
+    "SdCodec",
     "WanCodec",
     "find_codec",
     "fingerprint_of",

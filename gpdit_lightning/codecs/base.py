@@ -24,9 +24,9 @@ class Codec(LatentGrid, ABC):
     """Encodes uint8 pixels to float32 latents and decodes them.
 
     A custom codec is a subclass that defines `load`, `to`, `encode_values` and `decode_frame`, and sets the attributes
-    below except `name`, which is set automatically, and the optional `default_source` and `trial_size`. It must be
-    causal: a latent frame depends on no later pixel frame. Commands accept its import path, or a name registered by
-    :func:`~gpdit_lightning.codecs.register_codec` (docs/extending.md).
+    below except `name`, which is set automatically, and the optional `default_source`, `has_posterior` and
+    `trial_size`. It must be causal: a latent frame depends on no later pixel frame. Commands accept its import path, or
+    a name registered by :func:`~gpdit_lightning.codecs.register_codec` (docs/extending.md).
 
     Attributes:
         name: registered name, or else the import path of the class; recorded in manifests and checkpoints.
@@ -40,6 +40,7 @@ class Codec(LatentGrid, ABC):
         fingerprint: 16 hexadecimal digits of a hash of the weights, as computed by :func:`fingerprint_of`.
         device: device of `encode` and `decode`.
         default_source: the `source` of a codec that is loaded without one.
+        has_posterior: whether the encoder gives a Gaussian for each latent, by `posterior_values`.
         trial_size: (H, W) in pixels of the clips with which a custom codec is checked when it is loaded; None for 4 x 6
             latent pixels.
     """
@@ -51,6 +52,7 @@ class Codec(LatentGrid, ABC):
     fingerprint: str
     device: torch.device = torch.device("cpu")
     default_source: ClassVar[str | None] = None
+    has_posterior: ClassVar[bool] = False
     trial_size: tuple[int, int] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -90,6 +92,13 @@ class Codec(LatentGrid, ABC):
             Values around [-1, 1], (B, t, 3, H, W); t is 1 at the first frame and temporal_factor later.
         """
 
+    def posterior_values(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode values, as `encode_values` does, to the means and standard deviations of the raw latents.
+
+        The means are the result of `encode_values`. Only codecs with `has_posterior` define it.
+        """
+        raise NotImplementedError(f"codec {self.name!r} has no posterior")
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode pixels to raw latents, on `device`.
@@ -104,6 +113,28 @@ class Codec(LatentGrid, ABC):
             InputError: the dtype or shape is invalid, the factors of the codec do not fit T, H or W, or the result of
                 `encode_values` has another type or shape than it must have.
         """
+        values, shape = self._checked_values(pixels)
+        with report_errors(type(self), "encode_values", f"it must encode values of shape {tuple(values.shape)}"):
+            latents = self.encode_values(values)
+        return check_result(self, "encode_values", latents, shape, "(B, F, C, h, w)")
+
+    @torch.no_grad()
+    def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode pixels to the means and standard deviations of the raw latents, two tensors as `encode` returns.
+
+        Raises:
+            InputError: the codec has no posterior; otherwise as `encode`.
+        """
+        if not self.has_posterior:
+            raise InputError(f"codec {self.name!r} has no posterior, only latents: leave out --posterior.")
+        values, shape = self._checked_values(pixels)
+        with report_errors(type(self), "posterior_values", f"it must encode values of shape {tuple(values.shape)}"):
+            mean, std = self.posterior_values(values)
+        mean = check_result(self, "posterior_values", mean, shape, "(B, F, C, h, w)")
+        return mean, check_result(self, "posterior_values", std, shape, "(B, F, C, h, w)")
+
+    def _checked_values(self, pixels: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Return the values in [-1, 1] of pixels, on `device`, and the shape of their latents; raises as `encode`."""
         if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[2] != 3:
             raise InputError(
                 f"the pixels are {pixels.dtype} {tuple(pixels.shape)} where a codec takes torch.uint8 (B, T, 3, H, W): "
@@ -112,10 +143,7 @@ class Codec(LatentGrid, ABC):
         self.latent_frames(pixels.shape[1])
         self.check_frame_size(*pixels.shape[3:])
         values = pixels.to(self.device, torch.float32) / 127.5 - 1
-        with report_errors(type(self), "encode_values", f"it must encode values of shape {tuple(values.shape)}"):
-            latents = self.encode_values(values)
-        shape = len(pixels), *self.latent_shape(pixels.shape[1:])
-        return check_result(self, "encode_values", latents, shape, "(B, F, C, h, w)")
+        return values, (len(pixels), *self.latent_shape(pixels.shape[1:]))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode raw latents (B, F, C, h, w) to uint8 pixels (B, T, 3, H, W), on `device`.

@@ -5,13 +5,14 @@ import torch
 from gpdit_lightning.codecs.base import Codec, describe
 from gpdit_lightning.codecs.custom import load_custom_codec
 from gpdit_lightning.codecs.pca import DigitsPcaCodec, PcaCodec
+from gpdit_lightning.codecs.sd import SdCodec
 from gpdit_lightning.codecs.wan import WanCodec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import resolve
 from gpdit_lightning.specs import CodecSpec
 
 CODECS: dict[str, type[Codec]] = {}
-BUILT_IN: tuple[type[Codec], ...] = (PcaCodec, DigitsPcaCodec, WanCodec)
+BUILT_IN: tuple[type[Codec], ...] = (PcaCodec, DigitsPcaCodec, WanCodec, SdCodec)
 
 
 class CodecNotAllowedError(InputError):
@@ -36,16 +37,17 @@ def register_codec(name: str, codec: type[Codec]) -> None:
 register_codec("pca", PcaCodec)
 register_codec("pca_digits", DigitsPcaCodec)
 register_codec("wan", WanCodec)
+register_codec("sd", SdCodec)
 
 
 def load_codec(name: str, source: str | None = None, device: str | torch.device = "cpu") -> Codec:
     """Load a codec by its name.
 
     Args:
-        name: `pca`, `pca_digits`, `wan` (the WanVAE), another registered name, or the import path of a subclass of
-            :class:`Codec`, whose module is imported.
+        name: `pca`, `pca_digits`, `wan` (the WanVAE), `sd` (the image VAE of Stable Diffusion), another registered
+            name, or the import path of a subclass of :class:`Codec`, whose module is imported.
         source: folder, file or hub name of the weights; None for the default: the shipped file (`pca`,
-            `pca_digits`), the hub (`wan`).
+            `pca_digits`), the hub (`wan`, `sd`).
         device: device of the codec.
 
     Raises:

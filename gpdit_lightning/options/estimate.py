@@ -34,6 +34,9 @@ class SizeOptions(OptionRecord):
     """Likewise for videos; 192x320 (as in the paper) if none are prepared."""
     sequence_sizes: Sequence[str] | None = None
     """Likewise for few-shot sequences; 256x256 if none are prepared."""
+    codec: str = "wan"
+    """Codec of sources that are not prepared, which determines their latent frames: a name or import path, as for
+    prepare. It is not loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ class DataSetOptions(VideoOptions):
     annotations: Sequence[Path] = ()
     """Files with the labels of the videos, in the formats that `prepare` accepts."""
     context_frames: int | None = None
-    """Pixel frames of context, 1 + k times the temporal factor of the codec, which is 4 for wan and pca; 0 generates
+    """Pixel frames of context, 1 + k times the temporal factor of the codec, 4 for wan and pca, 1 for sd; 0 generates
     each video from noise alone. By default 5, as in GPDiT, or fewer for a model that was trained on clips of at most 5
     frames."""
     generated_frames: int | None = None

@@ -20,10 +20,10 @@ class CodecOptions(DeviceOptions):
     """Codec."""
 
     codec: str = "wan"
-    """wan (the WanVAE, as in the paper), pca (needs no download), pca_digits (for the videos of `demo` only), or the
-    import path of a codec class (docs/extending.md)."""
+    """wan (the WanVAE, as in GPDiT), sd (the image VAE of Stable Diffusion, frame by frame, as in ACDiT), pca (needs no
+    download), pca_digits (for the videos of `demo` only), or the import path of a codec class (docs/extending.md)."""
     codec_source: str | None = None
-    """Weights of the codec: a folder or hub name for wan, a file for pca; by default its standard weights."""
+    """Weights of the codec: a folder or hub name for wan and sd, a file for pca; by default its standard weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,8 +108,8 @@ class ClipOptions(OptionRecord):
     """Resample videos in time to this number of frames per second, by the time stamps of the frames, before the stride
     counts. By default clips with uneven intervals between frames are used as they are and listed in notes.jsonl."""
     clip_frames: int = 45
-    """Frames of a full clip, 1 + 4k (paper: at most 45), or 1 + k times the temporal factor of a custom codec; training
-    shortens clips as needed."""
+    """Frames of a full clip, 1 + k times the temporal factor of the codec: 1 + 4k for wan and pca (paper: at most 45),
+    any number for sd; training shortens clips as needed."""
     least_clip_frames: int | None = None
     """Minimum frames, of the same form, of a shorter clip from the remaining frames of a video or shot; by default 17
     (as in the paper), or clip_frames if that is less."""

@@ -28,7 +28,7 @@ from gpdit_lightning.planning.rules import (
 
 WIDTH = 128  # characters of a line, as in the shipped recipes
 GPUS_PER_NODE = 8
-SLOW_ON_CPU = ("wan",)  # codecs that take minutes to decode a preview on a CPU
+SLOW_ON_CPU = ("wan", "sd")  # codecs that take minutes to decode a preview on a CPU
 FEW_RECORDINGS, FEW_STEPS = 100, 1000  # below which the head of a recipe warns
 SHORT_STEP = 0.1  # seconds, below which a GPU does not reach the assumed FLOP/s
 PLAIN = re.compile(r"[\w][\w./+-]*")  # text that needs no quotes in YAML

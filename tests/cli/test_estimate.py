@@ -204,6 +204,15 @@ def test_squares_of_an_image_have_a_clean_stream_and_patches_of_one_pixel(capsys
     assert "do not divide into the blocks of 4x4 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("codec", "frames"), [("wan", 5), ("sd", 17), ("tests.codecs.test_custom.Correct", 9)])
+def test_the_codec_determines_the_latent_frames_that_are_assumed(
+    codec: str, frames: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = [STAGE2, "--latents=none", "--data.videos.frames=0", f"--codec={codec}"]
+    assert main(["estimate", *recipe, "--image_sizes=256x256", "--video_sizes=256x256"]) == 0
+    assert re.search(rf"videos: .* latent frames {frames}, 256x256 \(assumed\)", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

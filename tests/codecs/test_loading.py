@@ -53,6 +53,6 @@ def test_a_registered_name_needs_no_import_path(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_unknown_name_is_rejected() -> None:
-    message = r"codec 'pcs' is not known \(did you mean 'pca'\?\): choose one of pca, pca_digits, wan"
+    message = r"codec 'pcs' is not known \(did you mean 'pca'\?\): choose one of pca, pca_digits, wan, sd"
     with pytest.raises(InputError, match=message):
         load_codec("pcs")

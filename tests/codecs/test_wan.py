@@ -37,6 +37,7 @@ def test_latents_are_the_posterior_mode(autoencoder: Any) -> None:
         posterior = autoencoder.encode(clip.permute(0, 2, 1, 3, 4).float() / 127.5 - 1).latent_dist
     codec = WanCodec(autoencoder)
     torch.testing.assert_close(codec.encode(clip), posterior.mean.permute(0, 2, 1, 3, 4))
+    torch.testing.assert_close(codec.encode_posterior(clip)[1], posterior.std.permute(0, 2, 1, 3, 4))
     assert torch.equal(codec.encode(clip), codec.encode(clip))
 
 
@@ -149,7 +150,7 @@ def test_weights_in_the_local_cache_need_no_network(monkeypatch: pytest.MonkeyPa
 
     def from_pretrained(*args: Any, local_files_only: bool = False, **_: Any) -> Any:
         assert local_files_only
-        return autoencoder
+        return autoencoder, {"missing_keys": []}
 
     monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: pytest.fail("the hub is requested"))
     monkeypatch.setattr(diffusers.AutoencoderKLWan, "from_pretrained", from_pretrained)
