@@ -151,7 +151,7 @@ def read_recipe(
     if precision not in BYTES_OF_PRECISION:
         raise InputError(f"trainer.precision is {precision}; estimate supports bf16-mixed and 32-true.")
     backbone = GPDiTConfig(**vars(settings.model.init_args.backbone))
-    sources, grid, assumed = read_sources(data, sizes or {}, codec, backbone.patch_size)
+    sources, grid, assumed = read_sources(data, sizes or {}, codec, backbone)
     run = RunSettings(
         backbone=backbone,
         precision=precision,
@@ -217,7 +217,7 @@ def assumed_samples(
 
 
 def read_sources(
-    data: Namespace, sizes: Mapping[str, Sequence[str] | None], codec: str, patch_size: int
+    data: Namespace, sizes: Mapping[str, Sequence[str] | None], codec: str, backbone: GPDiTConfig
 ) -> tuple[tuple[PlannedSource, ...], LatentGrid, frozenset[str]]:
     """Return the sources of a recipe, how their pixels map to latents, and the names of those that are not prepared.
 
@@ -225,7 +225,7 @@ def read_sources(
         data: data settings of the recipe.
         sizes: by source, as for :func:`read_recipe`.
         codec: codec of sources that are not prepared.
-        patch_size: latent pixels along one side of a token.
+        backbone: architecture of the recipe.
 
     Raises:
         InputError: an option is invalid, or samples are too short.
@@ -241,8 +241,8 @@ def read_sources(
         if manifests[name]:
             samples = prepared_samples(name, manifests[name])
         else:
-            samples = assumed_samples(name, source, sizes.get(name), grid, patch_size)
-        sources.append(planned_source(name, samples, source, patch_size))
+            samples = assumed_samples(name, source, sizes.get(name), grid, backbone.patch_size)
+        sources.append(planned_source(name, samples, source, backbone))
     return tuple(sources), grid, frozenset(name for name in used if not manifests[name])
 
 

@@ -106,6 +106,13 @@ def patch_size_of(model: Any) -> int:
     return int(options.get("backbone.patch_size", GPDiTConfig().patch_size))
 
 
+def block_frames_of(model: Any) -> tuple[int, int]:
+    """Return `GPDiTConfig.block_frames` of a stage's backbone; the default if the stage has no such options."""
+    options = getattr(model, "init_args", Namespace())
+    fields = {name: options.get(f"backbone.{name}") for name in ("block_shape", "first_block_frames")}
+    return GPDiTConfig(**{name: value for name, value in fields.items() if value is not None}).block_frames
+
+
 def sources_of_stage(model: Any) -> list[str]:
     """Return the sources on which a stage trains; empty: any."""
     path = getattr(model, "class_path", None)
@@ -157,6 +164,7 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(Scores, "scores")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("model", "data.patch_size", compute_fn=patch_size_of)
+        parser.link_arguments("model", "data.block_frames", compute_fn=block_frames_of)
         for name in ("codec", "codec_source"):
             parser.link_arguments(f"preview.{name}", f"scores.{name}")
         parser.link_arguments("model", "data.stage_sources", compute_fn=sources_of_stage)

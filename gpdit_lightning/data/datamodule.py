@@ -95,6 +95,8 @@ class LatentDataModule(LightningDataModule):
         label_dropout: fraction of noisy rows that are trained without their label, for guidance.
         patch_size: side of the square patch of latent pixels that is one token of the backbone; recipes link it to the
             backbone. It is used for sources with `tokens`.
+        block_frames: latent frames of the first block of the backbone, 0: all of a clip, and of a later block, 0: all
+            others; recipes link it to the backbone. Clips are cut to whole blocks.
         max_ranks: maximum number of ranks of this run; the order is the same for every divisor of it.
         workers: loader processes per rank; 0 loads in the training process.
         cache: cache for copies of remote shards, such as those of s3://bucket/latents.
@@ -125,6 +127,7 @@ class LatentDataModule(LightningDataModule):
         labels: bool = False,
         label_dropout: float = 0.1,
         patch_size: int = 2,
+        block_frames: tuple[int, int] = (1, 1),
         max_ranks: int = 1,
         workers: int = 0,
         cache: CacheConfig = LOCAL_CACHE,
@@ -144,7 +147,8 @@ class LatentDataModule(LightningDataModule):
         if not 0 <= label_dropout <= 1:
             raise InputError(f"data.label_dropout is {label_dropout}; it must lie between 0 and 1.")
         self.seed, self.noise_levels, self.noise_draws = seed, noise_levels, noise_draws
-        self.labels, self.label_dropout, self.patch_size = labels, label_dropout, patch_size
+        self.labels, self.label_dropout = labels, label_dropout
+        self.patch_size, self.block_frames = patch_size, block_frames
         self.workers, self.validation_batches = workers, validation_batches
         self.count_blocks: CountBlocks = count_frames
         configs = {"images": images, "videos": videos, "sequences": sequences}
@@ -333,17 +337,20 @@ class LatentDataModule(LightningDataModule):
         """Return the buckets of each source: shards with the same height, width and clip lengths form one bucket."""
         buckets: dict[str, list[Bucket]] = {}
         for name in self.configs:
-            shards, shorter = defaultdict(list), 0
+            shards, shorter, cut = defaultdict(list), 0, 0
             for manifest in self.manifests[name]:
                 for entry in manifest.of_split(split):
                     if entry.kind == KINDS[name]:
                         frames, _, height, width = entry.shape
-                        lengths = self.configs[name].clip_lengths(name, frames)
+                        lengths = self.configs[name].clip_lengths(name, frames, self.block_frames)
                         shards[lengths, height, width].append((manifest, entry))
                         shorter += entry.count if frames < self.configs[name].shortest else 0
+                        cut += entry.count if lengths[-1] < min(frames, self.configs[name].frames or frames) else 0
             if shorter and split == "train":
                 least = self.configs[name].shortest
                 log.info("%d samples of data.%s have fewer than %d latent frames: all are used", shorter, name, least)
+            if cut and split == "train":
+                log.info("%d samples of data.%s are cut to whole blocks of the backbone", cut, name)
             if shards:
                 buckets[name] = [
                     Bucket(group, lengths, self.cache) for (lengths, _, _), group in sorted(shards.items())

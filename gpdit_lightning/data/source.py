@@ -13,6 +13,19 @@ LossFrames = Literal["all", "targets"]
 KINDS: dict[str, Kind] = {"images": "image", "videos": "video", "sequences": "sequence"}
 
 
+def whole_blocks(frames: int, block_frames: tuple[int, int]) -> int:
+    """Return the largest number of latent frames, at most `frames`, of a clip of whole blocks; 0 if there is none.
+
+    Args:
+        frames: latent frames of a sample.
+        block_frames: latent frames of the first block, 0: all of a clip; and of a later block, 0: all others.
+    """
+    first, later = block_frames
+    if frames < first:
+        return 0
+    return frames - (frames - first) % later if first and later else frames
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of samples in the training mixture."""
@@ -70,14 +83,18 @@ class SourceConfig:
                 "one of them."
             )
 
-    def clip_lengths(self, name: str, available: int) -> tuple[int, ...]:
+    def clip_lengths(self, name: str, available: int, block_frames: tuple[int, int] = (1, 1)) -> tuple[int, ...]:
         """Return the numbers of latent frames that samples of a length are cut to.
 
-        Samples that are shorter than the least length are used in full.
+        They are the numbers within the limits that consist of whole blocks of the backbone. If there is none, or the
+        samples are shorter than the least one, samples are used up to the end of their last whole block. A single
+        length that the recipe gives, and the length of samples without a whole block, are not changed: the stage
+        refuses them.
 
         Args:
             name: name of the source.
             available: latent frames of the samples.
+            block_frames: latent frames of the first and of a later block; see :func:`whole_blocks`.
 
         Raises:
             InputError: `least_frames` is above `frames`, or the samples are too short for a loss on targets.
@@ -89,18 +106,23 @@ class SourceConfig:
                 f"data.{name}.least_frames is {least}, more than the {most} latent frames of the longest clips: lower "
                 "it."
             )
-        least = min(least, available)
-        if self.loss_frames == "targets" and least < 2:
+        lengths = self._whole_lengths(range(min(least, available), min(most, available) + 1), block_frames)
+        if self.loss_frames == "targets" and lengths[0] < 2:
             raise InputError(
                 f"data.{name}.loss_frames is targets, but a sequence of one latent frame has none: take at least 2 "
                 "frames of each, or set it to all."
             )
-        if self.frames_without_loss >= least:
+        if self.frames_without_loss >= lengths[0]:
             raise InputError(
-                f"data.{name}.frames_without_loss is {self.frames_without_loss}, but some samples have {least} latent "
-                "frames: lower it, or take more frames of each."
+                f"data.{name}.frames_without_loss is {self.frames_without_loss}, but {lengths[0]} latent frames of "
+                "some samples are used: lower it, or take more frames of each."
             )
-        return tuple(range(least, min(most, available) + 1))
+        return lengths
+
+    def _whole_lengths(self, lengths: range, block_frames: tuple[int, int]) -> tuple[int, ...]:
+        whole = tuple(length for length in lengths if whole_blocks(length, block_frames) == length)
+        longest, is_given = lengths[-1], self.frames == self.shortest == lengths[-1]
+        return whole or (longest if is_given else whole_blocks(longest, block_frames) or longest,)
 
     def noisy_frames(self, frames: int) -> tuple[int, ...] | None:
         """Return the positions of the frames with noise and loss in clips of `frames` latent frames; None for all.

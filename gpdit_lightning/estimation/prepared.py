@@ -7,6 +7,7 @@ from gpdit_lightning.data.manifest import Manifest, Split
 from gpdit_lightning.data.plan import PlannedBucket, PlannedSource
 from gpdit_lightning.data.source import KINDS, SourceConfig
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.model.config import GPDiTConfig
 
 LatentShape = tuple[int, int, int]
 """F, h, w."""
@@ -39,7 +40,7 @@ def count_samples(name: str, manifests: Sequence[Manifest], split: Split) -> Cou
 
 
 def planned_source(
-    name: str, samples: Mapping[LatentShape, int], config: SourceConfig, patch_size: int
+    name: str, samples: Mapping[LatentShape, int], config: SourceConfig, backbone: GPDiTConfig
 ) -> PlannedSource:
     """Return a source with a bucket for each latent shape.
 
@@ -47,13 +48,13 @@ def planned_source(
         name: of the source.
         samples: number of samples of each shape.
         config: options of the source.
-        patch_size: side of the square patch of latent pixels that is one token.
+        backbone: its patches are the tokens, and clips are cut to its blocks.
 
     Raises:
         InputError: the samples are too short for the options.
     """
     buckets = [
-        PlannedBucket((count,), config.clip_lengths(name, frames), height, width)
+        PlannedBucket((count,), config.clip_lengths(name, frames, backbone.block_frames), height, width)
         for (frames, height, width), count in samples.items()
     ]
-    return PlannedSource(name, tuple(buckets), config, patch_size)
+    return PlannedSource(name, tuple(buckets), config, backbone.patch_size)

@@ -235,9 +235,14 @@ class GPDiTConfig:
         return self.block_shape[1:] == (0, 0)
 
     @property
+    def block_frames(self) -> tuple[int, int]:
+        """Return the latent frames of the first block, 0: all of a clip; and of a later block, 0: all others."""
+        return self.first_block_frames or self.block_shape[0], self.block_shape[0]
+
+    @property
     def takes_context(self) -> bool:
         """Return whether a clip can have a context, and is not always one block."""
-        return self.block_shape[0] > 0 or self.first_block_frames > 0
+        return self.block_frames[0] > 0
 
     @property
     def head_width(self) -> int:

@@ -54,7 +54,7 @@ class BlockLayout:
             InputError: the frame does not divide into the rectangles of `block_shape`.
         """
         rows, columns = height // config.patch_size, width // config.patch_size
-        frames, block_rows, block_columns = config.block_shape
+        _, block_rows, block_columns = config.block_shape
         block_rows, block_columns = block_rows or rows, block_columns or columns
         if rows % block_rows or columns % block_columns:
             raise InputError(
@@ -62,7 +62,7 @@ class BlockLayout:
                 f"of {block_rows}x{block_columns} tokens of block_shape {config.block_shape}: choose another size of "
                 "frames, or another block_shape."
             )
-        first = config.first_block_frames or frames
+        first, frames = config.block_frames
         return cls(frames, first, block_rows, block_columns, rows, columns, config.patch_size)
 
     @property

@@ -263,7 +263,7 @@ def fitting_run(
         context_dropout=0.1,
         noise_draws=1,
         max_steps=1,
-        sources=tuple(sources_of(data, devices, factor)),
+        sources=tuple(sources_of(data, backbone, devices, factor)),
         sampling="alternate" if len(data.samples) > 1 else "joint",
     )
     fitting = nearest_that_fits(run, memory_limit(machine))
@@ -287,11 +287,12 @@ def unsharded_or_zero(backbone: GPDiTConfig, precision: str, devices: int, capac
     return by_option["auto" if devices == 1 or is_small else "zero2"]
 
 
-def sources_of(data: TrainingData, devices: int, factor: float) -> Iterator[PlannedSource]:
+def sources_of(data: TrainingData, backbone: GPDiTConfig, devices: int, factor: float) -> Iterator[PlannedSource]:
     """Yield the sources, with batches that can be divided among the devices.
 
     Args:
         data: the prepared data.
+        backbone: architecture.
         devices: number of devices.
         factor: of the batch sizes.
     """
@@ -303,7 +304,7 @@ def sources_of(data: TrainingData, devices: int, factor: float) -> Iterator[Plan
             frames=data.lengths[-1] if name == "videos" else 0,
             least_frames=least if name == "videos" and least < data.lengths[-1] else 0,
         )
-        yield planned_source(name, samples, config, data.patch_size)
+        yield planned_source(name, samples, config, backbone)
 
 
 def with_steps(run: RunSettings, goal: Goal, flops_per_s: float) -> tuple[RunSettings, bool]:

@@ -56,6 +56,24 @@ def test_prepared_data_give_the_shapes(mixed: Path, capsys: pytest.CaptureFixtur
     assert "and 500 steps" in text
 
 
+def test_clips_are_cut_to_the_blocks_of_the_backbone(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the estimate, and in training, which takes the blocks from the backbone of the recipe."""
+    options = [
+        *(f"--config={mixed}", "--data.images.batch_size=0", "--data.videos.frames=0", "--data.videos.least_frames=0"),
+        *("--model.class_path=GPDiTStage", "--model.init_args.backbone.block_shape=[2,0,0]"),
+    ]
+    run = read_recipe(options).run
+    assert [shape.frames for shape in run.micro_batch_shapes(run.sources[0])] == [2]
+    fit = [*options, f"--run_dir={tmp_path / 'run'}", "--trainer.max_steps=1", "--trainer.accelerator=cpu"]
+    assert main(["fit", *fit]) == 0
+    assert "16 samples of data.videos are cut to whole blocks of the backbone" in capsys.readouterr().err
+    broken = "--model.init_args.backbone.block_shape=[2,0,-1]"
+    assert main(["fit", *fit[:-2], broken]) == 2
+    assert "block_shape is (2, 0, -1); it must be three numbers" in capsys.readouterr().err
+
+
 def test_the_memory_of_loader_processes_is_that_of_their_batches(
     mixed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

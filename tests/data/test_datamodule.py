@@ -185,6 +185,49 @@ def test_shards_with_the_same_clip_lengths_share_a_bucket(tmp_path: Path, write_
     }
 
 
+@pytest.mark.parametrize(
+    ("block_frames", "settings", "lengths"),
+    [  # of clips of 5, 6 and 8 latent frames; first and later block; 0: all frames
+        ((1, 1), {}, [(5,), (6,), (8,)]),
+        ((3, 3), {}, [(3,), (6,), (6,)]),
+        ((1, 3), {}, [(4,), (4,), (7,)]),
+        ((2, 0), {}, [(5,), (6,), (8,)]),
+        ((0, 0), {"frames": 7}, [(5,), (6,), (7,)]),
+        ((3, 3), {"frames": 7, "least_frames": 3}, [(3,), (3, 6), (3, 6)]),
+        ((4, 4), {"frames": 7, "least_frames": 6}, [(4,), (4,), (4,)]),
+        ((2, 2), {"frames": 6, "frames_without_loss": 2}, [(4,), (6,), (6,)]),
+        ((3, 3), {"frames": 5}, [(5,), (5,), (5,)]),  # as the recipe requests, which the stage refuses
+        ((6, 6), {}, [(5,), (6,), (6,)]),  # no whole block in the shortest clips
+    ],
+)
+def test_clips_are_cut_to_whole_blocks(
+    tmp_path: Path,
+    write_shards: Shards,
+    caplog: pytest.LogCaptureFixture,
+    block_frames: tuple[int, int],
+    settings: dict[str, int],
+    lengths: list[tuple[int, ...]],
+) -> None:
+    caplog.set_level(logging.INFO, "gpdit_lightning")
+    available = (5, 6, 8)
+    folder = write_shards(tmp_path, {("train", "video", (frames, 8, 8)): 3 for frames in available}).directory
+    data = at_step(LatentDataModule(videos=source(folder, **settings), block_frames=block_frames))
+    counts = Counter[tuple[int, ...]]()
+    for of_clip in lengths:
+        counts[of_clip] += 3
+    assert {bucket.lengths: len(bucket) for bucket in data.buckets["train"]["videos"]} == counts
+    limit = settings.get("frames", 8)
+    cut = sum(3 for frames, of_clip in zip(available, lengths, strict=True) if of_clip[-1] < min(frames, limit))
+    assert (f"{cut} samples of data.videos are cut to whole blocks" in caplog.text) == (cut > 0)
+    assert {batch.latents.shape[1] for batch in data.train_dataloader()} <= {n for of_clip in lengths for n in of_clip}
+
+
+def test_frames_without_loss_cannot_be_all_whole_blocks(tmp_path: Path, write_shards: Shards) -> None:
+    folder = write_shards(tmp_path, {("train", "video", (5, 8, 8)): 3}).directory
+    with pytest.raises(InputError, match="frames_without_loss is 3, but 3 latent frames of some samples are used"):
+        LatentDataModule(videos=source(folder, frames_without_loss=3), block_frames=(3, 3))
+
+
 def test_micro_batch_sizes_under_a_token_budget(tmp_path: Path, write_shards: Shards) -> None:
     """A frame of 8x8 has 16 tokens, a frame of 4x8 has 8."""
     shapes = [(frames, height, 8) for frames in (2, 3) for height in (4, 8)]
@@ -324,7 +367,7 @@ def test_frames_without_loss_apply_to_training_and_validation(tmp_path: Path, wr
     assert not any("frames_without_loss" in name for name in before["order"])
     with pytest.raises(InputError, match=r"data\.videos\.frames_without_loss = none and the recipe has 2;"):
         data.load_state_dict(before)
-    with pytest.raises(InputError, match=r"frames_without_loss is 4, but some samples have 4 latent frames"):
+    with pytest.raises(InputError, match=r"frames_without_loss is 4, but 4 latent frames of some samples are used"):
         LatentDataModule(videos=source(folder, frames_without_loss=4))
 
 
