@@ -20,7 +20,7 @@ from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Manifest, Shard
 from gpdit_lightning.data.plan import Plan, PlannedBucket
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.randomness import LABEL_DROPOUT, generator
+from gpdit_lightning.randomness import FLIP, LABEL_DROPOUT, POSTERIOR_SAMPLE, generator
 from gpdit_lightning.whitening import whitened
 from gpdit_lightning.workers import WorkerLoader
 
@@ -91,14 +91,16 @@ class LoadedSample(NamedTuple):
     """A sample read from a shard.
 
     Attributes:
-        latents: (F, C, H, W) raw, float16.
+        latents: (F, C, H, W) raw, float16; the means of the codec's posterior.
         metadata: metadata of the sample.
         damaged: names of the damaged samples that it replaces; usually empty.
+        std: (F, C, H, W) float16, the standard deviations of the posterior; None if they are not stored.
     """
 
     latents: np.ndarray
     metadata: dict[str, Any]
     damaged: tuple[str, ...]
+    std: np.ndarray | None = None
 
 
 class Bucket:
@@ -139,12 +141,13 @@ class Bucket:
         """The largest number of latent frames that samples are cut to."""
         return max(self.lengths)
 
-    def read(self, sample: int, frames: int | None = None) -> LoadedSample:
+    def read(self, sample: int, frames: int | None = None, flipped: bool = False) -> LoadedSample:
         """Read the first latent frames of a sample; a damaged one is replaced by the next intact sample of its shard.
 
         Args:
             sample: number of the sample in the bucket.
             frames: number of latent frames; None for the largest.
+            flipped: whether to read the latents of the flipped clip, if they are stored.
 
         Raises:
             InputError: no sample of the shard is intact.
@@ -155,12 +158,14 @@ class Bucket:
         for offset in range(len(reader)):
             number = (first + offset) % len(reader)
             try:
-                latents, metadata = reader.read(number, frames or self.frames)
+                arrays, metadata = reader.read_arrays(number, frames or self.frames)
             except DamagedSampleError as error:
                 damaged.append(f"sample {number} of {reader.path}")
                 _warn_once(f"{error} It is replaced by the next intact sample of the shard.")
                 continue
-            return LoadedSample(latents, metadata, tuple(damaged))
+            if flipped and reader.entry.has_flips:
+                return LoadedSample(arrays["flipped_mean"], metadata, tuple(damaged), arrays.get("flipped_std"))
+            return LoadedSample(arrays["mean"], metadata, tuple(damaged), arrays.get("std"))
         raise InputError(f"{reader.path} has no intact sample: copy it again or prepare it again.")
 
 
@@ -194,6 +199,9 @@ class LatentDataset(Dataset[LatentBatch]):
         classes: names of the labels, in the order of the classes; if empty, batches have no labels.
         label_dropout: fraction of noisy rows whose label is dropped, for guidance.
         count_blocks: gives the number of blocks of some frames; see :data:`CountBlocks`.
+        posterior_samples: whether latents are samples of the codec's posterior where its standard deviations are
+            stored, instead of its means. All copies of a clip, clean and noisy, are of one sample.
+        flips: whether half of the clips, chosen at random, are flipped left to right where both are stored.
 
     Raises:
         InputError: `noise_draws` is below 1, or the number of ranks does not divide `plan.max_ranks`.
@@ -214,6 +222,8 @@ class LatentDataset(Dataset[LatentBatch]):
         classes: Sequence[str] = (),
         label_dropout: float = 0.0,
         count_blocks: CountBlocks = count_frames,
+        posterior_samples: bool = False,
+        flips: bool = False,
     ) -> None:
         if noise_draws < 1:
             raise InputError(f"data.noise_draws is {noise_draws}; it must be at least 1.")
@@ -231,6 +241,7 @@ class LatentDataset(Dataset[LatentBatch]):
         self.class_indices = {name: index for index, name in enumerate(classes)}
         self.label_dropout = label_dropout
         self.count_blocks = count_blocks
+        self.posterior_samples, self.flips = posterior_samples, flips
         self._prefetched: list[tuple[int, int, int]] = []
 
     def __getitem__(self, number: int) -> LatentBatch:
@@ -239,9 +250,12 @@ class LatentDataset(Dataset[LatentBatch]):
         step = number // self.plan.micro_batches_per_step
         source = self.plan.sources[micro_batch.source]
         bucket = self.buckets[micro_batch.source][micro_batch.bucket]
-        samples = [bucket.read(int(sample), micro_batch.frames) for sample in micro_batch.samples]
-        raw = torch.from_numpy(np.stack([sample.latents for sample in samples])).float()
-        latents = whitened(raw, self.mean, self.std)
+        samples = [
+            bucket.read(int(sample), micro_batch.frames, self._is_flipped(step, int(position)))
+            for sample, position in zip(micro_batch.samples, micro_batch.positions, strict=True)
+        ]
+        raw = [self._raw(sample, step, int(p)) for sample, p in zip(samples, micro_batch.positions, strict=True)]
+        latents = whitened(torch.from_numpy(np.stack(raw)), self.mean, self.std)
         context = int(micro_batch.context.sum())
         frames = source.config.noisy_frames(micro_batch.frames)
         height, width = latents.shape[-2:]
@@ -261,6 +275,18 @@ class LatentDataset(Dataset[LatentBatch]):
             labels=self._labels(samples, step, micro_batch.positions, context, draws) if self.class_indices else None,
             frames=frames,
         )
+
+    def _is_flipped(self, step: int, position: int) -> bool:
+        """Return whether the clip at a position in the global batch of a step is flipped."""
+        return self.flips and bool(generator(self.plan.seed, FLIP, step, position).random() < 0.5)
+
+    def _raw(self, sample: LoadedSample, step: int, position: int) -> np.ndarray:
+        """Return the raw latents of a clip in float32: the means, or a sample of the posterior."""
+        latents = sample.latents.astype(np.float32)
+        if self.posterior_samples and sample.std is not None:
+            draw = generator(self.plan.seed, POSTERIOR_SAMPLE, step, position)
+            latents += sample.std * draw.standard_normal(latents.shape, dtype=np.float32)
+        return latents
 
     def _noise_and_levels(
         self, step: int, positions: np.ndarray, context: int, draws: int, shape: tuple[int, ...], blocks: int

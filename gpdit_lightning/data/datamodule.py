@@ -5,7 +5,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
@@ -93,6 +93,11 @@ class LatentDataModule(LightningDataModule):
             images, have one.
         labels: whether batches contain the classes of their samples, on which a backbone with `classes` is conditioned.
         label_dropout: fraction of noisy rows that are trained without their label, for guidance.
+        posterior: `sample` draws the latents of each training clip from the codec's posterior, for data prepared with
+            --posterior; `mean` uses its means; by default samples are drawn where the data allow it. Validation uses
+            the means.
+        flips: whether half of the training clips are flipped left to right, for data prepared with --flips; by default
+            where the data allow it. Validation flips none.
         patch_size: side of the square patch of latent pixels that is one token of the backbone; recipes link it to the
             backbone. It is used for sources with `tokens`.
         block_frames: latent frames of the first block of the backbone, 0: all of a clip, and of a later block, 0: all
@@ -126,6 +131,8 @@ class LatentDataModule(LightningDataModule):
         noise_draws: int = 1,
         labels: bool = False,
         label_dropout: float = 0.1,
+        posterior: Literal["sample", "mean"] | None = None,
+        flips: bool | None = None,
         patch_size: int = 2,
         block_frames: tuple[int, int] = (1, 1),
         max_ranks: int = 1,
@@ -167,6 +174,8 @@ class LatentDataModule(LightningDataModule):
         self.classes = self._classes()
         remote = any(not isinstance(manifest.directory, Path) for manifest in self._all_manifests)
         self.cache = cache.open() if remote else None
+        self.posterior_samples = self._is_used("posterior", None if posterior is None else posterior == "sample")
+        self.flips = self._is_used("flips", flips)
         self.buckets = {split: self._buckets_of(split) for split in ("train", "validation")}
         self.plan = self._make_plan("train", context_dropout, max_ranks, sampling)
         self._check_cache_size()
@@ -264,6 +273,10 @@ class LatentDataModule(LightningDataModule):
         }
         if self.labels:
             order |= {"data.labels": list(self.classes), "data.label_dropout": self.label_dropout}
+        if self.posterior_samples:
+            order["data.posterior"] = "sample"
+        if self.flips:
+            order["data.flips"] = True
         for name, config in self.configs.items():
             for setting, value in dataclasses.asdict(config).items():
                 if (setting, value) not in UNRECORDED_DEFAULTS:
@@ -333,6 +346,32 @@ class LatentDataModule(LightningDataModule):
             )
         return classes
 
+    def _is_used(self, option: Literal["posterior", "flips"], chosen: bool | None) -> bool:
+        """Return whether training uses the posterior, or the flipped clips, that the shards may have.
+
+        Args:
+            option: name of the option.
+            chosen: whether the recipe requires it; None: where the data allow it.
+
+        Raises:
+            InputError: it is required, and a training shard does not have it.
+        """
+        shards = [
+            (manifest, entry)
+            for name, manifests in self.manifests.items()
+            for manifest in manifests
+            for entry in manifest.of_split("train")
+            if entry.kind == KINDS[name]
+        ]
+        for manifest, entry in shards if chosen else ():
+            if not getattr(entry, f"has_{option}"):
+                value, off = ("sample", "mean") if option == "posterior" else ("true", "false")
+                raise InputError(
+                    f"data.{option} is {value}, but {manifest.directory / entry.path} was prepared without --{option}: "
+                    f"prepare the data again with it, or set data.{option} to {off}."
+                )
+        return chosen is not False and any(getattr(entry, f"has_{option}") for _, entry in shards)
+
     def _buckets_of(self, split: Split) -> dict[str, list[Bucket]]:
         """Return the buckets of each source: shards with the same height, width and clip lengths form one bucket."""
         buckets: dict[str, list[Bucket]] = {}
@@ -383,6 +422,8 @@ class LatentDataModule(LightningDataModule):
             classes=self.classes,
             label_dropout=self.label_dropout if split == "train" else 0.0,
             count_blocks=self.count_blocks,
+            posterior_samples=self.posterior_samples and split == "train",
+            flips=self.flips and split == "train",
         )
         return TimedLoader(
             dataset,

@@ -22,6 +22,17 @@ SKIPPED_NAME, NOTES_NAME = "skipped.jsonl", "notes.jsonl"
 Folder = Path | UPath  # a local path, or any other that fsspec reads
 Split = Literal["train", "validation"]
 Kind = Literal["image", "video", "sequence"]  # a sequence is images, each encoded alone, stacked as frames
+ArrayName = Literal["mean", "std", "flipped_mean", "flipped_std"]
+
+# What a shard may hold of each latent, in this order along the channels: the latent, which is the mean of the codec's
+# posterior; the posterior's standard deviation; and both of the clip that was flipped left to right before encoding.
+LATENT_ONLY: tuple[ArrayName, ...] = ("mean",)
+ARRAYS: tuple[tuple[ArrayName, ...], ...] = (
+    LATENT_ONLY,
+    ("mean", "std"),
+    ("mean", "flipped_mean"),
+    ("mean", "std", "flipped_mean", "flipped_std"),
+)
 
 PREPARE_AGAIN = "prepare the data again with `python -m gpdit_lightning prepare`"
 FOUR_SIZES = Constraint(
@@ -74,6 +85,37 @@ class ShardEntry:
     """Hash of the tar, in hexadecimal digits."""
     index_sha256: str
     """Hash of the index."""
+    arrays: tuple[ArrayName, ...] = LATENT_ONLY
+    """What is stored of each latent; one of `ARRAYS`. The file has it only if that is more than the latent."""
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int, int]:
+        """The shape (F, A C, h, w) of the stored array of a sample, with its A arrays along the channels."""
+        frames, channels, height, width = self.shape
+        return frames, len(self.arrays) * channels, height, width
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether the standard deviations of the codec's posterior are stored."""
+        return "std" in self.arrays
+
+    @property
+    def has_flips(self) -> bool:
+        """Whether every sample is stored as it is and flipped left to right."""
+        return "flipped_mean" in self.arrays
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "ShardEntry":
+        """Return the entry of the JSON object that `to_dict` returned."""
+        lists: dict[str, Any] = {name: tuple(content[name]) for name in ("shape", "arrays") if name in content}
+        return cls(**content | lists)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as JSON values."""
+        content = asdict(self) | {"shape": list(self.shape), "arrays": list(self.arrays)}
+        if self.arrays == LATENT_ONLY:  # as in manifests of earlier versions
+            del content["arrays"]
+        return content
 
 
 @dataclass(frozen=True)
@@ -121,7 +163,7 @@ class Manifest:
             raise InputError(f"{self.path} is not on this machine: prepare in a local folder and copy it there.")
         content = {"format": FORMAT} | {entry.name: getattr(self, entry.name) for entry in fields(self)[1:]}
         content["codec"] = self.codec.to_dict()
-        content["shards"] = [asdict(shard) for shard in self.shards]
+        content["shards"] = [shard.to_dict() for shard in self.shards]
         text = json.dumps(content, indent=2, ensure_ascii=False)
         _parse(json.loads(text), self.path)
         with atomic_write(self.path) as temporary:
@@ -206,7 +248,9 @@ def _parse(content: Any, path: Folder) -> Manifest:
 def _parse_shard(entry: Any, number: int, codec: CodecSpec, path: Folder) -> ShardEntry:
     name = f"shards[{number}]"
     check(entry, SHARD_SCHEMA, name, str(path), PREPARE_AGAIN)
-    _check_no_unknown_fields(entry, SHARD_SCHEMA, f"{name}.", path)
+    _check_no_unknown_fields(entry, SHARD_SCHEMA | {"arrays": LIST}, f"{name}.", path)
+    if "arrays" in entry and entry["arrays"] not in map(list, ARRAYS):
+        raise InputError(f"{path} has {name}.arrays = {entry['arrays']!r}, which are unknown: {PREPARE_AGAIN}.")
     for field_name in ("path", "index"):
         relative = PurePosixPath(entry[field_name])
         if relative.is_absolute() or ".." in relative.parts or not relative.name:
@@ -220,7 +264,7 @@ def _parse_shard(entry: Any, number: int, codec: CodecSpec, path: Folder) -> Sha
             f"{path} has {name}.shape = {list(shape)} with {shape[1]} channels where its codec has "
             f"{codec.latent_channels}: {PREPARE_AGAIN}."
         )
-    return ShardEntry(**entry | {"shape": shape})
+    return ShardEntry.from_dict(entry)
 
 
 def _check_no_unknown_fields(content: dict[str, Any], schema: dict[str, Any], prefix: str, path: Folder) -> None:

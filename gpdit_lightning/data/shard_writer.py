@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
+from gpdit_lightning.data.manifest import LATENT_ONLY, ArrayName, Kind, ShardEntry, Split
 from gpdit_lightning.data.shards import (
     KEY_PATTERN,
     LATENT_ENDING,
@@ -34,13 +34,23 @@ class ShardWriter:
         name: file name of the shard, without an ending.
         split: "train" or "validation".
         kind: "image", "video" or "sequence".
-        shape: (F, C, h, w) of every sample.
+        shape: (F, C, h, w) of every latent.
+        arrays: what is stored of each latent, A arrays, as in `ShardEntry.arrays`.
     """
 
-    def __init__(self, directory: Path, name: str, split: Split, kind: Kind, shape: Shape) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        split: Split,
+        kind: Kind,
+        shape: Shape,
+        arrays: tuple[ArrayName, ...] = LATENT_ONLY,
+    ) -> None:
         from webdataset import TarWriter  # only writers need it
 
-        self.name, self.split, self.kind, self.shape = name, split, kind, shape
+        self.name, self.split, self.kind, self.shape, self.arrays = name, split, kind, shape, arrays
+        self._stored_shape = shape[0], len(arrays) * shape[1], *shape[2:]
         self.path = directory / f"{name}.tar"
         self.count = 0
         directory.mkdir(parents=True, exist_ok=True)
@@ -53,7 +63,7 @@ class ShardWriter:
 
         Args:
             key: letters, digits, `_` and `-`, since WebDataset ends a key at the first dot.
-            latent: (F, C, h, w), the codec's raw latents; stored as float16.
+            latent: (F, A C, h, w), the arrays of the codec's raw latents; stored as float16.
             metadata: JSON values, stored together with the key and the kind.
 
         Raises:
@@ -61,9 +71,10 @@ class ShardWriter:
         """
         if not KEY_PATTERN.fullmatch(key):
             raise InputError(f"the sample key {key!r} may contain only letters, digits, '_' and '-': rename it.")
-        if latent.shape != self.shape:
+        if latent.shape != self._stored_shape:
             raise InputError(
-                f"sample {key} has shape {latent.shape} where its shard has {self.shape}: write it to another shard."
+                f"sample {key} has shape {latent.shape} where its shard has {self._stored_shape}: write it to another "
+                "shard."
             )
         with np.errstate(over="ignore"):
             half = np.ascontiguousarray(latent, dtype=np.float16)
@@ -83,9 +94,9 @@ class ShardWriter:
         self._tar.close()
         self._file.close()
         with atomic_write(index_path(self.path)) as temporary, temporary.open("wb") as file:
-            np.save(file, build_index(partial_path(self.path), self.shape), allow_pickle=False)
+            np.save(file, build_index(partial_path(self.path), self._stored_shape), allow_pickle=False)
         publish(self.path)  # after its index, so that a shard with its final name is complete
-        return shard_entry(self.path, self.split, self.kind, self.shape, self.count)
+        return shard_entry(self.path, self.split, self.kind, self.shape, self.count, self.arrays)
 
     def discard(self) -> None:
         """Remove the files of the incomplete shard."""
@@ -136,14 +147,25 @@ class ShardSetWriter:
         writer = self._open.get(_name_prefix(split, kind, shape))
         return self.shard_size - (writer.count if writer else 0)
 
-    def write(self, split: Split, kind: Kind, latent: np.ndarray, metadata: dict[str, Any]) -> None:
-        """Append one sample (F, C, h, w) to the shard of its split, kind and shape; raises as `ShardWriter.write`."""
-        F, C, h, w = latent.shape
+    def write(
+        self,
+        split: Split,
+        kind: Kind,
+        latent: np.ndarray,
+        metadata: dict[str, Any],
+        arrays: tuple[ArrayName, ...] = LATENT_ONLY,
+    ) -> None:
+        """Append one sample (F, A C, h, w) to the shard of its split, kind and shape; raises as `ShardWriter.write`.
+
+        All samples of a split, kind and shape have the same arrays.
+        """
+        F, channels, h, w = latent.shape
+        C = channels // len(arrays)
         prefix = _name_prefix(split, kind, (F, C, h, w))
         if prefix not in self._open:
             number = self._next_number.setdefault(prefix, 0)
             name = f"{prefix}{self._part}-{number:05d}"
-            self._open[prefix] = ShardWriter(self.directory, name, split, kind, (F, C, h, w))
+            self._open[prefix] = ShardWriter(self.directory, name, split, kind, (F, C, h, w), arrays)
             self._next_number[prefix] = number + 1
         writer = self._open[prefix]
         writer.write(f"{writer.name}-{writer.count:06d}", latent, metadata)

@@ -1,6 +1,7 @@
 """Reading of shards: WebDataset tars of latents, each with a byte index, so that any sample is read directly.
 
-A sample is two members of the tar, `KEY.latent.npy` (float16, the codec's raw latents, (F, C, h, w)) and `KEY.json`.
+A sample is two members of the tar, `KEY.latent.npy` (float16, the codec's raw latents, (F, C, h, w), or several such
+arrays along the channels, as `ShardEntry.arrays` lists them) and `KEY.json`.
 The tars are plain WebDataset; the index only avoids walking through a tar to find a sample.
 """
 
@@ -21,7 +22,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from gpdit_lightning.data.cache import ShardCache
-from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Kind, ShardEntry, Split
+from gpdit_lightning.data.manifest import LATENT_ONLY, PREPARE_AGAIN, ArrayName, Folder, Kind, ShardEntry, Split
 from gpdit_lightning.data.remote import RemoteFile
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
@@ -80,7 +81,16 @@ class ShardReader:
         return tuple(file for file in (self._index_file, self._tar) if isinstance(file, RemoteFile))
 
     def read(self, number: int, frames: int | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        """Read and verify one sample.
+        """Read and verify one sample; arguments and errors as for `read_arrays`.
+
+        Returns:
+            The raw latents (F, C, h, w) in float16, and the metadata.
+        """
+        arrays, metadata = self.read_arrays(number, frames)
+        return arrays["mean"], metadata
+
+    def read_arrays(self, number: int, frames: int | None = None) -> tuple[dict[ArrayName, np.ndarray], dict[str, Any]]:
+        """Read and verify all that is stored of one sample.
 
         Args:
             number: 0 to `len(self) - 1`.
@@ -88,7 +98,7 @@ class ShardReader:
                 the latents of the shorter clip.
 
         Returns:
-            The raw latents (F, C, h, w) in float16, and the metadata.
+            The arrays (F, C, h, w) of `ShardEntry.arrays` by name, in float16, and the metadata.
 
         Raises:
             DamagedSampleError: the sample differs from what was written.
@@ -110,10 +120,11 @@ class ShardReader:
         return self._read(number, frames)  # from new copies
 
     @retried
-    def _read(self, number: int, frames: int | None) -> tuple[np.ndarray, dict[str, Any]]:
+    def _read(self, number: int, frames: int | None) -> tuple[dict[ArrayName, np.ndarray], dict[str, Any]]:
         latent_offset, json_offset, json_size, json_checksum, *checksums = self.index[number].tolist()
         checksums = checksums[:frames]
-        header, shape = npy_header(self.entry.shape), (len(checksums), *self.entry.shape[1:])
+        stored_shape = self.entry.stored_shape
+        header, shape = npy_header(stored_shape), (len(checksums), *stored_shape[1:])
         latent_size = len(header) + 2 * math.prod(shape)
         try:
             with self._open_tar() as file:
@@ -128,16 +139,18 @@ class ShardReader:
             raise self._damaged(number, "the file ends inside it")
         # The header is compared and never parsed, so that any other header is rejected.
         if not latent_bytes.startswith(header):
-            raise self._damaged(number, f"it is not a float16 array {self.entry.shape}")
+            raise self._damaged(number, f"it is not a float16 array {stored_shape}")
         latent = np.frombuffer(latent_bytes, np.float16, offset=len(header)).reshape(shape)
         if [checksum(frame.data) for frame in latent] != checksums or checksum(text) != json_checksum:
             raise self._damaged(number, "its checksum differs")
         if (latent.view(np.uint16) & EXPONENT_MASK).max() == EXPONENT_MASK:
             raise self._damaged(number, "it has values that are not finite")
         try:
-            return latent, json.loads(text.decode())
+            metadata = json.loads(text.decode())
         except ValueError as error:
             raise self._damaged(number, str(error)) from None
+        names = self.entry.arrays
+        return dict(zip(names, np.split(latent, len(names), axis=1), strict=True)), metadata
 
     @property
     def index(self) -> np.ndarray:
@@ -218,7 +231,9 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".index.npy")
 
 
-def shard_entry(path: Path, split: Split, kind: Kind, shape: Shape, count: int) -> ShardEntry:
+def shard_entry(
+    path: Path, split: Split, kind: Kind, shape: Shape, count: int, arrays: tuple[ArrayName, ...] = LATENT_ONLY
+) -> ShardEntry:
     """Return the manifest's entry of a complete shard; reads and hashes its files."""
     index = index_path(path)
     return ShardEntry(
@@ -231,6 +246,7 @@ def shard_entry(path: Path, split: Split, kind: Kind, shape: Shape, count: int) 
         bytes=path.stat().st_size,
         sha256=sha256_of(path),
         index_sha256=sha256_of(index),
+        arrays=arrays,
     )
 
 
@@ -247,7 +263,7 @@ def build_index(path: Path, shape: Shape) -> np.ndarray:
 
     Args:
         path: the tar.
-        shape: (F, C, h, w) of its samples.
+        shape: shape of the arrays of its samples, `ShardEntry.stored_shape`.
 
     Returns:
         int64 (samples, 4 + F), in the order of the tar.

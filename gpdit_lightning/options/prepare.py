@@ -31,6 +31,19 @@ class CodecOptions(DeviceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredLatentOptions(OptionRecord):
+    """Codec."""
+
+    posterior: bool = False
+    """Store the standard deviations of the codec's posterior beside its means (wan and sd), so that training draws a
+    sample each time that it uses a clip (ACDiT, DiT). Twice the size."""
+    flips: Literal["none", "images", "all"] = "none"
+    """Store images, or images and videos, as they are and flipped left to right, so that training draws which of the
+    two it uses. Pixels are flipped before encoding, since flipped latents are not those of the flipped image. Twice the
+    size and encoding time."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValidationOptions(OptionRecord):
     """Validation."""
 
@@ -181,6 +194,7 @@ class PrepareOptions(
     ShardOptions,
     ClipOptions,
     HoldOutOptions,
+    StoredLatentOptions,
     CodecOptions,
     ProcessOptions,
 ):

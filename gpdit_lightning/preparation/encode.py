@@ -9,9 +9,10 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gpdit_lightning.codecs import Codec
-from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
+from gpdit_lightning.data.manifest import LATENT_ONLY, ArrayName, Kind, ShardEntry, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.data.shards import Shape, ShardReader, build_index, shard_entry
 from gpdit_lightning.errors import InputError
@@ -90,9 +91,9 @@ def encode_part(
     Raises:
         InputError: a complete shard of this part is damaged.
     """
-    complete, stored = complete_shards(part, options.out, codec.latent_channels)
+    complete, stored = complete_shards(part, options, codec.latent_channels)
     with ShardSetWriter(options.out, options.shard_size, part, complete) as writer:
-        encoder = PartEncoder(files, options.batch_size, codec, stored, writer, progress)
+        encoder = PartEncoder(files, options, codec, stored, writer, progress)
         for item in read_clips(files, options, codec.temporal_factor, workers, stored.keys()):
             encoder.add(item)
         encoder.encode_remaining()
@@ -104,7 +105,7 @@ class PartEncoder:
 
     Args:
         files: input files of the part.
-        batch_size: maximum number of clips in a batch.
+        options: options with the maximum number of clips in a batch, and what is stored of each.
         codec: codec that encodes the clips.
         stored: samples in the complete shards of the part.
         writer: writer of the latents.
@@ -114,13 +115,13 @@ class PartEncoder:
     def __init__(
         self,
         files: Sequence[InputFile],
-        batch_size: int,
+        options: PrepareOptions,
         codec: Codec,
         stored: dict[SampleId, StoredSample],
         writer: ShardSetWriter,
         progress: Progress,
     ) -> None:
-        self._files, self._batch_size, self._codec = files, batch_size, codec
+        self._files, self._options, self._codec = files, options, codec
         self._stored, self._writer, self._progress = stored, writer, progress
         self._pending: dict[ShardType, list[Clip]] = defaultdict(list)
         self._used: dict[str, StoredSample] = {}  # the last sample of each video or image
@@ -135,7 +136,7 @@ class PartEncoder:
             case Clip():
                 shard_type = item.split, self._files[item.file].kind, self._codec.latent_shape(item.pixels.shape)
                 self._pending[shard_type].append(item)
-                if len(self._pending[shard_type]) == min(self._batch_size, self._writer.remaining(*shard_type)):
+                if len(self._pending[shard_type]) == min(self._options.batch_size, self._writer.remaining(*shard_type)):
                     self._encode(shard_type)
             case EncodedClip():
                 self._record_sample(item.file, item.id.source, self._stored[item.id])
@@ -166,12 +167,12 @@ class PartEncoder:
 
     def _encode(self, shard_type: ShardType) -> None:
         split, kind, _ = shard_type
-        clips = self._pending.pop(shard_type)
-        latents = self._codec.encode(torch.stack([clip.pixels for clip in clips])).cpu().numpy()
+        clips, arrays = self._pending.pop(shard_type), stored_arrays(self._options, kind)
+        latents = encode_arrays(self._codec, torch.stack([clip.pixels for clip in clips]), arrays).cpu().numpy()
         for clip, latent in zip(clips, latents, strict=True):
             name = clip.metadata["source"]
             try:
-                self._writer.write(split, kind, latent, clip.metadata)
+                self._writer.write(split, kind, latent, clip.metadata, arrays)
             except InputError as error:
                 self._skip(name, str(error))
             else:
@@ -189,17 +190,45 @@ class PartEncoder:
         self._progress.add(skipped=1)
 
 
-def complete_shards(part: int, folder: Path, channels: int) -> tuple[list[ShardEntry], dict[SampleId, StoredSample]]:
+def stored_arrays(options: PrepareOptions, kind: Kind) -> tuple[ArrayName, ...]:
+    """Return what the options store of each latent of a kind."""
+    flips = options.flips == "all" or (options.flips == "images" and kind == "image")
+    if options.posterior:
+        return ("mean", "std", "flipped_mean", "flipped_std") if flips else ("mean", "std")
+    return ("mean", "flipped_mean") if flips else LATENT_ONLY
+
+
+def encode_arrays(codec: Codec, pixels: Tensor, arrays: Sequence[ArrayName]) -> Tensor:
+    """Encode clips to the arrays that are stored.
+
+    Args:
+        codec: codec that encodes the clips.
+        pixels: uint8 (B, T, 3, H, W).
+        arrays: A arrays, as in `ShardEntry.arrays`.
+
+    Returns:
+        float32 (B, F, A C, h, w), not whitened.
+    """
+    versions = (pixels, pixels.flip(-1)) if "flipped_mean" in arrays else (pixels,)
+    if "std" in arrays:
+        return torch.cat([array for version in versions for array in codec.encode_posterior(version)], dim=2)
+    return torch.cat([codec.encode(version) for version in versions], dim=2)
+
+
+def complete_shards(
+    part: int, options: PrepareOptions, channels: int
+) -> tuple[list[ShardEntry], dict[SampleId, StoredSample]]:
     """Return the complete shards of an interrupted part and their samples; delete its other files.
 
     Args:
         part: number of the part.
-        folder: folder of the shards.
+        options: options with the folder of the shards, and what is stored of each latent.
         channels: number of latent channels.
 
     Raises:
         InputError: one of the shards is damaged.
     """
+    folder = options.out
     paths = [path for path in sorted(folder.glob(f"*-{part:05d}-?????.*")) if _parse_name(path)]
     for path in paths:
         if path.suffix == ".partial" or not path.with_name(path.name.partition(".")[0] + ".tar").exists():
@@ -208,7 +237,7 @@ def complete_shards(part: int, folder: Path, channels: int) -> tuple[list[ShardE
     samples: dict[SampleId, StoredSample] = {}
     for path in paths:
         if path.suffix == ".tar":
-            entry = _shard_entry(path, channels)
+            entry = _shard_entry(path, channels, options)
             reader = ShardReader(folder, entry)
             for number in range(entry.count):
                 _, metadata = reader.read(number)
@@ -217,13 +246,14 @@ def complete_shards(part: int, folder: Path, channels: int) -> tuple[list[ShardE
     return shards, samples
 
 
-def _shard_entry(path: Path, channels: int) -> ShardEntry:
+def _shard_entry(path: Path, channels: int, options: PrepareOptions) -> ShardEntry:
     """Return the manifest entry of a complete shard; raises InputError if its index does not match its tar."""
     name = _parse_name(path)
     assert name is not None
     shape = (int(name["frames"]), channels, int(name["height"]), int(name["width"]))
-    index = build_index(path, shape)
-    entry = shard_entry(path, name["split"], name["kind"], shape, len(index))  # type: ignore[arg-type]
+    arrays = stored_arrays(options, name["kind"])  # type: ignore[arg-type]
+    index = build_index(path, (shape[0], len(arrays) * channels, *shape[2:]))
+    entry = shard_entry(path, name["split"], name["kind"], shape, len(index), arrays)  # type: ignore[arg-type]
     if not np.array_equal(index, ShardReader(path.parent, entry).index):
         raise InputError(f"{path} does not match its index: delete it and run the same command again.")
     return entry

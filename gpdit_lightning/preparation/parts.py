@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from gpdit_lightning.codecs import Codec, load_codec
 from gpdit_lightning.devices import available_cores, available_device, rank_of_process
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.prepare import INTERLEAVED_FILES, PrepareOptions
 from gpdit_lightning.preparation.encode import Progress, encode_part
@@ -18,6 +19,10 @@ def load_checked_codec(options: PrepareOptions) -> Codec:
     codec = load_codec(options.codec, options.codec_source, available_device(options.device))
     codec.latent_frames(options.clip_frames, "--clip_frames")
     codec.latent_frames(options.shortest_clip, "--least_clip_frames")
+    if options.posterior and not codec.has_posterior:
+        raise InputError(
+            f"--posterior is given, but codec {codec.name} has no posterior: leave it out, or use sd or wan."
+        )
     for text in (*options.video_sizes, *options.image_sizes):
         codec.check_frame_size(*parse_size(text))
     return codec

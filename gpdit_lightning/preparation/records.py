@@ -196,7 +196,7 @@ class Records:
     def result(self, part: int) -> PartResult:
         """Return the result of a finished part."""
         content = _read(self._result_path(part))
-        entries = (ShardEntry(**entry | {"shape": tuple(entry["shape"])}) for entry in content["shards"])
+        entries = map(ShardEntry.from_dict, content["shards"])
         return PartResult(
             shards=tuple(entries),
             used=content["used"],
@@ -210,6 +210,7 @@ class Records:
         """Record the result of a part whose shards are all complete."""
         values = asdict(result)
         values |= {name: [entry.to_json() for entry in getattr(result, name)] for name in ("skipped", "notes")}
+        values["shards"] = [shard.to_dict() for shard in result.shards]
         values["lost"] = values.pop("without_samples")
         with atomic_write(self._result_path(part)) as temporary:
             temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")

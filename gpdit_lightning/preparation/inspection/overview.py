@@ -34,7 +34,8 @@ def overview(manifest: Manifest, samples: int = 512) -> str:
         statistics.add(latent)
         if entry.kind == "video" and metadata.get("fps"):
             frame_seconds.append(metadata.get("stride", 1) / metadata["fps"])
-    lines = [summary(manifest), *_videos(manifest, training, frame_seconds), *_labels(manifest), _codec(manifest), ""]
+    lines = [summary(manifest), *_videos(manifest, training, frame_seconds), *_labels(manifest), _codec(manifest)]
+    lines += [*_arrays(manifest), ""]
     lines += dict.fromkeys(damaged)  # a damaged index gives the same message for all its samples
     lines.append(f"latents, over {len(measured) - len(damaged)} of {sum(entry.count for entry in training)} samples:")
     if statistics.count:
@@ -61,3 +62,12 @@ def _labels(manifest: Manifest) -> Iterator[str]:
 def _codec(manifest: Manifest) -> str:
     codec = manifest.codec
     return f"codec: {codec.name} from {codec.source or 'the package'}, fingerprint {codec.fingerprint}"
+
+
+def _arrays(manifest: Manifest) -> Iterator[str]:
+    for kind in dict.fromkeys(entry.kind for entry in manifest.shards):
+        of_kind = [entry for entry in manifest.shards if entry.kind == kind]
+        stored = {"posterior": "standard deviations of the posterior", "flips": "flipped left to right too"}
+        found = [text for name, text in stored.items() if any(getattr(entry, f"has_{name}") for entry in of_kind)]
+        if found:
+            yield f"{kind} samples: {', '.join(found)}"

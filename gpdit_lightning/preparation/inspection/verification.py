@@ -56,7 +56,7 @@ def verify_shard(directory: Path, entry: ShardEntry) -> list[str]:
         return faults
     tar_index: np.ndarray | None = None
     try:
-        tar_index = build_index(path, entry.shape)
+        tar_index = build_index(path, entry.stored_shape)
     except InputError as error:
         faults.append(str(error))
     if index_faults:  # the positions of the samples cannot be trusted
