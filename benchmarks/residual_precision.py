@@ -82,7 +82,7 @@ def batch_of(latents: Tensor, generator: torch.Generator) -> Batch:
 
 
 def loss_of(model: GPDiT, batch: Batch) -> Tensor:
-    """Return the velocity loss, computed in float32 or better from a prediction in the model's precision."""
+    """Return the loss, computed in float32 or better from a prediction in the model's precision."""
     noisy, theta, clean, velocity = batch
     return F.mse_loss(model(noisy, theta, clean), velocity)
 

@@ -158,8 +158,8 @@ def _head(task: str | None, facts: TrainingFacts, details: CardDetails) -> str:
             task_type=task or "video-to-video",
             dataset_type=f"held-out-{source}",
             dataset_name=f"held-out {source}",
-            metric_type="velocity_loss",
-            metric_name="Velocity loss (validation)",
+            metric_type="loss",
+            metric_name="Loss (validation)",
             metric_value=round(loss, 6),
         )
         for source, loss in (_mean_losses(facts.validation) if facts.validation else {}).items()
@@ -209,7 +209,7 @@ def _metrics(facts: TrainingFacts, details: CardDetails) -> list[str]:
     """Return the tables of the validation loss and of the scores."""
     parts = []
     if facts.validation:
-        rows = ["| validation | velocity loss | noise levels 0 to 1/4 | 1/4 to 1/2 | 1/2 to 3/4 | 3/4 to 1 |"]
+        rows = ["| validation | loss | noise levels 0 to 1/4 | 1/4 to 1/2 | 1/2 to 3/4 | 3/4 to 1 |"]
         rows.append("|---|---|---|---|---|---|")
         for source, mean in _mean_losses(facts.validation).items():
             quarters = ("-" if loss is None else f"{loss:.4f}" for loss in facts.validation.quarters[source])

@@ -46,7 +46,7 @@ class ValidationLoss:
     step: int
     """Optimizer steps trained."""
     quarters: dict[str, tuple[float | None, ...]]
-    """For each source the mean velocity loss in each quarter of the noise levels, [0, 1/4) to [3/4, 1]; None for a
+    """For each source the mean loss in each quarter of the noise levels, [0, 1/4) to [3/4, 1]; None for a
     quarter without frames."""
 
     SCHEMA: ClassVar[dict[str, Any]] = {"step": COUNT, "quarters": OBJECT}

@@ -1,7 +1,7 @@
-"""Diffusion: noising as a rotation, noise levels, the velocity loss, samplers, guidance. Needs only torch."""
+"""Diffusion: noising as a rotation, noise levels, the loss, samplers, guidance. Needs only torch."""
 
 from gpdit_lightning.diffusion.guidance import Guidance
-from gpdit_lightning.diffusion.loss import QuartileLoss, VelocityLoss, velocity_loss
+from gpdit_lightning.diffusion.loss import DenoisingLoss, QuartileLoss, denoising_loss
 from gpdit_lightning.diffusion.noise_levels import NoiseSchedule
 from gpdit_lightning.diffusion.rotation import (
     NoisySample,
@@ -30,6 +30,7 @@ __all__ = [
     "SAMPLERS",
     "AdamsSampler",
     "DPMSolver2M",
+    "DenoisingLoss",
     "FreshNoise",
     "Guidance",
     "NoiseSchedule",
@@ -41,13 +42,12 @@ __all__ = [
     "TangentSampler",
     "Target",
     "Velocity",
-    "VelocityLoss",
     "check_target",
+    "denoising_loss",
     "make_sampler",
     "register_sampler",
     "rotate_back",
     "rotate_to",
     "training_target",
-    "velocity_loss",
     "velocity_of",
 ]

@@ -22,7 +22,7 @@ class QuartileLoss(NamedTuple):
     counts: Tensor
 
 
-class VelocityLoss(NamedTuple):
+class DenoisingLoss(NamedTuple):
     """The objective, and its detached parts by noise level and by clip.
 
     Attributes:
@@ -36,27 +36,27 @@ class VelocityLoss(NamedTuple):
     per_clip: Tensor
 
     @classmethod
-    def from_frames(cls, per_frame: Tensor, t: Tensor) -> Self:
+    def from_blocks(cls, per_block: Tensor, t: Tensor) -> Self:
         """Return the mean over all blocks, and its parts.
 
         Args:
-            per_frame: (B, S) loss of each block, which is a frame unless the backbone has other blocks.
+            per_block: (B, S) loss of each block.
             t: (B, S) noise levels in [0, 1].
 
         Raises:
             InputError: the shapes or the devices differ.
         """
-        check_device(per_frame.device, "the loss per frame", t=t)
-        if per_frame.shape != t.shape:
+        check_device(per_block.device, "the loss per block", t=t)
+        if per_block.shape != t.shape:
             raise InputError(
-                f"the loss per frame has shape {tuple(per_frame.shape)}; it must have that of the noise levels, "
+                f"the loss per block has shape {tuple(per_block.shape)}; it must have that of the noise levels, "
                 f"{tuple(t.shape)} (noisy rows, blocks)."
             )
         quartile = (t * 4).long().clamp(0, 3).flatten()
-        values = per_frame.detach().flatten()
+        values = per_block.detach().flatten()
         sums = values.new_zeros(4).index_add_(0, quartile, values)
         counts = values.new_zeros(4).index_add_(0, quartile, torch.ones_like(values))
-        return cls(per_frame.mean(), QuartileLoss(sums, counts), per_frame.detach().mean(dim=1))
+        return cls(per_block.mean(), QuartileLoss(sums, counts), per_block.detach().mean(dim=1))
 
 
 def frame_mean(latents: Tensor) -> Tensor:
@@ -64,13 +64,13 @@ def frame_mean(latents: Tensor) -> Tensor:
     return latents.mean(dim=(2, 3, 4))
 
 
-def velocity_loss(
+def denoising_loss(
     prediction: Tensor, target: Tensor, t: Tensor, block_mean: Callable[[Tensor], Tensor] = frame_mean
-) -> VelocityLoss:
-    """Compute the mean squared error of the network's target, by default the velocity, in float32 or better.
+) -> DenoisingLoss:
+    """Compute the mean squared error of a prediction, in float32 or better.
 
     Args:
-        prediction, target: (B, F, C, H, W).
+        prediction, target: (B, F, C, H, W), velocity or epsilon.
         t: (B, S) noise levels in [0, 1] of the blocks.
         block_mean: averages latents over each block: (B, F, C, H, W) -> (B, S). By default blocks are frames.
 
@@ -79,4 +79,4 @@ def velocity_loss(
     """
     check_device(prediction.device, "the prediction", target=target)
     precise = torch.promote_types(prediction.dtype, torch.float32)
-    return VelocityLoss.from_frames(block_mean((prediction.to(precise) - target.to(precise)).square()), t)
+    return DenoisingLoss.from_blocks(block_mean((prediction.to(precise) - target.to(precise)).square()), t)

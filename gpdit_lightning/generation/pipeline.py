@@ -393,7 +393,7 @@ class GPDiTPipeline:
         for clip, latents in zip(clips, context.to(self.device), strict=True):
             loss = self.context_loss(clip, latents, config) if clip.sample == 0 else None
             if loss is not None and loss > UNLIKE_TRAINING:
-                unlike.append(f"{clip.context.name} (velocity loss {loss:.1f} times the validation loss)")
+                unlike.append(f"{clip.context.name} (loss {loss:.1f} times the validation loss)")
         if unlike:
             shown = ", ".join(unlike[:MAX_NAMED_CONTEXTS])
             more = f" and {len(unlike) - MAX_NAMED_CONTEXTS} more" if len(unlike) > MAX_NAMED_CONTEXTS else ""

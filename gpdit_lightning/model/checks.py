@@ -80,19 +80,25 @@ def check_forward(
             f"frames are {tuple(frames)} for {noisy.shape[1]} noisy ones: give as many increasing integer positions."
         )
     of_frames = range(noisy.shape[1]) if frames is None else frames
-    blocks = len(BlockLayout.of(config, *noisy.shape[-2:]).blocks_of(of_frames))
-    if theta.shape != (len(noisy), blocks):
-        shape = f"(B, {'F' if config.block_shape == (1, 0, 0) else 'blocks'}) = ({len(noisy)}, {blocks})"
+    layout = BlockLayout.of(config, *noisy.shape[-2:])
+    blocks = layout.blocks_of(of_frames)
+    if theta.shape != (len(noisy), len(blocks)):
+        shape = f"(B, {'F' if config.block_shape == (1, 0, 0) else 'blocks'}) = ({len(noisy)}, {len(blocks)})"
         raise InputError(f"theta has shape {tuple(theta.shape)}; it must be {shape}.")
     check_draws(draws)
     if clean is None:
         return
-    length = clean.shape[1] if clean.ndim == 5 else 0
-    right_length = length == noisy.shape[1] if frames is None else length >= frames[-1]
-    if not right_length or clean.shape[2:] != noisy.shape[2:] or draws * len(clean) > len(noisy):
+    fits = clean.ndim == 5 and clean.shape[2:] == noisy.shape[2:] and draws * len(clean) <= len(noisy)
+    if not fits or (frames is None and clean.shape[1] != noisy.shape[1]):
         raise InputError(
             f"clean has shape {tuple(clean.shape)}; it must be (B', F, C, H, W) like noisy {tuple(noisy.shape)}, with "
             f"draws * B' <= B where draws is {draws}."
+        )
+    least = layout.frames_before(blocks[-1], of_frames[-1] + 1)
+    if clean.shape[1] < least:
+        raise InputError(
+            f"clean has {clean.shape[1]} frames, but the blocks before the last noisy one have {least}: give at least "
+            "these."
         )
 
 

@@ -185,8 +185,8 @@ class GPDiTConfig:
         used = [name for name, value in options.items() if value]
         if used and not self.whole_frames:
             raise InputError(
-                f"{' and '.join(used)} need blocks of whole frames, but block_shape is {self.block_shape}: give it 0 "
-                "rows and 0 columns."
+                f"{' and '.join(used)} must not be set, since block_shape {self.block_shape} divides frames: leave out "
+                "one of them, or give block_shape 0 rows and 0 columns."
             )
         if self.factorized and self.has_prefix:
             raise InputError(

@@ -125,9 +125,9 @@ class GPDiT(nn.Module):
         Args:
             noisy: (B, F, C, H, W).
             theta: (B, S) radians, one angle per noisy block; S = F if blocks are frames.
-            clean: (B', F, C, H, W), with `frames` the whole clip. The first K * B' <= B noisy clips have context, the
-                others have none; None: no clip has context. No block attends to the last clean block, so it is not
-                computed.
+            clean: (B', F, C, H, W); with `frames`, at least the frames of all blocks before the last noisy one. The
+                first K * B' <= B noisy clips have context, the others have none; None: no clip has context. No block
+                attends to the last clean block, so it is not computed.
             condition: condition of each noisy clip, with or without context, for a model with `classes` or
                 `text_width`: (B,) class numbers, -1 for none (None: none for all clips), or (B, L, text width)
                 embeddings of any text encoder, those of the empty text for none. It has no effect on clean blocks.
@@ -150,7 +150,7 @@ class GPDiT(nn.Module):
         blocks, length = layout.blocks_of(frames), frames[-1] + 1
         clean_blocks = range(blocks[-1] if clean is not None and len(clean) else 0)
         clean = (
-            clean[:, : layout.group_of(clean_blocks[-1], length).stop] if clean is not None and clean_blocks else None
+            clean[:, : layout.frames_before(len(clean_blocks), length)] if clean is not None and clean_blocks else None
         )
         of_pass = PassLayout(layout, length, clean_blocks, blocks, layout.contexts(blocks, length), draws)
         x, streams = self.embed(of_pass, clean, noisy, theta, condition)

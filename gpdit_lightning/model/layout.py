@@ -149,6 +149,10 @@ class BlockLayout:
         """Return the frames of a block of a clip with `frames` latent frames."""
         return self.group(block // self.blocks_per_group, frames)
 
+    def frames_before(self, block: int, frames: int) -> int:
+        """Return the number of frames that contain all blocks before `block`, of a clip with `frames` latent frames."""
+        return self.group_of(block - 1, frames).stop if block else 0
+
     def sizes(self, blocks: Sequence[int], frames: int) -> tuple[int, ...]:
         """Return the tokens of each block of a clip with `frames` latent frames."""
         return tuple(len(self.group_of(block, frames)) * self.block_rows * self.block_columns for block in blocks)

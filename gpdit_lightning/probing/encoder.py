@@ -36,7 +36,7 @@ def first_layers(backbone: HubGPDiT, layers: int) -> HubGPDiT:
     num_layers = backbone.config.layers
     if not 1 <= layers <= num_layers:
         raise InputError(f"layer {layers} does not exist: give a number from 1 to {num_layers}.")
-    unused = ("prefix.", *(f"blocks.{number}." for number in range(layers, num_layers)))
+    unused = ("prefix.", "time_embedding.label.", *(f"blocks.{number}." for number in range(layers, num_layers)))
     tensors = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith(unused)}
     config = backbone.config.replaced(layers=layers, classes=0, text_width=0)
     facts = replace(backbone.facts, classes=())

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.data.source import SourceConfig
-from gpdit_lightning.diffusion import NoiseSchedule, VelocityLoss
+from gpdit_lightning.diffusion import DenoisingLoss, NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.model.layout import BlockLayout
@@ -224,7 +224,7 @@ def check_stage(saved: str, stage: str, run_dir: str | Path) -> None:
         )
 
 
-def check_loss(loss: Any, stage: str, batch: LatentBatch) -> VelocityLoss:
+def check_loss(loss: Any, stage: str, batch: LatentBatch) -> DenoisingLoss:
     """Return the result of `objective`.
 
     Args:
@@ -233,10 +233,10 @@ def check_loss(loss: Any, stage: str, batch: LatentBatch) -> VelocityLoss:
         batch: the argument of `objective`.
 
     Raises:
-        InputError: it is no VelocityLoss, a part of it has another shape, or `mean` has no gradient in training.
+        InputError: it is no DenoisingLoss, a part of it has another shape, or `mean` has no gradient in training.
     """
-    if not isinstance(loss, VelocityLoss):
-        raise InputError(f"{stage}.objective returned {type(loss).__name__}; it must return a VelocityLoss.")
+    if not isinstance(loss, DenoisingLoss):
+        raise InputError(f"{stage}.objective returned {type(loss).__name__}; it must return a DenoisingLoss.")
     rows = len(batch.noise)
     parts = {
         "mean": (loss.mean, ()),
@@ -248,12 +248,12 @@ def check_loss(loss: Any, stage: str, batch: LatentBatch) -> VelocityLoss:
         if not isinstance(value, Tensor) or value.shape != shape:
             form = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(
-                f"{stage}.objective returned a VelocityLoss whose {name} is {form}; it must be a tensor of shape "
-                f"{shape}: VelocityLoss.from_frames(per_frame, batch.t) makes one from the loss of each block."
+                f"{stage}.objective returned a DenoisingLoss whose {name} is {form}; it must be a tensor of shape "
+                f"{shape}: DenoisingLoss.from_blocks(per_block, batch.t) makes one from the loss of each block."
             )
     if torch.is_grad_enabled() and not loss.mean.requires_grad:
         raise InputError(
-            f"{stage}.objective returned a VelocityLoss whose mean has no gradient: compute it from the result of "
+            f"{stage}.objective returned a DenoisingLoss whose mean has no gradient: compute it from the result of "
             "predict(batch) without detach(), item() or no_grad()."
         )
     return loss

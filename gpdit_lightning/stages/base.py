@@ -1,4 +1,4 @@
-"""The base class of stages: noise a batch, predict its velocity, minimize the loss."""
+"""The base class of stages: noise a batch, predict the target, minimize the loss."""
 
 import logging
 from dataclasses import asdict
@@ -15,12 +15,12 @@ from gpdit_lightning.checkpoints.facts import Origin
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import (
+    DenoisingLoss,
     NoiseSchedule,
-    VelocityLoss,
     check_target,
+    denoising_loss,
     rotate_to,
     training_target,
-    velocity_loss,
 )
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.model.attention import select_backend
@@ -98,7 +98,7 @@ class GPDiTStage(LightningModule):
 
     # --- the objective
 
-    def objective(self, batch: LatentBatch) -> VelocityLoss:
+    def objective(self, batch: LatentBatch) -> DenoisingLoss:
         """Compute the loss of a batch, the mean over its noisy blocks.
 
         It is equation 3 of GPDiT with the target of section 4.2, the companion of the noisy frame, in place of epsilon;
@@ -106,7 +106,7 @@ class GPDiTStage(LightningModule):
         """
         prediction, target = self.predict(batch)
         blocks = self.noisy_blocks(batch)
-        return velocity_loss(prediction, target, batch.t, blocks.mean)
+        return denoising_loss(prediction, target, batch.t, blocks.mean)
 
     def noisy_blocks(self, batch: LatentBatch) -> ClipBlocks:
         """Return the blocks of the noisy frames of a batch."""

@@ -357,7 +357,7 @@ def test_contexts_unlike_the_training_data_are_named(
         pipeline.log.removeHandler(caplog.handler)
     assert warnings["unknown"] == warnings["large"] == set()
     (warning,) = warnings["between"]
-    assert warning.endswith(f"may be poor: 1 (velocity loss {losses['1'] / between:.1f} times the validation loss)")
+    assert warning.endswith(f"may be poor: 1 (loss {losses['1'] / between:.1f} times the validation loss)")
     before, after = (sorted((tmp_path / name).iterdir()) for name in ("unknown_out", "between_out"))
     assert len(before) == 4
     for first, second in zip(before, after, strict=True):

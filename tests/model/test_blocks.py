@@ -174,6 +174,21 @@ def test_one_block_has_no_clean_stream() -> None:
     assert_near(alone, continuation(noisy, theta, clean)[:, 2:])
 
 
+@pytest.mark.parametrize(("fields", "size"), LAYOUTS, ids=str)
+def test_last_blocks_need_the_frames_of_earlier_blocks_only(fields: dict[str, Any], size: tuple[int, int, int]) -> None:
+    model = toy_model(**fields)
+    noisy, theta, clean = batch_of(model, size, 2, 1)
+    layout, frames = model.layout(*size[1:]), size[0]
+    last, blocks = layout.last_group(frames), layout.blocks_per_group
+    least = frames if blocks > 1 else last.start
+    whole = model(noisy, theta, clean)[:, last.start :]
+    noisy, theta = noisy[:, last.start :], theta[:, -blocks:]
+    assert_near(model(noisy, theta, clean[:, :least], frames=tuple(last)), whole)
+    if least:
+        with pytest.raises(InputError, match=f"clean has {least - 1} frames, but the blocks before .* have {least}:"):
+            model(noisy, theta, clean[:, : least - 1], frames=tuple(last))
+
+
 @pytest.mark.parametrize(
     ("fields", "size", "message"),
     [
@@ -196,7 +211,7 @@ def test_clips_that_do_not_divide_are_refused(fields: dict[str, Any], size: tupl
         ({"block_shape": (1, 2)}, "block_shape is .* three numbers"),
         ({"block_shape": (1, -2, 0)}, "block_shape is .* three numbers"),
         ({"first_block_frames": -1}, "first_block_frames is -1"),
-        ({"block_shape": (1, 2, 2), "factorized": True}, "factorized need blocks of whole frames"),
+        ({"block_shape": (1, 2, 2), "factorized": True}, "factorized must not be set, since block_shape"),
         ({"factorized": True, "classes": 3}, "factorized attention takes no condition as tokens"),
         ({"time_conditioning": "adaln", "time_site": "input"}, "time_site is input"),
         ({"target": "x0"}, "target 'x0' is not known: choose one of velocity, epsilon"),

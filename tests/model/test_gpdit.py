@@ -148,7 +148,7 @@ def test_frames_that_are_not_rising_positions_are_refused(frames: tuple[int, ...
 
 def test_a_clip_shorter_than_its_noisy_frames_is_refused() -> None:
     noisy, theta, clean = toy_batch(frames=2)
-    with pytest.raises(InputError, match="clean has shape"):
+    with pytest.raises(InputError, match="clean has 2 frames, but the blocks before"):
         toy_model()(noisy, theta, clean, frames=(1, 4))
 
 

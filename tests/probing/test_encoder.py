@@ -13,10 +13,10 @@ from gpdit_lightning.model.block import Block
 from gpdit_lightning.probing.encoder import VideoEncoder, first_layers
 
 
-@pytest.fixture
-def backbone(tiny_config: GPDiTConfig, randomise: Callable[[GPDiT], GPDiT]) -> GPDiT:
+@pytest.fixture(params=["rotation", "adaln"])
+def backbone(tiny_config: GPDiTConfig, randomise: Callable[[GPDiT], GPDiT], request: pytest.FixtureRequest) -> GPDiT:
     """Four blocks and class labels, on which clean frames are not conditioned."""
-    return randomise(GPDiT(tiny_config.replaced(layers=4, classes=3)))
+    return randomise(GPDiT(tiny_config.replaced(layers=4, classes=3, time_conditioning=request.param)))
 
 
 @pytest.fixture

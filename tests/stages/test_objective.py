@@ -10,7 +10,7 @@ import torch
 
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.data.batches import LatentBatch
-from gpdit_lightning.diffusion import VelocityLoss
+from gpdit_lightning.diffusion import DenoisingLoss
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.stages.agreement import check_loss
@@ -74,15 +74,15 @@ def test_the_loss_on_some_frames_equals_their_loss_in_a_pass_over_all_frames(
     assert loss.quartiles.counts.sum() == 3 * draws * 3
 
 
-VALID = VelocityLoss.from_frames(torch.ones(2, 3, requires_grad=True), torch.rand(2, 3))
+VALID = DenoisingLoss.from_blocks(torch.ones(2, 3, requires_grad=True), torch.rand(2, 3))
 
 
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        (VALID.mean, "returned Tensor; it must return a VelocityLoss"),
-        (None, "returned NoneType; it must return a VelocityLoss"),
-        (tuple(VALID), "returned tuple; it must return a VelocityLoss"),
+        (VALID.mean, "returned Tensor; it must return a DenoisingLoss"),
+        (None, "returned NoneType; it must return a DenoisingLoss"),
+        (tuple(VALID), "returned tuple; it must return a DenoisingLoss"),
         (VALID._replace(mean=VALID.mean.repeat(2)), "mean is (2,); it must be a tensor of shape ()"),
         (VALID._replace(mean=1.0), "mean is float; it must be a tensor"),
         (VALID._replace(quartiles=None), "quartiles.sums is NoneType; it must be a tensor of shape (4,)"),

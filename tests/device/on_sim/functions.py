@@ -21,13 +21,13 @@ from gpdit_lightning.codecs import Codec, fit_pca, load_codec
 from gpdit_lightning.codecs.wan import WanCodec
 from gpdit_lightning.diffusion import (
     SAMPLERS,
+    DenoisingLoss,
     Guidance,
     NoiseSchedule,
     RotationSampler,
-    VelocityLoss,
+    denoising_loss,
     rotate_back,
     rotate_to,
-    velocity_loss,
 )
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation import metrics, networks, self_checks
@@ -159,9 +159,9 @@ def test_text_embeddings_may_be_on_any_device() -> None:
         lambda model, here, there: rotate_to(here, there, THETA),
         lambda model, here, there: rotate_to(here, here, THETA),
         lambda model, here, there: rotate_back(here, there, 0.1),
-        lambda model, here, there: velocity_loss(here, there, THETA),
-        lambda model, here, there: velocity_loss(here, here, THETA),
-        lambda model, here, there: VelocityLoss.from_frames(here[:, :, 0, 0, 0], THETA),
+        lambda model, here, there: denoising_loss(here, there, THETA),
+        lambda model, here, there: denoising_loss(here, here, THETA),
+        lambda model, here, there: DenoisingLoss.from_blocks(here[:, :, 0, 0, 0], THETA),
         lambda model, here, there: Guidance(2.0).combine(here, None, there),
         lambda model, here, there: Guidance(1.0, 2.0).combine(here, there, None),
     ],

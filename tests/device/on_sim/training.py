@@ -16,7 +16,7 @@ from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shard_writer import ShardSetWriter
-from gpdit_lightning.diffusion import VelocityLoss
+from gpdit_lightning.diffusion import DenoisingLoss
 from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.stages import ImageWarmupStage
 from gpdit_lightning.training import reduction
@@ -160,7 +160,7 @@ def test_a_run_resumes_and_is_validated(latents: Path, tmp_path: Path, capsys: p
 class DivergingStage(ImageWarmupStage):
     """A stage whose loss is not a number at the third optimizer step."""
 
-    def objective(self, batch: LatentBatch) -> VelocityLoss:
+    def objective(self, batch: LatentBatch) -> DenoisingLoss:
         """Return the loss of the batch, or NaN."""
         loss = super().objective(batch)
         return loss._replace(mean=loss.mean * math.nan) if self.trainer.global_step == 2 else loss

@@ -21,7 +21,7 @@ from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.diffusion import VelocityLoss
+from gpdit_lightning.diffusion import DenoisingLoss
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
@@ -165,7 +165,7 @@ def test_a_non_finite_gradient_names_all_samples_of_the_step(
 class InfiniteStage(GPDiTStage):
     """The loss of the second clip overflows in step 2, and no gradient does."""
 
-    def objective(self, batch: LatentBatch) -> VelocityLoss:
+    def objective(self, batch: LatentBatch) -> DenoisingLoss:
         loss = super().objective(batch)
         if self.trainer.global_step != 1:
             return loss

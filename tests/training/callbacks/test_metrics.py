@@ -13,7 +13,7 @@ from torch import Tensor
 from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.diffusion import QuartileLoss, velocity_loss
+from gpdit_lightning.diffusion import QuartileLoss, denoising_loss
 from gpdit_lightning.stages import GPDiTStage, MixedStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.health import Health
@@ -55,9 +55,9 @@ def test_micro_batches_give_the_means_of_one_batch() -> None:
     prediction, velocity, t = random_loss(12, seed=0)
     table = LossTable()
     for part in (slice(0, 4), slice(4, 8), slice(8, 12)):
-        table.add("videos", 1 / 3, velocity_loss(prediction[part], velocity[part], t[part])[1])
+        table.add("videos", 1 / 3, denoising_loss(prediction[part], velocity[part], t[part])[1])
     means = table.means(trainer_of())
-    whole, quartiles, _ = velocity_loss(prediction, velocity, t)
+    whole, quartiles, _ = denoising_loss(prediction, velocity, t)
     assert means.keys() == {"loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4"}
     assert means["loss"] == pytest.approx(float(whole))
     for number in range(4):
@@ -74,7 +74,7 @@ def test_float32_losses_are_added_in_float64() -> None:
 
 
 def test_sources_have_their_weights_in_the_objective() -> None:
-    images, videos = (velocity_loss(*random_loss(clips, seed)) for clips, seed in ((8, 1), (3, 2)))
+    images, videos = (denoising_loss(*random_loss(clips, seed)) for clips, seed in ((8, 1), (3, 2)))
     table = LossTable()
     table.add("images", 0.2, images[1])
     table.add("videos", 0.8, videos[1])
@@ -90,20 +90,23 @@ def test_ranks_give_the_means_of_one_batch() -> None:
     prediction, velocity, t = random_loss(8, seed=3)
     tables = [LossTable(), LossTable()]
     for table, part in zip(tables, (slice(0, 4), slice(4, 8)), strict=True):
-        table.add("videos", 1.0, velocity_loss(prediction[part], velocity[part], t[part])[1])
+        table.add("videos", 1.0, denoising_loss(prediction[part], velocity[part], t[part])[1])
     means = tables[0].means(trainer_of(tables[1]))
-    assert means["loss"] == pytest.approx(float(velocity_loss(prediction, velocity, t)[0]))
+    assert means["loss"] == pytest.approx(float(denoising_loss(prediction, velocity, t)[0]))
 
 
 def test_a_quartile_without_frames_has_no_mean() -> None:
     prediction, velocity, _ = random_loss(2, seed=4)
     table = LossTable()
-    table.add("videos", 1.0, velocity_loss(prediction, velocity, torch.full((2, 3), 0.3))[1])
+    table.add("videos", 1.0, denoising_loss(prediction, velocity, torch.full((2, 3), 0.3))[1])
     assert table.means(trainer_of()).keys() == {"loss", "loss_q2"}
 
 
 def test_quarters_are_the_means_of_each_source() -> None:
-    losses = {"images": velocity_loss(*random_loss(3, seed=6))[1], "videos": velocity_loss(*random_loss(2, seed=7))[1]}
+    losses = {
+        "images": denoising_loss(*random_loss(3, seed=6))[1],
+        "videos": denoising_loss(*random_loss(2, seed=7))[1],
+    }
     both = LossTable()
     for source, loss in losses.items():
         both.add(source, 1.0, loss)
@@ -117,13 +120,13 @@ def test_quarters_are_the_means_of_each_source() -> None:
 
 def test_means_reset_the_sums() -> None:
     table = LossTable()
-    table.add("videos", 1.0, velocity_loss(*random_loss(2, seed=5))[1])
+    table.add("videos", 1.0, denoising_loss(*random_loss(2, seed=5))[1])
     assert table.means(trainer_of())
     assert table.means(trainer_of()) == {}
 
 
 def test_sums_are_restored_from_a_checkpoint(tiny_config: GPDiTConfig, tmp_path: Path) -> None:
-    losses = [velocity_loss(*random_loss(2, seed))[1] for seed in range(4)]
+    losses = [denoising_loss(*random_loss(2, seed))[1] for seed in range(4)]
     uninterrupted, before, after = (curves_of(tiny_config) for _ in range(3))
     for loss in losses:
         uninterrupted.train.add("videos", 0.5, loss)
@@ -139,7 +142,7 @@ def test_sums_are_restored_from_a_checkpoint(tiny_config: GPDiTConfig, tmp_path:
 
 
 def test_restored_sums_count_once_over_ranks(tiny_config: GPDiTConfig) -> None:
-    losses = [velocity_loss(*random_loss(2, seed))[1] for seed in range(2)]
+    losses = [denoising_loss(*random_loss(2, seed))[1] for seed in range(2)]
     ranks = [curves_of(tiny_config) for _ in losses]
     for rank, loss in zip(ranks, losses, strict=True):
         rank.train.add("videos", 1.0, loss)
