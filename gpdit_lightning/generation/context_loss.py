@@ -9,6 +9,7 @@ from torch import Tensor
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.diffusion import rotate_to, training_target
 from gpdit_lightning.generation.rollout import autocast
+from gpdit_lightning.model.layout import BlockLayout, ClipBlocks
 from gpdit_lightning.randomness import CONTEXT_NOISE, generator
 
 # Quotient from which a context counts as unlike the training data. Measured (docs/generation.md): at most 1.3 for
@@ -26,7 +27,8 @@ def relative_loss(
     """Return the loss of a context at weak noise, relative to the validation loss of the model there.
 
     The loss of the context is that of its first frame and, with more weight, its last frame given the others, with
-    fixed noise. This is one network call for four noisy frames. No generator of random numbers changes its state.
+    fixed noise; in a model whose blocks are not frames, that of the frames of the first and the last block. This is one
+    network call for four noisy frames or blocks. No generator of random numbers changes its state.
 
     Args:
         trained: the model.
@@ -35,27 +37,28 @@ def relative_loss(
         autocast_dtype: as in :class:`GenerationConfig`.
 
     Returns:
-        The quotient; None without a context, if no validation loss of images (k = 1) or videos (k > 1) is recorded, or
-        if the blocks of the model are not frames.
+        The quotient; None without a context, or if no validation loss of images (k = 1) or videos (k > 1) is recorded.
     """
-    if trained.backbone.config.block_shape != (1, 0, 0) or trained.backbone.config.first_block_frames > 1:
-        return None
-    context = context[-trained.geometry.frames :].to(trained.backbone.device)
+    backbone, geometry = trained.backbone, trained.geometry
+    layout = BlockLayout.of(backbone.config, *context.shape[-2:])
+    length = layout.context_length(min(len(context), geometry.frames))
     quarters = trained.validation and trained.validation.quarters.get("images" if len(context) == 1 else "videos")
-    if not len(context) or not quarters or not quarters[0]:
+    if not length or not quarters or not quarters[0]:
         return None
-    frames = sorted({0, len(context) - 1})
+    context = context[-length:].to(backbone.device)
+    frames = sorted({*layout.group(0, length), *layout.last_group(length)})
+    blocks = ClipBlocks.of(backbone.config, frames, *context.shape[-2:])
     shape = (len(NOISE_LEVELS), len(frames), *context.shape[1:])
     noise = torch.from_numpy(generator(0, CONTEXT_NOISE).standard_normal(shape, "float32")).to(context)
-    levels = torch.tensor(NOISE_LEVELS).to(context)[:, None].expand(-1, len(frames))
-    sample = rotate_to(context[frames].expand(shape), noise, trained.schedule.theta(levels))
+    levels = torch.tensor(NOISE_LEVELS).to(context)[:, None].expand(-1, len(blocks.blocks))
+    theta = trained.schedule.theta(levels)
+    sample = rotate_to(context[frames].expand(shape), noise, blocks.spread(theta))
     condition = None if label is None else torch.full((len(NOISE_LEVELS),), label, device=context.device)
     with autocast(context, autocast_dtype):
-        prediction = trained.backbone(
-            sample.noisy, sample.theta, context[None], condition, draws=len(NOISE_LEVELS), frames=frames
-        )
-    errors = (prediction - training_target(sample, noise, trained.backbone.config.target)).float().square()
-    losses = errors.mean(dim=(0, 2, 3, 4)).tolist()  # one per frame
-    # The first frame, which is the hardest, has the weight that it has in the validation loss.
-    first = 1 / trained.geometry.frames if len(frames) > 1 else 1.0
+        prediction = backbone(sample.noisy, theta, context[None], condition, draws=len(NOISE_LEVELS), frames=frames)
+    errors = (prediction - training_target(sample, noise, backbone.config.target)).float().square()
+    losses = blocks.mean(errors).unflatten(1, (-1, layout.blocks_per_group)).mean(dim=(0, 2)).tolist()  # one per group
+    # The first blocks, which are the hardest, have the weight that they have in the validation loss.
+    groups = layout.count(geometry.frames) // layout.blocks_per_group
+    first = 1 / groups if len(losses) > 1 else 1.0
     return (first * losses[0] + (1 - first) * losses[-1]) / quarters[0]

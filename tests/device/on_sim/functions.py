@@ -45,6 +45,7 @@ from gpdit_lightning.generation import (
 )
 from gpdit_lightning.generation.context_loss import relative_loss
 from gpdit_lightning.media import image_tasks
+from gpdit_lightning.model.layout import BlockLayout, count_blocks
 from gpdit_lightning.options.evaluate import NetworkOptions
 from gpdit_lightning.probing.encoder import VideoEncoder
 from tests.device.simulated import recording
@@ -58,6 +59,19 @@ THETA = torch.rand(SHAPE[:2], generator=NUMBERS)
 LABELS = torch.tensor([2, 0])
 PIXELS, OTHER_PIXELS = torch.randint(0, 256, (2, 2, 13, 3, 32, 32), dtype=torch.uint8, generator=NUMBERS)
 FEATURES, OTHER_FEATURES = torch.randn(2, 30, 5, generator=NUMBERS)
+
+
+# Architectures whose blocks are not frames, or whose time conditioning is not the rotation.
+ADALN = {"time_conditioning": "adaln", "target": "epsilon"}
+BLOCKS: dict[str, dict[str, Any]] = {
+    "frames": {"block_shape": (4, 0, 0), **ADALN},
+    "squares": {"block_shape": (1, 2, 2), "patch_size": 1, **ADALN},
+    "squares-rotation": {"block_shape": (1, 1, 2), "attention": "of"},
+    "chunks": {"block_shape": (2, 0, 0), "causal_in_block": True, "factorized": True, **ADALN},
+    "first-block": {"block_shape": (3, 0, 0), "first_block_frames": 1, "time_site": "residual"},
+    "clip": {"block_shape": (0, 0, 0), "first_block_frames": 1, **ADALN},
+}
+of_blocks = pytest.mark.parametrize("fields", BLOCKS.values(), ids=BLOCKS)
 
 
 def model_of(device: str, **changes: Any) -> GPDiT:
@@ -122,6 +136,22 @@ def test_angles_and_labels_may_be_on_any_device(variant: str, site: str) -> None
     check_any_device(velocity, THETA, LABELS, of=lambda device: model_of(device, attention=variant, time_site=site))
 
 
+@of_blocks
+def test_models_of_blocks_take_angles_and_labels_on_any_device(fields: dict[str, Any]) -> None:
+    """Their predictions with and without context, the gradient, and features."""
+    count = count_blocks(CONFIG.replaced(**fields), range(SHAPE[1]), *SHAPE[-2:])
+    angles = torch.rand(2, count, generator=torch.Generator().manual_seed(3))
+
+    def results(model: GPDiT, theta: Tensor, labels: Tensor) -> list[Tensor]:
+        noisy, clean = (latents.to(model.device) for latents in (LATENTS, OTHERS))
+        prediction = model(noisy, theta, clean[:1], labels)
+        prediction.square().sum().backward()
+        gradient = model.patch_embedding.weight.grad
+        return [prediction.detach(), gradient / gradient.norm(), model.features(clean, [2], labels)[2].detach()]
+
+    check_any_device(results, angles, LABELS, of=lambda device: model_of(device, **fields))
+
+
 def test_cached_generation_takes_angles_and_labels_on_any_device() -> None:
     def velocity(model: GPDiT, theta: Tensor, labels: Tensor) -> Tensor:
         latents = OTHERS.to(model.device)
@@ -177,15 +207,17 @@ def test_labels_that_do_not_exist_are_found_before_they_are_on_the_device() -> N
         next(rollout(model, LATENTS[:, :1], 1, inputs=ClipInputs(0, LABELS.new_tensor([2, 3]))))
 
 
-def test_a_pass_of_any_shape_waits_only_once_for_its_tables() -> None:
+@pytest.mark.parametrize("fields", [{}, BLOCKS["squares"], BLOCKS["clip"]], ids=["frames", "squares", "clip"])
+def test_a_pass_of_any_shape_waits_only_once_for_its_tables(fields: dict[str, Any]) -> None:
     """All clip lengths and frame sizes of the long-video stage."""
-    model, theta = model_of("sim"), THETA.to("sim")
+    model, theta = model_of("sim", **fields), THETA.to("sim")
     shapes = [(frames, *size) for frames in range(2, 13) for size in ((2, 4), (4, 2))]
 
     def pass_over_all_shapes() -> None:
         for frames, height, width in shapes:
             latents = LATENTS[:, :1, :, :height, :width].to("sim").expand(-1, frames, -1, -1, -1)
-            model(latents, theta[:, :1].expand(-1, frames), latents)
+            blocks = count_blocks(model.config, range(frames), height, width)
+            model(latents, theta[:, :1].expand(-1, blocks), latents)
 
     pass_over_all_shapes()
     with recording() as record:
@@ -265,6 +297,29 @@ def test_a_rollout_waits_once_per_frame(sampler: str, settings: dict[str, Any]) 
     assert record.waits.total() - tables - labels == 3 * (2 if sampler == "stochastic" else 1)
 
 
+@of_blocks
+def test_a_rollout_of_blocks_waits_once_per_block(fields: dict[str, Any]) -> None:
+    """For its noise; the tables of positions are those of the first rollout."""
+    sampler = RotationSampler(2, NoiseSchedule("linear"))
+    layout = BlockLayout.of(CONFIG.replaced(**fields), *SHAPE[-2:])
+    context, generated = layout.first_frames, layout.frames or 3
+
+    def frames(model: GPDiT, latents: Tensor, labels: Tensor, use_cache: bool = True) -> Tensor:
+        config = GenerationConfig(sampler, Guidance(1.5, 2.0), use_cache=use_cache)
+        return torch.stack(list(rollout(model, latents, generated, config, ClipInputs([3, 5], labels))), dim=1)
+
+    without_cache = [True, False] if fields["block_shape"][1:] == (0, 0) else [True]
+    for use_cache in without_cache:
+        generate = partial(frames, use_cache=use_cache)
+        check_any_device(generate, LATENTS[:, :context], LABELS, of=partial(model_of, **fields))
+    model, latents = model_of("sim", **fields), LATENTS[:, :context].to("sim")
+    with recording() as record:
+        frames(model, latents, LABELS)
+    assert not record.random
+    labels = 2
+    assert record.waits.total() - labels == layout.blocks_per_group
+
+
 def test_a_rollout_from_noise_alone_and_in_bf16() -> None:
     def frames(model: GPDiT, labels: Tensor, dtype: torch.dtype | None) -> Tensor:
         config = GenerationConfig(RotationSampler(2), autocast_dtype=dtype)
@@ -302,14 +357,15 @@ def test_frames_are_streamed_from_latents_on_any_device() -> None:
     check_any_device(pixels, LATENTS[:, :2], LABELS, of=model_of)
 
 
-def test_a_context_is_compared_with_the_training_data_wherever_it_is() -> None:
+@pytest.mark.parametrize("fields", [{}, BLOCKS["squares"], BLOCKS["chunks"]], ids=["frames", "squares", "chunks"])
+def test_a_context_is_compared_with_the_training_data_wherever_it_is(fields: dict[str, Any]) -> None:
     def loss(model: GPDiT, context: Tensor) -> float | None:
         validation = SimpleNamespace(quarters={"videos": [1.0]})
-        geometry, schedule = SimpleNamespace(frames=3), NoiseSchedule()
+        geometry, schedule = SimpleNamespace(frames=4), NoiseSchedule("linear")
         trained: Any = SimpleNamespace(backbone=model, validation=validation, geometry=geometry, schedule=schedule)
         return relative_loss(trained, context, label=1)
 
-    check_any_device(loss, LATENTS[0], of=model_of)
+    check_any_device(loss, LATENTS[0], of=partial(model_of, **fields))
 
 
 def test_images_are_transformed_wherever_they_are() -> None:

@@ -36,6 +36,16 @@ STAGES: dict[str, dict[str, Any]] = {
     "alternating MixedStage": {"images": SOURCE, "videos": SOURCE | {"frames": 3}, "sampling": "alternate"},
     "LongVideoStage": {"videos": SOURCE | {"least_frames": 2}, "noise_draws": 2},
     "FewShotStage": {"sequences": SOURCE | {"loss_frames": "targets"}},
+    "squares GPDiTStage": {"sources": ["images"], "images": SOURCE},
+    "chunks GPDiTStage": {"sources": ["videos"], "videos": SOURCE | {"frames": 3}},
+}
+ADALN = {"time_conditioning": "adaln", "target": "epsilon"}
+BACKBONES: dict[str, dict[str, Any]] = {
+    "squares GPDiTStage": {"block_shape": [1, 2, 2], "patch_size": 1, **ADALN},
+    "chunks GPDiTStage": {
+        **{"block_shape": [2, 0, 0], "first_block_frames": 1, "causal_in_block": True, "factorized": True},
+        **ADALN,
+    },
 }
 
 
@@ -76,7 +86,9 @@ def run(latents: Path, run_dir: Path, stage: str, **trainer: Any) -> Trainer:
                     "mlp_width": 48,
                     "classes": 2,
                     "activation_checkpointing": stage == "MixedStage",
+                    **BACKBONES.get(stage, {}),
                 },
+                "schedule": {"name": "linear" if stage in BACKBONES else "cosine"},
                 "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
             },
         },
