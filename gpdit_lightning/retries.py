@@ -2,12 +2,15 @@
 
 import errno
 import logging
+import mmap
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
-from itertools import islice
-from typing import ParamSpec, TypeVar
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 from gpdit_lightning.errors import ResourceError, TransientError
 from gpdit_lightning.files import DISK_FULL_ERRORS
@@ -32,10 +35,15 @@ CURES: dict[int | None, str] = {
     errno.EACCES: "change its permissions",
 }
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+AMPLE_MEMORY = 2**30  # bytes; a video that needs more at once is damaged, or too large for this machine
+CHUNK = 2**20  # bytes that are read at a time
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|(can't|cannot|unable to) allocate", re.IGNORECASE)
 
 
-def transient_error(error: BaseException, name: object) -> TransientError | None:
+_is_last_attempt: ContextVar[bool] = ContextVar("_is_last_attempt", default=False)
+
+
+def transient_error(error: BaseException, name: object, file: Path | None = None) -> TransientError | None:
     """Return the error to raise instead of calling a file damaged; None if its content may be the reason.
 
     Memory that FFmpeg lacks is a :class:`TransientError` and no :class:`ResourceError`, because a damaged file can make
@@ -44,6 +52,8 @@ def transient_error(error: BaseException, name: object) -> TransientError | None
     Args:
         error: exception of any library that read the file.
         name: the file, for the message.
+        file: the file, if the library also raises errors of the system for damaged content, as FFmpeg does. Its content
+            is the reason if the last of several attempts fails too, although all bytes can be read and memory is ample.
     """
     if isinstance(error, TransientError):
         return error
@@ -63,11 +73,27 @@ def transient_error(error: BaseException, name: object) -> TransientError | None
             "same command again."
         )
     if number in TRANSIENT_ERRORS or isinstance(error, (ConnectionError, TimeoutError, InterruptedError)):
+        if file is not None and _is_last_attempt.get() and _is_content_to_blame(file, number):
+            return None
         cure = CURES.get(number, "check its disk or the network")
         return TransientError(
             f"{name} could not be read ({reason or type(error).__name__}): {cure}, and run the same command again."
         )
     return None
+
+
+def _is_content_to_blame(file: Path, number: int | None) -> bool:
+    """Return whether the machine can do what a library failed to do: allocate memory, or read all bytes of a file."""
+    try:
+        if number == errno.ENOMEM:
+            mmap.mmap(-1, AMPLE_MEMORY).close()
+            return True
+        with open(file, "rb", buffering=0) as opened:
+            while opened.read(CHUNK):
+                pass
+        return True
+    except OSError:
+        return False
 
 
 def memory_error(error: BaseException) -> ResourceError | None:
@@ -81,6 +107,16 @@ def memory_error(error: BaseException) -> ResourceError | None:
     )
 
 
+@contextmanager
+def _attempt(is_last: bool) -> Iterator[None]:
+    """Within the block, `transient_error` finds out whether the content of a file is the reason if this is the last."""
+    token = _is_last_attempt.set(is_last)
+    try:
+        yield
+    finally:
+        _is_last_attempt.reset(token)
+
+
 def retried(read: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function such that it is called again, at most twice, after a `TransientError`."""
 
@@ -88,7 +124,8 @@ def retried(read: Callable[P, T]) -> Callable[P, T]:
     def attempt(*args: P.args, **kwargs: P.kwargs) -> T:
         for delay in (*RETRY_DELAYS, None):
             try:
-                return read(*args, **kwargs)
+                with _attempt(is_last=delay is None):
+                    return read(*args, **kwargs)
             except TransientError as error:
                 _wait_or_raise(error, delay)
         raise AssertionError("unreachable")
@@ -104,17 +141,26 @@ def retried_iterator(iterate: Callable[P, Iterator[T]]) -> Callable[P, Iterator[
 
     @wraps(iterate)
     def attempt(*args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-        count = 0
+        yielded = 0
         for delay in (*RETRY_DELAYS, None):
             try:
-                for item in islice(iterate(*args, **kwargs), count, None):
-                    count += 1
-                    yield item
-                return
+                items, number = iterate(*args, **kwargs), 0
+                while True:
+                    with _attempt(is_last=delay is None):
+                        item = next(items, _END)
+                    if item is _END:
+                        return
+                    number += 1
+                    if number > yielded:
+                        yielded = number
+                        yield item
             except TransientError as error:
                 _wait_or_raise(error, delay)
 
     return attempt
+
+
+_END: Any = object()
 
 
 def _wait_or_raise(error: TransientError, delay: float | None) -> None:

@@ -23,6 +23,7 @@ from gpdit_lightning.media.images import read_image
 from gpdit_lightning.media.video import iterate_frames, video_info
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.retries import retried, retried_iterator, transient_error
+from tests.media.encoding import encode, rgb_frame
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +113,33 @@ def test_a_disk_that_fails_is_not_called_damage(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to("/proc/self/mem")
         with pytest.raises(TransientError, match=r"could not be read \(Input/output error\): check its disk"):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.y4m"])
+def test_errors_of_the_system_that_content_causes_are_called_damage(tmp_path: Path, name: str) -> None:
+    """FFmpeg reports EIO for a Matroska file that ends in its header, and EBUSY for a frame of a billion pixels."""
+    path = tmp_path / name
+    path.write_bytes(b"YUV4MPEG2 W32000 H32000 F24:1\nFRAME\n")
+    if name == "a.mkv":
+        encode(path, [rgb_frame(torch.zeros(3, 16, 16, dtype=torch.uint8))], "ffv1")
+        path.write_bytes(path.read_bytes()[:100])
+    for read in (video_info, lambda path: list(iterate_frames(path))):
+        with pytest.raises(InputError, match=rf"{name} is not a readable video") as caught:
+            read(path)
+        assert not isinstance(caught.value, TransientError)
+
+
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_memory_that_a_video_requests_is_its_fault_if_memory_is_ample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_memory: bool
+) -> None:
+    write_video(tmp_path / "a.mp4", torch.zeros(3, 3, 16, 16, dtype=torch.uint8), 8)
+    if not has_memory:
+        monkeypatch.setattr(retries.mmap, "mmap", failing(1, OSError(errno.ENOMEM, "Cannot allocate memory"), len))
+    monkeypatch.setattr(av, "open", failing(3, ffmpeg_error(errno.ENOMEM), av.open))
+    with pytest.raises(InputError) as caught:
+        video_info(tmp_path / "a.mp4")
+    assert isinstance(caught.value, TransientError) != has_memory
 
 
 def test_damage_is_still_called_damage(tmp_path: Path) -> None:

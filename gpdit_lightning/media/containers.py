@@ -116,7 +116,8 @@ def open_video(path: str | Path) -> Iterator[VideoStream]:
             raise InputError(
                 f"{path} is a list of other files and contains no video: use these files, and remove it."
             ) from None
-        if transient := transient_error(error, path):
+        is_of_ffmpeg = isinstance(error, av.FFmpegError)
+        if transient := transient_error(error, path, path if is_of_ffmpeg else None):
             raise transient from None
         if not isinstance(error, (av.FFmpegError, OSError)):
             raise

@@ -137,7 +137,7 @@ def _problems(video: VideoStream, ignored: AbstractSet[str] = frozenset()) -> It
         try:
             yield messages
         except av.FFmpegError as error:
-            if transient := transient_error(error, video.path):
+            if transient := transient_error(error, video.path, video.path):
                 raise transient from None
             messages.append(error.strerror or str(error))
 

@@ -10,13 +10,16 @@ import av
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.decoding import DecodedFrame
 
+MIN_WIDTH, MIN_HEIGHT = 3, 4  # of a plane, for `bwdif`
+
 
 def deinterlaced(frames: Iterable[DecodedFrame]) -> Iterator[DecodedFrame]:
     """Replace each interlaced frame by a progressive one of the same time, made from it and its neighbours.
 
     Nothing is changed before the first frame that is marked as interlaced. From there on FFmpeg's filter `idet`
     corrects the marks and the order of the fields by the content, since progressive videos are often marked as
-    interlaced, and `bwdif` deinterlaces the frames that are interlaced.
+    interlaced, and `bwdif` deinterlaces the frames that are interlaced. Frames that are too small for it are taken for
+    progressive ones: FFmpeg would convert the colours of each field alone, and so small fields wrongly.
 
     Args:
         frames: consecutive frames of a video. If they end with an `InputError`, it is raised after the last frame.
@@ -40,7 +43,7 @@ def deinterlaced(frames: Iterable[DecodedFrame]) -> Iterator[DecodedFrame]:
 
 
 class _FieldFilter:
-    """The filters `idet` and `bwdif`, which return as many frames as they take, but later.
+    """The filters of interlaced frames, which return as many frames as they take, but later.
 
     Args:
         frame: a frame with the size and format of all frames.
@@ -51,10 +54,12 @@ class _FieldFilter:
         self._waiting: deque[DecodedFrame] = deque()
         self._graph = av.filter.Graph()
         self._graph.threads = 1
+        filters = [("idet", ""), ("bwdif", "mode=send_frame:parity=auto:deint=interlaced")]
+        if any(plane.width < MIN_WIDTH or plane.height < MIN_HEIGHT for plane in frame.planes):
+            filters = [("setfield", "prog")]
         self._graph.link_nodes(
             self._graph.add_buffer(template=frame, time_base=frame.time_base),
-            self._graph.add("idet"),
-            self._graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced"),
+            *(self._graph.add(name, options) for name, options in filters),
             self._graph.add("buffersink"),
         ).configure()
 

@@ -1,6 +1,5 @@
 """Options of `prepare`."""
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from gpdit_lightning.options.shared import DeviceOptions, OptionRecord, check_at
 
 INTERLEAVED_FILES = 16
 """Number of input files that are read in turn. It determines the order of samples, for any number of processes."""
+MAX_FPS = 1000  # of --fps, since it repeats the frames of videos with a lower rate
 SHORTEST_CLIP = 17  # pixel frames; long videos have 17 to 45 frames (GPDiT, section 5.1)
 
 
@@ -204,8 +204,8 @@ class PrepareOptions(
         super().__post_init__()
         check_at_least(self, stride=1, clip_frames=1, shard_size=1, part_size=1, batch_size=1, workers=0)
         check_at_least(self, clips_per_video=1, clip_step=1)
-        if self.fps is not None and not 0 < self.fps < math.inf:
-            raise InputError(f"--fps is {self.fps}: give frames per second, above 0.")
+        if self.fps is not None and not 0 < self.fps <= MAX_FPS:
+            raise InputError(f"--fps is {self.fps}: give frames per second, above 0 and at most {MAX_FPS}.")
         if not 1 <= self.shortest_clip <= self.clip_frames:
             raise InputError(
                 f"--least_clip_frames is {self.least_clip_frames} and --clip_frames {self.clip_frames}: give from 1 to "

@@ -327,7 +327,7 @@ def interlaced(frames: Tensor) -> Tensor:
     return woven
 
 
-def encode_fields(path: Path, frames: Tensor, field: str) -> None:
+def encode_fields(path: Path, frames: Tensor, field: str, codec: str = "mpeg2video") -> None:
     """Encode frames (T, 3, H, W), marked by FFmpeg's filter `setfield`: prog, tff or bff."""
     graph = av.filter.Graph()
     source = graph.add_buffer(
@@ -340,8 +340,8 @@ def encode_fields(path: Path, frames: Tensor, field: str) -> None:
         frame.pts, frame.time_base = number, Fraction(1, 24)
         graph.vpush(frame)
         marked.append(graph.vpull())
-    flags = {} if field == "prog" else {"flags": "+ildct+ilme"}
-    encode(path, marked, "mpeg2video", {"qmin": "1", "qmax": "1", "b": "50000000", **flags})
+    options = {"qmin": "1", "qmax": "1", "b": "50000000"} if codec == "mpeg2video" else {}
+    encode(path, marked, codec, options | ({} if field == "prog" else {"flags": "+ildct+ilme"}))
 
 
 def combing(frames: Tensor) -> float:
@@ -362,6 +362,15 @@ def test_interlaced_frames_are_deinterlaced(tmp_path: Path, field: str) -> None:
     assert error < (interlaced(frames)[1:-1].float() - frames[2:-2:2]).abs().mean() / 3
     times = [frame.time for frame in iterate_frames(tmp_path / "a.mpg", stride=2)]
     assert times == pytest.approx([number / 12 for number in range(6)], abs=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 64), (6, 64), (7, 64), (64, 4), (64, 5)])
+def test_interlaced_frames_of_few_lines_or_columns_are_read(tmp_path: Path, height: int, width: int) -> None:
+    """`bwdif` needs planes of 4 lines and 3 columns; those of chroma have half of the lines and columns."""
+    encode_fields(tmp_path / "a.mkv", torch.full((4, 3, height, width), 90, dtype=torch.uint8), "tff", "ffv1")
+    frames = list(iterate_frames(tmp_path / "a.mkv"))
+    assert [frame.pixels.shape for frame in frames] == [(3, height, width)] * 4
+    assert all((frame.pixels.int() - 90).abs().max() <= 3 for frame in frames)
 
 
 def test_progressive_frames_are_not_deinterlaced(tmp_path: Path) -> None:

@@ -175,6 +175,6 @@ def test_videos_are_resampled_in_time_on_request(tmp_path: Path) -> None:
         (10, 2, 10),
     ]
     assert notes == []
-    for fps in (0.0, float("inf"), float("nan")):
-        with pytest.raises(InputError, match=r"--fps is .*: give frames per second, above 0"):
+    for fps in (0.0, 1000.5, 1e9, float("inf"), float("nan")):
+        with pytest.raises(InputError, match=r"--fps is .*: give frames per second, above 0 and at most 1000\."):
             prepared_clips(tmp_path / "video.mp4", fps=fps)
