@@ -1,5 +1,7 @@
 """Fixtures of all tests."""
 
+import functools
+import gc
 import math
 import os
 import signal
@@ -8,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import numpy as np
 import pytest
 import torch
@@ -37,6 +40,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Containers often set it; without it, Python collects what it prints to a file, as for most users.
 os.environ.pop("PYTHONUNBUFFERED", None)
+
+# jsonargparse reads the docstrings of all classes for every parser, which takes half of the time of parsing a recipe.
+docstring_parser.parse_from_object = functools.cache(docstring_parser.parse_from_object)
+
+
+def pytest_collection_finish() -> None:
+    """Exclude the imported modules and the tests, which remain until the end, from garbage collections."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
