@@ -89,6 +89,9 @@ VERBS = {
         "Estimate the memory, FLOPs and days of a recipe, and the nearest one that fits.",
         "estimate:EstimateOptions",
     ),
+    "attention": Verb(
+        "attention:attention", "Draw which tokens attend to which in a recipe's model.", "attention:AttentionOptions"
+    ),
     "export": Verb("export:export", "Write the model of a checkpoint to a folder for sharing.", "export:ExportOptions"),
     "prepare": Verb(
         "prepare:run",

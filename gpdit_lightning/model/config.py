@@ -11,11 +11,12 @@ TimeConditioningName = Literal["rotation", "adaln"]
 TimeSite = Literal["branch", "branch_inverse", "input", "residual", "none"]
 Target = Literal["velocity", "epsilon"]
 
-# GPDiT, Table 1 (B and H); ACDiT, Table 1, whose B has the sizes of GPDiT's; "tiny" is ours, for tests and laptops.
+# GPDiT, Table 1 (B and H); ACDiT, Table 1, whose B is the same as GPDiT's; "tiny" is ours, for tests and laptops.
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"layers": 4, "width": 192, "mlp_width": 768, "heads": 6},
     "B": {"layers": 12, "width": 768, "mlp_width": 3072, "heads": 12},
     "H": {"layers": 24, "width": 2816, "mlp_width": 11264, "heads": 22},
+    "acdit-b": {"layers": 12, "width": 768, "mlp_width": 3072, "heads": 12},
     "acdit-l": {"layers": 24, "width": 1024, "mlp_width": 4096, "heads": 16},
     "acdit-xl": {"layers": 28, "width": 1152, "mlp_width": 4608, "heads": 18},
     "acdit-h": {"layers": 32, "width": 1280, "mlp_width": 5120, "heads": 20},
@@ -34,8 +35,7 @@ ACDIT: dict[str, Any] = {
     "classes": 1000,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "acdit-b": {"size": "B", **ACDIT},
-    **{name: {"size": name, **ACDIT} for name in ("acdit-l", "acdit-xl", "acdit-h")},
+    name: {"size": name, **ACDIT} for name in ("acdit-b", "acdit-l", "acdit-xl", "acdit-h")
 }
 
 # Fields that change how the network is executed, but not the function that it computes.
@@ -56,8 +56,8 @@ class GPDiTConfig:
 
     size: str = "B"
     """Named size that sets `layers`, `width`, `mlp_width` and `heads` where they are 0: tiny, B (85M), H (2.28B), or
-    acdit-l, acdit-xl, acdit-h (ACDiT, Table 1). If the four are those of no named size, it becomes custom; if they are
-    those of another one, they are refused."""
+    acdit-b (the same as B), acdit-l, acdit-xl, acdit-h (ACDiT, Table 1). If the four are those of no named size, it
+    becomes custom; if they are those of another one, they are refused."""
     layers: int = 0
     """Number of transformer blocks; 0: as `size`."""
     width: int = 0
@@ -129,7 +129,7 @@ class GPDiTConfig:
                 object.__setattr__(self, name, value)
         values = {name: getattr(self, name) for name in SIZE_FIELDS}
         of_fields = next((size for size in SIZES if SIZES[size] == values), CUSTOM_SIZE)
-        if CUSTOM_SIZE not in (self.size, of_fields) and self.size != of_fields:
+        if CUSTOM_SIZE not in (self.size, of_fields) and SIZES[self.size] != values:
             raise InputError(
                 f"size is {self.size}, but {', '.join(SIZE_FIELDS)} are those of {of_fields}: leave them at 0 (in "
                 f"Python: config.replaced(size='{self.size}')), or give size {of_fields}."
