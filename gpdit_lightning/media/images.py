@@ -144,6 +144,33 @@ def resize_and_crop(pixels: Tensor, size: Size, pixel_aspect: float = 1.0) -> Te
     return pixels[..., top : top + size[0], left : left + size[1]].contiguous()
 
 
+def adm_resize_and_crop(pixels: Tensor, size: Size) -> Tensor:
+    """Scale an image to cover `size` and crop the centre, as ADM's `center_crop_arr` does with Pillow.
+
+    The image is halved by box averages while both sides are at least twice the size, then scaled by bicubic
+    interpolation. Where that takes too much memory (extreme aspect ratios), the result is that of `resize_and_crop`.
+
+    Args:
+        pixels: uint8 (1, 3, H, W).
+        size: height and width of the result; ADM's are equal.
+
+    Returns:
+        uint8 (1, 3, height, width).
+    """
+    height, width = size
+    image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    while image.height >= 2 * height and image.width >= 2 * width:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    scaled = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    if scaled[0] * scaled[1] > MAX_EXCESS * height * width:
+        return resize_and_crop(pixels, size)
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
+    cropped = np.array(image.crop((left, top, left + width, top + height)))
+    return torch.from_numpy(cropped).permute(2, 0, 1)[None].contiguous()
+
+
 def _resize_region(pixels: Tensor, box: tuple[float, float, float, float], size: Size) -> Tensor:
     """Scale a region of frames with Pillow's bicubic filter, which needs no memory for the rest of the scaled frames.
 

@@ -72,12 +72,13 @@ class InputOptions(OptionRecord):
     images: Sequence[Path] = ()
     """Images, specified like --videos."""
     image_tars: Sequence[str] = ()
-    """WebDataset tars of images as img2dataset writes them (.jpg, .png or .webp with .txt and .json): folders, files or
-    patterns such as 'laion/{00000..00127}.tar'. Captions are stored."""
+    """WebDataset tars of images as img2dataset writes them (.jpg, .png or .webp with .txt, .json or .cls), or
+    ImageNet's tars of one tar per class: folders, files or patterns such as 'laion/{00000..00127}.tar'. Captions and
+    classes are stored."""
     annotations: Sequence[Path] = ()
     """Files with captions, labels and splits: UCF-101's trainlist01.txt, testlist01.txt and classInd.txt; MSR-VTT's
-    videodatainfo.json; .jsonl, .csv or .tsv with source, caption, label, split. If they list training files, unlisted
-    files are left out."""
+    videodatainfo.json; ImageNet's lists (docs/data.md); .jsonl, .csv or .tsv with source, caption, label, split. If
+    they list training files, unlisted files are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,8 @@ class LabelOptions(OptionRecord):
     """Input files."""
 
     labels: bool = False
-    """Label each file with the name of its folder."""
+    """Label each file with the name of its folder; an image in a tar with its .cls, else the name of its folder in the
+    tar, else the name of the tar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,8 @@ class HeldOutInputOptions(OptionRecord):
     """Videos that are used for validation only, specified like --videos."""
     validation_images: Sequence[Path] = ()
     """Images that are used for validation only, specified like --videos."""
+    validation_image_tars: Sequence[str] = ()
+    """Tars of images that are used for validation only, specified like --image_tars."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +108,8 @@ class HoldOutOptions(HeldOutInputOptions, ValidationOptions):
 
     validation_fraction: float = 0.05
     """Fraction of the recordings to hold out, chosen by a hash of their names (for images in tars: of their bytes), and
-    at least four, or a quarter of them if that is less; without effect if --validation_videos, --validation_images or
-    --annotations determine the split."""
+    at least four, or a quarter of them if that is less; without effect if --validation_videos, --validation_images,
+    --validation_image_tars or --annotations determine the split."""
     source_pattern: str | None = None
     r"""Regular expression for the part of a file name that identifies the recording, if several files come from one
     recording: they are then in the same split. UCF-101: v_\w+_g\d+"""
@@ -140,6 +144,9 @@ class ClipOptions(OptionRecord):
     """HEIGHTxWIDTH in pixels. Each video is scaled and cropped to the size with the closest aspect ratio."""
     image_sizes: Sequence[str] = ("256x256", "192x320", "320x192")
     """The same for images."""
+    image_scaling: Literal["bicubic", "adm"] = "bicubic"
+    """How images are scaled before the centre crop: bicubic with antialiasing; or adm, as ADM, DiT and ACDiT scale
+    ImageNet: halved by box averages while both sides are at least twice the size, then bicubic (Pillow)."""
 
     @property
     def shortest_clip(self) -> int:

@@ -18,10 +18,13 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_lines
 from gpdit_lightning.media.images import SEARCHED_EXTENSIONS
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS
+from gpdit_lightning.preparation.imagenet import VALIDATION, ImageNetLists, is_imagenet_list, read_imagenet_list
 
 FIELDS = ("source", "caption", "label", "split")
 SUPPORTED = (
-    "give UCF-101's trainlist, testlist or classInd, MSR-VTT's videodatainfo.json, or JSON lines, CSV or TSV with "
+    "give UCF-101's trainlist, testlist or classInd, MSR-VTT's videodatainfo.json, a list of ImageNet "
+    "(synset_words.txt, LOC_val_solution.csv, ILSVRC2012_validation_ground_truth.txt with meta.mat), or JSON lines, "
+    "CSV or TSV with "
     f"{', '.join(FIELDS)}"
 )
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -101,7 +104,8 @@ class Annotations:
 
     tables: tuple[Table, ...] = ()
     labels: tuple[str, ...] = ()
-    """Names of all classes in the order of their numbers in UCF-101's lists; empty without such a list."""
+    """Names of all classes in the order of their numbers in UCF-101's lists, or of ImageNet's sorted synsets; empty
+    without such a list."""
 
     def get(self, name: str) -> Annotation:
         """Return the annotation of an input file; an empty one if no annotation file contains it.
@@ -134,13 +138,17 @@ def read_annotations(paths: Sequence[Path]) -> Annotations:
       contains the class names. The label of a file is the name of its folder, if any list has a class number for it.
     - MSR-VTT's `videodatainfo.json`: captions in the order of `sen_id`, and splits ("validate" and "test" are both
       validation). Categories are ignored: they are numbers without names, and topics rather than classes.
+    - ImageNet's lists (`imagenet.py`): classes, and the classes of its validation images.
     - JSON lines, CSV and TSV with the fields `FIELDS`, of which only "source" is required. Several captions are given
       as a list or on several lines.
 
     Raises:
         InputError: a file is missing, has none of these formats or contradicts itself, or class numbers differ.
     """
-    tables = tuple(_read_table(path) for path in paths)
+    imagenet = ImageNetLists()
+    tables = tuple(table for path in paths if (table := _read_table(path, imagenet)) is not None)
+    if imagenet.files:
+        tables = (*tables, _imagenet_table(imagenet))
     classes = sorted({pair for table in tables for pair in table.classes})
     for (number, name), (other_number, other) in combinations(classes, 2):
         if number == other_number or name == other:
@@ -155,9 +163,26 @@ def read_annotations(paths: Sequence[Path]) -> Annotations:
     return Annotations(tables, labels)
 
 
-def _read_table(path: Path) -> Table:
-    """Read an annotation file in the format of its first line that is not empty."""
-    first = next((line.strip() for _, line in _read_lines(path) if line.strip()), "")
+def _imagenet_table(lists: ImageNetLists) -> Table:
+    """Return the content of ImageNet's lists as one table."""
+    table = Table(lists.files[0], classes=set(enumerate(lists.classes())))
+    for image, synset in lists.labels_of_images().items():
+        table.entries[image] = Annotation((), synset, "validation" if image.startswith(VALIDATION) else "train")
+    return table
+
+
+def _read_table(path: Path, imagenet: ImageNetLists) -> Table | None:
+    """Read an annotation file in the format of its first line that is not empty.
+
+    Args:
+        path: the file.
+        imagenet: receives the content of a list of ImageNet, for which the result is None.
+    """
+    is_text = path.suffix.lower() != ".mat"
+    first = next((line.strip() for _, line in _read_lines(path) if line.strip()), "") if is_text else ""
+    if is_imagenet_list(path, first):
+        read_imagenet_list(path, _read_lines(path) if is_text else (), imagenet)
+        return None
     if first.startswith("{"):
         return _read_msr_vtt(path) if _begins_msr_vtt(first) else _build_table(path, _read_json_lines(path))
     delimiter = "\t" if "\t" in first else ","

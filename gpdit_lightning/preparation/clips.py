@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
@@ -10,14 +11,21 @@ from torch import Tensor
 
 from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.errors import InputError, ResourceError, TransientError
-from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image, resize_and_crop
+from gpdit_lightning.media.images import (
+    Size,
+    adm_resize_and_crop,
+    closest_size,
+    parse_size,
+    read_image,
+    resize_and_crop,
+)
 from gpdit_lightning.media.timing import fps_of_clip, frame_rate, uneven_intervals
 from gpdit_lightning.media.video import DamagedVideoError, VideoFrame, check_intact, iterate_frames, video_info
 from gpdit_lightning.names import counted
 from gpdit_lightning.options.prepare import PrepareOptions
-from gpdit_lightning.preparation.input_files import InputFile, is_held_out
+from gpdit_lightning.preparation.input_files import InputFile, annotation_metadata, is_held_out
 from gpdit_lightning.preparation.shots import mark_cuts
-from gpdit_lightning.preparation.tars import iterate_samples
+from gpdit_lightning.preparation.tars import TarSample, containing_file, iterate_samples
 from gpdit_lightning.retries import retried_iterator, transient_error
 
 
@@ -175,14 +183,42 @@ class ClipReader:
             if (id := SampleId(name, None)) in self.encoded:
                 yield EncodedClip(index, id)
             else:
-                hashed = name if tar.hashed == "name" else sample.sha256
-                split: Split = "validation" if is_held_out(hashed, self.options.validation_fraction) else "train"
-                yield self._clip_of_image(index, split, sample.pixels, {"source": name} | sample.metadata)
+                annotation = tar.images.get(sample.key)
+                split = tar.split or annotation.split or self._hashed_split(tar, name, sample)
+                try:
+                    label = annotation.label or self._label_of_tar_sample(tar, sample)
+                except InputError as error:
+                    yield SkippedInput(index, name, str(error))
+                    continue
+                metadata = {"source": name} | sample.metadata | annotation_metadata(label, annotation.captions)
+                yield self._clip_of_image(index, split, sample.pixels, metadata)
+
+    def _hashed_split(self, tar: InputFile, name: str, sample: TarSample) -> Split:
+        hashed = name if tar.hashed == "name" else sample.sha256
+        return "validation" if is_held_out(hashed, self.options.validation_fraction) else "train"
+
+    def _label_of_tar_sample(self, tar: InputFile, sample: TarSample) -> str | None:
+        """Return the class of an image in a tar, by its `.cls`, else its folder in the tar, else the tar.
+
+        Raises:
+            InputError: the index in its `.cls` is none of the classes that the annotations list.
+        """
+        classes, text = tar.images.labels, sample.class_text
+        if text is not None and text.isdecimal() and classes:
+            if int(text) >= len(classes):
+                raise InputError(
+                    f"the class of {sample.key} in {tar.path} is {text}, but the annotations list {len(classes)} "
+                    "classes, from 0: give the list of classes of these tars."
+                )
+            return classes[int(text)]
+        folder = PurePosixPath(sample.key).parent.name if self.options.labels else ""
+        return text or folder or tar.label
 
     def _clip_of_image(self, index: int, split: Split, pixels: Tensor, metadata: dict[str, Any]) -> Clip:
         height, width = pixels.shape[2:]
         size = closest_size(height, width, [parse_size(text) for text in self.options.image_sizes])
-        return Clip(index, split, resize_and_crop(pixels, size), metadata | {"pixel_size": list(size)})
+        scale = adm_resize_and_crop if self.options.image_scaling == "adm" else resize_and_crop
+        return Clip(index, split, scale(pixels, size), metadata | {"pixel_size": list(size)})
 
     def _clips_of_video(self, index: int, file: InputFile) -> Iterator[Item]:
         assert file.split is not None
@@ -256,7 +292,7 @@ class ClipReader:
 def _changed_error(file: InputFile) -> TransientError | None:
     """Return an error if the size of a file has changed since it was listed, so that it was read while incomplete."""
     try:
-        size = file.path.stat().st_size
+        size = (containing_file(file.path) or file.path).stat().st_size
     except OSError:
         return None
     if size == file.bytes:

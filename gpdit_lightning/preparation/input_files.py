@@ -5,7 +5,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ from gpdit_lightning.media.finding import FoundFile, LeftOut, Medium, find_media
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.annotations import Annotation, Annotations, read_annotations
-from gpdit_lightning.preparation.tars import find_tars
+from gpdit_lightning.preparation.tars import find_tars, inner_tars
 
 FileFormat = Literal["video", "image", "tar"]
 HashedValue = Literal["name", "bytes"]
@@ -36,13 +36,16 @@ class InputFile:
     file of --validation_videos or --validation_images it begins with the name of that folder."""
     format: FileFormat
     split: Split | None
-    """None for a tar, whose images have a split each."""
+    """None for a tar whose images have a split each."""
     bytes: int
     """Size of the file, by which a change is detected."""
     reason: str = ""
     """Reason for the split."""
     captions: tuple[str, ...] = ()
     label: str | None = None
+    """For a tar: the label of images that have no other one."""
+    images: Annotations = field(default_factory=Annotations)
+    """For a tar: annotations of its images."""
     hashed: HashedValue = "bytes"
     """For a tar: what is hashed to hold out its images. Data sets of older versions use the names."""
 
@@ -59,12 +62,17 @@ class InputFile:
     @property
     def annotation(self) -> dict[str, Any]:
         """Label and captions as metadata of a sample."""
-        values: dict[str, Any] = {"label": self.label} if self.label is not None else {}
-        if self.captions:
-            values["caption"] = self.captions[0]
-        if len(self.captions) > 1:
-            values["captions"] = list(self.captions)
-        return values
+        return annotation_metadata(self.label, self.captions)
+
+
+def annotation_metadata(label: str | None, captions: Sequence[str]) -> dict[str, Any]:
+    """Return a label and captions as metadata of a sample."""
+    values: dict[str, Any] = {"label": label} if label is not None else {}
+    if captions:
+        values["caption"] = captions[0]
+    if len(captions) > 1:
+        values["captions"] = list(captions)
+    return values
 
 
 class Inputs(NamedTuple):
@@ -97,6 +105,7 @@ class SplitChoice(NamedTuple):
 
 
 IN_HELD_OUT_FOLDER = SplitChoice("validation", "it is in a held-out folder")
+IN_HELD_OUT_TAR = SplitChoice("validation", "its tar is held out")
 IN_NO_HELD_OUT_FOLDER = SplitChoice("train", "it is in no held-out folder")
 SAME_RECORDING = "files of the same recording were prepared before"
 
@@ -113,7 +122,7 @@ def find_inputs(options: PrepareOptions, recorded: Mapping[str, Split | None] | 
     Raises:
         InputError: there are no files, a path does not exist, or two files have the same name.
     """
-    if not options.videos and not options.images and not options.image_tars:
+    if not any((options.videos, options.images, options.image_tars)):
         raise InputError("there are no input files: give --videos, --images or --image_tars.")
     inputs, recorded = Inputs([], [], [], read_annotations(options.annotations)), recorded or {}
     candidates = _without_repeated(_find_candidates(options, inputs), inputs, recorded)
@@ -121,16 +130,58 @@ def find_inputs(options: PrepareOptions, recorded: Mapping[str, Split | None] | 
     for medium in ("video", "image"):
         of_medium = [candidate for candidate in candidates if candidate.format == medium]
         held_out = {candidate.name for candidate in of_medium if candidate.held_out}
-        has_folders = bool(options.validation_videos if medium == "video" else options.validation_images)
+        has_folders = bool(options.validation_videos) if medium == "video" else _holds_out_images(options)
         names = [candidate.name for candidate in of_medium if not candidate.held_out]
         fraction = None if has_folders else options.validation_fraction
         splits = choose_splits(names, fraction, options.source_pattern, inputs.annotations, recorded)
         splits |= dict.fromkeys(held_out, IN_HELD_OUT_FOLDER)
         for candidate in of_medium:
             _add_file(candidate, splits[candidate.name], inputs, options.labels)
-    for path, name, _, _, status in (candidate for candidate in candidates if candidate.format == "tar"):
-        inputs.files.append(InputFile(path, name, "tar", None, status.st_size))
+    if options.labels:
+        _check_labels_of_held_out_folders(options.validation_images, inputs.files)
+    _add_tars([candidate for candidate in candidates if candidate.format == "tar"], options, inputs)
     return inputs
+
+
+def _holds_out_images(options: PrepareOptions) -> bool:
+    """Return whether options name the images to hold out, so that all others are for training."""
+    return bool(options.validation_images or options.validation_image_tars)
+
+
+def _check_labels_of_held_out_folders(folders: Sequence[Path], files: Sequence[InputFile]) -> None:
+    """Raise InputError if held-out images have the name of the whole folder as label, which is no class of training."""
+    classes = {file.label for file in files if file.split == "train"}
+    for file in files if classes else ():
+        folder = next((folder for folder in folders if file.path.parent == folder), None)
+        if folder and file.label == as_text(folder.absolute().name) and file.label not in classes:
+            raise InputError(
+                f"the label of {file.path} is the name of its folder, {file.label}, which is no class of the training "
+                "images: give --annotations with the classes of the held-out images (for ImageNet "
+                "LOC_val_solution.csv, or ILSVRC2012_validation_ground_truth.txt and meta.mat), or sort them into "
+                "folders."
+            )
+
+
+def _add_tars(candidates: Sequence[Candidate], options: PrepareOptions, inputs: Inputs) -> None:
+    """Add tars of images to the inputs; a tar of tars as the tars in it."""
+    found: list[tuple[Candidate, Path, str]] = []
+    for candidate in candidates:
+        inner, problem = inner_tars(candidate.path)
+        if problem:
+            inputs.excluded.append(LeftOut(candidate.name, f"it {problem}"))
+        found += [(candidate, candidate.path / tar.name, f"{candidate.name}/{tar.name}") for tar in inner]
+        if not inner:
+            found.append((candidate, candidate.path, candidate.name))
+    classes = {path.stem for candidate, path, _ in found if not candidate.held_out}
+    for candidate, path, name in found:
+        split, reason = None, ""
+        if candidate.held_out:
+            split, reason = IN_HELD_OUT_TAR
+        elif _holds_out_images(options):
+            split, reason = IN_NO_HELD_OUT_FOLDER
+        label = as_text(path.stem) if options.labels and path.stem in classes else None
+        size = candidate.status.st_size
+        inputs.files.append(InputFile(path, name, "tar", split, size, reason, label=label, images=inputs.annotations))
 
 
 def _find_candidates(options: PrepareOptions, inputs: Inputs) -> list[Candidate]:
@@ -157,9 +208,9 @@ def _find_candidates(options: PrepareOptions, inputs: Inputs) -> list[Candidate]
             if others := findings.describe_others():
                 advice = f"; to use the {other}s too, give --{other}s {path}" if findings.has_others(other) else ""
                 inputs.notes.append(LeftOut(folder, others + as_text(advice)))
-    for pattern in options.image_tars:
+    for pattern in (*options.image_tars, *options.validation_image_tars):
         tars, unusable = find_tars(pattern)
-        found += [(file, "tar", False) for file in tars]
+        found += [(file, "tar", pattern in options.validation_image_tars) for file in tars]
         inputs.excluded.extend(LeftOut(name, f"it {reason}") for name, reason, _ in unusable)
     candidates = []
     for (path, name), file_format, held_out in found:

@@ -207,13 +207,20 @@ def _label_names(previous: Manifest | None, inputs: Inputs, results: list[PartRe
     """Return the label names. The class number of a label is its position, so new labels follow the previous ones."""
     labels = list(dict.fromkeys([*(previous.labels if previous else ()), *inputs.annotations.labels]))
     sample_labels = {label for result in results for label in result.labels}
-    return (*labels, *sorted(sample_labels.difference(labels))) if sample_labels else ()
+    if not sample_labels:
+        return ()
+    # Also those of files that could not be used, so that an index does not depend on that.
+    of_files = {file.label for file in inputs.files if file.format != "tar" and file.label is not None}
+    if not of_files and all(label.isdecimal() for label in sample_labels | {*labels}):  # indices, of .cls in tars
+        of_indices = map(str, range(max(map(int, sample_labels)) + 1))
+        return (*labels, *(label for label in of_indices if label not in labels))
+    return (*labels, *sorted((sample_labels | of_files).difference(labels)))
 
 
 def _hashed_values(records: Records) -> dict[str, str]:
     """Return what is hashed for the choice of held-out files and images, by kind of input."""
     description = {"files": "name, or the match of source_pattern in it"}
-    tars = sorted({file.hashed for file in records.files if file.format == "tar"})
+    tars = sorted({file.hashed for file in records.files if file.format == "tar" and file.split is None})
     if tars:
         names = {"bytes": "bytes of the image file", "name": "TAR/KEY (tars of an older version)"}
         description["images in tars"] = ", ".join(names[value] for value in tars)

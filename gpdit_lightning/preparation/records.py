@@ -57,35 +57,41 @@ class RecordedFile:
     kind: Kind
     """Kind of its samples."""
     split: Split | None
-    """None for a tar of images."""
+    """None for a tar whose images have a split each."""
     bytes: int
     path_hash: str
     reason: str
     hashed: HashedValue = "name"
     """For a tar: what is hashed to hold out its images. Records of older versions lack it."""
+    is_tar: bool = False
 
     @property
     def format(self) -> FileFormat:
         """The format of the file."""
-        return "tar" if self.split is None else "video" if self.kind == "video" else "image"
+        return "tar" if self.is_tar else "video" if self.kind == "video" else "image"
 
     @classmethod
     def from_input_file(cls, file: InputFile) -> "RecordedFile":
         """Return the record of an input file."""
-        return cls(file.name, file.kind, file.split, file.bytes, file.path_hash, file.reason, file.hashed)
+        return cls(
+            file.name, file.kind, file.split, file.bytes, file.path_hash, file.reason, file.hashed, file.format == "tar"
+        )
 
     @classmethod
     def from_json(cls, line: str) -> "RecordedFile":
         """Parse a line of `part-*.sources.jsonl`."""
         values = json.loads(line)
-        return cls(path_hash=values.pop("place"), **values)
+        is_tar = values.pop("is_tar", values["split"] is None)  # older versions: tars have no split
+        return cls(path_hash=values.pop("place"), is_tar=is_tar, **values)
 
     def to_json(self) -> str:
         """Return the line of `part-*.sources.jsonl` for this file."""
         values = asdict(self)
         values["place"] = values.pop("path_hash")
-        if self.split is not None:  # the splits of videos and single images are recorded
+        if self.split is not None:  # images are not held out by a hash
             del values["hashed"]
+        if self.is_tar == (self.split is None):
+            del values["is_tar"]
         return json.dumps(values, ensure_ascii=False)
 
     def input_file(self, current: InputFile | None) -> InputFile:

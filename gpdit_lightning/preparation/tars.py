@@ -1,5 +1,8 @@
 """Reading of images in WebDataset tars, as img2dataset writes them: `KEY.jpg` (or .png, .webp), `KEY.txt`, `KEY.json`.
 
+`KEY.cls` is the class. A tar whose first file is a tar, as ILSVRC2012_img_train.tar with one tar per class, is read as
+these inner tars, each of which has the path OUTER.tar/INNER.tar.
+
 As in webdataset, members form one sample if they are consecutive and their names agree up to the first dot of the last
 path component. webdataset's own reader is not used, because it treats a broken header as the end of the tar, skips
 links silently, and decodes members that are not needed.
@@ -8,12 +11,15 @@ links silently, and decodes members that are not needed.
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from braceexpand import braceexpand
 from torch import Tensor
@@ -23,10 +29,11 @@ from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.media.finding import FolderSearch, FoundFile, LeftOut
 from gpdit_lightning.media.images import SEARCHED_EXTENSIONS, read_image
 from gpdit_lightning.names import as_text
-from gpdit_lightning.retries import transient_error
+from gpdit_lightning.retries import retried, transient_error
 
 # Role of a member in its sample, by extension. Other members are not read.
-ROLES = dict.fromkeys(SEARCHED_EXTENSIONS, "image") | {".txt": "text", ".json": "json"}
+ROLES = dict.fromkeys(SEARCHED_EXTENSIONS, "image") | {".txt": "text", ".json": "json", ".cls": "class"}
+TAR = ".tar"
 JSON_FIELDS = ("caption", "url")  # the fields of img2dataset's json that are kept
 
 
@@ -44,6 +51,8 @@ class TarSample:
     """Hash of the bytes of the image file, in hexadecimal digits; empty if there is none."""
     problem: str | None
     """The parts of the sample that are unusable, and why; None if there are none. The image may still be usable."""
+    class_text: str | None = None
+    """Content of its `.cls`: the index or the name of its class; None without one."""
 
 
 class Member(NamedTuple):
@@ -85,7 +94,7 @@ def find_tars(pattern: str) -> tuple[list[FoundFile], list[LeftOut]]:
             tars.append(path)
             continue
         search = FolderSearch(path)
-        inside = sorted(file for file in search.files if file.suffix.lower() == ".tar")
+        inside = sorted(file for file in search.files if file.suffix.lower() == TAR)
         if not inside:
             raise InputError(f"{path} has no .tar files: give another folder.")
         tars += inside
@@ -93,11 +102,90 @@ def find_tars(pattern: str) -> tuple[list[FoundFile], list[LeftOut]]:
     return [FoundFile(path, as_text(path.relative_to(root).as_posix())) for path in tars], unusable
 
 
+class InnerTar(NamedTuple):
+    """A tar in a tar."""
+
+    name: str
+    start: int
+    """Position of its first byte in the outer tar."""
+    size: int
+    """Size in bytes."""
+
+
+@retried
+def inner_tars(path: Path) -> tuple[list[InnerTar], str | None]:
+    """Return the tars in a tar of tars, in order, and what is wrong with it; none for a tar whose first file is no tar.
+
+    Only the headers of a tar of tars are read, and of another one the first.
+
+    Raises:
+        TransientError: it cannot be read for a reason other than its content.
+    """
+    found: list[InnerTar] = []
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            end = os.fstat(file.fileno()).st_size
+            for info in tar:
+                is_tar = info.isreg() and not info.issparse() and info.name.lower().endswith(TAR)
+                if not is_tar and info.isreg() and not found:
+                    return [], None
+                if info.size < 0 or info.offset_data + info.size > end:  # tarfile would loop at a negative size
+                    raise tarfile.ReadError(f"{info.name!r} has {info.size} bytes, and the file ends before")
+                if is_tar and _check_safety(path, info) is None:
+                    found.append(InnerTar(as_text(info.name), info.offset_data, info.size))
+            _check_end(file, tar)
+    except Exception as error:  # for many kinds of damage tarfile raises arbitrary exceptions
+        if transient := transient_error(error, path):
+            raise transient from None
+        # A tar without inner ones is reported when its samples are read.
+        problem = f"is broken after {len(found)} tars ({error}): copy or download it again"
+        return found, problem if found else None
+    return found, None
+
+
+def _check_end(file: BinaryIO, tar: tarfile.TarFile) -> None:
+    """Raise ReadError if the end-of-archive block does not follow the last member."""
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("the end-of-archive block is missing")
+
+
+@lru_cache(maxsize=8)
+def _inner_tars_by_name(path: Path, size: int, modified: int) -> dict[str, InnerTar]:
+    return {inner.name: inner for inner in inner_tars(path)[0]}
+
+
+def containing_file(path: Path) -> Path | None:
+    """Return the file that a tar is or, for OUTER.tar/INNER.tar, the one that contains it; None if there is none."""
+    return next((file for file in (path, *path.parents) if file.is_file()), None)
+
+
+@contextmanager
+def _open_tar(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a tar, which may be in another one, and yield the file at its first byte, and the position of its end."""
+    outer = containing_file(path) or path
+    with outer.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if outer == path:
+            yield file, status.st_size
+            return
+        inner = _inner_tars_by_name(outer, status.st_size, status.st_mtime_ns).get(
+            as_text(path.relative_to(outer).as_posix())
+        )
+        if inner is None:
+            raise tarfile.ReadError(f"{outer} has no complete {path.name}")
+        file.seek(inner.start)
+        yield file, inner.start + inner.size
+
+
 def iterate_samples(path: Path) -> Iterator[TarSample]:
     """Yield the samples of a tar in order, with one in memory at a time.
 
     A fault is reported as a sample with a `problem`, and the iteration continues. A broken tar ends with such a sample;
     the sample before it is omitted, because members of it may be missing.
+
+    Args:
+        path: the tar, or OUTER.tar/INNER.tar.
 
     Raises:
         TransientError: the tar cannot be read for a reason other than its content.
@@ -126,12 +214,11 @@ def _members(path: Path) -> Iterator[Member]:
         TransientError: it cannot be read for another reason.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with _open_tar(path) as (file, end), tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 problem = _check_safety(path, info)
                 # With a negative size tarfile would move backwards and loop forever.
-                if info.size < 0 or (not problem and info.offset_data + info.size > size):
+                if info.size < 0 or (not problem and info.offset_data + info.size > end):
                     raise tarfile.ReadError(f"{info.name!r} has {info.size} bytes, and the file ends before")
                 name = as_text(info.name)
                 key, extension = base_plus_ext(name)
@@ -142,9 +229,7 @@ def _members(path: Path) -> Iterator[Member]:
                     content = file.read(info.size)
                 if problem or (key and not info.isdir()):
                     yield Member(name, key or name, role, content, problem)
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("the end-of-archive block is missing")
+            _check_end(file, tar)
     except Exception as error:  # for many kinds of damage tarfile raises arbitrary exceptions
         raise transient_error(error, path) or tarfile.ReadError(str(error)) from None
 
@@ -169,6 +254,7 @@ def _build_sample(path: Path, key: str, members: Sequence[Member]) -> TarSample:
             )
     pixels: Tensor | None = None
     metadata: dict[str, Any] = {}
+    class_text = None
     if "image" in by_role:
         image = by_role["image"]
         try:
@@ -188,8 +274,21 @@ def _build_sample(path: Path, key: str, members: Sequence[Member]) -> TarSample:
                 problems.append(
                     f"{by_role[role].name} of {path} cannot be read ({error}): the rest of the sample was used."
                 )
+    if "class" in by_role:
+        class_text = _class_text(by_role["class"].content)
+        if class_text is None:
+            problems.append(f"{by_role['class'].name} of {path} is no class: the rest of the sample was used.")
     sha256 = "" if pixels is None else hashlib.sha256(by_role["image"].content).hexdigest()
-    return TarSample(key, pixels, metadata, sha256, " ".join(problems) or None)
+    return TarSample(key, pixels, metadata, sha256, " ".join(problems) or None, class_text)
+
+
+def _class_text(content: bytes) -> str | None:
+    """Return the text of a `.cls`, an index without leading zeros; None if it is empty or no UTF-8."""
+    try:
+        text = content.decode().strip()
+    except UnicodeDecodeError:
+        return None
+    return (str(int(text)) if text.isdecimal() else text) or None
 
 
 def _json_metadata(content: bytes) -> dict[str, str]:

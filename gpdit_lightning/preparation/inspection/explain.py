@@ -31,7 +31,7 @@ from gpdit_lightning.preparation.inspection.reasons import Sample, explain_frame
 from gpdit_lightning.preparation.prepare import INPUT_OPTIONS
 from gpdit_lightning.preparation.records import FOLDER_NAME, PartResult, RecordedFile, Records
 from gpdit_lightning.preparation.summary import read_left_out
-from gpdit_lightning.preparation.tars import iterate_samples
+from gpdit_lightning.preparation.tars import containing_file, iterate_samples
 
 HASHED_IN_WORDS: dict[HashedValue, str] = {"name": "its name", "bytes": "its bytes"}
 
@@ -188,7 +188,8 @@ class Explainer:
         if subject.format == "tar" and not subject.key:
             counts = Counter((sample.split, "x".join(map(str, sample.pixel_size))) for sample in samples)
             hashed = HASHED_IN_WORDS[subject.hashed]
-            yield f"split: each image is held out if the hash of {hashed} is below the fraction {fraction:g}"
+            by_hash = f"each image is held out if the hash of {hashed} is below the fraction {fraction:g}"
+            yield f"split: {f'{subject.split}, since {subject.reason}' if subject.split else by_hash}"
             yield f"samples: {len(samples)}"
             yield from (f"  {count} of {size} pixels for {split}" for (split, size), count in sorted(counts.items()))
             return
@@ -233,8 +234,8 @@ class Explainer:
             for folder in (name for names in self.inputs.values() for name in names):
                 for path in (root / folder / file.name, root / file.name):
                     # The hash of the path excludes other files of the same name.
-                    if hash_path(path) == file.path_hash and path.is_file() and path.stat().st_size == file.bytes:
-                        return path
+                    if hash_path(path) == file.path_hash and (found := containing_file(path)) is not None:
+                        return path if found.stat().st_size == file.bytes else None
         return None
 
     def _as_input_file(self, path: Path) -> InputFile | None:
