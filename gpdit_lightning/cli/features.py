@@ -19,7 +19,13 @@ from gpdit_lightning.evaluation.videos import find_named_videos, read_clip
 from gpdit_lightning.files import MAX_NAME_BYTES
 from gpdit_lightning.generation import cast_linear_weights
 from gpdit_lightning.generation.rollout import autocast
-from gpdit_lightning.generation.settings import AUTOCAST_DTYPES, load_codec_of, selected_precision, trained_size
+from gpdit_lightning.generation.settings import (
+    AUTOCAST_DTYPES,
+    layout_of,
+    load_codec_of,
+    selected_precision,
+    trained_size,
+)
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.options.features import FeaturesOptions
 from gpdit_lightning.probing.encoder import clip_frames, first_layers, pooled_features
@@ -100,7 +106,7 @@ def make_record(options: FeaturesOptions, trained: TrainedModel, codec: Codec, v
     """
     backbone, geometry = trained.backbone, trained.geometry
     size = trained_size(options.size, trained, videos)
-    frames = clip_frames(options.frames, trained, codec)
+    frames = clip_frames(options.frames, trained, codec, layout_of(trained, codec))
     latent_frames, _, height, width = codec.latent_shape((frames, 3, *size))
     if 0 < options.temporal_tokens < latent_frames:
         raise InputError(

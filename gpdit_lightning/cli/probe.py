@@ -11,7 +11,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.videos import find_videos
 from gpdit_lightning.files import atomic_write
-from gpdit_lightning.generation.settings import load_codec_of, trained_size
+from gpdit_lightning.generation.settings import layout_of, load_codec_of, trained_size
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.probe import ProbeOptions
 from gpdit_lightning.probing.encoder import clip_frames
@@ -116,7 +116,7 @@ def probe_checkpoint(
     trained = load_trained_model(checkpoint, available_device(options.device), options.weights)
     codec = load_codec_of(trained, options.codec, options.codec_source, str(checkpoint))
     size = trained_size(options.size, trained, [video.path for video in videos])
-    frames = clip_frames(options.frames, trained, codec, most=PAPER_FRAMES)
+    frames = clip_frames(options.frames, trained, codec, layout_of(trained, codec), PAPER_FRAMES)
     stride = options.stride or trained.geometry.stride
     regularisation = None if options.regularisation == "auto" else options.regularisation
     features = extract_layer_features(

@@ -15,6 +15,7 @@ from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.probing.features import spatio_temporal
 
 log = logging.getLogger(__name__)
@@ -43,24 +44,36 @@ def first_layers(backbone: HubGPDiT, layers: int) -> HubGPDiT:
     return HubGPDiT.from_weights(Weights(tensors, config, facts)).requires_grad_(False)
 
 
-def clip_frames(requested: int | None, trained: TrainedModel, codec: Codec, most: int | None = None) -> int:
+def clip_frames(
+    requested: int | None, trained: TrainedModel, codec: Codec, layout: BlockLayout, most: int | None = None
+) -> int:
     """Return the number of pixel frames of the clips that a model encodes; warn if it is more than in training.
 
     Args:
         requested: the option --frames; None for the length of the longest training clips.
         trained: the model.
         codec: of the model.
-        most: upper limit of the default.
+        layout: the blocks of the model, of which clips consist.
+        most: upper limit of the default, unless the first block of the model is longer.
 
     Raises:
-        InputError: the codec cannot encode the requested number of frames, or the model has no positions for them.
+        InputError: the codec cannot encode the requested number of frames, the model has no positions for them, or they
+            are not whole blocks of the model.
     """
     longest, in_training = trained.backbone.config.rope_lengths[0], codec.pixel_frames(trained.geometry.frames)
     if requested is None:
-        return codec.encodable_frames(min(in_training, most or in_training))
-    if codec.latent_frames(requested, "--frames") > longest:
+        latents = codec.latent_frames(codec.encodable_frames(min(in_training, most or in_training)))
+        return codec.pixel_frames(layout.clip_length(latents) or layout.first_frames)
+    latents = codec.latent_frames(requested, "--frames")
+    if latents > longest:
         raise InputError(
             f"--frames is {requested}, but the model has positions for {codec.pixel_frames(longest)}: give fewer."
+        )
+    if layout.clip_length(latents) != latents:
+        lengths = " or ".join(str(codec.pixel_frames(length)) for length in layout.contexts_near(latents))
+        raise InputError(
+            f"--frames is {requested}, and its {latents} latent frames are not whole blocks of the model: give "
+            f"{lengths}."
         )
     if requested > in_training:
         log.warning("warning: --frames is %d, but training clips had at most %d", requested, in_training)

@@ -1,6 +1,8 @@
 """The frozen encoder compared with features of the whole model, pooled in loops."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from gpdit_lightning import GPDiT, GPDiTConfig
+from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model.block import Block
-from gpdit_lightning.probing.encoder import VideoEncoder, first_layers
+from gpdit_lightning.model.layout import BlockLayout
+from gpdit_lightning.probing.encoder import VideoEncoder, clip_frames, first_layers
 
 
 @pytest.fixture(params=["rotation", "adaln"])
@@ -111,3 +115,35 @@ def test_the_backbone_may_be_in_bfloat16(backbone: GPDiT, latents: Tensor) -> No
 def test_a_layer_that_does_not_exist_is_refused(backbone: GPDiT, layers: int) -> None:
     with pytest.raises(InputError, match=f"layer {layers} does not exist: give a number from 1 to 4"):
         VideoEncoder(backbone, layers, 7)
+
+
+@pytest.mark.parametrize(
+    ("fields", "trained", "default", "requested", "nearest"),
+    [
+        ({}, 5, 13, None, None),
+        ({"block_shape": (2, 0, 0)}, 6, 13, 9, "5 or 13"),
+        ({"block_shape": (2, 0, 0), "first_block_frames": 1}, 5, 9, 13, "9 or 17"),
+        ({"block_shape": (6, 0, 0)}, 6, 21, 17, "21"),
+        ({"block_shape": (0, 0, 0)}, 5, 13, None, None),
+        ({"block_shape": (0, 0, 0), "first_block_frames": 2}, 5, 13, 1, "5"),
+        ({"block_shape": (1, 1, 2)}, 2, 5, None, None),
+    ],
+)
+def test_clips_are_whole_blocks(
+    tiny_config: GPDiTConfig,
+    fields: dict[str, Any],
+    trained: int,
+    default: int,
+    requested: int | None,
+    nearest: str | None,
+) -> None:
+    """The default is at most 13 pixel frames, and the longest training clip, unless the first block is longer."""
+    config, codec = tiny_config.replaced(**fields), load_codec("pca")
+    model: Any = SimpleNamespace(backbone=SimpleNamespace(config=config), geometry=SimpleNamespace(frames=trained))
+    layout = BlockLayout.of(config, 4, 4)
+    frames = clip_frames(None, model, codec, layout, most=13)
+    assert frames == clip_frames(default, model, codec, layout) == default
+    assert GPDiT(config).features(torch.zeros(1, codec.latent_frames(frames), 4, 4, 4), [0])
+    if requested is not None:
+        with pytest.raises(InputError, match=rf"--frames is {requested}, .* are not whole blocks .*: give {nearest}\."):
+            clip_frames(requested, model, codec, layout)
