@@ -1,15 +1,17 @@
 """`sample`: continue videos with a trained model, or generate them from noise alone."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import NoReturn
 
 from tqdm import tqdm
 
 from gpdit_lightning.generation.outputs import VideoOutput, output_formats, output_path
 from gpdit_lightning.generation.pipeline import GPDiTPipeline, load_pipeline
-from gpdit_lightning.generation.plans import Clip, GenerationPlan
+from gpdit_lightning.generation.plans import Clip, GenerationPlan, generated_frames
+from gpdit_lightning.generation.sheets import ClassSheets, sheets_of
+from gpdit_lightning.names import counted
 from gpdit_lightning.options.sample import SampleOptions
 from gpdit_lightning.progress import progress_bar
 from gpdit_lightning.signals import signals_delayed
@@ -27,43 +29,49 @@ def sample(options: SampleOptions) -> None:
         KeyboardInterrupt: on Ctrl-C, after the files were completed.
     """
     pipeline = load_pipeline(options, compile=options.compile)
-    ground_truth_frames = options.frames if options.side_by_side else min(options.frames, MAX_GROUND_TRUTH)
+    frames = generated_frames(options, pipeline.trained, pipeline.codec)
+    ground_truth_frames = frames if options.side_by_side else min(frames, MAX_GROUND_TRUTH)
     plan = pipeline.plan(options.context, options, ground_truth_frames, skip_unusable=True)
-    outputs = make_outputs(options, plan, pipeline.codec.temporal_factor)
+    make_output = output_maker(options, plan, pipeline.codec.temporal_factor)
+    for clip in plan.clips:
+        make_output(clip)  # raises before the generation if a file cannot be written
 
-    log.info("%d x %d frames with the weights of step %d", len(plan.clips), options.frames, pipeline.trained.step)
-    with progress_bar(total=len(plan.clips) * options.frames, unit=" frames", desc="generating") as bar:
+    log.info("%d x %d frames with the weights of step %d", len(plan.clips), frames, pipeline.trained.step)
+    with (
+        progress_bar(total=len(plan.clips) * frames, unit=" frames", desc="generating") as bar,
+        sheets_of(options.out, plan.clips) or nullcontext() as sheets,
+    ):
         for batch in plan.batches:
-            generate(batch, plan, pipeline, outputs, bar)
+            generate(batch, plan, pipeline, make_output, bar, sheets)
+    if sheets:
+        shown = ", ".join(map(str, sheets.files))
+        print(f"{counted(len(plan.clips), 'sample')} in folders of classes: {options.out}; sheets: {shown}")
 
 
-def make_outputs(options: SampleOptions, plan: GenerationPlan, temporal_factor: int) -> dict[Clip, VideoOutput]:
-    """Return the output files of each video.
+def output_maker(options: SampleOptions, plan: GenerationPlan, temporal_factor: int) -> Callable[[Clip], VideoOutput]:
+    """Return a function that makes the output files of a video; it raises `InputError` if they cannot be written."""
+    formats = output_formats(options.out, options.formats, plan.clips)
 
-    Raises:
-        InputError: they cannot be written.
-    """
-    formats = output_formats(options.out, options.formats, len(plan.clips))
-    return {
-        clip: VideoOutput(
-            output_path(options.out, clip.context.name, clip.seed if options.samples > 1 else None),
+    def make_output(clip: Clip) -> VideoOutput:
+        return VideoOutput(
+            output_path(options.out, clip, several=options.samples > 1),
             formats,
-            clip.context,
-            clip.frames,
+            clip,
             temporal_factor=temporal_factor,
             mark=options.mark,
             side_by_side=options.side_by_side,
         )
-        for clip in plan.clips
-    }
+
+    return make_output
 
 
 def generate(
     batch: Sequence[Clip],
     plan: GenerationPlan,
     pipeline: GPDiTPipeline,
-    outputs: Mapping[Clip, VideoOutput],
+    make_output: Callable[[Clip], VideoOutput],
     bar: "tqdm[NoReturn]",
+    sheets: ClassSheets | None,
 ) -> None:
     """Generate the videos of a batch and print their files; after Ctrl-C, those of the frames so far.
 
@@ -72,7 +80,7 @@ def generate(
     """
     interrupted = False
     with ExitStack() as files:
-        opened = [files.enter_context(outputs[clip]) for clip in batch]
+        opened = [files.enter_context(make_output(clip)) for clip in batch]
         try:
             context = pipeline.encode(batch)
             for clip, output, latents in zip(batch, opened, context.cpu(), strict=True):
@@ -80,13 +88,15 @@ def generate(
                     output.write(clip.context.pixels[:0], latents)
             for piece in pipeline.generate(batch, context, plan.config):
                 with signals_delayed():  # so that all videos of a batch have the same frames
-                    for output, pixels, latents in zip(opened, piece.pixels, piece.latents, strict=True):
+                    for clip, output, pixels, latents in zip(batch, opened, *piece, strict=True):
                         output.write(pixels, latents)
+                        if sheets:
+                            sheets.add(clip, pixels)
                 bar.update(piece.pixels.shape[0] * piece.pixels.shape[1])
         except KeyboardInterrupt:
             interrupted = True
     for output in opened:
-        if output.files:
+        if output.files and not sheets:
             bar.write(f"{output.frames_written} frames: {', '.join(str(path) for path in output.files)}")
     if interrupted:
         raise KeyboardInterrupt

@@ -41,6 +41,7 @@ DEFAULT_FPS = 24  # of images, which have no frame rate
 SHARD_EXTENSION = ".tar"
 MANIFEST_SEARCH_DEPTH = 3  # a shard's manifest is searched for in its folder and the two above
 MAX_NAME_LENGTH = 56  # characters, of up to four bytes each, which leaves room for an extension in a file name
+MAX_LABEL_LENGTH = 200  # bytes of a class name in the name of a file, with room for a number and an extension
 
 
 @dataclass(frozen=True)
@@ -158,25 +159,31 @@ def read_contexts(
     codec.latent_frames(settings.frames, "--context_frames")  # raises if the codec cannot encode so many
     open_shard = cache(partial(_open_shard, settings=settings, codec=codec))
     readers = [reader for source in sources for reader in _readers_of(source, settings, codec, open_shard)]
-    contexts: dict[str, VideoContext] = {}
+    contexts = []
     for reader in readers:
         try:
-            context = reader()
+            contexts.append(reader())
         except ResourceError:  # others would fail too
             raise
         except InputError as error:
             if len(readers) == 1 or not skip_unusable:
                 raise
             log.warning("skipped: %s", error)
-            continue
-        name, number = context.name, 1
-        while name in contexts:
-            number += 1
-            name = f"{context.name}-{number}"
-        contexts[name] = replace(context, name=name)
     if not contexts:
         raise InputError(f"none of the {len(readers)} contexts can be used, for the reasons above: give others.")
-    return list(contexts.values())
+    return unique_names(contexts)
+
+
+def unique_names(contexts: Sequence[VideoContext]) -> list[VideoContext]:
+    """Return contexts with unique names: a repeated name gets a number."""
+    named: dict[str, VideoContext] = {}
+    for context in contexts:
+        name, number = context.name, 1
+        while name in named:
+            number += 1
+            name = f"{context.name}-{number}"
+        named[name] = replace(context, name=name)
+    return list(named.values())
 
 
 _Reader = Callable[[], VideoContext]
@@ -412,6 +419,12 @@ def _check_one_frame(path: Path | str, settings: ContextSettings, codec: Codec) 
 def _check_no_start(path: Path | str, settings: ContextSettings) -> None:
     if settings.start:
         raise InputError(f"{path} has no frame at {settings.start:g} s: give --start for videos only.")
+
+
+def folder_name(label: str) -> str:
+    """Return the name of the folder of a class: its label, unless it cannot be the name of a folder and of files."""
+    is_name = label.isprintable() and "/" not in label and not label.startswith(".")
+    return label if is_name and len(os.fsencode(label)) <= MAX_LABEL_LENGTH else _name_for_files(label)
 
 
 def _name_for_files(text: str) -> str:

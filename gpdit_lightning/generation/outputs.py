@@ -8,12 +8,13 @@ from typing import Self, get_args
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, check_writable
-from gpdit_lightning.generation.contexts import VideoContext
+from gpdit_lightning.generation.plans import Clip
 from gpdit_lightning.media.images import (
     CONTEXT_COLOUR,
     GENERATED_COLOUR,
@@ -30,13 +31,15 @@ from gpdit_lightning.options.sample import VideoFormat
 FORMATS: tuple[VideoFormat, ...] = get_args(VideoFormat)
 
 
-def output_formats(out: Path, formats: Sequence[str] | None, videos: int) -> Sequence[str]:
+def output_formats(out: Path, formats: Sequence[str] | None, clips: Sequence[Clip]) -> Sequence[str]:
     """Return the formats to write: the requested ones, else that of the extension of `out`, else mp4 and png.
+
+    Of samples of classes, which have sheets instead of strips, it is mp4 for videos and png for images.
 
     Args:
         out: a file for one video, or a folder.
         formats: the requested formats, if any.
-        videos: number of videos.
+        clips: all videos.
 
     Raises:
         InputError: `out` has the extension of a format that cannot be written, or names one file for several videos.
@@ -45,22 +48,29 @@ def output_formats(out: Path, formats: Sequence[str] | None, videos: int) -> Seq
     if extension not in FORMATS and out.suffix.lower() in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS):
         extensions = ", ".join(f".{name}" for name in FORMATS)
         raise InputError(f"--out {out} is not of a format that can be written: give a folder, or one of {extensions}.")
-    if extension in FORMATS and videos > 1:
-        raise InputError(f"--out {out} is one file, but {videos} videos are requested: give a folder.")
+    if extension in FORMATS and len(clips) > 1:
+        raise InputError(f"--out {out} is one file, but {len(clips)} videos are requested: give a folder.")
+    if extension not in FORMATS and clips[0].by_class:
+        return formats or (["png"] if clips[0].frames == 1 else ["mp4"])
     return formats or ([extension] if extension in FORMATS and extension != "mp4" else ["mp4", "png"])
 
 
-def output_path(out: Path, name: str, seed: int | None) -> Path:
+def output_path(out: Path, clip: Clip, *, several: bool) -> Path:
     """Return the path of a video's files without extension.
 
     Args:
-        out: a file for one video, or a folder.
-        name: name of the context.
-        seed: seed of the video, if its context has several.
+        out: a file for one video, or a folder. In it a sample of a class is CLASS/CLASS-NUMBER, so that `prepare` and
+            `evaluate` find its label.
+        clip: the video.
+        several: whether contexts have several videos, which are named by their seeds.
     """
     if out.suffix.removeprefix(".") in FORMATS:
         return out.with_suffix("")
-    return out / (name if seed is None else f"{name}-seed{seed}")
+    name = clip.context.name
+    if clip.by_class:
+        numbered = f"{name}-{clip.sample:05d}"
+        return out / numbered if clip.context.label is None else out / name / numbered
+    return out / (f"{name}-seed{clip.seed}" if several else name)
 
 
 def output_paths(path_without_extension: Path, formats: Sequence[str]) -> dict[str, Path]:
@@ -80,7 +90,7 @@ def output_paths(path_without_extension: Path, formats: Sequence[str]) -> dict[s
 class VideoOutput:
     """Context manager that writes one generated video, in one or more formats.
 
-        with VideoOutput(Path("samples/cat"), ["mp4", "png"], context, frames=400, temporal_factor=4) as output:
+        with VideoOutput(Path("samples/cat"), ["mp4", "png"], clip, temporal_factor=4) as output:
             for pixels in pieces:
                 output.write(pixels)
 
@@ -90,8 +100,8 @@ class VideoOutput:
     Args:
         path_without_extension: common path of the files; missing folders are created.
         formats: some of `FORMATS`. A GIF keeps all frames in memory, a strip only those that it shows.
-        context: the context, which precedes the generated frames in the files.
-        frames: maximum number of generated frames; further ones are dropped.
+        clip: its context precedes the generated frames in the files; frames after its number of them are dropped. Of
+            one frame of a class, the png is the image itself.
         temporal_factor: pixel frames of each latent frame after the first.
         mark: draw a border over the edges of the mp4's frames, gray for the context and orange for generated frames.
         side_by_side: show the ground truth to the right of the frames, black where it is unknown.
@@ -108,8 +118,7 @@ class VideoOutput:
         self,
         path_without_extension: Path,
         formats: Sequence[str],
-        context: VideoContext,
-        frames: int,
+        clip: Clip,
         *,
         temporal_factor: int,
         mark: bool = False,
@@ -118,10 +127,12 @@ class VideoOutput:
         self.files: list[Path] = []
         self.frames_written = 0
         self._paths = output_paths(path_without_extension, formats)
-        self._context, self._max_frames, self._temporal_factor = context, frames, temporal_factor
+        context = clip.context
+        self._context, self._max_frames, self._temporal_factor = context, clip.frames, temporal_factor
+        self._is_image = clip.by_class and clip.frames == 1
         self._mark, self._side_by_side = mark, side_by_side
         self._source = torch.cat((context.pixels, context.ground_truth))
-        self._strip_numbers = strip_frame_numbers(len(context.pixels) + frames)
+        self._strip_numbers = strip_frame_numbers(len(context.pixels) + clip.frames)
         self._kept: dict[int, Tensor] = {}  # frame number -> frame, for the strip or GIF
         self._latents = [] if context.latents is None else [context.latents]
         self._video: VideoWriter | None = None
@@ -205,6 +216,10 @@ class VideoOutput:
         write_animation(path, columns, float(self._context.fps), context=len(self._context.pixels))
 
     def _write_strip(self, path: Path) -> None:
+        if self._is_image:
+            with atomic_write(path) as temporary:
+                Image.fromarray(self._kept[0].permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+            return
         numbers = [number for number in self._strip_numbers if number < self._total]
         rows = {"generated": torch.stack([self._kept[number] for number in numbers])}
         if len(self._context.ground_truth):

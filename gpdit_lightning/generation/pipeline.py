@@ -43,15 +43,16 @@ class GenerationArguments(TypedDict, total=False):
     `seed` may also be a list with a seed for each context.
     """
 
-    frames: int
+    frames: int | None
     samples: int
+    count: int | None
     seed: int | Sequence[int]
     batch_size: int
     sampler: str
     steps: int
     guidance: float
     guidance_levels: tuple[float, float]
-    label: str | int | None
+    label: str | int | Sequence[str | int] | None
     label_guidance: float
     window: int | None
     sinks: int
@@ -198,9 +199,10 @@ class GPDiTPipeline:
                 (T, H, W, 3), `pt` for a float32 tensor (T, 3, H, W) in [0, 1], `latent` for raw latents.
             progress: show a progress bar over frames.
             options: `frames` (16 by default), `samples` per context with consecutive seeds, `seed` (one for all
-                contexts, or a list with one for each), `sampler`, `steps`, `guidance`, `label`, `label_guidance`,
-                `window`, `sinks`, `context_frames`, `start`, `fps`, `stride`, `size`, `batch_size`: as for `sample`,
-                with the same defaults (see its `--help`).
+                contexts, or a list with one for each), `count` of each `label` from noise alone (a class, a list of
+                them, or "all"), `sampler`, `steps`, `guidance`, `label_guidance`, `window`, `sinks`, `context_frames`,
+                `start`, `fps`, `stride`, `size`, `batch_size`: as for `sample`, with the same defaults (see its
+                `--help`).
 
         Raises:
             InputError: a context or an option cannot be used.
@@ -286,8 +288,10 @@ class GPDiTPipeline:
         if isinstance(arguments.get("seed"), Sequence):
             seeds = options.pop("seed")
             options |= {"seed": min(seeds)} if seeds else {}  # the least one is checked with the options
-        if arguments.get("label") is not None:
-            options["label"] = str(arguments["label"])
+        label = arguments.get("label")
+        if label is not None:
+            labels = [label] if isinstance(label, str) or not isinstance(label, Sequence) else label
+            options["label"] = tuple(map(str, labels))
         return self.plan(sources_of(context), GenerationOptions(**options), seconds=seconds, seeds=seeds)
 
     def plan(

@@ -1,9 +1,10 @@
 """Videos to generate: contexts, seeds, labels and lengths, from options and a trained model."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,12 +12,21 @@ from torch import Tensor
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation.contexts import DEFAULT_FPS, ContextSettings, VideoContext, read_contexts
+from gpdit_lightning.generation.contexts import (
+    DEFAULT_FPS,
+    ContextSettings,
+    VideoContext,
+    folder_name,
+    read_contexts,
+    unique_names,
+)
 from gpdit_lightning.generation.rollout import GenerationConfig
 from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_sizes
 from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.model.layout import BlockLayout
-from gpdit_lightning.options.sample import GenerationOptions, RolloutOptions
+from gpdit_lightning.options.sample import ALL_CLASSES, GenerationOptions, RolloutOptions
+
+DEFAULT_FRAMES = 16  # pixel frames that are generated after a context
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +41,7 @@ class Clip:
         label: class number, or `NO_LABEL`.
         frames: number of pixel frames to generate.
         sample: number of the video among those of its context.
+        by_class: whether the files of the video are named by its class and number.
     """
 
     context: VideoContext
@@ -38,6 +49,7 @@ class Clip:
     label: int
     frames: int
     sample: int
+    by_class: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,6 +99,8 @@ def plan_clips(
         InputError: an option or a context cannot be used, or the number of seeds is not that of the contexts.
     """
     settings = context_settings(options, trained, codec, ground_truth_frames)
+    if options.by_class:
+        return _plan_samples(sources, options, trained, codec, settings, seconds, seeds)
     contexts = [_empty_context(settings)]
     if sources:
         contexts = read_contexts(sources, settings, codec, skip_unusable=skip_unusable)
@@ -98,16 +112,86 @@ def plan_clips(
         )
     clips = []
     for context, seed in zip(contexts, seeds, strict=True):
-        label = class_number(options.label, context, trained)
-        if label == NO_LABEL and options.label_guidance != 1:
-            raise InputError(
-                f"--label_guidance is {options.label_guidance}, but {context.name} has no label of the "
-                "checkpoint's classes: give --label, or leave --label_guidance out."
-            )
-        frames = options.frames if seconds is None else max(1, round(seconds * context.fps))
+        label = class_number(options.label[0] if options.label else None, context, trained)
+        _check_label_guidance(options, label, context)
+        frames = generated_frames(options, trained, codec) if seconds is None else _frames_of(seconds, context)
         for sample in range(options.samples):
             clips.append(Clip(context, seed + sample, label, frames, sample))
     return clips
+
+
+def _plan_samples(
+    sources: Sequence[str | Tensor | VideoContext],
+    options: GenerationOptions,
+    trained: TrainedModel,
+    codec: Codec,
+    settings: ContextSettings,
+    seconds: float | None,
+    seeds: Sequence[int] | None,
+) -> list[Clip]:
+    """Return the images or videos to generate from noise alone, `count` of each class; arguments as `plan_clips`."""
+    if sources:
+        raise InputError(
+            "a context is given with --count or several labels, which generate from noise alone: leave the context "
+            "out, or give one label without --count."
+        )
+    if seeds is not None:
+        raise InputError(f"seed is a list of {len(seeds)}, but samples of classes have one seed: give one number.")
+    clips = []
+    for context in _class_contexts(options, trained, settings):
+        label = class_number(None, context, trained)
+        _check_label_guidance(options, label, context)
+        frames = generated_frames(options, trained, codec) if seconds is None else _frames_of(seconds, context)
+        for number in range(options.count or 1):
+            seed = sample_seed(options.seed, context.label, number)
+            clips.append(Clip(context, seed, label, frames, number, by_class=True))
+    return clips
+
+
+def _class_contexts(options: GenerationOptions, trained: TrainedModel, settings: ContextSettings) -> list[VideoContext]:
+    """Return an empty context for each class of the options, whose name is that of a folder; one without classes."""
+    empty = _empty_context(settings)
+    requested = options.label or ()
+    if not requested:
+        return [empty]
+    if ALL_CLASSES in requested:
+        if not trained.classes:
+            raise InputError(f"--label is {ALL_CLASSES}, but the checkpoint was trained without labels: leave it out.")
+        requested = trained.classes
+    numbers = dict.fromkeys(class_number(label, empty, trained) for label in requested)
+    labels = [trained.classes[number] for number in numbers]
+    return unique_names([replace(empty, name=folder_name(label), label=label) for label in labels])
+
+
+def sample_seed(seed: int, label: str | None, number: int) -> int:
+    """Return the seed of the noise of a sample: a function of the given seed, the label and the sample's number."""
+    key = f"{seed} {number} {label or ''}"
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8]) >> 1  # fits an int64
+
+
+def generated_frames(options: RolloutOptions, trained: TrainedModel, codec: Codec) -> int:
+    """Return the number of pixel frames to generate: by default 16, or those of a training clip for samples of classes.
+
+    Args:
+        options: frames and count.
+        trained: the model; one of images generates one frame by default.
+        codec: its codec.
+    """
+    in_training = codec.pixel_frames(trained.geometry.frames)
+    by_default = in_training if options.count is not None or in_training == 1 else DEFAULT_FRAMES
+    return by_default if options.frames is None else options.frames
+
+
+def _frames_of(seconds: float, context: VideoContext) -> int:
+    return max(1, round(seconds * context.fps))
+
+
+def _check_label_guidance(options: GenerationOptions, label: int, context: VideoContext) -> None:
+    if label == NO_LABEL and options.label_guidance != 1:
+        raise InputError(
+            f"--label_guidance is {options.label_guidance}, but {context.name} has no label of the "
+            "checkpoint's classes: give --label, or leave --label_guidance out."
+        )
 
 
 def context_settings(

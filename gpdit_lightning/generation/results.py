@@ -4,6 +4,7 @@ Shapes: T pixel frames, F latent frames, k of them of the context, C channels, h
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from gpdit_lightning.generation.outputs import VideoOutput, output_formats, output_path
 from gpdit_lightning.generation.plans import Clip
+from gpdit_lightning.generation.sheets import sheets_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class PipelineOutput:
 
         Args:
             path: a file (.mp4, .gif, .png for a strip of frames, or .safetensors for the latents); or a folder, in
-                which each video becomes an mp4 and a strip.
+                which each video becomes an mp4 and a strip, and samples of classes become CLASS/CLASS-NUMBER.png or
+                .mp4 with sheets of all.
             mark: draw a border in the mp4, gray around context frames and orange around generated ones.
 
         Returns:
@@ -79,17 +82,17 @@ class PipelineOutput:
             InputError: a file cannot be written, or is one file for several videos.
         """
         path = Path(path)
-        formats = output_formats(path, None if path.suffix != ".mp4" else ["mp4"], len(self.videos))
-        several = any(video.clip.sample for video in self.videos)
-        files = []
-        for video in self.videos:
-            clip = video.clip
-            name = output_path(path, clip.context.name, clip.seed if several else None)
-            with VideoOutput(
-                name, formats, clip.context, clip.frames, temporal_factor=self.temporal_factor, mark=mark
-            ) as output:
-                if clip.context.latents is None:
-                    output.write(video.pixels[:0], video.context_latents)
-                output.write(video.pixels, video.latents)
-            files += output.files
-        return files
+        clips = [video.clip for video in self.videos]
+        formats = output_formats(path, None if path.suffix != ".mp4" else ["mp4"], clips)
+        several, files = any(clip.sample for clip in clips), []
+        with sheets_of(path, clips) or nullcontext() as sheets:
+            for video, clip in zip(self.videos, clips, strict=True):
+                name = output_path(path, clip, several=several)
+                with VideoOutput(name, formats, clip, temporal_factor=self.temporal_factor, mark=mark) as output:
+                    if clip.context.latents is None:
+                        output.write(video.pixels[:0], video.context_latents)
+                    output.write(video.pixels, video.latents)
+                files += output.files
+                if sheets:
+                    sheets.add(clip, video.pixels)
+        return files + (sheets.files if sheets else [])

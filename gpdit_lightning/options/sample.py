@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import (
     BatchedSamplerOptions,
     LabelGuidanceOptions,
@@ -14,6 +15,7 @@ from gpdit_lightning.options.shared import (
 )
 
 VideoFormat = Literal["mp4", "gif", "png", "safetensors"]
+ALL_CLASSES = "all"  # the value of --label for all classes of a model; a class of this name is given by its number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +43,22 @@ class ContextReadingOptions(OptionRecord):
     generated frames, which are at that stride already."""
     size: str | None = None
     """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the closest in aspect."""
-    label: str | None = None
-    """Class to generate, by name or number; by default the label that a shard records for its sample, or none."""
+    label: Sequence[str] | None = None
+    """Class to generate, by name or number; by default the label that a shard records for its sample, or none. Several
+    classes, or `all`, are generated from noise alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutOptions(LabelGuidanceOptions, BatchedSamplerOptions):
     """Generation."""
 
-    frames: int = 16
-    """Pixel frames to generate."""
+    frames: int | None = None
+    """Pixel frames to generate; by default 16, or those of a training clip with --count or for a model of images."""
     samples: int = 1
     """Videos per context, with consecutive seeds."""
+    count: int | None = None
+    """Images or videos of each --label, from noise alone; the noise of each is a function of the seed, the label and
+    its number. The files are named by class and number, and sheets show them by class."""
     window: int | None = None
     """Number of preceding latent frames that a new frame attends to; by default as many as in training. In an of2 model
     a clean frame of the context attends to this many too, itself included."""
@@ -68,7 +74,17 @@ class GenerationOptions(ContextReadingOptions, RolloutOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, frames=1, samples=1, stride=1)
+        check_at_least(self, frames=1, samples=1, count=1, stride=1)
+        if self.by_class and self.samples != 1:
+            raise InputError(
+                f"--samples is {self.samples}, but samples of classes are counted by --count: give --count instead."
+            )
+
+    @property
+    def by_class(self) -> bool:
+        """Whether samples of classes are generated from noise alone, instead of videos after contexts."""
+        labels = self.label or ()
+        return self.count is not None or len(labels) > 1 or ALL_CLASSES in labels
 
 
 @dataclass(frozen=True, kw_only=True)

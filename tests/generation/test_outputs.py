@@ -17,6 +17,7 @@ from torch import Tensor
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.generation.outputs import FORMATS, VideoOutput, output_paths
+from gpdit_lightning.generation.plans import Clip
 from gpdit_lightning.media.images import read_image, write_strip
 from gpdit_lightning.media.video import video_info
 from tests.media.videos import read_video
@@ -44,7 +45,8 @@ def make_context(
 def make_output(
     path: Path, formats: Sequence[str], context: VideoContext, frames: int, mark: bool = False, beside: bool = False
 ) -> VideoOutput:
-    return VideoOutput(path, formats, context, frames, temporal_factor=4, mark=mark, side_by_side=beside)
+    clip = Clip(context, seed=0, label=-1, frames=frames, sample=0)
+    return VideoOutput(path, formats, clip, temporal_factor=4, mark=mark, side_by_side=beside)
 
 
 def latents_of(first: int, frames: int) -> Tensor:
