@@ -3,10 +3,11 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.model.attention import BlockSizes
-from gpdit_lightning.model.layout import ClipBlocks
+from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.model.time_conditioning import FREQUENCIES
 
 # Dense bf16 FLOP/s with float32 accumulation, from the manufacturers' data sheets, which often print twice as much: the
@@ -68,12 +69,8 @@ class PassShape:
 
     def blocks(self, config: GPDiTConfig) -> BlockSizes:
         """Return the tokens of the clean and of the noisy blocks; clean blocks without a later one are not computed."""
-        clip = ClipBlocks.of(config, self.noisy, self.height, self.width)
-        layout, length = clip.layout, clip.frames
-        clean = layout.sizes(range(clip.blocks[-1]), length)
-        noisy = layout.sizes(clip.blocks, length)
-        causal_tokens = layout.frame_tokens if config.causal_in_block else None
-        return BlockSizes(clean, noisy, layout.contexts(clip.blocks, length), causal_tokens)
+        layout = BlockLayout.of(config, self.height, self.width)
+        return _block_sizes(layout, tuple(self.noisy), config.causal_in_block)
 
     def tokens(self, config: GPDiTConfig) -> int:
         """Return the tokens of a frame."""
@@ -86,6 +83,15 @@ class PassShape:
     def clean_tokens(self, config: GPDiTConfig) -> int:
         """Return the tokens of all clean blocks."""
         return self.context_clips * sum(self.blocks(config).clean)
+
+
+# Searches for a run that fits compare many batch sizes of the same frames.
+@lru_cache(maxsize=256)
+def _block_sizes(layout: BlockLayout, noisy_frames: tuple[int, ...], causal_in_block: bool) -> BlockSizes:
+    blocks, length = layout.blocks_of(noisy_frames), noisy_frames[-1] + 1
+    clean, noisy = layout.sizes(range(blocks[-1]), length), layout.sizes(blocks, length)
+    causal_tokens = layout.frame_tokens if causal_in_block else None
+    return BlockSizes(clean, noisy, layout.contexts(blocks, length), causal_tokens)
 
 
 def forward_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
