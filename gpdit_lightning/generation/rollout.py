@@ -252,7 +252,7 @@ class Denoiser:
         if frames is None and config.window is None:
             raise InputError("an endless rollout would keep all frames in memory: give it a window.")
         layout = model.layout(*context.shape[-2:])
-        history = None if frames is None else max(layout.context_frames(context_frames + frames), context_frames, 1)
+        history = None if frames is None else max(layout.frames_before_last(context_frames + frames), context_frames, 1)
         self.visible = _visible_frames(config, history)
         if not config.use_cache:
             _check_without_cache(model.config, self.visible)
@@ -315,7 +315,7 @@ class Denoiser:
         assert frames is not None  # an endless rollout has a window
         with autocast(context, self.config.autocast_dtype):
             cache = self.model.new_cache(clips, frames, height, width, sinks)
-            last = cache.layout.context_frames(context_frames)
+            last = cache.layout.frames_before_last(context_frames)
             self.model.extend(cache, context[:, :last])
         self.cache = cache
         self.clean = context[:, last:] if last < context_frames else None

@@ -271,9 +271,13 @@ class BlockLayout:
         """Return the frames of the last blocks of a clip with `frames` latent frames, which may cut them."""
         return range(self._start(self._group_number(frames - 1, frames), frames), frames)
 
-    def context_frames(self, frames: int) -> int:
-        """Return the frames that precede the last blocks of a clip with `frames` latent frames, which may be cut."""
-        return frames if self.blocks_per_group > 1 or not frames else self.last_group(frames).start
+    def frames_before_last(self, frames: int) -> int:
+        """Return the number of frames that contain all blocks before the last one of a clip, which may cut this one.
+
+        Blocks that are parts of frames have others before them in the same frames, up to the last of these.
+        """
+        blocks = (self._group_number(frames - 1, frames) + 1) * self.blocks_per_group if frames else 0
+        return self.frames_before(max(blocks - 1, 0), frames)
 
 
 @dataclass(frozen=True)

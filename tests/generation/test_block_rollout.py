@@ -30,6 +30,7 @@ CASES: list[tuple[dict[str, Any], int, int]] = [
     ({"block_shape": (1, 2, 2)}, 0, 1),
     ({"block_shape": (1, 1, 2)}, 1, 2),
     ({"block_shape": (2, 1, 4)}, 2, 3),
+    ({"block_shape": (2, 1, 1)}, 2, 1),  # the last blocks are cut
     ({"block_shape": (2, 0, 0), "causal_in_block": True}, 2, 3),
     ({"block_shape": (2, 0, 0), "factorized": True}, 2, 3),
 ]
