@@ -13,6 +13,7 @@ from gpdit_lightning.estimation.units import GIB
 ROOT = Path(__file__).parents[1]
 RECIPES = ("stage1_image_warmup", "stage2_mixed", "stage3_long_video", "stage4_few_shot", "ucf101_b")
 STAGES = RECIPES[:4]
+ACDIT = tuple(f"acdit/imagenet_{size}" for size in ("b", "l", "xl", "h"))
 SECONDS = {"hour": 3600, "minute": 60}
 
 
@@ -31,7 +32,7 @@ def seconds_on_h100(run: RunSettings) -> float:
     return run.max_steps * sum(step_flops(run).values()) / (run.gpus * 989e12 * 0.4)
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, "labels/ucf101"])
+@pytest.mark.parametrize("recipe", [*RECIPES, *ACDIT, "labels/ucf101"])
 def test_the_head_of_a_recipe_has_the_memory_and_time_of_its_command(
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,12 +40,12 @@ def test_the_head_of_a_recipe_has_the_memory_and_time_of_its_command(
     head = head_of(recipe)
     stated = re.search(r"Memory: ([\d.]+) GiB per GPU.*?\(estimated: python -m gpdit_lightning estimate ([^;)]+)", head)
     assert stated
-    options = dict(re.findall(r"--(gpus|video_sizes) (\S+)", stated[2]))
-    sizes = {"videos": [options["video_sizes"]]} if "video_sizes" in options else {}
+    options = dict(re.findall(r"--(gpus|codec|video_sizes|image_sizes) (\S+)", stated[2]))
+    sizes = {f"{kind}s": [options[f"{kind}_sizes"]] for kind in ("video", "image") if f"{kind}_sizes" in options}
     files = [f"--config={path}" for path in re.findall(r"--config (\S+)", stated[2])]
-    run = read_recipe(files, int(options["gpus"]), sizes).run
+    run = read_recipe(files, int(options["gpus"]), sizes, options.get("codec", "wan")).run
     assert as_stated(memory(run)["total"] / GIB, stated[1]) == stated[1]
-    if recipe not in RECIPES:
+    if recipe not in (*RECIPES, *ACDIT):
         return  # its time is relative to that of another recipe
     time = re.search(r"Time: (?:at least )?([\d.]+) (hour|minute)s? on (\w+) H100.*?([\d.]+) PFLOP per step", head)
     assert time

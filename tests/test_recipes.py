@@ -14,9 +14,11 @@ from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli.chain import stages_of
-from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.manifest import ARRAYS, Manifest
+from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.estimation.loading import shared_memory_bytes
 from tests.checkpoints.content import read_checkpoint
+from tests.conftest import TINY_CODEC
 from tests.data.labelled import write_labelled
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -29,7 +31,10 @@ WHOLE = [
 ]
 OF_THE_PAPER = [path for path in WHOLE if path.parent == RECIPES]
 BASES = {RECIPES / name for name in ("base.yaml", "size/h.yaml", "demo/digits.yaml", "systems/clips.yaml")}
+BASES.add(RECIPES / "acdit" / "imagenet.yaml")
 TINY = RECIPES / "size" / "tiny.yaml"
+ACDIT_TINY = RECIPES / "acdit" / "tiny.yaml"
+IMAGENET = ("imagenet_b", "imagenet_l", "imagenet_xl", "imagenet_h")
 SYSTEMS = ("gpdit", "acdit_video", "acdit_image", "vidgpt", "full_sequence")
 # Recipes of other verbs than `fit`, which are tested with their verbs.
 EVALUATIONS = {path for path in CONTENTS if path.name.startswith("eval_")}
@@ -74,8 +79,9 @@ def test_list_of_recipes() -> None:
         "demo/stage3_long_video.yaml",
         "debug/overfit_one_clip.yaml",
         *(f"systems/{name}.yaml" for name in SYSTEMS),
+        *(f"acdit/{name}.yaml" for name in IMAGENET),
     }
-    others = {*CHAINS, *BASES, *EVALUATIONS, TINY, LABELS, VIDEO_CHATGPT, RECIPES / "size" / "b.yaml"}
+    others = {*CHAINS, *BASES, *EVALUATIONS, TINY, ACDIT_TINY, LABELS, VIDEO_CHATGPT, RECIPES / "size" / "b.yaml"}
     assert set(CONTENTS) == {*WHOLE, *others}
 
 
@@ -105,7 +111,7 @@ def test_head_has_the_shared_memory_of_the_loader_processes(path: Path, capsys: 
     assert f"\n# Shared memory: {stated} " in head_of(path)
 
 
-@pytest.mark.parametrize("path", WHOLE, ids=name_of)
+@pytest.mark.parametrize("path", [path for path in WHOLE if path.parent.name != "acdit"], ids=name_of)
 def test_backbone_can_be_built(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings_of(path, capsys=capsys)["model"]["init_args"]["backbone"]
     with torch.device("meta"):
@@ -137,7 +143,8 @@ def test_recipe_trains_one_step_at_tiny_size(
     path: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Only settings that require hardware or real data are replaced."""
-    arguments = ["--config", str(path)] + (["--config", str(TINY)] if path.parent == RECIPES else [])
+    overlay = {RECIPES: TINY, RECIPES / "acdit": ACDIT_TINY}.get(path.parent)
+    arguments = ["--config", str(path)] + (["--config", str(overlay)] if overlay else [])
     for source in (
         "laion",
         "video",
@@ -165,11 +172,26 @@ def test_recipe_trains_one_step_at_tiny_size(
     ]
     if path.parent.name == "debug":
         arguments.append(f"--data.videos.manifests=['{shards}']")
+    if path.parent.name == "acdit":
+        arguments += ["--model.init_args.optimizer.warmup_steps=0", "--model.init_args.optimizer.decay_steps=1"]
+        arguments += ["--data.posterior=sample", "--data.flips=true"]
+        write_imagenet(tmp_path / "latents" / "imagenet")
     assert main(["fit", *arguments]) == 0
     assert read_checkpoint(tmp_path / "run")["global_step"] == 1
     capsys.readouterr()
     saved = settings_of(tmp_path / "run" / "config.yaml", capsys=capsys)  # a complete recipe without its bases
     assert saved["run_dir"] == str(tmp_path / "run")
+
+
+def write_imagenet(folder: Path) -> None:
+    """Write 16 labelled images with their posteriors and flips."""
+    arrays, names = ARRAYS[-1], [f"n{number:08d}" for number in range(1000)]
+    latent = np.random.default_rng(0).normal(size=(1, len(arrays) * 4, 8, 8))
+    with ShardSetWriter(folder) as writer:
+        for number in range(16):
+            writer.write("train", "image", latent, {"source": str(number), "label": names[number]}, arrays)
+        shards = writer.close()
+    Manifest(folder, TINY_CODEC, shards, labels=tuple(names)).save()
 
 
 def test_the_overlay_for_labels_trains_a_conditional_model(tmp_path: Path) -> None:
@@ -252,6 +274,47 @@ PAPER: dict[str, dict[str, Any]] = {
         "trainer.max_steps": 400_000,
     },
 }
+
+
+# Numbers of ACDiT's section 5.1 and of the defaults of its code, the same for all sizes of Table 1.
+ACDIT: dict[str, Any] = {
+    "model.init_args.backbone.block_shape": [1, 16, 16],
+    "model.init_args.backbone.patch_size": 1,
+    "model.init_args.backbone.latent_channels": 4,
+    "model.init_args.backbone.classes": 1000,
+    "model.init_args.backbone.time_conditioning": "adaln",
+    "model.init_args.backbone.target": "epsilon",
+    "model.init_args.schedule.name": "linear",
+    "model.init_args.optimizer.learning_rate": 3e-4,
+    "model.init_args.optimizer.weight_decay": 0,
+    "model.init_args.optimizer.betas": [0.9, 0.95],
+    "model.init_args.optimizer.decay": "wsd",
+    "model.init_args.optimizer.decay_steps": 0.15 * 1_200_000,
+    "data.images.batch_size": 1024,
+    "data.label_dropout": 0.1,
+    "data.context_dropout": 0,
+    "data.posterior": "sample",
+    "data.flips": True,
+    "ema.decay": 0.9999,
+    "trainer.max_steps": 1_200_000,
+    "trainer.gradient_clip_val": 1,
+}
+ACDIT_PARAMETERS = {"imagenet_b": 132e6, "imagenet_l": 460e6, "imagenet_xl": 677e6, "imagenet_h": 954e6}
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_settings_and_size_are_those_of_acdit(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = settings_of(RECIPES / "acdit" / f"{name}.yaml", capsys=capsys)
+    for key, expected in ACDIT.items():
+        value: Any = recipe
+        for part in key.split("."):
+            value = value[part]
+        assert value == expected, key
+    assert recipe["model"]["class_path"].endswith("GPDiTStage")
+    with torch.device("meta"):
+        model = GPDiT(GPDiTConfig(**recipe["model"]["init_args"]["backbone"]))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert abs(parameters / ACDIT_PARAMETERS[name] - 1) < 0.02
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -37,6 +37,9 @@ class OptimizerConfig:
     part."""
     decay_steps: int = 0
     """Optimizer steps at the end of the run over which `wsd` decays."""
+    halvings: float = 0.0
+    """Above 0, `wsd` decays exponentially instead of linearly: the learning rate is halved this number of times over
+    `decay_steps`, evenly over the steps (6 in ACDiT's code, so that it ends at 1/64 of the peak)."""
     final_learning_rate_fraction: float = 0.0
     """Final learning rate of `cosine` and `wsd`, relative to the peak."""
     algorithm: Algorithm = "adamw"
@@ -64,6 +67,14 @@ class OptimizerConfig:
                 f"optimizer.decay is wsd but decay_steps is {self.decay_steps}: set the number of steps at the end of "
                 "the run over which the learning rate decays."
             )
+        if not 0 <= self.halvings < math.inf:
+            raise InputError(f"optimizer.halvings is {self.halvings}; it must be 0 or more, and finite.")
+        if self.halvings and (self.decay != "wsd" or self.final_learning_rate_fraction):
+            raise InputError(
+                f"optimizer.halvings is {self.halvings}, which is an option of the decay wsd and determines the final "
+                f"learning rate, but decay is {self.decay} and final_learning_rate_fraction is "
+                f"{self.final_learning_rate_fraction}: set wsd and 0, or halvings to 0."
+            )
         if not 0 <= self.final_learning_rate_fraction <= 1:
             raise InputError(
                 f"optimizer.final_learning_rate_fraction is {self.final_learning_rate_fraction}; it must lie between 0 "
@@ -82,6 +93,8 @@ def learning_rate_factor(step: int, config: OptimizerConfig, max_steps: int) -> 
         decay = 0.5 * (1 - math.cos(math.pi * remaining / max(1, max_steps - config.warmup_steps)))
     else:
         decay = min(1.0, remaining / config.decay_steps)
+        if config.halvings:
+            decay = 0.5 ** (config.halvings * (1 - decay))
     floor = config.final_learning_rate_fraction
     return floor + (1 - floor) * decay
 

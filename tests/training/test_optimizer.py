@@ -48,6 +48,15 @@ def test_wsd_is_constant_after_the_warmup_and_falls_linearly_at_the_end() -> Non
     assert learning_rate_factor(100, config, 100) == learning_rate_factor(150, config, 100) == 0
 
 
+def test_halvings_are_the_exponential_decay_of_acdits_code() -> None:
+    """Over the last 15 % of the steps the factor is 0.5 ** (6 r) after the fraction r of the decay."""
+    config = OptimizerConfig(decay="wsd", decay_steps=150, halvings=6)
+    assert factors(config, range(851), max_steps=1000) == [1.0] * 851
+    expected = [0.5 ** (6 * (step - 850) / 150) for step in range(850, 1001)]
+    assert factors(config, range(850, 1001), max_steps=1000) == pytest.approx(expected, rel=1e-12)
+    assert factors(config, range(850, 1001, 25), max_steps=1000) == pytest.approx([0.5**n for n in range(7)])
+
+
 def test_wsd_may_have_no_stable_part() -> None:
     config = OptimizerConfig(warmup_steps=40, decay="wsd", decay_steps=60)
     build_optimizer([torch.nn.Parameter(torch.zeros(1))], config, max_steps=100)
@@ -203,6 +212,8 @@ def test_a_negative_warmup_is_refused() -> None:
         ({"weight_decay": -0.1}, r"optimizer\.weight_decay is -0\.1; it must not be negative"),
         ({"weight_decay": math.nan}, r"optimizer\.weight_decay is nan"),
         ({"decay": "wsd"}, r"optimizer\.decay is wsd but decay_steps is 0"),
+        ({"halvings": 6}, r"optimizer\.halvings is 6, .* but decay is constant and final_learning_rate_fraction is 0"),
+        ({"decay": "wsd", "decay_steps": 5, "halvings": -1}, r"optimizer\.halvings is -1; it must be 0 or more"),
         ({"final_learning_rate_fraction": 1.1}, r"optimizer\.final_learning_rate_fraction is 1\.1"),
     ],
 )
