@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -31,6 +32,7 @@ TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")
 # Lists of other files, which are videos themselves. FFmpeg would open these files, and wait for those of a live stream.
 PLAYLIST_FORMATS = {"concat", "hls", "dash", "imf"}
 OPTIONS = {"format_whitelist": ",".join(sorted(av.formats_available - PLAYLIST_FORMATS)), "protocol_whitelist": "file"}
+MAX_PLAUSIBLE_FPS = 1000  # of the average that FFmpeg states
 # Decoders that read the transparency of WebM, which FFmpeg's default decoders ignore. The one of VP9 also detects most
 # damage; the default one detects little.
 VPX_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -51,6 +53,14 @@ class VideoStream:
     container: "av.container.InputContainer"
     stream: "av.VideoStream"
     decoder: "av.VideoCodecContext"
+
+    @property
+    def fps(self) -> Fraction | None:
+        """Average frames per second by the header, or else FFmpeg's estimate; None if there is neither."""
+        average, estimate = self.stream.average_rate, self.stream.guessed_rate
+        # For raw DV FFmpeg's average is the number of time units per second, 60000.
+        is_plausible = average and average <= MAX_PLAUSIBLE_FPS
+        return average if is_plausible or not estimate else estimate
 
 
 def is_video(path: Path) -> bool:

@@ -227,7 +227,7 @@ class _Clock:
     """
 
     def __init__(self, video: VideoStream) -> None:
-        rate = video.stream.average_rate or video.stream.guessed_rate
+        rate = video.fps
         self._period = 1 / Fraction(rate) if rate else Fraction(1, 25)
         broadcast = video.container.format.flags & av.format.Flags.ts_discont.value
         self._longest_step = LONGEST_STEP_OF_BROADCASTS if broadcast else LONGEST_STEP

@@ -101,8 +101,7 @@ def video_info(path: str | Path) -> VideoInfo:
         frame = next(_displayed_frames(video), None)
         if frame is None:
             raise InputError(f"{path} contains no frames: replace or remove it.")
-        stream = video.stream
-        fps = stream.average_rate or stream.guessed_rate
+        fps = video.fps
         if not fps:
             raise InputError(f"{path} has no frame rate: convert it to mp4.")
         height, width = frame.displayed_size

@@ -9,6 +9,7 @@ from PIL import Image
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.video import iterate_frames, iterate_images, video_info
 from gpdit_lightning.media.video_writer import write_video
+from tests.media.encoding import encode, rgb_frame
 from tests.media.videos import gray_steps, numbers, read_video
 
 
@@ -22,6 +23,13 @@ def test_video_info(video: Path) -> None:
     info = video_info(video)
     assert (info.height, info.width, info.frames) == (48, 64, 20)
     assert info.fps == Fraction(30000, 1001)
+
+
+def test_frame_rate_of_raw_dv(tmp_path: Path) -> None:
+    """FFmpeg states an average of 60000 frames per second."""
+    encode(tmp_path / "a.dv", [rgb_frame(torch.zeros(3, 576, 720, dtype=torch.uint8))] * 2, "dvvideo")
+    assert video_info(tmp_path / "a.dv").fps == 25  # that of all PAL video
+    assert [frame.time for frame in iterate_frames(tmp_path / "a.dv")] == [0, 1 / 25]
 
 
 @pytest.mark.parametrize(
