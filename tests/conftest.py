@@ -1,9 +1,11 @@
 """Fixtures of all tests."""
 
+import fcntl
 import functools
 import gc
 import math
 import os
+import shutil
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +34,7 @@ TINY_CODEC = CodecSpec(
     "pca", None, 4, 8, 4, mean=(0.5, -0.25, 2.0, 0.0), std=(2.0, 0.5, 4.0, 1.0), fingerprint="0123456789abcdef"
 )
 
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 Counts = Mapping[tuple[Split, Kind, tuple[int, int, int]], int]
 
 
@@ -49,6 +52,29 @@ def pytest_collection_finish() -> None:
     """Exclude the imported modules and the tests, which remain until the end, from garbage collections."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """`made_once(name, make)` returns a folder that `make(folder)` has filled, for all processes of pytest-xdist.
+
+    For what takes seconds to make. The first process makes it, and the others wait. Tests must not change it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def run(name: str, make: Callable[[Path], object]) -> Path:
+        folder, complete = root / name, root / f"{name}.complete"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                complete.touch()
+        return folder
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +105,7 @@ def write_shards() -> Callable[..., Manifest]:
 
 
 @pytest.fixture(scope="session")
-def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_shards(made_once: MadeOnce) -> Path:
     """Images and clips of 3 latent frames, 4 channels of 8x8, some held out, in shards of 5. Do not change them."""
     counts: Counts = {
         ("train", "image", (1, 8, 8)): 12,
@@ -87,7 +113,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("validation", "image", (1, 8, 8)): 4,
         ("validation", "video", (3, 8, 8)): 4,
     }
-    return _write_shards(tmp_path_factory.mktemp("shards"), counts).directory
+    return made_once("tiny_shards", lambda folder: _write_shards(folder, counts))
 
 
 @pytest.fixture(scope="session")

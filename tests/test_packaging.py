@@ -9,13 +9,26 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import MadeOnce
+
 ROOT = Path(__file__).parents[1]
+PRINT_BOTH = """
+from contextlib import suppress
+from gpdit_lightning.cli import main
+for recipe in ("gpdit:stage2_mixed", "mine/stage2_mixed.yaml"):
+    with suppress(SystemExit):
+        main(["fit", f"--config={recipe}", "--print_config"])
+    print("---")
+"""
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(made_once: MadeOnce) -> Path:
     """Content of the wheel that is built from the source distribution."""
-    folder = tmp_path_factory.mktemp("packaging")
+    return made_once("packaging", install) / "site"
+
+
+def install(folder: Path) -> None:
     ignored = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", "runs", "latents", ".venv*")
     shutil.copytree(ROOT, folder / "clone", ignore=ignored)
     build(folder / "clone", "build_sdist", folder)
@@ -23,7 +36,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build(next((folder / "sdist").iterdir()), "build_wheel", folder)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         wheel.extractall(folder / "site")
-    return folder / "site"
 
 
 def build(source: Path, step: str, out: Path) -> None:
@@ -32,8 +44,12 @@ def build(source: Path, step: str, out: Path) -> None:
 
 
 def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return python(installed, cwd, "-m", "gpdit_lightning", *arguments)
+
+
+def python(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "gpdit_lightning", *arguments],
+        [sys.executable, *arguments],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(installed)},
         capture_output=True,
@@ -56,10 +72,8 @@ def test_shipped_recipes_can_be_listed_copied_and_used(installed: Path, tmp_path
     listed = run(installed, tmp_path, "recipes")
     assert "gpdit:stage2_mixed" in listed.stdout, listed.stderr
     assert run(installed, tmp_path, "recipes", "--out", "mine").returncode == 0
-    by_name, by_path = (
-        run(installed, tmp_path, "fit", "--config", name, "--print_config")
-        for name in ("gpdit:stage2_mixed", "mine/stage2_mixed.yaml")
-    )
-    assert "class_path: gpdit_lightning.stages.MixedStage" in by_name.stdout, by_name.stderr
-    assert "max_steps: 200000" in by_name.stdout
-    assert len(by_name.stdout.splitlines()) == len(by_path.stdout.splitlines())
+    printed = python(installed, tmp_path, "-c", PRINT_BOTH)
+    by_name, by_path, _ = printed.stdout.split("---\n")
+    assert "class_path: gpdit_lightning.stages.MixedStage" in by_name, printed.stderr
+    assert "max_steps: 200000" in by_name
+    assert len(by_name.splitlines()) == len(by_path.splitlines())

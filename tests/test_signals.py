@@ -102,8 +102,7 @@ def test_a_worker_without_the_initializer_is_killed() -> None:
 
 
 @linux_only
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_worker_that_is_still_starting_ignores_signals(number: int, tmp_path: Path) -> None:
+def test_a_worker_that_is_still_starting_ignores_signals(tmp_path: Path) -> None:
     resource_tracker.ensure_running()  # as `signals_delayed` does where processes are spawned by default
     loader = loader_of(SlowStart(tmp_path / "started"), multiprocessing_context="spawn")
     with signals_delayed():
@@ -113,7 +112,8 @@ def test_a_worker_that_is_still_starting_ignores_signals(number: int, tmp_path: 
         assert time.monotonic() < deadline
         time.sleep(0.01)
     for worker in workers_of(batches):
-        send(number, worker)
+        for number in SIGNALS:
+            send(number, worker)
     assert list(batches) == list(range(6))
 
 

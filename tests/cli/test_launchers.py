@@ -15,7 +15,7 @@ import yaml
 
 from gpdit_lightning.checkpoints.files import last_checkpoint
 from tests.checkpoints.content import read_checkpoint
-from tests.cli.test_resume import STEPS, recipe
+from tests.cli.test_resume import STEPS, fit, recipe
 from tests.cli.test_stopped_runs import CALLBACKS
 
 OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -76,11 +76,21 @@ def test_both_launchers_train_the_same(start: Callable[..., list["subprocess.Pop
         assert torch.equal(value, weights["slurm"][name]), name
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "slurm"])
+@pytest.mark.parametrize(
+    ("launcher", "again"),
+    [
+        ("slurm", False),
+        pytest.param("slurm", True, marks=pytest.mark.slow),
+        pytest.param("torchrun", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_scheduler_ends_its_job_and_starts_it_again(
-    launcher: str, start: Callable[..., list["subprocess.Popen[str]"]], tmp_path: Path
+    launcher: str, again: bool, start: Callable[..., list["subprocess.Popen[str]"]], tmp_path: Path
 ) -> None:
-    """SIGTERM to every task (torchrun forwards it to its processes): the step is saved, and the job resumes."""
+    """SIGTERM to every task (torchrun forwards it to its processes): the step is saved, and the job resumes.
+
+    The job starts again on two ranks, or on one, which takes less time.
+    """
     processes = start(launcher, sleep=1.5)
     deadline = time.monotonic() + 120
     while not (tmp_path / "reached").exists() and time.monotonic() < deadline:
@@ -94,6 +104,12 @@ def test_a_scheduler_ends_its_job_and_starts_it_again(
     else:
         assert processes[0].returncode != 0
     assert last_checkpoint(tmp_path / "run", verify=True) == tmp_path / "run" / "checkpoints" / "step-4.ckpt"
-    processes = start(launcher)
-    printed = [process.communicate(timeout=300)[0] for process in processes]
-    assert "".join(printed).count(f"finished at step {STEPS}") == 1, printed
+    if again:
+        processes = start(launcher)
+        printed = [process.communicate(timeout=300)[0] for process in processes]
+        assert "".join(printed).count(f"finished at step {STEPS}") == 1, printed
+        return
+    settings = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    del settings["trainer"]["callbacks"]
+    assert fit(tmp_path / "one_rank.yaml", settings, "--trainer.devices=1", "--trainer.strategy=auto") == 0
+    assert last_checkpoint(tmp_path / "run", verify=True) == tmp_path / "run" / "checkpoints" / f"step-{STEPS}.ckpt"

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpdit_lightning.checkpoints.files import remove
 from tests.checkpoints.content import read_checkpoint
+from tests.conftest import MadeOnce
 
 STEPS = 6
 RECORDER = '''
@@ -45,10 +46,8 @@ class Recorder(Callback):
 
 
 @pytest.fixture(scope="module")
-def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("modules")
-    (folder / "recording.py").write_text(RECORDER)
-    return folder
+def recorder(made_once: MadeOnce) -> Path:
+    return made_once("recorder", lambda folder: (folder / "recording.py").write_text(RECORDER))
 
 
 def train(
@@ -136,17 +135,13 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(tiny_shards: Path, recorder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("one") / "uninterrupted"
-    finish(train(folder, tiny_shards, recorder, 1, "uninterrupted"))
-    return folder
+def one_rank(tiny_shards: Path, recorder: Path, made_once: MadeOnce) -> Path:
+    return made_once("one_rank", lambda folder: finish(train(folder, tiny_shards, recorder, 1, "uninterrupted")))
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny_shards: Path, recorder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two") / "uninterrupted"
-    finish(train(folder, tiny_shards, recorder, 2, "uninterrupted"))
-    return folder
+def two_ranks(tiny_shards: Path, recorder: Path, made_once: MadeOnce) -> Path:
+    return made_once("two_ranks", lambda folder: finish(train(folder, tiny_shards, recorder, 2, "uninterrupted")))
 
 
 def copy_run_at_step(folder: Path, uninterrupted: Path, step: int) -> None:

@@ -32,6 +32,7 @@ from gpdit_lightning.estimation.requirements import (
     step_flops,
     with_smaller_micro_batches,
 )
+from tests.conftest import MadeOnce
 from tests.estimation import memory_runs
 
 GIB = 2**30
@@ -137,16 +138,20 @@ def test_requirements_of_a_loss_on_targets() -> None:
 
 
 @pytest.fixture(scope="module")
-def images(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_shards(tmp_path_factory.mktemp("shards"), {("train", "image", (1, 8, 8)): 8}).directory)
+def images(write_shards: Callable[..., Manifest], made_once: MadeOnce) -> str:
+    counts = {("train", "image", (1, 8, 8)): 8}
+    return str(made_once("eight_images", lambda folder: write_shards(folder, counts)))
 
 
 @pytest.fixture(scope="module")
-def measured(images: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def measured(images: str, made_once: MadeOnce) -> Path:
     """A folder with a file of measured bytes for each run and rank."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    folder = tmp_path_factory.mktemp("measured")
+    return made_once("measured_memory", lambda folder: measure(folder, images))
+
+
+def measure(folder: Path, images: str) -> None:
     runs = [{"name": "-".join(case), "strategy": case[0], "precision": case[1], "shards": images} for case in CASES]
     (folder / "runs.json").write_text(json.dumps(runs))
     completed = subprocess.run(
@@ -154,7 +159,6 @@ def measured(images: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert completed.returncode == 0, completed.stderr
-    return folder
 
 
 def assert_matches(run: RunSettings, measured: dict[str, int]) -> None:

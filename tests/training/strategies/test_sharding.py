@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from tests.checkpoints.content import read_checkpoint
+from tests.conftest import MadeOnce
 from tests.evaluation.scripted import ScriptedInception
 from tests.evaluation.scripted import saved as saved_network
 from tests.model.dtypes import MIXED_BF16
@@ -105,8 +106,8 @@ def launch(folder: Path, shards: str, runs: dict[str, Run]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_shards(tmp_path_factory.mktemp("shards"))
+def shards(made_once: MadeOnce) -> str:
+    return str(made_once("shards_of_previews", make_shards))
 
 
 @pytest.fixture(scope="module")
@@ -116,19 +117,22 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 
 @pytest.fixture(scope="module")
-def folder(shards: str, networks: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(shards: str, networks: dict[str, Run], made_once: MadeOnce) -> Path:
     scored = {name: run | {"scores": networks} for name, run in SCORED.items()}
-    return launch(tmp_path_factory.mktemp("runs"), shards, {name: dict(run) for name, run in RUNS.items()} | scored)
+    runs = {name: dict(run) for name, run in RUNS.items()} | scored
+    return made_once("sharded_runs", lambda folder: launch(folder, shards, runs))
 
 
 @pytest.fixture(scope="module")
-def slow_folder(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(tmp_path_factory.mktemp("slow"), shards, {name: dict(run) for name, run in SLOW_RUNS.items()})
+def slow_folder(shards: str, made_once: MadeOnce) -> Path:
+    runs = {name: dict(run) for name, run in SLOW_RUNS.items()}
+    return made_once("slow_runs", lambda folder: launch(folder, shards, runs))
 
 
 @pytest.fixture(scope="module")
-def others(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(tmp_path_factory.mktemp("others"), shards, {name: dict(run) for name, run in SLOW_OTHERS.items()})
+def others(shards: str, made_once: MadeOnce) -> Path:
+    runs = {name: dict(run) for name, run in SLOW_OTHERS.items()}
+    return made_once("slow_others", lambda folder: launch(folder, shards, runs))
 
 
 def seen(folder: Path, name: str) -> dict[str, Any]:
