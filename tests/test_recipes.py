@@ -33,7 +33,7 @@ OF_THE_PAPER = [path for path in WHOLE if path.parent == RECIPES]
 BASES = {RECIPES / name for name in ("base.yaml", "size/h.yaml", "demo/digits.yaml", "systems/clips.yaml")}
 BASES.add(RECIPES / "acdit" / "imagenet.yaml")
 TINY = RECIPES / "size" / "tiny.yaml"
-ACDIT_TINY = RECIPES / "acdit" / "tiny.yaml"
+ACDIT_LAPTOP = RECIPES / "acdit" / "laptop.yaml"
 IMAGENET = ("imagenet_b", "imagenet_l", "imagenet_xl", "imagenet_h")
 SYSTEMS = ("gpdit", "acdit_video", "acdit_image", "vidgpt", "full_sequence")
 # Recipes of other verbs than `fit`, which are tested with their verbs.
@@ -81,7 +81,7 @@ def test_list_of_recipes() -> None:
         *(f"systems/{name}.yaml" for name in SYSTEMS),
         *(f"acdit/{name}.yaml" for name in IMAGENET),
     }
-    others = {*CHAINS, *BASES, *EVALUATIONS, TINY, ACDIT_TINY, LABELS, VIDEO_CHATGPT, RECIPES / "size" / "b.yaml"}
+    others = {*CHAINS, *BASES, *EVALUATIONS, TINY, ACDIT_LAPTOP, LABELS, VIDEO_CHATGPT, RECIPES / "size" / "b.yaml"}
     assert set(CONTENTS) == {*WHOLE, *others}
 
 
@@ -143,7 +143,7 @@ def test_recipe_trains_one_step_at_tiny_size(
     path: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Only settings that require hardware or real data are replaced."""
-    overlay = {RECIPES: TINY, RECIPES / "acdit": ACDIT_TINY}.get(path.parent)
+    overlay = {RECIPES: TINY, RECIPES / "acdit": ACDIT_LAPTOP}.get(path.parent)
     arguments = ["--config", str(path)] + (["--config", str(overlay)] if overlay else [])
     for source in (
         "laion",
