@@ -60,7 +60,9 @@ def commands_in(document: Path) -> Iterator[list[str]]:
     """Yield the commands of this package in a document, as lists of words that begin with the verb."""
     for code in code_in(document):
         code = code.replace("\\\n", " ")
-        for name, value in re.findall(r"^for (\w+) in (\w+)", code, flags=re.MULTILINE):
+        variables = re.findall(r"^for (\w+) in (\w+)", code, flags=re.MULTILINE)
+        variables += re.findall(r'^([A-Z]+)="([^"]*)"', code, flags=re.MULTILINE)
+        for name, value in variables:
             code = code.replace(f"${name}", value)
         for line in code.splitlines():
             words = split_words(line)
