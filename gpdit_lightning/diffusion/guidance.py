@@ -24,9 +24,9 @@ class Guidance:
     """
 
     context: float = 1.0
-    """Scale of the context; 1: no guidance. Any other value adds a noisy frame without context to each network call."""
+    """Scale of the context; 1: no guidance. Any other value adds a noisy block without context to each network call."""
     label: float = 1.0
-    """Scale of the class label or text; 1: no guidance. Any other value adds a noisy frame without it."""
+    """Scale of the class label or text; 1: no guidance. Any other value adds a noisy block without it."""
     least_level: float = 0.0
     """The lowest noise level t at which guidance is applied; it has little effect at low levels (Kynkäänniemi et al.,
     2024)."""

@@ -7,7 +7,8 @@ from functools import lru_cache
 
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.model.attention import BlockSizes
-from gpdit_lightning.model.layout import BlockLayout
+from gpdit_lightning.model.layout import BlockLayout, ClipBlocks
+from gpdit_lightning.model.streams import PassBlocks
 from gpdit_lightning.model.time_conditioning import FREQUENCIES
 
 # Dense bf16 FLOP/s with float32 accumulation, from the manufacturers' data sheets, which often print twice as much: the
@@ -88,10 +89,8 @@ class PassShape:
 # Searches for a run that fits compare many batch sizes of the same frames.
 @lru_cache(maxsize=256)
 def _block_sizes(layout: BlockLayout, noisy_frames: tuple[int, ...], causal_in_block: bool) -> BlockSizes:
-    blocks, length = layout.blocks_of(noisy_frames), noisy_frames[-1] + 1
-    clean, noisy = layout.sizes(range(blocks[-1]), length), layout.sizes(blocks, length)
-    causal_tokens = layout.frame_tokens if causal_in_block else None
-    return BlockSizes(clean, noisy, layout.contexts(blocks, length), causal_tokens)
+    clip = ClipBlocks(layout, layout.blocks_of(noisy_frames), noisy_frames[-1] + 1)
+    return PassBlocks.of_clip(clip).sizes(causal_in_block)
 
 
 def forward_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
@@ -143,8 +142,6 @@ def attention_pairs(config: GPDiTConfig, shape: PassShape) -> tuple[int, int]:
     With factorized attention they are those along time.
     """
     sizes = shape.blocks(config)
-    # Along time, a frame has one token at each of its places.
-    tokens, places = (shape.tokens(config),) * 2 if config.factorized else (1, 1)
     frame = sizes.causal_tokens
 
     def within(size: int) -> int:
@@ -157,7 +154,9 @@ def attention_pairs(config: GPDiTConfig, shape: PassShape) -> tuple[int, int]:
     alone = sum(map(within, sizes.noisy))
     to_context = sum(size * context for size, context in zip(sizes.noisy, sizes.contexts, strict=True))
     noisy = shape.draws * (shape.context_clips * to_context + shape.clips * alone)
-    return shape.context_clips * clean * places // tokens**2, noisy * places // tokens**2
+    # Along time, a token attends to one token of each frame.
+    per_frame = shape.tokens(config) if config.factorized else 1
+    return shape.context_clips * clean // per_frame, noisy // per_frame
 
 
 def training_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:

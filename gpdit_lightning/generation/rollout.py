@@ -32,7 +32,7 @@ class GenerationConfig:
     """
 
     sampler: Sampler = field(default_factory=RotationSampler)
-    """Turns noise into a frame, with one network call per step."""
+    """Turns noise into a block, with one network call per step."""
     guidance: Guidance = field(default_factory=Guidance)
     """Classifier-free guidance over the context and over the label or text."""
     window: int | None = None
@@ -255,12 +255,7 @@ class Denoiser:
         history = None if frames is None else max(layout.frames_before_last(context_frames + frames), context_frames, 1)
         self.visible = _visible_frames(config, history)
         if not config.use_cache:
-            _check_without_cache(model.config, self.visible)
-        if self.visible is not None and not config.use_cache and model.config.attention == "of2":
-            raise InputError(
-                f"without a cache an of2 model must attend to all frames, but the window is {config.window}: generate "
-                "with the cache, generate fewer frames, or use a model with `of` attention."
-            )
+            _check_without_cache(model.config, None if self.visible is None else config.window)
         self.cache: KVCache | None = None
         # Clean frames (B, k, C, H, W) that the next network call takes as inputs. With a cache these are the frames
         # that are not in it yet; without one, all visible frames.
@@ -331,14 +326,17 @@ class Denoiser:
             self.clean = torch.cat((sinks, window), dim=1)
 
 
-def _check_without_cache(config: GPDiTConfig, visible: int | None) -> None:
-    """Raise InputError unless the visible frames can be computed again at every network call."""
-    if not config.whole_frames or (
-        visible is not None and (config.block_shape[0] != 1 or config.first_block_frames > 1)
-    ):
+def _check_without_cache(config: GPDiTConfig, window: int | None) -> None:
+    """Raise InputError unless the visible frames, all if `window` is None, can be recomputed at every network call."""
+    if not config.whole_frames or (window is not None and config.block_frames != (1, 1)):
         raise InputError(
             f"without a cache, blocks of block_shape {config.block_shape} cannot be generated"
             f"{' with a window' if config.whole_frames else ''}: generate with the cache."
+        )
+    if window is not None and config.attention == "of2":
+        raise InputError(
+            f"without a cache an of2 model must attend to all frames, but the window is {window}: generate with the "
+            "cache, generate fewer frames, or use a model with `of` attention."
         )
 
 

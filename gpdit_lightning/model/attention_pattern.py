@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gpdit_lightning.model.config import CUSTOM_SIZE, GPDiTConfig
 from gpdit_lightning.model.gpdit import GPDiT
-from gpdit_lightning.model.layout import BlockLayout
-from gpdit_lightning.model.streams import PassLayout
+from gpdit_lightning.model.layout import ClipBlocks
+from gpdit_lightning.model.streams import PassBlocks
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,13 @@ def attention_patterns(
     small = {"size": CUSTOM_SIZE, "layers": 1, "heads": 1, "width": 8, "mlp_width": 1, "latent_channels": 1}
     plain = {"patch_size": 1, "classes": 0, "text_width": 0, "time_conditioning": "rotation"}
     config = config.replaced(**small, **plain, attention_backend="sdpa")
-    layout = BlockLayout.of(config, rows, columns)
-    noisy, length = layout.blocks_of(frames), frames[-1] + 1
-    of_pass = PassLayout(layout, length, range(noisy[-1]), noisy, layout.contexts(noisy, length))
-    sizes = of_pass.sizes(config.causal_in_block)
-    latents = torch.zeros(1, length, 1, rows, columns, device="cpu")
+    blocks = PassBlocks.of_clip(ClipBlocks.of(config, frames, rows, columns))
+    sizes = blocks.sizes(config.causal_in_block)
+    latents = torch.zeros(1, blocks.frames, 1, rows, columns, device="cpu")
     with torch.device("cpu"), torch.no_grad():
         model = GPDiT(config)
         clean = latents if sizes.clean else None
-        x, streams = model.embed(of_pass, clean, latents[:, list(frames)], torch.zeros(1, len(noisy)))
+        x, streams = model.embed(blocks, clean, latents[:, list(frames)], torch.zeros(1, len(blocks.noisy)))
         streams = replace(streams, operator=_average)
         zeros, numbers = x.new_zeros(len(x), 1, config.head_width), torch.eye(len(x))[:, None]
         observed = {"attention": streams.attend(zeros, zeros, numbers)}
@@ -67,7 +65,7 @@ def attention_patterns(
             within = streams.attend_within_frames(zeros, zeros, numbers)
             observed = {"within frames": within, "along time": observed["attention"]}
     return {
-        name: AttentionPattern(weights.flatten(1) > 0, sizes.clean, sizes.noisy, noisy[0])
+        name: AttentionPattern(weights.flatten(1) > 0, sizes.clean, sizes.noisy, blocks.noisy[0])
         for name, weights in observed.items()
     }
 

@@ -26,11 +26,11 @@ from gpdit_lightning.model.checks import (
 )
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.model.kv_cache import KVCache
-from gpdit_lightning.model.layout import BlockLayout
+from gpdit_lightning.model.layout import BlockLayout, ClipBlocks
 from gpdit_lightning.model.patches import patchify, unpatchify
 from gpdit_lightning.model.precision import RMSNorm, product_dtype, stream_dtype
 from gpdit_lightning.model.prefix import Prefix
-from gpdit_lightning.model.streams import PassLayout, Streams, describe_streams
+from gpdit_lightning.model.streams import PassBlocks, Streams, describe_streams
 from gpdit_lightning.model.time_conditioning import (
     AdaLN,
     TimeConditioning,
@@ -145,22 +145,19 @@ class GPDiT(nn.Module):
         """
         check_device(self.device, "the model", noisy=noisy, clean=clean)
         check_forward(self.config, noisy, theta, clean, condition, draws, frames)
-        layout = self.layout(*noisy.shape[-2:])
-        frames = tuple(range(noisy.shape[1]) if frames is None else frames)
-        blocks, length = layout.blocks_of(frames), frames[-1] + 1
-        clean_blocks = range(blocks[-1] if clean is not None and len(clean) else 0)
-        clean = (
-            clean[:, : layout.frames_before(len(clean_blocks), length)] if clean is not None and clean_blocks else None
-        )
-        of_pass = PassLayout(layout, length, clean_blocks, blocks, layout.contexts(blocks, length), draws)
-        x, streams = self.embed(of_pass, clean, noisy, theta, condition)
+        frames = range(noisy.shape[1]) if frames is None else frames
+        clip = ClipBlocks.of(self.config, frames, *noisy.shape[-2:])
+        blocks, layout = PassBlocks.of_clip(clip, clean is not None and len(clean) > 0, draws), clip.layout
+        # A clip of one block has no clean stream.
+        clean = clean[:, : layout.frames_before(clip.blocks[-1], clip.frames)] if clean is not None else None
+        x, streams = self.embed(blocks, clean if blocks.clean else None, noisy, theta, condition)
         x = self._run_blocks(x, streams)
-        patches = layout.unpack(self.head(x, streams), blocks, length)
+        patches = layout.unpack(self.head(x, streams), clip.blocks, clip.frames)
         return unpatchify(patches, self.config.patch_size, layout.rows, layout.columns).to(noisy.dtype)
 
     def embed(
         self,
-        layout: PassLayout,
+        blocks: PassBlocks,
         clean: Tensor | None = None,
         noisy: Tensor | None = None,
         theta: Tensor | None = None,
@@ -169,7 +166,7 @@ class GPDiT(nn.Module):
         """Embed the prefix, all clean blocks and all noisy blocks as packed tokens, and describe their streams.
 
         Args:
-            layout: the blocks of the pass.
+            blocks: the blocks of the pass.
             clean, noisy: (B, F, C, H, W), whole frames that begin with those of the blocks, or (B, f, C, h, w), one
                 block.
             theta, condition: as in :meth:`forward`.
@@ -177,10 +174,9 @@ class GPDiT(nn.Module):
         Returns:
             tokens (packed tokens, D), and the streams of the pass.
         """
-        blocks = layout.layout
         given = [
-            blocks.pack(patchify(latents, self.config.patch_size), numbers, layout.frames).flatten(0, 1)
-            for latents, numbers in ((clean, layout.clean), (noisy, layout.noisy))
+            blocks.layout.pack(patchify(latents, self.config.patch_size), numbers, blocks.frames).flatten(0, 1)
+            for latents, numbers in ((clean, blocks.clean), (noisy, blocks.noisy))
             if latents is not None
         ]
         dtype, products = stream_dtype(self.patch_embedding.weight), product_dtype(self.patch_embedding.weight)
@@ -190,7 +186,7 @@ class GPDiT(nn.Module):
             prefix = self.prefix(condition, len(noisy))
             x = torch.cat((prefix.flatten(0, 1).to(dtype), x))
         clips, rows = (len(latents) if latents is not None else 0 for latents in (clean, noisy))
-        sizes = layout.sizes(self.config.causal_in_block)
+        sizes = blocks.sizes(self.config.causal_in_block)
         time: TimeConditioning
         if theta is None:
             time = Unconditioned()
@@ -198,7 +194,7 @@ class GPDiT(nn.Module):
             time = TimeRotation.of_noisy(theta, sizes.noisy, x, self.config.time_site)
         else:
             time = AdaLN(self.time_embedding(theta.to(x.device, x.dtype), condition), sizes.noisy)
-        streams = describe_streams(self.config, layout, x, products, prefix, clips, rows, time)
+        streams = describe_streams(self.config, blocks, x, products, prefix, clips, rows, time)
         return time.at_input(x), streams
 
     def _run_blocks(
@@ -258,7 +254,7 @@ class GPDiT(nn.Module):
         check_features(self.config, clean, layers, condition)
         layout, frames = self.layout(*clean.shape[-2:]), clean.shape[1]
         blocks = range(layout.count(frames))
-        x, streams = self.embed(PassLayout(layout, frames, clean=blocks), clean)
+        x, streams = self.embed(PassBlocks(layout, frames, clean=blocks), clean)
         features = {}
         for previous, layer in pairwise((0, *layers)):
             x = self._run_blocks(x, streams, range(previous, layer))
@@ -308,7 +304,7 @@ class GPDiT(nn.Module):
             new, clean = clean[:, :most], clean[:, most:]
             blocks, length = cache.layout.following(cache.blocks, new.shape[1], *new.shape[-2:])
             cache.begin_pass(len(blocks), sum(cache.layout.sizes(blocks, length)))
-            x, streams = self.embed(PassLayout(cache.layout, length, blocks), new)
+            x, streams = self.embed(PassBlocks(cache.layout, length, blocks), new)
             x = self._run_blocks(x, streams, range(last), cache)
             last_block.write_cache(x, streams, cache.layer_cache(last))
             cache.end_pass()
@@ -333,7 +329,7 @@ class GPDiT(nn.Module):
             condition: as in :meth:`forward`, for each of the R rows.
             clean: (B, k, C, H, W), the clean frames immediately before this block, or a block as in :meth:`extend`.
                 With a cache they are appended to it in the same pass, as by `extend`; without a cache they are the
-                whole context (GPDiT, section 4.1.2).
+                whole context (GPDiT, section 4.1.2), and must be whole frames.
             draws: K, number of rows that share the context of a clip: row k * B + b has that of clip b.
             compiled: use blocks compiled by torch.compile, whatever `config.compile`, which concerns training; with a
                 rolling cache, four graphs are used for all frames.
@@ -365,7 +361,7 @@ class GPDiT(nn.Module):
         if cache is not None:
             context_tokens = cache.stored_tokens(new_tokens)
             cache.begin_pass(len(new), new_tokens)
-        of_pass = PassLayout(layout, length, new, (block,), (context_tokens,), draws)
+        of_pass = PassBlocks(layout, length, new, (block,), (context_tokens,), draws)
         x, streams = self.embed(of_pass, clean if new_tokens else None, noisy, theta[:, None], condition)
         x = self._run_blocks(x, streams, cache=cache, run=run_compiled_block if compiled else run_block)
         if cache is not None:

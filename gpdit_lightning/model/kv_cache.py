@@ -156,7 +156,7 @@ def _check_rolling(config: GPDiTConfig, max_frames: int, sinks: int) -> None:
             f"a rolling cache of {max_frames} frames has no room for {sinks} sinks and a window of at least one "
             "frame: give it more frames or fewer sinks."
         )
-    frames, first = config.block_shape[0], config.first_block_frames or config.block_shape[0]
+    first, frames = config.block_frames
     if not config.whole_frames or not frames:
         raise InputError(
             f"a rolling cache needs blocks of a number of whole frames, but block_shape is {config.block_shape}: "

@@ -18,12 +18,12 @@ from gpdit_lightning.model.attention import (
 )
 from gpdit_lightning.model.config import AttentionVariant, GPDiTConfig
 from gpdit_lightning.model.kv_cache import LayerCache
-from gpdit_lightning.model.layout import BlockLayout
+from gpdit_lightning.model.layout import BlockLayout, ClipBlocks
 from gpdit_lightning.model.positions import Rope, rope_table
 from gpdit_lightning.model.time_conditioning import Branch, TimeConditioning
 
 
-class PassLayout(NamedTuple):
+class PassBlocks(NamedTuple):
     """The blocks of a pass, and the context of its noisy blocks.
 
     Attributes:
@@ -41,6 +41,19 @@ class PassLayout(NamedTuple):
     noisy: tuple[int, ...] = ()
     contexts: tuple[int, ...] = ()
     draws: int = 1
+
+    @classmethod
+    def of_clip(cls, clip: ClipBlocks, has_context: bool = True, draws: int = 1) -> "PassBlocks":
+        """Return the blocks of a pass whose noisy blocks are those of a clip, each with all clean blocks before it.
+
+        Args:
+            clip: the noisy blocks.
+            has_context: whether there are clean blocks.
+            draws: K.
+        """
+        contexts = clip.layout.contexts(clip.blocks, clip.frames)
+        clean = range(clip.blocks[-1] if has_context else 0)  # no block attends to the last clean block
+        return cls(clip.layout, clip.frames, clean, clip.blocks, contexts, draws)
 
     def sizes(self, causal: bool) -> BlockSizes:
         """Return the tokens of the blocks, where a frame attends to no later frame of its block if `causal`."""
@@ -190,7 +203,7 @@ class Streams:
 
 def describe_streams(
     config: GPDiTConfig,
-    layout: PassLayout,
+    blocks: PassBlocks,
     x: Tensor,
     product_dtype: torch.dtype,
     prefix: Tensor | None,
@@ -202,7 +215,7 @@ def describe_streams(
 
     Args:
         config: the architecture.
-        layout: the blocks of the pass.
+        blocks: the blocks of the pass.
         x: (packed tokens, D), in the precision of the residual stream, which rotations have too.
         product_dtype: precision of matrix products and attention.
         prefix: (rows, prefix tokens, D) or None.
@@ -210,19 +223,19 @@ def describe_streams(
         rows: number of noisy rows, or 0.
         time: the time conditioning of all tokens.
     """
-    table = partial(rope_table, config, layout.layout, frames=layout.frames, device=x.device, dtype=x.dtype)
+    table = partial(rope_table, config, blocks.layout, frames=blocks.frames, device=x.device, dtype=x.dtype)
     return Streams(
         variant=config.attention,
         operator=select_backend(config.attention_backend, x.device.type, product_dtype, config.head_width),
-        sizes=layout.sizes(config.causal_in_block),
-        frame_tokens=layout.layout.frame_tokens,
+        sizes=blocks.sizes(config.causal_in_block),
+        frame_tokens=blocks.layout.frame_tokens,
         factorized=config.factorized,
         prefix_shape=(prefix.shape[0], prefix.shape[1]) if prefix is not None else (0, 0),
         clips=clips,
         rows=rows,
-        clean_rope=table(blocks=layout.clean),
-        noisy_rope=table(blocks=layout.noisy),
+        clean_rope=table(blocks=blocks.clean),
+        noisy_rope=table(blocks=blocks.noisy),
         time=time,
-        draws=layout.draws,
+        draws=blocks.draws,
         product_dtype=product_dtype,
     )
