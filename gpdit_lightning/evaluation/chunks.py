@@ -23,8 +23,10 @@ from gpdit_lightning.evaluation.networks import ImageNetwork, VideoNetwork
 from gpdit_lightning.evaluation.self_checks import BLUR_LEVELS, NOISE_LEVELS, add_noise, gaussian_blur
 from gpdit_lightning.evaluation.videos import Selection, read_clip
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
-from gpdit_lightning.media.images import Size
+from gpdit_lightning.media.finding import Medium
+from gpdit_lightning.media.images import Size, adm_resize_and_crop, read_image, resize_and_crop
 from gpdit_lightning.model import GPDiT
+from gpdit_lightning.options.prepare import ImageScaling
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 GROUND_TRUTH, CODEC, REPEATED = "truth", "codec", "repeated"
 NOISE = tuple(f"noise {level:g}" for level in NOISE_LEVELS)
 BLUR = tuple(f"blur {level:g}" for level in BLUR_LEVELS)
+
+MAX_RECONSTRUCTED = 50_000  # of the real videos or images, which are also encoded and decoded
 
 
 def seed_variant(seed: int) -> str:
@@ -53,6 +57,8 @@ class EvaluationSettings:
             ground truth and continuation.
         self_check_videos: number of videos, from the first of the selection, whose ground truth is also distorted.
         fps: frames per second to which videos are resampled, as for :func:`videos.read_clip`.
+        medium: of the real data; a clip of images is one frame.
+        image_scaling: how images are scaled before the centre crop.
     """
 
     context_frames: int
@@ -64,6 +70,8 @@ class EvaluationSettings:
     fvd_includes_context: bool = True
     self_check_videos: int = 0
     fps: float | None = None
+    medium: Medium = "video"
+    image_scaling: ImageScaling = "bicubic"
 
     @property
     def frames(self) -> int:
@@ -71,7 +79,13 @@ class EvaluationSettings:
         return self.context_frames + self.generated_frames
 
     def read_clip(self, path: Path) -> Tensor:
-        """Return the clip at the beginning of a video, uint8 (T, 3, H, W); raises as :func:`videos.read_clip`."""
+        """Return an image, or the clip at the beginning of a video, uint8 (T, 3, H, W).
+
+        Raises as :func:`media.images.read_image` and :func:`videos.read_clip`.
+        """
+        if self.medium == "image":
+            scale = adm_resize_and_crop if self.image_scaling == "adm" else resize_and_crop
+            return scale(read_image(path), self.size)
         return read_clip(path, self.frames, self.stride, self.size, fps=self.fps)
 
 
@@ -142,15 +156,48 @@ def evaluate_chunk(
         InputError: a file no longer exists; also as :func:`continue_video` and the networks.
     """
     clips = read_clips(chunk, settings)
+    results = measure_real(chunk.start, clips, settings, codec, networks, on_variant)
+    if clips:
+        ground_truth = torch.stack(list(clips.values()))
+        context = ground_truth[:, : settings.context_frames]
+        for seed, inputs in continuation_inputs(chunk, list(clips), settings).items():
+            frames, variant = settings.generated_frames, seed_variant(seed)
+            videos = continue_video(model, codec, context, frames, settings.generation, inputs).pixels
+            on_variant(variant, list(clips), videos)
+            results |= by_variant(variant, measure(videos, ground_truth, settings, networks))
+    return list(clips), results
+
+
+def measure_real(
+    start: int,
+    clips: Mapping[str, Tensor],
+    settings: EvaluationSettings,
+    codec: Codec,
+    networks: MetricNetworks,
+    on_variant: Callable[[str, Sequence[str], Tensor], None] = lambda variant, names, videos: None,
+) -> dict[str, Tensor]:
+    """Compute the results of real clips and of the variants of :func:`real_variants`.
+
+    Args:
+        start: index of the first clip in the selection.
+        clips: by their names, each uint8 (T, 3, H, W).
+        settings, codec, networks, on_variant: as for :func:`evaluate_chunk`.
+
+    Returns:
+        The results of :func:`measure` by "VARIANT/QUANTITY".
+    """
     names, results = list(clips), dict[str, Tensor]()
     if names:
         ground_truth = torch.stack(list(clips.values()))
-        inputs = continuation_inputs(chunk, names, settings)
-        for variant, videos in video_variants(chunk.start, names, ground_truth, settings, model, codec, inputs):
+        for variant, videos in real_variants(start, names, ground_truth, settings, codec):
             on_variant(variant, names[: len(videos)], videos)
-            for quantity, values in measure(videos, ground_truth[: len(videos)], settings, networks).items():
-                results[f"{variant}/{quantity}"] = values
-    return names, results
+            results |= by_variant(variant, measure(videos, ground_truth[: len(videos)], settings, networks))
+    return results
+
+
+def by_variant(variant: str, quantities: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return quantities by their keys in the files of chunks, "VARIANT/QUANTITY"."""
+    return {f"{variant}/{quantity}": values for quantity, values in quantities.items()}
 
 
 def read_clips(chunk: Chunk, settings: EvaluationSettings) -> dict[str, Tensor]:
@@ -184,16 +231,10 @@ def continuation_inputs(chunk: Chunk, names: Sequence[str], settings: Evaluation
     return {seed: ClipInputs([noise_seed(name, seed) for name in names], condition) for seed in settings.seeds}
 
 
-def video_variants(
-    start: int,
-    names: Sequence[str],
-    ground_truth: Tensor,
-    settings: EvaluationSettings,
-    model: GPDiT,
-    codec: Codec,
-    inputs: Mapping[int, ClipInputs],
+def real_variants(
+    start: int, names: Sequence[str], ground_truth: Tensor, settings: EvaluationSettings, codec: Codec
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the ground truth, two references, the continuations of the model, and the distorted ground truth.
+    """Yield the ground truth, two references, and the distorted ground truth.
 
     Without context there is no last context frame, so one reference is left out.
 
@@ -201,22 +242,18 @@ def video_variants(
         start: index of the first video in the selection.
         names: of the videos.
         ground_truth: uint8 (B, T, 3, H, W).
-        settings, model, codec: as for :func:`evaluate_chunk`.
-        inputs: from :func:`continuation_inputs`.
+        settings, codec: as for :func:`evaluate_chunk`.
 
     Yields:
         the name of a variant, and uint8 (B, T, 3, H, W). Distorted variants may have fewer videos.
     """
     context = ground_truth[:, : settings.context_frames]
     yield GROUND_TRUTH, ground_truth
-    reconstruction = reconstruct(codec, ground_truth)
-    yield CODEC, torch.cat((context, reconstruction[:, settings.context_frames :]), dim=1)
+    if start < MAX_RECONSTRUCTED:
+        reconstruction = reconstruct(codec, ground_truth)
+        yield CODEC, torch.cat((context, reconstruction[:, settings.context_frames :]), dim=1)
     if settings.context_frames:
         yield REPEATED, torch.cat((context, context[:, -1:].expand(-1, settings.generated_frames, -1, -1, -1)), dim=1)
-    for seed in settings.seeds:
-        frames = settings.generated_frames
-        generated = continue_video(model, codec, context, frames, settings.generation, inputs[seed])
-        yield seed_variant(seed), generated.pixels
     to_distort = ground_truth[: max(0, settings.self_check_videos - start)]
     if len(to_distort):
         seeds = [noise_seed(name, 0) for name in names[: len(to_distort)]]

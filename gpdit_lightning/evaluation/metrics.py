@@ -1,7 +1,7 @@
 """Scores of features, class probabilities and pixels, computed by torchmetrics where it provides them."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, Self
 
@@ -100,6 +100,45 @@ def _distance(first: _Gaussian, second: _Gaussian) -> float:
     overlap = torch.linalg.matrix_norm(first.factor.T @ second.factor, "nuc")
     traces = first.factor.square().sum() + second.factor.square().sum()
     return max(0.0, ((first.mean - second.mean).square().sum() + traces - 2 * overlap).item())
+
+
+class Moments(NamedTuple):
+    """Mean (d,) and covariance (d, d) of features, float64, with the number of samples; None if it is unknown."""
+
+    mean: Tensor
+    covariance: Tensor
+    samples: int | None = None
+
+    @classmethod
+    def of(cls, parts: Iterable[Tensor]) -> Self:
+        """Return the moments of features, which are given in parts (rows, d), on one device.
+
+        The sums are those of deviations from the mean of the first part, so that they lose no digits where the mean is
+        large relative to the spread.
+
+        Raises:
+            InputError: there are fewer than two samples, or a feature is not finite.
+        """
+        count, shift, total, squares = 0, None, None, None
+        for part in parts:
+            values = _float64(part)
+            shift = values.mean(dim=0) if shift is None else shift
+            deviations = values - shift
+            count += len(values)
+            total = deviations.sum(dim=0) + (0 if total is None else total)
+            squares = deviations.T @ deviations + (0 if squares is None else squares)
+        _check_samples(count)
+        assert shift is not None
+        assert total is not None
+        assert squares is not None
+        mean = total / count
+        moments = cls(shift + mean, (squares - count * mean.outer(mean)) / (count - 1), count)
+        _check_finite(moments.mean, moments.covariance)
+        return moments
+
+    def distance(self, other: "Moments") -> float:
+        """Return the squared Frechet distance of Gaussians with these moments, as :func:`frechet_distance`."""
+        return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
 
 class _PrecomputedFeatures(nn.Identity):

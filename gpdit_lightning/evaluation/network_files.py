@@ -10,6 +10,7 @@ from torch import nn
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
+from gpdit_lightning.media.finding import Medium
 
 I3D_URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
@@ -43,18 +44,20 @@ REMEDIES = {
 """What error messages advise, by the role of the network."""
 
 
-def missing_scores(roles: Container[str], has_classes: bool) -> list[str]:
+def missing_scores(roles: Container[str], has_classes: bool, medium: Medium = "video") -> list[str]:
     """Return a sentence about the scores that cannot be computed for lack of each network, and where to get it.
 
     Args:
         roles: of the networks that are given.
         has_classes: whether class probabilities are available.
+        medium: of what is scored; images have no FVD, and their precision and recall are those of image features.
     """
     sentences = []
-    if "video" not in roles:
+    if "video" not in roles and medium == "video":
         sentences.append(f"FVD, precision and recall need --video_network.path: {REMEDIES['video']}.")
     if "image" not in roles:
-        sentences.append(f"FID and IS need --image_network.path: {REMEDIES['image']}.")
+        scores = "FID and IS" if medium == "video" else "FID, IS, precision and recall"
+        sentences.append(f"{scores} need --image_network.path: {REMEDIES['image']}.")
     elif not has_classes:
         sentences.append(
             "IS needs class probabilities, which the image network does not return: "

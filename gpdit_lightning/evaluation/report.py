@@ -14,6 +14,7 @@ from gpdit_lightning.evaluation.json_records import load_record, record_from_jso
 from gpdit_lightning.evaluation.metrics import mean_and_deviation
 from gpdit_lightning.evaluation.network_files import NetworkRecord
 from gpdit_lightning.evaluation.self_checks import SelfChecks
+from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.media.images import Size
 
 REMEDY = "give the results.json of an evaluation by this version"
@@ -71,6 +72,14 @@ class Protocol:
     """How the label of each video, on which its continuation is conditioned, was found; None without labels."""
     fps: float | None = None
     """Frames per second to which videos were resampled before the stride; None if they were not."""
+    medium: Medium = "video"
+    samples: int | None = None
+    """Number of samples from noise alone, which were compared with the real images or videos; None if the videos were
+    continued."""
+    reference: str | None = None
+    """File of the statistics of the real data with its sha256; None if this evaluation computed them."""
+    manifold: int | None = None
+    """Number of real samples for precision and recall of samples from noise alone."""
 
 
 @dataclass(frozen=True)

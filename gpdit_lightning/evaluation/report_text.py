@@ -1,10 +1,16 @@
-"""The report of an evaluation as Markdown and as a figure, with tables 2 and 3 of the GPDiT paper for comparison."""
+"""The report of an evaluation as Markdown and as a figure, with tables of GPDiT and ACDiT for comparison."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from gpdit_lightning.evaluation.network_files import NetworkRecord, missing_scores
-from gpdit_lightning.evaluation.paper_results import NOT_STATED, PAPER_FRAMES, PAPER_TABLES, PaperTable
+from gpdit_lightning.evaluation.paper_results import (
+    ACDIT_SAMPLER,
+    ACDIT_SIZE,
+    NOT_STATED,
+    PAPER_TABLES,
+    PaperTable,
+)
 from gpdit_lightning.evaluation.report import Protocol, Report, Score
 from gpdit_lightning.evaluation.self_checks import SelfChecks
 from gpdit_lightning.evaluation.videos import stride_text
@@ -16,6 +22,7 @@ RESULTS, TABLES = "results.json", "results.md"
 CHECKED_DISTANCES = {"fvd": "FVD", "fid": "FID, all frames at once"}
 # Labels of the references in tables, by their names in JSON.
 REFERENCE_LABELS = {
+    "half of the truth": "real data, one half against the other",
     "the truth": "ground truth",
     "the truth through the codec": "ground truth, encoded and decoded",
     "the last given frame repeated": "last context frame, repeated",
@@ -32,8 +39,9 @@ def write_report(report: Report, folder: Path) -> None:
 def to_markdown(report: Report) -> str:
     """Return the missing scores, the table of scores, warnings, protocol, self-checks and comparison with the paper."""
     protocol = report.protocol
-    sections = [f"# {protocol.data}: {_frame_counts(protocol)}"]
-    sections += [f"**Missing:** {sentence}" for sentence in missing_scores(protocol.networks, "is" in report.scores)]
+    sections = [f"# {protocol.data}: {_what_is_generated(protocol)}"]
+    missing = missing_scores(protocol.networks, "is" in report.scores, protocol.medium)
+    sections += [f"**Missing:** {sentence}" for sentence in missing]
     sections.append(score_table(report))
     sections += [f"**Warning:** {warning}" for warning in report.warnings]
     sections += ["## Protocol", "\n".join(f"- {line}" for line in protocol_sentences(protocol, report.date))]
@@ -60,13 +68,21 @@ def _cells(scores: Mapping[str, Score], names: Iterable[str]) -> list[str]:
 def score_table(report: Report) -> str:
     """Return a table with the scores of the model and its main settings, followed by the scores of the references."""
     protocol = report.protocol
+    if protocol.samples is None:
+        counts = {
+            "videos": f"{protocol.videos:,}",
+            "frames": f"{protocol.generated_frames} from {_context(protocol)}",
+            **({"FVD of": f"{protocol.fvd_frames} frames"} if "fvd" in report.scores else {}),
+        }
+    else:
+        counts = {"samples": f"{protocol.samples:,}", f"real {protocol.medium}s": f"{protocol.videos:,}"}
+    of_videos = {"frames": str(protocol.generated_frames)} if protocol.samples is not None else {}
+    of_videos |= {"stride": stride_text(protocol.stride, protocol.fps)}
     settings = {
         "data": protocol.data,
-        "videos": f"{protocol.videos:,}",
-        "frames": f"{protocol.generated_frames} from {_context(protocol)}",
-        **({"FVD of": f"{protocol.fvd_frames} frames"} if "fvd" in report.scores else {}),
+        **counts,
         "size": f"{protocol.size[0]}x{protocol.size[1]}",
-        "stride": stride_text(protocol.stride, protocol.fps),
+        **(of_videos if protocol.medium == "video" else {}),
         "sampler": f"{protocol.sampler}, {protocol.steps} steps",
         "guidance": f"{protocol.guidance.context:g}",
         **({"labels": f"guidance {protocol.guidance.label:g}"} if protocol.labels else {}),
@@ -89,12 +105,15 @@ def protocol_sentences(protocol: Protocol, date: str) -> list[str]:
             "frames."
         )
     visible = "all" if protocol.window is None else f"the latest {protocol.window}"
-    return [
+    size = f"{protocol.size[0]}x{protocol.size[1]} pixels"
+    data = [
         f"Videos: {protocol.videos:,} of {protocol.data}, {protocol.choice}; sha256 of their names "
         f"`{protocol.split_sha256}`.",
         f"Frames: {protocol.generated_frames} generated from {_context(protocol)}, "
-        f"stride {stride_text(protocol.stride, protocol.fps)}, "
-        f"{protocol.size[0]}x{protocol.size[1]} pixels, {protocol.resize}. {inputs}",
+        f"stride {stride_text(protocol.stride, protocol.fps)}, {size}, {protocol.resize}. {inputs}",
+    ]
+    return [
+        *(data if protocol.samples is None else _sentences_on_samples(protocol, size)),
         f"Labels: {protocol.labels or 'none'}.",
         f"Sampler: {protocol.sampler}, {protocol.steps} steps, {schedule.name} schedule with shift {schedule.shift:g}; "
         f"guidance {guidance.context:g} over the context, {guidance.label:g} over the label{levels}; a frame attends "
@@ -108,6 +127,26 @@ def protocol_sentences(protocol: Protocol, date: str) -> list[str]:
         ),
         f"Versions: {', '.join(f'{name} {number}' for name, number in protocol.versions.items())}.",
         f"Hardware: {protocol.hardware}; date: {date}.",
+    ]
+
+
+def _sentences_on_samples(protocol: Protocol, size: str) -> list[str]:
+    """Return sentences on samples from noise alone and on the real data that they are compared with."""
+    is_video, noun = protocol.medium == "video", f"{protocol.medium}s"
+    clips = f" of {protocol.generated_frames} frames" if is_video else ""
+    stride = f", stride {stride_text(protocol.stride, protocol.fps)}" if is_video else ""
+    source = f"; statistics from {_code(protocol.reference)}" if protocol.reference else ""
+    features = "the features of FVD" if is_video else "Inception's features"
+    return [
+        f"Samples: {protocol.samples:,} {noun}{clips} from noise alone, {size}; the noise of a sample is a function of "
+        "the seed, its label and its number.",
+        f"Real {noun}: {protocol.videos:,} of {protocol.data}, {protocol.choice}{stride}, {size}, {protocol.resize}; "
+        f"sha256 of their names `{protocol.split_sha256}`{source}.",
+        "FID and IS: of all frames together; IS in ten splits."
+        if is_video
+        else "FID: of all samples against all real images; IS in ten splits.",
+        f"Precision and recall: of {protocol.manifold:,} real and {protocol.samples:,} generated {noun} on {features}, "
+        "with balls to the third nearest neighbour.",
     ]
 
 
@@ -129,21 +168,25 @@ def self_check_table(self_checks: Mapping[str, SelfChecks]) -> str:
 
 
 def paper_comparison(report: Report) -> str:
-    """Return the tables of the paper for this data set, or all of them, each with a row of this report.
+    """Return the tables of the papers for this data set, or all of the same mode, each with a row of this report.
 
+    Tables of continued videos belong to the mode of continuations, and tables of classes to samples from noise alone.
     The differences from the protocol of the paper are listed below each table. Tables without a score of this report
     are left out.
     """
     protocol = report.protocol
-    our_protocol = f"{protocol.videos:,} videos, {_frame_counts(protocol)}, guidance {protocol.guidance.context:g}"
+    our_protocol = f"{_what_is_generated(protocol)}, guidance {_guidance(protocol):g}"
+    if protocol.samples is None:
+        our_protocol = f"{protocol.videos:,} videos, {our_protocol}"
     sections = []
-    same_data = [table for table in PAPER_TABLES if _normalised(table.data) in _normalised(protocol.data)]
-    tables = [table for table in same_data or PAPER_TABLES if report.scores.keys() & set(table.columns)]
+    of_mode = [table for table in PAPER_TABLES if table.samples == (protocol.medium if protocol.samples else None)]
+    same_data = [table for table in of_mode if _normalised(table.data) in _normalised(protocol.data)]
+    tables = [table for table in same_data or of_mode if report.scores.keys() & set(table.columns)]
     if not tables:
         return "The scores of the paper's tables are FID, FVD and IS; this report has none of those for these data."
     for table in tables:
         rows = [
-            [method, *cells, table.protocol if method.startswith("GPDiT") else table.protocol_of_others]
+            [method, *cells, table.protocol if method.startswith(table.paper) else table.protocol_of_others]
             for method, cells in table.rows.items()
         ]
         rows.append([_code(protocol.checkpoint), *_cells(report.scores, table.columns), our_protocol])
@@ -151,7 +194,7 @@ def paper_comparison(report: Report) -> str:
         sections += [
             f"### {table.title}",
             _table(["Method", *(SCORE_NAMES.get(column, column) for column in table.columns), "Protocol"], rows),
-            f"Differences from the paper: {differences}. The paper does not state {NOT_STATED}.",
+            f"Differences from the paper: {differences}. The paper does not state {table.not_stated or NOT_STATED}.",
         ]
     return "\n\n".join(sections)
 
@@ -159,14 +202,41 @@ def paper_comparison(report: Report) -> str:
 def _differences(protocol: Protocol, table: PaperTable) -> Iterator[str]:
     if _normalised(protocol.data) != _normalised(table.data):
         yield f"data {protocol.data}, not {table.data}"
-    if protocol.videos != table.videos:
+    if protocol.samples is not None:
+        yield from _differences_of_samples(protocol, table)
+    elif protocol.videos != table.videos:
         yield f"{protocol.videos:,} videos, not {table.videos:,}"
-    if (protocol.generated_frames, protocol.context_frames) != PAPER_FRAMES:
-        yield f"{_frame_counts(protocol)}, not {PAPER_FRAMES[0]} from {PAPER_FRAMES[1]}"
-    if protocol.labels:
+    if (protocol.generated_frames, protocol.context_frames) != table.frames:
+        frames, context = table.frames
+        yield f"{_frame_counts(protocol)}, not {frames} from {context or 'noise alone'}"
+    if protocol.labels and protocol.samples is None:
         yield "conditioned on labels"
-    if protocol.guidance.context != table.guidance:
-        yield f"guidance {protocol.guidance.context:g}, not {table.guidance:g}"
+    if _guidance(protocol) != table.guidance:
+        yield f"guidance {_guidance(protocol):g}, not {table.guidance:g}"
+
+
+def _differences_of_samples(protocol: Protocol, table: PaperTable) -> Iterator[str]:
+    if table.videos is not None and protocol.samples != table.videos:
+        yield f"{protocol.samples:,} samples, not {table.videos:,}"
+    if protocol.size != ACDIT_SIZE:
+        yield f"{protocol.size[0]}x{protocol.size[1]} pixels, not {ACDIT_SIZE[0]}x{ACDIT_SIZE[1]}"
+    if (protocol.sampler, protocol.steps) != ACDIT_SAMPLER:
+        yield f"{protocol.sampler} with {protocol.steps} steps, not DPM-Solver with {ACDIT_SAMPLER[1]}"
+    if not protocol.labels:
+        yield "not conditioned on labels"
+
+
+def _guidance(protocol: Protocol) -> float:
+    """Return the guidance scale over the context, or over the label of samples from noise alone."""
+    return protocol.guidance.context if protocol.samples is None else protocol.guidance.label
+
+
+def _what_is_generated(protocol: Protocol) -> str:
+    """Return the frames of each continuation, or the number of samples."""
+    if protocol.samples is None:
+        return _frame_counts(protocol)
+    frames = f" of {protocol.generated_frames} frames" if protocol.medium == "video" else ""
+    return f"{protocol.samples:,} {protocol.medium}s{frames} from noise alone"
 
 
 def _normalised(name: str) -> str:

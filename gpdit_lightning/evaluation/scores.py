@@ -200,14 +200,20 @@ def frechet_distances(
 
 
 def concatenate_parts(parts: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Concatenate parts to `ROWS_PER_UPDATE` rows or more. Accumulating 1024 rows at once is 6 times faster than 16."""
+    """Divide the rows of parts into blocks of `ROWS_PER_UPDATE`; the last one may be smaller.
+
+    Sums over blocks do not depend on the sizes of the parts, and are 6 times faster than over parts of 16 rows.
+    """
     pending: list[Tensor] = []
     for part in parts:
         pending.append(part)
         if sum(map(len, pending)) >= ROWS_PER_UPDATE:
-            yield torch.cat(pending)
-            pending.clear()
-    if pending:
+            *blocks, rest = torch.cat(pending).split(ROWS_PER_UPDATE)
+            if len(rest) == ROWS_PER_UPDATE:
+                blocks, rest = [*blocks, rest], rest[:0]
+            yield from blocks
+            pending = [rest]
+    if sum(map(len, pending)):
         yield torch.cat(pending)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.media.finding import FoundFile, find_media, without_repeated
+from gpdit_lightning.media.finding import FoundFile, Medium, find_media, without_repeated
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.media.video import count_frames, iterate_frames, natural_sort_key, video_info
 from gpdit_lightning.names import counted
@@ -47,40 +47,47 @@ def select_videos(
     frames: int,
     progress: bool = False,
     fps: float | None = None,
+    medium: Medium = "video",
 ) -> Selection:
-    """Order videos by a hash of their names, and select the first ones that are long enough.
+    """Order videos or images by a hash of their names, and select the first ones; of videos, those long enough.
 
     The selection depends on the names, the lengths and the seed only.
 
     Args:
         paths: folders of videos and single videos.
-        count: number of videos; None selects all that are long enough, at most `MAX_COUNT`.
+        count: number of them; None selects all images, or all videos that are long enough, at most `MAX_COUNT`.
         seed: of the hash.
         frames: minimum number of frames of a video, by its header.
         progress: show a progress bar.
         fps: as for :func:`read_clip`.
+        medium: of the files.
 
     Raises:
         InputError: there are too few videos, or two with the same name; also as :func:`find_videos`.
     """
     videos: dict[str, Path] = {}
-    for path, name in find_named_videos(paths, report=False):
+    for path, name in find_named_videos(paths, report=False, medium=medium):
         if videos.setdefault(name, path) is not path:
             raise InputError(
                 f"{videos[name]} and {path} have the same name: give a folder above both, or leave one out."
             )
     selected: dict[str, Path] = {}
-    rejected = 0
+    rejected, most = 0, count or (MAX_COUNT if medium == "video" else len(videos))
     names = sorted(videos, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     for name in progress_bar(names, desc="selecting", unit=" videos", disable=not progress, leave=False):
-        if len(selected) == (count or MAX_COUNT):
+        if len(selected) == most:
             break
-        if has_frames(videos[name], frames, fps):
+        if medium == "image" or has_frames(videos[name], frames, fps):
             selected[name] = videos[name]
         else:
             rejected += 1
     if len(selected) < (count or MIN_COUNT):
         needed = f"{count} are requested: lower the count," if count else f"an evaluation needs {MIN_COUNT}: lower"
+        if medium == "image":
+            raise InputError(
+                f"{' and '.join(map(str, paths))} have {len(selected)} images, but {count or MIN_COUNT} are needed: "
+                "add images, or lower --count."
+            )
         raise InputError(
             f"{' and '.join(map(str, paths))} have {len(selected)} videos of at least {frames} frames, and {rejected} "
             f"that are shorter or damaged, but {needed} --generated_frames or --stride, or add videos."
@@ -109,12 +116,12 @@ def has_frames(path: Path, frames: int, fps: float | None = None) -> bool:
         return False
 
 
-def find_videos(paths: Sequence[str | Path]) -> list[Path]:
-    """Return the paths of the videos of :func:`find_named_videos`."""
-    return [path for path, _ in find_named_videos(paths)]
+def find_videos(paths: Sequence[str | Path], medium: Medium = "video") -> list[Path]:
+    """Return the paths of the videos or images of :func:`find_named_videos`."""
+    return [path for path, _ in find_named_videos(paths, medium=medium)]
 
 
-def find_named_videos(paths: Sequence[str | Path], report: bool = True) -> list[FoundFile]:
+def find_named_videos(paths: Sequence[str | Path], report: bool = True, medium: Medium = "video") -> list[FoundFile]:
     """Return given videos, and the videos in given folders at any depth and in .txt lists, with their names.
 
     They are in the order of the arguments and in natural order within each. A file and links to it are one video.
@@ -122,20 +129,21 @@ def find_named_videos(paths: Sequence[str | Path], report: bool = True) -> list[
     Args:
         paths: videos, folders and lists.
         report: whether the log names the files that are left out.
+        medium: whether videos or images are searched for.
 
     Raises:
-        InputError: a path does not exist or contains no videos.
+        InputError: a path does not exist or contains no files of the medium.
     """
     videos: list[FoundFile] = []
     for path in map(Path, paths):
-        findings = find_media(path, "video")
+        findings = find_media(path, medium)
         videos += sorted(findings.files, key=lambda video: (video.path.parent, natural_sort_key(video.path)))
         for sentence in findings.describe_left_out() if report else ():
             log.info("%s: %s", path, sentence)
     distinct, repeated = without_repeated(videos)
     if repeated and report:
         name, reason, _ = repeated[0]
-        log.info("%d other names of the same videos are not used: %s, for example, %s", len(repeated), name, reason)
+        log.info("%d other names of the same files are not used: %s, for example, %s", len(repeated), name, reason)
     return distinct
 
 

@@ -13,7 +13,8 @@ from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.images import Size, closest_size, parse_size
+from gpdit_lightning.media.finding import Medium
+from gpdit_lightning.media.images import Size, closest_size, parse_size, read_image
 from gpdit_lightning.media.video import video_info
 from gpdit_lightning.model.layout import NO_CONTEXT, BlockLayout
 from gpdit_lightning.options.shared import Precision
@@ -96,10 +97,11 @@ def trained_sizes(size: str | None, trained: TrainedModel) -> tuple[Size, ...]:
     return (requested,)
 
 
-def trained_size(size: str | None, trained: TrainedModel, videos: Sequence[Path]) -> Size:
-    """Return the size in pixels to which all videos are scaled.
+def trained_size(size: str | None, trained: TrainedModel, files: Sequence[Path], medium: Medium = "video") -> Size:
+    """Return the size in pixels to which all videos or images are scaled.
 
-    It is the requested size, or the size of training that is closest in aspect to most of the first videos.
+    It is the requested size, or the size of training that is closest in aspect to most of the first files; the first
+    one without files.
 
     Raises:
         InputError: the model was not trained on the requested size.
@@ -108,13 +110,21 @@ def trained_size(size: str | None, trained: TrainedModel, videos: Sequence[Path]
     if len(sizes) == 1:
         return sizes[0]
     counts = dict.fromkeys(sizes, 0)
-    for path in videos[:MAX_HEADERS]:
-        with suppress(InputError):  # reported where the video is read
-            info = video_info(path)
-            counts[closest_size(info.height, info.width, sizes)] += 1
+    for path in files[:MAX_HEADERS]:
+        with suppress(InputError):  # reported where the file is read
+            counts[closest_size(*_frame_size(path, medium), sizes)] += 1
     chosen = max(sizes, key=counts.__getitem__)  # the first of equal ones
-    log.info("videos are scaled to %s; --size selects another size of training: %s", listed([chosen]), listed(sizes))
+    log.info("frames are scaled to %s; --size selects another size of training: %s", listed([chosen]), listed(sizes))
     return chosen
+
+
+def _frame_size(path: Path, medium: Medium) -> Size:
+    """Return the height and width of an image, or of the frames of a video."""
+    if medium == "image":
+        height, width = read_image(path).shape[-2:]
+        return height, width
+    info = video_info(path)
+    return info.height, info.width
 
 
 def listed(sizes: Sequence[Size]) -> str:

@@ -12,6 +12,7 @@ from gpdit_lightning.options.shared import DeviceOptions, OptionRecord, check_at
 INTERLEAVED_FILES = 16
 """Number of input files that are read in turn. It determines the order of samples, for any number of processes."""
 MAX_FPS = 1000  # of --fps, since it repeats the frames of videos with a lower rate
+ImageScaling = Literal["bicubic", "adm"]
 SHORTEST_CLIP = 17  # pixel frames; long videos have 17 to 45 frames (GPDiT, section 5.1)
 
 
@@ -144,7 +145,7 @@ class ClipOptions(OptionRecord):
     """HEIGHTxWIDTH in pixels. Each video is scaled and cropped to the size with the closest aspect ratio."""
     image_sizes: Sequence[str] = ("256x256", "192x320", "320x192")
     """The same for images."""
-    image_scaling: Literal["bicubic", "adm"] = "bicubic"
+    image_scaling: ImageScaling = "bicubic"
     """How images are scaled before the centre crop: bicubic with antialiasing; or adm, as ADM, DiT and ACDiT scale
     ImageNet: halved by box averages while both sides are at least twice the size, then bicubic (Pillow)."""
 

@@ -172,11 +172,17 @@ class RecipeOptions(OptionRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoOptions(OptionRecord):
+class SizeOptions(OptionRecord):
+    """Videos."""
+
+    size: str | None = None
+    """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the one that is closest in aspect to most of the
+    videos."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions(SizeOptions):
     """Videos."""
 
     videos: Sequence[str]
     """Videos, folders that are searched for videos recursively, and .txt lists with one path per line."""
-    size: str | None = None
-    """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the one that is closest in aspect to most of the
-    videos."""
