@@ -69,7 +69,10 @@ def shards(write_shards: Callable[..., Manifest], tmp_path_factory: pytest.TempP
 
 
 def test_list_of_recipes() -> None:
-    assert {name_of(path) for path in EVALUATIONS} == {"eval_ucf101.yaml", "eval_msrvtt.yaml", "eval_long.yaml"}
+    of_acdit = {"acdit/eval_imagenet.yaml", "acdit/eval_ucf101.yaml"}
+    assert {name_of(path) for path in EVALUATIONS} == {
+        f"eval_{name}.yaml" for name in ("ucf101", "msrvtt", "long")
+    } | of_acdit
     assert {name_of(path) for path in WHOLE} >= {
         "stage1_image_warmup.yaml",
         "stage2_mixed.yaml",

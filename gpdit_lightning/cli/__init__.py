@@ -63,7 +63,7 @@ VERBS = {
     ),
     "evaluate": Verb(
         "evaluate:evaluate",
-        "Continue the videos of a data set and compute FVD, FID, IS, precision, recall, PSNR, SSIM.",
+        "Score continued videos, or samples of classes: FVD, FID, IS, precision, recall, PSNR, SSIM.",
         "evaluate:EvaluateOptions",
         f"complete chunks are kept, and {RESUMES}",
     ),

@@ -16,6 +16,7 @@ from gpdit_lightning.cli.evaluation_output import (
     write_and_print_report,
 )
 from gpdit_lightning.cli.evaluation_settings import (
+    check_real_data,
     load_networks,
     make_protocol,
     make_settings,
@@ -61,6 +62,7 @@ def evaluate(options: EvaluateOptions) -> None:
             evaluation with other settings.
     """
     # Cheap checks come before gigabytes of weights are loaded.
+    check_real_data(options)
     checkpoint = find_weights(options.checkpoint)
     medium: Medium = "image" if options.images else "video"
     files = find_videos(options.images or options.videos, medium=medium)

@@ -244,7 +244,7 @@ def selected_data(
         for name, path in zip(selection.names, selection.paths, strict=True)
     )
     order = f"in the order of a hash of name and seed {options.selection_seed}"
-    choice = f"{'all' if options.count is None else 'the first ones'} {order}"
+    choice = f"{'all' if options.count is None else 'the first ones'}, {order}"
     if medium == "video":
         choice = f"the first ones that are long enough, {order}; each clip is the beginning of its video"
     record = replace(

@@ -160,6 +160,16 @@ def selected_window(options: EvaluateOptions, pipeline: GPDiTPipeline, frames: i
     return window, sinks
 
 
+def check_real_data(options: EvaluateOptions) -> None:
+    """Raise an InputError unless the options give real data in exactly one form."""
+    given = [name for name in ("videos", "images", "reference") if getattr(options, name)]
+    if len(given) != 1:
+        raise InputError(
+            f"{' and '.join(f'--{name}' for name in given) or 'nothing'} is given to compare with: give one of "
+            "--videos, --images and --reference."
+        )
+
+
 def check_mode(options: EvaluateOptions, context_frames: int, medium: Medium) -> None:
     """Check that options match the mode: continuations of videos, or samples from noise alone.
 

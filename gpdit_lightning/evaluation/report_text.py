@@ -15,6 +15,7 @@ from gpdit_lightning.evaluation.report import Protocol, Report, Score
 from gpdit_lightning.evaluation.self_checks import SelfChecks
 from gpdit_lightning.evaluation.videos import stride_text
 from gpdit_lightning.files import atomic_write
+from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.names import SCORE_NAMES, printable
 
 RESULTS, TABLES = "results.json", "results.md"
@@ -46,7 +47,7 @@ def to_markdown(report: Report) -> str:
     sections += [f"**Warning:** {warning}" for warning in report.warnings]
     sections += ["## Protocol", "\n".join(f"- {line}" for line in protocol_sentences(protocol, report.date))]
     if report.self_checks:
-        sections += ["## Self-checks", self_check_table(report.self_checks)]
+        sections += ["## Self-checks", self_check_table(report.self_checks, protocol.medium)]
     return "\n\n".join([*sections, "## Comparison with the paper", paper_comparison(report)]) + "\n"
 
 
@@ -154,10 +155,10 @@ def _sha256(network: NetworkRecord) -> str:
     return f"sha256 `{network.sha256}`" if network.sha256 else "without weights"
 
 
-def self_check_table(self_checks: Mapping[str, SelfChecks]) -> str:
+def self_check_table(self_checks: Mapping[str, SelfChecks], medium: Medium) -> str:
     """Return a table with a row of distances for each checked score."""
     first = next(iter(self_checks.values()))
-    headings = ["ground truth against", "videos distorted", "itself", "the other half"]
+    headings = ["ground truth against", f"{medium}s distorted", "itself", "the other half"]
     headings += [f"{kind} {level:g}" for kind, pairs in first.by_distortion.items() for level, _ in pairs]
     rows = []
     for name, checks in self_checks.items():

@@ -74,7 +74,7 @@ def select_videos(
     selected: dict[str, Path] = {}
     rejected, most = 0, count or (MAX_COUNT if medium == "video" else len(videos))
     names = sorted(videos, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-    for name in progress_bar(names, desc="selecting", unit=" videos", disable=not progress, leave=False):
+    for name in progress_bar(names, desc="selecting", unit=f" {medium}s", disable=not progress, leave=False):
         if len(selected) == most:
             break
         if medium == "image" or has_frames(videos[name], frames, fps):

@@ -153,12 +153,6 @@ class EvaluateOptions(
         super().__post_init__()
         check_at_least(self, count=2, context_frames=0, generated_frames=1, stride=1, steps=1, window=1)
         check_at_least(self, self_check_videos=0, keep_videos=0, chunk=1, samples=2)
-        given = [name for name in ("videos", "images", "reference") if getattr(self, name)]
-        if len(given) != 1:
-            raise InputError(
-                f"{' and '.join(f'--{name}' for name in given) or 'nothing'} is given to compare with: give one of "
-                "--videos, --images and --reference."
-            )
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds are {list(self.seeds)}: give one or more different numbers, each at least 0.")
         if not self.labels and self.label_guidance != 1:

@@ -230,7 +230,7 @@ def test_a_reference_of_adm_gives_moments_and_images(
 def test_report_of_images_states_the_protocol_beside_the_table_of_acdit(finished: Path) -> None:
     text = (finished / "results.md").read_text()
     assert text.startswith(f"# ImageNet: {SAMPLES} images from noise alone\n")
-    assert f"Real images: {REAL} of ImageNet, all in the order of a hash" in text
+    assert f"Real images: {REAL} of ImageNet, all, in the order of a hash" in text
     assert "Labels: of sample number i, class i modulo 2." in text
     assert "dpm2m, 2 steps" in text
     assert "| ACDiT-H | AR+Diff | Cont. | 954M | 2.37 | 273.3 | 0.82 | 0.57 | FID-50K, DPM-Solver" in text
