@@ -44,8 +44,11 @@ LOWERED = {
     "evaluate": "--steps 1",
 }
 RUN_ALL = """
-import glob, json, sys
-from gpdit_lightning.cli import main
+import functools, glob, json, sys
+import docstring_parser
+from gpdit_lightning.cli import main, plan_trial
+docstring_parser.parse_from_object = functools.cache(docstring_parser.parse_from_object)  # see conftest.py
+plan_trial.MAX_STEPS = 3
 for words in json.load(sys.stdin):
     print("$", *words, flush=True)
     groups = [sorted(glob.glob(word)) if "*" in word else [word] for word in words]
@@ -119,7 +122,7 @@ def test_exclusions_are_those_of_existing_commands() -> None:
 
 
 def test_commands_run_in_sequence(installed: Path, tmp_path: Path) -> None:
-    """All commands that need no demo, in one process."""
+    """All commands that need no demo, in one process; the trial of `plan` has three steps."""
     make_files_of_a_user(tmp_path)
     run = [command for command in included() if not NEEDS_DEMO.search(command)]
     process = subprocess.run(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpdit_lightning.checkpoints.files import remove
+from gpdit_lightning.cli import main
 from tests.checkpoints.content import read_checkpoint
 from tests.conftest import MadeOnce
 
@@ -46,14 +48,34 @@ class Recorder(Callback):
 
 
 @pytest.fixture(scope="module")
-def recorder(made_once: MadeOnce) -> Path:
-    return made_once("recorder", lambda folder: (folder / "recording.py").write_text(RECORDER))
+def recorder(made_once: MadeOnce) -> Iterator[Path]:
+    """The folder of the recorder's module, from which this process can import it too."""
+    folder = made_once("recorder", lambda folder: (folder / "recording.py").write_text(RECORDER))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
 
 
 def train(
     folder: Path, shards: Path, recorder: Path, ranks: int, log: str, steps: int = STEPS, strategy: str = "ddp"
 ) -> "subprocess.Popen[str]":
     """Start `fit` in `folder`; its ranks write their samples to `folder/log-RANK`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "gpdit_lightning", "fit", write_recipe(folder, shards, ranks, log, steps, strategy)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(recorder)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def train_alone(folder: Path, shards: Path, log: str) -> None:
+    """Train on one rank in this process, as :func:`train` does in others."""
+    assert main(["fit", write_recipe(folder, shards, 1, log)]) == 0
+
+
+def write_recipe(folder: Path, shards: Path, ranks: int, log: str, steps: int = STEPS, strategy: str = "ddp") -> str:
+    """Write the recipe of a run to `folder/log.yaml`; return the option that names it."""
     recipe: dict[str, Any] = {
         "run_dir": str(folder / "run"),
         "model": {
@@ -90,13 +112,7 @@ def train(
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     (folder / f"{log}.yaml").write_text(yaml.safe_dump(recipe))
-    return subprocess.Popen(
-        [sys.executable, "-m", "gpdit_lightning", "fit", f"--config={folder / log}.yaml"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(recorder)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    return f"--config={folder / log}.yaml"
 
 
 def finish(process: "subprocess.Popen[str]") -> None:
@@ -136,7 +152,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_shards: Path, recorder: Path, made_once: MadeOnce) -> Path:
-    return made_once("one_rank", lambda folder: finish(train(folder, tiny_shards, recorder, 1, "uninterrupted")))
+    return made_once("one_rank", lambda folder: train_alone(folder, tiny_shards, "uninterrupted"))
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +198,10 @@ def test_a_run_resumes_with_another_number_of_ranks_in_the_same_order(
 ) -> None:
     uninterrupted = {1: one_rank, 2: two_ranks}[before]
     copy_run_at_step(tmp_path, uninterrupted, 2)
-    finish(train(tmp_path, tiny_shards, recorder, after, "rest"))
+    if after == 1:
+        train_alone(tmp_path, tiny_shards, "rest")
+    else:
+        finish(train(tmp_path, tiny_shards, recorder, after, "rest"))
     rest = {at: samples for at, samples in recorded_samples(uninterrupted, "uninterrupted").items() if at[0] >= 2}
     assert recorded_samples(tmp_path, "rest") == rest
     expected = weights(uninterrupted / "run")
