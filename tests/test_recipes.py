@@ -107,7 +107,11 @@ def test_head_is_complete(path: Path) -> None:
     assert path not in OF_THE_PAPER or "\n# From the paper:" in head
 
 
-@pytest.mark.parametrize("path", WHOLE, ids=name_of)
+# The sizes of ACDiT differ in one field, which the overlay replaces: one of them stands for all.
+DISTINCT = [path for path in WHOLE if path.parent.name != "acdit" or path.stem == "imagenet_xl"]
+
+
+@pytest.mark.parametrize("path", DISTINCT, ids=name_of)
 def test_head_has_the_shared_memory_of_the_loader_processes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     needed = shared_memory_bytes(settings_of(path, capsys=capsys)["data"]["workers"])
     stated = f"{needed / 2**20:.1f} MiB of /dev/shm per GPU" if needed else "none"
@@ -141,7 +145,7 @@ def test_overlays_change_size_and_batches_only(path: Path, overlay: str, capsys:
         assert source["batch_size"] % (source["micro_batches"] * small["data"]["max_ranks"]) == 0
 
 
-@pytest.mark.parametrize("path", WHOLE, ids=name_of)
+@pytest.mark.parametrize("path", DISTINCT, ids=name_of)
 def test_recipe_trains_one_step_at_tiny_size(
     path: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

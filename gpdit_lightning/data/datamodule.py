@@ -174,8 +174,10 @@ class LatentDataModule(LightningDataModule):
         self.classes = self._classes()
         remote = any(not isinstance(manifest.directory, Path) for manifest in self._all_manifests)
         self.cache = cache.open() if remote else None
-        self.posterior_samples = self._is_used("posterior", None if posterior is None else posterior == "sample")
-        self.flips = self._is_used("flips", flips)
+        self._has_posterior = self._have("posterior", required=posterior == "sample")
+        self._has_flips = self._have("flips", required=flips is True)
+        self.posterior_samples = self._has_posterior and posterior != "mean"
+        self.flips = self._has_flips and flips is not False
         self.buckets = {split: self._buckets_of(split) for split in ("train", "validation")}
         self.plan = self._make_plan("train", context_dropout, max_ranks, sampling)
         self._check_cache_size()
@@ -273,10 +275,10 @@ class LatentDataModule(LightningDataModule):
         }
         if self.labels:
             order |= {"data.labels": list(self.classes), "data.label_dropout": self.label_dropout}
-        if self.posterior_samples:
-            order["data.posterior"] = "sample"
-        if self.flips:
-            order["data.flips"] = True
+        if self._has_posterior:
+            order["data.posterior"] = "sample" if self.posterior_samples else "mean"
+        if self._has_flips:
+            order["data.flips"] = self.flips
         for name, config in self.configs.items():
             for setting, value in dataclasses.asdict(config).items():
                 if (setting, value) not in UNRECORDED_DEFAULTS:
@@ -346,12 +348,12 @@ class LatentDataModule(LightningDataModule):
             )
         return classes
 
-    def _is_used(self, option: Literal["posterior", "flips"], chosen: bool | None) -> bool:
-        """Return whether training uses the posterior, or the flipped clips, that the shards may have.
+    def _have(self, option: Literal["posterior", "flips"], required: bool) -> bool:
+        """Return whether any training shard has the posterior, or the flipped clips.
 
         Args:
             option: name of the option.
-            chosen: whether the recipe requires it; None: where the data allow it.
+            required: whether the recipe requires it of all of them.
 
         Raises:
             InputError: it is required, and a training shard does not have it.
@@ -363,14 +365,14 @@ class LatentDataModule(LightningDataModule):
             for entry in manifest.of_split("train")
             if entry.kind == KINDS[name]
         ]
-        for manifest, entry in shards if chosen else ():
+        for manifest, entry in shards if required else ():
             if not getattr(entry, f"has_{option}"):
                 value, off = ("sample", "mean") if option == "posterior" else ("true", "false")
                 raise InputError(
                     f"data.{option} is {value}, but {manifest.directory / entry.path} was prepared without --{option}: "
                     f"prepare the data again with it, or set data.{option} to {off}."
                 )
-        return chosen is not False and any(getattr(entry, f"has_{option}") for _, entry in shards)
+        return any(getattr(entry, f"has_{option}") for _, entry in shards)
 
     def _buckets_of(self, split: Split) -> dict[str, list[Bucket]]:
         """Return the buckets of each source: shards with the same height, width and clip lengths form one bucket."""

@@ -5,7 +5,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,8 @@ from gpdit_lightning.preparation.tars import find_tars, inner_tars
 FileFormat = Literal["video", "image", "tar"]
 HashedValue = Literal["name", "bytes"]
 """What is hashed to hold out the images of a tar: TAR/KEY, or the bytes of the image file."""
+
+NO_ANNOTATIONS = Annotations()
 
 MIN_HELD_OUT = 4
 """Minimum number of held-out recordings, if they are at most a quarter of all. Otherwise it is a quarter, at least one,
@@ -44,7 +46,7 @@ class InputFile:
     captions: tuple[str, ...] = ()
     label: str | None = None
     """For a tar: the label of images that have no other one."""
-    images: Annotations = field(default_factory=Annotations)
+    images: Annotations = NO_ANNOTATIONS
     """For a tar: annotations of its images."""
     hashed: HashedValue = "bytes"
     """For a tar: what is hashed to hold out its images. Data sets of older versions use the names."""

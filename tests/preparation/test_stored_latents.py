@@ -128,8 +128,11 @@ def test_draws_do_not_depend_on_workers_ranks_or_resumption(manifest: Manifest) 
 def test_validation_and_the_settings_without_draws_use_the_means(manifest: Manifest) -> None:
     stored = arrays_by_key(manifest)
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (manifest.codec.mean, manifest.codec.std))
-    data = module(Path(), images=source(Path(str(manifest.directory))), videos=source(batch_size=0))
-    assert data.state_dict()["order"] | {"data.posterior": "sample", "data.flips": True} == data.state_dict()["order"]
+    sources = {"images": source(Path(str(manifest.directory))), "videos": source(batch_size=0)}
+    data, without = module(Path(), **sources), module(Path(), **sources, posterior="mean", flips=False)
+    message = r"data\.flips = True and the recipe has False; with data\.posterior = sample and the recipe has mean"
+    with pytest.raises(InputError, match=message):
+        without.load_state_dict(data.state_dict())
     for batch in (*at_step(data).val_dataloader(), *batches(manifest, 2, posterior="mean", flips=False)):
         for key, latents in zip(batch.keys, batch.latents.numpy(), strict=True):
             np.testing.assert_allclose(latents, (stored[key][1]["mean"].astype(np.float32) - mean) / std, atol=1e-6)
