@@ -13,7 +13,11 @@ from gpdit_lightning.estimation.units import GIB
 ROOT = Path(__file__).parents[1]
 RECIPES = ("stage1_image_warmup", "stage2_mixed", "stage3_long_video", "stage4_few_shot", "ucf101_b")
 STAGES = RECIPES[:4]
-ACDIT = tuple(f"acdit/imagenet_{size}" for size in ("b", "l", "xl", "h"))
+ACDIT = (
+    *(f"acdit/imagenet_{size}" for size in ("b", "l", "xl", "h", "xl_full_sequence")),
+    *(f"acdit/ucf101_{size}" for size in ("xl", "h", "xl_full_sequence")),
+    *("vidgpt/ucf101", "vidgpt/ucf101_full_sequence"),
+)
 SECONDS = {"hour": 3600, "minute": 60}
 
 

@@ -14,9 +14,10 @@ from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli.chain import stages_of
-from gpdit_lightning.data.manifest import ARRAYS, Manifest
+from gpdit_lightning.data.manifest import ARRAYS, Kind, Manifest
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.estimation.loading import shared_memory_bytes
+from gpdit_lightning.model.layout import BlockLayout
 from tests.checkpoints.content import read_checkpoint
 from tests.conftest import TINY_CODEC
 from tests.data.labelled import write_labelled
@@ -31,10 +32,12 @@ WHOLE = [
 ]
 OF_THE_PAPER = [path for path in WHOLE if path.parent == RECIPES]
 BASES = {RECIPES / name for name in ("base.yaml", "size/h.yaml", "demo/digits.yaml", "systems/clips.yaml")}
-BASES.add(RECIPES / "acdit" / "imagenet.yaml")
+BASES |= {RECIPES / "acdit" / "imagenet.yaml", RECIPES / "acdit" / "ucf101.yaml"}
 TINY = RECIPES / "size" / "tiny.yaml"
 ACDIT_LAPTOP = RECIPES / "acdit" / "laptop.yaml"
 IMAGENET = ("imagenet_b", "imagenet_l", "imagenet_xl", "imagenet_h")
+UCF101 = ("ucf101_xl", "ucf101_h")
+FULL_SEQUENCE = ("acdit/imagenet_xl", "acdit/ucf101_xl", "vidgpt/ucf101")  # recipes with a bidirectional baseline
 SYSTEMS = ("gpdit", "acdit_video", "acdit_image", "vidgpt", "full_sequence")
 # Recipes of other verbs than `fit`, which are tested with their verbs.
 EVALUATIONS = {path for path in CONTENTS if path.name.startswith("eval_")}
@@ -82,7 +85,9 @@ def test_list_of_recipes() -> None:
         "demo/stage3_long_video.yaml",
         "debug/overfit_one_clip.yaml",
         *(f"systems/{name}.yaml" for name in SYSTEMS),
-        *(f"acdit/{name}.yaml" for name in IMAGENET),
+        *(f"acdit/{name}.yaml" for name in (*IMAGENET, *UCF101)),
+        *(f"{name}_full_sequence.yaml" for name in FULL_SEQUENCE),
+        "vidgpt/ucf101.yaml",
     }
     others = {*CHAINS, *BASES, *EVALUATIONS, TINY, ACDIT_LAPTOP, LABELS, VIDEO_CHATGPT, RECIPES / "size" / "b.yaml"}
     assert set(CONTENTS) == {*WHOLE, *others}
@@ -150,7 +155,9 @@ def test_recipe_trains_one_step_at_tiny_size(
     path: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Only settings that require hardware or real data are replaced."""
-    overlay = {RECIPES: TINY, RECIPES / "acdit": ACDIT_LAPTOP}.get(path.parent)
+    overlay = {RECIPES: TINY, RECIPES / "acdit": ACDIT_LAPTOP, RECIPES / "vidgpt": TINY}.get(path.parent)
+    if path.stem.startswith("ucf101_"):
+        overlay = TINY
     arguments = ["--config", str(path)] + (["--config", str(overlay)] if overlay else [])
     for source in (
         "laion",
@@ -179,10 +186,14 @@ def test_recipe_trains_one_step_at_tiny_size(
     ]
     if path.parent.name == "debug":
         arguments.append(f"--data.videos.manifests=['{shards}']")
-    if path.parent.name == "acdit":
+    if path.parent.name in ("acdit", "vidgpt"):
+        images = path.stem.startswith("imagenet")
         arguments += ["--model.init_args.optimizer.warmup_steps=0", "--model.init_args.optimizer.decay_steps=1"]
-        arguments += ["--data.posterior=sample", "--data.flips=true"]
-        write_imagenet(tmp_path / "latents" / "imagenet")
+        arguments += ["--data.posterior=sample", f"--data.flips={str(images).lower()}"]
+        if images:
+            write_posteriors(tmp_path / "latents" / "imagenet", "image", 1, classes=1000)
+        for name, frames in (("ucf101_acdit", 16), ("ucf101_vidgpt", 33)):
+            write_posteriors(tmp_path / "latents" / name, "video", frames, classes=101)
     assert main(["fit", *arguments]) == 0
     assert read_checkpoint(tmp_path / "run")["global_step"] == 1
     capsys.readouterr()
@@ -190,13 +201,13 @@ def test_recipe_trains_one_step_at_tiny_size(
     assert saved["run_dir"] == str(tmp_path / "run")
 
 
-def write_imagenet(folder: Path) -> None:
-    """Write 16 labelled images with their posteriors and flips."""
-    arrays, names = ARRAYS[-1], [f"n{number:08d}" for number in range(1000)]
-    latent = np.random.default_rng(0).normal(size=(1, len(arrays) * 4, 8, 8))
+def write_posteriors(folder: Path, kind: Kind, frames: int, classes: int) -> None:
+    """Write 16 labelled samples with their posteriors, and images with their flips."""
+    arrays, names = ARRAYS[-1 if kind == "image" else 1], [f"n{number:08d}" for number in range(classes)]
+    latent = np.random.default_rng(0).normal(size=(frames, len(arrays) * 4, 8, 8))
     with ShardSetWriter(folder) as writer:
         for number in range(16):
-            writer.write("train", "image", latent, {"source": str(number), "label": names[number]}, arrays)
+            writer.write("train", kind, latent, {"source": str(number), "label": names[number]}, arrays)
         shards = writer.close()
     Manifest(folder, TINY_CODEC, shards, labels=tuple(names)).save()
 
@@ -322,6 +333,64 @@ def test_settings_and_size_are_those_of_acdit(name: str, capsys: pytest.CaptureF
         model = GPDiT(GPDiTConfig(**recipe["model"]["init_args"]["backbone"]))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert abs(parameters / ACDIT_PARAMETERS[name] - 1) < 0.02
+
+
+# The values of section 5.1 that differ for videos.
+ACDIT_VIDEO: dict[str, Any] = {
+    "model.init_args.backbone.block_shape": [4, 0, 0],
+    "model.init_args.backbone.patch_size": 2,
+    "model.init_args.backbone.classes": 101,
+    "data.sources": ["videos"],
+    "data.videos.batch_size": 96,
+    "data.videos.frames": 16,
+    "trainer.max_steps": 400_000,
+    "model.init_args.optimizer.decay_steps": 60_000,
+}
+
+
+@pytest.mark.parametrize("name", UCF101)
+def test_settings_for_videos_are_those_of_acdit(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As for images, except where the section names others."""
+    recipe, images = (
+        flat(settings_of(RECIPES / "acdit" / f"{recipe}.yaml", capsys=capsys))
+        for recipe in (name, f"imagenet_{name.rpartition('_')[2]}")
+    )
+    assert {key: recipe[key] for key in ACDIT_VIDEO} == ACDIT_VIDEO
+    others = {*ACDIT, "model.init_args.backbone.size"} - {*ACDIT_VIDEO}
+    for key in others - {key for key in others if key.startswith(("data.images", "data.flips", "data.max_ranks"))}:
+        assert recipe[key] == images[key], key
+
+
+@pytest.mark.parametrize("name", FULL_SEQUENCE)
+def test_baselines_differ_in_blocks_and_context_only(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    system, baseline = (
+        flat(settings_of(RECIPES / f"{recipe}.yaml", capsys=capsys)) for recipe in (name, f"{name}_full_sequence")
+    )
+    changed = {key for key in system if system[key] != baseline[key]}
+    assert changed - {"base", "run_dir"} <= {
+        *(f"model.init_args.backbone.{field}" for field in ("block_shape", "first_block_frames", "causal_in_block")),
+        "data.videos.frames_without_loss",
+    }
+    assert baseline["model.init_args.backbone.block_shape"] == [0, 0, 0]
+
+
+def test_the_clips_of_vidgpt_have_the_four_prompts_of_the_public_code(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = settings_of(RECIPES / "vidgpt" / "ucf101.yaml", capsys=capsys)
+    layout = BlockLayout.of(GPDiTConfig(**recipe["model"]["init_args"]["backbone"]), 32, 32)
+    videos = recipe["data"]["videos"]
+    noisy = layout.blocks_of(range(videos["frames_without_loss"], videos["frames"]))
+    groups = [layout.group_of(block, videos["frames"]) for block in noisy]
+    assert [group.start for group in groups] == [1, 9, 17, 25]
+    assert {len(group) for group in groups} == {8}
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings by their names in a recipe."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        result |= inner
+    return result
 
 
 @pytest.mark.parametrize("name", PAPER)
