@@ -252,7 +252,8 @@ def _classes(names: Sequence[str]) -> str:
         shown[MAX_LISTED_CLASSES - 1 : -1] = ["..."]
     return (
         f"The model can be conditioned on one of {len(names)} classes, listed in `config.json` by their numbers: "
-        f"{', '.join(shown)}."
+        f"{', '.join(shown)}. Samples of one: `python -m gpdit_lightning sample --checkpoint MODEL --label NAME "
+        "--count 8 --out samples`."
     )
 
 

@@ -20,6 +20,7 @@ from gpdit_lightning.cli.evaluation_settings import (
     load_networks,
     make_protocol,
     make_settings,
+    name_of_data,
     resize_of,
     uses_labels,
 )
@@ -98,6 +99,7 @@ def evaluate_continuations(
         settings,
         trained,
         networks,
+        data=name_of_data(options),
         choice=choice,
         split_sha256=selection.sha256,
         videos=len(selection.names),

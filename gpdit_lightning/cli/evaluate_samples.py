@@ -16,7 +16,13 @@ from gpdit_lightning.cli.evaluation_output import (
     video_writer,
     write_and_print_report,
 )
-from gpdit_lightning.cli.evaluation_settings import make_protocol, network_records, resize_of, uses_labels
+from gpdit_lightning.cli.evaluation_settings import (
+    make_protocol,
+    name_of_data,
+    network_records,
+    resize_of,
+    uses_labels,
+)
 from gpdit_lightning.devices import rank_of_process
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunk_files import ChunkFiles, write_chunk
@@ -108,6 +114,7 @@ def evaluate_samples(
         settings,
         trained,
         networks,
+        data=options.data or real.record.data,
         choice=real.record.choice,
         split_sha256=real.record.names_sha256,
         videos=real.record.items,
@@ -213,7 +220,7 @@ def new_record(
 ) -> ReferenceRecord:
     """Return the record of statistics, without data."""
     return ReferenceRecord(
-        data=options.data or "",
+        data=name_of_data(options),
         choice="",
         names_sha256="",
         items=0,

@@ -202,6 +202,7 @@ def make_protocol(
     trained: TrainedModel,
     networks: MetricNetworks,
     *,
+    data: str,
     choice: str,
     split_sha256: str,
     videos: int,
@@ -216,14 +217,14 @@ def make_protocol(
         settings: that apply to every video or image.
         trained: the model.
         networks: of the scores.
+        data: name of the data set.
         choice, split_sha256, videos: how real videos or images were selected, the sha256 of their names, their number.
         labels: how labels were found.
         resize: how real frames were brought to their size.
         of_samples: fields for samples from noise alone.
     """
-    given = options.images or options.videos or (str(options.reference),)
     return Protocol(
-        data=options.data or as_text(" ".join(os.path.basename(os.path.abspath(path)) for path in given)),
+        data=data,
         choice=choice,
         split_sha256=split_sha256,
         videos=videos,
@@ -254,6 +255,12 @@ def make_protocol(
         medium=settings.medium,
         **of_samples,
     )
+
+
+def name_of_data(options: EvaluateOptions) -> str:
+    """Return the given name of the data set, or the names of the folders and files of the real data."""
+    given = options.images or options.videos or (str(options.reference),)
+    return options.data or as_text(" ".join(os.path.basename(os.path.abspath(path)) for path in given))
 
 
 def resize_of(settings: EvaluationSettings) -> str:

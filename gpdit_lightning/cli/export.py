@@ -24,7 +24,7 @@ from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.cli.card_images import write_images
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
-from gpdit_lightning.evaluation.report_text import RESULTS
+from gpdit_lightning.evaluation.report_text import RESULTS, what_is_generated
 from gpdit_lightning.files import partial_path, publish
 from gpdit_lightning.options.export import ExportOptions
 
@@ -121,8 +121,13 @@ def _is_of(report: Report, trained: TrainedModel) -> bool:
 
 def _card_scores(report: Report) -> Sequence[CardScore]:
     protocol = report.protocol
-    text = (
-        f"{protocol.videos:,} videos of {protocol.size[0]}x{protocol.size[1]}, {protocol.generated_frames} frames from "
-        f"{protocol.context_frames}; {protocol.sampler} sampler, {protocol.steps} steps"
-    )
+    size = f"{protocol.size[0]}x{protocol.size[1]}"
+    if protocol.samples is None:
+        generated = f"{protocol.videos:,} videos of {size}, {what_is_generated(protocol)}"
+    else:
+        generated = (
+            f"{what_is_generated(protocol)}, {size}, against {protocol.videos:,} real ones; guidance "
+            f"{protocol.guidance.label:g} over the label"
+        )
+    text = f"{generated}; {protocol.sampler} sampler, {protocol.steps} steps"
     return [CardScore(name, score.mean, str(score), protocol.data, text) for name, score in report.scores.items()]

@@ -40,7 +40,7 @@ def write_report(report: Report, folder: Path) -> None:
 def to_markdown(report: Report) -> str:
     """Return the missing scores, the table of scores, warnings, protocol, self-checks and comparison with the paper."""
     protocol = report.protocol
-    sections = [f"# {protocol.data}: {_what_is_generated(protocol)}"]
+    sections = [f"# {protocol.data}: {what_is_generated(protocol)}"]
     missing = missing_scores(protocol.networks, "is" in report.scores, protocol.medium)
     sections += [f"**Missing:** {sentence}" for sentence in missing]
     sections.append(score_table(report))
@@ -176,7 +176,7 @@ def paper_comparison(report: Report) -> str:
     are left out.
     """
     protocol = report.protocol
-    our_protocol = f"{_what_is_generated(protocol)}, guidance {_guidance(protocol):g}"
+    our_protocol = f"{what_is_generated(protocol)}, guidance {_guidance(protocol):g}"
     if protocol.samples is None:
         our_protocol = f"{protocol.videos:,} videos, {our_protocol}"
     sections = []
@@ -232,7 +232,7 @@ def _guidance(protocol: Protocol) -> float:
     return protocol.guidance.context if protocol.samples is None else protocol.guidance.label
 
 
-def _what_is_generated(protocol: Protocol) -> str:
+def what_is_generated(protocol: Protocol) -> str:
     """Return the frames of each continuation, or the number of samples."""
     if protocol.samples is None:
         return _frame_counts(protocol)

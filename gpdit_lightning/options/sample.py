@@ -43,7 +43,7 @@ class ContextReadingOptions(OptionRecord):
     generated frames, which are at that stride already."""
     size: str | None = None
     """HEIGHTxWIDTH in pixels, one of the sizes of training; by default the closest in aspect."""
-    label: Sequence[str] | None = None
+    label: Sequence[str] | str | None = None
     """Class to generate, by name or number; by default the label that a shard records for its sample, or none. Several
     classes, or `all`, are generated from noise alone."""
 

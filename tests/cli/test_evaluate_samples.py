@@ -13,6 +13,7 @@ from scipy.linalg import sqrtm
 from gpdit_lightning import GPDiT
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import main
+from gpdit_lightning.cli.export import scores_of
 from gpdit_lightning.diffusion import DPMSolver2M, Guidance
 from gpdit_lightning.evaluation.metrics import Moments
 from gpdit_lightning.evaluation.reference import Reference
@@ -189,7 +190,9 @@ def test_statistics_of_an_earlier_evaluation_give_the_same_scores(
     command: list[str], finished: Path, tmp_path: Path
 ) -> None:
     before = Report.load(finished / "results.json")
-    after = evaluate(command, tmp_path / "out", f"--reference={finished}", "--sample_labels=balanced")
+    without_name = [option for option in command if not option.startswith("--data")]
+    after = evaluate(without_name, tmp_path / "out", f"--reference={finished}", "--sample_labels=balanced")
+    assert after.protocol.data == "ImageNet"
     assert (after.scores, after.references, after.self_checks) == (
         before.scores,
         before.references,
@@ -227,7 +230,7 @@ def test_a_reference_of_adm_gives_moments_and_images(
     assert only_images.scores["fid"].mean == pytest.approx(frechet_of(features_of(pixels), samples), rel=1e-4)
 
 
-def test_report_of_images_states_the_protocol_beside_the_table_of_acdit(finished: Path) -> None:
+def test_report_of_images_states_the_protocol_beside_the_table_of_acdit(finished: Path, model: Path) -> None:
     text = (finished / "results.md").read_text()
     assert text.startswith(f"# ImageNet: {SAMPLES} images from noise alone\n")
     assert f"Real images: {REAL} of ImageNet, all, in the order of a hash" in text
@@ -239,6 +242,9 @@ def test_report_of_images_states_the_protocol_beside_the_table_of_acdit(finished
     )
     assert "GPDiT-H" not in text
     assert "real data, one half against the other" in text
+    (fid, *_) = scores_of(load_trained_model(model), finished, None)
+    generated = f"{SAMPLES} images from noise alone, 32x32, against {REAL} real ones"
+    assert fid.protocol == f"{generated}; guidance 1.5 over the label; dpm2m sampler, 2 steps"
     assert "FVD" not in text
 
 

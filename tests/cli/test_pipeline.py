@@ -63,6 +63,21 @@ def test_a_call_is_bit_equal_to_sample(workspace: Path, tmp_path: Path, pipeline
         assert torch.equal(new, latents(tmp_path / "verb" / f"1-seed{seed}.safetensors")[2:])
 
 
+def test_samples_of_classes_are_bit_equal_to_those_of_sample(
+    workspace: Path, tmp_path: Path, pipeline: GPDiTPipeline
+) -> None:
+    options = ["--label", "run", "0", "--count=3", "--frames=5", "--seed=2", "--label_guidance=2", "--batch_size=4"]
+    assert sample(workspace, tmp_path / "verb", *options, context=None) == 0
+    output = pipeline(label=["run", 0], count=3, frames=5, seed=2, steps=2, label_guidance=2.0, batch_size=4)
+    files = output.save(tmp_path / "pipeline")
+    names = [path.relative_to(tmp_path / "pipeline") for path in files]
+    assert len(names) == 7
+    assert names[0] == Path("run/run-00000.mp4")
+    assert names[-1] == Path("sheet.png")
+    for name in names:
+        assert (tmp_path / "pipeline" / name).read_bytes() == (tmp_path / "verb" / name).read_bytes()
+
+
 def test_an_exported_run_is_loaded_by_its_folder_or_its_name_on_the_hub(workspace: Path, tmp_path: Path) -> None:
     model, cache = tmp_path / "model", tmp_path / "hub" / "models--someone--gpdit"
     assert main(["export", "--checkpoint", str(workspace / "run"), "--out", str(model)]) == 0
