@@ -18,7 +18,13 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_lines
 from gpdit_lightning.media.images import SEARCHED_EXTENSIONS
 from gpdit_lightning.media.video import VIDEO_EXTENSIONS
-from gpdit_lightning.preparation.imagenet import VALIDATION, ImageNetLists, is_imagenet_list, read_imagenet_list
+from gpdit_lightning.preparation.imagenet import (
+    VALIDATION,
+    ImageNetLists,
+    is_binary_list,
+    is_imagenet_list,
+    read_imagenet_list,
+)
 
 FIELDS = ("source", "caption", "label", "split")
 SUPPORTED = (
@@ -178,7 +184,7 @@ def _read_table(path: Path, imagenet: ImageNetLists) -> Table | None:
         path: the file.
         imagenet: receives the content of a list of ImageNet, for which the result is None.
     """
-    is_text = path.suffix.lower() != ".mat"
+    is_text = not is_binary_list(path)
     first = next((line.strip() for _, line in _read_lines(path) if line.strip()), "") if is_text else ""
     if is_imagenet_list(path, first):
         read_imagenet_list(path, _read_lines(path) if is_text else (), imagenet)

@@ -4,11 +4,13 @@ A class is a synset, such as n01440764. Its index is its position among all sort
 `ImageFolder` and DiT, whatever the order of a list. The numbers of the development kit have another order.
 """
 
+import io
 import re
+import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gpdit_lightning.errors import InputError
 
@@ -16,6 +18,9 @@ SYNSET = r"n\d{8}"
 VALIDATION = "ILSVRC2012_val_"
 IMAGE = rf"(?P<image>{VALIDATION}\d{{8}})(?:\.JPEG)?"
 KAGGLE_HEADER = "ImageId,PredictionString"
+KIT_SUFFIXES = (".tar.gz", ".tgz")
+GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
+MAX_KIT_BYTES = 2**26  # of an unpacked file
 KITS_NUMBERS = "meta.mat of the development kit, map_clsloc.txt or ILSVRC2012_mapping.txt"
 
 
@@ -95,13 +100,14 @@ FORMS: tuple[tuple[re.Pattern[str], Add], ...] = (
 KAGGLE_ROW = re.compile(rf"(?P<image>[^,]+),(?P<synset>{SYNSET})(?:\s.*)?")
 
 
+def is_binary_list(path: Path) -> bool:
+    """Return whether a file is `meta.mat` or the packed development kit, by its name."""
+    return path.name.lower().endswith((".mat", *KIT_SUFFIXES))
+
+
 def is_imagenet_list(path: Path, first_line: str) -> bool:
     """Return whether a file is a list of ImageNet, by its name or its first line that is not empty."""
-    return (
-        path.suffix.lower() == ".mat"
-        or first_line == KAGGLE_HEADER
-        or any(form.fullmatch(first_line) for form, _ in FORMS)
-    )
+    return is_binary_list(path) or first_line == KAGGLE_HEADER or any(form.fullmatch(first_line) for form, _ in FORMS)
 
 
 def read_imagenet_list(path: Path, lines: Iterable[tuple[int, str]], lists: ImageNetLists) -> None:
@@ -109,15 +115,18 @@ def read_imagenet_list(path: Path, lines: Iterable[tuple[int, str]], lists: Imag
 
     Args:
         path: the file.
-        lines: its lines and their numbers; not used for a `.mat` file.
+        lines: its lines and their numbers; not used for a binary file.
         lists: receives the content.
 
     Raises:
         InputError: the file cannot be read, or a line has another form than the lines before.
     """
     lists.files.append(path)
-    if path.suffix.lower() == ".mat":
-        lists.kit_numbers |= _read_meta(path)
+    if path.name.lower().endswith(KIT_SUFFIXES):
+        _read_kit(path, lists)
+        return
+    if is_binary_list(path):
+        lists.kit_numbers |= _read_meta(path, path)
         return
     texts = [(number, line.strip()) for number, line in lines if line.strip()]
     if texts[0][1] == KAGGLE_HEADER:
@@ -144,12 +153,39 @@ def read_imagenet_list(path: Path, lines: Iterable[tuple[int, str]], lists: Imag
         add(lists, i, match)
 
 
-def _read_meta(path: Path) -> dict[int, str]:
-    """Return the synsets of the classes in the development kit's `meta.mat`, which has their parents too."""
+def _read_kit(path: Path, lists: ImageNetLists) -> None:
+    """Read the two lists in the packed development kit, ILSVRC2012_devkit_t12.tar.gz."""
+    contents: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            for info in tar:
+                name = info.name.rpartition("/")[2]
+                if name in (GROUND_TRUTH, META) and info.isreg() and info.size <= MAX_KIT_BYTES:
+                    member = tar.extractfile(info)
+                    assert member is not None
+                    contents[name] = member.read()
+        lines = contents[GROUND_TRUTH].decode().splitlines()
+        meta = contents[META]
+    except Exception as error:  # for many kinds of damage tarfile raises arbitrary exceptions
+        raise InputError(
+            f"{path} is not ImageNet's development kit ({type(error).__name__}: {error}): give "
+            f"ILSVRC2012_devkit_t12.tar.gz, or its files {GROUND_TRUTH} and {META}."
+        ) from None
+    lists.kit_numbers |= _read_meta(io.BytesIO(meta), path)
+    read_imagenet_list(path.with_name(GROUND_TRUTH), list(enumerate(lines, start=1)), lists)
+
+
+def _read_meta(file: Path | BinaryIO, path: Path) -> dict[int, str]:
+    """Return the synsets of the classes in the development kit's `meta.mat`, which has their parents too.
+
+    Args:
+        file: the file.
+        path: its path for messages.
+    """
     from scipy.io import loadmat
 
     try:
-        rows: list[dict[str, Any]] = loadmat(path, simplify_cells=True)["synsets"]
+        rows: list[dict[str, Any]] = loadmat(file, simplify_cells=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows if int(row.get("num_children", 0)) == 0}
     except Exception as error:  # for a file of another format scipy raises arbitrary exceptions
         raise InputError(

@@ -91,6 +91,9 @@ def write_lists(root: Path) -> None:
     rows = [(n + 1, synset, f"words {n}", 0) for n, synset in enumerate(SYNSETS)] + [(5, "n00001740", "parents", 4)]
     kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
     savemat(root / "meta.mat", {"synsets": np.array(rows, dtype=kinds)[:, None]})
+    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+        for name in LISTS["kit"]:
+            add(tar, f"ILSVRC2012_devkit_t12/data/{name}", (root / name).read_bytes())
     (root / "map_clsloc.txt").write_text("".join(f"{s} {n + 1} word_{n}\n" for n, s in enumerate(SYNSETS)))
     (root / "mapping.txt").write_text("".join(f"{n + 1} {s}\n" for n, s in enumerate(SYNSETS)))
     (root / "synset_words.txt").write_text("".join(f"{s} word, other word\n" for s in CLASSES))
@@ -103,6 +106,7 @@ def write_lists(root: Path) -> None:
 
 LISTS = {
     "kit": ["ILSVRC2012_validation_ground_truth.txt", "meta.mat"],
+    "packed kit": ["ILSVRC2012_devkit_t12.tar.gz"],
     "clsloc": ["map_clsloc.txt", "ILSVRC2012_validation_ground_truth.txt"],
     "mapping": ["ILSVRC2012_validation_ground_truth.txt", "mapping.txt"],
     "kaggle": ["LOC_val_solution.csv", "synset_words.txt"],
@@ -128,11 +132,13 @@ def test_every_list_gives_the_classes_of_the_validation_images(imagenet: Path, n
         (["val.txt"], "give the list of classes too, synset_words.txt"),
         (["broken.txt"], r"broken.txt line 2 is 'cat', which has another form than the lines before"),
         (["broken.mat"], "broken.mat is not meta.mat of ImageNet's development kit"),
+        (["broken.tar.gz"], "broken.tar.gz is not ImageNet's development kit"),
     ],
 )
 def test_lists_that_cannot_be_used_are_named(imagenet: Path, files: list[str], message: str) -> None:
     (imagenet / "broken.txt").write_text("n02119789 fox\ncat\n")
-    (imagenet / "broken.mat").write_bytes(b"not a matrix")
+    for name in ("broken.mat", "broken.tar.gz"):
+        (imagenet / name).write_bytes(b"neither a matrix nor a tar")
     with pytest.raises(InputError, match=message):
         read_annotations([imagenet / file for file in files])
 
