@@ -68,8 +68,10 @@ def check_context_frames(frames: int, layout: BlockLayout, codec: Codec) -> None
     """Check the option --context_frames, a number of pixel frames.
 
     Raises:
-        InputError: the codec cannot encode so many, or they are not whole blocks of the model.
+        InputError: there are none, the codec cannot encode so many, or they are not whole blocks of the model.
     """
+    if frames < 1:
+        raise InputError(f"--context_frames is {frames}: give at least 1, or leave out the context.")
     latents = codec.latent_frames(frames, "--context_frames")
     if layout.context_length(latents) == latents:
         return
