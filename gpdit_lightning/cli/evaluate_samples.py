@@ -2,13 +2,15 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.cli.evaluation_output import (
     VIDEOS,
     are_finished,
@@ -47,7 +49,6 @@ from gpdit_lightning.evaluation.report import Protocol, Report
 from gpdit_lightning.evaluation.report_text import TABLES
 from gpdit_lightning.evaluation.sample_scores import make_reference, make_sample_report
 from gpdit_lightning.evaluation.samples import (
-    SampleChunk,
     class_drawer,
     evaluate_samples_of_chunk,
     label_sentence,
@@ -83,9 +84,10 @@ class RealData(NamedTuple):
     given: Reference | None = None
     moments: Moments | None = None
 
-    def reference(self, files: ChunkFiles) -> Reference:
-        """Return the given statistics, or those of the files of all chunks."""
-        return self.given or make_reference(files, replace(self.record, items=len(files.names)), self.moments)
+    def reference(self, files: ChunkFiles, device: torch.device) -> Reference:
+        """Return the given statistics, or those of the files of all chunks, computed on a device."""
+        record = replace(self.record, items=len(files.names))
+        return self.given or make_reference(files, record, self.moments, device)
 
 
 def evaluate_samples(
@@ -105,30 +107,15 @@ def evaluate_samples(
     rank, ranks, _ = rank_of_process()
     trained, model, out = pipeline.trained, pipeline.model, options.out
     real = real_data(options, settings, pipeline, networks, annotations)
-    samples = number_of_samples(options, settings, real.record)
     class_of = None
     if uses_labels(options, trained):
         class_of = class_drawer(options.sample_labels, trained.classes, real.record.labels)
-    protocol = make_protocol(
-        options,
-        settings,
-        trained,
-        networks,
-        data=options.data or real.record.data,
-        choice=real.record.choice,
-        split_sha256=real.record.names_sha256,
-        videos=real.record.items,
-        labels=class_of and label_sentence(options.sample_labels, len(trained.classes)),
-        resize=real.record.resize,
-        samples=samples,
-        reference=options.reference and f"{as_text(options.reference)}, sha256 {sha256_of(file_of(options.reference))}",
-        manifold=min(MAX_MANIFOLD, real.record.items) if real.given is None else len_of_manifold(real.given),
-    )
+    protocol = protocol_of_samples(options, settings, trained, networks, real)
     chunk_settings = settings_of_chunks(options, protocol)
     for folder in (REAL, SAMPLES):
         ChunkFiles(sorted((out / folder).glob("*.safetensors")), chunk_settings)  # raises if settings differ
     real_files = {start: out / REAL / f"{start:06d}.safetensors" for start in real.chunks}
-    chunks = split_samples(samples, options.chunk, trained.classes, class_of)
+    chunks = split_samples(protocol.samples or 0, options.chunk, trained.classes, class_of)
     files = {chunk: out / SAMPLES / f"{chunk.numbers.start:06d}.safetensors" for chunk in chunks}
     kept = [name for chunk in chunks for name in chunk.names][: options.keep_videos]
     on_variant = video_writer(out / VIDEOS, map(seed_variant, settings.seeds), kept)
@@ -151,36 +138,61 @@ def evaluate_samples(
             write_chunk(files[chunk], names, results, chunk_settings)
             bar.update(len(chunk.numbers))
     if are_finished([*real_files.values(), *files.values()]):
-        write_and_print_report(out, lambda: compute_report(out, real, protocol, real_files, files, chunk_settings))
+        paths = list(real_files.values()), list(files.values())
+        write_and_print_report(out, lambda: compute_report(out, real, protocol, *paths, chunk_settings, model.device))
+
+
+def protocol_of_samples(
+    options: EvaluateOptions,
+    settings: EvaluationSettings,
+    trained: TrainedModel,
+    networks: MetricNetworks,
+    real: RealData,
+) -> Protocol:
+    """Return everything that the scores of samples depend on, for the report."""
+    record, file = real.record, options.reference and file_of(options.reference)
+    # By default 50,000 images, or as many videos as there are real ones.
+    by_default = NUM_SAMPLES if settings.medium == "image" else record.items
+    has_labels = uses_labels(options, trained)
+    return make_protocol(
+        options,
+        settings,
+        trained,
+        networks,
+        data=options.data or record.data,
+        choice=record.choice,
+        split_sha256=record.names_sha256,
+        videos=record.items,
+        labels=label_sentence(options.sample_labels, len(trained.classes)) if has_labels else None,
+        resize=record.resize,
+        samples=by_default if options.samples is None else options.samples,
+        reference=file and f"{as_text(file.name)}, sha256 {sha256_of(file)}",
+        manifold=min(MAX_MANIFOLD, record.items) if real.given is None else len_of_manifold(real.given),
+    )
 
 
 def compute_report(
     out: Path,
     real: RealData,
     protocol: Protocol,
-    real_files: Mapping[int, Path],
-    files: Mapping[SampleChunk, Path],
+    real_files: Sequence[Path],
+    files: Sequence[Path],
     chunk_settings: Mapping[str, object],
+    device: torch.device,
 ) -> Report:
     """Write the statistics of the real data, and return the report from the files of all chunks."""
-    of_real = ChunkFiles(list(real_files.values()), chunk_settings)
-    reference = real.reference(of_real)
+    of_real = ChunkFiles(real_files, chunk_settings)
+    reference = real.reference(of_real, device)
     if real.given is None:
         reference.save(out / FILE)
     unreadable = 0 if real.given else real.record.items - len(of_real.names)
-    return make_sample_report(ChunkFiles(list(files.values()), chunk_settings), reference, protocol, unreadable)
+    of_samples = ChunkFiles(files, chunk_settings)
+    return make_sample_report(of_samples, reference, protocol, unreadable, device)
 
 
 def len_of_manifold(reference: Reference) -> int:
     """Return the number of real samples for precision and recall."""
     return max(map(len, reference.manifold.values()), default=0)
-
-
-def number_of_samples(options: EvaluateOptions, settings: EvaluationSettings, record: ReferenceRecord) -> int:
-    """Return the number of samples: by default 50,000 images, or as many videos as there are real ones."""
-    if options.samples is not None:
-        return options.samples
-    return NUM_SAMPLES if settings.medium == "image" else record.items
 
 
 def file_of(reference: Path) -> Path:

@@ -7,6 +7,7 @@ on Inception's features, as in ADM's evaluation, and those of videos on the feat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from gpdit_lightning.evaluation.chunk_files import ChunkFiles
@@ -37,13 +38,16 @@ QUANTITIES = {"fvd": "video", "fid": "image"}  # features of each Frechet distan
 MIN_FOR_PRECISION = 1000  # samples; with fewer, the report warns about precision and recall
 
 
-def make_reference(files: ChunkFiles, record: ReferenceRecord, moments: Moments | None = None) -> Reference:
+def make_reference(
+    files: ChunkFiles, record: ReferenceRecord, moments: Moments | None = None, device: str | torch.device = "cpu"
+) -> Reference:
     """Compute the statistics of real images or videos, with the scores of real data against real data.
 
     Args:
         files: of all chunks of real data; there may be none if `moments` are given.
         record: what they are computed from, without scores.
         moments: given ones of image features, which replace those of the files.
+        device: on which precision and recall are computed.
     """
     checked = checked_distances(files) if files.paths else {}
     with progress_bar(
@@ -61,10 +65,10 @@ def make_reference(files: ChunkFiles, record: ReferenceRecord, moments: Moments 
         manifold[record.medium] = manifold_of(rows_of(files, GROUND_TRUTH, record.medium))
     reference = Reference(record, computed | given, manifold)
     scores = {}
-    if halves := scores_of_halves(files, record.medium):
+    if halves := scores_of_halves(files, record.medium, device):
         scores[HALVES] = halves
     if files.has_variant(CODEC):
-        scores[REFERENCES[CODEC]] = scores_of_variant(files, CODEC, reference)
+        scores[REFERENCES[CODEC]] = scores_of_variant(files, CODEC, reference, device)
     return replace(reference, record=replace(record, scores=scores, self_checks=self_checks))
 
 
@@ -74,7 +78,11 @@ def rows_of(files: ChunkFiles, variant: str, quantity: str) -> Iterator[Tensor]:
 
 
 def scores_of_variant(
-    files: ChunkFiles, variant: str, reference: Reference, on_distance: Callable[[], object] = lambda: None
+    files: ChunkFiles,
+    variant: str,
+    reference: Reference,
+    device: str | torch.device = "cpu",
+    on_distance: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Return the scores of a variant against the statistics of real data, by key in `names.SCORE_NAMES`.
 
@@ -82,6 +90,7 @@ def scores_of_variant(
         files: of all chunks that contain the variant.
         variant: generated samples, or real data that were encoded and decoded.
         reference: the statistics.
+        device: on which precision and recall are computed.
         on_distance: called after each Frechet distance.
     """
     scores = {}
@@ -94,12 +103,15 @@ def scores_of_variant(
         scores["is"] = inception_score(probabilities, min(IS_SPLITS, len(probabilities)))[0]
     for quantity, real in reference.manifold.items():
         if files.has(variant, quantity):
-            scores |= precision_and_recall(real, all_values(files, variant, quantity))
+            scores |= precision_and_recall(real.to(device), all_values(files, variant, quantity))
     return scores
 
 
 def precision_and_recall(real: Tensor, generated: Tensor) -> dict[str, float]:
-    """Return precision and recall of features (rows, n) or (B, 1, n); empty if there are too few samples."""
+    """Return precision and recall of features (rows, n) or (B, 1, n), computed on the device of the real ones.
+
+    The result is empty if there are too few samples.
+    """
     generated = generated.flatten(0, -2)
     if min(len(real), len(generated)) <= NEIGHBOURS:
         return {}
@@ -107,7 +119,7 @@ def precision_and_recall(real: Tensor, generated: Tensor) -> dict[str, float]:
     return {"precision": precision, "recall": recall}
 
 
-def scores_of_halves(files: ChunkFiles, medium: Medium) -> dict[str, float]:
+def scores_of_halves(files: ChunkFiles, medium: Medium, device: str | torch.device = "cpu") -> dict[str, float]:
     """Return the scores of one half of the real data against the other; IS is that of all."""
     sizes = [assign_halves(files.names).count(half) for half in (0, 1)]
     if min(sizes) < 2:
@@ -115,17 +127,24 @@ def scores_of_halves(files: ChunkFiles, medium: Medium) -> dict[str, float]:
     scores = {}
     for name, quantity in QUANTITIES.items():
         if files.has(GROUND_TRUTH, quantity):
-            first, second = (Moments.of(concatenate_parts(half_of_ground_truth(files, quantity, h))) for h in (0, 1))
-            scores[name] = first.distance(second)
+            halves = [Moments.of(concatenate_parts(half_of_ground_truth(files, quantity, half))) for half in (0, 1)]
+            scores[name] = halves[0].distance(halves[1])
     if files.has(GROUND_TRUTH, "classes"):
         probabilities = all_values(files, GROUND_TRUTH, "classes").flatten(0, 1)
         scores["is"] = inception_score(probabilities, min(IS_SPLITS, len(probabilities)))[0]
     if files.has(GROUND_TRUTH, medium):
-        scores |= precision_and_recall(*(manifold_of(half_of_ground_truth(files, medium, half)) for half in (0, 1)))
+        first, second = (manifold_of(half_of_ground_truth(files, medium, half)) for half in (0, 1))
+        scores |= precision_and_recall(first.to(device), second)
     return scores
 
 
-def make_sample_report(files: ChunkFiles, reference: Reference, protocol: Protocol, unreadable: int = 0) -> Report:
+def make_sample_report(
+    files: ChunkFiles,
+    reference: Reference,
+    protocol: Protocol,
+    unreadable: int = 0,
+    device: str | torch.device = "cpu",
+) -> Report:
     """Compute the scores of samples, with a progress bar.
 
     Args:
@@ -133,6 +152,7 @@ def make_sample_report(files: ChunkFiles, reference: Reference, protocol: Protoc
         reference: statistics of real data.
         protocol: of the evaluation.
         unreadable: number of real images or videos that could not be read.
+        device: on which precision and recall are computed.
 
     Raises:
         InputError: a feature is not finite.
@@ -140,7 +160,7 @@ def make_sample_report(files: ChunkFiles, reference: Reference, protocol: Protoc
     seeds = [seed_variant(seed) for seed in protocol.seeds]
     distances = sum(files.has(seeds[0], quantity) for quantity in QUANTITIES.values())
     with progress_bar(total=distances * len(seeds), desc="scoring", unit=" distances", disable=not distances) as bar:
-        of_seeds = [scores_of_variant(files, seed, reference, bar.update) for seed in seeds]
+        of_seeds = [scores_of_variant(files, seed, reference, device, bar.update) for seed in seeds]
     record = reference.record
     references = {
         name: scores
