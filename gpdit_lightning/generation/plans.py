@@ -169,16 +169,16 @@ def sample_seed(seed: int, label: str | None, number: int) -> int:
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8]) >> 1  # fits an int64
 
 
-def generated_frames(options: RolloutOptions, trained: TrainedModel, codec: Codec) -> int:
+def generated_frames(options: GenerationOptions, trained: TrainedModel, codec: Codec) -> int:
     """Return the number of pixel frames to generate: by default 16, or those of a training clip for samples of classes.
 
     Args:
-        options: frames and count.
+        options: frames, labels and count.
         trained: the model; one of images generates one frame by default.
         codec: its codec.
     """
     in_training = codec.pixel_frames(trained.geometry.frames)
-    by_default = in_training if options.count is not None or in_training == 1 else DEFAULT_FRAMES
+    by_default = in_training if options.by_class or in_training == 1 else DEFAULT_FRAMES
     return by_default if options.frames is None else options.frames
 
 

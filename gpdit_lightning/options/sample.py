@@ -53,7 +53,8 @@ class RolloutOptions(LabelGuidanceOptions, BatchedSamplerOptions):
     """Generation."""
 
     frames: int | None = None
-    """Pixel frames to generate; by default 16, or those of a training clip with --count or for a model of images."""
+    """Pixel frames to generate; by default 16, or those of a training clip for samples of classes and for a model of
+    images."""
     samples: int = 1
     """Videos per context, with consecutive seeds."""
     count: int | None = None

@@ -14,6 +14,7 @@ from gpdit_lightning import GPDiT
 from gpdit_lightning.checkpoints.reading import load_trained_model
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli.export import scores_of
+from gpdit_lightning.cli.parsing import parse
 from gpdit_lightning.diffusion import DPMSolver2M, Guidance
 from gpdit_lightning.evaluation.metrics import Moments
 from gpdit_lightning.evaluation.reference import Reference
@@ -22,6 +23,7 @@ from gpdit_lightning.evaluation.samples import class_drawer
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.generation.plans import sample_seed
 from gpdit_lightning.media.video_writer import write_video
+from gpdit_lightning.options.evaluate import EvaluateOptions
 from tests.cli.sampling import CODEC, LABELS, stripes
 from tests.evaluation.scripted import ScriptedI3D, ScriptedInception, saved
 
@@ -329,3 +331,16 @@ def test_references_that_cannot_be_used_are_refused(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("imagenet", {"label_guidance": 1.5, "samples": 50_000, "sample_labels": "uniform", "image_scaling": "adm"}),
+        ("ucf101", {"label_guidance": 2.5, "context_frames": 0, "generated_frames": 16, "sample_labels": "data"}),
+    ],
+)
+def test_recipes_have_the_settings_of_acdit(recipe: str, expected: dict[str, object]) -> None:
+    options = parse("evaluate", "", EvaluateOptions, ["--config", f"gpdit:acdit/eval_{recipe}"])
+    expected |= {"sampler": "dpm2m", "steps": 25, "guidance": 1.0, "weights": "ema"}
+    assert {name: getattr(options, name) for name in expected} == expected

@@ -132,6 +132,8 @@ def test_clips_are_saved_as_mp4_and_long_sheets_in_pages(
     assert [path.name for path in files[-2:]] == ["sheet.png", "sheet-2.png"]
     assert files[24] == tmp_path / "night snake" / "night snake-00024.mp4"
     assert read_video(files[24]).shape == (2, 3, SIDE, SIDE)
+    several = pipeline_of(2, 1, **MODELS["blocks of frames, adaln"])(label=["4", "tench"], steps=1)
+    assert [video.pixels.shape[0] for video in several.videos] == [2, 2]
     unlabelled = pipeline_of(2, 1, classes=0)(count=2, steps=1)
     assert unlabelled.save(tmp_path / "u")[:2] == [tmp_path / "u" / f"sample-{number:05d}.mp4" for number in (0, 1)]
 
