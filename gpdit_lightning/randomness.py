@@ -5,7 +5,7 @@ import numpy as np
 # Each use of a seed has its own stream of random numbers.
 SAMPLE_ORDER, MICRO_BATCH_ORDER, TRAIN_NOISE, VALIDATION_NOISE, CLIP_LENGTH, SHARD_ORDER = range(6)
 LABEL_DROPOUT, GENERATION_NOISE, CONTEXT_NOISE = 6, 7, 8
-POSTERIOR_SAMPLE, FLIP, SAMPLE_LABEL = 9, 10, 11
+POSTERIOR_SAMPLE, FLIP, SAMPLE_LABEL, MIXING = 9, 10, 11, 12
 
 
 def generator(seed: int, purpose: int, *counter: int) -> np.random.Generator:

@@ -67,7 +67,16 @@ class Checkpoint:
         return self.content["gpdit"].get("backbone")
 
     def backbone_weights(self, kind: WeightsKind = "ema") -> dict[str, Tensor]:
-        """Return the backbone's state dict: averaged (`ema`; trained if there is no average) or trained (`raw`)."""
+        """Return the backbone's state dict: averaged (`ema`; trained if there is no average) or trained (`raw`).
+
+        Raises:
+            InputError: the checkpoint is of a classifier.
+        """
+        if "classes" in self.content["gpdit"]:
+            raise InputError(
+                f"{self.path} is a classifier, which has no output layer for denoising: give the checkpoint of the "
+                "generative training, and evaluate this one by `validate`."
+            )
         weights = self.content["state_dict"]
         if kind == "ema" and "ema" in self.content:
             weights = weights | self.content["ema"]["weights"]

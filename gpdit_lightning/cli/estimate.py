@@ -35,6 +35,7 @@ from gpdit_lightning.estimation.requirements import (
 from gpdit_lightning.estimation.units import GIB, MIB, duration, flops
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.model.classifier import clean_stream_config
 from gpdit_lightning.options.estimate import EstimateOptions
 from gpdit_lightning.specs import LatentGrid
 
@@ -151,6 +152,9 @@ def read_recipe(
     if precision not in BYTES_OF_PRECISION:
         raise InputError(f"trainer.precision is {precision}; estimate supports bf16-mixed and 32-true.")
     backbone = GPDiTConfig(**vars(settings.model.init_args.backbone))
+    classifier = settings.model.init_args.get("classification")
+    if classifier is not None:
+        backbone = clean_stream_config(backbone, classifier.layer)
     sources, grid, assumed = read_sources(data, sizes or {}, codec, backbone)
     run = RunSettings(
         backbone=backbone,
@@ -163,6 +167,7 @@ def read_recipe(
         max_steps=settings.trainer.max_steps,
         sources=sources,
         sampling=data.sampling,
+        clean_stream_only=classifier is not None,
     )
     return EstimatedRecipe(run, grid, assumed, data.workers)
 

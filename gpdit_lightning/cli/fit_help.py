@@ -28,6 +28,7 @@ TITLES = {
     "model.init_args.backbone.": "Backbone",
     "model.init_args.schedule.": "Noise schedule",
     "model.init_args.optimizer.": "Optimizer",
+    "model.init_args.classification.": "Classification (of ClassificationStage)",
     "model": "Stage",
     "data.SOURCE.": "Data sources (SOURCE is images, videos or sequences)",
     "data.": "Data",
@@ -50,11 +51,11 @@ def print_help(verb: str) -> None:
 def rendered() -> str:
     """Return the help, made from the parser of `fit` and the constructor of a stage."""
     from gpdit_lightning.cli.recipe_cli import recipe_parser
-    from gpdit_lightning.stages import GPDiTStage
+    from gpdit_lightning.stages import ClassificationStage
 
     parser = recipe_parser()
     stage = ArgumentParser()
-    stage.add_class_arguments(GPDiTStage, "model.init_args")
+    stage.add_class_arguments(ClassificationStage, "model.init_args")
     groups = [*parser._action_groups[1:], *stage._action_groups[2:]]
     actions = [action for group in groups for action in group._group_actions if is_shown(action)]
     sections: dict[str, dict[str, None]] = {}  # the options of all sources are equal, and are listed once

@@ -52,6 +52,7 @@ NEVER = 2**40  # optimizer steps
 IGNORED_WARNINGS = (
     ".*resuming from a checkpoint that ended before the epoch ended.*",  # an epoch is the whole run
     ".*does not have many workers.*",
+    ".*You have overridden `on_before_batch_transfer`.*",  # in the stage of classification, as intended
     ".*smaller than the logging interval.*",
     ".*across ranks is zero.*",  # the data may have no held-out samples
     "(?s).*Dump of a value that does not round-trip.*",

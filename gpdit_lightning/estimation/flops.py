@@ -46,7 +46,7 @@ OTHER_DEVICES = {"mig", "laptop", "mobile", "d", "ti"}
 
 @dataclass(frozen=True)
 class PassShape:
-    """The shapes of the inputs of one `GPDiT.forward`."""
+    """The shapes of the inputs of one `GPDiT.forward`; without noisy frames, of one `GPDiT.features` of all blocks."""
 
     clips: int
     """B."""
@@ -61,7 +61,7 @@ class PassShape:
     draws: int = 1
     """K, noisy copies of every clip, which share its clean stream."""
     noisy_frames: Sequence[int] | None = None
-    """Positions of the noisy frames; None for all F."""
+    """Positions of the noisy frames; None for all F; empty for a pass of the clean stream of all F alone."""
 
     @property
     def noisy(self) -> Sequence[int]:
@@ -71,7 +71,7 @@ class PassShape:
     def blocks(self, config: GPDiTConfig) -> BlockSizes:
         """Return the tokens of the clean and of the noisy blocks; clean blocks without a later one are not computed."""
         layout = BlockLayout.of(config, self.height, self.width)
-        return _block_sizes(layout, tuple(self.noisy), config.causal_in_block)
+        return _block_sizes(layout, self.frames, tuple(self.noisy), config.causal_in_block)
 
     def tokens(self, config: GPDiTConfig) -> int:
         """Return the tokens of a frame."""
@@ -88,7 +88,9 @@ class PassShape:
 
 # Searches for a run that fits compare many batch sizes of the same frames.
 @lru_cache(maxsize=256)
-def _block_sizes(layout: BlockLayout, noisy_frames: tuple[int, ...], causal_in_block: bool) -> BlockSizes:
+def _block_sizes(layout: BlockLayout, frames: int, noisy_frames: tuple[int, ...], causal_in_block: bool) -> BlockSizes:
+    if not noisy_frames:
+        return PassBlocks(layout, frames, clean=range(layout.count(frames))).sizes(causal_in_block)
     clip = ClipBlocks(layout, layout.blocks_of(noisy_frames), noisy_frames[-1] + 1)
     return PassBlocks.of_clip(clip).sizes(causal_in_block)
 
@@ -108,12 +110,13 @@ def forward_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
     patch_values = config.latent_channels * config.patch_size**2
     has_label = config.has_prefix and config.classes > 0
     prefix_tokens = rows if has_label else 0
-    # In the last block of the transformer, prefix and clean tokens have keys and values only.
+    # In the last block of the transformer, prefix and clean tokens have keys and values only, if there are noisy ones.
     packed = prefix_tokens + clean_tokens + noisy_tokens
-    query_tokens = (config.layers - 1) * packed + noisy_tokens
+    whole_layers = config.layers - 1 if noisy_tokens else config.layers
+    query_tokens = whole_layers * packed + (config.layers - whole_layers) * noisy_tokens
     key_value_tokens = config.layers * packed
     clean_pairs, noisy_pairs = attention_pairs(config, shape)
-    pairs = (config.layers - 1) * clean_pairs + config.layers * noisy_pairs
+    pairs = whole_layers * clean_pairs + config.layers * noisy_pairs
     # The token of a label attends to itself, and all noisy tokens of its row attend to it.
     label_pairs = (config.layers - 1) * prefix_tokens + config.layers * (noisy_tokens if has_label else 0)
     if config.factorized:  # every token attends to its frame in the additional attention of each layer

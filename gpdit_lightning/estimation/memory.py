@@ -179,14 +179,15 @@ def activation_bytes(config: GPDiTConfig, shape: PassShape, precision: BytesPerV
     patch_values = config.latent_channels * config.patch_size**2
     inputs = config.layers * config.width * packed * STREAM_BYTES + patch_values * packed * precision.product
     inner = _bytes_inside_block(config, shape, precision, queries=packed) if config.layers > 1 else 0
-    last = _bytes_inside_block(config, shape, precision, queries=noisy)
+    last_queries = noisy or packed  # of the last block
+    last = _bytes_inside_block(config, shape, precision, last_queries)
     # In the backward pass of an MLP: gradients of the hidden layer, of two residual streams and of the first weights.
     mlp_gradients = config.mlp_width * precision.product + 2 * config.width * STREAM_BYTES
     first_weights = config.width * config.mlp_width * precision.weight
     if config.activation_checkpointing:
         return inputs + max(inner, last) + packed * mlp_gradients + first_weights
     output = noisy * config.width * (STREAM_BYTES + precision.product)
-    return inputs + (config.layers - 1) * inner + last + output + noisy * mlp_gradients + first_weights
+    return inputs + (config.layers - 1) * inner + last + output + last_queries * mlp_gradients + first_weights
 
 
 def _bytes_inside_block(config: GPDiTConfig, shape: PassShape, precision: BytesPerValue, queries: int) -> int:

@@ -65,6 +65,8 @@ class RunSettings:
     max_steps: int
     sources: tuple[PlannedSource, ...]
     sampling: Sampling = "joint"
+    clean_stream_only: bool = False
+    """Whether the clips pass through the clean stream alone, as in classification."""
 
     def __post_init__(self) -> None:
         _ = self.plan  # raises if batches cannot be divided
@@ -129,6 +131,8 @@ def pass_shape(
     run: RunSettings, source: PlannedSource, shape: MicroBatchShape, clips: int, context_clips: int
 ) -> PassShape:
     """Return the shape of a forward pass over `clips` clips of a source, `context_clips` of them with context."""
+    if run.clean_stream_only:
+        return PassShape(clips, clips, shape.frames, shape.height, shape.width, noisy_frames=())
     one_block = count_blocks(run.backbone, range(shape.frames), shape.height, shape.width) == 1
     draws = 1 if one_block else run.noise_draws
     noisy_frames = source.config.noisy_frames(shape.frames)

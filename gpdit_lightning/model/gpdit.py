@@ -6,6 +6,7 @@ Shapes: B clips, F latent frames, S blocks, C channels, H x W latent pixels, N t
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -33,6 +34,7 @@ from gpdit_lightning.model.prefix import Prefix
 from gpdit_lightning.model.streams import PassBlocks, Streams, describe_streams
 from gpdit_lightning.model.time_conditioning import (
     AdaLN,
+    StochasticDepth,
     TimeConditioning,
     TimeEmbedding,
     TimeRotation,
@@ -233,7 +235,13 @@ class GPDiT(nn.Module):
         (time,) = streams.time.branches(self.output_modulation, 0)
         return self.output(streams.product_input(self.output_norm(x), time)).unflatten(0, (streams.rows, -1))
 
-    def features(self, clean: Tensor, layers: Iterable[int], condition: Tensor | None = None) -> dict[int, Tensor]:
+    def features(
+        self,
+        clean: Tensor,
+        layers: Iterable[int],
+        condition: Tensor | None = None,
+        branch_scales: Tensor | None = None,
+    ) -> dict[int, Tensor]:
         """Return features: the residual stream of clean frames, without time conditioning (GPDiT, section 5.3).
 
         Args:
@@ -241,6 +249,8 @@ class GPDiT(nn.Module):
             layers: numbers of the blocks after which the stream is returned, from 1; 0 is the patch embedding.
             condition: as in :meth:`forward`, for each of the B clips. It is checked, but has no effect, since clean
                 frames do not attend to it; all methods have this argument.
+            branch_scales: (blocks, branches, B), multiplies the output of each branch (attention, MLP) of a block for
+                each clip, such as 0 for the branches that stochastic depth drops; None: 1.
 
         Returns:
             for each layer (B, F, N, D), not normalized; blocks after the highest layer are not run.
@@ -257,7 +267,11 @@ class GPDiT(nn.Module):
         x, streams = self.embed(PassBlocks(layout, frames, clean=blocks), clean)
         features = {}
         for previous, layer in pairwise((0, *layers)):
-            x = self._run_blocks(x, streams, range(previous, layer))
+            if branch_scales is None:
+                x = self._run_blocks(x, streams, range(previous, layer))
+            else:
+                for number in range(previous, layer):
+                    x = self._run_blocks(x, replace(streams, time=StochasticDepth(branch_scales[number])), [number])
             features[layer] = layout.unpack(x.unflatten(0, (len(clean), -1)), blocks, frames)
         return features
 

@@ -69,6 +69,32 @@ class Unconditioned:
     at_input = at_block = at_branch_input = at_branch_output = _unchanged
 
 
+class StochasticDepth(Unconditioned):
+    """Scales of the branches of one block, for a pass of clean tokens only (stochastic depth, arXiv:1603.09382).
+
+    Args:
+        scales: (branches, B), by clip.
+    """
+
+    def __init__(self, scales: Tensor) -> None:
+        self.scales = scales
+
+    def branches(self, modulation: nn.Linear | None, count: int) -> Sequence["Unconditioned"]:
+        """Return the scale of each branch."""
+        return [ScaledBranch(scale) for scale in self.scales]
+
+
+class ScaledBranch(Unconditioned):
+    """A branch whose output is multiplied by a number for each clip (B,)."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+    def at_branch_output(self, x: Tensor) -> Tensor:
+        """(tokens, D), packed clip after clip -> the same."""
+        return (x.unflatten(0, (len(self.scale), -1)) * self.scale[:, None, None].to(x.dtype)).flatten(0, 1)
+
+
 class TimeRotation:
     """The time conditioning of one pass: R(theta) of its frame multiplies each hidden channel pair of a token.
 

@@ -148,6 +148,30 @@ def check_number_of_classes(of_backbone: int, of_data: int) -> None:
     raise InputError(f"the backbone takes {of_backbone} classes, but the data has {of_data}: {cure}.")
 
 
+def check_classifier(data: LatentDataModule) -> None:
+    """Raise `InputError` unless the data have several classes, and every clip has its label, without noisy copies."""
+    if not data.labels:
+        raise InputError("data.labels is false, but ClassificationStage learns labels: set it to true.")
+    if len(data.classes) < 2:
+        raise InputError(
+            f"the data has the class {data.classes[0]!r} only, but a classifier needs two: prepare samples of others."
+        )
+    for name, value, needed in (("label_dropout", data.label_dropout, 0), ("noise_draws", data.noise_draws, 1)):
+        if value != needed:
+            raise InputError(f"data.{name} is {value}, but ClassificationStage needs {needed}: set it to {needed}.")
+
+
+def check_labels_of_all(batch: LatentBatch) -> None:
+    """Raise `InputError`, with a sample without a label, unless every clip of a batch in host memory has one."""
+    assert batch.labels is not None
+    if int(batch.labels.min()) < 0:
+        key = batch.keys[int(batch.labels.argmin())]
+        raise InputError(
+            f"the sample {key} of data.{batch.source} has no label, but ClassificationStage learns labels: prepare the "
+            "data again with labels for all samples, or leave it out."
+        )
+
+
 def check_algorithm(config: OptimizerConfig, sharded: bool) -> None:
     """Raise `InputError` if the strategy shards matrices, but the optimizer needs whole ones."""
     if sharded and config.algorithm == "muon":
@@ -159,12 +183,19 @@ def check_algorithm(config: OptimizerConfig, sharded: bool) -> None:
 
 def check_optimizer_state(saved: Sequence[Mapping[str, Any]], config: OptimizerConfig) -> None:
     """Raise `InputError` if a checkpoint has the state of another optimizer."""
-    saved_algorithm = "muon" if len(saved[0]["param_groups"]) == 2 else "adamw"
+    groups = saved[0]["param_groups"]
+    saved_algorithm = "muon" if any("momentum" in group for group in groups) else "adamw"
     if saved_algorithm != config.algorithm:
         raise InputError(
             f"the checkpoint has the optimizer state of {saved_algorithm}, but optimizer.algorithm is "
             f"{config.algorithm}: use the recipe of its training, or begin another run with its weights "
             "(--model.init_args.initial_weights)."
+        )
+    if ("layers_above" in groups[0]) != config.has_groups:
+        raise InputError(
+            f"optimizer.layer_decay is {config.layer_decay} and decay_vectors is {config.decay_vectors}, but the "
+            "checkpoint has other groups of parameters: use the recipe of its training, or begin another run with its "
+            "weights (--model.init_args.initial_weights)."
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpdit_lightning.checkpoints.facts import Origin
@@ -153,8 +153,17 @@ class GPDiTStage(LightningModule):
         of_blocks = self.backbone.blocks.parameters()
         matrices = [parameter for parameter in of_blocks if parameter.requires_grad and parameter.ndim == 2]
         config, max_steps = self.optimizer_config, self.trainer.max_steps
-        optimizer, scheduler = build_optimizer(trainable, config, max_steps, matrices)
+        optimizer, scheduler = build_optimizer(trainable, config, max_steps, matrices, self._layers_above())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _layers_above(self) -> dict[nn.Parameter, int]:
+        """Return the number of layers above that of each parameter of the backbone, for `optimizer.layer_decay`."""
+        blocks, above = len(self.backbone.blocks), {}
+        for name, parameter in self.backbone.named_parameters():
+            part, *rest = name.split(".")
+            first = blocks - int(rest[0]) if part == "blocks" else blocks + 1
+            above[parameter] = 0 if part.startswith("output") else first
+        return above
 
     def configure_gradient_clipping(
         self,
@@ -181,7 +190,7 @@ class GPDiTStage(LightningModule):
         check_no_texts(self.config.text_width)
         check_latent_channels(self.config.latent_channels, self.data.codec.latent_channels)
         check_patches(self.config.patch_size, self.data)
-        check_number_of_classes(self.config.classes, len(self.data.classes))
+        self.check_labels()
         check_blocks(self.config, self.data)
         check_target(self.config.target, self.schedule)
         self.data.count_blocks = partial(count_blocks, self.config)
@@ -189,6 +198,10 @@ class GPDiTStage(LightningModule):
         device, dtype = self.trainer.strategy.root_device, product_dtype_of(self.trainer)
         with torch.set_grad_enabled(stage == "fit"):
             select_backend(self.config.attention_backend, device.type, dtype, self.config.head_width)
+
+    def check_labels(self) -> None:
+        """Raise `InputError` if the labels of the data do not fit the stage."""
+        check_number_of_classes(self.config.classes, len(self.data.classes))
 
     def on_fit_start(self) -> None:
         """Raise `InputError` if the data do not fit the initial weights."""

@@ -1,9 +1,11 @@
 """The optimizer and its learning-rate schedule."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -46,6 +48,12 @@ class OptimizerConfig:
     """`adamw`; or `muon` for the matrices of the blocks, and AdamW for all other parameters (Jordan et al., 2024, with
     updates as large as AdamW's, so that the same learning rates suit: Liu et al., arXiv:2502.16982). `muon` needs fewer
     steps, above all with small models. It is not available with ZeRO and FSDP2, which split the matrices."""
+    layer_decay: float = 1.0
+    """Below 1, each layer has this fraction of the learning rate of the layer above it, with `adamw` (ELECTRA,
+    arXiv:2003.10555; 0.75 in MAE's fine-tuning, arXiv:2111.06377). The output layer has the whole learning rate, the
+    last block one factor, and the patch embedding one more than the first block."""
+    decay_vectors: bool = True
+    """Whether weight decay acts on vectors too (norms and biases); it does not in MAE, with `adamw`."""
 
     def __post_init__(self) -> None:
         if self.algorithm not in get_args(Algorithm):
@@ -75,11 +83,33 @@ class OptimizerConfig:
                 f"learning rate, but decay is {self.decay} and final_learning_rate_fraction is "
                 f"{self.final_learning_rate_fraction}: set wsd and 0, or halvings to 0."
             )
+        if not 0 < self.layer_decay <= 1:
+            raise InputError(f"optimizer.layer_decay is {self.layer_decay}; it must be above 0 and at most 1.")
+        if self.has_groups and self.algorithm == "muon":
+            raise InputError(
+                "optimizer.algorithm is muon, for which layer_decay must be 1 and decay_vectors true: set algorithm to "
+                "adamw, or leave these out."
+            )
         if not 0 <= self.final_learning_rate_fraction <= 1:
             raise InputError(
                 f"optimizer.final_learning_rate_fraction is {self.final_learning_rate_fraction}; it must lie between 0 "
                 "and 1."
             )
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether parameters differ in their learning rate or weight decay."""
+        return self.layer_decay != 1 or not self.decay_vectors
+
+    def rates_of(self, layers_above: int, vectors: bool) -> dict[str, float]:
+        """Return the peak learning rate and the weight decay of some parameters.
+
+        Args:
+            layers_above: number of layers above theirs.
+            vectors: whether they are vectors.
+        """
+        weight_decay = 0.0 if vectors and not self.decay_vectors else self.weight_decay
+        return {"lr": self.learning_rate * self.layer_decay**layers_above, "weight_decay": weight_decay}
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, max_steps: int) -> float:
@@ -165,10 +195,12 @@ def apply_config(config: OptimizerConfig, optimizer: Optimizer, scheduler: Lambd
             label = "learning_rate" if name == "initial_lr" else name
             changed.append(f"optimizer.{label} is {value} from now on; it was {before}")
     settings["momentum"] = config.betas[0]
+    factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
     for group in optimizer.param_groups:
         group |= {name: value for name, value in settings.items() if name in group}
-        group["lr"] = config.learning_rate * scheduler.lr_lambdas[0](scheduler.last_epoch)
-    scheduler.base_lrs = [config.learning_rate] * len(optimizer.param_groups)
+        rates = config.rates_of(group.get("layers_above", 0), group.get("vectors", False))
+        group |= rates | {"initial_lr": rates["lr"], "lr": rates["lr"] * factor}
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
     return changed
 
 
@@ -177,6 +209,7 @@ def build_optimizer(
     config: OptimizerConfig,
     max_steps: int,
     matrices: Iterable[nn.Parameter] = (),
+    layers_above: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> tuple[Optimizer, LambdaLR]:
     """Return the optimizer of `parameters` and its schedule, which advances once per optimizer step.
 
@@ -185,6 +218,7 @@ def build_optimizer(
         config: the optimizer's settings.
         max_steps: optimizer steps of the run; -1: no end.
         matrices: those of the parameters that `muon` updates.
+        layers_above: number of layers above that of each parameter, for `layer_decay`; 0 for those that are missing.
 
     Raises:
         InputError: the schedule decays but the run has no end, or the decay does not fit into the run.
@@ -202,7 +236,24 @@ def build_optimizer(
         chosen = set(map(id, matrices))
         optimizer = MuonAndAdamW(matrices, [p for p in parameters if id(p) not in chosen], config)
     else:
+        groups = _groups(parameters, config, layers_above) if config.has_groups else parameters
         optimizer = AdamW(
-            parameters, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
     return optimizer, LambdaLR(optimizer, partial(learning_rate_factor, config=config, max_steps=max_steps))
+
+
+def _groups(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, layers_above: Mapping[nn.Parameter, int]
+) -> list[dict[str, Any]]:
+    """Return the groups of parameters with one learning rate and weight decay; those of the output layer come first.
+
+    The groups keep what `apply_config` needs to compute both again.
+    """
+    grouped: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        grouped[layers_above.get(parameter, 0), parameter.ndim < 2].append(parameter)
+    return [
+        {"params": members, "layers_above": above, "vectors": vectors, **config.rates_of(above, vectors)}
+        for (above, vectors), members in sorted(grouped.items(), key=lambda group: group[0])
+    ]

@@ -20,6 +20,7 @@ from gpdit_lightning.estimation.flops import (
     training_flops,
 )
 from gpdit_lightning.model import GPDiT, GPDiTConfig
+from gpdit_lightning.model.classifier import Classifier, clean_stream_config
 from gpdit_lightning.model.layout import count_blocks
 from tests.model.block_oracle import Token, attends, tokens_of
 from tests.model.test_blocks import LAYOUTS
@@ -114,6 +115,32 @@ def test_forward_flops_by_part(fields: dict[str, Any], shape: PassShape) -> None
     if config.classes:  # without labels, each row has a token for no label instead, at the same cost
         labels = torch.zeros(shape.draws * shape.clips, device="meta", dtype=torch.int64)
         assert measured(config, lambda model: run(model, shape, labels)) == forward_flops(config, shape)
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape"),
+    [
+        ({"attention": "of2"}, PassShape(3, 3, 5, 8, 12, noisy_frames=())),
+        ({"attention": "of", "classes": 10}, PassShape(3, 3, 2, 8, 12, noisy_frames=())),
+        ({"block_shape": (1, 2, 3), "patch_size": 1}, PassShape(2, 2, 1, 4, 6, noisy_frames=())),
+        (
+            {"block_shape": (3, 0, 0), "first_block_frames": 2, "factorized": True, "causal_in_block": True},
+            PassShape(3, 3, 5, 8, 12, noisy_frames=()),
+        ),
+    ],
+    ids=str,
+)
+def test_flops_of_the_clean_stream_alone(fields: dict[str, Any], shape: PassShape) -> None:
+    """Those of a classifier, without its output layer."""
+    config = clean_stream_config(GPDiTConfig(**{"size": "tiny", "layers": 3} | fields))
+    clean = meta_batch(config, PassShape(shape.clips, shape.clips, shape.frames, shape.height, shape.width))[2]
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"):
+        model = Classifier(config, classes=7)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        model(clean)
+    of_output = 2 * shape.clips * config.width * 7
+    assert counter.get_total_flops() - of_output == sum(forward_flops(config, shape).values())
 
 
 @pytest.mark.parametrize("variant", ["of2", "of"])

@@ -33,6 +33,7 @@ SHAPES: list[Shape] = [
     (8, 0, 1, 16, 16, 1, None),
     (2, 2, 6, 16, 16, 1, (1, 3, 5)),
     (2, 1, 4, 16, 16, 2, (0, 2)),
+    (2, 2, 3, 16, 16, 1, ()),  # the clean stream alone
 ]
 
 
@@ -69,13 +70,16 @@ def forward(config: GPDiTConfig, shape: Shape, precision: BytesPerValue) -> tupl
     noisy_count = frames if noisy_frames is None else len(noisy_frames)
     model = GPDiT(config).to(torch.float32 if precision.weight == 4 else torch.bfloat16)
     noisy = torch.randn(draws * clips, noisy_count, config.latent_channels, height, width)
-    blocks = count_blocks(config, range(frames) if noisy_frames is None else noisy_frames, height, width)
+    noisy_frames_or_all = range(frames) if noisy_frames is None else noisy_frames
+    blocks = count_blocks(config, noisy_frames_or_all, height, width) if noisy_count else 0
     theta = torch.rand(draws * clips, blocks)
     clean = torch.randn(context, frames, config.latent_channels, height, width) if context else None
 
     def run() -> Tensor:
         # Without the cache, like Lightning's MixedPrecision.
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == AUTOCAST, cache_enabled=False):
+            if clean is not None and not noisy_count:
+                return model.features(clean, [config.layers])[config.layers]
             return model(noisy, theta, clean, draws=draws, frames=noisy_frames)
 
     return model, run
@@ -107,6 +111,8 @@ def saved_bytes(config: GPDiTConfig, shape: Shape, precision: BytesPerValue) -> 
         (SHAPES[5], FLOAT32, "of", True),
         (SHAPES[0], BF16, "of2", False),
         (SHAPES[4], BF16, "of", True),
+        (SHAPES[6], AUTOCAST, "of2", False),
+        (SHAPES[6], FLOAT32, "of", True),
     ],
 )
 def test_bytes_saved_by_one_block(shape: Shape, precision: BytesPerValue, variant: str, checkpointing: bool) -> None:
@@ -171,6 +177,8 @@ def test_bytes_saved_by_one_block_of_other_layouts(
         (SHAPES[5], AUTOCAST, {}, False),
         (SHAPES[0], BF16, {}, True),
         (SHAPES[4], BF16, {"classes": 10}, False),
+        (SHAPES[6], AUTOCAST, {}, False),
+        (SHAPES[6], FLOAT32, {}, True),
         ((2, 2, 4, 16, 16, 1, None), AUTOCAST, {"block_shape": (2, 0, 0), "time_conditioning": "adaln"}, False),
         ((2, 2, 1, 16, 16, 1, None), BF16, {"block_shape": (1, 4, 4), "time_conditioning": "adaln"}, True),
         ((2, 2, 6, 16, 16, 1, None), FLOAT32, {"block_shape": (3, 0, 0), "causal_in_block": True}, False),

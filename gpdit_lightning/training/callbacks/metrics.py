@@ -23,7 +23,7 @@ SUM, COUNT = 0, 1
 
 
 class LossTable:
-    """Running sums of the loss by source and quartile of the noise level.
+    """Running sums of the loss by source and quartile of the noise level, or in one part for losses without noise.
 
     Sums and counts are added over micro-batches, ranks and interruptions, and divided last. They are float64, or
     float32 on MPS, which has no float64.
@@ -35,7 +35,7 @@ class LossTable:
 
     def __init__(self) -> None:
         self.several_sources = False
-        self.rows: dict[str, Tensor] = {}  # source -> (2, 4) sums and counts by quartile
+        self.rows: dict[str, Tensor] = {}  # source -> (2, parts) sums and counts by quartile
         self.weights: dict[str, float] = {}  # source -> sum of its micro-batches' weights in the objective
         self.quarters: dict[str, list[float | None]] = {}
 
@@ -64,9 +64,10 @@ class LossTable:
         self.quarters = {
             name: [value / count if count else None for value, count in zip(*row.tolist(), strict=True)]
             for name, row in zip(names, table, strict=True)
+            if row.shape[1] > 1
         }
         pooled = table.sum(dim=0)
-        for quartile in range(4):
+        for quartile in range(4 if pooled.shape[1] > 1 else 0):
             if pooled[COUNT, quartile] > 0:
                 means[f"loss_q{quartile + 1}"] = float(pooled[SUM, quartile] / pooled[COUNT, quartile])
         if self.several_sources or len(names) > 1:
@@ -86,7 +87,8 @@ class MetricsLogger(Callback):
     - `loss/train`, `train/loss_q1..q4`, `train/loss_SOURCE`, without skipped steps; `loss/val` and `val/...` likewise;
     - `train/grad_norm`, without skipped steps; `train/lr`, of the last step;
     - `train/ema_distance`: |weights - average| / |weights|;
-    - `system/steps_per_s`, `system/clips_per_s`, `system/tokens_per_s` (tokens of noisy frames): over all ranks;
+    - `system/steps_per_s`, `system/clips_per_s`, `system/tokens_per_s` (tokens of noisy frames, or of
+      all frames in classification): over all ranks;
     - `system/tflops_per_s`: FLOPs of the model per device, without recomputation; `system/mfu`: their ratio to the
       device's peak in bf16, if it is known;
     - `system/data_wait`: fraction of the time spent waiting for the loader, maximum over ranks;

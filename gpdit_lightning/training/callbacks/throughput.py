@@ -93,7 +93,7 @@ class Throughput:
         self.steps += ends_step
         self.clips += clips
         shape = PassShape(clips, batch.context, frames, height, width, batch.draws, batch.frames)
-        self.tokens += shape.noisy_tokens(self.config)
+        self.tokens += shape.noisy_tokens(self.config) or shape.clean_tokens(self.config)
         self.flops += sum(training_flops(self.config, shape).values())
         seconds = time.perf_counter() - loader.request_time
         self.seconds += seconds

@@ -39,6 +39,11 @@ STAGES: dict[str, dict[str, Any]] = {
     "squares GPDiTStage": {"sources": ["images"], "images": SOURCE},
     "chunks GPDiTStage": {"sources": ["videos"], "videos": SOURCE | {"frames": 3}},
 }
+CLASSIFIERS: dict[str, dict[str, Any]] = {
+    "squares ClassificationStage": {"sources": ["images"], "images": SOURCE | {"micro_batches": 2}},
+    "chunks ClassificationStage": {"sources": ["videos"], "videos": SOURCE | {"frames": 3}},
+}
+CLASSIFICATION = {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2}
 ADALN = {"time_conditioning": "adaln", "target": "epsilon"}
 BACKBONES: dict[str, dict[str, Any]] = {
     "squares GPDiTStage": {"block_shape": [1, 2, 2], "patch_size": 1, **ADALN},
@@ -47,6 +52,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
         **ADALN,
     },
 }
+BACKBONES |= {name: BACKBONES[name.replace("ClassificationStage", "GPDiTStage")] for name in CLASSIFIERS}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(latents: Path, run_dir: Path, stage: str, **trainer: Any) -> Trainer:
     """Train a small model of a stage with everything that a recipe may use, and return the trainer."""
-    sources = STAGES.get(stage, {"images": SOURCE})  # custom stages train on images
+    sources = (STAGES | CLASSIFIERS).get(stage, {"images": SOURCE})  # custom stages train on images
     content: dict[str, Any] = {
         "run_dir": str(run_dir),
         "seed_everything": 3,
@@ -124,6 +130,11 @@ def run(latents: Path, run_dir: Path, stage: str, **trainer: Any) -> Trainer:
             "video_network": {"kind": f"{ClipColours.__module__}.ClipColours"},
         },
     }
+    if stage in CLASSIFIERS:
+        content["model"]["init_args"]["classification"] = CLASSIFICATION
+        content["model"]["init_args"]["optimizer"] |= {"layer_decay": 0.5, "decay_vectors": False}
+        content["data"]["label_dropout"] = 0.0
+        content["preview"], content["scores"] = {}, {}
     path = run_dir.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(content))
     return fit(RecipeOptions(config=[str(path)]))
@@ -154,6 +165,22 @@ def test_a_stage_waits_once_per_step(latents: Path, tmp_path: Path, stage: str) 
         others = [cause for cause in causes(waits[step]) if cause != "copy to the device at model/positions.py"]
         assert others == ["tolist at callbacks/health.py"]
     assert "copy to the CPU at callbacks/metrics.py" in causes(waits[LOG_EVERY])
+
+
+@pytest.mark.parametrize("stage", CLASSIFIERS)
+def test_classification_waits_once_per_step(
+    latents: Path, tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With mixup, CutMix and stochastic depth, whose random numbers are on the host or come with the batch."""
+    trainer = run(latents, tmp_path / "run", stage)
+    assert {"loss/train", "loss/val", "val/top1_accuracy", "val/top5_accuracy"} <= trainer.callback_metrics.keys()
+    waits = waits_of(trainer)
+    for step in (2, 5):
+        others = [cause for cause in causes(waits[step]) if cause != "copy to the device at model/positions.py"]
+        assert others == ["tolist at callbacks/health.py"]
+    capsys.readouterr()
+    validate(RecipeOptions(config=[str(tmp_path / "run.yaml")]))
+    assert "val/top1_accuracy" in capsys.readouterr().out
 
 
 def test_a_run_resumes_and_is_validated(latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
