@@ -171,7 +171,7 @@ def seconds_of(run: Callable[[], object], device: str) -> float:
     return clock() - start
 
 
-def evaluate(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+def evaluate(folder: Path, with_fvd: bool, options: argparse.Namespace) -> dict[str, float]:
     """Score a run by `evaluate` in another process, and return its scores."""
     out = folder / "evaluation"
     command = [sys.executable, "-m", "gpdit_lightning", "evaluate", "--checkpoint", str(folder), "--out", str(out)]
@@ -179,7 +179,7 @@ def evaluate(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     for name in ("context_frames", "generated_frames"):
         command += [f"--{name}", str(getattr(options, name))]
     command += ["--steps", str(options.sampler_steps)]
-    if options.video_network:
+    if with_fvd:
         command += ["--video_network.path", str(options.video_network)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     scores = json.loads((out / "results.json").read_text(encoding="utf-8"))["scores"]
@@ -213,7 +213,7 @@ def measure(name: str, seed: int, steps: int, options: argparse.Namespace) -> Ru
     result = RunResult(
         train_seconds=seconds,
         validation_loss=validation_loss(folder),
-        scores=evaluate(folder, options),
+        scores=evaluate(folder, options.video_network is not None and seed < options.fvd_seeds, options),
         ratios=error_ratios(generated[0], truth, options.context_frames),
         sample_seconds=sample_seconds,
         sample_flops=counter.get_total_flops() / options.generated_frames,
@@ -231,7 +231,7 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 def table(costs: dict[str, SystemCosts], results: dict[str, list[RunResult]]) -> str:
     """Return the results as a Markdown table."""
-    score_names = list(next(iter(results.values()))[0].scores)
+    score_names = list(next(iter(results.values()))[0].scores)  # those of the first seed, which may have an FVD alone
     head = [
         "system",
         "parameters",
@@ -252,7 +252,7 @@ def table(costs: dict[str, SystemCosts], results: dict[str, list[RunResult]]) ->
             spread([run.train_seconds for run in runs]),
             f"{cost.memory / GIB:.2f} GiB",
             spread([run.validation_loss for run in runs]),
-            *(spread([run.scores[score] for run in runs]) for score in score_names),
+            *(spread([run.scores[score] for run in runs if score in run.scores]) for score in score_names),
             spread([statistics.mean(run.ratios) for run in runs]),
             spread([run.frames_better for run in runs], 2),
             spread([run.sample_seconds for run in runs]),
@@ -316,6 +316,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--generated_frames", type=int, default=16, help="pixel frames that are generated")
     add("--sampler_steps", type=int, default=25, help="sampler steps of every block")
     add("--video_network", type=Path, help="weights of I3D, for FVD; as --video_network.path of evaluate")
+    add("--fvd_seeds", type=int, default=3, help="number of seeds, from 0, with an FVD, which is slow on a CPU")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser
 
