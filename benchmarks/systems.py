@@ -6,13 +6,15 @@ values are comparable for equal targets and frames only, PSNR and SSIM (and FVD,
 of training and sampling. The error ratio of a generated frame is its mean squared error relative to that of the last
 context frame, over all videos. One figure shows it by frame, another the continuations of two videos.
 
-Results are kept in --out: the same command resumes, and adds systems or seeds that are missing. At another size, give
-recipes that override those of the systems: --config recipes/size/b.yaml.
+The results of complete runs are kept in --out: the same command goes on with the systems and seeds that are missing. A
+run that was interrupted begins again. At another size, give recipes that override those of the systems: --config
+recipes/size/b.yaml.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -197,6 +199,7 @@ def measure(name: str, seed: int, steps: int, options: argparse.Namespace) -> Ru
     path = folder / "measured.json"
     if path.exists():
         return RunResult(**json.loads(path.read_text(encoding="utf-8")))
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted call: its seconds would not be those of the run
     seconds = train(name, seed, steps, folder, options)
     pipeline = GPDiTPipeline.from_pretrained(folder, device=options.device, precision="32")
     truth = truth_of(options, pipeline.sizes[0], pipeline.trained.geometry.stride)
