@@ -14,7 +14,9 @@ from gpdit_lightning.data.manifest import Manifest
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-NOT_IN_RUN = {"system/mfu", "warnings/skipped_steps", "warnings/damaged_samples"}  # without a GPU, and without faults
+# Without a GPU, without faults, and without classification, whose tags tests/stages/test_classification.py checks.
+NOT_IN_RUN = {"system/mfu", "warnings/skipped_steps", "warnings/damaged_samples"}
+NOT_IN_RUN |= {"val/top1_accuracy", "val/top5_accuracy"}
 
 
 def explained_tags() -> set[str]:

@@ -35,6 +35,7 @@ BASES = {RECIPES / name for name in ("base.yaml", "size/h.yaml", "demo/digits.ya
 BASES |= {RECIPES / "acdit" / "imagenet.yaml", RECIPES / "acdit" / "ucf101.yaml"}
 TINY = RECIPES / "size" / "tiny.yaml"
 ACDIT_LAPTOP = RECIPES / "acdit" / "laptop.yaml"
+LAPTOP_CLASSIFICATION = RECIPES / "acdit" / "laptop_classification.yaml"
 IMAGENET = ("imagenet_b", "imagenet_l", "imagenet_xl", "imagenet_h")
 UCF101 = ("ucf101_xl", "ucf101_h")
 FULL_SEQUENCE = ("acdit/imagenet_xl", "acdit/ucf101_xl", "vidgpt/ucf101")  # recipes with a bidirectional baseline
@@ -88,8 +89,19 @@ def test_list_of_recipes() -> None:
         *(f"acdit/{name}.yaml" for name in (*IMAGENET, *UCF101)),
         *(f"{name}_full_sequence.yaml" for name in FULL_SEQUENCE),
         "vidgpt/ucf101.yaml",
+        "acdit/imagenet_xl_classification.yaml",
     }
-    others = {*CHAINS, *BASES, *EVALUATIONS, TINY, ACDIT_LAPTOP, LABELS, VIDEO_CHATGPT, RECIPES / "size" / "b.yaml"}
+    others = {
+        *CHAINS,
+        *BASES,
+        *EVALUATIONS,
+        TINY,
+        ACDIT_LAPTOP,
+        LAPTOP_CLASSIFICATION,
+        LABELS,
+        VIDEO_CHATGPT,
+        RECIPES / "size" / "b.yaml",
+    }
     assert set(CONTENTS) == {*WHOLE, *others}
 
 
@@ -158,6 +170,8 @@ def test_recipe_trains_one_step_at_tiny_size(
     overlay = {RECIPES: TINY, RECIPES / "acdit": ACDIT_LAPTOP, RECIPES / "vidgpt": TINY}.get(path.parent)
     if path.stem.startswith("ucf101_"):
         overlay = TINY
+    if path.stem.endswith("_classification"):
+        overlay = LAPTOP_CLASSIFICATION
     arguments = ["--config", str(path)] + (["--config", str(overlay)] if overlay else [])
     for source in (
         "laion",
@@ -318,6 +332,38 @@ ACDIT: dict[str, Any] = {
     "trainer.gradient_clip_val": 1,
 }
 ACDIT_PARAMETERS = {"imagenet_b": 132e6, "imagenet_l": 460e6, "imagenet_xl": 677e6, "imagenet_h": 954e6}
+
+
+# Numbers of MAE's Table 9, and of its code for vectors and ViT-H; the number of epochs is ACDiT's.
+MAE: dict[str, Any] = {
+    "model.init_args.optimizer.learning_rate": 1e-3 * 1024 / 256,
+    "model.init_args.optimizer.betas": [0.9, 0.999],
+    "model.init_args.optimizer.weight_decay": 0.05,
+    "model.init_args.optimizer.decay_vectors": False,
+    "model.init_args.optimizer.layer_decay": 0.75,
+    "model.init_args.optimizer.warmup_steps": round(5 * 1_281_167 / 1024),
+    "model.init_args.optimizer.decay": "cosine",
+    "model.init_args.classification.label_smoothing": 0.1,
+    "model.init_args.classification.mixup": 0.8,
+    "model.init_args.classification.cutmix": 1.0,
+    "model.init_args.classification.drop_path": 0.3,
+    "data.images.batch_size": 1024,
+    "data.label_dropout": 0,
+    "trainer.max_steps": round(100 * 1_281_167 / 1024),
+    "trainer.gradient_clip_val": None,
+}
+
+
+def test_settings_of_classification_are_those_of_mae(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = settings_of(RECIPES / "acdit" / "imagenet_xl_classification.yaml", capsys=capsys)
+    for key, expected in MAE.items():
+        value: Any = recipe
+        for part in key.split("."):
+            value = value[part]
+        assert value == expected, key
+    generative = settings_of(RECIPES / "acdit" / "imagenet_xl.yaml", capsys=capsys)
+    assert recipe["model"]["init_args"]["backbone"] == generative["model"]["init_args"]["backbone"]
+    assert recipe["model"]["init_args"]["initial_weights"] == generative["run_dir"]
 
 
 @pytest.mark.parametrize("name", IMAGENET)
