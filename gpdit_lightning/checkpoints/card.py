@@ -4,6 +4,7 @@ The card contains no local paths, since exported folders are published; `config.
 """
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -22,15 +23,15 @@ TAGS = ["video-generation", "video-prediction", "diffusion", "autoregressive", "
 INTRODUCTION = """# GPDiT
 
 A generative pre-trained autoregressive diffusion transformer ([GPDiT](https://arxiv.org/abs/2505.07344)): it generates
-the latents of a video {unit} by {unit}, each {unit} denoised given the clean {unit}s before it."""
+the latents of {medium} {unit} by {unit}, each {unit} denoised given the clean {unit}s before it."""
 
 IN_PYTHON = """In Python, with this folder or its name on the hub as `MODEL`:
 
 ```python
 from gpdit_lightning import GPDiTPipeline
 
-pipeline = GPDiTPipeline.from_pretrained("MODEL")
-pipeline("VIDEO.mp4", frames=16, seed=0).save("out.mp4")
+pipeline = GPDiTPipeline.from_pretrained("MODEL"{codec})
+pipeline({arguments}, seed=0).save("{out}")
 ```"""
 
 NETWORK_IN_PYTHON = """The network alone:
@@ -44,7 +45,7 @@ model = GPDiT.from_pretrained("MODEL")  # this folder, or its name on the hub
 ON_COMMAND_LINE = """On the command line:
 
 ```bash
-python -m gpdit_lightning sample --checkpoint MODEL --context VIDEO.mp4 --frames 16 --out out.mp4
+python -m gpdit_lightning sample --checkpoint MODEL{codec} {options} --out {out}
 ```"""
 
 TRANSFORM = """On the command line, with this folder or its name on the hub as `MODEL`:
@@ -86,6 +87,23 @@ class CardScore:
 
 
 @dataclass(frozen=True)
+class GenerationExample:
+    """A first use of a model.
+
+    Attributes:
+        purpose: what it does, after "to".
+        arguments: of the call of a pipeline.
+        options: of `sample`, without --checkpoint, --codec and --out.
+        out: name of the output.
+    """
+
+    purpose: str
+    arguments: str
+    options: str
+    out: str
+
+
+@dataclass(frozen=True)
 class CardDetails:
     """What a card shows besides the record in the weights.
 
@@ -112,7 +130,9 @@ def model_card(
     """
     details = details or CardDetails()
     task = task_of(facts)
-    introduction = INTRODUCTION.format(unit="frame" if config.block_shape == (1, 0, 0) else "block")
+    unit = "frame" if config.block_shape == (1, 0, 0) else "block"
+    medium = "an image" if unit == "block" and _makes_images(facts) else "a video"
+    introduction = INTRODUCTION.format(medium=medium, unit=unit)
     sections = [f"---\n{_head(task, facts, details)}\n---", introduction, _summary(facts, parameters, dtype)]
     sections += [f"![{caption}]({name})\n\n*{caption}*" for name, caption in details.images.items()]
     sections += ["## Use", *_use(task, facts, config.takes_context)]
@@ -197,12 +217,32 @@ def _use(task: str | None, facts: TrainingFacts, takes_context: bool) -> list[st
         option, argument = f" --codec {facts.codec.name}", f', codec="{facts.codec.name}"'
     if task == "image-to-image":
         return [TRANSFORM.replace(" --examples", f"{option} --examples"), NETWORK_IN_PYTHON]
-    in_python = IN_PYTHON.replace('"MODEL")', f'"MODEL"{argument})')
-    on_command_line = ON_COMMAND_LINE.replace(" --context", f"{option} --context")
-    if not takes_context:
-        in_python = in_python.replace('"VIDEO.mp4", ', "")
-        on_command_line = on_command_line.replace(" --context VIDEO.mp4", "")
-    return [in_python, on_command_line, NETWORK_IN_PYTHON]
+    example = generation_example(facts, takes_context)
+    return [
+        IN_PYTHON.format(codec=argument, arguments=example.arguments, out=example.out),
+        ON_COMMAND_LINE.format(codec=option, options=example.options, out=example.out),
+        NETWORK_IN_PYTHON,
+    ]
+
+
+def generation_example(facts: TrainingFacts, takes_context: bool) -> GenerationExample:
+    """Return how to continue a video; of a model without context, or of images, how to generate from noise alone."""
+    if takes_context and not _makes_images(facts):
+        options = "--context VIDEO.mp4 --frames 16"
+        return GenerationExample("continue a video", '"VIDEO.mp4", frames=16', options, "out.mp4")
+    if facts.classes:
+        name = facts.classes[0]
+        arguments = f"label={json.dumps(name, ensure_ascii=False)}, count=8"
+        options = f"--label {shlex.quote(name)} --count 8"
+        return GenerationExample("generate samples of a class", arguments, options, "samples")
+    if _makes_images(facts):
+        return GenerationExample("generate an image", "frames=1", "--frames 1", "out.png")
+    return GenerationExample("generate a video", "frames=16", "--frames 16", "out.mp4")
+
+
+def _makes_images(facts: TrainingFacts) -> bool:
+    """Return whether the clips of the training were single latent frames."""
+    return facts.geometry is not None and facts.geometry.frames == 1
 
 
 def _metrics(facts: TrainingFacts, details: CardDetails) -> list[str]:

@@ -16,6 +16,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.model.attention_pattern import AttentionPattern, attention_patterns
 from gpdit_lightning.model.config import GPDiTConfig
+from gpdit_lightning.names import counted
 from gpdit_lightning.options.attention import AttentionOptions
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def attention(options: AttentionOptions) -> None:
     finally:
         backends.disabled = False
     noisy = "" if len(clip.noisy) == clip.length else f", {len(clip.noisy)} with noise"
-    title = f"{Path(options.config[-1]).stem if options.config else 'recipe'}: {clip.length} latent frames{noisy}"
+    name = Path(options.config[-1]).stem if options.config else "recipe"
+    title = f"{name}: {counted(clip.length, 'latent frame')}{noisy}"
     draw(patterns, title, options.out)
     print(f"wrote {options.out}")
     print(summary(patterns))

@@ -183,9 +183,12 @@ def compute_report(
     """Write the statistics of the real data, and return the report from the files of all chunks."""
     of_real = ChunkFiles(real_files, chunk_settings)
     reference = real.reference(of_real, device)
+    unreadable = 0
     if real.given is None:
+        measured = len(of_real.names)
+        unreadable = real.record.items - measured
         reference.save(out / FILE)
-    unreadable = 0 if real.given else real.record.items - len(of_real.names)
+        protocol = replace(protocol, videos=measured, manifold=min(MAX_MANIFOLD, measured))
     of_samples = ChunkFiles(files, chunk_settings)
     return make_sample_report(of_samples, reference, protocol, unreadable, device)
 

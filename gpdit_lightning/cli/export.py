@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gpdit_lightning.checkpoints.card import CardDetails, CardScore
+from gpdit_lightning.checkpoints.card import CardDetails, CardScore, generation_example
 from gpdit_lightning.checkpoints.exported import (
     CARD,
     CODEC,
@@ -61,11 +61,10 @@ def export(options: ExportOptions) -> None:
         remove(partial)
     kind = "averaged" if model.facts.weights == "ema" else "trained"
     codec_option = f" --codec {trained.codec.name}" if trained.codec.is_custom else ""
-    takes_context = model.config.takes_context
+    example = generation_example(model.facts, model.config.takes_context)
     print(
-        f"{options.out}: the {kind} weights of step {trained.step}; to {'continue' if takes_context else 'generate'} a "
-        f"video with them: python -m gpdit_lightning sample --checkpoint {options.out}{codec_option}"
-        f"{' --context VIDEO.mp4' if takes_context else ''}"
+        f"{options.out}: the {kind} weights of step {trained.step}; to {example.purpose} with them: python -m "
+        f"gpdit_lightning sample --checkpoint {options.out}{codec_option} {example.options} --out {example.out}"
     )
 
 

@@ -105,7 +105,7 @@ def protocol_sentences(protocol: Protocol, date: str) -> list[str]:
             "FVD, precision and recall are computed from context and generated frames, other scores from generated "
             "frames."
         )
-    visible = "all" if protocol.window is None else f"the latest {protocol.window}"
+    visible = "all blocks" if protocol.window is None else f"the latest {protocol.window} latent frames"
     size = f"{protocol.size[0]}x{protocol.size[1]} pixels"
     data = [
         f"Videos: {protocol.videos:,} of {protocol.data}, {protocol.choice}; sha256 of their names "
@@ -117,8 +117,8 @@ def protocol_sentences(protocol: Protocol, date: str) -> list[str]:
         *(data if protocol.samples is None else _sentences_on_samples(protocol, size)),
         f"Labels: {protocol.labels or 'none'}.",
         f"Sampler: {protocol.sampler}, {protocol.steps} steps, {schedule.name} schedule with shift {schedule.shift:g}; "
-        f"guidance {guidance.context:g} over the context, {guidance.label:g} over the label{levels}; a frame attends "
-        f"to {visible} latent frames before it; precision {protocol.precision}.",
+        f"guidance {guidance.context:g} over the context, {guidance.label:g} over the label{levels}; a block attends "
+        f"to {visible} before it; precision {protocol.precision}.",
         f"Seeds: {', '.join(map(str, protocol.seeds))}; ± is the sample standard deviation over them.",
         f"Weights: {_code(protocol.checkpoint)} ({protocol.weights}, step {protocol.step:,}), sha256 "
         f"`{protocol.checkpoint_sha256}`; codec {protocol.codec}, sha256 `{protocol.codec_sha256}`.",

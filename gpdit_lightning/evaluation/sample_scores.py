@@ -184,7 +184,8 @@ def sample_warnings(files: ChunkFiles, reference: Reference, protocol: Protocol,
     """Yield sentences on the limitations of the scores."""
     variant, samples = seed_variant(protocol.seeds[0]), len(files.names)
     if unreadable:
-        yield f"{counted(unreadable, 'real file')} could not be read completely and are left out."
+        are = "is" if unreadable == 1 else "are"
+        yield f"{counted(unreadable, 'real file')} could not be read completely and {are} left out."
     if files.has(variant, "classes"):
         probabilities = next(files.values(variant, "classes"))
         frames, classes = samples * probabilities.shape[1], probabilities.shape[-1]

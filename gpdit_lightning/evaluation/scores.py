@@ -23,7 +23,7 @@ from gpdit_lightning.evaluation.self_checks import (
     assign_halves,
     check_distances,
 )
-from gpdit_lightning.names import SCORE_NAMES
+from gpdit_lightning.names import SCORE_NAMES, counted
 from gpdit_lightning.progress import progress_bar
 
 IS_SPLITS = 10
@@ -239,7 +239,8 @@ def report_warnings(
     videos = len(files.names)
     missing = sorted(unreadable)
     if missing:
-        yield f"{len(missing)} videos could not be read completely and are left out: {', '.join(missing)}."
+        are = "is" if len(missing) == 1 else "are"
+        yield f"{counted(len(missing), 'video')} could not be read completely and {are} left out: {', '.join(missing)}."
     if files.has(GROUND_TRUTH, "classes"):
         classes = next(files.values(GROUND_TRUTH, "classes")).shape[-1]
         if videos < IS_SPLITS * classes:

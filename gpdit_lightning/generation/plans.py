@@ -24,6 +24,7 @@ from gpdit_lightning.generation.rollout import GenerationConfig
 from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_sizes
 from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.model.layout import BlockLayout
+from gpdit_lightning.names import counted
 from gpdit_lightning.options.sample import ALL_CLASSES, GenerationOptions, RolloutOptions
 
 DEFAULT_FRAMES = 16  # pixel frames that are generated after a context
@@ -336,7 +337,7 @@ def block_window(
     chosen = within_training(sinks) if window is None else window
     if not sinks and layout.first_frames != layout.frames and layout.last_group(frames).start > chosen:
         sinks = layout.first_frames
-        log.info("the first block, of %d latent frames, stays visible: --sinks %d", sinks, sinks)
+        log.info("the first block, of %s, stays visible: --sinks %d", counted(sinks, "latent frame"), sinks)
         chosen = within_training(sinks) if window is None else window
     return chosen, sinks
 

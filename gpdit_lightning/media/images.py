@@ -286,7 +286,7 @@ def write_sheet(
     sizes = [_cell_size(image, min_side) for _, images in rows for image in images]
     cell_width, cell_height = max(width for width, _ in sizes), max(height for _, height in sizes)
     gap = 4
-    font = ImageFont.load_default(size=14)
+    font = _font()
     label_width = round(max(font.getlength(label) for label, _ in rows)) + 3 * gap
     head = 24
 
@@ -340,7 +340,7 @@ def animation_pages(
     cell_width, cell_height = _cell_size(first, min_side)
     border, head = 6, 48
     page_size = border + len(columns) * (cell_width + border), head + len(first) * (cell_height + border)
-    font = ImageFont.load_default(size=14)
+    font = _font()
 
     pages = []
     for number in range(first.shape[1]):
@@ -357,6 +357,13 @@ def animation_pages(
                 page.paste(frame, (left, head + row * (cell_height + border)))
         pages.append(page)
     return pages
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    """Return the font of labels; Pillow's default font has ASCII characters only."""
+    import matplotlib  # takes a quarter of a second to import
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size=13)
 
 
 def _cell_size(frames: Tensor, min_side: int) -> tuple[int, int]:

@@ -33,13 +33,14 @@ TEMPERATURE = 0.05  # so that class probabilities differ from image to image
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of two classes, three times as many of the first."""
+    """Images of two classes, three times as many of the first, and a file that is no image."""
     folder, numbers = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for number in range(REAL):
         pixels = numbers.integers(256, size=(4, 4, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
         path = folder / LABELS[number % 4 == 0] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(path)
+    (folder / LABELS[0] / "damaged.jpg").write_bytes(b"no image")
     return folder
 
 
@@ -236,6 +237,8 @@ def test_report_of_images_states_the_protocol_beside_the_table_of_acdit(finished
     text = (finished / "results.md").read_text()
     assert text.startswith(f"# ImageNet: {SAMPLES} images from noise alone\n")
     assert f"Real images: {REAL} of ImageNet, all, in the order of a hash" in text
+    assert f"Precision and recall: of {REAL} real and {SAMPLES} generated images" in text
+    assert "1 real file could not be read completely and is left out." in text
     assert "Labels: of sample number i, class i modulo 2." in text
     assert "dpm2m, 2 steps" in text
     assert "| ACDiT-H | AR+Diff | Cont. | 954M | 2.37 | 273.3 | 0.82 | 0.57 | FID-50K, DPM-Solver" in text
@@ -295,7 +298,7 @@ def test_moments_are_exact_for_features_far_from_zero() -> None:
     [
         (["--videos=IMAGES"], "has no video files"),
         ([], "nothing is given to compare with: give one of --videos, --images and --reference"),
-        (["--images=IMAGES", "--count=31"], "have 30 images, but 31 are needed: add images, or lower --count"),
+        (["--images=IMAGES", "--count=32"], "have 31 images, but 32 are needed: add images, or lower --count"),
         (["--images=IMAGES", "--context_frames=5", "--generated_frames=4"], "which needs --videos"),
         (["--images=IMAGES", "--generated_frames=5"], "are videos, which are compared with --videos or --reference"),
         (["--images=FLAT", "--sample_labels=data"], "have the label 'FLAT', which is no class of the model"),

@@ -160,6 +160,20 @@ def test_the_card_of_a_model_shows_a_context_if_it_takes_one(first_block_frames:
     assert ("VIDEO.mp4" in card) == bool(first_block_frames)
 
 
+@pytest.mark.parametrize("classes", [(), ("night snake", "tench")])
+def test_the_card_of_a_model_of_images_generates_from_noise_alone(classes: tuple[str, ...]) -> None:
+    geometry = ClipGeometry(1, ((SIDE, SIDE),), 1, None)
+    facts = TrainingFacts(codec=CODEC.spec(), geometry=geometry, schedule=NoiseSchedule(), classes=classes)
+    card = model_card(toy_config(block_shape=(1, 2, 2)), facts, 1000, "float32")
+    assert "generates\nthe latents of an image block by block" in card
+    assert "VIDEO.mp4" not in card
+    options, arguments, out = "--frames 1", "frames=1", "out.png"
+    if classes:
+        options, arguments, out = "--label 'night snake' --count 8", 'label="night snake", count=8', "samples"
+    assert f"sample --checkpoint MODEL {options} --out {out}\n" in card
+    assert f'pipeline({arguments}, seed=0).save("{out}")' in card
+
+
 def test_one_image_after_examples_needs_blocks_of_one_frame() -> None:
     images = video(7)
     pairs, source = [(images[0], images[1]), (images[2], images[3])], images[4][None]

@@ -18,6 +18,7 @@ from gpdit_lightning.media.images import (
     strip_frame_numbers,
     with_border,
     write_animation,
+    write_sheet,
     write_strip,
 )
 
@@ -322,3 +323,11 @@ def test_animation_does_not_enlarge_large_frames(tmp_path: Path) -> None:
     with Image.open(tmp_path / "a.gif") as animation:
         assert 200 < animation.width < 220
         assert 120 < animation.height < 200
+
+
+def test_a_sheet_shows_labels_that_are_not_ascii(tmp_path: Path) -> None:
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    write_sheet(tmp_path / "sheet.png", [""], [(label, [image]) for label in "üéдλ"], min_side=40)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        labels = np.asarray(sheet.convert("L"))[24:, : sheet.width - 44]
+    assert len({row.tobytes() for row in np.split(labels, 4)}) == 4  # not the same box for a missing letter
