@@ -34,6 +34,7 @@ EXCLUDED = {
     r"latents/mine\b": "downloads the WanVAE, or trains GPDiT-H with 2.28B parameters on its latents",
     r"recipes/": "reads the recipes of a clone",
     r"eval_ucf101": "needs UCF-101 and the networks of FVD and FID",
+    r"eval_imagenet": "needs ImageNet, a model of it and the network of FID",
 }
 LOWERED = {
     "demo": "--max_steps 2",

@@ -184,7 +184,8 @@ def check_algorithm(config: OptimizerConfig, sharded: bool) -> None:
 def check_optimizer_state(saved: Sequence[Mapping[str, Any]], config: OptimizerConfig) -> None:
     """Raise `InputError` if a checkpoint has the state of another optimizer."""
     groups = saved[0]["param_groups"]
-    saved_algorithm = "muon" if any("momentum" in group for group in groups) else "adamw"
+    # Newton-Schulz steps are Muon's alone; other optimizers have a momentum too.
+    saved_algorithm = "muon" if any("ns_steps" in group for group in groups) else "adamw"
     if saved_algorithm != config.algorithm:
         raise InputError(
             f"the checkpoint has the optimizer state of {saved_algorithm}, but optimizer.algorithm is "
