@@ -20,7 +20,8 @@ from gpdit_lightning.diffusion import RotationSampler
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
-from gpdit_lightning.generation.contexts import ContextSettings, read_contexts
+from gpdit_lightning.generation.context_readers import read_contexts
+from gpdit_lightning.generation.contexts import ContextSettings
 from gpdit_lightning.media.images import animation_pages, parse_size, write_animation, write_strip
 from gpdit_lightning.media.video import iterate_frames
 from gpdit_lightning.media.video_writer import write_video

@@ -1,16 +1,65 @@
-"""Loading of autoencoders of diffusers from a folder or the hub: configuration and safetensors, nothing pickled."""
+"""Codecs by autoencoders of diffusers, which are loaded from a folder or the hub: safetensors, nothing pickled."""
 
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
+import torch
+from torch import Tensor
+
+from gpdit_lightning.codecs.base import Codec, fingerprint_of
 from gpdit_lightning.errors import InputError
 
 HUB_TIMEOUT = 10.0  # seconds
 SUBFOLDER = "vae"  # of the autoencoder in the folder of a diffusers pipeline
+
+
+class AutoencoderCodec(Codec):
+    """Base of codecs by a variational autoencoder of diffusers; latents are the means of the posterior.
+
+    A subclass defines `posterior_values` and `decode_frame`.
+
+    Args:
+        autoencoder: the network; it is set to evaluation mode and converted to float32.
+        source: folder or hub name of the weights.
+
+    Attributes:
+        class_name: name of the network's class in diffusers.
+        description: what it is, for messages.
+    """
+
+    class_name: ClassVar[str]
+    description: ClassVar[str]
+    has_posterior = True
+
+    def __init__(self, autoencoder: Any, source: str | None = None) -> None:
+        self.autoencoder = autoencoder.eval().requires_grad_(False).float()
+        self.source = source
+        self.fingerprint = fingerprint_of(autoencoder.state_dict())
+
+    @classmethod
+    def load(cls, source: str | None = None) -> Self:
+        """Load the network from a folder or the hub, or from the subfolder `vae` of either; safetensors only.
+
+        Raises:
+            InputError: the source is neither a folder nor available from the hub.
+        """
+        assert cls.default_source is not None
+        source = source or cls.default_source
+        return cls(load_autoencoder(cls.class_name, cls.description, source), source)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the weights; return the codec itself."""
+        self.device = torch.device(device)
+        self.autoencoder.to(self.device)
+        return self
+
+    def encode_values(self, values: Tensor) -> Tensor:
+        """Return the mean of the posterior."""
+        return self.posterior_values(values)[0]
 
 
 def load_autoencoder(class_name: str, description: str, source: str) -> Any:

@@ -1,12 +1,11 @@
 """The codec `sd`: the image VAE of Stable Diffusion, which ACDiT uses (section 4.4), by diffusers' `AutoencoderKL`."""
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gpdit_lightning.codecs.autoencoders import load_autoencoder
-from gpdit_lightning.codecs.base import Codec, fingerprint_of
+from gpdit_lightning.codecs.autoencoders import AutoencoderCodec
 from gpdit_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 DEFAULT_SOURCE = "stabilityai/sd-vae-ft-ema"  # the weights of DiT, which ACDiT follows
 
 
-class SdCodec(Codec):
+class SdCodec(AutoencoderCodec):
     """The image VAE of Stable Diffusion, frame by frame; latents are the means of the posterior.
 
     The whitened latents are those that diffusers' pipelines give to the network: (latents - shift_factor)
@@ -32,7 +31,8 @@ class SdCodec(Codec):
     """
 
     latent_channels, spatial_factor, temporal_factor = 4, 8, 1
-    default_source, has_posterior = DEFAULT_SOURCE, True
+    default_source = DEFAULT_SOURCE
+    class_name, description = "AutoencoderKL", "the image VAE"
 
     def __init__(self, autoencoder: "AutoencoderKL", source: str | None = None) -> None:
         config = autoencoder.config
@@ -43,31 +43,9 @@ class SdCodec(Codec):
                 f"{config.out_channels} output channels, where this library needs {self.spatial_factor}, 3 and 3: use "
                 "a VAE of Stable Diffusion."
             )
-        self.autoencoder = autoencoder.eval().requires_grad_(False).float()
-        self.source = source
+        super().__init__(autoencoder, source)
         self.latent_channels = config.latent_channels
         self.mean, self.std = whitening_constants(config, source)
-        self.fingerprint = fingerprint_of(autoencoder.state_dict())
-
-    @classmethod
-    def load(cls, source: str | None = None) -> Self:
-        """Load the VAE from a folder or the hub, or from the subfolder `vae` of either; safetensors only.
-
-        Raises:
-            InputError: the source is neither a folder nor available from the hub.
-        """
-        source = source or DEFAULT_SOURCE
-        return cls(load_autoencoder("AutoencoderKL", "the image VAE", source), source)
-
-    def to(self, device: str | torch.device) -> Self:
-        """Move the weights; return the codec itself."""
-        self.device = torch.device(device)
-        self.autoencoder.to(self.device)
-        return self
-
-    def encode_values(self, values: Tensor) -> Tensor:
-        """Return the mean of the posterior of every frame."""
-        return self.posterior_values(values)[0]
 
     def posterior_values(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the means and standard deviations of the posteriors of all frames."""

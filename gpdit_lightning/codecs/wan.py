@@ -1,12 +1,11 @@
 """The codec `wan`: the WanVAE that GPDiT uses (section 5.1), by diffusers' `AutoencoderKLWan`."""
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gpdit_lightning.codecs.autoencoders import load_autoencoder
-from gpdit_lightning.codecs.base import Codec, fingerprint_of
+from gpdit_lightning.codecs.autoencoders import AutoencoderCodec
 from gpdit_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 DEFAULT_SOURCE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 
-class WanCodec(Codec):
+class WanCodec(AutoencoderCodec):
     """The WanVAE; latents are the means of the posterior.
 
     Args:
@@ -28,7 +27,8 @@ class WanCodec(Codec):
     """
 
     latent_channels, spatial_factor, temporal_factor = 16, 8, 4
-    default_source, has_posterior = DEFAULT_SOURCE, True
+    default_source = DEFAULT_SOURCE
+    class_name, description = "AutoencoderKLWan", "the WanVAE"
 
     def __init__(self, autoencoder: "AutoencoderKLWan", source: str | None = None) -> None:
         config = autoencoder.config
@@ -40,8 +40,7 @@ class WanCodec(Codec):
                 f"{patch} pixels, where this library needs {self.spatial_factor}, {self.temporal_factor} and 1: use "
                 "the VAE of Wan 2.1."
             )
-        self.autoencoder = autoencoder.eval().requires_grad_(False).float()
-        self.source = source
+        super().__init__(autoencoder, source)
         self.latent_channels = config.z_dim
         self.mean = torch.tensor(config.latents_mean, dtype=torch.float32)
         self.std = torch.tensor(config.latents_std, dtype=torch.float32)
@@ -50,27 +49,6 @@ class WanCodec(Codec):
                 f"the WanVAE of {source} has {config.z_dim} latent channels but latents_mean and latents_std of "
                 f"{len(self.mean)} and {len(self.std)}: correct its config.json."
             )
-        self.fingerprint = fingerprint_of(autoencoder.state_dict())
-
-    @classmethod
-    def load(cls, source: str | None = None) -> Self:
-        """Load the WanVAE from a folder or the hub, or from the subfolder `vae` of either; safetensors only.
-
-        Raises:
-            InputError: the source is neither a folder nor available from the hub.
-        """
-        source = source or DEFAULT_SOURCE
-        return cls(load_autoencoder("AutoencoderKLWan", "the WanVAE", source), source)
-
-    def to(self, device: str | torch.device) -> Self:
-        """Move the weights; return the codec itself."""
-        self.device = torch.device(device)
-        self.autoencoder.to(self.device)
-        return self
-
-    def encode_values(self, values: Tensor) -> Tensor:
-        """Return the mode of the posterior, which is its mean."""
-        return self.posterior_values(values)[0]
 
     def posterior_values(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the means and standard deviations of the posterior."""

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from gpdit_lightning.data.batches import (
 )
 from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.manifest import Manifest, Split
+from gpdit_lightning.data.order_record import UNRECORDED_DEFAULTS, check_order
 from gpdit_lightning.data.plan import Plan, PlannedSource, Sampling
 from gpdit_lightning.data.selection import and_list, load_manifest, no_source_error, select_sources, sources_of_run
 from gpdit_lightning.data.source import KINDS, SourceConfig, SourceName
@@ -33,43 +34,6 @@ log = logging.getLogger(__name__)
 
 UNUSED = SourceConfig()
 LOCAL_CACHE = CacheConfig()
-# Settings that checkpoints of earlier versions do not record, with the only value that they could have.
-EARLIER_SETTINGS = {"data.sampling": "joint"}
-# Settings of sources that checkpoints do not record.
-UNRECORDED_DEFAULTS = (("loss_frames", "all"), ("frames_without_loss", 0))
-
-
-def changes_of_order(
-    saved: Mapping[str, Any],
-    order: Mapping[str, Any],
-    saved_folders: Mapping[str, Sequence[str]],
-    folders: Mapping[str, Sequence[str]],
-) -> list[str]:
-    """Return the differences of two results of `LatentDataModule._order_settings`, for a message.
-
-    The settings of a source that only one of them uses count as one difference.
-
-    Args:
-        saved, order: settings of a checkpoint and of the recipe.
-        saved_folders, folders: folders of the manifests of each, by their option.
-    """
-    before, now = ([name for name in KINDS if f"data.{name}.manifests" in settings] for settings in (saved, order))
-    changes = [f"data.{name}, which the recipe does not use now" for name in before if name not in now]
-    changes += [f"no data.{name}, which the recipe uses now" for name in now if name not in before]
-    of_one = tuple(f"data.{name}." for name in {*before} ^ {*now})
-    return changes + [
-        f"{name} = {_value_text(name, saved, saved_folders)} and the recipe has {_value_text(name, order, folders)}"
-        for name in sorted(order.keys() | saved.keys())
-        if order.get(name) != saved.get(name) and not name.startswith(of_one)
-    ]
-
-
-def _value_text(name: str, settings: Mapping[str, Any], folders: Mapping[str, Sequence[str]]) -> str:
-    """Return the value of a setting; manifests as their folders with the fingerprints."""
-    if name not in folders or name not in settings:
-        return str(settings.get(name, "none"))
-    pairs = zip(folders[name], settings[name], strict=True)
-    return ", ".join(f"{folder} (fingerprint {fingerprint})" for folder, fingerprint in pairs)
 
 
 class LatentDataModule(LightningDataModule):
@@ -241,27 +205,7 @@ class LatentDataModule(LightningDataModule):
         Raises:
             InputError: the data, the mixture or the batches changed.
         """
-        saved = EARLIER_SETTINGS | state_dict["order"]
-        # Checkpoints of earlier versions do not record folders.
-        changes = changes_of_order(saved, self._order_settings(), state_dict.get("folders", {}), self._folders())
-        if changes:
-            manifests = "".join(
-                f" (the manifest before the data were extended is {path})" for path in self._previous_manifests(saved)
-            )
-            raise InputError(
-                f"the checkpoint was trained with {'; with '.join(changes)}; so its data order cannot continue: "
-                f"restore the old values{manifests}, which are in config.yaml of the run folder, or start a new run "
-                "folder (--run_dir NEW, for a chain --runs NEW), also from its weights "
-                "(--model.init_args.initial_weights OLD_RUN_DIR)."
-            )
-
-    def _previous_manifests(self, saved: dict[str, Any]) -> Iterator[Path]:
-        """Yield the manifests of a checkpoint that preparation kept when the data were extended."""
-        for name, manifests in self.manifests.items():
-            for manifest, fingerprint in zip(manifests, saved.get(f"data.{name}.manifests", ()), strict=False):
-                path = manifest.directory / f"manifest-{fingerprint}.json"
-                if isinstance(path, Path) and path.exists():
-                    yield path
+        check_order(state_dict, self._order_settings(), self._folders(), self.manifests)
 
     def _order_settings(self) -> dict[str, Any]:
         """Return all settings that the order of the data and the noise depend on, by their names in a recipe."""

@@ -226,10 +226,6 @@ class BlockLayout:
             return 0
         return frames - (frames - self.first_frames) % self.frames if self.frames else self.first_frames
 
-    def clip_length(self, frames: int) -> int:
-        """Return the largest number of frames, at most `frames`, of a clip of whole blocks; 0 if there is none."""
-        return frames if not self.frames and frames >= self.first_frames else self.context_length(frames)
-
     def contexts_near(self, frames: int) -> tuple[int, ...]:
         """Return the possible lengths of a context next to `frames`, of which there are at most two."""
         shorter = self.context_length(frames)

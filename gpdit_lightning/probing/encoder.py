@@ -14,6 +14,7 @@ from gpdit_lightning.checkpoints.hub import HubGPDiT
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.codecs import Codec
+from gpdit_lightning.data.source import whole_blocks
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.probing.features import spatio_temporal
@@ -61,15 +62,16 @@ def clip_frames(
             are not whole blocks of the model.
     """
     longest, in_training = trained.backbone.config.rope_lengths[0], codec.pixel_frames(trained.geometry.frames)
+    block_frames = trained.backbone.config.block_frames
     if requested is None:
         latents = codec.latent_frames(codec.encodable_frames(min(in_training, most or in_training)))
-        return codec.pixel_frames(layout.clip_length(latents) or layout.first_frames)
+        return codec.pixel_frames(whole_blocks(latents, block_frames) or block_frames[0])
     latents = codec.latent_frames(requested, "--frames")
     if latents > longest:
         raise InputError(
             f"--frames is {requested}, but the model has positions for {codec.pixel_frames(longest)}: give fewer."
         )
-    if layout.clip_length(latents) != latents:
+    if whole_blocks(latents, block_frames) != latents:
         lengths = " or ".join(str(codec.pixel_frames(length)) for length in layout.contexts_near(latents))
         raise InputError(
             f"--frames is {requested}, and its {latents} latent frames are not whole blocks of the model: give "

@@ -21,7 +21,8 @@ from gpdit_lightning.codecs import Codec, load_codec
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import frame_sources
-from gpdit_lightning.generation.contexts import ContextSettings, VideoContext, read_contexts
+from gpdit_lightning.generation.context_readers import read_contexts
+from gpdit_lightning.generation.contexts import ContextSettings, VideoContext
 from gpdit_lightning.media.video import VideoFrame
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.preparation import PrepareOptions, prepare
