@@ -16,6 +16,7 @@ from gpdit_lightning.cli.evaluation_output import (
     write_and_print_report,
 )
 from gpdit_lightning.cli.evaluation_settings import (
+    Evaluation,
     check_real_data,
     load_networks,
     make_protocol,
@@ -29,8 +30,6 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunk_files import ChunkFiles, write_chunk
 from gpdit_lightning.evaluation.chunks import (
     GROUND_TRUTH,
-    EvaluationSettings,
-    MetricNetworks,
     evaluate_chunk,
     seed_variant,
     split_into_chunks,
@@ -39,7 +38,7 @@ from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.report_text import TABLES
 from gpdit_lightning.evaluation.scores import make_report
 from gpdit_lightning.evaluation.videos import Selection, find_videos, select_videos
-from gpdit_lightning.generation.pipeline import GPDiTPipeline, load_pipeline
+from gpdit_lightning.generation.pipeline import load_pipeline
 from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.evaluate import EvaluateOptions
@@ -71,21 +70,17 @@ def evaluate(options: EvaluateOptions) -> None:
     networks = load_networks(options, available_device(options.device))
     pipeline = load_pipeline(replace(options, checkpoint=str(checkpoint)))
     settings = make_settings(options, pipeline, networks, files)
+    evaluation = Evaluation(options, settings, pipeline, networks, annotations)
     if settings.context_frames:
-        evaluate_continuations(options, settings, pipeline, networks, annotations)
+        evaluate_continuations(evaluation)
     else:
-        evaluate_samples(options, settings, pipeline, networks, annotations)
+        evaluate_samples(evaluation)
 
 
-def evaluate_continuations(
-    options: EvaluateOptions,
-    settings: EvaluationSettings,
-    pipeline: GPDiTPipeline,
-    networks: MetricNetworks,
-    annotations: Annotations,
-) -> None:
-    """Continue videos and score the continuations; arguments are those that `evaluate` reads and loads."""
+def evaluate_continuations(evaluation: Evaluation) -> None:
+    """Continue videos and score the continuations; errors as of `evaluate`."""
     rank, ranks, _ = rank_of_process()
+    options, settings, pipeline, networks, annotations = evaluation
     trained, out = pipeline.trained, options.out
     span = 1 + (settings.frames - 1) * settings.stride
     selection = select_videos(options.videos, options.count, options.selection_seed, span, rank == 0, settings.fps)
@@ -95,10 +90,7 @@ def evaluate_continuations(
         f"{options.selection_seed}; each clip is the beginning of its video"
     )
     protocol = make_protocol(
-        options,
-        settings,
-        trained,
-        networks,
+        evaluation,
         data=name_of_data(options),
         choice=choice,
         split_sha256=selection.sha256,

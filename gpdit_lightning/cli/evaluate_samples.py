@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.cli.evaluation_output import (
     VIDEOS,
     are_finished,
@@ -19,6 +18,7 @@ from gpdit_lightning.cli.evaluation_output import (
     write_and_print_report,
 )
 from gpdit_lightning.cli.evaluation_settings import (
+    Evaluation,
     make_protocol,
     name_of_data,
     network_records,
@@ -29,8 +29,6 @@ from gpdit_lightning.devices import rank_of_process
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunk_files import ChunkFiles, write_chunk
 from gpdit_lightning.evaluation.chunks import (
-    EvaluationSettings,
-    MetricNetworks,
     measure_real,
     read_clips,
     seed_variant,
@@ -56,10 +54,7 @@ from gpdit_lightning.evaluation.samples import (
 )
 from gpdit_lightning.evaluation.videos import select_videos
 from gpdit_lightning.files import sha256_of
-from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.names import as_text
-from gpdit_lightning.options.evaluate import EvaluateOptions
-from gpdit_lightning.preparation.annotations import Annotations
 from gpdit_lightning.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -90,14 +85,8 @@ class RealData(NamedTuple):
         return self.given or make_reference(files, record, self.moments, device)
 
 
-def evaluate_samples(
-    options: EvaluateOptions,
-    settings: EvaluationSettings,
-    pipeline: GPDiTPipeline,
-    networks: MetricNetworks,
-    annotations: Annotations,
-) -> None:
-    """Generate samples from noise alone and score them; arguments are those that `evaluate` reads and loads.
+def evaluate_samples(evaluation: Evaluation) -> None:
+    """Generate samples from noise alone and score them.
 
     The statistics of the real data are written to `reference.safetensors`, for --reference of further evaluations.
 
@@ -105,12 +94,13 @@ def evaluate_samples(
         InputError: as `evaluate`.
     """
     rank, ranks, _ = rank_of_process()
+    options, settings, pipeline, networks, _ = evaluation
     trained, model, out = pipeline.trained, pipeline.model, options.out
-    real = real_data(options, settings, pipeline, networks, annotations)
+    real = real_data(evaluation)
     class_of = None
     if uses_labels(options, trained):
         class_of = class_drawer(options.sample_labels, trained.classes, real.record.labels)
-    protocol = protocol_of_samples(options, settings, trained, networks, real)
+    protocol = protocol_of_samples(evaluation, real)
     chunk_settings = settings_of_chunks(options, protocol)
     for folder in (REAL, SAMPLES):
         ChunkFiles(sorted((out / folder).glob("*.safetensors")), chunk_settings)  # raises if settings differ
@@ -142,23 +132,15 @@ def evaluate_samples(
         write_and_print_report(out, lambda: compute_report(out, real, protocol, *paths, chunk_settings, model.device))
 
 
-def protocol_of_samples(
-    options: EvaluateOptions,
-    settings: EvaluationSettings,
-    trained: TrainedModel,
-    networks: MetricNetworks,
-    real: RealData,
-) -> Protocol:
+def protocol_of_samples(evaluation: Evaluation, real: RealData) -> Protocol:
     """Return everything that the scores of samples depend on, for the report."""
+    options, settings, trained = evaluation.options, evaluation.settings, evaluation.pipeline.trained
     record, file = real.record, options.reference and file_of(options.reference)
     # By default 50,000 images, or as many videos as there are real ones.
     by_default = NUM_SAMPLES if settings.medium == "image" else record.items
     has_labels = uses_labels(options, trained)
     return make_protocol(
-        options,
-        settings,
-        trained,
-        networks,
+        evaluation,
         data=options.data or record.data,
         choice=record.choice,
         split_sha256=record.names_sha256,
@@ -203,39 +185,32 @@ def file_of(reference: Path) -> Path:
     return reference / FILE if reference.is_dir() else reference
 
 
-def real_data(
-    options: EvaluateOptions,
-    settings: EvaluationSettings,
-    pipeline: GPDiTPipeline,
-    networks: MetricNetworks,
-    annotations: Annotations,
-) -> RealData:
+def real_data(evaluation: Evaluation) -> RealData:
     """Return the real images or videos of the options, or their statistics.
 
     Raises:
         InputError: they cannot be read, or do not match the model and the networks.
     """
+    options, settings = evaluation.options, evaluation.settings
     if options.reference is None:
-        return selected_data(options, settings, pipeline, networks, annotations)
+        return selected_data(evaluation)
     path = file_of(options.reference)
     if path.suffix == ".npz":
-        return adm_data(path, options, settings, pipeline, networks)
+        return adm_data(path, evaluation)
     reference = Reference.load(path)
     names = (
         ("medium", "frames", "size") if settings.medium == "image" else ("medium", "frames", "size", "stride", "fps")
     )
     expected = {name: getattr(settings, name) for name in names} | {"resize": resize_of(settings)}
-    records = network_records(networks)
-    check_reference(path, reference.record, expected, records)
+    check_reference(path, reference.record, expected, network_records(evaluation.networks))
     return RealData(reference.record, {}, reference)
 
 
-def new_record(
-    options: EvaluateOptions, settings: EvaluationSettings, pipeline: GPDiTPipeline, networks: MetricNetworks
-) -> ReferenceRecord:
+def new_record(evaluation: Evaluation) -> ReferenceRecord:
     """Return the record of statistics, without data."""
+    settings = evaluation.settings
     return ReferenceRecord(
-        data=name_of_data(options),
+        data=name_of_data(evaluation.options),
         choice="",
         names_sha256="",
         items=0,
@@ -245,24 +220,19 @@ def new_record(
         stride=settings.stride,
         fps=settings.fps,
         resize=resize_of(settings),
-        networks=network_records(networks),
-        codec_sha256=pipeline.trained.codec.fingerprint,
+        networks=network_records(evaluation.networks),
+        codec_sha256=evaluation.pipeline.trained.codec.fingerprint,
     )
 
 
-def selected_data(
-    options: EvaluateOptions,
-    settings: EvaluationSettings,
-    pipeline: GPDiTPipeline,
-    networks: MetricNetworks,
-    annotations: Annotations,
-) -> RealData:
-    """Return the images or videos of folders, with the numbers of their labels; arguments as for :func:`real_data`."""
+def selected_data(evaluation: Evaluation) -> RealData:
+    """Return the images or videos of folders, with the numbers of their labels."""
+    options, settings = evaluation.options, evaluation.settings
     paths, medium = options.images or options.videos, settings.medium
     span, is_first = 1 + (settings.frames - 1) * settings.stride, rank_of_process()[0] == 0
     selection = select_videos(paths, options.count, options.selection_seed, span, is_first, settings.fps, medium=medium)
     labels = Counter(
-        annotations.get(name).label or as_text(path.absolute().parent.name)
+        evaluation.annotations.get(name).label or as_text(path.absolute().parent.name)
         for name, path in zip(selection.names, selection.paths, strict=True)
     )
     order = f"in the order of a hash of name and seed {options.selection_seed}"
@@ -270,7 +240,7 @@ def selected_data(
     if medium == "video":
         choice = f"the first ones that are long enough, {order}; each clip is the beginning of its video"
     record = replace(
-        new_record(options, settings, pipeline, networks),
+        new_record(evaluation),
         choice=choice,
         names_sha256=selection.sha256,
         items=len(selection.names),
@@ -283,14 +253,13 @@ def selected_data(
     return RealData(record, chunks)
 
 
-def adm_data(
-    path: Path,
-    options: EvaluateOptions,
-    settings: EvaluationSettings,
-    pipeline: GPDiTPipeline,
-    networks: MetricNetworks,
-) -> RealData:
-    """Return the images and moments of an .npz file of ADM; arguments as for :func:`real_data`."""
+def adm_data(path: Path, evaluation: Evaluation) -> RealData:
+    """Return the images and moments of an .npz file of ADM.
+
+    Raises:
+        InputError: it cannot be read, or does not match the model and the networks.
+    """
+    settings, networks, chunk = evaluation.settings, evaluation.networks, evaluation.options.chunk
     if settings.medium != "image" or networks.image is None:
         raise InputError(f"{path} has statistics of images: give an image_network and a model of images, or --videos.")
     file = AdmFile.load(path)
@@ -306,7 +275,7 @@ def adm_data(
             f"{path} has images of {found} pixels, but samples have {wanted}: give another file or --size."
         )
     record = replace(
-        new_record(options, settings, pipeline, networks),
+        new_record(evaluation),
         choice=f"the {images:,} images of {path.name}"
         + ("" if file.moments is None else "; mean and covariance for FID are those of the file"),
         names_sha256=sha256_of(path),
@@ -315,8 +284,8 @@ def adm_data(
     )
 
     def read(start: int) -> dict[str, Tensor]:
-        numbers = range(start, min(start + options.chunk, images))
+        numbers = range(start, min(start + chunk, images))
         return {f"{number:06d}": file.clip(number) for number in numbers}
 
-    chunks = {start: lambda start=start: read(start) for start in range(0, images, options.chunk)}
+    chunks = {start: lambda start=start: read(start) for start in range(0, images, chunk)}
     return RealData(record, chunks, moments=file.moments)

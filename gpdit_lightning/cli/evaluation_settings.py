@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,10 +21,29 @@ from gpdit_lightning.generation.settings import check_context_frames, layout_of,
 from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.evaluate import EvaluateOptions
+from gpdit_lightning.preparation.annotations import Annotations
 
 log = logging.getLogger(__name__)
 
 PAPER_CONTEXT, PAPER_GENERATED = 5, 12  # pixel frames (GPDiT, section 5.2)
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` reads and loads, for both of its modes.
+
+    Attributes:
+        options: of the verb.
+        settings: that apply to every video or image.
+        pipeline: the model with its codec.
+        networks: of the scores.
+        annotations: labels of the real data, by their names.
+    """
+
+    options: EvaluateOptions
+    settings: EvaluationSettings
+    pipeline: GPDiTPipeline
+    networks: MetricNetworks
+    annotations: Annotations
 
 
 def uses_labels(options: EvaluateOptions, trained: TrainedModel) -> bool:
@@ -197,10 +216,7 @@ def check_mode(options: EvaluateOptions, context_frames: int, medium: Medium) ->
 
 
 def make_protocol(
-    options: EvaluateOptions,
-    settings: EvaluationSettings,
-    trained: TrainedModel,
-    networks: MetricNetworks,
+    evaluation: Evaluation,
     *,
     data: str,
     choice: str,
@@ -213,16 +229,14 @@ def make_protocol(
     """Return everything that the scores depend on, for the report.
 
     Args:
-        options: of the verb.
-        settings: that apply to every video or image.
-        trained: the model.
-        networks: of the scores.
+        evaluation: what was read and loaded.
         data: name of the data set.
         choice, split_sha256, videos: how real videos or images were selected, the sha256 of their names, their number.
         labels: how labels were found.
         resize: how real frames were brought to their size.
         of_samples: fields for samples from noise alone.
     """
+    options, settings, trained = evaluation.options, evaluation.settings, evaluation.pipeline.trained
     return Protocol(
         data=data,
         choice=choice,
@@ -248,7 +262,7 @@ def make_protocol(
         weights=trained.weights,
         codec=trained.codec.name,
         codec_sha256=trained.codec.fingerprint,
-        networks=network_records(networks),
+        networks=network_records(evaluation.networks),
         versions=library_versions(),
         hardware=device_name(trained.backbone.device),
         labels=labels,
