@@ -87,6 +87,7 @@ class TrainedModel:
         classes: names of the classes on which it can be conditioned, in the order of their numbers; may be empty.
         validation: its loss on held-out data; None if it is not recorded.
         context_dropout: fraction of the clips that were trained without context; None if it is not recorded.
+        context_noise: largest angle, in radians, of the context noise of training.
     """
 
     backbone: HubGPDiT
@@ -99,6 +100,7 @@ class TrainedModel:
     classes: tuple[str, ...] = ()
     validation: ValidationLoss | None = None
     context_dropout: float | None = None
+    context_noise: float = 0.0
 
     @property
     def codec_source(self) -> str | None:
@@ -145,4 +147,5 @@ def load_trained_model(
         classes=facts.classes,
         validation=facts.validation,
         context_dropout=facts.data.get("data.context_dropout"),
+        context_noise=facts.data.get("data.context_noise", 0.0),
     )

@@ -18,7 +18,7 @@ from gpdit_lightning.errors import InputError, ResourceError
 from gpdit_lightning.evaluation.videos import find_named_videos, read_clip
 from gpdit_lightning.files import MAX_NAME_BYTES
 from gpdit_lightning.generation import cast_linear_weights
-from gpdit_lightning.generation.rollout import autocast
+from gpdit_lightning.generation.precision import autocast
 from gpdit_lightning.generation.settings import (
     AUTOCAST_DTYPES,
     layout_of,

@@ -20,7 +20,7 @@ from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Manifest, Shard
 from gpdit_lightning.data.plan import Plan, PlannedBucket
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.randomness import FLIP, LABEL_DROPOUT, POSTERIOR_SAMPLE, generator
+from gpdit_lightning.randomness import FLIP, LABEL_DROPOUT, POSTERIOR_SAMPLE, TRAIN_CONTEXT_NOISE, generator
 from gpdit_lightning.whitening import whitened
 from gpdit_lightning.workers import WorkerLoader
 
@@ -56,6 +56,9 @@ class LatentBatch:
         labels: (K * B,) class of each noisy row, int64; -1 if the clip has none or it was dropped. None if training
             does not use labels.
         frames: positions of the F' frames in the clips; None for all, F' = F.
+        clean_noise: (B', F, C, H, W) standard Gaussian, the context noise; None without it.
+        clean_theta: (B', S') radians, the angle of the context noise of each of the S' blocks of a clip; None without
+            it.
     """
 
     latents: Tensor
@@ -68,6 +71,8 @@ class LatentBatch:
     damaged: list[str] = field(default_factory=list)
     labels: Tensor | None = None
     frames: tuple[int, ...] | None = None
+    clean_noise: Tensor | None = None
+    clean_theta: Tensor | None = None
 
     @property
     def draws(self) -> int:
@@ -202,6 +207,7 @@ class LatentDataset(Dataset[LatentBatch]):
         posterior_samples: whether latents are samples of the codec's posterior where its standard deviations are
             stored, instead of its means. All copies of a clip, clean and noisy, are of one sample.
         flips: whether half of the clips, chosen at random, are flipped left to right where both are stored.
+        context_noise: largest angle, in radians, by which clean blocks are rotated towards noise; 0 for none.
 
     Raises:
         InputError: `noise_draws` is below 1, or the number of ranks does not divide `plan.max_ranks`.
@@ -224,6 +230,7 @@ class LatentDataset(Dataset[LatentBatch]):
         count_blocks: CountBlocks = count_frames,
         posterior_samples: bool = False,
         flips: bool = False,
+        context_noise: float = 0.0,
     ) -> None:
         if noise_draws < 1:
             raise InputError(f"data.noise_draws is {noise_draws}; it must be at least 1.")
@@ -241,7 +248,7 @@ class LatentDataset(Dataset[LatentBatch]):
         self.class_indices = {name: index for index, name in enumerate(classes)}
         self.label_dropout = label_dropout
         self.count_blocks = count_blocks
-        self.posterior_samples, self.flips = posterior_samples, flips
+        self.posterior_samples, self.flips, self.context_noise = posterior_samples, flips, context_noise
         self._prefetched: list[tuple[int, int, int]] = []
 
     def __getitem__(self, number: int) -> LatentBatch:
@@ -259,10 +266,15 @@ class LatentDataset(Dataset[LatentBatch]):
         context = int(micro_batch.context.sum())
         frames = source.config.noisy_frames(micro_batch.frames)
         height, width = latents.shape[-2:]
-        draws = self.noise_draws if self.count_blocks(range(micro_batch.frames), height, width) > 1 else 1
+        all_blocks = self.count_blocks(range(micro_batch.frames), height, width)
+        draws = self.noise_draws if all_blocks > 1 else 1
         blocks = self.count_blocks(frames or range(micro_batch.frames), height, width)
         noisy_shape = (len(frames) if frames else micro_batch.frames, *latents.shape[2:])
         noise, levels = self._noise_and_levels(step, micro_batch.positions, context, draws, noisy_shape, blocks)
+        clean_noise = clean_theta = None
+        if self.context_noise and context and all_blocks > 1:  # a clip of one block has no clean stream
+            with_context = micro_batch.positions[:context]
+            clean_noise, clean_theta = self._context_noise(step, with_context, latents.shape[1:], all_blocks)
         return LatentBatch(
             latents=latents,
             noise=noise,
@@ -274,6 +286,8 @@ class LatentDataset(Dataset[LatentBatch]):
             damaged=list(dict.fromkeys(name for sample in samples for name in sample.damaged)),
             labels=self._labels(samples, step, micro_batch.positions, context, draws) if self.class_indices else None,
             frames=frames,
+            clean_noise=clean_noise,
+            clean_theta=clean_theta,
         )
 
     def _is_flipped(self, step: int, position: int) -> bool:
@@ -309,6 +323,15 @@ class LatentDataset(Dataset[LatentBatch]):
                 level = clip_generator.random(blocks if self.noise_levels == "frame" else 1, dtype=np.float32)
                 levels.append(np.broadcast_to(level, blocks))
         return torch.from_numpy(np.stack(noise)), torch.from_numpy(np.stack(levels))
+
+    def _context_noise(
+        self, step: int, positions: np.ndarray, shape: tuple[int, ...], blocks: int
+    ) -> tuple[Tensor, Tensor]:
+        """Draw the noise (B', F, C, H, W) and the angles (B', S') of the clean blocks of some clips."""
+        generators = [generator(self.plan.seed, TRAIN_CONTEXT_NOISE, step, int(position)) for position in positions]
+        noise = np.stack([of_clip.standard_normal(shape, dtype=np.float32) for of_clip in generators])
+        levels = np.stack([of_clip.random(blocks, dtype=np.float32) for of_clip in generators])
+        return torch.from_numpy(noise), torch.from_numpy(levels * np.float32(self.context_noise))
 
     def _labels(
         self, samples: Sequence[LoadedSample], step: int, positions: np.ndarray, context: int, draws: int

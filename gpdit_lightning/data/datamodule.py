@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,10 @@ class LatentDataModule(LightningDataModule):
             the whole clip.
         noise_draws: noisy copies of every training clip that share its clean stream; clips of one block, such as
             images, have one.
+        context_noise: largest angle theta_c of the context noise, in radians from 0 to pi/2. Every clean block of a
+            training clip is rotated towards noise by its own angle, uniform in [0, context_noise], which its tokens
+            receive too; a rollout may then add as much to the frames that it has generated, against drift. 0, as in
+            the papers, for none; so is validation.
         labels: whether batches contain the classes of their samples, on which a backbone with `classes` is conditioned.
         label_dropout: fraction of noisy rows that are trained without their label, for guidance.
         posterior: `sample` draws the latents of each training clip from the codec's posterior, for data prepared with
@@ -93,6 +98,7 @@ class LatentDataModule(LightningDataModule):
         context_dropout: float = 0.1,
         noise_levels: NoiseLevels = "frame",
         noise_draws: int = 1,
+        context_noise: float = 0.0,
         labels: bool = False,
         label_dropout: float = 0.1,
         posterior: Literal["sample", "mean"] | None = None,
@@ -117,7 +123,10 @@ class LatentDataModule(LightningDataModule):
                 raise InputError(f"data.{name} is {value}; it must be at least {least}.")
         if not 0 <= label_dropout <= 1:
             raise InputError(f"data.label_dropout is {label_dropout}; it must lie between 0 and 1.")
+        if not 0 <= context_noise <= math.pi / 2:
+            raise InputError(f"data.context_noise is {context_noise}; it must be an angle from 0 to pi/2 = 1.57.")
         self.seed, self.noise_levels, self.noise_draws = seed, noise_levels, noise_draws
+        self.context_noise = context_noise
         self.labels, self.label_dropout = labels, label_dropout
         self.patch_size, self.block_frames = patch_size, block_frames
         self.workers, self.validation_batches = workers, validation_batches
@@ -217,6 +226,8 @@ class LatentDataModule(LightningDataModule):
             "data.noise_draws": self.noise_draws,
             "data.max_ranks": self.plan.max_ranks,
         }
+        if self.context_noise:
+            order["data.context_noise"] = self.context_noise
         if self.labels:
             order |= {"data.labels": list(self.classes), "data.label_dropout": self.label_dropout}
         if self._has_posterior:
@@ -370,6 +381,7 @@ class LatentDataModule(LightningDataModule):
             count_blocks=self.count_blocks,
             posterior_samples=self.posterior_samples and split == "train",
             flips=self.flips and split == "train",
+            context_noise=self.context_noise if split == "train" else 0.0,
         )
         return TimedLoader(
             dataset,

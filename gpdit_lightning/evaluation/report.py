@@ -78,6 +78,8 @@ class Protocol:
     continued."""
     reference: str | None = None
     """File of the statistics of the real data with its sha256; None if this evaluation computed them."""
+    context_noise: float = 0.0
+    """Angle in radians by which generated frames are rotated towards noise before later frames attend to them."""
     manifold: int | None = None
     """Number of real samples for precision and recall of samples from noise alone."""
 

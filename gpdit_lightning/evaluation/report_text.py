@@ -106,6 +106,8 @@ def protocol_sentences(protocol: Protocol, date: str) -> list[str]:
             "frames."
         )
     visible = "all blocks" if protocol.window is None else f"the latest {protocol.window} latent frames"
+    if protocol.context_noise:
+        visible += f", the generated ones with context noise of {protocol.context_noise:g} radians,"
     size = f"{protocol.size[0]}x{protocol.size[1]} pixels"
     data = [
         f"Videos: {protocol.videos:,} of {protocol.data}, {protocol.choice}; sha256 of their names "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.diffusion import rotate_to, training_target
-from gpdit_lightning.generation.rollout import autocast
+from gpdit_lightning.generation.precision import autocast
 from gpdit_lightning.model.layout import BlockLayout, ClipBlocks
 from gpdit_lightning.randomness import CONTEXT_NOISE, generator
 

@@ -18,12 +18,13 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.diffusion import Guidance, make_sampler
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.generation.config import ClipInputs, GenerationConfig
 from gpdit_lightning.generation.context_loss import UNLIKE_TRAINING, relative_loss
 from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.generation.frames import OutputType, check_output_type, converted, sources_of
 from gpdit_lightning.generation.plans import Clip, GenerationPlan, context_settings, plan_clips, rollout_window
+from gpdit_lightning.generation.precision import cast_linear_weights
 from gpdit_lightning.generation.results import GeneratedClip, PipelineOutput, StreamedFrames
-from gpdit_lightning.generation.rollout import ClipInputs, GenerationConfig, cast_linear_weights
 from gpdit_lightning.generation.settings import AUTOCAST_DTYPES, batches_by_shape, load_codec_of, selected_precision
 from gpdit_lightning.generation.video import GeneratedFrames, encode_context, stream_video
 from gpdit_lightning.media.images import Size
@@ -56,6 +57,7 @@ class GenerationArguments(TypedDict, total=False):
     label_guidance: float
     window: int | None
     sinks: int
+    context_noise: float
     cache: bool
     context_frames: int | None
     start: float | None
@@ -328,7 +330,12 @@ class GPDiTPipeline:
         longest = max(len(clip.context.pixels) + clip.frames for clip in clips)
         window, sinks = rollout_window(options, self.trained, self.codec, longest)
         config = self.generation_config(
-            options, options.label_guidance, window=window, sinks=sinks, use_cache=options.cache
+            options,
+            options.label_guidance,
+            window=window,
+            sinks=sinks,
+            use_cache=options.cache,
+            context_noise=options.context_noise,
         )
         return GenerationPlan(clips, config, batches_by_shape(clips, options.batch_size, lambda clip: clip.shape))
 
@@ -345,6 +352,13 @@ class GPDiTPipeline:
                 "warning: --guidance %s compares with frames without context, but the model was trained with "
                 "data.context_dropout 0, so the result may be worse than with --guidance 1",
                 options.guidance,
+            )
+        if (angle := rest.get("context_noise", 0)) > self.trained.context_noise:
+            log.warning(
+                "warning: --context_noise is %s, but the model was trained with data.context_noise %s, so the result "
+                "may be worse",
+                angle,
+                self.trained.context_noise,
             )
         return GenerationConfig(
             sampler=make_sampler(options.sampler, options.steps, self.trained.schedule),

@@ -12,9 +12,9 @@ from torch import Tensor
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.generation.config import GenerationConfig
 from gpdit_lightning.generation.context_readers import read_contexts
 from gpdit_lightning.generation.contexts import DEFAULT_FPS, ContextSettings, VideoContext, folder_name, unique_names
-from gpdit_lightning.generation.rollout import GenerationConfig
 from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_sizes
 from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.model.layout import BlockLayout

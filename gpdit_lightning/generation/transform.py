@@ -7,7 +7,8 @@ from torch import Tensor
 
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation.rollout import DEFAULT_CONFIG, ClipInputs, GenerationConfig, check_finite, rollout
+from gpdit_lightning.generation.config import DEFAULT_CONFIG, ClipInputs, GenerationConfig
+from gpdit_lightning.generation.rollout import check_finite, rollout
 from gpdit_lightning.model import GPDiT
 
 

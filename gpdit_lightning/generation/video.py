@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.codecs import Codec
-from gpdit_lightning.generation.rollout import (
-    DEFAULT_CONFIG,
-    DEFAULT_INPUTS,
-    ClipInputs,
-    GenerationConfig,
-    check_finite,
-    rollout,
-)
+from gpdit_lightning.generation.config import DEFAULT_CONFIG, ClipInputs, GenerationConfig
+from gpdit_lightning.generation.rollout import DEFAULT_INPUTS, check_finite, rollout
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.progress import progress_bar
 

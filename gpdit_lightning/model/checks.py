@@ -67,6 +67,7 @@ def check_forward(
     condition: Tensor | None,
     draws: int,
     frames: Sequence[int] | None,
+    clean_theta: Tensor | None = None,
 ) -> None:
     """Raise InputError unless these are valid arguments of `GPDiT.forward`."""
     check_latents(config, noisy)
@@ -100,6 +101,24 @@ def check_forward(
             f"clean has {clean.shape[1]} frames, but the blocks before the last noisy one have {least}: give at least "
             "these."
         )
+    if clean_theta is not None and clean.shape[1]:
+        check_clean_theta(config, clean_theta, len(clean), layout.count(clean.shape[1]))
+
+
+def check_clean_theta(config: GPDiTConfig, clean_theta: Tensor | None, clips: int, blocks: int) -> None:
+    """Raise InputError unless the context noise has an angle for each of the clean blocks of `clips` clips."""
+    if clean_theta is None:
+        return
+    if config.time_conditioning == "adaln":
+        raise InputError(
+            "clean_theta is given, but with time_conditioning adaln clean tokens receive no angle: leave it out, or "
+            "use a model with the rotation."
+        )
+    if clean_theta.shape != (clips, blocks):
+        raise InputError(
+            f"clean_theta has shape {tuple(clean_theta.shape)}; it must be (clips, blocks of clean) = ({clips}, "
+            f"{blocks})."
+        )
 
 
 def check_features(config: GPDiTConfig, clean: Tensor, layers: Iterable[int], condition: Tensor | None) -> None:
@@ -112,12 +131,16 @@ def check_features(config: GPDiTConfig, clean: Tensor, layers: Iterable[int], co
             raise InputError(f"layer {layer} does not exist: choose from 0 (patch embedding) to {config.layers}.")
 
 
-def check_extend(config: GPDiTConfig, cache: KVCache, clean: Tensor, condition: Tensor | None) -> None:
+def check_extend(
+    config: GPDiTConfig, cache: KVCache, clean: Tensor, condition: Tensor | None, clean_theta: Tensor | None
+) -> None:
     """Raise InputError unless these are valid arguments of `GPDiT.extend`, where `clean` has frames."""
     check_latents(config, clean)
     if condition is not None:
         check_condition(config, condition, len(clean))
     check_cache(config, cache, len(clean), clean, new_frames=clean.shape[1] if cache.sinks is None else 0)
+    blocks, _ = cache.layout.following(cache.blocks, *clean.shape[1:2], *clean.shape[-2:])
+    check_clean_theta(config, clean_theta, len(clean), len(blocks))
 
 
 def check_denoise(

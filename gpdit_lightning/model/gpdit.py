@@ -20,6 +20,7 @@ from gpdit_lightning.model.attention import find_backend
 from gpdit_lightning.model.block import Block, run_block, run_compiled_block
 from gpdit_lightning.model.checks import (
     check_cache_size,
+    check_clean_theta,
     check_denoise,
     check_extend,
     check_features,
@@ -121,6 +122,7 @@ class GPDiT(nn.Module):
         condition: Tensor | None = None,
         draws: int = 1,
         frames: Sequence[int] | None = None,
+        clean_theta: Tensor | None = None,
     ) -> Tensor:
         """Predict the target of every noisy block given the clean blocks before it.
 
@@ -137,6 +139,8 @@ class GPDiT(nn.Module):
                 clip k * B' + b is copy k of clean clip b.
             frames: increasing positions of the noisy frames in the clip, those of whole blocks; None: 0 to F - 1. Clean
                 frames after the last of them are not computed.
+            clean_theta: (B', S') radians, the context noise: one angle for each of the S' blocks of `clean`, to which
+                the caller has rotated it; None: 0.
 
         Returns:
             the prediction (B, F, C, H, W) of `config.target`: velocity or epsilon.
@@ -146,13 +150,17 @@ class GPDiT(nn.Module):
                 the weights.
         """
         check_device(self.device, "the model", noisy=noisy, clean=clean)
-        check_forward(self.config, noisy, theta, clean, condition, draws, frames)
+        check_forward(self.config, noisy, theta, clean, condition, draws, frames, clean_theta)
         frames = range(noisy.shape[1]) if frames is None else frames
         clip = ClipBlocks.of(self.config, frames, *noisy.shape[-2:])
         blocks, layout = PassBlocks.of_clip(clip, clean is not None and len(clean) > 0, draws), clip.layout
         # A clip of one block has no clean stream.
         clean = clean[:, : layout.frames_before(clip.blocks[-1], clip.frames)] if clean is not None else None
-        x, streams = self.embed(blocks, clean if blocks.clean else None, noisy, theta, condition)
+        if not blocks.clean:
+            clean = clean_theta = None
+        elif clean_theta is not None:
+            clean_theta = clean_theta[:, : len(blocks.clean)]
+        x, streams = self.embed(blocks, clean, noisy, theta, condition, clean_theta)
         x = self._run_blocks(x, streams)
         patches = layout.unpack(self.head(x, streams), clip.blocks, clip.frames)
         return unpatchify(patches, self.config.patch_size, layout.rows, layout.columns).to(noisy.dtype)
@@ -164,6 +172,7 @@ class GPDiT(nn.Module):
         noisy: Tensor | None = None,
         theta: Tensor | None = None,
         condition: Tensor | None = None,
+        clean_theta: Tensor | None = None,
     ) -> tuple[Tensor, Streams]:
         """Embed the prefix, all clean blocks and all noisy blocks as packed tokens, and describe their streams.
 
@@ -171,7 +180,7 @@ class GPDiT(nn.Module):
             blocks: the blocks of the pass.
             clean, noisy: (B, F, C, H, W), whole frames that begin with those of the blocks, or (B, f, C, h, w), one
                 block.
-            theta, condition: as in :meth:`forward`.
+            theta, condition, clean_theta: as in :meth:`forward`, for the blocks of the pass.
 
         Returns:
             tokens (packed tokens, D), and the streams of the pass.
@@ -190,11 +199,14 @@ class GPDiT(nn.Module):
         clips, rows = (len(latents) if latents is not None else 0 for latents in (clean, noisy))
         sizes = blocks.sizes(self.config.causal_in_block)
         time: TimeConditioning
-        if theta is None:
+        of_streams = ((clean_theta, sizes.clean), (theta, sizes.noisy))
+        angles = [(of_stream, of_blocks) for of_stream, of_blocks in of_streams if of_stream is not None]
+        if not angles:
             time = Unconditioned()
         elif self.time_embedding is None:
-            time = TimeRotation.of_noisy(theta, sizes.noisy, x, self.config.time_site)
+            time = TimeRotation.of_blocks(x, self.config.time_site, *angles)
         else:
+            assert theta is not None  # adaLN has no context noise
             time = AdaLN(self.time_embedding(theta.to(x.device, x.dtype), condition), sizes.noisy)
         streams = describe_streams(self.config, blocks, x, products, prefix, clips, rows, time)
         return time.at_input(x), streams
@@ -294,7 +306,9 @@ class GPDiT(nn.Module):
         return KVCache(self.config, batch_size, max_frames, height, width, self.device, dtype, sinks)
 
     @torch.no_grad()
-    def extend(self, cache: KVCache, clean: Tensor, condition: Tensor | None = None) -> None:
+    def extend(
+        self, cache: KVCache, clean: Tensor, condition: Tensor | None = None, clean_theta: Tensor | None = None
+    ) -> None:
         """Append clean blocks to the cache.
 
         Args:
@@ -302,6 +316,7 @@ class GPDiT(nn.Module):
             clean: (B, k, C, H, W), the frames that follow those in the cache, of whole blocks; or (B, f, C, h, w), the
                 next block, where a block is a part of frames.
             condition: as in :meth:`features`: checked, but without effect.
+            clean_theta: (B, S) radians, the context noise of each block of `clean`, as in :meth:`forward`.
 
         Raises:
             InputError: the shapes or the condition do not fit, a cache that does not roll is full, or the latents or
@@ -310,7 +325,7 @@ class GPDiT(nn.Module):
         check_device(self.device, "the model", clean=clean)
         if clean.ndim == 5 and clean.shape[1] == 0:
             return
-        check_extend(self.config, cache, clean, condition)
+        check_extend(self.config, cache, clean, condition, clean_theta)
         last, last_block = self.config.layers - 1, self.blocks[-1]
         assert isinstance(last_block, Block)
         while clean.shape[1]:
@@ -318,7 +333,10 @@ class GPDiT(nn.Module):
             new, clean = clean[:, :most], clean[:, most:]
             blocks, length = cache.layout.following(cache.blocks, new.shape[1], *new.shape[-2:])
             cache.begin_pass(len(blocks), sum(cache.layout.sizes(blocks, length)))
-            x, streams = self.embed(PassBlocks(cache.layout, length, blocks), new)
+            new_theta = None
+            if clean_theta is not None:
+                new_theta, clean_theta = clean_theta[:, : len(blocks)], clean_theta[:, len(blocks) :]
+            x, streams = self.embed(PassBlocks(cache.layout, length, blocks), new, clean_theta=new_theta)
             x = self._run_blocks(x, streams, range(last), cache)
             last_block.write_cache(x, streams, cache.layer_cache(last))
             cache.end_pass()
@@ -332,6 +350,7 @@ class GPDiT(nn.Module):
         clean: Tensor | None = None,
         draws: int = 1,
         compiled: bool = False,
+        clean_theta: Tensor | None = None,
     ) -> Tensor:
         """Predict the target of the next block given the blocks in the cache and then those in `clean`.
 
@@ -347,6 +366,7 @@ class GPDiT(nn.Module):
             draws: K, number of rows that share the context of a clip: row k * B + b has that of clip b.
             compiled: use blocks compiled by torch.compile, whatever `config.compile`, which concerns training; with a
                 rolling cache, four graphs are used for all frames.
+            clean_theta: (B, S) radians, the context noise of each block of `clean`, as in :meth:`forward`.
 
         Returns:
             the prediction of `config.target`, of the shape of `noisy`, equal to that of this block in :meth:`forward`.
@@ -365,6 +385,7 @@ class GPDiT(nn.Module):
         if clean is not None and clean.shape[1]:
             new, length = layout.following(block, clean.shape[1], *clean.shape[-2:])
             new_tokens = sum(layout.sizes(new, length))
+        check_clean_theta(self.config, clean_theta, 0 if clean is None else len(clean), len(new))
         (block, *others), length = layout.following(new.stop, noisy.shape[1], *noisy.shape[-2:])
         if others:
             raise InputError(
@@ -376,7 +397,8 @@ class GPDiT(nn.Module):
             context_tokens = cache.stored_tokens(new_tokens)
             cache.begin_pass(len(new), new_tokens)
         of_pass = PassBlocks(layout, length, new, (block,), (context_tokens,), draws)
-        x, streams = self.embed(of_pass, clean if new_tokens else None, noisy, theta[:, None], condition)
+        given = (clean, clean_theta) if new_tokens else (None, None)
+        x, streams = self.embed(of_pass, given[0], noisy, theta[:, None], condition, given[1])
         x = self._run_blocks(x, streams, cache=cache, run=run_compiled_block if compiled else run_block)
         if cache is not None:
             cache.end_pass()

@@ -103,7 +103,8 @@ class TimeRotation:
     same family of functions: exchanging the channels of all pairs turns one into the other, and the weights before and
     after absorb this permutation. The sign here must not change, since trained weights depend on it.
 
-    Clean tokens have theta = 0 and are unchanged. `config.time_site` determines which of the four methods rotate.
+    Clean tokens have theta = 0 and are unchanged, unless they have context noise. `config.time_site` determines which
+    of the four methods rotate.
     All branches are conditioned alike.
 
     Args:
@@ -117,24 +118,19 @@ class TimeRotation:
         self.sin = theta.sin()[:, None]
 
     @classmethod
-    def of_noisy(cls, theta: Tensor, sizes: Sequence[int], x: Tensor, site: TimeSite) -> "TimeRotation":
-        """Return the conditioning of packed tokens of which the noisy ones are the last.
+    def of_blocks(cls, x: Tensor, site: TimeSite, *angles: tuple[Tensor, Sequence[int]]) -> "TimeRotation":
+        """Return the conditioning of packed tokens of which the last ones have angles, and all others theta = 0.
 
         Args:
-            theta: (R, S) radians of the noisy blocks, on any device.
-            sizes: tokens of each noisy block.
             x: (tokens, D), all packed tokens, whose device and precision the angles get.
             site: as above.
+            angles: for each stream that has angles, in packed order: (R, S) radians of its blocks, on any device, and
+                the tokens of each block.
         """
-        theta = theta.to(x.device, x.dtype)
-        if len(set(sizes)) == 1:
-            per_token = theta.flatten().repeat_interleave(sizes[0])
-        else:
-            pieces = zip(theta.split(1, dim=1), sizes, strict=True)
-            per_token = torch.cat([angle.expand(-1, size) for angle, size in pieces], dim=1).flatten()
-        angles = torch.zeros(len(x), device=x.device, dtype=x.dtype)
-        angles[len(x) - len(per_token) :] = per_token
-        return cls(angles, site)
+        per_token = torch.cat([_per_token(theta.to(x.device, x.dtype), sizes) for theta, sizes in angles])
+        all_tokens = torch.zeros(len(x), device=x.device, dtype=x.dtype)
+        all_tokens[len(x) - len(per_token) :] = per_token
+        return cls(all_tokens, site)
 
     def _rotate(self, x: Tensor) -> Tensor:
         # The last block drops the clean tokens, which come first: its noisy tokens are the tail of the table.
@@ -161,6 +157,14 @@ class TimeRotation:
         if self.site != "branch_inverse":
             return x
         return rotate_pairs(x.to(self.cos.dtype), self.cos[-len(x) :], self.sin[-len(x) :])
+
+
+def _per_token(theta: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Repeat the angle of each block for its tokens: (R, S) -> (R * tokens of the blocks,)."""
+    if len(set(sizes)) == 1:
+        return theta.flatten().repeat_interleave(sizes[0])
+    pieces = zip(theta.split(1, dim=1), sizes, strict=True)
+    return torch.cat([angle.expand(-1, size) for angle, size in pieces], dim=1).flatten()
 
 
 FREQUENCIES, MAX_PERIOD = 256, 10_000  # of DiT's embedding of the time step

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.prepare import ImageScaling
 from gpdit_lightning.options.shared import (
+    ContextNoiseOptions,
     LabelGuidanceOptions,
     ModelOptions,
     OptionRecord,
@@ -89,7 +90,7 @@ class SampleSetOptions(OptionRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContinuationOptions(LabelGuidanceOptions, SamplerOptions):
+class ContinuationOptions(LabelGuidanceOptions, ContextNoiseOptions, SamplerOptions):
     """Generation."""
 
     seeds: Sequence[int] = (0,)

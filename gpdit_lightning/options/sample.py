@@ -8,6 +8,7 @@ from typing import Literal
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import (
     BatchedSamplerOptions,
+    ContextNoiseOptions,
     LabelGuidanceOptions,
     ModelOptions,
     OptionRecord,
@@ -49,7 +50,7 @@ class ContextReadingOptions(OptionRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutOptions(LabelGuidanceOptions, BatchedSamplerOptions):
+class RolloutOptions(LabelGuidanceOptions, ContextNoiseOptions, BatchedSamplerOptions):
     """Generation."""
 
     frames: int | None = None

@@ -126,6 +126,15 @@ class LabelGuidanceOptions(OptionRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContextNoiseOptions(OptionRecord):
+    """Generation."""
+
+    context_noise: float = 0.0
+    """Angle in radians by which a generated frame is rotated towards noise before later frames attend to it, against
+    drift in long videos; at most the data.context_noise of training. The video itself stays clean."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchedSamplerOptions(SamplerOptions):
     """Generation."""
 

@@ -58,6 +58,15 @@ def check_latent_channels(of_backbone: int, of_data: int) -> None:
         )
 
 
+def check_context_noise(angle: float, config: GPDiTConfig) -> None:
+    """Raise `InputError` if clean blocks have context noise, but a backbone does not condition them on its angle."""
+    if angle and config.time_conditioning == "adaln":
+        raise InputError(
+            f"data.context_noise is {angle}, but with time_conditioning adaln clean tokens receive no angle: set it to "
+            "0, or use the rotation."
+        )
+
+
 def check_patches(patch_size: int, data: LatentDataModule) -> None:
     """Raise `InputError` unless the latent frames of the data divide into the patches of a backbone."""
     pixels = patch_size * data.codec.spatial_factor
@@ -156,8 +165,8 @@ def check_classifier(data: LatentDataModule) -> None:
         raise InputError(
             f"the data has the class {data.classes[0]!r} only, but a classifier needs two: prepare samples of others."
         )
-    for name, value, needed in (("label_dropout", data.label_dropout, 0), ("noise_draws", data.noise_draws, 1)):
-        if value != needed:
+    for name, needed in (("label_dropout", 0), ("noise_draws", 1), ("context_noise", 0)):
+        if (value := getattr(data, name)) != needed:
             raise InputError(f"data.{name} is {value}, but ClassificationStage needs {needed}: set it to {needed}.")
 
 

@@ -30,6 +30,7 @@ from gpdit_lightning.stages.agreement import (
     check_annotated,
     check_blocks,
     check_checkpoint,
+    check_context_noise,
     check_latent_channels,
     check_loss,
     check_no_texts,
@@ -121,9 +122,20 @@ class GPDiTStage(LightningModule):
             latents = torch.stack([latents[:, frame] for frame in frames], dim=1)
         theta = self.schedule.theta(batch.t)
         sample = rotate_to(latents[batch.clip_of_row], batch.noise, self.noisy_blocks(batch).spread(theta))
-        clean = batch.latents[: batch.context] if batch.context else None
-        prediction = self.backbone(sample.noisy, theta, clean, batch.labels, batch.draws, frames)
+        prediction = self.backbone(
+            sample.noisy, theta, self.context(batch), batch.labels, batch.draws, frames, batch.clean_theta
+        )
         return prediction, training_target(sample, batch.noise, self.config.target)
+
+    def context(self, batch: LatentBatch) -> Tensor | None:
+        """Return the clean frames (B', F, C, H, W) of the clips with context, with the context noise of the batch."""
+        if not batch.context:
+            return None
+        clean = batch.latents[: batch.context]
+        if batch.clean_theta is None or batch.clean_noise is None:
+            return clean
+        blocks = ClipBlocks.of(self.config, range(clean.shape[1]), *clean.shape[-2:])
+        return rotate_to(clean, batch.clean_noise, blocks.spread(batch.clean_theta)).noisy
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss of a micro-batch, weighted by its share of the step, so Lightning's division is undone."""
@@ -193,6 +205,7 @@ class GPDiTStage(LightningModule):
         self.check_labels()
         check_blocks(self.config, self.data)
         check_target(self.config.target, self.schedule)
+        check_context_noise(self.data.context_noise, self.config)
         self.data.count_blocks = partial(count_blocks, self.config)
         check_algorithm(self.optimizer_config, sharded_strategy_of(self) is not None)
         device, dtype = self.trainer.strategy.root_device, product_dtype_of(self.trainer)

@@ -120,6 +120,31 @@ def test_two_ranks_together_have_the_batch_of_one_rank(manifest: Manifest, noise
         assert [share.weight for share in shares] == [whole.weight] * 2
 
 
+def test_context_noise_is_that_of_the_clip_on_any_number_of_ranks(manifest: Manifest) -> None:
+    """Angles are uniform up to the largest one, one for each block, and the rest of the batch is as without them."""
+    plain, angles = dataset(manifest), []
+    for number in range(8):
+        batches = [
+            dataset(manifest, rank, ranks, context_noise=0.4, noise_draws=2)[number]
+            for rank, ranks in ((0, 1), (0, 2), (1, 2))
+        ]
+        by_key = [
+            {
+                (batch.keys[clip], noise.numpy().tobytes(), tuple(theta))
+                for clip, (noise, theta) in enumerate(zip(batch.clean_noise, batch.clean_theta.tolist(), strict=True))
+            }
+            for batch in batches
+            if batch.clean_noise is not None and batch.clean_theta is not None
+        ]
+        assert by_key[0] == by_key[1] | by_key[2]
+        assert len(by_key[0]) == batches[0].context
+        assert torch.equal(plain[number].noise, batches[0].noise[batches[0].clip_of_row.argsort(stable=True)][::2])
+        angles += [angle for _, _, of_blocks in by_key[0] for angle in of_blocks]
+    assert len(set(angles)) == len(angles) > 30
+    assert 0 <= min(angles) < 0.05
+    assert 0.35 < max(angles) < 0.4
+
+
 def test_clips_with_context_come_first(manifest: Manifest) -> None:
     batches = dataset(manifest)
     mixed = 0

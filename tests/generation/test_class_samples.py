@@ -15,8 +15,8 @@ from gpdit_lightning.checkpoints.hub import GPDiT
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.codecs import Codec, SdCodec, load_codec
 from gpdit_lightning.diffusion import NoiseSchedule
+from gpdit_lightning.generation.config import ClipInputs
 from gpdit_lightning.generation.plans import sample_seed
-from gpdit_lightning.generation.rollout import ClipInputs
 from gpdit_lightning.generation.video import stream_video
 from gpdit_lightning.options.sample import GenerationOptions
 from gpdit_lightning.specs import ClipGeometry

@@ -73,8 +73,12 @@ def forward(
     clean: Tensor | None = None,
     draws: int = 1,
     condition: Tensor | None = None,
+    clean_theta: Tensor | None = None,
 ) -> Tensor:
-    """What `GPDiT.forward` should return: noisy (B, F, C, H, W), theta (B, S), clean (B', F, C, H, W) or None."""
+    """What `GPDiT.forward` should return: noisy (B, F, C, H, W), theta (B, S), clean (B', F, C, H, W) or None.
+
+    The angles (B', S) of the clean blocks are 0 if `clean_theta` is None.
+    """
     frames, _, height, width = noisy.shape[1:]
     rows, columns = height // config.patch_size, width // config.patch_size
     order = blocks_of(config, frames, rows, columns)
@@ -90,7 +94,13 @@ def forward(
         if config.has_prefix:
             prefix = prefix_tokens(parameters, config, label)
             x, tokens = torch.cat((prefix, x)), [Token("prefix")] * len(prefix) + tokens
-        time = Time(parameters, config, tokens, [theta[clip, order.index(token.block)] for token in tokens], label)
+        of_noisy, of_clean = dict(zip(order, theta[clip], strict=True)), dict.fromkeys(order, theta.new_zeros(()))
+        if clean_theta is not None and len(latents) > frames:
+            of_clean = dict(zip(order, clean_theta[clip % len(clean_theta)], strict=True))
+        angles = [of_noisy[token.block] if token.stream == "noisy" else of_clean[token.block] for token in tokens]
+        time = Time(parameters, config, tokens, angles, label)
+        if config.time_conditioning == "rotation":
+            x = rotate_by_theta(x, time.angle, config, "input")
         x = transformer(parameters, config, x, tokens, time)
         x = time.at_input(rms_norm(x, parameters["output_norm.weight"], config), "output_modulation", 0, 2)
         x = x @ parameters["output.weight"].T + parameters["output.bias"]
@@ -112,7 +122,8 @@ class Time:
     ) -> None:
         self.parameters, self.config = parameters, config
         self.noisy = torch.tensor([token.stream == "noisy" for token in tokens])
-        self.angle = torch.where(self.noisy, torch.stack(thetas), 0.0)
+        of_prefix = torch.tensor([token.stream == "prefix" for token in tokens])
+        self.angle = torch.where(of_prefix, 0.0, torch.stack(thetas))
         if config.time_conditioning == "adaln":
             by_block = {token.block: theta for token, theta in zip(tokens, thetas, strict=True)}
             embeddings = {block: embedding(parameters, config, theta, label) for block, theta in by_block.items()}

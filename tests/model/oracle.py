@@ -27,12 +27,14 @@ def forward(
     draws: int = 1,
     condition: Tensor | None = None,
     window: Window | None = None,
+    clean_theta: Tensor | None = None,
 ) -> Tensor:
     """What `GPDiT.forward` should return: noisy (B, F, C, H, W), theta (B, F), clean (B', F, C, H, W) or None.
 
     Args:
         condition: (B,) class numbers, -1 for none, or (B, L, text width).
         window: the context that a rolling cache keeps.
+        clean_theta: (B', F) angles of the clean frames; None: 0.
     """
     clips_with_context = 0 if clean is None else draws * len(clean)
     outputs = []
@@ -45,7 +47,8 @@ def forward(
             assert clean is not None
             blocks = [("clean", frame) for frame in frames] + blocks
             latents = list(clean[clip % len(clean)]) + latents
-            angles = [torch.zeros_like(angle) for angle in angles] + angles
+            of_clean = torch.zeros_like(theta[clip]) if clean_theta is None else clean_theta[clip % len(clean)]
+            angles = [*of_clean, *angles]
         prefix = prefix_tokens(parameters, config, None if condition is None else condition[clip])
         x, angles = transformer(parameters, config, blocks, latents, angles, prefix=prefix, window=window)
         x = rotate_by_theta(rms_norm(x, parameters["output_norm.weight"], config), angles, config, "branch")

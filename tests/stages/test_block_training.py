@@ -38,6 +38,7 @@ SYSTEMS: dict[str, tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]] =
     "acdit-video": ({"block_shape": (2, 0, 0), "classes": 10, **ADALN}, "videos", {}, {"labels": True}),
     "acdit-image": ({"block_shape": (1, 2, 2), "classes": 2, **ADALN}, "images", {}, {"labels": True}),
     "squares-rotation": ({"block_shape": (1, 2, 4), "attention": "of"}, "images", {}, {"noise_levels": "clip"}),
+    "context-noise": ({"block_shape": (2, 0, 0)}, "videos", {}, {"context_noise": 0.6}),
     "full-sequence": ({"block_shape": (0, 0, 0)}, "videos", {}, {}),
     "continuation": (
         {"block_shape": (0, 0, 0), "first_block_frames": 2, **ADALN},
@@ -120,8 +121,13 @@ def loss_of_rows(model: GPDiT, schedule: NoiseSchedule, batch: LatentBatch) -> T
         noise[:, list(positions)] = batch.noise[row].double()
         noisy, v = of_latent.cos() * x0 + of_latent.sin() * noise, of_latent.cos() * noise - of_latent.sin() * x0
         label = None if batch.labels is None else batch.labels[row : row + 1]
-        given = x0 if has_context else None
-        output = model(noisy[:, list(positions)], theta[None], given, label, frames=tuple(positions))
+        given, of_given = x0.clone() if has_context else None, None
+        if given is not None and batch.clean_theta is not None and batch.clean_noise is not None:
+            of_given = batch.clean_theta[clip : clip + 1]
+            for number, part in enumerate(blocks):  # those of the whole clip, as all of them have a loss
+                angle, of_noise = of_given[0, number].double(), batch.clean_noise[clip].double()
+                given[0][part] = angle.cos() * given[0][part] + angle.sin() * of_noise[part]
+        output = model(noisy[:, list(positions)], theta[None], given, label, 1, tuple(positions), of_given)
         error = torch.zeros_like(x0)
         wanted = noise if model.config.target == "epsilon" else v
         error[:, list(positions)] = (output - wanted[:, list(positions)]).square()
@@ -144,6 +150,7 @@ def test_training(fit: Fit, shards: Path, randomise: Callable[[GPDiT], GPDiT], t
     for batch, loss in found.training:
         assert batch.draws == (2 if blocks > 1 else 1)
         assert batch.t.shape == (4 * batch.draws, blocks - (1 if of_source else 0))
+        assert (batch.clean_theta is None) == ("context_noise" not in settings)
         differ = bool((batch.t != batch.t[:, :1]).any())
         assert differ == (batch.t.shape[1] > 1 and settings.get("noise_levels") != "clip")
         with torch.no_grad():
