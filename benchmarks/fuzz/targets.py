@@ -1,0 +1,258 @@
+"""The readers of the library: what is damaged, the command that reads it, and what the command gives."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.fuzz.corpus import PREPARE, SAMPLE
+from gpdit_lightning.app.uploads import UploadLimits, read_upload
+from gpdit_lightning.cli import main as command
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shards import ShardReader
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import sha256_of
+from gpdit_lightning.generation.pipeline import GPDiTPipeline
+from gpdit_lightning.media.containers import open_video
+from gpdit_lightning.media.decoding import decoded_frames
+from gpdit_lightning.names import printable
+
+OUT = "out"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A command that reads files of one kind.
+
+    Attributes:
+        name: for reports.
+        files: patterns of the files that are damaged, in the corpus.
+        needs: entries of the corpus that are copied.
+        arguments: verb and options; `{file}` stands for the damaged file.
+        result: returns what the command has computed; None to compare the printed lines.
+        detects: whether the command must report every change of the files, even if it uses none of them.
+        covered: whether hashes of the files are recorded elsewhere.
+        command: called with the arguments; returns the exit status.
+    """
+
+    name: str
+    files: Sequence[str]
+    needs: Sequence[str]
+    arguments: Sequence[str]
+    result: Callable[[], Any] | None
+    detects: bool = False
+    covered: bool = True
+    command: Callable[[Sequence[str]], int] = command
+
+
+def trained_weights(run: str = OUT) -> str:
+    """Return a hash of the weights of a run's last checkpoint."""
+    path = Path(run, "checkpoints", "last.ckpt", "training.ckpt")
+    return state_sha256(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+
+
+def written_files() -> dict[str, str]:
+    """Return the hashes of the files in the output folder, or of the file."""
+    out = Path(OUT)
+    files = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith((".", "README"))]
+    return {str(path): content_sha256(path) for path in files or [next(Path().glob(f"{OUT}.*"))]}
+
+
+def content_sha256(path: Path) -> str:
+    """Return a hash of a file; of safetensors, whose metadata have a random order, that of the tensors."""
+    return state_sha256(load_file(path)) if path.suffix == ".safetensors" else sha256_of(path)
+
+
+def state_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of named tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def evaluated() -> Any:
+    """Return the report of an evaluation."""
+    return json.loads(Path(OUT, "results.json").read_text())["scores"]
+
+
+def prepared() -> dict[str, str]:
+    """Return a hash of every sample that was written, by its source and first frame; raises for a repeated one."""
+    samples: dict[str, str] = {}
+    manifest = Manifest.load(OUT)
+    for entry in manifest.shards:
+        reader = ShardReader(manifest.directory, entry)
+        for number in range(len(reader)):
+            latents, metadata = reader.read(number)
+            name = f"{metadata['source']} {metadata.get('first_frame')}"
+            samples[f"{name} again" if name in samples else name] = hashlib.sha256(latents.tobytes()).hexdigest()
+    return samples
+
+
+def prepared_again() -> dict[str, str]:
+    """Return the hashes of the files of a folder that was prepared twice."""
+    return {path.name: sha256_of(path) for path in sorted(Path("latents").glob("*")) if path.is_file()}
+
+
+def upload(arguments: Sequence[str]) -> int:
+    """Read a file as the web page does with an upload; write the pixels of the context."""
+    try:
+        pipeline = GPDiTPipeline.from_pretrained("model")
+        read = read_upload(Path(arguments[1]), Path(arguments[1]).name, pipeline, UploadLimits(10, 60.0))
+    except InputError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    Path(OUT).mkdir()
+    Path(OUT, "pixels").write_bytes(read.context.pixels.numpy().tobytes())
+    return 0
+
+
+def uses_marked_frames(path: Path) -> bool:
+    """Return whether the library uses a frame that FFmpeg marks as corrupt, by an independent decoding with PyAV."""
+    marked = set()
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:
+            stream = container.streams.video[0]
+            stream.thread_count = 1
+            for packet in container.demux(stream):
+                try:
+                    marked |= {_identity(frame) for frame in packet.decode() if frame.is_corrupt}
+                except av.FFmpegError:
+                    continue
+    except (av.FFmpegError, OSError, IndexError, ValueError):
+        pass
+    try:
+        if marked:
+            with open_video(path) as video:
+                return any(_identity(decoded.frame) in marked for decoded in decoded_frames(video))
+    except InputError:
+        pass
+    return False
+
+
+def _identity(frame: "av.VideoFrame") -> tuple[int | None, str]:
+    return frame.pts, hashlib.sha256(b"".join(bytes(plane) for plane in frame.planes)).hexdigest()
+
+
+FIT = ("fit", "--config=recipe.yaml", f"--run_dir={OUT}")
+VALIDATE = ("validate", "--config=recipe.yaml", "--run_dir=run")
+RESUME = ("fit", "--config=recipe.yaml", "--run_dir=run", "--trainer.max_steps=3")
+VERIFY = ("inspect", "latents", "--verify", "--workers=1")
+FEATURES = ("features", "--videos=videos", f"--out={OUT}", "--device=cpu")
+EVALUATE = (
+    *("evaluate", "--checkpoint=model", "--videos=videos", f"--out={OUT}", "--device=cpu"),
+    *("--context_frames=5", "--generated_frames=4", "--steps=1", "--self_check_videos=0"),
+)
+SAMPLED = ("sample", "--frames=5", "--steps=1", "--device=cpu", f"--out={OUT}.safetensors")
+CONTINUED = ("sample", "--checkpoint=model", *SAMPLE, f"--out={OUT}.safetensors")
+PREPARED = ("prepare", f"--out={OUT}", *PREPARE)
+PAIRS = ("prepare-pairs", "--task=grayscale", "--size=64x64", "--codec=pca", f"--out={OUT}", "--device=cpu")
+DATA = ("latents", "base.yaml", "recipe.yaml")
+
+
+def _prepared_data(pattern: str) -> tuple[Target, ...]:
+    """Return the readers of shards, or of their indexes."""
+    files = (f"latents/{pattern}",)
+    videos = (f"latents/train-video-{pattern}",)
+    return (
+        Target("fit", files, DATA, FIT, trained_weights),
+        Target("inspect --verify", files, ("latents",), VERIFY, None, detects=True),
+        Target("validate", files, (*DATA, "run"), VALIDATE, None),
+        Target("sample", videos, ("latents", "model"), (*CONTINUED, "--context={shard}#0"), written_files),
+    )
+
+
+def _manifests() -> tuple[Target, ...]:
+    manifest = ("latents/manifest.json",)
+    state = ("latents/preparation/*.json", "latents/preparation/*.jsonl", "latents/*.jsonl", *manifest)
+    again = ("prepare", "--videos=videos", "--images=images", "--out=latents", *PREPARE)
+    plan = ("plan", "--data_dir=latents", f"--out={OUT}.yaml")
+    targets = (
+        Target("fit", manifest, DATA, FIT, trained_weights),
+        Target("inspect", manifest, ("latents",), ("inspect", "latents"), None),
+        Target("inspect --verify", manifest, ("latents",), VERIFY, None),
+        Target("plan", manifest, ("latents",), plan, None),
+        Target("prepare again", state, ("latents", "videos", "images"), again, prepared_again),
+        Target("inspect --why", state, ("latents",), ("inspect", "latents", "--why", "a.mp4"), None),
+    )
+    return tuple(replace(target, covered=False) for target in targets)
+
+
+def _models(kind: str) -> tuple[Target, ...]:
+    """Return the readers of a run's checkpoint, or of an exported model."""
+    files, name = (("run/checkpoints/step-2.ckpt/*", "run/checkpoints/*.complete"), "run")
+    if kind == "exports":
+        files, name = (("model/model.safetensors", "model/config.json"), "model")
+    checkpoint, initial = f"--checkpoint={name}", f"--model.init_args.initial_weights={name}"
+    return (
+        Target("sample", files, (name,), (*SAMPLED, checkpoint), written_files),
+        Target("features", files, (name, "videos"), (*FEATURES, checkpoint), written_files),
+        Target("initial weights", files, (*DATA, name), (*FIT, initial), trained_weights),
+    )
+
+
+def _checkpoints() -> tuple[Target, ...]:
+    targets = _models("checkpoints")
+    files, export = targets[0].files, ("export", "--checkpoint=run", f"--out={OUT}")
+    return (
+        *targets,
+        Target("resume", files, (*DATA, "run"), RESUME, partial(trained_weights, "run")),
+        Target("validate", files, (*DATA, "run"), VALIDATE, None),
+        Target("export", files, ("run",), export, written_files),
+    )
+
+
+def _exports() -> tuple[Target, ...]:
+    targets = _models("exports")
+    return (*targets, Target("evaluate", targets[0].files, ("model", "videos"), EVALUATE, evaluated))
+
+
+def _recipes() -> tuple[Target, ...]:
+    files, recipe = ("recipe.yaml", "base.yaml"), "--config=recipe.yaml"
+    targets = (
+        Target("fit", files, DATA, (*FIT, "--trainer.max_steps=1"), trained_weights),
+        Target("fit --print_config", files, DATA, ("fit", recipe, "--print_config"), None),
+        Target("estimate", files, DATA, ("estimate", recipe), None),
+        Target("validate", files, (*DATA, "run"), VALIDATE, None),
+    )
+    return tuple(replace(target, covered=False) for target in targets)
+
+
+def _media() -> tuple[Target, ...]:
+    videos, images, context = ("videos/*",), ("images/*",), "--context={file}"
+    image = [word for word in CONTINUED if "context_frames" not in word]
+    both = ("videos", "images", "model")
+    targets = (
+        Target("prepare videos", videos, ("videos",), (*PREPARED, "--videos=videos"), prepared),
+        Target("prepare images", images, ("images",), (*PREPARED, "--images=images"), prepared),
+        Target("prepare tars", ("tars/*",), ("tars",), (*PREPARED, "--image_tars=tars"), prepared),
+        Target("prepare pairs", images, ("images",), (*PAIRS, "--sources=images"), prepared),
+        Target("sample after a video", videos, ("videos", "model"), (*CONTINUED, context), written_files),
+        Target("sample after an image", images, ("images", "model"), (*image, context), written_files),
+        Target("upload", (*videos, *images), both, ("upload", "{file}"), written_files, command=upload),
+        Target("evaluate", videos, ("videos", "model"), EVALUATE, evaluated),
+        Target("features", videos, ("videos", "model"), (*FEATURES, "--checkpoint=model"), written_files),
+    )
+    return tuple(replace(target, covered=False) for target in targets)
+
+
+TARGETS: Mapping[str, Sequence[Target]] = {
+    "shards": _prepared_data("*.tar"),
+    "indexes": _prepared_data("*.index.npy"),
+    "manifests": _manifests(),
+    "checkpoints": _checkpoints(),
+    "exports": _exports(),
+    "recipes": _recipes(),
+    "media": _media(),
+}
+KINDS = tuple(TARGETS)

@@ -1,0 +1,131 @@
+"""The fuzz suite: a small part of its cases, and the outcomes that it assigns to readers with known faults."""
+
+import ctypes
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fuzz.__main__ import case_numbers, main, table
+from benchmarks.fuzz.cases import FAILURES, OUTCOMES, Case, kind_of, replace_hashes, run_cases
+from benchmarks.fuzz.corpus import make_corpus
+from benchmarks.fuzz.processes import Limits
+from benchmarks.fuzz.targets import KINDS, Target
+from gpdit_lightning.files import sha256_of
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+INTACT = random.Random(0).randbytes(1000)
+
+
+@pytest.fixture(scope="session")
+def corpus(made_once: MadeOnce) -> Path:
+    return made_once("fuzz_corpus", make_corpus)
+
+
+def test_damaged_files_of_every_kind_are_refused_or_harmless(corpus: Path, tmp_path: Path) -> None:
+    numbers = [next(case_numbers(seed, [kind])) for seed, kind in enumerate(KINDS, start=50)]
+    reports = list(run_cases(numbers, corpus, tmp_path, Limits(60.0, 1024), 2))
+    assert sorted(report.number for report in reports) == numbers
+    assert {report.kind for report in reports} == set(KINDS)
+    assert [f"{r.number}: {r.command}: {r.damage}: {r.reason}" for r in reports if r.outcome in FAILURES] == []
+
+
+def state_of(path: Path) -> object:
+    if path.is_symlink() or not path.is_file():
+        return str(path.readlink()) if path.is_symlink() else path.exists()
+    return path.read_bytes()
+
+
+def test_a_case_is_determined_by_its_number(corpus: Path, tmp_path: Path) -> None:
+    descriptions, changed = set(), 0
+    for number in range(7 * 8):
+        made = []
+        for attempt in ("first", "second"):
+            case = Case(number, corpus)
+            case.job(is_damaged=True).prepare(tmp_path / attempt)
+            made.append((case.arguments, case.damage.description, state_of(tmp_path / attempt / case.file)))
+        assert made[0] == made[1]
+        descriptions.add(made[0][1])
+        changed += made[0][2] != (corpus / case.file).read_bytes()
+    assert len(descriptions) > 50
+    assert changed > 50
+
+
+def is_damaged() -> bool:
+    """Whether the file that a case damages is damaged, without reading pipes and devices."""
+    path = Path("data.bin")
+    return path.is_symlink() or not path.is_file() or path.read_bytes() != INTACT
+
+
+def crash(*_: object) -> int:
+    raise IndexError("list index out of range")
+
+
+def fail(message: str, status: int = 2) -> int:
+    print(message)
+    return status
+
+
+FAULTS: dict[str, tuple[str, Callable[[], int]]] = {
+    "does not compare the hash": ("silent", lambda: Path("out").write_text("other") * 0),
+    "has no check": ("crashed", crash),
+    "reads beyond its memory": ("crashed", lambda: ctypes.string_at(0) and 0),
+    "allocates what the header states": ("crashed", lambda: len(bytearray(b"x") * 2**30) * 0),
+    "catches the lack of memory": ("crashed", lambda: fail("error: data.bin: memory ran out.")),
+    "has another exit status": ("crashed", lambda: fail("", 3)),
+    "waits": ("hung", lambda: time.sleep(100) or 0),
+    "names the file": ("named", lambda: fail("error: data.bin is damaged: copy it again.")),
+    "names no file": ("refused", lambda: fail("error: something is damaged.")),
+    "skips the file": ("named", lambda: fail("skipped: data.bin", Path("out").write_text("other") * 0)),
+    "does not need the file": ("harmless", lambda: Path("out").write_text("result") * 0),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_outcome_of_a_reader(tmp_path: Path, fault: str) -> None:
+    expected, misbehave = FAULTS[fault]
+
+    def read(_: Sequence[str]) -> int:
+        if is_damaged():
+            return misbehave()
+        Path("out").write_text("result")
+        return 0
+
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "data.bin").write_bytes(INTACT)
+    result: Callable[[], str] = Path("out").read_text
+    target = Target("reader", ("*.bin",), ("data.bin",), ("read",), result, command=read)
+    limits = Limits(1.0 if expected == "hung" else 60.0, 256)
+
+    def outcome(target: Target) -> str:
+        targets = {kind: [target] for kind in KINDS}
+        (report,) = run_cases([7], tmp_path / "corpus", tmp_path, limits, 1, targets)
+        row = table([report]).splitlines()[-1].split()
+        assert row[1] == row[2 + OUTCOMES.index(report.outcome)] == "1"
+        return report.outcome
+
+    assert outcome(target) == expected
+    if expected == "silent":
+        assert outcome(replace(target, covered=False)) == "accepted"
+
+
+def test_recorded_hashes_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"new content")
+    old = "0" * 64
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"shards": [{"sha256": old, "bytes": 1}, {"index_sha256": "1"}]})
+    )
+    assert replace_hashes(tmp_path, {old: tmp_path / "a.tar"})
+    shards = json.loads((tmp_path / "manifest.json").read_text())["shards"]
+    assert shards == [{"sha256": sha256_of(tmp_path / "a.tar"), "bytes": 11}, {"index_sha256": "1"}]
+
+
+def test_kinds_alternate_and_unknown_ones_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = case_numbers(3, ["media", "recipes"])
+    assert [kind_of(next(numbers)) for _ in range(4)] in (["recipes", "media"] * 2, ["media", "recipes"] * 2)
+    assert main(["--kinds=media,films"]) == 2
+    assert "films" in capsys.readouterr().err
