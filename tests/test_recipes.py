@@ -35,6 +35,7 @@ BASES = {RECIPES / name for name in ("base.yaml", "size/h.yaml", "demo/digits.ya
 BASES |= {RECIPES / "acdit" / "imagenet.yaml", RECIPES / "acdit" / "ucf101.yaml"}
 TINY = RECIPES / "size" / "tiny.yaml"
 ACDIT_LAPTOP = RECIPES / "acdit" / "laptop.yaml"
+LAPTOP_VIDEOS = RECIPES / "acdit" / "laptop_videos.yaml"
 LAPTOP_CLASSIFICATION = RECIPES / "acdit" / "laptop_classification.yaml"
 IMAGENET = ("imagenet_b", "imagenet_l", "imagenet_xl", "imagenet_h")
 UCF101 = ("ucf101_xl", "ucf101_h")
@@ -97,6 +98,7 @@ def test_list_of_recipes() -> None:
         *EVALUATIONS,
         TINY,
         ACDIT_LAPTOP,
+        LAPTOP_VIDEOS,
         LAPTOP_CLASSIFICATION,
         LABELS,
         VIDEO_CHATGPT,
@@ -169,7 +171,7 @@ def test_recipe_trains_one_step_at_tiny_size(
     """Only settings that require hardware or real data are replaced."""
     overlay = {RECIPES: TINY, RECIPES / "acdit": ACDIT_LAPTOP, RECIPES / "vidgpt": TINY}.get(path.parent)
     if path.stem.startswith("ucf101_"):
-        overlay = TINY
+        overlay = LAPTOP_VIDEOS if path.parent.name == "acdit" else TINY
     if path.stem.endswith("_classification"):
         overlay = LAPTOP_CLASSIFICATION
     arguments = ["--config", str(path)] + (["--config", str(overlay)] if overlay else [])

@@ -2,8 +2,9 @@
 
 import shlex
 
-from gpdit_lightning.cli.prepare import codec_options, patch_options, size_overlay
+from gpdit_lightning.cli.first_training import codec_options, configs, fit_command, patch_options, size_overlay
 from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.devices import this_machine
 from gpdit_lightning.options.prepare_pairs import PreparePairsOptions
 from gpdit_lightning.preparation import prepare_pairs, summary
 
@@ -21,10 +22,8 @@ def run(options: PreparePairsOptions) -> None:
 
 def next_command(options: PreparePairsOptions, manifest: Manifest) -> str:
     """Return a command that trains on the sequences from random weights."""
-    words = ["--config gpdit:few_shot/warmup"]
+    words = configs("few_shot/warmup")
     if options.task != WARM_UP:
         run_dir = shlex.quote(f"runs/few_shot_{options.out.absolute().name}")
-        words = ["--config gpdit:stage4_few_shot", f"--config {size_overlay(manifest.codec)}", f"--run_dir {run_dir}"]
-    words += [f"--data_dir {shlex.quote(str(options.out))}", *codec_options(manifest.codec)]
-    words += patch_options(manifest)
-    return f"python -m gpdit_lightning fit {' '.join(words)}"
+        words = [*configs("stage4_few_shot", size_overlay(manifest.codec, this_machine())), f"--run_dir {run_dir}"]
+    return fit_command(manifest, [*words, *codec_options(manifest.codec), *patch_options(manifest)])

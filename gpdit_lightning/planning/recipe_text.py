@@ -243,6 +243,10 @@ def data_lines(choice: Choice) -> Iterator[str]:
         yield entry(1, "sampling", run.sampling, "each step has images or videos, as in stage 2 of the paper")
     if run.backbone.classes:
         yield entry(1, "labels", True)
+    if choice.data.has_posterior:
+        yield entry(1, "posterior", "sample", "another sample of the codec's posterior for each use of a clip")
+    if choice.data.has_flips:
+        yield entry(1, "flips", True, "half of the clips, chosen at random, flipped left to right")
     for source in run.sources:
         yield from source_lines(choice, source.name)
     number = loader_workers(run, choice.machine)

@@ -28,6 +28,10 @@ class TrainingData:
     """Number of labels; 0 if the samples have none."""
     has_sequences: bool
     """Whether there are few-shot sequences too."""
+    has_posterior: bool = False
+    """Whether all training samples have the standard deviations of the codec's posterior."""
+    has_flips: bool = False
+    """Whether all training samples are also stored flipped left to right."""
 
     @classmethod
     def load(cls, folders: Sequence[str]) -> "TrainingData":
@@ -42,6 +46,7 @@ class TrainingData:
             first.codec.check_same(other.codec, str(first.path), str(other.path), "prepare both with the same codec")
         samples = {name: count_samples(name, manifests, "train") for name in PLANNED}
         samples = {name: shapes for name, shapes in samples.items() if shapes}
+        train = [shard for manifest in manifests for shard in manifest.of_split("train") if shard.kind != "sequence"]
         has_sequences = any(shard.kind == "sequence" for manifest in manifests for shard in manifest.shards)
         if not samples:
             listed = " and ".join(str(manifest.path) for manifest in manifests)
@@ -60,6 +65,8 @@ class TrainingData:
             recordings=sum(manifest.validation.get("train_sources", 0) for manifest in manifests),
             classes=len(dict.fromkeys(label for manifest in manifests for label in manifest.labels)),
             has_sequences=has_sequences,
+            has_posterior=all(shard.has_posterior for shard in train),
+            has_flips=all(shard.has_flips for shard in train),
         )
 
     @property

@@ -42,8 +42,10 @@ def test_prepare_prints_a_table_and_the_next_command(
     text = capsys.readouterr().out
     assert re.search(r"image +1x16x2x2 +train +1 +\d+", text)
     assert f"skipped: 1 (full list: {out / 'skipped.jsonl'})" in text
-    command = "python -m gpdit_lightning fit --config gpdit:stage1_image_warmup --config gpdit:tiny"
-    assert text.splitlines()[-1] == f"next: {command} --data_dir {out}"
+    command = "python -m gpdit_lightning fit --config gpdit:acdit/imagenet_xl --config gpdit:acdit/laptop"
+    backbone = "--model.init_args.backbone"
+    options = f"--data_dir {out} {backbone}.classes 1 {backbone}.block_shape '[1,1,1]'"
+    assert text.splitlines()[-1] == f"next: {command} {options}"
     assert prepare(images, out, "--shard_size", "3") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -83,7 +85,7 @@ def test_prepare_pairs_prints_a_table_and_the_next_command(
     text = capsys.readouterr().out
     assert re.search(r"sequence +6x16x2x2 +train +1 +20", text)
     command = text.splitlines()[-2].removeprefix("next: python -m gpdit_lightning ")
-    assert f"--run_dir runs/few_shot_grey --data_dir {tmp_path / 'grey'}" in command
+    assert f"--data_dir {tmp_path / 'grey'} --run_dir runs/few_shot_grey" in command
     assert main([*shlex.split(command), "--trainer.max_steps", "1"]) == 0
     capsys.readouterr()
     assert main(["prepare-pairs", "--sources", "nowhere", *words]) == 2

@@ -2,13 +2,16 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
+import yaml
 
 from gpdit_lightning.devices import Machine
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.flops import peak_bf16_flops
 from gpdit_lightning.estimation.requirements import memory, step_seconds
+from gpdit_lightning.planning.recipe_text import recipe_text
 from gpdit_lightning.planning.rules import (
     LADDER,
     MAX_EPOCHS,
@@ -131,6 +134,14 @@ def test_a_requested_size_may_be_offloaded_if_the_host_has_the_memory() -> None:
 def test_odd_latents_have_patches_of_one_latent_pixel() -> None:
     choice = choose(data(clips=100, side=25), MACHINES["2 cores"], Goal(2))
     assert choice.run.backbone.patch_size == 1
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_stored_posterior_and_stored_flips_are_used(stored: bool) -> None:
+    facts = replace(data(images=100), has_posterior=stored, has_flips=stored)
+    text = recipe_text(choose(facts, MACHINES["2 cores"], Goal(2)), "runs/mine", "recipe.yaml")
+    settings = yaml.safe_load(text)["data"]
+    assert (settings.get("posterior"), settings.get("flips")) == (("sample", True) if stored else (None, None))
 
 
 def test_the_expected_speed_is_that_of_the_device() -> None:
