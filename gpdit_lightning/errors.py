@@ -16,9 +16,13 @@ class TransientError(InputError):
 
     Attributes:
         retried: whether several attempts have failed.
+        is_download: whether a server or the network is the cause, which may take longer to pass.
+        requested_wait: seconds that the server requests before the next attempt.
     """
 
     retried = False
+    is_download = False
+    requested_wait = 0.0
 
 
 class ResourceError(TransientError):

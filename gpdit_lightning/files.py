@@ -4,13 +4,16 @@ import codecs
 import errno
 import fcntl
 import hashlib
+import io
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gpdit_lightning.errors import InputError
 
+READ_BYTES = 2**22  # at a time
 MAX_NAME_BYTES = 255  # of a file name, on most file systems
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -136,9 +139,45 @@ def process_lock(path: Path) -> Iterator[bool]:
         yield locked
 
 
+def open_regular(path: Path) -> io.FileIO:
+    """Open a file for unbuffered reading.
+
+    Raises:
+        InputError: it is not a regular file, such as a pipe, which would wait for a writer, or a device, which may have
+            no end.
+        OSError: it cannot be opened.
+    """
+    file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError(f"{path} is not a regular file: replace it by one.")
+    return file
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """Return the content of a regular file.
+
+    Args:
+        path: the file.
+        most: the largest size in bytes that is read.
+
+    Raises:
+        InputError: it is larger, or not a regular file.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        size, blocks = os.fstat(file.fileno()).st_size, list[bytes]()
+        while size <= most and (block := file.read(min(READ_BYTES, most + 1))):
+            blocks.append(block)
+            size = max(size, sum(map(len, blocks)))  # the file may grow, or be of a system that states no size
+        if size > most:
+            raise InputError(f"{path} has {size} bytes, more than the {most} that such a file may have: replace it.")
+        return b"".join(blocks)
+
+
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file's bytes, in hexadecimal digits."""
-    with path.open("rb") as file:
+    """Return the sha256 of a file's bytes, in hexadecimal digits; raises as `open_regular`."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

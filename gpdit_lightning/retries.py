@@ -1,9 +1,25 @@
-"""Distinction between damaged files and failures of the machine, and repeated attempts after the latter."""
+"""Distinction between damaged files and failures that may pass, and the policy for repeated attempts.
+
+Reading a local file is attempted three times, `RETRY_DELAYS` apart, if an error of `TRANSIENT_ERRORS` occurs or a read
+ends before the end of the file.
+
+A download is attempted three times, `DOWNLOAD_DELAYS` apart or as the server requests by `Retry-After` (at most
+`MAX_WAIT`), after any failure that is not permanent, such as status 404: after another status, a connection that ends,
+30 s without data, 20 s with less than 1 KiB per second, or a content of another size or hash than its manifest records.
+
+Writing is attempted once, since the state of a file after a failed write or flush is unknown. The file is discarded.
+
+When all attempts have failed, a failure that may pass is raised as a `TransientError` or a `ResourceError`. It ends the
+command with one sentence; what was complete stays, and the same command resumes. It is never taken for damage. Damage
+does not pass, so it is not repeated: a damaged sample is replaced and counted (`health.max_damaged_samples`), and a
+damaged copy of a remote file is removed and downloaded again.
+"""
 
 import errno
 import logging
 import mmap
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +36,10 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+ATTEMPTS = 3
 RETRY_DELAYS = (0.2, 1.0)  # seconds before the second and the third attempt
+DOWNLOAD_DELAYS = (1.0, 4.0)  # the same for a download
+MAX_WAIT = 60.0  # seconds: the longest wait that a server may request
 
 # Errors of the system that do not arise from the content of a file.
 RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, *DISK_FULL_ERRORS)
@@ -108,11 +127,23 @@ def memory_error(error: BaseException) -> ResourceError | None:
 
 
 @contextmanager
-def _attempt(is_last: bool) -> Iterator[None]:
-    """Within the block, `transient_error` finds out whether the content of a file is the reason if this is the last."""
-    token = _is_last_attempt.set(is_last)
+def _attempt(number: int) -> Iterator[None]:
+    """Within the block, `transient_error` finds out whether the content of a file is the reason if this is the last.
+
+    After a `TransientError` of the block, wait for the next attempt. The error is raised if there is none, if an inner
+    function has already repeated its attempts, or if the program is ending.
+    """
+    token = _is_last_attempt.set(number == ATTEMPTS - 1)
     try:
         yield
+    except TransientError as error:
+        if number == ATTEMPTS - 1 or error.retried or not threading.main_thread().is_alive():
+            error.retried = True
+            raise
+        delays = DOWNLOAD_DELAYS if error.is_download else RETRY_DELAYS
+        wait = max(delays[number], min(error.requested_wait, MAX_WAIT))
+        log.warning("another attempt follows in %g s: %s", wait, error)
+        time.sleep(wait)
     finally:
         _is_last_attempt.reset(token)
 
@@ -122,12 +153,9 @@ def retried(read: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(read)
     def attempt(*args: P.args, **kwargs: P.kwargs) -> T:
-        for delay in (*RETRY_DELAYS, None):
-            try:
-                with _attempt(is_last=delay is None):
-                    return read(*args, **kwargs)
-            except TransientError as error:
-                _wait_or_raise(error, delay)
+        for number in range(ATTEMPTS):
+            with _attempt(number):
+                return read(*args, **kwargs)
         raise AssertionError("unreachable")
 
     return attempt
@@ -141,32 +169,25 @@ def retried_iterator(iterate: Callable[P, Iterator[T]]) -> Callable[P, Iterator[
 
     @wraps(iterate)
     def attempt(*args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-        yielded = 0
-        for delay in (*RETRY_DELAYS, None):
-            try:
+        yielded = attempts = 0
+        items, number = iterate(*args, **kwargs), 0
+        while True:
+            item: Any = _FAILED
+            with _attempt(attempts):
+                item = next(items, _END)
+            if item is _END:
+                return
+            if item is _FAILED:
                 items, number = iterate(*args, **kwargs), 0
-                while True:
-                    with _attempt(is_last=delay is None):
-                        item = next(items, _END)
-                    if item is _END:
-                        return
-                    number += 1
-                    if number > yielded:
-                        yielded = number
-                        yield item
-            except TransientError as error:
-                _wait_or_raise(error, delay)
+                attempts += 1
+                continue
+            number += 1
+            if number > yielded:
+                yielded = number
+                yield item
 
     return attempt
 
 
 _END: Any = object()
-
-
-def _wait_or_raise(error: TransientError, delay: float | None) -> None:
-    """Wait before the next attempt; raise the error if there is none, or if an inner function has already retried."""
-    if delay is None or error.retried:
-        error.retried = True
-        raise error
-    log.warning("another attempt follows in %g s: %s", delay, error)
-    time.sleep(delay)
+_FAILED: Any = object()

@@ -4,12 +4,17 @@ A schema is a `Constraint`, a dict of schemas (an object with at least these fie
 non-empty list whose elements all match it).
 """
 
+import json
 import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gpdit_lightning.errors import InputError
+
+MAX_JSON_BYTES = 2**27  # size of a JSON file
+MAX_JSON_CONTAINERS = 2**22  # arrays and objects of a JSON file, each of which takes more memory than bytes in the file
+MAX_SHOWN_CHARACTERS = 200  # of a value in a message
 
 
 class Constraint(NamedTuple):
@@ -28,7 +33,7 @@ TEXT = Constraint("a string", lambda value: isinstance(value, str))
 TEXT_OR_NULL = Constraint("a string or null", lambda value: value is None or isinstance(value, str))
 COUNT = Constraint("a non-negative integer", lambda value: type(value) is int and value >= 0)
 SIZE = Constraint("a positive integer", lambda value: type(value) is int and value >= 1)
-NUMBER = Constraint("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value))
+NUMBER = Constraint("a finite number", lambda value: type(value) in (int, float) and _is_finite(value))
 NUMBER_OR_NULL = Constraint("a finite number or null", lambda value: value is None or NUMBER.accepts(value))
 POSITIVE_NUMBER = Constraint("a positive number", lambda value: NUMBER.accepts(value) and value > 0)
 OBJECT = Constraint("an object", lambda value: isinstance(value, dict))
@@ -38,9 +43,75 @@ SHA256 = Constraint(
 )
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floating-point numbers
+        return False
+
+
+def parse_json(content: bytes, file: str, cure: str) -> Any:
+    """Parse the content of a JSON file strictly: one meaning, or an error.
+
+    Args:
+        content: UTF-8, at most `MAX_JSON_BYTES` with at most `MAX_JSON_CONTAINERS` arrays and objects.
+        file: the file's path, for the message.
+        cure: what the user should do, for the message.
+
+    Raises:
+        InputError: the content is larger, is not JSON, is nested too deeply for Python, has a name twice in an object,
+            or a number that is not finite.
+    """
+    try:
+        if len(content) > MAX_JSON_BYTES:
+            raise ValueError(f"it has {len(content)} bytes, more than {MAX_JSON_BYTES}")
+        if (containers := content.count(b"[") + content.count(b"{")) > MAX_JSON_CONTAINERS:
+            raise ValueError(f"it has {containers} brackets, more than {MAX_JSON_CONTAINERS}")
+        return json.loads(content.decode(), object_pairs_hook=_object, parse_constant=_reject, parse_float=_finite)
+    except RecursionError:
+        raise InputError(f"{file} is not readable JSON (it is nested too deeply): {cure}.") from None
+    except ValueError as error:
+        raise InputError(f"{file} is not readable JSON ({error}): {cure}.") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"the name {shown(name)} occurs twice in one object")
+        content[name] = value
+    return content
+
+
+def _reject(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON value")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {shown(text)} is not finite")
+    return number
+
+
+def shown(value: Any) -> str:
+    """Return the `repr` of a value for a message, shortened, since a file may contain a value of any size."""
+    if isinstance(value, str):
+        value = value[:MAX_SHOWN_CHARACTERS]
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or deeply nested
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
+
+
+def size_up_to(most: int) -> Constraint:
+    """Return the constraint that a value is an integer from 1 to `most`."""
+    return Constraint(f"an integer from 1 to {most}", lambda value: SIZE.accepts(value) and value <= most)
+
+
 def one_of(*names: str) -> Constraint:
     """Return the constraint that a value is one of `names`."""
-    return Constraint(" or ".join(names), lambda value: value in names)
+    return Constraint(" or ".join(names), lambda value: isinstance(value, str) and value in names)
 
 
 def check(value: Any, schema: Any, name: str, file: str, cure: str) -> Any:
@@ -77,5 +148,5 @@ def check(value: Any, schema: Any, name: str, file: str, cure: str) -> Any:
 
 
 def _mismatch(value: Any, description: str, name: str, file: str, cure: str) -> InputError:
-    content = f"{name} = {value!r}" if name else f"{value!r} as its content"
+    content = f"{name} = {shown(value)}" if name else f"{shown(value)} as its content"
     return InputError(f"{file} has {content}; it must be {description}: {cure}.")

@@ -9,7 +9,12 @@ from typing import Any, ClassVar, Self
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import is_import_path
-from gpdit_lightning.schema import NUMBER, POSITIVE_NUMBER, SIZE, TEXT, TEXT_OR_NULL, check
+from gpdit_lightning.schema import NUMBER, POSITIVE_NUMBER, SIZE, TEXT, TEXT_OR_NULL, Constraint, check, size_up_to
+
+FACTOR = size_up_to(2**16)
+# float16 latents that are whitened by these remain far within float32.
+WHITENING_MEAN = Constraint("a number within 1e6 of 0", lambda value: NUMBER.accepts(value) and abs(value) <= 1e6)
+WHITENING_STD = Constraint("a number from 1e-6 to 1e6", lambda value: NUMBER.accepts(value) and 1e-6 <= value <= 1e6)
 
 
 class LatentGrid:
@@ -101,11 +106,11 @@ class CodecSpec(LatentGrid):
     SCHEMA: ClassVar[dict[str, Any]] = {
         "name": TEXT,
         "source": TEXT_OR_NULL,
-        "latent_channels": SIZE,
-        "spatial_factor": SIZE,
-        "temporal_factor": SIZE,
-        "mean": [NUMBER],
-        "std": [NUMBER],
+        "latent_channels": FACTOR,
+        "spatial_factor": FACTOR,
+        "temporal_factor": FACTOR,
+        "mean": [WHITENING_MEAN],
+        "std": [WHITENING_STD],
         "fingerprint": TEXT,
     }
 

@@ -1,5 +1,6 @@
 """`inspect`: overview, verification, contact sheet and explanation of prepared data."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,6 +40,10 @@ def report_faults(folder: Path, workers: int | None) -> bool:
         faults += 1
     for name in unlisted_files(manifest):
         print(f"note: {manifest.directory / name} is in no manifest: remove it if you do not need it")
+    if not faults and not manifest.has_content_hash and folder.suffix != ".json":
+        with suppress(OSError):  # a folder that is not writable
+            manifest.save()
+            print(f"recorded the hash of its content in {manifest.path}, which is of an earlier version")
     samples = sum(entry.count for entry in manifest.shards)
     print(f"{len(manifest.shards)} shards with {samples} samples: {f'{faults} faults' if faults else 'no faults'}")
     return not faults

@@ -18,13 +18,15 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from gpdit_lightning.data.cache import ShardCache
 from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Manifest, ShardEntry
 from gpdit_lightning.data.plan import Plan, PlannedBucket
-from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
+from gpdit_lightning.data.shards import DamagedSampleError, DamagedShardError, ShardReader
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.randomness import FLIP, LABEL_DROPOUT, POSTERIOR_SAMPLE, TRAIN_CONTEXT_NOISE, generator
 from gpdit_lightning.whitening import whitened
 from gpdit_lightning.workers import WorkerLoader
 
 log = logging.getLogger(__name__)
+
+MAX_DAMAGED_IN_A_ROW = 1000  # samples, of which each is read before the next one replaces it
 
 NoiseLevels = Literal["frame", "clip"]
 CountBlocks = Callable[[Sequence[int], int, int], int]
@@ -147,7 +149,10 @@ class Bucket:
         return max(self.lengths)
 
     def read(self, sample: int, frames: int | None = None, flipped: bool = False) -> LoadedSample:
-        """Read the first latent frames of a sample; a damaged one is replaced by the next intact sample of its shard.
+        """Read the first latent frames of a sample.
+
+        A damaged one is replaced by the next intact sample of its shard, after the last one the first; if none is
+        intact, by one of the following shards.
 
         Args:
             sample: number of the sample in the bucket.
@@ -155,23 +160,38 @@ class Bucket:
             flipped: whether to read the latents of the flipped clip, if they are stored.
 
         Raises:
-            InputError: no sample of the shard is intact.
+            InputError: no sample of the bucket is intact, or too many in a row are damaged.
         """
-        shard = bisect_right(self.starts, sample) - 1
-        reader, first = _reader(*self.shards[shard], self.cache), sample - self.starts[shard]
         damaged: list[str] = []
-        for offset in range(len(reader)):
-            number = (first + offset) % len(reader)
+        unusable: ShardReader | None = None
+        for reader, number in self._candidates(sample):
+            if reader is unusable:
+                continue
             try:
                 arrays, metadata = reader.read_arrays(number, frames or self.frames)
             except DamagedSampleError as error:
                 damaged.append(f"sample {number} of {reader.path}")
-                _warn_once(f"{error} It is replaced by the next intact sample of the shard.")
+                _warn_once(f"{error} It is replaced by the next intact sample.")
+                if len(damaged) == MAX_DAMAGED_IN_A_ROW:
+                    raise InputError(f"{len(damaged)} samples in a row are damaged; the last: {error}") from None
+                unusable = reader if isinstance(error, DamagedShardError) else None
                 continue
             if flipped and reader.entry.has_flips:
                 return LoadedSample(arrays["flipped_mean"], metadata, tuple(damaged), arrays.get("flipped_std"))
             return LoadedSample(arrays["mean"], metadata, tuple(damaged), arrays.get("std"))
-        raise InputError(f"{reader.path} has no intact sample: copy it again or prepare it again.")
+        raise InputError(
+            f"no sample of {self.height}x{self.width} latent pixels in {reader.path.parent} is intact: copy the folder "
+            f"again or {PREPARE_AGAIN}."
+        )
+
+    def _candidates(self, sample: int) -> Iterator[tuple[ShardReader, int]]:
+        """Yield the samples that may be read in place of a sample, itself first: their readers and numbers."""
+        shard = bisect_right(self.starts, sample) - 1
+        first = sample - self.starts[shard]
+        for offset in range(len(self.shards)):
+            reader = _reader(*self.shards[(shard + offset) % len(self.shards)], self.cache)
+            yield from ((reader, (first + number) % len(reader)) for number in range(len(reader)))
+            first = 0
 
 
 @lru_cache(maxsize=128)

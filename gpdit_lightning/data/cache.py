@@ -24,16 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from gpdit_lightning.data.remote import FailedDownloadError, RemoteFile, read_blocks
+from gpdit_lightning.data.remote import FailedDownloadError, RemoteFile, WrongContentError, read_blocks
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import DISK_FULL_ERRORS, flush, process_lock, sha256_of
+from gpdit_lightning.retries import retried
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 PARTIAL = ".partial"
-RETRY_DELAYS = (1.0, 4.0)  # seconds before the second and the third attempt at a download
 POLL_INTERVAL = 0.05  # seconds between two attempts to get a lock or space
 USE_TIME_RESOLUTION = 10.0  # seconds; the time of last use is not updated more often
 ABANDONED_AFTER = 60.0  # seconds without a write after which a partial file counts as abandoned, without locks
@@ -176,19 +176,8 @@ class ShardCache:
                 "writable folder."
             ) from None
 
+    @retried
     def _download(self, file: RemoteFile, path: Path) -> None:
-        """Download a file, with repeated attempts."""
-        for delay in RETRY_DELAYS:
-            try:
-                return self._attempt_download(file, path)
-            except FailedDownloadError as error:
-                if not threading.main_thread().is_alive():  # the program is exiting, and fsspec has closed connections
-                    raise
-                log.warning("%s Trying again in %g s.", error, delay)
-                time.sleep(delay)
-        return self._attempt_download(file, path)
-
-    def _attempt_download(self, file: RemoteFile, path: Path) -> None:
         """Download a file to a partial file, verify it, and rename it to `path`."""
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +199,7 @@ class ShardCache:
         """Write the content of a remote file to `partial`.
 
         Raises:
-            FailedDownloadError: the content has another size or hash.
+            WrongContentError: the content has another size or hash.
         """
         digest, size = hashlib.sha256(), 0
         with partial.open("wb") as copy:
@@ -224,7 +213,7 @@ class ShardCache:
             if file.bytes is None:
                 self._reserve(copy, file, size)
         if (size, digest.hexdigest()) != (file.bytes or size, file.sha256):
-            raise FailedDownloadError(
+            raise WrongContentError(
                 f"{file.url} has {size} bytes with sha256 {digest.hexdigest()} instead of {file.bytes or size} with "
                 f"{file.sha256}: copy the folder there again or prepare the data again."
             )

@@ -1,18 +1,40 @@
-"""The manifest: the description of a folder of latent shards, with one schema for writer and reader."""
+"""The manifest: the description of a folder of latent shards, with one schema for writer and reader.
+
+Every byte that is used follows from the manifest: it has a hash of its content, and the hash of the index of each
+shard. The index has the checksum of each latent frame and of the metadata of each sample (see `data/shards.py`).
+"""
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+import math
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from upath import UPath
 
-from gpdit_lightning.data.remote import read_blocks
+from gpdit_lightning.data.remote import FailedDownloadError, read_blocks
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write
-from gpdit_lightning.retries import transient_error
-from gpdit_lightning.schema import COUNT, LIST, OBJECT, SHA256, SIZE, TEXT, Constraint, check, one_of
+from gpdit_lightning.files import atomic_write, read_bounded
+from gpdit_lightning.retries import retried, transient_error
+from gpdit_lightning.schema import (
+    COUNT,
+    LIST,
+    MAX_JSON_BYTES,
+    OBJECT,
+    POSITIVE_NUMBER,
+    SHA256,
+    SIZE,
+    TEXT,
+    Constraint,
+    check,
+    one_of,
+    parse_json,
+    shown,
+    size_up_to,
+)
 from gpdit_lightning.specs import CodecSpec
 
 FORMAT = "gpdit_lightning-shards-2"
@@ -35,18 +57,36 @@ ARRAYS: tuple[tuple[ArrayName, ...], ...] = (
 )
 
 PREPARE_AGAIN = "prepare the data again with `python -m gpdit_lightning prepare`"
+# Limits on what a manifest may state, far above any shard, since memory is taken by these numbers.
+MAX_SAMPLES = 2**24
+MAX_SIDE = 2**16
+MAX_SHARD_BYTES = 2**50
+TAR_BLOCK = 512  # bytes: of a header of a member, and the unit of its content
+NPY_HEADER_BYTES = 128
+CONTENT_HASH = "content_sha256"
+
 FOUR_SIZES = Constraint(
-    "a list of four positive integers",
-    lambda value: isinstance(value, list) and [*map(SIZE.accepts, value)] == [True] * 4,
+    f"a list of four positive integers of at most {MAX_SIDE}",
+    lambda value: isinstance(value, list) and [*map(size_up_to(MAX_SIDE).accepts, value)] == [True] * 4,
+)
+PRINTABLE = Constraint(
+    "a path of printable characters",
+    lambda value: isinstance(value, str) and value.isprintable() and "://" not in value and "::" not in value,
+)
+LABELS = Constraint(
+    "a list of different strings",
+    lambda value: isinstance(value, list) and all(map(TEXT.accepts, value)) and len({*value}) == len(value),
 )
 SHARD_SCHEMA: dict[str, Any] = {
-    "path": TEXT,
-    "index": TEXT,
+    "path": PRINTABLE,
+    "index": PRINTABLE,
     "split": one_of(*get_args(Split)),
     "kind": one_of(*get_args(Kind)),
     "shape": FOUR_SIZES,
-    "count": SIZE,
-    "bytes": SIZE,
+    "count": Constraint(
+        f"an integer from 1 to {MAX_SAMPLES}", lambda value: SIZE.accepts(value) and value <= MAX_SAMPLES
+    ),
+    "bytes": Constraint("a size of a file", lambda value: SIZE.accepts(value) and value <= MAX_SHARD_BYTES),
     "sha256": SHA256,
     "index_sha256": SHA256,
 }
@@ -56,9 +96,22 @@ SCHEMA: dict[str, Any] = {
     "shards": LIST,
     "preparation": OBJECT,
     "validation": OBJECT,
-    "labels": LIST,
+    "labels": LABELS,
     "skipped": COUNT,
 }
+# Fields of `preparation` and `validation` that are used; prepare-pairs and older versions leave out some of them.
+OPTIONAL_SCHEMAS: dict[str, dict[str, Constraint]] = {
+    "preparation": {
+        "stride": SIZE,
+        "fps": Constraint("a positive number or null", lambda value: value is None or POSITIVE_NUMBER.accepts(value)),
+    },
+    "validation": {"train_sources": COUNT, "validation_sources": COUNT},
+}
+# The name of a shard, without an ending, as the preparation verbs write it.
+SHARD_NAME = re.compile(
+    rf"(?P<split>{'|'.join(get_args(Split))})-(?P<kind>{'|'.join(get_args(Kind))})-"
+    r"(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)(-(?P<part>\d{5}))?-\d{5}"
+)
 
 
 class MissingManifestError(InputError):
@@ -137,6 +190,8 @@ class Manifest:
     skipped: int = 0
     """Number of sources that could not be used, which `skipped.jsonl` lists. Those that were used in part, or under
     another name, are listed in `notes.jsonl` instead."""
+    has_content_hash: bool = field(default=True, compare=False)
+    """Whether the file has a hash of its content; those of earlier versions have none until they are saved again."""
 
     @property
     def path(self) -> Folder:
@@ -161,13 +216,14 @@ class Manifest:
         """
         if not isinstance(self.path, Path):
             raise InputError(f"{self.path} is not on this machine: prepare in a local folder and copy it there.")
-        content = {"format": FORMAT} | {entry.name: getattr(self, entry.name) for entry in fields(self)[1:]}
+        content = {"format": FORMAT} | {name: getattr(self, name) for name in SCHEMA if name != "format"}
         content["codec"] = self.codec.to_dict()
         content["shards"] = [shard.to_dict() for shard in self.shards]
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        _parse(json.loads(text), self.path)
+        content[CONTENT_HASH] = _content_hash(json.loads(json.dumps(content)))
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        _parse(parse_json(text.encode(), str(self.path), PREPARE_AGAIN), self.path)
         with atomic_write(self.path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Folder, check_files: bool = True) -> "Manifest":
@@ -181,39 +237,56 @@ class Manifest:
             check_files: whether to check the shards of a local folder.
 
         Raises:
-            InputError: the manifest is missing, unreachable or broken, has an unknown format or an invalid field, or a
-                shard is missing or has another size (truncated in a copy, or changed).
+            InputError: the manifest is missing, unreachable or broken, has an unknown format, an invalid field or
+                another content than its hash, or a shard is missing or has another size (truncated in a copy, or
+                changed).
         """
         path = _manifest_path(path)
-        try:
-            text = path.read_bytes() if isinstance(path, Path) else b"".join(read_blocks(str(path)))
-            content = json.loads(text)
-        except InputError:
-            raise
-        except FileNotFoundError:
-            raise MissingManifestError(
-                f"{path} does not exist: give a folder made by `python -m gpdit_lightning prepare`, or for "
-                "sequences by `prepare-pairs`."
-            ) from None
-        except (OSError, ValueError) as error:
-            damaged = InputError(f"{path} is not readable JSON ({error}): {PREPARE_AGAIN}.")
-            raise transient_error(error, path) or damaged from None
+        content = _read(path)
         manifest = _parse(content, path)
         if isinstance(path, Path) and check_files:
             for shard in manifest.shards:
                 manifest._check_files(shard, path.parent)
+        _check_content(content, manifest, path)
         return manifest
 
     def _check_files(self, shard: ShardEntry, directory: Path) -> None:
         tar, index = directory / shard.path, directory / shard.index
-        for file in (tar, index):
-            if not file.is_file():
-                raise InputError(f"{file} is missing though {self.path} lists it: copy it again or {PREPARE_AGAIN}.")
-        if (size := tar.stat().st_size) != shard.bytes:
+        try:
+            missing = next((file for file in (tar, index) if not file.is_file()), None)
+            size = 0 if missing else tar.stat().st_size
+        except OSError as error:
+            raise InputError(
+                f"{error.filename} cannot be read ({error.strerror}) though {self.path} lists it: check its folder."
+            ) from None
+        if missing:
+            raise InputError(f"{missing} is missing though {self.path} lists it: copy it again or {PREPARE_AGAIN}.")
+        if size != shard.bytes:
             raise InputError(
                 f"{tar} has {size} bytes where {self.path} records {shard.bytes}, so it was truncated or changed: "
                 f"copy it again or {PREPARE_AGAIN}."
             )
+
+
+@retried
+def _read(path: Folder) -> Any:
+    """Read the JSON content of a manifest; errors as for `Manifest.load`."""
+    if not isinstance(path, Path):
+        content = b"".join(read_blocks(str(path), MAX_JSON_BYTES))
+        try:
+            return parse_json(content, str(path), PREPARE_AGAIN)
+        except InputError as error:  # the reply may have been cut off, or be a page about a failure of the server
+            raise FailedDownloadError(str(error)) from None
+    try:
+        return parse_json(read_bounded(path, MAX_JSON_BYTES), str(path), PREPARE_AGAIN)
+    except FileNotFoundError:
+        raise MissingManifestError(
+            f"{path} does not exist: give a folder made by `python -m gpdit_lightning prepare`, or for "
+            "sequences by `prepare-pairs`."
+        ) from None
+    except OSError as error:
+        damaged = InputError(f"{path} cannot be read ({error.strerror}): {PREPARE_AGAIN}.")
+        raise transient_error(error, path) or damaged from None
 
 
 def _manifest_path(path: str | Folder) -> Folder:
@@ -230,9 +303,13 @@ def _parse(content: Any, path: Folder) -> Manifest:
     """Parse and validate the JSON content of a manifest; an `InputError` names the first invalid field."""
     file_format = check(content, OBJECT, "", str(path), PREPARE_AGAIN).get("format")
     if file_format != FORMAT:
-        raise InputError(f"{path} has format {file_format!r} and this version reads {FORMAT!r}: {PREPARE_AGAIN}.")
+        raise InputError(f"{path} has format {shown(file_format)} and this version reads {FORMAT!r}: {PREPARE_AGAIN}.")
     check(content, SCHEMA, "", str(path), PREPARE_AGAIN)
-    _check_no_unknown_fields(content, SCHEMA, "", path)
+    _check_no_unknown_fields(content, SCHEMA | {CONTENT_HASH: SHA256}, "", path)
+    for name, schema in OPTIONAL_SCHEMAS.items():
+        check(
+            content[name], {key: schema[key] for key in schema if key in content[name]}, name, str(path), PREPARE_AGAIN
+        )
     codec = CodecSpec.from_dict(content["codec"], str(path), PREPARE_AGAIN)
     return Manifest(
         directory=path.parent,
@@ -242,6 +319,7 @@ def _parse(content: Any, path: Folder) -> Manifest:
         validation=content["validation"],
         labels=tuple(content["labels"]),
         skipped=content["skipped"],
+        has_content_hash=CONTENT_HASH in content,
     )
 
 
@@ -250,12 +328,12 @@ def _parse_shard(entry: Any, number: int, codec: CodecSpec, path: Folder) -> Sha
     check(entry, SHARD_SCHEMA, name, str(path), PREPARE_AGAIN)
     _check_no_unknown_fields(entry, SHARD_SCHEMA | {"arrays": LIST}, f"{name}.", path)
     if "arrays" in entry and entry["arrays"] not in map(list, ARRAYS):
-        raise InputError(f"{path} has {name}.arrays = {entry['arrays']!r}, which are unknown: {PREPARE_AGAIN}.")
+        raise InputError(f"{path} has {name}.arrays = {shown(entry['arrays'])}, which are unknown: {PREPARE_AGAIN}.")
     for field_name in ("path", "index"):
         relative = PurePosixPath(entry[field_name])
         if relative.is_absolute() or ".." in relative.parts or not relative.name:
             raise InputError(
-                f"{path} has {name}.{field_name} = {entry[field_name]!r}, which is outside the manifest's folder: "
+                f"{path} has {name}.{field_name} = {shown(entry[field_name])}, which is outside the manifest's folder: "
                 f"{PREPARE_AGAIN}."
             )
     shape = tuple(entry["shape"])
@@ -264,10 +342,46 @@ def _parse_shard(entry: Any, number: int, codec: CodecSpec, path: Folder) -> Sha
             f"{path} has {name}.shape = {list(shape)} with {shape[1]} channels where its codec has "
             f"{codec.latent_channels}: {PREPARE_AGAIN}."
         )
+    if named := SHARD_NAME.fullmatch(PurePosixPath(entry["path"]).name.removesuffix(".tar")):
+        stated = {"split": entry["split"], "kind": entry["kind"]} | dict(
+            zip(("frames", "height", "width"), map(str, (shape[0], *shape[2:])), strict=True)
+        )
+        for field_name, value in stated.items():
+            if named[field_name] != value:
+                raise InputError(
+                    f"{path} has {name}.path = {shown(entry['path'])} with the {field_name} {value}, which is not that "
+                    f"of its name: copy the manifest again or {PREPARE_AGAIN}."
+                )
     return ShardEntry.from_dict(entry)
+
+
+def _check_content(content: dict[str, Any], manifest: Manifest, path: Folder) -> None:
+    """Check that the entries of a manifest agree with each other, and its content with its hash."""
+    names = Counter(PurePosixPath(name) for shard in manifest.shards for name in (shard.path, shard.index))
+    if twice := next((name for name, times in names.items() if times > 1), None):
+        raise InputError(f"{path} lists {twice} twice, so its samples would be used twice: {PREPARE_AGAIN}.")
+    for shard in manifest.shards:
+        least = shard.count * (3 * TAR_BLOCK + NPY_HEADER_BYTES + 2 * math.prod(shard.stored_shape))
+        if shard.bytes < least:
+            raise InputError(
+                f"{path} states {shard.bytes} bytes for {shard.path}, but {shard.count} samples of shape "
+                f"{list(shard.stored_shape)} take at least {least}: copy the manifest again or {PREPARE_AGAIN}."
+            )
+    if CONTENT_HASH in content and (actual := _content_hash(content)) != content[CONTENT_HASH]:
+        raise InputError(
+            f"{path} records the hash {content[CONTENT_HASH]} of its content, which has {actual}, so it was damaged or "
+            "edited: copy it again, or delete it and run the command again that prepared these data; `prepare` encodes "
+            "nothing twice."
+        )
+
+
+def _content_hash(content: dict[str, Any]) -> str:
+    """Return the sha256 of the content of a manifest without its hash, whatever its spaces and its order."""
+    rest = {name: value for name, value in content.items() if name != CONTENT_HASH}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _check_no_unknown_fields(content: dict[str, Any], schema: dict[str, Any], prefix: str, path: Folder) -> None:
     for name in content:
         if name not in schema:
-            raise InputError(f"{path} has the unknown field {prefix}{name}: remove it or {PREPARE_AGAIN}.")
+            raise InputError(f"{path} has the unknown field {prefix}{shown(name)[1:-1]}: remove it or {PREPARE_AGAIN}.")

@@ -1,20 +1,22 @@
 """Reading of shards: WebDataset tars of latents, each with a byte index, so that any sample is read directly.
 
 A sample is two members of the tar, `KEY.latent.npy` (float16, the codec's raw latents, (F, C, h, w), or several such
-arrays along the channels, as `ShardEntry.arrays` lists them) and `KEY.json`.
-The tars are plain WebDataset; the index only avoids walking through a tar to find a sample.
+arrays along the channels, as `ShardEntry.arrays` lists them) and `KEY.json`. A key is the name of the shard, a dash,
+and the number of the sample in six digits.
+The tars are plain WebDataset; the index avoids walking through a tar to find a sample, and binds the samples to the
+manifest: it has the hash that the manifest records, and contains the checksums of all bytes that are read.
 """
 
 import errno
+import hashlib
 import io
-import json
 import math
 import os
 import re
 import tarfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +24,21 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from gpdit_lightning.data.cache import ShardCache
-from gpdit_lightning.data.manifest import LATENT_ONLY, PREPARE_AGAIN, ArrayName, Folder, Kind, ShardEntry, Split
-from gpdit_lightning.data.remote import RemoteFile
+from gpdit_lightning.data.manifest import (
+    LATENT_ONLY,
+    PREPARE_AGAIN,
+    SHARD_NAME,
+    ArrayName,
+    Folder,
+    Kind,
+    ShardEntry,
+    Split,
+)
+from gpdit_lightning.data.remote import RemoteFile, WrongContentError
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import sha256_of
+from gpdit_lightning.files import open_regular, read_bounded, sha256_of
 from gpdit_lightning.retries import retried, transient_error
+from gpdit_lightning.schema import COUNT, POSITIVE_NUMBER, SIZE, TEXT, Constraint, check, parse_json, shown
 
 T = TypeVar("T")
 Shape = tuple[int, int, int, int]
@@ -36,12 +48,26 @@ METADATA_ENDING = "json"
 # First columns of a byte index; a checksum of each latent frame follows, since clips may be read in part.
 INDEX_COLUMNS = ("latent_offset", "json_offset", "json_size", "json_checksum")
 EXPONENT_MASK = np.uint16(0x7C00)  # all exponent bits of a float16: set if the value is not finite
-MAX_METADATA_BYTES = 2**24  # limit on reading a sample's metadata, in case of a damaged index
+MAX_METADATA_BYTES = 2**24  # of a sample
+MAX_INDEX_BYTES = 2**30
+TWO_SIZES = Constraint(
+    "a list of two positive integers",
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(SIZE.accepts, value)),
+)
+METADATA_SCHEMA = {"key": TEXT, "kind": TEXT}
+OPTIONAL_METADATA: dict[str, Any] = {
+    **{"source": TEXT, "label": TEXT, "caption": TEXT, "task": TEXT, "stride": SIZE, "fps": POSITIVE_NUMBER},
+    **{"first_frame": COUNT, "pixel_size": TWO_SIZES},
+}
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class DamagedSampleError(InputError):
     """A sample of a shard is damaged; other samples of the shard may be intact."""
+
+
+class DamagedShardError(DamagedSampleError):
+    """A shard is missing, or its index is not that of its manifest, so that no sample of it can be read."""
 
 
 class ShardReader:
@@ -61,10 +87,13 @@ class ShardReader:
     def __init__(self, directory: Folder, entry: ShardEntry, cache: ShardCache | None = None) -> None:
         self.path, self.index_path, self.entry = directory / entry.path, directory / entry.index, entry
         self._tar = _path_or_remote_file(self.path, entry.sha256, entry.bytes)
-        self._index_file = _path_or_remote_file(self.index_path, entry.index_sha256)
+        self._index_shape = entry.count, len(INDEX_COLUMNS) + entry.shape[0]
+        index_bytes = len(npy_header(self._index_shape, "<i8")) + 8 * math.prod(self._index_shape)
+        self._index_file = _path_or_remote_file(self.index_path, entry.index_sha256, index_bytes)
         self._cache = cache
         self._tar_file: io.FileIO | None = None
         self._index: np.ndarray | None = None
+        self._unusable: str | None = None  # why no sample can be read, found at an earlier attempt to fetch it
         if cache is None and self.files:
             raise InputError(f"{self.path} is not on this machine: set data.cache.directory to a folder for copies.")
 
@@ -72,7 +101,7 @@ class ShardReader:
         return self.entry.count
 
     def __getstate__(self) -> dict[str, Any]:
-        # An open file cannot be pickled, and a memory map would be pickled with its content.
+        # An open file cannot be pickled, and the index would take time.
         return self.__dict__ | {"_tar_file": None, "_index": None}
 
     @property
@@ -102,7 +131,8 @@ class ShardReader:
 
         Raises:
             DamagedSampleError: the sample differs from what was written.
-            InputError: the index is unusable, the shard has fewer frames, or a remote shard cannot be fetched.
+            DamagedShardError: a file of the shard is missing or is not that of the manifest.
+            InputError: the shard has fewer frames, or a remote shard cannot be fetched.
             TransientError: three attempts to read a file failed for a reason other than its content.
         """
         if not 0 <= number < self.entry.count:
@@ -112,12 +142,18 @@ class ShardReader:
                 f"{self.path} has {self.entry.shape[0]} latent frames and {frames} were requested: request 1 to "
                 f"{self.entry.shape[0]}."
             )
+        if self._unusable:
+            raise DamagedShardError(self._unusable)
         try:
-            return self._read(number, frames)
-        except InputError:
-            if not self._remove_damaged_copies():
-                raise
-        return self._read(number, frames)  # from new copies
+            try:
+                return self._read(number, frames)
+            except InputError:
+                if not self._remove_damaged_copies():
+                    raise
+            return self._read(number, frames)  # from new copies
+        except WrongContentError as error:
+            self._unusable = str(error)
+            raise DamagedShardError(self._unusable) from None
 
     @retried
     def _read(self, number: int, frames: int | None) -> tuple[dict[ArrayName, np.ndarray], dict[str, Any]]:
@@ -132,9 +168,10 @@ class ShardReader:
                 text = _read_at(file, min(json_size, MAX_METADATA_BYTES), json_offset)
         except InputError:
             raise
-        except (OSError, ValueError) as error:  # ValueError: a negative size
+        except (OSError, OverflowError) as error:  # an offset that is negative, or too large for the system
             self._tar_file = None  # the handle may be stale
-            raise transient_error(error, self.path) or self._damaged(number, str(error)) from None
+            missing = self._file_error(error, self.path) if isinstance(error, FileNotFoundError) else None
+            raise transient_error(error, self.path) or missing or self._damaged(number, str(error)) from None
         if len(latent_bytes) != latent_size:
             raise self._damaged(number, "the file ends inside it")
         # The header is compared and never parsed, so that any other header is rejected.
@@ -145,32 +182,69 @@ class ShardReader:
             raise self._damaged(number, "its checksum differs")
         if (latent.view(np.uint16) & EXPONENT_MASK).max() == EXPONENT_MASK:
             raise self._damaged(number, "it has values that are not finite")
-        try:
-            metadata = json.loads(text.decode())
-        except ValueError as error:
-            raise self._damaged(number, str(error)) from None
         names = self.entry.arrays
-        return dict(zip(names, np.split(latent, len(names), axis=1), strict=True)), metadata
+        arrays = dict(zip(names, np.split(latent, len(names), axis=1), strict=True))
+        return arrays, self._parse_metadata(text, number)
+
+    def _parse_metadata(self, text: bytes, number: int) -> dict[str, Any]:
+        """Parse the metadata of a sample; raise DamagedSampleError if they are invalid, or those of another sample."""
+        name, cure = f"the metadata of sample {number} of {self.path}", f"copy the shard again or {PREPARE_AGAIN}"
+        try:
+            content = check(parse_json(text, name, cure), METADATA_SCHEMA, "", name, cure)
+            present = {field: schema for field, schema in OPTIONAL_METADATA.items() if content.get(field) is not None}
+            check(content, present, "", name, cure)
+        except InputError as error:
+            raise DamagedSampleError(str(error)) from None
+        key = f"{self.path.stem}-{number:06d}"
+        # A key that is not made of the name of a shard was chosen by a program that wrote the shard in another way.
+        if content["key"] != key and SHARD_NAME.fullmatch(content["key"].rpartition("-")[0]):
+            raise DamagedSampleError(
+                f"sample {number} of {self.path} has the key {shown(content['key'])} instead of {key!r}, so it belongs "
+                f"to another place: {cure}."
+            )
+        if content["kind"] != self.entry.kind:
+            raise DamagedSampleError(
+                f"sample {number} of {self.path} has the kind {shown(content['kind'])} instead of "
+                f"{self.entry.kind!r}: {cure}."
+            )
+        return content
 
     @property
     def index(self) -> np.ndarray:
-        """The byte index, int64 (samples, 4 + F), mapped from disk at first use; see `INDEX_COLUMNS`."""
+        """The byte index, int64 (samples, 4 + F), verified and read into memory at first use; see `INDEX_COLUMNS`."""
         if self._index is None:
-            shape = (self.entry.count, len(INDEX_COLUMNS) + self.entry.shape[0])
             try:
-                self._index = self._with_local_path(self._index_file, partial(_map_index, shape=shape))
+                self._index = self._with_local_path(self._index_file, self._read_index)
             except InputError:
                 raise
-            except (OSError, ValueError) as error:
-                damaged = InputError(f"{self.index_path} is not a readable index ({error}): {PREPARE_AGAIN}.")
-                raise transient_error(error, self.index_path) or damaged from None
+            except OSError as error:
+                raise transient_error(error, self.index_path) or self._file_error(error, self.index_path) from None
         return self._index
+
+    def _read_index(self, path: Path) -> np.ndarray:
+        """Read an index from `path`; raise DamagedShardError if it is not that of the manifest."""
+        content = read_bounded(path, MAX_INDEX_BYTES)
+        if (actual := hashlib.sha256(content).hexdigest()) != self.entry.index_sha256:
+            raise DamagedShardError(
+                f"{self.index_path} has the sha256 {actual}, but its manifest records {self.entry.index_sha256}, so it "
+                f"was damaged or belongs to another shard: copy the folder again or {PREPARE_AGAIN}."
+            )
+        header = npy_header(self._index_shape, "<i8")
+        if not content.startswith(header) or len(content) != len(header) + 8 * math.prod(self._index_shape):
+            raise DamagedShardError(
+                f"{self.index_path} is not an int64 array {self._index_shape}, as its manifest states: {PREPARE_AGAIN}."
+            )
+        return np.frombuffer(content, np.int64, offset=len(header)).reshape(self._index_shape)
+
+    @staticmethod
+    def _file_error(error: OSError, path: Folder) -> DamagedShardError:
+        return DamagedShardError(f"{path} cannot be read ({error.strerror}): copy the folder again or {PREPARE_AGAIN}.")
 
     def _open_tar(self) -> AbstractContextManager[io.FileIO]:
         """Open the tar. A local tar stays open; a cached copy is opened at each read, which updates its time of use."""
         if isinstance(self._tar, RemoteFile):
-            return self._with_local_path(self._tar, _open_unbuffered)
-        self._tar_file = self._tar_file or _open_unbuffered(self._tar)
+            return self._with_local_path(self._tar, open_regular)
+        self._tar_file = self._tar_file or open_regular(self._tar)
         return nullcontext(self._tar_file)
 
     def _with_local_path(self, file: Path | RemoteFile, read: Callable[[Path], T]) -> T:
@@ -197,12 +271,9 @@ def _path_or_remote_file(path: Folder, sha256: str, size: int | None = None) -> 
     return path if isinstance(path, Path) else RemoteFile(str(path), sha256, size)
 
 
-def _open_unbuffered(path: Path) -> io.FileIO:
-    return path.open("rb", buffering=0)
-
-
 def _read_at(file: io.FileIO, size: int, offset: int) -> bytes:
     """Read bytes at an offset; fewer at the end of the file."""
+    size = max(0, min(size, os.fstat(file.fileno()).st_size - offset))  # memory is taken for all bytes at once
     content = b""
     # pread instead of seek and read: forked processes share the position in the file. It may return fewer bytes.
     while len(content) < size and (more := os.pread(file.fileno(), size - len(content), offset + len(content))):
@@ -210,15 +281,6 @@ def _read_at(file: io.FileIO, size: int, offset: int) -> bytes:
     if len(content) < size and os.fstat(file.fileno()).st_size >= offset + size:
         raise OSError(errno.EIO, "a read ended before the end of the file")
     return content
-
-
-def _map_index(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Map an index into memory; raise ValueError if the file is not an int64 array of this shape."""
-    header = npy_header(shape, "<i8")
-    with path.open("rb") as file:
-        if file.read(len(header)) != header:
-            raise ValueError(f"it is not an int64 array {shape}")
-    return np.memmap(path, np.int64, "r", len(header), shape)
 
 
 def checksum(content: bytes | memoryview) -> int:

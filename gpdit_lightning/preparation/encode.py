@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.codecs import Codec
-from gpdit_lightning.data.manifest import LATENT_ONLY, ArrayName, Kind, ShardEntry, Split
+from gpdit_lightning.data.manifest import LATENT_ONLY, SHARD_NAME, ArrayName, Kind, ShardEntry, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.data.shards import Shape, ShardReader, build_index, shard_entry
 from gpdit_lightning.errors import InputError
@@ -25,10 +25,6 @@ from gpdit_lightning.preparation.interleave import read_clips
 from gpdit_lightning.preparation.records import PartResult
 from gpdit_lightning.progress import progress_bar
 
-SHARD_NAME = re.compile(
-    rf"(?P<split>{'|'.join(get_args(Split))})-(?P<kind>{'|'.join(get_args(Kind))})-"
-    r"(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)-(?P<part>\d{5})-\d{5}"
-)
 REFRESH_SECONDS = 0.5  # between changes of the text of the progress bar
 
 ShardType = tuple[Split, Kind, Shape]

@@ -110,6 +110,8 @@ def _existing_manifest(options: PrepareOptions, records: Records, inputs: Inputs
     source = options.codec_source or find_codec(options.codec).default_source
     if source != manifest.codec.source:  # the same weights may lie elsewhere now
         records.check_codec(load_checked_codec(options).spec())
+    if not manifest.has_content_hash:  # of an earlier version
+        manifest.save()
     print(f"{manifest.path} already covers all of these input files.")
     return manifest
 
@@ -194,7 +196,8 @@ def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, c
         skipped=len(skipped),
     )
     if previous is not None and previous.shards != manifest.shards:
-        shutil.copyfile(options.out / FILE_NAME, options.out / f"manifest-{previous.fingerprint()[:16]}.json")
+        with atomic_write(options.out / f"manifest-{previous.fingerprint()[:16]}.json") as temporary:
+            shutil.copyfile(options.out / FILE_NAME, temporary)
     for name, entries in ((SKIPPED_NAME, skipped), (NOTES_NAME, notes)):
         with atomic_write(options.out / name) as temporary:
             lines = (json.dumps(entry.to_json(), ensure_ascii=False) + "\n" for entry in entries)

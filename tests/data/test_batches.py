@@ -294,10 +294,17 @@ def test_a_replacement_keeps_the_noise_of_its_place(manifest: Manifest) -> None:
     assert torch.equal(after.latents[others], before.latents[others])
 
 
-def test_a_shard_without_an_intact_sample_is_an_error(manifest: Manifest) -> None:
-    damage(manifest, shard=2, number=0)
-    with pytest.raises(InputError, match=r"00002\.tar has no intact sample: copy it again or prepare it again"):
-        bucket_of(manifest).read(10)
+def test_a_sample_without_an_intact_one_in_its_shard_is_replaced_from_the_next_shard(manifest: Manifest) -> None:
+    bucket = bucket_of(manifest)
+    first = bucket.read(0)
+    name = damage(manifest, shard=2, number=0)
+    replaced = bucket.read(10)
+    assert replaced.damaged == (name,)
+    assert replaced.metadata == first.metadata
+    for path in manifest.directory.glob("*.tar"):
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(InputError, match=r"no sample of 4x4 latent pixels in .* is intact: copy the folder again"):
+        bucket.read(10)
 
 
 def test_ranks_that_do_not_divide_max_ranks_are_rejected(manifest: Manifest) -> None:

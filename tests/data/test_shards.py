@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from gpdit_lightning.data.manifest import ShardEntry
 from gpdit_lightning.data.shard_writer import ShardSetWriter, ShardWriter
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, build_index, checksum
 from gpdit_lightning.errors import InputError, TransientError
+from gpdit_lightning.files import sha256_of
 
 SHAPE = (3, 4, 2, 5)
 
@@ -202,6 +204,7 @@ def test_unexpected_arrays_are_rejected(tmp_path: Path, values: np.ndarray, mess
     size = math.prod(SHAPE[1:]) * 2
     checksums = [checksum(content[start : start + size]) for start in range(128, 128 + 3 * size, size)]
     np.save(tmp_path / entry.index, np.array([[0, len(content), 2, checksum(b"{}"), *checksums]]))
+    entry = replace(entry, index_sha256=sha256_of(tmp_path / entry.index))
     with pytest.raises(DamagedSampleError, match=message):
         ShardReader(tmp_path, entry).read(0)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import logging
 import tarfile
 import weakref
@@ -344,9 +343,8 @@ def test_damaged_sample_is_named_and_others_can_be_read(shards: Path, tmp_path: 
 
 def test_latents_of_another_codec_are_refused(shards: Path, tmp_path: Path, codec: Codec) -> None:
     folder = copied(shards, tmp_path / "latents")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["codec"]["fingerprint"] = "0123456789abcdef"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = Manifest.load(folder)
+    dataclasses.replace(manifest, codec=dataclasses.replace(manifest.codec, fingerprint="0123456789abcdef")).save()
     message = r"^the latents of .*manifest\.json and the checkpoint's codec from the package are of different codecs"
     with pytest.raises(InputError, match=message + r" \(fingerprint '0123"):
         read_one(Path(f"{tar_of(folder)}#0"), codec)

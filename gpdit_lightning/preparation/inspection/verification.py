@@ -10,12 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from gpdit_lightning.data.manifest import FILE_NAME, NOTES_NAME, PREPARE_AGAIN, SKIPPED_NAME, Manifest, ShardEntry
+from gpdit_lightning.data.manifest import (
+    FILE_NAME,
+    NOTES_NAME,
+    PREPARE_AGAIN,
+    SHARD_NAME,
+    SKIPPED_NAME,
+    Manifest,
+    ShardEntry,
+)
 from gpdit_lightning.data.shards import ShardReader, build_index
 from gpdit_lightning.devices import available_cores
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import sha256_of
-from gpdit_lightning.preparation.encode import SHARD_NAME
 from gpdit_lightning.preparation.records import FOLDER_NAME, Records
 from gpdit_lightning.progress import progress_bar
 
@@ -82,6 +89,8 @@ def _verify_file(path: Path, sha256: str, size: int | None = None) -> Iterator[s
         yield f"{path} is missing, but the manifest lists it: {CURE}"
     except OSError as error:
         yield f"{path} cannot be read ({error.strerror}): check the disk, or {CURE}"
+    except InputError as error:
+        yield str(error)
 
 
 def _verify_samples(reader: ShardReader) -> Iterator[str]:
@@ -111,7 +120,7 @@ def unlisted_files(manifest: Manifest) -> list[str]:
 
     def is_unfinished(name: str) -> bool:
         shard = SHARD_NAME.fullmatch(name.partition(".")[0])
-        return shard is not None and int(shard["part"]) in unfinished
+        return shard is not None and shard["part"] is not None and int(shard["part"]) in unfinished
 
     names = (path.name for path in directory.iterdir())
     return sorted(name for name in names if name not in listed and not is_unfinished(name))
