@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig
-from gpdit_lightning.cli.demo_videos import HELD_OUT_DIGITS, load_digits, render
+from gpdit_lightning.cli.demo_videos import HELD_OUT_DIGITS, load_digits, random_path, render
 from gpdit_lightning.codecs.pca import PcaCodec
 from gpdit_lightning.diffusion import rotate_to
 from gpdit_lightning.model import gpdit, precision
@@ -67,7 +67,8 @@ def digit_latents(count: int, held_out: bool) -> Tensor:
     clips = []
     for number in range(count):
         generator = np.random.default_rng([held_out, number])
-        clips.append(render(digits[generator.integers(len(digits))], generator)[: FRAMES * STRIDE : STRIDE])
+        digit = digits[generator.integers(len(digits))]
+        clips.append(render(digit, random_path(generator), generator)[: FRAMES * STRIDE : STRIDE])
     latents = codec.encode(torch.stack(clips))
     mean, std = latents.mean((0, 1, 3, 4), keepdim=True), latents.std((0, 1, 3, 4), keepdim=True)
     return (latents - mean) / std

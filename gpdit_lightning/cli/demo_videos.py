@@ -50,16 +50,22 @@ def random_path(generator: np.random.Generator) -> np.ndarray:
             return ends[0] + np.linspace(0, 1, FRAMES)[:, None] * (ends[1] - ends[0])
 
 
-def render(digit: Tensor, generator: np.random.Generator) -> Tensor:
-    """Return a video (FRAMES, 3, SIZE, SIZE), uint8, of a light digit (1, DIGIT, DIGIT) on a dark background."""
-    x, y = torch.from_numpy(random_path(generator)).float().T
+def render(digit: Tensor, path: np.ndarray, generator: np.random.Generator) -> Tensor:
+    """Return a video (T, 3, SIZE, SIZE), uint8, of a light digit (1, DIGIT, DIGIT) on a dark background.
+
+    Args:
+        digit: the scan.
+        path: (T, 2) corner (x, y) of the digit in pixels in each frame.
+        generator: draws the tint.
+    """
+    x, y = torch.from_numpy(path).float().T
     tint = torch.from_numpy(generator.uniform(-MAX_TINT, MAX_TINT, 3)).float().view(3, 1, 1)
     # The position of each pixel on the digit in grid_sample's coordinates [-1, 1], so that motion is in subpixels.
     pixels = torch.arange(SIZE) + 0.5
     columns = (pixels[None] - x[:, None]) / DIGIT * 2 - 1
     rows = (pixels[None] - y[:, None]) / DIGIT * 2 - 1
     grid = torch.stack((columns[:, None, :].expand(-1, SIZE, -1), rows[:, :, None].expand(-1, -1, SIZE)), dim=-1)
-    mask = F.grid_sample(digit.expand(FRAMES, -1, -1, -1), grid, align_corners=False)
+    mask = F.grid_sample(digit.expand(len(path), -1, -1, -1), grid, align_corners=False)
     return ((BACKGROUND + mask * (INK - BACKGROUND) + tint) * 255).round().byte()
 
 
@@ -69,7 +75,7 @@ def draw_video(number: int, held_out: bool, seed: int) -> tuple[Tensor, int]:
     digits, values = (x[-HELD_OUT_DIGITS:] if held_out else x[:-HELD_OUT_DIGITS] for x in (digits, values))
     generator = np.random.default_rng([seed, held_out, number])
     choice = generator.integers(len(digits))
-    return render(digits[choice], generator), int(values[choice])
+    return render(digits[choice], random_path(generator), generator), int(values[choice])
 
 
 class _Videos(Dataset[int]):

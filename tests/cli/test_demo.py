@@ -96,13 +96,13 @@ def test_demo_with_given_videos(tmp_path: Path) -> None:
     assert len(report["error"]) == demo.SHORTEST_CLIP - demo.CONTEXT  # 60 frames are 20 at the stride
 
 
-def test_rendered_video_depends_on_the_seed_only() -> None:
-    digit = demo_videos.load_digits()[0][0]
-    first, again, held_out = (
-        demo_videos.render(digit, np.random.default_rng([0, is_held_out, 0])) for is_held_out in (False, False, True)
+def test_drawn_video_depends_on_its_number_and_the_seed_only() -> None:
+    (first, _), (again, _), other, of_seed = (
+        demo_videos.draw_video(*key) for key in ((0, False, 0),) * 2 + ((1, False, 0), (0, False, 1))
     )
     assert torch.equal(first, again)
-    assert not torch.equal(first, held_out)
+    assert not torch.equal(first, other[0])
+    assert not torch.equal(first, of_seed[0])
 
 
 def test_path_of_a_digit_is_straight_and_inside_the_frame() -> None:
@@ -118,7 +118,7 @@ def test_path_of_a_digit_is_straight_and_inside_the_frame() -> None:
 def test_rendered_digit_follows_the_path() -> None:
     digit = torch.ones(1, demo_videos.DIGIT, demo_videos.DIGIT)
     path = demo_videos.random_path(np.random.default_rng(3))
-    gray = demo_videos.render(digit, np.random.default_rng(3)).float().mean(dim=1)
+    gray = demo_videos.render(digit, path, np.random.default_rng(3)).float().mean(dim=1)
     ink = gray - gray.amin(dim=(1, 2), keepdim=True)
     columns = (ink.sum(dim=1) * (torch.arange(demo_videos.SIZE) + 0.5)).sum(dim=1) / ink.sum(dim=(1, 2))
     np.testing.assert_allclose(columns.numpy(), path[:, 0] + demo_videos.DIGIT / 2, atol=0.1)
