@@ -4,28 +4,24 @@ The card contains no local paths, since exported folders are published; `config.
 """
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from textwrap import fill
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from gpdit_lightning.checkpoints.facts import TrainingFacts, TrainingScores, ValidationLoss
+from gpdit_lightning.checkpoints.first_use import TASKS, first_use, makes_images, source_of_training
+from gpdit_lightning.checkpoints.systems import System, system_of
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.names import SCORE_NAMES, is_hub_name
 from gpdit_lightning.specs import CodecSpec
 
-NAME = "GPDiT"
-TAGS = ["video-generation", "video-prediction", "diffusion", "autoregressive", "gpdit"]
+THIS_MODEL = ", with this folder or its name on the hub as `MODEL`"
 
-INTRODUCTION = """# GPDiT
-
-A generative pre-trained autoregressive diffusion transformer ([GPDiT](https://arxiv.org/abs/2505.07344)): it generates
-the latents of {medium} {unit} by {unit}, each {unit} denoised given the clean {unit}s before it."""
-
-IN_PYTHON = """In Python, with this folder or its name on the hub as `MODEL`:
+IN_PYTHON = """In Python{model}:
 
 ```python
 from gpdit_lightning import GPDiTPipeline
@@ -42,17 +38,13 @@ from gpdit_lightning import GPDiT
 model = GPDiT.from_pretrained("MODEL")  # this folder, or its name on the hub
 ```"""
 
-ON_COMMAND_LINE = """On the command line:
+ON_COMMAND_LINE = """On the command line{model}:
 
 ```bash
-python -m gpdit_lightning sample --checkpoint MODEL{codec} {options} --out {out}
+{command}
 ```"""
 
-TRANSFORM = """On the command line, with this folder or its name on the hub as `MODEL`:
-
-```bash
-python -m gpdit_lightning transform --checkpoint MODEL --examples PAIRS --source IMAGE.png --out out.png
-```"""
+PAIRS = "`PAIRS` contains the folders `source` and `target`, whose images of the same name are the examples."
 
 LICENSE = """## License
 
@@ -62,9 +54,8 @@ No license is stated, since the rights to the training data are not recorded. Be
 SIGNATURE = "<!-- Written by gpdit_lightning; sha256 of the text above: "
 MAX_LISTED_CLASSES = 10
 
+UNNAMED_TASK = "video-generation"  # of metrics, where the hub has no name for the task
 WEIGHTS_KINDS = {"ema": "averaged (EMA)", "raw": "last trained"}
-# The task on the hub of a model trained on a source; the first one in the data counts.
-TASKS = {"videos": "video-to-video", "sequences": "image-to-image", "images": "unconditional-image-generation"}
 
 
 @dataclass(frozen=True)
@@ -84,23 +75,6 @@ class CardScore:
     text: str
     data: str
     protocol: str
-
-
-@dataclass(frozen=True)
-class GenerationExample:
-    """A first use of a model.
-
-    Attributes:
-        purpose: what it does, after "to".
-        arguments: of the call of a pipeline.
-        options: of `sample`, without --checkpoint, --codec and --out.
-        out: name of the output.
-    """
-
-    purpose: str
-    arguments: str
-    options: str
-    out: str
 
 
 @dataclass(frozen=True)
@@ -129,13 +103,12 @@ def model_card(
         details: sample images and scores.
     """
     details = details or CardDetails()
-    task = task_of(facts)
-    unit = "frame" if config.block_shape == (1, 0, 0) else "block"
-    medium = "an image" if unit == "block" and _makes_images(facts) else "a video"
-    introduction = INTRODUCTION.format(medium=medium, unit=unit)
-    sections = [f"---\n{_head(task, facts, details)}\n---", introduction, _summary(facts, parameters, dtype)]
+    system = system_of(config, makes_images(facts))
+    head = _head(system, config, facts, details)
+    introduction = fill(system.introduction, 120, break_long_words=False, break_on_hyphens=False)
+    sections = [f"---\n{head}\n---", f"# {system.name}\n\n{introduction}", _summary(facts, parameters, dtype)]
     sections += [f"![{caption}]({name})\n\n*{caption}*" for name, caption in details.images.items()]
-    sections += ["## Use", *_use(task, facts, config.takes_context)]
+    sections += ["## Use", *_use(config, facts)]
     if metrics := _metrics(facts, details):
         sections += ["## Metrics", *metrics]
     if facts.classes:
@@ -150,6 +123,7 @@ def model_card(
     if facts.codec:
         text = "Latents of this codec, whitened by its constants: `(latents - mean) / std` in each channel."
         sections += ["## Latents", text, _table("codec", _as_code(_codec(facts.codec)))]
+    sections += ["## Citation", "```bibtex\n" + "\n".join(system.papers) + "\n```"]
     text = "\n\n".join([*sections, LICENSE]) + "\n\n"
     return text + _signature(text)
 
@@ -165,17 +139,12 @@ def _signature(text: str) -> str:
     return f"{SIGNATURE}{sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
-def task_of(facts: TrainingFacts) -> str | None:
-    """Return the task of a model on the hub, by the data that it was trained on; None if they are not recorded."""
-    trained_on = {name.split(".")[1] for name in facts.data if name.endswith(".manifests")}
-    return next((task for source, task in TASKS.items() if source in trained_on), None)
-
-
-def _head(task: str | None, facts: TrainingFacts, details: CardDetails) -> str:
+def _head(system: System, config: GPDiTConfig, facts: TrainingFacts, details: CardDetails) -> str:
     """Return the YAML head, with metrics in the form of a model index."""
+    task = _task(config, facts)
     results = [
         EvalResult(
-            task_type=task or "video-to-video",
+            task_type=task or UNNAMED_TASK,
             dataset_type=f"held-out-{source}",
             dataset_name=f"held-out {source}",
             metric_type="loss",
@@ -186,7 +155,7 @@ def _head(task: str | None, facts: TrainingFacts, details: CardDetails) -> str:
     ]
     results += [
         EvalResult(
-            task_type=task or "video-to-video",
+            task_type=task or UNNAMED_TASK,
             dataset_type=score.data,
             dataset_name=f"{score.data}: {score.protocol}",
             metric_type=score.metric,
@@ -195,8 +164,8 @@ def _head(task: str | None, facts: TrainingFacts, details: CardDetails) -> str:
         )
         for score in (*_training_scores(facts.scores), *details.scores)
     ]
-    named: dict[str, Any] = {"model_name": NAME, "eval_results": results} if results else {}
-    tags = [*TAGS, *(["image-to-video"] if task == "video-to-video" else [])]
+    named: dict[str, Any] = {"model_name": system.name, "eval_results": results} if results else {}
+    tags = [*system.tags, *(["image-to-video"] if task == "video-to-video" and config.block_frames[0] == 1 else [])]
     return ModelCardData(library_name="gpdit_lightning", pipeline_tag=task, tags=tags, **named).to_yaml()
 
 
@@ -208,41 +177,24 @@ def _summary(facts: TrainingFacts, parameters: int, dtype: str) -> str:
     return f"{size} parameters in {dtype}: the {kind} weights after {facts.step:,} optimizer steps of {facts.stage}."
 
 
-def _use(task: str | None, facts: TrainingFacts, takes_context: bool) -> list[str]:
-    """Return the commands that generate with the model, as far as its record suffices for them."""
-    if not (facts.codec and facts.geometry and facts.schedule):
+def _task(config: GPDiTConfig, facts: TrainingFacts) -> str | None:
+    """Return the task of a model on the hub; None for videos without context, and if it is not recorded."""
+    source = source_of_training(facts)
+    return None if source is None or (source == "videos" and not config.takes_context) else TASKS[source]
+
+
+def _use(config: GPDiTConfig, facts: TrainingFacts) -> list[str]:
+    """Return how to use the model, as far as its record suffices."""
+    use = first_use(config, facts)
+    if use is None or facts.codec is None:
         return [NETWORK_IN_PYTHON]
-    option, argument = "", ""
-    if facts.codec.is_custom:
-        option, argument = f" --codec {facts.codec.name}", f', codec="{facts.codec.name}"'
-    if task == "image-to-image":
-        return [TRANSFORM.replace(" --examples", f"{option} --examples"), NETWORK_IN_PYTHON]
-    example = generation_example(facts, takes_context)
-    return [
-        IN_PYTHON.format(codec=argument, arguments=example.arguments, out=example.out),
-        ON_COMMAND_LINE.format(codec=option, options=example.options, out=example.out),
-        NETWORK_IN_PYTHON,
-    ]
-
-
-def generation_example(facts: TrainingFacts, takes_context: bool) -> GenerationExample:
-    """Return how to continue a video; of a model without context, or of images, how to generate from noise alone."""
-    if takes_context and not _makes_images(facts):
-        options = "--context VIDEO.mp4 --frames 16"
-        return GenerationExample("continue a video", '"VIDEO.mp4", frames=16', options, "out.mp4")
-    if facts.classes:
-        name = facts.classes[0]
-        arguments = f"label={json.dumps(name, ensure_ascii=False)}, count=8"
-        options = f"--label {shlex.quote(name)} --count 8"
-        return GenerationExample("generate samples of a class", arguments, options, "samples")
-    if _makes_images(facts):
-        return GenerationExample("generate an image", "frames=1", "--frames 1", "out.png")
-    return GenerationExample("generate a video", "frames=16", "--frames 16", "out.mp4")
-
-
-def _makes_images(facts: TrainingFacts) -> bool:
-    """Return whether the clips of the training were single latent frames."""
-    return facts.geometry is not None and facts.geometry.frames == 1
+    codec = facts.codec.name if facts.codec.is_custom else None
+    command = use.command("MODEL", codec)
+    if not use.arguments:
+        return [ON_COMMAND_LINE.format(model=THIS_MODEL, command=command), PAIRS, NETWORK_IN_PYTHON]
+    codec_argument = f', codec="{codec}"' if codec else ""
+    in_python = IN_PYTHON.format(model=THIS_MODEL, codec=codec_argument, arguments=use.arguments, out=use.out)
+    return [in_python, ON_COMMAND_LINE.format(model="", command=command), NETWORK_IN_PYTHON]
 
 
 def _metrics(facts: TrainingFacts, details: CardDetails) -> list[str]:
@@ -314,7 +266,8 @@ def _training(facts: TrainingFacts) -> dict[str, str]:
         geometry = facts.geometry
         sizes = ", ".join(f"{height}x{width}" for height, width in geometry.sizes)
         rate = f" of {geometry.fps:g} fps" if geometry.fps else ""
-        rows["clips"] = f"up to {geometry.frames} latent frames, at stride {geometry.stride}{rate}; {sizes} pixels"
+        clips = f"up to {geometry.frames} latent frames, at stride {geometry.stride}{rate}; {sizes} pixels"
+        rows |= {"images": f"{sizes} pixels"} if makes_images(facts) else {"clips": clips}
     for source in TASKS:
         if size := facts.data.get(f"data.{source}.batch_size"):
             rows[f"batch, {source}"] = f"{size} in each optimizer step"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gpdit_lightning.checkpoints.card import CardDetails, CardScore, generation_example
+from gpdit_lightning.checkpoints.card import CardDetails, CardScore
 from gpdit_lightning.checkpoints.exported import (
     CARD,
     CODEC,
@@ -19,6 +19,7 @@ from gpdit_lightning.checkpoints.exported import (
     write_exported,
 )
 from gpdit_lightning.checkpoints.files import remove
+from gpdit_lightning.checkpoints.first_use import first_use
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.cli.card_images import write_images
@@ -60,12 +61,10 @@ def export(options: ExportOptions) -> None:
     finally:
         remove(partial)
     kind = "averaged" if model.facts.weights == "ema" else "trained"
-    codec_option = f" --codec {trained.codec.name}" if trained.codec.is_custom else ""
-    example = generation_example(model.facts, model.config.takes_context)
-    print(
-        f"{options.out}: the {kind} weights of step {trained.step}; to {example.purpose} with them: python -m "
-        f"gpdit_lightning sample --checkpoint {options.out}{codec_option} {example.options} --out {example.out}"
-    )
+    use = first_use(model.config, model.facts)
+    assert use is not None  # load_trained_model requires the record
+    command = use.command(str(options.out), trained.codec.name if trained.codec.is_custom else None)
+    print(f"{options.out}: the {kind} weights of step {trained.step}; to {use.purpose} with them: {command}")
 
 
 def check_replaceable(out: Path, weights: Weights) -> None:

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning import GPDiTConfig, GPDiTPipeline, InputError
-from gpdit_lightning.checkpoints.card import model_card
-from gpdit_lightning.checkpoints.facts import TrainingFacts
 from gpdit_lightning.checkpoints.hub import GPDiT
 from gpdit_lightning.checkpoints.reading import TrainedModel
 from gpdit_lightning.codecs import load_codec
@@ -147,31 +145,6 @@ def test_a_long_video_has_a_window_of_blocks() -> None:
         pipeline = pipeline_of(5 if "first_block_frames" in fields else 6, **fields)
         (result,) = pipeline(video(40), frames=40, **STEPS).videos
         assert result.pixels.shape[0] == 40
-
-
-@pytest.mark.parametrize("first_block_frames", [0, 2])
-def test_the_card_of_a_model_shows_a_context_if_it_takes_one(first_block_frames: int) -> None:
-    config = toy_config(block_shape=(0, 0, 0), first_block_frames=first_block_frames)
-    geometry = ClipGeometry(1, ((SIDE, SIDE),), 6, None)
-    facts = TrainingFacts(codec=CODEC.spec(), geometry=geometry, schedule=NoiseSchedule())
-    card = model_card(config, facts, 1000, "float32")
-    assert "block by block, each block denoised given the clean blocks before it" in card
-    assert "sample --checkpoint MODEL" in card
-    assert ("VIDEO.mp4" in card) == bool(first_block_frames)
-
-
-@pytest.mark.parametrize("classes", [(), ("night snake", "tench")])
-def test_the_card_of_a_model_of_images_generates_from_noise_alone(classes: tuple[str, ...]) -> None:
-    geometry = ClipGeometry(1, ((SIDE, SIDE),), 1, None)
-    facts = TrainingFacts(codec=CODEC.spec(), geometry=geometry, schedule=NoiseSchedule(), classes=classes)
-    card = model_card(toy_config(block_shape=(1, 2, 2)), facts, 1000, "float32")
-    assert "generates\nthe latents of an image block by block" in card
-    assert "VIDEO.mp4" not in card
-    options, arguments, out = "--frames 1", "frames=1", "out.png"
-    if classes:
-        options, arguments, out = "--label 'night snake' --count 8", 'label="night snake", count=8', "samples"
-    assert f"sample --checkpoint MODEL {options} --out {out}\n" in card
-    assert f'pipeline({arguments}, seed=0).save("{out}")' in card
 
 
 def test_one_image_after_examples_needs_blocks_of_one_frame() -> None:
