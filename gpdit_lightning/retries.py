@@ -115,14 +115,20 @@ def _is_content_to_blame(file: Path, number: int | None) -> bool:
         return False
 
 
-def memory_error(error: BaseException) -> ResourceError | None:
-    """Return the error to raise if an exception of a library states that memory ran out, on any device; else None."""
+def memory_error(
+    error: BaseException, less_memory: str = "use smaller batches or fewer workers"
+) -> ResourceError | None:
+    """Return the error to raise if an exception of a library states that memory ran out, on any device; else None.
+
+    Args:
+        error: the exception.
+        less_memory: what the user can change so that less memory is needed.
+    """
     reason = next(iter(str(error).strip().splitlines()), "")
     if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(reason)):
         return None
     return ResourceError(
-        f"memory ran out{f' ({reason})' if reason else ''}: use smaller batches or fewer workers, or free memory, and "
-        "run the same command again."
+        f"memory ran out{f' ({reason})' if reason else ''}: {less_memory}, or free memory, and run the command again."
     )
 
 

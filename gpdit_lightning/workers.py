@@ -131,6 +131,13 @@ def worker_error(error: BaseException, exit_codes: Iterable[int] = ()) -> EndedW
     return EndedWorkerError(f"a worker process that reads data {how}{hint}: {CURE}")
 
 
+def thread_error(error: BaseException) -> InputError | None:
+    """Return the error to raise if an exception states that no thread could be started in this process; else None."""
+    if isinstance(error, RuntimeError) and NO_THREAD in str(error):
+        return InputError(f"a thread could not be started: {CURE}")
+    return None
+
+
 @contextmanager
 def _finalizers_silent() -> Iterator[None]:
     """Do not print exceptions of finalizers."""

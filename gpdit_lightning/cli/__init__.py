@@ -1,7 +1,6 @@
 """The command line: `python -m gpdit_lightning VERB`."""
 
 import difflib
-import errno
 import importlib
 import io
 import logging
@@ -9,12 +8,12 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TextIO
 
+from gpdit_lightning.cli.failures import DEBUG, describe, one_line_reports, shortened
 from gpdit_lightning.devices import rank_of_process
-from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import DISK_FULL_ERRORS
 from gpdit_lightning.names import ESCAPING, printable
 from gpdit_lightning.signals import Termination, exit_at_signals
 from gpdit_lightning.version import __version__
@@ -111,9 +110,6 @@ VERBS = {
 # Names that other libraries use for verbs.
 OTHER_NAMES = {"train": "fit", "generate": "sample"}
 
-# Errors of the file system that a user can correct.
-CORRECTABLE = (*DISK_FULL_ERRORS, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-
 
 def usage() -> str:
     """Return the help of the command: one line for each verb."""
@@ -121,30 +117,45 @@ def usage() -> str:
     return (
         "usage: python -m gpdit_lightning VERB [options]\n\n"
         + "\n".join(lines)
-        + "\n\n  VERB --help      The options of a verb.\n  --version        The version of the package."
+        + "\n\n  VERB --help      The options of a verb.\n  VERB --debug     Show the traceback of an error."
+        + "\n  --version        The version of the package."
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the verb that the first word names.
 
+    An error ends it with one sentence; the option `--debug` of every verb shows its traceback too.
+
     Returns:
-        the exit status: 0; 1 if `inspect` found faults; 2 after the one-sentence message of an error that the user can
-        correct; 130 after Ctrl-C; 143 after SIGTERM; 141 if the reader of the output has ended, as in `... | head`.
+        the exit status: 0; 1 if `inspect` found faults, or after an unexpected error; 2 after an error that the user
+        can correct; 130 after Ctrl-C; 143 after SIGTERM; 141 if the reader of the output has ended, as in
+        `... | head`.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = DEBUG in words
+    _open_closed_output()
+    status = 0
     try:
-        try:
-            return _main(arguments)
-        finally:
-            sys.stdout.flush()
+        with one_line_reports(debug):
+            try:
+                status = _main([word for word in words if word != DEBUG], debug)
+            finally:
+                sys.stdout.flush()
+        return status
     except BrokenPipeError:
         if not _redirect_closed_output():
             raise
         return 128 + signal.SIGPIPE
+    except OSError as error:  # of the standard output, such as a file on a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not status:  # else the line of that error is printed already
+            print(f"error: the output cannot be written ({error.strerror}): free some space.", file=sys.stderr)
+        return status or 2
 
 
-def _main(arguments: Sequence[str] | None) -> int:
-    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+def _main(words: Sequence[str], debug: bool) -> int:
+    name, *rest = words or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -155,7 +166,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         names = difflib.get_close_matches(name, [*VERBS, *OTHER_NAMES], n=1, cutoff=0.5)
         near = [OTHER_NAMES.get(other, other) for other in names]
         advice = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(VERBS)}."
-        print(f"error: there is no verb '{name}': {advice}", file=sys.stderr)
+        print(f"error: there is no verb '{shortened(name)}': {advice}", file=sys.stderr)
         return 2
     rank = _rank_prefix()  # read here, since Lightning removes WORLD_SIZE from the environment after an error
     _show_log(rank)
@@ -165,24 +176,14 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         with termination:
             return run(name, rest)
-    except InputError as error:
-        _print_last_line(f"{rank}error: {printable(str(error))}")
-        return 2
-    except OSError as error:
-        if error.errno not in CORRECTABLE:
-            raise
-        path = error.filename or "a file that is being written"
-        message = f"{path}: {error.strerror}: free some space, or choose another location."
-        _print_last_line(f"{rank}error: {printable(message)}")
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        from gpdit_lightning.retries import memory_error
-        from gpdit_lightning.workers import worker_error
-
-        if (known := worker_error(error) or memory_error(error)) is None:
-            raise
-        _print_last_line(f"{rank}error: {printable(str(known))}")
-        return 2
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        sentence, status = describe(error, name)
+        _print_last_line(f"{rank}error: {printable(sentence)}")
+        return status
     except KeyboardInterrupt:
         number = signal.SIGTERM if termination.received else signal.SIGINT
         _print_last_line(lines[number])
@@ -201,6 +202,12 @@ def _lines_when_stopped(name: str, rank: str) -> dict[int, str]:
     """Return the last line of a verb that a signal ends, for each signal, with the prefix of the rank."""
     kept = f": {VERBS[name].when_stopped}." if VERBS[name].when_stopped else "."
     return {signal.SIGINT: f"{rank}stopped{kept}", signal.SIGTERM: f"{rank}stopped by SIGTERM{kept}"}
+
+
+def _open_closed_output() -> None:
+    """Open standard outputs that the shell has closed, as in `>&-`, to nowhere: Python sets their streams to None."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _configure_output() -> None:
@@ -234,10 +241,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
         print_help(name)
         return 0
-    from gpdit_lightning.cli.parsing import parse
-
-    options = parse(name, verb.summary, record_of(name), arguments)
     with exit_at_signals(_lines_when_stopped(name, _rank_prefix())):
+        from gpdit_lightning.cli.parsing import parse
+
+        options = parse(name, verb.summary, record_of(name), arguments)
         function = _import(f"gpdit_lightning.cli.{verb.function}")
     result = function(options)
     return result if isinstance(result, int) else 0

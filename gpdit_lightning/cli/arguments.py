@@ -19,7 +19,7 @@ def recipe_arguments(arguments: Sequence[str], verb_options: Sequence[str]) -> t
         verb_options: names of the options that belong to the verb itself.
 
     Raises:
-        InputError: `--data_dir` has no value.
+        InputError: `--config` or `--data_dir` has no value.
 
     Returns:
         the verb's options, the files of `--config`, and all other words, which override the recipe.
@@ -30,6 +30,8 @@ def recipe_arguments(arguments: Sequence[str], verb_options: Sequence[str]) -> t
         option, equals, value = word.partition("=")
         values = [] if equals or not word.startswith("-") else pop_values(words)
         if option in ("-c", "--config"):
+            if not any([value] if equals else values):
+                raise InputError("--config has no file: give one, such as --config gpdit:stage2_mixed.")
             config += [value] if equals else values
         elif option in ("-h", "--help") or (option.startswith("--") and option[2:].removeprefix("no_") in verb_options):
             of_verb += [word, *values]

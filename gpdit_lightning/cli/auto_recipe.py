@@ -7,9 +7,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from gpdit_lightning.checkpoints.files import last_checkpoint
+from gpdit_lightning.cli.bounded_yaml import load_yaml
 from gpdit_lightning.cli.plan import default_run_dir, plan
 from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.cli.recipe_files import AUTO
@@ -108,7 +107,7 @@ def _folders(options: RecipeOptions) -> tuple[list[str], str]:
     given, _ = parser.parse_known_args(options.overrides)
     data_dir = list(given.data_dir)
     if len(data_dir) == 1 and data_dir[0].startswith("["):  # a list, as the command line and Python write it
-        data_dir = yaml.safe_load(data_dir[0])
+        data_dir = load_yaml(data_dir[0])
     if not data_dir:
         raise InputError(f"{AUTO} plans a recipe for prepared data: give --data_dir, such as --data_dir latents/mine.")
     return data_dir, given.run_dir or default_run_dir(data_dir)

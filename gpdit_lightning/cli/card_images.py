@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from gpdit_lightning.checkpoints.exported import ANIMATION, IMAGES, STRIP
 from gpdit_lightning.checkpoints.reading import TrainedModel
+from gpdit_lightning.cli.recipe_files import read_yaml
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
@@ -18,6 +18,7 @@ from gpdit_lightning.generation.results import GeneratedClip
 from gpdit_lightning.generation.settings import layout_of, load_codec_of
 from gpdit_lightning.media.images import write_animation, write_strip
 from gpdit_lightning.options.sample import GenerationOptions
+from gpdit_lightning.training.run_folder import RECIPE
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _continue_held_out_clips(trained: TrainedModel, run_dir: Path) -> Sequence[G
 
 def held_out_samples(run_dir: Path) -> Sequence[str]:
     """Return samples of a shard of held-out videos of a run, as contexts; none if no shard is found."""
-    recipe = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    recipe = read_yaml(run_dir / RECIPE)
     data = recipe.get("data") or {}
     folders = (data.get("videos") or {}).get("manifests") or data.get("data_dir") or []
     for folder in [folders] if isinstance(folders, str) else folders:

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from gpdit_lightning.checkpoints.facts import Origin
 from gpdit_lightning.checkpoints.files import checkpoint_sha256, last_checkpoint, open_checkpoint
 from gpdit_lightning.cli import fit
+from gpdit_lightning.cli.failures import DEBUG
 from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path
 from gpdit_lightning.data.selection import (
@@ -117,7 +118,7 @@ def chain(options: ChainOptions) -> None:
             print_once(f"{stage.name}: ended at step {trainer.global_step} of {stage.steps}; the same command resumes")
             return
         if stage is not stages[-1]:
-            release(trainer, ("chain", *options.fit_arguments), environment)
+            release(trainer, ("chain", *options.fit_arguments, *([DEBUG] if DEBUG in sys.argv else [])), environment)
 
 
 def read_stages(configs: Sequence[str], others: Sequence[str]) -> Chain:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
+from gpdit_lightning.cli.bounded_yaml import load_yaml
 from gpdit_lightning.cli.messages import PREFIX
 from gpdit_lightning.cli.parsing import OptionParser
 from gpdit_lightning.cli.recipe_files import read_yaml
@@ -160,7 +160,7 @@ def given_values(arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
         for option in BASES:
             rest = name.removeprefix(f"--{option}")
             if rest in ("", "+") or (rest != name and rest.startswith(".")):
-                yield option, rest.removeprefix("."), yaml.safe_load(value) if value[:1] in ("[", "{") else value
+                yield option, rest.removeprefix("."), load_yaml(value) if value[:1] in ("[", "{") else value
 
 
 def update(specs: dict[str, list[ClassSpec]], option: str, path: str, value: Any) -> None:

@@ -11,8 +11,8 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
-from gpdit_lightning.cli import CORRECTABLE
 from gpdit_lightning.cli.auto_recipe import planned_recipe
+from gpdit_lightning.cli.failures import CURES, SMALLER_TRAINING
 from gpdit_lightning.cli.recipe_cli import build_recipe
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import process_lock
@@ -82,7 +82,7 @@ def report_file_errors(trainer: Trainer) -> Iterator[None]:
     except OSError as error:
         run_dir = Path(trainer.default_root_dir)
         part = custom_part_of(error, trainer)
-        if part is not None and error.filename is None and error.errno not in CORRECTABLE:
+        if part is not None and error.filename is None and error.errno not in CURES:
             summary = error_summary(error, type(part).__module__)
             raise InputError(f"{import_path(part)} failed ({summary}); {resume_advice(run_dir)}.") from error
         raise InputError(
@@ -99,16 +99,14 @@ def report_memory_errors(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if worker_error(error) is not None or (known := memory_error(error)) is None:
+        if worker_error(error) is not None or memory_error(error) is None:
             raise
         run_dir = Path(trainer.default_root_dir)
-        smaller = (
-            "raise data.SOURCE.micro_batches (of images, videos or sequences) to divide a step into smaller passes"
-        )
+        smaller = SMALLER_TRAINING
         if last_checkpoint(run_dir) is not None:
-            smaller += f", in a new run with --run_dir NEW --model.init_args.initial_weights {run_dir}"
-        first, _, _ = str(known).partition(": use smaller")
-        raise InputError(f"{first}: {smaller}; `estimate` computes the memory of a recipe.") from error
+            smaller += f", which needs a new run with --run_dir NEW --model.init_args.initial_weights {run_dir}"
+        message = str(memory_error(error, smaller)).partition(", or free memory")[0]
+        raise InputError(f"{message}; `estimate` computes the memory of a recipe.") from error
 
 
 def fit(options: RecipeOptions) -> Trainer:

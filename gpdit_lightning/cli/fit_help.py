@@ -19,7 +19,8 @@ HEAD = """usage: python -m gpdit_lightning VERB --config RECIPE [--config OVERLA
 
 VERB is fit, validate or test. Options override the recipe; `--trainer.max_steps 10` corresponds to the YAML
 {trainer: {max_steps: 10}}.
---print_config prints the resolved recipe. `python -m gpdit_lightning recipes` lists the recipes that ship.
+--print_config prints the resolved recipe, and --debug the traceback of an error. `python -m gpdit_lightning recipes`
+lists the recipes that ship.
 """
 
 INDENT = " " * 8

@@ -9,6 +9,8 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from gpdit_lightning.cli.arguments import LiteralNames, item_type, normalized, recipe_arguments
+from gpdit_lightning.cli.bounded_yaml import PARSER_MODE, use_bounded_yaml
+from gpdit_lightning.cli.failures import DEBUG
 from gpdit_lightning.cli.messages import PREFIX, OptionHelp, one_sentence
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path, with_bases
 from gpdit_lightning.errors import InputError
@@ -17,6 +19,7 @@ from gpdit_lightning.options.shared import RecipeOptions
 
 # Every field's docstring becomes its help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+use_bounded_yaml()
 
 COMMAND = "python -m gpdit_lightning"
 
@@ -80,17 +83,18 @@ def parser_of(verb: str, description: str, record: type[Any]) -> "OptionParser":
         usage=f"{COMMAND} {verb}{positional and f' {positional}'} [options]{takes_recipe * ' [options of fit]'}",
         description=description + takes_list * " Separate the items of a list by spaces.",
         formatter_class=OptionHelp,
-        parser_mode="omegaconf+",
+        parser_mode=PARSER_MODE,
         allow_abbrev=False,
     )
     if takes_recipe:
         parser.add_argument("-c", "--config", metavar="RECIPE", help="A recipe, then overlays; later ones override.")
-        parser.epilog = "Every other option overrides the recipe: see `fit --help`; --print_config prints the result."
+        parser.epilog = "Every other option overrides the recipe: see `fit --help`; --print_config prints the result. "
     else:
         parser.add_argument(
             "-c", "--config", action=ActionConfigFile, help="YAML file of options; later ones override."
         )
         parser.add_argument("--base", type=str | list[str], default=[], help=argparse.SUPPRESS)
+    parser.epilog = f"{parser.epilog or ''}{DEBUG} shows the traceback of an error."
     for action in parser._actions:
         if action.dest == "print_config":
             action.help, action.metavar = "Print all options as YAML and exit.", ""

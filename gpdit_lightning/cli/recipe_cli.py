@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpdit_lightning.checkpoints.files import last_checkpoint
+from gpdit_lightning.cli.bounded_yaml import PARSER_MODE
 from gpdit_lightning.cli.class_errors import check_classes, check_constructors
 from gpdit_lightning.cli.messages import PREFIX, relevant_part
 from gpdit_lightning.cli.recipe_files import with_bases, without_earlier_manifests
@@ -309,7 +310,7 @@ def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) ->
             save_config_callback=None,
             seed_everything_default=0,
             parser_class=TrainingParser,
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": f"python -m gpdit_lightning {verb}"},
+            parser_kwargs={"parser_mode": PARSER_MODE, "prog": f"python -m gpdit_lightning {verb}"},
             args=without_earlier_manifests(with_bases(arguments)),
             run=False,
             auto_configure_optimizers=False,

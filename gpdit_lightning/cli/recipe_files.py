@@ -1,30 +1,20 @@
 """Recipe files: YAML that builds on other YAML; recipes that ship with the package."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from gpdit_lightning.cli.bounded_yaml import load_yaml, read_bounded
 from gpdit_lightning.data.source import KINDS
 from gpdit_lightning.errors import InputError
 
 SHIPPED = "gpdit:"  # `gpdit:stage2_mixed` is the shipped recipe stage2_mixed.yaml
 AUTO = "gpdit:auto"  # a recipe that `fit` plans for its data
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Reader of YAML that refuses a mapping with a repeated key, of which YAML's own reader uses the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return a mapping; raises a YAMLError that names a repeated key with its line."""
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, (key, _) in enumerate(node.value):
-            if isinstance(key, yaml.ScalarNode) and key.value in names[:number] and key.value != "<<":
-                line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"the key {key.value!r} in line {line} is there already: keep one of the two")
-        return super().construct_mapping(node, deep)
+MAX_FILES = 100  # a recipe with all of its bases, each as often as it is named
 
 
 def recipes_folder() -> Path:
@@ -89,7 +79,7 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
         if not file:
             raise InputError("--config has no file: give one, such as --config gpdit:stage2_mixed.")
         path = recipe_path(file)
-        expanded += [f"--config={part}" for part in _chain_of_bases(path, ())]
+        expanded += [f"--config={part}" for part in _chain_of_bases(path, (), {})]
     return expanded
 
 
@@ -110,17 +100,35 @@ def without_earlier_manifests(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
-def _chain_of_bases(path: Path, above: tuple[Path, ...]) -> list[Path]:
-    if path in above:
+def _chain_of_bases(path: Path, above: tuple[Path, ...], known: dict[str, list[Path]]) -> list[Path]:
+    """Return a recipe after all of its bases.
+
+    Args:
+        path: the recipe.
+        above: the recipes from the first one to the one that names this recipe as a base.
+        known: the results for other recipes, by their real path; this one is added.
+
+    Raises:
+        InputError: see :func:`with_bases`.
+    """
+    bases = read_yaml(path, needed_by=above[-1] if above else None).get("base") or []
+    file = os.path.realpath(path)
+    if file in known:
+        return known[file]
+    if file in map(os.path.realpath, above):
         raise InputError(f"{path} is a base of itself: remove it from the `base` of {above[-1]}.")
-    bases = read_yaml(path, needed_by=above[-1] if above else None).get("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise InputError(f"the `base` of {path} is {bases!r}: name a recipe, or a list of them.")
-    chain = []
+    chain = list[Path]()
     for base in bases:
-        chain += _chain_of_bases(path.parent / recipe_path(base), (*above, path))
-    return [*chain, path]
+        chain += _chain_of_bases(path.parent / recipe_path(base), (*above, path), known)
+        if len(chain) >= MAX_FILES or len(above) >= MAX_FILES:
+            raise InputError(
+                f"{above[0] if above else path} builds on more than {MAX_FILES} files: merge some of them."
+            )
+    known[file] = [*chain, path]
+    return known[file]
 
 
 def read_yaml(path: Path, needed_by: Path | None = None) -> dict[str, Any]:
@@ -130,12 +138,12 @@ def read_yaml(path: Path, needed_by: Path | None = None) -> dict[str, Any]:
         InputError: the file does not exist, is not YAML, or has no fields.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        content = load_yaml(read_bounded(path))
     except OSError as error:
         source = f" (the base of {needed_by})" if needed_by else ""
         cure = "give the path of a recipe, or gpdit: and the name of a shipped one"
         raise InputError(f"{path}{source} cannot be read ({error.strerror}): {cure}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML ({' '.join(str(error).split())}): correct it.") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} has no fields: a recipe has lines like `run_dir: runs/mine`.")

@@ -1,5 +1,6 @@
 """Every mistake of a user's gets one sentence and a non-zero exit."""
 
+import errno
 import io
 import logging
 import os
@@ -14,6 +15,7 @@ import yaml
 
 from gpdit_lightning import cli
 from gpdit_lightning.cli import VERBS, main
+from gpdit_lightning.errors import InputError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -147,7 +149,7 @@ def test_validate_without_a_run(recipe: dict[str, Any], tmp_path: Path, capsys: 
             "enforce fail",
         ),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee above."), "20.00 MiB.): "),
-        (MemoryError(), "memory ran out: use smaller batches"),
+        (MemoryError(), "memory ran out: lower --batch_size or --window, or set --precision bf16"),
     ],
 )
 def test_a_lack_of_memory_in_the_main_process_is_one_sentence(
@@ -162,6 +164,44 @@ def test_a_lack_of_memory_in_the_main_process_is_one_sentence(
     assert printed.startswith("error: memory ran out")
     assert reason in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (RecursionError("maximum recursion depth exceeded"), 1, "unexpected RecursionError: maximum recursion depth"),
+        (UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range"), 1, "unexpected UnicodeEncodeError: 'ascii'"),
+        (RuntimeError("Caught KeyError.\nTraceback (most recent call last):\nKeyError: 'x'"), 1, "KeyError: 'x' ("),
+        (AssertionError(), 1, "unexpected AssertionError: no message ("),
+        (OSError(errno.EMFILE, "Too many open files", "x.tar"), 2, "x.tar: Too many open files: use fewer workers"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.tar"), 2, "x.tar: No space left on device: free some"),
+        (RuntimeError("can't start new thread"), 2, "a thread could not be started: use fewer workers"),
+        (InputError("x" * 5000), 2, "xxx...xxx"),
+    ],
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_every_exception_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    debug: bool,
+    error: Exception,
+    status: int,
+    sentence: str,
+) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "run", fail)
+    assert main(["sample", *["--debug"] * debug]) == status
+    *before, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: ")
+    assert sentence in last
+    assert len(last) < 1300
+    assert any("Traceback" in line for line in before) == debug
+    if status == 1:
+        assert f"{__file__}, line " in last
+        assert f"a fault of the module {__name__}; --debug shows" in last
+        assert not before or debug
 
 
 def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,6 +272,17 @@ def test_sample_from_a_bad_checkpoint(
     message = capsys.readouterr().err
     assert words in message
     assert str(path) in message
+
+
+def test_closed_and_full_outputs(tmp_path: Path) -> None:
+    """`>&-` and a full disk."""
+    command = f"exec {sys.executable} -m gpdit_lightning recipes"
+    assert subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], check=False).returncode == 0
+    full = subprocess.run(["sh", "-c", f"{command} >/dev/full"], check=False, capture_output=True, text=True)
+    assert full.returncode == 2
+    assert full.stderr.startswith("error: the output ")
+    assert "No space left on device" in full.stderr
+    assert full.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("verb", [["--help"], ["recipes"], ["fit", "--help"], ["sample", "--help"]], ids=" ".join)

@@ -98,12 +98,12 @@ def test_a_run_that_fails_later_keeps_its_files(trained: Path) -> None:
 def test_a_lack_of_memory_names_the_options_that_need_less(tiny_shards: Path, tmp_path: Path, capsys: Any) -> None:
     """The first run has no checkpoint; the second has one, after which micro_batches cannot change."""
     cures = (
-        "micro_batches (of images, videos or sequences) to divide a step into smaller passes;",
-        "in a new run with",
+        "raise data.SOURCE.micro_batches (of images, videos or sequences) to divide a step into smaller passes;",
+        "smaller passes, which needs a new run with",
     )
     for step, cure in zip((0, 3), cures, strict=True):
         values = settings(tiny_shards, tmp_path / "run", at="batch", step=step, memory=True)
         assert fit(tmp_path / "recipe.yaml", values | {"checkpoint": {"every_steps": 2}}) == 2
         message = capsys.readouterr().err
-        assert "error: memory ran out (CUDA out of memory. Tried to allocate 2 GiB.): raise data.SOURCE." in message
+        assert "error: memory ran out (CUDA out of memory. Tried to allocate 2 GiB.): set model.init_args." in message
         assert cure in message

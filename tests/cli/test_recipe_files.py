@@ -1,9 +1,11 @@
 """Recipes that build on one another."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from gpdit_lightning.cli import main
 from gpdit_lightning.cli.recipe_files import read_yaml, with_bases
 from gpdit_lightning.errors import InputError
 
@@ -27,7 +29,7 @@ def test_bases_come_before_the_recipes_that_name_them(tmp_path: Path) -> None:
     assert names == [
         "--trainer.max_steps=3",
         "--config=/ground.yaml",
-        "--config=/size/../ground.yaml",
+        "--config=/ground.yaml",  # again, since the second base builds on it too
         "--config=/size/big.yaml",
         "--config=/stage.yaml",
         "--config=/mine.yaml",
@@ -48,12 +50,55 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
         ("- 1", r"broken\.yaml has no fields"),
         ("", "has no fields"),
         ("a: 1\nb: {c: 1, d: 2, c: 3}", "the key 'c' in line 2 is there already: keep one of the two"),
+        ("a: !!python/object/apply:os.getpid []", "line 1 has the tag .*os.getpid, which a recipe cannot have"),
+        ("a: !!timestamp abc", "has the tag"),
+        ("a: 1\nb: &b {c: *b}", r"\*b in line 2 contains itself"),
+        (
+            "a0: &a0 [1, 1]" + "".join(f"\na{n}: &a{n} [{f'*a{n - 1},' * 9}]" for n in range(1, 20)),
+            "beyond 50000 values",
+        ),
+        ("a: " + "[" * 100 + "]" * 100, "line 1 is nested deeper than 32 levels"),
+        ("a: " + "9" * 5000, "a number of 5000 digits"),
+        ("".join(f"k{n}: 1\n" for n in range(1001)), "a mapping of more than 1000 keys"),
+        ("a: " + "x" * 2**20, "has more than 1048576 bytes"),
     ],
 )
 def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
     write(tmp_path, broken=text)
     with pytest.raises(InputError, match=message):
         read_yaml(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "UTF-16"])
+def test_what_is_no_text_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    make = {"pipe": os.mkfifo, "folder": Path.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}
+    make.get(kind, lambda path: path.write_text("a: 1", encoding="utf-16"))(path)
+    with pytest.raises(
+        InputError, match="save it as UTF-8" if kind == "UTF-16" else "not a regular file|Is a directory"
+    ):
+        read_yaml(path)
+
+
+def test_bases_are_bounded(tmp_path: Path) -> None:
+    """A chain of 200 files; 30 files, each of which names the one before twice; a circle through a link."""
+    write(tmp_path, deep0="x: 1", twice0="x: 1", circle="base: link.yaml")
+    write(tmp_path, **{f"deep{n}": f"base: deep{n - 1}.yaml" for n in range(1, 200)})
+    write(tmp_path, **{f"twice{n}": f"base: [twice{n - 1}.yaml, twice{n - 1}.yaml]" for n in range(1, 30)})
+    (tmp_path / "link.yaml").symlink_to("circle.yaml")
+    for name, message in [("deep199", "more than 100 files"), ("twice29", "more than 100"), ("circle", "of itself")]:
+        with pytest.raises(InputError, match=message):
+            with_bases(["--config", str(tmp_path / f"{name}.yaml")])
+
+
+def test_values_of_options_have_the_bounds_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for option in (f"--ema={tmp_path / 'pipe'}", "--ema=/dev/zero", "--ema=&e {decay: *e}", "--ema=" + "[" * 5000):
+        assert main(["fit", "--config=gpdit:tiny", "--model=MixedStage", option]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1
+        assert len(message) < 1500
 
 
 def test_a_missing_base_is_named_with_the_recipe_that_needs_it(tmp_path: Path) -> None:
