@@ -8,7 +8,6 @@ import argparse
 from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
-from typing import get_args
 
 import torch
 
@@ -18,6 +17,8 @@ from gpdit_lightning.estimation.flops import PassShape, training_flops
 from gpdit_lightning.estimation.memory import parameter_count
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.model.config import TimeConditioningName
+
+NAMES: tuple[TimeConditioningName, ...] = ("rotation", "adaln")
 
 
 def option_parser() -> argparse.ArgumentParser:
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     configs = [
         GPDiTConfig(size=options.size, layers=options.layers, block_shape=(of_block, 0, 0), time_conditioning=name)
         for of_block in (1, options.block_frames)
-        for name in get_args(TimeConditioningName)
+        for name in NAMES
     ]
     with device:
         models = [GPDiT(config) for config in configs]

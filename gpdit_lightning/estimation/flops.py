@@ -102,8 +102,8 @@ def forward_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
     FLOPs.
 
     Returns:
-        FLOPs by part: `embedding`, `attention_projections`, `attention_products`, `mlp` and `output`; with adaLN also
-        `modulation`.
+        FLOPs by part: `embedding`, `attention_projections`, `attention_products`, `mlp` and `output`; unless theta
+        rotates, also `modulation`: the embedding of theta and what follows from it.
     """
     rows, width = shape.draws * shape.clips, config.width
     noisy_tokens, clean_tokens = shape.noisy_tokens(config), shape.clean_tokens(config)
@@ -132,10 +132,11 @@ def forward_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
         "mlp": query_tokens * 2 * width * config.mlp_width,
         "output": noisy_tokens * width * patch_values,
     }
-    if config.time_conditioning == "adaln":
-        embedding = FREQUENCIES * width + width**2
-        modulations = config.layers * 3 * (3 if config.factorized else 2) + 2
-        multiply_adds["modulation"] = rows * len(shape.blocks(config).noisy) * (embedding + modulations * width**2)
+    if config.time_conditioning != "rotation":
+        widths = config.modulation_widths
+        values = config.layers * (3 if config.factorized else 2) * sum(widths) + sum(widths[:-1])
+        of_block = FREQUENCIES * width + width**2 + width * values
+        multiply_adds["modulation"] = rows * len(shape.blocks(config).noisy) * of_block
     return {part: 2 * count for part, count in multiply_adds.items()}
 
 

@@ -68,13 +68,13 @@ def parameter_count(config: GPDiTConfig) -> int:
     ends = 2 * patch_values * config.width + config.width + patch_values
     width, condition = config.width, config.classes or config.text_width
     ends += (condition + 1) * width if condition else 0  # one more: the embedding of no class, or the bias
-    if config.time_conditioning == "adaln":
-        ends += (FREQUENCIES + 1) * width + (width + 1) * width + 2 * (width + 1) * width
+    if config.time_conditioning != "rotation":
+        ends += (FREQUENCIES + 1) * width + (width + 1) * width + (width + 1) * sum(config.modulation_widths[:-1])
     return config.layers * _parameters_of_block(config) + width + ends
 
 
 def _parameters_of_block(config: GPDiTConfig) -> int:
-    biases = _modulations(config) * config.width
+    biases = _modulation_values(config)
     norms = 2 * config.width + 2 * config.head_width
     norms += config.width + 2 * config.head_width if config.factorized else 0
     return _products_of_block(config) + norms + biases
@@ -83,14 +83,12 @@ def _parameters_of_block(config: GPDiTConfig) -> int:
 def _products_of_block(config: GPDiTConfig) -> int:
     """Return the number of weights in the matrix products of one block."""
     of_attention = (8 if config.factorized else 4) * config.width**2
-    return of_attention + 2 * config.width * config.mlp_width + _modulations(config) * config.width**2
+    return of_attention + 2 * config.width * config.mlp_width + _modulation_values(config) * config.width
 
 
-def _modulations(config: GPDiTConfig) -> int:
-    """Return the number of shifts, scales and gates of a block with adaLN."""
-    if config.time_conditioning != "adaln":
-        return 0
-    return 9 if config.factorized else 6
+def _modulation_values(config: GPDiTConfig) -> int:
+    """Return the number of values that the embedding of theta gives a block: shifts or angles, scales and gates."""
+    return (3 if config.factorized else 2) * sum(config.modulation_widths)
 
 
 def held_bytes(config: GPDiTConfig, strategy: ShardingStrategy, precision: BytesPerValue, ranks: int) -> dict[str, int]:
@@ -227,14 +225,17 @@ def _bytes_inside_block(config: GPDiTConfig, shape: PassShape, precision: BytesP
         stream += config.width * packed
         norms += 2 * packed
     stream += config.width * norms if casts_stream else 0  # inputs of these norms
-    if config.time_conditioning == "adaln":
+    if config.modulation_widths:
         # Of all tokens of the pass, though only the noisy ones are scaled and gated: they are a view of the others.
         within_frames = packed if config.factorized else 0
         stream += config.width * (within_frames + packed + queries)  # normed, which scales multiply
         products += config.width * (within_frames + 2 * queries)  # outputs of the branches, which gates multiply
-        values = shape.draws * shape.clips * len(blocks.noisy) * _modulations(config)
-        products += config.width * values  # shifts, scales and gates
-        stream += config.width * values // 3  # 1 + scale
+        noisy_blocks = shape.draws * shape.clips * len(blocks.noisy)
+        branches = 3 if config.factorized else 2
+        products += noisy_blocks * _modulation_values(config)
+        stream += noisy_blocks * branches * config.width  # 1 + scale
+        if config.time_conditioning == "rotation_modulation":  # the scaled noisy tokens, and angles, cosines and sines
+            stream += branches * (config.width * noisy + noisy_blocks * 3 * (config.width // 2))
     # float32 numbers of the norms of keys and queries, and of attention
     rows = config.heads * (norms + queries + (packed if config.factorized else 0))
     return precision.product * products + STREAM_BYTES * stream + 4 * rows

@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
 
 class Block(Attention):
-    """Attention and MLP, with rotation time conditioning in place of DiT's adaLN, or with adaLN-Zero.
+    """Attention and MLP, with the rotation of GPDiT in place of DiT's adaLN, or with another time conditioning.
 
     With `config.factorized`, an attention within frames (`spatial`) precedes that of this class, which is then along
     time. The class is an attention, and does not contain one, since checkpoints name the weights so.
@@ -81,8 +81,8 @@ class Block(Attention):
         self.mlp = MLP(config.width, config.mlp_width)
         self.spatial = Attention(config) if config.factorized else None
         self.num_branches = 3 if config.factorized else 2
-        adaln = config.time_conditioning == "adaln"
-        self.modulation = nn.Linear(config.width, 3 * self.num_branches * config.width) if adaln else None
+        values = self.num_branches * sum(config.modulation_widths)
+        self.modulation = nn.Linear(config.width, values) if values else None
 
     def forward(
         self, x: Tensor, streams: Streams, num_kv_only: int = 0, layer_cache: LayerCache | None = None

@@ -109,10 +109,10 @@ def check_clean_theta(config: GPDiTConfig, clean_theta: Tensor | None, clips: in
     """Raise InputError unless the context noise has an angle for each of the clean blocks of `clips` clips."""
     if clean_theta is None:
         return
-    if config.time_conditioning == "adaln":
+    if config.time_conditioning != "rotation":
         raise InputError(
-            "clean_theta is given, but with time_conditioning adaln clean tokens receive no angle: leave it out, or "
-            "use a model with the rotation."
+            f"clean_theta is given, but with time_conditioning {config.time_conditioning} clean tokens receive no "
+            "angle: leave it out, or use a model with the rotation."
         )
     if clean_theta.shape != (clips, blocks):
         raise InputError(

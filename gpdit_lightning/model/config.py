@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from gpdit_lightning.errors import InputError
 
 AttentionVariant = Literal["of2", "of"]
-TimeConditioningName = Literal["rotation", "adaln"]
+TimeConditioningName = Literal["rotation", "adaln", "rotation_modulation", "embedding"]
 TimeSite = Literal["branch", "branch_inverse", "input", "residual", "none"]
 Target = Literal["velocity", "epsilon"]
 
@@ -89,7 +89,9 @@ class GPDiTConfig:
     and 3 % at 12: 23 % and 37 % of the attention products, which are a small part of the whole."""
     time_conditioning: TimeConditioningName = "rotation"
     """How noisy tokens receive theta: rotation = of hidden channel pairs, without parameters (GPDiT 4.2), see
-    `time_site`; adaln = adaLN-Zero (DiT; ACDiT 4.2), whose embedding includes the class label."""
+    `time_site`; the others embed theta and add the class label to the embedding: adaln = adaLN-Zero (DiT; ACDiT 4.2);
+    rotation_modulation = the same with learned rotations of channel pairs in place of the shifts (arXiv:2505.19122);
+    embedding = the embedding is added to the noisy tokens after the patch embedding."""
     time_site: TimeSite = "branch"
     """Where the rotation multiplies hidden channel pairs (GPDiT 4.2, "for each block"): branch = inputs of attention,
     MLP and output layer; branch_inverse = the same, undone at the branch outputs; input = once after the patch
@@ -98,8 +100,8 @@ class GPDiTConfig:
     """Maximum extent (frames, rows, columns), in tokens, that determines the RoPE bases (ACDiT 4.2); part of the
     architecture, independent of inputs."""
     classes: int = 0
-    """Number of class labels; 0: none. With rotation, a label is a token that noisy frames attend to; with adaln it is
-    added to the embedding of theta."""
+    """Number of class labels; 0: none. With rotation, a label is a token that noisy frames attend to; with another time
+    conditioning it is added to the embedding of theta."""
     text_width: int = 0
     """Width of text embeddings; a text is a condition by tokens that noisy frames attend to; 0: none. No stage trains
     on texts yet, and training refuses it."""
@@ -193,10 +195,10 @@ class GPDiTConfig:
                 "factorized attention takes no condition as tokens: leave out text_width, and with classes set "
                 "time_conditioning to adaln."
             )
-        if self.time_conditioning == "adaln" and self.time_site != "branch":
+        if self.time_conditioning != "rotation" and self.time_site != "branch":
             raise InputError(
-                f"time_site is {self.time_site}, which is an option of the rotation, but time_conditioning is adaln: "
-                "leave out one of them."
+                f"time_site is {self.time_site}, which is an option of the rotation, but time_conditioning is "
+                f"{self.time_conditioning}: leave out one of them."
             )
 
     @classmethod
@@ -228,6 +230,16 @@ class GPDiTConfig:
     def has_prefix(self) -> bool:
         """Return whether a condition is tokens, to which noisy frames attend."""
         return self.text_width > 0 or (self.classes > 0 and self.time_conditioning == "rotation")
+
+    @property
+    def modulation_widths(self) -> tuple[int, ...]:
+        """Return the widths of what the embedding of theta gives each branch; the last one, a gate, not to the output.
+
+        They are those of shift, scale and gate with adaln, of angles, scale and gate with rotation_modulation; none
+        with another time conditioning.
+        """
+        first = {"adaln": self.width, "rotation_modulation": self.width // 2}.get(self.time_conditioning)
+        return () if first is None else (first, self.width, self.width)
 
     @property
     def whole_frames(self) -> bool:

@@ -34,12 +34,12 @@ from gpdit_lightning.model.precision import RMSNorm, product_dtype, stream_dtype
 from gpdit_lightning.model.prefix import Prefix
 from gpdit_lightning.model.streams import PassBlocks, Streams, describe_streams
 from gpdit_lightning.model.time_conditioning import (
-    AdaLN,
     StochasticDepth,
     TimeConditioning,
     TimeEmbedding,
     TimeRotation,
     Unconditioned,
+    conditioning_by_embedding,
 )
 
 
@@ -64,12 +64,12 @@ class GPDiT(nn.Module):
         find_backend(config.attention_backend)  # an unknown name fails here, not at the first step
         self.config = config
         patch_values = config.latent_channels * config.patch_size**2
-        adaln = config.time_conditioning == "adaln"
+        values = sum(config.modulation_widths[:-1])
         self.patch_embedding = nn.Linear(patch_values, config.width)
         self.prefix = Prefix(config) if config.has_prefix else None
-        self.time_embedding = TimeEmbedding(config) if adaln else None
+        self.time_embedding = TimeEmbedding(config) if config.time_conditioning != "rotation" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.output_modulation = nn.Linear(config.width, 2 * config.width) if adaln else None
+        self.output_modulation = nn.Linear(config.width, values) if values else None
         self.output_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.output = nn.Linear(config.width, patch_values)
         self.reset_parameters()
@@ -90,7 +90,7 @@ class GPDiT(nn.Module):
     def reset_parameters(self) -> None:
         """Xavier weights, zero biases, a zero output layer (as DiT), and branches scaled by 1 / sqrt(2 layers).
 
-        The modulations of adaLN are zero (adaLN-Zero), and the embedding of theta is as in DiT.
+        The modulations are zero (adaLN-Zero). The embedding of theta is as in DiT, but zero if it is added to tokens.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -100,10 +100,11 @@ class GPDiT(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)  # as DiT's labels
         nn.init.zeros_(self.output.weight)
-        if self.time_embedding is not None and self.output_modulation is not None:
+        if self.time_embedding is not None:
             for linear in (self.time_embedding.hidden, self.time_embedding.output):
                 nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(self.output_modulation.weight)
+            last = self.time_embedding.output if self.output_modulation is None else self.output_modulation
+            nn.init.zeros_(last.weight)
         with torch.no_grad():
             for block in self.blocks:
                 assert isinstance(block, Block)
@@ -206,8 +207,9 @@ class GPDiT(nn.Module):
         elif self.time_embedding is None:
             time = TimeRotation.of_blocks(x, self.config.time_site, *angles)
         else:
-            assert theta is not None  # adaLN has no context noise
-            time = AdaLN(self.time_embedding(theta.to(x.device, x.dtype), condition), sizes.noisy)
+            assert theta is not None  # only the rotation has context noise
+            embedding = self.time_embedding(theta.to(x.device, x.dtype), condition)
+            time = conditioning_by_embedding(self.config, embedding, sizes.noisy)
         streams = describe_streams(self.config, blocks, x, products, prefix, clips, rows, time)
         return time.at_input(x), streams
 

@@ -60,10 +60,10 @@ def check_latent_channels(of_backbone: int, of_data: int) -> None:
 
 def check_context_noise(angle: float, config: GPDiTConfig) -> None:
     """Raise `InputError` if clean blocks have context noise, but a backbone does not condition them on its angle."""
-    if angle and config.time_conditioning == "adaln":
+    if angle and config.time_conditioning != "rotation":
         raise InputError(
-            f"data.context_noise is {angle}, but with time_conditioning adaln clean tokens receive no angle: set it to "
-            "0, or use the rotation."
+            f"data.context_noise is {angle}, but with time_conditioning {config.time_conditioning} clean tokens "
+            "receive no angle: set it to 0, or use the rotation."
         )
 
 

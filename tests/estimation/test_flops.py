@@ -46,6 +46,8 @@ CASES: list[tuple[dict[str, Any], PassShape]] = [
     ({"block_shape": (2, 0, 0), "first_block_frames": 1, "attention": "of"}, PassShape(3, 2, 7, 8, 12, 2, (0, 3, 4))),
     ({"block_shape": (2, 0, 0), "first_block_frames": 3, **ADALN}, PassShape(3, 2, 7, 8, 12, draws=2)),
     ({"block_shape": (1, 2, 3), "patch_size": 1, **ADALN}, PassShape(3, 2, 1, 4, 6, draws=2)),
+    ({"time_conditioning": "rotation_modulation", "factorized": True}, PassShape(3, 2, 3, 8, 12)),
+    ({"time_conditioning": "embedding", "classes": 10}, PassShape(3, 2, 3, 8, 12, draws=2)),
     ({"block_shape": (2, 1, 2), "attention": "of"}, PassShape(3, 2, 4, 8, 12, noisy_frames=(2, 3))),
     ({"block_shape": (0, 0, 0)}, PassShape(3, 2, 5, 8, 12)),
     ({"block_shape": (0, 0, 0), "first_block_frames": 2, **ADALN}, PassShape(2, 2, 5, 8, 12, noisy_frames=(2, 3, 4))),
@@ -101,7 +103,7 @@ def measured(config: GPDiTConfig, call: Callable[[GPDiT], Any]) -> dict[str, int
         "mlp": sum(linear(f"blocks.{layer}.mlp") for layer in blocks),
         "output": linear("output"),
     }
-    if config.time_conditioning == "adaln":
+    if config.time_conditioning != "rotation":
         names = ["time_embedding", "output_modulation", *(f"blocks.{layer}.modulation" for layer in blocks)]
         parts["modulation"] = sum(map(linear, names))
     assert sum(parts.values()) == counter.get_total_flops()  # the parts are complete

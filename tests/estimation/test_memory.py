@@ -128,7 +128,14 @@ def test_bytes_saved_by_one_block(shape: Shape, precision: BytesPerValue, varian
 
 
 @pytest.mark.parametrize(
-    "fields", [{"width": 384, "heads": 4, "mlp_width": 768}, {"time_site": "branch_inverse"}, {"classes": 3}]
+    "fields",
+    [
+        {"width": 384, "heads": 4, "mlp_width": 768},
+        {"time_site": "branch_inverse"},
+        {"classes": 3},
+        {"time_conditioning": "rotation_modulation"},
+        {"time_conditioning": "embedding", "classes": 3},
+    ],
 )
 @pytest.mark.parametrize("shape", [(2, 1, 3, 16, 12, 1, None), (2, 2, 6, 16, 12, 1, (1, 3, 5))])
 def test_bytes_saved_by_one_block_of_other_architectures(shape: Shape, fields: dict[str, Any]) -> None:
@@ -206,6 +213,8 @@ def test_peak_of_forward_and_backward(
         {"text_width": 77},
         {"time_conditioning": "adaln", "patch_size": 1},
         {"time_conditioning": "adaln", "classes": 101, "factorized": True},
+        {"time_conditioning": "rotation_modulation", "classes": 101, "factorized": True},
+        {"time_conditioning": "embedding", "classes": 101},
         {"factorized": True, "block_shape": (4, 0, 0), "latent_channels": 4},
     ],
     ids=str,

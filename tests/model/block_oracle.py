@@ -1,8 +1,8 @@
-"""A slow, obviously correct backbone in float64 for any blocks, with rotation or adaLN-Zero, token by token.
+"""A slow, obviously correct backbone in float64 for any blocks and time conditioning, token by token.
 
-Written from the papers (GPDiT, 4.1 and 4.2; ACDiT, 4; DiT, 3.2) and from the names in a state dict; it shares no code
-with the library. A token is described by its stream, block and place, and the mask is built from these for each pair of
-tokens. Both streams are computed whole, with nothing skipped.
+Written from the papers (GPDiT, 4.1 and 4.2; ACDiT, 4; DiT, 3.2; arXiv:2505.19122) and from the names in a state dict;
+it shares no code with the library. A token is described by its stream, block and place, and the mask is built from
+these for each pair of tokens. Both streams are computed whole, with nothing skipped.
 """
 
 import math
@@ -101,8 +101,10 @@ def forward(
         time = Time(parameters, config, tokens, angles, label)
         if config.time_conditioning == "rotation":
             x = rotate_by_theta(x, time.angle, config, "input")
+        if config.time_conditioning == "embedding":
+            x = torch.where(time.noisy[:, None], x + time.embedding, x)
         x = transformer(parameters, config, x, tokens, time)
-        x = time.at_input(rms_norm(x, parameters["output_norm.weight"], config), "output_modulation", 0, 2)
+        x = time.at_input(rms_norm(x, parameters["output_norm.weight"], config), "output_modulation", 0)
         x = x @ parameters["output.weight"].T + parameters["output.bias"]
         of_frames = x[-frames * rows * columns :].chunk(frames)
         outputs.append(torch.stack([to_image(of_frame, config, height, width) for of_frame in of_frames]))
@@ -124,29 +126,40 @@ class Time:
         self.noisy = torch.tensor([token.stream == "noisy" for token in tokens])
         of_prefix = torch.tensor([token.stream == "prefix" for token in tokens])
         self.angle = torch.where(of_prefix, 0.0, torch.stack(thetas))
-        if config.time_conditioning == "adaln":
+        if config.time_conditioning != "rotation":
             by_block = {token.block: theta for token, theta in zip(tokens, thetas, strict=True)}
             embeddings = {block: embedding(parameters, config, theta, label) for block, theta in by_block.items()}
             self.embedding = torch.stack([embeddings[token.block] for token in tokens])
 
-    def modulation(self, name: str, number: int, count: int) -> Tensor:
-        """Part `number` of `count` of a modulation: (tokens, D)."""
+    def modulation(self, name: str, branch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Shift (or angles of channel pairs), scale and gate of a branch; no gate for the output layer."""
         silu = self.embedding / (1 + (-self.embedding).exp())
         values = silu @ self.parameters[f"{name}.weight"].T + self.parameters[f"{name}.bias"]
-        return values.view(len(values), count, -1)[:, number]
+        width = self.config.width
+        shift = width if self.config.time_conditioning == "adaln" else width // 2
+        of_branch = values[:, branch * (shift + 2 * width) :]
+        return of_branch[:, :shift], of_branch[:, shift : shift + width], of_branch[:, shift + width :][:, :width]
 
-    def at_input(self, x: Tensor, name: str, branch: int, count: int) -> Tensor:
-        """DiT: x (1 + scale) + shift, for noisy tokens alone; or the rotation."""
+    def at_input(self, x: Tensor, name: str, branch: int) -> Tensor:
+        """DiT: x (1 + scale) + shift, or rotated, for noisy tokens alone; or the rotation by theta."""
         if self.config.time_conditioning == "rotation":
             return rotate_by_theta(x, self.angle, self.config, "branch")
-        shift, scale = (self.modulation(name, 3 * branch + k, count) for k in (0, 1))
-        return torch.where(self.noisy[:, None], x * (1 + scale) + shift, x)
+        if self.config.time_conditioning == "embedding":
+            return x
+        shift, scale, _ = self.modulation(name, branch)
+        scaled = x * (1 + scale)
+        if self.config.time_conditioning == "adaln":
+            return torch.where(self.noisy[:, None], scaled + shift, x)
+        pairs = torch.complex(*scaled.chunk(2, dim=1)) * torch.polar(torch.ones_like(shift), shift)
+        return torch.where(self.noisy[:, None], torch.cat((pairs.real, pairs.imag), dim=1), x)
 
-    def at_output(self, x: Tensor, name: str, branch: int, count: int) -> Tensor:
+    def at_output(self, x: Tensor, name: str, branch: int) -> Tensor:
         """DiT: gate x, for noisy tokens alone; or the inverse rotation."""
         if self.config.time_conditioning == "rotation":
             return rotate_by_theta(x, self.angle, self.config, "branch output")
-        return torch.where(self.noisy[:, None], x * self.modulation(name, 3 * branch + 2, count), x)
+        if self.config.time_conditioning == "embedding":
+            return x
+        return torch.where(self.noisy[:, None], x * self.modulation(name, branch)[2], x)
 
 
 def embedding(parameters: Parameters, config: GPDiTConfig, theta: Tensor, label: Tensor | None) -> Tensor:
@@ -172,18 +185,18 @@ def transformer(parameters: Parameters, config: GPDiTConfig, x: Tensor, tokens: 
     branches = 3 if config.factorized else 2
     for layer in range(config.layers):
         weights = {name.removeprefix(f"blocks.{layer}."): value for name, value in parameters.items()}
-        time.parameters, count = weights, 3 * branches
+        time.parameters = weights
         x = rotate_by_theta(x, time.angle, config, "residual") if config.time_conditioning == "rotation" else x
         if config.factorized:
             spatial = {name.removeprefix("spatial."): value for name, value in weights.items()}
-            h = time.at_input(rms_norm(x, spatial["attention_norm.weight"], config), "modulation", 0, count)
-            x = x + time.at_output(attention(spatial, config, h, tokens, same_frame), "modulation", 0, count)
-        h = time.at_input(rms_norm(x, weights["attention_norm.weight"], config), "modulation", branches - 2, count)
+            h = time.at_input(rms_norm(x, spatial["attention_norm.weight"], config), "modulation", 0)
+            x = x + time.at_output(attention(spatial, config, h, tokens, same_frame), "modulation", 0)
+        h = time.at_input(rms_norm(x, weights["attention_norm.weight"], config), "modulation", branches - 2)
         h = attention(weights, config, h, tokens, mask & same_place if config.factorized else mask)
-        x = x + time.at_output(h, "modulation", branches - 2, count)
-        h = time.at_input(rms_norm(x, weights["mlp_norm.weight"], config), "modulation", branches - 1, count)
+        x = x + time.at_output(h, "modulation", branches - 2)
+        h = time.at_input(rms_norm(x, weights["mlp_norm.weight"], config), "modulation", branches - 1)
         h = gelu(h @ weights["mlp.up.weight"].T) @ weights["mlp.down.weight"].T
-        x = x + time.at_output(h, "modulation", branches - 1, count)
+        x = x + time.at_output(h, "modulation", branches - 1)
     time.parameters = parameters
     return x
 

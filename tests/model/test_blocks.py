@@ -1,4 +1,4 @@
-"""Blocks of any shape, rotation and adaLN, against a dense float64 reference: outputs, gradients, causality, caches."""
+"""Any blocks and time conditioning, against a dense float64 reference: outputs, gradients, causality, caches."""
 
 from typing import Any
 
@@ -33,6 +33,10 @@ LAYOUTS: list[tuple[dict[str, Any], tuple[int, int, int]]] = [
     ({"block_shape": (3, 0, 0), "first_block_frames": 2, "factorized": True, "causal_in_block": True}, (5, 4, 4)),
 ]
 TIMES: list[dict[str, Any]] = [{}, {"time_conditioning": "adaln"}]
+# The other ones differ in what is done to noisy tokens: layouts with blocks of one size and of several, and factorized.
+OTHER_TIMES = [{"time_conditioning": name} for name in ("rotation_modulation", "embedding")]
+CASES = [(*layout, time) for time in TIMES for layout in LAYOUTS]
+CASES += [(*LAYOUTS[number], time) for time in OTHER_TIMES for number in (3, 6, 13)]
 LABELS = torch.tensor([2, -1, 0])
 
 
@@ -44,9 +48,8 @@ def batch_of(model: GPDiT, size: tuple[int, int, int], clips: int, context_clips
     return noisy, theta, clean
 
 
-@pytest.mark.parametrize("time", TIMES, ids=["rotation", "adaln"])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("fields", "size"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("fields", "size", "time"), CASES, ids=str)
 def test_outputs_and_gradients(
     fields: dict[str, Any], size: tuple[int, int, int], variant: str, time: dict[str, Any]
 ) -> None:
@@ -105,8 +108,7 @@ def test_a_noisy_block_depends_on_earlier_clean_blocks_alone(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("time", TIMES, ids=["rotation", "adaln"])
-@pytest.mark.parametrize(("fields", "size"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("fields", "size", "time"), CASES, ids=str)
 def test_cached_blocks_equal_the_full_pass(
     fields: dict[str, Any], size: tuple[int, int, int], time: dict[str, Any], variant: str
 ) -> None:
@@ -214,6 +216,7 @@ def test_clips_that_do_not_divide_are_refused(fields: dict[str, Any], size: tupl
         ({"block_shape": (1, 2, 2), "factorized": True}, "factorized must not be set, since block_shape"),
         ({"factorized": True, "classes": 3}, "factorized attention takes no condition as tokens"),
         ({"time_conditioning": "adaln", "time_site": "input"}, "time_site is input"),
+        ({"time_conditioning": "embedding", "time_site": "none"}, "time_conditioning is embedding"),
         ({"target": "x0"}, "target 'x0' is not known: choose one of velocity, epsilon"),
     ],
 )
@@ -248,10 +251,19 @@ def test_sizes_of_acdit(name: str, millions: float) -> None:
     assert BlockLayout.of(config, 32, 32).count(1) == 4
 
 
-def test_adaln_begins_as_the_identity() -> None:
-    """adaLN-Zero: at the beginning no branch changes a noisy token, and theta has no effect."""
+@pytest.mark.parametrize("name", ["adaln", "rotation_modulation", "embedding"])
+def test_theta_has_no_effect_at_the_beginning(name: str) -> None:
+    """With zero gates no branch changes a noisy token either; after a step every weight has a gradient."""
     torch.manual_seed(0)
-    model = GPDiT(toy_config(time_conditioning="adaln")).double()
+    model = GPDiT(toy_config(time_conditioning=name)).double()
     torch.nn.init.normal_(model.output.weight)
     noisy, theta, clean = toy_batch(2, frames=3)
-    assert torch.equal(model(noisy, theta, clean), model(noisy, theta / 2, clean + 1))
+    assert torch.equal(model(noisy, theta, clean), model(noisy, theta / 2, clean))
+    assert torch.equal(model(noisy, theta, clean), model(noisy, theta, clean + 1)) == (name != "embedding")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(noisy, theta, clean).square().mean().backward()
+        optimizer.step()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    assert not torch.equal(model(noisy, theta, clean), model(noisy, theta / 2, clean))

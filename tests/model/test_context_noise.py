@@ -155,6 +155,7 @@ def test_a_window_drops_the_angles_of_its_frames() -> None:
     ("overrides", "shape", "message"),
     [
         ({"time_conditioning": "adaln"}, (2, 4), "with time_conditioning adaln clean tokens receive no angle"),
+        ({"time_conditioning": "embedding"}, (2, 4), "with time_conditioning embedding clean tokens receive no angle"),
         ({}, (2, 3), r"clean_theta has shape \(2, 3\); it must be \(clips, blocks of clean\) = \(2, 4\)"),
     ],
 )

@@ -68,6 +68,11 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "squares": {"block_shape": (1, 2, 2), "patch_size": 1, **ADALN},
     "squares-rotation": {"block_shape": (1, 1, 2), "attention": "of"},
     "chunks": {"block_shape": (2, 0, 0), "causal_in_block": True, "factorized": True, **ADALN},
+    "first-block-modulation": {
+        "block_shape": (3, 0, 0),
+        "first_block_frames": 1,
+        "time_conditioning": "rotation_modulation",
+    },
     "first-block": {"block_shape": (3, 0, 0), "first_block_frames": 1, "time_site": "residual"},
     "clip": {"block_shape": (0, 0, 0), "first_block_frames": 1, **ADALN},
 }
