@@ -110,7 +110,8 @@ class Case:
         numbers, path = self._numbers, folder / self.file
         siblings = [folder / other for other in self._similar if other != self.file]
         hashes = {file: sha256_of(file) for file in (path, *siblings)}
-        operators = [damage_bytes, damage_bytes, exchange_files, replace_path, *[special_damage(path)] * 4]
+        replace = damage_bytes if self.target.is_uploaded else replace_path
+        operators = [damage_bytes, damage_bytes, exchange_files, replace, *[special_damage(path)] * 4]
         self.damage = numbers.choice(operators)(path, siblings, numbers)
         if numbers.random() < CONSISTENT and self.kind not in ("manifests", "recipes", "media"):
             changed = {old: file for file, old in hashes.items() if file in self.damage.paths and file.is_file()}

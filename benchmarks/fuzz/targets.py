@@ -40,6 +40,7 @@ class Target:
         arguments: verb and options; `{file}` stands for the damaged file.
         result: returns what the command has computed; None to compare the printed lines.
         detects: whether the command must report every change of the files, even if it uses none of them.
+        is_uploaded: whether the file is one that was uploaded, so that it exists and is a regular one.
         covered: whether hashes of the files are recorded elsewhere.
         command: called with the arguments; returns the exit status.
     """
@@ -51,6 +52,7 @@ class Target:
     result: Callable[[], Any] | None
     detects: bool = False
     covered: bool = True
+    is_uploaded: bool = False
     command: Callable[[Sequence[str]], int] = command
 
 
@@ -239,7 +241,9 @@ def _media() -> tuple[Target, ...]:
         Target("prepare pairs", images, ("images",), (*PAIRS, "--sources=images"), prepared),
         Target("sample after a video", videos, ("videos", "model"), (*CONTINUED, context), written_files),
         Target("sample after an image", images, ("images", "model"), (*image, context), written_files),
-        Target("upload", (*videos, *images), both, ("upload", "{file}"), written_files, command=upload),
+        Target(
+            "upload", (*videos, *images), both, ("upload", "{file}"), written_files, is_uploaded=True, command=upload
+        ),
         Target("evaluate", videos, ("videos", "model"), EVALUATE, evaluated),
         Target("features", videos, ("videos", "model"), (*FEATURES, "--checkpoint=model"), written_files),
     )

@@ -10,7 +10,9 @@ from PIL import Image
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
+from gpdit_lightning.media.containers import input_options
 from gpdit_lightning.media.images import IMAGE_FORMATS
+from gpdit_lightning.media.mp4_headers import check_mp4_header
 from gpdit_lightning.options.sample import GenerationOptions
 
 # FFmpeg's formats of one file each. Others, such as playlists, would make FFmpeg open further files or addresses.
@@ -109,8 +111,9 @@ def _checked_duration(file: Path, limits: UploadLimits) -> float:
     Raises:
         InputError: the file is no video of a known format, or exceeds a limit.
     """
-    options = {"format_whitelist": ",".join(VIDEO_FORMATS), "protocol_whitelist": "file"}
     try:
+        check_mp4_header(file)
+        options = input_options(VIDEO_FORMATS)
         with av.open(f"file:{file}", options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InputError(f"{file} contains no video: give a video or an image.")
@@ -135,7 +138,9 @@ def _checked_duration(file: Path, limits: UploadLimits) -> float:
                         "with a larger --max_upload_seconds."
                     )
             return 0.0 if first is None else last - first
-    except (av.FFmpegError, OSError):
+    except InputError:
+        raise
+    except Exception:  # for values that no player would accept, PyAV raises unrelated exceptions
         raise InputError(
             f"{file} is neither a video nor an image that can be read: give an mp4, mov, webm, mkv, avi or GIF file, "
             "or a JPEG, PNG, WebP, AVIF, BMP or TIFF image."

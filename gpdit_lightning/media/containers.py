@@ -2,7 +2,7 @@
 
 import logging
 import mimetypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ import av.logging
 from av.stream import Disposition
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.media.image_headers import check_png_texts
 from gpdit_lightning.media.images import SEARCHED_EXTENSIONS
+from gpdit_lightning.media.mp4_headers import check_mp4_header
 from gpdit_lightning.retries import transient_error
 
 # Extensions in common use of the formats that FFmpeg reads, without those of sound, subtitles and still images.
@@ -31,7 +33,9 @@ MIME_TYPES = mimetypes.MimeTypes()  # the same on every machine, unlike those of
 TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")
 # Lists of other files, which are videos themselves. FFmpeg would open these files, and wait for those of a live stream.
 PLAYLIST_FORMATS = {"concat", "hls", "dash", "imf"}
-OPTIONS = {"format_whitelist": ",".join(sorted(av.formats_available - PLAYLIST_FORMATS)), "protocol_whitelist": "file"}
+FORMATS = sorted(av.formats_available - PLAYLIST_FORMATS)
+MAX_FRAME_PIXELS = 2**26  # of a frame, twice 8K; FFmpeg refuses larger ones before it allocates them
+LIMITS = {"max_pixels": str(MAX_FRAME_PIXELS)}
 MAX_PLAUSIBLE_FPS = 1000  # of the average that FFmpeg states
 # Decoders that read the transparency of WebM, which FFmpeg's default decoders ignore. The one of VP9 also detects most
 # damage; the default one detects little.
@@ -95,28 +99,37 @@ def ffmpeg_errors(ignored: AbstractSet[str] = frozenset()) -> Iterator[list[str]
             messages[:0] = [message.partition("\n")[0] for _, name, message in logged if name not in ignored]
 
 
+def input_options(formats: Iterable[str] = FORMATS) -> dict[str, str]:
+    """Return the options with which FFmpeg opens one file of some formats, and no other file or address."""
+    return {"format_whitelist": ",".join(formats), "protocol_whitelist": "file"} | LIMITS
+
+
 @contextmanager
-def open_video(path: str | Path) -> Iterator[VideoStream]:
+def open_video(path: str | Path, formats: Iterable[str] = FORMATS) -> Iterator[VideoStream]:
     """Open the stream of a file that a player shows; errors of FFmpeg inside the block become `InputError`.
 
     Args:
         path: any file that FFmpeg reads as a video.
+        formats: names of the formats that are accepted; FFmpeg determines the format by the content.
 
     Raises:
-        InputError: the file is missing, not a video, or its video has no decoder.
+        InputError: the file is missing, not a video, its video has no decoder, or its header exceeds a limit.
         TransientError: it could not be read for a reason other than its content.
     """
     path, messages = Path(path), list[str]()
     try:
         if not path.is_file():
-            raise InputError(f"{path} does not exist: give the path of a video.")
+            problem = "is not a regular file" if path.exists() else "does not exist"
+            raise InputError(f"{path} {problem}: give the path of a video.")
+        check_mp4_header(path)
+        check_png_texts(path)
         with ffmpeg_errors() as messages:
             # Without "file:" FFmpeg would take the text before a colon in the name for a protocol.
-            opened = av.open(f"file:{path}", metadata_errors="replace", options=OPTIONS)
+            opened = av.open(f"file:{path}", metadata_errors="replace", options=input_options(formats))
         with opened as container:
             stream = _shown_stream(path, container)
             decoder = _decoder(stream)
-            decoder.options = DETECTION
+            decoder.options = DETECTION | LIMITS
             decoder.copy_opaque = True  # a frame carries the `opaque` of its packet
             # With several threads, the frames that can be read from a damaged video would vary from run to run.
             decoder.thread_count = 1
@@ -126,12 +139,14 @@ def open_video(path: str | Path) -> Iterator[VideoStream]:
             raise InputError(
                 f"{path} is a list of other files and contains no video: use these files, and remove it."
             ) from None
+        if isinstance(error, InputError):
+            raise
         is_of_ffmpeg = isinstance(error, av.FFmpegError)
         if transient := transient_error(error, path, path if is_of_ffmpeg else None):
             raise transient from None
-        if not isinstance(error, (av.FFmpegError, OSError)):
-            raise
-        raise InputError(f"{path} is not a readable video ({error.strerror or error}): replace or remove it.") from None
+        # For values that no player would accept, PyAV raises unrelated exceptions.
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is not a readable video ({reason}): replace or remove it.") from error
 
 
 def _shown_stream(path: Path, container: "av.container.InputContainer") -> "av.VideoStream":
@@ -145,6 +160,11 @@ def _shown_stream(path: Path, container: "av.container.InputContainer") -> "av.V
     stream = best if best in films else films[0]
     if stream.codec_context is None:  # also for a truncated mp4
         raise InputError(f"{path} is not a readable video (FFmpeg has no decoder for it): replace or remove it.")
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > MAX_FRAME_PIXELS:
+        raise InputError(
+            f"{path} has frames of {width}x{height} pixels, and at most {MAX_FRAME_PIXELS} are read: scale it down."
+        )
     return stream
 
 

@@ -16,14 +16,19 @@ import av
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.media.containers import VideoStream, ffmpeg_errors
+from gpdit_lightning.media.containers import VideoStream, ffmpeg_errors, input_options
 from gpdit_lightning.retries import transient_error
 
 # Time stamps that jump by more seconds belong to another recording in the same file, as in ffplay.
 LONGEST_STEP, LONGEST_STEP_OF_BROADCASTS = 3600, 10
 
+TIME_BASE = Fraction(1, 90000)  # of frames whose container has none
+
 # Decoders that report the damage of a packet only when they decode the next one.
 LATE_DECODERS = ("libdav1d",)
+
+# Bytes of all packets per byte of the file, above which an index refers to the same bytes again and again.
+MAX_REPETITION = 64
 
 # Frames that wait, at most, because frames decoded before them are displayed later; H.264 and HEVC allow 16.
 MAX_DELAY = 16
@@ -101,6 +106,8 @@ def _frames(
     codecs = [stream.codec_context for stream in video.container.streams if stream is not video.stream]
     sound = {codec.name for codec in codecs if codec is not None} - {video.decoder.name}
     position, pts = -1, None
+    size = video.path.stat().st_size
+    left = MAX_REPETITION * size
     while True:
         packet = av.Packet()  # makes the decoder return the remaining frames if the next packet cannot be read
         with _problems(video, ignored=sound) as messages:
@@ -115,6 +122,10 @@ def _frames(
         order.add(position, pts)
         if packet.is_corrupt:
             damage.record(_Sign(position, pts, "incomplete data"))
+        left -= packet.size
+        if left < 0 or position > size:
+            damage.record(_Sign(position, pts, f"its index states more packets than {size} bytes can contain"))
+            return
         frames: list[av.VideoFrame] = []
         with _problems(video) as messages:
             frames = video.decoder.decode(packet)
@@ -233,7 +244,7 @@ class _Clock:
         self._longest_step = LONGEST_STEP_OF_BROADCASTS if broadcast else LONGEST_STEP
         # AVI stores no presentation times, and those that FFmpeg computes are wrong for H.264 with B-frames.
         self._stamp_name = "dts" if video.container.format.name == "avi" else "pts"
-        self._time_base = video.stream.time_base or Fraction(1, 90000)
+        self._time_base = video.stream.time_base or TIME_BASE
         self._stamp: Fraction | None = None
         self._offset = Fraction(0)
         self._time: Fraction | None = None
@@ -325,7 +336,7 @@ def _matrix_of_container(video: VideoStream) -> Sequence[float] | None:
     if video.decoder is video.stream.codec_context:
         return None
     # Only FFmpeg's default decoder has the matrix of the container, and only its frames show the matrix.
-    with av.open(f"file:{video.path}", metadata_errors="replace") as container:
+    with av.open(f"file:{video.path}", metadata_errors="replace", options=input_options()) as container:
         stream = container.streams[video.stream.index]
         for packet in container.demux(stream):
             with suppress(av.FFmpegError):
@@ -351,5 +362,11 @@ def read_side_data(frame: "av.VideoFrame") -> dict[str, bytes]:
     """
     # `side_data` makes a reference cycle of a frame, so that the frame would stay in memory. The copy is small.
     copy = VideoReformatter().reformat(frame, 16, 16, "gray", Colorspace.ITU709, interpolation=Interpolation.POINT)
-    side_data: Any = copy.side_data  # a sequence, unlike its type
+    # PyAV frees the name of a colour profile twice.
+    graph = av.filter.Graph()
+    without_profile = graph.add("sidedata", "mode=delete:type=ICC_PROFILE")
+    graph.link_nodes(graph.add_buffer(template=copy, time_base=TIME_BASE), without_profile, graph.add("buffersink"))
+    graph.configure()
+    graph.vpush(copy)
+    side_data: Any = graph.vpull().side_data  # a sequence, unlike its type
     return {data.type.name: bytes(data) for data in reversed(list(side_data))}

@@ -107,7 +107,9 @@ def _is_known_kind(extension: str) -> bool:
 
 
 def is_image(path: Path) -> bool:
-    """Return whether the header of a file is that of an image in a supported format."""
+    """Return whether the header of a regular file is that of an image in a supported format."""
+    if not path.is_file():
+        return False
     try:
         with Image.open(path, formats=IMAGE_FORMATS):
             return True

@@ -15,6 +15,7 @@ from torch import Tensor
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.image_colours import to_srgb
+from gpdit_lightning.media.image_headers import check_image_file
 from gpdit_lightning.names import printable
 from gpdit_lightning.retries import retried, transient_error
 
@@ -69,6 +70,7 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None, remarks: li
 
 def _read_pixels(file: str | Path | BinaryIO, name: str, remarks: list[str] | None) -> np.ndarray:
     """Return an image as uint8 (H, W, 3); arguments as for `read_image`, errors are those of Pillow."""
+    check_image_file(file, name)
     with (
         # Pillow warns about large images, and raises an error from twice that size on.
         warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
