@@ -21,6 +21,7 @@ from gpdit_lightning.options.shared import RecipeOptions
 from gpdit_lightning.progress import messages_above_bars
 from gpdit_lightning.retries import memory_error
 from gpdit_lightning.training.callbacks.run_checkpoint import resume_advice
+from gpdit_lightning.training.callbacks.stalls import watch_ranks
 from gpdit_lightning.training.callbacks.stopping import end_ranks_together
 from gpdit_lightning.training.loggers import continue_logs
 from gpdit_lightning.training.run_folder import LOCK, RunFolderFiles, restored_without_a_step
@@ -131,6 +132,7 @@ def _fit(options: RecipeOptions) -> Trainer:
     with (
         lock_run_folder(trainer),
         restored_without_a_step(trainer, files, step),
+        watch_ranks(trainer),
         end_ranks_together(trainer),
         report_file_errors(trainer),
         report_memory_errors(trainer),
@@ -171,7 +173,8 @@ def _evaluate(verb: str, options: RecipeOptions) -> Trainer:
     if cli.datamodule.validation_plan is None:
         raise InputError(f"there is nothing to {verb}: no samples of the data are held out (see `prepare --help`).")
     trainer.loggers = []  # the logs of the run are for training; the results are printed
-    getattr(trainer, verb)(cli.model, cli.datamodule, ckpt_path=cli.resumed, weights_only=True, verbose=False)
+    with watch_ranks(trainer):
+        getattr(trainer, verb)(cli.model, cli.datamodule, ckpt_path=cli.resumed, weights_only=True, verbose=False)
     if trainer.is_global_zero:  # the results are means over all ranks
         for name, value in sorted(trainer.callback_metrics.items()):
             print(f"{name:<20}{float(value):.5f}")

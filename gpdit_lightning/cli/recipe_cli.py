@@ -42,6 +42,7 @@ from gpdit_lightning.training.callbacks.previews import Preview
 from gpdit_lightning.training.callbacks.progress import StepProgress
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.callbacks.scores import Scores
+from gpdit_lightning.training.callbacks.stalls import StallWatch
 from gpdit_lightning.training.loggers import log_recipe
 from gpdit_lightning.training.run_folder import RECIPE
 
@@ -231,6 +232,7 @@ class RecipeCLI(LightningCLI):
         shows_progress = given["enable_progress_bar"] is not False
         has_progress_bar = any(isinstance(callback, ProgressBar) for callback in from_recipe)
         return [
+            StallWatch(health.stall_minutes),
             health,
             ema,
             MetricsLogger(health, ema, self.model.config, given["log_every_n_steps"], scores.every_steps > 0),

@@ -7,11 +7,13 @@ prints the name and the function here that uses it.
 
 import sys
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from subprocess import Popen
 from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor, nn
@@ -71,6 +73,17 @@ def launched_processes(strategy: Strategy) -> list[Popen[bytes]] | None:
     """
     launcher = strategy.launcher
     return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else None
+
+
+def has_processes(strategy: Strategy) -> bool:
+    """Return whether each rank runs the whole program, as with all launchers except those that fork or spawn it."""
+    return isinstance(strategy.launcher, _SubprocessScriptLauncher | None)
+
+
+def set_process_group_timeout(strategy: Strategy, timeout: timedelta) -> None:
+    """Set the time-out of collective operations, unless the recipe gives one; call it before the ranks connect."""
+    if getattr(strategy, "_timeout", None) == default_pg_timeout:
+        strategy._timeout = timeout  # type: ignore[attr-defined]
 
 
 def set_data_parallel_size(strategy: ModelParallelStrategy, ranks: int) -> None:

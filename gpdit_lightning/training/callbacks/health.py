@@ -22,6 +22,8 @@ T = TypeVar("T")
 # The number of samples that a message lists.
 MAX_NON_FINITE, MAX_SPIKING, MAX_DAMAGED = 16, 4, 4
 
+MAX_STALL_MINUTES = 7 * 24 * 60
+
 
 class NonFiniteError(InputError):
     """The loss or gradient is infinite or NaN in more consecutive steps than allowed."""
@@ -49,6 +51,8 @@ class Health(Callback):
         spike_factor: multiple of the mean gradient norm above which the samples of a step are logged; 0 for none.
         spike_window: optimizer steps of the exponential moving average of the norm, and before the first spike.
         max_damaged_samples: maximum number of damaged training samples, which are replaced; one more stops the run.
+        stall_minutes: minutes without a sign of life or progress of one of several ranks after which the run ends; four
+            times as many while checkpoints, previews and scores are written; 0 for no limit.
 
     Attributes:
         gradient_norm: gradient norm of the last optimizer step before clipping, as the mean over ranks; in DDP all
@@ -61,7 +65,12 @@ class Health(Callback):
     """
 
     def __init__(
-        self, max_skips: int = 0, spike_factor: float = 5.0, spike_window: int = 100, max_damaged_samples: int = 100
+        self,
+        max_skips: int = 0,
+        spike_factor: float = 5.0,
+        spike_window: int = 100,
+        max_damaged_samples: int = 100,
+        stall_minutes: float = 30.0,
     ) -> None:
         if max_skips < 0:
             raise InputError(f"health.max_skips is {max_skips}; it must not be negative.")
@@ -71,6 +80,11 @@ class Health(Callback):
             raise InputError(f"health.spike_window is {spike_window}; it must be at least 1.")
         if max_damaged_samples < 0:
             raise InputError(f"health.max_damaged_samples is {max_damaged_samples}; it must not be negative.")
+        if not 0 <= stall_minutes <= MAX_STALL_MINUTES:
+            raise InputError(
+                f"health.stall_minutes is {stall_minutes}; give minutes up to {MAX_STALL_MINUTES}, or 0 for no limit."
+            )
+        self.stall_minutes = stall_minutes
         self.max_skips, self.spike_factor, self.spike_window = max_skips, spike_factor, spike_window
         self.max_damaged_samples = max_damaged_samples
         self.gradient_norm = self.mean_norm = 0.0

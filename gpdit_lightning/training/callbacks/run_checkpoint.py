@@ -70,6 +70,11 @@ class RunCheckpoint(Checkpoint):
         """The first signal that this rank received in this run; 0 if there is none."""
         return self._signals.received if self._signals else 0
 
+    @property
+    def saved_step(self) -> int:
+        """The step of the last checkpoint of this process, or from which it resumed; 0 if there is none."""
+        return self._saved_step
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write checkpoints as folders unless the recipe has a CheckpointIO; disable Lightning's signal handlers."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

@@ -9,15 +9,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from subprocess import Popen
+from contextlib import contextmanager, suppress
+from subprocess import Popen, TimeoutExpired
 from types import FrameType
 from typing import Any
 
 import torch.distributed
 from lightning import Trainer
 
-from gpdit_lightning.signals import SIGNALS, SignalListener
+from gpdit_lightning.signals import ENDS_WITHIN, SIGNALS, SignalListener
 from gpdit_lightning.training.internals import launched_processes
 
 LAUNCHER = "GPDIT_LIGHTNING_LAUNCHER"  # environment variable: the id of the process that launched the other ranks
@@ -104,6 +104,12 @@ class StopSignals:
             time.sleep(POLL_SECONDS)
 
 
+def launcher_of_rank() -> int | None:
+    """Return the id of the process of the first rank if it has launched this one; call it before the training."""
+    launcher = os.environ.get(LAUNCHER)
+    return int(launcher) if launcher and os.environ.get("LOCAL_RANK", "0") != "0" else None
+
+
 @contextmanager
 def end_ranks_together(trainer: Trainer) -> Iterator[None]:
     """End the other ranks of this machine when the first rank ends for any reason; wrap `trainer.fit` in it.
@@ -114,11 +120,11 @@ def end_ranks_together(trainer: Trainer) -> Iterator[None]:
         KeyboardInterrupt: Ctrl-C before the training has started; Lightning raises SystemExit(1) instead.
         SystemExit: another rank failed; with its exit status.
     """
-    launcher = os.environ.get(LAUNCHER) if os.environ.get("LOCAL_RANK", "0") != "0" else None
+    launcher = launcher_of_rank()
     if launcher and sys.platform == "linux":
         # The kernel kills this rank when the first one is killed.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(launcher):
+        if os.getppid() != launcher:
             raise SystemExit(f"the process that launched this rank ({launcher}) has ended.")
     os.environ[LAUNCHER] = str(os.getpid())
     atexit.unregister(shut_down_process_group)
@@ -134,7 +140,7 @@ def end_ranks_together(trainer: Trainer) -> Iterator[None]:
         processes = launched_processes(trainer.strategy)
         if processes is not None:
             may_be_lost_connection = isinstance(error, RuntimeError)  # as torch raises when another rank has ended
-            failed = _kill_other_ranks(processes, patience=5.0 if may_be_lost_connection else 0.0)
+            failed = kill_other_ranks(processes, patience=5.0 if may_be_lost_connection else 0.0)
             if failed and may_be_lost_connection:
                 rank, status = failed[0]
                 print(f"rank {rank} failed with status {status}, so all ranks were ended.", file=sys.stderr)
@@ -160,7 +166,7 @@ def shut_down_process_group() -> None:
         time.sleep(0.1)
 
 
-def _kill_other_ranks(launched: list[Popen[bytes]], patience: float) -> list[tuple[int, int]]:
+def kill_other_ranks(launched: list[Popen[bytes]], patience: float = 0.0) -> list[tuple[int, int]]:
     """Kill the ranks that the first one launched.
 
     Args:
@@ -178,5 +184,7 @@ def _kill_other_ranks(launched: list[Popen[bytes]], patience: float) -> list[tup
     ended = [(rank, process.poll()) for rank, process in enumerate(processes, start=1)]
     for process in processes:
         process.kill()
-        process.wait()
+    for process in processes:
+        with suppress(TimeoutExpired):  # it waits for a file server that does not respond
+            process.wait(ENDS_WITHIN)
     return [(rank, status if status > 0 else 128 - status) for rank, status in ended if status]
