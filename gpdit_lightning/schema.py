@@ -7,6 +7,7 @@ non-empty list whose elements all match it).
 import json
 import math
 import re
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,11 @@ from gpdit_lightning.errors import InputError
 MAX_JSON_BYTES = 2**27  # size of a JSON file
 MAX_JSON_CONTAINERS = 2**22  # arrays and objects of a JSON file, each of which takes more memory than bytes in the file
 MAX_SHOWN_CHARACTERS = 200  # of a value in a message
+
+# A value of a file may have containers within containers without end, by references.
+SHORTENED = reprlib.Repr()
+SHORTENED.maxlevel, SHORTENED.maxdict, SHORTENED.maxlist, SHORTENED.maxtuple = 4, 50, 50, 50
+SHORTENED.maxstring = SHORTENED.maxlong = SHORTENED.maxother = MAX_SHOWN_CHARACTERS
 
 
 class Constraint(NamedTuple):
@@ -95,10 +101,8 @@ def _finite(text: str) -> float:
 
 def shown(value: Any) -> str:
     """Return the `repr` of a value for a message, shortened, since a file may contain a value of any size."""
-    if isinstance(value, str):
-        value = value[:MAX_SHOWN_CHARACTERS]
     try:
-        text = repr(value)
+        text = SHORTENED.repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, or deeply nested
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."

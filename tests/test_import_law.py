@@ -14,6 +14,7 @@ LEAVES = {
     *(
         "errors",
         "files",
+        "hashes",
         "devices",
         "imports",
         "names",
@@ -23,6 +24,7 @@ LEAVES = {
         "schema",
         "signals",
         "specs",
+        "tensor_files",
     ),
     *("version", "whitening", "workers"),
 }

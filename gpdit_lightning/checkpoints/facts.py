@@ -12,6 +12,7 @@ from gpdit_lightning.specs import ClipGeometry, CodecSpec
 WeightsKind = Literal["ema", "raw"]
 
 EXPORT_AGAIN = "export the model again"
+MAX_VALUES = 2**20  # of the facts in a file
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,9 @@ class TrainingFacts:
             file: path of the file, for messages.
 
         Raises:
-            InputError: a field is of the wrong type.
+            InputError: a field is of the wrong type, or the facts have more than `MAX_VALUES` values.
         """
+        _check_size({name: content[name] for name in cls.SCHEMA if name in content}, file)
         facts = {
             name: check(content[name], cls.SCHEMA[name], name, file, EXPORT_AGAIN)
             for name in cls.SCHEMA
@@ -202,3 +204,17 @@ class TrainingFacts:
             "classes": list(self.classes),
         }
         return {name: value for name, value in facts.items() if value not in (None, [], {})}
+
+
+def _check_size(facts: Any, file: str) -> None:
+    """Raise `InputError` if facts have too many values, which a small checkpoint can have by references."""
+    stack, count = [facts], 0
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Mapping | list | tuple):
+            count += len(value)
+            stack += value.values() if isinstance(value, Mapping) else value
+        if count > MAX_VALUES:
+            raise InputError(
+                f"{file} has more than {MAX_VALUES:,} values as the record of its training: {EXPORT_AGAIN}."
+            )

@@ -7,32 +7,29 @@ A run folder contains
     checkpoints/step-N.ckpt.complete           completion mark: the size and sha256 of each file
     checkpoints/last.ckpt                      link to the newest checkpoint
 
-The mark is written when all files are on disk, so a checkpoint with a mark was complete at that time; later damage
-shows as a difference from the mark. Only tensors and plain values are unpickled.
+marks.py describes the mark. A command verifies the files that it reads by their hashes in the mark; each machine
+computes them once, and remembers them as long as the files do not change (hashes.py). Newer checkpoints are those of
+later steps, whatever the times of files are.
 """
 
-import hashlib
-import json
 import logging
-import pickle
+import os
 import shutil
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from gpdit_lightning.checkpoints.content import CURE, read_content
 from gpdit_lightning.checkpoints.facts import Origin, WeightsKind
+from gpdit_lightning.checkpoints.marks import AVERAGE as AVERAGE  # the names of all files of a checkpoint are here
+from gpdit_lightning.checkpoints.marks import TRAINING, damage_of, mark_entries, mark_path, step_of, write_mark
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, flush, partial_path, publish, sha256_of, utf8_path
-from gpdit_lightning.retries import retried, transient_error
+from gpdit_lightning.files import flush, partial_path, publish
+from gpdit_lightning.tensor_files import StoredTensor
 
 LAST = "last.ckpt"
-TRAINING, AVERAGE = "training.ckpt", "ema.safetensors"
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +40,8 @@ class Checkpoint:
 
     Attributes:
         path: folder of the checkpoint.
-        content: content of `training.ckpt`, with the averaged weights in `content["ema"]["weights"]`; tensors are
-            memory-mapped.
+        content: content of `training.ckpt`, with the averaged weights in `content["ema"]["weights"]`; the tensors of
+            weights, average and optimizer state are `StoredTensor`.
     """
 
     path: Path
@@ -58,8 +55,8 @@ class Checkpoint:
     @property
     def origin(self) -> Origin | None:
         """The weights from which training started; None if they were random."""
-        saved = self.content["gpdit"]["origin"]
-        return Origin(**saved) if saved else None
+        saved = self.content["gpdit"].get("origin")
+        return Origin.from_dict(saved, str(self.path / TRAINING), CURE) if saved else None
 
     @property
     def config(self) -> Any:
@@ -67,10 +64,14 @@ class Checkpoint:
         return self.content["gpdit"].get("backbone")
 
     def backbone_weights(self, kind: WeightsKind = "ema") -> dict[str, Tensor]:
+        """Read the backbone's state dict into host memory; arguments and errors as of :meth:`stored_weights`."""
+        return {name: stored.read() for name, stored in self.stored_weights(kind).items()}
+
+    def stored_weights(self, kind: WeightsKind = "ema") -> dict[str, StoredTensor]:
         """Return the backbone's state dict: averaged (`ema`; trained if there is no average) or trained (`raw`).
 
         Raises:
-            InputError: the checkpoint is of a classifier.
+            InputError: the checkpoint is of a classifier, or a value is not a tensor.
         """
         if "classes" in self.content["gpdit"]:
             raise InputError(
@@ -81,7 +82,11 @@ class Checkpoint:
         if kind == "ema" and "ema" in self.content:
             weights = weights | self.content["ema"]["weights"]
         prefix = "backbone."
-        return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        stored = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        for name, value in stored.items():
+            if not isinstance(value, StoredTensor):
+                raise InputError(f"{self.path / TRAINING} has something other than a tensor as {name}: {CURE}.")
+        return stored
 
     def facts(self, kind: WeightsKind) -> dict[str, Any]:
         """Return the record of the training, not validated, as input of `TrainingFacts.from_dict`."""
@@ -106,14 +111,17 @@ class Checkpoint:
         return {name: value for name, value in facts.items() if value is not None}
 
 
-def open_checkpoint(path: str | Path, verify: bool = False) -> Checkpoint:
-    """Open the checkpoint that a path refers to, with the arguments of :func:`find_checkpoint`.
+def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
+    """Open the checkpoint that a path refers to, with the arguments of :func:`find_checkpoint`; tensors are not read.
 
     Raises:
         InputError: as :func:`find_checkpoint`, or the file cannot be read or is not a checkpoint of this library.
     """
     folder = find_checkpoint(path, verify)
-    return Checkpoint(folder, read_content(folder))
+    checkpoint = Checkpoint(folder, read_content(folder, lazily=True))
+    if verify and not mark_path(folder).exists():
+        log.info("%s has no completion mark, so its files could not be verified.", folder)
+    return checkpoint
 
 
 def find_checkpoint(path: str | Path, verify: bool = False) -> Path:
@@ -138,56 +146,13 @@ def find_checkpoint(path: str | Path, verify: bool = False) -> Path:
         path = path.parent / path.readlink()
     damage = damage_of(path, verify) if mark_path(path).exists() else ""
     if damage:
-        raise InputError(f"{path} is not a complete checkpoint ({damage}): use another checkpoint of the run.")
+        raise InputError(f"{path} is not a complete checkpoint ({damage}): {CURE}.")
     return path
-
-
-@retried
-def read_content(folder: Path, mapped: bool = True) -> dict[str, Any]:
-    """Read a checkpoint; objects other than tensors and plain values are rejected.
-
-    Args:
-        folder: folder of the checkpoint.
-        mapped: whether to memory-map the tensors, which processes then share, instead of reading them.
-
-    Raises:
-        InputError: a file is missing, truncated or of another type.
-        TransientError: three attempts to read a file failed for a reason other than its content.
-    """
-    path, cure = folder / TRAINING, "use another checkpoint of the run"
-    try:
-        with path.open("rb") as file:
-            file.read(1)  # an error of the disk is raised here, which is_zipfile would ignore
-            if not zipfile.is_zipfile(file):
-                raise EOFError("truncated, or of another type")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        fault = "is not a complete" if isinstance(error, (EOFError, OSError)) else "cannot be read as a"
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        damaged = InputError(f"{path} {fault} checkpoint ({reason}): {cure}.")
-        raise transient_error(error, path) or damaged from None
-    required = ("state_dict", "gpdit", "LatentDataModule")
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in required):
-        raise InputError(f"{path} is not a checkpoint of gpdit_lightning: give one that `fit` wrote.")
-    if "ema" in content:
-        try:
-            with utf8_path(folder / AVERAGE) as readable:
-                average = load_file(readable)
-        except (OSError, SafetensorError) as error:
-            damaged = InputError(f"{folder / AVERAGE} is not a complete safetensors file ({error}): {cure}.")
-            raise transient_error(error, folder / AVERAGE) or damaged from None
-        content["ema"]["weights"] = average if mapped else {name: value.clone() for name, value in average.items()}
-    return content
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """Return the path of the checkpoint of a step."""
     return run_dir / "checkpoints" / f"step-{step}.ckpt"
-
-
-def mark_path(path: Path) -> Path:
-    """Return the path of the completion mark of a checkpoint."""
-    return path.with_name(f"{path.name}.complete")
 
 
 def publish_checkpoint(path: Path) -> None:
@@ -196,14 +161,10 @@ def publish_checkpoint(path: Path) -> None:
     If the process is killed at any moment, `last_checkpoint` still finds a complete checkpoint.
     """
     partial = partial_path(path)
-    files = {}
-    for file in sorted(file for file in (partial, *partial.rglob("*")) if file.is_file()):
-        name = (path / file.relative_to(partial)).relative_to(path.parent)
-        files[name.as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    entries = mark_entries(path, partial)
     remove_checkpoint(path)  # it exists if the run resumed from an earlier step
     publish(path)
-    with atomic_write(mark_path(path)) as mark:
-        mark.write_text(json.dumps({"step": _step_of(path), "files": files}, indent=2), encoding="utf-8")
+    write_mark(path, entries)
     link = path.with_name(LAST)
     partial_path(link).unlink(missing_ok=True)
     partial_path(link).symlink_to(path.name)
@@ -241,81 +202,38 @@ def prune(newest: Path, keep_last: int, keep_every_steps: int) -> None:
         keep_every_steps: checkpoints whose step is a multiple of this are kept too; 0 for none.
     """
     marked = [path for path in _by_step(newest.parent) if mark_path(path).exists()]
-    earlier = [path for path in marked if _step_of(path) < _step_of(newest)]
+    earlier = [path for path in marked if _step(path) < _step(newest)]
     for path in earlier[keep_last - 1 :]:
-        if keep_every_steps == 0 or _step_of(path) % keep_every_steps:
+        if keep_every_steps == 0 or _step(path) % keep_every_steps:
             remove_checkpoint(path)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove incomplete files of a killed run; no process may be writing to the folder.
+    """Remove what a killed run has left in a folder; no process may be writing to it.
 
-    A checkpoint without a mark is kept, since a user may have copied it there.
+    This is everything under a temporary name, and of checkpoints marks without a folder, and folders without a mark
+    and without weights. A checkpoint without a mark is kept, since a user may have copied it there.
     """
-    for path in folder.glob("*.partial"):
+    marks = [mark.with_suffix("") for mark in folder.glob("step-*.ckpt.complete")]
+    for path in (
+        *folder.glob("*.partial"),
+        *(mark_path(path) for path in marks if not os.path.lexists(path)),
+        *(path for path in _by_step(folder) if _is_emptied(path)),
+    ):
         log.info("%s is incomplete and is removed.", path)
         remove(path)
+
+
+def _is_emptied(path: Path) -> bool:
+    """Return whether a checkpoint is a folder without a mark and without weights."""
+    return path.is_dir() and not path.is_symlink() and not mark_path(path).exists() and not (path / TRAINING).exists()
 
 
 def unmark_damaged(folder: Path, after: int) -> None:
     """Rename the marks of damaged checkpoints of steps above `after`, so that pruning does not count them."""
     for path in _by_step(folder):
-        if _step_of(path) > after and mark_path(path).exists() and damage_of(path, verify=True):
+        if _step(path) > after and mark_path(path).exists() and damage_of(path, verify=True):
             mark_path(path).replace(mark_path(path).with_suffix(".torn"))
-
-
-@retried
-def damage_of(path: Path, verify: bool = False) -> str:
-    """Return the difference of a checkpoint from its mark, in words; empty if there is none.
-
-    Args:
-        path: the checkpoint, not a link to it.
-        verify: whether to compare the hashes of its files, and not only their sizes.
-
-    Raises:
-        TransientError: three attempts to read a file failed for a reason other than its content.
-    """
-    try:
-        return _difference_from_mark(path, verify)
-    except OSError as error:
-        raise transient_error(error, error.filename or path) or error from None
-
-
-def _difference_from_mark(path: Path, verify: bool) -> str:
-    try:
-        files = json.loads(mark_path(path).read_text(encoding="utf-8"))["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except FileNotFoundError:
-        return "it has no completion mark"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "its completion mark cannot be read"
-    for name, (size, digest) in expected.items():
-        file = path.parent / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if verify and sha256_of(file) != digest:
-            return f"{name} has another sha256 than when it was written"
-    return ""
-
-
-@retried
-def checkpoint_sha256(path: Path) -> str:
-    """Return a sha256 over the hashes of a checkpoint's files, which are read from its mark if it has one.
-
-    Raises:
-        TransientError: three attempts to read a file failed for a reason other than its content.
-    """
-    try:
-        if mark_path(path).exists():
-            files = json.loads(mark_path(path).read_text(encoding="utf-8"))["files"]
-            digests = [entry["sha256"] for entry in files.values()]
-        else:
-            digests = [sha256_of(file) for file in path.iterdir()]
-    except OSError as error:
-        raise transient_error(error, error.filename or path) or error from None
-    return hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()
 
 
 def last_checkpoint(run_dir: Path, verify: bool = False) -> Path | None:
@@ -333,31 +251,37 @@ def last_checkpoint(run_dir: Path, verify: bool = False) -> Path | None:
     """
     folder = run_dir / "checkpoints"
     candidates = [path for path in _by_step(folder) if mark_path(path).exists()]
+    unusable: list[str] = []
     link = folder / LAST
-    if link.is_symlink() or link.exists():
+    if os.path.lexists(link):
         target = folder / link.readlink() if link.is_symlink() else link
-        candidates = [target, *(path for path in candidates if path != target)]
-    incomplete: list[str] = []
+        if link.is_symlink() and (target.parent != folder or step_of(target) is None):
+            unusable.append(f"{link} points to {link.readlink()}, which is not a checkpoint of this run")
+        else:
+            if candidates and step_of(target) is not None and _step(target) < _step(candidates[0]):
+                log.info("%s points to step %d, although there is step %d.", link, _step(target), _step(candidates[0]))
+            candidates = [target, *(path for path in candidates if path != target)]
     for path in candidates:
         damage = damage_of(path, verify)
         if not damage:
-            if incomplete:
-                log.warning("%s; using %s instead.", "; ".join(incomplete), path)
+            if unusable:
+                log.warning("%s; using %s instead.", "; ".join(unusable), path)
             return path
-        incomplete.append(f"{path} is not complete ({damage})")
-    if incomplete:
+        unusable.append(f"{path} is not complete ({damage})")
+    if unusable:
         raise InputError(
-            f"{'; '.join(incomplete)}; there is no other checkpoint: restore a copy of one with its mark, or move "
+            f"{'; '.join(unusable)}; there is no other checkpoint: restore a copy of one with its mark, or move "
             f"{folder} away to start again."
         )
     return None
 
 
-def _step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
+def _step(path: Path) -> int:
+    step = step_of(path)
+    assert step is not None, path
+    return step
 
 
 def _by_step(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, with or without a mark, newest first."""
-    paths = [path for path in folder.glob("step-*.ckpt") if path.stem.removeprefix("step-").isdecimal()]
-    return sorted(paths, key=_step_of, reverse=True)
+    return sorted((path for path in folder.glob("step-*.ckpt") if step_of(path) is not None), key=_step, reverse=True)

@@ -7,6 +7,7 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 
 from gpdit_lightning.checkpoints.exported import (
+    CHECKSUMS,
     CODEC,
     CONFIG,
     WEIGHTS,
@@ -33,7 +34,7 @@ def download(name: str, **hub: Any) -> Path:
         InputError: the hub has no such model, or it cannot be reached.
     """
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, CODEC], **hub))
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, CODEC, CHECKSUMS], **hub))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(

@@ -8,7 +8,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from gpdit_lightning.checkpoints.files import AVERAGE, TRAINING, read_content
+from gpdit_lightning.checkpoints.content import read_resumable
+from gpdit_lightning.checkpoints.marks import AVERAGE, TRAINING
 
 
 class FolderCheckpointIO(TorchCheckpointIO):
@@ -41,5 +42,5 @@ class FolderCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read the content into host memory, without mapping: the folder may be removed while training continues."""
-        return read_content(Path(path), mapped=False)
+        """Read the content into host memory: the folder may be removed while training continues."""
+        return read_resumable(Path(path))

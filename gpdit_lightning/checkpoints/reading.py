@@ -9,12 +9,13 @@ import torch
 
 from gpdit_lightning.checkpoints.exported import CODEC, WEIGHTS, is_exported, read_exported
 from gpdit_lightning.checkpoints.facts import ValidationLoss, WeightsKind
-from gpdit_lightning.checkpoints.files import checkpoint_sha256, find_checkpoint, open_checkpoint
+from gpdit_lightning.checkpoints.files import find_checkpoint, open_checkpoint
 from gpdit_lightning.checkpoints.hub import HubGPDiT, download
+from gpdit_lightning.checkpoints.marks import checkpoint_sha256
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import sha256_of
+from gpdit_lightning.hashes import remembered_sha256
 from gpdit_lightning.names import is_hub_name
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
@@ -47,19 +48,19 @@ def find_weights(path: str | Path) -> Path:
 
 def sha256_of_weights(path: Path) -> str:
     """Return a sha256 that identifies the weights of a checkpoint or exported folder, as given by `find_weights`."""
-    return sha256_of(path / WEIGHTS) if is_exported(path) else checkpoint_sha256(path)
+    return remembered_sha256(path / WEIGHTS) if is_exported(path) else checkpoint_sha256(path)
 
 
-def open_weights(path: str | Path, kind: WeightsKind = "ema", verify: bool = False) -> OpenedWeights:
-    """Open weights without copying tensors or unpickling other objects.
+def open_weights(path: str | Path, kind: WeightsKind = "ema") -> OpenedWeights:
+    """Open weights, whose files are verified, without reading their tensors or unpickling other objects.
 
     Args:
         path: a checkpoint, a run folder (its last checkpoint), or a folder written by `export` or `save_pretrained`.
         kind: averaged weights (`ema`; the trained ones if there is no average) or trained weights (`raw`).
-        verify: whether to compare the hashes of a checkpoint's files with its mark, and not only their sizes.
 
     Raises:
-        InputError: the files cannot be read, or trained weights are requested from a folder of averaged ones.
+        InputError: the files cannot be read or have other hashes than when they were written, or trained weights are
+            requested from a folder of averaged ones.
     """
     folder = Path(path)
     if is_exported(folder):
@@ -67,8 +68,8 @@ def open_weights(path: str | Path, kind: WeightsKind = "ema", verify: bool = Fal
         if kind == "raw" and weights.facts.weights == "ema":
             raise InputError(f"{path} has averaged weights only: use those, or export again with --weights raw.")
         return OpenedWeights(weights, folder)
-    checkpoint = open_checkpoint(path, verify)
-    tensors, facts = checkpoint.backbone_weights(kind), checkpoint.facts(kind)
+    checkpoint = open_checkpoint(path)
+    tensors, facts = checkpoint.stored_weights(kind), checkpoint.facts(kind)
     return OpenedWeights(Weights.checked(tensors, checkpoint.config, facts, str(checkpoint.path)), checkpoint.path)
 
 
@@ -77,7 +78,7 @@ class TrainedModel:
     """A model for generation, with the record of its training.
 
     Attributes:
-        backbone: the network in evaluation mode; on a CPU its parameters are mapped from the file.
+        backbone: the network in evaluation mode.
         path: the checkpoint or exported folder that it was read from.
         weights: averaged (`ema`) or trained (`raw`) weights; a run without an average has trained ones only.
         schedule: noise schedule, from noise levels to angles.

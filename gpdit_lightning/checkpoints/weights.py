@@ -1,16 +1,22 @@
 """Weights of a GPDiT with the record of their training."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from gpdit_lightning.checkpoints.facts import EXPORT_AGAIN, TrainingFacts
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.model.config import GPDiTConfig
+from gpdit_lightning.model.config import EXECUTION_FIELDS, GPDiTConfig
 from gpdit_lightning.schema import OBJECT, check
+from gpdit_lightning.tensor_files import StoredTensor, is_finite
+
+# A model whose linear layers were cast has two of them.
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 @dataclass(frozen=True)
@@ -18,31 +24,35 @@ class Weights:
     """Weights of a GPDiT with the record of their training.
 
     Attributes:
-        tensors: state dict of a GPDiT; memory-mapped, so that only tensors in use are read.
+        tensors: state dict of a GPDiT; tensors in a file are read by `load_into`.
         config: the architecture.
         facts: record of the training.
         owner: name of their file, or `the model` if they are in memory; for messages.
         folder: the exported folder that they were read from, if any.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor | StoredTensor]
     config: GPDiTConfig
     facts: TrainingFacts
     owner: str = "the model"
     folder: Path | None = None
 
     @classmethod
-    def checked(cls, tensors: dict[str, Tensor], config: Any, facts: Mapping[str, Any], file: str) -> Self:
+    def checked(cls, tensors: Mapping[str, StoredTensor], config: Any, facts: Mapping[str, Any], file: str) -> Self:
         """Validate the content of files and return it as `Weights`.
 
+        A file chooses neither code to import nor how a network is executed, which depends on the machine: the settings
+        of execution are the defaults.
+
         Args:
-            tensors: named weights; they are checked by `load_into`.
+            tensors: named weights; their number of layers is compared with the architecture, and all else by
+                `load_into`.
             config: a `GPDiTConfig.to_dict()`, not validated.
             facts: the fields of `TrainingFacts`, not validated; other fields are ignored.
             file: the file of `config` and `facts`, for messages.
 
         Raises:
-            InputError: a field is missing or of the wrong type.
+            InputError: a field is missing or of the wrong type, or the layers are not those of the architecture.
         """
         known = TrainingFacts.from_dict(facts, file)
         check(config, OBJECT, "config", file, EXPORT_AGAIN)
@@ -50,10 +60,14 @@ class Weights:
             architecture = GPDiTConfig.from_dict(config)
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
-        if architecture.attention_backend not in ("auto", "sdpa"):
-            # xformers, for which this device may have no kernels (auto selects it where it can be used); an import path
-            # or a name registered elsewhere: a file of weights must not choose code to import.
-            architecture = architecture.replaced(attention_backend="auto")
+        defaults = {field.name: field.default for field in fields(GPDiTConfig) if field.name in EXECUTION_FIELDS}
+        architecture = architecture.replaced(**defaults)
+        layers = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,9})\.", name))}
+        if layers and max(layers) + 1 != architecture.layers:
+            raise InputError(
+                f"{file} has layers = {architecture.layers} where its weights are of {max(layers) + 1} layers: "
+                f"{EXPORT_AGAIN}."
+            )
         if len(known.classes) > architecture.classes:
             raise InputError(
                 f"{file} names {len(known.classes)} classes where its architecture has {architecture.classes}: "
@@ -65,7 +79,8 @@ class Weights:
         """Copy the tensors into a model or, with `assign`, make them its parameters without a copy.
 
         Raises:
-            InputError: a tensor is missing, unknown, of another shape, or not of a floating-point type.
+            InputError: a tensor is missing, unknown, of another shape or not of a floating-point type, or a tensor of a
+                file cannot be read or is not finite.
         """
         expected = {name: f"shape {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()}
         actual = {name: _shape_text(tensor) for name, tensor in self.tensors.items()}
@@ -75,10 +90,41 @@ class Weights:
                     f"{self.owner} has {actual.get(name, 'nothing')} as {name} where its architecture "
                     f"has {expected.get(name, 'nothing')}: {EXPORT_AGAIN}."
                 )
-        model.load_state_dict(self.tensors, assign=assign)
+        stored = {tensor.dtype for tensor in self.tensors.values() if isinstance(tensor, StoredTensor)}
+        if not stored <= DTYPES and stored != {torch.float64}:
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in stored))
+            raise InputError(f"{self.owner} has weights of {names}, which are not computed with: {EXPORT_AGAIN}.")
+        if assign:
+            model.load_state_dict(self.read_all(), assign=True)
+            return
+        with torch.no_grad():
+            for name, parameter in model.state_dict().items():  # one by one: a second copy of all might not fit
+                parameter.copy_(self.read(name))
+
+    def read_all(self) -> dict[str, Tensor]:
+        """Return all tensors; errors as of `read`."""
+        return {name: self.read(name) for name in self.tensors}
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor; one in a file is read into host memory.
+
+        Raises:
+            InputError: it cannot be read, or has numbers that are not finite.
+        """
+        tensor = self.tensors[name]
+        if isinstance(tensor, Tensor):
+            return tensor
+        values = tensor.read()
+        if not is_finite(values):
+            raise InputError(
+                f"{self.owner} has numbers in {name} that are not finite (NaN or infinity): use other weights, since "
+                "these cannot be computed with."
+            )
+        return values
 
 
 def _shape_text(tensor: Any) -> str:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+    is_floating_point = isinstance(tensor, Tensor) and tensor.is_floating_point()
+    if not is_floating_point and not (isinstance(tensor, StoredTensor) and tensor.dtype.is_floating_point):
         return "something other than floating-point numbers"
     return f"shape {tuple(tensor.shape)}"

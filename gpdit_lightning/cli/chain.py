@@ -17,7 +17,8 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from gpdit_lightning.checkpoints.facts import Origin
-from gpdit_lightning.checkpoints.files import checkpoint_sha256, last_checkpoint, open_checkpoint
+from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
+from gpdit_lightning.checkpoints.marks import checkpoint_sha256
 from gpdit_lightning.cli import fit
 from gpdit_lightning.cli.failures import DEBUG
 from gpdit_lightning.cli.recipe_cli import parse_recipe

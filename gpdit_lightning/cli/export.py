@@ -10,6 +10,7 @@ import torch
 from gpdit_lightning.checkpoints.card import CardDetails, CardScore
 from gpdit_lightning.checkpoints.exported import (
     CARD,
+    CHECKSUMS,
     CODEC,
     CONFIG,
     IMAGES,
@@ -43,7 +44,7 @@ def export(options: ExportOptions) -> None:
     stored = Weights(model.state_dict(), model.config, model.facts)
     if options.dtype:
         dtype = getattr(torch, options.dtype)
-        stored = replace(stored, tensors={name: value.to(dtype) for name, value in stored.tensors.items()})
+        stored = replace(stored, tensors={name: value.to(dtype) for name, value in model.state_dict().items()})
     check_replaceable(out, stored)
     partial = partial_path(out)
     remove(partial)  # left by a killed export
@@ -70,7 +71,7 @@ def export(options: ExportOptions) -> None:
 def check_replaceable(out: Path, weights: Weights) -> None:
     """Raise `InputError` if a folder contains anything other than an export of the same model, or an edited card."""
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    is_export = {WEIGHTS, CONFIG} <= names <= {WEIGHTS, CONFIG, CARD, CODEC, *IMAGES}
+    is_export = {WEIGHTS, CONFIG} <= names <= {WEIGHTS, CONFIG, CARD, CHECKSUMS, CODEC, *IMAGES}
     if names and not (is_export and (out / CONFIG).read_bytes() == config_json(weights).encode()):
         raise InputError(f"{out} contains something other than an export of this model: choose another --out.")
     if has_edited_card(out):

@@ -2,6 +2,7 @@
 
 import torch
 
+from gpdit_lightning.codecs.autoencoders import AutoencoderCodec
 from gpdit_lightning.codecs.base import Codec, describe
 from gpdit_lightning.codecs.custom import load_custom_codec
 from gpdit_lightning.codecs.pca import DigitsPcaCodec, PcaCodec
@@ -95,6 +96,11 @@ def load_codec_from_spec(
             f"{owner} records the custom codec {spec.name}, and a file must not choose code to import: if you trust "
             f"that class, give {option} {spec.name}."
         )
-    loaded = load_codec(codec or spec.name, source or spec.source, device)
+    codec_class = find_codec(codec or spec.name)
+    if source is None and issubclass(codec_class, AutoencoderCodec) and codec_class in BUILT_IN:
+        may_download = spec.source in (None, codec_class.default_source)
+        loaded: Codec = codec_class.load(spec.source, may_download).to(device)
+    else:
+        loaded = load_codec(codec or spec.name, source or spec.source, device)
     spec.check_same(loaded.spec(), owner, f"the codec loaded from {loaded.source or 'the package'}")
     return loaded

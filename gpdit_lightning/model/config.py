@@ -1,5 +1,6 @@
 """Configuration of a GPDiT: its architecture, which checkpoints store, and its execution."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -40,6 +41,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Fields that change how the network is executed, but not the function that it computes.
 EXECUTION_FIELDS = ("attention_backend", "activation_checkpointing", "compile")
+
+# Upper limits of the fields, far beyond any model, since a file may contain any number, and building takes long.
+LIMITS = {
+    "layers": 10_000,
+    **dict.fromkeys(("width", "mlp_width", "heads", "latent_channels", "text_width"), 2**20),
+    "patch_size": 2**10,
+    "classes": 2**24,
+    **dict.fromkeys(("rope_lengths", "block_shape", "first_block_frames"), 2**20),
+}
 
 # Accepted types of values for each type of field; values may come from a file.
 PLAIN_TYPES: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float), bool: (bool,)}
@@ -123,7 +133,10 @@ class GPDiTConfig:
         for field in fields(self):
             value, allowed = getattr(self, field.name), PLAIN_TYPES.get(field.type)
             if allowed and type(value) not in allowed:
-                raise InputError(f"{field.name} is {value!r}; it must be of type {allowed[-1].__name__}.")
+                raise InputError(f"{field.name} is {_shown(value)}; it must be of type {allowed[-1].__name__}.")
+            self._check_limit(field.name)
+        if not 0 < self.norm_eps <= 1:
+            raise InputError(f"norm_eps is {_shown(self.norm_eps)}; it must be above 0 and at most 1.")
         if self.size not in (*SIZES, CUSTOM_SIZE):
             raise InputError(f"size '{self.size}' is not known: choose one of {', '.join(SIZES)}.")
         for name, value in SIZES.get(self.size, {}).items():
@@ -149,7 +162,9 @@ class GPDiTConfig:
         for name, kind in choices_of.items():
             choices = get_args(kind)
             if getattr(self, name) not in choices:
-                raise InputError(f"{name} '{getattr(self, name)}' is not known: choose one of {', '.join(choices)}.")
+                value = getattr(self, name)
+                text = value if isinstance(value, str) else _shown(value)
+                raise InputError(f"{name} '{text}' is not known: choose one of {', '.join(choices)}.")
         for name in (*SIZE_FIELDS, "latent_channels", "patch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -168,11 +183,18 @@ class GPDiTConfig:
                 "channel pairs of three RoPE axes: choose an even head width of at least 6."
             )
 
+    def _check_limit(self, name: str) -> None:
+        """Raise InputError if a number, or one of several, is above the limit of its field."""
+        value, limit = getattr(self, name), LIMITS.get(name)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if limit is not None and type(number) is int and number > limit:
+                raise InputError(f"{name} is {_shown(number)}; it must be at most {limit:,}.")
+
     def _set_triple(self, name: str, least: int, meaning: str) -> None:
         value = getattr(self, name)
         triple = tuple(value) if isinstance(value, list | tuple) else ()
         if [type(number) for number in triple] != [int] * 3 or min(triple) < least:
-            raise InputError(f"{name} is {value}; it must be {meaning}.")
+            raise InputError(f"{name} is {_shown(value)}; it must be {meaning}.")
         object.__setattr__(self, name, triple)
 
     def _check_blocks(self) -> None:
@@ -223,6 +245,8 @@ class GPDiTConfig:
         Raises:
             InputError: a field is unknown or its value is not valid.
         """
+        if not isinstance(stored.get("size", ""), str):
+            raise InputError(f"size is {_shown(stored['size'])}; it must be of type str.")
         complete = all(stored.get(name) for name in SIZE_FIELDS)
         return cls.preset(**{**stored, "size": CUSTOM_SIZE} if complete else stored)
 
@@ -284,3 +308,11 @@ class GPDiTConfig:
         if "size" in overrides:
             overrides = dict.fromkeys(SIZE_FIELDS, 0) | overrides
         return replace(self, **overrides)
+
+
+def _shown(value: Any) -> str:
+    """Return the `repr` of a value, shortened, since a file may contain a value of any size."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a value of type {type(value).__name__}"

@@ -1,6 +1,6 @@
 """Checks before a stage trains: sources, data, backbone, initial weights, checkpoint and ranks must agree."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from gpdit_lightning.diffusion import DenoisingLoss, NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.model.layout import BlockLayout
+from gpdit_lightning.schema import OBJECT, check
 from gpdit_lightning.training.optimizer import OptimizerConfig
 
 
@@ -190,8 +191,10 @@ def check_algorithm(config: OptimizerConfig, sharded: bool) -> None:
         )
 
 
-def check_optimizer_state(saved: Sequence[Mapping[str, Any]], config: OptimizerConfig) -> None:
-    """Raise `InputError` if a checkpoint has the state of another optimizer."""
+def check_optimizer_state(saved: Any, config: OptimizerConfig) -> None:
+    """Raise `InputError` if a checkpoint has no optimizer state, or that of another optimizer."""
+    cure = "use another checkpoint of the run, or begin another run with its weights"
+    check(saved, [{"state": OBJECT, "param_groups": [OBJECT]}], "optimizer_states", "the checkpoint", cure)
     groups = saved[0]["param_groups"]
     # Newton-Schulz steps are Muon's alone; other optimizers have a momentum too.
     saved_algorithm = "muon" if any("ns_steps" in group for group in groups) else "adamw"

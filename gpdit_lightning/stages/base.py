@@ -1,6 +1,7 @@
 """The base class of stages: noise a batch, predict the target, minimize the loss."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gpdit_lightning.checkpoints.content import check_shapes
 from gpdit_lightning.checkpoints.facts import Origin
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
@@ -25,6 +27,7 @@ from gpdit_lightning.diffusion import (
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.model.attention import select_backend
 from gpdit_lightning.model.layout import ClipBlocks, count_blocks
+from gpdit_lightning.schema import OBJECT, check
 from gpdit_lightning.stages.agreement import (
     check_algorithm,
     check_annotated,
@@ -246,11 +249,19 @@ class GPDiTStage(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise `InputError` if the checkpoint has another architecture, noise schedule or, in training, stage."""
-        saved = checkpoint["gpdit"]
+        saved, where = checkpoint["gpdit"], "the run's last checkpoint"
+        check(saved, {"backbone": OBJECT, "schedule": OBJECT}, "gpdit", where, "use another one of the run")
         check_checkpoint(saved, self.config, self.schedule)
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_stage(saved["stage"], type(self).__name__, self.trainer.default_root_dir)
-            check_optimizer_state(checkpoint["optimizer_states"], self.optimizer_config)
+            check_optimizer_state(checkpoint.get("optimizer_states"), self.optimizer_config)
         elif saved["stage"] != type(self).__name__ and self.trainer.is_global_zero:
             log.warning("the run was trained with %s; this loss is that of %s", saved["stage"], type(self).__name__)
-        self.origin = Origin(**saved["origin"]) if saved["origin"] else None
+        origin = saved.get("origin")
+        self.origin = Origin.from_dict(origin, where, "use another one of the run") if origin else None
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights as torch does; raise `InputError` if names or shapes differ."""
+        if strict:
+            check_shapes(state_dict, self.state_dict())
+        return super().load_state_dict(state_dict, strict, assign)

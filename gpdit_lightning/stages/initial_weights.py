@@ -48,7 +48,7 @@ class InitialWeights:
                 f"model.init_args.initial_weights is {path}, which does not exist: train that stage first (`chain` "
                 "trains all stages), or start from random weights with --model.init_args.initial_weights null."
             )
-        weights, folder = open_weights(path, verify=True)
+        weights, folder = open_weights(path)
         check_architecture(weights.config.to_dict(), backbone.config, path)
         weights.load_into(backbone)
         origin = Origin(path, weights.facts.step or 0, sha256_of_weights(folder))

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from gpdit_lightning.checkpoints.files import open_checkpoint
+from gpdit_lightning.checkpoints.content import read_content
+from gpdit_lightning.checkpoints.files import find_checkpoint
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the content of the checkpoint that a path refers to."""
-    return open_checkpoint(path).content
+    return read_content(find_checkpoint(path))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.checkpoints.card import CardDetails
-from gpdit_lightning.checkpoints.exported import read_exported, write_exported
+from gpdit_lightning.checkpoints.exported import read_exported, write_checksums, write_exported
 from gpdit_lightning.checkpoints.facts import Origin, TrainingFacts
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.errors import InputError
@@ -100,11 +100,12 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     content = json.loads((folder / "config.json").read_text())
     change(content)
     (folder / "config.json").write_text(json.dumps(content))
+    write_checksums(folder)  # so that the content is checked, and not only its hash
 
 
 def test_a_saved_model_is_loaded_unchanged(model: GPDiT, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "README.md", "SHA256SUMS"}
     again = GPDiT.from_pretrained(tmp_path)
     assert again.config == model.config
     assert again.facts == TrainingFacts()
@@ -153,16 +154,17 @@ def test_settings_of_execution_are_not_saved(tiny_config: GPDiTConfig, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("saved", "loaded"), [("my_package.operator", "auto"), ("xformers", "auto"), ("sdpa", "sdpa"), ("auto", "auto")]
+    ("saved", "loaded"), [("my_package.operator", "auto"), ("xformers", "auto"), ("sdpa", "auto"), ("auto", "auto")]
 )
 def test_a_file_of_weights_chooses_neither_code_to_import_nor_a_backend_of_one_device(
     folder: Path, saved: str, loaded: str
 ) -> None:
-    content = json.loads((folder / "config.json").read_text())
-    content["config"]["attention_backend"] = saved
-    (folder / "config.json").write_text(json.dumps(content))
+    settings = {"attention_backend": saved, "compile": True, "activation_checkpointing": True}
+    edit(folder, lambda content: content["config"].update(settings))
     model = GPDiT.from_pretrained(folder)
     assert model.config.attention_backend == loaded
+    assert not model.config.compile
+    assert not model.config.activation_checkpointing
     assert velocity(model).isfinite().all()
 
 
@@ -250,6 +252,7 @@ def test_push_to_hub_uploads_the_folder(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", FakeHub)
     (folder / "codec.safetensors").write_bytes(b"a codec")
+    write_checksums(folder)
     (folder / "sample.png").write_bytes(b"an image")
     card = (folder / "README.md").read_text().replace("## Use", "![Samples](sample.png)\n\n## Use")
     (folder / "README.md").write_text(card)
@@ -260,7 +263,7 @@ def test_push_to_hub_uploads_the_folder(folder: Path, monkeypatch: pytest.Monkey
     # Images, scores and text of the card are not those of other weights.
     pushed.clear()
     model.bfloat16().push_to_hub("someone/gpdit")
-    assert pushed.keys() == {"model.safetensors", "config.json", "README.md", "codec.safetensors"}
+    assert pushed.keys() == {"model.safetensors", "config.json", "README.md", "codec.safetensors", "SHA256SUMS"}
     assert b"sample.png" not in pushed["README.md"]
 
 
@@ -364,7 +367,7 @@ def test_a_missing_config_is_reported(folder: Path) -> None:
         ("codec", {"name": "pca"}, "lacks the field codec.source"),
         ("codec", FACTS["codec"] | {"source": 3}, "codec.source = 3; it must be a string or null"),
         ("codec", FACTS["codec"] | {"mean": 0.5}, "codec.mean = 0.5; it must be a non-empty list"),
-        ("codec", FACTS["codec"] | {"std": [1.0, math.nan]}, "codec.std[1] = nan; it must be a finite number"),
+        ("codec", FACTS["codec"] | {"std": [1.0, math.nan]}, "NaN is not a JSON value"),
         ("validation", {"step": 1}, "lacks the field validation.quarters"),
         (
             "validation",
@@ -403,8 +406,11 @@ def test_unknown_fields_are_ignored(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("layers", 3, "has nothing as blocks.2."),
-        ("layers", 1, "as blocks.1."),
+        ("layers", 3, "has layers = 3 where its weights are of 2 layers"),
+        ("layers", 1, "has layers = 1 where its weights are of 2 layers"),
+        ("layers", 10**9, "layers is 1000000000; it must be at most 10,000"),
+        ("width", 10**30, "width is 10"),
+        ("norm_eps", -1.0, "norm_eps is -1.0"),
         ("mlp_width", 32, "where its architecture has shape (32, 16)"),
     ],
 )
@@ -418,6 +424,7 @@ def test_a_config_that_does_not_fit_the_weights_is_rejected(folder: Path, field:
 def test_tensors_that_are_not_weights_are_rejected(folder: Path, model: GPDiT) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"output.bias": tensors["output.bias"].long()}, folder / "model.safetensors")
+    write_checksums(folder)
     with pytest.raises(InputError, match=r"something other than floating-point numbers as output\.bias"):
         GPDiT.from_pretrained(folder)
     invalid: dict[str, Any] = {"output.bias": "text"}

@@ -82,7 +82,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 def test_exported_model_equals_the_checkpoint(run: Path, exported: Path) -> None:
     trained, reopened = load_trained_model(run), load_trained_model(exported)
-    assert {path.name for path in exported.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert {path.name for path in exported.iterdir()} == {"model.safetensors", "config.json", "README.md", "SHA256SUMS"}
     assert_same(tensors_of(exported), trained.backbone.state_dict())
     expected = velocity(trained.backbone)
     assert expected.std() > 0.01

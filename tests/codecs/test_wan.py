@@ -145,16 +145,22 @@ def test_an_unreachable_hub_is_reported_at_once_with_both_cures(monkeypatch: pyt
         load_codec("wan", "owner/model")
 
 
-def test_weights_in_the_local_cache_need_no_network(monkeypatch: pytest.MonkeyPatch, autoencoder: Any) -> None:
-    diffusers, hub = pytest.importorskip("diffusers"), pytest.importorskip("huggingface_hub")
-
-    def from_pretrained(*args: Any, local_files_only: bool = False, **_: Any) -> Any:
-        assert local_files_only
-        return autoencoder, {"missing_keys": []}
-
+def test_weights_in_the_local_cache_need_no_network(
+    monkeypatch: pytest.MonkeyPatch, autoencoder: Any, tmp_path: Path
+) -> None:
+    """A file that records a name on the hub does not make this machine download it."""
+    hub = pytest.importorskip("huggingface_hub")
+    cache = tmp_path / "models--owner--model"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    autoencoder.save_pretrained(cache / "snapshots" / ("0" * 40) / "vae")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: pytest.fail("the hub is requested"))
-    monkeypatch.setattr(diffusers.AutoencoderKLWan, "from_pretrained", from_pretrained)
-    assert load_codec("wan", "owner/model").fingerprint == WanCodec(autoencoder).fingerprint
+    codec = load_codec("wan", "owner/model")
+    assert codec.fingerprint == WanCodec(autoencoder).fingerprint
+    assert load_codec_from_spec(codec.spec()).fingerprint == codec.fingerprint
+    with pytest.raises(InputError, match="not in the local cache, and a file must not choose what is downloaded"):
+        load_codec_from_spec(replace(codec.spec(), source="owner/other"))
 
 
 def test_other_compression_factors_are_rejected() -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.tensor_files import StoredTensor
 from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 
 
@@ -40,7 +41,8 @@ class EMA(Callback):
         if not self.average:
             self.average = {name: p.detach().clone().float() for name, p in _trainable(pl_module)}
         elif sharded is not None:
-            self.average = {name: sharded.shards[name].in_full(full).clone() for name, full in self.average.items()}
+            shards = sharded.shards
+            self.average = {name: shards[name].in_full(_read(full)).clone() for name, full in self.average.items()}
         self.average = {name: self.average[name].to(p.device) for name, p in _trainable(pl_module)}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,9 +116,17 @@ class EMA(Callback):
         checkpoint["ema"] = {"weights": weights, "updates": self.updates}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the average from a checkpoint."""
-        self.average = dict(checkpoint["ema"]["weights"])
-        self.updates = checkpoint["ema"]["updates"]
+        """Restore the average from a checkpoint.
+
+        Raises:
+            InputError: the checkpoint has no average, or that of other parameters.
+        """
+        saved = checkpoint.get("ema", {"weights": {}, "updates": 0})
+        parameters = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        for name in sorted(parameters.keys() ^ saved["weights"].keys()):
+            owner, other = ("the model", "the average") if name in parameters else ("the average", "the model")
+            raise InputError(f"{owner} of the checkpoint has {name}, but {other} does not: use another checkpoint.")
+        self.average, self.updates = dict(saved["weights"]), saved["updates"]
 
 
 def _trainable(module: LightningModule) -> list[tuple[str, Tensor]]:
@@ -125,6 +135,11 @@ def _trainable(module: LightningModule) -> list[tuple[str, Tensor]]:
     if sharded is not None:
         return list(sharded.master_weights().items())
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def _read(values: Tensor | StoredTensor) -> Tensor:
+    """Return a tensor, which a sharded strategy leaves in its file until it is needed."""
+    return values if isinstance(values, Tensor) else values.read()
 
 
 def _refresh(module: LightningModule) -> None:

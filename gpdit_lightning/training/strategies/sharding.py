@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from gpdit_lightning.checkpoints.files import read_content
+from gpdit_lightning.checkpoints.content import check_shapes, read_resumable
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model.precision import product_dtype
+from gpdit_lightning.tensor_files import StoredTensor, check_finite
 from gpdit_lightning.training.internals import attached_trainer
 
 
@@ -189,8 +190,9 @@ class ShardedStrategy(ParallelStrategy):
         inner, saved = self.inner_optimizer, checkpoint["optimizer_states"][0]
         for number, name in self._numbered_parameters():
             shard = self.shards[name]
-            for key, values in saved["state"].get(number, {}).items():
+            for key, stored in saved["state"].get(number, {}).items():
                 state = inner.state[shard.storage]
+                values = stored.read() if isinstance(stored, StoredTensor) else stored
                 if torch.is_tensor(values) and values.shape == shard.shape:
                     if key not in state:
                         state[key] = torch.zeros_like(shard.storage)
@@ -209,12 +211,21 @@ class ShardedStrategy(ParallelStrategy):
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Map the files into memory, which the ranks of a machine share; each rank reads the shards that it needs."""
-        return read_content(Path(checkpoint_path))
+        """Read all but weights, average and optimizer state, which each rank reads one tensor at a time."""
+        return read_resumable(Path(checkpoint_path), lazily=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the full model, before it is sharded."""
-        Strategy.load_model_state_dict(self, checkpoint, strict)
+        assert self.lightning_module is not None
+        if strict:
+            check_shapes(checkpoint["state_dict"], self.lightning_module.state_dict())
+        with torch.no_grad():
+            for name, parameter in self.lightning_module.state_dict().items():
+                if name not in checkpoint["state_dict"] and not strict:
+                    continue
+                values = checkpoint["state_dict"][name].read()
+                check_finite({name: values}, "the checkpoint", "use another checkpoint of the run")
+                parameter.copy_(values)
 
 
 def product_dtype_of(trainer: Trainer) -> torch.dtype:
