@@ -16,7 +16,7 @@ STAGES = RECIPES[:4]
 ACDIT = (
     *(f"acdit/imagenet_{size}" for size in ("b", "l", "xl", "h", "xl_full_sequence")),
     *(f"acdit/ucf101_{size}" for size in ("xl", "h", "xl_full_sequence")),
-    "acdit/imagenet_xl_classification",
+    *("acdit/imagenet_xl_classification", "acdit/ucf101_xl_classification"),
     *("vidgpt/ucf101", "vidgpt/ucf101_full_sequence"),
 )
 SECONDS = {"hour": 3600, "minute": 60}

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
 from gpdit_lightning.cli.auto_recipe import planned_recipe
+from gpdit_lightning.cli.classification_report import write_classification
 from gpdit_lightning.cli.failures import CURES, SMALLER_TRAINING
 from gpdit_lightning.cli.recipe_cli import build_recipe
 from gpdit_lightning.errors import InputError
@@ -145,6 +146,7 @@ def _fit(options: RecipeOptions) -> Trainer:
         step, folder = trainer.global_step, f"{trainer.default_root_dir}/checkpoints"
         was_finished = cli.resumed is not None and cli.resumed.name == f"step-{step}.ckpt"
         print(f"{'already ' * was_finished}finished at step {step}: {folder}/last.ckpt")
+        write_classification(trainer, last_checkpoint(Path(trainer.default_root_dir)))
     return trainer
 
 
@@ -168,7 +170,7 @@ def _evaluate(verb: str, options: RecipeOptions) -> Trainer:
     trainer = cli.trainer
     if cli.resumed is None:
         raise InputError(f"{trainer.default_root_dir} has no checkpoint to {verb}: run `fit` first, or give --run_dir.")
-    if cli.datamodule.validation_batches < 1:
+    if cli.datamodule.validation_batches == 0:
         raise InputError(f"there is nothing to {verb}: data.validation_batches is 0; give a number of batches.")
     if cli.datamodule.validation_plan is None:
         raise InputError(f"there is nothing to {verb}: no samples of the data are held out (see `prepare --help`).")
@@ -178,4 +180,5 @@ def _evaluate(verb: str, options: RecipeOptions) -> Trainer:
     if trainer.is_global_zero:  # the results are means over all ranks
         for name, value in sorted(trainer.callback_metrics.items()):
             print(f"{name:<20}{float(value):.5f}")
+        write_classification(trainer, cli.resumed)
     return trainer

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from gpdit_lightning.data.cache import ShardCache
+from gpdit_lightning.data.held_out import HeldOutPass
 from gpdit_lightning.data.manifest import PREPARE_AGAIN, Folder, Manifest, ShardEntry
 from gpdit_lightning.data.plan import Plan, PlannedBucket
 from gpdit_lightning.data.shards import DamagedSampleError, DamagedShardError, ShardReader
@@ -61,6 +62,8 @@ class LatentBatch:
         clean_noise: (B', F, C, H, W) standard Gaussian, the context noise; None without it.
         clean_theta: (B', S') radians, the angle of the context noise of each of the S' blocks of a clip; None without
             it.
+        sources: names of the input files of the clips.
+        counts: whether the clips count in the results of a pass over held-out samples; see `MicroBatch.counts`.
     """
 
     latents: Tensor
@@ -75,6 +78,8 @@ class LatentBatch:
     frames: tuple[int, ...] | None = None
     clean_noise: Tensor | None = None
     clean_theta: Tensor | None = None
+    sources: list[str] = field(default_factory=list)
+    counts: bool = True
 
     @property
     def draws(self) -> int:
@@ -210,7 +215,7 @@ class LatentDataset(Dataset[LatentBatch]):
     """Map-style dataset from the number of a micro-batch to this rank's :class:`LatentBatch`, the same in every worker.
 
     Args:
-        plan: the batch plan.
+        plan: the batch plan, or a pass over held-out samples.
         buckets: the buckets of each source of the plan.
         mean: (C,) whitening constants of the codec.
         std: (C,) whitening constants of the codec.
@@ -235,7 +240,7 @@ class LatentDataset(Dataset[LatentBatch]):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Plan | HeldOutPass,
         buckets: Sequence[Sequence[Bucket]],
         mean: Sequence[float],
         std: Sequence[float],
@@ -308,6 +313,8 @@ class LatentDataset(Dataset[LatentBatch]):
             frames=frames,
             clean_noise=clean_noise,
             clean_theta=clean_theta,
+            sources=[str(sample.metadata.get("source", "")) for sample in samples],
+            counts=micro_batch.counts,
         )
 
     def _is_flipped(self, step: int, position: int) -> bool:

@@ -22,6 +22,7 @@ from gpdit_lightning.data.batches import (
     count_frames,
 )
 from gpdit_lightning.data.cache import CacheConfig
+from gpdit_lightning.data.held_out import HeldOutPass
 from gpdit_lightning.data.manifest import Manifest, Split
 from gpdit_lightning.data.order_record import UNRECORDED_DEFAULTS, check_order
 from gpdit_lightning.data.plan import Plan, PlannedSource, Sampling
@@ -34,6 +35,7 @@ from gpdit_lightning.specs import ClipGeometry, CodecSpec
 log = logging.getLogger(__name__)
 
 UNUSED = SourceConfig()
+DEFAULT_VALIDATION_BATCHES = 4
 LOCAL_CACHE = CacheConfig()
 
 
@@ -74,12 +76,15 @@ class LatentDataModule(LightningDataModule):
         max_ranks: maximum number of ranks of this run; the order is the same for every divisor of it.
         workers: loader processes per rank; 0 loads in the training process.
         cache: cache for copies of remote shards, such as those of s3://bucket/latents.
-        validation_batches: validation steps of the training batch size, from the held-out sources.
+        validation_batches: number of validation steps of the training batch size, from the held-out sources; by default
+            4. In classification, where no sample is used twice, at most as many as the samples fill; by default all.
 
     Attributes:
         classes: names of the labels in the order of the manifests, which is the order of the classes in batches; empty
             without `labels`.
         count_blocks: gives the number of blocks of some frames of a clip; the stage sets that of its backbone.
+        validates_each_once: whether validation uses each held-out sample once, instead of batches that are all of the
+            training size; set by the stage.
 
     Raises:
         InputError: an option, a manifest, or a combination of them is invalid.
@@ -108,7 +113,7 @@ class LatentDataModule(LightningDataModule):
         max_ranks: int = 1,
         workers: int = 0,
         cache: CacheConfig = LOCAL_CACHE,
-        validation_batches: int = 4,
+        validation_batches: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -117,7 +122,7 @@ class LatentDataModule(LightningDataModule):
             ("patch_size", patch_size, 1),
             ("max_ranks", max_ranks, 1),
             ("workers", workers, 0),
-            ("validation_batches", validation_batches, 0),
+            ("validation_batches", validation_batches or 0, 0),
         ):
             if value < least:
                 raise InputError(f"data.{name} is {value}; it must be at least {least}.")
@@ -131,6 +136,7 @@ class LatentDataModule(LightningDataModule):
         self.patch_size, self.block_frames = patch_size, block_frames
         self.workers, self.validation_batches = workers, validation_batches
         self.count_blocks: CountBlocks = count_frames
+        self.validates_each_once = False
         configs = {"images": images, "videos": videos, "sequences": sequences}
         allowed = sources_of_run(sources, stage_sources)
         selection = select_sources(configs, data_dir, allowed)
@@ -182,9 +188,13 @@ class LatentDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[LatentBatch] | list[Any]:
         """Return a loader of the same batches with the same noise at every call; empty if nothing was held out."""
-        if self.validation_plan is None or self.validation_batches < 1:
+        if self.validation_plan is None or self.validation_batches == 0:
             return []
-        stop = self.validation_batches * self.validation_plan.micro_batches_per_step
+        if self.validates_each_once:
+            whole = HeldOutPass(self.validation_plan)
+            stop = min(len(whole), self.validation_batches or len(whole))
+            return self._loader("validation", whole, VALIDATION_NOISE, 0, stop)
+        stop = (self.validation_batches or DEFAULT_VALIDATION_BATCHES) * self.validation_plan.micro_batches_per_step
         return self._loader("validation", self.validation_plan, VALIDATION_NOISE, 0, stop)
 
     def test_dataloader(self) -> DataLoader[LatentBatch] | list[Any]:
@@ -363,7 +373,9 @@ class LatentDataModule(LightningDataModule):
                 sources.append(PlannedSource(name, planned, config, self.patch_size))
         return Plan(tuple(sources), self.seed, context_dropout, max_ranks, sampling)
 
-    def _loader(self, split: Split, plan: Plan, purpose: int, start: int, stop: int) -> DataLoader[LatentBatch]:
+    def _loader(
+        self, split: Split, plan: Plan | HeldOutPass, purpose: int, start: int, stop: int
+    ) -> DataLoader[LatentBatch]:
         assert self.trainer is not None
         dataset = LatentDataset(
             plan,

@@ -125,6 +125,8 @@ class MicroBatch:
         context: (n,) whether the sample keeps its context.
         weight: factor of the mean loss of this micro-batch; the factors of an optimizer step sum to 1.
         frames: latent frames to keep from the start of every sample.
+        counts: whether the samples count; False for a rank without samples of a small micro-batch, which computes
+            one of another rank, so that all ranks compute equally often.
     """
 
     source: int
@@ -134,14 +136,19 @@ class MicroBatch:
     context: np.ndarray
     weight: float
     frames: int
+    counts: bool = True
 
     def share(self, rank: int, world_size: int) -> "MicroBatch":
-        """Return the equal share of one rank, samples with context first."""
-        size = len(self.samples) // world_size
-        chosen = np.arange(rank * size, (rank + 1) * size)
+        """Return the share of one rank, samples with context first: equal shares, if the samples divide into them."""
+        first, stop = (number * len(self.samples) // world_size for number in (rank, rank + 1))
+        chosen = np.arange(first, max(stop, first + 1))
         chosen = chosen[np.argsort(~self.context[chosen], kind="stable")]
         return replace(
-            self, samples=self.samples[chosen], positions=self.positions[chosen], context=self.context[chosen]
+            self,
+            samples=self.samples[chosen],
+            positions=self.positions[chosen],
+            context=self.context[chosen],
+            counts=stop > first,
         )
 
 
@@ -253,9 +260,13 @@ class Plan:
             # Positions are reserved for the largest micro-batch, so that they are unique within a step.
             positions=first_position + within * order.largest + np.arange(size),
             context=self._context(sum(samples for _, samples in next_batches), size),
-            weight=self._weight_in_step(source) / source.config.micro_batches,
+            weight=self.weight_in_step(source) / source.config.micro_batches,
             frames=source.buckets[bucket].lengths[length],
         )
+
+    def samples(self, source: int, bucket: int, position: int, size: int) -> np.ndarray:
+        """Return (size,) samples from a position of the order of a bucket on, whose first epoch begins at 0."""
+        return self._orders[source].buckets[bucket].samples(position, size)
 
     def shards_ahead(self, number: int) -> list[tuple[int, int, int]]:
         """Return the shards to fetch for micro-batch `number` and later ones, in the order in which they are needed.
@@ -278,7 +289,7 @@ class Plan:
         windows.sort(key=lambda window: window[0])
         return list(dict.fromkeys(shard for _, shards in windows for shard in shards))
 
-    def _weight_in_step(self, source: PlannedSource) -> float:
+    def weight_in_step(self, source: PlannedSource) -> float:
         """Return the weight of a source's mean loss in the loss of an optimizer step that uses it."""
         if self.sampling == "alternate":
             return 1.0

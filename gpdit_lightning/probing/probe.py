@@ -114,10 +114,12 @@ class LayerScore:
     """Top-1 accuracy on the test videos."""
     interval: tuple[float, float]
     """95 % interval of the accuracy, by the bootstrap over test groups."""
-    C: float
-    """Inverse strength of the L2 penalty."""
+    C: float | None
+    """Inverse strength of the L2 penalty; None for a fine-tuned classifier, which has none."""
     validation: float | None
-    """Cross-validation accuracy over training groups; None if C was given."""
+    """Cross-validation accuracy over training groups; None if C was given, and for a fine-tuned classifier."""
+    top5: float | None = None
+    """Top-5 accuracy of a fine-tuned classifier; None for a probe."""
 
 
 def probe_layers(

@@ -1,4 +1,7 @@
-"""Results of linear probes as JSON, as a table and as a figure like figure 5 of the paper (GPDiT, section 5.3)."""
+"""Results of linear probes and of fine-tuned classifiers as JSON and as a table, in one form.
+
+The figure of probes is like figure 5 of the paper (GPDiT, section 5.3).
+"""
 
 import hashlib
 import json
@@ -7,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gpdit_lightning.evaluation.report import Report, library_versions
 from gpdit_lightning.evaluation.videos import stride_text
@@ -52,11 +55,15 @@ class ProbeProtocol:
     versions: dict[str, str]
     fps: float | None = None
     """Frames per second to which videos were resampled before the stride; None if they were not."""
+    medium: Literal["videos", "images"] = "videos"
+    """What is classified; of images, `..._videos` are numbers of images."""
+    test_clips: int | None = None
+    """Number of classified clips of the test videos, on which the accuracy is; None: one from the middle of each."""
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The probes of one checkpoint."""
+    """The probes of one checkpoint, or the classifier of one that was fine-tuned."""
 
     checkpoint: str
     """Path of the checkpoint."""
@@ -70,6 +77,7 @@ class ProbeResult:
     """Name and fingerprint of the codec."""
     layers: tuple[LayerScore, ...]
     protocol: ProbeProtocol
+    classifier: Literal["linear probe", "fine-tuned"] = "linear probe"
 
     @property
     def best(self) -> LayerScore:
@@ -130,33 +138,75 @@ def markdown(results: Sequence[ProbeResult]) -> str:
 
 def _section(result: ProbeResult) -> str:
     protocol, best = result.protocol, result.best
-    height, width = protocol.size
+    of_probe = result.classifier == "linear probe"
+    title = "Linear probe" if of_probe else "Fine-tuned classifier"
+    top5 = any(score.top5 is not None for score in result.layers)
     lines = [
-        f"## Linear probe of {result.checkpoint}, step {result.step}",
+        f"## {title} of {result.checkpoint}, step {result.step}",
         "",
-        f"- {protocol.data}, {protocol.split}: {protocol.train_videos} training videos, {protocol.test_videos} test "
-        f"videos in {protocol.test_groups} groups, {protocol.classes} classes; {protocol.left_out} unreadable videos "
-        f"left out; sha256 {protocol.data_sha256[:16]}",
-        f"- {protocol.frames} frames at stride {stride_text(protocol.stride, protocol.fps)} from the middle of each "
-        f"video ({protocol.squeezed} short videos sampled more densely), {height}x{width} pixels, codec {result.codec}",
-        f"- clean stream only, theta = 0, mean over frames and tokens; {result.weights} weights, sha256 "
-        f"{result.identity[:16]}",
-        f"- logistic regression on standardised features; {protocol.regularisation}",
-        f"- intervals: {protocol.interval}; chance (always the most frequent class): {protocol.chance:.1%}; bold: "
-        "the best layer in cross-validation, or in the test if C was given",
+        *(_protocol_of_probe(result) if of_probe else _protocol_of_classifier(result)),
         f"- {', '.join(f'{name} {number}' for name, number in protocol.versions.items())}",
         "",
-        "| layer | top-1 accuracy | 95 % interval | C | cross-validation accuracy |",
-        "|---:|---:|:---:|---:|---:|",
+        f"| layer | top-1 accuracy | 95 % interval | C | cross-validation accuracy |{' top-5 accuracy |' * top5}",
+        f"|---:|---:|:---:|---:|---:|{'---:|' * top5}",
     ]
     for score in result.layers:
         accuracy = f"{score.accuracy:.1%}"
         validation = "" if score.validation is None else f"{score.validation:.1%}"
+        strength = "" if score.C is None else f"{score.C:g}"
+        last = "" if score.top5 is None else f" {score.top5:.1%} |"
         lines.append(
             f"| {score.layer} | {f'**{accuracy}**' if score is best else accuracy} | "
-            f"{score.interval[0]:.1%} to {score.interval[1]:.1%} | {score.C:g} | {validation} |"
+            f"{score.interval[0]:.1%} to {score.interval[1]:.1%} | {strength} | {validation} |{last}"
         )
     return "\n".join([*lines, ""])
+
+
+def _protocol_of_probe(result: ProbeResult) -> list[str]:
+    protocol = result.protocol
+    return [
+        f"- {_data(protocol)}",
+        f"- {protocol.frames} frames at stride {stride_text(protocol.stride, protocol.fps)} from the middle of each "
+        f"video ({protocol.squeezed} short videos sampled more densely), {_size(protocol)}, codec {result.codec}",
+        f"- clean stream only, theta = 0, mean over frames and tokens; {result.weights} weights, sha256 "
+        f"{result.identity[:16]}",
+        f"- logistic regression on standardised features; {protocol.regularisation}",
+        f"- intervals: {protocol.interval}; {_chance(protocol)}; bold: the best layer in cross-validation, or in the "
+        "test if C was given",
+    ]
+
+
+def _protocol_of_classifier(result: ProbeResult) -> list[str]:
+    protocol = result.protocol
+    clips = f"{protocol.test_clips} clips of up to {protocol.frames} frames at stride "
+    clips += f"{stride_text(protocol.stride, protocol.fps)}, all clips of each test video, "
+    return [
+        f"- {_data(protocol)}",
+        f"- {clips if protocol.medium == 'videos' else ''}{_size(protocol)}, codec {result.codec}",
+        f"- clean stream only, theta = 0, mean over frames and tokens; all weights trained; {result.weights} weights, "
+        f"sha256 {result.identity[:16]}",
+        f"- cross-entropy; {protocol.regularisation}",
+        f"- interval: {protocol.interval}; {_chance(protocol)}",
+    ]
+
+
+def _data(protocol: ProbeProtocol) -> str:
+    """Return data, split and the numbers of videos or images as text."""
+    medium = protocol.medium
+    return (
+        f"{protocol.data}, {protocol.split}: {protocol.train_videos} training {medium}, {protocol.test_videos} test "
+        f"{medium} in {protocol.test_groups} groups, {protocol.classes} classes; {protocol.left_out} unreadable "
+        f"{medium} left out; sha256 {protocol.data_sha256[:16]}"
+    )
+
+
+def _size(protocol: ProbeProtocol) -> str:
+    height, width = protocol.size
+    return f"{height}x{width} pixels"
+
+
+def _chance(protocol: ProbeProtocol) -> str:
+    return f"chance (always the most frequent class): {protocol.chance:.1%}"
 
 
 def plot_probe(results: Sequence[ProbeResult], path: Path, evaluations: Sequence[Report] = ()) -> None:

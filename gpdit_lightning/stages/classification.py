@@ -1,14 +1,12 @@
 """Fine-tuning for classification on the clean stream (ACDiT, section 5.2, Table 4)."""
 
 import dataclasses
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.diffusion import DenoisingLoss, NoiseSchedule, QuartileLoss
@@ -53,6 +51,52 @@ class ClassificationConfig:
 
 
 DEFAULT_CLASSIFICATION = ClassificationConfig()
+TOP = 5  # classes of a clip that are recorded
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The predicted classes of n held-out clips, in an order that depends on the number of ranks.
+
+    Attributes:
+        step: optimizer steps of the process's training; 0 in `validate` and `test`.
+        sources: names of the input files of the clips.
+        labels: (n,) true classes.
+        top: (n, at most 5) classes of the highest scores, in decreasing order.
+    """
+
+    step: int
+    sources: list[str]
+    labels: Tensor
+    top: Tensor
+
+    def is_correct(self, k: int) -> Tensor:
+        """Return (n,) whether the true class of a clip is among its k first."""
+        return (self.top[:, :k] == self.labels[:, None]).any(dim=1)
+
+
+@dataclass
+class PredictionsOfRank:
+    """The predicted classes of the clips that a rank has classified, on its device; as `Predictions`."""
+
+    sources: list[str] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    top: list[Tensor] = field(default_factory=list)
+
+    def gathered(self, step: int) -> Predictions:
+        """Return the predictions of all ranks."""
+        empty = torch.empty(0, dtype=torch.long)
+        mine = (
+            self.sources,
+            torch.cat(self.labels).cpu() if self.labels else empty,
+            torch.cat(self.top).cpu() if self.top else empty[:, None],
+        )
+        ranks: list[Any] = [mine]
+        if distributed.is_available() and distributed.is_initialized():
+            ranks = [None] * distributed.get_world_size()
+            distributed.all_gather_object(ranks, mine)
+        sources, labels, top = zip(*(rank for rank in ranks if rank[0]), strict=True)
+        return Predictions(step, [name for names in sources for name in names], torch.cat(labels), torch.cat(top))
 
 
 class ClassificationStage(GPDiTStage):
@@ -63,8 +107,12 @@ class ClassificationStage(GPDiTStage):
     noisy stream (output layer, adaLN, label embeddings) are left out. The classes are those of the data, in the order
     of their manifests; they need not be those of the initial weights.
 
-    Validation logs `val/top1_accuracy` and `val/top5_accuracy`, fractions of the held-out clips of
-    `data.validation_batches`, and `loss/val`, the cross-entropy without mixing and label smoothing.
+    Validation logs `val/top1_accuracy` and `val/top5_accuracy`, fractions of the held-out clips, each of which is used
+    once, and `loss/val`, the cross-entropy without mixing and label smoothing. `data.validation_batches` limits their
+    number.
+
+    Attributes:
+        predictions: those of the last validation; None before the first.
 
     Args:
         backbone: the architecture of the initial weights.
@@ -86,17 +134,14 @@ class ClassificationStage(GPDiTStage):
         super().__init__(clean_stream_config(backbone, classification.layer), schedule, optimizer, initial_weights)
         self.pretrained, self.classification = backbone, classification
         self.backbone: Classifier
-        self.accuracy: MetricCollection
+        self.predictions: Predictions | None = None
+        self._of_rank = PredictionsOfRank()
 
     def configure_model(self) -> None:
         """Build the classifier, with the clean stream of the initial weights."""
         if "backbone" in self._modules:
             return
-        classes = len(self.data.classes)
-        self.backbone = Classifier(self.config, classes)
-        self.accuracy = MetricCollection(
-            {f"top{k}_accuracy": MulticlassAccuracy(classes, min(k, classes), average="micro") for k in (1, 5)}
-        )
+        self.backbone = Classifier(self.config, len(self.data.classes))
         if self.initial_weights:
             generative = GPDiT(self.pretrained)
             loaded = InitialWeights.load(self.initial_weights, generative)
@@ -158,12 +203,19 @@ class ClassificationStage(GPDiTStage):
         return (noise.T.unflatten(0, (blocks, branches)) < torch.special.ndtri(stay)) / stay
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> dict[str, Any]:
-        """Compute the cross-entropy of held-out clips, and count those that are classified correctly."""
+        """Compute the cross-entropy of held-out clips, and their classes of the highest scores."""
         with torch.no_grad():
             scores = self.backbone(batch.latents)
             loss = self._loss(scores, batch)
-            self.accuracy.update(scores, batch.labels)
-        return {"loss": loss.mean, "quartiles": loss.quartiles, "per_clip": loss.per_clip}
+        quartiles = loss.quartiles
+        if batch.counts:
+            assert batch.labels is not None
+            self._of_rank.sources += batch.sources
+            self._of_rank.labels.append(batch.labels)
+            self._of_rank.top.append(scores.topk(min(TOP, scores.shape[1])).indices)
+        else:
+            quartiles = QuartileLoss(*map(torch.zeros_like, quartiles))
+        return {"loss": loss.mean, "quartiles": quartiles, "per_clip": loss.per_clip}
 
     def on_validation_epoch_end(self) -> None:
         """Log the accuracies, but not those of the sanity check before training."""
@@ -174,17 +226,20 @@ class ClassificationStage(GPDiTStage):
         self._log_accuracy("test")
 
     def _log_accuracy(self, part: str) -> None:
-        accuracies = self.accuracy.compute()
-        self.accuracy.reset()
-        if not self.trainer.sanity_checking:
-            scalars = {f"{part}/{name}": float(value) for name, value in accuracies.items()}
-            log_scalars(self.trainer, self, scalars, f"{part}/top1_accuracy")
+        of_rank, self._of_rank = self._of_rank, PredictionsOfRank()
+        if self.trainer.sanity_checking:
+            return
+        self.predictions = of_rank.gathered(self.trainer.global_step)
+        correct = {k: self.predictions.is_correct(k).double().mean() for k in (1, TOP)}
+        scalars = {f"{part}/top{k}_accuracy": float(fraction) for k, fraction in correct.items()}
+        log_scalars(self.trainer, self, scalars, f"{part}/top1_accuracy")
 
     # --- checks and checkpoints
 
     def setup(self, stage: str) -> None:
         """Raise `InputError` if data, device or callbacks do not fit the stage."""
         super().setup(stage)
+        self.data.validates_each_once = True
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Preview | Scores) and callback.every_steps:
                 option = f"{type(callback).__name__.lower()}.every_steps"

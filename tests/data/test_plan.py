@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpdit_lightning.data import held_out as held_out_module
 from gpdit_lightning.data import order as order_module
 from gpdit_lightning.data import plan as plan_module
+from gpdit_lightning.data.held_out import HeldOutPass
 from gpdit_lightning.data.order import BucketOrder
 from gpdit_lightning.data.plan import MicroBatch, Plan, PlannedBucket, PlannedSource, Sampling
 from gpdit_lightning.data.source import SourceConfig
@@ -401,9 +403,31 @@ def test_larger_patches_make_fewer_tokens() -> None:
 
 
 def test_the_example_in_the_docstring() -> None:
-    results = doctest.testmod(plan_module)
-    assert results.attempted > 4
-    assert results.failed == 0
+    names = {"PlannedBucket": PlannedBucket, "SourceConfig": SourceConfig}
+    for module in (plan_module, held_out_module):
+        results = doctest.testmod(module, extraglobs=names)
+        assert results.attempted > 4
+        assert results.failed == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 6])
+@pytest.mark.parametrize("counts", [((1,),), ((5, 8),), ((6, 6), (7,), (1, 2, 1))])
+def test_a_pass_over_held_out_samples_has_each_of_them_once(ranks: int, counts: tuple[tuple[int, ...], ...]) -> None:
+    """For any number of ranks, which all have equally many batches; the samples of a batch have one place each."""
+    buckets = tuple(PlannedBucket(shards, (1, 2), 4, 4 + number) for number, shards in enumerate(counts))
+    source = PlannedSource("videos", buckets, SourceConfig(batch_size=12, micro_batches=2))
+    whole = HeldOutPass(Plan((source,), context_dropout=0, max_ranks=6))
+    seen = []
+    for number in range(len(whole)):
+        shares = [whole.micro_batch(number).share(rank, ranks) for rank in range(ranks)]
+        assert all(len(share.samples) > 0 and share.frames == 2 for share in shares)
+        counted = [share for share in shares if share.counts]
+        assert len({int(place) for share in counted for place in share.positions}) == sum(
+            len(share.samples) for share in counted
+        )
+        seen += [(share.bucket, int(sample)) for share in counted for sample in share.samples]
+    assert sorted(seen) == [(number, sample) for number, shards in enumerate(counts) for sample in range(sum(shards))]
+    assert sum(whole.micro_batch(number).weight for number in range(len(whole))) == pytest.approx(1)
 
 
 # Prefetching

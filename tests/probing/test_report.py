@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -51,7 +52,7 @@ def test_json_and_table_contain_every_layer_and_the_protocol(result: ProbeResult
     content = json.loads((tmp_path / "probe.json").read_text())["results"]
     assert [entry["step"] for entry in content] == [500, 1000]
     assert content[0]["layers"][1] == {
-        "layer": 1, "accuracy": 0.875, "interval": [0.5, 1.0], "C": 1.0, "validation": None
+        "layer": 1, "accuracy": 0.875, "interval": [0.5, 1.0], "C": 1.0, "validation": None, "top5": None
     }  # fmt: skip
     assert content[0]["protocol"]["data_sha256"] == result.protocol.data_sha256
     text = markdown([result])
@@ -66,6 +67,22 @@ def test_json_and_table_contain_every_layer_and_the_protocol(result: ProbeResult
         "step 500",
     ):
         assert phrase in text
+
+
+@pytest.mark.parametrize("medium", ["videos", "images"])
+def test_a_fine_tuned_classifier_has_a_row_of_the_same_form(result: ProbeResult, medium: Any) -> None:
+    score = LayerScore(2, 0.75, (0.5, 1.0), None, None, top5=1.0)
+    protocol = replace(result.protocol, medium=medium, test_clips=8, regularisation="mixup 0.8")
+    tuned = replace(result, layers=(score,), protocol=protocol, classifier="fine-tuned")
+    text = markdown([result, tuned])
+    assert "## Linear probe of run, step 500" in text
+    assert "## Fine-tuned classifier of run, step 500" in text
+    assert "| layer | top-1 accuracy | 95 % interval | C | cross-validation accuracy | top-5 accuracy |" in text
+    assert "| 2 | **75.0%** | 50.0% to 100.0% |  |  | 100.0% |" in text
+    assert f"3 test {medium} in 3 groups" in text.partition("## Fine-tuned")[2]
+    assert ("8 clips of up to 13 frames at stride" in text) == (medium == "videos")
+    assert "all weights trained" in text
+    assert "cross-entropy; mixup 0.8" in text
 
 
 def test_several_checkpoints_add_a_panel_over_steps(result: ProbeResult, tmp_path: Path) -> None:

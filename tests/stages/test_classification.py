@@ -21,6 +21,7 @@ from gpdit_lightning.stages import ClassificationStage, GPDiTStage
 from gpdit_lightning.stages.classification import ClassificationConfig
 from gpdit_lightning.stages.mixing import Mixing
 from gpdit_lightning.training.callbacks.ema import EMA
+from gpdit_lightning.training.callbacks.metrics import LossTable
 from gpdit_lightning.training.callbacks.previews import Preview
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
 from gpdit_lightning.training.optimizer import OptimizerConfig
@@ -53,7 +54,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data_of(folder: Path, batch_size: int = 8, **settings: Any) -> LatentDataModule:
-    options: dict[str, Any] = {"labels": True, "label_dropout": 0.0, "validation_batches": 2, "max_ranks": 2}
+    options: dict[str, Any] = {"labels": True, "label_dropout": 0.0, "max_ranks": 2}
     return LatentDataModule(videos=SourceConfig([str(folder)], batch_size), **options | settings)
 
 
@@ -106,23 +107,32 @@ def test_scores_are_those_of_the_features_and_all_weights_are_trained(
     torch.testing.assert_close(stage.objective(batch).mean, cross_entropy(expected, batch.labels))
 
 
+@pytest.mark.parametrize(("batch_size", "batches", "clips"), [(8, None, 16), (6, None, 16), (24, 5, 16), (6, 2, 12)])
 def test_accuracy_and_loss_of_the_held_out_clips(
-    fit: Fit, tiny_config: GPDiTConfig, shards: Path, tmp_path: Path
+    fit: Fit, tiny_config: GPDiTConfig, shards: Path, tmp_path: Path, batch_size: int, batches: int | None, clips: int
 ) -> None:
-    """All 16 clips once, in batches of 8, against scikit-learn."""
+    """Each clip once, also if the batch size does not divide their number; against scikit-learn and torch."""
     torch.manual_seed(0)
     stage = ClassificationStage(tiny_config, optimizer=OptimizerConfig(learning_rate=1e-2))
-    watcher = Watcher()
-    trainer = fit(stage, data_of(shards), tmp_path, 4, [watcher], limit_val_batches=2, val_check_interval=4)
-    assert len({key for batch in watcher.held_out for key in batch.keys}) == 16
+    data, watcher = data_of(shards, batch_size, validation_batches=batches), Watcher()
+    trainer = fit(stage, data, tmp_path, 4, [watcher], limit_val_batches=1.0, val_check_interval=4)
+    assert len([key for batch in watcher.held_out for key in batch.keys]) == clips
+    assert len({key for batch in watcher.held_out for key in batch.keys}) == clips
     with torch.no_grad():
-        scores = torch.cat([stage.backbone(batch.latents) for batch in watcher.held_out]).numpy()
+        scores = torch.cat([stage.backbone(batch.latents) for batch in watcher.held_out])
     labels = np.concatenate([batch.labels for batch in watcher.held_out])
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert found["val/top1_accuracy"] == pytest.approx(accuracy_score(labels, scores.argmax(axis=1)))
-    expected = top_k_accuracy_score(labels, scores, k=5, labels=range(7))
+    assert found["val/top1_accuracy"] == pytest.approx(accuracy_score(labels, scores.numpy().argmax(axis=1)))
+    expected = top_k_accuracy_score(labels, scores.numpy(), k=5, labels=range(7))
     assert found["val/top5_accuracy"] == pytest.approx(expected)
     assert 0 < expected < 1
+    table = LossTable()
+    for batch in watcher.held_out:
+        table.add(batch.source, batch.weight, stage.validation_step(batch, 0)["quartiles"])
+    assert table.means(trainer)["loss"] == pytest.approx(float(cross_entropy(scores, torch.from_numpy(labels))))
+    assert stage.predictions is not None
+    assert stage.predictions.step == 4
+    assert len(set(stage.predictions.sources)) == clips
 
 
 def test_a_small_labelled_set_is_memorized(fit: Fit, tiny_config: GPDiTConfig, shards: Path, tmp_path: Path) -> None:
