@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +21,8 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 FAILURES: tuple[Outcome, ...] = ("silent", "crashed", "hung")
 CONSISTENT = 0.3  # fraction of the cases in which recorded hashes are replaced by those of the damaged files
 OUT_OF_MEMORY = ("memory ran out", "MemoryError")
+CONTENT_HASH = "content_sha256"  # field of a file with the hash of its other fields
+UNEXPECTED = "this is a fault of"  # in the message of an exception that no part of the library expects
 TRACEBACK = "Traceback (most recent call last)"
 STATUS_OF_FAULTS = 1  # of `inspect --verify`
 
@@ -75,7 +78,7 @@ class Case:
         self.file = self._numbers.choice(files).relative_to(corpus)
         self._similar = [path.relative_to(corpus) for path in files if path.suffix == self.file.suffix]
         self.damage = Damage("nothing", ())
-        self.is_consistent = False
+        self.is_changed = self.is_consistent = False
 
     @property
     def arguments(self) -> list[str]:
@@ -113,10 +116,12 @@ class Case:
         replace = damage_bytes if self.target.is_uploaded else replace_path
         operators = [damage_bytes, damage_bytes, exchange_files, replace, *[special_damage(path)] * 4]
         self.damage = numbers.choice(operators)(path, siblings, numbers)
-        if numbers.random() < CONSISTENT and self.kind not in ("manifests", "recipes", "media"):
-            changed = {old: file for file, old in hashes.items() if file in self.damage.paths and file.is_file()}
-            changed = {old: file for old, file in changed.items() if file.stat().st_size and not file.is_symlink()}
-            self.is_consistent = replace_hashes(folder, changed)
+        changed = {old: file for file, old in hashes.items() if not _is_regular(file) or sha256_of(file) != old}
+        self.is_changed = bool(changed)
+        if numbers.random() < CONSISTENT and self.kind not in ("recipes", "media"):
+            self.is_consistent = replace_hashes(
+                folder, {old: file for old, file in changed.items() if _is_regular(file)}
+            )
         description = self.damage.description + ", with matching hashes" * self.is_consistent
         self.damage = self.damage._replace(description=description)
 
@@ -124,6 +129,10 @@ class Case:
 def kind_of(number: int) -> str:
     """Return the kind of files that a case damages."""
     return KINDS[number % len(KINDS)]
+
+
+def _is_regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def special_damage(path: Path) -> Callable[[Path, Sequence[Path], random.Random], Damage]:
@@ -165,6 +174,8 @@ def _damage_lines(path: Path, siblings: Sequence[Path], numbers: random.Random) 
 def replace_hashes(folder: Path, changed: Mapping[str, Path]) -> bool:
     """Replace the recorded sha256 and size of changed files in all JSON files; return whether there were any.
 
+    A hash that a file contains of its other content is removed, as in files of earlier versions.
+
     Args:
         folder: folder of the files that record hashes.
         changed: recorded sha256 -> changed file.
@@ -174,22 +185,22 @@ def replace_hashes(folder: Path, changed: Mapping[str, Path]) -> bool:
     def visit(value: Any) -> None:
         nonlocal replaced
         if isinstance(value, dict):
-            for key, item in value.items():
-                if isinstance(item, str) and item in changed:
-                    value[key], replaced = sha256_of(changed[item]), True
-                    if key == "sha256" and "bytes" in value:
-                        value["bytes"] = changed[item].stat().st_size
-                else:
-                    visit(item)
-        elif isinstance(value, list):
-            for item in value:
+            replaced |= value.pop(CONTENT_HASH, None) is not None
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in list(items):
+            if isinstance(item, str) and item in changed:
+                value[key], replaced = sha256_of(changed[item]), True
+                if key == "sha256" and "bytes" in value:
+                    value["bytes"] = changed[item].stat().st_size
+            else:
                 visit(item)
 
     for path in folder.rglob("*"):
-        if path.suffix in (".json", ".complete") and path.is_file() and path not in changed.values():
-            tree = json.loads(path.read_bytes())
-            visit(tree)
-            path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if path.suffix in (".json", ".complete") and _is_regular(path):
+            with suppress(ValueError, RecursionError):  # a damaged file
+                tree = json.loads(path.read_bytes())
+                visit(tree)
+                path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return replaced
 
 
@@ -221,7 +232,7 @@ def _outcome(case: Case, ended: Ended, intact: Ended) -> tuple[Outcome, str]:
         return "silent", f"the result cannot be used ({last})"
     if ended.status < 0:
         return "crashed", f"signal {-ended.status}"
-    if TRACEBACK in ended.output:
+    if TRACEBACK in ended.output or UNEXPECTED in last:
         return "crashed", last
     if any(sign in ended.output for sign in OUT_OF_MEMORY) and case.kind != "recipes":
         return "crashed", f"memory was requested before its amount was checked ({last})"
@@ -242,13 +253,14 @@ def _outcome(case: Case, ended: Ended, intact: Ended) -> tuple[Outcome, str]:
         return "harmless", ""
     if is_named:
         return "named", next(line for line in new for name in names_of(case) if name in line)
-    if case.target.covered and not case.is_consistent:
+    if _is_detectable(case):
         return "silent", "the result differs, and no message names the file"
     return "accepted", "the result differs, and no hash covers the damaged bytes"
 
 
 def _is_detectable(case: Case) -> bool:
-    return case.target.covered and not case.is_consistent
+    """Return whether a recorded hash covers changed bytes."""
+    return case.target.covered and case.is_changed and not case.is_consistent
 
 
 def names_of(case: Case) -> set[str]:

@@ -179,15 +179,14 @@ def _manifests() -> tuple[Target, ...]:
     state = ("latents/preparation/*.json", "latents/preparation/*.jsonl", "latents/*.jsonl", *manifest)
     again = ("prepare", "--videos=videos", "--images=images", "--out=latents", *PREPARE)
     plan = ("plan", "--data_dir=latents", f"--out={OUT}.yaml")
-    targets = (
+    return (
         Target("fit", manifest, DATA, FIT, trained_weights),
         Target("inspect", manifest, ("latents",), ("inspect", "latents"), None),
         Target("inspect --verify", manifest, ("latents",), VERIFY, None),
         Target("plan", manifest, ("latents",), plan, None),
-        Target("prepare again", state, ("latents", "videos", "images"), again, prepared_again),
-        Target("inspect --why", state, ("latents",), ("inspect", "latents", "--why", "a.mp4"), None),
+        Target("prepare again", state, ("latents", "videos", "images"), again, prepared_again, covered=False),
+        Target("inspect --why", state, ("latents",), ("inspect", "latents", "--why", "a.mp4"), None, covered=False),
     )
-    return tuple(replace(target, covered=False) for target in targets)
 
 
 def _models(kind: str) -> tuple[Target, ...]:
