@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM: received or delayed in the main process, and ignored in the worker processes of data loaders."""
+"""Signals that end a command: received or delayed in the main process, ignored in the worker processes of loaders.
+
+SIGHUP (a closed terminal) and SIGUSR1 (SLURM's warning before a time limit) do what SIGTERM does.
+"""
 
 import multiprocessing
 import os
@@ -6,11 +9,13 @@ import select
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
-from typing import Self
+from typing import NoReturn, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TERMINATING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, *TERMINATING)
+REPEATED = (signal.SIGINT, signal.SIGTERM)  # another one of these ends a process at once
 RAISES_WITHIN, ENDS_WITHIN = 5.0, 30.0  # seconds
 CLOSES_WITHIN = 1.0  # seconds
 PARENT_CHECK_SECONDS = 1.0
@@ -20,8 +25,9 @@ END = 0  # written to the pipe of a listener; no signal has this number
 class SignalListener:
     """A thread that learns of signals at once, also while the main thread is blocked, where Python runs no handler.
 
-    Further signals after the first one end the process at once, except those within 0.1 s, since `timeout` and
-    schedulers signal a process and then its group.
+    A further SIGINT or SIGTERM after the first one ends the process at once, except those within 0.1 s, since `timeout`
+    and schedulers signal a process and then its group. SIGHUP and SIGUSR1 do not: a shell repeats SIGHUP when its
+    terminal closes, and SLURM sends SIGTERM some time after SIGUSR1.
 
     Args:
         numbers: the signals.
@@ -57,57 +63,70 @@ class SignalListener:
         signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def _listen(self, reading_end: int) -> None:
-        is_first = True
+        first, is_repeated = 0, False
         while (number := os.read(reading_end, 1)) and number[0] != END:
             if number[0] not in self.numbers:
                 continue
-            if not is_first and self._resent:
+            if first and self._resent:
                 self._resent -= 1
                 continue
-            if not is_first:
+            if is_repeated and number[0] in REPEATED:
                 os._exit(128 + number[0])
-            is_first = False
+            is_repeated = is_repeated or number[0] in REPEATED
+            if first:
+                continue
+            first = number[0]
             while select.select([reading_end], [], [], 0.1)[0] and os.read(reading_end, 64):
                 pass
-            self.on_first(number[0])
+            self.on_first(first)
         os.close(reading_end)
 
 
 class Termination:
-    """Context manager in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does.
+    """Context manager in which the `TERMINATING` signals raise KeyboardInterrupt, as Ctrl-C does.
 
     If the main thread is blocked and cannot raise it within `RAISES_WITHIN` seconds, or does not leave the block within
-    `ENDS_WITHIN`, a line is printed and the process ends with status 143. The context manager has no effect outside the
-    main thread, or if SIGTERM is already handled or ignored.
+    `ENDS_WITHIN`, a line is printed and the process ends with the status 128 + the number of the signal. The context
+    manager has no effect outside the main thread, or on a signal that is already handled or ignored, as SIGHUP is by
+    nohup.
 
     Args:
-        line: the line.
+        lines: the line for each signal.
 
     Attributes:
-        received: whether SIGTERM was received.
+        received: the number of the signal that was received; 0 if there was none.
     """
 
-    def __init__(self, line: str) -> None:
-        self.line, self.received = line, False
+    def __init__(self, lines: Mapping[int, str]) -> None:
+        self.lines, self.received = lines, 0
         self._is_inside = False
-        self._listener = SignalListener((signal.SIGTERM,), self._set_deadlines)
+        self._numbers: tuple[int, ...] = ()
+        self._listener = SignalListener(TERMINATING, self._set_deadlines)
 
     def __enter__(self) -> Self:
         self._is_inside = True
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if in_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        if threading.current_thread() is threading.main_thread():
+            self._numbers = tuple(number for number in TERMINATING if signal.getsignal(number) == signal.SIG_DFL)
+        if self._numbers:
             self._listener.start()
-            signal.signal(signal.SIGTERM, self._interrupt)
+            for number in self._numbers:
+                signal.signal(number, self._interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._is_inside = False
-        if signal.getsignal(signal.SIGTERM) == self._interrupt:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in self._numbers:
+            if signal.getsignal(number) == self._interrupt:
+                signal.signal(number, signal.SIG_DFL)
+        if self._numbers:
             self._listener.close()
 
-    def _interrupt(self, *_: object) -> None:
-        self.received = True
+    def _interrupt(self, number: int, _: object) -> None:
+        if self.received:  # a signal that is repeated must not interrupt what ends the command
+            return
+        self.received = number
+        if number == signal.SIGHUP:
+            redirect_closed_outputs()
         raise KeyboardInterrupt
 
     def _set_deadlines(self, number: int) -> None:
@@ -118,8 +137,7 @@ class Termination:
 
     def _exit(self, number: int, is_over: Callable[[], bool]) -> None:
         if self._is_inside and is_over():
-            os.write(2, f"{self.line}\n".encode())
-            os._exit(128 + number)
+            print_and_exit(self.lines, number)
 
 
 @contextmanager
@@ -136,14 +154,10 @@ def exit_at_signals(lines: Mapping[int, str]) -> Iterator[None]:
         yield
         return
 
-    def print_and_exit(number: int, _: object) -> None:
-        os.write(2, f"{lines[number]}\n".encode())
-        os._exit(128 + number)
-
     handlers = {number: signal.getsignal(number) for number in lines}
     handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
     for number in handlers:
-        signal.signal(number, print_and_exit)
+        signal.signal(number, lambda number, _: print_and_exit(lines, number))
     try:
         yield
     finally:
@@ -151,9 +165,39 @@ def exit_at_signals(lines: Mapping[int, str]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def is_ignored(number: int) -> bool:
+    """Return whether a signal is ignored, as SIGHUP is by nohup."""
+    return signal.getsignal(number) == signal.SIG_IGN
+
+
+def print_and_exit(lines: Mapping[int, str], number: int) -> NoReturn:
+    """Print the line for a signal, if the terminal is not closed, and end the process with the status 128 + number."""
+    with suppress(OSError):
+        os.write(2, f"{lines[number]}\n".encode())
+    os._exit(128 + number)
+
+
+def redirect_closed_outputs() -> bool:
+    """Redirect standard outputs without a reader, such as a closed terminal, to nowhere.
+
+    Any message would raise an error in them, also when Python flushes them at exit.
+
+    Returns:
+        whether there is one.
+    """
+    closed = False
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            closed = True
+    return closed
+
+
 @contextmanager
 def signals_delayed() -> Iterator[None]:
-    """Delay SIGINT and SIGTERM to the end of the block, in this process and in processes that it starts.
+    """Delay the signals that end a command to the end of the block, in this process and in processes that it starts.
 
     Wrap work in it that must not be interrupted, and the start of worker processes: an exception that is raised during
     a fork is lost, and a signal would end a new process before :func:`ignore_signals` runs in it. New processes inherit
@@ -183,7 +227,7 @@ def signals_delayed() -> Iterator[None]:
 
 
 def ignore_signals(worker: int) -> None:
-    """Ignore SIGINT, and SIGTERM from any process but the main process; a `worker_init_fn`.
+    """Ignore the signals that end a command, except SIGTERM from the main process; a `worker_init_fn`.
 
     A terminal and a scheduler signal all processes of a run, but the main process may need more batches to finish its
     step. It ends a worker through the loader's queue or by SIGTERM. A worker also ends when its main process has died,
@@ -193,7 +237,8 @@ def ignore_signals(worker: int) -> None:
     Args:
         worker: number of the worker.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()

@@ -1,5 +1,7 @@
 """Signals to the worker processes of a loader, and to the main process while it starts them."""
 
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -10,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from torch.utils.data import DataLoader, Dataset
 
 from gpdit_lightning import cli
+from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.cli import VERBS, main
-from gpdit_lightning.signals import SIGNALS, Termination, ignore_signals, signals_delayed
+from gpdit_lightning.signals import SIGNALS, TERMINATING, Termination, ignore_signals, signals_delayed
+from tests.cli.test_resume import recipe
 
 ROOT = Path(__file__).parents[1]
+LINES = "dict.fromkeys(signals.SIGNALS, 'stopped.')"
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs signal.sigtimedwait")
 
 
@@ -197,7 +203,7 @@ def test_a_signal_during_an_import_is_not_lost(number: signal.Signals, line: str
 def test_sigterm_ends_a_process_whose_main_thread_is_blocked(blocked: str) -> None:
     script = (
         "import ctypes, signal, time\nfrom gpdit_lightning import signals\n"
-        f"signals.RAISES_WITHIN, signals.ENDS_WITHIN = 0.2, 0.6\nwith signals.Termination('stopped.'):\n    {blocked}"
+        f"signals.RAISES_WITHIN, signals.ENDS_WITHIN = 0.2, 0.6\nwith signals.Termination({LINES}):\n    {blocked}"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=-1, stderr=-1, text=True, cwd=ROOT)
     assert process.stdout is not None
@@ -210,7 +216,7 @@ def test_sigterm_ends_a_process_whose_main_thread_is_blocked(blocked: str) -> No
 def test_a_process_that_has_left_the_block_is_not_ended() -> None:
     script = (
         "import signal, time\nfrom gpdit_lightning import signals\nsignals.RAISES_WITHIN = signals.ENDS_WITHIN = 0.2\n"
-        "try:\n    with signals.Termination('stopped.'): signal.raise_signal(signal.SIGTERM); time.sleep(60)\n"
+        "try:\n    with signals.Termination({15: ''}): signal.raise_signal(signal.SIGTERM); time.sleep(60)\n"
         "except KeyboardInterrupt: time.sleep(1)"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60).returncode == 0
@@ -219,6 +225,40 @@ def test_a_process_that_has_left_the_block_is_not_ended() -> None:
 def test_a_handler_of_sigterm_is_not_replaced() -> None:
     received: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    with Termination("stopped."):
+    with Termination(dict.fromkeys(SIGNALS, "stopped.")):
         signal.raise_signal(signal.SIGTERM)
     assert received == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("number", TERMINATING)
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_every_terminating_signal_interrupts_unless_it_is_ignored(number: int, is_ignored: bool) -> None:
+    """As SIGHUP is by nohup; the second SIGHUP, which a shell sends, does not interrupt what follows."""
+    signal.signal(number, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    termination = Termination(dict.fromkeys(SIGNALS, "stopped."))
+    try:
+        with termination:
+            signal.raise_signal(number)
+            assert is_ignored
+    except KeyboardInterrupt:
+        assert not is_ignored
+    assert termination.received == (0 if is_ignored else number)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_closed_terminal_is_saved(tiny_shards: Path, tmp_path: Path) -> None:
+    """The kernel sends SIGHUP, and every message to the terminal is an error from then on."""
+    settings = recipe(tiny_shards, tmp_path / "run") | {"checkpoint": {"every_steps": 10**6}}
+    settings["trainer"] |= {"max_steps": 10**6, "log_every_n_steps": 1, "enable_progress_bar": True}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "gpdit_lightning", "fit", f"--config={tmp_path}/recipe.yaml"])
+    deadline, printed = time.monotonic() + 120, b""
+    while b"it/s" not in printed and b"step" not in printed and time.monotonic() < deadline:
+        printed += os.read(terminal, 1000)
+    time.sleep(1)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert last_checkpoint(tmp_path / "run", verify=True) is not None

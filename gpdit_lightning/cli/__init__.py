@@ -5,7 +5,6 @@ import importlib
 import io
 import logging
 import os
-import select
 import signal
 import sys
 import traceback
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, TextIO
 from gpdit_lightning.cli.failures import DEBUG, describe, one_line_reports, shortened
 from gpdit_lightning.devices import rank_of_process
 from gpdit_lightning.names import ESCAPING, printable
-from gpdit_lightning.signals import Termination, exit_at_signals
+from gpdit_lightning.signals import TERMINATING, Termination, exit_at_signals, redirect_closed_outputs
 from gpdit_lightning.version import __version__
 
 
@@ -129,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         the exit status: 0; 1 if `inspect` found faults, or after an unexpected error; 2 after an error that the user
-        can correct; 130 after Ctrl-C; 143 after SIGTERM; 141 if the reader of the output has ended, as in
-        `... | head`.
+        can correct; 130 after Ctrl-C; 143 after SIGTERM, 129 after SIGHUP, 138 after SIGUSR1; 141 if the
+        reader of the output has ended, as in `... | head`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in words
@@ -144,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
         return status
     except BrokenPipeError:
-        if not _redirect_closed_output():
+        if not redirect_closed_outputs():
             raise
         return 128 + signal.SIGPIPE
     except OSError as error:  # of the standard output, such as a file on a full disk
@@ -172,7 +171,7 @@ def _main(words: Sequence[str], debug: bool) -> int:
     _show_log(rank)
     _configure_output()
     lines = _lines_when_stopped(name, rank)
-    termination = Termination(lines[signal.SIGTERM])
+    termination = Termination(lines)
     try:
         with termination:
             return run(name, rest)
@@ -185,7 +184,7 @@ def _main(words: Sequence[str], debug: bool) -> int:
         _print_last_line(f"{rank}error: {printable(sentence)}")
         return status
     except KeyboardInterrupt:
-        number = signal.SIGTERM if termination.received else signal.SIGINT
+        number = termination.received or signal.SIGINT
         _print_last_line(lines[number])
         return 128 + number
 
@@ -201,7 +200,8 @@ def _print_last_line(line: str) -> None:
 def _lines_when_stopped(name: str, rank: str) -> dict[int, str]:
     """Return the last line of a verb that a signal ends, for each signal, with the prefix of the rank."""
     kept = f": {VERBS[name].when_stopped}." if VERBS[name].when_stopped else "."
-    return {signal.SIGINT: f"{rank}stopped{kept}", signal.SIGTERM: f"{rank}stopped by SIGTERM{kept}"}
+    lines = {int(number): f"{rank}stopped by {number.name}{kept}" for number in TERMINATING}
+    return {int(signal.SIGINT): f"{rank}stopped{kept}"} | lines
 
 
 def _open_closed_output() -> None:
@@ -215,22 +215,6 @@ def _configure_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=ESCAPING, line_buffering=True)
-
-
-def _redirect_closed_output() -> bool:
-    """Redirect standard outputs without a reader to nowhere, since Python flushes them at exit.
-
-    Returns:
-        whether there is one.
-    """
-    closed = False
-    for descriptor in (1, 2):
-        poll = select.poll()
-        poll.register(descriptor, 0)
-        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            closed = True
-    return closed
 
 
 def run(name: str, arguments: Sequence[str]) -> int:

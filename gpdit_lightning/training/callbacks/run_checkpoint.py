@@ -35,7 +35,7 @@ PATIENCE_ALONE, PATIENCE = 3.0, 20.0
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves checkpoints in the run folder; after SIGTERM or SIGINT saves one and ends the training.
+    """Saves checkpoints in the run folder; after SIGTERM, SIGINT, SIGHUP or SIGUSR1 saves one and ends the training.
 
     A checkpoint is saved after a whole optimizer step and its validation, if there is one, so a resumed run has nothing
     of that step to repeat.

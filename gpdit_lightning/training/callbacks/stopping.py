@@ -1,4 +1,4 @@
-"""Handling of SIGTERM and SIGINT during training, and of the end of other ranks."""
+"""Handling of signals that end the training, and of the end of other ranks."""
 
 import atexit
 import ctypes
@@ -17,7 +17,14 @@ from typing import Any
 import torch.distributed
 from lightning import Trainer
 
-from gpdit_lightning.signals import ENDS_WITHIN, SIGNALS, SignalListener
+from gpdit_lightning.signals import (
+    ENDS_WITHIN,
+    REPEATED,
+    SIGNALS,
+    SignalListener,
+    is_ignored,
+    redirect_closed_outputs,
+)
 from gpdit_lightning.training.internals import launched_processes
 
 LAUNCHER = "GPDIT_LIGHTNING_LAUNCHER"  # environment variable: the id of the process that launched the other ranks
@@ -42,7 +49,7 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """Records the first SIGTERM or SIGINT for a loop that polls `received`; the second one ends the process at once.
+    """Records the first of `SIGNALS` for a loop that polls `received`; a second SIGINT or SIGTERM ends the process.
 
     A loop that waits for data does not poll: if it does so for `patience` seconds after the signal, an exception is
     raised in it.
@@ -70,7 +77,8 @@ class StopSignals:
         """Handle the signals from now on."""
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             return
-        self._previous_handlers = {number: signal.signal(number, self._record) for number in SIGNALS}
+        numbers = [number for number in SIGNALS if not (number == signal.SIGHUP and is_ignored(number))]  # by nohup
+        self._previous_handlers = {number: signal.signal(number, self._record) for number in numbers}
         self._listener.start()
 
     def restore(self) -> None:
@@ -82,15 +90,19 @@ class StopSignals:
             self._listener.close()
 
     def _record(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGHUP:
+            redirect_closed_outputs()
         self.received = self.received or signum
         if self._gives_up and self.waits():
             self._gives_up = False
             raise self.give_up(self.received)
 
     def _announce(self, number: int) -> None:
+        if number == signal.SIGHUP:
+            redirect_closed_outputs()
         if self.announce:
-            name = signal.Signals(number).name
-            print(f"\n{name}: finishing the step and saving; a second signal stops at once", file=sys.stderr)
+            second = "; a second signal stops at once" if number in REPEATED else ""
+            print(f"\n{signal.Signals(number).name}: finishing the step and saving{second}", file=sys.stderr)
         threading.Thread(target=self._watch, args=(number,), daemon=True).start()
 
     def _watch(self, number: int) -> None:

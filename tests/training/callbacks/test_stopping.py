@@ -13,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
-from gpdit_lightning.signals import SIGNALS
+from gpdit_lightning.signals import REPEATED, SIGNALS
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
@@ -59,7 +59,12 @@ def test_the_first_signal_is_recorded_and_the_second_ends_the_process(
     assert signals.received == 0
     os.kill(os.getpid(), number)
     assert signals.received == number
-    assert printed_within(10, f"{number.name}: finishing the step and saving; a second signal stops at once", capfd)
+    second = "; a second signal stops at once" * (number in REPEATED)
+    assert printed_within(10, f"{number.name}: finishing the step and saving{second}", capfd)
+    if number not in REPEATED:  # a shell repeats SIGHUP, and SLURM sends SIGTERM after SIGUSR1
+        for repeated in (number, signal.SIGTERM):
+            os.kill(os.getpid(), repeated)
+            time.sleep(0.2)
     assert exits == []
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.5)
@@ -114,7 +119,7 @@ def test_a_signal_ends_the_training_after_its_step_is_saved(
     callbacks = [SignalAt(2, number), EMA(), RunCheckpoint(every_steps=2)]
     with pytest.raises(Stopped) as caught:
         fit(GPDiTStage(tiny_config), data, tmp_path, 6, callbacks, **validation)
-    assert caught.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert caught.value.code == 128 + number
     assert last_checkpoint(tmp_path, verify=True) == tmp_path / "checkpoints/step-3.ckpt"
     assert [signal.getsignal(other) for other in SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
