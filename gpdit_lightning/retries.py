@@ -28,7 +28,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from gpdit_lightning.errors import ResourceError, TransientError
+from gpdit_lightning.errors import InputError, ResourceError, TransientError
 from gpdit_lightning.files import DISK_FULL_ERRORS
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ T = TypeVar("T")
 ATTEMPTS = 3
 RETRY_DELAYS = (0.2, 1.0)  # seconds before the second and the third attempt
 DOWNLOAD_DELAYS = (1.0, 4.0)  # the same for a download
-MAX_WAIT = 60.0  # seconds: the longest wait that a server may request
+MAX_WAIT = 30.0  # seconds: the longest wait that a server may request
 
 # Errors of the system that do not arise from the content of a file.
 RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, *DISK_FULL_ERRORS)
@@ -49,6 +49,7 @@ TRANSIENT_ERRORS = (
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
     *(errno.EACCES, errno.ENOMEM),
 )
+NOT_WRITABLE_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 CURES: dict[int | None, str] = {
     errno.ENOMEM: "free memory, or use fewer workers",
     errno.EACCES: "change its permissions",
@@ -113,6 +114,39 @@ def _is_content_to_blame(file: Path, number: int | None) -> bool:
         return True
     except OSError:
         return False
+
+
+@contextmanager
+def explain_write_errors(folder: Path, kept: str = "") -> Iterator[None]:
+    """Convert the errors of a file system in the block that writes to a folder.
+
+    Args:
+        folder: the folder.
+        kept: a sentence about what a failure leaves, for the message.
+
+    Raises:
+        ResourceError: the disk is full.
+        TransientError: writing failed for another reason that may pass, such as an I/O error.
+        InputError: the folder is not writable.
+    """
+    try:
+        yield
+    except OSError as error:
+        path, end = error.filename or folder, f" {kept}" if kept else ""
+        if error.errno in DISK_FULL_ERRORS:
+            raise ResourceError(
+                f"{folder} has no space left ({error.strerror}): free some space and run the same command again.{end}"
+            ) from None
+        if error.errno in NOT_WRITABLE_ERRORS:
+            raise InputError(
+                f"{path} cannot be written to ({error.strerror}): give another --out or change the permissions.{end}"
+            ) from None
+        if error.errno in TRANSIENT_ERRORS:
+            raise TransientError(
+                f"{path} could not be written or read ({error.strerror}): check its disk or the network, and run the "
+                f"same command again.{end}"
+            ) from None
+        raise
 
 
 def memory_error(

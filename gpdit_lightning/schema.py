@@ -4,6 +4,7 @@ A schema is a `Constraint`, a dict of schemas (an object with at least these fie
 non-empty list whose elements all match it).
 """
 
+import hashlib
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from gpdit_lightning.errors import InputError
 
 MAX_JSON_BYTES = 2**27  # size of a JSON file
 MAX_JSON_CONTAINERS = 2**22  # arrays and objects of a JSON file, each of which takes more memory than bytes in the file
+CONTENT_HASH = "content_sha256"
 MAX_SHOWN_CHARACTERS = 200  # of a value in a message
 
 # A value of a file may have containers within containers without end, by references.
@@ -78,6 +80,30 @@ def parse_json(content: bytes, file: str, cure: str) -> Any:
         raise InputError(f"{file} is not readable JSON (it is nested too deeply): {cure}.") from None
     except ValueError as error:
         raise InputError(f"{file} is not readable JSON ({error}): {cure}.") from None
+
+
+def content_hash(content: dict[str, Any]) -> str:
+    """Return the sha256 of JSON content without its field `CONTENT_HASH`, whatever its spaces and its order."""
+    rest = {name: value for name, value in content.items() if name != CONTENT_HASH}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_content_hash(content: dict[str, Any], file: str, cure: str) -> None:
+    """Check the hash that a file has of its content, if it has one; files of earlier versions have none.
+
+    Args:
+        content: the content as `parse_json` returns it.
+        file: the file's path, for the message.
+        cure: what the user should do, for the message.
+
+    Raises:
+        InputError: the hash differs.
+    """
+    if CONTENT_HASH in content and (actual := content_hash(content)) != content[CONTENT_HASH]:
+        raise InputError(
+            f"{file} records the hash {shown(content[CONTENT_HASH])} of its content, which has {actual}, so it was "
+            f"damaged or edited: {cure}."
+        )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

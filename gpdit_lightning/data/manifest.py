@@ -20,6 +20,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write, read_bounded
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import (
+    CONTENT_HASH,
     COUNT,
     LIST,
     MAX_JSON_BYTES,
@@ -30,6 +31,8 @@ from gpdit_lightning.schema import (
     TEXT,
     Constraint,
     check,
+    check_content_hash,
+    content_hash,
     one_of,
     parse_json,
     shown,
@@ -63,7 +66,6 @@ MAX_SIDE = 2**16
 MAX_SHARD_BYTES = 2**50
 TAR_BLOCK = 512  # bytes: of a header of a member, and the unit of its content
 NPY_HEADER_BYTES = 128
-CONTENT_HASH = "content_sha256"
 
 FOUR_SIZES = Constraint(
     f"a list of four positive integers of at most {MAX_SIDE}",
@@ -158,8 +160,24 @@ class ShardEntry:
         return "flipped_mean" in self.arrays
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "ShardEntry":
-        """Return the entry of the JSON object that `to_dict` returned."""
+    def from_dict(cls, content: Any, name: str, file: str) -> "ShardEntry":
+        """Return the entry of the JSON object that `to_dict` returned.
+
+        Args:
+            content: the object, of any type.
+            name: its path in the file, for messages.
+            file: the file's path, for messages.
+
+        Raises:
+            InputError: a field is missing, unknown or invalid.
+        """
+        check(content, SHARD_SCHEMA, name, file, PREPARE_AGAIN)
+        _check_no_unknown_fields(content, SHARD_SCHEMA | {"arrays": LIST}, f"{name}.", file)
+        if "arrays" in content and content["arrays"] not in map(list, ARRAYS):
+            raise InputError(
+                f"{file} has {name}.arrays = {shown(content['arrays'])}, which are unknown: {PREPARE_AGAIN}."
+            )
+        _check_paths(content, name, file)
         lists: dict[str, Any] = {name: tuple(content[name]) for name in ("shape", "arrays") if name in content}
         return cls(**content | lists)
 
@@ -219,7 +237,7 @@ class Manifest:
         content = {"format": FORMAT} | {name: getattr(self, name) for name in SCHEMA if name != "format"}
         content["codec"] = self.codec.to_dict()
         content["shards"] = [shard.to_dict() for shard in self.shards]
-        content[CONTENT_HASH] = _content_hash(json.loads(json.dumps(content)))
+        content[CONTENT_HASH] = content_hash(json.loads(json.dumps(content)))
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         _parse(parse_json(text.encode(), str(self.path), PREPARE_AGAIN), self.path)
         with atomic_write(self.path) as temporary:
@@ -325,34 +343,39 @@ def _parse(content: Any, path: Folder) -> Manifest:
 
 def _parse_shard(entry: Any, number: int, codec: CodecSpec, path: Folder) -> ShardEntry:
     name = f"shards[{number}]"
-    check(entry, SHARD_SCHEMA, name, str(path), PREPARE_AGAIN)
-    _check_no_unknown_fields(entry, SHARD_SCHEMA | {"arrays": LIST}, f"{name}.", path)
-    if "arrays" in entry and entry["arrays"] not in map(list, ARRAYS):
-        raise InputError(f"{path} has {name}.arrays = {shown(entry['arrays'])}, which are unknown: {PREPARE_AGAIN}.")
+    parsed = ShardEntry.from_dict(entry, name, str(path))
+    if parsed.shape[1] != codec.latent_channels:
+        raise InputError(
+            f"{path} has {name}.shape = {list(parsed.shape)} with {parsed.shape[1]} channels where its codec has "
+            f"{codec.latent_channels}: {PREPARE_AGAIN}."
+        )
+    return parsed
+
+
+def _check_paths(entry: dict[str, Any], name: str, file: str) -> None:
+    """Check that an entry names files in the manifest's folder, and agrees with the name of the shard.
+
+    Args:
+        entry: the entry, of valid types.
+        name: its path in the file, for messages.
+        file: the file's path, for messages.
+    """
     for field_name in ("path", "index"):
         relative = PurePosixPath(entry[field_name])
         if relative.is_absolute() or ".." in relative.parts or not relative.name:
             raise InputError(
-                f"{path} has {name}.{field_name} = {shown(entry[field_name])}, which is outside the manifest's folder: "
+                f"{file} has {name}.{field_name} = {shown(entry[field_name])}, which is outside the manifest's folder: "
                 f"{PREPARE_AGAIN}."
             )
-    shape = tuple(entry["shape"])
-    if shape[1] != codec.latent_channels:
-        raise InputError(
-            f"{path} has {name}.shape = {list(shape)} with {shape[1]} channels where its codec has "
-            f"{codec.latent_channels}: {PREPARE_AGAIN}."
-        )
     if named := SHARD_NAME.fullmatch(PurePosixPath(entry["path"]).name.removesuffix(".tar")):
-        stated = {"split": entry["split"], "kind": entry["kind"]} | dict(
-            zip(("frames", "height", "width"), map(str, (shape[0], *shape[2:])), strict=True)
-        )
+        frames, _, height, width = map(str, entry["shape"])
+        stated = {"split": entry["split"], "kind": entry["kind"], "frames": frames, "height": height, "width": width}
         for field_name, value in stated.items():
             if named[field_name] != value:
                 raise InputError(
-                    f"{path} has {name}.path = {shown(entry['path'])} with the {field_name} {value}, which is not that "
-                    f"of its name: copy the manifest again or {PREPARE_AGAIN}."
+                    f"{file} has {name}.path = {shown(entry['path'])} with the {field_name} {value}, which is not that "
+                    f"of its name: copy the file again or {PREPARE_AGAIN}."
                 )
-    return ShardEntry.from_dict(entry)
 
 
 def _check_content(content: dict[str, Any], manifest: Manifest, path: Folder) -> None:
@@ -367,21 +390,11 @@ def _check_content(content: dict[str, Any], manifest: Manifest, path: Folder) ->
                 f"{path} states {shard.bytes} bytes for {shard.path}, but {shard.count} samples of shape "
                 f"{list(shard.stored_shape)} take at least {least}: copy the manifest again or {PREPARE_AGAIN}."
             )
-    if CONTENT_HASH in content and (actual := _content_hash(content)) != content[CONTENT_HASH]:
-        raise InputError(
-            f"{path} records the hash {content[CONTENT_HASH]} of its content, which has {actual}, so it was damaged or "
-            "edited: copy it again, or delete it and run the command again that prepared these data; `prepare` encodes "
-            "nothing twice."
-        )
+    cure = "copy it again, or delete it and run the same preparation again; `prepare` encodes nothing twice"
+    check_content_hash(content, str(path), cure)
 
 
-def _content_hash(content: dict[str, Any]) -> str:
-    """Return the sha256 of the content of a manifest without its hash, whatever its spaces and its order."""
-    rest = {name: value for name, value in content.items() if name != CONTENT_HASH}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _check_no_unknown_fields(content: dict[str, Any], schema: dict[str, Any], prefix: str, path: Folder) -> None:
+def _check_no_unknown_fields(content: dict[str, Any], schema: dict[str, Any], prefix: str, path: object) -> None:
     for name in content:
         if name not in schema:
             raise InputError(f"{path} has the unknown field {prefix}{shown(name)[1:-1]}: remove it or {PREPARE_AGAIN}.")

@@ -15,7 +15,7 @@ BLOCK_BYTES = 2**22  # most bytes per read
 SLOW_SECONDS = 20.0  # of waiting, after each of which the rate is checked
 LEAST_BYTES_PER_SECOND = 1024
 SILENT_SECONDS = 30.0  # without data, after which a reply over HTTP is given up
-PERMANENT_STATUSES = (400, 401, 403, 405, 407, 410, 414, 451)  # of HTTP, besides 404
+PERMANENT_STATUSES = (401, 403, 405, 407, 410, 414, 451)  # of HTTP, besides 404; aiohttp calls broken replies 400
 
 
 @dataclass(frozen=True)

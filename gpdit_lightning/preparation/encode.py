@@ -4,7 +4,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.manifest import LATENT_ONLY, SHARD_NAME, ArrayName, Kind, ShardEntry, Split
 from gpdit_lightning.data.shard_writer import ShardSetWriter
-from gpdit_lightning.data.shards import Shape, ShardReader, build_index, shard_entry
+from gpdit_lightning.data.shards import Shape, ShardReader, build_index, index_path, shard_entry
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.finding import LeftOut
 from gpdit_lightning.names import as_text
@@ -85,9 +85,16 @@ def encode_part(
         progress: progress bar to update.
 
     Raises:
-        InputError: a complete shard of this part is damaged.
+        InputError: a complete shard of this part is damaged, or has samples of other input files.
     """
     complete, stored = complete_shards(part, options, codec.latent_channels)
+    names = {file.name for file in files}
+    for id in stored:
+        if names.isdisjoint((id.source, *map(str, PurePosixPath(id.source).parents))):  # a parent may be a tar
+            raise InputError(
+                f"the shards of part {part} in {options.out} have a sample of {id.source}, which is no input file of "
+                f"that part: delete *-{part:05d}-*.tar there and run the same command again."
+            )
     with ShardSetWriter(options.out, options.shard_size, part, complete) as writer:
         encoder = PartEncoder(files, options, codec, stored, writer, progress)
         for item in read_clips(files, options, codec.temporal_factor, workers, stored.keys()):
@@ -237,7 +244,12 @@ def complete_shards(
             reader = ShardReader(folder, entry)
             for number in range(entry.count):
                 _, metadata = reader.read(number)
-                samples[SampleId.from_metadata(metadata)] = StoredSample(entry.split, metadata.get("label"))
+                if (id := SampleId.from_metadata(metadata)) in samples:
+                    raise InputError(
+                        f"{path} has a sample of {id.source} that another shard of its part has: delete it and run the "
+                        "same command again."
+                    )
+                samples[id] = StoredSample(entry.split, metadata.get("label"))
             shards.append(entry)
     return shards, samples
 
@@ -248,6 +260,8 @@ def _shard_entry(path: Path, channels: int, options: PrepareOptions) -> ShardEnt
     assert name is not None
     shape = (int(name["frames"]), channels, int(name["height"]), int(name["width"]))
     arrays = stored_arrays(options, name["kind"])  # type: ignore[arg-type]
+    if not index_path(path).is_file():
+        raise InputError(f"{path} has no index {index_path(path).name}: delete it and run the same command again.")
     index = build_index(path, (shape[0], len(arrays) * channels, *shape[2:]))
     entry = shard_entry(path, name["split"], name["kind"], shape, len(index), arrays)  # type: ignore[arg-type]
     if not np.array_equal(index, ShardReader(path.parent, entry).index):

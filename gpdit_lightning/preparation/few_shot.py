@@ -24,6 +24,7 @@ from gpdit_lightning.options.prepare_pairs import PreparePairsOptions
 from gpdit_lightning.preparation.pairs import Pair, pair_folders, pairs_from_folder, pairs_from_folders, split_pairs
 from gpdit_lightning.preparation.records import USE_ANOTHER_FOLDER
 from gpdit_lightning.progress import progress_bar
+from gpdit_lightning.retries import explain_write_errors
 from gpdit_lightning.specs import CodecSpec
 
 INPUT_OPTIONS = ("sources", "targets", "pairs_in")
@@ -58,6 +59,11 @@ def prepare_pairs(options: PreparePairsOptions) -> Manifest:
             contains other data or is not writable.
     """
     check_options(options)
+    with explain_write_errors(options.out):
+        return _prepare_pairs(options)
+
+
+def _prepare_pairs(options: PreparePairsOptions) -> Manifest:
     task, size = find_task(options.task), parse_size(options.size)
     codec = load_codec(options.codec, options.codec_source, available_device(options.device))
     codec.check_frame_size(*size)

@@ -5,7 +5,6 @@ The input files are divided into parts (`records.py`). A process locks a part (`
 number of machines, can run the same command at once, and a killed process can be restarted.
 """
 
-import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,8 +15,9 @@ from typing import Any, Literal, get_args
 
 from gpdit_lightning.codecs import Codec, find_codec
 from gpdit_lightning.data.manifest import FILE_NAME, NOTES_NAME, SKIPPED_NAME, Manifest, Split
+from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import DISK_FULL_ERRORS, atomic_write
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.finding import LeftOut
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.names import as_text
@@ -33,12 +33,13 @@ from gpdit_lightning.preparation import shots
 from gpdit_lightning.preparation.input_files import FileFormat, InputFile, Inputs, find_inputs
 from gpdit_lightning.preparation.parts import encode_parts, load_checked_codec
 from gpdit_lightning.preparation.records import PartResult, Records
+from gpdit_lightning.retries import explain_write_errors
 
 # Options that do not determine the content of a sample; the weights of the codec may be moved.
 INPUT_OPTIONS = names_of(InputOptions, HeldOutInputOptions)
 RUN_OPTIONS = (*names_of(OutputOptions, ProcessOptions), "codec_source")
 IMAGES_PER_VIDEO, VIDEOS_PER_TAR = 16, 64  # `part_size` is a number of videos: part sizes of the other formats
-NOT_WRITABLE_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+KEPT = "Complete shards are kept."
 
 
 def prepare(options: PrepareOptions) -> Manifest | None:
@@ -57,9 +58,11 @@ def prepare(options: PrepareOptions) -> Manifest | None:
     """
     check_options(options)
     records = Records(options.out)
+    with explain_write_errors(options.out, KEPT):
+        records.check_parts()
     with _explain_read_errors():
         inputs = _find_inputs(options, records)
-    with _explain_write_errors(options.out):
+    with explain_write_errors(options.out, KEPT):
         return _prepare(options, records, inputs)
 
 
@@ -195,6 +198,7 @@ def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, c
         labels=_label_names(previous, inputs, results),
         skipped=len(skipped),
     )
+    _check_new_shards(manifest, previous)
     if previous is not None and previous.shards != manifest.shards:
         with atomic_write(options.out / f"manifest-{previous.fingerprint()[:16]}.json") as temporary:
             shutil.copyfile(options.out / FILE_NAME, temporary)
@@ -204,6 +208,25 @@ def _write_manifest(options: PrepareOptions, records: Records, inputs: Inputs, c
             temporary.write_text("".join(lines), encoding="utf-8")
     manifest.save()
     return manifest
+
+
+def _check_new_shards(manifest: Manifest, previous: Manifest | None) -> None:
+    """Raise InputError if a shard that is not in the previous manifest is missing, or is not that of its result.
+
+    The index has the hash that the result records, and the first and last samples agree with it and with their places.
+    """
+    known = set(previous.shards) if previous else set()
+    for entry in manifest.shards:
+        if entry not in known:
+            reader = ShardReader(manifest.directory, entry)
+            try:
+                for number in {0, entry.count - 1}:
+                    reader.read(number)
+            except DamagedSampleError as error:
+                raise InputError(
+                    f"{error} If there is no other copy, delete {entry.path} and {entry.index} and run the same "
+                    "command again."
+                ) from None
 
 
 def _label_names(previous: Manifest | None, inputs: Inputs, results: list[PartResult]) -> tuple[str, ...]:
@@ -248,22 +271,3 @@ def _explain_read_errors() -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.") from None
-
-
-@contextmanager
-def _explain_write_errors(out: Path) -> Iterator[None]:
-    """Convert errors of a full or read-only file system in the block to InputErrors about the output folder."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in DISK_FULL_ERRORS:
-            raise InputError(
-                f"{out} has no space left ({error.strerror}): free some space and run the same command again. Complete "
-                "shards are kept."
-            ) from None
-        if error.errno in NOT_WRITABLE_ERRORS:
-            raise InputError(
-                f"{error.filename or out} cannot be written to ({error.strerror}): give another --out or change the "
-                "permissions. Complete shards are kept."
-            ) from None
-        raise

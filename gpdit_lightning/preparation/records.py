@@ -6,30 +6,71 @@ between, the complete shards of the part record its progress. The records are in
 manifest:
 
     options.json             options and codec that determine the shards
-    part-00000.sources.jsonl input files of a part, in order
+    part-00000.sources.jsonl input files of a part, in order; then the number of the part and a hash of these lines
     part-00000.json          result of a part
+
+Every file has a hash of its content; those of earlier versions have none. A list that is damaged, missing or that of
+another part is refused, since the parts and their order cannot be known without it. A result that is damaged, or whose
+shards are missing, is removed: the part is then encoded again, except for the samples in its complete shards.
 """
 
+import builtins
+import hashlib
 import json
+import logging
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from gpdit_lightning.data.manifest import Kind, ShardEntry, Split
+from gpdit_lightning.data.manifest import SHARD_NAME, Kind, ShardEntry, Split
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, process_lock
+from gpdit_lightning.files import atomic_write, process_lock, read_bounded
 from gpdit_lightning.media.finding import LeftOut
 from gpdit_lightning.options.prepare import PrepareOptions
 from gpdit_lightning.preparation.input_files import FileFormat, HashedValue, InputFile
+from gpdit_lightning.retries import retried, transient_error
+from gpdit_lightning.schema import (
+    CONTENT_HASH,
+    COUNT,
+    LIST,
+    MAX_JSON_BYTES,
+    OBJECT,
+    TEXT,
+    Constraint,
+    check,
+    check_content_hash,
+    content_hash,
+    one_of,
+    parse_json,
+)
 from gpdit_lightning.specs import CodecSpec
+
+log = logging.getLogger(__name__)
 
 FOLDER_NAME = "preparation"
 USE_ANOTHER_FOLDER = "give another --out or delete that folder"
+COPY_AGAIN = "copy it again, or give another --out"
 LOCK_RETRY_SECONDS = 0.1
+PART_FILE = re.compile(r"part-(\d{5})(\.sources\.jsonl|\.json)")
+
+TEXTS = Constraint("a list of strings", lambda value: isinstance(value, list) and all(map(TEXT.accepts, value)))
+SPLIT_OR_NULL = Constraint("train, validation or null", lambda value: value in ("train", "validation", None))
+FLAG = Constraint("true or false", lambda value: isinstance(value, bool))
+FILE_SCHEMA: dict[str, Any] = {
+    **{"name": TEXT, "kind": one_of(*get_args(Kind)), "split": SPLIT_OR_NULL, "bytes": COUNT},
+    **{"place": TEXT, "reason": TEXT},
+}
+OPTIONAL_FILE_SCHEMA: dict[str, Any] = {"hashed": one_of(*get_args(HashedValue)), "is_tar": FLAG}
+LEFT_OUT_SCHEMA: dict[str, Any] = {"source": TEXT, "reason": TEXT}
+RESULT_SCHEMA: dict[str, Any] = {
+    **{"shards": LIST, "used": dict.fromkeys(get_args(Split), COUNT), "labels": TEXTS},
+    **{"skipped": LIST, "lost": TEXTS},
+}
 
 
 @dataclass(frozen=True)
@@ -78,9 +119,10 @@ class RecordedFile:
         )
 
     @classmethod
-    def from_json(cls, line: str) -> "RecordedFile":
-        """Parse a line of `part-*.sources.jsonl`."""
-        values = json.loads(line)
+    def from_json(cls, line: "builtins.bytes", name: str) -> "RecordedFile":
+        """Parse a line of `part-*.sources.jsonl`; `name` is that of the line in messages."""
+        values = check(parse_json(line, name, COPY_AGAIN), FILE_SCHEMA, "", name, COPY_AGAIN)
+        check(values, {key: OPTIONAL_FILE_SCHEMA[key] for key in values.keys() - FILE_SCHEMA}, "", name, COPY_AGAIN)
         is_tar = values.pop("is_tar", values["split"] is None)  # older versions: tars have no split
         return cls(path_hash=values.pop("place"), is_tar=is_tar, **values)
 
@@ -126,8 +168,14 @@ class Records:
 
     @property
     def parts(self) -> range:
-        """Numbers of all parts."""
-        return range(len(list(self.folder.glob("part-*.sources.jsonl"))))
+        """Numbers of all parts; raises InputError if the list of one of them is missing."""
+        lists, results = set[int](), set[int]()
+        for path in self.folder.glob("part-*.json*"):
+            if match := PART_FILE.fullmatch(path.name):
+                (results if match[2] == ".json" else lists).add(int(match[1]))
+        if missing := {*range(max(lists | results, default=-1) + 1)} - lists:
+            raise InputError(f"{self._files_path(min(missing))} is missing, though later parts exist: {COPY_AGAIN}.")
+        return range(len(lists))
 
     @property
     def unfinished_parts(self) -> list[int]:
@@ -162,12 +210,12 @@ class Records:
         if shard := next(self.out.glob("*.tar"), None):
             raise InputError(f"{shard} was not written by this command: give another --out.")
         with atomic_write(self._options_path) as temporary:
-            content = {"options": options, "codec": codec.to_dict()}
+            content = _with_hash({"options": options, "codec": codec.to_dict()})
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise InputError if the recorded options differ."""
-        recorded = _read(self._options_path)["options"]
+        recorded = self._recorded_settings()["options"]
         defaults = {field.name: field.default for field in fields(PrepareOptions)}  # of options added since then
         for name, value in json.loads(json.dumps(options)).items():
             before = recorded.get(name, defaults[name])
@@ -179,7 +227,7 @@ class Records:
 
     def check_codec(self, codec: CodecSpec) -> None:
         """Raise InputError if the recorded codec is another one."""
-        recorded = CodecSpec.from_dict(_read(self._options_path)["codec"], str(self._options_path), USE_ANOTHER_FOLDER)
+        recorded = CodecSpec.from_dict(self._recorded_settings()["codec"], str(self._options_path), USE_ANOTHER_FOLDER)
         recorded.check_same(codec, f"the shards of {self.out}", "this preparation", USE_ANOTHER_FOLDER)
 
     def add_parts(self, files: Sequence[InputFile], size: int) -> None:
@@ -187,30 +235,109 @@ class Records:
         number, remaining = len(self.parts), iter(files)
         while batch := list(islice(remaining, size)):
             with atomic_write(self._files_path(number)) as temporary, temporary.open("w", encoding="utf-8") as output:
-                output.writelines(RecordedFile.from_input_file(file).to_json() + "\n" for file in batch)
+                lines = "".join(RecordedFile.from_input_file(file).to_json() + "\n" for file in batch)
+                end = {"part": number, "files": len(batch), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+                output.write(f"{lines}{json.dumps(end)}\n")
             number += 1
 
     def files_of_part(self, part: int) -> list[RecordedFile]:
-        """Return the input files of a part, in order."""
-        with self._files_path(part).open(encoding="utf-8") as lines:
-            return [RecordedFile.from_json(line) for line in lines]
+        """Return the input files of a part, in order; raises InputError if its list is damaged."""
+        path = self._files_path(part)
+        lines = _read_bytes(path).splitlines(keepends=True)
+        end = parse_json(lines[-1], f"{path} line {len(lines)}", COPY_AGAIN) if lines else None
+        if isinstance(end, dict) and "sha256" in end:
+            lines.pop()
+            actual = {"part": part, "files": len(lines), "sha256": hashlib.sha256(b"".join(lines)).hexdigest()}
+            if end != actual:
+                raise InputError(f"{path} was damaged or edited (it has {actual} and records {end}): {COPY_AGAIN}.")
+        elif self._has_hashes or not lines:
+            raise InputError(f"{path} lacks its last line, with the hash of the others: {COPY_AGAIN}.")
+        files = [RecordedFile.from_json(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+        names = {file.name for file in files}
+        if len(names) < len(files):
+            raise InputError(f"{path} lists {len(files)} files with {len(names)} names: {COPY_AGAIN}.")
+        return files
 
     def is_finished(self, part: int) -> bool:
         """Return whether all shards of a part are complete."""
         return self._result_path(part).exists()
 
     def result(self, part: int) -> PartResult:
-        """Return the result of a finished part."""
-        content = _read(self._result_path(part))
-        entries = map(ShardEntry.from_dict, content["shards"])
+        """Return the result of a finished part; raises InputError if it is damaged or that of another part."""
+        path = self._result_path(part)
+        content = check(_read(path, self._has_hashes), RESULT_SCHEMA, "", str(path), COPY_AGAIN)
+        if content.get("part", part) != part:
+            raise InputError(f"{path} is the result of part {content['part']}: {COPY_AGAIN}.")
+        shards = [
+            ShardEntry.from_dict(entry, f"shards[{number}]", str(path))
+            for number, entry in enumerate(content["shards"])
+        ]
+        for entry in shards:
+            named = SHARD_NAME.fullmatch(entry.path.removesuffix(".tar"))
+            if named is None or named["part"] != f"{part:05d}":
+                raise InputError(f"{path} lists {entry.path}, which is not of part {part}: {COPY_AGAIN}.")
         return PartResult(
-            shards=tuple(entries),
+            shards=tuple(shards),
             used=content["used"],
             labels=tuple(content["labels"]),
-            skipped=tuple(LeftOut(**entry) for entry in content["skipped"]),
-            notes=tuple(LeftOut(**entry) for entry in content.get("notes", ())),
+            skipped=tuple(left_out(entry, str(path)) for entry in content["skipped"]),
+            notes=tuple(left_out(entry, str(path)) for entry in content.get("notes", ())),
             without_samples=tuple(content["lost"]),
         )
+
+    def check_parts(self) -> None:
+        """Check the lists of all parts, and remove results that are damaged or whose shards are missing.
+
+        The parts of removed results are then unfinished.
+
+        Raises:
+            InputError: a list is damaged, or an input file is in two parts.
+        """
+        earlier: dict[str, int] = {}
+        without_samples: dict[int, frozenset[str]] = {}
+        for part in self.parts:
+            files = self.files_of_part(part)
+            for file in files:
+                before = earlier.get(file.name)
+                if before is not None and file.name not in without_samples.get(before, frozenset()):
+                    raise InputError(
+                        f"{self._files_path(part)} lists {file.name}, which part {before} contains: {COPY_AGAIN}."
+                    )
+                earlier[file.name] = part
+            if result := self._usable_result(part):
+                without_samples[part] = frozenset(result.without_samples)
+                used = sum(result.used.values())  # of a tar, its images
+                if not files[0].is_tar and used + len(result.without_samples) != len(files):
+                    raise InputError(
+                        f"{self._files_path(part)} lists {len(files)} files, but {self._result_path(part)} is the "
+                        f"result of {used + len(result.without_samples)}: {COPY_AGAIN}."
+                    )
+
+    def _usable_result(self, part: int) -> PartResult | None:
+        """Return the result of a part; remove it if it is damaged, or if a shard is missing or has another size."""
+        if not self.is_finished(part):
+            return None
+        try:
+            result = self.result(part)
+            self._check_shards(part, result)
+        except InputError as error:
+            log.warning("part %d is completed again, since its result cannot be used: %s", part, error)
+            self._result_path(part).unlink(missing_ok=True)
+            return None
+        return result
+
+    def _check_shards(self, part: int, result: PartResult) -> None:
+        """Raise InputError if a shard of a result is missing or has another size, or if the result lacks a shard."""
+        for entry in result.shards:
+            for name, size in ((entry.path, entry.bytes), (entry.index, None)):
+                path = self.out / name
+                if not path.is_file() or size not in (None, path.stat().st_size):
+                    raise InputError(f"{path} is missing or has another size than {size}: copy it again.")
+        if not self._has_hashes:  # a result of an earlier version may have lost entries
+            listed = {entry.path for entry in result.shards}
+            for path in self.out.glob(f"*-{part:05d}-?????.tar"):
+                if path.name not in listed and SHARD_NAME.fullmatch(path.stem):
+                    raise InputError(f"{self._result_path(part)} does not list {path.name}: {COPY_AGAIN}.")
 
     def record_result(self, part: int, result: PartResult) -> None:
         """Record the result of a part whose shards are all complete."""
@@ -219,7 +346,8 @@ class Records:
         values["shards"] = [shard.to_dict() for shard in result.shards]
         values["lost"] = values.pop("without_samples")
         with atomic_write(self._result_path(part)) as temporary:
-            temporary.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+            content = _with_hash({"part": part} | values)
+            temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
     @contextmanager
     def lock_part(self, part: int) -> Iterator[PartLock]:
@@ -247,6 +375,15 @@ class Records:
                     time.sleep(LOCK_RETRY_SECONDS)
             yield
 
+    def _recorded_settings(self) -> dict[str, Any]:
+        path = self._options_path
+        return check(_read(path), {"options": OBJECT, "codec": OBJECT}, "", str(path), COPY_AGAIN)
+
+    @property
+    def _has_hashes(self) -> bool:
+        """Whether all records have hashes, since this or a later version wrote the first of them."""
+        return CONTENT_HASH in self._recorded_settings()
+
     @property
     def _options_path(self) -> Path:
         return self.folder / "options.json"
@@ -258,8 +395,30 @@ class Records:
         return self.folder / f"part-{part:05d}.json"
 
 
-def _read(path: Path) -> Any:
+def left_out(content: Any, name: str) -> LeftOut:
+    """Return the entry of a JSON object of `LeftOut.to_json`; raises InputError, with `name`, if it is invalid."""
+    values = check(content, LEFT_OUT_SCHEMA, "", name, COPY_AGAIN)
+    retry = check(values.get("retry", False), FLAG, "retry", name, COPY_AGAIN)
+    return LeftOut(values["source"], values["reason"], retry)
+
+
+def _with_hash(content: dict[str, Any]) -> dict[str, Any]:
+    return content | {CONTENT_HASH: content_hash(json.loads(json.dumps(content)))}
+
+
+def _read(path: Path, needs_hash: bool = False) -> dict[str, Any]:
+    """Read a record; raises InputError if it is damaged, or lacks the hash of its content and needs one."""
+    content = check(parse_json(_read_bytes(path), str(path), COPY_AGAIN), OBJECT, "", str(path), COPY_AGAIN)
+    if needs_hash:
+        check(content, {CONTENT_HASH: TEXT}, "", str(path), COPY_AGAIN)
+    check_content_hash(content, str(path), COPY_AGAIN)
+    return content
+
+
+@retried
+def _read_bytes(path: Path) -> bytes:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not readable JSON ({error}): copy it again, or give a new --out.") from None
+        return read_bounded(path, MAX_JSON_BYTES)
+    except OSError as error:
+        unreadable = InputError(f"{path} cannot be read ({error.strerror}): {COPY_AGAIN}.")
+        raise transient_error(error, path) or unreadable from None

@@ -1,15 +1,18 @@
 """Summary of prepared data as a table."""
 
-import json
+import io
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from gpdit_lightning.data.manifest import NOTES_NAME, SKIPPED_NAME, Manifest
+from gpdit_lightning.files import open_regular
 from gpdit_lightning.media.finding import LeftOut
 from gpdit_lightning.names import printable
 from gpdit_lightning.preparation.input_files import MIN_HELD_OUT
+from gpdit_lightning.preparation.records import left_out
+from gpdit_lightning.schema import parse_json
 
 FEW_HELD_OUT = " and not trained on (few for a validation loss: add files, or train on all by --validation_fraction 0)"
 MAX_SHOWN = 10  # skipped inputs, and notes
@@ -26,7 +29,7 @@ def summary(manifest: Manifest) -> str:
     for (kind, shape, split), (shards, count, size) in sorted(totals.items()):
         lines.append(f"{kind:<8} {shape:<16} {split:<11} {shards:>6} {count:>8} {size / 1e6:>9.1f}")
     of_pairs = any(shard.kind == "sequence" for shard in manifest.shards)
-    training, held_out = (manifest.validation[f"{split}_sources"] for split in ("train", "validation"))
+    training, held_out = (manifest.validation.get(f"{split}_sources", 0) for split in ("train", "validation"))
     few = FEW_HELD_OUT if not of_pairs and 0 < held_out < MIN_HELD_OUT else ""
     sources = "pairs" if of_pairs else "input files"
     lines.append(f"{sources}: {training} for training, {held_out} held out for validation{few}")
@@ -40,11 +43,16 @@ def summary(manifest: Manifest) -> str:
 
 
 def read_left_out(path: Path) -> Iterator[LeftOut]:
-    """Yield the entries of `skipped.jsonl` or `notes.jsonl`; none if the file does not exist, as in a partial copy."""
+    """Yield the entries of `skipped.jsonl` or `notes.jsonl`; none if the file does not exist, as in a partial copy.
+
+    Raises:
+        InputError: a line is no such entry.
+    """
     if path.exists():
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                yield LeftOut(**json.loads(line))
+        with open_regular(path) as file:
+            for number, line in enumerate(io.BufferedReader(file), start=1):
+                name = f"{path} line {number}"
+                yield left_out(parse_json(line, name, "copy the file again"), name)
 
 
 def _first_entries(path: Path) -> list[str]:
@@ -52,4 +60,4 @@ def _first_entries(path: Path) -> list[str]:
 
 
 def _count_lines(path: Path) -> int:
-    return sum(1 for _ in path.open("rb")) if path.exists() else 0
+    return sum(1 for _ in io.BufferedReader(open_regular(path))) if path.exists() else 0

@@ -2,6 +2,7 @@ import asyncio
 import errno
 import gc
 import hashlib
+import itertools
 import logging
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -31,11 +33,12 @@ from upath import UPath
 
 from gpdit_lightning import retries
 from gpdit_lightning.data import cache as cache_module
+from gpdit_lightning.data.batches import Bucket
 from gpdit_lightning.data.cache import CacheConfig, ShardCache
 from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.data.remote import RemoteFile
+from gpdit_lightning.data.remote import RemoteFile, _download_error, _not_too_slow, read_blocks
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.files import process_lock, sha256_of
 
 fork = multiprocessing.get_context("fork")
@@ -666,3 +669,73 @@ def test_a_missing_shard_is_not_a_damaged_sample(
     with pytest.raises(InputError, match=r"\.tar does not exist") as caught:
         reader.read(0)
     assert not isinstance(caught.value, DamagedSampleError)
+
+
+@pytest.mark.parametrize("fault", ["torn", "short", "empty", "refused"])
+def test_a_failed_request_for_a_manifest_is_repeated(
+    server: Server, remote: tuple[Manifest, str], caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    server.faults["/latents/manifest.json"] = [fault]
+    assert Manifest.load(remote[1]).fingerprint() == remote[0].fingerprint()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("another attempt follows in 0.01 s: ")
+    server.faults["/latents/manifest.json"] = [fault] * 3
+    with pytest.raises(TransientError, match="manifest"):
+        Manifest.load(remote[1])
+
+
+def test_a_server_determines_the_wait_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(retries.time, "sleep", waits.append)
+    for headers, wait in (({"Retry-After": "7"}, 7.0), ({"Retry-After": "9" * 50}, retries.MAX_WAIT), ({}, 0.01)):
+        error = FileNotFoundError("a")
+        error.__cause__ = ServerError(headers)
+        calls = iter([_download_error(error, "http://a")])
+
+        @retries.retried
+        def read() -> str:
+            for failure in calls:  # noqa: B023
+                raise failure
+            return "read"
+
+        assert read() == "read"
+        assert waits.pop() == wait
+    error.__cause__ = ServerError({}, status=403)
+    assert not isinstance(_download_error(error, "http://a"), TransientError)
+
+
+class ServerError(Exception):
+    """A reply of a server, as aiohttp raises it."""
+
+    def __init__(self, headers: dict[str, str], status: int = 503) -> None:
+        self.headers, self.status = headers, status
+
+
+def test_a_slow_reply_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = itertools.count(0.0, 3.0)
+    monkeypatch.setattr("gpdit_lightning.data.remote.time.monotonic", lambda: next(times))
+    with pytest.raises(TransientError, match=r"http://a arrives at \d bytes per second"):
+        list(_not_too_slow(SimpleNamespace(read=lambda _: b"byte"), "http://a"))
+    blocks = iter([bytes(2**20)] * 100)
+    assert len(list(_not_too_slow(SimpleNamespace(read=lambda _: next(blocks, b"")), "http://a"))) == 100
+
+
+def test_a_reply_without_an_end_is_refused(server: Server) -> None:
+    server.files["/manifest.json"] = bytes(2**20)
+    with pytest.raises(InputError, match="has more than 1000 bytes"):
+        list(read_blocks(f"{server.url}/manifest.json", 1000))
+
+
+def test_a_shard_with_other_content_at_its_source_is_replaced(
+    server: Server, cache: ShardCache, remote: tuple[Manifest, str]
+) -> None:
+    """Although it holds one sample; it is downloaded three times, and not again for the next sample."""
+    local, url = remote
+    shards = local.of_split("train")
+    server.files[f"/latents/{shards[1].path}"] = bytes(100)
+    bucket = Bucket([(Manifest.load(url), entry) for entry in shards], [3], cache)
+    for _ in range(2):
+        sample = bucket.read(shards[0].count)
+        assert sample.metadata == bucket.read(0).metadata
+        assert sample.damaged == (f"sample 0 of {url}/{shards[1].path}",)
+    assert server.gets[f"/latents/{shards[1].path}"] == 3

@@ -1,6 +1,6 @@
 """No sample is read from other bytes than those of its manifest, however files and manifest are exchanged."""
 
-import hashlib
+import dataclasses
 import json
 import os
 import shutil
@@ -13,9 +13,10 @@ import pytest
 
 from gpdit_lightning.cli.inspect import report_faults
 from gpdit_lightning.data.batches import Bucket, _reader
-from gpdit_lightning.data.manifest import Manifest, ShardEntry
+from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shards import ShardReader, build_index, checksum, index_path
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import sha256_of
 
 COUNTS = {("train", "video", (2, 4, 4)): 7, ("validation", "video", (2, 4, 4)): 3}
 Attack = Callable[[Path], object]
@@ -239,11 +240,12 @@ def test_metadata_are_checked_although_all_hashes_agree(folder: Path, metadata: 
     latent = path.read_bytes()[row[0] : row[0] + 128 + 2 * 2 * 4 * 16]
     path.write_bytes(latent + metadata + bytes(2000))
     np.save(index_path(path), np.array([[0, len(latent), len(metadata), checksum(metadata), *row[4:]]]))
-    values = {"count": 1, "bytes": path.stat().st_size}
-    hashes = {
-        name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for name, file in (("sha256", path), ("index_sha256", index_path(path)))
-    }
-    changed = ShardEntry.from_dict(entry.to_dict() | values | hashes)
+    changed = dataclasses.replace(
+        entry,
+        count=1,
+        bytes=path.stat().st_size,
+        sha256=sha256_of(path),
+        index_sha256=sha256_of(index_path(path)),
+    )
     with pytest.raises(InputError, match=message):
         ShardReader(folder, changed).read(0)

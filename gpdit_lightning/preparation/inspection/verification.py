@@ -1,6 +1,5 @@
 """Verification of every byte and every sample of the shards."""
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -22,9 +21,10 @@ from gpdit_lightning.data.manifest import (
 from gpdit_lightning.data.shards import ShardReader, build_index
 from gpdit_lightning.devices import available_cores
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import sha256_of
+from gpdit_lightning.files import read_bounded, sha256_of
 from gpdit_lightning.preparation.records import FOLDER_NAME, Records
 from gpdit_lightning.progress import progress_bar
+from gpdit_lightning.schema import MAX_JSON_BYTES, parse_json
 
 CURE = f"copy it again or {PREPARE_AGAIN}."
 MAX_SAMPLES_SHOWN = 10  # damaged samples per shard that are reported one by one
@@ -129,7 +129,7 @@ def unlisted_files(manifest: Manifest) -> list[str]:
 def _listed_files(manifest: Path) -> set[str]:
     """Return the files that a manifest lists; none if the file is not a manifest."""
     try:
-        content: Any = json.loads(manifest.read_bytes())
+        content: Any = parse_json(read_bounded(manifest, MAX_JSON_BYTES), str(manifest), CURE)
         return {entry[name] for entry in content["shards"] for name in ("path", "index")}
     except (OSError, ValueError, KeyError, TypeError):
         return set()

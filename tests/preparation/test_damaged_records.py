@@ -1,0 +1,163 @@
+"""Damaged records of a preparation are refused or repaired: no sample is doubled or lost."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gpdit_lightning.data.manifest import Manifest
+from gpdit_lightning.data.shards import ShardReader, index_path
+from gpdit_lightning.errors import InputError, ResourceError, TransientError
+from gpdit_lightning.preparation import PrepareOptions, prepare
+from gpdit_lightning.retries import explain_write_errors
+from tests.preparation.earlier_version import remove_hashes
+
+Attack = Callable[[Path], object]
+
+
+def sources(folder: Path, part: int = 1) -> Path:
+    return folder / "preparation" / f"part-{part:05d}.sources.jsonl"
+
+
+def result(folder: Path, part: int = 0) -> Path:
+    return folder / "preparation" / f"part-{part:05d}.json"
+
+
+def change_lines(change: Callable[[list[bytes]], list[bytes]]) -> Attack:
+    return lambda folder: sources(folder).write_bytes(b"".join(change(sources(folder).read_bytes().splitlines(True))))
+
+
+def swap(one: Path, other: Path) -> None:
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def tar(folder: Path, number: int = 0) -> Path:
+    return sorted(folder.glob("*.tar"))[number]
+
+
+def swap_shards(folder: Path) -> None:
+    swap(tar(folder), tar(folder, 1))
+    swap(index_path(tar(folder)), index_path(tar(folder, 1)))
+
+
+def remove_shards(folder: Path) -> None:
+    content = json.loads(result(folder).read_text())
+    result(folder).write_text(json.dumps(content | {"shards": []}))
+
+
+ATTACKS: dict[str, tuple[Attack, str | None]] = {
+    "list without its last lines": (change_lines(lambda lines: lines[:-2]), "lacks its last line"),
+    "list without its first line": (change_lines(lambda lines: lines[1:]), "was damaged or edited"),
+    "a line twice": (change_lines(lambda lines: lines[:1] + lines), "was damaged or edited"),
+    "a changed bit in a list": (lambda folder: flip(sources(folder)), r"sources\.jsonl"),
+    "an empty list": (lambda folder: sources(folder).write_bytes(b""), "lacks its last line"),
+    "no list": (lambda folder: sources(folder).unlink(), "is missing, though later parts exist"),
+    "lists exchanged": (lambda folder: swap(sources(folder, 0), sources(folder)), "was damaged or edited"),
+    "deeply nested list": (lambda folder: sources(folder).write_bytes(b"[" * 10**5), "nested too deeply"),
+    "changed options": (lambda folder: flip(folder / "preparation" / "options.json"), r"options\.json"),
+    "an empty result": (lambda folder: result(folder).write_bytes(b""), None),
+    "a changed bit in a result": (lambda folder: flip(result(folder)), None),
+    "results exchanged": (lambda folder: swap(result(folder), result(folder, 1)), None),
+    "a result without shards": (remove_shards, None),
+    "a shard is missing": (lambda folder: tar(folder).unlink(), None),
+    "an index is missing": (lambda folder: index_path(tar(folder)).unlink(), r"has no index .*: delete it"),
+    "shards exchanged": (swap_shards, "has the sha256 .*, but its manifest records"),
+}
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> PrepareOptions:
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(40):
+        pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return PrepareOptions(
+        out=tmp_path_factory.mktemp("complete") / "out",
+        images=[folder],
+        codec="pca",
+        image_sizes=["16x16"],
+        validation_fraction=0.2,
+        shard_size=5,
+        part_size=1,
+        workers=0,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def complete(options: PrepareOptions) -> list[str]:
+    prepare(options)
+    assert len(list((options.out / "preparation").glob("*.sources.jsonl"))) == 3
+    return samples(options.out)
+
+
+def samples(folder: Path) -> list[str]:
+    """Return the split and the source of each sample, sorted."""
+    found = []
+    for entry in Manifest.load(folder).shards:
+        reader = ShardReader(folder, entry)
+        found += [f"{entry.split} {reader.read(number)[1]['source']}" for number in range(len(reader))]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_damaged_records_are_refused_or_repaired(
+    options: PrepareOptions, complete: list[str], tmp_path: Path, name: str
+) -> None:
+    attack, message = ATTACKS[name]
+    folder = shutil.copytree(options.out, tmp_path / "out")
+    (folder / "manifest.json").unlink()  # of an unfinished preparation, whose last part has no result
+    result(folder, 2).unlink()
+    attack(folder)
+    if message is not None:
+        with pytest.raises(InputError, match=message):
+            prepare(replace(options, out=folder))
+        assert not (folder / "manifest.json").exists()
+    else:
+        prepare(replace(options, out=folder))
+        assert samples(folder) == complete
+
+
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_records_of_an_earlier_version_are_completed(
+    options: PrepareOptions, complete: list[str], tmp_path: Path, is_refused: bool
+) -> None:
+    """They have no hashes; a list that has lost lines does not fit its result."""
+    folder = shutil.copytree(options.out, tmp_path / "out")
+    remove_hashes(folder / "preparation")
+    (folder / "manifest.json").unlink()
+    result(folder, 2).unlink()
+    if is_refused:
+        change_lines(lambda lines: lines[:-2])(folder)
+        with pytest.raises(InputError, match=r"lists 14 files, but .* is the result of 16"):
+            prepare(replace(options, out=folder))
+    else:
+        prepare(replace(options, out=folder))
+        assert samples(folder) == complete
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [("ENOSPC", ResourceError), ("EIO", TransientError), ("ESTALE", TransientError), ("EROFS", InputError)],
+)
+def test_failed_writes_end_in_one_sentence(number: str, expected: type) -> None:
+    code = getattr(errno, number)
+    with pytest.raises(InputError, match=os.strerror(code)) as caught, explain_write_errors(Path("out"), "Kept."):
+        raise OSError(code, os.strerror(code))
+    assert type(caught.value) is expected
+    assert str(caught.value).endswith("Kept.")
