@@ -9,12 +9,13 @@ import json
 import math
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gpdit_lightning.errors import InputError
 
-MAX_JSON_BYTES = 2**27  # size of a JSON file
+MAX_JSON_BYTES = 2**28  # size of a JSON file
 MAX_JSON_CONTAINERS = 2**22  # arrays and objects of a JSON file, each of which takes more memory than bytes in the file
 CONTENT_HASH = "content_sha256"
 MAX_SHOWN_CHARACTERS = 200  # of a value in a message
@@ -75,7 +76,7 @@ def parse_json(content: bytes, file: str, cure: str) -> Any:
             raise ValueError(f"it has {len(content)} bytes, more than {MAX_JSON_BYTES}")
         if (containers := content.count(b"[") + content.count(b"{")) > MAX_JSON_CONTAINERS:
             raise ValueError(f"it has {containers} brackets, more than {MAX_JSON_CONTAINERS}")
-        return json.loads(content.decode(), object_pairs_hook=_object, parse_constant=_reject, parse_float=_finite)
+        return _STRICT.decode(content.decode())
     except RecursionError:
         raise InputError(f"{file} is not readable JSON (it is nested too deeply): {cure}.") from None
     except ValueError as error:
@@ -107,11 +108,10 @@ def check_content_hash(content: dict[str, Any], file: str, cure: str) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in content:
-            raise ValueError(f"the name {shown(name)} occurs twice in one object")
-        content[name] = value
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        repeated = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise ValueError(f"the name {shown(repeated)} occurs twice in one object")
     return content
 
 
@@ -123,6 +123,9 @@ def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"the number {shown(text)} is not finite")
     return number
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_reject, parse_float=_finite)
 
 
 def shown(value: Any) -> str:

@@ -292,7 +292,10 @@ def _read(path: Folder) -> Any:
     if not isinstance(path, Path):
         content = b"".join(read_blocks(str(path), MAX_JSON_BYTES))
         try:
-            return parse_json(content, str(path), PREPARE_AGAIN)
+            parsed = parse_json(content, str(path), PREPARE_AGAIN)
+            if isinstance(parsed, dict):
+                check_content_hash(parsed, str(path), PREPARE_AGAIN)
+            return parsed
         except InputError as error:  # the reply may have been cut off, or be a page about a failure of the server
             raise FailedDownloadError(str(error)) from None
     try:

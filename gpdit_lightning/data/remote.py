@@ -96,10 +96,8 @@ def _download_error(error: Exception, url: str) -> InputError:
     status = getattr(reason, "status", None)
     if isinstance(reason, FileNotFoundError) or status == 404:
         return InputError(f"{url} does not exist: check the address, or copy the file there.")
-    message = (
-        f"{url} cannot be read ({type(reason).__name__}: {reason}): check the address, the network and your access "
-        "rights."
-    )
+    description = ": ".join(filter(None, (type(reason).__name__, " ".join(str(reason).split()))))
+    message = f"{url} cannot be read ({description}): check the address, the network and your access rights."
     if isinstance(reason, PermissionError) or (isinstance(status, int) and status in PERMANENT_STATUSES):
         return InputError(message)
     failure = FailedDownloadError(message)

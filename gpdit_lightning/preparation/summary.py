@@ -3,6 +3,7 @@
 import io
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from gpdit_lightning.preparation.records import left_out
 from gpdit_lightning.schema import parse_json
 
 FEW_HELD_OUT = " and not trained on (few for a validation loss: add files, or train on all by --validation_fraction 0)"
+MAX_LINE_BYTES = 2**24
 MAX_SHOWN = 10  # skipped inputs, and notes
 
 
@@ -50,7 +52,8 @@ def read_left_out(path: Path) -> Iterator[LeftOut]:
     """
     if path.exists():
         with open_regular(path) as file:
-            for number, line in enumerate(io.BufferedReader(file), start=1):
+            lines = io.BufferedReader(file)
+            for number, line in enumerate(iter(partial(lines.readline, MAX_LINE_BYTES), b""), start=1):
                 name = f"{path} line {number}"
                 yield left_out(parse_json(line, name, "copy the file again"), name)
 

@@ -178,7 +178,7 @@ def many_lists(content: bytes) -> bytes:
         (lambda content: content.replace(b"-0.25", b"NaN"), "NaN is not a JSON value"),
         (lambda content: content.replace(b"-0.25", b"1e999"), "the number '1e999' is not finite"),
         (lambda content: content.replace(b"-0.25", b"9" * 5000), "is not readable JSON"),
-        (lambda content: content.replace(b"-0.25", b"9" * 400), r"codec.mean\[1\] = 9+\.\.\.; it must be"),
+        (lambda content: content.replace(b"-0.25", b"9" * 400), r"codec.mean\[1\] = 9+\.\.\.9+; it must be"),
         (lambda content: content.replace(b'"count": 3', b'"count": 1000000000000000000', 1), "integer from 1 to"),
         (lambda content: content.replace(b'"count": 3', b'"count": 3000', 1), "samples of shape .* take at least"),
         (lambda content: content.replace(b'"labels": []', b'"labels": [], "labels": ["a"]'), "'labels' occurs twice"),
