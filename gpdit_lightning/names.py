@@ -5,8 +5,10 @@ cannot contain.
 """
 
 import codecs
+import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 ESCAPING = "gpdit_lightning.escaping"
@@ -32,6 +34,16 @@ ESCAPED_BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
 def counted(number: int, noun: str) -> str:
     """Return a number with a noun, in the plural unless it is one: "1 clip", "1,024 clips"."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def nearest_names(wanted: str, names: Sequence[str], most: int = 10) -> str:
+    """Return names as text: all, or of more than `most` those most like the wanted one, and how many there are."""
+    if len(names) <= most:
+        return ", ".join(names)
+    near = difflib.get_close_matches(wanted, names, n=most, cutoff=0.5)
+    near += [name for name in names if wanted.lower() in name.lower()]
+    shown = list(dict.fromkeys([*near, *names[: 0 if near else most]]))[:most]
+    return f"{', '.join(shown)}, ... ({len(names):,} classes, listed in config.json of an exported model)"
 
 
 def as_text(name: str | PurePath) -> str:

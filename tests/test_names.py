@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpdit_lightning.names import ESCAPING, as_text, from_text, printable
+from gpdit_lightning.names import ESCAPING, as_text, from_text, nearest_names, printable
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,12 @@ def test_the_bytes_of_a_name_are_restored_from_its_text() -> None:
     name = "caf\udce9 \udcff 日.mp4"
     assert from_text(as_text(name)) == name
     assert "日 caf\udce9".encode("latin-1", ESCAPING) == rb"\u65e5 caf\xe9"
+
+
+def test_the_nearest_of_many_names_are_shown() -> None:
+    assert nearest_names("x", ["run", "jump"]) == "run, jump"
+    many = [f"class {number}" for number in range(998)] + ["tiger shark", "tiger cat"]
+    text = nearest_names("tiger", many)
+    assert text.startswith(("tiger shark, tiger cat, ...", "tiger cat, tiger shark, ..."))
+    assert "(1,000 classes" in text
+    assert nearest_names("zzzz", many).count("class ") == 10

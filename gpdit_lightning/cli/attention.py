@@ -35,7 +35,7 @@ class ClipFrames(NamedTuple):
 
     Attributes:
         length: number of latent frames.
-        noisy: positions of the frames with noise and loss.
+        noisy: positions of the frames with noise and loss; none in classification.
     """
 
     length: int
@@ -56,6 +56,8 @@ def attention(options: AttentionOptions) -> None:
         backbone = replace(backbone, block_shape=(backbone.block_shape[0], rows, columns))
         rows, columns = 2 * rows, 2 * columns
     clip = frames_of(settings.data, backbone, options.frames)
+    of_classifier = settings.model.init_args.get("classification") is not None
+    clip = clip._replace(noisy=()) if of_classifier else clip
     if (tokens := (clip.length + len(clip.noisy)) * rows * columns) > MOST_TOKENS:
         raise InputError(
             f"the clip would be drawn as {tokens:,} tokens, more than {MOST_TOKENS:,}: give fewer --frames or "
@@ -63,10 +65,10 @@ def attention(options: AttentionOptions) -> None:
         )
     backends.disabled = True  # no backend is used for a figure, so that its name would mislead
     try:
-        patterns = attention_patterns(backbone, clip.noisy, rows, columns)
+        patterns = attention_patterns(backbone, clip.length, clip.noisy, rows, columns)
     finally:
         backends.disabled = False
-    noisy = "" if len(clip.noisy) == clip.length else f", {len(clip.noisy)} with noise"
+    noisy = f", {len(clip.noisy)} with noise" if 0 < len(clip.noisy) < clip.length else ""
     name = Path(options.config[-1]).stem if options.config else "recipe"
     title = f"{name}: {counted(clip.length, 'latent frame')}{noisy}"
     draw(patterns, title, options.out)
@@ -118,6 +120,7 @@ def summary(patterns: Mapping[str, AttentionPattern]) -> str:
     for name, pattern in patterns.items():
         pairs, tokens = int(pattern.attends.sum()), len(pattern.attends)
         blocks = f"{len(pattern.clean)} clean and {len(pattern.noisy)} noisy blocks"
+        blocks = blocks if pattern.noisy else f"{counted(len(pattern.clean), 'clean block')}, no noisy ones"
         lines.append(f"{name}: {blocks}; {pairs} of {tokens**2} pairs of tokens attend ({pairs / tokens**2:.1%})")
     return "\n".join(lines)
 
@@ -139,7 +142,8 @@ def draw(patterns: Mapping[str, AttentionPattern], title: str, path: Path) -> No
     ):
         _draw_pattern(axes, pattern)
         axes.set_title(name if len(patterns) > 1 else "", fontsize=10)
-    entries = [Patch(color=colour, label=label) for colour, label in zip(COLOURS[1:], LEGEND, strict=True)]
+    shown = LEGEND if any(pattern.noisy for pattern in patterns.values()) else LEGEND[:1]
+    entries = [Patch(color=colour, label=label) for colour, label in zip(COLOURS[1:], shown, strict=False)]
     figure.legend(handles=entries, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title, fontsize=11)
     with atomic_write(path) as temporary:

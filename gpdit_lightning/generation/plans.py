@@ -18,7 +18,7 @@ from gpdit_lightning.generation.contexts import DEFAULT_FPS, ContextSettings, Vi
 from gpdit_lightning.generation.settings import check_context_frames, layout_of, trained_sizes
 from gpdit_lightning.model import NO_LABEL
 from gpdit_lightning.model.layout import BlockLayout
-from gpdit_lightning.names import counted
+from gpdit_lightning.names import counted, nearest_names
 from gpdit_lightning.options.sample import ALL_CLASSES, GenerationOptions, RolloutOptions
 
 DEFAULT_FRAMES = 16  # pixel frames that are generated after a context
@@ -239,7 +239,9 @@ def class_number(label: str | None, context: VideoContext, trained: TrainedModel
         return int(label)
     if not classes:
         raise InputError(f"--label is {label!r}, but the checkpoint was trained without labels: leave --label out.")
-    raise InputError(f"--label is {label!r}, which is no class of the checkpoint: give one of {', '.join(classes)}.")
+    raise InputError(
+        f"--label is {label!r}, which is no class of the checkpoint: give one of {nearest_names(label, classes)}."
+    )
 
 
 def rollout_window(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpdit_lightning.model.config import CUSTOM_SIZE, GPDiTConfig
 from gpdit_lightning.model.gpdit import GPDiT
-from gpdit_lightning.model.layout import ClipBlocks
+from gpdit_lightning.model.layout import BlockLayout, ClipBlocks
 from gpdit_lightning.model.streams import PassBlocks
 
 
@@ -22,7 +22,7 @@ class AttentionPattern:
 
     Attributes:
         attends: (queries, keys), whether a token attends to another one.
-        clean, noisy: tokens of each block of the streams, in order.
+        clean, noisy: tokens of each block of the streams, in order; without noisy ones in classification.
         first_noisy: number of the first noisy block; context alone precedes it.
     """
 
@@ -33,13 +33,15 @@ class AttentionPattern:
 
 
 def attention_patterns(
-    config: GPDiTConfig, frames: Sequence[int], rows: int, columns: int
+    config: GPDiTConfig, length: int, noisy: Sequence[int], rows: int, columns: int
 ) -> dict[str, AttentionPattern]:
     """Return the attention of a training pass of one clip, without a prefix.
 
     Args:
         config: the architecture; its sizes have no influence.
-        frames: positions of the latent frames with noise, increasing; the last one ends the clip.
+        length: number of latent frames of the clip.
+        noisy: positions of the latent frames with noise, increasing, the last of which ends the clip; none for a pass
+            of the clean stream alone, as in classification.
         rows, columns: tokens of a frame.
 
     Returns:
@@ -51,13 +53,18 @@ def attention_patterns(
     small = {"size": CUSTOM_SIZE, "layers": 1, "heads": 1, "width": 8, "mlp_width": 1, "latent_channels": 1}
     plain = {"patch_size": 1, "classes": 0, "text_width": 0, "time_conditioning": "rotation"}
     config = config.replaced(**small, **plain, attention_backend="sdpa")
-    blocks = PassBlocks.of_clip(ClipBlocks.of(config, frames, rows, columns))
+    if noisy:
+        blocks = PassBlocks.of_clip(ClipBlocks.of(config, noisy, rows, columns))
+    else:
+        layout = BlockLayout.of(config, rows, columns)
+        blocks = PassBlocks(layout, length, clean=range(layout.count(length)))
     sizes = blocks.sizes(config.causal_in_block)
-    latents = torch.zeros(1, blocks.frames, 1, rows, columns, device="cpu")
+    latents = torch.zeros(1, length, 1, rows, columns, device="cpu")
     with torch.device("cpu"), torch.no_grad():
         model = GPDiT(config)
         clean = latents if sizes.clean else None
-        x, streams = model.embed(blocks, clean, latents[:, list(frames)], torch.zeros(1, len(blocks.noisy)))
+        noisy_stream = (latents[:, list(noisy)], torch.zeros(1, len(blocks.noisy))) if noisy else ()
+        x, streams = model.embed(blocks, clean, *noisy_stream)
         streams = replace(streams, operator=_average)
         zeros, numbers = x.new_zeros(len(x), 1, config.head_width), torch.eye(len(x))[:, None]
         observed = {"attention": streams.attend(zeros, zeros, numbers)}
@@ -65,7 +72,7 @@ def attention_patterns(
             within = streams.attend_within_frames(zeros, zeros, numbers)
             observed = {"within frames": within, "along time": observed["attention"]}
     return {
-        name: AttentionPattern(weights.flatten(1) > 0, sizes.clean, sizes.noisy, blocks.noisy[0])
+        name: AttentionPattern(weights.flatten(1) > 0, sizes.clean, sizes.noisy, blocks.noisy[0] if noisy else 0)
         for name, weights in observed.items()
     }
 

@@ -37,7 +37,7 @@ def mask(config: GPDiTConfig, frames: int, context: int) -> tuple[list[Token], t
 def test_the_attention_is_that_of_the_papers(fields: dict[str, Any], frames: int, context: int) -> None:
     config = GPDiTConfig(**fields)
     tokens, expected = mask(config, frames, context)
-    (pattern,) = attention_patterns(config, range(context, frames), ROWS, COLUMNS).values()
+    (pattern,) = attention_patterns(config, frames, range(context, frames), ROWS, COLUMNS).values()
     assert torch.equal(pattern.attends, expected)
     assert sum(pattern.clean) == sum(token.stream == "clean" for token in tokens)
     assert sum(pattern.noisy) == sum(token.stream == "noisy" for token in tokens)
@@ -48,11 +48,11 @@ def test_factorized_attention_has_two_patterns() -> None:
     tokens, whole = mask(config, 5, 1)
     same_frame = torch.tensor([[(a.stream, a.frame) == (b.stream, b.frame) for b in tokens] for a in tokens])
     same_place = torch.tensor([[a.place[1:] == b.place[1:] for b in tokens] for a in tokens])
-    patterns = attention_patterns(config, range(1, 5), ROWS, COLUMNS)
+    patterns = attention_patterns(config, 5, range(1, 5), ROWS, COLUMNS)
     assert torch.equal(patterns["within frames"].attends, same_frame)
     assert torch.equal(patterns["along time"].attends, whole & same_place)
 
 
 def test_parts_of_blocks_are_refused() -> None:
     with pytest.raises(InputError, match="only a part of a block"):
-        attention_patterns(GPDiTConfig(block_shape=(2, 0, 0)), range(3), ROWS, COLUMNS)
+        attention_patterns(GPDiTConfig(block_shape=(2, 0, 0)), 3, range(3), ROWS, COLUMNS)
