@@ -139,15 +139,15 @@ def _sentences_on_samples(protocol: Protocol, size: str) -> list[str]:
     clips = f" of {protocol.generated_frames} frames" if is_video else ""
     stride = f", stride {stride_text(protocol.stride, protocol.fps)}" if is_video else ""
     source = f"; statistics from {_code(protocol.reference)}" if protocol.reference else ""
-    features = "the features of FVD" if is_video else "Inception's features"
+    features = f"the features of {'FVD' if is_video else 'FID'}"
     return [
         f"Samples: {protocol.samples:,} {noun}{clips} from noise alone, {size}; the noise of a sample is a function of "
         "the seed, its label and its number.",
         f"Real {noun}: {protocol.videos:,} of {protocol.data}, {protocol.choice}{stride}, {size}, {protocol.resize}; "
         f"sha256 of their names `{protocol.split_sha256}`{source}.",
-        "FID and IS: of all frames together; IS in ten splits."
+        "FID and IS: of all frames together; IS in ten random splits."
         if is_video
-        else "FID: of all samples against all real images; IS in ten splits.",
+        else "FID: of all samples against all real images; IS in ten random splits.",
         f"Precision and recall: of {protocol.manifold:,} real and {protocol.samples:,} generated {noun} on {features}, "
         "with balls to the third nearest neighbour.",
     ]
