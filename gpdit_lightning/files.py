@@ -154,6 +154,27 @@ def open_regular(path: Path) -> io.FileIO:
     return file
 
 
+class BoundedReader(io.BufferedReader):
+    """Reader that never allocates more than the size of its file, for libraries that read as much as a header states.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: it is not a regular file.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(open_regular(path))
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read at most `size` bytes; all that are left if it is None or negative."""
+        left = max(0, self.size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def read_bounded(path: Path, most: int) -> bytes:
     """Return the content of a regular file.
 
@@ -192,11 +213,11 @@ def read_lines(path: Path, expected: str) -> Iterator[tuple[int, str]]:
         expected: the files that may be given, for the message.
 
     Raises:
-        InputError: the file cannot be read, or is not UTF-8.
+        InputError: the file cannot be read, is not a regular file, or is not UTF-8.
     """
     number = 1
     try:
-        with path.open("rb") as file:
+        with BoundedReader(path) as file:
             for number, line in enumerate(file, start=1):
                 encodings = (name for mark, name in BYTE_ORDER_MARKS.items() if number == 1 and line.startswith(mark))
                 encoding = next(encodings, "UTF-16 without a byte order mark" if b"\0" in line else None)

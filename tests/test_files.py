@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import (
+    BoundedReader,
     atomic_write,
     check_writable,
     partial_path,
     process_lock,
     publish,
+    read_lines,
     sha256_of,
     utf8_path,
 )
@@ -138,3 +140,16 @@ def test_safetensors_are_read_from_a_path_that_is_not_utf8(tmp_path: Path, name:
 def test_sha256_of(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"content")
     assert sha256_of(tmp_path / "a") == hashlib.sha256(b"content").hexdigest()
+
+
+def test_a_bounded_reader_reads_what_a_file_has_and_no_pipe(tmp_path: Path) -> None:
+    path, pipe = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(b"0123456789")
+    os.mkfifo(pipe)
+    with BoundedReader(path) as file:
+        assert file.read(2**62) == b"0123456789"
+        assert file.seek(7) == 7
+        assert file.read(2) + file.read(2**62) + file.read() == b"789"
+    for open_pipe in (BoundedReader, lambda path: list(read_lines(path, "give a list"))):
+        with pytest.raises(InputError, match=f"{pipe} is not a regular file"):
+            open_pipe(pipe)

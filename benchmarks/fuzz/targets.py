@@ -88,10 +88,10 @@ def evaluated() -> Any:
     return json.loads(Path(OUT, "results.json").read_text())["scores"]
 
 
-def prepared() -> dict[str, str]:
-    """Return a hash of every sample that was written, by its source and first frame; raises for a repeated one."""
+def prepared(folder: str = OUT) -> dict[str, str]:
+    """Return a hash of every sample of a folder, by its source and first frame; a repeated one has another name."""
     samples: dict[str, str] = {}
-    manifest = Manifest.load(OUT)
+    manifest = Manifest.load(folder)
     for entry in manifest.shards:
         reader = ShardReader(manifest.directory, entry)
         for number in range(len(reader)):
@@ -99,11 +99,6 @@ def prepared() -> dict[str, str]:
             name = f"{metadata['source']} {metadata.get('first_frame')}"
             samples[f"{name} again" if name in samples else name] = hashlib.sha256(latents.tobytes()).hexdigest()
     return samples
-
-
-def prepared_again() -> dict[str, str]:
-    """Return the hashes of the files of a folder that was prepared twice."""
-    return {path.name: sha256_of(path) for path in sorted(Path("latents").glob("*")) if path.is_file()}
 
 
 def upload(arguments: Sequence[str]) -> int:
@@ -184,7 +179,7 @@ def _manifests() -> tuple[Target, ...]:
         Target("inspect", manifest, ("latents",), ("inspect", "latents"), None),
         Target("inspect --verify", manifest, ("latents",), VERIFY, None),
         Target("plan", manifest, ("latents",), plan, None),
-        Target("prepare again", state, ("latents", "videos", "images"), again, prepared_again, covered=False),
+        Target("prepare again", state, ("latents", "videos", "images"), again, partial(prepared, "latents")),
         Target("inspect --why", state, ("latents",), ("inspect", "latents", "--why", "a.mp4"), None, covered=False),
     )
 

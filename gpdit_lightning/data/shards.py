@@ -36,7 +36,7 @@ from gpdit_lightning.data.manifest import (
 )
 from gpdit_lightning.data.remote import RemoteFile, WrongContentError
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import open_regular, read_bounded, sha256_of
+from gpdit_lightning.files import BoundedReader, open_regular, read_bounded, sha256_of
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import COUNT, POSITIVE_NUMBER, SIZE, TEXT, Constraint, check, parse_json, shown
 
@@ -336,8 +336,8 @@ def build_index(path: Path, shape: Shape) -> np.ndarray:
     """
     samples: dict[str, dict[str, list[int]]] = {}  # key -> ending -> offset and further columns
     try:
-        size = path.stat().st_size
-        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+        with BoundedReader(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            size = file.size
             for member in tar:
                 if not 0 <= member.size <= size - member.offset_data:  # tarfile would loop forever at a negative size
                     raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes, beyond the end of the file")

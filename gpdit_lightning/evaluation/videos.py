@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError, TransientError
-from gpdit_lightning.media.finding import FoundFile, Medium, find_media, without_repeated
+from gpdit_lightning.media.finding import MAX_SHOWN, FoundFile, Medium, find_media, without_repeated
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.media.video import count_frames, iterate_frames, natural_sort_key, video_info
 from gpdit_lightning.names import counted
@@ -72,15 +73,15 @@ def select_videos(
                 f"{videos[name]} and {path} have the same name: give a folder above both, or leave one out."
             )
     selected: dict[str, Path] = {}
-    rejected, most = 0, count or (MAX_COUNT if medium == "video" else len(videos))
+    rejected, most = list[str](), count or (MAX_COUNT if medium == "video" else len(videos))
     names = sorted(videos, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     for name in progress_bar(names, desc="selecting", unit=f" {medium}s", disable=not progress, leave=False):
         if len(selected) == most:
             break
-        if medium == "image" or has_frames(videos[name], frames, fps):
-            selected[name] = videos[name]
+        if medium == "video" and (reason := _shortage(videos[name], frames, fps)):
+            rejected.append(reason)
         else:
-            rejected += 1
+            selected[name] = videos[name]
     if len(selected) < (count or MIN_COUNT):
         needed = f"{count} are requested: lower the count," if count else f"an evaluation needs {MIN_COUNT}: lower"
         if medium == "image":
@@ -89,11 +90,13 @@ def select_videos(
                 "add images, or lower --count."
             )
         raise InputError(
-            f"{' and '.join(map(str, paths))} have {len(selected)} videos of at least {frames} frames, and {rejected} "
-            f"that are shorter or damaged, but {needed} --generated_frames or --stride, or add videos."
+            f"{' and '.join(map(str, paths))} have {len(selected)} videos of at least {frames} frames, and "
+            f"{len(rejected)} that are shorter or damaged, but {needed} --generated_frames or --stride, or add videos."
         )
     if rejected and progress:
-        log.info("%d videos have at least %d frames; %d are shorter or damaged", len(selected), frames, rejected)
+        for reason in rejected[:MAX_SHOWN]:
+            log.warning("left out: %s", reason)
+        log.info("%d videos have at least %d frames; %d are shorter or damaged", len(selected), frames, len(rejected))
     return Selection(tuple(selected), tuple(selected.values()))
 
 
@@ -108,12 +111,18 @@ def has_frames(path: Path, frames: int, fps: float | None = None) -> bool:
     Raises:
         TransientError: it cannot be read for a reason other than its content.
     """
+    return not _shortage(path, frames, fps)
+
+
+def _shortage(path: Path, frames: int, fps: float | None) -> str:
+    """Return the reason why a video has less than this number of frames; empty if it has as many."""
     try:
-        return _num_frames(path, fps) >= frames
+        count = _num_frames(path, fps)
     except TransientError:
         raise
-    except InputError:
-        return False
+    except InputError as error:
+        return str(error)
+    return "" if count >= frames else f"{path} has {counted(count, 'frame')}, and a clip needs {frames}."
 
 
 def find_videos(paths: Sequence[str | Path], medium: Medium = "video") -> list[Path]:
@@ -200,7 +209,7 @@ def read_clip(
     indices = clip_frame_indices(length, frames, stride, centred, resample_short)
     clip = _read_frames(path, indices, size, fps)
     if len(clip) < len(indices):  # the video is shorter than assumed, or than its header states
-        length = count_frames(path, fps)
+        length = _count_intact_frames(path, fps)
         indices = clip_frame_indices(length, frames, stride, centred, resample_short)
         clip = _read_frames(path, indices, size, fps)
     if not clip:
@@ -231,4 +240,19 @@ def _read_frames(path: Path, indices: Sequence[int], size: Size, fps: float | No
 
 def _num_frames(path: Path, fps: float | None) -> int:
     """Return the number of frames by the header, or by counting if the header does not state it."""
-    return (video_info(path).frames if fps is None else None) or count_frames(path, fps)
+    return (video_info(path).frames if fps is None else None) or _count_intact_frames(path, fps)
+
+
+def _count_intact_frames(path: Path, fps: float | None) -> int:
+    """Return the number of frames, before the damage if there is any, which is logged."""
+    remarks: list[str] = []
+    count = count_frames(path, fps, remarks)
+    for remark in remarks:
+        _warn_once(f"{remark} The {counted(count, 'frame')} before may be used.")
+    return count
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Log a warning once per process, since the frames of a video may be counted several times."""
+    log.warning("%s", message)

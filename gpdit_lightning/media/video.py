@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -144,21 +143,26 @@ def check_intact(path: str | Path) -> None:
 
 
 @retried
-def count_frames(path: str | Path, fps: float | None = None) -> int:
+def count_frames(path: str | Path, fps: float | None = None, remarks: list[str] | None = None) -> int:
     """Decode a video and return the number of its frames; of a damaged one, those before the damage.
 
     Args:
         path: any file that FFmpeg reads as a video.
         fps: as for :func:`iterate_frames`.
+        remarks: gets a sentence about the damage.
 
     Raises:
         InputError: the file is missing or not a video.
     """
     count = 0
-    with suppress(DamagedVideoError), open_video(path) as video:
-        frames = decoded_frames(video)
-        for _ in frames if fps is None else resampled(frames, frame_rate(fps)):
-            count += 1
+    try:
+        with open_video(path) as video:
+            frames = decoded_frames(video)
+            for _ in frames if fps is None else resampled(frames, frame_rate(fps)):
+                count += 1
+    except DamagedVideoError as error:
+        if remarks is not None:
+            remarks.append(str(error))
     return count
 
 

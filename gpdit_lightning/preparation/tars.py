@@ -26,6 +26,7 @@ from torch import Tensor
 from webdataset.tariterators import base_plus_ext
 
 from gpdit_lightning.errors import InputError, TransientError
+from gpdit_lightning.files import BoundedReader
 from gpdit_lightning.media.finding import FolderSearch, FoundFile, LeftOut
 from gpdit_lightning.media.images import SEARCHED_EXTENSIONS, read_image
 from gpdit_lightning.names import as_text
@@ -123,7 +124,7 @@ def inner_tars(path: Path) -> tuple[list[InnerTar], str | None]:
     """
     found: list[InnerTar] = []
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with BoundedReader(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             end = os.fstat(file.fileno()).st_size
             for info in tar:
                 is_tar = info.isreg() and not info.issparse() and info.name.lower().endswith(TAR)
@@ -164,7 +165,7 @@ def containing_file(path: Path) -> Path | None:
 def _open_tar(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Open a tar, which may be in another one, and yield the file at its first byte, and the position of its end."""
     outer = containing_file(path) or path
-    with outer.open("rb") as file:
+    with BoundedReader(outer) as file:
         status = os.fstat(file.fileno())
         if outer == path:
             yield file, status.st_size

@@ -1,5 +1,6 @@
 """Selection of videos and reading of clips."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -114,3 +115,18 @@ def test_too_few_long_enough_videos_are_refused(video: Path) -> None:
         shutil.copy(video, folder / name)
     with pytest.raises(InputError, match="have the same name"):
         select_videos([folder / "one", folder / "two"], 1, 0, frames=11)
+
+
+def test_damaged_and_short_videos_are_named(
+    video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("gpdit_lightning"), "propagate", True)
+    folder = tmp_path / "several"
+    folder.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(video, folder / name)
+    (folder / "empty.mp4").touch()
+    with caplog.at_level(logging.INFO):
+        assert set(select_videos([folder], None, 0, 3, progress=True).names) == {"a.mp4", "b.mp4"}
+    assert f"left out: {folder / 'empty.mp4'} is not a readable video" in caplog.text
+    assert "2 videos have at least 3 frames; 1 are shorter or damaged" in caplog.text
