@@ -32,9 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.block_size import machine_name
 from gpdit_lightning import GPDiTPipeline
+from gpdit_lightning.cli.ablation_report import plot_range, spread
 from gpdit_lightning.cli.estimate import read_recipe
-from gpdit_lightning.estimation.memory import parameter_count
-from gpdit_lightning.estimation.requirements import memory, step_flops
+from gpdit_lightning.estimation.budget import RunCosts
 from gpdit_lightning.estimation.units import GIB
 from gpdit_lightning.evaluation.videos import read_clip, select_videos
 from gpdit_lightning.files import atomic_write
@@ -52,23 +52,6 @@ SYSTEMS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 REFERENCE = "GPDiT of2"
 STRIP_VIDEOS, PICTURES = 2, "continuations.safetensors"
-
-
-@dataclass(frozen=True)
-class SystemCosts:
-    """What a system costs, by the estimates of the library.
-
-    Attributes:
-        parameters: of the model.
-        steps: optimizer steps within the budget.
-        flops: of an optimizer step.
-        memory: bytes of training on one device.
-    """
-
-    parameters: int
-    steps: int
-    flops: float
-    memory: int
 
 
 @dataclass(frozen=True)
@@ -108,12 +91,10 @@ def recipe_arguments(name: str, options: argparse.Namespace) -> list[str]:
     ]
 
 
-def costs_of(name: str, options: argparse.Namespace, budget: float | None = None) -> SystemCosts:
+def costs_of(name: str, options: argparse.Namespace, budget: float | None = None) -> RunCosts:
     """Return the costs of a system for a budget of FLOPs; without one, for `--steps` steps."""
     run = read_recipe(recipe_arguments(name, options)).run
-    flops = float(sum(step_flops(run).values()))
-    steps = options.steps if budget is None else round(budget / flops)
-    return SystemCosts(parameter_count(run.backbone), max(1, steps), flops, memory(run)["total"])
+    return RunCosts.of_steps(run, options.steps) if budget is None else RunCosts.within_flops(run, budget)
 
 
 def train(name: str, seed: int, steps: int, folder: Path, options: argparse.Namespace) -> float:
@@ -226,13 +207,7 @@ def measure(name: str, seed: int, steps: int, options: argparse.Namespace) -> Ru
     return result
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Return mean and standard deviation over seeds, with significant digits."""
-    mean = f"{statistics.mean(values):.{digits}g}"
-    return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
-
-
-def table(costs: dict[str, SystemCosts], results: dict[str, list[RunResult]]) -> str:
+def table(costs: dict[str, RunCosts], results: dict[str, list[RunResult]]) -> str:
     """Return the results as a Markdown table."""
     score_names = list(next(iter(results.values()))[0].scores)  # those of the first seed, which may have an FVD alone
     head = [
@@ -272,11 +247,8 @@ def draw_ratios(results: dict[str, list[RunResult]], title: str, path: Path) -> 
     drawing = Drawing(figsize=(7, 4.2), layout="constrained")
     axes = drawing.subplots()
     for name, runs in results.items():
-        by_frame = torch.tensor([run.ratios for run in runs])
-        frames = range(1, by_frame.shape[1] + 1)
-        (line,) = axes.plot(frames, by_frame.mean(dim=0), "o-", markersize=3, label=name)
-        low, high = by_frame.amin(dim=0), by_frame.amax(dim=0)
-        axes.fill_between(frames, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        by_frame = [run.ratios for run in runs]
+        plot_range(axes, range(1, len(by_frame[0]) + 1), by_frame, name)
     axes.axhline(1, color="grey", linestyle="--", label="last context frame, repeated")
     axes.set_yscale("log")
     axes.set_xlabel("generated pixel frame")
@@ -328,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, print the table, and write the figures."""
     options = option_parser().parse_args(arguments)
     reference = costs_of(REFERENCE, options)
-    budget = reference.steps * reference.flops
+    budget = reference.flops
     costs = {name: costs_of(name, options, budget) for name in options.systems}
     results: dict[str, list[RunResult]] = {name: [] for name in options.systems}
     for seed in range(options.seeds):

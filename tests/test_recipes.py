@@ -25,6 +25,7 @@ from tests.data.labelled import write_labelled
 RECIPES = Path(__file__).parents[1] / "recipes"
 CONTENTS = {path: yaml.safe_load(path.read_text()) for path in sorted(RECIPES.rglob("*.yaml"))}
 CHAINS = [path for path, content in CONTENTS.items() if "stages" in content]
+ABLATIONS = [path for path, content in CONTENTS.items() if "arms" in content]
 WHOLE = [
     path
     for path, content in CONTENTS.items()
@@ -96,6 +97,7 @@ def test_list_of_recipes() -> None:
     }
     others = {
         *CHAINS,
+        *ABLATIONS,
         *BASES,
         *EVALUATIONS,
         TINY,
@@ -254,6 +256,14 @@ def test_the_overlay_for_labels_trains_a_conditional_model(tmp_path: Path) -> No
     trained = load_trained_model(tmp_path / "runs" / "ucf101_b_labels")
     assert trained.classes == tuple(names)
     assert trained.backbone.config.classes == 101
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=name_of)
+def test_all_arms_of_an_ablation_can_be_trained(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their options exist, their backbones can be built, and each differs from the others."""
+    assert main(["ablate", f"--config={path}", "--dry_run"]) == 0
+    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [f"| {name}" for name in CONTENTS[path]["arms"]]
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=name_of)

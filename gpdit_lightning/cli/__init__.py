@@ -48,6 +48,12 @@ VERBS = {
     "chain": Verb(
         "chain:chain", "Train the stages of a chain in turn; the same command resumes.", "chain:ChainOptions", RESUMES
     ),
+    "ablate": Verb(
+        "ablate:ablate",
+        "Compare variants of a recipe, with several seeds and equal budgets; the same command resumes.",
+        "ablate:AblateOptions",
+        RESUMES,
+    ),
     "validate": Verb("fit:validate", "Evaluate a run's last checkpoint on the held-out sources.", RECIPE),
     "test": Verb("fit:test", "The same as validate, logged as loss/test.", RECIPE),
     "sample": Verb(
@@ -127,9 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     An error ends it with one sentence; the option `--debug` of every verb shows its traceback too.
 
     Returns:
-        the exit status: 0; 1 if `inspect` found faults, or after an unexpected error; 2 after an error that the user
-        can correct; 130 after Ctrl-C; 143 after SIGTERM, 129 after SIGHUP, 138 after SIGUSR1; 141 if the
-        reader of the output has ended, as in `... | head`.
+        the exit status: 0; 1 if `inspect` found faults, if runs of `ablate` failed, or after an unexpected error; 2
+        after an error that the user can correct; 130 after Ctrl-C; 143 after SIGTERM, 129 after SIGHUP, 138 after
+        SIGUSR1; 141 if the reader of the output has ended, as in `... | head`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in words

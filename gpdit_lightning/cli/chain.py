@@ -3,12 +3,12 @@
 import gc
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed
@@ -306,24 +306,29 @@ def launches_ranks(trainer: Trainer) -> bool:
     return isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
 
 
-def release(trainer: Trainer, command: Sequence[str], environment: dict[str, str]) -> None:
-    """Free the resources of a finished stage.
+def release(trainer: Trainer, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Free the resources of a finished run, such as a stage, before the next one.
 
-    If Lightning launches the other ranks, it launches new ones for each stage, because stages may differ in their
+    If Lightning launches the other ranks, it launches new ones for each run, because runs may differ in their
     number of devices. The first rank must then be in the same state as the new ranks (DeepSpeed numbers parameters
     consecutively over models), so the process replaces itself by the same command.
 
     Args:
-        trainer: the trainer of the stage.
+        trainer: the trainer of the run.
         command: the verb and its arguments.
         environment: the environment in which the command was started.
     """
     if launches_ranks(trainer) and torch.distributed.is_initialized():
         for process in launched_processes(trainer.strategy) or []:
             process.wait()
-        shut_down_process_group()  # its sockets would stay open
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execve(sys.executable, [sys.executable, "-m", "gpdit_lightning", *command], environment)
+        restart(command, environment)
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def restart(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    """Replace the process by a command of the package; otherwise as :func:`release`."""
+    shut_down_process_group()  # its sockets would stay open
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "gpdit_lightning", *command], environment)

@@ -45,6 +45,7 @@ MEMORY_PARTS = ("weights", "gradients", "optimizer", "average", "buffers", "step
 # the recipe sets `frames`, clips of 17 frames and sequences of three pairs.
 ASSUMED_SIZES = {"images": ["256x256", "192x320", "320x192"], "videos": ["192x320"], "sequences": ["256x256"]}
 ASSUMED_VIDEO_FRAMES, ASSUMED_SEQUENCE_FRAMES = 17, 6
+NO_SIZES: Mapping[str, Sequence[str] | None] = {}
 
 
 def estimate(options: EstimateOptions) -> None:
@@ -147,7 +148,13 @@ def read_recipe(
     Raises:
         InputError: the recipe cannot be used, or `estimate` does not support its precision or strategy.
     """
-    settings = parse_recipe("estimate", arguments)
+    return estimated_recipe(parse_recipe("estimate", arguments), gpus, sizes or {}, codec)
+
+
+def estimated_recipe(
+    settings: Namespace, gpus: int = 1, sizes: Mapping[str, Sequence[str] | None] = NO_SIZES, codec: str = "wan"
+) -> EstimatedRecipe:
+    """Return the part of a parsed recipe that an estimate depends on; otherwise as :func:`read_recipe`."""
     data, precision = settings.data, str(settings.trainer.precision or "32-true")
     if precision not in BYTES_OF_PRECISION:
         raise InputError(f"trainer.precision is {precision}; estimate supports bf16-mixed and 32-true.")
@@ -155,7 +162,7 @@ def read_recipe(
     classifier = settings.model.init_args.get("classification")
     if classifier is not None:
         backbone = clean_stream_config(backbone, classifier.layer)
-    sources, grid, assumed = read_sources(data, sizes or {}, codec, backbone)
+    sources, grid, assumed = read_sources(data, sizes, codec, backbone)
     run = RunSettings(
         backbone=backbone,
         precision=precision,

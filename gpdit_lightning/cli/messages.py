@@ -88,6 +88,11 @@ def one_sentence(message: str, known: Sequence[str]) -> str:
     return PREFIX + sentence
 
 
+def names_unknown_option(message: str) -> bool:
+    """Return whether a message of :func:`one_sentence` is about an option that does not exist."""
+    return re.search(r"is not an option|does not accept option|ption '[\w.]+' is not accepted", message) is not None
+
+
 def nearest_option(key: str, known: Sequence[str], form: str) -> str:
     """Return the end of a sentence about an unknown option: the nearest existing one, in a form such as `--{}`."""
     abbreviated = sorted((name for name in known if name.startswith(key)), key=len)

@@ -410,20 +410,25 @@ class TimedLoader(WorkerLoader[LatentBatch]):
 
     Attributes:
         request_time: `time.perf_counter()` when the latest batch was requested.
+        request_cpu_time: `time.process_time()` then.
         wait_seconds: seconds until that batch was available.
         waiting: whether a batch is requested and not available yet.
     """
 
-    request_time = wait_seconds = 0.0
+    request_time = request_cpu_time = wait_seconds = 0.0
     waiting = False
 
     def __iter__(self) -> Any:
         return self._timed(super().__iter__())
 
     def _timed(self, batches: Iterator[LatentBatch]) -> Iterator[LatentBatch]:
-        self.request_time, self.waiting = time.perf_counter(), True
+        self._request()
         for batch in batches:
             self.wait_seconds, self.waiting = time.perf_counter() - self.request_time, False
             yield batch
-            self.request_time, self.waiting = time.perf_counter(), True
+            self._request()
         self.waiting = False
+
+    def _request(self) -> None:
+        """Store the time of a request."""
+        self.request_time, self.request_cpu_time, self.waiting = time.perf_counter(), time.process_time(), True

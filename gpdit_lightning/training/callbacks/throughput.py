@@ -1,9 +1,12 @@
 """Measurement of a run: throughput, FLOPs, time spent waiting for data, memory, and the remaining time."""
 
+import gc
 import math
 import resource
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from lightning import Trainer
@@ -123,6 +126,16 @@ class Throughput:
             rates["mfu"] = flops_per_s / peak
         self.reset()
         return rates
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Make `peak_memory_gib` that from now on; without CUDA, only on Linux, for processes that train several runs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    gc.collect()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # see proc(5)
 
 
 def peak_memory_gib(device: torch.device) -> float:
