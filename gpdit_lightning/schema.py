@@ -17,6 +17,7 @@ from gpdit_lightning.errors import InputError
 
 MAX_JSON_BYTES = 2**28  # size of a JSON file
 MAX_JSON_CONTAINERS = 2**22  # arrays and objects of a JSON file, each of which takes more memory than bytes in the file
+MAX_JSON_DEPTH = 64  # arrays and objects inside each other
 CONTENT_HASH = "content_sha256"
 MAX_SHOWN_CHARACTERS = 200  # of a value in a message
 
@@ -68,7 +69,7 @@ def parse_json(content: bytes, file: str, cure: str) -> Any:
         cure: what the user should do, for the message.
 
     Raises:
-        InputError: the content is larger, is not JSON, is nested too deeply for Python, has a name twice in an object,
+        InputError: the content is larger, is not JSON, is nested too deeply, has a name twice in an object,
             or a number that is not finite.
     """
     try:
@@ -76,11 +77,26 @@ def parse_json(content: bytes, file: str, cure: str) -> Any:
             raise ValueError(f"it has {len(content)} bytes, more than {MAX_JSON_BYTES}")
         if (containers := content.count(b"[") + content.count(b"{")) > MAX_JSON_CONTAINERS:
             raise ValueError(f"it has {containers} brackets, more than {MAX_JSON_CONTAINERS}")
-        return _STRICT.decode(content.decode())
+        parsed = _STRICT.decode(content.decode())
+        if _is_too_deep(parsed):
+            raise RecursionError
+        return parsed
     except RecursionError:
-        raise InputError(f"{file} is not readable JSON (it is nested too deeply): {cure}.") from None
+        raise InputError(
+            f"{file} is not readable JSON (it is nested too deeply, in more than {MAX_JSON_DEPTH} levels): {cure}."
+        ) from None
     except ValueError as error:
         raise InputError(f"{file} is not readable JSON ({error}): {cure}.") from None
+
+
+def _is_too_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        containers = [value for value in level if isinstance(value, (dict, list))]
+        if not containers:
+            return False
+        level = [value for outer in containers for value in (outer.values() if isinstance(outer, dict) else outer)]
+    return True
 
 
 def content_hash(content: dict[str, Any]) -> str:

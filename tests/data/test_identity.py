@@ -174,6 +174,10 @@ def many_lists(content: bytes) -> bytes:
     [
         (lambda content: b"[" * 10**6, "nested too deeply"),
         (lambda content: content.replace(b'"preparation": {', b'"preparation": {"x": ' + b"[" * 10**5), "too deeply"),
+        (
+            lambda content: content.replace(b'"stride"', b'"x": ' + b"[" * 100 + b"]" * 100 + b', "stride"'),
+            "too deeply",
+        ),
         (many_lists, "brackets, more than"),
         (lambda content: content.replace(b"-0.25", b"NaN"), "NaN is not a JSON value"),
         (lambda content: content.replace(b"-0.25", b"1e999"), "the number '1e999' is not finite"),

@@ -1,6 +1,6 @@
 """Verification of every byte and every sample of the shards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
@@ -24,7 +24,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import read_bounded, sha256_of
 from gpdit_lightning.preparation.records import FOLDER_NAME, Records
 from gpdit_lightning.progress import progress_bar
-from gpdit_lightning.schema import MAX_JSON_BYTES, parse_json
+from gpdit_lightning.schema import MAX_JSON_BYTES, parse_json, shown
 
 CURE = f"copy it again or {PREPARE_AGAIN}."
 MAX_SAMPLES_SHOWN = 10  # damaged samples per shard that are reported one by one
@@ -34,7 +34,7 @@ def verify(manifest: Manifest, workers: int | None = None) -> Iterator[str]:
     """Read every byte of every shard, with a progress bar.
 
     Checks size and sha256 of the tar, sha256 of the index, the index against the tar, and that every sample can be
-    read, is finite and has the key of its position.
+    read, is finite, and has the key of its position and a label of the manifest.
 
     Args:
         manifest: manifest of the folder.
@@ -46,15 +46,22 @@ def verify(manifest: Manifest, workers: int | None = None) -> Iterator[str]:
     assert isinstance(manifest.directory, Path)
     total = sum(entry.bytes for entry in manifest.shards)
     with ProcessPoolExecutor(workers or available_cores()) as pool:
-        results = pool.map(partial(verify_shard, manifest.directory), manifest.shards)
+        check = partial(verify_shard, manifest.directory, labels=manifest.labels)
+        results = pool.map(check, manifest.shards)
         with progress_bar(total=total, desc="verifying", unit="B", unit_scale=True, disable=None) as bar:
             for entry, faults in zip(manifest.shards, results, strict=True):
                 yield from faults
                 bar.update(entry.bytes)
 
 
-def verify_shard(directory: Path, entry: ShardEntry) -> list[str]:
-    """Return a message for each fault of one shard."""
+def verify_shard(directory: Path, entry: ShardEntry, labels: Sequence[str] = ()) -> list[str]:
+    """Return a message for each fault of one shard.
+
+    Args:
+        directory: folder of the manifest.
+        entry: entry of the shard in the manifest.
+        labels: labels of the manifest.
+    """
     path, index = directory / entry.path, directory / entry.index
     faults = list(_verify_file(path, entry.sha256, entry.bytes))
     index_faults = list(_verify_file(index, entry.index_sha256))
@@ -69,7 +76,7 @@ def verify_shard(directory: Path, entry: ShardEntry) -> list[str]:
     if index_faults:  # the positions of the samples cannot be trusted
         return faults
     reader = ShardReader(directory, entry)
-    sample_faults = _verify_samples(reader)
+    sample_faults = _verify_samples(reader, labels)
     faults += islice(sample_faults, MAX_SAMPLES_SHOWN)
     if more := sum(1 for _ in sample_faults):
         faults.append(f"{path} has {more} more samples with faults: {CURE}")
@@ -93,7 +100,7 @@ def _verify_file(path: Path, sha256: str, size: int | None = None) -> Iterator[s
         yield str(error)
 
 
-def _verify_samples(reader: ShardReader) -> Iterator[str]:
+def _verify_samples(reader: ShardReader, labels: Sequence[str]) -> Iterator[str]:
     for number in range(len(reader)):
         try:
             _, metadata = reader.read(number)
@@ -103,6 +110,8 @@ def _verify_samples(reader: ShardReader) -> Iterator[str]:
         key = f"{reader.path.stem}-{number:06d}"
         if metadata.get("key") != key:
             yield f"sample {number} of {reader.path} has the key {metadata.get('key')!r} instead of {key!r}: {CURE}"
+        if (label := metadata.get("label")) is not None and label not in labels:
+            yield f"sample {number} of {reader.path} has the label {shown(label)}, which the manifest lacks: {CURE}"
 
 
 def unlisted_files(manifest: Manifest) -> list[str]:
