@@ -8,6 +8,7 @@ from typing import Literal
 
 from gpdit_lightning.data.manifest import Kind, Manifest
 from gpdit_lightning.devices import Machine, this_machine
+from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.memory import parameter_count
 from gpdit_lightning.estimation.requirements import nearest_that_fits, overrides
 from gpdit_lightning.model import GPDiTConfig
@@ -137,6 +138,8 @@ def missing_options(manifest: Manifest, *required: Literal["posterior", "flips"]
 def memory_options(manifest: Manifest, words: Sequence[str], machine: Machine) -> list[str]:
     """Return the options with which a recipe fits into the memory of the GPUs of a machine, as `estimate` does.
 
+    They are none if the recipe refuses the data: `fit` then states the reason.
+
     Args:
         manifest: the data.
         words: recipes and options.
@@ -145,7 +148,10 @@ def memory_options(manifest: Manifest, words: Sequence[str], machine: Machine) -
     from gpdit_lightning.cli.estimate import read_recipe  # with Lightning, whose import takes seconds
 
     arguments = shlex.split(fit_command(manifest, words))[4:]
-    run = read_recipe(arguments).run
+    try:
+        run = read_recipe(arguments).run
+    except InputError:
+        return []
     gpus = max(count for count in range(1, machine.devices + 1) if run.max_ranks % count == 0)
     run = replace(run, gpus=gpus)
     fitting = nearest_that_fits(run, MEMORY_FRACTION[machine.accelerator] * machine.memory)

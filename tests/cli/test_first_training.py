@@ -1,5 +1,7 @@
 """The command that `prepare` proposes: recipe and options, by labels, codec, sizes, number of samples and machine."""
 
+import math
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from gpdit_lightning.cli import main
 from gpdit_lightning.cli.estimate import read_recipe
 from gpdit_lightning.cli.first_training import first_training
-from gpdit_lightning.data.manifest import ARRAYS, Manifest
+from gpdit_lightning.data.manifest import ARRAYS, Kind, Manifest, ShardEntry
 from gpdit_lightning.devices import Machine
 from gpdit_lightning.estimation.requirements import memory
 from gpdit_lightning.specs import CodecSpec
@@ -27,20 +29,21 @@ LAPTOP, GPU = "acdit/imagenet_xl acdit/laptop", "acdit/imagenet_b"
 def prepared(
     folder: Path, codec: CodecSpec, *sizes: tuple[int, int, int], count: int = 5, labels: int = 3, arrays: int = 0
 ) -> Manifest:
-    """Write a manifest that records `count` samples of each latent size (F, h, w); its shards have a few tiny ones."""
-    names = tuple(f"class {number}" for number in range(labels))
-    samples = [
-        (label, np.zeros((min(frames, 2), codec.latent_channels, 2 + number, 2)))
-        for number, (frames, _, _) in enumerate(sizes)
-        for label in names or (None,)
-    ]
-    manifest = write_labelled(folder, names, samples, codec=codec)
+    """Write a manifest of `count` samples of each latent size (F, h, w), whose shards are holes of their sizes."""
     shards = []
-    for entry in manifest.shards:
-        frames, height, width = sizes[entry.shape[2] - 2]
-        shape = frames, codec.latent_channels, height, width
-        shards.append(replace(entry, shape=shape, count=count, arrays=ARRAYS[arrays]))
-    manifest = replace(manifest, shards=tuple(shards))
+    for frames, height, width in sizes:
+        kind: Kind = "image" if frames == 1 else "video"
+        name, shape = f"train-{kind}-{frames}x{height}x{width}-00000", (frames, codec.latent_channels, height, width)
+        size = count * (2048 + 2 * len(ARRAYS[arrays]) * math.prod(shape))
+        for file in (f"{name}.tar", f"{name}.index.npy"):
+            (folder / file).touch()
+        os.truncate(folder / f"{name}.tar", size)
+        paths = {"path": f"{name}.tar", "index": f"{name}.index.npy", "sha256": "0" * 64, "index_sha256": "0" * 64}
+        shards.append(
+            ShardEntry(split="train", kind=kind, shape=shape, count=count, bytes=size, arrays=ARRAYS[arrays], **paths)
+        )
+    names = tuple(f"class {number}" for number in range(labels))
+    manifest = Manifest(folder, codec, tuple(shards), labels=names)
     manifest.save()
     return manifest
 
@@ -88,7 +91,7 @@ def test_labels_are_used_on_a_laptop_and_with_few_data(
 def test_size_b_fits_into_the_memory_of_the_gpus(
     tmp_path: Path, codec: CodecSpec, size: tuple[int, int, int], arrays: int, recipe: str, options: list[str]
 ) -> None:
-    manifest = prepared(tmp_path, codec, size, count=1_000_000, arrays=arrays)
+    manifest = prepared(tmp_path, codec, size, count=100_000, arrays=arrays)
     command = shlex.split(first_training(manifest, GPUS))
     assert command[4:6] == ["--config", f"gpdit:{recipe}"]
     text = " ".join(command)
