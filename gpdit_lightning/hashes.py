@@ -92,7 +92,7 @@ def _compute(path: Path, lock: Path | None = None) -> tuple[str, Identity]:
     if before[0] >= LARGE:
         log.info("reading %s (%.1f GiB) to verify it, once on this machine", path, before[0] / 2**30)
     with open_regular(path) as file:
-        while count := file.readinto(block):
+        while size <= before[0] and (count := file.readinto(block)):  # it may grow without end
             digest.update(memoryview(block)[:count])
             size += count
             if lock is not None and size % (16 * CHUNK) < count:

@@ -104,10 +104,15 @@ class TrainedModel:
     context_noise: float = 0.0
 
     @property
-    def codec_source(self) -> str | None:
-        """The weights of the codec: those in the exported folder if it contains some, else the recorded ones."""
-        exported = self.path / CODEC
-        return str(exported) if exported.is_file() else self.codec.source
+    def is_exported(self) -> bool:
+        """Whether it was read from an exported folder, which may come from others, and not from a checkpoint."""
+        return is_exported(self.path)
+
+    @property
+    def exported_codec(self) -> str | None:
+        """The weights of the codec in the exported folder; None if it has none."""
+        path = self.path / CODEC
+        return str(path) if path.exists() else None
 
     @cached_property
     def sha256(self) -> str:

@@ -24,6 +24,7 @@ from gpdit_lightning.checkpoints.first_use import first_use
 from gpdit_lightning.checkpoints.reading import TrainedModel, load_trained_model
 from gpdit_lightning.checkpoints.weights import Weights
 from gpdit_lightning.cli.card_images import write_images
+from gpdit_lightning.codecs import CODECS
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.report_text import RESULTS, what_is_generated
@@ -53,7 +54,8 @@ def export(options: ExportOptions) -> None:
         run_dir = run_folder_of(trained.path)
         images = write_images(partial, trained, run_dir) if options.samples else {}
         details = CardDetails(images, scores_of(trained, options.evaluation, run_dir))
-        codec_file = Path(trained.codec_source or "")
+        recorded = None if trained.is_exported else trained.codec.source
+        codec_file = Path(trained.exported_codec or recorded or "")
         if codec_file.suffix == ".safetensors" and codec_file.is_file():
             shutil.copyfile(codec_file, partial / CODEC)
         write_exported(partial, stored, details)
@@ -65,6 +67,9 @@ def export(options: ExportOptions) -> None:
     use = first_use(model.config, model.facts)
     assert use is not None  # load_trained_model requires the record
     command = use.command(str(options.out), trained.codec.name if trained.codec.is_custom else None)
+    if not (out / CODEC).exists() and trained.codec.name in CODECS:
+        source, default = trained.codec.source, CODECS[trained.codec.name].default_source
+        command += f" --codec_source {source}" * (source not in (None, default))  # an exported model does not choose it
     print(f"{options.out}: the {kind} weights of step {trained.step}; to {use.purpose} with them: {command}")
 
 

@@ -14,7 +14,7 @@ from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
 from gpdit_lightning.cli.auto_recipe import planned_recipe
 from gpdit_lightning.cli.classification_report import write_classification
 from gpdit_lightning.cli.failures import CURES, SMALLER_TRAINING
-from gpdit_lightning.cli.recipe_cli import build_recipe
+from gpdit_lightning.cli.recipe_cli import RecipeCLI, build_recipe, find_resumed
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import process_lock
 from gpdit_lightning.imports import error_summary, import_path
@@ -111,6 +111,22 @@ def report_memory_errors(trainer: Trainer) -> Iterator[None]:
         raise InputError(f"{message}; `estimate` computes the memory of a recipe.") from error
 
 
+@contextmanager
+def report_restore_errors(trainer: Trainer, resumed: Path | None) -> Iterator[None]:
+    """Replace an exception of the code that restores a checkpoint by an InputError that names the checkpoint."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        restores = "lightning.pytorch.trainer.connectors.checkpoint_connector" in modules
+        if isinstance(error, InputError) or not restores or memory_error(error) or custom_part_of(error, trainer):
+            raise
+        raise InputError(
+            f"{resumed} cannot be restored ({error_summary(error, 'gpdit_lightning')}): use another checkpoint of the "
+            "run, or begin another run with its weights (--model.init_args.initial_weights)."
+        ) from error
+
+
 def fit(options: RecipeOptions) -> Trainer:
     """Train, from the run's last checkpoint if there is one; return the trainer.
 
@@ -128,26 +144,35 @@ def _fit(options: RecipeOptions) -> Trainer:
     trainer = cli.trainer
     if trainer.max_steps == 0:
         raise InputError("trainer.max_steps is 0: set a number of steps.")
-    step = open_checkpoint(cli.resumed).step if cli.resumed else 0
     files = RunFolderFiles(Path(trainer.default_root_dir))
+    with lock_run_folder(trainer), restored_without_a_step(trainer, files):
+        if trainer.is_global_zero:
+            files.order_event_files()
+        resumed = find_resumed(cli)
+        files.step = open_checkpoint(resumed).step if resumed else 0
+        _train(cli, resumed, files.step)
+    if trainer.is_global_zero:
+        step, folder = trainer.global_step, f"{trainer.default_root_dir}/checkpoints"
+        was_finished = resumed is not None and resumed.name == f"step-{step}.ckpt"
+        print(f"{'already ' * was_finished}finished at step {step}: {folder}/last.ckpt")
+        write_classification(trainer, last_checkpoint(Path(trainer.default_root_dir)))
+    return trainer
+
+
+def _train(cli: RecipeCLI, resumed: Path | None, step: int) -> None:
+    """Train, from a checkpoint of a step if there is one."""
+    trainer = cli.trainer
     with (
-        lock_run_folder(trainer),
-        restored_without_a_step(trainer, files, step),
         watch_ranks(trainer),
         end_ranks_together(trainer),
         report_file_errors(trainer),
         report_memory_errors(trainer),
+        report_restore_errors(trainer, resumed),
         messages_above_bars(),  # also if the recipe names another progress bar
     ):
         if trainer.is_global_zero:
             continue_logs(trainer.loggers, step)
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resumed, weights_only=True)
-    if trainer.is_global_zero:
-        step, folder = trainer.global_step, f"{trainer.default_root_dir}/checkpoints"
-        was_finished = cli.resumed is not None and cli.resumed.name == f"step-{step}.ckpt"
-        print(f"{'already ' * was_finished}finished at step {step}: {folder}/last.ckpt")
-        write_classification(trainer, last_checkpoint(Path(trainer.default_root_dir)))
-    return trainer
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
 
 
 def validate(options: RecipeOptions) -> Trainer:
@@ -168,7 +193,8 @@ def _evaluate(verb: str, options: RecipeOptions) -> Trainer:
     with planned_recipe(options, verb) as recipe:
         cli = build_recipe(verb, recipe.fit_arguments)
     trainer = cli.trainer
-    if cli.resumed is None:
+    resumed = find_resumed(cli)
+    if resumed is None:
         raise InputError(f"{trainer.default_root_dir} has no checkpoint to {verb}: run `fit` first, or give --run_dir.")
     if cli.datamodule.validation_batches == 0:
         raise InputError(f"there is nothing to {verb}: data.validation_batches is 0; give a number of batches.")
@@ -176,9 +202,9 @@ def _evaluate(verb: str, options: RecipeOptions) -> Trainer:
         raise InputError(f"there is nothing to {verb}: no samples of the data are held out (see `prepare --help`).")
     trainer.loggers = []  # the logs of the run are for training; the results are printed
     with watch_ranks(trainer):
-        getattr(trainer, verb)(cli.model, cli.datamodule, ckpt_path=cli.resumed, weights_only=True, verbose=False)
+        getattr(trainer, verb)(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True, verbose=False)
     if trainer.is_global_zero:  # the results are means over all ranks
         for name, value in sorted(trainer.callback_metrics.items()):
             print(f"{name:<20}{float(value):.5f}")
-        write_classification(trainer, cli.resumed)
+        write_classification(trainer, resumed)
     return trainer

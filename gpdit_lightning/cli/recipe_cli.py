@@ -128,13 +128,7 @@ def as_list(value: str | list[str] | None) -> list[str]:
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI whose trainer writes to a run folder and accumulates gradients according to the batch plan.
-
-    Attributes:
-        resumed: the checkpoint from which the run resumes; None for a new run.
-    """
-
-    resumed: Path | None
+    """LightningCLI whose trainer writes to a run folder and accumulates gradients according to the batch plan."""
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the trainer (without those that a run fixes), the stage and the data."""
@@ -193,7 +187,6 @@ class RecipeCLI(LightningCLI):
         check_interval("validate_every_steps", validate_every_steps, least=0)
         check_interval("trainer.log_every_n_steps", given["log_every_n_steps"], least=1)
         strategy = strategy_of(given["strategy"])
-        self.resumed = last_checkpoint(run_dir, verify=True)
         per_step = self.datamodule.micro_batches_per_step
         settings = given | {
             **{name: value for name, (value, _) in FIXED.items()},
@@ -293,10 +286,21 @@ def parse_recipe(verb: str, arguments: Sequence[str]) -> Namespace:
 
 def build_recipe(verb: str, arguments: Sequence[str]) -> RecipeCLI:
     """Construct a recipe's model, data and trainer; arguments and errors as in :func:`parse_recipe`."""
-    cli = _command_line(RecipeCLI, verb, arguments)
-    if cli.resumed is not None:
+    return _command_line(RecipeCLI, verb, arguments)
+
+
+def find_resumed(cli: RecipeCLI) -> Path | None:
+    """Find and verify the checkpoint from which a run resumes; None for a new run.
+
+    A process that trains holds the lock of the run folder, so that no other one replaces the checkpoint meanwhile.
+
+    Raises:
+        InputError: as :func:`last_checkpoint`.
+    """
+    resumed = last_checkpoint(Path(cli.trainer.default_root_dir), verify=True)
+    if resumed is not None:
         cli.model.initial_weights = None  # replaced by the checkpoint's; their file may have been removed
-    return cli
+    return resumed
 
 
 def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) -> RecipeCLI:

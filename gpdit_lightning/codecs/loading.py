@@ -10,6 +10,7 @@ from gpdit_lightning.codecs.sd import SdCodec
 from gpdit_lightning.codecs.wan import WanCodec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import resolve
+from gpdit_lightning.schema import shown
 from gpdit_lightning.specs import CodecSpec
 
 CODECS: dict[str, type[Codec]] = {}
@@ -73,6 +74,7 @@ def load_codec_from_spec(
     owner: str = "the manifest",
     codec: str | None = None,
     option: str = "--codec",
+    trusts_source: bool = True,
 ) -> Codec:
     """Load the codec that a manifest or checkpoint records, and check that its weights are the recorded ones.
 
@@ -86,9 +88,11 @@ def load_codec_from_spec(
         owner: the manifest or checkpoint, for messages.
         codec: the name or import path given by the user; None for the recorded one.
         option: the option that `codec` was given by, for messages.
+        trusts_source: whether a recorded folder or file may be opened; False for files that come from others.
 
     Raises:
-        CodecNotAllowedError: an import path is recorded, and `codec` is None.
+        CodecNotAllowedError: an import path is recorded, and `codec` is None; or weights other than the codec's default
+            are recorded, and neither `source` is given nor the recorded one trusted.
         InputError: as `load_codec`, or the weights or constants differ from the spec's.
     """
     if codec is None and spec.name not in CODECS and spec.is_custom:
@@ -97,6 +101,12 @@ def load_codec_from_spec(
             f"that class, give {option} {spec.name}."
         )
     codec_class = find_codec(codec or spec.name)
+    if source is None and not trusts_source and spec.source not in (None, codec_class.default_source):
+        raise CodecNotAllowedError(
+            f"{owner} records {shown(spec.source)} as the weights of its codec, and an exported model must not choose "
+            f"which files are opened or downloaded: give {option}_source {spec.source} if you trust it, or the "
+            "folder of these weights."
+        )
     if source is None and issubclass(codec_class, AutoencoderCodec) and codec_class in BUILT_IN:
         may_download = spec.source in (None, codec_class.default_source)
         loaded: Codec = codec_class.load(spec.source, may_download).to(device)

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gpdit_lightning.codecs.base import Codec, fingerprint_of
-from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import utf8_path
+from gpdit_lightning.errors import InputError, TransientError
+from gpdit_lightning.tensor_files import check_finite, safetensors_header
 
 SHIPPED_WEIGHTS = Path(__file__).with_name("pca.safetensors")
 COMPONENTS = 16
@@ -65,14 +63,21 @@ class PcaCodec(Codec):
         path = cls.shipped_weights if source is None else Path(source)
         cure = "make one with `python -m gpdit_lightning.codecs.fit_pca --out FILE`"
         try:
-            with utf8_path(path) as readable:
-                weights = load_file(readable)
-        except (OSError, SafetensorError) as error:
+            stored, _ = safetensors_header(path, cure)
+        except TransientError:
+            raise
+        except InputError as error:
+            reason = str(error).partition(f": {cure}")[0]
             raise InputError(
-                f"{path} is not a readable weights file of the codec '{cls.name}' ({error}): {cure}."
+                f"{path} is not a readable weights file of the codec '{cls.name}' ({reason}): {cure}."
             ) from None
-        if {name: tuple(values.shape) for name, values in weights.items()} != WEIGHT_SHAPES:
+        is_of_codec = {name: tensor.shape for name, tensor in stored.items()} == WEIGHT_SHAPES
+        if not is_of_codec or not all(tensor.dtype.is_floating_point for tensor in stored.values()):
             raise InputError(f"{path} does not contain the tensors of the codec '{cls.name}': {cure}.")
+        weights = {name: tensor.read() for name, tensor in stored.items()}
+        check_finite(weights, str(path), cure)
+        if not (weights["std"] > 0).all():
+            raise InputError(f"{path} has standard deviations that are not above 0: {cure}.")
         return cls(weights, source)
 
     def to(self, device: str | torch.device) -> Self:

@@ -83,4 +83,8 @@ def whitening_constants(config: Any, source: str | None) -> tuple[Tensor, Tensor
             f"the image VAE of {source} has {channels} latent channels but latents_mean and latents_std of {len(mean)} "
             f"and {len(std)}: correct its config.json."
         )
+    if min(std) <= 0:
+        raise InputError(
+            f"the image VAE of {source} has latents_std {std}, which must be above 0: correct its config.json."
+        )
     return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32) / scale

@@ -44,6 +44,8 @@ class WanCodec(AutoencoderCodec):
         self.latent_channels = config.z_dim
         self.mean = torch.tensor(config.latents_mean, dtype=torch.float32)
         self.std = torch.tensor(config.latents_std, dtype=torch.float32)
+        if not (self.std > 0).all():
+            raise InputError(f"the WanVAE of {source} has latents_std that are not above 0: correct its config.json.")
         if self.mean.shape != (config.z_dim,) or self.std.shape != (config.z_dim,):
             raise InputError(
                 f"the WanVAE of {source} has {config.z_dim} latent channels but latents_mean and latents_std of "

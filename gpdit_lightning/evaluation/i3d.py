@@ -11,14 +11,11 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gpdit_lightning.errors import InputError
+from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.evaluation.network_files import I3D_SHA256, PREPROCESSING_OF_FILE, load_script
-from gpdit_lightning.files import utf8_path
-from gpdit_lightning.retries import transient_error
+from gpdit_lightning.tensor_files import check_finite, safetensors_header
 
 MIN_FRAMES = 10
 SIDE = 224  # pixels along each side of the network's input
@@ -154,11 +151,11 @@ class I3D(nn.Module):
         """
         remedy = "give the I3D weights of Kinetics-400 in Flax's layout"
         try:
-            with utf8_path(path) as readable:
-                stored = load_file(readable)
-        except (OSError, SafetensorError) as error:
-            damaged = InputError(f"{path} cannot be read as a safetensors file ({error}): {remedy}.")
-            raise transient_error(error, path) or damaged from None
+            stored, _ = safetensors_header(Path(path), remedy)
+        except TransientError:
+            raise
+        except InputError as error:
+            raise InputError(f"{path} cannot be read: {error}") from None
         network = cls()
         tensors = network.flax_tensors()
         differing = sorted(tensors.keys() ^ stored.keys())
@@ -167,12 +164,13 @@ class I3D(nn.Module):
             raise InputError(f"{path} {problem} ({len(differing)} tensors missing or surplus): {remedy}.")
         with torch.no_grad():
             for key, tensor in tensors.items():
-                if stored[key].shape != tensor.shape:
+                if stored[key].shape != tuple(tensor.shape):
                     raise InputError(
-                        f"{path} has {key} of shape {tuple(stored[key].shape)} where I3D's is {tuple(tensor.shape)}: "
-                        f"{remedy}."
+                        f"{path} has {key} of shape {stored[key].shape} where I3D's is {tuple(tensor.shape)}: {remedy}."
                     )
-                tensor.copy_(stored[key])
+                values = stored[key].read()
+                check_finite({key: values}, str(path), remedy)
+                tensor.copy_(values)
         return network.eval().requires_grad_(False)
 
     def flax_tensors(self) -> dict[str, Tensor]:

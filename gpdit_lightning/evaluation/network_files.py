@@ -1,5 +1,11 @@
-"""Verification and loading of files of published networks. The sha256 is verified first, and nothing is unpickled."""
+"""Verification and loading of files of published networks. The sha256 is verified first, and nothing is unpickled.
 
+A TorchScript is a program of tensor operations. Those that open files or connect to other machines are refused.
+"""
+
+import re
+import zipfile
+import zlib
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +15,10 @@ import torch
 from torch import nn
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import sha256_of
+from gpdit_lightning.files import open_regular
+from gpdit_lightning.hashes import remembered_sha256
 from gpdit_lightning.media.finding import Medium
+from gpdit_lightning.retries import transient_error
 
 I3D_URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
@@ -32,6 +40,13 @@ class NetworkRecord:
 
 
 PREPROCESSING_OF_FILE = "preprocessing inside the network"
+
+# Operations of TorchScript on files and other machines, and those of libraries besides torch, as their code names them.
+FORBIDDEN = re.compile(
+    r"\b(?:torch|ops\.aten|ops\.prim)\.(?:save|from_file|PythonOp|IgnoredPythonOp)\b|\brpc_(?:async|remote|sync)\b"
+    r"|\bops\.(?!aten\b|prim\b|quantized\b)\w+\.\w+"
+)
+MAX_CODE_BYTES = 2**24  # of one file of code in a TorchScript
 
 Interface = Literal["I3D", "Inception", "one input"]
 """Kind of network in a TorchScript, recognised by the arguments of its forward."""
@@ -86,7 +101,7 @@ def verify_file(role: str, path: str, sha256: str | None, remedy: str) -> tuple[
     file = Path(path).expanduser()
     if not file.is_file():
         raise InputError(f"the {role} network {file} is not a file on this machine: {remedy}.")
-    actual = sha256_of(file)
+    actual = remembered_sha256(file)
     if sha256 is not None and sha256.strip().lower() != actual:
         raise InputError(
             f"the {role} network {file} has sha256 {actual}, but {sha256} is expected: download it again, or correct "
@@ -99,8 +114,12 @@ def load_script(role: str, path: Path, *interfaces: Interface) -> tuple[nn.Modul
     """Load a TorchScript in evaluation mode; return it and its interface, one of the expected ones.
 
     Raises:
-        InputError: the file is not a TorchScript, or has none of these interfaces.
+        InputError: the file is not a TorchScript, has an operation on files or other machines, or has none of these
+            interfaces.
     """
+    operation = _forbidden_operation(role, path)
+    if operation:
+        raise network_error(role, path, f"contains the operation {operation}, which no network needs")
     try:
         script = torch.jit.load(path, map_location="cpu")
     except (RuntimeError, ValueError):
@@ -118,3 +137,27 @@ def load_script(role: str, path: Path, *interfaces: Interface) -> tuple[nn.Modul
     if interface not in interfaces:
         raise network_error(role, path, f"is another network, since its forward takes ({', '.join(names)})")
     return script.eval(), interface
+
+
+def _forbidden_operation(role: str, path: Path) -> str:
+    """Return the first forbidden operation in the code of a TorchScript, which loading would run; empty without any.
+
+    Raises:
+        InputError: the file is not an archive, or its code is too large.
+    """
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            for part in archive.infolist():
+                if "/code/" not in part.filename or part.filename.endswith(".debug_pkl"):
+                    continue
+                if part.file_size > MAX_CODE_BYTES:
+                    raise network_error(role, path, f"has {part.file_size} bytes of code in {part.filename}")
+                found = FORBIDDEN.search(archive.read(part).decode("utf-8", errors="replace"))
+                if found:
+                    return found[0]
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        known = transient_error(error, path)
+        raise known or network_error(role, path, "is not a TorchScript") from None
+    return ""

@@ -40,9 +40,16 @@ def load_codec_of(
         owner: name of the model, for messages.
 
     Raises:
-        InputError: the codec's weights are unavailable.
+        InputError: the codec's weights are unavailable, or an exported model records weights outside of its folder.
     """
-    return load_codec_from_spec(trained.codec, trained.backbone.device, source or trained.codec_source, owner, codec)
+    return load_codec_from_spec(
+        trained.codec,
+        trained.backbone.device,
+        source or trained.exported_codec,
+        owner,
+        codec,
+        trusts_source=not trained.is_exported,
+    )
 
 
 def selected_precision(precision: Precision, device: torch.device) -> Literal["32", "bf16"]:

@@ -10,6 +10,7 @@ import csv
 import inspect
 import re
 import textwrap
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from gpdit_lightning.imports import import_path
 
 SCORES = "scores_vs_decoded"  # group of the tags of scores, whose ground truth is decoded from held-out latents
 EVENT_FILES = "events.out.tfevents.*"
+EVENT_TIME = re.compile(r"tfevents\.(\d{10,12})\.")
 EARLIER_EVENTS = "tensorboard"  # folder of the event files in a run folder of earlier versions
 CSV_FOLDER = "csv"
 
@@ -114,6 +116,25 @@ def continue_logs(loggers: Iterable[Logger], step: int) -> None:
             hide_later_events(logger, step)
         elif isinstance(logger, CSVLogger):
             keep_earlier_rows(logger, step)
+
+
+def order_event_files(run_dir: Path) -> dict[Path, Path]:
+    """Rename event files whose names have times in the future, so that a new one is the last by name.
+
+    TensorBoard reads the files of a folder in the order of these times. If the clock was set back, it would read the
+    events of a resumed run first, and hide them in favour of those that they replace.
+
+    Returns:
+        the new paths of the files that were renamed, by their earlier ones.
+    """
+    now, folder, renamed = int(time.time()), run_dir / event_folder(run_dir), {}
+    files = [(int(found[1]), path) for path in folder.glob(EVENT_FILES) if (found := EVENT_TIME.search(path.name))]
+    files.sort()
+    for place, (written, path) in enumerate(files):
+        if written >= (latest := now - (len(files) - place)):
+            renamed[path] = path.with_name(EVENT_TIME.sub(f"tfevents.{latest:010d}.", path.name))
+            path.replace(renamed[path])
+    return renamed
 
 
 def hide_later_events(logger: TensorBoardLogger, step: int) -> None:

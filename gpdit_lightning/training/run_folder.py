@@ -8,7 +8,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpdit_lightning.files import atomic_write
-from gpdit_lightning.training.loggers import files_in_run_folder
+from gpdit_lightning.training.loggers import files_in_run_folder, order_event_files
 
 LOCK, RECIPE, CHECKPOINTS = ".lock", "config.yaml", "checkpoints"
 
@@ -20,15 +20,23 @@ class RunFolderFiles:
 
     Args:
         run_dir: the run folder, which may not exist.
+
+    Attributes:
+        step: the optimizer step from which the run resumes; 0 for a new run, or as long as it is unknown.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self.step = run_dir, 0
         self._missing_folders = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         self._existing = set(self._paths())
         self._contents = {
             path: path.read_bytes() for path in self._existing if path.name == RECIPE or path.suffix == ".csv"
         }
+
+    def order_event_files(self) -> None:
+        """Rename event files whose names have times in the future; `restore` keeps the new names."""
+        renamed = order_event_files(self.run_dir)
+        self._existing = {renamed.get(path, path) for path in self._existing}
 
     def restore(self) -> None:
         """Remove the files and empty folders that were created since, and restore those that were replaced."""
@@ -49,18 +57,17 @@ class RunFolderFiles:
 
 
 @contextmanager
-def restored_without_a_step(trainer: Trainer, files: RunFolderFiles, step: int) -> Iterator[None]:
+def restored_without_a_step(trainer: Trainer, files: RunFolderFiles) -> Iterator[None]:
     """Restore the run folder if the block raises before the first optimizer step of this process.
 
     Args:
         trainer: the trainer of this rank; the first rank restores.
         files: the files of the folder before the start.
-        step: the optimizer step from which the run resumes; 0 for a new run.
     """
     try:
         yield
     except BaseException:
-        if trainer.is_global_zero and trainer.global_step <= step:
+        if trainer.is_global_zero and trainer.global_step <= files.step:
             with suppress(OSError):
                 close_event_files(trainer.loggers)
                 files.restore()

@@ -92,7 +92,8 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                remove_leftovers(folder)
+                for used in (folder.parent, folder, folder.parent / "previews"):
+                    remove_leftovers(used)
                 probe = partial_path(folder / "probe")
                 probe.write_text("can be written")
                 probe.unlink()
