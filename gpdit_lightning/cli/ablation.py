@@ -291,7 +291,7 @@ def data_of(settings: Namespace) -> dict[str, list[str]]:
         ]
         for name, source in selection.configs.items()
     }
-    if settings.data.validation_batches < 1:
+    if settings.data.validation_batches == 0:
         raise InputError("data.validation_batches is 0: an ablation compares validation losses, so give a number.")
     if not any(manifest.of_split("validation") for found in manifests.values() for manifest in found):
         raise InputError("no samples of the data are held out, on which arms are compared (see `prepare --help`).")
