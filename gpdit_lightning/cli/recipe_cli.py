@@ -325,6 +325,10 @@ def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) ->
     except InputError as error:
         if "Option 'stages' is not accepted" in str(error):
             raise InputError(f"the recipe is a chain of stages: train it by `chain`, not by `{verb}`.") from None
+        if re.search(r"Option 'arms\b", str(error)):
+            raise InputError(
+                f"the recipe is an ablation with several arms: train it by `ablate`, not by `{verb}`."
+            ) from None
         if PREFIX in str(error):
             check_classes(with_bases(arguments))
         raise
