@@ -78,7 +78,7 @@ def parse_json(content: bytes, file: str, cure: str) -> Any:
         if (containers := content.count(b"[") + content.count(b"{")) > MAX_JSON_CONTAINERS:
             raise ValueError(f"it has {containers} brackets, more than {MAX_JSON_CONTAINERS}")
         parsed = _STRICT.decode(content.decode())
-        if _is_too_deep(parsed):
+        if containers > MAX_JSON_DEPTH and _is_too_deep(parsed):
             raise RecursionError
         return parsed
     except RecursionError:

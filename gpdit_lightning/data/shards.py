@@ -50,12 +50,13 @@ INDEX_COLUMNS = ("latent_offset", "json_offset", "json_size", "json_checksum")
 EXPONENT_MASK = np.uint16(0x7C00)  # all exponent bits of a float16: set if the value is not finite
 MAX_METADATA_BYTES = 2**24  # of a sample
 MAX_INDEX_BYTES = 2**30
+COPY_AGAIN = f"copy the shard again or {PREPARE_AGAIN}"
 TWO_SIZES = Constraint(
     "a list of two positive integers",
     lambda value: isinstance(value, list) and len(value) == 2 and all(map(SIZE.accepts, value)),
 )
 METADATA_SCHEMA = {"key": TEXT, "kind": TEXT}
-OPTIONAL_METADATA: dict[str, Any] = {
+OPTIONAL_METADATA: dict[str, Constraint] = {
     **{"source": TEXT, "label": TEXT, "caption": TEXT, "task": TEXT, "stride": SIZE, "fps": POSITIVE_NUMBER},
     **{"first_frame": COUNT, "pixel_size": TWO_SIZES},
 }
@@ -87,6 +88,7 @@ class ShardReader:
     def __init__(self, directory: Folder, entry: ShardEntry, cache: ShardCache | None = None) -> None:
         self.path, self.index_path, self.entry = directory / entry.path, directory / entry.index, entry
         self._tar = _path_or_remote_file(self.path, entry.sha256, entry.bytes)
+        self._name = self.path.stem
         self._index_shape = entry.count, len(INDEX_COLUMNS) + entry.shape[0]
         index_bytes = len(npy_header(self._index_shape, "<i8")) + 8 * math.prod(self._index_shape)
         self._index_file = _path_or_remote_file(self.index_path, entry.index_sha256, index_bytes)
@@ -188,24 +190,26 @@ class ShardReader:
 
     def _parse_metadata(self, text: bytes, number: int) -> dict[str, Any]:
         """Parse the metadata of a sample; raise DamagedSampleError if they are invalid, or those of another sample."""
-        name, cure = f"the metadata of sample {number} of {self.path}", f"copy the shard again or {PREPARE_AGAIN}"
+        name = f"the metadata of sample {number} of {self.path}"
         try:
-            content = check(parse_json(text, name, cure), METADATA_SCHEMA, "", name, cure)
-            present = {field: schema for field, schema in OPTIONAL_METADATA.items() if content.get(field) is not None}
-            check(content, present, "", name, cure)
+            content = check(parse_json(text, name, COPY_AGAIN), METADATA_SCHEMA, "", name, COPY_AGAIN)
+            for field, value in content.items():
+                schema = OPTIONAL_METADATA.get(field)
+                if schema is not None and value is not None and not schema.accepts(value):
+                    check(value, schema, field, name, COPY_AGAIN)
         except InputError as error:
             raise DamagedSampleError(str(error)) from None
-        key = f"{self.path.stem}-{number:06d}"
+        key = f"{self._name}-{number:06d}"
         # A key that is not made of the name of a shard was chosen by a program that wrote the shard in another way.
         if content["key"] != key and SHARD_NAME.fullmatch(content["key"].rpartition("-")[0]):
             raise DamagedSampleError(
                 f"sample {number} of {self.path} has the key {shown(content['key'])} instead of {key!r}, so it belongs "
-                f"to another place: {cure}."
+                f"to another place: {COPY_AGAIN}."
             )
         if content["kind"] != self.entry.kind:
             raise DamagedSampleError(
                 f"sample {number} of {self.path} has the kind {shown(content['kind'])} instead of "
-                f"{self.entry.kind!r}: {cure}."
+                f"{self.entry.kind!r}: {COPY_AGAIN}."
             )
         return content
 
@@ -262,9 +266,7 @@ class ShardReader:
         return any(removed)
 
     def _damaged(self, number: int, reason: str) -> DamagedSampleError:
-        return DamagedSampleError(
-            f"sample {number} of {self.path} is damaged ({reason}): copy the shard again or {PREPARE_AGAIN}."
-        )
+        return DamagedSampleError(f"sample {number} of {self.path} is damaged ({reason}): {COPY_AGAIN}.")
 
 
 def _path_or_remote_file(path: Folder, sha256: str, size: int | None = None) -> Path | RemoteFile:

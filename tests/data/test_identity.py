@@ -229,6 +229,7 @@ def test_files_without_an_end_are_refused(folder: Path) -> None:
         (b"[]", "it must be an object"),
         (b"[" * 100_000, "nested too deeply"),
         (b"{}", "lacks the field key"),
+        (b'{"key": null, "kind": "video"}', "key = None; it must be a string"),
         (b'{"key": "a", "kind": "video", "label": ["cat"]}', "label = "),
         (b'{"key": "a", "kind": "image"}', "has the kind 'image' instead of 'video'"),
         (b'{"key": "validation-video-2x4x4-00000-000000", "kind": "video"}', "instead of 'train-video"),
