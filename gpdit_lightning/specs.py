@@ -9,7 +9,17 @@ from typing import Any, ClassVar, Self
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import is_import_path
-from gpdit_lightning.schema import NUMBER, POSITIVE_NUMBER, SIZE, TEXT, TEXT_OR_NULL, Constraint, check, size_up_to
+from gpdit_lightning.schema import (
+    NUMBER,
+    POSITIVE_NUMBER,
+    SIZE,
+    TEXT,
+    TEXT_OR_NULL,
+    Constraint,
+    check,
+    shown,
+    size_up_to,
+)
 
 FACTOR = size_up_to(2**16)
 # float16 latents that are whitened by these remain far within float32.
@@ -190,6 +200,9 @@ class ClipGeometry:
     def from_dict(cls, content: Any, file: str, cure: str) -> Self:
         """Parse and validate the record in a file, from its field `geometry`; otherwise as `CodecSpec.from_dict`."""
         check(content, cls.SCHEMA, "geometry", file, cure)
+        numbers = [content["stride"], content["frames"], *(side for size in content["sizes"] for side in size)]
+        if max(numbers) > 2**20 or len(content["sizes"]) > 2**12:
+            raise InputError(f"{file} has a geometry far beyond any clip, {shown(content)}: {cure}.")
         for size in content["sizes"]:
             if len(size) != 2:
                 raise InputError(f"{file} has {size!r} in geometry.sizes, which is not [height, width]: {cure}.")

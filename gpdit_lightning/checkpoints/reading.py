@@ -142,6 +142,12 @@ def load_trained_model(
             f"{path} does not record the {', '.join(missing)} of its training, so it cannot generate: export it from a "
             "checkpoint."
         )
+    side = facts.codec.spatial_factor * opened.weights.config.patch_size
+    for height, width in facts.geometry.sizes:
+        if height % side or width % side:
+            raise InputError(
+                f"{path} records clips of {height}x{width} pixels, which do not divide into patches of {side}."
+            )
     return TrainedModel(
         backbone=HubGPDiT.from_weights(opened.weights).to(device),
         path=opened.path,

@@ -101,13 +101,14 @@ def load_codec_from_spec(
             f"that class, give {option} {spec.name}."
         )
     codec_class = find_codec(codec or spec.name)
-    if source is None and not trusts_source and spec.source not in (None, codec_class.default_source):
+    is_built_in = codec_class in BUILT_IN
+    if is_built_in and source is None and not trusts_source and spec.source not in (None, codec_class.default_source):
         raise CodecNotAllowedError(
             f"{owner} records {shown(spec.source)} as the weights of its codec, and an exported model must not choose "
             f"which files are opened or downloaded: give {option}_source {spec.source} if you trust it, or the "
             "folder of these weights."
         )
-    if source is None and issubclass(codec_class, AutoencoderCodec) and codec_class in BUILT_IN:
+    if is_built_in and source is None and issubclass(codec_class, AutoencoderCodec):
         may_download = spec.source in (None, codec_class.default_source)
         loaded: Codec = codec_class.load(spec.source, may_download).to(device)
     else:

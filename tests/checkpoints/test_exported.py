@@ -1,6 +1,7 @@
 """Export of models to folders and the hub, and loading of valid, damaged and malicious folders."""
 
 import copy
+import hashlib
 import json
 import math
 import pickle
@@ -430,3 +431,43 @@ def test_tensors_that_are_not_weights_are_rejected(folder: Path, model: GPDiT) -
     invalid: dict[str, Any] = {"output.bias": "text"}
     with pytest.raises(InputError, match=r"something other than floating-point numbers as output\.bias"):
         Weights(tensors | invalid, model.config, TrainingFacts()).load_into(model)
+
+
+# Hashes
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "codec.safetensors"])
+@pytest.mark.parametrize("place", [0.5, 0.999])
+def test_a_changed_byte_is_found_by_the_hashes(folder: Path, name: str, place: float) -> None:
+    (folder / "codec.safetensors").write_bytes(b"a codec" * 100)
+    write_checksums(folder)
+    read_exported(folder)
+    content = bytearray((folder / name).read_bytes())
+    digits = [at for at in range(int(len(content) * place)) if name != "config.json" or chr(content[at]) in "234567"]
+    content[digits[-1]] ^= 1  # one digit becomes another one in JSON
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name} is not the file that was exported \(its sha256 is [0-9a-f]+\)"):
+        read_exported(folder)
+
+
+def test_the_hashes_are_those_of_sha256sum_and_an_earlier_folder_has_none(folder: Path, caplog: Any) -> None:
+    lines = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
+    names = ("config.json", "model.safetensors")
+    assert lines == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    (folder / "SHA256SUMS").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"SHA256SUMS does not have one hash for each of config\.json and"):
+        read_exported(folder)
+    (folder / "SHA256SUMS").unlink()
+    caplog.set_level("INFO", "gpdit_lightning")
+    GPDiT.from_pretrained(folder)
+    assert caplog.text.count("has no SHA256SUMS") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["blocks.1.mlp_norm.weight"][3] = math.inf
+    save_file(tensors, folder / "model.safetensors")
+    write_checksums(folder)
+    with pytest.raises(InputError, match=r"numbers in blocks\.1\.mlp_norm\.weight that are not finite"):
+        GPDiT.from_pretrained(folder)

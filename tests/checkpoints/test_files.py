@@ -283,3 +283,73 @@ def test_leftovers_of_a_killed_run_are_removed_and_logged(tmp_path: Path, caplog
     assert set(whole.parent.iterdir()) == {whole, mark_path(whole), whole.with_name(LAST), notes, copied}
     assert "step-2.ckpt.partial is incomplete" in caplog.text
     assert last_checkpoint(tmp_path, verify=True) == whole
+
+
+# Marks and links of other checkpoints
+
+
+def edit_mark(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(mark_path(path).read_text())
+    change(content)
+    mark_path(path).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda mark: mark.update(files={}), "lists no files"),
+        (lambda mark: mark["files"].pop("step-3.ckpt/training.ckpt"), "training.ckpt is not part of it"),
+        (lambda mark: mark["files"].update({"../../secret": {"bytes": 1, "sha256": "0" * 64}}), "is the mark of"),
+        (lambda mark: mark["files"].update({"step-3.ckpt/more": {"bytes": 1, "sha256": "0" * 64}}), "more is missing"),
+        (lambda mark: mark["files"]["step-3.ckpt/training.ckpt"].update(bytes=-1), "must be a non-negative integer"),
+        (lambda mark: mark["files"]["step-3.ckpt/training.ckpt"].update(sha256=None), "must be a sha256"),
+        (lambda mark: mark.update(step=2), "is the mark of step 2"),
+        (lambda mark: mark.pop("step"), "lacks the field step"),
+    ],
+)
+def test_the_content_of_a_mark_is_checked(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
+    path = save(tmp_path, 3)
+    edit_mark(path, change)
+    assert message in damage_of(path)
+
+
+@pytest.mark.parametrize("content", [b"[" * 200_000, b"\xff", b"1" * 10_000, b"{" + b" " * 2**21])
+def test_a_mark_of_any_content_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = save(tmp_path, 3)
+    mark_path(path).write_bytes(content)
+    assert "its completion mark cannot be read" in damage_of(path)
+    mark_path(path).unlink()
+    os.mkfifo(mark_path(path))
+    assert "is not a regular file" in damage_of(path)
+
+
+def test_a_mark_of_another_checkpoint_and_surplus_files_are_named(tmp_path: Path) -> None:
+    one, other = save(tmp_path, 1), save(tmp_path, 2)
+    (other / ".nfs0001").write_text("of the file system")
+    assert damage_of(other, verify=True) == ""
+    (other / "notes.txt").write_text("notes")
+    assert damage_of(other) == "step-2.ckpt/notes.txt is not part of it"
+    mark_path(other).write_bytes(mark_path(one).read_bytes())
+    assert "is the mark of 'step-1.ckpt'" in damage_of(other)
+
+
+@pytest.mark.parametrize("target", ["../../other/checkpoints/step-2.ckpt", "last.ckpt", "elsewhere"])
+def test_a_link_to_something_else_than_a_checkpoint_of_the_run_is_not_followed(
+    tmp_path: Path, target: str, caplog: Any
+) -> None:
+    save(tmp_path / "other", 2)
+    last = save(tmp_path / "run", 1)
+    (last.parent / LAST).unlink()
+    (last.parent / LAST).symlink_to(target)
+    assert last_checkpoint(tmp_path / "run") == last
+    assert f"points to {target}, which is not a checkpoint of this run" in caplog.text
+
+
+def test_what_a_kill_during_pruning_leaves_is_removed(tmp_path: Path) -> None:
+    kept, removed, emptied = (save(tmp_path, step) for step in (3, 1, 2))
+    removed.rename(partial_path(removed.with_name(f"{removed.name}.discarded")))  # its mark remains
+    for name in FILES:
+        (emptied / name).unlink()
+    mark_path(emptied).unlink()
+    remove_leftovers(kept.parent)
+    assert {path.name for path in kept.parent.iterdir()} == {kept.name, mark_path(kept).name, LAST}
