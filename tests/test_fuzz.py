@@ -14,8 +14,9 @@ from benchmarks.fuzz.__main__ import case_numbers, main, table
 from benchmarks.fuzz.cases import FAILURES, OUTCOMES, Case, kind_of, replace_hashes, run_cases
 from benchmarks.fuzz.corpus import make_corpus
 from benchmarks.fuzz.processes import Limits
-from benchmarks.fuzz.targets import KINDS, Target
+from benchmarks.fuzz.targets import KINDS, Target, uses_marked_frames
 from gpdit_lightning.files import sha256_of
+from gpdit_lightning.media import decoding
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 INTACT = random.Random(0).randbytes(1000)
@@ -111,6 +112,19 @@ def test_the_outcome_of_a_reader(tmp_path: Path, fault: str) -> None:
     assert outcome(target) == expected
     if expected == "silent":
         assert outcome(replace(target, covered=False)) == "accepted"
+
+
+def test_frames_that_ffmpeg_marks_as_corrupt_are_found_if_the_reader_uses_them(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, content = tmp_path / "b.mov", bytearray((corpus / "videos" / "b.mov").read_bytes())
+    assert not uses_marked_frames(corpus / "videos" / "b.mov")
+    middle = len(content) // 2
+    content[middle : middle + 60] = random.Random(0).randbytes(60)
+    path.write_bytes(content)
+    assert not uses_marked_frames(path)
+    monkeypatch.setattr(decoding._Damage, "record", lambda *_: None)
+    assert uses_marked_frames(path)
 
 
 def test_recorded_hashes_are_replaced(tmp_path: Path) -> None:
