@@ -240,7 +240,7 @@ def _outcome(case: Case, ended: Ended, intact: Ended) -> tuple[Outcome, str]:
     new = [line for line in lines if line not in known]
     is_named = any(name in line for line in new for name in names_of(case))
     if ended.status:
-        if not last.startswith("error: ") and not (ended.status == STATUS_OF_FAULTS and case.target.detects):
+        if not last.startswith("error: ") and not (ended.status == STATUS_OF_FAULTS and "--verify" in case.arguments):
             return "crashed", f"status {ended.status} without a message ({last})"
         return ("named" if is_named else "refused"), last
     if case.target.result:

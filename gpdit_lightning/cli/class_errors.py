@@ -22,6 +22,7 @@ from gpdit_lightning.cli.parsing import OptionParser
 from gpdit_lightning.cli.recipe_files import read_yaml
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import did_you_mean, error_summary, import_path, is_import_path, resolve
+from gpdit_lightning.schema import shown
 from gpdit_lightning.stages import GPDiTStage
 
 # Options whose values are classes, or lists of classes, and the required base class.
@@ -70,7 +71,12 @@ class ClassSpec:
                 accepted = argument_names(kind)
                 self.arguments = {name: value for name, value in self.arguments.items() if name in accepted}
             self.kind = kind
-        merge(self.arguments, given.get("init_args") or {})
+        later = given.get("init_args") or {}
+        if not isinstance(later, Mapping):
+            raise InputError(
+                f"{self.option}.init_args is {shown(later)}; it must be names with values, such as {{width: 8}}."
+            )
+        merge(self.arguments, later)
 
     def check_arguments(self) -> None:
         """Raise `InputError` unless the constructor accepts the arguments."""

@@ -8,6 +8,9 @@ import pytest
 import yaml
 
 from gpdit_lightning.cli import main
+from gpdit_lightning.cli.class_errors import ClassSpec
+from gpdit_lightning.errors import InputError
+from gpdit_lightning.stages import GPDiTStage
 from tests.cli.test_resume import recipe
 
 PARTS = """
@@ -204,3 +207,9 @@ def test_an_error_of_a_logger_or_callback(
     error = capsys.readouterr().err.splitlines()[-1]
     assert words in error
     assert "free space" not in error
+
+
+@pytest.mark.parametrize("arguments", ["backbone", 5, [1]])
+def test_arguments_that_are_no_mapping_are_refused(arguments: object) -> None:
+    with pytest.raises(InputError, match=r"^model.init_args is .*; it must be names with values"):
+        ClassSpec("model", GPDiTStage).update({"class_path": "MixedStage", "init_args": arguments})
