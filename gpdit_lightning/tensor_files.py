@@ -20,7 +20,7 @@ from gpdit_lightning.files import open_regular
 from gpdit_lightning.retries import retried, transient_error
 from gpdit_lightning.schema import parse_json, shown
 
-MAX_HEADER_BYTES = 2**24  # some 100,000 tensors
+MAX_HEADER_BYTES = 2**22  # some 30,000 tensors
 MAX_AXES = 64
 CHUNK = 2**26  # bytes of one call of the system
 

@@ -146,7 +146,8 @@ def load_trained_model(
     for height, width in facts.geometry.sizes:
         if height % side or width % side:
             raise InputError(
-                f"{path} records clips of {height}x{width} pixels, which do not divide into patches of {side}."
+                f"{path} records clips of {height}x{width} pixels, which do not divide into patches of {side}: "
+                "export it again."
             )
     return TrainedModel(
         backbone=HubGPDiT.from_weights(opened.weights).to(device),
