@@ -136,6 +136,7 @@ class FixedOutput(GPDiT):
         clean: Tensor | None = None,
         draws: int = 1,
         compiled: bool = False,
+        clean_theta: Tensor | None = None,
     ) -> Tensor:
         assert cache is not None
         if clean is not None:
