@@ -54,13 +54,13 @@ def verify(manifest: Manifest, workers: int | None = None) -> Iterator[str]:
                 bar.update(entry.bytes)
 
 
-def verify_shard(directory: Path, entry: ShardEntry, labels: Sequence[str] = ()) -> list[str]:
+def verify_shard(directory: Path, entry: ShardEntry, labels: Sequence[str] | None = None) -> list[str]:
     """Return a message for each fault of one shard.
 
     Args:
         directory: folder of the manifest.
         entry: entry of the shard in the manifest.
-        labels: labels of the manifest.
+        labels: labels of the manifest; None: labels are not compared.
     """
     path, index = directory / entry.path, directory / entry.index
     faults = list(_verify_file(path, entry.sha256, entry.bytes))
@@ -100,7 +100,7 @@ def _verify_file(path: Path, sha256: str, size: int | None = None) -> Iterator[s
         yield str(error)
 
 
-def _verify_samples(reader: ShardReader, labels: Sequence[str]) -> Iterator[str]:
+def _verify_samples(reader: ShardReader, labels: Sequence[str] | None) -> Iterator[str]:
     for number in range(len(reader)):
         try:
             _, metadata = reader.read(number)
@@ -110,7 +110,7 @@ def _verify_samples(reader: ShardReader, labels: Sequence[str]) -> Iterator[str]
         key = f"{reader.path.stem}-{number:06d}"
         if metadata.get("key") != key:
             yield f"sample {number} of {reader.path} has the key {metadata.get('key')!r} instead of {key!r}: {CURE}"
-        if (label := metadata.get("label")) is not None and label not in labels:
+        if (label := metadata.get("label")) is not None and labels is not None and label not in labels:
             yield f"sample {number} of {reader.path} has the label {shown(label)}, which the manifest lacks: {CURE}"
 
 
