@@ -11,7 +11,6 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import is_import_path
 from gpdit_lightning.schema import (
     NUMBER,
-    POSITIVE_NUMBER,
     SIZE,
     TEXT,
     TEXT_OR_NULL,
@@ -24,6 +23,7 @@ from gpdit_lightning.schema import (
 FACTOR = size_up_to(2**16)
 # float16 latents that are whitened by these remain far within float32.
 WHITENING_MEAN = Constraint("a number within 1e6 of 0", lambda value: NUMBER.accepts(value) and abs(value) <= 1e6)
+FRAME_RATE = Constraint("a number from 0.001 to 100,000", lambda value: NUMBER.accepts(value) and 1e-3 <= value <= 1e5)
 WHITENING_STD = Constraint("a number from 1e-6 to 1e6", lambda value: NUMBER.accepts(value) and 1e-6 <= value <= 1e6)
 
 
@@ -209,7 +209,7 @@ class ClipGeometry:
         sizes = tuple((height, width) for height, width in content["sizes"])
         fps = content.get("fps")
         if fps is not None:
-            check(content, {"fps": POSITIVE_NUMBER}, "geometry", file, cure)
+            check(content, {"fps": FRAME_RATE}, "geometry", file, cure)
         return cls(content["stride"], sizes, content["frames"], fps)
 
     def to_dict(self) -> dict[str, Any]:
