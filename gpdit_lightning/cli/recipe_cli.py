@@ -183,6 +183,8 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **_: Any) -> Trainer:
         """Construct the recipe's trainer, with the run folder and the callbacks of every run."""
         given, run_dir = dict(self.config_init["trainer"]), Path(self.config_init["run_dir"])
+        if "log_every_n_steps" not in given:  # all options have a default, unless a recipe sets the whole of `trainer`
+            raise InputError("trainer is no mapping of options: write names with values, such as {max_steps: 1000}.")
         validate_every_steps = self.config_init["validate_every_steps"]
         check_interval("validate_every_steps", validate_every_steps, least=0)
         check_interval("trainer.log_every_n_steps", given["log_every_n_steps"], least=1)
