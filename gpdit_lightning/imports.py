@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import importlib.util
+import logging
 import pkgutil
 import sys
 import traceback
@@ -12,6 +13,10 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from gpdit_lightning.errors import InputError
+
+INSIDE = ("gpdit_lightning", "lightning", "torch")
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -60,6 +65,11 @@ def is_import_path(name: str) -> bool:
     return "." in name and all(part.isidentifier() for part in name.split("."))
 
 
+def is_outside(path: str) -> bool:
+    """Return whether an import path leads to code outside this library and Lightning, whose import is announced."""
+    return path.partition(".")[0] not in INSIDE
+
+
 def import_object(path: str, kind: str) -> Any:
     """Import the object at an import path.
 
@@ -71,6 +81,8 @@ def import_object(path: str, kind: str) -> Any:
         InputError: the module cannot be imported, or the object in it is not found.
     """
     module_path, _, attribute = path.rpartition(".")
+    if is_outside(path) and module_path not in sys.modules:
+        log.info("%s names %s, outside this library: its code is imported and run", kind, path)
     try:
         module = importlib.import_module(module_path)
     except ModuleNotFoundError as error:

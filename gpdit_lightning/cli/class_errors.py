@@ -156,7 +156,7 @@ def given_values(arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
         if not equals and words and not words[0].startswith("--"):
             value = words.pop(0)
         if name == "--config":
-            recipe = read_yaml(Path(value))
+            recipe = load_yaml(value) if value.startswith("{") else read_yaml(Path(value))  # see outside_code.py
             for option in BASES:
                 section: Any = recipe
                 for part in option.split("."):

@@ -2,6 +2,7 @@
 
 import errno
 import linecache
+import re
 import sys
 import sysconfig
 import threading
@@ -49,6 +50,9 @@ LESS_MEMORY = {
     "attention": "lower --frames or --frame_tokens",
 }
 
+# Errors of torch's process groups after another rank has ended.
+LOST_RANK = re.compile("^Dist(Store|Network|Backend)Error|Connection (closed|reset) by peer|gloo/transport")
+
 LONGEST_WORD, LONGEST_LINE = 300, 1200  # characters of a message
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -84,6 +88,9 @@ def known_cause(error: Exception, less_memory: str) -> str | None:
         from gpdit_lightning.retries import memory_error
         from gpdit_lightning.workers import thread_error, worker_error
 
+        if LOST_RANK.search(f"{type(error).__name__}: {error}"):
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            return f"the connection to another rank was lost ({reason}): see the messages of the other ranks."
         known = worker_error(error) or thread_error(error) or memory_error(error, less_memory)
         return None if known is None else str(known)
     return None

@@ -12,6 +12,10 @@ from jsonargparse import DefaultHelpFormatter
 from gpdit_lightning.cli.arguments import item_type
 
 PREFIX = "the recipe or the command line cannot be used: "
+NAMES_WITH_VALUES = "names with values, such as {width: 8}"
+# Nested lines of jsonargparse's reasons, which explain what a class path is.
+EXPECTED = r"Expected an? (.*?)(?:\. Got value: .*)?$|Not a valid (subclass of \w+)"
+EXPLANATIONS = ("a class path (str)", "a dict with")
 
 
 class OptionHelp(DefaultHelpFormatter):
@@ -112,18 +116,22 @@ def relevant_part(message: str) -> str:
             reasons.append(line.strip()[2:])
         elif reasons and line.startswith("      "):  # continues the reason
             reasons[-1] += f" {line.strip()}"
-    no_cause = ("Expected a path but", "Does not validate against")
-    relevant = [line for line in reasons if "NoneType" not in line and not line.startswith(no_cause)]
+    no_cause = ("Expected a path but", "Does not validate against", "Not of type")
+    relevant = [line for line in reasons if "NoneType" not in line and not line.startswith((*no_cause, *EXPLANATIONS))]
     key = re.match(r'Parser key "([\w.]+)":', message)
+    config = re.search(r"Unable to load config (?:'(.*)'|\"(.*)\")$", message, re.MULTILINE)
+    if key and config:
+        reason = "" if "Parser key" in message[key.end() :] else f" ({' '.join(reasons[:1])})"
+        return f"{key[1]} is {config[1] or config[2]}; it must be {NAMES_WITH_VALUES}{reason}."
     value = re.search(r"(?:Given value|Got value): (.*)", message)
     reasons_or_last_line = relevant or [message.split("\n  ")[-1]]
-    expected = [re.match(r"Expected an? (.*?)(?:\. Got value: .*)?$", reason) for reason in reasons_or_last_line]
-    kinds = [type_in_words(match[1]) for match in expected if match]
-    if key and value and len(kinds) == len(expected):
+    expected = [re.match(EXPECTED, reason) for reason in reasons_or_last_line]
+    kinds = list(dict.fromkeys(type_in_words(match[1] or match[2]) for match in expected if match))
+    if key and value and all(expected):
         unquoted = f"'{value[1]}'" in message and "value type: <class 'str'>" not in message
         as_list = f", such as \"['{value[1]}']\"" if kinds == ["a list"] and value[1][:1] not in "[{" else ""
         quoted = ", in quotes" if unquoted else ""
-        return f"{key[1]} is {value[1]}; it must be {' or '.join(kinds)}{as_list}{quoted}."
+        return f"{key[1]} is {value[1] or 'empty'}; it must be {' or '.join(kinds)}{as_list}{quoted}."
     required = re.fullmatch(r"the following arguments are required: ([\w., -]+)", message)
     if required:
         names = [f"--{name}" for name in required[1].split(", ")]
@@ -137,11 +145,13 @@ def type_in_words(kind: str) -> str:
     pair = re.fullmatch(r"tuple with (\d+) elements", kind)
     if pair:
         return f"a list of {pair[1]} values"
-    if any(name in kind for name in ("Sequence", "list", "tuple")):
+    if any(name in kind for name in ("Sequence", "Iterable", "list", "tuple")):
         return "a list"
     choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
     if choices:
         return f"one of {choices[1].replace(chr(39), '')}"
+    if "import path" in kind or "subclass" in kind:
+        return f"the import path of a {kind if 'subclass' in kind else 'class'}"
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
-    words["dict"] = "names with values, such as {width: 8}"
+    words["dict"] = NAMES_WITH_VALUES
     return words.get(kind.removeprefix("<class '").removesuffix("'>"), kind)

@@ -18,6 +18,7 @@ from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.cli.bounded_yaml import PARSER_MODE
 from gpdit_lightning.cli.class_errors import check_classes, check_constructors
 from gpdit_lightning.cli.messages import PREFIX, relevant_part
+from gpdit_lightning.cli.outside_code import announce, outside_classes, without_options
 from gpdit_lightning.cli.recipe_files import with_bases, without_earlier_manifests
 from gpdit_lightning.cli.trainer_settings import (
     FIXED,
@@ -25,10 +26,12 @@ from gpdit_lightning.cli.trainer_settings import (
     callbacks_of,
     check_interval,
     check_precision,
+    check_trainer,
     logger_specs,
     loggers_of,
     strategy_of,
 )
+from gpdit_lightning.data.batches import check_ranks
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import atomic_write
@@ -183,8 +186,7 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **_: Any) -> Trainer:
         """Construct the recipe's trainer, with the run folder and the callbacks of every run."""
         given, run_dir = dict(self.config_init["trainer"]), Path(self.config_init["run_dir"])
-        if "log_every_n_steps" not in given:  # all options have a default, unless a recipe sets the whole of `trainer`
-            raise InputError("trainer is no mapping of options: write names with values, such as {max_steps: 1000}.")
+        check_trainer(given, self.datamodule.plan.max_ranks)
         validate_every_steps = self.config_init["validate_every_steps"]
         check_interval("validate_every_steps", validate_every_steps, least=0)
         check_interval("trainer.log_every_n_steps", given["log_every_n_steps"], least=1)
@@ -202,6 +204,7 @@ class RecipeCLI(LightningCLI):
         try:
             trainer = Trainer(**settings)
             check_precision(given["precision"], trainer.strategy.root_device)
+            check_ranks(trainer.world_size, self.datamodule.plan.max_ranks)  # before the ranks are launched
             return trainer
         except (ValueError, TypeError, MisconfigurationException) as error:
             if isinstance(error, InputError):
@@ -310,6 +313,15 @@ def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) ->
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_shown)
+    given = with_bases(arguments)
+    if outside := outside_classes(given):
+        _parse(ParsedRecipe, verb, without_options(without_earlier_manifests(given), outside))
+        announce(outside)
+    return _parse(kind, verb, without_earlier_manifests(given))
+
+
+def _parse(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) -> RecipeCLI:
+    """Parse the arguments of `fit`, with the bases of recipes, by a LightningCLI of some class."""
     try:
         return kind(
             GPDiTStage,
@@ -319,7 +331,7 @@ def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) ->
             seed_everything_default=0,
             parser_class=TrainingParser,
             parser_kwargs={"parser_mode": PARSER_MODE, "prog": f"python -m gpdit_lightning {verb}"},
-            args=without_earlier_manifests(with_bases(arguments)),
+            args=list(arguments),
             run=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -332,7 +344,7 @@ def _command_line(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) ->
                 f"the recipe is an ablation with several arms: train it by `ablate`, not by `{verb}`."
             ) from None
         if PREFIX in str(error):
-            check_classes(with_bases(arguments))
+            check_classes(arguments)
         raise
     except omegaconf.errors.OmegaConfBaseException as error:
         raise InputError(f"an interpolation in the recipe cannot be resolved: {str(error).splitlines()[0]}") from None

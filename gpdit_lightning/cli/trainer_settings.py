@@ -3,7 +3,7 @@
 import argparse
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from gpdit_lightning.cli.recipe_parser import RecipeParser
+from gpdit_lightning.cli.value_checks import check_arguments, check_limits, check_numbers, check_options
 from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import did_you_mean, import_object, is_import_path, resolve
@@ -56,6 +57,8 @@ REPLACED: dict[str, str] = {name: instead for name, (_, instead) in FIXED.items(
 # Values of REPLACED settings in the config.yaml of earlier runs; the other settings have Lightning's defaults there.
 EARLIER_DEFAULTS = {"check_val_every_n_epoch": None, "use_distributed_sampler": False}
 LIGHTNING_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Trainer).parameters.items()}
+
+MAX_SEED = 2**32 - 1  # of NumPy's global generator
 
 # Help texts that replace those of Lightning.
 HELP = {
@@ -119,6 +122,15 @@ class TrainingParser(RecipeParser):
                     kind, given = import_object(spec.class_path, "trainer.logger"), vars(spec.init_args)
                     spec.init_args.update(Namespace(**place_in_run_folder(kind, given, Path(cfg.run_dir))))
         super().validate(cfg, *arguments, **options)
+        if "run_dir" not in cfg:  # the parser of a part of a recipe
+            return
+        check_numbers("", cfg)
+        check_limits(cfg)
+        check_options(cfg, self._actions)
+        check_seed(cfg.get("seed_everything"))
+        model = cfg.get("model")
+        if isinstance(model, Namespace) and isinstance(model.get("init_args"), Namespace):
+            check_arguments("model.init_args", import_object(model.class_path, "model"), model.init_args)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise InputError instead of printing the usage; with advice if there is no recipe, or none with a stage."""
@@ -219,6 +231,39 @@ def check_precision(setting: Any, device: torch.device) -> None:
     else:
         return
     raise InputError(f"trainer.precision is {name}, {obstacle}: use {cure}.")
+
+
+def check_trainer(settings: Mapping[str, Any], max_ranks: int) -> None:
+    """Check settings that Lightning accepts, or refuses only after it has launched the ranks.
+
+    Args:
+        settings: of the trainer.
+        max_ranks: `data.max_ranks`.
+
+    Raises:
+        InputError: a setting cannot be used.
+    """
+    for name in ("devices", "num_nodes"):
+        value = settings[name]
+        number = int(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+", value) else value
+        ranks = len(value) if isinstance(value, list) else number
+        if isinstance(ranks, int) and (ranks > max_ranks or ranks == 0):
+            cure = f"give 1 to {max_ranks}, or raise data.max_ranks, which is {max_ranks} and sets the data order"
+            raise InputError(f"trainer.{name} is {value}: {cure}.")
+    if settings["max_time"] == {}:
+        raise InputError("trainer.max_time is {}: give a time, as DD:HH:MM:SS.")
+    clip = settings["gradient_clip_val"]
+    if clip is not None and not clip >= 0:
+        raise InputError(f"trainer.gradient_clip_val is {clip}: give a positive number, or null for no clipping.")
+    for name, least in (("max_steps", 0), ("min_steps", 0), ("num_sanity_val_steps", -1)):
+        if settings[name] is not None and settings[name] < least:
+            raise InputError(f"trainer.{name} is {settings[name]}: give at least {least}.")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise `InputError` unless `seed_everything` is a seed of NumPy's global generator, or true or false."""
+    if isinstance(seed, int) and not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed_everything is {seed}: give a whole number from 0 to {MAX_SEED}.")
 
 
 def check_interval(name: str, value: int | None, least: int) -> None:

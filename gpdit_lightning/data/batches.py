@@ -211,6 +211,15 @@ def _warn_once(message: str) -> None:
     log.warning("%s", message)
 
 
+def check_ranks(ranks: int, max_ranks: int) -> None:
+    """Raise `InputError` if the number of ranks does not divide `data.max_ranks`."""
+    if max_ranks % ranks:
+        raise InputError(
+            f"{ranks} ranks do not divide data.max_ranks = {max_ranks}: set it to a multiple of the "
+            "number of ranks (it is part of the order: choose it once per run)."
+        )
+
+
 class LatentDataset(Dataset[LatentBatch]):
     """Map-style dataset from the number of a micro-batch to this rank's :class:`LatentBatch`, the same in every worker.
 
@@ -259,11 +268,7 @@ class LatentDataset(Dataset[LatentBatch]):
     ) -> None:
         if noise_draws < 1:
             raise InputError(f"data.noise_draws is {noise_draws}; it must be at least 1.")
-        if plan.max_ranks % world_size:
-            raise InputError(
-                f"{world_size} ranks do not divide data.max_ranks = {plan.max_ranks}: set it to a multiple of the "
-                "number of ranks (it is part of the order: choose it once per run)."
-            )
+        check_ranks(world_size, plan.max_ranks)
         self.plan, self.buckets = plan, buckets
         self.mean = torch.tensor(mean, dtype=torch.float32)
         self.std = torch.tensor(std, dtype=torch.float32)

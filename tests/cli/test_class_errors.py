@@ -1,6 +1,7 @@
 """An error in a class of a recipe, or in its arguments, is one sentence with the option, the value and the cure."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,13 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
+ANNOUNCED = "outside this library: its code is imported and run"
+
+
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the message of `fit`, which is the only line on stderr."""
+    """Return the message of `fit`, the only line on stderr besides those that announce imports."""
     assert main(["fit", *arguments]) == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(ANNOUNCED)]
     assert len(lines) == 1, lines
     return lines[0]
 
@@ -213,3 +217,45 @@ def test_an_error_of_a_logger_or_callback(
 def test_arguments_that_are_no_mapping_are_refused(arguments: object) -> None:
     with pytest.raises(InputError, match=r"^model.init_args is .*; it must be names with values"):
         ClassSpec("model", GPDiTStage).update({"class_path": "MixedStage", "init_args": arguments})
+
+
+@pytest.mark.parametrize(
+    ("options", "is_imported"),
+    [
+        (["--ema.decay=abc"], False),
+        (["--ema.nope=3"], False),
+        (["--data.seed=null"], False),
+        (["--model=announced.Stage", "--model.init_args.extra=4", "--model.init_args.backbone.width=abc"], False),
+        (["--model=announced.Stage", "--model.init_args.extra=4", "--print_config"], True),
+    ],
+)
+def test_outside_code_is_announced_and_imported_only_by_a_valid_recipe(
+    options: list[str],
+    is_imported: bool,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "announced.py").write_text(
+        "import pathlib\nfrom lightning import Callback\nfrom gpdit_lightning.stages import MixedStage\n"
+        "pathlib.Path(__file__).with_suffix('.imported').touch()\n\nclass Call(Callback):\n    pass\n\n"
+        "class Stage(MixedStage):\n    def __init__(self, extra: int = 1, **others):\n"
+        "        super().__init__(**others)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "announced", raising=False)
+    settings = recipe(tiny_shards, tmp_path / "run")
+    settings["trainer"]["callbacks"] = [{"class_path": "announced.Call"}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    try:
+        assert main(["fit", f"--config={tmp_path / 'recipe.yaml'}", *options]) == 2
+    except SystemExit:
+        assert is_imported  # after --print_config
+    lines = capsys.readouterr().err.splitlines()
+    assert (tmp_path / "announced.imported").exists() == is_imported
+    if is_imported:
+        named = ("model names announced.Stage", "trainer.callbacks names announced.Call")
+        assert {*lines} == {f"{name}, {ANNOUNCED}" for name in named}
+    else:
+        assert len(lines) == 1

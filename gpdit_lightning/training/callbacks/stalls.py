@@ -189,7 +189,9 @@ class StallWatch(Callback):
             yield
             return
         # Collective operations fail by themselves only after any time-out of this callback.
-        set_process_group_timeout(trainer.strategy, timedelta(seconds=60 + LONG * self.seconds))
+        set_process_group_timeout(
+            trainer.strategy, timedelta(seconds=60 + max(LONG * self.seconds, LEAST_START_SECONDS))
+        )
         connect = _connection(trainer, self.seconds)
         reports: dict[int, tuple[int, Position]] = {}
         threads = [
