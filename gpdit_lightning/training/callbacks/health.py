@@ -51,7 +51,7 @@ class Health(Callback):
         spike_factor: multiple of the mean gradient norm above which the samples of a step are logged; 0 for none.
         spike_window: optimizer steps of the exponential moving average of the norm, and before the first spike.
         max_damaged_samples: maximum number of damaged training samples, which are replaced; one more stops the run.
-        stall_minutes: minutes without a sign of life or progress of one of several ranks after which the run ends; four
+        stall_minutes: minutes without a heartbeat or progress of one of several ranks after which the run ends; four
             times as many while checkpoints, previews and scores are written; 0 for no limit.
 
     Attributes:

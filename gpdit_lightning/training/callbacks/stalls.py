@@ -32,11 +32,11 @@ STARTING, STEP, VALIDATION = "while it started", "in optimizer step {next}", "in
 BETWEEN = "after step {step}, when checkpoints, previews and scores are written"
 LOADING = "while it waited for the data of step {next}"
 PHASES = (STARTING, STEP, VALIDATION, BETWEEN, LOADING)
-# A rank that gives signs of life may take `LONG` times the time-out in these.
+# A rank that sends heartbeats may take `LONG` times the time-out in these.
 LONG_PHASES, LONG = (STARTING, BETWEEN), 4
 
 LEAST_START_SECONDS = 120.0  # for the start of all ranks, also with a shorter time-out
-LONGEST_INTERVAL = 5.0  # seconds between two signs of life
+LONGEST_INTERVAL = 5.0  # seconds between two heartbeats
 GRACE_SECONDS = 2.0
 VERDICT = "verdict"
 STATUS = 2  # exit status
@@ -77,7 +77,7 @@ class _Observed:
     beat: int = -1
 
 
-class Judge:
+class StallDetector:
     """Decides from the reports of ranks which of them hang.
 
     Args:
@@ -112,14 +112,14 @@ class Judge:
         self._now = now
 
     def silent(self) -> tuple[list[int], str]:
-        """Return the ranks that give no sign of life, and a clause on the first of them."""
+        """Return the ranks that send no heartbeat, and a clause on the first of them."""
         silent = {
             rank: seen.position
             for rank, seen in self._observed.items()
             if self._now - seen.seen_at > (self.seconds if seen.position else self._limit(Position()))
         }
         position = next(iter(silent.values()), None) or "before it has connected to the first rank"
-        return list(silent), f"no sign of life for {_duration(self.seconds)}, {position}"
+        return list(silent), f"no heartbeat for {_duration(self.seconds)}, {position}"
 
     def slow(self) -> tuple[list[int], str]:
         """Return the ranks that make no progress while the others wait for them, and a clause on their position."""
@@ -135,7 +135,7 @@ class Judge:
         return slow, f"no progress for {_duration(self._limit(last))}, {last}"
 
     def _limit(self, position: Position) -> float:
-        """Return the seconds that a rank which gives signs of life may stay in a position."""
+        """Return the seconds that a rank which sends heartbeats may stay in a position."""
         phase = PHASES[position.phase]
         limit = self.seconds * (LONG if phase in LONG_PHASES else 1)
         return max(limit, LEAST_START_SECONDS) if phase == STARTING else limit
@@ -208,7 +208,7 @@ class StallWatch(Callback):
 
     @property
     def interval(self) -> float:
-        """Seconds between two signs of life."""
+        """Seconds between two heartbeats."""
         return min(LONGEST_INTERVAL, self.seconds / 10)
 
     def _exchange(
@@ -238,14 +238,14 @@ class StallWatch(Callback):
 
     def _watch(self, trainer: Trainer, reports: dict[int, tuple[int, Position]], launcher: int | None) -> None:
         """End the run if a rank hangs."""
-        judge = Judge(_observed_by(trainer), self.seconds, time.monotonic())
+        detector = StallDetector(_observed_by(trainer), self.seconds, time.monotonic())
         while not self._ended.wait(self.interval):
-            judge.advance(time.monotonic(), longest=2 + 4 * self.interval)
+            detector.advance(time.monotonic(), longest=2 + 4 * self.interval)
             for rank, report in list(reports.items()):
-                judge.report(rank, *report)
-            ranks, clause = judge.silent()
+                detector.report(rank, *report)
+            ranks, clause = detector.silent()
             if not ranks and trainer.is_global_zero:  # only the first rank knows the positions of all
-                ranks, clause = judge.slow()
+                ranks, clause = detector.slow()
             if ranks:
                 self._end(trainer, f"{_names(ranks)}: {clause}", launcher)
 

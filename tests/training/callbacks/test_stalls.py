@@ -20,8 +20,8 @@ from gpdit_lightning.training.callbacks.stalls import (
     LONG,
     PHASES,
     STEP,
-    Judge,
     Position,
+    StallDetector,
     StallWatch,
     watch_ranks,
 )
@@ -30,22 +30,22 @@ T = 10.0  # seconds
 
 
 class Ranks:
-    """Three ranks that report to a judge, each with its counter and position."""
+    """Three ranks that report to a detector, each with its counter and position."""
 
     def __init__(self) -> None:
-        self.judge, self.now, self.beats = Judge(range(3), T, 0.0), 0.0, [0, 0, 0]
+        self.detector, self.now, self.beats = StallDetector(range(3), T, 0.0), 0.0, [0, 0, 0]
         self.positions = [Position(), Position(), Position()]
 
     def pass_time(self, seconds: float, stopped: tuple[int, ...] = ()) -> tuple[list[int], list[int]]:
-        """Return the ranks that are silent and slow after some seconds in which the others give signs of life."""
+        """Return the ranks that are silent and slow after some seconds in which the others send heartbeats."""
         end = self.now + seconds
         while self.now < end:
             self.now += 0.5
-            self.judge.advance(self.now, longest=2.0)
+            self.detector.advance(self.now, longest=2.0)
             for rank in {0, 1, 2} - set(stopped):
                 self.beats[rank] += 1
-                self.judge.report(rank, self.beats[rank], self.positions[rank])
-        return self.judge.silent()[0], self.judge.slow()[0]
+                self.detector.report(rank, self.beats[rank], self.positions[rank])
+        return self.detector.silent()[0], self.detector.slow()[0]
 
     def move(self, progress: int, phase: str, *ranks: int) -> None:
         for rank in ranks:
@@ -58,7 +58,7 @@ def test_a_rank_without_a_sign_of_life_hangs_in_any_phase() -> None:
     assert ranks.pass_time(3) == ([], [])
     assert ranks.pass_time(T - 1, stopped=(2,)) == ([], [])
     assert ranks.pass_time(2, stopped=(2,)) == ([2], [])
-    assert ranks.judge.silent()[1] == f"no sign of life for 10 s, {BETWEEN.format(step=4)}"
+    assert ranks.detector.silent()[1] == f"no heartbeat for 10 s, {BETWEEN.format(step=4)}"
 
 
 def test_the_rank_that_the_others_wait_for_hangs() -> None:
@@ -68,7 +68,7 @@ def test_the_rank_that_the_others_wait_for_hangs() -> None:
     ranks.move(5, STEP, 0, 2)
     assert ranks.pass_time(T) == ([], [])
     assert ranks.pass_time(1) == ([], [1])
-    assert ranks.judge.slow()[1] == "no progress for 10 s, while it waited for the data of step 5"
+    assert ranks.detector.slow()[1] == "no progress for 10 s, while it waited for the data of step 5"
     ranks.move(4, BETWEEN, 1)
     assert ranks.pass_time(LONG * T - 1) == ([], [])
     assert ranks.pass_time(2) == ([], [1])
@@ -102,7 +102,7 @@ def test_a_stopped_process_ends_the_others(tmp_path: Path, stopped: int) -> None
     assert os.waitstatus_to_exitcode(ended[1]) == 2
     prefix = "" if stopped else "[rank 1] "
     assert (tmp_path / f"{1 - stopped}").read_text() == (
-        f"{prefix}error: rank {stopped} hangs: no sign of life for 1 s, in optimizer step 8 (health.stall_minutes is "
+        f"{prefix}error: rank {stopped} hangs: no heartbeat for 1 s, in optimizer step 8 (health.stall_minutes is "
         "0.0166667): all ranks are ended; the same command resumes from the last checkpoint, if there is one.\n"
     )
 
