@@ -23,6 +23,7 @@ MAX_DEPTH = 32
 MAX_NODES = 50_000  # with each alias counted as what it stands for
 MAX_KEYS = 1000  # of one mapping
 MAX_DIGITS = 400  # of a number; a float has at most 309
+MAX_INTERPOLATED = 4096  # characters of a scalar with ${...}, which takes milliseconds per interpolation to parse
 
 MERGE_KEY = "<<"
 TAGS = {None, "!", *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map"))}
@@ -122,6 +123,8 @@ def _check_events(text: str) -> None:
             _check_tag(event.tag, line)
             if not event.style and len(event.value) > MAX_DIGITS and NUMBER.fullmatch(event.value):
                 raise yaml.YAMLError(f"line {line} has a number of {len(event.value)} digits, which is too long")
+            if "${" in event.value and len(event.value) > MAX_INTERPOLATED:
+                raise yaml.YAMLError(f"line {line} has ${{...}} in a value of more than {MAX_INTERPOLATED} characters")
             _count_item(parent, event.value, line)
             anchor = event.anchor
         else:  # the begin or end of a document

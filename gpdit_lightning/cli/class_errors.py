@@ -71,7 +71,7 @@ class ClassSpec:
                 accepted = argument_names(kind)
                 self.arguments = {name: value for name, value in self.arguments.items() if name in accepted}
             self.kind = kind
-        later = given.get("init_args") or {}
+        later = {} if given.get("init_args") is None else given["init_args"]
         if not isinstance(later, Mapping):
             raise InputError(
                 f"{self.option}.init_args is {shown(later)}; it must be names with values, such as {{width: 8}}."

@@ -28,6 +28,8 @@ from gpdit_lightning.training.loggers import continue_logs
 from gpdit_lightning.training.run_folder import LOCK, RunFolderFiles, restored_without_a_step
 from gpdit_lightning.workers import worker_error
 
+LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")  # packages of Lightning
+
 
 @contextmanager
 def lock_run_folder(trainer: Trainer) -> Iterator[None]:
@@ -112,6 +114,22 @@ def report_memory_errors(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
+def report_lightning_parts(trainer: Trainer) -> Iterator[None]:
+    """Replace an exception of a callback or logger of Lightning by an InputError that names its class."""
+    try:
+        yield
+    except Exception as error:
+        part = custom_part_of(error, trainer)
+        is_known = isinstance(error, InputError | OSError) or memory_error(error) or worker_error(error)
+        if part is None or is_known or type(part).__module__.partition(".")[0] not in LIGHTNING:
+            raise
+        raise InputError(
+            f"{import_path(part)} failed ({error_summary(error, type(part).__module__)}): correct its arguments, or "
+            "remove it from the recipe."
+        ) from error
+
+
+@contextmanager
 def report_restore_errors(trainer: Trainer, resumed: Path | None) -> Iterator[None]:
     """Replace an exception of the code that restores a checkpoint by an InputError that names the checkpoint."""
     try:
@@ -168,6 +186,7 @@ def _train(cli: RecipeCLI, resumed: Path | None, step: int) -> None:
         report_file_errors(trainer),
         report_memory_errors(trainer),
         report_restore_errors(trainer, resumed),
+        report_lightning_parts(trainer),
         messages_above_bars(),  # also if the recipe names another progress bar
     ):
         if trainer.is_global_zero:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import omegaconf
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
@@ -26,6 +25,7 @@ from gpdit_lightning.cli.trainer_settings import (
     callbacks_of,
     check_interval,
     check_precision,
+    check_repeated,
     check_trainer,
     logger_specs,
     loggers_of,
@@ -38,6 +38,7 @@ from gpdit_lightning.files import atomic_write
 from gpdit_lightning.imports import import_object
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.stages import GPDiTStage
+from gpdit_lightning.stages.initial_weights import check_kind
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.health import Health
 from gpdit_lightning.training.callbacks.metrics import MetricsLogger
@@ -229,7 +230,7 @@ class RecipeCLI(LightningCLI):
         from_recipe = callbacks_of(given["callbacks"])
         shows_progress = given["enable_progress_bar"] is not False
         has_progress_bar = any(isinstance(callback, ProgressBar) for callback in from_recipe)
-        return [
+        of_library = [
             StallWatch(health.stall_minutes),
             health,
             ema,
@@ -238,6 +239,10 @@ class RecipeCLI(LightningCLI):
             scores,
             self.config_init["checkpoint"],
             SaveRecipe(self._recipe_text()),
+        ]
+        check_repeated(from_recipe, of_library)
+        return [
+            *of_library,
             *([StepProgress()] if shows_progress and not has_progress_bar else []),
             *from_recipe,
         ]
@@ -300,10 +305,11 @@ def find_resumed(cli: RecipeCLI) -> Path | None:
     A process that trains holds the lock of the run folder, so that no other one replaces the checkpoint meanwhile.
 
     Raises:
-        InputError: as :func:`last_checkpoint`.
+        InputError: as :func:`last_checkpoint`, or the initial weights are a pipe or a device.
     """
     resumed = last_checkpoint(Path(cli.trainer.default_root_dir), verify=True)
-    if resumed is not None:
+    if resumed is not None and cli.model.initial_weights:
+        check_kind(cli.model.initial_weights)
         cli.model.initial_weights = None  # replaced by the checkpoint's; their file may have been removed
     return resumed
 
@@ -346,8 +352,6 @@ def _parse(kind: type[RecipeCLI], verb: str, arguments: Sequence[str]) -> Recipe
         if PREFIX in str(error):
             check_classes(arguments)
         raise
-    except omegaconf.errors.OmegaConfBaseException as error:
-        raise InputError(f"an interpolation in the recipe cannot be resolved: {str(error).splitlines()[0]}") from None
     except ModuleNotFoundError as error:  # a logger whose package is optional
         raise InputError(f"a class in the recipe needs a missing package: {_on_one_line(error)}") from None
     except ValueError as error:  # from the constructor of a class in the recipe, wrapped by jsonargparse

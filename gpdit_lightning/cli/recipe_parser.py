@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from gpdit_lightning.cli import VERBS, record_of
+from gpdit_lightning.cli.interpolations import InterpolatingParser
 from gpdit_lightning.cli.messages import one_sentence
 from gpdit_lightning.cli.parsing import option_names
 from gpdit_lightning.diffusion import NoiseSchedule
@@ -17,7 +18,7 @@ from gpdit_lightning.training.optimizer import OptimizerConfig
 NESTED_OPTIONS = {"backbone": GPDiTConfig, "schedule": NoiseSchedule, "optimizer": OptimizerConfig}
 
 
-class RecipeParser(LightningArgumentParser):
+class RecipeParser(InterpolatingParser, LightningArgumentParser):
     """A parser whose errors are InputErrors in one sentence; they propose the nearest option for an unknown one.
 
     Abbreviated option names are unknown.

@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import Namespace
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from gpdit_lightning.cli.recipe_parser import RecipeParser
-from gpdit_lightning.cli.value_checks import check_arguments, check_limits, check_numbers, check_options
+from gpdit_lightning.cli.value_checks import check_arguments, check_groups, check_limits, check_numbers, check_options
 from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import did_you_mean, import_object, is_import_path, resolve
@@ -110,6 +110,12 @@ class TrainingParser(RecipeParser):
         for action in self._actions:
             action.help = HELP.get(action.dest, action.help)
 
+    def _parse_common(self, cfg: Namespace, *arguments: Any, **options: Any) -> Namespace:
+        """Check the groups of options before links between options overwrite a group that is no mapping."""
+        if "run_dir" in cfg:  # the parser of a part of a recipe has none
+            check_groups(cfg, self._actions)
+        return super()._parse_common(cfg, *arguments, **options)
+
     def validate(self, cfg: Namespace, *arguments: Any, **options: Any) -> None:
         """Validate, refuse settings that a recipe cannot set, and set the folders of loggers."""
         for name in self.verb_options:
@@ -128,6 +134,8 @@ class TrainingParser(RecipeParser):
         check_limits(cfg)
         check_options(cfg, self._actions)
         check_seed(cfg.get("seed_everything"))
+        for name in ("runs", "run_dir", "latents"):
+            check_folder(name, cfg[name])
         model = cfg.get("model")
         if isinstance(model, Namespace) and isinstance(model.get("init_args"), Namespace):
             check_arguments("model.init_args", import_object(model.class_path, "model"), model.init_args)
@@ -264,6 +272,35 @@ def check_seed(seed: Any) -> None:
     """Raise `InputError` unless `seed_everything` is a seed of NumPy's global generator, or true or false."""
     if isinstance(seed, int) and not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed_everything is {seed}: give a whole number from 0 to {MAX_SEED}.")
+
+
+def check_folder(name: str, value: str) -> None:
+    """Raise `InputError` if the path of a folder is empty, null, a list or a mapping, or has a null character."""
+    if re.fullmatch(r"\s*|null|~|\[.*\]|\{.*\}", value) or "\0" in value:
+        raise InputError(f"{name} is {value!r}: give the path of a folder.")
+
+
+def check_repeated(from_recipe: Iterable[Callback], of_library: Iterable[Callback]) -> None:
+    """Raise `InputError` if a callback of a recipe does what the library does in every run.
+
+    Args:
+        from_recipe: the callbacks of the recipe.
+        of_library: the callbacks of every run, which options configure.
+    """
+    of_library = list(of_library)
+    for callback in from_recipe:
+        name = type(callback).__name__
+        if isinstance(callback, GradientAccumulationScheduler):
+            raise InputError(
+                f"trainer.callbacks has {name}, but each step has all batches of its plan: remove it, and "
+                f"{REPLACED['accumulate_grad_batches']}."
+            )
+        for present in of_library:
+            if isinstance(callback, type(present)):
+                raise InputError(
+                    f"trainer.callbacks has {name}, but every run has the callback {type(present).__name__} already: "
+                    "remove it there, and set the options of health, ema, preview, scores or checkpoint."
+                )
 
 
 def check_interval(name: str, value: int | None, least: int) -> None:

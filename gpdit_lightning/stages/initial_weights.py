@@ -1,6 +1,7 @@
 """Initial weights of a stage, and the record of their origin."""
 
 import logging
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -16,6 +17,19 @@ from gpdit_lightning.stages.agreement import check_architecture, check_classes
 log = logging.getLogger(__name__)
 
 SAME_CODEC = "prepare the data with the codec of the weights, or start from other weights"
+
+
+def check_kind(path: str) -> None:
+    """Raise `InputError` if the path of initial weights is a pipe, a device or a socket; it need not exist."""
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(
+            f"model.init_args.initial_weights is {path}, which is a pipe, a device or a socket: give a run folder, a "
+            "checkpoint or an exported folder, or null."
+        )
 
 
 @dataclass(frozen=True)
@@ -41,8 +55,10 @@ class InitialWeights:
             backbone: a backbone of the same architecture.
 
         Raises:
-            InputError: the path does not exist, a file is damaged, or the architecture differs.
+            InputError: the path does not exist or is a pipe or a device, a file is damaged, or the architecture
+                differs.
         """
+        check_kind(path)
         if not Path(path).exists():
             raise InputError(
                 f"model.init_args.initial_weights is {path}, which does not exist: train that stage first (`chain` "

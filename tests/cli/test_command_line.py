@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 
 from gpdit_lightning import cli
 from gpdit_lightning.cli import VERBS, main
+from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.errors import InputError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -117,6 +119,32 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"trainer": {"detect_anomaly": None}}, ["trainer.detect_anomaly is null; it must be true or false"]),
         (backbone(layers=None), ["model.init_args.backbone.layers is null; it must be a whole number"]),
         ({"model": {"init_args": {"backbone": 3}}}, ["model.init_args.backbone is 3; it must be names with values"]),
+        ({"run_dir": ""}, ["run_dir is '': give the path of a folder"]),
+        ({"run_dir": None}, ["run_dir is null; it must be a string"]),
+        ({"run_dir": []}, ["run_dir is []; it must be a string"]),
+        ({"run_dir": "a\0b"}, ["run_dir is 'a\\x00b': give the path of a folder"]),
+        ({"runs": "", "run_dir": "${runs}/mine"}, ["runs is '': give the path of a folder"]),
+        (
+            {"trainer": {"callbacks": ["EMA"]}},
+            ["trainer.callbacks has EMA, but every run has"],
+        ),
+        (
+            {
+                "trainer": {
+                    "callbacks": [
+                        {
+                            "class_path": "lightning.pytorch.callbacks.GradientAccumulationScheduler",
+                            "init_args": {"scheduling": {0: 4}},
+                        }
+                    ]
+                }
+            },
+            ["trainer.callbacks has GradientAccumulationScheduler", "micro_batches"],
+        ),
+        (
+            {"trainer": {"logger": False, "callbacks": ["LearningRateMonitor"]}},
+            ["LearningRateMonitor failed (MisconfigurationException: ", "remove it from the recipe"],
+        ),
     ],
     ids=lambda value: str(value)[:50],
 )
@@ -134,6 +162,30 @@ def test_a_bad_recipe(
     assert len(errors) == 1
     for word in words:
         assert word in errors[0]
+
+
+GROUPS = {
+    "trainer": "is True; it must be names with values",
+    "data": "is True; it must be names with values",
+    "model": "is True; it must be the import path",
+    "scores": "is True; it must be names with values",
+    "preview": "is True; it must be names with values",
+    "model.init_args": "is True; it must be names with values",
+    "model.init_args.optimizer": "is True; it must be names with values",
+}
+
+
+@pytest.mark.parametrize("value", [True, 3, []], ids=str)
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_that_is_no_mapping_is_refused(recipe: dict[str, Any], group: str, value: Any, tmp_path: Path) -> None:
+    """Links between options would otherwise replace such a group by defaults."""
+    changes = value
+    for name in reversed(group.split(".")):
+        changes = {name: changes}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(merged(recipe, changes)))
+    with pytest.raises(InputError, match=re.escape(f"{group} {GROUPS[group]}".replace("True", str(value)))):
+        parse_recipe("fit", [f"--config={path}"])
 
 
 def test_a_recipe_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:

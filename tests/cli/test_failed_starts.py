@@ -1,5 +1,6 @@
 """A training that fails before its first step leaves the run folder as it was."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,22 @@ def test_a_failed_restart_leaves_the_run_as_it_was(tiny_shards: Path, trained: P
         fit(tmp_path / "recipe.yaml", settings(tiny_shards, trained, at=at, step=step) | {"ema": {"decay": 0.5}}) == 2
     )
     assert content_of(trained) == before
+
+
+def test_a_restart_does_not_read_its_initial_weights_but_refuses_a_pipe(
+    tiny_shards: Path, trained: Path, tmp_path: Path, capsys: Any
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").mkdir()
+    messages = {
+        "pipe": f"initial_weights is {tmp_path / 'pipe'}, which is a pipe, a device or a socket",
+        "empty": "the test fails here",
+        "missing": "the test fails here",
+    }
+    for name, message in messages.items():
+        given = f"--model.init_args.initial_weights={tmp_path / name}"
+        assert fit(tmp_path / "recipe.yaml", settings(tiny_shards, trained, at="start"), given) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_run_that_fails_later_keeps_its_files(trained: Path) -> None:
