@@ -10,6 +10,7 @@ import yaml
 from lightning import Callback, Trainer
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.training.loggers import order_event_files
 from tests.cli.test_resume import fit, recipe
 
 
@@ -75,6 +76,7 @@ def trained(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     values = settings(tiny_shards, folder / "run", at="batch", step=3)
     assert fit(folder / "recipe.yaml", values | {"checkpoint": {"every_steps": 2}}) == 2
     assert "checkpoints/step-2.ckpt/training.ckpt" in content_of(folder / "run")
+    order_event_files(folder / "run")  # a restart in the same second would rename them
     return folder / "run"
 
 
