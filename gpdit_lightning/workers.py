@@ -308,6 +308,9 @@ def _worker_context() -> BaseContext:
 
 def _prepare_worker(worker: int) -> None:
     """Ignore signals, and send tensors without /dev/shm; a `worker_init_fn`."""
+    parent = multiprocessing.parent_process()
+    if multiprocessing.get_start_method() == "fork" and parent is not None and os.getppid() != parent.pid:
+        os._exit(1)  # killed already; torch's watchdog would take the process that adopted this one for it
     ignore_signals(worker)
     if sys.platform == "linux":
         ForkingPickler.register(Tensor, _reduce_tensor)

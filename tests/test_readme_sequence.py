@@ -40,6 +40,7 @@ LOWERED = {
     "demo": "--max_steps 2",
     "fit": "--trainer.max_steps 1",
     "chain": "--trainer.max_steps 1",
+    "ablate": "--trainer.max_steps 1 --seeds 0",
     "sample": "--steps 1 --frames 4",
     "transform": "--steps 1",
     "evaluate": "--steps 1",

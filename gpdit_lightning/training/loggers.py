@@ -127,9 +127,15 @@ def order_event_files(run_dir: Path) -> dict[Path, Path]:
     Returns:
         the new paths of the files that were renamed, by their earlier ones.
     """
-    now, folder, renamed = int(time.time()), run_dir / event_folder(run_dir), {}
+    folder, renamed = run_dir / event_folder(run_dir), dict[Path, Path]()
     files = [(int(found[1]), path) for path in folder.glob(EVENT_FILES) if (found := EVENT_TIME.search(path.name))]
     files.sort()
+    now = int(time.time())
+    if files and files[-1][0] == now:  # a new file of the same second could come before it
+        time.sleep(1 - time.time() % 1)
+        now += 1
+    if not files or files[-1][0] < now:
+        return renamed
     for place, (written, path) in enumerate(files):
         if written >= (latest := now - (len(files) - place)):
             renamed[path] = path.with_name(EVENT_TIME.sub(f"tfevents.{latest:010d}.", path.name))

@@ -23,6 +23,9 @@ from gpdit_lightning.training.callbacks.stopping import Stopped, StopSignals
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in handlers.items():
+        if handler == signal.SIG_IGN:  # SIGHUP under nohup
+            signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
