@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from gpdit_lightning import GPDiT, GPDiTConfig
-from gpdit_lightning.data.batches import Bucket, LatentDataset
+from gpdit_lightning.data.batches import LatentDataset
+from gpdit_lightning.data.buckets import Bucket
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.plan import Plan, PlannedSource
 from gpdit_lightning.data.shard_writer import ShardSetWriter

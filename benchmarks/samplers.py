@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.checkpoints.reading import load_trained_model
-from gpdit_lightning.data.batches import Bucket
+from gpdit_lightning.data.buckets import Bucket
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.diffusion import SAMPLERS, Sampler, make_sampler
 from gpdit_lightning.generation import GenerationConfig, rollout

@@ -12,7 +12,6 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from gpdit_lightning.data.batches import (
-    Bucket,
     CountBlocks,
     LatentBatch,
     LatentDataset,
@@ -21,6 +20,7 @@ from gpdit_lightning.data.batches import (
     TimedLoader,
     count_frames,
 )
+from gpdit_lightning.data.buckets import Bucket
 from gpdit_lightning.data.cache import CacheConfig
 from gpdit_lightning.data.held_out import HeldOutPass
 from gpdit_lightning.data.manifest import Manifest, Split

@@ -11,8 +11,9 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gpdit_lightning.data import batches as batches_module
-from gpdit_lightning.data.batches import Bucket, LatentBatch, LatentDataset, RangeSampler
+from gpdit_lightning.data import buckets as buckets_module
+from gpdit_lightning.data.batches import LatentBatch, LatentDataset, RangeSampler
+from gpdit_lightning.data.buckets import Bucket
 from gpdit_lightning.data.cache import ShardCache
 from gpdit_lightning.data.manifest import Manifest, ShardEntry
 from gpdit_lightning.data.plan import Plan, PlannedBucket, PlannedSource
@@ -384,7 +385,7 @@ def test_the_number_of_open_shards_is_limited(
             super().__init__(directory, entry, cache)
             opened.append(entry.path)
 
-    monkeypatch.setattr(batches_module, "ShardReader", RecordingReader)
+    monkeypatch.setattr(buckets_module, "ShardReader", RecordingReader)
     bucket = bucket_of(write_shards(tmp_path, {("train", "video", (3, 4, 4)): 200}, shard_size=1))
     for _ in range(2):
         for sample in range(100):
@@ -392,7 +393,7 @@ def test_the_number_of_open_shards_is_limited(
     assert len(opened) == 100
     for sample in range(200):
         bucket.read(sample)
-    assert batches_module._reader.cache_info().currsize == 128
+    assert buckets_module._reader.cache_info().currsize == 128
     bucket.read(0)
     assert opened.count(bucket.shards[0][1].path) == 2
 

@@ -33,7 +33,7 @@ from upath import UPath
 
 from gpdit_lightning import retries
 from gpdit_lightning.data import cache as cache_module
-from gpdit_lightning.data.batches import Bucket
+from gpdit_lightning.data.buckets import Bucket
 from gpdit_lightning.data.cache import CacheConfig, ShardCache
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.remote import RemoteFile, _download_error, _not_too_slow, read_blocks

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gpdit_lightning.cli.inspect import report_faults
-from gpdit_lightning.data.batches import Bucket, _reader
+from gpdit_lightning.data.buckets import Bucket, _reader
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shards import ShardReader, build_index, checksum, index_path
 from gpdit_lightning.errors import InputError

@@ -17,7 +17,7 @@ import pytest
 import webdataset
 
 from gpdit_lightning import retries
-from gpdit_lightning.data.batches import Bucket
+from gpdit_lightning.data.buckets import Bucket
 from gpdit_lightning.data.manifest import ShardEntry
 from gpdit_lightning.data.shard_writer import ShardSetWriter, ShardWriter
 from gpdit_lightning.data.shards import DamagedSampleError, ShardReader, build_index, checksum

@@ -40,7 +40,7 @@ class Health(Callback):
     count, the data, the learning rate and the average advance. In fp16 the gradient scaler skips such steps until it
     has found its scale; this callback does not count them.
 
-    The loader replaces a training sample that cannot be read (see `data/batches.py`). This callback counts the distinct
+    The loader replaces a training sample that cannot be read (see `data/buckets.py`). This callback counts the distinct
     damaged samples over all ranks, and stops the run if there are too many.
 
     It must come before the callbacks that average, log and save.

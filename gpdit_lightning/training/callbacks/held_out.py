@@ -14,7 +14,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from gpdit_lightning.codecs import Codec, CodecNotAllowedError, load_codec_from_spec
-from gpdit_lightning.data.batches import Bucket
+from gpdit_lightning.data.buckets import Bucket
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.data.manifest import Split
 from gpdit_lightning.diffusion import Sampler
