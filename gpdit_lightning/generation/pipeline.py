@@ -4,10 +4,9 @@ Shapes: B clips, T pixel frames, k context frames, C channels, h x w latent pixe
 """
 
 import logging
-import math
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.devices import available_device
 from gpdit_lightning.diffusion import Guidance, make_sampler
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.generation.arguments import GenerationArguments, options_of_call
 from gpdit_lightning.generation.config import ClipInputs, GenerationConfig
 from gpdit_lightning.generation.context_loss import UNLIKE_TRAINING, relative_loss
 from gpdit_lightning.generation.contexts import VideoContext
@@ -36,34 +36,6 @@ from gpdit_lightning.progress import progress_bar
 log = logging.getLogger(__name__)
 
 MAX_NAMED_CONTEXTS = 3  # in the warning about contexts that are unlike the training data
-
-
-class GenerationArguments(TypedDict, total=False):
-    """The arguments of a call: the options of `sample`, by the same names (`gpdit_lightning.options.sample`).
-
-    `seed` may also be a list with a seed for each context.
-    """
-
-    frames: int | None
-    samples: int
-    count: int | None
-    seed: int | Sequence[int]
-    batch_size: int
-    sampler: str
-    steps: int
-    guidance: float
-    guidance_levels: tuple[float, float]
-    label: str | int | Sequence[str | int] | None
-    label_guidance: float
-    window: int | None
-    sinks: int
-    context_noise: float
-    cache: bool
-    context_frames: int | None
-    start: float | None
-    fps: float | None
-    stride: int | None
-    size: str | None
 
 
 class GPDiTPipeline:
@@ -278,23 +250,8 @@ class GPDiTPipeline:
         Raises:
             InputError: as for a call.
         """
-        known = GenerationArguments.__annotations__
-        if unknown := [name for name in arguments if name not in known]:
-            raise InputError(f"a pipeline has no option {unknown[0]!r}: give some of {', '.join(known)}.")
-        if seconds is not None and "frames" in arguments:
-            raise InputError(f"both frames and seconds are given ({arguments['frames']} and {seconds}): give one.")
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise InputError(f"seconds is {seconds}: give a duration above 0.")
-        options: dict[str, Any] = dict(arguments)
-        seeds = None
-        if isinstance(arguments.get("seed"), Sequence):
-            seeds = options.pop("seed")
-            options |= {"seed": min(seeds)} if seeds else {}  # the least one is checked with the options
-        label = arguments.get("label")
-        if label is not None:
-            labels = [label] if isinstance(label, str) or not isinstance(label, Sequence) else label
-            options["label"] = tuple(map(str, labels))
-        return self.plan(sources_of(context), GenerationOptions(**options), seconds=seconds, seeds=seeds)
+        call, seeds = options_of_call(arguments, seconds)
+        return self.plan(sources_of(context), call, seconds=seconds, seeds=seeds)
 
     def plan(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 from gpdit_lightning import GPDiTPipeline
 from gpdit_lightning.cli import main
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.generation.pipeline import GenerationArguments
+from gpdit_lightning.generation.arguments import GenerationArguments
 from gpdit_lightning.generation.results import PipelineOutput
 from gpdit_lightning.media.video import video_info
 from gpdit_lightning.options.sample import GenerationOptions
