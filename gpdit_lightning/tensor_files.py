@@ -1,5 +1,7 @@
 """Tensors in files: the header of safetensors, tensors that are read when they are needed, and checks of their values.
 
+A tensor is in one file (`StoredTensor`), or in several ones that have slices of it (`SlicedTensor`).
+
 Bytes are read by ordinary calls of the system. An error of the disk, or a file that is truncated meanwhile, is then an
 exception; in memory-mapped files it is SIGBUS, which ends the process without a message.
 """
@@ -7,7 +9,8 @@ exception; in memory-mapped files it is SIGBUS, which ends the process without a
 import math
 import os
 import struct
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,32 @@ DTYPES = {
 }
 
 
+class TensorOnDisk(ABC):
+    """A tensor that is read when it is needed.
+
+    Attributes:
+        dtype, shape: of the tensor.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """Read the tensor into host memory.
+
+        Raises:
+            InputError: a file has become shorter, or does not exist any more.
+            TransientError: three attempts to read a file failed for a reason other than its content.
+        """
+
+    @abstractmethod
+    def read_range(self, start: int, size: int) -> Tensor:
+        """Read the elements (size,) of the flattened tensor from `start` on, and no others; errors as of `read`."""
+
+
 @dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(TensorOnDisk):
     """A tensor in a file, which `read` reads.
 
     Attributes:
@@ -59,18 +86,25 @@ class StoredTensor:
                 f"{self.path} has a tensor of shape {self.shape} with {self.bytes} bytes: restore the file."
             )
 
-    @retried
     def read(self) -> Tensor:
-        """Read the tensor into host memory.
+        """Read the tensor, as the base class states."""
+        storage = self._read_bytes(self.offset, self.bytes)
+        elements = storage[: self.bytes - self.bytes % self.dtype.itemsize].view(self.dtype)
+        return elements.as_strided(self.shape, self.strides, self.first)
 
-        Raises:
-            InputError: the file has become shorter, or does not exist any more.
-            TransientError: three attempts to read it failed for a reason other than its content.
-        """
+    def read_range(self, start: int, size: int) -> Tensor:
+        """Read elements, as the base class states; all of a tensor that is not contiguous in its file."""
+        if self.strides != row_major_strides(self.shape):
+            return self.read().flatten()[start : start + size]
+        first, width = self.first + start, self.dtype.itemsize
+        return self._read_bytes(self.offset + first * width, size * width).view(self.dtype)
+
+    @retried
+    def _read_bytes(self, offset: int, size: int) -> Tensor:
         try:
-            storage = torch.empty(self.bytes, dtype=torch.uint8)
+            storage = torch.empty(size, dtype=torch.uint8)
             with open_regular(self.path) as file:
-                read_into(storage.numpy().data, file.fileno(), self.offset)
+                read_into(storage.numpy().data, file.fileno(), offset)
         except (OSError, RuntimeError, MemoryError) as error:
             known = transient_error(error, f"{self.path} ({size_text(self.path)})")
             raise known or _unreadable(self.path, error) from None
@@ -79,8 +113,51 @@ class StoredTensor:
                 f"{self.path} became shorter while it was read: wait until the program that writes it has finished, "
                 "and run the same command again."
             ) from None
-        elements = storage[: self.bytes - self.bytes % self.dtype.itemsize].view(self.dtype)
-        return elements.as_strided(self.shape, self.strides, self.first)
+        return storage
+
+
+@dataclass(frozen=True)
+class SlicedTensor(TensorOnDisk):
+    """A tensor whose elements are in several files, each of which has a range of the flattened tensor.
+
+    Attributes:
+        dtype, shape: of the tensor.
+        slices: first element of a range, and the range (size,); in order.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    slices: tuple[tuple[int, StoredTensor], ...]
+
+    def gap(self) -> str:
+        """Return in words which elements no slice, or more than one has, or which slice has another type; or ""."""
+        end = 0
+        for start, stored in self.slices:
+            if stored.dtype != self.dtype or len(stored.shape) != 1:
+                return f"{stored.path.name} has a slice of {stored.dtype} {stored.shape} of a tensor of {self.dtype}"
+            if start != end:
+                return f"{stored.path.name} has a slice from element {start} on, not from {end} on"
+            end += stored.shape[0]
+        elements = math.prod(self.shape)
+        return "" if end == elements else f"its slices have {end} of {elements} elements"
+
+    def read(self) -> Tensor:
+        """Read the tensor, as the base class states."""
+        return self.read_range(0, math.prod(self.shape)).view(self.shape)
+
+    def read_range(self, start: int, size: int) -> Tensor:
+        """Read elements, as the base class states."""
+        values, end = torch.empty(size, dtype=self.dtype), start + size
+        for first, stored in self.slices:
+            low, high = max(start, first), min(end, first + stored.shape[0])
+            if low < high:
+                values[low - start : high - start] = stored.read_range(low - first, high - low)
+        return values
+
+
+def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def read_into(buffer: memoryview, descriptor: int, offset: int) -> None:
@@ -172,8 +249,7 @@ def _stored_tensor(path: Path, name: str, entry: Any, start: int, cure: str) -> 
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if end - first != size:
         raise _damaged(path, f"{shown(name)} of {dtype} {shown(shape)} has {shown(end - first)} bytes", cure)
-    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    return StoredTensor(path, start + first, size, DTYPES[dtype], tuple(shape), strides)
+    return StoredTensor(path, start + first, size, DTYPES[dtype], tuple(shape), row_major_strides(shape))
 
 
 def _are_counts(values: Any) -> bool:

@@ -2,7 +2,7 @@
 
 Only tensors and plain values are unpickled. `torch.load` returns the tensors without their data (`map_location="meta"`)
 and with their places in the file, from which they are read when they are needed, so that a few facts of a checkpoint
-cost no memory.
+cost no memory. Tensors that were saved without data are in parts (parts.py).
 """
 
 import pickle
@@ -16,11 +16,20 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning.checkpoints.marks import AVERAGE, TRAINING, step_of
+from gpdit_lightning.checkpoints.parts import places, read_parts
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import open_regular
 from gpdit_lightning.retries import retried, transient_error
-from gpdit_lightning.schema import COUNT, LIST, OBJECT, TEXT, check
-from gpdit_lightning.tensor_files import StoredTensor, check_finite, safetensors_header, size_text
+from gpdit_lightning.schema import COUNT, LIST, OBJECT, TEXT, check, shown
+from gpdit_lightning.tensor_files import (
+    SlicedTensor,
+    StoredTensor,
+    TensorOnDisk,
+    check_finite,
+    row_major_strides,
+    safetensors_header,
+    size_text,
+)
 
 CURE = "use another checkpoint of the run"
 MAX_PICKLE_BYTES = 2**28  # of the part of a checkpoint that has no tensors
@@ -42,7 +51,7 @@ def read_content(folder: Path, lazily: bool = False) -> dict[str, Any]:
 
     Args:
         folder: folder of the checkpoint.
-        lazily: whether weights, average and optimizer state are `StoredTensor` instead of tensors in host memory.
+        lazily: whether weights, average and optimizer state are `TensorOnDisk` instead of tensors in host memory.
 
     Raises:
         InputError: a file is missing, truncated, of another type or of another step, or weights are not finite.
@@ -50,6 +59,9 @@ def read_content(folder: Path, lazily: bool = False) -> dict[str, Any]:
     """
     path = folder / TRAINING
     content = _unpickle(path)
+    if isinstance(content, dict):
+        _find_slices(content, folder)
+    _refuse_without_data(content, path)
     if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in REQUIRED):
         raise InputError(f"{path} is not a checkpoint of gpdit_lightning: give one that `fit` wrote.")
     check(content, {"global_step": COUNT, "gpdit": {"stage": TEXT}}, "", str(folder), CURE)
@@ -63,7 +75,7 @@ def read_content(folder: Path, lazily: bool = False) -> dict[str, Any]:
         if name not in STATE or not lazily:
             content[name] = _read_tensors(value)
     if average is not None:
-        content["ema"]["weights"] = average if lazily else {name: tensor.read() for name, tensor in average.items()}
+        content["ema"]["weights"] = average if lazily else _read_tensors(average)
     if not lazily:
         _check_all_finite(content, folder)
     return content
@@ -79,21 +91,56 @@ def read_resumable(folder: Path, lazily: bool = False) -> dict[str, Any]:
     return cast("dict[str, Any]", check(content, RESUMABLE, "", str(folder), CURE))
 
 
-def _average_of(folder: Path, content: dict[str, Any]) -> dict[str, StoredTensor] | None:
-    """Return the averaged weights of a checkpoint; None if it has no average."""
+def _find_slices(content: dict[str, Any], folder: Path) -> None:
+    """Replace the tensors without data in the content of a checkpoint by those of its parts.
+
+    Raises:
+        InputError: parts are missing or damaged, or do not have each element of a tensor once.
+    """
+    slices = read_parts(folder, CURE)
+    for place in places(content):
+        tensor = place.value
+        if not isinstance(tensor, Tensor):
+            continue
+        shape = tuple(tensor.shape)
+        stored = SlicedTensor(tensor.dtype, shape, tuple(slices.pop(place.name, ())))
+        if tensor.stride() != row_major_strides(shape) or (reason := stored.gap()):
+            reason = reason if tensor.stride() == row_major_strides(shape) else f"it has the strides {tensor.stride()}"
+            raise InputError(f"{folder} lacks a part of {shown(place.name)} ({reason}): {CURE}.")
+        place.container[place.key] = stored
+    if slices:
+        raise InputError(f"{folder} has parts of {shown(next(iter(slices)))}, which {TRAINING} lacks: {CURE}.")
+
+
+def _refuse_without_data(content: Any, path: Path) -> None:
+    """Raise `InputError` if a tensor without data is left in the content of a file."""
+
+    def refuse(tensor: Tensor) -> None:
+        raise InputError(f"{path} lacks the data of a tensor of shape {tuple(tensor.shape)}: {CURE}.")
+
+    _replace(content, Tensor, refuse)
+
+
+def _average_of(folder: Path, content: dict[str, Any]) -> dict[str, TensorOnDisk] | None:
+    """Return the averaged weights of a checkpoint, which its content has no more; None if it has no average."""
     if "ema" not in content:
         return None
     check(content, {"ema": {"updates": COUNT}}, "", str(folder), CURE)
-    average, _ = safetensors_header(folder / AVERAGE, CURE)
+    if "weights" in content["ema"]:  # of a checkpoint in parts
+        check(content, {"ema": {"weights": OBJECT}}, "", str(folder), CURE)
+        average: dict[str, Any] = content["ema"].pop("weights")
+    else:
+        average = dict(safetensors_header(folder / AVERAGE, CURE)[0])
     trained = _number_of_trained(content)
     if trained not in (None, len(average)):
         raise InputError(f"{folder} has an average of {len(average)} weights, but {trained} were trained: {CURE}.")
     weights = content["state_dict"]
     for name, tensor in average.items():
-        latest = weights.get(name)
-        if not isinstance(latest, StoredTensor) or latest.shape != tensor.shape or not tensor.dtype.is_floating_point:
+        latest, shape = weights.get(name), getattr(tensor, "shape", None)
+        is_average = isinstance(tensor, TensorOnDisk) and tensor.dtype.is_floating_point
+        if not is_average or not isinstance(latest, TensorOnDisk) or latest.shape != shape:
             raise InputError(
-                f"{folder} has {name} of shape {tensor.shape} in {AVERAGE}, which {TRAINING} does not have: {CURE}."
+                f"{folder} has {name} of shape {shape} in the average, which {TRAINING} does not have: {CURE}."
             )
     return average
 
@@ -134,7 +181,7 @@ def _check_all_finite(content: dict[str, Any], folder: Path) -> None:
 
 
 def _unpickle(path: Path) -> Any:
-    """Return the content of a file of `torch.save`, with a `StoredTensor` for each tensor."""
+    """Return the content of a file of `torch.save`, with a `StoredTensor` for each tensor that has data."""
     try:
         records = _records(path)
         content = torch.load(path, map_location="meta", weights_only=True)
@@ -192,8 +239,8 @@ def _records(path: Path) -> dict[int, int]:
     return records
 
 
-def _stored(tensor: Tensor, path: Path, records: dict[int, int]) -> StoredTensor:
-    """Return the place of a tensor without data in the file.
+def _stored(tensor: Tensor, path: Path, records: dict[int, int]) -> StoredTensor | Tensor:
+    """Return the place of a tensor in the file, or the tensor itself if it was saved without data.
 
     Raises:
         InputError: it is not the place of a record of its size, or the tensor has elements beyond it.
@@ -202,7 +249,9 @@ def _stored(tensor: Tensor, path: Path, records: dict[int, int]) -> StoredTensor
         raise InputError(f"{path} has a tensor that is sparse or quantized: {CURE}.")
     storage = tensor.untyped_storage()
     offset, size = getattr(storage, "_checkpoint_offset", None), storage.nbytes()
-    if offset is None or (size > 0 and records.get(offset) != size):
+    if offset is None:
+        return tensor
+    if size > 0 and records.get(offset) != size:
         raise InputError(f"{path} lacks {size} bytes of a tensor of shape {tuple(tensor.shape)}: {CURE}.")
     stored = StoredTensor(
         path, offset, size, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
@@ -212,8 +261,8 @@ def _stored(tensor: Tensor, path: Path, records: dict[int, int]) -> StoredTensor
 
 
 def _read_tensors(value: Any) -> Any:
-    """Replace every `StoredTensor` in nested containers by a tensor in host memory."""
-    return _replace(value, StoredTensor, StoredTensor.read)
+    """Replace every `TensorOnDisk` in nested containers by a tensor in host memory."""
+    return _replace(value, TensorOnDisk, lambda tensor: tensor.read())
 
 
 def _replace(value: Any, kind: type, replace: Callable[[Any], Any]) -> Any:

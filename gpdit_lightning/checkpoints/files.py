@@ -4,6 +4,8 @@ A run folder contains
 
     checkpoints/step-N.ckpt/training.ckpt      written by torch.save: weights, optimizer, states of callbacks and data
     checkpoints/step-N.ckpt/ema.safetensors    averaged weights, if there are any
+    checkpoints/step-N.ckpt/part-00001-of-00004.safetensors     of a training on 4 ranks under ZeRO or FSDP2: a rank's
+                                               slices of weights, average and optimizer (parts.py)
     checkpoints/step-N.ckpt.complete           completion mark: the size and sha256 of each file
     checkpoints/last.ckpt                      link to the newest checkpoint
 
@@ -15,6 +17,7 @@ later steps, whatever the times of files are.
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +27,19 @@ from torch import Tensor
 from gpdit_lightning.checkpoints.content import CURE, read_content
 from gpdit_lightning.checkpoints.facts import Origin, WeightsKind
 from gpdit_lightning.checkpoints.marks import AVERAGE as AVERAGE  # the names of all files of a checkpoint are here
-from gpdit_lightning.checkpoints.marks import TRAINING, damage_of, mark_entries, mark_path, step_of, write_mark
+from gpdit_lightning.checkpoints.marks import (
+    TRAINING,
+    FileMark,
+    damage_of,
+    mark_entries,
+    mark_path,
+    marks_of_files,
+    step_of,
+    write_mark,
+)
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import flush, partial_path, publish
-from gpdit_lightning.tensor_files import StoredTensor
+from gpdit_lightning.tensor_files import TensorOnDisk
 
 LAST = "last.ckpt"
 
@@ -41,7 +53,7 @@ class Checkpoint:
     Attributes:
         path: folder of the checkpoint.
         content: content of `training.ckpt`, with the averaged weights in `content["ema"]["weights"]`; the tensors of
-            weights, average and optimizer state are `StoredTensor`.
+            weights, average and optimizer state are `TensorOnDisk`.
     """
 
     path: Path
@@ -67,7 +79,7 @@ class Checkpoint:
         """Read the backbone's state dict into host memory; arguments and errors as of :meth:`stored_weights`."""
         return {name: stored.read() for name, stored in self.stored_weights(kind).items()}
 
-    def stored_weights(self, kind: WeightsKind = "ema") -> dict[str, StoredTensor]:
+    def stored_weights(self, kind: WeightsKind = "ema") -> dict[str, TensorOnDisk]:
         """Return the backbone's state dict: averaged (`ema`; trained if there is no average) or trained (`raw`).
 
         Raises:
@@ -84,7 +96,7 @@ class Checkpoint:
         prefix = "backbone."
         stored = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         for name, value in stored.items():
-            if not isinstance(value, StoredTensor):
+            if not isinstance(value, TensorOnDisk):
                 raise InputError(f"{self.path / TRAINING} has something other than a tensor as {name}: {CURE}.")
         return stored
 
@@ -155,13 +167,16 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step}.ckpt"
 
 
-def publish_checkpoint(path: Path) -> None:
+def publish_checkpoint(path: Path, files: Mapping[str, FileMark] | None = None) -> None:
     """Publish the checkpoint at `partial_path(path)` as the last one of its run.
 
     If the process is killed at any moment, `last_checkpoint` still finds a complete checkpoint.
+
+    Args:
+        path: the checkpoint.
+        files: sizes and hashes of its files by their names, if known; else they are read.
     """
-    partial = partial_path(path)
-    entries = mark_entries(path, partial)
+    entries = mark_entries(path, files or marks_of_files(partial_path(path)))
     remove_checkpoint(path)  # it exists if the run resumed from an earlier step
     publish(path)
     write_mark(path, entries)

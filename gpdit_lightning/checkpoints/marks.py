@@ -7,6 +7,7 @@ A checkpoint with a mark was complete at that time; later damage, and files of a
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,16 @@ def files_of(path: Path) -> dict[str, Path]:
     }
 
 
-def mark_entries(path: Path, partial: Path) -> dict[str, dict[str, Any]]:
-    """Return the sizes and hashes of the files of a checkpoint, by their names in its mark.
+def marks_of_files(path: Path) -> dict[str, FileMark]:
+    """Return the sizes and hashes of the files of a checkpoint, which are read, by their names."""
+    return {name: (file.stat().st_size, sha256_of(file)) for name, file in files_of(path).items()}
 
-    Args:
-        path: the checkpoint.
-        partial: where its files are before it is published.
-    """
+
+def mark_entries(path: Path, files: Mapping[str, FileMark]) -> dict[str, dict[str, Any]]:
+    """Return the entries of the mark of a checkpoint with files of the given names, sizes and hashes."""
     return {
-        (Path(path.name) / name).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        for name, file in files_of(partial).items()
+        (Path(path.name) / name).as_posix(): {"bytes": size, "sha256": digest}
+        for name, (size, digest) in sorted(files.items())
     }
 
 

@@ -13,7 +13,7 @@ from gpdit_lightning.checkpoints.facts import EXPORT_AGAIN, TrainingFacts
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model.config import EXECUTION_FIELDS, GPDiTConfig
 from gpdit_lightning.schema import OBJECT, check
-from gpdit_lightning.tensor_files import StoredTensor, is_finite
+from gpdit_lightning.tensor_files import TensorOnDisk, is_finite
 
 # A model whose linear layers were cast has two of them.
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
@@ -31,14 +31,14 @@ class Weights:
         folder: the exported folder that they were read from, if any.
     """
 
-    tensors: Mapping[str, Tensor | StoredTensor]
+    tensors: Mapping[str, Tensor | TensorOnDisk]
     config: GPDiTConfig
     facts: TrainingFacts
     owner: str = "the model"
     folder: Path | None = None
 
     @classmethod
-    def checked(cls, tensors: Mapping[str, StoredTensor], config: Any, facts: Mapping[str, Any], file: str) -> Self:
+    def checked(cls, tensors: Mapping[str, TensorOnDisk], config: Any, facts: Mapping[str, Any], file: str) -> Self:
         """Validate the content of files and return it as `Weights`.
 
         A file chooses neither code to import nor how a network is executed, which depends on the machine: the settings
@@ -90,7 +90,7 @@ class Weights:
                     f"{self.owner} has {actual.get(name, 'nothing')} as {name} where its architecture "
                     f"has {expected.get(name, 'nothing')}: {EXPORT_AGAIN}."
                 )
-        stored = {tensor.dtype for tensor in self.tensors.values() if isinstance(tensor, StoredTensor)}
+        stored = {tensor.dtype for tensor in self.tensors.values() if isinstance(tensor, TensorOnDisk)}
         if not stored <= DTYPES and stored != {torch.float64}:
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in stored))
             raise InputError(f"{self.owner} has weights of {names}, which are not computed with: {EXPORT_AGAIN}.")
@@ -125,6 +125,6 @@ class Weights:
 
 def _shape_text(tensor: Any) -> str:
     is_floating_point = isinstance(tensor, Tensor) and tensor.is_floating_point()
-    if not is_floating_point and not (isinstance(tensor, StoredTensor) and tensor.dtype.is_floating_point):
+    if not is_floating_point and not (isinstance(tensor, TensorOnDisk) and tensor.dtype.is_floating_point):
         return "something other than floating-point numbers"
     return f"shape {tuple(tensor.shape)}"

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from gpdit_lightning import GPDiT
-from gpdit_lightning.checkpoints.files import AVERAGE, checkpoint_path
+from gpdit_lightning.checkpoints.files import checkpoint_path
+from gpdit_lightning.checkpoints.parts import part_name
 from gpdit_lightning.checkpoints.reading import sha256_of_weights
 from gpdit_lightning.cli import main
 from gpdit_lightning.media.video_writer import write_video
@@ -149,7 +150,8 @@ def test_a_truncated_checkpoint_is_refused_or_replaced_by_the_previous_one(
     damaged: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     last, model = checkpoint_path(damaged, LAST), tmp_path / "model"
-    os.truncate(last / AVERAGE, (last / AVERAGE).stat().st_size - 1)
+    part = last / part_name(1, 2)
+    os.truncate(part, part.stat().st_size - 1)
     assert export(damaged, model) == 0
     assert f"the averaged weights of step {BEFORE}" in capsys.readouterr().out
     assert json.loads((model / "config.json").read_text())["step"] == BEFORE
@@ -160,5 +162,5 @@ def test_a_truncated_checkpoint_is_refused_or_replaced_by_the_previous_one(
     messages = capsys.readouterr().err.splitlines()
     assert len(messages) == 2
     for message in messages:
-        assert message.startswith(f"error: {last} is not a complete checkpoint (step-6.ckpt/ema.safetensors has")
+        assert message.startswith(f"error: {last} is not a complete checkpoint (step-6.ckpt/{part.name} has")
     assert {path.name for path in tmp_path.iterdir()} == {"damaged", "model", "out.mp4", "out.png"}

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpdit_lightning.checkpoints.files import AVERAGE, TRAINING, checkpoint_path, last_checkpoint
+from gpdit_lightning.checkpoints.files import TRAINING, checkpoint_path, damage_of, last_checkpoint, mark_path
+from gpdit_lightning.checkpoints.parts import part_name
 from gpdit_lightning.cli import main
+from gpdit_lightning.files import partial_path
 from tests.cli.test_chain import damage_last_of
 from tests.cli.test_resume import STEPS, recipe
 from tests.cli.test_sharded_runs import WITH_ZERO2, WITH_ZERO3
@@ -80,21 +82,79 @@ def test_a_run_resumes_after_all_ranks_were_killed_during_a_step(
     assert_same_result(run.run_dir, uninterrupted(strategy))
 
 
-@pytest.mark.parametrize("strategy", [WITH_ZERO3, "fsdp2"])
-def test_a_run_resumes_after_the_first_rank_was_killed_while_it_wrote_a_checkpoint(
-    strategy: str, new_run: NewRun, uninterrupted: Callable[[str], Path]
+# Checkpoints that are written while the training continues. That of step 4 takes ever so long, or fails.
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rank", "moment", "kill"),
+    [
+        ("fsdp2", 0, "half", os.killpg),
+        ("fsdp2", 1, "half", os.kill),
+        ("fsdp2", 1, "written", os.killpg),
+        ("fsdp2", 0, "publish", os.kill),
+        ("fsdp2", 0, "mark", os.killpg),
+        ("fsdp2", 0, "marked", os.kill),
+        pytest.param("zero2", 1, "half", os.killpg, marks=WITH_ZERO2.marks),
+        pytest.param("zero3", 0, "written", os.kill, marks=WITH_ZERO3.marks),
+    ],
+)
+def test_a_run_resumes_after_a_kill_while_a_checkpoint_was_written(
+    strategy: str,
+    rank: int,
+    moment: str,
+    kill: Callable[[int, int], None],
+    new_run: NewRun,
+    uninterrupted: Callable[[str], Path],
 ) -> None:
+    """Of all processes or of the first rank, in step 5. The link is set after the checkpoint is complete."""
     run = new_run(strategy)
-    run.start("FailingDisk", step=3)
+    run.start("SlowDisk", step=4, rank=rank, moment=moment)
     run.wait_until(run.reached.exists)
-    run.process.kill()
+    kill(run.process.pid, signal.SIGKILL)
     assert run.has_ended(within=10)
-    half = checkpoint_path(run.run_dir, 4).with_suffix(".ckpt.partial")
-    assert (half / TRAINING).stat().st_size > 0
+    folder = checkpoint_path(run.run_dir, 4)
+    assert partial_path(folder).exists() == (moment in ("half", "written", "publish"))
+    assert mark_path(folder).exists() == (moment == "marked")
     assert last_checkpoint(run.run_dir, verify=True) == checkpoint_path(run.run_dir, 2)
     assert run.resume() == 0, run.printed
-    assert not half.exists()
+    assert not partial_path(folder).exists()
     assert_same_result(run.run_dir, uninterrupted(strategy))
+
+
+@pytest.mark.parametrize(("strategy", "rank", "moment"), [("fsdp2", 1, "half"), ("fsdp2", 0, "mark")])
+def test_a_full_disk_ends_all_ranks_after_their_step(
+    strategy: str, rank: int, moment: str, new_run: NewRun, uninterrupted: Callable[[str], Path]
+) -> None:
+    run = new_run(strategy)
+    run.start("SlowDisk", step=4, rank=rank, moment=moment, full=True)
+    assert run.status(within=60) == 2
+    assert run.has_ended(within=10)
+    path = checkpoint_path(run.run_dir, 4)
+    assert run.printed.splitlines()[-1] == (
+        f"error: the checkpoint of step 4 could not be written to {path} (No space left on device): check that there "
+        "is free space and permission to write; step-2.ckpt is complete and the same command resumes from it."
+    )
+    assert not partial_path(path).exists()
+    assert run.resume() == 0, run.printed
+    assert_same_result(run.run_dir, uninterrupted(strategy))
+
+
+def test_a_signal_and_the_next_checkpoint_wait_for_the_one_that_is_written(
+    new_run: NewRun, uninterrupted: Callable[[str], Path]
+) -> None:
+    """The signal arrives in step 5, while the checkpoint of step 4 is being written."""
+    run = new_run("fsdp2")
+    run.start("SlowDisk", step=4, rank=1, moment="half", seconds=3.0)
+    run.wait_until(run.reached.exists)
+    run.process.terminate()
+    assert run.status(within=60) == 143
+    assert "the checkpoint of step 5 waits for that of step 4" in run.printed
+    assert run.printed.count("stopped at step 5, which is saved: the same command resumes.") == 1
+    assert "Traceback" not in run.printed
+    assert [damage_of(checkpoint_path(run.run_dir, step), verify=True) for step in (2, 4, 5)] == [""] * 3
+    assert last_checkpoint(run.run_dir, verify=True) == checkpoint_path(run.run_dir, 5)
+    assert run.resume() == 0, run.printed
+    assert_same_result(run.run_dir, uninterrupted("fsdp2"))
 
 
 @pytest.mark.parametrize("strategy", [WITH_ZERO3, "fsdp2"])
@@ -136,7 +196,7 @@ def test_a_run_resumes_from_the_last_intact_checkpoint(
     run = new_run(strategy)
     shutil.copytree(uninterrupted(strategy), run.run_dir, symlinks=True)
     assert damage_last_of(run.run_dir) == checkpoint_path(run.run_dir, 6)
-    os.truncate(checkpoint_path(run.run_dir, 4) / AVERAGE, 1000)
+    os.truncate(checkpoint_path(run.run_dir, 4) / part_name(1, 2), 1000)
     assert run.resume() == 0, run.printed
     assert "step-6.ckpt/training.ckpt has another sha256 than when it was written" in run.printed
     assert f"using {checkpoint_path(run.run_dir, 2)}" in run.printed

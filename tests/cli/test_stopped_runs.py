@@ -23,6 +23,7 @@ from tests.cli.test_resume import assert_same, fit, logged_scalars, recipe
 # Callbacks for `trainer.callbacks`, in a module that the processes find on PYTHONPATH.
 CALLBACKS = '''
 import errno
+import functools
 import io
 import os
 import time
@@ -31,6 +32,7 @@ from pathlib import Path
 import torch
 from lightning import Callback
 
+from gpdit_lightning.checkpoints import distributed, files
 from gpdit_lightning.data.shards import ShardReader
 from gpdit_lightning.errors import InputError
 
@@ -71,6 +73,47 @@ class FailingDisk(Callback):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         Path(os.environ["REACHED"]).touch()
         time.sleep(600)
+
+
+class SlowDisk(Callback):
+    """At a moment of writing the checkpoint of a step, a rank waits for some seconds, or its disk is full.
+
+    The file REACHED exists when training is at the step after it, while the checkpoint is still being written.
+    """
+
+    def __init__(self, step: int, rank: int, moment: str, seconds: float = 600.0, full: bool = False) -> None:
+        self.step, self.rank, self.moment, self.seconds, self.full = step, rank, moment, seconds, full
+        self.begun = self.patched = False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step - 1 and trainer.global_rank == self.rank and not self.patched:
+            self.patched = True
+            place, name = {
+                "half": (distributed, "write_part"),
+                "written": (distributed, "write_part"),
+                "publish": (files, "publish"),
+                "mark": (files, "write_mark"),
+                "marked": (files, "write_mark"),
+            }[self.moment]
+            call = getattr(place, name)
+            setattr(place, name, functools.partial(self.slow, call))
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            while not self.begun:
+                time.sleep(0.01)
+            Path(os.environ["REACHED"]).touch()
+
+    def slow(self, call, *arguments):
+        if self.begun:
+            return call(*arguments)
+        if self.moment in ("half", "written", "marked"):
+            result = call(*arguments)
+        if self.moment == "half":
+            os.truncate(arguments[0], os.path.getsize(arguments[0]) // 2)
+        self.begun = True
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        time.sleep(self.seconds)
+        return result if self.moment in ("written", "marked") else call(*arguments)
 
 
 class StuckDisk(Callback):

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.tensor_files import StoredTensor
+from gpdit_lightning.tensor_files import TensorOnDisk
 from gpdit_lightning.training.strategies.sharding import sharded_strategy_of
 
 
@@ -40,9 +40,10 @@ class EMA(Callback):
         sharded = sharded_strategy_of(pl_module)
         if not self.average:
             self.average = {name: p.detach().clone().float() for name, p in _trainable(pl_module)}
-        elif sharded is not None:
-            shards = sharded.shards
-            self.average = {name: shards[name].in_full(_read(full)).clone() for name, full in self.average.items()}
+        for name, values in self.average.items():
+            if isinstance(values, TensorOnDisk):  # of a sharded strategy: this rank reads its shard only
+                assert sharded is not None
+                self.average[name] = sharded.shards[name].read(values)
         self.average = {name: self.average[name].to(p.device) for name, p in _trainable(pl_module)}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,7 +113,7 @@ class EMA(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the average to a checkpoint."""
         sharded = sharded_strategy_of(pl_module)
-        weights = self.average if sharded is None else sharded.gather(self.average)
+        weights = self.average if sharded is None else sharded.slices(self.average)
         checkpoint["ema"] = {"weights": weights, "updates": self.updates}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -135,11 +136,6 @@ def _trainable(module: LightningModule) -> list[tuple[str, Tensor]]:
     if sharded is not None:
         return list(sharded.master_weights().items())
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-
-
-def _read(values: Tensor | StoredTensor) -> Tensor:
-    """Return a tensor, which a sharded strategy leaves in its file until it is needed."""
-    return values if isinstance(values, Tensor) else values.read()
 
 
 def _refresh(module: LightningModule) -> None:

@@ -43,7 +43,7 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
 
     Each rank keeps a shard of every parameter in float32, with its gradient, optimizer state and average; a block's
     weights are gathered, in bf16 with bf16-mixed, while the block computes. Unlike Lightning's ModelParallelStrategy it
-    shards the model itself, and a checkpoint is the file that one process would write. It also runs on the CPU with
+    shards the model itself, and a checkpoint is that of any other run. It also runs on the CPU with
     gloo, for tests.
 
     Args:
@@ -54,8 +54,6 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **options)
-        self.shards = {}
-        self.parameter_groups = []
 
     def setup_environment(self) -> None:
         """Connect to the other ranks.

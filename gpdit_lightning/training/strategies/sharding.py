@@ -1,11 +1,14 @@
-"""Common base of ZeRO and FSDP2: ranks keep shards of the parameters; a checkpoint is that of one process."""
+"""Common base of ZeRO and FSDP2: ranks keep shards of the parameters, and write them as parts of a checkpoint."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed
@@ -14,13 +17,17 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gpdit_lightning.checkpoints.content import check_shapes, read_resumable
+from gpdit_lightning.checkpoints.distributed import BackgroundTask, Publish, as_bytes, save_parts
+from gpdit_lightning.checkpoints.io import FolderCheckpointIO
+from gpdit_lightning.checkpoints.parts import TensorSlice, places, take_slices
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model.precision import product_dtype
-from gpdit_lightning.tensor_files import StoredTensor, check_finite
+from gpdit_lightning.tensor_files import TensorOnDisk, check_finite
 from gpdit_lightning.training.internals import attached_trainer
 
 
@@ -48,17 +55,33 @@ class ParameterShard:
         local = values.to_local() if isinstance(values, DTensor) else values
         return local.detach().view(-1).narrow(0, self.offset, self.size)
 
+    def read(self, stored: TensorOnDisk) -> Tensor:
+        """Read the shard (size,) of a full parameter, optimizer state or average on disk, and no other elements."""
+        return stored.read_range(self.start, self.size)
+
     def in_full(self, values: Tensor) -> Tensor:
         """Return the shard (size,) of the full parameter, or of its full optimizer state or average, as a view."""
         return values.detach().flatten().narrow(0, self.start, self.size)
 
 
+class SaveInBackground(NamedTuple):
+    """How a checkpoint is written while the training continues.
+
+    Attributes:
+        task: the thread that writes; it must be free.
+        publish: called in that thread of the first rank, when all parts are on disk.
+    """
+
+    task: BackgroundTask
+    publish: Publish
+
+
 class ShardedStrategy(ParallelStrategy):
     """Shards weights, gradients and optimizer state across ranks.
 
-    A checkpoint is the one that a single process would write, in float32: any number of ranks with any strategy can
-    resume from it, without unpickling. The first rank gathers it in host memory, tensor by tensor. Every rank builds
-    the full model in host memory before it is sharded.
+    A checkpoint has the content that a single process would write, in float32: any number of ranks with any strategy
+    can resume from it, without unpickling. Each rank writes its slices of the tensors to a file, after it has copied
+    them to host memory. Every rank builds the full model in host memory before it is sharded.
 
     Attributes:
         PRECISION: class of the precision plugin, constructed with the name of a precision.
@@ -69,6 +92,12 @@ class ShardedStrategy(ParallelStrategy):
     PRECISION: ClassVar[type[Any]]
     shards: dict[str, ParameterShard]
     parameter_groups: list[list[str]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shards, self.parameter_groups = {}, []
+        self._staging: dict[str, Tensor] = {}
+        self._group: ProcessGroup | None = None  # of the thread that writes checkpoints
 
     @property
     @abstractmethod
@@ -138,17 +167,19 @@ class ShardedStrategy(ParallelStrategy):
         """Return this rank's shard (size,) of every parameter in float32, as views of the optimizer's tensors."""
         return {name: shard.in_storage(shard.storage) for name, shard in self.shards.items()}
 
-    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather the shards (size,) of all ranks as full tensors in host memory on the first rank; others get none."""
-        gathered = {}
-        for name, values in shards.items():
-            shard = self.shards[name]
-            full = torch.zeros(shard.shape.numel(), dtype=torch.float32, device=self.root_device)
-            shard.in_full(full).copy_(values)
-            torch.distributed.reduce(full, dst=0)
-            if self.is_global_zero:
-                gathered[name] = full.view(shard.shape).cpu()
-        return gathered
+    def slices(self, shards: Mapping[str, Tensor]) -> dict[str, TensorSlice]:
+        """Return this rank's shards (size,) of parameters, or of values like them, as slices of full tensors."""
+        return {
+            name: TensorSlice(values, self.shards[name].start, tuple(self.shards[name].shape))
+            for name, values in shards.items()
+        }
+
+    def gather(self, part: TensorSlice) -> Tensor | None:
+        """Gather the slices of all ranks as a full tensor in host memory on the first rank; others get None."""
+        full = torch.zeros(math.prod(part.shape), dtype=part.values.dtype, device=self.root_device)
+        full[part.start : part.start + part.values.numel()] = part.values
+        torch.distributed.reduce(full, dst=0)
+        return full.view(part.shape).cpu() if self.is_global_zero else None
 
     # --- checkpoints
 
@@ -162,20 +193,20 @@ class ShardedStrategy(ParallelStrategy):
         """Return True: the checkpoint contains the optimizer state, as in any other run."""
         return True
 
-    def lightning_module_state_dict(self) -> dict[str, Tensor]:
-        """Return the model's state in float32, on the first rank."""
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the model's state in float32, with this rank's slices of the parameters (`TensorSlice`)."""
         assert self.lightning_module is not None
-        return self.lightning_module.state_dict() | self.gather(self.master_weights())
+        return self.lightning_module.state_dict() | self.slices(self.master_weights())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the state dict of torch's optimizer for full parameters, on the first rank."""
+        """Return the state dict of torch's optimizer for full parameters, with this rank's slices of the state."""
         inner = self.inner_optimizer
         state: dict[int, dict[str, Any]] = {}
         for number, name in self._numbered_parameters():
             shard = self.shards[name]
             for key, values in inner.state.get(shard.storage, {}).items():
                 if torch.is_tensor(values) and values.shape == shard.storage.shape:
-                    values = self.gather({name: shard.in_storage(values)}).get(name)
+                    values = TensorSlice(shard.in_storage(values), shard.start, tuple(shard.shape))
                 else:
                     values = deepcopy(values)  # the step count: with ZeRO one tensor for many parameters
                 state.setdefault(number, {})[key] = values
@@ -192,13 +223,12 @@ class ShardedStrategy(ParallelStrategy):
             shard = self.shards[name]
             for key, stored in saved["state"].get(number, {}).items():
                 state = inner.state[shard.storage]
-                values = stored.read() if isinstance(stored, StoredTensor) else stored
-                if torch.is_tensor(values) and values.shape == shard.shape:
+                if isinstance(stored, TensorOnDisk) and stored.shape == shard.shape:
                     if key not in state:
                         state[key] = torch.zeros_like(shard.storage)
-                    shard.in_storage(state[key]).copy_(shard.in_full(values))
+                    shard.in_storage(state[key]).copy_(shard.read(stored))
                 else:
-                    state[key] = values.clone() if torch.is_tensor(values) else values
+                    state[key] = stored.read() if isinstance(stored, TensorOnDisk) else stored
         for group, settings in zip(inner.param_groups, saved["param_groups"], strict=True):
             group.update({key: value for key, value in settings.items() if key != "params"})
 
@@ -206,9 +236,56 @@ class ShardedStrategy(ParallelStrategy):
         """Yield the number of every parameter in an optimizer's state dict, and its name."""
         return enumerate(name for names in self.parameter_groups for name in names)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write the files on the first rank."""
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: SaveInBackground | None = None
+    ) -> None:
+        """Write the checkpoint in parts, a file of each rank; as whole tensors if there is one rank.
+
+        Whole tensors are also written by a `CheckpointIO` of the recipe: the first rank gathers them.
+
+        Args:
+            checkpoint: the content, with slices.
+            filepath: folder of the checkpoint.
+            storage_options: how to write the parts in the background; None: they are written before this returns.
+        """
+        if not self.writes_parts:
+            for place in places(checkpoint):
+                if isinstance(place.value, TensorSlice):
+                    place.container[place.key] = self.gather(place.value)
+            Strategy.save_checkpoint(self, checkpoint, filepath)
+            return
+        slices = self._staged(take_slices(checkpoint))
+        record = as_bytes(checkpoint) if self.is_global_zero else b""
+        if self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+        save = partial(save_parts, Path(filepath), record, slices, self._group)
+        if storage_options is None:
+            save(lambda files: None)
+        else:
+            storage_options.task.start(partial(save, storage_options.publish))
+
+    @property
+    def writes_parts(self) -> bool:
+        """Whether each rank writes its part of a checkpoint."""
+        return self.world_size > 1 and isinstance(self.checkpoint_io, FolderCheckpointIO)
+
+    def _staged(self, slices: Mapping[str, TensorSlice]) -> dict[str, TensorSlice]:
+        """Copy this rank's slices to host memory, which the next checkpoint overwrites."""
+        staged = {}
+        for name, part in slices.items():
+            known = self._staging.get(name)
+            if known is None or known.shape != part.values.shape:
+                self._staging[name] = known = torch.empty(part.values.shape, dtype=part.values.dtype)
+            staged[name] = TensorSlice(known.copy_(part.values), part.start, part.shape)
+        return staged
+
+    def teardown(self) -> None:
+        """Release the host memory of checkpoints and their process group, as the base class does with all else."""
+        super().teardown()
+        self._staging = {}
+        if self._group is not None and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group(self._group)
+        self._group = None
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read all but weights, average and optimizer state, which each rank reads one tensor at a time."""

@@ -38,7 +38,7 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
     - accumulated gradients are divided once, not twice, and callbacks are called as in any other run;
     - bf16-mixed means weights in bf16, and master weights, optimizer state and the reduction of gradients in float32;
       the master weights are initialized with the given weights, not with those rounded to bf16;
-    - a checkpoint is the file that one process would write;
+    - a checkpoint is that of any other run, of which each rank writes its part;
     - it also runs on the CPU with gloo, for tests.
 
     Args:
@@ -60,8 +60,6 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)  # use torch's, which needs no compiler
         self.stage = stage
-        self.shards = {}
-        self.parameter_groups = []
         self._restore_norm: Callable[[], None] | None = None
 
     # --- the environment

@@ -185,7 +185,7 @@ def test_all_ranks_save_by_the_clock_of_the_first(tmp_path: Path, monkeypatch: p
     trainer = PretendTrainer(tmp_path)
     trainer.world_size, trainer.is_global_zero = 2, False
     (tmp_path / "checkpoints").mkdir()  # by the first rank
-    first_rank = torch.tensor([0, 0])
+    first_rank = torch.tensor([0, 0, 0])
     trainer.strategy.root_device = torch.device("cpu")
     monkeypatch.setattr(
         "gpdit_lightning.training.reduction.reduce_over_ranks",

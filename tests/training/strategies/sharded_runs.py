@@ -88,8 +88,11 @@ class Record(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Stage) -> None:
         self.precisions, self.hooks = record_dtypes(pl_module.backbone)
+        sharding = sharded_strategy_of(pl_module)
         state = trainer.strategy.lightning_module_state_dict()
-        self.tensors["first"] = {name: values.clone() for name, values in state.items()}
+        if sharding is not None:
+            state = {name: sharding.gather(values) for name, values in state.items()}
+        self.tensors["first"] = {name: values.clone() for name, values in state.items() if values is not None}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         sharding = sharded_strategy_of(pl_module)
