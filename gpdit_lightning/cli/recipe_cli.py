@@ -101,7 +101,7 @@ class SaveRecipe(Callback):
         log.info("%s trains %s parameters", type(pl_module).__name__, f"{parameters:,}")
         if trainer.world_size > 1:
             log.info(
-                "%d ranks train; only rank 0 writes checkpoints, logs and previews, to %s",
+                "%d ranks train; rank 0 writes logs and previews, to %s",
                 trainer.world_size,
                 trainer.default_root_dir,
             )
