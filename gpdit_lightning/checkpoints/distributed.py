@@ -11,6 +11,7 @@ publishes the checkpoint, and a failure of any rank is raised on all. Planner an
 
 import io
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -140,9 +141,13 @@ class BackgroundTask:
     """Runs one task at a time in a thread.
 
     The thread ends with the process, so that a disk which does not respond does not keep the process.
+
+    Attributes:
+        seconds: duration of the last task; 0 before it has ended.
     """
 
     def __init__(self) -> None:
+        self.seconds = 0.0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -161,10 +166,12 @@ class BackgroundTask:
         assert self._thread is None
 
         def run() -> None:
+            begun = time.perf_counter()
             try:
                 task()
             except BaseException as error:  # raised by `wait`
                 self._error = error
+            self.seconds = time.perf_counter() - begun
 
         self._thread = threading.Thread(target=run, daemon=True, name="checkpoint")
         self._thread.start()

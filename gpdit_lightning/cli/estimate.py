@@ -32,6 +32,7 @@ from gpdit_lightning.estimation.requirements import (
     step_flops,
     step_seconds,
 )
+from gpdit_lightning.estimation.saving import SavingSpeeds, saving_costs
 from gpdit_lightning.estimation.units import GIB, MIB, duration, flops
 from gpdit_lightning.media.images import parse_size
 from gpdit_lightning.model import GPDiTConfig
@@ -272,6 +273,7 @@ def report(recipe: EstimatedRecipe, capacity: float, speed: Speed) -> str:
         memory_table(run, capacity),
         what_fits(run, capacity),
         compute(run, speed),
+        saving(run),
     )
     return "\n\n".join(sections)
 
@@ -309,6 +311,21 @@ def loading(run: RunSettings, workers: int) -> list[str]:
         f"loading: {workers} processes per GPU hold {needed} of batches in host memory; they need {shared} of shared "
         "memory (/dev/shm)"
     ]
+
+
+def saving(run: RunSettings) -> str:
+    """Return sentences on the size of a checkpoint, and on how long it stalls the training."""
+    costs, speeds = saving_costs(run.backbone, run.strategy, run.gpus), SavingSpeeds()
+    size = f"A checkpoint has {costs.bytes / GIB:.1f} GiB"
+    at = f"{speeds.copy / 1e9:g} GB/s to host memory, {speeds.digest / 1e9:g} GB/s of sha256"
+    at += f" and {speeds.disk / 1e9:g} GB/s to disk (assumed)"
+    if not costs.copied:
+        return f"{size}. At {at} it stalls the training for {duration(costs.stall)}."
+    return (
+        f"{size}; each rank holds a copy of its part, {costs.copied / GIB:.1f} GiB of host memory.\n"
+        f"At {at}\nit stalls the training for {duration(costs.stall)}, "
+        f"and is complete {duration(costs.background)} later."
+    )
 
 
 def value_range(numbers: Sequence[int]) -> str:

@@ -9,12 +9,15 @@ import pytest
 import torch
 import yaml
 
-from gpdit_lightning import GPDiT
+from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.checkpoints.files import checkpoint_path
 from gpdit_lightning.checkpoints.parts import part_name
 from gpdit_lightning.checkpoints.reading import sha256_of_weights
 from gpdit_lightning.cli import main
+from gpdit_lightning.estimation.memory import STRATEGIES
+from gpdit_lightning.estimation.saving import saving_costs
 from gpdit_lightning.media.video_writer import write_video
+from gpdit_lightning.tensor_files import safetensors_header
 from tests.checkpoints.content import read_checkpoint
 from tests.cli.test_chain import damage_last_of
 from tests.cli.test_export import assert_same, export, tensors_of
@@ -83,6 +86,17 @@ def begin_from(weights: Path, trained: Path, run_dir: Path) -> int:
 def sample(checkpoint: Path, video: Path, out: Path) -> int:
     options = ["--context", str(video), "--out", str(out), "--steps=2", "--frames=4"]
     return main(["sample", "--checkpoint", str(checkpoint), *options])
+
+
+def test_the_parts_have_the_bytes_that_estimate_prints(trained: Path) -> None:
+    last = checkpoint_path(trained / "run", LAST)
+    config = GPDiTConfig(**read_checkpoint(last)["gpdit"]["backbone"])
+    costs = saving_costs(config, next(s for s in STRATEGIES if s.option == "fsdp2"), ranks=2)
+    parts = [
+        sum(tensor.bytes for tensor in safetensors_header(last / part_name(rank, 2), "")[0].values()) for rank in (0, 1)
+    ]
+    assert sum(parts) == costs.bytes
+    assert parts == pytest.approx([costs.copied] * 2, rel=0.05)  # rows do not divide evenly
 
 
 @pytest.mark.parametrize("kind", ["ema", "raw"])

@@ -58,6 +58,10 @@ class RunCheckpoint(Checkpoint):
         every_minutes: maximum minutes between checkpoints; 0 for no limit.
         keep_last: number of latest checkpoints to keep.
         keep_every_steps: optimizer steps between milestones, which are kept permanently; 0 for none.
+
+    Attributes:
+        stalled_seconds: time for which the last checkpoint stalled the training.
+        writing: the thread in which it is written under ZeRO and FSDP2.
     """
 
     def __init__(
@@ -76,8 +80,8 @@ class RunCheckpoint(Checkpoint):
         self._signals: StopSignals | None = None
         self._agreement = DelayedMaximum()
         self._finished_step = self._requested_step = self._saved_step = 0
-        self._saved_at = 0.0
-        self._writing = BackgroundTask()
+        self._saved_at = self.stalled_seconds = 0.0
+        self.writing = BackgroundTask()
 
     @property
     def received_signal(self) -> int:
@@ -87,7 +91,7 @@ class RunCheckpoint(Checkpoint):
     @property
     def saved_step(self) -> int:
         """The step of the last complete checkpoint of this process, or from which it resumed; 0 if there is none."""
-        is_incomplete = self._writing.is_running or self._writing.has_failed
+        is_incomplete = self.writing.is_running or self.writing.has_failed
         return self._saved_step if is_incomplete else self._requested_step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -172,7 +176,7 @@ class RunCheckpoint(Checkpoint):
         if self._signals is not None:
             self._signals.restore()
         if not isinstance(exception, RuntimeError):  # as torch raises when another rank has ended
-            self._writing.join(COMPLETES_WITHIN)
+            self.writing.join(COMPLETES_WITHIN)
         if isinstance(exception, Stopped) and not exception.saved:
             step = trainer.global_step
             exception.saved = step == self.saved_step
@@ -204,14 +208,15 @@ class RunCheckpoint(Checkpoint):
         """
         minutes = (time.monotonic() - self._saved_at) / 60
         interval_is_over = trainer.is_global_zero and 0 < self.every_minutes <= minutes
-        values = [self.received_signal, int(interval_is_over), int(self._writing.has_failed)]
+        values = [self.received_signal, int(interval_is_over), int(self.writing.has_failed)]
         if trainer.world_size > 1:
             values = self._agreement.exchange(values, trainer.strategy.root_device)
         return values[0], bool(values[1]), bool(values[2])
 
     def _save(self, trainer: Trainer, step: int) -> None:
         """Save a checkpoint; under a strategy that writes parts, begin to."""
-        if self._writing.is_running and trainer.is_global_zero:
+        begun = time.perf_counter()
+        if self.writing.is_running and trainer.is_global_zero:
             log.warning(
                 "the checkpoint of step %d waits for that of step %d, which is still being written: save less often "
                 "(checkpoint.every_steps, every_minutes), or to a faster disk",
@@ -232,12 +237,13 @@ class RunCheckpoint(Checkpoint):
             failure = _write_error(path, error)
         _fail_on_all_ranks(trainer, failure)
         if in_parts:
-            options = SaveInBackground(self._writing, partial(self._publish, path))
+            options = SaveInBackground(self.writing, partial(self._publish, path))
             trainer.save_checkpoint(partial_path(path), weights_only=False, storage_options=options)
         else:
             self._saved_step = step
         self._agreement = DelayedMaximum()  # `every_minutes`, requested before this save, begins again
         self._saved_at, self._requested_step = time.monotonic(), step
+        self.stalled_seconds = time.perf_counter() - begun
 
     def _write(self, trainer: Trainer, path: Path) -> None:
         """Write and publish a checkpoint as the first rank has it."""
@@ -266,7 +272,7 @@ class RunCheckpoint(Checkpoint):
             SystemExit: likewise on the others, as of `_fail_on_all_ranks`.
         """
         try:
-            self._writing.wait()
+            self.writing.wait()
         except OSError as error:  # the same one on all ranks
             path = checkpoint_path(Path(trainer.default_root_dir), self._requested_step)
             _fail(trainer, _write_error(path, error))
