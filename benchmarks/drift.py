@@ -154,7 +154,7 @@ def draw(results: dict[str, list[DriftCurves]], path: Path) -> None:
         axes.set_yscale("log")
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, format="png", dpi=110)
 
 
 def table(results: dict[str, list[DriftCurves]]) -> str:

@@ -38,6 +38,7 @@ ALLOWED = {
     "codecs": {"media"},  # fitting_clips.py reads images and videos
     "estimation": {"model", "data"},
     "planning": {"model", "data", "estimation"},
+    "diagnosis": {"model", "data"},
     "checkpoints": {"model", "diffusion"},
     "preparation": {"codecs", "data", "media", "options"},
     "generation": {"options", "model", "diffusion", "codecs", "data", "media", "checkpoints"},
@@ -46,7 +47,7 @@ ALLOWED = {
     "probing": {"model", "codecs", "data", "media", "checkpoints", "evaluation"},
     "training": {
         *("options", "model", "diffusion", "data", "codecs", "media", "checkpoints", "estimation", "generation"),
-        "evaluation",
+        *("evaluation", "diagnosis"),
     },
     "stages": {"model", "diffusion", "data", "checkpoints", "training"},
 }

@@ -56,6 +56,9 @@ VERBS = {
     ),
     "validate": Verb("fit:validate", "Evaluate a run's last checkpoint on the held-out sources.", RECIPE),
     "test": Verb("fit:test", "The same as validate, logged as loss/test.", RECIPE),
+    "diagnose": Verb(
+        "diagnose:diagnose", "Compare the curves of a run with those of healthy runs.", "diagnose:DiagnoseOptions"
+    ),
     "sample": Verb(
         "sample:sample",
         "Continue videos with a trained model, or generate them from noise alone.",

@@ -48,6 +48,7 @@ LESS_MEMORY = {
     "export": "give --no_samples",
     "plan": "give --no_trial",
     "attention": "lower --frames or --frame_tokens",
+    "diagnose": "give fewer runs as --reference",
 }
 
 # Errors of torch's process groups after another rank has ended.

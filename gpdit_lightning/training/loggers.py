@@ -22,26 +22,16 @@ from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from gpdit_lightning.diagnosis.curves import EARLIER_EVENTS, EVENT_FILES, event_folder
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import import_path
 
 SCORES = "scores_vs_decoded"  # group of the tags of scores, whose ground truth is decoded from held-out latents
-EVENT_FILES = "events.out.tfevents.*"
 EVENT_TIME = re.compile(r"tfevents\.(\d{10,12})\.")
-EARLIER_EVENTS = "tensorboard"  # folder of the event files in a run folder of earlier versions
 CSV_FOLDER = "csv"
 
 # Loggers without a method `log_image` that accept images in another way.
 WITH_IMAGES = (TensorBoardLogger, MLFlowLogger, CometLogger, LitLogger)
-
-
-def event_folder(run_dir: Path) -> str:
-    """Return the folder of TensorBoard's event files, relative to the run folder.
-
-    It is the run folder, since TensorBoard names a run by the folder of its event files. A run that an earlier version
-    began continues in `tensorboard/`.
-    """
-    return EARLIER_EVENTS if any((run_dir / EARLIER_EVENTS).glob(EVENT_FILES)) else ""
 
 
 def files_in_run_folder(run_dir: Path) -> Iterator[Path]:

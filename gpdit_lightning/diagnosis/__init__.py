@@ -1,0 +1,1 @@
+"""Curves of runs, and their comparison with those of healthy runs."""
