@@ -10,8 +10,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 
 from gpdit_lightning.cli.arguments import LiteralNames, item_type, normalized, recipe_arguments
 from gpdit_lightning.cli.bounded_yaml import PARSER_MODE, use_bounded_yaml
+from gpdit_lightning.cli.checked_files import FileCheckingParser
 from gpdit_lightning.cli.failures import DEBUG
-from gpdit_lightning.cli.interpolations import InterpolatingParser
 from gpdit_lightning.cli.messages import PREFIX, OptionHelp, one_sentence
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path, with_bases
 from gpdit_lightning.cli.value_checks import check_numbers
@@ -134,7 +134,7 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-class OptionParser(InterpolatingParser):
+class OptionParser(FileCheckingParser):
     """A parser whose errors are InputErrors in one sentence; they propose the nearest option for an unknown one."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

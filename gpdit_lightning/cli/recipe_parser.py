@@ -6,23 +6,31 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from gpdit_lightning.cli import VERBS, record_of
-from gpdit_lightning.cli.interpolations import InterpolatingParser
+from gpdit_lightning.cli.checked_files import FileCheckingParser
 from gpdit_lightning.cli.messages import one_sentence
 from gpdit_lightning.cli.parsing import option_names
 from gpdit_lightning.diffusion import NoiseSchedule
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.stages.classification import ClassificationConfig
 from gpdit_lightning.training.optimizer import OptimizerConfig
 
-# The fields of these records are options of a nested parser, so they are not among `_actions`.
-NESTED_OPTIONS = {"backbone": GPDiTConfig, "schedule": NoiseSchedule, "optimizer": OptimizerConfig}
+# Records among the arguments of stages. Their fields are options of a nested parser, so they are not among `_actions`.
+NESTED_OPTIONS = {
+    "backbone": GPDiTConfig,
+    "schedule": NoiseSchedule,
+    "optimizer": OptimizerConfig,
+    "classification": ClassificationConfig,
+}
 
 
-class RecipeParser(InterpolatingParser, LightningArgumentParser):
+class RecipeParser(FileCheckingParser, LightningArgumentParser):
     """A parser whose errors are InputErrors in one sentence; they propose the nearest option for an unknown one.
 
     Abbreviated option names are unknown.
     """
+
+    arguments_groups = tuple(f"model.init_args.{name}" for name in NESTED_OPTIONS)
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **settings: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **settings)

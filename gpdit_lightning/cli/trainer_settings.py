@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from gpdit_lightning.cli.recipe_parser import RecipeParser
-from gpdit_lightning.cli.value_checks import check_arguments, check_groups, check_limits, check_numbers, check_options
+from gpdit_lightning.cli.value_checks import check_arguments, check_limits, check_numbers, check_options
 from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import did_you_mean, import_object, is_import_path, resolve
@@ -109,12 +109,6 @@ class TrainingParser(RecipeParser):
             self.add_argument(f"--{name}", type=Any, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         for action in self._actions:
             action.help = HELP.get(action.dest, action.help)
-
-    def _parse_common(self, cfg: Namespace, *arguments: Any, **options: Any) -> Namespace:
-        """Check the groups of options before links between options overwrite a group that is no mapping."""
-        if "run_dir" in cfg:  # the parser of a part of a recipe has none
-            check_groups(cfg, self._actions)
-        return super()._parse_common(cfg, *arguments, **options)
 
     def validate(self, cfg: Namespace, *arguments: Any, **options: Any) -> None:
         """Validate, refuse settings that a recipe cannot set, and set the folders of loggers."""

@@ -84,35 +84,13 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def check_options(values: Namespace, actions: Sequence[Action]) -> None:
-    """Check the values of a parser's options, as :func:`check_type` does, and its groups."""
-    check_groups(values, actions)
+    """Check the values of a parser's options, as :func:`check_type` does."""
     for action in actions:
         hint = getattr(action, "_typehint", None)
         if hint is None or action.default is None or action.dest.endswith(".help"):
             continue
         if action.dest in values:
             check_type(action.dest, values[action.dest], hint)
-
-
-def check_groups(values: Namespace, actions: Sequence[Action]) -> None:
-    """Check that the value of each group of options is names with values.
-
-    Raises:
-        InputError: it is something else.
-    """
-    optional = {action.dest for action in actions if type(None) in _members(getattr(action, "_typehint", None))}
-    for action in actions:
-        if action.dest.endswith(".help"):
-            continue
-        *groups, _ = parts = action.dest.split(".")
-        for end in range(1, len(groups) + 1):
-            name = ".".join(parts[:end])
-            group = values.get(name, Namespace())
-            if group is None and name in optional:
-                continue
-            if not isinstance(group, Namespace | Mapping):
-                given = "null" if group is None else group
-                raise InputError(f"{name} is {given}; it must be {NAMES_WITH_VALUES}.")
 
 
 def check_arguments(name: str, kind: type, arguments: Namespace) -> None:

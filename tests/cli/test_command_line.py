@@ -16,7 +16,7 @@ import yaml
 
 from gpdit_lightning import cli
 from gpdit_lightning.cli import VERBS, main
-from gpdit_lightning.cli.recipe_cli import parse_recipe
+from gpdit_lightning.cli.recipe_cli import parse_recipe, recipe_parser
 from gpdit_lightning.errors import InputError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -164,27 +164,40 @@ def test_a_bad_recipe(
         assert word in errors[0]
 
 
-GROUPS = {
-    "trainer": "is True; it must be names with values",
-    "data": "is True; it must be names with values",
-    "model": "is True; it must be the import path",
-    "scores": "is True; it must be names with values",
-    "preview": "is True; it must be names with values",
-    "model.init_args": "is True; it must be names with values",
-    "model.init_args.optimizer": "is True; it must be names with values",
-}
+GROUPS = (
+    *("trainer", "data", "data.images", "data.cache", "scores", "scores.video_network", "preview", "ema", "checkpoint"),
+    *("model.init_args", "model.init_args.backbone", "model.init_args.optimizer", "model.init_args.schedule"),
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(True, "True"), ([], "[]"), ("x", "'x'"), (None, "null")], ids=("true", "[]", "x", "null")
+)
+def test_a_group_that_is_no_mapping_is_refused_in_each_file(
+    recipe: dict[str, Any], value: Any, shown: str, tmp_path: Path
+) -> None:
+    """A later file would replace such a group, and with it the defaults of its options."""
+    parser, path = recipe_parser(), tmp_path / "base.yaml"
+    over = tmp_path / "recipe.yaml"
+    over.write_text(yaml.safe_dump(merged(recipe, {"base": "base.yaml"})))
+    arguments = [f"--config={path}", f"--config={over}"]
+    for group in GROUPS:
+        nested: Any = value
+        for name in reversed(group.split(".")):
+            nested = {name: nested}
+        for content in (nested, {group: value}):  # YAML may give the name of an option as one key too
+            path.write_text(yaml.safe_dump(content))
+            with pytest.raises(
+                InputError, match=re.escape(f"{path}: {group} is {shown}; it must be names with values")
+            ):
+                parser.parse_args(arguments)
 
 
 @pytest.mark.parametrize("value", [True, 3, []], ids=str)
-@pytest.mark.parametrize("group", GROUPS)
-def test_a_group_that_is_no_mapping_is_refused(recipe: dict[str, Any], group: str, value: Any, tmp_path: Path) -> None:
-    """Links between options would otherwise replace such a group by defaults."""
-    changes = value
-    for name in reversed(group.split(".")):
-        changes = {name: changes}
+def test_a_stage_that_is_no_class_is_refused(recipe: dict[str, Any], value: Any, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(merged(recipe, changes)))
-    with pytest.raises(InputError, match=re.escape(f"{group} {GROUPS[group]}".replace("True", str(value)))):
+    path.write_text(yaml.safe_dump(merged(recipe, {"model": value})))
+    with pytest.raises(InputError, match=re.escape(f"model is {value}; it must be the import path")):
         parse_recipe("fit", [f"--config={path}"])
 
 
