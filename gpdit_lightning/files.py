@@ -14,6 +14,7 @@ from pathlib import Path
 from gpdit_lightning.errors import InputError
 
 READ_BYTES = 2**22  # at a time
+MAX_TEXT_BYTES = 2**26  # of a recipe, a card or a table
 MAX_NAME_BYTES = 255  # of a file name, on most file systems
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -94,26 +95,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
     killed leaves at most the partial file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path(path).unlink(missing_ok=True)  # a leftover, which might be a link or a pipe
     try:
         yield partial_path(path)
         publish(path)
     finally:
         partial_path(path).unlink(missing_ok=True)
-
-
-@contextmanager
-def utf8_path(path: str | Path) -> Iterator[str]:
-    """Yield a path of an existing file to a library that reads UTF-8 paths only, such as safetensors.
-
-    For a path that is not UTF-8 it is that of an open descriptor, which is valid during the block.
-    """
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:
-        with open(path, "rb") as file:
-            yield f"/dev/fd/{file.fileno()}"
-    else:
-        yield os.fspath(path)
 
 
 @contextmanager
@@ -125,9 +112,10 @@ def process_lock(path: Path) -> Iterator[bool]:
 
     Raises:
         BlockingIOError: another process holds it.
+        InputError: the path is that of a pipe or a device.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
         try:
             # A record lock: forked loader workers do not inherit it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,19 +127,40 @@ def process_lock(path: Path) -> Iterator[bool]:
         yield locked
 
 
-def open_regular(path: Path) -> io.FileIO:
-    """Open a file for unbuffered reading.
+REPLACE_IT = "replace it by one"
+
+
+def check_regular(path: str | Path, cure: str = REPLACE_IT) -> None:
+    """Check a file before a library opens it by its path.
+
+    Args:
+        path: the file.
+        cure: what the user should do, for the message.
 
     Raises:
         InputError: it is not a regular file, such as a pipe, which would wait for a writer, or a device, which may have
             no end.
-        OSError: it cannot be opened.
+        OSError: it does not exist or cannot be found.
     """
-    file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise InputError(f"{path} is not a regular file: replace it by one.")
-    return file
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise InputError(f"{path} is not a regular file, but a folder, a pipe, a socket or a device: {cure}.")
+
+
+def open_regular(path: str | Path, flags: int = os.O_RDONLY, cure: str = REPLACE_IT) -> io.FileIO:
+    """Open a file without a buffer, to read it or with `os.O_RDWR` to change it.
+
+    Args:
+        path: the file.
+        flags: those of `os.open`.
+        cure: what the user should do, for the message.
+
+    Raises:
+        InputError, OSError: as by :func:`check_regular`.
+    """
+    if not flags & os.O_CREAT or os.path.exists(path):
+        check_regular(path, cure)
+    mode = "rb" if flags == os.O_RDONLY else "rb+"
+    return io.FileIO(path, mode, opener=lambda name, _: os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666))
 
 
 class BoundedReader(io.BufferedReader):
@@ -159,14 +168,15 @@ class BoundedReader(io.BufferedReader):
 
     Args:
         path: the file.
+        cure: what the user should do if it is not a regular file, for the message.
 
     Raises:
         InputError: it is not a regular file.
         OSError: it cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(open_regular(path))
+    def __init__(self, path: Path, cure: str = REPLACE_IT) -> None:
+        super().__init__(open_regular(path, cure=cure))
         self.size = os.fstat(self.fileno()).st_size
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -175,12 +185,12 @@ class BoundedReader(io.BufferedReader):
         return super().read(left if size is None or size < 0 else min(size, left))
 
 
-def read_bounded(path: Path, most: int) -> bytes:
+def read_bounded(path: Path, most: int = MAX_TEXT_BYTES) -> bytes:
     """Return the content of a regular file.
 
     Args:
         path: the file.
-        most: the largest size in bytes that is read.
+        most: the largest size in bytes that is read; by default that of a text which people read.
 
     Raises:
         InputError: it is larger, or not a regular file.

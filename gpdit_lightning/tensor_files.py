@@ -13,8 +13,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -258,6 +259,19 @@ def _are_counts(values: Any) -> bool:
 
 def _damaged(path: Path, reason: str, cure: str) -> InputError:
     return InputError(f"{path} is not a complete safetensors file ({reason}): {cure}.")
+
+
+def npy_layout(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Read the header of an array in the format .npy; raises `ValueError` for another format.
+
+    Returns:
+        shape and data type, and the offset of the first element.
+    """
+    formats = np.lib.format
+    is_first = formats.read_magic(file) == (1, 0)
+    read = formats.read_array_header_1_0 if is_first else formats.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype, file.tell()
 
 
 @retried

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import (
@@ -21,7 +19,6 @@ from gpdit_lightning.files import (
     publish,
     read_lines,
     sha256_of,
-    utf8_path,
 )
 
 fork = multiprocessing.get_context("fork")
@@ -126,15 +123,6 @@ def test_check_writable_names_path_reason_and_option(tmp_path: Path) -> None:
         check_writable(tmp_path, "--sheet")
     with pytest.raises(InputError, match=r"cannot be written \(File name too long\): give another --out"):
         check_writable(tmp_path / ("a" * 256))
-
-
-@pytest.mark.parametrize("name", ["a:b", os.fsdecode(b"caf\xe9")])
-def test_safetensors_are_read_from_a_path_that_is_not_utf8(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).mkdir()
-    save_file({"a": torch.arange(5)}, tmp_path / name / "a.safetensors")
-    with utf8_path(tmp_path / name / "a.safetensors") as path:
-        tensors = load_file(path)
-    assert torch.equal(tensors["a"], torch.arange(5))  # mapped from the file, which is closed
 
 
 def test_sha256_of(tmp_path: Path) -> None:

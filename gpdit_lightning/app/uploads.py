@@ -8,6 +8,7 @@ import av
 from PIL import Image
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import check_regular
 from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
 from gpdit_lightning.media.containers import input_options
@@ -73,6 +74,7 @@ def read_upload(
         InputError: the file is neither a video nor an image, exceeds a limit, cannot be read, or ends before `start`.
     """
     try:
+        check_regular(file, "give a video or an image")
         duration = 0.0
         if _is_image(file):
             file = file.rename(file.with_suffix(".png"))

@@ -151,7 +151,7 @@ def write_exported(folder: Path, weights: Weights, details: CardDetails | None =
 def has_edited_card(folder: Path) -> bool:
     """Return whether a folder contains a card that was edited, or written by an earlier version or another program."""
     card = folder / CARD
-    return card.exists() and not is_unedited(card.read_text(encoding="utf-8", errors="replace"))
+    return card.exists() and not is_unedited(read_bounded(card).decode(errors="replace"))
 
 
 def contains(folder: Path, weights: Weights) -> bool:

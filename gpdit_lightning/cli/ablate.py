@@ -14,10 +14,11 @@ from gpdit_lightning.cli.ablation_report import ArmResults, dry_run_text, write_
 from gpdit_lightning.cli.chain import is_launched, print_once, release, restart
 from gpdit_lightning.devices import rank_of_process, this_machine
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, process_lock
+from gpdit_lightning.files import atomic_write, process_lock, read_bounded
 from gpdit_lightning.options.ablate import AblateOptions
 from gpdit_lightning.planning.rules import expected_flops_per_s
 from gpdit_lightning.progress import progress_bar
+from gpdit_lightning.schema import MAX_JSON_BYTES, OBJECT, check, parse_json
 
 FAILURES = "failures.json"
 CONTINUES = "GPDIT_LIGHTNING_ABLATION"  # set for the processes that this command starts, or that replace it
@@ -114,7 +115,10 @@ def earlier_failures(folder: Path) -> dict[str, str]:
     if os.environ.get(CONTINUES) != str(folder):
         path.unlink(missing_ok=True)
         os.environ[CONTINUES] = str(folder)  # for the ranks that Lightning launches
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    if not path.exists():
+        return {}
+    cure = "remove it"
+    return dict(check(parse_json(read_bounded(path, MAX_JSON_BYTES), str(path), cure), OBJECT, "", str(path), cure))
 
 
 def results_of(ablation: Ablation, failures: Mapping[str, str]) -> list[ArmResults]:

@@ -23,10 +23,11 @@ from gpdit_lightning.data.selection import load_manifest, no_source_error, selec
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.budget import RunCosts
 from gpdit_lightning.estimation.requirements import RunSettings
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import atomic_write, read_bounded
 from gpdit_lightning.imports import import_path
 from gpdit_lightning.options.ablate import AblateOptions
 from gpdit_lightning.options.shared import RecipeOptions
+from gpdit_lightning.schema import COUNT, MAX_JSON_BYTES, OBJECT, check, parse_json
 from gpdit_lightning.training.callbacks.ablation import KEY, AblationRecord, StepSeconds
 
 RECORD, LOCK = "ablation.json", "lock"
@@ -228,7 +229,7 @@ def record_ablation(ablation: Ablation, writes: bool = True) -> Ablation:
         "validations": options.validations,
         "data": data_of(ablation.base),
     }
-    saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"arms": {}}
+    saved: dict[str, Any] = read_record(path) if path.exists() else {"arms": {}}
     if not path.exists() and options.out.exists() and {file.name for file in options.out.iterdir()} - {LOCK}:
         raise InputError(f"{options.out} has files, but no {RECORD} of an ablation: give another --out.")
     if path.exists() and (changed := difference({**saved, "arms": None}, settings)):
@@ -298,10 +299,24 @@ def data_of(settings: Namespace) -> dict[str, list[str]]:
     return {option: [manifest.fingerprint()[:16] for manifest in found] for option, found in manifests.items()}
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the record of an ablation.
+
+    Raises:
+        InputError: it cannot be read, or is no such record.
+    """
+    cure = "restore it, or give another --out"
+    content = parse_json(read_bounded(path, MAX_JSON_BYTES), str(path), cure)
+    check(content, {"arms": OBJECT}, "", str(path), cure)
+    for name, arm in content["arms"].items():
+        check(arm, {"overrides": OBJECT, "steps": COUNT}, f"arms.{name}", str(path), cure)
+    return dict(content)
+
+
 def measured_steps(ablation: Ablation) -> dict[str, int]:
     """Return the steps of each arm that take as long as those of the base recipe, by a trial of each."""
     recorded = ablation.options.out / RECORD
-    known = json.loads(recorded.read_text(encoding="utf-8"))["arms"] if recorded.exists() else {}
+    known = read_record(recorded)["arms"] if recorded.exists() else {}
     missing = [arm for arm in ablation.arms if arm.costs is not None and arm.name not in known]
     if not missing:
         return {}

@@ -1,12 +1,10 @@
 """Reading of YAML with bounds on size, depth and aliases, since recipes come from other people too.
 
 jsonargparse parses every recipe, file of options and value of the command line with `load_yaml`, and reads every file
-with `read_bounded`.
+with `read_text`.
 """
 
-import os
 import re
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import jsonargparse
 import yaml
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import read_bounded
 
 PARSER_MODE = "omegaconf+"  # YAML with interpolations that are resolved after all files are read
 
@@ -31,24 +30,16 @@ NUMBER = re.compile(r"[-+]?[0-9_.]+")
 HAS_STRUCTURE = re.compile(r"[\[{&*!\n?:]")
 
 
-def read_bounded(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
     """Return the text of a regular file of at most `MAX_BYTES`.
 
     Raises:
         OSError: it cannot be read.
-        InputError: it is a folder, a pipe or a device, larger, or not UTF-8.
+        InputError: it is not a regular file, larger, or not UTF-8.
     """
     if "\0" in str(path):
         raise InputError(f"{str(path)!r} contains a null character: give the path of a file.")
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # the opening of a pipe would wait
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise InputError(
-                f"{path} is not a regular file, but a folder, a pipe or a device: give the path of a file."
-            )
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise InputError(f"{path} has more than {MAX_BYTES} bytes, the limit of a YAML file: shorten it.")
+    content = read_bounded(Path(path), MAX_BYTES)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -153,7 +144,7 @@ def _count_item(parent: _Collection, scalar: str | None, line: int) -> None:
 
 
 def _read_text(self: jsonargparse.Path) -> str:
-    return read_bounded(self.absolute)
+    return read_text(self.absolute)
 
 
 def use_bounded_yaml() -> None:

@@ -18,7 +18,7 @@ from gpdit_lightning.cli.demo_videos import write_videos
 from gpdit_lightning.codecs import Codec, load_codec_from_spec
 from gpdit_lightning.diffusion import RotationSampler
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import atomic_write, read_bounded
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, continue_video
 from gpdit_lightning.generation.context_readers import read_contexts
 from gpdit_lightning.generation.contexts import ContextSettings
@@ -37,6 +37,7 @@ from gpdit_lightning.preparation import (
 )
 from gpdit_lightning.preparation.input_files import InputFile
 from gpdit_lightning.progress import progress_bar
+from gpdit_lightning.schema import MAX_JSON_BYTES, SIZE, check, parse_json
 
 VERSION = 2  # of the videos and the codec: data and models of other versions do not fit
 VIDEOS, HELD_OUT_VIDEOS, SEED = 1200, 64, 0
@@ -97,7 +98,8 @@ def check_run_dir(run_dir: Path, videos: Path | None) -> None:
     record = run_dir / "demo.json"
     demo_of_run = {"version": VERSION, "videos": str(videos.resolve()) if videos else None}
     if record.exists():
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = parse_json(read_bounded(record, MAX_JSON_BYTES), str(record), cure)
+        check(found, {"version": SIZE}, "", str(record), cure)
     elif any((run_dir / name).exists() for name in ("movies", "images", "latents")):
         found = {"version": 1}
     else:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpdit_lightning.evaluation.report import Protocol, Report
 from gpdit_lightning.evaluation.report_text import TABLES, plot_self_checks, write_report
-from gpdit_lightning.files import atomic_write, process_lock
+from gpdit_lightning.files import atomic_write, process_lock, read_bounded
 from gpdit_lightning.media.video_writer import write_video
 from gpdit_lightning.options.evaluate import EvaluateOptions
 
@@ -49,7 +49,7 @@ def write_and_print_report(out: Path, compute: Callable[[], Report]) -> None:
             if report.self_checks:
                 plot_self_checks(report, out / "self_checks.png")
             write_report(report, out)
-        scores, _, _ = (out / TABLES).read_text(encoding="utf-8").partition("\n## ")
+        scores, _, _ = read_bounded(out / TABLES).decode().partition("\n## ")
         scores = re.sub(r"\*\*Missing:\*\* .*\n\n", "", scores)  # printed before the generation
         print(f"{scores}\nProtocol, self-checks and the paper's scores: {out / TABLES}")
 

@@ -28,7 +28,7 @@ from gpdit_lightning.codecs import CODECS
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.report_text import RESULTS, what_is_generated
-from gpdit_lightning.files import partial_path, publish
+from gpdit_lightning.files import partial_path, publish, read_bounded
 from gpdit_lightning.options.export import ExportOptions
 
 
@@ -77,7 +77,7 @@ def check_replaceable(out: Path, weights: Weights) -> None:
     """Raise `InputError` if a folder contains anything other than an export of the same model, or an edited card."""
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     is_export = {WEIGHTS, CONFIG} <= names <= {WEIGHTS, CONFIG, CARD, CHECKSUMS, CODEC, *IMAGES}
-    if names and not (is_export and (out / CONFIG).read_bytes() == config_json(weights).encode()):
+    if names and not (is_export and read_bounded(out / CONFIG) == config_json(weights).encode()):
         raise InputError(f"{out} contains something other than an export of this model: choose another --out.")
     if has_edited_card(out):
         raise InputError(

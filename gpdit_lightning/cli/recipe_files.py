@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from gpdit_lightning.cli.bounded_yaml import load_yaml, read_bounded
+from gpdit_lightning.cli.bounded_yaml import load_yaml, read_text
 from gpdit_lightning.data.source import KINDS
 from gpdit_lightning.errors import InputError
 
@@ -138,7 +138,7 @@ def read_yaml(path: Path, needed_by: Path | None = None) -> dict[str, Any]:
         InputError: the file does not exist, is not YAML, or has no fields.
     """
     try:
-        content = load_yaml(read_bounded(path))
+        content = load_yaml(read_text(path))
     except OSError as error:
         source = f" (the base of {needed_by})" if needed_by else ""
         cure = "give the path of a recipe, or gpdit: and the name of a shipped one"

@@ -5,13 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write, utf8_path
-from gpdit_lightning.retries import transient_error
+from gpdit_lightning.files import atomic_write
+from gpdit_lightning.schema import TEXT, Constraint, check, parse_json
+from gpdit_lightning.tensor_files import safetensors_header
+
+CURE = "delete it and run the same command again"
+NAMES = Constraint("a list of names", lambda value: isinstance(value, list) and all(map(TEXT.accepts, value)))
 
 
 def write_chunk(path: Path, names: Sequence[str], results: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
@@ -48,13 +51,12 @@ class ChunkFiles:
         expected = json.loads(json.dumps(settings))
         for path in paths:
             try:
-                with utf8_path(path) as readable, safe_open(readable, "pt") as file:
-                    names, stored = (json.loads(file.metadata()[key]) for key in ("names", "made_by"))
-                    self.keys |= set(file.keys())
-            except (OSError, SafetensorError, KeyError, TypeError) as error:
-                damaged = InputError(f"{path} is damaged ({error}): delete it and run the same command again.")
-                raise transient_error(error, path) or damaged from None
-            self.names += names
+                tensors, metadata = safetensors_header(path, CURE)
+                names, stored = (parse_json(metadata[key].encode(), str(path), CURE) for key in ("names", "made_by"))
+            except KeyError as error:
+                raise InputError(f"{path} is damaged (it has no {error}): {CURE}.") from None
+            self.keys |= tensors.keys()
+            self.names += check(names, NAMES, "names", str(path), CURE)
             for name, wanted, found in differences(expected, stored):
                 raise InputError(
                     f"{path} belongs to an evaluation with another {name} ({found}, not {wanted}): give another --out, "
@@ -77,10 +79,10 @@ class ChunkFiles:
         """
         key, other = f"{variant}/{quantity}", f"{limit_to or variant}/{quantity}"
         for path in self.paths:
-            with utf8_path(path) as readable, safe_open(readable, "pt") as file:
-                if {key, other} <= set(file.keys()):
-                    videos, values = file.get_slice(other).get_shape()[0], file.get_slice(key)
-                    yield values[:videos] if position is None else values[:videos, position]
+            tensors, _ = safetensors_header(path, CURE)
+            if {key, other} <= tensors.keys():
+                values = tensors[key].read()[: tensors[other].shape[0]]
+                yield values if position is None else values[:, position]
 
     def has_variant(self, variant: str) -> bool:
         """Whether any chunk contains this variant of its videos."""

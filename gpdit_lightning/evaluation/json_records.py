@@ -10,7 +10,9 @@ from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import read_bounded
 from gpdit_lightning.retries import transient_error
+from gpdit_lightning.schema import MAX_JSON_BYTES
 
 Record = TypeVar("Record")
 
@@ -27,7 +29,7 @@ def load_record(record_type: type[Record], path: Path, remedy: str) -> Record:
         InputError: the file is missing or does not contain such a record.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, MAX_JSON_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise transient_error(error, path) or InputError(f"{path} cannot be read ({error}): {remedy}.") from None
     return record_from_json(record_type, text, str(path), remedy)

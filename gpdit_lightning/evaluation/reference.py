@@ -5,7 +5,9 @@ in the layout of ADM (Dhariwal and Nichol, 2021).
 """
 
 import json
+import math
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,13 +23,17 @@ from gpdit_lightning.evaluation.json_records import record_from_json
 from gpdit_lightning.evaluation.metrics import Moments
 from gpdit_lightning.evaluation.network_files import NetworkRecord
 from gpdit_lightning.evaluation.self_checks import SelfChecks
-from gpdit_lightning.files import atomic_write, utf8_path
+from gpdit_lightning.files import BoundedReader, atomic_write
 from gpdit_lightning.media.finding import Medium
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.retries import transient_error
+from gpdit_lightning.schema import OBJECT, SIZE, check, parse_json
+from gpdit_lightning.tensor_files import check_finite, npy_layout, safetensors_header
 
 FILE = "reference.safetensors"
 RECORD = "gpdit_reference"  # key of the record in the metadata of the file
+ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error)
+MAX_PACKING = 1032  # of the method deflate
 MAX_MANIFOLD = 10_000
 """Number of real samples for precision and recall, the first ones, as in ADM's reference batch for ImageNet."""
 REMEDY = "give the reference.safetensors of an evaluation by this version, or an .npz of ADM"
@@ -98,19 +103,22 @@ class Reference:
         Raises:
             InputError: the file is missing, damaged, or another one.
         """
-        try:
-            with utf8_path(path) as readable, safe_open(readable, "pt") as file:
-                metadata, keys = file.metadata() or {}, list(file.keys())
-                tensors = {key: file.get_tensor(key) for key in keys}
-        except (OSError, SafetensorError) as error:
-            raise transient_error(error, path) or InputError(f"{path} cannot be read ({error}): {REMEDY}.") from None
+        stored, metadata = safetensors_header(path, REMEDY)
+        tensors = {name: tensor.read() for name, tensor in stored.items()}
         if RECORD not in metadata:
             raise InputError(f"{path} contains no statistics of real images or videos: {REMEDY}.")
         record = record_from_json(ReferenceRecord, metadata[RECORD], str(path), REMEDY)
-        moments = {
-            quantity: Moments(tensors[f"mean.{quantity}"], tensors[f"covariance.{quantity}"], samples)
-            for quantity, samples in json.loads(metadata["samples"]).items()
-        }
+        check_finite(tensors, str(path), REMEDY)
+        counts = check(
+            parse_json(metadata.get("samples", "").encode(), str(path), REMEDY), OBJECT, "", str(path), REMEDY
+        )
+        moments = {}
+        for quantity, samples in counts.items():
+            check(samples, SIZE, f"samples.{quantity}", str(path), REMEDY)
+            mean, covariance = (tensors.get(f"{name}.{quantity}") for name in ("mean", "covariance"))
+            if mean is None or covariance is None or mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+                raise InputError(f"{path} has no mean (d,) and covariance (d, d) of {quantity}: {REMEDY}.")
+            moments[quantity] = Moments(mean, covariance, samples)
         manifold = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith("manifold.")}
         return cls(record, moments, manifold)
 
@@ -148,9 +156,11 @@ class AdmFile:
             InputError: the file is missing or damaged, or contains neither images nor moments.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                images, mu, sigma = (arrays.get(name) for name in ("arr_0", "mu", "sigma"))
-        except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            with BoundedReader(path, REMEDY) as file, zipfile.ZipFile(file) as archive:
+                images, mu, sigma = (_array(archive, f"{name}.npy") for name in ("arr_0", "mu", "sigma"))
+        except InputError:
+            raise
+        except (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, *ARCHIVE_ERRORS) as error:
             raise transient_error(error, path) or InputError(f"{path} cannot be read ({error}): {REMEDY}.") from None
         if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3):
             found = f"{images.dtype} {images.shape}"
@@ -169,6 +179,25 @@ class AdmFile:
         """Return an image as a clip, uint8 (1, 3, H, W)."""
         assert self.images is not None
         return torch.from_numpy(self.images[number]).permute(2, 0, 1)[None].contiguous()
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray | None:
+    """Return an array of an .npz file; None if there is none. A member unpacks to at most `MAX_PACKING` times its size.
+
+    Raises:
+        ValueError: it is no array, an array of objects, or its shape differs from its bytes.
+    """
+    if name not in archive.namelist():
+        return None
+    info = archive.getinfo(name)
+    with archive.open(info) as member:
+        shape, dtype, offset = npy_layout(member)
+        if dtype.hasobject or info.file_size != offset + math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} has {info.file_size} bytes, which differs from {dtype} of shape {shape}")
+        if info.file_size > MAX_PACKING * (info.compress_size + 1):
+            raise ValueError(f"{name} states {info.file_size} bytes in {info.compress_size} packed ones")
+    with archive.open(info) as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
 
 
 def check_reference(

@@ -14,6 +14,7 @@ import av.logging
 from av.stream import Disposition
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import check_regular
 from gpdit_lightning.media.image_headers import check_png_texts
 from gpdit_lightning.media.images import SEARCHED_EXTENSIONS
 from gpdit_lightning.media.mp4_headers import check_mp4_header
@@ -118,9 +119,9 @@ def open_video(path: str | Path, formats: Iterable[str] = FORMATS) -> Iterator[V
     """
     path, messages = Path(path), list[str]()
     try:
-        if not path.is_file():
-            problem = "is not a regular file" if path.exists() else "does not exist"
-            raise InputError(f"{path} {problem}: give the path of a video.")
+        if not path.exists():
+            raise InputError(f"{path} does not exist: give the path of a video.")
+        check_regular(path, "give the path of a video")
         check_mp4_header(path)
         check_png_texts(path)
         with ffmpeg_errors() as messages:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import read_lines
+from gpdit_lightning.files import check_regular, read_lines
 from gpdit_lightning.media.containers import MIME_TYPES, VIDEO_EXTENSIONS, is_video
 from gpdit_lightning.media.images import IMAGE_FORMATS, SEARCHED_EXTENSIONS
 from gpdit_lightning.names import as_text, from_text
@@ -312,9 +312,10 @@ def find_media(path: Path, medium: Medium) -> Findings:
             reasons = "".join(f"; {sentence}" for sentence in findings.describe_left_out())
             raise InputError(f"{path} has no {medium} files: give another folder{reasons}.")
         return findings
-    if not path.is_file():
-        problem = "is not a regular file" if path.exists() else "does not exist"
-        raise InputError(f"{path} {problem}: give a folder, a file or a .txt list of {medium}s.")
+    cure = f"give a folder, a file or a .txt list of {medium}s"
+    if not path.exists():
+        raise InputError(f"{path} does not exist: {cure}.")
+    check_regular(path, cure)
     if path.suffix.lower() == LIST_EXTENSION:
         return Findings(read_file_list(path))
     return Findings([FoundFile(path, as_text(path.name))])

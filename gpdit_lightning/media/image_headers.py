@@ -1,7 +1,5 @@
 """Checks of image files that Pillow or FFmpeg leave out: checksums and packed texts of PNG, and scans of JPEG."""
 
-import os
-import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import BoundedReader
 
 PNG_SIGNATURE, JPEG_SIGNATURE, JPEG_SCAN = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xda"
 ANCILLARY = 0x20  # bit in the first letter of a PNG chunk that a reader may ignore
@@ -31,9 +30,7 @@ def check_image_file(file: str | Path | BinaryIO, name: str) -> None:
         OSError: the file cannot be read.
     """
     if isinstance(file, (str, Path)):
-        if not stat.S_ISREG(os.stat(file).st_mode):  # Pillow would wait for the writer of a pipe
-            raise InputError(f"{name} is not a regular file: give the path of an image.")
-        with open(file, "rb") as opened:
+        with BoundedReader(Path(file), "give the path of an image") as opened:
             return check_image_file(opened, name)
     start = file.read(len(PNG_SIGNATURE))
     if start == PNG_SIGNATURE:
@@ -51,7 +48,7 @@ def check_png_texts(path: Path) -> None:
     Raises:
         InputError: they have more than `MAX_UNPACKED_BYTES`.
     """
-    with path.open("rb") as file:
+    with BoundedReader(path) as file:
         if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
             return
         left = MAX_UNPACKED_BYTES

@@ -13,7 +13,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedI
 from torch import Tensor
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import BoundedReader, atomic_write
 from gpdit_lightning.media.image_colours import to_srgb
 from gpdit_lightning.media.image_headers import check_image_file
 from gpdit_lightning.names import printable
@@ -105,7 +105,7 @@ def image_pixels(image: Image.Image, name: str) -> np.ndarray:
 def _unsupported_format(file: str | Path | BinaryIO) -> str | None:
     """Return the name of a common image format that Pillow cannot read, by the first bytes of a file."""
     if isinstance(file, (str, Path)):
-        with open(file, "rb") as opened:
+        with BoundedReader(Path(file)) as opened:
             return _unsupported_format(opened)
     file.seek(0)
     start = file.read(12)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import BoundedReader
 
 FIRST_BOXES = (b"ftyp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"sidx")
 CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf")
@@ -41,7 +42,7 @@ def check_mp4_header(path: Path) -> None:
     Raises:
         InputError: the file states more samples than it has bytes, or edits that repeat too many of them.
     """
-    with path.open("rb") as file:
+    with BoundedReader(path) as file:
         if file.read(8)[4:] not in FIRST_BOXES:
             return
         size = file.seek(0, 2)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import BoundedReader
 
 SYNSET = r"n\d{8}"
 VALIDATION = "ILSVRC2012_val_"
@@ -126,7 +127,8 @@ def read_imagenet_list(path: Path, lines: Iterable[tuple[int, str]], lists: Imag
         _read_kit(path, lists)
         return
     if is_binary_list(path):
-        lists.kit_numbers |= _read_meta(path, path)
+        with BoundedReader(path) as file:
+            lists.kit_numbers |= _read_meta(file, path)
         return
     texts = [(number, line.strip()) for number, line in lines if line.strip()]
     if texts[0][1] == KAGGLE_HEADER:
@@ -157,7 +159,7 @@ def _read_kit(path: Path, lists: ImageNetLists) -> None:
     """Read the two lists in the packed development kit, ILSVRC2012_devkit_t12.tar.gz."""
     contents: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:gz") as tar:
+        with BoundedReader(path) as file, tarfile.open(fileobj=file, mode="r:gz") as tar:
             for info in tar:
                 name = info.name.rpartition("/")[2]
                 if name in (GROUND_TRUTH, META) and info.isreg() and info.size <= MAX_KIT_BYTES:
@@ -166,6 +168,8 @@ def _read_kit(path: Path, lists: ImageNetLists) -> None:
                     contents[name] = member.read()
         lines = contents[GROUND_TRUTH].decode().splitlines()
         meta = contents[META]
+    except InputError:
+        raise
     except Exception as error:  # for many kinds of damage tarfile raises arbitrary exceptions
         raise InputError(
             f"{path} is not ImageNet's development kit ({type(error).__name__}: {error}): give "
@@ -175,7 +179,7 @@ def _read_kit(path: Path, lists: ImageNetLists) -> None:
     read_imagenet_list(path.with_name(GROUND_TRUTH), list(enumerate(lines, start=1)), lists)
 
 
-def _read_meta(file: Path | BinaryIO, path: Path) -> dict[int, str]:
+def _read_meta(file: BinaryIO, path: Path) -> dict[int, str]:
     """Return the synsets of the classes in the development kit's `meta.mat`, which has their parents too.
 
     Args:

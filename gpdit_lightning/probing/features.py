@@ -26,10 +26,11 @@ from torch.utils.data import Dataset
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.json_records import load_record
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import BoundedReader, atomic_write
 from gpdit_lightning.media.video import natural_sort_key
 from gpdit_lightning.retries import transient_error
 from gpdit_lightning.specs import CodecSpec
+from gpdit_lightning.tensor_files import npy_layout
 
 RECORD = "features.json"
 SUFFIXES = {"npy": ".npy", "pickle": ".pkl"}  # by format
@@ -181,16 +182,22 @@ def read_features(path: Path, shape: tuple[int, int]) -> Tensor:
         InputError: the file is missing or damaged, or has another shape or type.
     """
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        with BoundedReader(path) as file:
+            found = npy_layout(file)[:2]
+            if found != (shape, np.float16):
+                raise InputError(
+                    f"{path} contains {found[1]} {found[0]}, but float16 {shape} is expected: remove it and write it "
+                    "again."
+                )
+            file.seek(0)
+            return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: write the features of its video, or leave it out.") from None
+    except InputError:
+        raise
     except (OSError, ValueError, EOFError) as error:
         damaged = InputError(f"{path} is not a complete .npy file ({error}): remove it and write it again.")
         raise transient_error(error, path) or damaged from None
-    if not isinstance(values, np.ndarray) or (values.shape, values.dtype) != (shape, np.float16):
-        found = f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else "several arrays"
-        raise InputError(f"{path} contains {found}, but float16 {shape} is expected: remove it and write it again.")
-    return torch.from_numpy(np.array(values))
 
 
 class VideoFeatures(Dataset[Tensor]):

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -25,14 +24,23 @@ from gpdit_lightning.codecs import Codec
 from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.errors import InputError, TransientError
 from gpdit_lightning.evaluation.videos import read_clip
-from gpdit_lightning.files import atomic_write, utf8_path
+from gpdit_lightning.files import atomic_write
 from gpdit_lightning.media.images import Size
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.progress import progress_bar
+from gpdit_lightning.schema import COUNT, LIST, Constraint, check, parse_json
+from gpdit_lightning.tensor_files import safetensors_header
 
 log = logging.getLogger(__name__)
 
+COMPUTE_AGAIN = "remove it, and run the same command again"
 VIDEOS_PER_FILE = 64  # videos per file of the cache; a stopped run repeats at most one file
+
+INDEX = Constraint(
+    "indices of videos",
+    lambda value: isinstance(value, list) and all(type(item) is int and 0 <= item < VIDEOS_PER_FILE for item in value),
+)
+NOTES = {"places": INDEX, "squeezed": COUNT, "faults": LIST}
 
 
 class LayerFeatures(NamedTuple):
@@ -159,10 +167,17 @@ class _FeatureBlock(NamedTuple):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a file that :meth:`save` wrote."""
-        with utf8_path(path) as readable, safe_open(readable, "pt") as file:
-            metadata = json.loads(file.metadata()["notes"])
-            return cls(file.get_tensor("features"), metadata["places"], metadata["squeezed"], metadata["faults"])
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            InputError: it cannot be read, or is another file.
+        """
+        tensors, metadata = safetensors_header(path, COMPUTE_AGAIN)
+        notes = parse_json(metadata.get("notes", "").encode(), str(path), COMPUTE_AGAIN)
+        check(notes, NOTES, "", str(path), COMPUTE_AGAIN)
+        if set(tensors) != {"features"} or tensors["features"].shape[:1] != (len(notes["places"]),):
+            raise InputError(f"{path} has no features of {len(notes['places'])} videos: {COMPUTE_AGAIN}.")
+        return cls(tensors["features"].read(), notes["places"], notes["squeezed"], notes["faults"])
 
     def save(self, path: Path) -> None:
         """Write the results, atomically."""

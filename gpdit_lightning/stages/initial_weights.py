@@ -10,6 +10,7 @@ from gpdit_lightning.checkpoints.facts import Origin
 from gpdit_lightning.checkpoints.reading import open_weights, sha256_of_weights
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import check_regular
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.stages.agreement import check_architecture, check_classes
@@ -25,11 +26,8 @@ def check_kind(path: str) -> None:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError):
         return
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise InputError(
-            f"model.init_args.initial_weights is {path}, which is a pipe, a device or a socket: give a run folder, a "
-            "checkpoint or an exported folder, or null."
-        )
+    if not stat.S_ISDIR(mode):
+        check_regular(path, "give a run folder, a checkpoint or an exported folder as initial_weights, or null")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ previews are logged to them in other ways.
 
 import csv
 import inspect
+import io
 import re
 import textwrap
 import time
@@ -24,6 +25,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from gpdit_lightning.diagnosis.curves import EARLIER_EVENTS, EVENT_FILES, event_folder
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.files import BoundedReader
 from gpdit_lightning.imports import import_path
 
 SCORES = "scores_vs_decoded"  # group of the tags of scores, whose ground truth is decoded from held-out latents
@@ -147,12 +149,19 @@ def keep_earlier_rows(logger: CSVLogger, step: int) -> None:
         path.replace(backup)
     if not backup.exists():
         return
-    with backup.open(newline="", encoding="utf-8") as file:
-        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    try:
+        with io.TextIOWrapper(BoundedReader(backup), encoding="utf-8", newline="") as file:
+            rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+        steps = [int(row["step"]) for row in rows]
+    except (ValueError, LookupError, TypeError, csv.Error) as error:
+        if isinstance(error, InputError):
+            raise
+        backup.replace(path)
+        raise InputError(f"{path} is no table of metrics with a step in each row ({error}): remove it.") from None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
         writer = logger.experiment
-    writer.metrics = [row for row in rows if int(row["step"]) <= step]
+    writer.metrics = [row for row, row_step in zip(rows, steps, strict=True) if row_step <= step]
     writer.save()
     backup.unlink()
 

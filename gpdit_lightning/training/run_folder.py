@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gpdit_lightning.files import atomic_write
+from gpdit_lightning.files import BoundedReader, atomic_write
 from gpdit_lightning.training.loggers import files_in_run_folder, order_event_files
 
 LOCK, RECIPE, CHECKPOINTS = ".lock", "config.yaml", "checkpoints"
@@ -30,7 +30,7 @@ class RunFolderFiles:
         self._missing_folders = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         self._existing = set(self._paths())
         self._contents = {
-            path: path.read_bytes() for path in self._existing if path.name == RECIPE or path.suffix == ".csv"
+            path: BoundedReader(path).read() for path in self._existing if path.name == RECIPE or path.suffix == ".csv"
         }
 
     def order_event_files(self) -> None:
@@ -47,7 +47,7 @@ class RunFolderFiles:
             with suppress(OSError):
                 folder.rmdir()
         for path, content in self._contents.items():
-            if not path.exists() or path.read_bytes() != content:
+            if not path.is_file() or path.read_bytes() != content:
                 with atomic_write(path) as temporary:
                     temporary.write_bytes(content)
 
