@@ -20,6 +20,7 @@ Outcome = Literal["named", "refused", "harmless", "accepted", "silent", "crashed
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 FAILURES: tuple[Outcome, ...] = ("silent", "crashed", "hung")
 CONSISTENT = 0.3  # fraction of the cases in which recorded hashes are replaced by those of the damaged files
+MEMORY_OF_RECIPES = 4  # times the limit of other files: a valid recipe may name a larger model, by default size B
 OUT_OF_MEMORY = ("memory ran out", "MemoryError")
 CONTENT_HASH = "content_sha256"  # field of a file with the hash of its other fields
 UNEXPECTED = "this is a fault of"  # in the message of an exception that no part of the library expects
@@ -96,7 +97,8 @@ class Case:
             return {"value": read() if read else None, "uses_marked_frames": marked}
 
         prepare = self._make_damaged_files if is_damaged else self._copy_files
-        return Job((self, is_damaged), prepare, self.arguments, result, self.target.command)
+        factor = MEMORY_OF_RECIPES if self.kind == "recipes" else 1
+        return Job((self, is_damaged), prepare, self.arguments, result, self.target.command, factor)
 
     def _copy_files(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)

@@ -40,6 +40,7 @@ class Job(NamedTuple):
         arguments: verb and options.
         result: reads the result from the folder when the command has ended with status 0.
         command: called with the arguments; returns the exit status.
+        memory_factor: multiplies the limit on memory.
     """
 
     key: Any
@@ -47,6 +48,7 @@ class Job(NamedTuple):
     arguments: Sequence[str]
     result: Callable[[], Any]
     command: Callable[[Sequence[str]], int]
+    memory_factor: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class _Process:
     """A forked process that runs a job."""
 
     def __init__(self, job: Job, folder: Path, limits: Limits) -> None:
+        limits = limits._replace(mebibytes=limits.mebibytes * job.memory_factor)
         self.job, self.folder, self.limits = job, folder, limits
         job.prepare(folder)
         self.started, self.largest, self.exceeded = time.perf_counter(), 0.0, ""

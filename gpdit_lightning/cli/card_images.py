@@ -29,13 +29,16 @@ SAMPLER, STEPS = "adams", 8
 MAX_PARAMETERS = 200_000_000  # of a model that generates continuations on a CPU, within a few minutes
 
 
-def write_images(folder: Path, trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
+def write_images(
+    folder: Path, trained: TrainedModel, run_dir: Path | None, codec_source: str | None = None
+) -> dict[str, str]:
     """Write sample images to a folder, as far as there are any; return their captions by their names.
 
     Args:
         folder: the exported folder.
         trained: the model.
         run_dir: its run folder, or None. An exported folder that is exported again keeps its images.
+        codec_source: folder, file or hub name of the codec's weights; None for the default.
     """
     if run_dir is None:
         found = {name: trained.path / name for name in IMAGES if (trained.path / name).is_file()}
@@ -45,7 +48,7 @@ def write_images(folder: Path, trained: TrainedModel, run_dir: Path | None) -> d
     previews = sorted((run_dir / "previews").glob("step-*.png"), key=_step_of)
     previews = [path for path in previews if _step_of(path) <= trained.step]
     if not previews:
-        return _write_continuations(folder, trained, run_dir)
+        return _write_continuations(folder, trained, run_dir, codec_source)
     captions = {}
     for name, path in ((STRIP, previews[-1]), (ANIMATION, previews[-1].with_suffix(".gif"))):
         if path.is_file():
@@ -59,14 +62,16 @@ def _step_of(preview: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def _write_continuations(folder: Path, trained: TrainedModel, run_dir: Path) -> dict[str, str]:
+def _write_continuations(
+    folder: Path, trained: TrainedModel, run_dir: Path, codec_source: str | None
+) -> dict[str, str]:
     """Continue held-out clips of a run and write the images; a log message states why there are none."""
     parameters = sum(parameter.numel() for parameter in trained.backbone.parameters())
     if parameters > MAX_PARAMETERS:
         log.info("no sample images: the run has no previews, and %s parameters are slow on a CPU", f"{parameters:,}")
         return {}
     try:
-        videos = _continue_held_out_clips(trained, run_dir)
+        videos = _continue_held_out_clips(trained, run_dir, codec_source)
     except InputError as error:
         log.info("no sample images: %s", error)
         return {}
@@ -89,7 +94,7 @@ def _write_continuations(folder: Path, trained: TrainedModel, run_dir: Path) -> 
     return dict.fromkeys(IMAGES, caption)
 
 
-def _continue_held_out_clips(trained: TrainedModel, run_dir: Path) -> Sequence[GeneratedClip]:
+def _continue_held_out_clips(trained: TrainedModel, run_dir: Path, codec_source: str | None) -> Sequence[GeneratedClip]:
     """Continue held-out clips of a run; none if no shard of such clips is found.
 
     Raises:
@@ -98,7 +103,7 @@ def _continue_held_out_clips(trained: TrainedModel, run_dir: Path) -> Sequence[G
     samples = held_out_samples(run_dir)
     if not samples:
         return ()
-    codec = load_codec_of(trained)
+    codec = load_codec_of(trained, source=codec_source)
     frames = trained.geometry.frames
     context = layout_of(trained, codec).context_within(frames, max(1, min(frames // 2, MAX_CONTEXT)))
     if not context:  # the model generates a clip as one block

@@ -29,6 +29,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.report import Report
 from gpdit_lightning.evaluation.report_text import RESULTS, what_is_generated
 from gpdit_lightning.files import partial_path, publish, read_bounded
+from gpdit_lightning.generation.settings import load_codec_of
 from gpdit_lightning.options.export import ExportOptions
 
 
@@ -52,12 +53,13 @@ def export(options: ExportOptions) -> None:
     try:
         partial.mkdir(parents=True)
         run_dir = run_folder_of(trained.path)
-        images = write_images(partial, trained, run_dir) if options.samples else {}
+        images = write_images(partial, trained, run_dir, options.codec_source) if options.samples else {}
         details = CardDetails(images, scores_of(trained, options.evaluation, run_dir))
-        recorded = None if trained.is_exported else trained.codec.source
-        codec_file = Path(trained.exported_codec or recorded or "")
-        if codec_file.suffix == ".safetensors" and codec_file.is_file():
-            shutil.copyfile(codec_file, partial / CODEC)
+        source = options.codec_source or trained.exported_codec
+        if source is not None and is_tensor_file(source):
+            if not trained.codec.is_custom:
+                load_codec_of(trained, source=source)  # the weights must be those of the training
+            shutil.copyfile(source, partial / CODEC)
         write_exported(partial, stored, details)
         remove(out)
         publish(out)
@@ -71,6 +73,11 @@ def export(options: ExportOptions) -> None:
         source, default = trained.codec.source, CODECS[trained.codec.name].default_source
         command += f" --codec_source {source}" * (source not in (None, default))  # an exported model does not choose it
     print(f"{options.out}: the {kind} weights of step {trained.step}; to {use.purpose} with them: {command}")
+
+
+def is_tensor_file(source: str) -> bool:
+    """Return whether the source of a codec is one file of weights, which an exported folder can contain."""
+    return source.endswith(".safetensors") and Path(source).is_file()
 
 
 def check_replaceable(out: Path, weights: Weights) -> None:

@@ -1,5 +1,6 @@
 """Codecs by autoencoders of diffusers, which are loaded from a folder or the hub: safetensors, nothing pickled."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -37,19 +38,18 @@ class AutoencoderCodec(Codec):
         self.fingerprint = fingerprint_of(autoencoder.state_dict())
 
     @classmethod
-    def load(cls, source: str | None = None, may_download: bool = True) -> Self:
+    def load(cls, source: str | None = None) -> Self:
         """Load the network from a folder or the hub, or from the subfolder `vae` of either; safetensors only.
 
         Args:
             source: folder or hub name; None for the default.
-            may_download: whether files are downloaded from the hub if they are not in its local cache.
 
         Raises:
             InputError: the source is neither a folder nor available from the hub.
         """
         assert cls.default_source is not None
         source = source or cls.default_source
-        return cls(load_autoencoder(cls.class_name, cls.description, source, may_download), source)
+        return cls(load_autoencoder(cls.class_name, cls.description, source), source)
 
     def to(self, device: str | torch.device) -> Self:
         """Move the weights; return the codec itself."""
@@ -62,14 +62,13 @@ class AutoencoderCodec(Codec):
         return self.posterior_values(values)[0]
 
 
-def load_autoencoder(class_name: str, description: str, source: str, may_download: bool = True) -> Any:
+def load_autoencoder(class_name: str, description: str, source: str) -> Any:
     """Load an autoencoder from a folder or the hub, or from the subfolder `vae` of either; safetensors only.
 
     Args:
         class_name: name of its class in diffusers.
         description: what it is, for messages: "the WanVAE".
         source: folder or hub name.
-        may_download: whether files are downloaded from the hub if they are not in its local cache.
 
     Raises:
         InputError: the source is neither a folder nor available from the hub, or contains another autoencoder.
@@ -79,7 +78,7 @@ def load_autoencoder(class_name: str, description: str, source: str, may_downloa
     if not Path(source).expanduser().is_dir():
         if Path(source).expanduser().is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
             raise InputError(f"{description} folder {source} does not exist: give an existing folder or a hub name.")
-        folder, reason = _hub_folder(source, may_download)
+        folder, reason = _hub_folder(source)
     autoencoder = None
     if folder is not None:
         autoencoder, reason = load_folder(class_name, folder)
@@ -91,7 +90,7 @@ def load_autoencoder(class_name: str, description: str, source: str, may_downloa
     return autoencoder
 
 
-def _hub_folder(source: str, may_download: bool) -> tuple[Path | None, str]:
+def _hub_folder(source: str) -> tuple[Path | None, str]:
     """Return the folder of an autoencoder in the local cache of the hub, downloaded if necessary; or None and why not.
 
     The hub is requested once before the download, because without a network each request of the download is repeated
@@ -99,11 +98,8 @@ def _hub_folder(source: str, may_download: bool) -> tuple[Path | None, str]:
     """
     from huggingface_hub import HfApi, snapshot_download  # takes half a second to import
 
-    try:
+    with suppress(OSError, ValueError):  # it is not in the local cache
         return Path(snapshot_download(source, allow_patterns=[*FILES], local_files_only=True)), ""
-    except (OSError, ValueError):
-        if not may_download:
-            return None, "it is not in the local cache, and a file must not choose what is downloaded"
     try:
         HfApi().model_info(source, timeout=HUB_TIMEOUT)
         return Path(snapshot_download(source, allow_patterns=[*FILES])), ""

@@ -2,7 +2,6 @@
 
 import torch
 
-from gpdit_lightning.codecs.autoencoders import AutoencoderCodec
 from gpdit_lightning.codecs.base import Codec, describe
 from gpdit_lightning.codecs.custom import load_custom_codec
 from gpdit_lightning.codecs.pca import DigitsPcaCodec, PcaCodec
@@ -74,25 +73,25 @@ def load_codec_from_spec(
     owner: str = "the manifest",
     codec: str | None = None,
     option: str = "--codec",
-    trusts_source: bool = True,
 ) -> Codec:
     """Load the codec that a manifest or checkpoint records, and check that its weights are the recorded ones.
 
     A file must not choose code to import, since it may come from an untrusted source. So a codec that is recorded by
-    its import path is loaded only if the user names it too.
+    its import path is loaded only if the user names it too. Nor must it choose which files are opened or downloaded:
+    recorded weights other than the default of a codec of this package are used only if the user names them.
 
     Args:
         spec: the record in the manifest or checkpoint.
         device: device of the codec.
-        source: folder, file or hub name of the weights, if they were moved; None for the recorded one.
+        source: folder, file or hub name of the weights; None for the default, which must be the recorded one, or for
+            the recorded source of a custom codec.
         owner: the manifest or checkpoint, for messages.
         codec: the name or import path given by the user; None for the recorded one.
         option: the option that `codec` was given by, for messages.
-        trusts_source: whether a recorded folder or file may be opened; False for files that come from others.
 
     Raises:
         CodecNotAllowedError: an import path is recorded, and `codec` is None; or weights other than the codec's default
-            are recorded, and neither `source` is given nor the recorded one trusted.
+            are recorded, and `source` is None.
         InputError: as `load_codec`, or the weights or constants differ from the spec's.
     """
     if codec is None and spec.name not in CODECS and spec.is_custom:
@@ -101,17 +100,12 @@ def load_codec_from_spec(
             f"that class, give {option} {spec.name}."
         )
     codec_class = find_codec(codec or spec.name)
-    is_built_in = codec_class in BUILT_IN
-    if is_built_in and source is None and not trusts_source and spec.source not in (None, codec_class.default_source):
+    if codec_class in BUILT_IN and source is None and spec.source not in (None, codec_class.default_source):
         raise CodecNotAllowedError(
-            f"{owner} records {shown(spec.source)} as the weights of its codec, and an exported model must not choose "
-            f"which files are opened or downloaded: give {option}_source {spec.source} if you trust it, or the "
-            "folder of these weights."
+            f"{owner} records {shown(spec.source)} as the weights of its codec, and a file must not choose which files "
+            f"are opened or downloaded: give {option}_source {spec.source} if you trust it, or the path of these "
+            "weights."
         )
-    if is_built_in and source is None and issubclass(codec_class, AutoencoderCodec):
-        may_download = spec.source in (None, codec_class.default_source)
-        loaded: Codec = codec_class.load(spec.source, may_download).to(device)
-    else:
-        loaded = load_codec(codec or spec.name, source or spec.source, device)
+    loaded = load_codec(codec or spec.name, source or spec.source, device)
     spec.check_same(loaded.spec(), owner, f"the codec loaded from {loaded.source or 'the package'}")
     return loaded

@@ -36,11 +36,11 @@ def load_codec_of(
     Args:
         trained: the model.
         codec: import path of a custom codec's class, if the user gives it.
-        source: folder, file or hub name of the codec's weights; None for the recorded one.
+        source: folder, file or hub name of the codec's weights; None for those of an exported folder, or the default.
         owner: name of the model, for messages.
 
     Raises:
-        InputError: the codec's weights are unavailable, or an exported model records weights outside of its folder.
+        InputError: the codec's weights are unavailable, or the model records others than the default.
     """
     return load_codec_from_spec(
         trained.codec,
@@ -48,7 +48,6 @@ def load_codec_of(
         source or trained.exported_codec,
         owner,
         codec,
-        trusts_source=not trained.is_exported,
     )
 
 

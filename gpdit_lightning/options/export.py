@@ -18,5 +18,8 @@ class ExportOptions(CheckpointOptions):
     shards are found and the model has at most 200M parameters."""
     evaluation: Path | None = None
     """Folder of an evaluation of this checkpoint, whose scores the card shows; by default one in the run folder."""
+    codec_source: str | None = None
+    """Folder, file or hub name of the codec's weights, if they are not the default: a checkpoint does not choose which
+    files are read. A file is copied to the folder."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Data type of the weights; by default that of the checkpoint."""

@@ -133,7 +133,9 @@ def test_card_shows_images_and_scores_of_the_run(
         assert str(tmp_path) not in text
         return ModelCard(text)
 
-    continued = card("continued")
+    card("without_codec")  # a record of a checkpoint does not choose which file is read and copied
+    assert not (tmp_path / "without_codec" / "codec.safetensors").exists()
+    continued = card("continued", "--codec_source", str(codec))
     assert "Held-out clips: 5 context frames, then generated frames (adams sampler, 8 steps)" in continued.text
     assert "| data, videos | 3 samples, and 3 held out |" in continued.text
     assert "| optimizer | AdamW: learning_rate 0.0001, betas [0.9, 0.999]" in continued.text
@@ -141,7 +143,7 @@ def test_card_shows_images_and_scores_of_the_run(
     assert "| hardware | 1 x CPU (" in continued.text
     with Image.open(tmp_path / "continued" / "sample.gif") as animation:
         assert animation.n_frames == 17
-    assert card("continued").content == continued.content  # the same folder again
+    assert card("continued", "--codec_source", str(codec)).content == continued.content  # the same folder again
     assert "sample.png" in card("again", of=tmp_path / "continued").text
 
     (run / "previews").mkdir()

@@ -60,7 +60,7 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
         ("a: " + "[" * 100 + "]" * 100, "line 1 is nested deeper than 32 levels"),
         ("a: " + "9" * 5000, "a number of 5000 digits"),
         ("".join(f"k{n}: 1\n" for n in range(1001)), "a mapping of more than 1000 keys"),
-        ("a: " + "x" * 2**20, "has more than 1048576 bytes"),
+        ("a: " + "x" * 2**20, "bytes, more than the 1048576"),
     ],
 )
 def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -8,6 +8,7 @@ from gpdit_lightning.cli.demo_videos import draw_video
 from gpdit_lightning.codecs import PcaCodec, load_codec, load_codec_from_spec
 from gpdit_lightning.codecs.fit_pca import align, fit, psnr
 from gpdit_lightning.codecs.fitting_clips import shipped_clips
+from gpdit_lightning.codecs.loading import CodecNotAllowedError
 from gpdit_lightning.codecs.pca import WEIGHT_SHAPES, blocks_of, pixels_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.media.images import resize_and_crop
@@ -199,6 +200,8 @@ def test_a_codec_loads_only_from_its_own_spec(codec: PcaCodec, tmp_path: Path) -
     ):
         load_codec_from_spec(codec.spec(), source=str(tmp_path / "other.safetensors"), owner="run.ckpt")
     moved = load_codec("pca", str(tmp_path / "other.safetensors"))
+    with pytest.raises(CodecNotAllowedError, match=r"run\.ckpt records .*other\.safetensors.*give --codec_source"):
+        load_codec_from_spec(moved.spec(), owner="run.ckpt")
     assert moved.fingerprint != codec.fingerprint
 
 

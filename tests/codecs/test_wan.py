@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gpdit_lightning.codecs import WanCodec, load_codec, load_codec_from_spec
+from gpdit_lightning.codecs.loading import CodecNotAllowedError
 from gpdit_lightning.errors import InputError
 
 
@@ -148,7 +149,6 @@ def test_an_unreachable_hub_is_reported_at_once_with_both_cures(monkeypatch: pyt
 def test_weights_in_the_local_cache_need_no_network(
     monkeypatch: pytest.MonkeyPatch, autoencoder: Any, tmp_path: Path
 ) -> None:
-    """A file that records a name on the hub does not make this machine download it."""
     hub = pytest.importorskip("huggingface_hub")
     cache = tmp_path / "models--owner--model"
     (cache / "refs").mkdir(parents=True)
@@ -158,9 +158,9 @@ def test_weights_in_the_local_cache_need_no_network(
     monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: pytest.fail("the hub is requested"))
     codec = load_codec("wan", "owner/model")
     assert codec.fingerprint == WanCodec(autoencoder).fingerprint
-    assert load_codec_from_spec(codec.spec()).fingerprint == codec.fingerprint
-    with pytest.raises(InputError, match="not in the local cache, and a file must not choose what is downloaded"):
-        load_codec_from_spec(replace(codec.spec(), source="owner/other"))
+    assert load_codec_from_spec(codec.spec(), source="owner/model").fingerprint == codec.fingerprint
+    with pytest.raises(CodecNotAllowedError, match=r"owner/model.*a file must not choose which files .* downloaded"):
+        load_codec_from_spec(codec.spec())
 
 
 def test_other_compression_factors_are_rejected() -> None:

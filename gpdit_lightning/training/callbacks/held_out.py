@@ -136,7 +136,7 @@ def open_codec(spec: CodecSpec, source: str | None, codec: str | None, option: s
 
     Args:
         spec: the codec, as recorded in the prepared data.
-        source: folder, file or hub name of its weights; None: as recorded.
+        source: folder, file or hub name of its weights; None: the default.
         codec: import path of its class, if it is a custom one; else None.
         option: section of the recipe whose `every_steps` is set to 0 to do without the codec, for messages.
         purpose: what needs the codec, for messages.
@@ -144,15 +144,14 @@ def open_codec(spec: CodecSpec, source: str | None, codec: str | None, option: s
     Raises:
         InputError: the codec cannot be loaded.
     """
-    path = source or spec.source
     try:
         with torch.random.fork_rng(devices=[]):  # a network is initialized at random before its weights are loaded
-            return load_codec_from_spec(spec, "cpu", path, "The training data", codec or None, "--preview.codec")
+            return load_codec_from_spec(spec, "cpu", source, "The training data", codec or None, "--preview.codec")
     except InputError as error:
         if codec or isinstance(error, CodecNotAllowedError):
             raise
         raise InputError(
-            f"the {purpose} need the codec {spec.name!r}, which cannot be loaded from {path or 'the package'} "
+            f"the {purpose} need the codec {spec.name!r}, which cannot be loaded from {source or 'the package'} "
             f"({str(error).rstrip('.')}): give --preview.codec_source PATH, or --{option}.every_steps 0 for no "
             f"{purpose}."
         ) from None

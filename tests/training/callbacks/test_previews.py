@@ -349,9 +349,11 @@ def test_training_clips_are_selected_if_none_are_held_out(
 def test_missing_codec_weights_stop_the_run_before_it_trains(fit: Fit, tmp_path: Path) -> None:
     gone = tmp_path / "gone.safetensors"
     shards = make_shards(tmp_path / "shards", source=str(gone))
+    with pytest.raises(InputError, match=rf"records '{gone}' as .* give --preview\.codec_source {gone} if you"):
+        fit(stage_of(), data_of(shards), tmp_path, 1, [Preview(every_steps=1)])
     cure = rf"the codec 'pca'.*{gone}.*--preview\.codec_source PATH, or --preview\.every_steps 0"
     with pytest.raises(InputError, match=cure):
-        fit(stage_of(), data_of(shards), tmp_path, 1, [Preview(every_steps=1)])
+        fit(stage_of(), data_of(shards), tmp_path, 1, [Preview(every_steps=1, codec_source=str(gone))])
     fit(stage_of(), data_of(shards), tmp_path, 1, [Preview(every_steps=0)])
     moved = Preview(every_steps=1, sampler_steps=1, codec_source=str(SHIPPED_WEIGHTS))
     fit(stage_of(), data_of(shards), tmp_path, 1, [moved])
