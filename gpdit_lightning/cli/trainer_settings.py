@@ -10,7 +10,12 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import Namespace
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
@@ -275,7 +280,7 @@ def check_folder(name: str, value: str) -> None:
 
 
 def check_repeated(from_recipe: Iterable[Callback], of_library: Iterable[Callback]) -> None:
-    """Raise `InputError` if a callback of a recipe does what the library does in every run.
+    """Raise `InputError` if a callback of a recipe does, or contradicts, what the library does in every run.
 
     Args:
         from_recipe: the callbacks of the recipe.
@@ -288,6 +293,11 @@ def check_repeated(from_recipe: Iterable[Callback], of_library: Iterable[Callbac
             raise InputError(
                 f"trainer.callbacks has {name}, but each step has all batches of its plan: remove it, and "
                 f"{REPLACED['accumulate_grad_batches']}."
+            )
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise InputError(
+                f"trainer.callbacks has {name}, but every run averages its weights, and validates and exports that "
+                "average: remove the callback, and set ema.decay."
             )
         for present in of_library:
             if isinstance(callback, type(present)):

@@ -1,12 +1,17 @@
 """Verification and loading of files of published networks. The sha256 is verified first, and nothing is unpickled.
 
-A TorchScript is a program of tensor operations. Those that open files or connect to other machines are refused.
+A TorchScript is a program of tensor operations. Those that open files or connect to other machines are refused. One
+that loops without end cannot be recognized, nor interrupted: a pass that exceeds `MAX_SECONDS` ends the process.
 """
 
+import os
 import re
+import sys
+import threading
 import zipfile
 import zlib
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,12 +46,15 @@ class NetworkRecord:
 
 PREPROCESSING_OF_FILE = "preprocessing inside the network"
 
-# Operations of TorchScript on files and other machines, and those of libraries besides torch, as their code names them.
+# Operations of TorchScript on files and other machines, those of libraries besides torch, as their code names them, and
+# the method that loading runs, in which nothing can interrupt a loop.
 FORBIDDEN = re.compile(
     r"\b(?:torch|ops\.aten|ops\.prim)\.(?:save|from_file|PythonOp|IgnoredPythonOp)\b|\brpc_(?:async|remote|sync)\b"
-    r"|\bops\.(?!aten\b|prim\b|quantized\b)\w+\.\w+"
+    r"|\b__setstate__\b|\bops\.(?!aten\b|prim\b|quantized\b)\w+\.\w+"
 )
 MAX_CODE_BYTES = 2**24  # of one file of code in a TorchScript
+MAX_SECONDS = 1800.0  # of the computation of one batch
+STATUS = 2  # exit status if it is exceeded
 
 Interface = Literal["I3D", "Inception", "one input"]
 """Kind of network in a TorchScript, recognised by the arguments of its forward."""
@@ -108,6 +116,29 @@ def verify_file(role: str, path: str, sha256: str | None, remedy: str) -> tuple[
             "the sha256."
         )
     return file, actual
+
+
+@contextmanager
+def time_limit(role: str, path: Path | str) -> Iterator[None]:
+    """End the process with a message if the block takes more than `MAX_SECONDS`.
+
+    Args:
+        role: of the network that computes in the block.
+        path: its file or class, for the message.
+    """
+
+    def end() -> None:
+        reason = f"has computed one batch for {MAX_SECONDS / 60:g} minutes, so its code may not end"
+        print(f"error: {network_error(role, path, reason)}", file=sys.stderr, flush=True)
+        os._exit(STATUS)
+
+    timer = threading.Timer(MAX_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def load_script(role: str, path: Path, *interfaces: Interface) -> tuple[nn.Module, Interface]:

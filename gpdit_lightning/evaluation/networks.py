@@ -33,7 +33,13 @@ from gpdit_lightning.codecs.base import fingerprint_of
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.i3d import load_i3d
 from gpdit_lightning.evaluation.inception import load_classifier, load_inception
-from gpdit_lightning.evaluation.network_files import PREPROCESSING_OF_FILE, REMEDIES, NetworkRecord, verify_file
+from gpdit_lightning.evaluation.network_files import (
+    PREPROCESSING_OF_FILE,
+    REMEDIES,
+    NetworkRecord,
+    time_limit,
+    verify_file,
+)
 from gpdit_lightning.imports import report_custom_errors, resolve, value_summary
 from gpdit_lightning.options.evaluate import NetworkOptions
 
@@ -193,6 +199,7 @@ class MetricNetwork(nn.Module):
             torch.no_grad(),
             torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
             self._report_errors(),
+            time_limit(self.role, self._origin),
         ):
             result = function(pixels.to(self.device))
         if outputs > 1 and not (isinstance(result, tuple) and len(result) == outputs):

@@ -27,9 +27,7 @@ def check_kind(path: str) -> None:
     except (OSError, ValueError):
         return
     if not stat.S_ISDIR(mode):
-        check_regular(
-            path, "give model.init_args.initial_weights a run folder, a checkpoint or an exported folder, or null"
-        )
+        check_regular(path, "give initial_weights a run folder, a checkpoint or an exported folder, or null")
 
 
 @dataclass(frozen=True)

@@ -124,9 +124,17 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"run_dir": []}, ["run_dir is []; it must be a string"]),
         ({"run_dir": "a\0b"}, ["run_dir is 'a\\x00b': give the path of a folder"]),
         ({"runs": "", "run_dir": "${runs}/mine"}, ["runs is '': give the path of a folder"]),
-        (
-            {"trainer": {"callbacks": ["EMA"]}},
-            ["trainer.callbacks has EMA, but every run has"],
+        ({"trainer": {"callbacks": ["EMA"]}}, ["trainer.callbacks has EMA, but every run has"]),
+        *(
+            (
+                {"trainer": {"callbacks": [{"class_path": name, "init_args": arguments}]}},
+                [f"trainer.callbacks has {name}, but every run averages its weights", "set ema.decay"],
+            )
+            for name, arguments in {
+                "EMAWeightAveraging": {},
+                "WeightAveraging": {},
+                "StochasticWeightAveraging": {"swa_lrs": 0.1},
+            }.items()
         ),
         (
             {
