@@ -257,8 +257,9 @@ def check_trainer(settings: Mapping[str, Any], max_ranks: int) -> None:
         if isinstance(ranks, int) and (ranks > max_ranks or ranks == 0):
             cure = f"give 1 to {max_ranks}, or raise data.max_ranks, which is {max_ranks} and sets the data order"
             raise InputError(f"trainer.{name} is {value}: {cure}.")
-    if settings["max_time"] == {}:
-        raise InputError("trainer.max_time is {}: give a time, as DD:HH:MM:SS.")
+    time = settings["max_time"]
+    if time == {} or (isinstance(time, str) and not re.fullmatch(r"\d{1,6}(:\d{1,2}){3}", time)):
+        raise InputError(f"trainer.max_time is {time!r}: give a time, as DD:HH:MM:SS.")
     clip = settings["gradient_clip_val"]
     if clip is not None and not clip >= 0:
         raise InputError(f"trainer.gradient_clip_val is {clip}: give a positive number, or null for no clipping.")

@@ -114,6 +114,7 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"trainer": {"devices": 2**62}}, ["trainer.devices is 4611686018427387904"]),
         ({"trainer": {"max_steps": -1}}, ["trainer.max_steps is -1"]),
         ({"trainer": {"max_time": {}}}, ["trainer.max_time is {}"]),
+        ({"trainer": {"max_time": "1h"}}, ["trainer.max_time is '1h': give a time, as DD:HH:MM:SS"]),
         ({"trainer": {"max_time": 3}}, ["trainer.max_time is 3; it must be a string"]),
         ({"trainer": {"callbacks": 0}}, ["trainer.callbacks is 0; it must be a list or the import path"]),
         ({"trainer": {"detect_anomaly": None}}, ["trainer.detect_anomaly is null; it must be true or false"]),

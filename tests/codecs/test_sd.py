@@ -1,5 +1,6 @@
 """The codec `sd` against diffusers called directly."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,27 @@ def test_other_factors_and_scales_are_refused() -> None:
 def test_a_codec_without_a_posterior_is_named() -> None:
     with pytest.raises(InputError, match="codec 'pca' has no posterior, only latents"):
         load_codec("pca").encode_posterior(random_clip(1))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("latent_channels", 10**9),
+        ("latent_channels", -1),
+        ("layers_per_block", 1000),
+        ("block_out_channels", [32] * 5000),
+        ("block_out_channels", 3),
+        ("scaling_factor", "abc"),
+        ("_class_name", "UNet2DModel"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_configuration_beyond_any_autoencoder_is_refused_before_it_is_built(
+    field: str, value: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("diffusers")
+    content = {"_class_name": "AutoencoderKL", "latent_channels": 4, field: value}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    save_file({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(InputError, match=rf"config\.json (has {field} = |is of a )"):
+        load_codec("sd", str(tmp_path))

@@ -1,6 +1,7 @@
 """Networks of metrics: interfaces, records and errors."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.evaluation import network_files
 from gpdit_lightning.evaluation.inception import resize_as_tensorflow
 from gpdit_lightning.evaluation.networks import load_image_classifier, load_image_network, load_video_network
 from gpdit_lightning.files import sha256_of
@@ -21,6 +23,30 @@ from tests.evaluation.scripted import ScriptedClassifier, ScriptedI3D, ScriptedI
 class Pair(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x
+
+
+class ReadsAFile(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().mean((2, 3)) + torch.from_file("/dev/zero", False, 3, dtype=torch.float32)
+
+
+class Saves(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.save(x, "copy.pt")
+        return x.float().mean((2, 3))
+
+
+class RunsWhileItIsLoaded(nn.Module):
+    @torch.jit.export
+    def __getstate__(self) -> tuple[int, bool]:
+        return 1, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[int, bool]) -> None:
+        self.training = state[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().mean((2, 3))
 
 
 class Flat(nn.Module):
@@ -370,3 +396,31 @@ def test_the_number_of_rows_is_checked_at_each_call() -> None:
     network = load_image_network(custom(BatchOfThree))
     with pytest.raises(InputError, match=r"returns torch.float32 \(2, 2\) .*, but float32 \(3, n\) is expected"):
         network(random_pixels(3, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("network", "operation"),
+    [(ReadsAFile(), "from_file"), (Saves(), "save"), (RunsWhileItIsLoaded(), "__setstate__")],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_script_that_uses_files_or_runs_while_it_is_loaded_is_refused(
+    network: nn.Module, operation: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=rf"contains the operation \S*{operation}, which no network needs"):
+        load_image_network(saved(network, tmp_path))
+
+
+def test_a_pass_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(network_files, "MAX_SECONDS", 0.01)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with network_files.time_limit("image", "a.pt"):
+        for _ in range(500):
+            if not ended:
+                time.sleep(0.01)
+    assert ended == [2]
+    assert "error: the image network a.pt has computed one batch" in capsys.readouterr().err
+    with network_files.time_limit("image", "a.pt"):
+        pass
+    time.sleep(0.03)
+    assert ended == [2]

@@ -3,6 +3,7 @@
 import re
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,6 +24,7 @@ from gpdit_lightning.training.loggers import (
     log_images,
     log_layout,
     log_recipe,
+    order_event_files,
     place_in_run_folder,
     without_images,
 )
@@ -253,3 +255,18 @@ def test_a_logger_that_cannot_receive_previews_is_refused() -> None:
     check_image_methods(cast(Any, [Calls(), CallsWithVideo(), LikeMLflow()]))
     with pytest.raises(InputError, match=r"log_image of .*WithoutStep .*called as log_image\(key, paths, step=step\)"):
         check_image_methods(cast(Any, [WithoutStep()]))
+
+
+def test_event_files_of_a_later_clock_are_renamed_in_their_order(tmp_path: Path) -> None:
+    """TensorBoard reads the files in the order of the times in their names."""
+    logger, now = RunFolderTensorBoard(tmp_path), int(time.time())
+    folder = Path(logger.log_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, written in enumerate((now - 1000, now + 50, now + 10**6)):
+        (folder / f"events.out.tfevents.{written}.host.{number}").write_text(str(number))
+    renamed = order_event_files(tmp_path)
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    assert [path.read_text() for path in files] == ["0", "1", "2"]
+    assert all(int(path.name.split(".")[3]) <= now for path in files)
+    assert set(renamed.values()) == set(files[1:])
+    assert order_event_files(tmp_path) == {}
