@@ -44,6 +44,7 @@ PREPARE = (
     *("--codec=pca", "--video_sizes=64x64", "--image_sizes=64x64", "--stride=1", "--clip_frames=9", "--shard_size=4"),
     *("--workers=0", "--device=cpu", "--validation_fraction=0.2"),
 )
+PAIRS = ("--task=grayscale", "--size=64x64", "--codec=pca", "--device=cpu")
 SAMPLE = ("--context_frames=5", "--frames=4", "--steps=1", "--device=cpu")
 BASE_RECIPE: dict[str, Any] = {
     "seed_everything": 3,
@@ -75,8 +76,11 @@ RECIPE: dict[str, Any] = {
 }
 
 
+FEW_SHOT = ("--model=FewShotStage", "--trainer.max_steps=1", "--data.sequences.batch_size=2")
+
+
 def make_corpus(folder: Path) -> None:
-    """Write all undamaged files to an empty folder; takes five seconds.
+    """Write all undamaged files to an empty folder; takes eight seconds.
 
     The commands run in this process, so that processes which are forked later have imported all that they need. Their
     paths are absolute, so that no cache of this process applies to the relative paths in the forked processes.
@@ -100,6 +104,11 @@ def make_corpus(folder: Path) -> None:
     recipe = (f"--config={folder}/recipe.yaml", f"--data_dir={latents}", f"--run_dir={run}")
     run_quietly(["fit", *recipe])
     run_quietly(["export", f"--checkpoint={run}", f"--out={model}"])
+    pairs, few_shot = folder / "pairs", folder / "few_shot_run"
+    few = ("--pairs_per_sequence=2", "--sequences=4", "--held_out_pairs=2")
+    run_quietly(["prepare-pairs", f"--sources={folder}/images", f"--out={pairs}", *PAIRS, *few])
+    run_quietly(["fit", *recipe[:1], f"--data_dir={pairs}", f"--run_dir={few_shot}", *FEW_SHOT])
+    run_quietly(["export", f"--checkpoint={few_shot}", f"--out={folder}/few_shot_model"])
     run_quietly(["inspect", str(latents), "--verify", "--workers=1"])
     context = f"--context={folder}/videos/a.mp4"
     run_quietly(["sample", f"--checkpoint={model}", context, *SAMPLE, f"--out={folder}/sample.safetensors"])

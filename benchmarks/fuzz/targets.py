@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.fuzz.corpus import PREPARE, SAMPLE
+from benchmarks.fuzz.corpus import PAIRS, PREPARE, SAMPLE
 from gpdit_lightning.app.uploads import UploadLimits, read_upload
 from gpdit_lightning.cli import main as command
 from gpdit_lightning.data.manifest import Manifest
@@ -159,7 +159,11 @@ EVALUATE = (
 SAMPLED = ("sample", "--frames=5", "--steps=1", "--device=cpu", f"--out={OUT}.safetensors")
 CONTINUED = ("sample", "--checkpoint=model", *SAMPLE, f"--out={OUT}.safetensors")
 PREPARED = ("prepare", f"--out={OUT}", *PREPARE)
-PAIRS = ("prepare-pairs", "--task=grayscale", "--size=64x64", "--codec=pca", f"--out={OUT}", "--device=cpu")
+MADE_PAIRS = ("prepare-pairs", f"--out={OUT}", *PAIRS)
+TRANSFORM = (
+    *("transform", "--checkpoint=few_shot_model", "--task=grayscale", "--examples=images", "--source={file}"),
+    *("--steps=1", "--device=cpu", f"--out={OUT}.png"),
+)
 DATA = ("latents", "base.yaml", "recipe.yaml")
 
 
@@ -238,7 +242,8 @@ def _media() -> tuple[Target, ...]:
         Target("prepare videos", videos, ("videos",), (*PREPARED, "--videos=videos"), prepared),
         Target("prepare images", images, ("images",), (*PREPARED, "--images=images"), prepared),
         Target("prepare tars", ("tars/*",), ("tars",), (*PREPARED, "--image_tars=tars"), prepared),
-        Target("prepare pairs", images, ("images",), (*PAIRS, "--sources=images"), prepared),
+        Target("prepare pairs", images, ("images",), (*MADE_PAIRS, "--sources=images"), prepared),
+        Target("transform", images, ("images", "few_shot_model"), TRANSFORM, written_files),
         Target("sample after a video", videos, ("videos", "model"), (*CONTINUED, context), written_files),
         Target("sample after an image", images, ("images", "model"), (*image, context), written_files),
         Target(
