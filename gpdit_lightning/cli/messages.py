@@ -145,6 +145,8 @@ def type_in_words(kind: str) -> str:
     pair = re.fullmatch(r"tuple with (\d+) elements", kind)
     if pair:
         return f"a list of {pair[1]} values"
+    if "Mapping" in kind:
+        return NAMES_WITH_VALUES
     if any(name in kind for name in ("Sequence", "Iterable", "list", "tuple")):
         return "a list"
     choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)

@@ -365,4 +365,4 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 
 def _on_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return re.sub(r"<(?:class ')?([\w.]+)(?:'| object at 0x\w+)>", r"\1", " ".join(str(error).split()))

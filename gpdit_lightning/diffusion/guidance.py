@@ -1,6 +1,5 @@
 """Classifier-free guidance over the context and over the label or text (Ho and Salimans, 2022)."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,8 @@ from torch import Tensor
 from gpdit_lightning.devices import check_device
 from gpdit_lightning.diffusion.noise_levels import NoiseSchedule
 from gpdit_lightning.errors import InputError
+
+MAX_SCALE = 1000  # beyond it, numbers overflow within a few steps
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Guidance:
     unconditional + scale * (conditional - unconditional).
 
     Raises:
-        InputError: a scale is not finite, or the levels are not a range within [0, 1].
+        InputError: a scale is not finite or beyond `MAX_SCALE`, or the levels are not a range within [0, 1].
     """
 
     context: float = 1.0
@@ -35,9 +36,10 @@ class Guidance:
 
     def __post_init__(self) -> None:
         for name in ("context", "label"):
-            if not math.isfinite(getattr(self, name)):
+            if not abs(getattr(self, name)) <= MAX_SCALE:
                 raise InputError(
-                    f"the guidance scale of the {name} is {getattr(self, name)}; give a finite number, 1 for none."
+                    f"the guidance scale of the {name} is {getattr(self, name)}; give a number from "
+                    f"-{MAX_SCALE} to {MAX_SCALE}, 1 for none."
                 )
         if not 0 <= self.least_level <= self.most_level <= 1:
             raise InputError(

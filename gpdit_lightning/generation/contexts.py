@@ -17,6 +17,7 @@ from gpdit_lightning.media.images import Size
 from gpdit_lightning.media.timing import frame_rate
 from gpdit_lightning.model.layout import BlockLayout
 from gpdit_lightning.names import counted
+from gpdit_lightning.specs import FRAME_RATE
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ class ContextSettings:
     def __post_init__(self) -> None:
         if self.start is not None and not 0 <= self.start < math.inf:
             raise InputError(f"--start is {self.start}: give a time in seconds, at least 0.")
-        if self.fps is not None and not 0 < self.fps < math.inf:
-            raise InputError(f"--fps is {self.fps}: give frames per second, above 0.")
+        if self.fps is not None and not FRAME_RATE.accepts(self.fps):
+            raise InputError(f"--fps is {self.fps}: give frames per second, from 0.001 to 100,000.")
 
     def encodable_frames(self, available: int, codec: Codec) -> int:
         """Return the largest number of pixel frames, at most `available`, that a context can have; 0 if there is none.

@@ -43,6 +43,8 @@ class OptionRecord:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             value, types = getattr(self, name), (hint, *get_args(hint))
+            if any(item == "" for item in (value if isinstance(value, list | tuple) else [value])):
+                raise InputError(f"--{name} is empty: give a value, or leave the option out.")
             takes_paths = Sequence[Path] in types
             if isinstance(value, str | Path) and (takes_paths or Sequence[str] in types):
                 self._set(name, (Path(value) if takes_paths else value,))

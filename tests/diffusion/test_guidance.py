@@ -44,6 +44,7 @@ def test_all_levels_by_default() -> None:
     [
         ({"context": math.nan}, "guidance scale of the context is nan"),
         ({"label": math.inf}, "guidance scale of the label is inf"),
+        ({"context": 1e30}, "guidance scale of the context is 1e\\+30"),
         ({"least_level": 0.6, "most_level": 0.5}, "from 0.6 to 0.5 is not a range"),
         ({"most_level": 1.1}, "from 0.0 to 1.1 is not a range"),
         ({"least_level": -0.1}, "from -0.1 to 1.0 is not a range"),
