@@ -144,7 +144,7 @@ def level_rows(run: RunCurves, facts: Facts, reference: Reference) -> Iterator[R
         curves = reference.curves(tag)
         if tag not in run.curves or not curves or differences(facts, reference.facts, groups):
             continue
-        step = min(run.curves[tag].steps[-1], *(curve.steps[-1] for curve in curves))
+        step = min(run.curves[tag].steps[-1], max(curve.steps[-1] for curve in curves))
         band, values = reference.band(tag, step), run.curves[tag].recent(step)
         if band is not None and values:
             yield Row(tag, step, mean(values), *band)
