@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, GPDiTConfig, InputError
-from gpdit_lightning.estimation.flops import PassShape, peak_bf16_flops, training_flops
+from gpdit_lightning.estimation.flops import PassShape, training_flops
+from gpdit_lightning.estimation.gpus import peak_bf16_flops
 from gpdit_lightning.files import atomic_write
 from gpdit_lightning.model.attention import (
     KV,

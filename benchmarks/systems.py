@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.block_size import machine_name
 from gpdit_lightning import GPDiTPipeline
 from gpdit_lightning.cli.ablation_report import plot_range, spread
-from gpdit_lightning.cli.estimate import read_recipe
+from gpdit_lightning.cli.estimated_recipe import read_recipe
 from gpdit_lightning.estimation.budget import RunCosts
 from gpdit_lightning.estimation.units import GIB
 from gpdit_lightning.evaluation.videos import read_clip, select_videos

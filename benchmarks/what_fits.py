@@ -7,7 +7,7 @@ fit is divided into the smallest number of micro-batches that fit.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gpdit_lightning.cli.estimate import read_recipe
+from gpdit_lightning.cli.estimated_recipe import read_recipe
 from gpdit_lightning.estimation.memory import STRATEGIES
 from gpdit_lightning.estimation.requirements import RunSettings, memory, with_smaller_micro_batches
 from gpdit_lightning.estimation.units import GIB

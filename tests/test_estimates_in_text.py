@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import what_fits
-from gpdit_lightning.cli.estimate import read_recipe
+from benchmarks import scaling, what_fits
+from gpdit_lightning.cli.estimate import described_cluster
+from gpdit_lightning.cli.estimated_recipe import read_recipe
 from gpdit_lightning.estimation.requirements import RunSettings, memory, step_flops
+from gpdit_lightning.estimation.time import step_time
 from gpdit_lightning.estimation.units import GIB
+from gpdit_lightning.options.estimate import HardwareOptions
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("stage1_image_warmup", "stage2_mixed", "stage3_long_video", "stage4_few_shot", "ucf101_b")
@@ -34,7 +37,7 @@ def as_stated(value: float, text: str) -> str:
 
 
 def seconds_on_h100(run: RunSettings) -> float:
-    return run.max_steps * sum(step_flops(run).values()) / (run.gpus * 989e12 * 0.4)
+    return run.max_steps * step_time(run, described_cluster(HardwareOptions())).total
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *ACDIT, "labels/ucf101"])
@@ -77,4 +80,14 @@ def test_the_table_of_what_fits_is_up_to_date(
     what_fits.main()
     assert capsys.readouterr().out in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), (
         "an estimate changed: python -m benchmarks.what_fits"
+    )
+
+
+def test_the_table_of_scaling_is_up_to_date(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    scaling.main([])
+    assert capsys.readouterr().out in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), (
+        "an estimate changed: python -m benchmarks.scaling"
     )

@@ -37,7 +37,7 @@ ALLOWED = {
     "data": set(),
     "codecs": {"media"},  # fitting_clips.py reads images and videos
     "estimation": {"model", "data"},
-    "planning": {"model", "data", "estimation"},
+    "planning": {"model", "data", "estimation", "options"},
     "diagnosis": {"model", "data"},
     "checkpoints": {"model", "diffusion"},
     "preparation": {"codecs", "data", "media", "options"},

@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from gpdit_lightning.checkpoints.files import last_checkpoint, open_checkpoint
-from gpdit_lightning.cli.estimate import estimated_recipe
+from gpdit_lightning.cli.estimated_recipe import estimated_recipe
 from gpdit_lightning.cli.messages import names_unknown_option
 from gpdit_lightning.cli.parsing import option_names
 from gpdit_lightning.cli.plan_trial import warnings_only

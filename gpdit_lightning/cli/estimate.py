@@ -1,28 +1,16 @@
 """`estimate`: compute parameters, memory, FLOPs and duration of a training recipe without running it."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
 
-from jsonargparse import Namespace
-
-from gpdit_lightning.cli.recipe_cli import parse_recipe
-from gpdit_lightning.cli.trainer_settings import strategy_of
-from gpdit_lightning.codecs import find_codec
-from gpdit_lightning.data.manifest import FILE_NAME, Manifest
-from gpdit_lightning.data.plan import PlannedSource
-from gpdit_lightning.data.selection import no_source_error, select_from_recipe
-from gpdit_lightning.data.source import KINDS, SourceConfig
+from gpdit_lightning.cli.estimated_recipe import EstimatedRecipe, read_recipe
+from gpdit_lightning.cli.measured_cluster import measured_cluster
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.estimation.flops import PEAK_BF16_FLOPS, peak_bf16_flops
+from gpdit_lightning.estimation.gpus import GPU, GPUS, find_gpu
 from gpdit_lightning.estimation.loading import loaded_bytes, shared_memory_bytes
 from gpdit_lightning.estimation.memory import STRATEGIES, ShardingStrategy, parameter_count
-from gpdit_lightning.estimation.prepared import LatentShape, planned_source, prepared_samples
 from gpdit_lightning.estimation.requirements import (
     ALLOWANCE,
-    BYTES_OF_PRECISION,
     RunSettings,
     least_gpus_that_fit,
     memory,
@@ -30,23 +18,13 @@ from gpdit_lightning.estimation.requirements import (
     overrides,
     source_flops,
     step_flops,
-    step_seconds,
 )
 from gpdit_lightning.estimation.saving import SavingSpeeds, saving_costs
+from gpdit_lightning.estimation.time import Cluster, StepTime, scaled, step_time
 from gpdit_lightning.estimation.units import GIB, MIB, duration, flops
-from gpdit_lightning.media.images import parse_size
-from gpdit_lightning.model import GPDiTConfig
-from gpdit_lightning.model.classifier import clean_stream_config
-from gpdit_lightning.options.estimate import EstimateOptions
-from gpdit_lightning.specs import LatentGrid
+from gpdit_lightning.options.estimate import EstimateOptions, HardwareOptions
 
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "average", "buffers", "step")  # columns of the table
-
-# Assumed where no data are prepared: the sizes of the paper in pixels (GPDiT, section 5.1) in equal shares and, unless
-# the recipe sets `frames`, clips of 17 frames and sequences of three pairs.
-ASSUMED_SIZES = {"images": ["256x256", "192x320", "320x192"], "videos": ["192x320"], "sequences": ["256x256"]}
-ASSUMED_VIDEO_FRAMES, ASSUMED_SEQUENCE_FRAMES = 17, 6
-NO_SIZES: Mapping[str, Sequence[str] | None] = {}
 
 
 def estimate(options: EstimateOptions) -> None:
@@ -55,224 +33,60 @@ def estimate(options: EstimateOptions) -> None:
     Raises:
         InputError: the recipe or an option cannot be used.
     """
-    speed = Speed.given(options.tflops) if options.tflops else Speed.at_mfu(peak_of_gpu(options.gpu), options.mfu)
     sizes = {"images": options.image_sizes, "videos": options.video_sizes, "sequences": options.sequence_sizes}
     recipe = read_recipe(options.fit_arguments, options.gpus, sizes, options.codec)
-    print(report(recipe, options.gpu_memory * GIB, speed))
+    if options.measure:
+        cluster = measured_cluster(options.fit_arguments, recipe.run, options.gpus_per_node, options.network * 1e9)
+    else:
+        cluster = described_cluster(options)
+    speed = f"{cluster.flops_per_s / 1e12:.3g} TFLOP/s"
+    if not (options.measure or options.tflops):
+        speed = f"{options.mfu:.0%} of {known_gpu(options.gpu).flops / 1e12:.0f} TFLOP/s (dense bf16)"
+    print(report(recipe, options.gpu_memory * GIB, cluster, speed))
+    if options.scaling:
+        print(f"\n{scaling_table(recipe.run, cluster, options.scaling)}")
 
 
-def peak_of_gpu(gpu: str) -> float:
-    """Return the peak FLOP/s of a model of GPU in bf16.
+def described_cluster(options: HardwareOptions) -> Cluster:
+    """Return the cluster that the options describe.
+
+    Raises:
+        InputError: the model of GPU is unknown, and no speed is given.
+    """
+    gpu = find_gpu(options.gpu) if options.tflops else known_gpu(options.gpu)
+    speed = options.tflops * 1e12 if options.tflops else known_gpu(options.gpu).flops * options.mfu
+    network, includes_update = options.network * 1e9, options.tflops is not None
+    return Cluster.of_gpus(gpu, speed, network, options.gpus_per_node, includes_update)
+
+
+def known_gpu(name: str) -> GPU:
+    """Return the figures of a model of GPU.
 
     Raises:
         InputError: it is unknown.
     """
-    peak = peak_bf16_flops(gpu)
-    if peak is None:
-        known = ", ".join(name for name, _ in PEAK_BF16_FLOPS)
-        raise InputError(f"--gpu is {gpu}, whose peak FLOP/s are unknown: give one of {known}.")
-    return peak
+    gpu = find_gpu(name)
+    if gpu is None:
+        known = ", ".join(gpu.name for gpu in GPUS)
+        raise InputError(f"--gpu is {name}, whose peak FLOP/s are unknown: give one of {known}.")
+    return gpu
 
 
-class Speed(NamedTuple):
-    """The speed of training on each GPU.
-
-    Attributes:
-        flops_per_s: FLOP/s that training achieves.
-        text: how it is known, for the report.
-    """
-
-    flops_per_s: float
-    text: str
-
-    @classmethod
-    def at_mfu(cls, peak: float, mfu: float) -> "Speed":
-        """Return the speed at a fraction `mfu` of the peak FLOP/s."""
-        return cls(peak * mfu, f"{mfu:.0%} of {peak / 1e12:.0f} TFLOP/s (dense bf16)")
-
-    @classmethod
-    def given(cls, tflops: float) -> "Speed":
-        """Return a speed in TFLOP/s."""
-        return cls(tflops * 1e12, f"{tflops:g} TFLOP/s")
-
-
-def grid_of(codec: str) -> LatentGrid:
-    """Return how a codec maps pixels to latents, by its class, without loading it.
-
-    Args:
-        codec: name or import path.
-
-    Raises:
-        InputError: there is no such codec, or its class does not have the three numbers.
-    """
-    codec_class, grid = find_codec(codec), LatentGrid()
-    for name in LatentGrid.__annotations__:
-        if not isinstance(getattr(codec_class, name, None), int):
-            raise InputError(
-                f"the codec {codec} has no {name} before it is loaded: set it in its class, or prepare data and leave "
-                "out --codec."
-            )
-        setattr(grid, name, getattr(codec_class, name))
-    return grid
-
-
-class EstimatedRecipe(NamedTuple):
-    """The part of a recipe that an estimate depends on.
-
-    Attributes:
-        run: settings from which the estimate is computed.
-        grid: how pixels map to latents.
-        assumed: names of the sources whose data are not prepared.
-        workers: loader processes per GPU.
-    """
-
-    run: RunSettings
-    grid: LatentGrid
-    assumed: frozenset[str]
-    workers: int
-
-
-def read_recipe(
-    arguments: Sequence[str],
-    gpus: int = 1,
-    sizes: Mapping[str, Sequence[str] | None] | None = None,
-    codec: str = "wan",
-) -> EstimatedRecipe:
-    """Read a recipe.
-
-    Args:
-        arguments: of `fit`.
-        gpus: number of GPUs over which the batch is distributed.
-        sizes: HEIGHTxWIDTH in pixels, by source; None for the sizes of its manifests, or else of the paper.
-        codec: codec of sources that are not prepared.
-
-    Raises:
-        InputError: the recipe cannot be used, or `estimate` does not support its precision or strategy.
-    """
-    return estimated_recipe(parse_recipe("estimate", arguments), gpus, sizes or {}, codec)
-
-
-def estimated_recipe(
-    settings: Namespace, gpus: int = 1, sizes: Mapping[str, Sequence[str] | None] = NO_SIZES, codec: str = "wan"
-) -> EstimatedRecipe:
-    """Return the part of a parsed recipe that an estimate depends on; otherwise as :func:`read_recipe`."""
-    data, precision = settings.data, str(settings.trainer.precision or "32-true")
-    if precision not in BYTES_OF_PRECISION:
-        raise InputError(f"trainer.precision is {precision}; estimate supports bf16-mixed and 32-true.")
-    backbone = GPDiTConfig(**vars(settings.model.init_args.backbone))
-    classifier = settings.model.init_args.get("classification")
-    if classifier is not None:
-        backbone = clean_stream_config(backbone, classifier.layer)
-    sources, grid, assumed = read_sources(data, sizes, codec, backbone)
-    run = RunSettings(
-        backbone=backbone,
-        precision=precision,
-        strategy=sharding_strategy(settings.trainer.strategy),
-        gpus=gpus,
-        max_ranks=data.max_ranks,
-        context_dropout=data.context_dropout,
-        noise_draws=data.noise_draws,
-        max_steps=settings.trainer.max_steps,
-        sources=sources,
-        sampling=data.sampling,
-        clean_stream_only=classifier is not None,
-    )
-    return EstimatedRecipe(run, grid, assumed, data.workers)
-
-
-def sharding_strategy(setting: Any) -> ShardingStrategy:
-    """Return the strategy that `trainer.strategy` selects; raises `InputError` if estimates do not support it."""
-    if isinstance(setting, Namespace) and setting.class_path.endswith(".ZeRO"):
-        chosen = setting.init_args
-        return next(s for s in STRATEGIES if s.deepspeed and (s.stage, s.offload) == (chosen.stage, chosen.offload))
-    given = setting.class_path.rpartition(".")[2] if isinstance(setting, Namespace) else strategy_of(setting)
-    name = given.lower()
-    offered = {strategy.option: strategy for strategy in STRATEGIES}
-    if name.startswith("ddp"):
-        return offered["auto"]
-    if name not in offered:
-        raise InputError(f"trainer.strategy is {given}; estimate supports ddp, {', '.join(offered)}.")
-    return offered[name]
-
-
-def prepared_manifests(paths: Sequence[str]) -> list[Manifest]:
-    """Load the manifests of a source; return none if one does not exist yet."""
-    exist = all("://" in path or Path(path, FILE_NAME).is_file() or Path(path).is_file() for path in paths)
-    return [Manifest.load(path) for path in paths] if exist else []
-
-
-def assumed_samples(
-    name: str, source: SourceConfig, sizes: Sequence[str] | None, grid: LatentGrid, patch_size: int
-) -> Counter[LatentShape]:
-    """Return the latent shapes assumed for a source without prepared data, in equal shares.
-
-    Args:
-        name: of the source.
-        source: settings of the source in the recipe.
-        sizes: HEIGHTxWIDTH in pixels; None for the sizes of the paper.
-        grid: how pixels map to latents.
-        patch_size: latent pixels along one side of a token.
-
-    Raises:
-        InputError: a size is not a multiple of the size of a token.
-    """
-    video_frames = grid.latent_frames(ASSUMED_VIDEO_FRAMES)
-    frames = {"images": 1, "videos": video_frames, "sequences": ASSUMED_SEQUENCE_FRAMES}[name]
-    multiple, samples = grid.spatial_factor * patch_size, Counter[LatentShape]()
-    for height, width in map(parse_size, sizes or ASSUMED_SIZES[name]):
-        if height % multiple or width % multiple:
-            raise InputError(
-                f"--{KINDS[name]}_sizes has {height}x{width}, which cannot be divided into patches: give multiples of "
-                f"{multiple} pixels."
-            )
-        samples[source.frames or frames, height // grid.spatial_factor, width // grid.spatial_factor] += 1
-    return samples
-
-
-def read_sources(
-    data: Namespace, sizes: Mapping[str, Sequence[str] | None], codec: str, backbone: GPDiTConfig
-) -> tuple[tuple[PlannedSource, ...], LatentGrid, frozenset[str]]:
-    """Return the sources of a recipe, how their pixels map to latents, and the names of those that are not prepared.
-
-    Args:
-        data: data settings of the recipe.
-        sizes: by source, as for :func:`read_recipe`.
-        codec: codec of sources that are not prepared.
-        backbone: architecture of the recipe.
-
-    Raises:
-        InputError: an option is invalid, or samples are too short.
-    """
-    selection = select_from_recipe(data)
-    if not selection.configs:
-        raise no_source_error(selection)
-    used = selection.configs
-    manifests = {name: [] if sizes.get(name) else prepared_manifests(s.manifests) for name, s in used.items()}
-    grid = next((prepared[0].codec for prepared in manifests.values() if prepared), None) or grid_of(codec)
-    sources = []
-    for name, source in used.items():
-        if manifests[name]:
-            samples = prepared_samples(name, manifests[name])
-        else:
-            samples = assumed_samples(name, source, sizes.get(name), grid, backbone.patch_size)
-        sources.append(planned_source(name, samples, source, backbone))
-    return tuple(sources), grid, frozenset(name for name in used if not manifests[name])
-
-
-def report(recipe: EstimatedRecipe, capacity: float, speed: Speed) -> str:
+def report(recipe: EstimatedRecipe, capacity: float, cluster: Cluster, speed: str) -> str:
     """Return the estimate as text.
 
     Args:
         recipe: to estimate.
         capacity: memory of a GPU in bytes.
-        speed: of a GPU.
+        cluster: on which the recipe runs.
+        speed: that of its devices, as text.
     """
     run = recipe.run
     sections = (
         model_and_data(recipe),
         memory_table(run, capacity),
         what_fits(run, capacity),
-        compute(run, speed),
+        compute(run, cluster, speed),
         saving(run),
     )
     return "\n\n".join(sections)
@@ -387,7 +201,7 @@ def what_fits(run: RunSettings, capacity: float) -> str:
     return "\n".join(lines)
 
 
-def compute(run: RunSettings, speed: Speed) -> str:
+def compute(run: RunSettings, cluster: Cluster, speed: str) -> str:
     """Return sentences on the FLOPs of an optimizer step by part, and on the duration of a step and of the run.
 
     They are means over the steps if the sources alternate.
@@ -396,12 +210,41 @@ def compute(run: RunSettings, speed: Speed) -> str:
     total = sum(parts.values())
     of_sources = [f"{source.name}: {flops(sum(source_flops(run, source).values()))}" for source in run.sources]
     average = f" on average ({', '.join(of_sources)})" if min(run.plan.step_shares) < 1 else ""
-    seconds = step_seconds(run, speed.flops_per_s)
+    step = step_time(run, cluster)
     recomputed = ", and a third more to recompute activations" if run.backbone.activation_checkpointing else ""
     shares = ", ".join(f"{name.replace('_', ' ')} {count / total:.1%}" for name, count in parts.items())
-    run_time = f", and {run.max_steps:,} steps {duration(run.max_steps * seconds)}" if run.max_steps > 0 else ""
+    run_time = f", and {run.max_steps:,} steps {duration(run.max_steps * step.total)}" if run.max_steps > 0 else ""
     return (
         f"An optimizer step takes {flops(total)}{average}, {flops(total / run.gpus)} per GPU{recomputed}:\n"
         f"  {shares}\n"
-        f"At {speed.text} a step takes {duration(seconds)}{run_time}."
+        f"At {speed} a step takes {duration(step.total)}{run_time}:\n"
+        f"  {parts_of_step(run, step)}"
     )
+
+
+def parts_of_step(run: RunSettings, step: StepTime) -> str:
+    """Return the parts of the duration of a step as text."""
+    parts = [f"computation {duration(step.computation)}"]
+    if run.gpus > 1:
+        parts.append(f"waiting for communication {duration(step.waiting)} (of {duration(step.communication)})")
+    return ", ".join([*parts, f"update of the weights {duration(step.update)}"])
+
+
+def scaling_table(run: RunSettings, cluster: Cluster, numbers: Sequence[int]) -> str:
+    """Return a table of the duration of a step on some numbers of GPUs, with the same batch on each GPU.
+
+    The efficiency is the speed of a GPU relative to one GPU that need not communicate.
+    """
+    lines = ["GPUs".rjust(8) + "".join(name.rjust(14) for name in ("step", "waiting", "efficiency", "all steps"))]
+    for devices in numbers:
+        of_run = scaled(run, devices)
+        step = step_time(of_run, cluster)
+        alone = step.computation + step.update
+        columns = (
+            duration(step.total),
+            duration(step.waiting),
+            f"{alone / step.total:.0%}",
+            duration(run.max_steps * step.total) if run.max_steps > 0 else "",
+        )
+        lines.append(f"{devices:8,}" + "".join(column.rjust(14) for column in columns))
+    return "\n".join(["With the batch of each GPU unchanged:", *lines])

@@ -145,7 +145,7 @@ def memory_options(manifest: Manifest, words: Sequence[str], machine: Machine) -
         words: recipes and options.
         machine: has GPUs.
     """
-    from gpdit_lightning.cli.estimate import read_recipe  # with Lightning, whose import takes seconds
+    from gpdit_lightning.cli.estimated_recipe import read_recipe  # with Lightning, whose import takes seconds
 
     arguments = shlex.split(fit_command(manifest, words))[4:]
     try:

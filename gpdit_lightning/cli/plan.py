@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gpdit_lightning.cli.estimate import peak_of_gpu
+from gpdit_lightning.cli.estimate import known_gpu
 from gpdit_lightning.cli.plan_trial import MAX_SECONDS, can_measure, measured_flops_per_s
 from gpdit_lightning.devices import Machine, this_machine
 from gpdit_lightning.errors import InputError
@@ -47,7 +47,7 @@ def plan(options: PlanOptions, check: Callable[[Path], None] | None = None) -> C
         with TemporaryDirectory() as folder:
             (path := Path(folder, options.out.name)).write_text(text, encoding="utf-8")
             check(path)
-    if options.trial and machine == here and can_measure(choice.run, choice.speed.flops_per_s):
+    if options.trial and machine == here and can_measure(choice.run, choice.speed.cluster.flops_per_s):
         print(
             f"trial: training for up to {MAX_SECONDS:.0f} s to measure the speed (`plan --no_trial` omits it)",
             flush=True,
@@ -90,7 +90,7 @@ def planned_machine(options: PlannedMachineOptions, here: Machine) -> Machine:
     if options.gpus == 0 or (machine.accelerator == "cpu" and not requests_gpus):
         return replace(machine, accelerator="cpu", devices=1, name="cpu", memory=host_memory, bf16=False)
     if options.gpu is not None:
-        peak_of_gpu(options.gpu)
+        known_gpu(options.gpu)
     return replace(
         machine,
         devices=options.gpus or machine.devices,

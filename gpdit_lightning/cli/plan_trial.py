@@ -1,21 +1,22 @@
-"""A short training that measures the speed of a planned recipe."""
+"""A short training that measures the speed of a recipe on one device."""
 
 import gc
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from gpdit_lightning.cli.recipe_cli import build_recipe
 from gpdit_lightning.data.batches import LatentBatch, TimedLoader
-from gpdit_lightning.estimation.requirements import RunSettings, step_seconds
+from gpdit_lightning.estimation.requirements import RunSettings, step_flops
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.stopping import Stopped
 from gpdit_lightning.training.callbacks.throughput import Throughput
@@ -33,14 +34,18 @@ class MeasureSpeed(Callback):
 
     Args:
         max_seconds: duration of the training.
+        max_steps: number of optimizer steps that suffice.
 
     Attributes:
         flops_per_s: FLOP/s; 0 if less than two steps were trained.
+        pass_flops_per_s: FLOP/s of the forward and backward passes alone.
+        update_seconds: seconds of an update of the weights and what follows it in a step.
     """
 
-    def __init__(self, max_seconds: float = MAX_SECONDS) -> None:
-        self.max_seconds = max_seconds
-        self.flops_per_s = 0.0
+    def __init__(self, max_seconds: float = MAX_SECONDS, max_steps: int = MAX_STEPS) -> None:
+        self.max_seconds, self.max_steps = max_seconds, max_steps
+        self.flops_per_s = self.pass_flops_per_s = self.update_seconds = 0.0
+        self._updating = self._update_began = 0.0
         self._measured: Throughput
         self._began = 0.0
         self._last_step = 0
@@ -49,6 +54,12 @@ class MeasureSpeed(Callback):
         """Begin."""
         assert isinstance(pl_module, GPDiTStage)
         self._measured, self._began = Throughput(pl_module.config), time.monotonic()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Note the end of the backward pass on the device."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self._update_began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: LatentBatch, batch_idx: int
@@ -68,14 +79,18 @@ class MeasureSpeed(Callback):
             assert isinstance(loader, TimedLoader)
             self._measured.add(batch, loader, ends_step)
             if ends_step:
-                self.flops_per_s = self._measured.flops / self._measured.seconds
-        if time.monotonic() - self._began > self.max_seconds or trainer.global_step >= MAX_STEPS:
+                done = self._measured
+                self._updating += time.perf_counter() - self._update_began
+                self.update_seconds = self._updating / done.steps
+                self.flops_per_s = done.flops / done.seconds
+                self.pass_flops_per_s = done.flops / (done.seconds - self._updating)
+        if time.monotonic() - self._began > self.max_seconds or trainer.global_step >= self.max_steps:
             raise TrialFinishedError
 
 
 def can_measure(run: RunSettings, flops_per_s: float) -> bool:
     """Return whether a trial can measure a run on one device: it is not sharded, and three steps are short enough."""
-    return not run.strategy.stage and 3 * step_seconds(run, flops_per_s) <= MAX_SECONDS
+    return not run.strategy.stage and 3 * sum(step_flops(run).values()) / (run.gpus * flops_per_s) <= MAX_SECONDS
 
 
 @contextmanager
@@ -91,7 +106,7 @@ def warnings_only() -> Iterator[None]:
 
 
 def measured_flops_per_s(recipe: str, run: RunSettings) -> float | None:
-    """Train a recipe for up to 20 seconds on one device, with the share of one rank, and save nothing.
+    """Train a recipe for up to 20 seconds on one device, as :func:`measure_speed`.
 
     Args:
         recipe: its text.
@@ -100,10 +115,31 @@ def measured_flops_per_s(recipe: str, run: RunSettings) -> float | None:
     Returns:
         the FLOP/s of training; None if less than two steps were trained.
     """
-    measure = MeasureSpeed()
-    with TemporaryDirectory() as folder, warnings_only():
+    with TemporaryDirectory() as folder:
         path = Path(folder, "recipe.yaml")
         path.write_text(recipe, encoding="utf-8")
+        try:
+            return measure_speed([f"--config={path}"], run, MeasureSpeed()).flops_per_s or None
+        except Stopped:
+            print("stopped in the trial: no recipe was written", file=sys.stderr)
+            raise
+
+
+def measure_speed(
+    arguments: Sequence[str], run: RunSettings, measure: MeasureSpeed, devices: str = "1"
+) -> MeasureSpeed:
+    """Train a recipe on one device with the share of one rank, until a measurement is complete, and save nothing.
+
+    Args:
+        arguments: those of `fit`.
+        run: settings of the recipe.
+        measure: the measurement.
+        devices: value of `trainer.devices`, which selects one.
+
+    Returns:
+        the measurement.
+    """
+    with TemporaryDirectory() as folder, warnings_only():
         settings = {
             "run_dir": Path(folder, "run"),
             "data.max_ranks": 1,
@@ -111,22 +147,19 @@ def measured_flops_per_s(recipe: str, run: RunSettings) -> float | None:
             "preview.every_steps": 0,
             "checkpoint.every_steps": MAX_STEPS + 1,
             "checkpoint.keep_every_steps": 0,
-            "trainer.devices": 1,
+            "trainer.devices": devices,
             "trainer.num_nodes": 1,
+            "trainer.strategy": "auto",
             "trainer.logger": "false",
             "trainer.enable_progress_bar": "false",
-            **{f"data.{source.name}.batch_size": source.config.batch_size // run.gpus for source in run.sources},
         }
-        arguments = [f"--config={path}", *(f"--{name}={value}" for name, value in settings.items())]
-        cli = build_recipe("fit", arguments)
+        for source in run.sources:
+            name = "tokens" if source.config.tokens else "batch_size"
+            settings[f"data.{source.name}.{name}"] = getattr(source.config, name) // run.gpus
+        cli = build_recipe("fit", [*arguments, *(f"--{name}={value}" for name, value in settings.items())])
         cli.trainer.callbacks.append(measure)  # type: ignore[attr-defined]
-        try:
+        with suppress(TrialFinishedError):
             cli.trainer.fit(cli.model, cli.datamodule, weights_only=True)
-        except TrialFinishedError:
-            pass
-        except Stopped:
-            print("stopped in the trial: no recipe was written", file=sys.stderr)
-            raise
     del cli
     gc.collect()  # frees the memory of the device, which a training in this process may need
-    return measure.flops_per_s or None
+    return measure

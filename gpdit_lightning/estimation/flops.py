@@ -1,6 +1,5 @@
 """Floating-point operations of the backbone as a function of its configuration, for MFU and estimates."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,38 +9,6 @@ from gpdit_lightning.model.attention import BlockSizes
 from gpdit_lightning.model.layout import BlockLayout, ClipBlocks
 from gpdit_lightning.model.streams import PassBlocks
 from gpdit_lightning.model.time_conditioning import FREQUENCIES
-
-# Dense bf16 FLOP/s with float32 accumulation, from the manufacturers' data sheets, which often print twice as much: the
-# figure with structured sparsity. The first entry whose words all appear in the name of the device is used.
-PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
-    ("GB200", 2500e12),
-    ("B200", 2250e12),
-    ("GH200", 989e12),
-    ("H200 NVL", 835e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H800 PCIe", 756e12),
-    ("H800", 989e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("A40", 150e12),
-    ("A30", 165e12),
-    ("A10", 125e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("RTX 6000 Ada", 364e12),
-    ("RTX A6000", 155e12),
-    ("RTX 5090", 209.5e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
-    ("MI325X", 1307e12),
-    ("MI300X", 1307e12),
-)
-# Names with these words are of a part of a GPU (MIG), or of another chip of the same number.
-OTHER_DEVICES = {"mig", "laptop", "mobile", "d", "ti"}
 
 
 @dataclass(frozen=True)
@@ -169,14 +136,3 @@ def training_flops(config: GPDiTConfig, shape: PassShape) -> dict[str, int]:
     Recomputation (by activation checkpointing or inside an attention kernel) is not counted.
     """
     return {part: 3 * count for part, count in forward_flops(config, shape).items()}
-
-
-def peak_bf16_flops(device_name: str) -> float | None:
-    """Return the dense bf16 FLOP/s of a GPU by its name in PyTorch; None if it is not in the table."""
-    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
-    if words & OTHER_DEVICES:
-        return None
-    for name, peak in PEAK_BF16_FLOPS:
-        if words.issuperset(name.lower().split()):
-            return peak
-    return None

@@ -70,10 +70,11 @@ def parameter_count(config: GPDiTConfig) -> int:
     ends += (condition + 1) * width if condition else 0  # one more: the embedding of no class, or the bias
     if config.time_conditioning != "rotation":
         ends += (FREQUENCIES + 1) * width + (width + 1) * width + (width + 1) * sum(config.modulation_widths[:-1])
-    return config.layers * _parameters_of_block(config) + width + ends
+    return config.layers * parameters_of_block(config) + width + ends
 
 
-def _parameters_of_block(config: GPDiTConfig) -> int:
+def parameters_of_block(config: GPDiTConfig) -> int:
+    """Return the number of parameters of one block."""
     biases = _modulation_values(config)
     norms = 2 * config.width + 2 * config.head_width
     norms += config.width + 2 * config.head_width if config.factorized else 0
@@ -117,7 +118,7 @@ def held_bytes(config: GPDiTConfig, strategy: ShardingStrategy, precision: Bytes
     if not strategy.deepspeed:
         held = {"weights": shard, "gradients": shard, "optimizer": 2 * shard, "average": shard}
         # The gathered weights of a block and of the next one, and the block's gradients, also in float32 by rank.
-        gathered = (3 * precision.weight + 4) * _parameters_of_block(config)
+        gathered = (3 * precision.weight + 4) * parameters_of_block(config)
         return held | {"buffers": gathered, "host_memory": 0}
     held = {
         "weights": full // ranks if strategy.stage == 3 else full,

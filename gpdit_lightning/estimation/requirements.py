@@ -108,11 +108,6 @@ def step_flops(run: RunSettings) -> dict[str, float]:
     return dict(total)
 
 
-def step_seconds(run: RunSettings, flops_per_s: float) -> float:
-    """Return the seconds of an optimizer step on GPUs that train at `flops_per_s` each, as the mean over the steps."""
-    return sum(step_flops(run).values()) / (run.gpus * flops_per_s)
-
-
 def source_flops(run: RunSettings, source: PlannedSource) -> dict[str, float]:
     """Return the FLOPs of a source in an optimizer step that uses it, by part, over all GPUs.
 

@@ -18,9 +18,19 @@ class HardwareOptions(OptionRecord):
     gpu_memory: float = 80
     """GiB of memory per GPU."""
     mfu: float = 0.4
-    """Assumed model FLOPs utilization: the fraction of the peak FLOP/s that training achieves."""
+    """Assumed model FLOPs utilization of one GPU: the fraction of its peak FLOP/s in forward and backward passes."""
     tflops: float | None = None
-    """TFLOP/s that training achieves on each device, if measured (perf/tflops_per_s); replaces --gpu and --mfu."""
+    """TFLOP/s of training on one device, the update of the weights included, if measured (system/tflops_per_s of a run
+    without other ranks); replaces --mfu."""
+    gpus_per_node: int = 8
+    """Number of GPUs in each node; the bandwidth between them is that of --gpu."""
+    network: float = 50
+    """GB/s from each GPU to other nodes, in one direction: 50 is a port of 400 Gbit/s for each GPU."""
+    scaling: Sequence[int] = ()
+    """Numbers of GPUs for a table of step times, such as 8 64 512; the batch of each GPU stays the same."""
+    measure: bool = False
+    """Measure this machine instead, for about half a minute: train the recipe on as many devices as it has, at most
+    --gpus, and time the communication between them. The link to other nodes is not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +55,15 @@ class EstimateOptions(RecipeOptions, HardwareOptions, SizeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, gpus=1)
+        check_at_least(self, gpus=1, gpus_per_node=1)
         if not self.gpu_memory > 0:
             raise InputError(f"--gpu_memory is {self.gpu_memory}: give a number of GiB above 0.")
+        if not self.network > 0:
+            raise InputError(f"--network is {self.network}: give a number of GB/s above 0.")
+        if any(number < 1 for number in self.scaling):
+            raise InputError(f"--scaling is {list(self.scaling)}: give numbers of GPUs of at least 1.")
+        if self.measure and self.tflops is not None:
+            raise InputError("both --measure and --tflops are given: give one of them.")
         if not 0 < self.mfu <= 1:
             raise InputError(f"--mfu is {self.mfu}: give a fraction above 0, at most 1.")
         if self.tflops is not None and not self.tflops > 0:

@@ -11,12 +11,12 @@ from gpdit_lightning.estimation.units import GIB, duration, flops
 from gpdit_lightning.model.config import SIZE_FIELDS, SIZES
 from gpdit_lightning.names import counted
 from gpdit_lightning.planning.rules import (
+    ASSUMED,
     LADDER,
     LEARNING_RATE,
     LEARNING_RATES,
     MAX_EPOCHS,
     MAX_STEPS,
-    MFU,
     SHORT_RUN_SECONDS,
     TRAINING_FRACTION,
     Choice,
@@ -105,8 +105,9 @@ def head(choice: Choice, path: str) -> Iterator[str]:
 
 def estimate_options(choice: Choice) -> str:
     """Return the options of `estimate` that describe the machine of a plan."""
-    memory, speed = choice.machine.memory / GIB, choice.speed.flops_per_s / 1e12
-    return f"--gpus {choice.run.gpus} --gpu_memory {memory:.4g} --tflops {speed:.5g}"
+    memory, speed = choice.machine.memory / GIB, choice.speed.cluster.flops_per_s / 1e12
+    gpu = f"--gpu {shlex.quote(choice.machine.name)} " if choice.run.gpus > 1 else ""
+    return f"--gpus {choice.run.gpus} {gpu}--gpu_memory {memory:.4g} --tflops {speed:.5g}"
 
 
 def summary(choice: Choice) -> list[str]:
@@ -166,11 +167,11 @@ def machine_text(choice: Choice) -> str:
 
 def speed_text(choice: Choice) -> str:
     """Return the origin of the assumed speed."""
-    rate = f"{flops(choice.speed.flops_per_s)}/s per device"
+    rate = f"{flops(choice.speed.cluster.flops_per_s)}/s per device"
     if choice.speed.is_measured:
         return f"{rate}, measured in a trial of this recipe"
     peak = known_peak(choice.machine)
-    text = f"{rate}, {MFU:.0%} of {flops(peak)}/s" if peak else f"{rate}, assumed without a measurement"
+    text = f"{rate}, {ASSUMED.mfu:.0%} of {flops(peak)}/s" if peak else f"{rate}, assumed without a measurement"
     return text + ", which steps as short as these do not reach" if is_short(choice) else text
 
 

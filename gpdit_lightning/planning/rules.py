@@ -9,7 +9,7 @@ from gpdit_lightning.data.plan import PlannedSource
 from gpdit_lightning.data.source import SourceConfig
 from gpdit_lightning.devices import Machine
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.estimation.flops import peak_bf16_flops
+from gpdit_lightning.estimation.gpus import find_gpu, peak_bf16_flops
 from gpdit_lightning.estimation.loading import loaded_bytes
 from gpdit_lightning.estimation.memory import STRATEGIES, ShardingStrategy, held_bytes, parameter_count
 from gpdit_lightning.estimation.prepared import planned_source
@@ -18,12 +18,12 @@ from gpdit_lightning.estimation.requirements import (
     RunSettings,
     memory,
     nearest_that_fits,
-    source_flops,
-    step_seconds,
 )
+from gpdit_lightning.estimation.time import Cluster, step_time
 from gpdit_lightning.estimation.units import GIB
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.model.config import CUSTOM_SIZE, SIZES
+from gpdit_lightning.options.estimate import HardwareOptions
 from gpdit_lightning.planning.training_data import TrainingData
 
 # Sizes from small to large. B and H are those of GPDiT (Table 1), S and L those of DiT (arXiv:2212.09748, Table 1);
@@ -65,7 +65,7 @@ MEMORY_FRACTION = {"cuda": 0.9, "mps": 0.75, "cpu": 0.75}
 # The fraction of the memory of a GPU that weights, gradients, optimizer state and average may take without sharding.
 UNSHARDED_FRACTION = 0.5
 MAX_WORKERS = 4  # loader processes per GPU, as in recipes/base.yaml
-MFU = 0.4  # assumed for GPUs whose peak is known
+ASSUMED = HardwareOptions()  # of GPUs whose peak is known: their utilization, and the network between nodes
 # Assumed FLOP/s of training where no peak is known: of each core of a CPU (recipes/size/tiny.yaml reaches 28 to 48
 # GFLOP/s per core), of a GPU with bf16, and of a GPU without it.
 CORE_FLOPS, BF16_FLOPS, FLOAT32_FLOPS = 40e9, 20e12, 4e12
@@ -87,11 +87,11 @@ class Speed(NamedTuple):
     """The speed of training.
 
     Attributes:
-        flops_per_s: FLOP/s on each device.
-        is_measured: whether it was measured; else it is expected.
+        cluster: the devices, with their FLOP/s in whole steps without communication.
+        is_measured: whether these were measured; else they are expected.
     """
 
-    flops_per_s: float
+    cluster: Cluster
     is_measured: bool
 
 
@@ -114,7 +114,7 @@ class Choice:
     @property
     def seconds_per_step(self) -> float:
         """The duration of an optimizer step, as the mean over the steps."""
-        return step_seconds(self.run, self.speed.flops_per_s)
+        return step_time(self.run, self.speed.cluster).total
 
     @property
     def seconds(self) -> float:
@@ -156,8 +156,14 @@ def expected_flops_per_s(machine: Machine) -> float:
     if machine.accelerator == "cpu":
         return CORE_FLOPS * machine.cores
     if (peak := known_peak(machine)) is not None:
-        return MFU * peak
+        return ASSUMED.mfu * peak
     return BF16_FLOPS if machine.bf16 else FLOAT32_FLOPS
+
+
+def cluster_of(machine: Machine, flops_per_s: float) -> Cluster:
+    """Return the devices of a machine at a speed of whole steps, with the network that `estimate` assumes."""
+    network, per_node = ASSUMED.network * 1e9, ASSUMED.gpus_per_node
+    return Cluster.of_gpus(find_gpu(machine.name), flops_per_s, network, per_node, includes_update=True)
 
 
 def known_peak(machine: Machine) -> float | None:
@@ -177,7 +183,7 @@ def choose(data: TrainingData, machine: Machine, goal: Goal, flops_per_s: float 
     Raises:
         InputError: the requested size, or the smallest one, does not fit.
     """
-    speed = Speed(flops_per_s or expected_flops_per_s(machine), is_measured=flops_per_s is not None)
+    speed = Speed(cluster_of(machine, flops_per_s or expected_flops_per_s(machine)), flops_per_s is not None)
     if goal.size:
         requested = settle(data, machine, goal, goal.size, speed)
         if requested is None:
@@ -236,7 +242,7 @@ def settle(data: TrainingData, machine: Machine, goal: Goal, size: str, speed: S
             run = fitting_run(data, machine, goal, size, devices, factor)
             if run is None:
                 break
-            run, is_bounded_by_time = with_steps(run, goal, speed.flops_per_s)
+            run, is_bounded_by_time = with_steps(run, goal, speed.cluster)
             choice = Choice(data, machine, goal, size, run, speed, is_bounded_by_time)
             if run.max_steps >= wanted_steps:
                 break
@@ -307,12 +313,12 @@ def sources_of(data: TrainingData, backbone: GPDiTConfig, devices: int, factor: 
         yield planned_source(name, samples, config, backbone)
 
 
-def with_steps(run: RunSettings, goal: Goal, flops_per_s: float) -> tuple[RunSettings, bool]:
+def with_steps(run: RunSettings, goal: Goal, cluster: Cluster) -> tuple[RunSettings, bool]:
     """Return a run with its number of steps, and whether the hours bound it.
 
     Sources have equally many steps, unless the epochs of one are exhausted: the other then has the remaining time.
     """
-    seconds = {s.name: sum(source_flops(run, s).values()) / (run.gpus * flops_per_s) for s in run.sources}
+    seconds = {source.name: step_time(replace(run, sources=(source,)), cluster).total for source in run.sources}
     limits = {s.name: MAX_EPOCHS * samples_of(s) / s.config.batch_size for s in run.sources}
     budget = TRAINING_FRACTION * goal.hours * 3600
     equal = min(budget / sum(seconds.values()), MAX_STEPS / len(seconds))

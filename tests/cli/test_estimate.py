@@ -9,15 +9,18 @@ import pytest
 import yaml
 from jsonargparse import Namespace
 
-from gpdit_lightning.cli import main
-from gpdit_lightning.cli.estimate import estimate, read_recipe, sharding_strategy
+from gpdit_lightning.cli import main, measured_cluster
+from gpdit_lightning.cli.estimate import estimate
+from gpdit_lightning.cli.estimated_recipe import read_recipe, sharding_strategy
 from gpdit_lightning.data.batches import LatentDataset
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.source import SourceConfig
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.loading import loaded_bytes
+from gpdit_lightning.estimation.memory import parameter_count
 from gpdit_lightning.estimation.requirements import memory, nearest_that_fits, overrides, source_flops, step_flops
+from gpdit_lightning.estimation.time import UPDATE_BYTES, step_time
 from gpdit_lightning.estimation.units import GIB
 from gpdit_lightning.options.estimate import EstimateOptions
 
@@ -294,3 +297,22 @@ def test_recipe_files_may_contain_options_of_the_verb(capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     assert "GPUs: 2\n" in text
     assert "At 50% of 312 TFLOP/s" in text
+
+
+def test_durations_from_a_measurement_of_this_machine(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes train and communicate; the prediction has the parts of the measurement."""
+    monkeypatch.setattr(measured_cluster, "TRAINING_STEPS", 3)
+    monkeypatch.setattr(measured_cluster.os, "sched_getaffinity", lambda _: {0, 1})
+    words = [f"--config={mixed}", "--trainer.accelerator=cpu", "--data.workers=0"]
+    run = read_recipe(words, 2).run
+    cluster = measured_cluster.measured_cluster(words, run, 8, 1e9)
+    assert not cluster.overlaps
+    assert 1e8 < cluster.flops_per_s < 1e13
+    assert 1e6 < cluster.node.bytes_per_s < 1e12
+    assert 0 < cluster.node.latency < 0.1
+    step = step_time(run, cluster)
+    assert step.update == pytest.approx(UPDATE_BYTES * parameter_count(run.backbone) / cluster.memory_bytes_per_s)
+    assert step.waiting == step.communication > 0
+    monkeypatch.setattr(measured_cluster.sys, "executable", "/bin/false")
+    with pytest.raises(InputError, match="the measurement on device 0 failed: exit status 1"):
+        measured_cluster.measured_cluster(words, run, 8, 1e9)

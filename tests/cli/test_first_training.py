@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpdit_lightning.cli import main
-from gpdit_lightning.cli.estimate import read_recipe
+from gpdit_lightning.cli.estimated_recipe import read_recipe
 from gpdit_lightning.cli.first_training import first_training
 from gpdit_lightning.data.manifest import ARRAYS, Kind, Manifest, ShardEntry
 from gpdit_lightning.devices import Machine

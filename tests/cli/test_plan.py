@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from gpdit_lightning.cli import main, plan_trial
 from gpdit_lightning.cli import plan as plan_module
 from gpdit_lightning.cli.auto_recipe import planned_recipe
-from gpdit_lightning.cli.estimate import read_recipe
+from gpdit_lightning.cli.estimated_recipe import read_recipe
 from gpdit_lightning.cli.plan import plan, planned_machine
 from gpdit_lightning.cli.recipe_cli import parse_recipe
 from gpdit_lightning.data.manifest import Manifest
@@ -98,7 +99,7 @@ def test_larger_machines_get_sharding_and_the_estimate_of_the_head_is_that_of_es
     capsys.readouterr()
     text = recipe.read_text()
     (command,) = re.findall(r"gpdit_lightning (estimate .*?) +# after an edit", text)
-    assert main(command.split()) == 0
+    assert main(shlex.split(command)) == 0
     estimated = capsys.readouterr().out
     gib, seconds = re.findall(r"# Memory: ([\d.]+) of|# Time: (.*?) per step", text)
     assert f"it needs {gib[0]} of 80 GiB" in estimated

@@ -5,7 +5,8 @@ import json
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -64,21 +65,31 @@ def optimizer_of(trainer: Trainer, module: LightningModule) -> Optimizer:
     return trainer.optimizers[0] if sharding is None else sharding.inner_optimizer
 
 
+def whole_bytes(args: Sequence[Any]) -> int:
+    """Return the bytes of the whole tensors of a collective: those of the larger one of its arguments."""
+    arguments = [[t for t in tree_leaves(argument) if isinstance(t, Tensor)] for argument in args]
+    return max(sum(tensor.nbytes for tensor in tensors) for tensors in arguments)
+
+
 class LiveBytes(TorchDispatchMode):
     """Measures the peak memory of given tensors and of those that are allocated inside the context.
 
     Attributes:
         before: bytes of the given tensors.
         peak: most bytes at one time.
+        sent: bytes of the whole tensors of collectives, by operator.
     """
 
     def __init__(self, storages: Storages) -> None:
         super().__init__()
         self.storages = {key: weakref.ref(storage) for key, storage in storages.items()}
         self.before = self.peak = bytes_of(storages)
+        self.sent = Counter[str]()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
+        if function.namespace == "c10d":
+            self.sent[function.overloadpacket.__name__] += whole_bytes(args)
         given = storages_of(tree_leaves((args, kwargs)))
         for key, storage in storages_of(tree_leaves(result)).items():
             if key not in given:  # neither a view nor an in-place result
@@ -94,7 +105,7 @@ class MemoryMeter(Callback):
 
     Attributes:
         measured: bytes of each part after the last optimizer step, of `gradients` and `others` before it, and the peaks
-            `backward` and `step`.
+            `backward` and `step`; also the bytes of collectives in both, as `backward OPERATOR`.
     """
 
     def __init__(self, ema: EMA) -> None:
@@ -135,12 +146,13 @@ class MemoryMeter(Callback):
         self.recorder = LiveBytes({key: storages[key] for key in storages.keys() - self.initial_storages.keys()})
         self.recorder.__enter__()
 
-    def stop_recording(self) -> int:
-        """Return the peak since `start_recording`."""
+    def stop_recording(self, name: str) -> None:
+        """Store the peak and the communication since `start_recording`."""
         assert self.recorder is not None
         self.recorder.__exit__(None, None, None)
-        peak, self.recorder = self.recorder.peak, None
-        return peak
+        self.measured[name] = self.recorder.peak
+        self.measured |= {f"{name} {operator}": sent for operator, sent in self.recorder.sent.items()}
+        self.recorder = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make Adam update all parameters at once, as it does on CUDA."""
@@ -153,14 +165,14 @@ class MemoryMeter(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if trainer.global_step == STEPS - 1:
-            self.measured["backward"] = self.stop_recording()
+            self.stop_recording("backward")
             parts = self.parts(trainer, pl_module)
             self.measured |= {"gradients": bytes_of(parts["gradients"]), "others": bytes_of(parts["others"])}
             self.start_recording(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == STEPS and self.recorder is not None:
-            self.measured["step"] = self.stop_recording()
+            self.stop_recording("step")
             parts = self.parts(trainer, pl_module)
             self.measured |= {name: bytes_of(parts[name]) for name in ("weights", "optimizer", "average")}
 

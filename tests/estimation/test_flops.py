@@ -12,13 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpdit_lightning.estimation.flops import (
-    PEAK_BF16_FLOPS,
     PassShape,
     attention_pairs,
     forward_flops,
-    peak_bf16_flops,
     training_flops,
 )
+from gpdit_lightning.estimation.gpus import GPUS, peak_bf16_flops
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.model.classifier import Classifier, clean_stream_config
 from gpdit_lightning.model.layout import count_blocks
@@ -264,6 +263,6 @@ def test_the_peak_of_a_device_is_the_dense_one() -> None:
 
 
 def test_every_peak_of_the_table_is_tested() -> None:
-    assert {peak_bf16_flops(name) for name, _ in PEAK_BF16_FLOPS} == {peak * 1e12 for peak in PEAKS.values()}
+    assert {peak_bf16_flops(name) for name in (gpu.name for gpu in GPUS)} == {peak * 1e12 for peak in PEAKS.values()}
     words = [set(re.split(r"[^a-z0-9]+", name.lower())) for name in PEAKS]
-    assert all(any(set(name.lower().split()) <= device for device in words) for name, _ in PEAK_BF16_FLOPS)
+    assert all(any(set(name.lower().split()) <= device for device in words) for name in (gpu.name for gpu in GPUS))

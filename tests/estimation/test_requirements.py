@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from gpdit_lightning.data.plan import PlannedBucket, PlannedSource
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation import memory as memory_module
 from gpdit_lightning.estimation.flops import PassShape, training_flops
-from gpdit_lightning.estimation.memory import STRATEGIES, activation_bytes
+from gpdit_lightning.estimation.memory import STRATEGIES, activation_bytes, parameter_count
 from gpdit_lightning.estimation.requirements import (
     RunSettings,
     least_gpus_that_fit,
@@ -32,6 +33,7 @@ from gpdit_lightning.estimation.requirements import (
     step_flops,
     with_smaller_micro_batches,
 )
+from gpdit_lightning.estimation.time import traffic
 from tests.conftest import MadeOnce
 from tests.estimation import memory_runs
 
@@ -188,6 +190,23 @@ def test_memory_of_each_of_two_ranks(
     bytes_of_rank = json.loads((measured / f"{option}-{precision}-{rank}.json").read_text())
     run = replace(MEASURED, gpus=memory_runs.RANKS, strategy=BY_OPTION[option], precision=precision)
     assert_matches(run, bytes_of_rank)
+
+
+OPERATORS = {"gather": "_allgather_base_", "scatter": "_reduce_scatter_base_", "reduce": "allreduce_"}
+
+
+@pytest.mark.parametrize(("option", "precision"), CASES)
+def test_communication_of_two_ranks(option: str, precision: str, measured: Path) -> None:
+    """Bytes of collectives in the last micro-batch and the update; norms and parameters that are not sharded aside."""
+    counted = json.loads((measured / f"{option}-{precision}-0.json").read_text())
+    run = replace(MEASURED, gpus=memory_runs.RANKS, strategy=BY_OPTION[option], precision=precision)
+    expected = Counter[str]()
+    for part in traffic(run):
+        phase = "step" if part.phase == "update" else "backward"
+        expected[f"{phase} {OPERATORS[part.collective]}"] += part.size
+    few = 0.02 * parameter_count(run.backbone)
+    names = {name for name in counted if name.rpartition(" ")[2] in OPERATORS.values()} | set(expected)
+    assert {n: counted.get(n, 0) for n in names} == {n: pytest.approx(expected[n], rel=0.01, abs=few) for n in names}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

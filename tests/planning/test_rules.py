@@ -9,14 +9,16 @@ import yaml
 
 from gpdit_lightning.devices import Machine
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.estimation.flops import peak_bf16_flops
-from gpdit_lightning.estimation.requirements import memory, step_seconds
+from gpdit_lightning.estimation.gpus import peak_bf16_flops
+from gpdit_lightning.estimation.requirements import memory
+from gpdit_lightning.estimation.time import step_time
 from gpdit_lightning.planning.recipe_text import recipe_text
 from gpdit_lightning.planning.rules import (
     LADDER,
     MAX_EPOCHS,
     Goal,
     choose,
+    cluster_of,
     expected_flops_per_s,
     loader_workers,
     memory_limit,
@@ -63,7 +65,7 @@ def test_a_choice_respects_memory_time_and_epochs(machine: str, kind: str) -> No
     run, here = choice.run, MACHINES[machine]
     assert memory(run)["total"] <= memory_limit(here) < here.memory
     assert choice.seconds <= 0.9 * 12 * 3600
-    assert choice.seconds == run.max_steps * step_seconds(run, expected_flops_per_s(here))
+    assert choice.seconds == run.max_steps * step_time(run, cluster_of(here, expected_flops_per_s(here))).total
     assert max(choice.epochs.values()) <= 1.01 * MAX_EPOCHS
     assert run.gpus in (1, here.devices)
     assert not run.strategy.offload

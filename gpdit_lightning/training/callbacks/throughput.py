@@ -13,7 +13,8 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Timer
 
 from gpdit_lightning.data.batches import LatentBatch, TimedLoader
-from gpdit_lightning.estimation.flops import PassShape, peak_bf16_flops, training_flops
+from gpdit_lightning.estimation.flops import PassShape, training_flops
+from gpdit_lightning.estimation.gpus import peak_bf16_flops
 from gpdit_lightning.model import GPDiTConfig
 
 # The speed is averaged over the last steps, with weights that decay by e in this many steps, but not in less time.
