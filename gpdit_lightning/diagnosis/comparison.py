@@ -13,12 +13,14 @@ PAGE = "docs/troubleshooting.md"
 QUARTILES = tuple(f"train/loss_q{number}" for number in (1, 2, 3, 4))
 # A value is outside a range if it is above or below it by more than this part of the limit.
 TOLERANCE = 0.1
+ROUNDING = 1e-3  # part by which recorded values may be rounded
 # Of its start, what is left of a loss that has not fallen, and of one that has.
 NOT_FALLEN, FALLEN = 0.95, 0.85
 LEAST_STEPS = 50  # before which no loss is expected to have fallen
 # The mean square of whitened latents, which an untrained network shows as its loss at strong noise, is about 1.
 WHITENED = 0.25, 4.0
 RISEN = 1.15  # of the least mean of a loss
+PEAK = 2.0  # of the first value of a loss
 OVERFITTED = 1.05  # of the least validation loss
 MOST_WAITING = 0.1  # of the time of training
 GRADIENT_RISEN = 3.0  # of the mean in the middle of the steps so far
@@ -50,7 +52,7 @@ class Row(NamedTuple):
     @property
     def place(self) -> str:
         """Where the value lies: `within`, `above` or `below` the range, or neither far from it: `near`."""
-        if self.low <= self.value <= self.high:
+        if self.low * (1 - ROUNDING) <= self.value <= self.high * (1 + ROUNDING):
             return "within"
         if self.value > self.high:
             return "above" if self.value > self.high * (1 + TOLERANCE) else "near"
@@ -260,7 +262,7 @@ def whitening_findings(run: RunCurves, facts: Facts) -> Iterator[Finding]:
 
 
 def loss_findings(run: RunCurves) -> Iterator[Finding]:
-    """Yield a training loss that rises, and a validation loss that rises while the training loss falls."""
+    """Yield a training loss that rises or had risen, and a validation loss that rises while the training loss falls."""
     losses, validation = run.curves.get("loss/train"), run.curves.get("loss/val")
     if losses is None or not losses.finite:
         return
@@ -268,6 +270,12 @@ def loss_findings(run: RunCurves) -> Iterator[Finding]:
     if means and means[-1][1] > RISEN * (least := min(value for _, value in means)):
         yield Finding(
             f"loss/train rises: it is {means[-1][1]:.3g} at step {means[-1][0]}, and was {least:.3g} before",
+            "large-gradients",
+        )
+    peak_step, peak = max(losses.finite, key=lambda point: point[1])
+    if peak > PEAK * (first := losses.finite[0][1]):
+        yield Finding(
+            f"loss/train rose to {peak:.3g} at step {peak_step}, and began at {first:.3g}",
             "large-gradients",
         )
     if validation is None or len(validation.finite) < 2:

@@ -107,9 +107,14 @@ def read_curves(run_dir: Path) -> RunCurves:
     folder = run_dir / event_folder(run_dir)
     files = list(folder.glob(EVENT_FILES))
     if not files:
+        runs = sorted({path.parent.name for path in run_dir.glob(f"*/{EVENT_FILES}")})
         raise InputError(
-            f"{run_dir} has no event files of TensorBoard: give a run folder whose run has trainer.logger at its "
-            "default or uses a TensorBoardLogger in that folder."
+            f"{run_dir} has no event files of TensorBoard: "
+            + (
+                f"give one of the run folders in it, such as {run_dir / runs[0]}."
+                if runs
+                else "give a run folder whose run has trainer.logger at its default or a TensorBoardLogger there."
+            )
         )
     # All points of a curve, and of images and texts, which take memory, the least that can be kept.
     kept = dict.fromkeys(event_accumulator.DEFAULT_SIZE_GUIDANCE, 1) | {event_accumulator.SCALARS: 0}

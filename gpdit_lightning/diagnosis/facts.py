@@ -1,6 +1,6 @@
 """The settings of a run on which its curves depend, read from the recipe in its run folder."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.schema import COUNT, LIST, NUMBER_OR_NULL, OBJECT, TEXT, Constraint, check
 
 # The kinds of samples of a source, by its name, and the one source of stages that have one.
 KIND_OF_SOURCE = {"images": "image", "videos": "video", "sequences": "sequence"}
@@ -23,16 +24,35 @@ BACKBONE = {
 SOURCE = {LOSS: ("frames", "least_frames", "loss_frames", "frames_without_loss"), TRAINING: ("batch_size", "tokens")}
 OF_DATA = ("context_dropout", "noise_levels", "noise_draws", "context_noise")
 OF_OPTIMIZER = ("algorithm", "learning_rate", "decay", "warmup_steps", "weight_decay")
+ERROR_RATIO = "sample/rollout_error_ratio"  # of previews
 OF_PREVIEW = ("clips", "context_frames", "sampler", "sampler_steps")
 
 Facts = dict[str, dict[str, Any]]
 
+STEPS = Constraint("an integer from -1", lambda value: type(value) is int and value >= -1)
+COUNT_OR_NULL = Constraint("a non-negative integer or null", lambda value: value is None or COUNT.accepts(value))
+# The settings with which the comparison computes, in the form of `schema.py`.
+SCHEMA = {
+    STAGE: {"class_path": TEXT, "sources": LIST},
+    SIZE: OBJECT,
+    LOSS: {"backbone.target": TEXT},
+    DATA: OBJECT,
+    TRAINING: {
+        "trainer.max_steps": STEPS,
+        "trainer.gradient_clip_val": NUMBER_OR_NULL,
+        "optimizer.warmup_steps": COUNT_OR_NULL,
+        "initial_weights": TEXT,
+    },
+    PREVIEW: OBJECT,
+}
 
-def facts_of(recipe: Mapping[str, Any], tags: Iterable[str], name: str) -> Facts:
+
+def facts_of(recipe: Mapping[str, Any], tags: Collection[str], name: str) -> Facts:
     """Return the settings of a run that its curves depend on, as names and JSON values, in groups.
 
     The groups: `stage` and `loss` decide what the losses are means of, `data` describes the data, if they are found,
-    `size` and `training` decide how fast the losses fall, and `preview` belongs to the error ratio of previews.
+    `size` and `training` decide how fast the losses fall, and `preview` belongs to the error ratio of previews, if the
+    run has it.
 
     Args:
         recipe: the content of `config.yaml` in the run folder.
@@ -64,12 +84,14 @@ def facts_of(recipe: Mapping[str, Any], tags: Iterable[str], name: str) -> Facts
             **{f"trainer.{field}": recipe["trainer"].get(field) for field in ("max_steps", "gradient_clip_val")},
             "initial_weights": "of another run" if options.get("initial_weights") else "random",
         }
-        facts[PREVIEW] = {f"preview.{field}": recipe["preview"].get(field) for field in OF_PREVIEW}
+        has_previews = ERROR_RATIO in tags
+        facts[PREVIEW] = {f"preview.{field}": recipe["preview"].get(field) for field in OF_PREVIEW if has_previews}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{name} is not the recipe of a run ({type(error).__name__}: {error}): give a run folder that `fit` has "
             "written."
         ) from None
+    check(facts, SCHEMA, "", name, "correct it, or give another run")
     return facts
 
 
@@ -95,13 +117,12 @@ def manifests_of(data: Mapping[str, Any], folders: str | list[str]) -> dict[str,
     return found
 
 
-def sources_of(data: Mapping[str, Any], stage: str, tags: Iterable[str], manifests: Iterable[Manifest]) -> list[str]:
+def sources_of(data: Mapping[str, Any], stage: str, tags: Collection[str], manifests: Iterable[Manifest]) -> list[str]:
     """Return the names of the sources that a run trains on.
 
     Several sources have a curve each. Otherwise it is the one that the recipe or the stage names, or the data have.
     """
-    logged = set(tags)
-    several = [name for name in KIND_OF_SOURCE if f"train/loss_{name}" in logged]
+    several = [name for name in KIND_OF_SOURCE if f"train/loss_{name}" in tags]
     kinds = {shard.kind for manifest in manifests for shard in manifest.shards}
     named = list(data.get("sources") or [])
     with_manifests = [name for name in KIND_OF_SOURCE if data[name]["manifests"]]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpdit_lightning.diagnosis import facts as run_facts
 from gpdit_lightning.diagnosis.curves import Curve, RunCurves
 from gpdit_lightning.diagnosis.facts import DATA, LOSS, PREVIEW, SIZE, STAGE, TRAINING, Facts
 from gpdit_lightning.errors import InputError
@@ -30,7 +31,7 @@ TAGS: dict[str, tuple[str, ...]] = {
 SCHEMA = {
     "format": COUNT,
     "title": TEXT,
-    "facts": dict.fromkeys((STAGE, SIZE, LOSS, DATA, TRAINING, PREVIEW), OBJECT),
+    "facts": run_facts.SCHEMA,
     "runs": [{"seed": COUNT, "commit": TEXT, "date": TEXT, "hardware": TEXT, "curves": OBJECT}],
 }
 CURVE = {"steps": [COUNT], "values": [NUMBER]}

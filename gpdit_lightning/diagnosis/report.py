@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_DIFFERENCES = 6
+MOST_AHEAD = 2  # times the steps of the run, up to which the reference is drawn
 SHORT = reprlib.Repr()
 SHORT.maxlist, SHORT.maxstring = 4, 60
 BAND, RUN, VALIDATION = "#9aa5b1", "#3b7dd8", "#e4743c"
@@ -114,11 +115,12 @@ def draw(name: str, run: RunCurves, comparison: Comparison, path: Path) -> None:
     rows = 1 if len(panels) <= 4 else 2
     columns = max(1, -(-len(panels) // rows))
     figure = Figure(figsize=(4 * columns, 0.8 + 3.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for place, (title, tag, second) in zip(axes, panels, strict=False):
         draw_panel(place, run, reference, tag, second)
+        place.set_xlim(0, min(place.get_xlim()[1], MOST_AHEAD * run.last_step))
         place.set_title(title if second in run.curves or not second else tag, fontsize=9)
-    for place in list(axes)[len(panels) :]:
+    for place in axes[len(panels) :]:
         place.set_axis_off()
     labelled = [place.get_legend_handles_labels() for place in figure.axes]
     handles = {label: line for lines, labels in labelled for line, label in zip(lines, labels, strict=True)}

@@ -185,6 +185,7 @@ def reference(tiny_shards: Path) -> Reference:
         ("train/grad_norm", lambda part: 0.1 + 0.8 * part**3, "large-gradients"),
         ("train/grad_norm", lambda part: 1.7, "large-gradients"),
         ("loss/train", lambda part: 0.3 + 0.2 * abs(2 * part - 1), "large-gradients"),
+        ("loss/train", lambda part: 1.2 * 4 * part if part < 0.6 else 0.5, "large-gradients"),
         ("loss/val", lambda part: 0.5 + 0.1 * abs(2 * part - 1), "overfitting"),
         ("warnings/damaged_samples", lambda part: 2, "damaged-samples"),
         ("train/ema_distance", lambda part: 0.2, "averaged-weights-lag-behind"),
