@@ -13,7 +13,7 @@ from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import Manifest
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / ".github").glob("*.md")])
 # Without a GPU, without faults, and without classification, whose tags tests/stages/test_classification.py checks.
 NOT_IN_RUN = {"system/mfu", "warnings/skipped_steps", "warnings/damaged_samples"}
 NOT_IN_RUN |= {"val/top1_accuracy", "val/top5_accuracy"}
