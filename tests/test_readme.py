@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BASH_BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 # The commands of docs/extending.md are run, by test_extending.py.
-DOCUMENTS = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "extending.md"})]
+DOCUMENTS = [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {ROOT / "docs" / "extending.md"})]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 VERB_OF_SCRIPT = {
     "data_prep/shard_latents.py": "prepare",
