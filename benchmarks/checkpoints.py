@@ -10,40 +10,29 @@ measure after the training, all at the same time.
 
 import argparse
 import hashlib
-import json
-import logging
-import multiprocessing
 import os
-import socket
 import statistics
 import tempfile
 import time
-import warnings
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from benchmarks.ranks import on_ranks, random_latents, trainer_settings
 from gpdit_lightning import GPDiTConfig
 from gpdit_lightning.checkpoints.files import last_checkpoint
 from gpdit_lightning.checkpoints.marks import files_of
-from gpdit_lightning.data.datamodule import LatentDataModule, SourceConfig
-from gpdit_lightning.data.manifest import Manifest
-from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.estimation.memory import STRATEGIES, parameter_count
 from gpdit_lightning.estimation.saving import SavingSpeeds, saving_costs
 from gpdit_lightning.estimation.units import MIB
-from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.stages import GPDiTStage
 from gpdit_lightning.training.callbacks.ema import EMA
 from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
-from gpdit_lightning.training.callbacks.stopping import shut_down_process_group
 from gpdit_lightning.training.strategies.fsdp import FSDP2
 
-CODEC = CodecSpec("pca", None, 4, 8, 4, mean=(0.0,) * 4, std=(1.0,) * 4, fingerprint="0" * 16)
 CHECKPOINTS = 4
 
 
@@ -74,51 +63,27 @@ class Times(Callback):
             self.stalled.append(self.checkpoint.stalled_seconds)
 
 
-def write_latents(folder: Path) -> None:
-    """Write clips of random latents: 3 frames of 8x8."""
-    numbers = np.random.default_rng(0)
-    with ShardSetWriter(folder, 8) as writer:
-        for number in range(8):
-            writer.write("train", "video", numbers.normal(size=(3, 4, 8, 8)), {"source": f"{number}"})
-        shards = writer.close()
-    Manifest(folder, CODEC, shards, preparation={"stride": 3}, validation={"held_out_by": "source"}).save()
-
-
-def train(rank: int, ranks: int, port: int, in_parts: bool, config: GPDiTConfig, folder: Path) -> None:
-    """Train as one of several ranks; the first one writes its times to `times.json`."""
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "benchmark"}
-    os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"})
-    os.environ["MASTER_PORT"] = str(port)
-    data = LatentDataModule(
-        videos=SourceConfig([str(folder / "latents")], batch_size=ranks), max_ranks=ranks, validation_batches=0
-    )
+def train(rank: int, ranks: int, folder: Path, in_parts: bool, config: GPDiTConfig) -> dict[str, list[float]]:
+    """Train as one of several ranks; return the times of this rank, the speeds, and the bytes of a checkpoint."""
     checkpoint = RunCheckpoint(every_steps=2, keep_last=1)
     times = Times(checkpoint)
     trainer = Trainer(
-        accelerator="cpu",
-        devices=ranks,
         strategy=FSDP2() if in_parts else GatheringFSDP2(),
         max_steps=2 * CHECKPOINTS + 2,
-        default_root_dir=str(folder / "run"),
         callbacks=[EMA(), times, checkpoint],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
+        **trainer_settings(ranks, folder),
     )
-    trainer.fit(GPDiTStage(config), data)
+    trainer.fit(GPDiTStage(config), random_latents(ranks, folder))
     torch.distributed.barrier()
     speeds = measured_speeds(folder / f"probe-{rank}", 16 * parameter_count(config) // ranks, ranks)
-    if rank == 0:
-        found = {"stalled": times.stalled[:CHECKPOINTS], "background": times.background[:CHECKPOINTS]}
-        path = last_checkpoint(folder / "run")
-        assert path is not None
-        found["speeds"] = list(astuple(speeds))
-        found["bytes"] = [sum(file.stat().st_size for file in files_of(path).values())]
-        (folder / "times.json").write_text(json.dumps(found))
-    shut_down_process_group()
+    path = last_checkpoint(folder / "run")
+    assert path is not None
+    return {
+        "stalled": times.stalled[:CHECKPOINTS],
+        "background": times.background[:CHECKPOINTS],
+        "speeds": list(astuple(speeds)),
+        "bytes": [sum(file.stat().st_size for file in files_of(path).values())],
+    }
 
 
 def measured_speeds(file: Path, size: int, ranks: int) -> SavingSpeeds:
@@ -143,26 +108,6 @@ def measured_speeds(file: Path, size: int, ranks: int) -> SavingSpeeds:
     return SavingSpeeds(speeds[0], speeds[1], speeds[2] * ranks)
 
 
-def measure(ranks: int, in_parts: bool, config: GPDiTConfig) -> dict[str, list[float]]:
-    """Return the times of the first rank, and the bytes of a checkpoint."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_latents(folder / "latents")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = multiprocessing.get_context("fork")  # the ranks need not import all packages again
-        processes = [
-            context.Process(target=train, args=(rank, ranks, port, in_parts, config, folder)) for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        times: dict[str, list[float]] = json.loads((folder / "times.json").read_text())
-        return times
-
-
 def main() -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,14 +118,13 @@ def main() -> None:
     config = GPDiTConfig(
         size="tiny", layers=options.layers, width=options.width, mlp_width=4 * options.width, heads=8, latent_channels=4
     )
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     fsdp2 = next(strategy for strategy in STRATEGIES if strategy.option == "fsdp2")
     print("| ranks | who writes | MiB | estimated | stall, first | later | estimated | background, later | estimated |")
     print("|---" * 9 + "|")
     for ranks in options.ranks:
         for in_parts in (False, True):
-            times = measure(ranks, in_parts, config)
+            with tempfile.TemporaryDirectory() as folder:
+                times = on_ranks(Path(folder), ranks, train, in_parts, config)[0]
             costs = saving_costs(config, fsdp2, ranks, SavingSpeeds(*times["speeds"]))
             stalls = [f"{times['stalled'][0]:.2f} s", f"{statistics.median(times['stalled'][1:]):.2f} s"]
             estimated = [f"{costs.stall:.2f} s", f"{statistics.median(times['background'][1:]):.2f} s"]

@@ -54,9 +54,15 @@ class TensorOnDisk(ABC):
             TransientError: three attempts to read a file failed for a reason other than its content.
         """
 
-    @abstractmethod
     def read_range(self, start: int, size: int) -> Tensor:
         """Read the elements (size,) of the flattened tensor from `start` on, and no others; errors as of `read`."""
+        values = torch.empty(size, dtype=self.dtype)
+        self.fill(values, start)
+        return values
+
+    @abstractmethod
+    def fill(self, values: Tensor, start: int) -> None:
+        """Read the elements from `start` on into a contiguous tensor (size,) of this type; errors as of `read`."""
 
 
 @dataclass(frozen=True)
@@ -89,21 +95,21 @@ class StoredTensor(TensorOnDisk):
 
     def read(self) -> Tensor:
         """Read the tensor, as the base class states."""
-        storage = self._read_bytes(self.offset, self.bytes)
+        storage = torch.empty(self.bytes, dtype=torch.uint8)
+        self._read_bytes(storage, self.offset)
         elements = storage[: self.bytes - self.bytes % self.dtype.itemsize].view(self.dtype)
         return elements.as_strided(self.shape, self.strides, self.first)
 
-    def read_range(self, start: int, size: int) -> Tensor:
+    def fill(self, values: Tensor, start: int) -> None:
         """Read elements, as the base class states; all of a tensor that is not contiguous in its file."""
-        if self.strides != row_major_strides(self.shape):
-            return self.read().flatten()[start : start + size]
-        first, width = self.first + start, self.dtype.itemsize
-        return self._read_bytes(self.offset + first * width, size * width).view(self.dtype)
+        if self.strides == row_major_strides(self.shape):
+            self._read_bytes(values.view(torch.uint8), self.offset + (self.first + start) * self.dtype.itemsize)
+        else:
+            values.copy_(self.read().flatten()[start : start + len(values)])
 
     @retried
-    def _read_bytes(self, offset: int, size: int) -> Tensor:
+    def _read_bytes(self, storage: Tensor, offset: int) -> None:
         try:
-            storage = torch.empty(size, dtype=torch.uint8)
             with open_regular(self.path) as file:
                 read_into(storage.numpy().data, file.fileno(), offset)
         except (OSError, RuntimeError, MemoryError) as error:
@@ -114,7 +120,6 @@ class StoredTensor(TensorOnDisk):
                 f"{self.path} became shorter while it was read: wait until the program that writes it has finished, "
                 "and run the same command again."
             ) from None
-        return storage
 
 
 @dataclass(frozen=True)
@@ -146,14 +151,13 @@ class SlicedTensor(TensorOnDisk):
         """Read the tensor, as the base class states."""
         return self.read_range(0, math.prod(self.shape)).view(self.shape)
 
-    def read_range(self, start: int, size: int) -> Tensor:
+    def fill(self, values: Tensor, start: int) -> None:
         """Read elements, as the base class states."""
-        values, end = torch.empty(size, dtype=self.dtype), start + size
+        end = start + len(values)
         for first, stored in self.slices:
             low, high = max(start, first), min(end, first + stored.shape[0])
             if low < high:
-                values[low - start : high - start] = stored.read_range(low - first, high - low)
-        return values
+                stored.fill(values[low - start : high - start], low - first)
 
 
 def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:

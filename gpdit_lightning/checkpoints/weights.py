@@ -15,6 +15,7 @@ from gpdit_lightning.model.config import EXECUTION_FIELDS, GPDiTConfig
 from gpdit_lightning.schema import OBJECT, check
 from gpdit_lightning.tensor_files import TensorOnDisk, is_finite
 
+NOT_FINITE = "use other weights, since these cannot be computed with"
 # A model whose linear layers were cast has two of them.
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -82,6 +83,20 @@ class Weights:
             InputError: a tensor is missing, unknown, of another shape or not of a floating-point type, or a tensor of a
                 file cannot be read or is not finite.
         """
+        self.check_fit(model)
+        if assign:
+            model.load_state_dict(self.read_all(), assign=True)
+            return
+        with torch.no_grad():
+            for name, parameter in model.state_dict().items():  # one by one: a second copy of all might not fit
+                parameter.copy_(self.read(name))
+
+    def check_fit(self, model: nn.Module) -> None:
+        """Check the tensors without reading them.
+
+        Raises:
+            InputError: a tensor is missing, unknown, of another shape or not of a floating-point type.
+        """
         expected = {name: f"shape {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()}
         actual = {name: _shape_text(tensor) for name, tensor in self.tensors.items()}
         for name in (*expected, *actual):
@@ -94,12 +109,6 @@ class Weights:
         if not stored <= DTYPES and stored != {torch.float64}:
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in stored))
             raise InputError(f"{self.owner} has weights of {names}, which are not computed with: {EXPORT_AGAIN}.")
-        if assign:
-            model.load_state_dict(self.read_all(), assign=True)
-            return
-        with torch.no_grad():
-            for name, parameter in model.state_dict().items():  # one by one: a second copy of all might not fit
-                parameter.copy_(self.read(name))
 
     def read_all(self) -> dict[str, Tensor]:
         """Return all tensors; errors as of `read`."""
@@ -116,10 +125,7 @@ class Weights:
             return tensor
         values = tensor.read()
         if not is_finite(values):
-            raise InputError(
-                f"{self.owner} has numbers in {name} that are not finite (NaN or infinity): use other weights, since "
-                "these cannot be computed with."
-            )
+            raise InputError(f"{self.owner} has numbers in {name} that are not finite (NaN or infinity): {NOT_FINITE}.")
         return values
 
 

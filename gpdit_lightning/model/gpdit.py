@@ -27,6 +27,7 @@ from gpdit_lightning.model.checks import (
     check_forward,
 )
 from gpdit_lightning.model.config import GPDiTConfig
+from gpdit_lightning.model.initial_weights import initial_weights
 from gpdit_lightning.model.kv_cache import KVCache
 from gpdit_lightning.model.layout import BlockLayout, ClipBlocks
 from gpdit_lightning.model.patches import patchify, unpatchify
@@ -88,32 +89,11 @@ class GPDiT(nn.Module):
         return BlockLayout.of(self.config, height, width)
 
     def reset_parameters(self) -> None:
-        """Xavier weights, zero biases, a zero output layer (as DiT), and branches scaled by 1 / sqrt(2 layers).
-
-        The modulations are zero (adaLN-Zero). The embedding of theta is as in DiT, but zero if it is added to tokens.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)  # as DiT's labels
-        nn.init.zeros_(self.output.weight)
-        if self.time_embedding is not None:
-            for linear in (self.time_embedding.hidden, self.time_embedding.output):
-                nn.init.normal_(linear.weight, std=0.02)
-            last = self.time_embedding.output if self.output_modulation is None else self.output_modulation
-            nn.init.zeros_(last.weight)
+        """Set the parameters to their initial values (initial_weights.py)."""
+        parameters = dict(self.named_parameters())
         with torch.no_grad():
-            for block in self.blocks:
-                assert isinstance(block, Block)
-                block.attention_output.weight.mul_((2 * self.config.layers) ** -0.5)
-                block.mlp.down.weight.mul_((2 * self.config.layers) ** -0.5)
-                if block.spatial is not None:
-                    block.spatial.attention_output.weight.mul_((2 * self.config.layers) ** -0.5)
-                if block.modulation is not None:
-                    nn.init.zeros_(block.modulation.weight)
+            for name, values in initial_weights(self, self.config.layers):
+                parameters[name].copy_(values)
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from gpdit_lightning.checkpoints.content import check_shapes
 from gpdit_lightning.checkpoints.facts import Origin
+from gpdit_lightning.checkpoints.weights import NOT_FINITE
 from gpdit_lightning.data.batches import LatentBatch
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import (
@@ -26,6 +28,7 @@ from gpdit_lightning.diffusion import (
 )
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.model.attention import select_backend
+from gpdit_lightning.model.initial_weights import weights_of_new
 from gpdit_lightning.model.layout import ClipBlocks, count_blocks
 from gpdit_lightning.schema import OBJECT, check
 from gpdit_lightning.stages.agreement import (
@@ -47,7 +50,12 @@ from gpdit_lightning.stages.agreement import (
 from gpdit_lightning.stages.initial_weights import InitialWeights
 from gpdit_lightning.training.internals import end_validation_loader
 from gpdit_lightning.training.optimizer import OptimizerConfig, apply_config, build_optimizer
-from gpdit_lightning.training.strategies.sharding import product_dtype_of, sharded_strategy_of
+from gpdit_lightning.training.strategies.sharding import (
+    LaterWeights,
+    product_dtype_of,
+    sharded_strategy_of,
+    strategy_of_later_weights,
+)
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +103,28 @@ class GPDiTStage(LightningModule):
         """Build the backbone. Lightning calls this in the context of the strategy."""
         if "backbone" in self._modules:
             return
-        self.backbone = GPDiT(self.config)
+        sharding = strategy_of_later_weights(self)
+        if type(self).configure_model is not GPDiTStage.configure_model:  # which may change the weights
+            sharding = None
+        with torch.device("meta") if sharding is not None else nullcontext():
+            self.backbone = GPDiT(self.config)
         if self.initial_weights:
             self.loaded_weights = InitialWeights.load(self.initial_weights, self.backbone)
             self.origin = self.loaded_weights.origin
+        if sharding is not None:
+            sharding.later_weights = self._later_weights()
+
+    def _later_weights(self) -> LaterWeights:
+        """Return the weights of the backbone on the meta device."""
+        device = torch.get_default_device()
+        if self.loaded_weights is None:
+            with torch.device("meta"):
+                unsharded = GPDiT(self.config)
+            values = ((f"backbone.{name}", value) for name, value in weights_of_new(unsharded, self.config.layers))
+            return LaterWeights(values, device)
+        tensors = self.loaded_weights.tensors.items()
+        named = ((f"backbone.{name}", value) for name, value in tensors)
+        return LaterWeights(named, device, self.loaded_weights.origin.path, NOT_FINITE)
 
     # --- the objective
 

@@ -2,9 +2,12 @@
 
 import logging
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+from torch import Tensor
 
 from gpdit_lightning.checkpoints.facts import Origin
 from gpdit_lightning.checkpoints.reading import open_weights, sha256_of_weights
@@ -14,6 +17,7 @@ from gpdit_lightning.files import check_regular
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.specs import CodecSpec
 from gpdit_lightning.stages.agreement import check_architecture, check_classes
+from gpdit_lightning.tensor_files import TensorOnDisk
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +42,13 @@ class InitialWeights:
         origin: their file, its optimizer step and sha256.
         codec: the codec of the latents on which they were trained; None if unknown.
         classes: names of the classes on which they were trained; empty without classes.
+        tensors: the weights by name.
     """
 
     origin: Origin
     codec: CodecSpec | None
     classes: tuple[str, ...]
+    tensors: Mapping[str, Tensor | TensorOnDisk]
 
     @classmethod
     def load(cls, path: str, backbone: GPDiT) -> Self:
@@ -50,7 +56,7 @@ class InitialWeights:
 
         Args:
             path: a checkpoint, a run folder (its last checkpoint) or an exported folder.
-            backbone: a backbone of the same architecture.
+            backbone: a backbone of the same architecture; nothing is loaded into one on the meta device.
 
         Raises:
             InputError: the path does not exist or is a pipe or a device, a file is damaged, or the architecture
@@ -64,11 +70,14 @@ class InitialWeights:
             )
         weights, folder = open_weights(path)
         check_architecture(weights.config.to_dict(), backbone.config, path)
-        weights.load_into(backbone)
+        if backbone.device.type == "meta":
+            weights.check_fit(backbone)
+        else:
+            weights.load_into(backbone)
         origin = Origin(path, weights.facts.step or 0, sha256_of_weights(folder))
         kind = "averaged" if weights.facts.weights == "ema" else "trained"
         log.info("training starts from the %s weights of %s (step %d)", kind, path, origin.step)
-        return cls(origin, weights.facts.codec, weights.facts.classes)
+        return cls(origin, weights.facts.codec, weights.facts.classes, weights.tensors)
 
     def check_data(self, data: LatentDataModule) -> None:
         """Raise `InputError` unless the data have the codec and the classes that the weights were trained with."""

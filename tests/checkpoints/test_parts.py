@@ -28,7 +28,7 @@ from gpdit_lightning.checkpoints.io import FolderCheckpointIO
 from gpdit_lightning.checkpoints.parts import OFFSETS, TensorSlice, part_name, places, take_slices, write_part
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import partial_path
-from gpdit_lightning.tensor_files import TensorOnDisk
+from gpdit_lightning.tensor_files import TensorOnDisk, read_into
 
 SHAPES = {"backbone.a": (7, 5), "backbone.b": (3,), "backbone.c": (2, 3, 4)}
 CUTS = {  # the ends of the ranks' shares of all elements, flattened and in order
@@ -115,7 +115,26 @@ def test_parts_of_any_ranks_have_the_content_of_one_file(cuts: list[float], tmp_
                     assert torch.equal(stored.value.read_range(start, size), values[start : start + size])
 
 
-def test_ranges_of_one_file_are_read_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_only_the_bytes_of_a_range_are_read(in_parts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content, folder = whole_content(), tmp_path / "written"
+    if in_parts:
+        write(folder, content, CUTS["halves"])
+    else:
+        FolderCheckpointIO().save_checkpoint(content, folder)
+    stored = read_content(folder, lazily=True)["ema"]["weights"]["backbone.a"]
+    counts: list[int] = []
+
+    def counting(buffer: memoryview, *place: int) -> None:
+        counts.append(len(buffer))
+        read_into(buffer, *place)
+
+    monkeypatch.setattr("gpdit_lightning.tensor_files.read_into", counting)
+    assert torch.equal(stored.read_range(10, 20), content["ema"]["weights"]["backbone.a"].flatten()[10:30])
+    assert sum(counts) == 20 * 4
+
+
+def test_ranges_of_a_tensor_that_is_not_contiguous(tmp_path: Path) -> None:
     content = whole_content()
     content["state_dict"]["backbone.turned"] = torch.arange(12.0).view(3, 4).T
     content.pop("ema")

@@ -83,11 +83,14 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
         for part in module.modules():
             if isinstance(part, GPDiT):
                 self._shard(part)
+        if self.later_weights is not None:
+            module.to_empty(device=self.root_device)
         super().setup(trainer)
         names = {parameter: name for name, parameter in module.named_parameters()}
         self.shards = {name: _shard_of(parameter) for parameter, name in names.items()}
         groups = self.inner_optimizer.param_groups
         self.parameter_groups = [[names[parameter] for parameter in group["params"]] for group in groups]
+        self.fill_weights()
 
     def _shard(self, backbone: GPDiT) -> None:
         """Shard each block alone, so that one at a time is gathered, and the other modules of the backbone together."""

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
@@ -76,27 +76,50 @@ class SaveInBackground(NamedTuple):
     publish: Publish
 
 
+class LaterWeights(NamedTuple):
+    """The weights of a model that is built on the meta device.
+
+    Attributes:
+        values: value of each parameter by name; a later one of the same name replaces an earlier one. Each rank reads
+            its elements of those on disk, and drops those in memory one after the other.
+        device: the default device on which values are computed.
+        owner, cure: whose values they are, and what the user should do if they are not finite; for messages.
+    """
+
+    values: Iterable[tuple[str, Tensor | TensorOnDisk]]
+    device: torch.device
+    owner: str = "the checkpoint"
+    cure: str = "use another checkpoint of the run"
+
+
 class ShardedStrategy(ParallelStrategy):
     """Shards weights, gradients and optimizer state across ranks.
 
     A checkpoint has the content that a single process would write, in float32: any number of ranks with any strategy
     can resume from it, without unpickling. Each rank writes its slices of the tensors to a file, after it has copied
-    them to host memory. Every rank builds the full model in host memory before it is sharded.
+    them to host memory.
+
+    A stage of the library builds its model on the meta device: a rank has its shards only, and at the start one more
+    tensor at a time. A stage with a custom `configure_model` builds the full model on every rank.
 
     Attributes:
         PRECISION: class of the precision plugin, constructed with the name of a precision.
         shards: this rank's shard of every parameter by name; empty before the setup of training.
         parameter_groups: names of the parameters in the optimizer's groups.
+        later_weights: those that a model on the meta device gets after it is sharded; set by its stage.
     """
 
     PRECISION: ClassVar[type[Any]]
     shards: dict[str, ParameterShard]
     parameter_groups: list[list[str]]
+    later_weights: LaterWeights | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.shards, self.parameter_groups = {}, []
         self._staging: dict[str, Tensor] = {}
+        self.later_weights: LaterWeights | None = None
+        self._writing: BackgroundTask | None = None
         self._group: ProcessGroup | None = None  # of the thread that writes checkpoints
 
     @property
@@ -162,6 +185,28 @@ class ShardedStrategy(ParallelStrategy):
         return True
 
     # --- the float32 weights
+
+    @torch.no_grad()
+    def fill_weights(self) -> None:
+        """Set this rank's shards to `later_weights`, if there are any; call it when the model is sharded.
+
+        Raises:
+            InputError: an element on disk is not finite.
+        """
+        if self.later_weights is None:
+            return
+        values, device, owner, cure = self.later_weights
+        self.later_weights = None
+        with device:
+            for name, full in values:
+                shard = self.shards[name]
+                if isinstance(full, TensorOnDisk):
+                    mine = shard.read(full)
+                    check_finite({name: mine}, owner, cure)
+                else:
+                    mine = shard.in_full(full)
+                shard.in_storage(shard.storage).copy_(mine)
+        self.refresh_weights()
 
     def master_weights(self) -> dict[str, Tensor]:
         """Return this rank's shard (size,) of every parameter in float32, as views of the optimizer's tensors."""
@@ -254,6 +299,8 @@ class ShardedStrategy(ParallelStrategy):
                     place.container[place.key] = self.gather(place.value)
             Strategy.save_checkpoint(self, checkpoint, filepath)
             return
+        if self._writing is not None:  # another callback may save, too
+            self._writing.join()
         slices = self._staged(take_slices(checkpoint))
         record = as_bytes(checkpoint) if self.is_global_zero else b""
         if self._group is None:
@@ -262,7 +309,8 @@ class ShardedStrategy(ParallelStrategy):
         if storage_options is None:
             save(lambda files: None)
         else:
-            storage_options.task.start(partial(save, storage_options.publish))
+            self._writing = storage_options.task
+            self._writing.start(partial(save, storage_options.publish))
 
     @property
     def writes_parts(self) -> bool:
@@ -292,10 +340,13 @@ class ShardedStrategy(ParallelStrategy):
         return read_resumable(Path(checkpoint_path), lazily=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the full model, before it is sharded."""
+        """Load the full model, before it is sharded; one on the meta device gets its weights after that."""
         assert self.lightning_module is not None
         if strict:
             check_shapes(checkpoint["state_dict"], self.lightning_module.state_dict())
+        if self.later_weights is not None:
+            self.later_weights = LaterWeights(checkpoint["state_dict"].items(), torch.device("cpu"))
+            return
         with torch.no_grad():
             for name, parameter in self.lightning_module.state_dict().items():
                 if name not in checkpoint["state_dict"] and not strict:
@@ -303,6 +354,14 @@ class ShardedStrategy(ParallelStrategy):
                 values = checkpoint["state_dict"][name].read()
                 check_finite({name: values}, "the checkpoint", "use another checkpoint of the run")
                 parameter.copy_(values)
+
+
+def strategy_of_later_weights(module: LightningModule) -> ShardedStrategy | None:
+    """Return the strategy for which a module is to be built on the meta device; None if it is built as usual."""
+    trainer = attached_trainer(module)
+    if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        return None
+    return trainer.strategy if isinstance(trainer.strategy, ShardedStrategy) else None
 
 
 def product_dtype_of(trainer: Trainer) -> torch.dtype:

@@ -117,7 +117,11 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
                 "backbone.compile is true, but ZeRO-3 gathers weights in hooks, which torch.compile would trace at "
                 "every call: set it to false, or use zero2, fsdp2 or ddp."
             )
+        if self.later_weights is not None:
+            # In host memory under ZeRO-3: no element is touched before DeepSpeed frees all but this rank's.
+            module.to(self.compute_dtype).to_empty(device="cpu" if self.stage == 3 else self.root_device)
         super().setup(trainer)
+        self.fill_weights()
 
     def init_deepspeed(self) -> None:
         """Initialize DeepSpeed for training, without Lightning's warning about gradient clipping."""
@@ -140,7 +144,7 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
             [names[parameter] for parameter in group["params"]] for group in optimizer.param_groups
         ]
         # DeepSpeed rounds weights to bf16 before it copies them to float32 master weights.
-        rounds = self.compute_dtype != torch.float32
+        rounds = self.compute_dtype != torch.float32 and self.later_weights is None
         unrounded = {name: p.detach().to("cpu", copy=True) for p, name in names.items()} if rounds else {}
         wrapped = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         zero_optimizer = wrapped[0].optimizer

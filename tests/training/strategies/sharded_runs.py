@@ -50,13 +50,6 @@ class Stage(GPDiTStage):
         super().__init__(config, optimizer=optimizer)
         self.run = run
 
-    def configure_model(self) -> None:
-        super().configure_model()
-        if self.run.get("random_weights"):  # a new model predicts zero
-            generator = torch.Generator().manual_seed(2)
-            for parameter in self.parameters():
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-
     def configure_optimizers(self) -> Any:
         return super().configure_optimizers() if self.run["optimizer"] == "adamw" else self.sgd()
 
@@ -75,6 +68,16 @@ class Stage(GPDiTStage):
         if last_rank and batch_idx == self.run.get("broken_loss"):
             output["loss"] = output["loss"] + math.inf
         return output
+
+
+class RandomStage(Stage):
+    """Begins with weights that are all random, since a new model predicts zero."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        generator = torch.Generator().manual_seed(2)
+        for parameter in self.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 class Record(Callback):
@@ -159,7 +162,7 @@ def train(folder: Path, run: dict[str, Any], strategy: str, devices: int) -> Non
         max_ranks=ranks,
         validation_batches=1,
     )
-    stage = Stage(run, data.codec.latent_channels)
+    stage = (RandomStage if run.get("random_weights") else Stage)(run, data.codec.latent_channels)
     health, ema = Health(max_skips=1), EMA(0.9)
     record = Record(health, ema)
     generating: list[Callback] = []
@@ -201,5 +204,6 @@ if __name__ == "__main__":
     for description in json.loads((place / "runs.json").read_text()):
         train(place, description, description["strategy"], description.get("ranks", 2))
         gc.collect()
-        assert not any(type(thing) is Stage for thing in gc.get_objects()), f"{description['name']} is still in memory"
+        kept = [thing for thing in gc.get_objects() if issubclass(type(thing), Stage)]
+        assert not kept, f"{description['name']} is still in memory"
     shut_down_process_group()

@@ -1,0 +1,95 @@
+"""`python -m benchmarks.startup`: time to the first step, and host memory of a rank until then, under FSDP2 on a CPU.
+
+The backbone has the layers of GPDiT-H at a smaller width. It is built in two ways: every rank builds the whole model,
+as with a custom `configure_model`, or it is built on the meta device and each rank fills its shards. The weights are
+random, or those of a checkpoint. Memory is the largest increase of the resident set of a rank between the call of `fit`
+and the first batch; seconds are those of the slowest rank.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from benchmarks.ranks import on_ranks, random_latents, trainer_settings
+from gpdit_lightning import GPDiTConfig
+from gpdit_lightning.estimation.memory import parameter_count
+from gpdit_lightning.estimation.units import MIB
+from gpdit_lightning.stages import GPDiTStage
+from gpdit_lightning.training.callbacks.ema import EMA
+from gpdit_lightning.training.callbacks.run_checkpoint import RunCheckpoint
+from gpdit_lightning.training.strategies.fsdp import FSDP2
+
+
+class WholeModelStage(GPDiTStage):
+    """Builds the whole model on every rank."""
+
+    def configure_model(self) -> None:
+        """Build the model as a custom stage does."""
+        super().configure_model()
+
+
+class AtFirstBatch(Callback):
+    """Records the time and the largest resident set at the first batch."""
+
+    def __init__(self) -> None:
+        self.at = self.peak = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Record them once."""
+        if not self.at:
+            self.at, self.peak = time.perf_counter(), resident("VmHWM")
+
+
+def resident(name: str) -> float:
+    """Return the bytes of the resident set: `VmRSS`, or `VmHWM` for the largest one since it was reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def start(
+    rank: int, ranks: int, folder: Path, config: GPDiTConfig, stage: type[GPDiTStage], resumes: bool
+) -> dict[str, list[float]]:
+    """Start a training, and train a step; return the seconds and bytes of this rank."""
+    first, resumed = AtFirstBatch(), folder / "run/checkpoints/step-1.ckpt"
+    trainer = Trainer(
+        strategy=FSDP2(),
+        max_steps=2 if resumes else 1,
+        callbacks=[EMA(), first, RunCheckpoint(keep_last=2)],
+        **trainer_settings(ranks, folder),
+    )
+    module = stage(config)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the largest resident set
+    before, begun = resident("VmRSS"), time.perf_counter()
+    trainer.fit(module, random_latents(ranks, folder), ckpt_path=resumed if resumes else None, weights_only=True)
+    return {"seconds": [first.at - begun], "bytes": [first.peak - before]}
+
+
+def main() -> None:
+    """Print the table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--width", type=int, default=512)
+    options = parser.parse_args()
+    config = GPDiTConfig.preset("H", width=options.width, mlp_width=4 * options.width, heads=8, latent_channels=4)
+    parameters = parameter_count(config)
+    print(f"{config.layers} layers, {parameters:,} parameters, {4 * parameters / MIB:.0f} MiB in float32")
+    print("| ranks | weights | built | seconds to the first batch | MiB per rank |")
+    print("|---" * 5 + "|")
+    ways = {"whole": WholeModelStage, "by shards": GPDiTStage}
+    for ranks in options.ranks:
+        with tempfile.TemporaryDirectory() as root:
+            for weights, resumes in (("random", False), ("of a checkpoint", True)):
+                for built, stage in ways.items():
+                    folder = Path(root, built)
+                    folder.mkdir(exist_ok=True)
+                    found = on_ranks(folder, ranks, start, config, stage, resumes)
+                    seconds, size = (max(of_rank[name][0] for of_rank in found) for name in ("seconds", "bytes"))
+                    print(f"| {ranks} | {weights} | {built} | {seconds:.1f} | {size / MIB:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
