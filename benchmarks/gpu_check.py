@@ -1,10 +1,12 @@
 """`python -m benchmarks.gpu_check [--out FILE.json]`: correctness and speed of the backbone on this GPU.
 
-First, frame-causal attention by xformers and by SDPA, forward and backward, is compared with a dense float64 reference.
+First, frame-causal attention by each built-in backend, forward and backward, is compared with a dense float64
+reference. A backend that cannot be used, such as one whose package is not installed, is no failure: it is listed with
+the reason.
 Then a training step of GPDiT-B and of GPDiT-H is timed: forward pass, backward pass and AdamW, on random latents of
 17-frame clips at 192x320, under bf16 autocast with float32 weights.
 
-Exit status: 0 if all checks passed, 1 if an operator is wrong or a step failed, 2 for invalid options, 3 without a GPU.
+Exit status: 0 if all checks passed, 1 if a backend is wrong or a step failed, 2 for invalid options, 3 without a GPU.
 """
 
 import argparse
@@ -29,15 +31,8 @@ from gpdit_lightning import GPDiT, GPDiTConfig, InputError
 from gpdit_lightning.estimation.flops import PassShape, training_flops
 from gpdit_lightning.estimation.gpus import peak_bf16_flops
 from gpdit_lightning.files import atomic_write
-from gpdit_lightning.model.attention import (
-    KV,
-    QKV,
-    AttentionOperator,
-    BlockSizes,
-    block_causal_attention,
-    select_backend,
-)
-from gpdit_lightning.model.attention.backends import sdpa, xformers
+from gpdit_lightning.model.attention import KV, QKV, BlockSizes, PlannedAttention, plan_attention
+from gpdit_lightning.model.attention.backends import BACKENDS, BUILT_IN, built_in_failure
 from gpdit_lightning.model.config import AttentionVariant
 from gpdit_lightning.training.optimizer import OptimizerConfig, build_optimizer
 
@@ -52,7 +47,7 @@ class CheckConfig:
 
     Attributes:
         device: to compute on.
-        operators: attention operators to compare with the reference.
+        backends: attention backends to compare with the reference.
         frames: number of latent frames per clip.
         height, width: of a latent frame, in latent pixels.
         clips: number of clips in a timed step.
@@ -62,7 +57,7 @@ class CheckConfig:
     """
 
     device: torch.device
-    operators: tuple[AttentionOperator, ...]
+    backends: tuple[str, ...]
     frames: int
     height: int
     width: int
@@ -74,9 +69,9 @@ class CheckConfig:
 
 @dataclass(frozen=True)
 class AttentionResult:
-    """Errors of one operator, relative to the largest reference value; None if it did not run."""
+    """Errors of one backend, relative to the largest reference value; None if it did not run."""
 
-    operator: str
+    backend: str
     variant: str
     dtype: str
     head_width: int
@@ -85,6 +80,7 @@ class AttentionResult:
     tolerance: float
     passed: bool
     failure: str = ""
+    skipped: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ class StepResult:
 
     model: str
     attention: str
-    operator: str
+    backend: str
     clips: int
     activation_checkpointing: bool
     milliseconds: float | None
@@ -135,7 +131,7 @@ def reference_attention(variant: AttentionVariant, tokens: int, clean: QKV, nois
 
 
 def attention_errors(
-    operator: AttentionOperator, variant: AttentionVariant, dtype: torch.dtype, head_width: int, check: CheckConfig
+    backend: str, variant: AttentionVariant, dtype: torch.dtype, head_width: int, check: CheckConfig
 ) -> tuple[float, float]:
     """Return the largest forward and backward errors on three clips with two heads; the last clip has no context."""
     tokens = (check.height // 2) * (check.width // 2)
@@ -147,12 +143,11 @@ def attention_errors(
         return QKV(*(x.requires_grad_() for x in tensors))
 
     clean, noisy = random_qkv(2, check.frames - 1), random_qkv(3, check.frames)
-    context = KV(clean.key, clean.value)
-    sizes = BlockSizes.of_frames(check.frames, tokens)
-    clean_out, noisy_out = block_causal_attention(operator, variant, sizes, context, clean, noisy)
-    assert clean_out is not None
-    assert noisy_out is not None
-    outputs = (clean_out, noisy_out)
+    plan = plan_attention(variant, BlockSizes.of_frames(check.frames, tokens), clips=2, rows=3)
+    parts = [clean, QKV(*(x[:2] for x in noisy)), QKV(*(x[2:] for x in noisy))]
+    attention = PlannedAttention.of(BACKENDS[backend], plan, clean.key.device)
+    clean_out, with_context, without = attention(KV(clean.key, clean.value), parts)
+    outputs = (clean_out, torch.cat((with_context, without)))
     cotangents = [torch.randn(x.shape, device=x.device, generator=generator).to(dtype) for x in (clean[0], noisy[0])]
     gradients = torch.autograd.grad(outputs, (*clean, *noisy), cotangents)
 
@@ -162,7 +157,7 @@ def attention_errors(
 
     def largest_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         if not all(x.isfinite().all() for x in actual):
-            raise ArithmeticError("the operator returned values that are not finite")
+            raise ArithmeticError("the backend returned values that are not finite")
         return max(
             ((x.double() - y).abs().amax() / y.abs().amax()).item() for x, y in zip(actual, expected, strict=True)
         )
@@ -171,20 +166,21 @@ def attention_errors(
 
 
 def check_attention(
-    operator: AttentionOperator, variant: AttentionVariant, dtype: torch.dtype, head_width: int, check: CheckConfig
+    backend: str, variant: AttentionVariant, dtype: torch.dtype, head_width: int, check: CheckConfig
 ) -> AttentionResult:
-    """Compare one operator with the reference; return a row of the first table."""
+    """Compare one backend with the reference; return a row of the first table."""
     forward = backward = None
-    failure = ""
+    failure, skipped = "", BACKENDS[backend].obstacle(check.device.type, dtype, gradient=True) or ""
     try:
-        forward, backward = attention_errors(operator, variant, dtype, head_width, check)
+        if not skipped:
+            forward, backward = attention_errors(backend, variant, dtype, head_width, check)
     except Exception as error:  # a build for another torch or GPU may raise anything
         failure = first_line(error)
     tolerance = TOLERANCES[dtype]
-    passed = forward is not None and backward is not None and max(forward, backward) <= tolerance
+    passed = bool(skipped) or (forward is not None and backward is not None and max(forward, backward) <= tolerance)
     dtype_name = str(dtype).removeprefix("torch.")
     return AttentionResult(
-        operator.__name__, variant, dtype_name, head_width, forward, backward, tolerance, passed, failure
+        backend, variant, dtype_name, head_width, forward, backward, tolerance, passed, failure, skipped
     )
 
 
@@ -221,7 +217,7 @@ def time_step(config: GPDiTConfig, check: CheckConfig) -> StepResult:
     return StepResult(
         model=config.size,
         attention=config.attention,
-        operator=select_backend(config.attention_backend, device.type, torch.bfloat16).__name__,
+        backend=config.attention_backend,
         clips=check.clips,
         activation_checkpointing=config.activation_checkpointing,
         milliseconds=1000 * median,
@@ -281,7 +277,7 @@ def table(rows: Sequence[dict[str, Any]], columns: dict[str, tuple[str, str]]) -
 
 
 ATTENTION_COLUMNS = {
-    "operator": ("operator", ""),
+    "backend": ("backend", ""),
     "variant": ("mask", ""),
     "dtype": ("precision", ""),
     "head_width": ("head width", "d"),
@@ -293,7 +289,7 @@ ATTENTION_COLUMNS = {
 STEP_COLUMNS = {
     "model": ("model", ""),
     "attention": ("mask", ""),
-    "operator": ("operator", ""),
+    "backend": ("backend", ""),
     "clips": ("clips", "d"),
     "activation_checkpointing": ("checkpointing", ""),
     "milliseconds": ("ms/step", ".1f"),
@@ -308,7 +304,8 @@ STEP_COLUMNS = {
 def with_verdict(result: AttentionResult | StepResult) -> dict[str, Any]:
     """Return a result as a row, with `passed` and `failure` as text."""
     verdict = "ok" if result.passed else f"FAILED {result.failure}".rstrip()
-    return asdict(result) | {"verdict": verdict}
+    skipped = getattr(result, "skipped", "")
+    return asdict(result) | {"verdict": f"not run: {skipped}" if skipped else verdict}
 
 
 def environment(check: CheckConfig) -> dict[str, Any]:
@@ -330,14 +327,19 @@ def full_check(clips: int) -> CheckConfig:
     """Return the settings for a GPU: 17 frames at 192x320, which are 5 latent frames of 24x40."""
     return CheckConfig(
         device=torch.device("cuda"),
-        operators=(xformers, sdpa),
+        backends=BUILT_IN,
         frames=5,
         height=24,
         width=40,
         clips=clips,
         warmup=3,
         steps=10,
-        models=(GPDiTConfig.preset("B"), GPDiTConfig.preset("H", activation_checkpointing=True)),
+        models=tuple(
+            model.replaced(attention_backend=backend)
+            for model in (GPDiTConfig.preset("B"), GPDiTConfig.preset("H", activation_checkpointing=True))
+            for backend in BUILT_IN
+            if built_in_failure(backend, "cuda", torch.bfloat16, model.head_width, gradient=True) is None
+        ),
     )
 
 
@@ -346,7 +348,7 @@ def smoke_test() -> CheckConfig:
     small = {"layers": 2, "width": 64, "mlp_width": 128, "heads": 2}
     return CheckConfig(
         device=torch.device("cpu"),
-        operators=(sdpa,),
+        backends=("sdpa",),
         frames=3,
         height=4,
         width=6,
@@ -362,7 +364,7 @@ def option_parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         allow_abbrev=False,
         prog="python -m benchmarks.gpu_check",
-        description="Compare the attention operators with a float64 reference on this GPU, and time a training step of "
+        description="Compare the attention backends with a float64 reference on this GPU, and time a training step of "
         "GPDiT-B and of GPDiT-H.",
     )
     options.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results to this file")
@@ -382,8 +384,8 @@ def run(check: CheckConfig, out: Path | None, is_smoke_test: bool) -> bool:
 
     print("\nFrame-causal attention against a float64 reference (errors relative to the largest reference value)")
     attention = [
-        check_attention(operator, variant, dtype, head_width, check)
-        for operator in check.operators
+        check_attention(backend, variant, dtype, head_width, check)
+        for backend in check.backends
         for dtype in TOLERANCES
         for head_width in HEAD_WIDTHS
         for variant in get_args(AttentionVariant)

@@ -137,7 +137,7 @@ def test_the_network_and_the_objective_need_torch_alone() -> None:
     for package in sorted(TORCH_ONLY):
         for path in files_of(package):
             allowed = {"torch", "gpdit_lightning"} | sys.stdlib_module_names
-            if path == PACKAGE / "model" / "attention" / "backends.py":
+            if path == PACKAGE / "model" / "attention" / "xformers_backends.py":
                 allowed |= {"xformers"}
             assert top_level_names(path) <= allowed, path
 

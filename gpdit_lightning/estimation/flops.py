@@ -7,7 +7,7 @@ from functools import lru_cache
 from gpdit_lightning.model import GPDiTConfig
 from gpdit_lightning.model.attention import BlockSizes
 from gpdit_lightning.model.layout import BlockLayout, ClipBlocks
-from gpdit_lightning.model.streams import PassBlocks
+from gpdit_lightning.model.streams import LayerPlans, PassBlocks, plan_layers
 from gpdit_lightning.model.time_conditioning import FREQUENCIES
 
 
@@ -39,6 +39,16 @@ class PassShape:
         """Return the tokens of the clean and of the noisy blocks; clean blocks without a later one are not computed."""
         layout = BlockLayout.of(config, self.height, self.width)
         return _block_sizes(layout, self.frames, tuple(self.noisy), config.causal_in_block)
+
+    def plans(self, config: GPDiTConfig) -> LayerPlans:
+        """Return the attention of the layers, with the token of a label as a prefix."""
+        layout = BlockLayout.of(config, self.height, self.width)
+        if not self.noisy:
+            return plan_layers(config, PassBlocks(layout, self.frames, range(layout.count(self.frames))), self.clips, 0)
+        clip = ClipBlocks.of(config, self.noisy, self.height, self.width)
+        blocks = PassBlocks.of_clip(clip, self.context_clips > 0, self.draws)
+        clips = self.context_clips if blocks.clean else 0
+        return plan_layers(config, blocks, clips, self.draws * self.clips, int(config.has_prefix))
 
     def tokens(self, config: GPDiTConfig) -> int:
         """Return the tokens of a frame."""

@@ -8,11 +8,18 @@ from typing import NamedTuple
 
 from gpdit_lightning.estimation.flops import PassShape
 from gpdit_lightning.model import GPDiTConfig
+from gpdit_lightning.model.attention import AttentionPlan
+from gpdit_lightning.model.attention.flex import padded_lengths
+from gpdit_lightning.model.attention.xformers_backends import block_lengths
 from gpdit_lightning.model.time_conditioning import FREQUENCIES
 
 # Elements of a reduce bucket of DeepSpeed (Lightning's default), and of the weights that ZeRO-3 keeps gathered at a
 # time (DeepSpeed's default of stage3_max_live_parameters).
 REDUCE_BUCKET, LIVE_PARAMETERS = 200_000_000, 1_000_000_000
+
+
+PACKED = ("xformers_block_diagonal", "flex_attention")
+"""Attention backends that copy the inputs of a layer into one sequence; `auto` is counted as one of the others."""
 
 
 class BytesPerValue(NamedTuple):
@@ -203,26 +210,33 @@ def _bytes_inside_block(config: GPDiTConfig, shape: PassShape, precision: BytesP
     blocks = shape.blocks(config)
     # Noisy blocks without context attend to their own rotated keys and, with a condition, to a copy of their values
     # behind those of the condition. Both are computed and saved for all noisy blocks together.
-    own_keys = noisy if 0 in blocks.contexts or shape.context_clips < shape.clips else 0
+    packs_layers = config.attention_backend in PACKED
+    own_keys = 0 if packs_layers else noisy * (0 in blocks.contexts or shape.context_clips < shape.clips)
     copied_values = own_keys if config.has_prefix else 0
     casts_stream, casts_weights = precision.product != STREAM_BYTES, precision.product != precision.weight
     if config.factorized:
         # Attention along time has copies of its inputs in another order, and of the projected keys and values those
         # that are cast are not saved.
         copied_values = own_keys + queries - noisy - (2 * packed if casts_stream else 0)
+    if packs_layers:
+        copied_values = -2 * packed if casts_stream else 0  # the copies are saved in place of the projected ones
+        plans = shape.plans(config)
+        plan = plans.all_queries if queries > noisy else plans.noisy_queries
+        copied_keys = _packed_copies(config.attention_backend, plan, queries)
+    else:
+        copied_keys = queries - noisy + own_keys  # rotated keys of clean and of noisy frames
+        copied_keys += 2 * _joined_keys(config, shape, clean_queries=queries > noisy)
     products = config.width * (
-        _saved_around_attention(packed, queries, precision)
-        + (queries - noisy + own_keys)  # rotated keys of clean and of noisy frames
-        + 2 * _joined_keys(config, shape, clean_queries=queries > noisy)
-        + copied_values
-        + queries  # input of the MLP
+        _saved_around_attention(packed, queries, precision) + copied_keys + copied_values + queries  # input of the MLP
     )
     products += config.mlp_width * 2 * queries  # before and after GELU
     products += _products_of_block(config) if casts_weights else 0  # which Lightning's autocast does not cache
     stream = config.width * queries  # between attention and MLP
     norms = packed + queries  # of keys and queries
     if config.factorized:  # attention within frames, over all tokens: also rotated keys, and the stream after it
-        products += config.width * (_saved_around_attention(packed, packed, precision) + packed)
+        within = _packed_copies(config.attention_backend, plans.within_frames, packed) if packs_layers else packed
+        products += config.width * (_saved_around_attention(packed, packed, precision) + within)
+        products -= config.width * 2 * packed if packs_layers and casts_stream else 0
         stream += config.width * packed
         norms += 2 * packed
     stream += config.width * norms if casts_stream else 0  # inputs of these norms
@@ -257,6 +271,18 @@ def _saved_around_attention(packed: int, queries: int, precision: BytesPerValue)
         + queries  # rotated queries
         + 2 * queries  # result of attention, and its packed copy for the output projection
     )
+
+
+def _packed_copies(backend: str, plan: AttentionPlan | None, queries: int) -> int:
+    """Return the tokens that a backend of whole layers saves in the precision of products, besides queries and result.
+
+    They are the gathered keys and values, or the padded ones with the padding of queries and result.
+    """
+    assert plan is not None
+    if backend == "xformers_block_diagonal":
+        return 2 * sum(keys for _, keys in block_lengths(plan))
+    padded_queries, padded_keys = padded_lengths(plan)
+    return 2 * padded_keys + 2 * (padded_queries - queries)
 
 
 def _joined_keys(config: GPDiTConfig, shape: PassShape, clean_queries: bool) -> int:

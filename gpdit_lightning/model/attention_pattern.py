@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gpdit_lightning.model.attention import Sliced
 from gpdit_lightning.model.config import CUSTOM_SIZE, GPDiTConfig
 from gpdit_lightning.model.gpdit import GPDiT
 from gpdit_lightning.model.layout import BlockLayout, ClipBlocks
-from gpdit_lightning.model.streams import PassBlocks
+from gpdit_lightning.model.streams import LayerPlans, PassBlocks
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,12 @@ def attention_patterns(
         clean = latents if sizes.clean else None
         noisy_stream = (latents[:, list(noisy)], torch.zeros(1, len(blocks.noisy))) if noisy else ()
         x, streams = model.embed(blocks, clean, *noisy_stream)
-        streams = replace(streams, operator=_average)
+        average = {
+            name: replace(planned, backend=Sliced(_average))
+            for name in LayerPlans._fields
+            if (planned := getattr(streams, name)) is not None
+        }
+        streams = replace(streams, **average)
         zeros, numbers = x.new_zeros(len(x), 1, config.head_width), torch.eye(len(x))[:, None]
         observed = {"attention": streams.attend(zeros, zeros, numbers)}
         if config.factorized:

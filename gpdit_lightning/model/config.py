@@ -120,9 +120,10 @@ class GPDiTConfig:
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     attention_backend: str = "auto"
-    """Operator that computes attention: auto = xformers on CUDA if it is installed, else PyTorch's SDPA; sdpa;
-    xformers (CUDA only); a registered name; or the import path of a callable (query, key, value) -> output, see
-    model/attention/backends.py."""
+    """How attention is computed. With one call per block: xformers, sdpa (PyTorch's), sdpa_fa3 or sdpa_fa4 (PyTorch's
+    with FlashAttention 3 or 4 if installed). With one call per layer: xformers_block_diagonal, flex_attention. Or a
+    registered name, or the import path of a callable (query, key, value) -> output, see docs/extending.md. auto: on
+    CUDA, training takes the fastest at its shapes, and generation xformers if installed, else sdpa; sdpa elsewhere."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations: less memory, a third more time."""
     compile: bool = False

@@ -314,11 +314,13 @@ class GPDiT(nn.Module):
             most = clean.shape[1] if cache.sinks is None else cache.max_new_tokens // cache.tokens
             new, clean = clean[:, :most], clean[:, most:]
             blocks, length = cache.layout.following(cache.blocks, new.shape[1], *new.shape[-2:])
-            cache.begin_pass(len(blocks), sum(cache.layout.sizes(blocks, length)))
+            new_tokens = sum(cache.layout.sizes(blocks, length))
+            cache.begin_pass(len(blocks), new_tokens)
+            of_pass = PassBlocks(cache.layout, length, blocks, cached=cache.tokens_before(new_tokens))
             new_theta = None
             if clean_theta is not None:
                 new_theta, clean_theta = clean_theta[:, : len(blocks)], clean_theta[:, len(blocks) :]
-            x, streams = self.embed(PassBlocks(cache.layout, length, blocks), new, clean_theta=new_theta)
+            x, streams = self.embed(of_pass, new, clean_theta=new_theta)
             x = self._run_blocks(x, streams, range(last), cache)
             last_block.write_cache(x, streams, cache.layer_cache(last))
             cache.end_pass()
@@ -374,11 +376,11 @@ class GPDiT(nn.Module):
                 f"noisy has {noisy.shape[1]} frames, those of {1 + len(others)} blocks of block_shape "
                 f"{self.config.block_shape}: give one block."
             )
-        context_tokens = new_tokens
+        cached = (0, 0)
         if cache is not None:
-            context_tokens = cache.stored_tokens(new_tokens)
+            cached = cache.tokens_before(new_tokens)
             cache.begin_pass(len(new), new_tokens)
-        of_pass = PassBlocks(layout, length, new, (block,), (context_tokens,), draws)
+        of_pass = PassBlocks(layout, length, new, (block,), (cached[1] + new_tokens,), draws, cached)
         given = (clean, clean_theta) if new_tokens else (None, None)
         x, streams = self.embed(of_pass, given[0], noisy, theta[:, None], condition, given[1])
         x = self._run_blocks(x, streams, cache=cache, run=run_compiled_block if compiled else run_block)

@@ -115,6 +115,10 @@ class KVCache:
         """Return the number of tokens in the cache after `new_tokens` more are appended."""
         return min(self.appended_tokens + new_tokens, self.max_tokens)
 
+    def tokens_before(self, new_tokens: int) -> tuple[int, int]:
+        """Return the number of clips, and of their tokens that remain in the cache before `new_tokens` more."""
+        return self.batch_size, self.stored_tokens(new_tokens) - new_tokens
+
     def begin_pass(self, new_blocks: int, new_tokens: int) -> None:
         """Prepare a pass with clean blocks: shift the sinks, and choose the slots of the new tokens."""
         self._new, self._slots = (new_blocks, new_tokens), None

@@ -11,12 +11,13 @@ from torch import Tensor
 from gpdit_lightning.model.attention import (
     KV,
     QKV,
-    AttentionOperator,
+    AttentionPlan,
     BlockSizes,
-    block_causal_attention,
+    PlannedAttention,
+    plan_attention,
     select_backend,
 )
-from gpdit_lightning.model.config import AttentionVariant, GPDiTConfig
+from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.model.kv_cache import LayerCache
 from gpdit_lightning.model.layout import BlockLayout, ClipBlocks
 from gpdit_lightning.model.positions import Rope, rope_table
@@ -33,6 +34,7 @@ class PassBlocks(NamedTuple):
         noisy: the numbers of the noisy blocks.
         contexts: for each noisy block, the number of context tokens that it attends to, from the first.
         draws: K, number of noisy rows that share the context of a clip.
+        cached: number of clips in a cache, and of their tokens, which precede the clean blocks of the pass.
     """
 
     layout: BlockLayout
@@ -41,6 +43,7 @@ class PassBlocks(NamedTuple):
     noisy: tuple[int, ...] = ()
     contexts: tuple[int, ...] = ()
     draws: int = 1
+    cached: tuple[int, int] = (0, 0)
 
     @classmethod
     def of_clip(cls, clip: ClipBlocks, has_context: bool = True, draws: int = 1) -> "PassBlocks":
@@ -61,6 +64,51 @@ class PassBlocks(NamedTuple):
         return BlockSizes(clean, noisy, self.contexts, self.layout.frame_tokens if causal else None)
 
 
+class LayerPlans(NamedTuple):
+    """The attention of the layers of a pass.
+
+    Attributes:
+        all_queries: of layers in which all tokens have queries.
+        noisy_queries: of a last layer in which only noisy tokens have them, if there are any.
+        within_frames: of every frame to itself, if attention is factorized and the others are along time.
+    """
+
+    all_queries: AttentionPlan
+    noisy_queries: AttentionPlan
+    within_frames: AttentionPlan | None
+
+
+def plan_layers(config: GPDiTConfig, blocks: PassBlocks, clips: int, rows: int, prefix_tokens: int = 0) -> LayerPlans:
+    """Plan the attention of a pass.
+
+    Args:
+        config: the architecture.
+        blocks: the blocks of the pass.
+        clips: number of clean clips in the pass, or 0.
+        rows: number of noisy rows, or 0.
+        prefix_tokens: number of tokens of the prefix of each row.
+    """
+    sizes, context_clips, within_frames = blocks.sizes(config.causal_in_block), clips or blocks.cached[0], None
+    cached_tokens = blocks.cached[1]
+    if config.factorized:  # along time: every place of a frame is a row
+        tokens = blocks.layout.frame_tokens
+        frames = (clips * sum(sizes.clean) + rows * sum(sizes.noisy)) // tokens
+        within_frames = plan_attention(config.attention, BlockSizes(noisy=(tokens,)), clips=0, rows=frames)
+        sizes, cached_tokens = sizes.along_time(tokens), cached_tokens // tokens
+        context_clips, rows = context_clips * tokens, rows * tokens
+    plan = partial(
+        plan_attention,
+        config.attention,
+        sizes,
+        context_clips,
+        rows,
+        draws=blocks.draws,
+        prefix_tokens=prefix_tokens,
+        cached_tokens=cached_tokens,
+    )
+    return LayerPlans(plan(all_queries=True), plan(all_queries=not rows), within_frames)
+
+
 @dataclass(frozen=True)
 class Streams:
     """The streams of a pass, packed as one list of tokens: the prefix, then all clean tokens, then all noisy ones.
@@ -73,8 +121,7 @@ class Streams:
     same context can be used with all labels and none, and a cache stays valid when the label changes.
 
     Attributes:
-        variant: `of2` or `of`.
-        operator: computes attention without a mask.
+        all_queries, noisy_queries, within_frames: the attention of the layers, see `LayerPlans`.
         sizes: tokens of the blocks of both streams.
         frame_tokens: N, tokens per frame.
         factorized: whether `attend` is along time, at each place of a frame.
@@ -83,12 +130,12 @@ class Streams:
         rows: number of noisy rows; 0 if there is no noisy stream.
         clean_rope, noisy_rope: the positions of the streams' tokens.
         time: the time conditioning of every packed token.
-        draws: K, number of noisy rows that share the context of a clip.
         product_dtype: precision of matrix products and attention.
     """
 
-    variant: AttentionVariant
-    operator: AttentionOperator
+    all_queries: PlannedAttention
+    noisy_queries: PlannedAttention
+    within_frames: PlannedAttention | None
     sizes: BlockSizes
     frame_tokens: int
     factorized: bool
@@ -98,7 +145,6 @@ class Streams:
     clean_rope: Rope
     noisy_rope: Rope
     time: TimeConditioning
-    draws: int
     product_dtype: torch.dtype
 
     @property
@@ -124,26 +170,23 @@ class Streams:
         """
         new = self.clean_kv(key, value)
         context = new if layer_cache is None else layer_cache.update(new)
-        outputs, clean, noisy = [], None, None
-        all_have_queries, dtype = len(query) == len(key), value.dtype
-        if self.prefix_shape[0] and all_have_queries:
-            # Prefix tokens have the same position, so RoPE would cancel. They are copied, since for a view of them the
-            # backward pass would store all tokens.
-            prefix = (self._prefix(x).to(dtype, copy=True) for x in (query, key, value))
-            outputs.append(self.operator(*prefix).flatten(0, 1))
-        if new is not None and all_have_queries:
-            clean = QKV(self.clean_rope(self._clean(query), dtype), *new)
+        planned = self.all_queries if len(query) == len(key) else self.noisy_queries
+        parts, dtype = [], value.dtype
+        if planned is self.all_queries:
+            if self.prefix_shape[0]:
+                # Prefix tokens have the same position, so RoPE would cancel. They are copied, since for a view of them
+                # the backward pass would store all tokens.
+                parts.append(QKV(*(self._prefix(x).to(dtype, copy=True) for x in (query, key, value))))
+            if new is not None:
+                parts.append(QKV(self.clean_rope(self._clean(query), dtype), *new))
         if self.rows:
             noisy = QKV(self.noisy_rope(self._noisy(query), dtype), *self._noisy_kv(key, value))
-        sizes = self.sizes
-        if self.factorized:  # along time: every place of a frame is a row of the batch
-            sizes = sizes.along_time(self.frame_tokens)
+            parts += self._by_context(noisy, planned.plan)
+        if self.factorized:
             context = KV(*map(self._fold, context)) if context else None
-            clean, noisy = (QKV(*map(self._fold, stream)) if stream else None for stream in (clean, noisy))
-        for out in block_causal_attention(self.operator, self.variant, sizes, context, clean, noisy, self.draws):
-            if out is not None:
-                outputs.append((self._unfold(out) if self.factorized else out).flatten(0, 1))
-        return torch.cat(outputs)
+            parts = [QKV(*map(self._fold, part)) for part in parts]
+        outputs = planned(context, parts)
+        return torch.cat([(self._unfold(out) if self.factorized else out).flatten(0, 1) for out in outputs])
 
     def attend_within_frames(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute the attention of every frame to itself, over packed tokens (packed tokens, heads, head width)."""
@@ -151,9 +194,8 @@ class Streams:
         parts += [(self._noisy, self.noisy_rope)] if self.rows else []
         query, key = (torch.cat([rope(of(x), value.dtype).flatten(0, 1) for of, rope in parts]) for x in (query, key))
         frames = QKV(*(x.unflatten(0, (-1, self.frame_tokens)) for x in (query, key, value)))
-        one_frame = BlockSizes(noisy=(self.frame_tokens,))
-        _, attended = block_causal_attention(self.operator, self.variant, one_frame, None, None, frames)
-        assert attended is not None
+        assert self.within_frames is not None
+        (attended,) = self.within_frames(None, [frames])
         return attended.flatten(0, 1)
 
     def clean_kv(self, key: Tensor, value: Tensor) -> KV | None:
@@ -171,6 +213,12 @@ class Streams:
         prefix_value = self._prefix(value)[:, None].expand(-1, len(self.sizes.noisy), -1, -1, -1)
         pairs = (prefix_key, own_key), (prefix_value, own_value)
         return KV(*(torch.cat(list(self._interleave(*pair)), dim=1) for pair in pairs))
+
+    def _by_context(self, noisy: QKV, plan: AttentionPlan) -> list[QKV]:
+        """Return the noisy rows with and without context, which are the last parts of a plan."""
+        rows = [part.rows for part in plan.parts if part.segments[0].stream == "noisy"]
+        rows = [count // self.frame_tokens for count in rows] if self.factorized else rows
+        return [noisy] if len(rows) == 1 else list(map(QKV, *(x.split(rows) for x in noisy)))
 
     def _interleave(self, prefix: Tensor, own: Tensor) -> Iterator[Tensor]:
         """Yield the prefix (R, blocks, L, ...) and the tokens (R, tokens, ...) of each block in turn."""
@@ -223,19 +271,23 @@ def describe_streams(
         rows: number of noisy rows, or 0.
         time: the time conditioning of all tokens.
     """
+    backend = select_backend(config.attention_backend, x.device.type, product_dtype, config.head_width)
+    prefix_shape = (prefix.shape[0], prefix.shape[1]) if prefix is not None else (0, 0)
+    plans = plan_layers(config, blocks, clips, rows, prefix_shape[1])
+    planned = partial(PlannedAttention.of, backend, device=x.device)
     table = partial(rope_table, config, blocks.layout, frames=blocks.frames, device=x.device, dtype=x.dtype)
     return Streams(
-        variant=config.attention,
-        operator=select_backend(config.attention_backend, x.device.type, product_dtype, config.head_width),
+        all_queries=planned(plans.all_queries),
+        noisy_queries=planned(plans.noisy_queries),
+        within_frames=planned(plans.within_frames) if plans.within_frames else None,
         sizes=blocks.sizes(config.causal_in_block),
         frame_tokens=blocks.layout.frame_tokens,
         factorized=config.factorized,
-        prefix_shape=(prefix.shape[0], prefix.shape[1]) if prefix is not None else (0, 0),
+        prefix_shape=prefix_shape,
         clips=clips,
         rows=rows,
         clean_rope=table(blocks=blocks.clean),
         noisy_rope=table(blocks=blocks.noisy),
         time=time,
-        draws=blocks.draws,
         product_dtype=product_dtype,
     )

@@ -48,6 +48,7 @@ from gpdit_lightning.stages.agreement import (
     check_stage,
 )
 from gpdit_lightning.stages.initial_weights import InitialWeights
+from gpdit_lightning.training.attention_choice import choose_backend
 from gpdit_lightning.training.internals import end_validation_loader
 from gpdit_lightning.training.optimizer import OptimizerConfig, apply_config, build_optimizer
 from gpdit_lightning.training.strategies.sharding import (
@@ -73,6 +74,7 @@ class GPDiTStage(LightningModule):
 
     Attributes:
         SOURCES: the sources on which the stage trains, as far as there are data, and no others; empty: any.
+        CLEAN_STREAM_ONLY: whether the clips pass through the clean stream alone.
 
     Args:
         backbone: the architecture.
@@ -83,6 +85,7 @@ class GPDiTStage(LightningModule):
     """
 
     SOURCES: ClassVar[tuple[str, ...]] = ()
+    CLEAN_STREAM_ONLY: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -238,6 +241,9 @@ class GPDiTStage(LightningModule):
         self.data.count_blocks = partial(count_blocks, self.config)
         check_algorithm(self.optimizer_config, sharded_strategy_of(self) is not None)
         device, dtype = self.trainer.strategy.root_device, product_dtype_of(self.trainer)
+        if stage == "fit":
+            chosen = choose_backend(self.trainer, self.data, self.config, dtype, self.CLEAN_STREAM_ONLY)
+            self.config = self.config.replaced(attention_backend=chosen)
         with torch.set_grad_enabled(stage == "fit"):
             select_backend(self.config.attention_backend, device.type, dtype, self.config.head_width)
 

@@ -123,6 +123,8 @@ class ClassificationStage(GPDiTStage):
         classification: the layer and the regularization.
     """
 
+    CLEAN_STREAM_ONLY = True
+
     def __init__(
         self,
         backbone: GPDiTConfig,

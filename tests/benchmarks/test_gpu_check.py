@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_check
-from gpdit_lightning.model.attention import backends
+from gpdit_lightning.model.attention import Sliced, backends, plan_attention
 
 IGNORE_DTYPE_WARNING = pytest.mark.filterwarnings("ignore:Mismatch dtype")
 
@@ -82,13 +82,16 @@ def unavailable(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     [
         (without_last_key, False, ""),
         (without_value_gradient, True, ""),
-        (returning_nan, None, "ArithmeticError: the operator returned values that are not finite"),
+        (returning_nan, None, "ArithmeticError: the backend returned values that are not finite"),
         (unavailable, None, "NotImplementedError: No operator found"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_wrong_operator_fails(operator: Any, forward_ok: bool | None, failure: str, dtype: torch.dtype) -> None:
-    result = gpu_check.check_attention(operator, "of2", dtype, 64, gpu_check.smoke_test())
+def test_a_wrong_operator_fails(
+    monkeypatch: pytest.MonkeyPatch, operator: Any, forward_ok: bool | None, failure: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setitem(gpu_check.BACKENDS, "wrong", Sliced(operator))
+    result = gpu_check.check_attention("wrong", "of2", dtype, 64, gpu_check.smoke_test())
     assert not result.passed
     assert result.failure == failure
     if forward_ok is None:
@@ -105,11 +108,16 @@ def test_the_reference_distinguishes_the_masks() -> None:
     """The library with one mask differs from the reference with the other one, in the clean stream."""
     check = gpu_check.smoke_test()
 
-    assert gpu_check.attention_errors(backends.sdpa, "of2", torch.float32, 64, check)[0] < 1e-5
+    assert gpu_check.attention_errors("sdpa", "of2", torch.float32, 64, check)[0] < 1e-5
     with pytest.MonkeyPatch.context() as patch:
-        original = gpu_check.block_causal_attention
-        patch.setattr(gpu_check, "block_causal_attention", lambda op, _, *rest: original(op, "of", *rest))
-        assert gpu_check.attention_errors(backends.sdpa, "of2", torch.float32, 64, check)[0] > 0.1
+        patch.setattr(gpu_check, "plan_attention", lambda _, *rest, **more: plan_attention("of", *rest, **more))
+        assert gpu_check.attention_errors("sdpa", "of2", torch.float32, 64, check)[0] > 0.1
+
+
+def test_a_backend_that_cannot_be_used_is_no_failure() -> None:
+    result = gpu_check.check_attention("xformers", "of2", torch.bfloat16, 64, gpu_check.smoke_test())
+    assert result.passed
+    assert gpu_check.with_verdict(result)["verdict"] == "not run: xformers has no kernels for cpu"
 
 
 @IGNORE_DTYPE_WARNING
@@ -135,11 +143,11 @@ def test_a_failed_step_is_reported(
 def test_the_full_check_has_the_sizes_of_the_paper() -> None:
     check = gpu_check.full_check(clips=16)
     assert (check.frames, check.height * 8, check.width * 8) == (5, 192, 320)
-    assert [(m.layers, m.width, m.activation_checkpointing) for m in check.models] == [
+    assert {(m.layers, m.width, m.activation_checkpointing) for m in check.models} == {
         (12, 768, False),
         (24, 2816, True),
-    ]
-    assert backends.xformers in check.operators
+    }
+    assert check.backends == backends.BUILT_IN
     assert {m.head_width for m in check.models} == set(gpu_check.HEAD_WIDTHS)
 
 

@@ -14,14 +14,17 @@ from gpdit_lightning.estimation.memory import (
     AUTOCAST,
     BF16,
     FLOAT32,
+    PACKED,
     STRATEGIES,
     BytesPerValue,
     activation_bytes,
     held_bytes,
     parameter_count,
 )
+from gpdit_lightning.model.attention import flex, xformers_backends
 from gpdit_lightning.model.layout import count_blocks
 from tests.estimation.memory_runs import LiveBytes, storages_of
+from tests.model.attention.emulated import emulated_operators
 
 Shape = tuple[int, int, int, int, int, int, tuple[int, ...] | None]
 
@@ -239,3 +242,43 @@ def test_bytes_per_parameter_of_each_strategy() -> None:
     assert total["fsdp2"] == pytest.approx(16 / ranks)
     assert held["zero3_offload"]["host_memory"] == pytest.approx((18 + 4) / ranks * count)
     assert held["zero2_offload"]["weights"] == 2 * count
+
+
+class SavingAttention(torch.autograd.Function):
+    """Saves what the kernel of FlexAttention does: query, key, value, result, and a number per row and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows_dim: int) -> Tensor:
+        output, rows = query.clone(), query.select(-1, 0).float().contiguous()
+        ctx.save_for_backward(query, key, value, output, rows)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise AssertionError("only the saved tensors are counted")
+
+
+@pytest.mark.parametrize("backend", PACKED)
+@pytest.mark.parametrize(
+    ("shape", "fields"),
+    [
+        (SHAPES[1], {}),
+        (SHAPES[5], {"attention": "of"}),
+        (SHAPES[6], {}),
+        (SHAPES[0], {"factorized": True}),
+        (SHAPES[1], {"block_shape": (3, 0, 0), "causal_in_block": True}),
+    ],
+)
+def test_backends_of_whole_layers_save_their_copies(
+    monkeypatch: pytest.MonkeyPatch, backend: str, shape: Shape, fields: dict[str, Any]
+) -> None:
+    with emulated_operators():
+        saving = lambda query, key, value, **_: SavingAttention.apply(query, key, value, 1)  # noqa: E731
+        monkeypatch.setattr(xformers_backends, "load_xformers_operator", lambda: saving)
+        monkeypatch.setattr(flex, "load_flex_attention", lambda _: saving)
+        configs = [GPDiTConfig(size="tiny", layers=layers, attention_backend=backend, **fields) for layers in (2, 3)]
+        expected, measured = (
+            count(configs[1], shape, AUTOCAST) - count(configs[0], shape, AUTOCAST)
+            for count in (expected_bytes, saved_bytes)
+        )
+    assert measured == pytest.approx(expected, rel=0.01)

@@ -1,5 +1,6 @@
 """Any blocks and time conditioning, against a dense float64 reference: outputs, gradients, causality, caches."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.memory import parameter_count
 from gpdit_lightning.model.layout import BlockLayout, ClipBlocks
 from tests.model import block_oracle, oracle
+from tests.model.attention.emulated import PLAN_BACKENDS, emulated_operators
 from tests.model.test_oracle import gradients, named
 from tests.model.toys import assert_near, toy_batch, toy_config, toy_model
 
@@ -66,16 +68,21 @@ def test_outputs_and_gradients(
     def reference(noisy: Tensor, theta: Tensor, clean: Tensor) -> Tensor:
         return block_oracle.forward(parameters, model.config, noisy, theta, clean, 2, condition)
 
-    runs = []
-    for forward in (library, reference):
+    def run(forward: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
         leaves = {name: value.clone().requires_grad_() for name, value in batch.items()}
         output = forward(**leaves)
-        runs.append((output, gradients(output, leaves | parameters)))
-    (output, grads), (expected, expected_grads) = runs
+        return output, gradients(output, leaves | parameters)
+
+    expected, expected_grads = run(reference)
     assert expected.std() > 0.1
-    assert_near(output, expected, what="output")
-    for name, gradient in grads.items():
-        assert_near(gradient, expected_grads[name], what=f"gradient of {name}")
+    config = model.config
+    with emulated_operators():
+        for backend in ("sdpa", *PLAN_BACKENDS) if time == {} else ("sdpa",):  # attention is the same with others
+            model.config = config.replaced(attention_backend=backend)
+            output, grads = run(library)
+            assert_near(output, expected, what=f"output of {backend}")
+            for name, gradient in grads.items():
+                assert_near(gradient, expected_grads[name], what=f"gradient of {name} by {backend}")
 
 
 def test_frames_are_the_default() -> None:

@@ -1,130 +1,112 @@
-"""Operators that compute attention without a mask: PyTorch's SDPA, xformers, and custom ones.
+"""The attention backends: those by name, custom ones, and the choice of one.
 
-An operator takes query (batch, M, heads, head width) and key and value (batch, N, heads, head width), all of one dtype,
-and returns softmax(query key^T / sqrt(head width)) value, shaped like the query. This is the layout of xformers.
+A custom backend is a function, which is called for each segment of a plan (`AttentionOperator` in `base.py`), or a
+subclass of `AttentionBackend`, which computes a layer.
 """
 
-import importlib.util
 import logging
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import check_part, report_custom_errors, resolve, value_summary
+from gpdit_lightning.model.attention.base import AttentionBackend, AttentionOperator, Sliced
+from gpdit_lightning.model.attention.flex import Flex
+from gpdit_lightning.model.attention.sdpa import Sdpa, sdpa
+from gpdit_lightning.model.attention.trial import TOLERANCES, failure, small_trial_kernel
+from gpdit_lightning.model.attention.xformers_backends import BlockDiagonalXformers, SlicedXformers
 
 log = logging.getLogger(__name__)
 
-AttentionOperator = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention by `torch.nn.functional.scaled_dot_product_attention`."""
-    out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return out.transpose(1, 2)
-
-
-def load_xformers_operator() -> Callable[..., Any]:
-    """`xformers.ops.memory_efficient_attention`, imported late: it takes a second and prints warnings."""
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention
-
-
-def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention by xformers' `memory_efficient_attention`."""
-    return load_xformers_operator()(query, key, value)
-
-
-# Values of `GPDiTConfig.attention_backend`, besides import paths. None: one of the others, depending on the device.
-BACKENDS: dict[str, AttentionOperator | None] = {"auto": None, "sdpa": sdpa, "xformers": xformers}
+AUTO = "auto"
+# Values of `GPDiTConfig.attention_backend`, besides import paths and `auto`, in the order in which `auto` tries them.
+BACKENDS: dict[str, AttentionBackend] = {
+    "xformers": SlicedXformers(),
+    "xformers_block_diagonal": BlockDiagonalXformers(),
+    "sdpa": Sdpa(),
+    "sdpa_fa3": Sdpa("FA3"),
+    "sdpa_fa4": Sdpa("FA4"),
+    "flex_attention": Flex(),
+}
 BUILT_IN = tuple(BACKENDS)
 
 CONTRACT = (
     "give a function of query (batch, M, heads, head width), key and value (batch, N, heads, head width) that returns "
-    "softmax(query key^T / sqrt(head width)) value with shape, dtype and device of the query"
+    "softmax(query key^T / sqrt(head width)) value with shape, dtype and device of the query, or a subclass of "
+    "AttentionBackend"
 )
-"""Description of a custom operator, for messages."""
-TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Largest relative error (Frobenius norm) in the trial call; that of other dtypes, 1e-2, allows TF32."""
+"""Description of a custom backend, for messages."""
 
 
-def register_attention_backend(name: str, operator: AttentionOperator) -> None:
-    """Register a custom operator under a name for `attention_backend`; an import path needs no registration.
+def register_attention_backend(name: str, backend: AttentionOperator | type[AttentionBackend]) -> None:
+    """Register a custom backend under a name for `attention_backend`; an import path needs no registration.
 
     Args:
         name: a name other than those of the built-in backends.
-        operator: see the docstring of this module. For training it must be differentiable by autograd.
+        backend: see the docstring of this module. For training it must be differentiable by autograd.
 
     Raises:
-        InputError: the name is that of a built-in backend.
+        InputError: the name is that of a built-in backend, or the backend is neither a function nor such a class.
     """
-    if name in BUILT_IN:
+    if name in (AUTO, *BUILT_IN):
         raise InputError(f"attention backend '{name}' is built in: register yours under another name.")
-    check_is_function(operator, name)
-    BACKENDS[name] = operator
-    find_and_log.cache_clear()
-    check_operator.cache_clear()
+    BACKENDS[name] = as_backend(backend, name)
+    find_backend.cache_clear()
+    _selected.cache_clear()
 
 
-def find_backend(name: str) -> AttentionOperator | None:
-    """Return the operator with a name or at an import path; None for `auto`.
+@lru_cache(maxsize=32)  # the same object in all passes, for compiled blocks
+def find_backend(name: str) -> AttentionBackend | None:
+    """Return the backend with a name or at an import path; None for `auto`.
 
     Raises:
-        InputError: the name is neither known nor the import path of a function.
+        InputError: the name is neither known nor the import path of a function or of a subclass of `AttentionBackend`.
     """
-    operator = resolve(name, BACKENDS, "attention_backend")
-    if name not in BUILT_IN:
-        check_is_function(operator, name)
-    return operator
+    found: Any = resolve(name, {AUTO: None, **BACKENDS}, "attention_backend")
+    return found if found is None or isinstance(found, AttentionBackend) else as_backend(found, name)
 
 
-def check_is_function(operator: Any, name: str) -> None:
-    """Raise InputError for an operator that cannot be called, or that is a class."""
-    check_part(operator, name, "attention_backend", base=None)
-    if isinstance(operator, type):
+def as_backend(custom: Any, name: str) -> AttentionBackend:
+    """Return a custom function or class as a backend; raise InputError for anything else."""
+    if isinstance(custom, type) and issubclass(custom, AttentionBackend):
+        check_part(custom, name, "attention_backend", base=AttentionBackend)
+        with report_custom_errors("attention_backend", name, CONTRACT):
+            return custom()
+    check_part(custom, name, "attention_backend", base=None)
+    if isinstance(custom, type):
         raise InputError(f"attention_backend '{name}' is a class: {CONTRACT}.")
+    return Sliced(custom)
 
 
-def why_not_xformers(device_type: str, dtype: torch.dtype, head_width: int) -> str | None:
-    """Return the reason why xformers cannot be used, by a small trial call; None if it can."""
-    if device_type != "cuda":
-        return f"xformers has no kernels for {device_type}"
-    if dtype == torch.float64:
-        return "xformers has no float64 kernels"
-    if importlib.util.find_spec("xformers") is None:
-        return "xformers is not installed"
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            probe = torch.zeros(1, 8, 1, head_width, device=device_type, dtype=dtype, requires_grad=True)
-            xformers(probe, probe, probe).sum().backward()
-    except Exception as error:  # a build for another torch or GPU may raise anything
-        reason = str(error).strip().partition("\n")[0]
-        return f"xformers failed a trial call: {type(error).__name__}: {reason}"
-    return None
-
-
-@lru_cache(maxsize=8)
-def check_operator(
-    name: str, operator: AttentionOperator, device_type: str, dtype: torch.dtype, head_width: int, gradient: bool
+def check_custom(
+    name: str, backend: AttentionBackend, device_type: str, dtype: torch.dtype, head_width: int, gradient: bool
 ) -> None:
-    """Compare a custom operator with SDPA in a small trial call; made once per process for the same arguments.
-
-    The numbers of queries and keys differ, so that an operator that attends over another axis fails.
+    """Compare a custom backend with SDPA in a small trial.
 
     Args:
         name: a registered name or import path.
-        operator: the operator.
+        backend: the backend.
         device_type, dtype, head_width: as for :func:`select_backend`.
         gradient: also compare the gradients.
 
     Raises:
-        InputError: the operator fails, or its result has another type, shape, dtype or device, or differs.
+        InputError: the backend fails, or its result has another type, shape, dtype or device, or differs.
+    """
+    if type(backend) is Sliced:
+        check_operator(name, backend.operator, device_type, dtype, head_width, gradient)
+    elif (reason := failure(backend, device_type, dtype, head_width, gradient)) is not None:
+        raise InputError(f"attention_backend '{name}' cannot be used, since {reason}: {CONTRACT}.")
+
+
+def check_operator(
+    name: str, operator: AttentionOperator, device_type: str, dtype: torch.dtype, head_width: int, gradient: bool
+) -> None:
+    """Compare a custom operator with SDPA; arguments and errors as of :func:`check_custom`.
+
+    The numbers of queries and keys differ, so that an operator that attends over another axis fails.
     """
     generator, (queries, keys) = torch.Generator().manual_seed(0), (8, 24)
     probes = [
@@ -158,35 +140,55 @@ def check_operator(
             )
 
 
-@lru_cache(maxsize=8)
-def find_and_log(requested: str, device_type: str, dtype: torch.dtype, head_width: int) -> AttentionOperator:
-    """Find a backend and log it, once per process for the same arguments, which are those of `select_backend`."""
-    operator = find_backend(requested)
-    name, reason = requested, "requested"
-    if operator is None or requested == "xformers":
-        obstacle = why_not_xformers(device_type, dtype, head_width)
-        if requested == "xformers" and obstacle and device_type != "meta":  # where nothing is computed
-            raise InputError(f"attention_backend is xformers, but {obstacle}: use auto or sdpa.")
-        operator, name = (sdpa, "sdpa") if obstacle else (xformers, "xformers")
-        reason = obstacle or (reason if requested == "xformers" else "CUDA device with xformers installed")
-    log.info("attention backend: %s (%s)", name, reason)
-    return operator
+@lru_cache(maxsize=64)
+def built_in_failure(name: str, device_type: str, dtype: torch.dtype, head_width: int, gradient: bool) -> str | None:
+    """Return the reason why a built-in backend cannot be used, found once per process; None if it can."""
+    return None if name == "sdpa" else failure(BACKENDS[name], device_type, dtype, head_width, gradient)
 
 
-def select_backend(requested: str, device_type: str, dtype: torch.dtype, head_width: int = 128) -> AttentionOperator:
-    """Return the operator for a device, precision and head width; chosen, tested and logged once per process.
+def announce(name: str, reason: str) -> None:
+    """Log a backend with the reason for it, once per process."""
+    if name not in _announced:
+        _announced.add(name)
+        log.info("attention backend: %s (%s)", name, reason)
+
+
+_announced: set[str] = set()
+
+
+def select_backend(requested: str, device_type: str, dtype: torch.dtype, head_width: int = 128) -> AttentionBackend:
+    """Return the backend for a device, precision and head width; chosen, tested and logged once per process.
 
     Args:
-        requested: `auto` (xformers if it can be used, else SDPA), `sdpa`, `xformers`, a registered name, or the import
-            path of an operator.
+        requested: `auto` (xformers if it can be used, else SDPA), another name in `BACKENDS`, or the import path of a
+            custom backend. A training run on CUDA replaces `auto` by the fastest backend at its shapes.
         device_type: `cpu`, `cuda`, ...
         dtype: precision of queries, keys and values (`product_dtype` of `model/precision.py`).
         head_width: width of queries, keys and values; by default that of the H model.
 
     Raises:
-        InputError: the backend is unknown, xformers is requested and cannot be used, or a custom operator fails.
+        InputError: the backend is unknown, or cannot be used.
     """
-    operator = find_and_log(requested, device_type, dtype, head_width)
-    if requested not in BUILT_IN and device_type != "meta":
-        check_operator(requested, operator, device_type, dtype, head_width, torch.is_grad_enabled())
-    return operator
+    return _selected(requested, device_type, dtype, head_width, torch.is_grad_enabled())
+
+
+@lru_cache(maxsize=32)
+def _selected(
+    requested: str, device_type: str, dtype: torch.dtype, head_width: int, gradient: bool
+) -> AttentionBackend:
+    """Return the backend for `select_backend`, with or without a backward pass."""
+    backend, name, reason = find_backend(requested), requested, "requested"
+    facts = (device_type, dtype, head_width, gradient)
+    if backend is None:
+        obstacle = built_in_failure("xformers", *facts)
+        name = "sdpa" if obstacle else "xformers"
+        backend, reason = BACKENDS[name], obstacle or "CUDA device with xformers installed"
+    elif device_type == "meta":  # where nothing is computed
+        return BACKENDS["sdpa"] if requested in BUILT_IN else backend
+    elif requested not in BUILT_IN:
+        check_custom(requested, backend, *facts)
+    elif (obstacle := built_in_failure(requested, *facts)) is not None:
+        raise InputError(f"attention_backend is {requested}, but {obstacle}: use auto or sdpa.")
+    kernel = f"; {small_trial_kernel(backend, *facts)}" if device_type == "cuda" else ""
+    announce(name, reason + kernel)
+    return backend

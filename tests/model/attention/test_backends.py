@@ -14,63 +14,37 @@ import torch
 from torch import Tensor
 
 from gpdit_lightning import GPDiT, InputError
-from gpdit_lightning.model.attention import backends, register_attention_backend
+from gpdit_lightning.model.attention import backends, register_attention_backend, trial, xformers_backends
 from gpdit_lightning.model.precision import product_dtype
 from tests.model import oracle
+from tests.model.attention.emulated import ReferenceOperator, emulated_operators, forget_choices
 from tests.model.toys import assert_near, toy_batch, toy_config, toy_model
 
 Call = tuple[tuple[int, ...], tuple[int, ...]]  # shapes of the query and of the keys
 
 
-class ReferenceOperator:
-    """`xformers.ops.memory_efficient_attention` by its definition, in (B, M, H, K); it records its calls."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_bias: Any = None,
-        p: float = 0.0,
-        scale: float | None = None,
-        *,
-        op: Any = None,
-    ) -> Tensor:
-        assert attn_bias is None, "a mask was passed"
-        assert p == 0.0, "dropout was requested"
-        assert op is None
-        assert query.dtype == key.dtype == value.dtype, "xformers refuses mixed precisions"
-        assert key.shape == value.shape
-        self.calls.append((tuple(query.shape), tuple(key.shape)))
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        scores = torch.einsum("bmhk,bnhk->bhmn", query * scale, key)
-        return torch.einsum("bhmn,bnhk->bmhk", scores.softmax(dim=-1), value)
-
-
 @pytest.fixture(autouse=True)
 def _fresh_choice() -> Iterator[None]:
     """Choices are cached for the whole process."""
-    backends.find_and_log.cache_clear()
+    forget_choices()
     yield
-    backends.find_and_log.cache_clear()
+    forget_choices()
 
 
 @pytest.fixture
 def operator(monkeypatch: pytest.MonkeyPatch) -> ReferenceOperator:
+    """The reference as an installed xformers, which has no kernels for a CPU."""
     reference = ReferenceOperator()
-    monkeypatch.setattr(backends, "load_xformers_operator", lambda: reference)
+    monkeypatch.setattr(xformers_backends, "load_xformers_operator", lambda: reference)
     pretend_installed(monkeypatch, installed=True)
     return reference
 
 
 @pytest.fixture
-def operator_on_cpu(operator: ReferenceOperator, monkeypatch: pytest.MonkeyPatch) -> ReferenceOperator:
+def operator_on_cpu() -> Iterator[ReferenceOperator]:
     """The reference as xformers' kernel for the CPU, for which the real package has none."""
-    monkeypatch.setattr(backends, "why_not_xformers", lambda *_: None)
-    return operator
+    with emulated_operators() as reference:
+        yield reference
 
 
 def pretend_installed(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
@@ -189,7 +163,7 @@ def test_the_real_operator_has_the_signature_of_the_reference() -> None:
     """Names, order and defaults of the parameters that we rely on."""
     if importlib.util.find_spec("xformers") is None:
         pytest.skip("xformers is not installed")
-    parameters = inspect.signature(backends.load_xformers_operator()).parameters
+    parameters = inspect.signature(xformers_backends.load_xformers_operator()).parameters
     ours = inspect.signature(ReferenceOperator.__call__).parameters
     for name, parameter in list(ours.items())[1:]:
         assert parameters[name].default == parameter.default, name
@@ -217,16 +191,20 @@ def choice(
 
 
 def on_cpu_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the trial call for a CUDA device run without one."""
-    real = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **options: real(*shape, **options))
+    """Let the trial for a CUDA device run without one."""
+    real = trial.Inputs.random
+
+    def random(plan: Any, heads: int, head_width: int, device: Any, *rest: Any) -> trial.Inputs:
+        return real(plan, heads, head_width, torch.device("cpu"), *rest)
+
+    monkeypatch.setattr(trial.Inputs, "random", random)
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def broken(*_: Any, **__: Any) -> Tensor:
         raise error
 
-    monkeypatch.setattr(backends, "load_xformers_operator", lambda: broken)
+    monkeypatch.setattr(xformers_backends, "load_xformers_operator", lambda: broken)
     pretend_installed(monkeypatch, installed=True)
     on_cpu_instead(monkeypatch)
 
@@ -236,7 +214,7 @@ def test_a_requested_backend(
     caplog: pytest.LogCaptureFixture, operator_on_cpu: ReferenceOperator, requested: str
 ) -> None:
     chosen, line = choice(caplog, requested, "cpu", torch.float32)
-    assert chosen is getattr(backends, requested)
+    assert chosen is backends.BACKENDS[requested]
     assert line == f"attention backend: {requested} (requested)"
 
 
@@ -245,7 +223,7 @@ def test_auto_selects_xformers_on_cuda(
 ) -> None:
     on_cpu_instead(monkeypatch)
     chosen, line = choice(caplog, "auto")
-    assert chosen is backends.xformers
+    assert chosen is backends.BACKENDS["xformers"]
     assert line.startswith("attention backend: xformers (")
     assert operator.calls  # it was tried first
 
@@ -258,7 +236,7 @@ def test_the_trial_has_the_precision_and_the_head_width_of_attention(
 
     def record(requested: str, device_type: str, dtype: torch.dtype, head_width: int) -> Any:
         requests.append((dtype, head_width))
-        return backends.sdpa
+        return backends.BACKENDS["sdpa"]
 
     monkeypatch.setattr("gpdit_lightning.model.streams.select_backend", record)
     model, batch = toy_model().float(), [part.float() for part in toy_batch()]
@@ -280,26 +258,34 @@ def test_the_trial_has_the_precision_and_the_head_width_of_attention(
     ],
 )
 def test_auto_selects_sdpa_if_xformers_cannot_be_used(
-    caplog: pytest.LogCaptureFixture, operator: ReferenceOperator, device_type: str, dtype: torch.dtype, reason: str
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    operator: ReferenceOperator,
+    device_type: str,
+    dtype: torch.dtype,
+    reason: str,
 ) -> None:
+    on_cpu_instead(monkeypatch)
     chosen, line = choice(caplog, "auto", device_type, dtype)
-    assert chosen is backends.sdpa
-    assert line == f"attention backend: sdpa ({reason})"
+    assert chosen is backends.BACKENDS["sdpa"]
+    assert line.startswith(f"attention backend: sdpa ({reason}")
+    assert ("flash_attention" in line) == (device_type == "cuda")  # the kernel
     assert not operator.calls
 
 
 def test_auto_without_xformers(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_installed(monkeypatch, installed=False)
+    on_cpu_instead(monkeypatch)
     chosen, line = choice(caplog, "auto")
-    assert chosen is backends.sdpa
-    assert line == "attention backend: sdpa (xformers is not installed)"
+    assert chosen is backends.BACKENDS["sdpa"]
+    assert line.startswith("attention backend: sdpa (xformers is not installed; ")
 
 
 def test_auto_after_a_failed_trial(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_with(monkeypatch, NotImplementedError("No operator found\nand many lines more"))
     chosen, line = choice(caplog, "auto")
-    assert chosen is backends.sdpa
-    assert line == "attention backend: sdpa (xformers failed a trial call: NotImplementedError: No operator found)"
+    assert chosen is backends.BACKENDS["sdpa"]
+    assert line.startswith("attention backend: sdpa (a trial failed (NotImplementedError: No operator found); ")
 
 
 def test_auto_after_a_trial_that_failed_without_a_message(
@@ -307,7 +293,7 @@ def test_auto_after_a_trial_that_failed_without_a_message(
 ) -> None:
     fail_with(monkeypatch, AssertionError())
     chosen, line = choice(caplog, "auto")
-    assert chosen is backends.sdpa
+    assert chosen is backends.BACKENDS["sdpa"]
     assert "AssertionError" in line
 
 
@@ -366,9 +352,11 @@ def test_a_custom_operator_by_its_import_path_and_by_a_registered_name(
         assert_near(model(*toy_batch()), expected)
         assert CUSTOM_CALLS
         assert model.config.to_dict()["attention_backend"] == name  # what the user wrote
-        backends.find_and_log.cache_clear()
+        forget_choices()
         caplog.clear()
-        assert choice(caplog, name, "cpu", torch.float32) == (custom_operator, f"attention backend: {name} (requested)")
+        backend, line = choice(caplog, name, "cpu", torch.float32)
+        assert backend.operator is custom_operator
+        assert line == f"attention backend: {name} (requested)"
     with pytest.raises(InputError, match="attention backend 'sdpa' is built in"):
         register_attention_backend("sdpa", custom_operator)
 
@@ -378,7 +366,7 @@ def test_a_custom_operator_by_its_import_path_and_by_a_registered_name(
     [
         (
             "SDPA",
-            "attention_backend 'SDPA' is not known.*: choose one of auto, sdpa, xformers, or give",
+            "attention_backend 'SDPA' is not known.*: choose one of auto, xformers, .*, flex_attention, or give",
         ),
         ("", "attention_backend '' is not known"),
         ("no_such_package.operator", "attention_backend 'no_such_package.operator' cannot be imported"),
@@ -416,7 +404,7 @@ def test_faults_of_a_custom_operator_are_found_by_a_trial_call(monkeypatch: pyte
         backends.select_backend(name, "cpu", torch.float32, 16)
     if name.startswith("detached"):
         with torch.no_grad():
-            assert backends.select_backend(name, "cpu", torch.float32, 16) is operator
+            assert backends.select_backend(name, "cpu", torch.float32, 16).operator is operator
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

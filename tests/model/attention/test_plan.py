@@ -8,7 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpdit_lightning.model.attention import Segment, attention_plan
+from gpdit_lightning.model.attention import Segment
+from gpdit_lightning.model.attention.plan import plan_segments
 from gpdit_lightning.model.config import AttentionVariant
 from tests.model import oracle
 from tests.model.toys import toy_batch, toy_config, toy_model
@@ -79,19 +80,19 @@ def test_a_pass_computes_allowed_pairs_once(sizes: tuple[int, ...], variant: Att
         )
         assert computed == allowed(variant, sizes, causal, {"clean": clean, "noisy": noisy})
 
-    check(attention_plan(variant, context, sizes[:-1], sizes, contexts, tokens), range(context), range(total))
-    check(attention_plan(variant, context, (), sizes, contexts, tokens), range(0), range(total))
-    check(attention_plan(variant, total, (last,), (), (), tokens), range(context, total), range(0))
-    check(attention_plan(variant, context, (), (last,), (context,), tokens), range(0), range(context, total))
+    check(plan_segments(variant, context, sizes[:-1], sizes, contexts, tokens), range(context), range(total))
+    check(plan_segments(variant, context, (), sizes, contexts, tokens), range(0), range(total))
+    check(plan_segments(variant, total, (last,), (), (), tokens), range(context, total), range(0))
+    check(plan_segments(variant, context, (), (last,), (context,), tokens), range(0), range(context, total))
 
 
 def test_equal_neighbours_that_attend_to_themselves_are_one_call() -> None:
-    assert attention_plan("of", 8, (2, 2, 4), (2, 2), (0, 0)) == (
+    assert plan_segments("of", 8, (2, 2, 4), (2, 2), (0, 0)) == (
         Segment("clean", 2, 2, 0, 1),
         Segment("clean", 1, 4, 0, 1),
         Segment("noisy", 2, 2, 0, 1),
     )
-    assert attention_plan("of2", 0, (), (), ()) == ()
+    assert plan_segments("of2", 0, (), (), ()) == ()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
