@@ -50,7 +50,13 @@ from gpdit_lightning.stages.agreement import (
 from gpdit_lightning.stages.initial_weights import InitialWeights
 from gpdit_lightning.training.attention_choice import choose_backend
 from gpdit_lightning.training.internals import end_validation_loader
-from gpdit_lightning.training.optimizer import OptimizerConfig, apply_config, build_optimizer
+from gpdit_lightning.training.optimizer import (
+    OptimizerConfig,
+    apply_config,
+    build_optimizer,
+    reduce_ddp_gradients_in_bf16,
+    reduction_dtype,
+)
 from gpdit_lightning.training.strategies.sharding import (
     LaterWeights,
     product_dtype_of,
@@ -197,7 +203,10 @@ class GPDiTStage(LightningModule):
         of_blocks = self.backbone.blocks.parameters()
         matrices = [parameter for parameter in of_blocks if parameter.requires_grad and parameter.ndim == 2]
         config, max_steps = self.optimizer_config, self.trainer.max_steps
-        optimizer, scheduler = build_optimizer(trainable, config, max_steps, matrices, self._layers_above())
+        scales_gradients = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        optimizer, scheduler = build_optimizer(
+            trainable, config, max_steps, matrices, self._layers_above(), scales_gradients
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _layers_above(self) -> dict[nn.Parameter, int]:
@@ -263,6 +272,8 @@ class GPDiTStage(LightningModule):
             InputError: the ranks are at different steps, or have different initial weights.
         """
         check_ranks(self.trainer, self.origin.sha256 if self.origin else None)
+        if reduction_dtype(self) == torch.bfloat16:
+            reduce_ddp_gradients_in_bf16(self.trainer.strategy.model)
         if self.origin is None and self.trainer.global_step == 0:
             log.info("training begins from random weights (from others: --model.init_args.initial_weights RUN_DIR)")
         optimizer: Any = self.trainer.optimizers[0]  # under ZeRO DeepSpeed's, which `self.optimizers()` does not return

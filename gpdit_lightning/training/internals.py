@@ -37,8 +37,13 @@ def attached_trainer(module: LightningModule) -> Trainer | None:
 
 
 def disable_signal_handlers(trainer: Trainer) -> None:
-    """Keep Lightning from handling SIGTERM: its handler waits for the other ranks, wherever this rank is."""
+    """Keep Lightning from handling SIGTERM: its handler waits for the other ranks, wherever this rank is.
+
+    The broadcast of a signal before each micro-batch, with which Lightning makes the host wait for the device, is left
+    out too: no rank has anything to send.
+    """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def validation_follows(trainer: Trainer) -> bool:

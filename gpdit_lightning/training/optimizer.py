@@ -9,13 +9,17 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gpdit_lightning.errors import InputError
 
 Algorithm = Literal["adamw", "muon"]
+GradientReduction = Literal["float32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,19 @@ class OptimizerConfig:
     last block one factor, and the patch embedding one more than the first block."""
     decay_vectors: bool = True
     """Whether weight decay acts on vectors too (norms and biases); it does not in MAE, with `adamw`."""
+    gradient_reduction: GradientReduction = "float32"
+    """Precision in which several ranks add up their gradients: `float32`; or `bf16`, which halves the communication,
+    but rounds the gradient of each micro-batch and its sums."""
 
     def __post_init__(self) -> None:
         if self.algorithm not in get_args(Algorithm):
             raise InputError(
                 f"optimizer.algorithm is {self.algorithm}: choose one of {', '.join(get_args(Algorithm))}."
+            )
+        if self.gradient_reduction not in get_args(GradientReduction):
+            raise InputError(
+                f"optimizer.gradient_reduction is {self.gradient_reduction}: choose one of "
+                f"{', '.join(get_args(GradientReduction))}."
             )
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise InputError(f"optimizer.learning_rate is {self.learning_rate}; it must be positive and finite.")
@@ -138,17 +150,22 @@ class MuonAndAdamW(Optimizer):
         matrices: parameters (rows, columns) for Muon.
         others: parameters for AdamW.
         config: learning rate, decay rates, eps and weight decay.
+        fused: AdamW's option.
     """
 
     def __init__(
-        self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], config: OptimizerConfig
+        self,
+        matrices: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter],
+        config: OptimizerConfig,
+        fused: bool | None = None,
     ) -> None:
         rates: dict[str, Any] = {
             "lr": config.learning_rate,
             "eps": config.eps,
             "weight_decay": config.weight_decay,
         }
-        adamw = AdamW(others, betas=config.betas, **rates)
+        adamw = AdamW(others, betas=config.betas, fused=fused, **rates)
         muon = Muon(matrices, momentum=config.betas[0], adjust_lr_fn="match_rms_adamw", **rates)
         self._parts: tuple[Optimizer, ...] = (adamw, muon)
         super().__init__([*adamw.param_groups, *muon.param_groups], {})
@@ -210,6 +227,7 @@ def build_optimizer(
     max_steps: int,
     matrices: Iterable[nn.Parameter] = (),
     layers_above: Mapping[nn.Parameter, int] = MappingProxyType({}),
+    scales_gradients: bool = False,
 ) -> tuple[Optimizer, LambdaLR]:
     """Return the optimizer of `parameters` and its schedule, which advances once per optimizer step.
 
@@ -219,6 +237,8 @@ def build_optimizer(
         max_steps: optimizer steps of the run; -1: no end.
         matrices: those of the parameters that `muon` updates.
         layers_above: number of layers above that of each parameter, for `layer_decay`; 0 for those that are missing.
+        scales_gradients: whether a gradient scaler is used, as in fp16; Lightning then clips no gradients for a fused
+            optimizer.
 
     Raises:
         InputError: the schedule decays but the run has no end, or the decay does not fit into the run.
@@ -231,14 +251,22 @@ def build_optimizer(
             f"trainer.max_steps = {max_steps}: shorten them, or train for more steps."
         )
     optimizer: Optimizer
+    parameters = list(parameters)
+    # One kernel updates all parameters; torch's default on CUDA has several, with temporary tensors.
+    fused = True if not scales_gradients and all(parameter.is_cuda for parameter in parameters) else None
     if config.algorithm == "muon":
         matrices = list(matrices)
         chosen = set(map(id, matrices))
-        optimizer = MuonAndAdamW(matrices, [p for p in parameters if id(p) not in chosen], config)
+        optimizer = MuonAndAdamW(matrices, [p for p in parameters if id(p) not in chosen], config, fused)
     else:
         groups = _groups(parameters, config, layers_above) if config.has_groups else parameters
         optimizer = AdamW(
-            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+            groups,
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=fused,
         )
     return optimizer, LambdaLR(optimizer, partial(learning_rate_factor, config=config, max_steps=max_steps))
 
@@ -257,3 +285,21 @@ def _groups(
         {"params": members, "layers_above": above, "vectors": vectors, **config.rates_of(above, vectors)}
         for (above, vectors), members in sorted(grouped.items(), key=lambda group: group[0])
     ]
+
+
+def reduction_dtype(module: nn.Module) -> torch.dtype:
+    """Return the precision in which ranks add up the gradients of a stage."""
+    config = getattr(module, "optimizer_config", None)
+    in_bf16 = isinstance(config, OptimizerConfig) and config.gradient_reduction == "bf16"
+    return torch.bfloat16 if in_bf16 else torch.float32
+
+
+def reduce_ddp_gradients_in_bf16(model: nn.Module | None) -> None:
+    """Let a model that DDP wraps add up its gradients in bf16; do nothing for any other model."""
+
+    # DDP refuses torch's hook by its name with gloo, where it works.
+    def hook(group: Any, bucket: distributed.GradBucket) -> Future[Tensor]:
+        return default_hooks.bf16_compress_hook(group, bucket)
+
+    if isinstance(model, DistributedDataParallel):
+        model.register_comm_hook(None, hook)

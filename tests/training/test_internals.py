@@ -20,6 +20,7 @@ from lightning.pytorch import strategies
 
 import gpdit_lightning
 from gpdit_lightning.training import internals
+from gpdit_lightning.training.optimizer import OptimizerConfig
 from gpdit_lightning.training.strategies.fsdp import FSDP2
 from gpdit_lightning.training.strategies.zero import ZeRO
 
@@ -89,6 +90,29 @@ def test_private_names_of_the_trainer_are_used_in_internals_only() -> None:
         for use in private.findall(path.read_text(encoding="utf-8"))
     }
     assert not uses
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("config", "reduction", "data_type"),
+    [({"bf16": {}}, "float32", "fp32"), ({"bf16": {}}, "bf16", "bf16"), ({}, "bf16", "bf16"), ({}, "float32", None)],
+)
+def test_deepspeed_adds_up_gradients_in_the_precision_of_the_option(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], reduction: Any, data_type: str | None
+) -> None:
+    monkeypatch.setattr(strategies.DeepSpeedStrategy, "_format_config", lambda self: self.config.update(config))
+    strategy, module = ZeRO(), LightningModule()
+    module.optimizer_config = OptimizerConfig(gradient_reduction=reduction)
+    strategy._lightning_module = module
+    strategy._format_config()
+    assert strategy.config.get("communication_data_type") == data_type
+    assert ("data_types" in strategy.config) == ("bf16" in config)
+
+
+def test_lightnings_broadcast_of_a_signal_exists() -> None:
+    """`disable_signal_handlers` replaces it; tests/device/on_sim/training.py counts the waits."""
+    loop = importlib.import_module("lightning.pytorch.loops.training_epoch_loop")._TrainingEpochLoop
+    assert "self._broadcast_sigterm_tensor()" in inspect.getsource(loop.advance)
 
 
 class Decisions(Callback):

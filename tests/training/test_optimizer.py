@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from gpdit_lightning.errors import InputError
@@ -13,6 +15,8 @@ from gpdit_lightning.training.optimizer import (
     apply_config,
     build_optimizer,
     learning_rate_factor,
+    reduce_ddp_gradients_in_bf16,
+    reduction_dtype,
 )
 
 
@@ -233,3 +237,49 @@ def test_wsd_longer_than_the_run_is_refused() -> None:
     config = OptimizerConfig(warmup_steps=41, decay="wsd", decay_steps=60)
     with pytest.raises(InputError, match=r"warmup_steps = 41 and decay_steps = 60 do not fit into .*max_steps = 100"):
         build_optimizer([torch.nn.Parameter(torch.zeros(1))], config, max_steps=100)
+
+
+class OnCuda(torch.nn.Parameter):
+    """A parameter that is said to be on CUDA; torch has a fused AdamW for the CPU too."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scales_gradients", "fused"), [(OnCuda, False, True), (OnCuda, True, None), (nn.Parameter, False, None)]
+)
+def test_adamw_is_fused_on_cuda(kind: Any, scales_gradients: bool, fused: bool | None) -> None:
+    """The fused update is the same; Lightning's gradient scaler does not clip gradients for it."""
+    ours, other = kind(torch.linspace(1, 2, 5)), nn.Parameter(torch.linspace(1, 2, 5))
+    updated = []
+    for parameter in (ours, other):
+        config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1)
+        optimizer, _ = build_optimizer([parameter], config, max_steps=-1, scales_gradients=scales_gradients)
+        for step in range(3):
+            parameter.grad = torch.linspace(-1, 1, 5) * (step + 1)
+            optimizer.step()
+        updated.append((parameter.detach().as_subclass(torch.Tensor), optimizer.param_groups[0]["fused"]))
+    assert [group for _, group in updated] == [fused, None]
+    torch.testing.assert_close(updated[0][0], updated[1][0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_ddp_adds_up_gradients_in_the_precision_of_the_option(precision: Any, tmp_path: Any) -> None:
+    """A gradient with more digits than bf16 has is rounded to it, or not."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        module = nn.Linear(1, 1, bias=False)
+        module.optimizer_config = OptimizerConfig(gradient_reduction=precision)
+        model = DistributedDataParallel(module)
+        if reduction_dtype(module) == torch.bfloat16:
+            reduce_ddp_gradients_in_bf16(model)
+            reduce_ddp_gradients_in_bf16(module)  # not wrapped: nothing is done
+        value = torch.full((1, 1), 1.2345678)
+        model(value).sum().backward()
+        assert module.weight.grad is not None
+        expected = value.bfloat16().float() if precision == "bf16" else value
+        assert torch.equal(module.weight.grad, expected)
+    finally:
+        distributed.destroy_process_group()
+    with pytest.raises(InputError, match="gradient_reduction is fp8: choose one of float32, bf16"):
+        OptimizerConfig(gradient_reduction="fp8")  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.training import internals
+from gpdit_lightning.training.optimizer import reduction_dtype
 from gpdit_lightning.training.reduction import reduce_over_ranks
 from gpdit_lightning.training.strategies.sharding import ParameterShard, ShardedStrategy
 
@@ -94,9 +95,12 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
 
     def _shard(self, backbone: GPDiT) -> None:
         """Shard each block alone, so that one at a time is gathered, and the other modules of the backbone together."""
+        assert self.lightning_module is not None
         mesh = self.device_mesh["data_parallel"]
         policy = MixedPrecisionPolicy(
-            param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=self.compute_dtype,
+            reduce_dtype=reduction_dtype(self.lightning_module),
+            cast_forward_inputs=False,
         )
         for block in backbone.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.model import GPDiT
 from gpdit_lightning.training import internals
+from gpdit_lightning.training.optimizer import reduction_dtype
 from gpdit_lightning.training.strategies.sharding import ParameterShard, ShardedStrategy
 
 
@@ -36,7 +37,8 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
     Differences from Lightning's DeepSpeedStrategy:
 
     - accumulated gradients are divided once, not twice, and callbacks are called as in any other run;
-    - bf16-mixed means weights in bf16, and master weights, optimizer state and the reduction of gradients in float32;
+    - bf16-mixed means weights in bf16, and master weights, optimizer state and the reduction of gradients in float32,
+      unless `optimizer.gradient_reduction` is bf16;
       the master weights are initialized with the given weights, not with those rounded to bf16;
     - a checkpoint is that of any other run, of which each rank writes its part;
     - it also runs on the CPU with gloo, for tests.
@@ -131,8 +133,11 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
     def _format_config(self) -> None:
         super()._format_config()
         assert isinstance(self.config, dict)
+        assert self.lightning_module is not None
+        in_bf16 = reduction_dtype(self.lightning_module) == torch.bfloat16
+        if "bf16" in self.config or in_bf16:
+            self.config.setdefault("communication_data_type", "bf16" if in_bf16 else "fp32")
         if "bf16" in self.config:
-            self.config.setdefault("communication_data_type", "fp32")
             self.config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
 
     def _setup_model_and_optimizer(

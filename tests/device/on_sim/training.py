@@ -120,6 +120,7 @@ def run(latents: Path, run_dir: Path, stage: str, **trainer: Any) -> Trainer:
         "validate_every_steps": SAVE_EVERY,
         "ema": {"decay": 0.5},
         "checkpoint": {"every_steps": SAVE_EVERY},
+        "health": {"stall_minutes": 0},
         "preview": {"every_steps": SAVE_EVERY, "clips": 1, "sampler_steps": 1, "context_frames": 1},
         "scores": {
             "every_steps": SAVE_EVERY,
@@ -235,6 +236,35 @@ def test_ranks_agree_on_a_stop_without_a_wait(monkeypatch: pytest.MonkeyPatch) -
         results = [agreement.exchange(values, device) for values in ([0, 0], [15, 0], [0, 0])]
     assert results == [[0, 0], [0, 1], [15, 1]]
     assert not record.waits
+
+
+@pytest.fixture
+def _two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run be the first of two ranks, with communication that returns what was sent."""
+
+    def nothing(*_: Any, **__: Any) -> None:
+        pass
+
+    def gather(of_ranks: list[Any], mine: Any, *_: Any, **__: Any) -> None:
+        of_ranks[:] = [mine, mine]
+
+    replaced = {"is_initialized": lambda: True, "get_world_size": lambda *_: 2, "get_rank": lambda *_: 0}
+    replaced |= {"get_backend": lambda *_: "nccl", "all_gather_object": gather}
+    replaced |= dict.fromkeys(("all_reduce", "broadcast", "barrier"), nothing)
+    for name, function in replaced.items():
+        monkeypatch.setattr(torch.distributed, name, function)
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(SimStrategy, "setup_environment", lambda self: setattr(self, "world_size", 2))
+
+
+@pytest.mark.usefixtures("_two_ranks")
+def test_several_ranks_do_not_wait_in_each_micro_batch(latents: Path, tmp_path: Path) -> None:
+    """Two micro-batches per step; Lightning would broadcast a signal before each of them, and read it."""
+    trainer = run(latents, tmp_path / "run", "ImageWarmupStage")
+    assert trainer.world_size == 2
+    for step in (2, 5):
+        others = [c for c in causes(waits_of(trainer)[step]) if c != "copy to the device at model/positions.py"]
+        assert others == ["tolist at callbacks/health.py"]
 
 
 def test_ranks_save_once_per_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
