@@ -49,6 +49,7 @@ from gpdit_lightning.stages.agreement import (
 )
 from gpdit_lightning.stages.initial_weights import InitialWeights
 from gpdit_lightning.training.attention_choice import choose_backend
+from gpdit_lightning.training.float8 import check_float8, convert_to_float8
 from gpdit_lightning.training.internals import end_validation_loader
 from gpdit_lightning.training.optimizer import (
     OptimizerConfig,
@@ -57,6 +58,7 @@ from gpdit_lightning.training.optimizer import (
     reduce_ddp_gradients_in_bf16,
     reduction_dtype,
 )
+from gpdit_lightning.training.strategies import ZeRO
 from gpdit_lightning.training.strategies.sharding import (
     LaterWeights,
     product_dtype_of,
@@ -120,6 +122,7 @@ class GPDiTStage(LightningModule):
         if self.initial_weights:
             self.loaded_weights = InitialWeights.load(self.initial_weights, self.backbone)
             self.origin = self.loaded_weights.origin
+        convert_to_float8(self.backbone)
         if sharding is not None:
             sharding.later_weights = self._later_weights()
 
@@ -251,8 +254,11 @@ class GPDiTStage(LightningModule):
         check_algorithm(self.optimizer_config, sharded_strategy_of(self) is not None)
         device, dtype = self.trainer.strategy.root_device, product_dtype_of(self.trainer)
         if stage == "fit":
+            check_float8(self.config, device, with_deepspeed=isinstance(self.trainer.strategy, ZeRO))
             chosen = choose_backend(self.trainer, self.data, self.config, dtype, self.CLEAN_STREAM_ONLY)
             self.config = self.config.replaced(attention_backend=chosen)
+        else:
+            self.config = self.config.replaced(float8=False)
         with torch.set_grad_enabled(stage == "fit"):
             select_backend(self.config.attention_backend, device.type, dtype, self.config.head_width)
 

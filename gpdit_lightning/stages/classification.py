@@ -21,6 +21,7 @@ from gpdit_lightning.stages.mixing import Mixing
 from gpdit_lightning.training.callbacks.metrics import log_scalars
 from gpdit_lightning.training.callbacks.previews import Preview
 from gpdit_lightning.training.callbacks.scores import Scores
+from gpdit_lightning.training.float8 import convert_to_float8
 from gpdit_lightning.training.optimizer import OptimizerConfig
 
 
@@ -149,6 +150,7 @@ class ClassificationStage(GPDiTStage):
             loaded = InitialWeights.load(self.initial_weights, generative)
             self.backbone.load_clean_stream(generative.state_dict())
             self.loaded_weights, self.origin = dataclasses.replace(loaded, classes=()), loaded.origin
+        convert_to_float8(self.backbone)
 
     # --- the objective
 
