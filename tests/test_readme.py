@@ -24,7 +24,6 @@ from gpdit_lightning.options.shared import RecipeOptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BASH_BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 # The commands of docs/extending.md are run, by test_extending.py.
 DOCUMENTS = [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {ROOT / "docs" / "extending.md"})]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -36,13 +35,21 @@ VERB_OF_SCRIPT = {
 FOLDERS = ("recipes/", "data_prep/", "constraints/")
 
 
+def bash_blocks(text: str) -> list[str]:
+    """Return the code blocks of a shell in Markdown."""
+    return re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+
+
+BASH_BLOCKS = bash_blocks(README)
+
+
 def code_in(document: Path) -> Iterator[str]:
     """Yield the code in a document: code blocks, indented and inline code; of a recipe, the indented comments."""
     text = document.read_text(encoding="utf-8")
     if document.suffix == ".yaml":
         yield "\n".join(re.findall(r"^#   +(.*)", text, flags=re.MULTILINE))
         return
-    yield from re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    yield from bash_blocks(text)
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     yield "\n".join(re.findall(r"^    (.*)", text, flags=re.MULTILINE))
     for inline in re.findall(r"`([^`]+)`", text):

@@ -1,4 +1,4 @@
-"""The commands of README.md run in their order, in an empty directory, from an installed wheel.
+"""The commands of README.md and of the first pages of docs/ run in their order, in an empty directory, from a wheel.
 
 The commands are those of the code blocks as they are written, without the excluded ones. Options that lower the number
 of steps and frames are appended to them. Words in capitals stand for files of a user, which are generated; `MODEL`,
@@ -21,10 +21,11 @@ from PIL import Image
 from gpdit_lightning.media.video_writer import write_video
 from tests.cli.sampling import stripes
 from tests.test_packaging import installed
-from tests.test_readme import BASH_BLOCKS
+from tests.test_readme import ROOT, bash_blocks
 
 __all__ = ["installed"]  # a fixture
 
+DOCUMENTS = ("README.md", "docs/tutorials/own_data.md", "docs/tutorials/few_shot.md", "docs/sharing.md")
 COMMAND = "python -m gpdit_lightning "
 TIME_LIMIT = 900  # seconds, for a command that does not end
 NEEDS_DEMO = re.compile(r"gpdit_lightning demo|runs/demo")
@@ -33,8 +34,6 @@ EXCLUDED = {
     r"tensorboard|gpdit_lightning app": "serves until it is stopped",
     r"latents/mine\b": "downloads the WanVAE, or trains GPDiT-H with 2.28B parameters on its latents",
     r"recipes/": "reads the recipes of a clone",
-    r"eval_ucf101": "needs UCF-101 and the networks of FVD and FID",
-    r"eval_imagenet": "needs ImageNet, a model of it and the network of FID",
 }
 LOWERED = {
     "demo": "--max_steps 2",
@@ -65,10 +64,11 @@ print("all commands have run")
 
 
 def commands() -> Iterator[str]:
-    """Yield the commands of README's code blocks in order, as they are written, without comments."""
-    for block in BASH_BLOCKS:
-        for line in block.replace("\\\n", " ").splitlines():
-            yield from (" ".join(command.split()) for command in re.sub(r"\s#.*", "", line).split(" && "))
+    """Yield the commands of the documents' code blocks in order, as they are written, without comments; each once."""
+    blocks = (block for name in DOCUMENTS for block in bash_blocks((ROOT / name).read_text(encoding="utf-8")))
+    lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
+    given = (command for line in lines for command in re.sub(r"\s#.*", "", line).split(" && "))
+    yield from dict.fromkeys(" ".join(command.split()) for command in given)
 
 
 def lowered(command: str) -> str:

@@ -42,7 +42,7 @@ class MeasureSpeed(Callback):
         update_seconds: seconds of an update of the weights and what follows it in a step.
     """
 
-    def __init__(self, max_seconds: float = MAX_SECONDS, max_steps: int = MAX_STEPS) -> None:
+    def __init__(self, max_seconds: float, max_steps: int) -> None:
         self.max_seconds, self.max_steps = max_seconds, max_steps
         self.flops_per_s = self.pass_flops_per_s = self.update_seconds = 0.0
         self._updating = self._update_began = 0.0
@@ -119,7 +119,7 @@ def measured_flops_per_s(recipe: str, run: RunSettings) -> float | None:
         path = Path(folder, "recipe.yaml")
         path.write_text(recipe, encoding="utf-8")
         try:
-            return measure_speed([f"--config={path}"], run, MeasureSpeed()).flops_per_s or None
+            return measure_speed([f"--config={path}"], run, MeasureSpeed(MAX_SECONDS, MAX_STEPS)).flops_per_s or None
         except Stopped:
             print("stopped in the trial: no recipe was written", file=sys.stderr)
             raise
