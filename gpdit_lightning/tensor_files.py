@@ -217,8 +217,8 @@ def safetensors_header(path: Path, cure: str) -> tuple[dict[str, StoredTensor], 
     except EOFError:
         raise _damaged(path, "it is too short", cure) from None
     except OSError as error:
-        damaged = _damaged(path, str(error.strerror or error), cure)
-        raise transient_error(error, path) or damaged from None
+        unreadable = InputError(f"{path} cannot be read ({error.strerror or error}): {cure}.")
+        raise transient_error(error, path) or unreadable from None
     try:
         content = parse_json(bytes(text), f"the header of {path}", cure)
     except InputError as error:

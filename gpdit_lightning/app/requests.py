@@ -8,11 +8,9 @@ from gpdit_lightning.diffusion.samplers import BUILT_IN
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation.contexts import VideoContext
 from gpdit_lightning.generation.pipeline import GPDiTPipeline
-from gpdit_lightning.options.app import AppOptions
+from gpdit_lightning.options.app import MAX_GUIDANCE, MAX_STEPS, MIN_SECONDS, AppOptions
 from gpdit_lightning.options.sample import GenerationOptions
 
-MAX_STEPS = 200
-MAX_GUIDANCE = 20.0
 MAX_SEED = 2**32 - 1
 INITIAL_SECONDS = 2.0
 
@@ -80,7 +78,7 @@ def parse_request(
     sizes = [f"{height}x{width}" for height, width in pipeline.sizes]
     return VideoRequest(
         context=None if context_id is None else contexts[context_id],
-        seconds=float(_number(content, "seconds", INITIAL_SECONDS, 0.01, options.max_seconds)),
+        seconds=float(_number(content, "seconds", INITIAL_SECONDS, MIN_SECONDS, options.max_seconds)),
         options=GenerationOptions(
             sampler=_choice(content, "sampler", options.sampler, (*BUILT_IN, options.sampler)) or options.sampler,
             steps=int(_number(content, "steps", options.steps, 1, MAX_STEPS, whole=True)),

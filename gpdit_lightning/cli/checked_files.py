@@ -29,7 +29,8 @@ class FileCheckingParser(InterpolatingParser):
         """Parse a command line.
 
         Raises:
-            InputError: in a file of `--config`, the value of a group is something other than names with values.
+            InputError: in a file of `--config`, or in a file that a group names, the value of a group is something
+                other than names with values.
         """
         groups = group_names(self._actions) | dict.fromkeys(self.arguments_groups, False)
         for word in args or ():
@@ -38,6 +39,8 @@ class FileCheckingParser(InterpolatingParser):
                 check_content(load_yaml(value), groups, Path("the recipe"))
             elif name == "--config":
                 check_content(read_yaml(Path(value)), groups, Path(value))
+            elif name.removeprefix("--") in groups and os.path.isfile(value):
+                check_content({name.removeprefix("--"): value}, groups, Path())
         return super().parse_args(args, *others, **options)
 
 
@@ -54,21 +57,27 @@ def group_names(actions: Sequence[Action]) -> dict[str, bool]:
     return names
 
 
-def check_content(content: Mapping[Any, Any], groups: Mapping[str, bool], path: Path) -> None:
+def check_content(
+    content: Mapping[Any, Any], groups: Mapping[str, bool], path: Path, above: tuple[str, ...] = ()
+) -> None:
     """Check that the value of each group of options in a file is names with values, or the path of such a file.
 
     Args:
         content: of a recipe, or of a file of options.
         groups: as :func:`group_names` returns them.
         path: the file, for the message; paths in it are relative to its folder.
+        above: the files of groups in which this one is named, by their real paths.
 
     Raises:
-        InputError: the value is something else.
+        InputError: the value is something else, or a file contains itself.
     """
     given = [(name, value, null) for name, null in groups.items() for value in _values(content, name)]
     for name, value, may_be_null in [*given, *_class_arguments(content, "")]:
-        is_file = isinstance(value, str) and os.path.isfile(path.parent / value)
-        if not isinstance(value, Mapping) and not is_file and not (value is None and may_be_null):
+        if isinstance(value, str) and os.path.isfile(file := path.parent / value):
+            if (real := os.path.realpath(file)) in above:
+                raise InputError(f"{path}: {name} is {shown(value)}, which contains this file: remove one of them.")
+            check_content({name: read_yaml(file)}, groups, file, (*above, real))
+        elif not isinstance(value, Mapping) and not (value is None and may_be_null):
             given_value = "null" if value is None else shown(value)
             raise InputError(f"{path}: {name} is {given_value}; it must be {NAMES_WITH_VALUES}.")
 

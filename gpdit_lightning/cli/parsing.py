@@ -14,7 +14,7 @@ from gpdit_lightning.cli.checked_files import FileCheckingParser
 from gpdit_lightning.cli.failures import DEBUG
 from gpdit_lightning.cli.messages import PREFIX, OptionHelp, one_sentence
 from gpdit_lightning.cli.recipe_files import read_yaml, recipe_path, with_bases
-from gpdit_lightning.cli.value_checks import check_numbers
+from gpdit_lightning.cli.value_checks import check_values
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.names import as_text
 from gpdit_lightning.options.shared import RecipeOptions
@@ -65,7 +65,7 @@ def parse(verb: str, description: str, record: type[Record], arguments: Sequence
         print(parser.dump(options, skip_none=False) if options else "", end="")  # the recipe's follow
     given = {name: names.decode(values[name]) if names else values[name] for name in option_names(record)} | recipe
     for name in option_names(record):
-        check_numbers(f"--{name}", given[name])
+        check_values(f"--{name}", given[name])
     return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 

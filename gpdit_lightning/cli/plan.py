@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 from gpdit_lightning.cli.estimate import known_gpu
 from gpdit_lightning.cli.plan_trial import MAX_SECONDS, can_measure, measured_flops_per_s
+from gpdit_lightning.cli.value_checks import check_folder
 from gpdit_lightning.devices import Machine, this_machine
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.estimation.units import GIB
@@ -41,6 +42,7 @@ def plan(options: PlanOptions, check: Callable[[Path], None] | None = None) -> C
     machine = planned_machine(options, here)
     goal = Goal(options.hours or DEFAULT_HOURS[machine.accelerator], options.size)
     run_dir = options.run_dir or default_run_dir(options.data_dir)
+    check_folder("--run_dir", run_dir)
     choice = choose(data, machine, goal)
     text = recipe_text(choice, run_dir, str(options.out))
     if check is not None:

@@ -108,16 +108,22 @@ class SaveRecipe(Callback):
 
 
 def patch_size_of(model: Any) -> int:
-    """Return the patch size of a stage's backbone; the default if the stage has no such option."""
-    options = getattr(model, "init_args", Namespace())
-    return int(options.get("backbone.patch_size", GPDiTConfig().patch_size))
+    """Return the patch size of a stage's backbone; the default if the stage has no such option, or an invalid one."""
+    size = getattr(model, "init_args", Namespace()).get("backbone.patch_size")
+    return size if isinstance(size, int) else GPDiTConfig().patch_size
 
 
 def block_frames_of(model: Any) -> tuple[int, int]:
-    """Return `GPDiTConfig.block_frames` of a stage's backbone; the default if the stage has no such options."""
+    """Return `GPDiTConfig.block_frames` of a stage's backbone; the default if it has no such options, or invalid ones.
+
+    The construction of the backbone refuses invalid ones.
+    """
     options = getattr(model, "init_args", Namespace())
     fields = {name: options.get(f"backbone.{name}") for name in ("block_shape", "first_block_frames")}
-    return GPDiTConfig(**{name: value for name, value in fields.items() if value is not None}).block_frames
+    try:
+        return GPDiTConfig(**{name: value for name, value in fields.items() if value is not None}).block_frames
+    except InputError:
+        return GPDiTConfig().block_frames
 
 
 def sources_of_stage(model: Any) -> list[str]:

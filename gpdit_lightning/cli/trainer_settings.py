@@ -20,11 +20,17 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from gpdit_lightning.cli.recipe_parser import RecipeParser
-from gpdit_lightning.cli.value_checks import check_arguments, check_limits, check_numbers, check_options
+from gpdit_lightning.cli.value_checks import (
+    check_arguments,
+    check_folder,
+    check_limits,
+    check_options,
+    check_values,
+)
 from gpdit_lightning.devices import has_bf16
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import did_you_mean, import_object, is_import_path, resolve
-from gpdit_lightning.options.shared import RecipeOptions
+from gpdit_lightning.options.shared import MAX_SEED, RecipeOptions
 from gpdit_lightning.training.loggers import RunFolderTensorBoard, place_in_run_folder
 from gpdit_lightning.training.strategies import ZERO_NAMES, register_strategies
 
@@ -62,8 +68,6 @@ REPLACED: dict[str, str] = {name: instead for name, (_, instead) in FIXED.items(
 # Values of REPLACED settings in the config.yaml of earlier runs; the other settings have Lightning's defaults there.
 EARLIER_DEFAULTS = {"check_val_every_n_epoch": None, "use_distributed_sampler": False}
 LIGHTNING_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Trainer).parameters.items()}
-
-MAX_SEED = 2**32 - 1  # of NumPy's global generator
 
 # Help texts that replace those of Lightning.
 HELP = {
@@ -129,12 +133,12 @@ class TrainingParser(RecipeParser):
         super().validate(cfg, *arguments, **options)
         if "run_dir" not in cfg:  # the parser of a part of a recipe
             return
-        check_numbers("", cfg)
+        check_values("", cfg)
         check_limits(cfg)
         check_options(cfg, self._actions)
         check_seed(cfg.get("seed_everything"))
-        for name in ("runs", "run_dir", "latents"):
-            check_folder(name, cfg[name])
+        for name in ("runs", "run_dir", "latents", "data.cache.directory"):
+            check_folder(name, cfg.get(name))
         model = cfg.get("model")
         if isinstance(model, Namespace) and isinstance(model.get("init_args"), Namespace):
             check_arguments("model.init_args", import_object(model.class_path, "model"), model.init_args)
@@ -272,12 +276,6 @@ def check_seed(seed: Any) -> None:
     """Raise `InputError` unless `seed_everything` is a seed of NumPy's global generator, or true or false."""
     if isinstance(seed, int) and not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed_everything is {seed}: give a whole number from 0 to {MAX_SEED}.")
-
-
-def check_folder(name: str, value: str) -> None:
-    """Raise `InputError` if the path of a folder is empty, null, a list or a mapping, or has a null character."""
-    if re.fullmatch(r"\s*|null|~|\[.*\]|\{.*\}", value) or "\0" in value:
-        raise InputError(f"{name} is {value!r}: give the path of a folder.")
 
 
 def check_repeated(from_recipe: Iterable[Callback], of_library: Iterable[Callback]) -> None:

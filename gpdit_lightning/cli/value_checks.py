@@ -1,11 +1,15 @@
 """Checks of parsed values that jsonargparse leaves out: null, records, and numbers that no computation can use."""
 
 import dataclasses
+import errno
 import inspect
 import math
+import os
+import re
 import types
 from argparse import Action
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import Namespace
@@ -13,16 +17,22 @@ from jsonargparse import Namespace
 from gpdit_lightning.cli.messages import NAMES_WITH_VALUES, type_in_words
 from gpdit_lightning.data.source import KINDS
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.schema import shown
 
 INT_LIMIT = 2**63  # whole numbers of torch and NumPy have 64 bits
 
-# Values above which a recipe would allocate or loop without end.
+# Values above which a recipe would allocate or loop without end, or its weights would overflow within a few steps.
 LIMITS: dict[str, int] = {
     "data.workers": 1024,
+    "data.noise_draws": 1024,
+    "data.validation_batches": 2**20,
     **{f"data.{source}.batch_size": 2**20 for source in KINDS},
     "model.init_args.backbone.layers": 4096,
     "model.init_args.backbone.width": 2**20,
     "model.init_args.backbone.mlp_width": 2**22,
+    "model.init_args.schedule.shift": 1000,
+    "model.init_args.optimizer.weight_decay": 100,
+    "model.init_args.optimizer.eps": 1,
 }
 
 
@@ -30,20 +40,39 @@ def check_limits(values: Namespace) -> None:
     """Raise `InputError` if an option of a recipe exceeds its value of `LIMITS`."""
     for name, limit in LIMITS.items():
         value = values.get(name)
-        if isinstance(value, int) and value > limit:
+        if isinstance(value, int | float) and value > limit:
             raise InputError(f"{name} is {value}: give at most {limit}.")
 
 
-def check_numbers(name: str, value: Any) -> None:
-    """Check all numbers inside a value.
+def check_folder(name: str, value: Any) -> None:
+    """Raise `InputError` if an option cannot be the path of a folder; it need not exist.
+
+    A path cannot be empty, null, a list or a mapping, or exceed the limits of the file system.
+    """
+    cure = "give the path of a folder"
+    if not isinstance(value, str) or re.fullmatch(r"\s*|null|~|\[.*\]|\{.*\}", value):
+        raise InputError(f"{name} is {shown(value)}: {cure}.")
+    try:
+        os.stat(value)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(
+                f"{name} is {shown(value)}, which is too long ({len(value)} characters): {cure}."
+            ) from None
+
+
+def check_values(name: str, value: Any) -> None:
+    """Check all numbers and texts inside a value.
 
     Args:
         name: the option, for messages.
         value: parsed, with any nesting of records, mappings and lists.
 
     Raises:
-        InputError: a number is infinite, NaN or beyond 64 bits.
+        InputError: a number is infinite, NaN or beyond 64 bits, or a text has a null character, which no path can have.
     """
+    if isinstance(value, str | Path) and "\0" in str(value):
+        raise InputError(f"{name} is {shown(str(value))}: remove the null character.")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{name} is {value}: give a finite number.")
     if isinstance(value, int) and not -INT_LIMIT <= value < INT_LIMIT:
@@ -52,10 +81,10 @@ def check_numbers(name: str, value: Any) -> None:
         value = vars(value)
     if isinstance(value, Mapping):
         for key, item in value.items():
-            check_numbers(f"{name}.{key}" if name else str(key), item)
+            check_values(f"{name}.{key}" if name else str(key), item)
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
-            check_numbers(f"{name}[{number}]", item)
+            check_values(f"{name}[{number}]", item)
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:

@@ -50,8 +50,14 @@ class CacheConfig:
     gib: float = 100.0
     """Maximum space for copies, in GiB; the least recently used ones are evicted."""
 
+    def check(self) -> None:
+        """Raise `InputError` if the limit is not positive; also for runs that need no cache."""
+        if not self.gib > 0:
+            raise InputError(f"data.cache.gib is {self.gib}; it must be above 0.")
+
     def open(self) -> "ShardCache":
-        """Open the cache; raises as `ShardCache`."""
+        """Open the cache; raises as `check` and `ShardCache`."""
+        self.check()
         return ShardCache(Path(self.directory).expanduser(), self.gib)
 
 
@@ -65,12 +71,10 @@ class ShardCache:
         gib: most space for copies and downloads in progress, in GiB.
 
     Raises:
-        InputError: the limit is not positive, or the folder cannot be created.
+        InputError: the folder cannot be created.
     """
 
     def __init__(self, directory: Path, gib: float) -> None:
-        if not gib > 0:
-            raise InputError(f"data.cache.gib is {gib}; it must be above 0.")
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -126,6 +126,7 @@ class LatentDataModule(LightningDataModule):
         ):
             if value < least:
                 raise InputError(f"data.{name} is {value}; it must be at least {least}.")
+        cache.check()
         if not 0 <= label_dropout <= 1:
             raise InputError(f"data.label_dropout is {label_dropout}; it must lie between 0 and 1.")
         if not 0 <= context_noise <= math.pi / 2:

@@ -197,14 +197,7 @@ class Plan:
                     f"data.{source.name} has batch_size = {config.batch_size} and tokens = {config.tokens}: give one "
                     "of them, and 0 for the other."
                 )
-            if not 0 < config.weight < math.inf:
-                raise InputError(f"data.{source.name}.weight is {config.weight}; it must be positive and finite.")
-            if config.shuffle_window < 1:
-                raise InputError(
-                    f"data.{source.name}.shuffle_window is {config.shuffle_window}; it must be at least 1 sample."
-                )
-            if config.micro_batches < 1:
-                raise InputError(f"data.{source.name}.micro_batches is {config.micro_batches}; it must be at least 1.")
+            config.check(source.name)
             shapes = [(max(bucket.lengths), bucket.height, bucket.width) for bucket in source.buckets]
             source.micro_batch_size(*max(shapes, key=math.prod), self.max_ranks)  # raises if it cannot be divided
         self._check_sampling()

@@ -1,5 +1,6 @@
 """Options of a data source in a recipe, and the clip lengths and noisy frames that follow from them."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -70,11 +71,16 @@ class SourceConfig:
             name: name of the source.
 
         Raises:
-            InputError: an option is negative, or a loss on targets is requested from a source that has none.
+            InputError: an option is outside its range, or a loss on targets is requested from a source that has none.
         """
         for option in ("batch_size", "tokens", "frames", "least_frames", "frames_without_loss"):
             if getattr(self, option) < 0:
                 raise InputError(f"data.{name}.{option} is {getattr(self, option)}; it must not be negative.")
+        for option in ("micro_batches", "shuffle_window"):
+            if getattr(self, option) < 1:
+                raise InputError(f"data.{name}.{option} is {getattr(self, option)}; it must be at least 1.")
+        if not 0 < self.weight < math.inf:
+            raise InputError(f"data.{name}.weight is {self.weight}; it must be positive and finite.")
         if self.loss_frames == "targets" and name != "sequences":
             raise InputError(f"data.{name}.loss_frames is targets, which only data.sequences has: set it to all.")
         if self.loss_frames == "targets" and self.frames_without_loss:

@@ -16,7 +16,16 @@ from torch import Tensor
 from gpdit_lightning.diffusion.noise_levels import NoiseSchedule
 from gpdit_lightning.diffusion.rotation import rotate_back
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.imports import check_part, import_path, report_custom_errors, resolve, value_summary
+from gpdit_lightning.imports import (
+    check_part,
+    import_path,
+    is_import_path,
+    report_custom_errors,
+    resolve,
+    value_summary,
+)
+
+MAX_STEPS = 100_000
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(noisy (B, ...), theta (B,)) -> velocity (B, ...)."""
@@ -40,7 +49,7 @@ class Sampler(ABC):
     path, or a name registered by :func:`register_sampler`.
 
     Raises:
-        InputError: fewer than one step.
+        InputError: fewer than one step, or more than `MAX_STEPS`.
     """
 
     steps: int = 25
@@ -49,8 +58,8 @@ class Sampler(ABC):
     """Maps the steps, which are evenly spaced in t, to theta."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"the number of sampler steps is {self.steps}; it must be at least 1.")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise InputError(f"the number of sampler steps is {self.steps}; give a number from 1 to {MAX_STEPS}.")
 
     def angles(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the angles between the steps, from that of t = 1 to 0: (steps + 1,) radians, on the CPU."""
@@ -253,6 +262,15 @@ def register_sampler(name: str, sampler: type[Sampler]) -> None:
         raise InputError(f"sampler '{name}' is built in: register yours under another name.")
     check_part(sampler, name, "sampler", Sampler)
     SAMPLERS[name] = sampler
+
+
+def check_sampler_name(name: str, option: str) -> None:
+    """Raise `InputError` if the value of an option is neither a name in `SAMPLERS` nor an import path.
+
+    The class at an import path is imported when it is used.
+    """
+    if not is_import_path(name):
+        resolve(name, SAMPLERS, option, base=Sampler)
 
 
 def make_sampler(name: str, steps: int, schedule: NoiseSchedule) -> Sampler:

@@ -192,7 +192,9 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray | None:
     info = archive.getinfo(name)
     with archive.open(info) as member:
         shape, dtype, offset = npy_layout(member)
-        if dtype.hasobject or info.file_size != offset + math.prod(shape) * dtype.itemsize:
+        if dtype.hasobject:
+            raise ValueError(f"{name} is an array of Python objects")
+        if info.file_size != offset + math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} has {info.file_size} bytes, which differs from {dtype} of shape {shape}")
         if info.file_size > MAX_PACKING * (info.compress_size + 1):
             raise ValueError(f"{name} states {info.file_size} bytes in {info.compress_size} packed ones")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from gpdit_lightning.errors import InputError
-from gpdit_lightning.options.shared import RecipeOptions, check_at_least
+from gpdit_lightning.options.shared import MAX_SEED, RecipeOptions, check_at_least
 
 Budget = Literal["steps", "flops", "time"]
 
@@ -41,8 +41,11 @@ class AblateOptions(RecipeOptions):
         super().__post_init__()
         check_at_least(self, validations=1)
         self._set("seeds", tuple(self.seeds))
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise InputError(f"--seeds are {list(self.seeds)}: give different numbers of at least 0, such as 0 1 2.")
+        unusable = not self.seeds or len(set(self.seeds)) < len(self.seeds)
+        if unusable or min(self.seeds) < 0 or max(self.seeds) > MAX_SEED:
+            raise InputError(
+                f"--seeds are {list(self.seeds)}: give different numbers from 0 to {MAX_SEED}, such as 0 1 2."
+            )
         if not self.arms:
             raise InputError("--arms is empty: give the overrides of each arm by its name.")
         for name, overrides in self.arms.items():

@@ -9,7 +9,15 @@ from gpdit_lightning.options.shared import (
     OptionRecord,
     SamplerOptions,
     check_at_least,
+    check_between,
 )
+
+# Limits of what users of the page can set.
+MAX_STEPS = 200
+MAX_GUIDANCE = 20.0
+MIN_SECONDS, MAX_SECONDS = 0.01, 86_400.0
+
+MAX_PORT = 2**16 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,4 +51,7 @@ class AppOptions(ModelOptions, SamplerOptions, LabelGuidanceOptions, CompileOpti
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, steps=1, port=0, max_upload=1, max_waiting=1)
+        check_at_least(self, max_upload=1, max_waiting=1)
+        check_between(self, steps=(1, MAX_STEPS), port=(0, MAX_PORT), max_seconds=(MIN_SECONDS, MAX_SECONDS))
+        check_between(self, max_upload_seconds=(MIN_SECONDS, MAX_SECONDS))
+        check_between(self, guidance=(0, MAX_GUIDANCE), label_guidance=(0, MAX_GUIDANCE))

@@ -12,12 +12,23 @@ from gpdit_lightning.names import as_text
 Precision = Literal["auto", "32", "bf16"]
 
 
+MAX_SEED = 2**32 - 1  # of NumPy's global generator
+
+
 def check_at_least(options: Any, **limits: int) -> None:
     """Raise an InputError that names the option if a value is below its limit; None is accepted."""
     for name, limit in limits.items():
         value = getattr(options, name)
         if value is not None and value < limit:
             raise InputError(f"--{name} is {value}: give at least {limit}.")
+
+
+def check_between(options: Any, **ranges: tuple[float, float]) -> None:
+    """Raise an InputError that names the option if a value is outside its range."""
+    for name, (least, most) in ranges.items():
+        value = getattr(options, name)
+        if not least <= value <= most:
+            raise InputError(f"--{name} is {value}: give a number from {least:g} to {most:g}.")
 
 
 def check_is_utf8(options: Any, name: str, cure: str) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,8 +26,10 @@ from gpdit_lightning.diffusion import (
     rotate_to,
     training_target,
 )
+from gpdit_lightning.imports import is_import_path
 from gpdit_lightning.model import GPDiT, GPDiTConfig
 from gpdit_lightning.model.attention import select_backend
+from gpdit_lightning.model.attention.backends import find_backend
 from gpdit_lightning.model.initial_weights import weights_of_new
 from gpdit_lightning.model.layout import ClipBlocks, count_blocks
 from gpdit_lightning.schema import OBJECT, check
@@ -55,6 +57,7 @@ from gpdit_lightning.training.optimizer import (
     OptimizerConfig,
     apply_config,
     build_optimizer,
+    check_state,
     reduce_ddp_gradients_in_bf16,
     reduction_dtype,
 )
@@ -90,6 +93,9 @@ class GPDiTStage(LightningModule):
         optimizer: the optimizer and its schedule.
         initial_weights: checkpoint, run folder or exported folder with the (averaged) weights from which training
             starts; None: random weights. A run that resumes uses its last checkpoint instead.
+
+    Raises:
+        InputError: the attention backend is unknown.
     """
 
     SOURCES: ClassVar[tuple[str, ...]] = ()
@@ -104,6 +110,8 @@ class GPDiTStage(LightningModule):
     ) -> None:
         super().__init__()
         check_annotated(type(self).__name__, backbone=backbone, schedule=schedule, optimizer=optimizer)
+        if not is_import_path(backbone.attention_backend):  # an import path is imported when the operator is used
+            find_backend(backbone.attention_backend)
         self.config, self.schedule, self.optimizer_config = backbone, schedule, optimizer
         self.initial_weights = initial_weights
         self.loaded_weights: InitialWeights | None = None
@@ -275,7 +283,8 @@ class GPDiTStage(LightningModule):
         """Check that all ranks start from the same state, and apply the recipe's optimizer settings to a resumed run.
 
         Raises:
-            InputError: the ranks are at different steps, or have different initial weights.
+            InputError: the ranks are at different steps or have different initial weights, or the restored state of
+                the optimizer is not one of these parameters.
         """
         check_ranks(self.trainer, self.origin.sha256 if self.origin else None)
         if reduction_dtype(self) == torch.bfloat16:
@@ -284,6 +293,8 @@ class GPDiTStage(LightningModule):
             log.info("training begins from random weights (from others: --model.init_args.initial_weights RUN_DIR)")
         optimizer: Any = self.trainer.optimizers[0]  # under ZeRO DeepSpeed's, which `self.optimizers()` does not return
         scheduler: Any = self.lr_schedulers()
+        if sharded_strategy_of(self) is None:
+            check_state(optimizer)
         for change in apply_config(self.optimizer_config, optimizer, scheduler):
             log.info("%s", change)
 
@@ -304,10 +315,21 @@ class GPDiTStage(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_stage(saved["stage"], type(self).__name__, self.trainer.default_root_dir)
             check_optimizer_state(checkpoint.get("optimizer_states"), self.optimizer_config)
+            self._report_missing_states(checkpoint["callbacks"])
         elif saved["stage"] != type(self).__name__ and self.trainer.is_global_zero:
             log.warning("the run was trained with %s; this loss is that of %s", saved["stage"], type(self).__name__)
         origin = saved.get("origin")
         self.origin = Origin.from_dict(origin, where, "use another one of the run") if origin else None
+
+    def _report_missing_states(self, saved: Mapping[str, Any]) -> None:
+        """Log which callbacks have a state, but none in the checkpoint, such as those that are new in the recipe."""
+        missing = [
+            type(callback).__name__
+            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+            if type(callback).state_dict is not Callback.state_dict and callback.state_key not in saved
+        ]
+        if missing and self.trainer.is_global_zero:
+            log.warning("the checkpoint has no state of %s, which therefore begins anew", " and ".join(missing))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as torch does; raise `InputError` if names or shapes differ."""

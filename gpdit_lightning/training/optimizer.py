@@ -191,6 +191,32 @@ class MuonAndAdamW(Optimizer):
             part.param_groups, part.state = [group], self.state
 
 
+def check_state(optimizer: Optimizer) -> None:
+    """Check that a restored optimizer has the state of its algorithm, in the shapes of its parameters.
+
+    torch loads any state, which would fail in the first step. A parameter without a state has had no gradient. Other
+    optimizers than those of :func:`build_optimizer` are not checked.
+
+    Raises:
+        InputError: a setting or a part of the state is missing, or a part has another shape.
+    """
+    cure = "use another checkpoint of the run, or begin another run with its weights"
+    for number, group in enumerate(optimizer.param_groups if isinstance(optimizer, AdamW | MuonAndAdamW) else ()):
+        is_muon = "ns_steps" in group
+        for setting in ("lr", "initial_lr", "eps", "weight_decay", "momentum" if is_muon else "betas"):
+            if setting not in group:
+                raise InputError(f"group {number} of the checkpoint's optimizer state lacks {setting}: {cure}.")
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            for part in ("momentum_buffer",) if is_muon else ("exp_avg", "exp_avg_sq"):
+                shape = tuple(getattr(state[part], "shape", ())) if state and part in state else "nothing"
+                if state and shape != tuple(parameter.shape):
+                    raise InputError(
+                        f"the checkpoint's optimizer state has shape {shape} as {part} of a parameter of shape "
+                        f"{tuple(parameter.shape)}: {cure}."
+                    )
+
+
 def apply_config(config: OptimizerConfig, optimizer: Optimizer, scheduler: LambdaLR) -> list[str]:
     """Replace the restored settings of an optimizer by those of a recipe.
 

@@ -472,7 +472,7 @@ def test_a_damaged_chunk_is_an_error_that_names_it(
     chunk = tmp_path / "out" / "chunks" / "000002.safetensors"
     chunk.write_bytes(chunk.read_bytes()[:-1])
     assert evaluate(command, tmp_path / "out") == 2
-    assert f"{chunk} is damaged" in error_message(capsys)
+    assert f"{chunk} is not a complete safetensors file" in error_message(capsys)
 
 
 @pytest.mark.parametrize(

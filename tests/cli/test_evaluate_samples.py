@@ -302,7 +302,7 @@ def test_moments_are_exact_for_features_far_from_zero() -> None:
         (["--images=IMAGES", "--context_frames=5", "--generated_frames=4"], "which needs --videos"),
         (["--images=IMAGES", "--generated_frames=5"], "are videos, which are compared with --videos or --reference"),
         (["--images=FLAT", "--sample_labels=data"], "have the label 'FLAT', which is no class of the model"),
-        (["--reference=OBJECTS"], "objects.npz cannot be read (Object arrays cannot be loaded"),
+        (["--reference=OBJECTS"], "objects.npz cannot be read (arr_0.npy is an array of Python objects)"),
         (["--reference=SMALL"], "small.npz has images of 16x16 pixels, but samples have 32x32"),
         (["--reference=WIDE"], "wide.npz has moments of 9 features, but the image network has 6"),
         (["--reference=/nowhere.npz"], "nowhere.npz cannot be read"),

@@ -1,12 +1,19 @@
-"""Values that no option can use: each option of each verb accepts or refuses them with one clear sentence."""
+"""Values that no option can use: each type of option accepts or refuses them with one clear sentence."""
 
 import re
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
+import yaml
+from jsonargparse import Namespace
 
 from gpdit_lightning.cli import VERBS, record_of
-from gpdit_lightning.cli.parsing import option_names, parser_of
+from gpdit_lightning.cli.parsing import option_names, parse, parser_of
+from gpdit_lightning.cli.value_checks import LIMITS, check_folder, check_limits, check_values
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.training.callbacks.previews import Preview
+from gpdit_lightning.training.callbacks.scores import Scores
 
 VALUES = ("-1", "nan", str(10**30), "abc", "{}", "null")
 # Words of jsonargparse and Python that mean nothing to a user.
@@ -15,22 +22,102 @@ JARGON = re.compile(
 )
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_option_refuses_a_hostile_value_in_one_clear_sentence(verb: str) -> None:
-    record = record_of(verb)
-    parser = parser_of(verb, "Does something.", record)
-    for name in option_names(record):
-        for value in VALUES:
-            try:
-                parser.parse_args([f"--{name}={value}"])
-            except InputError as error:
-                sentence = str(error)
-            else:
-                continue
-            if "missing: see --help" in sentence:  # a required option; the value was accepted
-                continue
-            shown = f"--{name}={value}: {sentence}"
-            assert name in sentence, shown
-            assert not JARGON.search(sentence), shown
-            assert "\n" not in sentence, shown
-            assert len(sentence) < 500, shown
+def test_options_of_every_type_refuse_hostile_values_in_one_clear_sentence() -> None:
+    parsed = set[str]()
+    for verb in VERBS:
+        record = record_of(verb)
+        hints = get_type_hints(record)
+        names = [name for name in option_names(record) if str(hints[name]) not in parsed]
+        parser = parser_of(verb, "Does something.", record) if names else None
+        for name in names:
+            parsed.add(str(hints[name]))
+            for value in VALUES:
+                try:
+                    parser.parse_args([f"--{name}={value}"])
+                except InputError as error:
+                    sentence = str(error)
+                else:
+                    continue
+                if "missing: see --help" in sentence:  # a required option; the value was accepted
+                    continue
+                shown = f"--{name}={value}: {sentence}"
+                assert name in sentence, shown
+                assert not JARGON.search(sentence), shown
+                assert "\n" not in sentence, shown
+                assert len(sentence) < 500, shown
+    assert len(parsed) > 20
+
+
+@pytest.mark.parametrize(
+    ("verb", "required", "name", "values"),
+    [
+        ("app", ["--checkpoint=m"], "steps", ("0", str(2**62))),
+        ("app", ["--checkpoint=m"], "max_seconds", ("-1", "0", "1e30")),
+        ("app", ["--checkpoint=m"], "label_guidance", ("-1", "1e30")),
+        ("app", ["--checkpoint=m"], "port", ("-1", "65536")),
+        ("ablate", ["--config=r.yaml", "--arms={a: {}}", "--out=o"], "seeds", ("[-1]", "[4294967296]", "[1, 1]")),
+    ],
+)
+def test_values_outside_the_range_of_an_option_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    required: list[str],
+    name: str,
+    values: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("run_dir: r")
+    for value in values:
+        with pytest.raises(InputError, match=rf"^--{name} (is|are) .*: give .* (from|to) \d"):
+            parse(verb, "Does something.", record_of(verb), [*required, f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("value", ["", " ", "null", "[]", "{a: 1}", "x" * 5000, 5, None])
+def test_what_cannot_be_a_folder_is_refused(value: object) -> None:
+    with pytest.raises(InputError, match=r"^run_dir is .*: give the path of a folder\.$") as raised:
+        check_folder("run_dir", value)
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("value", [float("nan"), 2**63, "a\0b", Path("a\0b")])
+def test_unusable_values_are_found_at_any_depth(value: object) -> None:
+    with pytest.raises(InputError, match=r"^a\.b\[1\] is .*: (give a|remove the)"):
+        check_values("a", {"b": [0, value]})
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_values_of_recipes_above_their_limit_are_refused(name: str) -> None:
+    check_limits(Namespace({name: LIMITS[name]}))
+    for value in (LIMITS[name] + 1, 1e30):
+        with pytest.raises(InputError, match=rf"^{name} is .*: give at most {LIMITS[name]}\.$"):
+            check_limits(Namespace({name: value}))
+
+
+@pytest.mark.parametrize(("callback", "option"), [(Preview, "preview.sampler"), (Scores, "scores.sampler")])
+def test_samplers_without_a_known_name_are_refused_at_once(callback: type[Any], option: str) -> None:
+    for name in ("rotaton", "", "a/b"):
+        with pytest.raises(InputError, match=rf"^{option} '{name}' is not known.*: choose one of rotation, "):
+            callback(sampler=name)
+    callback(sampler="not_imported_yet.Sampler")
+
+
+@pytest.mark.parametrize("place", ["recipe", "command line"])
+def test_groups_in_the_files_of_groups_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    from gpdit_lightning.cli.recipe_cli import recipe_parser
+
+    monkeypatch.chdir(tmp_path)
+    parser = recipe_parser()
+    Path("recipe.yaml").write_text(
+        yaml.safe_dump({"model": "MixedStage"} | ({"data": "data.yaml"} if place == "recipe" else {}))
+    )
+    words = ["--config=recipe.yaml", *(["--data=data.yaml"] if place == "command line" else [])]
+    for content, sentence in (
+        ("cache: [1]", "data.yaml: data.cache is [1]; it must be names with values"),
+        ("images: images.yaml", "images.yaml has no fields"),
+        ("videos: {}\ncache: data.yaml", "data.yaml: data.cache is 'data.yaml', which contains this file"),
+    ):
+        Path("data.yaml").write_text(content)
+        Path("images.yaml").write_text("- 1")
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            parser.parse_args(words)

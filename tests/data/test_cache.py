@@ -445,7 +445,7 @@ def test_an_unusable_folder_is_reported(server: Server, tmp_path: Path) -> None:
         cache.fetch(file)
     for gib in (0, -1, float("nan")):
         with pytest.raises(InputError, match=r"data\.cache\.gib is .*; it must be above 0"):
-            ShardCache(tmp_path / "cache", gib)
+            CacheConfig(str(tmp_path / "cache"), gib).open()
 
 
 def test_the_default_cache_is_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule, Sampler, make_sampler
+from gpdit_lightning.diffusion.samplers import check_sampler_name
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.generation import ClipInputs
 from gpdit_lightning.generation.rollout import check_sampler
@@ -73,6 +74,7 @@ class Preview(Callback):
         for name, value in (("clips", clips), ("context_frames", context_frames), ("sampler_steps", sampler_steps)):
             if value < 1:
                 raise InputError(f"preview.{name} is {value}; it must be at least 1, or give {NO_PREVIEWS}.")
+        check_sampler_name(sampler, "preview.sampler")
         self.every_steps, self.clips, self.context_frames = every_steps, clips, context_frames
         self.sampler, self.sampler_steps, self.codec_source, self.codec = sampler, sampler_steps, codec_source, codec
         self._interval = StepInterval(every_steps)

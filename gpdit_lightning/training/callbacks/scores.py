@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from gpdit_lightning.codecs import Codec
 from gpdit_lightning.data.datamodule import LatentDataModule
 from gpdit_lightning.diffusion import NoiseSchedule, make_sampler
+from gpdit_lightning.diffusion.samplers import check_sampler_name
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.evaluation.chunks import MetricNetworks
 from gpdit_lightning.evaluation.clip_scores import compute_clip_scores
@@ -87,6 +88,7 @@ class Scores(Callback):
         ):
             if value < least:
                 raise InputError(f"scores.{name} is {value}; it must be at least {least}.")
+        check_sampler_name(sampler, "scores.sampler")
         self.every_steps, self.clips, self.chunk, self.context_frames = every_steps, clips, chunk, context_frames
         self.sampler, self.sampler_steps, self.codec_source, self.codec = sampler, sampler_steps, codec_source, codec
         self.video_network, self.image_network = video_network, image_network

@@ -250,7 +250,6 @@ VIDEO, IMAGE = "scores.video_network: the video network", "scores.image_network:
         ({"video_network": NetworkOptions(sha256="0")}, f"{VIDEO} has no path: give"),
         ({"video_network": NetworkOptions(kind=f"{__name__}.Long")}, "the clips of data.videos have 13 pixel frames"),
         ({"image_network": NetworkOptions(kind=f"{__name__}.Failing")}, "scores: the image network '.*Failing' failed"),
-        ({"sampler": "rotaton"}, "sampler 'rotaton' is not known"),
     ],
 )
 def test_what_cannot_be_scored_stops_the_run_before_it_trains(
