@@ -110,6 +110,7 @@ def estimated_recipe(
         sources=sources,
         sampling=data.sampling,
         clean_stream_only=classifier is not None,
+        reduced_bytes=2 if settings.model.init_args.optimizer.gradient_reduction == "bf16" else 4,
     )
     return EstimatedRecipe(run, grid, assumed, data.workers)
 

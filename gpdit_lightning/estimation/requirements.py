@@ -67,6 +67,8 @@ class RunSettings:
     sampling: Sampling = "joint"
     clean_stream_only: bool = False
     """Whether the clips pass through the clean stream alone, as in classification."""
+    reduced_bytes: int = 4
+    """Bytes of each gradient when ranks add them up (`optimizer.gradient_reduction`)."""
 
     def __post_init__(self) -> None:
         _ = self.plan  # raises if batches cannot be divided

@@ -140,9 +140,9 @@ def traffic(run: RunSettings) -> tuple[Traffic, ...]:
     if run.gpus == 1:
         return ()
     parameters, precision, layers = parameter_count(run.backbone), run.bytes_per_value.weight, run.backbone.layers
-    gradients = 4.0 * parameters  # reduced in float32
+    gradients = float(run.reduced_bytes * parameters)
     if not run.strategy.stage:
-        calls = math.ceil(gradients / DDP_BUCKET)
+        calls = math.ceil(4 * parameters / DDP_BUCKET)
         return (Traffic("backward", "reduce", gradients, calls, every_micro_batch=False),)
     if run.strategy.stage == 2:
         # DeepSpeed reduces whole buckets to all ranks, each of which keeps its part.

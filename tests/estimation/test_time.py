@@ -39,6 +39,9 @@ def test_a_step_is_computation_communication_and_update(strategy: ShardingStrate
     assert in_turn.computation == pytest.approx(compute)
     beside = step_time(run, CLUSTER)
     assert max(0.0, expected - compute) <= beside.waiting * (1 + 1e-9) <= expected * (1 + 2e-9)
+    in_bf16 = {part: part.size for part in traffic(replace(run, reduced_bytes=2)) if part.collective != "gather"}
+    gradients = {part: part.size for part in traffic(run) if part.collective != "gather"}
+    assert 2 * sum(in_bf16.values()) == sum(gradients.values())
     alone = step_time(replace(run, gpus=1), CLUSTER)
     assert alone.communication == alone.waiting == 0
     if not run.strategy.stage:
