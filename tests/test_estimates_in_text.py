@@ -1,11 +1,12 @@
 """The estimates in the heads of recipes and in docs/scaling.md are those of `estimate`."""
 
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import scaling, what_fits
 from gpdit_lightning.cli.estimate import described_cluster
 from gpdit_lightning.cli.estimated_recipe import read_recipe
 from gpdit_lightning.estimation.requirements import RunSettings, memory, step_flops
@@ -73,21 +74,13 @@ def test_the_head_of_the_overlay_for_one_gpu_has_the_memory_and_time_of_every_st
     assert f"Time: {', '.join(hours)} hours and {seconds_on_h100(runs[3]):.0f} s" in head_of("size/b")
 
 
-def test_the_table_of_what_fits_is_up_to_date(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["what_fits", "scaling", "long_clips"])
+def test_the_tables_of_estimates_are_up_to_date(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    what_fits.main()
+    monkeypatch.setattr(sys, "argv", [name])
+    importlib.import_module(f"benchmarks.{name}").main()
     assert capsys.readouterr().out in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), (
-        "an estimate changed: python -m benchmarks.what_fits"
-    )
-
-
-def test_the_table_of_scaling_is_up_to_date(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
-    scaling.main([])
-    assert capsys.readouterr().out in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), (
-        "an estimate changed: python -m benchmarks.scaling"
+        f"an estimate changed: python -m benchmarks.{name}"
     )
