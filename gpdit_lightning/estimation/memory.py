@@ -155,9 +155,9 @@ def _deepspeed_buffers(parameters: int, stage: int, precision: BytesPerValue, ra
 def step_bytes(config: GPDiTConfig, strategy: ShardingStrategy, ranks: int) -> int:
     """Return the bytes of temporary tensors of an optimizer step, during which there are no activations.
 
-    On CUDA, torch's Adam updates all parameters at once and allocates the square roots of all second moments.
-    DeepSpeed's stage 3 also makes a flat copy of its gradients. (Validation allocates as much as the roots: a copy of
-    the weights while they are replaced by the average.)
+    Adam's update allocates the square roots of all second moments where it is not fused (it is on CUDA, without fp16),
+    and validation as much: a copy of the weights while they are replaced by the average. DeepSpeed's stage 3 also makes
+    a flat copy of its gradients.
     """
     if strategy.offload:
         return 0
