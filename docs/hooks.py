@@ -6,6 +6,7 @@ See https://www.mkdocs.org/user-guide/configuration/#hooks.
 import argparse
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -16,6 +17,7 @@ from gpdit_lightning.cli.fit_help import HELP
 from gpdit_lightning.cli.parsing import parser_of
 
 OPTION_OF_FIT = re.compile(r"  (--\S+ .*)\n((?: {8}.*\n?)*)")
+TOUR = Path(__file__).with_name("tour.py")
 FIT_PAGE = "fit.md"  # also of `validate` and `test`
 
 
@@ -26,7 +28,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages["verbs.md"] = "\n".join(["# Verbs and options", "", "| verb | purpose |", "|---|---|", *rows, ""])
     for name, content in pages.items():
         files.append(File.generated(config, f"reference/{name}", content=content))
+    files.append(File.generated(config, "tutorials/tour.md", content=tour_page()))
     return files
+
+
+def tour_page() -> str:
+    """Return the notebook docs/tour.py as Markdown."""
+    _, *cells = re.split(r"^# %%", TOUR.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return "\n".join(
+        re.sub(r"^# ?", "", cell.removeprefix(" [markdown]\n"), flags=re.MULTILINE)
+        if cell.startswith(" [markdown]")
+        else f"```python\n{cell.strip()}\n```\n"
+        for cell in cells
+    )
 
 
 def page_of(name: str, verb: Verb) -> str:
