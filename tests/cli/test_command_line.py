@@ -123,7 +123,7 @@ def backbone(**fields: Any) -> dict[str, Any]:
         ({"run_dir": ""}, ["run_dir is '': give the path of a folder"]),
         ({"run_dir": None}, ["run_dir is null; it must be a string"]),
         ({"run_dir": []}, ["run_dir is []; it must be a string"]),
-        ({"run_dir": "a\0b"}, ["run_dir is 'a\\x00b': give the path of a folder"]),
+        ({"run_dir": "a\0b"}, ["run_dir is 'a\\x00b': remove the null character"]),
         ({"runs": "", "run_dir": "${runs}/mine"}, ["runs is '': give the path of a folder"]),
         ({"trainer": {"callbacks": ["EMA"]}}, ["trainer.callbacks has EMA, but every run has"]),
         *(

@@ -329,6 +329,9 @@ class ShardedStrategy(ParallelStrategy):
 
     def teardown(self) -> None:
         """Release the host memory of checkpoints and their process group, as the base class does with all else."""
+        module = self.lightning_module
+        if module is not None and any(parameter.is_meta for parameter in module.parameters()):
+            module.to_empty(device="cpu")  # after a failed start, since Lightning moves the module there
         super().teardown()
         self._staging = {}
         if self._group is not None and torch.distributed.is_initialized():
