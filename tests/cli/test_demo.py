@@ -81,6 +81,7 @@ def test_too_few_videos_are_refused_before_training(
     assert said in error
 
 
+@pytest.mark.slow
 def test_demo_with_given_videos(tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()

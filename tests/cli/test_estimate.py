@@ -299,6 +299,7 @@ def test_recipe_files_may_contain_options_of_the_verb(capsys: pytest.CaptureFixt
     assert "At 50% of 312 TFLOP/s" in text
 
 
+@pytest.mark.slow
 def test_durations_from_a_measurement_of_this_machine(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes train and communicate; the prediction has the parts of the measurement."""
     monkeypatch.setattr(measured_cluster, "TRAINING_STEPS", 3)

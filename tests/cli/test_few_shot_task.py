@@ -67,6 +67,7 @@ def test_grayscale_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert ours < 0.7 * copied  # 0.54 of it was measured, and 1.9 after 2 steps
 
 
+@pytest.mark.slow
 def test_examples_select_one_of_two_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path, ["grayscale", "sketch"], steps=300)
     for task, other in (("grayscale", "sketch"), ("sketch", "grayscale")):

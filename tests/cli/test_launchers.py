@@ -79,7 +79,7 @@ def test_both_launchers_train_the_same(start: Callable[..., list["subprocess.Pop
 @pytest.mark.parametrize(
     ("launcher", "again"),
     [
-        ("slurm", False),
+        pytest.param("slurm", False, marks=pytest.mark.slow),
         pytest.param("slurm", True, marks=pytest.mark.slow),
         pytest.param("torchrun", True, marks=pytest.mark.slow),
     ],

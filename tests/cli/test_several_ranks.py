@@ -192,7 +192,7 @@ def test_two_ranks_train_like_one(one_rank: Path, two_ranks: Path) -> None:
         assert logged_scalars(two_ranks / "run")[tag] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)])
 def test_a_run_resumes_with_another_number_of_ranks_in_the_same_order(
     before: int, after: int, one_rank: Path, two_ranks: Path, tiny_shards: Path, recorder: Path, tmp_path: Path
 ) -> None:

@@ -245,7 +245,7 @@ def test_a_signal_to_all_processes_stops_the_run_after_the_step(
     assert_same_result(run.run_dir, uninterrupted)
 
 
-@pytest.mark.parametrize(("batch", "saved"), [(8, True), (10, False)])
+@pytest.mark.parametrize(("batch", "saved"), [(8, True), pytest.param(10, False, marks=pytest.mark.slow)])
 def test_sigterm_ends_a_run_that_waits_for_data(run: Run, uninterrupted: Path, batch: int, saved: bool) -> None:
     """Step 3 ends with micro-batch 8. It is saved unless a part of step 4 was computed; step 2 was saved before."""
     run.start("StuckDisk", "--checkpoint.every_steps=2", "--checkpoint.keep_every_steps=2", batch=batch)
@@ -273,6 +273,7 @@ def test_a_killed_worker_ends_the_run_with_one_sentence(run: Run, uninterrupted:
     assert_same_result(run.run_dir, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_both_ranks_at_once(run: Run) -> None:
     """While the first rank, which alone receives the signals, waits for the other in a reduction."""
     run.start("PauseAt", *TWO_RANKS, step=1, rank=1, sleep=600)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from upath import UPath
 
+from gpdit_lightning import retries
 from gpdit_lightning.data.manifest import Manifest
 from gpdit_lightning.data.shard_writer import ShardSetWriter
 from gpdit_lightning.errors import InputError
@@ -151,7 +152,10 @@ def test_a_remote_manifest_is_loaded_by_its_address(manifest: Manifest, remote_a
     assert Manifest.load(f"file://{manifest.directory}").shards == manifest.shards
 
 
-def test_errors_of_remote_manifests_are_reported(manifest: Manifest, remote_address: str) -> None:
+def test_errors_of_remote_manifests_are_reported(
+    manifest: Manifest, remote_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "DOWNLOAD_DELAYS", (0.0, 0.0))
     fsspec.filesystem("memory").pipe("/remote/cut/manifest.json", manifest.path.read_bytes()[:100])
     fsspec.filesystem("memory").pipe("/remote/old/manifest.json", b'{"format": "x"}')
     for address, message in {

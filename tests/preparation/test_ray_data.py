@@ -29,6 +29,7 @@ def options(tmp_path: Path) -> PrepareOptions:
     )
 
 
+@pytest.mark.slow
 def test_ray_finishes_a_preparation_with_the_same_shards(options: PrepareOptions) -> None:
     without_ray = prepare(options)
     assert without_ray is not None
