@@ -8,7 +8,7 @@
 # # A tour in Python
 #
 # From videos to a generated video at the smallest size, in about a minute on a CPU. This file is a notebook
-# (`jupytext --to ipynb docs/tour.py`, or open it in an editor that knows cells) and a script (`python docs/tour.py`).
+# (`jupytext --to ipynb docs/tour.py`, or open it in an editor with cells) and a script (`python docs/tour.py`).
 
 # %%
 import tempfile

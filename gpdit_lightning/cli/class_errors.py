@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import Strategy
 from gpdit_lightning.cli.bounded_yaml import load_yaml
 from gpdit_lightning.cli.messages import PREFIX
 from gpdit_lightning.cli.parsing import OptionParser
-from gpdit_lightning.cli.recipe_files import read_yaml
+from gpdit_lightning.cli.recipe_files import read_yaml, value_at
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.imports import did_you_mean, error_summary, import_path, is_import_path, resolve
 from gpdit_lightning.schema import shown
@@ -158,10 +158,7 @@ def given_values(arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
         if name == "--config":
             recipe = load_yaml(value) if value.startswith("{") else read_yaml(Path(value))  # see outside_code.py
             for option in BASES:
-                section: Any = recipe
-                for part in option.split("."):
-                    section = section.get(part) if isinstance(section, Mapping) else None
-                if section is not None:
+                if (section := value_at(recipe, option)) is not None:
                     yield option, "", section
         for option in BASES:
             rest = name.removeprefix(f"--{option}")

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from gpdit_lightning.cli.bounded_yaml import load_yaml
-from gpdit_lightning.cli.recipe_files import read_yaml
+from gpdit_lightning.cli.recipe_files import read_yaml, value_at
 from gpdit_lightning.imports import import_path, is_import_path, is_outside
 from gpdit_lightning.stages import GPDiTStage
 
@@ -94,10 +94,7 @@ def _assignments(part: Path | list[str]) -> Iterator[Assignment]:
     if isinstance(part, Path):
         content = read_yaml(part)
         for option in OPTIONS:
-            value: Any = content
-            for name in option.split("."):
-                value = value.get(name) if isinstance(value, Mapping) else None
-            if value is not None:
+            if (value := value_at(content, option)) is not None:
                 yield option, "", value
         return
     name, _, value = part[0].partition("=")

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,13 @@ def _chain_of_bases(path: Path, above: tuple[Path, ...], known: dict[str, list[P
             )
     known[file] = [*chain, path]
     return known[file]
+
+
+def value_at(content: Any, option: str) -> Any:
+    """Return the value of an option such as `trainer.logger` in the content of a recipe; None if it has none."""
+    for name in option.split("."):
+        content = content.get(name) if isinstance(content, Mapping) else None
+    return content
 
 
 def read_yaml(path: Path, needed_by: Path | None = None) -> dict[str, Any]:
