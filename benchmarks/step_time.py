@@ -49,7 +49,7 @@ def recipe_arguments(folder: Path, given: argparse.Namespace, strategy: str) -> 
     settings = {
         "config": "gpdit:stage2_mixed",
         "data.videos.manifests": f"[{folder / 'latents'}]",
-        "data.images": "null",
+        "data.images.manifests": "[]",
         "data.sampling": "joint",
         "data.videos.batch_size": given.batch_size,
         "data.max_ranks": given.batch_size,
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--strategies", nargs="+", default=["ddp", "zero2", "fsdp2"], help="strategies of several ranks"
     )
-    parser.add_argument("--size", default="mini", help="size of the trained backbone")
+    parser.add_argument("--size", default="tiny", help="size of the trained backbone")
     parser.add_argument("--batch_size", type=int, default=8, help="clips per step")
     parser.add_argument("--steps", type=int, default=20, help="trained optimizer steps")
     given = parser.parse_args(arguments)
