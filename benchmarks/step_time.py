@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--strategies", nargs="+", default=["ddp", "zero2", "fsdp2"], help="strategies of several ranks"
     )
     parser.add_argument("--size", default="tiny", help="size of the trained backbone")
-    parser.add_argument("--batch_size", type=int, default=8, help="clips per step")
+    parser.add_argument("--batch_size", type=int, default=4, help="clips per step")
     parser.add_argument("--steps", type=int, default=20, help="trained optimizer steps")
     given = parser.parse_args(arguments)
     print("| strategy | ranks | predicted s | computation | communication | update | trained s | difference |")

@@ -26,6 +26,7 @@ from gpdit_lightning.estimation.time import NETWORK_LATENCY, UPDATE_BYTES, Clust
 REQUEST = "request.json"
 LARGE, LARGE_REPEATS, SMALL_REPEATS = 25 * 2**20, 4, 50  # bytes of an all-reduce, and numbers of them
 TRAINING_SECONDS, TRAINING_STEPS = 10.0, 200  # the first that is reached ends the training
+LEAST_STEPS = 3  # that are measured where they take longer
 TIME_LIMIT = 600  # seconds of all measurements
 
 
@@ -57,7 +58,7 @@ def measured_cluster(
         network_bytes_per_s: bandwidth between nodes, which is not measured.
 
     Raises:
-        InputError: a process failed, or trained less than two steps.
+        InputError: a process failed, took too long, or trained less than two steps.
     """
     on_gpus = torch.cuda.is_available()
     devices = min(run.gpus, torch.cuda.device_count() if on_gpus else len(os.sched_getaffinity(0)))
@@ -77,7 +78,9 @@ def measured_cluster(
             deadline = time.monotonic() + TIME_LIMIT
             statuses = [process.wait(max(0.0, deadline - time.monotonic())) for process in processes]
         except subprocess.TimeoutExpired:
-            raise InputError(f"the measurement did not end within {TIME_LIMIT} s: use --tflops.") from None
+            raise InputError(
+                f"the measurement did not end within {TIME_LIMIT} s: lower the batch, or use --tflops."
+            ) from None
         finally:
             for process in processes:
                 process.kill()
@@ -97,7 +100,9 @@ def measured_cluster(
         latency=max(m.latency for m in measured),
     )
     if not slowest.flops_per_s:
-        raise InputError("two optimizer steps take too long to measure: lower the batch, or use --tflops.")
+        raise InputError(
+            "the training ended before its second optimizer step: remove trainer.max_time, or use --tflops."
+        )
     return Cluster(
         flops_per_s=slowest.flops_per_s,
         memory_bytes_per_s=UPDATE_BYTES * parameter_count(run.backbone) / slowest.update_seconds,
@@ -113,7 +118,7 @@ def main(folder: Path, rank: int) -> None:
     request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     run = read_recipe(request["arguments"], request["gpus"]).run
     on_gpu = torch.cuda.is_available()
-    measure = MeasureSpeed(request["seconds"], request["steps"])
+    measure = MeasureSpeed(request["seconds"], request["steps"], LEAST_STEPS)
     speed = measure_speed(request["arguments"], run, measure, f"[{rank}]" if on_gpu else "1")
     bytes_per_s = latency = 0.0
     if request["devices"] > 1:

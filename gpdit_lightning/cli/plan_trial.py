@@ -33,8 +33,9 @@ class MeasureSpeed(Callback):
     """Measures the FLOP/s of training, from the second optimizer step on, and ends the training.
 
     Args:
-        max_seconds: duration of the training.
+        max_seconds: duration of the training, unless `least_steps` take longer.
         max_steps: number of optimizer steps that suffice.
+        least_steps: number of optimizer steps that are measured at least.
 
     Attributes:
         flops_per_s: FLOP/s; 0 if less than two steps were trained.
@@ -42,8 +43,8 @@ class MeasureSpeed(Callback):
         update_seconds: seconds of an update of the weights and what follows it in a step.
     """
 
-    def __init__(self, max_seconds: float, max_steps: int) -> None:
-        self.max_seconds, self.max_steps = max_seconds, max_steps
+    def __init__(self, max_seconds: float, max_steps: int, least_steps: int = 0) -> None:
+        self.max_seconds, self.max_steps, self.least_steps = max_seconds, max_steps, least_steps
         self.flops_per_s = self.pass_flops_per_s = self.update_seconds = 0.0
         self._updating = self._update_began = 0.0
         self._measured: Throughput
@@ -84,7 +85,8 @@ class MeasureSpeed(Callback):
                 self.update_seconds = self._updating / done.steps
                 self.flops_per_s = done.flops / done.seconds
                 self.pass_flops_per_s = done.flops / (done.seconds - self._updating)
-        if time.monotonic() - self._began > self.max_seconds or trainer.global_step >= self.max_steps:
+        is_over = time.monotonic() - self._began > self.max_seconds and self._measured.steps >= self.least_steps
+        if is_over or step >= self.max_steps:
             raise TrialFinishedError
 
 
@@ -147,6 +149,7 @@ def measure_speed(
             "preview.every_steps": 0,
             "checkpoint.every_steps": MAX_STEPS + 1,
             "checkpoint.keep_every_steps": 0,
+            "trainer.max_steps": measure.max_steps + 1,
             "trainer.devices": devices,
             "trainer.num_nodes": 1,
             "trainer.strategy": "auto",
