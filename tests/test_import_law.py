@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -60,8 +61,13 @@ BRIDGES = {PACKAGE / "data" / "datamodule.py", PACKAGE / "checkpoints" / "io.py"
 
 def imports(path: Path) -> set[str]:
     """The modules that a file imports, anywhere in it, by full name: of `from P import M` both P and P.M."""
+    return imports_of(ast.walk(ast.parse(path.read_text(encoding="utf-8"))), path)
+
+
+def imports_of(nodes: Iterable[ast.AST], path: Path) -> set[str]:
+    """The modules that some statements of a file import."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -153,6 +159,12 @@ def test_options_are_read_without_heavy_imports() -> None:
         assert top_level_names(path) <= allowed | {"jsonargparse"}, path
     for path in files_of("options"):
         assert internal_imports(path) <= {*light}, path
+
+
+def test_packages_that_take_a_second_to_import_are_imported_where_they_are_used() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        at_start = imports_of(ast.parse(path.read_text(encoding="utf-8")).body, path)
+        assert not {name.split(".")[0] for name in at_start} & {"sklearn", "pandas", "deepspeed", "ray"}, path
 
 
 def test_every_package_and_file_is_under_the_law() -> None:

@@ -10,10 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.probing.layer_features import LayerFeatures
@@ -62,6 +58,12 @@ def fit_probe(
     Raises:
         InputError: a class has too few groups to select C.
     """
+    # The import takes a second, and trainings import this module for the statistics below.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=regularisation or 1.0, max_iter=10_000))
     inputs = train.astype(np.float64)
     if regularisation is not None:
