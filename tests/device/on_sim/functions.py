@@ -215,7 +215,7 @@ def test_labels_that_do_not_exist_are_found_before_they_are_on_the_device() -> N
 @pytest.mark.parametrize("fields", [{}, BLOCKS["squares"], BLOCKS["clip"]], ids=["frames", "squares", "clip"])
 def test_a_pass_of_any_shape_waits_only_once_for_its_tables(fields: dict[str, Any]) -> None:
     """All clip lengths and frame sizes of the long-video stage."""
-    model, theta = model_of("sim", **fields), THETA.to("sim")
+    model, theta = model_of("sim", layers=1, **fields), THETA.to("sim")
     shapes = [(frames, *size) for frames in range(2, 13) for size in ((2, 4), (4, 2))]
 
     def pass_over_all_shapes() -> None:
