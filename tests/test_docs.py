@@ -8,6 +8,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from docs import figures
 from gpdit_lightning.cli import main
 from gpdit_lightning.codecs import load_codec
 from gpdit_lightning.data.manifest import Manifest
@@ -94,3 +95,13 @@ def test_every_image_is_used() -> None:
     texts = "".join(path.read_text(encoding="utf-8") for path in (*DOCS, ROOT / "README.md"))
     for image in (ROOT / "docs" / "images").iterdir():
         assert f"images/{image.name})" in texts, image.name
+
+
+def test_figures_are_made_by_one_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = {*figures.ATTENTION, *figures.TENSORBOARD, "architecture", "scaling", "generation_strip", "app"}
+    assert made <= {path.stem for path in figures.IMAGES.iterdir()}
+    monkeypatch.setattr(figures, "IMAGES", tmp_path)
+    figures.main(["--only", "architecture"])
+    assert [path.name for path in tmp_path.iterdir()] == ["architecture.png"]
+    with pytest.raises(SystemExit, match="is no finished demo"):
+        figures.main(["--only", "strip", "--run", str(tmp_path)])
