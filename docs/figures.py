@@ -2,8 +2,8 @@
 
 They are written to docs/images/, and show the present version: the diagram of the architecture, attention of the
 recipes, `benchmarks.scaling`, the results of `python -m gpdit_lightning demo` in `--run`, and TensorBoard and the page
-of `app` with that run. The last two need Chromium or Chrome. Figures of longer measurements are written by the benchmarks that docs/experiments.md and
-docs/performance.md name.
+of `app` with that run. The last two need Chromium or Chrome. Figures of longer measurements are written by the
+benchmarks that docs/experiments.md and docs/performance.md name.
 """
 
 import argparse
