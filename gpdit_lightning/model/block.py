@@ -6,6 +6,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
+from gpdit_lightning.model.compilation import MANY_GRAPHS
 from gpdit_lightning.model.config import GPDiTConfig
 from gpdit_lightning.model.kv_cache import LayerCache
 from gpdit_lightning.model.precision import RMSNorm
@@ -136,9 +137,8 @@ def run_compiled_block(
 ) -> Tensor:
     """:func:`run_block` compiled by `torch.compile`: one graph for each shape of a pass, for all blocks and models.
 
-    Images and videos, clip lengths, numbers of contexts, inner blocks and the last block have more shapes than torch's
-    limit of 8 graphs, beyond which it would run eagerly. DDP's optimizer is disabled, since it would split the graphs
-    at DDP's buckets; a block is small enough without it. Both settings apply to this call only.
+    There may be many graphs; inner blocks and the last block differ too. DDP's optimizer is disabled, since it would
+    split the graphs at DDP's buckets; a block is small enough without it. Both settings apply to this call only.
     """
-    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024, optimize_ddp=False):
+    with torch._dynamo.config.patch(**MANY_GRAPHS, optimize_ddp=False):
         return _compiled()(block, x, streams, num_kv_only, layer_cache)

@@ -13,6 +13,8 @@ from gpdit_lightning import GPDiT
 from gpdit_lightning.diffusion import Guidance, RotationSampler
 from gpdit_lightning.generation import ClipInputs, GenerationConfig, rollout
 from gpdit_lightning.model import block
+from gpdit_lightning.model.attention import flex
+from gpdit_lightning.model.attention.trial import SMALL_PLAN, Inputs, check_backend
 from tests.model.toys import assert_near, toy_batch, toy_config, toy_model
 
 IMAGES, VIDEOS = toy_batch(2, 0, frames=1), toy_batch(5, 2, frames=2)
@@ -79,6 +81,24 @@ def test_many_shapes_are_all_compiled() -> None:
     for width in range(2, 20, 2):
         model(*(x.float() for x in toy_batch(1, 0, frames=1, width=width)))
     assert graphs() == 9
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("_backend", ["eager"], indirect=True)
+def test_flex_attention_is_compiled_for_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, beyond torch's limit of graphs, and as a part of a compiled block without a graph break."""
+    compiled = flex.load_flex_attention.__wrapped__("cuda")
+    monkeypatch.setattr(flex, "load_flex_attention", lambda _: compiled)
+    limit = torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)
+    with torch.no_grad(), limit:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            inputs = Inputs.random(SMALL_PLAN, 2, 16, torch.device("cpu"), dtype, gradient=False)
+            check_backend(flex.Flex(), SMALL_PLAN, inputs, gradient=False)
+        assert graphs() == 3
+        model = toy_model(layers=1, attention_backend="flex_attention").float()
+        noisy, theta, _ = (x.float() for x in toy_batch(1, frames=1))
+        assert_near(model.denoise(noisy[:, 0], theta[:, 0], compiled=True), model(noisy, theta)[:, 0], tolerance=1e-5)
+        assert not counters["graph_break"]
 
 
 @pytest.mark.usefixtures("_backend")

@@ -16,6 +16,7 @@ from torch import Tensor
 from gpdit_lightning.model.attention.base import AttentionBackend
 from gpdit_lightning.model.attention.gather import KV, QKV
 from gpdit_lightning.model.attention.plan import AttentionPlan, RowsPlan
+from gpdit_lightning.model.compilation import MANY_GRAPHS
 
 BLOCK = 128
 """Tokens of a block of the mask, of queries and of keys."""
@@ -197,11 +198,24 @@ def _indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def load_flex_attention(device_type: str) -> Callable[..., Any]:
-    """FlexAttention, compiled except on a CPU; imported late."""
+    """FlexAttention, compiled except on a CPU; imported late.
+
+    Not compiled, as beyond torch's limit of graphs, it would compute all pairs of queries and keys.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     operator: Callable[..., Any] = flex_attention
-    return operator if device_type == "cpu" else torch.compile(operator)
+    if device_type == "cpu":
+        return operator
+    compiled = torch.compile(operator)
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():  # as a part of a compiled block, to which the limit of graphs applies
+            return compiled(*arguments, **options)
+        with torch._dynamo.config.patch(**MANY_GRAPHS):
+            return compiled(*arguments, **options)
+
+    return run
 
 
 class Flex(AttentionBackend):
