@@ -82,6 +82,23 @@ def median_seconds(work: Callable[[], object], device: torch.device, repeats: in
     return statistics.median(seconds)
 
 
+def random_model(config: GPDiTConfig, size: Size, device: torch.device) -> tuple[GPDiT, Tensor, torch.dtype | None]:
+    """Return a model with random weights, one latent frame of context, and the precision of products for generation.
+
+    Args:
+        config: architecture of the model.
+        size: height and width of a latent frame.
+        device: of the model; on a GPU the precision is bf16.
+    """
+    with device:
+        model = GPDiT(config).eval().requires_grad_(False)
+        context = torch.randn(1, 1, config.latent_channels, *size)
+    precision = torch.bfloat16 if device.type == "cuda" else None
+    if precision is not None:
+        cast_linear_weights(model, precision)
+    return model, context, precision
+
+
 def measure_rollout(
     model: GPDiT, context: Tensor, config: GenerationConfig, history: str, marks: Sequence[int]
 ) -> Iterator[Figure]:
@@ -186,15 +203,9 @@ def measure_variant(
     variant: AttentionVariant, codec: WanCodec | PcaCodec, options: argparse.Namespace
 ) -> tuple[list[Figure], str]:
     """Return the figures of all rollouts of one attention variant, and a sentence on the cost of caching."""
-    device = torch.device(options.device)
     height, width = (side // codec.spatial_factor for side in parse_size(options.frame))
     config = GPDiTConfig.preset(options.size, attention=variant)
-    with device:
-        model = GPDiT(config).eval().requires_grad_(False)
-        context = torch.randn(1, 1, config.latent_channels, height, width)
-    precision = torch.bfloat16 if device.type == "cuda" else None
-    if precision is not None:
-        cast_linear_weights(model, precision)
+    model, context, precision = random_model(config, (height, width), torch.device(options.device))
 
     def settings(window: int | None, cached: bool) -> GenerationConfig:
         sampler, guidance = RotationSampler(options.steps), Guidance(options.guidance)
@@ -211,7 +222,7 @@ def measure_variant(
     figures: list[Figure] = []
     for history, window, cached, marks in rollouts:
         figures += measure_rollout(model, context, settings(window, cached), history, marks)
-    with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision is not None):
+    with torch.inference_mode(), torch.autocast(context.device.type, precision, enabled=precision is not None):
         return figures, caching_cost(model, context, options.window)
 
 

@@ -39,14 +39,14 @@ CLIP_BYTES = 2 * math.prod(SHAPE)
 BLOCK = 2**24  # bytes per raw read
 
 
-def write_shards(folder: Path, clips: int) -> Manifest:
-    """Write random latents in shards of 1,000 clips."""
+def write_shards(folder: Path, clips: int, shape: Sequence[int] = SHAPE) -> Manifest:
+    """Write clips of random latents, of shape (F, C, H, W), in shards of 1,000 clips."""
     numbers = np.random.default_rng(0)
     with ShardSetWriter(folder) as writer:
         for number in range(clips):
-            writer.write("train", "video", numbers.standard_normal(SHAPE, np.float32), {"source": f"{number}.mp4"})
+            writer.write("train", "video", numbers.standard_normal(shape, np.float32), {"source": f"{number}.mp4"})
         shards = writer.close()
-    C = SHAPE[1]
+    C = shape[1]
     codec = CodecSpec("pca", None, C, 8, 4, mean=(0.0,) * C, std=(1.0,) * C, fingerprint="0" * 16)
     return Manifest(folder, codec, shards)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from benchmarks.fitting import video_arguments
 from benchmarks.reading import write_shards
 from gpdit_lightning.cli.estimated_recipe import read_recipe
 from gpdit_lightning.cli.measured_cluster import measured_cluster
@@ -46,26 +47,17 @@ class StepSeconds(Callback):
 
 def recipe_arguments(folder: Path, given: argparse.Namespace, strategy: str) -> list[str]:
     """Return the arguments of `fit`."""
-    settings = {
-        "config": "gpdit:stage2_mixed",
-        "data.videos.manifests": f"[{folder / 'latents'}]",
-        "data.images.manifests": "[]",
-        "data.sampling": "joint",
-        "data.videos.batch_size": given.batch_size,
-        "data.max_ranks": given.batch_size,
-        "data.workers": 0,
-        "trainer.precision": "32-true",
-        "trainer.strategy": strategy,
-        "trainer.logger": "false",
-        "trainer.enable_progress_bar": "false",
-        "model.init_args.backbone.size": given.size,
-        "model.init_args.backbone.activation_checkpointing": "false",
-        "validate_every_steps": 0,
-        "preview.every_steps": 0,
-        "checkpoint.every_steps": 10**6,
-        "checkpoint.keep_every_steps": 0,
-    }
-    return [f"--{name}={value}" for name, value in settings.items()]
+    return video_arguments(
+        folder / "latents",
+        "stage2_mixed",
+        data__videos__batch_size=given.batch_size,
+        data__max_ranks=given.batch_size,
+        data__workers=0,
+        trainer__precision="32-true",
+        trainer__strategy=strategy,
+        model__init_args__backbone__size=given.size,
+        model__init_args__backbone__activation_checkpointing="false",
+    )
 
 
 def trained_seconds(arguments: Sequence[str], folder: Path, ranks: int, steps: int) -> float:
