@@ -43,7 +43,7 @@ def state_of(path: Path) -> object:
 
 def test_a_case_is_determined_by_its_number(corpus: Path, tmp_path: Path) -> None:
     descriptions, changed = set(), 0
-    for number in range(7 * 8):
+    for number in range(len(KINDS) * 8):
         made = []
         for attempt in ("first", "second"):
             case = Case(number, corpus)
@@ -104,7 +104,7 @@ def test_the_outcome_of_a_reader(tmp_path: Path, fault: str) -> None:
 
     def outcome(target: Target) -> str:
         targets = {kind: [target] for kind in KINDS}
-        (report,) = run_cases([7], tmp_path / "corpus", tmp_path, limits, 1, targets)
+        (report,) = run_cases([len(KINDS)], tmp_path / "corpus", tmp_path, limits, 1, targets)
         row = table([report]).splitlines()[-1].split()
         assert row[1] == row[2 + OUTCOMES.index(report.outcome)] == "1"
         return report.outcome

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from benchmarks.fuzz.damage import Damage, damage_bytes, exchange_files, replace_path
-from benchmarks.fuzz.headers import damage_media, damage_npy, damage_pickle, damage_safetensors, damage_tar
+from benchmarks.fuzz.headers import (
+    damage_media,
+    damage_npy,
+    damage_part,
+    damage_pickle,
+    damage_safetensors,
+    damage_tar,
+)
 from benchmarks.fuzz.processes import HARNESS_ERROR, Ended, Job, Limits, run_jobs
 from benchmarks.fuzz.targets import KINDS, TARGETS, Target, uses_marked_frames
 from benchmarks.fuzz.values import damage_values
@@ -20,7 +27,7 @@ Outcome = Literal["named", "refused", "harmless", "accepted", "silent", "crashed
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 FAILURES: tuple[Outcome, ...] = ("silent", "crashed", "hung")
 CONSISTENT = 0.3  # fraction of the cases in which recorded hashes are replaced by those of the damaged files
-MEMORY_OF_RECIPES = 4  # times the limit of other files: a valid recipe may name a larger model, by default size B
+LIMITS_OF_RECIPES = 4  # times those of other files: a valid recipe may name a larger model, by default size B
 OUT_OF_MEMORY = ("memory ran out", "MemoryError")
 CONTENT_HASH = "content_sha256"  # field of a file with the hash of its other fields
 UNEXPECTED = "this is a fault of"  # in the message of an exception that no part of the library expects
@@ -97,7 +104,7 @@ class Case:
             return {"value": read() if read else None, "uses_marked_frames": marked}
 
         prepare = self._make_damaged_files if is_damaged else self._copy_files
-        factor = MEMORY_OF_RECIPES if self.kind == "recipes" else 1
+        factor = LIMITS_OF_RECIPES if self.kind == "recipes" else 1
         return Job((self, is_damaged), prepare, self.arguments, result, self.target.command, factor)
 
     def _copy_files(self, folder: Path) -> None:
@@ -141,6 +148,8 @@ def special_damage(path: Path) -> Callable[[Path, Sequence[Path], random.Random]
     """Return the operator that knows the format of a file, by its name."""
     if path.name == "training.ckpt":
         return damage_pickle
+    if path.name.startswith("part-"):
+        return damage_part
     if path.suffix in (".json", ".complete", ".yaml"):
         return _damage_text
     operators = {".npy": damage_npy, ".tar": damage_tar, ".safetensors": damage_safetensors, ".jsonl": _damage_lines}
@@ -272,8 +281,8 @@ def names_of(case: Case) -> set[str]:
     names |= {part for part in case.file.parts[:-1] if part.endswith(".ckpt")}
     if case.kind == "exports":
         names.add("model")
-    if case.kind == "checkpoints":
-        names |= {"run/checkpoints", "step-2.ckpt"}
+    if case.kind in ("checkpoints", "parts"):
+        names |= {f"{case.file.parts[0]}/checkpoints", "step-2.ckpt"}
     return names
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -13,6 +14,8 @@ import numpy as np
 import yaml
 from PIL import Image, ImageCms
 
+from benchmarks.fuzz.parts import publish_in_parts
+from gpdit_lightning.checkpoints.files import checkpoint_path, remove_checkpoint
 from gpdit_lightning.cli import main as command
 
 SIDE, FRAMES, FPS = 64, 21, 24
@@ -76,6 +79,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
+ENDS = (0.4, 1.0)  # of the two parts of a tensor
 FEW_SHOT = ("--model=FewShotStage", "--trainer.max_steps=1", "--data.sequences.batch_size=2")
 
 
@@ -104,6 +108,7 @@ def make_corpus(folder: Path) -> None:
     recipe = (f"--config={folder}/recipe.yaml", f"--data_dir={latents}", f"--run_dir={run}")
     run_quietly(["fit", *recipe])
     run_quietly(["export", f"--checkpoint={run}", f"--out={model}"])
+    _write_sharded_run(run, folder / "sharded_run")
     pairs, few_shot = folder / "pairs", folder / "few_shot_run"
     few = ("--pairs_per_sequence=2", "--sequences=4", "--held_out_pairs=2")
     run_quietly(["prepare-pairs", f"--sources={folder}/images", f"--out={pairs}", *PAIRS, *few])
@@ -112,6 +117,14 @@ def make_corpus(folder: Path) -> None:
     run_quietly(["inspect", str(latents), "--verify", "--workers=1"])
     context = f"--context={folder}/videos/a.mp4"
     run_quietly(["sample", f"--checkpoint={model}", context, *SAMPLE, f"--out={folder}/sample.safetensors"])
+
+
+def _write_sharded_run(run: Path, copy: Path) -> None:
+    """Copy a run, with its checkpoints in two parts, as two ranks write them under ZeRO or FSDP2."""
+    shutil.copytree(run, copy, symlinks=True)
+    for step in (1, 2):
+        remove_checkpoint(checkpoint_path(copy, step))
+        publish_in_parts(checkpoint_path(run, step), checkpoint_path(copy, step), ENDS)
 
 
 def run_quietly(arguments: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import save
 
 from benchmarks.fuzz.damage import Damage
 from benchmarks.fuzz.values import STRANGE_VALUES
+from gpdit_lightning.checkpoints.parts import OFFSETS, OFFSETS_OF_SLICE
 
 SIZES = (0, 1, 2**15, 65535, 65536, 2**24, 2**30, 2**31 - 1, 2**31, 2**32 - 1)
 ATOM = re.compile(
@@ -35,6 +36,8 @@ STRANGE_NAMES = (
     "\udce9.json",
     "000000.json",
 )
+
+OTHER_PARTS = tuple(f"part-{number}.safetensors" for number in ("00003-of-00003", "00003-of-00002", "00001-of-00001"))
 
 
 def damage_npy(path: Path, siblings: Sequence[Path], numbers: random.Random) -> Damage:
@@ -142,6 +145,38 @@ def damage_safetensors(path: Path, siblings: Sequence[Path], numbers: random.Ran
     else:
         path.write_bytes(save(_damaged_tensors(_tensors(path), kind, numbers)))
     return Damage(f"{kind}: tensors of {path.name}", (path,))
+
+
+def damage_part(path: Path, siblings: Sequence[Path], numbers: random.Random) -> Damage:
+    """Damage a part of a checkpoint: as any safetensors file, the places of its slices, or which parts there are."""
+    kinds = ("tensors", "tensors", "offsets", "step", "ranks", "extra")
+    kind = numbers.choice(kinds)
+    if kind == "tensors":
+        return damage_safetensors(path, siblings, numbers)
+    if kind == "offsets":
+        path.write_bytes(_with_damaged_offsets(path.read_bytes(), numbers))
+    elif kind == "step":  # the part of another checkpoint of the run, which has the same slices
+        path.write_bytes((path.parents[1] / "step-1.ckpt" / path.name).read_bytes())
+    elif kind == "ranks":
+        path.rename(path.with_name(numbers.choice(OTHER_PARTS)))
+    else:
+        path.with_name(numbers.choice(OTHER_PARTS)).write_bytes(path.read_bytes())
+    return Damage(f"{kind}: slices of {path.name}", (path,))
+
+
+def _with_damaged_offsets(content: bytes, numbers: random.Random) -> bytes:
+    """Change where the slices of a part begin in their tensors."""
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    offsets = json.loads(header["__metadata__"][OFFSETS])
+    name = numbers.choice(list(offsets))
+    (start,) = offsets[name][OFFSETS_OF_SLICE]
+    value = numbers.choice((start + 1, -1, 2**62, 2**70, float(start), True, str(start), None))
+    values: tuple[Any, ...] = ([value], [], [start, 0], start, {})
+    offsets[name] = numbers.choice(({OFFSETS_OF_SLICE: numbers.choice(values)}, {}, [start], None))
+    header["__metadata__"][OFFSETS] = numbers.choice((json.dumps(offsets), json.dumps(offsets), "", "[]", "[" * 9000))
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def _damaged_header(header: dict[str, Any], kind: str, numbers: random.Random) -> dict[str, Any]:

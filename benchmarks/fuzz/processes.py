@@ -40,7 +40,7 @@ class Job(NamedTuple):
         arguments: verb and options.
         result: reads the result from the folder when the command has ended with status 0.
         command: called with the arguments; returns the exit status.
-        memory_factor: multiplies the limit on memory.
+        limits_factor: multiplies the limits on time and memory.
     """
 
     key: Any
@@ -48,7 +48,7 @@ class Job(NamedTuple):
     arguments: Sequence[str]
     result: Callable[[], Any]
     command: Callable[[Sequence[str]], int]
-    memory_factor: int = 1
+    limits_factor: int = 1
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class _Process:
     """A forked process that runs a job."""
 
     def __init__(self, job: Job, folder: Path, limits: Limits) -> None:
-        limits = limits._replace(mebibytes=limits.mebibytes * job.memory_factor)
+        limits = Limits(limits.seconds * job.limits_factor, limits.mebibytes * job.limits_factor)
         self.job, self.folder, self.limits = job, folder, limits
         job.prepare(folder)
         self.started, self.largest, self.exceeded = time.perf_counter(), 0.0, ""

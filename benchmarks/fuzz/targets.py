@@ -149,7 +149,6 @@ def _identity(frame: "av.VideoFrame") -> tuple[int | None, str]:
 
 FIT = ("fit", "--config=recipe.yaml", f"--run_dir={OUT}")
 VALIDATE = ("validate", "--config=recipe.yaml", "--run_dir=run")
-RESUME = ("fit", "--config=recipe.yaml", "--run_dir=run", "--trainer.max_steps=3")
 VERIFY = ("inspect", "latents", "--verify", "--workers=1")
 FEATURES = ("features", "--videos=videos", f"--out={OUT}", "--device=cpu")
 EVALUATE = (
@@ -194,11 +193,8 @@ def _manifests() -> tuple[Target, ...]:
     )
 
 
-def _models(kind: str) -> tuple[Target, ...]:
+def _models(files: Sequence[str], name: str) -> tuple[Target, ...]:
     """Return the readers of a run's checkpoint, or of an exported model."""
-    files, name = (("run/checkpoints/step-2.ckpt/*", "run/checkpoints/*.complete"), "run")
-    if kind == "exports":
-        files, name = (("model/model.safetensors", "model/config.json"), "model")
     checkpoint, initial = f"--checkpoint={name}", f"--model.init_args.initial_weights={name}"
     return (
         Target("sample", files, (name,), (*SAMPLED, checkpoint), written_files),
@@ -207,19 +203,20 @@ def _models(kind: str) -> tuple[Target, ...]:
     )
 
 
-def _checkpoints() -> tuple[Target, ...]:
-    targets = _models("checkpoints")
-    files, export = targets[0].files, ("export", "--checkpoint=run", f"--out={OUT}")
+def _checkpoints(run: str) -> tuple[Target, ...]:
+    files = (f"{run}/checkpoints/step-2.ckpt/*", f"{run}/checkpoints/*.complete")
+    of_run = ("--config=recipe.yaml", f"--run_dir={run}")
+    resume, export = ("fit", *of_run, "--trainer.max_steps=3"), ("export", f"--checkpoint={run}", f"--out={OUT}")
     return (
-        *targets,
-        Target("resume", files, (*DATA, "run"), RESUME, partial(trained_weights, "run")),
-        Target("validate", files, (*DATA, "run"), VALIDATE, None),
-        Target("export", files, ("run",), export, written_files),
+        *_models(files, run),
+        Target("resume", files, (*DATA, run), resume, partial(trained_weights, run)),
+        Target("validate", files, (*DATA, run), ("validate", *of_run), None),
+        Target("export", files, (run,), export, written_files),
     )
 
 
 def _exports() -> tuple[Target, ...]:
-    targets = _models("exports")
+    targets = _models(("model/model.safetensors", "model/config.json"), "model")
     return (*targets, Target("evaluate", targets[0].files, ("model", "videos"), EVALUATE, evaluated))
 
 
@@ -259,7 +256,8 @@ TARGETS: Mapping[str, Sequence[Target]] = {
     "shards": _prepared_data("*.tar"),
     "indexes": _prepared_data("*.index.npy"),
     "manifests": _manifests(),
-    "checkpoints": _checkpoints(),
+    "checkpoints": _checkpoints("run"),
+    "parts": _checkpoints("sharded_run"),
     "exports": _exports(),
     "recipes": _recipes(),
     "media": _media(),

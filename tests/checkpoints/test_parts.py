@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
+from benchmarks.fuzz.parts import content_of_rank, write_parts
 from gpdit_lightning.checkpoints.content import read_content
 from gpdit_lightning.checkpoints.distributed import BackgroundTask, as_bytes, save_parts
 from gpdit_lightning.checkpoints.files import (
@@ -25,7 +25,7 @@ from gpdit_lightning.checkpoints.files import (
     publish_checkpoint,
 )
 from gpdit_lightning.checkpoints.io import FolderCheckpointIO
-from gpdit_lightning.checkpoints.parts import OFFSETS, TensorSlice, part_name, places, take_slices, write_part
+from gpdit_lightning.checkpoints.parts import OFFSETS, part_name, places, take_slices
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.files import partial_path
 from gpdit_lightning.tensor_files import TensorOnDisk, read_into
@@ -59,30 +59,6 @@ def whole_content(step: int = 3) -> dict[str, Any]:
     }
 
 
-def of_rank(content: dict[str, Any], cuts: list[float], rank: int) -> dict[str, Any]:
-    """Return the content as a rank has it: a slice of each tensor, by the rank's share of its elements."""
-    shared = deepcopy(content)
-    for place in places(shared):
-        values = place.value
-        if place.name.endswith(("scale", ".step")):
-            continue
-        low, high = (math.floor(values.numel() * cut) for cut in ([0.0, *cuts][rank], cuts[rank]))
-        place.container[place.key] = TensorSlice(values.flatten()[low:high], low, tuple(values.shape))
-    return shared
-
-
-def write(folder: Path, content: dict[str, Any], cuts: list[float]) -> Path:
-    """Write the files of all ranks to a folder."""
-    folder.mkdir(parents=True)
-    for rank in range(len(cuts)):
-        mine = of_rank(content, cuts, rank)
-        slices = {name: part for name, part in take_slices(mine).items() if part.values.numel()}
-        write_part(folder / part_name(rank, len(cuts)), slices)
-        if rank == 0:
-            (folder / "training.ckpt").write_bytes(as_bytes(mine))
-    return folder
-
-
 def assert_same(one: Any, other: Any) -> None:
     assert type(one) is type(other)
     if isinstance(one, Tensor):
@@ -103,7 +79,7 @@ def assert_same(one: Any, other: Any) -> None:
 def test_parts_of_any_ranks_have_the_content_of_one_file(cuts: list[float], tmp_path: Path) -> None:
     content = whole_content()
     FolderCheckpointIO().save_checkpoint(content, tmp_path / "whole")
-    parts = write(tmp_path / "parts", content, cuts)
+    parts = write_parts(tmp_path / "parts", content, cuts)
     assert_same(read_content(parts), read_content(tmp_path / "whole"))
     lazy, expected = read_content(parts, lazily=True), read_content(tmp_path / "whole")
     for stored, place in zip(places(lazy), places(expected), strict=True):
@@ -119,7 +95,7 @@ def test_parts_of_any_ranks_have_the_content_of_one_file(cuts: list[float], tmp_
 def test_only_the_bytes_of_a_range_are_read(in_parts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content, folder = whole_content(), tmp_path / "written"
     if in_parts:
-        write(folder, content, CUTS["halves"])
+        write_parts(folder, content, CUTS["halves"])
     else:
         FolderCheckpointIO().save_checkpoint(content, folder)
     stored = read_content(folder, lazily=True)["ema"]["weights"]["backbone.a"]
@@ -147,7 +123,7 @@ def test_ranges_of_a_tensor_that_is_not_contiguous(tmp_path: Path) -> None:
 def test_torchs_reader_opens_the_parts(tmp_path: Path) -> None:
     """They are in the format of torch.distributed.checkpoint for safetensors."""
     content = whole_content()
-    folder = write(tmp_path / "parts", content, CUTS["uneven"])
+    folder = write_parts(tmp_path / "parts", content, CUTS["uneven"])
     loaded = {name: torch.empty(math.prod(shape)) for name, shape in SHAPES.items()}
     state = {f"ema.weights.{name}": values for name, values in loaded.items()}
     dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
@@ -196,7 +172,7 @@ def test_parts_that_are_missing_or_do_not_fit_are_refused(
     damage: Callable[[Path], Any], message: str, tmp_path: Path
 ) -> None:
     """Also where there is no mark, as in a copy without it."""
-    folder = write(tmp_path / "parts", whole_content(), CUTS["halves"])
+    folder = write_parts(tmp_path / "parts", whole_content(), CUTS["halves"])
     damage(folder)
     with pytest.raises(InputError, match=message):
         read_content(folder)
@@ -217,7 +193,7 @@ def group() -> Iterator[torch.distributed.ProcessGroup]:
 def test_a_checkpoint_is_published_with_the_hashes_of_its_parts(
     group: torch.distributed.ProcessGroup, tmp_path: Path
 ) -> None:
-    path, content = checkpoint_path(tmp_path, 3), of_rank(whole_content(), [1.0], 0)
+    path, content = checkpoint_path(tmp_path, 3), content_of_rank(whole_content(), [1.0], 0)
     slices = take_slices(content)
     save_parts(partial_path(path), as_bytes(content), slices, group, lambda files: publish_checkpoint(path, files))
     assert damage_of(path, verify=True) == ""
@@ -235,7 +211,7 @@ def test_an_error_in_the_background_is_kept_until_it_is_waited_for(
     def full(*_: Any) -> None:
         raise OSError(28, os.strerror(28))
 
-    path, content = checkpoint_path(tmp_path, 3), of_rank(whole_content(), [1.0], 0)
+    path, content = checkpoint_path(tmp_path, 3), content_of_rank(whole_content(), [1.0], 0)
     slices, task = take_slices(content), BackgroundTask()
     monkeypatch.setattr("gpdit_lightning.checkpoints.distributed.write_part", full)
     task.start(lambda: save_parts(partial_path(path), as_bytes(content), slices, group, full))
