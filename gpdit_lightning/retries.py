@@ -5,7 +5,8 @@ ends before the end of the file.
 
 A download is attempted three times, `DOWNLOAD_DELAYS` apart or as the server requests by `Retry-After` (at most
 `MAX_WAIT`), after any failure that is not permanent, such as status 404: after another status, a connection that ends,
-30 s without data, 20 s with less than 1 KiB per second, or a content of another size or hash than its manifest records.
+60 s without all headers, 30 s without data, 20 s with less than 1 KiB per second, or a content of another size or hash
+than its manifest records.
 
 Writing is attempted once, since the state of a file after a failed write or flush is unknown. The file is discarded.
 

@@ -3,6 +3,7 @@
 Letters: T pixel frames, F latent frames, C latent channels, H x W pixels, h x w latent pixels.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
@@ -21,6 +22,8 @@ from gpdit_lightning.schema import (
 )
 
 FACTOR = size_up_to(2**16)
+# What the record of a training may state is below these, since memory for a generated clip is taken by it.
+MAX_STRIDE, MAX_CLIP_FRAMES, MAX_FRAME_PIXELS, MAX_SIZES = 2**20, 2**12, 2**26, 2**12
 # float16 latents that are whitened by these remain far within float32.
 WHITENING_MEAN = Constraint("a number within 1e6 of 0", lambda value: NUMBER.accepts(value) and abs(value) <= 1e6)
 FRAME_RATE = Constraint("a number from 0.001 to 100,000", lambda value: NUMBER.accepts(value) and 1e-3 <= value <= 1e5)
@@ -200,8 +203,9 @@ class ClipGeometry:
     def from_dict(cls, content: Any, file: str, cure: str) -> Self:
         """Parse and validate the record in a file, from its field `geometry`; otherwise as `CodecSpec.from_dict`."""
         check(content, cls.SCHEMA, "geometry", file, cure)
-        numbers = [content["stride"], content["frames"], *(side for size in content["sizes"] for side in size)]
-        if max(numbers) > 2**20 or len(content["sizes"]) > 2**12:
+        pixels = max(math.prod(size) for size in content["sizes"])
+        numbers = [content["stride"] // MAX_STRIDE, content["frames"] // MAX_CLIP_FRAMES, pixels // MAX_FRAME_PIXELS]
+        if any(numbers) or len(content["sizes"]) > MAX_SIZES:
             raise InputError(f"{file} has a geometry far beyond any clip, {shown(content)}: {cure}.")
         for size in content["sizes"]:
             if len(size) != 2:

@@ -9,6 +9,12 @@ from gpdit_lightning.errors import InputError
 from gpdit_lightning.schema import COUNT, NUMBER, NUMBER_OR_NULL, OBJECT, TEXT, TEXT_OR_NULL, check, one_of
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
+# Fields of `data` and `run` that are used; a checkpoint may record others, and lack any.
+USED_FIELDS: dict[str, dict[str, Any]] = {
+    "data": dict.fromkeys(("data.context_dropout", "data.context_noise", "data.label_dropout"), NUMBER),
+    "run": {"samples": OBJECT, "optimizer": OBJECT},
+}
+SAMPLE_COUNTS = {"train": COUNT, "validation": COUNT}
 WeightsKind = Literal["ema", "raw"]
 
 EXPORT_AGAIN = "export the model again"
@@ -175,6 +181,11 @@ class TrainingFacts:
             for name in cls.SCHEMA
             if name in content
         }
+        for group, fields in USED_FIELDS.items():
+            given = facts.get(group, {})
+            check(given, {name: fields[name] for name in fields if name in given}, group, file, EXPORT_AGAIN)
+        for source, counts in facts.get("run", {}).get("samples", {}).items():
+            check(counts, SAMPLE_COUNTS, f"run.samples.{source}", file, EXPORT_AGAIN)
         if "origin" in facts:
             facts["origin"] = Origin.from_dict(facts["origin"], file, EXPORT_AGAIN)
         if "schedule" in facts:

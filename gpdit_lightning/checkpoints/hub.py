@@ -71,6 +71,7 @@ class HubGPDiT(GPDiT, ModelHubMixin):
         Raises:
             InputError: the tensors do not fit the architecture.
         """
+        weights.check_fit()
         with torch.device("meta"):
             model = cls(weights.config)
         weights.load_into(model, assign=True)

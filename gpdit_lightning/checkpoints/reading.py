@@ -19,6 +19,8 @@ from gpdit_lightning.hashes import remembered_sha256
 from gpdit_lightning.names import is_hub_name
 from gpdit_lightning.specs import ClipGeometry, CodecSpec
 
+MAX_BLOCK_PIXELS = 2**32  # of all latent frames of a block, which are generated at once
+
 
 class OpenedWeights(NamedTuple):
     """Weights, and the checkpoint or exported folder that they were read from."""
@@ -149,6 +151,13 @@ def load_trained_model(
                 f"{path} records clips of {height}x{width} pixels, which do not divide into patches of {side}: "
                 "export it again."
             )
+    of_blocks = opened.weights.config.block_frames
+    frames = max(*of_blocks, facts.geometry.frames if 0 in of_blocks else 1)  # 0: all frames of a clip
+    if (pixels := frames * max(height * width for height, width in facts.geometry.sizes)) > MAX_BLOCK_PIXELS:
+        raise InputError(
+            f"{path} records blocks of {frames} latent frames with {pixels} pixels, more than {MAX_BLOCK_PIXELS}: "
+            "export it again."
+        )
     return TrainedModel(
         backbone=HubGPDiT.from_weights(opened.weights).to(device),
         path=opened.path,

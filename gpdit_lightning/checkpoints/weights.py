@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from gpdit_lightning.checkpoints.facts import EXPORT_AGAIN, TrainingFacts
 from gpdit_lightning.errors import InputError
+from gpdit_lightning.model import GPDiT
 from gpdit_lightning.model.config import EXECUTION_FIELDS, GPDiTConfig
 from gpdit_lightning.schema import OBJECT, check
 from gpdit_lightning.tensor_files import TensorOnDisk, is_finite
 
+FIRST_BLOCK = "blocks.0."
 NOT_FINITE = "use other weights, since these cannot be computed with"
 # A model whose linear layers were cast has two of them.
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
@@ -47,7 +49,7 @@ class Weights:
 
         Args:
             tensors: named weights; their number of layers is compared with the architecture, and all else by
-                `load_into`.
+                `check_fit`.
             config: a `GPDiTConfig.to_dict()`, not validated.
             facts: the fields of `TrainingFacts`, not validated; other fields are ignored.
             file: the file of `config` and `facts`, for messages.
@@ -64,9 +66,9 @@ class Weights:
         defaults = {field.name: field.default for field in fields(GPDiTConfig) if field.name in EXECUTION_FIELDS}
         architecture = architecture.replaced(**defaults)
         layers = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,9})\.", name))}
-        if layers and max(layers) + 1 != architecture.layers:
+        if layers != {*range(architecture.layers)}:
             raise InputError(
-                f"{file} has layers = {architecture.layers} where its weights are of {max(layers) + 1} layers: "
+                f"{file} has layers = {architecture.layers} where its weights are of {len(layers)} layers: "
                 f"{EXPORT_AGAIN}."
             )
         if len(known.classes) > architecture.classes:
@@ -79,11 +81,11 @@ class Weights:
     def load_into(self, model: nn.Module, assign: bool = False) -> None:
         """Copy the tensors into a model or, with `assign`, make them its parameters without a copy.
 
+        Call `check_fit` before, and before the model is built.
+
         Raises:
-            InputError: a tensor is missing, unknown, of another shape or not of a floating-point type, or a tensor of a
-                file cannot be read or is not finite.
+            InputError: a tensor of a file cannot be read or is not finite.
         """
-        self.check_fit(model)
         if assign:
             model.load_state_dict(self.read_all(), assign=True)
             return
@@ -91,13 +93,13 @@ class Weights:
             for name, parameter in model.state_dict().items():  # one by one: a second copy of all might not fit
                 parameter.copy_(self.read(name))
 
-    def check_fit(self, model: nn.Module) -> None:
-        """Check the tensors without reading them.
+    def check_fit(self) -> None:
+        """Compare the tensors with the architecture, without reading them and without building the network.
 
         Raises:
             InputError: a tensor is missing, unknown, of another shape or not of a floating-point type.
         """
-        expected = {name: f"shape {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()}
+        expected = {name: f"shape {shape}" for name, shape in shapes_of(self.config).items()}
         actual = {name: _shape_text(tensor) for name, tensor in self.tensors.items()}
         for name in (*expected, *actual):
             if expected.get(name) != actual.get(name):
@@ -127,6 +129,18 @@ class Weights:
         if not is_finite(values):
             raise InputError(f"{self.owner} has numbers in {name} that are not finite (NaN or infinity): {NOT_FINITE}.")
         return values
+
+
+def shapes_of(config: GPDiTConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of an architecture by their names; only one of its equal blocks is built."""
+    with torch.device("meta"):
+        state = GPDiT(config.replaced(layers=1)).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.startswith(FIRST_BLOCK)}
+    for name, tensor in state.items():
+        if name.startswith(FIRST_BLOCK):
+            of_block = name.removeprefix(FIRST_BLOCK)
+            shapes |= {f"blocks.{layer}.{of_block}": tuple(tensor.shape) for layer in range(config.layers)}
+    return shapes
 
 
 def _shape_text(tensor: Any) -> str:

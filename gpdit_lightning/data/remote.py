@@ -1,5 +1,6 @@
 """Reading of remote files, block by block."""
 
+import asyncio
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ BLOCK_BYTES = 2**22  # most bytes per read
 SLOW_SECONDS = 20.0  # of waiting, after each of which the rate is checked
 LEAST_BYTES_PER_SECOND = 1024
 SILENT_SECONDS = 30.0  # without data, after which a reply over HTTP is given up
+HEADER_SECONDS = 60.0  # until all headers of a reply over HTTP must have arrived
 PERMANENT_STATUSES = (401, 403, 405, 407, 410, 414, 451)  # of HTTP, besides 404; aiohttp calls broken replies 400
 
 
@@ -122,10 +124,24 @@ _filesystems: set[AbstractFileSystem] = set()
 
 
 async def _http_client(**settings: Any) -> Any:
-    """Return an HTTP client that limits the time without data instead of the total time (aiohttp: five minutes)."""
-    from aiohttp import ClientSession, ClientTimeout  # installed with fsspec[http]; needed for this protocol only
+    """Return an HTTP client that limits the time without data instead of the total time (aiohttp: five minutes).
 
-    return ClientSession(**{"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=SILENT_SECONDS)} | settings)
+    A server that sends headers byte by byte, or one interim reply after another, is never without data, so the time
+    of all headers has a limit too.
+    """
+    # Installed with fsspec[http]; needed for this protocol only.
+    from aiohttp import ClientResponse, ClientSession, ClientTimeout
+
+    class BoundedResponse(ClientResponse):
+        async def start(self, connection: Any) -> ClientResponse:
+            async with asyncio.timeout(HEADER_SECONDS):
+                return await super().start(connection)
+
+    limits = {
+        "timeout": ClientTimeout(total=None, sock_connect=30, sock_read=SILENT_SECONDS),
+        "response_class": BoundedResponse,
+    }
+    return ClientSession(**limits | settings)
 
 
 # One request for the whole file (block size 0), since not every server supports ranges.

@@ -48,7 +48,8 @@ LIMITS = {
     **dict.fromkeys(("width", "mlp_width", "heads", "latent_channels", "text_width"), 2**20),
     "patch_size": 2**10,
     "classes": 2**24,
-    **dict.fromkeys(("rope_lengths", "block_shape", "first_block_frames"), 2**20),
+    "rope_lengths": 2**20,
+    **dict.fromkeys(("block_shape", "first_block_frames"), 2**12),
 }
 
 # Accepted types of values for each type of field; values may come from a file.

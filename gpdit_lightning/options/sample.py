@@ -7,12 +7,14 @@ from typing import Literal
 
 from gpdit_lightning.errors import InputError
 from gpdit_lightning.options.shared import (
+    MAX_COUNT,
     BatchedSamplerOptions,
     ContextNoiseOptions,
     LabelGuidanceOptions,
     ModelOptions,
     OptionRecord,
     check_at_least,
+    check_at_most,
 )
 
 VideoFormat = Literal["mp4", "gif", "png", "safetensors"]
@@ -77,6 +79,7 @@ class GenerationOptions(ContextReadingOptions, RolloutOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, frames=1, samples=1, count=1, stride=1)
+        check_at_most(self, frames=MAX_COUNT, samples=MAX_COUNT, count=MAX_COUNT)
         if self.by_class and self.samples != 1:
             raise InputError(
                 f"--samples is {self.samples}, but samples of classes are counted by --count: give --count instead."

@@ -13,6 +13,7 @@ Precision = Literal["auto", "32", "bf16"]
 
 
 MAX_SEED = 2**32 - 1  # of NumPy's global generator
+MAX_COUNT = 2**20  # of results of one command, and of frames of a video: each takes memory or time
 
 
 def check_at_least(options: Any, **limits: int) -> None:
@@ -21,6 +22,14 @@ def check_at_least(options: Any, **limits: int) -> None:
         value = getattr(options, name)
         if value is not None and value < limit:
             raise InputError(f"--{name} is {value}: give at least {limit}.")
+
+
+def check_at_most(options: Any, **limits: int) -> None:
+    """Raise an InputError that names the option if a value is above its limit; None is accepted."""
+    for name, limit in limits.items():
+        value = getattr(options, name)
+        if value is not None and value > limit:
+            raise InputError(f"--{name} is {value}: give at most {limit}.")
 
 
 def check_between(options: Any, **ranges: tuple[float, float]) -> None:

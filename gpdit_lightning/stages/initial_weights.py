@@ -70,9 +70,8 @@ class InitialWeights:
             )
         weights, folder = open_weights(path)
         check_architecture(weights.config.to_dict(), backbone.config, path)
-        if backbone.device.type == "meta":
-            weights.check_fit(backbone)
-        else:
+        weights.check_fit()
+        if backbone.device.type != "meta":
             weights.load_into(backbone)
         origin = Origin(path, weights.facts.step or 0, sha256_of_weights(folder))
         kind = "averaged" if weights.facts.weights == "ema" else "trained"

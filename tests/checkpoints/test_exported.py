@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from gpdit_lightning import GPDiT, GPDiTConfig
 from gpdit_lightning.checkpoints.card import CardDetails
 from gpdit_lightning.checkpoints.exported import read_exported, write_checksums, write_exported
 from gpdit_lightning.checkpoints.facts import Origin, TrainingFacts
-from gpdit_lightning.checkpoints.weights import Weights
+from gpdit_lightning.checkpoints.weights import Weights, shapes_of
 from gpdit_lightning.errors import InputError
 
 Randomise = Callable[[GPDiT], GPDiT]
@@ -378,6 +379,14 @@ def test_a_missing_config_is_reported(folder: Path) -> None:
         ("validation", {"step": 1, "quarters": {"videos": [0.5]}}, "has 1 numbers in validation.quarters.videos"),
         ("geometry", FACTS["geometry"] | {"stride": 0}, "geometry.stride = 0; it must be a positive integer"),
         ("geometry", FACTS["geometry"] | {"sizes": [[]]}, "geometry.sizes[0] = []; it must be a non-empty list"),
+        ("geometry", FACTS["geometry"] | {"frames": 2**12}, "has a geometry far beyond any clip"),
+        ("geometry", FACTS["geometry"] | {"sizes": [[64, 64], [2**13, 2**13]]}, "has a geometry far beyond any clip"),
+        ("config", {"block_shape": [2**13, 0, 0]}, "block_shape is 8192; it must be at most 4,096"),
+        ("data", {"data.context_noise": "0.1"}, "data.data.context_noise = '0.1'; it must be a finite number"),
+        ("data", {"data.label_dropout": [1]}, "data.data.label_dropout = [1]; it must be a finite number"),
+        ("run", {"samples": [1]}, "run.samples = [1]; it must be an object"),
+        ("run", {"samples": {"videos": {"train": 1}}}, "lacks the field run.samples.videos.validation"),
+        ("run", {"optimizer": "adamw"}, "run.optimizer = 'adamw'; it must be an object"),
         ("schedule", {"name": "cosine", "shift": "2"}, "schedule.shift = '2'; it must be a finite number"),
         ("origin", {"path": "a"}, "lacks the field origin.step"),
         ("origin", FACTS["origin"] | {"sha256": 3}, "origin.sha256 = 3; it must be a string or null"),
@@ -430,7 +439,35 @@ def test_tensors_that_are_not_weights_are_rejected(folder: Path, model: GPDiT) -
         GPDiT.from_pretrained(folder)
     invalid: dict[str, Any] = {"output.bias": "text"}
     with pytest.raises(InputError, match=r"something other than floating-point numbers as output\.bias"):
-        Weights(tensors | invalid, model.config, TrainingFacts()).load_into(model)
+        Weights(tensors | invalid, model.config, TrainingFacts()).check_fit()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": 3},
+        {"layers": 3, "time_conditioning": "adaln", "classes": 4},
+        {"layers": 3, "time_conditioning": "rotation_modulation"},
+        {"layers": 2, "factorized": True},
+        {"layers": 2, "text_width": 5},
+    ],
+)
+def test_the_shapes_of_an_architecture_are_those_of_the_network(options: dict[str, Any]) -> None:
+    config = GPDiTConfig(size="custom", width=24, mlp_width=48, heads=2, **options)
+    state = GPDiT(config).state_dict()
+    assert shapes_of(config) == {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("layers", [range(0), range(9999, 10_000), range(1000)], ids=["none", "the last", "all"])
+def test_a_network_of_many_layers_is_compared_with_its_tensors_before_it_is_built(folder: Path, layers: range) -> None:
+    """Such a file has some hundred bytes for each layer, or none, and the network takes minutes to build."""
+    count = 1000 if layers == range(1000) else 10_000
+    save_file({f"blocks.{layer}.a": torch.zeros(1) for layer in layers}, folder / "model.safetensors")
+    edit(folder, lambda content: content["config"].update(size="custom", layers=count, width=2**20, heads=2**10))
+    start = time.process_time()
+    with pytest.raises(InputError, match=r"(of \d layers|nothing as patch_embedding\.weight)"):
+        GPDiT.from_pretrained(folder)
+    assert time.process_time() - start < 5
 
 
 # Hashes

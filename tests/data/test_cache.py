@@ -82,6 +82,14 @@ class Server:
                 fault = server.faults[self.path].pop(0) if send and server.faults[self.path] else ""
                 if fault == "refused":
                     return self.send_error(503)
+                if fault in ("endless header", "endless interim replies"):
+                    begin, more = (b"HTTP/1.1 200 OK\r\nX: ", b"a")
+                    if fault == "endless interim replies":
+                        begin = more = b"HTTP/1.1 100 Continue\r\n\r\n"
+                    self.wfile.write(begin)
+                    while not server.resume.wait(0.05):  # ends when the client closes the connection
+                        self.wfile.write(more)
+                    return None
                 self.send_response(200)
                 if fault == "wrong":
                     content = content[:-1] + bytes([content[-1] ^ 1])
@@ -718,6 +726,16 @@ def test_a_slow_reply_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         list(_not_too_slow(SimpleNamespace(read=lambda _: b"byte"), "http://a"))
     blocks = iter([bytes(2**20)] * 100)
     assert len(list(_not_too_slow(SimpleNamespace(read=lambda _: next(blocks, b"")), "http://a"))) == 100
+
+
+@pytest.mark.parametrize("fault", ["endless header", "endless interim replies"])
+def test_headers_without_an_end_are_given_up(
+    server: Server, cache: ShardCache, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpdit_lightning.data.remote.HEADER_SECONDS", 0.5)
+    file = server.add("a", 20_000, fault)
+    assert cache.fetch(file).read_bytes() == content_of(server, file)
+    assert server.gets["/a"] == 2
 
 
 def test_a_reply_without_an_end_is_refused(server: Server) -> None:
